@@ -1,0 +1,42 @@
+"""The command line: one thin layer over the library. Each command is a module of this package."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from maskopt.cli import solvers
+from maskopt.cli.console import errors
+from maskopt.errors import MaskoptError
+
+app = typer.Typer(
+    name="maskopt",
+    help="Pruning masks for large language models, with a proof of how good they are.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("solvers")(solvers.solvers)
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks of expected errors."),
+) -> None:
+    """Options before the command's name."""
+
+
+def main() -> None:
+    """Entry point: an expected error is one line on stderr and exit status 1."""
+    try:
+        app()
+    except MaskoptError as error:
+        if "--debug" in sys.argv:
+            raise
+        errors.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        sys.exit(1)
+    except click.exceptions.Abort:
+        errors.print("stopped")
+        sys.exit(130)

@@ -1,0 +1,146 @@
+"""Which masks are allowed.
+
+Both patterns are one idea: a row of n inputs is cut into n/g groups of g consecutive inputs, and
+exactly k entries of every group are pruned. Unstructured sparsity is the case of a single group.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+
+from maskopt.errors import PatternError
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Equal sparsity per row: ⌊sparsity·n⌋ entries of each row pruned, or `keep` entries kept.
+
+    The product is taken on the decimal number as written, so that `Unstructured(sparsity=0.29)`
+    prunes 29 of 100 (in binary floating point 0.29·100 is 28.999…).
+    """
+
+    sparsity: float | None = None
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.sparsity is None) == (self.keep is None):
+            raise PatternError(
+                "Unstructured takes either sparsity=… or keep=…, exactly one of them"
+            )
+        if self.sparsity is not None:
+            if not (isinstance(self.sparsity, int | float) and 0 <= self.sparsity < 1):
+                raise PatternError(
+                    f"sparsity {self.sparsity} is outside [0, 1); 0.6 prunes 60% of every row"
+                )
+        elif isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 0:
+            raise PatternError(f"keep must be a whole number of at least 0, not {self.keep!r}")
+
+    def check(self, n: int) -> None:
+        """Raise PatternError where the pattern does not fit rows of n inputs."""
+        if n < 1:
+            raise PatternError("a row needs at least one input")
+        if self.keep is not None and self.keep > n:
+            raise PatternError(f"keep={self.keep} is more than the {n} inputs of a row")
+
+    def group_size(self, n: int) -> int:
+        return n
+
+    def pruned_per_group(self, n: int) -> int:
+        self.check(n)
+        if self.keep is not None:
+            return n - self.keep
+        return math.floor(Fraction(repr(float(self.sparsity or 0.0))) * n)
+
+    def is_legal(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
+        return _is_legal(self, mask)
+
+    def __str__(self) -> str:
+        return f"keep {self.keep}" if self.keep is not None else f"{float(self.sparsity or 0):.4g}"
+
+
+@dataclass(frozen=True)
+class NM:
+    """N:M sparsity: `keep` of every `of` consecutive inputs are kept (2:4 is keep=2, of=4)."""
+
+    keep: int
+    of: int
+
+    def __post_init__(self) -> None:
+        for value in (self.keep, self.of):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise PatternError(f"N:M takes whole numbers, not {value!r}")
+        if self.of < 1 or not 0 <= self.keep <= self.of:
+            raise PatternError(
+                f"keep {self.keep} of every {self.of} is impossible; 2:4 is NM(keep=2, of=4)"
+            )
+
+    def check(self, n: int) -> None:
+        """Raise PatternError where n is not a whole number of groups."""
+        if n < 1:
+            raise PatternError("a row needs at least one input")
+        if n % self.of:
+            raise PatternError(
+                f"{n} inputs do not divide into groups of {self.of}; "
+                f"choose an M that divides {n}, or leave this layer out"
+            )
+
+    def group_size(self, n: int) -> int:
+        self.check(n)
+        return self.of
+
+    def pruned_per_group(self, n: int) -> int:
+        self.check(n)
+        return self.of - self.keep
+
+    def is_legal(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
+        return _is_legal(self, mask)
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}"
+
+
+Pattern = Unstructured | NM
+
+
+def parse_pattern(text: str) -> Pattern:
+    """`0.6` → Unstructured(sparsity=0.6), `2:4` → NM(keep=2, of=4)."""
+    try:
+        if ":" in text:
+            keep, of = text.split(":")
+            return NM(keep=int(keep), of=int(of))
+        return Unstructured(sparsity=float(text))
+    except PatternError:
+        raise
+    except ValueError:
+        raise PatternError(f"{text!r} is no pattern; write a sparsity (0.6) or N:M (2:4)") from None
+
+
+def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
+    """The JSON form of a pattern, read back by `pattern_from_dict`."""
+    if isinstance(pattern, NM):
+        return {"kind": "nm", "keep": pattern.keep, "of": pattern.of}
+    return {"kind": "unstructured", "sparsity": pattern.sparsity, "keep": pattern.keep}
+
+
+def pattern_from_dict(data: Any) -> Pattern:
+    """Inverse of `pattern_to_dict`; raises PatternError for anything else."""
+    if isinstance(data, dict):
+        rest = {key: value for key, value in data.items() if key != "kind"}
+        if data.get("kind") == "nm" and set(rest) == {"keep", "of"}:
+            return NM(**rest)
+        if data.get("kind") == "unstructured" and set(rest) == {"sparsity", "keep"}:
+            return Unstructured(**rest)
+    raise PatternError(f"{data!r} does not describe a pattern")
+
+
+def _is_legal(pattern: Pattern, mask: Tensor) -> Tensor:
+    rows, n = mask.shape
+    group, pruned = pattern.group_size(n), pattern.pruned_per_group(n)
+    counts = (~mask).view(rows, n // group, group).sum(-1)
+    return (counts == pruned).all(-1)

@@ -1,0 +1,359 @@
+"""The mask-selection problem: one linear layer, or one row of it.
+
+For a row with weights w [n] and the Gram matrix G [n, n] of the layer's inputs (the mean of xxᵀ
+over calibration tokens), a mask that prunes the set p ∈ {0,1}ⁿ changes the row's output by a mean
+squared
+
+    f(p) = (w⊙p)ᵀ G (w⊙p)                                          (SparseSwaps, arXiv 2512.10922)
+
+All rows of a layer share G, so a layer is a batch of independent rows. Masks are public as
+True = kept; p is their complement.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from maskopt.errors import PatternError, ProblemError, WarmStartError
+from maskopt.files import atomic_write
+from maskopt.pattern import Pattern, pattern_from_dict, pattern_to_dict
+
+#: columns of G that are brought to float64 at a time when an objective is computed
+_OBJECTIVE_BLOCK_BYTES = 64 * 2**20
+#: a G whose least eigenvalue is above −PSD_TOLERANCE·tr(G) counts as positive semidefinite: float32
+#: accumulation of xxᵀ leaves errors of this size (2⁻²³ ≈ 1.2e-7)
+PSD_TOLERANCE = 2.0**-23
+#: largest |G − Gᵀ| relative to max|G| that is taken for rounding
+_ASYMMETRY_TOLERANCE = 1e-3
+
+ArrayLike = Tensor | np.ndarray
+
+
+class LayerProblem:
+    """Mask selection for every row of one linear layer.
+
+    Args:
+        weight: [rows, n], any real floating dtype, torch or NumPy; kept as a torch tensor.
+        gram: [n, n], float32 or float64 (half precision is brought to float32), torch or NumPy.
+            Symmetrised and checked once: shape, finite, positive semidefinite up to rounding.
+        pattern: `Unstructured` or `NM`.
+        name: how messages and reports call the layer.
+        assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
+            was accumulated as XXᵀ and is semidefinite by construction.
+
+    Raises:
+        ProblemError: wrong shapes, NaN or infinite values, indefinite G.
+        PatternError: a pattern that does not fit n.
+
+    Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
+    """
+
+    def __init__(
+        self,
+        weight: ArrayLike,
+        gram: ArrayLike,
+        pattern: Pattern,
+        *,
+        name: str = "",
+        assume_psd: bool = False,
+    ) -> None:
+        self.name = name
+        label = f"layer {name!r}: " if name else ""
+        self.weight: Float[Tensor, "rows n"] = _as_tensor(weight, f"{label}weight")
+        gram_tensor = _as_tensor(gram, f"{label}gram")
+        if self.weight.ndim != 2 or 0 in self.weight.shape:
+            raise ProblemError(
+                f"{label}weight must be [rows, n] with both at least 1, "
+                f"not {list(self.weight.shape)}; one row alone is a RowProblem"
+            )
+        rows, n = self.weight.shape
+        if gram_tensor.shape != (n, n):
+            raise ProblemError(
+                f"{label}gram must be [{n}, {n}] to match a weight of [{rows}, {n}], "
+                f"not {list(gram_tensor.shape)}"
+            )
+        if gram_tensor.device != self.weight.device:
+            raise ProblemError(
+                f"{label}weight is on {self.weight.device} and gram on {gram_tensor.device}; "
+                "move both to one device"
+            )
+        try:
+            pattern.check(n)
+        except PatternError as error:
+            raise PatternError(f"{label}{error}") from None
+        self.pattern = pattern
+        self.gram: Float[Tensor, "n n"] = _symmetric(gram_tensor, label)
+        if not assume_psd:
+            _check_semidefinite(self.gram, label)
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Number of inputs."""
+        return self.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def group_size(self) -> int:
+        return self.pattern.group_size(self.n)
+
+    @property
+    def pruned_per_group(self) -> int:
+        return self.pattern.pruned_per_group(self.n)
+
+    def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """f of every row in float64 [rows], on the device of the problem.
+
+        Rounding can leave −1e-18 where the truth is 0; since f ≥ 0, the result is clamped at 0.
+        """
+        dropped = torch.where(mask.to(self.device), 0.0, self.weight.double())
+        value = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        step = max(1, _OBJECTIVE_BLOCK_BYTES // (8 * self.n))
+        for start in range(0, self.n, step):
+            block = slice(start, start + step)
+            value += ((dropped @ self.gram[:, block].double()) * dropped[:, block]).sum(1)
+        return value.clamp_(min=0.0)
+
+    def diagonal_mass(self) -> Float[Tensor, " rows"]:
+        """Σⱼ wⱼ²Gⱼⱼ of every row in float64: the scale against which rounding is measured."""
+        return self.weight.double().square() @ self.gram.diagonal().double()
+
+    def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:
+        """The mask as a bool tensor on the problem's device, or WarmStartError with the reason."""
+        tensor = torch.as_tensor(mask)
+        if tensor.ndim == 1 and self.rows == 1:
+            tensor = tensor[None]
+        if tensor.shape != self.weight.shape:
+            raise WarmStartError(
+                f"{what} has shape {list(tensor.shape)}, the problem {list(self.weight.shape)}"
+            )
+        if tensor.dtype != torch.bool:
+            raise WarmStartError(f"{what} must be bool (True = kept), not {tensor.dtype}")
+        tensor = tensor.to(self.device)
+        bad = (~self.pattern.is_legal(tensor)).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            groups = "" if self.group_size == self.n else f" in each group of {self.group_size}"
+            raise WarmStartError(
+                f"{what}: row {row} prunes {int((~tensor[row]).sum())} of {self.n}; the pattern "
+                f"({self.pattern}) asks for exactly {self.pruned_per_group}{groups}"
+            )
+        return tensor
+
+    def row(self, index: int) -> RowProblem:
+        """One row as a problem of its own; shares the memory of weight and gram."""
+        if not -self.rows <= index < self.rows:
+            raise ProblemError(f"row {index} of a layer with {self.rows} rows")
+        name = f"{self.name}[{index % self.rows}]"
+        return RowProblem._trusted(self.weight[index], self.gram, self.pattern, name)
+
+    def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
+        """The problem of some rows only; shares gram."""
+        return LayerProblem._trusted(self.weight[rows], self.gram, self.pattern, self.name)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
+        _save(path, "layer", self.weight, self.gram, self.pattern, self.name)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
+        """Read what `save` wrote; all checks of the constructor run again."""
+        weight, gram, pattern, name = _load(path, "layer")
+        return cls(weight, gram, pattern, name=name)
+
+    @classmethod
+    def _trusted(cls, weight: Tensor, gram: Tensor, pattern: Pattern, name: str) -> LayerProblem:
+        """A problem whose parts come out of one that was checked."""
+        problem = cls.__new__(cls)
+        problem.weight, problem.gram, problem.pattern, problem.name = weight, gram, pattern, name
+        return problem
+
+    def __repr__(self) -> str:
+        name = f"{self.name!r}, " if self.name else ""
+        return f"LayerProblem({name}rows={self.rows}, n={self.n}, pattern={self.pattern})"
+
+
+class RowProblem:
+    """Mask selection for one row: weight [n], gram [n, n].
+
+    Takes what `LayerProblem` takes, and raises what it raises. Every solver accepts one and answers
+    with a Solution of a single row.
+    """
+
+    def __init__(
+        self, weight: ArrayLike, gram: ArrayLike, pattern: Pattern, *, name: str = ""
+    ) -> None:
+        tensor = _as_tensor(weight, "weight")
+        if tensor.ndim != 1:
+            raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
+        self._layer = LayerProblem(tensor[None], gram, pattern, name=name)
+
+    @classmethod
+    def _trusted(cls, weight: Tensor, gram: Tensor, pattern: Pattern, name: str) -> RowProblem:
+        problem = cls.__new__(cls)
+        problem._layer = LayerProblem._trusted(weight[None], gram, pattern, name)
+        return problem
+
+    @property
+    def weight(self) -> Float[Tensor, " n"]:
+        return self._layer.weight[0]
+
+    @property
+    def gram(self) -> Float[Tensor, "n n"]:
+        return self._layer.gram
+
+    @property
+    def pattern(self) -> Pattern:
+        return self._layer.pattern
+
+    @property
+    def name(self) -> str:
+        return self._layer.name
+
+    @property
+    def n(self) -> int:
+        return self._layer.n
+
+    def as_layer(self) -> LayerProblem:
+        """The same problem as a layer of one row."""
+        return self._layer
+
+    def q(self) -> Float[Tensor, "n n"]:
+        """Q = diag(w)·G·diag(w) in float64, so that f(p) = pᵀQp; n² doubles."""
+        weight = self.weight.double()
+        return weight[:, None] * self.gram.double() * weight[None, :]
+
+    def objective(self, mask: Bool[Tensor, " n"]) -> float:
+        """f of one mask [n] (True = kept), float64."""
+        return float(self._layer.objective(mask.reshape(1, -1)))
+
+    def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
+        """The row with only these inputs, in this order: a toy instance from a real row.
+
+        The pattern goes along (a sparsity stays the same sparsity, `keep=k` the same k, N:M the
+        same groups of consecutive *new* inputs) unless another is given.
+        """
+        index = torch.as_tensor(columns, dtype=torch.long, device=self.weight.device)
+        if index.ndim != 1 or len(index) == 0:
+            raise ProblemError("columns must be a list of at least one input index")
+        if len(index.unique()) != len(index) or index.min() < 0 or index.max() >= self.n:
+            raise ProblemError(f"columns must be distinct and within 0 … {self.n - 1}")
+        new = pattern or self.pattern
+        new.check(len(index))
+        gram = self.gram[index][:, index].contiguous()
+        return RowProblem._trusted(self.weight[index], gram, new, self.name)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
+        _save(path, "row", self.weight, self.gram, self.pattern, self.name)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RowProblem:
+        """Read what `save` wrote; all checks of the constructor run again."""
+        weight, gram, pattern, name = _load(path, "row")
+        return cls(weight, gram, pattern, name=name)
+
+    def __repr__(self) -> str:
+        name = f"{self.name!r}, " if self.name else ""
+        return f"RowProblem({name}n={self.n}, pattern={self.pattern})"
+
+
+def _as_tensor(array: ArrayLike, what: str) -> Tensor:
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind != "f":
+            raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
+        # torch reads native byte order and writable memory only
+        array = torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).copy())
+    if not isinstance(array, Tensor):
+        raise ProblemError(f"{what} must be a torch tensor or a NumPy array, not {type(array)}")
+    if not array.is_floating_point():
+        raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
+    tensor = array.detach()
+    if not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ProblemError(f"{what} holds {count} NaN or infinite values; mend the input first")
+    return tensor
+
+
+def _symmetric(gram: Tensor, label: str) -> Tensor:
+    if gram.dtype not in (torch.float32, torch.float64):
+        gram = gram.float()
+    if torch.equal(gram, gram.T):
+        return gram.contiguous()
+    scale = float(gram.abs().max())
+    skew = float((gram - gram.T).abs().max())
+    if skew > _ASYMMETRY_TOLERANCE * scale:
+        raise ProblemError(
+            f"{label}gram is not symmetric (entries differ from their mirror by up to {skew:.3g}, "
+            f"the largest is {scale:.3g}); a Gram matrix is XXᵀ"
+        )
+    return (gram + gram.T) / 2
+
+
+def _check_semidefinite(gram: Tensor, label: str) -> None:
+    """Cholesky of G + tolerance·tr(G)·I; only a failure pays for eigenvalues."""
+    g = gram.double()
+    trace = float(g.trace())
+    shift = PSD_TOLERANCE * trace
+    if trace > 0:
+        shifted = g / trace  # keeps extreme scales within range
+        shifted.diagonal().add_(PSD_TOLERANCE)
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+            return
+    elif not g.any():
+        return
+    least = float(torch.linalg.eigvalsh(g)[0])
+    if least < -shift or trace <= 0:
+        raise ProblemError(
+            f"{label}gram is not positive semidefinite: its least eigenvalue is {least:.6g} "
+            f"(trace {trace:.6g}); a Gram matrix is XXᵀ, so check how it was accumulated"
+        )
+
+
+def _save(
+    path: str | os.PathLike[str],
+    kind: str,
+    weight: Tensor,
+    gram: Tensor,
+    pattern: Pattern,
+    name: str,
+) -> None:
+    weight = weight.cpu()
+    if weight.dtype == torch.bfloat16:
+        weight = weight.float()
+    header = json.dumps(
+        {"format": "maskopt-1", "kind": kind, "name": name, "pattern": pattern_to_dict(pattern)}
+    )
+    with atomic_write(Path(path)) as file:
+        np.savez(file, header=np.array(header), weight=weight.numpy(), gram=gram.cpu().numpy())
+
+
+def _load(path: str | os.PathLike[str], kind: str) -> tuple[np.ndarray, np.ndarray, Pattern, str]:
+    try:
+        # EOFError, zipfile and zlib errors, and ValueError for pickles: all mean "not ours"
+        with np.load(path, allow_pickle=False) as archive:
+            header = json.loads(str(archive["header"]))
+            weight, gram = archive["weight"], archive["gram"]
+    except FileNotFoundError:
+        raise ProblemError(f"{path}: no such file") from None
+    except Exception as error:
+        raise ProblemError(f"{path}: not a maskopt instance ({error})") from None
+    if not isinstance(header, dict) or header.get("format") != "maskopt-1":
+        raise ProblemError(f"{path}: not a maskopt instance of a format that this version reads")
+    if header.get("kind") != kind:
+        raise ProblemError(f"{path}: holds a {header.get('kind')} problem, not a {kind} problem")
+    return weight, gram, pattern_from_dict(header.get("pattern")), str(header.get("name", ""))

@@ -1,0 +1,1 @@
+"""The backends of maskopt, imported as `maskopt.solvers` and found through entry points."""
