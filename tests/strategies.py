@@ -1,0 +1,70 @@
+"""Random mask-selection problems for property tests.
+
+The Gram matrices are what layers really give: full rank, rank-deficient, with dead inputs (zero
+columns), with duplicate inputs, diagonal, and badly scaled by outlier features.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from maskopt import NM, LayerProblem, Unstructured
+from maskopt.pattern import Pattern
+
+KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")
+
+
+def random_gram(n: int, kind: str, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A PSD [n, n] of the named kind: the mean of xxᵀ over random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = max(2, n // 3) if kind == "low-rank" else 4 * n
+    x = torch.randn(tokens, n, generator=generator, dtype=torch.float64)
+    x = x @ (torch.eye(n, dtype=torch.float64) + torch.randn(n, n, generator=generator) / n**0.5)
+    if kind == "zero-columns":
+        x[:, torch.rand(n, generator=generator) < 0.3] = 0
+    elif kind == "duplicates":
+        x = x[:, torch.randint(0, max(1, n // 2), (n,), generator=generator)]
+    elif kind == "outliers":
+        x = x * 10 ** torch.randint(-1, 4, (n,), generator=generator).double()
+    gram = x.T @ x / tokens
+    if kind == "diagonal":
+        gram = torch.diag(gram.diagonal())
+    return ((gram + gram.T) / 2).to(dtype)
+
+
+def random_weight(rows: int, n: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """[rows, n] with some zero entries and, at times, a zero row."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, n, generator=generator, dtype=torch.float64)
+    weight[torch.rand(rows, n, generator=generator) < 0.1] = 0
+    if seed % 5 == 0:
+        weight[0] = 0
+    return weight.to(dtype)
+
+
+@st.composite
+def patterns(draw: st.DrawFn, n: int) -> Pattern:
+    """Any legal pattern of n inputs, the empty and the full mask among them."""
+    sizes = [m for m in range(2, min(n, 8) + 1) if n % m == 0]
+    if sizes and draw(st.booleans()):
+        of = draw(st.sampled_from(sizes))
+        return NM(keep=draw(st.integers(0, of)), of=of)
+    return Unstructured(keep=draw(st.integers(0, n)))
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn,
+    max_n: int = 16,
+    max_rows: int = 5,
+    dtype: torch.dtype = torch.float64,
+    kinds: tuple[str, ...] = KINDS,
+) -> LayerProblem:
+    """A layer of up to max_rows rows and max_n inputs, any kind of Gram matrix, any pattern."""
+    n = draw(st.integers(1, max_n))
+    rows = draw(st.integers(1, max_rows))
+    seed = draw(st.integers(0, 2**31 - 1))
+    gram = random_gram(n, draw(st.sampled_from(kinds)), seed, dtype)
+    return LayerProblem(random_weight(rows, n, seed + 1, dtype), gram, draw(patterns(n)))

@@ -1,0 +1,72 @@
+"""Exact counts: what a pattern prunes, and which masks it accepts."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskopt import NM, Unstructured
+from maskopt.errors import PatternError
+from maskopt.pattern import parse_pattern, pattern_from_dict, pattern_to_dict
+
+
+@given(st.integers(0, 999), st.integers(1, 5000))
+def test_sparsity_prunes_exactly_the_floor_of_the_decimal_product(thousandths, n):
+    pattern = Unstructured(sparsity=thousandths / 1000)
+    assert pattern.pruned_per_group(n) == math.floor(Fraction(thousandths, 1000) * n)
+
+
+def test_binary_rounding_does_not_lose_a_weight():
+    assert 0.29 * 100 < 29
+    assert Unstructured(sparsity=0.29).pruned_per_group(100) == 29
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1, 1.0, 1.5, float("nan"), float("inf"), "0.5", None])
+def test_impossible_sparsities(sparsity):
+    with pytest.raises(PatternError):
+        Unstructured(sparsity=sparsity)
+
+
+@pytest.mark.parametrize(("keep", "of"), [(5, 4), (-1, 4), (2, 0), (2.0, 4), (True, 4)])
+def test_impossible_nm(keep, of):
+    with pytest.raises(PatternError):
+        NM(keep=keep, of=of)
+
+
+def test_patterns_that_do_not_fit():
+    with pytest.raises(PatternError, match=r"keep=9 is more than the 8 inputs"):
+        Unstructured(keep=9).check(8)
+    with pytest.raises(PatternError, match=r"10 inputs do not divide into groups of 4"):
+        NM(keep=2, of=4).check(10)
+    with pytest.raises(PatternError):
+        Unstructured(sparsity=0.5, keep=3)
+
+
+def test_legality_counts_per_group():
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0, 0, 0]], dtype=torch.bool)
+    assert NM(keep=2, of=4).is_legal(mask).tolist() == [True, False]
+    assert Unstructured(keep=4).is_legal(mask).tolist() == [True, True]
+    assert Unstructured(sparsity=0.25).is_legal(mask).tolist() == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"), [("0.6", Unstructured(sparsity=0.6)), ("2:4", NM(keep=2, of=4))]
+)
+def test_text_and_json_forms(text, pattern):
+    assert parse_pattern(text) == pattern
+    assert pattern_from_dict(pattern_to_dict(pattern)) == pattern
+
+
+@pytest.mark.parametrize("text", ["", "half", "2:4:8", "4:2", "1.0", "a:b"])
+def test_text_that_is_no_pattern(text):
+    with pytest.raises(PatternError):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("data", [None, [], {}, {"kind": "nm", "keep": 2}, {"kind": "x"}])
+def test_json_that_is_no_pattern(data):
+    with pytest.raises(PatternError):
+        pattern_from_dict(data)

@@ -1,0 +1,168 @@
+"""LayerProblem and RowProblem: the objective, the checks at the door, save and load."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from strategies import problems, random_gram, random_weight
+
+from maskopt import NM, LayerProblem, RowProblem, Unstructured, solve
+from maskopt.errors import MaskoptError, PatternError, ProblemError, WarmStartError
+
+HALF = Unstructured(sparsity=0.5)
+
+
+@given(problems())
+def test_objective_is_the_mean_squared_change_of_the_output(problem):
+    mask = solve(problem, "random").mask
+    for i in range(problem.rows):
+        p = (~mask[i]).double()
+        expected = float(p @ problem.row(i).q() @ p)
+        assert float(problem.objective(mask)[i]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert problem.row(i).objective(mask[i]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_objective_in_blocks_equals_objective_at_once(monkeypatch):
+    problem = LayerProblem(random_weight(3, 40, 1), random_gram(40, "full", 0), HALF)
+    mask = solve(problem, "wanda").mask
+    whole = problem.objective(mask)
+    monkeypatch.setattr("maskopt.problem._OBJECTIVE_BLOCK_BYTES", 8 * 40 * 7)
+    torch.testing.assert_close(problem.objective(mask), whole, rtol=1e-12, atol=0)
+
+
+def test_numpy_and_half_precision_are_accepted():
+    gram = random_gram(8, "full", 0, torch.float32)
+    for weight in (
+        np.ones((2, 8), dtype=">f8"),
+        np.ones((2, 8), dtype=np.float16),
+        torch.ones(2, 8, dtype=torch.bfloat16),
+    ):
+        problem = LayerProblem(weight, gram.numpy(), HALF)
+        assert problem.objective(torch.ones(2, 8, dtype=torch.bool)).dtype == torch.float64
+    assert LayerProblem(torch.ones(2, 8), gram.half(), HALF).gram.dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+@pytest.mark.parametrize("kind", ["low-rank", "zero-columns", "duplicates", "outliers"])
+def test_singular_grams_of_any_scale_are_ordinary(kind, scale):
+    gram = (random_gram(12, kind, 3) * scale).float()
+    assert LayerProblem(torch.ones(1, 12), gram, HALF).n == 12
+
+
+def test_zero_gram_and_zero_weight_are_ordinary():
+    problem = LayerProblem(torch.zeros(2, 4), torch.zeros(4, 4), HALF)
+    assert problem.objective(solve(problem, "wanda").mask).tolist() == [0, 0]
+
+
+def test_slight_asymmetry_is_rounded_away_and_a_large_one_refused():
+    gram = random_gram(6, "full", 0)
+    noisy = gram.clone()
+    noisy[0, 1] += 1e-9
+    problem = LayerProblem(torch.ones(1, 6), noisy, HALF)
+    assert torch.equal(problem.gram, problem.gram.T)
+    gram[0, 1] += 100
+    with pytest.raises(ProblemError, match="not symmetric"):
+        LayerProblem(torch.ones(1, 6), gram, HALF)
+
+
+@pytest.mark.parametrize(
+    ("weight", "gram", "message"),
+    [
+        (torch.ones(4), torch.eye(4), r"must be \[rows, n\]"),
+        (torch.ones(0, 4), torch.eye(4), r"at least 1"),
+        (torch.ones(2, 4), torch.eye(5), r"gram must be \[4, 4\]"),
+        (torch.ones(2, 4), -torch.eye(4), r"least eigenvalue is -1"),
+        (torch.ones(2, 4), torch.eye(4) - 0.5, r"not positive semidefinite"),
+        (torch.full((2, 4), torch.nan), torch.eye(4), r"weight holds 8 NaN"),
+        (torch.ones(2, 4), torch.diag(torch.tensor([1, 1, 1, torch.inf])), r"gram holds 1 NaN"),
+        (torch.ones(2, 4, dtype=torch.long), torch.eye(4), r"floating-point"),
+        (np.ones((2, 4), dtype=complex), torch.eye(4), r"floating-point"),
+        ([[1.0] * 4], torch.eye(4), r"torch tensor or a NumPy array"),
+    ],
+)
+def test_bad_input_names_the_thing(weight, gram, message):
+    with pytest.raises(ProblemError, match=message):
+        LayerProblem(weight, gram, HALF, name="q_proj")
+
+
+def test_errors_carry_the_layers_name():
+    with pytest.raises(PatternError, match="q_proj"):
+        LayerProblem(torch.ones(2, 5), torch.eye(5), NM(keep=2, of=4), name="q_proj")
+    with pytest.raises(ProblemError, match="q_proj"):
+        LayerProblem(torch.full((2, 4), torch.nan), torch.eye(4), HALF, name="q_proj")
+
+
+def test_row_restrict_takes_the_columns_in_order():
+    problem = LayerProblem(random_weight(2, 8, 1), random_gram(8, "full", 0), HALF)
+    row = problem.row(1)
+    sub = row.restrict([5, 2, 7])
+    assert torch.equal(sub.weight, row.weight[[5, 2, 7]])
+    assert torch.equal(sub.gram, row.gram[[5, 2, 7]][:, [5, 2, 7]])
+    assert sub.as_layer().pruned_per_group == 1
+    assert row.restrict([0, 1, 2, 3], NM(keep=1, of=2)).pattern == NM(keep=1, of=2)
+    for columns in ([], [1, 1], [8], [-1], [[1]]):
+        with pytest.raises(ProblemError):
+            row.restrict(columns)
+    with pytest.raises(PatternError):
+        row.restrict([0, 1], Unstructured(keep=3))
+    with pytest.raises(ProblemError):
+        problem.row(2)
+
+
+@pytest.mark.parametrize("pattern", [HALF, Unstructured(keep=3), NM(keep=2, of=4)])
+def test_save_and_load_round_trip(tmp_path, pattern):
+    problem = LayerProblem(random_weight(2, 8, 1), random_gram(8, "full", 0), pattern, name="a.b")
+    problem.save(tmp_path / "layer.npz")
+    back = LayerProblem.load(tmp_path / "layer.npz")
+    assert torch.equal(back.weight, problem.weight)
+    assert torch.equal(back.gram, problem.gram)
+    assert (back.pattern, back.name) == (pattern, "a.b")
+    problem.row(1).save(tmp_path / "row.npz")
+    row = RowProblem.load(tmp_path / "row.npz")
+    assert torch.equal(row.weight, problem.weight[1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["layer.npz", "row.npz"]
+    with pytest.raises(ProblemError, match="holds a row problem"):
+        LayerProblem.load(tmp_path / "row.npz")
+
+
+def test_load_refuses_pickles_and_rubbish(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, header=np.array({"a": 1}, dtype=object))
+    with pytest.raises(ProblemError, match="not a maskopt instance"):
+        RowProblem.load(path)
+    path.write_bytes(b"rubbish")
+    with pytest.raises(ProblemError, match="not a maskopt instance"):
+        RowProblem.load(path)
+    with pytest.raises(ProblemError, match="no such file"):
+        RowProblem.load(tmp_path / "missing.npz")
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    row = RowProblem(torch.ones(4), torch.eye(4), HALF)
+
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        row.save(tmp_path / "row.npz")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 3, dtype=torch.bool), "shape"),
+        (torch.ones(2, 4), "must be bool"),
+        (torch.ones(2, 4, dtype=torch.bool), "row 0 prunes 0 of 4"),
+        ("not-a-solver", "unknown solver"),
+        ([[True]], "shape"),
+    ],
+)
+def test_bad_warm_starts(mask, message):
+    problem = LayerProblem(torch.ones(2, 4), torch.eye(4), HALF)
+    with pytest.raises(MaskoptError, match=message):
+        solve(problem, "elimination", warm_start=mask)
+    if not isinstance(mask, str):
+        with pytest.raises(WarmStartError):
+            problem.check_mask(mask)
