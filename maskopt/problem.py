@@ -46,6 +46,7 @@ class LayerProblem:
             Symmetrised and checked once: shape, finite, positive semidefinite up to rounding.
         pattern: `Unstructured` or `NM`.
         name: how messages and reports call the layer.
+        mean: [n], the mean of the inputs, for the few methods that need more than G (`dsnot`).
         assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
             was accumulated as XXᵀ and is semidefinite by construction.
 
@@ -63,6 +64,7 @@ class LayerProblem:
         pattern: Pattern,
         *,
         name: str = "",
+        mean: ArrayLike | None = None,
         assume_psd: bool = False,
     ) -> None:
         self.name = name
@@ -91,6 +93,11 @@ class LayerProblem:
             raise PatternError(f"{label}{error}") from None
         self.pattern = pattern
         self.gram: Float[Tensor, "n n"] = _symmetric(gram_tensor, label)
+        self.mean: Float[Tensor, " n"] | None = None
+        if mean is not None:
+            self.mean = _as_tensor(mean, f"{label}mean")
+            if self.mean.shape != (n,):
+                raise ProblemError(f"{label}mean must be [{n}], not {list(self.mean.shape)}")
         if not assume_psd:
             _check_semidefinite(self.gram, label)
 
@@ -159,27 +166,27 @@ class LayerProblem:
         if not -self.rows <= index < self.rows:
             raise ProblemError(f"row {index} of a layer with {self.rows} rows")
         name = f"{self.name}[{index % self.rows}]"
-        return RowProblem._trusted(self.weight[index], self.gram, self.pattern, name)
+        return RowProblem._of(self._like(self.weight[index][None], name))
 
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
         """The problem of some rows only; shares gram."""
-        return LayerProblem._trusted(self.weight[rows], self.gram, self.pattern, self.name)
+        return self._like(self.weight[rows], self.name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
-        _save(path, "layer", self.weight, self.gram, self.pattern, self.name)
+        _save(path, "layer", self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
         """Read what `save` wrote; all checks of the constructor run again."""
-        weight, gram, pattern, name = _load(path, "layer")
-        return cls(weight, gram, pattern, name=name)
+        weight, gram, mean, pattern, name = _load(path, "layer")
+        return cls(weight, gram, pattern, name=name, mean=mean)
 
-    @classmethod
-    def _trusted(cls, weight: Tensor, gram: Tensor, pattern: Pattern, name: str) -> LayerProblem:
-        """A problem whose parts come out of one that was checked."""
-        problem = cls.__new__(cls)
-        problem.weight, problem.gram, problem.pattern, problem.name = weight, gram, pattern, name
+    def _like(self, weight: Tensor, name: str) -> LayerProblem:
+        """Other rows of the same layer: nothing is checked again."""
+        problem = LayerProblem.__new__(LayerProblem)
+        problem.weight, problem.name = weight, name
+        problem.gram, problem.mean, problem.pattern = self.gram, self.mean, self.pattern
         return problem
 
     def __repr__(self) -> str:
@@ -195,17 +202,24 @@ class RowProblem:
     """
 
     def __init__(
-        self, weight: ArrayLike, gram: ArrayLike, pattern: Pattern, *, name: str = ""
+        self,
+        weight: ArrayLike,
+        gram: ArrayLike,
+        pattern: Pattern,
+        *,
+        name: str = "",
+        mean: ArrayLike | None = None,
     ) -> None:
         tensor = _as_tensor(weight, "weight")
         if tensor.ndim != 1:
             raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
-        self._layer = LayerProblem(tensor[None], gram, pattern, name=name)
+        self._layer = LayerProblem(tensor[None], gram, pattern, name=name, mean=mean)
 
     @classmethod
-    def _trusted(cls, weight: Tensor, gram: Tensor, pattern: Pattern, name: str) -> RowProblem:
+    def _of(cls, layer: LayerProblem) -> RowProblem:
+        """A layer of one row that was checked already."""
         problem = cls.__new__(cls)
-        problem._layer = LayerProblem._trusted(weight[None], gram, pattern, name)
+        problem._layer = layer
         return problem
 
     @property
@@ -254,18 +268,22 @@ class RowProblem:
             raise ProblemError(f"columns must be distinct and within 0 … {self.n - 1}")
         new = pattern or self.pattern
         new.check(len(index))
-        gram = self.gram[index][:, index].contiguous()
-        return RowProblem._trusted(self.weight[index], gram, new, self.name)
+        layer = self._layer._like(self.weight[index][None], self.name)
+        layer.gram, layer.pattern = self.gram[index][:, index].contiguous(), new
+        layer.mean = None if self._layer.mean is None else self._layer.mean[index]
+        return RowProblem._of(layer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
-        _save(path, "row", self.weight, self.gram, self.pattern, self.name)
+        _save(path, "row", self._layer)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RowProblem:
         """Read what `save` wrote; all checks of the constructor run again."""
-        weight, gram, pattern, name = _load(path, "row")
-        return cls(weight, gram, pattern, name=name)
+        weight, gram, mean, pattern, name = _load(path, "row")
+        if weight.ndim != 2 or weight.shape[0] != 1:
+            raise ProblemError(f"{path}: a row's weight must be [1, n], not {list(weight.shape)}")
+        return cls(weight[0], gram, pattern, name=name, mean=mean)
 
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
@@ -324,30 +342,30 @@ def _check_semidefinite(gram: Tensor, label: str) -> None:
         )
 
 
-def _save(
-    path: str | os.PathLike[str],
-    kind: str,
-    weight: Tensor,
-    gram: Tensor,
-    pattern: Pattern,
-    name: str,
-) -> None:
-    weight = weight.cpu()
-    if weight.dtype == torch.bfloat16:
-        weight = weight.float()
-    header = json.dumps(
-        {"format": "maskopt-1", "kind": kind, "name": name, "pattern": pattern_to_dict(pattern)}
-    )
+def _save(path: str | os.PathLike[str], kind: str, layer: LayerProblem) -> None:
+    pattern = pattern_to_dict(layer.pattern)
+    header = {"format": "maskopt-1", "kind": kind, "name": layer.name, "pattern": pattern}
+    arrays = {"weight": _as_numpy(layer.weight), "gram": _as_numpy(layer.gram)}
+    if layer.mean is not None:
+        arrays["mean"] = _as_numpy(layer.mean)
     with atomic_write(Path(path)) as file:
-        np.savez(file, header=np.array(header), weight=weight.numpy(), gram=gram.cpu().numpy())
+        np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
 
 
-def _load(path: str | os.PathLike[str], kind: str) -> tuple[np.ndarray, np.ndarray, Pattern, str]:
+def _as_numpy(tensor: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: it is widened to float32, which holds it exactly."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+def _load(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, Pattern, str]:
     try:
         # EOFError, zipfile and zlib errors, and ValueError for pickles: all mean "not ours"
         with np.load(path, allow_pickle=False) as archive:
             header = json.loads(str(archive["header"]))
             weight, gram = archive["weight"], archive["gram"]
+            mean = archive.get("mean")
     except FileNotFoundError:
         raise ProblemError(f"{path}: no such file") from None
     except Exception as error:
@@ -356,4 +374,5 @@ def _load(path: str | os.PathLike[str], kind: str) -> tuple[np.ndarray, np.ndarr
         raise ProblemError(f"{path}: not a maskopt instance of a format that this version reads")
     if header.get("kind") != kind:
         raise ProblemError(f"{path}: holds a {header.get('kind')} problem, not a {kind} problem")
-    return weight, gram, pattern_from_dict(header.get("pattern")), str(header.get("name", ""))
+    pattern = pattern_from_dict(header.get("pattern"))
+    return weight, gram, mean, pattern, str(header.get("name", ""))

@@ -18,7 +18,7 @@ def test_import_contracts_hold():
 
 def test_every_entry_point_loads_and_is_a_solver():
     points = entry_points(group=ENTRY_POINT_GROUP)
-    assert len(points) >= 7
+    assert len(points) >= 9
     for point in points:
         solver = point.load()()
         assert isinstance(solver, Solver)
