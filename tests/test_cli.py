@@ -1,0 +1,34 @@
+"""The command line as a user meets it: one clear line for an expected error, no traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+from maskopt import available_solvers
+
+
+def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from maskopt.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_solvers_lists_every_backend():
+    result = run("solvers")
+    assert result.returncode == 0, result.stderr
+    for name in available_solvers():
+        assert f" {name} " in result.stdout
+
+
+def test_help_names_every_command():
+    result = run("--help")
+    assert result.returncode == 0, result.stderr
+    assert "solvers" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [("no-such-command",), ("solvers", "--no-such-option")])
+def test_usage_errors_exit_with_2_and_no_traceback(arguments):
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "No such" in result.stderr
