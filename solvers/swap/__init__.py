@@ -1,0 +1,5 @@
+"""1-swap local search: the engine, its kernels, and the solver that the registry finds."""
+
+from maskopt.solvers.swap.solver import SwapSolver
+
+__all__ = ["SwapSolver"]

@@ -1,0 +1,115 @@
+"""The state of a batch of rows under 1-swap search, shared by every kernel.
+
+Notation as in SparseSwaps (arXiv 2512.10922). For one row with weights x, pruned set P, kept set U
+and c = G(x ⊙ pruned), exchanging a kept u for a pruned p changes the objective by
+
+    Δ(u, p) = a_u + b_p − 2 x_u x_p G_up,   a_u = x_u²G_uu + 2 x_u c_u,   b_p = x_p²G_pp − 2 x_p c_p.
+
+Rows are scaled by a power of two, which changes no comparison and no tie, so that Σ x_j²G_jj is in
+[¼, 1): weights of any size, denormals included, then live in the middle of the floating-point range
+and tolerances need no units. Everything that decides a swap is float64; float32 only proposes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from maskopt.problem import LayerProblem
+from maskopt.solution import SWAP_TOLERANCE, swap_threshold
+
+#: a swap is made when it gains more than this part of `swap_threshold`. Half of it leaves the proof
+#: a margin far above the float64 rounding of Δ, in which no independent check can disagree.
+ACCEPT = 0.5
+#: float32 arithmetic needs Σ x²G_jj ≈ 1 to come out of factors of ordinary size
+_FLOAT32_RANGE = 2.0**60
+
+
+@dataclass
+class Batch:
+    """Rows of one layer, and where each of them stands. All tensors are on the layer's device."""
+
+    x: Float[Tensor, "rows n"]
+    """float64 weights times a power of two per row."""
+    gram: Float[Tensor, "n n"]
+    """The layer's G, as given (float32 or float64); never copied."""
+    kept: Bool[Tensor, "rows n"]
+    """The masks; kernels change them in place."""
+    group: int
+    """Swaps stay inside groups of so many consecutive inputs (n for unstructured patterns)."""
+    c: Float[Tensor, "rows n"]
+    """float64 G(x ⊙ pruned); kernels keep it up to date."""
+    objective: Float[Tensor, " rows"]
+    """float64 f in scaled units; falls by −Δ with every swap."""
+    mass: Float[Tensor, " rows"]
+    """float64 Σ x_j²G_jj in scaled units."""
+    scale: Float[Tensor, " rows"]
+    """float64; the row's true objective is objective · scale."""
+    swaps: Int[Tensor, " rows"]
+    """Swaps made so far."""
+    diagonal: Float[Tensor, " n"]
+    """float64 G_jj."""
+    single: bool
+    """Whether float32 may propose swaps; False for extreme ranges and for float64 G."""
+
+    @classmethod
+    def of(cls, problem: LayerProblem, kept: Bool[Tensor, "rows n"]) -> Batch:
+        """Scaled rows with the given legal masks; c and objective still to be computed."""
+        diagonal = problem.gram.diagonal().double()
+        weight = problem.weight.double()
+        # a first power of two keeps w² in range, a second one brings Σ x²G_jj to [¼, 1)
+        first = _power_of_two(weight.abs().amax(1))
+        spread = _power_of_two(diagonal.max()[None])
+        x = weight / first[:, None]
+        mass = x.square() @ (diagonal / spread)
+        second = _even_power_of_two(mass)
+        root = _even_power_of_two(spread).sqrt()
+        x = x / (second.sqrt() * root)[:, None]
+        scale = (first * second.sqrt() * root).square()
+        mass = x.square() @ diagonal
+        zeros = torch.zeros_like(mass)
+        in_range = float(x.abs().max()) < _FLOAT32_RANGE and float(spread) < _FLOAT32_RANGE**2
+        return cls(
+            x=x,
+            gram=problem.gram,
+            kept=kept.clone(),
+            group=problem.group_size,
+            c=torch.zeros_like(x),
+            objective=zeros,
+            mass=mass,
+            scale=scale,
+            swaps=torch.zeros(len(x), dtype=torch.int64, device=x.device),
+            diagonal=diagonal,
+            single=problem.gram.dtype == torch.float32 and in_range,
+        )
+
+    @property
+    def rows(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def n(self) -> int:
+        return self.x.shape[1]
+
+    def threshold(self, rows: Int[Tensor, " some"] | slice = slice(None)) -> Float[Tensor, " some"]:
+        """A swap is made when Δ < −threshold: float64, from the row's present objective."""
+        objective = self.objective[rows].clamp(min=0.0)
+        return ACCEPT * swap_threshold(objective, self.mass[rows], SWAP_TOLERANCE)
+
+
+def _power_of_two(value: Tensor) -> Tensor:
+    """The power of two that is above the value by at most a factor of 2; 1 for 0. Exact."""
+    numbers = value.cpu().numpy()
+    power = np.where(numbers > 0, np.ldexp(1.0, np.frexp(numbers)[1]), 1.0)
+    return torch.from_numpy(power).to(value.device)
+
+
+def _even_power_of_two(value: Tensor) -> Tensor:
+    """The power of four that is above the value by at most a factor of 4; 1 for 0. Exact."""
+    numbers = value.cpu().numpy()
+    exponent = (np.frexp(numbers)[1] + 1) // 2 * 2
+    return torch.from_numpy(np.where(numbers > 0, np.ldexp(1.0, exponent), 1.0)).to(value.device)

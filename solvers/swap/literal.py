@@ -1,0 +1,138 @@
+"""The paper's algorithm to the letter: the reference that every faster kernel is measured against.
+
+SparseSwaps (arXiv 2512.10922), batched over rows in torch: for every single swap all |U|·|P| pairs
+are scanned, and the best is made, until none improves. The only additions are tiling (rows, and the
+pairs of one row, under a memory limit) and rigour: c and the chosen pair are float64, and a row is
+done only when a float64 scan finds no improving pair.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from maskopt.solvers.swap.batch import Batch
+
+#: bytes per pair that a scan holds at once: Δ, the gathered G, a temporary
+_PAIR_BYTES = 4
+
+
+def refine_literally(
+    batch: Batch,
+    *,
+    max_swaps: int | None,
+    deadline: float,
+    memory: int,
+    progress: Callable[[int], None],
+) -> Tensor:
+    """Swap every row to 1-swap optimality; returns bool [rows], whether it is proven.
+
+    A row stops early at max_swaps, all rows at the deadline (time.monotonic).
+    """
+    refresh(batch, torch.arange(batch.rows, device=batch.x.device), memory)
+    proven = torch.zeros(batch.rows, dtype=torch.bool, device=batch.x.device)
+    double = torch.full_like(proven, not batch.single)
+    active = batch.swaps < (math.inf if max_swaps is None else max_swaps)
+    while bool(active.any()) and time.monotonic() < deadline:
+        for exact in (False, True):
+            rows = (active & (double == exact)).nonzero()[:, 0]
+            if not len(rows):
+                continue
+            kept, pruned, delta = best_swaps(batch, rows, exact, memory)
+            improving = delta < -batch.threshold(rows)
+            proven[rows[~improving]] = exact
+            active[rows[~improving]] = not exact
+            double[rows[~improving]] = True
+            swap(batch, rows[improving], kept[improving], pruned[improving], delta[improving])
+        active &= batch.swaps < (math.inf if max_swaps is None else max_swaps)
+        progress(batch.rows - int(active.sum()))
+    return proven
+
+
+def refresh(batch: Batch, rows: Tensor, memory: int) -> None:
+    """c and the objective of some rows from scratch, float64, G widened a few columns at a time."""
+    dropped = torch.where(batch.kept[rows], 0.0, batch.x[rows])
+    step = max(1, memory // (2 * 8 * batch.n))
+    for start in range(0, batch.n, step):
+        block = slice(start, start + step)
+        batch.c[rows, block] = dropped @ batch.gram[:, block].double()
+    batch.objective[rows] = (batch.c[rows] * dropped).sum(1)
+
+
+def swap(batch: Batch, rows: Tensor, kept: Tensor, pruned: Tensor, delta: Tensor) -> None:
+    """Make one swap in each of some rows: c ← c + x_u G_:u − x_p G_:p."""
+    batch.kept[rows, kept] = False
+    batch.kept[rows, pruned] = True
+    batch.c[rows] += batch.x[rows, kept, None] * batch.gram[kept].double()
+    batch.c[rows] -= batch.x[rows, pruned, None] * batch.gram[pruned].double()
+    batch.objective[rows] += delta
+    batch.swaps[rows] += 1
+
+
+def best_swaps(
+    batch: Batch, rows: Tensor, exact: bool, memory: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best pair of each row over all legal pairs: kept [rows], pruned [rows], Δ float64.
+
+    Δ of all pairs is formed in float64 where `exact`, else in float32; the Δ returned is float64.
+    Of equal pairs the one of lowest kept, then lowest pruned index. Δ is +inf where no pair exists.
+    """
+    groups = batch.n // batch.group
+    keep = int(batch.kept[rows[0]].sum()) // groups
+    pairs = groups * keep * (batch.group - keep)
+    if pairs == 0:
+        none = torch.zeros_like(rows)
+        return (
+            none,
+            none,
+            torch.full(rows.shape, torch.inf, dtype=torch.float64, device=none.device),
+        )
+    bytes_per_row = pairs * _PAIR_BYTES * (4 if exact else 2)
+    tile = max(1, memory // bytes_per_row)
+    slices = -(-bytes_per_row // memory) if tile == 1 else 1
+    found = [_best_of_tile(batch, part, exact, slices) for part in rows.split(tile)]
+    kept, pruned, delta = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return kept, pruned, delta
+
+
+def _best_of_tile(
+    batch: Batch, rows: Tensor, exact: bool, slices: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = batch.n // batch.group
+    mask, x, c = batch.kept[rows], batch.x[rows], batch.c[rows]
+    kept = mask.nonzero()[:, 1].view(len(rows), groups, -1)
+    pruned = (~mask).nonzero()[:, 1].view(len(rows), groups, -1)
+    square, linear = x.square() * batch.diagonal, 2 * x * c
+    a, b = square + linear, square - linear
+    dtype = torch.float64 if exact else torch.float32
+
+    def pick(values: Tensor, index: Tensor) -> Tensor:
+        return values.gather(1, index.flatten(1)).view(index.shape)
+
+    x_p, b_p = pick(x, pruned).to(dtype), pick(b, pruned).to(dtype)
+    best = torch.full((len(rows),), torch.inf, dtype=dtype, device=rows.device)
+    best_kept, best_pruned = torch.zeros_like(rows), torch.zeros_like(rows)
+    for part in kept.split(max(1, -(-kept.shape[2] // slices)), dim=2):
+        delta = batch.gram[part[..., :, None], pruned[..., None, :]].to(dtype)
+        delta *= (-2 * pick(x, part)).to(dtype)[..., :, None]
+        delta *= x_p[..., None, :]
+        delta += pick(a, part).to(dtype)[..., :, None]
+        delta += b_p[..., None, :]
+        value, position = delta.flatten(1).min(1)
+        size = delta.shape[1:]
+        group = position // (size[1] * size[2])
+        u = position // size[2] % size[1]
+        better = value < best
+        best = torch.where(better, value, best)
+        line = torch.arange(len(rows), device=rows.device)
+        best_kept = torch.where(better, part[line, group, u], best_kept)
+        best_pruned = torch.where(better, pruned[line, group, position % size[2]], best_pruned)
+    line = torch.arange(len(rows), device=rows.device)
+    exact_delta = a[line, best_kept] + b[line, best_pruned]
+    cross = batch.gram[best_kept, best_pruned].double()
+    exact_delta -= 2 * x[line, best_kept] * x[line, best_pruned] * cross
+    return best_kept, best_pruned, exact_delta

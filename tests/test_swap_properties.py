@@ -1,0 +1,167 @@
+"""What 1-swap search promises, for every kernel that runs here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import problems, random_gram, random_weight
+
+from maskopt import (
+    NM,
+    LayerProblem,
+    Solution,
+    Status,
+    Unstructured,
+    improving_swap,
+    solve,
+    verify,
+)
+from maskopt.errors import OptionError, WarmStartError
+
+KERNELS = ("literal",)
+DTYPES = (torch.float32, torch.float64)
+
+
+def start_of(problem: LayerProblem, start: str) -> torch.Tensor:
+    return solve(problem, start).mask
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+def test_ends_at_a_one_swap_optimum(kernel: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    problem = data.draw(problems(dtype=dtype))
+    start = start_of(problem, data.draw(st.sampled_from(["wanda", "random", "worst"])))
+    solution = solve(problem, "swap", warm_start=start, kernel=kernel)
+    verify(problem, solution)
+    assert solution.status == (Status.SWAP_OPTIMAL,) * problem.rows
+    slack = 1e-12 * problem.diagonal_mass()
+    assert bool((solution.objective <= problem.objective(start) + slack).all())
+    for i in range(problem.rows):
+        assert improving_swap(problem.row(i), solution.mask[i]) is None
+    again = solve(problem, "swap", warm_start=solution.mask, kernel=kernel)
+    assert torch.equal(again.mask, solution.mask)
+    assert int(again.trace["swaps"].sum()) == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(problem=problems(max_rows=4))
+def test_row_by_row_equals_batched(kernel: str, problem: LayerProblem) -> None:
+    batched = solve(problem, "swap", kernel=kernel)
+    for i in range(problem.rows):
+        alone = solve(problem.row(i), "swap", kernel=kernel)
+        assert torch.equal(alone.mask[0], batched.mask[i])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(
+    seed=st.integers(0, 1000),
+    power=st.integers(-20, 20),
+    pattern=st.sampled_from([Unstructured(sparsity=0.5), NM(2, 4)]),
+)
+def test_scales_change_nothing(kernel: str, seed: int, power: int, pattern: Unstructured) -> None:
+    n = 16
+    weight, gram = random_weight(3, n, seed), random_gram(n, "full", seed)
+    plain = solve(LayerProblem(weight, gram, pattern), "swap", kernel=kernel)
+    factor = 2.0**power
+    for w, g in ((weight * factor, gram), (weight, gram * factor)):
+        scaled = solve(LayerProblem(w, g, pattern), "swap", kernel=kernel)
+        assert torch.equal(scaled.mask, plain.mask)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(seed=st.integers(0, 1000))
+def test_equivariant_under_permutations(kernel: str, seed: int) -> None:
+    n, pattern = 16, Unstructured(sparsity=0.5)
+    weight = torch.randn(3, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gram = random_gram(n, "full", seed)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    plain = solve(LayerProblem(weight, gram, pattern), "swap", kernel=kernel)
+    moved = LayerProblem(weight[:, order], gram[order][:, order], pattern)
+    assert torch.equal(solve(moved, "swap", kernel=kernel).mask, plain.mask[:, order])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(2, 4)], ids=str)
+def test_stopped_by_max_swaps_goes_on_from_there(kernel: str, pattern: Unstructured) -> None:
+    problem = LayerProblem(random_weight(4, 32, 1), random_gram(32, "full", 2), pattern)
+    full = solve(problem, "swap", warm_start="worst", kernel=kernel)
+    assert int(full.trace["swaps"].min()) > 2 or problem.weight[0].eq(0).all()
+    nothing = solve(problem, "swap", warm_start="worst", kernel=kernel, max_swaps=0)
+    assert torch.equal(nothing.mask, start_of(problem, "worst"))
+    assert set(nothing.status) == {Status.FEASIBLE}
+    two = solve(problem, "swap", warm_start="worst", kernel=kernel, max_swaps=2)
+    assert int(two.trace["swaps"].max()) == 2
+    verify(problem, two)
+    assert bool((two.objective <= nothing.objective).all())
+    rest: Solution = solve(problem, "swap", warm_start=two.mask, kernel=kernel)
+    assert set(rest.status) == {Status.SWAP_OPTIMAL}
+    verify(problem, rest)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_time_limit_leaves_a_feasible_mask(kernel: str) -> None:
+    problem = LayerProblem(
+        random_weight(4, 32, 1), random_gram(32, "full", 2), Unstructured(sparsity=0.5)
+    )
+    solution = solve(problem, "swap", warm_start="worst", kernel=kernel, time_limit=0.0)
+    assert set(solution.status) == {Status.FEASIBLE}
+    verify(problem, solution)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("memory_limit", [1, 10_000, 2**30])
+def test_tiles_change_nothing(kernel: str, memory_limit: int) -> None:
+    for pattern in (Unstructured(sparsity=0.6), NM(2, 4)):
+        problem = LayerProblem(
+            random_weight(7, 40, 3, torch.float32), random_gram(40, "full", 4).float(), pattern
+        )
+        tiled = solve(problem, "swap", kernel=kernel, memory_limit=memory_limit)
+        assert torch.equal(tiled.mask, solve(problem, "swap", kernel=kernel).mask)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("weight_scale", [1e-44, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("gram_scale", [1e-30, 1.0, 1e30])
+def test_extreme_scales(kernel: str, weight_scale: float, gram_scale: float) -> None:
+    weight = (random_weight(3, 24, 7) * weight_scale).float()
+    gram = (random_gram(24, "outliers", 8) * gram_scale).float()
+    problem = LayerProblem(weight, gram, Unstructured(sparsity=0.5))
+    solution = solve(problem, "swap", kernel=kernel)
+    verify(problem, solution)
+    assert set(solution.status) == {Status.SWAP_OPTIMAL}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(kernel: str, dtype: torch.dtype) -> None:
+    weight = random_weight(3, 24, 7).to(dtype)
+    problem = LayerProblem(weight, random_gram(24, "full", 8).float(), NM(2, 4))
+    solution = solve(problem, "swap", kernel=kernel)
+    verify(problem, solution)
+    assert set(solution.status) == {Status.SWAP_OPTIMAL}
+
+
+def test_bad_input_has_a_clear_error() -> None:
+    problem = LayerProblem(random_weight(2, 8, 1), random_gram(8, "full", 1), NM(2, 4))
+    with pytest.raises(WarmStartError, match="row 0 prunes 8 of 8"):
+        solve(problem, "swap", warm_start=torch.zeros(2, 8, dtype=torch.bool))
+    with pytest.raises(WarmStartError, match="shape"):
+        solve(problem, "swap", warm_start=torch.ones(2, 7, dtype=torch.bool))
+    for options in (
+        {"kernel": "fast"},
+        {"max_swaps": -1},
+        {"time_limit": float("nan")},
+        {"memory_limit": 0},
+    ):
+        with pytest.raises(OptionError, match="swap"):
+            solve(problem, "swap", **options)
+
+
+def test_progress_is_reported() -> None:
+    seen: list[tuple[int, int]] = []
+    problem = LayerProblem(random_weight(5, 16, 1), random_gram(16, "full", 1), NM(2, 4))
+    solve(problem, "swap", on_progress=lambda done, rows: seen.append((done, rows)))
+    assert seen[-1] == (5, 5)
