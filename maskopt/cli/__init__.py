@@ -7,7 +7,7 @@ import sys
 import click
 import typer
 
-from maskopt.cli import solvers
+from maskopt.cli import compare, extract, solvers
 from maskopt.cli.console import errors
 from maskopt.errors import MaskoptError
 
@@ -19,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("solvers")(solvers.solvers)
+app.command("compare")(compare.compare)
+app.command("extract")(extract.extract)
 
 
 @app.callback()

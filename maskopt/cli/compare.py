@@ -1,0 +1,88 @@
+"""`maskopt compare`: the same rows through several solvers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from maskopt.cli.console import errors, output, progress_bars
+from maskopt.cli.instances import load_layers, option_list
+from maskopt.compare import Record, check_format, sample_rows
+from maskopt.compare import compare as compare_rows
+from maskopt.pattern import parse_pattern
+
+
+def compare(
+    source: Annotated[list[Path], typer.Argument(help="A model folder, or .npz instances.")],
+    solvers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "wanda,swap,scip",
+    rows: Annotated[int, typer.Option(min=1, help="Rows sampled from every layer.")] = 4,
+    columns: Annotated[
+        int | None, typer.Option(min=1, help="Inputs sampled per row; all by default.")
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="0.6 or 2:4; by default what the instances say.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Of a model: layer name patterns, separated by commas.")
+    ] = None,
+    time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds a row.")] = None,
+    jobs: Annotated[int, typer.Option(help="Rows at a time; −1: one a core.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the sample and of the solvers.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", help=".jsonl (resumable), .csv or .parquet."),
+    ] = None,
+) -> None:
+    """Solve the same rows with several solvers: objective, bound, gap, status, time."""
+    if out is not None:
+        check_format(out)
+    wanted = parse_pattern(pattern) if pattern else None
+    problems = load_layers(source, pattern=wanted, layers=layers, seed=seed)
+    sampled = sample_rows(problems, rows, columns=columns, pattern=wanted, seed=seed)
+    with progress_bars() as bars:
+        task = bars.add_task("solving", total=len(sampled) * len(option_list(solvers)))
+        records = compare_rows(
+            sampled,
+            option_list(solvers),
+            time_limit=time_limit,
+            seed=seed,
+            jobs=jobs,
+            output=out,
+            on_progress=lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    output.print(comparison_table(records))
+    for record in records:
+        if record.error:
+            errors.print(f"{record.instance}, {record.solver}: {record.error}", soft_wrap=True)
+    if out is not None:
+        output.print(f"written: {out}")
+
+
+def comparison_table(records: list[Record]) -> Table:
+    """One line a row and solver."""
+    table = Table()
+    table.add_column("instance, n", overflow="fold")
+    table.add_column("solver", no_wrap=True)
+    for heading in ("objective", "bound", "gap", "> optimum"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    last = None
+    for r in records:
+        here = (r.instance, r.n, r.pattern)
+        shown = "" if here == last else f"{r.instance}, {r.n}, {r.pattern}"
+        last = here
+        table.add_row(
+            shown,
+            r.solver,
+            f"{r.objective:.4g}",
+            f"{r.lower_bound:.4g}",
+            f"{r.gap:.2%}",
+            "?" if r.excess != r.excess else f"{r.excess:.2%}",
+            r.status,
+            f"{r.seconds:.2f}",
+        )
+    return table

@@ -1,0 +1,82 @@
+"""`maskopt extract`: one row as an instance that other programs read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from maskopt.cli.console import output
+from maskopt.cli.instances import load_layers, option_list
+from maskopt.errors import OptionError, SolverError
+from maskopt.pattern import parse_pattern
+from maskopt.solver import get_solver
+
+FORMATS = ("npz", "cip", "lp", "mps")
+
+
+def extract(
+    source: Annotated[Path, typer.Argument(help="A model folder, or an .npz instance.")],
+    destination: Annotated[Path, typer.Argument(help="The file to write.")],
+    row: Annotated[int, typer.Option(min=0, help="Which row of the layer.")] = 0,
+    layer: Annotated[str | None, typer.Option(help="Of a model: the layer's name.")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="How many inputs to sample, or their indices separated by commas."),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="0.6 or 2:4; by default what the instance says.")
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="npz, cip, lp or mps; by default the ending of the name."),
+    ] = None,
+    formulation: Annotated[
+        str, typer.Option(help="factored, linear (mps holds no squares) or epigraph.")
+    ] = "factored",
+    seed: Annotated[int, typer.Option(help="Of the sampled inputs.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write one row, or a toy instance out of it, for this program or for any other IP solver."""
+    form = form or destination.suffix.lstrip(".")
+    if form not in FORMATS:
+        raise OptionError(f"unknown format {form!r}; one of {', '.join(FORMATS)}")
+    if destination.exists() and not overwrite:
+        raise OptionError(f"{destination} exists; pass --overwrite to replace it")
+    if not destination.absolute().parent.is_dir():
+        raise OptionError(f"{destination.parent}: no such folder")
+    wanted = parse_pattern(pattern) if pattern else None
+    layers = load_layers([source], pattern=wanted, layers=layer, seed=seed)
+    if len(layers) != 1:
+        names = ", ".join(problem.name for problem in layers[:8])
+        raise OptionError(f"--layer must name one layer; {len(layers)} match: {names}")
+    problem = layers[0].row(row)
+    chosen = np.arange(problem.n)
+    if columns is not None:
+        chosen = _columns(columns, problem.n, seed)
+    if columns is not None or wanted is not None:
+        problem = problem.restrict(chosen, wanted)
+    if form == "npz":
+        problem.save(destination)
+    else:
+        solver = get_solver("scip")
+        write = getattr(solver, "extract", None)
+        if write is None:
+            raise SolverError("the solver registered as 'scip' cannot write instances")
+        write(problem, destination, form=form, formulation=formulation)
+    output.print(f"{destination}: {problem!r}")
+
+
+def _columns(text: str, n: int, seed: int) -> np.ndarray:
+    parts = option_list(text)
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        raise OptionError(f"--columns takes whole numbers, not {text!r}") from None
+    if len(numbers) > 1:
+        return np.array(numbers)
+    if not numbers or not 1 <= numbers[0] <= n:
+        raise OptionError(f"--columns must lie in 1 … {n}")
+    return np.sort(np.random.default_rng(seed).choice(n, size=numbers[0], replace=False))
