@@ -120,7 +120,7 @@ def solve_row(task: RowTask) -> RowAnswer:
         for first in range(0, n, task.group):
             model.addConstr(p[first : first + task.group].sum() == task.pruned)
         model.setObjective(p @ (task.q * scale) @ p)
-        p.Start = start.astype(float)
+        p.Start = start.astype(float)  # type: ignore[assignment, unused-ignore]
         model.Params.Threads = 1
         model.Params.Seed = task.seed % 2_000_000_000
         model.Params.MIPGap = task.gap_limit
