@@ -1,0 +1,101 @@
+"""Streaming accumulation of a Gram matrix: G = (1/T) Σ_t x_t x_tᵀ, token by token batch.
+
+Products are taken in float32 (float64 for float64 inputs) over at most `CHUNK` tokens and summed in float64, so the result does
+not drift with the number of tokens. Only the upper triangle is computed, in column tiles of a fixed
+size: the bits do not depend on how many threads worked on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskopt.errors import ProblemError
+
+#: tokens whose products are summed in float32 before they go to float64
+CHUNK = 512
+#: rows of G that one tile computes
+TILE = 512
+
+
+class Gram:
+    """The Gram matrix of a layer's inputs, accumulated over batches of tokens.
+
+    Args:
+        n: number of inputs.
+        device: where the batches are and the sum is kept.
+
+    `add` takes [tokens, n] of any floating dtype. `value()` is the mean over tokens, [n, n],
+    symmetric; the normalisation is tokens, not sequences.
+    """
+
+    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
+        if n < 1:
+            raise ProblemError(f"a Gram matrix needs at least one input, not {n}")
+        self.n = n
+        self.tokens = 0
+        self._sum: Float[Tensor, "n n"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+
+    def add(self, inputs: Float[Tensor, "tokens n"]) -> None:
+        """Add a batch of tokens.
+
+        Raises:
+            ProblemError: a shape other than [tokens, n], or NaN or infinite values.
+        """
+        self.check(inputs)
+        if not bool(torch.isfinite(inputs).all()):
+            raise ProblemError("inputs hold NaN or infinite values")
+        for task in self.tasks(inputs):
+            task()
+
+    def check(self, inputs: Tensor) -> None:
+        if inputs.ndim != 2 or inputs.shape[1] != self.n or not inputs.is_floating_point():
+            raise ProblemError(
+                f"inputs must be floating point [tokens, {self.n}], not {list(inputs.shape)} "
+                f"of {inputs.dtype}"
+            )
+
+    def tasks(self, inputs: Float[Tensor, "tokens n"]) -> Iterator[Callable[[], None]]:
+        """The same as `add`, unchecked, as independent pieces that may run on several threads.
+
+        All pieces of one batch must be done before the pieces of the next one start.
+        """
+        self.tokens += inputs.shape[0]
+        for start in range(0, self.n, TILE):
+            yield lambda start=start: self._add_tile(inputs, start)  # type: ignore[misc]
+
+    def _add_tile(self, inputs: Tensor, start: int) -> None:
+        stop = min(start + TILE, self.n)
+        target = self._sum[start:stop, start:]
+        for chunk in inputs.split(CHUNK):
+            right = chunk[:, start:]
+            right = right if right.dtype == torch.float64 else right.float()
+            target += right[:, : stop - start].T @ right
+
+    def value(
+        self, *, shrink: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "n n"]:
+        """Mean over tokens; all zeros where no token was seen.
+
+        Args:
+            shrink: α of G ← (1−α)·G + α·diag(G), in [0, 1]. Wanda's problem at 1.
+            dtype: of the result.
+        """
+        if not 0 <= shrink <= 1:
+            raise ProblemError(f"shrink must lie in [0, 1], not {shrink}")
+        result = torch.empty(self.n, self.n, dtype=dtype, device=self._sum.device)
+        scale = 1.0 / max(self.tokens, 1)
+        for start in range(0, self.n, TILE):
+            stop = min(start + TILE, self.n)
+            rows = self._sum[start:stop, start:] * scale
+            square = rows[:, : stop - start].triu()
+            rows[:, : stop - start] = square + square.triu(1).T
+            result[start:stop, start:] = rows
+            result[start:, start:stop] = rows.T
+        if shrink:
+            diagonal = result.diagonal().clone()
+            result.mul_(1.0 - shrink).diagonal().copy_(diagonal)
+        return result

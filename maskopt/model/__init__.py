@@ -1,0 +1,1 @@
+"""A causal language model as a sequence of layer problems: read, prune, write, check."""

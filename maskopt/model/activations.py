@@ -1,0 +1,86 @@
+"""Hidden states between two blocks: [samples, length, width], in memory or in a mapped file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Activations:
+    """One hidden state per sample, all of one shape, read and overwritten sample by sample.
+
+    Args:
+        samples: how many.
+        shape: of one sample, e.g. [1, length, width].
+        dtype: of the hidden states.
+        folder: None keeps them in memory. Else they lie in a nameless file in that folder, and one
+            sample at a time is mapped: the resident size stays that of one sample.
+    """
+
+    def __init__(
+        self, samples: int, shape: torch.Size, dtype: torch.dtype, folder: Path | None = None
+    ) -> None:
+        self.shape, self.dtype = shape, dtype
+        self._bytes = shape.numel() * dtype.itemsize
+        self._memory: list[Tensor | None] | None = None
+        self._file: int | None = None
+        if folder is None:
+            self._memory = [None] * samples
+        else:
+            self._file, name = tempfile.mkstemp(dir=folder, prefix="activations.")
+            if os.name == "posix":
+                os.unlink(name)  # the file lives as long as the process, whatever ends it
+                self._name = None
+            else:
+                self._name = Path(name)
+            os.truncate(self._file, samples * self._bytes)
+
+    def __getitem__(self, sample: int) -> Float[Tensor, "1 length width"]:
+        if self._memory is not None:
+            held = self._memory[sample]
+            assert held is not None
+            return held
+        mapped = self._map(sample)
+        return torch.from_numpy(np.array(mapped)).view(self.dtype).view(self.shape)
+
+    def __setitem__(self, sample: int, state: Float[Tensor, "1 length width"]) -> None:
+        state = state.detach().to("cpu", self.dtype).contiguous()
+        if self._memory is not None:
+            self._memory[sample] = state
+            return
+        mapped = self._map(sample)
+        mapped[:] = state.view(torch.uint8).view(-1).numpy()
+        mapped.flush()
+
+    def _map(self, sample: int) -> np.memmap:
+        assert self._file is not None
+        with os.fdopen(os.dup(self._file), "r+b") as file:
+            return np.memmap(
+                file, np.uint8, "r+", offset=sample * self._bytes, shape=(self._bytes,)
+            )
+
+    def close(self) -> None:
+        self._memory = None
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+            if self._name is not None:
+                self._name.unlink(missing_ok=True)
+
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

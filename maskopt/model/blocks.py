@@ -1,0 +1,215 @@
+"""The structure of a causal LM: its decoder blocks and the weight matrices in them.
+
+Blocks are found by structure, not by name: the outermost `nn.ModuleList` whose elements hold the
+most weights. Inside a block, a layer is a matrix that multiplies activations: the weight of an
+`nn.Linear` [out, in], of GPT-2's `Conv1D` [in, out], or one expert's slice of a 3-D parameter
+[experts, out, in] (or [experts, in, out] where the module says `is_transposed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from maskopt.errors import ModelError, near
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable matrix.
+
+    Attributes:
+        name: what messages, patterns and reports call it.
+        parameter: the parameter's name in the model.
+        expert: index along the first axis of a 3-D parameter, or None.
+        input_axis: the axis of the stored matrix (without the expert axis) that counts inputs.
+        rows, n: outputs and inputs.
+    """
+
+    name: str
+    parameter: str
+    expert: int | None
+    input_axis: int
+    rows: int
+    n: int
+
+    @property
+    def stage(self) -> str:
+        """The name without numbers: experts of one kind are one stage of a true-sequential pass."""
+        return ".".join("*" if part.isdigit() else part for part in self.name.split("."))
+
+
+class Blocks:
+    """The decoder blocks of a model.
+
+    Attributes:
+        name: of the module list, e.g. `model.layers`.
+        modules: the list itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.name, self.modules = _find(model)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def prefix(self, index: int) -> str:
+        return f"{self.name}.{index}."
+
+    def layers(self, index: int) -> list[Layer]:
+        """The prunable matrices of block `index`, in the order of their names in the model."""
+        return list(_layers(self.modules[index], self.prefix(index)))
+
+    def all_layers(self) -> list[Layer]:
+        return [layer for index in range(len(self)) for layer in self.layers(index)]
+
+    def outside(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and parameters that belong to no block."""
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if not name.startswith(self.name + "."):
+                yield name, parameter
+
+    def check_unshared(self, layers: Iterable[Layer]) -> None:
+        """Raise ModelError where a matrix to be pruned is also used in another place."""
+        wanted = {layer.parameter for layer in layers}
+        places: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            places.setdefault(id(parameter), []).append(name)
+        for names in places.values():
+            if len(names) > 1 and wanted & set(names):
+                raise ModelError(
+                    f"layer {names[0]!r} shares its weight with {names[1]!r}; "
+                    f"leave it out with --exclude {names[0]!r}"
+                )
+
+
+def matrix(model: nn.Module, layer: Layer) -> Float[Tensor, "rows n"]:
+    """The layer's weight as a view [rows, n] of the parameter: writing to it changes the model."""
+    parameter = model.get_parameter(layer.parameter).data
+    if layer.expert is not None:
+        parameter = parameter[layer.expert]
+    return parameter if layer.input_axis == 1 else parameter.T
+
+
+def choose(
+    layers: Sequence[Layer], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[Layer]:
+    """The layers that some `include` pattern matches (all where there is none) and no `exclude`.
+
+    A pattern is a shell pattern on the whole name or on any run of its dotted parts: `q_proj`,
+    `mlp.*`, `model.layers.0.*`.
+
+    Raises:
+        ModelError: a pattern that matches no layer (near names are given), or nothing is left.
+    """
+    for pattern in (*include, *exclude):
+        if not any(matches(layer.name, pattern) for layer in layers):
+            known = {layer.name for layer in layers} | {
+                part for layer in layers for part in layer.name.split(".") if not part.isdigit()
+            }
+            hint = near(pattern, known)
+            if hint.startswith("; known"):
+                hint = "; known: " + ", ".join(sorted({layer.stage for layer in layers}))
+            raise ModelError(f"no layer matches {pattern!r}{hint}")
+    chosen = [
+        layer
+        for layer in layers
+        if (not include or any(matches(layer.name, p) for p in include))
+        and not any(matches(layer.name, p) for p in exclude)
+    ]
+    if not chosen:
+        raise ModelError("the include and exclude patterns leave no layer to prune")
+    return chosen
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Does the shell pattern match the name, or a run of its dotted parts?"""
+    return any(
+        fnmatchcase(name, p) for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
+    )
+
+
+def _find(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    found: list[tuple[int, str, nn.ModuleList]] = []
+    outer: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(o + ".") for o in outer):
+            continue
+        outer.append(name)
+        sizes = [layer.rows * layer.n for block in module for layer in _layers(block, "")]
+        if sizes:
+            found.append((sum(sizes), name, module))
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers; "
+            "is it a causal language model?"
+        )
+    _, name, modules = max(found, key=lambda item: item[0])
+    return name, modules
+
+
+def _layers(block: nn.Module, prefix: str) -> Iterator[Layer]:
+    for name, module in block.named_modules(remove_duplicate=True):
+        path = prefix + (f"{name}." if name else "")
+        if isinstance(module, nn.Linear):
+            rows, n = module.weight.shape
+            yield Layer(path[:-1], f"{path}weight", None, 1, rows, n)
+        elif isinstance(module, Conv1D):
+            n, rows = module.weight.shape
+            yield Layer(path[:-1], f"{path}weight", None, 0, rows, n)
+        else:
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and is_experts(module):
+                    yield from _experts(module, path, key, parameter)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Does the module hold experts as 3-D parameters: several of them with as many experts each?"""
+    counts = [p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3]
+    return len(counts) >= 2 and len(set(counts)) == 1
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Are the experts stored [experts, in, out]? Where the module does not say, its shapes do:
+    the outputs of the last matrix are the inputs of the first."""
+    said = getattr(module, "is_transposed", None)
+    if said is not None:
+        return bool(said)
+    shapes = [p.shape[1:] for _, p in module.named_parameters(recurse=False) if p.ndim == 3]
+    return shapes[0][1] != shapes[-1][0] and shapes[0][0] == shapes[-1][1]
+
+
+def _experts(module: nn.Module, path: str, key: str, parameter: Tensor) -> Iterator[Layer]:
+    transposed = _transposed(module)
+    experts, first, second = parameter.shape
+    rows, n = (second, first) if transposed else (first, second)
+    for expert in range(experts):
+        yield Layer(
+            f"{path}{expert}.{key}", f"{path}{key}", expert, 0 if transposed else 1, rows, n
+        )
+
+
+def set_eager_experts(model: nn.Module) -> None:
+    """Experts one after the other, each as a matrix product that can be observed."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the input embedding."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.weight.shape[0])
+
+
+def floating_parameters(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in block.named_parameters():
+        if torch.is_floating_point(parameter):
+            yield name, parameter

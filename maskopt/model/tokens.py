@@ -1,0 +1,199 @@
+"""From text to windows of tokens: seeded crops for calibration, consecutive windows for perplexity."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from maskopt.errors import DataError
+from maskopt.model.text import read_documents
+
+JOIN = "\n\n"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows of equal length, all real tokens, no padding.
+
+    Attributes:
+        tokens: int64 [samples, length].
+        source: where they came from, in words.
+    """
+
+    tokens: Int[Tensor, "samples length"]
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of shape and token ids: what the manifest records."""
+        samples, length = self.tokens.shape
+        head = f"{samples}x{length}:".encode()
+        return hashlib.sha256(head + self.tokens.numpy().astype("<i8").tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.tokens.shape[1]
+
+
+def calibration_windows(
+    source: str | Path | Sequence[str] | Tensor,
+    tokenizer: Any = None,
+    *,
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    field: str = "text",
+) -> Windows:
+    """`samples` random contiguous crops of `seq_len` tokens, the same for the same seed.
+
+    A crop is taken out of one document that is longer than the crop; each sample draws its
+    document anew. Documents too short are skipped; where all are, they are joined by blank lines
+    into one. Token tensors [samples, seq_len], or a `.npy` file of one, are taken as they are.
+
+    Raises:
+        DataError: no text, or less than one window of it; tokens of a wrong shape.
+    """
+    _check_count("samples", samples)
+    _check_count("seq_len", seq_len)
+    if isinstance(source, Tensor):
+        return token_windows(source, "token tensor")
+    if isinstance(source, str | Path) and str(source).endswith(".npy"):
+        return token_windows(_load_npy(Path(source)), Path(source).name)
+    if isinstance(source, str | Path):
+        documents, words = read_documents(source, field=field), _describe(source)
+    else:
+        documents, words = [text for text in source if text.strip()], "given documents"
+        if not documents:
+            raise DataError("calibration: there is no text in the given documents")
+    _need_tokenizer(tokenizer)
+    generator = random.Random(seed)
+    pool = list(range(len(documents)))
+    encoded: dict[int, list[int]] = {}
+    crops: list[list[int]] = []
+    while len(crops) < samples and pool:
+        place = generator.randrange(len(pool))
+        index = pool[place]
+        if index not in encoded:
+            encoded[index] = tokenize(tokenizer, documents[index])
+        ids = encoded[index]
+        if len(ids) < seq_len:
+            pool[place] = pool[-1]
+            pool.pop()
+            encoded[index] = []
+            continue
+        start = generator.randint(0, len(ids) - seq_len)
+        crops.append(ids[start : start + seq_len])
+    if not crops:
+        ids = tokenize(tokenizer, JOIN.join(documents))
+        if len(ids) < seq_len:
+            raise DataError(
+                f"calibration text ({words}) has {len(ids)} tokens, less than one window of "
+                f"{seq_len}; give more text or a smaller --seq-len"
+            )
+        words += ", documents joined"
+        for _ in range(samples):
+            start = generator.randint(0, len(ids) - seq_len)
+            crops.append(ids[start : start + seq_len])
+    return Windows(torch.tensor(crops, dtype=torch.int64), words)
+
+
+def evaluation_windows(
+    source: str | Path | Sequence[str],
+    tokenizer: Any,
+    *,
+    seq_len: int = 2048,
+    field: str = "text",
+    limit: int | None = None,
+) -> Windows:
+    """The convention of the field: documents joined by a blank line, tokenised once, cut into
+    non-overlapping windows, the tail dropped. `limit` keeps the first so many windows.
+
+    Raises:
+        DataError: no text, or less than one window of it.
+    """
+    _check_count("seq_len", seq_len, least=2)
+    if limit is not None:
+        _check_count("windows", limit)
+    if isinstance(source, str | Path):
+        documents, words = read_documents(source, field=field), _describe(source)
+    else:
+        documents, words = [text for text in source if text.strip()], "given documents"
+        if not documents:
+            raise DataError("evaluation: there is no text in the given documents")
+    _need_tokenizer(tokenizer)
+    ids = tokenize(tokenizer, JOIN.join(documents))
+    count = len(ids) // seq_len
+    if count == 0:
+        raise DataError(
+            f"evaluation text ({words}) has {len(ids)} tokens, less than one window of {seq_len}; "
+            "give more text or a smaller --seq-len"
+        )
+    count = min(count, limit) if limit is not None else count
+    tokens = torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
+    return Windows(tokens, words)
+
+
+def token_windows(tokens: Any, source: str) -> Windows:
+    """Check token tensors given as they are: integers [samples, length], length at least 1."""
+    tensor = torch.as_tensor(tokens)
+    if tensor.ndim == 1:
+        tensor = tensor[None]
+    if tensor.ndim != 2 or 0 in tensor.shape:
+        raise DataError(f"{source}: tokens must be [samples, length], not {list(tensor.shape)}")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise DataError(f"{source}: tokens must be whole numbers, not {tensor.dtype}")
+    tensor = tensor.to("cpu", torch.int64).contiguous()
+    if int(tensor.min()) < 0:
+        raise DataError(f"{source}: token ids must not be negative")
+    return Windows(tensor, source)
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a whole text, with the special tokens that the tokenizer adds by default."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return [int(token) for token in ids]
+
+
+def check_vocabulary(windows: Windows, size: int) -> None:
+    """Raise DataError where a token id does not exist in a vocabulary of `size`."""
+    largest = int(windows.tokens.max())
+    if largest >= size:
+        raise DataError(
+            f"{windows.source}: token id {largest} does not exist in the model's vocabulary of "
+            f"{size}; tokenizer and model do not belong together"
+        )
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a NumPy array file ({error})") from None
+
+
+def _describe(source: str | Path) -> str:
+    return str(source) if str(source).startswith("hf:") else Path(source).name
+
+
+def _need_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise DataError("text needs the model's tokenizer; give one, or token tensors")
+
+
+def _check_count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise DataError(f"{name} must be a whole number of at least {least}, not {value!r}")

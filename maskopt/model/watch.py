@@ -1,0 +1,113 @@
+"""Observe what a layer multiplies, wherever the model's code writes the product.
+
+Inside a `Watch`, every product of activations with a watched weight is recorded: `nn.Linear`,
+`Conv1D`, an expert's slice of a 3-D parameter, in `linear`, `addmm`, `matmul` or `bmm`. The weight is
+recognised by its storage, so no module has to be patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from maskopt.model.blocks import Layer
+
+#: position of (input, weight) among the arguments of each product
+_PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
+    F.linear: (0, 1),
+    torch.addmm: (1, 2),
+    Tensor.addmm: (1, 2),
+    torch.baddbmm: (1, 2),
+    Tensor.baddbmm: (1, 2),
+    torch.matmul: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.__matmul__: (0, 1),
+    torch.mm: (0, 1),
+    Tensor.mm: (0, 1),
+    torch.bmm: (0, 1),
+    Tensor.bmm: (0, 1),
+}
+
+
+class WatchedWeights:
+    """Where the weights of some layers lie in memory."""
+
+    def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+        self.by_storage: dict[int, dict[int | None, Layer]] = {}
+        for layer in layers:
+            pointer = model.get_parameter(layer.parameter).untyped_storage().data_ptr()
+            self.by_storage.setdefault(pointer, {})[layer.expert] = layer
+
+    def find(self, weight: Tensor) -> list[tuple[int | None, Layer]]:
+        """The layers whose matrix the tensor is: one, or all experts of a whole 3-D parameter."""
+        layers = self.by_storage.get(weight.untyped_storage().data_ptr())
+        if not layers:
+            return []
+        if None in layers:
+            return [(None, layers[None])]
+        if weight.ndim == 3:
+            return [(expert, layer) for expert, layer in layers.items() if expert is not None]
+        one = next(iter(layers.values()))
+        expert = weight.storage_offset() // (one.rows * one.n)
+        return [(None, layers[expert])] if expert in layers else []
+
+
+class Watch(TorchFunctionMode):
+    """Records, per layer name, the inputs of one forward pass as [tokens, n] tensors.
+
+    Layers named in `muted` are not recorded; a hook may change the set on the way.
+    """
+
+    def __init__(self, weights: WatchedWeights, *, copy: bool = False) -> None:
+        super().__init__()
+        self.weights = weights
+        self.copy = copy
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.muted: frozenset[str] = frozenset()
+        self._held: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        places = _PRODUCTS.get(func)
+        if places is not None and len(args) > places[1]:
+            self._record(args[places[0]], args[places[1]])
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def overwritten(self) -> bool:
+        """Did the model's code change a recorded input in place afterwards?"""
+        return any(tensor._version != version for tensor, version in self._held)
+
+    def _record(self, inputs: Any, weight: Any) -> None:
+        if not isinstance(inputs, Tensor) or not isinstance(weight, Tensor):
+            return
+        for expert, layer in self.weights.find(weight):
+            if layer.name in self.muted:
+                continue
+            part = inputs if expert is None else inputs[expert]
+            if part.shape[-1] != layer.n:
+                raise RuntimeError(
+                    f"layer {layer.name!r} has {layer.n} inputs, but was given {part.shape[-1]}"
+                )
+            if self.copy:
+                part = part.clone()
+            else:
+                self._held.append((part, part._version))
+            self.inputs.setdefault(layer.name, []).append(part.reshape(-1, layer.n))
+
+    def sharing(self) -> dict[str, tuple[Any, ...]]:
+        """Per layer, a key that is equal for layers that were given the very same tensors."""
+        return {
+            name: tuple((x.data_ptr(), tuple(x.shape), x.stride()) for x in tensors)
+            for name, tensors in self.inputs.items()
+        }
