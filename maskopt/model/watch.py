@@ -2,7 +2,7 @@
 
 Inside a `Watch`, every product of activations with a watched weight is recorded: `nn.Linear`,
 `Conv1D`, an expert's slice of a 3-D parameter, in `linear`, `addmm`, `matmul` or `bmm`. The weight is
-recognised by its storage, so no module has to be patched.
+recognised by its address, so no module has to be patched.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from maskopt.model.blocks import Layer
+from maskopt.model.blocks import Layer, matrix
 
 #: position of (input, weight) among the arguments of each product
 _PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
@@ -38,23 +38,24 @@ class WatchedWeights:
     """Where the weights of some layers lie in memory."""
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
-        self.by_storage: dict[int, dict[int | None, Layer]] = {}
+        self._by_address: dict[int, Layer] = {}
+        self._experts: dict[str, list[Layer]] = {}
         for layer in layers:
-            pointer = model.get_parameter(layer.parameter).untyped_storage().data_ptr()
-            self.by_storage.setdefault(pointer, {})[layer.expert] = layer
+            self._by_address[matrix(model, layer).data_ptr()] = layer
+            if layer.expert is not None:
+                self._experts.setdefault(layer.parameter, []).append(layer)
 
     def find(self, weight: Tensor) -> list[tuple[int | None, Layer]]:
-        """The layers whose matrix the tensor is: one, or all experts of a whole 3-D parameter."""
-        layers = self.by_storage.get(weight.untyped_storage().data_ptr())
-        if not layers:
+        """The layer whose matrix the tensor is, or all experts of a whole 3-D parameter.
+
+        The first of each pair says which part of a 3-D input belongs to the layer; None: all.
+        """
+        layer = self._by_address.get(weight.data_ptr())
+        if layer is None:
             return []
-        if None in layers:
-            return [(None, layers[None])]
-        if weight.ndim == 3:
-            return [(expert, layer) for expert, layer in layers.items() if expert is not None]
-        one = next(iter(layers.values()))
-        expert = weight.storage_offset() // (one.rows * one.n)
-        return [(None, layers[expert])] if expert in layers else []
+        if layer.expert is not None and weight.ndim == 3:
+            return [(expert.expert, expert) for expert in self._experts[layer.parameter]]
+        return [(None, layer)]
 
 
 class Watch(TorchFunctionMode):

@@ -1,0 +1,184 @@
+"""A Hugging Face model folder, read without trusting it: configuration, shards, tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from maskopt.errors import ModelError
+from maskopt.model.safefile import SafeFile, TensorEntry, open_file, open_safe
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_JSON = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a model folder by name.
+
+    Attributes:
+        folder: of the model.
+        config: the parsed config.json.
+        shards: file name → its checked header.
+        where: tensor name → file name of its shard.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shards: dict[str, SafeFile]
+    where: dict[str, str]
+
+    def entry(self, name: str) -> TensorEntry:
+        return self.shards[self.where[name]].entries[name]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype."""
+        return self.shards[self.where[name]].read(name)
+
+    @cached_property
+    def shard_digests(self) -> dict[str, str]:
+        """SHA-256 of every shard's bytes."""
+        return {name: file_digest(self.folder / name) for name in sorted(self.shards)}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over config.json and all shards: two models are the same if this is."""
+        parts = {"config.json": file_digest(self.folder / "config.json"), **self.shard_digests}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.size for shard in self.shards.values())
+
+
+def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Check a model folder's configuration, index and shard headers.
+
+    Raises:
+        ModelError: no such folder, no or broken config.json, quantised or pickled weights, a config
+            that asks for remote code, an index that names a path outside the folder or a tensor
+            that is not there, a shard that is truncated or no safetensors file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such model folder")
+    config = read_json(folder / "config.json", "a model folder needs one")
+    if config.get("auto_map") and not trust_remote_code:
+        raise ModelError(
+            f"{folder}: config.json asks to run code that comes with the model (auto_map), which is "
+            "not run unless --trust-remote-code says so; without auto_map transformers' own code runs"
+        )
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{folder}: the weights are quantised (quantization_config in config.json); "
+            "prune the original weights"
+        )
+    names, weight_map = _shard_names(folder)
+    shards = {name: open_safe(folder / name) for name in names}
+    where: dict[str, str] = {}
+    for name, shard in shards.items():
+        for tensor in shard.entries:
+            if tensor in where:
+                raise ModelError(f"{folder}: tensor {tensor!r} is in {where[tensor]} and in {name}")
+            where[tensor] = name
+    for tensor, name in weight_map.items():
+        if where.get(tensor) != name:
+            raise ModelError(f"{folder}: {INDEX} says that {tensor!r} is in {name}; it is not")
+    return Checkpoint(folder, config, shards, where)
+
+
+def resolve_model(model: str | Path) -> Path:
+    """A local folder as it is, else a model of the Hugging Face hub, fetched or out of its cache.
+
+    Only configuration, tokenizer and safetensors files are fetched.
+    """
+    path = Path(model)
+    name = str(model)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            )
+        )
+    except Exception as error:  # the hub client raises whatever its layers raise
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{name}: neither a folder nor a model of the hub: {line}") from error
+
+
+def read_json(path: Path, why: str = "") -> dict[str, Any]:
+    """A JSON object out of a file.
+
+    Raises:
+        ModelError: missing, unreadable, too large, not UTF-8, not JSON, not an object.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file" + (f"; {why}" if why else ""))
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_JSON:
+            raise ModelError(f"{path}: larger than {MAX_JSON >> 20} MiB, which no such file is")
+        data = file.read()
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON ({str(error)[:100]})") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return value
+
+
+def file_digest(path: Path) -> str:
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def plain_name(name: Any) -> bool:
+    """Is it a file name without any path: nothing that could lead out of a folder?"""
+    return (
+        isinstance(name, str)
+        and 0 < len(name) < 256
+        and name not in (".", "..")
+        and not set(name) & set('/\\:\0*?"<>|')
+        and name.isprintable()
+    )
+
+
+def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
+    if (folder / SINGLE).is_file():
+        return [SINGLE], {}
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{folder / INDEX}: holds no weight_map")
+        for tensor, name in weight_map.items():
+            if not plain_name(name) or not name.endswith(".safetensors"):
+                raise ModelError(
+                    f"{folder / INDEX}: {tensor[:200]!r} is said to be in {str(name)[:200]!r}, "
+                    "which is not the name of a safetensors file in the folder"
+                )
+        return sorted(set(weight_map.values())), weight_map
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    pickles = _first(folder.glob(pattern) for pattern in ("*.bin", "*.pt", "*.pth"))
+    if pickles:
+        raise ModelError(
+            f"{folder}: holds pickled weights only ({pickles}), which can run code when loaded and "
+            "are refused; save the model as safetensors first"
+        )
+    hint = f" (it holds {', '.join(others[:3])})" if others else ""
+    raise ModelError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
+
+
+def _first(globs: Iterable[Iterable[Path]]) -> str:
+    return next((file.name for found in globs for file in sorted(found)), "")
