@@ -1,0 +1,246 @@
+"""Run a causal LM block by block: what every block is called with, and samples through one block.
+
+Samples are forwarded one at a time. On the CPU each runs on one thread of its own, several at once;
+all sums are taken in the order of the samples. So the bits of the result do not depend on the number
+of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from maskopt.errors import ModelError
+from maskopt.model.activations import Activations
+from maskopt.model.blocks import Blocks
+
+T = TypeVar("T")
+
+
+class Workers:
+    """Runs independent pieces of work; results come in the order of the pieces.
+
+    Args:
+        device: on a GPU pieces run one after the other.
+        count: threads on the CPU, each with one thread inside torch.
+    """
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.count = max(1, count) if device.type == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
+        if device.type == "cpu":
+            self._threads = torch.get_num_threads()
+            self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
+
+    def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        if self._pool is None:
+            return [_without_grad(piece) for piece in pieces]
+        futures = [self._pool.submit(_without_grad, piece) for piece in pieces]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def waves(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+        """The items, as many at a time as run at once."""
+        for start in range(0, len(items), self.count):
+            yield items[start : start + self.count]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)  # new threads inherit the last value set
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _without_grad(piece: Callable[[], T]) -> T:
+    with torch.no_grad():
+        return piece()
+
+
+class _HiddenState:
+    """Stands in a captured call for the hidden state."""
+
+
+class _LastBlock(Exception):
+    """Stops a forward pass once every block has been called."""
+
+
+class Call:
+    """All arguments of one block's call, but for the hidden state."""
+
+    def __init__(self, leaves: list[Any], spec: Any) -> None:
+        self.leaves, self.spec = leaves, spec
+
+    def __call__(self, block: nn.Module, state: Tensor) -> Tensor:
+        """The block's output hidden state."""
+        leaves = [state if leaf is _HiddenState else leaf for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        output = block(*args, **kwargs)
+        if isinstance(output, tuple | list):
+            output = output[0]
+        if not isinstance(output, Tensor) or output.shape != state.shape:
+            raise ModelError(f"{type(block).__name__} does not return its hidden state")
+        return output
+
+
+class Captured:
+    """What the blocks of a model are called with, for every sample.
+
+    Attributes:
+        states: the input of block 0, per sample.
+        calls: per block, per sample; samples called alike share one `Call`.
+    """
+
+    def __init__(self, states: Activations, calls: list[list[Call]]) -> None:
+        self.states, self.calls = states, calls
+
+
+def capture(
+    model: nn.Module,
+    blocks: Blocks,
+    tokens: Tensor,
+    workers: Workers,
+    device: torch.device,
+    activation_folder: Callable[[int], Path | None] = lambda _: None,
+) -> Captured:
+    """Run embeddings and everything before the blocks; record how each block is called.
+
+    No block runs: each is replaced by a recorder that returns its input, so this works while the
+    blocks' weights are not in memory.
+
+    Args:
+        tokens: int64 [samples, length].
+        activation_folder: given the bytes of all hidden states, where to keep them (None: memory).
+    """
+    recorders = _Recorders(model, blocks, device)
+    with recorders.installed():
+        [first] = workers.run([lambda: recorders.probe(tokens[:1])])
+        state = first[0][0]
+        size = state.nbytes * tokens.shape[0]
+        states = Activations(tokens.shape[0], state.shape, state.dtype, activation_folder(size))
+        calls: list[list[Call]] = [[] for _ in blocks.modules]
+        for wave in workers.waves(range(tokens.shape[0])):
+            passes = workers.run(
+                [lambda s=s: recorders.record(tokens[s : s + 1]) for s in wave]  # type: ignore[misc]
+            )
+            for sample, recorded in zip(wave, passes, strict=True):
+                states[sample] = recorded[0][0]
+                _merge(calls, recorded)
+    return Captured(states, calls)
+
+
+class _Recorders:
+    def __init__(self, model: nn.Module, blocks: Blocks, device: torch.device) -> None:
+        self.model, self.blocks, self.device = model, blocks, device
+        self.local = threading.local()
+        self.as_tuple = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        try:
+            for index, block in enumerate(self.blocks.modules):
+                block.forward = self._recorder(index)
+            yield
+        finally:
+            for block in self.blocks.modules:
+                block.__dict__.pop("forward", None)
+
+    def _recorder(self, index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state = args[0] if args else kwargs.get("hidden_states")
+            self.local.calls.append((state, args, kwargs))
+            if index == len(self.blocks) - 1:
+                raise _LastBlock
+            # a new tensor, so that no other argument is mistaken for the hidden state
+            passed = state.clone()
+            return (passed,) if self.as_tuple else passed
+
+        return forward
+
+    def probe(self, tokens: Tensor) -> list[tuple[Tensor, Any, Any]]:
+        """Find out whether the model expects blocks to return a tensor or a tuple."""
+        problems = []
+        for self.as_tuple in (False, True):
+            try:
+                calls = self.record(tokens)
+            except ModelError as error:
+                problems.append(str(error))
+            except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+                problems.append(f"{type(error).__name__}: {error}")
+            else:
+                return calls
+        raise ModelError(
+            f"{type(self.model).__name__} cannot be run block by block: {problems[0]}"
+        )
+
+    def record(self, tokens: Tensor) -> list[tuple[Tensor, Any, Any]]:
+        self.local.calls = []
+        try:
+            self.model(input_ids=tokens.to(self.device), use_cache=False)
+        except _LastBlock:
+            pass
+        calls = self.local.calls
+        if len(calls) != len(self.blocks):
+            raise ModelError(
+                f"{len(calls)} of the {len(self.blocks)} blocks in {self.blocks.name} are called"
+            )
+        shape = getattr(calls[0][0], "shape", None)
+        for state, _, _ in calls:
+            if not isinstance(state, Tensor) or state.shape != shape:
+                raise ModelError("the blocks do not pass on one hidden state of one shape")
+        return calls
+
+
+def _merge(calls: list[list[Call]], recorded: list[tuple[Tensor, Any, Any]]) -> None:
+    """Append one sample's calls; leaves equal to those of sample 0 are shared with it."""
+    compared: dict[tuple[int, int], bool] = {}
+    for block, (state, args, kwargs) in enumerate(recorded):
+        kwargs = {k: None if _is_cache(v) else v for k, v in kwargs.items()}
+        args = tuple(None if _is_cache(v) else v for v in args)
+        leaves, spec = tree_flatten((args, kwargs))
+        leaves = [_HiddenState if leaf is state else leaf for leaf in leaves]
+        if calls[block]:
+            first = calls[block][0]
+            if len(first.leaves) == len(leaves) and all(
+                _equal(a, b, compared) for a, b in zip(first.leaves, leaves, strict=True)
+            ):
+                calls[block].append(first)
+                continue
+        calls[block].append(Call(leaves, spec))
+
+
+def _equal(a: Any, b: Any, compared: dict[tuple[int, int], bool]) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        key = (id(a), id(b))
+        if key not in compared:
+            same = a.shape == b.shape and a.dtype == b.dtype
+            compared[key] = same and bool(torch.equal(a, b))
+        return compared[key]
+    return type(a) is type(b) and isinstance(a, bool | int | float | str) and a == b
+
+
+def _is_cache(value: Any) -> bool:
+    return any(kind.__name__ in ("Cache", "DynamicCache") for kind in type(value).__mro__)

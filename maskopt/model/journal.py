@@ -1,0 +1,124 @@
+"""The journal of a prune: one line per fact, each with its own digest, flushed before it counts.
+
+A last line without its end was cut off by a crash and is dropped. Any other damage is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from maskopt.errors import ModelError
+
+
+class Journal:
+    """Reads what is there, then appends.
+
+    Attributes:
+        header: what the run is: options, digests, versions; None in a new journal.
+        blocks: finished blocks by index.
+        shards: digests of finished output shards by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: dict[str, Any] | None = None
+        self.blocks: dict[int, dict[str, Any]] = {}
+        self.shards: dict[str, str] = {}
+        if path.exists():
+            for number, record in enumerate(read_journal(path), start=1):
+                self._take(record, number)
+
+    def begin(self, header: dict[str, Any]) -> None:
+        """Write the header, or compare it with the one that is there.
+
+        Raises:
+            ModelError: the journal belongs to another run; the difference is named.
+        """
+        if self.header is None:
+            self._append({"kind": "header", "header": header})
+            self.header = header
+            return
+        lines = differences(self.header, header)
+        if lines:
+            raise ModelError(
+                f"{self.path.parent.parent}: the unfinished run is another one: "
+                + "; ".join(lines[:5])
+            )
+
+    def add_block(self, index: int, record: dict[str, Any]) -> None:
+        self._append({"kind": "block", "index": index, **record})
+        self.blocks[index] = record
+
+    def add_shard(self, name: str, digest: str) -> None:
+        self._append({"kind": "shard", "name": name, "digest": digest})
+        self.shards[name] = digest
+
+    def _take(self, record: dict[str, Any], number: int) -> None:
+        kind = record.get("kind")
+        if kind == "header" and number == 1 and isinstance(record.get("header"), dict):
+            self.header = record["header"]
+        elif kind == "block" and number > 1 and type(record.get("index")) is int:
+            self.blocks[record["index"]] = record
+        elif kind == "shard" and number > 1 and isinstance(record.get("name"), str):
+            self.shards[record["name"]] = str(record.get("digest"))
+        else:
+            raise ModelError(f"{self.path}, line {number}: not a journal of maskopt")
+
+    def _append(self, record: dict[str, Any]) -> None:
+        line = json.dumps({**record, "sha256": _digest(record)}, sort_keys=True) + "\n"
+        with open(self.path, "ab") as file:
+            complete = _complete_length(self.path)
+            if file.tell() != complete:
+                file.truncate(complete)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All complete records.
+
+    Raises:
+        ModelError: unreadable, or a line that does not match its digest.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    lines = data.split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+            digest = record.pop("sha256")
+            sound = digest == _digest(record)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            sound = False
+        if not sound:
+            raise ModelError(f"{path}, line {number}: the journal is damaged; start over")
+        records.append(record)
+    return records
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _complete_length(path: Path) -> int:
+    data = path.read_bytes()
+    return data.rfind(b"\n") + 1

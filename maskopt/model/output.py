@@ -1,0 +1,287 @@
+"""Where the result of a prune goes: into the model in memory, or block by block into a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from maskopt.errors import ModelError
+from maskopt.model.blocks import Layer
+from maskopt.model.checkpoint import Checkpoint, file_digest, open_checkpoint
+from maskopt.model.journal import Journal, differences
+from maskopt.model.maskfile import MaskFile, TensorMask, join_masks, write_masks
+from maskopt.model.report import LayerReport, PruneReport, read_manifest, write_manifest
+from maskopt.model.source import FolderSource, MemorySource
+from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS, Workspace, open_workspace
+from maskopt.model.write import check_masks, copy_side_files, disk_needed, write_shard
+from maskopt.pattern import Pattern, pattern_to_dict
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block that an earlier run has done."""
+
+    layers: list[LayerReport]
+    bad: list[dict[str, Any]]
+    masks: MaskFile
+
+
+class Run(Protocol):
+    """Takes the masks of each block and, at the end, makes the result."""
+
+    masks: dict[str, Tensor]
+
+    def opened(self, fingerprint: Mapping[str, Any]) -> Any: ...
+
+    def activation_folder(self) -> Path | None: ...
+
+    def done(self, index: int) -> FinishedBlock | None: ...
+
+    def add(
+        self,
+        index: int,
+        layers: Sequence[LayerReport],
+        bad: Sequence[dict[str, Any]],
+        masks: Mapping[str, tuple[Layer, Tensor]],
+    ) -> None: ...
+
+    def finish(self, report: PruneReport, pattern: Pattern) -> None: ...
+
+
+class FolderRun:
+    """Masks go to disk block by block, with a journal; the shards are written from them."""
+
+    def __init__(
+        self, source: FolderSource, output: Path, *, overwrite: bool, resume: bool
+    ) -> None:
+        self.source, self.output = source, output
+        self.overwrite, self.resume = overwrite, resume
+        self.masks: dict[str, Tensor] = {}
+        self.work: Workspace
+        self.journal: Journal
+        _not_the_model(source.checkpoint.folder, output)
+
+    @contextmanager
+    def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
+        with open_workspace(self.output, overwrite=self.overwrite, resume=self.resume) as work:
+            self.work = work
+            check_disk(work.output, disk_needed(self.source.checkpoint))
+            self.journal = Journal(work.journal)
+            work.keep = self.journal.header is not None
+            self.journal.begin(dict(fingerprint))
+            for index, record in self.journal.blocks.items():
+                path = self._masks_path(index)
+                if not path.exists() or file_digest(path) != record.get("masks"):
+                    raise ModelError(f"{path}: does not match the journal: it was changed; start over")
+            yield
+
+    def activation_folder(self) -> Path:
+        return self.work.hidden
+
+    def done(self, index: int) -> FinishedBlock | None:
+        record = self.journal.blocks.get(index)
+        if record is None:
+            return None
+        layers = [LayerReport(**layer) for layer in record["layers"]]
+        return FinishedBlock(layers, record["bad"], MaskFile(self._masks_path(index)))
+
+    def add(
+        self,
+        index: int,
+        layers: Sequence[LayerReport],
+        bad: Sequence[dict[str, Any]],
+        masks: Mapping[str, tuple[Layer, Tensor]],
+    ) -> None:
+        path = self._masks_path(index)
+        write_masks(path, self.source.stored(index, masks))
+        self.journal.add_block(
+            index,
+            {
+                "masks": file_digest(path),
+                "layers": [dataclasses.asdict(layer) for layer in layers],
+                "bad": list(bad),
+            },
+        )
+        self.work.keep = True
+
+    def finish(self, report: PruneReport, pattern: Pattern) -> None:
+        work, checkpoint = self.work, self.source.checkpoint
+        parts = [self._masks_path(index) for index in sorted(self.journal.blocks)]
+        join_masks(work.staging / MASKS, parts)
+        masks = MaskFile(work.staging / MASKS)
+        check_masks(checkpoint, masks)
+        files = {MASKS: file_digest(work.staging / MASKS)}
+        for shard in checkpoint.shards:
+            if shard not in self.journal.shards:
+                digest = write_shard(checkpoint, shard, masks, work.staging / shard)
+                self.journal.add_shard(shard, digest)
+            files[shard] = self.journal.shards[shard]
+        for name in copy_side_files(checkpoint, work.staging):
+            files[name] = file_digest(work.staging / name)
+        write_manifest(work.staging / MANIFEST, report, files, _tensors(masks, pattern))
+        work.commit()
+
+    def _masks_path(self, index: int) -> Path:
+        return self.work.blocks / f"{index:05d}.safetensors"
+
+
+class MemoryRun:
+    """Masks are kept in memory; where a folder is asked for, the model is saved at the end."""
+
+    def __init__(
+        self, source: MemorySource, output: Path | None, tokenizer: Any, overwrite: bool
+    ) -> None:
+        self.source, self.output, self.tokenizer = source, output, tokenizer
+        self.overwrite = overwrite
+        self.masks: dict[str, Tensor] = {}
+        self.work: Workspace | None = None
+        self._stored: dict[str, TensorMask] = {}
+
+    @contextmanager
+    def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
+        if self.output is None:
+            with nullcontext():
+                yield
+            return
+        with open_workspace(self.output, overwrite=self.overwrite, resume=False) as work:
+            self.work = work
+            yield
+
+    def activation_folder(self) -> Path | None:
+        import tempfile
+
+        return self.work.hidden if self.work is not None else Path(tempfile.gettempdir())
+
+    def done(self, index: int) -> None:
+        return None
+
+    def add(
+        self,
+        index: int,
+        layers: Sequence[LayerReport],
+        bad: Sequence[dict[str, Any]],
+        masks: Mapping[str, tuple[Layer, Tensor]],
+    ) -> None:
+        self.masks.update({name: mask for name, (_, mask) in masks.items()})
+        if self.work is not None:
+            self._stored.update(self.source.stored(index, masks))
+
+    def finish(self, report: PruneReport, pattern: Pattern) -> None:
+        if self.work is None:
+            return
+        staging = self.work.staging
+        from maskopt.model.source import quietly
+
+        with quietly():
+            self.source.model.save_pretrained(staging)  # type: ignore[operator]
+            if self.tokenizer is not None and hasattr(self.tokenizer, "save_pretrained"):
+                self.tokenizer.save_pretrained(staging)
+        write_masks(staging / MASKS, self._stored)
+        masks = MaskFile(staging / MASKS)
+        check_masks(open_checkpoint(staging), masks)
+        files = {file.name: file_digest(file) for file in sorted(staging.iterdir())}
+        write_manifest(staging / MANIFEST, report, files, _tensors(masks, pattern))
+        self.work.commit()
+
+
+def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport | None:
+    """The report of a run that is complete; None where there is something left to do.
+
+    Raises:
+        ModelError: it is complete, but another run than this one.
+    """
+    if (output / HIDDEN).exists() or not (output / MANIFEST).exists():
+        return None
+    manifest = read_manifest(output / MANIFEST)
+    lines = differences(manifest["fingerprint"], dict(fingerprint))
+    if lines:
+        raise ModelError(f"{output}: holds the result of another run: " + "; ".join(lines[:5]))
+    names = {field.name for field in dataclasses.fields(LayerReport)}
+    layers = [
+        LayerReport(**{k: v for k, v in layer.items() if k in names})
+        for layer in manifest["layers"]
+    ]
+    return PruneReport(layers, fingerprint, manifest["bad_samples"], {}, output)
+
+
+def apply_masks(
+    model: str | Path, masks: str | Path, output: str | Path, *, overwrite: bool = False
+) -> Path:
+    """`maskopt apply`: a copy of a model folder with the masked entries set to zero.
+
+    Raises:
+        ModelError: the masks do not belong to the model, or were changed.
+    """
+    checkpoint, target = open_checkpoint(model), Path(output)
+    file = MaskFile(Path(masks))
+    check_masks(checkpoint, file)
+    _not_the_model(checkpoint.folder, target)
+    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+        check_disk(target, disk_needed(checkpoint))
+        join_masks(work.staging / MASKS, [Path(masks)])
+        for shard in checkpoint.shards:
+            write_shard(checkpoint, shard, file, work.staging / shard)
+        copy_side_files(checkpoint, work.staging)
+        work.commit()
+    return target
+
+
+def extract_masks(
+    model: str | Path, output: str | Path, *, overwrite: bool = False
+) -> dict[str, float]:
+    """`maskopt extract-masks`: what is not zero in the linear layers, as a mask file.
+
+    Returns the share of zeros by tensor.
+    """
+    import torch
+
+    checkpoint, path = open_checkpoint(model), Path(output)
+    if path.exists() and not overwrite:
+        raise ModelError(f"{path}: exists; --overwrite replaces it")
+    if not path.parent.is_dir():
+        raise ModelError(f"{path.parent}: no such folder")
+    source = FolderSource(checkpoint, torch.device("cpu"), None)
+    masks: dict[str, TensorMask] = {}
+    for index in range(len(source.blocks)):
+        layers = source.blocks.layers(index)
+        whole = {
+            layer.name: (layer, torch.ones(layer.rows, layer.n, dtype=torch.bool))
+            for layer in layers
+        }
+        for name, mask in source.stored(index, whole).items():
+            masks[name] = TensorMask(checkpoint.read(name) != 0, mask.input_axis)
+    write_masks(path, masks)
+    return {name: 1.0 - float(mask.kept.float().mean()) for name, mask in masks.items()}
+
+
+def check_disk(output: Path, needed: int) -> None:
+    """Refuse what the disk cannot hold, with the numbers."""
+    import shutil
+
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise ModelError(
+            f"{output}: the result takes {needed / 2**30:.2f} GiB, "
+            f"{free / 2**30:.2f} GiB are free on the disk"
+        )
+
+
+def _tensors(masks: MaskFile, pattern: Pattern) -> dict[str, Any]:
+    return {
+        name: {"input_axis": masks.layout[name]["input_axis"], "pattern": pattern_to_dict(pattern)}
+        for name in masks.names
+    }
+
+
+def _not_the_model(model: Path, output: Path) -> None:
+    if model.resolve() == output.resolve():
+        raise ModelError(f"{output}: is the model itself; choose another output folder")
+
+
+__all__ = ["Checkpoint", "FolderRun", "MemoryRun", "Run", "apply_masks", "extract_masks"]

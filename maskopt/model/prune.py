@@ -1,0 +1,610 @@
+"""Prune a causal language model block by block.
+
+The main loop is `_prune_blocks`: for every decoder block, run the calibration samples through it and
+sum the Gram matrix of each layer's inputs; hand each layer to a solver; set what the mask prunes to
+zero; run the samples through the pruned block and go on with its outputs. It is the same for a model in
+memory and for a folder of which one block at a time is in memory, and it never knows which solver runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskopt.errors import MaskoptError, ModelError, PatternError
+from maskopt.gram import Gram
+from maskopt.model.blocks import Blocks, Layer, choose, matrix, set_eager_experts, vocabulary_size
+from maskopt.model.checkpoint import open_checkpoint, resolve_model
+from maskopt.model.collect import Grams, Samples, collect, forward
+from maskopt.model.forward import Captured, Workers, capture
+from maskopt.model.maskfile import MaskFile
+from maskopt.model.output import FolderRun, MemoryRun, Run, finished_report
+from maskopt.model.plan import check_memory
+from maskopt.model.report import LayerReport, PruneReport, versions
+from maskopt.model.source import FolderSource, MemorySource, Source, stored_dtype
+from maskopt.model.tokens import (
+    Windows,
+    calibration_windows,
+    check_vocabulary,
+    token_windows,
+)
+from maskopt.pattern import Pattern, Unstructured, pattern_to_dict
+from maskopt.problem import LayerProblem
+from maskopt.solver import check_options, get_solver, solve
+
+#: layers that saw fewer calibration tokens are pruned by magnitude
+MIN_TOKENS = 32
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told to `on_progress`: `done` of `total` samples or layers of one stage of one block."""
+
+    block: int
+    blocks: int
+    stage: str
+    done: int
+    total: int
+    detail: str = ""
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Everything but the model and the tokens that decides which masks come out."""
+
+    pattern: Pattern
+    solver: str = "swap"
+    warm_start: str | None = None
+    solver_options: Mapping[str, Any] = field(default_factory=dict)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+    one_pass: bool = False
+    true_sequential: bool = False
+    all_experts: bool = False
+    min_tokens: int = MIN_TOKENS
+    shrink: float = 0.0
+    skip_bad_samples: bool = False
+
+    def __post_init__(self) -> None:
+        if self.one_pass and self.true_sequential:
+            raise ModelError("one-pass and true-sequential exclude each other; choose one")
+        if not 0 <= self.shrink <= 1:
+            raise ModelError(f"shrink must lie in [0, 1], not {self.shrink}")
+        if self.min_tokens < 1:
+            raise ModelError(f"min_tokens must be at least 1, not {self.min_tokens}")
+        check_options(self.solver, dict(self.solver_options))
+        if self.start is not None:
+            get_solver(self.start)
+
+    @property
+    def start(self) -> str | None:
+        """The solver that makes the start: the one named, or the solver's own."""
+        return self.warm_start or get_solver(self.solver).default_warm_start
+
+    def record(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["pattern"] = pattern_to_dict(self.pattern)
+        values["warm_start"] = self.start
+        values["solver_options"] = {k: values["solver_options"][k] for k in sorted(values["solver_options"])}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def prune_model(
+    model: nn.Module | str | Path,
+    tokenizer_or_tokens: Any = None,
+    *,
+    sparsity: float | None = None,
+    pattern: Pattern | None = None,
+    solver: str = "swap",
+    warm_start: str | None = None,
+    solver_options: Mapping[str, Any] | None = None,
+    calibration: str | Path | Sequence[str] | None = None,
+    samples: int = 128,
+    seq_len: int = 2048,
+    text_field: str = "text",
+    seed: int = 0,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    one_pass: bool = False,
+    true_sequential: bool = False,
+    all_experts: bool = False,
+    min_tokens: int = MIN_TOKENS,
+    shrink: float = 0.0,
+    skip_bad_samples: bool = False,
+    threads: int | None = None,
+    activation_memory: int = 4 * 2**30,
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    on_progress: OnProgress | None = None,
+) -> PruneReport:
+    """Prune every linear layer in the decoder blocks of a causal language model.
+
+    Args:
+        model: a model in memory, which is changed in place; or a model folder (or a name on the
+            hub), which is read block by block and left as it is: `output` is then needed.
+        tokenizer_or_tokens: a tokenizer (text comes from `calibration`), or calibration tokens
+            int64 [samples, length]; None takes the tokenizer of the model folder.
+        sparsity, pattern: one of them: 0.6, or `NM(keep=2, of=4)`.
+        solver, warm_start, solver_options: as for `maskopt.solve`.
+        calibration: see `maskopt.model.text.read_documents`; a list of strings is taken as
+            documents, a `.npy` file as tokens.
+        samples, seq_len, text_field, seed: how windows are cut out of the text.
+        output: folder for the pruned model, its masks and its manifest.
+        overwrite, resume: what to do with an output folder that is not empty.
+        device: "cpu", "cuda", or "auto" (CUDA where there is one; the model's own if in memory).
+        dtype: of the forward passes; "auto": as stored, float32 on the CPU.
+        include, exclude: shell patterns on layer names.
+        one_pass: all Gram matrices from the dense model, instead of from the model with all
+            earlier blocks pruned. One forward pass less, and each layer's error is judged on inputs
+            that it will not see.
+        true_sequential: inside a block, too, each layer sees inputs that the layers before it, already
+            pruned, produce. One more forward pass for each group of layers.
+        all_experts: Gram matrices of experts from all tokens, not only from those routed to them.
+        min_tokens: layers that saw fewer tokens are pruned by magnitude and listed as fallbacks.
+        shrink: α of G ← (1−α)G + α·diag(G).
+        skip_bad_samples: leave out samples with NaN or infinite activations instead of stopping.
+        threads: on the CPU; the result does not depend on it.
+        activation_memory: bytes of hidden states above which they go to a file.
+        max_memory: refuse to start where the estimate of the peak is higher.
+        on_progress: called with `Progress`.
+
+    Raises:
+        MaskoptError: with one line that names the thing and the remedy. A model in memory keeps
+            the blocks that were pruned before an error; an output folder is not half-written.
+    """
+    began = time.perf_counter()
+    options = PruneOptions(
+        pattern=_pattern(sparsity, pattern),
+        solver=solver,
+        warm_start=warm_start,
+        solver_options=dict(solver_options or {}),
+        include=tuple(include),
+        exclude=tuple(exclude),
+        seed=seed,
+        one_pass=one_pass,
+        true_sequential=true_sequential,
+        all_experts=all_experts,
+        min_tokens=min_tokens,
+        shrink=shrink,
+        skip_bad_samples=skip_bad_samples,
+    )
+    in_memory = isinstance(model, nn.Module)
+    source, tokenizer = open_source(
+        model, tokenizer_or_tokens, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    layers = choose(source.blocks.all_layers(), options.include, options.exclude)
+    source.blocks.check_unshared(layers)
+    _check_pattern(options.pattern, layers)
+    windows = _windows(
+        tokenizer_or_tokens if in_memory or isinstance(tokenizer_or_tokens, Tensor | Windows) else None,
+        tokenizer,
+        calibration,
+        samples=samples,
+        seq_len=_capped_length(source.model, seq_len),
+        seed=seed,
+        field=text_field,
+    )
+    check_vocabulary(windows, vocabulary_size(source.model))
+    threads = threads or torch.get_num_threads()
+    if max_memory is not None:
+        activation_memory = check_memory(
+            source, layers, windows, threads, max_memory, activation_memory
+        )
+    fingerprint = {
+        "versions": versions(),
+        "options": options.record(),
+        "calibration": {
+            "source": windows.source,
+            "samples": len(windows),
+            "length": windows.length,
+            "sha256": windows.digest,
+        },
+        "dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
+        "device": source.device.type,
+    }
+    run: Run
+    if isinstance(source, FolderSource):
+        if output is None:
+            raise ModelError("pruning a model folder needs an output folder")
+        fingerprint["model"] = source.checkpoint.digest
+        if resume and (finished := finished_report(Path(output), fingerprint)) is not None:
+            return finished
+        run = FolderRun(source, Path(output), overwrite=overwrite, resume=resume)
+        source.load_outside()
+    else:
+        if resume:
+            raise ModelError("resume needs a model folder; a model in memory is pruned in one go")
+        run = MemoryRun(source, None if output is None else Path(output), tokenizer, overwrite)
+    with run.opened(fingerprint), Workers(source.device, threads) as workers, torch.no_grad():
+        reports, bad = _prune_blocks(
+            source, layers, windows, options, run, workers, activation_memory,
+            on_progress or (lambda _: None),
+        )  # fmt: skip
+        report = PruneReport(
+            layers=reports,
+            fingerprint=fingerprint,
+            bad_samples=bad,
+            masks=run.masks,
+            output=None if output is None else Path(output),
+            seconds=time.perf_counter() - began,
+        )
+        run.finish(report, options.pattern)
+    return dataclasses.replace(report, seconds=time.perf_counter() - began)
+
+
+def collect_problems(
+    model: nn.Module | str | Path,
+    tokenizer_or_tokens: Any = None,
+    *,
+    layers: Sequence[str] = (),
+    sparsity: float | None = None,
+    pattern: Pattern | None = None,
+    calibration: str | Path | Sequence[str] | None = None,
+    samples: int = 32,
+    seq_len: int = 512,
+    text_field: str = "text",
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    shrink: float = 0.0,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Iterator[tuple[str, LayerProblem]]:
+    """The layer problems of a dense model, one block after the other: (name, problem).
+
+    Arguments are those of `prune_model`; `layers` are its `include` patterns. The last block that
+    holds a chosen layer is the last that is run. Layers that saw no token are left out.
+    """
+    chosen_pattern = _pattern(sparsity, pattern)
+    source, tokenizer = open_source(
+        model, tokenizer_or_tokens, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    chosen = choose(source.blocks.all_layers(), tuple(layers))
+    _check_pattern(chosen_pattern, chosen)
+    in_memory = isinstance(model, nn.Module)
+    windows = _windows(
+        tokenizer_or_tokens if in_memory or isinstance(tokenizer_or_tokens, Tensor | Windows) else None,
+        tokenizer,
+        calibration,
+        samples=samples,
+        seq_len=_capped_length(source.model, seq_len),
+        seed=seed,
+        field=text_field,
+    )
+    check_vocabulary(windows, vocabulary_size(source.model))
+    report = on_progress or (lambda _: None)
+    wanted = {layer.name for layer in chosen}
+    with Workers(source.device, threads or torch.get_num_threads()) as workers:
+        if isinstance(source, FolderSource):
+            source.load_outside()
+        with torch.no_grad():
+            captured = capture(source.model, source.blocks, windows.tokens, workers, source.device)
+        flow = Samples(captured.states, len(windows))
+        last = max(i for i in range(len(source.blocks)) if _within(source.blocks, i, wanted))
+        for index in range(last + 1):
+            mine = _within(source.blocks, index, wanted)
+            with source.open(index) as block:
+                with torch.no_grad():
+                    grams = collect(
+                        source.model, block, source.blocks.prefix(index), mine,
+                        captured.calls[index], flow, workers, source.device, advance=True,
+                        tick=_ticker(report, index, last + 1, "calibrate", len(flow.active)),
+                    )  # fmt: skip
+                for layer in mine:
+                    gram = grams.of(layer.name)
+                    if gram is not None:
+                        weight = matrix(source.model, layer).detach().float().clone()
+                        yield (
+                            layer.name,
+                            LayerProblem(
+                                weight,
+                                gram.value(shrink=shrink),
+                                chosen_pattern,
+                                name=layer.name,
+                                assume_psd=True,
+                            ),
+                        )
+
+
+def open_source(
+    model: nn.Module | str | Path,
+    tokenizer: Any = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[Source, Any]:
+    """A model as a `Source`, and its tokenizer (loaded from the folder where none is given).
+
+    Raises:
+        ModelError: no CUDA where `cuda` is asked, an unknown device or dtype, or a model that
+            cannot be read.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
+    if isinstance(model, nn.Module):
+        if dtype != "auto":
+            raise ModelError("dtype is for model folders; convert a model in memory beforehand")
+        if device != "auto":
+            model.to(choose_device(device))  # type: ignore[call-overload]
+        model.eval()
+        set_eager_experts(model)
+        given = None if isinstance(tokenizer, Tensor | Windows) else tokenizer
+        return MemorySource(model), given
+    target = choose_device(device)
+    checkpoint = open_checkpoint(resolve_model(model), trust_remote_code=trust_remote_code)
+    if dtype == "auto":
+        working = torch.float32 if target.type == "cpu" else stored_dtype(checkpoint)
+    else:
+        working = DTYPES[dtype]
+    source = FolderSource(checkpoint, target, working, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    return source, None if isinstance(tokenizer, Tensor | Windows) else tokenizer
+
+
+def choose_device(device: str) -> torch.device:
+    """cpu, cuda, cuda:N or auto as a device that is there.
+
+    Raises:
+        ModelError: no CUDA, or no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("no CUDA device is available here; use --device cpu or auto")
+    return chosen
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer, or None where it has none (token tensors need none)."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # tokenizers fail in as many ways as there are of them
+        line = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {line}") from error
+
+
+def _prune_blocks(
+    source: Source,
+    layers: Sequence[Layer],
+    windows: Windows,
+    options: PruneOptions,
+    run: Run,
+    workers: Workers,
+    activation_memory: int,
+    report: OnProgress,
+) -> tuple[list[LayerReport], list[dict[str, Any]]]:
+    """The main loop; see the module's docstring."""
+    blocks, wanted = source.blocks, {layer.name for layer in layers}
+    last = max(index for index in range(len(blocks)) if _within(blocks, index, wanted))
+    last_open = max((i for i in range(last + 1) if run.done(i) is None), default=-1)
+    reports: list[LayerReport] = []
+    bad: list[dict[str, Any]] = []
+    flow: Samples | None = None
+    captured: Captured | None = None
+    if last_open >= 0:
+
+        def folder(size: int) -> Path | None:
+            return run.activation_folder() if size > activation_memory else None
+
+        captured = capture(source.model, blocks, windows.tokens, workers, source.device, folder)
+        flow = Samples(captured.states, len(windows), skip_bad=options.skip_bad_samples)
+    for index in range(last + 1):
+        prefix = blocks.prefix(index)
+        finished = run.done(index)
+        if finished is not None:
+            reports.extend(finished.layers)
+            bad.extend(finished.bad)
+            if flow is not None and captured is not None and index < last_open:
+                flow.active = [s for s in flow.active if s not in {b["sample"] for b in finished.bad}]
+                masks = None if options.one_pass else finished.masks
+                with source.open(index, masks) as block:
+                    tick = _ticker(report, index, last + 1, "replay", len(flow.active))
+                    forward(block, prefix, captured.calls[index], flow, workers, source.device, tick)
+            continue
+        assert flow is not None and captured is not None
+        mine = _within(blocks, index, wanted)
+        with source.open(index) as block:
+            before = len(flow.bad)
+            done: dict[str, tuple[LayerReport, Tensor]] = {}
+            stages = [mine]
+            while stages:
+                stage = stages.pop(0)
+                grams = collect(
+                    source.model, block, prefix, stage, captured.calls[index], flow, workers,
+                    source.device, advance=options.one_pass, all_experts=options.all_experts,
+                    tick=_ticker(report, index, last + 1, "calibrate", len(flow.active)),
+                )  # fmt: skip
+                if options.true_sequential:
+                    stage, later = _first_stage(stage, grams)
+                    stages = [later] if later else []
+                tick = _ticker(report, index, last + 1, "solve", len(mine))
+                for layer in sorted(stage, key=lambda layer: grams.leader(layer.name)):
+                    done[layer.name] = _solve_layer(source, layer, grams, options)
+                    tick(1)
+                del grams
+            if not options.one_pass and index < last:
+                tick = _ticker(report, index, last + 1, "forward", len(flow.active))
+                forward(block, prefix, captured.calls[index], flow, workers, source.device, tick)
+            ordered = [done[layer.name] for layer in mine]
+            run.add(
+                index,
+                [r for r, _ in ordered],
+                [dataclasses.asdict(b) for b in flow.bad[before:]],
+                {layer.name: (layer, done[layer.name][1]) for layer in mine},
+            )
+            reports.extend(r for r, _ in ordered)
+            bad.extend(dataclasses.asdict(b) for b in flow.bad[before:])
+    if captured is not None:
+        captured.states.close()
+    return reports, bad
+
+
+def _solve_layer(
+    source: Source, layer: Layer, grams: Grams, options: PruneOptions
+) -> tuple[LayerReport, Tensor]:
+    """Solve one layer and set what its mask prunes to zero in the model."""
+    weight = matrix(source.model, layer)
+    gram: Gram | None = grams.of(layer.name)
+    tokens = 0 if gram is None else gram.tokens
+    fallback = gram is None or tokens < options.min_tokens
+    if gram is None or fallback:
+        values = torch.eye(layer.n, device=source.device)
+    else:
+        values = gram.value(shrink=options.shrink)
+    problem = LayerProblem(
+        weight.detach().float(), values, options.pattern, name=layer.name, assume_psd=True
+    )
+    del values
+    began = time.perf_counter()
+    if fallback:
+        start, solution = None, solve(problem, "magnitude")
+    else:
+        start = None
+        if options.start is not None and options.start != options.solver:
+            start = solve(problem, options.start, **_seeded(options.start, options))
+        solution = solve(
+            problem,
+            options.solver,
+            warm_start=None if start is None else start.mask,
+            **{**_seeded(options.solver, options), **options.solver_options},
+        )
+    seconds = time.perf_counter() - began
+    mask = solution.mask
+    weight.masked_fill_(~mask.to(weight.device), 0)
+    return (
+        LayerReport(
+            name=layer.name,
+            rows=layer.rows,
+            n=layer.n,
+            pattern=str(options.pattern),
+            pruned=int((~mask).sum()),
+            error_start=None if start is None else float(start.objective.sum()),
+            error=float(solution.objective.sum()),
+            lower_bound=float(solution.lower_bound.sum()),
+            statuses={str(s): solution.status.count(s) for s in sorted(set(solution.status))},
+            tokens=tokens,
+            fallback=fallback,
+            seconds=seconds,
+        ),
+        mask.cpu(),
+    )
+
+
+def _seeded(solver: str, options: PruneOptions) -> dict[str, Any]:
+    try:
+        check_options(solver, {"seed": options.seed})
+    except MaskoptError:
+        return {}
+    return {"seed": options.seed}
+
+
+def _first_stage(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
+    """The layers that are called first and share their inputs, all experts of a kind together;
+    and the rest. Layers that were never called come last."""
+    by_name = {layer.name: layer for layer in layers}
+    called = [by_name[name] for name in grams.order if name in by_name]
+    if not called:
+        return list(layers), []
+    leader = grams.leader(called[0].name)
+    kinds = {layer.stage for layer in called if grams.leader(layer.name) == leader}
+    first = [layer for layer in layers if layer.stage in kinds]
+    return first, [layer for layer in layers if layer.stage not in kinds]
+
+
+def _within(blocks: Blocks, index: int, wanted: set[str]) -> list[Layer]:
+    return [layer for layer in blocks.layers(index) if layer.name in wanted]
+
+
+def _ticker(
+    report: OnProgress, block: int, blocks: int, stage: str, total: int
+) -> Callable[[int], None]:
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        report(Progress(block, blocks, stage, done, total))
+
+    report(Progress(block, blocks, stage, 0, total))
+    return tick
+
+
+def _pattern(sparsity: float | None, pattern: Pattern | None) -> Pattern:
+    if (sparsity is None) == (pattern is None):
+        raise PatternError("give either a sparsity or a pattern, exactly one of them")
+    return Unstructured(sparsity=sparsity) if pattern is None else pattern
+
+
+def _check_pattern(pattern: Pattern, layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        try:
+            pattern.check(layer.n)
+        except PatternError as error:
+            raise PatternError(f"layer {layer.name!r}: {error}") from None
+
+
+def _windows(tokens: Any, tokenizer: Any, calibration: Any, **how: Any) -> Windows:
+    if isinstance(tokens, Windows):
+        return tokens
+    if isinstance(tokens, Tensor):
+        return token_windows(tokens, "token tensor")
+    if calibration is None:
+        raise ModelError("pruning needs calibration text or tokens; name a source of text")
+    return calibration_windows(calibration, tokenizer, **how)
+
+
+def _capped_length(model: nn.Module, seq_len: int) -> int:
+    """Never longer than the model has positions; never longer because it has more of them."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    return min(seq_len, positions) if isinstance(positions, int) and positions > 0 else seq_len
+
+
+__all__ = [
+    "MaskFile",
+    "Progress",
+    "PruneOptions",
+    "choose_device",
+    "collect_problems",
+    "load_tokenizer",
+    "open_source",
+    "prune_model",
+]

@@ -1,0 +1,156 @@
+"""What a prune did, layer by layer, and the manifest that records it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maskopt.errors import ModelError
+from maskopt.files import atomic_write
+from maskopt.model.checkpoint import read_json
+
+MANIFEST_FORMAT = "maskopt-manifest-1"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer.
+
+    Attributes:
+        error_start: objective of the warm start summed over rows; None where there was no start.
+        error: objective of the final mask summed over rows (mean squared change of the output).
+        lower_bound: proven bound summed over rows, 0 where none is known.
+        statuses: number of rows by status.
+        tokens: calibration tokens that the layer saw.
+        fallback: too few tokens, so pruned by magnitude.
+        tensors: the checkpoint tensors that hold the layer, with the axis that counts inputs.
+    """
+
+    name: str
+    rows: int
+    n: int
+    pattern: str
+    pruned: int
+    error_start: float | None
+    error: float
+    lower_bound: float
+    statuses: dict[str, int]
+    tokens: int
+    fallback: bool
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        return self.pruned / (self.rows * self.n)
+
+    @property
+    def kind(self) -> str:
+        """The name inside its block, without numbers: `self_attn.q_proj`."""
+        parts = self.name.split(".")
+        last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
+        first = min((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
+        inner = parts[first + 1 :] if first >= 0 else parts[last + 1 :]
+        return ".".join("*" if part.isdigit() else part for part in inner)
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """The result of `prune_model`.
+
+    Attributes:
+        layers: in the order of the model.
+        bad_samples: calibration samples left out for NaN or infinite activations.
+        masks: bool [rows, n] by layer name, for a model in memory; empty for a folder, whose
+            masks are in its sidecar.
+        output: where the pruned model is, if it was written.
+        fingerprint: what decides the result: options, digests, versions.
+        seconds: wall time of this call.
+    """
+
+    layers: Sequence[LayerReport]
+    fingerprint: Mapping[str, Any]
+    bad_samples: Sequence[dict[str, Any]] = ()
+    masks: Mapping[str, Any] = field(default_factory=dict)
+    output: Path | None = None
+    seconds: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of all weights in the pruned layers."""
+        total = sum(layer.rows * layer.n for layer in self.layers)
+        return sum(layer.pruned for layer in self.layers) / total
+
+    @property
+    def fallbacks(self) -> list[str]:
+        return [layer.name for layer in self.layers if layer.fallback]
+
+    def by_kind(self) -> dict[str, list[LayerReport]]:
+        kinds: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.kind, []).append(layer)
+        return kinds
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result."""
+    import numpy
+    import torch
+    import transformers
+
+    from maskopt import __version__
+
+    return {
+        "maskopt": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_manifest(
+    path: Path, report: PruneReport, files: Mapping[str, str], tensors: Mapping[str, Any]
+) -> None:
+    """The manifest: what decided the result, layer reports, digests of all files, and of itself.
+
+    `tensors` gives per masked tensor its input axis and pattern; `seconds` are the only values that
+    differ between two runs of the same fingerprint.
+    """
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "fingerprint": dict(report.fingerprint),
+        "sparsity": report.sparsity,
+        "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in report.layers],
+        "bad_samples": list(report.bad_samples),
+        "fallbacks": report.fallbacks,
+        "tensors": dict(tensors),
+        "files": dict(sorted(files.items())),
+        "seconds": sum(layer.seconds for layer in report.layers),
+    }
+    manifest["sha256"] = manifest_digest(manifest)
+    with atomic_write(path) as file:
+        file.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest whose own digest holds.
+
+    Raises:
+        ModelError: missing, not a manifest, or changed.
+    """
+    manifest = read_json(path, "the folder was not written by maskopt prune")
+    if manifest.get("format") != MANIFEST_FORMAT:
+        raise ModelError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
+    if manifest.get("sha256") != manifest_digest(manifest):
+        raise ModelError(f"{path}: does not match its own digest: it was changed")
+    return manifest
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

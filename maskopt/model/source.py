@@ -1,0 +1,358 @@
+"""Where the weights come from: a model in memory, or a folder read block by block.
+
+Both offer the same: a model whose parts outside the decoder blocks are in memory, and `open(index)`,
+inside which the weights of one block are. The rest of the pipeline knows only this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from maskopt.errors import ModelError
+from maskopt.model.blocks import Blocks, Layer, set_eager_experts
+from maskopt.model.checkpoint import Checkpoint
+from maskopt.model.maskfile import MaskFile, TensorMask
+
+
+class Source(Protocol):
+    """A model, one block of it in memory at a time (or all of it)."""
+
+    model: nn.Module
+    blocks: Blocks
+    device: torch.device
+
+    def open(self, index: int, masks: MaskFile | None = None) -> Any:
+        """Context in which the weights of block `index` are in memory; yields the block.
+
+        `masks` are applied to the checkpoint's tensors on reading.
+        """
+        ...
+
+    def stored(self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
+        """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
+        ...
+
+
+class MemorySource:
+    """A model that is in memory as a whole; pruning changes it in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.blocks = Blocks(model)
+        self.device = next(model.parameters()).device
+        meta = [name for name, p in model.named_parameters() if p.is_meta]
+        if meta:
+            raise ModelError(f"parameter {meta[0]!r} has no data; load the model fully first")
+
+    @contextmanager
+    def open(self, index: int, masks: MaskFile | None = None) -> Iterator[nn.Module]:
+        if masks is not None:
+            raise ModelError("a model in memory cannot be resumed; prune its folder instead")
+        yield self.blocks.modules[index]
+
+    def stored(self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
+        merged = merge_experts(self.model, masks)
+        return to_checkpoint(self.model, merged, None)
+
+
+class FolderSource:
+    """A model folder; only what lies outside the blocks and the open block are in memory.
+
+    Args:
+        checkpoint: the checked folder.
+        device, dtype: where and in which precision the forward passes run. The stored weights
+            keep theirs.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint, self.device = checkpoint, device
+        self.model = skeleton(checkpoint, dtype, trust_remote_code=trust_remote_code)
+        self.blocks = Blocks(self.model)
+        self._loader = _Loader(self.model, checkpoint, device)
+        _real_buffers(self.model, device)
+        self._outside = [name for name, _ in self.blocks.outside()]
+
+    def load_outside(self) -> None:
+        """Bring everything outside the blocks into memory."""
+        self._loader.load(self._outside)
+        _check_buffers(self.model)
+
+    @contextmanager
+    def open(self, index: int, masks: MaskFile | None = None) -> Iterator[nn.Module]:
+        block = self.blocks.modules[index]
+        prefix = self.blocks.prefix(index)
+        self._loader.load([prefix + name for name, _ in block.named_parameters()], masks)
+        try:
+            yield block
+        finally:
+            for module in block.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    empty = torch.empty_like(parameter, device="meta")
+                    setattr(module, name, nn.Parameter(empty, requires_grad=False))
+
+    def stored(self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
+        merged = merge_experts(self.model, masks)
+        return to_checkpoint(self.model, merged, self._loader)
+
+
+def skeleton(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool = False
+) -> Any:
+    """The model without any weights, in evaluation mode.
+
+    Raises:
+        ModelError: transformers does not know the model, or its configuration is impossible.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = checkpoint.folder
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype or stored_dtype(checkpoint),
+                trust_remote_code=trust_remote_code,
+            )
+    except ModelError:
+        raise
+    except Exception as error:  # configurations fail in as many ways as there are models
+        line = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{folder}: {type(error).__name__}: {line}") from error
+    set_eager_experts(model)
+    return model.eval()
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating dtype that most of the checkpoint's bytes are in."""
+    sizes: dict[torch.dtype, int] = {}
+    for shard in checkpoint.shards.values():
+        for entry in shard.entries.values():
+            if entry.torch_dtype.is_floating_point:
+                sizes[entry.torch_dtype] = sizes.get(entry.torch_dtype, 0) + entry.size
+    if not sizes:
+        raise ModelError(f"{checkpoint.folder}: the shards hold no floating-point weights")
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def merge_experts(
+    model: nn.Module, masks: Mapping[str, tuple[Layer, Tensor]]
+) -> dict[str, TensorMask]:
+    """Masks of layers as masks of parameters, in their stored layout."""
+    merged: dict[str, TensorMask] = {}
+    for layer, kept in masks.values():
+        oriented = kept if layer.input_axis == 1 else kept.T
+        if layer.expert is None:
+            merged[layer.parameter] = TensorMask(oriented.contiguous(), layer.input_axis)
+            continue
+        if layer.parameter not in merged:
+            shape = model.get_parameter(layer.parameter).shape
+            whole = torch.ones(shape, dtype=torch.bool)
+            merged[layer.parameter] = TensorMask(whole, layer.input_axis + 1)
+        merged[layer.parameter].kept[layer.expert] = oriented
+    return merged
+
+
+def to_checkpoint(
+    model: nn.Module, masks: Mapping[str, TensorMask], loader: _Loader | None
+) -> dict[str, TensorMask]:
+    """Masks of parameters as masks of checkpoint tensors.
+
+    Where the checkpoint stores a parameter otherwise (experts one by one, say), transformers' own
+    conversion for saving is applied to the mask.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    result: dict[str, TensorMask] = {}
+    for name, mask in masks.items():
+        sources = None if loader is None else loader.sources(name)
+        if sources is not None and len(sources) == 1 and not loader_converts(loader, name):
+            result[sources[0]] = mask
+            continue
+        reverted: dict[str, Tensor] = revert_weight_conversion(model, {name: mask.kept})  # type: ignore[arg-type]
+        if sources is not None and set(reverted) != set(sources):
+            raise ModelError(
+                f"parameter {name!r} is stored as {', '.join(sources[:3])}, which cannot be matched"
+            )
+        kept_axis = mask.input_axis - mask.kept.ndim
+        for key, part in reverted.items():
+            axis = kept_axis + part.ndim
+            if _swapped(mask, part):
+                axis = part.ndim - 2 if axis == part.ndim - 1 else part.ndim - 1
+            result[key] = TensorMask(part.contiguous(), axis)
+    if loader is not None:
+        for key, mask in result.items():
+            if loader.checkpoint.entry(key).shape != tuple(mask.kept.shape):
+                raise ModelError(f"tensor {key!r} is not stored in the shape of its parameter")
+    return result
+
+
+def loader_converts(loader: _Loader | None, name: str) -> bool:
+    return loader is not None and name in loader.converted
+
+
+def _swapped(mask: TensorMask, part: Tensor) -> bool:
+    """Did a conversion exchange inputs and outputs? The number of inputs tells."""
+    n = mask.kept.shape[mask.input_axis]
+    axis = mask.input_axis - mask.kept.ndim
+    return part.shape[axis] != n
+
+
+class _Loader:
+    """Loads named parameters out of a checkpoint by transformers' own conversion."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.core_model_loading import rename_source_key
+
+        self.model, self.checkpoint, self.device = model, checkpoint, device
+        self.mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
+        targets = {p: entry for entry in converters for p in entry.source_patterns}
+        empty = model.state_dict()
+        prefix = model.base_model_prefix
+        self._sources: dict[str, list[str]] = {}
+        self._first: dict[str, str] = {}
+        self.converted: set[str] = set()
+        for key in sorted(checkpoint.where):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, empty)
+            if name not in empty and key in empty:
+                name, pattern = rename_source_key(key, [], [], prefix, empty)
+            if name not in empty:
+                continue
+            self._sources.setdefault(name, []).append(key)
+            if pattern is None:
+                self._first[name] = name
+                continue
+            entry = targets[pattern]
+            for target in entry.target_patterns:
+                other = name.replace(entry.target_patterns[0], target)
+                self._first[other] = name
+                self.converted.add(other)
+        self.model._weight_conversions = [entry for entry in self.mapping if entry.was_used()]
+
+    def sources(self, name: str) -> list[str]:
+        """The checkpoint tensors that parameter `name` is made of."""
+        first = self._first.get(name)
+        if first is None:
+            raise ModelError(f"{self.checkpoint.folder}: no tensor for parameter {name!r}")
+        return self._sources[first]
+
+    def load(self, names: Iterable[str], masks: MaskFile | None = None) -> None:
+        """Bring parameters into memory, masked where `masks` knows their tensors.
+
+        Raises:
+            ModelError: a parameter without a tensor, or of another shape.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        wanted = list(names)
+        firsts = {self._first[name] for name in wanted if name in self._first}
+        buffers = [key for key, _ in self.model.named_buffers()]
+        if not getattr(self, "_loaded_buffers", False):
+            firsts |= {self._first[name] for name in buffers if name in self._first}
+            self._loaded_buffers = True
+        state = {
+            key: self._read(key, masks) for first in sorted(firsts) for key in self._sources[first]
+        }
+        config = LoadStateDictConfig(
+            device_map={"": self.device},
+            weight_mapping=self.mapping,
+            dtype=next(self.model.parameters()).dtype,
+        )
+        with quietly(), torch.no_grad():
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
+            if info.mismatched_keys:
+                name, found, expected = min(info.mismatched_keys, key=str)
+                raise ModelError(
+                    f"{self.checkpoint.folder}: {name!r} is {list(found)} in the shards, "
+                    f"{list(expected)} by config.json"
+                )
+            if info.conversion_errors or info.error_msgs:
+                first = next(iter([*info.conversion_errors.values(), *info.error_msgs]))
+                line = (str(first).strip().splitlines() or ["?"])[-1]
+                raise ModelError(f"{self.checkpoint.folder}: cannot be loaded: {line}")
+            missing = {name for name in wanted if self.model.get_parameter(name).is_meta}
+            if missing:
+                self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+                missing = {name for name in wanted if self.model.get_parameter(name).is_meta}
+            if missing:
+                raise ModelError(
+                    f"{self.checkpoint.folder}: no tensor for parameter {min(missing)!r}"
+                )
+        for name in wanted:
+            parameter = self.model.get_parameter(name)
+            parameter.requires_grad_(False)
+            if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+                raise ModelError(f"parameter {name!r} holds NaN or infinite weights")
+
+
+    def _read(self, key: str, masks: MaskFile | None) -> Tensor:
+        tensor = self.checkpoint.read(key)
+        if masks is not None and key in masks:
+            tensor.masked_fill_(~masks.read(key).kept, 0)
+        return tensor
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _real_buffers(model: Any, device: torch.device) -> None:
+    """Give every buffer memory and its initial value (position frequencies and the like)."""
+    from transformers import PreTrainedModel
+
+    owners = [(name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel)]
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                real = torch.empty_like(buffer, device=device)
+                module._buffers[name] = real.fill_(_unset(real.dtype))
+            if any(True for _ in module.named_buffers(recurse=False)):
+                inside = [o for o in owners if not o[0] or (path + ".").startswith(o[0] + ".")]
+                max(inside, key=lambda owner: len(owner[0]))[1]._init_weights(module)
+
+
+def _check_buffers(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        unset = _unset(buffer.dtype)
+        same = torch.isnan(buffer) if isinstance(unset, float) else buffer == unset
+        if buffer.numel() and buffer.dtype != torch.bool and bool(same.all()):
+            raise ModelError(
+                f"buffer {name!r} is neither stored nor computed by transformers; "
+                "load the model in memory and give it to prune_model"
+            )
+
+
+def _unset(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point:
+        return math.nan
+    return False if dtype == torch.bool else torch.iinfo(dtype).min if dtype.is_signed else 255
+

@@ -1,0 +1,179 @@
+"""An output folder that appears whole: locked, filled in a hidden place, moved into view at the end.
+
+While work goes on, everything lies in `OUT/.maskopt/`: the lock, the journal, the masks of finished
+blocks, and under `out/` the files of the result. The last step renames those into OUT, the manifest
+last, and removes the hidden folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from maskopt.errors import ModelError
+from maskopt.files import atomic_write
+
+HIDDEN = ".maskopt"
+MANIFEST = "maskopt-manifest.json"
+MASKS = "maskopt-masks.safetensors"
+
+
+class Workspace:
+    """A locked output folder.
+
+    Attributes:
+        output: the folder of the result.
+        hidden: for lock, journal and blocks.
+        staging: where the result's files are made.
+        keep: leave the hidden folder behind if the work ends by an error, so that it can resume.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.hidden = output / HIDDEN
+        self.staging = self.hidden / "out"
+        self.blocks = self.hidden / "blocks"
+        self.journal = self.hidden / "journal.jsonl"
+        self.keep = False
+
+    def remove_temporaries(self) -> None:
+        """Drop what an interrupted run left half-written."""
+        for folder in (self.hidden, self.staging, self.blocks):
+            for file in folder.glob(".*.tmp"):
+                file.unlink(missing_ok=True)
+            for file in folder.glob("activations.*"):
+                file.unlink(missing_ok=True)
+
+    def commit(self) -> None:
+        """Move the staged files into the output folder, the manifest last.
+
+        The list of files is on disk before the first of them moves, so an interrupted commit is
+        finished by the next run.
+        """
+        mark = self.hidden / "committed"
+        if not mark.exists():
+            with atomic_write(mark) as file:
+                file.write("\n".join(sorted(f.name for f in self.staging.iterdir())).encode())
+        names = mark.read_text().split("\n")
+        for old in self.output.iterdir():
+            weights = old.name.endswith((".safetensors", ".safetensors.index.json"))
+            if weights and old.name not in names and old.is_file():
+                old.unlink()  # an earlier model's shards would be loaded in place of ours
+        for name in sorted(names, key=lambda name: name == MANIFEST):
+            if (self.staging / name).exists():
+                os.replace(self.staging / name, self.output / name)
+        sync_folder(self.output)
+
+
+@contextmanager
+def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[Workspace]:
+    """Lock an output folder for one process.
+
+    Raises:
+        ModelError: it is no folder, is not empty (unless `overwrite`, or `resume` with a journal in
+            it), cannot be written, another process is at work in it, or the disk fills up.
+    """
+    work = Workspace(output)
+    existed = output.exists()
+    if existed and not output.is_dir():
+        raise ModelError(f"{output}: exists and is not a folder")
+    if existed:
+        _check_free(work, overwrite=overwrite, resume=resume)
+    elif resume:
+        raise ModelError(f"{output}: nothing to resume there; start without --resume")
+    made: list[Path] = []
+    with _plain_errors(output, work):
+        made = [p for p in (output, *output.parents) if not p.exists()]
+        work.hidden.mkdir(parents=True, exist_ok=True)
+        with _locked(work):
+            if work.journal.exists() and not (resume or overwrite):
+                raise ModelError(
+                    f"{output}: holds an unfinished run; go on with --resume, "
+                    "or drop it with --overwrite"
+                )
+            if not resume:
+                for inner in (work.staging, work.blocks):
+                    shutil.rmtree(inner, ignore_errors=True)
+                work.journal.unlink(missing_ok=True)
+                (work.hidden / "committed").unlink(missing_ok=True)
+            work.staging.mkdir(exist_ok=True)
+            work.blocks.mkdir(exist_ok=True)
+            work.remove_temporaries()
+            try:
+                yield work
+            except BaseException:
+                if not work.keep:
+                    shutil.rmtree(work.hidden, ignore_errors=True)
+                    for folder in made:
+                        with contextlib.suppress(OSError):
+                            folder.rmdir()
+                raise
+            shutil.rmtree(work.hidden)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in the folder last, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _check_free(work: Workspace, *, overwrite: bool, resume: bool) -> None:
+    try:
+        names = {entry.name for entry in work.output.iterdir()}
+    except OSError as error:
+        raise ModelError(f"{work.output}: cannot be read: {error.strerror}") from None
+    if resume:
+        if HIDDEN not in names and MANIFEST not in names:
+            raise ModelError(f"{work.output}: nothing to resume there; start without --resume")
+        return
+    if names - {HIDDEN} and not overwrite:
+        raise ModelError(f"{work.output}: exists and is not empty; --overwrite replaces it")
+
+
+@contextmanager
+def _plain_errors(output: Path, work: Workspace) -> Iterator[None]:
+    """Say in one line what the operating system refused."""
+    try:
+        yield
+    except OSError as error:
+        hint = "; free some and go on with --resume" if work.keep else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ModelError(f"{output}: no space left on the disk ({error.strerror}){hint}") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ModelError(f"{output}: cannot be written: {error.strerror}") from error
+        name = error.filename or output
+        raise ModelError(f"{name}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _locked(work: Workspace) -> Iterator[None]:
+    path = work.hidden / "lock"
+    busy = ModelError(f"{work.output}: another process is at work in it")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+        except OSError:
+            raise busy from None
+        # the process before may have finished and removed the file between our open and our lock
+        if not path.exists() or os.fstat(handle).st_ino != path.stat().st_ino:
+            raise busy
+        yield
+    finally:
+        os.close(handle)

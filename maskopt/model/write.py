@@ -1,0 +1,102 @@
+"""Apply masks to a checkpoint: every shard copied byte by byte, pruned entries set to zero.
+
+Headers, dtypes, shard layout and every kept weight are those of the original by construction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from maskopt.errors import ModelError
+from maskopt.files import atomic_write
+from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint
+from maskopt.model.maskfile import MaskFile
+from maskopt.model.safefile import CHUNK
+
+#: what is copied along with the weights; code is not
+SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+
+
+def check_masks(checkpoint: Checkpoint, masks: MaskFile) -> None:
+    """Raise ModelError where the masks do not belong to the checkpoint."""
+    for name in masks.names:
+        if name not in checkpoint.where:
+            raise ModelError(f"{masks.path}: mask {name!r} has no tensor in {checkpoint.folder}")
+        shape = checkpoint.entry(name).shape
+        if shape != masks.shape(name):
+            raise ModelError(
+                f"{masks.path}: mask {name!r} is {list(masks.shape(name))}, "
+                f"the tensor in {checkpoint.folder} {list(shape)}"
+            )
+
+
+def write_shard(
+    checkpoint: Checkpoint,
+    shard: str,
+    masks: MaskFile,
+    target: Path,
+    tick: Callable[[int], None] = lambda _: None,
+) -> str:
+    """One shard with its masked entries set to zero; the digest of what was written."""
+    source = checkpoint.shards[shard]
+    digest = hashlib.sha256()
+    with atomic_write(target) as file:
+
+        def put(data: bytes) -> None:
+            file.write(data)
+            digest.update(data)
+
+        put(source.header_bytes())
+        for entry in source.entries.values():
+            width = entry.torch_dtype.itemsize
+            pruned = None
+            if entry.name in masks:
+                pruned = ~masks.read(entry.name).kept.reshape(-1)
+            position = 0
+            for chunk in source.chunks(entry, CHUNK - CHUNK % width):
+                if pruned is not None:
+                    count = len(chunk) // width
+                    elements = torch.from_numpy(chunk).view(count, width)
+                    elements[pruned[position : position + count]] = 0
+                    position += count
+                put(chunk.tobytes())
+            tick(entry.size)
+    return digest.hexdigest()
+
+
+def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
+    """Copy configuration, tokenizer and licence; the names of what was copied."""
+    copied = []
+    for file in sorted(checkpoint.folder.iterdir()):
+        wanted = file.suffix in SIDE_SUFFIXES or file.name.startswith(SIDE_NAMES)
+        if file.name.startswith(("maskopt-", ".")) or not wanted or not file.is_file():
+            continue
+        if file.name == INDEX and SINGLE in checkpoint.shards:
+            continue
+        if not _inside(file, checkpoint.folder):
+            continue
+        with atomic_write(target / file.name) as output, open(file, "rb") as source:
+            shutil.copyfileobj(source, output)
+        copied.append(file.name)
+    return copied
+
+
+def disk_needed(checkpoint: Checkpoint) -> int:
+    """Bytes that the pruned copy takes, masks included."""
+    elements = sum(
+        math.prod(entry.shape) for s in checkpoint.shards.values() for entry in s.entries.values()
+    )
+    return checkpoint.bytes + elements // 4 + 64 * 2**20
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    """Links may point within the folder or into the hub's blob store beside it."""
+    real, home = file.resolve(), folder.resolve()
+    return home in real.parents or home.parent.parent / "blobs" in real.parents
