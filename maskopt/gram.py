@@ -38,6 +38,7 @@ class Gram:
         self.n = n
         self.tokens = 0
         self._sum: Float[Tensor, "n n"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self._total: Float[Tensor, " n"] = torch.zeros(n, dtype=torch.float64, device=device)
 
     def add(self, inputs: Float[Tensor, "tokens n"]) -> None:
         """Add a batch of tokens.
@@ -74,6 +75,11 @@ class Gram:
             right = chunk[:, start:]
             right = right if right.dtype == torch.float64 else right.float()
             target += right[:, : stop - start].T @ right
+            self._total[start:stop] += right[:, : stop - start].sum(0, dtype=torch.float64)
+
+    def mean(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
+        """The mean input over tokens; zeros where no token was seen."""
+        return (self._total / max(self.tokens, 1)).to(dtype)
 
     def value(
         self, *, shrink: float = 0.0, dtype: torch.dtype = torch.float32

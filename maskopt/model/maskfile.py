@@ -32,7 +32,7 @@ class TensorMask:
     """The mask of one stored tensor. `kept` is bool in the tensor's shape; `input_axis` counts the
     inputs, the axis before or after it the outputs; a leading third axis counts experts."""
 
-    kept: Bool[Tensor, "..."]
+    kept: Bool[Tensor, ...]
     input_axis: int
 
     def rows(self) -> Bool[Tensor, "rows n"]:
@@ -82,7 +82,9 @@ class MaskFile:
         item = self.layout[name]
         packed = self.file.read(name).numpy()
         if item["sha256"] != _digest(name, item["shape"], item["input_axis"], packed):
-            raise ModelError(f"{self.path}: mask {name!r} does not match its digest: it was changed")
+            raise ModelError(
+                f"{self.path}: mask {name!r} does not match its digest: it was changed"
+            )
         count = math.prod(item["shape"])
         bits = np.unpackbits(packed, count=count, bitorder="little").astype(bool)
         return TensorMask(torch.from_numpy(bits).view(item["shape"]), item["input_axis"])

@@ -78,7 +78,9 @@ class FolderRun:
             for index, record in self.journal.blocks.items():
                 path = self._masks_path(index)
                 if not path.exists() or file_digest(path) != record.get("masks"):
-                    raise ModelError(f"{path}: does not match the journal: it was changed; start over")
+                    raise ModelError(
+                        f"{path}: does not match the journal: it was changed; start over"
+                    )
             yield
 
     def activation_folder(self) -> Path:

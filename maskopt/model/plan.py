@@ -68,9 +68,7 @@ def estimate_memory(
     width = next(source.model.parameters()).dtype.itemsize
     named = dict(source.model.named_parameters())
     outside = sum(p.numel() for name, p in source.blocks.outside() if name in named) * width
-    blocks = [
-        sum(p.numel() for p in block.parameters()) * width for block in source.blocks.modules
-    ]
+    blocks = [sum(p.numel() for p in block.parameters()) * width for block in source.blocks.modules]
     block = max(blocks)
     if isinstance(source, FolderSource):
         # a block is read in its stored dtype and converted; one tensor of it is held twice
@@ -93,9 +91,7 @@ def estimate_memory(
         # the Gram in float32 twice (mean and symmetrised), the weights in float32 a few times
         solving = max(solving, max(8 * y.n * y.n + 24 * y.rows * y.n for y in mine))
     spilled = activations > activation_memory and isinstance(source, FolderSource)
-    return Memory(
-        BASE, outside, block, grams, inputs, solving, state if spilled else activations
-    )
+    return Memory(BASE, outside, block, grams, inputs, solving, state if spilled else activations)
 
 
 def check_memory(
@@ -193,7 +189,7 @@ def _solve_seconds(
 
 
 def _hidden_size(model: Any) -> int:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "hidden_size", None)
     if not isinstance(size, int):

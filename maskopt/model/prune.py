@@ -20,15 +20,14 @@ from torch import Tensor, nn
 
 from maskopt.errors import MaskoptError, ModelError, PatternError
 from maskopt.gram import Gram
-from maskopt.model.blocks import Blocks, Layer, choose, matrix, set_eager_experts, vocabulary_size
-from maskopt.model.checkpoint import open_checkpoint, resolve_model
+from maskopt.model.blocks import Blocks, Layer, choose, matrix, vocabulary_size
 from maskopt.model.collect import Grams, Samples, collect, forward
 from maskopt.model.forward import Captured, Workers, capture
-from maskopt.model.maskfile import MaskFile
+from maskopt.model.opening import capped_length, open_source
 from maskopt.model.output import FolderRun, MemoryRun, Run, finished_report
 from maskopt.model.plan import check_memory
 from maskopt.model.report import LayerReport, PruneReport, versions
-from maskopt.model.source import FolderSource, MemorySource, Source, stored_dtype
+from maskopt.model.source import FolderSource, MemorySource, Source
 from maskopt.model.tokens import (
     Windows,
     calibration_windows,
@@ -41,12 +40,6 @@ from maskopt.solver import check_options, get_solver, solve
 
 #: layers that saw fewer calibration tokens are pruned by magnitude
 MIN_TOKENS = 32
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,9 @@ class PruneOptions:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["pattern"] = pattern_to_dict(self.pattern)
         values["warm_start"] = self.start
-        values["solver_options"] = {k: values["solver_options"][k] for k in sorted(values["solver_options"])}
+        values["solver_options"] = {
+            k: values["solver_options"][k] for k in sorted(values["solver_options"])
+        }
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -198,11 +193,13 @@ def prune_model(
     source.blocks.check_unshared(layers)
     _check_pattern(options.pattern, layers)
     windows = _windows(
-        tokenizer_or_tokens if in_memory or isinstance(tokenizer_or_tokens, Tensor | Windows) else None,
+        tokenizer_or_tokens
+        if in_memory or isinstance(tokenizer_or_tokens, Tensor | Windows)
+        else None,
         tokenizer,
         calibration,
         samples=samples,
-        seq_len=_capped_length(source.model, seq_len),
+        seq_len=capped_length(source.model, seq_len),
         seed=seed,
         field=text_field,
     )
@@ -234,6 +231,7 @@ def prune_model(
         run = FolderRun(source, Path(output), overwrite=overwrite, resume=resume)
         source.load_outside()
     else:
+        assert isinstance(source, MemorySource)
         if resume:
             raise ModelError("resume needs a model folder; a model in memory is pruned in one go")
         run = MemoryRun(source, None if output is None else Path(output), tokenizer, overwrite)
@@ -286,11 +284,13 @@ def collect_problems(
     _check_pattern(chosen_pattern, chosen)
     in_memory = isinstance(model, nn.Module)
     windows = _windows(
-        tokenizer_or_tokens if in_memory or isinstance(tokenizer_or_tokens, Tensor | Windows) else None,
+        tokenizer_or_tokens
+        if in_memory or isinstance(tokenizer_or_tokens, Tensor | Windows)
+        else None,
         tokenizer,
         calibration,
         samples=samples,
-        seq_len=_capped_length(source.model, seq_len),
+        seq_len=capped_length(source.model, seq_len),
         seed=seed,
         field=text_field,
     )
@@ -325,79 +325,9 @@ def collect_problems(
                                 chosen_pattern,
                                 name=layer.name,
                                 assume_psd=True,
+                                mean=gram.mean(),
                             ),
                         )
-
-
-def open_source(
-    model: nn.Module | str | Path,
-    tokenizer: Any = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> tuple[Source, Any]:
-    """A model as a `Source`, and its tokenizer (loaded from the folder where none is given).
-
-    Raises:
-        ModelError: no CUDA where `cuda` is asked, an unknown device or dtype, or a model that
-            cannot be read.
-    """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
-    if isinstance(model, nn.Module):
-        if dtype != "auto":
-            raise ModelError("dtype is for model folders; convert a model in memory beforehand")
-        if device != "auto":
-            model.to(choose_device(device))  # type: ignore[call-overload]
-        model.eval()
-        set_eager_experts(model)
-        given = None if isinstance(tokenizer, Tensor | Windows) else tokenizer
-        return MemorySource(model), given
-    target = choose_device(device)
-    checkpoint = open_checkpoint(resolve_model(model), trust_remote_code=trust_remote_code)
-    if dtype == "auto":
-        working = torch.float32 if target.type == "cpu" else stored_dtype(checkpoint)
-    else:
-        working = DTYPES[dtype]
-    source = FolderSource(checkpoint, target, working, trust_remote_code=trust_remote_code)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    return source, None if isinstance(tokenizer, Tensor | Windows) else tokenizer
-
-
-def choose_device(device: str) -> torch.device:
-    """cpu, cuda, cuda:N or auto as a device that is there.
-
-    Raises:
-        ModelError: no CUDA, or no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("no CUDA device is available here; use --device cpu or auto")
-    return chosen
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer, or None where it has none (token tensors need none)."""
-    from transformers import AutoTokenizer
-
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # tokenizers fail in as many ways as there are of them
-        line = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {line}") from error
 
 
 def _prune_blocks(
@@ -432,13 +362,18 @@ def _prune_blocks(
             reports.extend(finished.layers)
             bad.extend(finished.bad)
             if flow is not None and captured is not None and index < last_open:
-                flow.active = [s for s in flow.active if s not in {b["sample"] for b in finished.bad}]
+                flow.active = [
+                    s for s in flow.active if s not in {b["sample"] for b in finished.bad}
+                ]
                 masks = None if options.one_pass else finished.masks
                 with source.open(index, masks) as block:
                     tick = _ticker(report, index, last + 1, "replay", len(flow.active))
-                    forward(block, prefix, captured.calls[index], flow, workers, source.device, tick)
+                    forward(
+                        block, prefix, captured.calls[index], flow, workers, source.device, tick
+                    )
             continue
-        assert flow is not None and captured is not None
+        assert flow is not None
+        assert captured is not None
         mine = _within(blocks, index, wanted)
         with source.open(index) as block:
             before = len(flow.bad)
@@ -485,11 +420,16 @@ def _solve_layer(
     tokens = 0 if gram is None else gram.tokens
     fallback = gram is None or tokens < options.min_tokens
     if gram is None or fallback:
-        values = torch.eye(layer.n, device=source.device)
+        values, mean = torch.eye(layer.n, device=source.device), None
     else:
-        values = gram.value(shrink=options.shrink)
+        values, mean = gram.value(shrink=options.shrink), gram.mean()
     problem = LayerProblem(
-        weight.detach().float(), values, options.pattern, name=layer.name, assume_psd=True
+        weight.detach().float(),
+        values,
+        options.pattern,
+        name=layer.name,
+        assume_psd=True,
+        mean=mean,
     )
     del values
     began = time.perf_counter()
@@ -590,21 +530,9 @@ def _windows(tokens: Any, tokenizer: Any, calibration: Any, **how: Any) -> Windo
     return calibration_windows(calibration, tokenizer, **how)
 
 
-def _capped_length(model: nn.Module, seq_len: int) -> int:
-    """Never longer than the model has positions; never longer because it has more of them."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(text, "max_position_embeddings", None)
-    return min(seq_len, positions) if isinstance(positions, int) and positions > 0 else seq_len
-
-
 __all__ = [
-    "MaskFile",
     "Progress",
     "PruneOptions",
-    "choose_device",
     "collect_problems",
-    "load_tokenizer",
-    "open_source",
     "prune_model",
 ]

@@ -129,7 +129,9 @@ def open_safe(path: Path) -> SafeFile:
         position = entry.stop
     if position != size:
         what = "truncated" if position > size else "too long"
-        raise ModelError(f"{path}: {what}: the header asks for {position} bytes, the file has {size}")
+        raise ModelError(
+            f"{path}: {what}: the header asks for {position} bytes, the file has {size}"
+        )
     return SafeFile(path, {entry.name: entry for entry in entries}, metadata, data_start, size)
 
 
@@ -196,7 +198,8 @@ def _what_it_is(head: bytes) -> str:
 
 def _read_exactly(file: IO[bytes], start: int, size: int, path: Path) -> np.ndarray:
     buffer = np.empty(size, dtype=np.uint8)
-    view, done = memoryview(buffer), 0
+    view: Any = memoryview(buffer)  # type: ignore[arg-type]
+    done = 0
     file.seek(start)
     while done < size:
         try:

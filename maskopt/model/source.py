@@ -34,7 +34,9 @@ class Source(Protocol):
         """
         ...
 
-    def stored(self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
+    def stored(
+        self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
+    ) -> dict[str, TensorMask]:
         """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
         ...
 
@@ -56,7 +58,9 @@ class MemorySource:
             raise ModelError("a model in memory cannot be resumed; prune its folder instead")
         yield self.blocks.modules[index]
 
-    def stored(self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
+    def stored(
+        self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
+    ) -> dict[str, TensorMask]:
         merged = merge_experts(self.model, masks)
         return to_checkpoint(self.model, merged, None)
 
@@ -103,7 +107,9 @@ class FolderSource:
                     empty = torch.empty_like(parameter, device="meta")
                     setattr(module, name, nn.Parameter(empty, requires_grad=False))
 
-    def stored(self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
+    def stored(
+        self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
+    ) -> dict[str, TensorMask]:
         merged = merge_experts(self.model, masks)
         return to_checkpoint(self.model, merged, self._loader)
 
@@ -218,8 +224,11 @@ class _Loader:
 
     def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-        from transformers.core_model_loading import rename_source_key
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
 
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.mapping = get_model_conversion_mapping(model)
@@ -275,7 +284,7 @@ class _Loader:
         }
         config = LoadStateDictConfig(
             device_map={"": self.device},
-            weight_mapping=self.mapping,
+            weight_mapping=self.mapping,  # type: ignore[arg-type, unused-ignore]
             dtype=next(self.model.parameters()).dtype,
         )
         with quietly(), torch.no_grad():
@@ -303,7 +312,6 @@ class _Loader:
             parameter.requires_grad_(False)
             if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
                 raise ModelError(f"parameter {name!r} holds NaN or infinite weights")
-
 
     def _read(self, key: str, masks: MaskFile | None) -> Tensor:
         tensor = self.checkpoint.read(key)
@@ -355,4 +363,3 @@ def _unset(dtype: torch.dtype) -> float | int | bool:
     if dtype.is_floating_point:
         return math.nan
     return False if dtype == torch.bool else torch.iinfo(dtype).min if dtype.is_signed else 255
-

@@ -147,7 +147,9 @@ def _plain_errors(output: Path, work: Workspace) -> Iterator[None]:
     except OSError as error:
         hint = "; free some and go on with --resume" if work.keep else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ModelError(f"{output}: no space left on the disk ({error.strerror}){hint}") from error
+            raise ModelError(
+                f"{output}: no space left on the disk ({error.strerror}){hint}"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ModelError(f"{output}: cannot be written: {error.strerror}") from error
         name = error.filename or output
