@@ -1,5 +1,7 @@
 """maskopt: which weights of a linear layer can go, with a proof of how good the choice is."""
 
+import importlib
+
 from maskopt.checks import Swap, improving_swap, verify
 from maskopt.errors import MaskoptError
 from maskopt.pattern import NM, Unstructured
@@ -8,6 +10,20 @@ from maskopt.solution import Solution, Status
 from maskopt.solver import available_solvers, solve
 
 __version__ = "0.1.0"
+
+#: imported on first use, since they bring transformers along
+_MODEL_SIDE = {
+    "collect_problems": "maskopt.model.prune",
+    "perplexity": "maskopt.model.perplexity",
+    "prune_model": "maskopt.model.prune",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODEL_SIDE:
+        return getattr(importlib.import_module(_MODEL_SIDE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "NM",
@@ -20,7 +36,10 @@ __all__ = [
     "Unstructured",
     "__version__",
     "available_solvers",
+    "collect_problems",
     "improving_swap",
+    "perplexity",
+    "prune_model",
     "solve",
     "verify",
 ]

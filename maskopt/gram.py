@@ -1,8 +1,8 @@
 """Streaming accumulation of a Gram matrix: G = (1/T) Σ_t x_t x_tᵀ, token by token batch.
 
-Products are taken in float32 (float64 for float64 inputs) over at most `CHUNK` tokens and summed in float64, so the result does
-not drift with the number of tokens. Only the upper triangle is computed, in column tiles of a fixed
-size: the bits do not depend on how many threads worked on it.
+Products are taken in float32 (float64 for float64 inputs) over at most `CHUNK` tokens and summed in
+float64, so the result does not drift with the number of tokens. Only the upper triangle is computed, in
+column tiles of a fixed size: the bits do not depend on how many threads worked on it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import sys
 import click
 import typer
 
-from maskopt.cli import compare, extract, solvers
+from maskopt.cli import apply, compare, evaluate, extract, plan, prune, solvers, verify_output
 from maskopt.cli.console import errors
 from maskopt.errors import MaskoptError
 
@@ -21,6 +21,12 @@ app = typer.Typer(
 app.command("solvers")(solvers.solvers)
 app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)
+app.command("prune")(prune.prune)
+app.command("plan")(plan.plan)
+app.command("eval")(evaluate.evaluate)
+app.command("verify")(verify_output.verify)
+app.command("apply")(apply.apply)
+app.command("extract-masks")(apply.extract_masks)
 
 
 @app.callback()

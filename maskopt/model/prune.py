@@ -191,7 +191,7 @@ def prune_model(
     )
     layers = choose(source.blocks.all_layers(), options.include, options.exclude)
     source.blocks.check_unshared(layers)
-    _check_pattern(options.pattern, layers)
+    check_pattern(options.pattern, layers)
     windows = _windows(
         tokenizer_or_tokens
         if in_memory or isinstance(tokenizer_or_tokens, Tensor | Windows)
@@ -281,7 +281,7 @@ def collect_problems(
         model, tokenizer_or_tokens, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
     chosen = choose(source.blocks.all_layers(), tuple(layers))
-    _check_pattern(chosen_pattern, chosen)
+    check_pattern(chosen_pattern, chosen)
     in_memory = isinstance(model, nn.Module)
     windows = _windows(
         tokenizer_or_tokens
@@ -512,7 +512,7 @@ def _pattern(sparsity: float | None, pattern: Pattern | None) -> Pattern:
     return Unstructured(sparsity=sparsity) if pattern is None else pattern
 
 
-def _check_pattern(pattern: Pattern, layers: Sequence[Layer]) -> None:
+def check_pattern(pattern: Pattern, layers: Sequence[Layer]) -> None:
     for layer in layers:
         try:
             pattern.check(layer.n)

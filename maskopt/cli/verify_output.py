@@ -1,0 +1,39 @@
+"""`maskopt verify`: re-read a pruned model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskopt.cli.console import output, progress_bars
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="What `maskopt prune` wrote.")],
+    against: Annotated[
+        Path | None, typer.Option(help="The original model: kept weights must be its bits.")
+    ] = None,
+    semi_structured: Annotated[
+        bool,
+        typer.Option("--semi-structured", help="Convert every 2:4 layer by PyTorch (needs CUDA)."),
+    ] = False,
+) -> None:
+    """Check digests, exact counts of every row, zeros, and bit-identity to the original."""
+    from maskopt.model import verify as library
+
+    with progress_bars() as bars:
+        task = bars.add_task("tensors", total=None)
+        result = library.verify_output(
+            folder, against, lambda done, total: bars.update(task, completed=done, total=total)
+        )
+    same = f"; every kept weight is that of {against}" if against is not None else ""
+    output.print(
+        f"{folder}: holds. {result.layers} layers, {result.rows} rows, {result.files} files, "
+        f"sparsity {result.sparsity:.4f}{same}",
+        soft_wrap=True,
+    )
+    if semi_structured:
+        converted = library.semi_structured(folder)
+        output.print(f"PyTorch accepts all {len(converted)} layers as semi-structured 2:4")
