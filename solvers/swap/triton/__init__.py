@@ -1,0 +1,29 @@
+"""The CUDA kernels of 1-swap search, written in Triton; nothing here imports Triton by itself."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def unavailable(device: torch.device | str | None = None) -> str | None:
+    """Why the Triton kernels cannot run (on a device), or None if they can.
+
+    They run on CUDA devices, and anywhere under TRITON_INTERPRET=1 (slowly, for tests).
+    """
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return (
+            f"the package triton cannot be imported ({error}); pip install 'maskopt[gpu]' (Linux)"
+        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if device is not None and torch.device(device).type != "cuda":
+        return f"the problem is on {device}; move weight and gram to a CUDA device"
+    if torch.cuda.get_device_capability() < (7, 0):
+        return "Triton needs a CUDA device of compute capability 7.0 or above"
+    return None

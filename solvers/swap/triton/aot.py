@@ -1,0 +1,213 @@
+"""Ahead-of-time compilation of every Triton kernel to machine code; needs no GPU.
+
+    python -m maskopt.solvers.swap.triton.aot [--json] [architecture …]
+
+compiles for sm_80 and sm_90 (or for the architectures named, such as 89) and prints, per program,
+registers a thread, bytes of shared memory and of local memory (spills). It ends with exit code 1
+when one does not compile, spills, or does not fit a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = (80, 90)
+#: shared memory a block may use without opting in, registers of a multiprocessor
+SHARED_LIMIT, REGISTER_FILE = 48 * 1024, 65536
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled program needs."""
+
+    kernel: str
+    variant: str
+    architecture: int
+    warps: int
+    registers: int
+    shared: int
+    local: int
+    """Bytes of stack frame a thread: anything above 0 is a spill or a local array."""
+    spilled: int
+    """Instructions that load from or store to local memory."""
+    instructions: int
+    """Of machine code, padding excluded."""
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with it, or None."""
+        if self.local or self.spilled:
+            return f"spills ({self.local} bytes of stack, {self.spilled} accesses to it)"
+        if self.shared > SHARED_LIMIT:
+            return f"needs {self.shared} bytes of shared memory, above {SHARED_LIMIT}"
+        if self.registers * 32 * self.warps > REGISTER_FILE:
+            return f"needs {self.registers} registers in {self.warps} warps, above the file"
+        return None
+
+
+def variants() -> Iterator[tuple[str, str, dict[str, Any], int]]:
+    """(kernel, label, constant arguments, warps) of every program the launchers can ask for."""
+    import torch
+
+    from maskopt.solvers.swap.triton import launch
+
+    for dtype, torch_dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
+        for width in (32, 64, 128):
+            warps = launch.swap_block_warps(width, torch_dtype)
+            for grouped in (False, True):
+                label = f"{dtype} N={width}" + (" grouped" if grouped else "")
+                yield "swap_block", label, {"N": width, "GROUPED": grouped, "D": dtype}, warps
+        for grouped in (False, True):
+            label = dtype + (" grouped" if grouped else "")
+            constants = {"GROUPED": grouped, "BU": launch.BLOCK_U, "BP": launch.BLOCK_P}
+            yield "scan_survivors", label, {**constants, "D": dtype}, 4
+        tile = {"ROWS": launch.TILE_ROWS, "TILE": launch.TILE}
+        yield "scan_tiles", dtype, {**tile, "D": dtype}, 4
+        yield "lower_envelope", dtype, {"T": launch.GRID, "BLOCK": 32, "D": dtype}, 4
+        yield "list_finite", dtype, {"BLOCK": launch.STRIP, "D": dtype}, 4
+        yield "best_partners", dtype, {"K": 64, "BLOCK": launch.STRIP, "D": dtype}, 4
+        for size in (4, 8, 32):
+            constants = {"MP": size, "BG": launch.groups_together(size), "D": dtype}
+            yield "scan_groups", f"{dtype} M={size}", constants, 4
+    for width in (32, 64, 128):
+        constants = {"N": width, "BLOCK": launch.STRIP, "D": "fp64"}
+        yield "move_correlation", f"fp64 N={width}", constants, 4
+
+
+#: arguments that are not pointers to the kernel's floating dtype
+_INTEGERS = {"n", "most", "group", "rows", "tiles", "M", "groups"}
+_POINTERS = {
+    "gram": "*fp32",
+    "blocks": "*fp32",
+    "kept": "*i8",
+    "kept_after": "*i8",
+    **dict.fromkeys(
+        (
+            "columns", "pairs", "made", "count", "chosen", "partner", "kept_list", "kept_count",
+            "pruned_list", "pruned_count", "kept_best", "pruned_best",
+        ),
+        "*i32",
+    ),
+}  # fmt: skip
+
+
+def compile_one(
+    kernel: str, label: str, constants: dict[str, Any], warps: int, architecture: int
+) -> Report:
+    """Compile one program with the pointer alignment that torch's allocator gives."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from maskopt.solvers.swap.triton import kernels
+
+    constants = dict(constants)
+    floating = constants.pop("D")
+    function = getattr(kernels, kernel)
+    signature: dict[str, str] = {}
+    for name in function.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in _INTEGERS:
+            signature[name] = "i32"
+        else:
+            signature[name] = _POINTERS.get(name, f"*{floating}")
+    if kernel == "swap_block":
+        signature["c"] = "*fp64"
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}
+        )
+    return Report(
+        kernel=kernel,
+        variant=label,
+        architecture=architecture,
+        warps=warps,
+        shared=int(compiled.metadata.shared),
+        **_inspect(compiled.asm["cubin"]),
+    )
+
+
+def _inspect(binary: bytes) -> dict[str, int]:
+    """Registers, stack, spills and length, from NVIDIA's tools that come with Triton."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary)
+        usage, listing = (
+            subprocess.run([*tool, str(path)], capture_output=True, text=True, check=True).stdout
+            for tool in (
+                [knobs.nvidia.cuobjdump.path, "-res-usage"],
+                [knobs.nvidia.nvdisasm.path, "-c"],
+            )
+        )
+
+    def number(name: str) -> int:
+        found = re.search(rf"\b{name}:(\d+)", usage)
+        if found is None:
+            raise RuntimeError(f"cuobjdump tells no {name}: {usage}")
+        return int(found.group(1))
+
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*)", listing, re.M)
+    return {
+        "registers": number("REG"),
+        "local": number("STACK") + number("LOCAL"),
+        "spilled": sum(name in ("LDL", "STL") for name in operations),
+        "instructions": sum(name != "NOP" for name in operations),
+    }
+
+
+def reports(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Report]:
+    """Compile everything for every architecture."""
+    return [
+        compile_one(*variant, architecture)
+        for architecture in architectures
+        for variant in variants()
+    ]
+
+
+def table(found: list[Report]) -> str:
+    """One line a program."""
+    head = f"{'kernel':18}{'variant':22}{'arch':>6}{'warps':>6}{'regs':>6}{'shared':>8}"
+    lines = [head + f"{'stack':>7}{'spills':>7}{'length':>8}"]
+    for one in found:
+        lines.append(
+            f"{one.kernel:18}{one.variant:22}{'sm_' + str(one.architecture):>6}{one.warps:>6}"
+            f"{one.registers:>6}{one.shared:>8}{one.local:>7}{one.spilled:>7}{one.instructions:>8}"
+            + (f"  {one.fault}" if one.fault else "")
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """The command; see the module."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    architectures = tuple(int(word) for word in arguments if word.isdigit()) or ARCHITECTURES
+    found = reports(architectures)
+    if "--json" in arguments:
+        print(json.dumps([asdict(one) for one in found]))
+    else:
+        print(table(found))
+    return int(any(one.fault for one in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,345 @@
+"""The Triton programs of 1-swap search. Importing this module needs the package `triton`.
+
+Notation (see `maskopt.solvers.swap.batch`): x is a row's scaled weights, c = G(x ⊙ pruned),
+D_j = x_j²G_jj, e_j = √D_j, and exchanging a kept u for a pruned p changes the objective by
+
+    Δ(u, p) = a_u + b_p − 2 x_u x_p G_up,   a_u = D_u + 2 x_u c_u,   b_p = D_p − 2 x_p c_p.
+
+All kernels take x, a and b in one floating dtype (float32, or float64) and read G in whichever of
+the two it has. In the scans a is +inf where u is not kept, b is +inf where p is not pruned, so that
+no masks are needed: +inf never wins. The functions that launch them, with shapes and checks, are
+in `launch.py`. Nothing here computes an index above 2³¹ in 32 bits: n² < 2³¹ up to n = 46,340, and
+rows are addressed in 64 bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def swap_block(
+    gram,
+    x,
+    c,
+    kept,
+    columns,
+    limit,
+    pairs,
+    made,
+    kept_after,
+    n,
+    most,
+    group,
+    N: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """One program per row: best swaps among N candidate columns until none gains over the limit.
+
+    Everything a swap touches (2 x_i x_j G_ij over the candidates, and 2 x_i c_i) is loaded once and
+    stays in registers; a swap writes its two column numbers and reads nothing from memory. All
+    reductions run along the first axis, p, which Triton lays along registers (the block of G is
+    symmetric), so that they need no shuffles and the vectors over u take one register each.
+    Candidates are in ascending order, so the lowest position is the lowest column; −1 pads.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, N)
+    column = tl.load(columns + row * N + lane)
+    live = column >= 0
+    safe = tl.where(live, column, 0)
+    at = row * n + safe
+    weight = tl.load(x + at, mask=live, other=0.0)
+    inside = tl.load(kept + at, mask=live, other=0).to(tl.int32)
+    both = live[:, None] & live[None, :]
+    cross = tl.load(gram + safe[:, None] * n + safe[None, :], mask=both, other=0.0)
+    cross = 2.0 * (weight[:, None] * weight[None, :]) * cross.to(weight.dtype)
+    square = 0.5 * tl.sum(tl.where(lane[:, None] == lane[None, :], cross, 0.0), axis=0)
+    linear = 2.0 * weight * tl.load(c + at, mask=live, other=0.0).to(weight.dtype)
+    team = safe // group
+    threshold = -tl.load(limit + row)
+    infinity = float("inf")
+    count = 0
+    going = count < most
+    while going:
+        a = tl.where(live & (inside != 0), square + linear, infinity)
+        b = tl.where(live & (inside == 0), square - linear, infinity)
+        delta = (a[None, :] + b[:, None]) - cross
+        if GROUPED:
+            delta = tl.where(team[None, :] == team[:, None], delta, infinity)
+        best_of_kept = tl.min(delta, axis=0)
+        best = tl.min(best_of_kept, axis=0)
+        going = best < threshold
+        if going:
+            u = tl.min(tl.where(best_of_kept == best, lane, N), axis=0)
+            is_u = lane == u
+            a_u = tl.sum(tl.where(is_u, square + linear, 0.0), axis=0)
+            cross_u = tl.sum(tl.where(is_u[:, None], cross, 0.0), axis=0)
+            partner = (a_u + b) - cross_u
+            if GROUPED:
+                team_u = tl.sum(tl.where(is_u, team, 0), axis=0)
+                partner = tl.where(team == team_u, partner, infinity)
+            p = tl.min(tl.where(partner == tl.min(partner, axis=0), lane, N), axis=0)
+            is_p = lane == p
+            cross_p = tl.sum(tl.where(is_p[:, None], cross, 0.0), axis=0)
+            linear += cross_u - cross_p
+            inside = tl.where(is_u, 0, tl.where(is_p, 1, inside))
+            slot = pairs + (row * most + count) * 2
+            tl.store(slot, tl.sum(tl.where(is_u, column, 0), axis=0))
+            tl.store(slot + 1, tl.sum(tl.where(is_p, column, 0), axis=0))
+            count += 1
+            going = count < most
+    tl.store(made + row, count)
+    tl.store(kept_after + row * N + lane, inside.to(tl.int8), mask=live)
+
+
+@triton.jit
+def move_correlation(
+    gram, c, columns, change, n, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    """c ← c + Σ_k change_k · G[columns_k, :] for one row and BLOCK columns; the sum in c's dtype.
+
+    Columns that did not change carry change 0 and cost no traffic.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = j < n
+    total = tl.load(c + row * n + j, mask=inside, other=0.0)
+    for k in range(N):
+        by = tl.load(change + row * N + k)
+        if by != 0.0:
+            line = tl.load(columns + row * N + k)
+            values = tl.load(gram + line * n + j, mask=inside, other=0.0)
+            total += by.to(total.dtype) * values.to(total.dtype)
+    tl.store(c + row * n + j, total, mask=inside)
+
+
+@triton.jit
+def lower_envelope(b, e, grid, out, n, T: tl.constexpr, BLOCK: tl.constexpr):
+    """out_k = min_p (b_p − 2 grid_k e_p) over one row, for T values of grid."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, T)
+    slope = -2.0 * tl.load(grid + row * T + k)
+    least = tl.full((T, BLOCK), float("inf"), b.dtype.element_ty)
+    for start in range(0, n, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        inside = p < n
+        b_p = tl.load(b + row * n + p, mask=inside, other=float("inf"))
+        e_p = tl.load(e + row * n + p, mask=inside, other=0.0)
+        least = tl.minimum(least, tl.fma(slope[:, None], e_p[None, :], b_p[None, :]))
+    tl.store(out + row * T + k, tl.min(least, axis=1))
+
+
+@triton.jit
+def list_finite(values, columns, count, n, BLOCK: tl.constexpr):
+    """The columns at which a row of values is below +inf, ascending, and how many there are."""
+    row = tl.program_id(0).to(tl.int64)
+    found = 0
+    for start in range(0, n, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        value = tl.load(values + row * n + j, mask=j < n, other=float("inf"))
+        hit = (value < float("inf")).to(tl.int32)
+        tl.store(columns + row * n + found + tl.cumsum(hit, 0) - hit, j, mask=hit != 0)
+        found += tl.sum(hit, axis=0)
+    tl.store(count + row, found)
+
+
+@triton.jit
+def scan_survivors(
+    gram,
+    x,
+    a,
+    b,
+    e,
+    rho,
+    limit,
+    kept_list,
+    kept_count,
+    pruned_list,
+    pruned_count,
+    value,
+    partner,
+    n,
+    group,
+    GROUPED: tl.constexpr,
+    BU: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """The best partner of BU kept columns of one row, among the row's listed columns only.
+
+    A pair is looked up in G only if a_u + b_p − 2 min(ρ_u, ρ_p) e_u e_p < −limit: no other can gain
+    more than the limit, because |x_u x_p G_up| ≤ min(ρ_u, ρ_p) e_u e_p. Ties: the lowest p.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BU
+    many = tl.load(kept_count + row)
+    if first < many:
+        slot = first + tl.arange(0, BU)
+        in_u = slot < many
+        u = tl.load(kept_list + row * n + slot, mask=in_u, other=0)
+        a_u = tl.load(a + row * n + u, mask=in_u, other=float("inf"))
+        h_u = -2.0 * tl.load(x + row * n + u)
+        e_u = tl.load(e + row * n + u)
+        rho_u = tl.load(rho + u)
+        threshold = -tl.load(limit + row)
+        least = tl.full((BU, BP), float("inf"), a.dtype.element_ty)
+        which = tl.zeros((BU, BP), tl.int32)
+        others = tl.load(pruned_count + row)
+        for start in range(0, others, BP):
+            slot_p = start + tl.arange(0, BP)
+            in_p = slot_p < others
+            p = tl.load(pruned_list + row * n + slot_p, mask=in_p, other=0)
+            b_p = tl.load(b + row * n + p, mask=in_p, other=float("inf"))
+            x_p = tl.load(x + row * n + p)
+            e_p = tl.load(e + row * n + p)
+            rho_p = tl.load(rho + p)
+            reach = 2.0 * tl.minimum(rho_u[:, None], rho_p[None, :])
+            hope = (a_u[:, None] + b_p[None, :]) - reach * (e_u[:, None] * e_p[None, :]) < threshold
+            if GROUPED:
+                hope = hope & ((u // group)[:, None] == (p // group)[None, :])
+            g = tl.load(gram + u[:, None] * n + p[None, :], mask=hope, other=0.0)
+            product = x_p[None, :] * g.to(x_p.dtype)
+            delta = a_u[:, None] + tl.fma(h_u[:, None], product, b_p[None, :])
+            better = hope & (delta < least)
+            least = tl.where(better, delta, least)
+            which = tl.where(better, p[None, :], which)
+        best = tl.min(least, axis=1)
+        lowest = tl.min(tl.where(least == best[:, None], which, n), axis=1)
+        good = in_u & (best < threshold)
+        tl.store(value + row * n + u, best, mask=good)
+        tl.store(partner + row * n + u, lowest, mask=good)
+
+
+@triton.jit
+def scan_tiles(
+    gram,
+    x,
+    a,
+    b,
+    a_least,
+    b_least,
+    e_kept,
+    e_pruned,
+    rho_tile,
+    limit,
+    value,
+    rows,
+    n,
+    tiles,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Best Δ of TILE columns u of ROWS rows over all p, one tile of G after the other.
+
+    A tile of G is loaded once, into registers, and serves all ROWS rows: three instructions a pair,
+    the minimum over p again along registers. For a row the tile is skipped when min a + min b −
+    2 ρ(tile) max e_u max e_p ≥ −limit (Cauchy–Schwarz, sharpened by the greatest correlation ρ in
+    the tile); it is not loaded at all when every row skips it. Only what is below −limit is written.
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    tile_u = tl.program_id(1)
+    lane = tl.arange(0, TILE)
+    u = tile_u * TILE + lane
+    r = first + tl.arange(0, ROWS)
+    in_r = r < rows
+    in_u = u < n
+    thresholds = -tl.load(limit + r, mask=in_r, other=float("inf"))
+    a_min = tl.load(a_least + r * tiles + tile_u, mask=in_r, other=float("inf"))
+    e_max = tl.load(e_kept + r * tiles + tile_u, mask=in_r, other=0.0)
+    last = tl.minimum(first + ROWS, rows)
+    for tile_p in range(0, tiles):
+        rho = 2.0 * tl.load(rho_tile + tile_p * tiles + tile_u)
+        b_min = tl.load(b_least + r * tiles + tile_p, mask=in_r, other=float("inf"))
+        e_far = tl.load(e_pruned + r * tiles + tile_p, mask=in_r, other=0.0)
+        hope = (a_min + b_min) - rho * (e_max * e_far) < thresholds
+        if tl.max(hope.to(tl.int32), axis=0) > 0:
+            p = tile_p * TILE + lane
+            in_p = p < n
+            both = in_p[:, None] & in_u[None, :]
+            g = tl.load(gram + p[:, None] * n + u[None, :], mask=both, other=0.0)
+            g = g.to(a.dtype.element_ty)
+            for row in range(first, last):
+                threshold = -tl.load(limit + row)
+                near = tl.load(a_least + row * tiles + tile_u)
+                far = tl.load(b_least + row * tiles + tile_p)
+                span = tl.load(e_kept + row * tiles + tile_u)
+                span = span * tl.load(e_pruned + row * tiles + tile_p)
+                if (near + far) - rho * span < threshold:
+                    b_p = tl.load(b + row * n + p, mask=in_p, other=float("inf"))
+                    x_p = tl.load(x + row * n + p, mask=in_p, other=0.0)
+                    h_u = -2.0 * tl.load(x + row * n + u, mask=in_u, other=0.0)
+                    a_u = tl.load(a + row * n + u, mask=in_u, other=float("inf"))
+                    least = tl.min(tl.fma(h_u[None, :], x_p[:, None] * g, b_p[:, None]), axis=0)
+                    found = a_u + least
+                    good = in_u & (found < threshold)
+                    tl.atomic_min(value + row * n + u, found, mask=good, sem="relaxed")
+
+
+@triton.jit
+def best_partners(gram, x, a, b, chosen, partner, n, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The pruned p of least Δ (ties: the lowest) for the k-th chosen kept column of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1)
+    u = tl.load(chosen + row * K + k)
+    if u >= 0:
+        a_u = tl.load(a + row * n + u)
+        h_u = -2.0 * tl.load(x + row * n + u)
+        least = tl.full((BLOCK,), float("inf"), a.dtype.element_ty)
+        which = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, n, BLOCK):
+            p = start + tl.arange(0, BLOCK)
+            inside = p < n
+            b_p = tl.load(b + row * n + p, mask=inside, other=float("inf"))
+            x_p = tl.load(x + row * n + p, mask=inside, other=0.0)
+            g = tl.load(gram + u * n + p, mask=inside, other=0.0)
+            delta = a_u + tl.fma(h_u, x_p * g.to(x_p.dtype), b_p)
+            better = delta < least
+            least = tl.where(better, delta, least)
+            which = tl.where(better, p, which)
+        lowest = tl.min(tl.where(least == tl.min(least, axis=0), which, n), axis=0)
+        tl.store(partner + row * K + k, lowest)
+
+
+@triton.jit
+def scan_groups(
+    blocks,
+    x,
+    a,
+    b,
+    value,
+    kept_best,
+    pruned_best,
+    n,
+    M,
+    groups,
+    MP: tl.constexpr,
+    BG: tl.constexpr,
+):
+    """N:M: the best swap inside each of BG groups of M consecutive columns of one row.
+
+    blocks is [groups, M, M], the diagonal blocks of G. Ties: the lowest u, then the lowest p.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    team = tl.program_id(1) * BG + tl.arange(0, BG)
+    i = tl.arange(0, MP)
+    here = team[:, None] * M + i[None, :]
+    inside = (team < groups)[:, None] & (i < M)[None, :]
+    weight = tl.load(x + row * n + here, mask=inside, other=0.0)
+    a_u = tl.load(a + row * n + here, mask=inside, other=float("inf"))
+    b_p = tl.load(b + row * n + here, mask=inside, other=float("inf"))
+    g = tl.load(
+        blocks + (team[:, None, None] * M + i[None, :, None]) * M + i[None, None, :],
+        mask=inside[:, :, None] & (i < M)[None, None, :],
+        other=0.0,
+    )
+    product = weight[:, None, :] * g.to(weight.dtype)
+    delta = a_u[:, :, None] + tl.fma(-2.0 * weight[:, :, None], product, b_p[:, None, :])
+    best_of_kept = tl.min(delta, axis=2)
+    best = tl.min(best_of_kept, axis=1)
+    partner = tl.min(tl.where(delta == best_of_kept[:, :, None], i[None, None, :], MP), axis=2)
+    u = tl.min(tl.where(best_of_kept == best[:, None], i[None, :], MP), axis=1)
+    p = tl.sum(tl.where(i[None, :] == u[:, None], partner, 0), axis=1)
+    out = row * groups + team
+    tl.store(value + out, best, mask=team < groups)
+    tl.store(kept_best + out, team * M + u, mask=team < groups)
+    tl.store(pruned_best + out, team * M + p, mask=team < groups)

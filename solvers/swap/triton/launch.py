@@ -1,0 +1,396 @@
+"""Tensor functions around the Triton programs of `kernels.py`: shapes, buffers, grids, rounding.
+
+They know nothing of problems or solvers, run where their arguments are, and wait for the device
+only where a count decides the size of a grid. Importing this module needs the package `triton`.
+
+**Rounding.** With u = 2⁻²⁴ in float32, a scan computes fl(a + fl(b + h·fl(x_p g))). Rounding a, b,
+x and G to float32 included, its error is at most 2u|a_u| + 3u|b_p| + 6u·2|x_u x_p G_up|, to first
+order, and 2|x_u x_p G_up| ≤ D_u + D_p where D_j = x_j² d_j² with |G_ij| ≤ d_i d_j (`Reach`). The
+same holds for the bounds by which pairs are passed over. `pessimistic` therefore takes
+8u(|a| + D) off a and 8u(|b| + D) off b: Δ' ≤ Δ for every pair, and least Δ' ≥ −limit proves that
+no pair gains more than the limit. That needs a and b themselves in float64, so c too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from maskopt.solvers.swap.triton import kernels
+
+#: side of a tile of G in the tiled scan, and the rows that share it
+TILE, TILE_ROWS = 64, 128
+#: values of the grid of `discard`: grid_k = top · 2^(−k/8), over a range of 2¹⁶
+GRID = 128
+#: kept columns × pruned columns that a program of the scan of survivors holds
+BLOCK_U, BLOCK_P = 16, 64
+#: columns a program of the row-wise kernels handles at a time
+STRIP = 1024
+_BLOCK_BYTES = 64 * 2**20
+_SLACK = 1.0 + 2.0**-20
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a Gram matrix can couple two columns; computed once a layer.
+
+    |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for all j ≠ i.
+    """
+
+    d: Float[Tensor, " n"]
+    """float64; √G_jj, or √max_i|G_ij| for all j where G is not quite positive semidefinite."""
+    rho: Float[Tensor, " n"]
+    """float64, rounded up, at most about 1."""
+    rho_tile: Float[Tensor, "tiles tiles"]
+    """float64: the same for tiles of TILE × TILE entries."""
+
+    @classmethod
+    def of(cls, gram: Float[Tensor, "n n"]) -> Reach:
+        """One pass over G, blockwise (two where G is indefinite)."""
+        reach = cls._with(gram, gram.diagonal().double().clamp(min=0.0).sqrt())
+        if bool(reach.rho.max() <= 1.0 + 1e-3):
+            return reach
+        return cls._with(gram, gram.abs().amax(1).double().sqrt())
+
+    @classmethod
+    def _with(cls, gram: Tensor, d: Tensor) -> Reach:
+        n = len(d)
+        tiles = -(-n // TILE)
+        rho = torch.zeros(n, dtype=torch.float64, device=gram.device)
+        rho_tile = torch.zeros(tiles, tiles, dtype=torch.float64, device=gram.device)
+        step = max(1, _BLOCK_BYTES // (8 * n * TILE)) * TILE
+        for start in range(0, n, step):
+            block = gram[start : start + step].double().abs()
+            ratio = block / (d[start : start + step, None] * d)
+            ratio = torch.where(block == 0, 0.0, ratio)
+            ratio.diagonal(start).zero_()
+            rho[start : start + step] = ratio.amax(1)
+            rows = -(-len(block) // TILE)
+            padding = (0, tiles * TILE - n, 0, rows * TILE - len(block))
+            ratio = torch.nn.functional.pad(ratio, padding).view(rows, TILE, tiles, TILE)
+            first = start // TILE
+            rho_tile[first : first + rows] = ratio.amax((1, 3))
+        return cls(d=d, rho=rho * _SLACK, rho_tile=rho_tile * _SLACK)
+
+    def e(self, x: Float[Tensor, "rows n"], dtype: torch.dtype) -> Float[Tensor, "rows n"]:
+        """|x_j| d_j, rounded up."""
+        return ((x.double().abs() * self.d) * _SLACK).to(dtype)
+
+
+def linear_terms(
+    x: Float[Tensor, "rows n"],
+    diagonal: Float[Tensor, " n"],
+    c: Float[Tensor, "rows n"],
+    kept: Bool[Tensor, "rows n"],
+) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
+    """a and b in float64: +inf where a column is not kept (a) or not pruned (b)."""
+    square = x.double().square() * diagonal.double()
+    linear = 2.0 * x.double() * c.double()
+    a = (square + linear).masked_fill_(~kept, torch.inf)
+    b = (square - linear).masked_fill_(kept, torch.inf)
+    return a, b
+
+
+def pessimistic(
+    value: Float[Tensor, "rows n"], e: Float[Tensor, "rows n"], dtype: torch.dtype
+) -> Float[Tensor, "rows n"]:
+    """a or b less what rounding in `dtype` can add to it and to its pairs."""
+    margin = 4.0 * torch.finfo(dtype).eps
+    lower = value - margin * (value.abs() + e.double().square()) - 2.0**-80
+    return torch.where(value == torch.inf, torch.inf, lower).to(dtype)
+
+
+def swap_block(
+    gram: Float[Tensor, "n n"],
+    x: Float[Tensor, "rows n"],
+    c: Float[Tensor, "rows n"],
+    kept: Bool[Tensor, "rows n"],
+    columns: Int[Tensor, "rows N"],
+    limit: Float[Tensor, " rows"],
+    *,
+    group: int | None = None,
+    most: int | None = None,
+) -> tuple[Int[Tensor, "rows most 2"], Int[Tensor, " rows"], Bool[Tensor, "rows N"]]:
+    """Best swaps of each row among its candidate columns until none gains more than the limit.
+
+    Args:
+        x: float32 or float64; the search is done in this dtype.
+        c: G(x ⊙ pruned), any floating dtype; not changed.
+        columns: int32, ascending, −1 pads (anywhere); N a power of two from 16 to 128.
+        group: swaps stay inside groups of so many consecutive columns (None: everywhere).
+        most: a row stops after so many swaps (default 2N).
+
+    Returns:
+        The swaps in order (kept column, pruned column), of which the first `made` of a row count;
+        how many were made; which candidates are kept now (False where padded).
+    """
+    rows, n = x.shape
+    width = columns.shape[1]
+    if width & (width - 1) or not 16 <= width <= 128:
+        raise ValueError(f"N must be a power of two from 16 to 128, not {width}")
+    most = 2 * width if most is None else most
+    pairs = torch.full((rows, most, 2), -1, dtype=torch.int32, device=x.device)
+    made = torch.zeros(rows, dtype=torch.int32, device=x.device)
+    after = torch.zeros((rows, width), dtype=torch.int8, device=x.device)
+    if rows:
+        kernels.swap_block[(rows,)](
+            gram,
+            x.contiguous(),
+            c.contiguous(),
+            kept.contiguous().view(torch.int8),
+            columns.to(torch.int32).contiguous(),
+            limit.to(x.dtype).contiguous(),
+            pairs,
+            made,
+            after,
+            n,
+            most,
+            group or n,
+            N=width,
+            GROUPED=group is not None and group < n,
+            num_warps=swap_block_warps(width, x.dtype),
+        )
+    return pairs, made, after.bool()
+
+
+def swap_block_warps(width: int, dtype: torch.dtype) -> int:
+    """Warps that hold N × N entries in registers, at most 64 (32-bit) of them a thread."""
+    words = width * width * (2 if dtype == torch.float64 else 1)
+    return max(1, min(16, words // (32 * 32)))
+
+
+def groups_together(width: int) -> int:
+    """Groups of so many columns that one program of `scan_groups` handles."""
+    return max(1, 4096 // (width * width))
+
+
+def move_correlation(
+    gram: Float[Tensor, "n n"],
+    c: Float[Tensor, "rows n"],
+    columns: Int[Tensor, "rows N"],
+    change: Float[Tensor, "rows N"],
+) -> None:
+    """In place: c_r ← c_r + Σ_k change_rk G[columns_rk, :], summed in the dtype of c."""
+    rows, n = c.shape
+    if rows == 0:
+        return
+    kernels.move_correlation[(rows, triton.cdiv(n, STRIP))](
+        gram,
+        c,
+        columns.clamp(min=0).to(torch.int32).contiguous(),
+        change.to(c.dtype).contiguous(),
+        n,
+        N=columns.shape[1],
+        BLOCK=STRIP,
+        num_warps=4,
+    )
+
+
+def discard(
+    a: Float[Tensor, "rows n"],
+    b: Float[Tensor, "rows n"],
+    e: Float[Tensor, "rows n"],
+    rho: Float[Tensor, " n"],
+    limit: Float[Tensor, " rows"],
+) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
+    """a and b with +inf wherever no pair of the column can gain more than the limit; G unseen.
+
+    Δ(u, p) ≥ a_u + b_p − 2ρ_u e_u e_p, so u is out if a_u + φ(ρ_u e_u) ≥ −limit, where
+    φ(t) = min_p (b_p − 2t e_p) falls with t and is tabulated on a geometric grid, entered from
+    above. The same for p against the u that are left, and once more for u.
+    """
+    reach = rho.to(e.dtype) * e * _SLACK
+    top = reach.amax(1, keepdim=True)
+    steps = torch.arange(GRID, dtype=torch.float64, device=a.device)
+    grid = (top.double() * torch.exp2(-steps / 8)).to(a.dtype)
+    grid[:, 0] = top[:, 0]
+    position = torch.where(reach > 0, torch.log2(top.double() / reach.double()) * 8, GRID - 1.0)
+    position = position.nan_to_num(nan=0.0).clamp(0, GRID - 1).long()
+    position -= (grid.gather(1, position) < reach).long()
+    position.clamp_(min=0)
+    for turn in range(3):
+        mine, other = (a, b) if turn != 1 else (b, a)
+        envelope = torch.empty_like(grid)
+        kernels.lower_envelope[(len(a),)](
+            other.contiguous(), e, grid, envelope, a.shape[1], T=GRID, BLOCK=32, num_warps=4
+        )
+        out = mine + envelope.gather(1, position) >= -limit[:, None]
+        mine = mine.masked_fill(out, torch.inf)
+        a, b = (mine, b) if turn != 1 else (a, mine)
+    return a, b
+
+
+def scan(
+    gram: Float[Tensor, "n n"],
+    x: Float[Tensor, "rows n"],
+    a: Float[Tensor, "rows n"],
+    b: Float[Tensor, "rows n"],
+    reach: Reach,
+    limit: Float[Tensor, " rows"],
+    *,
+    group: int | None = None,
+    tiled: bool = False,
+) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"] | None]:
+    """The best partner of every kept column, where the pair gains more than the limit.
+
+    Args:
+        a, b: `linear_terms`, made `pessimistic` where the outcome is to be a proof; in the dtype
+            of x, +inf where a column is not kept (a) or not pruned (b).
+        group: pairs stay inside groups of so many consecutive columns.
+        tiled: look at all pairs, tile of G by tile of G, instead of at those that `discard` leaves.
+
+    Returns:
+        value [rows, n]: least Δ of the kept column u, +inf where it is not below −limit.
+        partner [rows, n] int32: its p, the lowest if several; None if tiled (see `partners`).
+
+    Both ways give the same values, bit for bit.
+    """
+    rows, n = x.shape
+    value = torch.full_like(x, torch.inf)
+    partner = torch.full(x.shape, -1, dtype=torch.int32, device=x.device)
+    limit = limit.to(x.dtype)
+    if rows == 0:
+        return value, partner
+    e = reach.e(x, x.dtype)
+    rho = reach.rho.to(x.dtype) * _SLACK
+    fewer_a, fewer_b = discard(a, b, e, rho, limit)
+    if tiled:
+        if group is not None and group < n:
+            raise ValueError("the tiled scan knows no groups")
+        _scan_tiles(gram, x, fewer_a, fewer_b, e, reach, limit, value)
+        return value, None
+    lists = []
+    for values in (fewer_a, fewer_b):
+        columns = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+        count = torch.empty(rows, dtype=torch.int32, device=x.device)
+        kernels.list_finite[(rows,)](values.contiguous(), columns, count, n, BLOCK=STRIP)
+        lists += [columns, count]
+    longest = int(lists[1].max())
+    if longest == 0:
+        return value, partner
+    kernels.scan_survivors[(rows, triton.cdiv(longest, BLOCK_U))](
+        gram,
+        x,
+        a.contiguous(),
+        b.contiguous(),
+        e,
+        rho,
+        limit,
+        *lists,
+        value,
+        partner,
+        n,
+        group or n,
+        GROUPED=group is not None and group < n,
+        BU=BLOCK_U,
+        BP=BLOCK_P,
+        num_warps=4,
+    )
+    return value, partner
+
+
+def _scan_tiles(
+    gram: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    e: Tensor,
+    reach: Reach,
+    limit: Tensor,
+    value: Tensor,
+) -> None:
+    rows, n = x.shape
+    tiles = triton.cdiv(n, TILE)
+
+    def per_tile(values: Tensor, padding: float, least: bool) -> Tensor:
+        padded = torch.nn.functional.pad(values, (0, tiles * TILE - n), value=padding)
+        padded = padded.view(rows, tiles, TILE)
+        return (padded.amin(2) if least else padded.amax(2)).contiguous()
+
+    kernels.scan_tiles[(triton.cdiv(rows, TILE_ROWS), tiles)](
+        gram,
+        x,
+        a.contiguous(),
+        b.contiguous(),
+        per_tile(a, torch.inf, True),
+        per_tile(b, torch.inf, True),
+        per_tile(e.masked_fill(a == torch.inf, 0.0), 0.0, False),
+        per_tile(e.masked_fill(b == torch.inf, 0.0), 0.0, False),
+        (reach.rho_tile * _SLACK).to(x.dtype),
+        limit,
+        value,
+        rows,
+        n,
+        tiles,
+        ROWS=TILE_ROWS,
+        TILE=TILE,
+        num_warps=4,
+    )
+
+
+def partners(
+    gram: Float[Tensor, "n n"],
+    x: Float[Tensor, "rows n"],
+    a: Float[Tensor, "rows n"],
+    b: Float[Tensor, "rows n"],
+    chosen: Int[Tensor, "rows K"],
+) -> Int[Tensor, "rows K"]:
+    """The best partner of each chosen kept column (−1: none asked for, none given), int32."""
+    rows, n = x.shape
+    partner = torch.full(chosen.shape, -1, dtype=torch.int32, device=x.device)
+    if rows and chosen.shape[1]:
+        kernels.best_partners[(rows, chosen.shape[1])](
+            gram,
+            x,
+            a.contiguous(),
+            b.contiguous(),
+            chosen.to(torch.int32).contiguous(),
+            partner,
+            n,
+            K=chosen.shape[1],
+            BLOCK=STRIP,
+            num_warps=4,
+        )
+    return partner
+
+
+def scan_groups(
+    blocks: Float[Tensor, "groups M M"],
+    x: Float[Tensor, "rows n"],
+    a: Float[Tensor, "rows n"],
+    b: Float[Tensor, "rows n"],
+) -> tuple[
+    Float[Tensor, "rows groups"], Int[Tensor, "rows groups"], Int[Tensor, "rows groups"]
+]:
+    """N:M, M ≤ 32: Δ, u and p of the best swap inside every group (+inf where there is none)."""
+    rows, n = x.shape
+    groups, size, _ = blocks.shape
+    if size > 32:
+        raise ValueError(f"groups of {size} columns; at most 32 fit one program")
+    shape = (rows, groups)
+    value = torch.empty(shape, dtype=x.dtype, device=x.device)
+    kept_best = torch.empty(shape, dtype=torch.int32, device=x.device)
+    pruned_best = torch.empty(shape, dtype=torch.int32, device=x.device)
+    width = max(2, triton.next_power_of_2(size))
+    together = groups_together(width)
+    if rows:
+        kernels.scan_groups[(rows, triton.cdiv(groups, together))](
+            blocks.contiguous(),
+            x.contiguous(),
+            a.contiguous(),
+            b.contiguous(),
+            value,
+            kept_best,
+            pruned_best,
+            n,
+            size,
+            groups,
+            MP=width,
+            BG=together,
+            num_warps=4,
+        )
+    return value, kept_best, pruned_best
