@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,33 +55,51 @@ class Report:
         return None
 
 
-def variants() -> Iterator[tuple[str, str, dict[str, Any], int]]:
-    """(kernel, label, constant arguments, warps) of every program the launchers can ask for."""
+@dataclass(frozen=True)
+class Variant:
+    """One program: a kernel, its constants, and what the compiler is told of its arguments."""
+
+    kernel: str
+    label: str
+    constants: dict[str, Any]
+    floating: str = "fp32"
+    aligned: bool = True
+    """n is a multiple of 16, as in every language model; torch's memory always is aligned."""
+    warps: int = 4
+
+
+def variants() -> Iterator[Variant]:
+    """The programs that `engine.refine` launches, in single and double precision."""
     import torch
 
-    from maskopt.solvers.swap.triton import launch
+    from maskopt.solvers.swap.triton import engine, launch
 
-    for dtype, torch_dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
-        for width in (32, 64, 128):
-            warps = launch.swap_block_warps(width, torch_dtype)
-            for grouped in (False, True):
-                label = f"{dtype} N={width}" + (" grouped" if grouped else "")
-                yield "swap_block", label, {"N": width, "GROUPED": grouped, "D": dtype}, warps
+    tile = {"ROWS": launch.TILE_ROWS, "TILE": launch.TILE}
+    for floating, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
+
+        def variant(
+            kernel: str, constants: dict[str, Any], label: str = "", kind: str = floating
+        ) -> Variant:
+            return Variant(kernel, f"{kind} {label}".strip(), constants, kind)
+
         for grouped in (False, True):
-            label = dtype + (" grouped" if grouped else "")
-            constants = {"GROUPED": grouped, "BU": launch.BLOCK_U, "BP": launch.BLOCK_P}
-            yield "scan_survivors", label, {**constants, "D": dtype}, 4
-        tile = {"ROWS": launch.TILE_ROWS, "TILE": launch.TILE}
-        yield "scan_tiles", dtype, {**tile, "D": dtype}, 4
-        yield "lower_envelope", dtype, {"T": launch.GRID, "BLOCK": 32, "D": dtype}, 4
-        yield "list_finite", dtype, {"BLOCK": launch.STRIP, "D": dtype}, 4
-        yield "best_partners", dtype, {"K": 64, "BLOCK": launch.STRIP, "D": dtype}, 4
-        for size in (4, 8, 32):
-            constants = {"MP": size, "BG": launch.groups_together(size), "D": dtype}
-            yield "scan_groups", f"{dtype} M={size}", constants, 4
-    for width in (32, 64, 128):
-        constants = {"N": width, "BLOCK": launch.STRIP, "D": "fp64"}
-        yield "move_correlation", f"fp64 N={width}", constants, 4
+            label = "grouped" if grouped else ""
+            block = {"N": engine.WIDTH, "GROUPED": grouped}
+            one = variant("swap_block", block, f"N={engine.WIDTH} {label}")
+            yield replace(one, warps=launch.swap_block_warps(engine.WIDTH, dtype))
+            sizes = {"BU": launch.BLOCK_U, "BP": launch.BLOCK_P, "GROUPED": grouped}
+            yield variant("scan_survivors", sizes, label)
+        yield variant("scan_tiles", tile)
+        yield replace(variant("scan_tiles", tile, "any n"), aligned=False)
+        yield replace(variant("scan_tiles", {**tile, "rows": 1}, "one row"), aligned=False)
+        yield variant("lower_envelope", {"T": launch.GRID, "BLOCK": 32})
+        yield variant("list_finite", {"BLOCK": launch.STRIP})
+        yield variant("best_partners", {"K": engine.WIDTH // 2, "BLOCK": launch.STRIP})
+        for size in (4, 32):
+            together = launch.groups_together(size, dtype)
+            yield variant("scan_groups", {"MP": size, "BG": together}, f"M={size}")
+    constants = {"N": engine.WIDTH, "BLOCK": launch.STRIP}
+    yield Variant("move_correlation", f"fp64 N={engine.WIDTH}", constants, "fp64")
 
 
 #: arguments that are not pointers to the kernel's floating dtype
@@ -93,7 +111,7 @@ _POINTERS = {
     "kept_after": "*i8",
     **dict.fromkeys(
         (
-            "columns", "pairs", "made", "count", "chosen", "partner", "kept_list", "kept_count",
+            "columns", "room", "pairs", "made", "count", "chosen", "partner", "kept_list", "kept_count",
             "pruned_list", "pruned_count", "kept_best", "pruned_best",
         ),
         "*i32",
@@ -101,45 +119,46 @@ _POINTERS = {
 }  # fmt: skip
 
 
-def compile_one(
-    kernel: str, label: str, constants: dict[str, Any], warps: int, architecture: int
-) -> Report:
-    """Compile one program with the pointer alignment that torch's allocator gives."""
+def compile_one(variant: Variant, architecture: int) -> Report:
+    """Compile one program for compute capability architecture / 10."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from maskopt.solvers.swap.triton import kernels
 
-    constants = dict(constants)
-    floating = constants.pop("D")
-    function = getattr(kernels, kernel)
+    function = getattr(kernels, variant.kernel)
     signature: dict[str, str] = {}
     for name in function.arg_names:
-        if name in constants:
+        if name in variant.constants:
             signature[name] = "constexpr"
         elif name in _INTEGERS:
             signature[name] = "i32"
         else:
-            signature[name] = _POINTERS.get(name, f"*{floating}")
-    if kernel == "swap_block":
+            signature[name] = _POINTERS.get(name, f"*{variant.floating}")
+    if variant.floating == "fp64":
+        # the larger of the two that G may be
+        signature.update(dict.fromkeys({"gram", "blocks"} & signature.keys(), "*fp64"))
+    if variant.kernel == "swap_block":
         signature["c"] = "*fp64"
     aligned = {
         (place,): [["tt.divisibility", 16]]
-        for place, kind in enumerate(signature.values())
-        if kind.startswith("*")
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name == "n" and variant.aligned)
     }
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    source = ASTSource(
+        fn=function, signature=signature, constexprs=variant.constants, attrs=aligned
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = triton.compile(
-            source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}
+            source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.warps}
         )
     return Report(
-        kernel=kernel,
-        variant=label,
+        kernel=variant.kernel,
+        variant=variant.label,
         architecture=architecture,
-        warps=warps,
+        warps=variant.warps,
         shared=int(compiled.metadata.shared),
         **_inspect(compiled.asm["cubin"]),
     )
@@ -178,7 +197,7 @@ def _inspect(binary: bytes) -> dict[str, int]:
 def reports(architectures: tuple[int, ...] = ARCHITECTURES) -> list[Report]:
     """Compile everything for every architecture."""
     return [
-        compile_one(*variant, architecture)
+        compile_one(variant, architecture)
         for architecture in architectures
         for variant in variants()
     ]

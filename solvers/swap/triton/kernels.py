@@ -12,6 +12,9 @@ in `launch.py`. Nothing here computes an index above 2³¹ in 32 bits: n² < 2³
 rows are addressed in 64 bits.
 """
 
+# parameters are what the compiler makes of them: pointers, scalars, constants
+# mypy: disallow-untyped-defs=False
+
 from __future__ import annotations
 
 import triton
@@ -26,6 +29,7 @@ def swap_block(
     kept,
     columns,
     limit,
+    room,
     pairs,
     made,
     kept_after,
@@ -59,8 +63,9 @@ def swap_block(
     team = safe // group
     threshold = -tl.load(limit + row)
     infinity = float("inf")
+    allowed = tl.load(room + row)
     count = 0
-    going = count < most
+    going = count < allowed
     while going:
         a = tl.where(live & (inside != 0), square + linear, infinity)
         b = tl.where(live & (inside == 0), square - linear, infinity)
@@ -88,15 +93,13 @@ def swap_block(
             tl.store(slot, tl.sum(tl.where(is_u, column, 0), axis=0))
             tl.store(slot + 1, tl.sum(tl.where(is_p, column, 0), axis=0))
             count += 1
-            going = count < most
+            going = count < allowed
     tl.store(made + row, count)
     tl.store(kept_after + row * N + lane, inside.to(tl.int8), mask=live)
 
 
 @triton.jit
-def move_correlation(
-    gram, c, columns, change, n, N: tl.constexpr, BLOCK: tl.constexpr
-):
+def move_correlation(gram, c, columns, change, n, N: tl.constexpr, BLOCK: tl.constexpr):
     """c ← c + Σ_k change_k · G[columns_k, :] for one row and BLOCK columns; the sum in c's dtype.
 
     Columns that did not change carry change 0 and cost no traffic.
@@ -247,7 +250,7 @@ def scan_tiles(
     a_min = tl.load(a_least + r * tiles + tile_u, mask=in_r, other=float("inf"))
     e_max = tl.load(e_kept + r * tiles + tile_u, mask=in_r, other=0.0)
     last = tl.minimum(first + ROWS, rows)
-    for tile_p in range(0, tiles):
+    for tile_p in range(tiles):
         rho = 2.0 * tl.load(rho_tile + tile_p * tiles + tile_u)
         b_min = tl.load(b_least + r * tiles + tile_p, mask=in_r, other=float("inf"))
         e_far = tl.load(e_pruned + r * tiles + tile_p, mask=in_r, other=0.0)

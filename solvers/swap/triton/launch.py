@@ -113,7 +113,7 @@ def swap_block(
     limit: Float[Tensor, " rows"],
     *,
     group: int | None = None,
-    most: int | None = None,
+    room: Int[Tensor, " rows"] | None = None,
 ) -> tuple[Int[Tensor, "rows most 2"], Int[Tensor, " rows"], Bool[Tensor, "rows N"]]:
     """Best swaps of each row among its candidate columns until none gains more than the limit.
 
@@ -122,7 +122,7 @@ def swap_block(
         c: G(x ⊙ pruned), any floating dtype; not changed.
         columns: int32, ascending, −1 pads (anywhere); N a power of two from 16 to 128.
         group: swaps stay inside groups of so many consecutive columns (None: everywhere).
-        most: a row stops after so many swaps (default 2N).
+        room: a row stops after so many swaps; after 2N at the latest.
 
     Returns:
         The swaps in order (kept column, pruned column), of which the first `made` of a row count;
@@ -132,7 +132,10 @@ def swap_block(
     width = columns.shape[1]
     if width & (width - 1) or not 16 <= width <= 128:
         raise ValueError(f"N must be a power of two from 16 to 128, not {width}")
-    most = 2 * width if most is None else most
+    most = 2 * width
+    if room is None:
+        room = torch.full((rows,), most, dtype=torch.int32, device=x.device)
+    room = room.clamp(0, most).to(torch.int32).contiguous()
     pairs = torch.full((rows, most, 2), -1, dtype=torch.int32, device=x.device)
     made = torch.zeros(rows, dtype=torch.int32, device=x.device)
     after = torch.zeros((rows, width), dtype=torch.int8, device=x.device)
@@ -144,6 +147,7 @@ def swap_block(
             kept.contiguous().view(torch.int8),
             columns.to(torch.int32).contiguous(),
             limit.to(x.dtype).contiguous(),
+            room,
             pairs,
             made,
             after,
@@ -158,14 +162,14 @@ def swap_block(
 
 
 def swap_block_warps(width: int, dtype: torch.dtype) -> int:
-    """Warps that hold N × N entries in registers, at most 64 (32-bit) of them a thread."""
-    words = width * width * (2 if dtype == torch.float64 else 1)
-    return max(1, min(16, words // (32 * 32)))
+    """Warps that hold N × N entries in registers: 32 of float32 or 8 of float64 a thread."""
+    entries = 8 if dtype == torch.float64 else 32
+    return max(1, min(16, width * width // (32 * entries)))
 
 
-def groups_together(width: int) -> int:
+def groups_together(width: int, dtype: torch.dtype) -> int:
     """Groups of so many columns that one program of `scan_groups` handles."""
-    return max(1, 4096 // (width * width))
+    return max(1, (2048 if dtype == torch.float64 else 4096) // (width * width))
 
 
 def move_correlation(
@@ -363,9 +367,7 @@ def scan_groups(
     x: Float[Tensor, "rows n"],
     a: Float[Tensor, "rows n"],
     b: Float[Tensor, "rows n"],
-) -> tuple[
-    Float[Tensor, "rows groups"], Int[Tensor, "rows groups"], Int[Tensor, "rows groups"]
-]:
+) -> tuple[Float[Tensor, "rows groups"], Int[Tensor, "rows groups"], Int[Tensor, "rows groups"]]:
     """N:M, M ≤ 32: Δ, u and p of the best swap inside every group (+inf where there is none)."""
     rows, n = x.shape
     groups, size, _ = blocks.shape
@@ -376,7 +378,7 @@ def scan_groups(
     kept_best = torch.empty(shape, dtype=torch.int32, device=x.device)
     pruned_best = torch.empty(shape, dtype=torch.int32, device=x.device)
     width = max(2, triton.next_power_of_2(size))
-    together = groups_together(width)
+    together = groups_together(width, x.dtype)
     if rows:
         kernels.scan_groups[(rows, triton.cdiv(groups, together))](
             blocks.contiguous(),

@@ -1,0 +1,460 @@
+"""The Triton kernels against plain float64 torch: on a CUDA device, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+from strategies import KINDS, problems, random_gram, random_weight
+
+from maskopt import NM, LayerProblem, Solution, Status, Unstructured, verify
+from maskopt.pattern import Pattern
+from maskopt.solver import solve
+from maskopt.solvers.swap import triton as triton_kernels
+from maskopt.solvers.swap.batch import Batch
+from maskopt.solvers.swap.literal import refine_literally
+from maskopt.solvers.swap.triton import engine, launch
+
+# without a CUDA device conftest.py puts Triton into its interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INFINITY = math.inf
+
+
+class Rows:
+    """Scaled random rows, their masks, and everything of them in float64."""
+
+    def __init__(
+        self, rows: int, n: int, kind: str, seed: int = 0, keep: int | None = None,
+        dtype: torch.dtype = torch.float32, group: int | None = None,
+    ) -> None:  # fmt: skip
+        keep = round(0.4 * n) if keep is None else keep
+        generator = torch.Generator().manual_seed(seed)
+        gram = random_gram(n, kind, seed, dtype)
+        x = random_weight(rows, n, seed + 1)
+        x = x / (x.square() @ gram.diagonal().double()).sqrt().clamp(min=1e-30)[:, None]
+        if group is None:
+            order = torch.rand(rows, n, generator=generator).argsort(1)
+            kept = torch.zeros(rows, n, dtype=torch.bool).scatter_(1, order[:, :keep], True)
+        else:
+            order = torch.rand(rows, n // group, group, generator=generator).argsort(2)
+            kept = torch.zeros(rows, n // group, group, dtype=torch.bool)
+            kept = kept.scatter_(2, order[..., : group // 2], True).view(rows, n)
+        self.gram, self.x, self.kept = gram.to(DEVICE), x.to(dtype).to(DEVICE), kept.to(DEVICE)
+        exact = self.x.double()
+        self.c = exact.masked_fill(self.kept, 0.0) @ self.gram.double()
+        self.a, self.b = launch.linear_terms(self.x, self.gram.diagonal(), self.c, self.kept)
+        self.reach = launch.Reach.of(self.gram)
+        e = self.reach.e(self.x, dtype)
+        self.low_a = launch.pessimistic(self.a, e, dtype)
+        self.low_b = launch.pessimistic(self.b, e, dtype)
+        cross = 2 * exact[:, :, None] * exact[:, None, :] * self.gram.double()
+        self.delta = self.a[:, :, None] + self.b[:, None, :] - cross
+        if group is not None:
+            team = torch.arange(n, device=DEVICE) // group
+            self.delta.masked_fill_(team[:, None] != team, INFINITY)
+
+
+def best_swaps_one_by_one(
+    rows: Rows, row: int, columns: list[int], limit: float, most: int, group: int
+) -> list[tuple[int, int]]:
+    """The inner loop, written down without any cleverness."""
+    x, gram = rows.x[row].double().cpu(), rows.gram.double().cpu()
+    kept, c = rows.kept[row].cpu().clone(), rows.c[row].cpu().clone()
+    made: list[tuple[int, int]] = []
+    while len(made) < most:
+        best, pair = -limit, None
+        for u in columns:
+            for p in columns:
+                if not kept[u] or kept[p] or u // group != p // group:
+                    continue
+                delta = float(
+                    x[u] ** 2 * gram[u, u] + 2 * x[u] * c[u] + x[p] ** 2 * gram[p, p]
+                    - 2 * x[p] * c[p] - 2 * x[u] * x[p] * gram[u, p]
+                )  # fmt: skip
+                if delta < best:
+                    best, pair = delta, (u, p)
+        if pair is None:
+            break
+        u, p = pair
+        kept[u], kept[p] = False, True
+        c += x[u] * gram[u] - x[p] * gram[p]
+        made.append(pair)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("n", "kind", "keep", "group"),
+    [
+        (7, "full", 3, None),
+        (33, "outliers", 13, None),
+        (33, "low-rank", 32, None),
+        (33, "full", 33, None),
+        (20, "full", 0, None),
+        (24, "full", 1, None),
+        (24, "zero-columns", 12, 4),
+        (21, "low-rank", 9, 3),
+    ],
+)
+def test_candidate_block_makes_the_best_swaps(
+    n: int, kind: str, keep: int, group: int | None
+) -> None:
+    rows = Rows(3, n, kind, seed=n, keep=keep, dtype=torch.float64, group=group)
+    width = 16
+    columns = torch.full((3, width), -1, dtype=torch.int32)
+    chosen = []
+    for row in range(3):
+        some = torch.randperm(n)[: min(n, width - row)].sort().values
+        columns[row, : len(some)] = some.int()
+        chosen.append(some.tolist())
+    limit = torch.full((3,), 1e-9, device=DEVICE)
+    before = rows.kept.clone(), rows.c.clone()
+    pairs, made, after = launch.swap_block(
+        rows.gram, rows.x, rows.c, rows.kept, columns.to(DEVICE), limit, group=group
+    )
+    assert torch.equal(rows.kept, before[0])
+    assert torch.equal(rows.c, before[1])
+    for row in range(3):
+        expected = best_swaps_one_by_one(rows, row, chosen[row], 1e-9, 2 * width, group or n)
+        assert [tuple(pair) for pair in pairs[row, : int(made[row])].tolist()] == expected
+        assert (pairs[row, int(made[row]) :] == -1).all()
+        kept = rows.kept[row].cpu().clone()
+        for u, p in expected:
+            kept[u], kept[p] = False, True
+        assert torch.equal(after[row, : len(chosen[row])].cpu(), kept[chosen[row]])
+        assert not after[row, len(chosen[row]) :].any()
+
+
+def test_candidate_block_stops_when_there_is_no_room() -> None:
+    rows = Rows(3, 40, "full", seed=3)
+    columns = torch.arange(32, dtype=torch.int32, device=DEVICE).repeat(3, 1)
+    limit = torch.zeros(3, device=DEVICE)
+    arguments = (rows.gram, rows.x, rows.c, rows.kept, columns, limit)
+    free, many, _ = launch.swap_block(*arguments)
+    assert (many > 2).all()
+    room = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
+    some, made, after = launch.swap_block(*arguments, room=room)
+    assert made.tolist() == [0, 1, 2]
+    for row in range(3):
+        assert torch.equal(some[row, :row], free[row, :row])
+    assert torch.equal(after[0], rows.kept[0, :32])
+
+
+def test_candidate_block_breaks_ties_by_lowest_index() -> None:
+    n, width = 24, 16
+    gram = torch.eye(n, device=DEVICE)
+    x = torch.ones(1, n, device=DEVICE)
+    x[0, [3, 5, 9]] = 0.5  # kept, and equally cheap to prune
+    kept = torch.zeros(1, n, dtype=torch.bool, device=DEVICE)
+    kept[0, [3, 5, 9]] = True
+    c = x.masked_fill(kept, 0.0) @ gram
+    columns = torch.arange(2, 2 + width, dtype=torch.int32, device=DEVICE)[None]
+    pairs, made, _ = launch.swap_block(gram, x, c, kept, columns, torch.zeros(1, device=DEVICE))
+    assert pairs[0, : int(made[0])].tolist() == [[3, 2], [5, 4], [9, 6]]
+
+
+@pytest.mark.parametrize("width", [8, 48, 256])
+def test_candidate_block_refuses_other_widths(width: int) -> None:
+    rows = Rows(1, 9, "full")
+    columns = torch.full((1, width), -1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="power of two"):
+        launch.swap_block(
+            rows.gram, rows.x, rows.c, rows.kept, columns, torch.zeros(1, device=DEVICE)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_correlation_moves_by_the_changed_columns(dtype: torch.dtype) -> None:
+    rows = Rows(3, 1030 if dtype == torch.float32 else 37, "low-rank", seed=2, dtype=dtype)
+    columns = torch.tensor([[0, 5, -1, 36], [1, 2, 3, 4], [36, 9, 8, 7]], device=DEVICE)
+    change = torch.tensor([[0.5, -1, 0, 2], [0, 0, 0, 0], [1, 0, 3, -2.0]], device=DEVICE)
+    expected = rows.c.clone()
+    for row in range(3):
+        for column, by in zip(columns[row].tolist(), change[row].tolist(), strict=True):
+            expected[row] += by * rows.gram[column].double()
+    unchanged = rows.c[1].clone()
+    launch.move_correlation(rows.gram, rows.c, columns, change)
+    torch.testing.assert_close(rows.c, expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(rows.c[1], unchanged)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reach_bounds_every_entry(kind: str) -> None:
+    n = 150
+    gram = random_gram(n, kind, 5, torch.float32).to(DEVICE)
+    reach = launch.Reach.of(gram)
+    entries = gram.double().abs()
+    assert (entries <= reach.d[:, None] * reach.d * (1 + 1e-6)).all()
+    entries.fill_diagonal_(0.0)
+    assert (entries <= reach.rho[:, None] * reach.d[:, None] * reach.d * (1 + 1e-12)).all()
+    for i in range(0, n, launch.TILE):
+        for j in range(0, n, launch.TILE):
+            block = (slice(i, i + launch.TILE), slice(j, j + launch.TILE))
+            bound = reach.rho_tile[i // launch.TILE, j // launch.TILE]
+            scale = reach.d[block[0], None] * reach.d[block[1]]
+            assert (entries[block] <= bound * scale * (1 + 1e-12)).all()
+
+
+def test_reach_holds_for_a_gram_matrix_that_rounding_made_indefinite() -> None:
+    gram = torch.tensor([[1.0, 1e-4, 0.5], [1e-4, 0.0, 0.0], [0.5, 0.0, 0.2]], device=DEVICE)
+    reach = launch.Reach.of(gram)
+    assert (gram.abs() <= reach.d[:, None] * reach.d * (1 + 1e-6)).all()
+    assert bool(reach.rho.isfinite().all())
+
+
+SHAPES = [
+    (1, 1, "full", 1),
+    (1, 2, "full", 1),
+    (3, 7, "outliers", 3),
+    (1, 65, "zero-columns", 26),
+    (2, 65, "full", 65),
+    (2, 65, "full", 1),
+    (2, 65, "low-rank", 64),
+    (130, 9, "duplicates", 4),
+    (3, 193, "low-rank", 77),
+    (2, 128, "full", 51),
+]
+
+
+@pytest.mark.parametrize(("rows", "n", "kind", "keep"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scans_find_the_best_partner_of_every_kept_column(
+    rows: int, n: int, kind: str, keep: int, dtype: torch.dtype
+) -> None:
+    data = Rows(rows, n, kind, seed=n, keep=keep, dtype=dtype)
+    limit = torch.full((rows,), 1e-3, device=DEVICE)
+    arguments = (data.gram, data.x, data.low_a, data.low_b, data.reach, limit)
+    value, partner = launch.scan(*arguments)
+    tiled, none = launch.scan(*arguments, tiled=True)
+    assert none is None
+    assert torch.equal(value, tiled)
+    best = data.delta.min(2).values
+    found = value < INFINITY
+    # never above the truth: what is not found is proven not to gain more than the limit
+    assert (best[~found] >= -1e-3).all()
+    assert (value.double()[found] <= best[found]).all()
+    slack = 64 * torch.finfo(dtype).eps * (1 + data.a.nan_to_num(posinf=0.0).abs().amax())
+    assert (value.double()[found] >= best[found] - slack).all()
+    line, u = found.nonzero(as_tuple=True)
+    at_partner = data.delta[line, u, partner[found].long()]
+    assert (at_partner <= best[found] + slack).all()
+    chosen = torch.where(found, torch.arange(n, device=DEVICE), -1)
+    few = (data.gram, *(side[:3] for side in (data.x, data.low_a, data.low_b, chosen)))
+    assert torch.equal(launch.partners(*few), partner[:3])
+    assert (partner[~found] == -1).all()
+
+
+def test_scans_break_ties_by_lowest_index() -> None:
+    n = 150
+    gram = torch.eye(n, device=DEVICE)
+    x = torch.ones(1, n, device=DEVICE)
+    kept = torch.zeros(1, n, dtype=torch.bool, device=DEVICE)
+    kept[0, [70, 80]] = True
+    x[0, [70, 80]] = 0.5
+    c = x.masked_fill(kept, 0.0) @ gram
+    a, b = (side.float() for side in launch.linear_terms(x, gram.diagonal(), c, kept))
+    reach, limit = launch.Reach.of(gram), torch.zeros(1, device=DEVICE)
+    value, partner = launch.scan(gram, x, a, b, reach, limit)
+    assert value[0, 70] == value[0, 80] == -0.75
+    assert partner[0, 70] == partner[0, 80] == 0
+    chosen = torch.tensor([[80, -1, 70]], device=DEVICE)
+    assert launch.partners(gram, x, a, b, chosen).tolist() == [[0, -1, 0]]
+
+
+@pytest.mark.parametrize("group", [2, 4, 40])
+def test_survivors_scan_stays_inside_groups(group: int) -> None:
+    data = Rows(2, 80, "full", seed=group, group=group)
+    limit = torch.zeros(2, device=DEVICE)
+    arguments = (data.gram, data.x, data.low_a, data.low_b, data.reach, limit)
+    value, partner = launch.scan(*arguments, group=group)
+    best = data.delta.min(2).values
+    found = value < INFINITY
+    assert found.any()
+    torch.testing.assert_close(value[found].double(), best[found], rtol=1e-5, atol=1e-5)
+    u = found.nonzero()[:, 1]
+    assert torch.equal(partner[found] // group, u // group)
+    with pytest.raises(ValueError, match="no groups"):
+        launch.scan(*arguments, group=group, tiled=True)
+
+
+@pytest.mark.parametrize(("n", "group"), [(12, 2), (21, 3), (40, 4), (40, 5), (64, 32), (8, 8)])
+def test_group_scan_finds_the_best_swap_of_every_group(n: int, group: int) -> None:
+    data = Rows(3, n, "low-rank", seed=n, group=group)
+    groups = n // group
+    columns = torch.arange(n, device=DEVICE).view(groups, group)
+    blocks = data.gram[columns[:, :, None], columns[:, None, :]]
+    value, kept, pruned = launch.scan_groups(blocks, data.x, data.low_a, data.low_b)
+    own = data.delta.view(3, groups, group, n)
+    best = own.flatten(2).min(2).values
+    assert (value.double() <= best).all()
+    torch.testing.assert_close(value.double(), best, rtol=1e-5, atol=1e-5)
+    line = torch.arange(3, device=DEVICE)[:, None]
+    torch.testing.assert_close(
+        data.delta[line, kept.long(), pruned.long()], best, rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="at most 32"):
+        launch.scan_groups(torch.zeros(1, 33, 33), data.x, data.low_a, data.low_b)
+
+
+@settings(max_examples=25)
+@given(
+    n=st.integers(2, 40),
+    kind=st.sampled_from(KINDS),
+    seed=st.integers(0, 10**6),
+    power=st.integers(-12, 12),
+)
+def test_a_single_precision_scan_is_a_proof(n: int, kind: str, seed: int, power: int) -> None:
+    """No pair, found or not, is better in float64 than what the scan says of it."""
+    data = Rows(2, n, kind, seed=seed, keep=n // 2)
+    limit = torch.full((2,), 10.0**power, device=DEVICE)
+    value, _ = launch.scan(data.gram, data.x, data.low_a, data.low_b, data.reach, limit)
+    best = data.delta.min(2).values
+    claim = torch.where(value < INFINITY, value.double(), -limit[:, None].double())
+    assert (best >= claim).all()
+
+
+def _refine(problem: LayerProblem, mask: Tensor, **options: object) -> tuple[Solution, Batch]:
+    batch = Batch.of(problem, mask)
+    arguments: dict = {"max_swaps": None, "deadline": INFINITY, "memory": 2**24}
+    arguments.update(options)
+    proven = engine.refine(batch, progress=lambda done: None, **arguments)
+    status = [Status.SWAP_OPTIMAL if one else Status.FEASIBLE for one in proven.tolist()]
+    solution = Solution.of(problem, batch.kept, status=status)
+    verify(problem, solution)
+    torch.testing.assert_close(batch.objective * batch.scale, solution.objective, rtol=1e-9,
+                               atol=1e-12 * float(problem.diagonal_mass().max()))  # fmt: skip
+    return solution, batch
+
+
+def _layer(
+    rows: int, n: int, kind: str, pattern: Pattern, dtype: torch.dtype = torch.float32
+) -> LayerProblem:
+    gram = random_gram(n, kind, n, dtype)
+    return LayerProblem(random_weight(rows, n, n + 1, dtype).to(DEVICE), gram.to(DEVICE), pattern)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "kind", "pattern", "dtype"),
+    [
+        (2, 150, "low-rank", Unstructured(0.6), torch.float32),
+        (1, 65, "outliers", Unstructured(0.6), torch.float64),
+        (3, 64, "duplicates", Unstructured(0.5), torch.float32),
+        (2, 33, "full", Unstructured(keep=33), torch.float32),
+        (2, 33, "full", Unstructured(keep=0), torch.float32),
+        (2, 33, "full", Unstructured(keep=1), torch.float32),
+        (2, 1, "full", Unstructured(keep=1), torch.float32),
+        (2, 64, "low-rank", NM(2, 4), torch.float32),
+        (2, 60, "full", NM(2, 5), torch.float64),
+        (2, 96, "low-rank", NM(20, 48), torch.float32),
+        (2, 64, "full", NM(8, 32), torch.float32),
+    ],
+)
+def test_search_ends_at_proven_optima(
+    rows: int, n: int, kind: str, pattern: Pattern, dtype: torch.dtype
+) -> None:
+    problem = _layer(rows, n, kind, pattern, dtype)
+    start = solve(problem, "random").mask
+    solution, batch = _refine(problem, start)
+    assert set(solution.status) == {Status.SWAP_OPTIMAL}
+    assert (solution.objective <= problem.objective(start) * (1 + 1e-12)).all()
+    literal = Batch.of(problem, start)
+    refine_literally(
+        literal, max_swaps=None, deadline=INFINITY, memory=2**24, progress=lambda done: None
+    )
+    if not batch.swaps.any():
+        assert not literal.swaps.any()
+
+
+@settings(max_examples=10)
+@given(problem=problems(max_n=12, max_rows=3))
+def test_search_is_right_on_small_problems_of_every_kind(problem: LayerProblem) -> None:
+    problem = LayerProblem(
+        problem.weight.to(DEVICE), problem.gram.to(DEVICE), problem.pattern, assume_psd=True
+    )
+    solution, _ = _refine(problem, solve(problem, "random").mask)
+    assert set(solution.status) == {Status.SWAP_OPTIMAL}
+
+
+def test_search_gives_the_same_masks_tiled_in_small_chunks_and_in_any_order() -> None:
+    problem = _layer(4, 70, "low-rank", Unstructured(0.6))
+    start = solve(problem, "random").mask
+    mask = _refine(problem, start)[0].mask
+    assert torch.equal(_refine(problem, start, memory=1)[0].mask, mask)
+    assert torch.equal(_refine(problem, start, tiled=True)[0].mask, mask)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(_refine(problem.take(order), start[order])[0].mask, mask[order])
+
+
+def test_search_stops_at_max_swaps_and_goes_on_from_there() -> None:
+    problem = _layer(3, 60, "low-rank", Unstructured(0.6))
+    start = solve(problem, "random").mask
+    solution, batch = _refine(problem, start, max_swaps=2)
+    assert batch.swaps.tolist() == [2, 2, 2]
+    assert set(solution.status) == {Status.FEASIBLE}
+    untouched, _ = _refine(problem, start, max_swaps=0)
+    assert torch.equal(untouched.mask, start)
+    late, _ = _refine(problem, start, deadline=-INFINITY)
+    assert torch.equal(late.mask, start)
+    more, _ = _refine(problem, solution.mask)
+    assert set(more.status) == {Status.SWAP_OPTIMAL}
+    assert (more.objective < solution.objective).all()
+
+
+def test_search_tells_what_it_did() -> None:
+    problem = _layer(2, 60, "low-rank", Unstructured(0.6))
+    trace: dict = {}
+    solution, _ = _refine(problem, solve(problem, "random").mask, trace=trace)
+    assert trace["full_scans"].min() >= 1
+    assert {"correlation", "reach of G", "candidates", "swaps", "update", "scan"} == set(
+        trace["stages"]
+    )
+    assert trace["error"] == sorted(trace["error"], reverse=True)
+    assert trace["error"][-1] == pytest.approx(float(solution.objective.sum()), rel=1e-9)
+
+
+def test_a_machine_without_triton_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    reason = triton_kernels.unavailable()
+    assert reason is not None
+    assert "maskopt[gpu]" in reason
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a CUDA device")
+def test_without_a_cuda_device_the_kernels_are_unavailable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert triton_kernels.unavailable() is None  # interpreted
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert triton_kernels.unavailable() == "torch finds no CUDA device"
+
+
+@pytest.mark.cuda
+def test_on_a_device_large_layers_are_proven_and_agree() -> None:
+    for n, pattern in ((1000, Unstructured(0.6)), (2048, Unstructured(0.5)), (1024, NM(2, 4))):
+        problem = _layer(64, n, "low-rank", pattern)
+        start = solve(problem, "wanda").mask
+        solution, _ = _refine(problem, start, memory=2**30)
+        assert set(solution.status) == {Status.SWAP_OPTIMAL}
+        if isinstance(pattern, Unstructured):
+            tiled, _ = _refine(problem, start, memory=2**30, tiled=True)
+            assert torch.equal(tiled.mask, solution.mask)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("n", [1, 7, 65, 640, 1000, 1024])
+def test_on_a_device_both_scans_agree_with_float64(n: int) -> None:
+    data = Rows(16, n, "outliers", seed=n, keep=max(1, n // 2))
+    limit = torch.full((16,), 1e-6, device=DEVICE)
+    arguments = (data.gram, data.x, data.low_a, data.low_b, data.reach, limit)
+    value, _ = launch.scan(*arguments)
+    assert torch.equal(value, launch.scan(*arguments, tiled=True)[0])
+    best = data.delta.min(2).values
+    claim = torch.where(value < INFINITY, value.double(), -limit[:, None].double())
+    assert (best >= claim).all()
