@@ -7,7 +7,7 @@ import sys
 import click
 import typer
 
-from maskopt.cli import apply, compare, evaluate, extract, plan, prune, solvers, verify_output
+from maskopt.cli import apply, compare, demo, evaluate, extract, plan, prune, solvers, verify_output
 from maskopt.cli.console import errors
 from maskopt.errors import MaskoptError
 
@@ -18,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("demo")(demo.demo)
 app.command("solvers")(solvers.solvers)
 app.command("compare")(compare.compare)
 app.command("extract")(extract.extract)

@@ -1,0 +1,47 @@
+"""`maskopt demo`: the main job on a real language model, with nothing to prepare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maskopt.cli.console import output as screen
+from maskopt.cli.console import progress_bars
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option(help="Folder for the report and the pruned model.")
+    ] = Path("maskopt-demo"),
+    sparsity: Annotated[float, typer.Option(help="Share of every row that is pruned.")] = 0.5,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 24,
+    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 12,
+    seed: Annotated[int, typer.Option(help="Of the calibration crops and the toy rows.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+) -> None:
+    """Compare solvers with proven optima on small rows, then prune all of Gemma 3 270M."""
+    from maskopt.demo import run_demo
+
+    with progress_bars() as bars:
+        task = bars.add_task("starting", total=1)
+
+        def on_stage(stage: str, done: int, total: int) -> None:
+            bars.update(task, description=f"{stage:<52}", completed=done, total=total)
+
+        result = run_demo(
+            output,
+            sparsity=sparsity,
+            samples=samples,
+            windows=windows,
+            seed=seed,
+            overwrite=overwrite,
+            on_stage=on_stage,
+        )
+    for table in result.tables:
+        screen.print(table.rich())
+        screen.print()
+    screen.print(f"report: {result.report}", highlight=False)
+    screen.print(f"pruned model: {result.model}", highlight=False)
+    screen.print(f"{result.seconds:.0f} s in all", highlight=False)
