@@ -20,7 +20,7 @@ from maskopt import (
 )
 from maskopt.errors import OptionError, WarmStartError
 
-KERNELS = ("literal",)
+KERNELS = ("literal", "numba")
 DTYPES = (torch.float32, torch.float64)
 
 

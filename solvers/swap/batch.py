@@ -12,7 +12,7 @@ and tolerances need no units. Everything that decides a swap is float64; float32
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,10 +51,19 @@ class Batch:
     """float64; the row's true objective is objective · scale."""
     swaps: Int[Tensor, " rows"]
     """Swaps made so far."""
+    rounds: Int[Tensor, " rows"]
+    """Rounds of candidates so far."""
+    priced: Int[Tensor, " rows"]
+    """Pairs whose Δ an exact scan had to form, those passed over by a bound left out."""
+    partner: Int[Tensor, "rows n"]
+    """int32: a column on the other side that made a good pair when last priced, or −1."""
+    cross: Float[Tensor, "rows n"]
+    """G between a column and its partner, in G's dtype."""
     diagonal: Float[Tensor, " n"]
     """float64 G_jj."""
     single: bool
     """Whether float32 may propose swaps; False for extreme ranges and for float64 G."""
+    _low: Tensor | None = None
 
     @classmethod
     def of(cls, problem: LayerProblem, kept: Bool[Tensor, "rows n"]) -> Batch:
@@ -72,6 +81,7 @@ class Batch:
         scale = (first * second.sqrt() * root).square()
         mass = x.square() @ diagonal
         zeros = torch.zeros_like(mass)
+        none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         in_range = float(x.abs().max()) < _FLOAT32_RANGE and float(spread) < _FLOAT32_RANGE**2
         return cls(
             x=x,
@@ -82,7 +92,11 @@ class Batch:
             objective=zeros,
             mass=mass,
             scale=scale,
-            swaps=torch.zeros(len(x), dtype=torch.int64, device=x.device),
+            swaps=none,
+            rounds=none.clone(),
+            priced=none.clone(),
+            partner=torch.full_like(kept, -1, dtype=torch.int32),
+            cross=torch.zeros_like(kept, dtype=problem.gram.dtype),
             diagonal=diagonal,
             single=problem.gram.dtype == torch.float32 and in_range,
         )
@@ -94,6 +108,17 @@ class Batch:
     @property
     def n(self) -> int:
         return self.x.shape[1]
+
+    def proposing(self, dtype: torch.dtype) -> Float[Tensor, "rows n"]:
+        """x in the dtype that proposes swaps; exact for weights that have no more digits."""
+        if self._low is None or self._low.dtype != dtype:
+            self._low = self.x.to(dtype)
+        return self._low
+
+    def result(self) -> Batch:
+        """The batch without its large arrays: what is wanted of it when it is done."""
+        empty = self.c[:, :0]
+        return replace(self, x=empty, c=empty, cross=empty, partner=self.partner[:, :0], _low=None)
 
     def threshold(self, rows: Int[Tensor, " some"] | slice = slice(None)) -> Float[Tensor, " some"]:
         """A swap is made when Δ < −threshold: float64, from the row's present objective."""
