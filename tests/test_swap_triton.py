@@ -412,7 +412,7 @@ def test_search_tells_what_it_did() -> None:
     trace: dict = {}
     solution, _ = _refine(problem, solve(problem, "random").mask, trace=trace)
     assert trace["full_scans"].min() >= 1
-    assert {"correlation", "reach of G", "candidates", "swaps", "update", "scan"} == set(
+    assert {"correlation", "reach of G", "candidates", "swaps", "update", "pricing"} == set(
         trace["stages"]
     )
     assert trace["error"] == sorted(trace["error"], reverse=True)

@@ -1,15 +1,16 @@
-"""The search on a GPU: rows in lockstep, each step one launch for all rows that need it.
+"""The steps of 1-swap search on a GPU: rows in lockstep, one launch for all rows that need it.
 
-Candidate pricing as in `maskopt.solvers.swap`, shaped for the device:
+`TritonKernel` does what `maskopt.solvers.swap` asks of a kernel: refresh, search, price.
 
-1. *Search.* From c, price every column; take the K kept of least a and the K pruned of least b;
-   `swap_block` makes the best swaps among them; c moves by the columns that changed, in float64.
-2. *Scan*, for rows whose candidates hold no improving pair. All pairs, in float32, pessimistically
-   rounded: no pair found is a proof, and the row is done. Otherwise the best pairs found, one for
-   each of the best kept columns, are the next candidates.
-3. A row whose found pairs turn out not to improve (rounding decides) is scanned in float64 instead.
+- *Search.* The first candidates are the pairs that pricing harvested; after that, from c, the K
+  kept of least a and the K pruned of least b. `launch.swap_block` makes the best swaps among them in
+  float32, c moves by the columns that changed, in float64, and the objective follows. A block
+  whose objective in float64 did not fall is undone and searched in float64.
+- *Price.* A scan over all pairs, in float32, pessimistically rounded: finding no pair is a proof.
+  What it does find is decided in float64: one pair that improves is enough, else the row is scanned
+  in float64.
 
-For N:M with small groups all pairs are few, so every step is a scan and the best groups are the
+For N:M with groups of up to 32 all pairs are few: every step scans, and the best groups are the
 candidates. Importing this module needs the package `triton`.
 """
 
@@ -24,8 +25,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from maskopt.solvers.swap import literal
 from maskopt.solvers.swap.batch import Batch
-from maskopt.solvers.swap.literal import refresh
 from maskopt.solvers.swap.triton import launch
 
 #: candidate columns of a block: half of them kept, half pruned
@@ -34,6 +35,198 @@ WIDTH = 64
 _STEP_BYTES = 128
 #: the largest N:M group that `launch.scan_groups` takes
 _SMALL_GROUP = 32
+#: a pair counts as improving from this multiple of the threshold on, so that pricing and search,
+#: which round differently in float64, never contradict each other
+_CLEARLY = 1.0 + 1e-6
+
+
+class TritonKernel:
+    """The three steps for the rows of one batch.
+
+    Args:
+        batch: the rows; every later call is about this batch.
+        memory: bytes for temporaries.
+        width: candidates of a block, a power of two from 16 to 128.
+        tiled: price tile of G by tile of G instead of by each row's surviving pairs.
+        timed: add up the seconds of every stage in `seconds`; waits for the device after each.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self,
+        batch: Batch,
+        *,
+        memory: int = 2**30,
+        width: int = WIDTH,
+        tiled: bool = False,
+        timed: bool = False,
+    ) -> None:
+        self.seconds: dict[str, float] = {}
+        self._timed = timed
+        self._memory = memory
+        self._width = width
+        self._tiled = tiled
+        self._chunk = max(1, memory // (_STEP_BYTES * batch.n))
+        self._proposing = torch.float32 if batch.single else torch.float64
+        self._group = batch.group if batch.group < batch.n else None
+        self._small = batch.group <= _SMALL_GROUP
+        device = batch.x.device
+        self._harvest = torch.full((batch.rows, width), -1, dtype=torch.int32, device=device)
+        with self._stage("reach of G", device):
+            self._reach = launch.Reach.of(batch.gram)
+        if self._small:
+            columns = torch.arange(batch.n, device=device).view(-1, batch.group)
+            self._blocks = batch.gram[columns[:, :, None], columns[:, None, :]]
+
+    def refresh(self, batch: Batch, rows: Int[Tensor, " some"]) -> None:
+        """c = G(x ⊙ pruned) and the objective from scratch, in float64."""
+        with self._stage("correlation", rows.device):
+            for part in rows.split(self._chunk):
+                literal.refresh(batch, part, self._memory)
+
+    def search(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> None:
+        """Swap each row until fresh candidates hold no improving pair, or it has `most` swaps."""
+        while len(rows):
+            rows = rows[batch.swaps[rows] < most]
+            made = [self._round(batch, part, most) for part in rows.split(self._chunk)]
+            rows = rows[torch.cat(made) > 0]
+
+    def price(self, batch: Batch, rows: Int[Tensor, " some"]) -> Bool[Tensor, " some"]:
+        """Whether a row has an improving swap; False is a proof that it has none."""
+        parts = [self._price(batch, part, self._proposing) for part in rows.split(self._chunk)]
+        return torch.cat(parts) if parts else torch.zeros_like(rows, dtype=torch.bool)
+
+    def _round(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> Tensor:
+        """One block of candidates for each row; returns the swaps made."""
+        with self._stage("candidates", rows.device):
+            columns = self._harvest[rows]
+            harvested = (columns >= 0).any(1)
+            bare = (~harvested).nonzero()[:, 0]
+            if len(bare):
+                columns[bare] = self._candidates(batch, rows[bare])
+            self._harvest[rows] = -1
+        made, undone = self._swap(batch, rows, columns, self._proposing, most)
+        again = undone | (harvested & (made == 0))
+        if self._proposing == torch.float32 and bool(again.any()):
+            made[again], _ = self._swap(batch, rows[again], columns[again], torch.float64, most)
+        return made
+
+    def _candidates(self, batch: Batch, rows: Int[Tensor, " some"]) -> Int[Tensor, "some N"]:
+        a, b = self._terms(batch, rows)[1:]
+        if self._small:
+            value = launch.scan_groups(self._blocks, batch.x[rows], a, b)[0]
+            return self._columns_of_groups(batch, value)
+        half = self._width // 2
+        columns = torch.cat([_least(a, half), _least(b, half)], 1).sort(1).values
+        return self._padded(columns)
+
+    def _columns_of_groups(self, batch: Batch, value: Tensor) -> Int[Tensor, "rows N"]:
+        """All columns of the groups of least value."""
+        groups = _least(value, self._width // batch.group).sort(1).values
+        inside = torch.arange(batch.group, device=groups.device)
+        columns = groups[..., None] * batch.group + inside
+        return self._padded(torch.where(groups[..., None] < 0, -1, columns).flatten(1))
+
+    def _padded(self, columns: Tensor) -> Int[Tensor, "rows N"]:
+        missing = self._width - columns.shape[1]
+        return torch.nn.functional.pad(columns.to(torch.int32), (0, missing), value=-1)
+
+    def _swap(
+        self,
+        batch: Batch,
+        rows: Int[Tensor, " some"],
+        columns: Int[Tensor, "some N"],
+        dtype: torch.dtype,
+        most: int,
+    ) -> tuple[Int[Tensor, " some"], Bool[Tensor, " some"]]:
+        """Swap among the candidates; kept, c, objective and counts follow.
+
+        Returns the swaps made, and whether a block was undone because its objective did not fall.
+        """
+        x, c, kept = batch.x[rows], batch.c[rows], batch.kept[rows]
+        threshold = batch.threshold(rows)
+        with self._stage("swaps", rows.device):
+            _, made, after = launch.swap_block(
+                batch.gram,
+                x.to(dtype),
+                c,
+                kept,
+                columns,
+                threshold,
+                group=self._group,
+                room=(most - batch.swaps[rows]).clamp(max=2 * self._width),
+            )
+        with self._stage("update", rows.device):
+            live = columns >= 0
+            at = columns.clamp(min=0).long()
+            change = x.gather(1, at) * (kept.gather(1, at).double() - after.double())
+            change.masked_fill_(~live, 0.0)
+            launch.move_correlation(batch.gram, c, columns, change)
+            line, slot = live.nonzero(as_tuple=True)
+            kept[line, at[line, slot]] = after[line, slot]
+            objective = (c * x).masked_fill_(kept, 0.0).sum(1)
+            fell = objective < batch.objective[rows] - 0.5 * threshold
+            undone = (made > 0) & ~fell
+            made = made.masked_fill(undone, 0)
+            good = (made > 0).nonzero()[:, 0]
+            to = rows[good]
+            batch.kept[to], batch.c[to] = kept[good], c[good]
+            batch.objective[to] = objective[good]
+            batch.swaps[to] += made[good]
+        return made, undone
+
+    def _price(
+        self, batch: Batch, rows: Int[Tensor, " some"], dtype: torch.dtype
+    ) -> Bool[Tensor, " some"]:
+        with self._stage("pricing", rows.device):
+            exact_x, exact_a, exact_b = self._terms(batch, rows)
+            threshold = batch.threshold(rows)
+            x = exact_x.to(dtype)
+            e = self._reach.e(exact_x, dtype)
+            a, b = (launch.pessimistic(side, e, dtype) for side in (exact_a, exact_b))
+            if self._small:
+                value, u, p = launch.scan_groups(self._blocks, x, a, b)
+                value = torch.where(value < -threshold[:, None], value, torch.inf)
+                columns = self._columns_of_groups(batch, value)
+            else:
+                value, partner = launch.scan(
+                    batch.gram, x, a, b, self._reach, threshold,
+                    group=self._group, tiled=self._tiled,
+                )  # fmt: skip
+                u = _least(value, self._width // 2)
+                value = value.gather(1, u.clamp(min=0)).masked_fill(u < 0, torch.inf)
+                if partner is None:
+                    p = launch.partners(batch.gram, x, a, b, u)
+                else:
+                    p = partner.gather(1, u.clamp(min=0))
+                columns = self._padded(_distinct(torch.cat([u, p.masked_fill(u < 0, -1)], 1)))
+            found = (value < torch.inf).any(1)
+            # what was found, in float64
+            u, p = u.clamp(min=0).long(), p.clamp(min=0).long()
+            delta = exact_a.gather(1, u) + exact_b.gather(1, p)
+            cross = exact_x.gather(1, u) * exact_x.gather(1, p) * batch.gram[u, p].double()
+            delta = torch.where(value < torch.inf, delta - 2 * cross, torch.inf)
+            sure = (delta < -_CLEARLY * threshold[:, None]).any(1)
+            self._harvest[rows] = torch.where(sure[:, None], columns, -1)
+        doubtful = (found & ~sure).nonzero()[:, 0]
+        if dtype == torch.float32 and len(doubtful):
+            sure[doubtful] = self._price(batch, rows[doubtful], torch.float64)
+        return sure
+
+    def _terms(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x, a and b in float64."""
+        x = batch.x[rows]
+        return x, *launch.linear_terms(x, batch.diagonal, batch.c[rows], batch.kept[rows])
+
+    @contextmanager
+    def _stage(self, name: str, device: torch.device) -> Iterator[None]:
+        if not self._timed:
+            yield
+            return
+        began = _now(device)
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + _now(device) - began
 
 
 def refine(
@@ -43,230 +236,44 @@ def refine(
     deadline: float,
     memory: int,
     progress: Callable[[int], None],
-    width: int = WIDTH,
-    tiled: bool = False,
     trace: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Bool[Tensor, " rows"]:
-    """Swap every row to 1-swap optimality; returns bool [rows], whether it is proven.
+    """Search and price until every row is proven; returns bool [rows], whether it is.
 
-    A row stops early at max_swaps, all rows at the deadline (time.monotonic).
-
-    Args:
-        width: candidates of a block, a power of two from 16 to 128.
-        tiled: scan tile of G by tile of G instead of by each row's surviving pairs.
-        trace: filled with the seconds of each stage (this waits for the device between stages),
-            the full scans of each row and the total error after each round.
+    A row stops early at max_swaps, all rows at the deadline (time.monotonic), looked at between the
+    steps. A trace is filled with the seconds of every stage, the full scans of each row, and the
+    total error at the start and after every search; `options` are those of `TritonKernel`.
     """
-    search = _Search(batch, max_swaps, memory, width, tiled, trace)
-    with search.stage("correlation"):
-        refresh(batch, search.index, memory)
-    with search.stage("reach of G"):
-        search.prepare()
-    while time.monotonic() < deadline and search.step():
-        progress(int(search.done.sum()))
+    kernel = TritonKernel(batch, memory=memory, timed=trace is not None, **options)
+    most = 2**31 - 1 if max_swaps is None else max_swaps
+    active = torch.arange(batch.rows, device=batch.x.device)
+    proven = torch.zeros(batch.rows, dtype=torch.bool, device=batch.x.device)
+    scans = torch.zeros_like(batch.swaps)
+    kernel.refresh(batch, active)
+    error = [_error(batch)]
+    while len(active) and time.monotonic() < deadline:
+        kernel.search(batch, active, most)
+        error.append(_error(batch))
+        active = active[batch.swaps[active] < most]
+        scans[active] += 1
+        improving = kernel.price(batch, active)
+        proven[active[~improving]] = True
+        active = active[improving]
+        progress(int(proven.sum()))
     if trace is not None:
-        trace["full_scans"] = search.scans.cpu()
-    return search.proven
+        trace.update(stages=kernel.seconds, full_scans=scans.cpu(), error=error)
+    return proven
 
 
-class _Search:
-    """Where every row stands: searching, waiting for a scan, or done."""
+def _error(batch: Batch) -> float:
+    return float((batch.objective * batch.scale).sum())
 
-    def __init__(
-        self,
-        batch: Batch,
-        max_swaps: int | None,
-        memory: int,
-        width: int,
-        tiled: bool,
-        trace: dict[str, Any] | None,
-    ) -> None:
-        device = batch.x.device
-        self.batch = batch
-        self.max_swaps = max_swaps
-        self.width = width
-        self.tiled = tiled
-        self.trace = trace
-        self.index = torch.arange(batch.rows, device=device)
-        self.proven = torch.zeros(batch.rows, dtype=torch.bool, device=device)
-        self.full = torch.zeros_like(self.proven)
-        """Stopped by max_swaps."""
-        self.waiting = torch.zeros_like(self.proven)
-        """For a full scan."""
-        self.double = torch.full_like(self.proven, not batch.single)
-        """Float32 is not good enough for this row any more."""
-        self.scans = torch.zeros(batch.rows, dtype=torch.int64, device=device)
-        self.chunk = max(1, memory // (_STEP_BYTES * batch.n))
-        self.group = batch.group if batch.group < batch.n else None
-        self.small = batch.group <= _SMALL_GROUP
 
-    def prepare(self) -> None:
-        """What is computed once for a Gram matrix."""
-        self.reach = launch.Reach.of(self.batch.gram)
-        if self.small:
-            size, n = self.batch.group, self.batch.n
-            columns = torch.arange(n, device=self.index.device).view(-1, size)
-            self.blocks = self.batch.gram[columns[:, :, None], columns[:, None, :]]
-
-    @property
-    def done(self) -> Bool[Tensor, " rows"]:
-        return self.proven | self.full
-
-    def step(self) -> bool:
-        """One launch for every row that searches, else for every row that waits. False: all done."""
-        if self.max_swaps is not None:
-            self.full = self.batch.swaps >= self.max_swaps
-        idle = self.done
-        searching = ~idle & ~self.waiting
-        if self.small:
-            act, rows = self._swap_groups, ~idle
-        elif bool(searching.any()):
-            act, rows = self._search, searching
-        else:
-            act, rows = self._scan, ~idle
-        busy = False
-        for double in (False, True):
-            chosen = (rows & (self.double == double)).nonzero()[:, 0]
-            for part in chosen.split(self.chunk):
-                if len(part):
-                    act(part, torch.float64 if double else torch.float32)
-                    busy = True
-        if busy and self.trace is not None:
-            self.trace.setdefault("error", []).append(self._error())
-        return busy
-
-    def _search(self, rows: Int[Tensor, " some"], dtype: torch.dtype) -> None:
-        with self.stage("candidates"):
-            x, c, kept, a, b = self._terms(rows)
-            half = self.width // 2
-            columns = torch.cat([_least(a, half), _least(b, half)], 1)
-            columns = columns.sort(1).values.to(torch.int32)
-        made = self._swap(rows, x, c, kept, columns, dtype)
-        self.waiting[rows[made == 0]] = True
-
-    def _scan(self, rows: Int[Tensor, " some"], dtype: torch.dtype) -> None:
-        with self.stage("scan"):
-            x, c, kept, a, b = self._terms(rows)
-            narrow = x.to(dtype)
-            e = self.reach.e(x, dtype)
-            a, b = (launch.pessimistic(side, e, dtype) for side in (a, b))
-            limit = self.batch.threshold(rows)
-            value, partner = launch.scan(
-                self.batch.gram, narrow, a, b, self.reach, limit, group=self.group, tiled=self.tiled
-            )
-            self.scans[rows] += 1
-            open_rows = (value < torch.inf).any(1)
-            self.proven[rows[~open_rows]] = True
-            keep = open_rows.nonzero()[:, 0]
-            if not len(keep):
-                return
-            if partner is None:
-                a, b, narrow = a[keep], b[keep], narrow[keep]
-            rows, x, c, kept, value = rows[keep], x[keep], c[keep], kept[keep], value[keep]
-            best = _least(value, self.width // 2)
-            if partner is None:
-                mates = launch.partners(self.batch.gram, narrow, a, b, best)
-            else:
-                mates = partner[keep].gather(1, best.clamp(min=0)).masked_fill(best < 0, -1)
-            columns = _distinct(torch.cat([best.to(torch.int32), mates], 1))
-        made = self._swap(rows, x, c, kept, columns, dtype)
-        self._settle(rows, made, dtype)
-        self.waiting[rows[made > 0]] = False
-
-    def _swap_groups(self, rows: Int[Tensor, " some"], dtype: torch.dtype) -> None:
-        with self.stage("scan"):
-            x, c, kept, a, b = self._terms(rows)
-            narrow = x.to(dtype)
-            e = self.reach.e(x, dtype)
-            a, b = (launch.pessimistic(side, e, dtype) for side in (a, b))
-            value, _, _ = launch.scan_groups(self.blocks, narrow, a, b)
-            self.scans[rows] += 1
-            size = self.batch.group
-            limit = self.batch.threshold(rows).to(dtype)
-            value = torch.where(value < -limit[:, None], value, torch.inf)
-            open_rows = (value < torch.inf).any(1)
-            self.proven[rows[~open_rows]] = True
-            keep = open_rows.nonzero()[:, 0]
-            if not len(keep):
-                return
-            rows, x, c, kept, value = rows[keep], x[keep], c[keep], kept[keep], value[keep]
-            groups = _least(value, self.width // size).sort(1).values
-            inside = torch.arange(size, device=groups.device)
-            columns = torch.where(groups[..., None] < 0, -1, groups[..., None] * size + inside)
-            columns = torch.nn.functional.pad(columns.flatten(1), (0, self.width), value=-1)
-            columns = columns[:, : self.width].to(torch.int32)
-        made = self._swap(rows, x, c, kept, columns, dtype)
-        self._settle(rows, made, dtype)
-
-    def _settle(self, rows: Int[Tensor, " some"], made: Tensor, dtype: torch.dtype) -> None:
-        """Pairs that a scan promised and that did not improve: float64, and there they prove it."""
-        stuck = rows[made == 0]
-        if dtype == torch.float64:
-            self.proven[stuck] = True
-        else:
-            self.double[stuck] = True
-
-    def _terms(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        batch = self.batch
-        x, c, kept = batch.x[rows], batch.c[rows], batch.kept[rows]
-        return x, c, kept, *launch.linear_terms(x, batch.diagonal, c, kept)
-
-    def _swap(
-        self,
-        rows: Int[Tensor, " some"],
-        x: Float[Tensor, "some n"],
-        c: Float[Tensor, "some n"],
-        kept: Bool[Tensor, "some n"],
-        columns: Int[Tensor, "some N"],
-        dtype: torch.dtype,
-    ) -> Int[Tensor, " some"]:
-        """Swap among the candidates, and bring kept, c, objective and counts up to date."""
-        batch = self.batch
-        with self.stage("swaps"):
-            room = None
-            if self.max_swaps is not None:
-                room = self.max_swaps - batch.swaps[rows]
-            _, made, after = launch.swap_block(
-                batch.gram,
-                x.to(dtype),
-                c,
-                kept,
-                columns,
-                batch.threshold(rows),
-                group=self.group,
-                room=room,
-            )
-        with self.stage("update"):
-            live = columns >= 0
-            at = columns.clamp(min=0).long()
-            change = x.gather(1, at) * (kept.gather(1, at).double() - after.double())
-            change.masked_fill_(~live, 0.0)
-            launch.move_correlation(batch.gram, c, columns, change)
-            line, slot = live.nonzero(as_tuple=True)
-            kept[line, at[line, slot]] = after[line, slot]
-            batch.kept[rows], batch.c[rows] = kept, c
-            batch.swaps[rows] += made
-            batch.objective[rows] = (c * x).masked_fill_(kept, 0.0).sum(1)
-        return made
-
-    def _error(self) -> float:
-        return float((self.batch.objective * self.batch.scale).sum())
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time that passes inside to a stage, if there is a trace to write it into."""
-        if self.trace is None:
-            yield
-            return
-        began = self._now()
-        yield
-        stages = self.trace.setdefault("stages", {})
-        stages[name] = stages.get(name, 0.0) + self._now() - began
-
-    def _now(self) -> float:
-        if self.batch.x.is_cuda:
-            torch.cuda.synchronize(self.batch.x.device)
-        return time.perf_counter()
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _least(values: Float[Tensor, "rows m"], many: int) -> Int[Tensor, "rows many"]:
