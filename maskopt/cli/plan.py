@@ -61,7 +61,9 @@ def plan(
     )
     table = Table()
     for heading in ("layer", "count", "rows", "inputs", "pruned", "of"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+        table.add_column(
+            heading, justify="left" if heading == "layer" else "right", overflow="fold"
+        )
     kinds: dict[tuple[str, int, int], list[str]] = {}
     for layer in layers:
         kinds.setdefault((layer.stage, layer.rows, layer.n), []).append(layer.name)

@@ -21,8 +21,9 @@ from maskopt.solver import solve
 GIB = 2**30
 #: the interpreter with torch and transformers imported
 BASE = 700 * 2**20
-#: inputs, rows and seconds of the small problem that the solver's speed is measured on
-PROBE_N, PROBE_ROWS = 512, 32
+#: inputs of the small problem that the solver's speed is measured on, and its rows: more of them
+#: as long as they take next to no time
+PROBE_N, PROBE_ROWS = 512, (2, 32, 512)
 
 
 @dataclass(frozen=True)
@@ -176,16 +177,19 @@ def _solve_seconds(
     try:
         pattern.check(n)
         x = torch.randn(2 * n, n, generator=generator)
-        problem = LayerProblem(
-            torch.randn(PROBE_ROWS, n, generator=generator), x.T @ x / (2 * n), pattern,
-            assume_psd=True,
-        )  # fmt: skip
-        solve(problem, solver, **options)  # compiles what has to be compiled
-        seconds = solve(problem, solver, **options).seconds
+        gram = x.T @ x / (2 * n)
+        for rows in PROBE_ROWS:
+            weight = torch.randn(rows, n, generator=generator)
+            problem = LayerProblem(weight, gram, pattern, assume_psd=True)
+            if rows == PROBE_ROWS[0]:
+                solve(problem, solver, **options)  # compiles what has to be compiled
+            seconds = solve(problem, solver, **options).seconds
+            if seconds > 0.2:
+                break
     except MaskoptError:
         return None
     work = sum(layer.rows * layer.n**2 for layer in layers)
-    return seconds * work / (PROBE_ROWS * n**2)
+    return seconds * work / (rows * n**2)
 
 
 def _hidden_size(model: Any) -> int:

@@ -56,7 +56,10 @@ class MemorySource:
     def open(self, index: int, masks: MaskFile | None = None) -> Iterator[nn.Module]:
         if masks is not None:
             raise ModelError("a model in memory cannot be resumed; prune its folder instead")
-        yield self.blocks.modules[index]
+        block = self.blocks.modules[index]
+        for name, parameter in block.named_parameters():
+            _check_finite(self.blocks.prefix(index) + name, parameter)
+        yield block
 
     def stored(
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
@@ -310,14 +313,21 @@ class _Loader:
         for name in wanted:
             parameter = self.model.get_parameter(name)
             parameter.requires_grad_(False)
-            if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
-                raise ModelError(f"parameter {name!r} holds NaN or infinite weights")
+            _check_finite(name, parameter)
 
     def _read(self, key: str, masks: MaskFile | None) -> Tensor:
         tensor = self.checkpoint.read(key)
         if masks is not None and key in masks:
             tensor.masked_fill_(~masks.read(key).kept, 0)
         return tensor
+
+
+def _check_finite(name: str, parameter: Tensor) -> None:
+    """Slab by slab: a whole embedding's answer would take a quarter of its size again."""
+    if parameter.is_floating_point():
+        for slab in parameter.detach().split(4096):
+            if not bool(torch.isfinite(slab).all()):
+                raise ModelError(f"parameter {name!r} holds NaN or infinite weights")
 
 
 @contextmanager

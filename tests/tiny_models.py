@@ -1,0 +1,132 @@
+"""Tiny random language models of many families, and a tokenizer for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VOCABULARY = 96
+SHARED = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_NO_GQA = {**SHARED, "num_key_value_heads": 4}
+_OLD = {k: v for k, v in SHARED.items() if k != "num_key_value_heads"}
+_GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+_MOE = {"num_experts_per_tok": 2}
+
+#: name → (configuration class, arguments)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", SHARED),
+    "qwen2": ("Qwen2Config", SHARED),
+    "qwen3": ("Qwen3Config", {**SHARED, "head_dim": 8}),
+    "mistral": ("MistralConfig", SHARED),
+    "gemma": ("GemmaConfig", {**SHARED, "head_dim": 8}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **SHARED,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "gpt2": ("GPT2Config", _GPT),
+    "opt": (
+        "OPTConfig",
+        {**_OLD, "ffn_dim": 48, "word_embed_proj_dim": 16, "intermediate_size": 48},
+    ),
+    "phi": ("PhiConfig", _NO_GQA),
+    "phi3": ("Phi3Config", {**SHARED, "pad_token_id": 0}),
+    "gpt_neox": ("GPTNeoXConfig", _OLD),
+    "falcon": (
+        "FalconConfig",
+        {**_OLD, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon_alibi": ("FalconConfig", {**_OLD, "alibi": True, "multi_query": True}),
+    "bloom": (
+        "BloomConfig",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    ),
+    "mixtral": ("MixtralConfig", {**SHARED, **_MOE, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            **SHARED,
+            **_MOE,
+            "head_dim": 8,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {**SHARED, **_MOE, "head_dim": 8, "num_local_experts": 4, "sliding_window": 8},
+    ),
+}
+
+
+def tiny(family: str, *, layers: int | None = None, dtype: torch.dtype | None = None) -> Any:
+    """A random model of the family, always the same one."""
+    name, arguments = FAMILIES[family]
+    config = getattr(transformers, name)(**arguments)
+    if layers is not None:
+        config.num_hidden_layers = layers
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # initial biases are zero; real ones are not
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.05)
+    return model.to(dtype or torch.float32).eval()
+
+
+def tokens(samples: int = 6, length: int = 16, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (samples, length), generator=generator)
+
+
+def save(model: Any, folder: Path, *, shard: str = "5GB") -> Path:
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+class WordTokenizer:
+    """Every character a token: enough for what the pipeline asks of a tokenizer."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) % VOCABULARY for c in text]}
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A real fast tokenizer of the tiny vocabulary, one token a character."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(c) for c in range(32, 32 + VOCABULARY - 1)]
+    vocabulary = {c: i + 1 for i, c in enumerate(characters)} | {"?unk": 0}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?unk"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?unk").save_pretrained(folder)
+
+
+def patched(model: Any, name: str, change: Callable[[torch.Tensor], None]) -> Any:
+    """Change one parameter in place."""
+    with torch.no_grad():
+        change(model.get_parameter(name))
+    return model
