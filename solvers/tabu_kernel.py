@@ -42,10 +42,10 @@ def _less(typing: Any, left: Any, right: Any) -> Any:
 
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
-def _minimum(values: np.ndarray) -> float:
+def _minimum(values: np.ndarray) -> Any:
     least = FORBIDDEN
     for j in range(len(values)):
-        least = _less(values[j], least)
+        least = _less(values[j], least)  # type: ignore[call-arg]
     return least
 
 
@@ -53,7 +53,7 @@ def _minimum(values: np.ndarray) -> float:
 def _least(values: np.ndarray) -> int:
     """The lowest index of the least value."""
     width = max(_BLOCK, (len(values) + 7) >> 3)
-    best = FORBIDDEN
+    best: Any = FORBIDDEN
     where = 0
     for start in range(0, len(values), width):
         least = _minimum(values[start : start + width])
@@ -95,8 +95,14 @@ def _products(c: np.ndarray, x: np.ndarray, gram: np.ndarray, pruned: np.ndarray
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
 def _gains(
-    c: np.ndarray, x: np.ndarray, square: np.ndarray, shut_kept: np.ndarray,
-    shut_pruned: np.ndarray, a: np.ndarray, b: np.ndarray, out: np.ndarray,
+    c: np.ndarray,
+    x: np.ndarray,
+    square: np.ndarray,
+    shut_kept: np.ndarray,
+    shut_pruned: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    out: np.ndarray,
 ) -> None:
     # three loops, since LLVM vectorises none that needs more than 8 checks of overlapping arrays
     for j in range(len(c)):
@@ -108,7 +114,9 @@ def _gains(
 
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
-def _exchange(c: np.ndarray, added: np.ndarray, plus: float, gone: np.ndarray, minus: float) -> None:
+def _exchange(
+    c: np.ndarray, added: np.ndarray, plus: float, gone: np.ndarray, minus: float
+) -> None:
     for j in range(len(c)):
         c[j] += plus * added[j] - minus * gone[j]
 
@@ -124,7 +132,9 @@ def _random(state: np.ndarray) -> np.uint64:
 
 
 @nb.njit(cache=True)
-def _bar(j: int, pruned: np.ndarray, free: bool, shut_kept: np.ndarray, shut_pruned: np.ndarray) -> None:
+def _bar(
+    j: int, pruned: np.ndarray, free: bool, shut_kept: np.ndarray, shut_pruned: np.ndarray
+) -> None:
     """Open j for the role it plays now if it is free, and shut it for the other."""
     zero = np.float32(0)
     shut_kept[j] = zero if free and not pruned[j] else FORBIDDEN
@@ -134,7 +144,7 @@ def _bar(j: int, pruned: np.ndarray, free: bool, shut_kept: np.ndarray, shut_pru
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
 def _best_move(
     x: np.ndarray, gram: np.ndarray, a: np.ndarray, b: np.ndarray, out: np.ndarray, group: int
-) -> tuple[int, int, float]:
+) -> Any:
     best = FORBIDDEN * np.float32(0.1)
     kept, pruned = -1, -1
     for first in range(0, len(x), group):
@@ -159,9 +169,20 @@ def _best_move(
 
 @nb.njit(cache=True)
 def _search_row(
-    x: np.ndarray, gram: np.ndarray, square: np.ndarray, pruned: np.ndarray,
-    best_pruned: np.ndarray, expiry: np.ndarray, state: np.ndarray, clock: np.ndarray,
-    best_value: np.ndarray, group: int, moves: int, tenure: int, spread: int, patience: int,
+    x: np.ndarray,
+    gram: np.ndarray,
+    square: np.ndarray,
+    pruned: np.ndarray,
+    best_pruned: np.ndarray,
+    expiry: np.ndarray,
+    state: np.ndarray,
+    clock: np.ndarray,
+    best_value: np.ndarray,
+    group: int,
+    moves: int,
+    tenure: int,
+    spread: int,
+    patience: int,
     kick: int,
 ) -> None:
     n = len(x)
@@ -237,7 +258,7 @@ def _search_row(
             for j in range(n):
                 expiry[j] = now
             for _ in range(kick):
-                j = np.int64(_random(state) % np.uint64(n))
+                j = int(_random(state) % np.uint64(n))
                 if expiry[j] <= now:
                     expiry[j] = now + 2 * tenure + np.int64(_random(state) % np.uint64(spread + 1))
                     slot = expiry[j] % longest
@@ -250,13 +271,37 @@ def _search_row(
 
 @nb.njit(parallel=True, cache=True)
 def search(
-    x: np.ndarray, gram: np.ndarray, square: np.ndarray, pruned: np.ndarray,
-    best_pruned: np.ndarray, expiry: np.ndarray, state: np.ndarray, clock: np.ndarray,
-    best_value: np.ndarray, group: int, moves: int, tenure: int, spread: int, patience: int,
+    x: np.ndarray,
+    gram: np.ndarray,
+    square: np.ndarray,
+    pruned: np.ndarray,
+    best_pruned: np.ndarray,
+    expiry: np.ndarray,
+    state: np.ndarray,
+    clock: np.ndarray,
+    best_value: np.ndarray,
+    group: int,
+    moves: int,
+    tenure: int,
+    spread: int,
+    patience: int,
     kick: int,
 ) -> None:
     for row in nb.prange(len(x)):
         _search_row(
-            x[row], gram, square[row], pruned[row], best_pruned[row], expiry[row], state[row],
-            clock[row], best_value[row], group, moves, tenure, spread, patience, kick,
+            x[row],
+            gram,
+            square[row],
+            pruned[row],
+            best_pruned[row],
+            expiry[row],
+            state[row],
+            clock[row],
+            best_value[row],
+            group,
+            moves,
+            tenure,
+            spread,
+            patience,
+            kick,
         )

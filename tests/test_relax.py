@@ -1,0 +1,142 @@
+"""Relax, harden, round, swap."""
+
+import pytest
+import scipy.optimize
+import torch
+from hypothesis import given, settings
+from local_search import check_contract, floor
+from strategies import problems, random_gram, random_weight
+
+from maskopt import NM, LayerProblem, Unstructured, solve, verify
+from maskopt.errors import OptionError
+from maskopt.solution import Status
+from maskopt.solvers.relax import relax
+from maskopt.solvers.relax_step import CompiledStep, TorchStep, project
+
+
+@given(problems(max_n=12))
+@settings(max_examples=30)
+def test_contract_in_float64(problem):
+    check_contract(problem, "relax")
+
+
+@given(problems(max_n=12, dtype=torch.float32))
+@settings(max_examples=20)
+def test_contract_in_float32(problem):
+    check_contract(problem, "relax", start="worst")
+
+
+@given(problems(max_n=10, kinds=("full", "low-rank", "duplicates", "zero-columns")))
+@settings(max_examples=30)
+def test_the_relaxation_converges_to_a_bound_below_the_optimum(problem):
+    x, value, bound = relax(problem, tolerance=1e-4, max_iterations=3000)
+    best = solve(problem, "exhaustive").objective
+    assert bool((bound <= best + floor(problem)).all())
+    assert bool((value <= best * (1 + 1e-3) + 1e-6 * problem.diagonal_mass()).all())
+    grouped = x.view(problem.rows, -1, problem.group_size).sum(-1)
+    assert float((grouped - problem.pruned_per_group).abs().max()) < 1e-2
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)])
+def test_the_relaxed_value_is_the_one_of_a_general_solver(pattern):
+    problem = LayerProblem(random_weight(3, 20, 1), random_gram(20, "full", 2), pattern)
+    _, value, bound = relax(problem, tolerance=1e-5, max_iterations=3000)
+    groups = 20 // problem.group_size
+    for row in range(3):
+        q = problem.row(row).q().numpy()
+        inside = torch.eye(groups).repeat_interleave(problem.group_size, 1).numpy()
+        answer = scipy.optimize.minimize(
+            lambda p, q=q: p @ q @ p,
+            torch.full((20,), problem.pruned_per_group / problem.group_size).numpy(),
+            jac=lambda p, q=q: 2 * q @ p,
+            bounds=[(0, 1)] * 20,
+            constraints={
+                "type": "eq",
+                "fun": lambda p, a=inside: a @ p - problem.pruned_per_group,
+                "jac": lambda p, a=inside: a,
+            },
+            method="SLSQP",
+            options={"maxiter": 1000, "ftol": 1e-12},
+        )
+        assert float(bound[row]) <= answer.fun * (1 + 1e-6)
+        assert float(value[row]) == pytest.approx(answer.fun, rel=1e-3)
+
+
+@pytest.mark.parametrize(("group", "pruned"), [(24, 10), (4, 2), (8, 0), (8, 8), (1, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_compiled_step_is_the_torch_step(group, pruned, dtype):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(5, 24, generator=generator, dtype=dtype)
+    inverse = 1 / (q.square() + 1e-3)
+    steps = [kind(q, inverse, group, pruned) for kind in (TorchStep, CompiledStep)]
+    for theta in (0.0, 0.0, 0.3, 0.6):
+        product = torch.randn(5, 24, generator=generator, dtype=dtype)
+        for step in steps:
+            step.advance(product, 1.6, theta)
+        torch.testing.assert_close(steps[0].x, steps[1].x, rtol=1e-2, atol=3e-3)
+        torch.testing.assert_close(steps[0].target, steps[1].target, rtol=1e-2, atol=1e-2)
+
+
+def test_projection():
+    generator = torch.Generator().manual_seed(0)
+    start = 3 * torch.randn(50, 12, generator=generator, dtype=torch.float64)
+    inverse = torch.rand(50, 12, generator=generator, dtype=torch.float64) + 1e-6
+    x, tau = project(start, inverse, 5, torch.zeros(50, 1, dtype=torch.float64))
+    assert float((x.sum(1) - 5).abs().max()) < 1e-3
+    # optimality: (x − start)/inverse + τ is 0 inside, ≥ 0 at 0, ≤ 0 at 1
+    slope = (x - start) / inverse + tau
+    assert bool((slope[(x > 0) & (x < 1)].abs() < 1e-6).all())
+    assert bool((slope[x == 0] >= -1e-9).all())
+    assert bool((slope[x == 1] <= 1e-9).all())
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)])
+def test_hardening_rounds_better_and_swap_ends_better_than_from_wanda(pattern):
+    problem = LayerProblem(
+        random_weight(32, 256, 1, torch.float32),
+        random_gram(256, "full", 2, torch.float32),
+        pattern,
+    )
+    soft = solve(problem, "relax", harden=0, refine=False)
+    hard = solve(problem, "relax", refine=False)
+    assert float(hard.objective.sum()) < float(soft.objective.sum())
+    assert set(hard.status) == {Status.FEASIBLE}
+    done = solve(problem, "relax")
+    verify(problem, done)
+    assert float(done.objective.sum()) < float(
+        solve(problem, "swap", warm_start="wanda").objective.sum()
+    )
+    assert bool((done.lower_bound > 0).all())
+
+
+def test_relax_starts_every_local_search():
+    problem = LayerProblem(random_weight(3, 24, 1), random_gram(24, "full", 2), Unstructured(0.5))
+    relaxed = solve(problem, "relax")
+    for name in ("swap", "kswap", "tabu"):
+        solution = solve(problem, name, warm_start="relax")
+        assert bool((solution.objective <= relaxed.objective + floor(problem)).all())
+
+
+def test_tiles_time_limit_and_bad_options():
+    problem = LayerProblem(random_weight(9, 24, 1), random_gram(24, "full", 2), Unstructured(0.5))
+    whole = solve(problem, "relax", refine=False)
+    tiled = solve(problem, "relax", refine=False, memory_limit=1)
+    torch.testing.assert_close(tiled.objective, whole.objective)
+    hurried = solve(problem, "relax", time_limit=0)
+    verify(problem, hurried)
+    assert hurried.trace["iterations"] == 1
+    for bad in ({"hardness": 1.0}, {"harden": -1}, {"tolerance": -1.0}, {"max_iterations": 0}):
+        with pytest.raises(OptionError, match="relax"):
+            solve(problem, "relax", **bad)
+    with pytest.raises(OptionError, match="time_limit"):
+        solve(problem, "relax", time_limit=-1.0)
+
+
+def test_extreme_scales():
+    weight, gram = random_weight(4, 24, 1), random_gram(24, "outliers", 2)
+    plain = solve(LayerProblem(weight, gram, Unstructured(0.5)), "relax")
+    for factor in (1e-12, 1e9):
+        other = solve(LayerProblem(weight * factor, gram, Unstructured(0.5)), "relax")
+        torch.testing.assert_close(other.objective / factor**2, plain.objective)
+        other = solve(LayerProblem(weight, gram * factor, Unstructured(0.5)), "relax")
+        torch.testing.assert_close(other.objective / factor, plain.objective)

@@ -1,0 +1,95 @@
+"""Tabu search."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from local_search import check_contract
+from strategies import problems, random_gram, random_weight
+
+from maskopt import NM, LayerProblem, Unstructured, solve, verify
+from maskopt.errors import OptionError
+from maskopt.solution import Status
+
+
+@given(problems(max_n=12))
+@settings(max_examples=30)
+def test_contract_in_float64(problem):
+    check_contract(problem, "tabu", moves=60)
+
+
+@given(problems(max_n=12, dtype=torch.float32))
+@settings(max_examples=20)
+def test_contract_in_float32_from_the_worst_start(problem):
+    check_contract(problem, "tabu", start="worst", moves=60)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(keep=2, of=4), NM(3, 8)])
+def test_finds_the_optimum_of_small_rows(pattern):
+    """Where 1-swap search alone does not."""
+    problem = LayerProblem(random_weight(40, 16, 3), random_gram(16, "low-rank", 4), pattern)
+    best = solve(problem, "exhaustive").objective
+    reached = {}
+    for name in ("swap", "tabu"):
+        found = solve(problem, name, warm_start="wanda").objective
+        reached[name] = int((found <= best * (1 + 1e-6) + 1e-12).sum())
+    assert reached["tabu"] >= 38
+    assert reached["tabu"] > reached["swap"]
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)])
+def test_beats_one_swap_on_larger_rows(pattern):
+    problem = LayerProblem(
+        random_weight(16, 256, 1, torch.float32),
+        random_gram(256, "low-rank", 2, torch.float32),
+        pattern,
+    )
+    swap = solve(problem, "swap", warm_start="wanda")
+    tabu = solve(problem, "tabu", warm_start=swap.mask, moves=500)
+    verify(problem, tabu)
+    assert bool((tabu.objective <= swap.objective * (1 + 1e-9)).all())
+    assert float(tabu.objective.sum()) < 0.99 * float(swap.objective.sum())
+    longer = solve(problem, "tabu", warm_start=swap.mask, moves=1500)
+    assert bool((longer.objective <= tabu.objective * (1 + 1e-5)).all())
+    assert len(longer.trace["history"]) == 6
+    history = torch.tensor(longer.trace["history"])
+    assert bool((history.diff() <= 0).all())
+
+
+def test_permutation_and_scaling():
+    weight, gram = random_weight(4, 24, 1), random_gram(24, "full", 2)
+    pattern = Unstructured(sparsity=0.5)
+    problem = LayerProblem(weight, gram, pattern)
+    plain = solve(problem, "tabu", warm_start="wanda")
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    turned = LayerProblem(weight[:, order], gram[order][:, order], pattern)
+    torch.testing.assert_close(
+        solve(turned, "tabu", warm_start="wanda").objective, plain.objective, rtol=1e-9, atol=1e-12
+    )
+    for factor in (1e-20, 0.25, 3e15):
+        other = solve(LayerProblem(weight * factor, gram, pattern), "tabu", warm_start="wanda")
+        torch.testing.assert_close(other.objective / factor**2, plain.objective)
+        other = solve(LayerProblem(weight, gram * factor, pattern), "tabu", warm_start="wanda")
+        torch.testing.assert_close(other.objective / factor, plain.objective)
+
+
+def test_time_limit_zero_returns_the_start():
+    problem = LayerProblem(random_weight(3, 32, 1), random_gram(32, "full", 2), Unstructured(0.5))
+    start = solve(problem, "wanda")
+    solution = solve(problem, "tabu", warm_start=start.mask, time_limit=0)
+    assert torch.equal(solution.mask, start.mask)
+    assert set(solution.status) == {Status.FEASIBLE}
+
+
+def test_seeds_and_bad_options():
+    problem = LayerProblem(random_weight(4, 96, 1), random_gram(96, "full", 2), Unstructured(0.5))
+    one = solve(problem, "tabu", warm_start="wanda", seed=1)
+    assert torch.equal(one.mask, solve(problem, "tabu", warm_start="wanda", seed=1).mask)
+    for bad in ({"moves": -1}, {"tenure": 0}, {"patience": -1}, {"time_limit": -1.0}):
+        with pytest.raises(OptionError, match="tabu"):
+            solve(problem, "tabu", warm_start="wanda", **bad)
+
+
+def test_relax_is_the_default_start():
+    problem = LayerProblem(random_weight(4, 32, 1), random_gram(32, "full", 2), Unstructured(0.5))
+    named = solve(problem, "tabu", warm_start="relax")
+    assert torch.equal(solve(problem, "tabu").mask, named.mask)
