@@ -431,8 +431,11 @@ def test_without_a_cuda_device_the_kernels_are_unavailable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert triton_kernels.unavailable() is None  # interpreted
+    assert triton_kernels.unavailable("cpu") is None
+    assert triton_kernels.unavailable("cuda") == "torch finds no CUDA device"
     monkeypatch.delenv("TRITON_INTERPRET")
     assert triton_kernels.unavailable() == "torch finds no CUDA device"
+    assert triton_kernels.unavailable("cpu") == "torch finds no CUDA device"
 
 
 @pytest.mark.cuda

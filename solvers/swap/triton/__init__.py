@@ -18,11 +18,12 @@ def unavailable(device: torch.device | str | None = None) -> str | None:
         return (
             f"the package triton cannot be imported ({error}); pip install 'maskopt[gpu]' (Linux)"
         )
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    on_gpu = device is None or torch.device(device).type == "cuda"
+    if os.environ.get("TRITON_INTERPRET") == "1" and (device is None or not on_gpu):
         return None
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    if device is not None and torch.device(device).type != "cuda":
+    if not on_gpu:
         return f"the problem is on {device}; move weight and gram to a CUDA device"
     if torch.cuda.get_device_capability() < (7, 0):
         return "Triton needs a CUDA device of compute capability 7.0 or above"

@@ -52,6 +52,8 @@ class TritonKernel:
     """
 
     name = "triton"
+    #: rows in one call at most, where a deadline or a listener waits: a GPU wants them all
+    patience = 2**31
 
     def __init__(
         self,
