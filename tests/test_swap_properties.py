@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import problems, random_gram, random_weight
 
@@ -20,7 +20,7 @@ from maskopt import (
 )
 from maskopt.errors import OptionError, WarmStartError
 
-KERNELS = ("literal", "numba")
+KERNELS = ("literal", "torch", "numba")
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -30,6 +30,7 @@ def start_of(problem: LayerProblem, start: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_ends_at_a_one_swap_optimum(kernel: str, dtype: torch.dtype, data: st.DataObject) -> None:
     problem = data.draw(problems(dtype=dtype))
@@ -47,6 +48,7 @@ def test_ends_at_a_one_swap_optimum(kernel: str, dtype: torch.dtype, data: st.Da
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@settings(max_examples=20)
 @given(problem=problems(max_rows=4))
 def test_row_by_row_equals_batched(kernel: str, problem: LayerProblem) -> None:
     batched = solve(problem, "swap", kernel=kernel)
@@ -56,6 +58,7 @@ def test_row_by_row_equals_batched(kernel: str, problem: LayerProblem) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 1000),
     power=st.integers(-20, 20),
@@ -72,6 +75,7 @@ def test_scales_change_nothing(kernel: str, seed: int, power: int, pattern: Unst
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000))
 def test_equivariant_under_permutations(kernel: str, seed: int) -> None:
     n, pattern = 16, Unstructured(sparsity=0.5)

@@ -100,7 +100,7 @@ def refine(
     fresh = batch.swaps.clone()  # swaps at which c was last computed from scratch
     record.objectives.append(batch.objective * batch.scale)
     while len(active):
-        left = []
+        left: list[Tensor] = []
         for rows in parts(active):
             if time.monotonic() >= deadline:
                 left = []

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The compiled inner loops of 1-swap search on the CPU. Importing this module needs Numba.
 
 Notation as in `batch.py`. Every function works on a list of rows, one after the other, releases the

@@ -20,6 +20,7 @@ from maskopt.solvers.scores import WandaSolver
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.engine import Kernel, Record, refine
 from maskopt.solvers.swap.literal import refine_literally
+from maskopt.solvers.swap.triton import unavailable as triton_unavailable
 
 KERNELS = ("auto", "literal", "torch", "numba", "triton")
 #: what a solve may use beyond weight and G where the caller sets no limit
@@ -94,6 +95,14 @@ class SwapSolver:
                         memory=memory // 2,
                         progress=progress,
                     )
+                elif name == "triton":
+                    record = _refine_by_triton(
+                        batch,
+                        max_swaps=max_swaps,
+                        deadline=deadline,
+                        memory=memory // 2,
+                        progress=progress,
+                    )
                 else:
                     if built is None or _outgrown(built, batch):
                         built = make_kernel(name, batch, memory // 2)
@@ -150,7 +159,36 @@ def make_kernel(name: str, batch: Batch, memory: int) -> Kernel:
         from maskopt.solvers.swap.numba_kernel import NumbaKernel
 
         return NumbaKernel(batch)
+    if name == "torch":
+        from maskopt.solvers.swap.torch_kernel import TorchKernel
+
+        return TorchKernel(batch, memory)
     raise SolverError(f"swap: no kernel {name!r}")
+
+
+def _refine_by_triton(
+    batch: Batch,
+    *,
+    max_swaps: int | None,
+    deadline: float,
+    memory: int,
+    progress: Callable[[int], None],
+) -> Record:
+    """The same algorithm, in the shape that suits a GPU."""
+    from maskopt.solvers.swap.triton.engine import refine as refine_by_triton
+
+    told: dict[str, Any] = {}
+    start = batch.scale * 0
+    proven = refine_by_triton(
+        batch,
+        max_swaps=max_swaps,
+        deadline=deadline,
+        memory=memory,
+        progress=progress,
+        trace=told,
+    )
+    scans = told["full_scans"].to(proven.device)
+    return Record(proven, scans, [start + batch.objective * batch.scale])
 
 
 def _outgrown(kernel: Kernel, batch: Batch) -> bool:
@@ -161,8 +199,15 @@ def _outgrown(kernel: Kernel, batch: Batch) -> bool:
 def _choose_kernel(kernel: str, problem: LayerProblem) -> str:
     on_cpu = problem.device.type == "cpu"
     has_numba = importlib.util.find_spec("numba") is not None
+    missing = triton_unavailable(problem.device)
     if kernel == "auto":
-        return "numba" if on_cpu and has_numba else "literal"
+        if on_cpu:
+            return "numba" if has_numba else "torch"
+        return "triton" if missing is None else "torch"
+    if kernel == "triton" and missing:
+        raise SolverError(
+            f"swap: kernel 'triton' cannot run here: {missing}; or use kernel='torch'"
+        )
     if kernel == "numba" and not (on_cpu and has_numba):
         why = "the package numba is not installed" if on_cpu else f"not for {problem.device}"
         raise SolverError(f"swap: kernel 'numba' cannot run here: {why}; use kernel='torch'")
