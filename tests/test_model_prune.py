@@ -87,7 +87,9 @@ def test_gram_matrices_are_those_of_the_pruned_prefix(family: str) -> None:
             place = next(y for y in blocks.layers(2) if y.name == layer.name)
             weight = matrix(model, place).double()
             change = (weight * ~report.masks[layer.name]) @ x.T
-            assert layer.error == pytest.approx(float(change.detach().square().sum() / len(x)), rel=1e-4)
+            assert layer.error == pytest.approx(
+                float(change.detach().square().sum() / len(x)), rel=1e-4
+            )
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
@@ -112,7 +114,9 @@ def test_gram_matrices_inside_a_block(family: str) -> None:
     x = torch.cat(seen).reshape(-1, seen[0].shape[-1]).double()
     weight = model.get_parameter(output + ".weight").double()
     change = (weight * ~careful.masks[output]) @ x.T
-    assert by_name[output].error == pytest.approx(float(change.detach().square().sum() / len(x)), rel=1e-4)
+    assert by_name[output].error == pytest.approx(
+        float(change.detach().square().sum() / len(x)), rel=1e-4
+    )
 
 
 def test_one_pass_judges_on_the_dense_model() -> None:
