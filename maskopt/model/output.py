@@ -73,7 +73,6 @@ class FolderRun:
             self.work = work
             check_disk(work.output, disk_needed(self.source.checkpoint))
             self.journal = Journal(work.journal)
-            work.keep = self.journal.header is not None
             self.journal.begin(dict(fingerprint))
             for index, record in self.journal.blocks.items():
                 path = self._masks_path(index)

@@ -79,6 +79,7 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[W
             it), cannot be written, another process is at work in it, or the disk fills up.
     """
     work = Workspace(output)
+    work.keep = resume
     existed = output.exists()
     if existed and not output.is_dir():
         raise ModelError(f"{output}: exists and is not a folder")
