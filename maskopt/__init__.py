@@ -2,6 +2,7 @@
 
 import importlib
 
+from maskopt.bounds import Bound, Certificate, lower_bound
 from maskopt.checks import Swap, improving_swap, verify
 from maskopt.errors import MaskoptError
 from maskopt.pattern import NM, Unstructured
@@ -27,6 +28,8 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "NM",
+    "Bound",
+    "Certificate",
     "LayerProblem",
     "MaskoptError",
     "RowProblem",
@@ -38,6 +41,7 @@ __all__ = [
     "available_solvers",
     "collect_problems",
     "improving_swap",
+    "lower_bound",
     "perplexity",
     "prune_model",
     "solve",

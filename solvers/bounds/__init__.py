@@ -1,0 +1,1 @@
+"""Methods that make certificates of lower bounds, found through the group `maskopt.bounds`."""

@@ -1,0 +1,210 @@
+"""No bound is ever above the optimum: against enumeration, with crude, random and forged duals."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import problems, random_gram, random_weight
+
+from maskopt import (
+    NM,
+    Certificate,
+    LayerProblem,
+    Solution,
+    Unstructured,
+    lower_bound,
+    solve,
+    verify,
+)
+from maskopt.bounds import ENTRY_POINT_GROUP, Cuts, available_bounds
+from maskopt.errors import OptionError, UnknownSolverError, VerificationError
+
+METHODS = ("box", "shift", "sdp")
+
+
+def assert_below(value, problem):
+    exact = solve(problem, "exhaustive").objective
+    # what float64 can tell of the enumerated objective itself
+    noise = 1e-13 * problem.diagonal_mass()
+    assert bool((value <= exact + noise).all()), (value - exact).max()
+    assert bool((value >= 0).all())
+    return exact
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(problems(max_n=10, max_rows=6))
+@settings(max_examples=60)
+def test_no_bound_is_above_the_optimum(method, problem):
+    bound = lower_bound(problem, method)
+    assert_below(bound.value, problem)
+
+
+@given(problems(max_n=9, max_rows=8), st.integers(0, 2**31), st.floats(-6, 6))
+@settings(max_examples=300)
+def test_random_duals_and_points_are_valid(problem, seed, size):
+    """A certificate out of thin air proves little, and never too much."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, n = problem.weight.shape
+    groups = n // problem.group_size
+    unit = problem.diagonal_mass()[:, None] * 10**size / n
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    cuts = None
+    if n >= 3 and seed % 2:
+        index = [torch.randperm(n + 1, generator=generator)[:3] - 1 for _ in range(5)]
+        sign = 2 * torch.randint(0, 2, (5, 2), generator=generator, dtype=torch.int8) - 1
+        tau = noise(rows, 5).abs() * unit
+        cuts = [Cuts(torch.stack(index), sign, tau[r]) for r in range(rows)]
+    certificate = Certificate(
+        noise(rows, n) * unit,
+        noise(rows, groups) * unit,
+        noise(rows, n),
+        noise(rows, groups, n) * unit[..., None] if seed % 3 == 0 else None,
+        cuts,
+    )
+    assert_below(certificate.check(problem), problem)
+
+
+@given(problems(max_n=10, max_rows=4), st.integers(1, 3), st.integers(0, 100))
+@settings(max_examples=100)
+def test_a_deliberately_crude_solve_is_valid(problem, sweeps, seed):
+    bound = lower_bound(problem, "sdp", sweeps=sweeps, rank=2, seed=seed)
+    assert_below(bound.value, problem)
+
+
+def test_hundreds_of_small_rows():
+    """500 rows, both patterns, every kind of Gram matrix; and the bounds are worth something."""
+    tight = []
+    for seed, kind in enumerate(("full", "low-rank", "zero-columns", "duplicates", "outliers") * 2):
+        for pattern in (Unstructured(sparsity=0.6), NM(keep=2, of=4)):
+            problem = LayerProblem(
+                random_weight(25, 8, seed + 1), random_gram(8, kind, seed), pattern
+            )
+            bound = lower_bound(problem, "sdp")
+            exact = assert_below(bound.value, problem)
+            assert_below(lower_bound(problem, "box").value, problem)
+            good = exact > 1e-9 * problem.diagonal_mass()
+            tight.append((bound.value / exact)[good])
+    ratio = torch.cat(tight)
+    assert float(ratio.median()) > 0.8
+
+
+def test_bounds_of_singular_and_badly_scaled_rows_are_positive_where_they_can_be():
+    gram = random_gram(16, "full", 3) * torch.logspace(-1.5, 1.5, 16, dtype=torch.float64).outer(
+        torch.logspace(-1.5, 1.5, 16, dtype=torch.float64)
+    )
+    problem = LayerProblem(random_weight(4, 16, 7), gram, Unstructured(0.6))
+    exact = assert_below(lower_bound(problem, "sdp").value, problem)
+    assert bool((lower_bound(problem, "sdp").value > 0.02 * exact).all())
+    zero = LayerProblem(torch.zeros(2, 8), torch.zeros(8, 8), Unstructured(0.5))
+    for method in METHODS:
+        assert lower_bound(zero, method).value.tolist() == [0.0, 0.0]
+
+
+def test_sdp_beats_box_and_both_patterns_agree_with_batches():
+    for pattern in (Unstructured(0.6), NM(2, 4)):
+        problem = LayerProblem(random_weight(4, 32, 1), random_gram(32, "full", 2), pattern)
+        box, sdp = lower_bound(problem, "box"), lower_bound(problem, "sdp")
+        assert bool((sdp.value >= box.value).all())
+        alone = torch.cat([lower_bound(problem.row(i), "sdp").value for i in range(4)])
+        torch.testing.assert_close(sdp.value, alone, rtol=1e-3, atol=0)
+
+
+def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
+    from maskopt.solvers.bounds.sdp import _State, certify_row
+
+    problem = LayerProblem(random_weight(2, 48, 1), random_gram(48, "full", 2), Unstructured(0.6))
+    values = []
+    for torch_sweeps in (False, True):
+        state = _State(problem, 10, 0)
+        if torch_sweeps:
+            state._sweep = lambda sweeps, state=state: [state.sweep_torch() for _ in range(sweeps)]
+        state.descend(600, None, first=True)
+        w = state.w[0].double().numpy()
+        q = w[:, None] * problem.gram.numpy() * w[None, :]
+        values.append(
+            certify_row(
+                q,
+                48,
+                problem.pruned_per_group,
+                state.y[0].astype(float),
+                state.inner()[0],
+                state.rho,
+            )[3]
+        )
+    assert values[1] == pytest.approx(values[0], rel=0.02)
+
+
+@pytest.fixture
+def problem():
+    return LayerProblem(random_weight(2, 12, 1), random_gram(12, "full", 2), Unstructured(0.5))
+
+
+def test_verify_takes_a_certificate_and_rejects_forgeries(problem):
+    bound = lower_bound(problem, "sdp")
+    mask = solve(problem, "elimination").mask
+    honest = Solution.of(
+        problem, mask, lower_bound=bound.value, certificate=bound.certificate, solver="x"
+    )
+    verify(problem, honest)
+    c = bound.certificate
+    forged_bound = replace(honest, lower_bound=honest.lower_bound * 1.001)
+    with pytest.raises(VerificationError, match="its certificate proves"):
+        verify(problem, forged_bound)
+    # duals that promise more than they are worth: A is no longer semidefinite
+    forgeries = {
+        "its certificate proves": replace(c, diagonal=c.diagonal * 1.2),
+        "float64": replace(c, point=c.point.float()),
+        "NaN": replace(c, point=c.point * torch.nan),
+        "penalty must": replace(c, penalty=c.penalty[:, :0]),
+    }
+    cut = Cuts(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 1]]), torch.tensor([1.0]).double())
+    for reason, bad in {
+        "negative multiplier": replace(cut, multiplier=-cut.multiplier),
+        "twice": replace(cut, index=torch.tensor([[0, 1, 1]])),
+        "outside": replace(cut, index=torch.tensor([[0, 1, 12]])),
+        "not ±1": replace(cut, sign=torch.tensor([[1, 2]])),
+    }.items():
+        forgeries[reason] = replace(c, cuts=[bad, None])
+    for reason, forged in forgeries.items():
+        with pytest.raises(VerificationError, match=reason):
+            verify(problem, replace(honest, certificate=forged))
+
+
+def test_an_indefinite_gram_that_was_never_checked_is_still_bounded_validly():
+    gram = random_gram(8, "full", 1) - 0.8 * torch.eye(8, dtype=torch.float64)
+    problem = LayerProblem(random_weight(3, 8, 1), gram, Unstructured(0.5), assume_psd=True)
+    q = torch.stack([problem.row(i).q() for i in range(3)])
+    import itertools
+
+    sets = torch.zeros(70, 8, dtype=torch.float64)
+    for row, chosen in enumerate(itertools.combinations(range(8), 4)):
+        sets[row, list(chosen)] = 1
+    true = torch.einsum("si,rij,sj->rs", sets, q, sets).min(1).values
+    for method in METHODS[::2]:
+        value = lower_bound(problem, method).value
+        assert bool((value <= true.clamp(min=0) + 1e-12).all())
+
+
+def test_time_limit_zero_still_bounds(problem):
+    for method in METHODS:
+        assert_below(lower_bound(problem, method, time_limit=0).value, problem)
+
+
+def test_bad_input_is_named(problem):
+    with pytest.raises(UnknownSolverError, match="did you mean 'box'"):
+        lower_bound(problem, "bx")
+    with pytest.raises(OptionError, match="did you mean 'sweeps'"):
+        lower_bound(problem, "sdp", sweps=3)
+    with pytest.raises(OptionError, match="sweeps"):
+        lower_bound(problem, "sdp", sweeps=0)
+    with pytest.raises(OptionError, match="time_limit"):
+        lower_bound(problem, "box", time_limit=-1)
+    with pytest.raises(OptionError, match="kind"):
+        lower_bound(problem, "shift", kind="odd")
+    assert set(METHODS) <= set(available_bounds())
+    assert ENTRY_POINT_GROUP == "maskopt.bounds"
