@@ -19,6 +19,7 @@ from maskopt import (
     verify,
 )
 from maskopt.errors import OptionError, WarmStartError
+from maskopt.solvers.swap.triton import unavailable as triton_unavailable
 
 KERNELS = ("literal", "torch", "numba")
 DTYPES = (torch.float32, torch.float64)
@@ -169,3 +170,66 @@ def test_progress_is_reported() -> None:
     problem = LayerProblem(random_weight(5, 16, 1), random_gram(16, "full", 1), NM(2, 4))
     solve(problem, "swap", on_progress=lambda done, rows: seen.append((done, rows)))
     assert seen[-1] == (5, 5)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(2, 4)], ids=str)
+def test_the_triton_kernel_serves_the_engine(pattern: Unstructured) -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    problem = LayerProblem(
+        random_weight(3, 24, 3, torch.float32), random_gram(24, "full", 4).float(), pattern
+    )
+    if triton_unavailable(problem.device):
+        pytest.skip("neither CUDA nor Triton's interpreter")
+    solution = solve(problem, "swap", kernel="triton")
+    verify(problem, solution)
+    assert solution.trace["kernel"] == "triton"
+    assert set(solution.status) == {Status.SWAP_OPTIMAL}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_trace_tells_what_was_done(kernel: str) -> None:
+    problem = LayerProblem(
+        random_weight(3, 24, 3), random_gram(24, "low-rank", 4), Unstructured(sparsity=0.5)
+    )
+    solution = solve(problem, "swap", warm_start="random", kernel=kernel)
+    trace = solution.trace
+    assert trace["kernel"] == kernel
+    assert int(trace["scans"].min()) >= 1
+    error = trace["error"]
+    assert error.shape[1] == problem.rows
+    assert bool((error[1:] <= error[:-1] * (1 + 1e-12)).all())
+    assert torch.allclose(error[-1], solution.objective, rtol=1e-9)
+    start = problem.objective(solve(problem, "random").mask)
+    assert torch.allclose(error[0], start, rtol=1e-9)
+
+
+def test_thread_counts_change_nothing() -> None:
+    problem = LayerProblem(
+        random_weight(40, 64, 3, torch.float32),
+        random_gram(64, "low-rank", 4).float(),
+        Unstructured(sparsity=0.6),
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = solve(problem, "swap", kernel="numba")
+        torch.set_num_threads(3)
+        three = solve(problem, "swap", kernel="numba")
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one.mask, three.mask)
+    assert torch.equal(one.trace["swaps"], three.trace["swaps"])
+
+
+@pytest.mark.parametrize("kernel", ["numba", "torch"])
+def test_kernels_end_near_each_other_on_a_layer(kernel: str) -> None:
+    """Different proposals, hence different optima; the same quality and the same promise."""
+    problem = LayerProblem(
+        random_weight(8, 160, 11, torch.float32),
+        random_gram(160, "low-rank", 12).float(),
+        Unstructured(sparsity=0.6),
+    )
+    literal = solve(problem, "swap", kernel="literal")
+    other = solve(problem, "swap", kernel=kernel)
+    verify(problem, other)
+    assert float(other.objective.sum()) < 1.1 * float(literal.objective.sum())

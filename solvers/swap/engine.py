@@ -27,16 +27,16 @@ from torch import Tensor
 
 from maskopt.solvers.swap.batch import Batch
 
-#: rows that a kernel gets in one call at most where a deadline or a listener waits for an answer
-PATIENCE = 256
 #: relative error that c may gather by updates before it is computed afresh, in parts of a threshold
 DRIFT = 1e-3
 
 
 class Kernel(Protocol):
-    """The three steps, on some rows of a batch. Kernels are made for one layer, once."""
+    """The three steps, on some rows of a batch. A kernel is made for one layer."""
 
     name: str
+    patience: int
+    """Rows in one call at most, where a deadline or a listener waits for an answer."""
     single: bool
     """Whether it proposes in float32 (`Batch.single`)."""
 
@@ -93,7 +93,7 @@ def refine(
     hurried = deadline < float("inf") or progress is not None
 
     def parts(rows: Tensor) -> list[Tensor]:
-        return list(rows.split(PATIENCE)) if hurried else [rows]
+        return list(rows.split(kernel.patience)) if hurried else [rows]
 
     for rows in parts(active):
         kernel.refresh(batch, rows)

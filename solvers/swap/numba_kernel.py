@@ -24,6 +24,7 @@ class NumbaKernel:
     """Compiled loops over rows; threads share nothing but G."""
 
     name = "numba"
+    patience = 256
 
     def __init__(self, batch: Batch, candidates: int = CANDIDATES) -> None:
         from maskopt.solvers.swap import numba_kernels

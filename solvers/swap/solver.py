@@ -95,16 +95,8 @@ class SwapSolver:
                         memory=memory // 2,
                         progress=progress,
                     )
-                elif name == "triton":
-                    record = _refine_by_triton(
-                        batch,
-                        max_swaps=max_swaps,
-                        deadline=deadline,
-                        memory=memory // 2,
-                        progress=progress,
-                    )
                 else:
-                    if built is None or _outgrown(built, batch):
+                    if built is None or built.single != batch.single:
                         built = make_kernel(name, batch, memory // 2)
                     record = refine(
                         batch,
@@ -163,37 +155,11 @@ def make_kernel(name: str, batch: Batch, memory: int) -> Kernel:
         from maskopt.solvers.swap.torch_kernel import TorchKernel
 
         return TorchKernel(batch, memory)
+    if name == "triton":
+        from maskopt.solvers.swap.triton.engine import TritonKernel
+
+        return TritonKernel(batch, memory=memory)
     raise SolverError(f"swap: no kernel {name!r}")
-
-
-def _refine_by_triton(
-    batch: Batch,
-    *,
-    max_swaps: int | None,
-    deadline: float,
-    memory: int,
-    progress: Callable[[int], None],
-) -> Record:
-    """The same algorithm, in the shape that suits a GPU."""
-    from maskopt.solvers.swap.triton.engine import refine as refine_by_triton
-
-    told: dict[str, Any] = {}
-    start = batch.scale * 0
-    proven = refine_by_triton(
-        batch,
-        max_swaps=max_swaps,
-        deadline=deadline,
-        memory=memory,
-        progress=progress,
-        trace=told,
-    )
-    scans = told["full_scans"].to(proven.device)
-    return Record(proven, scans, [start + batch.objective * batch.scale])
-
-
-def _outgrown(kernel: Kernel, batch: Batch) -> bool:
-    """A kernel is for one dtype: other rows of the layer may need float64 where the first did not."""
-    return kernel.single != batch.single
 
 
 def _choose_kernel(kernel: str, problem: LayerProblem) -> str:

@@ -18,6 +18,7 @@ class TorchKernel:
     """Batched tensor operations; what is held at a time stays below `memory` bytes."""
 
     name = "torch"
+    patience = 256
 
     def __init__(self, batch: Batch, memory: int, candidates: int = CANDIDATES) -> None:
         self.single = batch.single

@@ -70,6 +70,7 @@ class TritonKernel:
         self._width = width
         self._tiled = tiled
         self._chunk = max(1, memory // (_STEP_BYTES * batch.n))
+        self.single = batch.single
         self._proposing = torch.float32 if batch.single else torch.float64
         self._group = batch.group if batch.group < batch.n else None
         self._small = batch.group <= _SMALL_GROUP
