@@ -18,8 +18,9 @@ and a growing μ bends the relaxed solution towards a mask. In the ADMM step the
 nothing: with μ = θ·ρw²h/2 the projection of v becomes that of (v − θ/2)/(1 − θ). θ rises from 0 to
 `hardness`; near 1 the steps no longer settle. What is rounded then is far closer to a mask.
 
-**The bound** is that of Frank–Wolfe, f(x) + min_v ∇f(x)ᵀ(v − x), in float64 with a rounding margin:
-valid at any x, so an unfinished relaxation costs tightness only.
+**The bound** is that of Frank–Wolfe, f(x) + min_v ∇f(x)ᵀ(v − x), in float64 with a margin for rounding
+and for what a float32 G lacks to be semidefinite: valid at any x, so an unfinished relaxation costs
+tightness only. The solution's certificate is x; `verify` computes the bound from it anew.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskopt.bounds import Certificate
 from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
@@ -51,6 +53,8 @@ _MEASURE_FROM = 40
 _FLOOR = 1e-6
 #: n above which the factorisation is float32
 _DOUBLE_UP_TO = 8192
+#: how often θΣw² the bound is lowered by for θ = what G lacks to semidefiniteness: 9/4 suffice
+_SLACK = 3.0
 _TILE_BYTES = {"cpu": 2**29, "cuda": 2**31}
 
 
@@ -122,8 +126,13 @@ class RelaxSolver:
             )
             for first in range(0, problem.rows, tile)
         ]
-        relaxed, bound, hard = (torch.cat(column) for column in list(zip(*parts, strict=True))[:3])
-        iterations = max(part[3] for part in parts)
+        relaxed, bound, hard, point = (
+            torch.cat(column) for column in list(zip(*parts, strict=True))[:4]
+        )
+        iterations = max(part[4] for part in parts)
+        bound = (bound - _SLACK * _lack(problem) * problem.weight.double().square().sum(1)).clamp(
+            min=0.0
+        )
         mask = keep_highest(problem, -hard)
         if warm_start is not None and not refine:
             mask = _better(problem, mask, warm_start)
@@ -168,8 +177,8 @@ class RelaxSolver:
                 "swaps": swaps,
                 "relax_seconds": relax_seconds,
                 "swap_seconds": seconds - relax_seconds,
-                "proof": "Frank–Wolfe bound of the box relaxation, float64 with a rounding margin",
             },
+            certificate=_certificate(problem, point),
         )
 
 
@@ -178,10 +187,30 @@ def relax(
 ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
     """The box relaxation alone: x, f(x) and the Frank–Wolfe bound, the latter two float64."""
     factor, metric = _factor(problem)
-    relaxed, bound, x, _ = _relax(
+    relaxed, bound, _, x, _ = _relax(
         problem, factor, metric, tolerance, max_iterations, 0, 0.0, math.inf
     )
     return x, relaxed, bound
+
+
+def _lack(problem: LayerProblem) -> float:
+    """θ with G + θI ⪰ 0, with room for the rounding of whoever checks that."""
+    gram = problem.gram.double()
+    rounding = 16 * problem.n * 2.0**-53 * float(gram.diagonal().abs().sum())
+    shifted = gram.clone()
+    shifted.diagonal().add_(rounding)
+    if rounding == 0 or int(torch.linalg.cholesky_ex(shifted).info) == 0:
+        return 2 * rounding
+    return 2 * (rounding + max(0.0, -float(torch.linalg.eigvalsh(gram)[0])))
+
+
+def _certificate(problem: LayerProblem, point: Tensor) -> Certificate:
+    """λ = μ = ν = 0: the relaxation is of Q itself."""
+    none = torch.zeros(1, 1, dtype=torch.float64, device=point.device)
+    groups = problem.n // problem.group_size
+    return Certificate(
+        none.expand(problem.rows, problem.n), none.expand(problem.rows, groups), point.double()
+    )
 
 
 def _factor(problem: LayerProblem) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
@@ -208,8 +237,8 @@ def _relax(
     harden: int,
     hardness: float,
     deadline: float,
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """f(x) and bound at the best measured x, the hardened point, and the steps made."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """f(x) and bound, the hardened point, the x that proves the bound, and the steps made."""
     weight = problem.weight.to(factor.dtype)
     size = weight.abs().amax(1, keepdim=True)
     weight = weight / size.where(size > 0, 1.0)
@@ -222,6 +251,7 @@ def _relax(
     product = q * share @ factor
     bound = torch.zeros(problem.rows, dtype=torch.float64, device=weight.device)
     relaxed = torch.full_like(bound, torch.inf)
+    point = step.x.clone()
     done = 0
     while done < max_iterations:
         step.advance(product, _OVER_RELAXATION, 0.0)
@@ -231,6 +261,7 @@ def _relax(
         due = done >= _MEASURE_FROM and (done - _MEASURE_FROM) % _MEASURE_EVERY == 0
         if due or late or done == max_iterations:
             value, here = linear_bound(problem, step.x)
+            point = torch.where((here >= bound)[:, None], step.x, point)
             relaxed, bound = relaxed.minimum(value), bound.maximum(here)
             if late or float((relaxed - bound).sum()) <= tolerance * float(relaxed.sum()):
                 break
@@ -239,7 +270,7 @@ def _relax(
             break
         step.advance(product, 1.0, hardness * (k + 1) / harden)
         product = step.target @ factor
-    return relaxed, bound, step.x, done
+    return relaxed, bound, step.x, point, done
 
 
 def _better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:

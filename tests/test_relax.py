@@ -15,13 +15,13 @@ from maskopt.solvers.relax_step import CompiledStep, TorchStep, project
 
 
 @given(problems(max_n=12))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_contract_in_float64(problem):
     check_contract(problem, "relax")
 
 
 @given(problems(max_n=12, dtype=torch.float32))
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_contract_in_float32(problem):
     check_contract(problem, "relax", start="worst")
 
