@@ -46,9 +46,9 @@ def run_demo(
     output: Path,
     *,
     sparsity: float = 0.5,
-    samples: int = 24,
+    samples: int = 12,
     seq_len: int = 512,
-    windows: int = 12,
+    windows: int = 8,
     columns: int = 48,
     time_limit: float = 30.0,
     seed: int = 0,
@@ -147,13 +147,14 @@ def toy_table(records: Sequence[Record], sparsity: float) -> Table:
     """Objective, bound and gap of every solver on every toy row."""
     table = Table(
         f"Toy rows: {records[0].n} inputs of real layers, {sparsity:.0%} pruned",
-        ("row", "solver", "objective", "lower bound", "above optimum", "status", "seconds"),
+        ("row", "solver", "objective", "bound", "above optimum", "status", "s"),
         text_columns=2,
         note="RIA's column sums see one row only here. A bound of 0 means that none is known.",
     )
     last = ""
     for record in records:
-        shown = record.instance.removeprefix("model.layers.") if record.instance != last else ""
+        _, _, block, _, layer = record.instance.split(".")
+        shown = f"{block} {layer}" if record.instance != last else ""
         last = record.instance
         table.add(
             shown,
@@ -162,7 +163,7 @@ def toy_table(records: Sequence[Record], sparsity: float) -> Table:
             number(record.lower_bound),
             "–" if record.excess != record.excess else f"{record.excess:.2%}",
             record.error or record.status,
-            f"{record.seconds:.3f}",
+            f"{record.seconds:.2f}",
         )
     return table
 
@@ -171,7 +172,7 @@ def error_table(report: PruneReport, sparsity: float, blocks: int) -> Table:
     """Local error of Wanda and of Wanda → 1-swap on the same inputs, summed per layer kind."""
     table = Table(
         f"Local error at {sparsity:.0%}, all {blocks} blocks",
-        ("layer kind", "Wanda", "Wanda → 1-swap", "ratio", "rows", "proven 1-swap optimal"),
+        ("layers", "Wanda", "→ 1-swap", "ratio", "rows", "proven 1-swap optimal"),
         note="Mean squared change of the layers' outputs, summed over rows and blocks; both on the "
         "inputs that the blocks pruned before leave.",
     )
@@ -186,7 +187,14 @@ def error_table(report: PruneReport, sparsity: float, blocks: int) -> Table:
             if name != "feasible"
         )
         ratio = f"{after / before:.3f}" if before else "–"
-        table.add(kind, number(before), number(after), ratio, f"{rows:,}", f"{proven / rows:.0%}")
+        table.add(
+            kind.split(".")[-1],
+            number(before),
+            number(after),
+            ratio,
+            f"{rows:,}",
+            f"{proven / rows:.0%}",
+        )
     return table
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -12,7 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-output = Console()
+#: a pipe or a file has no width: wide enough there for every table
+output = Console() if sys.stdout.isatty() else Console(width=120)
 errors = Console(stderr=True, highlight=False)
 
 

@@ -16,8 +16,8 @@ def demo(
         Path, typer.Option(help="Folder for the report and the pruned model.")
     ] = Path("maskopt-demo"),
     sparsity: Annotated[float, typer.Option(help="Share of every row that is pruned.")] = 0.5,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 24,
-    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 12,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 12,
+    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the calibration crops and the toy rows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:

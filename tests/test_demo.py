@@ -1,0 +1,49 @@
+"""The demo's tables from hand-made records; the whole demo is a measurement, not a test."""
+
+import math
+
+import pytest
+
+from maskopt.compare import Record
+from maskopt.demo import error_table, perplexity_table, run_demo, toy_table
+from maskopt.errors import ModelError
+from maskopt.model.report import LayerReport, PruneReport
+
+
+def record(solver, objective, status, bound=0.0):
+    name = "model.layers.0.self_attn.q_proj[3]"
+    return Record(
+        name, 48, "0.5", solver, objective, bound, 0.0, objective / 2 - 1, status, 0, 0.1, 0, solver
+    )
+
+
+def layer(block, kind, before, after):
+    statuses = {"swap-optimal": 3, "feasible": 1}
+    name = f"model.layers.{block}.{kind}"
+    return LayerReport(name, 4, 8, "0.5", 16, before, after, 0.0, statuses, 100, False, 0.1)
+
+
+def test_toy_table_names_a_row_once():
+    table = toy_table([record("wanda", 3.0, "feasible"), record("scip", 2.0, "optimal", 2.0)], 0.5)
+    assert [row[0] for row in table.rows] == ["0 q_proj[3]", ""]
+    assert [row[4] for row in table.rows] == ["50.00%", "0.00%"]
+    unknown = toy_table([record("wanda", math.nan, "failed")], 0.5)
+    assert unknown.rows[0][2] == "–"
+
+
+def test_errors_are_summed_per_kind_and_compared_with_the_start():
+    layers = [layer(0, "mlp.up_proj", 4.0, 1.0), layer(1, "mlp.up_proj", 6.0, 4.0)]
+    report = PruneReport(layers, {}, seconds=3.0)
+    table = error_table(report, 0.5, 2)
+    assert table.rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
+    shown = perplexity_table({"dense": 10.0, "swap": 12.5}, {"swap": report}, 8, 512)
+    assert shown.rows == [("dense", "10.00", "–", "–"), ("Wanda → 1-swap", "12.50", "50.0%", "3")]
+
+
+def test_an_output_that_is_not_empty_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    stages = []
+    with pytest.raises(ModelError, match="--overwrite"):
+        run_demo(tmp_path, on_stage=lambda *stage: stages.append(stage))
+    assert stages == []
+    assert (tmp_path / "file").read_text() == "mine"
