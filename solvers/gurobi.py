@@ -7,95 +7,16 @@ inputs.
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
-from collections.abc import Callable
 
 import numpy as np
-from torch import Tensor
 
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
 from maskopt.solver import Capabilities
-from maskopt.solvers.scip import assemble, check_limits, check_size, first_mask, run_rows
+from maskopt.solvers.rowwise import RowwiseExact, unit_scale
 from maskopt.solvers.scip_model import RowAnswer, RowTask
 
 #: n beyond which the branch and bound has no hope
 LARGEST_N = 512
-#: the start's objective in the units of the model, far above Gurobi's absolute tolerances
-_SCALE = 1000.0
-
-
-class GurobiSolver:
-    """min pᵀQp with p binary, Q convex as it is; OPTIMAL only where Gurobi says so."""
-
-    name = "gurobi"
-    capabilities = Capabilities(
-        devices=("cpu",), proves="optimality", largest_n=96, note="exact; optional gurobipy"
-    )
-    default_warm_start: str | None = "wanda"
-
-    def unavailable(self) -> str | None:
-        if importlib.util.find_spec("gurobipy") is None:
-            return "the package gurobipy is not installed; pip install 'maskopt[gurobi]'"
-        import gurobipy
-
-        try:
-            gurobipy.Env(params={"OutputFlag": 0}).dispose()
-        except gurobipy.GurobiError as error:
-            return f"no valid Gurobi licence ({error})"
-        return None
-
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        warm_start: Tensor | None = None,
-        time_limit: float | None = None,
-        gap_limit: float = 0.0,
-        node_limit: int | None = None,
-        workers: int | None = None,
-        seed: int = 0,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> Solution:
-        """Solve every row; limits are per row, as for `scip`."""
-        check_limits(self.name, time_limit, gap_limit)
-        check_size(self.name, problem, LARGEST_N)
-        tasks = row_tasks(problem, warm_start, time_limit, gap_limit, node_limit, seed)
-        if workers is None:
-            workers = 0 if problem.rows == 1 else (os.cpu_count() or 1)
-        return assemble(problem, run_rows(solve_row, tasks, workers, on_progress), self.name)
-
-
-def row_tasks(
-    problem: LayerProblem,
-    warm_start: Tensor | None,
-    time_limit: float | None,
-    gap_limit: float,
-    node_limit: int | None,
-    seed: int,
-) -> list[RowTask]:
-    """What a process needs to solve each row."""
-    start = warm_start if warm_start is not None else first_mask(problem)
-    return [
-        RowTask(
-            q=problem.row(i).q().numpy(),
-            group=problem.group_size,
-            pruned=problem.pruned_per_group,
-            start=(~start[i]).numpy(),
-            time_limit=time_limit,
-            node_limit=node_limit,
-            gap_limit=gap_limit,
-            seed=seed,
-        )
-        for i in range(problem.rows)
-    ]
-
-
-def unit_scale(task: RowTask) -> float:
-    """The factor that brings the start's objective to _SCALE."""
-    cost = float(task.start.astype(float) @ task.q @ task.start.astype(float))
-    return _SCALE / (max(cost, 1e-10 * float(np.trace(task.q))) or 1.0)
 
 
 def solve_row(task: RowTask) -> RowAnswer:
@@ -142,3 +63,25 @@ def solve_row(task: RowTask) -> RowAnswer:
             nodes=int(model.NodeCount),
             seconds=time.perf_counter() - began,
         )
+
+
+class GurobiSolver(RowwiseExact):
+    """min pᵀQp with p binary, Q convex as it is; OPTIMAL only where Gurobi says so."""
+
+    name = "gurobi"
+    capabilities = Capabilities(
+        devices=("cpu",), proves="optimality", largest_n=96, note="exact; optional gurobipy"
+    )
+    largest_n = LARGEST_N
+    solve_row = staticmethod(solve_row)
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("gurobipy") is None:
+            return "the package gurobipy is not installed; pip install 'maskopt[gurobi]'"
+        import gurobipy
+
+        try:
+            gurobipy.Env(params={"OutputFlag": 0}).dispose()
+        except gurobipy.GurobiError as error:
+            return f"no valid Gurobi licence ({error})"
+        return None

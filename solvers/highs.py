@@ -8,57 +8,16 @@ reformulation-linearisation equations, far tighter than z_ij ≥ p_i + p_j − 1
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
-from collections.abc import Callable
 
 import numpy as np
-from torch import Tensor
 
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
 from maskopt.solver import Capabilities
-from maskopt.solvers.gurobi import row_tasks, unit_scale
-from maskopt.solvers.scip import assemble, check_limits, check_size, run_rows
+from maskopt.solvers.rowwise import RowwiseExact, unit_scale
 from maskopt.solvers.scip_model import RowAnswer, RowTask
 
 #: n beyond which the n²/2 products are too many for a simplex
 LARGEST_N = 128
-
-
-class HighsSolver:
-    """The linearised program; OPTIMAL only where HiGHS says so."""
-
-    name = "highs"
-    capabilities = Capabilities(
-        devices=("cpu",), proves="optimality", largest_n=48, note="exact; linearised, optional"
-    )
-    default_warm_start: str | None = "wanda"
-
-    def unavailable(self) -> str | None:
-        if importlib.util.find_spec("highspy") is None:
-            return "the package highspy is not installed; pip install 'maskopt[highs]'"
-        return None
-
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        warm_start: Tensor | None = None,
-        time_limit: float | None = None,
-        gap_limit: float = 0.0,
-        node_limit: int | None = None,
-        workers: int | None = None,
-        seed: int = 0,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> Solution:
-        """Solve every row; limits are per row, as for `scip`."""
-        check_limits(self.name, time_limit, gap_limit)
-        check_size(self.name, problem, LARGEST_N)
-        tasks = row_tasks(problem, warm_start, time_limit, gap_limit, node_limit, seed)
-        if workers is None:
-            workers = 0 if problem.rows == 1 else (os.cpu_count() or 1)
-        return assemble(problem, run_rows(solve_row, tasks, workers, on_progress), self.name)
 
 
 def solve_row(task: RowTask) -> RowAnswer:
@@ -133,3 +92,19 @@ def _model(task: RowTask, q: np.ndarray):  # type: ignore[no-untyped-def]  # hig
             model.addRow(-infinity, 0.0, 2, [column, i], [1.0, -1.0])
             model.addRow(-infinity, 0.0, 2, [column, j], [1.0, -1.0])
     return model, pairs
+
+
+class HighsSolver(RowwiseExact):
+    """The linearised program; OPTIMAL only where HiGHS says so."""
+
+    name = "highs"
+    capabilities = Capabilities(
+        devices=("cpu",), proves="optimality", largest_n=48, note="exact; linearised, optional"
+    )
+    largest_n = LARGEST_N
+    solve_row = staticmethod(solve_row)
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec("highspy") is None:
+            return "the package highspy is not installed; pip install 'maskopt[highs]'"
+        return None
