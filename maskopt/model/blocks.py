@@ -71,9 +71,13 @@ class Blocks:
         return [layer for index in range(len(self)) for layer in self.layers(index)]
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and parameters that belong to no block."""
+        """Names and parameters that belong to no block and are needed to reach the first one: all
+        but an output head of its own."""
+        head = _embedding(self.model, "get_output_embeddings")
+        first = _embedding(self.model, "get_input_embeddings")
+        unused = {id(p) for p in head.parameters()} - {id(p) for p in first.parameters()}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if not name.startswith(self.name + "."):
+            if not name.startswith(self.name + ".") and id(parameter) not in unused:
                 yield name, parameter
 
     def check_unshared(self, layers: Iterable[Layer]) -> None:
@@ -134,6 +138,12 @@ def matches(name: str, pattern: str) -> bool:
     return any(
         fnmatchcase(name, p) for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
     )
+
+
+def _embedding(model: nn.Module, getter: str) -> nn.Module:
+    found = getattr(model, getter, None)
+    module = found() if callable(found) else None
+    return module if isinstance(module, nn.Module) else nn.Module()
 
 
 def _find(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -6,9 +6,11 @@ inside which the weights of one block are. The rest of the pipeline knows only t
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -109,6 +111,7 @@ class FolderSource:
                 for name, parameter in module.named_parameters(recurse=False):
                     empty = torch.empty_like(parameter, device="meta")
                     setattr(module, name, nn.Parameter(empty, requires_grad=False))
+            return_memory()
 
     def stored(
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
@@ -328,6 +331,13 @@ def _check_finite(name: str, parameter: Tensor) -> None:
         for slab in parameter.detach().split(4096):
             if not bool(torch.isfinite(slab).all()):
                 raise ModelError(f"parameter {name!r} holds NaN or infinite weights")
+
+
+def return_memory() -> None:
+    """Ask the C library to give freed memory back to the system, where it can be asked (glibc)."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

@@ -1,0 +1,90 @@
+"""Prune Gemma 3 270M with two solvers: wall and CPU time, share of solving, errors, peak memory.
+
+    python tests/benchmarks/prune_gemma.py --solver wanda --solver swap
+
+Every prune runs in a process of its own, so that its peak resident size is its own. Calibration: the
+demo's text, 32 windows of 512 tokens. The ratio printed last is the second solver's wall time over the
+first one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def child(arguments: argparse.Namespace) -> None:
+    import transformers
+
+    from maskopt import prune_model
+    from maskopt.model.demo_model import demo_model
+    from maskopt.model.demo_text import demo_text
+
+    transformers.logging.set_verbosity_error()
+    include = [f"layers.{index}.*" for index in range(arguments.blocks)]
+    began, cpu = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        report = prune_model(
+            demo_model(), sparsity=arguments.sparsity, solver=arguments.child,
+            calibration=demo_text().calibration, samples=arguments.samples, seq_len=512,
+            include=include, output=Path(folder) / "out", threads=arguments.threads,
+        )  # fmt: skip
+    starts = [layer.error_start for layer in report.layers]
+    print(
+        json.dumps(
+            {
+                "solver": arguments.child,
+                "wall": time.perf_counter() - began,
+                "cpu": time.process_time() - cpu,
+                "solving": sum(layer.seconds for layer in report.layers),
+                "error/start": None
+                if None in starts
+                else sum(x.error / x.error_start for x in report.layers if x.error_start)
+                / len(report.layers),
+                "peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+                "sparsity": report.sparsity,
+            }
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--solver", action="append")
+    parser.add_argument("--child")
+    parser.add_argument("--blocks", type=int, default=18)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+        return
+    print(platform.platform(), platform.processor(), f"{os.cpu_count()} cores", flush=True)
+    print(f"load at the start: {os.getloadavg()[0]:.2f}", flush=True)
+    results = []
+    for solver in arguments.solver or ["wanda", "swap"]:
+        command = [
+            sys.executable, __file__, "--child", solver, "--blocks", str(arguments.blocks),
+            "--samples", str(arguments.samples), "--sparsity", str(arguments.sparsity),
+            "--threads", str(arguments.threads),
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        results.append(json.loads(done.stdout.strip().split("\n")[-1]))
+        print(results[-1], flush=True)
+    if len(results) > 1:
+        for key in ("wall", "cpu"):
+            ratio = results[1][key] / results[0][key]
+            print(f"{results[1]['solver']} / {results[0]['solver']}, {key}: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Peak memory of pruning a synthetic model of LLaMA-3.1-8B's shapes from disk, most layers skipped.
+
+    python tests/benchmarks/stream_8b.py --folder /path/with/40GB
+
+Writes 16 GB of bfloat16 shards (random weights, the same in every block), then prunes one projection in
+the first, middle and last block, so that all 32 blocks have to stream through, and checks the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+SHAPES = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+    "input_layernorm": (4096,),
+    "post_attention_layernorm": (4096,),
+}
+BLOCKS = 32
+VOCABULARY = 128256
+
+
+def write_model(folder: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    folder.mkdir(parents=True)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=BLOCKS, num_attention_heads=32, num_key_value_heads=8,
+        max_position_embeddings=131072, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        part = torch.randn(min(shape[0], 1024), shape[1], generator=generator) * 0.02
+        repeats = -(-shape[0] // part.shape[0])
+        return part.bfloat16().repeat(repeats, 1)[: shape[0]].contiguous()
+
+    weight_map = {}
+    block = {name: random(*shape) for name, shape in SHAPES.items()}
+    for index in range(BLOCKS):
+        shard = f"model-{index + 1:05d}-of-{BLOCKS + 1:05d}.safetensors"
+        tensors = {f"model.layers.{index}.{name}.weight": t for name, t in block.items()}
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+    shard = f"model-{BLOCKS + 1:05d}-of-{BLOCKS + 1:05d}.safetensors"
+    tensors = {
+        "model.embed_tokens.weight": random(VOCABULARY, 4096),
+        "lm_head.weight": random(VOCABULARY, 4096),
+        "model.norm.weight": random(4096),
+    }
+    save_file(tensors, folder / shard, metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(tensors, shard)
+    index_file = folder / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--solver", default="wanda")
+    parser.add_argument("--keep", action="store_true")
+    arguments = parser.parse_args()
+    model, out = arguments.folder / "model", arguments.folder / "out"
+    print(platform.platform(), f"{os.cpu_count()} cores", flush=True)
+    if not model.exists():
+        child = os.fork()  # so that writing the model does not count
+        if child == 0:
+            write_model(model)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit("the model could not be written")
+    from maskopt import prune_model
+
+    size = sum(file.stat().st_size for file in model.iterdir()) / 2**30
+    print(f"model: {size:.2f} GiB on disk", flush=True)
+    began = time.perf_counter()
+    tokens = torch.randint(0, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(1))
+    report = prune_model(
+        model, tokens, sparsity=0.5, solver=arguments.solver, output=out, overwrite=True,
+        include=[f"layers.{i}.self_attn.q_proj" for i in (0, BLOCKS // 2, BLOCKS - 1)],
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"{len(report.layers)} layers pruned in {time.perf_counter() - began:.0f} s, "
+        f"peak resident size {peak:.2f} GiB",
+        flush=True,
+    )
+    if not arguments.keep:
+        shutil.rmtree(out)
+        shutil.rmtree(model)
+
+
+if __name__ == "__main__":
+    main()
