@@ -135,12 +135,14 @@ def test_one_pass_judges_on_the_dense_model() -> None:
 
 
 def test_swap_improves_on_its_start_in_every_layer() -> None:
-    model = tiny("llama")
-    report = prune_model(
-        model, tokens(), sparsity=0.5, solver="elimination", warm_start="wanda", min_tokens=1
-    )
-    assert all(layer.error_start is not None for layer in report.layers)
+    report = prune_model(tiny("llama"), tokens(), sparsity=0.5, solver="swap", min_tokens=1)
+    for layer in report.layers:
+        assert layer.error_start is not None
+        assert layer.error <= layer.error_start
+        assert layer.statuses == {"swap-optimal": layer.rows}
     assert sum(x.error for x in report.layers) < sum(x.error_start or 0 for x in report.layers)
+    again = prune_model(tiny("llama"), tokens(), sparsity=0.5, threads=1, min_tokens=1)
+    assert all(torch.equal(mask, again.masks[name]) for name, mask in report.masks.items())
     assert set(report.by_kind()) >= {"self_attn.q_proj", "mlp.down_proj"}
 
 
@@ -185,6 +187,19 @@ def test_text_and_the_folders_tokenizer(tmp_path: Path) -> None:
     value = maskopt.perplexity(tmp_path / "out", text=text, seq_len=32)
     assert value.windows == 28
     assert value.targets == 28 * 31
+
+
+def test_a_model_in_memory_with_a_tokenizer() -> None:
+    report = prune_model(
+        tiny("llama"),
+        WordTokenizer(),
+        calibration=["some text " * 20],
+        samples=3,
+        seq_len=16,
+        **WANDA,
+    )
+    assert report.fingerprint["calibration"]["samples"] == 3
+    assert report.output is None
 
 
 def test_perplexity_by_definition() -> None:

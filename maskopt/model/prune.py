@@ -27,7 +27,7 @@ from maskopt.model.opening import capped_length, open_source
 from maskopt.model.output import FolderRun, MemoryRun, Run, finished_report
 from maskopt.model.plan import check_memory
 from maskopt.model.report import LayerReport, PruneReport, versions
-from maskopt.model.source import FolderSource, MemorySource, Source
+from maskopt.model.source import FolderSource, MemorySource, Source, return_memory
 from maskopt.model.tokens import (
     Windows,
     calibration_windows,
@@ -229,6 +229,8 @@ def prune_model(
         if resume and (finished := finished_report(Path(output), fingerprint)) is not None:
             return finished
         run = FolderRun(source, Path(output), overwrite=overwrite, resume=resume)
+        del tokenizer  # a large vocabulary takes half a gigabyte
+        return_memory()
         source.load_outside()
     else:
         assert isinstance(source, MemorySource)
