@@ -19,6 +19,7 @@ from maskopt import (
     verify,
 )
 from maskopt.errors import OptionError, WarmStartError
+from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.triton import unavailable as triton_unavailable
 
 KERNELS = ("literal", "torch", "numba")
@@ -233,3 +234,58 @@ def test_kernels_end_near_each_other_on_a_layer(kernel: str) -> None:
     other = solve(problem, "swap", kernel=kernel)
     verify(problem, other)
     assert float(other.objective.sum()) < 1.1 * float(literal.objective.sum())
+
+
+def test_running_out_of_memory_halves_the_tile_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    problem = LayerProblem(random_weight(8, 24, 3), random_gram(24, "full", 4), NM(2, 4))
+    plain = solve(problem, "swap")
+    whole = Batch.of.__func__
+
+    def small_only(cls: type[Batch], layer: LayerProblem, kept: torch.Tensor) -> Batch:
+        if layer.rows > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(cls, layer, kept)
+
+    monkeypatch.setattr(Batch, "of", classmethod(small_only))
+    halved = solve(problem, "swap")
+    assert torch.equal(halved.mask, plain.mask)
+    assert halved.trace["swaps"].tolist() == plain.trace["swaps"].tolist()
+    assert [record.message for record in caplog.records] == [
+        "swap: out of memory on the device; going on with 4 rows"
+    ]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("keep", [0, 1, 2, 39, 40])
+def test_fewer_entries_than_candidates(kernel: str, keep: int) -> None:
+    gram = random_gram(40, "zero-columns", 4).float()
+    weight = random_weight(5, 40, 5, torch.float32)
+    problem = LayerProblem(weight, gram, Unstructured(keep=keep))
+    solution = solve(problem, "swap", warm_start="random", kernel=kernel)
+    verify(problem, solution)
+    assert set(solution.status) == {Status.SWAP_OPTIMAL}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("of", [2, 4, 8, 20, 80])
+def test_all_group_sizes(kernel: str, of: int) -> None:
+    gram = random_gram(160, "low-rank", 4).float()
+    problem = LayerProblem(random_weight(3, 160, 7, torch.float32), gram, NM(of // 2, of))
+    solution = solve(problem, "swap", warm_start="random", kernel=kernel)
+    verify(problem, solution)
+    assert set(solution.status) == {Status.SWAP_OPTIMAL}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_outliers_of_a_million_times_the_median(kernel: str) -> None:
+    gram = random_gram(48, "full", 4)
+    size = torch.ones(48, dtype=torch.float64)
+    size[::7] = 1e6
+    gram = (size[:, None] * gram * size).float()
+    problem = LayerProblem(random_weight(4, 48, 7, torch.float32), gram, Unstructured(sparsity=0.6))
+    for start in ("wanda", "worst"):
+        solution = solve(problem, "swap", warm_start=start, kernel=kernel)
+        verify(problem, solution)
+        assert set(solution.status) == {Status.SWAP_OPTIMAL}
