@@ -7,7 +7,18 @@ import sys
 import click
 import typer
 
-from maskopt.cli import apply, compare, demo, evaluate, extract, plan, prune, solvers, verify_output
+from maskopt.cli import (
+    apply,
+    certify,
+    compare,
+    demo,
+    evaluate,
+    extract,
+    plan,
+    prune,
+    solvers,
+    verify_output,
+)
 from maskopt.cli.console import errors
 from maskopt.errors import MaskoptError
 
@@ -21,6 +32,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("solvers")(solvers.solvers)
 app.command("compare")(compare.compare)
+app.command("bound")(certify.bound)
+app.command("certify")(certify.certify)
 app.command("extract")(extract.extract)
 app.command("prune")(prune.prune)
 app.command("plan")(plan.plan)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from maskopt.cli.console import errors, output, progress_bars
-from maskopt.cli.instances import load_layers, option_list
+from maskopt.cli.instances import Calibration, Samples, SeqLen, load_layers, option_list
 from maskopt.compare import Record, check_format, sample_rows
 from maskopt.compare import compare as compare_rows
 from maskopt.pattern import parse_pattern
@@ -28,6 +28,9 @@ def compare(
     layers: Annotated[
         str | None, typer.Option(help="Of a model: layer name patterns, separated by commas.")
     ] = None,
+    calibration: Calibration = None,
+    samples: Samples = 32,
+    seq_len: SeqLen = 512,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds a row.")] = None,
     jobs: Annotated[int, typer.Option(help="Rows at a time; −1: one a core.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the sample and of the solvers.")] = 0,
@@ -40,7 +43,15 @@ def compare(
     if out is not None:
         check_format(out)
     wanted = parse_pattern(pattern) if pattern else None
-    problems = load_layers(source, pattern=wanted, layers=layers, seed=seed)
+    problems = load_layers(
+        source,
+        pattern=wanted,
+        layers=layers,
+        seed=seed,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+    )
     sampled = sample_rows(problems, rows, columns=columns, pattern=wanted, seed=seed)
     with progress_bars() as bars:
         task = bars.add_task("solving", total=len(sampled) * len(option_list(solvers)))

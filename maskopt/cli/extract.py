@@ -9,7 +9,7 @@ import numpy as np
 import typer
 
 from maskopt.cli.console import output
-from maskopt.cli.instances import load_layers, option_list
+from maskopt.cli.instances import Calibration, Samples, SeqLen, load_layers, option_list
 from maskopt.errors import OptionError, SolverError
 from maskopt.pattern import parse_pattern
 from maskopt.solver import get_solver
@@ -29,6 +29,9 @@ def extract(
     pattern: Annotated[
         str | None, typer.Option(help="0.6 or 2:4; by default what the instance says.")
     ] = None,
+    calibration: Calibration = None,
+    samples: Samples = 32,
+    seq_len: SeqLen = 512,
     form: Annotated[
         str | None,
         typer.Option("--format", help="npz, cip, lp or mps; by default the ending of the name."),
@@ -48,7 +51,15 @@ def extract(
     if not destination.absolute().parent.is_dir():
         raise OptionError(f"{destination.parent}: no such folder")
     wanted = parse_pattern(pattern) if pattern else None
-    layers = load_layers([source], pattern=wanted, layers=layer, seed=seed)
+    layers = load_layers(
+        [source],
+        pattern=wanted,
+        layers=layer,
+        seed=seed,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+    )
     if len(layers) != 1:
         names = ", ".join(problem.name for problem in layers[:8])
         raise OptionError(f"--layer must name one layer; {len(layers)} match: {names}")

@@ -1,0 +1,259 @@
+"""How far are masks from the best possible? Certified gaps of full-width rows.
+
+`bound_layers` bounds rows of layer problems beside a solver's masks; `certify_model` does the same for the
+masks of a model that is already pruned. Every bound is re-checked from its certificate by
+`maskopt.bounds` before it is reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.bounds import get_bound_method, lower_bound
+from maskopt.compare import append_record, check_format, read_records, write_records
+from maskopt.errors import ModelError, OptionError
+from maskopt.model.prune import collect_problems
+from maskopt.model.report import read_manifest
+from maskopt.model.workspace import MANIFEST
+from maskopt.pattern import pattern_from_dict
+from maskopt.problem import LayerProblem
+from maskopt.solution import Solution
+from maskopt.solver import solve
+
+#: called with (rows done, name of the layer)
+OnRows = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class GapRecord:
+    """One row: its mask's objective, a certified lower bound, and what lies between.
+
+    `seconds` is the bound's share of the time that its batch of rows took.
+    """
+
+    instance: str
+    row: int
+    n: int
+    pattern: str
+    method: str
+    objective: float
+    lower_bound: float
+    gap: float
+    seconds: float
+    seed: int
+    key: str
+
+
+def bound_layers(
+    problems: Iterable[LayerProblem],
+    *,
+    rows: int | None = None,
+    columns: int | None = None,
+    solver: str = "swap",
+    method: str = "sdp",
+    method_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    output: Path | None = None,
+    on_rows: OnRows = lambda done, name: None,
+) -> list[GapRecord]:
+    """Rows of every layer, the mask of `solver`, and the bound of `method`.
+
+    Args:
+        rows: sampled from each layer; None: all.
+        columns: inputs that each row is restricted to, drawn per row; None: full width.
+        output: `.jsonl` grows as layers finish and makes the run resumable; `.csv` and `.parquet`
+            are written at the end.
+    """
+    options = dict(method_options or {})
+    parts = (
+        (part, chosen, solve(part, solver).mask)
+        for position, layer in enumerate(problems)
+        for part, chosen in _sampled(layer, rows, columns, np.random.default_rng([seed, position]))
+    )
+    return _certify(parts, method, options, seed, output, on_rows)
+
+
+def certify_model(
+    model: str | Path,
+    pruned: str | Path,
+    *,
+    calibration: str | Path | Sequence[str],
+    rows_per_layer: int = 4,
+    layers: Sequence[str] = (),
+    method: str = "sdp",
+    method_options: Mapping[str, Any] | None = None,
+    samples: int = 32,
+    seq_len: int = 512,
+    seed: int = 0,
+    output: Path | None = None,
+    on_rows: OnRows = lambda done, name: None,
+) -> list[GapRecord]:
+    """The certified gap of sampled full-width rows of a pruned model.
+
+    The weights are those of `model`, the masks those of `pruned` (what `maskopt prune` wrote), the
+    Gram matrices those of the inputs that each layer sees in the pruned model, on the given text: the
+    gap says how much better any other mask could serve there.
+
+    Args:
+        rows_per_layer: sampled from each layer.
+        layers: name patterns; all pruned layers by default.
+        method, method_options: as for `lower_bound`.
+        samples, seq_len, seed: calibration windows, as for `prune_model`.
+
+    Raises:
+        ModelError: the folders do not belong together. MaskoptError of what is called.
+    """
+    manifest = read_manifest(Path(pruned) / MANIFEST)
+    pattern = pattern_from_dict(manifest["fingerprint"]["options"]["pattern"])
+    masked = [str(layer["name"]) for layer in manifest["layers"]]
+    common: dict[str, Any] = {
+        "layers": tuple(layers) or tuple(masked),
+        "pattern": pattern,
+        "calibration": calibration,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+    }
+    dense = collect_problems(model, **common)
+    sparse = collect_problems(pruned, **common)
+    parts = _model_rows(dense, sparse, rows_per_layer, seed)
+    return _certify(parts, method, dict(method_options or {}), seed, output, on_rows)
+
+
+def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, float]]:
+    """Per layer kind (its name without the block): rows, median gap, worst gap, median seconds."""
+    kinds: dict[str, list[GapRecord]] = {}
+    for record in records:
+        parts = record.instance.split(".")
+        last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+        kinds.setdefault(".".join(parts[last + 1 :]) or record.instance, []).append(record)
+    return {
+        kind: (
+            len(found),
+            statistics.median(r.gap for r in found),
+            max(r.gap for r in found),
+            statistics.median(r.seconds for r in found),
+        )
+        for kind, found in kinds.items()
+    }
+
+
+def _certify(
+    parts: Iterable[tuple[LayerProblem, Sequence[int], Tensor]],
+    method: str,
+    options: dict[str, Any],
+    seed: int,
+    output: Path | None,
+    on_rows: OnRows,
+) -> list[GapRecord]:
+    get_bound_method(method)
+    if output is not None:
+        check_format(output)
+    resumable = output is not None and output.suffix == ".jsonl"
+    finished = read_records(output, GapRecord) if resumable and output is not None else {}
+    records: list[GapRecord] = []
+    for problem, chosen, mask in parts:
+        keys = [_key(problem, i, mask[i], method, options) for i in range(problem.rows)]
+        missing = [i for i, key in enumerate(keys) if key not in finished]
+        if missing:
+            part = problem.take(missing)
+            bound = lower_bound(part, method, **options)
+            solution = Solution.of(part, mask[missing], lower_bound=bound.value)
+            for position, i in enumerate(missing):
+                record = GapRecord(
+                    instance=problem.name,
+                    row=int(chosen[i]),
+                    n=problem.n,
+                    pattern=str(problem.pattern),
+                    method=method,
+                    objective=float(solution.objective[position]),
+                    lower_bound=float(solution.lower_bound[position]),
+                    gap=float(solution.gap[position]),
+                    seconds=bound.seconds / len(missing),
+                    seed=seed,
+                    key=keys[i],
+                )
+                finished[keys[i]] = record
+                if resumable and output is not None:
+                    append_record(output, record)
+        records += [finished[key] for key in keys]
+        on_rows(len(records), problem.name)
+    if output is not None:
+        write_records(output, records)
+    return records
+
+
+def _sampled(
+    layer: LayerProblem, rows: int | None, columns: int | None, rng: np.random.Generator
+) -> Iterator[tuple[LayerProblem, list[int]]]:
+    """The layer with some rows; where columns are drawn, each row is a problem of its own."""
+    if rows is not None and rows < 1:
+        raise OptionError(f"rows must be at least 1, not {rows}")
+    count = layer.rows if rows is None else min(rows, layer.rows)
+    chosen = sorted(int(i) for i in rng.choice(layer.rows, size=count, replace=False))
+    if columns is None or columns >= layer.n:
+        yield layer.take(chosen), chosen
+        return
+    for row in chosen:
+        inputs = np.sort(rng.choice(layer.n, size=columns, replace=False))
+        problem = layer.row(row).restrict(inputs).as_layer()
+        problem.name = layer.name
+        yield problem, [row]
+
+
+def _model_rows(
+    dense: Iterator[tuple[str, LayerProblem]],
+    sparse: Iterator[tuple[str, LayerProblem]],
+    rows_per_layer: int,
+    seed: int,
+) -> Iterator[tuple[LayerProblem, list[int], Tensor]]:
+    for position, ((name, original), (other, pruned)) in enumerate(zip(dense, sparse, strict=True)):
+        if name != other or original.weight.shape != pruned.weight.shape:
+            raise ModelError(
+                f"{name}: the pruned model has {other} in its place; not the same model"
+            )
+        rng = np.random.default_rng([seed, position])
+        for part, chosen in _sampled(original, rows_per_layer, None, rng):
+            kept_weight = pruned.weight[chosen]
+            changed = (kept_weight != 0) & (kept_weight != part.weight)
+            if bool(changed.any()):
+                raise ModelError(f"{name}: kept weights differ from the original model's")
+            problem = LayerProblem(
+                part.weight, pruned.gram, part.pattern, name=name, assume_psd=True
+            )
+            yield problem, chosen, _mask_of(problem, kept_weight != 0)
+
+
+def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:
+    """The mask behind what is not zero: a weight that was zero before may count as kept or pruned."""
+    score = torch.where(nonzero, 2, torch.where(problem.weight == 0, 1, 0))
+    grouped = score.view(problem.rows, -1, problem.group_size)
+    order = grouped.argsort(dim=-1, stable=True)[..., : problem.pruned_per_group]
+    mask = torch.ones_like(grouped, dtype=torch.bool).scatter_(-1, order, False)
+    mask = mask.view(problem.rows, problem.n)
+    if bool((nonzero & ~mask).any()) or bool((mask & ~nonzero & (problem.weight != 0)).any()):
+        raise ModelError(
+            f"{problem.name}: its rows do not have the sparsity that the manifest states"
+        )
+    return mask
+
+
+def _key(
+    problem: LayerProblem, row: int, mask: Tensor, method: str, options: Mapping[str, Any]
+) -> str:
+    digest = hashlib.sha256()
+    for tensor in (problem.weight[row].double(), problem.gram.double(), mask):
+        digest.update(tensor.cpu().numpy().tobytes())
+    text = [str(problem.pattern), problem.name, method, sorted(options.items())]
+    digest.update(json.dumps(text, default=str).encode())
+    return digest.hexdigest()[:20]

@@ -1,0 +1,149 @@
+"""Certified gaps of rows of instances and of pruned models, through the library and the commands."""
+
+import math
+
+import pytest
+import torch
+from strategies import random_gram, random_weight
+from test_cli import run
+from tiny_models import save, save_tokenizer, tiny
+from typer.testing import CliRunner
+
+from maskopt import NM, LayerProblem, Unstructured, prune_model, solve
+from maskopt.certify import bound_layers, by_kind, certify_model
+from maskopt.cli import app
+from maskopt.errors import MaskoptError, ModelError, OptionError
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away again " * 60
+
+
+@pytest.fixture
+def layer():
+    gram = random_gram(24, "full", 2)
+    return LayerProblem(
+        random_weight(5, 24, 1), gram, Unstructured(sparsity=0.5), name="a.0.q_proj"
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny model, and what pruning made of it."""
+    root = tmp_path_factory.mktemp("models")
+    save(tiny("llama"), root / "dense")
+    save_tokenizer(root / "dense")
+    (root / "text.txt").write_text(TEXT)
+    prune_model(
+        root / "dense",
+        pattern=NM(keep=2, of=4),
+        calibration=root / "text.txt",
+        samples=8,
+        seq_len=32,
+        output=root / "pruned",
+    )
+    return root
+
+
+def test_gaps_are_what_objective_and_bound_say(layer):
+    records = bound_layers([layer], rows=3, method="box", solver="swap")
+    assert len({r.row for r in records}) == 3
+    for record in records:
+        objective = float(solve(layer.row(record.row), "swap").objective)
+        assert record.objective == pytest.approx(objective, rel=1e-9)
+        assert 0 <= record.lower_bound <= record.objective
+        assert record.gap == pytest.approx(1 - record.lower_bound / record.objective)
+    toy = bound_layers([layer], rows=2, columns=10, method="box")
+    assert [r.n for r in toy] == [10, 10]
+    for record in toy:
+        assert record.lower_bound <= record.objective
+    with pytest.raises(OptionError, match="rows"):
+        bound_layers([layer], rows=0, method="box")
+    with pytest.raises(MaskoptError, match="unknown bound"):
+        bound_layers([layer], method="bxo")
+
+
+def test_an_interrupted_run_keeps_its_rows(layer, tmp_path, monkeypatch):
+    path = tmp_path / "gaps.jsonl"
+    whole = bound_layers([layer], rows=4, method="box", output=path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], lines[2][:20]]))
+    bounded = []
+    from maskopt import certify
+
+    original = certify.lower_bound
+
+    def counting(problem, *args, **options):
+        bounded.append(problem.rows)
+        return original(problem, *args, **options)
+
+    monkeypatch.setattr(certify, "lower_bound", counting)
+    again = bound_layers([layer], rows=4, method="box", output=path)
+    assert bounded == [2]
+    assert [r.key for r in again] == [r.key for r in whole]
+    assert [r.objective for r in again] == [r.objective for r in whole]
+
+
+def test_the_masks_of_a_pruned_model_are_the_ones_judged(models):
+    records = certify_model(
+        models / "dense",
+        models / "pruned",
+        calibration=models / "text.txt",
+        rows_per_layer=2,
+        method="box",
+        samples=8,
+        seq_len=32,
+    )
+    kinds = by_kind(records)
+    assert {kind.split(".")[-1] for kind in kinds} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert all(count == 6 for count, *_ in kinds.values())
+    for record in records:
+        assert record.pattern == "2:4"
+        assert record.objective > 0
+        assert 0 <= record.gap <= 1
+        assert math.isfinite(record.seconds)
+
+
+def test_folders_that_do_not_belong_together_are_refused(models, tmp_path):
+    other = tiny("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.01
+    save(other, tmp_path / "other")
+    save_tokenizer(tmp_path / "other")
+    options = {"calibration": models / "text.txt", "method": "box", "samples": 4, "seq_len": 32}
+    with pytest.raises(ModelError, match="differ from the original"):
+        certify_model(tmp_path / "other", models / "pruned", **options)
+    with pytest.raises(MaskoptError):
+        certify_model(models / "dense", models / "dense", **options)
+
+
+def test_commands(models, layer, tmp_path):
+    layer.save(tmp_path / "layer.npz")
+    result = CliRunner().invoke(
+        app,
+        ["bound", str(tmp_path / "layer.npz"), "--method", "box", "--rows", "2",
+         "--output", str(tmp_path / "gaps.csv")],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "q_proj" in result.output
+    assert len((tmp_path / "gaps.csv").read_text().splitlines()) == 3
+    common = ["--calibration", str(models / "text.txt"), "--samples", "4", "--seq-len", "32"]
+    result = CliRunner().invoke(
+        app,
+        ["certify", str(models / "dense"), str(models / "pruned"), "--method", "box",
+         "--rows-per-layer", "1", "--layers", "*q_proj", *common],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "q_proj" in result.output
+    result = CliRunner().invoke(
+        app,
+        ["compare", str(models / "dense"), "--layers", "*0*q_proj", "--pattern", "0.5", "--rows", "1",
+         "--columns", "12", "--solvers", "wanda,swap,exhaustive", *common],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "optimal" in result.output
+    missing = run("bound", str(models / "dense"))
+    assert missing.returncode == 1
+    assert "--calibration" in missing.stderr
+    assert "Traceback" not in missing.stderr
