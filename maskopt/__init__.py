@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 #: imported on first use, since they bring transformers along
 _MODEL_SIDE = {
-    "collect_problems": "maskopt.model.prune",
+    "collect_problems": "maskopt.model.problems",
     "perplexity": "maskopt.model.perplexity",
     "prune_model": "maskopt.model.prune",
 }

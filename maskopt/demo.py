@@ -15,8 +15,10 @@ from maskopt.compare import Record, compare, sample_rows
 from maskopt.errors import ModelError
 from maskopt.model.demo_model import demo_model
 from maskopt.model.demo_text import demo_text
+from maskopt.model.options import Progress
 from maskopt.model.perplexity import perplexity
-from maskopt.model.prune import Progress, collect_problems, prune_model
+from maskopt.model.problems import collect_problems
+from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
 from maskopt.report import Table, number, write_page
 

@@ -38,8 +38,8 @@ def plan(
 
     from maskopt.model.blocks import choose
     from maskopt.model.opening import capped_length, open_source
+    from maskopt.model.options import check_pattern
     from maskopt.model.plan import GIB, make_plan, parse_bytes
-    from maskopt.model.prune import check_pattern
     from maskopt.solver import check_options
 
     options = opt.read_solver_options(option)

@@ -71,8 +71,9 @@ def prune(
 ) -> None:
     """Prune every linear layer in the decoder blocks of a causal language model."""
     chosen = opt.read_pattern(sparsity, pattern)
+    from maskopt.model.options import Progress
     from maskopt.model.plan import parse_bytes
-    from maskopt.model.prune import Progress, prune_model
+    from maskopt.model.prune import prune_model
 
     with progress_bars() as bars:
         whole = bars.add_task("blocks", total=None)

@@ -140,6 +140,10 @@ def matches(name: str, pattern: str) -> bool:
     )
 
 
+def within(blocks: Blocks, index: int, wanted: set[str]) -> list[Layer]:
+    return [layer for layer in blocks.layers(index) if layer.name in wanted]
+
+
 def _embedding(model: nn.Module, getter: str) -> nn.Module:
     found = getattr(model, getter, None)
     module = found() if callable(found) else None

@@ -18,7 +18,7 @@ from maskopt.model.journal import Journal, differences
 from maskopt.model.maskfile import MaskFile, TensorMask, join_masks, write_masks
 from maskopt.model.report import LayerReport, PruneReport, read_manifest, write_manifest
 from maskopt.model.source import FolderSource, MemorySource
-from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS, Workspace, open_workspace
+from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS, Workspace, check_output, open_workspace
 from maskopt.model.write import check_masks, copy_side_files, disk_needed, write_shard
 from maskopt.pattern import Pattern, pattern_to_dict
 
@@ -66,6 +66,7 @@ class FolderRun:
         self.work: Workspace
         self.journal: Journal
         _not_the_model(source.checkpoint.folder, output)
+        check_output(output, overwrite=overwrite, resume=resume)
 
     @contextmanager
     def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
@@ -143,6 +144,8 @@ class MemoryRun:
         self.masks: dict[str, Tensor] = {}
         self.work: Workspace | None = None
         self._stored: dict[str, TensorMask] = {}
+        if output is not None:
+            check_output(output, overwrite=overwrite, resume=False)
 
     @contextmanager
     def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:

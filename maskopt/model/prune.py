@@ -10,95 +10,39 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maskopt.errors import MaskoptError, ModelError, PatternError
+from maskopt.errors import MaskoptError, ModelError
 from maskopt.gram import Gram
-from maskopt.model.blocks import Blocks, Layer, choose, matrix, vocabulary_size
+from maskopt.model.blocks import Layer, choose, matrix, vocabulary_size, within
 from maskopt.model.collect import Grams, Samples, collect, forward
 from maskopt.model.forward import Captured, Workers, capture
 from maskopt.model.opening import capped_length, open_source
+from maskopt.model.options import (
+    MIN_TOKENS,
+    OnProgress,
+    PruneOptions,
+    check_pattern,
+    one_pattern,
+    ticker,
+    windows_of,
+)
 from maskopt.model.output import FolderRun, MemoryRun, Run, finished_report
 from maskopt.model.plan import check_memory
 from maskopt.model.report import LayerReport, PruneReport, versions
 from maskopt.model.source import FolderSource, MemorySource, Source, return_memory
 from maskopt.model.tokens import (
     Windows,
-    calibration_windows,
     check_vocabulary,
-    token_windows,
 )
-from maskopt.pattern import Pattern, Unstructured, pattern_to_dict
+from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
-from maskopt.solver import check_options, get_solver, solve
-
-#: layers that saw fewer calibration tokens are pruned by magnitude
-MIN_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told to `on_progress`: `done` of `total` samples or layers of one stage of one block."""
-
-    block: int
-    blocks: int
-    stage: str
-    done: int
-    total: int
-    detail: str = ""
-
-
-OnProgress = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """Everything but the model and the tokens that decides which masks come out."""
-
-    pattern: Pattern
-    solver: str = "swap"
-    warm_start: str | None = None
-    solver_options: Mapping[str, Any] = field(default_factory=dict)
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    one_pass: bool = False
-    true_sequential: bool = False
-    all_experts: bool = False
-    min_tokens: int = MIN_TOKENS
-    shrink: float = 0.0
-    skip_bad_samples: bool = False
-
-    def __post_init__(self) -> None:
-        if self.one_pass and self.true_sequential:
-            raise ModelError("one-pass and true-sequential exclude each other; choose one")
-        if not 0 <= self.shrink <= 1:
-            raise ModelError(f"shrink must lie in [0, 1], not {self.shrink}")
-        if self.min_tokens < 1:
-            raise ModelError(f"min_tokens must be at least 1, not {self.min_tokens}")
-        check_options(self.solver, dict(self.solver_options))
-        if self.start is not None:
-            get_solver(self.start)
-
-    @property
-    def start(self) -> str | None:
-        """The solver that makes the start: the one named, or the solver's own."""
-        return self.warm_start or get_solver(self.solver).default_warm_start
-
-    def record(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["pattern"] = pattern_to_dict(self.pattern)
-        values["warm_start"] = self.start
-        values["solver_options"] = {
-            k: values["solver_options"][k] for k in sorted(values["solver_options"])
-        }
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+from maskopt.solver import check_options, solve
 
 
 def prune_model(
@@ -171,7 +115,7 @@ def prune_model(
     """
     began = time.perf_counter()
     options = PruneOptions(
-        pattern=_pattern(sparsity, pattern),
+        pattern=one_pattern(sparsity, pattern),
         solver=solver,
         warm_start=warm_start,
         solver_options=dict(solver_options or {}),
@@ -192,7 +136,7 @@ def prune_model(
     layers = choose(source.blocks.all_layers(), options.include, options.exclude)
     source.blocks.check_unshared(layers)
     check_pattern(options.pattern, layers)
-    windows = _windows(
+    windows = windows_of(
         tokenizer_or_tokens
         if in_memory or isinstance(tokenizer_or_tokens, Tensor | Windows)
         else None,
@@ -225,19 +169,20 @@ def prune_model(
     if isinstance(source, FolderSource):
         if output is None:
             raise ModelError("pruning a model folder needs an output folder")
+        run = FolderRun(source, Path(output), overwrite=overwrite, resume=resume)
         fingerprint["model"] = source.checkpoint.digest
         if resume and (finished := finished_report(Path(output), fingerprint)) is not None:
             return finished
-        run = FolderRun(source, Path(output), overwrite=overwrite, resume=resume)
         del tokenizer  # a large vocabulary takes half a gigabyte
         return_memory()
-        source.load_outside()
     else:
         assert isinstance(source, MemorySource)
         if resume:
             raise ModelError("resume needs a model folder; a model in memory is pruned in one go")
         run = MemoryRun(source, None if output is None else Path(output), tokenizer, overwrite)
     with run.opened(fingerprint), Workers(source.device, threads) as workers, torch.no_grad():
+        if isinstance(source, FolderSource):
+            source.load_outside()
         reports, bad = _prune_blocks(
             source, layers, windows, options, run, workers, activation_memory,
             on_progress or (lambda _: None),
@@ -254,84 +199,6 @@ def prune_model(
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
-def collect_problems(
-    model: nn.Module | str | Path,
-    tokenizer_or_tokens: Any = None,
-    *,
-    layers: Sequence[str] = (),
-    sparsity: float | None = None,
-    pattern: Pattern | None = None,
-    calibration: str | Path | Sequence[str] | None = None,
-    samples: int = 32,
-    seq_len: int = 512,
-    text_field: str = "text",
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    shrink: float = 0.0,
-    threads: int | None = None,
-    trust_remote_code: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Iterator[tuple[str, LayerProblem]]:
-    """The layer problems of a dense model, one block after the other: (name, problem).
-
-    Arguments are those of `prune_model`; `layers` are its `include` patterns. The last block that
-    holds a chosen layer is the last that is run. Layers that saw no token are left out.
-    """
-    chosen_pattern = _pattern(sparsity, pattern)
-    source, tokenizer = open_source(
-        model, tokenizer_or_tokens, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    chosen = choose(source.blocks.all_layers(), tuple(layers))
-    check_pattern(chosen_pattern, chosen)
-    in_memory = isinstance(model, nn.Module)
-    windows = _windows(
-        tokenizer_or_tokens
-        if in_memory or isinstance(tokenizer_or_tokens, Tensor | Windows)
-        else None,
-        tokenizer,
-        calibration,
-        samples=samples,
-        seq_len=capped_length(source.model, seq_len),
-        seed=seed,
-        field=text_field,
-    )
-    check_vocabulary(windows, vocabulary_size(source.model))
-    report = on_progress or (lambda _: None)
-    wanted = {layer.name for layer in chosen}
-    with Workers(source.device, threads or torch.get_num_threads()) as workers:
-        if isinstance(source, FolderSource):
-            source.load_outside()
-        with torch.no_grad():
-            captured = capture(source.model, source.blocks, windows.tokens, workers, source.device)
-        flow = Samples(captured.states, len(windows))
-        last = max(i for i in range(len(source.blocks)) if _within(source.blocks, i, wanted))
-        for index in range(last + 1):
-            mine = _within(source.blocks, index, wanted)
-            with source.open(index) as block:
-                with torch.no_grad():
-                    grams = collect(
-                        source.model, block, source.blocks.prefix(index), mine,
-                        captured.calls[index], flow, workers, source.device, advance=True,
-                        tick=_ticker(report, index, last + 1, "calibrate", len(flow.active)),
-                    )  # fmt: skip
-                for layer in mine:
-                    gram = grams.of(layer.name)
-                    if gram is not None:
-                        weight = matrix(source.model, layer).detach().float().clone()
-                        yield (
-                            layer.name,
-                            LayerProblem(
-                                weight,
-                                gram.value(shrink=shrink),
-                                chosen_pattern,
-                                name=layer.name,
-                                assume_psd=True,
-                                mean=gram.mean(),
-                            ),
-                        )
-
-
 def _prune_blocks(
     source: Source,
     layers: Sequence[Layer],
@@ -344,7 +211,7 @@ def _prune_blocks(
 ) -> tuple[list[LayerReport], list[dict[str, Any]]]:
     """The main loop; see the module's docstring."""
     blocks, wanted = source.blocks, {layer.name for layer in layers}
-    last = max(index for index in range(len(blocks)) if _within(blocks, index, wanted))
+    last = max(index for index in range(len(blocks)) if within(blocks, index, wanted))
     last_open = max((i for i in range(last + 1) if run.done(i) is None), default=-1)
     reports: list[LayerReport] = []
     bad: list[dict[str, Any]] = []
@@ -369,14 +236,14 @@ def _prune_blocks(
                 ]
                 masks = None if options.one_pass else finished.masks
                 with source.open(index, masks) as block:
-                    tick = _ticker(report, index, last + 1, "replay", len(flow.active))
+                    tick = ticker(report, index, last + 1, "replay", len(flow.active))
                     forward(
                         block, prefix, captured.calls[index], flow, workers, source.device, tick
                     )
             continue
         assert flow is not None
         assert captured is not None
-        mine = _within(blocks, index, wanted)
+        mine = within(blocks, index, wanted)
         with source.open(index) as block:
             before = len(flow.bad)
             done: dict[str, tuple[LayerReport, Tensor]] = {}
@@ -386,18 +253,18 @@ def _prune_blocks(
                 grams = collect(
                     source.model, block, prefix, stage, captured.calls[index], flow, workers,
                     source.device, advance=options.one_pass, all_experts=options.all_experts,
-                    tick=_ticker(report, index, last + 1, "calibrate", len(flow.active)),
+                    tick=ticker(report, index, last + 1, "calibrate", len(flow.active)),
                 )  # fmt: skip
                 if options.true_sequential:
                     stage, later = _first_stage(stage, grams)
                     stages = [later] if later else []
-                tick = _ticker(report, index, last + 1, "solve", len(mine))
+                tick = ticker(report, index, last + 1, "solve", len(mine))
                 for layer in sorted(stage, key=lambda layer: grams.leader(layer.name)):
                     done[layer.name] = _solve_layer(source, layer, grams, options)
                     tick(1)
                 del grams
             if not options.one_pass and index < last:
-                tick = _ticker(report, index, last + 1, "forward", len(flow.active))
+                tick = ticker(report, index, last + 1, "forward", len(flow.active))
                 forward(block, prefix, captured.calls[index], flow, workers, source.device, tick)
             ordered = [done[layer.name] for layer in mine]
             run.add(
@@ -488,53 +355,3 @@ def _first_stage(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], li
     kinds = {layer.stage for layer in called if grams.leader(layer.name) == leader}
     first = [layer for layer in layers if layer.stage in kinds]
     return first, [layer for layer in layers if layer.stage not in kinds]
-
-
-def _within(blocks: Blocks, index: int, wanted: set[str]) -> list[Layer]:
-    return [layer for layer in blocks.layers(index) if layer.name in wanted]
-
-
-def _ticker(
-    report: OnProgress, block: int, blocks: int, stage: str, total: int
-) -> Callable[[int], None]:
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        report(Progress(block, blocks, stage, done, total))
-
-    report(Progress(block, blocks, stage, 0, total))
-    return tick
-
-
-def _pattern(sparsity: float | None, pattern: Pattern | None) -> Pattern:
-    if (sparsity is None) == (pattern is None):
-        raise PatternError("give either a sparsity or a pattern, exactly one of them")
-    return Unstructured(sparsity=sparsity) if pattern is None else pattern
-
-
-def check_pattern(pattern: Pattern, layers: Sequence[Layer]) -> None:
-    for layer in layers:
-        try:
-            pattern.check(layer.n)
-        except PatternError as error:
-            raise PatternError(f"layer {layer.name!r}: {error}") from None
-
-
-def _windows(tokens: Any, tokenizer: Any, calibration: Any, **how: Any) -> Windows:
-    if isinstance(tokens, Windows):
-        return tokens
-    if isinstance(tokens, Tensor):
-        return token_windows(tokens, "token tensor")
-    if calibration is None:
-        raise ModelError("pruning needs calibration text or tokens; name a source of text")
-    return calibration_windows(calibration, tokenizer, **how)
-
-
-__all__ = [
-    "Progress",
-    "PruneOptions",
-    "collect_problems",
-    "prune_model",
-]

@@ -80,13 +80,7 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[W
     """
     work = Workspace(output)
     work.keep = resume
-    existed = output.exists()
-    if existed and not output.is_dir():
-        raise ModelError(f"{output}: exists and is not a folder")
-    if existed:
-        _check_free(work, overwrite=overwrite, resume=resume)
-    elif resume:
-        raise ModelError(f"{output}: nothing to resume there; start without --resume")
+    check_output(output, overwrite=overwrite, resume=resume)
     made: list[Path] = []
     with _plain_errors(output, work):
         made = [p for p in (output, *output.parents) if not p.exists()]
@@ -127,17 +121,24 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _check_free(work: Workspace, *, overwrite: bool, resume: bool) -> None:
+def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse an output folder at a glance, before any work: see `open_workspace`."""
+    if not output.exists():
+        if resume:
+            raise ModelError(f"{output}: nothing to resume there; start without --resume")
+        return
+    if not output.is_dir():
+        raise ModelError(f"{output}: exists and is not a folder")
     try:
-        names = {entry.name for entry in work.output.iterdir()}
+        names = {entry.name for entry in output.iterdir()}
     except OSError as error:
-        raise ModelError(f"{work.output}: cannot be read: {error.strerror}") from None
+        raise ModelError(f"{output}: cannot be read: {error.strerror}") from None
     if resume:
         if HIDDEN not in names and MANIFEST not in names:
-            raise ModelError(f"{work.output}: nothing to resume there; start without --resume")
+            raise ModelError(f"{output}: nothing to resume there; start without --resume")
         return
     if names - {HIDDEN} and not overwrite:
-        raise ModelError(f"{work.output}: exists and is not empty; --overwrite replaces it")
+        raise ModelError(f"{output}: exists and is not empty; --overwrite replaces it")
 
 
 @contextmanager
