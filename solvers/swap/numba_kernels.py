@@ -28,8 +28,6 @@ SLACK = 1.0 + 2.0**-20
 TILE_J, TILE_I = 256, 512
 #: N:M groups up to this size are priced whole in every round; it costs less than one update of c
 SMALL_GROUP = 64
-#: columns that are passed over together when their least score is too high
-STRIP = 16
 
 
 def _reduction(name):
@@ -127,57 +125,80 @@ def _scores(x, diagonal, c, kept, out):
 
 
 @_fast
-def _least(score, kept, side, taken, most, columns, at, heap, place, masked):
-    """Write the columns of the `most` least scores of one side that are not taken to columns[at:].
+def _least(score, kept, side, taken, most, columns, at, rounded, keys, guess):
+    """Write up to `most` columns of least score of one side, none taken, to columns[at:]. → how many
 
-    A max-heap ordered by (score, column), so that ties go to the lowest column. Strips of columns
-    whose least score is not below the heap's top are passed over. Returns how many were found.
+    By bisection over the bits of the float32 scores, which needs no branch a column: keys order as
+    scores do. It stops at any cut with up to a quarter less than `most` below it. Columns come out
+    ascending; of equal scores the lowest columns are in. guess[side] starts at the last cut.
     """
     n = len(score)
     if most <= 0:
         return 0
     for j in range(n):
-        masked[j] = score[j] if kept[j] == side and taken[j] == 0 else BIG
-    for i in range(most):
-        heap[i], place[i] = BIG, n
-    for first in range(0, n, STRIP):
-        last = min(n, first + STRIP)
-        lowest = np.float64(BIG)
-        for j in range(first, last):
-            lowest = _min(lowest, masked[j])
-        if lowest >= heap[0]:  # columns ascend: an equal score comes too late
-            continue
-        for j in range(first, last):
-            value = masked[j]
-            if value >= heap[0]:
-                continue
-            i = 0
-            while True:
-                down = 2 * i + 1
-                if down >= most:
-                    break
-                if down + 1 < most and (
-                    heap[down + 1] > heap[down]
-                    or (heap[down + 1] == heap[down] and place[down + 1] > place[down])
-                ):
-                    down += 1
-                if heap[down] < value or (heap[down] == value and place[down] < j):
-                    break
-                heap[i], place[i] = heap[down], place[down]
-                i = down
-            heap[i], place[i] = value, j
-    found = 0
-    for i in range(most):
-        if place[i] < n:
-            columns[at + found] = place[i]
-            found += 1
-    return found
+        rounded[j] = score[j] if (kept[j] == side) & (taken[j] == 0) else BIG
+    bits = rounded.view(np.int32)
+    least, most_key = np.int32(2**31 - 1), np.int32(-(2**31) + 1)
+    for j in range(n):
+        key = bits[j] ^ ((bits[j] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        keys[j] = key
+        least = min(least, key)
+        most_key = max(most_key, key if rounded[j] < np.float32(BIG) else most_key)
+    if most_key == -(2**31) + 1:
+        return 0
+    low, high = np.int64(least) - 1, np.int64(most_key)
+    cut, step = guess[int(side)], np.int64(2**20)
+    below, above, found = False, False, False
+    count = 0
+    if _count(keys, high) <= most:
+        cut, found = high, True
+    while not found and high - low > 1:
+        cut = min(max(cut, low + 1), high - 1)
+        count = _count(keys, cut)
+        if count > most:
+            high, above = cut, True
+        elif count < most - most // 4:
+            low, below = cut, True
+        else:
+            found = True
+            break
+        if below and above:
+            cut = (low + high) // 2
+        elif above:
+            cut, step = cut - step, 2 * step
+        else:
+            cut, step = cut + step, 2 * step
+    if not found:
+        cut = low  # too few up to here, too many equal ones next: the first of these
+    guess[int(side)] = cut
+    size = 0
+    for j in range(n):
+        if keys[j] <= cut:
+            columns[at + size] = j
+            size += 1
+    if not found:
+        for j in range(n):
+            if size < most and keys[j] == high:
+                columns[at + size] = j
+                size += 1
+        columns[at : at + size].sort()
+    return size
+
+
+@_fast
+def _count(keys, cut):
+    """How many keys are at most the cut."""
+    count = np.int32(0)
+    limit = np.int32(cut)
+    for j in range(len(keys)):
+        count += np.int32(keys[j] <= limit)
+    return np.int64(count)
 
 
 @_fast
 def _choose(
-    x, kept, score, partner, cross, threshold, width, fill, taken, columns, heap, place, masked
-):
+    x, kept, score, partner, cross, threshold, width, fill, taken, columns, heap, place, rounded, keys, guess,
+):  # fmt: skip
     """Candidates of one row: columns[:k] kept, columns[k:k+p] pruned, each ascending. → k, p
 
     Up to half of them are the best of the pairs that pricing harvested and that still improve, the
@@ -221,18 +242,19 @@ def _choose(
             columns[k] = chosen[s]
             k += 1
     if fill:
-        k += _least(score, kept, True, taken, width - k, columns, k, heap, place, masked)
+        k += _least(score, kept, True, taken, width - k, columns, k, rounded, keys, guess)
     p = k
     for s in range(total):
         if not kept[chosen[s]]:
             columns[p] = chosen[s]
             p += 1
     if fill:
-        p += _least(score, kept, False, taken, width - (p - k), columns, p, heap, place, masked)
+        p += _least(score, kept, False, taken, width - (p - k), columns, p, rounded, keys, guess)
     for s in range(total):
         taken[chosen[s]] = 0
-    columns[:k].sort()
-    columns[k:p].sort()
+    if total:
+        columns[:k].sort()
+        columns[k:p].sort()
     return k, p - k
 
 
@@ -357,7 +379,9 @@ def search_rows(
     """Rounds of candidates for some rows, until fresh candidates hold no improving pair."""
     n = x.shape[1]
     taken = np.zeros(n, np.uint8)
-    score, masked = np.empty(n, np.float64), np.empty(n, np.float64)
+    score = np.empty(n, np.float64)
+    rounded, keys = np.empty(n, np.float32), np.empty(n, np.int32)
+    guess = np.zeros(2, np.int64)
     heap, place = np.empty(width, np.float64), np.empty(width, np.int64)
     columns, changed = np.empty(2 * width, np.int64), np.empty(2 * width, np.int64)
     block = np.empty((2 * width, 2 * width), gram.dtype)
@@ -366,6 +390,7 @@ def search_rows(
     light, proposed = np.empty(2 * width, low.dtype), np.empty(2 * width, low.dtype)
     lowest = np.empty(width, low.dtype)
     for r in rows:
+        guess[:] = 0
         while swaps[r] < most:
             threshold = relative * max(objective[r], 0.0) + floor * mass[r]
             _scores(x[r], diagonal, c[r], kept[r], score)
@@ -373,7 +398,7 @@ def search_rows(
                 _price_groups(gram, x[r], kept[r], score, group, threshold, partner[r], cross[r])
             k, p = _choose(
                 x[r], kept[r], score, partner[r], cross[r], threshold, width, group == n, taken,
-                columns, heap, place, masked,
+                columns, heap, place, rounded, keys, guess,
             )  # fmt: skip
             if k == 0 or p == 0:
                 break
