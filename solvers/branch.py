@@ -1,0 +1,408 @@
+"""Branch and bound of our own: the QCR form of the SDP duals, a convex QP at every node.
+
+At the root the semidefinite bound gives λ, μ with A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0, and
+f(p) = pᵀAp + cᵀp + const on every legal p (Billionnet, Elloumi, Plateau 2009). A node fixes some
+p_i; its bound is the Frank–Wolfe bound of that convex QP over what is left of the polytope, at a
+point found by an interior-point method: valid at any point, so nothing depends on its convergence.
+The tree is searched best first, which makes the least open bound the proven bound at any time.
+Inputs that cannot change sides without passing the incumbent are fixed by the same linear form.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+import time
+from collections.abc import Callable
+
+import numba
+import numpy as np
+from torch import Tensor
+
+from maskopt.errors import OptionError
+from maskopt.problem import LayerProblem
+from maskopt.solution import Solution
+from maskopt.solver import Capabilities
+from maskopt.solvers.qcr import qcr_duals
+from maskopt.solvers.scip import assemble, check_limits, check_size, first_mask, run_rows
+from maskopt.solvers.scip_model import RowAnswer, RowTask
+from maskopt.solvers.tabu_row import tabu_row
+
+LARGEST_N = 256
+#: part of the objective that a node's bound is lowered by: far above the rounding of float64 sums
+_MARGIN = 1e-9
+
+
+class BranchSolver:
+    """Exact for about 128 inputs; beyond, a gap within the time limit."""
+
+    name = "branch"
+    capabilities = Capabilities(
+        devices=("cpu",),
+        proves="optimality",
+        largest_n=192,
+        note="branch and bound on the QCR form of the SDP bound",
+    )
+    default_warm_start: str | None = "wanda"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def solve(
+        self,
+        problem: LayerProblem,
+        *,
+        warm_start: Tensor | None = None,
+        time_limit: float | None = None,
+        gap_limit: float = 0.0,
+        node_limit: int | None = None,
+        candidates: int = 1,
+        workers: int | None = None,
+        seed: int = 0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Solution:
+        """Args:
+        time_limit: seconds a row.
+        gap_limit: stop where (incumbent − bound)/incumbent falls to this.
+        node_limit: nodes a row.
+        candidates: inputs whose two children are both bounded before one is branched on.
+        workers: processes; None: none for one row, else one a core; 0: this process.
+        seed: of the tabu search and of the semidefinite bound.
+        on_progress: called with (finished rows, rows).
+        """
+        check_limits(self.name, time_limit, gap_limit)
+        check_size(self.name, problem, LARGEST_N)
+        if candidates < 1:
+            raise OptionError(f"branch: candidates must be at least 1, not {candidates}")
+        start = warm_start if warm_start is not None else first_mask(problem)
+        tasks = [
+            RowTask(
+                q=problem.row(i).q().numpy(),
+                group=problem.group_size,
+                pruned=problem.pruned_per_group,
+                start=(~start[i]).numpy(),
+                formulation=str(candidates),
+                time_limit=time_limit,
+                node_limit=node_limit,
+                gap_limit=gap_limit,
+                seed=seed,
+            )
+            for i in range(problem.rows)
+        ]
+        if workers is None:
+            workers = 0 if problem.rows == 1 else (os.cpu_count() or 1)
+        answers = run_rows(branch_row, tasks, workers, on_progress)
+        return assemble(problem, answers, self.name)
+
+
+def branch_row(task: RowTask) -> RowAnswer:
+    """Branch and bound on one row."""
+    began = time.perf_counter()
+    best = tabu_row(task.q, task.start, task.group, moves=50 * len(task.q) + 500, seed=task.seed)
+    cost = float(best @ task.q @ best)
+    if task.time_limit is not None and task.time_limit <= 0:
+        return RowAnswer(best, task.bound, "timelimit", message="no time given")
+    floor = 1e-13 * float(np.trace(task.q))
+    if cost <= floor or task.pruned in (0, task.group):
+        return RowAnswer(best, max(cost, 0.0) if task.pruned in (0, task.group) else 0.0, "optimal")
+    lam, mu, root = qcr_duals(task)
+    n, groups = len(task.q), len(task.q) // task.group
+    same = np.arange(n)[:, None] // task.group == np.arange(n)[None, :] // task.group
+    a = np.ascontiguousarray(task.q + np.diag(lam) + mu * same)
+    c = -lam - 2 * mu * task.pruned
+    constant = mu * groups * task.pruned**2
+    tree = _Tree(task, a, c, constant, best, cost, root)
+    return tree.search(began, int(task.formulation) if task.formulation.isdigit() else 1)
+
+
+class _Tree:
+    def __init__(
+        self,
+        task: RowTask,
+        a: np.ndarray,
+        c: np.ndarray,
+        constant: float,
+        best: np.ndarray,
+        cost: float,
+        root: float,
+    ) -> None:
+        self.task, self.a, self.c, self.constant = task, a, c, constant
+        self.best, self.cost, self.root = best, cost, root
+        self.solved = 0
+
+    @property
+    def cutoff(self) -> float:
+        """A node of at least this bound holds nothing better than the incumbent."""
+        return self.cost * (1 - 5e-7)
+
+    def bound(self, state: np.ndarray) -> tuple[float, np.ndarray]:
+        """The node's bound and relaxed point; fixes inputs of `state` in place."""
+        value, point = _node(
+            self.a, self.c, self.constant, self.task.group, self.task.pruned, state, self.cutoff
+        )
+        self.solved += 1
+        self._round(point, state)
+        return value - _MARGIN * abs(self.cost), point
+
+    def _round(self, point: np.ndarray, state: np.ndarray) -> None:
+        """The legal mask nearest the relaxed point, kept where it beats the incumbent."""
+        group, pruned = self.task.group, self.task.pruned
+        score = np.where(state == 1, 2.0, np.where(state == 0, -1.0, point)).reshape(-1, group)
+        mask = np.zeros_like(score, dtype=bool)
+        np.put_along_axis(mask, np.argsort(-score, axis=1)[:, :pruned], True, axis=1)
+        p = mask.reshape(-1)
+        cost = float(p @ self.task.q @ p)
+        if cost < self.cost * 1.02:
+            p = tabu_row(self.task.q, p, group, moves=30, seed=0)
+            cost = float(p @ self.task.q @ p)
+            if cost < self.cost:
+                self.best, self.cost = p, cost
+
+    def search(self, began: float, candidates: int) -> RowAnswer:
+        task = self.task
+        counter = itertools.count()
+        state = np.full(len(self.a), -1, dtype=np.int8)
+        value, point = self.bound(state)
+        value = max(value, self.root * (1 - _MARGIN), task.bound)
+        root = value
+        open_nodes = [(value, next(counter), state, point)]
+        nodes, status = 1, "optimal"
+        try:
+            while open_nodes and open_nodes[0][0] < self.cutoff:
+                if task.gap_limit and open_nodes[0][0] >= self.cost * (1 - task.gap_limit):
+                    status = "gaplimit"
+                    break
+                if task.time_limit is not None and time.perf_counter() - began > task.time_limit:
+                    status = "timelimit"
+                    break
+                if task.node_limit is not None and nodes >= task.node_limit:
+                    status = "nodelimit"
+                    break
+                value, _, state, point = heapq.heappop(open_nodes)
+                try:
+                    children = self._branch(value, state, point, candidates)
+                except KeyboardInterrupt:
+                    heapq.heappush(open_nodes, (value, next(counter), state, point))
+                    raise
+                for child in children:
+                    nodes += 1
+                    if child[0] < self.cutoff:
+                        heapq.heappush(open_nodes, (child[0], next(counter), *child[1:]))
+        except KeyboardInterrupt:
+            status = "userinterrupt"
+        bound = self.cost if status == "optimal" else min(open_nodes[0][0], self.cost)
+        if status == "optimal":
+            bound = self.cutoff  # what the closed tree proves
+        return RowAnswer(
+            pruned=self.best,
+            bound=bound,
+            status=status,
+            nodes=nodes,
+            root_bound=root,
+            seconds=time.perf_counter() - began,
+            extra={"relaxations": self.solved},
+        )
+
+    def _branch(
+        self, value: float, state: np.ndarray, point: np.ndarray, candidates: int
+    ) -> list[tuple[float, np.ndarray, np.ndarray]]:
+        free = np.flatnonzero(state < 0)
+        if len(free) == 0:
+            return []
+        weight = np.abs(self.a.diagonal()[free]) * (point * (1 - point))[free]
+        order = free[np.argsort(-weight)[:candidates]]
+        chosen: list[tuple[float, np.ndarray, np.ndarray]] = []
+        best = -np.inf
+        for i in order:
+            pair = []
+            for side in (1, 0):
+                child = state.copy()
+                child[i] = side
+                bound, relaxed = self.bound(child)
+                pair.append((max(bound, value), child, relaxed))
+            gain = [min(b, self.cutoff) - value + 1e-9 * abs(self.cost) for b, _, _ in pair]
+            score = gain[0] * gain[1]
+            if score > best:
+                best, chosen = score, pair
+            if min(b for b, _, _ in pair) >= self.cutoff:
+                break
+        return chosen
+
+
+@numba.njit(cache=True, nogil=True)
+def _node(a, c, constant, group, pruned, state, cutoff):  # type: ignore[no-untyped-def]
+    """Best Frank–Wolfe bound of the node and its point; fixes inputs by it. ∞ where infeasible."""
+    n = len(c)
+    groups = n // group
+    point = np.zeros(n)
+    best = -np.inf
+    # a group whose count is reached leaves nothing free
+    for g in range(groups):
+        ones, free = 0, 0
+        for i in range(g * group, (g + 1) * group):
+            ones += state[i] == 1
+            free += state[i] < 0
+        if ones > pruned or ones + free < pruned:
+            return np.inf, point
+        if ones == pruned or ones + free == pruned:
+            for i in range(g * group, (g + 1) * group):
+                if state[i] < 0:
+                    state[i] = 0 if ones == pruned else 1
+    m = 0
+    index = np.empty(n, np.int64)
+    for i in range(n):
+        if state[i] < 0:
+            index[m] = i
+            m += 1
+        else:
+            point[i] = state[i]
+    fixed = point.copy()
+    base = 2 * (a @ fixed) + c
+    offset = fixed @ a @ fixed + c @ fixed + constant
+    if m == 0:
+        return offset, point
+    index = index[:m]
+    q = np.empty((m, m))
+    lin = np.empty(m)
+    for x in range(m):
+        lin[x] = base[index[x]]
+        for y in range(m):
+            q[x, y] = a[index[x], index[y]]
+    # the groups that still have a choice
+    label = np.empty(m, np.int64)
+    left = np.empty(groups, np.int64)
+    size = np.empty(groups, np.int64)
+    count = 0
+    last = -1
+    for x in range(m):
+        g = index[x] // group
+        if g != last:
+            last = g
+            ones = 0
+            for i in range(g * group, (g + 1) * group):
+                ones += state[i] == 1
+            left[count] = pruned - ones
+            size[count] = 0
+            count += 1
+        label[x] = count - 1
+        size[count - 1] += 1
+    p = np.empty(m)
+    for x in range(m):
+        p[x] = left[label[x]] / size[label[x]]
+    grad = 2 * (q @ p) + lin
+    scale = np.abs(grad).mean() + 1e-300
+    low = np.full(m, scale)
+    high = np.full(m, scale)
+    nu = np.zeros(count)
+    best_grad = grad.copy()
+    best_p = p.copy()
+    best_value = -np.inf
+    for _ in range(25):
+        grad = 2 * (q @ p) + lin
+        value = p @ q @ p + lin @ p + offset
+        lower = value - grad @ p
+        first = 0
+        for g in range(count):
+            part = np.sort(grad[first : first + size[g]])
+            lower += part[: left[g]].sum()
+            first += size[g]
+        if lower > best:
+            best = lower
+            best_grad = grad
+            best_p = p.copy()
+            best_value = value
+        if best >= cutoff or value - best <= 1e-5 * abs(cutoff):
+            break
+        if value < cutoff and value - best <= 0.02 * (cutoff - value):
+            break  # cannot be cut off, and what is left to gain does not matter
+        mu = 0.0
+        for x in range(m):
+            mu += low[x] * p[x] + high[x] * (1 - p[x])
+        mu /= 2 * m
+        h = 2 * q
+        for x in range(m):
+            h[x, x] += low[x] / p[x] + high[x] / (1 - p[x])
+        inv = np.linalg.inv(h)
+        inner = np.zeros((m, count))
+        for x in range(m):
+            for y in range(m):
+                inner[x, label[y]] += inv[x, y]
+        schur = np.zeros((count, count))
+        miss = left[:count].astype(np.float64)
+        for x in range(m):
+            miss[label[x]] -= p[x]
+            for g in range(count):
+                schur[label[x], g] += inner[x, g]
+        target = 0.0
+        cross_low = np.zeros(m)
+        cross_high = np.zeros(m)
+        dp = np.zeros(m)
+        dlow = np.zeros(m)
+        dhigh = np.zeros(m)
+        dnu = np.zeros(count)
+        primal = 1.0
+        dual = 1.0
+        for phase in range(2):
+            right = np.empty(m)
+            for x in range(m):
+                right[x] = (
+                    -(grad[x] - nu[label[x]])
+                    + (target - cross_low[x]) / p[x]
+                    - (target - cross_high[x]) / (1 - p[x])
+                )
+            free_step = inv @ right
+            miss_now = miss.copy()
+            for x in range(m):
+                miss_now[label[x]] -= free_step[x]
+            dnu[:] = np.linalg.solve(schur, miss_now)
+            dp = free_step + inner @ dnu
+            primal = 1.0
+            dual = 1.0
+            for x in range(m):
+                dlow[x] = (target - cross_low[x] - low[x] * dp[x]) / p[x] - low[x]
+                dhigh[x] = (target - cross_high[x] + high[x] * dp[x]) / (1 - p[x]) - high[x]
+                if dp[x] < 0:
+                    primal = min(primal, -0.995 * p[x] / dp[x])
+                elif dp[x] > 0:
+                    primal = min(primal, 0.995 * (1 - p[x]) / dp[x])
+                if dlow[x] < 0:
+                    dual = min(dual, -0.995 * low[x] / dlow[x])
+                if dhigh[x] < 0:
+                    dual = min(dual, -0.995 * high[x] / dhigh[x])
+            if phase == 0:
+                after = 0.0
+                for x in range(m):
+                    after += (low[x] + dual * dlow[x]) * (p[x] + primal * dp[x])
+                    after += (high[x] + dual * dhigh[x]) * (1 - p[x] - primal * dp[x])
+                after /= 2 * m
+                target = (after / mu) ** 3 * mu
+                cross_low = dp * dlow
+                cross_high = -dp * dhigh
+        good = True
+        for x in range(m):
+            good = good and np.isfinite(dp[x])
+        if not good:
+            break
+        for x in range(m):
+            p[x] = min(max(p[x] + primal * dp[x], 1e-14), 1 - 1e-14)
+            low[x] = max(low[x] + dual * dlow[x], 1e-300)
+            high[x] = max(high[x] + dual * dhigh[x], 1e-300)
+        nu += dual * dnu
+    for x in range(m):
+        point[index[x]] = best_p[x]
+    # reduced costs: the same linear form with one input on its other side
+    if best < cutoff and best_value > -np.inf:
+        first = 0
+        for g in range(count):
+            part = np.sort(best_grad[first : first + size[g]])
+            inside = part[left[g] - 1]
+            outside = part[left[g]]
+            for x in range(first, first + size[g]):
+                if best_grad[x] <= inside and best_grad[x] < outside:
+                    if best + outside - best_grad[x] >= cutoff:
+                        state[index[x]] = 1
+                elif best_grad[x] >= outside and best + best_grad[x] - inside >= cutoff:
+                    state[index[x]] = 0
+            first += size[g]
+    return best, point

@@ -1,0 +1,53 @@
+"""Branch and bound of our own: equal to enumeration and to SCIP, honest at every limit."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from strategies import problems, random_gram, random_weight
+
+from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
+from maskopt.errors import OptionError, SolverError
+
+
+@given(problems(max_n=10, max_rows=1))
+@settings(max_examples=40)
+def test_branch_equals_exhaustive(problem):
+    exact = solve(problem, "exhaustive").objective
+    solution = solve(problem, "branch", workers=0)
+    slack = 1e-6 * exact + 1e-10 * problem.diagonal_mass()
+    assert bool(((solution.objective - exact).abs() <= slack).all())
+    assert bool((solution.lower_bound <= exact + slack).all())
+    verify(problem, solution)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)], ids=str)
+@pytest.mark.parametrize("kind", ["full", "low-rank", "duplicates", "outliers"])
+def test_branch_and_scip_prove_the_same_optimum(pattern, kind):
+    problem = LayerProblem(random_weight(1, 24, 4), random_gram(24, kind, 3), pattern)
+    ours = solve(problem, "branch")
+    scip = solve(problem, "scip", time_limit=60)
+    torch.testing.assert_close(ours.objective, scip.objective, rtol=2e-6, atol=1e-9)
+    assert ours.status == scip.status == (Status.OPTIMAL,)
+    verify(problem, ours)
+    verify(problem, scip)
+
+
+def test_limits_leave_an_incumbent_and_a_valid_bound():
+    problem = LayerProblem(random_weight(1, 64, 1), random_gram(64, "full", 2), Unstructured(0.6))
+    best = solve(problem, "branch").objective
+    for options in ({"time_limit": 0}, {"node_limit": 3}, {"gap_limit": 0.5}):
+        solution = solve(problem, "branch", **options)
+        assert solution.status == (Status.FEASIBLE,)
+        assert bool((solution.lower_bound <= best * (1 + 1e-9)).all())
+        verify(problem, solution)
+    assert float(solution.gap) <= 0.5
+
+
+def test_bad_options_are_named():
+    problem = LayerProblem(random_weight(1, 8, 1), random_gram(8, "full", 2), Unstructured(0.5))
+    with pytest.raises(OptionError, match="candidates"):
+        solve(problem, "branch", candidates=0)
+    big = LayerProblem(np.ones((1, 300)), np.eye(300), Unstructured(0.5))
+    with pytest.raises(SolverError, match="lower_bound"):
+        solve(big, "branch")
