@@ -52,9 +52,9 @@ class Rows:
         self.c = exact.masked_fill(self.kept, 0.0) @ self.gram.double()
         self.a, self.b = launch.linear_terms(self.x, self.gram.diagonal(), self.c, self.kept)
         self.reach = launch.Reach.of(self.gram)
-        e = self.reach.e(self.x, dtype)
-        self.low_a = launch.pessimistic(self.a, e, dtype)
-        self.low_b = launch.pessimistic(self.b, e, dtype)
+        self.e = self.reach.e(self.x, dtype)
+        self.low_a = launch.pessimistic(self.a, self.e, dtype)
+        self.low_b = launch.pessimistic(self.b, self.e, dtype)
         cross = 2 * exact[:, :, None] * exact[:, None, :] * self.gram.double()
         self.delta = self.a[:, :, None] + self.b[:, None, :] - cross
         if group is not None:
@@ -209,6 +209,25 @@ def test_reach_holds_for_a_gram_matrix_that_rounding_made_indefinite() -> None:
     assert bool(reach.rho.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_column_terms_are_the_torch_ones(dtype: torch.dtype) -> None:
+    data = Rows(4, 1030 if dtype == torch.float32 else 37, "outliers", seed=8, dtype=dtype)
+    diagonal = data.gram.diagonal()
+    some = torch.tensor([2, 0], device=DEVICE)
+    arguments = (data.x, data.c, data.kept, diagonal, data.reach, dtype)
+    a, b, e = launch.column_terms(*arguments, rows=some)
+    exact_a, exact_b, _ = launch.column_terms(*arguments, rows=some, lowered=False)
+    for found, low, exact, value in (
+        (a, data.low_a, exact_a, data.a),
+        (b, data.low_b, exact_b, data.b),
+    ):
+        torch.testing.assert_close(found, low[some], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(exact, value[some].to(dtype), rtol=1e-6, atol=1e-12)
+        finite = found < INFINITY
+        assert (found.double()[finite] < value[some][finite]).all()
+    assert (e.double() >= data.x[some].double().abs() * data.reach.d).all()
+
+
 SHAPES = [
     (1, 1, "full", 1),
     (1, 2, "full", 1),
@@ -230,7 +249,7 @@ def test_scans_find_the_best_partner_of_every_kept_column(
 ) -> None:
     data = Rows(rows, n, kind, seed=n, keep=keep, dtype=dtype)
     limit = torch.full((rows,), 1e-3, device=DEVICE)
-    arguments = (data.gram, data.x, data.low_a, data.low_b, data.reach, limit)
+    arguments = (data.gram, data.x, data.low_a, data.low_b, data.e, data.reach, limit)
     value, partner = launch.scan(*arguments)
     tiled, none = launch.scan(*arguments, tiled=True)
     assert none is None
@@ -261,7 +280,7 @@ def test_scans_break_ties_by_lowest_index() -> None:
     c = x.masked_fill(kept, 0.0) @ gram
     a, b = (side.float() for side in launch.linear_terms(x, gram.diagonal(), c, kept))
     reach, limit = launch.Reach.of(gram), torch.zeros(1, device=DEVICE)
-    value, partner = launch.scan(gram, x, a, b, reach, limit)
+    value, partner = launch.scan(gram, x, a, b, reach.e(x, x.dtype), reach, limit)
     assert value[0, 70] == value[0, 80] == -0.75
     assert partner[0, 70] == partner[0, 80] == 0
     chosen = torch.tensor([[80, -1, 70]], device=DEVICE)
@@ -272,7 +291,7 @@ def test_scans_break_ties_by_lowest_index() -> None:
 def test_survivors_scan_stays_inside_groups(group: int) -> None:
     data = Rows(2, 80, "full", seed=group, group=group)
     limit = torch.zeros(2, device=DEVICE)
-    arguments = (data.gram, data.x, data.low_a, data.low_b, data.reach, limit)
+    arguments = (data.gram, data.x, data.low_a, data.low_b, data.e, data.reach, limit)
     value, partner = launch.scan(*arguments, group=group)
     best = data.delta.min(2).values
     found = value < INFINITY
@@ -314,7 +333,7 @@ def test_a_single_precision_scan_is_a_proof(n: int, kind: str, seed: int, power:
     """No pair, found or not, is better in float64 than what the scan says of it."""
     data = Rows(2, n, kind, seed=seed, keep=n // 2)
     limit = torch.full((2,), 10.0**power, device=DEVICE)
-    value, _ = launch.scan(data.gram, data.x, data.low_a, data.low_b, data.reach, limit)
+    value, _ = launch.scan(data.gram, data.x, data.low_a, data.low_b, data.e, data.reach, limit)
     best = data.delta.min(2).values
     claim = torch.where(value < INFINITY, value.double(), -limit[:, None].double())
     assert (best >= claim).all()
@@ -455,7 +474,7 @@ def test_on_a_device_large_layers_are_proven_and_agree() -> None:
 def test_on_a_device_both_scans_agree_with_float64(n: int) -> None:
     data = Rows(16, n, "outliers", seed=n, keep=max(1, n // 2))
     limit = torch.full((16,), 1e-6, device=DEVICE)
-    arguments = (data.gram, data.x, data.low_a, data.low_b, data.reach, limit)
+    arguments = (data.gram, data.x, data.low_a, data.low_b, data.e, data.reach, limit)
     value, _ = launch.scan(*arguments)
     assert torch.equal(value, launch.scan(*arguments, tiled=True)[0])
     best = data.delta.min(2).values

@@ -92,6 +92,7 @@ def variants() -> Iterator[Variant]:
         yield variant("scan_tiles", tile)
         yield replace(variant("scan_tiles", tile, "any n"), aligned=False)
         yield replace(variant("scan_tiles", {**tile, "rows": 1}, "one row"), aligned=False)
+        yield variant("column_terms", {"BLOCK": launch.STRIP})
         yield variant("lower_envelope", {"T": launch.GRID, "BLOCK": 32})
         yield variant("list_finite", {"BLOCK": launch.STRIP})
         yield variant("best_partners", {"K": engine.WIDTH // 2, "BLOCK": launch.STRIP})
@@ -109,6 +110,8 @@ _POINTERS = {
     "blocks": "*fp32",
     "kept": "*i8",
     "kept_after": "*i8",
+    "index": "*i64",
+    **dict.fromkeys(("c", "d", "diagonal"), "*fp64"),
     **dict.fromkeys(
         (
             "columns", "room", "pairs", "made", "count", "chosen", "partner", "kept_list", "kept_count",
@@ -134,13 +137,15 @@ def compile_one(variant: Variant, architecture: int) -> Report:
             signature[name] = "constexpr"
         elif name in _INTEGERS:
             signature[name] = "i32"
+        elif name == "margin":
+            signature[name] = "fp32"
         else:
             signature[name] = _POINTERS.get(name, f"*{variant.floating}")
     if variant.floating == "fp64":
         # the larger of the two that G may be
         signature.update(dict.fromkeys({"gram", "blocks"} & signature.keys(), "*fp64"))
-    if variant.kernel == "swap_block":
-        signature["c"] = "*fp64"
+    if variant.kernel in {"swap_block", "column_terms"}:
+        signature["x"] = "*fp64"
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())

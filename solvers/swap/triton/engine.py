@@ -41,10 +41,10 @@ _CLEARLY = 1.0 + 1e-6
 
 
 class TritonKernel:
-    """The three steps for the rows of one batch.
+    """The three steps, for one layer.
 
     Args:
-        batch: the rows; every later call is about this batch.
+        batch: rows of the layer; later calls may be about other rows of it.
         memory: bytes for temporaries.
         width: candidates of a block, a power of two from 16 to 128.
         tiled: price tile of G by tile of G instead of by each row's surviving pairs.
@@ -74,8 +74,9 @@ class TritonKernel:
         self._proposing = torch.float32 if batch.single else torch.float64
         self._group = batch.group if batch.group < batch.n else None
         self._small = batch.group <= _SMALL_GROUP
+        self._owner: Batch | None = None
+        self._harvest = torch.empty(0)
         device = batch.x.device
-        self._harvest = torch.full((batch.rows, width), -1, dtype=torch.int32, device=device)
         with self._stage("reach of G", device):
             self._reach = launch.Reach.of(batch.gram)
         if self._small:
@@ -90,6 +91,7 @@ class TritonKernel:
 
     def search(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> None:
         """Swap each row until fresh candidates hold no improving pair, or it has `most` swaps."""
+        self._own(batch)
         while len(rows):
             rows = rows[batch.swaps[rows] < most]
             made = [self._round(batch, part, most) for part in rows.split(self._chunk)]
@@ -97,8 +99,16 @@ class TritonKernel:
 
     def price(self, batch: Batch, rows: Int[Tensor, " some"]) -> Bool[Tensor, " some"]:
         """Whether a row has an improving swap; False is a proof that it has none."""
+        self._own(batch)
         parts = [self._price(batch, part, self._proposing) for part in rows.split(self._chunk)]
         return torch.cat(parts) if parts else torch.zeros_like(rows, dtype=torch.bool)
+
+    def _own(self, batch: Batch) -> None:
+        """Forget what was harvested for another batch."""
+        if self._owner is not batch:
+            shape = (batch.rows, self._width)
+            self._harvest = torch.full(shape, -1, dtype=torch.int32, device=batch.x.device)
+            self._owner = batch
 
     def _round(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> Tensor:
         """One block of candidates for each row; returns the swaps made."""
@@ -109,6 +119,7 @@ class TritonKernel:
             if len(bare):
                 columns[bare] = self._candidates(batch, rows[bare])
             self._harvest[rows] = -1
+            batch.rounds[rows] += 1
         made, undone = self._swap(batch, rows, columns, self._proposing, most)
         again = undone | (harvested & (made == 0))
         if self._proposing == torch.float32 and bool(again.any()):
@@ -116,10 +127,10 @@ class TritonKernel:
         return made
 
     def _candidates(self, batch: Batch, rows: Int[Tensor, " some"]) -> Int[Tensor, "some N"]:
-        a, b = self._terms(batch, rows)[1:]
+        a, b, _ = self._terms(batch, rows, self._proposing, lowered=False)
         if self._small:
-            value = launch.scan_groups(self._blocks, batch.x[rows], a, b)[0]
-            return self._columns_of_groups(batch, value)
+            x = batch.x[rows].to(self._proposing)
+            return self._columns_of_groups(batch, launch.scan_groups(self._blocks, x, a, b)[0])
         half = self._width // 2
         columns = torch.cat([_least(a, half), _least(b, half)], 1).sort(1).values
         return self._padded(columns)
@@ -147,54 +158,55 @@ class TritonKernel:
 
         Returns the swaps made, and whether a block was undone because its objective did not fall.
         """
-        x, c, kept = batch.x[rows], batch.c[rows], batch.kept[rows]
         threshold = batch.threshold(rows)
         with self._stage("swaps", rows.device):
             _, made, after = launch.swap_block(
                 batch.gram,
-                x.to(dtype),
-                c,
-                kept,
+                batch.x,
+                batch.c,
+                batch.kept,
                 columns,
                 threshold,
+                rows=rows,
                 group=self._group,
                 room=(most - batch.swaps[rows]).clamp(max=2 * self._width),
+                dtype=dtype,
             )
         with self._stage("update", rows.device):
-            live = columns >= 0
             at = columns.clamp(min=0).long()
-            change = x.gather(1, at) * (kept.gather(1, at).double() - after.double())
-            change.masked_fill_(~live, 0.0)
-            launch.move_correlation(batch.gram, c, columns, change)
-            line, slot = live.nonzero(as_tuple=True)
-            kept[line, at[line, slot]] = after[line, slot]
-            objective = (c * x).masked_fill_(kept, 0.0).sum(1)
-            fell = objective < batch.objective[rows] - 0.5 * threshold
-            undone = (made > 0) & ~fell
+            line = rows[:, None]
+            change = batch.x[line, at] * (batch.kept[line, at].double() - after.double())
+            change.masked_fill_(columns < 0, 0.0)
+            # v → v + d moves f = vᵀGv by dᵀ(c before + c after)
+            before = batch.c[line, at]
+            launch.move_correlation(batch.gram, batch.c, columns, change, rows=rows)
+            step = (change * (before + batch.c[line, at])).sum(1)
+            undone = (made > 0) & ~(step < -0.5 * threshold)
+            back = undone.nonzero()[:, 0]
+            if len(back):
+                there, by = columns[back], -change[back]
+                launch.move_correlation(batch.gram, batch.c, there, by, rows=rows[back])
             made = made.masked_fill(undone, 0)
-            good = (made > 0).nonzero()[:, 0]
-            to = rows[good]
-            batch.kept[to], batch.c[to] = kept[good], c[good]
-            batch.objective[to] = objective[good]
-            batch.swaps[to] += made[good]
+            flip = (columns >= 0) & (made > 0)[:, None]
+            batch.kept[line.expand_as(at)[flip], at[flip]] = after[flip]
+            batch.objective[rows] += torch.where(made > 0, step, 0.0)
+            batch.swaps[rows] += made
         return made, undone
 
     def _price(
         self, batch: Batch, rows: Int[Tensor, " some"], dtype: torch.dtype
     ) -> Bool[Tensor, " some"]:
         with self._stage("pricing", rows.device):
-            exact_x, exact_a, exact_b = self._terms(batch, rows)
             threshold = batch.threshold(rows)
-            x = exact_x.to(dtype)
-            e = self._reach.e(exact_x, dtype)
-            a, b = (launch.pessimistic(side, e, dtype) for side in (exact_a, exact_b))
+            x = batch.x[rows].to(dtype)
+            a, b, e = self._terms(batch, rows, dtype, lowered=True)
             if self._small:
                 value, u, p = launch.scan_groups(self._blocks, x, a, b)
                 value = torch.where(value < -threshold[:, None], value, torch.inf)
                 columns = self._columns_of_groups(batch, value)
             else:
                 value, partner = launch.scan(
-                    batch.gram, x, a, b, self._reach, threshold,
+                    batch.gram, x, a, b, e, self._reach, threshold,
                     group=self._group, tiled=self._tiled,
                 )  # fmt: skip
                 u = _least(value, self._width // 2)
@@ -206,10 +218,12 @@ class TritonKernel:
                 columns = self._padded(_distinct(torch.cat([u, p.masked_fill(u < 0, -1)], 1)))
             found = (value < torch.inf).any(1)
             # what was found, in float64
-            u, p = u.clamp(min=0).long(), p.clamp(min=0).long()
-            delta = exact_a.gather(1, u) + exact_b.gather(1, p)
-            cross = exact_x.gather(1, u) * exact_x.gather(1, p) * batch.gram[u, p].double()
-            delta = torch.where(value < torch.inf, delta - 2 * cross, torch.inf)
+            line, u, p = rows[:, None], u.clamp(min=0).long(), p.clamp(min=0).long()
+            x_u, x_p = batch.x[line, u], batch.x[line, p]
+            delta = x_u * (x_u * batch.diagonal[u] + 2 * batch.c[line, u])
+            delta += x_p * (x_p * batch.diagonal[p] - 2 * batch.c[line, p])
+            delta -= 2 * x_u * x_p * batch.gram[u, p].double()
+            delta.masked_fill_(value == torch.inf, torch.inf)
             sure = (delta < -_CLEARLY * threshold[:, None]).any(1)
             self._harvest[rows] = torch.where(sure[:, None], columns, -1)
         doubtful = (found & ~sure).nonzero()[:, 0]
@@ -217,10 +231,13 @@ class TritonKernel:
             sure[doubtful] = self._price(batch, rows[doubtful], torch.float64)
         return sure
 
-    def _terms(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x, a and b in float64."""
-        x = batch.x[rows]
-        return x, *launch.linear_terms(x, batch.diagonal, batch.c[rows], batch.kept[rows])
+    def _terms(
+        self, batch: Batch, rows: Int[Tensor, " some"], dtype: torch.dtype, lowered: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return launch.column_terms(
+            batch.x, batch.c, batch.kept, batch.diagonal, self._reach, dtype,
+            rows=rows, lowered=lowered,
+        )  # fmt: skip
 
     @contextmanager
     def _stage(self, name: str, device: torch.device) -> Iterator[None]:

@@ -27,6 +27,7 @@ def swap_block(
     x,
     c,
     kept,
+    index,
     columns,
     limit,
     room,
@@ -45,15 +46,16 @@ def swap_block(
     stays in registers; a swap writes its two column numbers and reads nothing from memory. All
     reductions run along the first axis, p, which Triton lays along registers (the block of G is
     symmetric), so that they need no shuffles and the vectors over u take one register each.
-    Candidates are in ascending order, so the lowest position is the lowest column; −1 pads.
+    Candidates are in ascending order, so the lowest position is the lowest column; −1 pads. The
+    program's row of x, c and kept is index[program]; it computes in the dtype of limit.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, N)
     column = tl.load(columns + row * N + lane)
     live = column >= 0
     safe = tl.where(live, column, 0)
-    at = row * n + safe
-    weight = tl.load(x + at, mask=live, other=0.0)
+    at = tl.load(index + row).to(tl.int64) * n + safe
+    weight = tl.load(x + at, mask=live, other=0.0).to(limit.dtype.element_ty)
     inside = tl.load(kept + at, mask=live, other=0).to(tl.int32)
     both = live[:, None] & live[None, :]
     cross = tl.load(gram + safe[:, None] * n + safe[None, :], mask=both, other=0.0)
@@ -99,22 +101,48 @@ def swap_block(
 
 
 @triton.jit
-def move_correlation(gram, c, columns, change, n, N: tl.constexpr, BLOCK: tl.constexpr):
+def move_correlation(gram, c, index, columns, change, n, N: tl.constexpr, BLOCK: tl.constexpr):
     """c ← c + Σ_k change_k · G[columns_k, :] for one row and BLOCK columns; the sum in c's dtype.
 
-    Columns that did not change carry change 0 and cost no traffic.
+    The program's row of c is index[program]. Columns that do not change cost no traffic.
     """
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = j < n
-    total = tl.load(c + row * n + j, mask=inside, other=0.0)
+    at = c + tl.load(index + row).to(tl.int64) * n + j
+    total = tl.load(at, mask=inside, other=0.0)
     for k in range(N):
         by = tl.load(change + row * N + k)
         if by != 0.0:
             line = tl.load(columns + row * N + k)
             values = tl.load(gram + line * n + j, mask=inside, other=0.0)
             total += by.to(total.dtype) * values.to(total.dtype)
-    tl.store(c + row * n + j, total, mask=inside)
+    tl.store(at, total, mask=inside)
+
+
+@triton.jit
+def column_terms(x, c, kept, index, diagonal, d, a, b, e, n, margin, BLOCK: tl.constexpr):
+    """a, b and e of one row and BLOCK columns, computed in float64, stored in the dtype of a.
+
+    a and b are lowered by margin · (their size + e²) + 2⁻⁸⁰; +inf where a column is on the other side.
+    The program's row of x, c and kept is index[program].
+    """
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = j < n
+    at = tl.load(index + row).to(tl.int64) * n + j
+    weight = tl.load(x + at, mask=inside, other=0.0).to(tl.float64)
+    side = tl.load(kept + at, mask=inside, other=0)
+    square = weight * weight * tl.load(diagonal + j, mask=inside, other=0.0)
+    linear = 2.0 * weight * tl.load(c + at, mask=inside, other=0.0).to(tl.float64)
+    span = tl.abs(weight) * tl.load(d + j, mask=inside, other=0.0)
+    value = tl.where(side != 0, square + linear, square - linear)
+    if margin > 0:
+        value -= margin * (tl.abs(value) + span * span) + 2.0**-80
+    out = row * n + j
+    tl.store(a + out, tl.where(side != 0, value, float("inf")).to(a.dtype.element_ty), mask=inside)
+    tl.store(b + out, tl.where(side != 0, float("inf"), value).to(a.dtype.element_ty), mask=inside)
+    tl.store(e + out, (span * (1.0 + 2.0**-20)).to(a.dtype.element_ty), mask=inside)
 
 
 @triton.jit

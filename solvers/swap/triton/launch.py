@@ -104,61 +104,104 @@ def pessimistic(
     return torch.where(value == torch.inf, torch.inf, lower).to(dtype)
 
 
+def column_terms(
+    x: Float[Tensor, "all n"],
+    c: Float[Tensor, "all n"],
+    kept: Bool[Tensor, "all n"],
+    diagonal: Float[Tensor, " n"],
+    reach: Reach,
+    dtype: torch.dtype,
+    *,
+    rows: Int[Tensor, " rows"] | None = None,
+    lowered: bool = True,
+) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
+    """`linear_terms`, `pessimistic` (if lowered) and `Reach.e` of some rows in one launch."""
+    rows = _all_rows(x) if rows is None else rows
+    shape = (len(rows), x.shape[1])
+    a, b, e = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(3))
+    if len(rows):
+        kernels.column_terms[(len(rows), triton.cdiv(x.shape[1], STRIP))](
+            x,
+            c,
+            kept.view(torch.int8),
+            rows,
+            diagonal.double().contiguous(),
+            reach.d,
+            a,
+            b,
+            e,
+            x.shape[1],
+            4.0 * torch.finfo(dtype).eps if lowered else 0.0,
+            BLOCK=STRIP,
+            num_warps=4,
+        )
+    return a, b, e
+
+
 def swap_block(
     gram: Float[Tensor, "n n"],
-    x: Float[Tensor, "rows n"],
-    c: Float[Tensor, "rows n"],
-    kept: Bool[Tensor, "rows n"],
+    x: Float[Tensor, "all n"],
+    c: Float[Tensor, "all n"],
+    kept: Bool[Tensor, "all n"],
     columns: Int[Tensor, "rows N"],
     limit: Float[Tensor, " rows"],
     *,
+    rows: Int[Tensor, " rows"] | None = None,
     group: int | None = None,
     room: Int[Tensor, " rows"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Int[Tensor, "rows most 2"], Int[Tensor, " rows"], Bool[Tensor, "rows N"]]:
     """Best swaps of each row among its candidate columns until none gains more than the limit.
 
     Args:
-        x: float32 or float64; the search is done in this dtype.
-        c: G(x ⊙ pruned), any floating dtype; not changed.
+        c: G(x ⊙ pruned); not changed, nor is kept.
         columns: int32, ascending, −1 pads (anywhere); N a power of two from 16 to 128.
+        rows: the rows of x, c and kept to work on (None: all of them).
         group: swaps stay inside groups of so many consecutive columns (None: everywhere).
         room: a row stops after so many swaps; after 2N at the latest.
+        dtype: float32 or float64, which the search is done in (None: that of x).
 
     Returns:
         The swaps in order (kept column, pruned column), of which the first `made` of a row count;
         how many were made; which candidates are kept now (False where padded).
     """
-    rows, n = x.shape
-    width = columns.shape[1]
+    rows = _all_rows(x) if rows is None else rows
+    dtype = x.dtype if dtype is None else dtype
+    many, width = columns.shape
     if width & (width - 1) or not 16 <= width <= 128:
         raise ValueError(f"N must be a power of two from 16 to 128, not {width}")
     most = 2 * width
     if room is None:
-        room = torch.full((rows,), most, dtype=torch.int32, device=x.device)
+        room = torch.full((many,), most, dtype=torch.int32, device=x.device)
     room = room.clamp(0, most).to(torch.int32).contiguous()
-    pairs = torch.full((rows, most, 2), -1, dtype=torch.int32, device=x.device)
-    made = torch.zeros(rows, dtype=torch.int32, device=x.device)
-    after = torch.zeros((rows, width), dtype=torch.int8, device=x.device)
-    if rows:
-        kernels.swap_block[(rows,)](
+    pairs = torch.full((many, most, 2), -1, dtype=torch.int32, device=x.device)
+    made = torch.zeros(many, dtype=torch.int32, device=x.device)
+    after = torch.zeros((many, width), dtype=torch.int8, device=x.device)
+    if many:
+        kernels.swap_block[(many,)](
             gram,
-            x.contiguous(),
-            c.contiguous(),
-            kept.contiguous().view(torch.int8),
+            x,
+            c,
+            kept.view(torch.int8),
+            rows,
             columns.to(torch.int32).contiguous(),
-            limit.to(x.dtype).contiguous(),
+            limit.to(dtype).contiguous(),
             room,
             pairs,
             made,
             after,
-            n,
+            x.shape[1],
             most,
-            group or n,
+            group or x.shape[1],
             N=width,
-            GROUPED=group is not None and group < n,
-            num_warps=swap_block_warps(width, x.dtype),
+            GROUPED=group is not None and group < x.shape[1],
+            num_warps=swap_block_warps(width, dtype),
         )
     return pairs, made, after.bool()
+
+
+def _all_rows(x: Tensor) -> Int[Tensor, " rows"]:
+    return torch.arange(len(x), device=x.device)
 
 
 def swap_block_warps(width: int, dtype: torch.dtype) -> int:
@@ -174,24 +217,26 @@ def groups_together(width: int, dtype: torch.dtype) -> int:
 
 def move_correlation(
     gram: Float[Tensor, "n n"],
-    c: Float[Tensor, "rows n"],
+    c: Float[Tensor, "all n"],
     columns: Int[Tensor, "rows N"],
     change: Float[Tensor, "rows N"],
+    *,
+    rows: Int[Tensor, " rows"] | None = None,
 ) -> None:
-    """In place: c_r ← c_r + Σ_k change_rk G[columns_rk, :], summed in the dtype of c."""
-    rows, n = c.shape
-    if rows == 0:
-        return
-    kernels.move_correlation[(rows, triton.cdiv(n, STRIP))](
-        gram,
-        c,
-        columns.clamp(min=0).to(torch.int32).contiguous(),
-        change.to(c.dtype).contiguous(),
-        n,
-        N=columns.shape[1],
-        BLOCK=STRIP,
-        num_warps=4,
-    )
+    """In place, for some rows: c_r ← c_r + Σ_k change_rk G[columns_rk, :], summed in c's dtype."""
+    rows = _all_rows(c) if rows is None else rows
+    if len(rows):
+        kernels.move_correlation[(len(rows), triton.cdiv(c.shape[1], STRIP))](
+            gram,
+            c,
+            rows,
+            columns.clamp(min=0).to(torch.int32).contiguous(),
+            change.to(c.dtype).contiguous(),
+            c.shape[1],
+            N=columns.shape[1],
+            BLOCK=STRIP,
+            num_warps=4,
+        )
 
 
 def discard(
@@ -233,6 +278,7 @@ def scan(
     x: Float[Tensor, "rows n"],
     a: Float[Tensor, "rows n"],
     b: Float[Tensor, "rows n"],
+    e: Float[Tensor, "rows n"],
     reach: Reach,
     limit: Float[Tensor, " rows"],
     *,
@@ -244,6 +290,7 @@ def scan(
     Args:
         a, b: `linear_terms`, made `pessimistic` where the outcome is to be a proof; in the dtype
             of x, +inf where a column is not kept (a) or not pruned (b).
+        e: `Reach.e` of x.
         group: pairs stay inside groups of so many consecutive columns.
         tiled: look at all pairs, tile of G by tile of G, instead of at those that `discard` leaves.
 
@@ -259,7 +306,6 @@ def scan(
     limit = limit.to(x.dtype)
     if rows == 0:
         return value, partner
-    e = reach.e(x, x.dtype)
     rho = reach.rho.to(x.dtype) * _SLACK
     fewer_a, fewer_b = discard(a, b, e, rho, limit)
     if tiled:
