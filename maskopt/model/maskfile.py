@@ -90,6 +90,19 @@ class MaskFile:
         return TensorMask(torch.from_numpy(bits).view(item["shape"]), item["input_axis"])
 
 
+class MaskFiles:
+    """Several mask files read as one."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._files = {name: file for file in map(MaskFile, paths) for name in file.names}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def read(self, name: str) -> TensorMask:
+        return self._files[name].read(name)
+
+
 def write_masks(path: Path, masks: Mapping[str, TensorMask]) -> None:
     """Write a mask file; it appears whole or not at all."""
     packed = {name: _pack(mask.kept) for name, mask in masks.items()}

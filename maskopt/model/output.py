@@ -15,7 +15,7 @@ from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer
 from maskopt.model.checkpoint import Checkpoint, file_digest, open_checkpoint
 from maskopt.model.journal import Journal, differences
-from maskopt.model.maskfile import MaskFile, TensorMask, join_masks, write_masks
+from maskopt.model.maskfile import MaskFile, MaskFiles, TensorMask, join_masks, write_masks
 from maskopt.model.report import LayerReport, PruneReport, read_manifest, write_manifest
 from maskopt.model.source import FolderSource, MemorySource
 from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS, Workspace, check_output, open_workspace
@@ -55,12 +55,19 @@ class Run(Protocol):
 
 
 class FolderRun:
-    """Masks go to disk block by block, with a journal; the shards are written from them."""
+    """Masks go to disk block by block, with a journal; a shard is written once all its masks are."""
 
     def __init__(
-        self, source: FolderSource, output: Path, *, overwrite: bool, resume: bool
+        self,
+        source: FolderSource,
+        layers: Sequence[Layer],
+        output: Path,
+        *,
+        overwrite: bool,
+        resume: bool,
     ) -> None:
         self.source, self.output = source, output
+        self._awaited = {name for layer in layers for name in source.tensors_of(layer)}
         self.overwrite, self.resume = overwrite, resume
         self.masks: dict[str, Tensor] = {}
         self.work: Workspace
@@ -111,6 +118,7 @@ class FolderRun:
             },
         )
         self.work.keep = True
+        self._write_finished_shards()
 
     def finish(self, report: PruneReport, pattern: Pattern) -> None:
         work, checkpoint = self.work, self.source.checkpoint
@@ -119,15 +127,21 @@ class FolderRun:
         masks = MaskFile(work.staging / MASKS)
         check_masks(checkpoint, masks)
         files = {MASKS: file_digest(work.staging / MASKS)}
-        for shard in checkpoint.shards:
-            if shard not in self.journal.shards:
-                digest = write_shard(checkpoint, shard, masks, work.staging / shard)
-                self.journal.add_shard(shard, digest)
-            files[shard] = self.journal.shards[shard]
+        self._write_finished_shards()
+        files.update(self.journal.shards)
         for name in copy_side_files(checkpoint, work.staging):
             files[name] = file_digest(work.staging / name)
         write_manifest(work.staging / MANIFEST, report, files, _tensors(masks, pattern))
         work.commit()
+
+    def _write_finished_shards(self) -> None:
+        """Write the shards whose masks are all there, once."""
+        masks = MaskFiles(self._masks_path(index) for index in self.journal.blocks)
+        for name, shard in self.source.checkpoint.shards.items():
+            waiting = any(t in self._awaited and t not in masks for t in shard.entries)
+            if name not in self.journal.shards and not waiting:
+                digest = write_shard(self.source.checkpoint, name, masks, self.work.staging / name)
+                self.journal.add_shard(name, digest)
 
     def _masks_path(self, index: int) -> Path:
         return self.work.blocks / f"{index:05d}.safetensors"

@@ -169,7 +169,7 @@ def prune_model(
     if isinstance(source, FolderSource):
         if output is None:
             raise ModelError("pruning a model folder needs an output folder")
-        run = FolderRun(source, Path(output), overwrite=overwrite, resume=resume)
+        run = FolderRun(source, layers, Path(output), overwrite=overwrite, resume=resume)
         fingerprint["model"] = source.checkpoint.digest
         if resume and (finished := finished_report(Path(output), fingerprint)) is not None:
             return finished

@@ -94,6 +94,10 @@ class FolderSource:
         _real_buffers(self.model, device)
         self._outside = [name for name, _ in self.blocks.outside()]
 
+    def tensors_of(self, layer: Layer) -> list[str]:
+        """The checkpoint tensors that the layer's parameter is made of."""
+        return self._loader.sources(layer.parameter)
+
     def load_outside(self) -> None:
         """Bring everything outside the blocks into memory."""
         self._loader.load(self._outside)

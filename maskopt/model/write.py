@@ -16,7 +16,7 @@ import torch
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
 from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint
-from maskopt.model.maskfile import MaskFile
+from maskopt.model.maskfile import MaskFile, MaskFiles
 from maskopt.model.safefile import CHUNK
 
 #: what is copied along with the weights; code is not
@@ -40,7 +40,7 @@ def check_masks(checkpoint: Checkpoint, masks: MaskFile) -> None:
 def write_shard(
     checkpoint: Checkpoint,
     shard: str,
-    masks: MaskFile,
+    masks: MaskFile | MaskFiles,
     target: Path,
     tick: Callable[[int], None] = lambda _: None,
 ) -> str:
