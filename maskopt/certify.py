@@ -22,7 +22,7 @@ from torch import Tensor
 from maskopt.bounds import get_bound_method, lower_bound
 from maskopt.compare import append_record, check_format, read_records, write_records
 from maskopt.errors import ModelError, OptionError
-from maskopt.model.prune import collect_problems
+from maskopt.model.problems import collect_problems
 from maskopt.model.report import read_manifest
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import pattern_from_dict

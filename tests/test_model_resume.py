@@ -107,6 +107,19 @@ def test_an_error_in_the_middle(
     assert contents(out) == whole
 
 
+def test_shards_are_written_as_they_are_done(
+    dense: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupted(dense, out, 2, "solve")
+    written = list((out / HIDDEN / "out").glob("model-*.safetensors"))
+    assert 0 < len(written) < len([name for name in whole if name.startswith("model-")])
+    for shard in written:
+        assert shard.read_bytes() == whole[shard.name]
+    done = set(Journal(out / HIDDEN / "journal.jsonl").shards)
+    assert done == {shard.name for shard in written}
+
+
 @pytest.mark.parametrize("options", [{"one_pass": True}, {"true_sequential": True}])
 def test_other_orders_resume_too(dense: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     prune_model(dense, tokens(), output=tmp_path / "whole", **OPTIONS, **options)

@@ -49,7 +49,7 @@ def load_layers(
         raise OptionError(f"{models[0]} is a model: name text for its Gram matrices, --calibration")
     if pattern is None:
         raise OptionError(f"{models[0]} is a model: say what to prune, --pattern 0.6 or 2:4")
-    from maskopt.model.prune import collect_problems
+    from maskopt.model.problems import collect_problems
 
     with progress_bars() as bars:
         task = bars.add_task("collecting", total=None)
