@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskopt.bounds import lower_bound
 from maskopt.errors import OptionError, SolverError
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.solution import OPTIMAL_TOLERANCE, Solution, Status
 from maskopt.solver import Capabilities
-from maskopt.solvers.scip_model import FORMULATIONS, RowAnswer, RowTask, solve_row, write_row
+from maskopt.solvers.scip_model import (
+    FORMULATIONS,
+    RowAnswer,
+    RowTask,
+    presolve,
+    solve_row,
+    write_row,
+)
 from maskopt.solvers.workers import WorkerCrash, run_tasks
 
 #: n above which the model itself takes minutes to build
@@ -51,7 +60,7 @@ class ScipSolver:
         problem: LayerProblem,
         *,
         warm_start: Tensor | None = None,
-        formulation: str = "factored",
+        formulation: str = "qcr",
         time_limit: float | None = None,
         gap_limit: float = 0.0,
         node_limit: int | None = None,
@@ -64,8 +73,9 @@ class ScipSolver:
         """Solve every row.
 
         Args:
-            formulation: `factored`, `linear` or `epigraph`.
-            time_limit: seconds a row.
+            formulation: `qcr` (the duals of the `sdp` bound convexify the objective, and the bound
+                is handed in), `factored`, `linear` or `epigraph`.
+            time_limit: seconds a row, the bound of `qcr` included.
             gap_limit: stop where SCIP's relative gap falls to this.
             node_limit: branch-and-bound nodes a row.
             memory_limit: bytes a row that SCIP may use.
@@ -82,21 +92,25 @@ class ScipSolver:
             raise OptionError(f"scip: formulation must be one of {', '.join(FORMULATIONS)}")
         start = warm_start if warm_start is not None else first_mask(problem)
         tasks = [
-            RowTask(
-                q=problem.row(i).q().numpy(),
-                group=problem.group_size,
-                pruned=problem.pruned_per_group,
-                start=(~start[i]).numpy(),
-                formulation=formulation,
-                time_limit=time_limit,
-                node_limit=node_limit,
-                gap_limit=gap_limit,
-                memory_limit=memory_limit,
-                seed=seed,
-                verbose=verbose,
+            presolve(
+                RowTask(
+                    q=problem.row(i).q().numpy(),
+                    group=problem.group_size,
+                    pruned=problem.pruned_per_group,
+                    start=(~start[i]).numpy(),
+                    formulation=formulation,
+                    time_limit=time_limit,
+                    node_limit=node_limit,
+                    gap_limit=gap_limit,
+                    memory_limit=memory_limit,
+                    seed=seed,
+                    verbose=verbose,
+                )
             )
             for i in range(problem.rows)
         ]
+        if formulation == "qcr":
+            _convexify(problem, tasks, time_limit, seed)
         if workers is None:
             workers = 0 if problem.rows == 1 else (os.cpu_count() or 1)
         answers = run_rows(solve_row, tasks, workers, on_progress)
@@ -129,6 +143,24 @@ class ScipSolver:
             whole = Path(folder) / f"row.{form}"
             write_row(task, str(whole))
             os.replace(whole, target)
+
+
+def _convexify(
+    problem: LayerProblem, tasks: list[RowTask], time_limit: float | None, seed: int
+) -> None:
+    """Hand each task the duals and the value of its semidefinite bound."""
+    if time_limit == 0:
+        return
+    began = time.perf_counter()
+    share = None if time_limit is None else 0.5 * time_limit * len(tasks)
+    bound = lower_bound(problem, "sdp", seed=seed, time_limit=share)
+    spent = (time.perf_counter() - began) / len(tasks)
+    for row, task in enumerate(tasks):
+        task.diagonal = bound.certificate.diagonal[row].numpy()
+        task.penalty = bound.certificate.penalty[row].numpy()
+        task.bound = float(bound.value[row])
+        if time_limit is not None:
+            task.time_limit = max(time_limit - spent, 0.0)
 
 
 def run_rows(

@@ -1,8 +1,8 @@
 """One row as a SCIP model. Arrays in, arrays out: runs in this process or in a worker process.
 
-With A = Q + diag(λ) + μ·Σ_g 1_g1_gᵀ ⪰ 0 (λ = μ = 0: A = Q), every legal p ∈ {0,1}ⁿ has
+With A = Q + diag(λ) + Σ_g μ_g 1_g1_gᵀ ⪰ 0 (λ = μ = 0: A = Q), every legal p ∈ {0,1}ⁿ has
 
-    f(p) = pᵀAp − λᵀp − μ·(n/g)·s²                 (s pruned in each of the n/g groups)
+    f(p) = pᵀAp − λᵀp − Σ_g μ_g s²                 (s pruned in each group)
 
 since p_i² = p_i and 1_gᵀp = s. The formulations, in the order of what they are worth:
 
@@ -14,6 +14,7 @@ since p_i² = p_i and 1_gᵀp = s. The formulations, in the order of what they a
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,8 +40,8 @@ class RowTask:
     formulation: str = "factored"
     diagonal: np.ndarray | None = None
     """λ of `qcr`."""
-    penalty: float = 0.0
-    """μ of `qcr`."""
+    penalty: np.ndarray | None = None
+    """μ of `qcr`, one a group."""
     bound: float = 0.0
     """A lower bound that is already certified."""
     order: tuple[tuple[int, int], ...] = ()
@@ -109,9 +110,14 @@ class RowModel:
         model, p, task = self.model, self.p, self.task
         n = len(q)
         lam = np.zeros(n) if task.diagonal is None else task.diagonal * self.factor
-        mu = task.penalty * self.factor
-        same = np.arange(n)[:, None] // task.group == np.arange(n)[None, :] // task.group
-        value, vector = np.linalg.eigh(q + np.diag(lam) + mu * same)
+        groups = n // task.group
+        mu = np.zeros(groups) if task.penalty is None else task.penalty * self.factor
+        member = np.arange(n) // task.group
+        same = np.where(member[:, None] == member[None, :], mu[member][:, None], 0.0)
+        value, vector = np.linalg.eigh(q + np.diag(lam) + same)
+        # what is missing to A ⪰ 0 goes into λ: dropping it would push the bound above the truth
+        missing = max(0.0, -float(value[0]))
+        lam, value = lam + missing, value + missing
         keep = value > 1e-12 * max(float(value[-1]), 0.0)
         self.factor_matrix = factor = vector[:, keep] * np.sqrt(value[keep])
         for k in range(factor.shape[1]):
@@ -121,10 +127,12 @@ class RowModel:
             model.addCons(quicksum(float(column[i]) * p[i] for i in range(n)) - r == 0)
             self.r.append(r)
         model.addCons(quicksum(r * r for r in self.r) <= self.t)
-        constant = -mu * (n // task.group) * task.pruned**2
-        model.setObjective(
-            self.t - quicksum(float(lam[i]) * p[i] for i in range(n)) + float(constant)
-        )
+        constant = -float(mu.sum()) * task.pruned**2
+        objective = self.t - quicksum(float(lam[i]) * p[i] for i in range(n)) + constant
+        model.setObjective(objective)
+        if task.bound > 0:
+            # certified already: SCIP need not find its cuts again, a little below for its tolerance
+            model.addCons(objective >= task.bound * self.factor * (1 - 1e-6))
 
     def _linear(self, q: np.ndarray) -> None:
         from pyscipopt import quicksum
@@ -163,12 +171,46 @@ class RowModel:
         return bool(model.addSol(solution, free=True))
 
 
+def presolve(task: RowTask) -> RowTask:
+    """Break symmetry: of identical inputs of a group (dead ones included) prune the first ones.
+
+    Exchanging two of them changes nothing, so p_i ≥ p_j for i < j loses no objective value; the start
+    is put into that order.
+    """
+    order: list[tuple[int, int]] = []
+    start = np.array(task.start, dtype=bool)
+    for first in range(0, len(task.q), task.group):
+        alike: dict[bytes, list[int]] = {}
+        for i in range(first, first + task.group):
+            # identical inputs have the same row of Q, whatever the order of its entries elsewhere
+            alike.setdefault((task.q[i] + 0.0).tobytes(), []).append(i)
+        for members in alike.values():
+            order += itertools.pairwise(members)
+            pruned = int(start[members].sum())
+            start[members] = np.arange(len(members)) < pruned
+    return replace(task, order=tuple(order), start=start)
+
+
+def _separable(task: RowTask) -> RowAnswer | None:
+    """The optimum of a diagonal Q, by sorting; None where Q is not diagonal."""
+    diagonal = np.diagonal(task.q)
+    if np.count_nonzero(task.q - np.diag(diagonal)):
+        return None
+    ranks = np.argsort(diagonal.reshape(-1, task.group), axis=1, kind="stable").argsort(axis=1)
+    pruned = (ranks < task.pruned).ravel()
+    return RowAnswer(pruned, _cost(task, pruned), "presolved")
+
+
 def solve_row(task: RowTask) -> RowAnswer:
     """Solve one row; any limit reached returns SCIP's incumbent and SCIP's bound."""
     began = time.perf_counter()
     start = np.asarray(task.start, dtype=bool)
     if task.time_limit is not None and task.time_limit <= 0:
         return RowAnswer(start, task.bound, "timelimit", message="no time given")
+    separable = _separable(task)
+    if separable is not None:
+        separable.seconds = time.perf_counter() - began
+        return separable
     nodes = 0
     while True:
         left = None
@@ -234,7 +276,7 @@ def read_answer(row: RowModel) -> RowAnswer:
         bound=bound,
         status=str(model.getStatus()),
         nodes=int(model.getNTotalNodes()),
-        root_bound=max(root, 0.0) if abs(root * row.factor) < 1e19 else 0.0,
+        root_bound=max(task.bound, root if abs(root * row.factor) < 1e19 else 0.0, 0.0),
     )
 
 

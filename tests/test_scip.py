@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
+from maskopt.bounds import lower_bound
 from maskopt.errors import OptionError, SolverError
 from maskopt.solvers.scip_model import FORMULATIONS
 from maskopt.solvers.workers import WorkerCrash, run_tasks
@@ -106,3 +107,36 @@ def test_bad_options_are_named():
     big = LayerProblem(np.ones((1, 600)), np.eye(600), Unstructured(0.5))
     with pytest.raises(SolverError, match="lower_bound"):
         solve(big, "scip")
+
+
+def test_symmetric_and_separable_rows_are_presolved():
+    diagonal = LayerProblem(
+        random_weight(3, 30, 1), random_gram(30, "diagonal", 2), Unstructured(sparsity=0.5)
+    )
+    solution = solve(diagonal, "scip", workers=0)
+    assert solution.trace["status"] == ["presolved"] * 3
+    assert set(solution.status) == {Status.OPTIMAL}
+    assert torch.allclose(solution.objective, solve(diagonal, "wanda").objective)
+    verify(diagonal, solution)
+    # ten copies of each of three inputs: without symmetry breaking a tree of 10!³ twins
+    few = random_gram(3, "full", 5)
+    copies = few.repeat_interleave(10, 0).repeat_interleave(10, 1)
+    twins = LayerProblem(torch.ones(1, 30, dtype=torch.float64), copies, Unstructured(sparsity=0.5))
+    solution = solve(twins, "scip", time_limit=60)
+    assert solution.status == (Status.OPTIMAL,)
+    counts = [(a, b, 15 - a - b) for a in range(11) for b in range(11) if 0 <= 15 - a - b <= 10]
+    best = min(float(torch.tensor(k).double() @ few @ torch.tensor(k).double()) for k in counts)
+    assert float(solution.objective[0]) == pytest.approx(best, rel=1e-6)
+
+
+def test_qcr_starts_from_the_semidefinite_bound():
+    problem = LayerProblem(
+        random_weight(1, 30, 2), random_gram(30, "low-rank", 3), Unstructured(sparsity=0.6)
+    )
+    plain = solve(problem, "scip", formulation="factored", time_limit=60)
+    convexified = solve(problem, "scip", time_limit=60)
+    assert convexified.status == plain.status == (Status.OPTIMAL,)
+    assert float(convexified.objective[0]) == pytest.approx(float(plain.objective[0]), rel=1e-6)
+    certified = float(lower_bound(problem, "sdp").value[0])
+    assert convexified.trace["root_bound"][0] >= certified * (1 - 1e-9)
+    assert certified > 0.8 * float(plain.objective[0])
