@@ -1,7 +1,7 @@
 """What 1-swap search to a certified optimum costs, beside the paper's algorithm and beside Wanda.
 
-    pytest tests/benchmarks/test_bench_swap.py -s            (about ten minutes on two cores)
-    pytest tests/benchmarks/test_bench_swap.py -s -k gemma_model
+    pytest tests/benchmarks/test_bench_swap.py            (about ten minutes on two cores)
+    pytest tests/benchmarks/test_bench_swap.py -k gemma_model
 
 Every figure is a ratio within one run; nothing is asserted on time. Real layers come from the demo
 model (`maskopt[demo]`), inputs are the dense model's on text of the standard library.
@@ -28,7 +28,7 @@ from maskopt import LayerProblem, Solution, Status, Unstructured, solve
 from maskopt.errors import ModelError
 from maskopt.model.demo_model import demo_model
 from maskopt.model.demo_text import demo_text
-from maskopt.model.prune import collect_problems
+from maskopt.model.problems import collect_problems
 
 ROWS = 128
 #: rows and swaps a row of the literal algorithm at n = 2048 (MASKOPT_LITERAL_ROWS: fewer rows)
@@ -51,11 +51,15 @@ def machine() -> str:
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[str], None]]:
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
     """Print past pytest's capture; the first line names the machine."""
-    with capsys.disabled():
-        print(f"\n{machine()}")
-        yield print
+
+    def tell(line: str) -> None:
+        with capsys.disabled():
+            print(line, flush=True)
+
+    tell(f"\n{machine()}")
+    return tell
 
 
 @pytest.fixture(scope="module")
