@@ -77,6 +77,7 @@ class SwapSolver:
         tile = max(1, min(problem.rows, memory // 2 // (_ROW_BYTES * problem.n)))
         built: Kernel | None = None
         parts: list[tuple[Batch, Record]] = []
+        objectives: list[Tensor] = []
         start = 0
         while start < problem.rows:
             rows = slice(start, start + tile)
@@ -112,12 +113,13 @@ class SwapSolver:
                 torch.cuda.empty_cache()
                 _log.warning("swap: out of memory on the device; going on with %d rows", tile)
                 continue
+            objectives.append(problem.take(rows).objective(batch.kept))
             parts.append((batch.result(), record))
             start += tile
-        return self._solution(problem, name, parts)
+        return self._solution(name, parts, torch.cat(objectives))
 
     def _solution(
-        self, problem: LayerProblem, kernel: str, parts: list[tuple[Batch, Record]]
+        self, kernel: str, parts: list[tuple[Batch, Record]], objective: Tensor
     ) -> Solution:
         def gather(values: list[Tensor]) -> Tensor:
             return torch.cat(values).cpu()
@@ -136,11 +138,12 @@ class SwapSolver:
             "pairs": gather([batch.priced for batch, _ in parts]),
             "error": torch.cat(error, 1).cpu(),
         }
-        return Solution.of(
-            problem,
-            torch.cat([batch.kept for batch, _ in parts]),
+        return Solution(
+            mask=torch.cat([batch.kept for batch, _ in parts]),
+            objective=objective,
+            lower_bound=torch.zeros_like(objective),
+            status=tuple(Status.SWAP_OPTIMAL if done else Status.FEASIBLE for done in proven),
             solver=self.name,
-            status=[Status.SWAP_OPTIMAL if done else Status.FEASIBLE for done in proven],
             trace=trace,
         )
 
