@@ -10,7 +10,6 @@ without a CUDA device the floors alone, for a card whose data-sheet figures are 
 from __future__ import annotations
 
 import datetime
-import math
 import time
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ import torch
 
 from maskopt import LayerProblem, Status, Unstructured
 from maskopt.solver import solve
+from maskopt.solvers.swap import engine
 from maskopt.solvers.swap import triton as triton_kernels
 from maskopt.solvers.swap.batch import Batch
 
@@ -127,6 +127,7 @@ class Totals:
     rows: int = 0
     swaps: int = 0
     scans: int = 0
+    rounds: int = 0
     before: float = 0.0
     after: float = 0.0
     peak: int = 0
@@ -134,7 +135,7 @@ class Totals:
 
 def refine_layer(problem: LayerProblem, totals: Totals) -> list[Status]:
     """Wanda's mask, then 1-swap to proven optima, both timed; adds to the totals."""
-    from maskopt.solvers.swap.triton import engine
+    from maskopt.solvers.swap.triton.engine import TritonKernel
 
     device = problem.device
     on_gpu = device.type == "cuda"
@@ -153,21 +154,26 @@ def refine_layer(problem: LayerProblem, totals: Totals) -> list[Status]:
     statuses: list[Status] = []
     tile = max(1, _STATE // (_STATE_BYTES * problem.n))
     masks = []
+    kernel: TritonKernel | None = None
+    kernels: list[TritonKernel] = []
     for first in range(0, problem.rows, tile):
         part = slice(first, first + tile)
         batch = Batch.of(problem.take(part), start.mask[part])
-        trace: dict = {}
-        proven = engine.refine(
-            batch, max_swaps=None, deadline=math.inf, memory=MEMORY - _STATE,
-            progress=lambda done: None, trace=trace,
-        )  # fmt: skip
-        statuses += [Status.SWAP_OPTIMAL if one else Status.FEASIBLE for one in proven.tolist()]
+        if kernel is None or kernel.single != batch.single:
+            kernel = TritonKernel(batch, memory=MEMORY - _STATE, timed=True)
+            kernels.append(kernel)
+        record = engine.refine(batch, kernel)
+        statuses += [
+            Status.SWAP_OPTIMAL if one else Status.FEASIBLE for one in record.proven.tolist()
+        ]
         masks.append(batch.kept)
         totals.swaps += int(batch.swaps.sum())
-        totals.scans += int(trace["full_scans"].sum())
-        for stage, seconds in trace["stages"].items():
-            totals.stages[stage] = totals.stages.get(stage, 0.0) + seconds
+        totals.scans += int(record.scans.sum())
+        totals.rounds += int(batch.rounds.sum())
     end = now()
+    for kernel in kernels:
+        for stage, seconds in kernel.seconds.items():
+            totals.stages[stage] = totals.stages.get(stage, 0.0) + seconds
     if on_gpu:
         totals.peak = max(totals.peak, torch.cuda.max_memory_allocated(device) - resident)
     totals.wanda += middle - began
@@ -184,8 +190,9 @@ def print_totals(totals: Totals, layers: int) -> None:
     for stage, seconds in sorted(totals.stages.items(), key=lambda item: -item[1]):
         print(f"    {stage:20}{seconds:9.2f} s  {seconds / totals.seconds:6.1%}")
     print(
-        f"  {totals.swaps / totals.rows:.1f} swaps and {totals.scans / totals.rows:.2f} full scans "
-        f"a row; error {totals.after / totals.before:.3f} of Wanda's"
+        f"  {totals.swaps / totals.rows:.1f} swaps, {totals.rounds / totals.rows:.1f} rounds of "
+        f"candidates and {totals.scans / totals.rows:.2f} full scans a row; "
+        f"error {totals.after / totals.before:.3f} of Wanda's"
     )
     print(f"  peak beyond weight and G: {totals.peak / 2**30:.2f} GiB")
     print(f"  Wanda's masks, which the search starts from: {totals.wanda:.2f} s")

@@ -69,7 +69,7 @@ class Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """The programs that `engine.refine` launches, in single and double precision."""
+    """The programs that `engine.TritonKernel` launches, in single and double precision."""
     import torch
 
     from maskopt.solvers.swap.triton import engine, launch

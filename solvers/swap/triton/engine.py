@@ -17,9 +17,8 @@ candidates. Importing this module needs the package `triton`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -247,47 +246,6 @@ class TritonKernel:
         began = _now(device)
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + _now(device) - began
-
-
-def refine(
-    batch: Batch,
-    *,
-    max_swaps: int | None,
-    deadline: float,
-    memory: int,
-    progress: Callable[[int], None],
-    trace: dict[str, Any] | None = None,
-    **options: Any,
-) -> Bool[Tensor, " rows"]:
-    """Search and price until every row is proven; returns bool [rows], whether it is.
-
-    A row stops early at max_swaps, all rows at the deadline (time.monotonic), looked at between the
-    steps. A trace is filled with the seconds of every stage, the full scans of each row, and the
-    total error at the start and after every search; `options` are those of `TritonKernel`.
-    """
-    kernel = TritonKernel(batch, memory=memory, timed=trace is not None, **options)
-    most = 2**31 - 1 if max_swaps is None else max_swaps
-    active = torch.arange(batch.rows, device=batch.x.device)
-    proven = torch.zeros(batch.rows, dtype=torch.bool, device=batch.x.device)
-    scans = torch.zeros_like(batch.swaps)
-    kernel.refresh(batch, active)
-    error = [_error(batch)]
-    while len(active) and time.monotonic() < deadline:
-        kernel.search(batch, active, most)
-        error.append(_error(batch))
-        active = active[batch.swaps[active] < most]
-        scans[active] += 1
-        improving = kernel.price(batch, active)
-        proven[active[~improving]] = True
-        active = active[improving]
-        progress(int(proven.sum()))
-    if trace is not None:
-        trace.update(stages=kernel.seconds, full_scans=scans.cpu(), error=error)
-    return proven
-
-
-def _error(batch: Batch) -> float:
-    return float((batch.objective * batch.scale).sum())
 
 
 def _now(device: torch.device) -> float:
