@@ -29,7 +29,7 @@ def test_every_program_compiles_without_spills(
     with capsys.disabled():
         print("\n" + aot.table(reports))
     assert {one.kernel for one in reports} == {
-        "swap_block", "move_correlation", "lower_envelope", "list_finite", "scan_survivors",
+        "swap_block", "move_correlation", "column_terms", "lower_envelope", "list_finite", "scan_survivors",
         "scan_tiles", "best_partners", "scan_groups",
     }  # fmt: skip
     assert [one for one in reports if one.fault] == []

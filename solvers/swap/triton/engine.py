@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -84,22 +84,24 @@ class TritonKernel:
 
     def refresh(self, batch: Batch, rows: Int[Tensor, " some"]) -> None:
         """c = G(x ⊙ pruned) and the objective from scratch, in float64."""
-        with self._stage("correlation", rows.device):
+        with _device(batch), self._stage("correlation", rows.device):
             for part in rows.split(self._chunk):
                 literal.refresh(batch, part, self._memory)
 
     def search(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> None:
         """Swap each row until fresh candidates hold no improving pair, or it has `most` swaps."""
         self._own(batch)
-        while len(rows):
-            rows = rows[batch.swaps[rows] < most]
-            made = [self._round(batch, part, most) for part in rows.split(self._chunk)]
-            rows = rows[torch.cat(made) > 0]
+        with _device(batch):
+            while len(rows):
+                rows = rows[batch.swaps[rows] < most]
+                made = [self._round(batch, part, most) for part in rows.split(self._chunk)]
+                rows = rows[torch.cat(made) > 0]
 
     def price(self, batch: Batch, rows: Int[Tensor, " some"]) -> Bool[Tensor, " some"]:
         """Whether a row has an improving swap; False is a proof that it has none."""
         self._own(batch)
-        parts = [self._price(batch, part, self._proposing) for part in rows.split(self._chunk)]
+        with _device(batch):
+            parts = [self._price(batch, part, self._proposing) for part in rows.split(self._chunk)]
         return torch.cat(parts) if parts else torch.zeros_like(rows, dtype=torch.bool)
 
     def _own(self, batch: Batch) -> None:
@@ -246,6 +248,11 @@ class TritonKernel:
         began = _now(device)
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + _now(device) - began
+
+
+def _device(batch: Batch) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the problem."""
+    return torch.cuda.device(batch.x.device) if batch.x.is_cuda else nullcontext()
 
 
 def _now(device: torch.device) -> float:
