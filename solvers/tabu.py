@@ -65,7 +65,7 @@ class TabuSolver:
         Args:
             warm_start: bool [rows, n]; never ends above it. Wanda's mask where none is given.
             moves: per row.
-            tenure: least number of moves an input stays put; 5 + n/256 where not given.
+            tenure: least number of moves an input stays put; 7 + n/256 where not given.
             patience: moves without a new best mask after which a row restarts from it; 0: never.
             time_limit: seconds, for the search and the swaps after it; the best masks so far count.
             seed: of tenures and restarts. The same for every row, so that a row's result does not
@@ -83,7 +83,7 @@ class TabuSolver:
         began = time.monotonic()
         start = warm_start if warm_start is not None else WandaSolver().solve(problem).mask
         if tenure is None:
-            tenure = max(1, min(5 + problem.n // 256, problem.n // 4))
+            tenure = max(1, min(7 + problem.n // 256, problem.n // 4))
         limit = math.inf if time_limit is None else began + _SEARCH_SHARE * time_limit
         found, made, history = _search(
             problem, start, moves, tenure, patience, seed, limit, on_progress

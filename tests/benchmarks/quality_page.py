@@ -17,7 +17,8 @@ def write(book: Any, page: Path) -> None:
         f"""# How good the masks are
 
 Everything here is written by one command, `{COMMAND}` (extra `demo`), on real layers of Gemma 3 270M:
-calibration on the demo's text, {about.get("samples")} windows of 512 tokens, rows drawn with seed {about.get("seed")}.
+calibration on the demo's text, {about.get("samples")} windows of 512 tokens, rows drawn with
+seed {about.get("seed")}.
 *Error* is a row's objective relative to Wanda's mask of the same row, averaged over rows and then over
 layers; less is better. Seconds are wall clock per row, warm start included, on
 {about.get("machine")}, while other work shared the machine: compare them with each other, not
