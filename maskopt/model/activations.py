@@ -40,13 +40,13 @@ class Activations:
                 self._name = None
             else:
                 self._name = Path(name)
-            os.truncate(self._file, samples * self._bytes)
+            _reserve(self._file, samples * self._bytes)
 
     def __getitem__(self, sample: int) -> Float[Tensor, "1 length width"]:
         if self._memory is not None:
             held = self._memory[sample]
             assert held is not None
-            return held
+            return held.clone()  # a block may change its input in place
         mapped = self._map(sample)
         return torch.from_numpy(np.array(mapped)).view(self.dtype).view(self.shape)
 
@@ -84,3 +84,11 @@ class Activations:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _reserve(file: int, size: int) -> None:
+    """Make room at once: a disk that fills up under a mapped file would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)

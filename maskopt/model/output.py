@@ -79,7 +79,8 @@ class FolderRun:
     def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
         with open_workspace(self.output, overwrite=self.overwrite, resume=self.resume) as work:
             self.work = work
-            check_disk(work.output, disk_needed(self.source.checkpoint))
+            there = sum(file.stat().st_size for file in work.hidden.rglob("*") if file.is_file())
+            check_disk(work.output, disk_needed(self.source.checkpoint) - there)
             self.journal = Journal(work.journal)
             self.journal.begin(dict(fingerprint))
             for index, record in self.journal.blocks.items():

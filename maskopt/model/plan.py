@@ -19,8 +19,8 @@ from maskopt.problem import LayerProblem
 from maskopt.solver import solve
 
 GIB = 2**30
-#: the interpreter with torch and transformers imported
-BASE = 700 * 2**20
+#: the interpreter with torch, transformers and a compiled solver
+BASE = 2**30
 #: inputs of the small problem that the solver's speed is measured on, and its rows: more of them
 #: as long as they take next to no time
 PROBE_N, PROBE_ROWS = 512, (2, 32, 512)
