@@ -13,8 +13,6 @@ from torch import Tensor
 from maskopt.solution import SWAP_FLOOR, SWAP_TOLERANCE
 from maskopt.solvers.swap.batch import ACCEPT, Batch
 
-#: kept and pruned candidates of a round
-CANDIDATES = 32
 #: rows of one task at least, so that each tile of G that is brought in serves several
 _TASK = 4
 _RELATIVE, _FLOOR = ACCEPT * SWAP_TOLERANCE, ACCEPT * SWAP_FLOOR
@@ -26,12 +24,11 @@ class NumbaKernel:
     name = "numba"
     patience = 256
 
-    def __init__(self, batch: Batch, candidates: int = CANDIDATES) -> None:
+    def __init__(self, batch: Batch) -> None:
         from maskopt.solvers.swap import numba_kernels
 
         self._loops: Any = numba_kernels
         self.single = batch.single
-        self._width = candidates
         self._threads = torch.get_num_threads()
         self._gram = batch.gram.numpy()
         self._propose = torch.float32 if batch.single else torch.float64
@@ -73,7 +70,7 @@ class NumbaKernel:
                 batch.swaps.numpy(),
                 batch.rounds.numpy(),
                 part,
-                self._width,
+                self._loops.WIDTH,
                 batch.group,
                 _RELATIVE,
                 _FLOOR,

@@ -26,6 +26,8 @@ GRID = 24
 SLACK = 1.0 + 2.0**-20
 #: G is brought in tiles of so many rows and columns when c is computed: half a MiB, in L2
 TILE_J, TILE_I = 256, 512
+#: kept candidates of a round at most, and pruned ones; a constant, so that loops over it unroll
+WIDTH = 32
 #: N:M groups up to this size are priced whole in every round; it costs less than one update of c
 SMALL_GROUP = 64
 
@@ -138,12 +140,15 @@ def _least(score, kept, side, taken, most, columns, at, rounded, keys, guess):
     for j in range(n):
         rounded[j] = score[j] if (kept[j] == side) & (taken[j] == 0) else BIG
     bits = rounded.view(np.int32)
-    least, most_key = np.int32(2**31 - 1), np.int32(-(2**31) + 1)
+    top = np.int32(2**31 - 1)
     for j in range(n):
-        key = bits[j] ^ ((bits[j] >> np.int32(31)) & np.int32(0x7FFFFFFF))
-        keys[j] = key
-        least = min(least, key)
-        most_key = max(most_key, key if rounded[j] < np.float32(BIG) else most_key)
+        key = bits[j] ^ ((bits[j] >> np.int32(31)) & top)
+        keys[j] = key if rounded[j] < np.float32(BIG) else top
+    least, most_key = top, np.int32(-(2**31) + 1)
+    for j in range(n):
+        least = min(least, keys[j])
+    for j in range(n):
+        most_key = max(most_key, keys[j] if keys[j] < top else np.int32(-(2**31) + 1))
     if most_key == -(2**31) + 1:
         return 0
     low, high = np.int64(least) - 1, np.int64(most_key)
@@ -261,7 +266,7 @@ def _choose(
 @_fast
 def _exchange(
     gram, x, low, diagonal, kept, c, columns, k, p, group, objective, mass, relative, floor, most,
-    block, linear, square, weight, light, score, lowest, changed,
+    block, linear, square, weight, light, score, changed,
 ):  # fmt: skip
     """Best swaps among k kept and p pruned candidates until none gains more than the threshold.
 
@@ -281,45 +286,53 @@ def _exchange(
         square[s] = x[j] * x[j] * diagonal[j]
         linear[s] = 2.0 * x[j] * c[j]
     big, two = light.dtype.type(BIG), light.dtype.type(2)
+    team = np.empty(2 * WIDTH, np.int32)
+    for s in range(m):
+        team[s] = columns[s] // group if grouped else 0
+    slope, lowest = np.zeros(WIDTH, light.dtype), np.empty(WIDTH, light.dtype)
     made = 0
     while made < most:
         for s in range(k):
             score[s] = square[s] + linear[s]
+            slope[s] = -two * light[s]
         for s in range(k, m):
             score[s] = square[s] - linear[s]
+        for s in range(WIDTH):
+            lowest[s] = big
+        for t in range(k, m):  # lanes are kept slots, and all WIDTH of them: no remainders
+            line = block[t]
+            height, factor, team_t = score[t], light[t], team[t]
+            if grouped:
+                for s in range(WIDTH):
+                    value = height + slope[s] * (factor * line[s])
+                    value = value if team[s] == team_t else big
+                    lowest[s] = value if value < lowest[s] else lowest[s]
+            else:
+                for s in range(WIDTH):
+                    value = height + slope[s] * (factor * line[s])
+                    lowest[s] = value if value < lowest[s] else lowest[s]
         best = big
         u = -1
         for s in range(k):
-            slope = -two * light[s]
-            line = block[s]
-            least = big
-            if grouped:
-                team = columns[s] // group
-                for t in range(k, m):
-                    if columns[t] // group == team:
-                        least = _min(least, score[t] + slope * (light[t] * line[t]))
-            else:
-                for t in range(k, m):
-                    least = _min(least, score[t] + slope * (light[t] * line[t]))
-            least += score[s]
-            lowest[s] = least
-            best = min(best, least)
+            lowest[s] += score[s]
+            best = _min(best, lowest[s])
         for s in range(k):
             if lowest[s] == best and (u < 0 or columns[s] < columns[u]):
                 u = s
         if u < 0 or best >= big:
             break
-        slope = -two * light[u]
         line = block[u]
         best = big
         q = -1
         for t in range(k, m):
-            if grouped and columns[t] // group != columns[u] // group:
+            if team[t] != team[u]:
                 continue
-            value = score[t] + slope * (light[t] * line[t])
+            value = score[t] + slope[u] * (light[t] * line[t])
             if value < best or (value == best and columns[t] < columns[q]):
                 best = value
                 q = t
+        if q < 0:
+            break
         delta = (square[u] + linear[u]) + (square[q] - linear[q])
         delta -= 2.0 * weight[u] * weight[q] * block[u, q]
         if delta >= -(relative * max(objective, 0.0) + floor * mass):
@@ -329,6 +342,7 @@ def _exchange(
         for s in range(m):
             linear[s] += 2.0 * weight[s] * (weight[u] * block[u, s] - weight[q] * block[q, s])
         columns[u], columns[q] = columns[q], columns[u]
+        team[u], team[q] = team[q], team[u]
         weight[u], weight[q] = weight[q], weight[u]
         light[u], light[q] = light[q], light[u]
         square[u], square[q] = square[q], square[u]
@@ -388,7 +402,6 @@ def search_rows(
     linear, square = np.empty(2 * width), np.empty(2 * width)
     weight = np.empty(2 * width)
     light, proposed = np.empty(2 * width, low.dtype), np.empty(2 * width, low.dtype)
-    lowest = np.empty(width, low.dtype)
     for r in rows:
         guess[:] = 0
         while swaps[r] < most:
@@ -406,7 +419,7 @@ def search_rows(
             made, objective[r] = _exchange(
                 gram, x[r], low[r], diagonal, kept[r], c[r], columns, k, p, group, objective[r],
                 mass[r], relative, floor, most - swaps[r], block, linear, square, weight, light,
-                proposed, lowest, changed,
+                proposed, changed,
             )  # fmt: skip
             swaps[r] += made
             if made == 0:

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -95,8 +96,7 @@ def real_layer(folder: Path, name: str, rows: int, sparsity: float) -> LayerProb
 def synthetic_layer(rows: int, n: int, seed: int = 0) -> LayerProblem:
     """Spectrum 1/k, features of log-normal size, one in a hundred of them 20 times larger."""
     generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
-    factor = basis * (torch.arange(n) + 1.0).rsqrt()
+    factor = torch.randn(n, n, generator=generator) * (n * (torch.arange(n) + 1.0)).rsqrt()
     size = torch.exp(0.5 * torch.randn(n, generator=generator))
     size[torch.randperm(n, generator=generator)[: n // 100]] *= 20
     factor = size[:, None] * factor
@@ -105,14 +105,29 @@ def synthetic_layer(rows: int, n: int, seed: int = 0) -> LayerProblem:
     return LayerProblem(weight, (gram + gram.T) / 2, Unstructured(sparsity=0.6), assume_psd=True)
 
 
-def timed(function: Callable[[], object], repeat: int = 1) -> tuple[float, object]:
+class Seconds(NamedTuple):
+    """Wall-clock seconds, and processor seconds of all threads: on a busy machine trust the latter."""
+
+    wall: float
+    cpu: float
+
+    def __str__(self) -> str:
+        return f"{self.wall:8.3f} s (processor {self.cpu:8.3f} s)"
+
+    def over(self, other: Seconds) -> str:
+        """How many times the other's time."""
+        return f"{self.wall / other.wall:.1f} times (processor: {self.cpu / other.cpu:.1f} times)"
+
+
+def timed(function: Callable[[], object], repeat: int = 1) -> tuple[Seconds, Any]:
     """Least seconds of a few runs, and what the last one returned."""
-    seconds, result = math.inf, None
+    wall, cpu, result = math.inf, math.inf, None
     for _ in range(repeat):
-        began = time.perf_counter()
+        began, work = time.perf_counter(), time.process_time()
         result = function()
-        seconds = min(seconds, time.perf_counter() - began)
-    return seconds, result
+        wall = min(wall, time.perf_counter() - began)
+        cpu = min(cpu, time.process_time() - work)
+    return Seconds(wall, cpu), result
 
 
 def describe(solution: Solution) -> str:
@@ -140,18 +155,16 @@ def compare(
     total = float(solution.objective.sum())
     base = float(wanda.objective.sum())
     say(f"{problem.rows} rows, n = {problem.n}, {problem.pattern} pruned, from Wanda's mask")
-    say(f"  wanda              {wanda_seconds:8.3f} s   error 1")
-    say(
-        f"  sparsegpt's mask   {gpt_seconds:8.3f} s   error {float(gpt.objective.sum()) / base:.4f}"
-    )
-    say(f"  swap ({solution.trace['kernel']})       {seconds:8.3f} s   error {total / base:.4f}")
+    say(f"  wanda              {wanda_seconds}   error 1")
+    say(f"  sparsegpt's mask   {gpt_seconds}   error {float(gpt.objective.sum()) / base:.4f}")
+    say(f"  swap ({solution.trace['kernel']})       {seconds}   error {total / base:.4f}")
     say(f"    {describe(solution)}")
     for name, function in (("plain", best_swaps), ("SIMD", best_swaps_simd)):
         loop_seconds, mask = timed(lambda function=function: function(problem, start))
         error = float(problem.objective(mask).sum()) / base
         say(
-            f"  compiled loop, {name:5s}{loop_seconds:7.3f} s   error {error:.4f}   "
-            f"{loop_seconds / seconds:.1f} times the time of swap"
+            f"  compiled loop, {name:5s}{loop_seconds}   error {error:.4f}   "
+            f"{loop_seconds.over(seconds)}"
         )
     part = problem.take(slice(literal_rows))
     part_start = start[:literal_rows]
@@ -164,9 +177,9 @@ def compare(
     part_base = float(wanda.objective[:literal_rows].sum())
     limit = "" if literal_swaps is None else f", at most {literal_swaps} swaps"
     say(
-        f"  literal, {literal_rows} rows{limit}: {literal_seconds:.2f} s, error "
-        f"{float(literal.objective.sum()) / part_base:.4f}; swap on them {part_seconds:.4f} s, error "
-        f"{float(ours.objective.sum()) / part_base:.4f}: {literal_seconds / part_seconds:.0f} times"
+        f"  literal, {literal_rows} rows{limit}: {literal_seconds}, error "
+        f"{float(literal.objective.sum()) / part_base:.4f}; swap on them {part_seconds}, error "
+        f"{float(ours.objective.sum()) / part_base:.4f}: {literal_seconds.over(part_seconds)}"
     )
 
 
@@ -189,22 +202,22 @@ def test_n4096_synthetic(say: Callable) -> None:
     solve(problem.take(slice(1)), "swap")
     seconds, solution = timed(lambda: solve(problem, "swap", warm_start=start.mask), 3)
     assert set(solution.status) == {Status.SWAP_OPTIMAL}
-    say(f"64 rows, n = 4096, synthetic: {seconds:.2f} s, {describe(solution)}")
+    say(f"64 rows, n = 4096, synthetic: {seconds}, {describe(solution)}")
     looked = solution.trace["pairs"].double().mean() / (0.24 * 4096**2)
     say(f"  pairs formed in all scans: {float(looked):.3f} of one scan's")
     say(f"  error over Wanda's: {float(solution.objective.sum() / start.objective.sum()):.4f}")
 
 
 def test_growth(say: Callable) -> None:
-    """Asked: an exponent of at most 2.2 for the time of a row, n = 512 … 8192."""
+    """Asked: an exponent of at most 2.2 for the (processor) time of a row, n = 512 … 8192."""
     sizes, times = [512, 1024, 2048, 4096, 8192], []
     solve(synthetic_layer(2, 64), "swap")
     for n in sizes:
         problem = synthetic_layer(max(4, 2**16 // n), n)
         start = solve(problem, "wanda").mask
         seconds, solution = timed(lambda p=problem, s=start: solve(p, "swap", warm_start=s), 2)
-        times.append(seconds / problem.rows)
-        say(f"  n = {n:5d}: {1e3 * times[-1]:9.3f} ms a row, {describe(solution)}")
+        times.append(seconds.cpu / problem.rows)
+        say(f"  n = {n:5d}: {1e3 * times[-1]:9.3f} ms of processor a row, {describe(solution)}")
     x = torch.tensor(sizes, dtype=torch.float64).log()
     y = torch.tensor(times, dtype=torch.float64).log()
     x, y = x - x.mean(), y - y.mean()
