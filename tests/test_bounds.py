@@ -19,7 +19,7 @@ from maskopt import (
     verify,
 )
 from maskopt.bounds import ENTRY_POINT_GROUP, Cuts, available_bounds
-from maskopt.errors import OptionError, UnknownSolverError, VerificationError
+from maskopt.errors import OptionError, SolverError, UnknownSolverError, VerificationError
 
 METHODS = ("box", "shift", "sdp")
 
@@ -208,3 +208,21 @@ def test_bad_input_is_named(problem):
         lower_bound(problem, "shift", kind="odd")
     assert set(METHODS) <= set(available_bounds())
     assert ENTRY_POINT_GROUP == "maskopt.bounds"
+
+
+def test_the_conic_solver_and_the_low_rank_method_agree():
+    pytest.importorskip("scs")
+    for pattern in (Unstructured(0.6), NM(2, 4)):
+        problem = LayerProblem(random_weight(2, 24, 1), random_gram(24, "full", 2), pattern)
+        conic, sdp = (
+            lower_bound(problem, "sdp-conic", penalty=1.0),
+            lower_bound(problem, "sdp", sweeps=3000),
+        )
+        torch.testing.assert_close(conic.value, sdp.value, rtol=0.005, atol=0)
+        best = solve(problem, "branch", workers=0).objective
+        assert bool((conic.value <= best).all())
+        crude = lower_bound(problem, "sdp-conic", tolerance=0.1, max_iterations=3)
+        assert bool((crude.value <= best).all())
+    big = LayerProblem(torch.ones(1, 300), torch.eye(300), Unstructured(0.5))
+    with pytest.raises(SolverError, match="at most 200"):
+        lower_bound(big, "sdp-conic")

@@ -1,0 +1,159 @@
+"""The figures of docs/exact.md, one part a call: real rows, every solver, every bound.
+
+    python tests/benchmarks/exact_table.py PART INSTANCE.npz … [--rows 3] [--seconds 60] [--n 64]
+
+INSTANCE.npz are layers (`LayerProblem.save`, or `maskopt extract`) of three kinds at least. PART:
+
+- `branch`, `scip`, `factored`, `linear`, `epigraph`: rows restricted to --n random inputs;
+- `bounds`: box, shift and sdp on full rows, gap of the best mask that tabu search finds;
+- `small`: the sdp bound beside the proven optimum;
+- `layer`: box and sdp of all rows of the first instance.
+
+It prints one line a row, the medians, and the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from maskopt import LayerProblem, RowProblem, lower_bound, solve
+from maskopt.compare import load_instances, sample_rows
+from maskopt.pattern import parse_pattern
+from maskopt.solvers.tabu_row import tabu_row
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
+        ]
+        model = names[0] if names else model
+    load = os.getloadavg()[0]
+    return f"{model}, {os.cpu_count()} cores, load {load:.1f}, {datetime.date.today()}"
+
+
+def warm_up() -> None:
+    """Compile before the clock runs."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 16, generator=generator, dtype=torch.float64)
+    tiny = LayerProblem(x[:2, :16], x.T @ x, parse_pattern("0.6"))
+    solve(tiny.row(0), "branch")
+    single = LayerProblem(x[:1].float(), (x.T @ x).float(), parse_pattern("0.6"))
+    for method in ("box", "sdp"):
+        lower_bound(single, method)
+        lower_bound(tiny, method)
+    big = torch.randn(600, 300, generator=generator)
+    lower_bound(LayerProblem(big[:1], big.T @ big, parse_pattern("0.6")), "sdp", sweeps=2)
+
+
+def best_mask(row: RowProblem, moves: int = 3000) -> torch.Tensor:
+    """Tabu search from greedy elimination; kept small where n is large."""
+    greedy = solve(row, "elimination").mask[0]
+    layer = row.as_layer()
+    moves = min(moves, 2_000_000_000 // row.n**2)
+    pruned = tabu_row(row.q().numpy(), (~greedy).numpy(), layer.group_size, moves=moves)
+    return torch.from_numpy(~pruned)
+
+
+def exact(part: str, layers: list[LayerProblem], args: argparse.Namespace) -> None:
+    rows = sample_rows(
+        layers, args.rows, columns=args.n, pattern=parse_pattern(args.pattern), seed=args.seed
+    )
+    name = "branch" if part == "branch" else "scip"
+    options = {} if part == "branch" else {"formulation": "qcr" if part == "scip" else part}
+    seconds, gaps, nodes, roots = [], [], [], []
+    for row in rows:
+        start = best_mask(row)
+        solution = solve(row, name, warm_start=start, time_limit=args.seconds, **options)
+        objective = float(solution.objective[0])
+        seconds.append(solution.seconds)
+        gaps.append(float(solution.gap[0]))
+        nodes.append(solution.trace["nodes"][0])
+        roots.append(1 - solution.trace["root_bound"][0] / objective)
+        print(
+            f"{row.name} n={row.n} {row.pattern} {solution.trace['status'][0]} "
+            f"{solution.seconds:.2f} s, {nodes[-1]} nodes, root gap {roots[-1]:.2%}, "
+            f"gap {gaps[-1]:.3%}",
+            flush=True,
+        )
+    print(
+        f"{part} n={args.n} {args.pattern}: median {np.median(seconds):.2f} s, worst "
+        f"{max(seconds):.2f} s, median gap {np.median(gaps):.3%}, worst {max(gaps):.3%}, median "
+        f"nodes {np.median(nodes):.0f}, median root gap {np.median(roots):.2%}"
+    )
+
+
+def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
+    for row in sample_rows(layers, args.rows, pattern=parse_pattern(args.pattern), seed=args.seed):
+        swap = row.objective(best_mask(row, moves=0))
+        best = row.objective(best_mask(row))
+        parts = [f"{row.name} n={row.n}"]
+        for method in args.methods.split(","):
+            bound = lower_bound(row, method)
+            value = float(bound.value[0])
+            parts.append(
+                f"{method} {bound.seconds:.2f} s, greedy gap {1 - value / swap:.1%}, "
+                f"tabu gap {1 - value / best:.1%}"
+            )
+            if method == "sdp":
+                parts.append(f"correction {bound.trace['correction'][0]:.2%}")
+        print("; ".join(parts), flush=True)
+
+
+def small(layers: list[LayerProblem], args: argparse.Namespace) -> None:
+    below = []
+    for row in sample_rows(
+        layers, args.rows, columns=args.n, pattern=parse_pattern(args.pattern), seed=args.seed
+    ):
+        optimum = solve(row, "branch", time_limit=args.seconds)
+        bound = lower_bound(row, "sdp")
+        below.append(1 - float(bound.value[0]) / float(optimum.objective[0]))
+        print(f"{row.name} {optimum.status[0]} sdp {below[-1]:.2%} below", flush=True)
+    print(f"sdp n={args.n}: median {np.median(below):.2%}, worst {max(below):.2%}")
+
+
+def layer(layers: list[LayerProblem], args: argparse.Namespace) -> None:
+    problem = layers[0]
+    for method in args.methods.split(","):
+        began = time.perf_counter()
+        bound = lower_bound(problem, method)
+        print(
+            f"{method}: {problem.rows} rows, n={problem.n}: {time.perf_counter() - began:.1f} s, "
+            f"least bound {float(bound.value.min()):.4g}, {int((bound.value > 0).sum())} positive",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part")
+    parser.add_argument("instances", nargs="+")
+    parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument("--n", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--pattern", default="0.6")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", default="box,sdp")
+    args = parser.parse_args()
+    layers = load_instances(args.instances)
+    warm_up()
+    parts = {"bounds": bounds, "small": small, "layer": layer}
+    if args.part in parts:
+        parts[args.part](layers, args)
+    else:
+        exact(args.part, layers, args)
+    print(machine())
+
+
+if __name__ == "__main__":
+    main()
