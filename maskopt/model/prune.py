@@ -247,7 +247,7 @@ def _prune_blocks(
         with source.open(index) as block:
             before = len(flow.bad)
             done: dict[str, tuple[LayerReport, Tensor]] = {}
-            stages = [mine]
+            stages = [mine] if mine or options.one_pass else []  # else only pass through
             while stages:
                 stage = stages.pop(0)
                 grams = collect(

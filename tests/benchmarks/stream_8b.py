@@ -93,7 +93,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in model.iterdir()) / 2**30
     print(f"model: {size:.2f} GiB on disk", flush=True)
     began = time.perf_counter()
-    tokens = torch.randint(0, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
     report = prune_model(
         model, tokens, sparsity=0.5, solver=arguments.solver, output=out, overwrite=True,
         include=[f"layers.{i}.self_attn.q_proj" for i in (0, BLOCKS // 2, BLOCKS - 1)],
