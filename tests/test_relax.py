@@ -15,13 +15,13 @@ from maskopt.solvers.relax_step import CompiledStep, TorchStep, project
 
 
 @given(problems(max_n=12))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_contract_in_float64(problem):
     check_contract(problem, "relax")
 
 
 @given(problems(max_n=12, dtype=torch.float32))
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_contract_in_float32(problem):
     check_contract(problem, "relax", start="worst")
 

@@ -11,7 +11,7 @@ from maskopt.solution import Status
 
 
 @given(problems(max_n=10, max_rows=3))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_contract(problem):
     check_contract(problem, "sdp", sweeps=60)
 

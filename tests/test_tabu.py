@@ -12,13 +12,13 @@ from maskopt.solution import Status
 
 
 @given(problems(max_n=12))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_contract_in_float64(problem):
     check_contract(problem, "tabu", moves=60)
 
 
 @given(problems(max_n=12, dtype=torch.float32))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_contract_in_float32_from_the_worst_start(problem):
     check_contract(problem, "tabu", start="worst", moves=60)
 
