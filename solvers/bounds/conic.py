@@ -67,7 +67,7 @@ class ConicBound:
             printed.append(value / scale)
         like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
         parts = [torch.as_tensor(np.stack(x), **like) for x in (lam, mu, point)]
-        return Certificate(*parts), {"printed": printed}
+        return Certificate(parts[0], parts[1], parts[2]), {"printed": printed}
 
 
 def _scs(
