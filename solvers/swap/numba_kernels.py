@@ -27,7 +27,7 @@ SLACK = 1.0 + 2.0**-20
 #: G is brought in tiles of so many rows and columns when c is computed: half a MiB, in L2
 TILE_J, TILE_I = 256, 512
 #: kept candidates of a round at most, and pruned ones; a constant, so that loops over it unroll
-WIDTH = 32
+WIDTH = 48
 #: N:M groups up to this size are priced whole in every round; it costs less than one update of c
 SMALL_GROUP = 64
 
