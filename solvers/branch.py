@@ -130,6 +130,11 @@ class _Tree:
         self.task, self.a, self.c, self.constant = task, a, c, constant
         self.best, self.cost, self.root = best, cost, root
         self.solved = 0
+        # rounding of the node's sums, whose terms can be far larger than the objective
+        n = len(c)
+        reach = float(np.sqrt(np.abs(task.q.diagonal())).sum()) ** 2
+        terms = reach + 4 * float(np.abs(c).sum()) + 4 * abs(constant)
+        self.rounding = 4 * (n + 8) * 2.0**-53 * terms
 
     @property
     def cutoff(self) -> float:
@@ -138,12 +143,19 @@ class _Tree:
 
     def bound(self, state: np.ndarray) -> tuple[float, np.ndarray]:
         """The node's bound and relaxed point; fixes inputs of `state` in place."""
+        margin = _MARGIN * abs(self.cost) + self.rounding
         value, point = _node(
-            self.a, self.c, self.constant, self.task.group, self.task.pruned, state, self.cutoff
+            self.a,
+            self.c,
+            self.constant,
+            self.task.group,
+            self.task.pruned,
+            state,
+            self.cutoff + margin,
         )
         self.solved += 1
         self._round(point, state)
-        return value - _MARGIN * abs(self.cost), point
+        return value - margin, point
 
     def _round(self, point: np.ndarray, state: np.ndarray) -> None:
         """The legal mask nearest the relaxed point, kept where it beats the incumbent."""
