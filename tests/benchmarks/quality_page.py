@@ -50,17 +50,17 @@ def masks(book: Any, page: Path) -> str:
     if not found:
         return ""
     split = {tuple(key.split("/")): value for key, value in found.items()}
+    # a mean over layers is only fair where every method has run
+    split = {k: v for k, v in split.items() if (k[0], k[1], "portfolio") in split}
+    if not split:
+        return ""
     patterns = list(dict.fromkeys(k[0] for k in split))
-    layers = list(dict.fromkeys(k[1] for k in split))
+    layers = list(dict.fromkeys(k[1] for k in split if k[0] == "60%"))
     methods = list(dict.fromkeys(k[2] for k in split))
 
     def error(pattern: str, method: str) -> str:
-        cells = [split.get((pattern, layer, method)) for layer in layers]
-        there = [mean(c["error"]) for c in cells if c]
-        if not there:
-            return "–"
-        note = "" if len(there) == len(layers) else f" ({len(there)} layers)"
-        return f"{mean(there):.3f}{note}"
+        there = [mean(v["error"]) for k, v in split.items() if k[0] == pattern and k[2] == method]
+        return f"{mean(there):.3f}" if there else "–"
 
     def seconds(method: str) -> float:
         cells = [c for k, c in split.items() if k[2] == method and k[0] == "60%"]
@@ -71,9 +71,11 @@ def masks(book: Any, page: Path) -> str:
         [m, *(error(p, m) for p in patterns), f"{1000 * seconds(m):.3g}", str(few[m])]
         for m in methods
     ]
+    lists = [", ".join(k[1] for k in split if k[0] == p and k[2] == "Wanda") for p in patterns]
+    shown = "; ".join(f"{p}: {names}" for p, names in zip(patterns, lists, strict=True))
     text = f"""## All methods
 
-{len(layers)} layers: {", ".join(layers)}.
+Layers of {shown}.
 
 """
     text += table(["method", *patterns, "ms a row, 60%", "rows a layer"], rows)
