@@ -13,7 +13,6 @@ import datetime
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -213,7 +212,7 @@ def test_growth(say: Callable) -> None:
     sizes, times = [512, 1024, 2048, 4096, 8192], []
     solve(synthetic_layer(2, 64), "swap")
     for n in sizes:
-        problem = synthetic_layer(max(4, 2**16 // n), n)
+        problem = synthetic_layer(64, n)
         start = solve(problem, "wanda").mask
         seconds, solution = timed(lambda p=problem, s=start: solve(p, "swap", warm_start=s), 2)
         times.append(seconds.cpu / problem.rows)
@@ -258,20 +257,26 @@ def test_gemma_model(model_folder: Path, say: Callable) -> None:
 
 
 _MEMORY = """
-import resource, sys, torch
+import resource, sys, threading, torch
 from maskopt import solve
 sys.path.insert(0, {folder!r})
 from test_bench_swap import synthetic_layer
 solve(synthetic_layer(2, 64), "swap", kernel={kernel!r})
 problem = synthetic_layer({rows}, {n})
-problem.weight = problem.weight.repeat(1, 1)
 start = solve(problem, "wanda").mask
 torch.manual_seed(0)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-held = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() // 1024
+page = resource.getpagesize()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * page
+seen, done = [resident()], threading.Event()
+def watch():
+    while not done.wait(0.002):
+        seen.append(resident())
+thread = threading.Thread(target=watch)
+thread.start()
 solve(problem, "swap", warm_start=start, kernel={kernel!r}, memory_limit={limit})
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(max(after - max(before, held), after - held if after > before else 0, 0))
+done.set()
+thread.join()
+print(max(seen) - seen[0])
 """
 
 
@@ -280,11 +285,10 @@ print(max(after - max(before, held), after - held if after > before else 0, 0))
 def test_memory(say: Callable, limit: int) -> None:
     """Asked: extra memory beyond weight and G within the budget."""
     script = _MEMORY.format(
-        folder=str(Path(__file__).parent), kernel="numba", rows=16384, n=1024, limit=limit
+        folder=str(Path(__file__).parent), kernel="numba", rows=4096, n=1024, limit=limit
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     used = int(done.stdout.split()[-1])
-    say(f"memory_limit {limit >> 20} MiB: {used / 1024:.0f} MiB beyond what was held (peak RSS)")
-    assert resource.RLIM_INFINITY  # the figure is for a person to read
+    say(f"memory_limit {limit >> 20} MiB: {used >> 20} MiB beyond what was held (RSS, watched)")
