@@ -27,6 +27,16 @@ with your own. Layers are named by block and kind.
     ]
     sections = (masks, relax, tabu, starts, steps, interaction, gaps, blame)
     parts += [text for section in sections if (text := section(book, page))]
+    wanted = {
+        "certified gaps of full rows": "gaps/",
+        "bound or search on small rows": "blame/",
+        "whole layers and the whole model": "whole/",
+        "Frank–Wolfe": "masks/60%/0.q/Frank",
+        "the rounded SDP": "masks/60%/0.q/sdp",
+    }
+    missing = [what for what, prefix in wanted.items() if not family(book, prefix)]
+    if missing:
+        parts.append(f"## Not measured yet\n\n{'; '.join(missing)}: the command above adds them.\n")
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts).rstrip() + "\n")
 
