@@ -95,7 +95,8 @@ class Certificate:
         layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
         self._check_shapes(layer)
         shared = _shared_slack(self, layer)
-        values = [_check_row(self, layer, row, shared) for row in range(layer.rows)]
+        gram = layer.gram.double()
+        values = [_check_row(self, layer, gram, row, shared) for row in range(layer.rows)]
         return torch.stack(values).clamp(min=0.0)
 
     def take(self, rows: Sequence[int]) -> Certificate:
@@ -172,7 +173,7 @@ def _check_cuts(cuts: Cuts, n: int, row: int) -> None:
 
 
 def _check_row(
-    certificate: Certificate, layer: LayerProblem, row: int, shared: _Shared | None
+    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: _Shared | None
 ) -> Tensor:
     w = layer.weight[row].double()
     n, group = layer.n, layer.group_size
@@ -182,7 +183,7 @@ def _check_row(
     pruned = float(layer.pruned_per_group)
     product = None if certificate.product is None else certificate.product[row].to(w)
     cuts = None if certificate.cuts is None else certificate.cuts[row]
-    gram_diagonal = layer.gram.diagonal().double().clamp(min=0.0)
+    gram_diagonal = gram.diagonal().clamp(min=0.0)
     reach = w.abs() * gram_diagonal.sqrt()  # |Q_ij| ≤ reach_i·reach_j, up to G's own rounding
 
     cut_matrix, cut_linear, cut_constant, cut_size = _cut_form(cuts, n, w)
@@ -190,7 +191,7 @@ def _check_row(
     if shared is not None:
         slack = shared.slack * w.square()
     else:
-        a = w[:, None] * layer.gram.double() * w[None, :]
+        a = w[:, None] * gram * w[None, :]
         parts = float(torch.linalg.matrix_norm(a))
         a.diagonal().add_(diagonal)
         blocks = a.view(n // group, group, n // group, group)
@@ -206,10 +207,8 @@ def _check_row(
         slack = torch.full_like(w, _missing(a) + 8 * _U * parts)
     lam = diagonal + slack
 
-    # g(p̂) and its gradient, G applied in float64 by blocks of rows
-    u = w * point
-    step = max(1, 2**22 // n)
-    qp = w * torch.cat([part.double() @ u for part in layer.gram.split(step)])
+    # g(p̂) and its gradient
+    qp = w * (gram @ (w * point))
     excess = point.view(-1, group).sum(1) - pruned
     spread = (penalty * excess).repeat_interleave(group)
     value = point @ qp + lam @ (point.square() - point) + (penalty * excess.square()).sum()
