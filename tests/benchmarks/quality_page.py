@@ -25,6 +25,8 @@ layers; less is better. Seconds are wall clock per row, warm start included, on
 with your own. Layers are named by block and kind.
 """
     ]
+    if about.get("note"):
+        parts.append(f"{about['note']}\n")
     sections = (masks, relax, tabu, starts, steps, interaction, gaps, blame)
     parts += [text for section in sections if (text := section(book, page))]
     wanted = {
