@@ -18,7 +18,7 @@ from maskopt.solvers.scip_model import FORMULATIONS
 from maskopt.solvers.workers import WorkerCrash, run_tasks
 
 
-@given(problems(max_n=10, max_rows=1))
+@given(problems(max_n=14, max_rows=1))
 @settings(max_examples=100)
 def test_scip_equals_exhaustive(problem):
     exact = solve(problem, "exhaustive").objective
