@@ -325,7 +325,7 @@ def test_killed_at_twenty_random_moments(
         _slow_prune(dense, out, not left_early and _resumable(out))
         assert contents(out) == whole, trial
         assert not [p for p in out.rglob("*") if p.suffix == ".tmp" or "activations" in p.name]
-    assert alive >= 5
+    assert alive >= 10
 
 
 def _resumable(out: Path) -> bool:
