@@ -115,15 +115,18 @@ def test_sdp_beats_box_and_both_patterns_agree_with_batches():
 
 
 def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
-    from maskopt.solvers.bounds.sdp import _State, certify_row
+    from maskopt.solvers.bounds.mixing import Mixing
+    from maskopt.solvers.bounds.sdp import _descend, certify_row
 
     problem = LayerProblem(random_weight(2, 48, 1), random_gram(48, "full", 2), Unstructured(0.6))
     values = []
     for torch_sweeps in (False, True):
-        state = _State(problem, 10, 0)
+        state = Mixing(problem, 10, 0)
         if torch_sweeps:
-            state._sweep = lambda sweeps, state=state: [state.sweep_torch() for _ in range(sweeps)]
-        state.descend(600, None, first=True)
+            state.sweep = lambda count, rho, state=state: [
+                state.sweep_torch(rho) for _ in range(count)
+            ]
+        rho, _ = _descend(state, 600, None, first=True)
         w = state.w[0].double().numpy()
         q = w[:, None] * problem.gram.numpy() * w[None, :]
         values.append(
@@ -131,9 +134,9 @@ def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
                 q,
                 48,
                 problem.pruned_per_group,
-                state.y[0].astype(float),
+                state.duals[0].double().numpy(),
                 state.inner()[0],
-                state.rho,
+                rho,
             )[3]
         )
     assert values[1] == pytest.approx(values[0], rel=0.02)

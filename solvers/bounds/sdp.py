@@ -18,7 +18,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import scipy.linalg as la
 import torch
@@ -28,14 +27,16 @@ from maskopt.bounds import Certificate
 from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.box import deadline, plain_certificate
+from maskopt.solvers.bounds.mixing import Mixing, default_rank
 from maskopt.solvers.bounds.qp import interior_point
 from maskopt.solvers.bounds.relaxation import relax
 
 #: ρ in units of the mean diagonal of Q, and the part of the sweeps that each gets
 _PENALTIES = ((0.05, 0.1), (0.2, 0.15), (1.0, 0.75))
 
-#: up to this n the sweeps run in float64
-_DOUBLE_N = 256
+
+#: entries of the vectors of a tile of rows: half a gigabyte
+_TILE_ENTRIES = 2**27
 
 
 class SdpBound:
@@ -62,7 +63,7 @@ class SdpBound:
         sweeps: passes of coordinate descent; None: 400, and for rows whose correction is above
             `tolerance` 800 more, and 2400 more.
         tolerance: of the loss to the λ_min correction, relative to the bound.
-        rank: k; None: √(2n) + 1.
+        rank: k; None: √(2n), to a multiple of 16.
         time_limit: seconds for all rows; what is reached by then is certified. Rows that were not
             reached get the certificate of the box relaxation.
         seed: of the starting vectors.
@@ -72,10 +73,9 @@ class SdpBound:
         if rank is not None and rank < 2:
             raise OptionError(f"sdp: rank must be at least 2, not {rank}")
         end = deadline(time_limit)
-        k = rank or max(2, int((2 * problem.n) ** 0.5) + 1)
+        k = rank or default_rank(problem.n)
         stages = [sweeps] if sweeps is not None else [400, 800, 2400]
-        # tiles of rows keep the vectors within half a gigabyte
-        tile = max(1, 2**27 // (problem.n * k))
+        tile = max(1, _TILE_ENTRIES // (problem.n * k))
         certificates: list[Certificate] = []
         loss: list[float] = []
         done: list[int] = []
@@ -109,13 +109,13 @@ class SdpBound:
         end: float | None,
     ) -> tuple[Certificate, dict[str, Any]]:
         rows, n, group = problem.rows, problem.n, problem.group_size
-        scale = _scales(problem).cpu().numpy()
+        state = Mixing(problem, rank, seed)
+        scale = state.scale
         weight = problem.weight.double().cpu().numpy() * np.sqrt(scale)[:, None]
         gram = problem.gram.double().cpu().numpy()
         lam, point = np.zeros((rows, n)), np.zeros((rows, n))
         inner, penalty = np.zeros((rows, n)), np.zeros(rows)
         value, loss, done = np.full(rows, -np.inf), np.full(rows, np.inf), [0] * rows
-        state = _State(problem, rank, seed)
         todo = np.arange(rows)
 
         def finish(position: int) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -124,22 +124,22 @@ class SdpBound:
                 w[:, None] * gram * w[None, :],
                 group,
                 problem.pruned_per_group,
-                state.y[position].astype(np.float64),
+                state.duals[position].double().cpu().numpy(),
                 state.inner()[position],
-                state.rho,
+                rho,
             )
 
         for stage, sweeps in enumerate(stages):
-            state.descend(sweeps, end, first=stage == 0)
+            rho, passes = _descend(state, sweeps, end, first=stage == 0)
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 results = list(pool.map(finish, range(len(todo))))
             again = []
             for position, (row_lam, row_p, row_loss, row_value) in enumerate(results):
                 row = todo[position]
-                done[row] += state.done
+                done[row] += passes
                 if row_value > value[row]:
                     value[row], lam[row], point[row] = row_value, row_lam, row_p
-                    loss[row], penalty[row] = row_loss, state.rho
+                    loss[row], penalty[row] = row_loss, rho
                     inner[row] = state.inner()[position]
                 if row_loss > tolerance * abs(row_value):
                     again.append(position)
@@ -185,108 +185,56 @@ class SdpBound:
                 value[row], lam[row], point[row], penalty[row], loss[row] = bound, 0.0, p, 0.0, 0.0
 
 
-class _State:
-    """The vectors of a tile of rows, and how they move."""
-
-    def __init__(self, problem: LayerProblem, rank: int, seed: int) -> None:
-        scaled = problem.weight.double() * _scales(problem).sqrt()[:, None]
-        # small rows are cheap: float64 there also carries extreme scales
-        dtype = torch.float64 if problem.n <= _DOUBLE_N else torch.float32
-        self.linear = (scaled * (scaled @ problem.gram.double()) / 4).to(dtype)
-        self.w = scaled.to(dtype)
-        self.gram = problem.gram.to(dtype)
-        self.group, self.pruned = problem.group_size, problem.pruned_per_group
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(problem.n, rank, generator=generator)
-        start = start / start.norm(dim=1, keepdim=True)
-        self.v = start.to(self.w).expand(problem.rows, -1, -1).clone()
-        self.duals = torch.zeros_like(self.w)
-        self.rho, self.done = _PENALTIES[0][0], 0
-
-    @property
-    def y(self) -> np.ndarray:
-        return self.duals.cpu().numpy()
-
-    def inner(self) -> np.ndarray:
-        return self.v[:, :, 0].double().cpu().numpy()
-
-    def keep(self, positions: list[int]) -> None:
-        self.w, self.linear = self.w[positions], self.linear[positions]
-        self.v, self.duals = self.v[positions], self.duals[positions]
-
-    def descend(self, sweeps: int, end: float | None, *, first: bool) -> None:
-        """ρ rises through its steps at first, and stays at the last one later."""
-        self.done = 0
-        plan = _PENALTIES if first else ((_PENALTIES[-1][0], 1.0),)
-        for rho, part in plan:
-            left = max(1, round(part * sweeps))
-            if self.done and end is not None and time.perf_counter() > end:
-                return  # the duals at hand belong to the ρ before
-            self.rho = rho
-            while left > 0:
-                chunk = min(left, 20)
-                self._sweep(chunk)
-                left -= chunk
-                self.done += chunk
-                if end is not None and time.perf_counter() > end:
-                    break
-
-    def _sweep(self, sweeps: int) -> None:
-        if self.v.device.type == "cpu":
-            _sweep_numba(
-                self.gram.numpy(),
-                self.w.numpy(),
-                self.linear.numpy(),
-                self.v.numpy(),
-                self.duals.numpy(),
-                self.w.numpy().dtype.type(self.rho),
-                self.group,
-                self.pruned,
-                sweeps,
-            )
-        else:
-            for _ in range(sweeps):
-                self.sweep_torch()
-
-    def sweep_torch(self) -> None:
-        """The same on any device, all rows at once, coordinates in blocks.
-
-        Inside a block the updates are simultaneous and damped by half, so that a step becomes one
-        matrix product for all rows.
-        """
-        rows, n, rank = self.v.shape
-        block = max(1, min(32, n // 8))
-        for low in range(0, n, block):
-            inside = slice(low, min(low + block, n))
-            own = self.gram.diagonal()[inside, None]
-            u = self.w[..., None] * self.v / 4
-            g = torch.einsum("ij,rjk->rik", self.gram[inside], u)
-            g = self.w[:, inside, None] * (g - own * u[:, inside])
-            total = self.v.view(rows, n // self.group, self.group, rank).sum(2)
-            mine = torch.arange(inside.start, inside.stop, device=self.w.device) // self.group
-            g += self.rho / 4 * (total[:, mine] - self.v[:, inside])
-            g[..., 0] += self.linear[:, inside] + self.rho * (self.group / 2 - self.pruned) / 2
-            norm = g.norm(dim=-1)
-            self.duals[:, inside] = norm
-            new = torch.where(norm[..., None] > 0, -g / norm[..., None], self.v[:, inside])
-            if block > 1:
-                new = new + self.v[:, inside]
-                new = new / new.norm(dim=-1, keepdim=True).clamp(min=1e-20)
-            self.v[:, inside] = new
+def _descend(state: Mixing, sweeps: int, end: float | None, *, first: bool) -> tuple[float, int]:
+    """ρ rises through its steps at first, and stays at the last one later: the ρ that the duals
+    belong to, and the passes made."""
+    rho, done = _PENALTIES[0][0], 0
+    plan = _PENALTIES if first else ((_PENALTIES[-1][0], 1.0),)
+    for following, part in plan:
+        left = max(1, round(part * sweeps))
+        if done and end is not None and time.perf_counter() > end:
+            return rho, done
+        rho = following
+        while left > 0:
+            chunk = min(left, 20)
+            state.sweep(chunk, rho)
+            left -= chunk
+            done += chunk
+            if end is not None and time.perf_counter() > end:
+                break
+    return rho, done
 
 
 def certify_row(
-    q: np.ndarray, group: int, pruned: int, y: np.ndarray, inner: np.ndarray, rho: float
+    q: np.ndarray,
+    group: int,
+    pruned: int,
+    y: np.ndarray,
+    inner: np.ndarray,
+    rho: float,
+    extra: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
     """λ with A ⪰ 0 and p̂ from approximate duals y and inner products ⟨v_i, v_0⟩.
 
     Also the estimated loss θΣD_i p̂_i(1 − p̂_i) to the correction, and g(p̂).
+
+    Args:
+        extra: what was added to C in the sweeps: E [n, n] without a diagonal, and its column of v_0.
+            zᵀEz + 2e_0ᵀz is then part of g.
     """
     n = len(q)
     lam = 4 * y - np.diag(q) - rho
     same = np.arange(n) // group
     a = q + rho * (same[:, None] == same[None, :])
     a[np.diag_indices(n)] += lam
+    linear, constant = np.zeros(n), rho * (n // group) * pruned**2
+    if extra is not None:
+        # z = 2p − 1
+        matrix, column = extra
+        sums = matrix.sum(1)
+        a += 4 * matrix
+        linear = 4 * (column - sums)
+        constant += float(sums.sum()) - 2 * float(column.sum())
     relaxed = np.clip((1 + inner) / 2, 0, 1)
     loss, chosen = np.inf, np.ones(n)
     for d in (np.ones(n), np.maximum(4 * y, 1e-6)):
@@ -304,60 +252,7 @@ def certify_row(
             loss, chosen = cost, theta * d
     lam = lam + chosen
     a[np.diag_indices(n)] += chosen
-    groups = n // group
-    p = interior_point(
-        a,
-        -lam - 2 * rho * pruned,
-        group,
-        pruned,
-        constant=rho * groups * pruned**2,
-    )
-    value = p @ a @ p - (lam + 2 * rho * pruned) @ p + rho * groups * pruned**2
+    linear -= lam + 2 * rho * pruned
+    p = interior_point(a, linear, group, pruned, constant=constant)
+    value = p @ a @ p + linear @ p + constant
     return lam, p, loss, float(value)
-
-
-def _scales(problem: LayerProblem) -> Tensor:
-    """What makes the mean diagonal of every Q one; 1 where Q = 0."""
-    mass = problem.diagonal_mass()
-    return torch.where(mass > 0, problem.n / mass.clamp(min=1e-280), 1.0).clamp(max=1e250)
-
-
-@numba.njit(parallel=True, cache=True, fastmath=True)
-def _sweep_numba(gram, w, linear, v, y, rho, group, pruned, sweeps):  # type: ignore[no-untyped-def]
-    rows, n, k = v.shape
-    for row in numba.prange(rows):
-        u = np.empty((n, k), v.dtype)
-        total = np.zeros((n // group, k), v.dtype)
-        g = np.zeros(k, v.dtype)
-        zero = rho - rho
-        offset = rho * (group - 2 * pruned) / 4
-        quarter = rho / (4 * rho)
-        for i in range(n):
-            for a in range(k):
-                u[i, a] = quarter * w[row, i] * v[row, i, a]
-                total[i // group, a] += v[row, i, a]
-        for _ in range(sweeps):
-            for i in range(n):
-                for a in range(k):
-                    g[a] = zero
-                for j in range(n):
-                    c = gram[i, j]
-                    for a in range(k):
-                        g[a] += c * u[j, a]
-                wi = w[row, i]
-                own = gram[i, i]
-                norm = zero
-                for a in range(k):
-                    g[a] = wi * (g[a] - own * u[i, a])
-                    g[a] += quarter * rho * (total[i // group, a] - v[row, i, a])
-                g[0] += linear[row, i] + offset
-                for a in range(k):
-                    norm += g[a] * g[a]
-                norm = np.sqrt(norm)
-                y[row, i] = norm
-                if norm > 0:
-                    for a in range(k):
-                        new = -g[a] / norm
-                        total[i // group, a] += new - v[row, i, a]
-                        v[row, i, a] = new
-                        u[i, a] = quarter * wi * new

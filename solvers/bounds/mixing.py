@@ -1,0 +1,165 @@
+"""The mixing method on a tile of rows: low-rank vectors, their duals, and how they move.
+
+min Σ_ij C_ij⟨v_i, v_j⟩ over unit vectors v_0 … v_n of k entries, v_i ← −g_i/‖g_i‖ one after the other
+(Wang, Chang and Kolter, arXiv 1706.00476). v_0 is the first unit vector and never moves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.problem import LayerProblem
+from maskopt.solvers.bounds.mixing_kernel import LANES, sweep
+
+#: up to this n the sweeps run in float64
+_DOUBLE_N = 256
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A sparse symmetric E for every row, added to C: g_i += Σ_j E_ij v_j, all rows in one list.
+
+    Attributes:
+        starts: int64 [rows, n + 1]; entries starts[r, i] … starts[r, i + 1] belong to input i of r.
+        index: int32 [entries], j; n stands for v_0. (i, j) and (j, i) are both listed.
+        value: float64 [entries], E_ij in the units of the scaled row.
+    """
+
+    starts: np.ndarray
+    index: np.ndarray
+    value: np.ndarray
+
+    def take(self, rows: list[int]) -> Extra:
+        """Some rows only."""
+        parts = [np.arange(self.starts[r, 0], self.starts[r, -1]) for r in rows]
+        first = np.cumsum([0, *(len(part) for part in parts)])[:-1]
+        starts = self.starts[rows] - self.starts[rows, :1] + first[:, None]
+        chosen = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        return Extra(starts, self.index[chosen], self.value[chosen])
+
+
+class Mixing:
+    """The vectors of a tile of rows. Every row is scaled so that the mean diagonal of Q is one.
+
+    Attributes:
+        scale: float64 [rows], what Q is multiplied by.
+        v: [rows, n, k], k a multiple of 16, zeros beyond the rank; float64 for n ≤ 256, else float32.
+        duals: [rows, n], y_i = ‖g_i‖ of the last sweep.
+        extra: an addition to C, or None.
+    """
+
+    def __init__(self, problem: LayerProblem, rank: int, seed: int) -> None:
+        scales = scales_of(problem)
+        self.scale = scales.cpu().numpy()
+        scaled = problem.weight.double() * scales.sqrt()[:, None]
+        # small rows are cheap: float64 there also carries extreme scales
+        dtype = torch.float64 if problem.n <= _DOUBLE_N else torch.float32
+        self.linear = (scaled * (scaled @ problem.gram.double()) / 4).to(dtype)
+        self.w = scaled.to(dtype)
+        self.gram = problem.gram.to(dtype).contiguous()
+        self.group, self.pruned = problem.group_size, problem.pruned_per_group
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(problem.n, rank, generator=generator)
+        start = start / start.norm(dim=1, keepdim=True)
+        wide = -(-rank // LANES) * LANES
+        self.v = torch.zeros(problem.rows, problem.n, wide).to(self.w)
+        self.v[:, :, :rank] = start.to(self.w)
+        self.duals = torch.zeros_like(self.w)
+        self.extra: Extra | None = None
+
+    def inner(self) -> np.ndarray:
+        """⟨v_i, v_0⟩, float64 [rows, n]."""
+        return self.v[:, :, 0].double().cpu().numpy()
+
+    def keep(self, positions: list[int]) -> None:
+        """Drop all other rows."""
+        self.scale = self.scale[positions]
+        self.w, self.linear = self.w[positions], self.linear[positions]
+        self.v, self.duals = self.v[positions], self.duals[positions]
+        if self.extra is not None:
+            self.extra = self.extra.take(positions)
+
+    def sweep(self, count: int, rho: float) -> None:
+        """`count` passes over all coordinates with the penalty ρ."""
+        if self.v.device.type != "cpu":
+            for _ in range(count):
+                self.sweep_torch(rho)
+            return
+        dtype = self.w.numpy().dtype
+        extra = self.extra
+        if extra is None:
+            none = np.zeros(0, np.int32)
+            extra = Extra(np.zeros((0, 0), np.int64), none, none)
+        sweep(
+            self.gram.numpy(),
+            self.w.numpy(),
+            self.linear.numpy(),
+            self.v.numpy(),
+            self.duals.numpy(),
+            dtype.type(rho),
+            self.group,
+            self.pruned,
+            count,
+            extra.starts,
+            extra.index,
+            extra.value.astype(dtype),
+        )
+
+    def sweep_torch(self, rho: float) -> None:
+        """One pass on any device, all rows at once, coordinates in blocks.
+
+        Inside a block the updates are simultaneous and damped by half, so that a step becomes one
+        matrix product for all rows.
+        """
+        rows, n, rank = self.v.shape
+        block = max(1, min(32, n // 8))
+        for low in range(0, n, block):
+            inside = slice(low, min(low + block, n))
+            own = self.gram.diagonal()[inside, None]
+            u = self.w[..., None] * self.v / 4
+            g = torch.einsum("ij,rjk->rik", self.gram[inside], u)
+            g = self.w[:, inside, None] * (g - own * u[:, inside])
+            total = self.v.view(rows, n // self.group, self.group, rank).sum(2)
+            mine = torch.arange(inside.start, inside.stop, device=self.w.device) // self.group
+            g += rho / 4 * (total[:, mine] - self.v[:, inside])
+            g[..., 0] += self.linear[:, inside] + rho * (self.group / 2 - self.pruned) / 2
+            if self.extra is not None:
+                self._add_extra(g, inside)
+            norm = g.norm(dim=-1)
+            self.duals[:, inside] = norm
+            new = torch.where(norm[..., None] > 0, -g / norm[..., None], self.v[:, inside])
+            if block > 1:
+                new = new + self.v[:, inside]
+                new = new / new.norm(dim=-1, keepdim=True).clamp(min=1e-20)
+            self.v[:, inside] = new
+
+    def _add_extra(self, g: Tensor, inside: slice) -> None:
+        assert self.extra is not None
+        n = self.v.shape[1]
+        for row in range(len(g)):
+            starts = self.extra.starts[row, inside.start : inside.stop + 1]
+            chosen = slice(int(starts[0]), int(starts[-1]))
+            at = torch.as_tensor(np.repeat(np.arange(len(starts) - 1), np.diff(starts))).to(
+                g.device
+            )
+            index = torch.as_tensor(self.extra.index[chosen]).long().to(g.device)
+            value = torch.as_tensor(self.extra.value[chosen]).to(g)
+            fixed = index == n
+            g[row, :, 0].index_add_(0, at[fixed], value[fixed])
+            others = self.v[row, index[~fixed]] * value[~fixed, None]
+            g[row].index_add_(0, at[~fixed], others)
+
+
+def scales_of(problem: LayerProblem) -> Tensor:
+    """What makes the mean diagonal of every Q one; 1 where Q = 0. Float64 [rows]."""
+    mass = problem.diagonal_mass()
+    return torch.where(mass > 0, problem.n / mass.clamp(min=1e-280), 1.0).clamp(max=1e250)
+
+
+def default_rank(n: int) -> int:
+    """About √(2n), the rank that always has a solution, to whole vectors of the CPU."""
+    return max(LANES, LANES * round((2 * n) ** 0.5 / LANES))
