@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -202,24 +203,6 @@ def test_a_model_in_memory_with_a_tokenizer() -> None:
     assert report.output is None
 
 
-def test_perplexity_by_definition() -> None:
-    model, data = tiny("llama"), tokens(4, 12)
-    result = maskopt.perplexity(model, data)
-    with torch.no_grad():
-        logits = model(data).logits.double().log_softmax(-1)
-    picked = logits[:, :-1].gather(-1, data[:, 1:, None])
-    assert result.cross_entropy == pytest.approx(float(-picked.mean()), rel=1e-5)
-    assert result.value == pytest.approx(float((-picked.mean()).exp()), rel=1e-5)
-    assert maskopt.perplexity(model, data, windows=2).windows == 2
-    with pytest.raises(MaskoptError, match="two tokens"):
-        maskopt.perplexity(model, data[:, :1])
-    with pytest.raises(MaskoptError, match="needs text"):
-        maskopt.perplexity(model, WordTokenizer())
-    patched(model, "model.norm.weight", lambda p: p.fill_(float("nan")))
-    with pytest.raises(ModelError, match="NaN"):
-        maskopt.perplexity(model, data)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_dtype_and_its_bits(dtype: torch.dtype, tmp_path: Path) -> None:
     dense = save(tiny("llama", dtype=dtype), tmp_path / "dense")
@@ -312,34 +295,49 @@ def test_experts_as_a_module_list() -> None:
 # Bad input ------------------------------------------------------------------------------------
 
 
-def bad(match: str, kind: type[Exception] = MaskoptError, **options: Any) -> None:
+def refusal(kind: type[Exception] = MaskoptError, **options: Any) -> str:
+    """The one error that a prune of a tiny model ends with."""
     model = options.pop("model", None) or tiny("llama", layers=1)
     data = options.pop("data", tokens())
-    with pytest.raises(kind, match=match) as caught:
+    with pytest.raises(kind) as caught:
         prune_model(model, data, **{**WANDA, **options})
-    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def test_bad_options() -> None:
-    bad("did you mean 'swap'|did you mean 'wanda'", solver="wnada")
-    bad("unknown solver", warm_start="nothing-like-it")
-    bad("outside", sparsity=1.0)
-    bad("outside", sparsity=-0.1)
-    bad("exactly one", sparsity=None)
-    bad("more than the 32", PatternError, sparsity=None, pattern=Unstructured(keep=33))
-    bad("q_proj.*do not divide", PatternError, sparsity=None, pattern=NM(keep=2, of=5))
-    bad("did you mean 'q_proj'", include=["q_porj"])
-    bad("no layer matches 'lm_head'", exclude=["lm_head"])
-    bad("leave no layer", include=["q_proj"], exclude=["q_proj"])
-    bad("has no option", solver_options={"time_limt": 3})
-    bad("shrink", shrink=2.0)
-    bad("unknown device", device="quantum")
-    bad("dtype is for model folders", dtype="float32")
-    bad("resume needs a model folder", resume=True)
-    bad("calibration text or tokens", data=None)
-    bad("token id", data=torch.full((1, 4), 96))
-    if not torch.cuda.is_available():
-        bad("no CUDA device", device="cuda")
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("did you mean 'wanda'", {"solver": "wnada"}),
+        ("unknown solver", {"warm_start": "nothing-like-it"}),
+        ("outside", {"sparsity": 1.0}),
+        ("outside", {"sparsity": -0.1}),
+        ("exactly one", {"sparsity": None}),
+        ("more than the 32", {"sparsity": None, "pattern": Unstructured(keep=33)}),
+        ("q_proj.*do not divide", {"sparsity": None, "pattern": NM(keep=2, of=5)}),
+        ("did you mean 'q_proj'", {"include": ["q_porj"]}),
+        ("no layer matches 'lm_head'", {"exclude": ["lm_head"]}),
+        ("leave no layer", {"include": ["q_proj"], "exclude": ["q_proj"]}),
+        ("has no option", {"solver_options": {"time_limt": 3}}),
+        ("shrink", {"shrink": 2.0}),
+        ("min_tokens", {"min_tokens": 0}),
+        ("unknown device", {"device": "quantum"}),
+        ("dtype is for model folders", {"dtype": "float32"}),
+        ("resume needs a model folder", {"resume": True}),
+        ("calibration text or tokens", {"data": None}),
+        ("token id", {"data": torch.full((1, 4), 96)}),
+        ("whole numbers", {"data": torch.full((1, 4), 0.5)}),
+    ],
+)
+def test_bad_options(message: str, options: dict[str, Any]) -> None:
+    kind = PatternError if "pattern" in options else MaskoptError
+    said = refusal(kind, **options)
+    assert re.search(message, said)
+    assert "\n" not in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_cuda_device() -> None:
+    assert "no CUDA device" in refusal(device="cuda")
 
 
 def test_nan_weights_name_the_parameter(tmp_path: Path) -> None:
@@ -349,7 +347,7 @@ def test_nan_weights_name_the_parameter(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"up_proj\.weight' holds NaN"):
         prune_model(dense, tokens(), output=tmp_path / "out", **WANDA)
     assert not (tmp_path / "out").exists()
-    bad("up_proj", model=model)
+    assert "up_proj.weight' holds NaN" in refusal(model=model)
 
 
 def test_infinite_activations_name_layer_and_sample() -> None:
@@ -360,7 +358,7 @@ def test_infinite_activations_name_layer_and_sample() -> None:
     data = tokens(4, 8)
     data[data == 5] = 6
     data[2, 3] = 5
-    bad(r"q_proj'.*sample 2 has NaN", model=model, data=data)
+    assert re.search(r"q_proj'.*sample 2 has NaN", refusal(model=model, data=data))
     model = patched(tiny("llama"), "model.embed_tokens.weight", overflow)
     report = prune_model(model, data, skip_bad_samples=True, **WANDA)
     assert [item["sample"] for item in report.bad_samples] == [2]
@@ -369,18 +367,18 @@ def test_infinite_activations_name_layer_and_sample() -> None:
     for name, mask in kept.masks.items():
         assert torch.equal(mask, report.masks[name])
     only = patched(tiny("llama"), "model.embed_tokens.weight", lambda p: p.fill_(float("inf")))
-    bad("no calibration sample", model=only, skip_bad_samples=True)
+    assert "no calibration sample" in refusal(model=only, skip_bad_samples=True)
 
 
 def test_models_that_are_not_language_models() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    bad("no list of decoder blocks", model=model)
+    assert "no list of decoder blocks" in refusal(model=model)
 
 
 def test_shared_weights_are_refused() -> None:
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    bad("shares its weight", model=model)
+    assert "shares its weight" in refusal(model=model)
 
 
 def test_patterns_on_names() -> None:

@@ -20,10 +20,16 @@ def evaluate(
     text_field: opt.Field = "text",
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    threads: opt.Threads = None,
+    activation_memory: opt.ActivationMemory = "4GiB",
     trust_remote_code: opt.Trust = False,
 ) -> None:
-    """Perplexity: non-overlapping windows, tail dropped, mean over the shifted targets."""
+    """Perplexity: non-overlapping windows, tail dropped, mean over the shifted targets.
+
+    One block of the model is in memory at a time.
+    """
     from maskopt.model.perplexity import perplexity
+    from maskopt.model.plan import parse_bytes
 
     with progress_bars() as bars:
         task = bars.add_task("windows", total=None)
@@ -35,6 +41,8 @@ def evaluate(
             text_field=text_field,
             device=device,
             dtype=dtype,
+            threads=threads,
+            activation_memory=parse_bytes(activation_memory),
             trust_remote_code=trust_remote_code,
             on_progress=lambda done, total: bars.update(task, completed=done, total=total),
         )

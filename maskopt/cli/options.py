@@ -17,6 +17,8 @@ Dtype = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of calibration crops and of solvers.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a window.")]
+Threads = Annotated[int | None, typer.Option(help="Threads on the CPU.")]
+ActivationMemory = Annotated[str, typer.Option(help="Hidden states above this go to a file.")]
 Field = Annotated[str, typer.Option(help="Where JSON lines hold their text.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")

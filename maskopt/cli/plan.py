@@ -23,10 +23,8 @@ def plan(
     include: opt.Include = None,
     exclude: opt.Exclude = None,
     one_pass: Annotated[bool, typer.Option("--one-pass/--sequential")] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
-    activation_memory: Annotated[
-        str, typer.Option(help="Hidden states above this go to a file.")
-    ] = "4GiB",
+    threads: opt.Threads = None,
+    activation_memory: opt.ActivationMemory = "4GiB",
     max_memory: Annotated[str | None, typer.Option(help="Say whether it suffices.")] = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",

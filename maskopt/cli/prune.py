@@ -56,10 +56,8 @@ def prune(
     skip_bad_samples: Annotated[
         bool, typer.Option("--skip-bad-samples", help="Leave out windows with NaN or infinity.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads on the CPU.")] = None,
-    activation_memory: Annotated[
-        str, typer.Option(help="Hidden states above this go to a file.")
-    ] = "4GiB",
+    threads: opt.Threads = None,
+    activation_memory: opt.ActivationMemory = "4GiB",
     max_memory: Annotated[
         str | None, typer.Option(help="Refuse to start where the estimate is higher.")
     ] = None,

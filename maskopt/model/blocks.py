@@ -73,12 +73,22 @@ class Blocks:
     def outside(self) -> Iterator[tuple[str, Tensor]]:
         """Names and parameters that belong to no block and are needed to reach the first one: all
         but an output head of its own."""
-        head = _embedding(self.model, "get_output_embeddings")
-        first = _embedding(self.model, "get_input_embeddings")
-        unused = {id(p) for p in head.parameters()} - {id(p) for p in first.parameters()}
+        head = {name for name, _ in self.own_head()}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if not name.startswith(self.name + ".") and id(parameter) not in unused:
+            if not name.startswith(self.name + ".") and name not in head:
                 yield name, parameter
+
+    @property
+    def embedding(self) -> nn.Module:
+        """What looks up the token ids."""
+        return _embedding(self.model, "get_input_embeddings")
+
+    def own_head(self) -> list[tuple[str, Tensor]]:
+        """Names and parameters of the output head that the input embedding does not share."""
+        head = _embedding(self.model, "get_output_embeddings")
+        own = {id(p) for p in head.parameters()} - {id(p) for p in self.embedding.parameters()}
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        return [(name, parameter) for name, parameter in parameters if id(parameter) in own]
 
     def check_unshared(self, layers: Iterable[Layer]) -> None:
         """Raise ModelError where a matrix to be pruned is also used in another place."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -31,7 +31,8 @@ class Workers:
 
     Args:
         device: on a GPU pieces run one after the other.
-        count: threads on the CPU, each with one thread inside torch.
+        count: threads on the CPU, each with one thread inside torch; what the caller itself runs
+            meanwhile gets as many.
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
@@ -39,6 +40,7 @@ class Workers:
         self._pool: ThreadPoolExecutor | None = None
         if device.type == "cpu":
             self._threads = torch.get_num_threads()
+            torch.set_num_threads(self.count)
             self._pool = ThreadPoolExecutor(
                 self.count, initializer=torch.set_num_threads, initargs=(1,)
             )
@@ -112,10 +114,11 @@ class Captured:
     Attributes:
         states: the input of block 0, per sample.
         calls: per block, per sample; samples called alike share one `Call`.
+        as_tuple: the model expects a block to return a tuple.
     """
 
-    def __init__(self, states: Activations, calls: list[list[Call]]) -> None:
-        self.states, self.calls = states, calls
+    def __init__(self, states: Activations, calls: list[list[Call]], as_tuple: bool) -> None:
+        self.states, self.calls, self.as_tuple = states, calls, as_tuple
 
 
 def capture(
@@ -149,7 +152,48 @@ def capture(
             for sample, recorded in zip(wave, passes, strict=True):
                 states[sample] = recorded[0][0]
                 _merge(calls, recorded)
-    return Captured(states, calls)
+    return Captured(states, calls, recorders.as_tuple)
+
+
+@contextmanager
+def ending(
+    model: nn.Module, blocks: Blocks, as_tuple: bool
+) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """What a model does after its blocks: a function of token ids [1, length] and the last block's
+    output [1, length, width] that returns the logits [1, length, vocabulary].
+
+    The model itself is called, with blocks that pass on what they are given, and a last one that
+    returns that output: so final norms, projections and caps are the model's own.
+    """
+    local = threading.local()
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs.get("hidden_states")
+            passed = local.state if index == len(blocks) - 1 else given
+            return (passed,) if as_tuple else passed
+
+        return forward
+
+    def end(tokens: Tensor, state: Tensor) -> Tensor:
+        local.state = state
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    with _replaced(blocks, stand_in):
+        yield end
+
+
+@contextmanager
+def _replaced(blocks: Blocks, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Each block with another forward function, by its index."""
+    try:
+        for index, block in enumerate(blocks.modules):
+            block.forward = forward(index)
+        yield
+    finally:
+        for block in blocks.modules:
+            block.__dict__.pop("forward", None)
 
 
 class _Recorders:
@@ -158,15 +202,8 @@ class _Recorders:
         self.local = threading.local()
         self.as_tuple = False
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        try:
-            for index, block in enumerate(self.blocks.modules):
-                block.forward = self._recorder(index)
-            yield
-        finally:
-            for block in self.blocks.modules:
-                block.__dict__.pop("forward", None)
+    def installed(self) -> AbstractContextManager[None]:
+        return _replaced(self.blocks, self._recorder)
 
     def _recorder(self, index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ mean cross-entropy over the length − 1 shifted targets of every window, and it
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError
+from maskopt.model.activations import Activations
 from maskopt.model.blocks import vocabulary_size
-from maskopt.model.checkpoint import open_checkpoint, resolve_model
-from maskopt.model.opening import (
-    DTYPES,
-    capped_length,
-    choose_device,
-    load_tokenizer,
-)
-from maskopt.model.source import quietly, stored_dtype
+from maskopt.model.collect import Samples, forward
+from maskopt.model.forward import Workers, capture, ending
+from maskopt.model.opening import capped_length, open_source
+from maskopt.model.source import FolderSource, Source
 from maskopt.model.tokens import Windows, check_vocabulary, evaluation_windows, token_windows
 
 #: positions whose logits are brought to float32 at a time
@@ -54,55 +52,52 @@ def perplexity(
     text_field: str = "text",
     device: str = "auto",
     dtype: str = "auto",
+    threads: int | None = None,
+    activation_memory: int = 4 * 2**30,
     trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model, in memory or in a folder.
 
+    As in pruning, all windows go through one block after the other, and of a folder only one block
+    is in memory at a time; at the end the head makes the logits of `threads` windows at once.
+
     Args:
-        model: a module, or a folder, which is then loaded as a whole.
+        model: a module, or a folder (or a name on the hub).
         tokenizer_or_tokens: a tokenizer for `text`, or token windows int64 [windows, length].
         text: see `maskopt.model.text.read_documents`; a list of strings is taken as documents.
         windows: take only the first so many.
-        on_progress: called with (windows done, windows).
+        device, dtype, threads: as in `maskopt.prune_model`; the result does not depend on threads.
+        activation_memory: bytes of hidden states above which they go to a temporary file.
+        on_progress: called with (window passes done, all of them: one a block, and one at the end).
 
     Raises:
-        DataError: no text or less than one window. ModelError: NaN or infinite logits.
+        DataError: no text or less than one window. ModelError: a model that cannot be read; NaN or
+            infinite activations or logits.
     """
     given = tokenizer_or_tokens
-    if isinstance(model, nn.Module):
-        lm = model if device == "auto" else model.to(choose_device(device))
-    else:
-        lm, tokenizer = load_model(
-            model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-        given = tokenizer if given is None else given
+    training = isinstance(model, nn.Module) and model.training
+    source, tokenizer = open_source(
+        model, given, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     if isinstance(given, Tensor):
         given = token_windows(given, "token tensor")
     if not isinstance(given, Windows):
         if text is None:
             raise DataError("perplexity needs text or tokens")
-        length = capped_length(lm, seq_len)
-        given = evaluation_windows(text, given, seq_len=length, field=text_field, limit=windows)
+        length = capped_length(source.model, seq_len)
+        given = evaluation_windows(text, tokenizer, seq_len=length, field=text_field, limit=windows)
     elif windows is not None:
         given = Windows(given.tokens[:windows], given.source)
     if given.length < 2:
         raise DataError("perplexity needs windows of at least two tokens")
-    check_vocabulary(given, vocabulary_size(lm))
-    place = next(lm.parameters()).device
-    was_training = lm.training
-    lm.eval()
-    total = 0.0
-    with torch.no_grad():
-        for index in range(len(given)):
-            tokens = given.tokens[index : index + 1].to(place)
-            logits = lm(input_ids=tokens, use_cache=False).logits[0]
-            total += _cross_entropy(logits, tokens[0])
-            if not math.isfinite(total):
-                raise ModelError(f"window {index} of {given.source}: NaN or infinite logits")
-            if on_progress is not None:
-                on_progress(index + 1, len(given))
-    lm.train(was_training)
+    check_vocabulary(given, vocabulary_size(source.model))
+    del tokenizer
+    with Workers(source.device, threads or torch.get_num_threads()) as workers, torch.no_grad():
+        try:
+            total = _summed(source, given, workers, activation_memory, on_progress)
+        finally:
+            source.model.train(training)
     targets = len(given) * (given.length - 1)
     mean = total / targets
     return Perplexity(
@@ -116,42 +111,67 @@ def perplexity(
     )
 
 
-def load_model(
-    folder: str | Path,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> tuple[Any, Any]:
-    """A model folder as a whole, and its tokenizer; checked as `open_checkpoint` does.
+class _Windows(Samples):
+    """Windows on their way through the model; none may be left out."""
 
-    Only safetensors are read; `dtype="auto"` is the stored one, float32 on the CPU.
-    """
-    from transformers import AutoModelForCausalLM
+    def __init__(self, states: Activations, windows: Windows) -> None:
+        super().__init__(states, len(windows))
+        self.source = windows.source
 
-    target = choose_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
-    checkpoint = open_checkpoint(resolve_model(folder), trust_remote_code=trust_remote_code)
-    if dtype == "auto":
-        working = torch.float32 if target.type == "cpu" else stored_dtype(checkpoint)
-    else:
-        working = DTYPES[dtype]
-    try:
-        with quietly():
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                dtype=working,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-            )
-    except Exception as error:  # models fail to load in as many ways as there are models
-        line = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder}: {type(error).__name__}: {line}") from error
-    tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    lm: Any = model
-    return lm.to(target).eval(), tokenizer
+    def leave_out(self, sample: int, layer: str) -> None:
+        raise ModelError(
+            f"window {sample} of {self.source}: NaN or infinite activations in {layer!r}; "
+            "try --dtype float32"
+        )
+
+
+def _summed(
+    source: Source,
+    windows: Windows,
+    workers: Workers,
+    activation_memory: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> float:
+    """Cross-entropy summed over the targets of all windows, in their order."""
+    blocks, device = source.blocks, source.device
+    passes, done = (len(blocks) + 1) * len(windows), 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_progress is not None:
+            on_progress(done, passes)
+
+    def folder(size: int) -> Path | None:
+        return Path(tempfile.gettempdir()) if size > activation_memory else None
+
+    if isinstance(source, FolderSource):
+        source.load_outside()
+    captured = capture(source.model, blocks, windows.tokens, workers, device, folder)
+    with captured.states:
+        flow = _Windows(captured.states, windows)
+        for index in range(len(blocks)):
+            with source.open(index) as block:
+                calls = captured.calls[index]
+                forward(block, blocks.prefix(index), calls, flow, workers, device, tick)
+
+        def summed(window: int) -> float:
+            tokens = windows.tokens[window : window + 1].to(device)
+            logits = end(tokens, captured.states[window].to(device))[0]
+            return _cross_entropy(logits, tokens[0])
+
+        total = 0.0
+        with source.head(), ending(source.model, blocks, captured.as_tuple) as end:
+            for wave in workers.waves(range(len(windows))):
+                parts = workers.run([lambda w=w: summed(w) for w in wave])  # type: ignore[misc]
+                for window, part in zip(wave, parts, strict=True):
+                    if not math.isfinite(part):
+                        raise ModelError(
+                            f"window {window} of {windows.source}: NaN or infinite logits"
+                        )
+                    total += part
+                tick(len(wave))
+    return total
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> float:

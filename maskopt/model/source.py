@@ -10,7 +10,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,10 @@ class Source(Protocol):
 
         `masks` are applied to the checkpoint's tensors on reading.
         """
+        ...
+
+    def head(self) -> AbstractContextManager[None]:
+        """Context in which the output head is in memory, too."""
         ...
 
     def stored(
@@ -62,6 +66,9 @@ class MemorySource:
         for name, parameter in block.named_parameters():
             _check_finite(self.blocks.prefix(index) + name, parameter)
         yield block
+
+    def head(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def stored(
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
@@ -111,11 +118,29 @@ class FolderSource:
         try:
             yield block
         finally:
-            for module in block.modules():
-                for name, parameter in module.named_parameters(recurse=False):
-                    empty = torch.empty_like(parameter, device="meta")
-                    setattr(module, name, nn.Parameter(empty, requires_grad=False))
-            return_memory()
+            _release(block)
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """As in `Source`. An input embedding that is not shared makes room for the head: it gives
+        zeros until it is loaded again."""
+        own = [name for name, _ in self.blocks.own_head()]
+        if not own:
+            yield
+            return
+        embedding: Any = self.blocks.embedding
+        width, dtype = embedding.weight.shape[1], embedding.weight.dtype
+        _release(embedding)
+
+        def zeros(ids: Tensor) -> Tensor:
+            return torch.zeros(*ids.shape, width, dtype=dtype, device=self.device)
+
+        self._loader.load(own)
+        embedding.forward = zeros
+        try:
+            yield
+        finally:
+            del embedding.forward
 
     def stored(
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
@@ -335,6 +360,15 @@ def _check_finite(name: str, parameter: Tensor) -> None:
         for slab in parameter.detach().split(4096):
             if not bool(torch.isfinite(slab).all()):
                 raise ModelError(f"parameter {name!r} holds NaN or infinite weights")
+
+
+def _release(module: nn.Module) -> None:
+    """Leave the module's parameters without data."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            empty = torch.empty_like(parameter, device="meta")
+            setattr(part, name, nn.Parameter(empty, requires_grad=False))
+    return_memory()
 
 
 def return_memory() -> None:

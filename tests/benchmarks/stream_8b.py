@@ -1,9 +1,10 @@
 """Peak memory of pruning a synthetic model of LLaMA-3.1-8B's shapes from disk, most layers skipped.
 
-    python tests/benchmarks/stream_8b.py --folder /path/with/40GB
+    python tests/benchmarks/stream_8b.py --folder /path/with/32GB
 
 Writes 16 GB of bfloat16 shards (random weights, the same in every block), then prunes one projection in
-the first, middle and last block, so that all 32 blocks have to stream through, and checks the result.
+the first, middle and last block, so that all 32 blocks have to stream through, verifies the result
+against the model, and evaluates it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import os
 import platform
 import resource
 import shutil
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,37 +76,76 @@ def write_model(folder: Path) -> None:
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def peak() -> float:
+    """GiB of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def step(title: str, work: Callable[[], str]) -> None:
+    """Run in a process of its own, so that its peak resident size is its own."""
+    child = os.fork()
+    if child == 0:
+        began = time.perf_counter()
+        said = work()
+        seconds = time.perf_counter() - began
+        print(f"{title}: {said}, {seconds:.0f} s, peak resident size {peak():.2f} GiB", flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{title}: failed")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--solver", default="wanda")
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
     model, out = arguments.folder / "model", arguments.folder / "out"
     print(platform.platform(), f"{os.cpu_count()} cores", flush=True)
-    if not model.exists():
-        child = os.fork()  # so that writing the model does not count
-        if child == 0:
-            write_model(model)
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
-            raise SystemExit("the model could not be written")
-    from maskopt import prune_model
+    shape = (arguments.samples, arguments.seq_len)
+    tokens = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
+    print(f"{shape[0]} windows of {shape[1]} random tokens", flush=True)
 
-    size = sum(file.stat().st_size for file in model.iterdir()) / 2**30
-    print(f"model: {size:.2f} GiB on disk", flush=True)
-    began = time.perf_counter()
-    tokens = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
-    report = prune_model(
-        model, tokens, sparsity=0.5, solver=arguments.solver, output=out, overwrite=True,
-        include=[f"layers.{i}.self_attn.q_proj" for i in (0, BLOCKS // 2, BLOCKS - 1)],
-    )  # fmt: skip
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"{len(report.layers)} layers pruned in {time.perf_counter() - began:.0f} s, "
-        f"peak resident size {peak:.2f} GiB",
-        flush=True,
-    )
+    def prune() -> str:
+        from maskopt import prune_model
+        from maskopt.model.options import Progress
+
+        seen = -1
+
+        def show(event: Progress) -> None:
+            nonlocal seen
+            if event.block > seen:
+                seen = event.block
+                print(f"block {seen}, peak resident size so far {peak():.2f} GiB", flush=True)
+
+        report = prune_model(
+            model, tokens, sparsity=0.5, solver=arguments.solver, output=out, overwrite=True,
+            on_progress=show,
+            include=[f"layers.{i}.self_attn.q_proj" for i in (0, BLOCKS // 2, BLOCKS - 1)],
+        )  # fmt: skip
+        return f"{len(report.layers)} layers by {arguments.solver}"
+
+    def verify() -> str:
+        from maskopt.model.verify import verify_output
+
+        return f"{verify_output(out, against=model).rows} rows hold"
+
+    def evaluate() -> str:
+        from maskopt import perplexity
+
+        return f"perplexity {perplexity(out, tokens).value:.6g}"
+
+    def write() -> str:
+        write_model(model)
+        return f"{sum(file.stat().st_size for file in model.iterdir()) / 2**30:.2f} GiB"
+
+    if not model.exists():
+        step("model written", write)
+    step("pruned", prune)
+    step("verified", verify)
+    step("evaluated", evaluate)
     if not arguments.keep:
         shutil.rmtree(out)
         shutil.rmtree(model)

@@ -1,0 +1,108 @@
+"""Perplexity, streamed block by block, against the definition on the model as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, WordTokenizer, patched, save, tiny, tokens
+
+import maskopt
+from maskopt.errors import DataError, ModelError
+from maskopt.model import perplexity as module
+from maskopt.model.source import FolderSource
+
+
+def cross_entropy(model: Any, data: torch.Tensor) -> float:
+    """By definition: one forward pass of the whole model, float64."""
+    with torch.no_grad():
+        logits = model(data, use_cache=False).logits.double().log_softmax(-1)
+    return float(-logits[:, :-1].gather(-1, data[:, 1:, None]).mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_and_in_memory_agree_with_the_definition(family: str, tmp_path: Path) -> None:
+    model, data = tiny(family), tokens(5, 12)
+    expected = cross_entropy(model, data)
+    dense = save(model, tmp_path / "dense", shard="40KB")
+    streamed = maskopt.perplexity(dense, data, threads=2)
+    assert streamed.cross_entropy == pytest.approx(expected, rel=1e-5)
+    assert streamed.value == pytest.approx(float(torch.tensor(expected).exp()), rel=1e-4)
+    assert streamed == maskopt.perplexity(model, data, threads=1)
+    assert streamed == maskopt.perplexity(dense, data, threads=3, activation_memory=0)
+    assert cross_entropy(model, data) == pytest.approx(expected, rel=1e-6)  # runs as before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # with a head of its own, and without
+def test_one_block_in_memory_at_a_time(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = save(tiny(family), tmp_path / "dense")
+    opened: list[FolderSource] = []
+    resident: list[set[str]] = []
+
+    def look() -> None:
+        named = opened[0].model.named_parameters()
+        resident.append({name for name, p in named if not p.is_meta})
+
+    class Watched(FolderSource):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            opened.append(self)
+
+    monkeypatch.setattr("maskopt.model.opening.FolderSource", Watched)
+    forward, last = module.forward, module._cross_entropy
+    monkeypatch.setattr(module, "forward", lambda *a: (look(), forward(*a)))
+    monkeypatch.setattr(module, "_cross_entropy", lambda *a: (look(), last(*a))[1])
+    maskopt.perplexity(dense, tokens(1, 8))
+    assert len(resident) == 4
+    for index, names in enumerate(resident[:3]):
+        prefixes = {name.split(".")[2] for name in names if ".layers." in name}
+        assert prefixes == {str(index)}
+        assert "model.embed_tokens.weight" in names
+        assert "lm_head.weight" not in names
+    head = "lm_head.weight" if family == "llama" else "model.embed_tokens.weight"
+    assert resident[3] == {head, "model.norm.weight"}
+
+
+def test_windows_are_counted_and_told(tmp_path: Path) -> None:
+    model, data = tiny("llama"), tokens(4, 12)
+    told: list[tuple[int, int]] = []
+    result = maskopt.perplexity(
+        model, data, windows=2, threads=1, on_progress=lambda *event: told.append(event)
+    )
+    assert (result.windows, result.length, result.targets) == (2, 12, 22)
+    assert told == [(i, 8) for i in range(1, 9)]  # three blocks and the head, two windows
+    assert result.cross_entropy == pytest.approx(cross_entropy(model, data[:2]), rel=1e-5)
+
+
+def test_a_model_in_training_stays_so() -> None:
+    model = tiny("llama").train()
+    maskopt.perplexity(model, tokens(1, 8))
+    assert model.training
+
+
+def test_half_precision() -> None:
+    model = tiny("llama", dtype=torch.bfloat16)
+    result = maskopt.perplexity(model, tokens(3, 12))
+    assert result.cross_entropy == pytest.approx(cross_entropy(model, tokens(3, 12)), rel=1e-2)
+
+
+def test_what_is_refused() -> None:
+    model, data = tiny("llama"), tokens(4, 12)
+    with pytest.raises(DataError, match="two tokens"):
+        maskopt.perplexity(model, data[:, :1])
+    with pytest.raises(DataError, match="needs text"):
+        maskopt.perplexity(model, WordTokenizer())
+    with pytest.raises(DataError, match="token id 96 does not exist"):
+        maskopt.perplexity(model, torch.full((1, 4), 96))
+    patched(model, "model.norm.weight", lambda p: p.fill_(float("nan")))
+    with pytest.raises(ModelError, match="window 0 of token tensor: NaN or infinite logits"):
+        maskopt.perplexity(model, data)
+    model = patched(tiny("llama"), "model.embed_tokens.weight", lambda p: p[5].fill_(torch.inf))
+    data[data == 5] = 6
+    data[3, 1] = 5
+    with pytest.raises(ModelError, match=r"window 3 of token tensor.*'model\.layers\.0'"):
+        maskopt.perplexity(model, data)
