@@ -3,8 +3,9 @@
     python tests/benchmarks/kill_gemma.py --samples 2
 
 An undisturbed run for each number of threads; then runs that are killed (kill -9) at moments spread
-over the blocks, in the middle of one, and resumed. Every file that comes out is compared with the first run's, the
-seconds in the manifest aside, and no temporary file may be left. The exit status is 1 where one differs.
+over the blocks, in the middle of one, and resumed. Every file that comes out is compared with the
+first run's, the seconds in the manifest aside, and no temporary file may be left. The exit status is
+1 where one differs.
 """
 
 from __future__ import annotations
