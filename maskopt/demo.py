@@ -115,6 +115,7 @@ def run_demo(
             folder,
             sparsity=sparsity,
             solver=solver,
+            warm_start="wanda" if solver == "swap" else None,
             samples=samples,
             output=target,
             overwrite=overwrite,

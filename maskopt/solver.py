@@ -159,9 +159,17 @@ def _resolve_start(
             raise WarmStartError(str(error)) from None
     if warm_start == backend.name:
         raise WarmStartError(f"solver {backend.name!r} cannot be its own warm start")
-    starter = inspect.signature(get_solver(warm_start).solve).parameters
-    shared = {k: v for k, v in options.items() if k in ("seed", "memory_limit") and k in starter}
-    return solve(layer, warm_start, **shared).mask
+    shared = {k: v for k, v in options.items() if k in ("seed", "memory_limit")}
+    return make_start(layer, warm_start, **shared).mask
+
+
+def make_start(layer: LayerProblem, solver: str, **options: Any) -> Solution:
+    """The start that `solver` makes for another one: with its `start_options`, if it has any, and those
+    of the given options that it knows."""
+    backend = get_solver(solver)
+    known = inspect.signature(backend.solve).parameters
+    given = {k: v for k, v in options.items() if k in known}
+    return solve(layer, solver, **{**getattr(backend, "start_options", {}), **given})
 
 
 def _check_fit(backend: Solver, layer: LayerProblem) -> None:

@@ -16,7 +16,10 @@ them where this needs 40 to 60: what is hard is the conditioning of G, and here 
 **Hardening.** On binary points x = x², so f(x) + Σ μⱼ(xⱼ − xⱼ²) is the same problem for every μ,
 and a growing μ bends the relaxed solution towards a mask. In the ADMM step the concave term costs
 nothing: with μ = θ·ρw²h/2 the projection of v becomes that of (v − θ/2)/(1 − θ). θ rises from 0 to
-`hardness`; near 1 the steps no longer settle. What is rounded then is far closer to a mask.
+`hardness`; near 1 the steps no longer settle. What is rounded then is far closer to a mask. Where it
+ends does not depend on where it starts: hardening from the first step on (`max_iterations=0`, which
+is what `relax` does as the start of another solver) gives masks as good as after a full relaxation,
+but no bound. Its products may be bfloat16, with sums in float32, where that is much faster.
 
 **The bound** is that of Frank–Wolfe, f(x) + min_v ∇f(x)ᵀ(v − x), in float64 with a margin for rounding
 and for what a float32 G lacks to be semidefinite: valid at any x, so an unfinished relaxation costs
@@ -28,6 +31,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -52,10 +58,15 @@ _MEASURE_FROM = 40
 #: floors relative to the mean: a dead input or a zero weight may be moved at will, but not by 1/0
 _FLOOR = 1e-6
 #: n above which the factorisation is float32
-_DOUBLE_UP_TO = 8192
+_DOUBLE_UP_TO = 4096
 #: how often θΣw² the bound is lowered by for θ = what G lacks to semidefiniteness: 9/4 suffice
 _SLACK = 3.0
-_TILE_BYTES = {"cpu": 2**29, "cuda": 2**31}
+#: bytes of a tile's arrays where one tile has the whole device
+_TILE_BYTES = 2**31
+#: rows that one thread of the CPU works on; fixed, so that no bit depends on threads or memory
+_TILE_ROWS = 128
+#: n from which bfloat16 products are faster where a CPU has them in hardware
+_HALF_FROM = 256
 
 
 class RelaxSolver:
@@ -67,6 +78,8 @@ class RelaxSolver:
         note="relaxation by ADMM, hardened, rounded, then swap; gives a lower bound",
     )
     default_warm_start: str | None = None
+    #: whoever starts from the rounded mask swaps by itself and has no use for the bound
+    start_options: ClassVar[dict[str, Any]] = {"max_iterations": 0, "refine": False}
 
     def unavailable(self) -> str | None:
         return None
@@ -91,48 +104,33 @@ class RelaxSolver:
             warm_start: a mask that the answer must not be worse than.
             tolerance: stop when the Frank–Wolfe gap is at most so much of the relaxed objective,
                 averaged over the rows; measured every 20 steps.
-            max_iterations: steps at most.
+            max_iterations: steps at most; 0: harden at once, and give no bound.
             harden: further steps under the growing concave term; 0 rounds the relaxed point.
             hardness: θ at the end, in [0, 1).
             refine: end with `swap` (else the rounded mask, FEASIBLE).
             time_limit: seconds; the relaxation stops, is rounded, and `swap` has what is left.
-            memory_limit: bytes beyond weight and G; the n × n factor is not counted.
+            memory_limit: bytes beyond weight and G; the n × n factor is not counted. On the CPU it
+                decides how many tiles of 128 rows are worked on at once, one at least.
             on_progress: called with (rows done, rows), during the swaps.
 
         `trace`: iterations, relaxed_objective, relaxed_gap (of the bound to it, per row), swaps,
         relax_seconds, swap_seconds.
         """
-        if not 0 <= hardness < 1 or harden < 0 or max_iterations < 1 or not tolerance >= 0:
+        if not 0 <= hardness < 1 or harden < 0 or max_iterations < 0 or not tolerance >= 0:
             raise OptionError(
-                "relax: hardness in [0, 1), harden ≥ 0, max_iterations ≥ 1, tolerance ≥ 0"
+                "relax: hardness in [0, 1), harden ≥ 0, max_iterations ≥ 0, tolerance ≥ 0"
             )
+        if max_iterations + harden < 1:
+            raise OptionError("relax: max_iterations and harden must not both be 0")
         if time_limit is not None and not time_limit >= 0:
             raise OptionError(f"relax: time_limit must be at least 0 seconds, not {time_limit}")
         began = time.monotonic()
         deadline = math.inf if time_limit is None else began + time_limit
-        memory = memory_limit or _TILE_BYTES.get(problem.device.type, 2**29)
-        tile = max(1, memory // (12 * problem.weight.element_size() * problem.n))
-        factor, metric = _factor(problem)
-        parts = [
-            _relax(
-                problem.take(slice(first, first + tile)),
-                factor,
-                metric,
-                tolerance,
-                max_iterations,
-                harden,
-                hardness,
-                deadline,
-            )
-            for first in range(0, problem.rows, tile)
-        ]
-        relaxed, bound, hard, point = (
-            torch.cat(column) for column in list(zip(*parts, strict=True))[:4]
-        )
-        iterations = max(part[4] for part in parts)
-        bound = (bound - _SLACK * _lack(problem) * problem.weight.double().square().sum(1)).clamp(
-            min=0.0
-        )
+        plan = _Plan(tolerance, max_iterations, harden, hardness)
+        relaxed, bound, hard, point, iterations = _relax_all(problem, plan, deadline, memory_limit)
+        if max_iterations > 0:
+            lack = _SLACK * _lack(problem) * problem.weight.double().square().sum(1)
+            bound = (bound - lack).clamp(min=0.0)
         mask = keep_highest(problem, -hard)
         if warm_start is not None and not refine:
             mask = _better(problem, mask, warm_start)
@@ -160,7 +158,7 @@ class RelaxSolver:
                     status = [
                         other.status[i] if worse[i] else status[i] for i in range(problem.rows)
                     ]
-        positive = relaxed > 0
+        positive = (relaxed > 0) & relaxed.isfinite()
         gap = torch.where(positive, 1 - bound / relaxed.where(positive, 1.0), 0.0)
         seconds = time.monotonic() - began
         return Solution.of(
@@ -178,7 +176,7 @@ class RelaxSolver:
                 "relax_seconds": relax_seconds,
                 "swap_seconds": seconds - relax_seconds,
             },
-            certificate=_certificate(problem, point),
+            certificate=_certificate(problem, point) if max_iterations > 0 else None,
         )
 
 
@@ -186,10 +184,8 @@ def relax(
     problem: LayerProblem, *, tolerance: float = 0.01, max_iterations: int = 200
 ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
     """The box relaxation alone: x, f(x) and the Frank–Wolfe bound, the latter two float64."""
-    factor, metric = _factor(problem)
-    relaxed, bound, _, x, _ = _relax(
-        problem, factor, metric, tolerance, max_iterations, 0, 0.0, math.inf
-    )
+    plan = _Plan(tolerance, max_iterations, 0, 0.0)
+    relaxed, bound, _, x, _ = _relax_all(problem, plan, math.inf, None)
     return x, relaxed, bound
 
 
@@ -224,21 +220,81 @@ def _factor(problem: LayerProblem) -> tuple[Float[Tensor, "n n"], Float[Tensor, 
     matrix = gram / (mean * root[:, None] * root[None, :])
     rho = _PENALTY * (float(matrix.diagonal().mean()) or 1.0)
     matrix.mul_(2.0).diagonal().add_(rho)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix)).mul_(rho)
-    return inverse.to(problem.gram.dtype), h.to(problem.gram.dtype)
+    # one name, so that never more than two matrices of this size live beside G
+    matrix = torch.linalg.cholesky(matrix)
+    matrix = torch.cholesky_inverse(matrix).mul_(rho)
+    return matrix.to(problem.gram.dtype), h.to(problem.gram.dtype)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    tolerance: float
+    max_iterations: int
+    harden: int
+    hardness: float
+
+
+def _relax_all(
+    problem: LayerProblem, plan: _Plan, deadline: float, memory_limit: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Of all rows: f(x) and bound, the hardened point, the x that proves the bound, the most steps."""
+    factor, metric = _each(lambda _: _factor(problem), 1, 1)[0]
+    row_bytes = 12 * factor.element_size() * problem.n
+    on_cpu = problem.device.type == "cpu"
+    tile = _TILE_ROWS if on_cpu else max(1, (memory_limit or _TILE_BYTES) // row_bytes)
+    half = factor.bfloat16() if on_cpu and _half_is_fast(problem) else None
+    starts = range(0, problem.rows, tile)
+    threads = 1
+    if on_cpu:
+        affordable = len(starts) if memory_limit is None else memory_limit // (tile * row_bytes)
+        threads = max(1, min(torch.get_num_threads(), len(starts), affordable))
+
+    def work(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        part = problem.take(slice(starts[number], starts[number] + tile))
+        now = time.monotonic()
+        waves = math.ceil((len(starts) - number) / threads)
+        with torch.no_grad():
+            return _relax(part, factor, half, metric, plan, now + (deadline - now) / waves)
+
+    parts = _each(work, len(starts), threads) if on_cpu else list(map(work, range(len(starts))))
+    relaxed, bound, hard, point = (
+        torch.cat(column) for column in list(zip(*parts, strict=True))[:4]
+    )
+    return relaxed, bound, hard, point, max(part[4] for part in parts)
+
+
+def _each(work: Callable[[int], Any], count: int, threads: int) -> list[Any]:
+    """work(0 … count − 1), each with one thread inside torch: products that two threads share may
+    differ in their last bits from those of one."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, range(count)))
+    finally:
+        torch.set_num_threads(before)  # new threads inherit the last value set
+
+
+def _half_is_fast(problem: LayerProblem) -> bool:
+    """Whether bfloat16 products have hardware of their own (AMX); then they are 4 to 8 times faster."""
+    if problem.n < _HALF_FROM or problem.gram.dtype != torch.float32:
+        return False
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
 
 
 def _relax(
     problem: LayerProblem,
     factor: Float[Tensor, "n n"],
+    half: Float[Tensor, "n n"] | None,
     metric: Float[Tensor, " n"],
-    tolerance: float,
-    max_iterations: int,
-    harden: int,
-    hardness: float,
+    plan: _Plan,
     deadline: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """f(x) and bound, the hardened point, the x that proves the bound, and the steps made."""
+    """f(x) and bound, the hardened point, the x that proves the bound, and the steps made.
+
+    The relaxation's products are of the working dtype, since bfloat16 leaves a gap of its own in the
+    bound; hardening's are made with `half` where there is one.
+    """
     weight = problem.weight.to(factor.dtype)
     size = weight.abs().amax(1, keepdim=True)
     weight = weight / size.where(size > 0, 1.0)
@@ -253,23 +309,23 @@ def _relax(
     relaxed = torch.full_like(bound, torch.inf)
     point = step.x.clone()
     done = 0
-    while done < max_iterations:
+    while done < plan.max_iterations:
         step.advance(product, _OVER_RELAXATION, 0.0)
         product = step.target @ factor
         done += 1
         late = time.monotonic() >= deadline
         due = done >= _MEASURE_FROM and (done - _MEASURE_FROM) % _MEASURE_EVERY == 0
-        if due or late or done == max_iterations:
+        if due or late or done == plan.max_iterations:
             value, here = linear_bound(problem, step.x)
             point = torch.where((here >= bound)[:, None], step.x, point)
             relaxed, bound = relaxed.minimum(value), bound.maximum(here)
-            if late or float((relaxed - bound).sum()) <= tolerance * float(relaxed.sum()):
+            if late or float((relaxed - bound).sum()) <= plan.tolerance * float(relaxed.sum()):
                 break
-    for k in range(harden):
-        if time.monotonic() >= deadline:
+    for k in range(plan.harden):
+        if time.monotonic() >= deadline and done + k > 0:
             break
-        step.advance(product, 1.0, hardness * (k + 1) / harden)
-        product = step.target @ factor
+        step.advance(product, 1.0, plan.hardness * (k + 1) / plan.harden)
+        product = step.target @ factor if half is None else (step.target.bfloat16() @ half).float()
     return relaxed, bound, step.x, point, done
 
 

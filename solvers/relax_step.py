@@ -24,6 +24,7 @@ from torch import Tensor
 #: |Σ x − s| at which τ is good enough, per group
 _TOLERANCE = 1e-4
 _NEWTON = 40
+_UNGUARDED = 6
 
 
 class TorchStep:
@@ -130,6 +131,15 @@ def _sums(start: np.ndarray, inverse: np.ndarray, tau: float) -> tuple[float, fl
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
 def _multiplier(start: np.ndarray, inverse: np.ndarray, total: float, tau: float) -> float:
+    # a warm τ needs two or three Newton steps; the bracket, a pass of divisions, only if they fail
+    for _ in range(_UNGUARDED):
+        value, slope = _sums(start, inverse, tau)
+        excess = value - total
+        if abs(excess) <= _TOLERANCE:
+            return tau
+        if not slope > 0:
+            break
+        tau += excess / slope
     low = (start[0] - 1) / inverse[0]
     high = start[0] / inverse[0]
     for j in range(len(start)):
@@ -150,7 +160,7 @@ def _multiplier(start: np.ndarray, inverse: np.ndarray, total: float, tau: float
     return tau
 
 
-@nb.njit(parallel=True, fastmath=_FAST, cache=True, error_model="numpy")
+@nb.njit(nogil=True, fastmath=_FAST, cache=True, error_model="numpy")
 def _advance(
     product: np.ndarray,
     q: np.ndarray,
@@ -171,7 +181,7 @@ def _advance(
     zero = kind(0)
     sharp = one / (one - theta)
     shift = theta / kind(2)
-    for row in nb.prange(rows):
+    for row in range(rows):
         q_row, i_row, x_row = q[row], inverse[row], x[row]
         u_row, p_row, s_row, t_row = u[row], product[row], scratch[row], target[row]
         for j in range(n):

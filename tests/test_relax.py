@@ -10,6 +10,7 @@ from strategies import problems, random_gram, random_weight
 from maskopt import NM, LayerProblem, Unstructured, solve, verify
 from maskopt.errors import OptionError
 from maskopt.solution import Status
+from maskopt.solver import make_start
 from maskopt.solvers.relax import relax
 from maskopt.solvers.relax_step import CompiledStep, TorchStep, project
 
@@ -111,10 +112,51 @@ def test_hardening_rounds_better_and_swap_ends_better_than_from_wanda(pattern):
 
 def test_relax_starts_every_local_search():
     problem = LayerProblem(random_weight(3, 24, 1), random_gram(24, "full", 2), Unstructured(0.5))
-    relaxed = solve(problem, "relax")
+    start = make_start(problem, "relax", seed=3)
+    assert torch.equal(start.mask, solve(problem, "relax", max_iterations=0, refine=False).mask)
+    assert bool((start.lower_bound == 0).all())
     for name in ("swap", "kswap", "tabu"):
         solution = solve(problem, name, warm_start="relax")
-        assert bool((solution.objective <= relaxed.objective + floor(problem)).all())
+        assert bool((solution.objective <= start.objective + floor(problem)).all())
+        same = solve(problem, name, warm_start=start.mask)
+        assert torch.equal(solution.mask, same.mask)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_iterations": 0}])
+def test_no_bit_depends_on_threads_or_memory(options):
+    # three tiles; n is large enough for bfloat16 products where the CPU has them
+    problem = LayerProblem(
+        random_weight(300, 272, 1, torch.float32),
+        random_gram(272, "full", 2, torch.float32),
+        NM(keep=2, of=4),
+    )
+    before = torch.get_num_threads()
+    try:
+        answers = []
+        for threads, memory in ((1, None), (2, None), (3, 1)):
+            torch.set_num_threads(threads)
+            answers.append(solve(problem, "relax", refine=False, memory_limit=memory, **options))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a.mask, answers[0].mask) for a in answers)
+    assert all(torch.equal(a.lower_bound, answers[0].lower_bound) for a in answers)
+    assert bool((answers[0].lower_bound > 0).all()) != bool(options)
+
+
+def test_hardening_at_once_ends_as_low_as_after_the_relaxation():
+    problem = LayerProblem(
+        random_weight(64, 256, 1, torch.float32),
+        random_gram(256, "outliers", 2, torch.float32),
+        Unstructured(sparsity=0.6),
+    )
+    first = solve(problem, "relax")
+    at_once = solve(problem, "relax", max_iterations=0)
+    verify(problem, at_once)
+    assert at_once.certificate is None
+    wanda = solve(problem, "swap", warm_start="wanda").objective.sum()
+    assert float(at_once.objective.sum()) < float(wanda)
+    assert float(at_once.objective.sum()) < 1.01 * float(first.objective.sum())
 
 
 def test_tiles_time_limit_and_bad_options():
@@ -125,7 +167,13 @@ def test_tiles_time_limit_and_bad_options():
     hurried = solve(problem, "relax", time_limit=0)
     verify(problem, hurried)
     assert hurried.trace["iterations"] == 1
-    for bad in ({"hardness": 1.0}, {"harden": -1}, {"tolerance": -1.0}, {"max_iterations": 0}):
+    for bad in (
+        {"hardness": 1.0},
+        {"harden": -1},
+        {"tolerance": -1.0},
+        {"max_iterations": -1},
+        {"max_iterations": 0, "harden": 0},
+    ):
         with pytest.raises(OptionError, match="relax"):
             solve(problem, "relax", **bad)
     with pytest.raises(OptionError, match="time_limit"):

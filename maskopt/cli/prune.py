@@ -25,7 +25,10 @@ def prune(
     pattern: opt.PatternText = None,
     solver: Annotated[str, typer.Option(help="See `maskopt solvers`.")] = "swap",
     warm_start: Annotated[
-        str | None, typer.Option(help="The solver that makes the start; default: the solver's own.")
+        str | None,
+        typer.Option(
+            help="The solver that makes the start; default: relax for swap, else the solver's own."
+        ),
     ] = None,
     option: opt.SolverOption = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,

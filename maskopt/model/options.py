@@ -17,6 +17,8 @@ from maskopt.solver import check_options, get_solver
 
 #: layers that saw fewer calibration tokens are pruned by magnitude
 MIN_TOKENS = 32
+#: starts that serve whole layers better than the solvers' own, which also have to serve single rows
+DEFAULT_STARTS = {"swap": "relax"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class PruneOptions:
 
     @property
     def start(self) -> str | None:
-        """The solver that makes the start: the one named, or the solver's own."""
-        return self.warm_start or get_solver(self.solver).default_warm_start
+        """The solver that makes the start: the one named, `relax` for swap, or the solver's own."""
+        return self.warm_start or default_start(self.solver)
 
     def record(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -76,6 +78,11 @@ class PruneOptions:
             k: values["solver_options"][k] for k in sorted(values["solver_options"])
         }
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def default_start(solver: str) -> str | None:
+    """What `solver` starts from in a prune where nothing is named."""
+    return DEFAULT_STARTS.get(solver) or get_solver(solver).default_warm_start
 
 
 def ticker(

@@ -12,6 +12,7 @@ import torch
 
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.model.blocks import Layer
+from maskopt.model.options import default_start
 from maskopt.model.source import FolderSource, Source, stored_dtype
 from maskopt.model.tokens import Windows
 from maskopt.pattern import Pattern
@@ -89,8 +90,11 @@ def estimate_memory(
         distinct = {(layer.n, layer.expert) for layer in mine}
         grams = max(grams, sum(8 * n * n for n, _ in distinct))
         inputs = max(inputs, threads * length * width * (sum(n for n, _ in distinct) + 6 * hidden))
-        # the Gram in float32 twice (mean and symmetrised), the weights in float32 a few times
-        solving = max(solving, max(8 * y.n * y.n + 24 * y.rows * y.n for y in mine))
+        # the Gram in float32 and two more matrices of its size (of the start's relaxation: in float64
+        # up to n = 4096), the weights in float32 a few times
+        squares = [12 * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
+        rows = [24 * y.rows * y.n for y in mine]
+        solving = max(solving, max(map(sum, zip(squares, rows, strict=True))))
     spilled = activations > activation_memory and isinstance(source, FolderSource)
     return Memory(BASE, outside, block, grams, inputs, solving, state if spilled else activations)
 
@@ -178,12 +182,13 @@ def _solve_seconds(
         pattern.check(n)
         x = torch.randn(2 * n, n, generator=generator)
         gram = x.T @ x / (2 * n)
+        start = default_start(solver)
         for rows in PROBE_ROWS:
             weight = torch.randn(rows, n, generator=generator)
             problem = LayerProblem(weight, gram, pattern, assume_psd=True)
             if rows == PROBE_ROWS[0]:
-                solve(problem, solver, **options)  # compiles what has to be compiled
-            seconds = solve(problem, solver, **options).seconds
+                solve(problem, solver, start, **options)  # compiles what has to be compiled
+            seconds = solve(problem, solver, start, **options).seconds
             if seconds > 0.2:
                 break
     except MaskoptError:

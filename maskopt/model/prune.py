@@ -42,7 +42,7 @@ from maskopt.model.tokens import (
 )
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
-from maskopt.solver import check_options, solve
+from maskopt.solver import check_options, make_start, solve
 
 
 def prune_model(
@@ -86,7 +86,8 @@ def prune_model(
         tokenizer_or_tokens: a tokenizer (text comes from `calibration`), or calibration tokens
             int64 [samples, length]; None takes the tokenizer of the model folder.
         sparsity, pattern: one of them: 0.6, or `NM(keep=2, of=4)`.
-        solver, warm_start, solver_options: as for `maskopt.solve`.
+        solver, warm_start, solver_options: as for `maskopt.solve`, but that `swap` starts from
+            `relax` unless told otherwise.
         calibration: see `maskopt.model.text.read_documents`; a list of strings is taken as
             documents, a `.npy` file as tokens.
         samples, seq_len, text_field, seed: how windows are cut out of the text.
@@ -307,7 +308,7 @@ def _solve_layer(
     else:
         start = None
         if options.start is not None and options.start != options.solver:
-            start = solve(problem, options.start, **_seeded(options.start, options))
+            start = make_start(problem, options.start, seed=options.seed)
         solution = solve(
             problem,
             options.solver,

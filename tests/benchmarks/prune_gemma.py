@@ -34,6 +34,7 @@ def child(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = prune_model(
             demo_model(), sparsity=arguments.sparsity, solver=arguments.child,
+            warm_start=arguments.start if arguments.child != arguments.start else None,
             calibration=demo_text().calibration, samples=arguments.samples, seq_len=512,
             include=include, output=Path(folder) / "out", threads=arguments.threads,
         )  # fmt: skip
@@ -42,6 +43,7 @@ def child(arguments: argparse.Namespace) -> None:
         json.dumps(
             {
                 "solver": arguments.child,
+                "start": arguments.start,
                 "wall": time.perf_counter() - began,
                 "cpu": time.process_time() - cpu,
                 "solving": sum(layer.seconds for layer in report.layers),
@@ -60,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--solver", action="append")
     parser.add_argument("--child")
+    parser.add_argument("--start", default="wanda", help="of a solver that takes one; e.g. relax")
     parser.add_argument("--blocks", type=int, default=18)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sparsity", type=float, default=0.5)
@@ -75,7 +78,7 @@ def main() -> None:
         command = [
             sys.executable, __file__, "--child", solver, "--blocks", str(arguments.blocks),
             "--samples", str(arguments.samples), "--sparsity", str(arguments.sparsity),
-            "--threads", str(arguments.threads),
+            "--threads", str(arguments.threads), "--start", arguments.start,
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout.strip().split("\n")[-1]))
