@@ -1,0 +1,303 @@
+"""The semidefinite relaxation tightened by violated triangle inequalities, found in rounds.
+
+For signs z_i = ±1 (with z_0 = 1) and a, b = ±1, a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0; with z_0 these
+are p_ip_j ≥ 0, p_ip_j ≤ p_i and p_ip_j ≥ p_i + p_j − 1. All of them over n + 1 vectors are looked at in
+every round and the most violated ones join the pool.
+
+The multipliers are those of an augmented Lagrangian: the sweeps of the mixing method run on C less
+Σ_t τ'_t(triangle t) with τ' = max(0, τ − step·(triangle + 1)), and τ follows τ' slowly. Plain steps on τ
+swing for ever, because the minimiser jumps between vectors of equal value; the term in step damps that.
+What swings still is averaged away: where C − Σ_t τ'_t(triangle t) + diag(y) is nearly positive
+semidefinite for many pairs (y, τ'), it is for their mean.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from maskopt.bounds import Certificate, Cuts
+from maskopt.problem import LayerProblem
+from maskopt.solvers.bounds.cuts_kernel import BINS, collect, damp, histogram
+from maskopt.solvers.bounds.mixing import Extra, Mixing
+from maskopt.solvers.bounds.sdp import certify_row
+
+#: ρ in units of the mean diagonal of Q and its sweeps before the first cuts; the last ρ stays
+_START = ((0.05, 40), (0.2, 60), (1.0, 300))
+#: triangles that may join in a round, per input
+_NEW = 32
+#: violations below this are left alone
+_FLOOR = 0.02
+#: the step of a triangle, times the least dual of its inputs over the root of their degree
+_STEP = 0.2
+#: (updates of the multipliers, sweeps after each, part by which τ follows) of a round and of the end
+_ROUND, _END = (60, 2, 0.2), (800, 4, 0.05)
+#: the updates at the end that the mean is taken of
+_MEAN = 300
+#: multipliers below this part of the largest are left out of the certificate
+_TINY = 1e-7
+
+
+@dataclass
+class Pool:
+    """The triangles of one row: index int64 [m, 3], i < j < k ≤ n (n: z_0), sign int8 [m, 2], τ [m]."""
+
+    index: np.ndarray
+    sign: np.ndarray
+    tau: np.ndarray
+
+    @classmethod
+    def empty(cls) -> Pool:
+        return cls(np.zeros((0, 3), np.int64), np.zeros((0, 2), np.int8), np.zeros(0))
+
+    def keep(self, chosen: np.ndarray) -> Pool:
+        return Pool(self.index[chosen], self.sign[chosen], self.tau[chosen])
+
+    def join(self, index: np.ndarray, sign: np.ndarray, n: int) -> Pool:
+        """With the triangles that are not here yet, at τ = 0."""
+        new = ~np.isin(_keys(index, sign, n), _keys(self.index, self.sign, n))
+        return Pool(
+            np.concatenate([self.index, index[new]]),
+            np.concatenate([self.sign, sign[new]]),
+            np.concatenate([self.tau, np.zeros(int(new.sum()))]),
+        )
+
+
+def separate(
+    inner: np.ndarray, most: int, floor: float = _FLOOR
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The `most` most violated triangles of all, the most violated first.
+
+    Args:
+        inner: ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.
+        floor: violations up to this do not count.
+
+    Returns:
+        index int64 [m, 3] with i < j < k, sign int8 [m, 2], violation float64 [m].
+    """
+    inner = np.ascontiguousarray(inner, dtype=np.float32)
+    counts = histogram(inner, floor)
+    above = np.cumsum(counts.sum(0)[::-1])[::-1]
+    # the bin that straddles `most` is collected too and cut off after sorting
+    least = max(int(np.searchsorted(-above, -most, side="left")) - 1, 0)
+    per_input = counts[:, least:].sum(1)
+    total = int(per_input.sum())
+    starts = np.concatenate([[0], np.cumsum(per_input)[:-1]])
+    index, sign = np.zeros((total, 3), np.int64), np.zeros((total, 2), np.int8)
+    violation = np.zeros(total)
+    collect(inner, floor, least, starts, index, sign, violation)
+    order = np.argsort(-violation, kind="stable")[:most]
+    return index[order], sign[order], violation[order]
+
+
+def tighten(
+    problem: LayerProblem, rank: int, rounds: int, *, seed: int = 0, end: float | None = None
+) -> tuple[Certificate, dict[str, Any]]:
+    """Certificates with triangle cuts of all rows, after `rounds` rounds of separation.
+
+    Args:
+        rank: of the vectors.
+        end: of `time.perf_counter()`; what is reached by then is certified.
+
+    Returns:
+        A certificate, and its number of cuts and its relative loss to the correction for every row.
+    """
+    n = problem.n
+    state = Mixing(problem, rank, seed)
+    for rho, sweeps in _START:
+        state.sweep(sweeps, rho)
+    pools = [Pool.empty() for _ in range(problem.rows)]
+    multipliers = _Multipliers(state, pools)
+    for step in range(rounds + 1):
+        if end is not None and step and time.perf_counter() > end:
+            break
+        pools = [
+            pool.join(*separate(_gram(state, row), _NEW * n)[:2], n)
+            for row, pool in enumerate(multipliers.pools())
+        ]
+        multipliers = _Multipliers(state, pools)
+        last = step == rounds
+        multipliers.run(*(_END if last else _ROUND), rho, _MEAN if last else 1, end)
+    return multipliers.certify(problem, rho)
+
+
+class _Multipliers:
+    """The triangles of all rows in one list, and E, the addition to C that they make."""
+
+    def __init__(self, state: Mixing, pools: list[Pool]) -> None:
+        self.state = state
+        rows, n, _ = state.v.shape
+        self.index = np.concatenate([pool.index for pool in pools])
+        self.sign = np.concatenate([pool.sign for pool in pools])
+        self.tau = np.concatenate([pool.tau for pool in pools])
+        self.used = self.tau.copy()
+        self.cut_rows = np.cumsum([0, *(len(pool.tau) for pool in pools)])
+        a, b = self.sign.astype(float).T
+        self.signs = np.stack([a, b, a * b], axis=1)
+        y = state.duals.double().cpu().numpy()
+        member, pairs, entries, starts, index, steps = [], [], [], [], [], []
+        pair_rows, first = [0], 0
+        for row, pool in enumerate(pools):
+            own, which = _pairs(pool.index, n)
+            where, row_starts, row_index = _sparse(own, n)
+            member.append(which + pair_rows[-1])
+            pairs.append(own)
+            entries.append(np.where(where >= 0, where + first, -1))
+            starts.append(row_starts + first)
+            index.append(row_index)
+            steps.append(_steps(pool.index, y[row]))
+            pair_rows.append(pair_rows[-1] + len(own))
+            first += len(row_index)
+        self.pair_rows = np.array(pair_rows)
+        self.member, self.pairs = np.concatenate(member), np.concatenate(pairs)
+        self.entries, self.step = np.concatenate(entries), np.concatenate(steps)
+        state.extra = Extra(np.stack(starts), np.concatenate(index).astype(np.int32), np.zeros(first))
+        self.mean_used, self.mean_y = self.used, y
+
+    def pools(self) -> list[Pool]:
+        """Of every row, without the triangles that neither bind nor have a multiplier."""
+        pools = []
+        for low, high in zip(self.cut_rows[:-1], self.cut_rows[1:], strict=True):
+            pool = Pool(self.index[low:high], self.sign[low:high], self.tau[low:high])
+            pools.append(pool.keep(self.used[low:high] > 0))
+        return pools
+
+    def run(
+        self, updates: int, sweeps: int, follow: float, rho: float, mean: int, end: float | None
+    ) -> None:
+        """Move vectors and multipliers in turn; the mean is over the last `mean` updates."""
+        extra = self.state.extra
+        assert extra is not None
+        used, y, count = np.zeros_like(self.used), np.zeros(self.state.duals.shape), 0
+        for update in range(updates):
+            damp(
+                self.state.v.cpu().numpy(),
+                self.pairs,
+                self.entries,
+                self.cut_rows,
+                self.pair_rows,
+                self.member,
+                self.signs,
+                self.step,
+                follow,
+                self.tau,
+                self.used,
+                extra.value,
+            )
+            self.state.sweep(sweeps, rho)
+            late = end is not None and time.perf_counter() > end
+            if update >= updates - mean or late:
+                used, y, count = used + self.used, y + self.state.duals.double().cpu().numpy(), count + 1
+            if late:
+                break
+        self.mean_used, self.mean_y = used / count, y / count
+
+    def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, dict[str, Any]]:
+        n, group = problem.n, problem.group_size
+        scale = self.state.scale
+        weight = problem.weight.double().cpu().numpy() * np.sqrt(scale)[:, None]
+        gram, inner = problem.gram.double().cpu().numpy(), self.state.inner()
+
+        def one(row: int) -> tuple[np.ndarray, np.ndarray, float, float, Cuts]:
+            w = weight[row]
+            part = slice(self.cut_rows[row], self.cut_rows[row + 1])
+            pool = Pool(self.index[part], self.sign[part], self.mean_used[part])
+            pool = pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
+            lam, p, loss, value = certify_row(
+                w[:, None] * gram * w[None, :],
+                group,
+                problem.pruned_per_group,
+                self.mean_y[row],
+                inner[row],
+                rho,
+                _dense(pool, n),
+            )
+            cuts = Cuts(
+                torch.as_tensor(np.where(pool.index == n, -1, pool.index)),
+                torch.as_tensor(pool.sign),
+                torch.as_tensor(pool.tau / scale[row]),
+            )
+            return lam / scale[row], p, loss, value, cuts
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+            results = list(threads.map(one, range(problem.rows)))
+        lam, point, loss, value, cuts = zip(*results, strict=True)
+        like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
+        penalty = torch.as_tensor(rho / scale, **like)[:, None].expand(-1, n // group)
+        certificate = Certificate(
+            torch.as_tensor(np.stack(lam), **like),
+            penalty.contiguous(),
+            torch.as_tensor(np.stack(point), **like),
+            cuts=list(cuts),
+        )
+        size = np.array(value)
+        relative = np.divide(loss, size, out=np.zeros_like(size), where=size > 0)
+        return certificate, {
+            "cuts": [len(c.multiplier) for c in cuts],
+            "loss": relative.tolist(),
+        }
+
+
+def _gram(state: Mixing, row: int) -> np.ndarray:
+    """⟨v_i, v_j⟩ of a row, [n + 1, n + 1] with v_0 last."""
+    v = state.v[row].cpu().numpy()
+    fixed = np.zeros((1, v.shape[1]), v.dtype)
+    fixed[0, 0] = 1
+    v = np.concatenate([v, fixed])
+    return np.asarray(v @ v.T)
+
+
+def _keys(index: np.ndarray, sign: np.ndarray, n: int) -> np.ndarray:
+    i, j, k = index.T
+    a, b = sign.astype(np.int64).T
+    return np.asarray(((i * (n + 1) + j) * (n + 1) + k) * 4 + (a + 1) + (b + 1) // 2)
+
+
+def _pairs(index: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct pairs [pairs, 2] of the triangles, and which three a triangle has, [m, 3]."""
+    codes = np.stack([index[:, x] * (n + 1) + index[:, y] for x, y in ((0, 1), (0, 2), (1, 2))], 1)
+    distinct, which = np.unique(codes, return_inverse=True)
+    return np.stack(np.divmod(distinct, n + 1), 1), which.reshape(codes.shape)
+
+
+def _sparse(pairs: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where E_ij and E_ji stand [pairs, 2] (−1: v_0 has no row), and starts and index of `Extra`."""
+    i, j = pairs.T
+    both = j < n
+    owner, partner = np.concatenate([i, j[both]]), np.concatenate([j, i[both]])
+    order = np.lexsort((partner, owner))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    entries = np.full((len(pairs), 2), -1, np.int64)
+    entries[:, 0] = place[: len(i)]
+    entries[both, 1] = place[len(i) :]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=n))])
+    return entries, starts, partner[order]
+
+
+def _steps(index: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A step is small where an input bends easily (small y) or is in many triangles."""
+    n = len(y)
+    # v_0 is fixed: it does not bend, in however many triangles it is
+    stiff = np.append(np.maximum(y, 0.05 * y.mean()), np.inf)
+    degree = np.bincount(index.ravel(), minlength=n + 1)
+    degree[n] = 1
+    return np.asarray(
+        _STEP * stiff[index].min(1, initial=np.inf) / np.sqrt(np.maximum(degree[index], 1).max(1, initial=1))
+    )
+
+
+def _dense(pool: Pool, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """E [n, n] and its column of v_0."""
+    e = np.zeros((n + 1, n + 1))
+    a, b = pool.sign.astype(float).T
+    for (x, y), sign in (((0, 1), a), ((0, 2), b), ((1, 2), a * b)):
+        np.add.at(e, (pool.index[:, x], pool.index[:, y]), -pool.tau * sign / 2)
+    e += e.T
+    return e[:n, :n], e[:n, n]

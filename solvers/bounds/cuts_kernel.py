@@ -1,0 +1,97 @@
+# mypy: ignore-errors
+"""Compiled kernels of the triangle cuts: separation over all triples, and the damped multipliers."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+#: bins of the histogram of violations; a triangle is violated by at most 2
+BINS = 4096
+
+
+@njit(cache=True)
+def _least(x, y, z):
+    """min over signs of a·x + b·y + ab·z; at most one of the four is below −1 for a Gram matrix."""
+    return min(min(x + y + z, x - y - z), min(z - x - y, y - x - z))
+
+
+@njit(parallel=True, cache=True)
+def histogram(inner, floor):
+    """How many triangles of `inner` [n, n] are violated by more than `floor`, by size.
+
+    int64 [n, BINS], for the least index of the triangle; a bin is 2/BINS wide.
+    """
+    n = len(inner)
+    counts = np.zeros((n, BINS), np.int64)
+    for i in prange(n):
+        for j in range(i + 1, n):
+            for k in range(j + 1, n):
+                violation = -1 - _least(inner[i, j], inner[i, k], inner[j, k])
+                if violation > floor:
+                    counts[i, min(int(violation * (BINS / 2)), BINS - 1)] += 1
+    return counts
+
+
+@njit(parallel=True, cache=True)
+def collect(inner, floor, least, starts, index, sign, violations):
+    """Write the triangles of the bins from `least` on, those of least index i from starts[i] on."""
+    n = len(inner)
+    for i in prange(n):
+        at = starts[i]
+        for j in range(i + 1, n):
+            for k in range(j + 1, n):
+                x, y, z = inner[i, j], inner[i, k], inner[j, k]
+                violation = -1 - _least(x, y, z)
+                if violation > floor and min(int(violation * (BINS / 2)), BINS - 1) >= least:
+                    index[at, 0], index[at, 1], index[at, 2] = i, j, k
+                    a, b = 1, 1
+                    if x - y - z < -1 - floor:
+                        b = -1
+                    elif y - x - z < -1 - floor:
+                        a = -1
+                    elif z - x - y < -1 - floor:
+                        a, b = -1, -1
+                    sign[at, 0], sign[at, 1] = a, b
+                    violations[at] = violation
+                    at += 1
+
+
+@njit(parallel=True, cache=True)
+def damp(v, pairs, entries, cut_rows, pair_rows, member, sign, step, follow, tau, used, value):
+    """τ_used = max(0, τ − step·(triangle + 1)), τ follows by the part `follow`, and E from τ_used.
+
+    Args:
+        v: [rows, n, k].
+        pairs, entries: int64 [pairs, 2], inputs i < j (n: v_0, the first unit vector), and where E_ij
+            and E_ji stand in `value` (−1: nowhere).
+        cut_rows, pair_rows: int64 [rows + 1], where the cuts and the pairs of a row start.
+        member, sign: int64, float64 [cuts, 3], the pairs of a cut and their signs a, b, ab.
+        step, tau, used: float64 [cuts].
+    """
+    rows, n, k = v.shape
+    for row in prange(rows):
+        first, last = pair_rows[row], pair_rows[row + 1]
+        product = np.zeros(last - first)
+        for p in range(first, last):
+            i, j = pairs[p, 0], pairs[p, 1]
+            if j == n:
+                product[p - first] = v[row, i, 0]
+            else:
+                total = v.dtype.type(0)
+                for a in range(k):
+                    total += v[row, i, a] * v[row, j, a]
+                product[p - first] = total
+        weight = np.zeros(last - first)
+        for t in range(cut_rows[row], cut_rows[row + 1]):
+            slack = 1.0
+            for c in range(3):
+                slack += sign[t, c] * product[member[t, c] - first]
+            used[t] = max(0.0, tau[t] - step[t] * slack)
+            tau[t] += follow * (used[t] - tau[t])
+            for c in range(3):
+                weight[member[t, c] - first] -= used[t] * sign[t, c] / 2
+        for p in range(first, last):
+            value[entries[p, 0]] = weight[p - first]
+            if entries[p, 1] >= 0:
+                value[entries[p, 1]] = weight[p - first]
