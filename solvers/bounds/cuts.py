@@ -13,6 +13,7 @@ semidefinite for many pairs (y, τ'), it is for their mean.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from maskopt.bounds import Certificate, Cuts
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.cuts_kernel import BINS, collect, damp, histogram
+from maskopt.solvers.bounds.cuts_kernel import collect, damp, histogram
 from maskopt.solvers.bounds.mixing import Extra, Mixing
 from maskopt.solvers.bounds.sdp import certify_row
 
+#: entries of the inner products of a tile of rows
+_TILE_ENTRIES = 2**24
 #: ρ in units of the mean diagonal of Q and its sweeps before the first cuts; the last ρ stays
 _START = ((0.05, 40), (0.2, 60), (1.0, 300))
 #: triangles that may join in a round, per input
@@ -97,25 +101,73 @@ def separate(
 
 
 def tighten(
-    problem: LayerProblem, rank: int, rounds: int, *, seed: int = 0, end: float | None = None
+    problem: LayerProblem,
+    plain: Certificate,
+    rank: int,
+    rounds: int,
+    *,
+    seed: int = 0,
+    end: float | None = None,
 ) -> tuple[Certificate, dict[str, Any]]:
-    """Certificates with triangle cuts of all rows, after `rounds` rounds of separation.
+    """The better of `plain` and a certificate with triangle cuts, for every row.
 
     Args:
+        plain: a certificate without ν and cuts.
         rank: of the vectors.
-        end: of `time.perf_counter()`; what is reached by then is certified.
+        rounds: of separation.
+        end: of `time.perf_counter()`; what is reached by then is certified. Rows that were not
+            reached keep `plain`.
 
     Returns:
-        A certificate, and its number of cuts and its relative loss to the correction for every row.
+        The certificate, and for every row `cuts`, the triangles in it, and `cut_correction`, the
+        loss to the correction as part of the bound (NaN where `plain` is kept).
     """
+    tile = max(1, _TILE_ENTRIES // (problem.n + 1) ** 2)
+    parts: list[Certificate] = []
+    count: list[int] = []
+    correction: list[float] = []
+    for first in range(0, problem.rows, tile):
+        chosen = list(range(problem.rows))[first : first + tile]
+        part, before = problem.take(chosen), plain.take(chosen)
+        better, loss = torch.zeros(part.rows, dtype=torch.bool), [math.nan] * part.rows
+        if end is None or time.perf_counter() < end:
+            after, loss = cut_certificate(part, rank, rounds, seed=seed, end=end)
+            better = (after.check(part) > before.check(part)).cpu()
+            before = _either(better, after, before)
+        parts.append(before)
+        for row, won in enumerate(better.tolist()):
+            cuts = before.cuts[row] if before.cuts is not None else None
+            count.append(0 if cuts is None else len(cuts.multiplier))
+            correction.append(loss[row] if won else math.nan)
+    return Certificate.stack(parts), {"cuts": count, "cut_correction": correction}
+
+
+def _either(better: Tensor, after: Certificate, before: Certificate) -> Certificate:
+    """`after` where it is better, `before` elsewhere."""
+    if not bool(better.any()):
+        return before
+    column = better[:, None].to(after.diagonal.device)
+    cuts = after.cuts or []
+    return Certificate(
+        torch.where(column, after.diagonal, before.diagonal),
+        torch.where(column, after.penalty, before.penalty),
+        torch.where(column, after.point, before.point),
+        cuts=[own if won else None for own, won in zip(cuts, better.tolist(), strict=True)],
+    )
+
+
+def cut_certificate(
+    problem: LayerProblem, rank: int, rounds: int, *, seed: int = 0, end: float | None = None
+) -> tuple[Certificate, list[float]]:
+    """(λ, μ, τ, p̂) of all rows at once after `rounds` rounds, and the loss to the correction as part
+    of the bound."""
     n = problem.n
     state = Mixing(problem, rank, seed)
     for rho, sweeps in _START:
         state.sweep(sweeps, rho)
-    pools = [Pool.empty() for _ in range(problem.rows)]
-    multipliers = _Multipliers(state, pools)
+    multipliers = _Multipliers(state, [Pool.empty()] * problem.rows)
     for step in range(rounds + 1):
-        if end is not None and step and time.perf_counter() > end:
+        if step and end is not None and time.perf_counter() > end:
             break
         pools = [
             pool.join(*separate(_gram(state, row), _NEW * n)[:2], n)
@@ -132,7 +184,7 @@ class _Multipliers:
 
     def __init__(self, state: Mixing, pools: list[Pool]) -> None:
         self.state = state
-        rows, n, _ = state.v.shape
+        n = state.v.shape[1]
         self.index = np.concatenate([pool.index for pool in pools])
         self.sign = np.concatenate([pool.sign for pool in pools])
         self.tau = np.concatenate([pool.tau for pool in pools])
@@ -157,7 +209,9 @@ class _Multipliers:
         self.pair_rows = np.array(pair_rows)
         self.member, self.pairs = np.concatenate(member), np.concatenate(pairs)
         self.entries, self.step = np.concatenate(entries), np.concatenate(steps)
-        state.extra = Extra(np.stack(starts), np.concatenate(index).astype(np.int32), np.zeros(first))
+        state.extra = Extra(
+            np.stack(starts), np.concatenate(index).astype(np.int32), np.zeros(first)
+        )
         self.mean_used, self.mean_y = self.used, y
 
     def pools(self) -> list[Pool]:
@@ -193,12 +247,16 @@ class _Multipliers:
             self.state.sweep(sweeps, rho)
             late = end is not None and time.perf_counter() > end
             if update >= updates - mean or late:
-                used, y, count = used + self.used, y + self.state.duals.double().cpu().numpy(), count + 1
+                used, y, count = (
+                    used + self.used,
+                    y + self.state.duals.double().cpu().numpy(),
+                    count + 1,
+                )
             if late:
                 break
         self.mean_used, self.mean_y = used / count, y / count
 
-    def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, dict[str, Any]]:
+    def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, list[float]]:
         n, group = problem.n, problem.group_size
         scale = self.state.scale
         weight = problem.weight.double().cpu().numpy() * np.sqrt(scale)[:, None]
@@ -206,6 +264,8 @@ class _Multipliers:
 
         def one(row: int) -> tuple[np.ndarray, np.ndarray, float, float, Cuts]:
             w = weight[row]
+            if not np.isfinite(self.mean_y[row]).all():
+                return np.zeros(n), np.zeros(n), 0.0, 0.0, _cuts(Pool.empty(), n, 1.0)  # overflow
             part = slice(self.cut_rows[row], self.cut_rows[row + 1])
             pool = Pool(self.index[part], self.sign[part], self.mean_used[part])
             pool = pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
@@ -218,12 +278,8 @@ class _Multipliers:
                 rho,
                 _dense(pool, n),
             )
-            cuts = Cuts(
-                torch.as_tensor(np.where(pool.index == n, -1, pool.index)),
-                torch.as_tensor(pool.sign),
-                torch.as_tensor(pool.tau / scale[row]),
-            )
-            return lam / scale[row], p, loss, value, cuts
+            value -= float(pool.tau.sum())
+            return lam / scale[row], p, loss, value, _cuts(pool, n, scale[row])
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
             results = list(threads.map(one, range(problem.rows)))
@@ -237,11 +293,15 @@ class _Multipliers:
             cuts=list(cuts),
         )
         size = np.array(value)
-        relative = np.divide(loss, size, out=np.zeros_like(size), where=size > 0)
-        return certificate, {
-            "cuts": [len(c.multiplier) for c in cuts],
-            "loss": relative.tolist(),
-        }
+        return certificate, np.divide(loss, size, out=np.zeros_like(size), where=size > 0).tolist()
+
+
+def _cuts(pool: Pool, n: int, scale: float) -> Cuts:
+    return Cuts(
+        torch.as_tensor(np.where(pool.index == n, -1, pool.index)),
+        torch.as_tensor(pool.sign),
+        torch.as_tensor(pool.tau / scale),
+    )
 
 
 def _gram(state: Mixing, row: int) -> np.ndarray:
@@ -289,7 +349,9 @@ def _steps(index: np.ndarray, y: np.ndarray) -> np.ndarray:
     degree = np.bincount(index.ravel(), minlength=n + 1)
     degree[n] = 1
     return np.asarray(
-        _STEP * stiff[index].min(1, initial=np.inf) / np.sqrt(np.maximum(degree[index], 1).max(1, initial=1))
+        _STEP
+        * stiff[index].min(1, initial=np.inf)
+        / np.sqrt(np.maximum(degree[index], 1).max(1, initial=1))
     )
 
 

@@ -1,0 +1,172 @@
+"""Triangle cuts: what separation finds, and that the tightened bound is a bound."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import KINDS, problems, random_gram, random_weight
+
+from maskopt import NM, LayerProblem, Solution, Unstructured, lower_bound, solve, verify
+from maskopt.errors import OptionError
+from maskopt.solvers.bounds.cuts import Pool, cut_certificate, separate
+
+
+def assert_below(bound, problem):
+    exact = solve(problem, "exhaustive").objective
+    noise = 1e-13 * problem.diagonal_mass()
+    assert bool((bound.value <= exact + noise).all()), (bound.value - exact).max()
+    return exact
+
+
+def unit_gram(n, rank, seed):
+    v = np.random.default_rng(seed).standard_normal((n, rank))
+    v /= np.linalg.norm(v, axis=1, keepdims=True)
+    return (v @ v.T).astype(np.float32)
+
+
+def brute_force(inner, floor):
+    found = {}
+    for triple in itertools.combinations(range(len(inner)), 3):
+        i, j, k = triple
+        for a, b in itertools.product((-1, 1), repeat=2):
+            value = a * inner[i, j] + b * inner[i, k] + a * b * inner[j, k]
+            if -1 - value > floor:
+                found[(*triple, a, b)] = -1 - value
+    return found
+
+
+def named(index, sign):
+    return [(*i, *s) for i, s in zip(index.tolist(), sign.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("rank", [2, 3, 8])
+def test_separation_is_brute_force(rank):
+    inner = unit_gram(14, rank, rank).astype(np.float64)
+    expected = brute_force(inner, 0.02)
+    index, sign, violation = separate(inner, 10**6)
+    found = named(index, sign)
+    assert len(found) == len(set(found))
+    # float32 may differ on what sits on the floor itself
+    edge = {key for key, size in expected.items() if size < 0.02 + 1e-5}
+    assert set(expected) - edge <= set(found)
+    assert set(found) <= set(brute_force(inner, 0.02 - 1e-5))
+    np.testing.assert_allclose(violation, [expected.get(f, 0.02) for f in found], atol=2e-5)
+    some, _, _ = separate(inner, len(found) // 3)
+    assert some.tolist() == index[: len(found) // 3].tolist()
+
+
+@given(st.integers(0, 10**6), st.integers(3, 30))
+@settings(max_examples=50)
+def test_a_planted_triangle_is_found_first(seed, n):
+    """Three vectors at 120° violate by a half, up to signs; the rest are nearly orthogonal."""
+    generator = np.random.default_rng(seed)
+    chosen = np.sort(generator.choice(n, 3, replace=False))
+    v = np.zeros((n, n + 2))
+    v[np.arange(n), np.arange(n)] = 1
+    angle = 2 * np.pi * np.arange(3) / 3
+    signs = generator.choice([-1, 1], 3)
+    v[chosen] = 0
+    v[chosen, n], v[chosen, n + 1] = signs * np.cos(angle), signs * np.sin(angle)
+    index, sign, violation = separate(v @ v.T, 5)
+    assert index[0].tolist() == chosen.tolist()
+    assert sign[0].tolist() == [signs[0] * signs[1], signs[0] * signs[2]]
+    assert violation[0] == pytest.approx(0.5, abs=1e-5)
+    assert len(index) == 1
+
+
+def test_a_pool_has_a_triangle_once():
+    index, sign, _ = separate(unit_gram(12, 2, 1), 50)
+    pool = Pool.empty().join(index[:30], sign[:30], 11)
+    pool.tau[:] = 1
+    both = pool.join(index, sign, 11)
+    assert named(both.index, both.sign) == named(index, sign)
+    assert both.tau.tolist() == [1.0] * 30 + [0.0] * 20
+
+
+@given(problems(max_n=10, max_rows=6))
+@settings(max_examples=30)
+def test_never_above_the_optimum_and_never_below_the_plain_bound(problem):
+    plain = lower_bound(problem, "sdp")
+    bound = lower_bound(problem, "sdp", cuts=2)
+    assert_below(bound, problem)
+    assert bool((bound.value >= plain.value * (1 - 1e-9)).all())
+    solution = Solution.of(
+        problem,
+        solve(problem, "wanda").mask,
+        lower_bound=bound.value,
+        certificate=bound.certificate,
+    )
+    verify(problem, solution)
+
+
+@given(problems(max_n=10, max_rows=4), st.integers(1, 3), st.integers(0, 100))
+@settings(max_examples=30)
+def test_a_deliberately_crude_solve_is_valid(problem, sweeps, seed):
+    bound = lower_bound(problem, "sdp", sweeps=sweeps, rank=2, cuts=1, seed=seed)
+    assert_below(bound, problem)
+
+
+def test_hundreds_of_small_rows():
+    """600 rows, both patterns, every kind of Gram matrix."""
+    for seed, kind in enumerate(KINDS):
+        for pattern in (Unstructured(sparsity=0.5), NM(keep=2, of=4)):
+            problem = LayerProblem(
+                random_weight(50, 12, seed), random_gram(12, kind, seed + 50), pattern
+            )
+            bound = lower_bound(problem, "sdp", cuts=3)
+            exact = assert_below(bound, problem)
+            plain = lower_bound(problem, "sdp").gap(exact)
+            assert bool((bound.gap(exact) <= plain + 1e-9).all())
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)])
+def test_cuts_close_a_good_part_of_the_gap(pattern):
+    problem = LayerProblem(random_weight(8, 20, 3), random_gram(20, "low-rank", 4), pattern)
+    exact = solve(problem, "exhaustive").objective
+    plain = lower_bound(problem, "sdp")
+    bound = lower_bound(problem, "sdp", cuts=8)
+    before, after = plain.gap(exact), bound.gap(exact)
+    assert float(before.mean()) > 0.01
+    assert float(after.mean()) < 0.5 * float(before.mean())
+    assert max(bound.trace["cuts"]) > 20
+
+
+def test_rows_do_not_depend_on_each_other_and_runs_repeat():
+    problem = LayerProblem(
+        random_weight(3, 32, 1), random_gram(32, "full", 2), Unstructured(sparsity=0.6)
+    )
+    together, _ = cut_certificate(problem, 16, 3)
+    again, _ = cut_certificate(problem, 16, 3)
+    alone, _ = cut_certificate(problem.take([1]), 16, 3)
+    assert torch.equal(together.diagonal, again.diagonal)
+    assert torch.equal(together.cuts[1].index, again.cuts[1].index)
+    assert torch.equal(together.cuts[1].index, alone.cuts[0].index)
+    torch.testing.assert_close(together.cuts[1].multiplier, alone.cuts[0].multiplier)
+    torch.testing.assert_close(together.diagonal[1], alone.diagonal[0])
+
+
+def test_an_early_end_is_valid():
+    problem = LayerProblem(
+        random_weight(4, 64, 1), random_gram(64, "full", 2), Unstructured(sparsity=0.6)
+    )
+    bound = lower_bound(problem, "sdp", cuts=50, time_limit=1e-3)
+    verify(
+        problem,
+        Solution.of(
+            problem,
+            solve(problem, "swap").mask,
+            lower_bound=bound.value,
+            certificate=bound.certificate,
+        ),
+    )
+    early, _ = cut_certificate(problem, 16, 50, end=0.0)
+    assert bool((early.check(problem) <= solve(problem, "tabu").objective).all())
+
+
+def test_negative_rounds_are_refused():
+    problem = LayerProblem(random_weight(1, 8, 1), random_gram(8, "full", 2), NM(keep=2, of=4))
+    with pytest.raises(OptionError, match="cuts must be at least 0"):
+        lower_bound(problem, "sdp", cuts=-1)
