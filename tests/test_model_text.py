@@ -162,6 +162,8 @@ def test_tokens_as_they_are(tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.arange(12).reshape(3, 4))
     windows = calibration_windows(tmp_path / "t.npy")
     assert windows.tokens.tolist() == torch.arange(12).view(3, 4).tolist()
+    evaluated = evaluation_windows(tmp_path / "t.npy", None, limit=2)
+    assert torch.equal(evaluated.tokens, windows.tokens[:2])
     check_vocabulary(windows, 12)
     with pytest.raises(DataError, match="token id 11"):
         check_vocabulary(windows, 11)

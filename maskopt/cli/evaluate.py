@@ -13,7 +13,7 @@ from maskopt.cli.console import output, progress_bars
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")],
     text: Annotated[
-        str, typer.Option(help="FILE.txt, FILE.jsonl, a folder, or hf:DATASET[:SPLIT].")
+        str, typer.Option(help="FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:DATASET[:SPLIT].")
     ],
     seq_len: opt.SeqLen = 2048,
     windows: Annotated[int | None, typer.Option(help="Take only the first so many.")] = None,

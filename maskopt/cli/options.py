@@ -19,6 +19,22 @@ Seed = Annotated[int, typer.Option(help="Of calibration crops and of solvers.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a window.")]
 Threads = Annotated[int | None, typer.Option(help="Threads on the CPU.")]
 ActivationMemory = Annotated[str, typer.Option(help="Hidden states above this go to a file.")]
+WarmStart = Annotated[
+    str | None,
+    typer.Option(
+        help="The solver that makes the start; default: relax for swap, else the solver's own."
+    ),
+]
+OnePass = Annotated[
+    bool,
+    typer.Option(
+        "--one-pass/--sequential",
+        help="All Gram matrices from the dense model, or each from the model pruned so far.",
+    ),
+]
+TrueSequential = Annotated[
+    bool, typer.Option("--true-sequential", help="Sequential inside a block, too.")
+]
 Field = Annotated[str, typer.Option(help="Where JSON lines hold their text.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")

@@ -17,12 +17,14 @@ def plan(
     sparsity: opt.Sparsity = None,
     pattern: opt.PatternText = None,
     solver: Annotated[str, typer.Option(help="See `maskopt solvers`.")] = "swap",
+    warm_start: opt.WarmStart = None,
     option: opt.SolverOption = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: opt.SeqLen = 2048,
     include: opt.Include = None,
     exclude: opt.Exclude = None,
-    one_pass: Annotated[bool, typer.Option("--one-pass/--sequential")] = False,
+    one_pass: opt.OnePass = False,
+    true_sequential: opt.TrueSequential = False,
     threads: opt.Threads = None,
     activation_memory: opt.ActivationMemory = "4GiB",
     max_memory: Annotated[str | None, typer.Option(help="Say whether it suffices.")] = None,
@@ -36,26 +38,28 @@ def plan(
 
     from maskopt.model.blocks import choose
     from maskopt.model.opening import capped_length, open_source
-    from maskopt.model.options import check_pattern
+    from maskopt.model.options import PruneOptions, check_pattern
     from maskopt.model.plan import GIB, make_plan, parse_bytes
-    from maskopt.solver import check_options
 
-    options = opt.read_solver_options(option)
-    check_options(solver, options)
+    options = PruneOptions(
+        chosen,
+        solver,
+        warm_start,
+        opt.read_solver_options(option),
+        one_pass=one_pass,
+        true_sequential=true_sequential,
+    )
     source, _ = open_source(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     layers = choose(source.blocks.all_layers(), include or (), exclude or ())
     check_pattern(chosen, layers)
     result = make_plan(
         source,
         layers,
-        chosen,
+        options,
         samples=samples,
         length=capped_length(source.model, seq_len),
         threads=threads or torch.get_num_threads(),
         activation_memory=parse_bytes(activation_memory),
-        solver=solver,
-        solver_options=options,
-        one_pass=one_pass,
     )
     table = Table()
     for heading in ("layer", "count", "rows", "inputs", "pruned", "of"):
@@ -80,10 +84,12 @@ def plan(
         soft_wrap=True,
     )
     output.print(f"disk: {result.disk / GIB:.2f} GiB")
-    solving = "unknown" if result.solve_seconds is None else f"about {result.solve_seconds:.0f} s"
+    parts_of_time = (result.solve_seconds, result.seconds)
+    solving, total = ("unknown" if x is None else f"about {x:.0f} s" for x in parts_of_time)
     output.print(
-        f"time, estimated: forward passes and Gram matrices about {result.forward_seconds:.0f} s, "
-        f"solving {solving}",
+        f"time, estimated: {total} (forward passes and Gram matrices about "
+        f"{result.forward_seconds:.0f} s, solving {solving}, files about "
+        f"{result.file_seconds:.0f} s)",
         soft_wrap=True,
     )
     if max_memory is not None and memory.peak > parse_bytes(max_memory):

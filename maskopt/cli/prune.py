@@ -24,12 +24,7 @@ def prune(
     sparsity: opt.Sparsity = None,
     pattern: opt.PatternText = None,
     solver: Annotated[str, typer.Option(help="See `maskopt solvers`.")] = "swap",
-    warm_start: Annotated[
-        str | None,
-        typer.Option(
-            help="The solver that makes the start; default: relax for swap, else the solver's own."
-        ),
-    ] = None,
+    warm_start: opt.WarmStart = None,
     option: opt.SolverOption = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: opt.SeqLen = 2048,
@@ -39,16 +34,8 @@ def prune(
     dtype: opt.Dtype = "auto",
     include: opt.Include = None,
     exclude: opt.Exclude = None,
-    one_pass: Annotated[
-        bool,
-        typer.Option(
-            "--one-pass/--sequential",
-            help="All Gram matrices from the dense model, or each from the model pruned so far.",
-        ),
-    ] = False,
-    true_sequential: Annotated[
-        bool, typer.Option("--true-sequential", help="Inside a block, too.")
-    ] = False,
+    one_pass: opt.OnePass = False,
+    true_sequential: opt.TrueSequential = False,
     all_experts: Annotated[
         bool, typer.Option("--all-experts", help="Gram matrices of experts from all tokens.")
     ] = False,

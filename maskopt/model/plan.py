@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 
 from maskopt.errors import MaskoptError, ModelError
-from maskopt.model.blocks import Layer
-from maskopt.model.options import default_start
+from maskopt.model.blocks import Layer, within
+from maskopt.model.checkpoint import Checkpoint
+from maskopt.model.options import PruneOptions
 from maskopt.model.source import FolderSource, Source, stored_dtype
 from maskopt.model.tokens import Windows
-from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
-from maskopt.solver import solve
+from maskopt.solver import make_start, solve
 
 GIB = 2**30
 #: the interpreter with torch, transformers and a compiled solver
@@ -25,6 +26,11 @@ BASE = 2**30
 #: inputs of the small problem that the solver's speed is measured on, and its rows: more of them
 #: as long as they take next to no time
 PROBE_N, PROBE_ROWS = 512, (2, 32, 512)
+#: of a shard, to learn how fast weights are read and hashed
+PROBE_BYTES = 64 * 2**20
+#: what forward passes and Gram matrices reach of the speed of a large matrix product, and seconds
+#: until the libraries are there: from runs of Gemma 3 270M on a CPU (docs/pruning.md)
+SHARE, START = 0.6, 5.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,15 @@ class Plan:
     memory: Memory
     forward_seconds: float
     solve_seconds: float | None
+    file_seconds: float
     disk: int
+
+    @property
+    def seconds(self) -> float | None:
+        """All of it."""
+        if self.solve_seconds is None:
+            return None
+        return START + self.forward_seconds + self.solve_seconds + self.file_seconds
 
 
 def estimate_memory(
@@ -87,9 +101,9 @@ def estimate_memory(
         by_block.setdefault(int(layer.name[start:].split(".")[0]), []).append(layer)
     grams = inputs = solving = 0
     for mine in by_block.values():
-        distinct = {(layer.n, layer.expert) for layer in mine}
-        grams = max(grams, sum(8 * n * n for n, _ in distinct))
-        inputs = max(inputs, threads * length * width * (sum(n for n, _ in distinct) + 6 * hidden))
+        distinct = _inputs(mine)
+        grams = max(grams, sum(8 * n * n for n in distinct))
+        inputs = max(inputs, threads * length * width * (sum(distinct) + 6 * hidden))
         # the Gram in float32 and two more matrices of its size (of the start's relaxation: in float64
         # up to n = 4096), the weights in float32 a few times
         squares = [12 * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
@@ -130,71 +144,130 @@ def check_memory(
 def make_plan(
     source: Source,
     layers: Sequence[Layer],
-    pattern: Pattern,
+    options: PruneOptions,
     *,
     samples: int,
     length: int,
     threads: int,
     activation_memory: int,
-    solver: str,
-    solver_options: dict[str, Any],
-    one_pass: bool = False,
 ) -> Plan:
-    """Shapes and memory from the headers, times from two measurements of under a second each."""
+    """Shapes and memory from the headers; times from three measurements of about a second each: a
+    matrix product, the solver on a small layer, and reading a piece of the weights."""
     from maskopt.model.write import disk_needed
 
+    pattern = options.pattern
     pruned = {}
     for layer in layers:
         groups = layer.n // pattern.group_size(layer.n)
         pruned[layer.name] = layer.rows * groups * pattern.pruned_per_group(layer.n)
-    tokens = samples * length
-    weights = sum(p.numel() for block in source.blocks.modules for p in block.parameters())
-    distinct = {(layer.name.rsplit(".", 1)[0], layer.n) for layer in layers}
-    operations = tokens * (2 * weights * (1 if one_pass else 2) + sum(n * n for _, n in distinct))
-    return Plan(
-        layers,
-        pruned,
-        estimate_memory(source, layers, samples, length, threads, activation_memory),
-        operations / _speed(),
-        _solve_seconds(layers, pattern, solver, solver_options),
-        disk_needed(source.checkpoint) if isinstance(source, FolderSource) else 0,
-    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return Plan(
+            layers,
+            pruned,
+            estimate_memory(source, layers, samples, length, threads, activation_memory),
+            _forward_operations(source, layers, options, samples, length) / _speed(source),
+            _solve_seconds(source, layers, options),
+            _file_seconds(source.checkpoint) if isinstance(source, FolderSource) else 0.0,
+            disk_needed(source.checkpoint) if isinstance(source, FolderSource) else 0,
+        )
+    finally:
+        torch.set_num_threads(before)
 
 
-def _speed() -> float:
-    """Floating-point operations a second in a float32 matrix product here."""
-    a = torch.rand(1024, 1024)
-    a @ a
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.3:
-        a @ a
-        count += 1
-    return count * 2 * 1024**3 / (time.perf_counter() - began)
+def _forward_operations(
+    source: Source, layers: Sequence[Layer], options: PruneOptions, samples: int, length: int
+) -> float:
+    """Of all forward passes and Gram matrices: two a weight and token, attention's two products,
+    n² for a Gram matrix."""
+    wanted = {layer.name for layer in layers}
+    tokens, width = samples * length, _hidden_size(source.model)
+    chosen = [within(source.blocks, index, wanted) for index in range(len(source.blocks))]
+    last = max(index for index, mine in enumerate(chosen) if mine)
+    total = 0.0
+    for block, mine in zip(list(source.blocks.modules)[: last + 1], chosen, strict=False):
+        distinct = _inputs(mine)
+        passes = 1
+        if mine and not options.one_pass:
+            passes += len(distinct) if options.true_sequential else 1
+        weights = sum(p.numel() for p in block.parameters())
+        total += passes * (2 * weights + 4 * length * width) + sum(n * n for n in distinct)
+    return total * tokens
 
 
-def _solve_seconds(
-    layers: Sequence[Layer], pattern: Pattern, solver: str, options: dict[str, Any]
-) -> float | None:
+def _inputs(layers: Sequence[Layer]) -> list[int]:
+    """Widths of the inputs that layers do not share, as far as shapes tell: alike layers of one module
+    (queries, keys, values) share theirs, its last one (the output projection) has its own."""
+    last = {layer.name.rsplit(".", 1)[0]: layer.name for layer in layers}
+    distinct = set()
+    for layer in layers:
+        module = layer.name.rsplit(".", 1)[0]
+        distinct.add((module, layer.n, last[module] == layer.name))
+    return [n for _, n, _ in distinct]
+
+
+def _speed(source: Source) -> float:
+    """Operations a second that forward passes and Gram matrices reach here: a share of a large
+    matrix product's."""
+    dtype = next(source.model.parameters()).dtype
+    a = torch.rand(1024, 1024, device=source.device).to(dtype)
+
+    def timed(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            product = a @ a
+        float(product[0, 0])  # waits for a device that runs on its own
+        return time.perf_counter() - began
+
+    timed(2)
+    count = 2
+    while (seconds := timed(count)) < 0.3:
+        count *= 2
+    return SHARE * count * 2 * 1024**3 / seconds
+
+
+def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:
     """Time of a small random layer, scaled by rows·n²; None where it cannot be solved."""
     generator = torch.Generator().manual_seed(0)
-    n = PROBE_N
+    n, device = PROBE_N, source.device
+    start, own = options.start, options.solver_options
+
+    def timed(rows: int) -> float:
+        weight = torch.randn(rows, n, generator=generator).to(device)
+        problem = LayerProblem(weight, gram, options.pattern, assume_psd=True)
+        seconds, mask = 0.0, None
+        if start is not None and start != options.solver:
+            first = make_start(problem, start, seed=options.seed)
+            seconds, mask = first.seconds, first.mask
+        return seconds + solve(problem, options.solver, warm_start=mask, **own).seconds
+
     try:
-        pattern.check(n)
+        options.pattern.check(n)
         x = torch.randn(2 * n, n, generator=generator)
-        gram = x.T @ x / (2 * n)
-        start = default_start(solver)
+        gram = (x.T @ x / (2 * n)).to(device)
+        timed(PROBE_ROWS[0])  # compiles what has to be compiled
         for rows in PROBE_ROWS:
-            weight = torch.randn(rows, n, generator=generator)
-            problem = LayerProblem(weight, gram, pattern, assume_psd=True)
-            if rows == PROBE_ROWS[0]:
-                solve(problem, solver, start, **options)  # compiles what has to be compiled
-            seconds = solve(problem, solver, start, **options).seconds
+            seconds = timed(rows)
             if seconds > 0.2:
                 break
     except MaskoptError:
         return None
     work = sum(layer.rows * layer.n**2 for layer in layers)
     return seconds * work / (rows * n**2)
+
+
+def _file_seconds(checkpoint: Checkpoint) -> float:
+    """Time for the shards: read twice, written once, hashed on both ways, at the speed of reading
+    and hashing the start of one."""
+    shard = max(checkpoint.shards.values(), key=lambda shard: shard.path.stat().st_size)
+    began = time.perf_counter()
+    with shard.path.open("rb") as file:
+        data = file.read(PROBE_BYTES)
+    hashlib.sha256(data)
+    seconds = time.perf_counter() - began
+    total = sum(shard.path.stat().st_size for shard in checkpoint.shards.values())
+    return 3 * total * seconds / max(len(data), 1)
 
 
 def _hidden_size(model: Any) -> int:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ def calibration_windows(
     _check_count("seq_len", seq_len)
     if isinstance(source, Tensor):
         return token_windows(source, "token tensor")
-    if isinstance(source, str | Path) and str(source).endswith(".npy"):
+    if _is_npy(source):
         return token_windows(_load_npy(Path(source)), Path(source).name)
     if isinstance(source, str | Path):
         documents, words = read_documents(source, field=field), _describe(source)
@@ -118,14 +118,17 @@ def evaluation_windows(
     limit: int | None = None,
 ) -> Windows:
     """The convention of the field: documents joined by a blank line, tokenised once, cut into
-    non-overlapping windows, the tail dropped. `limit` keeps the first so many windows.
+    non-overlapping windows, the tail dropped. `limit` keeps the first so many windows. A `.npy` file
+    of tokens [windows, length] is taken as it is.
 
     Raises:
-        DataError: no text, or less than one window of it.
+        DataError: no text, or less than one window of it; tokens of a wrong shape.
     """
     _check_count("seq_len", seq_len, least=2)
     if limit is not None:
         _check_count("windows", limit)
+    if _is_npy(source):
+        return token_windows(_load_npy(Path(source))[:limit], Path(source).name)
     if isinstance(source, str | Path):
         documents, words = read_documents(source, field=field), _describe(source)
     else:
@@ -174,6 +177,10 @@ def check_vocabulary(windows: Windows, size: int) -> None:
             f"{windows.source}: token id {largest} does not exist in the model's vocabulary of "
             f"{size}; tokenizer and model do not belong together"
         )
+
+
+def _is_npy(source: Any) -> TypeGuard[str | Path]:
+    return isinstance(source, str | Path) and str(source).endswith(".npy")
 
 
 def _load_npy(path: Path) -> np.ndarray:
