@@ -4,8 +4,12 @@ At the root the semidefinite bound gives λ, μ with A = Q + diag(λ) + μΣ_g 1
 f(p) = pᵀAp + cᵀp + const on every legal p (Billionnet, Elloumi, Plateau 2009). A node fixes some
 p_i; its bound is the Frank–Wolfe bound of that convex QP over what is left of the polytope, at a
 point found by an interior-point method: valid at any point, so nothing depends on its convergence.
-The tree is searched best first, which makes the least open bound the proven bound at any time.
 Inputs that cannot change sides without passing the incumbent are fixed by the same linear form.
+
+As inputs are fixed, the λ of the root is less and less the best one. Every few levels a node's own
+semidefinite relaxation is solved again (`reconvex`), and its subtree uses that λ: one to two orders
+of magnitude fewer nodes. The tree is searched best first, which makes the least open bound the
+proven bound at any time.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -25,6 +30,7 @@ from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
 from maskopt.solvers.qcr import qcr_duals
+from maskopt.solvers.reconvex import multipliers, start_vectors
 from maskopt.solvers.scip import assemble, check_limits, check_size, first_mask, run_rows
 from maskopt.solvers.scip_model import RowAnswer, RowTask
 from maskopt.solvers.tabu_row import tabu_row
@@ -32,10 +38,14 @@ from maskopt.solvers.tabu_row import tabu_row
 LARGEST_N = 256
 #: part of the objective that a node's bound is lowered by: far above the rounding of float64 sums
 _MARGIN = 1e-9
+#: fixings after which a node's semidefinite relaxation is solved again; doubled where that failed
+_INTERVAL, _LONGEST_INTERVAL = 5, 10
+#: sweeps of coordinate descent at such a node, and at the root
+_SWEEPS, _ROOT_SWEEPS = 150, 2000
 
 
 class BranchSolver:
-    """Exact for about 128 inputs; beyond, a gap within the time limit."""
+    """Exact for up to about 192 inputs; beyond, a gap within the time limit."""
 
     name = "branch"
     capabilities = Capabilities(
@@ -107,55 +117,115 @@ def branch_row(task: RowTask) -> RowAnswer:
     if cost <= floor or task.pruned in (0, task.group):
         return RowAnswer(best, max(cost, 0.0) if task.pruned in (0, task.group) else 0.0, "optimal")
     lam, mu, root = qcr_duals(task)
-    n, groups = len(task.q), len(task.q) // task.group
-    same = np.arange(n)[:, None] // task.group == np.arange(n)[None, :] // task.group
-    a = np.ascontiguousarray(task.q + np.diag(lam) + mu * same)
-    c = -lam - 2 * mu * task.pruned
-    constant = mu * groups * task.pruned**2
-    tree = _Tree(task, a, c, constant, best, cost, root)
+    tree = _Tree(task, lam, mu, best, cost, root)
     return tree.search(began, int(task.formulation) if task.formulation.isdigit() else 1)
+
+
+class _Form(NamedTuple):
+    """The convex form that a subtree is bounded with."""
+
+    lam: np.ndarray
+    """λ, float64 [n]."""
+    vectors: np.ndarray
+    """Of the semidefinite relaxation, float32 [n, k]: the next one starts there."""
+    free: int
+    """Free inputs where it was solved."""
+    interval: int
+    """Fixings until it is solved again."""
+
+
+class _Node(NamedTuple):
+    bound: float
+    order: int
+    """Of creation: ties go to the older node."""
+    state: np.ndarray
+    """1 pruned, 0 kept, −1 free, int8 [n]."""
+    point: np.ndarray
+    """The relaxed point."""
+    form: _Form
 
 
 class _Tree:
     def __init__(
         self,
         task: RowTask,
-        a: np.ndarray,
-        c: np.ndarray,
-        constant: float,
+        lam: np.ndarray,
+        mu: float,
         best: np.ndarray,
         cost: float,
         root: float,
     ) -> None:
-        self.task, self.a, self.c, self.constant = task, a, c, constant
+        self.task, self.mu = task, mu
         self.best, self.cost, self.root = best, cost, root
-        self.solved = 0
-        # rounding of the node's sums, whose terms can be far larger than the objective
-        n = len(c)
-        reach = float(np.sqrt(np.abs(task.q.diagonal())).sum()) ** 2
-        terms = reach + 4 * float(np.abs(c).sum()) + 4 * abs(constant)
-        self.rounding = 4 * (n + 8) * 2.0**-53 * terms
+        self.solved = self.convexified = 0
+        n = len(lam)
+        member = np.arange(n) // task.group
+        self.same = (member[:, None] == member[None, :]).astype(float)
+        self.base = np.ascontiguousarray(task.q + mu * self.same)
+        self.constant = mu * (n // task.group) * task.pruned**2
+        self.reach = float(np.sqrt(np.abs(task.q.diagonal())).sum()) ** 2
+        self.order = itertools.count()
+        # the sweeps at the root are cheap, and every node below starts from their vectors
+        state, point = np.full(n, -1, dtype=np.int8), np.full(n, task.pruned / task.group)
+        vectors = start_vectors(n, task.seed)
+        own, vectors = self._convexify(state, point, vectors, _ROOT_SWEEPS)
+        self.form = _Form(lam, vectors, n, _INTERVAL)
+        value, point = self.bound(state, lam)
+        again = state.copy()
+        other, relaxed = self.bound(again, own)
+        if other > value:
+            value, point, state = other, relaxed, again
+            self.form = self.form._replace(lam=own)
+        self.start = _Node(
+            max(value, root * (1 - _MARGIN), task.bound),
+            next(self.order),
+            state,
+            point,
+            self.form,
+        )
 
     @property
     def cutoff(self) -> float:
         """A node of at least this bound holds nothing better than the incumbent."""
         return self.cost * (1 - 5e-7)
 
-    def bound(self, state: np.ndarray) -> tuple[float, np.ndarray]:
+    def bound(self, state: np.ndarray, lam: np.ndarray) -> tuple[float, np.ndarray]:
         """The node's bound and relaxed point; fixes inputs of `state` in place."""
-        margin = _MARGIN * abs(self.cost) + self.rounding
-        value, point = _node(
-            self.a,
-            self.c,
-            self.constant,
-            self.task.group,
-            self.task.pruned,
-            state,
-            self.cutoff + margin,
-        )
+        c = -lam - 2 * self.mu * self.task.pruned
+        # rounding of the node's sums, whose terms can be far larger than the objective
+        terms = self.reach + 4 * float(np.abs(c).sum()) + 4 * abs(self.constant)
+        margin = _MARGIN * abs(self.cost) + 4 * (len(c) + 8) * 2.0**-53 * terms
         self.solved += 1
+        try:
+            value, point = _node(
+                self.base,
+                lam,
+                c,
+                self.constant,
+                self.task.group,
+                self.task.pruned,
+                state,
+                self.cutoff + margin,
+            )
+        except np.linalg.LinAlgError:  # a Cholesky factorisation that rounding broke
+            return -np.inf, np.where(state < 0, self.task.pruned / self.task.group, state)
         self._round(point, state)
         return value - margin, point
+
+    def _convexify(
+        self, state: np.ndarray, point: np.ndarray, vectors: np.ndarray, sweeps: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.convexified += 1
+        return multipliers(
+            self.task.q,
+            self.mu,
+            self.task.pruned,
+            self.same,
+            state,
+            vectors,
+            point,
+            sweeps,
+        )
 
     def _round(self, point: np.ndarray, state: np.ndarray) -> None:
         """The legal mask nearest the relaxed point, kept where it beats the incumbent."""
@@ -173,16 +243,11 @@ class _Tree:
 
     def search(self, began: float, candidates: int) -> RowAnswer:
         task = self.task
-        counter = itertools.count()
-        state = np.full(len(self.a), -1, dtype=np.int8)
-        value, point = self.bound(state)
-        value = max(value, self.root * (1 - _MARGIN), task.bound)
-        root = value
-        open_nodes = [(value, next(counter), state, point)]
+        open_nodes = [self.start]
         nodes, status = 1, "optimal"
         try:
-            while open_nodes and open_nodes[0][0] < self.cutoff:
-                if task.gap_limit and open_nodes[0][0] >= self.cost * (1 - task.gap_limit):
+            while open_nodes and open_nodes[0].bound < self.cutoff:
+                if task.gap_limit and open_nodes[0].bound >= self.cost * (1 - task.gap_limit):
                     status = "gaplimit"
                     break
                 if task.time_limit is not None and time.perf_counter() - began > task.time_limit:
@@ -191,59 +256,89 @@ class _Tree:
                 if task.node_limit is not None and nodes >= task.node_limit:
                     status = "nodelimit"
                     break
-                value, _, state, point = heapq.heappop(open_nodes)
+                node = heapq.heappop(open_nodes)
                 try:
-                    children = self._branch(value, state, point, candidates)
+                    children = self._branch(node, candidates)
                 except KeyboardInterrupt:
-                    heapq.heappush(open_nodes, (value, next(counter), state, point))
+                    heapq.heappush(open_nodes, node)
                     raise
                 for child in children:
                     nodes += 1
-                    if child[0] < self.cutoff:
-                        heapq.heappush(open_nodes, (child[0], next(counter), *child[1:]))
+                    if child.bound < self.cutoff:
+                        heapq.heappush(open_nodes, child)
         except KeyboardInterrupt:
             status = "userinterrupt"
-        bound = self.cost if status == "optimal" else min(open_nodes[0][0], self.cost)
-        if status == "optimal":
-            bound = self.cutoff  # what the closed tree proves
+        # what the closed tree proves, or the least open bound
+        bound = self.cutoff if status == "optimal" else min(open_nodes[0].bound, self.cost)
         return RowAnswer(
             pruned=self.best,
             bound=bound,
             status=status,
             nodes=nodes,
-            root_bound=root,
+            root_bound=self.start.bound,
             seconds=time.perf_counter() - began,
-            extra={"relaxations": self.solved},
+            extra={"relaxations": self.solved, "convexified": self.convexified},
         )
 
-    def _branch(
-        self, value: float, state: np.ndarray, point: np.ndarray, candidates: int
-    ) -> list[tuple[float, np.ndarray, np.ndarray]]:
-        free = np.flatnonzero(state < 0)
-        if len(free) == 0:
+    def _branch(self, node: _Node, candidates: int) -> list[_Node]:
+        free = int((node.state < 0).sum())
+        if free and node.form.free - free >= node.form.interval:
+            node = self._strengthen(node, free)
+            free = int((node.state < 0).sum())
+        if not free or node.bound >= self.cutoff:
             return []
-        weight = np.abs(self.a.diagonal()[free]) * (point * (1 - point))[free]
-        order = free[np.argsort(-weight)[:candidates]]
-        chosen: list[tuple[float, np.ndarray, np.ndarray]] = []
+        lam = node.form.lam
+        index = np.flatnonzero(node.state < 0)
+        size = np.linalg.norm(self.task.q[np.ix_(index, index)], axis=1)
+        weight = size * (node.point * (1 - node.point))[index]
+        chosen: list[_Node] = []
         best = -np.inf
-        for i in order:
+        for i in index[np.argsort(-weight, kind="stable")[:candidates]]:
             pair = []
             for side in (1, 0):
-                child = state.copy()
-                child[i] = side
-                bound, relaxed = self.bound(child)
-                pair.append((max(bound, value), child, relaxed))
-            gain = [min(b, self.cutoff) - value + 1e-9 * abs(self.cost) for b, _, _ in pair]
+                state = node.state.copy()
+                state[i] = side
+                bound, point = self.bound(state, lam)
+                bound = max(bound, node.bound)
+                pair.append(_Node(bound, next(self.order), state, point, node.form))
+            gain = [min(c.bound, self.cutoff) - node.bound + 1e-9 * abs(self.cost) for c in pair]
             score = gain[0] * gain[1]
             if score > best:
                 best, chosen = score, pair
-            if min(b for b, _, _ in pair) >= self.cutoff:
+            if min(c.bound for c in pair) >= self.cutoff:
                 break
         return chosen
 
+    def _strengthen(self, node: _Node, free: int) -> _Node:
+        """The node with the λ of its own semidefinite relaxation, where that proves more."""
+        lam, vectors = self._convexify(node.state, node.point, node.form.vectors, _SWEEPS)
+        state = node.state.copy()
+        value, point = self.bound(state, lam)
+        if value <= node.bound:
+            # not converged: try again further down, from better vectors
+            wait = min(2 * node.form.interval, _LONGEST_INTERVAL)
+            return node._replace(form=_Form(node.form.lam, vectors, free, wait))
+        return _Node(value, node.order, state, point, _Form(lam, vectors, free, _INTERVAL))
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _solve_lower(factor, x):  # type: ignore[no-untyped-def]
+    """x ← (LLᵀ)⁻¹x in place; both passes run along the rows of L."""
+    m = len(x)
+    for i in range(m):
+        total = x[i]
+        for j in range(i):
+            total -= factor[i, j] * x[j]
+        x[i] = total / factor[i, i]
+    for i in range(m - 1, -1, -1):
+        value = x[i] / factor[i, i]
+        x[i] = value
+        for j in range(i):
+            x[j] -= factor[i, j] * value
+
 
 @numba.njit(cache=True, nogil=True)
-def _node(a, c, constant, group, pruned, state, cutoff):  # type: ignore[no-untyped-def]
+def _node(base_q, lam, c, constant, group, pruned, state, cutoff):  # type: ignore[no-untyped-def]
     """Best Frank–Wolfe bound of the node and its point; fixes inputs by it. ∞ where infeasible."""
     n = len(c)
     groups = n // group
@@ -270,8 +365,9 @@ def _node(a, c, constant, group, pruned, state, cutoff):  # type: ignore[no-unty
         else:
             point[i] = state[i]
     fixed = point.copy()
-    base = 2 * (a @ fixed) + c
-    offset = fixed @ a @ fixed + c @ fixed + constant
+    product = base_q @ fixed + lam * fixed
+    base = 2 * product + c
+    offset = fixed @ product + c @ fixed + constant
     if m == 0:
         return offset, point
     index = index[:m]
@@ -280,7 +376,8 @@ def _node(a, c, constant, group, pruned, state, cutoff):  # type: ignore[no-unty
     for x in range(m):
         lin[x] = base[index[x]]
         for y in range(m):
-            q[x, y] = a[index[x], index[y]]
+            q[x, y] = base_q[index[x], index[y]]
+        q[x, x] += lam[index[x]]
     # the groups that still have a choice
     label = np.empty(m, np.int64)
     left = np.empty(groups, np.int64)
@@ -335,11 +432,15 @@ def _node(a, c, constant, group, pruned, state, cutoff):  # type: ignore[no-unty
         h = 2 * q
         for x in range(m):
             h[x, x] += low[x] / p[x] + high[x] / (1 - p[x])
-        inv = np.linalg.inv(h)
+        factor = np.ascontiguousarray(np.linalg.cholesky(h))
         inner = np.zeros((m, count))
-        for x in range(m):
-            for y in range(m):
-                inner[x, label[y]] += inv[x, y]
+        column = np.empty(m)
+        for g in range(count):
+            for x in range(m):
+                column[x] = 1.0 if label[x] == g else 0.0
+            _solve_lower(factor, column)
+            for x in range(m):
+                inner[x, g] = column[x]
         schur = np.zeros((count, count))
         miss = left[:count].astype(np.float64)
         for x in range(m):
@@ -363,7 +464,8 @@ def _node(a, c, constant, group, pruned, state, cutoff):  # type: ignore[no-unty
                     + (target - cross_low[x]) / p[x]
                     - (target - cross_high[x]) / (1 - p[x])
                 )
-            free_step = inv @ right
+            free_step = right.copy()
+            _solve_lower(factor, free_step)
             miss_now = miss.copy()
             for x in range(m):
                 miss_now[label[x]] -= free_step[x]

@@ -27,6 +27,7 @@ from maskopt.solvers.scip_model import (
     solve_row,
     write_row,
 )
+from maskopt.solvers.tabu_row import tabu_row
 from maskopt.solvers.workers import WorkerCrash, run_tasks
 
 #: n above which the model itself takes minutes to build
@@ -94,10 +95,10 @@ class ScipSolver:
         tasks = [
             presolve(
                 RowTask(
-                    q=problem.row(i).q().numpy(),
+                    q=(q := problem.row(i).q().numpy()),
                     group=problem.group_size,
                     pruned=problem.pruned_per_group,
-                    start=(~start[i]).numpy(),
+                    start=_searched(q, (~start[i]).numpy(), problem.group_size, time_limit, seed),
                     formulation=formulation,
                     time_limit=time_limit,
                     node_limit=node_limit,
@@ -145,6 +146,15 @@ class ScipSolver:
             os.replace(whole, target)
 
 
+def _searched(
+    q: np.ndarray, start: np.ndarray, group: int, time_limit: float | None, seed: int
+) -> np.ndarray:
+    """The start after tabu search, which SCIP's own heuristics hardly ever improve on."""
+    if time_limit == 0:
+        return start
+    return tabu_row(q, start, group, moves=50 * len(q) + 500, seed=seed)
+
+
 def _convexify(
     problem: LayerProblem, tasks: list[RowTask], time_limit: float | None, seed: int
 ) -> None:
@@ -153,7 +163,7 @@ def _convexify(
         return
     began = time.perf_counter()
     share = None if time_limit is None else 0.5 * time_limit * len(tasks)
-    bound = lower_bound(problem, "sdp", seed=seed, time_limit=share)
+    bound = lower_bound(problem, "sdp", tolerance=1e-3, seed=seed, time_limit=share)
     spent = (time.perf_counter() - began) / len(tasks)
     for row, task in enumerate(tasks):
         task.diagonal = bound.certificate.diagonal[row].numpy()
@@ -218,6 +228,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], solver: str) -> So
         "root_bound": [a.root_bound for a in answers],
         "seconds": [a.seconds for a in answers],
         "message": [a.message for a in answers],
+        "extra": [a.extra for a in answers],
     }
     return Solution.of(problem, mask, solver=solver, status=status, lower_bound=bound, trace=trace)
 

@@ -8,6 +8,7 @@ from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.errors import OptionError, SolverError
+from maskopt.solvers.reconvex import multipliers, start_vectors
 
 
 @given(problems(max_n=10, max_rows=1))
@@ -51,3 +52,34 @@ def test_bad_options_are_named():
     big = LayerProblem(np.ones((1, 300)), np.eye(300), Unstructured(0.5))
     with pytest.raises(SolverError, match="lower_bound"):
         solve(big, "branch")
+
+
+def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
+    problem = LayerProblem(random_weight(1, 48, 1), random_gram(48, "full", 2), Unstructured(0.6))
+    q, n = problem.row(0).q().numpy(), 48
+    mu, pruned = float(np.trace(q)) / n, problem.pruned_per_group
+    state = np.full(n, -1, dtype=np.int8)
+    state[[3, 8, 20]] = (1, 0, 1)
+    free = np.flatnonzero(state < 0)
+    same, point = np.ones((n, n)), np.full(n, 0.6)
+    values = []
+    for sweeps in (1, 20, 500):
+        lam, _ = multipliers(q, mu, pruned, same, state, start_vectors(n, 0), point, sweeps)
+        a = q + mu * same + np.diag(lam)
+        assert np.linalg.eigvalsh(a[np.ix_(free, free)])[0] >= 0
+        p = np.where(state < 0, (pruned - 2) / len(free), state)
+        gradient = 2 * a @ p - lam - 2 * mu * pruned
+        value = p @ q @ p + lam @ (p * p - p) + mu * (p.sum() - pruned) ** 2
+        least = np.sort(gradient[free])[: pruned - 2].sum() - gradient[free] @ p[free]
+        values.append(value + least)
+    optimum = float(solve(problem, "branch").objective)
+    assert values[0] < values[1] < values[2] <= optimum * 1.2
+    assert lam[state >= 0].tolist() == [0, 0, 0]
+
+
+def test_the_tree_does_not_depend_on_the_run():
+    problem = LayerProblem(random_weight(1, 56, 3), random_gram(56, "full", 2), Unstructured(0.6))
+    one, two = (solve(problem, "branch", node_limit=40) for _ in range(2))
+    assert one.trace["nodes"] == two.trace["nodes"]
+    assert torch.equal(one.lower_bound, two.lower_bound)
+    assert torch.equal(one.mask, two.mask)
