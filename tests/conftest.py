@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,6 +28,26 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in several shards; nobody may change it."""
+    from tiny_models import save, tiny
+
+    return save(tiny("llama"), tmp_path_factory.mktemp("dense") / "model", shard="30KB")
+
+
+@pytest.fixture(scope="session")
+def pruned_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What Wanda makes of it at 50%; nobody may change it."""
+    from tiny_models import tokens
+
+    from maskopt import prune_model
+
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    prune_model(dense_folder, tokens(), sparsity=0.5, solver="wanda", min_tokens=1, output=out)
+    return out
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,9 @@ def patched(model: Any, name: str, change: Callable[[torch.Tensor], None]) -> An
     with torch.no_grad():
         change(model.get_parameter(name))
     return model
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))

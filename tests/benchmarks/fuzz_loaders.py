@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from test_model_safety import OPTIONS, examples, mutations, try_loaders
+from test_model_fuzz import examples, mutations, try_loaders
 from tiny_models import save, tiny, tokens
 
 from maskopt import prune_model
@@ -26,7 +26,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         model = save(tiny("llama"), home / "model", shard="30KB")
-        prune_model(model, tokens(), output=home / "out", **OPTIONS)
+        prune_model(
+            model, tokens(), sparsity=0.5, solver="wanda", min_tokens=1, output=home / "out"
+        )
         work = home / "work"
         work.mkdir()
         sound = examples(home / "out", work)

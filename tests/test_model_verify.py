@@ -1,0 +1,127 @@
+"""What `maskopt verify` catches: changed weights, masks and manifests, forged with right digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import edit_json, save, tiny, tokens
+
+from maskopt import NM, prune_model
+from maskopt.errors import VerificationError
+from maskopt.model.maskfile import MaskFile, read_masks, write_masks
+from maskopt.model.report import manifest_digest
+from maskopt.model.safefile import open_safe
+from maskopt.model.verify import semi_structured, verify_output
+from maskopt.model.workspace import MANIFEST, MASKS
+
+
+def forge_manifest(result: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the manifest and make its digest right again."""
+    manifest = json.loads((result / MANIFEST).read_text())
+    change(manifest)
+    for name in manifest["files"]:
+        if (result / name).exists():
+            digest = hashlib.sha256((result / name).read_bytes()).hexdigest()
+            manifest["files"][name] = digest
+    manifest["sha256"] = manifest_digest(manifest)
+    (result / MANIFEST).write_text(json.dumps(manifest))
+
+
+def change_weight(result: Path, where: str, value: float) -> None:
+    path = first_weight_shard(result)
+    tensors = load_file(path)
+    mask = dict(read_masks(result / MASKS))
+    name = next(n for n in tensors if n in mask)
+    place = (mask[name].kept if where == "kept" else ~mask[name].kept).nonzero()[0].tolist()
+    tensors[name][tuple(place)] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def first_weight_shard(result: Path) -> Path:
+    masks = MaskFile(result / MASKS)
+    for path in sorted(result.glob("model*.safetensors")):
+        if set(open_safe(path).entries) & set(masks.names):
+            return path
+    raise AssertionError
+
+
+def nothing(_: dict[str, Any]) -> None:
+    pass
+
+
+def test_verify_catches_forgeries(dense_folder: Path, pruned_folder: Path, tmp_path: Path) -> None:
+    def fresh() -> Path:
+        shutil.rmtree(tmp_path / "r", ignore_errors=True)
+        return Path(shutil.copytree(pruned_folder, tmp_path / "r"))
+
+    assert verify_output(fresh(), against=dense_folder).rows == 3 * (32 * 2 + 16 * 2 + 48 * 2 + 32)
+    folder = fresh()
+    change_weight(folder, "kept", 1.25)
+    with pytest.raises(VerificationError, match="was changed"):
+        verify_output(folder)
+    forge_manifest(folder, nothing)
+    verify_output(folder)  # all of the folder agrees with itself
+    with pytest.raises(VerificationError, match="kept weight differs"):
+        verify_output(folder, against=dense_folder)
+    folder = fresh()
+    change_weight(folder, "pruned", 1.25)
+    forge_manifest(folder, nothing)
+    with pytest.raises(VerificationError, match="that its mask prunes"):
+        verify_output(folder)
+    folder = fresh()
+    masks = dict(read_masks(folder / MASKS))
+    name = next(iter(masks))
+    masks[name].kept[0, 0] = ~masks[name].kept[0, 0]
+    write_masks(folder / MASKS, masks)
+    forge_manifest(folder, nothing)
+    with pytest.raises(VerificationError, match=r"row 0: 1[57] of 32 pruned"):
+        verify_output(folder)
+    for change, message in [
+        (lambda m: m["tensors"].popitem(), "different tensors"),
+        (lambda m: m["layers"].pop(), "other pruned weights"),
+        (lambda m: m["files"].update(ghost="x"), "is not there"),
+        (lambda m: m["files"].update({"../x": "x"}), "is not there"),
+    ]:
+        folder = fresh()
+        forge_manifest(folder, change)  # type: ignore[arg-type]
+        with pytest.raises(VerificationError, match=message):
+            verify_output(folder)
+    folder = fresh()
+    edit_json(folder / MANIFEST, lambda m: m.update(sparsity=0.9))
+    with pytest.raises(VerificationError, match="damaged or was changed"):
+        verify_output(folder)
+    with pytest.raises(VerificationError, match="no manifest"):
+        verify_output(dense_folder)
+    other = save(tiny("qwen2"), tmp_path / "other")
+    with pytest.raises(VerificationError, match="only one of the two"):
+        verify_output(pruned_folder, against=other)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_two_four_needs_a_gpu_to_be_converted(dense_folder: Path, tmp_path: Path) -> None:
+    prune_model(
+        dense_folder, tokens(), pattern=NM(keep=2, of=4), solver="wanda", output=tmp_path / "out"
+    )
+    with pytest.raises(VerificationError, match="CUDA"):
+        semi_structured(tmp_path / "out")
+
+
+@pytest.mark.cuda
+def test_pytorch_accepts_two_four(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    dense = save(LlamaForCausalLM(config), tmp_path / "dense")
+    prune_model(dense, tokens(), pattern=NM(keep=2, of=4), solver="wanda", output=tmp_path / "out")
+    assert len(semi_structured(tmp_path / "out")) == 7
