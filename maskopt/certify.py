@@ -30,7 +30,7 @@ from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import solve
 
-#: called with (rows done, name of the layer)
+#: called with (rows done, name of the layer), before a layer is bounded and after
 OnRows = Callable[[int, str], None]
 
 
@@ -166,6 +166,7 @@ def _certify(
         keys = [_key(problem, i, mask[i], method, options) for i in range(problem.rows)]
         missing = [i for i, key in enumerate(keys) if key not in finished]
         if missing:
+            on_rows(len(records), problem.name)
             part = problem.take(missing)
             bound = lower_bound(part, method, **options)
             solution = Solution.of(part, mask[missing], lower_bound=bound.value)

@@ -216,7 +216,9 @@ def check_format(path: Path) -> None:
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            raise OptionError("Parquet needs pyarrow: pip install pyarrow") from None
+            raise OptionError(
+                "Parquet needs the package pyarrow: pip install 'maskopt[parquet]', or name a .csv or .jsonl"
+            ) from None
 
 
 def append_record(path: Path, record: Any) -> None:

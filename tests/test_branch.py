@@ -1,5 +1,7 @@
 """Branch and bound of our own: equal to enumeration and to SCIP, honest at every limit."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.errors import OptionError, SolverError
+from maskopt.solvers import branch
 from maskopt.solvers.reconvex import multipliers, start_vectors
 
 
@@ -83,3 +86,23 @@ def test_the_tree_does_not_depend_on_the_run():
     assert one.trace["nodes"] == two.trace["nodes"]
     assert torch.equal(one.lower_bound, two.lower_bound)
     assert torch.equal(one.mask, two.mask)
+
+
+def test_ctrl_c_returns_the_incumbent_and_the_least_open_bound(monkeypatch):
+    problem = LayerProblem(random_weight(1, 64, 1), random_gram(64, "full", 2), Unstructured(0.6))
+    best = solve(problem, "branch").objective
+    calls = itertools.count()
+    original = branch._node
+
+    def interrupted(*args):
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(branch, "_node", interrupted)
+    solution = solve(problem, "branch")
+    assert solution.trace["status"] == ["userinterrupt"]
+    assert solution.status == (Status.FEASIBLE,)
+    assert bool((solution.lower_bound > 0.8 * best).all())
+    assert bool((solution.lower_bound <= best * (1 + 1e-9)).all())
+    verify(problem, solution)

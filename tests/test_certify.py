@@ -44,7 +44,11 @@ def models(tmp_path_factory):
 
 
 def test_gaps_are_what_objective_and_bound_say(layer):
-    records = bound_layers([layer], rows=3, method="box", solver="swap")
+    seen = []
+    records = bound_layers(
+        [layer], rows=3, method="box", solver="swap", on_rows=lambda *event: seen.append(event)
+    )
+    assert seen == [(0, "a.0.q_proj"), (3, "a.0.q_proj")]  # before it is bounded, and after
     assert len({r.row for r in records}) == 3
     for record in records:
         objective = float(solve(layer.row(record.row), "swap").objective)

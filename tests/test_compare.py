@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 from strategies import random_gram, random_weight
@@ -83,6 +84,14 @@ def test_foreign_files_and_formats_are_refused(layer, tmp_path):
         compare(rows, ["wanda"], output=tmp_path / "x.xlsx")
     with pytest.raises(OptionError, match="no such folder"):
         compare(rows, ["wanda"], output=tmp_path / "no" / "x.csv")
+
+
+def test_parquet_without_its_package_names_the_remedy(layer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    rows = sample_rows([layer], 1, columns=6)
+    with pytest.raises(OptionError, match=r"pyarrow.*maskopt\[parquet\]"):
+        compare(rows, ["wanda"], output=tmp_path / "x.parquet")
+    assert list(tmp_path.iterdir()) == []
 
 
 def run(*words):

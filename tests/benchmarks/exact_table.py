@@ -1,15 +1,19 @@
-"""The figures of docs/exact.md, one part a call: real rows, every solver, every bound.
+"""The figures of docs/exact.md: real rows, every solver, every bound.
 
+    python tests/benchmarks/exact_table.py table INSTANCE.npz … [--only branch,scip] [--sizes 64,96]
     python tests/benchmarks/exact_table.py PART INSTANCE.npz … [--rows 3] [--seconds 60] [--n 64]
 
-INSTANCE.npz are layers (`LayerProblem.save`, or `maskopt extract`) of three kinds at least. PART:
+INSTANCE.npz are layers (`LayerProblem.save`, or `maskopt extract`) of three kinds at least. `table`
+runs PLAN, the whole comparison of exact solvers, and prints it as Markdown; --only and --sizes take
+a part of it, where no single run may last for hours. PART is one of
 
-- `branch`, `scip`, `factored`, `linear`, `epigraph`: rows restricted to --n random inputs;
+- `branch`, `scip`, `gurobi`, `highs`, and SCIP's other formulations `factored`, `linear`,
+  `epigraph`: rows restricted to --n random inputs, --rows of each layer;
 - `bounds`: box, shift and sdp on full rows, gap of the best mask that tabu search finds;
 - `small`: the sdp bound beside the proven optimum;
 - `layer`: box and sdp of all rows of the first instance.
 
-It prints one line a row, the medians, and the machine.
+Solvers run on one thread. It prints one line a row, the medians, and the machine.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from maskopt import LayerProblem, RowProblem, lower_bound, solve
+from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
 from maskopt.compare import load_instances, sample_rows
 from maskopt.pattern import parse_pattern
 from maskopt.solvers.tabu_row import tabu_row
@@ -65,36 +69,82 @@ def best_mask(row: RowProblem, moves: int = 3000) -> torch.Tensor:
     return torch.from_numpy(~pruned)
 
 
-def exact(part: str, layers: list[LayerProblem], args: argparse.Namespace) -> None:
-    rows = sample_rows(
-        layers, args.rows, columns=args.n, pattern=parse_pattern(args.pattern), seed=args.seed
-    )
-    name = "branch" if part == "branch" else "scip"
-    options = {} if part == "branch" else {"formulation": "qcr" if part == "scip" else part}
-    seconds, gaps, nodes, roots, cpu = [], [], [], [], []
-    for row in rows:
+#: part, sizes, pattern, rows of each layer, seconds a row
+PLAN = (
+    ("branch", (32, 64, 96, 128), "0.6", 3, 600.0),
+    ("branch", (192,), "0.6", 3, 600.0),
+    ("branch", (64, 128), "2:4", 3, 600.0),
+    ("scip", (32, 64, 96, 128), "0.6", 3, 600.0),
+    ("factored", (32, 64, 96, 128), "0.6", 1, 30.0),
+    ("linear", (32, 64, 96, 128), "0.6", 1, 30.0),
+    ("epigraph", (32, 64, 96, 128), "0.6", 1, 30.0),
+    ("gurobi", (32, 64, 96, 128), "0.6", 1, 30.0),
+    ("highs", (32, 64, 96, 128), "0.6", 1, 30.0),
+)
+SCIP_FORMULATIONS = {
+    "scip": "qcr",
+    "factored": "factored",
+    "linear": "linear",
+    "epigraph": "epigraph",
+}
+
+
+def exact(
+    part: str,
+    layers: list[LayerProblem],
+    *,
+    n: int,
+    pattern: str,
+    rows: int,
+    seconds: float,
+    gap_limit: float,
+    seed: int,
+) -> str:
+    """One line of the table; prints a line a row."""
+    name = "scip" if part in SCIP_FORMULATIONS else part
+    options = {"formulation": SCIP_FORMULATIONS[part]} if name == "scip" else {}
+    spent, cpu, gaps, nodes, roots, proven = [], [], [], [], [], 0
+    for row in sample_rows(layers, rows, columns=n, pattern=parse_pattern(pattern), seed=seed):
         start = best_mask(row)
         began = time.process_time()
-        solution = solve(row, name, warm_start=start, time_limit=args.seconds, **options)
+        solution = solve(
+            row, name, warm_start=start, time_limit=seconds, gap_limit=gap_limit, **options
+        )
         cpu.append(time.process_time() - began)
-        objective = float(solution.objective[0])
-        seconds.append(solution.seconds)
+        spent.append(solution.seconds)
         gaps.append(float(solution.gap[0]))
         nodes.append(solution.trace["nodes"][0])
-        roots.append(1 - solution.trace["root_bound"][0] / objective)
+        roots.append(1 - solution.trace["root_bound"][0] / float(solution.objective[0]))
+        proven += solution.status[0] == Status.OPTIMAL
         print(
-            f"{row.name} n={row.n} {row.pattern} {solution.trace['status'][0]} "
-            f"{solution.seconds:.2f} s ({cpu[-1]:.2f} s CPU), {nodes[-1]} nodes, root gap {roots[-1]:.2%}, "
-            f"gap {gaps[-1]:.3%}",
+            f"{part} {row.name} n={row.n} {row.pattern}: {solution.trace['status'][0]}, "
+            f"{spent[-1]:.2f} s ({cpu[-1]:.2f} s CPU), {nodes[-1]} nodes, root gap "
+            f"{roots[-1]:.2%}, gap {gaps[-1]:.3%}",
             flush=True,
         )
-    print(
-        f"{part} n={args.n} {args.pattern}: median {np.median(seconds):.2f} s, worst "
-        f"{max(seconds):.2f} s (CPU {np.median(cpu):.2f} s, {max(cpu):.2f} s), "
-        f"median gap {np.median(gaps):.3%}, "
-        f"worst {max(gaps):.3%}, median "
-        f"nodes {np.median(nodes):.0f}, median root gap {np.median(roots):.2%}"
+    # gurobi and highs report no root bound
+    root = f"{np.median(roots):.1%}" if name in ("scip", "branch") else "–"
+    return (
+        f"| {part} | {n} | {pattern} | {proven} of {len(spent)} | {np.median(spent):.2f} s | "
+        f"{max(spent):.2f} s | {np.median(nodes):.0f} | {max(nodes)} | {root} | "
+        f"{np.median(gaps):.2%} | {max(gaps):.2%} |"
     )
+
+
+def table(layers: list[LayerProblem], args: argparse.Namespace) -> None:
+    only = args.only.split(",") if args.only else None
+    sizes = [int(n) for n in args.sizes.split(",")] if args.sizes else None
+    lines = []
+    for part, every, pattern, rows, seconds in PLAN:
+        for n in every:
+            if (only is None or part in only) and (sizes is None or n in sizes):
+                limits = {"rows": rows, "seconds": seconds, "gap_limit": 0.0, "seed": args.seed}
+                lines.append(exact(part, layers, n=n, pattern=pattern, **limits))
+    print(
+        "| | n | pattern | proven | median | worst | nodes, median | worst | root gap | gap, median | worst |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("\n".join(lines))
 
 
 def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
@@ -150,14 +200,28 @@ def main() -> None:
     parser.add_argument("--pattern", default="0.6")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", default="box,sdp")
+    parser.add_argument("--gap-limit", type=float, default=0.0)
+    parser.add_argument("--only", help="of the table: parts, separated by commas")
+    parser.add_argument("--sizes", help="of the table: n, separated by commas")
     args = parser.parse_args()
     layers = load_instances(args.instances)
     warm_up()
-    parts = {"bounds": bounds, "small": small, "layer": layer}
+    parts = {"table": table, "bounds": bounds, "small": small, "layer": layer}
     if args.part in parts:
         parts[args.part](layers, args)
     else:
-        exact(args.part, layers, args)
+        print(
+            exact(
+                args.part,
+                layers,
+                n=args.n,
+                pattern=args.pattern,
+                rows=args.rows,
+                seconds=args.seconds,
+                gap_limit=args.gap_limit,
+                seed=args.seed,
+            )
+        )
     print(machine())
 
 
