@@ -84,7 +84,8 @@ def refine(
 ) -> Record:
     """Swap every row of the batch to a proven 1-swap optimum, in place.
 
-    A row stops early after max_swaps swaps, all rows at the deadline (time.monotonic).
+    A row stops early after max_swaps swaps, all rows at the deadline (time.monotonic). At the end c
+    and the objective of every row are those of its mask, from scratch in float64.
     """
     most = 2**62 if max_swaps is None else max_swaps
     active = torch.arange(batch.rows, device=batch.x.device)
@@ -121,6 +122,8 @@ def refine(
                 progress(int(proven.sum()))
         record.objectives.append(batch.objective * batch.scale)
         active = torch.cat(left) if left else active[:0]
+    for rows in parts((batch.swaps != fresh).nonzero()[:, 0]):
+        kernel.refresh(batch, rows)  # what is reported is computed from the mask, not from updates
     if progress is not None:
         progress(batch.rows)
     return record

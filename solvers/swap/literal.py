@@ -32,7 +32,8 @@ def refine_literally(
 ) -> Record:
     """Swap every row to 1-swap optimality; the record says which rows are proven.
 
-    A row stops early at max_swaps, all rows at the deadline (time.monotonic).
+    A row stops early at max_swaps, all rows at the deadline (time.monotonic). At the end the
+    objectives are computed from the masks, in float64.
     """
     refresh(batch, torch.arange(batch.rows, device=batch.x.device), memory)
     record = Record(proven=batch.swaps < 0, scans=batch.swaps.clone())
@@ -56,6 +57,7 @@ def refine_literally(
         progress(batch.rows - int(active.sum()))
     record.proven = proven
     record.objectives.append(batch.objective * batch.scale)
+    refresh(batch, torch.arange(batch.rows, device=batch.x.device), memory)
     return record
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernel: the loops of `numba_kernels.py`, in as many threads as torch uses."""
+"""The CPU kernel: the loops of `numba_*.py`, in as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ class NumbaKernel:
     patience = 256
 
     def __init__(self, batch: Batch) -> None:
-        from maskopt.solvers.swap import numba_kernels
+        from maskopt.solvers.swap import numba_price, numba_product, numba_search
 
-        self._loops: Any = numba_kernels
+        self._product: Any = numba_product
+        self._search: Any = numba_search
+        self._price: Any = numba_price
         self.single = batch.single
         self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads)  # its threads end with the kernel
         self._gram = batch.gram.numpy()
         self._propose = torch.float32 if batch.single else torch.float64
         self._low = np.float32 if batch.single else np.float64
@@ -40,7 +43,7 @@ class NumbaKernel:
         """As in `Kernel`; the sum over pruned columns in one fixed order."""
 
         def task(part: np.ndarray) -> None:
-            self._loops.product_rows(
+            self._product.product_rows(
                 self._gram,
                 batch.x.numpy(),
                 batch.kept.numpy(),
@@ -56,7 +59,7 @@ class NumbaKernel:
         low = batch.proposing(self._propose).numpy()
 
         def task(part: np.ndarray) -> None:
-            self._loops.search_rows(
+            self._search.search_rows(
                 self._gram,
                 batch.x.numpy(),
                 low,
@@ -70,7 +73,6 @@ class NumbaKernel:
                 batch.swaps.numpy(),
                 batch.rounds.numpy(),
                 part,
-                self._loops.WIDTH,
                 batch.group,
                 _RELATIVE,
                 _FLOOR,
@@ -85,7 +87,7 @@ class NumbaKernel:
         improving = np.zeros(batch.rows, np.bool_)
 
         def task(part: np.ndarray) -> None:
-            self._loops.price_rows(
+            self._price.price_rows(
                 self._gram,
                 batch.x.numpy(),
                 low,
@@ -117,8 +119,7 @@ class NumbaKernel:
         if count <= 1 or self._threads == 1:
             task(array)
             return
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(task, np.array_split(array, count)))
+        list(self._pool.map(task, np.array_split(array, count)))
 
     def _couplings(self) -> tuple[np.ndarray, np.ndarray]:
         """d and ρ with |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for j ≠ i; ρ rounded up.
@@ -130,7 +131,7 @@ class NumbaKernel:
         if rho.max(initial=0.0) > 1.0 + 1e-3:
             d = np.sqrt(np.abs(self._gram).max(1).astype(np.float64))
             rho = self._strongest(d)
-        return d, rho * self._loops.SLACK
+        return d, rho * self._price.SLACK
 
     def _strongest(self, d: np.ndarray) -> np.ndarray:
         scale = d.max(initial=0.0)
@@ -140,7 +141,7 @@ class NumbaKernel:
 
         def task(part: np.ndarray) -> None:
             first, last = int(part[0]), int(part[-1]) + 1
-            self._loops.reach_rows(self._gram, inverse.astype(self._low), 0, out, first, last)
+            self._product.reach_rows(self._gram, inverse.astype(self._low), 0, out, first, last)
 
         self._run(task, torch.arange(len(d)), pieces=4)
         return out

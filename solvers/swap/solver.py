@@ -113,7 +113,7 @@ class SwapSolver:
                 torch.cuda.empty_cache()
                 _log.warning("swap: out of memory on the device; going on with %d rows", tile)
                 continue
-            objectives.append(problem.take(rows).objective(batch.kept))
+            objectives.append(batch.objective.clamp(min=0.0) * batch.scale)
             parts.append((batch.result(), record))
             start += tile
         return self._solution(name, parts, torch.cat(objectives))

@@ -17,7 +17,7 @@ from numba import njit
 from torch import Tensor
 
 from maskopt import LayerProblem
-from maskopt.solvers.swap.numba_kernels import _min
+from maskopt.solvers.swap.numba_common import minimum
 
 _fast = njit(nogil=True, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
 
@@ -36,7 +36,7 @@ def _least_plain(height, factor, line, slope):
 def _least_simd(height, factor, line, slope):
     best = np.float32(1e37)
     for j in range(len(line)):
-        best = _min(best, height[j] + slope * (factor[j] * line[j]))
+        best = minimum(best, height[j] + slope * (factor[j] * line[j]))
     return best
 
 
