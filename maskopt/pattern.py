@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from jaxtyping import Bool
+import torch
 from torch import Tensor
 
 from maskopt.errors import PatternError
@@ -142,5 +143,10 @@ def pattern_from_dict(data: Any) -> Pattern:
 def _is_legal(pattern: Pattern, mask: Tensor) -> Tensor:
     rows, n = mask.shape
     group, pruned = pattern.group_size(n), pattern.pruned_per_group(n)
-    counts = (~mask).view(rows, n // group, group).sum(-1)
-    return (counts == pruned).all(-1)
+    groups = mask.reshape(rows, n // group, group)
+    if mask.device.type == "cpu":
+        # not torch: it would wake its threads, which then wait by spinning beside the solver's
+        counts = torch.from_numpy(groups.numpy().sum(-1))
+    else:
+        counts = groups.sum(-1)
+    return (counts == group - pruned).all(-1)

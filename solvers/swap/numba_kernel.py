@@ -1,9 +1,9 @@
-"""The CPU kernel: the loops of `numba_*.py`, in as many threads as torch uses."""
+"""The CPU kernel: the loops of `numba_*.py`, in threads of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from maskopt.solvers.swap.batch import ACCEPT, Batch
 
 #: rows of one task at least, so that each tile of G that is brought in serves several
 _TASK = 4
+#: tasks a thread at most: each costs the interpreter some time
+_PIECES = 3
 _RELATIVE, _FLOOR = ACCEPT * SWAP_TOLERANCE, ACCEPT * SWAP_FLOOR
 
 
@@ -24,15 +26,15 @@ class NumbaKernel:
     name = "numba"
     patience = 256
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, threads: int) -> None:
         from maskopt.solvers.swap import numba_price, numba_product, numba_search
 
         self._product: Any = numba_product
         self._search: Any = numba_search
         self._price: Any = numba_price
         self.single = batch.single
-        self._threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._threads)  # its threads end with the kernel
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads)  # its threads end with the kernel
         self._gram = batch.gram.numpy()
         self._propose = torch.float32 if batch.single else torch.float64
         self._low = np.float32 if batch.single else np.float64
@@ -41,85 +43,83 @@ class NumbaKernel:
 
     def refresh(self, batch: Batch, rows: Tensor) -> None:
         """As in `Kernel`; the sum over pruned columns in one fixed order."""
-
-        def task(part: np.ndarray) -> None:
-            self._product.product_rows(
-                self._gram,
-                batch.x.numpy(),
-                batch.kept.numpy(),
-                batch.c.numpy(),
-                batch.objective.numpy(),
-                part,
-            )
-
-        self._run(task, rows, pieces=1)
+        self._run(
+            self._product.product_rows,
+            rows,
+            self._gram,
+            batch.x.numpy(),
+            batch.kept.numpy(),
+            batch.c.numpy(),
+            batch.objective.numpy(),
+        )
 
     def search(self, batch: Batch, rows: Tensor, most: int) -> None:
         """As in `Kernel`; a row runs through all its rounds in one go."""
-        low = batch.proposing(self._propose).numpy()
-
-        def task(part: np.ndarray) -> None:
-            self._search.search_rows(
-                self._gram,
-                batch.x.numpy(),
-                low,
-                self._diagonal,
-                batch.kept.numpy(),
-                batch.c.numpy(),
-                batch.partner.numpy(),
-                batch.cross.numpy(),
-                batch.objective.numpy(),
-                batch.mass.numpy(),
-                batch.swaps.numpy(),
-                batch.rounds.numpy(),
-                part,
-                batch.group,
-                _RELATIVE,
-                _FLOOR,
-                most,
-            )
-
-        self._run(task, rows, pieces=8)
+        self._run(
+            self._search.search_rows,
+            rows,
+            self._gram,
+            batch.x.numpy(),
+            batch.proposing(self._propose).numpy(),
+            self._diagonal,
+            batch.kept.numpy(),
+            batch.c.numpy(),
+            batch.partner.numpy(),
+            batch.cross.numpy(),
+            batch.objective.numpy(),
+            batch.mass.numpy(),
+            batch.swaps.numpy(),
+            batch.rounds.numpy(),
+            batch.group,
+            _RELATIVE,
+            _FLOOR,
+            most,
+        )
 
     def price(self, batch: Batch, rows: Tensor) -> Tensor:
         """As in `Kernel`."""
-        low = batch.proposing(self._propose).numpy()
         improving = np.zeros(batch.rows, np.bool_)
-
-        def task(part: np.ndarray) -> None:
-            self._price.price_rows(
-                self._gram,
-                batch.x.numpy(),
-                low,
-                self._diagonal,
-                self._reach,
-                self._rho,
-                batch.kept.numpy(),
-                batch.c.numpy(),
-                batch.partner.numpy(),
-                batch.cross.numpy(),
-                batch.objective.numpy(),
-                batch.mass.numpy(),
-                improving,
-                batch.priced.numpy(),
-                part,
-                batch.group,
-                _RELATIVE,
-                _FLOOR,
-                4.0 * float(np.finfo(self._low).eps),
-            )
-
-        self._run(task, rows, pieces=8)
+        self._run(
+            self._price.price_rows,
+            rows,
+            self._gram,
+            batch.x.numpy(),
+            batch.proposing(self._propose).numpy(),
+            self._diagonal,
+            self._reach,
+            self._rho,
+            batch.kept.numpy(),
+            batch.c.numpy(),
+            batch.partner.numpy(),
+            batch.cross.numpy(),
+            batch.objective.numpy(),
+            batch.mass.numpy(),
+            improving,
+            batch.priced.numpy(),
+            batch.group,
+            _RELATIVE,
+            _FLOOR,
+            4.0 * float(np.finfo(self._low).eps),
+        )
         return torch.from_numpy(improving)[rows]
 
-    def _run(self, task: Callable[[np.ndarray], None], rows: Tensor, pieces: int) -> None:
-        """The task on all rows, in a few pieces a thread, so that a slow row holds up little."""
+    def _run(self, loop: Callable[..., None], rows: Tensor, *arguments: Any) -> None:
+        """The loop on all rows, a few pieces a thread, so that a slow row holds up little."""
         array = rows.numpy()
-        count = min(self._threads * pieces, -(-len(array) // _TASK))
-        if count <= 1 or self._threads == 1:
-            task(array)
-            return
-        list(self._pool.map(task, np.array_split(array, count)))
+        count = min(self._threads * _PIECES, -(-len(array) // _TASK))
+        pieces = iter(np.array_split(array, max(1, count)))
+
+        def work() -> None:
+            for piece in pieces:
+                loop(*arguments, piece)
+
+        helpers = [self._pool.submit(work) for _ in range(min(self._threads, count) - 1)]
+        try:
+            work()
+        finally:
+            wait(helpers)
+        for helper in helpers:
+            helper.result()
 
     def _couplings(self) -> tuple[np.ndarray, np.ndarray]:
         """d and ρ with |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for j ≠ i; ρ rounded up.
@@ -139,9 +139,6 @@ class NumbaKernel:
             inverse = np.where(d > 1e-12 * scale, 1.0 / d, 1e12 / scale if scale > 0 else 0.0)
         out = np.zeros(len(d), np.float64)
 
-        def task(part: np.ndarray) -> None:
-            first, last = int(part[0]), int(part[-1]) + 1
-            self._product.reach_rows(self._gram, inverse.astype(self._low), 0, out, first, last)
-
-        self._run(task, torch.arange(len(d)), pieces=4)
+        low = inverse.astype(self._low)
+        self._run(self._product.reach_rows, torch.arange(len(d)), self._gram, low, out)
         return out

@@ -74,8 +74,8 @@ def _survivors(own, own_slope, count, other, other_slope, others, threshold, lin
 
 @fast
 def price_rows(
-    gram, x, low, diagonal, reach, rho, kept, c, partner, cross, objective, mass, improving, pairs, rows,
-    group, relative, floor, margin,
+    gram, x, low, diagonal, reach, rho, kept, c, partner, cross, objective, mass, improving, pairs, group,
+    relative, floor, margin, rows,
 ):  # fmt: skip
     """The exact scan: is there an improving swap? Every column's best partner goes to `partner`.
 

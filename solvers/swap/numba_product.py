@@ -12,17 +12,17 @@ TILE_J, TILE_I = 256, 512
 
 
 @fast
-def reach_rows(gram, inverse, diagonal_at, out, first, last):
-    """out_i = max over j ≠ i of |G_ij|·inverse_i·inverse_j, for rows first … last of G."""
+def reach_rows(gram, inverse, out, rows):
+    """out_i = max over j ≠ i of |G_ij|·inverse_i·inverse_j, for some rows of G."""
     n = gram.shape[1]
-    for i in range(first, last):
+    for i in rows:
         line = gram[i]
         most = inverse.dtype.type(0)
-        for j in range(diagonal_at + i):
+        for j in range(i):
             most = maximum(most, abs(line[j]) * inverse[j])
-        for j in range(diagonal_at + i + 1, n):
+        for j in range(i + 1, n):
             most = maximum(most, abs(line[j]) * inverse[j])
-        out[i] = most * inverse[diagonal_at + i]
+        out[i] = most * inverse[i]
 
 
 @fast

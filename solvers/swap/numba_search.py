@@ -166,22 +166,20 @@ def _gather(gram, at, block):
 
 
 @fast
-def _cross(light, block, cross):
-    """−2 x_s x_t G_st of all slots."""
-    for t in range(SLOTS):
-        line, twice = block[t], light.dtype.type(-2) * light[t]
-        for s in range(SLOTS):
-            cross[t, s] = twice * (light[s] * line[s])
+def _cross(t, light, block, cross):
+    """−2 x_s x_t G_st of one slot with all."""
+    line, twice, out = block[t], light.dtype.type(-2) * light[t], cross[t]
+    for s in range(SLOTS):
+        out[s] = twice * (light[s] * line[s])
 
 
 @fast
-def _forbid(columns, group, cross):
-    """BIG where two slots belong to different groups."""
-    for t in range(SLOTS):
-        team = columns[t] // group
-        for s in range(SLOTS):
-            if columns[s] // group != team:
-                cross[t, s] = BIG
+def _forbid(t, columns, group, cross):
+    """BIG where another slot belongs to another group."""
+    team = columns[t] // group
+    for s in range(SLOTS):
+        if columns[s] // group != team:
+            cross[t, s] = BIG
 
 
 @fast
@@ -260,9 +258,11 @@ def _exchange(
         bar_kept[s] = 0.0 if s < k else BIG
         bar_pruned[s] = 0.0 if k <= s < m else BIG
         pruned[s] = k + s if s < p else 0  # filled up with a kept slot, which b bars
-    _cross(light, block, cross)
-    if group < len(x):
-        _forbid(columns, group, cross)
+    grouped = group < len(x)
+    for t in range(k, m):
+        _cross(t, light, block, cross)
+        if grouped:
+            _forbid(t, columns, group, cross)
     made = 0
     while made < most:
         _candidate_scores(square, linear, bar_kept, bar_pruned, a, b)
@@ -270,6 +270,9 @@ def _exchange(
         u = _least_sum(a, lowest, code, sums)
         if u < 0:
             break
+        _cross(u, light, block, cross)  # and if u is pruned below, its row is there already
+        if grouped:
+            _forbid(u, columns, group, cross)
         q = _least_sum(b, cross[u], code, sums)
         delta = (square[u] + linear[u]) + (square[q] - linear[q])
         delta -= 2.0 * weight[u] * weight[q] * block[u, q]
@@ -320,8 +323,8 @@ def _add_columns(gram, x, kept, c, changed, count):
 
 @fast
 def search_rows(
-    gram, x, low, diagonal, kept, c, partner, cross, objective, mass, swaps, rounds, rows, group,
-    relative, floor, most,
+    gram, x, low, diagonal, kept, c, partner, cross, objective, mass, swaps, rounds, group,
+    relative, floor, most, rows,
 ):  # fmt: skip
     """Rounds of candidates for some rows, until fresh candidates hold no improving pair."""
     n = x.shape[1]

@@ -6,7 +6,8 @@ import importlib.util
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,10 +75,27 @@ class SwapSolver:
         deadline = math.inf if time_limit is None else time.monotonic() + time_limit
         kept = warm_start if warm_start is not None else WandaSolver().solve(problem).mask
         memory = max(2, memory_limit or DEFAULT_MEMORY.get(problem.device.type, 2**30))
+        with _threads_for(name) as threads:
+            parts = self._parts(
+                problem, kept, name, threads, max_swaps, deadline, memory, on_progress
+            )
+            return self._solution(name, parts)
+
+    def _parts(
+        self,
+        problem: LayerProblem,
+        kept: Tensor,
+        name: str,
+        threads: int,
+        max_swaps: int | None,
+        deadline: float,
+        memory: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> list[tuple[Batch, Record]]:
+        """The rows in tiles that fit into the memory, each refined."""
         tile = max(1, min(problem.rows, memory // 2 // (_ROW_BYTES * problem.n)))
         built: Kernel | None = None
         parts: list[tuple[Batch, Record]] = []
-        objectives: list[Tensor] = []
         start = 0
         while start < problem.rows:
             rows = slice(start, start + tile)
@@ -98,7 +116,7 @@ class SwapSolver:
                     )
                 else:
                     if built is None or built.single != batch.single:
-                        built = make_kernel(name, batch, memory // 2)
+                        built = make_kernel(name, batch, memory // 2, threads)
                     record = refine(
                         batch,
                         built,
@@ -113,18 +131,16 @@ class SwapSolver:
                 torch.cuda.empty_cache()
                 _log.warning("swap: out of memory on the device; going on with %d rows", tile)
                 continue
-            objectives.append(batch.objective.clamp(min=0.0) * batch.scale)
             parts.append((batch.result(), record))
             start += tile
-        return self._solution(name, parts, torch.cat(objectives))
+        return parts
 
-    def _solution(
-        self, kernel: str, parts: list[tuple[Batch, Record]], objective: Tensor
-    ) -> Solution:
+    def _solution(self, kernel: str, parts: list[tuple[Batch, Record]]) -> Solution:
         def gather(values: list[Tensor]) -> Tensor:
             return torch.cat(values).cpu()
 
         proven = gather([record.proven for _, record in parts]).tolist()
+        objective = torch.cat([b.objective.clamp(min=0.0) * b.scale for b, _ in parts])
         length = max(len(record.objectives) for _, record in parts)
         error = [
             torch.stack(r.objectives + [r.objectives[-1]] * (length - len(r.objectives)))
@@ -148,12 +164,30 @@ class SwapSolver:
         )
 
 
-def make_kernel(name: str, batch: Batch, memory: int) -> Kernel:
-    """The kernel of that name, for the layer of the batch."""
+@contextmanager
+def _threads_for(kernel: str) -> Iterator[int]:
+    """How many threads a kernel may use.
+
+    The compiled loops bring threads of their own, and those of torch, which wait by spinning, would
+    take the cores from them: torch has one as long as they run.
+    """
+    threads = torch.get_num_threads()
+    if kernel != "numba":
+        yield threads
+        return
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:
+    """The kernel of that name, for the layer of the batch; `threads` are those of numba."""
     if name == "numba":
         from maskopt.solvers.swap.numba_kernel import NumbaKernel
 
-        return NumbaKernel(batch)
+        return NumbaKernel(batch, threads)
     if name == "torch":
         from maskopt.solvers.swap.torch_kernel import TorchKernel
 
