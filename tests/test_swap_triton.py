@@ -252,9 +252,12 @@ def test_scans_find_the_best_partner_of_every_kept_column(
     data = Rows(rows, n, kind, seed=n, keep=keep, dtype=dtype)
     limit = torch.full((rows,), 1e-3, device=DEVICE)
     arguments = (data.gram, data.x, data.low_a, data.low_b, data.e, data.reach, limit)
-    value, partner = launch.scan(*arguments)
+    pairs = torch.full((rows,), -1, device=DEVICE)
+    value, partner = launch.scan(*arguments, pairs=pairs)
     tiled, none = launch.scan(*arguments, tiled=True)
     assert none is None
+    assert (pairs >= (data.delta < -1e-3).sum((1, 2))).all()
+    assert (pairs <= keep * (n - keep)).all()
     assert torch.equal(value, tiled)
     best = data.delta.min(2).values
     found = value < INFINITY

@@ -206,10 +206,12 @@ class TritonKernel:
                 value = torch.where(value < -threshold[:, None], value, torch.inf)
                 columns = self._columns_of_groups(batch, value)
             else:
+                looked = torch.zeros_like(rows)
                 value, partner = launch.scan(
                     batch.gram, x, a, b, e, self._reach, threshold,
-                    group=self._group, tiled=self._tiled,
+                    group=self._group, tiled=self._tiled, pairs=looked,
                 )  # fmt: skip
+                batch.priced[rows] += looked
                 u = _least(value, self._width // 2)
                 value = value.gather(1, u.clamp(min=0)).masked_fill(u < 0, torch.inf)
                 if partner is None:

@@ -284,6 +284,7 @@ def scan(
     *,
     group: int | None = None,
     tiled: bool = False,
+    pairs: Int[Tensor, " rows"] | None = None,
 ) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"] | None]:
     """The best partner of every kept column, where the pair gains more than the limit.
 
@@ -293,6 +294,7 @@ def scan(
         e: `Reach.e` of x.
         group: pairs stay inside groups of so many consecutive columns.
         tiled: look at all pairs, tile of G by tile of G, instead of at those that `discard` leaves.
+        pairs: int64, written: the pairs of each row that `discard` leaves, groups not counted.
 
     Returns:
         value [rows, n]: least Δ of the kept column u, +inf where it is not below −limit.
@@ -308,6 +310,8 @@ def scan(
         return value, partner
     rho = reach.rho.to(x.dtype) * _SLACK
     fewer_a, fewer_b = discard(a, b, e, rho, limit)
+    if pairs is not None:
+        pairs.copy_((fewer_a < torch.inf).sum(1) * (fewer_b < torch.inf).sum(1))
     if tiled:
         if group is not None and group < n:
             raise ValueError("the tiled scan knows no groups")
