@@ -117,6 +117,15 @@ def test_time_limit_leaves_a_feasible_mask(kernel: str) -> None:
     verify(problem, solution)
 
 
+def test_a_finished_tile_lets_its_arrays_go() -> None:
+    problem = LayerProblem(random_weight(6, 20, 3), random_gram(20, "full", 4), NM(2, 4))
+    batch = Batch.of(problem, solve(problem, "wanda").mask)
+    rest = batch.result()
+    for tensor in (rest.x, rest.c, rest.cross, rest.partner):
+        assert tensor.untyped_storage().nbytes() == 0
+    assert torch.equal(rest.kept, batch.kept)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("memory_limit", [1, 10_000, 2**30])
 def test_tiles_change_nothing(kernel: str, memory_limit: int) -> None:

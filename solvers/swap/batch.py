@@ -117,8 +117,9 @@ class Batch:
 
     def result(self) -> Batch:
         """The batch without its large arrays: what is wanted of it when it is done."""
-        empty = self.c[:, :0]
-        return replace(self, x=empty, c=empty, cross=empty, partner=self.partner[:, :0], _low=None)
+        # new tensors: a view of no columns would hold on to all of them
+        empty, none = self.c.new_empty(self.rows, 0), self.partner.new_empty(self.rows, 0)
+        return replace(self, x=empty, c=empty, cross=empty, partner=none, _low=None)
 
     def threshold(self, rows: Int[Tensor, " some"] | slice = slice(None)) -> Float[Tensor, " some"]:
         """A swap is made when Δ < −threshold: float64, from the row's present objective."""
