@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -211,6 +212,23 @@ def test_the_trace_tells_what_was_done(kernel: str) -> None:
     assert torch.allclose(error[-1], solution.objective, rtol=1e-9)
     start = problem.objective(solve(problem, "random").mask)
     assert torch.allclose(error[0], start, rtol=1e-9)
+
+
+def test_what_memory_held_before_changes_nothing() -> None:
+    """Workspaces are not cleared: whatever a row reads of them it must have written."""
+    problem = LayerProblem(
+        random_weight(40, 64, 3, torch.float32),
+        random_gram(64, "low-rank", 4).float(),
+        Unstructured(sparsity=0.6),
+    )
+    masks = []
+    for dirt in (0.0, -1e38, float("nan")):
+        for width in range(8, 200, 4):  # freed at once: workspaces are made of these
+            arrays = [np.full((width, width), dirt, np.float32) for _ in range(4)]
+            del arrays
+        masks.append(solve(problem, "swap", kernel="numba").mask)
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
 
 
 def test_thread_counts_change_nothing() -> None:

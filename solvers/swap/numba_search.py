@@ -257,7 +257,7 @@ def _exchange(
         code[s] = np.int32(j) * np.int32(SLOTS) + np.int32(s)
         bar_kept[s] = 0.0 if s < k else BIG
         bar_pruned[s] = 0.0 if k <= s < m else BIG
-        pruned[s] = k + s if s < p else 0  # filled up with a kept slot, which b bars
+        pruned[s] = k + s if s < p else k  # filled up with one that is there already
     grouped = group < len(x)
     for t in range(k, m):
         _cross(t, light, block, cross)
@@ -283,10 +283,8 @@ def _exchange(
         _move_linear(u, q, weight, block, linear)
         bar_kept[u], bar_pruned[u] = BIG, 0.0
         bar_kept[q], bar_pruned[q] = 0.0, BIG
-        for i in range(p):
+        for i in range(SLOTS):
             pruned[i] = u if pruned[i] == q else pruned[i]
-        for i in range(p, SLOTS):
-            pruned[i] = q
     if made:
         count = 0
         for s in range(m):
