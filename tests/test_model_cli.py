@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +111,30 @@ def test_one_line_on_stderr_and_a_status(dense: Path, tmp_path: Path) -> None:
     assert "less than one window" in lines[0]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_ctrl_c_says_how_to_go_on(dense: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from maskopt.cli import main; main()"
+    )
+    command = [
+        sys.executable, "-c", code, "prune", str(dense), "--sparsity", "0.5", "--solver",
+        "elimination", "--warm-start", "wanda", "--calibration", str(text), "--samples", "1000",
+        "--seq-len", "64", "--output", str(out),
+    ]  # fmt: skip
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not (out / ".maskopt" / "blocks" / "00000.safetensors").exists():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate()[1]
+    assert child.returncode == 130, said
+    assert f"{out}: finished blocks are kept; go on with --resume\nstopped\n" in said
+    assert "Traceback" not in said
+    run(*command[3:], "--resume")
+    assert "holds" in run("verify", out, "--against", dense)
 
 
 @pytest.mark.parametrize(

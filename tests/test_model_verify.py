@@ -77,6 +77,15 @@ def test_verify_catches_forgeries(dense_folder: Path, pruned_folder: Path, tmp_p
     with pytest.raises(VerificationError, match="that its mask prunes"):
         verify_output(folder)
     folder = fresh()
+    change_weight(folder, "pruned", -0.0)
+    forge_manifest(folder, nothing)
+    with pytest.raises(VerificationError, match="that its mask prunes"):
+        verify_output(folder)
+    folder = fresh()
+    shutil.copy(first_weight_shard(folder), folder / "model.safetensors")  # is loaded first
+    with pytest.raises(VerificationError, match="weights that the manifest does not know"):
+        verify_output(folder)
+    folder = fresh()
     masks = dict(read_masks(folder / MASKS))
     name = next(iter(masks))
     masks[name].kept[0, 0] = ~masks[name].kept[0, 0]

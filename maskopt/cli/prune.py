@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +11,7 @@ import typer
 from rich.table import Table
 
 from maskopt.cli import options as opt
-from maskopt.cli.console import output, progress_bars
+from maskopt.cli.console import errors, output, progress_bars
 
 if TYPE_CHECKING:
     from maskopt.model.report import PruneReport
@@ -63,7 +65,7 @@ def prune(
     from maskopt.model.plan import parse_bytes
     from maskopt.model.prune import prune_model
 
-    with progress_bars() as bars:
+    with _told_of_resume(out), progress_bars() as bars:
         whole = bars.add_task("blocks", total=None)
         stage = bars.add_task("", total=None)
 
@@ -110,6 +112,18 @@ def prune(
         bars.update(whole, completed=bars.tasks[0].total or 0)
     show_report(report)
     output.print(f"pruned model, masks and manifest: {out}", soft_wrap=True)
+
+
+@contextmanager
+def _told_of_resume(out: Path) -> Iterator[None]:
+    from maskopt.model.workspace import unfinished
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if unfinished(out):
+            errors.print(f"{out}: finished blocks are kept; go on with --resume", soft_wrap=True)
+        raise
 
 
 def show_report(report: PruneReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -218,7 +219,12 @@ def _experts_see_all(
 
     for name, module in block.named_modules():
         path = prefix + (f"{name}." if name else "")
-        if is_experts(module):
+        if is_experts(module) and names(path):
+            if not _takes_routing(module):
+                raise ModelError(
+                    f"{path}: {type(module).__name__} is not given a routing that could be replaced; "
+                    "leave out --all-experts"
+                )
             before, after = hooks(path, _run_fused)
         elif (lists := _expert_lists(module)) and names(path + lists[0]):
             before, after = hooks(path + lists[0] + ".", _run_listed)
@@ -231,6 +237,15 @@ def _experts_see_all(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _takes_routing(module: nn.Module) -> bool:
+    """Is the module called with hidden states, chosen experts, and their weights?"""
+    try:
+        inspect.signature(module.forward).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _run_fused(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -44,7 +44,8 @@ def verify_output(
 ) -> Verified:
     """Re-read a folder that `prune_model` wrote.
 
-    Checks that the manifest matches its own digest and every file its recorded one; that every row
+    Checks that the manifest matches its own digest and every file its recorded one; that no other weights
+    lie beside them; that every row
     (or group) of every mask prunes exactly as many as the pattern says; that every pruned weight
     is zero; that the manifest's layers and counts are those of the masks. With `against`: that the
     original has the same tensors, that every kept weight and every other tensor is bit for bit the same.
@@ -62,6 +63,7 @@ def verify_output(
     masks = dict(_masks(folder / "maskopt-masks.safetensors"))
     if set(masks) != set(manifest["tensors"]):
         raise VerificationError(f"{folder}: masks and manifest name different tensors")
+    _check_listed(folder, manifest["files"])
     where = _where(folder)
     original = None if against is None else _where(Path(against))
     if original is not None and set(original) != set(where):
@@ -84,7 +86,7 @@ def verify_output(
                 )
             rows += _check_counts(name, kept, axis, info["pattern"])
             pruned += int((~kept).sum())
-            if bool((found[~kept] != 0).any()):
+            if _bytes(found)[~kept.reshape(-1)].any():  # minus zero is a change, too
                 raise VerificationError(f"{folder}: {name!r} holds weights that its mask prunes")
         if original is not None:
             _check_same(name, found, _tensor(original[name], name), kept)
@@ -139,6 +141,14 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     if not converted:
         raise VerificationError(f"{folder}: holds no 2:4 layer")
     return converted
+
+
+def _check_listed(folder: Path, files: Mapping[str, str]) -> None:
+    """Weights beside those of the manifest might be loaded in their place."""
+    for file in sorted(folder.iterdir()):
+        weights = (".safetensors", ".safetensors.index.json")
+        if file.name.endswith(weights) and file.name not in files:
+            raise VerificationError(f"{file}: holds weights that the manifest does not know")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -228,9 +238,7 @@ def _check_counts(name: str, kept: Tensor, axis: int, pattern: Mapping[str, Any]
 def _check_same(name: str, found: Tensor, original: Tensor, kept: Tensor | None) -> None:
     if found.dtype != original.dtype or found.shape != original.shape:
         raise VerificationError(f"{name!r} has another dtype or shape than the original")
-    width = found.dtype.itemsize
-    a = found.contiguous().view(-1).view(torch.uint8).view(-1, width)
-    b = original.contiguous().view(-1).view(torch.uint8).view(-1, width)
+    a, b = _bytes(found), _bytes(original)
     flat = None if kept is None else kept.reshape(-1)
     for start in range(0, len(a), SLAB):
         differs = (a[start : start + SLAB] != b[start : start + SLAB]).any(1)
@@ -239,6 +247,12 @@ def _check_same(name: str, found: Tensor, original: Tensor, kept: Tensor | None)
         if bool(differs.any()):
             what = "a kept weight" if kept is not None else "it is not pruned and"
             raise VerificationError(f"{name!r}: {what} differs from the original")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """[elements, bytes of one]"""
+    flat = tensor.contiguous().view(-1)
+    return flat.view(torch.uint8).view(-1, tensor.dtype.itemsize)
 
 
 def _sha256(path: Path) -> str:

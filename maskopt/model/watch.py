@@ -32,6 +32,8 @@ _PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
     torch.bmm: (0, 1),
     Tensor.bmm: (0, 1),
 }
+#: those whose weight may stand on either side (in `linear` it is the second by definition)
+_EITHER_WAY = set(_PRODUCTS) - {F.linear}
 
 
 class WatchedWeights:
@@ -81,7 +83,10 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         places = _PRODUCTS.get(func)
         if places is not None and len(args) > places[1]:
-            self._record(args[places[0]], args[places[1]])
+            one, two = args[places[0]], args[places[1]]
+            self._record(one, two)
+            if func in _EITHER_WAY and isinstance(two, Tensor) and two.ndim > 1:
+                self._record(two.mT, one)  # the weight from the left: W xᵀ
         return func(*args, **(kwargs or {}))
 
     @property

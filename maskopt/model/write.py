@@ -15,7 +15,7 @@ import torch
 
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
-from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint
+from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint, stays_inside
 from maskopt.model.maskfile import MaskFile, MaskFiles
 from maskopt.model.safefile import CHUNK
 
@@ -80,7 +80,7 @@ def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
             continue
         if file.name == INDEX and SINGLE in checkpoint.shards:
             continue
-        if not _inside(file, checkpoint.folder):
+        if not stays_inside(file):
             continue
         with atomic_write(target / file.name) as output, open(file, "rb") as source:
             shutil.copyfileobj(source, output)
@@ -94,9 +94,3 @@ def disk_needed(checkpoint: Checkpoint) -> int:
         math.prod(entry.shape) for s in checkpoint.shards.values() for entry in s.entries.values()
     )
     return checkpoint.bytes + elements // 4 + 64 * 2**20
-
-
-def _inside(file: Path, folder: Path) -> bool:
-    """Links may point within the folder or into the hub's blob store beside it."""
-    real, home = file.resolve(), folder.resolve()
-    return home in real.parents or home.parent.parent / "blobs" in real.parents
