@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -66,10 +67,29 @@ def test_plan_runs_nothing(dense: Path) -> None:
     shown = run("plan", dense, "--sparsity", 0.5, "--solver", "wanda", "--samples", 4)
     assert "memory at the peak" in shown
     assert "up_proj" in shown
-    assert "above --max-memory" in run(
+    assert "--max-memory allows 0.00 (base" in run(
         "plan", dense, "--pattern", "2:4", "--solver", "wanda", "--max-memory", "1MB",
         fails=ModelError,
     )  # fmt: skip
+
+
+def test_fallbacks_are_told_apart(text: Path, tmp_path: Path) -> None:
+    """Layers pruned by magnitude are listed, and their errors are not added to the others'."""
+    dense = save(tiny("mixtral"), tmp_path / "dense")
+    save_tokenizer(dense)
+    shown = run(
+        "prune", dense, "--sparsity", 0.5, "--solver", "wanda", "--calibration", text,
+        "--samples", 4, "--seq-len", 8, "--output", tmp_path / "out", "--min-tokens", 32,
+    )  # fmt: skip
+    assert "by magnitude, for want of tokens: " in shown
+    assert "the errors above leave them out" in shown
+    manifest = json.loads((tmp_path / "out" / "maskopt-manifest.json").read_text())
+    few = [layer["name"] for layer in manifest["layers"] if layer["tokens"] < 32]
+    assert manifest["fallbacks"] == few
+    assert 0 < len(few) < len(manifest["layers"])
+    for kind in ("gate_up_proj", "down_proj"):
+        rest = [x["error"] for x in manifest["layers"] if kind in x["name"] and not x["fallback"]]
+        assert f" {sum(rest):.5g} " in shown
 
 
 def test_what_goes_wrong(dense: Path, text: Path, tmp_path: Path) -> None:

@@ -245,6 +245,43 @@ def test_experts_with_too_few_tokens_are_pruned_by_magnitude() -> None:
     assert torch.equal(report.masks[name], weight >= threshold[:, None])
 
 
+def test_experts_that_cannot_be_shown_all_tokens() -> None:
+    said = refusal(ModelError, model=tiny("llama4"), all_experts=True)
+    assert re.search("Llama4TextExperts is not given a routing .* leave out --all-experts", said)
+
+
+def test_a_table_is_not_taken_for_experts() -> None:
+    class Table(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.ones(3, 4, 4))
+
+    model = tiny("llama", layers=1)
+    model.model.layers[0].table = Table()
+    said = refusal(ModelError, model=model)
+    assert "'model.layers.0.table.bias' looks like experts, but no token was multiplied" in said
+    pattern = said.rsplit("--exclude ", 1)[1].strip("'")
+    report = prune_model(model, tokens(), exclude=[pattern], **WANDA)
+    assert len(report.layers) == 7
+
+
+def test_a_weight_may_stand_on_the_left() -> None:
+    """Mamba multiplies Δ's projection as W xᵀ: its inputs are seen all the same."""
+    model, data = tiny("mamba"), tokens(3, 16)
+    report = prune_model(copy.deepcopy(model), data, **WANDA)
+    assert [x.kind for x in report.layers if x.kind.endswith("dt_proj")] == ["mixer.dt_proj"] * 3
+    assert all(x.tokens == data.numel() for x in report.layers)
+    problems = dict(maskopt.collect_problems(model, data, sparsity=0.5))
+    mixer, seen = model.backbone.layers[0].mixer, []
+    mixer.x_proj.register_forward_hook(lambda _, args, output: seen.append(output))
+    with torch.no_grad():
+        for row in data:
+            model(row[None], use_cache=False)
+    x = torch.cat(seen).reshape(-1, seen[0].shape[-1])[:, : mixer.dt_proj.in_features].double()
+    gram = problems["backbone.layers.0.mixer.dt_proj"].gram
+    assert torch.allclose(gram.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-7)
+
+
 class _ListExperts(torch.nn.Module):
     """A hand-made block whose experts are a module list."""
 

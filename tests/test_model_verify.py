@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_model_cli import run
 from tiny_models import edit_json, save, tiny, tokens
 
 from maskopt import NM, prune_model
@@ -121,6 +122,9 @@ def test_two_four_needs_a_gpu_to_be_converted(dense_folder: Path, tmp_path: Path
     )
     with pytest.raises(VerificationError, match="CUDA"):
         semi_structured(tmp_path / "out")
+    assert "skipped, there is no CUDA device" in run("verify", tmp_path / "out")
+    assert "skipped" not in run("verify", tmp_path / "out", "--no-semi-structured")
+    run("verify", tmp_path / "out", "--semi-structured", fails=VerificationError)
 
 
 @pytest.mark.cuda

@@ -16,7 +16,6 @@ from maskopt.model.blocks import Layer, within
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.options import PruneOptions
 from maskopt.model.source import FolderSource, Source, stored_dtype
-from maskopt.model.tokens import Windows
 from maskopt.problem import LayerProblem
 from maskopt.solver import make_start, solve
 
@@ -116,7 +115,8 @@ def estimate_memory(
 def check_memory(
     source: Source,
     layers: Sequence[Layer],
-    windows: Windows,
+    samples: int,
+    length: int,
     threads: int,
     max_memory: int,
     activation_memory: int,
@@ -127,7 +127,7 @@ def check_memory(
         ModelError: it does not fit even with the hidden states in a file; with the numbers.
     """
     for limit in (activation_memory, 0):
-        memory = estimate_memory(source, layers, len(windows), windows.length, threads, limit)
+        memory = estimate_memory(source, layers, samples, length, threads, limit)
         if memory.peak <= max_memory:
             return limit
     parts = ", ".join(

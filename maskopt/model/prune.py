@@ -154,7 +154,7 @@ def prune_model(
     threads = threads or torch.get_num_threads()
     if max_memory is not None:
         activation_memory = check_memory(
-            source, layers, windows, threads, max_memory, activation_memory
+            source, layers, len(windows), windows.length, threads, max_memory, activation_memory
         )
     fingerprint = {
         "versions": versions(),

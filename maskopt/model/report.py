@@ -28,8 +28,7 @@ class LayerReport:
         lower_bound: proven bound summed over rows, 0 where none is known.
         statuses: number of rows by status.
         tokens: calibration tokens that the layer saw.
-        fallback: too few tokens, so pruned by magnitude.
-        tensors: the checkpoint tensors that hold the layer, with the axis that counts inputs.
+        fallback: too few tokens, so pruned by magnitude; its errors are then the pruned weights' squares.
     """
 
     name: str

@@ -27,10 +27,12 @@ SLAB = 2**24
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked: counts of layers, tensors, rows, files; bit-identity if `against` was given."""
+    """What was checked: counts of layers, tensors (and those of pattern 2:4), rows, files; bit-identity
+    if `against` was given."""
 
     layers: int
     tensors: int
+    two_four: int
     rows: int
     files: int
     sparsity: float
@@ -104,6 +106,7 @@ def verify_output(
     return Verified(
         len(layers),
         len(masks),
+        sum(map(_is_two_four, manifest["tensors"].values())),
         rows,
         len(manifest["files"]),
         pruned / total if total else 0.0,
@@ -126,8 +129,7 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     folder = Path(output)
     converted = []
     for name, info in _manifest(folder)["tensors"].items():
-        pattern = info["pattern"]
-        if (pattern.get("keep"), pattern.get("of")) != (2, 4):
+        if not _is_two_four(info):
             continue
         weight = _tensor(_where(folder)[name], name).half().cuda()
         weight = weight.movedim(info["input_axis"], -1).reshape(
@@ -141,6 +143,10 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     if not converted:
         raise VerificationError(f"{folder}: holds no 2:4 layer")
     return converted
+
+
+def _is_two_four(info: Mapping[str, Any]) -> bool:
+    return (info["pattern"].get("keep"), info["pattern"].get("of")) == (2, 4)
 
 
 def _check_listed(folder: Path, files: Mapping[str, str]) -> None:
