@@ -79,7 +79,7 @@ def test_fallbacks_are_told_apart(text: Path, tmp_path: Path) -> None:
     save_tokenizer(dense)
     shown = run(
         "prune", dense, "--sparsity", 0.5, "--solver", "wanda", "--calibration", text,
-        "--samples", 4, "--seq-len", 8, "--output", tmp_path / "out", "--min-tokens", 32,
+        "--samples", 4, "--seq-len", 16, "--output", tmp_path / "out", "--min-tokens", 32,
     )  # fmt: skip
     assert "by magnitude, for want of tokens: " in shown
     assert "the errors above leave them out" in shown

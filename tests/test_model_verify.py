@@ -99,6 +99,13 @@ def test_verify_catches_forgeries(dense_folder: Path, pruned_folder: Path, tmp_p
         (lambda m: m["layers"].pop(), "other pruned weights"),
         (lambda m: m["files"].update(ghost="x"), "is not there"),
         (lambda m: m["files"].update({"../x": "x"}), "is not there"),
+        (lambda m: m["layers"][0].pop("pruned"), "damaged or was changed"),
+        (lambda m: next(iter(m["tensors"].values())).update(pattern={}), "damaged or was changed"),
+        (lambda m: next(iter(m["tensors"].values())).update(input_axis=0), "differ in the axis"),
+        (
+            lambda m: next(iter(m["tensors"].values()))["pattern"].update(kind="nm", keep=1, of=7),
+            "do not divide into groups of 7",
+        ),
     ]:
         folder = fresh()
         forge_manifest(folder, change)  # type: ignore[arg-type]

@@ -196,9 +196,9 @@ def _layers(block: nn.Module, prefix: str) -> Iterator[Layer]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Does the module hold experts as 3-D parameters: one or several, with as many experts each?"""
-    counts = {p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3}
-    return len(counts) == 1 and min(counts) > 1 and not isinstance(module, _ConvNd)
+    """Does the module hold experts as 3-D parameters? Convolutions have such parameters, too."""
+    counts = [p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3]
+    return min(counts, default=1) > 1 and not isinstance(module, _ConvNd)
 
 
 def _transposed(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -292,18 +293,23 @@ def extract_masks(
     if not path.parent.is_dir():
         raise ModelError(f"{path.parent}: no such folder")
     source = FolderSource(checkpoint, torch.device("cpu"), None)
-    masks: dict[str, TensorMask] = {}
-    for index in range(len(source.blocks)):
-        layers = source.blocks.layers(index)
-        whole = {
-            layer.name: (layer, torch.ones(layer.rows, layer.n, dtype=torch.bool))
-            for layer in layers
-        }
-        for name, mask in source.stored(index, whole).items():
-            masks[name] = TensorMask(checkpoint.read(name) != 0, mask.input_axis)
-    with plain_errors(path):
-        write_masks(path, masks)
-    return {name: 1.0 - float(mask.kept.float().mean()) for name, mask in masks.items()}
+    sparsities: dict[str, float] = {}
+    with plain_errors(path), TemporaryDirectory(dir=path.parent, prefix=".maskopt-") as parts:
+        files = []
+        for index in range(len(source.blocks)):
+            whole = {
+                layer.name: (layer, torch.ones(layer.rows, layer.n, dtype=torch.bool))
+                for layer in source.blocks.layers(index)
+            }
+            masks = {
+                name: TensorMask(checkpoint.read(name) != 0, mask.input_axis)
+                for name, mask in source.stored(index, whole).items()
+            }
+            sparsities |= {name: 1 - float(m.kept.float().mean()) for name, m in masks.items()}
+            files.append(Path(parts) / f"{index:05d}.safetensors")
+            write_masks(files[-1], masks)
+        join_masks(path, files)
+    return sparsities
 
 
 def check_disk(output: Path, needed: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -62,7 +62,8 @@ def verify_output(
             raise VerificationError(f"{folder}: file {name!r} of the manifest is not there")
         if _sha256(folder / name) != digest:
             raise VerificationError(f"{folder / name}: was changed: its digest is another one")
-    masks = dict(_masks(folder / "maskopt-masks.safetensors"))
+    bits = folder / "maskopt-masks.safetensors"
+    masks = _layout(bits)
     if set(masks) != set(manifest["tensors"]):
         raise VerificationError(f"{folder}: masks and manifest name different tensors")
     _check_listed(folder, manifest["files"])
@@ -73,14 +74,16 @@ def verify_output(
         raise VerificationError(f"{folder}: tensor {odd!r} is in only one of the two models")
     rows = pruned = 0
     for done, (name, path) in enumerate(sorted(where.items())):
-        packed = masks.get(name)
         found = _tensor(path, name)
         kept = None
-        if packed is not None:
-            shape, axis, bits = packed
+        if name in masks:
+            shape, axis = masks[name]
             if tuple(found.shape) != tuple(shape):
                 raise VerificationError(f"{folder}: mask of {name!r} has another shape")
-            kept = _unpack(bits, math.prod(shape)).view(shape)
+            packed = _tensor(bits, name)
+            if packed.numel() != (found.numel() + 7) // 8:
+                raise VerificationError(f"{bits}: mask of {name!r} has the wrong number of bits")
+            kept = _unpack(packed, found.numel()).view(shape)
             info = manifest["tensors"][name]
             if info["input_axis"] != axis:
                 raise VerificationError(
@@ -145,6 +148,14 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     return converted
 
 
+def _is_pattern(pattern: Mapping[str, Any]) -> bool:
+    if pattern["kind"] == "nm":
+        return type(pattern["keep"]) is int and type(pattern["of"]) is int and pattern["of"] > 0
+    if pattern["keep"] is not None:
+        return type(pattern["keep"]) is int
+    return type(pattern["sparsity"]) in (int, float) and 0 <= pattern["sparsity"] < 1
+
+
 def _is_two_four(info: Mapping[str, Any]) -> bool:
     return (info["pattern"].get("keep"), info["pattern"].get("of")) == (2, 4)
 
@@ -164,9 +175,16 @@ def _manifest(folder: Path) -> dict[str, Any]:
         claimed = manifest.pop("sha256")
         text = json.dumps(manifest, sort_keys=True).encode()
         sound = hashlib.sha256(text).hexdigest() == claimed
-        layers, tensors, files = manifest["layers"], manifest["tensors"], manifest["files"]
-        sound = sound and isinstance(layers, list)
-        sound = sound and isinstance(tensors, dict) and isinstance(files, dict)
+        sound = sound and all(
+            type(layer[key]) is int
+            for layer in manifest["layers"]
+            for key in ("pruned", "rows", "n")
+        )
+        sound = sound and all(
+            type(info["input_axis"]) is int and _is_pattern(info["pattern"])
+            for info in manifest["tensors"].values()
+        )
+        sound = sound and all(type(digest) is str for digest in manifest["files"].values())
     except FileNotFoundError:
         raise VerificationError(
             f"{folder}: no manifest; the folder was not written by maskopt prune"
@@ -178,12 +196,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _masks(path: Path) -> Iterator[tuple[str, tuple[list[int], int, Tensor]]]:
+def _layout(path: Path) -> dict[str, tuple[list[int], int]]:
+    """Shape and input axis of every mask."""
     with _opened(path) as file:
-        layout = json.loads(file.metadata()["tensors"])
-        for name in file.keys():  # noqa: SIM118 (not a dictionary)
-            item = layout[name]
-            yield name, (item["shape"], item["input_axis"], file.get_tensor(name).clone())
+        names = list(file.keys())
+        try:
+            layout = json.loads(file.metadata()["tensors"])
+            return {name: (layout[name]["shape"], layout[name]["input_axis"]) for name in names}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise VerificationError(f"{path}: the header of the masks is damaged") from None
 
 
 def _opened(path: Path) -> Any:
@@ -229,6 +250,8 @@ def _check_counts(name: str, kept: Tensor, axis: int, pattern: Mapping[str, Any]
         group, expected = n, n - pattern["keep"]
     else:
         group, expected = n, math.floor(Fraction(str(pattern["sparsity"])) * n)
+    if n % group:
+        raise VerificationError(f"{name!r}: {n} inputs do not divide into groups of {group}")
     counts = (~rows).view(rows.shape[0], -1, group).sum(-1)
     whole = rows.view(rows.shape[0], -1).all(1)  # rows of experts that were excluded
     wrong = ((counts != expected).any(1) & ~(whole & (kept.ndim == 3))).nonzero()

@@ -105,6 +105,8 @@ class Watch(TorchFunctionMode):
                 raise RuntimeError(
                     f"layer {layer.name!r} has {layer.n} inputs, but was given {part.shape[-1]}"
                 )
+            if not part.numel():
+                continue  # an expert without tokens; empty tensors also seem to be all the same one
             if self.copy:
                 part = part.clone()
             else:
