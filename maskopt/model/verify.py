@@ -149,10 +149,12 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
 
 
 def _is_pattern(pattern: Mapping[str, Any]) -> bool:
+    keep = pattern["keep"]
     if pattern["kind"] == "nm":
-        return type(pattern["keep"]) is int and type(pattern["of"]) is int and pattern["of"] > 0
-    if pattern["keep"] is not None:
-        return type(pattern["keep"]) is int
+        of = pattern["of"]
+        return type(keep) is int and type(of) is int and 0 <= keep <= of and 0 < of < 2**31
+    if keep is not None:
+        return type(keep) is int and 0 <= keep < 2**31
     return type(pattern["sparsity"]) in (int, float) and 0 <= pattern["sparsity"] < 1
 
 
