@@ -120,6 +120,17 @@ def test_gram_matrices_inside_a_block(family: str) -> None:
     )
 
 
+def test_a_pass_that_collects_ends_with_the_last_inputs() -> None:
+    """The last product is computed once, to learn that it is the last; where there are experts, always."""
+    for family, name, expected in [("llama", "mlp", 1), ("mixtral", "mlp", 6), ("opt", "fc2", 1)]:
+        model, count = tiny(family, layers=1), [0, 0]
+        module = Blocks(model).modules[0].get_submodule(name)
+        module.register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
+        module.register_forward_hook(lambda *_, c=count: c.__setitem__(1, c[1] + 1))
+        prune_model(model, tokens(6, 16), threads=1, **WANDA)
+        assert count == [6, expected]
+
+
 def test_one_pass_judges_on_the_dense_model() -> None:
     model, data = tiny("llama"), tokens()
     one = prune_model(copy.deepcopy(model), data, one_pass=True, **WANDA)

@@ -189,9 +189,13 @@ def _forward_operations(
     for block, mine in zip(list(source.blocks.modules)[: last + 1], chosen, strict=False):
         distinct = _inputs(mine)
         passes = 1
+        weights = sum(p.numel() for p in block.parameters())
         if mine and not options.one_pass:
             passes += len(distinct) if options.true_sequential else 1
-        weights = sum(p.numel() for p in block.parameters())
+            if mine[-1].expert is None:
+                total -= (
+                    2 * mine[-1].rows * mine[-1].n
+                )  # its product is not needed once its inputs are seen
         total += passes * (2 * weights + 4 * length * width) + sum(n * n for n in distinct)
     return total * tokens
 

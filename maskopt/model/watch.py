@@ -60,16 +60,24 @@ class WatchedWeights:
         return [(None, layer)]
 
 
+class Seen(Exception):
+    """All that a forward pass was run for is recorded."""
+
+
 class Watch(TorchFunctionMode):
     """Records, per layer name, the inputs of one forward pass as [tokens, n] tensors.
 
-    Layers named in `muted` are not recorded; a hook may change the set on the way.
+    Layers named in `muted` are not recorded; a hook may change the set on the way. The pass ends by
+    `Seen` once the input of the layer `until` is recorded, before it is multiplied.
     """
 
-    def __init__(self, weights: WatchedWeights, *, copy: bool = False) -> None:
+    def __init__(
+        self, weights: WatchedWeights, *, copy: bool = False, until: str | None = None
+    ) -> None:
         super().__init__()
         self.weights = weights
         self.copy = copy
+        self.until = until
         self.inputs: dict[str, list[Tensor]] = {}
         self.muted: frozenset[str] = frozenset()
         self._held: list[tuple[Tensor, int]] = []
@@ -87,6 +95,8 @@ class Watch(TorchFunctionMode):
             self._record(one, two)
             if func in _EITHER_WAY and isinstance(two, Tensor) and two.ndim > 1:
                 self._record(two.mT, one)  # the weight from the left: W xᵀ
+            if self.until in self.inputs:
+                raise Seen
         return func(*args, **(kwargs or {}))
 
     @property
