@@ -144,7 +144,7 @@ def join_masks(path: Path, parts: Iterable[Path]) -> None:
         for part in files:
             for name in part.names:
                 for chunk in part.file.chunks(part.file.entries[name], CHUNK):
-                    file.write(chunk)
+                    file.write(chunk.data)
 
 
 def read_masks(path: Path) -> Iterator[tuple[str, TensorMask]]:
