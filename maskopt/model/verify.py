@@ -62,7 +62,7 @@ def verify_output(
             raise VerificationError(f"{folder}: file {name!r} of the manifest is not there")
         if _sha256(folder / name) != digest:
             raise VerificationError(f"{folder / name}: was changed: its digest is another one")
-    bits = folder / "maskopt-masks.safetensors"
+    bits = folder / "maskopt-masks.bits"
     masks = _layout(bits)
     if set(masks) != set(manifest["tensors"]):
         raise VerificationError(f"{folder}: masks and manifest name different tensors")

@@ -24,7 +24,8 @@ JOURNAL = "journal.jsonl"
 #: what the hidden folder is called while it is removed
 GONE = ".maskopt.gone"
 MANIFEST = "maskopt-manifest.json"
-MASKS = "maskopt-masks.safetensors"
+#: of safetensors' format, not of its ending: servers load every *.safetensors beside a model of one file
+MASKS = "maskopt-masks.bits"
 
 
 class Workspace:
