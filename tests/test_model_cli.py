@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,7 +57,9 @@ def test_prune_verify_eval_apply_extract(dense: Path, text: Path, tmp_path: Path
     assert "perplexity" in run("eval", out, "--text", text, "--seq-len", 32, "--windows", 3)
     masks = tmp_path / "masks.safetensors"
     assert "masks of 21 tensors" in run("extract-masks", out, "--output", masks)
-    run("apply", dense, out / "maskopt-masks.safetensors", "--output", tmp_path / "again")
+    weights = {file.name for file in out.glob("*.safetensors")}
+    assert weights == {file.name for file in dense.glob("*.safetensors")}  # servers load them all
+    run("apply", dense, out / "maskopt-masks.bits", "--output", tmp_path / "again")
     one, two = out / "model.safetensors", tmp_path / "again" / "model.safetensors"
     assert one.read_bytes() == two.read_bytes()
     assert "resume" in run("prune", "--help")
@@ -63,10 +69,29 @@ def test_plan_runs_nothing(dense: Path) -> None:
     shown = run("plan", dense, "--sparsity", 0.5, "--solver", "wanda", "--samples", 4)
     assert "memory at the peak" in shown
     assert "up_proj" in shown
-    assert "above --max-memory" in run(
+    assert "--max-memory allows 0.00 (base" in run(
         "plan", dense, "--pattern", "2:4", "--solver", "wanda", "--max-memory", "1MB",
         fails=ModelError,
     )  # fmt: skip
+
+
+def test_fallbacks_are_told_apart(text: Path, tmp_path: Path) -> None:
+    """Layers pruned by magnitude are listed, and their errors are not added to the others'."""
+    dense = save(tiny("mixtral"), tmp_path / "dense")
+    save_tokenizer(dense)
+    shown = run(
+        "prune", dense, "--sparsity", 0.5, "--solver", "wanda", "--calibration", text,
+        "--samples", 4, "--seq-len", 16, "--output", tmp_path / "out", "--min-tokens", 32,
+    )  # fmt: skip
+    assert "by magnitude, for want of tokens: " in shown
+    assert "the errors above leave them out" in shown
+    manifest = json.loads((tmp_path / "out" / "maskopt-manifest.json").read_text())
+    few = [layer["name"] for layer in manifest["layers"] if layer["tokens"] < 32]
+    assert manifest["fallbacks"] == few
+    assert 0 < len(few) < len(manifest["layers"])
+    for kind in ("gate_up_proj", "down_proj"):
+        rest = [x["error"] for x in manifest["layers"] if kind in x["name"] and not x["fallback"]]
+        assert f" {sum(rest):.5g} " in shown
 
 
 def test_what_goes_wrong(dense: Path, text: Path, tmp_path: Path) -> None:
@@ -108,6 +133,30 @@ def test_one_line_on_stderr_and_a_status(dense: Path, tmp_path: Path) -> None:
     assert "less than one window" in lines[0]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_ctrl_c_says_how_to_go_on(dense: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from maskopt.cli import main; main()"
+    )
+    command = [
+        sys.executable, "-c", code, "prune", str(dense), "--sparsity", "0.5", "--solver",
+        "elimination", "--warm-start", "wanda", "--calibration", str(text), "--samples", "1000",
+        "--seq-len", "64", "--output", str(out),
+    ]  # fmt: skip
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not (out / ".maskopt" / "blocks" / "00000.safetensors").exists():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate()[1]
+    assert child.returncode == 130, said
+    assert f"{out}: finished blocks are kept; go on with --resume\nstopped\n" in said
+    assert "Traceback" not in said
+    run(*command[3:], "--resume")
+    assert "holds" in run("verify", out, "--against", dense)
 
 
 @pytest.mark.parametrize(

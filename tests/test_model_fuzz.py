@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import random
+import shutil
 import struct
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from hypothesis import given, settings
@@ -18,10 +22,12 @@ from maskopt.errors import MaskoptError
 from maskopt.model.checkpoint import INDEX, open_checkpoint
 from maskopt.model.journal import Journal
 from maskopt.model.maskfile import MaskFile, TensorMask, write_masks
-from maskopt.model.report import manifest_digest, read_manifest
+from maskopt.model.report import manifest_digest, read_layers, read_manifest
 from maskopt.model.safefile import open_safe
+from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST
 
+TELLING = (None, True, -1, 0, 10**20, 1.5, "", "../../x", "nm", [], {}, ["x"], {"kind": "block"})
 #: tests/benchmarks/fuzz_loaders.py runs the same with 100,000 inputs and more
 FUZZ = 300
 
@@ -57,6 +63,38 @@ def mutations(data: bytes, seed: int) -> bytes:
     return bytes(value)
 
 
+def forged(value: Any, generator: random.Random) -> Any:
+    """The JSON value with one thing in it, at any depth, replaced by a telling one or left out."""
+    if not isinstance(value, dict | list) or not value or generator.random() < 0.1:
+        return copy.deepcopy(generator.choice(TELLING))
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    changed, key = copy.copy(value), generator.choice(keys)
+    if generator.random() < 0.1:
+        del changed[key]
+    else:
+        changed[key] = forged(value[key], generator)
+    return changed
+
+
+def signed(record: Any) -> dict[str, Any]:
+    """The digests of journals and manifests are no secret."""
+    rest = {k: v for k, v in record.items() if k != "sha256"} if isinstance(record, dict) else {}
+    text = json.dumps(rest, sort_keys=True).encode()
+    return {**rest, "sha256": hashlib.sha256(text).hexdigest()}
+
+
+def hostile(kind: str, data: bytes, seed: int) -> bytes:
+    """A few random edits; to forged files in what they say, with their digests made right."""
+    if not kind.startswith("forged"):
+        return mutations(data, seed)
+    generator, records = random.Random(seed), [json.loads(line) for line in data.splitlines()]
+    place = generator.randrange(len(records))
+    records[place] = forged(records[place], generator)
+    return b"".join(
+        json.dumps(signed(record), sort_keys=True).encode() + b"\n" for record in records
+    )
+
+
 def try_loaders(kind: str, data: bytes, folder: Path) -> str | None:
     """Load hostile bytes: what the MaskoptError says, or None where they are sound; any other
     exception goes through."""
@@ -71,6 +109,14 @@ def try_loaders(kind: str, data: bytes, folder: Path) -> str | None:
             Journal(path)
         elif kind == "manifest":
             read_manifest(path)
+        elif kind == "forged journal":
+            for record in Journal(path).blocks.values():
+                read_layers(record["layers"], path)
+        elif kind == "forged manifest":
+            read_layers(read_manifest(path)["layers"], path)
+        elif kind == "forged result":
+            (folder / "result" / MANIFEST).write_bytes(data)
+            verify_output(folder / "result")
         elif kind == "index":
             (folder / INDEX).write_bytes(data)
             (folder / "config.json").write_text("{}")
@@ -87,11 +133,13 @@ def try_loaders(kind: str, data: bytes, folder: Path) -> str | None:
 
 
 def examples(pruned_folder: Path, folder: Path) -> dict[str, bytes]:
-    """One sound file of each kind."""
+    """One sound file of each kind; in `folder` stays a result for the manifests."""
     journal = folder / "journal.jsonl"
     made = Journal(journal)
     made.begin({"seed": 1})
-    made.add_block(0, {"layers": [], "masks": "0", "bad": []})
+    whole = json.loads((pruned_folder / MANIFEST).read_text())
+    made.add_block(0, {"layers": whole["layers"][:2], "masks": "0", "bad": [{"sample": 1}]})
+    made.add_shard("a.safetensors", "0")
     masks = folder / "masks.safetensors"
     write_masks(masks, {"a": TensorMask(torch.ones(3, 5, dtype=torch.bool), 1)})
     shard = folder / "shard.safetensors"
@@ -99,7 +147,7 @@ def examples(pruned_folder: Path, folder: Path) -> dict[str, bytes]:
     problem = LayerProblem(torch.ones(2, 4), torch.eye(4), Unstructured(0.5))
     problem.save(folder / "layer.npz")
     problem.row(0).save(folder / "row.npz")
-    manifest = json.loads((pruned_folder / MANIFEST).read_text())
+    manifest = copy.deepcopy(whole)
     for part in ("layers", "tensors", "files"):
         manifest[part] = type(manifest[part])(list(manifest[part])[:0])
     manifest["sha256"] = manifest_digest(manifest)
@@ -108,12 +156,16 @@ def examples(pruned_folder: Path, folder: Path) -> dict[str, bytes]:
         "journal": journal.read_bytes(),
         "manifest": json.dumps(manifest).encode(),
         "index": json.dumps({"weight_map": {"a": "model.safetensors"}}).encode(),
+        "forged journal": journal.read_bytes(),
+        "forged manifest": json.dumps(whole).encode(),
+        "forged result": json.dumps(whole).encode(),
         "shard": shard.read_bytes(),
         "layer": (folder / "layer.npz").read_bytes(),
         "row": (folder / "row.npz").read_bytes(),
     }
     for file in folder.iterdir():
         file.unlink()
+    shutil.copytree(pruned_folder, folder / "result")
     return result
 
 
@@ -123,10 +175,10 @@ def test_hostile_bytes_do_not_crash_the_loaders(pruned_folder: Path, tmp_path: P
     sound = examples(pruned_folder, work)
     for kind, data in sound.items():
         for seed in range(FUZZ):
-            said = try_loaders(kind, mutations(data, seed), work)
+            said = try_loaders(kind, hostile(kind, data, seed), work)
             assert said is None or (said and "\n" not in said), (kind, seed)
     assert {entry.name for entry in tmp_path.iterdir()} == {"work"}
-    assert {entry.name for entry in work.iterdir()} <= {"input", INDEX, "config.json"}
+    assert {entry.name for entry in work.iterdir()} <= {"input", INDEX, "config.json", "result"}
 
 
 @given(data=st.binary(max_size=200))

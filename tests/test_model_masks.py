@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,17 @@ def test_masks_are_extracted_and_applied_again(
         assert torch.equal(mask.kept, theirs[name].kept)
         assert mask.input_axis == theirs[name].input_axis
     with pytest.raises(ModelError, match="--overwrite"):
+        extract_masks(pruned_folder, tmp_path / "masks.safetensors")
+
+
+def test_masks_to_where_nothing_can_be_written(
+    pruned_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("maskopt.files.tempfile.mkstemp", refuse)
+    with pytest.raises(ModelError, match="cannot be written: Read-only file system"):
         extract_masks(pruned_folder, tmp_path / "masks.safetensors")
 
 

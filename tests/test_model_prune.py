@@ -120,6 +120,17 @@ def test_gram_matrices_inside_a_block(family: str) -> None:
     )
 
 
+def test_a_pass_that_collects_ends_with_the_last_inputs() -> None:
+    """The last product is computed once, to learn that it is the last; where there are experts, always."""
+    for family, name, expected in [("llama", "mlp", 1), ("mixtral", "mlp", 6), ("opt", "fc2", 1)]:
+        model, count = tiny(family, layers=1), [0, 0]
+        module = Blocks(model).modules[0].get_submodule(name)
+        module.register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
+        module.register_forward_hook(lambda *_, c=count: c.__setitem__(1, c[1] + 1))
+        prune_model(model, tokens(6, 16), threads=1, **WANDA)
+        assert count == [6, expected]
+
+
 def test_one_pass_judges_on_the_dense_model() -> None:
     model, data = tiny("llama"), tokens()
     one = prune_model(copy.deepcopy(model), data, one_pass=True, **WANDA)
@@ -243,6 +254,43 @@ def test_experts_with_too_few_tokens_are_pruned_by_magnitude() -> None:
     weight = matrix(dense, place).abs()
     threshold = weight.sort(1).values[:, place.n // 2]
     assert torch.equal(report.masks[name], weight >= threshold[:, None])
+
+
+def test_experts_that_cannot_be_shown_all_tokens() -> None:
+    said = refusal(ModelError, model=tiny("llama4"), all_experts=True)
+    assert re.search("Llama4TextExperts is not given a routing .* leave out --all-experts", said)
+
+
+def test_a_table_is_not_taken_for_experts() -> None:
+    class Table(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.ones(3, 4, 4))
+
+    model = tiny("llama", layers=1)
+    model.model.layers[0].table = Table()
+    said = refusal(ModelError, model=model)
+    assert "'model.layers.0.table.bias' looks like experts, but no token was multiplied" in said
+    pattern = said.rsplit("--exclude ", 1)[1].strip("'")
+    report = prune_model(model, tokens(), exclude=[pattern], **WANDA)
+    assert len(report.layers) == 7
+
+
+def test_a_weight_may_stand_on_the_left() -> None:
+    """Mamba multiplies Δ's projection as W xᵀ: its inputs are seen all the same."""
+    model, data = tiny("mamba"), tokens(3, 16)
+    report = prune_model(copy.deepcopy(model), data, **WANDA)
+    assert [x.kind for x in report.layers if x.kind.endswith("dt_proj")] == ["mixer.dt_proj"] * 3
+    assert all(x.tokens == data.numel() for x in report.layers)
+    problems = dict(maskopt.collect_problems(model, data, sparsity=0.5))
+    mixer, seen = model.backbone.layers[0].mixer, []
+    mixer.x_proj.register_forward_hook(lambda _, args, output: seen.append(output))
+    with torch.no_grad():
+        for row in data:
+            model(row[None], use_cache=False)
+    x = torch.cat(seen).reshape(-1, seen[0].shape[-1])[:, : mixer.dt_proj.in_features].double()
+    gram = problems["backbone.layers.0.mixer.dt_proj"].gram
+    assert torch.allclose(gram.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-7)
 
 
 class _ListExperts(torch.nn.Module):

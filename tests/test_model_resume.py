@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -223,6 +224,106 @@ def test_damage_is_noticed(dense: Path, whole: dict[str, bytes], tmp_path: Path)
     assert contents(out) == whole
 
 
+def test_a_finished_shard_that_is_lost_or_damaged_is_written_again(
+    dense: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupted(dense, out, 2, "solve")
+    first, second = sorted((out / HIDDEN / "out").glob("model-*.safetensors"))[:2]
+    first.unlink()
+    data = bytearray(second.read_bytes())
+    data[-1] ^= 1
+    second.write_bytes(bytes(data))
+    prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+    assert contents(out) == whole
+
+
+def signed(record: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**record, "sha256": digest}, sort_keys=True).encode() + b"\n"
+
+
+@pytest.mark.parametrize("change", [{"masks": 3}, {"layers": 0}, {"bad": [1]}, {"index": -1}])
+def test_a_forged_journal_is_refused_in_one_line(
+    dense: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Its digests are no secret: whoever changes a line can make them right."""
+    out = tmp_path / "out"
+    interrupted(dense, out, 1, "solve")
+    path = out / HIDDEN / "journal.jsonl"
+    records = read_journal(path)
+    for record in records:
+        if record["kind"] == "block":
+            record.update(change)
+    path.write_bytes(b"".join(map(signed, records)))
+    with pytest.raises(ModelError, match="not a journal") as caught:
+        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+    assert "\n" not in str(caught.value)
+
+
+@posix
+@pytest.mark.parametrize("name", ["", "out", "blocks", "journal.jsonl", "lock"])
+def test_links_in_the_hidden_folder_are_not_followed(
+    dense: Path, tmp_path: Path, name: str
+) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    hidden = out / HIDDEN
+    hidden.mkdir(parents=True)
+    if not name:
+        hidden.rmdir()
+    target = elsewhere / "new" if "l" in name and name != "blocks" else elsewhere
+    (hidden / name if name else hidden).symlink_to(target)
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(ModelError, match="is a link, which maskopt never makes there"):
+            prune_model(dense, tokens(), output=out, **how, **OPTIONS)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_forged_commit_moves_nothing(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(dense, out, 2, "solve")
+    (tmp_path / "mine.txt").write_text("mine")
+    (out / HIDDEN / "committed").write_text("../../../mine.txt\nconfig.json")
+    with pytest.raises(ModelError, match="committed: is damaged; start over with --overwrite"):
+        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_killed_while_it_clears_up(
+    dense: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def stop(path: Path, **_: Any) -> None:
+        if Path(path).name.startswith(HIDDEN) and Path(path).exists():
+            (Path(path) / "journal.jsonl").unlink()
+            raise _Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workspace_module.shutil, "rmtree", stop)
+        with pytest.raises(_Stop):
+            prune_model(dense, tokens(), output=out, **OPTIONS)
+    began = []
+    prune_model(dense, tokens(), output=out, resume=True, on_progress=began.append, **OPTIONS)
+    assert not began  # nothing is done again
+    assert contents(out) == whole
+
+
+def test_no_room_for_hidden_states(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    for where in ({"output": tmp_path / "out"}, {}):
+        model = dense if where else tiny("llama")
+        with pytest.raises(ModelError, match=r"no room for 0\.00 GiB of hidden states"):
+            prune_model(model, tokens(), activation_memory=0, **where, **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_journal_survives_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)
@@ -395,6 +496,8 @@ def test_a_folder_that_cannot_be_written(
 
 
 def test_outputs_that_cannot_be(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="choose one"):
+        prune_model(dense, tokens(), output=dense, overwrite=True, resume=True, **OPTIONS)
     (tmp_path / "file").write_text("x")
     for out, message in [
         (tmp_path / "file", "not a folder"),

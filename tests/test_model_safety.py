@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -18,6 +19,7 @@ from tiny_models import edit_json, tokens
 from maskopt import prune_model
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.model.checkpoint import INDEX, plain_name
+from maskopt.model.verify import verify_output
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 
@@ -71,6 +73,36 @@ def ghost(model: Path) -> None:
     edit_json(model / INDEX, lambda i: i["weight_map"].update(ghost=first_shard(model).name))
 
 
+def lead_out(name: str) -> Callable[[Path], None]:
+    """The file moves out of the folder, and a link leads there; "" is the first shard."""
+
+    def damage(model: Path) -> None:
+        file = model / name if name else first_shard(model)
+        elsewhere = model.parent / f"elsewhere-{file.name}"
+        shutil.move(file, elsewhere)
+        file.symlink_to(elsewhere)
+
+    return damage
+
+
+def pipe(model: Path) -> None:
+    path = first_shard(model)
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(model: Path) -> None:
+    path = first_shard(model)
+    path.unlink()
+    path.mkdir()
+
+
+def circle(model: Path) -> None:
+    path = first_shard(model)
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 def drop_tensor(model: Path) -> None:
     path = first_shard(model)
     tensors = load_file(path)
@@ -106,6 +138,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "absolute path": (absolute, "not the name of a safetensors file in the folder"),
     "tensor that is not there": (ghost, "it is not"),
     "missing tensor": (drop_tensor, "no tensor for parameter"),
+    "shard by a link out": (lead_out(""), "link out of the model folder, to .*elsewhere-model"),
+    "config by a link out": (lead_out("config.json"), "link out of the model folder"),
+    "index by a link out": (lead_out(INDEX), "link out of the model folder"),
+    "link in a circle": (circle, "cannot be read"),
+    "pipe": (pipe, "not a regular file"),
+    "folder": (folder, "not a regular file"),
     "git lfs": (lambda m: first_shard(m).write_text("version https://git-lfs x"), "Git LFS"),
     "empty shard": (lambda m: first_shard(m).write_bytes(b""), "not a safetensors file"),
     "missing shard": (lambda m: first_shard(m).unlink(), "no such file"),
@@ -147,6 +185,18 @@ def test_a_damaged_model_is_refused_in_one_line(damage: str, model: Path, tmp_pa
         prune_model(model, tokens(), output=tmp_path / "out", **OPTIONS)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_links_of_the_hubs_cache(dense_folder: Path, tmp_path: Path) -> None:
+    """snapshots/REVISION/… are links into blobs/ beside it, and are followed and copied."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    shutil.copytree(dense_folder, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    prune_model(snapshot, tokens(), output=tmp_path / "out", **OPTIONS)
+    verify_output(tmp_path / "out", against=dense_folder)
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
 
 
 def test_not_a_folder(tmp_path: Path) -> None:

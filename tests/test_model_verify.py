@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_model_cli import run
 from tiny_models import edit_json, save, tiny, tokens
 
 from maskopt import NM, prune_model
@@ -77,6 +78,15 @@ def test_verify_catches_forgeries(dense_folder: Path, pruned_folder: Path, tmp_p
     with pytest.raises(VerificationError, match="that its mask prunes"):
         verify_output(folder)
     folder = fresh()
+    change_weight(folder, "pruned", -0.0)
+    forge_manifest(folder, nothing)
+    with pytest.raises(VerificationError, match="that its mask prunes"):
+        verify_output(folder)
+    folder = fresh()
+    shutil.copy(first_weight_shard(folder), folder / "model.safetensors")  # is loaded first
+    with pytest.raises(VerificationError, match="weights that the manifest does not know"):
+        verify_output(folder)
+    folder = fresh()
     masks = dict(read_masks(folder / MASKS))
     name = next(iter(masks))
     masks[name].kept[0, 0] = ~masks[name].kept[0, 0]
@@ -89,6 +99,13 @@ def test_verify_catches_forgeries(dense_folder: Path, pruned_folder: Path, tmp_p
         (lambda m: m["layers"].pop(), "other pruned weights"),
         (lambda m: m["files"].update(ghost="x"), "is not there"),
         (lambda m: m["files"].update({"../x": "x"}), "is not there"),
+        (lambda m: m["layers"][0].pop("pruned"), "damaged or was changed"),
+        (lambda m: next(iter(m["tensors"].values())).update(pattern={}), "damaged or was changed"),
+        (lambda m: next(iter(m["tensors"].values())).update(input_axis=0), "differ in the axis"),
+        (
+            lambda m: next(iter(m["tensors"].values()))["pattern"].update(kind="nm", keep=1, of=7),
+            "do not divide into groups of 7",
+        ),
     ]:
         folder = fresh()
         forge_manifest(folder, change)  # type: ignore[arg-type]
@@ -112,6 +129,9 @@ def test_two_four_needs_a_gpu_to_be_converted(dense_folder: Path, tmp_path: Path
     )
     with pytest.raises(VerificationError, match="CUDA"):
         semi_structured(tmp_path / "out")
+    assert "skipped, there is no CUDA device" in run("verify", tmp_path / "out")
+    assert "skipped" not in run("verify", tmp_path / "out", "--no-semi-structured")
+    run("verify", tmp_path / "out", "--semi-structured", fails=VerificationError)
 
 
 @pytest.mark.cuda

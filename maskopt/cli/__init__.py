@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from maskopt.cli import (
@@ -21,6 +20,9 @@ from maskopt.cli import (
 )
 from maskopt.cli.console import errors
 from maskopt.errors import MaskoptError
+
+#: status after Ctrl-C
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="maskopt",
@@ -59,6 +61,7 @@ def main() -> None:
             raise
         errors.print(f"[red]error:[/red] {error}", soft_wrap=True)
         sys.exit(1)
-    except click.exceptions.Abort:
-        errors.print("stopped")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            errors.print("stopped")
+        raise

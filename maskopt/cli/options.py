@@ -13,12 +13,17 @@ from maskopt.pattern import Pattern, Unstructured, parse_pattern
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is one.")]
 Dtype = Annotated[
     str,
-    typer.Option(help="Of the forward passes; auto: as stored, float32 on the CPU."),
+    typer.Option(help="Precision of the forward passes; auto: as stored, float32 on the CPU."),
 ]
 Seed = Annotated[int, typer.Option(help="Of calibration crops and of solvers.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens in a window.")]
-Threads = Annotated[int | None, typer.Option(help="Threads on the CPU.")]
-ActivationMemory = Annotated[str, typer.Option(help="Hidden states above this go to a file.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="On the CPU; the result does not depend on it. Default: all cores."),
+]
+ActivationMemory = Annotated[
+    str, typer.Option(help="Hidden states that take more go to a file, e.g. 500MB.")
+]
 WarmStart = Annotated[
     str | None,
     typer.Option(
@@ -39,21 +44,27 @@ Field = Annotated[str, typer.Option(help="Where JSON lines hold their text.")]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
-Sparsity = Annotated[float | None, typer.Option(help="Share of every row to prune, e.g. 0.6.")]
+Sparsity = Annotated[
+    float | None, typer.Option(help="Share of every row to prune, e.g. 0.6; this or --pattern.")
+]
 PatternText = Annotated[
-    str | None, typer.Option("--pattern", help="N:M, e.g. 2:4 keeps 2 of every 4 inputs.")
+    str | None,
+    typer.Option("--pattern", help="N:M, e.g. 2:4 keeps 2 of every 4 consecutive inputs."),
 ]
 Include = Annotated[
-    list[str] | None, typer.Option(help="Only layers whose name matches; may be repeated.")
+    list[str] | None,
+    typer.Option(help="Only layers that match: q_proj, 'layers.0.*'; may be repeated."),
 ]
 Exclude = Annotated[
-    list[str] | None, typer.Option(help="Not the layers whose name matches; may be repeated.")
+    list[str] | None, typer.Option(help="Not the layers that match; may be repeated.")
 ]
 SolverOption = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", help="An option of the solver, NAME=VALUE; may be repeated."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")
+]
 
 
 def read_pattern(sparsity: float | None, pattern: str | None) -> Pattern:

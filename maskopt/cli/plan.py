@@ -27,19 +27,24 @@ def plan(
     true_sequential: opt.TrueSequential = False,
     threads: opt.Threads = None,
     activation_memory: opt.ActivationMemory = "4GiB",
-    max_memory: Annotated[str | None, typer.Option(help="Say whether it suffices.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Refuse, as prune would, where the peak is higher.")
+    ] = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     trust_remote_code: opt.Trust = False,
 ) -> None:
-    """Layers, shapes, pruned counts, memory and an estimate of time."""
+    """What `maskopt prune` with the same options will take: layers, shapes, pruned counts, memory, time.
+
+    No weights are read but for a measurement of a few seconds.
+    """
     chosen = opt.read_pattern(sparsity, pattern)
     import torch
 
     from maskopt.model.blocks import choose
     from maskopt.model.opening import capped_length, open_source
     from maskopt.model.options import PruneOptions, check_pattern
-    from maskopt.model.plan import GIB, make_plan, parse_bytes
+    from maskopt.model.plan import GIB, check_memory, make_plan, parse_bytes
 
     options = PruneOptions(
         chosen,
@@ -52,14 +57,23 @@ def plan(
     source, _ = open_source(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     layers = choose(source.blocks.all_layers(), include or (), exclude or ())
     check_pattern(chosen, layers)
+    length = capped_length(source.model, seq_len)
+    threads = threads or torch.get_num_threads()
+    in_memory, refusal = parse_bytes(activation_memory), None
+    if max_memory is not None:
+        limit = parse_bytes(max_memory)
+        try:
+            in_memory = check_memory(source, layers, samples, length, threads, limit, in_memory)
+        except ModelError as error:
+            refusal = error  # told once the plan is printed
     result = make_plan(
         source,
         layers,
         options,
         samples=samples,
-        length=capped_length(source.model, seq_len),
-        threads=threads or torch.get_num_threads(),
-        activation_memory=parse_bytes(activation_memory),
+        length=length,
+        threads=threads,
+        activation_memory=in_memory,
     )
     table = Table()
     for heading in ("layer", "count", "rows", "inputs", "pruned", "of"):
@@ -92,8 +106,5 @@ def plan(
         f"{result.file_seconds:.0f} s)",
         soft_wrap=True,
     )
-    if max_memory is not None and memory.peak > parse_bytes(max_memory):
-        raise ModelError(
-            f"the estimate of {memory.peak / GIB:.2f} GiB is above --max-memory "
-            f"{parse_bytes(max_memory) / GIB:.2f} GiB"
-        )
+    if refusal is not None:
+        raise refusal

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskopt.errors import ModelError
+
 
 class Activations:
     """One hidden state per sample, all of one shape, read and overwritten sample by sample.
@@ -34,13 +36,14 @@ class Activations:
         if folder is None:
             self._memory = [None] * samples
         else:
-            self._file, name = tempfile.mkstemp(dir=folder, prefix="activations.")
+            size = samples * self._bytes
+            self._file, name = _make(folder, size)
             if os.name == "posix":
                 os.unlink(name)  # the file lives as long as the process, whatever ends it
                 self._name = None
             else:
                 self._name = Path(name)
-            _reserve(self._file, samples * self._bytes)
+            _reserve(self._file, size, folder)
 
     def __getitem__(self, sample: int) -> Float[Tensor, "1 length width"]:
         if self._memory is not None:
@@ -86,9 +89,27 @@ class Activations:
         self.close()
 
 
-def _reserve(file: int, size: int) -> None:
+def _make(folder: Path, size: int) -> tuple[int, str]:
+    try:
+        return tempfile.mkstemp(dir=folder, prefix="activations.")
+    except OSError as error:
+        raise _no_room(folder, size, error) from error
+
+
+def _reserve(file: int, size: int, folder: Path) -> None:
     """Make room at once: a disk that fills up under a mapped file would kill the process."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file, 0, size)
-    else:
-        os.truncate(file, size)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, size)
+        else:
+            os.truncate(file, size)
+    except OSError as error:
+        os.close(file)
+        raise _no_room(folder, size, error) from error
+
+
+def _no_room(folder: Path, size: int, error: OSError) -> ModelError:
+    return ModelError(
+        f"{folder}: no room for {size / 2**30:.2f} GiB of hidden states ({error.strerror}); "
+        "free some, or keep them in memory with a larger --activation-memory"
+    )

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from maskopt.errors import ModelError, near
@@ -195,9 +196,9 @@ def _layers(block: nn.Module, prefix: str) -> Iterator[Layer]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Does the module hold experts as 3-D parameters: several of them with as many experts each?"""
+    """Does the module hold experts as 3-D parameters? Convolutions have such parameters, too."""
     counts = [p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3]
-    return len(counts) >= 2 and len(set(counts)) == 1
+    return min(counts, default=1) > 1 and not isinstance(module, _ConvNd)
 
 
 def _transposed(module: nn.Module) -> bool:

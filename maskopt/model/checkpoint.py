@@ -66,11 +66,13 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
     Raises:
         ModelError: no such folder, no or broken config.json, quantised or pickled weights, a config
             that asks for remote code, an index that names a path outside the folder or a tensor
-            that is not there, a shard that is truncated or no safetensors file.
+            that is not there, a link that leads out of the folder, a shard that is truncated or no
+            safetensors file.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
+    check_link(folder / "config.json")
     config = read_json(folder / "config.json", "a model folder needs one")
     if config.get("auto_map") and not trust_remote_code:
         raise ModelError(
@@ -83,6 +85,8 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
             "prune the original weights"
         )
     names, weight_map = _shard_names(folder)
+    for name in names:
+        check_link(folder / name)
     shards = {name: open_safe(folder / name) for name in names}
     where: dict[str, str] = {}
     for name, shard in shards.items():
@@ -144,6 +148,25 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
+def stays_inside(file: Path) -> bool:
+    """Does a file lie in its folder, links followed? They may also lead into the hub's blob store
+    beside it (`models--…/snapshots/…` and `models--…/blobs`)."""
+    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
+    return home in real.parents or (
+        home.parent.name == "snapshots" and home.parent.parent / "blobs" in real.parents
+    )
+
+
+def check_link(file: Path) -> None:
+    """Raise ModelError for a link that leads out of the model folder: what it holds would end up in
+    the output."""
+    if not stays_inside(file):
+        raise ModelError(
+            f"{file}: is a link out of the model folder, to {os.path.realpath(file)}; "
+            "put the file itself there"
+        )
+
+
 def plain_name(name: Any) -> bool:
     """Is it a file name without any path: nothing that could lead out of a folder?"""
     return (
@@ -159,6 +182,7 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
     if (folder / SINGLE).is_file():
         return [SINGLE], {}
     if (folder / INDEX).is_file():
+        check_link(folder / INDEX)
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{folder / INDEX}: holds no weight_map")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from maskopt.gram import Gram
 from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, is_experts
 from maskopt.model.forward import Call, Workers
-from maskopt.model.watch import Watch, WatchedWeights
+from maskopt.model.watch import Seen, Watch, WatchedWeights
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def collect(
     """Send all samples through a block and sum the Gram matrix of every layer's inputs.
 
     Args:
-        advance: store the block's outputs as the samples' new states.
+        advance: store the block's outputs as the samples' new states; else passes end where the last
+            layer has its inputs.
         all_experts: experts are observed on all tokens, not only on those routed to them; what
             the block computes stays as it is.
 
@@ -128,15 +130,17 @@ def collect(
     sizes = {layer.name: layer.n for layer in layers}
     grams = Grams(device)
     local = threading.local()
+    until: str | None = None
 
-    def observe(sample: int) -> tuple[Watch, Tensor, str | None]:
-        state = samples.states[sample].to(device)
+    def observe(sample: int) -> tuple[Watch, Tensor | None, str | None]:
+        state, output = samples.states[sample].to(device), None
         for copy in (False, True):
-            local.watch = Watch(weights, copy=copy)
-            with local.watch:
+            local.watch = Watch(weights, copy=copy, until=until)
+            with suppress(Seen), local.watch:
                 output = calls[sample](block, state)
             if not local.watch.overwritten:
                 break
+        output = output if advance else None
         return local.watch, output, _first_bad(local.watch, output, prefix)
 
     with _experts_see_all(block, prefix, layers, local) if all_experts else _nothing():
@@ -147,8 +151,10 @@ def collect(
                     samples.leave_out(sample, bad)
                     continue
                 workers.run(grams.tasks(watch, sizes))
-                if advance:
+                if output is not None:
                     samples.states[sample] = output
+                elif until is None:
+                    until = _last_input(layers, watch)
             tick(len(wave))
     return grams
 
@@ -175,11 +181,22 @@ def forward(
         tick(len(wave))
 
 
-def _first_bad(watch: Watch, output: Tensor, prefix: str) -> str | None:
+def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:
+    """The layer whose input is the last that a pass records: what comes after it need not be computed.
+
+    None where other samples might call the layers otherwise: experts, and layers in a list.
+    """
+    once = all(len(watch.inputs.get(layer.name, ())) == 1 for layer in layers)
+    fixed = all(layer.expert is None and layer.stage.count("*") == 1 for layer in layers)
+    return next(reversed(watch.inputs)) if once and fixed else None
+
+
+def _first_bad(watch: Watch, output: Tensor | None, prefix: str) -> str | None:
     for layer, tensors in watch.inputs.items():
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             return layer
-    return None if bool(torch.isfinite(output).all()) else prefix.rstrip(".")
+    good = output is None or bool(torch.isfinite(output).all())
+    return None if good else prefix.rstrip(".")
 
 
 @contextmanager
@@ -218,7 +235,12 @@ def _experts_see_all(
 
     for name, module in block.named_modules():
         path = prefix + (f"{name}." if name else "")
-        if is_experts(module):
+        if is_experts(module) and names(path):
+            if not _takes_routing(module):
+                raise ModelError(
+                    f"{path}: {type(module).__name__} is not given a routing that could be replaced; "
+                    "leave out --all-experts"
+                )
             before, after = hooks(path, _run_fused)
         elif (lists := _expert_lists(module)) and names(path + lists[0]):
             before, after = hooks(path + lists[0] + ".", _run_listed)
@@ -231,6 +253,15 @@ def _experts_see_all(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _takes_routing(module: nn.Module) -> bool:
+    """Is the module called with hidden states, chosen experts, and their weights?"""
+    try:
+        inspect.signature(module.forward).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _run_fused(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

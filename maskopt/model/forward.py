@@ -24,6 +24,8 @@ from maskopt.model.activations import Activations
 from maskopt.model.blocks import Blocks
 
 T = TypeVar("T")
+#: values that a block returns at most: hidden state, attention weights, router logits
+MOST_OUTPUTS = 3
 
 
 class Workers:
@@ -114,11 +116,11 @@ class Captured:
     Attributes:
         states: the input of block 0, per sample.
         calls: per block, per sample; samples called alike share one `Call`.
-        as_tuple: the model expects a block to return a tuple.
+        outputs: how many values the model unpacks from a block; 0 where it takes a bare tensor.
     """
 
-    def __init__(self, states: Activations, calls: list[list[Call]], as_tuple: bool) -> None:
-        self.states, self.calls, self.as_tuple = states, calls, as_tuple
+    def __init__(self, states: Activations, calls: list[list[Call]], outputs: int) -> None:
+        self.states, self.calls, self.outputs = states, calls, outputs
 
 
 def capture(
@@ -152,12 +154,12 @@ def capture(
             for sample, recorded in zip(wave, passes, strict=True):
                 states[sample] = recorded[0][0]
                 _merge(calls, recorded)
-    return Captured(states, calls, recorders.as_tuple)
+    return Captured(states, calls, recorders.outputs)
 
 
 @contextmanager
 def ending(
-    model: nn.Module, blocks: Blocks, as_tuple: bool
+    model: nn.Module, blocks: Blocks, outputs: int
 ) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
     """What a model does after its blocks: a function of token ids [1, length] and the last block's
     output [1, length, width] that returns the logits [1, length, vocabulary].
@@ -171,7 +173,7 @@ def ending(
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else kwargs.get("hidden_states")
             passed = local.state if index == len(blocks) - 1 else given
-            return (passed,) if as_tuple else passed
+            return _returned(passed, outputs)
 
         return forward
 
@@ -200,7 +202,7 @@ class _Recorders:
     def __init__(self, model: nn.Module, blocks: Blocks, device: torch.device) -> None:
         self.model, self.blocks, self.device = model, blocks, device
         self.local = threading.local()
-        self.as_tuple = False
+        self.outputs = 0
 
     def installed(self) -> AbstractContextManager[None]:
         return _replaced(self.blocks, self._recorder)
@@ -213,14 +215,14 @@ class _Recorders:
                 raise _LastBlock
             # a new tensor, so that no other argument is mistaken for the hidden state
             passed = state.clone()
-            return (passed,) if self.as_tuple else passed
+            return _returned(passed, self.outputs)
 
         return forward
 
     def probe(self, tokens: Tensor) -> list[tuple[Tensor, Any, Any]]:
-        """Find out whether the model expects blocks to return a tensor or a tuple."""
+        """Find out what the model expects blocks to return: a tensor, or a tuple that begins with it."""
         problems = []
-        for self.as_tuple in (False, True):
+        for self.outputs in range(MOST_OUTPUTS + 1):
             try:
                 calls = self.record(tokens)
             except ModelError as error:
@@ -245,6 +247,11 @@ class _Recorders:
             if not isinstance(state, Tensor) or state.shape != shape:
                 raise ModelError("the blocks do not pass on one hidden state of one shape")
         return calls
+
+
+def _returned(state: Any, outputs: int) -> Any:
+    """A block's return value; what comes beside the hidden state (attention weights) is left empty."""
+    return (state, *[None] * (outputs - 1)) if outputs else state
 
 
 def _merge(calls: list[list[Call]], recorded: list[tuple[Tensor, Any, Any]]) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from maskopt.errors import ModelError
+from maskopt.model.checkpoint import plain_name
 
 
 class Journal:
@@ -46,7 +48,7 @@ class Journal:
         if lines:
             raise ModelError(
                 f"{self.path.parent.parent}: the unfinished run is another one: "
-                + "; ".join(lines[:5])
+                f"{in_words(lines)}; --overwrite drops it"
             )
 
     def add_block(self, index: int, record: dict[str, Any]) -> None:
@@ -61,9 +63,9 @@ class Journal:
         kind = record.get("kind")
         if kind == "header" and number == 1 and isinstance(record.get("header"), dict):
             self.header = record["header"]
-        elif kind == "block" and number > 1 and type(record.get("index")) is int:
+        elif kind == "block" and number > 1 and _is_block(record):
             self.blocks[record["index"]] = record
-        elif kind == "shard" and number > 1 and isinstance(record.get("name"), str):
+        elif kind == "shard" and number > 1 and plain_name(record.get("name")):
             self.shards[record["name"]] = str(record.get("digest"))
         else:
             raise ModelError(f"{self.path}, line {number}: not a journal of maskopt")
@@ -99,7 +101,9 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             sound = False
         if not sound:
-            raise ModelError(f"{path}, line {number}: the journal is damaged; start over")
+            raise ModelError(
+                f"{path}, line {number}: the journal is damaged; start over with --overwrite"
+            )
         records.append(record)
     return records
 
@@ -113,6 +117,23 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
             for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         ]
     return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
+
+
+def in_words(lines: Sequence[str], limit: int = 5) -> str:
+    """The first differences, and how many more there are."""
+    more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
+    return "; ".join(lines[:limit]) + more
+
+
+def _is_block(record: dict[str, Any]) -> bool:
+    return (
+        type(record.get("index")) is int
+        and 0 <= record["index"] < 10**5
+        and isinstance(record.get("masks"), str)
+        and isinstance(record.get("layers"), list)
+        and isinstance(record.get("bad"), list)
+        and all(isinstance(b, dict) and type(b.get("sample")) is int for b in record["bad"])
+    )
 
 
 def _digest(record: dict[str, Any]) -> str:

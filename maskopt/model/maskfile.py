@@ -77,17 +77,21 @@ class MaskFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.layout[name]["shape"])
 
-    def read(self, name: str) -> TensorMask:
-        """The mask of one tensor, its digest checked."""
+    def packed(self, name: str) -> np.ndarray:
+        """The bits of one tensor's mask as they are stored, their digest checked."""
         item = self.layout[name]
         packed = self.file.read(name).numpy()
         if item["sha256"] != _digest(name, item["shape"], item["input_axis"], packed):
             raise ModelError(
                 f"{self.path}: mask {name!r} does not match its digest: it was changed"
             )
-        count = math.prod(item["shape"])
-        bits = np.unpackbits(packed, count=count, bitorder="little").astype(bool)
-        return TensorMask(torch.from_numpy(bits).view(item["shape"]), item["input_axis"])
+        return packed
+
+    def read(self, name: str) -> TensorMask:
+        """The mask of one tensor, its digest checked."""
+        item = self.layout[name]
+        bits = unpack(self.packed(name), 0, math.prod(item["shape"]))
+        return TensorMask(bits.view(item["shape"]), item["input_axis"])
 
 
 class MaskFiles:
@@ -99,8 +103,14 @@ class MaskFiles:
     def __contains__(self, name: object) -> bool:
         return name in self._files
 
-    def read(self, name: str) -> TensorMask:
-        return self._files[name].read(name)
+    def packed(self, name: str) -> np.ndarray:
+        return self._files[name].packed(name)
+
+
+def unpack(packed: np.ndarray, start: int, count: int) -> Bool[Tensor, " count"]:
+    """Elements start … start + count of a packed mask; `start` is a multiple of 8."""
+    part = packed[start // 8 : (start + count + 7) // 8]
+    return torch.from_numpy(np.unpackbits(part, count=count, bitorder="little").view(bool))
 
 
 def write_masks(path: Path, masks: Mapping[str, TensorMask]) -> None:
@@ -134,7 +144,7 @@ def join_masks(path: Path, parts: Iterable[Path]) -> None:
         for part in files:
             for name in part.names:
                 for chunk in part.file.chunks(part.file.entries[name], CHUNK):
-                    file.write(chunk.tobytes())
+                    file.write(chunk.data)
 
 
 def read_masks(path: Path) -> Iterator[tuple[str, TensorMask]]:

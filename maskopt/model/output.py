@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,11 +16,26 @@ from torch import Tensor
 from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer
 from maskopt.model.checkpoint import Checkpoint, file_digest, open_checkpoint
-from maskopt.model.journal import Journal, differences
+from maskopt.model.journal import Journal, differences, in_words
 from maskopt.model.maskfile import MaskFile, MaskFiles, TensorMask, join_masks, write_masks
-from maskopt.model.report import LayerReport, PruneReport, read_manifest, write_manifest
+from maskopt.model.report import (
+    LayerReport,
+    PruneReport,
+    read_layers,
+    read_manifest,
+    write_manifest,
+)
 from maskopt.model.source import FolderSource, MemorySource
-from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS, Workspace, check_output, open_workspace
+from maskopt.model.workspace import (
+    GONE,
+    HIDDEN,
+    MANIFEST,
+    MASKS,
+    Workspace,
+    check_output,
+    open_workspace,
+    plain_errors,
+)
 from maskopt.model.write import check_masks, copy_side_files, disk_needed, write_shard
 from maskopt.pattern import Pattern, pattern_to_dict
 
@@ -85,11 +102,22 @@ class FolderRun:
             self.journal.begin(dict(fingerprint))
             for index, record in self.journal.blocks.items():
                 path = self._masks_path(index)
-                if not path.exists() or file_digest(path) != record.get("masks"):
+                if not path.exists() or file_digest(path) != record["masks"]:
                     raise ModelError(
-                        f"{path}: does not match the journal: it was changed; start over"
+                        f"{path}: does not match the journal: it was changed; start over with "
+                        "--overwrite"
                     )
+            for name, digest in list(self.journal.shards.items()):
+                if not self._holds(name, digest):
+                    del self.journal.shards[name]  # it is written again, from the masks
             yield
+
+    def _holds(self, shard: str, digest: str) -> bool:
+        """Is a finished shard still there as it was written? A commit may have moved it already."""
+        for folder in (self.work.staging, self.output):
+            if shard in self.source.checkpoint.shards and (folder / shard).is_file():
+                return file_digest(folder / shard) == digest
+        return False
 
     def activation_folder(self) -> Path:
         return self.work.hidden
@@ -98,7 +126,7 @@ class FolderRun:
         record = self.journal.blocks.get(index)
         if record is None:
             return None
-        layers = [LayerReport(**layer) for layer in record["layers"]]
+        layers = read_layers(record["layers"], self.work.journal)
         return FinishedBlock(layers, record["bad"], MaskFile(self._masks_path(index)))
 
     def add(
@@ -220,12 +248,11 @@ def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport
     manifest = read_manifest(output / MANIFEST)
     lines = differences(manifest["fingerprint"], dict(fingerprint))
     if lines:
-        raise ModelError(f"{output}: holds the result of another run: " + "; ".join(lines[:5]))
-    names = {field.name for field in dataclasses.fields(LayerReport)}
-    layers = [
-        LayerReport(**{k: v for k, v in layer.items() if k in names})
-        for layer in manifest["layers"]
-    ]
+        raise ModelError(
+            f"{output}: holds the result of another run: {in_words(lines)}; --overwrite replaces it"
+        )
+    shutil.rmtree(output / GONE, ignore_errors=True)
+    layers = read_layers(manifest["layers"], output / MANIFEST)
     return PruneReport(layers, fingerprint, manifest["bad_samples"], {}, output)
 
 
@@ -266,23 +293,27 @@ def extract_masks(
     if not path.parent.is_dir():
         raise ModelError(f"{path.parent}: no such folder")
     source = FolderSource(checkpoint, torch.device("cpu"), None)
-    masks: dict[str, TensorMask] = {}
-    for index in range(len(source.blocks)):
-        layers = source.blocks.layers(index)
-        whole = {
-            layer.name: (layer, torch.ones(layer.rows, layer.n, dtype=torch.bool))
-            for layer in layers
-        }
-        for name, mask in source.stored(index, whole).items():
-            masks[name] = TensorMask(checkpoint.read(name) != 0, mask.input_axis)
-    write_masks(path, masks)
-    return {name: 1.0 - float(mask.kept.float().mean()) for name, mask in masks.items()}
+    sparsities: dict[str, float] = {}
+    with plain_errors(path), TemporaryDirectory(dir=path.parent, prefix=".maskopt-") as parts:
+        files = []
+        for index in range(len(source.blocks)):
+            whole = {
+                layer.name: (layer, torch.ones(layer.rows, layer.n, dtype=torch.bool))
+                for layer in source.blocks.layers(index)
+            }
+            masks = {
+                name: TensorMask(checkpoint.read(name) != 0, mask.input_axis)
+                for name, mask in source.stored(index, whole).items()
+            }
+            sparsities |= {name: 1 - float(m.kept.float().mean()) for name, m in masks.items()}
+            files.append(Path(parts) / f"{index:05d}.safetensors")
+            write_masks(files[-1], masks)
+        join_masks(path, files)
+    return sparsities
 
 
 def check_disk(output: Path, needed: int) -> None:
     """Refuse what the disk cannot hold, with the numbers."""
-    import shutil
-
     free = shutil.disk_usage(output).free
     if free < needed:
         raise ModelError(

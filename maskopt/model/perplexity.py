@@ -161,7 +161,7 @@ def _summed(
             return _cross_entropy(logits, tokens[0])
 
         total = 0.0
-        with source.head(), ending(source.model, blocks, captured.as_tuple) as end:
+        with source.head(), ending(source.model, blocks, captured.outputs) as end:
             for wave in workers.waves(range(len(windows))):
                 parts = workers.run([lambda w=w: summed(w) for w in wave])  # type: ignore[misc]
                 for window, part in zip(wave, parts, strict=True):

@@ -16,7 +16,6 @@ from maskopt.model.blocks import Layer, within
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.options import PruneOptions
 from maskopt.model.source import FolderSource, Source, stored_dtype
-from maskopt.model.tokens import Windows
 from maskopt.problem import LayerProblem
 from maskopt.solver import make_start, solve
 
@@ -116,7 +115,8 @@ def estimate_memory(
 def check_memory(
     source: Source,
     layers: Sequence[Layer],
-    windows: Windows,
+    samples: int,
+    length: int,
     threads: int,
     max_memory: int,
     activation_memory: int,
@@ -127,7 +127,7 @@ def check_memory(
         ModelError: it does not fit even with the hidden states in a file; with the numbers.
     """
     for limit in (activation_memory, 0):
-        memory = estimate_memory(source, layers, len(windows), windows.length, threads, limit)
+        memory = estimate_memory(source, layers, samples, length, threads, limit)
         if memory.peak <= max_memory:
             return limit
     parts = ", ".join(
@@ -189,9 +189,13 @@ def _forward_operations(
     for block, mine in zip(list(source.blocks.modules)[: last + 1], chosen, strict=False):
         distinct = _inputs(mine)
         passes = 1
+        weights = sum(p.numel() for p in block.parameters())
         if mine and not options.one_pass:
             passes += len(distinct) if options.true_sequential else 1
-        weights = sum(p.numel() for p in block.parameters())
+            if mine[-1].expert is None:
+                total -= (
+                    2 * mine[-1].rows * mine[-1].n
+                )  # its product is not needed once its inputs are seen
         total += passes * (2 * weights + 4 * length * width) + sum(n * n for n in distinct)
     return total * tokens
 

@@ -130,6 +130,8 @@ def prune_model(
         shrink=shrink,
         skip_bad_samples=skip_bad_samples,
     )
+    if resume and overwrite:
+        raise ModelError("resume goes on with what overwrite drops; choose one")
     in_memory = isinstance(model, nn.Module)
     source, tokenizer = open_source(
         model, tokenizer_or_tokens, device=device, dtype=dtype, trust_remote_code=trust_remote_code
@@ -152,7 +154,7 @@ def prune_model(
     threads = threads or torch.get_num_threads()
     if max_memory is not None:
         activation_memory = check_memory(
-            source, layers, windows, threads, max_memory, activation_memory
+            source, layers, len(windows), windows.length, threads, max_memory, activation_memory
         )
     fingerprint = {
         "versions": versions(),
@@ -259,6 +261,7 @@ def _prune_blocks(
                 if options.true_sequential:
                     stage, later = _first_stage(stage, grams)
                     stages = [later] if later else []
+                _check_multiplied(source.model, stage, grams)
                 tick = ticker(report, index, last + 1, "solve", len(mine))
                 for layer in sorted(stage, key=lambda layer: grams.leader(layer.name)):
                     done[layer.name] = _solve_layer(source, layer, grams, options)
@@ -279,6 +282,24 @@ def _prune_blocks(
     if captured is not None:
         captured.states.close()
     return reports, bad
+
+
+def _check_multiplied(model: nn.Module, layers: Sequence[Layer], grams: Grams) -> None:
+    """Raise ModelError for a 3-D parameter of which no part was multiplied with any token: some expert
+    always is, so it holds something else."""
+    unseen: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.expert is not None:
+            unseen.setdefault(layer.parameter, []).append(layer)
+    for layer in layers:
+        if grams.of(layer.name) is not None:
+            unseen.pop(layer.parameter, None)
+    for name, parts in unseen.items():
+        if len(parts) == model.get_parameter(name).shape[0]:
+            raise ModelError(
+                f"parameter {name!r} looks like experts, but no token was multiplied with any of them; "
+                f"leave it out with --exclude {parts[0].stage!r}"
+            )
 
 
 def _solve_layer(

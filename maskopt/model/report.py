@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from maskopt.files import atomic_write
 from maskopt.model.checkpoint import read_json
 
 MANIFEST_FORMAT = "maskopt-manifest-1"
+_PARTS = {"fingerprint", "layers", "bad_samples", "tensors", "files"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class LayerReport:
         lower_bound: proven bound summed over rows, 0 where none is known.
         statuses: number of rows by status.
         tokens: calibration tokens that the layer saw.
-        fallback: too few tokens, so pruned by magnitude.
-        tensors: the checkpoint tensors that hold the layer, with the axis that counts inputs.
+        fallback: too few tokens, so pruned by magnitude; its errors are then the pruned weights' squares.
     """
 
     name: str
@@ -96,6 +96,22 @@ class PruneReport:
         return kinds
 
 
+def read_layers(records: Any, where: Path) -> list[LayerReport]:
+    """Layer reports as a journal or a manifest holds them.
+
+    Raises:
+        ModelError: not such records.
+    """
+    names = {field.name for field in fields(LayerReport)}
+    try:
+        return [
+            LayerReport(**{key: value for key, value in record.items() if key in names})
+            for record in records
+        ]
+    except (TypeError, AttributeError):
+        raise ModelError(f"{where}: its layers are not those of a prune") from None
+
+
 def versions() -> dict[str, str]:
     """Versions that can change a result."""
     import numpy
@@ -144,7 +160,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ModelError: missing, not a manifest, or changed.
     """
     manifest = read_json(path, "the folder was not written by maskopt prune")
-    if manifest.get("format") != MANIFEST_FORMAT:
+    if manifest.get("format") != MANIFEST_FORMAT or not manifest.keys() >= _PARTS:
         raise ModelError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
     if manifest.get("sha256") != manifest_digest(manifest):
         raise ModelError(f"{path}: does not match its own digest: it was changed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -155,7 +156,14 @@ def write_safe(
 
 
 def open_file(path: Path) -> IO[bytes]:
+    """A regular file for reading: a pipe or a device in its place could be read for ever.
+
+    Raises:
+        ModelError: missing, unreadable, or no regular file.
+    """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ModelError(f"{path}: not a regular file")
         return open(path, "rb")
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,10 +27,12 @@ SLAB = 2**24
 
 @dataclass(frozen=True)
 class Verified:
-    """What was checked: counts of layers, tensors, rows, files; bit-identity if `against` was given."""
+    """What was checked: counts of layers, tensors (and those of pattern 2:4), rows, files; bit-identity
+    if `against` was given."""
 
     layers: int
     tensors: int
+    two_four: int
     rows: int
     files: int
     sparsity: float
@@ -44,7 +46,8 @@ def verify_output(
 ) -> Verified:
     """Re-read a folder that `prune_model` wrote.
 
-    Checks that the manifest matches its own digest and every file its recorded one; that every row
+    Checks that the manifest matches its own digest and every file its recorded one; that no other weights
+    lie beside them; that every row
     (or group) of every mask prunes exactly as many as the pattern says; that every pruned weight
     is zero; that the manifest's layers and counts are those of the masks. With `against`: that the
     original has the same tensors, that every kept weight and every other tensor is bit for bit the same.
@@ -59,9 +62,11 @@ def verify_output(
             raise VerificationError(f"{folder}: file {name!r} of the manifest is not there")
         if _sha256(folder / name) != digest:
             raise VerificationError(f"{folder / name}: was changed: its digest is another one")
-    masks = dict(_masks(folder / "maskopt-masks.safetensors"))
+    bits = folder / "maskopt-masks.bits"
+    masks = _layout(bits)
     if set(masks) != set(manifest["tensors"]):
         raise VerificationError(f"{folder}: masks and manifest name different tensors")
+    _check_listed(folder, manifest["files"])
     where = _where(folder)
     original = None if against is None else _where(Path(against))
     if original is not None and set(original) != set(where):
@@ -69,14 +74,16 @@ def verify_output(
         raise VerificationError(f"{folder}: tensor {odd!r} is in only one of the two models")
     rows = pruned = 0
     for done, (name, path) in enumerate(sorted(where.items())):
-        packed = masks.get(name)
         found = _tensor(path, name)
         kept = None
-        if packed is not None:
-            shape, axis, bits = packed
+        if name in masks:
+            shape, axis = masks[name]
             if tuple(found.shape) != tuple(shape):
                 raise VerificationError(f"{folder}: mask of {name!r} has another shape")
-            kept = _unpack(bits, math.prod(shape)).view(shape)
+            packed = _tensor(bits, name)
+            if packed.numel() != (found.numel() + 7) // 8:
+                raise VerificationError(f"{bits}: mask of {name!r} has the wrong number of bits")
+            kept = _unpack(packed, found.numel()).view(shape)
             info = manifest["tensors"][name]
             if info["input_axis"] != axis:
                 raise VerificationError(
@@ -84,7 +91,7 @@ def verify_output(
                 )
             rows += _check_counts(name, kept, axis, info["pattern"])
             pruned += int((~kept).sum())
-            if bool((found[~kept] != 0).any()):
+            if _bytes(found)[~kept.reshape(-1)].any():  # minus zero is a change, too
                 raise VerificationError(f"{folder}: {name!r} holds weights that its mask prunes")
         if original is not None:
             _check_same(name, found, _tensor(original[name], name), kept)
@@ -102,6 +109,7 @@ def verify_output(
     return Verified(
         len(layers),
         len(masks),
+        sum(map(_is_two_four, manifest["tensors"].values())),
         rows,
         len(manifest["files"]),
         pruned / total if total else 0.0,
@@ -124,8 +132,7 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     folder = Path(output)
     converted = []
     for name, info in _manifest(folder)["tensors"].items():
-        pattern = info["pattern"]
-        if (pattern.get("keep"), pattern.get("of")) != (2, 4):
+        if not _is_two_four(info):
             continue
         weight = _tensor(_where(folder)[name], name).half().cuda()
         weight = weight.movedim(info["input_axis"], -1).reshape(
@@ -141,6 +148,28 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     return converted
 
 
+def _is_pattern(pattern: Mapping[str, Any]) -> bool:
+    keep = pattern["keep"]
+    if pattern["kind"] == "nm":
+        of = pattern["of"]
+        return type(keep) is int and type(of) is int and 0 <= keep <= of and 0 < of < 2**31
+    if keep is not None:
+        return type(keep) is int and 0 <= keep < 2**31
+    return type(pattern["sparsity"]) in (int, float) and 0 <= pattern["sparsity"] < 1
+
+
+def _is_two_four(info: Mapping[str, Any]) -> bool:
+    return (info["pattern"].get("keep"), info["pattern"].get("of")) == (2, 4)
+
+
+def _check_listed(folder: Path, files: Mapping[str, str]) -> None:
+    """Weights beside those of the manifest might be loaded in their place."""
+    for file in sorted(folder.iterdir()):
+        weights = (".safetensors", ".safetensors.index.json")
+        if file.name.endswith(weights) and file.name not in files:
+            raise VerificationError(f"{file}: holds weights that the manifest does not know")
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "maskopt-manifest.json"
     try:
@@ -148,9 +177,16 @@ def _manifest(folder: Path) -> dict[str, Any]:
         claimed = manifest.pop("sha256")
         text = json.dumps(manifest, sort_keys=True).encode()
         sound = hashlib.sha256(text).hexdigest() == claimed
-        layers, tensors, files = manifest["layers"], manifest["tensors"], manifest["files"]
-        sound = sound and isinstance(layers, list)
-        sound = sound and isinstance(tensors, dict) and isinstance(files, dict)
+        sound = sound and all(
+            type(layer[key]) is int
+            for layer in manifest["layers"]
+            for key in ("pruned", "rows", "n")
+        )
+        sound = sound and all(
+            type(info["input_axis"]) is int and _is_pattern(info["pattern"])
+            for info in manifest["tensors"].values()
+        )
+        sound = sound and all(type(digest) is str for digest in manifest["files"].values())
     except FileNotFoundError:
         raise VerificationError(
             f"{folder}: no manifest; the folder was not written by maskopt prune"
@@ -162,12 +198,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _masks(path: Path) -> Iterator[tuple[str, tuple[list[int], int, Tensor]]]:
+def _layout(path: Path) -> dict[str, tuple[list[int], int]]:
+    """Shape and input axis of every mask."""
     with _opened(path) as file:
-        layout = json.loads(file.metadata()["tensors"])
-        for name in file.keys():  # noqa: SIM118 (not a dictionary)
-            item = layout[name]
-            yield name, (item["shape"], item["input_axis"], file.get_tensor(name).clone())
+        names = list(file.keys())
+        try:
+            layout = json.loads(file.metadata()["tensors"])
+            return {name: (layout[name]["shape"], layout[name]["input_axis"]) for name in names}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise VerificationError(f"{path}: the header of the masks is damaged") from None
 
 
 def _opened(path: Path) -> Any:
@@ -213,6 +252,8 @@ def _check_counts(name: str, kept: Tensor, axis: int, pattern: Mapping[str, Any]
         group, expected = n, n - pattern["keep"]
     else:
         group, expected = n, math.floor(Fraction(str(pattern["sparsity"])) * n)
+    if n % group:
+        raise VerificationError(f"{name!r}: {n} inputs do not divide into groups of {group}")
     counts = (~rows).view(rows.shape[0], -1, group).sum(-1)
     whole = rows.view(rows.shape[0], -1).all(1)  # rows of experts that were excluded
     wrong = ((counts != expected).any(1) & ~(whole & (kept.ndim == 3))).nonzero()
@@ -228,9 +269,7 @@ def _check_counts(name: str, kept: Tensor, axis: int, pattern: Mapping[str, Any]
 def _check_same(name: str, found: Tensor, original: Tensor, kept: Tensor | None) -> None:
     if found.dtype != original.dtype or found.shape != original.shape:
         raise VerificationError(f"{name!r} has another dtype or shape than the original")
-    width = found.dtype.itemsize
-    a = found.contiguous().view(-1).view(torch.uint8).view(-1, width)
-    b = original.contiguous().view(-1).view(torch.uint8).view(-1, width)
+    a, b = _bytes(found), _bytes(original)
     flat = None if kept is None else kept.reshape(-1)
     for start in range(0, len(a), SLAB):
         differs = (a[start : start + SLAB] != b[start : start + SLAB]).any(1)
@@ -239,6 +278,12 @@ def _check_same(name: str, found: Tensor, original: Tensor, kept: Tensor | None)
         if bool(differs.any()):
             what = "a kept weight" if kept is not None else "it is not pruned and"
             raise VerificationError(f"{name!r}: {what} differs from the original")
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """[elements, bytes of one]"""
+    flat = tensor.contiguous().view(-1)
+    return flat.view(torch.uint8).view(-1, tensor.dtype.itemsize)
 
 
 def _sha256(path: Path) -> str:

@@ -32,6 +32,8 @@ _PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
     torch.bmm: (0, 1),
     Tensor.bmm: (0, 1),
 }
+#: those whose weight may stand on either side (in `linear` it is the second by definition)
+_EITHER_WAY = set(_PRODUCTS) - {F.linear}
 
 
 class WatchedWeights:
@@ -58,16 +60,24 @@ class WatchedWeights:
         return [(None, layer)]
 
 
+class Seen(Exception):
+    """All that a forward pass was run for is recorded."""
+
+
 class Watch(TorchFunctionMode):
     """Records, per layer name, the inputs of one forward pass as [tokens, n] tensors.
 
-    Layers named in `muted` are not recorded; a hook may change the set on the way.
+    Layers named in `muted` are not recorded; a hook may change the set on the way. The pass ends by
+    `Seen` once the input of the layer `until` is recorded, before it is multiplied.
     """
 
-    def __init__(self, weights: WatchedWeights, *, copy: bool = False) -> None:
+    def __init__(
+        self, weights: WatchedWeights, *, copy: bool = False, until: str | None = None
+    ) -> None:
         super().__init__()
         self.weights = weights
         self.copy = copy
+        self.until = until
         self.inputs: dict[str, list[Tensor]] = {}
         self.muted: frozenset[str] = frozenset()
         self._held: list[tuple[Tensor, int]] = []
@@ -81,7 +91,12 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         places = _PRODUCTS.get(func)
         if places is not None and len(args) > places[1]:
-            self._record(args[places[0]], args[places[1]])
+            one, two = args[places[0]], args[places[1]]
+            self._record(one, two)
+            if func in _EITHER_WAY and isinstance(two, Tensor) and two.ndim > 1:
+                self._record(two.mT, one)  # the weight from the left: W xᵀ
+            if self.until in self.inputs:
+                raise Seen
         return func(*args, **(kwargs or {}))
 
     @property
@@ -100,6 +115,8 @@ class Watch(TorchFunctionMode):
                 raise RuntimeError(
                     f"layer {layer.name!r} has {layer.n} inputs, but was given {part.shape[-1]}"
                 )
+            if not part.numel():
+                continue  # an expert without tokens; empty tensors also seem to be all the same one
             if self.copy:
                 part = part.clone()
             else:

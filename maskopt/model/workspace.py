@@ -17,10 +17,15 @@ from pathlib import Path
 
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
+from maskopt.model.checkpoint import plain_name
 
 HIDDEN = ".maskopt"
+JOURNAL = "journal.jsonl"
+#: what the hidden folder is called while it is removed
+GONE = ".maskopt.gone"
 MANIFEST = "maskopt-manifest.json"
-MASKS = "maskopt-masks.safetensors"
+#: of safetensors' format, not of its ending: servers load every *.safetensors beside a model of one file
+MASKS = "maskopt-masks.bits"
 
 
 class Workspace:
@@ -38,7 +43,7 @@ class Workspace:
         self.hidden = output / HIDDEN
         self.staging = self.hidden / "out"
         self.blocks = self.hidden / "blocks"
-        self.journal = self.hidden / "journal.jsonl"
+        self.journal = self.hidden / JOURNAL
         self.keep = False
 
     def remove_temporaries(self) -> None:
@@ -60,6 +65,8 @@ class Workspace:
             with atomic_write(mark) as file:
                 file.write("\n".join(sorted(f.name for f in self.staging.iterdir())).encode())
         names = mark.read_text().split("\n")
+        if not all(map(plain_name, names)):
+            raise ModelError(f"{mark}: is damaged; start over with --overwrite")
         for old in self.output.iterdir():
             weights = old.name.endswith((".safetensors", ".safetensors.index.json"))
             if weights and old.name not in names and old.is_file():
@@ -68,6 +75,14 @@ class Workspace:
             if (self.staging / name).exists():
                 os.replace(self.staging / name, self.output / name)
         sync_folder(self.output)
+
+    def remove(self) -> None:
+        """Drop the hidden folder: out of the way by one rename, so that a process killed meanwhile
+        leaves nothing that looks like an unfinished run."""
+        gone = self.output / GONE
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(self.hidden, gone)
+        shutil.rmtree(gone)
 
 
 @contextmanager
@@ -82,8 +97,9 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[W
     work.keep = resume
     check_output(output, overwrite=overwrite, resume=resume)
     made: list[Path] = []
-    with _plain_errors(output, work):
+    with plain_errors(output, work):
         made = [p for p in (output, *output.parents) if not p.exists()]
+        _check_no_links(work)
         work.hidden.mkdir(parents=True, exist_ok=True)
         with _locked(work):
             if work.journal.exists() and not (resume or overwrite):
@@ -91,6 +107,7 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[W
                     f"{output}: holds an unfinished run; go on with --resume, "
                     "or drop it with --overwrite"
                 )
+            shutil.rmtree(output / GONE, ignore_errors=True)
             if not resume:
                 for inner in (work.staging, work.blocks):
                     shutil.rmtree(inner, ignore_errors=True)
@@ -108,7 +125,7 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[W
                         with contextlib.suppress(OSError):
                             folder.rmdir()
                 raise
-            shutil.rmtree(work.hidden)
+            work.remove()
 
 
 def sync_folder(folder: Path) -> None:
@@ -119,6 +136,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def unfinished(output: Path) -> bool:
+    """Is there an interrupted run that could go on?"""
+    return (output / HIDDEN / JOURNAL).exists()
 
 
 def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
@@ -137,17 +159,26 @@ def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
         if HIDDEN not in names and MANIFEST not in names:
             raise ModelError(f"{output}: nothing to resume there; start without --resume")
         return
-    if names - {HIDDEN} and not overwrite:
+    if names - {HIDDEN, GONE} and not overwrite:
         raise ModelError(f"{output}: exists and is not empty; --overwrite replaces it")
 
 
+def _check_no_links(work: Workspace) -> None:
+    """What is written into the hidden folder must not land elsewhere."""
+    inside = work.hidden.rglob("*") if work.hidden.is_dir() else ()
+    for path in (work.hidden, work.output / GONE, *inside):
+        if path.is_symlink():
+            raise ModelError(f"{path}: is a link, which maskopt never makes there; remove it")
+
+
 @contextmanager
-def _plain_errors(output: Path, work: Workspace) -> Iterator[None]:
+def plain_errors(output: Path, work: Workspace | None = None) -> Iterator[None]:
     """Say in one line what the operating system refused."""
     try:
         yield
     except OSError as error:
-        hint = "; free some and go on with --resume" if work.keep else ""
+        resumable = work is not None and work.keep
+        hint = "; free some and go on with --resume" if resumable else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ModelError(
                 f"{output}: no space left on the disk ({error.strerror}){hint}"

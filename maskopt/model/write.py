@@ -10,15 +10,18 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
-from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint
-from maskopt.model.maskfile import MaskFile, MaskFiles
+from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint, stays_inside
+from maskopt.model.maskfile import MaskFile, MaskFiles, unpack
 from maskopt.model.safefile import CHUNK
 
+#: whole numbers as wide as an element, by its bytes: zero is zero in all of them
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: what is copied along with the weights; code is not
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -49,24 +52,21 @@ def write_shard(
     digest = hashlib.sha256()
     with atomic_write(target) as file:
 
-        def put(data: bytes) -> None:
+        def put(data: Any) -> None:
             file.write(data)
             digest.update(data)
 
         put(source.header_bytes())
         for entry in source.entries.values():
-            width = entry.torch_dtype.itemsize
-            pruned = None
-            if entry.name in masks:
-                pruned = ~masks.read(entry.name).kept.reshape(-1)
+            packed = masks.packed(entry.name) if entry.name in masks else None
             position = 0
-            for chunk in source.chunks(entry, CHUNK - CHUNK % width):
-                if pruned is not None:
-                    count = len(chunk) // width
-                    elements = torch.from_numpy(chunk).view(count, width)
-                    elements[pruned[position : position + count]] = 0
-                    position += count
-                put(chunk.tobytes())
+            for chunk in source.chunks(entry, CHUNK):
+                if packed is not None:
+                    elements = torch.from_numpy(chunk).view(WORDS[entry.torch_dtype.itemsize])
+                    kept = unpack(packed, position, len(elements))
+                    elements.masked_fill_(kept.logical_not_(), 0)
+                    position += len(elements)
+                put(chunk)
             tick(entry.size)
     return digest.hexdigest()
 
@@ -80,7 +80,7 @@ def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
             continue
         if file.name == INDEX and SINGLE in checkpoint.shards:
             continue
-        if not _inside(file, checkpoint.folder):
+        if not stays_inside(file):
             continue
         with atomic_write(target / file.name) as output, open(file, "rb") as source:
             shutil.copyfileobj(source, output)
@@ -94,9 +94,3 @@ def disk_needed(checkpoint: Checkpoint) -> int:
         math.prod(entry.shape) for s in checkpoint.shards.values() for entry in s.entries.values()
     )
     return checkpoint.bytes + elements // 4 + 64 * 2**20
-
-
-def _inside(file: Path, folder: Path) -> bool:
-    """Links may point within the folder or into the hub's blob store beside it."""
-    real, home = file.resolve(), folder.resolve()
-    return home in real.parents or home.parent.parent / "blobs" in real.parents

@@ -1,4 +1,5 @@
-"""Feed mutated files to the loaders of instances, masks, journals, manifests, indices and shards.
+"""Feed mutated files to the loaders of instances, masks, journals, manifests, indices and shards, and
+journals and manifests that were changed in what they say, with right digests.
 
     PYTHONPATH=tests python tests/benchmarks/fuzz_loaders.py --inputs 100000
 
@@ -12,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from test_model_fuzz import examples, mutations, try_loaders
+from test_model_fuzz import examples, hostile, try_loaders
 from tiny_models import save, tiny, tokens
 
 from maskopt import prune_model
@@ -39,7 +40,7 @@ def main() -> None:
                 start = time.perf_counter()
                 seed = arguments.seed + count
                 try:
-                    try_loaders(kind, mutations(data, seed), work)
+                    try_loaders(kind, hostile(kind, data, seed), work)
                 except BaseException:
                     print(f"kind {kind}, seed {seed}")
                     raise

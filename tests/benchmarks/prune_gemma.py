@@ -4,7 +4,7 @@
 
 Every prune runs in a process of its own, so that its peak resident size is its own. Calibration: the
 demo's text, 32 windows of 512 tokens. The ratio printed last is the second solver's wall time over the
-first one's.
+first one's. A solver that takes a start gets `--warm-start`, by default what `maskopt prune` gives it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ def child(arguments: argparse.Namespace) -> None:
     from maskopt import prune_model
     from maskopt.model.demo_model import demo_model
     from maskopt.model.demo_text import demo_text
+    from maskopt.solver import get_solver
 
+    starts_from = None
+    if get_solver(arguments.child).default_warm_start is not None:
+        starts_from = arguments.warm_start
     transformers.logging.set_verbosity_error()
     include = [f"layers.{index}.*" for index in range(arguments.blocks)]
     began, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         report = prune_model(
             demo_model(), sparsity=arguments.sparsity, solver=arguments.child,
-            warm_start=arguments.start if arguments.child != arguments.start else None,
+            warm_start=starts_from,
             calibration=demo_text().calibration, samples=arguments.samples, seq_len=512,
             include=include, output=Path(folder) / "out", threads=arguments.threads,
         )  # fmt: skip
@@ -43,7 +47,7 @@ def child(arguments: argparse.Namespace) -> None:
         json.dumps(
             {
                 "solver": arguments.child,
-                "start": arguments.start,
+                "start": report.fingerprint["options"]["warm_start"],
                 "wall": time.perf_counter() - began,
                 "cpu": time.process_time() - cpu,
                 "solving": sum(layer.seconds for layer in report.layers),
@@ -62,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--solver", action="append")
     parser.add_argument("--child")
-    parser.add_argument("--start", default="wanda", help="of a solver that takes one; e.g. relax")
+    parser.add_argument("--warm-start", help="of a solver that takes one; default: as prune has it")
     parser.add_argument("--blocks", type=int, default=18)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--sparsity", type=float, default=0.5)
@@ -78,7 +82,8 @@ def main() -> None:
         command = [
             sys.executable, __file__, "--child", solver, "--blocks", str(arguments.blocks),
             "--samples", str(arguments.samples), "--sparsity", str(arguments.sparsity),
-            "--threads", str(arguments.threads), "--start", arguments.start,
+            "--threads", str(arguments.threads),
+            *(["--warm-start", arguments.warm_start] if arguments.warm_start else []),
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout.strip().split("\n")[-1]))
