@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from jaxtyping import Bool
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.errors import PatternError
@@ -144,9 +144,7 @@ def _is_legal(pattern: Pattern, mask: Tensor) -> Tensor:
     rows, n = mask.shape
     group, pruned = pattern.group_size(n), pattern.pruned_per_group(n)
     groups = mask.reshape(rows, n // group, group)
-    if mask.device.type == "cpu":
-        # not torch: it would wake its threads, which then wait by spinning beside the solver's
-        counts = torch.from_numpy(groups.numpy().sum(-1))
-    else:
-        counts = groups.sum(-1)
+    # numpy where it can: torch would wake its threads, which then wait by spinning beside a solver's
+    on_cpu = mask.device.type == "cpu"
+    counts = torch.from_numpy(groups.numpy().sum(-1)) if on_cpu else groups.sum(-1)
     return (counts == group - pruned).all(-1)
