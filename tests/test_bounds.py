@@ -116,17 +116,17 @@ def test_sdp_beats_box_and_both_patterns_agree_with_batches():
 
 def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
     from maskopt.solvers.bounds.mixing import Mixing
-    from maskopt.solvers.bounds.sdp import _descend, certify_row
+    from maskopt.solvers.bounds.sdp import certify_row
 
     problem = LayerProblem(random_weight(2, 48, 1), random_gram(48, "full", 2), Unstructured(0.6))
     values = []
     for torch_sweeps in (False, True):
-        state = Mixing(problem, 10, 0)
+        state, rho = Mixing(problem, 10, 0), 0.2
         if torch_sweeps:
-            state.sweep = lambda count, rho, state=state: [
-                state.sweep_torch(rho) for _ in range(count)
-            ]
-        rho, _ = _descend(state, 600, None, first=True)
+            for _ in range(600):
+                state.sweep_torch(rho)
+        else:
+            state.sweep(600, rho)
         w = state.w[0].double().numpy()
         q = w[:, None] * problem.gram.numpy() * w[None, :]
         values.append(
@@ -218,7 +218,7 @@ def test_the_conic_solver_and_the_low_rank_method_agree():
     for pattern in (Unstructured(0.6), NM(2, 4)):
         problem = LayerProblem(random_weight(2, 24, 1), random_gram(24, "full", 2), pattern)
         conic, sdp = (
-            lower_bound(problem, "sdp-conic", penalty=1.0),
+            lower_bound(problem, "sdp-conic"),
             lower_bound(problem, "sdp", sweeps=3000),
         )
         torch.testing.assert_close(conic.value, sdp.value, rtol=0.005, atol=0)

@@ -16,7 +16,7 @@ from maskopt.bounds import Certificate
 from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.box import deadline
-from maskopt.solvers.bounds.sdp import certify_row
+from maskopt.solvers.bounds.sdp import certify_row, penalty_of
 
 
 class ConicBound:
@@ -36,16 +36,17 @@ class ConicBound:
         problem: LayerProblem,
         *,
         tolerance: float = 1e-6,
-        penalty: float = 4.0,
+        penalty: float | None = None,
         max_iterations: int = 20_000,
         time_limit: float | None = None,
     ) -> tuple[Certificate, dict[str, Any]]:
         """Args:
         tolerance: of SCS, absolute and relative.
-        penalty: ρ in units of the mean diagonal of Q.
+        penalty: ρ in units of the mean diagonal of Q; None: that of `sdp`.
         max_iterations: of SCS; whatever it has by then is certified.
         time_limit: seconds for all rows.
         """
+        penalty = penalty_of(problem.group_size) if penalty is None else penalty
         if not 0 < tolerance < 1 or not penalty > 0 or max_iterations < 1:
             raise OptionError("sdp-conic: tolerance in (0, 1), penalty > 0, max_iterations ≥ 1")
         deadline(time_limit)  # checks the value

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.mixing_kernel import LANES, sweep
+from maskopt.solvers.bounds.mixing_kernel import LANES, couplings, sweep
 
 #: up to this n the sweeps run in float64
 _DOUBLE_N = 256
@@ -58,7 +58,7 @@ class Mixing:
         scaled = problem.weight.double() * scales.sqrt()[:, None]
         # small rows are cheap: float64 there also carries extreme scales
         dtype = torch.float64 if problem.n <= _DOUBLE_N else torch.float32
-        self.linear = (scaled * (scaled @ problem.gram.double()) / 4).to(dtype)
+        self.linear = (_couplings(problem.gram.double(), scaled) / 4).to(dtype)
         self.w = scaled.to(dtype)
         self.gram = problem.gram.to(dtype).contiguous()
         self.group, self.pruned = problem.group_size, problem.pruned_per_group
@@ -154,9 +154,16 @@ class Mixing:
             g[row].index_add_(0, at[~fixed], others)
 
 
+def _couplings(gram: Tensor, weight: Tensor) -> Tensor:
+    if weight.device.type != "cpu":
+        return weight * (weight @ gram)
+    return torch.from_numpy(couplings(gram.numpy(), weight.numpy()))
+
+
 def scales_of(problem: LayerProblem) -> Tensor:
     """What makes the mean diagonal of every Q one; 1 where Q = 0. Float64 [rows]."""
-    mass = problem.diagonal_mass()
+    # not `diagonal_mass`: a matrix product sums in an order that depends on the rows beside
+    mass = (problem.weight.double().square() * problem.gram.diagonal().double()).sum(1)
     return torch.where(mass > 0, problem.n / mass.clamp(min=1e-280), 1.0).clamp(max=1e250)
 
 
