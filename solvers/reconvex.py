@@ -56,10 +56,11 @@ def multipliers(
     x = point[free]
     for d in (np.ones(len(free)), 4 * y.astype(float) + 1e-6):
         root = 1 / np.sqrt(d)
-        least = la.eigh(
-            root[:, None] * b * root, eigvals_only=True, subset_by_index=[0, 0], check_finite=False
-        )[0]
-        theta = max(0.0, -least) + 1e-9 / scale
+        m = root[:, None] * b * root
+        least = la.eigh(m, eigvals_only=True, subset_by_index=[0, 0], check_finite=False)[0]
+        # the residual of a computed eigenvalue is a small multiple of n·u·‖M‖
+        rounding = 16 * len(free) * 2.0**-53 * float(np.linalg.norm(m))
+        theta = max(0.0, -least) + rounding + 1e-9 / scale
         cost = theta * float(d @ (x * (1 - x)))
         if cost < loss:
             loss, correction = cost, theta * d
