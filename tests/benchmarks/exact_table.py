@@ -205,6 +205,13 @@ def layer(layers: list[LayerProblem], args: argparse.Namespace) -> None:
             f"least bound {float(bound.value.min()):.4g}, {int((bound.value > 0).sum())} positive",
             flush=True,
         )
+        if method == "sdp":
+            swap = bound.gap(solve(problem, "swap").objective)
+            print(
+                f"  worst correction {max(bound.trace['correction']):.2%}, at most "
+                f"{max(bound.trace['sweeps'])} sweeps; 1-swap gap median {float(swap.median()):.1%}, "
+                f"worst {float(swap.max()):.1%}"
+            )
 
 
 def main() -> None:
