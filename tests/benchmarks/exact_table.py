@@ -11,7 +11,7 @@ a part of it, where no single run may last for hours. PART is one of
   `epigraph`: rows restricted to --n random inputs, --rows of each layer;
 - `bounds`: box, sdp and sdp with --cuts rounds on full rows, gaps of 1-swap from Wanda and of the best
   mask that tabu search finds from three starts;
-- `small`: the sdp bound beside the proven optimum;
+- `small`: the sdp bound, plain and with --cuts rounds, beside the proven optimum;
 - `layer`: box and sdp of all rows of the first instance.
 
 Solvers run on one thread. It prints one line a row, the medians, and the machine.
@@ -184,15 +184,19 @@ def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
 
 
 def small(layers: list[LayerProblem], args: argparse.Namespace) -> None:
-    below = []
+    options: dict[str, dict[str, int]] = {"sdp": {}, "sdp with cuts": {"cuts": args.cuts}}
+    below: dict[str, list[float]] = {name: [] for name in options}
     for row in sample_rows(
         layers, args.rows, columns=args.n, pattern=parse_pattern(args.pattern), seed=args.seed
     ):
         optimum = solve(row, "branch", time_limit=args.seconds)
-        bound = lower_bound(row, "sdp")
-        below.append(1 - float(bound.value[0]) / float(optimum.objective[0]))
-        print(f"{row.name} {optimum.status[0]} sdp {below[-1]:.2%} below", flush=True)
-    print(f"sdp n={args.n}: median {np.median(below):.2%}, worst {max(below):.2%}")
+        for name, chosen in options.items():
+            bound = lower_bound(row, "sdp", **chosen)
+            below[name].append(1 - float(bound.value[0]) / float(optimum.objective[0]))
+        parts = ", ".join(f"{name} {gaps[-1]:.2%} below" for name, gaps in below.items())
+        print(f"{row.name} {optimum.status[0]}: {parts}", flush=True)
+    for name, gaps in below.items():
+        print(f"{name}, n={args.n}: median {np.median(gaps):.2%}, worst {max(gaps):.2%}")
 
 
 def layer(layers: list[LayerProblem], args: argparse.Namespace) -> None:
