@@ -105,6 +105,41 @@ def test_bounds_of_singular_and_badly_scaled_rows_are_positive_where_they_can_be
         assert lower_bound(zero, method).value.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("kind", ["full", "low-rank", "outliers"])
+def test_the_default_sweeps_settle(kind, pattern):
+    """Near what far more reach, whatever the layer: the penalty must not make them crawl."""
+    problem = LayerProblem(random_weight(1, 256, 1), random_gram(256, kind, 2), pattern)
+    bound, limit = lower_bound(problem, "sdp"), lower_bound(problem, "sdp", sweeps=10_000)
+    assert float(bound.value) >= 0.985 * float(limit.value)
+    assert max(bound.trace["correction"]) <= 0.02
+
+
+@pytest.mark.parametrize("kind", ["full", "outliers"])
+def test_an_outlier_input_does_not_slow_the_rest(kind):
+    """An input that no good mask prunes may weigh anything: the bound hardly moves."""
+    problem = LayerProblem(random_weight(1, 128, 1), random_gram(128, kind, 2), Unstructured(0.6))
+    best = solve(problem, "swap").mask[0]
+    heavy = problem.weight.clone()
+    heavy[0, int(best.nonzero()[0])] = 100 * float(heavy.abs().max())
+    bound = lower_bound(LayerProblem(heavy, problem.gram, problem.pattern), "sdp")
+    assert float(bound.value) >= 0.95 * float(lower_bound(problem, "sdp").value)
+
+
+def test_duals_worth_nothing_leave_the_relaxation(monkeypatch):
+    from maskopt.solvers.bounds import sdp
+
+    problem = LayerProblem(random_weight(2, 24, 1), random_gram(24, "full", 2), Unstructured(0.6))
+    original = sdp.certify_row
+
+    def spoilt(q, group, pruned, y, inner, rho):
+        return original(q, group, pruned, 0.02 * y, inner, rho)
+
+    box = lower_bound(problem, "box", steps=2000).value
+    monkeypatch.setattr(sdp, "certify_row", spoilt)
+    assert bool((lower_bound(problem, "sdp").value >= box * 0.999).all())
+
+
 def test_sdp_beats_box_and_both_patterns_agree_with_batches():
     for pattern in (Unstructured(0.6), NM(2, 4)):
         problem = LayerProblem(random_weight(4, 32, 1), random_gram(32, "full", 2), pattern)

@@ -43,7 +43,7 @@ class Extra:
 
 
 class Mixing:
-    """The vectors of a tile of rows. Every row is scaled so that the mean diagonal of Q is one.
+    """The vectors of a tile of rows. Every row is scaled by `scales_of`.
 
     Attributes:
         scale: float64 [rows], what Q is multiplied by.
@@ -161,10 +161,15 @@ def _couplings(gram: Tensor, weight: Tensor) -> Tensor:
 
 
 def scales_of(problem: LayerProblem) -> Tensor:
-    """What makes the mean diagonal of every Q one; 1 where Q = 0. Float64 [rows]."""
+    """What makes one of the cost that the cheapest input to be kept has by itself (its w²G, the mean over
+    the groups): outlier inputs, which are kept anyway, do not count. 1 where Q = 0. Float64 [rows]."""
     # not `diagonal_mass`: a matrix product sums in an order that depends on the rows beside
-    mass = (problem.weight.double().square() * problem.gram.diagonal().double()).sum(1)
-    return torch.where(mass > 0, problem.n / mass.clamp(min=1e-280), 1.0).clamp(max=1e250)
+    cost = problem.weight.double().square() * problem.gram.diagonal().double().clamp(min=0.0)
+    cheapest = cost.view(problem.rows, -1, problem.group_size).sort(-1).values
+    unit = cheapest[..., min(problem.pruned_per_group, problem.group_size - 1)].mean(1)
+    mean = cost.mean(1)
+    unit = torch.where(unit > 1e-10 * mean, unit, mean)
+    return torch.where(unit > 0, 1 / unit.clamp(min=1e-280), 1.0).clamp(max=1e250)
 
 
 def default_rank(n: int) -> int:
