@@ -43,13 +43,17 @@ def multipliers(
     ones = (state == 1).astype(float)
     b = q[np.ix_(free, free)] + mu * same[np.ix_(free, free)]
     linear = 2 * (q @ ones + mu * (same @ ones))[free] - 2 * mu * pruned
-    scale = len(free) / np.trace(b)
-    c = (b * (scale / 4)).astype(np.float32)
+    scale = len(free) / max(float(np.trace(b)), 1e-300)
+    with np.errstate(over="ignore", invalid="ignore"):
+        c = (b * (scale / 4)).astype(np.float32)
+        first = ((b.sum(1) + linear) * (scale / 4)).astype(np.float32)
     np.fill_diagonal(c, 0)
-    first = ((b.sum(1) + linear) * (scale / 4)).astype(np.float32)
     v = vectors[free]
     y = np.empty(len(free), np.float32)
     _mix(c, first, v, y, sweeps)
+    if not np.isfinite(y).all():
+        # what is free weighs nothing beside what is fixed: beyond float32. Q alone is semidefinite
+        return np.zeros(len(q)), vectors
     lam = 4 * y.astype(float) / scale - np.diag(b)
     b[np.diag_indices_from(b)] += lam
     loss, correction = np.inf, lam

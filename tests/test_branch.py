@@ -83,6 +83,20 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     assert lam[state >= 0].tolist() == [0, 0, 0]
 
 
+def test_multipliers_beyond_float32_are_none():
+    """An input that was fixed can outweigh the free ones by more than the sweeps can hold."""
+    n = 8
+    w = np.ones(n)
+    w[0] = 1e22
+    q = np.outer(w, w) + np.diag(w**2)
+    state = np.full(n, -1, dtype=np.int8)
+    state[0] = 1
+    vectors = start_vectors(n, 0)
+    lam, after = multipliers(q, 1.0, 4, np.ones((n, n)), state, vectors, np.full(n, 0.5), 10)
+    assert not lam.any()
+    assert np.array_equal(after, vectors)
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)], ids=str)
 @pytest.mark.parametrize("kind", ["full", "low-rank", "duplicates", "outliers"])
 def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
