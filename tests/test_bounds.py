@@ -126,6 +126,19 @@ def test_an_outlier_input_does_not_slow_the_rest(kind):
     assert float(bound.value) >= 0.95 * float(lower_bound(problem, "sdp").value)
 
 
+@pytest.mark.parametrize("size", [1e6, 1e20, 1e100])
+@pytest.mark.parametrize("n", [24, 260])
+def test_a_weight_of_any_size_leaves_a_bound(n, size):
+    problem = LayerProblem(random_weight(1, n, 1), random_gram(n, "full", 2), Unstructured(0.6))
+    best = solve(problem, "swap")
+    weight = problem.weight.clone()
+    weight[0, int(best.mask[0].nonzero()[0])] = size
+    heavy = LayerProblem(weight, problem.gram, problem.pattern)
+    for method in METHODS:
+        value = float(lower_bound(heavy, method).value)
+        assert 0 <= value <= float(best.objective) * (1 + 1e-9)
+
+
 def test_duals_worth_nothing_leave_the_relaxation(monkeypatch):
     from maskopt.solvers.bounds import sdp
 
