@@ -109,15 +109,22 @@ class BranchSolver:
 def branch_row(task: RowTask) -> RowAnswer:
     """Branch and bound on one row."""
     began = time.perf_counter()
-    best = tabu_row(task.q, task.start, task.group, moves=50 * len(task.q) + 500, seed=task.seed)
-    cost = float(best @ task.q @ best)
-    if task.time_limit is not None and task.time_limit <= 0:
-        return RowAnswer(best, task.bound, "timelimit", message="no time given")
-    floor = 1e-13 * float(np.trace(task.q))
-    if cost <= floor or task.pruned in (0, task.group):
-        return RowAnswer(best, max(cost, 0.0) if task.pruned in (0, task.group) else 0.0, "optimal")
-    lam, mu, root = qcr_duals(task)
-    tree = _Tree(task, lam, mu, best, cost, root)
+    best = task.start
+    try:
+        moves = 50 * len(task.q) + 500
+        best = tabu_row(task.q, task.start, task.group, moves=moves, seed=task.seed)
+        cost = float(best @ task.q @ best)
+        if task.time_limit is not None and task.time_limit <= 0:
+            return RowAnswer(best, task.bound, "timelimit", message="no time given")
+        if task.pruned in (0, task.group):
+            return RowAnswer(best, max(cost, 0.0), "optimal")
+        if cost <= 1e-13 * float(np.trace(task.q)):
+            return RowAnswer(best, 0.0, "optimal")
+        lam, mu, root = qcr_duals(task)
+        tree = _Tree(task, lam, mu, best, cost, root)
+    except KeyboardInterrupt:
+        seconds = time.perf_counter() - began
+        return RowAnswer(best, task.bound, "userinterrupt", seconds=seconds)
     return tree.search(began, int(task.formulation) if task.formulation.isdigit() else 1)
 
 

@@ -43,23 +43,28 @@ def multipliers(
     ones = (state == 1).astype(float)
     b = q[np.ix_(free, free)] + mu * same[np.ix_(free, free)]
     linear = 2 * (q @ ones + mu * (same @ ones))[free] - 2 * mu * pruned
-    scale = len(free) / np.trace(b)
-    c = (b * (scale / 4)).astype(np.float32)
+    scale = len(free) / max(float(np.trace(b)), 1e-300)
+    with np.errstate(over="ignore", invalid="ignore"):
+        c = (b * (scale / 4)).astype(np.float32)
+        first = ((b.sum(1) + linear) * (scale / 4)).astype(np.float32)
     np.fill_diagonal(c, 0)
-    first = ((b.sum(1) + linear) * (scale / 4)).astype(np.float32)
     v = vectors[free]
     y = np.empty(len(free), np.float32)
     _mix(c, first, v, y, sweeps)
+    if not np.isfinite(y).all():
+        # what is free weighs nothing beside what is fixed: beyond float32. Q alone is semidefinite
+        return np.zeros(len(q)), vectors
     lam = 4 * y.astype(float) / scale - np.diag(b)
     b[np.diag_indices_from(b)] += lam
     loss, correction = np.inf, lam
     x = point[free]
     for d in (np.ones(len(free)), 4 * y.astype(float) + 1e-6):
         root = 1 / np.sqrt(d)
-        least = la.eigh(
-            root[:, None] * b * root, eigvals_only=True, subset_by_index=[0, 0], check_finite=False
-        )[0]
-        theta = max(0.0, -least) + 1e-9 / scale
+        m = root[:, None] * b * root
+        least = la.eigh(m, eigvals_only=True, subset_by_index=[0, 0], check_finite=False)[0]
+        # the residual of a computed eigenvalue is a small multiple of n·u·‖M‖
+        rounding = 16 * len(free) * 2.0**-53 * float(np.linalg.norm(m))
+        theta = max(0.0, -least) + rounding + 1e-9 / scale
         cost = theta * float(d @ (x * (1 - x)))
         if cost < loss:
             loss, correction = cost, theta * d

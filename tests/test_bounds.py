@@ -105,6 +105,54 @@ def test_bounds_of_singular_and_badly_scaled_rows_are_positive_where_they_can_be
         assert lower_bound(zero, method).value.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("kind", ["full", "low-rank", "outliers"])
+def test_the_default_sweeps_settle(kind, pattern):
+    """Near what far more reach, whatever the layer: the penalty must not make them crawl."""
+    problem = LayerProblem(random_weight(1, 256, 1), random_gram(256, kind, 2), pattern)
+    bound, limit = lower_bound(problem, "sdp"), lower_bound(problem, "sdp", sweeps=10_000)
+    assert float(bound.value) >= 0.985 * float(limit.value)
+    assert max(bound.trace["correction"]) <= 0.02
+
+
+@pytest.mark.parametrize("kind", ["full", "outliers"])
+def test_an_outlier_input_does_not_slow_the_rest(kind):
+    """An input that no good mask prunes may weigh anything: the bound hardly moves."""
+    problem = LayerProblem(random_weight(1, 128, 1), random_gram(128, kind, 2), Unstructured(0.6))
+    best = solve(problem, "swap").mask[0]
+    heavy = problem.weight.clone()
+    heavy[0, int(best.nonzero()[0])] = 100 * float(heavy.abs().max())
+    bound = lower_bound(LayerProblem(heavy, problem.gram, problem.pattern), "sdp")
+    assert float(bound.value) >= 0.95 * float(lower_bound(problem, "sdp").value)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e20, 1e100])
+@pytest.mark.parametrize("n", [24, 260])
+def test_a_weight_of_any_size_leaves_a_bound(n, size):
+    problem = LayerProblem(random_weight(1, n, 1), random_gram(n, "full", 2), Unstructured(0.6))
+    best = solve(problem, "swap")
+    weight = problem.weight.clone()
+    weight[0, int(best.mask[0].nonzero()[0])] = size
+    heavy = LayerProblem(weight, problem.gram, problem.pattern)
+    for method in METHODS:
+        value = float(lower_bound(heavy, method).value)
+        assert 0 <= value <= float(best.objective) * (1 + 1e-9)
+
+
+def test_duals_worth_nothing_leave_the_relaxation(monkeypatch):
+    from maskopt.solvers.bounds import sdp
+
+    problem = LayerProblem(random_weight(2, 24, 1), random_gram(24, "full", 2), Unstructured(0.6))
+    original = sdp.certify_row
+
+    def spoilt(q, group, pruned, y, inner, rho):
+        return original(q, group, pruned, 0.02 * y, inner, rho)
+
+    box = lower_bound(problem, "box", steps=2000).value
+    monkeypatch.setattr(sdp, "certify_row", spoilt)
+    assert bool((lower_bound(problem, "sdp").value >= box * 0.999).all())
+
+
 def test_sdp_beats_box_and_both_patterns_agree_with_batches():
     for pattern in (Unstructured(0.6), NM(2, 4)):
         problem = LayerProblem(random_weight(4, 32, 1), random_gram(32, "full", 2), pattern)
@@ -116,17 +164,17 @@ def test_sdp_beats_box_and_both_patterns_agree_with_batches():
 
 def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
     from maskopt.solvers.bounds.mixing import Mixing
-    from maskopt.solvers.bounds.sdp import _descend, certify_row
+    from maskopt.solvers.bounds.sdp import certify_row
 
     problem = LayerProblem(random_weight(2, 48, 1), random_gram(48, "full", 2), Unstructured(0.6))
     values = []
     for torch_sweeps in (False, True):
-        state = Mixing(problem, 10, 0)
+        state, rho = Mixing(problem, 10, 0), 0.2
         if torch_sweeps:
-            state.sweep = lambda count, rho, state=state: [
-                state.sweep_torch(rho) for _ in range(count)
-            ]
-        rho, _ = _descend(state, 600, None, first=True)
+            for _ in range(600):
+                state.sweep_torch(rho)
+        else:
+            state.sweep(600, rho)
         w = state.w[0].double().numpy()
         q = w[:, None] * problem.gram.numpy() * w[None, :]
         values.append(
@@ -218,7 +266,7 @@ def test_the_conic_solver_and_the_low_rank_method_agree():
     for pattern in (Unstructured(0.6), NM(2, 4)):
         problem = LayerProblem(random_weight(2, 24, 1), random_gram(24, "full", 2), pattern)
         conic, sdp = (
-            lower_bound(problem, "sdp-conic", penalty=1.0),
+            lower_bound(problem, "sdp-conic"),
             lower_bound(problem, "sdp", sweeps=3000),
         )
         torch.testing.assert_close(conic.value, sdp.value, rtol=0.005, atol=0)

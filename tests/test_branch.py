@@ -11,7 +11,10 @@ from strategies import problems, random_gram, random_weight
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.errors import OptionError, SolverError
 from maskopt.solvers import branch
+from maskopt.solvers.branch import _Tree
+from maskopt.solvers.qcr import qcr_duals
 from maskopt.solvers.reconvex import multipliers, start_vectors
+from maskopt.solvers.scip_model import RowTask
 
 
 @given(problems(max_n=10, max_rows=1))
@@ -78,6 +81,77 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     optimum = float(solve(problem, "branch").objective)
     assert values[0] < values[1] < values[2] <= optimum * 1.2
     assert lam[state >= 0].tolist() == [0, 0, 0]
+
+
+def test_multipliers_beyond_float32_are_none():
+    """An input that was fixed can outweigh the free ones by more than the sweeps can hold."""
+    n = 8
+    w = np.ones(n)
+    w[0] = 1e22
+    q = np.outer(w, w) + np.diag(w**2)
+    state = np.full(n, -1, dtype=np.int8)
+    state[0] = 1
+    vectors = start_vectors(n, 0)
+    lam, after = multipliers(q, 1.0, 4, np.ones((n, n)), state, vectors, np.full(n, 0.5), 10)
+    assert not lam.any()
+    assert np.array_equal(after, vectors)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)], ids=str)
+@pytest.mark.parametrize("kind", ["full", "low-rank", "duplicates", "outliers"])
+def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
+    """Against all masks below random nodes, with the multipliers of the root and with the node's own."""
+    n = 12
+    problem = LayerProblem(random_weight(1, n, 9), random_gram(n, kind, 3), pattern)
+    q = problem.row(0).q().numpy()
+    legal = np.array(list(itertools.product((0, 1), repeat=n)), dtype=float)
+    legal = legal[
+        (legal.reshape(-1, n // problem.group_size, problem.group_size).sum(2) ==
+         problem.pruned_per_group).all(1)
+    ]  # fmt: skip
+    costs = np.einsum("si,ij,sj->s", legal, q, legal)
+    start = legal[0].astype(bool)
+    task = RowTask(q=q, group=problem.group_size, pruned=problem.pruned_per_group, start=start)
+    lam, mu, root = qcr_duals(task)
+    random = np.random.default_rng(0)
+    fixings = tight = 0
+    for _ in range(60):
+        # an incumbent that some masks beat
+        cost = float(np.quantile(costs, random.uniform(0.02, 0.6)))
+        tree = _Tree(task, lam, mu, start, cost, root)
+        state = np.full(n, -1, dtype=np.int8)
+        chosen = random.choice(n, random.integers(0, 5), replace=False)
+        state[chosen] = legal[random.integers(len(legal))][chosen]
+        below = (legal[:, chosen] == state[chosen]).all(1)
+        own, _ = multipliers(
+            q, mu, task.pruned, tree.same, state, start_vectors(n, 1), np.full(n, 0.5), 200
+        )
+        for multiplier in (lam, own):
+            tree.cost = cost
+            after = state.copy()
+            value, _ = tree.bound(after, multiplier)
+            assert value <= costs[below].min() + 1e-9 * abs(cost)
+            tight += value > 0.8 * costs[below].min()
+            better = below & (costs < tree.cutoff)
+            fixed = np.flatnonzero(after >= 0)
+            if value < tree.cutoff:
+                assert (legal[better][:, fixed] == after[fixed]).all()
+            fixings += len(fixed) - len(chosen)
+    assert fixings >= 5
+    assert tight > 10
+
+
+def test_ctrl_c_before_the_tree_returns_the_incumbent(monkeypatch):
+    def interrupted(task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(branch, "qcr_duals", interrupted)
+    problem = LayerProblem(random_weight(1, 24, 1), random_gram(24, "full", 2), Unstructured(0.6))
+    solution = solve(problem, "branch")
+    assert solution.trace["status"] == ["userinterrupt"]
+    assert bool((solution.objective <= solve(problem, "wanda").objective).all())
+    assert solution.lower_bound.tolist() == [0.0]
+    verify(problem, solution)
 
 
 def test_the_tree_does_not_depend_on_the_run():

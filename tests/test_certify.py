@@ -1,5 +1,6 @@
 """Certified gaps of rows of instances and of pruned models, through the library and the commands."""
 
+import csv
 import math
 
 import pytest
@@ -151,3 +152,20 @@ def test_commands(models, layer, tmp_path):
     assert missing.returncode == 1
     assert "--calibration" in missing.stderr
     assert "Traceback" not in missing.stderr
+
+
+def test_cuts_on_the_command_line(layer, tmp_path):
+    layer.save(tmp_path / "layer.npz")
+    gaps = []
+    for name, extra in (("plain", []), ("cuts", ["--cuts", "3"])):
+        out = tmp_path / f"{name}.csv"
+        command = ["bound", str(tmp_path / "layer.npz"), "--output", str(out), *extra]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        with out.open() as lines:
+            gaps.append([float(row["gap"]) for row in csv.DictReader(lines)])
+    assert all(after <= before for before, after in zip(*gaps, strict=True))
+    assert sum(gaps[1]) < sum(gaps[0])
+    refused = run("bound", str(tmp_path / "layer.npz"), "--method", "box", "--cuts", "3")
+    assert refused.returncode == 1
+    assert "bound 'box' has no option 'cuts'" in refused.stderr

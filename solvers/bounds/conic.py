@@ -16,7 +16,8 @@ from maskopt.bounds import Certificate
 from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.box import deadline
-from maskopt.solvers.bounds.sdp import certify_row
+from maskopt.solvers.bounds.mixing import scales_of
+from maskopt.solvers.bounds.sdp import certify_row, penalty_of
 
 
 class ConicBound:
@@ -36,26 +37,27 @@ class ConicBound:
         problem: LayerProblem,
         *,
         tolerance: float = 1e-6,
-        penalty: float = 4.0,
+        penalty: float | None = None,
         max_iterations: int = 20_000,
         time_limit: float | None = None,
     ) -> tuple[Certificate, dict[str, Any]]:
         """Args:
         tolerance: of SCS, absolute and relative.
-        penalty: ρ in units of the mean diagonal of Q.
+        penalty: ρ of a row in the scale of `sdp`; None: that of `sdp`.
         max_iterations: of SCS; whatever it has by then is certified.
         time_limit: seconds for all rows.
         """
+        penalty = penalty_of(problem.group_size) if penalty is None else penalty
         if not 0 < tolerance < 1 or not penalty > 0 or max_iterations < 1:
             raise OptionError("sdp-conic: tolerance in (0, 1), penalty > 0, max_iterations ≥ 1")
         deadline(time_limit)  # checks the value
         n, group, pruned = problem.n, problem.group_size, problem.pruned_per_group
+        scales = scales_of(problem).tolist()
         lam, mu, point = [], [], []
         printed = []
         for row in range(problem.rows):
             q = problem.row(row).q().cpu().numpy()
-            mass = float(np.trace(q))
-            scale = n / mass if mass > 0 else 1.0
+            scale = scales[row]
             share = None if time_limit is None else max(time_limit / problem.rows, 1e-3)
             y, inner, value = _scs(
                 q * scale, group, pruned, penalty, tolerance, max_iterations, share

@@ -28,12 +28,12 @@ from maskopt.bounds import Certificate, Cuts
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.cuts_kernel import collect, damp, histogram
 from maskopt.solvers.bounds.mixing import Extra, Mixing
-from maskopt.solvers.bounds.sdp import certify_row
+from maskopt.solvers.bounds.sdp import certify_row, penalty_of
 
 #: entries of the inner products of a tile of rows
 _TILE_ENTRIES = 2**24
-#: ρ in units of the mean diagonal of Q and its sweeps before the first cuts; the last ρ stays
-_START = ((0.05, 40), (0.2, 60), (1.0, 300))
+#: sweeps before the first cuts
+_START = 400
 #: triangles that may join in a round, per input
 _NEW = 32
 #: violations below this are left alone
@@ -163,8 +163,8 @@ def cut_certificate(
     of the bound."""
     n = problem.n
     state = Mixing(problem, rank, seed)
-    for rho, sweeps in _START:
-        state.sweep(sweeps, rho)
+    rho = penalty_of(problem.group_size)
+    state.sweep(_START, rho)
     multipliers = _Multipliers(state, [Pool.empty()] * problem.rows)
     for step in range(rounds + 1):
         if step and end is not None and time.perf_counter() > end:

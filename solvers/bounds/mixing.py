@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.mixing_kernel import LANES, sweep
+from maskopt.solvers.bounds.mixing_kernel import LANES, couplings, sweep
 
 #: up to this n the sweeps run in float64
 _DOUBLE_N = 256
@@ -43,7 +43,7 @@ class Extra:
 
 
 class Mixing:
-    """The vectors of a tile of rows. Every row is scaled so that the mean diagonal of Q is one.
+    """The vectors of a tile of rows. Every row is scaled by `scales_of`.
 
     Attributes:
         scale: float64 [rows], what Q is multiplied by.
@@ -58,7 +58,7 @@ class Mixing:
         scaled = problem.weight.double() * scales.sqrt()[:, None]
         # small rows are cheap: float64 there also carries extreme scales
         dtype = torch.float64 if problem.n <= _DOUBLE_N else torch.float32
-        self.linear = (scaled * (scaled @ problem.gram.double()) / 4).to(dtype)
+        self.linear = (_couplings(problem.gram.double(), scaled) / 4).to(dtype)
         self.w = scaled.to(dtype)
         self.gram = problem.gram.to(dtype).contiguous()
         self.group, self.pruned = problem.group_size, problem.pruned_per_group
@@ -154,10 +154,22 @@ class Mixing:
             g[row].index_add_(0, at[~fixed], others)
 
 
+def _couplings(gram: Tensor, weight: Tensor) -> Tensor:
+    if weight.device.type != "cpu":
+        return weight * (weight @ gram)
+    return torch.from_numpy(couplings(gram.numpy(), weight.numpy()))
+
+
 def scales_of(problem: LayerProblem) -> Tensor:
-    """What makes the mean diagonal of every Q one; 1 where Q = 0. Float64 [rows]."""
-    mass = problem.diagonal_mass()
-    return torch.where(mass > 0, problem.n / mass.clamp(min=1e-280), 1.0).clamp(max=1e250)
+    """What makes one of the cost that the cheapest input to be kept has by itself (its w²G, the mean over
+    the groups): outlier inputs, which are kept anyway, do not count. 1 where Q = 0. Float64 [rows]."""
+    # not `diagonal_mass`: a matrix product sums in an order that depends on the rows beside
+    cost = problem.weight.double().square() * problem.gram.diagonal().double().clamp(min=0.0)
+    cheapest = cost.view(problem.rows, -1, problem.group_size).sort(-1).values
+    unit = cheapest[..., min(problem.pruned_per_group, problem.group_size - 1)].mean(1)
+    mean = cost.mean(1)
+    unit = torch.where(unit > 1e-10 * mean, unit, mean)
+    return torch.where(unit > 0, 1 / unit.clamp(min=1e-280), 1.0).clamp(max=1e250)
 
 
 def default_rank(n: int) -> int:

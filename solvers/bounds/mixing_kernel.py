@@ -133,6 +133,20 @@ def _outside(gram, u, out, low, high):
                 _single(like, rest + below, n, vectors_after, k, sums, n - high)
 
 
+@njit(parallel=True, cache=True)
+def couplings(gram, w):
+    """w_i(Gw)_i for every row [rows, n]; a BLAS would sum in an order that depends on the rows beside."""
+    rows, n = w.shape
+    out = np.empty((rows, n))
+    for row in prange(rows):
+        for i in range(n):
+            total = 0.0
+            for j in range(n):
+                total += gram[i, j] * w[row, j]
+            out[row, i] = w[row, i] * total
+    return out
+
+
 @njit(parallel=True, cache=True, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
 def sweep(gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, value):
     """`sweeps` passes over all rows; v [rows, n, k] and y [rows, n] are changed in place.

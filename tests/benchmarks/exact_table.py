@@ -9,8 +9,9 @@ a part of it, where no single run may last for hours. PART is one of
 
 - `branch`, `scip`, `gurobi`, `highs`, and SCIP's other formulations `factored`, `linear`,
   `epigraph`: rows restricted to --n random inputs, --rows of each layer;
-- `bounds`: box, shift and sdp on full rows, gap of the best mask that tabu search finds;
-- `small`: the sdp bound beside the proven optimum;
+- `bounds`: box, sdp and sdp with --cuts rounds on full rows, gaps of 1-swap from Wanda and of the best
+  mask that tabu search finds from three starts;
+- `small`: the sdp bound, plain and with --cuts rounds, beside the proven optimum;
 - `layer`: box and sdp of all rows of the first instance.
 
 Solvers run on one thread. It prints one line a row, the medians, and the machine.
@@ -60,26 +61,30 @@ def warm_up() -> None:
     lower_bound(LayerProblem(big[:1], big.T @ big, parse_pattern("0.6")), "sdp", sweeps=2)
 
 
-def best_mask(row: RowProblem, moves: int = 3000) -> torch.Tensor:
-    """Tabu search from greedy elimination; kept small where n is large."""
-    greedy = solve(row, "elimination").mask[0]
-    layer = row.as_layer()
+def searched(row: RowProblem, mask: torch.Tensor, moves: int) -> torch.Tensor:
+    """Tabu search from a mask; kept small where n is large."""
     moves = min(moves, 2_000_000_000 // row.n**2)
-    pruned = tabu_row(row.q().numpy(), (~greedy).numpy(), layer.group_size, moves=moves)
+    pruned = tabu_row(row.q().numpy(), (~mask).numpy(), row.as_layer().group_size, moves=moves)
     return torch.from_numpy(~pruned)
+
+
+def best_mask(row: RowProblem, moves: int = 3000) -> torch.Tensor:
+    """The best that tabu search finds from greedy elimination, `relax` and the rounded relaxation."""
+    starts = [solve(row, name).mask[0] for name in ("elimination", "relax", "sdp")]
+    return min((searched(row, start, moves) for start in starts), key=row.objective)
 
 
 #: part, sizes, pattern, rows of each layer, seconds a row
 PLAN = (
-    ("branch", (32, 64, 96, 128), "0.6", 3, 600.0),
-    ("branch", (192,), "0.6", 3, 600.0),
+    ("branch", (32, 64, 96, 128, 192), "0.6", 3, 600.0),
     ("branch", (64, 128), "2:4", 3, 600.0),
-    ("scip", (32, 64, 96, 128), "0.6", 3, 600.0),
-    ("factored", (32, 64, 96, 128), "0.6", 1, 30.0),
-    ("linear", (32, 64, 96, 128), "0.6", 1, 30.0),
-    ("epigraph", (32, 64, 96, 128), "0.6", 1, 30.0),
-    ("gurobi", (32, 64, 96, 128), "0.6", 1, 30.0),
-    ("highs", (32, 64, 96, 128), "0.6", 1, 30.0),
+    ("scip", (32, 64), "0.6", 3, 60.0),
+    ("scip", (96, 128), "0.6", 1, 120.0),
+    ("factored", (32, 64, 128), "0.6", 1, 20.0),
+    ("linear", (32, 64, 128), "0.6", 1, 20.0),
+    ("epigraph", (32, 64, 128), "0.6", 1, 20.0),
+    ("gurobi", (32, 64, 128), "0.6", 1, 20.0),
+    ("highs", (32, 64, 128), "0.6", 1, 20.0),
 )
 SCIP_FORMULATIONS = {
     "scip": "qcr",
@@ -105,7 +110,7 @@ def exact(
     options = {"formulation": SCIP_FORMULATIONS[part]} if name == "scip" else {}
     spent, cpu, gaps, nodes, roots, proven = [], [], [], [], [], 0
     for row in sample_rows(layers, rows, columns=n, pattern=parse_pattern(pattern), seed=seed):
-        start = best_mask(row)
+        start = searched(row, solve(row, "elimination").mask[0], 3000)
         began = time.process_time()
         solution = solve(
             row, name, warm_start=start, time_limit=seconds, gap_limit=gap_limit, **options
@@ -148,34 +153,50 @@ def table(layers: list[LayerProblem], args: argparse.Namespace) -> None:
 
 
 def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
+    spent, gaps = [], []
     for row in sample_rows(layers, args.rows, pattern=parse_pattern(args.pattern), seed=args.seed):
-        swap = row.objective(best_mask(row, moves=0))
-        best = row.objective(best_mask(row))
+        wanda, best = row.objective(solve(row, "wanda").mask[0]), row.objective(best_mask(row))
+        swap = float(solve(row, "swap").objective[0])
         parts = [f"{row.name} n={row.n}"]
         for method in args.methods.split(","):
+            options = {"cuts": args.cuts} if method == "cuts" else {}
             cpu = time.process_time()
-            bound = lower_bound(row, method)
+            bound = lower_bound(row, "sdp" if method == "cuts" else method, **options)
             cpu = time.process_time() - cpu
             value = float(bound.value[0])
             parts.append(
-                f"{method} {bound.seconds:.2f} s ({cpu:.2f} s CPU), greedy gap {1 - value / swap:.1%}, "
-                f"tabu gap {1 - value / best:.1%}"
+                f"{method} {bound.seconds:.2f} s ({cpu:.2f} s CPU), gaps: Wanda {1 - value / wanda:.1%}, "
+                f"1-swap {1 - value / swap:.1%}, best {1 - value / best:.1%}"
             )
             if method == "sdp":
-                parts.append(f"correction {bound.trace['correction'][0]:.2%}")
+                parts.append(
+                    f"{bound.trace['sweeps'][0]} sweeps, correction {bound.trace['correction'][0]:.2%}"
+                )
+            if method == "cuts":
+                parts.append(f"{bound.trace['cuts'][0]} cuts")
+        spent.append(bound.seconds)
+        gaps.append(1 - value / best)
         print("; ".join(parts), flush=True)
+    print(
+        f"{method}: {len(gaps)} rows, gap of the best mask median {np.median(gaps):.1%}, worst "
+        f"{max(gaps):.1%}; {np.median(spent):.2f} s a row, worst {max(spent):.2f} s"
+    )
 
 
 def small(layers: list[LayerProblem], args: argparse.Namespace) -> None:
-    below = []
+    options: dict[str, dict[str, int]] = {"sdp": {}, "sdp with cuts": {"cuts": args.cuts}}
+    below: dict[str, list[float]] = {name: [] for name in options}
     for row in sample_rows(
         layers, args.rows, columns=args.n, pattern=parse_pattern(args.pattern), seed=args.seed
     ):
         optimum = solve(row, "branch", time_limit=args.seconds)
-        bound = lower_bound(row, "sdp")
-        below.append(1 - float(bound.value[0]) / float(optimum.objective[0]))
-        print(f"{row.name} {optimum.status[0]} sdp {below[-1]:.2%} below", flush=True)
-    print(f"sdp n={args.n}: median {np.median(below):.2%}, worst {max(below):.2%}")
+        for name, chosen in options.items():
+            bound = lower_bound(row, "sdp", **chosen)
+            below[name].append(1 - float(bound.value[0]) / float(optimum.objective[0]))
+        parts = ", ".join(f"{name} {gaps[-1]:.2%} below" for name, gaps in below.items())
+        print(f"{row.name} {optimum.status[0]}: {parts}", flush=True)
+    for name, gaps in below.items():
+        print(f"{name}, n={args.n}: median {np.median(gaps):.2%}, worst {max(gaps):.2%}")
 
 
 def layer(layers: list[LayerProblem], args: argparse.Namespace) -> None:
@@ -188,6 +209,13 @@ def layer(layers: list[LayerProblem], args: argparse.Namespace) -> None:
             f"least bound {float(bound.value.min()):.4g}, {int((bound.value > 0).sum())} positive",
             flush=True,
         )
+        if method == "sdp":
+            swap = bound.gap(solve(problem, "swap").objective)
+            print(
+                f"  worst correction {max(bound.trace['correction']):.2%}, at most "
+                f"{max(bound.trace['sweeps'])} sweeps; 1-swap gap median {float(swap.median()):.1%}, "
+                f"worst {float(swap.max()):.1%}"
+            )
 
 
 def main() -> None:
@@ -200,6 +228,7 @@ def main() -> None:
     parser.add_argument("--pattern", default="0.6")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", default="box,sdp")
+    parser.add_argument("--cuts", type=int, default=8, help="rounds of method cuts")
     parser.add_argument("--gap-limit", type=float, default=0.0)
     parser.add_argument("--only", help="of the table: parts, separated by commas")
     parser.add_argument("--sizes", help="of the table: n, separated by commas")
