@@ -44,7 +44,7 @@ def _less(typing: Any, left: Any, right: Any) -> Any:
 
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
-def _where(values: np.ndarray, least: Any) -> int:
+def _where(values: np.ndarray, least: Any) -> Any:
     """The lowest index of that value. No early exit: a reduction is vectorised, a search is not."""
     first = np.int32(len(values))
     for j in range(len(values)):
