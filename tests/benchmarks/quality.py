@@ -175,7 +175,7 @@ def masks(book: Book, args: argparse.Namespace) -> None:
             base = solve(problem, "wanda").objective
             for method, (solver, start, options) in METHODS.items():
                 few = solver == "sdp"
-                if few and (label != "60%" or problem.n > 1024):
+                if few and label != "60%":
                     continue
                 if args.cheap and (solver in SLOW or options.get("moves", 0) > 1000):
                     continue
@@ -209,7 +209,7 @@ def starts(book: Book, args: argparse.Namespace) -> None:
         problem = sample(whole, args.rows, args.seed)
         base = solve(problem, "wanda").objective
         for start in STARTS:
-            if start == "sdp" and (problem.n > 1024 or args.cheap):
+            if start == "sdp" and args.cheap:
                 continue
             part = problem.take(slice(0, FEW)) if start == "sdp" else problem
 
