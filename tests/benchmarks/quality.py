@@ -82,6 +82,8 @@ WHOLE_MODEL: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "tabu 250, from relax": ("tabu", "relax", {"moves": 250}),
     "tabu 1000, from relax": ("tabu", "relax", {}),
 }
+#: moves of tabu search
+MOVES = (100, 250, 500, 1000, 2000, 5000)
 #: moves of the search for the best mask that can be found
 LONG_SEARCH = 100_000
 #: inputs of rows whose optimum is proven
@@ -420,6 +422,24 @@ def sixteen(book: Book, args: argparse.Namespace) -> None:
         book.measure(f"sixteen/{layer}", run)
 
 
+def moves(book: Book, args: argparse.Namespace) -> None:
+    """What more moves of tabu search gain, on the n = 640 layers of the design's table."""
+    for layer, whole in loaded(args, tuple(x for x in SIXTEEN if x.endswith((".q", ".gate")))):
+        problem = sample(whole, 64, args.seed)
+
+        def run(problem: LayerProblem = problem) -> dict[str, Any]:
+            swap = solve(problem, "swap", warm_start="wanda").objective
+            found: dict[str, Any] = {}
+            for start in ("swap", "relax"):
+                for count in (0, *MOVES):
+                    answer = solve(problem, "tabu", warm_start=start, moves=count)
+                    found[f"{start} {count}"] = float((answer.objective / swap).mean())
+                    found[f"{start} {count} seconds"] = answer.seconds / problem.rows
+            return found
+
+        book.measure(f"moves/{layer}", run)
+
+
 def whole(book: Book, args: argparse.Namespace) -> None:
     """All rows of one layer: the relaxation's time."""
     for layer, problem in loaded(args, ("4.q", "4.o", "2.down")):
@@ -490,6 +510,7 @@ def loaded(args: argparse.Namespace, layers: tuple[str, ...]) -> Iterator[tuple[
 
 STUDIES: dict[str, Callable[[Book, argparse.Namespace], None]] = {
     "sixteen": sixteen,
+    "moves": moves,
     "masks": masks,
     "starts": starts,
     "interaction": interaction,
