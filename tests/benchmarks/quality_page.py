@@ -33,7 +33,7 @@ Layers are named by block and kind.
         "certified gaps of full rows": "gaps/",
         "bound or search on small rows": "blame/",
         "whole layers": "whole/",
-        "the whole model": "model",
+        "the whole model": "model/",
         "Frank–Wolfe": "masks/60%/0.q/Frank",
         "the rounded SDP": "masks/60%/0.q/sdp",
     }
@@ -288,32 +288,34 @@ of 1-swap from Wanda, by moves a row (0: only the start, and `swap`).
 
 
 def model(book: Any, page: Path) -> str:
-    found = book.get("model")
-    if not found:
+    layers = list(family(book, "model/").values())
+    if not layers:
         return ""
-    rows, methods = found["rows"], found["methods"]
-    total = sum(rows.values())
-    kinds = sorted(rows, key=lambda kind: next(iter(methods.values()))["error"][kind])
+    kinds = list(dict.fromkeys(v["kind"] for v in layers))
 
-    def error(method: dict[str, Any]) -> float:
-        return sum(method["error"][kind] * rows[kind] for kind in kinds) / total
+    def error(method: str, of: Sequence[dict[str, Any]]) -> float:
+        rows = sum(v["rows"] for v in of)
+        return sum(v["rows"] * v["methods"][method]["error"] for v in of) / rows
 
-    first = next(iter(methods.values()))
+    names = list(layers[0]["methods"])
+    seconds = {name: sum(v["methods"][name]["seconds"] for v in layers) for name in names}
+    base = error(names[0], layers)
     lines = [
         [
             name,
-            f"{v['seconds']:.1f}",
-            f"{v['seconds'] / first['seconds']:.2f}",
-            f"{error(v):.4f}",
-            below(1 - error(v) / error(first)) if v is not first else "",
-            *(f"{v['error'][kind]:.3f}" for kind in kinds),
+            f"{seconds[name]:.1f}",
+            f"{seconds[name] / seconds[names[0]]:.2f}",
+            f"{error(name, layers):.4f}",
+            below(1 - error(name, layers) / base) if name != names[0] else "",
+            *(f"{error(name, [v for v in layers if v['kind'] == kind]):.3f}" for kind in kinds),
         ]
-        for name, v in methods.items()
+        for name in names
     ]
     return f"""## The whole model
 
-All {total} rows of all linear layers of all blocks, 50%, Gram matrices of the dense model, one run,
-{threads(found)}. Seconds of solving, starts included; error against Wanda, mean over rows, and by kind.
+All {sum(v["rows"] for v in layers)} rows of {len(layers)} layers, 50%, Gram matrices of the dense model, \
+{threads(layers[0])}. Seconds of solving,
+starts included; error against Wanda, mean over rows, and by kind.
 
 """ + table(["method", "seconds", "× 1-swap", "error", "against 1-swap", *kinds], lines)
 
