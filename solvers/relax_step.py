@@ -80,15 +80,20 @@ class CompiledStep:
     def __init__(self, q: Tensor, inverse: Tensor, group: int, pruned: int) -> None:
         self.x = torch.full_like(q, pruned / group)
         self.target = q * self.x
+        rows, n = q.shape
+        groups = n // group
+        # where groups are many their multipliers are sought side by side, so that SIMD has work
+        across = inverse.view(rows, groups, group).mT if groups > 1 else inverse[:, :0, None]
         self._arrays = [
             t.contiguous().numpy()
             for t in (
                 q,
                 inverse,
+                across,
                 self.x,
                 torch.zeros_like(q),
                 self.target,
-                q.new_zeros(q.shape[0], q.shape[1] // group),
+                q.new_zeros(rows, groups),
                 torch.empty_like(q),
             )
         ]
@@ -160,11 +165,117 @@ def _multiplier(start: np.ndarray, inverse: np.ndarray, total: float, tau: float
     return tau
 
 
+@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+def _multipliers(
+    start: np.ndarray,
+    inverse: np.ndarray,
+    total: float,
+    tau: np.ndarray,
+    excess: np.ndarray,
+    slope: np.ndarray,
+) -> None:
+    """Newton steps on τ of all groups, from start and inverse [group, groups]; unguarded.
+
+    Where all x of a group are 0 or 1 and the slope is 0, τ goes to where the first has moved far enough.
+    """
+    zero = total * 0
+    one = zero + 1
+    groups = len(tau)
+    for _ in range(_UNGUARDED):
+        excess[:] = -total
+        slope[:] = zero
+        for i in range(len(start)):
+            s_part, i_part = start[i], inverse[i]
+            for g in range(groups):
+                moved = s_part[g] - tau[g] * i_part[g]
+                slope[g] += i_part[g] if (moved > zero and moved < one) else zero
+                moved = moved if moved > zero else zero
+                excess[g] += moved if moved < one else one
+        worst = zero
+        for g in range(groups):
+            off = abs(excess[g])
+            worst = max(worst, off)
+            tau[g] += excess[g] / slope[g] if (off > _TOLERANCE and slope[g] > zero) else zero
+        if worst <= _TOLERANCE:
+            return
+        for g in range(groups):
+            if abs(excess[g]) > _TOLERANCE and not slope[g] > zero:
+                tau[g] = _first_to_move(start[:, g], inverse[:, g], tau[g], excess[g])
+
+
+@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+def _first_to_move(start: np.ndarray, inverse: np.ndarray, tau: float, excess: float) -> float:
+    """The τ nearest to `tau` at which one x alone has made good the excess, or all that it can."""
+    zero = excess * 0
+    one = zero + 1
+    part = min(max(excess, -one), one)
+    best = tau
+    found = False
+    for i in range(len(start)):
+        moved = start[i] - tau * inverse[i]
+        if (moved >= one) if part > zero else (moved <= zero):
+            reached = (start[i] + part - (one if part > zero else zero)) / inverse[i]
+            if not found or abs(reached - tau) < abs(best - tau):
+                best, found = reached, True
+    return best
+
+
+@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+def _project(start: np.ndarray, inverse: np.ndarray, total: float, tau: float) -> float:
+    """start ← clip(start − τ·inverse, 0, 1) of the sum wanted; returns τ.
+
+    In the metric of D⁻¹ itself: its factor 1/(1 − θ) goes into τ.
+    """
+    zero = start[0] * 0
+    one = zero + 1
+    tau = _multiplier(start, inverse, total, tau)
+    for j in range(len(start)):
+        moved = start[j] - tau * inverse[j]
+        moved = moved if moved > zero else zero
+        start[j] = moved if moved < one else one
+    return tau
+
+
+@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+def _project_side_by_side(
+    start: np.ndarray,
+    inverse: np.ndarray,
+    across: np.ndarray,
+    total: float,
+    tau: np.ndarray,
+    turned: np.ndarray,
+    excess: np.ndarray,
+    slope: np.ndarray,
+) -> None:
+    """The same for all groups of a row; `across` is inverse as [group, groups]."""
+    group, groups = turned.shape
+    zero = start[0] * 0
+    one = zero + 1
+    for i in range(group):
+        for g in range(groups):
+            turned[i, g] = start[g * group + i]
+    _multipliers(turned, across, total, tau, excess, slope)
+    for g in range(groups):
+        if abs(excess[g]) > _TOLERANCE:
+            part = slice(g * group, (g + 1) * group)
+            tau[g] = _multiplier(start[part], inverse[part], total, tau[g])
+    for i in range(group):
+        t_part, i_part = turned[i], across[i]
+        for g in range(groups):
+            moved = t_part[g] - tau[g] * i_part[g]
+            moved = moved if moved > zero else zero
+            t_part[g] = moved if moved < one else one
+    for i in range(group):
+        for g in range(groups):
+            start[g * group + i] = turned[i, g]
+
+
 @nb.njit(nogil=True, fastmath=_FAST, cache=True, error_model="numpy")
 def _advance(
     product: np.ndarray,
     q: np.ndarray,
     inverse: np.ndarray,
+    across: np.ndarray,
     x: np.ndarray,
     u: np.ndarray,
     target: np.ndarray,
@@ -178,9 +289,12 @@ def _advance(
     rows, n = q.shape
     kind = q.dtype.type
     one = kind(1)
-    zero = kind(0)
     sharp = one / (one - theta)
     shift = theta / kind(2)
+    groups = n // group
+    turned = np.empty((group if groups > 1 else 0, groups), q.dtype)
+    excess = np.empty(groups, q.dtype)
+    slope = np.empty(groups, q.dtype)
     for row in range(rows):
         q_row, i_row, x_row = q[row], inverse[row], x[row]
         u_row, p_row, s_row, t_row = u[row], product[row], scratch[row], target[row]
@@ -188,16 +302,10 @@ def _advance(
             u_row[j] += relaxation * p_row[j] + (one - relaxation) * q_row[j] * x_row[j]
         for j in range(n):
             s_row[j] = (u_row[j] * q_row[j] * i_row[j] - shift) * sharp
-        for g in range(n // group):
-            first = g * group
-            s_part, i_part = s_row[first : first + group], i_row[first : first + group]
-            # in the metric of D⁻¹ itself: the factor 1/(1 − θ) goes into τ
-            multiplier = _multiplier(s_part, i_part, total, tau[row, g])
-            tau[row, g] = multiplier
-            for j in range(group):
-                moved = s_part[j] - multiplier * i_part[j]
-                moved = moved if moved > zero else zero
-                s_part[j] = moved if moved < one else one
+        if groups > 1:
+            _project_side_by_side(s_row, i_row, across[row], total, tau[row], turned, excess, slope)
+        else:
+            tau[row, 0] = _project(s_row, i_row, total, tau[row, 0])
         for j in range(n):
             x_row[j] = s_row[j]
         for j in range(n):

@@ -1,13 +1,13 @@
 """Tabu search: best swaps that are made even when they cost, out of 1-swap optima.
 
 A move exchanges one kept and one pruned input, the best that is not tabu (see `tabu_kernel` for which
-pairs it looks at); both then stay where they are for `tenure` to 2·`tenure` moves, so that the search
+pairs it looks at); both then stay where they are for `tenure` to 3/2·`tenure` moves, so that the search
 climbs out of its optimum instead of falling back (Glover, 1989; with pair exchange the classical
 strong heuristic for diversity and k-cluster problems, which this is). After `patience` moves without a
 new best mask a row returns to its best one and holds random inputs for a while, which sends it
 elsewhere. The best mask ever seen is kept (anytime, monotone), and `swap` ends the run with its proof.
 
-The search is float32 with c from scratch every ROUND moves; what is compared and reported is float64.
+The search is float32 with c from scratch every SCRATCH moves; what is compared and reported is float64.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ from maskopt.solver import Capabilities
 from maskopt.solvers.scores import WandaSolver
 from maskopt.solvers.swap import SwapSolver
 
-#: moves between two computations of c from scratch
+#: moves between two entries of the history
 ROUND = 256
+#: moves between two computations of c from scratch, a multiple of ROUND
+SCRATCH = 4 * ROUND
 #: rows between two looks at the clock
 _TILE = 128
+#: tenure where groups are many: the best of 5 … 20 on real layers, as the one above for a single group
+_TENURE_NM = 15
 #: share of a time limit that the search may use; `swap` has the rest
 _SEARCH_SHARE = 0.9
 
@@ -54,7 +58,7 @@ class TabuSolver:
         warm_start: Tensor | None = None,
         moves: int = 1000,
         tenure: int | None = None,
-        patience: int = 500,
+        patience: int = 300,
         time_limit: float | None = None,
         seed: int = 0,
         memory_limit: int | None = None,
@@ -65,7 +69,7 @@ class TabuSolver:
         Args:
             warm_start: bool [rows, n]; never ends above it. Wanda's mask where none is given.
             moves: per row.
-            tenure: least number of moves an input stays put; 7 + n/256 where not given.
+            tenure: least number of moves an input stays put; 3 + n/160 where not given, 15 for N:M.
             patience: moves without a new best mask after which a row restarts from it; 0: never.
             time_limit: seconds, for the search and the swaps after it; the best masks so far count.
             seed: of tenures and restarts. The same for every row, so that a row's result does not
@@ -83,7 +87,8 @@ class TabuSolver:
         began = time.monotonic()
         start = warm_start if warm_start is not None else WandaSolver().solve(problem).mask
         if tenure is None:
-            tenure = max(1, min(7 + problem.n // 256, problem.n // 4))
+            tenure = _TENURE_NM if problem.group_size < problem.n else 3 + problem.n // 160
+            tenure = max(1, min(tenure, problem.n // 4))
         limit = math.inf if time_limit is None else began + _SEARCH_SHARE * time_limit
         found, made, history = _search(
             problem, start, moves, tenure, patience, seed, limit, on_progress
@@ -133,7 +138,8 @@ def _search(
     expiry = np.zeros((rows, n), np.int32)
     state = np.full((rows, 1), seed % 2**64, np.uint64)
     clock = np.zeros((rows, 3), np.int64)
-    value = np.zeros((rows, 1))
+    slope = np.empty((rows, n), np.float32)
+    values = np.zeros((rows, 2))  # now, and the best
     history: list[float] = []
     made = 0
     while made < moves and time.monotonic() < limit:
@@ -151,16 +157,18 @@ def _search(
                 expiry[tile],
                 state[tile],
                 clock[tile],
-                value[tile],
+                slope[tile],
+                values[tile],
                 problem.group_size,
                 step,
+                made % SCRATCH == 0,
                 tenure,
-                tenure,
+                tenure // 2,
                 patience,
                 max(1, n // 10),
             )
         made += step
-        history.append(float((value[:, 0] * scale).sum()))
+        history.append(float((values[:, 1] * scale).sum()))
         if on_progress is not None:
             on_progress(made * rows, moves * rows)
     return torch.from_numpy(best == 0).to(problem.device), made, history

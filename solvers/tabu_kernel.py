@@ -22,7 +22,6 @@ from numba.extending import intrinsic
 
 #: stands for "not allowed"; far above any Δ of a row scaled to Σ x²G_jj ≈ 1
 FORBIDDEN = np.float32(1e30)
-_BLOCK = 64
 #: groups of at most so many inputs are searched over all their pairs
 SMALL = 16
 # every flag but `ninf`/`afn`: FORBIDDEN is finite, and reductions may be vectorised
@@ -45,83 +44,67 @@ def _less(typing: Any, left: Any, right: Any) -> Any:
 
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
-def _minimum(values: np.ndarray) -> Any:
-    least = FORBIDDEN
+def _where(values: np.ndarray, least: Any) -> Any:
+    """The lowest index of that value. No early exit: a reduction is vectorised, a search is not."""
+    first = np.int32(len(values))
     for j in range(len(values)):
-        least = _less(values[j], least)  # type: ignore[call-arg]
-    return least
+        first = min(first, np.int32(j) if values[j] == least else np.int32(len(values)))
+    return first
 
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
-def _least(values: np.ndarray) -> int:
-    """The lowest index of the least value."""
-    width = max(_BLOCK, (len(values) + 7) >> 3)
-    best: Any = FORBIDDEN
-    where = 0
-    for start in range(0, len(values), width):
-        least = _minimum(values[start : start + width])
-        if least < best:
-            best = least
-            where = start
-    for j in range(where, len(values)):
-        if values[j] <= best:
-            return j
-    return where
+def _price(bar: np.ndarray, slope: np.ndarray, sign: Any, out: np.ndarray) -> int:
+    """out ← a or b; the lowest index of the least."""
+    least = FORBIDDEN
+    for j in range(len(out)):
+        value = bar[j] + sign * slope[j]
+        out[j] = value
+        least = _less(value, least)  # type: ignore[call-arg]
+    return _where(out, least)
 
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
 def _partner(
-    own: np.ndarray, x: np.ndarray, line: np.ndarray, factor: float, out: np.ndarray
+    own: np.ndarray, twice: np.ndarray, line: np.ndarray, weight: Any, out: np.ndarray
 ) -> int:
-    """The j of least own_j + factor·x_j·line_j; the values are left in out."""
-    for j in range(len(own)):
-        out[j] = own[j] + factor * (x[j] * line[j])
-    return _least(out)
+    """The j of least own_j − 2·weight·x_j·line_j; the values are left in out."""
+    least = FORBIDDEN
+    for j in range(len(out)):
+        value = own[j] - weight * (twice[j] * line[j])
+        out[j] = value
+        least = _less(value, least)  # type: ignore[call-arg]
+    return _where(out, least)
 
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
-def _products(c: np.ndarray, x: np.ndarray, gram: np.ndarray, pruned: np.ndarray) -> float:
-    """c ← G(x ⊙ pruned) from scratch; returns the objective."""
-    c[:] = 0
-    for j in range(len(c)):
+def _products(slope: np.ndarray, x: np.ndarray, gram: np.ndarray, pruned: np.ndarray) -> float:
+    """slope ← 2x⊙G(x ⊙ pruned) from scratch; returns the objective."""
+    slope[:] = 0
+    for j in range(len(slope)):
         if pruned[j]:
             weight = x[j]
             line = gram[j]
-            for i in range(len(c)):
-                c[i] += weight * line[i]
+            for i in range(len(slope)):
+                slope[i] += weight * line[i]
     objective = 0.0
-    for j in range(len(c)):
+    for j in range(len(slope)):
         if pruned[j]:
-            objective += np.float64(x[j]) * np.float64(c[j])
+            objective += np.float64(x[j]) * np.float64(slope[j])
+        slope[j] *= np.float32(2) * x[j]
     return objective
 
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
-def _gains(
-    c: np.ndarray,
-    x: np.ndarray,
-    square: np.ndarray,
-    shut_kept: np.ndarray,
-    shut_pruned: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    # three loops, since LLVM vectorises none that needs more than 8 checks of overlapping arrays
-    for j in range(len(c)):
-        out[j] = np.float32(2) * (x[j] * c[j])
-    for j in range(len(c)):
-        a[j] = square[j] + out[j] + shut_kept[j]
-    for j in range(len(c)):
-        b[j] = square[j] - out[j] + shut_pruned[j]
-
-
-@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
 def _exchange(
-    c: np.ndarray, added: np.ndarray, plus: float, gone: np.ndarray, minus: float
+    slope: np.ndarray,
+    twice: np.ndarray,
+    added: np.ndarray,
+    plus: Any,
+    gone: np.ndarray,
+    minus: Any,
 ) -> None:
-    for j in range(len(c)):
-        c[j] += plus * added[j] - minus * gone[j]
+    for j in range(len(slope)):
+        slope[j] += twice[j] * (plus * added[j] - minus * gone[j])
 
 
 @nb.njit(cache=True)
@@ -136,42 +119,57 @@ def _random(state: np.ndarray) -> np.uint64:
 
 @nb.njit(cache=True)
 def _bar(
-    j: int, pruned: np.ndarray, free: bool, shut_kept: np.ndarray, shut_pruned: np.ndarray
+    j: int,
+    pruned: np.ndarray,
+    free: bool,
+    square: np.ndarray,
+    bar_kept: np.ndarray,
+    bar_pruned: np.ndarray,
 ) -> None:
     """Open j for the role it plays now if it is free, and shut it for the other."""
-    zero = np.float32(0)
-    shut_kept[j] = zero if free and not pruned[j] else FORBIDDEN
-    shut_pruned[j] = zero if free and pruned[j] else FORBIDDEN
+    bar_kept[j] = square[j] if free and not pruned[j] else FORBIDDEN
+    bar_pruned[j] = square[j] if free and pruned[j] else FORBIDDEN
 
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
 def _best_move(
-    x: np.ndarray, gram: np.ndarray, a: np.ndarray, b: np.ndarray, out: np.ndarray, group: int
+    x: np.ndarray,
+    twice: np.ndarray,
+    gram: np.ndarray,
+    slope: np.ndarray,
+    bar_kept: np.ndarray,
+    bar_pruned: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    out: np.ndarray,
 ) -> Any:
+    """The best exchange of the least a with its partner, and of the least b with its, per group."""
     best = FORBIDDEN * np.float32(0.1)
     kept, pruned = -1, -1
+    group = len(out)
+    one = np.float32(1)
     for first in range(0, len(x), group):
         last = first + group
-        a_part, b_part, x_part = a[first:last], b[first:last], x[first:last]
-        u = _least(a_part)
-        if a_part[u] < FORBIDDEN * np.float32(0.1):
-            line, factor = gram[first + u, first:last], np.float32(-2) * x_part[u]
-            p = _partner(b_part, x_part, line, factor, out[:group])
-            value = a_part[u] + out[p]
-            if value < best:
-                best, kept, pruned = value, first + u, first + p
-        p = _least(b_part)
-        if b_part[p] < FORBIDDEN * np.float32(0.1):
-            line, factor = gram[first + p, first:last], np.float32(-2) * x_part[p]
-            u = _partner(a_part, x_part, line, factor, out[:group])
-            value = b_part[p] + out[u]
-            if value < best:
-                best, kept, pruned = value, first + u, first + p
+        slope_part, twice_part = slope[first:last], twice[first:last]
+        u = _price(bar_kept[first:last], slope_part, one, a)
+        p = _price(bar_pruned[first:last], slope_part, -one, b)
+        if a[u] > FORBIDDEN * np.float32(0.1) or b[p] > FORBIDDEN * np.float32(0.1):
+            continue
+        q = _partner(b, twice_part, gram[first + u, first:last], x[first + u], out)
+        value = a[u] + out[q]
+        if value < best:
+            best, kept, pruned = value, first + u, first + q
+        v = _partner(a, twice_part, gram[first + p, first:last], x[first + p], out)
+        value = b[p] + out[v]
+        if value < best:
+            best, kept, pruned = value, first + v, first + p
     return kept, pruned, best
 
 
 @nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
-def _best_of_small(a: np.ndarray, b: np.ndarray, cross: np.ndarray) -> Any:
+def _best_of_small(
+    cross: np.ndarray, slope: np.ndarray, bar_kept: np.ndarray, bar_pruned: np.ndarray
+) -> Any:
     """All pairs of every group, where groups are small; cross[i, j] = −2 x_i x_j G_ij inside them."""
     allowed = FORBIDDEN * np.float32(0.1)
     best = allowed
@@ -179,11 +177,13 @@ def _best_of_small(a: np.ndarray, b: np.ndarray, cross: np.ndarray) -> Any:
     n, group = cross.shape
     for first in range(0, n, group):
         for i in range(first, first + group):
-            if a[i] < allowed:
+            a = bar_kept[i] + slope[i]
+            if a < allowed:
                 for j in range(group):
-                    value = a[i] + b[first + j] + cross[i, j]
+                    p = first + j
+                    value = a + bar_pruned[p] - slope[p] + cross[i, j]
                     if value < best:
-                        best, kept, pruned = value, i, first + j
+                        best, kept, pruned = value, i, p
     return kept, pruned, best
 
 
@@ -197,21 +197,23 @@ def _search_row(
     expiry: np.ndarray,
     state: np.ndarray,
     clock: np.ndarray,
-    best_value: np.ndarray,
+    slope: np.ndarray,
+    values: np.ndarray,
     group: int,
     moves: int,
+    scratch: bool,
     tenure: int,
     spread: int,
     patience: int,
     kick: int,
 ) -> None:
     n = len(x)
-    c = np.empty(n, np.float32)
-    a = np.empty(n, np.float32)
-    b = np.empty(n, np.float32)
-    out = np.empty(n, np.float32)
-    shut_kept = np.empty(n, np.float32)
-    shut_pruned = np.empty(n, np.float32)
+    twice = np.float32(2) * x
+    bar_kept = np.empty(n, np.float32)
+    bar_pruned = np.empty(n, np.float32)
+    a = np.empty(group, np.float32)
+    b = np.empty(group, np.float32)
+    out = np.empty(group, np.float32)
     small = group <= SMALL
     cross = np.empty((n if small else 0, group if small else 1), np.float32)
     for i in range(len(cross)):
@@ -223,31 +225,32 @@ def _search_row(
     head = np.full(longest, -1, np.int32)
     follow = np.full(n, -1, np.int32)
     now = clock[0]
-    value = _products(c, x, gram, pruned)
+    if scratch:
+        values[0] = _products(slope, x, gram, pruned)
+    value, best_value = values
     descending = clock[2] == 0
     if descending:
-        best_value[0] = value
+        best_value = value
     for j in range(n):
         free = expiry[j] <= now
         if not free:
             slot = expiry[j] % longest
             follow[j] = head[slot]
             head[slot] = j
-        _bar(j, pruned, free, shut_kept, shut_pruned)
+        _bar(j, pruned, free, square, bar_kept, bar_pruned)
     made = 0
     while made < moves:
         slot = now % longest
         j = head[slot]
         while j >= 0:
             if expiry[j] <= now:
-                _bar(j, pruned, True, shut_kept, shut_pruned)
+                _bar(j, pruned, True, square, bar_kept, bar_pruned)
             j = follow[j]
         head[slot] = -1
-        _gains(c, x, square, shut_kept, shut_pruned, a, b, out)
         if small:
-            u, p, delta = _best_of_small(a, b, cross)
+            u, p, delta = _best_of_small(cross, slope, bar_kept, bar_pruned)
         else:
-            u, p, delta = _best_move(x, gram, a, b, out, group)
+            u, p, delta = _best_move(x, twice, gram, slope, bar_kept, bar_pruned, a, b, out)
         if u < 0:
             if descending:
                 break
@@ -255,17 +258,17 @@ def _search_row(
             now += 1
             made += 1
             continue
-        if descending and value + delta >= best_value[0] * (1 - 1e-6):
+        if descending and value + delta >= best_value * (1 - 1e-6):
             descending = False
             clock[2] = 1
         pruned[u] = 1
         pruned[p] = 0
-        _exchange(c, gram[u], x[u], gram[p], x[p])
+        _exchange(slope, twice, gram[u], x[u], gram[p], x[p])
         value += delta
         now += 1
         if descending:
-            _bar(u, pruned, True, shut_kept, shut_pruned)
-            _bar(p, pruned, True, shut_kept, shut_pruned)
+            _bar(u, pruned, True, square, bar_kept, bar_pruned)
+            _bar(p, pruned, True, square, bar_kept, bar_pruned)
         else:
             made += 1
             for j in (u, p):
@@ -273,15 +276,15 @@ def _search_row(
                 slot = expiry[j] % longest
                 follow[j] = head[slot]
                 head[slot] = j
-                _bar(j, pruned, False, shut_kept, shut_pruned)
-        if value < best_value[0] * (1 - 1e-6):
-            best_value[0] = value
+                _bar(j, pruned, False, square, bar_kept, bar_pruned)
+        if value < best_value * (1 - 1e-6):
+            best_value = value
             best_pruned[:] = pruned
             clock[1] = now
         elif not descending and patience > 0 and now - clock[1] >= patience:
             pruned[:] = best_pruned
-            value = _products(c, x, gram, pruned)
-            best_value[0] = value
+            value = _products(slope, x, gram, pruned)
+            best_value = value
             clock[1] = now
             head[:] = -1
             for j in range(n):
@@ -294,8 +297,9 @@ def _search_row(
                     follow[j] = head[slot]
                     head[slot] = j
             for j in range(n):
-                _bar(j, pruned, expiry[j] <= now, shut_kept, shut_pruned)
+                _bar(j, pruned, expiry[j] <= now, square, bar_kept, bar_pruned)
     clock[0] = now
+    values[0], values[1] = value, best_value
 
 
 @nb.njit(parallel=True, cache=True)
@@ -308,9 +312,11 @@ def search(
     expiry: np.ndarray,
     state: np.ndarray,
     clock: np.ndarray,
-    best_value: np.ndarray,
+    slope: np.ndarray,
+    values: np.ndarray,
     group: int,
     moves: int,
+    scratch: bool,
     tenure: int,
     spread: int,
     patience: int,
@@ -326,9 +332,11 @@ def search(
             expiry[row],
             state[row],
             clock[row],
-            best_value[row],
+            slope[row],
+            values[row],
             group,
             moves,
+            scratch,
             tenure,
             spread,
             patience,

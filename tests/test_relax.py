@@ -78,6 +78,21 @@ def test_the_compiled_step_is_the_torch_step(group, pruned, dtype):
         torch.testing.assert_close(steps[0].target, steps[1].target, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_hold_where_all_inputs_of_a_group_sit_at_their_bounds(dtype):
+    """Hardened to the end, with weights that barely count: no slope leads τ on."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(20, 64, generator=generator, dtype=dtype)
+    q[torch.rand(20, 64, generator=generator) < 0.2] *= 1e-2
+    step = CompiledStep(q, 1 / (q.square() + 1e-3), 4, 2)
+    for k in range(20):
+        product = step.target + torch.randn(20, 64, generator=generator, dtype=dtype) / 4
+        step.advance(product, 1.0, 0.95 * (k + 1) / 20)
+        assert float((step.x.view(20, 16, 4).sum(-1) - 2).abs().max()) < 2e-3
+        assert bool(((step.x >= 0) & (step.x <= 1)).all())
+    assert float(((step.x > 0) & (step.x < 1)).double().mean()) < 0.2
+
+
 def test_projection():
     generator = torch.Generator().manual_seed(0)
     start = 3 * torch.randn(50, 12, generator=generator, dtype=torch.float64)

@@ -1,5 +1,8 @@
 """Tabu search."""
 
+import math
+
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +12,8 @@ from strategies import problems, random_gram, random_weight
 from maskopt import NM, LayerProblem, Unstructured, solve, verify
 from maskopt.errors import OptionError
 from maskopt.solution import Status
+from maskopt.solvers.tabu import SCRATCH, _search
+from maskopt.solvers.tabu_kernel import SMALL
 
 
 @given(problems(max_n=12))
@@ -87,6 +92,71 @@ def test_seeds_and_bad_options():
     for bad in ({"moves": -1}, {"tenure": 0}, {"patience": -1}, {"time_limit": -1.0}):
         with pytest.raises(OptionError, match="tabu"):
             solve(problem, "tabu", warm_start="wanda", **bad)
+
+
+def test_the_search_keeps_count_of_its_objective():
+    """Beyond the moves after which everything is computed anew, restarts included."""
+    problem = LayerProblem(
+        random_weight(5, 48, 1, torch.float32),
+        random_gram(48, "outliers", 2, torch.float32),
+        Unstructured(0.5),
+    )
+    start = solve(problem, "swap", warm_start="wanda").mask
+    found, made, history = _search(problem, start, SCRATCH + 300, 4, 50, 0, math.inf, None)
+    assert made == SCRATCH + 300
+    assert history[-1] == pytest.approx(float(problem.objective(found).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(keep=12, of=24), NM(keep=2, of=4)])
+def test_a_move_is_the_best_of_those_it_looks_at(pattern):
+    """All pairs in small groups; else the least a and the least b of each group with all partners."""
+    problem = LayerProblem(
+        random_weight(6, 48, 1, torch.float32), random_gram(48, "full", 2, torch.float32), pattern
+    )
+    start = solve(problem, "wanda")
+    found, _, _ = _search(problem, start.mask, 0, 4, 0, 0, math.inf, None)
+    assert torch.equal(found, start.mask)
+    descended, _, _ = _search(problem, start.mask, 1, 4, 0, 0, math.inf, None)
+    for row in range(problem.rows):
+        best = _descend(problem.row(row).q(), ~start.mask[row], problem.group_size)
+        assert torch.equal(~descended[row], best)
+
+
+def _descend(q: torch.Tensor, pruned: torch.Tensor, group: int) -> torch.Tensor:
+    """Where the moves that a search looks at end improving, by the definition."""
+    pruned = pruned.clone()
+    while True:
+        c, moves = q @ pruned.double(), []
+        for first in range(0, len(q), group):
+            inside = range(first, first + group)
+            a = {u: float(q[u, u] + 2 * c[u]) for u in inside if not pruned[u]}
+            b = {p: float(q[p, p] - 2 * c[p]) for p in inside if pruned[p]}
+            few = group <= SMALL
+            for u in a:
+                for p in b:
+                    if few or u == min(a, key=a.__getitem__) or p == min(b, key=b.__getitem__):
+                        moves.append((a[u] + b[p] - 2 * float(q[u, p]), u, p))
+        delta, u, p = min(moves)
+        if delta >= -1e-6 * float(pruned.double() @ c):
+            return pruned
+        pruned[u], pruned[p] = True, False
+
+
+def test_no_bit_depends_on_threads_or_tiles(monkeypatch):
+    problem = LayerProblem(
+        random_weight(9, 64, 1, torch.float32),
+        random_gram(64, "full", 2, torch.float32),
+        Unstructured(0.5),
+    )
+    plain = solve(problem, "tabu", warm_start="wanda", moves=400).mask
+    monkeypatch.setattr("maskopt.solvers.tabu._TILE", 2)
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        other = solve(problem, "tabu", warm_start="wanda", moves=400).mask
+    finally:
+        numba.set_num_threads(before)
+    assert torch.equal(plain, other)
 
 
 def test_relax_is_the_default_start():

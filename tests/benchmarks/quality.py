@@ -2,6 +2,7 @@
 
     python tests/benchmarks/quality.py            # everything, on Gemma 3 270M (extra `demo`)
     python tests/benchmarks/quality.py --rows 4 --only masks starts
+    python tests/benchmarks/quality.py --only model   # all rows of all layers; the rest is samples
 
 Every finished measurement is a line of a JSONL file beside the figures' source (`--data`); a second run
 keeps what is there and measures the rest, so that the studies can be run one at a time.
@@ -15,12 +16,22 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskopt import NM, LayerProblem, Unstructured, collect_problems, lower_bound, solve
+from maskopt import (
+    NM,
+    LayerProblem,
+    RowProblem,
+    Unstructured,
+    collect_problems,
+    lower_bound,
+    solve,
+    verify,
+)
 from maskopt.model.demo_model import cache_directory, demo_model
 from maskopt.model.demo_text import demo_text
 from maskopt.pattern import Pattern
@@ -54,6 +65,7 @@ METHODS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "1-swap, T = ∞": ("swap", "wanda", {}),
     "k-swap": ("kswap", "swap", {}),
     "tabu 1000, from 1-swap": ("tabu", "swap", {}),
+    "hardened start, 1-swap": ("swap", "relax", {}),
     "relax": ("relax", None, {}),
     "relax, not hardened": ("relax", None, {"harden": 0}),
     "tabu 1000, from relax": ("tabu", "relax", {}),
@@ -61,6 +73,20 @@ METHODS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "portfolio": ("portfolio", None, {}),
     "sdp, rounded": ("sdp", None, {}),
 }
+#: what runs on the whole model
+WHOLE_MODEL: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "1-swap": ("swap", "wanda", {}),
+    "hardened start, 1-swap": ("swap", "relax", {}),
+    "tabu 250, from 1-swap": ("tabu", "swap", {"moves": 250}),
+    "tabu 1000, from 1-swap": ("tabu", "swap", {}),
+    "tabu 1000, from relax": ("tabu", "relax", {}),
+}
+#: moves of tabu search
+MOVES = (100, 250, 500, 1000, 2000, 5000)
+#: moves of the search for the best mask that can be found
+LONG_SEARCH = 100_000
+#: inputs of rows whose optimum is proven
+PROVEN_N = 80
 STARTS = ("random", "worst", "magnitude", "wanda", "ria", "sparsegpt", "relax", "sdp")
 #: what costs seconds a row runs on fewer rows
 FEW = 2
@@ -150,7 +176,7 @@ def masks(book: Book, args: argparse.Namespace) -> None:
             base = solve(problem, "wanda").objective
             for method, (solver, start, options) in METHODS.items():
                 few = solver == "sdp"
-                if few and (label != "60%" or problem.n > 1024):
+                if few and label != "60%":
                     continue
                 if args.cheap and (solver in SLOW or options.get("moves", 0) > 1000):
                     continue
@@ -184,7 +210,7 @@ def starts(book: Book, args: argparse.Namespace) -> None:
         problem = sample(whole, args.rows, args.seed)
         base = solve(problem, "wanda").objective
         for start in STARTS:
-            if start == "sdp" and (problem.n > 1024 or args.cheap):
+            if start == "sdp" and args.cheap:
                 continue
             part = problem.take(slice(0, FEW)) if start == "sdp" else problem
 
@@ -250,63 +276,124 @@ def blind_swaps(
     return problem.objective(kept), best, made / problem.rows
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Two rows of a layer, of all its inputs or of some drawn at random."""
+
+    layer: str
+    sparsity: float
+    n: int | None = None
+
+    @property
+    def label(self) -> str:
+        part = "" if self.n is None else f" on {self.n}"
+        return f"{self.layer}{part}, {self.sparsity:.0%}"
+
+    def of(self, whole: LayerProblem, seed: int) -> LayerProblem:
+        problem = sample(whole, 2, seed)
+        if self.n is not None:
+            columns = columns_of(whole.n, self.n, seed)
+            problem = LayerProblem(
+                problem.weight[:, columns].contiguous(),
+                problem.gram[columns][:, columns].contiguous(),
+                Unstructured(sparsity=self.sparsity),
+                assume_psd=True,
+            )
+        return with_pattern(problem, Unstructured(sparsity=self.sparsity))
+
+
+def columns_of(n: int, count: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(n, generator=generator)[:count].sort().values
+
+
+#: the lines of the prototype's table
+CERTIFIED = (
+    Rows("10.down", 0.6, 256),
+    Rows("5.q", 0.6, 256),
+    Rows("10.gate", 0.6),
+    Rows("17.gate", 0.6),
+    Rows("5.q", 0.6),
+    Rows("0.q", 0.6),
+    Rows("5.o", 0.6),
+    Rows("10.down", 0.6),
+    Rows("17.down", 0.5),
+)
+#: the hard kinds on fewer and fewer inputs: where does the gap come from?
+GROWTH = tuple(Rows(layer, 0.6, n) for layer in ("5.o", "0.q") for n in (64, 128, 256, 512))
+
+
 def gaps(book: Book, args: argparse.Namespace) -> None:
     """The best mask known of full rows, beside the certified bound."""
-    for layer, whole in loaded(args, LAYERS):
-        problem = sample(whole, 2, args.seed)
+    lines = CERTIFIED + GROWTH
+    for layer, whole in loaded(args, tuple(dict.fromkeys(x.layer for x in lines))):
+        for rows in lines:
+            if rows.layer == layer:
+                problem = rows.of(whole, args.seed)
+                book.measure(f"gaps/{rows.label}", lambda problem=problem: certified(problem, args))
 
-        def run(problem: LayerProblem = problem) -> dict[str, Any]:
-            began = time.perf_counter()
-            bound = lower_bound(problem, "sdp", time_limit=args.bound_seconds)
-            seconds = time.perf_counter() - began
-            swap = solve(problem, "swap", warm_start="wanda")
-            ends = {}
-            for start in ("swap", "relax"):
-                for seed in range(3):
-                    long = solve(problem, "tabu", warm_start=start, moves=20000, seed=seed)
-                    ends[f"{start} {seed}"] = long.objective
-            best = torch.stack(list(ends.values())).min(0).values
-            spread = {
-                start: float(
-                    (torch.stack([v for k, v in ends.items() if k.startswith(start)]) / best).mean()
-                )
-                - 1
-                for start in ("swap", "relax")
-            }
-            return {
-                "n": problem.n,
-                "wanda_gap": bound.gap(solve(problem, "wanda").objective).tolist(),
-                "swap_gap": bound.gap(swap.objective).tolist(),
-                "best_gap": bound.gap(best).tolist(),
-                "spread": spread,
-                "bound_seconds": seconds / problem.rows,
-            }
 
-        book.measure(f"gaps/{layer}", run)
+def certified(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]:
+    """The best mask of long searches from three starts, and the bounds below it."""
+    plain = solve(problem, "sdp", time_limit=args.bound_seconds)
+    verify(problem, plain)
+    began = time.perf_counter()
+    cut = lower_bound(problem, "sdp", cuts=args.cuts, time_limit=args.cut_seconds)
+    cut_seconds = time.perf_counter() - began
+    starts = {
+        "1-swap": solve(problem, "swap", warm_start="wanda").mask,
+        "relax": solve(problem, "relax").mask,
+        "sdp": plain.mask,
+    }
+    ends = {
+        f"{start} {seed}": solve(
+            problem, "tabu", warm_start=mask, moves=LONG_SEARCH, seed=seed
+        ).objective
+        for start, mask in starts.items()
+        for seed in range(3)
+    }
+    best = torch.stack(list(ends.values())).min(0).values
+    masks = {
+        "wanda": solve(problem, "wanda").objective,
+        **{start: problem.objective(mask) for start, mask in starts.items()},
+        "tabu": solve(problem, "tabu", warm_start="swap").objective,
+        "best": best,
+    }
+    bounds = {"plain": plain.lower_bound, "cut": cut.value}
+    return {
+        "n": problem.n,
+        **{
+            name: {mask: (1 - bound / objective).tolist() for mask, objective in masks.items()}
+            for name, bound in bounds.items()
+        },
+        "above_best": {k: float((v / best).mean()) - 1 for k, v in ends.items()},
+        "plain_seconds": plain.trace["bound_seconds"] / problem.rows,
+        "cut_seconds": cut_seconds / problem.rows,
+    }
 
 
 def blame(book: Book, args: argparse.Namespace) -> None:
     """Small rows with a proven optimum: how far is the search above it, and the bound below?"""
-    for layer, whole in loaded(args, ("0.q", "0.o", "2.gate", "4.q", "4.o")):
-        generator = torch.Generator().manual_seed(args.seed)
-        for number in range(3):
-            row = int(torch.randint(whole.rows, (1,), generator=generator))
-            columns = torch.randperm(whole.n, generator=generator)[:56].sort().values
-            problem = whole.row(row).restrict(columns, Unstructured(sparsity=0.6))
+    for layer, whole in loaded(args, LAYERS):
+        problem = sample(whole, 3, args.seed)
+        columns = columns_of(problem.n, PROVEN_N, args.seed)
+        for row in range(problem.rows):
+            small = problem.row(row).restrict(columns, Unstructured(sparsity=0.6))
 
-            def run(problem: Any = problem) -> dict[str, Any]:
-                exact = solve(problem, "scip", time_limit=60)
+            def run(small: RowProblem = small) -> dict[str, Any]:
+                exact = solve(small, "branch", time_limit=60)
                 optimum = float(exact.objective)
+                relaxed = solve(small, "relax")
                 return {
                     "status": str(exact.status[0]),
-                    "swap": float(solve(problem, "swap", warm_start="wanda").objective) / optimum,
-                    "relax": float(solve(problem, "relax").objective) / optimum,
-                    "tabu": float(solve(problem, "tabu", moves=5000).objective) / optimum,
-                    "sdp": float(lower_bound(problem, "sdp").value) / optimum,
-                    "box": float(solve(problem, "relax").lower_bound) / optimum,
+                    "swap": float(solve(small, "swap", warm_start="wanda").objective) / optimum,
+                    "relax": float(relaxed.objective) / optimum,
+                    "tabu": float(solve(small, "tabu").objective) / optimum,
+                    "sdp": float(lower_bound(small, "sdp").value) / optimum,
+                    "box": float(relaxed.lower_bound) / optimum,
                 }
 
-            book.measure(f"blame/{layer}/{number}", run)
+            book.measure(f"blame/{layer}/{row}", run)
 
 
 def sixteen(book: Book, args: argparse.Namespace) -> None:
@@ -334,50 +421,84 @@ def sixteen(book: Book, args: argparse.Namespace) -> None:
         book.measure(f"sixteen/{layer}", run)
 
 
-def whole(book: Book, args: argparse.Namespace) -> None:
-    """All rows of one layer: the relaxation's time. All layers: tabu's time against swap's."""
-    for layer, problem in loaded(args, ("4.q", "4.o", "2.down")):
+def moves(book: Book, args: argparse.Namespace) -> None:
+    """What more moves of tabu search gain, on the n = 640 layers of the design's table."""
+    for layer, whole in loaded(args, tuple(x for x in SIXTEEN if x.endswith((".q", ".gate")))):
+        problem = sample(whole, 64, args.seed)
 
         def run(problem: LayerProblem = problem) -> dict[str, Any]:
-            solve(problem.take(slice(0, 8)), "relax")
-            answer = solve(problem, "relax")
+            swap = solve(problem, "swap", warm_start="wanda").objective
+            found: dict[str, Any] = {}
+            for start in ("swap", "relax"):
+                for count in (0, *MOVES):
+                    answer = solve(problem, "tabu", warm_start=start, moves=count)
+                    found[f"{start} {count}"] = float((answer.objective / swap).mean())
+                    found[f"{start} {count} seconds"] = answer.seconds / problem.rows
+            return found
+
+        book.measure(f"moves/{layer}", run)
+
+
+def whole(book: Book, args: argparse.Namespace) -> None:
+    """All rows of one layer: the relaxation's time."""
+    for layer, problem in loaded(args, ("4.q", "4.o", "2.down")):
+        for start, options in {"relax": {}, "hardened start": {"max_iterations": 0}}.items():
+
+            def run(
+                problem: LayerProblem = problem, options: dict[str, Any] = options
+            ) -> dict[str, Any]:
+                answer = solve(problem, "relax", **options)
+                return {
+                    "rows": problem.rows,
+                    "n": problem.n,
+                    "threads": torch.get_num_threads(),
+                    "relax_seconds": answer.trace["relax_seconds"],
+                    "swap_seconds": answer.trace["swap_seconds"],
+                    "iterations": answer.trace["iterations"],
+                    "relaxed_gap": float(answer.trace["relaxed_gap"].mean()),
+                }
+
+            book.measure(f"whole/{layer}/{start}", run)
+
+
+def model(book: Book, args: argparse.Namespace) -> None:
+    """All rows of all layers, inputs of the dense model, 50%: what the searches take and gain."""
+    from transformers import AutoConfig
+
+    path = demo_model()
+    blocks = range(AutoConfig.from_pretrained(path).num_hidden_layers)
+    # a block is measured when its last layer is
+    missing = [k for k in blocks if book.get("model", name_of(f"{k}.down")) is None]
+    if not missing:
+        return
+    for name, problem in collect_problems(
+        path,
+        layers=[f"layers.{k}.*" for k in missing],
+        sparsity=0.5,
+        calibration=demo_text().calibration,
+        samples=args.samples,
+        seq_len=512,
+        seed=args.seed,
+        device="cpu",
+    ):
+
+        def run(name: str = name, problem: LayerProblem = problem) -> dict[str, Any]:
+            base = solve(problem, "wanda").objective
+            methods = {}
+            for label, (solver, start, options) in WHOLE_MODEL.items():
+                answer = solve(problem, solver, warm_start=start, **options)
+                methods[label] = {
+                    "seconds": answer.seconds,
+                    "error": float((answer.objective / base).mean()),
+                }
             return {
+                "kind": name.rsplit(".", 1)[1],
                 "rows": problem.rows,
-                "n": problem.n,
-                "relax_seconds": answer.trace["relax_seconds"],
-                "swap_seconds": answer.trace["swap_seconds"],
-                "iterations": answer.trace["iterations"],
-                "relaxed_gap": float(answer.trace["relaxed_gap"].mean()),
+                "threads": torch.get_num_threads(),
+                "methods": methods,
             }
 
-        book.measure(f"whole/{layer}", run)
-
-    def model() -> dict[str, Any]:
-        total: dict[str, float] = {}
-        rows = 0
-        for _, problem in collect_problems(
-            demo_model(),
-            sparsity=0.5,
-            calibration=demo_text().calibration,
-            samples=args.samples,
-            seq_len=512,
-            seed=args.seed,
-            device="cpu",
-        ):
-            part = problem.take(slice(0, None, args.every))
-            rows += part.rows
-            base = solve(part, "wanda").objective
-            for label, start in (("swap", "wanda"), ("tabu", "swap"), ("relax", None)):
-                answer = solve(part, label, warm_start=start)
-                for key, value in (
-                    (f"{label} seconds", answer.seconds),
-                    (f"{label} error", float((answer.objective / base).sum())),
-                ):
-                    total[key] = total.get(key, 0.0) + value
-        result: dict[str, Any] = {k: v / rows if "error" in k else v for k, v in total.items()}
-        return {"rows": rows, "every": args.every, **result}
-
-    book.measure("whole/model", model)
+        book.measure(f"model/{name}", run)
 
 
 def loaded(args: argparse.Namespace, layers: tuple[str, ...]) -> Iterator[tuple[str, LayerProblem]]:
@@ -394,12 +515,14 @@ def loaded(args: argparse.Namespace, layers: tuple[str, ...]) -> Iterator[tuple[
 
 STUDIES: dict[str, Callable[[Book, argparse.Namespace], None]] = {
     "sixteen": sixteen,
+    "moves": moves,
     "masks": masks,
     "starts": starts,
     "interaction": interaction,
     "gaps": gaps,
     "blame": blame,
     "whole": whole,
+    "model": model,
 }
 
 
@@ -418,8 +541,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=16, help="rows of each layer")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
-    parser.add_argument("--every", type=int, default=4, help="of the whole model, every n-th row")
-    parser.add_argument("--bound-seconds", type=float, default=60.0)
+    parser.add_argument("--bound-seconds", type=float, default=80.0, help="for two rows")
+    parser.add_argument("--cuts", type=int, default=8, help="rounds of triangle inequalities")
+    parser.add_argument("--cut-seconds", type=float, default=150.0, help="for two rows")
+    parser.add_argument("--note", help="what else the machine did, for the page")
     parser.add_argument("--cheap", action="store_true", help="leave the slow methods for later")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=list(STUDIES), default=list(STUDIES))
@@ -431,7 +556,7 @@ def main() -> None:
     args = parser.parse_args()
     book = Book(args.data)
     book.measure("about", lambda: {**vars_of(args), "machine": machine()})
-    solve(LayerProblem(torch.randn(2, 8), torch.eye(8), Unstructured(0.5)), "tabu", moves=4)
+    warm_up()
     for study in args.only:
         STUDIES[study](book, args)
     from quality_page import write
@@ -440,8 +565,26 @@ def main() -> None:
     print(f"wrote {args.page}")
 
 
+def warm_up() -> None:
+    """Compile whatever compiles, so that no figure contains it."""
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(32, 40, generator=generator)
+    weight = torch.randn(4, 32, generator=generator)
+    for pattern in PATTERNS.values():
+        problem = LayerProblem(weight, factor @ factor.T / 40, pattern, mean=factor.mean(1))
+        for solver, start, options in METHODS.values():
+            solve(problem, solver, warm_start=start, **options)
+
+
 def vars_of(args: argparse.Namespace) -> dict[str, Any]:
-    return {"rows": args.rows, "samples": args.samples, "seed": args.seed}
+    return {
+        "rows": args.rows,
+        "samples": args.samples,
+        "seed": args.seed,
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d"),
+        "note": args.note,
+    }
 
 
 if __name__ == "__main__":
