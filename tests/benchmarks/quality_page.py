@@ -268,9 +268,9 @@ def tabu(book: Any, page: Path) -> str:
 
     text = f"""## Tabu
 
-1000 moves a row, {len(sixteen)} layers of n = 640, 64 rows each, 60%: error below that of 1-swap from Wanda by
-{gain("tabu")} from 1-swap's own optimum, and by {gain("tabu relax")} from `relax`, its
-default start.
+1000 moves a row, {len(sixteen)} layers of n = 640, 64 rows each, 60%: error below that of 1-swap from Wanda
+by {gain("tabu")} from 1-swap's own optimum, and by {gain("tabu relax")} from
+`relax`, its default start.
 """
     found = list(family(book, "moves/").values())
     if not found:
