@@ -32,6 +32,7 @@ Layers are named by block and kind.
     wanted = {
         "certified gaps of full rows": "gaps/",
         "bound or search on small rows": "blame/",
+        "tabu by moves": "moves/",
         "whole layers": "whole/",
         "the whole model": "model/",
         "Frank–Wolfe": "masks/60%/0.q/Frank",
@@ -257,34 +258,38 @@ which is how it starts other solvers and what `prune` starts from:
 
 
 def tabu(book: Any, page: Path) -> str:
+    sixteen = [v for v in family(book, "sixteen/").values() if v["n"] == 640]
+    if not sixteen:
+        return ""
+
+    def gain(method: str) -> str:
+        values = [1 - v[method] / v["swap"] for v in sixteen]
+        return f"{percent(mean(values))} (least {percent(min(values))})"
+
+    text = f"""## Tabu
+
+1000 moves a row, {len(sixteen)} layers of n = 640, 64 rows each, 60%: error below that of 1-swap from Wanda
+by {gain("tabu")} from 1-swap's own optimum, and by {gain("tabu relax")} from
+`relax`, its default start.
+"""
     found = list(family(book, "moves/").values())
     if not found:
-        return ""
+        return text
     counts = [int(k.split()[1]) for k in found[0] if k.startswith("swap") and "seconds" not in k]
-
-    def lines(start: str) -> list[list[str]]:
+    rows = []
+    for start, name in {"swap": "1-swap's own optimum", "relax": "`relax`"}.items():
         values = [[v[f"{start} {count}"] for v in found] for count in counts]
-        return [
-            ["mean", *(below(1 - mean(v)) for v in values)],
-            ["the layer of least gain", *(below(1 - max(v)) for v in values)],
-            [
-                "ms a row, start included",
-                *(f"{1000 * mean(v[f'{start} {n} seconds'] for v in found):.2f}" for n in counts),
-            ],
+        seconds = [mean(v[f"{start} {count} seconds"] for v in found) for count in counts]
+        rows += [
+            [name, "mean", *(below(1 - mean(v)) for v in values)],
+            ["", "the layer of least gain", *(below(1 - max(v)) for v in values)],
+            ["", "ms a row, start included", *(f"{1000 * value:.2f}" for value in seconds)],
         ]
+    text += """
+The same rows by moves (0: the start alone, and `swap`):
 
-    names = {"swap": "1-swap's own optimum", "relax": "`relax`, its default start"}
-    rows = [
-        [name if k == 0 else "", *line]
-        for start, name in names.items()
-        for k, line in enumerate(lines(start))
-    ]
-    return f"""## Tabu
-
-{len(found)} layers of n = 640 (q_proj and gate_proj of four blocks), 64 rows each, 60%: error against that
-of 1-swap from Wanda, by moves a row (0: only the start, and `swap`).
-
-""" + table(["from", "", *map(str, counts)], rows)
+"""
+    return text + table(["from", "", *map(str, counts)], rows)
 
 
 def model(book: Any, page: Path) -> str:
