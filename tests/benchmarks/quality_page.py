@@ -30,9 +30,10 @@ Layers are named by block and kind.
     sections = (masks, relax, tabu, model, starts, steps, interaction, gaps, growth, blame)
     parts += [text for section in sections if (text := section(book, page))]
     wanted = {
-        "certified gaps of full rows": "gaps/",
+        "certified gaps of 17.down": "gaps/17.down",
         "bound or search on small rows": "blame/",
         "tabu by moves": "moves/",
+        "the rounded SDP at n = 2048": "masks/60%/2.down/sdp",
         "whole layers": "whole/",
         "the whole model": "model/",
         "Frank–Wolfe": "masks/60%/0.q/Frank",
