@@ -176,8 +176,6 @@ def masks(book: Book, args: argparse.Namespace) -> None:
             base = solve(problem, "wanda").objective
             for method, (solver, start, options) in METHODS.items():
                 few = solver == "sdp"
-                if few and label != "60%":
-                    continue
                 if args.cheap and (solver in SLOW or options.get("moves", 0) > 1000):
                     continue
                 part = problem.take(slice(0, FEW)) if few else problem

@@ -130,7 +130,7 @@ Mean over the layers of {shown}.
     ]
     if same:
         text += f"""
-`sdp, rounded` ran on fewer rows, at 60% only: on the rows where both ran it reaches \
+`sdp, rounded` ran on fewer rows: at 60%, on the rows where both ran, it reaches \
 {mean(s[0] for s in same):.3f}, `relax` {mean(s[1] for s in same):.3f}.
 """
     return text
