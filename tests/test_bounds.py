@@ -163,7 +163,7 @@ def test_sdp_beats_box_and_both_patterns_agree_with_batches():
 
 
 def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
-    from maskopt.solvers.bounds.mixing import Mixing
+    from maskopt.solvers.convex.mixing import Mixing
     from maskopt.solvers.bounds.sdp import certify_row
 
     problem = LayerProblem(random_weight(2, 48, 1), random_gram(48, "full", 2), Unstructured(0.6))

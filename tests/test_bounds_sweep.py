@@ -7,7 +7,7 @@ import torch
 from strategies import random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Unstructured, lower_bound
-from maskopt.solvers.bounds.mixing import Extra, Mixing
+from maskopt.solvers.convex.mixing import Extra, Mixing
 
 
 def layer(n, rows, pattern, seed=0):

@@ -11,10 +11,10 @@ from strategies import problems, random_gram, random_weight
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.errors import OptionError, SolverError
 from maskopt.solvers import branch
-from maskopt.solvers.branch import _Tree
-from maskopt.solvers.qcr import qcr_duals
-from maskopt.solvers.reconvex import multipliers, start_vectors
-from maskopt.solvers.scip_model import RowTask
+from maskopt.solvers.exact.branch import _Tree
+from maskopt.solvers.exact.qcr import qcr_duals
+from maskopt.solvers.exact.reconvex import multipliers, start_vectors
+from maskopt.solvers.exact.scip_model import RowTask
 
 
 @given(problems(max_n=10, max_rows=1))

@@ -7,7 +7,7 @@ from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Unstructured, solve, verify
 from maskopt.errors import OptionError
-from maskopt.solvers.frank_wolfe import linear_bound
+from maskopt.solvers.rounding.frank_wolfe import linear_bound
 
 
 @given(problems(max_n=10))

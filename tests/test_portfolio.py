@@ -7,7 +7,7 @@ from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, solve, verify
 from maskopt.errors import MaskoptError
-from maskopt.solvers.portfolio import merge
+from maskopt.solvers.search.portfolio import merge
 
 
 @settings(max_examples=25)

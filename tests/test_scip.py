@@ -14,8 +14,8 @@ from strategies import problems, random_gram, random_weight
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.bounds import lower_bound
 from maskopt.errors import OptionError, SolverError
-from maskopt.solvers.scip_model import FORMULATIONS
-from maskopt.solvers.workers import WorkerCrash, run_tasks
+from maskopt.solvers.exact.scip_model import FORMULATIONS
+from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 
 
 @given(problems(max_n=14, max_rows=1))

@@ -76,7 +76,7 @@ def test_elimination_sees_cancellation():
 def test_elimination_in_tiles(monkeypatch):
     problem = LayerProblem(random_weight(7, 12, 1), random_gram(12, "full", 0), NM(keep=2, of=4))
     whole = solve(problem, "elimination").mask
-    monkeypatch.setattr("maskopt.solvers.elimination._TILE_BYTES", 1)
+    monkeypatch.setattr("maskopt.solvers.greedy.elimination._TILE_BYTES", 1)
     assert torch.equal(solve(problem, "elimination").mask, whole)
 
 

@@ -12,8 +12,8 @@ from strategies import problems, random_gram, random_weight
 from maskopt import NM, LayerProblem, Unstructured, solve, verify
 from maskopt.errors import OptionError
 from maskopt.solution import Status
-from maskopt.solvers.tabu import SCRATCH, _search
-from maskopt.solvers.tabu_kernel import SMALL
+from maskopt.solvers.search.tabu import SCRATCH, _search
+from maskopt.solvers.search.tabu_kernel import SMALL
 
 
 @given(problems(max_n=12))
@@ -149,7 +149,7 @@ def test_no_bit_depends_on_threads_or_tiles(monkeypatch):
         Unstructured(0.5),
     )
     plain = solve(problem, "tabu", warm_start="wanda", moves=400).mask
-    monkeypatch.setattr("maskopt.solvers.tabu._TILE", 2)
+    monkeypatch.setattr("maskopt.solvers.search.tabu._TILE", 2)
     before = numba.get_num_threads()
     try:
         numba.set_num_threads(1)

@@ -16,7 +16,7 @@ from maskopt.bounds import Certificate
 from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.box import deadline
-from maskopt.solvers.bounds.mixing import scales_of
+from maskopt.solvers.convex.mixing import scales_of
 from maskopt.solvers.bounds.sdp import certify_row, penalty_of
 
 

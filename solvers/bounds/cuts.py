@@ -27,7 +27,7 @@ from torch import Tensor
 from maskopt.bounds import Certificate, Cuts
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.cuts_kernel import collect, damp, histogram
-from maskopt.solvers.bounds.mixing import Extra, Mixing
+from maskopt.solvers.convex.mixing import Extra, Mixing
 from maskopt.solvers.bounds.sdp import certify_row, penalty_of
 
 #: entries of the inner products of a tile of rows

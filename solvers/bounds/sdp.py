@@ -29,8 +29,8 @@ from maskopt.bounds import Certificate
 from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.box import deadline, plain_certificate
-from maskopt.solvers.bounds.mixing import Mixing, default_rank
-from maskopt.solvers.bounds.qp import interior_point
+from maskopt.solvers.convex.mixing import Mixing, default_rank
+from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.bounds.relaxation import relax
 
 #: sweeps of the stages; a row leaves when its bound has settled

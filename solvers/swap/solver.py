@@ -17,7 +17,7 @@ from maskopt.errors import OptionError, SolverError
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import Capabilities
-from maskopt.solvers.scores import WandaSolver
+from maskopt.solvers.greedy.scores import WandaSolver
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.engine import Kernel, Record, refine
 from maskopt.solvers.swap.literal import refine_literally

@@ -32,7 +32,7 @@ import torch
 from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
 from maskopt.compare import load_instances, sample_rows
 from maskopt.pattern import parse_pattern
-from maskopt.solvers.tabu_row import tabu_row
+from maskopt.solvers.exact.incumbent import tabu_row
 
 
 def machine() -> str:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-_MAIN = "from maskopt.solvers.workers import serve; serve()"
+_MAIN = "from maskopt.solvers.exact.workers import serve; serve()"
 #: seconds that workers get to hand back their incumbents after an interrupt
 _PATIENCE = 20.0
 

@@ -8,7 +8,7 @@ import torch
 from maskopt.bounds import lower_bound
 from maskopt.pattern import NM, Unstructured
 from maskopt.problem import LayerProblem
-from maskopt.solvers.scip_model import RowTask
+from maskopt.solvers.exact.scip_model import RowTask
 
 
 def qcr_duals(task: RowTask) -> tuple[np.ndarray, float, float]:

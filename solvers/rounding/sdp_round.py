@@ -18,7 +18,7 @@ from maskopt.bounds import lower_bound
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import Capabilities
-from maskopt.solvers.select import keep_highest
+from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.swap import SwapSolver
 
 

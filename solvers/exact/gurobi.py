@@ -12,8 +12,8 @@ import time
 import numpy as np
 
 from maskopt.solver import Capabilities
-from maskopt.solvers.rowwise import RowwiseExact, unit_scale
-from maskopt.solvers.scip_model import RowAnswer, RowTask
+from maskopt.solvers.exact.rowwise import RowwiseExact, unit_scale
+from maskopt.solvers.exact.scip_model import RowAnswer, RowTask
 
 #: n beyond which the branch and bound has no hope
 LARGEST_N = 512

@@ -44,9 +44,9 @@ from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import Capabilities
-from maskopt.solvers.frank_wolfe import linear_bound
-from maskopt.solvers.relax_step import make_step
-from maskopt.solvers.select import keep_highest
+from maskopt.solvers.rounding.frank_wolfe import linear_bound
+from maskopt.solvers.convex.relax_step import make_step
+from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.swap import SwapSolver
 
 #: ρ in units of the mean eigenvalue of H, and the over-relaxation: the best of a grid on real layers

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
-from maskopt.solvers.scip import assemble, check_limits, check_size, first_mask, run_rows
-from maskopt.solvers.scip_model import RowAnswer, RowTask
+from maskopt.solvers.exact.scip import assemble, check_limits, check_size, first_mask, run_rows
+from maskopt.solvers.exact.scip_model import RowAnswer, RowTask
 
 #: the start's objective in the units of a model, far above a backend's absolute tolerances
 _SCALE = 1000.0

@@ -19,7 +19,7 @@ from maskopt.errors import OptionError, SolverError
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.solution import OPTIMAL_TOLERANCE, Solution, Status
 from maskopt.solver import Capabilities
-from maskopt.solvers.scip_model import (
+from maskopt.solvers.exact.scip_model import (
     FORMULATIONS,
     RowAnswer,
     RowTask,
@@ -27,8 +27,8 @@ from maskopt.solvers.scip_model import (
     solve_row,
     write_row,
 )
-from maskopt.solvers.tabu_row import tabu_row
-from maskopt.solvers.workers import WorkerCrash, run_tasks
+from maskopt.solvers.exact.incumbent import tabu_row
+from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 
 #: n above which the model itself takes minutes to build
 LARGEST_N = 512

@@ -12,7 +12,7 @@ from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
-from maskopt.solvers.select import keep_highest
+from maskopt.solvers.greedy.select import keep_highest
 
 
 class _ScoreSolver:

@@ -13,8 +13,8 @@ import time
 import numpy as np
 
 from maskopt.solver import Capabilities
-from maskopt.solvers.rowwise import RowwiseExact, unit_scale
-from maskopt.solvers.scip_model import RowAnswer, RowTask
+from maskopt.solvers.exact.rowwise import RowwiseExact, unit_scale
+from maskopt.solvers.exact.scip_model import RowAnswer, RowTask
 
 #: n beyond which the n²/2 products are too many for a simplex
 LARGEST_N = 128

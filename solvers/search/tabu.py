@@ -24,7 +24,7 @@ from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
-from maskopt.solvers.scores import WandaSolver
+from maskopt.solvers.greedy.scores import WandaSolver
 from maskopt.solvers.swap import SwapSolver
 
 #: moves between two entries of the history
@@ -128,7 +128,7 @@ def _search(
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, int, list[float]]:
     """The best masks, the moves made by every row, and Σ objective after each round."""
-    from maskopt.solvers.tabu_kernel import search
+    from maskopt.solvers.search.tabu_kernel import search
 
     rows, n = problem.rows, problem.n
     x, gram, scale = _scaled(problem)

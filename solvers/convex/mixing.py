@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.mixing_kernel import LANES, couplings, sweep
+from maskopt.solvers.convex.mixing_kernel import LANES, couplings, sweep
 
 #: up to this n the sweeps run in float64
 _DOUBLE_N = 256

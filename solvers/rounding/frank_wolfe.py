@@ -23,8 +23,8 @@ from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
-from maskopt.solvers.scores import WandaSolver
-from maskopt.solvers.select import keep_highest
+from maskopt.solvers.greedy.scores import WandaSolver
+from maskopt.solvers.greedy.select import keep_highest
 
 
 class FrankWolfeSolver:
