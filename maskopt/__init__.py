@@ -2,13 +2,16 @@
 
 import importlib
 
-from maskopt.bounds import Bound, Certificate, lower_bound
-from maskopt.checks import Swap, improving_swap, verify
+from maskopt.bounds import Bound, available_bounds, lower_bound
+from maskopt.certificate import Certificate
+from maskopt.checks import Exchange, improving_swap
 from maskopt.errors import MaskoptError
+from maskopt.limits import Limits, Progress
 from maskopt.pattern import NM, Unstructured
-from maskopt.problem import LayerProblem, RowProblem
+from maskopt.problem import LayerProblem, RowProblem, load_problem
 from maskopt.solution import Solution, Status
-from maskopt.solver import available_solvers, solve
+from maskopt.solver import available_solvers, make_solver, solve
+from maskopt.verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -30,18 +33,24 @@ __all__ = [
     "NM",
     "Bound",
     "Certificate",
+    "Exchange",
     "LayerProblem",
+    "Limits",
     "MaskoptError",
+    "Progress",
     "RowProblem",
     "Solution",
     "Status",
-    "Swap",
     "Unstructured",
+    "Verification",
     "__version__",
+    "available_bounds",
     "available_solvers",
     "collect_problems",
     "improving_swap",
+    "load_problem",
     "lower_bound",
+    "make_solver",
     "perplexity",
     "prune_model",
     "solve",

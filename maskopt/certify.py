@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.bounds import get_bound_method, lower_bound
+from maskopt.bounds import lower_bound, make_bound
 from maskopt.compare import append_record, check_format, read_records, write_records
 from maskopt.errors import ModelError, OptionError
 from maskopt.model.problems import collect_problems
@@ -28,7 +28,7 @@ from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import pattern_from_dict
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
-from maskopt.solver import solve
+from maskopt.solver import limits_of, solve
 
 #: called with (rows done, name of the layer), before a layer is bounded and after
 OnRows = Callable[[int, str], None]
@@ -156,7 +156,7 @@ def _certify(
     output: Path | None,
     on_rows: OnRows,
 ) -> list[GapRecord]:
-    get_bound_method(method)
+    make_bound(method, **limits_of(None, options)[1])
     if output is not None:
         check_format(output)
     resumable = output is not None and output.suffix == ".jsonl"

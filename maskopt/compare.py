@@ -12,19 +12,20 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from joblib import Parallel, delayed
 
-from maskopt.errors import DataError, MaskoptError, OptionError, ProblemError
+from maskopt.errors import DataError, MaskoptError, OptionError
 from maskopt.files import atomic_write
+from maskopt.limits import Limits
 from maskopt.pattern import Pattern
-from maskopt.problem import LayerProblem, RowProblem
+from maskopt.problem import LayerProblem, RowProblem, load_problem
 from maskopt.solution import Status
-from maskopt.solver import check_options, get_solver, solve
+from maskopt.solver import Solver, limits_of, make_solver, solve
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 
@@ -34,7 +35,9 @@ class Record:
     """What one solver said about one row.
 
     `gap` is (objective − lower_bound)/objective by the solver's own bound; `excess` is
-    objective/optimum − 1 where some solver of the comparison proved the optimum, else NaN.
+    objective/optimum − 1 where some solver of the comparison proved the optimum, else NaN;
+    `vouched` is the backend on whose word the bound is taken, empty where it can be checked;
+    `trace` is what else the solver has to tell (`maskopt.trace`), columns of their own in a file.
     """
 
     instance: str
@@ -46,11 +49,12 @@ class Record:
     gap: float
     excess: float
     status: str
-    nodes: int
+    vouched: str
     seconds: float
     seed: int
     key: str
     error: str = ""
+    trace: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sample_rows(
@@ -85,7 +89,7 @@ def sample_rows(
 
 def compare(
     rows: Sequence[RowProblem],
-    solvers: Sequence[str] | Mapping[str, Mapping[str, Any]],
+    solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]],
     *,
     time_limit: float | None = None,
     seed: int = 0,
@@ -97,8 +101,9 @@ def compare(
 
     Args:
         rows: the instances, `sample_rows` makes them.
-        solvers: names, or name → options.
-        time_limit, seed: handed to the solvers that have such an option.
+        solvers: names or values such as `Swap()`, or name → options (`start` among them).
+        time_limit: seconds a row, its start included.
+        seed: of everything random.
         jobs: joblib's n_jobs.
         output: `.jsonl` grows as jobs finish and makes the run resumable (jobs are known by their
             data, solver and options); `.csv` and `.parquet` are written at the end.
@@ -107,17 +112,19 @@ def compare(
     Returns:
         Records in the order rows × solvers. A job that failed has status `failed` and its error.
     """
-    table = solvers if isinstance(solvers, Mapping) else {name: {} for name in solvers}
-    options = {name: _options(name, given, time_limit, seed) for name, given in table.items()}
+    jobs_by_name = _jobs_by_name(solvers, Limits(seconds=time_limit, seed=seed))
     path = Path(output) if output is not None else None
     if path is not None:
         check_format(path)
-    jobs_wanted = [(_key(row, name, options[name]), row, name) for row in rows for name in options]
+    jobs_wanted = [
+        (_key(row, name, job), row, name) for row in rows for name, job in jobs_by_name.items()
+    ]
     finished = read_records(path) if path is not None and path.suffix == ".jsonl" else {}
     finished = {key: r for key, r in finished.items() if r.status != "failed"}
     missing = {key: (row, name) for key, row, name in jobs_wanted if key not in finished}
     results = Parallel(n_jobs=jobs, return_as="generator_unordered")(
-        delayed(_job)(row, name, options[name], seed, key) for key, (row, name) in missing.items()
+        delayed(_solved)(row, name, jobs_by_name[name], key)
+        for key, (row, name) in missing.items()
     )
     total = len({key for key, _, _ in jobs_wanted})
     for record in results:
@@ -126,69 +133,73 @@ def compare(
             append_record(path, record)
         if on_progress is not None:
             on_progress(len(finished), total)
-    records = _with_excess([(key, finished[key]) for key, _, _ in jobs_wanted], len(options))
+    records = _with_excess([(key, finished[key]) for key, _, _ in jobs_wanted], len(jobs_by_name))
     if path is not None:
         write_records(path, records)
     return records
 
 
-def _options(
-    name: str, given: Mapping[str, Any], time_limit: float | None, seed: int
-) -> dict[str, Any]:
-    options = dict(given)
-    check_options(name, {k: v for k, v in options.items() if k != "warm_start"})
-    if time_limit is not None:
-        options.setdefault("time_limit", time_limit)
-    options.setdefault("seed", seed)
-    for shared in ("time_limit", "seed"):
-        if shared not in given and not _has_option(name, shared):
-            options.pop(shared, None)
-    return options
+@dataclass(frozen=True)
+class _Job:
+    """A solver with its start and its limits."""
+
+    solver: Solver
+    start: Any
+    limits: Limits
 
 
-def _has_option(name: str, option: str) -> bool:
-    try:
-        check_options(name, {option: None})
-    except OptionError:
-        return False
-    return get_solver(name).unavailable() is None
+def _jobs_by_name(
+    solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]], limits: Limits
+) -> dict[str, _Job]:
+    """Every solver made, its options checked, before anything runs."""
+    if not isinstance(solvers, Mapping):
+        made = [make_solver(solver) for solver in solvers]
+        return {solver.name: _Job(solver, None, limits) for solver in made}
+    jobs = {}
+    for name, options in solvers.items():
+        given = dict(options)
+        start = given.pop("start", given.pop("warm_start", None))
+        shared, own = limits_of(None, given)
+        named = {f.name: getattr(shared, f.name) for f in fields(Limits)}
+        changed = {k: v for k, v in named.items() if v != getattr(Limits(), k)}
+        jobs[name] = _Job(make_solver(name, **own), start, replace(limits, **changed))
+    return jobs
 
 
-def _key(row: RowProblem, solver: str, options: Mapping[str, Any]) -> str:
+def _key(row: RowProblem, name: str, job: _Job) -> str:
     digest = hashlib.sha256()
     digest.update(row.weight.double().cpu().numpy().tobytes())
     digest.update(row.gram.double().cpu().numpy().tobytes())
-    text = json.dumps([str(row.pattern), row.name, solver, sorted(options.items())], default=str)
+    limits = [job.limits.seconds, job.limits.memory, job.limits.seed]
+    text = json.dumps([str(row.pattern), row.name, name, repr(job.solver), limits, str(job.start)])
     digest.update(text.encode())
     return digest.hexdigest()[:20]
 
 
-def _job(row: RowProblem, name: str, options: dict[str, Any], seed: int, key: str) -> Record:
+def _solved(row: RowProblem, name: str, job: _Job, key: str) -> Record:
     base: dict[str, Any] = {
         "instance": row.name,
         "n": row.n,
         "pattern": str(row.pattern),
         "solver": name,
         "excess": math.nan,
-        "seed": seed,
+        "seed": job.limits.seed,
         "key": key,
     }
     try:
-        solution = solve(row, name, **options)
+        solution = solve(row, job.solver, start=job.start, limits=job.limits)
     except MaskoptError as error:
         nothing: dict[str, Any] = dict.fromkeys(
             ("objective", "lower_bound", "gap", "seconds"), math.nan
         )
-        return Record(**base, **nothing, status="failed", nodes=0, error=str(error))
-    nodes = solution.trace.get("nodes", 0)
+        return Record(**base, **nothing, status="failed", vouched="", error=str(error))
+    columns = {name: values[0] for name, values in solution.columns().items()}
+    known = {f.name for f in fields(Record)}
     return Record(
         **base,
-        objective=float(solution.objective[0]),
-        lower_bound=float(solution.lower_bound[0]),
-        gap=float(solution.gap[0]),
-        status=str(solution.status[0]),
-        nodes=int(nodes[0]) if isinstance(nodes, list) else 0,
+        **{name: value for name, value in columns.items() if name in known},
         seconds=solution.seconds,
+        trace={name: value for name, value in columns.items() if name not in known},
     )
 
 
@@ -202,7 +213,7 @@ def _with_excess(found: list[tuple[str, Record]], solvers: int) -> list[Record]:
             if proven:
                 best = min(proven)
                 excess = record.objective / best - 1 if best > 0 else record.objective - best
-            records.append(Record(**{**asdict(record), "excess": excess}))
+            records.append(replace(record, excess=excess))
     return records
 
 
@@ -224,7 +235,7 @@ def check_format(path: Path) -> None:
 def append_record(path: Path, record: Any) -> None:
     """One line at the end of a JSONL file, flushed to disk."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(_jsonable(asdict(record))) + "\n")
+        file.write(json.dumps(_flat(record)) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -243,17 +254,22 @@ def read_records(path: Path, kind: type[Any] = Record) -> dict[str, Any]:
             if number == len(lines) - 1:
                 continue
             raise DataError(f"{path}: line {number + 1} is not JSON; remove the file") from None
-        if not isinstance(data, dict) or set(data) != names:
+        own = {k: v for k, v in data.items() if k in names} if isinstance(data, dict) else {}
+        extra = set(data) - names if isinstance(data, dict) else set()
+        if set(own) != names - {"trace"} or (extra and "trace" not in names):
             raise DataError(
                 f"{path}: line {number + 1} is no record of this command; choose another file"
             )
-        found[data["key"]] = kind(**{k: math.nan if v is None else v for k, v in data.items()})
+        if extra:
+            own["trace"] = {name: data[name] for name in data if name in extra}
+        found[data["key"]] = kind(**{k: math.nan if v is None else v for k, v in own.items()})
     return found
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:
     """The table as a whole, in the format that the ending of the name says."""
-    rows = [_jsonable(asdict(record)) for record in records]
+    rows = [_flat(record) for record in records]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_write(path) as file:
         if path.suffix == ".jsonl":
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -262,7 +278,7 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
             import io
 
             text = io.StringIO()
-            writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
+            writer = csv.DictWriter(text, fieldnames=columns)
             writer.writeheader()
             writer.writerows(rows)
             file.write(text.getvalue().encode())
@@ -270,21 +286,18 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
             import pyarrow
             import pyarrow.parquet
 
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+            whole = [{name: row.get(name) for name in columns} for row in rows]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), file)
 
 
 def load_instances(paths: Iterable[str | os.PathLike[str]]) -> list[LayerProblem]:
     """`.npz` files, layers or rows, as layers."""
-    layers = []
-    for path in paths:
-        try:
-            layers.append(LayerProblem.load(path))
-        except ProblemError as error:
-            if "holds a row problem" not in str(error):
-                raise
-            layers.append(RowProblem.load(path).as_layer())
-    return layers
+    found = [load_problem(path) for path in paths]
+    return [p.as_layer() if isinstance(p, RowProblem) else p for p in found]
 
 
-def _jsonable(data: dict[str, Any]) -> dict[str, Any]:
+def _flat(record: Any) -> dict[str, Any]:
+    """A record as one flat line: what its trace holds are columns; NaN is null."""
+    data = asdict(record)
+    data |= data.pop("trace", {})
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in data.items()}

@@ -1,13 +1,20 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and hold no pickles."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
+
+from maskopt.errors import ProblemError
+
+FORMAT = "maskopt-1"
 
 
 @contextmanager
@@ -24,6 +31,43 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_arrays(
+    path: str | os.PathLike[str],
+    kind: str,
+    header: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+) -> None:
+    """An .npz of arrays under a JSON header that says which kind of thing it is."""
+    text = json.dumps({"format": FORMAT, "kind": kind, **header})
+    with atomic_write(Path(path)) as file:
+        np.savez(file, header=np.array(text), **arrays)  # type: ignore[arg-type]
+
+
+def read_arrays(
+    path: str | os.PathLike[str], *kinds: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Header and arrays of what `write_arrays` wrote.
+
+    Raises:
+        ProblemError: no such file, not ours, or another kind of thing.
+    """
+    try:
+        # EOFError, zipfile and zlib errors, and ValueError for pickles: all mean "not ours"
+        with np.load(path, allow_pickle=False) as archive:
+            header = json.loads(str(archive["header"]))
+            arrays = {name: archive[name] for name in archive.files if name != "header"}
+    except FileNotFoundError:
+        raise ProblemError(f"{path}: no such file") from None
+    except Exception as error:
+        raise ProblemError(f"{path}: not a maskopt instance ({error})") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ProblemError(f"{path}: not a maskopt instance of a format that this version reads")
+    if header.get("kind") not in kinds:
+        wanted = " or ".join(kinds)
+        raise ProblemError(f"{path}: holds a {header.get('kind')}, not a {wanted}")
+    return header, arrays
 
 
 def _umask() -> int:

@@ -12,9 +12,7 @@ True = kept; p is their complement.
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskopt.errors import PatternError, ProblemError, WarmStartError
-from maskopt.files import atomic_write
+from maskopt.files import read_arrays, write_arrays
 from maskopt.pattern import Pattern, pattern_from_dict, pattern_to_dict
 
 #: columns of G that are brought to float64 at a time when an objective is computed
@@ -343,13 +341,11 @@ def _check_semidefinite(gram: Tensor, label: str) -> None:
 
 
 def _save(path: str | os.PathLike[str], kind: str, layer: LayerProblem) -> None:
-    pattern = pattern_to_dict(layer.pattern)
-    header = {"format": "maskopt-1", "kind": kind, "name": layer.name, "pattern": pattern}
+    header = {"name": layer.name, "pattern": pattern_to_dict(layer.pattern)}
     arrays = {"weight": _as_numpy(layer.weight), "gram": _as_numpy(layer.gram)}
     if layer.mean is not None:
         arrays["mean"] = _as_numpy(layer.mean)
-    with atomic_write(Path(path)) as file:
-        np.savez(file, header=np.array(json.dumps(header)), **arrays)  # type: ignore[arg-type]
+    write_arrays(path, kind, header, arrays)
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:
@@ -357,22 +353,22 @@ def _as_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
 
 
+def load_problem(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:
+    """A layer or a row, whichever the file holds.
+
+    Raises:
+        ProblemError: no such file, not an instance, or not a sound one.
+    """
+    header, _ = read_arrays(path, "layer", "row")
+    return LayerProblem.load(path) if header["kind"] == "layer" else RowProblem.load(path)
+
+
 def _load(
     path: str | os.PathLike[str], kind: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, Pattern, str]:
-    try:
-        # EOFError, zipfile and zlib errors, and ValueError for pickles: all mean "not ours"
-        with np.load(path, allow_pickle=False) as archive:
-            header = json.loads(str(archive["header"]))
-            weight, gram = archive["weight"], archive["gram"]
-            mean = archive.get("mean")
-    except FileNotFoundError:
-        raise ProblemError(f"{path}: no such file") from None
-    except Exception as error:
-        raise ProblemError(f"{path}: not a maskopt instance ({error})") from None
-    if not isinstance(header, dict) or header.get("format") != "maskopt-1":
-        raise ProblemError(f"{path}: not a maskopt instance of a format that this version reads")
-    if header.get("kind") != kind:
-        raise ProblemError(f"{path}: holds a {header.get('kind')} problem, not a {kind} problem")
+    header, arrays = read_arrays(path, kind)
+    if not {"weight", "gram"} <= set(arrays):
+        raise ProblemError(f"{path}: not a maskopt instance (it lacks weight or gram)")
     pattern = pattern_from_dict(header.get("pattern"))
-    return weight, gram, mean, pattern, str(header.get("name", ""))
+    name = str(header.get("name", ""))
+    return arrays["weight"], arrays["gram"], arrays.get("mean"), pattern, name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,7 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from maskopt.certificate import Certificate, certificate_arrays, certificate_from
+from maskopt.errors import OptionError, ProblemError
+from maskopt.files import read_arrays, write_arrays
 from maskopt.problem import LayerProblem, RowProblem
+from maskopt.trace import Trace, trace_arrays, trace_from
 
 
 class Status(StrEnum):
@@ -57,9 +62,11 @@ class Solution:
         lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known.
         status: per row OPTIMAL, SWAP_OPTIMAL or FEASIBLE.
         solver: name of the solver that answered.
-        seconds: wall-clock time of the solve, warm start included.
-        trace: what the solver has to tell: kernel, swaps, full scans, nodes, … (see each solver).
-        certificate: what proves the lower bound to `verify`, if it can be re-checked.
+        seconds: wall-clock time of the solve, start included.
+        trace: what the solver has to tell, per row (`maskopt.trace`).
+        certificate: what proves the lower bounds to `verify`, where they can be re-checked.
+        vouched: per row the exact backend and version on whose word its bound is taken, such as
+            `SCIP 10.0`; an empty word where there is none. Empty altogether: no row has one.
     """
 
     mask: Bool[Tensor, "rows n"]
@@ -68,8 +75,9 @@ class Solution:
     status: tuple[Status, ...]
     solver: str = ""
     seconds: float = math.nan
-    trace: dict[str, Any] = field(default_factory=dict)
-    certificate: Any = None
+    trace: Trace = field(default_factory=Trace)
+    certificate: Certificate | None = None
+    vouched: tuple[str, ...] = ()
 
     @property
     def gap(self) -> Float[Tensor, " rows"]:
@@ -84,12 +92,11 @@ class Solution:
         problem: LayerProblem | RowProblem,
         mask: Bool[Tensor, "rows n"],
         *,
-        solver: str = "",
         status: Status | Sequence[Status] = Status.FEASIBLE,
         lower_bound: Float[Tensor, " rows"] | None = None,
-        seconds: float = math.nan,
-        trace: dict[str, Any] | None = None,
-        certificate: Any = None,
+        trace: Trace | None = None,
+        certificate: Certificate | None = None,
+        vouched: Sequence[str] = (),
     ) -> Solution:
         """A Solution with the float64 objective computed from the mask.
 
@@ -110,11 +117,88 @@ class Solution:
             objective=objective,
             lower_bound=lower_bound,
             status=(status,) * layer.rows if isinstance(status, Status) else tuple(status),
-            solver=solver,
-            seconds=seconds,
-            trace=trace or {},
+            trace=trace if trace is not None else Trace(),
             certificate=certificate,
+            vouched=tuple(vouched),
         )
+
+    def columns(self) -> dict[str, list[Any]]:
+        """One list a column, one entry a row: objective, bound, gap, status, who vouches, and all of
+        the trace that is one value a row."""
+        rows = len(self.status)
+        return {
+            "objective": self.objective.tolist(),
+            "lower_bound": self.lower_bound.tolist(),
+            "gap": self.gap.tolist(),
+            "status": [str(status) for status in self.status],
+            "vouched": list(self.vouched) or [""] * rows,
+            **self.trace.columns(rows),
+        }
+
+    def to_frame(self) -> Any:
+        """`columns` as a pandas.DataFrame, one line a row.
+
+        Raises:
+            OptionError: the package pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise OptionError(
+                "to_frame needs the package pandas: pip install 'maskopt[frame]'; or take columns()"
+            ) from None
+        return pandas.DataFrame(self.columns())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz (atomically; no pickle inside): masks, statuses, trace, and the proof."""
+        words, tensors = trace_arrays(self.trace)
+        arrays = {
+            "mask": self.mask.cpu().numpy(),
+            "objective": self.objective.cpu().numpy(),
+            "lower_bound": self.lower_bound.cpu().numpy(),
+            **{f"trace.{name}": value for name, value in tensors.items()},
+        }
+        if self.certificate is not None:
+            parts = certificate_arrays(self.certificate)
+            arrays |= {f"certificate.{name}": value for name, value in parts.items()}
+        header = {
+            "status": [str(status) for status in self.status],
+            "solver": self.solver,
+            "seconds": None if math.isnan(self.seconds) else self.seconds,
+            "vouched": list(self.vouched),
+            "trace": words,
+        }
+        write_arrays(path, "solution", header, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Solution:
+        """Read what `save` wrote. Nothing in it is believed before `verify` has checked it.
+
+        Raises:
+            ProblemError: no such file, or not a solution.
+        """
+        header, arrays = read_arrays(path, "solution")
+
+        def under(prefix: str) -> dict[str, Any]:
+            return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+        try:
+            certificate = under("certificate.")
+            seconds = header["seconds"]
+            tensors = {k: torch.from_numpy(v) for k, v in under("trace.").items()}
+            return cls(
+                mask=torch.from_numpy(arrays["mask"]),
+                objective=torch.from_numpy(arrays["objective"]),
+                lower_bound=torch.from_numpy(arrays["lower_bound"]),
+                status=tuple(Status(word) for word in header["status"]),
+                solver=str(header["solver"]),
+                seconds=math.nan if seconds is None else float(seconds),
+                trace=trace_from(header["trace"], tensors),
+                certificate=certificate_from(certificate, str(path)) if certificate else None,
+                vouched=tuple(str(word) for word in header["vouched"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProblemError(f"{path}: not a sound solution ({error})") from None
 
     def __repr__(self) -> str:
         counts = {s: self.status.count(s) for s in Status if s in self.status}

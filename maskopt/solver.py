@@ -1,48 +1,63 @@
 """The solver protocol, the registry of backends, and `solve`.
 
+A solver is a value: a frozen dataclass whose fields are its options.
+
+    solve(problem, Tabu(moves=1000), start=Relax(), limits=Limits(seconds=60))
+    solve(problem, "tabu", start="relax", moves=1000, time_limit=60)      # the same, by name
+
 Backends register a class under the entry-point group `maskopt.solvers`:
 
     [project.entry-points."maskopt.solvers"]
-    swap = "maskopt.solvers.swap:SwapSolver"
+    swap = "maskopt.solvers.swap:Swap"
 
 so another distribution can add one without touching this repository, and nothing here imports one.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from maskopt.errors import (
-    OptionError,
-    SolverError,
-    SolverUnavailableError,
-    UnknownSolverError,
-    WarmStartError,
-    near,
-)
+from maskopt.errors import OptionError, SolverError, WarmStartError
+from maskopt.fields import check_options
+from maskopt.limits import Limits, torch_threads
 from maskopt.pattern import NM
 from maskopt.problem import LayerProblem, RowProblem
+from maskopt.registry import Registry
 from maskopt.solution import Solution
 
 ENTRY_POINT_GROUP = "maskopt.solvers"
+#: what a keyword of `solve` sets in `Limits`
+_LIMITS = {
+    "time_limit": "seconds",
+    "memory_limit": "memory",
+    "threads": "threads",
+    "seed": "seed",
+    "on_progress": "on_progress",
+}
 
 
 @dataclass(frozen=True)
 class Capabilities:
     """What a backend can do, as `maskopt solvers` lists it.
 
-    `largest_n` is the largest number of inputs for which the backend is sensible; None: any.
+    Attributes:
+        start: `needed` (a mask to improve), `optional` (a mask that the answer is never worse than),
+            or `ignored`.
+        default_start: the solver that makes the start where a needed one is not given.
+        proves: the best status that it can give.
+        largest_n: rows of more inputs are refused; None: any.
+        note: one line.
     """
 
     patterns: tuple[Literal["unstructured", "n:m"], ...] = ("unstructured", "n:m")
     devices: tuple[str, ...] = ("cpu", "cuda")
+    start: Literal["needed", "optional", "ignored"] = "ignored"
+    default_start: str | None = None
     proves: Literal["optimality", "1-swap", "nothing"] = "nothing"
     largest_n: int | None = None
     note: str = ""
@@ -50,27 +65,47 @@ class Capabilities:
 
 @runtime_checkable
 class Solver(Protocol):
-    """A backend. The keyword-only parameters of `solve` are the options that exist."""
+    """A backend: a frozen dataclass whose fields are its options (`maskopt.fields.option`).
 
-    name: str
-    capabilities: Capabilities
-    #: the solver that makes the start where the caller names none; None: needs no start
-    default_warm_start: str | None
+    A subclass that declares it gets the check of its options on construction.
+    """
 
-    def unavailable(self) -> str | None:
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    def __post_init__(self) -> None:
+        check_options(self, self.name)
+
+    @classmethod
+    def unavailable(cls) -> str | None:
         """Why the backend cannot run here (a package, a licence), or None."""
+        return None
+
+    def as_start(self) -> Solver:
+        """The same solver where its mask is the start of another one, which proves and improves
+        anyway: itself, or with less to do."""
+        return self
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """Answer for every row.
+
+        Args:
+            start: a legal bool mask [rows, n] on the problem's device, True = kept. Always there
+                where a start is `needed`, never where it is `ignored`.
+            limits: with the clock running.
+        """
         ...
 
-    def solve(self, problem: LayerProblem, *, warm_start: Tensor | None = None) -> Solution:
-        """Answer for every row. `warm_start` is a legal bool mask [rows, n] or None."""
-        ...
+
+REGISTRY = Registry(ENTRY_POINT_GROUP, "solver", Solver)
 
 
 @dataclass(frozen=True)
 class SolverInfo:
-    """One line of `available_solvers()`."""
+    """One line of `available_solvers()`; `kind` is the class, None where it cannot be loaded."""
 
     name: str
+    kind: type[Any] | None
     capabilities: Capabilities
     unavailable: str | None
 
@@ -81,122 +116,119 @@ class SolverInfo:
 
 def available_solvers() -> dict[str, SolverInfo]:
     """Every registered backend by name, with what it can do and why it is unavailable, if it is."""
-    found = {}
-    for name in sorted(_entry_points()):
-        try:
-            solver = _load(name)
-            found[name] = SolverInfo(name, solver.capabilities, solver.unavailable())
-        except SolverError as error:
-            found[name] = SolverInfo(name, Capabilities(), str(error))
-    return found
+    return {
+        name: SolverInfo(name, kind, kind.capabilities if kind else Capabilities(), reason)
+        for name, (kind, reason) in REGISTRY.reasons().items()
+    }
 
 
-def get_solver(name: str) -> Solver:
-    """The backend of that name.
+def make_solver(solver: Solver | str, **options: Any) -> Solver:
+    """The solver, ready to run: by name with options, or a value as it is.
 
     Raises:
         UnknownSolverError: no such name (near names are given).
         SolverUnavailableError: it cannot run here.
+        OptionError: an option that it does not have, or a value that the option cannot take.
     """
-    if name not in _entry_points():
-        raise UnknownSolverError(f"unknown solver {name!r}{near(name, _entry_points())}")
-    solver = _load(name)
-    reason = solver.unavailable()
-    if reason:
-        raise SolverUnavailableError(f"solver {name!r} is unavailable: {reason}")
-    return solver
+    backend: Solver = REGISTRY.make(solver, options)
+    return backend
 
 
-def check_options(name: str, options: dict[str, Any]) -> None:
-    """Raise OptionError for an option that the solver `name` does not have."""
-    parameters = inspect.signature(get_solver(name).solve).parameters.values()
-    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"warm_start"}
-    for option in options:
-        if option not in known:
-            hint = near(option, known) if known else "; it has none"
-            raise OptionError(f"solver {name!r} has no option {option!r}{hint}")
+def limits_of(
+    limits: Limits | None, options: Mapping[str, Any]
+) -> tuple[Limits, dict[str, Any]]:
+    """Limits out of `limits` or of keywords such as `time_limit`, and the options that are left.
+
+    Raises:
+        OptionError: both, or a bad value.
+    """
+    shared = {_LIMITS[name]: value for name, value in options.items() if name in _LIMITS}
+    own = {name: value for name, value in options.items() if name not in _LIMITS}
+    if limits is not None and shared:
+        given = ", ".join(name for name in options if name in _LIMITS)
+        raise OptionError(f"give either limits=… or {given}, not both")
+    return (Limits(**shared) if limits is None else limits), own
 
 
 def solve(
     problem: LayerProblem | RowProblem,
-    solver: str = "swap",
-    warm_start: str | Any | None = None,
+    solver: Solver | str = "swap",
+    *,
+    start: Solver | str | Tensor | Any | None = None,
+    limits: Limits | None = None,
     **options: Any,
 ) -> Solution:
-    """Solve every row of a problem with the named backend.
+    """Solve every row of a problem.
 
     Args:
         problem: a layer, or one row (the Solution then has rows = 1).
-        solver: a name out of `available_solvers()`.
-        warm_start: a solver's name, a bool mask [rows, n] with True = kept, or None for the
-            backend's own default.
-        options: the backend's keyword options; unknown ones are refused with near names.
+        solver: a value such as `Tabu(moves=500)`, or a name out of `available_solvers()`.
+        start: a solver (value or name), or a bool mask [rows, n] with True = kept; None: the
+            backend's own default. `warm_start` is the same. A solver that ignores a start is not
+            given one, and none is made.
+        limits: for start, search and bound together.
+        options: of the solver, where it is named (unknown ones are refused with near names); and
+            `time_limit` (seconds), `memory_limit` (bytes), `threads`, `seed`, `on_progress` in place
+            of `limits`.
 
     Raises:
         UnknownSolverError, SolverUnavailableError, OptionError, WarmStartError, SolverError.
     """
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
-    backend = get_solver(solver)
-    check_options(solver, options)
+    if "warm_start" in options:
+        if start is not None:
+            raise OptionError("start and warm_start are the same; give one of them")
+        start = options.pop("warm_start")
+    limits, own = limits_of(limits, options)
+    backend = make_solver(solver, **own)
     _check_fit(backend, layer)
+    limits = limits.begin()
     began = time.perf_counter()
-    start = _resolve_start(backend, layer, warm_start, options)
-    solution = backend.solve(layer, warm_start=start, **options)
-    return replace(solution, solver=solver, seconds=time.perf_counter() - began)
+    with torch_threads(limits.threads):
+        mask = _start_mask(backend, layer, start, limits)
+        solution = backend.run(layer, mask, limits)
+    return replace(solution, solver=backend.name, seconds=time.perf_counter() - began)
 
 
-def _resolve_start(
-    backend: Solver, layer: LayerProblem, warm_start: Any, options: dict[str, Any]
-) -> Tensor | None:
-    if warm_start is None:
-        warm_start = backend.default_warm_start
-    if warm_start is None:
+def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None = None) -> Solution:
+    """The start that `solver` makes for another one."""
+    backend = make_solver(solver).as_start()
+    return solve(layer, backend, limits=(limits or Limits()).quiet())
+
+
+def _start_mask(backend: Solver, layer: LayerProblem, start: Any, limits: Limits) -> Tensor | None:
+    needs = backend.capabilities.start
+    if needs == "ignored":
         return None
-    if not isinstance(warm_start, str):
+    if start is None:
+        if needs == "optional":
+            return None
+        start = backend.capabilities.default_start
+        if start is None:
+            raise WarmStartError(f"solver {backend.name!r} needs a start: pass start=…")
+    if not isinstance(start, str | Solver):
         try:
-            return layer.check_mask(warm_start, "warm start")
+            return layer.check_mask(start, "start")
         except (TypeError, ValueError, RuntimeError) as error:
             raise WarmStartError(str(error)) from None
-    if warm_start == backend.name:
-        raise WarmStartError(f"solver {backend.name!r} cannot be its own warm start")
-    shared = {k: v for k, v in options.items() if k in ("seed", "memory_limit")}
-    return make_start(layer, warm_start, **shared).mask
-
-
-def make_start(layer: LayerProblem, solver: str, **options: Any) -> Solution:
-    """The start that `solver` makes for another one: with its `start_options`, if it has any, and those
-    of the given options that it knows."""
-    backend = get_solver(solver)
-    known = inspect.signature(backend.solve).parameters
-    given = {k: v for k, v in options.items() if k in known}
-    return solve(layer, solver, **{**getattr(backend, "start_options", {}), **given})
+    maker = make_solver(start)
+    if maker.name == backend.name:
+        raise WarmStartError(f"solver {backend.name!r} cannot be its own start")
+    return make_start(layer, maker, limits).mask
 
 
 def _check_fit(backend: Solver, layer: LayerProblem) -> None:
+    can = backend.capabilities
     kind = "n:m" if isinstance(layer.pattern, NM) else "unstructured"
-    if kind not in backend.capabilities.patterns:
+    if kind not in can.patterns:
         raise SolverError(f"solver {backend.name!r} does not do {kind} patterns")
-    if layer.device.type not in backend.capabilities.devices:
+    if layer.device.type not in can.devices:
         raise SolverError(
-            f"solver {backend.name!r} runs on {', '.join(backend.capabilities.devices)}; the "
+            f"solver {backend.name!r} runs on {', '.join(can.devices)}; the "
             f"problem is on {layer.device.type}: move weight and gram there first"
         )
-
-
-@cache
-def _entry_points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-
-
-@cache
-def _load(name: str) -> Solver:
-    point = _entry_points()[name]
-    try:
-        solver = point.load()()
-    except Exception as error:  # a third party's backend may fail in any way
-        raise SolverUnavailableError(
-            f"solver {name!r} ({point.value}) could not be loaded: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(solver, Solver):
-        raise SolverUnavailableError(f"solver {name!r} ({point.value}) is not a maskopt Solver")
-    return solver
+    if can.largest_n is not None and layer.n > can.largest_n:
+        raise SolverError(
+            f"{backend.name}: a row of {layer.n} inputs is beyond it (at most {can.largest_n}); "
+            "use maskopt.lower_bound for a certified gap, or row.restrict(columns)"
+        )

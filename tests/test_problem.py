@@ -124,7 +124,7 @@ def test_save_and_load_round_trip(tmp_path, pattern):
     row = RowProblem.load(tmp_path / "row.npz")
     assert torch.equal(row.weight, problem.weight[1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["layer.npz", "row.npz"]
-    with pytest.raises(ProblemError, match="holds a row problem"):
+    with pytest.raises(ProblemError, match="holds a row, not a layer"):
         LayerProblem.load(tmp_path / "row.npz")
 
 

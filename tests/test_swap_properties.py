@@ -279,7 +279,7 @@ def test_running_out_of_memory_halves_the_tile_and_goes_on(
     halved = solve(problem, "swap")
     assert torch.equal(halved.mask, plain.mask)
     assert halved.trace["swaps"].tolist() == plain.trace["swaps"].tolist()
-    assert [record.message for record in caplog.records] == [
+    assert [outcome.message for outcome in caplog.records] == [
         "swap: out of memory on the device; going on with 4 rows"
     ]
 

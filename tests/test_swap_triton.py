@@ -23,7 +23,7 @@ from maskopt.solvers.swap import triton as triton_kernels
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.literal import refine_literally
 from maskopt.solvers.swap.triton import launch
-from maskopt.solvers.swap.triton.engine import TritonKernel
+from maskopt.solvers.swap.triton.steps import TritonKernel
 
 # without a CUDA device conftest.py puts Triton into its interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -355,8 +355,8 @@ def _refine(
 ) -> tuple[Solution, Batch]:
     batch = Batch.of(problem, mask)
     kernel = TritonKernel(batch, memory=memory, tiled=tiled)
-    record = engine.refine(batch, kernel, max_swaps=max_swaps, deadline=deadline)
-    status = [Status.SWAP_OPTIMAL if one else Status.FEASIBLE for one in record.proven.tolist()]
+    outcome = engine.refine(batch, kernel, max_swaps=max_swaps, deadline=deadline)
+    status = [Status.SWAP_OPTIMAL if one else Status.FEASIBLE for one in outcome.proven.tolist()]
     solution = Solution.of(problem, batch.kept, status=status)
     verify(problem, solution)
     slack = 1e-12 * float(problem.diagonal_mass().max())
@@ -444,9 +444,9 @@ def test_stages_are_timed_if_asked() -> None:
     problem = _layer(2, 60, "low-rank", Unstructured(0.6))
     batch = Batch.of(problem, solve(problem, "random").mask)
     kernel = TritonKernel(batch, timed=True)
-    record = engine.refine(batch, kernel)
-    assert record.proven.all()
-    assert record.scans.min() >= 1
+    outcome = engine.refine(batch, kernel)
+    assert outcome.proven.all()
+    assert outcome.scans.min() >= 1
     assert batch.rounds.min() >= 1
     stages = {"correlation", "reach of G", "candidates", "swaps", "update", "pricing"}
     assert set(kernel.seconds) == stages

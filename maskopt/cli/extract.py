@@ -12,7 +12,7 @@ from maskopt.cli.console import output
 from maskopt.cli.instances import Calibration, Samples, SeqLen, load_layers, option_list
 from maskopt.errors import OptionError, SolverError
 from maskopt.pattern import parse_pattern
-from maskopt.solver import get_solver
+from maskopt.solver import make_solver
 
 FORMATS = ("npz", "cip", "lp", "mps")
 
@@ -72,7 +72,7 @@ def extract(
     if form == "npz":
         problem.save(destination)
     else:
-        solver = get_solver("scip")
+        solver = make_solver("scip")
         write = getattr(solver, "extract", None)
         if write is None:
             raise SolverError("the solver registered as 'scip' cannot write instances")

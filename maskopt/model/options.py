@@ -13,7 +13,7 @@ from maskopt.errors import ModelError, PatternError
 from maskopt.model.blocks import Layer
 from maskopt.model.tokens import Windows, calibration_windows, token_windows
 from maskopt.pattern import Pattern, Unstructured, pattern_to_dict
-from maskopt.solver import check_options, get_solver
+from maskopt.solver import limits_of, make_solver
 
 #: layers that saw fewer calibration tokens are pruned by magnitude
 MIN_TOKENS = 32
@@ -61,9 +61,10 @@ class PruneOptions:
             raise ModelError(f"shrink must lie in [0, 1], not {self.shrink}")
         if self.min_tokens < 1:
             raise ModelError(f"min_tokens must be at least 1, not {self.min_tokens}")
-        check_options(self.solver, dict(self.solver_options))
+        _, own = limits_of(None, self.solver_options)
+        make_solver(self.solver, **own)
         if self.start is not None:
-            get_solver(self.start)
+            make_solver(self.start)
 
     @property
     def start(self) -> str | None:
@@ -82,7 +83,7 @@ class PruneOptions:
 
 def default_start(solver: str) -> str | None:
     """What `solver` starts from in a prune where nothing is named."""
-    return DEFAULT_STARTS.get(solver) or get_solver(solver).default_warm_start
+    return DEFAULT_STARTS.get(solver) or make_solver(solver).capabilities.default_start
 
 
 def ticker(

@@ -17,6 +17,7 @@ from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.options import PruneOptions
 from maskopt.model.source import FolderSource, Source, stored_dtype
 from maskopt.problem import LayerProblem
+from maskopt.limits import Limits
 from maskopt.solver import make_start, solve
 
 GIB = 2**30
@@ -242,9 +243,9 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
         problem = LayerProblem(weight, gram, options.pattern, assume_psd=True)
         seconds, mask = 0.0, None
         if start is not None and start != options.solver:
-            first = make_start(problem, start, seed=options.seed)
+            first = make_start(problem, start, Limits(seed=options.seed))
             seconds, mask = first.seconds, first.mask
-        return seconds + solve(problem, options.solver, warm_start=mask, **own).seconds
+        return seconds + solve(problem, options.solver, start=mask, **own).seconds
 
     try:
         options.pattern.check(n)

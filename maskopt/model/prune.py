@@ -42,7 +42,8 @@ from maskopt.model.tokens import (
 )
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
-from maskopt.solver import check_options, make_start, solve
+from maskopt.limits import Limits
+from maskopt.solver import make_start, solve
 
 
 def prune_model(
@@ -329,12 +330,12 @@ def _solve_layer(
     else:
         start = None
         if options.start is not None and options.start != options.solver:
-            start = make_start(problem, options.start, seed=options.seed)
+            start = make_start(problem, options.start, Limits(seed=options.seed))
         solution = solve(
             problem,
             options.solver,
-            warm_start=None if start is None else start.mask,
-            **{**_seeded(options.solver, options), **options.solver_options},
+            start=None if start is None else start.mask,
+            **{"seed": options.seed, **options.solver_options},
         )
     seconds = time.perf_counter() - began
     mask = solution.mask
@@ -356,14 +357,6 @@ def _solve_layer(
         ),
         mask.cpu(),
     )
-
-
-def _seeded(solver: str, options: PruneOptions) -> dict[str, Any]:
-    try:
-        check_options(solver, {"seed": options.seed})
-    except MaskoptError:
-        return {}
-    return {"seed": options.seed}
 
 
 def _first_stage(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:

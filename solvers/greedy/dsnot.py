@@ -8,85 +8,91 @@ It does not look at the squared error that the objective measures, and can raise
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from maskopt.errors import OptionError, ProblemError
+from maskopt.errors import ProblemError
+from maskopt.fields import option
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
-from maskopt.solver import Capabilities
+from maskopt.solver import Capabilities, Solver
+from maskopt.trace import CycleTrace
 
 
-class DSnoTSolver:
-    """Needs the inputs' mean (`LayerProblem(…, mean=…)`), since G alone does not tell it."""
+@dataclass(frozen=True)
+class DSnoT(Solver):
+    """Needs the inputs' mean (`LayerProblem(…, mean=…)`), since G alone does not tell it.
 
-    name = "dsnot"
-    capabilities = Capabilities(note="mean-output correction; needs LayerProblem(mean=…)")
-    default_warm_start: str | None = "wanda"
+    Tells a `CycleTrace`.
+    """
 
-    def unavailable(self) -> str | None:
-        return None
+    name: ClassVar[str] = "dsnot"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        start="needed",
+        default_start="wanda",
+        note="mean-output correction; needs LayerProblem(mean=…)",
+    )
 
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        warm_start: Tensor | None = None,
-        cycles: int = 50,
-        power: float = 1.0,
-        threshold: float = 0.1,
-        sequence_length: int = 2048,
-    ) -> Solution:
-        """Up to `cycles` swaps a row.
+    cycles: int = option(50, "swaps of a row at most", unit="swaps a row", least=0)
+    power: float = option(1.0, "exponent of the inputs' variance in the regrowing score")
+    threshold: float = option(
+        0.1,
+        "a row stops at |ε| of so much, ε summed over one sequence as in the reference code",
+        unit="of the row's output",
+        least=0,
+    )
+    sequence_length: int = option(2048, "length of such a sequence", unit="tokens", least=1)
 
-        Args:
-            power: exponent of the inputs' variance in the regrowing score.
-            threshold: a row stops at |ε| ≤ threshold, ε summed over one sequence as in the
-                reference code.
-            sequence_length: tokens of such a sequence.
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """Up to `cycles` swaps a row; see `Solver.run`.
+
+        Raises:
+            ProblemError: the problem has no mean.
         """
-        if cycles < 0 or threshold < 0 or sequence_length < 1:
-            raise OptionError("dsnot: cycles, threshold ≥ 0 and sequence_length ≥ 1")
+        assert start is not None
         if problem.mean is None:
             raise ProblemError(
                 "dsnot needs the mean of the inputs: pass mean=… to LayerProblem, or gather it "
                 "with the Gram matrix"
             )
-        if warm_start is None:
-            raise ProblemError("dsnot corrects a mask: pass warm_start, e.g. 'wanda'")
-        mask, swaps = _correct(problem, warm_start, cycles, power, threshold / sequence_length)
-        return Solution.of(problem, mask, solver=self.name, trace={"swaps": swaps})
+        mask, swaps = self._correct(problem, problem.mean.double(), start, limits)
+        return Solution.of(problem, mask, trace=CycleTrace(swaps))
 
-
-def _correct(
-    problem: LayerProblem, start: Tensor, cycles: int, power: float, threshold: float
-) -> tuple[Tensor, Tensor]:
-    assert problem.mean is not None
-    weight, mean = problem.weight.double(), problem.mean.double()
-    square = problem.gram.diagonal().double().clamp(min=0.0)
-    c = weight * mean
-    variance = (square - mean.square()).clamp(min=0.0) ** power
-    # an input without variance is a constant: its return is free of noise, so it comes first
-    regrow_score = c / variance.where(variance > 0, torch.finfo(torch.float64).tiny ** 0.5)
-    wanda = weight.abs() * square.sqrt()
-    mask = start.clone()
-    group_of = torch.arange(problem.n, device=mask.device) // problem.group_size
-    rows = torch.arange(problem.rows, device=mask.device)
-    swaps = torch.zeros(problem.rows, dtype=torch.long, device=mask.device)
-    for _ in range(cycles):
-        error = torch.where(mask, 0.0, c).sum(1)
-        sign = error.sign()
-        regrow = (sign[:, None] * regrow_score).where(~mask & (sign[:, None] * c > 0), -torch.inf)
-        incoming = regrow.argmax(1)
-        # what leaves must push ε back, and in N:M come from the group that regrew
-        candidates = mask & (sign[:, None] * c < 0) & (group_of == group_of[incoming][:, None])
-        outgoing = wanda.where(candidates, torch.inf).argmin(1)
-        go = (error.abs() > threshold) & (regrow[rows, incoming] > -torch.inf)
-        go &= candidates[rows, outgoing]
-        if not bool(go.any()):
-            break
-        active = rows[go]
-        mask[active, incoming[go]] = True
-        mask[active, outgoing[go]] = False
-        swaps += go
-    return mask, swaps
+    def _correct(
+        self, problem: LayerProblem, mean: Tensor, start: Tensor, limits: Limits
+    ) -> tuple[Tensor, Tensor]:
+        threshold = self.threshold / self.sequence_length
+        weight = problem.weight.double()
+        square = problem.gram.diagonal().double().clamp(min=0.0)
+        c = weight * mean
+        variance = (square - mean.square()).clamp(min=0.0) ** self.power
+        # an input without variance is a constant: its return is free of noise, so it comes first
+        regrow_score = c / variance.where(variance > 0, torch.finfo(torch.float64).tiny ** 0.5)
+        wanda = weight.abs() * square.sqrt()
+        mask = start.clone()
+        group_of = torch.arange(problem.n, device=mask.device) // problem.group_size
+        rows = torch.arange(problem.rows, device=mask.device)
+        swaps = torch.zeros(problem.rows, dtype=torch.long, device=mask.device)
+        for _ in range(self.cycles):
+            if limits.expired:
+                break
+            error = torch.where(mask, 0.0, c).sum(1)
+            sign = error.sign()
+            regrow = (sign[:, None] * regrow_score).where(~mask & (sign[:, None] * c > 0), -torch.inf)
+            incoming = regrow.argmax(1)
+            # what leaves must push ε back, and in N:M come from the group that regrew
+            candidates = mask & (sign[:, None] * c < 0) & (group_of == group_of[incoming][:, None])
+            outgoing = wanda.where(candidates, torch.inf).argmin(1)
+            go = (error.abs() > threshold) & (regrow[rows, incoming] > -torch.inf)
+            go &= candidates[rows, outgoing]
+            if not bool(go.any()):
+                break
+            active = rows[go]
+            mask[active, incoming[go]] = True
+            mask[active, outgoing[go]] = False
+            swaps += go
+        return mask, swaps

@@ -6,38 +6,46 @@ step takes the cheapest j of every row that its group still allows, then updates
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
-from maskopt.solver import Capabilities
+from maskopt.solver import Capabilities, Solver
+from maskopt.solvers.greedy.scores import wanda_scores
+from maskopt.solvers.greedy.select import keep_highest
 
-#: working memory per tile of rows
+#: working memory per tile of rows, where the caller sets no limit
 _TILE_BYTES = 256 * 2**20
+#: float64 arrays [rows, n] that a step holds
+_ARRAYS = 6
 
 
-class EliminationSolver:
-    """O(rows·n·s) time, float64, rows in tiles; ties go to the lowest index."""
+@dataclass(frozen=True)
+class Elimination(Solver):
+    """O(rows·n·s) time, float64, rows in tiles; ties go to the lowest index.
 
-    name = "elimination"
-    capabilities = Capabilities(note="greedy by exact marginal cost")
-    default_warm_start: str | None = None
+    When the time limit comes, what is still to be pruned is taken by Wanda's score.
+    """
 
-    def unavailable(self) -> str | None:
-        return None
+    name: ClassVar[str] = "elimination"
+    capabilities: ClassVar[Capabilities] = Capabilities(note="greedy by exact marginal cost")
 
-    def solve(self, problem: LayerProblem, *, warm_start: Tensor | None = None) -> Solution:
-        """Starts from the dense row; a warm start is not used."""
-        tile = max(1, _TILE_BYTES // (6 * 8 * problem.n))
-        masks = [
-            _eliminate(problem.take(slice(first, first + tile)))
-            for first in range(0, problem.rows, tile)
-        ]
-        return Solution.of(problem, torch.cat(masks), solver=self.name)
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """Start from the dense row; see `Solver.run`."""
+        tile = max(1, limits.bytes(_TILE_BYTES) // (_ARRAYS * 8 * problem.n))
+        masks = []
+        for first in range(0, problem.rows, tile):
+            masks.append(_eliminate(problem.take(slice(first, first + tile)), limits))
+            limits.report(min(first + tile, problem.rows), problem.rows)
+        return Solution.of(problem, torch.cat(masks))
 
 
-def _eliminate(problem: LayerProblem) -> Tensor:
+def _eliminate(problem: LayerProblem, limits: Limits) -> Tensor:
     weight = problem.weight.double()
     gram = problem.gram.double()
     rows, n, group = problem.rows, problem.n, problem.group_size
@@ -47,6 +55,8 @@ def _eliminate(problem: LayerProblem) -> Tensor:
     left = torch.full((rows, n // group), problem.pruned_per_group, device=weight.device)
     index = torch.arange(rows, device=weight.device)
     for _ in range(problem.pruned_per_group * (n // group)):
+        if limits.expired:
+            return _finish(problem, kept)
         allowed = kept & (left > 0).repeat_interleave(group, dim=1)
         cost = torch.where(allowed, 2 * weight * c + own_cost, torch.inf)
         chosen = cost.argmin(1)
@@ -54,3 +64,8 @@ def _eliminate(problem: LayerProblem) -> Tensor:
         left[index, chosen // group] -= 1
         c += weight[index, chosen, None] * gram[chosen]
     return kept
+
+
+def _finish(problem: LayerProblem, kept: Tensor) -> Tensor:
+    """What is pruned stays pruned; the rest by Wanda's score."""
+    return keep_highest(problem, torch.where(kept, wanda_scores(problem), -1.0))

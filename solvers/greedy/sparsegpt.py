@@ -9,39 +9,45 @@ quota in each block, and the quotas add up to the pattern's count.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.errors import OptionError
+from maskopt.fields import option
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
-from maskopt.solver import Capabilities
+from maskopt.solver import Capabilities, Solver
 
 #: columns between two lazy updates of everything to the right
 BLOCK = 128
 
 
-class SparseGPTSolver:
-    """Depends on the order of the columns, as the original does; needs a few n × n float64 matrices."""
+@dataclass(frozen=True)
+class SparseGPT(Solver):
+    """Depends on the order of the columns, as the original does; needs a few n × n float64 matrices.
 
-    name = "sparsegpt"
-    capabilities = Capabilities(note="the mask of SparseGPT, equal counts per row")
-    default_warm_start: str | None = None
+    When the time limit comes, the columns that are left are ranked without further compensation.
+    """
 
-    def unavailable(self) -> str | None:
-        return None
+    name: ClassVar[str] = "sparsegpt"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        note="the mask of SparseGPT, equal counts per row"
+    )
 
-    def solve(
-        self, problem: LayerProblem, *, warm_start: Tensor | None = None, damping: float = 0.01
-    ) -> Solution:
-        """`damping` is λ as a part of G's mean diagonal, 1% in the paper. No start is used."""
-        if not damping > 0:
-            raise OptionError(f"sparsegpt: damping must be positive, not {damping}")
-        return Solution.of(problem, _mask(problem, damping), solver=self.name)
+    damping: float = option(
+        0.01, "λ, 1% in the paper", unit="part of G's mean diagonal", least=1e-12
+    )
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """Walk over the columns once; see `Solver.run`."""
+        return Solution.of(problem, _mask(problem, self.damping, limits))
 
 
-def _mask(problem: LayerProblem, damping: float) -> Tensor:
+def _mask(problem: LayerProblem, damping: float, limits: Limits) -> Tensor:
     weight = problem.weight.to(problem.gram.dtype).clone()
     factor = _inverse_factor(problem.gram, damping).to(weight.dtype)
     weight[:, problem.gram.diagonal() <= 0] = 0  # an input that is always zero: nothing to lose
@@ -53,6 +59,7 @@ def _mask(problem: LayerProblem, damping: float) -> Tensor:
         last = min(first + width, problem.n)
         block, corner = weight[:, first:last], factor[first:last, first:last]
         error = torch.zeros_like(block)
+        compensate = not limits.expired
         for j in range(last - first):
             if grouped and j % problem.group_size == 0:
                 part = slice(j, j + problem.group_size)
@@ -67,9 +74,12 @@ def _mask(problem: LayerProblem, damping: float) -> Tensor:
                 score = (block[:, part] / corner.diagonal()[part]).square()
                 order = score.argsort(dim=1, stable=True)[:, :count]
                 kept[:, first:last][:, part].scatter_(1, order, False)
+            if not compensate:
+                continue
             error[:, j] = torch.where(kept[:, first + j], 0.0, block[:, j] / corner[j, j])
             block[:, j:] -= error[:, j, None] * corner[j, j:]
-        weight[:, last:] -= error @ factor[first:last, last:]
+        if compensate:
+            weight[:, last:] -= error @ factor[first:last, last:]
     return kept
 
 

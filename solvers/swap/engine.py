@@ -64,7 +64,7 @@ class Kernel(Protocol):
 
 
 @dataclass
-class Record:
+class Outcome:
     """What happened to the rows of a batch."""
 
     proven: Bool[Tensor, " rows"]
@@ -81,7 +81,7 @@ def refine(
     max_swaps: int | None = None,
     deadline: float = float("inf"),
     progress: Callable[[int], None] | None = None,
-) -> Record:
+) -> Outcome:
     """Swap every row of the batch to a proven 1-swap optimum, in place.
 
     A row stops early after max_swaps swaps, all rows at the deadline (time.monotonic). At the end c
@@ -90,7 +90,7 @@ def refine(
     most = 2**62 if max_swaps is None else max_swaps
     active = torch.arange(batch.rows, device=batch.x.device)
     proven = torch.zeros(batch.rows, dtype=torch.bool, device=batch.x.device)
-    record = Record(proven=proven, scans=torch.zeros_like(batch.swaps))
+    outcome = Outcome(proven=proven, scans=torch.zeros_like(batch.swaps))
     hurried = deadline < float("inf") or progress is not None
 
     def parts(rows: Tensor) -> list[Tensor]:
@@ -99,7 +99,7 @@ def refine(
     for rows in parts(active):
         kernel.refresh(batch, rows)
     fresh = batch.swaps.clone()  # swaps at which c was last computed from scratch
-    record.objectives.append(batch.objective * batch.scale)
+    outcome.objectives.append(batch.objective * batch.scale)
     while len(active):
         left: list[Tensor] = []
         for rows in parts(active):
@@ -115,18 +115,18 @@ def refine(
             if not len(rows):
                 continue
             improving = kernel.price(batch, rows)
-            record.scans[rows] += 1
+            outcome.scans[rows] += 1
             proven[rows[~improving]] = True
             left.append(rows[improving])
             if progress is not None:
                 progress(int(proven.sum()))
-        record.objectives.append(batch.objective * batch.scale)
+        outcome.objectives.append(batch.objective * batch.scale)
         active = torch.cat(left) if left else active[:0]
     for rows in parts((batch.swaps != fresh).nonzero()[:, 0]):
         kernel.refresh(batch, rows)  # what is reported is computed from the mask, not from updates
     if progress is not None:
         progress(batch.rows)
-    return record
+    return outcome
 
 
 def _drifted(batch: Batch, rows: Tensor, updates: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskopt.solvers.swap.batch import Batch
-from maskopt.solvers.swap.engine import Record
+from maskopt.solvers.swap.engine import Outcome
 
 #: bytes per pair that a scan holds at once: Δ, the gathered G, a temporary
 _PAIR_BYTES = 4
@@ -29,15 +29,15 @@ def refine_literally(
     deadline: float,
     memory: int,
     progress: Callable[[int], None],
-) -> Record:
-    """Swap every row to 1-swap optimality; the record says which rows are proven.
+) -> Outcome:
+    """Swap every row to 1-swap optimality; the outcome says which rows are proven.
 
     A row stops early at max_swaps, all rows at the deadline (time.monotonic). At the end the
     objectives are computed from the masks, in float64.
     """
     refresh(batch, torch.arange(batch.rows, device=batch.x.device), memory)
-    record = Record(proven=batch.swaps < 0, scans=batch.swaps.clone())
-    record.objectives.append(batch.objective * batch.scale)
+    outcome = Outcome(proven=batch.swaps < 0, scans=batch.swaps.clone())
+    outcome.objectives.append(batch.objective * batch.scale)
     proven = torch.zeros(batch.rows, dtype=torch.bool, device=batch.x.device)
     double = torch.full_like(proven, not batch.single)
     active = batch.swaps < (math.inf if max_swaps is None else max_swaps)
@@ -47,7 +47,7 @@ def refine_literally(
             if not len(rows):
                 continue
             kept, pruned, delta = best_swaps(batch, rows, exact, memory)
-            record.scans[rows] += 1
+            outcome.scans[rows] += 1
             improving = delta < -batch.threshold(rows)
             proven[rows[~improving]] = exact
             active[rows[~improving]] = not exact
@@ -55,10 +55,10 @@ def refine_literally(
             swap(batch, rows[improving], kept[improving], pruned[improving], delta[improving])
         active &= batch.swaps < (math.inf if max_swaps is None else max_swaps)
         progress(batch.rows - int(active.sum()))
-    record.proven = proven
-    record.objectives.append(batch.objective * batch.scale)
+    outcome.proven = proven
+    outcome.objectives.append(batch.objective * batch.scale)
     refresh(batch, torch.arange(batch.rows, device=batch.x.device), memory)
-    return record
+    return outcome
 
 
 def refresh(batch: Batch, rows: Tensor, memory: int) -> None:

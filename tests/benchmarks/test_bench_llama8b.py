@@ -135,7 +135,7 @@ class Totals:
 
 def refine_layer(problem: LayerProblem, totals: Totals) -> list[Status]:
     """Wanda's mask, then 1-swap to proven optima, both timed; adds to the totals."""
-    from maskopt.solvers.swap.triton.engine import TritonKernel
+    from maskopt.solvers.swap.triton.steps import TritonKernel
 
     device = problem.device
     on_gpu = device.type == "cuda"

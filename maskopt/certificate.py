@@ -1,0 +1,372 @@
+"""Certified lower bounds: what a certificate is, and how it is checked.
+
+For any λ ∈ Rⁿ, μ ∈ R per group, ν ∈ Rⁿ per group and multipliers τ ≥ 0 of inequalities c_t(p) ≥ 0
+that hold for all p ∈ {0,1}ⁿ, put
+
+    g(p) = pᵀQp + Σ_i λ_i(p_i² − p_i) + Σ_g μ_g(1_gᵀp − s)² + Σ_g (ν_gᵀp)(1_gᵀp − s) − Σ_t τ_t c_t(p).
+
+On every legal p all added terms but the last vanish, and the last is ≤ 0: g(p) ≤ f(p). Where the
+matrix A of g's quadratic form is positive semidefinite, g is convex, and for *any* point p̂
+
+    f(p) ≥ g(p) ≥ g(p̂) + min_v ∇g(p̂)ᵀ(v − p̂),       v over {0 ≤ v ≤ 1, 1_gᵀv = s}
+
+(the Frank–Wolfe bound; the minimum is a sort). So (λ, μ, ν, τ, p̂) is a certificate that anybody can
+check in float64, and however badly it was computed, it costs tightness and never validity.
+
+The check shares no code with the methods that make certificates. A ⪰ 0 is settled by a Cholesky
+factorisation with an explicit margin: if it runs to completion in floating point, then
+λ_min(A) ≥ −c with c = γ/(1−γ)·tr A, γ = (n+2)u (Rump, *Verification of positive definiteness*,
+BIT 46, 2006). Whatever is missing to A ⪰ 0 is added to λ, which costs θ·Σ p̂(1 − p̂).
+
+The cuts are triangle inequalities on z = 2p − 1 (with z_0 = 1 as index −1): for signs with product
++1, a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskopt.errors import ProblemError, VerificationError
+from maskopt.files import read_arrays, write_arrays
+from maskopt.problem import LayerProblem, RowProblem
+
+#: unit roundoff of float64
+_U = 2.0**-53
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Triangle inequalities of one row: a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0.
+
+    Attributes:
+        index: int64 [m, 3], distinct inputs of a row, −1 meaning z_0 = 1.
+        sign: int8 [m, 2], the signs a and b, each ±1.
+        multiplier: float64 [m], τ ≥ 0.
+    """
+
+    index: Tensor
+    sign: Tensor
+    multiplier: Tensor
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What proves the lower bounds of a layer's rows.
+
+    Attributes:
+        diagonal: float64 [rows, n], λ.
+        penalty: float64 [rows, groups], μ.
+        point: float64 [rows, n], p̂; any point is valid.
+        product: float64 [rows, groups, n], ν, or None.
+        cuts: one `Cuts` a row, or None.
+    """
+
+    diagonal: Float[Tensor, "rows n"]
+    penalty: Float[Tensor, "rows groups"]
+    point: Float[Tensor, "rows n"]
+    product: Float[Tensor, "rows groups n"] | None = None
+    cuts: Sequence[Cuts | None] | None = None
+
+    def check(self, problem: LayerProblem | RowProblem) -> Float[Tensor, " rows"]:
+        """The lower bound of every row that this certificate proves, float64, at least 0.
+
+        Raises:
+            VerificationError: shapes that do not fit, values that are not finite, τ < 0, or an
+                index or a sign that makes no triangle inequality.
+        """
+        layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+        self._check_shapes(layer)
+        shared = _shared_slack(self, layer)
+        gram = layer.gram.double()
+        values = [_check_row(self, layer, gram, row, shared) for row in range(layer.rows)]
+        value = torch.stack(values)
+        # sums beyond float64 prove nothing
+        return torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
+
+    def take(self, rows: Sequence[int]) -> Certificate:
+        """The certificate of some rows only."""
+        index = torch.as_tensor(list(rows), device=self.diagonal.device)
+        return Certificate(
+            self.diagonal[index],
+            self.penalty[index],
+            self.point[index],
+            None if self.product is None else self.product[index],
+            None if self.cuts is None else [self.cuts[i] for i in rows],
+        )
+
+    @classmethod
+    def box(cls, problem: LayerProblem, point: Float[Tensor, "rows n"]) -> Certificate:
+        """λ = μ = ν = 0 at a point: what the convex relaxation of Q itself proves."""
+        groups = problem.n // problem.group_size
+        none = torch.zeros(1, 1, dtype=torch.float64, device=point.device)
+        shape = (problem.rows, problem.n), (problem.rows, groups)
+        return cls(none.expand(shape[0]), none.expand(shape[1]), point.double())
+
+    @classmethod
+    def choose(cls, other: Tensor, first: Certificate, second: Certificate) -> Certificate:
+        """Row by row: the second where `other` (bool [rows]) holds, else the first."""
+        rows = [(second if o else first).take([i]) for i, o in enumerate(other.tolist())]
+        return cls.stack(rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz (atomically; no pickle inside)."""
+        write_arrays(path, "certificate", {}, certificate_arrays(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Certificate:
+        """Read what `save` wrote. What it proves is computed by `check`, not read.
+
+        Raises:
+            ProblemError: no such file, or not a certificate.
+        """
+        _, arrays = read_arrays(path, "certificate")
+        return certificate_from(arrays, str(path))
+
+    @classmethod
+    def stack(cls, parts: Sequence[Certificate]) -> Certificate:
+        """The certificates of consecutive rows as one."""
+        parts = list(parts)
+        if any(part.product is not None for part in parts):
+            parts = [part._with_product() for part in parts]
+        products = [part.product for part in parts if part.product is not None]
+        cuts: list[Cuts | None] = []
+        for part in parts:
+            cuts += part.cuts if part.cuts is not None else [None] * len(part.diagonal)
+        return cls(
+            torch.cat([part.diagonal for part in parts]),
+            torch.cat([part.penalty for part in parts]),
+            torch.cat([part.point for part in parts]),
+            torch.cat(products) if products else None,
+            cuts if any(c is not None for c in cuts) else None,
+        )
+
+    def _with_product(self) -> Certificate:
+        """The same with ν = 0 spelled out."""
+        if self.product is not None:
+            return self
+        rows, n = self.diagonal.shape
+        zeros = self.diagonal.new_zeros(rows, self.penalty.shape[1], n)
+        return Certificate(self.diagonal, self.penalty, self.point, zeros, self.cuts)
+
+    def _check_shapes(self, layer: LayerProblem) -> None:
+        rows, n, groups = layer.rows, layer.n, layer.n // layer.group_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "diagonal": (rows, n),
+            "penalty": (rows, groups),
+            "point": (rows, n),
+        }
+        if self.product is not None:
+            shapes["product"] = (rows, groups, n)
+        for what, shape in shapes.items():
+            tensor = getattr(self, what)
+            if tensor.shape != shape or tensor.dtype != torch.float64:
+                raise VerificationError(
+                    f"certificate: {what} must be float64 {list(shape)}, "
+                    f"not {tensor.dtype} {list(tensor.shape)}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise VerificationError(f"certificate: {what} holds NaN or infinite values")
+        if self.cuts is None:
+            return
+        if len(self.cuts) != rows:
+            raise VerificationError(f"certificate: {len(self.cuts)} cut lists for {rows} rows")
+        for row, cuts in enumerate(self.cuts):
+            if cuts is not None:
+                _check_cuts(cuts, n, row)
+
+
+def _check_cuts(cuts: Cuts, n: int, row: int) -> None:
+    m = len(cuts.multiplier)
+    index, sign, tau = cuts.index, cuts.sign, cuts.multiplier
+    if index.shape != (m, 3) or sign.shape != (m, 2) or tau.dtype != torch.float64:
+        raise VerificationError(f"certificate: the cuts of row {row} have the wrong shape or type")
+    if m == 0:
+        return
+    if index.is_floating_point() or int(index.min()) < -1 or int(index.max()) >= n:
+        raise VerificationError(f"certificate: a cut of row {row} names an input outside the row")
+    i, j, k = index.long().T
+    if bool(((i == j) | (i == k) | (j == k)).any()):
+        raise VerificationError(f"certificate: a cut of row {row} names an input twice")
+    if not bool((sign.long().abs() == 1).all()):
+        raise VerificationError(f"certificate: a cut of row {row} has a sign that is not ±1")
+    if not bool((torch.isfinite(tau) & (tau >= 0)).all()):
+        raise VerificationError(f"certificate: a cut of row {row} has a negative multiplier")
+
+
+def _check_row(
+    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: _Shared | None
+) -> Tensor:
+    w = layer.weight[row].double()
+    n, group = layer.n, layer.group_size
+    point = certificate.point[row].to(w)
+    diagonal = certificate.diagonal[row].to(w)
+    penalty = certificate.penalty[row].to(w)
+    pruned = float(layer.pruned_per_group)
+    product = None if certificate.product is None else certificate.product[row].to(w)
+    cuts = None if certificate.cuts is None else certificate.cuts[row]
+    gram_diagonal = gram.diagonal().clamp(min=0.0)
+    reach = w.abs() * gram_diagonal.sqrt()  # |Q_ij| ≤ reach_i·reach_j, up to G's own rounding
+
+    cut_matrix, cut_linear, cut_constant, cut_size = _cut_form(cuts, n, w)
+    # what is missing to A ⪰ 0, added to λ
+    if shared is not None:
+        slack = shared.slack * w.square()
+    else:
+        a = w[:, None] * gram * w[None, :]
+        parts = float(torch.linalg.matrix_norm(a))
+        a.diagonal().add_(diagonal)
+        blocks = a.view(n // group, group, n // group, group)
+        blocks.diagonal(dim1=0, dim2=2).add_(penalty)
+        parts += float(diagonal.norm()) + group * float(penalty.norm())
+        if product is not None:
+            half = product.T.repeat_interleave(group, dim=1) / 2
+            a += half + half.T
+            parts += 2 * float(half.norm())
+        if cut_matrix is not None:
+            a -= cut_matrix
+            parts += cut_size
+        slack = torch.full_like(w, _missing(a) + 8 * _U * parts)
+    lam = diagonal + slack
+
+    # g(p̂) and its gradient
+    qp = w * (gram @ (w * point))
+    excess = point.view(-1, group).sum(1) - pruned
+    spread = (penalty * excess).repeat_interleave(group)
+    value = point @ qp + lam @ (point.square() - point) + (penalty * excess.square()).sum()
+    gradient = 2 * qp + lam * (2 * point - 1) + 2 * spread
+    if product is not None:
+        inner = product @ point
+        value = value + inner @ excess
+        gradient = gradient + product.T @ excess + inner.repeat_interleave(group)
+    if cut_matrix is not None:
+        value = value - (point @ (cut_matrix @ point) + cut_linear @ point + cut_constant)
+        gradient = gradient - (2 * (cut_matrix @ point) + cut_linear)
+    least = gradient.view(-1, group).sort(dim=1).values[:, : int(pruned)].sum()
+    bound = value + least - gradient @ point
+
+    # rounding of everything above: no sum has more than 2n + 8 terms in a row
+    far = point.abs().clamp(min=1.0)
+    size = 4 * (reach @ far) ** 2 + 4 * (lam.abs() @ far.square())
+    size = size + 4 * float(penalty.abs().sum()) * (group * float(far.max()) + pruned) ** 2
+    if product is not None:
+        size = size + 4 * (product.abs() @ far).sum() * (group * float(far.max()) + pruned)
+    size = size + 16 * cut_size * n * float(far.max()) ** 2
+    return bound - (2 * n + 8) * _U * size
+
+
+def _cut_form(
+    cuts: Cuts | None, n: int, like: Tensor
+) -> tuple[Tensor | None, Tensor, float, float]:
+    """Σ τ c_t(p) as pᵀKp + kᵀp + κ, and a bound on the size of its terms."""
+    linear = torch.zeros(n, dtype=torch.float64, device=like.device)
+    if cuts is None or len(cuts.multiplier) == 0:
+        return None, linear, 0.0, 0.0
+    tau = cuts.multiplier.to(like)
+    index = cuts.index.to(like.device).long()
+    a, b = cuts.sign.to(like).T
+    matrix = torch.zeros(n, n, dtype=torch.float64, device=like.device)
+    constant = tau.sum()
+    for (left, right), sign in (((0, 1), a), ((0, 2), b), ((1, 2), a * b)):
+        weight = tau * sign
+        i, j = index[:, left], index[:, right]
+        both = (i >= 0) & (j >= 0)
+        # z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1
+        for x, y in ((i, j), (j, i)):
+            matrix.index_put_((x[both], y[both]), 2 * weight[both], accumulate=True)
+            linear.index_add_(0, x[both], -2 * weight[both])
+        constant = constant + weight[both].sum()
+        # z_0z_j = 2p_j − 1
+        alone = ~both
+        linear.index_add_(0, torch.maximum(i, j)[alone], 2 * weight[alone])
+        constant = constant - weight[alone].sum()
+    return matrix, linear, float(constant), 16 * float(tau.sum())
+
+
+def _missing(a: Tensor) -> float:
+    """θ ≥ 0 with A + θI ⪰ 0 for certain."""
+    n = len(a)
+    trace = float(a.diagonal().abs().sum())
+    gamma = (n + 2) * _U
+    rump = 2 * gamma / (1 - gamma) * trace + n * 1e-300
+    for factor in (2.0, 1e2, 1e4):
+        shift = factor * rump
+        shifted = a.clone()
+        shifted.diagonal().add_(shift)
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+            return shift + 2 * rump
+    # the residual of a computed symmetric eigenvalue is a small multiple of n·u·‖A‖
+    least = float(torch.linalg.eigvalsh(a)[0])
+    return max(0.0, -least) + 16 * n * _U * float(torch.linalg.matrix_norm(a)) + 2 * rump
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A ⪰ −slack·diag(w²) for every row at once, through one factorisation of G."""
+
+    slack: float
+
+
+def _shared_slack(certificate: Certificate, layer: LayerProblem) -> _Shared | None:
+    """Where μ ≥ 0, ν = 0 and there are no cuts, A ⪰ diag(w)(G + diag(d))diag(w) with d_i the least
+    λ_i/w_i² over the rows. One factorisation then serves all rows, if little is missing."""
+    if certificate.product is not None or certificate.cuts is not None or layer.rows < 2:
+        return None
+    if bool((certificate.penalty < 0).any()):
+        return None
+    square = layer.weight.double().square()
+    lam = certificate.diagonal.to(square)
+    if bool((lam[square == 0] < 0).any()):
+        return None
+    # no ratio may exceed the truth; inputs whose weights are all zero do not matter
+    ratio = torch.where(square > 0, lam / square.clamp(min=1e-300), torch.inf)
+    least = ratio.min(0).values.clamp(max=1e12 * float(layer.gram.diagonal().abs().max()) + 1.0)
+    g = layer.gram.double().clone()
+    g.diagonal().add_(least - 8 * _U * (least.abs() + g.diagonal().abs()))
+    scale = float(layer.gram.diagonal().double().abs().mean())
+    missing = _missing(g)
+    return _Shared(missing) if missing <= 1e-4 * scale else None
+
+
+def certificate_arrays(certificate: Certificate) -> dict[str, np.ndarray]:
+    """The arrays of a certificate, for an .npz; the cuts of all rows in one list."""
+    c = certificate
+    tensors: dict[str, Tensor] = {
+        "diagonal": c.diagonal,
+        "penalty": c.penalty,
+        "point": c.point,
+    }
+    if c.product is not None:
+        tensors["product"] = c.product
+    if c.cuts is not None:
+        given = [cuts for cuts in c.cuts if cuts is not None]
+        empty = [0 if cuts is None else len(cuts.multiplier) for cuts in c.cuts]
+        tensors["cut_count"] = torch.tensor(empty)
+        for name, width in (("index", 3), ("sign", 2), ("multiplier", 0)):
+            parts = [getattr(cuts, name) for cuts in given]
+            shape = (0, width) if width else (0,)
+            tensors[f"cut_{name}"] = torch.cat(parts) if parts else torch.zeros(shape)
+    return {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
+
+
+def certificate_from(arrays: dict[str, np.ndarray], path: str) -> Certificate:
+    """Inverse of `certificate_arrays`."""
+    found: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    try:
+        cuts: list[Cuts | None] | None = None
+        if "cut_count" in found:
+            counts = found["cut_count"].tolist()
+            parts = [found[f"cut_{name}"].split(counts) for name in ("index", "sign", "multiplier")]
+            cuts = [Cuts(*row) for row in zip(*parts, strict=True)]
+        return Certificate(
+            found["diagonal"], found["penalty"], found["point"], found.get("product"), cuts
+        )
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ProblemError(f"{path}: not a sound certificate ({error})") from None

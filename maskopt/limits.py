@@ -1,0 +1,166 @@
+"""What a solve may use, and whom it tells how far it is: one object for a start, the solver that it starts,
+and a bound."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from maskopt.errors import OptionError
+
+#: more threads than any machine has cores for only exhaust the system
+MOST_THREADS = 1024
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` rows are finished; inside that, `step_done` of `step_total` of a named step.
+
+    A step with `step_total` 0 is not counted.
+    """
+
+    done: int
+    total: int
+    step: str = ""
+    step_done: int = 0
+    step_total: int = 0
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one solve, start, search and bound together.
+
+    Attributes:
+        seconds: of wall-clock time; None: none. When it is over, a solver finishes the step of its
+            algorithm that it is in and answers with the best that it has.
+        memory: bytes beyond weight and G, or `"2GiB"`; None: what the solver takes by default. Aimed
+            at by the number of rows handled at a time.
+        threads: on the CPU; None: as many as torch uses. Results do not depend on it.
+        seed: of everything random.
+        on_progress: called with a `Progress`.
+        deadline: on the clock of `time.monotonic()`; set by `begin`, not by the caller.
+
+    Raises:
+        OptionError: a value outside its range.
+    """
+
+    seconds: float | None = None
+    memory: int | str | None = None
+    threads: int | None = None
+    seed: int = 0
+    on_progress: OnProgress | None = None
+    deadline: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and not (_is_number(self.seconds) and self.seconds >= 0):
+            raise OptionError(f"time_limit must be at least 0 seconds, not {self.seconds!r}")
+        if isinstance(self.memory, str):
+            object.__setattr__(self, "memory", parse_bytes(self.memory))
+        if self.memory is not None and (not _is_whole(self.memory) or self.memory <= 0):  # type: ignore[operator]
+            raise OptionError(
+                f"memory_limit must be a positive number of bytes, not {self.memory!r}"
+            )
+        if self.threads is not None:
+            check_threads(self.threads)
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            raise OptionError(f"seed must be a whole number from 0 to 2⁶³ − 1, not {self.seed!r}")
+
+    def begin(self) -> Limits:
+        """The same with the clock running. A clock that runs already is never set back."""
+        if self.seconds is None:
+            return self
+        return replace(self, deadline=min(self.deadline, time.monotonic() + self.seconds))
+
+    @property
+    def timed(self) -> bool:
+        return self.deadline < math.inf
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, at least 0; ∞ without one."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def share(self, part: float) -> Limits:
+        """The same with an earlier deadline, after `part` of what is left."""
+        if not self.timed:
+            return self
+        return replace(self, deadline=time.monotonic() + part * self.left)
+
+    def quiet(self) -> Limits:
+        """The same without a listener."""
+        return replace(self, on_progress=None)
+
+    def report(
+        self, done: int, total: int, step: str = "", step_done: int = 0, step_total: int = 0
+    ) -> None:
+        """Tell the listener, where there is one."""
+        if self.on_progress is not None:
+            self.on_progress(Progress(done, total, step, step_done, step_total))
+
+    def bytes(self, default: int) -> int:
+        """`memory`, or the default."""
+        return default if self.memory is None else int(self.memory)
+
+
+def check_threads(threads: int) -> None:
+    """Raise OptionError for a number of threads that no machine has."""
+    if not _is_whole(threads) or not 1 <= threads <= MOST_THREADS:
+        raise OptionError(
+            f"threads must be a whole number from 1 to {MOST_THREADS}, not {threads!r}"
+        )
+
+
+@contextmanager
+def torch_threads(threads: int | None) -> Iterator[int]:
+    """So many threads inside torch (None: as they are), and as before afterwards.
+
+    Compiled loops that share a threading runtime with torch can change torch's number; nothing that
+    is run in here leaves a trace of that.
+    """
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def parse_bytes(text: str) -> int:
+    """`8GiB`, `500MB`, `1.5g`, or a number of bytes.
+
+    Raises:
+        OptionError: anything else.
+    """
+    cleaned = text.strip().lower().removesuffix("b")
+    number = cleaned.rstrip("kmgti")
+    try:
+        value = float(number) * _UNITS[cleaned[len(number) :].strip()]
+    except (ValueError, KeyError):
+        value = math.nan
+    if not 0 <= value < 2**62:
+        raise OptionError(f"{text!r} is no amount of memory; write 8GiB or 500MB")
+    return int(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

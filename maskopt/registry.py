@@ -1,0 +1,100 @@
+"""Backends by name: what distributions register under an entry-point group, loaded when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from maskopt.errors import (
+    OptionError,
+    SolverError,
+    SolverUnavailableError,
+    UnknownSolverError,
+    near,
+)
+from maskopt.fields import build
+
+
+class Registry:
+    """The classes of one entry-point group.
+
+    Args:
+        group: of the entry points.
+        what: how messages call a member: `solver`, `bound`.
+        protocol: what an instance of a member must satisfy.
+    """
+
+    def __init__(self, group: str, what: str, protocol: type) -> None:
+        self.group, self.what, self.protocol = group, what, protocol
+
+    def names(self) -> list[str]:
+        return sorted(_points(self.group))
+
+    def find(self, name: str) -> type[Any]:
+        """The class of that name.
+
+        Raises:
+            UnknownSolverError: no such name (near names are given).
+            SolverUnavailableError: it cannot be imported, or is none of this kind.
+        """
+        points = _points(self.group)
+        if name not in points:
+            raise UnknownSolverError(f"unknown {self.what} {name!r}{near(name, points)}")
+        return self._load(points[name])
+
+    def make(self, member: Any, options: Mapping[str, Any]) -> Any:
+        """A member ready to run: by name with options, or a value as it is.
+
+        Raises:
+            UnknownSolverError, SolverUnavailableError: no such name, or it cannot run here.
+            OptionError: an option that it does not have, or a value that the option cannot take.
+        """
+        if isinstance(member, str):
+            member = build(self._available(self.find(member)), member, options, self.what)
+        elif not isinstance(member, self.protocol):
+            raise OptionError(f"{member!r} is no {self.what}; give a name or a value such as Swap()")
+        elif options:
+            first = next(iter(options))
+            raise OptionError(
+                f"{self.what} {member.name!r} is given as a value: {first!r} belongs among its fields"
+            )
+        return self._available(member)
+
+    def _available(self, member: Any) -> Any:
+        reason = member.unavailable()
+        if reason:
+            raise SolverUnavailableError(f"{self.what} {member.name!r} is unavailable: {reason}")
+        return member
+
+    def reasons(self) -> dict[str, tuple[type[Any] | None, str | None]]:
+        """Per name its class, and why it cannot run here or be loaded, or None."""
+        found: dict[str, tuple[type[Any] | None, str | None]] = {}
+        for name in self.names():
+            try:
+                kind = self.find(name)
+                found[name] = kind, kind.unavailable()
+            except SolverError as error:
+                found[name] = None, str(error)
+        return found
+
+    def _load(self, point: EntryPoint) -> type[Any]:
+        try:
+            kind = point.load()
+            sound = isinstance(kind(), self.protocol)
+        except Exception as error:  # a third party's backend may fail in any way
+            raise SolverUnavailableError(
+                f"{self.what} {point.name!r} ({point.value}) could not be loaded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not sound:
+            raise SolverUnavailableError(
+                f"{self.what} {point.name!r} ({point.value}) is not a {self.protocol.__name__}"
+            )
+        return kind  # type: ignore[no-any-return]
+
+
+@cache
+def _points(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}

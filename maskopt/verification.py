@@ -1,0 +1,234 @@
+"""Check everything that a solution claims, in float64, and say what each claim rests on.
+
+Nothing here is shared with any solver, nor with the way in which an objective was computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from maskopt.checks import PAIRS_AT_ONCE, improving_swap
+from maskopt.errors import MaskoptError, VerificationError
+from maskopt.problem import LayerProblem, RowProblem
+from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_TOLERANCE, Solution, Status
+
+#: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds
+ENUMERATION_LIMIT = 20_000
+#: relative difference at which a stated objective is wrong
+OBJECTIVE_TOLERANCE = 1e-9
+#: … or so much of Σⱼ wⱼ²Gⱼⱼ, the rounding of float64 sums
+ROUNDING = 1e-12
+CHECKED = "checked"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was verified. That the claims hold is certain; what they rest on differs from row to row.
+
+    Attributes:
+        basis: per row `checked` (all that the row claims was computed anew), or `taken on the word of
+            SCIP 10.0`: its lower bound, and so its OPTIMAL, is the backend's own.
+    """
+
+    basis: tuple[str, ...]
+
+    @property
+    def checked(self) -> bool:
+        """Whether nothing had to be taken on anyone's word."""
+        return all(basis == CHECKED for basis in self.basis)
+
+    def __str__(self) -> str:
+        counts = {basis: self.basis.count(basis) for basis in sorted(set(self.basis))}
+        return ", ".join(f"{count} rows {basis}" for basis, count in counts.items())
+
+
+def verify(
+    problem: LayerProblem | RowProblem,
+    solution: Solution,
+    *,
+    require: Literal["claims", "checked"] = "claims",
+) -> Verification:
+    """Check everything that a solution claims, in float64.
+
+    The mask's pattern, the objective, bound ≤ objective, a certificate where there is one,
+    SWAP_OPTIMAL by a scan over all swaps, OPTIMAL by a closed gap; and where a row has at most
+    ENUMERATION_LIMIT masks, OPTIMAL and the lower bound by enumeration. A positive lower bound needs
+    a certificate, an enumeration, or an exact backend that vouches for it (`Solution.vouched`).
+
+    Args:
+        require: `checked` refuses rows that rest on the word of a backend.
+
+    Raises:
+        VerificationError: with the reason and the row.
+    """
+    if require not in ("claims", CHECKED):
+        raise VerificationError(f"require must be 'claims' or 'checked', not {require!r}")
+    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    mask = _legal_mask(layer, solution)
+    mass = layer.diagonal_mass()
+    _verify_objective(layer, mask, solution, mass)
+    _verify_bound(layer, solution, mass)
+    proven = _proven(layer, solution)
+    basis = []
+    for index, status in enumerate(solution.status):
+        _verify_status(layer, mask, solution, index, Status(status))
+        enumerated = _verify_by_enumeration(
+            layer, solution, index, Status(status), float(mass[index])
+        )
+        bound = float(solution.lower_bound[index])
+        slack = OBJECTIVE_TOLERANCE * float(proven[index]) + ROUNDING * float(mass[index])
+        if bound <= float(proven[index]) + slack:
+            basis.append(CHECKED)
+        else:
+            word = _voucher(solution, index, float(proven[index]))
+            basis.append(CHECKED if enumerated else _on_the_word(word, index, require))
+    return Verification(tuple(basis))
+
+
+def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
+    try:
+        mask = layer.check_mask(solution.mask)
+    except MaskoptError as error:
+        raise VerificationError(f"pattern: {error}") from None
+    for what in ("objective", "lower_bound"):
+        value = getattr(solution, what)
+        if value.shape != (layer.rows,) or value.dtype != torch.float64:
+            raise VerificationError(
+                f"{what} must be float64 [{layer.rows}], not {value.dtype} {list(value.shape)}"
+            )
+    if len(solution.status) != layer.rows:
+        raise VerificationError(f"{len(solution.status)} statuses for {layer.rows} rows")
+    if solution.vouched and len(solution.vouched) != layer.rows:
+        raise VerificationError(f"vouched: {len(solution.vouched)} words for {layer.rows} rows")
+    return mask
+
+
+def _proven(layer: LayerProblem, solution: Solution) -> Tensor:
+    """What the certificate proves of every row, by its own check; 0 without one."""
+    if solution.certificate is None:
+        return torch.zeros(layer.rows, dtype=torch.float64)
+    return solution.certificate.check(layer).cpu()
+
+
+def _voucher(solution: Solution, row: int, proven: float) -> str:
+    """Who vouches for a bound that no certificate proves."""
+    word = solution.vouched[row] if solution.vouched else ""
+    if word:
+        return word
+    bound = f"lower bound: row {row} states {float(solution.lower_bound[row]):.12g}"
+    if solution.certificate is not None:
+        raise VerificationError(f"{bound}, its certificate proves {proven:.12g}")
+    raise VerificationError(
+        f"{bound}, positive without a certificate, and no exact backend vouches for it"
+    )
+
+
+def _on_the_word(word: str, row: int, require: str) -> str:
+    if require == CHECKED:
+        raise VerificationError(
+            f"lower bound: row {row} rests on the word of {word}; only what can be checked is allowed"
+        )
+    return f"taken on the word of {word}"
+
+
+def _first(bad: Tensor) -> int | None:
+    rows = bad.nonzero()
+    return int(rows[0]) if len(rows) else None
+
+
+def _verify_objective(layer: LayerProblem, mask: Tensor, solution: Solution, mass: Tensor) -> None:
+    true = torch.stack([_objective(layer, mask, row) for row in range(layer.rows)])
+    stated = solution.objective.to(true)
+    slack = OBJECTIVE_TOLERANCE * true + ROUNDING * mass
+    row = _first(~((stated - true).abs() <= slack))
+    if row is not None:
+        raise VerificationError(
+            f"objective: row {row} states {float(stated[row]):.12g}, the mask costs "
+            f"{float(true[row]):.12g}"
+        )
+
+
+def _objective(layer: LayerProblem, mask: Tensor, row: int) -> Tensor:
+    """f of one row through the pruned columns only: another way than LayerProblem.objective."""
+    pruned = (~mask[row]).nonzero()[:, 0]
+    w = layer.weight[row, pruned].double()
+    step = max(1, PAIRS_AT_ONCE // max(1, len(pruned)))
+    total = torch.zeros((), dtype=torch.float64, device=layer.device)
+    for part, weight in zip(pruned.split(step), w.split(step), strict=True):
+        total += weight @ (layer.gram[part][:, pruned].double() @ w)
+    return total.clamp(min=0.0)
+
+
+def _verify_bound(layer: LayerProblem, solution: Solution, mass: Tensor) -> None:
+    bound, objective = solution.lower_bound, solution.objective
+    row = _first(~torch.isfinite(bound) | (bound < 0))
+    if row is not None:
+        raise VerificationError(f"lower bound: row {row} states {float(bound[row])}; f ≥ 0 always")
+    row = _first(bound > objective + ROUNDING * mass.to(objective))
+    if row is not None:
+        raise VerificationError(
+            f"lower bound: row {row} states {float(bound[row]):.12g}, above the objective "
+            f"{float(objective[row]):.12g}"
+        )
+
+
+def _verify_status(
+    layer: LayerProblem, mask: Tensor, solution: Solution, index: int, status: Status
+) -> None:
+    row = layer.row(index)
+    if status is Status.SWAP_OPTIMAL or status is Status.OPTIMAL:
+        # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
+        swap = improving_swap(row, mask[index], tolerance=SWAP_TOLERANCE)
+        if swap is not None:
+            raise VerificationError(
+                f"status: row {index} claims {status}, yet keeping input {swap.pruned} instead of "
+                f"{swap.kept} changes the objective by {swap.delta:.6g}"
+            )
+    if status is Status.OPTIMAL:
+        objective, bound = float(solution.objective[index]), float(solution.lower_bound[index])
+        floor = ROUNDING * float(layer.take([index]).diagonal_mass())
+        if objective - bound > OPTIMAL_TOLERANCE * objective + floor:
+            raise VerificationError(
+                f"status: row {index} claims {status} without proof: objective {objective:.9g}, "
+                f"lower bound {bound:.9g}"
+            )
+
+
+def _verify_by_enumeration(
+    layer: LayerProblem, solution: Solution, index: int, status: Status, mass: float
+) -> bool:
+    """Whether the row was small enough to be enumerated."""
+    group, pruned = layer.group_size, layer.pruned_per_group
+    count = math.comb(group, pruned) ** (layer.n // group)
+    if count > ENUMERATION_LIMIT:
+        return False
+    choices = [
+        [
+            tuple(first + i for i in chosen)
+            for chosen in itertools.combinations(range(group), pruned)
+        ]
+        for first in range(0, layer.n, group)
+    ]
+    sets = [sum(parts, ()) for parts in itertools.product(*choices)]
+    p = torch.zeros(count, layer.n, dtype=torch.float64)
+    if sets[0]:
+        p.scatter_(1, torch.tensor(sets), 1.0)
+    q = layer.row(index).q().cpu()
+    optimum = float(((p @ q) * p).sum(1).min())
+    slack = OPTIMAL_TOLERANCE * abs(optimum) + ROUNDING * mass
+    if float(solution.lower_bound[index]) > optimum + slack:
+        raise VerificationError(
+            f"lower bound: row {index} states {float(solution.lower_bound[index]):.12g}, but a mask "
+            f"of objective {optimum:.12g} exists"
+        )
+    if status is Status.OPTIMAL and float(solution.objective[index]) > optimum + slack:
+        raise VerificationError(
+            f"status: row {index} claims {status}, but a mask of objective {optimum:.12g} exists"
+        )
+    return True
