@@ -2,88 +2,83 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.bounds import Certificate
-from maskopt.errors import OptionError
+from maskopt.bounds import BoundMethod
+from maskopt.certificate import Certificate
+from maskopt.fields import option
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.relaxation import relax
+from maskopt.trace import BoundTrace
 
 
-class BoxBound:
+@dataclass(frozen=True)
+class BoxBound(BoundMethod):
     """λ = μ = ν = 0: A = Q. Batched over all rows of a layer, on any device."""
 
-    name = "box"
-    largest_n: int | None = None
-    note = "continuous relaxation; a whole layer in seconds"
+    name: ClassVar[str] = "box"
+    largest_n: ClassVar[int | None] = None
+    note: ClassVar[str] = "continuous relaxation; a whole layer in seconds"
 
-    def unavailable(self) -> str | None:
-        return None
+    steps: int = option(200, "steps at most; more tighten towards the relaxation", least=1)
 
-    def certify(
-        self, problem: LayerProblem, *, steps: int = 200, time_limit: float | None = None
-    ) -> tuple[Certificate, dict[str, Any]]:
-        """`steps` of accelerated projected gradient; more steps tighten towards the relaxation."""
-        x = relax(problem, steps=check_steps(steps), deadline=deadline(time_limit))
-        return plain_certificate(problem, torch.zeros_like(x), x), {"steps": steps}
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
+        """See `BoundMethod.certify`."""
+        x = relax(problem, steps=self.steps, limits=limits)
+        return Certificate.box(problem, x), BoundTrace(relaxed=x)
 
 
-class ShiftBound:
+@dataclass(frozen=True)
+class ShiftBound(BoundMethod):
     """λ = −d⊙w² with G − diag(d) ⪰ 0 and Σ c_i d_i as large as a projected ascent makes it.
 
     `kind="uniform"` takes d = λ_min(G)·1. The weights c_i are the mean over the rows of
     w_i²x_i(1 − x_i) at the box relaxation: what a unit of d_i buys.
     """
 
-    name = "shift"
-    largest_n: int | None = None
-    note = "box after the best diagonal shift of G, one for all rows"
+    name: ClassVar[str] = "shift"
+    largest_n: ClassVar[int | None] = None
+    note: ClassVar[str] = "box after the best diagonal shift of G, one for all rows"
 
-    def unavailable(self) -> str | None:
-        return None
+    kind: str = option("diagonal", "of the shift", choices=("diagonal", "uniform"))
+    steps: int = option(200, "steps of each relaxation at most", least=1)
 
-    def certify(
-        self,
-        problem: LayerProblem,
-        *,
-        kind: str = "diagonal",
-        steps: int = 200,
-        time_limit: float | None = None,
-    ) -> tuple[Certificate, dict[str, Any]]:
-        if kind not in ("diagonal", "uniform"):
-            raise OptionError(f"shift: kind must be diagonal or uniform, not {kind!r}")
-        end = deadline(time_limit)
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
+        """See `BoundMethod.certify`."""
         gram = problem.gram.double()
-        if kind == "uniform":
+        if self.kind == "uniform":
             d = torch.full_like(gram.diagonal(), float(torch.linalg.eigvalsh(gram)[0]))
         else:
-            x = relax(problem, steps=max(1, check_steps(steps) // 4), deadline=end)
+            x = relax(problem, steps=max(1, self.steps // 4), limits=limits)
             w = problem.weight.double()
             mass = (w.square() @ gram.diagonal()).clamp(min=1e-300)
             worth = ((x * (1 - x)) * w.square() / mass[:, None]).mean(0)
             d = diagonal_shift(gram, worth)
         d = d.clamp(min=0.0)
-        shifted = relax(problem, -d, steps=steps, deadline=end)
-        plain = relax(problem, steps=steps, deadline=end)
+        shifted = relax(problem, -d, steps=self.steps, limits=limits)
+        plain = relax(problem, steps=self.steps, limits=limits)
         square = problem.weight.double().square()
         choices = [
-            plain_certificate(problem, -d * square, shifted),
-            plain_certificate(problem, torch.zeros_like(plain), plain),
+            shifted_certificate(problem, -d * square, shifted),
+            Certificate.box(problem, plain),
         ]
         # one shift serves all rows on average; a row that it does not serve keeps the plain bound
         first = choices[0].check(problem) >= choices[1].check(problem)
         diagonal = torch.where(first[:, None], choices[0].diagonal, choices[1].diagonal)
         point = torch.where(first[:, None], shifted, plain)
-        trace = {"shift": d, "shifted_rows": int(first.sum())}
-        return plain_certificate(problem, diagonal, point), trace
+        words = tuple("yes" if used else "no" for used in first.tolist())
+        return (
+            shifted_certificate(problem, diagonal, point),
+            BoundTrace(shifted=words, relaxed=point),
+        )
 
 
-def plain_certificate(problem: LayerProblem, diagonal: Tensor, point: Tensor) -> Certificate:
+def shifted_certificate(problem: LayerProblem, diagonal: Tensor, point: Tensor) -> Certificate:
     groups = problem.n // problem.group_size
     penalty = torch.zeros(problem.rows, groups, dtype=torch.float64, device=problem.device)
     return Certificate(diagonal, penalty, point)
@@ -125,17 +120,3 @@ def diagonal_shift(gram: Tensor, worth: Tensor, rounds: int = 12) -> Tensor:
         if kappa * n < 1e-4 * float((c * d).sum()):
             break
     return ((d - ridge) * scale).clamp(min=0.0)
-
-
-def check_steps(steps: int) -> int:
-    if steps < 1:
-        raise OptionError(f"steps must be at least 1, not {steps}")
-    return steps
-
-
-def deadline(time_limit: float | None) -> float | None:
-    if time_limit is None:
-        return None
-    if not (time_limit >= 0 and np.isfinite(time_limit)):
-        raise OptionError(f"time_limit must be at least 0 seconds, not {time_limit}")
-    return time.perf_counter() + time_limit

@@ -7,50 +7,45 @@ What SCS prints is no bound; its y goes through the same correction and the same
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from maskopt.bounds import Certificate
-from maskopt.errors import OptionError
+from maskopt.bounds import BoundMethod
+from maskopt.certificate import Certificate
+from maskopt.fields import option
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.box import deadline
-from maskopt.solvers.convex.mixing import scales_of
 from maskopt.solvers.bounds.sdp import certify_row, penalty_of
+from maskopt.solvers.convex.mixing import scales_of
+from maskopt.trace import BoundTrace
 
 
-class ConicBound:
-    """SCS (O'Donoghue et al. 2016) on one row after the other."""
+@dataclass(frozen=True)
+class ConicBound(BoundMethod):
+    """SCS (O'Donoghue et al. 2016) on one row after the other; whatever it has at the end is certified."""
 
-    name = "sdp-conic"
-    largest_n: int | None = 200
-    note = "the same relaxation by SCS; a cross-check"
+    name: ClassVar[str] = "sdp-conic"
+    largest_n: ClassVar[int | None] = 200
+    note: ClassVar[str] = "the same relaxation by SCS; a cross-check"
 
-    def unavailable(self) -> str | None:
+    tolerance: float = option(1e-6, "of SCS, absolute and relative", least=1e-15, below=1)
+    penalty: float | None = option(
+        None, "ρ of a row in the scale of `sdp`; None: that of `sdp`", least=1e-12
+    )
+    max_iterations: int = option(20_000, "of SCS", unit="iterations a row", least=1)
+
+    @classmethod
+    def unavailable(cls) -> str | None:
         if importlib.util.find_spec("scs") is None:
             return "the package scs is not installed; pip install scs"
         return None
 
-    def certify(
-        self,
-        problem: LayerProblem,
-        *,
-        tolerance: float = 1e-6,
-        penalty: float | None = None,
-        max_iterations: int = 20_000,
-        time_limit: float | None = None,
-    ) -> tuple[Certificate, dict[str, Any]]:
-        """Args:
-        tolerance: of SCS, absolute and relative.
-        penalty: ρ of a row in the scale of `sdp`; None: that of `sdp`.
-        max_iterations: of SCS; whatever it has by then is certified.
-        time_limit: seconds for all rows.
-        """
-        penalty = penalty_of(problem.group_size) if penalty is None else penalty
-        if not 0 < tolerance < 1 or not penalty > 0 or max_iterations < 1:
-            raise OptionError("sdp-conic: tolerance in (0, 1), penalty > 0, max_iterations ≥ 1")
-        deadline(time_limit)  # checks the value
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
+        """See `BoundMethod.certify`."""
+        penalty = penalty_of(problem.group_size) if self.penalty is None else self.penalty
         n, group, pruned = problem.n, problem.group_size, problem.pruned_per_group
         scales = scales_of(problem).tolist()
         lam, mu, point = [], [], []
@@ -58,9 +53,9 @@ class ConicBound:
         for row in range(problem.rows):
             q = problem.row(row).q().cpu().numpy()
             scale = scales[row]
-            share = None if time_limit is None else max(time_limit / problem.rows, 1e-3)
+            share = max(limits.left / (problem.rows - row), 1e-3) if limits.timed else None
             y, inner, value = _scs(
-                q * scale, group, pruned, penalty, tolerance, max_iterations, share
+                q * scale, group, pruned, penalty, self.tolerance, self.max_iterations, share
             )
             row_lam, row_point, _, _ = certify_row(q * scale, group, pruned, y, inner, penalty)
             lam.append(row_lam / scale)
@@ -69,7 +64,8 @@ class ConicBound:
             printed.append(value / scale)
         like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
         parts = [torch.as_tensor(np.stack(x), **like) for x in (lam, mu, point)]
-        return Certificate(parts[0], parts[1], parts[2]), {"printed": printed}
+        trace = BoundTrace(printed=torch.tensor(printed, dtype=torch.float64))
+        return Certificate(parts[0], parts[1], parts[2]), trace
 
 
 def _scs(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.bounds import Certificate, Cuts
+from maskopt.certificate import Certificate, Cuts
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.cuts_kernel import collect, damp, histogram
 from maskopt.solvers.convex.mixing import Extra, Mixing
@@ -105,22 +105,19 @@ def tighten(
     plain: Certificate,
     rank: int,
     rounds: int,
-    *,
-    seed: int = 0,
-    end: float | None = None,
-) -> tuple[Certificate, dict[str, Any]]:
+    limits: Limits,
+) -> tuple[Certificate, Tensor, Tensor]:
     """The better of `plain` and a certificate with triangle cuts, for every row.
 
     Args:
         plain: a certificate without ν and cuts.
         rank: of the vectors.
         rounds: of separation.
-        end: of `time.perf_counter()`; what is reached by then is certified. Rows that were not
-            reached keep `plain`.
+        limits: what is reached by the deadline is certified; rows that were not reached keep `plain`.
 
     Returns:
-        The certificate, and for every row `cuts`, the triangles in it, and `cut_correction`, the
-        loss to the correction as part of the bound (NaN where `plain` is kept).
+        The certificate, and for every row the number of triangles in it, and the loss to the
+        correction as part of the bound (NaN where `plain` is kept).
     """
     tile = max(1, _TILE_ENTRIES // (problem.n + 1) ** 2)
     parts: list[Certificate] = []
@@ -130,8 +127,8 @@ def tighten(
         chosen = list(range(problem.rows))[first : first + tile]
         part, before = problem.take(chosen), plain.take(chosen)
         better, loss = torch.zeros(part.rows, dtype=torch.bool), [math.nan] * part.rows
-        if end is None or time.perf_counter() < end:
-            after, loss = cut_certificate(part, rank, rounds, seed=seed, end=end)
+        if not limits.expired:
+            after, loss = cut_certificate(part, rank, rounds, limits)
             better = (after.check(part) > before.check(part)).cpu()
             before = _either(better, after, before)
         parts.append(before)
@@ -139,7 +136,8 @@ def tighten(
             cuts = before.cuts[row] if before.cuts is not None else None
             count.append(0 if cuts is None else len(cuts.multiplier))
             correction.append(loss[row] if won else math.nan)
-    return Certificate.stack(parts), {"cuts": count, "cut_correction": correction}
+    lost = torch.tensor(correction, dtype=torch.float64)
+    return Certificate.stack(parts), torch.tensor(count), lost
 
 
 def _either(better: Tensor, after: Certificate, before: Certificate) -> Certificate:
@@ -157,17 +155,17 @@ def _either(better: Tensor, after: Certificate, before: Certificate) -> Certific
 
 
 def cut_certificate(
-    problem: LayerProblem, rank: int, rounds: int, *, seed: int = 0, end: float | None = None
+    problem: LayerProblem, rank: int, rounds: int, limits: Limits
 ) -> tuple[Certificate, list[float]]:
     """(λ, μ, τ, p̂) of all rows at once after `rounds` rounds, and the loss to the correction as part
     of the bound."""
     n = problem.n
-    state = Mixing(problem, rank, seed)
+    state = Mixing(problem, rank, limits.seed)
     rho = penalty_of(problem.group_size)
     state.sweep(_START, rho)
     multipliers = _Multipliers(state, [Pool.empty()] * problem.rows)
     for step in range(rounds + 1):
-        if step and end is not None and time.perf_counter() > end:
+        if step and limits.expired:
             break
         pools = [
             pool.join(*separate(_gram(state, row), _NEW * n)[:2], n)
@@ -175,7 +173,7 @@ def cut_certificate(
         ]
         multipliers = _Multipliers(state, pools)
         last = step == rounds
-        multipliers.run(*(_END if last else _ROUND), rho, _MEAN if last else 1, end)
+        multipliers.run(*(_END if last else _ROUND), rho, _MEAN if last else 1, limits)
     return multipliers.certify(problem, rho)
 
 
@@ -223,7 +221,7 @@ class _Multipliers:
         return pools
 
     def run(
-        self, updates: int, sweeps: int, follow: float, rho: float, mean: int, end: float | None
+        self, updates: int, sweeps: int, follow: float, rho: float, mean: int, limits: Limits
     ) -> None:
         """Move vectors and multipliers in turn; the mean is over the last `mean` updates."""
         extra = self.state.extra
@@ -245,7 +243,7 @@ class _Multipliers:
                 extra.value,
             )
             self.state.sweep(sweeps, rho)
-            late = end is not None and time.perf_counter() > end
+            late = limits.expired
             if update >= updates - mean or late:
                 used, y, count = (
                     used + self.used,

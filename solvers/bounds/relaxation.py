@@ -8,11 +8,10 @@ the rest. FISTA (Beck and Teboulle 2009) with the gradient restart of O'Donoghue
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.project import project
 
@@ -24,19 +23,19 @@ def relax(
     shift: Tensor | None = None,
     *,
     steps: int,
-    deadline: float | None = None,
+    limits: Limits,
 ) -> Tensor:
     """x [rows, n] in float64. `shift` [n] (≤ 0) is d; its cost moves to the linear term, p² = p."""
     tile = max(1, _TILE_BYTES // (40 * problem.n))
     parts = [
-        _relax(problem.take(slice(first, first + tile)), shift, steps, deadline)
+        _relax(problem.take(slice(first, first + tile)), shift, steps, limits)
         for first in range(0, problem.rows, tile)
     ]
     return torch.cat(parts)
 
 
 def _relax(
-    problem: LayerProblem, shift: Tensor | None, steps: int, deadline: float | None
+    problem: LayerProblem, shift: Tensor | None, steps: int, limits: Limits
 ) -> Tensor:
     rows, n, group, pruned = problem.rows, problem.n, problem.group_size, problem.pruned_per_group
     if pruned in (0, group):
@@ -72,7 +71,7 @@ def _relax(
         following = torch.where(wrong, 1.0, following)
         beta = torch.where(wrong, 0.0, (momentum - 1) / following)
         z, x, momentum = new + beta * (new - x), new, following
-        if deadline is not None and time.perf_counter() > deadline:
+        if limits.expired:
             break
     # a row whose scale does not fit float32 falls back on the middle of the polytope
     return torch.where(torch.isfinite(x), x, pruned / group).double()

@@ -16,22 +16,24 @@ convex form over the box and the sums (interior point), which only raises the bo
 from __future__ import annotations
 
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.linalg as la
 import torch
 from torch import Tensor
 
-from maskopt.bounds import Certificate
-from maskopt.errors import OptionError
+from maskopt.bounds import BoundMethod
+from maskopt.certificate import Certificate
+from maskopt.fields import option
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.box import deadline, plain_certificate
 from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.bounds.relaxation import relax
+from maskopt.trace import BoundTrace
 
 #: sweeps of the stages; a row leaves when its bound has settled
 _STAGES = (300, 300, 600, 1200, 2400)
@@ -41,48 +43,41 @@ _STAGES = (300, 300, 600, 1200, 2400)
 _TILE_ENTRIES = 2**27
 
 
-class SdpBound:
-    """Low-rank semidefinite bound with a λ_min certificate in float64."""
+@dataclass(frozen=True)
+class SdpBound(BoundMethod):
+    """Low-rank semidefinite bound with a λ_min certificate in float64.
 
-    name = "sdp"
-    largest_n: int | None = None
-    note = "low-rank semidefinite relaxation, any n"
+    Rows that the time limit leaves no time for get the certificate of the box relaxation. With cuts,
+    the plain bound has a third of the time.
+    """
 
-    def unavailable(self) -> str | None:
-        return None
+    name: ClassVar[str] = "sdp"
+    largest_n: ClassVar[int | None] = None
+    note: ClassVar[str] = "low-rank semidefinite relaxation, any n"
 
-    def certify(
-        self,
-        problem: LayerProblem,
-        *,
-        sweeps: int | None = None,
-        tolerance: float = 0.003,
-        rank: int | None = None,
-        cuts: int = 0,
-        time_limit: float | None = None,
-        seed: int = 0,
-    ) -> tuple[Certificate, dict[str, Any]]:
-        """Args:
-        sweeps: passes of coordinate descent; None: up to 4800, in stages, until the row's bound
-            rises by less than `tolerance` in a stage and loses less than that to its correction.
-        tolerance: relative to the bound.
-        rank: k; None: √(2n), to a multiple of 16.
-        cuts: rounds of separation of triangle inequalities, after the plain bound, which is kept
-            where it is higher; 0: none. Eight rounds take a multiple of the plain bound's time.
-        time_limit: seconds for all rows; what is reached by then is certified. Rows that were not
-            reached get the certificate of the box relaxation. With cuts, the plain bound has a third.
-        seed: of the starting vectors.
-        """
-        if sweeps is not None and sweeps < 1:
-            raise OptionError(f"sdp: sweeps must be at least 1, not {sweeps}")
-        if rank is not None and rank < 2:
-            raise OptionError(f"sdp: rank must be at least 2, not {rank}")
-        if cuts < 0:
-            raise OptionError(f"sdp: cuts must be at least 0, not {cuts}")
-        final = deadline(time_limit)
-        end = final if time_limit is None or not cuts else deadline(time_limit / 3)
-        k = rank or default_rank(problem.n)
-        stages = [sweeps] if sweeps is not None else list(_STAGES)
+    sweeps: int | None = option(
+        None,
+        "passes of coordinate descent; None: up to 4800, in stages, until a stage raises the row's "
+        "bound by less than `tolerance` and its correction costs less than that",
+        least=1,
+    )
+    tolerance: float = option(0.003, "of a stage's gain", unit="part of the bound", least=0)
+    rank: int | None = option(
+        None, "k, entries of a vector; None: √(2n), to a multiple of 16", least=2
+    )
+    cuts: int = option(
+        0,
+        "rounds of separation of triangle inequalities after the plain bound, which is kept where "
+        "it is higher; 8 rounds take a multiple of its time",
+        unit="rounds",
+        least=0,
+    )
+
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
+        """See `BoundMethod.certify`."""
+        plain = limits.share(1 / 3) if self.cuts else limits
+        k = self.rank or default_rank(problem.n)
+        stages = [self.sweeps] if self.sweeps is not None else list(_STAGES)
         tile = max(1, _TILE_ENTRIES // (problem.n * k))
         certificates: list[Certificate] = []
         loss: list[float] = []
@@ -90,29 +85,33 @@ class SdpBound:
         relaxed: list[Tensor] = []
         for first in range(0, problem.rows, tile):
             part = problem.take(slice(first, first + tile))
-            if end is not None and first and time.perf_counter() > end:
-                x = relax(part, steps=50)
-                certificates.append(plain_certificate(part, torch.zeros_like(x), x))
+            if first and plain.expired:
+                x = relax(part, steps=50, limits=plain)
+                certificates.append(Certificate.box(part, x))
                 found: dict[str, Any] = {
                     "loss": [float("nan")] * part.rows,
                     "done": [0] * part.rows,
                     "x": x.cpu(),
                 }
             else:
-                certificate, found = self._tile(part, stages, tolerance, k, seed, end)
+                certificate, found = self._tile(part, stages, self.tolerance, k, plain)
                 certificates.append(certificate)
             loss += found["loss"]
             done += found["done"]
             relaxed.append(found["x"])
-        trace = {"rank": k, "correction": loss, "sweeps": done, "relaxed": torch.cat(relaxed)}
+        trace = BoundTrace(
+            iterations=torch.tensor(done),
+            correction=torch.tensor(loss, dtype=torch.float64),
+            relaxed=torch.cat(relaxed),
+        )
         certificate = Certificate.stack(certificates)
-        if cuts:
-            # `cuts` builds on this module
-            from maskopt.solvers.bounds.cuts import tighten
+        if not self.cuts:
+            return certificate, trace
+        # `cuts` builds on this module
+        from maskopt.solvers.bounds.cuts import tighten
 
-            certificate, more = tighten(problem, certificate, k, cuts, seed=seed, end=final)
-            trace |= more
-        return certificate, trace
+        certificate, count, correction = tighten(problem, certificate, k, self.cuts, limits)
+        return certificate, replace(trace, cuts=count, cut_correction=correction)
 
     def _tile(
         self,
@@ -120,11 +119,10 @@ class SdpBound:
         stages: list[int],
         tolerance: float,
         rank: int,
-        seed: int,
-        end: float | None,
+        limits: Limits,
     ) -> tuple[Certificate, dict[str, Any]]:
         rows, n, group = problem.rows, problem.n, problem.group_size
-        state = Mixing(problem, rank, seed)
+        state = Mixing(problem, rank, limits.seed)
         scale = state.scale
         weight = problem.weight.double().cpu().numpy() * np.sqrt(scale)[:, None]
         gram = problem.gram.double().cpu().numpy()
@@ -145,7 +143,7 @@ class SdpBound:
             )
 
         for sweeps in stages:
-            passes = _descend(state, sweeps, rho, end)
+            passes = _descend(state, sweeps, rho, limits)
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 results = list(pool.map(finish, range(len(todo))))
             again = []
@@ -159,7 +157,7 @@ class SdpBound:
                     inner[row] = state.inner()[position]
                 if max(gain, row_loss) > tolerance * abs(row_value):
                     again.append(position)
-            if not again or (end is not None and time.perf_counter() > end):
+            if not again or limits.expired:
                 break
             todo = todo[again]
             state.keep(again)
@@ -209,14 +207,14 @@ def penalty_of(group: int) -> float:
     return min(7.0, 450.0 / group**1.2)
 
 
-def _descend(state: Mixing, sweeps: int, rho: float, end: float | None) -> int:
-    """The passes made by `end`, at least one chunk."""
+def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> int:
+    """The passes made before the deadline, at least one chunk."""
     done = 0
     while done < sweeps:
         chunk = min(sweeps - done, 20)
         state.sweep(chunk, rho)
         done += chunk
-        if end is not None and time.perf_counter() > end:
+        if limits.expired:
             break
     return done
 
