@@ -56,9 +56,7 @@ def improving_swap(
     w = w * scale
     gram = layer.gram
     dropped = torch.where(mask, 0.0, w)
-    c = torch.cat(
-        [part.double() @ dropped for part in gram.split(max(1, PAIRS_AT_ONCE // len(w)))]
-    )
+    c = torch.cat([part.double() @ dropped for part in gram.split(max(1, PAIRS_AT_ONCE // len(w)))])
     objective = (dropped @ c).clamp(min=0.0)
     diagonal = w.square() * gram.diagonal().double()
     threshold = float(swap_threshold(objective, diagonal.sum(), tolerance))

@@ -123,8 +123,7 @@ def compare(
     finished = {key: r for key, r in finished.items() if r.status != "failed"}
     missing = {key: (row, name) for key, row, name in jobs_wanted if key not in finished}
     results = Parallel(n_jobs=jobs, return_as="generator_unordered")(
-        delayed(_solved)(row, name, jobs_by_name[name], key)
-        for key, (row, name) in missing.items()
+        delayed(_solved)(row, name, jobs_by_name[name], key) for key, (row, name) in missing.items()
     )
     total = len({key for key, _, _ in jobs_wanted})
     for record in results:

@@ -54,7 +54,9 @@ class Registry:
         if isinstance(member, str):
             member = build(self._available(self.find(member)), member, options, self.what)
         elif not isinstance(member, self.protocol):
-            raise OptionError(f"{member!r} is no {self.what}; give a name or a value such as Swap()")
+            raise OptionError(
+                f"{member!r} is no {self.what}; give a name or a value such as Swap()"
+            )
         elif options:
             first = next(iter(options))
             raise OptionError(

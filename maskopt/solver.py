@@ -134,9 +134,7 @@ def make_solver(solver: Solver | str, **options: Any) -> Solver:
     return backend
 
 
-def limits_of(
-    limits: Limits | None, options: Mapping[str, Any]
-) -> tuple[Limits, dict[str, Any]]:
+def limits_of(limits: Limits | None, options: Mapping[str, Any]) -> tuple[Limits, dict[str, Any]]:
     """Limits out of `limits` or of keywords such as `time_limit`, and the options that are left.
 
     Raises:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from maskopt.errors import MaskoptError, ModelError
+from maskopt.limits import Limits
 from maskopt.model.blocks import Layer, within
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.options import PruneOptions
 from maskopt.model.source import FolderSource, Source, stored_dtype
 from maskopt.problem import LayerProblem
-from maskopt.limits import Limits
 from maskopt.solver import make_start, solve
 
 GIB = 2**30

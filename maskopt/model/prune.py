@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskopt.errors import MaskoptError, ModelError
+from maskopt.errors import ModelError
 from maskopt.gram import Gram
+from maskopt.limits import Limits
 from maskopt.model.blocks import Layer, choose, matrix, vocabulary_size, within
 from maskopt.model.collect import Grams, Samples, collect, forward
 from maskopt.model.forward import Captured, Workers, capture
@@ -42,7 +43,6 @@ from maskopt.model.tokens import (
 )
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
-from maskopt.limits import Limits
 from maskopt.solver import make_start, solve
 
 

@@ -34,9 +34,7 @@ def relax(
     return torch.cat(parts)
 
 
-def _relax(
-    problem: LayerProblem, shift: Tensor | None, steps: int, limits: Limits
-) -> Tensor:
+def _relax(problem: LayerProblem, shift: Tensor | None, steps: int, limits: Limits) -> Tensor:
     rows, n, group, pruned = problem.rows, problem.n, problem.group_size, problem.pruned_per_group
     if pruned in (0, group):
         return torch.full_like(problem.weight, float(pruned > 0), dtype=torch.float64)

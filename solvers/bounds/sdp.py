@@ -30,9 +30,9 @@ from maskopt.certificate import Certificate
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solvers.convex.mixing import Mixing, default_rank
-from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.bounds.relaxation import relax
+from maskopt.solvers.convex.interior_point import interior_point
+from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.trace import BoundTrace
 
 #: sweeps of the stages; a row leaves when its bound has settled

@@ -29,11 +29,11 @@ from maskopt.errors import OptionError
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
+from maskopt.solvers.exact.incumbent import tabu_row
 from maskopt.solvers.exact.qcr import qcr_duals
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
 from maskopt.solvers.exact.scip import assemble, check_limits, check_size, first_mask, run_rows
 from maskopt.solvers.exact.scip_model import RowAnswer, RowTask
-from maskopt.solvers.exact.incumbent import tabu_row
 
 LARGEST_N = 256
 #: part of the objective that a node's bound is lowered by: far above the rounding of float64 sums

@@ -19,6 +19,7 @@ from maskopt.errors import OptionError, SolverError
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.solution import OPTIMAL_TOLERANCE, Solution, Status
 from maskopt.solver import Capabilities
+from maskopt.solvers.exact.incumbent import tabu_row
 from maskopt.solvers.exact.scip_model import (
     FORMULATIONS,
     RowAnswer,
@@ -27,7 +28,6 @@ from maskopt.solvers.exact.scip_model import (
     solve_row,
     write_row,
 )
-from maskopt.solvers.exact.incumbent import tabu_row
 from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 
 #: n above which the model itself takes minutes to build

@@ -82,7 +82,9 @@ class DSnoT(Solver):
                 break
             error = torch.where(mask, 0.0, c).sum(1)
             sign = error.sign()
-            regrow = (sign[:, None] * regrow_score).where(~mask & (sign[:, None] * c > 0), -torch.inf)
+            regrow = (sign[:, None] * regrow_score).where(
+                ~mask & (sign[:, None] * c > 0), -torch.inf
+            )
             incoming = regrow.argmax(1)
             # what leaves must push ε back, and in N:M come from the group that regrew
             candidates = mask & (sign[:, None] * c < 0) & (group_of == group_of[incoming][:, None])

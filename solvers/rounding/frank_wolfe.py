@@ -13,73 +13,73 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.errors import OptionError
+from maskopt.certificate import Certificate
+from maskopt.fields import option
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
-from maskopt.solver import Capabilities
-from maskopt.solvers.greedy.scores import WandaSolver
+from maskopt.solver import Capabilities, Solver
+from maskopt.solvers.greedy.scores import wanda_scores
 from maskopt.solvers.greedy.select import keep_highest
+from maskopt.trace import RelaxTrace, shared_out
 
 
-class FrankWolfeSolver:
-    """Batched as matrix products over all rows; the mask is the better of rounding and start."""
+@dataclass(frozen=True)
+class FrankWolfe(Solver):
+    """Batched as matrix products over all rows; the mask is the better of rounding and start.
 
-    name = "frank_wolfe"
-    capabilities = Capabilities(note="SparseFW: relax, Frank–Wolfe, round; gives a lower bound")
-    default_warm_start: str | None = "wanda"
+    When the time is over the present point is rounded. Tells a `RelaxTrace`.
+    """
 
-    def unavailable(self) -> str | None:
-        return None
+    name: ClassVar[str] = "frank_wolfe"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        start="needed",
+        default_start="wanda",
+        note="SparseFW: relax, Frank–Wolfe, round; gives a lower bound",
+    )
 
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        warm_start: Tensor | None = None,
-        iterations: int = 2000,
-        alpha: float = 0.0,
-        time_limit: float | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> Solution:
-        """Frank–Wolfe from the start's mask.
+    iterations: int = option(2000, "T in the paper, 2000 there", unit="steps", least=0)
+    alpha: float = option(
+        0.0,
+        "share of the kept budget that is fixed to the top Wanda scores (SparseFW: 0 to 0.9)",
+        least=0,
+        most=1,
+    )
 
-        Args:
-            iterations: T in the paper, 2000 there.
-            alpha: share of the kept budget that is fixed to the top Wanda scores (SparseFW: 0 to
-                0.9).
-            time_limit: seconds after which the present point is rounded.
-            on_progress: called with (iterations done, iterations).
-
-        `trace`: `rounded_objective` (of the rounded point, before the start is preferred where
-        that is better), `relaxed_objective`, `iterations`.
-        """
-        if iterations < 0 or not 0 <= alpha <= 1:
-            raise OptionError("frank_wolfe: iterations must be at least 0 and alpha in [0, 1]")
-        start = warm_start if warm_start is not None else WandaSolver().solve(problem).mask
-        fixed = _top_wanda(problem, alpha)
-        x, done = _minimise(problem, start, fixed, iterations, time_limit, on_progress)
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """Frank–Wolfe from the start's mask; see `Solver.run`."""
+        assert start is not None
+        began = time.monotonic()
+        fixed = _top_wanda(problem, self.alpha)
+        x, done = _minimise(problem, start, fixed, self.iterations, limits)
         # what is fixed stays kept, and of the rest the largest x are pruned
         rounded = keep_highest(problem, torch.where(fixed, torch.inf, -x))
         start_objective, objective = problem.objective(start), problem.objective(rounded)
         better = objective <= start_objective
         relaxed, bound = linear_bound(problem, x)
+        positive = relaxed > 0
+        trace = RelaxTrace(
+            iterations=torch.full((problem.rows,), done),
+            relaxed_objective=relaxed,
+            relaxed_gap=torch.where(positive, 1 - bound / relaxed.where(positive, 1.0), 0.0),
+            rounded_objective=objective,
+            swaps=torch.zeros(problem.rows, dtype=torch.int64),
+            relax_seconds=shared_out(time.monotonic() - began, problem.rows),
+            swap_seconds=shared_out(0.0, problem.rows),
+        )
         return Solution.of(
             problem,
             torch.where(better[:, None], rounded, start),
-            solver=self.name,
             lower_bound=bound,
-            trace={
-                "rounded_objective": objective,
-                "relaxed_objective": relaxed,
-                "iterations": done,
-                "proof": "Frank–Wolfe bound at the last point, float64 with a rounding margin",
-            },
+            trace=trace,
+            certificate=Certificate.box(problem, x),
         )
 
 
@@ -88,11 +88,9 @@ def _minimise(
     start: Bool[Tensor, "rows n"],
     fixed: Bool[Tensor, "rows n"],
     iterations: int,
-    time_limit: float | None,
-    on_progress: Callable[[int, int], None] | None,
+    limits: Limits,
 ) -> tuple[Float[Tensor, "rows n"], int]:
     """x after the iterations (in G's dtype), and how many there were."""
-    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     weight = problem.weight.double()
     # powers of two keep float32 in range and change nothing else
     weight = weight * torch.exp2(
@@ -104,13 +102,13 @@ def _minimise(
     x = _vertex(problem, start.to(weight), fixed).to(weight)
     gram = problem.gram / scale
     for t in range(iterations):
-        if time.monotonic() >= deadline:
+        if limits.expired:
             return x, t
         gradient = weight * ((weight * x) @ gram)
         vertex = _vertex(problem, gradient, fixed).to(x)
         x += (vertex - x) * (2.0 / (t + 2))
-        if on_progress is not None and (t + 1) % 50 == 0:
-            on_progress(t + 1, iterations)
+        if (t + 1) % 50 == 0:
+            limits.report(0, problem.rows, "Frank–Wolfe steps", t + 1, iterations)
     return x, iterations
 
 
@@ -148,8 +146,7 @@ def linear_bound(
 def _top_wanda(problem: LayerProblem, alpha: float) -> Bool[Tensor, "rows n"]:
     """The ⌊α·keep⌋ highest Wanda scores of each group."""
     count = math.floor(alpha * (problem.group_size - problem.pruned_per_group))
-    norm = problem.gram.diagonal().double().clamp(min=0.0).sqrt()
-    score = (problem.weight.double().abs() * norm).view(problem.rows, -1, problem.group_size)
+    score = wanda_scores(problem).view(problem.rows, -1, problem.group_size)
     order = score.argsort(dim=-1, descending=True, stable=True)[..., :count]
     fixed = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
     return fixed.view(problem.rows, problem.n)

@@ -32,22 +32,25 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.bounds import Certificate
+from maskopt.certificate import Certificate
 from maskopt.errors import OptionError
+from maskopt.fields import option
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
-from maskopt.solver import Capabilities
-from maskopt.solvers.rounding.frank_wolfe import linear_bound
+from maskopt.solver import Capabilities, Solver
 from maskopt.solvers.convex.relax_step import make_step
 from maskopt.solvers.greedy.select import keep_highest
-from maskopt.solvers.swap import SwapSolver
+from maskopt.solvers.rounding.frank_wolfe import linear_bound
+from maskopt.solvers.swap import Swap
+from maskopt.trace import RelaxTrace, shared_out
 
 #: ρ in units of the mean eigenvalue of H, and the over-relaxation: the best of a grid on real layers
 _PENALTY = 0.8
@@ -69,115 +72,113 @@ _TILE_ROWS = 128
 _HALF_FROM = 256
 
 
-class RelaxSolver:
-    """Takes no start of its own; a given one is the answer wherever it is better."""
+@dataclass(frozen=True)
+class Relax(Solver):
+    """Relax all rows at once, harden, round, and swap to 1-swap optimality.
 
-    name = "relax"
-    capabilities = Capabilities(
+    A start is a mask that the answer is never worse than. When the time is over the relaxation stops
+    where it is, is rounded, and the swaps have what is left of it. Tells a `RelaxTrace`.
+    """
+
+    name: ClassVar[str] = "relax"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        start="optional",
         proves="1-swap",
         note="relaxation by ADMM, hardened, rounded, then swap; gives a lower bound",
     )
-    default_warm_start: str | None = None
-    #: whoever starts from the rounded mask swaps by itself and has no use for the bound
-    start_options: ClassVar[dict[str, Any]] = {"max_iterations": 0, "refine": False}
 
-    def unavailable(self) -> str | None:
-        return None
+    tolerance: float = option(
+        0.01,
+        "stop when the Frank–Wolfe gap, averaged over the rows, is at most this; measured every 20 steps",
+        unit="part of the relaxed objective",
+        least=0,
+    )
+    max_iterations: int | None = option(
+        None,
+        "steps at most; 0: harden at once, and give no bound; None: 200, or 0 as another solver's start",
+        unit="steps",
+        least=0,
+    )
+    harden: int = option(
+        20,
+        "further steps under the growing concave term; 0 rounds the relaxed point",
+        unit="steps",
+        least=0,
+    )
+    hardness: float = option(0.85, "θ at the end", least=0, below=1)
+    refine: bool | None = option(
+        None,
+        "end with 1-swap search (else the rounded mask, FEASIBLE); None: yes, but not as another "
+        "solver's start",
+    )
 
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        warm_start: Tensor | None = None,
-        tolerance: float = 0.01,
-        max_iterations: int = 200,
-        harden: int = 20,
-        hardness: float = 0.85,
-        refine: bool = True,
-        time_limit: float | None = None,
-        memory_limit: int | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> Solution:
-        """Relax all rows at once, round, and swap to 1-swap optimality.
-
-        Args:
-            warm_start: a mask that the answer must not be worse than.
-            tolerance: stop when the Frank–Wolfe gap is at most so much of the relaxed objective,
-                averaged over the rows; measured every 20 steps.
-            max_iterations: steps at most; 0: harden at once, and give no bound.
-            harden: further steps under the growing concave term; 0 rounds the relaxed point.
-            hardness: θ at the end, in [0, 1).
-            refine: end with `swap` (else the rounded mask, FEASIBLE).
-            time_limit: seconds; the relaxation stops, is rounded, and `swap` has what is left.
-            memory_limit: bytes beyond weight and G; the n × n factor is not counted. On the CPU it
-                decides how many tiles of 128 rows are worked on at once, one at least.
-            on_progress: called with (rows done, rows), during the swaps.
-
-        `trace`: iterations, relaxed_objective, relaxed_gap (of the bound to it, per row), swaps,
-        relax_seconds, swap_seconds.
-        """
-        if not 0 <= hardness < 1 or harden < 0 or max_iterations < 0 or not tolerance >= 0:
-            raise OptionError(
-                "relax: hardness in [0, 1), harden ≥ 0, max_iterations ≥ 0, tolerance ≥ 0"
-            )
-        if max_iterations + harden < 1:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self._steps + self.harden < 1:
             raise OptionError("relax: max_iterations and harden must not both be 0")
-        if time_limit is not None and not time_limit >= 0:
-            raise OptionError(f"relax: time_limit must be at least 0 seconds, not {time_limit}")
+
+    def as_start(self) -> Relax:
+        """Whoever starts from the rounded mask swaps by itself and has no use for the bound."""
+        steps = 0 if self.max_iterations is None else self.max_iterations
+        return replace(self, max_iterations=steps, refine=bool(self.refine))
+
+    @property
+    def _steps(self) -> int:
+        return 200 if self.max_iterations is None else self.max_iterations
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """See `Solver.run`."""
         began = time.monotonic()
-        deadline = math.inf if time_limit is None else began + time_limit
-        plan = _Plan(tolerance, max_iterations, harden, hardness)
-        relaxed, bound, hard, point, iterations = _relax_all(problem, plan, deadline, memory_limit)
-        if max_iterations > 0:
+        plan = _Plan(self.tolerance, self._steps, self.harden, self.hardness)
+        memory = None if limits.memory is None else limits.bytes(0)
+        relaxed, bound, hard, point, iterations = _relax_all(problem, plan, limits.deadline, memory)
+        if plan.max_iterations > 0:
             lack = _SLACK * _lack(problem) * problem.weight.double().square().sum(1)
             bound = (bound - lack).clamp(min=0.0)
         mask = keep_highest(problem, -hard)
-        if warm_start is not None and not refine:
-            mask = _better(problem, mask, warm_start)
+        rounded = problem.objective(mask)
         relax_seconds = time.monotonic() - began
-        status: list[Status] | Status = Status.FEASIBLE
+        status: tuple[Status, ...] = (Status.FEASIBLE,) * problem.rows
         swaps = torch.zeros(problem.rows, dtype=torch.int64)
-        if refine:
-            left = None if time_limit is None else max(0.0, deadline - time.monotonic())
-            refined = SwapSolver().solve(
-                problem,
-                warm_start=mask,
-                time_limit=left,
-                memory_limit=memory_limit,
-                on_progress=on_progress,
-            )
-            mask, status = refined.mask, list(refined.status)
-            swaps = torch.as_tensor(refined.trace["swaps"])
-            if warm_start is not None:
-                worse = problem.objective(warm_start) < refined.objective
-                if bool(worse.any()):
-                    other = SwapSolver().solve(
-                        problem, warm_start=warm_start, time_limit=left, memory_limit=memory_limit
-                    )
-                    mask = torch.where(worse[:, None], other.mask, mask)
-                    status = [
-                        other.status[i] if worse[i] else status[i] for i in range(problem.rows)
-                    ]
+        if self.refine is None or self.refine:
+            mask, status, swaps = _swapped(problem, mask, start, limits)
+        elif start is not None:
+            mask = _better(problem, mask, start)
         positive = (relaxed > 0) & relaxed.isfinite()
         gap = torch.where(positive, 1 - bound / relaxed.where(positive, 1.0), 0.0)
-        seconds = time.monotonic() - began
+        trace = RelaxTrace(
+            iterations=torch.full((problem.rows,), iterations),
+            relaxed_objective=relaxed,
+            relaxed_gap=gap,
+            rounded_objective=rounded,
+            swaps=swaps,
+            relax_seconds=shared_out(relax_seconds, problem.rows),
+            swap_seconds=shared_out(time.monotonic() - began - relax_seconds, problem.rows),
+        )
         return Solution.of(
             problem,
             mask,
-            solver=self.name,
             status=status,
             lower_bound=bound,
-            seconds=seconds,
-            trace={
-                "iterations": iterations,
-                "relaxed_objective": relaxed,
-                "relaxed_gap": gap,
-                "swaps": swaps,
-                "relax_seconds": relax_seconds,
-                "swap_seconds": seconds - relax_seconds,
-            },
-            certificate=_certificate(problem, point) if max_iterations > 0 else None,
+            trace=trace,
+            certificate=Certificate.box(problem, point) if plan.max_iterations > 0 else None,
         )
+
+
+def _swapped(
+    problem: LayerProblem, mask: Tensor, start: Tensor | None, limits: Limits
+) -> tuple[Tensor, tuple[Status, ...], Tensor]:
+    """1-swap optima of the rounded masks, and of the start where that alone costs less already."""
+    refined = Swap().run(problem, mask, limits)
+    mask, status = refined.mask, list(refined.status)
+    swaps = refined.trace.swaps  # type: ignore[attr-defined]
+    if start is not None:
+        worse = problem.objective(start) < refined.objective
+        if bool(worse.any()):
+            other = Swap().run(problem, start, limits.quiet())
+            mask = torch.where(worse[:, None], other.mask, mask)
+            status = [other.status[i] if worse[i] else status[i] for i in range(problem.rows)]
+    return mask, tuple(status), swaps
 
 
 def relax(
@@ -198,15 +199,6 @@ def _lack(problem: LayerProblem) -> float:
     if rounding == 0 or int(torch.linalg.cholesky_ex(shifted).info) == 0:
         return 2 * rounding
     return 2 * (rounding + max(0.0, -float(torch.linalg.eigvalsh(gram)[0])))
-
-
-def _certificate(problem: LayerProblem, point: Tensor) -> Certificate:
-    """λ = μ = ν = 0: the relaxation is of Q itself."""
-    none = torch.zeros(1, 1, dtype=torch.float64, device=point.device)
-    groups = problem.n // problem.group_size
-    return Certificate(
-        none.expand(problem.rows, problem.n), none.expand(problem.rows, groups), point.double()
-    )
 
 
 def _factor(

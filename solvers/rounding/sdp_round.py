@@ -7,91 +7,81 @@ the same computation gives the bound: mask and certificate at once.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from maskopt.bounds import lower_bound
+from maskopt.fields import option
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
-from maskopt.solver import Capabilities
+from maskopt.solver import Capabilities, Solver
 from maskopt.solvers.greedy.select import keep_highest
-from maskopt.solvers.swap import SwapSolver
+from maskopt.solvers.swap import Swap
+from maskopt.trace import RelaxTrace, shared_out
+
+#: part of a time limit that the bound takes at most; the swaps have the rest
+_BOUND_SHARE = 0.8
 
 
-class SdpSolver:
-    """Seconds a row at n of a thousand; takes no start of its own, keeps a better one."""
+@dataclass(frozen=True)
+class SdpRound(Solver):
+    """Relax, round, swap to 1-swap optimality: seconds a row at n of a thousand.
 
-    name = "sdp"
-    capabilities = Capabilities(
-        proves="1-swap", note="semidefinite relaxation, rounded, then swap; the tightest bound"
+    A start is a mask that the answer is never worse than. Tells a `RelaxTrace`.
+    """
+
+    name: ClassVar[str] = "sdp"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        start="optional",
+        proves="1-swap",
+        note="semidefinite relaxation, rounded, then swap; the tightest bound",
     )
-    default_warm_start: str | None = None
 
-    def unavailable(self) -> str | None:
-        return None
+    sweeps: int | None = option(
+        None, "passes of coordinate descent (see the bound `sdp`)", unit="passes", least=1
+    )
+    refine: bool = option(True, "end with 1-swap search (else the rounded mask, FEASIBLE)")
 
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        warm_start: Tensor | None = None,
-        sweeps: int | None = None,
-        refine: bool = True,
-        time_limit: float | None = None,
-        memory_limit: int | None = None,
-        seed: int = 0,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> Solution:
-        """Relax, round, swap to 1-swap optimality.
-
-        Args:
-            warm_start: a mask that the answer must not be worse than.
-            sweeps, seed: of the coordinate descent (see the bound `sdp`).
-            refine: end with `swap` (else the rounded mask, FEASIBLE).
-            time_limit: seconds; the bound takes four fifths of them at most.
-            memory_limit: handed to `swap`.
-            on_progress: called with (rows done, rows), during the swaps.
-
-        `trace`: bound_seconds, rounded_objective, swaps, and what the bound has to tell (`bound`).
-        """
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """See `Solver.run`."""
         began = time.monotonic()
-        limit = None if time_limit is None else 0.8 * time_limit
-        bound = lower_bound(problem, "sdp", sweeps=sweeps, seed=seed, time_limit=limit)
+        bound = lower_bound(
+            problem, "sdp", sweeps=self.sweeps, limits=limits.share(_BOUND_SHARE).quiet()
+        )
         bound_seconds = time.monotonic() - began
-        relaxed = bound.trace.pop("relaxed").to(problem.device)
-        mask = keep_highest(problem, -relaxed)
+        assert bound.trace.relaxed is not None
+        mask = keep_highest(problem, -bound.trace.relaxed.to(problem.device))
         rounded = problem.objective(mask)
-        if warm_start is not None:
-            better = problem.objective(warm_start) < rounded
-            mask = torch.where(better[:, None], warm_start, mask)
+        if start is not None:
+            better = problem.objective(start) < rounded
+            mask = torch.where(better[:, None], start, mask)
         status: Status | tuple[Status, ...] = Status.FEASIBLE
         swaps = torch.zeros(problem.rows, dtype=torch.int64)
-        if refine:
-            left = math.inf if time_limit is None else began + time_limit - time.monotonic()
-            refined = SwapSolver().solve(
-                problem,
-                warm_start=mask,
-                time_limit=None if left == math.inf else max(0.0, left),
-                memory_limit=memory_limit,
-                on_progress=on_progress,
-            )
-            mask, status, swaps = refined.mask, refined.status, refined.trace["swaps"]
+        if self.refine:
+            refined = Swap().run(problem, mask, limits)
+            mask, status = refined.mask, refined.status
+            swaps = refined.trace.swaps  # type: ignore[attr-defined]
+        assert bound.trace.iterations is not None
+        nothing = torch.full((problem.rows,), torch.nan, dtype=torch.float64)
+        trace = RelaxTrace(
+            iterations=bound.trace.iterations,
+            relaxed_objective=nothing,
+            relaxed_gap=nothing,
+            rounded_objective=rounded,
+            swaps=swaps,
+            relax_seconds=shared_out(bound_seconds, problem.rows),
+            swap_seconds=shared_out(time.monotonic() - began - bound_seconds, problem.rows),
+        )
         return Solution.of(
             problem,
             mask,
-            solver=self.name,
             status=status,
             lower_bound=bound.value,
-            seconds=time.monotonic() - began,
-            trace={
-                "bound_seconds": bound_seconds,
-                "rounded_objective": rounded,
-                "swaps": swaps,
-                "bound": bound.trace,
-            },
+            trace=trace,
             certificate=bound.certificate,
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -11,12 +9,9 @@ import torch
 from torch import Tensor
 
 from maskopt.solution import SWAP_FLOOR, SWAP_TOLERANCE
+from maskopt.solvers.parallel import RowThreads
 from maskopt.solvers.swap.batch import ACCEPT, Batch
 
-#: rows of one task at least, so that each tile of G that is brought in serves several
-_TASK = 4
-#: tasks a thread at most: each costs the interpreter some time
-_PIECES = 3
 _RELATIVE, _FLOOR = ACCEPT * SWAP_TOLERANCE, ACCEPT * SWAP_FLOOR
 
 
@@ -33,8 +28,7 @@ class NumbaKernel:
         self._search: Any = numba_search
         self._price: Any = numba_price
         self.single = batch.single
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads)  # its threads end with the kernel
+        self._threads = RowThreads(threads)
         self._gram = batch.gram.numpy()
         self._propose = torch.float32 if batch.single else torch.float64
         self._low = np.float32 if batch.single else np.float64
@@ -43,9 +37,9 @@ class NumbaKernel:
 
     def refresh(self, batch: Batch, rows: Tensor) -> None:
         """As in `Kernel`; the sum over pruned columns in one fixed order."""
-        self._run(
+        self._threads.run(
             self._product.product_rows,
-            rows,
+            rows.numpy(),
             self._gram,
             batch.x.numpy(),
             batch.kept.numpy(),
@@ -55,9 +49,9 @@ class NumbaKernel:
 
     def search(self, batch: Batch, rows: Tensor, most: int) -> None:
         """As in `Kernel`; a row runs through all its rounds in one go."""
-        self._run(
+        self._threads.run(
             self._search.search_rows,
-            rows,
+            rows.numpy(),
             self._gram,
             batch.x.numpy(),
             batch.proposing(self._propose).numpy(),
@@ -79,9 +73,9 @@ class NumbaKernel:
     def price(self, batch: Batch, rows: Tensor) -> Tensor:
         """As in `Kernel`."""
         improving = np.zeros(batch.rows, np.bool_)
-        self._run(
+        self._threads.run(
             self._price.price_rows,
-            rows,
+            rows.numpy(),
             self._gram,
             batch.x.numpy(),
             batch.proposing(self._propose).numpy(),
@@ -103,24 +97,6 @@ class NumbaKernel:
         )
         return torch.from_numpy(improving)[rows]
 
-    def _run(self, loop: Callable[..., None], rows: Tensor, *arguments: Any) -> None:
-        """The loop on all rows, a few pieces a thread, so that a slow row holds up little."""
-        array = rows.numpy()
-        count = min(self._threads * _PIECES, -(-len(array) // _TASK))
-        pieces = iter(np.array_split(array, max(1, count)))
-
-        def work() -> None:
-            for piece in pieces:
-                loop(*arguments, piece)
-
-        helpers = [self._pool.submit(work) for _ in range(min(self._threads, count) - 1)]
-        try:
-            work()
-        finally:
-            wait(helpers)
-        for helper in helpers:
-            helper.result()
-
     def _couplings(self) -> tuple[np.ndarray, np.ndarray]:
         """d and ρ with |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for j ≠ i; ρ rounded up.
 
@@ -140,5 +116,5 @@ class NumbaKernel:
         out = np.zeros(len(d), np.float64)
 
         low = inverse.astype(self._low)
-        self._run(self._product.reach_rows, torch.arange(len(d)), self._gram, low, out)
+        self._threads.run(self._product.reach_rows, np.arange(len(d)), self._gram, low, out)
         return out
