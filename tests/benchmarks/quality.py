@@ -50,7 +50,7 @@ KINDS = {
     "gate": "mlp.gate_proj",
     "down": "mlp.down_proj",
 }
-#: all layers of the design's table
+#: one layer of every kind and depth
 SIXTEEN = tuple(f"{block}.{kind}" for block in (0, 5, 10, 17) for kind in KINDS)
 STEPS = (1, 2, 5, 10, 25, 50, 100)
 #: label → solver, warm start, options
@@ -305,7 +305,7 @@ def columns_of(n: int, count: int, seed: int) -> torch.Tensor:
     return torch.randperm(n, generator=generator)[:count].sort().values
 
 
-#: the lines of the prototype's table
+#: the rows of the certified gaps
 CERTIFIED = (
     Rows("10.down", 0.6, 256),
     Rows("5.q", 0.6, 256),
