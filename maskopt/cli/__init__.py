@@ -15,6 +15,7 @@ from maskopt.cli import (
     extract,
     plan,
     prune,
+    solve,
     solvers,
     verify_output,
 )
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("solvers")(solvers.solvers)
+app.command("solve")(solve.solve)
 app.command("compare")(compare.compare)
 app.command("bound")(certify.bound)
 app.command("certify")(certify.certify)
