@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 _MODEL_SIDE = {
     "collect_problems": "maskopt.model.problems",
     "perplexity": "maskopt.model.perplexity",
+    "PruneOptions": "maskopt.model.options",
+    "open_job": "maskopt.model.job",
     "prune_model": "maskopt.model.prune",
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "Certificate",
     "LayerProblem",
     "MaskoptError",
+    "PruneOptions",
     "RowProblem",
     "Solution",
     "Status",
@@ -42,6 +45,7 @@ __all__ = [
     "collect_problems",
     "improving_swap",
     "lower_bound",
+    "open_job",
     "perplexity",
     "prune_model",
     "solve",
