@@ -65,8 +65,8 @@ def calibration_windows(
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
     """
-    _check_count("samples", samples)
-    _check_count("seq_len", seq_len)
+    check_count("samples", samples)
+    check_count("seq_len", seq_len)
     if isinstance(source, Tensor):
         return token_windows(source, "token tensor")
     if _is_npy(source):
@@ -100,7 +100,7 @@ def calibration_windows(
         if len(ids) < seq_len:
             raise DataError(
                 f"calibration text ({words}) has {len(ids)} tokens, less than one window of "
-                f"{seq_len}; give more text or a smaller --seq-len"
+                f"{seq_len}; give more text or a smaller `seq_len`"
             )
         words += ", documents joined"
         for _ in range(samples):
@@ -124,9 +124,7 @@ def evaluation_windows(
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
     """
-    _check_count("seq_len", seq_len, least=2)
-    if limit is not None:
-        _check_count("windows", limit)
+    check_count("seq_len", seq_len, least=2)
     if _is_npy(source):
         return token_windows(_load_npy(Path(source))[:limit], Path(source).name)
     if isinstance(source, str | Path):
@@ -141,7 +139,7 @@ def evaluation_windows(
     if count == 0:
         raise DataError(
             f"evaluation text ({words}) has {len(ids)} tokens, less than one window of {seq_len}; "
-            "give more text or a smaller --seq-len"
+            "give more text or a smaller `seq_len`"
         )
     count = min(count, limit) if limit is not None else count
     tokens = torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
@@ -201,6 +199,7 @@ def _need_tokenizer(tokenizer: Any) -> None:
         raise DataError("text needs the model's tokenizer; give one, or token tensors")
 
 
-def _check_count(name: str, value: int, least: int = 1) -> None:
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise DataError where an option is no whole number, or less than the least that it can be."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DataError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        raise DataError(f"`{name}` must be a whole number of at least {least}, not {value!r}")
