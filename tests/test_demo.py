@@ -20,7 +20,9 @@ def record(solver, objective, status, bound=0.0):
 def layer(block, kind, before, after):
     statuses = {"swap-optimal": 3, "feasible": 1}
     name = f"model.layers.{block}.{kind}"
-    return LayerReport(name, block, kind, 4, 8, "0.5", 16, before, after, 0.0, statuses, 100, False, 0.1)
+    return LayerReport(
+        name, block, kind, 4, 8, "0.5", 16, before, after, 0.0, statuses, 100, False, 0.1
+    )
 
 
 def test_toy_table_names_a_row_once():

@@ -148,7 +148,8 @@ def test_ctrl_c_says_how_to_go_on(dense: Path, text: Path, tmp_path: Path) -> No
         "--seq-len", "64", "--output", str(out),
     ]  # fmt: skip
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while child.poll() is None and not (out / ".maskopt" / "blocks" / "00000.safetensors").exists():
+    journal = out / ".maskopt" / "journal.jsonl"
+    while child.poll() is None and not (journal.exists() and b'"block"' in journal.read_bytes()):
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     said = child.communicate()[1]

@@ -47,7 +47,9 @@ Calibration = Annotated[
 Out = Annotated[Path | None, typer.Option("--output", help=".jsonl (resumable), .csv or .parquet.")]
 
 #: those of a prune alone first
-FIELDS = {f.name: f for f in sorted(dataclasses.fields(PruneOptions), key=lambda f: bool(f.kw_only))}
+FIELDS = {
+    f.name: f for f in sorted(dataclasses.fields(PruneOptions), key=lambda f: bool(f.kw_only))
+}
 ALL = tuple(FIELDS)
 #: what it takes to run text through a model, whatever is then done with the layers
 WALK = (
