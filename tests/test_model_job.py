@@ -72,15 +72,13 @@ def test_a_user_from_outside_sums_gram_matrices(dense: Path, in_memory: bool) ->
             block.advance()
     assert len(found) == 4
     changed = tiny("llama")
-    for layer in Blocks(changed).all_layers():
-        if layer.name in found:
-            expected = by_definition(changed, layer.name, tokens())
-            assert torch.allclose(found[layer.name].double(), expected, rtol=1e-4, atol=1e-6)
-        if layer.name in found:  # from here on the model is the changed one
-            if layer.kind == "mlp.down_proj":
-                q = layer.name.replace("mlp.down_proj", "self_attn.q_proj")
-                changed.get_parameter(f"{q}.weight").data.mul_(2)
-                changed.get_parameter(f"{layer.name}.weight").data.mul_(2)
+    for index, block in enumerate(Blocks(changed).modules[:2]):
+        for name in ("self_attn.q_proj", "mlp.down_proj"):
+            layer = f"model.layers.{index}.{name}"
+            expected = by_definition(changed, layer, tokens())
+            assert torch.allclose(found[layer].double(), expected, rtol=1e-4, atol=1e-6)
+        for name in ("self_attn.q_proj", "mlp.down_proj"):  # the next block sees this one changed
+            block.get_parameter(f"{name}.weight").data.mul_(2)
 
 
 def test_without_with_the_walk_ends_by_itself(dense: Path) -> None:
@@ -97,20 +95,29 @@ def test_without_with_the_walk_ends_by_itself(dense: Path) -> None:
 
 def test_an_error_inside_the_walk_frees_what_it_holds(dense: Path) -> None:
     before = torch.get_num_threads()
-    with (
-        pytest.raises(ZeroDivisionError),
-        open_job(dense, tokens(), WalkOptions(threads=before + 1)) as job,
-    ):
-        for _ in job.blocks():
-            raise ZeroDivisionError
+    jobs = []
+
+    def fail() -> None:
+        with open_job(dense, tokens(), WalkOptions(threads=before + 1)) as job:
+            jobs.append(job)
+            for _ in job.blocks():
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert torch.get_num_threads() == before
-    assert all(p.is_meta for p in job.source.blocks.modules.parameters())
+    assert all(p.is_meta for p in jobs[0].source.blocks.modules.parameters())
 
 
-def test_a_block_may_not_be_left_behind() -> None:
+def test_a_block_may_not_be_left_behind_nor_looked_at_afterwards() -> None:
+    walk = open_job(tiny("llama"), tokens(), WalkOptions()).blocks()
+    next(walk)
     with pytest.raises(RuntimeError, match="without advance"):
-        for _ in open_job(tiny("llama"), tokens(), WalkOptions()).blocks():
-            pass
+        next(walk)
+    block = next(open_job(tiny("llama"), tokens(), WalkOptions(one_pass=True)).blocks())
+    block.grams()
+    with pytest.raises(RuntimeError, match="samples have left block 0"):
+        block.grams()
 
 
 def test_a_job_without_text_shows_layers_and_walks_nowhere(dense: Path) -> None:
@@ -202,9 +209,11 @@ def test_options_that_cannot_be(error: type[Exception], message: str, given: Any
         assert message in str(caught.value)
 
 
-def test_perplexity_refuses_threads_that_cannot_be() -> None:
+def test_perplexity_refuses_options_that_cannot_be() -> None:
     with pytest.raises(OptionError, match="`threads`"):
         maskopt.perplexity(tiny("llama"), tokens(), threads=0)
+    with pytest.raises(OptionError, match="'samples'; known|'samples'; did you mean"):
+        maskopt.perplexity(tiny("llama"), tokens(), samples=3)
 
 
 def test_an_option_given_twice_changes_that_one_alone() -> None:

@@ -274,6 +274,8 @@ class Block:
 
         Where the job's options say `one_pass`, the samples move on with the same pass.
         """
+        if self.advanced:
+            raise RuntimeError(f"the samples have left block {self.index}")
         one_pass = self.job.options.one_pass
         with torch.no_grad():
             grams = collect(
@@ -283,7 +285,7 @@ class Block:
                 all_experts=self.job.options.all_experts,
                 tick=self.ticker("calibrate", len(self._opened.samples.active)),
             )
-        self.advanced = self.advanced or one_pass
+        self.advanced = one_pass
         return grams
 
     def stages(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
