@@ -127,10 +127,10 @@ def test_a_job_without_text_shows_layers_and_walks_nowhere(dense: Path) -> None:
             next(iter(job.blocks()))
 
 
-def test_stages_of_a_true_sequential_walk(dense: Path) -> None:
+def test_rounds_of_a_true_sequential_walk(dense: Path) -> None:
     with open_job(dense, tokens(), WalkOptions(true_sequential=True)) as job:
         for block in job.blocks():
-            kinds = [{layer.kind.split(".")[1] for layer in layers} for layers, _ in block.stages()]
+            kinds = [{layer.kind.split(".")[1] for layer in layers} for layers, _ in block.rounds()]
             assert kinds == [
                 {"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"},
             ]  # fmt: skip
@@ -212,7 +212,7 @@ def test_options_that_cannot_be(error: type[Exception], message: str, given: Any
 def test_perplexity_refuses_options_that_cannot_be() -> None:
     with pytest.raises(OptionError, match="`threads`"):
         maskopt.perplexity(tiny("llama"), tokens(), threads=0)
-    with pytest.raises(OptionError, match="'samples'; known|'samples'; did you mean"):
+    with pytest.raises(OptionError, match="no option is called 'samples'"):
         maskopt.perplexity(tiny("llama"), tokens(), samples=3)
 
 

@@ -288,10 +288,10 @@ class Block:
         self.advanced = one_pass
         return grams
 
-    def stages(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
-        """The chosen layers with their Gram matrices, all at once; or, where the job's options say
-        `true_sequential`, one group after the other that shares its inputs, each on what the groups
-        before it, as they are by then, produce.
+    def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
+        """The chosen layers with their Gram matrices, all in one round; or, where the job's options
+        say `true_sequential`, those that share their inputs in a round, each round on what the layers
+        of the rounds before, as they are by then, produce.
 
         Raises:
             ModelError: a parameter that looks like experts and is none.
@@ -299,11 +299,11 @@ class Block:
         waiting = list(self.layers)
         while waiting:
             grams = self.grams(waiting)
-            stage, waiting = waiting, []
+            layers, waiting = waiting, []
             if self.job.options.true_sequential:
-                stage, waiting = _first_stage(stage, grams)
-            _check_multiplied(self.job.source.model, stage, grams)
-            yield stage, grams
+                layers, waiting = _first_round(layers, grams)
+            _check_multiplied(self.job.source.model, layers, grams)
+            yield layers, grams
             del grams  # their memory is needed
 
     def advance(self, stage: str = "forward") -> None:
@@ -343,7 +343,7 @@ def _windows(
     )
 
 
-def _first_stage(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
+def _first_round(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
     """The layers that are called first and share their inputs, all experts of a kind together;
     and the rest. Layers that were never called come last."""
     by_name = {layer.name: layer for layer in layers}

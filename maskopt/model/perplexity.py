@@ -62,8 +62,9 @@ def perplexity(
             `trust_remote_code`, as in `maskopt.PruneOptions`.
 
     Raises:
-        OptionError: another option, or an impossible value. DataError: no text or less than one window. ModelError: a model that cannot be read; NaN or
-            infinite activations or logits.
+        OptionError: another option, or an impossible value.
+        DataError: no text or less than one window.
+        ModelError: a model that cannot be read; NaN or infinite activations or logits.
     """
     check_names(options, EVALUATION)
     walk = WalkOptions(**options)

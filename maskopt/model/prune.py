@@ -102,7 +102,7 @@ def _prune_blocks(
     for block in job.blocks(finished, run.activation_folder()):
         results: dict[str, LayerReport] = {}
         masks: dict[str, tuple[Layer, Tensor]] = {}
-        for layers, grams in block.stages():
+        for layers, grams in block.rounds():
             tick = block.ticker("solve", len(layers))
             for layer in grams.neighbours(layers):
                 results[layer.name], mask = _prune_layer(job, layer, grams, options)
