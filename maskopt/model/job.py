@@ -27,7 +27,7 @@ from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
-from maskopt.model.memory import by_block, check_memory
+from maskopt.model.memory import Load, by_block, check_memory
 from maskopt.model.opening import capped_length, load_tokenizer, open_source
 from maskopt.model.options import WalkOptions
 from maskopt.model.progress import OnProgress, ticker
@@ -125,7 +125,7 @@ class Job:
         self.threads = options.threads or torch.get_num_threads()
         self.activation_memory = options.activation_memory
         if options.max_memory is not None:
-            self.activation_memory = check_memory(*self.size, options.max_memory)
+            self.activation_memory = check_memory(self.load, options.max_memory)
         self.tell = on_progress or (lambda _: None)
         self.pool: Threads
         self._captured: Captured
@@ -133,15 +133,10 @@ class Job:
         self._walk: Generator[Block, None, None] | None = None
 
     @property
-    def size(self) -> tuple[Source, Sequence[Layer], int, int, int, int]:
-        """What the memory of the walk depends on, as `estimate_memory` takes it."""
-        return (
-            self.source,
-            self.layers,
-            self.count,
-            self.length,
-            self.threads,
-            self.activation_memory,
+    def load(self) -> Load:
+        """What the memory of the walk depends on."""
+        return Load(
+            self.source, self.layers, self.count, self.length, self.threads, self.activation_memory
         )
 
     def blocks(
