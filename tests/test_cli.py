@@ -32,3 +32,11 @@ def test_usage_errors_exit_with_2_and_no_traceback(arguments):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "No such" in result.stderr
+
+
+def test_an_error_is_printed_as_it_is(tmp_path):
+    """Brackets and colons are no markup."""
+    result = run("bound", str(tmp_path / "[red]:M:.npz"))
+    assert result.returncode == 1
+    assert "[red]:M:.npz" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from tiny_models import save, save_tokenizer, tiny
 
 from maskopt.compare import Record
 from maskopt.demo import error_table, perplexity_table, run_demo, toy_table
@@ -42,6 +43,26 @@ def test_errors_are_summed_per_kind_and_compared_with_the_start():
     assert table.rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
     shown = perplexity_table({"dense": 10.0, "swap": 12.5}, {"swap": report}, 8, 512)
     assert shown.rows == [("dense", "10.00", "–", "–"), ("Wanda → 1-swap", "12.50", "50.0%", "3")]
+
+
+def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
+    model = save(tiny("llama"), tmp_path / "model")
+    save_tokenizer(model)
+    monkeypatch.setattr("maskopt.demo.demo_model", lambda: model)
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
+    monkeypatch.setattr("maskopt.demo.TOY_LAYERS", names)
+    stages = []
+    result = run_demo(
+        tmp_path / "out", samples=2, seq_len=32, windows=2, columns=8,
+        on_stage=lambda *stage: stages.append(stage[0]),
+    )  # fmt: skip
+    toy, errors, values = result.tables
+    shown = [row[0] for row in toy.rows if row[0]]
+    assert [label.split("[")[0] for label in shown] == ["0 q_proj", "2 down_proj"]
+    assert {row[0] for row in errors.rows} >= {"q_proj", "down_proj"}
+    assert [row[0] for row in values.rows] == ["dense", "Wanda", "Wanda → 1-swap"]
+    assert "All 3 blocks" in result.report.read_text()
+    assert "toy rows: block 3/3, calibrate" in stages
 
 
 def test_an_output_that_is_not_empty_is_refused_before_anything_starts(tmp_path):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from maskopt.cli import app
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
 from maskopt.model.demo_model import FOLDER, cache_directory, demo_model
-from maskopt.model.plan import parse_bytes
+from maskopt.model.options import parse_bytes
 
 runner = CliRunner()
 
@@ -113,7 +113,7 @@ def test_what_goes_wrong(dense: Path, text: Path, tmp_path: Path) -> None:
     assert "no amount of memory" in run(
         *base, "--sparsity", 0.5, "--max-memory", "lots", fails=ModelError
     )
-    assert "windows must be a whole number" in run(
+    assert "--windows must be a whole number" in run(
         "eval", dense, "--text", text, "--seq-len", 32, "--windows", 0, fails=MaskoptError
     )
     assert not (tmp_path / "out").exists()
@@ -148,7 +148,8 @@ def test_ctrl_c_says_how_to_go_on(dense: Path, text: Path, tmp_path: Path) -> No
         "--seq-len", "64", "--output", str(out),
     ]  # fmt: skip
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while child.poll() is None and not (out / ".maskopt" / "blocks" / "00000.safetensors").exists():
+    journal = out / ".maskopt" / "journal.jsonl"
+    while child.poll() is None and not (journal.exists() and b'"block"' in journal.read_bytes()):
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     said = child.communicate()[1]

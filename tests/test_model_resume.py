@@ -513,7 +513,7 @@ def test_outputs_that_cannot_be(dense: Path, tmp_path: Path) -> None:
 
 
 def test_memory_is_refused_up_front_with_the_numbers(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"estimated .* GiB are needed, --max-memory allows 0\.10"):
+    with pytest.raises(ModelError, match=r"estimated .* GiB are needed, `max_memory` allows 0\.10"):
         prune_model(
             dense, tokens(), output=tmp_path / "out", max_memory=int(0.1 * 2**30), **OPTIONS
         )

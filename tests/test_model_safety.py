@@ -156,7 +156,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown type": (header(lambda h: any_entry(h).update(dtype="OBJ")), "unknown element type"),
     "remote code": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(auto_map={"AutoModel": "x.Y"})),
-        "not run unless --trust-remote-code",
+        "not run unless `trust_remote_code`",
     ),
     "quantised": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(quantization_config={"a": 1})),

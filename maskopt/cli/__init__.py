@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 import typer
+from rich.markup import escape
 
 from maskopt.cli import (
     apply,
@@ -67,7 +68,7 @@ def main() -> None:
     except MaskoptError as error:
         if "--debug" in sys.argv:
             raise
-        errors.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, emoji=False)
         sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:

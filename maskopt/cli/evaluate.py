@@ -8,19 +8,10 @@ import typer
 
 from maskopt.cli.console import output, progress_bars
 from maskopt.cli.parameters import TEXT_SOURCES, Model, takes
-
-OPTIONS = (
-    "seq_len",
-    "text_field",
-    "device",
-    "dtype",
-    "threads",
-    "activation_memory",
-    "trust_remote_code",
-)
+from maskopt.model.options import EVALUATION
 
 
-@takes(OPTIONS)
+@takes(EVALUATION)
 def evaluate(
     model: Model,
     text: Annotated[str, typer.Option(help=TEXT_SOURCES)],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import click
 from typer.core import TyperCommand
 
 from maskopt.errors import MaskoptError
@@ -28,7 +27,7 @@ def with_flags(message: str, parameters: list[Any]) -> str:
     flags = {
         flag.removeprefix("--").replace("-", "_"): flag
         for parameter in parameters
-        if isinstance(parameter, click.Option)
+        if parameter.param_type_name == "option"
         for flag in parameter.opts
         if flag.startswith("--")
     }

@@ -27,7 +27,7 @@ from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
-from maskopt.model.memory import by_block, check_memory
+from maskopt.model.memory import Load, by_block, check_memory
 from maskopt.model.opening import capped_length, load_tokenizer, open_source
 from maskopt.model.options import WalkOptions
 from maskopt.model.progress import OnProgress, ticker
@@ -125,7 +125,7 @@ class Job:
         self.threads = options.threads or torch.get_num_threads()
         self.activation_memory = options.activation_memory
         if options.max_memory is not None:
-            self.activation_memory = check_memory(*self.size, options.max_memory)
+            self.activation_memory = check_memory(self.load, options.max_memory)
         self.tell = on_progress or (lambda _: None)
         self.pool: Threads
         self._captured: Captured
@@ -133,15 +133,10 @@ class Job:
         self._walk: Generator[Block, None, None] | None = None
 
     @property
-    def size(self) -> tuple[Source, Sequence[Layer], int, int, int, int]:
-        """What the memory of the walk depends on, as `estimate_memory` takes it."""
-        return (
-            self.source,
-            self.layers,
-            self.count,
-            self.length,
-            self.threads,
-            self.activation_memory,
+    def load(self) -> Load:
+        """What the memory of the walk depends on."""
+        return Load(
+            self.source, self.layers, self.count, self.length, self.threads, self.activation_memory
         )
 
     def blocks(
@@ -274,6 +269,8 @@ class Block:
 
         Where the job's options say `one_pass`, the samples move on with the same pass.
         """
+        if self.advanced:
+            raise RuntimeError(f"the samples have left block {self.index}")
         one_pass = self.job.options.one_pass
         with torch.no_grad():
             grams = collect(
@@ -283,13 +280,13 @@ class Block:
                 all_experts=self.job.options.all_experts,
                 tick=self.ticker("calibrate", len(self._opened.samples.active)),
             )
-        self.advanced = self.advanced or one_pass
+        self.advanced = one_pass
         return grams
 
-    def stages(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
-        """The chosen layers with their Gram matrices, all at once; or, where the job's options say
-        `true_sequential`, one group after the other that shares its inputs, each on what the groups
-        before it, as they are by then, produce.
+    def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
+        """The chosen layers with their Gram matrices, all in one round; or, where the job's options
+        say `true_sequential`, those that share their inputs in a round, each round on what the layers
+        of the rounds before, as they are by then, produce.
 
         Raises:
             ModelError: a parameter that looks like experts and is none.
@@ -297,11 +294,11 @@ class Block:
         waiting = list(self.layers)
         while waiting:
             grams = self.grams(waiting)
-            stage, waiting = waiting, []
+            layers, waiting = waiting, []
             if self.job.options.true_sequential:
-                stage, waiting = _first_stage(stage, grams)
-            _check_multiplied(self.job.source.model, stage, grams)
-            yield stage, grams
+                layers, waiting = _first_round(layers, grams)
+            _check_multiplied(self.job.source.model, layers, grams)
+            yield layers, grams
             del grams  # their memory is needed
 
     def advance(self, stage: str = "forward") -> None:
@@ -341,7 +338,7 @@ def _windows(
     )
 
 
-def _first_stage(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
+def _first_round(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
     """The layers that are called first and share their inputs, all experts of a kind together;
     and the rest. Layers that were never called come last."""
     by_name = {layer.name: layer for layer in layers}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from maskopt.errors import ModelError
@@ -47,22 +47,37 @@ class Memory:
         return ", ".join(f"{name} {value / GIB:.2f}" for name, value in asdict(self).items())
 
 
-def estimate_memory(
-    source: Source, layers: Sequence[Layer], samples: int, length: int, threads: int,
-    activation_memory: int,
-) -> Memory:  # fmt: skip
-    """The parts of the peak for `samples` windows of `length` tokens on `threads` threads."""
+@dataclass(frozen=True)
+class Load:
+    """What the memory of a walk depends on.
+
+    Attributes:
+        samples, length: windows, and tokens in each.
+        activation_memory: bytes of hidden states above which they go to a file.
+    """
+
+    source: Source
+    layers: Sequence[Layer]
+    samples: int
+    length: int
+    threads: int
+    activation_memory: int
+
+
+def estimate_memory(load: Load) -> Memory:
+    """The parts of the peak."""
+    source, length = load.source, load.length
     width = next(source.model.parameters()).dtype.itemsize
     named = dict(source.model.named_parameters())
     outside = sum(p.numel() for name, p in source.blocks.outside() if name in named) * width
     hidden = hidden_size(source.model)
     state = length * hidden * width
-    activations = samples * state
+    activations = load.samples * state
     grams = inputs = solving = 0
-    for mine in by_block(layers).values():
+    for mine in by_block(load.layers).values():
         distinct = distinct_inputs(mine)
         grams = max(grams, sum(8 * n * n for n in distinct))
-        inputs = max(inputs, threads * length * width * (sum(distinct) + 6 * hidden))
+        inputs = max(inputs, load.threads * length * width * (sum(distinct) + 6 * hidden))
         # the Gram in float32 and two more matrices of its size (of the start's relaxation: in float64
         # up to n = 4096), the weights in float32 a few times
         squares = [12 * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
@@ -75,21 +90,18 @@ def estimate_memory(
         grams,
         inputs,
         solving,
-        state if activations > activation_memory else activations,
+        state if activations > load.activation_memory else activations,
     )
 
 
-def check_memory(
-    source: Source, layers: Sequence[Layer], samples: int, length: int, threads: int,
-    activation_memory: int, max_memory: int,
-) -> int:  # fmt: skip
+def check_memory(load: Load, max_memory: int) -> int:
     """The bytes that hidden states may take in memory so that the peak stays below the limit.
 
     Raises:
         ModelError: it does not fit even with the hidden states in a file; with the numbers.
     """
-    for limit in (activation_memory, 0):
-        memory = estimate_memory(source, layers, samples, length, threads, limit)
+    for limit in (load.activation_memory, 0):
+        memory = estimate_memory(replace(load, activation_memory=limit))
         if memory.peak <= max_memory:
             return limit
     raise ModelError(

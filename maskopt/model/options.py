@@ -7,7 +7,7 @@ them from here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +153,18 @@ class PruneOptions(WalkOptions):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+#: what an evaluation has to do with
+EVALUATION = (
+    "seq_len",
+    "text_field",
+    "device",
+    "dtype",
+    "threads",
+    "activation_memory",
+    "trust_remote_code",
+)
+
+
 def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
     """The options, with single ones set by name; `sparsity=0.5` is short for its pattern.
 
@@ -160,15 +172,20 @@ def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) ->
         OptionError: a name that is no option (near names are given).
         PatternError: no pattern, or two of them.
     """
-    known = {f.name for f in dataclasses.fields(PruneOptions)} | {"sparsity"}
-    for name in shorthand:
-        if name not in known:
-            raise OptionError(f"no option is called {name!r}{near(name, known)}")
+    check_names(shorthand, ["sparsity", *(f.name for f in dataclasses.fields(PruneOptions))])
     given = dict(shorthand)
     sparsity, pattern = given.pop("sparsity", None), given.pop("pattern", None)
     if options is None or sparsity is not None or pattern is not None:
         given["pattern"] = one_pattern(sparsity, pattern)
     return PruneOptions(**given) if options is None else dataclasses.replace(options, **given)
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise OptionError for a name that is no option here."""
+    known = set(known)
+    for name in given:
+        if name not in known:
+            raise OptionError(f"no option is called {name!r}{near(name, known)}")
 
 
 def one_pattern(sparsity: float | None, pattern: Pattern | None) -> Pattern:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError
 from maskopt.model.job import Job, open_job, tokens_or_tokenizer
-from maskopt.model.options import WalkOptions
+from maskopt.model.options import EVALUATION, WalkOptions, check_names
 from maskopt.model.progress import Progress
 from maskopt.model.tokens import Windows
 
@@ -43,15 +43,9 @@ def perplexity(
     tokenizer_or_tokens: Any = None,
     *,
     text: str | Path | Sequence[str] | None = None,
-    seq_len: int = 2048,
     windows: int | None = None,
-    text_field: str = "text",
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int | None = None,
-    activation_memory: int = 4 * 2**30,
-    trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Perplexity:
     """Perplexity of a causal language model, in memory or in a folder.
 
@@ -63,29 +57,23 @@ def perplexity(
         tokenizer_or_tokens: a tokenizer for `text`, or token windows int64 [windows, length].
         text: see `maskopt.model.text.read_documents`; a list of strings is taken as documents.
         windows: take only the first so many.
-        device, dtype, threads: as in `maskopt.prune_model`; the result does not depend on threads.
-        activation_memory: bytes of hidden states above which they go to a temporary file.
         on_progress: called with (window passes done, all of them: one a block, and one at the end).
+        options: `seq_len`, `text_field`, `device`, `dtype`, `threads`, `activation_memory`,
+            `trust_remote_code`, as in `maskopt.PruneOptions`.
 
     Raises:
-        DataError: no text or less than one window. ModelError: a model that cannot be read; NaN or
-            infinite activations or logits.
+        OptionError: another option, or an impossible value.
+        DataError: no text or less than one window.
+        ModelError: a model that cannot be read; NaN or infinite activations or logits.
     """
-    options = WalkOptions(
-        seq_len=seq_len,
-        text_field=text_field,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        activation_memory=activation_memory,
-        trust_remote_code=trust_remote_code,
-    )
+    check_names(options, EVALUATION)
+    walk = WalkOptions(**options)
     given, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, text)
     if given is None:
         raise DataError("perplexity needs text or tokens")
     training = isinstance(model, nn.Module) and model.training
     try:
-        job = open_job(model, given, options, tokenizer=tokenizer, whole=True, limit=windows)
+        job = open_job(model, given, walk, tokenizer=tokenizer, whole=True, limit=windows)
         cut = job.windows
         assert cut is not None
         if cut.length < 2:

@@ -92,7 +92,7 @@ def plan_prune(
     refusal = None
     if options.max_memory is not None:
         try:
-            job.activation_memory = check_memory(*job.size, options.max_memory)
+            job.activation_memory = check_memory(job.load, options.max_memory)
         except ModelError as error:
             refusal = error
     source, layers, checkpoint = job.source, job.layers, job.source.checkpoint
@@ -102,7 +102,7 @@ def plan_prune(
         return Plan(
             layers=layers,
             pruned={layer.name: _pruned(layer, options) for layer in layers},
-            memory=estimate_memory(*job.size),
+            memory=estimate_memory(job.load),
             forward_seconds=_forward_operations(job, options) / _speed(source),
             solve_seconds=_solve_seconds(source, layers, options),
             file_seconds=0.0 if checkpoint is None else _file_seconds(checkpoint),

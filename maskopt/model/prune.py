@@ -72,21 +72,22 @@ def prune_model(
     if text is None:
         raise ModelError("pruning needs `calibration` text or tokens; name a source of text")
     target = None if output is None else Path(output)
-    with open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress) as job:
-        job.source.blocks.check_unshared(job.layers)
-        run = job.source.start_run(
-            job.layers, target, tokenizer=tokenizer, overwrite=overwrite, resume=resume
-        )
-        fingerprint = _fingerprint(job, options)
-        if resume and target is not None:
-            finished = finished_report(target, fingerprint)
-            if finished is not None:
-                return finished
-        with run.opened(fingerprint), torch.no_grad():
+    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
+    job.source.blocks.check_unshared(job.layers)
+    run = job.source.start_run(
+        job.layers, target, tokenizer=tokenizer, overwrite=overwrite, resume=resume
+    )
+    fingerprint = _fingerprint(job, options)
+    if resume and target is not None:
+        finished = finished_report(target, fingerprint)
+        if finished is not None:
+            return finished
+    with run.opened(fingerprint), torch.no_grad():
+        with job:
             layers, bad = _prune_blocks(job, options, run)
-            seconds = time.perf_counter() - began
-            report = PruneReport(layers, fingerprint, bad, run.masks, target, seconds)
-            run.finish(report, options.pattern)
+        seconds = time.perf_counter() - began
+        report = PruneReport(layers, fingerprint, bad, run.masks, target, seconds)
+        run.finish(report, options.pattern)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
@@ -101,7 +102,7 @@ def _prune_blocks(
     for block in job.blocks(finished, run.activation_folder()):
         results: dict[str, LayerReport] = {}
         masks: dict[str, tuple[Layer, Tensor]] = {}
-        for layers, grams in block.stages():
+        for layers, grams in block.rounds():
             tick = block.ticker("solve", len(layers))
             for layer in grams.neighbours(layers):
                 results[layer.name], mask = _prune_layer(job, layer, grams, options)
