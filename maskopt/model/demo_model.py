@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 from maskopt.errors import ModelError
 
@@ -23,12 +24,7 @@ def cache_directory() -> Path:
     """`$MASKOPT_CACHE`, or the place for caches that the operating system names."""
     if os.environ.get("MASKOPT_CACHE"):
         return Path(os.environ["MASKOPT_CACHE"])
-    home = Path.home()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "maskopt"
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "maskopt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "maskopt"
+    return user_cache_path("maskopt", appauthor=False, opinion=False)
 
 
 def demo_model(cache: Path | None = None) -> Path:
