@@ -1,5 +1,7 @@
 """LayerProblem and RowProblem: the objective, the checks at the door, save and load."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,32 @@ def test_numpy_and_half_precision_are_accepted():
     ):
         problem = LayerProblem(weight, gram.numpy(), HALF)
         assert problem.objective(torch.ones(2, 8, dtype=torch.bool)).dtype == torch.float64
-    assert LayerProblem(torch.ones(2, 8), gram.half(), HALF).gram.dtype == torch.float32
+    for dtype, kept in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
+        assert LayerProblem(torch.ones(2, 8), gram.to(dtype), HALF).gram.dtype == kept
+
+
+def test_definiteness_may_be_taken_on_trust():
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]))
+    problem = LayerProblem(torch.ones(1, 4), indefinite, HALF, assume_psd=True)
+    assert torch.equal(problem.gram, indefinite)
+    with pytest.raises(ProblemError, match="not positive semidefinite"):
+        LayerProblem(torch.ones(1, 4), indefinite, HALF)
+
+
+def test_a_legal_mask_is_handed_back():
+    legal = torch.tensor([[True, False, True, False]])
+    layer = LayerProblem(torch.ones(1, 4), torch.eye(4), HALF)
+    assert torch.equal(layer.check_mask(legal), legal)
+    assert torch.equal(layer.check_mask(legal[0]), legal)  # one row needs no second axis
+    assert torch.equal(layer.check_mask([[True, False, True, False]]), legal)
+    two = LayerProblem(torch.ones(2, 4), torch.eye(4), HALF)
+    with pytest.raises(WarmStartError, match=r"shape \[4\], the problem \[2, 4\]"):
+        two.check_mask(legal[0])
+
+
+def test_a_row_has_one_axis():
+    with pytest.raises(ProblemError, match=r"a row's weight must be \[n\], not \[1, 4\]"):
+        RowProblem(torch.ones(1, 4), torch.eye(4), HALF)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
@@ -138,6 +165,24 @@ def test_load_refuses_pickles_and_rubbish(tmp_path):
         RowProblem.load(path)
     with pytest.raises(ProblemError, match="no such file"):
         RowProblem.load(tmp_path / "missing.npz")
+
+
+def test_load_refuses_what_it_would_misread(tmp_path):
+    path = tmp_path / "x.npz"
+    LayerProblem(torch.ones(2, 4), torch.eye(4), HALF).save(path)
+    with np.load(path) as archive:
+        parts = dict(archive)
+    header = json.loads(str(parts["header"]))
+    for change, message in (
+        ({"format": "maskopt-9"}, "not a maskopt instance of a format"),
+        ({"kind": "row"}, r"a row's weight must be \[1, n\], not \[2, 4\]"),
+    ):
+        np.savez(path, **{**parts, "header": np.array(json.dumps({**header, **change}))})
+        with pytest.raises(ProblemError, match=message):
+            RowProblem.load(path)
+    np.savez(path, **{**parts, "header": np.array("[]")})
+    with pytest.raises(ProblemError, match="not a maskopt instance of a format"):
+        RowProblem.load(path)
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
