@@ -87,6 +87,7 @@ def test_slight_asymmetry_is_rounded_away_and_a_large_one_refused():
     noisy[0, 1] += 1e-9
     problem = LayerProblem(torch.ones(1, 6), noisy, HALF)
     assert torch.equal(problem.gram, problem.gram.T)
+    assert torch.equal(problem.gram, (noisy + noisy.T) / 2)
     gram[0, 1] += 100
     with pytest.raises(ProblemError, match="not symmetric"):
         LayerProblem(torch.ones(1, 6), gram, HALF)
