@@ -53,6 +53,31 @@ def test_definiteness_may_be_taken_on_trust():
         LayerProblem(torch.ones(1, 4), indefinite, HALF)
 
 
+def test_rounding_below_zero_is_forgiven_up_to_the_tolerance():
+    """The least eigenvalue may be −2⁻²³ of the trace, as sums in float32 leave it."""
+    for share, allowed in ((0.9, True), (1.1, False)):
+        gram = torch.diag(torch.tensor([1.0, 1.0, 2.0, -share * 4 * 2.0**-23], dtype=torch.float64))
+        if allowed:
+            LayerProblem(torch.ones(1, 4), gram, HALF)
+        else:
+            with pytest.raises(ProblemError, match="not positive semidefinite"):
+                LayerProblem(torch.ones(1, 4), gram, HALF)
+
+
+def test_the_mean_has_an_entry_for_every_input():
+    with pytest.raises(ProblemError, match=r"layer 'q': mean must be \[4\], not \[3\]"):
+        LayerProblem(torch.ones(1, 4), torch.eye(4), HALF, name="q", mean=torch.ones(3))
+
+
+def test_a_problem_shows_its_name_and_size():
+    problem = LayerProblem(torch.ones(2, 4), torch.eye(4), HALF, name="q")
+    assert repr(problem) == "LayerProblem('q', rows=2, n=4, pattern=0.5)"
+    assert repr(problem.row(-1)) == "RowProblem('q[1]', n=4, pattern=0.5)"
+    unnamed = LayerProblem(torch.ones(2, 4), torch.eye(4), NM(2, 4))
+    assert repr(unnamed) == "LayerProblem(rows=2, n=4, pattern=2:4)"
+    assert repr(RowProblem(torch.ones(4), torch.eye(4), HALF)) == "RowProblem(n=4, pattern=0.5)"
+
+
 def test_a_legal_mask_is_handed_back():
     legal = torch.tensor([[True, False, True, False]])
     layer = LayerProblem(torch.ones(1, 4), torch.eye(4), HALF)
