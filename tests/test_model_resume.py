@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny_models import save, tiny, tokens
 
 from maskopt import prune_model
@@ -387,6 +388,34 @@ def test_a_second_process_is_refused(dense: Path, tmp_path: Path) -> None:
     assert all("another process is at work" in message for message in tried), tried
     assert len(tried) == 2
     verify_output(out, against=dense)
+
+
+@posix
+@pytest.mark.parametrize("newcomer", [False, True])
+def test_a_lock_that_was_moved_away_is_none(
+    dense: Path, tmp_path: Path, newcomer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our opening of the lock file and our lock, the process before finishes (and moves the
+    hidden folder away), and perhaps a third one begins anew."""
+    out = tmp_path / "out"
+
+    class Late(FileLock):
+        def __init__(self, path: Path, *, on_acquired: Any, **options: Any) -> None:
+            def after_others(handle: int) -> None:
+                os.replace(out / HIDDEN, out / "gone")
+                if newcomer:
+                    (out / HIDDEN).mkdir()
+                    (out / HIDDEN / "lock").touch()
+                on_acquired(handle)
+
+            super().__init__(path, on_acquired=after_others, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maskopt.model.workspace.FileLock", Late)
+        with pytest.raises(ModelError, match="another process is at work"):
+            prune_model(dense, tokens(), output=out, **OPTIONS)
+    assert (out / HIDDEN).exists() == newcomer
+    prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
 
 
 def _in_another_process(dense: Path, out: Path, options: dict[str, Any]) -> str:

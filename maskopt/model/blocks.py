@@ -239,13 +239,6 @@ def _transposed(module: nn.Module) -> bool:
     return shapes[0][1] != shapes[-1][0] and shapes[0][0] == shapes[-1][1]
 
 
-def set_eager_experts(model: nn.Module) -> None:
-    """Experts one after the other, each as a matrix product that can be observed."""
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "_experts_implementation"):
-        config._experts_implementation = "eager"
-
-
 def vocabulary_size(model: nn.Module) -> int:
     """Rows of the input embedding."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]

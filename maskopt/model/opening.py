@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from maskopt.errors import ModelError
-from maskopt.model.blocks import set_eager_experts
 from maskopt.model.checkpoint import open_checkpoint, resolve_model
 from maskopt.model.source import FolderSource, MemorySource, Source, stored_dtype
+from maskopt.model.transformers_adapter import set_eager_experts
 
 DTYPES = {
     "float32": torch.float32,

@@ -18,9 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.errors import ModelError
-from maskopt.model.blocks import Blocks, Layer, set_eager_experts
+from maskopt.model.blocks import Blocks, Layer
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.maskfile import MaskFile, TensorMask
+from maskopt.model.transformers_adapter import (
+    Conversion,
+    initialise,
+    revert,
+    set_eager_experts,
+    tie,
+)
 
 if TYPE_CHECKING:
     from maskopt.model.output import Run
@@ -160,7 +167,7 @@ class FolderSource:
 
     def tensors_of(self, layer: Layer) -> list[str]:
         """The checkpoint tensors that the layer's parameter is made of."""
-        return self._loader.sources(layer.parameter)
+        return self._loader.conversion.sources(layer.parameter)
 
     def load_outside(self) -> None:
         return_memory()  # a large vocabulary's text and tokenizer take half a gigabyte
@@ -298,15 +305,13 @@ def to_checkpoint(
     Where the checkpoint stores a parameter otherwise (experts one by one, say), transformers' own
     conversion for saving is applied to the mask.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     result: dict[str, TensorMask] = {}
     for name, mask in masks.items():
-        sources = None if loader is None else loader.sources(name)
+        sources = None if loader is None else loader.conversion.sources(name)
         if sources is not None and len(sources) == 1 and not loader_converts(loader, name):
             result[sources[0]] = mask
             continue
-        reverted: dict[str, Tensor] = revert_weight_conversion(model, {name: mask.kept})  # type: ignore[arg-type]
+        reverted = revert(model, {name: mask.kept})
         if sources is not None and set(reverted) != set(sources):
             raise ModelError(
                 f"parameter {name!r} is stored as {', '.join(sources[:3])}, which cannot be matched"
@@ -325,7 +330,7 @@ def to_checkpoint(
 
 
 def loader_converts(loader: _Loader | None, name: str) -> bool:
-    return loader is not None and name in loader.converted
+    return loader is not None and name in loader.conversion.converted
 
 
 def _swapped(mask: TensorMask, part: Tensor) -> bool:
@@ -336,49 +341,12 @@ def _swapped(mask: TensorMask, part: Tensor) -> bool:
 
 
 class _Loader:
-    """Loads named parameters out of a checkpoint by transformers' own conversion."""
+    """Loads named parameters out of a checkpoint."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
-
         self.model, self.checkpoint, self.device = model, checkpoint, device
-        self.mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
-        targets = {p: entry for entry in converters for p in entry.source_patterns}
-        empty = model.state_dict()
-        prefix = model.base_model_prefix
-        self._sources: dict[str, list[str]] = {}
-        self._first: dict[str, str] = {}
-        self.converted: set[str] = set()
-        for key in sorted(checkpoint.where):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, empty)
-            if name not in empty and key in empty:
-                name, pattern = rename_source_key(key, [], [], prefix, empty)
-            if name not in empty:
-                continue
-            self._sources.setdefault(name, []).append(key)
-            if pattern is None:
-                self._first[name] = name
-                continue
-            entry = targets[pattern]
-            for target in entry.target_patterns:
-                other = name.replace(entry.target_patterns[0], target)
-                self._first[other] = name
-                self.converted.add(other)
-        self.model._weight_conversions = [entry for entry in self.mapping if entry.was_used()]
-
-    def sources(self, name: str) -> list[str]:
-        """The checkpoint tensors that parameter `name` is made of."""
-        first = self._first.get(name)
-        if first is None:
-            raise ModelError(f"{self.checkpoint.folder}: no tensor for parameter {name!r}")
-        return self._sources[first]
+        self.conversion = Conversion(model, checkpoint.where, str(checkpoint.folder))
+        self._loaded_buffers = False
 
     def load(self, names: Iterable[str], masks: MaskFile | None = None) -> None:
         """Bring parameters into memory, masked where `masks` knows their tensors.
@@ -386,39 +354,16 @@ class _Loader:
         Raises:
             ModelError: a parameter without a tensor, or of another shape.
         """
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
         wanted = list(names)
-        firsts = {self._first[name] for name in wanted if name in self._first}
-        buffers = [key for key, _ in self.model.named_buffers()]
-        if not getattr(self, "_loaded_buffers", False):
-            firsts |= {self._first[name] for name in buffers if name in self._first}
-            self._loaded_buffers = True
-        state = {
-            key: self._read(key, masks) for first in sorted(firsts) for key in self._sources[first]
-        }
-        config = LoadStateDictConfig(
-            device_map={"": self.device},
-            weight_mapping=self.mapping,  # type: ignore[arg-type, unused-ignore]
-            dtype=next(self.model.parameters()).dtype,
-        )
+        buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
+        self._loaded_buffers = True
+        state = {key: self._read(key, masks) for key in self.conversion.needed([*wanted, *buffers])}
         with quietly(), torch.no_grad():
-            info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
-            if info.mismatched_keys:
-                name, found, expected = min(info.mismatched_keys, key=str)
-                raise ModelError(
-                    f"{self.checkpoint.folder}: {name!r} is {list(found)} in the shards, "
-                    f"{list(expected)} by config.json"
-                )
-            if info.conversion_errors or info.error_msgs:
-                first = next(iter([*info.conversion_errors.values(), *info.error_msgs]))
-                line = (str(first).strip().splitlines() or ["?"])[-1]
-                raise ModelError(f"{self.checkpoint.folder}: cannot be loaded: {line}")
-            missing = {name for name in wanted if self.model.get_parameter(name).is_meta}
+            self.conversion.load(state, self.device)
+            missing = self._without_data(wanted)
             if missing:
-                self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-                missing = {name for name in wanted if self.model.get_parameter(name).is_meta}
+                tie(self.model, missing)
+                missing = self._without_data(wanted)
             if missing:
                 raise ModelError(
                     f"{self.checkpoint.folder}: no tensor for parameter {min(missing)!r}"
@@ -427,6 +372,9 @@ class _Loader:
             parameter = self.model.get_parameter(name)
             parameter.requires_grad_(False)
             _check_finite(name, parameter)
+
+    def _without_data(self, names: Iterable[str]) -> set[str]:
+        return {name for name in names if self.model.get_parameter(name).is_meta}
 
     def _read(self, key: str, masks: MaskFile | None) -> Tensor:
         tensor = self.checkpoint.read(key)
@@ -484,7 +432,7 @@ def _real_buffers(model: Any, device: torch.device) -> None:
                 module._buffers[name] = real.fill_(_unset(real.dtype))
             if any(True for _ in module.named_buffers(recurse=False)):
                 inside = [o for o in owners if not o[0] or (path + ".").startswith(o[0] + ".")]
-                max(inside, key=lambda owner: len(owner[0]))[1]._init_weights(module)
+                initialise(max(inside, key=lambda owner: len(owner[0]))[1], module)
 
 
 def _check_buffers(model: nn.Module) -> None:

@@ -72,7 +72,7 @@ def variants() -> Iterator[Variant]:
     """The programs that `steps.TritonKernel` launches, in single and double precision."""
     import torch
 
-    from maskopt.solvers.swap.triton import steps, launch
+    from maskopt.solvers.swap.triton import launch, steps
 
     tile = {"ROWS": launch.TILE_ROWS, "TILE": launch.TILE}
     for floating, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
