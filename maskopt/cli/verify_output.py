@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from maskopt.cli import options as opt
 from maskopt.cli.console import output, progress_bars
+from maskopt.cli.instances import option_list
 
 
 def verify(
@@ -15,6 +17,17 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(help="The original model: kept weights must be its bits.")
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="What the prune was given: errors and statuses are computed again."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Of which layers: name patterns, separated by commas; all by default."),
+    ] = None,
+    text_field: opt.Field = "text",
+    threads: opt.Threads = None,
+    trust_remote_code: opt.Trust = False,
     semi_structured: Annotated[
         bool | None,
         typer.Option(
@@ -23,19 +36,34 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Check digests, exact counts of every row, zeros, and bit-identity to the original."""
+    """Check files, exact counts of every row, zeros, and bit-identity to the original.
+
+    What only the calibration text can show is called claimed.
+    """
     from maskopt.model import verify as library
     from maskopt.model.opening import choose_device
 
     with progress_bars() as bars:
         task = bars.add_task("tensors", total=None)
         result = library.verify_output(
-            folder, against, lambda done, total: bars.update(task, completed=done, total=total)
+            folder,
+            against,
+            lambda done, total: bars.update(task, completed=done, total=total),
+            calibration=calibration,
+            layers=option_list(layers),
+            text_field=text_field,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
         )
-    same = f"; every kept weight is that of {against}" if against is not None else ""
+    same = f", every kept weight is that of {against}" if against is not None else ""
+    again = ""
+    if result.checked_layers:
+        count, limit = len(result.checked_layers), result.tolerance
+        again = f"; errors (to {limit:.0e}) and statuses of {count} layers (checked)"
     output.print(
         f"{folder}: holds. {result.layers} layers, {result.rows} rows, {result.files} files, "
-        f"sparsity {result.sparsity:.4f}{same}",
+        f"sparsity {result.sparsity:.4f}{same} (checked){again}; "
+        f"{', '.join(result.claimed)}: claimed",
         soft_wrap=True,
     )
     if semi_structured is None and result.two_four:

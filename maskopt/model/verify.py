@@ -66,6 +66,8 @@ class Verified:
         files: whose digests were compared.
         against: the original that was compared with, if one was.
         checked_layers: names of the layers whose errors and statuses were computed again.
+        tolerance: relative difference up to which those errors had to agree; it depends on the precision
+            that the manifest names. Statuses hold under the same change of the error.
         checked: what was computed from weights, masks and original.
         claimed: what the manifest says and nothing here shows.
     """
@@ -78,6 +80,7 @@ class Verified:
     sparsity: float
     against: Path | None
     checked_layers: tuple[str, ...] = ()
+    tolerance: float | None = None
     checked: tuple[str, ...] = ()
     claimed: tuple[str, ...] = ()
 
@@ -143,15 +146,18 @@ def verify_output(
     slices = _check_tensors(manifest, weights, masks, original, on_progress)
     rows, sparsity = check_counts(manifest, slices)
     recomputed: list[str] = []
+    tolerance = None
     if against is not None:
         recomputed = check_fallbacks(manifest, slices, SUM_TOLERANCE)
+        tolerance = SUM_TOLERANCE if recomputed else None
     if against is not None and calibration is not None:
         from maskopt.model.recheck import recheck_layers
 
-        recomputed = recheck_layers(
+        again, tolerance = recheck_layers(
             manifest, folder, Path(against), calibration, layers=layers, text_field=text_field,
-            threads=threads, trust_remote_code=trust_remote_code, already=recomputed,
+            threads=threads, trust_remote_code=trust_remote_code,
         )  # fmt: skip
+        recomputed = [x["name"] for x in manifest.layers if x["name"] in {*recomputed, *again}]
     checked, claimed = _told_apart(
         manifest, same, len(recomputed),
         compared=against is not None, names=names_known, again=calibration is not None,
@@ -165,6 +171,7 @@ def verify_output(
         sparsity=sparsity,
         against=None if against is None else Path(against),
         checked_layers=tuple(recomputed),
+        tolerance=tolerance,
         checked=checked,
         claimed=claimed,
     )
