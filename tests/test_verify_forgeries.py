@@ -50,7 +50,8 @@ PLANTED = [
     "consolidated.safetensors", "model.gguf", "model.pt", "model.pth", "model.ckpt", "tf_model.h5",
     "flax_model.msgpack", "model.onnx", "pytorch_model.bin.index.json", "weights.npz", "w.pkl",
     "lib.so", "sub/model.safetensors", ".hidden/model.safetensors", "sub/modeling_own.py",
-    "custom_generate/generate.py", "model.fp16.safetensors", "noending",
+    "custom_generate/generate.py", "model.fp16.safetensors", "noending", "LICENSE.py", "NOTICE.bin",
+    "README.safetensors",
 ]  # fmt: skip
 
 
@@ -420,7 +421,7 @@ def test_any_edit_of_the_manifest_is_refused_or_changes_nothing(
     sound = json.loads((result / MANIFEST).read_text())
     alone, compared = verify_output(result), verify_output(result, against=dense_folder)
     passed = 0
-    for seed in range(250):
+    for seed in range(100):
         edited = signed(forged(sound, random.Random(seed)))
         (result / MANIFEST).write_text(json.dumps(edited))
         for against, expected in ((None, alone), (dense_folder, compared)):
@@ -445,3 +446,74 @@ def test_masks_of_another_run_are_claims(result: Path, dense_folder: Path) -> No
     verified = verify_output(result, against=dense_folder)
     assert {"errors", "statuses", "bounds"} <= set(verified.claimed)
     assert not verified.checked_layers
+
+
+# A model that was pruned in memory and saved anew ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_anew(with_tokenizer: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from maskopt import prune_model
+
+    dense, _ = with_tokenizer
+    out = tmp_path_factory.mktemp("anew") / "out"
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    prune_model(
+        model, AutoTokenizer.from_pretrained(dense), calibration=["some text " * 40], samples=4,
+        seq_len=16, sparsity=0.5, solver="wanda", min_tokens=1, output=out,
+    )  # fmt: skip
+    return out
+
+
+def test_a_model_saved_anew(
+    saved_anew: Path, with_tokenizer: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its configuration must mean the same; that its tokenizer does is claimed."""
+    dense = Path(shutil.copytree(with_tokenizer[0], tmp_path / "dense"))
+    edit_json(
+        dense / "config.json",
+        lambda c: c.update(torch_dtype=c.pop("dtype"), transformers_version="5.0.0"),
+    )
+    claimed = verify_output(saved_anew, against=dense).claimed
+    assert "configuration and tokenizer" in claimed
+    assert "kept weights" not in claimed
+    for changes in (
+        {"rope_theta": 3.0},
+        {"hidden_act": "gelu"},
+        {"auto_map": {"AutoModel": "x.Y"}},
+    ):
+        copied = Path(shutil.copytree(saved_anew, tmp_path / next(iter(changes))))
+        edit_json(copied / "config.json", lambda c, changes=changes: c.update(changes))
+        forge_manifest(copied)
+        with pytest.raises(VerificationError, match=r"config\.json"):
+            verify_output(copied, against=dense)
+
+
+def test_leaving_the_digest_out_hides_nothing(
+    with_tokenizer: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Without the model's digest a result counts as saved anew: what then may differ is claimed."""
+    dense, out = with_tokenizer
+    copied = Path(shutil.copytree(out, tmp_path / "result"))
+    forge_manifest(copied, lambda m: m["fingerprint"].pop("model"))
+    assert verify_output(copied, against=dense) == verify_output(out, against=dense)
+    edit_json(copied / "tokenizer.json", lambda t: t["model"]["vocab"].update(x=1))
+    forge_manifest(copied)
+    assert "configuration and tokenizer" in verify_output(copied, against=dense).claimed
+    edit_json(copied / "tokenizer_config.json", lambda t: t.update(auto_map={"AutoTokenizer": "x"}))
+    forge_manifest(copied)
+    with pytest.raises(VerificationError, match="asks to run code"):
+        verify_output(copied, against=dense)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX links")
+def test_a_result_in_the_hubs_cache(result: Path, dense_folder: Path, tmp_path: Path) -> None:
+    """There the files are links into blobs/, beside the snapshots."""
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    result.rename(tmp_path / "blobs")
+    for file in (tmp_path / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    verify_output(snapshot, against=dense_folder)

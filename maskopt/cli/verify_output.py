@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from maskopt.cli import options as opt
 from maskopt.cli.console import output, progress_bars
 from maskopt.cli.instances import option_list
+
+if TYPE_CHECKING:
+    from maskopt.model.verify import Verified
 
 
 def verify(
@@ -56,14 +59,9 @@ def verify(
             trust_remote_code=trust_remote_code,
         )
     same = f", every kept weight is that of {against}" if against is not None else ""
-    again = ""
-    if result.checked_layers:
-        count, limit = len(result.checked_layers), result.tolerance
-        again = f"; errors (to {limit:.0e}) and statuses of {count} layers (checked)"
     output.print(
         f"{folder}: holds. {result.layers} layers, {result.rows} rows, {result.files} files, "
-        f"sparsity {result.sparsity:.4f}{same} (checked){again}; "
-        f"{', '.join(result.claimed)}: claimed",
+        f"sparsity {result.sparsity:.4f}{same} (checked); {_told_apart(result)}: claimed",
         soft_wrap=True,
     )
     if semi_structured is None and result.two_four:
@@ -73,3 +71,15 @@ def verify(
     if semi_structured:
         converted = library.semi_structured(folder)
         output.print(f"PyTorch accepts all {len(converted)} layers as semi-structured 2:4")
+
+
+def _told_apart(result: Verified) -> str:
+    """The layers whose errors were computed again, and what is claimed."""
+    count, claimed = len(result.checked_layers), ", ".join(result.claimed)
+    if not count:
+        return claimed
+    if count < result.layers:
+        rest = f"errors and statuses of the other {result.layers - count}"
+        claimed = ", ".join([rest, *(c for c in result.claimed if c not in ("errors", "statuses"))])
+    limit = f"{result.tolerance:.0e}"
+    return f"errors (to {limit}) and statuses of {count} layers (checked); {claimed}"

@@ -138,9 +138,9 @@ class FolderRun:
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
     ) -> None:
+        self.model.check()
         path = self._masks_path(index)
         write_masks(path, self.source.stored(index, masks))
-        self.model.check()
         self.journal.add_block(
             index,
             {
