@@ -243,9 +243,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     shown = run(
         "verify", out, "--against", dense, "--calibration", text, "--layers", "q_proj,layers.0.mlp"
     )
-    assert (
-        "errors (to 1e-05) and statuses of 6 layers (checked); errors, statuses, start errors"
-        in shown
-    )
+    assert "errors (to 1e-05) and statuses of 6 layers (checked); errors and statuses of" in shown
+    assert "of the other 15, start errors, options: claimed" in shown
     said = run("verify", out, "--against", dense, "--calibration", other, fails=MaskoptError)
     assert "other.txt: is not what the model was calibrated on" in said

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def verify(
     folder: Annotated[Path, typer.Argument(help="What `maskopt prune` wrote.")],
     against: Annotated[
-        Path | None, typer.Option(help="The original model: kept weights must be its bits.")
+        str | None,
+        typer.Option(
+            help="The original, a folder or a name on the hub: kept weights are its bits."
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -44,13 +47,14 @@ def verify(
     What only the calibration text can show is called claimed.
     """
     from maskopt.model import verify as library
+    from maskopt.model.checkpoint import resolve_model
     from maskopt.model.opening import choose_device
 
     with progress_bars() as bars:
         task = bars.add_task("tensors", total=None)
         result = library.verify_output(
             folder,
-            against,
+            None if against is None else resolve_model(against),
             lambda done, total: bars.update(task, completed=done, total=total),
             calibration=calibration,
             layers=option_list(layers),
