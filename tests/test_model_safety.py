@@ -158,6 +158,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda m: edit_json(m / "config.json", lambda c: c.update(auto_map={"AutoModel": "x.Y"})),
         "not run unless `trust_remote_code`",
     ),
+    "other weights by config": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(transformers_weights="x.st")),
+        "transformers_weights",
+    ),
+    "adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), "holds an adapter"),
     "quantised": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(quantization_config={"a": 1})),
         "quantised",

@@ -84,6 +84,16 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
             f"{folder}: the weights are quantised (quantization_config in config.json); "
             "prune the original weights"
         )
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: holds an adapter (adapter_config.json), which loaders put onto other weights; "
+            "merge it into its model first"
+        )
+    if config.get("transformers_weights"):
+        raise ModelError(
+            f"{folder}: config.json has transformers load {config['transformers_weights']!r} "
+            f"(transformers_weights) in place of {SINGLE}; rename the weights and leave that out"
+        )
     names, weight_map = _shard_names(folder)
     for name in names:
         check_link(folder / name)

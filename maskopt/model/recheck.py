@@ -1,0 +1,284 @@
+"""Errors and statuses of a pruned model computed again, from the calibration text of its prune.
+
+The walk through the model is that of a prune (`_walk` holds all of it): each layer's Gram matrix is
+collected again on the inputs that the prune's options give it, with the masks of the result in place of
+a solver. What is then computed from the Gram matrix shares no code with any solver.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskopt.checks import improving_swap
+from maskopt.errors import MaskoptError, VerificationError
+from maskopt.model.blocks import Layer, choose, matrix, vocabulary_size, within
+from maskopt.model.checkpoint import Checkpoint
+from maskopt.model.collect import Samples, collect, forward
+from maskopt.model.forward import Workers, capture
+from maskopt.model.maskfile import MaskFile
+from maskopt.model.opening import open_source
+from maskopt.model.options import windows_of
+from maskopt.model.prune import _first_stage
+from maskopt.model.source import FolderSource
+from maskopt.model.tokens import Windows, check_vocabulary
+from maskopt.model.verify_folder import MASKS
+from maskopt.model.verify_manifest import Manifest
+from maskopt.pattern import Pattern, pattern_from_dict
+from maskopt.problem import LayerProblem
+from maskopt.solution import SWAP_TOLERANCE, Status
+
+#: relative difference at which a stated error is wrong, by the precision of the passes. On one machine
+#: they give the same bits; another processor rounds otherwise, and each block adds to that
+ERROR_TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
+#: relative difference up to which the Gram matrices are taken for those of the prune, bit for bit
+SAME_BITS = 1e-12
+#: bytes of hidden states above which they go to a file
+ACTIVATION_MEMORY = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a manifest says that its run collected Gram matrices."""
+
+    pattern: Pattern
+    one_pass: bool
+    true_sequential: bool
+    all_experts: bool
+    min_tokens: int
+    shrink: float
+    skip_bad_samples: bool
+    seed: int
+    samples: int
+    length: int
+    windows: str
+    dtype: str
+    device: str
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Run:
+        """Raises VerificationError where the manifest does not say."""
+        fingerprint = manifest.record["fingerprint"]
+        try:
+            options, data = fingerprint["options"], fingerprint["calibration"]
+            run = cls(
+                pattern=pattern_from_dict(options["pattern"]),
+                one_pass=options["one_pass"],
+                true_sequential=options["true_sequential"],
+                all_experts=options["all_experts"],
+                min_tokens=options["min_tokens"],
+                shrink=options["shrink"],
+                skip_bad_samples=options["skip_bad_samples"],
+                seed=options["seed"],
+                samples=data["samples"],
+                length=data["length"],
+                windows=data["sha256"],
+                dtype=fingerprint["dtype"],
+                device=fingerprint["device"],
+            )
+        except (KeyError, TypeError, MaskoptError):
+            raise manifest.wrong("does not say how its run was calibrated") from None
+        flags = (run.one_pass, run.true_sequential, run.all_experts, run.skip_bad_samples)
+        counts = (run.min_tokens, run.samples, run.length)
+        sound = (
+            all(type(flag) is bool for flag in flags)
+            and all(type(count) is int and count > 0 for count in counts)
+            and type(run.seed) is int
+            and type(run.shrink) in (int, float)
+            and 0 <= run.shrink <= 1
+            and run.dtype in ERROR_TOLERANCES
+            and run.device in ("cpu", "cuda")
+        )
+        if not sound:
+            raise manifest.wrong("does not say how its run was calibrated")
+        return run
+
+
+@dataclass(frozen=True)
+class MasksAsWeights(Checkpoint):
+    """A checkpoint of which every tensor is its mask, 1 = kept, or 0 where it has none: loaded like the
+    weights, it gives masks in the shape of the model's layers."""
+
+    masks: MaskFile
+
+    def read(self, name: str) -> Tensor:
+        if name in self.masks:
+            return self.masks.read(name).kept.to(torch.bfloat16)
+        return torch.zeros(self.entry(name).shape, dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer as its prune met it: original weights, Gram matrix, and the mask that it was given."""
+
+    problem: LayerProblem
+    kept: Tensor
+    tokens: int
+
+
+def recheck_layers(
+    manifest: Manifest,
+    output: Path,
+    model: Path,
+    calibration: Any,
+    *,
+    layers: Sequence[str] = (),
+    text_field: str = "text",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[list[str], float]:
+    """Compare tokens, errors and statuses of the chosen layers with those computed again.
+
+    Arguments are those of `verify_output`. Returns the names of the layers, and the relative difference
+    up to which errors had to agree.
+
+    Raises:
+        VerificationError: other windows than those of the prune, a machine that cannot repeat its
+            passes, or a layer whose error or statuses are other ones.
+    """
+    run = Run.of(manifest)
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise VerificationError(
+            f"{manifest.path}: its run was on a GPU, which rounds otherwise; check it on one"
+        )
+    given = calibration if isinstance(calibration, Tensor | Windows) else None
+    source, tokenizer = open_source(
+        model, given, device=run.device, dtype=run.dtype, trust_remote_code=trust_remote_code
+    )
+    assert isinstance(source, FolderSource)
+    parts = source.checkpoint
+    as_weights = MasksAsWeights(
+        parts.folder, parts.config, parts.shards, parts.where, MaskFile(output / MASKS)
+    )
+    masks = FolderSource(
+        as_weights, torch.device("cpu"), torch.bfloat16, trust_remote_code=trust_remote_code
+    )
+    windows = windows_of(
+        given, tokenizer, calibration,
+        samples=run.samples, seq_len=run.length, seed=run.seed, field=text_field,
+    )  # fmt: skip
+    if windows.digest != run.windows:
+        raise VerificationError(
+            f"{windows.source}: is not what the model was calibrated on: its {len(windows)} windows "
+            f"of {windows.length} tokens have another digest than those of the manifest"
+        )
+    check_vocabulary(windows, vocabulary_size(source.model))
+    said = {layer["name"]: layer for layer in manifest.layers}
+    pruned = [layer for layer in source.blocks.all_layers() if layer.name in said]
+    chosen = [layer.name for layer in choose(pruned, tuple(layers))]
+    workers = Workers(source.device, threads or torch.get_num_threads())
+    with workers, torch.no_grad():
+        found = _walk(source, masks, pruned, set(chosen), windows, run, manifest, workers)
+        for name, layer in found:
+            _check_layer(manifest, said[name], layer, run, workers)
+    return chosen, ERROR_TOLERANCES[run.dtype]
+
+
+def _check_layer(
+    manifest: Manifest, said: Mapping[str, Any], found: Found, run: Run, workers: Workers
+) -> None:
+    name, problem, kept = said["name"], found.problem, found.kept
+    if said["tokens"] != found.tokens:
+        raise manifest.wrong(
+            f"layer {name!r} is said to have seen {said['tokens']} tokens; it sees {found.tokens}"
+        )
+    error = float(problem.objective(kept).sum())
+    floor = SAME_BITS * float(problem.diagonal_mass().sum())
+    tolerance = ERROR_TOLERANCES[run.dtype]
+    if not math.isclose(said["error"], error, rel_tol=tolerance, abs_tol=floor):
+        raise manifest.wrong(
+            f"layer {name!r} states an error of {said['error']:.9g}; its mask has {error:.9g}"
+        )
+    count = sum(said["statuses"].get(s, 0) for s in (Status.SWAP_OPTIMAL, Status.OPTIMAL))
+    if not count:
+        return
+    same = math.isclose(said["error"], error, rel_tol=SAME_BITS, abs_tol=floor)
+    swaps = workers.run(
+        [
+            lambda i=i: improving_swap(  # type: ignore[misc]
+                problem.row(i), kept[i], SWAP_TOLERANCE if same else tolerance
+            )
+            for i in range(problem.rows)
+        ]
+    )
+    improvable = [(i, swap) for i, swap in enumerate(swaps) if swap is not None]
+    if problem.rows - len(improvable) < count:
+        row, swap = improvable[0]
+        raise manifest.wrong(
+            f"layer {name!r} states that {count} of {problem.rows} rows are {Status.SWAP_OPTIMAL}; "
+            f"{problem.rows - len(improvable)} are: in row {row}, keeping input {swap.pruned} "
+            f"instead of {swap.kept} changes the error by {swap.delta:.3g}"
+        )
+
+
+def _walk(
+    source: FolderSource,
+    masks: FolderSource,
+    pruned: Sequence[Layer],
+    chosen: set[str],
+    windows: Windows,
+    run: Run,
+    manifest: Manifest,
+    workers: Workers,
+) -> Iterator[tuple[str, Found]]:
+    """Go through the blocks as the prune did, up to the last chosen layer; yield the chosen ones.
+
+    A yielded problem may share its block's weights, which are pruned when the next one is asked for.
+    """
+    blocks, wanted = source.blocks, {layer.name for layer in pruned}
+    source.load_outside()
+    captured = capture(
+        source.model, blocks, windows.tokens, workers, source.device,
+        lambda size: Path(tempfile.gettempdir()) if size > ACTIVATION_MEMORY else None,
+    )  # fmt: skip
+    flow = Samples(captured.states, len(windows), skip_bad=run.skip_bad_samples)
+    last = max(index for index in range(len(blocks)) if within(blocks, index, chosen))
+    for index in range(last + 1):
+        mine, prefix, calls = (
+            within(blocks, index, wanted),
+            blocks.prefix(index),
+            captured.calls[index],
+        )
+        with masks.open(index):
+            kept = {layer.name: matrix(masks.model, layer) != 0 for layer in mine}
+        with source.open(index) as block:
+            stages = [mine] if mine or run.one_pass else []
+            while stages:
+                stage = stages.pop(0)
+                grams = collect(
+                    source.model, block, prefix, stage, calls, flow, workers, source.device,
+                    advance=run.one_pass, all_experts=run.all_experts,
+                )  # fmt: skip
+                if run.true_sequential:
+                    stage, later = _first_stage(stage, grams)
+                    stages = [later] if later else []
+                for layer in stage:
+                    weight, gram = matrix(source.model, layer), grams.of(layer.name)
+                    mask = kept[layer.name].to(weight.device)
+                    tokens = 0 if gram is None else gram.tokens
+                    if layer.name in chosen:
+                        by_magnitude = gram is None or tokens < run.min_tokens
+                        values = (
+                            torch.eye(layer.n, device=source.device)
+                            if gram is None or by_magnitude
+                            else gram.value(shrink=run.shrink)
+                        )
+                        problem = LayerProblem(
+                            weight.float(), values, run.pattern, name=layer.name, assume_psd=True
+                        )
+                        yield layer.name, Found(problem, mask, tokens)
+                    weight.masked_fill_(~mask, 0)
+            if not run.one_pass and index < last:
+                forward(block, prefix, calls, flow, workers, source.device)
+    captured.states.close()
+    left_out = [dataclasses.asdict(sample) for sample in flow.bad]
+    if left_out != manifest.record["bad_samples"][: len(left_out)]:
+        raise manifest.wrong("left out other samples than those with NaN or infinite activations")
