@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from maskopt.cli import options as opt
 from maskopt.cli.console import output, progress_bars
-from maskopt.cli.instances import option_list
+from maskopt.cli.parameters import TEXT_SOURCES, option_list, takes
+from maskopt.errors import OptionError
 
 if TYPE_CHECKING:
     from maskopt.model.verify import Verified
 
 
+@takes(("text_field", "threads", "trust_remote_code"))
 def verify(
-    folder: Annotated[Path, typer.Argument(help="What `maskopt prune` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(help="What `maskopt prune` wrote, or an .npz instance.")
+    ],
+    options: dict[str, Any],
+    solution: Annotated[
+        Path | None, typer.Argument(help="Of an instance: what `maskopt solve` wrote.")
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -25,15 +32,24 @@ def verify(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="What the prune was given: errors and statuses are computed again."),
+        typer.Option(
+            help=f"What the prune was given: errors and statuses are computed again. {TEXT_SOURCES}"
+        ),
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="Of which layers: name patterns, separated by commas; all by default."),
+        typer.Option(
+            "--include",
+            "--layers",
+            help="Of which layers: name patterns, separated by commas; all by default.",
+        ),
     ] = None,
-    text_field: opt.Field = "text",
-    threads: opt.Threads = None,
-    trust_remote_code: opt.Trust = False,
+    require_checked: Annotated[
+        bool,
+        typer.Option(
+            "--require-checked", help="Of an instance: refuse what rests on a solver's word."
+        ),
+    ] = False,
     semi_structured: Annotated[
         bool | None,
         typer.Option(
@@ -42,10 +58,18 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Check files, exact counts of every row, zeros, and bit-identity to the original.
+    """Check a pruned model: files, exact counts of every row, zeros, bit-identity to the original. Or an
+    instance and its solution: everything that is claimed of the masks.
 
     What only the calibration text can show is called claimed.
     """
+    if solution is not None:
+        from maskopt.cli.solve import check
+
+        check(folder, solution, require_checked)
+        return
+    if folder.suffix == ".npz":
+        raise OptionError(f"{folder} is an instance: name its solution, too")
     from maskopt.model import verify as library
     from maskopt.model.checkpoint import resolve_model
     from maskopt.model.opening import choose_device
@@ -58,9 +82,7 @@ def verify(
             lambda done, total: bars.update(task, completed=done, total=total),
             calibration=calibration,
             layers=option_list(layers),
-            text_field=text_field,
-            threads=threads,
-            trust_remote_code=trust_remote_code,
+            **options,
         )
     same = f", every kept weight is that of {against}" if against is not None else ""
     output.print(

@@ -15,6 +15,7 @@ from maskopt.model.blocks import Layer, matrix
 from maskopt.model.job import Job, open_job, tokens_or_tokenizer
 from maskopt.model.options import PruneOptions, name_patterns, prune_options
 from maskopt.model.progress import OnProgress
+from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 
 
@@ -76,21 +77,22 @@ def _walked(job: Job, options: PruneOptions) -> Iterator[tuple[Layer, LayerProbl
                 gram = grams.of(layer.name)
                 if gram is not None:
                     weight = matrix(job.source.model, layer).detach().float().clone()
-                    yield layer, layer_problem(layer, weight, gram, options)
+                    yield (
+                        layer,
+                        layer_problem(layer, weight, gram, options.pattern, options.shrink),
+                    )
             block.advance()
 
 
 def layer_problem(
-    layer: Layer, weight: Tensor, gram: Gram | None, options: PruneOptions
+    layer: Layer, weight: Tensor, gram: Gram | None, pattern: Pattern, shrink: float = 0.0
 ) -> LayerProblem:
-    """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs.
+    """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs, shrunk by α.
 
     Without one, inputs count as uncorrelated and alike: errors are then the pruned weights' squares.
     """
     if gram is None:
         values, mean = torch.eye(layer.n, device=weight.device), None
     else:
-        values, mean = gram.value(shrink=options.shrink), gram.mean()
-    return LayerProblem(
-        weight, values, options.pattern, name=layer.name, assume_psd=True, mean=mean
-    )
+        values, mean = gram.value(shrink=shrink), gram.mean()
+    return LayerProblem(weight, values, pattern, name=layer.name, assume_psd=True, mean=mean)

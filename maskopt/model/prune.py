@@ -126,7 +126,9 @@ def _prune_layer(
     gram = grams.of(layer.name)
     tokens = 0 if gram is None else gram.tokens
     fallback = tokens < options.min_tokens
-    problem = layer_problem(layer, weight.detach().float(), None if fallback else gram, options)
+    problem = layer_problem(
+        layer, weight.detach().float(), None if fallback else gram, options.pattern, options.shrink
+    )
     began = time.perf_counter()
     solved = solve_by_magnitude(problem) if fallback else solve_layer(problem, options)
     seconds = time.perf_counter() - began

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,14 @@ from torch import Tensor
 
 from maskopt.checks import improving_swap
 from maskopt.errors import MaskoptError, VerificationError
-from maskopt.model.blocks import Layer, choose, matrix, vocabulary_size, within
+from maskopt.model.blocks import choose, matrix
 from maskopt.model.checkpoint import Checkpoint
-from maskopt.model.collect import Samples, collect, forward
-from maskopt.model.forward import Workers, capture
+from maskopt.model.job import Job, open_job
 from maskopt.model.maskfile import MaskFile
-from maskopt.model.opening import open_source
-from maskopt.model.options import windows_of
-from maskopt.model.prune import _first_stage
+from maskopt.model.options import PruneOptions
+from maskopt.model.problems import layer_problem
 from maskopt.model.source import FolderSource
-from maskopt.model.tokens import Windows, check_vocabulary
+from maskopt.model.threads import Threads
 from maskopt.model.verify_folder import MASKS
 from maskopt.model.verify_manifest import Manifest
 from maskopt.pattern import Pattern, pattern_from_dict
@@ -41,8 +38,6 @@ from maskopt.solution import SWAP_TOLERANCE, Status
 ERROR_TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
 #: relative difference up to which the Gram matrices are taken for those of the prune, bit for bit
 SAME_BITS = 1e-12
-#: bytes of hidden states above which they go to a file
-ACTIVATION_MEMORY = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -149,41 +144,52 @@ def recheck_layers(
         raise VerificationError(
             f"{manifest.path}: its run was on a GPU, which rounds otherwise; check it on one"
         )
-    given = calibration if isinstance(calibration, Tensor | Windows) else None
-    source, tokenizer = open_source(
-        model, given, device=run.device, dtype=run.dtype, trust_remote_code=trust_remote_code
-    )
-    assert isinstance(source, FolderSource)
-    parts = source.checkpoint
-    as_weights = MasksAsWeights(
-        parts.folder, parts.config, parts.shards, parts.where, MaskFile(output / MASKS)
-    )
-    masks = FolderSource(
-        as_weights, torch.device("cpu"), torch.bfloat16, trust_remote_code=trust_remote_code
-    )
-    windows = windows_of(
-        given, tokenizer, calibration,
-        samples=run.samples, seq_len=run.length, seed=run.seed, field=text_field,
-    )  # fmt: skip
-    if windows.digest != run.windows:
-        raise VerificationError(
-            f"{windows.source}: is not what the model was calibrated on: its {len(windows)} windows "
-            f"of {windows.length} tokens have another digest than those of the manifest"
-        )
-    check_vocabulary(windows, vocabulary_size(source.model))
     said = {layer["name"]: layer for layer in manifest.layers}
-    pruned = [layer for layer in source.blocks.all_layers() if layer.name in said]
-    chosen = [layer.name for layer in choose(pruned, tuple(layers))]
-    workers = Workers(source.device, threads or torch.get_num_threads())
-    with workers, torch.no_grad():
-        found = _walk(source, masks, pruned, set(chosen), windows, run, manifest, workers)
-        for name, layer in found:
-            _check_layer(manifest, said[name], layer, run, workers)
+    options = PruneOptions(
+        pattern=run.pattern,
+        solver="magnitude",
+        include=tuple(said),
+        seed=run.seed,
+        one_pass=run.one_pass,
+        true_sequential=run.true_sequential,
+        all_experts=run.all_experts,
+        skip_bad_samples=run.skip_bad_samples,
+        samples=run.samples,
+        seq_len=run.length,
+        text_field=text_field,
+        device=run.device,
+        dtype=run.dtype,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    job = open_job(model, calibration, options)
+    assert job.windows is not None
+    if job.windows.digest != run.windows:
+        raise VerificationError(
+            f"{job.windows.source}: is not what the model was calibrated on: its {len(job.windows)} "
+            f"windows of {job.windows.length} tokens have another digest than those of the manifest"
+        )
+    chosen = [layer.name for layer in choose(job.layers, tuple(layers))]
+    masks = _masks_as_model(job, output / MASKS, trust_remote_code)
+    with job, torch.no_grad():
+        for name, layer in _walk(job, masks, set(chosen), run, manifest):
+            _check_layer(manifest, said[name], layer, run, job.pool)
     return chosen, ERROR_TOLERANCES[run.dtype]
 
 
+def _masks_as_model(job: Job, path: Path, trust_remote_code: bool) -> FolderSource:
+    """The model whose weights are the masks."""
+    parts = job.source.checkpoint
+    assert parts is not None
+    as_weights = MasksAsWeights(
+        parts.folder, parts.config, parts.shards, parts.where, MaskFile(path)
+    )
+    cpu = torch.device("cpu")
+    return FolderSource(as_weights, cpu, torch.bfloat16, trust_remote_code=trust_remote_code)
+
+
 def _check_layer(
-    manifest: Manifest, said: Mapping[str, Any], found: Found, run: Run, workers: Workers
+    manifest: Manifest, said: Mapping[str, Any], found: Found, run: Run, pool: Threads
 ) -> None:
     name, problem, kept = said["name"], found.problem, found.kept
     if said["tokens"] != found.tokens:
@@ -201,7 +207,7 @@ def _check_layer(
     if not count:
         return
     same = math.isclose(said["error"], error, rel_tol=SAME_BITS, abs_tol=floor)
-    swaps = workers.run(
+    swaps = pool.run(
         [
             lambda i=i: improving_swap(  # type: ignore[misc]
                 problem.row(i), kept[i], SWAP_TOLERANCE if same else tolerance
@@ -220,65 +226,31 @@ def _check_layer(
 
 
 def _walk(
-    source: FolderSource,
-    masks: FolderSource,
-    pruned: Sequence[Layer],
-    chosen: set[str],
-    windows: Windows,
-    run: Run,
-    manifest: Manifest,
-    workers: Workers,
+    job: Job, masks: FolderSource, chosen: set[str], run: Run, manifest: Manifest
 ) -> Iterator[tuple[str, Found]]:
     """Go through the blocks as the prune did, up to the last chosen layer; yield the chosen ones.
 
     A yielded problem may share its block's weights, which are pruned when the next one is asked for.
     """
-    blocks, wanted = source.blocks, {layer.name for layer in pruned}
-    source.load_outside()
-    captured = capture(
-        source.model, blocks, windows.tokens, workers, source.device,
-        lambda size: Path(tempfile.gettempdir()) if size > ACTIVATION_MEMORY else None,
-    )  # fmt: skip
-    flow = Samples(captured.states, len(windows), skip_bad=run.skip_bad_samples)
-    last = max(index for index in range(len(blocks)) if within(blocks, index, chosen))
-    for index in range(last + 1):
-        mine, prefix, calls = (
-            within(blocks, index, wanted),
-            blocks.prefix(index),
-            captured.calls[index],
-        )
-        with masks.open(index):
-            kept = {layer.name: matrix(masks.model, layer) != 0 for layer in mine}
-        with source.open(index) as block:
-            stages = [mine] if mine or run.one_pass else []
-            while stages:
-                stage = stages.pop(0)
-                grams = collect(
-                    source.model, block, prefix, stage, calls, flow, workers, source.device,
-                    advance=run.one_pass, all_experts=run.all_experts,
-                )  # fmt: skip
-                if run.true_sequential:
-                    stage, later = _first_stage(stage, grams)
-                    stages = [later] if later else []
-                for layer in stage:
-                    weight, gram = matrix(source.model, layer), grams.of(layer.name)
-                    mask = kept[layer.name].to(weight.device)
-                    tokens = 0 if gram is None else gram.tokens
-                    if layer.name in chosen:
-                        by_magnitude = gram is None or tokens < run.min_tokens
-                        values = (
-                            torch.eye(layer.n, device=source.device)
-                            if gram is None or by_magnitude
-                            else gram.value(shrink=run.shrink)
-                        )
-                        problem = LayerProblem(
-                            weight.float(), values, run.pattern, name=layer.name, assume_psd=True
-                        )
-                        yield layer.name, Found(problem, mask, tokens)
-                    weight.masked_fill_(~mask, 0)
-            if not run.one_pass and index < last:
-                forward(block, prefix, calls, flow, workers, source.device)
-    captured.states.close()
-    left_out = [dataclasses.asdict(sample) for sample in flow.bad]
+    last = max(layer.block for layer in job.layers if layer.name in chosen)
+    left_out: list[dict[str, Any]] = []
+    for block in job.blocks():
+        with masks.open(block.index):
+            kept = {layer.name: matrix(masks.model, layer) != 0 for layer in block.layers}
+        for stage, grams in block.stages():
+            for layer in stage:
+                weight, gram = matrix(job.source.model, layer), grams.of(layer.name)
+                mask = kept[layer.name].to(weight.device)
+                tokens = 0 if gram is None else gram.tokens
+                if layer.name in chosen:
+                    known = None if tokens < run.min_tokens else gram
+                    problem = layer_problem(layer, weight.float(), known, run.pattern, run.shrink)
+                    yield layer.name, Found(problem, mask, tokens)
+                weight.masked_fill_(~mask, 0)
+            del grams  # the next pass needs their memory
+        left_out += [dataclasses.asdict(sample) for sample in block.bad]
+        if block.index == last:
+            break
+        block.advance()
     if left_out != manifest.record["bad_samples"][: len(left_out)]:
         raise manifest.wrong("left out other samples than those with NaN or infinite activations")
