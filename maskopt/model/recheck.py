@@ -237,7 +237,7 @@ def _walk(
     for block in job.blocks():
         with masks.open(block.index):
             kept = {layer.name: matrix(masks.model, layer) != 0 for layer in block.layers}
-        for stage, grams in block.stages():
+        for stage, grams in block.rounds():
             for layer in stage:
                 weight, gram = matrix(job.source.model, layer), grams.of(layer.name)
                 mask = kept[layer.name].to(weight.device)
