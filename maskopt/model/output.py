@@ -141,6 +141,7 @@ class FolderRun:
         self.model.check()
         path = self._masks_path(index)
         write_masks(path, self.source.stored(index, masks))
+        self.work.keep = True  # from the moment that the journal may hold the block
         self.journal.add_block(
             index,
             {
@@ -149,7 +150,6 @@ class FolderRun:
                 "bad": list(bad),
             },
         )
-        self.work.keep = True
         self._write_finished_shards()
 
     def finish(self, report: PruneReport, pattern: Pattern) -> None:
