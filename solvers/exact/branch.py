@@ -185,7 +185,7 @@ class Tree:
     def bound(self, state: np.ndarray, lam: np.ndarray) -> tuple[float, np.ndarray]:
         """The node's bound and relaxed point; fixes inputs of `state` in place."""
         task = self.task
-        c = -lam - 2 * self.mu * task.pruned
+        c = self._linear(lam)
         margin = self._margin(c)
         self.solved += 1
         cutoff = self.cutoff + margin
@@ -194,6 +194,10 @@ class Tree:
         )
         self._round(point, state)
         return value - margin, point
+
+    def _linear(self, lam: np.ndarray) -> np.ndarray:
+        """c of pᵀAp + cᵀp + constant."""
+        return -lam - 2 * self.mu * self.task.pruned
 
     def _margin(self, c: np.ndarray) -> float:
         """The rounding of a node's sums, whose terms can be far larger than the objective."""
@@ -213,6 +217,7 @@ class Tree:
             vectors,
             point,
             sweeps,
+            self.task.limits,
         )
 
     def _round(self, point: np.ndarray, state: np.ndarray) -> None:
@@ -247,13 +252,13 @@ class Tree:
                         heapq.heappush(open_nodes, child)
         except KeyboardInterrupt:
             ended = "userinterrupt"
-        least_open = min(open_nodes).bound if open_nodes else np.inf
+        least_open = open_nodes[0].bound if open_nodes else np.inf
         return RowAnswer(
             pruned=self.best,
             ended=ended,
             # what the closed tree proves, or the least open bound
             bound=max(min(least_open, self.cutoff), self.proven),
-            slack=self._margin(np.zeros(0)),
+            slack=self._margin(self._linear(self.start.form.lam)),
             nodes=nodes,
             root_bound=max(min(self.start.bound, self.cutoff), self.proven),
             relaxations=self.solved,
