@@ -217,7 +217,7 @@ class Tree:
             vectors,
             point,
             sweeps,
-            self.task.limits,
+            self.task.limits.deadline,
         )
 
     def _round(self, point: np.ndarray, state: np.ndarray) -> None:

@@ -64,7 +64,9 @@ class Exhaustive(Solver):
             mask,
             status=[Status.OPTIMAL if row else Status.FEASIBLE for row in done],
             lower_bound=torch.where(seen == combinations, cost, 0.0),
-            vouched=[word if row and c > 0 else "" for row, c in zip(done, cost.tolist(), strict=True)],
+            vouched=[
+                word if row and c > 0 else "" for row, c in zip(done, cost.tolist(), strict=True)
+            ],
             trace=TreeTrace(
                 ended=tuple("optimal" if row else "timelimit" for row in done),
                 nodes=seen,

@@ -8,11 +8,12 @@ mixing method (see the bound `sdp`), warm from the vectors of the node above.
 
 from __future__ import annotations
 
+import math
+import time
+
 import numba
 import numpy as np
 import scipy.linalg as la
-
-from maskopt.limits import Limits
 
 #: sweeps between two looks at the clock
 _CHUNK = 200
@@ -38,7 +39,7 @@ def multipliers(
     vectors: np.ndarray,
     point: np.ndarray,
     sweeps: int,
-    limits: Limits = Limits(),
+    deadline: float = math.inf,
 ) -> tuple[np.ndarray, np.ndarray]:
     """λ with Q + μΣ_g 1_g1_gᵀ + diag(λ) ⪰ 0 on the free inputs, and the vectors that gave it.
 
@@ -48,7 +49,7 @@ def multipliers(
         state: 1 pruned, 0 kept, −1 free, int8 [n].
         vectors: float32 [n, k], where the sweeps start.
         point: the relaxed point of the node, float64 [n]; which correction costs least is judged there.
-        sweeps: fewer where the time of `limits` is over.
+        sweeps: fewer past the deadline, of `time.monotonic()`.
     """
     free = np.flatnonzero(state < 0)
     ones = (state == 1).astype(float)
@@ -63,7 +64,7 @@ def multipliers(
     y = np.empty(len(free), np.float32)
     for done in range(0, sweeps, _CHUNK):
         _mix(c, first, v, y, min(_CHUNK, sweeps - done))
-        if limits.expired:
+        if time.monotonic() >= deadline:
             break
     if not np.isfinite(y).all():
         # what is free weighs nothing beside what is fixed: beyond float32. Q alone is semidefinite

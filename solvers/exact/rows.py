@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ class RowTask:
     group: int
     pruned: int
     start: np.ndarray
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     row_seconds: float | None = None
     gap_limit: float = 0.0
     node_limit: int | None = None
@@ -270,9 +270,7 @@ def _consistent(answer: RowAnswer, row: int, cost: float, floor: float, word: st
         f"{cost:.9g} of its own mask (process {answer.pid}); nothing is claimed"
     )
     _log.warning(message)
-    return replace(
-        answer, bound=0.0, root_bound=math.nan, ended="contradiction", message=message
-    )
+    return replace(answer, bound=0.0, root_bound=math.nan, ended="contradiction", message=message)
 
 
 def _rests_on_certificate(answer: RowAnswer) -> bool:

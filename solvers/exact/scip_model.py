@@ -90,8 +90,7 @@ class RowModel:
 
         p = self.p
         products = quicksum(
-            q[i, i] * p[i] * p[i]
-            + quicksum(2 * q[i, j] * p[i] * p[j] for j in range(i) if q[i, j])
+            q[i, i] * p[i] * p[i] + quicksum(2 * q[i, j] * p[i] * p[j] for j in range(i) if q[i, j])
             for i in range(len(q))
         )
         self.model.addCons(products <= self.t)
@@ -114,9 +113,7 @@ class RowModel:
         for k in range(root.shape[1]):
             column = root[:, k]
             low, high = np.minimum(column, 0).sum(), np.maximum(column, 0).sum()
-            r = model.addVar(
-                f"r{k}", lb=float(low) - _FEASIBILITY, ub=float(high) + _FEASIBILITY
-            )
+            r = model.addVar(f"r{k}", lb=float(low) - _FEASIBILITY, ub=float(high) + _FEASIBILITY)
             model.addCons(quicksum(float(column[i]) * p[i] for i in range(n)) - r == 0)
             self.r.append(r)
         model.addCons(quicksum(r * r for r in self.r) <= self.t)
