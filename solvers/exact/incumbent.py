@@ -86,7 +86,8 @@ def _moves(q, p, c, best, costs, until, group, first, last, seed):  # type: igno
         until[kept] = move + tenure + np.random.randint(0, tenure)  # noqa: NPY002
         until[pruned] = move + tenure + np.random.randint(0, tenure)  # noqa: NPY002
         if current < best_cost * (1 - _BETTER):
-            best[:] = p
+            for i in range(n):  # compiles in a tenth of the time of best[:] = p
+                best[i] = p[i]
             best_cost = current
     costs[0], costs[1] = current, best_cost
     return True
