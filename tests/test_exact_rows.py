@@ -1,4 +1,4 @@
-"""What all exact solvers share: one deadline for all rows, and no belief in a backend that contradicts itself."""
+"""What all exact solvers share: one deadline for all rows, and no belief in a self-contradiction."""
 
 import dataclasses
 import logging
