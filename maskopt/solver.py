@@ -15,6 +15,7 @@ so another distribution can add one without touching this repository, and nothin
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -93,6 +94,25 @@ class Solver(Protocol):
             start: a legal bool mask [rows, n] on the problem's device, True = kept. Always there
                 where a start is `needed`, never where it is `ignored`.
             limits: with the clock running.
+        """
+        ...
+
+
+@runtime_checkable
+class WritesInstances(Protocol):
+    """A backend that also writes a row as an instance for other programs."""
+
+    def write_instance(
+        self, row: RowProblem, path: str | os.PathLike[str], *, form: str, formulation: str
+    ) -> None:
+        """Write one row, atomically.
+
+        Args:
+            form: of the file, such as `lp`.
+            formulation: of the objective, in the backend's own words.
+
+        Raises:
+            OptionError: a form or a formulation that the backend does not know.
         """
         ...
 

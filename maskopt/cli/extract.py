@@ -13,7 +13,7 @@ from maskopt.cli.instances import load_layers, takes_source
 from maskopt.cli.parameters import Calibration, option_list
 from maskopt.errors import OptionError, SolverError
 from maskopt.model.options import name_patterns
-from maskopt.solver import make_solver
+from maskopt.solver import WritesInstances, make_solver
 
 FORMATS = ("npz", "cip", "lp", "mps")
 
@@ -65,10 +65,9 @@ def extract(
         problem.save(destination)
     else:
         solver = make_solver("scip")
-        write = getattr(solver, "extract", None)
-        if write is None:
+        if not isinstance(solver, WritesInstances):
             raise SolverError("the solver registered as 'scip' cannot write instances")
-        write(problem, destination, form=form, formulation=formulation)
+        solver.write_instance(problem, destination, form=form, formulation=formulation)
     output.print(f"{destination}: {problem!r}")
 
 
