@@ -18,7 +18,7 @@ from maskopt.certificate import Certificate
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.sdp import certify_row, penalty_of
+from maskopt.solvers.convex.duals import certify_row, penalty_of
 from maskopt.solvers.convex.mixing import scales_of
 from maskopt.trace import BoundTrace
 

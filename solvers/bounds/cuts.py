@@ -27,7 +27,7 @@ from maskopt.certificate import Certificate, Cuts
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.cuts_kernel import collect, damp, histogram
-from maskopt.solvers.bounds.sdp import certify_row, penalty_of
+from maskopt.solvers.convex.duals import certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Extra, Mixing
 
 #: entries of the inner products of a tile of rows
