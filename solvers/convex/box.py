@@ -172,7 +172,8 @@ class _Split:
         h = (diagonal / mean + _FLOOR).sqrt()
         root = h.sqrt()
         matrix = gram / (mean * root[:, None] * root[None, :])
-        rho = _PENALTY * (float(matrix.diagonal().mean()) or 1.0)
+        middle = float(matrix.diagonal().mean())
+        rho = _PENALTY * (middle if middle > 0 else 1.0)
         matrix.mul_(2.0).diagonal().add_(rho)
         # one name, so that never more than two matrices of this size live beside G
         matrix = torch.cholesky_inverse(_cholesky(matrix, rho)).mul_(rho)

@@ -44,8 +44,9 @@ def linear_bound(
     value = (product * c).sum(1)
     gradient = 2 * weight * c
     offset = -value
-    mass = (product.abs() * problem.gram.diagonal().double().sqrt()).sum(1)
-    reach = (weight.abs() * problem.gram.diagonal().double().sqrt()).sum(1)
+    size = problem.gram.diagonal().double().abs().sqrt()
+    mass = (product.abs() * size).sum(1)
+    reach = (weight.abs() * size).sum(1)
     margin = 4 * problem.n * 2.0**-52 * mass * (mass + 2 * reach)
     if diagonal is not None:
         value = value + (diagonal * (x.square() - x)).sum(1)
