@@ -1,12 +1,12 @@
 """The blocked sweep of the mixing method is the plain Gauss–Seidel sweep, however it is run."""
 
-import numba
 import numpy as np
 import pytest
 import torch
 from strategies import random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Unstructured, lower_bound
+from maskopt.limits import torch_threads
 from maskopt.solvers.convex.mixing import Extra, Mixing
 
 
@@ -91,12 +91,10 @@ def test_no_bit_depends_on_threads_or_on_the_rows_beside(n):
     _, extra = random_extra(n, 4, 3)
 
     def run(rows, threads):
-        before = numba.get_num_threads()
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        state = Mixing(problem.take(rows), 16, 0)
-        state.extra = extra.take(rows)
-        state.sweep(30, 0.5)
-        numba.set_num_threads(before)
+        with torch_threads(threads):
+            state = Mixing(problem.take(rows), 16, 0)
+            state.extra = extra.take(rows)
+            state.sweep(30, 0.5)
         return state.v, state.duals
 
     v, duals = run([0, 1, 2, 3], 4)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Unstructured, solve, verify
 from maskopt.errors import OptionError
-from maskopt.solvers.rounding.frank_wolfe import linear_bound
+from maskopt.solvers.convex.linear_bound import linear_bound
 
 
 @given(problems(max_n=10))
@@ -30,12 +31,26 @@ def test_the_bound_holds_at_any_point(problem):
 def test_converges_to_the_relaxations_optimum(pattern):
     problem = LayerProblem(random_weight(4, 32, 1), random_gram(32, "full", 2), pattern)
     solution = solve(problem, "frank_wolfe", iterations=3000)
-    relaxed = solution.trace["relaxed_objective"]
+    relaxed = solution.trace.relaxed_objective
     assert bool((relaxed <= solution.objective * (1 + 1e-9)).all())
     # gap ≤ 2·curvature/(T + 2): after 3000 steps the bound is close below the relaxed value
     assert bool((solution.lower_bound >= 0.95 * relaxed).all())
-    worse = solve(problem, "frank_wolfe", iterations=3).trace["relaxed_objective"]
+    worse = solve(problem, "frank_wolfe", iterations=3).trace.relaxed_objective
     assert bool((relaxed < worse).all())
+
+
+@given(problems(max_n=9, max_rows=2), st.floats(0, 1))
+def test_a_diagonal_shift_of_the_form_is_the_same_on_masks(problem, part):
+    """λ = −d⊙w² with d up to λ_min(G): value and bound of the shifted form."""
+    least = float(torch.linalg.eigvalsh(problem.gram.double())[0].clamp(min=0.0))
+    lam = -part * least * problem.weight.double().square()
+    best = solve(problem, "exhaustive")
+    value, bound = linear_bound(problem, (~best.mask).double(), lam)
+    slack = 1e-9 * problem.diagonal_mass()
+    assert bool(((value - best.objective).abs() <= slack).all())
+    assert bool((bound <= best.objective + slack).all())
+    for x in (torch.rand(problem.rows, problem.n), -3 * torch.rand(problem.rows, problem.n)):
+        assert bool((linear_bound(problem, x, lam)[1] <= best.objective + slack).all())
 
 
 def test_alpha_keeps_the_top_wanda_weights():
@@ -62,10 +77,14 @@ def test_invariance_and_options():
     for i in range(4):
         alone = solve(problem.row(i), "frank_wolfe", iterations=40)
         assert torch.equal(alone.mask[0], base.mask[i])
-    assert solve(problem, "frank_wolfe", time_limit=0.0).trace["iterations"] == 0
+    hurried = solve(problem, "frank_wolfe", time_limit=0.0)
+    assert hurried.trace.iterations.tolist() == [0] * 4
     calls = []
-    solve(problem, "frank_wolfe", iterations=100, on_progress=lambda *a: calls.append(a))
-    assert calls == [(50, 100), (100, 100)]
+    solve(problem, "frank_wolfe", iterations=100, on_progress=calls.append)
+    assert [(c.done, c.total, c.step_done, c.step_total) for c in calls] == [
+        (0, 4, 50, 100),
+        (0, 4, 100, 100),
+    ]
     for bad in ({"alpha": 1.5}, {"iterations": -1}):
         with pytest.raises(OptionError):
             solve(problem, "frank_wolfe", **bad)

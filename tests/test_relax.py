@@ -1,5 +1,7 @@
 """Relax, harden, round, swap."""
 
+import time
+
 import pytest
 import scipy.optimize
 import torch
@@ -9,10 +11,12 @@ from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Unstructured, solve, verify
 from maskopt.errors import OptionError
+from maskopt.limits import Limits
 from maskopt.solution import Status
 from maskopt.solver import make_start
-from maskopt.solvers.convex.relax_step import CompiledStep, TorchStep, project
-from maskopt.solvers.rounding.relax import relax
+from maskopt.solvers.convex.box import BoxPlan, relax_box
+from maskopt.solvers.convex.box_step import CompiledStep, TorchStep
+from maskopt.solvers.convex.projection import project
 
 
 @given(problems(max_n=12))
@@ -30,10 +34,13 @@ def test_contract_in_float32(problem):
 @given(problems(max_n=10, kinds=("full", "low-rank", "duplicates", "zero-columns")))
 @settings(max_examples=30)
 def test_the_relaxation_converges_to_a_bound_below_the_optimum(problem):
-    x, value, bound = relax(problem, tolerance=1e-4, max_iterations=3000)
+    box = relax_box(problem, BoxPlan(1e-4, 3000), Limits())
+    x, value, bound = box.point, box.value, box.bound
     best = solve(problem, "exhaustive").objective
     assert bool((bound <= best + floor(problem)).all())
-    assert bool((value <= best * (1 + 1e-3) + 1e-6 * problem.diagonal_mass()).all())
+    # the gap is an average: a cheap row may be as far off as the others allow
+    off = 1e-4 * float(value.sum()) + 1e-6 * problem.diagonal_mass()
+    assert bool((value <= best * (1 + 1e-3) + off).all())
     grouped = x.view(problem.rows, -1, problem.group_size).sum(-1)
     assert float((grouped - problem.pruned_per_group).abs().max()) < 1e-2
 
@@ -41,7 +48,8 @@ def test_the_relaxation_converges_to_a_bound_below_the_optimum(problem):
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)])
 def test_the_relaxed_value_is_the_one_of_a_general_solver(pattern):
     problem = LayerProblem(random_weight(3, 20, 1), random_gram(20, "full", 2), pattern)
-    _, value, bound = relax(problem, tolerance=1e-5, max_iterations=3000)
+    box = relax_box(problem, BoxPlan(1e-5, 3000), Limits())
+    value, bound = box.value, box.bound
     groups = 20 // problem.group_size
     for row in range(3):
         q = problem.row(row).q().numpy()
@@ -127,7 +135,7 @@ def test_hardening_rounds_better_and_swap_ends_better_than_from_wanda(pattern):
 
 def test_relax_starts_every_local_search():
     problem = LayerProblem(random_weight(3, 24, 1), random_gram(24, "full", 2), Unstructured(0.5))
-    start = make_start(problem, "relax", seed=3)
+    start = make_start(problem, "relax")
     assert torch.equal(start.mask, solve(problem, "relax", max_iterations=0, refine=False).mask)
     assert bool((start.lower_bound == 0).all())
     for name in ("swap", "kswap", "tabu"):
@@ -174,14 +182,11 @@ def test_hardening_at_once_ends_as_low_as_after_the_relaxation():
     assert float(at_once.objective.sum()) < 1.01 * float(first.objective.sum())
 
 
-def test_tiles_time_limit_and_bad_options():
+def test_tiles_and_bad_options():
     problem = LayerProblem(random_weight(9, 24, 1), random_gram(24, "full", 2), Unstructured(0.5))
     whole = solve(problem, "relax", refine=False)
     tiled = solve(problem, "relax", refine=False, memory_limit=1)
     torch.testing.assert_close(tiled.objective, whole.objective)
-    hurried = solve(problem, "relax", time_limit=0)
-    verify(problem, hurried)
-    assert hurried.trace["iterations"] == 1
     for bad in (
         {"hardness": 1.0},
         {"harden": -1},
@@ -193,6 +198,97 @@ def test_tiles_time_limit_and_bad_options():
             solve(problem, "relax", **bad)
     with pytest.raises(OptionError, match="time_limit"):
         solve(problem, "relax", time_limit=-1.0)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-4])
+@pytest.mark.parametrize("start", [None, "wanda"])
+def test_a_limit_is_passed_by_no_more_than_a_step(limit, start):
+    # three tiles, each of which makes its one step
+    problem = LayerProblem(random_weight(300, 24, 1), random_gram(24, "full", 2), Unstructured(0.5))
+    hurried = solve(problem, "relax", start=start, time_limit=limit)
+    verify(problem, hurried)
+    assert hurried.trace.iterations.tolist() == [1] * 300
+    assert int(hurried.trace.swaps.sum()) == 0
+    at_once = solve(problem, "relax", start=start, time_limit=limit, max_iterations=0)
+    assert at_once.trace.iterations.tolist() == [0] * 300
+    assert int(at_once.trace.swaps.sum()) == 0
+    one_step = solve(problem, "relax", max_iterations=0, harden=1, hardness=0.85 / 20, refine=False)
+    assert torch.equal(keep_of(at_once, start, problem), keep_of(one_step, start, problem))
+
+
+def keep_of(solution, start, problem):
+    """The mask, or the start's where that costs less."""
+    if start is None:
+        return solution.mask
+    other = solve(problem, start)
+    better = other.objective < solution.objective
+    return torch.where(better[:, None], other.mask, solution.mask)
+
+
+def test_the_swaps_have_what_the_relaxation_leaves(monkeypatch):
+    """One deadline: however much the relaxation takes, the end does not move."""
+    from maskopt.solvers.rounding import relax as module
+
+    problem = LayerProblem(random_weight(3, 24, 1), random_gram(24, "full", 2), Unstructured(0.5))
+    seen = []
+
+    class Spy(module.Swap):
+        def run(self, problem, start, limits):
+            seen.append(limits.deadline)
+            return super().run(problem, start, limits)
+
+    original = module.relax_box
+
+    def relax_box(problem, plan, limits):
+        seen.append(limits.deadline)
+        return original(problem, plan, limits)
+
+    monkeypatch.setattr(module, "Swap", Spy)
+    monkeypatch.setattr(module, "relax_box", relax_box)
+    began = time.monotonic()
+    solve(problem, "relax", start="wanda", time_limit=50)
+    assert len(seen) >= 2
+    assert len(set(seen)) == 1
+    assert seen[0] <= time.monotonic() + 50
+    assert seen[0] >= began + 50
+
+
+def test_the_trace_is_per_row_and_nan_where_nothing_was_relaxed():
+    problem = LayerProblem(random_weight(3, 24, 1), random_gram(24, "full", 2), Unstructured(0.5))
+    at_once = solve(problem, "relax", max_iterations=0).trace
+    assert bool(at_once.relaxed_objective.isnan().all())
+    assert bool(at_once.relaxed_gap.isnan().all())
+    whole = solve(problem, "relax")
+    trace = whole.trace
+    torch.testing.assert_close(
+        trace.relaxed_gap, 1 - whole.lower_bound / trace.relaxed_objective, rtol=0, atol=1e-6
+    )
+    assert trace.iterations.shape == trace.relax_seconds.shape == trace.swap_seconds.shape == (3,)
+    assert float(trace.relax_seconds.sum() + trace.swap_seconds.sum()) <= whole.seconds
+
+
+@pytest.mark.parametrize("solver", ["relax", "frank_wolfe"])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_no_claim_on_a_float32_gram_is_above_its_certificate(solver, scale):
+    """Low rank in float32: G is semidefinite only up to its rounding; and one weight may dominate."""
+    for rows, n in ((3, 48), (1, 48), (1, 400)):
+        gram = random_gram(n, "low-rank", 3, torch.float32)
+        weight = random_weight(rows, n, 4, torch.float32)
+        weight[:, 0] *= scale
+        for pattern in (Unstructured(0.5), NM(keep=2, of=4)):
+            problem = LayerProblem(weight, gram, pattern)
+            solution = solve(problem, solver)
+            verify(problem, solution)
+            proven = solution.certificate.check(problem)
+            assert bool((solution.lower_bound <= proven).all())
+
+
+def test_an_indefinite_gram_that_was_never_checked_is_relaxed_all_the_same():
+    gram = random_gram(16, "full", 1) - 0.9 * torch.eye(16, dtype=torch.float64)
+    assert float(torch.linalg.eigvalsh(gram)[0]) < -0.8
+    problem = LayerProblem(random_weight(3, 16, 1), gram, Unstructured(0.5), assume_psd=True)
+    solution = solve(problem, "relax")
+    assert bool((solution.lower_bound <= solution.certificate.check(problem)).all())
 
 
 def test_extreme_scales():

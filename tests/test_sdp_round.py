@@ -27,7 +27,7 @@ def test_mask_and_certificate_in_one(pattern):
     assert bool((solution.lower_bound >= solve(problem, "relax").lower_bound).all())
     rounded = solve(problem, "sdp", refine=False)
     assert set(rounded.status) == {Status.FEASIBLE}
-    torch.testing.assert_close(rounded.objective, solution.trace["rounded_objective"])
+    torch.testing.assert_close(rounded.objective, solution.trace.rounded_objective)
 
 
 def test_sdp_starts_every_local_search():

@@ -13,8 +13,19 @@ from maskopt.certificate import Certificate
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.relaxation import relax
+from maskopt.solvers.convex.box import BoxPlan, BoxPoint, relax_box
 from maskopt.trace import BoundTrace
+
+_TOLERANCE_HELP = "stop when the gap to the relaxation, averaged over the rows, is at most this"
+#: the barrier's part κ falls by this from round to round, of so many rounds and Newton steps in each
+_FALL, _ROUNDS, _NEWTON = 0.3, 12, 4
+#: a round ends where a Newton step gains less than this part of κ, all where κn is this part of the shift
+_SETTLED, _DONE = 0.1, 1e-4
+#: part of the way to the boundary that a step goes at most, and what a step too long is shortened by
+_REACH, _SHORTER = 0.9, 0.7
+_SHORTEST = 1e-6
+#: what G gets on its diagonal, in units of its mean, so that it can be inverted
+_RIDGE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -26,11 +37,15 @@ class BoxBound(BoundMethod):
     note: ClassVar[str] = "continuous relaxation; a whole layer in seconds"
 
     steps: int = option(200, "steps at most; more tighten towards the relaxation", least=1)
+    tolerance: float = option(0.001, _TOLERANCE_HELP, unit="part of the bound", least=0)
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
         """See `BoundMethod.certify`."""
-        x = relax(problem, steps=self.steps, limits=limits)
-        return Certificate.box(problem, x), BoundTrace(relaxed=x)
+        box = relax_box(problem, BoxPlan(self.tolerance, self.steps), limits)
+        point = box.point.double()
+        return Certificate.box(problem, point), BoundTrace(
+            iterations=box.iterations, relaxed=point.cpu()
+        )
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,8 @@ class ShiftBound(BoundMethod):
     """λ = −d⊙w² with G − diag(d) ⪰ 0 and Σ c_i d_i as large as a projected ascent makes it.
 
     `kind="uniform"` takes d = λ_min(G)·1. The weights c_i are the mean over the rows of
-    w_i²x_i(1 − x_i) at the box relaxation: what a unit of d_i buys.
+    w_i²x_i(1 − x_i) at the box relaxation: what a unit of d_i buys. One shift serves all rows on average;
+    a row that it does not serve keeps the plain bound, and so does every row when the time is over.
     """
 
     name: ClassVar[str] = "shift"
@@ -47,44 +63,45 @@ class ShiftBound(BoundMethod):
 
     kind: str = option("diagonal", "of the shift", choices=("diagonal", "uniform"))
     steps: int = option(200, "steps of each relaxation at most", least=1)
+    tolerance: float = option(0.001, _TOLERANCE_HELP, unit="part of the bound", least=0)
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
         """See `BoundMethod.certify`."""
+        plan = BoxPlan(self.tolerance, self.steps)
+        plain = relax_box(problem, plan, limits)
+        if limits.expired:
+            return self._either(problem, plain, plain, torch.zeros_like(problem.weight[0]))
         gram = problem.gram.double()
         if self.kind == "uniform":
             d = torch.full_like(gram.diagonal(), float(torch.linalg.eigvalsh(gram)[0]))
         else:
-            x = relax(problem, steps=max(1, self.steps // 4), limits=limits)
-            w = problem.weight.double()
+            x, w = plain.point.double(), problem.weight.double()
             mass = (w.square() @ gram.diagonal()).clamp(min=1e-300)
             worth = ((x * (1 - x)) * w.square() / mass[:, None]).mean(0)
-            d = diagonal_shift(gram, worth)
+            d = diagonal_shift(gram, worth, limits)
         d = d.clamp(min=0.0)
-        shifted = relax(problem, -d, steps=self.steps, limits=limits)
-        plain = relax(problem, steps=self.steps, limits=limits)
+        return self._either(problem, plain, relax_box(problem, plan, limits, d), d)
+
+    @staticmethod
+    def _either(
+        problem: LayerProblem, plain: BoxPoint, shifted: BoxPoint, d: Tensor
+    ) -> tuple[Certificate, BoundTrace]:
+        """Row by row the form that proves more."""
+        first = shifted.bound > plain.bound
         square = problem.weight.double().square()
-        choices = [
-            shifted_certificate(problem, -d * square, shifted),
-            Certificate.box(problem, plain),
-        ]
-        # one shift serves all rows on average; a row that it does not serve keeps the plain bound
-        first = choices[0].check(problem) >= choices[1].check(problem)
-        diagonal = torch.where(first[:, None], choices[0].diagonal, choices[1].diagonal)
-        point = torch.where(first[:, None], shifted, plain)
-        words = tuple("yes" if used else "no" for used in first.tolist())
-        return (
-            shifted_certificate(problem, diagonal, point),
-            BoundTrace(shifted=words, relaxed=point),
+        diagonal = torch.where(first[:, None], -d.double() * square, 0.0)
+        point = torch.where(first[:, None], shifted.point, plain.point).double()
+        groups = problem.n // problem.group_size
+        penalty = torch.zeros(problem.rows, groups, dtype=torch.float64, device=problem.device)
+        trace = BoundTrace(
+            iterations=plain.iterations + shifted.iterations,
+            shifted=tuple("yes" if used else "no" for used in first.tolist()),
+            relaxed=point.cpu(),
         )
+        return Certificate(diagonal, penalty, point), trace
 
 
-def shifted_certificate(problem: LayerProblem, diagonal: Tensor, point: Tensor) -> Certificate:
-    groups = problem.n // problem.group_size
-    penalty = torch.zeros(problem.rows, groups, dtype=torch.float64, device=problem.device)
-    return Certificate(diagonal, penalty, point)
-
-
-def diagonal_shift(gram: Tensor, worth: Tensor, rounds: int = 12) -> Tensor:
+def diagonal_shift(gram: Tensor, worth: Tensor, limits: Limits) -> Tensor:
     """d ≥ 0 with G − diag(d) ⪰ 0 (up to rounding) and Σ worth·d large.
 
     The log-barrier Σ worth·d + κ·log det(G − diag d) has the stationary condition
@@ -92,31 +109,35 @@ def diagonal_shift(gram: Tensor, worth: Tensor, rounds: int = 12) -> Tensor:
     """
     n = len(gram)
     scale = float(gram.diagonal().mean()) or 1.0
-    g = gram / scale
-    ridge = 1e-9
-    g = g + ridge * torch.eye(n, dtype=g.dtype, device=g.device)
+    g = gram / scale + _RIDGE * torch.eye(n, dtype=gram.dtype, device=gram.device)
     c = worth / (float(worth.sum()) or 1.0)
     c = c.clamp(min=1e-6 / n)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(g))
-    d = 0.5 / (n * inverse.diagonal())
-    kappa = float((c / inverse.diagonal()).mean())
-    for _ in range(rounds):
-        for _ in range(4):
-            m = g - torch.diag(d)
-            factor = torch.linalg.cholesky(m)
-            inverse = torch.cholesky_inverse(factor)
-            hessian = kappa * inverse.square()
-            gradient = c - kappa * inverse.diagonal()
-            step = torch.linalg.solve(hessian, gradient)
-            length = 1.0
-            while int(torch.linalg.cholesky_ex(m - torch.diag(length / 0.9 * step)).info):
-                length *= 0.7
-                if length < 1e-6:
-                    return (d * scale).clamp(min=0.0)
-            d = d + length * step
-            if float((gradient * step).sum()) < 0.1 * kappa:
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(g)).diagonal()
+    d = 0.5 / (n * inverse)
+    kappa = float((c / inverse).mean())
+    for _ in range(_ROUNDS):
+        for _ in range(_NEWTON):
+            step, gain = _newton_step(g, d, c, kappa)
+            if step is None or limits.expired:
+                return ((d - _RIDGE) * scale).clamp(min=0.0)
+            d = d + step
+            if gain < _SETTLED * kappa:
                 break
-        kappa *= 0.3
-        if kappa * n < 1e-4 * float((c * d).sum()):
+        kappa *= _FALL
+        if kappa * n < _DONE * float((c * d).sum()):
             break
-    return ((d - ridge) * scale).clamp(min=0.0)
+    return ((d - _RIDGE) * scale).clamp(min=0.0)
+
+
+def _newton_step(g: Tensor, d: Tensor, c: Tensor, kappa: float) -> tuple[Tensor | None, float]:
+    """A step that stays inside, None where none does, and what a whole one would gain."""
+    m = g - torch.diag(d)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(m))
+    gradient = c - kappa * inverse.diagonal()
+    step = torch.linalg.solve(kappa * inverse.square(), gradient)
+    length = 1.0
+    while int(torch.linalg.cholesky_ex(m - torch.diag(length / _REACH * step)).info):
+        length *= _SHORTER
+        if length < _SHORTEST:
+            return None, 0.0
+    return length * step, float((gradient * step).sum())

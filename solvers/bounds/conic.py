@@ -18,7 +18,7 @@ from maskopt.certificate import Certificate
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.sdp import certify_row, penalty_of
+from maskopt.solvers.convex.duals import certify_row, penalty_of
 from maskopt.solvers.convex.mixing import scales_of
 from maskopt.trace import BoundTrace
 
@@ -57,10 +57,10 @@ class ConicBound(BoundMethod):
             y, inner, value = _scs(
                 q * scale, group, pruned, penalty, self.tolerance, self.max_iterations, share
             )
-            row_lam, row_point, _, _ = certify_row(q * scale, group, pruned, y, inner, penalty)
-            lam.append(row_lam / scale)
+            duals = certify_row(q * scale, group, pruned, y, inner, penalty)
+            lam.append(duals.lam / scale)
             mu.append(np.full(n // group, penalty / scale))
-            point.append(row_point)
+            point.append(duals.point)
             printed.append(value / scale)
         like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
         parts = [torch.as_tensor(np.stack(x), **like) for x in (lam, mu, point)]

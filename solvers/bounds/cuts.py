@@ -14,7 +14,6 @@ semidefinite for many pairs (y, τ'), it is for their mean.
 from __future__ import annotations
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,26 +25,50 @@ from torch import Tensor
 from maskopt.certificate import Certificate, Cuts
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.cuts_kernel import collect, damp, histogram
-from maskopt.solvers.bounds.sdp import certify_row, penalty_of
+from maskopt.solvers.bounds.cuts_kernel import BINS, collect, damp, histogram
+from maskopt.solvers.convex.duals import RowDuals, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Extra, Mixing
+from maskopt.solvers.parallel import RowThreads
 
 #: entries of the inner products of a tile of rows
 _TILE_ENTRIES = 2**24
 #: sweeps before the first cuts
 _START = 400
+#: sweeps between two looks at the clock
+_CHUNK = 20
 #: triangles that may join in a round, per input
 _NEW = 32
 #: violations below this are left alone
 _FLOOR = 0.02
 #: the step of a triangle, times the least dual of its inputs over the root of their degree
 _STEP = 0.2
-#: (updates of the multipliers, sweeps after each, part by which τ follows) of a round and of the end
-_ROUND, _END = (60, 2, 0.2), (800, 4, 0.05)
-#: the updates at the end that the mean is taken of
-_MEAN = 300
 #: multipliers below this part of the largest are left out of the certificate
 _TINY = 1e-7
+#: a dual below this part of the mean makes an input no softer
+_SOFTEST = 0.05
+#: triangles are looked for in so many interleaved parts: the first inputs are in the most
+_INTERLEAVED = 16
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the multipliers move between two separations.
+
+    Attributes:
+        updates: of the multipliers.
+        sweeps: after each.
+        follow: part by which τ follows τ'.
+        mean: of so many updates at the end the mean is taken.
+    """
+
+    updates: int
+    sweeps: int
+    follow: float
+    mean: int = 1
+
+
+_ROUND = Schedule(updates=60, sweeps=2, follow=0.2)
+_END = Schedule(updates=800, sweeps=4, follow=0.05, mean=300)
 
 
 @dataclass
@@ -74,19 +97,24 @@ class Pool:
 
 
 def separate(
-    inner: np.ndarray, most: int, floor: float = _FLOOR
+    inner: np.ndarray, most: int, floor: float = _FLOOR, threads: RowThreads | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The `most` most violated triangles of all, the most violated first.
 
     Args:
         inner: ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.
         floor: violations up to this do not count.
+        threads: to look in; None: of its own.
 
     Returns:
         index int64 [m, 3] with i < j < k, sign int8 [m, 2], violation float64 [m].
     """
     inner = np.ascontiguousarray(inner, dtype=np.float32)
-    counts = histogram(inner, floor)
+    threads = threads or RowThreads()
+    n = len(inner)
+    order = np.concatenate([np.arange(part, n, _INTERLEAVED) for part in range(_INTERLEAVED)])
+    counts = np.zeros((n, BINS), np.int64)
+    threads.run(histogram, order, inner, floor, counts)
     above = np.cumsum(counts.sum(0)[::-1])[::-1]
     # the bin that straddles `most` is collected too and cut off after sorting
     least = max(int(np.searchsorted(-above, -most, side="left")) - 1, 0)
@@ -95,9 +123,9 @@ def separate(
     starts = np.concatenate([[0], np.cumsum(per_input)[:-1]])
     index, sign = np.zeros((total, 3), np.int64), np.zeros((total, 2), np.int8)
     violation = np.zeros(total)
-    collect(inner, floor, least, starts, index, sign, violation)
-    order = np.argsort(-violation, kind="stable")[:most]
-    return index[order], sign[order], violation[order]
+    threads.run(collect, order, inner, floor, least, starts, index, sign, violation)
+    first = np.argsort(-violation, kind="stable")[:most]
+    return index[first], sign[first], violation[first]
 
 
 def tighten(
@@ -162,19 +190,27 @@ def cut_certificate(
     n = problem.n
     state = Mixing(problem, rank, limits.seed)
     rho = penalty_of(problem.group_size)
-    state.sweep(_START, rho)
+    _descend(state, rho, limits)
     multipliers = _Multipliers(state, [Pool.empty()] * problem.rows)
     for step in range(rounds + 1):
         if step and limits.expired:
             break
         pools = [
-            pool.join(*separate(_gram(state, row), _NEW * n)[:2], n)
+            pool.join(*separate(_gram(state, row), _NEW * n, threads=state.threads)[:2], n)
             for row, pool in enumerate(multipliers.pools())
         ]
         multipliers = _Multipliers(state, pools)
-        last = step == rounds
-        multipliers.run(*(_END if last else _ROUND), rho, _MEAN if last else 1, limits)
+        multipliers.run(_END if step == rounds else _ROUND, rho, limits)
     return multipliers.certify(problem, rho)
+
+
+def _descend(state: Mixing, rho: float, limits: Limits) -> None:
+    """The sweeps before the first cuts; under a time limit chunk by chunk, one at least."""
+    chunk = _CHUNK if limits.timed else _START
+    for _ in range(0, _START, chunk):
+        state.sweep(chunk, rho)
+        if limits.expired:
+            break
 
 
 class _Multipliers:
@@ -220,78 +256,87 @@ class _Multipliers:
             pools.append(pool.keep(self.used[low:high] > 0))
         return pools
 
-    def run(
-        self, updates: int, sweeps: int, follow: float, rho: float, mean: int, limits: Limits
-    ) -> None:
-        """Move vectors and multipliers in turn; the mean is over the last `mean` updates."""
-        extra = self.state.extra
-        assert extra is not None
+    def run(self, schedule: Schedule, rho: float, limits: Limits) -> None:
+        """Move vectors and multipliers in turn."""
         used, y, count = np.zeros_like(self.used), np.zeros(self.state.duals.shape), 0
-        for update in range(updates):
-            damp(
-                self.state.v.cpu().numpy(),
-                self.pairs,
-                self.entries,
-                self.cut_rows,
-                self.pair_rows,
-                self.member,
-                self.signs,
-                self.step,
-                follow,
-                self.tau,
-                self.used,
-                extra.value,
-            )
-            self.state.sweep(sweeps, rho)
+        for update in range(schedule.updates):
+            self._damp(schedule.follow)
+            self.state.sweep(schedule.sweeps, rho)
             late = limits.expired
-            if update >= updates - mean or late:
-                used, y, count = (
-                    used + self.used,
-                    y + self.state.duals.double().cpu().numpy(),
-                    count + 1,
-                )
+            if update >= schedule.updates - schedule.mean or late:
+                used = used + self.used
+                y = y + self.state.duals.double().cpu().numpy()
+                count += 1
             if late:
                 break
         self.mean_used, self.mean_y = used / count, y / count
 
+    def _damp(self, follow: float) -> None:
+        extra = self.state.extra
+        assert extra is not None
+        self.state.threads.run(
+            damp,
+            np.arange(len(self.state.duals)),
+            self.state.v.cpu().numpy(),
+            self.pairs,
+            self.entries,
+            self.cut_rows,
+            self.pair_rows,
+            self.member,
+            self.signs,
+            self.step,
+            follow,
+            self.tau,
+            self.used,
+            extra.value,
+        )
+
     def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, list[float]]:
-        n, group = problem.n, problem.group_size
+        """The certificate of the means, and the loss to the correction as part of the bound."""
         scale = self.state.scale
         weight = problem.weight.double().cpu().numpy() * np.sqrt(scale)[:, None]
         gram, inner = problem.gram.double().cpu().numpy(), self.state.inner()
 
-        def one(row: int) -> tuple[np.ndarray, np.ndarray, float, float, Cuts]:
+        def one(row: int) -> tuple[RowDuals, Cuts]:
             w = weight[row]
-            if not np.isfinite(self.mean_y[row]).all():
-                return np.zeros(n), np.zeros(n), 0.0, 0.0, _cuts(Pool.empty(), n, 1.0)  # overflow
-            part = slice(self.cut_rows[row], self.cut_rows[row + 1])
-            pool = Pool(self.index[part], self.sign[part], self.mean_used[part])
-            pool = pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
-            lam, p, loss, value = certify_row(
-                w[:, None] * gram * w[None, :],
-                group,
-                problem.pruned_per_group,
-                self.mean_y[row],
-                inner[row],
-                rho,
-                _dense(pool, n),
+            pool = self._binding(row)
+            duals = _certify(
+                problem, w[:, None] * gram * w, self.mean_y[row], inner[row], rho, pool
             )
-            value -= float(pool.tau.sum())
-            return lam / scale[row], p, loss, value, _cuts(pool, n, scale[row])
+            return duals, _cuts(pool, problem.n, scale[row])
 
-        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-            results = list(threads.map(one, range(problem.rows)))
-        lam, point, loss, value, cuts = zip(*results, strict=True)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            duals, cuts = zip(*threads.map(one, range(problem.rows)), strict=True)
         like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
-        penalty = torch.as_tensor(rho / scale, **like)[:, None].expand(-1, n // group)
+        groups = problem.n // problem.group_size
         certificate = Certificate(
-            torch.as_tensor(np.stack(lam), **like),
-            penalty.contiguous(),
-            torch.as_tensor(np.stack(point), **like),
+            torch.as_tensor(np.stack([d.lam for d in duals]) / scale[:, None], **like),
+            torch.as_tensor(rho / scale, **like)[:, None].repeat(1, groups),
+            torch.as_tensor(np.stack([d.point for d in duals]), **like),
             cuts=list(cuts),
         )
-        size = np.array(value)
-        return certificate, np.divide(loss, size, out=np.zeros_like(size), where=size > 0).tolist()
+        loss, value = np.array([d.loss for d in duals]), np.array([d.value for d in duals])
+        return certificate, np.divide(
+            loss, value, out=np.zeros_like(loss), where=value > 0
+        ).tolist()
+
+    def _binding(self, row: int) -> Pool:
+        """The triangles whose mean multiplier counts; none where the row is beyond float64."""
+        if not np.isfinite(self.mean_y[row]).all():
+            return Pool.empty()
+        part = slice(self.cut_rows[row], self.cut_rows[row + 1])
+        pool = Pool(self.index[part], self.sign[part], self.mean_used[part])
+        return pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
+
+
+def _certify(
+    problem: LayerProblem, q: np.ndarray, y: np.ndarray, inner: np.ndarray, rho: float, pool: Pool
+) -> RowDuals:
+    if not np.isfinite(y).all():
+        return RowDuals(np.zeros(len(y)), np.zeros(len(y)), 0.0, 0.0)
+    extra = _dense(pool, len(y))
+    duals = certify_row(q, problem.group_size, problem.pruned_per_group, y, inner, rho, extra)
+    return duals._replace(value=duals.value - float(pool.tau.sum()))
 
 
 def _cuts(pool: Pool, n: int, scale: float) -> Cuts:
@@ -343,7 +388,7 @@ def _steps(index: np.ndarray, y: np.ndarray) -> np.ndarray:
     """A step is small where an input bends easily (small y) or is in many triangles."""
     n = len(y)
     # v_0 is fixed: it does not bend, in however many triangles it is
-    stiff = np.append(np.maximum(y, 0.05 * y.mean()), np.inf)
+    stiff = np.append(np.maximum(y, _SOFTEST * y.mean()), np.inf)
     degree = np.bincount(index.ravel(), minlength=n + 1)
     degree[n] = 1
     return np.asarray(

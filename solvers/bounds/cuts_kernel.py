@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 #: bins of the histogram of violations; a triangle is violated by at most 2
 BINS = 4096
@@ -16,28 +16,28 @@ def _least(x, y, z):
     return min(min(x + y + z, x - y - z), min(z - x - y, y - x - z))
 
 
-@njit(parallel=True, cache=True)
-def histogram(inner, floor):
+@njit(cache=True, nogil=True)
+def histogram(inner, floor, counts, firsts):
     """How many triangles of `inner` [n, n] are violated by more than `floor`, by size.
 
-    int64 [n, BINS], for the least index of the triangle; a bin is 2/BINS wide.
+    Into counts, int64 [n, BINS], for the least index of the triangle, those of `firsts` only; a bin is
+    2/BINS wide.
     """
     n = len(inner)
-    counts = np.zeros((n, BINS), np.int64)
-    for i in prange(n):
+    for i in firsts:
         for j in range(i + 1, n):
             for k in range(j + 1, n):
                 violation = -1 - _least(inner[i, j], inner[i, k], inner[j, k])
                 if violation > floor:
                     counts[i, min(int(violation * (BINS / 2)), BINS - 1)] += 1
-    return counts
 
 
-@njit(parallel=True, cache=True)
-def collect(inner, floor, least, starts, index, sign, violations):
-    """Write the triangles of the bins from `least` on, those of least index i from starts[i] on."""
+@njit(cache=True, nogil=True)
+def collect(inner, floor, least, starts, index, sign, violations, firsts):
+    """Write the triangles of the bins from `least` on, those of least index i from starts[i] on, for
+    every i of `firsts`."""
     n = len(inner)
-    for i in prange(n):
+    for i in firsts:
         at = starts[i]
         for j in range(i + 1, n):
             for k in range(j + 1, n):
@@ -57,8 +57,10 @@ def collect(inner, floor, least, starts, index, sign, violations):
                     at += 1
 
 
-@njit(parallel=True, cache=True)
-def damp(v, pairs, entries, cut_rows, pair_rows, member, sign, step, follow, tau, used, value):
+@njit(cache=True, nogil=True)
+def damp(
+    v, pairs, entries, cut_rows, pair_rows, member, sign, step, follow, tau, used, value, rows
+):
     """τ_used = max(0, τ − step·(triangle + 1)), τ follows by the part `follow`, and E from τ_used.
 
     Args:
@@ -68,9 +70,10 @@ def damp(v, pairs, entries, cut_rows, pair_rows, member, sign, step, follow, tau
         cut_rows, pair_rows: int64 [rows + 1], where the cuts and the pairs of a row start.
         member, sign: int64, float64 [cuts, 3], the pairs of a cut and their signs a, b, ab.
         step, tau, used: float64 [cuts].
+        rows: int64, which rows.
     """
-    rows, n, k = v.shape
-    for row in prange(rows):
+    n, k = v.shape[1], v.shape[2]
+    for row in rows:
         first, last = pair_rows[row], pair_rows[row + 1]
         product = np.zeros(last - first)
         for p in range(first, last):

@@ -8,20 +8,17 @@ again and again; y_i = ‖g_i‖ are the duals. v_0 is kept fixed: only inner pr
 A small ρ suffices. The bound is taken over the sums themselves, so that ρ need not enforce them, and a
 large ρ ties all coordinates together: the sweeps then crawl, ten times as many for the same bound.
 
-In the terms of the certificate λ_i = 4y_i − Q_ii − ρ, μ = ρ, and what is missing to A ⪰ 0 is made
-good by θD with D = 1 or D = y, whichever costs less at the relaxed point. Last, p̂ minimises the
-convex form over the box and the sums (interior point), which only raises the bound.
+`convex.duals` makes a certificate of the duals.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import scipy.linalg as la
 import torch
 from torch import Tensor
 
@@ -30,17 +27,30 @@ from maskopt.certificate import Certificate
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.relaxation import relax
+from maskopt.solvers.bounds.cuts import tighten
+from maskopt.solvers.convex.box import BoxPlan, relax_box
+from maskopt.solvers.convex.duals import RowDuals, certify_row, penalty_of
 from maskopt.solvers.convex.interior_point import interior_point
+from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.trace import BoundTrace
 
 #: sweeps of the stages; a row leaves when its bound has settled
 _STAGES = (300, 300, 600, 1200, 2400)
-
-
+#: part of what is left of a time limit that the sweeps of a stage take; what comes of them must be certified
+_SWEEP_SHARE = 0.5
+#: the plain bound's part of a time limit where cuts follow
+_PLAIN_SHARE = 1 / 3
+#: sweeps at a time
+_CHUNK = 20
+#: rows a thread that are swept between two looks at the clock
+_ROWS_AT_ONCE = 4
+#: a correction of more than so many tolerances costs enough to try the box relaxation
+_COSTLY = 20
 #: entries of the vectors of a tile of rows: half a gigabyte
 _TILE_ENTRIES = 2**27
+#: for rows that no time is left for
+_HURRIED = BoxPlan(tolerance=0.01, max_iterations=60)
 
 
 @dataclass(frozen=True)
@@ -75,198 +85,175 @@ class SdpBound(BoundMethod):
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
         """See `BoundMethod.certify`."""
-        plain = limits.share(1 / 3) if self.cuts else limits
-        k = self.rank or default_rank(problem.n)
-        stages = [self.sweeps] if self.sweeps is not None else list(_STAGES)
-        tile = max(1, _TILE_ENTRIES // (problem.n * k))
-        certificates: list[Certificate] = []
-        loss: list[float] = []
-        done: list[int] = []
-        relaxed: list[Tensor] = []
+        plain = limits.share(_PLAIN_SHARE) if self.cuts else limits
+        rank = self.rank or default_rank(problem.n)
+        stages = (self.sweeps,) if self.sweeps is not None else _STAGES
+        tile = max(1, _TILE_ENTRIES // (problem.n * rank))
+        parts: list[_Found] = []
         for first in range(0, problem.rows, tile):
-            part = problem.take(slice(first, first + tile))
             if first and plain.expired:
-                x = relax(part, steps=50, limits=plain)
-                certificates.append(Certificate.box(part, x))
-                found: dict[str, Any] = {
-                    "loss": [float("nan")] * part.rows,
-                    "done": [0] * part.rows,
-                    "x": x.cpu(),
-                }
-            else:
-                certificate, found = self._tile(part, stages, self.tolerance, k, plain)
-                certificates.append(certificate)
-            loss += found["loss"]
-            done += found["done"]
-            relaxed.append(found["x"])
+                parts.append(_boxed(problem.take(slice(first, problem.rows)), plain))
+                break
+            part = problem.take(slice(first, first + tile))
+            parts.append(_Tile(part, rank, plain).run(stages, self.tolerance))
+        certificate = Certificate.stack([part.certificate for part in parts])
         trace = BoundTrace(
-            iterations=torch.tensor(done),
-            correction=torch.tensor(loss, dtype=torch.float64),
-            relaxed=torch.cat(relaxed),
+            iterations=torch.cat([part.sweeps for part in parts]),
+            correction=torch.cat([part.correction for part in parts]),
+            relaxed=torch.cat([part.relaxed for part in parts]),
         )
-        certificate = Certificate.stack(certificates)
         if not self.cuts:
             return certificate, trace
-        # `cuts` builds on this module
-        from maskopt.solvers.bounds.cuts import tighten
-
-        certificate, count, correction = tighten(problem, certificate, k, self.cuts, limits)
+        certificate, count, correction = tighten(problem, certificate, rank, self.cuts, limits)
         return certificate, replace(trace, cuts=count, cut_correction=correction)
 
-    def _tile(
-        self,
-        problem: LayerProblem,
-        stages: list[int],
-        tolerance: float,
-        rank: int,
-        limits: Limits,
-    ) -> tuple[Certificate, dict[str, Any]]:
-        rows, n, group = problem.rows, problem.n, problem.group_size
-        state = Mixing(problem, rank, limits.seed)
-        scale = state.scale
-        weight = problem.weight.double().cpu().numpy() * np.sqrt(scale)[:, None]
-        gram = problem.gram.double().cpu().numpy()
-        lam, point = np.zeros((rows, n)), np.zeros((rows, n))
-        inner, penalty = np.zeros((rows, n)), np.zeros(rows)
-        value, loss, done = np.full(rows, -np.inf), np.full(rows, np.inf), [0] * rows
-        rho, todo = penalty_of(group), np.arange(rows)
 
-        def finish(position: int) -> tuple[np.ndarray, np.ndarray, float, float]:
-            w = weight[todo[position]]
-            return certify_row(
-                w[:, None] * gram * w[None, :],
-                group,
-                problem.pruned_per_group,
-                state.duals[position].double().cpu().numpy(),
-                state.inner()[position],
-                rho,
-            )
+class _Found(NamedTuple):
+    """What a tile gives: the certificate, and the trace's iterations, correction and relaxed point."""
 
+    certificate: Certificate
+    sweeps: Tensor
+    correction: Tensor
+    relaxed: Tensor
+
+
+def _boxed(problem: LayerProblem, limits: Limits) -> _Found:
+    """The box relaxation, of which at least one step is made."""
+    point = relax_box(problem, _HURRIED, limits).point.double()
+    nothing = torch.full((problem.rows,), torch.nan, dtype=torch.float64)
+    sweeps = torch.zeros(problem.rows, dtype=torch.int64)
+    return _Found(Certificate.box(problem, point), sweeps, nothing, point.cpu())
+
+
+class _Tile:
+    """The vectors of some rows, and the best certificate of each so far.
+
+    Attributes:
+        todo: the rows whose vectors are in `state`, which drops those that have settled.
+        best: what was certified; None: nothing yet.
+        penalty: float64 [rows], ρ, or 0 where the box relaxation proves more.
+        inner: float64 [rows, n], ⟨v_i, v_0⟩ where the best bound was found.
+    """
+
+    def __init__(self, problem: LayerProblem, rank: int, limits: Limits) -> None:
+        self.problem, self.limits = problem, limits
+        self.state = Mixing(problem, rank, limits.seed)
+        self.scale = self.state.scale
+        self.weight = problem.weight.double().cpu().numpy() * np.sqrt(self.scale)[:, None]
+        self.gram = problem.gram.double().cpu().numpy()
+        self.rho = penalty_of(problem.group_size)
+        self.todo = np.arange(problem.rows)
+        self.best: list[RowDuals | None] = [None] * problem.rows
+        self.penalty = np.zeros(problem.rows)
+        self.inner = np.zeros((problem.rows, problem.n))
+        self.sweeps = np.zeros(problem.rows, np.int64)
+
+    def run(self, stages: tuple[int, ...], tolerance: float) -> _Found:
         for sweeps in stages:
-            passes = _descend(state, sweeps, rho, limits)
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                results = list(pool.map(finish, range(len(todo))))
-            again = []
-            for position, (row_lam, row_p, row_loss, row_value) in enumerate(results):
-                row = todo[position]
-                done[row] += passes
-                gain = row_value - value[row]
-                if gain > 0:
-                    value[row], lam[row], point[row] = row_value, row_lam, row_p
-                    loss[row], penalty[row] = row_loss, rho
-                    inner[row] = state.inner()[position]
-                if max(gain, row_loss) > tolerance * abs(row_value):
-                    again.append(position)
-            if not again or limits.expired:
+            self._descend(sweeps)
+            again = self._certify(tolerance)
+            if not again or self.limits.expired:
                 break
-            todo = todo[again]
-            state.keep(again)
-        self._fall_back(problem, weight, gram, tolerance, value, loss, lam, point, penalty)
-        like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
-        per_group = torch.as_tensor(penalty / scale, **like)[:, None]
+            self.todo = self.todo[again]
+            self.state.keep(again)
+        self._fall_back(tolerance)
+        return self._found()
+
+    def _descend(self, sweeps: int) -> None:
+        """At least one chunk for some rows; until the deadline, chunk by chunk for all."""
+        limits = self.limits.share(_SWEEP_SHARE)
+        count = len(self.todo)
+        at_once = _ROWS_AT_ONCE * torch.get_num_threads() if limits.timed else count
+        for done in range(0, sweeps, _CHUNK):
+            chunk = min(sweeps - done, _CHUNK)
+            for first in range(0, count, at_once):
+                rows = np.arange(first, min(first + at_once, count))
+                if (done or first) and limits.expired:
+                    return
+                self.state.sweep(chunk, self.rho, rows)
+                self.sweeps[self.todo[rows]] += chunk
+
+    def _certify(self, tolerance: float) -> list[int]:
+        """Keep what is better than before; the positions in `todo` of rows that have not settled."""
+        duals, inner = self.state.duals.double().cpu().numpy(), self.state.inner()
+
+        def one(position: int) -> RowDuals | None:
+            row = self.todo[position]
+            if not self.sweeps[row] or (position and self.limits.expired):
+                return None
+            y, start = duals[position], inner[position]
+            group, pruned = self.problem.group_size, self.problem.pruned_per_group
+            return certify_row(self._q(row), group, pruned, y, start, self.rho)
+
+        again = []
+        for position, found in enumerate(_in_threads(one, range(len(self.todo)))):
+            row = self.todo[position]
+            if found is None:
+                again.append(position)
+                continue
+            best = self.best[row]
+            gain = found.value - (best.value if best is not None else -np.inf)
+            if gain > 0:
+                self.best[row], self.penalty[row] = found, self.rho
+                self.inner[row] = inner[position]
+            if max(gain, found.loss) > tolerance * abs(found.value):
+                again.append(position)
+        return again
+
+    def _q(self, row: int) -> np.ndarray:
+        w = self.weight[row]
+        return np.asarray(w[:, None] * self.gram * w[None, :])
+
+    def _fall_back(self, tolerance: float) -> None:
+        """Where there is no time, nothing was certified, or the correction costs much, the box
+        relaxation: in a few steps for all rows, or to its end for each."""
+        late = [row for row, best in enumerate(self.best) if best is None]
+        if late and self.limits.timed:
+            box = relax_box(self.problem.take(late), _HURRIED, self.limits)
+            for position, row in enumerate(late):
+                self._replace(row, box.point[position].double().cpu().numpy(), np.nan)
+                if not self.sweeps[row]:
+                    self.inner[row] = 2 * box.point[position].double().cpu().numpy() - 1
+        if self.limits.expired:
+            return
+
+        def costly(best: RowDuals | None) -> bool:
+            return best is None or not best.loss <= _COSTLY * tolerance * best.value
+
+        rows = [row for row, best in enumerate(self.best) if costly(best)]
+        group, pruned = self.problem.group_size, self.problem.pruned_per_group
+        none = np.zeros(self.problem.n)
+        points = _in_threads(lambda r: interior_point(self._q(r), none, group, pruned), rows)
+        for row, point in zip(rows, points, strict=True):
+            part = self.problem.take([row])
+            value = float(linear_bound(part, torch.as_tensor(point[None]).to(part.device))[1])
+            best = self.best[row]
+            if best is None or not value * self.scale[row] <= best.value:
+                self._replace(row, point, 0.0)
+
+    def _replace(self, row: int, point: np.ndarray, loss: float) -> None:
+        self.best[row] = RowDuals(np.zeros(len(point)), point, loss, np.nan)
+        self.penalty[row] = 0.0
+
+    def _found(self) -> _Found:
+        found = [best for best in self.best if best is not None]
+        like: dict[str, Any] = {"dtype": torch.float64, "device": self.problem.device}
+        groups = self.problem.n // self.problem.group_size
         certificate = Certificate(
-            torch.as_tensor(lam / scale[:, None], **like),
-            per_group.expand(-1, n // group).contiguous(),
-            torch.as_tensor(point, **like),
+            torch.as_tensor(np.stack([b.lam for b in found]) / self.scale[:, None], **like),
+            torch.as_tensor(self.penalty / self.scale, **like)[:, None].repeat(1, groups),
+            torch.as_tensor(np.stack([b.point for b in found]), **like),
         )
-        relative = np.divide(loss, value, out=np.zeros(rows), where=value > 0)
-        return certificate, {
-            "loss": relative.tolist(),
-            "done": done,
-            "x": torch.as_tensor((1 + inner) / 2),
-        }
-
-    @staticmethod
-    def _fall_back(
-        problem: LayerProblem,
-        weight: np.ndarray,
-        gram: np.ndarray,
-        tolerance: float,
-        value: np.ndarray,
-        loss: np.ndarray,
-        lam: np.ndarray,
-        point: np.ndarray,
-        penalty: np.ndarray,
-    ) -> None:
-        """Where the correction costs much, the continuous relaxation may prove more."""
-        for row in np.flatnonzero(~(loss <= 20 * tolerance * value)):
-            q = weight[row][:, None] * gram * weight[row][None, :]
-            p = interior_point(q, np.zeros(len(q)), problem.group_size, problem.pruned_per_group)
-            gradient = (2 * q @ p).reshape(-1, problem.group_size)
-            least = np.sort(gradient, axis=1)[:, : problem.pruned_per_group].sum()
-            bound = least - p @ q @ p
-            if bound > value[row] or not np.isfinite(value[row]):
-                value[row], lam[row], point[row], penalty[row], loss[row] = bound, 0.0, p, 0.0, 0.0
+        loss, value = np.array([b.loss for b in found]), np.array([b.value for b in found])
+        correction = np.divide(loss, value, out=np.zeros(len(found)), where=value > 0)
+        return _Found(
+            certificate,
+            torch.from_numpy(self.sweeps),
+            torch.from_numpy(np.where(np.isnan(loss), np.nan, correction)),
+            torch.as_tensor((1 + self.inner) / 2),
+        )
 
 
-def penalty_of(group: int) -> float:
-    """ρ for a row scaled by `scales_of`: what its sums stand up to, and no more.
-
-    Chosen on rows of 64 … 2048 inputs, so that 400 sweeps come within 0.5% of the limit ρ → ∞.
-    """
-    return min(7.0, 450.0 / group**1.2)
-
-
-def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> int:
-    """The passes made before the deadline, at least one chunk."""
-    done = 0
-    while done < sweeps:
-        chunk = min(sweeps - done, 20)
-        state.sweep(chunk, rho)
-        done += chunk
-        if limits.expired:
-            break
-    return done
-
-
-def certify_row(
-    q: np.ndarray,
-    group: int,
-    pruned: int,
-    y: np.ndarray,
-    inner: np.ndarray,
-    rho: float,
-    extra: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """λ with A ⪰ 0 and p̂ from approximate duals y and inner products ⟨v_i, v_0⟩.
-
-    Also the estimated loss θΣD_i p̂_i(1 − p̂_i) to the correction, and g(p̂).
-
-    Args:
-        extra: what was added to C in the sweeps: E [n, n] without a diagonal, and its column of v_0.
-            zᵀEz + 2e_0ᵀz is then part of g.
-    """
-    n = len(q)
-    lam = 4 * y - np.diag(q) - rho
-    same = np.arange(n) // group
-    a = q + rho * (same[:, None] == same[None, :])
-    a[np.diag_indices(n)] += lam
-    linear, constant = np.zeros(n), rho * (n // group) * pruned**2
-    if extra is not None:
-        # z = 2p − 1
-        matrix, column = extra
-        sums = matrix.sum(1)
-        a += 4 * matrix
-        linear = 4 * (column - sums)
-        constant += float(sums.sum()) - 2 * float(column.sum())
-    relaxed = np.clip((1 + inner) / 2, 0, 1)
-    loss, chosen = np.inf, np.ones(n)
-    for d in (np.ones(n), np.maximum(4 * y, 1e-6)):
-        root = 1 / np.sqrt(d)
-        least = la.eigh(
-            root[:, None] * a * root[None, :],
-            eigvals_only=True,
-            subset_by_index=[0, 0],
-            check_finite=False,
-            overwrite_a=True,
-        )[0]
-        theta = max(0.0, -least * (1 + 1e-6)) + 1e-9
-        cost = theta * float(d @ (relaxed * (1 - relaxed)))
-        if cost < loss:
-            loss, chosen = cost, theta * d
-    lam = lam + chosen
-    a[np.diag_indices(n)] += chosen
-    linear -= lam + 2 * rho * pruned
-    p = interior_point(a, linear, group, pruned, constant=constant)
-    value = p @ a @ p + linear @ p + constant
-    return lam, p, loss, float(value)
+def _in_threads(work: Callable[[int], Any], rows: Any) -> list[Any]:
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(work, rows))

@@ -168,7 +168,7 @@ def _step(a, gradient, label, left, size, p, low, high, nu):
         lower = np.linalg.cholesky(h)
         w = _groups_through(lower, size)
         schur = np.linalg.cholesky(np.dot(w, w.T))
-    except Exception:
+    except Exception:  # the only kind that Numba can catch
         return False
     cross_low, cross_high = np.zeros(m), np.zeros(m)
     dp, dlow, dhigh, dnu = np.empty(m), np.empty(m), np.empty(m), np.empty(count)

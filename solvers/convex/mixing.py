@@ -14,6 +14,7 @@ from torch import Tensor
 
 from maskopt.problem import LayerProblem
 from maskopt.solvers.convex.mixing_kernel import LANES, couplings, sweep
+from maskopt.solvers.parallel import RowThreads
 
 #: up to this n the sweeps run in float64
 _DOUBLE_N = 256
@@ -53,12 +54,14 @@ class Mixing:
     """
 
     def __init__(self, problem: LayerProblem, rank: int, seed: int) -> None:
+        # a row takes long: one at a time
+        self.threads = RowThreads(least=1)
         scales = scales_of(problem)
         self.scale = scales.cpu().numpy()
         scaled = problem.weight.double() * scales.sqrt()[:, None]
         # small rows are cheap: float64 there also carries extreme scales
         dtype = torch.float64 if problem.n <= _DOUBLE_N else torch.float32
-        self.linear = (_couplings(problem.gram.double(), scaled) / 4).to(dtype)
+        self.linear = (self._couplings(problem.gram.double(), scaled) / 4).to(dtype)
         self.w = scaled.to(dtype)
         self.gram = problem.gram.to(dtype).contiguous()
         self.group, self.pruned = problem.group_size, problem.pruned_per_group
@@ -70,6 +73,15 @@ class Mixing:
         self.v[:, :, :rank] = start.to(self.w)
         self.duals = torch.zeros_like(self.w)
         self.extra: Extra | None = None
+
+    def _couplings(self, gram: Tensor, weight: Tensor) -> Tensor:
+        """w_i(Gw)_i for every row."""
+        if weight.device.type != "cpu":
+            return weight * (weight @ gram)
+        out = torch.empty_like(weight)
+        rows = np.arange(len(weight))
+        self.threads.run(couplings, rows, gram.numpy(), weight.numpy(), out.numpy())
+        return out
 
     def inner(self) -> np.ndarray:
         """⟨v_i, v_0⟩, float64 [rows, n]."""
@@ -83,8 +95,12 @@ class Mixing:
         if self.extra is not None:
             self.extra = self.extra.take(positions)
 
-    def sweep(self, count: int, rho: float) -> None:
-        """`count` passes over all coordinates with the penalty ρ."""
+    def sweep(self, count: int, rho: float, rows: np.ndarray | None = None) -> None:
+        """`count` passes over all coordinates with the penalty ρ.
+
+        Args:
+            rows: int64, the rows to work on; None: all. Elsewhere than on the CPU always all.
+        """
         if self.v.device.type != "cpu":
             for _ in range(count):
                 self.sweep_torch(rho)
@@ -94,7 +110,9 @@ class Mixing:
         if extra is None:
             none = np.zeros(0, np.int32)
             extra = Extra(np.zeros((0, 0), np.int64), none, none)
-        sweep(
+        self.threads.run(
+            sweep,
+            np.arange(len(self.w)) if rows is None else rows,
             self.gram.numpy(),
             self.w.numpy(),
             self.linear.numpy(),
@@ -152,12 +170,6 @@ class Mixing:
             g[row, :, 0].index_add_(0, at[fixed], value[fixed])
             others = self.v[row, index[~fixed]] * value[~fixed, None]
             g[row].index_add_(0, at[~fixed], others)
-
-
-def _couplings(gram: Tensor, weight: Tensor) -> Tensor:
-    if weight.device.type != "cpu":
-        return weight * (weight @ gram)
-    return torch.from_numpy(couplings(gram.numpy(), weight.numpy()))
 
 
 def scales_of(problem: LayerProblem) -> Tensor:

@@ -3,7 +3,7 @@
 
 Coordinates go in order, eight at a time: their g_i = Σ_j C_ij v_j over everything outside the eight is
 a small matrix product with the accumulators in registers, what is inside follows one after the other.
-This is the Gauss–Seidel order exactly, only summed differently. Rows run in parallel and share
+This is the Gauss–Seidel order exactly, only summed differently. Rows share
 nothing but G, so no result depends on the number of threads or on the rows beside it.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import intrinsic
 
 #: lanes of one vector of accumulators; ranks are padded to a multiple of it
@@ -133,30 +133,29 @@ def _outside(gram, u, out, low, high):
                 _single(like, rest + below, n, vectors_after, k, sums, n - high)
 
 
-@njit(parallel=True, cache=True)
-def couplings(gram, w):
-    """w_i(Gw)_i for every row [rows, n]; a BLAS would sum in an order that depends on the rows beside."""
-    rows, n = w.shape
-    out = np.empty((rows, n))
-    for row in prange(rows):
+@njit(cache=True, nogil=True)
+def couplings(gram, w, out, pieces):
+    """out = w_i(Gw)_i, for the rows of `pieces`; a BLAS would sum as it suits all rows together."""
+    n = w.shape[1]
+    for row in pieces:
         for i in range(n):
             total = 0.0
             for j in range(n):
                 total += gram[i, j] * w[row, j]
             out[row, i] = w[row, i] * total
-    return out
 
 
-@njit(parallel=True, cache=True, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
-def sweep(gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, value):
-    """`sweeps` passes over all rows; v [rows, n, k] and y [rows, n] are changed in place.
+@njit(cache=True, nogil=True, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
+def sweep(gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, value, pieces):
+    """`sweeps` passes over the rows of `pieces`; v [rows, n, k] and y [rows, n] are changed in place.
 
     Args:
         gram, w, linear: [n, n], [rows, n], [rows, n]: C_ij = w_i G_ij w_j/4, C_i0 = linear_i.
         starts, index, value: the sparse addition to C, see `Extra`; starts may have no rows.
+        pieces: int64, which rows.
     """
-    rows, n, k = v.shape
-    for row in prange(rows):
+    n, k = v.shape[1], v.shape[2]
+    for row in pieces:
         u = _aligned(n, k, v)
         out = _aligned(HEIGHT, k, v)
         total = np.zeros((n // group, k), v.dtype)

@@ -26,6 +26,7 @@ from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities, Solver
+from maskopt.solvers.convex.linear_bound import linear_bound, provable, relative_gap
 from maskopt.solvers.greedy.scores import wanda_scores
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.trace import RelaxTrace, shared_out
@@ -64,11 +65,11 @@ class FrankWolfe(Solver):
         start_objective, objective = problem.objective(start), problem.objective(rounded)
         better = objective <= start_objective
         relaxed, bound = linear_bound(problem, x)
-        positive = relaxed > 0
+        bound = provable(problem, bound)
         trace = RelaxTrace(
             iterations=torch.full((problem.rows,), done),
             relaxed_objective=relaxed,
-            relaxed_gap=torch.where(positive, 1 - bound / relaxed.where(positive, 1.0), 0.0),
+            relaxed_gap=relative_gap(relaxed, bound),
             rounded_objective=objective,
             swaps=torch.zeros(problem.rows, dtype=torch.int64),
             relax_seconds=shared_out(time.monotonic() - began, problem.rows),
@@ -115,32 +116,6 @@ def _minimise(
 def _vertex(problem: LayerProblem, gradient: Tensor, fixed: Tensor) -> Tensor:
     """The legal p of least gradientᵀp that prunes nothing fixed."""
     return ~keep_highest(problem, gradient.where(~fixed, torch.inf))
-
-
-def linear_bound(
-    problem: LayerProblem, x: Float[Tensor, "rows n"]
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """f(x) and the bound f(x) + min_v ∇f(x)ᵀ(v − x) over legal v, float64.
-
-    Valid at every x whatever, feasible or not, since f is convex on all of Rⁿ. The bound is lowered
-    by a margin for the rounding of float64 sums, n·2⁻⁵² of the terms' sizes.
-    """
-    x = x.double()
-    weight = problem.weight.double()
-    product = weight * x
-    c = torch.empty_like(product)
-    step = max(1, 2**23 // problem.n)
-    for first in range(0, problem.n, step):
-        block = slice(first, first + step)
-        c[:, block] = product @ problem.gram[:, block].double()
-    value = (product * c).sum(1)
-    gradient = 2 * weight * c
-    vertex = ~keep_highest(problem, gradient)
-    least = torch.where(vertex, gradient, 0.0).sum(1)
-    mass = (product.abs() * problem.gram.diagonal().double().sqrt()).sum(1)
-    reach = (weight.abs() * problem.gram.diagonal().double().sqrt()).sum(1)
-    margin = 4 * problem.n * 2.0**-52 * mass * (mass + 2 * reach)
-    return value, (least - value - margin).clamp(min=0.0)
 
 
 def _top_wanda(problem: LayerProblem, alpha: float) -> Bool[Tensor, "rows n"]:

@@ -1,0 +1,133 @@
+"""One ADMM step on all rows: everything of the box relaxation that is not the matrix product.
+
+Given z = A-product of the last target, and per row q = w√h, D⁻¹ = 1/(q² + floor):
+
+    z̃ = α z + (1 − α) q⊙x                over-relaxation
+    v = (z̃ + u)⊙q⊙D⁻¹                   where the projection starts from
+    v ← (v − θ/2)/(1 − θ),  D⁻¹ ← D⁻¹/(1 − θ)     the concave term (θ = 0: none)
+    x = argmin Σ (x − v)²/D⁻¹ on {0 ≤ x ≤ 1, Σ_group x = s}:  x = clip(v − τD⁻¹, 0, 1), τ by Newton
+    u ← u + z̃ − q⊙x;    next target: q⊙x − u
+
+In torch for any device, and compiled for the CPU, where one pass over a row that stays in cache is several
+times faster than a dozen passes over all rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.solvers.convex.projection import FAST, project, project_row, project_side_by_side
+
+
+class TorchStep:
+    def __init__(self, q: Tensor, inverse: Tensor, group: int, pruned: int) -> None:
+        self.q, self.inverse, self.group, self.pruned = q, inverse, group, pruned
+        self.x = torch.full_like(q, pruned / group)
+        self.u = torch.zeros_like(q)
+        self.target = q * self.x
+        self.tau = q.new_zeros(q.shape[0] * (q.shape[1] // group), 1)
+
+    def advance(self, product: Tensor, relaxation: float, theta: float) -> None:
+        mixed = relaxation * product + (1 - relaxation) * self.q * self.x
+        start = (mixed + self.u) * self.q * self.inverse
+        start = (start - theta / 2) / (1 - theta)
+        x, self.tau = project(
+            start.view(-1, self.group),
+            (self.inverse / (1 - theta)).view(-1, self.group),
+            self.pruned,
+            self.tau,
+        )
+        self.x = x.view_as(self.q)
+        self.u += mixed - self.q * self.x
+        self.target = self.q * self.x - self.u
+
+
+class CompiledStep:
+    """The same on the CPU."""
+
+    def __init__(self, q: Tensor, inverse: Tensor, group: int, pruned: int) -> None:
+        self.x = torch.full_like(q, pruned / group)
+        self.target = q * self.x
+        rows, n = q.shape
+        groups = n // group
+        # where groups are many their multipliers are sought side by side, so that SIMD has work
+        across = inverse.view(rows, groups, group).mT if groups > 1 else inverse[:, :0, None]
+        self._arrays = [
+            t.contiguous().numpy()
+            for t in (
+                q,
+                inverse,
+                across,
+                self.x,
+                torch.zeros_like(q),
+                self.target,
+                q.new_zeros(rows, groups),
+                torch.empty_like(q),
+            )
+        ]
+        self._group, self._pruned = group, pruned
+
+    def advance(self, product: Tensor, relaxation: float, theta: float) -> None:
+        kind = self._arrays[0].dtype.type
+        advance: Any = _advance
+        advance(
+            product.contiguous().numpy(),
+            *self._arrays,
+            self._group,
+            kind(self._pruned),
+            kind(relaxation),
+            kind(theta),
+        )
+
+
+def make_step(q: Tensor, inverse: Tensor, group: int, pruned: int) -> TorchStep | CompiledStep:
+    return (CompiledStep if q.device.type == "cpu" else TorchStep)(q, inverse, group, pruned)
+
+
+@nb.njit(nogil=True, fastmath=FAST, cache=True, error_model="numpy")
+def _advance(
+    product: np.ndarray,
+    q: np.ndarray,
+    inverse: np.ndarray,
+    across: np.ndarray,
+    x: np.ndarray,
+    u: np.ndarray,
+    target: np.ndarray,
+    tau: np.ndarray,
+    scratch: np.ndarray,
+    group: int,
+    total: float,
+    relaxation: float,
+    theta: float,
+) -> None:
+    rows, n = q.shape
+    kind = q.dtype.type
+    one = kind(1)
+    sharp = one / (one - theta)
+    shift = theta / kind(2)
+    groups = n // group
+    turned = np.empty((group if groups > 1 else 0, groups), q.dtype)
+    excess = np.empty(groups, q.dtype)
+    slope = np.empty(groups, q.dtype)
+    for row in range(rows):
+        q_row, i_row, x_row = q[row], inverse[row], x[row]
+        u_row, p_row, s_row, t_row = u[row], product[row], scratch[row], target[row]
+        for j in range(n):
+            u_row[j] += relaxation * p_row[j] + (one - relaxation) * q_row[j] * x_row[j]
+        for j in range(n):
+            s_row[j] = (u_row[j] * q_row[j] * i_row[j] - shift) * sharp
+        if groups > 1:
+            project_side_by_side(s_row, i_row, across[row], total, tau[row], turned, excess, slope)
+        else:
+            tau[row, 0] = project_row(s_row, i_row, total, tau[row, 0])
+        for j in range(n):
+            x_row[j] = s_row[j]
+        for j in range(n):
+            u_row[j] -= q_row[j] * x_row[j]
+        for j in range(n):
+            t_row[j] = q_row[j] * x_row[j] - u_row[j]
