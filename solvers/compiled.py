@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numba
 from numba.core import event
@@ -38,7 +38,7 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A loop that Python calls: numba.njit with those options, its machine code kept as told above."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled = numba.njit(no_cfunc_wrapper=True, **options)(function)
+        compiled: Any = numba.njit(**{"no_cfunc_wrapper": True, **options})(function)
         try:
             compiled._cache = _kept_by_source(function)
         except Exception as error:  # what Numba does inside is its own affair, and may change
@@ -54,14 +54,15 @@ def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     which takes as long to compile as a short loop."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled = numba.njit(no_cfunc_wrapper=True, no_cpython_wrapper=True, **options)(function)
+        without = {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+        compiled: Any = numba.njit(**{**without, **options})(function)
         compiled.__class__ = _Part
         return compiled
 
     return decorate
 
 
-class _Part(CPUDispatcher):  # type: ignore[misc]
+class _Part(CPUDispatcher):
     def __call__(self, *arguments: Any) -> Any:
         raise TypeError(f"{self.py_func.__qualname__} is part of compiled loops: call those")
 
@@ -81,7 +82,7 @@ def _kept_by_source(function: Callable[..., Any]) -> Any:
     """
     from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
-    class Locator(_CacheLocator):  # type: ignore[misc]
+    class Locator(_CacheLocator):
         def __init__(self, function: Callable[..., Any], file: str) -> None:
             self._py_file = file
             self._lineno = function.__code__.co_firstlineno
@@ -102,10 +103,10 @@ def _kept_by_source(function: Callable[..., Any]) -> Any:
             locator.ensure_cache_path()
             return locator
 
-    class Impl(CompileResultCacheImpl):  # type: ignore[misc]
-        _locator_classes: ClassVar[list[type]] = [Locator]
+    class Impl(CompileResultCacheImpl):
+        _locator_classes = [Locator]  # noqa: RUF012
 
-    class Cache(FunctionCache):  # type: ignore[misc]
+    class Cache(FunctionCache):
         _impl_class = Impl
 
     return Cache(function)
@@ -113,7 +114,7 @@ def _kept_by_source(function: Callable[..., Any]) -> Any:
 
 def kernel_folder() -> Path:
     """Where machine code is kept: NUMBA_CACHE_DIR, or the user's cache folder of maskopt."""
-    given = numba.config.CACHE_DIR
+    given = os.environ.get("NUMBA_CACHE_DIR")
     return Path(given) if given else user_cache_path("maskopt", appauthor=False) / "kernels"
 
 
@@ -137,7 +138,7 @@ def source_key(file: Path) -> str:
     return sha.hexdigest()
 
 
-class _Notice(event.Listener):  # type: ignore[misc]
+class _Notice(event.Listener):
     """Tells the first compilation of a loop of this package in this process."""
 
     told = False

@@ -183,29 +183,18 @@ def search(problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits) -> 
     state = _State.of(x, gram, ~start, limits.seed)
     threads = RowThreads()
     start_objective = problem.objective(start)
-    best = start_objective.cpu()
+    best = start_objective.cpu().clone()
     rounds = torch.zeros(rows, dtype=torch.int64)
     history: list[Tensor] = []
     planned = 0
     while planned < plan.moves and not limits.expired:
         step = min(ROUND, plan.moves - planned)
+        scratch, held = planned % SCRATCH == 0, max(1, problem.n // _HELD)
+        settings = problem.group_size, step, scratch, tenure, tenure // 2, plan.patience, held
         for tile in torch.arange(rows).split(_TILE):
             if limits.expired:
                 break
-            threads.run(
-                search_rows,
-                tile.numpy(),
-                x,
-                gram,
-                *state,
-                problem.group_size,
-                step,
-                planned % SCRATCH == 0,
-                tenure,
-                tenure // 2,
-                plan.patience,
-                max(1, problem.n // _HELD),
-            )
+            threads.run(search_rows, tile.numpy(), x, gram, state, settings)
             rounds[tile] += 1
             best[tile] = torch.from_numpy(state.values[tile, 1] * scale[tile])
         planned += step
@@ -216,7 +205,7 @@ def search(problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits) -> 
         moves=torch.from_numpy(state.moves),
         rounds=rounds,
         start_objective=start_objective,
-        history=torch.stack(history, 1) if history else best[:, :0],
+        history=torch.stack(history, 1) if history else best[:, None][:, :0],
         stopped=rounds * ROUND < plan.moves,
     )
 
