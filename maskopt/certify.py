@@ -112,7 +112,8 @@ def certify_model(
     Args:
         rows_per_layer: sampled from each layer, by the `seed`.
         layers: another word for `include`; all pruned layers by default.
-        method, method_options: as for `lower_bound`.
+        method: as for `lower_bound`.
+        method_options: its options.
         shorthand: options of the walk by name, as for `collect_problems`: `samples`, `seed`, …
 
     Raises:

@@ -190,7 +190,8 @@ def solve(
             of `limits`.
 
     Raises:
-        UnknownSolverError, SolverUnavailableError, OptionError, WarmStartError, SolverError.
+        MaskoptError: an unknown or unavailable solver, an option that it does not have, a start that
+            is no legal mask, a pattern, device or size that it does not do.
     """
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     if "warm_start" in options:

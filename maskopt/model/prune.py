@@ -55,7 +55,8 @@ def prune_model(
         calibration: see `maskopt.model.text.read_documents`; a list of strings is taken as
             documents, a `.npy` file as tokens.
         output: folder for the pruned model, its masks and its manifest.
-        overwrite, resume: what to do with an output folder that is not empty.
+        overwrite: replace what is in the output folder.
+        resume: go on with the unfinished run in it.
         on_progress: called with `Progress`.
         shorthand: single options by name, with or without `options`; `sparsity=0.5` is short for
             `pattern=Unstructured(sparsity=0.5)`.
