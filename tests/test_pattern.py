@@ -72,7 +72,7 @@ def test_patterns_are_values():
         Unstructured(0.5).sparsity = 0.6
 
 
-@pytest.mark.parametrize(("keep", "of"), [(5, 4), (-1, 4), (2, 0), (2.0, 4), (True, 4)])
+@pytest.mark.parametrize(("keep", "of"), [(5, 4), (-1, 4), (2, 0), (0, 0), (2.0, 4), (True, 4)])
 def test_impossible_nm(keep, of):
     with pytest.raises(PatternError):
         NM(keep=keep, of=of)
