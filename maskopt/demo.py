@@ -7,17 +7,18 @@ by `perplexity`, all as a user would call them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from maskopt.compare import Record, compare, sample_rows
 from maskopt.errors import ModelError
+from maskopt.model.blocks import short
 from maskopt.model.demo_model import demo_model
 from maskopt.model.demo_text import demo_text
-from maskopt.model.options import Progress
 from maskopt.model.perplexity import perplexity
-from maskopt.model.problems import collect_problems
+from maskopt.model.problems import layer_problems
+from maskopt.model.progress import Progress
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
 from maskopt.report import Table, number, write_page
@@ -73,7 +74,7 @@ def run_demo(
     began = time.perf_counter()
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
         raise ModelError(
-            f"{output} exists and is not empty; choose another --output, or --overwrite"
+            f"{output} exists and is not empty; choose another `output`, or `overwrite`"
         )
     on_stage("converting Gemma 3 270M (once)", 0, 1)
     folder = demo_model()
@@ -81,15 +82,21 @@ def run_demo(
     text = demo_text()
     calibration = {"calibration": text.calibration, "seq_len": seq_len, "seed": seed}
 
-    layers = collect_problems(
-        folder,
-        layers=TOY_LAYERS,
-        sparsity=sparsity,
-        samples=min(samples, 8),
-        on_progress=_told(on_stage, "toy rows"),
-        **calibration,  # type: ignore[arg-type]
+    layers = list(
+        layer_problems(
+            folder,
+            include=TOY_LAYERS,
+            sparsity=sparsity,
+            samples=min(samples, 8),
+            on_progress=_told(on_stage, "toy rows"),
+            **calibration,  # type: ignore[arg-type]
+        )
     )
     rows = sample_rows((problem for _, problem in layers), 1, columns=columns, seed=seed)
+    labels = {
+        row.name: f"{layer.block} {short(layer.kind)}{row.name.removeprefix(layer.name)}"
+        for (layer, _), row in zip(layers, rows, strict=True)
+    }
     records = compare(
         rows,
         TOY_SOLVERS,
@@ -124,9 +131,9 @@ def run_demo(
         )
         values[solver] = measure(solver, target)
 
-    blocks = len({layer.name.split(".layers.")[1].split(".")[0] for layer in prunes["swap"].layers})
+    blocks = len({layer.block for layer in prunes["swap"].layers})
     tables = [
-        toy_table(records, sparsity),
+        toy_table(records, labels, sparsity),
         error_table(prunes["swap"], sparsity, blocks),
         perplexity_table(values, prunes, windows, seq_len),
     ]
@@ -146,8 +153,8 @@ def run_demo(
     return DemoResult(tables, report, output / "model", seconds)
 
 
-def toy_table(records: Sequence[Record], sparsity: float) -> Table:
-    """Objective, bound and gap of every solver on every toy row."""
+def toy_table(records: Sequence[Record], labels: Mapping[str, str], sparsity: float) -> Table:
+    """Objective, bound and gap of every solver on every toy row; `labels` by instance."""
     table = Table(
         f"Toy rows: {records[0].n} inputs of real layers, {sparsity:.0%} pruned",
         ("row", "solver", "objective", "bound", "above optimum", "status", "s"),
@@ -156,8 +163,7 @@ def toy_table(records: Sequence[Record], sparsity: float) -> Table:
     )
     last = ""
     for record in records:
-        _, _, block, _, layer = record.instance.split(".")
-        shown = f"{block} {layer}" if record.instance != last else ""
+        shown = labels[record.instance] if record.instance != last else ""
         last = record.instance
         table.add(
             shown,
@@ -191,7 +197,7 @@ def error_table(report: PruneReport, sparsity: float, blocks: int) -> Table:
         )
         ratio = f"{after / before:.3f}" if before else "–"
         table.add(
-            kind.split(".")[-1],
+            short(kind),
             number(before),
             number(after),
             ratio,

@@ -163,8 +163,8 @@ def test_sdp_beats_box_and_both_patterns_agree_with_batches():
 
 
 def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
-    from maskopt.solvers.convex.mixing import Mixing
     from maskopt.solvers.bounds.sdp import certify_row
+    from maskopt.solvers.convex.mixing import Mixing
 
     problem = LayerProblem(random_weight(2, 48, 1), random_gram(48, "full", 2), Unstructured(0.6))
     values = []

@@ -20,14 +20,18 @@ def record(solver, objective, status, bound=0.0):
 def layer(block, kind, before, after):
     statuses = {"swap-optimal": 3, "feasible": 1}
     name = f"model.layers.{block}.{kind}"
-    return LayerReport(name, 4, 8, "0.5", 16, before, after, 0.0, statuses, 100, False, 0.1)
+    return LayerReport(
+        name, block, kind, 4, 8, "0.5", 16, before, after, 0.0, statuses, 100, False, 0.1
+    )
 
 
 def test_toy_table_names_a_row_once():
-    table = toy_table([record("wanda", 3.0, "feasible"), record("scip", 2.0, "optimal", 2.0)], 0.5)
+    solved = [record("wanda", 3.0, "feasible"), record("scip", 2.0, "optimal", 2.0)]
+    labels = {solved[0].instance: "0 q_proj[3]"}
+    table = toy_table(solved, labels, 0.5)
     assert [row[0] for row in table.rows] == ["0 q_proj[3]", ""]
     assert [row[4] for row in table.rows] == ["50.00%", "0.00%"]
-    unknown = toy_table([record("wanda", math.nan, "failed")], 0.5)
+    unknown = toy_table([record("wanda", math.nan, "failed")], labels, 0.5)
     assert unknown.rows[0][2] == "–"
 
 
@@ -43,7 +47,7 @@ def test_errors_are_summed_per_kind_and_compared_with_the_start():
 def test_an_output_that_is_not_empty_is_refused_before_anything_starts(tmp_path):
     (tmp_path / "file").write_text("mine")
     stages = []
-    with pytest.raises(ModelError, match="--overwrite"):
+    with pytest.raises(ModelError, match="overwrite"):
         run_demo(tmp_path, on_stage=lambda *stage: stages.append(stage))
     assert stages == []
     assert (tmp_path / "file").read_text() == "mine"

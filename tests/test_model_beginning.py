@@ -60,8 +60,8 @@ def test_it_is_asked_of_the_tokenizer(tokenizer, bos, ids):
 @pytest.mark.parametrize(
     ("tokenizer", "bos", "message"),
     [
-        (QWEN, "always", "no beginning-of-sequence token; use bos auto or never"),
-        (QWEN, "sometimes", "bos must be auto, always or never"),
+        (QWEN, "always", "no beginning-of-sequence token; use `bos` auto or never"),
+        (QWEN, "sometimes", "`bos` must be auto, always or never"),
         (Tokenizer(before=(500,), bos=500), "auto", "500 is outside its vocabulary of 200"),
         (Tokenizer(bos=-1), "always", "outside its vocabulary"),
     ],

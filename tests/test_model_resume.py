@@ -22,7 +22,7 @@ from maskopt.errors import ModelError
 from maskopt.model import output as output_module
 from maskopt.model import workspace as workspace_module
 from maskopt.model.journal import Journal, read_journal
-from maskopt.model.options import Progress
+from maskopt.model.progress import Progress
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS
 

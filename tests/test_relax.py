@@ -11,8 +11,8 @@ from maskopt import NM, LayerProblem, Unstructured, solve, verify
 from maskopt.errors import OptionError
 from maskopt.solution import Status
 from maskopt.solver import make_start
-from maskopt.solvers.rounding.relax import relax
 from maskopt.solvers.convex.relax_step import CompiledStep, TorchStep, project
+from maskopt.solvers.rounding.relax import relax
 
 
 @given(problems(max_n=12))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -20,6 +21,7 @@ from maskopt.cli import (
     verify_output,
 )
 from maskopt.cli.console import errors
+from maskopt.cli.flags import FlagCommand
 from maskopt.errors import MaskoptError
 
 #: status after Ctrl-C
@@ -32,19 +34,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
-app.command("solvers")(solvers.solvers)
-app.command("solve")(solve.solve)
-app.command("compare")(compare.compare)
-app.command("bound")(certify.bound)
-app.command("certify")(certify.certify)
-app.command("extract")(extract.extract)
-app.command("prune")(prune.prune)
-app.command("plan")(plan.plan)
-app.command("eval")(evaluate.evaluate)
-app.command("verify")(verify_output.verify)
-app.command("apply")(apply.apply)
-app.command("extract-masks")(apply.extract_masks)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo.demo,
+    "solvers": solvers.solvers,
+    "solve": solve.solve,
+    "compare": compare.compare,
+    "bound": certify.bound,
+    "certify": certify.certify,
+    "extract": extract.extract,
+    "prune": prune.prune,
+    "plan": plan.plan,
+    "eval": evaluate.evaluate,
+    "verify": verify_output.verify,
+    "apply": apply.apply,
+    "extract-masks": apply.extract_masks,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name, cls=FlagCommand)(_command)
 
 
 @app.callback()

@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from maskopt.cli import options as opt
 from maskopt.cli.console import output, progress_bars
+from maskopt.cli.parameters import TEXT_SOURCES, Model, takes
+
+OPTIONS = (
+    "seq_len",
+    "text_field",
+    "device",
+    "dtype",
+    "threads",
+    "activation_memory",
+    "trust_remote_code",
+)
 
 
+@takes(OPTIONS)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")],
-    text: Annotated[
-        str, typer.Option(help="FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:DATASET[:SPLIT].")
-    ],
-    seq_len: opt.SeqLen = 2048,
+    model: Model,
+    text: Annotated[str, typer.Option(help=TEXT_SOURCES)],
+    options: dict[str, Any],
     windows: Annotated[int | None, typer.Option(help="Take only the first so many.")] = None,
-    text_field: opt.Field = "text",
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
-    threads: opt.Threads = None,
-    activation_memory: opt.ActivationMemory = "4GiB",
-    trust_remote_code: opt.Trust = False,
 ) -> None:
     """Perplexity: non-overlapping windows, tail dropped, mean over the shifted targets.
 
     One block of the model is in memory at a time.
     """
     from maskopt.model.perplexity import perplexity
-    from maskopt.model.plan import parse_bytes
 
     with progress_bars() as bars:
         task = bars.add_task("windows", total=None)
         result = perplexity(
             model,
             text=text,
-            seq_len=seq_len,
             windows=windows,
-            text_field=text_field,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            activation_memory=parse_bytes(activation_memory),
-            trust_remote_code=trust_remote_code,
             on_progress=lambda done, total: bars.update(task, completed=done, total=total),
+            **options,
         )
     output.print(
         f"perplexity {result.value:.4f}  ({result.windows} windows of {result.length} tokens "

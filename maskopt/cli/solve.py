@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from maskopt.cli import options as opt
 from maskopt.cli.console import output, progress_bars
+from maskopt.cli.parameters import Overwrite, read_solver_options
 from maskopt.errors import OptionError
 from maskopt.limits import Limits, Progress, parse_bytes
 from maskopt.problem import LayerProblem, RowProblem, load_problem
@@ -23,8 +23,14 @@ def solve(
     instance: Annotated[Path, typer.Argument(help="An .npz instance: a layer or a row.")],
     out: Annotated[Path, typer.Option("--output", help="File for masks and proof, .npz.")],
     solver: Annotated[str, typer.Option(help="See `maskopt solvers`.")] = "swap",
-    warm_start: opt.WarmStart = None,
-    option: opt.SolverOption = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--start", "--warm-start", help="The solver that makes the start."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="Of the solver, NAME=VALUE; may be repeated."),
+    ] = None,
     time_limit: Annotated[
         float | None, typer.Option(min=0, help="Seconds, the start included.")
     ] = None,
@@ -32,7 +38,7 @@ def solve(
         str | None, typer.Option(help="Beyond the instance, e.g. 2GiB.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    overwrite: opt.Overwrite = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Solve every row of an instance, and keep masks, bounds and certificate together.
 
@@ -43,7 +49,7 @@ def solve(
     if not out.absolute().parent.is_dir():
         raise OptionError(f"{out.parent}: no such folder")
     problem = load_problem(instance)
-    shared, own = limits_of(None, opt.read_solver_options(option))
+    shared, own = limits_of(None, read_solver_options(option))
     backend = make_solver(solver, **own)
     memory = shared.memory if memory_limit is None else parse_bytes(memory_limit)
     with progress_bars() as bars:
@@ -56,7 +62,7 @@ def solve(
 
         seconds = shared.seconds if time_limit is None else time_limit
         limits = Limits(seconds, memory, shared.threads, seed or shared.seed, show)
-        solution = library(problem, backend, start=warm_start, limits=limits)
+        solution = library(problem, backend, start=start, limits=limits)
     solution.save(out)
     output.print(solution_table(problem, solution))
     output.print(f"written: {out}", soft_wrap=True)

@@ -55,7 +55,7 @@ def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
             the tokenizer's vocabulary.
     """
     if bos not in BOS:
-        raise DataError(f"bos must be {', '.join(BOS[:-1])} or {BOS[-1]}, not {bos!r}")
+        raise DataError(f"`bos` must be {', '.join(BOS[:-1])} or {BOS[-1]}, not {bos!r}")
     if bos == "never":
         return Beginning(bos)
     ids = _put_before(tokenizer)
@@ -63,7 +63,7 @@ def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
         own = getattr(tokenizer, "bos_token_id", None)
         if own is None:
             raise DataError(
-                "the tokenizer has no beginning-of-sequence token; use bos auto or never"
+                "the tokenizer has no beginning-of-sequence token; use `bos` auto or never"
             )
         ids = (int(own),)
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
@@ -91,5 +91,5 @@ def _put_before(tokenizer: Any) -> tuple[int, ...]:
         if whole[start : start + len(plain)] == plain:
             return tuple(whole[:start])
     raise DataError(
-        "the tokenizer makes other tokens of a text with and without special tokens; use bos never"
+        "the tokenizer makes other tokens of a text with and without special tokens; use `bos` never"
     )

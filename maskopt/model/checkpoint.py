@@ -77,7 +77,7 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
     if config.get("auto_map") and not trust_remote_code:
         raise ModelError(
             f"{folder}: config.json asks to run code that comes with the model (auto_map), which is "
-            "not run unless --trust-remote-code says so; without auto_map transformers' own code runs"
+            "not run unless `trust_remote_code` says so; without auto_map transformers' own code runs"
         )
     if config.get("quantization_config"):
         raise ModelError(

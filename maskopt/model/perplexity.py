@@ -7,7 +7,6 @@ mean cross-entropy over the length − 1 shifted targets of every window, and it
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError
-from maskopt.model.activations import Activations
-from maskopt.model.blocks import vocabulary_size
-from maskopt.model.collect import Samples, forward
-from maskopt.model.forward import Workers, capture, ending
-from maskopt.model.opening import capped_length, open_source
-from maskopt.model.source import FolderSource, Source
-from maskopt.model.tokens import Windows, check_vocabulary, evaluation_windows, token_windows
+from maskopt.model.job import Job, open_job, tokens_or_tokenizer
+from maskopt.model.options import WalkOptions
+from maskopt.model.progress import Progress
+from maskopt.model.tokens import Windows
 
 #: positions whose logits are brought to float32 at a time
 POSITIONS = 128
@@ -75,108 +71,76 @@ def perplexity(
         DataError: no text or less than one window. ModelError: a model that cannot be read; NaN or
             infinite activations or logits.
     """
-    given = tokenizer_or_tokens
-    training = isinstance(model, nn.Module) and model.training
-    source, tokenizer = open_source(
-        model, given, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    options = WalkOptions(
+        seq_len=seq_len,
+        text_field=text_field,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        activation_memory=activation_memory,
+        trust_remote_code=trust_remote_code,
     )
-    if isinstance(given, Tensor):
-        given = token_windows(given, "token tensor")
-    if not isinstance(given, Windows):
-        if text is None:
-            raise DataError("perplexity needs text or tokens")
-        length = capped_length(source.model, seq_len)
-        given = evaluation_windows(text, tokenizer, seq_len=length, field=text_field, limit=windows)
-    elif windows is not None:
-        given = Windows(given.tokens[:windows], given.source)
-    if given.length < 2:
-        raise DataError("perplexity needs windows of at least two tokens")
-    check_vocabulary(given, vocabulary_size(source.model))
-    del tokenizer
-    with Workers(source.device, threads or torch.get_num_threads()) as workers, torch.no_grad():
-        try:
-            total = _summed(source, given, workers, activation_memory, on_progress)
-        finally:
-            source.model.train(training)
-    targets = len(given) * (given.length - 1)
+    given, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, text)
+    if given is None:
+        raise DataError("perplexity needs text or tokens")
+    training = isinstance(model, nn.Module) and model.training
+    try:
+        job = open_job(model, given, options, tokenizer=tokenizer, whole=True, limit=windows)
+        cut = job.windows
+        assert cut is not None
+        if cut.length < 2:
+            raise DataError("perplexity needs windows of at least two tokens")
+        total = _summed(job, cut, on_progress or (lambda done, total: None))
+    finally:
+        if isinstance(model, nn.Module):
+            model.train(training)
+    targets = len(cut) * (cut.length - 1)
     mean = total / targets
     return Perplexity(
         math.exp(mean) if mean < 700 else math.inf,
         mean,
-        len(given),
-        given.length,
+        len(cut),
+        cut.length,
         targets,
-        given.source,
-        given.digest,
+        cut.source,
+        cut.digest,
     )
 
 
-class _Windows(Samples):
-    """Windows on their way through the model; none may be left out."""
-
-    def __init__(self, states: Activations, windows: Windows) -> None:
-        super().__init__(states, len(windows))
-        self.source = windows.source
-
-    def leave_out(self, sample: int, layer: str) -> None:
-        raise ModelError(
-            f"window {sample} of {self.source}: NaN or infinite activations in {layer!r}; "
-            "try --dtype float32"
-        )
-
-
-def _summed(
-    source: Source,
-    windows: Windows,
-    workers: Workers,
-    activation_memory: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> float:
+def _summed(job: Job, windows: Windows, tell: Callable[[int, int], None]) -> float:
     """Cross-entropy summed over the targets of all windows, in their order."""
-    blocks, device = source.blocks, source.device
-    passes, done = (len(blocks) + 1) * len(windows), 0
+    count = len(windows)
+    passes = (job.last + 2) * count
 
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        if on_progress is not None:
-            on_progress(done, passes)
+    def told(event: Progress) -> None:
+        if event.done:
+            tell(event.block * count + event.done, passes)
 
-    def folder(size: int) -> Path | None:
-        return Path(tempfile.gettempdir()) if size > activation_memory else None
-
-    if isinstance(source, FolderSource):
-        source.load_outside()
-    captured = capture(source.model, blocks, windows.tokens, workers, device, folder)
-    with captured.states:
-        flow = _Windows(captured.states, windows)
-        for index in range(len(blocks)):
-            with source.open(index) as block:
-                calls = captured.calls[index]
-                forward(block, blocks.prefix(index), calls, flow, workers, device, tick)
-
-        def summed(window: int) -> float:
-            tokens = windows.tokens[window : window + 1].to(device)
-            logits = end(tokens, captured.states[window].to(device))[0]
-            return _cross_entropy(logits, tokens[0])
-
+    job.tell = told
+    with job, torch.no_grad():
+        for block in job.blocks():
+            block.advance()
         total = 0.0
-        with source.head(), ending(source.model, blocks, captured.outputs) as end:
-            for wave in workers.waves(range(len(windows))):
-                parts = workers.run([lambda w=w: summed(w) for w in wave])  # type: ignore[misc]
+        with job.logits() as logits:
+
+            def summed(window: int) -> float:
+                return _cross_entropy(logits(window), windows.tokens[window])
+
+            for wave in job.pool.waves(range(count)):
+                parts = job.pool.run([lambda w=w: summed(w) for w in wave])  # type: ignore[misc]
                 for window, part in zip(wave, parts, strict=True):
                     if not math.isfinite(part):
                         raise ModelError(
                             f"window {window} of {windows.source}: NaN or infinite logits"
                         )
                     total += part
-                tick(len(wave))
+                tell(passes - count + wave[-1] + 1, passes)
     return total
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> float:
     """Summed over the shifted targets; logits [length, vocabulary], tokens [length]."""
-    total = 0.0
+    tokens, total = tokens.to(logits.device), 0.0
     for start in range(0, logits.shape[0] - 1, POSITIONS):
         stop = min(start + POSITIONS, logits.shape[0] - 1)
         part = logits[start:stop].float()

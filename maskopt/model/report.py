@@ -23,6 +23,8 @@ class LayerReport:
     """One pruned layer.
 
     Attributes:
+        block: index of its decoder block.
+        kind: the name inside the block, numbers as stars: `self_attn.q_proj`.
         error_start: objective of the warm start summed over rows; None where there was no start.
         error: objective of the final mask summed over rows (mean squared change of the output).
         lower_bound: proven bound summed over rows, 0 where none is known.
@@ -32,6 +34,8 @@ class LayerReport:
     """
 
     name: str
+    block: int
+    kind: str
     rows: int
     n: int
     pattern: str
@@ -47,15 +51,6 @@ class LayerReport:
     @property
     def sparsity(self) -> float:
         return self.pruned / (self.rows * self.n)
-
-    @property
-    def kind(self) -> str:
-        """The name inside its block, without numbers: `self_attn.q_proj`."""
-        parts = self.name.split(".")
-        last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
-        first = min((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
-        inner = parts[first + 1 :] if first >= 0 else parts[last + 1 :]
-        return ".".join("*" if part.isdigit() else part for part in inner)
 
 
 @dataclass(frozen=True)

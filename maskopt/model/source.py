@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from maskopt.model.blocks import Blocks, Layer, set_eager_experts
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.maskfile import MaskFile, TensorMask
 
+if TYPE_CHECKING:
+    from maskopt.model.output import Run
+
 
 class Source(Protocol):
     """A model, one block of it in memory at a time (or all of it)."""
@@ -28,6 +32,15 @@ class Source(Protocol):
     model: nn.Module
     blocks: Blocks
     device: torch.device
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The folder that it is read from; None where it came in memory."""
+        ...
+
+    def load_outside(self) -> None:
+        """Bring everything outside the blocks into memory, but for an output head of its own."""
+        ...
 
     def open(self, index: int, masks: MaskFile | None = None) -> Any:
         """Context in which the weights of block `index` are in memory; yields the block.
@@ -46,9 +59,31 @@ class Source(Protocol):
         """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
         ...
 
+    def block_memory(self) -> int:
+        """Bytes of the blocks' weights that are in memory at the peak."""
+        ...
+
+    def start_run(
+        self,
+        layers: Sequence[Layer],
+        output: Path | None,
+        *,
+        tokenizer: Any,
+        overwrite: bool,
+        resume: bool,
+    ) -> Run:
+        """Where the masks of a prune go.
+
+        Raises:
+            ModelError: such a model cannot be written there, or not be resumed.
+        """
+        ...
+
 
 class MemorySource:
     """A model that is in memory as a whole; pruning changes it in place."""
+
+    checkpoint = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -57,6 +92,9 @@ class MemorySource:
         meta = [name for name, p in model.named_parameters() if p.is_meta]
         if meta:
             raise ModelError(f"parameter {meta[0]!r} has no data; load the model fully first")
+
+    def load_outside(self) -> None:
+        """It is in memory already."""
 
     @contextmanager
     def open(self, index: int, masks: MaskFile | None = None) -> Iterator[nn.Module]:
@@ -76,6 +114,24 @@ class MemorySource:
         merged = merge_experts(self.model, masks)
         return to_checkpoint(self.model, merged, None)
 
+    def block_memory(self) -> int:
+        return sum(p.nbytes for block in self.blocks.modules for p in block.parameters())
+
+    def start_run(
+        self,
+        layers: Sequence[Layer],
+        output: Path | None,
+        *,
+        tokenizer: Any,
+        overwrite: bool,
+        resume: bool,
+    ) -> Run:
+        from maskopt.model.output import MemoryRun
+
+        if resume:
+            raise ModelError("resume needs a model folder; a model in memory is pruned in one go")
+        return MemoryRun(self, output, tokenizer, overwrite)
+
 
 class FolderSource:
     """A model folder; only what lies outside the blocks and the open block are in memory.
@@ -94,7 +150,8 @@ class FolderSource:
         *,
         trust_remote_code: bool = False,
     ) -> None:
-        self.checkpoint, self.device = checkpoint, device
+        self.checkpoint: Checkpoint = checkpoint
+        self.device = device
         self.model = skeleton(checkpoint, dtype, trust_remote_code=trust_remote_code)
         self.blocks = Blocks(self.model)
         self._loader = _Loader(self.model, checkpoint, device)
@@ -106,7 +163,7 @@ class FolderSource:
         return self._loader.sources(layer.parameter)
 
     def load_outside(self) -> None:
-        """Bring everything outside the blocks into memory."""
+        return_memory()  # a large vocabulary's text and tokenizer take half a gigabyte
         self._loader.load(self._outside)
         _check_buffers(self.model)
 
@@ -147,6 +204,30 @@ class FolderSource:
     ) -> dict[str, TensorMask]:
         merged = merge_experts(self.model, masks)
         return to_checkpoint(self.model, merged, self._loader)
+
+    def block_memory(self) -> int:
+        """A block is read in its stored dtype and converted; one tensor of it is held twice."""
+        working = next(self.model.parameters()).dtype.itemsize
+        stored = stored_dtype(self.checkpoint).itemsize
+        largest = max(
+            sum(p.numel() for p in block.parameters()) * working for block in self.blocks.modules
+        )
+        return largest + (largest * stored // working if stored != working else 0)
+
+    def start_run(
+        self,
+        layers: Sequence[Layer],
+        output: Path | None,
+        *,
+        tokenizer: Any,
+        overwrite: bool,
+        resume: bool,
+    ) -> Run:
+        from maskopt.model.output import FolderRun
+
+        if output is None:
+            raise ModelError("pruning a model folder needs an output folder: name `output`")
+        return FolderRun(self, layers, output, overwrite=overwrite, resume=resume)
 
 
 def skeleton(

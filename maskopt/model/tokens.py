@@ -75,8 +75,8 @@ def calibration_windows(
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
     """
-    _check_count("samples", samples)
-    _check_count("seq_len", seq_len)
+    check_count("samples", samples)
+    check_count("seq_len", seq_len)
     if isinstance(source, Tensor):
         return token_windows(source, "token tensor")
     if _is_npy(source):
@@ -119,7 +119,7 @@ def _room(tokenizer: Any, bos: str, seq_len: int) -> tuple[Beginning, int]:
         raise DataError("text needs the model's tokenizer; give one, or token tensors")
     begin = beginning_of(tokenizer, bos)
     if seq_len <= len(begin.ids):
-        raise DataError(f"seq_len {seq_len} leaves no room after the beginning token; take more")
+        raise DataError(f"`seq_len` {seq_len} leaves no room after the beginning token; take more")
     return begin, seq_len - len(begin.ids)
 
 
@@ -132,7 +132,7 @@ def _check_length(what: str, words: str, ids: list[int], length: int) -> None:
     if len(ids) < length:
         raise DataError(
             f"{what} text ({words}) has {len(ids)} tokens, less than one window of "
-            f"{length}; give more text or a smaller seq_len"
+            f"{length}; give more text or a smaller `seq_len`"
         )
 
 
@@ -158,9 +158,7 @@ def evaluation_windows(
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
     """
-    _check_count("seq_len", seq_len, least=2)
-    if limit is not None:
-        _check_count("windows", limit)
+    check_count("seq_len", seq_len, least=2)
     if _is_npy(source):
         return token_windows(_load_npy(Path(source))[:limit], Path(source).name)
     if isinstance(source, str | Path):
@@ -220,6 +218,6 @@ def _describe(source: str | Path) -> str:
     return str(source) if str(source).startswith("hf:") else Path(source).name
 
 
-def _check_count(name: str, value: int, least: int = 1) -> None:
+def check_count(name: str, value: int, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DataError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        raise DataError(f"`{name}` must be a whole number of at least {least}, not {value!r}")
