@@ -37,6 +37,10 @@ class Beginning:
         begins with is never a target, nor is a first token with nothing before it."""
         return max(1, len(self.ids))
 
+    def record(self) -> dict[str, Any]:
+        """As JSON values: for the manifest."""
+        return {"bos": self.bos, "ids": list(self.ids)}
+
     def __str__(self) -> str:
         if self.bos == "given":
             return "as given"
@@ -54,8 +58,7 @@ def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
         DataError: an unknown word; `always` where there is no BOS token; a BOS token that is not in
             the tokenizer's vocabulary.
     """
-    if bos not in BOS:
-        raise DataError(f"`bos` must be {', '.join(BOS[:-1])} or {BOS[-1]}, not {bos!r}")
+    check_bos(bos)
     if bos == "never":
         return Beginning(bos)
     ids = _put_before(tokenizer)
@@ -73,6 +76,12 @@ def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
                 f"the tokenizer's beginning-of-sequence token {token} is outside its vocabulary of {size}"
             )
     return Beginning(bos, ids)
+
+
+def check_bos(bos: str) -> None:
+    """Raise DataError for an unknown word."""
+    if bos not in BOS:
+        raise DataError(f"`bos` must be {', '.join(BOS[:-1])} or {BOS[-1]}, not {bos!r}")
 
 
 def plain_tokens(tokenizer: Any, text: str) -> list[int]:

@@ -321,7 +321,7 @@ def _windows(
         check_count("windows", limit)
     if isinstance(text, Windows | Tensor):
         given = text if isinstance(text, Windows) else token_windows(text, "token tensor")
-        return given if limit is None else Windows(given.tokens[:limit], given.source)
+        return given if limit is None else given.take(slice(limit))
     if tokenizer is None and source.checkpoint is not None:
         tokenizer = load_tokenizer(
             source.checkpoint.folder, trust_remote_code=options.trust_remote_code
@@ -329,7 +329,12 @@ def _windows(
     length = capped_length(source.model, options.seq_len)
     if whole:
         return evaluation_windows(
-            text, tokenizer, seq_len=length, field=options.text_field, limit=limit
+            text,
+            tokenizer,
+            seq_len=length,
+            field=options.text_field,
+            limit=limit,
+            bos=options.bos,
         )
     return calibration_windows(
         text,
@@ -338,6 +343,7 @@ def _windows(
         seq_len=length,
         seed=options.seed,
         field=options.text_field,
+        bos=options.bos,
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, PatternError, near
 from maskopt.limits import check_threads
+from maskopt.model.beginning import check_bos
 from maskopt.model.solving import check_solver, default_start
 from maskopt.pattern import Pattern, Unstructured, pattern_to_dict
 
@@ -64,6 +65,12 @@ class WalkOptions:
     seq_len: int = _option(
         2048, TEXT, "Tokens in a window; never more than the model has positions."
     )
+    bos: str = _option(
+        "auto",
+        TEXT,
+        "What windows begin with. auto: what the tokenizer puts before a text; always: its BOS "
+        "token; never: nothing, the convention of tables of LLaMA-1 and 2.",
+    )
     text_field: str = _option("text", TEXT, "Where JSON lines hold their text.")
     device: str = _option("auto", MACHINE, "cpu, cuda, or auto: CUDA where there is one.")
     dtype: str = _option(
@@ -88,6 +95,7 @@ class WalkOptions:
         object.__setattr__(self, "exclude", name_patterns(self.exclude))
         if self.one_pass and self.true_sequential:
             raise ModelError("`one_pass` and `true_sequential` exclude each other; choose one")
+        check_bos(self.bos)
         for name in ("samples", "seq_len"):
             _check_count(DataError, name, getattr(self, name))
         if self.threads is not None:

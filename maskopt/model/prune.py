@@ -161,6 +161,7 @@ def _fingerprint(job: Job, options: PruneOptions) -> dict[str, Any]:
             "source": windows.source,
             "samples": len(windows),
             "length": windows.length,
+            "beginning": windows.beginning.record(),
             "sha256": windows.digest,
         },
         "dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
