@@ -13,8 +13,9 @@ from maskopt.errors import ModelError
 from maskopt.gram import Gram
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.job import Job, open_job, tokens_or_tokenizer
-from maskopt.model.options import PruneOptions, name_patterns, prune_options
+from maskopt.model.options import AUTO, PruneOptions, name_patterns, prune_options
 from maskopt.model.progress import OnProgress
+from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 
 
@@ -61,6 +62,8 @@ def layer_problems(
         shorthand = {"samples": 32, "seq_len": 512, **shorthand}
     dense = {"one_pass": True, "true_sequential": False}
     options = prune_options(options, {**shorthand, **dense})
+    if options.shrink == AUTO:
+        raise ModelError("`shrink` auto chooses by masks, and none are made here; give a number")
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
@@ -69,6 +72,7 @@ def layer_problems(
 
 
 def _walked(job: Job, options: PruneOptions) -> Iterator[tuple[Layer, LayerProblem]]:
+    shrink = float(options.shrink)
     with job:
         for block in job.blocks():
             grams = block.grams()
@@ -76,21 +80,19 @@ def _walked(job: Job, options: PruneOptions) -> Iterator[tuple[Layer, LayerProbl
                 gram = grams.of(layer.name)
                 if gram is not None:
                     weight = matrix(job.source.model, layer).detach().float().clone()
-                    yield layer, layer_problem(layer, weight, gram, options)
+                    yield layer, layer_problem(layer, weight, gram, options.pattern, shrink)
             block.advance()
 
 
 def layer_problem(
-    layer: Layer, weight: Tensor, gram: Gram | None, options: PruneOptions
+    layer: Layer, weight: Tensor, gram: Gram | None, pattern: Pattern, shrink: float = 0.0
 ) -> LayerProblem:
-    """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs.
+    """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs, shrunk by α.
 
     Without one, inputs count as uncorrelated and alike: errors are then the pruned weights' squares.
     """
     if gram is None:
         values, mean = torch.eye(layer.n, device=weight.device), None
     else:
-        values, mean = gram.value(shrink=options.shrink), gram.mean()
-    return LayerProblem(
-        weight, values, options.pattern, name=layer.name, assume_psd=True, mean=mean
-    )
+        values, mean = gram.value(shrink=shrink), gram.mean()
+    return LayerProblem(weight, values, pattern, name=layer.name, assume_psd=True, mean=mean)
