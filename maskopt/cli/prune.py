@@ -75,6 +75,8 @@ def _told_of_resume(out: Path) -> Iterator[None]:
 
 def show_report(report: PruneReport) -> None:
     """One line per kind of layer; errors relative to the energy of the layers' outputs."""
+    from maskopt.model.beginning import Beginning
+
     held = any(layer.relative_held is not None for layer in report.layers)
     table = Table(caption="errors are parts of the energy of the layers' outputs")
     headings = ["layer kind", "layers", "start error", "error", "error/start"]
@@ -99,15 +101,8 @@ def show_report(report: PruneReport) -> None:
         )
     output.print(table)
     calibration = report.fingerprint["calibration"]
-    begun = (
-        "as given"
-        if calibration["beginning"]["bos"] == "given"
-        else (
-            f"each beginning with {calibration['beginning']['ids']}"
-            if calibration["beginning"]["ids"]
-            else "without a beginning token"
-        )
-    )
+    begin_with = calibration["beginning"]
+    begun = Beginning(begin_with["bos"], tuple(begin_with["ids"]))
     output.print(
         f"calibrated on {calibration['samples']} windows of {calibration['length']} tokens, {begun}"
     )
