@@ -245,8 +245,9 @@ class Job:
             )
         states = held.enter_context(self._captured.states)
         skip = None if self.whole else self.options.skip_bad_samples
-        held = frozenset() if self.whole else held_out(len(self.windows), self.options.holdout)
-        return Samples(states, len(self.windows), self.windows.source, skip_bad=skip, held=held)
+        count = len(self.windows)
+        aside = frozenset() if self.whole else held_out(count, self.options.holdout)
+        return Samples(states, count, self.windows.source, skip_bad=skip, held=aside)
 
 
 class Block:
