@@ -132,6 +132,13 @@ def read_solver_options(items: Sequence[str] | None) -> dict[str, Any]:
     return options
 
 
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _values(options: dict[str, Any]) -> dict[str, Any]:
     """As the library takes them: patterns, bytes, lists and solver options out of text."""
     readers: dict[str, Callable[[Any], Any]] = {
@@ -139,6 +146,7 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
         "exclude": name_patterns,
         "solver_options": read_solver_options,
         "pattern": parse_pattern,
+        "shrink": _number_or_word,
         **{name: parse_bytes for name, f in FIELDS.items() if f.metadata["unit"] == "bytes"},
     }
     never_none = ("include", "exclude", "solver_options")
@@ -167,6 +175,8 @@ def _parameter(name: str, panel: str | None, defaults: dict[str, Any]) -> inspec
         optional = isinstance(kind, types.UnionType)
         kind = str | None if optional else str
         default = None if default is None else f"{default // 2**30}GiB"
+    elif kind == float | str:
+        kind, default = str, str(default)
     elif typing.get_origin(kind) not in (None, types.UnionType):  # a tuple, a mapping: repeated
         kind, default = list[str] | None, None
     flags = FLAGS.get(name) or ((_flag(name),) if kind is bool else ())

@@ -74,24 +74,38 @@ def _told_of_resume(out: Path) -> Iterator[None]:
 
 
 def show_report(report: PruneReport) -> None:
-    """One line per kind of layer."""
-    table = Table()
-    for heading in ("layer kind", "layers", "start error", "error", "error/start", "seconds"):
+    """One line per kind of layer; errors relative to the energy of the layers' outputs."""
+    from maskopt.model.beginning import Beginning
+
+    held = any(layer.relative_held is not None for layer in report.layers)
+    table = Table(caption="errors are parts of the energy of the layers' outputs")
+    headings = ["layer kind", "layers", "start error", "error", "error/start"]
+    for heading in (*headings, *(["held-out error"] if held else []), "seconds"):
         table.add_column(heading, justify="left" if heading == "layer kind" else "right")
     for kind, all_layers in report.by_kind().items():
         layers = [layer for layer in all_layers if not layer.fallback]  # theirs are other errors
+        energy = sum(layer.energy for layer in layers)
         end = sum(layer.error for layer in layers)
         starts = [layer.error_start for layer in layers if layer.error_start is not None]
         begin = sum(starts) if starts and len(starts) == len(layers) else None
+        apart = sum(layer.energy_held or 0.0 for layer in layers)
+        cells = [sum(layer.error_held or 0.0 for layer in layers) / apart if apart else None]
         table.add_row(
             kind,
             str(len(all_layers)),
-            "–" if begin is None else f"{begin:.5g}",
-            f"{end:.5g}" if layers else "–",
+            _part(begin, energy),
+            _part(end, energy),
             "–" if not begin else f"{end / begin:.3f}",
+            *(["–" if cells[0] is None else f"{cells[0]:.4f}"] if held else []),
             f"{sum(layer.seconds for layer in all_layers):.1f}",
         )
     output.print(table)
+    calibration = report.fingerprint["calibration"]
+    begin_with = calibration["beginning"]
+    begun = Beginning(begin_with["bos"], tuple(begin_with["ids"]))
+    output.print(
+        f"calibrated on {calibration['samples']} windows of {calibration['length']} tokens, {begun}"
+    )
     output.print(f"sparsity {report.sparsity:.4f} in {report.seconds:.1f} s")
     if report.fallbacks:
         names = ", ".join(report.fallbacks[:5]) + (" …" if len(report.fallbacks) > 5 else "")
@@ -101,3 +115,7 @@ def show_report(report: PruneReport) -> None:
         )
     if report.bad_samples:
         output.print(f"left out for NaN or infinity: {len(report.bad_samples)} samples")
+
+
+def _part(error: float | None, energy: float) -> str:
+    return "–" if error is None or not energy else f"{error / energy:.4f}"

@@ -35,6 +35,7 @@ class Samples:
     Attributes:
         active: indices still in use, ascending.
         bad: those that were left out.
+        held: those that are kept aside: their inputs are summed apart, and nothing is fitted to them.
 
     Args:
         source: where the windows came from, in words.
@@ -42,12 +43,18 @@ class Samples:
     """
 
     def __init__(
-        self, states: Activations, count: int, source: str, *, skip_bad: bool | None = None
+        self,
+        states: Activations,
+        count: int,
+        source: str,
+        *,
+        skip_bad: bool | None = None,
+        held: Set[int] = frozenset(),
     ) -> None:
         self.states, self.source = states, source
         self.active = list(range(count))
         self.bad: list[BadSample] = []
-        self.skip_bad = skip_bad
+        self.skip_bad, self.held = skip_bad, held
 
     def leave_out(self, sample: int, layer: str) -> None:
         """Raise ModelError for a bad sample, or go on without it."""
@@ -59,7 +66,7 @@ class Samples:
             )
         self.bad.append(BadSample(sample, layer))
         self.drop({sample})
-        if not self.active:
+        if not set(self.active) - self.held:
             raise ModelError(
                 f"layer {layer!r}: no calibration sample without NaN or infinity is left"
             )
@@ -69,10 +76,13 @@ class Samples:
 
 
 class Grams:
-    """Gram matrices by layer name; layers that are given the same inputs share one."""
+    """Gram matrices by layer name; layers that are given the same inputs share one.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    `held` are those of the samples that are kept aside, None where there are none.
+    """
+
+    def __init__(self, device: torch.device, held: Grams | None = None) -> None:
+        self.device, self.held = device, held
         self.order: list[str] = []
         self._leader: dict[str, str] = {}
         self._grams: dict[str, Gram] = {}
@@ -161,7 +171,9 @@ def collect(
     """
     weights = WatchedWeights(block.model, layers)
     sizes = {layer.name: layer.n for layer in layers}
-    samples, grams = block.samples, Grams(block.device)
+    samples = block.samples
+    held = Grams(block.device) if samples.held else None
+    grams = Grams(block.device, held)
     local = threading.local()
     until: str | None = None
 
@@ -184,7 +196,8 @@ def collect(
                 if bad is not None:
                     samples.leave_out(sample, bad)
                     continue
-                block.threads.run(grams.tasks(watch, sizes))
+                mine = held if held is not None and sample in samples.held else grams
+                block.threads.run(mine.tasks(watch, sizes))
                 if output is not None:
                     samples.states[sample] = output
                 elif until is None:

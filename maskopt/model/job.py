@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from maskopt.errors import ModelError
+from maskopt.errors import DataError, ModelError
 from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
@@ -118,6 +118,8 @@ class Job:
         self.source, self.layers, self.options = source, layers, options
         self.windows, self.whole = windows, whole
         self.count = options.samples if windows is None else len(windows)
+        if not whole:
+            held_out(self.count, options.holdout)
         self.length = (
             capped_length(source.model, options.seq_len) if windows is None else windows.length
         )
@@ -238,7 +240,9 @@ class Job:
             )
         states = held.enter_context(self._captured.states)
         skip = None if self.whole else self.options.skip_bad_samples
-        return Samples(states, len(self.windows), self.windows.source, skip_bad=skip)
+        count = len(self.windows)
+        aside = frozenset() if self.whole else held_out(count, self.options.holdout)
+        return Samples(states, count, self.windows.source, skip_bad=skip, held=aside)
 
 
 class Block:
@@ -318,7 +322,7 @@ def _windows(
         check_count("windows", limit)
     if isinstance(text, Windows | Tensor):
         given = text if isinstance(text, Windows) else token_windows(text, "token tensor")
-        return given if limit is None else Windows(given.tokens[:limit], given.source)
+        return given if limit is None else given.take(slice(limit))
     if tokenizer is None and source.checkpoint is not None:
         tokenizer = load_tokenizer(
             source.checkpoint.folder, trust_remote_code=options.trust_remote_code
@@ -326,7 +330,12 @@ def _windows(
     length = capped_length(source.model, options.seq_len)
     if whole:
         return evaluation_windows(
-            text, tokenizer, seq_len=length, field=options.text_field, limit=limit
+            text,
+            tokenizer,
+            seq_len=length,
+            field=options.text_field,
+            limit=limit,
+            bos=options.bos,
         )
     return calibration_windows(
         text,
@@ -335,7 +344,22 @@ def _windows(
         seq_len=length,
         seed=options.seed,
         field=options.text_field,
+        bos=options.bos,
     )
+
+
+def held_out(windows: int, share: float) -> frozenset[int]:
+    """The windows that are kept aside: the last ones, ⌊share·windows⌋.
+
+    Raises:
+        DataError: none would be kept aside, or none would be left.
+    """
+    count = int(share * windows)
+    if share and not 0 < count < windows:
+        raise DataError(
+            f"`holdout` {share} of {windows} windows keeps {count} aside; take more windows"
+        )
+    return frozenset(range(windows - count, windows))
 
 
 def _first_round(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:

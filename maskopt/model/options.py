@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, PatternError, near
 from maskopt.limits import check_threads
+from maskopt.model.beginning import check_bos
 from maskopt.model.solving import check_solver, default_start
 from maskopt.pattern import Pattern, Unstructured, pattern_to_dict
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 #: what an option decides: the masks (the manifest records its value); the calibration text (the
 #: manifest records the tokens themselves); or only how this machine goes about it
 MASKS, TEXT, MACHINE = "masks", "text", "machine"
+#: of `shrink`
+AUTO = "auto"
 
 
 def _about(decides: str, words: str, unit: str | None = None) -> dict[str, Any]:
@@ -60,9 +63,20 @@ class WalkOptions:
     skip_bad_samples: bool = _option(
         False, MASKS, "Leave out windows with NaN or infinite activations instead of stopping."
     )
+    holdout: float = _option(
+        0.0,
+        MASKS,
+        "Share of the calibration windows that is kept aside; errors are then reported on them, too.",
+    )
     samples: int = _option(128, TEXT, "Calibration windows.")
     seq_len: int = _option(
         2048, TEXT, "Tokens in a window; never more than the model has positions."
+    )
+    bos: str = _option(
+        "auto",
+        TEXT,
+        "What windows begin with. auto: what the tokenizer puts before a text; always: its BOS "
+        "token; never: nothing, the convention of tables of LLaMA-1 and 2.",
     )
     text_field: str = _option("text", TEXT, "Where JSON lines hold their text.")
     device: str = _option("auto", MACHINE, "cpu, cuda, or auto: CUDA where there is one.")
@@ -88,6 +102,9 @@ class WalkOptions:
         object.__setattr__(self, "exclude", name_patterns(self.exclude))
         if self.one_pass and self.true_sequential:
             raise ModelError("`one_pass` and `true_sequential` exclude each other; choose one")
+        check_bos(self.bos)
+        if not 0 <= self.holdout < 1:
+            raise DataError(f"`holdout` must lie in [0, 1), not {self.holdout}")
         for name in ("samples", "seq_len"):
             _check_count(DataError, name, getattr(self, name))
         if self.threads is not None:
@@ -121,13 +138,16 @@ class PruneOptions(WalkOptions):
         metadata=_about(MASKS, "An option of the solver, NAME=VALUE; may be repeated."),
     )
     min_tokens: int = _option(32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.")
-    shrink: float = _option(0.0, MASKS, "α of G ← (1−α)G + α·diag(G).")
+    shrink: float | str = _option(
+        0.0,
+        MASKS,
+        "α of G ← (1−α)G + α·diag(G); auto: per layer by the error on held-out windows.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "solver_options", dict(self.solver_options or {}))
-        if not 0 <= self.shrink <= 1:
-            raise ModelError(f"`shrink` must lie in [0, 1], not {self.shrink}")
+        _check_shrink(self.shrink, self.holdout)
         _check_count(ModelError, "min_tokens", self.min_tokens)
         check_solver(self.solver, self.solver_options, self.start)
 
@@ -157,6 +177,7 @@ class PruneOptions(WalkOptions):
 EVALUATION = (
     "seq_len",
     "text_field",
+    "bos",
     "device",
     "dtype",
     "threads",
@@ -210,6 +231,14 @@ def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
 def _check_count(error: type[MaskoptError], name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise error(f"`{name}` must be a whole number of at least 1, not {value!r}")
+
+
+def _check_shrink(shrink: float | str, holdout: float) -> None:
+    if shrink == AUTO:
+        if not holdout:
+            raise ModelError("`shrink` auto needs held-out windows: give a `holdout` such as 0.2")
+    elif isinstance(shrink, str) or not 0 <= shrink <= 1:
+        raise ModelError(f"`shrink` must lie in [0, 1] or be auto, not {shrink!r}")
 
 
 def _described(options: type[WalkOptions]) -> str:

@@ -1,7 +1,8 @@
-"""Perplexity by the convention of the field.
+"""Perplexity of a model on consecutive windows of text.
 
-Text joined by blank lines, tokenised once, cut into non-overlapping windows, the tail dropped; the
-mean cross-entropy over the length − 1 shifted targets of every window, and its exponential.
+Text joined by blank lines, tokenised once, cut into non-overlapping windows, the tail dropped, each window
+beginning with what the tokenizer puts before a text (`maskopt.model.beginning`); the mean cross-entropy over
+the shifted targets of every window, of which a beginning is none, and its exponential.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError
@@ -23,17 +25,26 @@ from maskopt.model.tokens import Windows
 
 #: positions whose logits are brought to float32 at a time
 POSITIONS = 128
+#: of the windows, for an interval
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`value` is exp(`cross_entropy`), natural logarithm, over `targets` predicted tokens."""
+    """`value` is exp(`cross_entropy`), natural logarithm, over `targets` predicted tokens.
+
+    `low` and `high` are a 95% interval of the value, by bootstrap over the windows; `beginning` says what
+    the windows begin with.
+    """
 
     value: float
     cross_entropy: float
+    low: float
+    high: float
     windows: int
     length: int
     targets: int
+    beginning: str
     source: str
     sha256: str
 
@@ -58,7 +69,7 @@ def perplexity(
         text: see `maskopt.model.text.read_documents`; a list of strings is taken as documents.
         windows: take only the first so many.
         on_progress: called with (window passes done, all of them: one a block, and one at the end).
-        options: `seq_len`, `text_field`, `device`, `dtype`, `threads`, `activation_memory`,
+        options: `seq_len`, `text_field`, `bos`, `device`, `dtype`, `threads`, `activation_memory`,
             `trust_remote_code`, as in `maskopt.PruneOptions`.
 
     Raises:
@@ -76,60 +87,102 @@ def perplexity(
         job = open_job(model, given, walk, tokenizer=tokenizer, whole=True, limit=windows)
         cut = job.windows
         assert cut is not None
-        if cut.length < 2:
-            raise DataError("perplexity needs windows of at least two tokens")
-        total = _summed(job, cut, on_progress or (lambda done, total: None))
+        check_targets(cut)
+        with job:
+            summed = window_losses(job, on_progress or (lambda done, total: None))
     finally:
         if isinstance(model, nn.Module):
             model.train(training)
-    targets = len(cut) * (cut.length - 1)
-    mean = total / targets
+    return perplexity_of(summed, cut)
+
+
+def check_targets(windows: Windows) -> None:
+    """Raise DataError where nothing in a window is predicted."""
+    if windows.length <= windows.beginning.first_target:
+        raise DataError("perplexity needs windows of at least two tokens, and one of text")
+
+
+def perplexity_of(summed: Float[Tensor, " windows"], windows: Windows) -> Perplexity:
+    """Out of the cross-entropy summed over the targets of each window."""
+    per_window = windows.length - windows.beginning.first_target
+    low, high = interval(summed / per_window)
+    # summed one after the other, as the windows came
+    mean = sum(summed.tolist()) / (per_window * len(windows))
     return Perplexity(
-        math.exp(mean) if mean < 700 else math.inf,
-        mean,
-        len(cut),
-        cut.length,
-        targets,
-        cut.source,
-        cut.digest,
+        value=_exp(mean),
+        cross_entropy=mean,
+        low=_exp(low),
+        high=_exp(high),
+        windows=len(windows),
+        length=windows.length,
+        targets=per_window * len(windows),
+        beginning=str(windows.beginning),
+        source=windows.source,
+        sha256=windows.digest,
     )
 
 
-def _summed(job: Job, windows: Windows, tell: Callable[[int, int], None]) -> float:
-    """Cross-entropy summed over the targets of all windows, in their order."""
-    count = len(windows)
+def interval(values: Float[Tensor, " windows"]) -> tuple[float, float]:
+    """A 95% interval of the mean, by percentile bootstrap over the windows, seeded."""
+    generator = torch.Generator().manual_seed(0)
+    lots = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    means = values.double()[lots].mean(1).sort().values
+    cut = round(0.025 * RESAMPLES)
+    return float(means[cut]), float(means[-1 - cut])
+
+
+def window_losses(job: Job, tell: Callable[[int, int], None]) -> Float[Tensor, " windows"]:
+    """Walk through the whole model; cross-entropy summed over the targets of each window, float64."""
+    assert job.windows is not None
+    windows, count = job.windows, len(job.windows)
     passes = (job.last + 2) * count
+    walk_whole(job, tell, passes)
+    losses = torch.zeros(count, dtype=torch.float64)
+    with torch.no_grad(), job.logits() as logits:
+
+        def summed(window: int) -> float:
+            return _cross_entropy(
+                logits(window), windows.tokens[window], windows.beginning.first_target
+            )
+
+        for wave in job.pool.waves(range(count)):
+            parts = job.pool.run([lambda w=w: summed(w) for w in wave])  # type: ignore[misc]
+            for window, part in zip(wave, parts, strict=True):
+                check_finite(part, window, windows)
+                losses[window] = part
+            tell(passes - count + wave[-1] + 1, passes)
+    return losses
+
+
+def walk_whole(job: Job, tell: Callable[[int, int], None], passes: int) -> None:
+    """Send all windows through all blocks."""
+    assert job.windows is not None
+    count = len(job.windows)
 
     def told(event: Progress) -> None:
         if event.done:
             tell(event.block * count + event.done, passes)
 
     job.tell = told
-    with job, torch.no_grad():
+    with torch.no_grad():
         for block in job.blocks():
             block.advance()
-        total = 0.0
-        with job.logits() as logits:
-
-            def summed(window: int) -> float:
-                return _cross_entropy(logits(window), windows.tokens[window])
-
-            for wave in job.pool.waves(range(count)):
-                parts = job.pool.run([lambda w=w: summed(w) for w in wave])  # type: ignore[misc]
-                for window, part in zip(wave, parts, strict=True):
-                    if not math.isfinite(part):
-                        raise ModelError(
-                            f"window {window} of {windows.source}: NaN or infinite logits"
-                        )
-                    total += part
-                tell(passes - count + wave[-1] + 1, passes)
-    return total
 
 
-def _cross_entropy(logits: Tensor, tokens: Tensor) -> float:
-    """Summed over the shifted targets; logits [length, vocabulary], tokens [length]."""
+def check_finite(value: float, window: int, windows: Windows) -> None:
+    """Raise ModelError for a window whose logits are not finite."""
+    if not math.isfinite(value):
+        raise ModelError(f"window {window} of {windows.source}: NaN or infinite logits")
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _cross_entropy(logits: Tensor, tokens: Tensor, first: int) -> float:
+    """Summed over the targets from position `first` on; logits [length, vocabulary], tokens [length]."""
     tokens, total = tokens.to(logits.device), 0.0
-    for start in range(0, logits.shape[0] - 1, POSITIONS):
+    for start in range(first - 1, logits.shape[0] - 1, POSITIONS):
         stop = min(start + POSITIONS, logits.shape[0] - 1)
         part = logits[start:stop].float()
         total += float(

@@ -13,7 +13,7 @@ from maskopt.errors import ModelError
 from maskopt.gram import Gram
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.job import Job, open_job, tokens_or_tokenizer
-from maskopt.model.options import PruneOptions, name_patterns, prune_options
+from maskopt.model.options import AUTO, PruneOptions, name_patterns, prune_options
 from maskopt.model.progress import OnProgress
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
@@ -62,6 +62,8 @@ def layer_problems(
         shorthand = {"samples": 32, "seq_len": 512, **shorthand}
     dense = {"one_pass": True, "true_sequential": False}
     options = prune_options(options, {**shorthand, **dense})
+    if options.shrink == AUTO:
+        raise ModelError("`shrink` auto chooses by masks, and none are made here; give a number")
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
@@ -70,6 +72,7 @@ def layer_problems(
 
 
 def _walked(job: Job, options: PruneOptions) -> Iterator[tuple[Layer, LayerProblem]]:
+    shrink = float(options.shrink)
     with job:
         for block in job.blocks():
             grams = block.grams()
@@ -77,10 +80,7 @@ def _walked(job: Job, options: PruneOptions) -> Iterator[tuple[Layer, LayerProbl
                 gram = grams.of(layer.name)
                 if gram is not None:
                     weight = matrix(job.source.model, layer).detach().float().clone()
-                    yield (
-                        layer,
-                        layer_problem(layer, weight, gram, options.pattern, options.shrink),
-                    )
+                    yield layer, layer_problem(layer, weight, gram, options.pattern, shrink)
             block.advance()
 
 

@@ -21,12 +21,13 @@ from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
 from maskopt.model.job import Job, open_job, tokens_or_tokenizer
-from maskopt.model.options import PruneOptions, prune_options
+from maskopt.model.options import AUTO, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report
 from maskopt.model.problems import layer_problem
 from maskopt.model.progress import OnProgress
 from maskopt.model.report import LayerReport, PruneReport, versions
-from maskopt.model.solving import solve_by_magnitude, solve_layer
+from maskopt.model.solving import solve_by_held_error, solve_by_magnitude, solve_layer
+from maskopt.problem import LayerProblem
 
 
 def prune_model(
@@ -127,13 +128,28 @@ def _prune_layer(
     gram = grams.of(layer.name)
     tokens = 0 if gram is None else gram.tokens
     fallback = tokens < options.min_tokens
-    problem = layer_problem(
-        layer, weight.detach().float(), None if fallback else gram, options.pattern, options.shrink
-    )
+    dense = weight.detach().float()
+    used = None if fallback else gram
+
+    def at(alpha: float) -> LayerProblem:
+        return layer_problem(layer, dense, used, options.pattern, alpha)
+
+    fitted = at(0.0)
+    held = None if grams.held is None else grams.held.of(layer.name)
+    judge = None if held is None else layer_problem(layer, dense, held, options.pattern)
     began = time.perf_counter()
-    solved = solve_by_magnitude(problem) if fallback else solve_layer(problem, options)
+    shrink = 0.0 if options.shrink == AUTO else float(options.shrink)
+    if fallback:
+        solved = solve_by_magnitude(fitted)
+    elif options.shrink == AUTO and judge is not None:
+        solved, shrink = solve_by_held_error(at, judge, options)
+    else:
+        solved = solve_layer(at(shrink) if shrink else fitted, options)
     seconds = time.perf_counter() - began
     solution, start = solved.solution, solved.start
+    energy = fitted.output_energy()
+    energy_held = None if judge is None else float(judge.output_energy().sum())
+    error_held = None if judge is None else float(judge.objective(solution.mask).sum())
     weight.masked_fill_(~solution.mask.to(weight.device), 0)
     report = LayerReport(
         name=layer.name,
@@ -150,6 +166,10 @@ def _prune_layer(
         tokens=tokens,
         fallback=fallback,
         seconds=seconds,
+        energy=float(energy.sum()),
+        error_held=error_held,
+        energy_held=energy_held,
+        shrink=shrink,
     )
     return report, solution.mask.cpu()
 
@@ -165,6 +185,7 @@ def _fingerprint(job: Job, options: PruneOptions) -> dict[str, Any]:
             "source": windows.source,
             "samples": len(windows),
             "length": windows.length,
+            "beginning": windows.beginning.record(),
             "sha256": windows.digest,
         },
         "dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),

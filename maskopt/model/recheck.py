@@ -19,6 +19,7 @@ from torch import Tensor
 
 from maskopt.checks import improving_swap
 from maskopt.errors import MaskoptError, VerificationError
+from maskopt.model.beginning import BOS, GIVEN
 from maskopt.model.blocks import choose, matrix
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.job import Job, open_job
@@ -49,11 +50,12 @@ class Run:
     true_sequential: bool
     all_experts: bool
     min_tokens: int
-    shrink: float
+    holdout: float
     skip_bad_samples: bool
     seed: int
     samples: int
     length: int
+    bos: str
     windows: str
     dtype: str
     device: str
@@ -70,11 +72,12 @@ class Run:
                 true_sequential=options["true_sequential"],
                 all_experts=options["all_experts"],
                 min_tokens=options["min_tokens"],
-                shrink=options["shrink"],
+                holdout=options["holdout"],
                 skip_bad_samples=options["skip_bad_samples"],
                 seed=options["seed"],
                 samples=data["samples"],
                 length=data["length"],
+                bos=data["beginning"]["bos"],
                 windows=data["sha256"],
                 dtype=fingerprint["dtype"],
                 device=fingerprint["device"],
@@ -87,8 +90,9 @@ class Run:
             all(type(flag) is bool for flag in flags)
             and all(type(count) is int and count > 0 for count in counts)
             and type(run.seed) is int
-            and type(run.shrink) in (int, float)
-            and 0 <= run.shrink <= 1
+            and type(run.holdout) in (int, float)
+            and 0 <= run.holdout < 1
+            and run.bos in (*BOS, GIVEN.bos)
             and run.dtype in ERROR_TOLERANCES
             and run.device in ("cpu", "cuda")
         )
@@ -117,6 +121,8 @@ class Found:
     problem: LayerProblem
     kept: Tensor
     tokens: int
+    held: LayerProblem | None
+    """The same on the windows that were kept aside, where there were any."""
 
 
 def recheck_layers(
@@ -156,6 +162,8 @@ def recheck_layers(
         skip_bad_samples=run.skip_bad_samples,
         samples=run.samples,
         seq_len=run.length,
+        holdout=run.holdout,
+        bos="auto" if run.bos == GIVEN.bos else run.bos,
         text_field=text_field,
         device=run.device,
         dtype=run.dtype,
@@ -172,7 +180,7 @@ def recheck_layers(
     chosen = [layer.name for layer in choose(job.layers, tuple(layers))]
     masks = _masks_as_model(job, output / MASKS, trust_remote_code)
     with job, torch.no_grad():
-        for name, layer in _walk(job, masks, set(chosen), run, manifest):
+        for name, layer in _walk(job, masks, said, set(chosen), run, manifest):
             _check_layer(manifest, said[name], layer, run, job.pool)
     return chosen, ERROR_TOLERANCES[run.dtype]
 
@@ -203,6 +211,13 @@ def _check_layer(
         raise manifest.wrong(
             f"layer {name!r} states an error of {said['error']:.9g}; its mask has {error:.9g}"
         )
+    held = None if found.held is None else float(found.held.objective(kept).sum())
+    if (held is None) != (said["error_held"] is None) or not math.isclose(
+        said["error_held"] or 0.0, held or 0.0, rel_tol=tolerance, abs_tol=floor
+    ):
+        raise manifest.wrong(
+            f"layer {name!r} states a held-out error of {said['error_held']}; its mask has {held}"
+        )
     count = sum(said["statuses"].get(s, 0) for s in (Status.SWAP_OPTIMAL, Status.OPTIMAL))
     if not count:
         return
@@ -226,7 +241,12 @@ def _check_layer(
 
 
 def _walk(
-    job: Job, masks: FolderSource, chosen: set[str], run: Run, manifest: Manifest
+    job: Job,
+    masks: FolderSource,
+    said: Mapping[str, Mapping[str, Any]],
+    chosen: set[str],
+    run: Run,
+    manifest: Manifest,
 ) -> Iterator[tuple[str, Found]]:
     """Go through the blocks as the prune did, up to the last chosen layer; yield the chosen ones.
 
@@ -244,8 +264,16 @@ def _walk(
                 tokens = 0 if gram is None else gram.tokens
                 if layer.name in chosen:
                     known = None if tokens < run.min_tokens else gram
-                    problem = layer_problem(layer, weight.float(), known, run.pattern, run.shrink)
-                    yield layer.name, Found(problem, mask, tokens)
+                    alpha = float(said[layer.name]["shrink"])
+                    dense, apart = (
+                        weight.float(),
+                        None if grams.held is None else grams.held.of(layer.name),
+                    )
+                    held = (
+                        None if apart is None else layer_problem(layer, dense, apart, run.pattern)
+                    )
+                    problem = layer_problem(layer, dense, known, run.pattern, alpha)
+                    yield layer.name, Found(problem, mask, tokens, held)
                 weight.masked_fill_(~mask, 0)
             del grams  # the next pass needs their memory
         left_out += [dataclasses.asdict(sample) for sample in block.bad]

@@ -31,6 +31,9 @@ class LayerReport:
         statuses: number of rows by status.
         tokens: calibration tokens that the layer saw.
         fallback: too few tokens, so pruned by magnitude; its errors are then the pruned weights' squares.
+        energy: mean square of the layer's output, summed over rows: what an error is a part of.
+        error_held, energy_held: the same on the windows kept aside; None where there are none.
+        shrink: α that the masks were chosen with.
     """
 
     name: str
@@ -47,10 +50,26 @@ class LayerReport:
     tokens: int
     fallback: bool
     seconds: float
+    energy: float = 0.0
+    error_held: float | None = None
+    energy_held: float | None = None
+    shrink: float = 0.0
 
     @property
     def sparsity(self) -> float:
         return self.pruned / (self.rows * self.n)
+
+    @property
+    def relative(self) -> float:
+        """Error as a part of the output's energy; 0 where there is none."""
+        return self.error / self.energy if self.energy > 0 else 0.0
+
+    @property
+    def relative_held(self) -> float | None:
+        """The same on the windows kept aside; None where there are none."""
+        if self.error_held is None or not self.energy_held:
+            return None
+        return self.error_held / self.energy_held
 
 
 @dataclass(frozen=True)

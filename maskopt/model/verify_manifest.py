@@ -416,7 +416,8 @@ _LAYER = {
     "name": _text, "rows": _size, "n": _size, "pattern": _text, "pruned": _count,
     "error_start": _maybe(_amount), "error": _amount, "lower_bound": _amount,
     "statuses": _statuses, "tokens": _count, "fallback": lambda v: type(v) is bool,
-    "seconds": _amount, "sparsity": _amount,
+    "seconds": _amount, "sparsity": _amount, "block": _count, "kind": _text, "energy": _amount,
+    "error_held": _maybe(_amount), "energy_held": _maybe(_amount), "shrink": _amount,
 }  # fmt: skip
 _OPTIONS = {"pattern": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size}
 _SHAPE = {
