@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from maskopt.cli import app
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
 from maskopt.model.demo_model import FOLDER, cache_directory, demo_model
-from maskopt.model.options import parse_bytes
+from maskopt.limits import parse_bytes
 
 runner = CliRunner()
 
@@ -109,9 +109,11 @@ def test_what_goes_wrong(dense: Path, text: Path, tmp_path: Path) -> None:
     assert "exactly one" in run(*base, "--sparsity", 0.5, "--pattern", "2:4", fails=PatternError)
     assert "no pattern" in run(*base, "--pattern", "2of4", fails=PatternError)
     assert "NAME=VALUE" in run(*base, "--sparsity", 0.5, "-o", "x", fails=OptionError)
-    assert "has no option" in run(*base, "--sparsity", 0.5, "-o", "time-limit=3", fails=OptionError)
+    assert "has no option" in run(
+        *base, "--sparsity", 0.5, "-o", "time-limits=3", fails=OptionError
+    )
     assert "no amount of memory" in run(
-        *base, "--sparsity", 0.5, "--max-memory", "lots", fails=ModelError
+        *base, "--sparsity", 0.5, "--max-memory", "lots", fails=OptionError
     )
     assert "--windows must be a whole number" in run(
         "eval", dense, "--text", text, "--seq-len", 32, "--windows", 0, fails=MaskoptError
@@ -170,7 +172,7 @@ def test_amounts_of_memory(given: str, value: int) -> None:
 
 def test_no_amounts_of_memory() -> None:
     for bad in ("", "x", "-1", "1 PB", "nan", "1e99"):
-        with pytest.raises(ModelError, match="no amount"):
+        with pytest.raises(OptionError, match="no amount"):
             parse_bytes(bad)
 
 

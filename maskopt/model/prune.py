@@ -138,7 +138,7 @@ def _prune_layer(
     held = None if grams.held is None else grams.held.of(layer.name)
     judge = None if held is None else layer_problem(layer, dense, held, options.pattern)
     began = time.perf_counter()
-    shrink = 0.0 if options.shrink == AUTO else float(options.shrink)
+    shrink = 0.0 if fallback or options.shrink == AUTO else float(options.shrink)
     if fallback:
         solved = solve_by_magnitude(fitted)
     elif options.shrink == AUTO and judge is not None:

@@ -24,7 +24,7 @@ from maskopt.model.blocks import choose, matrix
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.job import Job, open_job
 from maskopt.model.maskfile import MaskFile
-from maskopt.model.options import PruneOptions
+from maskopt.model.options import AUTO, PruneOptions
 from maskopt.model.problems import layer_problem
 from maskopt.model.source import FolderSource
 from maskopt.model.threads import Threads
@@ -50,6 +50,7 @@ class Run:
     true_sequential: bool
     all_experts: bool
     min_tokens: int
+    shrink: float | str
     holdout: float
     skip_bad_samples: bool
     seed: int
@@ -72,6 +73,7 @@ class Run:
                 true_sequential=options["true_sequential"],
                 all_experts=options["all_experts"],
                 min_tokens=options["min_tokens"],
+                shrink=options["shrink"],
                 holdout=options["holdout"],
                 skip_bad_samples=options["skip_bad_samples"],
                 seed=options["seed"],
@@ -90,6 +92,7 @@ class Run:
             all(type(flag) is bool for flag in flags)
             and all(type(count) is int and count > 0 for count in counts)
             and type(run.seed) is int
+            and (type(run.shrink) in (int, float) or run.shrink == AUTO)
             and type(run.holdout) in (int, float)
             and 0 <= run.holdout < 1
             and run.bos in (*BOS, GIVEN.bos)
@@ -204,6 +207,9 @@ def _check_layer(
         raise manifest.wrong(
             f"layer {name!r} is said to have seen {said['tokens']} tokens; it sees {found.tokens}"
         )
+    used = 0.0 if said["fallback"] else run.shrink
+    if used != AUTO and said["shrink"] != used:
+        raise manifest.wrong(f"layer {name!r} was shrunk by another α than the options say")
     error = float(problem.objective(kept).sum())
     floor = SAME_BITS * float(problem.diagonal_mass().sum())
     tolerance = ERROR_TOLERANCES[run.dtype]
