@@ -35,10 +35,10 @@ class Spy(Solver):
         return Solution.of(problem, mask)
 
 
-def spy(needs, default=None):
-    kind = type("Spy", (Spy,), {"capabilities": Capabilities(start=needs, default_start=default)})
+def spy(needs, default=None, name="spy"):
+    can = Capabilities(start=needs, default_start=default)
     Spy.given.clear()
-    return kind()
+    return type("Spy", (Spy,), {"capabilities": can, "name": name})()
 
 
 def test_by_value_and_by_name_are_the_same():
@@ -104,7 +104,7 @@ def test_start_and_solver_share_one_clock_and_only_the_solver_is_heard():
     solve(
         PROBLEM,
         spy("needed"),
-        start=spy("needed", "wanda"),
+        start=spy("needed", "wanda", "other"),
         time_limit=60,
         on_progress=heard.append,
     )
