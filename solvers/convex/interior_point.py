@@ -40,17 +40,25 @@ def interior_point(
         return np.full(n, float(pruned > 0))
     left, size = np.full(n // group, pruned), np.full(n // group, group)
     a = np.ascontiguousarray(a)
-    point: np.ndarray = minimise(a, c, constant, left, size, np.inf, tolerance, 0.0)[2]
-    return point
+    return minimise(a, c, constant, left, size, np.inf, tolerance, 0.0)[2]
 
 
-@njit(cache=True, nogil=True)
-def minimise(a, c, offset, left, size, cutoff, tolerance, enough):
+def minimise(
+    a: np.ndarray,
+    c: np.ndarray,
+    offset: float,
+    left: np.ndarray,
+    size: np.ndarray,
+    cutoff: float,
+    tolerance: float,
+    enough: float,
+) -> tuple[float, float, np.ndarray, np.ndarray]:
     """The best Frank–Wolfe bound on the way to the minimum of pᵀAp + cᵀp + offset.
 
     Ends where the bound is at least `cutoff`, where the gap is at most `tolerance` of the value (or of the
     cutoff, where that is less), or where the value shows that the cutoff cannot be reached and the gap is
-    at most `enough` of what is missing.
+    at most `enough` of what is missing. (The loop is not compiled, which would take as long again as to
+    compile what it calls, for some microseconds of an iteration.)
 
     Args:
         a, c: float64 [m, m] contiguous and symmetric, [m].
@@ -61,31 +69,15 @@ def minimise(a, c, offset, left, size, cutoff, tolerance, enough):
         The bound, and the value, the point and the gradient there. Where rounding breaks a factorisation
         this is what was reached before.
     """
-    m, count = len(c), len(left)
-    label = np.empty(m, np.int64)
-    p = np.empty(m)
-    first = 0
-    for g in range(count):
-        for x in range(first, first + size[g]):
-            label[x] = g
-            p[x] = left[g] / size[g]
-        first += size[g]
-    gradient = np.dot(a, p)
-    scale = 0.0
-    for x in range(m):
-        gradient[x] = 2 * gradient[x] + c[x]
-        scale += abs(gradient[x]) / m
-    low = np.full(m, scale + _LEAST_MULTIPLIER)
-    high, nu = low.copy(), np.zeros(count)
+    label = np.repeat(np.arange(len(left)), size)
+    p = (left / size)[label]
+    gradient = np.empty(len(c))
+    value, here, slope = _evaluate(a, c, offset, left, size, p, gradient)
+    low = np.full(len(c), slope + _LEAST_MULTIPLIER)
+    high, nu = low.copy(), np.zeros(len(left))
     bound, value_there = -np.inf, np.inf
     point, gradient_there = p.copy(), gradient.copy()
     for _ in range(_ITERATIONS):
-        product = np.dot(a, p)
-        value = offset
-        for x in range(m):
-            value += p[x] * (product[x] + c[x])
-            gradient[x] = 2 * product[x] + c[x]
-        here = value + _least(gradient, left, size) - _dot(gradient, p)
         if here > bound:
             bound, value_there = here, value
             point, gradient_there = p.copy(), gradient.copy()
@@ -93,11 +85,23 @@ def minimise(a, c, offset, left, size, cutoff, tolerance, enough):
             break
         if not _step(a, gradient, label, left, size, p, low, high, nu):
             break
+        value, here, _ = _evaluate(a, c, offset, left, size, p, gradient)
     return bound, value_there, point, gradient_there
 
 
 @njit(cache=True, nogil=True)
-def _settled(bound, value, cutoff, tolerance, enough):
+def _evaluate(a, c, offset, left, size, p, gradient):
+    """Value and Frank–Wolfe bound at p, and the mean size of the gradient, which is left in `gradient`."""
+    product = np.dot(a, p)
+    value, slope = offset, 0.0
+    for x in range(len(p)):
+        value += p[x] * (product[x] + c[x])
+        gradient[x] = 2 * product[x] + c[x]
+        slope += abs(gradient[x]) / len(p)
+    return value, value + _least(gradient, left, size) - _dot(gradient, p), slope
+
+
+def _settled(bound: float, value: float, cutoff: float, tolerance: float, enough: float) -> bool:
     gap = value - bound
     if bound >= cutoff or gap <= tolerance * min(abs(value), abs(cutoff)):
         return True

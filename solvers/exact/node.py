@@ -1,4 +1,4 @@
-"""A node of the tree, compiled: the Frank–Wolfe bound of a convex program over what its fixings leave.
+"""A node of the tree: the Frank–Wolfe bound of a convex program over what its fixings leave.
 
     min pᵀAp + cᵀp + constant,   A = base + diag(λ),   over {0 ≤ p ≤ 1, Σ over each group = s, fixings}
 
@@ -47,7 +47,7 @@ def bound_node(
     offset, q, linear = _gather(base, lam, c, constant, state, index)
     if len(index) == 0:
         return offset, point
-    left, size = _choices(index, state, group, pruned)
+    left, size = _choices(state, group, pruned)
     bound, value, free_point, gradient = minimise(
         q, linear, offset, left, size, cutoff, _SETTLED, _HOPELESS
     )
@@ -57,21 +57,23 @@ def bound_node(
     return bound, point
 
 
-@numba.njit(cache=True, nogil=True)
-def _settle(state, group, pruned):  # type: ignore[no-untyped-def]
+def _settle(state: np.ndarray, group: int, pruned: int) -> bool:
     """A group whose count is reached leaves nothing free; False where a count cannot be reached."""
-    for first in range(0, len(state), group):
-        ones, free = 0, 0
-        for i in range(first, first + group):
-            ones += state[i] == 1
-            free += state[i] < 0
-        if ones > pruned or ones + free < pruned:
-            return False
-        if ones == pruned or ones + free == pruned:
-            for i in range(first, first + group):
-                if state[i] < 0:
-                    state[i] = 0 if ones == pruned else 1
+    groups = state.reshape(-1, group)
+    ones, free = (groups == 1).sum(1), (groups < 0).sum(1)
+    if (ones > pruned).any() or (ones + free < pruned).any():
+        return False
+    groups[(ones == pruned)[:, None] & (groups < 0)] = 0
+    groups[(ones + free == pruned)[:, None] & (groups < 0)] = 1
     return True
+
+
+def _choices(state: np.ndarray, group: int, pruned: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the groups that still have a choice: how many of the free inputs are to be pruned, and how
+    many there are."""
+    groups = state.reshape(-1, group)
+    ones, free = (groups == 1).sum(1), (groups < 0).sum(1)
+    return pruned - ones[free > 0], free[free > 0]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -97,24 +99,6 @@ def _gather(base, lam, c, constant, state, index):  # type: ignore[no-untyped-de
         q[x, x] += lam[index[x]]
         linear[x] = 2 * product[index[x]] + c[index[x]]
     return offset, q, linear
-
-
-@numba.njit(cache=True, nogil=True)
-def _choices(index, state, group, pruned):  # type: ignore[no-untyped-def]
-    """Of the groups that still have a choice: how many of the free inputs are to be pruned, and how many
-    there are."""
-    count, last = 0, -1
-    left, size = np.empty(len(index), np.int64), np.empty(len(index), np.int64)
-    for i in index:
-        g = i // group
-        if g != last:
-            last = g
-            left[count], size[count] = pruned, 0
-            for j in range(g * group, (g + 1) * group):
-                left[count] -= state[j] == 1
-            count += 1
-        size[count - 1] += 1
-    return left[:count], size[:count]
 
 
 @numba.njit(cache=True, nogil=True)
