@@ -274,7 +274,9 @@ def test_no_claim_on_a_float32_gram_is_above_its_certificate(solver, scale):
     for rows, n in ((3, 48), (1, 48), (1, 400)):
         gram = random_gram(n, "low-rank", 3, torch.float32)
         weight = random_weight(rows, n, 4, torch.float32)
-        weight[:, 0] *= scale
+        weight[:, :2] *= scale
+        gram[1], gram[:, 1] = gram[0].clone(), gram[:, 0].clone()  # twins of large weight
+        gram[1, 1] = gram[0, 0] * (1 - 1e-7)
         for pattern in (Unstructured(0.5), NM(keep=2, of=4)):
             problem = LayerProblem(weight, gram, pattern)
             solution = solve(problem, solver)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskopt.certificate import Certificate
 from maskopt.problem import LayerProblem
 from maskopt.solvers.greedy.select import keep_highest
 
@@ -17,6 +18,8 @@ from maskopt.solvers.greedy.select import keep_highest
 _ENTRIES = 2**23
 #: how often θΣw² the bound is lowered by for θ = what G lacks to semidefiniteness: 9/4 suffice
 _SLACK = 3.0
+#: up to this part of G's mean diagonal the check makes good what G lacks for all rows at once
+_SHARED = 1e-4
 _UNIT = 2.0**-53
 
 
@@ -59,10 +62,20 @@ def linear_bound(
     return value, (least + offset - margin).clamp(min=0.0)
 
 
-def provable(problem: LayerProblem, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """The bounds of f itself, lowered by what G lacks to semidefiniteness."""
-    lack = _SLACK * _lack(problem) * problem.weight.double().square().sum(1)
-    return (bound - lack).clamp(min=0.0)
+def provable(
+    problem: LayerProblem, bound: Float[Tensor, " rows"], certificate: Certificate
+) -> Float[Tensor, " rows"]:
+    """Bounds of f itself, lowered to what the check of their certificate can find.
+
+    Of several rows it takes θw² off for what G lacks, as is done here. A single row, or a G far from
+    semidefinite, is judged by its own matrix A, where one large weight can cost more: then it is asked.
+    """
+    if problem.rows > 1:
+        lack = _lack(problem)
+        if lack <= _SHARED * float(problem.gram.diagonal().double().abs().mean()):
+            loss = _SLACK * lack * problem.weight.double().square().sum(1)
+            return (bound - loss).clamp(min=0.0)
+    return bound.minimum(certificate.check(problem)).clamp(min=0.0)
 
 
 def relative_gap(

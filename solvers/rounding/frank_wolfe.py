@@ -65,7 +65,8 @@ class FrankWolfe(Solver):
         start_objective, objective = problem.objective(start), problem.objective(rounded)
         better = objective <= start_objective
         relaxed, bound = linear_bound(problem, x)
-        bound = provable(problem, bound)
+        certificate = Certificate.box(problem, x)
+        bound = provable(problem, bound, certificate)
         trace = RelaxTrace(
             iterations=torch.full((problem.rows,), done),
             relaxed_objective=relaxed,
@@ -80,7 +81,7 @@ class FrankWolfe(Solver):
             torch.where(better[:, None], rounded, start),
             lower_bound=bound,
             trace=trace,
-            certificate=Certificate.box(problem, x),
+            certificate=certificate,
         )
 
 

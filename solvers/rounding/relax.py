@@ -95,8 +95,8 @@ class Relax(Solver):
         began = time.monotonic()
         plan = BoxPlan(self.tolerance, self._steps, self.harden, self.hardness)
         box = relax_box(problem, plan, limits)
-        bounded = plan.max_iterations > 0
-        bound = provable(problem, box.bound) if bounded else box.bound
+        certificate = Certificate.box(problem, box.point) if plan.max_iterations > 0 else None
+        bound = box.bound if certificate is None else provable(problem, box.bound, certificate)
         mask = keep_highest(problem, -box.last)
         rounded = problem.objective(mask)
         relax_seconds = time.monotonic() - began
@@ -121,7 +121,7 @@ class Relax(Solver):
             status=status,
             lower_bound=bound,
             trace=trace,
-            certificate=Certificate.box(problem, box.point) if bounded else None,
+            certificate=certificate,
         )
 
 
