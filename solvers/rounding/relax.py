@@ -141,9 +141,9 @@ class Relax(Solver):
         status: tuple[Status, ...] = (Status.FEASIBLE,) * problem.rows
         swaps = torch.zeros(problem.rows, dtype=torch.int64)
         if self.refine is None or self.refine:
-            mask, status, swaps = _swapped(problem, mask, start, limits)
+            mask, status, swaps = swapped(problem, mask, start, limits)
         elif start is not None:
-            mask = _better(problem, mask, start)
+            mask = better(problem, mask, start)
         positive = (relaxed > 0) & relaxed.isfinite()
         gap = torch.where(positive, 1 - bound / relaxed.where(positive, 1.0), 0.0)
         trace = RelaxTrace(
@@ -165,7 +165,7 @@ class Relax(Solver):
         )
 
 
-def _swapped(
+def swapped(
     problem: LayerProblem, mask: Tensor, start: Tensor | None, limits: Limits
 ) -> tuple[Tensor, tuple[Status, ...], Tensor]:
     """1-swap optima of the rounded masks, and of the start where that alone costs less already."""
@@ -325,6 +325,6 @@ def _relax(
     return relaxed, bound, step.x, point, done
 
 
-def _better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:
+def better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:
     first = problem.objective(mask) <= problem.objective(other)
     return torch.where(first[:, None], mask, other)
