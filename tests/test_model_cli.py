@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from maskopt.cli import app
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
-from maskopt.model.demo_model import FOLDER, cache_directory, demo_model
 from maskopt.limits import parse_bytes
+from maskopt.model.demo_model import FOLDER, cache_directory, demo_model
 
 runner = CliRunner()
 

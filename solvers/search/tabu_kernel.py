@@ -147,11 +147,10 @@ def _best_move(
     slope: np.ndarray,
     bar_kept: np.ndarray,
     bar_pruned: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    out: np.ndarray,
+    of_moves: np.ndarray,
 ) -> Any:
     """The best exchange of the least a with its partner, and of the least b with its, per group."""
+    a, b, out = of_moves[0], of_moves[1], of_moves[2]
     best = BEYOND
     kept, pruned = -1, -1
     group = len(out)
@@ -265,53 +264,50 @@ def _hold(
 
 
 @_exact
-def _search_row(
+def _enter(
+    now: int,
     x: np.ndarray,
     gram: np.ndarray,
     square: np.ndarray,
     pruned: np.ndarray,
-    best_pruned: np.ndarray,
     expiry: np.ndarray,
-    state: np.ndarray,
-    clock: np.ndarray,
-    slope: np.ndarray,
-    values: np.ndarray,
-    group: int,
-    moves: int,
-    scratch: bool,
-    tenure: int,
-    spread: int,
-    patience: int,
-    kick: int,
     work: Any,
-) -> int:
-    """Up to `moves` moves beyond the first descent, after the rest of that. How many there were."""
-    n = len(x)
-    small = group <= SMALL
-    bars, values_of, cross, head, follow, twice = work
-    bar_kept, bar_pruned = bars[0], bars[1]
-    a, b, out = values_of[0], values_of[1], values_of[2]
-    for j in range(n):
+) -> None:
+    """The workspace of a row, from where it stands at move `now`."""
+    bars, _, cross, head, follow, twice = work
+    for j in range(len(x)):
         twice[j] = np.float32(2) * x[j]
     _pairs(x, gram, cross)
     head[:] = -1
+    for j in range(len(x)):
+        if expiry[j] > now:
+            _shut(j, expiry, head, follow)
+        _bar(j, pruned, expiry[j] <= now, square, bars[0], bars[1])
+
+
+# the arguments of a row are those of `_search_rows`, which says what they are
+@_exact
+def _search_row(  # type: ignore[no-untyped-def]
+    x, gram, square, pruned, best_pruned, expiry, state, clock, slope, values, group, moves, scratch,
+    tenure, spread, patience, kick, work,
+):  # fmt: skip
+    """Up to `moves` moves beyond the first descent, after the rest of that. How many there were."""
+    bars, of_moves, cross, head, follow, twice = work
+    bar_kept, bar_pruned = bars[0], bars[1]
     now, descending = clock[0], clock[2] == 0
+    _enter(now, x, gram, square, pruned, expiry, work)
     if scratch:
         values[0] = _products(slope, x, gram, pruned)
     value, best_value = values
     if descending:
         best_value = value
-    for j in range(n):
-        if expiry[j] > now:
-            _shut(j, expiry, head, follow)
-        _bar(j, pruned, expiry[j] <= now, square, bar_kept, bar_pruned)
     made = 0
     while made < moves:
         _open(now, pruned, expiry, head, follow, square, bar_kept, bar_pruned)
-        if small:
+        if group <= SMALL:
             u, p, delta = _best_of_small(cross, slope, bar_kept, bar_pruned)
         else:
-            u, p, delta = _best_move(x, twice, gram, slope, bar_kept, bar_pruned, a, b, out)
+            u, p, delta = _best_move(x, twice, gram, slope, bar_kept, bar_pruned, of_moves)
         if u < 0:
             if descending:
                 break
@@ -342,7 +338,7 @@ def _search_row(
             value = best_value = _products(slope, x, gram, pruned)
             clock[1] = now
             _hold(now, kick, tenure, spread, expiry, state, head, follow)
-            for j in range(n):
+            for j in range(len(x)):
                 _bar(j, pruned, expiry[j] <= now, square, bar_kept, bar_pruned)
     clock[0] = now
     values[0], values[1] = value, best_value
