@@ -1,4 +1,4 @@
-"""The main job from end to end on Gemma 3 270M: what `maskopt demo` runs.
+"""The main job from end to end on a small real model: what `maskopt demo` runs.
 
 Nothing here is special: toy rows through `compare`, the whole model through `prune_model`, perplexity
 by `perplexity`, all as a user would call them.
@@ -13,8 +13,9 @@ from pathlib import Path
 
 from maskopt.compare import Record, compare, sample_rows
 from maskopt.errors import ModelError
+from maskopt.model.beginning import Beginning
 from maskopt.model.blocks import short
-from maskopt.model.demo_model import demo_model
+from maskopt.model.demo_model import demo_model, find_demo_model
 from maskopt.model.demo_text import demo_text
 from maskopt.model.perplexity import perplexity
 from maskopt.model.problems import layer_problems
@@ -48,6 +49,7 @@ class DemoResult:
 def run_demo(
     output: Path,
     *,
+    model: str = "gemma3",
     sparsity: float = 0.5,
     samples: int = 12,
     seq_len: int = 512,
@@ -62,6 +64,7 @@ def run_demo(
 
     Args:
         output: gets `model/` (the 1-swap model, its masks and manifest) and `report.html`.
+        model: one of `maskopt.model.demo_model.MODELS`.
         sparsity: of every row.
         samples, seq_len: calibration windows and their length in tokens.
         windows: evaluation windows of seq_len tokens.
@@ -76,9 +79,10 @@ def run_demo(
         raise ModelError(
             f"{output} exists and is not empty; choose another `output`, or `overwrite`"
         )
-    on_stage("converting Gemma 3 270M (once)", 0, 1)
-    folder = demo_model()
-    on_stage("converting Gemma 3 270M (once)", 1, 1)
+    about = find_demo_model(model)
+    on_stage(f"converting {about.title} (once)", 0, 1)
+    folder = demo_model(model)
+    on_stage(f"converting {about.title} (once)", 1, 1)
     text = demo_text()
     calibration = {"calibration": text.calibration, "seq_len": seq_len, "seed": seed}
 
@@ -105,9 +109,9 @@ def run_demo(
         on_progress=lambda done, total: on_stage("toy rows: solving", done, total),
     )
 
-    def measure(name: str, model: Path) -> float:
+    def measure(name: str, measured: Path) -> float:
         return perplexity(
-            model,
+            measured,
             text=text.evaluation,
             seq_len=seq_len,
             windows=windows,
@@ -132,6 +136,8 @@ def run_demo(
         values[solver] = measure(solver, target)
 
     blocks = len({layer.block for layer in prunes["swap"].layers})
+    begun = prunes["swap"].fingerprint["calibration"]["beginning"]
+    beginning = str(Beginning(begun["bos"], tuple(begun["ids"])))
     tables = [
         toy_table(records, labels, sparsity),
         error_table(prunes["swap"], sparsity, blocks),
@@ -141,13 +147,13 @@ def run_demo(
     report = output / "report.html"
     write_page(
         report,
-        "maskopt demo: Gemma 3 270M",
+        f"maskopt demo: {about.title}",
         [
             f"All {blocks} blocks pruned to {sparsity:.0%}, calibrated on {samples} × {seq_len} tokens "
-            "of Python's help topics; evaluated on other topics.",
+            f"of Python's help topics, {beginning}; evaluated on other topics in the same way.",
             *tables,
             "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
-            "not faster. Gemma is provided under the Gemma terms of use, ai.google.dev/gemma/terms.",
+            f"not faster. {about.terms}",
         ],
     )
     return DemoResult(tables, report, output / "model", seconds)

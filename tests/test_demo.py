@@ -48,7 +48,7 @@ def test_errors_are_summed_per_kind_and_compared_with_the_start():
 def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     model = save(tiny("llama"), tmp_path / "model")
     save_tokenizer(model)
-    monkeypatch.setattr("maskopt.demo.demo_model", lambda: model)
+    monkeypatch.setattr("maskopt.demo.demo_model", lambda name: model)
     names = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
     monkeypatch.setattr("maskopt.demo.TOY_LAYERS", names)
     stages = []

@@ -17,7 +17,7 @@ from tiny_models import edit_json, save, save_tokenizer, tiny, tokens
 from maskopt import prune_model
 from maskopt.errors import ModelError
 from maskopt.model.checkpoint import INDEX, open_checkpoint
-from maskopt.model.options import Progress
+from maskopt.model.progress import Progress
 from maskopt.model.unchanged import Unchanged
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import HIDDEN

