@@ -194,9 +194,10 @@ def search(problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits) -> 
         for tile in torch.arange(rows).split(_TILE):
             if limits.expired:
                 break
-            threads.run(search_rows, tile.numpy(), x, gram, state, settings)
+            some = tile.numpy()
+            threads.run(search_rows, some, x, gram, state, settings)
             rounds[tile] += 1
-            best[tile] = torch.from_numpy(state.values[tile, 1] * scale[tile])
+            best[tile] = torch.from_numpy(state.values[some, 1] * scale[some])
         planned += step
         history.append(best.clone())
         limits.report(0, rows, "moves", planned, plan.moves)
