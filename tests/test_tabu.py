@@ -54,7 +54,8 @@ def test_beats_one_swap_on_larger_rows(pattern):
     assert float(longer.objective.sum()) <= 1.001 * float(tabu.objective.sum())
     trace = longer.trace
     assert trace.history.shape == (16, 6)
-    assert bool((trace.history.diff(dim=1) <= 0).all())
+    # computed from scratch now and then, a best objective may move in its last float32 digits
+    assert bool((trace.history.diff(dim=1) <= 1e-6 * trace.history[:, :1]).all())
     torch.testing.assert_close(trace.start_objective, swap.objective)
     assert trace.rounds.tolist() == [6] * 16
     assert trace.moves.tolist() == [1500] * 16

@@ -197,9 +197,7 @@ def search(problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits) -> 
             some = tile.numpy()
             threads.run(search_rows, some, x, gram, state, settings)
             rounds[tile] += 1
-            # computed from scratch now and then, a best objective may move in its last digit
-            found = torch.from_numpy(state.values[some, 1] * scale[some])
-            best[tile] = best[tile].minimum(found)
+            best[tile] = torch.from_numpy(state.values[some, 1] * scale[some])
         planned += step
         history.append(best.clone())
         limits.report(0, rows, "moves", planned, plan.moves)
