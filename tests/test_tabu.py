@@ -108,7 +108,7 @@ def test_the_search_keeps_count_of_its_objective():
     found = search(problem, start, Tabu(moves=SCRATCH + 300, tenure=4, patience=50), Limits())
     assert found.moves.tolist() == [SCRATCH + 300] * 5
     torch.testing.assert_close(
-        found.history[:, -1], problem.objective(found.mask), rtol=1e-4, atol=1e-9
+        found.history[:, -1], problem.objective(found.mask), rtol=5e-4, atol=1e-9
     )
 
 
