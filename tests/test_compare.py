@@ -36,6 +36,17 @@ def test_records_tell_the_distance_to_the_proven_optimum(layer):
     assert math.isnan(alone[0].excess)
 
 
+def test_a_record_names_who_vouches_and_what_the_tree_did(layer):
+    rows = sample_rows([layer], 1, columns=16)
+    wanda, branch, scip = compare(rows, ["wanda", "branch", "scip"])
+    assert wanda.vouched == ""
+    assert branch.vouched.startswith("branch of maskopt ")
+    assert scip.vouched.startswith("SCIP ")
+    for record in (branch, scip):
+        assert record.trace["ended"] == "optimal"
+        assert record.trace["nodes"] >= 1
+
+
 def test_samples_depend_on_the_seed_alone(layer):
     once, again = sample_rows([layer], 2, columns=8), sample_rows([layer], 2, columns=8)
     assert all((a.weight == b.weight).all() for a, b in zip(once, again, strict=True))

@@ -188,7 +188,7 @@ def test_the_incumbent_of_a_tree_stops_at_the_deadline(clock, monkeypatch):
     monkeypatch.setattr(scip, "qcr_duals", None)
     for solver in ("branch", "scip"):
         del calls[:]
-        solution = solve(layer(rows=2), solver, workers=0, time_limit=1)
+        solution = solve(layer(n=40, rows=2), solver, workers=0, time_limit=1)
         assert len(calls) == 1  # one piece of the first row's search, and nothing of the second
         assert solution.trace.nodes.tolist() == [0, 0]
         assert solution.trace.ended == ("timelimit", "timelimit")

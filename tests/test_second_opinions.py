@@ -10,6 +10,7 @@ from strategies import problems, random_gram, random_weight
 from maskopt import NM, LayerProblem, Status, Unstructured, available_solvers, solve, verify
 from maskopt.errors import OptionError, SolverError, SolverUnavailableError
 from maskopt.solver import make_solver
+from maskopt.solvers.exact import gurobi
 
 NAMES = ("gurobi", "highs")
 
@@ -73,3 +74,21 @@ def test_a_missing_package_is_listed_with_the_reason(solver, package, monkeypatc
     assert f"pip install 'maskopt[{solver}]'" in info.unavailable
     with pytest.raises(SolverUnavailableError, match=package):
         make_solver(solver)
+
+
+def test_a_row_beyond_gurobis_licence_names_the_remedy(monkeypatch):
+    gurobipy = pytest.importorskip("gurobipy")
+    if not available_solvers()["gurobi"].available:
+        pytest.skip(available_solvers()["gurobi"].unavailable)
+    size = gurobipy.GRB.Error.SIZE_LIMIT_EXCEEDED
+    problem = LayerProblem(
+        random_weight(1, 12, 1), random_gram(12, "full", 3), Unstructured(sparsity=0.5)
+    )
+    for errno, reason in ((size, "beyond this licence; use 'branch'"), (size + 1, "gurobi: ")):
+
+        def refused(task, model, errno=errno):
+            raise gurobipy.GurobiError(errno, "no")
+
+        monkeypatch.setattr(gurobi, "_optimized", refused)
+        with pytest.raises(SolverError, match=reason):
+            solve(problem, "gurobi", workers=0)

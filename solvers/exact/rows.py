@@ -183,9 +183,7 @@ def run_rows(
         workers = 0 if len(tasks) == 1 else limits.threads or os.cpu_count() or 1
     jobs = [(search, task) for task in tasks]
     results: Iterable[tuple[int, Any]]
-    if limits.expired:
-        results = ()
-    elif workers:
+    if workers:
         results = run_tasks(_answer, jobs, workers=workers, deadline=limits.deadline)
     else:
         results = ((i, _answer(job)) for i, job in enumerate(jobs))

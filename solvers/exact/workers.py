@@ -54,56 +54,15 @@ def run_tasks(
     On KeyboardInterrupt the workers are interrupted too; their answers still come, tasks that had
     not begun do not, and the generator ends by raising KeyboardInterrupt.
     """
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    for index in range(len(tasks)):
-        todo.put(index)
-    processes: dict[int, subprocess.Popen[bytes]] = {}
-    stop = threading.Event()
-
-    def attend(slot: int) -> None:
-        process: subprocess.Popen[bytes] | None = None
-        served = 0
-        while not stop.is_set() and time.monotonic() < deadline:
-            try:
-                index = todo.get_nowait()
-            except queue.Empty:
-                break
-            if process is None or served >= recycle:
-                _close(process)
-                process, served = _start(threads), 0
-                processes[slot] = process
-            try:
-                assert process.stdin is not None
-                assert process.stdout is not None
-                _send(process.stdin, (function, tasks[index]))
-                answer = _receive(process.stdout)
-                served += 1
-            except (EOFError, OSError):
-                code = process.wait()
-                answer = WorkerCrash(f"the worker process died with exit status {code}")
-                process = None
-            except Exception as error:  # what cannot be pickled, or read back
-                answer = error
-            done.put((index, answer))
-        _close(process)
-        done.put((-1, None))
-
-    count = min(workers, len(tasks))
-    attendants = [threading.Thread(target=attend, args=(k,), daemon=True) for k in range(count)]
-    for attendant in attendants:
-        attendant.start()
-    running, interrupted = count, False
+    crew = _Crew(function, tasks, recycle, threads, deadline)
+    running, interrupted = crew.start(min(workers, len(tasks))), False
     try:
         while running:
             try:
-                index, answer = done.get(timeout=_PATIENCE if interrupted else None)
+                index, answer = crew.done.get(timeout=_PATIENCE if interrupted else None)
             except KeyboardInterrupt:
                 interrupted = True
-                stop.set()
-                for process in list(processes.values()):
-                    if process.poll() is None:
-                        process.send_signal(signal.SIGINT)
+                crew.interrupt()
                 continue
             except queue.Empty:
                 break
@@ -114,12 +73,82 @@ def run_tasks(
             else:
                 yield index, answer
     finally:
-        stop.set()
-        for process in list(processes.values()):
-            if process.poll() is None and running:
-                process.kill()
+        crew.stop.set()
+        if running:
+            crew.kill()
     if interrupted:
         raise KeyboardInterrupt
+
+
+class _Crew:
+    """One thread for each worker process, which hands it tasks and waits for its answers.
+
+    Attributes:
+        done: (index, answer) of finished tasks, and (−1, None) from each thread that ends.
+        stop: set: no task is begun any more.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        tasks: Sequence[Any],
+        recycle: int,
+        threads: int,
+        deadline: float,
+    ) -> None:
+        self._function, self._tasks = function, tasks
+        self._recycle, self._threads, self._deadline = recycle, threads, deadline
+        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for index in range(len(tasks)):
+            self._todo.put(index)
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self.done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self.stop = threading.Event()
+
+    def start(self, count: int) -> int:
+        for slot in range(count):
+            threading.Thread(target=self._attend, args=(slot,), daemon=True).start()
+        return count
+
+    def interrupt(self) -> None:
+        """Ctrl-C for every worker; what it answers still counts."""
+        self.stop.set()
+        for process in list(self._processes.values()):
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        for process in list(self._processes.values()):
+            if process.poll() is None:
+                process.kill()
+
+    def _attend(self, slot: int) -> None:
+        process: subprocess.Popen[bytes] | None = None
+        served = 0
+        while not self.stop.is_set() and time.monotonic() < self._deadline:
+            try:
+                index = self._todo.get_nowait()
+            except queue.Empty:
+                break
+            if process is None or served >= self._recycle:
+                _close(process)
+                process, served = _start(self._threads), 0
+                self._processes[slot] = process
+            try:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                _send(process.stdin, (self._function, self._tasks[index]))
+                answer = _receive(process.stdout)
+                served += 1
+            except (EOFError, OSError):
+                code = process.wait()
+                answer = WorkerCrash(f"the worker process died with exit status {code}")
+                process = None
+            except Exception as error:  # what cannot be pickled, or read back
+                answer = error
+            self.done.put((index, answer))
+        _close(process)
+        self.done.put((-1, None))
 
 
 def _start(threads: int) -> subprocess.Popen[bytes]:
