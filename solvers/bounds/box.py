@@ -143,7 +143,10 @@ def _ridge(g: Tensor) -> float:
 def _newton_step(g: Tensor, d: Tensor, c: Tensor, kappa: float) -> tuple[Tensor | None, float]:
     """A step that stays inside, None where none does, and what a whole one would gain."""
     m = g - torch.diag(d)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(m))
+    factor, broken = torch.linalg.cholesky_ex(m)
+    if int(broken):  # so near the boundary that rounding passes it
+        return None, 0.0
+    inverse = torch.cholesky_inverse(factor)
     gradient = c - kappa * inverse.diagonal()
     step = torch.linalg.solve(kappa * inverse.square(), gradient)
     length = 1.0

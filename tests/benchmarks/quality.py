@@ -26,6 +26,7 @@ from maskopt import (
     NM,
     LayerProblem,
     RowProblem,
+    Solution,
     Unstructured,
     collect_problems,
     lower_bound,
@@ -194,9 +195,7 @@ def masks(book: Book, args: argparse.Namespace) -> None:
                         "rows": part.rows,
                         "error": ratio(answer.objective, base[: part.rows]),
                         "seconds_per_row": answer.seconds / part.rows,
-                        "swaps": float(swaps.double().mean())
-                        if swaps is not None
-                        else None,
+                        "swaps": float(swaps.double().mean()) if swaps is not None else None,
                     }
 
                 book.measure(f"masks/{label}/{layer}/{method}", run)
