@@ -18,7 +18,8 @@ from maskopt import (
     solve,
     verify,
 )
-from maskopt.bounds import ENTRY_POINT_GROUP, Cuts, available_bounds
+from maskopt.bounds import ENTRY_POINT_GROUP, available_bounds
+from maskopt.certificate import Cuts
 from maskopt.errors import OptionError, SolverError, UnknownSolverError, VerificationError
 
 METHODS = ("box", "shift", "sdp")
@@ -198,9 +199,7 @@ def problem():
 def test_verify_takes_a_certificate_and_rejects_forgeries(problem):
     bound = lower_bound(problem, "sdp")
     mask = solve(problem, "elimination").mask
-    honest = Solution.of(
-        problem, mask, lower_bound=bound.value, certificate=bound.certificate, solver="x"
-    )
+    honest = Solution.of(problem, mask, lower_bound=bound.value, certificate=bound.certificate)
     verify(problem, honest)
     c = bound.certificate
     forged_bound = replace(honest, lower_bound=honest.lower_bound * 1.001)
@@ -241,9 +240,42 @@ def test_an_indefinite_gram_that_was_never_checked_is_still_bounded_validly():
         assert bool((value <= true.clamp(min=0) + 1e-12).all())
 
 
+def test_a_shift_of_a_singular_gram_in_float32():
+    """It is semidefinite up to its rounding only, and still can be shifted (by nothing)."""
+    problem = LayerProblem(
+        random_weight(4, 128, 1, torch.float32),
+        random_gram(128, "low-rank", 2, torch.float32),
+        Unstructured(0.6),
+    )
+    box, shift = lower_bound(problem, "box").value, lower_bound(problem, "shift").value
+    assert bool((shift >= 0.99 * box).all())
+    assert bool((shift <= solve(problem, "swap").objective).all())
+
+
 def test_time_limit_zero_still_bounds(problem):
     for method in METHODS:
         assert_below(lower_bound(problem, method, time_limit=0).value, problem)
+
+
+def test_rows_that_no_time_is_left_for_are_relaxed(monkeypatch):
+    """One chunk of sweeps for a few rows, one certification, and the box relaxation for the others."""
+    from maskopt.solvers.bounds import sdp
+
+    problem = LayerProblem(random_weight(60, 24, 1), random_gram(24, "full", 2), Unstructured(0.5))
+    certified = []
+    original = sdp.certify_row
+
+    def counting(*arguments):
+        certified.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(sdp, "certify_row", counting)
+    bound = lower_bound(problem, "sdp", time_limit=0)
+    assert len(certified) == 1
+    assert set(bound.trace.iterations.tolist()) == {0, 20}
+    assert int((bound.trace.iterations > 0).sum()) <= 4 * torch.get_num_threads()
+    assert bool((bound.value <= solve(problem, "swap").objective).all())
+    assert bool(bound.trace.correction.isnan().any())
 
 
 def test_bad_input_is_named(problem):

@@ -24,7 +24,7 @@ _SETTLED, _DONE = 0.1, 1e-4
 #: part of the way to the boundary that a step goes at most, and what a step too long is shortened by
 _REACH, _SHORTER = 0.9, 0.7
 _SHORTEST = 1e-6
-#: what G gets on its diagonal, in units of its mean, so that it can be inverted
+#: what G gets on its diagonal at least, in units of its mean, so that it can be inverted
 _RIDGE = 1e-9
 
 
@@ -109,7 +109,9 @@ def diagonal_shift(gram: Tensor, worth: Tensor, limits: Limits) -> Tensor:
     """
     n = len(gram)
     scale = float(gram.diagonal().mean()) or 1.0
-    g = gram / scale + _RIDGE * torch.eye(n, dtype=gram.dtype, device=gram.device)
+    g = gram / scale
+    ridge = _ridge(g)
+    g.diagonal().add_(ridge)
     c = worth / (float(worth.sum()) or 1.0)
     c = c.clamp(min=1e-6 / n)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(g)).diagonal()
@@ -119,20 +121,32 @@ def diagonal_shift(gram: Tensor, worth: Tensor, limits: Limits) -> Tensor:
         for _ in range(_NEWTON):
             step, gain = _newton_step(g, d, c, kappa)
             if step is None or limits.expired:
-                return ((d - _RIDGE) * scale).clamp(min=0.0)
+                return ((d - ridge) * scale).clamp(min=0.0)
             d = d + step
             if gain < _SETTLED * kappa:
                 break
         kappa *= _FALL
         if kappa * n < _DONE * float((c * d).sum()):
             break
-    return ((d - _RIDGE) * scale).clamp(min=0.0)
+    return ((d - ridge) * scale).clamp(min=0.0)
+
+
+def _ridge(g: Tensor) -> float:
+    """What makes G safely definite; more where it is of float32 and lacks something to semidefiniteness."""
+    shifted = g.clone()
+    shifted.diagonal().add_(_RIDGE)
+    if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+        return _RIDGE
+    return 2 * (_RIDGE - float(torch.linalg.eigvalsh(g)[0]))
 
 
 def _newton_step(g: Tensor, d: Tensor, c: Tensor, kappa: float) -> tuple[Tensor | None, float]:
     """A step that stays inside, None where none does, and what a whole one would gain."""
     m = g - torch.diag(d)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(m))
+    factor, broken = torch.linalg.cholesky_ex(m)
+    if int(broken):  # so near the boundary that rounding passes it
+        return None, 0.0
+    inverse = torch.cholesky_inverse(factor)
     gradient = c - kappa * inverse.diagonal()
     step = torch.linalg.solve(kappa * inverse.square(), gradient)
     length = 1.0
