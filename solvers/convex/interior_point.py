@@ -23,9 +23,6 @@ _EDGE, _LEAST_MULTIPLIER = 1e-15, 1e-300
 #: up to so many groups W is found row by row; more share matrix products, in blocks of inputs
 _FEW_GROUPS = 8
 _BLOCK = 64
-_COMPILED = {"cache": True, "nogil": True, "error_model": "numpy"}
-#: what only compiled code calls needs no way in from Python, which takes as long to compile as what it does
-_INNER = _COMPILED | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def interior_point(
@@ -46,7 +43,6 @@ def interior_point(
     return minimise(a, c, constant, left, size, np.inf, tolerance, 0.0)[2]
 
 
-<<<<<<< HEAD
 def minimise(
     a: np.ndarray,
     c: np.ndarray,
@@ -57,10 +53,6 @@ def minimise(
     tolerance: float,
     enough: float,
 ) -> tuple[float, float, np.ndarray, np.ndarray]:
-=======
-@njit(**_COMPILED)
-def minimise(a, c, offset, left, size, cutoff, tolerance, enough):
->>>>>>> convex
     """The best Frank–Wolfe bound on the way to the minimum of pᵀAp + cᵀp + offset.
 
     Ends where the bound is at least `cutoff`, where the gap is at most `tolerance` of the value (or of the
@@ -77,7 +69,6 @@ def minimise(a, c, offset, left, size, cutoff, tolerance, enough):
         The bound, and the value, the point and the gradient there. Where rounding breaks a factorisation
         this is what was reached before.
     """
-<<<<<<< HEAD
     label = np.repeat(np.arange(len(left)), size)
     p = (left / size)[label]
     gradient = np.empty(len(c))
@@ -87,34 +78,6 @@ def minimise(a, c, offset, left, size, cutoff, tolerance, enough):
     bound, value_there = -np.inf, np.inf
     point, gradient_there = p.copy(), gradient.copy()
     for _ in range(_ITERATIONS):
-=======
-    m, count = len(c), len(left)
-    label = np.empty(m, np.int64)
-    p = np.empty(m)
-    first = 0
-    for g in range(count):
-        for x in range(first, first + size[g]):
-            label[x] = g
-            p[x] = left[g] / size[g]
-        first += size[g]
-    product, gradient = np.empty(m), np.empty(m)
-    _multiply(a, p, product)
-    scale = 0.0
-    for x in range(m):
-        gradient[x] = 2 * product[x] + c[x]
-        scale += abs(gradient[x]) / m
-    low = np.full(m, scale + _LEAST_MULTIPLIER)
-    high, nu = low.copy(), np.zeros(count)
-    bound, value_there = -np.inf, np.inf
-    point, gradient_there = p.copy(), gradient.copy()
-    for _ in range(_ITERATIONS):
-        _multiply(a, p, product)
-        value = offset
-        for x in range(m):
-            value += p[x] * (product[x] + c[x])
-            gradient[x] = 2 * product[x] + c[x]
-        here = value + _least(gradient, left, size) - _dot(gradient, p)
->>>>>>> convex
         if here > bound:
             bound, value_there = here, value
             point, gradient_there = p.copy(), gradient.copy()
@@ -126,7 +89,6 @@ def minimise(a, c, offset, left, size, cutoff, tolerance, enough):
     return bound, value_there, point, gradient_there
 
 
-<<<<<<< HEAD
 @njit(cache=True, nogil=True)
 def _evaluate(a, c, offset, left, size, p, gradient):
     """Value and Frank–Wolfe bound at p, and the mean size of the gradient, which is left in `gradient`."""
@@ -140,17 +102,13 @@ def _evaluate(a, c, offset, left, size, p, gradient):
 
 
 def _settled(bound: float, value: float, cutoff: float, tolerance: float, enough: float) -> bool:
-=======
-@njit(**_INNER)
-def _settled(bound, value, cutoff, tolerance, enough):
->>>>>>> convex
     gap = value - bound
     if bound >= cutoff or gap <= tolerance * min(abs(value), abs(cutoff)):
         return True
     return cutoff < np.inf and value < cutoff and gap <= enough * (cutoff - value)
 
 
-@njit(**_INNER, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _dot(x, y):
     total = 0.0
     for i in range(len(x)):
@@ -158,17 +116,7 @@ def _dot(x, y):
     return total
 
 
-@njit(**_INNER, fastmath=True)
-def _multiply(a, x, product):
-    """product = A·x; without the threads of a BLAS, which cost a small matrix more than they gain."""
-    for i in range(len(x)):
-        total = 0.0
-        for j in range(len(x)):
-            total += a[i, j] * x[j]
-        product[i] = total
-
-
-@njit(**_INNER)
+@njit(cache=True, nogil=True)
 def _least(gradient, left, size):
     """min gradientᵀv over the polytope: of every group the `left` least entries."""
     sorted_out = gradient.copy()
@@ -182,7 +130,7 @@ def _least(gradient, left, size):
     return total
 
 
-@njit(**_COMPILED)
+@njit(cache=True, nogil=True)
 def least_first(values, count):
     """Reorder so that none of the first `count` is above any other (Hoare's selection).
 
@@ -209,30 +157,25 @@ def least_first(values, count):
             break
 
 
-@njit(**_INNER)
+@njit(cache=True, nogil=True)
 def _step(a, gradient, label, left, size, p, low, high, nu):
     """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken."""
     m, count = len(p), len(left)
     mu = 0.0
-    miss, h = np.empty(count), np.empty((m, m))
-    for g in range(count):
-        miss[g] = left[g]
+    miss = left.astype(np.float64)
+    h = 2 * a
     for x in range(m):
-        for y in range(m):
-            h[x, y] = 2 * a[x, y]
         mu += (low[x] * p[x] + high[x] * (1 - p[x])) / (2 * m)
         h[x, x] += low[x] / p[x] + high[x] / (1 - p[x])
         miss[label[x]] -= p[x]
-    sound, lower = _cholesky(h)
-    if not sound:
+    try:
+        lower = np.linalg.cholesky(h)
+        w = _groups_through(lower, size)
+        schur = np.linalg.cholesky(np.dot(w, w.T))
+    except Exception:  # the only kind that Numba can catch
         return False
-    w = _groups_through(lower, size)
-    sound, schur = _cholesky(np.dot(w, w.T))
-    if not sound:
-        return False
-    work = np.zeros((5, m))
-    cross_low, cross_high, dp, dlow, dhigh = work[0], work[1], work[2], work[3], work[4]
-    dnu = np.empty(count)
+    cross_low, cross_high = np.zeros(m), np.zeros(m)
+    dp, dlow, dhigh, dnu = np.empty(m), np.empty(m), np.empty(m), np.empty(count)
     primal, dual, target = 1.0, 1.0, 0.0
     for phase in range(2):
         for x in range(m):
@@ -276,16 +219,7 @@ def _step(a, gradient, label, left, size, p, low, high, nu):
     return True
 
 
-@njit(**_INNER)
-def _cholesky(h):
-    """Whether H is definite, and its factor L."""
-    try:
-        return True, np.linalg.cholesky(h)
-    except Exception:  # the only kind that Numba can catch
-        return False, h
-
-
-@njit(**_INNER, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _groups_through(lower, size):
     """W = (L⁻¹E)ᵀ [groups, m]. Row g is zero before its group, so that only what follows is worked on."""
     m, count = len(lower), len(size)
@@ -316,7 +250,7 @@ def _groups_through(lower, size):
     return w
 
 
-@njit(**_INNER, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _down(lower, x):
     """x ← L⁻¹x in place."""
     for i in range(len(x)):
@@ -326,7 +260,7 @@ def _down(lower, x):
         x[i] = total / lower[i, i]
 
 
-@njit(**_INNER, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _up(lower, x):
     """x ← L⁻ᵀx in place, along the rows of L too."""
     for i in range(len(x) - 1, -1, -1):
@@ -336,7 +270,7 @@ def _up(lower, x):
             x[j] -= lower[i, j] * value
 
 
-@njit(**_INNER, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def _add_combination(w, factor, x):
     """x += Wᵀ·factor."""
     for g in range(len(factor)):

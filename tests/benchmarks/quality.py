@@ -189,12 +189,8 @@ def masks(book: Book, args: argparse.Namespace) -> None:
                     base: torch.Tensor = base,
                 ) -> dict[str, Any]:
                     answer = solve(part, solver, warm_start=start, **options)
-<<<<<<< HEAD
-                    swaps = getattr(answer.trace, "swaps", None)
-=======
                     trace = answer.trace
                     swaps = getattr(trace, "swaps", None)
->>>>>>> convex
                     return {
                         "rows": part.rows,
                         "error": ratio(answer.objective, base[: part.rows]),
@@ -229,11 +225,7 @@ def starts(book: Book, args: argparse.Namespace) -> None:
                     "rows": part.rows,
                     "start": ratio(begun.objective, base[: part.rows]),
                     "error": ratio(end.objective, base[: part.rows]),
-<<<<<<< HEAD
-                    "swaps": float(end.trace.swaps.double().mean()),
-=======
                     "swaps": mean_swaps(end),
->>>>>>> convex
                 }
 
             book.measure(f"starts/{layer}/{start}", run)
@@ -422,11 +414,7 @@ def sixteen(book: Book, args: argparse.Namespace) -> None:
                 answer = solve(problem, solver, warm_start=start)
                 found[label] = float((answer.objective / base).mean())
                 found[f"{label} seconds"] = answer.seconds
-<<<<<<< HEAD
-                found[f"{label} swaps"] = float(answer.trace.swaps.double().mean())
-=======
                 found[f"{label} swaps"] = mean_swaps(answer)
->>>>>>> convex
             return {"n": problem.n, **found}
 
         book.measure(f"sixteen/{layer}", run)
