@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,8 +99,11 @@ def check_options(value: Any, owner: str) -> None:
             raise OptionError(f"{owner}: {known.name} must be {wanted}, not {given!r}")
 
 
-def build(kind: type, name: str, options: Mapping[str, Any], what: str) -> Any:
-    """An instance with the given options.
+def build(
+    kind: type, name: str, options: Mapping[str, Any], what: str, others: Iterable[str] = ()
+) -> Any:
+    """An instance with the given options; `others` are names that mean something elsewhere, and may be
+    what was mistyped.
 
     Raises:
         OptionError: an option that the class does not have (near names are given), or a bad value.
@@ -108,7 +111,7 @@ def build(kind: type, name: str, options: Mapping[str, Any], what: str) -> Any:
     names = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
     for given in options:
         if given not in names:
-            hint = near(given, names) or "; it has none"
+            hint = near(given, [*names, *others]) or "; it has none"
             raise OptionError(f"{what} {name!r} has no option {given!r}{hint}")
     return kind(**options)
 

@@ -19,6 +19,16 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
+#: what a keyword of `solve` or `lower_bound` sets in `Limits`
+KEYWORDS = {
+    "time_limit": "seconds",
+    "memory_limit": "memory",
+    "threads": "threads",
+    "seed": "seed",
+    "on_progress": "on_progress",
+}
+
+
 @dataclass(frozen=True)
 class Progress:
     """`done` of `total` rows are finished; inside that, `step_done` of `step_total` of a named step.

@@ -15,6 +15,7 @@ from maskopt.errors import (
     near,
 )
 from maskopt.fields import build
+from maskopt.limits import KEYWORDS
 
 
 class Registry:
@@ -53,7 +54,7 @@ class Registry:
         """
         if isinstance(member, str):
             kind = self._available(self.find(member))
-            member = build(kind, member, options, self.what)
+            member = build(kind, member, options, self.what, KEYWORDS)
         elif not isinstance(member, self.protocol):
             raise OptionError(
                 f"{member!r} is no {self.what}; give a name or a value such as Swap()"

@@ -25,21 +25,13 @@ from torch import Tensor
 
 from maskopt.errors import OptionError, SolverError, WarmStartError
 from maskopt.fields import check_options
-from maskopt.limits import Limits, torch_threads
+from maskopt.limits import KEYWORDS, Limits, torch_threads
 from maskopt.pattern import NM
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.registry import Registry
 from maskopt.solution import Solution
 
 ENTRY_POINT_GROUP = "maskopt.solvers"
-#: what a keyword of `solve` sets in `Limits`
-_LIMITS = {
-    "time_limit": "seconds",
-    "memory_limit": "memory",
-    "threads": "threads",
-    "seed": "seed",
-    "on_progress": "on_progress",
-}
 
 
 @dataclass(frozen=True)
@@ -160,10 +152,10 @@ def limits_of(limits: Limits | None, options: Mapping[str, Any]) -> tuple[Limits
     Raises:
         OptionError: both, or a bad value.
     """
-    shared = {_LIMITS[name]: value for name, value in options.items() if name in _LIMITS}
-    own = {name: value for name, value in options.items() if name not in _LIMITS}
+    shared = {KEYWORDS[name]: value for name, value in options.items() if name in KEYWORDS}
+    own = {name: value for name, value in options.items() if name not in KEYWORDS}
     if limits is not None and shared:
-        given = ", ".join(name for name in options if name in _LIMITS)
+        given = ", ".join(name for name in options if name in KEYWORDS)
         raise OptionError(f"give either limits=… or {given}, not both")
     return (Limits(**shared) if limits is None else limits), own
 
@@ -218,6 +210,7 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
 def _start_mask(backend: Solver, layer: LayerProblem, start: Any, limits: Limits) -> Tensor | None:
     needs = backend.capabilities.start
     if needs == "ignored":
+        _check_start(layer, start)
         return None
     if start is None:
         if needs == "optional":
@@ -226,14 +219,23 @@ def _start_mask(backend: Solver, layer: LayerProblem, start: Any, limits: Limits
         if start is None:
             raise WarmStartError(f"solver {backend.name!r} needs a start: pass start=…")
     if not isinstance(start, str | Solver):
-        try:
-            return layer.check_mask(start, "start")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise WarmStartError(str(error)) from None
+        return _check_start(layer, start)
     maker = make_solver(start)
     if maker.name == backend.name:
         raise WarmStartError(f"solver {backend.name!r} cannot be its own start")
     return make_start(layer, maker, limits).mask
+
+
+def _check_start(layer: LayerProblem, start: Any) -> Tensor | None:
+    """The mask that was given, where it is one; raises for what could be no start of any solver."""
+    if start is None or isinstance(start, str | Solver):
+        if start is not None:
+            make_solver(start)
+        return None
+    try:
+        return layer.check_mask(start, "start")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WarmStartError(str(error)) from None
 
 
 def _check_fit(backend: Solver, layer: LayerProblem) -> None:

@@ -42,7 +42,7 @@ def test_the_first_swap_is_the_one_of_the_paper():
     start = torch.tensor([[False, False, True, True, True]])
     solution = solve(problem, "dsnot", warm_start=start, cycles=1)
     assert solution.mask[0].tolist() == [True, False, True, False, True]
-    assert solution.trace["swaps"].tolist() == [1]
+    assert solution.trace.swaps.tolist() == [1]
 
 
 def test_the_mean_error_shrinks_on_wide_rows():

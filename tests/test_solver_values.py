@@ -94,9 +94,10 @@ def test_a_start_is_made_only_where_it_is_used():
         assert Spy.given[0][0] is None
     solve(PROBLEM, spy("optional"), start="wanda")
     assert Spy.given[0][0] is not None
-    # what would be refused as a start is not even looked at
-    solve(PROBLEM, spy("ignored"), start="no-such-solver")
+    solve(PROBLEM, spy("ignored"), start="wanda")
     assert Spy.given[0][0] is None
+    with pytest.raises(MaskoptError, match="unknown solver"):  # of no use, and wrong all the same
+        solve(PROBLEM, spy("ignored"), start="no-such-solver")
 
 
 def test_start_and_solver_share_one_clock_and_only_the_solver_is_heard():
