@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from maskopt.compare import Record, compare, sample_rows
 from maskopt.errors import ModelError
@@ -85,29 +86,7 @@ def run_demo(
     on_stage(f"converting {about.title} (once)", 1, 1)
     text = demo_text()
     calibration = {"calibration": text.calibration, "seq_len": seq_len, "seed": seed}
-
-    layers = list(
-        layer_problems(
-            folder,
-            include=TOY_LAYERS,
-            sparsity=sparsity,
-            samples=min(samples, 8),
-            on_progress=_told(on_stage, "toy rows"),
-            **calibration,  # type: ignore[arg-type]
-        )
-    )
-    rows = sample_rows((problem for _, problem in layers), 1, columns=columns, seed=seed)
-    labels = {
-        row.name: f"{layer.block} {short(layer.kind)}{row.name.removeprefix(layer.name)}"
-        for (layer, _), row in zip(layers, rows, strict=True)
-    }
-    records = compare(
-        rows,
-        TOY_SOLVERS,
-        time_limit=time_limit,
-        seed=seed,
-        on_progress=lambda done, total: on_stage("toy rows: solving", done, total),
-    )
+    toy = _toy_rows(folder, sparsity, min(samples, 8), columns, time_limit, calibration, on_stage)
 
     def measure(name: str, measured: Path) -> float:
         return perplexity(
@@ -137,26 +116,58 @@ def run_demo(
 
     blocks = len({layer.block for layer in prunes["swap"].layers})
     begun = prunes["swap"].fingerprint["calibration"]["beginning"]
-    beginning = str(Beginning(begun["bos"], tuple(begun["ids"])))
+    beginning = Beginning(begun["bos"], tuple(begun["ids"]))
     tables = [
-        toy_table(records, labels, sparsity),
+        toy,
         error_table(prunes["swap"], sparsity, blocks),
         perplexity_table(values, prunes, windows, seq_len),
     ]
-    seconds = time.perf_counter() - began
     report = output / "report.html"
-    write_page(
-        report,
-        f"maskopt demo: {about.title}",
-        [
-            f"All {blocks} blocks pruned to {sparsity:.0%}, calibrated on {samples} × {seq_len} tokens "
-            f"of Python's help topics, {beginning}; evaluated on other topics in the same way.",
-            *tables,
-            "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
-            f"not faster. {about.terms}",
-        ],
+    words: list[str | Table] = [
+        f"All {blocks} blocks pruned to {sparsity:.0%}, calibrated on {samples} × {seq_len} tokens "
+        f"of Python's help topics, {beginning}; evaluated on other topics in the same way.",
+        *tables,
+        "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
+        f"not faster. {about.terms}",
+    ]
+    write_page(report, f"maskopt demo: {about.title}", words)
+    return DemoResult(tables, report, output / "model", time.perf_counter() - began)
+
+
+def _toy_rows(
+    folder: Path,
+    sparsity: float,
+    samples: int,
+    columns: int,
+    time_limit: float,
+    calibration: Mapping[str, Any],
+    on_stage: OnStage,
+) -> Table:
+    """Rows of real layers, restricted to few inputs, through solvers of which one proves the optimum."""
+    layers = list(
+        layer_problems(
+            folder,
+            include=TOY_LAYERS,
+            sparsity=sparsity,
+            samples=samples,
+            on_progress=_told(on_stage, "toy rows"),
+            **calibration,
+        )
     )
-    return DemoResult(tables, report, output / "model", seconds)
+    seed = calibration["seed"]
+    rows = sample_rows((problem for _, problem in layers), 1, columns=columns, seed=seed)
+    labels = {
+        row.name: f"{layer.block} {short(layer.kind)}{row.name.removeprefix(layer.name)}"
+        for (layer, _), row in zip(layers, rows, strict=True)
+    }
+    records = compare(
+        rows,
+        TOY_SOLVERS,
+        time_limit=time_limit,
+        seed=seed,
+        on_progress=lambda done, total: on_stage("toy rows: solving", done, total),
+    )
+    return toy_table(records, labels, sparsity)
 
 
 def toy_table(records: Sequence[Record], labels: Mapping[str, str], sparsity: float) -> Table:
