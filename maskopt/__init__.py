@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 _MODEL_SIDE = {
     "collect_problems": "maskopt.model.problems",
     "perplexity": "maskopt.model.perplexity",
+    "PruneOptions": "maskopt.model.options",
+    "open_job": "maskopt.model.job",
     "prune_model": "maskopt.model.prune",
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "Limits",
     "MaskoptError",
     "Progress",
+    "PruneOptions",
     "RowProblem",
     "Solution",
     "Status",
@@ -51,6 +54,7 @@ __all__ = [
     "load_problem",
     "lower_bound",
     "make_solver",
+    "open_job",
     "perplexity",
     "prune_model",
     "solve",

@@ -111,7 +111,8 @@ def lower_bound(
             `on_progress` in place of `limits`.
 
     Raises:
-        UnknownSolverError, SolverUnavailableError, OptionError, SolverError (n beyond the method).
+        MaskoptError: an unknown or unavailable method, an option that it does not have, more inputs
+            than it takes.
     """
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     limits, own = limits_of(limits, options)
@@ -132,7 +133,7 @@ def make_bound(method: BoundMethod | str, **options: Any) -> BoundMethod:
     """The method, ready to run: by name with options, or a value as it is.
 
     Raises:
-        UnknownSolverError, SolverUnavailableError, OptionError.
+        MaskoptError: an unknown or unavailable method, an option that it does not have.
     """
     maker: BoundMethod = REGISTRY.make(method, options)
     return maker

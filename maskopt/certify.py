@@ -22,7 +22,9 @@ from torch import Tensor
 from maskopt.bounds import lower_bound, make_bound
 from maskopt.compare import append_record, check_format, read_records, write_records
 from maskopt.errors import ModelError, OptionError
-from maskopt.model.problems import collect_problems
+from maskopt.model.blocks import Layer
+from maskopt.model.options import name_patterns
+from maskopt.model.problems import layer_problems
 from maskopt.model.report import read_manifest
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import pattern_from_dict
@@ -38,10 +40,12 @@ OnRows = Callable[[int, str], None]
 class GapRecord:
     """One row: its mask's objective, a certified lower bound, and what lies between.
 
+    `kind` is the layer's kind where the row is one of a model's (`self_attn.q_proj`), else its name.
     `seconds` is the bound's share of the time that its batch of rows took.
     """
 
     instance: str
+    kind: str
     row: int
     n: int
     pattern: str
@@ -57,6 +61,7 @@ class GapRecord:
 def bound_layers(
     problems: Iterable[LayerProblem],
     *,
+    kinds: Mapping[str, str] | None = None,
     rows: int | None = None,
     columns: int | None = None,
     solver: str = "swap",
@@ -69,14 +74,16 @@ def bound_layers(
     """Rows of every layer, the mask of `solver`, and the bound of `method`.
 
     Args:
+        kinds: of layers, by name, as the records are to call them.
         rows: sampled from each layer; None: all.
         columns: inputs that each row is restricted to, drawn per row; None: full width.
         output: `.jsonl` grows as layers finish and makes the run resumable; `.csv` and `.parquet`
             are written at the end.
     """
     options = dict(method_options or {})
+    kinds = kinds or {}
     parts = (
-        (part, chosen, solve(part, solver).mask)
+        _Rows(part, kinds.get(layer.name, layer.name), chosen, solve(part, solver).mask)
         for position, layer in enumerate(problems)
         for part, chosen in _sampled(layer, rows, columns, np.random.default_rng([seed, position]))
     )
@@ -89,14 +96,12 @@ def certify_model(
     *,
     calibration: str | Path | Sequence[str],
     rows_per_layer: int = 4,
-    layers: Sequence[str] = (),
+    layers: str | Sequence[str] = (),
     method: str = "sdp",
     method_options: Mapping[str, Any] | None = None,
-    samples: int = 32,
-    seq_len: int = 512,
-    seed: int = 0,
     output: Path | None = None,
     on_rows: OnRows = lambda done, name: None,
+    **shorthand: Any,
 ) -> list[GapRecord]:
     """The certified gap of sampled full-width rows of a pruned model.
 
@@ -105,38 +110,35 @@ def certify_model(
     gap says how much better any other mask could serve there.
 
     Args:
-        rows_per_layer: sampled from each layer.
-        layers: name patterns; all pruned layers by default.
-        method, method_options: as for `lower_bound`.
-        samples, seq_len, seed: calibration windows, as for `prune_model`.
+        rows_per_layer: sampled from each layer, by the `seed`.
+        layers: another word for `include`; all pruned layers by default.
+        method: as for `lower_bound`.
+        method_options: its options.
+        shorthand: options of the walk by name, as for `collect_problems`: `samples`, `seed`, …
 
     Raises:
         ModelError: the folders do not belong together. MaskoptError of what is called.
     """
     manifest = read_manifest(Path(pruned) / MANIFEST)
-    pattern = pattern_from_dict(manifest["fingerprint"]["options"]["pattern"])
-    masked = [str(layer["name"]) for layer in manifest["layers"]]
+    wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
     common: dict[str, Any] = {
-        "layers": tuple(layers) or tuple(masked),
-        "pattern": pattern,
+        **shorthand,
+        "include": wanted or tuple(str(layer["name"]) for layer in manifest["layers"]),
+        "pattern": pattern_from_dict(manifest["fingerprint"]["options"]["pattern"]),
         "calibration": calibration,
-        "samples": samples,
-        "seq_len": seq_len,
-        "seed": seed,
     }
-    dense = collect_problems(model, **common)
-    sparse = collect_problems(pruned, **common)
+    dense = layer_problems(model, **common)
+    sparse = layer_problems(pruned, **common)
+    seed = int(shorthand.get("seed", 0))
     parts = _model_rows(dense, sparse, rows_per_layer, seed)
     return _certify(parts, method, dict(method_options or {}), seed, output, on_rows)
 
 
 def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, float]]:
-    """Per layer kind (its name without the block): rows, median gap, worst gap, median seconds."""
+    """Per layer kind: rows, median gap, worst gap, median seconds."""
     kinds: dict[str, list[GapRecord]] = {}
     for record in records:
-        parts = record.instance.split(".")
-        last = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
-        kinds.setdefault(".".join(parts[last + 1 :]) or record.instance, []).append(record)
+        kinds.setdefault(record.kind, []).append(record)
     return {
         kind: (
             len(found),
@@ -148,8 +150,18 @@ def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, 
     }
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one layer that are bounded together: which they are, and their masks."""
+
+    problem: LayerProblem
+    kind: str
+    chosen: Sequence[int]
+    mask: Tensor
+
+
 def _certify(
-    parts: Iterable[tuple[LayerProblem, Sequence[int], Tensor]],
+    parts: Iterable[_Rows],
     method: str,
     options: dict[str, Any],
     seed: int,
@@ -162,7 +174,8 @@ def _certify(
     resumable = output is not None and output.suffix == ".jsonl"
     finished = read_records(output, GapRecord) if resumable and output is not None else {}
     records: list[GapRecord] = []
-    for problem, chosen, mask in parts:
+    for rows in parts:
+        problem, mask = rows.problem, rows.mask
         keys = [_key(problem, i, mask[i], method, options) for i in range(problem.rows)]
         missing = [i for i, key in enumerate(keys) if key not in finished]
         if missing:
@@ -173,7 +186,8 @@ def _certify(
             for position, i in enumerate(missing):
                 record = GapRecord(
                     instance=problem.name,
-                    row=int(chosen[i]),
+                    kind=rows.kind,
+                    row=int(rows.chosen[i]),
                     n=problem.n,
                     pattern=str(problem.pattern),
                     method=method,
@@ -213,15 +227,17 @@ def _sampled(
 
 
 def _model_rows(
-    dense: Iterator[tuple[str, LayerProblem]],
-    sparse: Iterator[tuple[str, LayerProblem]],
+    dense: Iterator[tuple[Layer, LayerProblem]],
+    sparse: Iterator[tuple[Layer, LayerProblem]],
     rows_per_layer: int,
     seed: int,
-) -> Iterator[tuple[LayerProblem, list[int], Tensor]]:
-    for position, ((name, original), (other, pruned)) in enumerate(zip(dense, sparse, strict=True)):
-        if name != other or original.weight.shape != pruned.weight.shape:
+) -> Iterator[_Rows]:
+    pairs = enumerate(zip(dense, sparse, strict=True))
+    for position, ((layer, original), (other, pruned)) in pairs:
+        name = layer.name
+        if layer != other:
             raise ModelError(
-                f"{name}: the pruned model has {other} in its place; not the same model"
+                f"{name}: the pruned model has {other.name} in its place; not the same model"
             )
         rng = np.random.default_rng([seed, position])
         for part, chosen in _sampled(original, rows_per_layer, None, rng):
@@ -232,7 +248,7 @@ def _model_rows(
             problem = LayerProblem(
                 part.weight, pruned.gram, part.pattern, name=name, assume_psd=True
             )
-            yield problem, chosen, _mask_of(problem, kept_weight != 0)
+            yield _Rows(problem, layer.kind, chosen, _mask_of(problem, kept_weight != 0))
 
 
 def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:

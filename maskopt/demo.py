@@ -1,4 +1,4 @@
-"""The main job from end to end on Gemma 3 270M: what `maskopt demo` runs.
+"""The main job from end to end on a small real model: what `maskopt demo` runs.
 
 Nothing here is special: toy rows through `compare`, the whole model through `prune_model`, perplexity
 by `perplexity`, all as a user would call them.
@@ -7,17 +7,19 @@ by `perplexity`, all as a user would call them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from maskopt.compare import Record, compare, sample_rows
 from maskopt.errors import ModelError
-from maskopt.model.demo_model import demo_model
+from maskopt.model.beginning import Beginning
+from maskopt.model.blocks import short
+from maskopt.model.demo_model import demo_model, find_demo_model
 from maskopt.model.demo_text import demo_text
-from maskopt.model.options import Progress
 from maskopt.model.perplexity import perplexity
-from maskopt.model.problems import collect_problems
+from maskopt.model.problems import layer_problems
+from maskopt.model.progress import Progress
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
 from maskopt.report import Table, number, write_page
@@ -47,6 +49,7 @@ class DemoResult:
 def run_demo(
     output: Path,
     *,
+    model: str = "gemma3",
     sparsity: float = 0.5,
     samples: int = 12,
     seq_len: int = 512,
@@ -61,6 +64,7 @@ def run_demo(
 
     Args:
         output: gets `model/` (the 1-swap model, its masks and manifest) and `report.html`.
+        model: one of `maskopt.model.demo_model.MODELS`.
         sparsity: of every row.
         samples, seq_len: calibration windows and their length in tokens.
         windows: evaluation windows of seq_len tokens.
@@ -73,23 +77,30 @@ def run_demo(
     began = time.perf_counter()
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
         raise ModelError(
-            f"{output} exists and is not empty; choose another --output, or --overwrite"
+            f"{output} exists and is not empty; choose another `output`, or `overwrite`"
         )
-    on_stage("converting Gemma 3 270M (once)", 0, 1)
-    folder = demo_model()
-    on_stage("converting Gemma 3 270M (once)", 1, 1)
+    about = find_demo_model(model)
+    on_stage(f"converting {about.title} (once)", 0, 1)
+    folder = demo_model(model)
+    on_stage(f"converting {about.title} (once)", 1, 1)
     text = demo_text()
     calibration = {"calibration": text.calibration, "seq_len": seq_len, "seed": seed}
 
-    layers = collect_problems(
-        folder,
-        layers=TOY_LAYERS,
-        sparsity=sparsity,
-        samples=min(samples, 8),
-        on_progress=_told(on_stage, "toy rows"),
-        **calibration,  # type: ignore[arg-type]
+    layers = list(
+        layer_problems(
+            folder,
+            include=TOY_LAYERS,
+            sparsity=sparsity,
+            samples=min(samples, 8),
+            on_progress=_told(on_stage, "toy rows"),
+            **calibration,  # type: ignore[arg-type]
+        )
     )
     rows = sample_rows((problem for _, problem in layers), 1, columns=columns, seed=seed)
+    labels = {
+        row.name: f"{layer.block} {short(layer.kind)}{row.name.removeprefix(layer.name)}"
+        for (layer, _), row in zip(layers, rows, strict=True)
+    }
     records = compare(
         rows,
         TOY_SOLVERS,
@@ -98,9 +109,9 @@ def run_demo(
         on_progress=lambda done, total: on_stage("toy rows: solving", done, total),
     )
 
-    def measure(name: str, model: Path) -> float:
+    def measure(name: str, measured: Path) -> float:
         return perplexity(
-            model,
+            measured,
             text=text.evaluation,
             seq_len=seq_len,
             windows=windows,
@@ -124,9 +135,11 @@ def run_demo(
         )
         values[solver] = measure(solver, target)
 
-    blocks = len({layer.name.split(".layers.")[1].split(".")[0] for layer in prunes["swap"].layers})
+    blocks = len({layer.block for layer in prunes["swap"].layers})
+    begun = prunes["swap"].fingerprint["calibration"]["beginning"]
+    beginning = str(Beginning(begun["bos"], tuple(begun["ids"])))
     tables = [
-        toy_table(records, sparsity),
+        toy_table(records, labels, sparsity),
         error_table(prunes["swap"], sparsity, blocks),
         perplexity_table(values, prunes, windows, seq_len),
     ]
@@ -134,20 +147,20 @@ def run_demo(
     report = output / "report.html"
     write_page(
         report,
-        "maskopt demo: Gemma 3 270M",
+        f"maskopt demo: {about.title}",
         [
             f"All {blocks} blocks pruned to {sparsity:.0%}, calibrated on {samples} × {seq_len} tokens "
-            "of Python's help topics; evaluated on other topics.",
+            f"of Python's help topics, {beginning}; evaluated on other topics in the same way.",
             *tables,
             "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
-            "not faster. Gemma is provided under the Gemma terms of use, ai.google.dev/gemma/terms.",
+            f"not faster. {about.terms}",
         ],
     )
     return DemoResult(tables, report, output / "model", seconds)
 
 
-def toy_table(records: Sequence[Record], sparsity: float) -> Table:
-    """Objective, bound and gap of every solver on every toy row."""
+def toy_table(records: Sequence[Record], labels: Mapping[str, str], sparsity: float) -> Table:
+    """Objective, bound and gap of every solver on every toy row; `labels` by instance."""
     table = Table(
         f"Toy rows: {records[0].n} inputs of real layers, {sparsity:.0%} pruned",
         ("row", "solver", "objective", "bound", "above optimum", "status", "s"),
@@ -156,8 +169,7 @@ def toy_table(records: Sequence[Record], sparsity: float) -> Table:
     )
     last = ""
     for record in records:
-        _, _, block, _, layer = record.instance.split(".")
-        shown = f"{block} {layer}" if record.instance != last else ""
+        shown = labels[record.instance] if record.instance != last else ""
         last = record.instance
         table.add(
             shown,
@@ -191,7 +203,7 @@ def error_table(report: PruneReport, sparsity: float, blocks: int) -> Table:
         )
         ratio = f"{after / before:.3f}" if before else "–"
         table.add(
-            kind.split(".")[-1],
+            short(kind),
             number(before),
             number(after),
             ratio,

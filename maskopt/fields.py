@@ -14,7 +14,6 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from maskopt.errors import OptionError, near
@@ -73,7 +72,6 @@ def option(
     return field(default=default, metadata={**facts, "choices": choices})
 
 
-@cache
 def options_of(kind: type) -> tuple[Option, ...]:
     """The options of a class, in the order of its fields."""
     hints = typing.get_type_hints(kind)

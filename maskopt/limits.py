@@ -63,17 +63,17 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.seconds is not None and not (_is_number(self.seconds) and self.seconds >= 0):
-            raise OptionError(f"time_limit must be at least 0 seconds, not {self.seconds!r}")
+            raise OptionError(f"`time_limit` must be at least 0 seconds, not {self.seconds!r}")
         if isinstance(self.memory, str):
             object.__setattr__(self, "memory", parse_bytes(self.memory))
         if self.memory is not None and (not _is_whole(self.memory) or self.memory <= 0):  # type: ignore[operator]
             raise OptionError(
-                f"memory_limit must be a positive number of bytes, not {self.memory!r}"
+                f"`memory_limit` must be a positive number of bytes, not {self.memory!r}"
             )
         if self.threads is not None:
             check_threads(self.threads)
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
-            raise OptionError(f"seed must be a whole number from 0 to 2⁶³ − 1, not {self.seed!r}")
+            raise OptionError(f"`seed` must be a whole number from 0 to 2⁶³ − 1, not {self.seed!r}")
 
     def begin(self) -> Limits:
         """The same with the clock running. A clock that runs already is never set back."""
@@ -120,7 +120,7 @@ def check_threads(threads: int) -> None:
     """Raise OptionError for a number of threads that no machine has."""
     if not _is_whole(threads) or not 1 <= threads <= MOST_THREADS:
         raise OptionError(
-            f"threads must be a whole number from 1 to {MOST_THREADS}, not {threads!r}"
+            f"`threads` must be a whole number from 1 to {MOST_THREADS}, not {threads!r}"
         )
 
 

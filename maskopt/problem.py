@@ -133,6 +133,11 @@ class LayerProblem:
             value += ((dropped @ self.gram[:, block].double()) * dropped[:, block]).sum(1)
         return value.clamp_(min=0.0)
 
+    def output_energy(self) -> Float[Tensor, " rows"]:
+        """wᵀGw of every row in float64: the mean square of the dense row's output, of which an
+        objective is a part."""
+        return self.objective(torch.zeros_like(self.weight, dtype=torch.bool))
+
     def diagonal_mass(self) -> Float[Tensor, " rows"]:
         """Σⱼ wⱼ²Gⱼⱼ of every row in float64: the scale against which rounding is measured."""
         return self.weight.double().square() @ self.gram.diagonal().double()

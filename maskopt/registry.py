@@ -52,15 +52,16 @@ class Registry:
             OptionError: an option that it does not have, or a value that the option cannot take.
         """
         if isinstance(member, str):
-            member = build(self._available(self.find(member)), member, options, self.what)
+            kind = self._available(self.find(member))
+            member = build(kind, member, options, self.what)
         elif not isinstance(member, self.protocol):
             raise OptionError(
                 f"{member!r} is no {self.what}; give a name or a value such as Swap()"
             )
         elif options:
-            first = next(iter(options))
+            first, name = next(iter(options)), getattr(member, "name", "")
             raise OptionError(
-                f"{self.what} {member.name!r} is given as a value: {first!r} belongs among its fields"
+                f"{self.what} {name!r} is given as a value: {first!r} belongs among its fields"
             )
         return self._available(member)
 
@@ -94,7 +95,8 @@ class Registry:
             raise SolverUnavailableError(
                 f"{self.what} {point.name!r} ({point.value}) is not a {self.protocol.__name__}"
             )
-        return kind  # type: ignore[no-any-return]
+        loaded: type[Any] = kind
+        return loaded
 
 
 @cache

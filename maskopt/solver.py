@@ -15,6 +15,7 @@ so another distribution can add one without touching this repository, and nothin
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -97,6 +98,25 @@ class Solver(Protocol):
         ...
 
 
+@runtime_checkable
+class WritesInstances(Protocol):
+    """A backend that also writes a row as an instance for other programs."""
+
+    def write_instance(
+        self, row: RowProblem, path: str | os.PathLike[str], *, form: str, formulation: str
+    ) -> None:
+        """Write one row, atomically.
+
+        Args:
+            form: of the file, such as `lp`.
+            formulation: of the objective, in the backend's own words.
+
+        Raises:
+            OptionError: a form or a formulation that the backend does not know.
+        """
+        ...
+
+
 REGISTRY = Registry(ENTRY_POINT_GROUP, "solver", Solver)
 
 
@@ -170,7 +190,8 @@ def solve(
             of `limits`.
 
     Raises:
-        UnknownSolverError, SolverUnavailableError, OptionError, WarmStartError, SolverError.
+        MaskoptError: an unknown or unavailable solver, an option that it does not have, a start that
+            is no legal mask, a pattern, device or size that it does not do.
     """
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     if "warm_start" in options:

@@ -70,13 +70,14 @@ class SearchTrace(Trace):
     """Searches beyond one swap: tabu, kswap, portfolio.
 
     Attributes:
-        moves: made, or None where the solver makes none itself.
-        swaps: of the 1-swap searches in between and at the end.
-        rounds: of moves.
+        moves: made beyond 1-swap search (kswap: compounds of two); None for a portfolio.
+        swaps: of the 1-swap searches in between and at the end; None for a portfolio.
+        rounds: of moves, or members that were run.
         start_objective: float64, of the mask that the search began with.
         search_seconds, swap_seconds: the row's share of the wall-clock time that the moves, and the
             1-swap searches, took.
-        history: float64 [rows, rounds], the best objective after each round, in float32 accuracy.
+        history: float64 [rows, rounds], the best objective after each round (tabu: in float32 accuracy),
+            each 1-swap search of kswap, or each member of a portfolio.
         winner: the member of a portfolio whose mask the row has, or `start`.
         stopped: whether the row was stopped by the time limit: `yes` or `no`.
     """

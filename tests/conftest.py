@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,12 +16,15 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+#: the same cases every time: a change fails by its own fault alone
+settings.register_profile("suite", max_examples=60, derandomize=True, **_COMMON)
+#: fresh cases, and how to draw a failing one again: pytest -m hypothesis --hypothesis-profile=explore
 settings.register_profile(
-    "suite",
-    deadline=None,
-    max_examples=60,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    "explore", max_examples=300, derandomize=False, print_blob=True, **_COMMON
 )
 settings.load_profile("suite")
 

@@ -10,11 +10,10 @@ from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.errors import OptionError, SolverError
-from maskopt.solvers import branch
-from maskopt.solvers.exact.branch import _Tree
-from maskopt.solvers.exact.qcr import qcr_duals
+from maskopt.solvers.exact import branch
+from maskopt.solvers.exact.branch import BranchTask, Tree
+from maskopt.solvers.exact.duals import qcr_duals
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
-from maskopt.solvers.exact.scip_model import RowTask
 
 
 @given(problems(max_n=10, max_rows=1))
@@ -111,14 +110,15 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     ]  # fmt: skip
     costs = np.einsum("si,ij,sj->s", legal, q, legal)
     start = legal[0].astype(bool)
-    task = RowTask(q=q, group=problem.group_size, pruned=problem.pruned_per_group, start=start)
-    lam, mu, root = qcr_duals(task)
+    task = BranchTask(q=q, group=problem.group_size, pruned=problem.pruned_per_group, start=start)
+    duals = qcr_duals(task)
+    lam, mu = duals.with_margin(task), duals.penalty
+    tree = Tree(task, duals)
     random = np.random.default_rng(0)
     fixings = tight = 0
     for _ in range(60):
         # an incumbent that some masks beat
         cost = float(np.quantile(costs, random.uniform(0.02, 0.6)))
-        tree = _Tree(task, lam, mu, start, cost, root)
         state = np.full(n, -1, dtype=np.int8)
         chosen = random.choice(n, random.integers(0, 5), replace=False)
         state[chosen] = legal[random.integers(len(legal))][chosen]
@@ -148,7 +148,7 @@ def test_ctrl_c_before_the_tree_returns_the_incumbent(monkeypatch):
     monkeypatch.setattr(branch, "qcr_duals", interrupted)
     problem = LayerProblem(random_weight(1, 24, 1), random_gram(24, "full", 2), Unstructured(0.6))
     solution = solve(problem, "branch")
-    assert solution.trace["status"] == ["userinterrupt"]
+    assert solution.trace.ended == ("userinterrupt",)
     assert bool((solution.objective <= solve(problem, "wanda").objective).all())
     assert solution.lower_bound.tolist() == [0.0]
     verify(problem, solution)
@@ -157,7 +157,7 @@ def test_ctrl_c_before_the_tree_returns_the_incumbent(monkeypatch):
 def test_the_tree_does_not_depend_on_the_run():
     problem = LayerProblem(random_weight(1, 56, 3), random_gram(56, "full", 2), Unstructured(0.6))
     one, two = (solve(problem, "branch", node_limit=40) for _ in range(2))
-    assert one.trace["nodes"] == two.trace["nodes"]
+    assert torch.equal(one.trace.nodes, two.trace.nodes)
     assert torch.equal(one.lower_bound, two.lower_bound)
     assert torch.equal(one.mask, two.mask)
 
@@ -166,16 +166,16 @@ def test_ctrl_c_returns_the_incumbent_and_the_least_open_bound(monkeypatch):
     problem = LayerProblem(random_weight(1, 64, 1), random_gram(64, "full", 2), Unstructured(0.6))
     best = solve(problem, "branch").objective
     calls = itertools.count()
-    original = branch._node
+    original = branch.bound_node
 
     def interrupted(*args):
         if next(calls) == 9:
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(branch, "_node", interrupted)
+    monkeypatch.setattr(branch, "bound_node", interrupted)
     solution = solve(problem, "branch")
-    assert solution.trace["status"] == ["userinterrupt"]
+    assert solution.trace.ended == ("userinterrupt",)
     assert solution.status == (Status.FEASIBLE,)
     assert bool((solution.lower_bound > 0.8 * best).all())
     assert bool((solution.lower_bound <= best * (1 + 1e-9)).all())

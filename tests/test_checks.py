@@ -1,7 +1,9 @@
 """improving_swap against brute force, and verify against every kind of forgery."""
 
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,15 +11,17 @@ from strategies import problems, random_gram, random_weight
 
 from maskopt import (
     NM,
+    Certificate,
     LayerProblem,
     Solution,
     Status,
     Unstructured,
     improving_swap,
+    lower_bound,
     solve,
     verify,
 )
-from maskopt.errors import VerificationError
+from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.solution import SWAP_FLOOR, SWAP_TOLERANCE
 
 
@@ -59,6 +63,9 @@ def test_verify_accepts_honest_solutions(problem):
         verify(problem, solve(problem, name))
 
 
+WORDS = ("SCIP 10.0",) * 3
+
+
 @pytest.fixture(params=[Unstructured(sparsity=0.5), NM(keep=2, of=4)], ids=str)
 def problem(request):
     gram = random_gram(16, "full", 7)
@@ -70,7 +77,6 @@ def test_verify_catches_every_forgery(problem):
     optimum = solve(problem, "exhaustive")
     flipped = honest.mask.clone()
     flipped[1, 0] = ~flipped[1, 0]
-    proof = {"proof": "none"}
     swap_optimal = (Status.SWAP_OPTIMAL,) * 3
     optimal = (Status.OPTIMAL,) * 3
     forgeries = {
@@ -79,8 +85,12 @@ def test_verify_catches_every_forgery(problem):
         "objective: row 0": replace(honest, objective=honest.objective * 0.99),
         "objective must be float64": replace(honest, objective=honest.objective.float()),
         "f ≥ 0": replace(honest, lower_bound=honest.lower_bound - 1),
-        "above the objective": replace(honest, lower_bound=honest.objective * 1.01, trace=proof),
+        "above the objective": replace(honest, lower_bound=honest.objective * 1.01, vouched=WORDS),
         "without a certificate": replace(honest, lower_bound=honest.objective * 0.1),
+        "no exact backend vouches": replace(
+            honest, lower_bound=honest.objective * 0.1, vouched=("", "", "")
+        ),
+        "vouched: 2 words for 3 rows": replace(honest, vouched=WORDS[:2]),
         "statuses for": replace(honest, status=swap_optimal[:1]),
         "claims swap-optimal, yet": replace(honest, status=swap_optimal),
         "claims optimal": replace(honest, status=optimal),
@@ -88,7 +98,7 @@ def test_verify_catches_every_forgery(problem):
         "a mask of objective": replace(
             honest,
             lower_bound=(honest.objective + optimum.objective) / 2,
-            trace=proof,
+            vouched=WORDS,
         ),
     }
     for reason, forged in forgeries.items():
@@ -115,7 +125,7 @@ def test_a_swap_optimum_forged_into_an_optimum_is_caught():
                 mask[None],
                 status=Status.OPTIMAL,
                 lower_bound=problem.objective(mask[None]),
-                trace={"proof": "none"},
+                vouched=("SCIP 10.0",),
             )
             with pytest.raises(VerificationError, match="exists"):
                 verify(problem, forged)
@@ -130,3 +140,154 @@ def test_gap_and_repr():
     assert "1 optimal" in repr(solution)
     half = replace(solution, objective=torch.tensor([4.0]), lower_bound=torch.tensor([1.0]))
     assert half.gap.tolist() == [0.75]
+
+
+def too_many_to_enumerate(rows=3):
+    return LayerProblem(random_weight(rows, 40, 1), random_gram(40, "full", 7), NM(keep=2, of=4))
+
+
+def test_a_bound_is_checked_or_taken_on_a_word_that_is_named():
+    problem = too_many_to_enumerate()
+    start = solve(problem, "wanda")
+    bound = lower_bound(problem, "sdp")
+    proven = Solution.of(
+        problem, start.mask, lower_bound=bound.value, certificate=bound.certificate
+    )
+    assert verify(problem, proven).basis == ("checked",) * 3
+    assert verify(problem, start, require="checked").checked  # no bound, nothing to take on trust
+    # row 1 claims more than its certificate proves
+    higher = bound.value.clone()
+    higher[1] = (higher[1] + start.objective[1]) / 2
+    vouched = replace(proven, lower_bound=higher, vouched=("", "SCIP 10.0", ""))
+    found = verify(problem, vouched)
+    assert found.basis == ("checked", "taken on the word of SCIP 10.0", "checked")
+    assert not found.checked
+    assert str(found) == "2 rows checked, 1 rows taken on the word of SCIP 10.0"
+    with pytest.raises(VerificationError, match=r"row 1 rests on the word of SCIP 10\.0"):
+        verify(problem, vouched, require="checked")
+    with pytest.raises(VerificationError, match=r"row 1 .* its certificate proves"):
+        verify(problem, replace(vouched, vouched=()))
+    with pytest.raises(VerificationError, match="require"):
+        verify(problem, proven, require="proven")
+
+
+def test_a_forged_word_does_not_survive_enumeration(problem):
+    """Whoever vouches: where a row is small enough its bound is held against all masks."""
+    optimum = solve(problem, "exhaustive")
+    assert verify(problem, optimum, require="checked").basis == ("checked",) * 3
+    start = solve(problem, "worst")
+    forged = replace(start, lower_bound=start.objective, vouched=("a forger",) * 3)
+    with pytest.raises(VerificationError, match="a mask of objective"):
+        verify(problem, forged)
+    # a true bound under a forged word costs nothing: it was checked
+    true = replace(start, lower_bound=optimum.objective, vouched=("a forger",) * 3)
+    assert verify(problem, true, require="checked").checked
+
+
+def test_a_word_is_no_certificate_of_another_problem():
+    problem = too_many_to_enumerate()
+    bound = lower_bound(problem, "sdp")
+    other = LayerProblem(0.5 * problem.weight, problem.gram, problem.pattern)
+    mask = solve(other, "wanda").mask
+    value = bound.value.minimum(other.objective(mask))
+    forged = Solution.of(other, mask, lower_bound=value, certificate=bound.certificate)
+    with pytest.raises(VerificationError, match="its certificate proves"):
+        verify(other, forged)
+
+
+def solutions():
+    problem = too_many_to_enumerate()
+    cuts = lower_bound(problem, "sdp", cuts=1)
+    mask = solve(problem, "wanda").mask
+    yield problem, solve(problem, "swap")
+    yield problem, solve(problem, "relax")
+    yield problem.take([0]), solve(problem.take([0]), "branch", node_limit=1)
+    yield problem, Solution.of(problem, mask, lower_bound=cuts.value, certificate=cuts.certificate)
+
+
+def test_a_solution_is_read_as_it_was_written(tmp_path):
+    for number, (problem, solution) in enumerate(solutions()):
+        path = tmp_path / f"{number}.npz"
+        solution.save(path)
+        read = Solution.load(path)
+        for what in ("mask", "objective", "lower_bound"):
+            assert torch.equal(getattr(read, what), getattr(solution, what)), what
+        assert (read.status, read.solver, read.vouched) == (
+            solution.status, solution.solver, solution.vouched
+        )  # fmt: skip
+        assert read.seconds == pytest.approx(solution.seconds, nan_ok=True)
+        assert type(read.trace) is type(solution.trace)
+        assert read.columns().keys() == solution.columns().keys()
+        assert str(read.columns()) == str(solution.columns())  # NaN is not equal to itself
+        assert verify(problem, read).basis == verify(problem, solution).basis
+
+
+def test_a_certificate_is_read_as_it_was_written(tmp_path):
+    problem = too_many_to_enumerate()
+    for cuts in (0, 1):
+        certificate = lower_bound(problem, "sdp", cuts=cuts).certificate
+        certificate.save(tmp_path / "c.npz")
+        read = Certificate.load(tmp_path / "c.npz")
+        assert torch.equal(read.check(problem), certificate.check(problem))
+
+
+def test_what_was_tampered_with_on_disk_is_caught(tmp_path):
+    problem = too_many_to_enumerate()
+    solution = solve(problem, "relax")
+    path = tmp_path / "s.npz"
+    replace(solution, lower_bound=solution.objective).save(path)
+    with pytest.raises(VerificationError, match="its certificate proves"):
+        verify(problem, Solution.load(path))
+
+
+@pytest.mark.parametrize("kind", [Solution, Certificate])
+def test_damaged_files_are_named(kind, tmp_path):
+    problem = too_many_to_enumerate()
+    solution = solve(problem, "relax")
+    path, other = tmp_path / "whole.npz", tmp_path / "other.npz"
+    whole, stranger = (solution, solution.certificate)[:: 1 if kind is Solution else -1]
+    whole.save(path)
+    stranger.save(other)
+    data = path.read_bytes()
+    damaged = {
+        "cut": data[: len(data) // 2],
+        "empty": b"",
+        "text": b"not a file of this kind",
+        "flipped": bytes([*data[:-200], *(byte ^ 255 for byte in data[-200:])]),
+    }
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ProblemError, match=name):
+            kind.load(tmp_path / name)
+    with pytest.raises(ProblemError, match="no such file"):
+        kind.load(tmp_path / "nowhere.npz")
+    with pytest.raises(ProblemError, match=f"not a {kind.__name__.lower()}"):
+        kind.load(other)
+
+
+@pytest.mark.parametrize("missing", ["mask", "lower_bound", "certificate.point"])
+def test_a_file_that_lacks_a_part_is_refused(missing, tmp_path):
+    problem = too_many_to_enumerate()
+    solve(problem, "relax").save(tmp_path / "s.npz")
+    with np.load(tmp_path / "s.npz") as archive:
+        parts = {name: archive[name] for name in archive.files if name != missing}
+    np.savez(tmp_path / "less.npz", **parts)
+    with pytest.raises(ProblemError, match="not a sound"):
+        Solution.load(tmp_path / "less.npz")
+
+
+def test_columns_and_frames_have_a_line_a_row(monkeypatch):
+    solution = solve(too_many_to_enumerate(), "swap")
+    columns = solution.columns()
+    assert {len(column) for column in columns.values()} == {3}
+    assert columns["status"] == ["swap-optimal"] * 3
+    assert columns["swaps"] == solution.trace.swaps.tolist()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(OptionError, match="pandas"):
+        solution.to_frame()
+    monkeypatch.undo()
+    pandas = pytest.importorskip("pandas")
+    frame = solution.to_frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame.columns) == list(columns)
+    assert frame["objective"].tolist() == solution.objective.tolist()

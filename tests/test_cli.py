@@ -1,11 +1,14 @@
 """The command line as a user meets it: one clear line for an expected error, no traceback."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from maskopt import available_solvers
+from maskopt.cli import app
 
 
 def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
@@ -23,7 +26,17 @@ def test_solvers_lists_every_backend():
 def test_help_names_every_command():
     result = run("--help")
     assert result.returncode == 0, result.stderr
-    assert "solvers" in result.stdout
+    names = [command.name for command in app.registered_commands]
+    assert len(names) > 1
+    listed = re.findall(r"^│ (\S+) ", result.stdout, re.MULTILINE)
+    assert [name for name in listed if not name.startswith("-")] == names
+
+
+@pytest.mark.parametrize("command", [command.name for command in app.registered_commands])
+def test_every_command_explains_itself(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"maskopt {command} [OPTIONS]" in result.output
 
 
 @pytest.mark.parametrize("arguments", [("no-such-command",), ("solvers", "--no-such-option")])
@@ -32,3 +45,11 @@ def test_usage_errors_exit_with_2_and_no_traceback(arguments):
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "No such" in result.stderr
+
+
+def test_an_error_is_printed_as_it_is(tmp_path):
+    """Brackets and colons are no markup."""
+    result = run("bound", str(tmp_path / "[red]:M:.npz"))
+    assert result.returncode == 1
+    assert "[red]:M:.npz" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,5 +1,6 @@
 """The comparison: records, resumption, formats, and its commands."""
 
+import csv
 import json
 import math
 import sys
@@ -106,8 +107,12 @@ def test_compare_command(layer, tmp_path):
         "--output", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "optimal" in result.output
-    assert len(out.read_text().splitlines()) == 5
+    with out.open(newline="") as file:
+        records = list(csv.DictReader(file))
+    assert [(r["solver"], r["status"]) for r in records] == [
+        ("wanda", "feasible"), ("scip", "optimal"),
+    ] * 2  # fmt: skip
+    assert all(record["status"] in result.output for record in records)
 
 
 def test_extract_command_writes_what_other_programs_read(layer, tmp_path):
@@ -128,5 +133,9 @@ def test_extract_command_writes_what_other_programs_read(layer, tmp_path):
         model.readProblem(str(target))
         model.optimize()
         assert model.getObjVal() == pytest.approx(best, rel=1e-4, abs=1e-5)
-        assert isinstance(run(*words).exception, OptionError)  # exists
-    assert isinstance(run("extract", source, tmp_path / "r.txt").exception, OptionError)
+        again = run(*words).exception
+        assert isinstance(again, OptionError)
+        assert "exists; pass --overwrite" in str(again)
+    unknown = run("extract", source, tmp_path / "r.txt").exception
+    assert isinstance(unknown, OptionError)
+    assert "unknown format 'txt'" in str(unknown)

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from tiny_models import save, save_tokenizer, tiny
 
 from maskopt.compare import Record
 from maskopt.demo import error_table, perplexity_table, run_demo, toy_table
@@ -20,14 +21,18 @@ def record(solver, objective, status, bound=0.0):
 def layer(block, kind, before, after):
     statuses = {"swap-optimal": 3, "feasible": 1}
     name = f"model.layers.{block}.{kind}"
-    return LayerReport(name, 4, 8, "0.5", 16, before, after, 0.0, statuses, 100, False, 0.1)
+    return LayerReport(
+        name, block, kind, 4, 8, "0.5", 16, before, after, 0.0, statuses, 100, False, 0.1
+    )
 
 
 def test_toy_table_names_a_row_once():
-    table = toy_table([record("wanda", 3.0, "feasible"), record("scip", 2.0, "optimal", 2.0)], 0.5)
+    solved = [record("wanda", 3.0, "feasible"), record("scip", 2.0, "optimal", 2.0)]
+    labels = {solved[0].instance: "0 q_proj[3]"}
+    table = toy_table(solved, labels, 0.5)
     assert [row[0] for row in table.rows] == ["0 q_proj[3]", ""]
     assert [row[4] for row in table.rows] == ["50.00%", "0.00%"]
-    unknown = toy_table([record("wanda", math.nan, "failed")], 0.5)
+    unknown = toy_table([record("wanda", math.nan, "failed")], labels, 0.5)
     assert unknown.rows[0][2] == "–"
 
 
@@ -40,10 +45,30 @@ def test_errors_are_summed_per_kind_and_compared_with_the_start():
     assert shown.rows == [("dense", "10.00", "–", "–"), ("Wanda → 1-swap", "12.50", "50.0%", "3")]
 
 
+def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
+    model = save(tiny("llama"), tmp_path / "model")
+    save_tokenizer(model)
+    monkeypatch.setattr("maskopt.demo.demo_model", lambda name: model)
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
+    monkeypatch.setattr("maskopt.demo.TOY_LAYERS", names)
+    stages = []
+    result = run_demo(
+        tmp_path / "out", samples=2, seq_len=32, windows=2, columns=8,
+        on_stage=lambda *stage: stages.append(stage[0]),
+    )  # fmt: skip
+    toy, errors, values = result.tables
+    shown = [row[0] for row in toy.rows if row[0]]
+    assert [label.split("[")[0] for label in shown] == ["0 q_proj", "2 down_proj"]
+    assert {row[0] for row in errors.rows} >= {"q_proj", "down_proj"}
+    assert [row[0] for row in values.rows] == ["dense", "Wanda", "Wanda → 1-swap"]
+    assert "All 3 blocks" in result.report.read_text()
+    assert "toy rows: block 3/3, calibrate" in stages
+
+
 def test_an_output_that_is_not_empty_is_refused_before_anything_starts(tmp_path):
     (tmp_path / "file").write_text("mine")
     stages = []
-    with pytest.raises(ModelError, match="--overwrite"):
+    with pytest.raises(ModelError, match="overwrite"):
         run_demo(tmp_path, on_stage=lambda *stage: stages.append(stage))
     assert stages == []
     assert (tmp_path / "file").read_text() == "mine"

@@ -61,6 +61,22 @@ def test_it_finds_better_masks_than_single_exchanges():
     assert better >= 20  # of 80 rows
 
 
+def test_the_trace_tells_what_was_done():
+    problem = LayerProblem(
+        random_weight(4, 40, 6), random_gram(40, "low-rank", 1), Unstructured(keep=20)
+    )
+    solution = solve(problem, "kswap", start="wanda")
+    trace = solution.trace
+    torch.testing.assert_close(trace.start_objective, solve(problem, "wanda").objective)
+    assert trace.history.shape == (4, int(trace.rounds.max()) + 1)
+    assert bool((trace.history.diff(dim=1) <= 1e-12).all())
+    torch.testing.assert_close(trace.history[:, -1], solution.objective)
+    assert bool(((trace.moves > 0) == (trace.rounds > 1)).all())
+    assert int(trace.moves.sum()) > 0
+    assert int(trace.swaps.sum()) > 0
+    assert set(trace.stopped) == {"no"}
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)], ids=str)
 def test_invariances(pattern):
     problem = LayerProblem(random_weight(5, 40, 1), random_gram(40, "full", 4), pattern)
@@ -78,5 +94,6 @@ def test_limits():
     stopped = solve(problem, "kswap", warm_start="worst", time_limit=0.0)
     assert torch.equal(stopped.mask, solve(problem, "worst").mask)
     assert set(stopped.status) == {Status.FEASIBLE}
+    assert stopped.trace.stopped == ("yes",) * 3
     with pytest.raises(OptionError, match="candidates"):
         solve(problem, "kswap", candidates=1)

@@ -15,12 +15,8 @@ from test_model_cli import run
 from tiny_models import patched, save, save_tokenizer, tiny, tokens
 
 from maskopt.errors import ModelError
-from maskopt.model.blocks import Blocks
-from maskopt.model.opening import open_source
-from maskopt.model.options import PruneOptions
-from maskopt.model.plan import make_plan
+from maskopt.model.plan import plan_prune
 from maskopt.model.workspace import MANIFEST, MASKS
-from maskopt.pattern import Unstructured
 
 TEXT = "Pack my box with five dozen liquor jugs. "
 
@@ -163,16 +159,8 @@ def test_resume_and_overwrite(dense: Path, data: Path, tmp_path: Path) -> None:
 
 
 def plan(dense: Path, *, include: str = "", **options: Any) -> Any:
-    source, _ = open_source(dense)
-    layers = Blocks(source.model).all_layers()
-    return make_plan(
-        source,
-        [layer for layer in layers if include in layer.name],
-        PruneOptions(Unstructured(0.5), "wanda", **options),
-        samples=4,
-        length=16,
-        threads=1,
-        activation_memory=0,
+    return plan_prune(
+        dense, tokens(4, 16), sparsity=0.5, solver="wanda", include=include, threads=1, **options
     )
 
 

@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, WordTokenizer, patched, save, tiny, tokens
 
 import maskopt
 from maskopt.errors import DataError, ModelError
+from maskopt.model import job
 from maskopt.model import perplexity as module
 from maskopt.model.source import FolderSource
 
@@ -53,8 +54,8 @@ def test_one_block_in_memory_at_a_time(
             opened.append(self)
 
     monkeypatch.setattr("maskopt.model.opening.FolderSource", Watched)
-    forward, last = module.forward, module._cross_entropy
-    monkeypatch.setattr(module, "forward", lambda *a: (look(), forward(*a)))
+    pass_on, last = job.pass_on, module._cross_entropy
+    monkeypatch.setattr(job, "pass_on", lambda *a: (look(), pass_on(*a)))
     monkeypatch.setattr(module, "_cross_entropy", lambda *a: (look(), last(*a))[1])
     maskopt.perplexity(dense, tokens(1, 8))
     assert len(resident) == 4
@@ -98,11 +99,14 @@ def test_what_is_refused() -> None:
         maskopt.perplexity(model, WordTokenizer())
     with pytest.raises(DataError, match="token id 96 does not exist"):
         maskopt.perplexity(model, torch.full((1, 4), 96))
+    for count in (0, -1, True):
+        with pytest.raises(DataError, match="`windows` must be a whole number"):
+            maskopt.perplexity(model, data, windows=count)
     patched(model, "model.norm.weight", lambda p: p.fill_(float("nan")))
     with pytest.raises(ModelError, match="window 0 of token tensor: NaN or infinite logits"):
         maskopt.perplexity(model, data)
     model = patched(tiny("llama"), "model.embed_tokens.weight", lambda p: p[5].fill_(torch.inf))
     data[data == 5] = 6
     data[3, 1] = 5
-    with pytest.raises(ModelError, match=r"window 3 of token tensor.*'model\.layers\.0'"):
+    with pytest.raises(ModelError, match=r"'model\.layers\.0', token tensor: sample 3 has"):
         maskopt.perplexity(model, data)

@@ -258,7 +258,7 @@ def test_experts_with_too_few_tokens_are_pruned_by_magnitude() -> None:
 
 def test_experts_that_cannot_be_shown_all_tokens() -> None:
     said = refusal(ModelError, model=tiny("llama4"), all_experts=True)
-    assert re.search("Llama4TextExperts is not given a routing .* leave out --all-experts", said)
+    assert re.search("Llama4TextExperts is not given a routing .* leave out `all_experts`", said)
 
 
 def test_a_table_is_not_taken_for_experts() -> None:
@@ -271,7 +271,7 @@ def test_a_table_is_not_taken_for_experts() -> None:
     model.model.layers[0].table = Table()
     said = refusal(ModelError, model=model)
     assert "'model.layers.0.table.bias' looks like experts, but no token was multiplied" in said
-    pattern = said.rsplit("--exclude ", 1)[1].strip("'")
+    pattern = said.rsplit("`exclude` ", 1)[1].strip("'")
     report = prune_model(model, tokens(), exclude=[pattern], **WANDA)
     assert len(report.layers) == 7
 
@@ -371,7 +371,7 @@ def refusal(kind: type[Exception] = MaskoptError, **options: Any) -> str:
         ("unknown device", {"device": "quantum"}),
         ("dtype is for model folders", {"dtype": "float32"}),
         ("resume needs a model folder", {"resume": True}),
-        ("calibration text or tokens", {"data": None}),
+        ("`calibration` text or tokens", {"data": None}),
         ("token id", {"data": torch.full((1, 4), 96)}),
         ("whole numbers", {"data": torch.full((1, 4), 0.5)}),
     ],

@@ -43,7 +43,7 @@ def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     (dense / "config.json").write_text(json.dumps(config))
     options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
-    with pytest.raises(ModelError, match="not run unless --trust-remote-code"):
+    with pytest.raises(ModelError, match="not run unless `trust_remote_code`"):
         prune_model(dense, tokens(), output=tmp_path / "out", **options)
     assert not marker.exists()
     prune_model(dense, tokens(), output=tmp_path / "out", trust_remote_code=True, **options)

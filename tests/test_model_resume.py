@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from tiny_models import save, tiny, tokens
 
 from maskopt import prune_model
@@ -22,7 +23,7 @@ from maskopt.errors import ModelError
 from maskopt.model import output as output_module
 from maskopt.model import workspace as workspace_module
 from maskopt.model.journal import Journal, read_journal
-from maskopt.model.options import Progress
+from maskopt.model.progress import Progress
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS
 
@@ -389,6 +390,34 @@ def test_a_second_process_is_refused(dense: Path, tmp_path: Path) -> None:
     verify_output(out, against=dense)
 
 
+@posix
+@pytest.mark.parametrize("newcomer", [False, True])
+def test_a_lock_that_was_moved_away_is_none(
+    dense: Path, tmp_path: Path, newcomer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our opening of the lock file and our lock, the process before finishes (and moves the
+    hidden folder away), and perhaps a third one begins anew."""
+    out = tmp_path / "out"
+
+    class Late(FileLock):
+        def __init__(self, path: Path, *, on_acquired: Any, **options: Any) -> None:
+            def after_others(handle: int) -> None:
+                os.replace(out / HIDDEN, out / "gone")
+                if newcomer:
+                    (out / HIDDEN).mkdir()
+                    (out / HIDDEN / "lock").touch()
+                on_acquired(handle)
+
+            super().__init__(path, on_acquired=after_others, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maskopt.model.workspace.FileLock", Late)
+        with pytest.raises(ModelError, match="another process is at work"):
+            prune_model(dense, tokens(), output=out, **OPTIONS)
+    assert (out / HIDDEN).exists() == newcomer
+    prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
+
+
 def _in_another_process(dense: Path, out: Path, options: dict[str, Any]) -> str:
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
@@ -513,7 +542,7 @@ def test_outputs_that_cannot_be(dense: Path, tmp_path: Path) -> None:
 
 
 def test_memory_is_refused_up_front_with_the_numbers(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"estimated .* GiB are needed, --max-memory allows 0\.10"):
+    with pytest.raises(ModelError, match=r"estimated .* GiB are needed, `max_memory` allows 0\.10"):
         prune_model(
             dense, tokens(), output=tmp_path / "out", max_memory=int(0.1 * 2**30), **OPTIONS
         )

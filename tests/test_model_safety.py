@@ -156,8 +156,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown type": (header(lambda h: any_entry(h).update(dtype="OBJ")), "unknown element type"),
     "remote code": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(auto_map={"AutoModel": "x.Y"})),
-        "not run unless --trust-remote-code",
+        "not run unless `trust_remote_code`",
     ),
+    "other weights by config": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(transformers_weights="x.st")),
+        "transformers_weights",
+    ),
+    "adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), "holds an adapter"),
     "quantised": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(quantization_config={"a": 1})),
         "quantised",

@@ -154,7 +154,7 @@ def test_too_little_text(make: object) -> None:
         make([" "], TOKENIZER, seq_len=20)  # type: ignore[operator]
     with pytest.raises(DataError, match="tokenizer"):
         make(["abc" * 20], None, seq_len=20)  # type: ignore[operator]
-    with pytest.raises(DataError, match="seq_len must be a whole number"):
+    with pytest.raises(DataError, match="`seq_len` must be a whole number"):
         make(["abc"], TOKENIZER, seq_len=0)  # type: ignore[operator]
 
 

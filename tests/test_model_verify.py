@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from forging import change_weight, first_weight_shard, forge_manifest
 from test_model_cli import run
 from tiny_models import edit_json, save, tiny, tokens
 
 from maskopt import NM, prune_model
 from maskopt.errors import VerificationError
-from maskopt.model.maskfile import MaskFile, read_masks, write_masks
-from maskopt.model.report import manifest_digest
-from maskopt.model.safefile import open_safe
+from maskopt.model.maskfile import read_masks, write_masks
 from maskopt.model.verify import semi_structured, verify_output
 from maskopt.model.workspace import MANIFEST, MASKS
 
 
-def forge_manifest(result: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the manifest and make its digest right again."""
-    manifest = json.loads((result / MANIFEST).read_text())
-    change(manifest)
-    for name in manifest["files"]:
-        if (result / name).exists():
-            digest = hashlib.sha256((result / name).read_bytes()).hexdigest()
-            manifest["files"][name] = digest
-    manifest["sha256"] = manifest_digest(manifest)
-    (result / MANIFEST).write_text(json.dumps(manifest))
-
-
-def change_weight(result: Path, where: str, value: float) -> None:
-    path = first_weight_shard(result)
-    tensors = load_file(path)
-    mask = dict(read_masks(result / MASKS))
-    name = next(n for n in tensors if n in mask)
-    place = (mask[name].kept if where == "kept" else ~mask[name].kept).nonzero()[0].tolist()
-    tensors[name][tuple(place)] = value
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def first_weight_shard(result: Path) -> Path:
-    masks = MaskFile(result / MASKS)
-    for path in sorted(result.glob("model*.safetensors")):
-        if set(open_safe(path).entries) & set(masks.names):
-            return path
-    raise AssertionError
-
-
-def nothing(_: dict[str, Any]) -> None:
-    pass
+def of_seven(manifest: dict[str, Any]) -> None:
+    pattern = {"kind": "nm", "keep": 1, "of": 7}
+    manifest["fingerprint"]["options"]["pattern"] = pattern
+    for tensor in manifest["tensors"].values():
+        tensor["pattern"] = pattern
+    for layer in manifest["layers"]:
+        layer["pattern"] = "1:7"
 
 
 def test_verify_catches_forgeries(dense_folder: Path, pruned_folder: Path, tmp_path: Path) -> None:
@@ -68,44 +38,41 @@ def test_verify_catches_forgeries(dense_folder: Path, pruned_folder: Path, tmp_p
     change_weight(folder, "kept", 1.25)
     with pytest.raises(VerificationError, match="was changed"):
         verify_output(folder)
-    forge_manifest(folder, nothing)
+    forge_manifest(folder)
     verify_output(folder)  # all of the folder agrees with itself
     with pytest.raises(VerificationError, match="kept weight differs"):
         verify_output(folder, against=dense_folder)
     folder = fresh()
     change_weight(folder, "pruned", 1.25)
-    forge_manifest(folder, nothing)
+    forge_manifest(folder)
     with pytest.raises(VerificationError, match="that its mask prunes"):
         verify_output(folder)
     folder = fresh()
     change_weight(folder, "pruned", -0.0)
-    forge_manifest(folder, nothing)
+    forge_manifest(folder)
     with pytest.raises(VerificationError, match="that its mask prunes"):
         verify_output(folder)
     folder = fresh()
     shutil.copy(first_weight_shard(folder), folder / "model.safetensors")  # is loaded first
-    with pytest.raises(VerificationError, match="weights that the manifest does not know"):
+    with pytest.raises(VerificationError, match=r"either model\.safetensors or the shards"):
         verify_output(folder)
     folder = fresh()
     masks = dict(read_masks(folder / MASKS))
     name = next(iter(masks))
     masks[name].kept[0, 0] = ~masks[name].kept[0, 0]
     write_masks(folder / MASKS, masks)
-    forge_manifest(folder, nothing)
+    forge_manifest(folder)
     with pytest.raises(VerificationError, match=r"row 0: 1[57] of 32 pruned"):
         verify_output(folder)
     for change, message in [
         (lambda m: m["tensors"].popitem(), "different tensors"),
-        (lambda m: m["layers"].pop(), "other pruned weights"),
+        (lambda m: m["layers"].pop(), "down_proj' is only in the model"),
         (lambda m: m["files"].update(ghost="x"), "is not there"),
         (lambda m: m["files"].update({"../x": "x"}), "is not there"),
         (lambda m: m["layers"][0].pop("pruned"), "damaged or was changed"),
         (lambda m: next(iter(m["tensors"].values())).update(pattern={}), "damaged or was changed"),
         (lambda m: next(iter(m["tensors"].values())).update(input_axis=0), "differ in the axis"),
-        (
-            lambda m: next(iter(m["tensors"].values()))["pattern"].update(kind="nm", keep=1, of=7),
-            "do not divide into groups of 7",
-        ),
+        (of_seven, "do not divide into groups of 7"),
     ]:
         folder = fresh()
         forge_manifest(folder, change)  # type: ignore[arg-type]

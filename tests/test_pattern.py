@@ -1,5 +1,6 @@
 """Exact counts: what a pattern prunes, and which masks it accepts."""
 
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -30,7 +31,48 @@ def test_impossible_sparsities(sparsity):
         Unstructured(sparsity=sparsity)
 
 
-@pytest.mark.parametrize(("keep", "of"), [(5, 4), (-1, 4), (2, 0), (2.0, 4), (True, 4)])
+@pytest.mark.parametrize("keep", [-1, 2.0, True, "3"])
+def test_impossible_keeps(keep):
+    with pytest.raises(PatternError, match="keep must be a whole number of at least 0"):
+        Unstructured(keep=keep)
+
+
+def test_the_extremes_are_patterns():
+    assert Unstructured(keep=0).pruned_per_group(3) == 3
+    assert Unstructured(keep=3).pruned_per_group(3) == 0
+    assert Unstructured(sparsity=0.0).pruned_per_group(1) == 0
+    assert [NM(keep, of).pruned_per_group(4) for keep, of in ((0, 4), (4, 4), (1, 1))] == [4, 0, 0]
+    NM(keep=1, of=1).check(1)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(keep=1, of=1)])
+def test_a_row_without_inputs_is_refused(pattern):
+    with pytest.raises(PatternError, match="at least one input"):
+        pattern.check(0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (Unstructured(sparsity=0.6), "0.6"),
+        (Unstructured(sparsity=0), "0"),
+        (Unstructured(keep=3), "keep 3"),
+        (NM(keep=2, of=4), "2:4"),
+    ],
+)
+def test_a_pattern_is_shown_as_it_is_written(pattern, text):
+    assert str(pattern) == text
+
+
+def test_patterns_are_values():
+    assert len({NM(2, 4), NM(keep=2, of=4), Unstructured(0.5), Unstructured(sparsity=0.5)}) == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        NM(2, 4).keep = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Unstructured(0.5).sparsity = 0.6
+
+
+@pytest.mark.parametrize(("keep", "of"), [(5, 4), (-1, 4), (2, 0), (0, 0), (2.0, 4), (True, 4)])
 def test_impossible_nm(keep, of):
     with pytest.raises(PatternError):
         NM(keep=keep, of=of)
@@ -66,7 +108,20 @@ def test_text_that_is_no_pattern(text):
         parse_pattern(text)
 
 
-@pytest.mark.parametrize("data", [None, [], {}, {"kind": "nm", "keep": 2}, {"kind": "x"}])
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        {},
+        {"kind": "nm", "keep": 2},
+        {"kind": "x"},
+        {"kind": "x", "keep": 2, "of": 4},
+        {"kind": "x", "sparsity": 0.5, "keep": None},
+        {"kind": "unstructured", "sparsity": 0.5},
+        {"kind": "nm", "keep": 2, "of": 4, "more": 1},
+    ],
+)
 def test_json_that_is_no_pattern(data):
     with pytest.raises(PatternError):
         pattern_from_dict(data)

@@ -1,5 +1,7 @@
 """LayerProblem and RowProblem: the objective, the checks at the door, save and load."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,57 @@ def test_numpy_and_half_precision_are_accepted():
     ):
         problem = LayerProblem(weight, gram.numpy(), HALF)
         assert problem.objective(torch.ones(2, 8, dtype=torch.bool)).dtype == torch.float64
-    assert LayerProblem(torch.ones(2, 8), gram.half(), HALF).gram.dtype == torch.float32
+    for dtype, kept in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
+        assert LayerProblem(torch.ones(2, 8), gram.to(dtype), HALF).gram.dtype == kept
+
+
+def test_definiteness_may_be_taken_on_trust():
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]))
+    problem = LayerProblem(torch.ones(1, 4), indefinite, HALF, assume_psd=True)
+    assert torch.equal(problem.gram, indefinite)
+    with pytest.raises(ProblemError, match="not positive semidefinite"):
+        LayerProblem(torch.ones(1, 4), indefinite, HALF)
+
+
+def test_rounding_below_zero_is_forgiven_up_to_the_tolerance():
+    """The least eigenvalue may be −2⁻²³ of the trace, as sums in float32 leave it."""
+    for share, allowed in ((0.9, True), (1.1, False)):
+        gram = torch.diag(torch.tensor([1.0, 1.0, 2.0, -share * 4 * 2.0**-23], dtype=torch.float64))
+        if allowed:
+            LayerProblem(torch.ones(1, 4), gram, HALF)
+        else:
+            with pytest.raises(ProblemError, match="not positive semidefinite"):
+                LayerProblem(torch.ones(1, 4), gram, HALF)
+
+
+def test_the_mean_has_an_entry_for_every_input():
+    with pytest.raises(ProblemError, match=r"layer 'q': mean must be \[4\], not \[3\]"):
+        LayerProblem(torch.ones(1, 4), torch.eye(4), HALF, name="q", mean=torch.ones(3))
+
+
+def test_a_problem_shows_its_name_and_size():
+    problem = LayerProblem(torch.ones(2, 4), torch.eye(4), HALF, name="q")
+    assert repr(problem) == "LayerProblem('q', rows=2, n=4, pattern=0.5)"
+    assert repr(problem.row(-1)) == "RowProblem('q[1]', n=4, pattern=0.5)"
+    unnamed = LayerProblem(torch.ones(2, 4), torch.eye(4), NM(2, 4))
+    assert repr(unnamed) == "LayerProblem(rows=2, n=4, pattern=2:4)"
+    assert repr(RowProblem(torch.ones(4), torch.eye(4), HALF)) == "RowProblem(n=4, pattern=0.5)"
+
+
+def test_a_legal_mask_is_handed_back():
+    legal = torch.tensor([[True, False, True, False]])
+    layer = LayerProblem(torch.ones(1, 4), torch.eye(4), HALF)
+    assert torch.equal(layer.check_mask(legal), legal)
+    assert torch.equal(layer.check_mask(legal[0]), legal)  # one row needs no second axis
+    assert torch.equal(layer.check_mask([[True, False, True, False]]), legal)
+    two = LayerProblem(torch.ones(2, 4), torch.eye(4), HALF)
+    with pytest.raises(WarmStartError, match=r"shape \[4\], the problem \[2, 4\]"):
+        two.check_mask(legal[0])
+
+
+def test_a_row_has_one_axis():
+    with pytest.raises(ProblemError, match=r"a row's weight must be \[n\], not \[1, 4\]"):
+        RowProblem(torch.ones(1, 4), torch.eye(4), HALF)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
@@ -60,6 +112,7 @@ def test_slight_asymmetry_is_rounded_away_and_a_large_one_refused():
     noisy[0, 1] += 1e-9
     problem = LayerProblem(torch.ones(1, 6), noisy, HALF)
     assert torch.equal(problem.gram, problem.gram.T)
+    assert torch.equal(problem.gram, (noisy + noisy.T) / 2)
     gram[0, 1] += 100
     with pytest.raises(ProblemError, match="not symmetric"):
         LayerProblem(torch.ones(1, 6), gram, HALF)
@@ -138,6 +191,24 @@ def test_load_refuses_pickles_and_rubbish(tmp_path):
         RowProblem.load(path)
     with pytest.raises(ProblemError, match="no such file"):
         RowProblem.load(tmp_path / "missing.npz")
+
+
+def test_load_refuses_what_it_would_misread(tmp_path):
+    path = tmp_path / "x.npz"
+    LayerProblem(torch.ones(2, 4), torch.eye(4), HALF).save(path)
+    with np.load(path) as archive:
+        parts = dict(archive)
+    header = json.loads(str(parts["header"]))
+    for change, message in (
+        ({"format": "maskopt-9"}, "not a maskopt instance of a format"),
+        ({"kind": "row"}, r"a row's weight must be \[1, n\], not \[2, 4\]"),
+    ):
+        np.savez(path, **{**parts, "header": np.array(json.dumps({**header, **change}))})
+        with pytest.raises(ProblemError, match=message):
+            RowProblem.load(path)
+    np.savez(path, **{**parts, "header": np.array("[]")})
+    with pytest.raises(ProblemError, match="not a maskopt instance of a format"):
+        RowProblem.load(path)
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):

@@ -27,11 +27,13 @@ def test_the_same_cells_in_terminal_and_page(tmp_path):
     stream = io.StringIO()
     Console(file=stream, width=60).print(table.rich())
     assert "[bold]title[/bold]" in stream.getvalue()
-    assert "swap" in stream.getvalue()
+    for shown in ("swap", "1.5", "objective", "see <here>"):
+        assert shown in stream.getvalue()
     write_page(tmp_path / "r.html", "T & U", ["a < b", table])
     page = (tmp_path / "r.html").read_text()
     assert "a &lt; b" in page
     assert "T &amp; U" in page
     assert '<td class="figure">1.5</td>' in page
+    assert "see &lt;here&gt;" in page
     assert "<b>" not in page
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]

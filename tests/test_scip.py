@@ -1,11 +1,15 @@
 """SCIP against enumeration, and what a limit, a crash or an interrupt leaves."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import time
+from pickle import PicklingError
 
 import numpy as np
+import pyscipopt
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +18,11 @@ from strategies import problems, random_gram, random_weight
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.bounds import lower_bound
 from maskopt.errors import OptionError, SolverError
-from maskopt.solvers.exact.scip_model import FORMULATIONS
+from maskopt.solver import WritesInstances, make_solver
+from maskopt.solvers import Scip
+from maskopt.solvers.exact.duals import qcr_duals
+from maskopt.solvers.exact.rows import RowAnswer, assemble
+from maskopt.solvers.exact.scip_model import FORMULATIONS, ScipTask
 from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 
 
@@ -60,7 +68,7 @@ def test_rows_run_in_worker_processes_and_agree():
     problem = LayerProblem(random_weight(3, 12, 1), random_gram(12, "full", 2), NM(2, 4))
     seen = []
     solution = solve(
-        problem, "scip", workers=2, on_progress=lambda done, rows: seen.append((done, rows))
+        problem, "scip", workers=2, on_progress=lambda told: seen.append((told.done, told.total))
     )
     torch.testing.assert_close(solution.objective, solve(problem, "exhaustive").objective)
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -80,6 +88,16 @@ def test_a_crash_costs_its_task_alone(monkeypatch):
     assert answers == {0: 9, 2: 25, 3: 36}
 
 
+def test_no_task_is_begun_after_the_deadline(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    assert list(run_tasks(die_on_seven, [3, 7], workers=1, deadline=time.monotonic())) == []
+
+
+def test_what_cannot_be_pickled_is_an_error_and_no_hang():
+    with pytest.raises((AttributeError, PicklingError, TypeError)):
+        list(run_tasks(lambda task: task, [1], workers=1))
+
+
 def test_ctrl_c_returns_the_incumbent():
     code = (
         "import torch, sys; sys.path.insert(0, sys.argv[1])\n"
@@ -88,11 +106,11 @@ def test_ctrl_c_returns_the_incumbent():
         "import threading, os, signal\n"
         "threading.Timer(4, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         "solution = solve(problem, 'scip', formulation='epigraph', time_limit=100)\n"
-        "verify(problem, solution); print(solution.trace['status'], solution.status)\n"
+        "verify(problem, solution); print(solution.trace.ended, solution.status)\n"
     )
     command = [sys.executable, "-c", code, os.path.dirname(__file__)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert "['userinterrupt']" in result.stdout, result.stdout + result.stderr
+    assert "('userinterrupt',)" in result.stdout, result.stdout + result.stderr
     assert "FEASIBLE" in result.stdout
 
 
@@ -104,6 +122,10 @@ def test_bad_options_are_named():
         solve(problem, "scip", gap_limit=1.5)
     with pytest.raises(OptionError, match="formulation"):
         solve(problem, "scip", formulation="magic")
+    with pytest.raises(OptionError, match="row_seconds"):
+        solve(problem, "scip", row_seconds=-1.0)
+    with pytest.raises(OptionError, match="node_limit"):
+        Scip(node_limit=0)
     big = LayerProblem(np.ones((1, 600)), np.eye(600), Unstructured(0.5))
     with pytest.raises(SolverError, match="lower_bound"):
         solve(big, "scip")
@@ -114,10 +136,10 @@ def test_symmetric_and_separable_rows_are_presolved():
         random_weight(3, 30, 1), random_gram(30, "diagonal", 2), Unstructured(sparsity=0.5)
     )
     solution = solve(diagonal, "scip", workers=0)
-    assert solution.trace["status"] == ["presolved"] * 3
+    assert solution.trace.ended == ("presolved",) * 3
     assert set(solution.status) == {Status.OPTIMAL}
     assert torch.allclose(solution.objective, solve(diagonal, "wanda").objective)
-    verify(diagonal, solution)
+    assert verify(diagonal, solution, require="checked").checked  # a certificate, not SCIP's word
     # ten copies of each of three inputs: without symmetry breaking a tree of 10!³ twins
     few = random_gram(3, "full", 5)
     copies = few.repeat_interleave(10, 0).repeat_interleave(10, 1)
@@ -138,5 +160,59 @@ def test_qcr_starts_from_the_semidefinite_bound():
     assert convexified.status == plain.status == (Status.OPTIMAL,)
     assert float(convexified.objective[0]) == pytest.approx(float(plain.objective[0]), rel=1e-6)
     certified = float(lower_bound(problem, "sdp").value[0])
-    assert convexified.trace["root_bound"][0] >= certified * (1 - 1e-9)
+    assert convexified.trace.root_bound[0] >= certified * (1 - 1e-9)
     assert 0 < certified <= float(plain.objective[0])
+
+
+def test_the_bound_of_the_relaxation_is_checked_where_the_tree_had_no_time():
+    """The word of SCIP is needed only for what SCIP itself added."""
+    problem = hard(40)
+    first = solve(problem, "scip", node_limit=1)
+    assert first.vouched == (f"SCIP {pyscipopt.Model().version()}",)
+    assert verify(problem, first).basis == (f"taken on the word of {first.vouched[0]}",)
+    task = dataclasses.replace(row_task(problem), duals=(duals := qcr_duals(row_task(problem))))
+    answer = RowAnswer(
+        task.start, "timelimit", duals.certified, certificate=duals.certificate,
+        certified=duals.certified,
+    )  # fmt: skip
+    solution = assemble(problem, [answer], "SCIP")
+    assert solution.vouched == ("",)
+    assert float(solution.lower_bound[0]) == pytest.approx(duals.certified, rel=1e-9)
+    assert verify(problem, solution, require="checked").checked
+
+
+def row_task(problem, row=0):
+    start = ~solve(problem, "wanda").mask[row]
+    return ScipTask(
+        q=problem.row(row).q().numpy(),
+        group=problem.group_size,
+        pruned=problem.pruned_per_group,
+        start=start.numpy(),
+        formulation="qcr",
+    )
+
+
+def test_rows_that_rest_on_a_certificate_lie_beside_rows_that_do_not():
+    problem = hard(24, rows=3)
+    tasks = [row_task(problem, row) for row in range(3)]
+    duals = qcr_duals(tasks[1])
+    answers = [RowAnswer(task.start, "timelimit") for task in tasks]
+    answers[1] = dataclasses.replace(
+        answers[1], bound=duals.certified, certificate=duals.certificate, certified=duals.certified
+    )
+    answers[2] = dataclasses.replace(answers[2], bound=0.01 * tasks[2].cost(tasks[2].start))
+    solution = assemble(problem, answers, "SCIP")
+    assert solution.vouched == ("", "", "SCIP")
+    assert solution.lower_bound[0] == 0
+    assert verify(problem, solution).basis == ("checked", "checked", "taken on the word of SCIP")
+
+
+def test_an_instance_of_another_kind_is_refused(tmp_path):
+    row = hard(8).row(0)
+    solver = Scip()
+    assert isinstance(solver, WritesInstances)
+    assert not isinstance(make_solver("wanda"), WritesInstances)
+    for bad in ({"form": "txt"}, {"formulation": "qcr"}, {"form": "mps"}):
+        with pytest.raises(OptionError):
+            solver.write_instance(row, tmp_path / "row", **bad)
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Status, Unstructured, available_solvers, solve, verify
 from maskopt.errors import OptionError, SolverError, SolverUnavailableError
-from maskopt.solver import get_solver
+from maskopt.solver import make_solver
 
 NAMES = ("gurobi", "highs")
 
@@ -53,7 +53,7 @@ def test_limits_are_kept_and_honest(name):
     loose = solve(problem, name, gap_limit=0.5, time_limit=10.0)
     assert bool((loose.objective <= none.objective).all())
     verify(problem, loose)
-    for bad in ({"time_limit": -1.0}, {"gap_limit": 1.0}):
+    for bad in ({"time_limit": -1.0}, {"gap_limit": 1.0}, {"row_seconds": -1.0}):
         with pytest.raises(OptionError):
             solve(problem, name, **bad)
 
@@ -72,4 +72,4 @@ def test_a_missing_package_is_listed_with_the_reason(solver, package, monkeypatc
     assert not info.available
     assert f"pip install 'maskopt[{solver}]'" in info.unavailable
     with pytest.raises(SolverUnavailableError, match=package):
-        get_solver(solver)
+        make_solver(solver)

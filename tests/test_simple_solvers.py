@@ -64,13 +64,27 @@ def test_ties_are_broken_by_exact_counts():
     assert solve(grouped, "wanda").mask[0].tolist() == [False, False, False, True] * 2
 
 
-def test_elimination_sees_cancellation():
-    """Two inputs that cancel: pruning both costs nothing, which no score can see."""
+def test_elimination_sees_what_cancels_with_the_inputs_that_it_pruned():
+    """Inputs 0 and 1 nearly cancel. With 0 gone, pruning 1 as well wins something back, whatever its
+    own size; no score can see that."""
+    gram = torch.tensor([[1.0, -1.2, 0.0], [-1.2, 1.5, 0.0], [0.0, 0.0, 1.2]])
+    problem = LayerProblem(torch.ones(1, 3), gram, Unstructured(keep=1))
+    found = solve(problem, "elimination")
+    assert found.mask[0].tolist() == [False, False, True]
+    assert found.objective.item() == pytest.approx(0.1)
+    assert solve(problem, "wanda").mask[0].tolist() == [False, True, False]
+
+
+def test_elimination_misses_a_pair_that_costs_nothing_together_only():
+    """0 and 1 cancel, but 2 alone is cheaper than either alone: elimination takes it first, and has no
+    way back."""
     gram = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.9]])
     problem = LayerProblem(torch.ones(1, 3), gram, Unstructured(keep=1))
-    assert solve(problem, "exhaustive").mask[0].tolist() == [False, False, True]
-    assert solve(problem, "exhaustive").objective.item() == 0.0
-    assert solve(problem, "elimination").objective.item() <= 1.9
+    best, found = solve(problem, "exhaustive"), solve(problem, "elimination")
+    assert best.mask[0].tolist() == [False, False, True]
+    assert best.objective.item() == 0.0
+    assert found.mask[0].tolist() == [False, True, False]
+    assert found.objective.item() == pytest.approx(1.9)
 
 
 def test_elimination_in_tiles(monkeypatch):

@@ -12,6 +12,7 @@ from strategies import problems, random_gram, random_weight
 from maskopt import (
     NM,
     LayerProblem,
+    Progress,
     Solution,
     Status,
     Unstructured,
@@ -47,7 +48,7 @@ def test_ends_at_a_one_swap_optimum(kernel: str, dtype: torch.dtype, data: st.Da
         assert improving_swap(problem.row(i), solution.mask[i]) is None
     again = solve(problem, "swap", warm_start=solution.mask, kernel=kernel)
     assert torch.equal(again.mask, solution.mask)
-    assert int(again.trace["swaps"].sum()) == 0
+    assert int(again.trace.swaps.sum()) == 0
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -95,12 +96,12 @@ def test_equivariant_under_permutations(kernel: str, seed: int) -> None:
 def test_stopped_by_max_swaps_goes_on_from_there(kernel: str, pattern: Unstructured) -> None:
     problem = LayerProblem(random_weight(4, 32, 1), random_gram(32, "full", 2), pattern)
     full = solve(problem, "swap", warm_start="worst", kernel=kernel)
-    assert int(full.trace["swaps"].min()) > 2 or problem.weight[0].eq(0).all()
+    assert int(full.trace.swaps.min()) > 2 or problem.weight[0].eq(0).all()
     nothing = solve(problem, "swap", warm_start="worst", kernel=kernel, max_swaps=0)
     assert torch.equal(nothing.mask, start_of(problem, "worst"))
     assert set(nothing.status) == {Status.FEASIBLE}
     two = solve(problem, "swap", warm_start="worst", kernel=kernel, max_swaps=2)
-    assert int(two.trace["swaps"].max()) == 2
+    assert int(two.trace.swaps.max()) == 2
     verify(problem, two)
     assert bool((two.objective <= nothing.objective).all())
     rest: Solution = solve(problem, "swap", warm_start=two.mask, kernel=kernel)
@@ -166,21 +167,21 @@ def test_bad_input_has_a_clear_error() -> None:
         solve(problem, "swap", warm_start=torch.zeros(2, 8, dtype=torch.bool))
     with pytest.raises(WarmStartError, match="shape"):
         solve(problem, "swap", warm_start=torch.ones(2, 7, dtype=torch.bool))
-    for options in (
-        {"kernel": "fast"},
-        {"max_swaps": -1},
-        {"time_limit": float("nan")},
-        {"memory_limit": 0},
-    ):
-        with pytest.raises(OptionError, match="swap"):
-            solve(problem, "swap", **options)
+    for option, value in {
+        "kernel": "fast",
+        "max_swaps": -1,
+        "time_limit": float("nan"),
+        "memory_limit": 0,
+    }.items():
+        with pytest.raises(OptionError, match=option):
+            solve(problem, "swap", **{option: value})
 
 
 def test_progress_is_reported() -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     problem = LayerProblem(random_weight(5, 16, 1), random_gram(16, "full", 1), NM(2, 4))
-    solve(problem, "swap", on_progress=lambda done, rows: seen.append((done, rows)))
-    assert seen[-1] == (5, 5)
+    solve(problem, "swap", on_progress=seen.append)
+    assert seen[-1] == Progress(5, 5)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(2, 4)], ids=str)
@@ -193,7 +194,7 @@ def test_the_triton_kernel_serves_the_engine(pattern: Unstructured) -> None:
         pytest.skip("neither CUDA nor Triton's interpreter")
     solution = solve(problem, "swap", kernel="triton")
     verify(problem, solution)
-    assert solution.trace["kernel"] == "triton"
+    assert solution.trace.kernel == "triton"
     assert set(solution.status) == {Status.SWAP_OPTIMAL}
 
 
@@ -204,14 +205,14 @@ def test_the_trace_tells_what_was_done(kernel: str) -> None:
     )
     solution = solve(problem, "swap", warm_start="random", kernel=kernel)
     trace = solution.trace
-    assert trace["kernel"] == kernel
-    assert int(trace["scans"].min()) >= 1
-    error = trace["error"]
-    assert error.shape[1] == problem.rows
-    assert bool((error[1:] <= error[:-1] * (1 + 1e-12)).all())
-    assert torch.allclose(error[-1], solution.objective, rtol=1e-9)
+    assert trace.kernel == kernel
+    assert int(trace.scans.min()) >= 1
+    history = trace.history
+    assert history.shape[0] == problem.rows
+    assert bool((history[:, 1:] <= history[:, :-1] * (1 + 1e-12)).all())
+    assert torch.allclose(history[:, -1], solution.objective, rtol=1e-9)
     start = problem.objective(solve(problem, "random").mask)
-    assert torch.allclose(error[0], start, rtol=1e-9)
+    assert torch.allclose(history[:, 0], start, rtol=1e-9)
 
 
 def test_what_memory_held_before_changes_nothing() -> None:
@@ -246,7 +247,7 @@ def test_thread_counts_change_nothing() -> None:
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one.mask, three.mask)
-    assert torch.equal(one.trace["swaps"], three.trace["swaps"])
+    assert torch.equal(one.trace.swaps, three.trace.swaps)
 
 
 @pytest.mark.parametrize("kernel", ["numba", "torch"])
@@ -278,7 +279,7 @@ def test_running_out_of_memory_halves_the_tile_and_goes_on(
     monkeypatch.setattr(Batch, "of", classmethod(small_only))
     halved = solve(problem, "swap")
     assert torch.equal(halved.mask, plain.mask)
-    assert halved.trace["swaps"].tolist() == plain.trace["swaps"].tolist()
+    assert halved.trace.swaps.tolist() == plain.trace.swaps.tolist()
     assert [outcome.message for outcome in caplog.records] == [
         "swap: out of memory on the device; going on with 4 rows"
     ]

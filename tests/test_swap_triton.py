@@ -457,7 +457,7 @@ def test_the_solver_takes_the_kernel() -> None:
     problem = _layer(2, 40, "low-rank", NM(2, 4))
     solution = solve(problem, "swap", kernel="triton")
     verify(problem, solution)
-    assert solution.trace["kernel"] == "triton"
+    assert solution.trace.kernel == "triton"
     assert set(solution.status) == {Status.SWAP_OPTIMAL}
 
 

@@ -1,18 +1,15 @@
 """Tabu search."""
 
-import math
-
-import numba
 import pytest
 import torch
 from hypothesis import given, settings
 from local_search import check_contract
 from strategies import problems, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Unstructured, solve, verify
+from maskopt import NM, LayerProblem, Limits, Unstructured, solve, verify
 from maskopt.errors import OptionError
 from maskopt.solution import Status
-from maskopt.solvers.search.tabu import SCRATCH, _search
+from maskopt.solvers.search.tabu import SCRATCH, Tabu, search
 from maskopt.solvers.search.tabu_kernel import SMALL
 
 
@@ -55,9 +52,14 @@ def test_beats_one_swap_on_larger_rows(pattern):
     assert float(tabu.objective.sum()) < 0.99 * float(swap.objective.sum())
     longer = solve(problem, "tabu", warm_start=swap.mask, moves=1500)
     assert float(longer.objective.sum()) <= 1.001 * float(tabu.objective.sum())
-    assert len(longer.trace["history"]) == 6
-    history = torch.tensor(longer.trace["history"])
-    assert bool((history.diff() <= 0).all())
+    trace = longer.trace
+    assert trace.history.shape == (16, 6)
+    assert bool((trace.history.diff(dim=1) <= 0).all())
+    torch.testing.assert_close(trace.start_objective, swap.objective)
+    assert trace.rounds.tolist() == [6] * 16
+    assert trace.moves.tolist() == [1500] * 16
+    assert set(trace.stopped) == {"no"}
+    assert float(trace.search_seconds.sum() + trace.swap_seconds.sum()) <= longer.seconds
 
 
 def test_permutation_and_scaling():
@@ -89,9 +91,9 @@ def test_seeds_and_bad_options():
     problem = LayerProblem(random_weight(4, 96, 1), random_gram(96, "full", 2), Unstructured(0.5))
     one = solve(problem, "tabu", warm_start="wanda", seed=1)
     assert torch.equal(one.mask, solve(problem, "tabu", warm_start="wanda", seed=1).mask)
-    for bad in ({"moves": -1}, {"tenure": 0}, {"patience": -1}, {"time_limit": -1.0}):
-        with pytest.raises(OptionError, match="tabu"):
-            solve(problem, "tabu", warm_start="wanda", **bad)
+    for option, value in {"moves": -1, "tenure": 0, "patience": -1, "time_limit": -1.0}.items():
+        with pytest.raises(OptionError, match=option):
+            solve(problem, "tabu", warm_start="wanda", **{option: value})
 
 
 def test_the_search_keeps_count_of_its_objective():
@@ -102,9 +104,11 @@ def test_the_search_keeps_count_of_its_objective():
         Unstructured(0.5),
     )
     start = solve(problem, "swap", warm_start="wanda").mask
-    found, made, history = _search(problem, start, SCRATCH + 300, 4, 50, 0, math.inf, None)
-    assert made == SCRATCH + 300
-    assert history[-1] == pytest.approx(float(problem.objective(found).sum()), rel=1e-4)
+    found = search(problem, start, Tabu(moves=SCRATCH + 300, tenure=4, patience=50), Limits())
+    assert found.moves.tolist() == [SCRATCH + 300] * 5
+    torch.testing.assert_close(
+        found.history[:, -1], problem.objective(found.mask), rtol=1e-4, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(keep=12, of=24), NM(keep=2, of=4)])
@@ -114,9 +118,10 @@ def test_a_move_is_the_best_of_those_it_looks_at(pattern):
         random_weight(6, 48, 1, torch.float32), random_gram(48, "full", 2, torch.float32), pattern
     )
     start = solve(problem, "wanda")
-    found, _, _ = _search(problem, start.mask, 0, 4, 0, 0, math.inf, None)
-    assert torch.equal(found, start.mask)
-    descended, _, _ = _search(problem, start.mask, 1, 4, 0, 0, math.inf, None)
+    still = search(problem, start.mask, Tabu(moves=0, tenure=4, patience=0), Limits())
+    assert torch.equal(still.mask, start.mask)
+    assert still.history.shape == (6, 0)
+    descended = search(problem, start.mask, Tabu(moves=1, tenure=4, patience=0), Limits()).mask
     for row in range(problem.rows):
         best = _descend(problem.row(row).q(), ~start.mask[row], problem.group_size)
         assert torch.equal(~descended[row], best)
@@ -150,13 +155,9 @@ def test_no_bit_depends_on_threads_or_tiles(monkeypatch):
     )
     plain = solve(problem, "tabu", warm_start="wanda", moves=400).mask
     monkeypatch.setattr("maskopt.solvers.search.tabu._TILE", 2)
-    before = numba.get_num_threads()
-    try:
-        numba.set_num_threads(1)
-        other = solve(problem, "tabu", warm_start="wanda", moves=400).mask
-    finally:
-        numba.set_num_threads(before)
-    assert torch.equal(plain, other)
+    for threads in (1, 3):
+        other = solve(problem, "tabu", warm_start="wanda", moves=400, threads=threads).mask
+        assert torch.equal(plain, other)
 
 
 def test_relax_is_the_default_start():

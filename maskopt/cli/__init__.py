@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
+from rich.markup import escape
 
 from maskopt.cli import (
     apply,
@@ -15,10 +17,12 @@ from maskopt.cli import (
     extract,
     plan,
     prune,
+    solve,
     solvers,
     verify_output,
 )
-from maskopt.cli.console import errors
+from maskopt.cli.console import errors, show_compiling
+from maskopt.cli.flags import FlagCommand
 from maskopt.errors import MaskoptError
 
 #: status after Ctrl-C
@@ -31,18 +35,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
-app.command("solvers")(solvers.solvers)
-app.command("compare")(compare.compare)
-app.command("bound")(certify.bound)
-app.command("certify")(certify.certify)
-app.command("extract")(extract.extract)
-app.command("prune")(prune.prune)
-app.command("plan")(plan.plan)
-app.command("eval")(evaluate.evaluate)
-app.command("verify")(verify_output.verify)
-app.command("apply")(apply.apply)
-app.command("extract-masks")(apply.extract_masks)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo.demo,
+    "solvers": solvers.solvers,
+    "solve": solve.solve,
+    "compare": compare.compare,
+    "bound": certify.bound,
+    "certify": certify.certify,
+    "extract": extract.extract,
+    "prune": prune.prune,
+    "plan": plan.plan,
+    "eval": evaluate.evaluate,
+    "verify": verify_output.verify,
+    "apply": apply.apply,
+    "extract-masks": apply.extract_masks,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name, cls=FlagCommand)(_command)
 
 
 @app.callback()
@@ -54,12 +63,13 @@ def _options(
 
 def main() -> None:
     """Entry point: an expected error is one line on stderr and exit status 1."""
+    show_compiling()
     try:
         app()
     except MaskoptError as error:
         if "--debug" in sys.argv:
             raise
-        errors.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, emoji=False)
         sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED:

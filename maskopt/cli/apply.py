@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from maskopt.cli import options as opt
 from maskopt.cli.console import output
+from maskopt.cli.parameters import Overwrite
 
 
 def apply(
     model: Annotated[Path, typer.Argument(help="The dense model's folder.")],
     masks: Annotated[Path, typer.Argument(help="A file of packed masks.")],
     out: Annotated[Path, typer.Option("--output", help="Folder for the masked model.")],
-    overwrite: opt.Overwrite = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Copy a model with the masked weights set to zero; all other bits stay."""
     from maskopt.model.output import apply_masks
@@ -27,7 +27,7 @@ def apply(
 def extract_masks(
     model: Annotated[Path, typer.Argument(help="A pruned model's folder.")],
     out: Annotated[Path, typer.Option("--output", help="File for the packed masks.")],
-    overwrite: opt.Overwrite = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write what is not zero in the linear layers as packed masks."""
     from maskopt.model.output import extract_masks as library

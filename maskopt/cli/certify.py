@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from maskopt.cli.console import output, progress_bars
-from maskopt.cli.instances import Calibration, Samples, SeqLen, load_layers, option_list
-from maskopt.pattern import parse_pattern
+from maskopt.cli.instances import load_layers, takes_source
+from maskopt.cli.parameters import TEXT_SOURCES, WALK, Calibration, Out, takes
 
 Method = Annotated[str, typer.Option(help="sdp, box, shift, or another registered bound.")]
 TimeLimit = Annotated[
@@ -22,26 +22,19 @@ Cuts = Annotated[
 ]
 #: of a layer in `certify`: wide layers take minutes to converge, and the bound is valid at any time
 SDP_SECONDS = 60.0
-Out = Annotated[Path | None, typer.Option("--output", help=".jsonl (resumable), .csv or .parquet.")]
 
 
+@takes_source
 def bound(
     source: Annotated[list[Path], typer.Argument(help="A model folder, or .npz instances.")],
+    options: dict[str, Any],
     method: Method = "sdp",
     solver: Annotated[str, typer.Option(help="Whose masks stand beside the bounds.")] = "swap",
     rows: Annotated[int | None, typer.Option(min=1, help="Rows a layer; all by default.")] = None,
     columns: Annotated[
         int | None, typer.Option(min=1, help="Inputs sampled per row; all by default.")
     ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="0.6 or 2:4; by default what the instances say.")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Of a model: layer name patterns, separated by commas.")
-    ] = None,
     calibration: Calibration = None,
-    samples: Samples = 32,
-    seq_len: SeqLen = 512,
     cuts: Cuts = None,
     time_limit: TimeLimit = None,
     seed: Annotated[int, typer.Option(help="Of the sampled rows and inputs.")] = 0,
@@ -50,20 +43,12 @@ def bound(
     """Certified lower bounds of rows, beside the masks of a solver."""
     from maskopt.certify import bound_layers
 
-    wanted = parse_pattern(pattern) if pattern else None
-    problems = load_layers(
-        source,
-        pattern=wanted,
-        layers=layers,
-        seed=seed,
-        calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
-    )
+    layers = load_layers(source, options, calibration=calibration, seed=seed)
     with progress_bars() as bars:
         task = bars.add_task("bounding", total=None)
         records = bound_layers(
-            problems,
+            layers.problems,
+            kinds=layers.kinds,
             rows=rows,
             columns=columns,
             solver=solver,
@@ -76,17 +61,14 @@ def bound(
     _show(records, out)
 
 
+@takes(WALK, samples=32, seq_len=512)
 def certify(
     model: Annotated[Path, typer.Argument(help="The original model folder.")],
     pruned: Annotated[Path, typer.Argument(help="What `maskopt prune` made of it.")],
-    calibration: Annotated[str, typer.Option(help="Text file, folder, or hf:DATASET.")],
+    calibration: Annotated[str, typer.Option(help=TEXT_SOURCES)],
+    options: dict[str, Any],
     rows_per_layer: Annotated[int, typer.Option(min=1, help="Rows sampled from a layer.")] = 4,
-    layers: Annotated[
-        str | None, typer.Option(help="Layer name patterns, separated by commas; all by default.")
-    ] = None,
     method: Method = "sdp",
-    samples: Samples = 32,
-    seq_len: SeqLen = 512,
     cuts: Cuts = None,
     time_limit: Annotated[
         float | None,
@@ -107,14 +89,12 @@ def certify(
             pruned,
             calibration=calibration,
             rows_per_layer=rows_per_layer,
-            layers=option_list(layers),
             method=method,
             method_options=_given(cuts=cuts, time_limit=time_limit),
-            samples=samples,
-            seq_len=seq_len,
             seed=seed,
             output=out,
             on_rows=lambda done, name: bars.update(task, description=name, completed=done),
+            **options,
         )
     _show(records, out)
 

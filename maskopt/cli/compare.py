@@ -3,56 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from maskopt.cli.console import errors, output, progress_bars
-from maskopt.cli.instances import Calibration, Samples, SeqLen, load_layers, option_list
+from maskopt.cli.instances import load_layers, takes_source
+from maskopt.cli.parameters import Calibration, Out, option_list
 from maskopt.compare import Record, check_format, sample_rows
 from maskopt.compare import compare as compare_rows
-from maskopt.pattern import parse_pattern
 
 
+@takes_source
 def compare(
     source: Annotated[list[Path], typer.Argument(help="A model folder, or .npz instances.")],
+    options: dict[str, Any],
     solvers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "wanda,swap,scip",
     rows: Annotated[int, typer.Option(min=1, help="Rows sampled from every layer.")] = 4,
     columns: Annotated[
         int | None, typer.Option(min=1, help="Inputs sampled per row; all by default.")
     ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="0.6 or 2:4; by default what the instances say.")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Of a model: layer name patterns, separated by commas.")
-    ] = None,
     calibration: Calibration = None,
-    samples: Samples = 32,
-    seq_len: SeqLen = 512,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds a row.")] = None,
     jobs: Annotated[int, typer.Option(help="Rows at a time; −1: one a core.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the sample and of the solvers.")] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option("--output", help=".jsonl (resumable), .csv or .parquet."),
-    ] = None,
+    out: Out = None,
 ) -> None:
     """Solve the same rows with several solvers: objective, bound, gap, status, time."""
     if out is not None:
         check_format(out)
-    wanted = parse_pattern(pattern) if pattern else None
-    problems = load_layers(
-        source,
-        pattern=wanted,
-        layers=layers,
-        seed=seed,
-        calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
-    )
-    sampled = sample_rows(problems, rows, columns=columns, pattern=wanted, seed=seed)
+    layers = load_layers(source, options, calibration=calibration, seed=seed)
+    sampled = sample_rows(layers.problems, rows, columns=columns, pattern=layers.pattern, seed=seed)
     with progress_bars() as bars:
         task = bars.add_task("solving", total=len(sampled) * len(option_list(solvers)))
         records = compare_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from rich.console import Console
@@ -29,3 +30,15 @@ def progress_bars() -> Progress:
         TimeRemainingColumn(),
         console=errors,
     )
+
+
+class _Notice(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        errors.print(record.getMessage(), style="dim")
+
+
+def show_compiling() -> None:
+    """Say on stderr when loops are compiled for the first time, which takes some seconds."""
+    log = logging.getLogger("maskopt.compile")
+    log.setLevel(logging.INFO)
+    log.addHandler(_Notice())

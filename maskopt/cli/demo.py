@@ -15,13 +15,14 @@ def demo(
     output: Annotated[
         Path, typer.Option(help="Folder for the report and the pruned model.")
     ] = Path("maskopt-demo"),
+    model: Annotated[str, typer.Option(help="gemma3 or smollm2.")] = "gemma3",
     sparsity: Annotated[float, typer.Option(help="Share of every row that is pruned.")] = 0.5,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 12,
     windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the calibration crops and the toy rows.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
-    """Compare solvers with proven optima on small rows, then prune all of Gemma 3 270M."""
+    """Compare solvers with proven optima on small rows, then prune all of a small real model."""
     from maskopt.demo import run_demo
 
     with progress_bars() as bars:
@@ -32,6 +33,7 @@ def demo(
 
         result = run_demo(
             output,
+            model=model,
             sparsity=sparsity,
             samples=samples,
             windows=windows,

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from maskopt.cli.console import output
-from maskopt.cli.instances import Calibration, Samples, SeqLen, load_layers, option_list
+from maskopt.cli.instances import load_layers, takes_source
+from maskopt.cli.parameters import Calibration, option_list
 from maskopt.errors import OptionError, SolverError
-from maskopt.pattern import parse_pattern
-from maskopt.solver import make_solver
+from maskopt.model.options import name_patterns
+from maskopt.solver import WritesInstances, make_solver
 
 FORMATS = ("npz", "cip", "lp", "mps")
 
 
+@takes_source
 def extract(
     source: Annotated[Path, typer.Argument(help="A model folder, or an .npz instance.")],
     destination: Annotated[Path, typer.Argument(help="The file to write.")],
+    options: dict[str, Any],
     row: Annotated[int, typer.Option(min=0, help="Which row of the layer.")] = 0,
-    layer: Annotated[str | None, typer.Option(help="Of a model: the layer's name.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Of a model: another word for --include.")
+    ] = None,
     columns: Annotated[
         str | None,
         typer.Option(help="How many inputs to sample, or their indices separated by commas."),
     ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="0.6 or 2:4; by default what the instance says.")
-    ] = None,
     calibration: Calibration = None,
-    samples: Samples = 32,
-    seq_len: SeqLen = 512,
     form: Annotated[
         str | None,
         typer.Option("--format", help="npz, cip, lp or mps; by default the ending of the name."),
@@ -50,33 +50,24 @@ def extract(
         raise OptionError(f"{destination} exists; pass --overwrite to replace it")
     if not destination.absolute().parent.is_dir():
         raise OptionError(f"{destination.parent}: no such folder")
-    wanted = parse_pattern(pattern) if pattern else None
-    layers = load_layers(
-        [source],
-        pattern=wanted,
-        layers=layer,
-        seed=seed,
-        calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
-    )
-    if len(layers) != 1:
-        names = ", ".join(problem.name for problem in layers[:8])
-        raise OptionError(f"--layer must name one layer; {len(layers)} match: {names}")
-    problem = layers[0].row(row)
+    options["include"] += name_patterns(layer)
+    found = load_layers([source], options, calibration=calibration, seed=seed)
+    if len(found.problems) != 1:
+        names = ", ".join(problem.name for problem in found.problems[:8])
+        raise OptionError(f"--include must name one layer; {len(found.problems)} match: {names}")
+    problem = found.problems[0].row(row)
     chosen = np.arange(problem.n)
     if columns is not None:
         chosen = _columns(columns, problem.n, seed)
-    if columns is not None or wanted is not None:
-        problem = problem.restrict(chosen, wanted)
+    if columns is not None or found.pattern is not None:
+        problem = problem.restrict(chosen, found.pattern)
     if form == "npz":
         problem.save(destination)
     else:
         solver = make_solver("scip")
-        write = getattr(solver, "extract", None)
-        if write is None:
+        if not isinstance(solver, WritesInstances):
             raise SolverError("the solver registered as 'scip' cannot write instances")
-        write(problem, destination, form=form, formulation=formulation)
+        solver.write_instance(problem, destination, form=form, formulation=formulation)
     output.print(f"{destination}: {problem!r}")
 
 

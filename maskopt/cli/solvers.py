@@ -1,29 +1,72 @@
-"""`maskopt solvers`: the registered backends."""
+"""`maskopt solvers`: the registered backends and bounds, and the options of one of them."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
 from rich.markup import escape
 from rich.table import Table
 
+from maskopt.bounds import available_bounds
 from maskopt.cli.console import output
-from maskopt.solver import available_solvers
+from maskopt.fields import options_of
+from maskopt.solver import REGISTRY, available_solvers
 
 
-def solvers() -> None:
-    """List the solvers, what each can do, and why one is unavailable."""
+def solvers(
+    name: Annotated[
+        str | None, typer.Argument(help="Of a solver: list its options instead.")
+    ] = None,
+) -> None:
+    """List solvers and bounds, what each can do, and why one is unavailable; or one solver's options."""
+    if name is not None:
+        output.print(_options(name))
+        return
+    output.print(_solvers())
+    output.print(_bounds())
+
+
+def _solvers() -> Table:
     table = Table()
-    for heading in ("solver", "patterns", "device", "proves", "n up to"):
+    for heading in ("solver", "patterns", "device", "start", "proves", "n up to"):
         table.add_column(heading, no_wrap=True)
     table.add_column("note")
     for info in available_solvers().values():
         can = info.capabilities
         note = can.note if info.available else f"unavailable: {info.unavailable}"
+        start = f"{can.start}, {can.default_start}" if can.default_start else can.start
         table.add_row(
             info.name,
             "all" if len(can.patterns) == 2 else can.patterns[0],
             ", ".join(can.devices),
+            start,
             can.proves,
             "any" if can.largest_n is None else str(can.largest_n),
             escape(note),
         )
-    output.print(table)
+    return table
+
+
+def _bounds() -> Table:
+    table = Table()
+    for heading in ("bound", "n up to", "note"):
+        table.add_column(heading, no_wrap=heading != "note")
+    for info in available_bounds().values():
+        note = info.note if info.unavailable is None else f"unavailable: {info.unavailable}"
+        table.add_row(
+            info.name, "any" if info.largest_n is None else str(info.largest_n), escape(note)
+        )
+    return table
+
+
+def _options(name: str) -> Table:
+    table = Table(title=f"{name}: options", title_justify="left")
+    for heading in ("option", "default", "may be", "unit", "meaning"):
+        table.add_column(heading, no_wrap=heading == "option")
+    for option in options_of(REGISTRY.find(name)):
+        may = " ".join(part for part in (option.type, option.range) if part)
+        table.add_row(
+            option.name, str(option.default), escape(may), escape(option.unit), escape(option.help)
+        )
+    return table

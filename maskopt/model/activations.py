@@ -111,5 +111,5 @@ def _reserve(file: int, size: int, folder: Path) -> None:
 def _no_room(folder: Path, size: int, error: OSError) -> ModelError:
     return ModelError(
         f"{folder}: no room for {size / 2**30:.2f} GiB of hidden states ({error.strerror}); "
-        "free some, or keep them in memory with a larger --activation-memory"
+        "free some, or keep them in memory with a larger `activation_memory`"
     )

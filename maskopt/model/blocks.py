@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -27,6 +26,9 @@ class Layer:
 
     Attributes:
         name: what messages, patterns and reports call it.
+        block: index of the decoder block that it is in.
+        kind: the name inside the block, numbers as stars: `self_attn.q_proj`, `mlp.experts.*.w1`.
+        parent: the name without its last part: layers of one parent may share their inputs.
         parameter: the parameter's name in the model.
         expert: index along the first axis of a 3-D parameter, or None.
         input_axis: the axis of the stored matrix (without the expert axis) that counts inputs.
@@ -34,16 +36,14 @@ class Layer:
     """
 
     name: str
+    block: int
+    kind: str
+    parent: str
     parameter: str
     expert: int | None
     input_axis: int
     rows: int
     n: int
-
-    @property
-    def stage(self) -> str:
-        """The name without numbers: experts of one kind are one stage of a true-sequential pass."""
-        return ".".join("*" if part.isdigit() else part for part in self.name.split("."))
 
 
 class Blocks:
@@ -66,7 +66,7 @@ class Blocks:
 
     def layers(self, index: int) -> list[Layer]:
         """The prunable matrices of block `index`, in the order of their names in the model."""
-        return list(_layers(self.modules[index], self.prefix(index)))
+        return list(_layers(self.modules[index], index, self.prefix(index)))
 
     def all_layers(self) -> list[Layer]:
         return [layer for index in range(len(self)) for layer in self.layers(index)]
@@ -101,7 +101,7 @@ class Blocks:
             if len(names) > 1 and wanted & set(names):
                 raise ModelError(
                     f"layer {names[0]!r} shares its weight with {names[1]!r}; "
-                    f"leave it out with --exclude {names[0]!r}"
+                    f"leave it out with `exclude` {names[0]!r}"
                 )
 
 
@@ -131,7 +131,7 @@ def choose(
             }
             hint = near(pattern, known)
             if hint.startswith("; known"):
-                hint = "; known: " + ", ".join(sorted({layer.stage for layer in layers}))
+                hint = "; known: " + ", ".join(sorted({layer.kind for layer in layers}))
             raise ModelError(f"no layer matches {pattern!r}{hint}")
     chosen = [
         layer
@@ -151,8 +151,9 @@ def matches(name: str, pattern: str) -> bool:
     )
 
 
-def within(blocks: Blocks, index: int, wanted: set[str]) -> list[Layer]:
-    return [layer for layer in blocks.layers(index) if layer.name in wanted]
+def short(kind: str) -> str:
+    """The last part of a kind, as tables show it: `q_proj`."""
+    return kind.rpartition(".")[2]
 
 
 def _embedding(model: nn.Module, getter: str) -> nn.Module:
@@ -168,7 +169,7 @@ def _find(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if not isinstance(module, nn.ModuleList) or any(name.startswith(o + ".") for o in outer):
             continue
         outer.append(name)
-        sizes = [layer.rows * layer.n for block in module for layer in _layers(block, "")]
+        sizes = [layer.rows * layer.n for block in module for layer in _layers(block, 0, "")]
         if sizes:
             found.append((sum(sizes), name, module))
     if not found:
@@ -180,19 +181,46 @@ def _find(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, modules
 
 
-def _layers(block: nn.Module, prefix: str) -> Iterator[Layer]:
+def _layers(block: nn.Module, index: int, prefix: str) -> Iterator[Layer]:
     for name, module in block.named_modules(remove_duplicate=True):
-        path = prefix + (f"{name}." if name else "")
-        if isinstance(module, nn.Linear):
-            rows, n = module.weight.shape
-            yield Layer(path[:-1], f"{path}weight", None, 1, rows, n)
-        elif isinstance(module, Conv1D):
-            n, rows = module.weight.shape
-            yield Layer(path[:-1], f"{path}weight", None, 0, rows, n)
+        if isinstance(module, nn.Linear | Conv1D):
+            input_axis = 1 if isinstance(module, nn.Linear) else 0
+            place = _Place(index, prefix, name, f"{name}.weight" if name else "weight")
+            yield place.layer(None, input_axis, tuple(module.weight.shape))
         else:
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and is_experts(module):
-                    yield from _experts(module, path, key, parameter)
+                    path = f"{name}." if name else ""
+                    for expert in range(parameter.shape[0]):
+                        place = _Place(index, prefix, f"{path}{expert}.{key}", path + key)
+                        axis = 0 if _transposed(module) else 1
+                        yield place.layer(expert, axis, tuple(parameter.shape[1:]))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a matrix is: names of the layer and of its parameter inside the block."""
+
+    index: int
+    prefix: str
+    inner: str
+    parameter: str
+
+    def layer(self, expert: int | None, input_axis: int, shape: tuple[int, ...]) -> Layer:
+        """The one place that takes a layer's name apart."""
+        name = (self.prefix + self.inner).rstrip(".")
+        parts = self.inner.split(".")
+        return Layer(
+            name=name,
+            block=self.index,
+            kind=".".join("*" if part.isdigit() else part for part in parts) or "*",
+            parent=name.rpartition(".")[0],
+            parameter=self.prefix + self.parameter,
+            expert=expert,
+            input_axis=input_axis,
+            rows=shape[1 - input_axis],
+            n=shape[input_axis],
+        )
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -211,30 +239,7 @@ def _transposed(module: nn.Module) -> bool:
     return shapes[0][1] != shapes[-1][0] and shapes[0][0] == shapes[-1][1]
 
 
-def _experts(module: nn.Module, path: str, key: str, parameter: Tensor) -> Iterator[Layer]:
-    transposed = _transposed(module)
-    experts, first, second = parameter.shape
-    rows, n = (second, first) if transposed else (first, second)
-    for expert in range(experts):
-        yield Layer(
-            f"{path}{expert}.{key}", f"{path}{key}", expert, 0 if transposed else 1, rows, n
-        )
-
-
-def set_eager_experts(model: nn.Module) -> None:
-    """Experts one after the other, each as a matrix product that can be observed."""
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "_experts_implementation"):
-        config._experts_implementation = "eager"
-
-
 def vocabulary_size(model: nn.Module) -> int:
     """Rows of the input embedding."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
-
-
-def floating_parameters(block: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in block.named_parameters():
-        if torch.is_floating_point(parameter):
-            yield name, parameter

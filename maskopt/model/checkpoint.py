@@ -77,12 +77,22 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
     if config.get("auto_map") and not trust_remote_code:
         raise ModelError(
             f"{folder}: config.json asks to run code that comes with the model (auto_map), which is "
-            "not run unless --trust-remote-code says so; without auto_map transformers' own code runs"
+            "not run unless `trust_remote_code` says so; without auto_map transformers' own code runs"
         )
     if config.get("quantization_config"):
         raise ModelError(
             f"{folder}: the weights are quantised (quantization_config in config.json); "
             "prune the original weights"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: holds an adapter (adapter_config.json), which loaders put onto other weights; "
+            "merge it into its model first"
+        )
+    if config.get("transformers_weights"):
+        raise ModelError(
+            f"{folder}: config.json has transformers load {config['transformers_weights']!r} "
+            f"(transformers_weights) in place of {SINGLE}; rename the weights and leave that out"
         )
     names, weight_map = _shard_names(folder)
     for name in names:

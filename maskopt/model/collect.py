@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence, Set
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 from maskopt.errors import ModelError
 from maskopt.gram import Gram
 from maskopt.model.activations import Activations
-from maskopt.model.blocks import Layer, is_experts
-from maskopt.model.forward import Call, Workers
+from maskopt.model.all_experts import experts_see_all
+from maskopt.model.blocks import Layer
+from maskopt.model.forward import Call
+from maskopt.model.threads import Threads
 from maskopt.model.watch import Seen, Watch, WatchedWeights
 
 
@@ -29,38 +30,59 @@ class BadSample:
 
 
 class Samples:
-    """The calibration samples on their way through the model.
+    """The windows on their way through the model.
 
     Attributes:
         active: indices still in use, ascending.
-        bad: those that were left out, if that is allowed.
+        bad: those that were left out.
+        held: those that are kept aside: their inputs are summed apart, and nothing is fitted to them.
+
+    Args:
+        source: where the windows came from, in words.
+        skip_bad: may bad ones be left out? None: they may not, whatever the options.
     """
 
-    def __init__(self, states: Activations, count: int, *, skip_bad: bool = False) -> None:
-        self.states = states
+    def __init__(
+        self,
+        states: Activations,
+        count: int,
+        source: str,
+        *,
+        skip_bad: bool | None = None,
+        held: Set[int] = frozenset(),
+    ) -> None:
+        self.states, self.source = states, source
         self.active = list(range(count))
         self.bad: list[BadSample] = []
-        self.skip_bad = skip_bad
+        self.skip_bad, self.held = skip_bad, held
 
     def leave_out(self, sample: int, layer: str) -> None:
+        """Raise ModelError for a bad sample, or go on without it."""
         if not self.skip_bad:
+            skip = "" if self.skip_bad is None else ", or leave it out with `skip_bad_samples`"
             raise ModelError(
-                f"layer {layer!r}: sample {sample} has NaN or infinite activations; "
-                "try --dtype float32, or leave such samples out with --skip-bad-samples"
+                f"layer {layer!r}, {self.source}: sample {sample} has NaN or infinite activations; "
+                f"try `dtype` float32{skip}"
             )
         self.bad.append(BadSample(sample, layer))
-        self.active.remove(sample)
-        if not self.active:
+        self.drop({sample})
+        if not set(self.active) - self.held:
             raise ModelError(
                 f"layer {layer!r}: no calibration sample without NaN or infinity is left"
             )
 
+    def drop(self, samples: Set[int]) -> None:
+        self.active = [sample for sample in self.active if sample not in samples]
+
 
 class Grams:
-    """Gram matrices by layer name; layers that are given the same inputs share one."""
+    """Gram matrices by layer name; layers that are given the same inputs share one.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    `held` are those of the samples that are kept aside, None where there are none.
+    """
+
+    def __init__(self, device: torch.device, held: Grams | None = None) -> None:
+        self.device, self.held = device, held
         self.order: list[str] = []
         self._leader: dict[str, str] = {}
         self._grams: dict[str, Gram] = {}
@@ -72,6 +94,10 @@ class Grams:
 
     def leader(self, layer: str) -> str:
         return self._leader.get(layer, layer)
+
+    def neighbours(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The layers, those that share their inputs next to each other."""
+        return sorted(layers, key=lambda layer: self.leader(layer.name))
 
     def tasks(self, watch: Watch, sizes: dict[str, int]) -> list[Callable[[], None]]:
         """Pieces of work that add one sample's inputs."""
@@ -101,15 +127,32 @@ class Grams:
         return pieces
 
 
+@dataclass(frozen=True)
+class OpenBlock:
+    """A block whose weights are in memory, and what it takes to run samples through it.
+
+    Attributes:
+        module: the block.
+        name: of the block in the model.
+        calls: per sample, what the model calls it with.
+    """
+
+    model: nn.Module
+    module: nn.Module
+    name: str
+    device: torch.device
+    calls: Sequence[Call]
+    samples: Samples
+    threads: Threads
+
+    def run(self, sample: int) -> Tensor:
+        """The block's output for one sample."""
+        return self.calls[sample](self.module, self.samples.states[sample].to(self.device))
+
+
 def collect(
-    model: nn.Module,
-    block: nn.Module,
-    prefix: str,
+    block: OpenBlock,
     layers: Sequence[Layer],
-    calls: Sequence[Call],
-    samples: Samples,
-    workers: Workers,
-    device: torch.device,
     *,
     advance: bool = False,
     all_experts: bool = False,
@@ -126,31 +169,35 @@ def collect(
     Raises:
         ModelError: a sample with NaN or infinite activations (unless those may be left out).
     """
-    weights = WatchedWeights(model, layers)
+    weights = WatchedWeights(block.model, layers)
     sizes = {layer.name: layer.n for layer in layers}
-    grams = Grams(device)
+    samples = block.samples
+    held = Grams(block.device) if samples.held else None
+    grams = Grams(block.device, held)
     local = threading.local()
     until: str | None = None
 
     def observe(sample: int) -> tuple[Watch, Tensor | None, str | None]:
-        state, output = samples.states[sample].to(device), None
+        output = None
         for copy in (False, True):
             local.watch = Watch(weights, copy=copy, until=until)
             with suppress(Seen), local.watch:
-                output = calls[sample](block, state)
+                output = block.run(sample)
             if not local.watch.overwritten:
                 break
         output = output if advance else None
-        return local.watch, output, _first_bad(local.watch, output, prefix)
+        return local.watch, output, _first_bad(local.watch, output, block.name)
 
-    with _experts_see_all(block, prefix, layers, local) if all_experts else _nothing():
-        for wave in workers.waves(list(samples.active)):
-            observed = workers.run([lambda s=s: observe(s) for s in wave])  # type: ignore[misc]
+    shown = experts_see_all(block.module, f"{block.name}.", layers, local)
+    with shown if all_experts else nullcontext():
+        for wave in block.threads.waves(list(samples.active)):
+            observed = block.threads.run([lambda s=s: observe(s) for s in wave])  # type: ignore[misc]
             for sample, (watch, output, bad) in zip(wave, observed, strict=True):
                 if bad is not None:
                     samples.leave_out(sample, bad)
                     continue
-                workers.run(grams.tasks(watch, sizes))
+                mine = held if held is not None and sample in samples.held else grams
+                block.threads.run(mine.tasks(watch, sizes))
                 if output is not None:
                     samples.states[sample] = output
                 elif until is None:
@@ -159,23 +206,14 @@ def collect(
     return grams
 
 
-def forward(
-    block: nn.Module,
-    prefix: str,
-    calls: Sequence[Call],
-    samples: Samples,
-    workers: Workers,
-    device: torch.device,
-    tick: Callable[[int], None] = lambda _: None,
-) -> None:
+def pass_on(block: OpenBlock, tick: Callable[[int], None] = lambda _: None) -> None:
     """Replace every sample's state by the block's output."""
-    for wave in workers.waves(list(samples.active)):
-        outputs = workers.run(
-            [lambda s=s: calls[s](block, samples.states[s].to(device)) for s in wave]  # type: ignore[misc]
-        )
+    samples = block.samples
+    for wave in block.threads.waves(list(samples.active)):
+        outputs = block.threads.run([lambda s=s: block.run(s) for s in wave])  # type: ignore[misc]
         for sample, output in zip(wave, outputs, strict=True):
             if not bool(torch.isfinite(output).all()):
-                samples.leave_out(sample, prefix.rstrip("."))
+                samples.leave_out(sample, block.name)
             else:
                 samples.states[sample] = output
         tick(len(wave))
@@ -187,104 +225,13 @@ def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:
     None where other samples might call the layers otherwise: experts, and layers in a list.
     """
     once = all(len(watch.inputs.get(layer.name, ())) == 1 for layer in layers)
-    fixed = all(layer.expert is None and layer.stage.count("*") == 1 for layer in layers)
+    fixed = all(layer.expert is None and "*" not in layer.kind for layer in layers)
     return next(reversed(watch.inputs)) if once and fixed else None
 
 
-def _first_bad(watch: Watch, output: Tensor | None, prefix: str) -> str | None:
+def _first_bad(watch: Watch, output: Tensor | None, block: str) -> str | None:
     for layer, tensors in watch.inputs.items():
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             return layer
     good = output is None or bool(torch.isfinite(output).all())
-    return None if good else prefix.rstrip(".")
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _experts_see_all(
-    block: nn.Module, prefix: str, layers: Sequence[Layer], local: threading.local
-) -> Iterator[None]:
-    """Before experts run as routed, run all of them on all tokens; observe only that."""
-    handles = []
-
-    def names(path: str) -> frozenset[str]:
-        return frozenset(layer.name for layer in layers if layer.name.startswith(path))
-
-    def hooks(path: str, everything: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]):  # type: ignore[no-untyped-def]
-        inside = names(path)
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if getattr(local, "busy", False) or not hasattr(local, "watch"):
-                return
-            local.busy = True
-            try:
-                everything(module, args, kwargs)
-            finally:
-                local.busy = False
-            local.watch.muted = local.watch.muted | inside
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not getattr(local, "busy", False) and hasattr(local, "watch"):
-                local.watch.muted = local.watch.muted - inside
-
-        return before, after
-
-    for name, module in block.named_modules():
-        path = prefix + (f"{name}." if name else "")
-        if is_experts(module) and names(path):
-            if not _takes_routing(module):
-                raise ModelError(
-                    f"{path}: {type(module).__name__} is not given a routing that could be replaced; "
-                    "leave out --all-experts"
-                )
-            before, after = hooks(path, _run_fused)
-        elif (lists := _expert_lists(module)) and names(path + lists[0]):
-            before, after = hooks(path + lists[0] + ".", _run_listed)
-        else:
-            continue
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _takes_routing(module: nn.Module) -> bool:
-    """Is the module called with hidden states, chosen experts, and their weights?"""
-    try:
-        inspect.signature(module.forward).bind(None, None, None)
-    except TypeError:
-        return False
-    return True
-
-
-def _run_fused(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call fused experts as if every token were routed to all of them."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    count = next(p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    index = torch.arange(count, device=flat.device).expand(flat.shape[0], count)
-    module(flat, index, torch.full_like(index, 1.0 / count, dtype=flat.dtype))
-
-
-def _run_listed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call every expert of a module list on all tokens."""
-    hidden = args[0] if args else next(iter(kwargs.values()))
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    for expert in getattr(module, _expert_lists(module)[0]):
-        expert(flat)
-
-
-def _expert_lists(module: nn.Module) -> list[str]:
-    """Children that are lists of alike modules called experts."""
-    return [
-        name
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and "expert" in name and len(child) > 1
-    ]
+    return None if good else block

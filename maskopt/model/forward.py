@@ -1,6 +1,6 @@
 """Run a causal LM block by block: what every block is called with, and samples through one block.
 
-Samples are forwarded one at a time. On the CPU each runs on one thread of its own, several at once;
+Samples run one at a time. On the CPU each runs on one thread of its own, several at once;
 all sums are taken in the order of the samples. So the bits of the result do not depend on the number
 of threads.
 """
@@ -8,12 +8,10 @@ of threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,66 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from maskopt.errors import ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.blocks import Blocks
+from maskopt.model.threads import Threads
 
-T = TypeVar("T")
 #: values that a block returns at most: hidden state, attention weights, router logits
 MOST_OUTPUTS = 3
-
-
-class Workers:
-    """Runs independent pieces of work; results come in the order of the pieces.
-
-    Args:
-        device: on a GPU pieces run one after the other.
-        count: threads on the CPU, each with one thread inside torch; what the caller itself runs
-            meanwhile gets as many.
-    """
-
-    def __init__(self, device: torch.device, count: int) -> None:
-        self.count = max(1, count) if device.type == "cpu" else 1
-        self._pool: ThreadPoolExecutor | None = None
-        if device.type == "cpu":
-            self._threads = torch.get_num_threads()
-            torch.set_num_threads(self.count)
-            self._pool = ThreadPoolExecutor(
-                self.count, initializer=torch.set_num_threads, initargs=(1,)
-            )
-
-    def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        if self._pool is None:
-            return [_without_grad(piece) for piece in pieces]
-        futures = [self._pool.submit(_without_grad, piece) for piece in pieces]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-
-    def waves(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
-        """The items, as many at a time as run at once."""
-        for start in range(0, len(items), self.count):
-            yield items[start : start + self.count]
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._threads)  # new threads inherit the last value set
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def _without_grad(piece: Callable[[], T]) -> T:
-    with torch.no_grad():
-        return piece()
 
 
 class _HiddenState:
@@ -127,7 +69,7 @@ def capture(
     model: nn.Module,
     blocks: Blocks,
     tokens: Tensor,
-    workers: Workers,
+    threads: Threads,
     device: torch.device,
     activation_folder: Callable[[int], Path | None] = lambda _: None,
 ) -> Captured:
@@ -142,13 +84,13 @@ def capture(
     """
     recorders = _Recorders(model, blocks, device)
     with recorders.installed():
-        [first] = workers.run([lambda: recorders.probe(tokens[:1])])
+        [first] = threads.run([lambda: recorders.probe(tokens[:1])])
         state = first[0][0]
         size = state.nbytes * tokens.shape[0]
         states = Activations(tokens.shape[0], state.shape, state.dtype, activation_folder(size))
         calls: list[list[Call]] = [[] for _ in blocks.modules]
-        for wave in workers.waves(range(tokens.shape[0])):
-            passes = workers.run(
+        for wave in threads.waves(range(tokens.shape[0])):
+            passes = threads.run(
                 [lambda s=s: recorders.record(tokens[s : s + 1]) for s in wave]  # type: ignore[misc]
             )
             for sample, recorded in zip(wave, passes, strict=True):
@@ -170,12 +112,12 @@ def ending(
     local = threading.local()
 
     def stand_in(index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def passes_on(*args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else kwargs.get("hidden_states")
             passed = local.state if index == len(blocks) - 1 else given
             return _returned(passed, outputs)
 
-        return forward
+        return passes_on
 
     def end(tokens: Tensor, state: Tensor) -> Tensor:
         local.state = state
@@ -187,11 +129,11 @@ def ending(
 
 
 @contextmanager
-def _replaced(blocks: Blocks, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+def _replaced(blocks: Blocks, stand_in: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Each block with another forward function, by its index."""
     try:
         for index, block in enumerate(blocks.modules):
-            block.forward = forward(index)
+            block.forward = stand_in(index)
         yield
     finally:
         for block in blocks.modules:
@@ -208,7 +150,7 @@ class _Recorders:
         return _replaced(self.blocks, self._recorder)
 
     def _recorder(self, index: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def records(*args: Any, **kwargs: Any) -> Any:
             state: Any = args[0] if args else kwargs.get("hidden_states")
             self.local.calls.append((state, args, kwargs))
             if index == len(self.blocks) - 1:
@@ -217,7 +159,7 @@ class _Recorders:
             passed = state.clone()
             return _returned(passed, self.outputs)
 
-        return forward
+        return records
 
     def probe(self, tokens: Tensor) -> list[tuple[Tensor, Any, Any]]:
         """Find out what the model expects blocks to return: a tensor, or a tuple that begins with it."""

@@ -48,7 +48,7 @@ class Journal:
         if lines:
             raise ModelError(
                 f"{self.path.parent.parent}: the unfinished run is another one: "
-                f"{in_words(lines)}; --overwrite drops it"
+                f"{in_words(lines)}; `overwrite` drops it"
             )
 
     def add_block(self, index: int, record: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
             sound = False
         if not sound:
             raise ModelError(
-                f"{path}, line {number}: the journal is damaged; start over with --overwrite"
+                f"{path}, line {number}: the journal is damaged; start over with `overwrite`"
             )
         records.append(record)
     return records

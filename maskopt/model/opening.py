@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from maskopt.errors import ModelError
-from maskopt.model.blocks import set_eager_experts
 from maskopt.model.checkpoint import open_checkpoint, resolve_model
 from maskopt.model.source import FolderSource, MemorySource, Source, stored_dtype
-from maskopt.model.tokens import Windows
+from maskopt.model.transformers_adapter import set_eager_experts
 
 DTYPES = {
     "float32": torch.float32,
@@ -24,20 +23,19 @@ DTYPES = {
 
 def open_source(
     model: nn.Module | str | Path,
-    tokenizer: Any = None,
     *,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-) -> tuple[Source, Any]:
-    """A model as a `Source`, and its tokenizer (loaded from the folder where none is given).
+) -> Source:
+    """A model as a `Source`; one in memory is put into evaluation mode.
 
     Raises:
         ModelError: no CUDA where `cuda` is asked, an unknown device or dtype, or a model that
             cannot be read.
     """
     if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
+        raise ModelError(f"`dtype` must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
     if isinstance(model, nn.Module):
         if dtype != "auto":
             raise ModelError("dtype is for model folders; convert a model in memory beforehand")
@@ -45,18 +43,14 @@ def open_source(
             model.to(choose_device(device))
         model.eval()
         set_eager_experts(model)
-        given = None if isinstance(tokenizer, Tensor | Windows) else tokenizer
-        return MemorySource(model), given
+        return MemorySource(model)
     target = choose_device(device)
     checkpoint = open_checkpoint(resolve_model(model), trust_remote_code=trust_remote_code)
     if dtype == "auto":
         working = torch.float32 if target.type == "cpu" else stored_dtype(checkpoint)
     else:
         working = DTYPES[dtype]
-    source = FolderSource(checkpoint, target, working, trust_remote_code=trust_remote_code)
-    if tokenizer is None:
-        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    return source, None if isinstance(tokenizer, Tensor | Windows) else tokenizer
+    return FolderSource(checkpoint, target, working, trust_remote_code=trust_remote_code)
 
 
 def choose_device(device: str) -> torch.device:
@@ -74,7 +68,7 @@ def choose_device(device: str) -> torch.device:
     if chosen.type not in ("cpu", "cuda"):
         raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("no CUDA device is available here; use --device cpu or auto")
+        raise ModelError("no CUDA device is available here; use `device` cpu or auto")
     return chosen
 
 

@@ -1,124 +1,251 @@
-"""What decides a prune, and how it tells of its progress."""
+"""The options of a prune, each in one place: what it is called, its default, and what it does.
+
+`prune_model`, `collect_problems`, `perplexity`, `plan_prune`, the command line and the manifest take
+them from here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from maskopt.errors import ModelError, PatternError
-from maskopt.model.blocks import Layer
-from maskopt.model.tokens import Windows, calibration_windows, token_windows
+from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, PatternError, near
+from maskopt.limits import check_threads
+from maskopt.model.beginning import check_bos
+from maskopt.model.solving import check_solver, default_start
 from maskopt.pattern import Pattern, Unstructured, pattern_to_dict
-from maskopt.solver import limits_of, make_solver
 
-#: layers that saw fewer calibration tokens are pruned by magnitude
-MIN_TOKENS = 32
-#: starts that serve whole layers better than the solvers' own, which also have to serve single rows
-DEFAULT_STARTS = {"swap": "relax"}
+if TYPE_CHECKING:
+    from maskopt.model.blocks import Layer
 
-
-@dataclass(frozen=True)
-class Progress:
-    """Told to `on_progress`: `done` of `total` samples or layers of one stage of one block."""
-
-    block: int
-    blocks: int
-    stage: str
-    done: int
-    total: int
-    detail: str = ""
+#: what an option decides: the masks (the manifest records its value); the calibration text (the
+#: manifest records the tokens themselves); or only how this machine goes about it
+MASKS, TEXT, MACHINE = "masks", "text", "machine"
+#: of `shrink`
+AUTO = "auto"
 
 
-OnProgress = Callable[[Progress], None]
+def _about(decides: str, words: str, unit: str | None = None) -> dict[str, Any]:
+    """What is known of an option; `unit` is "bytes" where that is what it counts."""
+    return {"help": words, "decides": decides, "unit": unit}
 
 
-@dataclass(frozen=True)
-class PruneOptions:
-    """Everything but the model and the tokens that decides which masks come out."""
+def _option(default: Any, decides: str, words: str, unit: str | None = None) -> Any:
+    return field(default=default, metadata=_about(decides, words, unit))
 
-    pattern: Pattern
-    solver: str = "swap"
-    warm_start: str | None = None
-    solver_options: Mapping[str, Any] = field(default_factory=dict)
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    one_pass: bool = False
-    true_sequential: bool = False
-    all_experts: bool = False
-    min_tokens: int = MIN_TOKENS
-    shrink: float = 0.0
-    skip_bad_samples: bool = False
+
+@dataclass(frozen=True, kw_only=True)
+class WalkOptions:
+    """How a model is opened, and how samples walk through its blocks."""
+
+    include: tuple[str, ...] = _option(
+        (), MASKS, "Only layers that match: q_proj, 'layers.0.*'; several by commas, or repeated."
+    )
+    exclude: tuple[str, ...] = _option(
+        (), MASKS, "Not the layers that match; several by commas, or repeated."
+    )
+    seed: int = _option(0, MASKS, "Of calibration crops and of solvers.")
+    one_pass: bool = _option(
+        False,
+        MASKS,
+        "All Gram matrices from the dense model, or each from the model pruned so far.",
+    )
+    true_sequential: bool = _option(
+        False, MASKS, "Inside a block, too, layers see what the pruned layers before them produce."
+    )
+    all_experts: bool = _option(
+        False,
+        MASKS,
+        "Each expert's Gram matrix from all tokens, not only from those routed to it.",
+    )
+    skip_bad_samples: bool = _option(
+        False, MASKS, "Leave out windows with NaN or infinite activations instead of stopping."
+    )
+    holdout: float = _option(
+        0.0,
+        MASKS,
+        "Share of the calibration windows that is kept aside; errors are then reported on them, too.",
+    )
+    samples: int = _option(128, TEXT, "Calibration windows.")
+    seq_len: int = _option(
+        2048, TEXT, "Tokens in a window; never more than the model has positions."
+    )
+    bos: str = _option(
+        "auto",
+        TEXT,
+        "What windows begin with. auto: what the tokenizer puts before a text; always: its BOS "
+        "token; never: nothing, the convention of tables of LLaMA-1 and 2.",
+    )
+    text_field: str = _option("text", TEXT, "Where JSON lines hold their text.")
+    device: str = _option("auto", MACHINE, "cpu, cuda, or auto: CUDA where there is one.")
+    dtype: str = _option(
+        "auto", MACHINE, "Precision of the forward passes; auto: as stored, float32 on the CPU."
+    )
+    threads: int | None = _option(
+        None, MACHINE, "On the CPU; the result does not depend on it. Default: all cores."
+    )
+    activation_memory: int = _option(
+        4 * 2**30, MACHINE, "Hidden states that take more go to a file, e.g. 500MB.", unit="bytes"
+    )
+    max_memory: int | None = _option(
+        None,
+        MACHINE,
+        "Refuse to start where the estimate of `maskopt plan` is higher, e.g. 16GiB.",
+        unit="bytes",
+    )
+    trust_remote_code: bool = _option(False, MACHINE, "Run code that comes with the model.")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "include", name_patterns(self.include))
+        object.__setattr__(self, "exclude", name_patterns(self.exclude))
         if self.one_pass and self.true_sequential:
-            raise ModelError("one-pass and true-sequential exclude each other; choose one")
-        if not 0 <= self.shrink <= 1:
-            raise ModelError(f"shrink must lie in [0, 1], not {self.shrink}")
-        if self.min_tokens < 1:
-            raise ModelError(f"min_tokens must be at least 1, not {self.min_tokens}")
-        _, own = limits_of(None, self.solver_options)
-        make_solver(self.solver, **own)
-        if self.start is not None:
-            make_solver(self.start)
+            raise ModelError("`one_pass` and `true_sequential` exclude each other; choose one")
+        check_bos(self.bos)
+        if not 0 <= self.holdout < 1:
+            raise DataError(f"`holdout` must lie in [0, 1), not {self.holdout}")
+        for name in ("samples", "seq_len"):
+            _check_count(DataError, name, getattr(self, name))
+        if self.threads is not None:
+            check_threads(self.threads)
+
+    def check_layers(self, layers: Sequence[Layer]) -> None:
+        """Raise MaskoptError where these layers cannot be treated as the options say."""
+
+
+@dataclass(frozen=True)
+class PruneOptions(WalkOptions):
+    """Everything but model, text and output that a prune can be told.
+
+    `PruneOptions(Unstructured(sparsity=0.5))`, `PruneOptions(NM(keep=2, of=4), "wanda", samples=64)`.
+
+    Raises:
+        MaskoptError: a value that cannot be, an unknown solver, an option that it does not have.
+    """
+
+    pattern: Pattern = field(
+        metadata=_about(MASKS, "0.6, or 2:4, which keeps 2 of every 4 consecutive inputs.")
+    )
+    solver: str = _option("swap", MASKS, "See `maskopt solvers`.")
+    warm_start: str | None = _option(
+        None,
+        MASKS,
+        "The solver that makes the start; default: relax for swap, else the solver's own.",
+    )
+    solver_options: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=_about(MASKS, "An option of the solver, NAME=VALUE; may be repeated."),
+    )
+    min_tokens: int = _option(32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.")
+    shrink: float | str = _option(
+        0.0,
+        MASKS,
+        "α of G ← (1−α)G + α·diag(G); auto: per layer by the error on held-out windows.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "solver_options", dict(self.solver_options or {}))
+        _check_shrink(self.shrink, self.holdout)
+        _check_count(ModelError, "min_tokens", self.min_tokens)
+        check_solver(self.solver, self.solver_options, self.start)
 
     @property
     def start(self) -> str | None:
         """The solver that makes the start: the one named, `relax` for swap, or the solver's own."""
         return self.warm_start or default_start(self.solver)
 
+    def check_layers(self, layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            try:
+                self.pattern.check(layer.n)
+            except PatternError as error:
+                raise PatternError(f"layer {layer.name!r}: {error}") from None
+
     def record(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """What decides the masks, as JSON values: for the manifest."""
+        names = [f.name for f in dataclasses.fields(self) if f.metadata["decides"] == MASKS]
+        values = {name: getattr(self, name) for name in names}
         values["pattern"] = pattern_to_dict(self.pattern)
         values["warm_start"] = self.start
-        values["solver_options"] = {
-            k: values["solver_options"][k] for k in sorted(values["solver_options"])
-        }
+        values["solver_options"] = dict(sorted(self.solver_options.items()))
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def default_start(solver: str) -> str | None:
-    """What `solver` starts from in a prune where nothing is named."""
-    return DEFAULT_STARTS.get(solver) or make_solver(solver).capabilities.default_start
+#: what an evaluation has to do with
+EVALUATION = (
+    "seq_len",
+    "text_field",
+    "bos",
+    "device",
+    "dtype",
+    "threads",
+    "activation_memory",
+    "trust_remote_code",
+)
 
 
-def ticker(
-    report: OnProgress, block: int, blocks: int, stage: str, total: int
-) -> Callable[[int], None]:
-    done = 0
+def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
+    """The options, with single ones set by name; `sparsity=0.5` is short for its pattern.
 
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        report(Progress(block, blocks, stage, done, total))
+    Raises:
+        OptionError: a name that is no option (near names are given).
+        PatternError: no pattern, or two of them.
+    """
+    check_names(shorthand, ["sparsity", *(f.name for f in dataclasses.fields(PruneOptions))])
+    given = dict(shorthand)
+    sparsity, pattern = given.pop("sparsity", None), given.pop("pattern", None)
+    if options is None or sparsity is not None or pattern is not None:
+        given["pattern"] = one_pattern(sparsity, pattern)
+    return PruneOptions(**given) if options is None else dataclasses.replace(options, **given)
 
-    report(Progress(block, blocks, stage, 0, total))
-    return tick
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise OptionError for a name that is no option here."""
+    known = set(known)
+    for name in given:
+        if name not in known:
+            raise OptionError(f"no option is called {name!r}{near(name, known)}")
 
 
 def one_pattern(sparsity: float | None, pattern: Pattern | None) -> Pattern:
+    """Whichever of the two is given.
+
+    Raises:
+        PatternError: both or none.
+    """
     if (sparsity is None) == (pattern is None):
-        raise PatternError("give either a sparsity or a pattern, exactly one of them")
+        raise PatternError(
+            "give either a `sparsity` (0.6) or a `pattern` (2:4), exactly one of them"
+        )
     return Unstructured(sparsity=sparsity) if pattern is None else pattern
 
 
-def check_pattern(pattern: Pattern, layers: Sequence[Layer]) -> None:
-    for layer in layers:
-        try:
-            pattern.check(layer.n)
-        except PatternError as error:
-            raise PatternError(f"layer {layer.name!r}: {error}") from None
+def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Patterns on layer names; each text may hold several, separated by commas."""
+    texts = [given] if isinstance(given, str) else given or ()
+    return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
 
 
-def windows_of(tokens: Any, tokenizer: Any, calibration: Any, **how: Any) -> Windows:
-    if isinstance(tokens, Windows):
-        return tokens
-    if isinstance(tokens, Tensor):
-        return token_windows(tokens, "token tensor")
-    if calibration is None:
-        raise ModelError("pruning needs calibration text or tokens; name a source of text")
-    return calibration_windows(calibration, tokenizer, **how)
+def _check_count(error: type[MaskoptError], name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise error(f"`{name}` must be a whole number of at least 1, not {value!r}")
+
+
+def _check_shrink(shrink: float | str, holdout: float) -> None:
+    if shrink == AUTO:
+        if not holdout:
+            raise ModelError("`shrink` auto needs held-out windows: give a `holdout` such as 0.2")
+    elif isinstance(shrink, str) or not 0 <= shrink <= 1:
+        raise ModelError(f"`shrink` must lie in [0, 1] or be auto, not {shrink!r}")
+
+
+def _described(options: type[WalkOptions]) -> str:
+    """The docstring with a line for every option."""
+    lines = [f"    {f.name}: {f.metadata['help']}" for f in dataclasses.fields(options)]
+    return f"{(options.__doc__ or '').rstrip()}\n\nAttributes:\n" + "\n".join(lines) + "\n"
+
+
+for _options in (WalkOptions, PruneOptions):
+    _options.__doc__ = _described(_options)

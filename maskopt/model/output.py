@@ -26,6 +26,7 @@ from maskopt.model.report import (
     write_manifest,
 )
 from maskopt.model.source import FolderSource, MemorySource
+from maskopt.model.unchanged import Unchanged
 from maskopt.model.workspace import (
     GONE,
     HIDDEN,
@@ -91,6 +92,7 @@ class FolderRun:
         self.journal: Journal
         _not_the_model(source.checkpoint.folder, output)
         check_output(output, overwrite=overwrite, resume=resume)
+        self.model = Unchanged(source.checkpoint)
 
     @contextmanager
     def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
@@ -136,8 +138,10 @@ class FolderRun:
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
     ) -> None:
+        self.model.check()
         path = self._masks_path(index)
         write_masks(path, self.source.stored(index, masks))
+        self.work.keep = True  # from the moment that the journal may hold the block
         self.journal.add_block(
             index,
             {
@@ -146,7 +150,6 @@ class FolderRun:
                 "bad": list(bad),
             },
         )
-        self.work.keep = True
         self._write_finished_shards()
 
     def finish(self, report: PruneReport, pattern: Pattern) -> None:
@@ -160,6 +163,7 @@ class FolderRun:
         files.update(self.journal.shards)
         for name in copy_side_files(checkpoint, work.staging):
             files[name] = file_digest(work.staging / name)
+        self.model.check()
         write_manifest(work.staging / MANIFEST, report, files, _tensors(masks, pattern))
         work.commit()
 
@@ -170,6 +174,7 @@ class FolderRun:
             waiting = any(t in self._awaited and t not in masks for t in shard.entries)
             if name not in self.journal.shards and not waiting:
                 digest = write_shard(self.source.checkpoint, name, masks, self.work.staging / name)
+                self.model.check()
                 self.journal.add_shard(name, digest)
 
     def _masks_path(self, index: int) -> Path:

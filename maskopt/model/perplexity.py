@@ -1,43 +1,50 @@
-"""Perplexity by the convention of the field.
+"""Perplexity of a model on consecutive windows of text.
 
-Text joined by blank lines, tokenised once, cut into non-overlapping windows, the tail dropped; the
-mean cross-entropy over the length − 1 shifted targets of every window, and its exponential.
+Text joined by blank lines, tokenised once, cut into non-overlapping windows, the tail dropped, each window
+beginning with what the tokenizer puts before a text (`maskopt.model.beginning`); the mean cross-entropy over
+the shifted targets of every window, of which a beginning is none, and its exponential.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError
-from maskopt.model.activations import Activations
-from maskopt.model.blocks import vocabulary_size
-from maskopt.model.collect import Samples, forward
-from maskopt.model.forward import Workers, capture, ending
-from maskopt.model.opening import capped_length, open_source
-from maskopt.model.source import FolderSource, Source
-from maskopt.model.tokens import Windows, check_vocabulary, evaluation_windows, token_windows
+from maskopt.model.job import Job, open_job, tokens_or_tokenizer
+from maskopt.model.options import EVALUATION, WalkOptions, check_names
+from maskopt.model.progress import Progress
+from maskopt.model.tokens import Windows
 
 #: positions whose logits are brought to float32 at a time
 POSITIONS = 128
+#: of the windows, for an interval
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """`value` is exp(`cross_entropy`), natural logarithm, over `targets` predicted tokens."""
+    """`value` is exp(`cross_entropy`), natural logarithm, over `targets` predicted tokens.
+
+    `low` and `high` are a 95% interval of the value, by bootstrap over the windows; `beginning` says what
+    the windows begin with.
+    """
 
     value: float
     cross_entropy: float
+    low: float
+    high: float
     windows: int
     length: int
     targets: int
+    beginning: str
     source: str
     sha256: str
 
@@ -47,15 +54,9 @@ def perplexity(
     tokenizer_or_tokens: Any = None,
     *,
     text: str | Path | Sequence[str] | None = None,
-    seq_len: int = 2048,
     windows: int | None = None,
-    text_field: str = "text",
-    device: str = "auto",
-    dtype: str = "auto",
-    threads: int | None = None,
-    activation_memory: int = 4 * 2**30,
-    trust_remote_code: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Perplexity:
     """Perplexity of a causal language model, in memory or in a folder.
 
@@ -67,117 +68,121 @@ def perplexity(
         tokenizer_or_tokens: a tokenizer for `text`, or token windows int64 [windows, length].
         text: see `maskopt.model.text.read_documents`; a list of strings is taken as documents.
         windows: take only the first so many.
-        device, dtype, threads: as in `maskopt.prune_model`; the result does not depend on threads.
-        activation_memory: bytes of hidden states above which they go to a temporary file.
         on_progress: called with (window passes done, all of them: one a block, and one at the end).
+        options: `seq_len`, `text_field`, `bos`, `device`, `dtype`, `threads`, `activation_memory`,
+            `trust_remote_code`, as in `maskopt.PruneOptions`.
 
     Raises:
-        DataError: no text or less than one window. ModelError: a model that cannot be read; NaN or
-            infinite activations or logits.
+        OptionError: another option, or an impossible value.
+        DataError: no text or less than one window.
+        ModelError: a model that cannot be read; NaN or infinite activations or logits.
     """
-    given = tokenizer_or_tokens
+    check_names(options, EVALUATION)
+    walk = WalkOptions(**options)
+    given, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, text)
+    if given is None:
+        raise DataError("perplexity needs text or tokens")
     training = isinstance(model, nn.Module) and model.training
-    source, tokenizer = open_source(
-        model, given, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    if isinstance(given, Tensor):
-        given = token_windows(given, "token tensor")
-    if not isinstance(given, Windows):
-        if text is None:
-            raise DataError("perplexity needs text or tokens")
-        length = capped_length(source.model, seq_len)
-        given = evaluation_windows(text, tokenizer, seq_len=length, field=text_field, limit=windows)
-    elif windows is not None:
-        given = Windows(given.tokens[:windows], given.source)
-    if given.length < 2:
-        raise DataError("perplexity needs windows of at least two tokens")
-    check_vocabulary(given, vocabulary_size(source.model))
-    del tokenizer
-    with Workers(source.device, threads or torch.get_num_threads()) as workers, torch.no_grad():
-        try:
-            total = _summed(source, given, workers, activation_memory, on_progress)
-        finally:
-            source.model.train(training)
-    targets = len(given) * (given.length - 1)
-    mean = total / targets
+    try:
+        job = open_job(model, given, walk, tokenizer=tokenizer, whole=True, limit=windows)
+        cut = job.windows
+        assert cut is not None
+        check_targets(cut)
+        with job:
+            summed = window_losses(job, on_progress or (lambda done, total: None))
+    finally:
+        if isinstance(model, nn.Module):
+            model.train(training)
+    return perplexity_of(summed, cut)
+
+
+def check_targets(windows: Windows) -> None:
+    """Raise DataError where nothing in a window is predicted."""
+    if windows.length <= windows.beginning.first_target:
+        raise DataError("perplexity needs windows of at least two tokens, and one of text")
+
+
+def perplexity_of(summed: Float[Tensor, " windows"], windows: Windows) -> Perplexity:
+    """Out of the cross-entropy summed over the targets of each window."""
+    per_window = windows.length - windows.beginning.first_target
+    low, high = interval(summed / per_window)
+    # summed one after the other, as the windows came
+    mean = sum(summed.tolist()) / (per_window * len(windows))
     return Perplexity(
-        math.exp(mean) if mean < 700 else math.inf,
-        mean,
-        len(given),
-        given.length,
-        targets,
-        given.source,
-        given.digest,
+        value=_exp(mean),
+        cross_entropy=mean,
+        low=_exp(low),
+        high=_exp(high),
+        windows=len(windows),
+        length=windows.length,
+        targets=per_window * len(windows),
+        beginning=str(windows.beginning),
+        source=windows.source,
+        sha256=windows.digest,
     )
 
 
-class _Windows(Samples):
-    """Windows on their way through the model; none may be left out."""
-
-    def __init__(self, states: Activations, windows: Windows) -> None:
-        super().__init__(states, len(windows))
-        self.source = windows.source
-
-    def leave_out(self, sample: int, layer: str) -> None:
-        raise ModelError(
-            f"window {sample} of {self.source}: NaN or infinite activations in {layer!r}; "
-            "try --dtype float32"
-        )
+def interval(values: Float[Tensor, " windows"]) -> tuple[float, float]:
+    """A 95% interval of the mean, by percentile bootstrap over the windows, seeded."""
+    generator = torch.Generator().manual_seed(0)
+    lots = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    means = values.double()[lots].mean(1).sort().values
+    cut = round(0.025 * RESAMPLES)
+    return float(means[cut]), float(means[-1 - cut])
 
 
-def _summed(
-    source: Source,
-    windows: Windows,
-    workers: Workers,
-    activation_memory: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> float:
-    """Cross-entropy summed over the targets of all windows, in their order."""
-    blocks, device = source.blocks, source.device
-    passes, done = (len(blocks) + 1) * len(windows), 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        if on_progress is not None:
-            on_progress(done, passes)
-
-    def folder(size: int) -> Path | None:
-        return Path(tempfile.gettempdir()) if size > activation_memory else None
-
-    if isinstance(source, FolderSource):
-        source.load_outside()
-    captured = capture(source.model, blocks, windows.tokens, workers, device, folder)
-    with captured.states:
-        flow = _Windows(captured.states, windows)
-        for index in range(len(blocks)):
-            with source.open(index) as block:
-                calls = captured.calls[index]
-                forward(block, blocks.prefix(index), calls, flow, workers, device, tick)
+def window_losses(job: Job, tell: Callable[[int, int], None]) -> Float[Tensor, " windows"]:
+    """Walk through the whole model; cross-entropy summed over the targets of each window, float64."""
+    assert job.windows is not None
+    windows, count = job.windows, len(job.windows)
+    passes = (job.last + 2) * count
+    walk_whole(job, tell, passes)
+    losses = torch.zeros(count, dtype=torch.float64)
+    with torch.no_grad(), job.logits() as logits:
 
         def summed(window: int) -> float:
-            tokens = windows.tokens[window : window + 1].to(device)
-            logits = end(tokens, captured.states[window].to(device))[0]
-            return _cross_entropy(logits, tokens[0])
+            return _cross_entropy(
+                logits(window), windows.tokens[window], windows.beginning.first_target
+            )
 
-        total = 0.0
-        with source.head(), ending(source.model, blocks, captured.outputs) as end:
-            for wave in workers.waves(range(len(windows))):
-                parts = workers.run([lambda w=w: summed(w) for w in wave])  # type: ignore[misc]
-                for window, part in zip(wave, parts, strict=True):
-                    if not math.isfinite(part):
-                        raise ModelError(
-                            f"window {window} of {windows.source}: NaN or infinite logits"
-                        )
-                    total += part
-                tick(len(wave))
-    return total
+        for wave in job.pool.waves(range(count)):
+            parts = job.pool.run([lambda w=w: summed(w) for w in wave])  # type: ignore[misc]
+            for window, part in zip(wave, parts, strict=True):
+                check_finite(part, window, windows)
+                losses[window] = part
+            tell(passes - count + wave[-1] + 1, passes)
+    return losses
 
 
-def _cross_entropy(logits: Tensor, tokens: Tensor) -> float:
-    """Summed over the shifted targets; logits [length, vocabulary], tokens [length]."""
-    total = 0.0
-    for start in range(0, logits.shape[0] - 1, POSITIONS):
+def walk_whole(job: Job, tell: Callable[[int, int], None], passes: int) -> None:
+    """Send all windows through all blocks."""
+    assert job.windows is not None
+    count = len(job.windows)
+
+    def told(event: Progress) -> None:
+        if event.done:
+            tell(event.block * count + event.done, passes)
+
+    job.tell = told
+    with torch.no_grad():
+        for block in job.blocks():
+            block.advance()
+
+
+def check_finite(value: float, window: int, windows: Windows) -> None:
+    """Raise ModelError for a window whose logits are not finite."""
+    if not math.isfinite(value):
+        raise ModelError(f"window {window} of {windows.source}: NaN or infinite logits")
+
+
+def _exp(mean: float) -> float:
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _cross_entropy(logits: Tensor, tokens: Tensor, first: int) -> float:
+    """Summed over the targets from position `first` on; logits [length, vocabulary], tokens [length]."""
+    tokens, total = tokens.to(logits.device), 0.0
+    for start in range(first - 1, logits.shape[0] - 1, POSITIONS):
         stop = min(start + POSITIONS, logits.shape[0] - 1)
         part = logits[start:stop].float()
         total += float(

@@ -23,15 +23,22 @@ class LayerReport:
     """One pruned layer.
 
     Attributes:
+        block: index of its decoder block.
+        kind: the name inside the block, numbers as stars: `self_attn.q_proj`.
         error_start: objective of the warm start summed over rows; None where there was no start.
         error: objective of the final mask summed over rows (mean squared change of the output).
         lower_bound: proven bound summed over rows, 0 where none is known.
         statuses: number of rows by status.
         tokens: calibration tokens that the layer saw.
         fallback: too few tokens, so pruned by magnitude; its errors are then the pruned weights' squares.
+        energy: mean square of the layer's output, summed over rows: what an error is a part of.
+        error_held, energy_held: the same on the windows kept aside; None where there are none.
+        shrink: α that the masks were chosen with.
     """
 
     name: str
+    block: int
+    kind: str
     rows: int
     n: int
     pattern: str
@@ -43,19 +50,26 @@ class LayerReport:
     tokens: int
     fallback: bool
     seconds: float
+    energy: float = 0.0
+    error_held: float | None = None
+    energy_held: float | None = None
+    shrink: float = 0.0
 
     @property
     def sparsity(self) -> float:
         return self.pruned / (self.rows * self.n)
 
     @property
-    def kind(self) -> str:
-        """The name inside its block, without numbers: `self_attn.q_proj`."""
-        parts = self.name.split(".")
-        last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
-        first = min((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
-        inner = parts[first + 1 :] if first >= 0 else parts[last + 1 :]
-        return ".".join("*" if part.isdigit() else part for part in inner)
+    def relative(self) -> float:
+        """Error as a part of the output's energy; 0 where there is none."""
+        return self.error / self.energy if self.energy > 0 else 0.0
+
+    @property
+    def relative_held(self) -> float | None:
+        """The same on the windows kept aside; None where there are none."""
+        if self.error_held is None or not self.energy_held:
+            return None
+        return self.error_held / self.energy_held
 
 
 @dataclass(frozen=True)

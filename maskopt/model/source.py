@@ -9,17 +9,28 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from maskopt.errors import ModelError
-from maskopt.model.blocks import Blocks, Layer, set_eager_experts
+from maskopt.model.blocks import Blocks, Layer
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.maskfile import MaskFile, TensorMask
+from maskopt.model.transformers_adapter import (
+    Conversion,
+    initialise,
+    revert,
+    set_eager_experts,
+    tie,
+)
+
+if TYPE_CHECKING:
+    from maskopt.model.output import Run
 
 
 class Source(Protocol):
@@ -28,6 +39,15 @@ class Source(Protocol):
     model: nn.Module
     blocks: Blocks
     device: torch.device
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The folder that it is read from; None where it came in memory."""
+        ...
+
+    def load_outside(self) -> None:
+        """Bring everything outside the blocks into memory, but for an output head of its own."""
+        ...
 
     def open(self, index: int, masks: MaskFile | None = None) -> Any:
         """Context in which the weights of block `index` are in memory; yields the block.
@@ -46,9 +66,31 @@ class Source(Protocol):
         """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
         ...
 
+    def block_memory(self) -> int:
+        """Bytes of the blocks' weights that are in memory at the peak."""
+        ...
+
+    def start_run(
+        self,
+        layers: Sequence[Layer],
+        output: Path | None,
+        *,
+        tokenizer: Any,
+        overwrite: bool,
+        resume: bool,
+    ) -> Run:
+        """Where the masks of a prune go.
+
+        Raises:
+            ModelError: such a model cannot be written there, or not be resumed.
+        """
+        ...
+
 
 class MemorySource:
     """A model that is in memory as a whole; pruning changes it in place."""
+
+    checkpoint = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -57,6 +99,9 @@ class MemorySource:
         meta = [name for name, p in model.named_parameters() if p.is_meta]
         if meta:
             raise ModelError(f"parameter {meta[0]!r} has no data; load the model fully first")
+
+    def load_outside(self) -> None:
+        """It is in memory already."""
 
     @contextmanager
     def open(self, index: int, masks: MaskFile | None = None) -> Iterator[nn.Module]:
@@ -76,6 +121,24 @@ class MemorySource:
         merged = merge_experts(self.model, masks)
         return to_checkpoint(self.model, merged, None)
 
+    def block_memory(self) -> int:
+        return sum(p.nbytes for block in self.blocks.modules for p in block.parameters())
+
+    def start_run(
+        self,
+        layers: Sequence[Layer],
+        output: Path | None,
+        *,
+        tokenizer: Any,
+        overwrite: bool,
+        resume: bool,
+    ) -> Run:
+        from maskopt.model.output import MemoryRun
+
+        if resume:
+            raise ModelError("resume needs a model folder; a model in memory is pruned in one go")
+        return MemoryRun(self, output, tokenizer, overwrite)
+
 
 class FolderSource:
     """A model folder; only what lies outside the blocks and the open block are in memory.
@@ -94,7 +157,8 @@ class FolderSource:
         *,
         trust_remote_code: bool = False,
     ) -> None:
-        self.checkpoint, self.device = checkpoint, device
+        self.checkpoint: Checkpoint = checkpoint
+        self.device = device
         self.model = skeleton(checkpoint, dtype, trust_remote_code=trust_remote_code)
         self.blocks = Blocks(self.model)
         self._loader = _Loader(self.model, checkpoint, device)
@@ -103,10 +167,10 @@ class FolderSource:
 
     def tensors_of(self, layer: Layer) -> list[str]:
         """The checkpoint tensors that the layer's parameter is made of."""
-        return self._loader.sources(layer.parameter)
+        return self._loader.conversion.sources(layer.parameter)
 
     def load_outside(self) -> None:
-        """Bring everything outside the blocks into memory."""
+        return_memory()  # a large vocabulary's text and tokenizer take half a gigabyte
         self._loader.load(self._outside)
         _check_buffers(self.model)
 
@@ -147,6 +211,30 @@ class FolderSource:
     ) -> dict[str, TensorMask]:
         merged = merge_experts(self.model, masks)
         return to_checkpoint(self.model, merged, self._loader)
+
+    def block_memory(self) -> int:
+        """A block is read in its stored dtype and converted; one tensor of it is held twice."""
+        working = next(self.model.parameters()).dtype.itemsize
+        stored = stored_dtype(self.checkpoint).itemsize
+        largest = max(
+            sum(p.numel() for p in block.parameters()) * working for block in self.blocks.modules
+        )
+        return largest + (largest * stored // working if stored != working else 0)
+
+    def start_run(
+        self,
+        layers: Sequence[Layer],
+        output: Path | None,
+        *,
+        tokenizer: Any,
+        overwrite: bool,
+        resume: bool,
+    ) -> Run:
+        from maskopt.model.output import FolderRun
+
+        if output is None:
+            raise ModelError("pruning a model folder needs an output folder: name `output`")
+        return FolderRun(self, layers, output, overwrite=overwrite, resume=resume)
 
 
 def skeleton(
@@ -217,15 +305,13 @@ def to_checkpoint(
     Where the checkpoint stores a parameter otherwise (experts one by one, say), transformers' own
     conversion for saving is applied to the mask.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
     result: dict[str, TensorMask] = {}
     for name, mask in masks.items():
-        sources = None if loader is None else loader.sources(name)
+        sources = None if loader is None else loader.conversion.sources(name)
         if sources is not None and len(sources) == 1 and not loader_converts(loader, name):
             result[sources[0]] = mask
             continue
-        reverted: dict[str, Tensor] = revert_weight_conversion(model, {name: mask.kept})  # type: ignore[arg-type]
+        reverted = revert(model, {name: mask.kept})
         if sources is not None and set(reverted) != set(sources):
             raise ModelError(
                 f"parameter {name!r} is stored as {', '.join(sources[:3])}, which cannot be matched"
@@ -244,7 +330,7 @@ def to_checkpoint(
 
 
 def loader_converts(loader: _Loader | None, name: str) -> bool:
-    return loader is not None and name in loader.converted
+    return loader is not None and name in loader.conversion.converted
 
 
 def _swapped(mask: TensorMask, part: Tensor) -> bool:
@@ -255,49 +341,12 @@ def _swapped(mask: TensorMask, part: Tensor) -> bool:
 
 
 class _Loader:
-    """Loads named parameters out of a checkpoint by transformers' own conversion."""
+    """Loads named parameters out of a checkpoint."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
-
         self.model, self.checkpoint, self.device = model, checkpoint, device
-        self.mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
-        targets = {p: entry for entry in converters for p in entry.source_patterns}
-        empty = model.state_dict()
-        prefix = model.base_model_prefix
-        self._sources: dict[str, list[str]] = {}
-        self._first: dict[str, str] = {}
-        self.converted: set[str] = set()
-        for key in sorted(checkpoint.where):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, empty)
-            if name not in empty and key in empty:
-                name, pattern = rename_source_key(key, [], [], prefix, empty)
-            if name not in empty:
-                continue
-            self._sources.setdefault(name, []).append(key)
-            if pattern is None:
-                self._first[name] = name
-                continue
-            entry = targets[pattern]
-            for target in entry.target_patterns:
-                other = name.replace(entry.target_patterns[0], target)
-                self._first[other] = name
-                self.converted.add(other)
-        self.model._weight_conversions = [entry for entry in self.mapping if entry.was_used()]
-
-    def sources(self, name: str) -> list[str]:
-        """The checkpoint tensors that parameter `name` is made of."""
-        first = self._first.get(name)
-        if first is None:
-            raise ModelError(f"{self.checkpoint.folder}: no tensor for parameter {name!r}")
-        return self._sources[first]
+        self.conversion = Conversion(model, checkpoint.where, str(checkpoint.folder))
+        self._loaded_buffers = False
 
     def load(self, names: Iterable[str], masks: MaskFile | None = None) -> None:
         """Bring parameters into memory, masked where `masks` knows their tensors.
@@ -305,39 +354,16 @@ class _Loader:
         Raises:
             ModelError: a parameter without a tensor, or of another shape.
         """
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
         wanted = list(names)
-        firsts = {self._first[name] for name in wanted if name in self._first}
-        buffers = [key for key, _ in self.model.named_buffers()]
-        if not getattr(self, "_loaded_buffers", False):
-            firsts |= {self._first[name] for name in buffers if name in self._first}
-            self._loaded_buffers = True
-        state = {
-            key: self._read(key, masks) for first in sorted(firsts) for key in self._sources[first]
-        }
-        config = LoadStateDictConfig(
-            device_map={"": self.device},
-            weight_mapping=self.mapping,  # type: ignore[arg-type, unused-ignore]
-            dtype=next(self.model.parameters()).dtype,
-        )
+        buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
+        self._loaded_buffers = True
+        state = {key: self._read(key, masks) for key in self.conversion.needed([*wanted, *buffers])}
         with quietly(), torch.no_grad():
-            info, _ = convert_and_load_state_dict_in_model(self.model, state, config)
-            if info.mismatched_keys:
-                name, found, expected = min(info.mismatched_keys, key=str)
-                raise ModelError(
-                    f"{self.checkpoint.folder}: {name!r} is {list(found)} in the shards, "
-                    f"{list(expected)} by config.json"
-                )
-            if info.conversion_errors or info.error_msgs:
-                first = next(iter([*info.conversion_errors.values(), *info.error_msgs]))
-                line = (str(first).strip().splitlines() or ["?"])[-1]
-                raise ModelError(f"{self.checkpoint.folder}: cannot be loaded: {line}")
-            missing = {name for name in wanted if self.model.get_parameter(name).is_meta}
+            self.conversion.load(state, self.device)
+            missing = self._without_data(wanted)
             if missing:
-                self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-                missing = {name for name in wanted if self.model.get_parameter(name).is_meta}
+                tie(self.model, missing)
+                missing = self._without_data(wanted)
             if missing:
                 raise ModelError(
                     f"{self.checkpoint.folder}: no tensor for parameter {min(missing)!r}"
@@ -346,6 +372,9 @@ class _Loader:
             parameter = self.model.get_parameter(name)
             parameter.requires_grad_(False)
             _check_finite(name, parameter)
+
+    def _without_data(self, names: Iterable[str]) -> set[str]:
+        return {name for name in names if self.model.get_parameter(name).is_meta}
 
     def _read(self, key: str, masks: MaskFile | None) -> Tensor:
         tensor = self.checkpoint.read(key)
@@ -403,7 +432,7 @@ def _real_buffers(model: Any, device: torch.device) -> None:
                 module._buffers[name] = real.fill_(_unset(real.dtype))
             if any(True for _ in module.named_buffers(recurse=False)):
                 inside = [o for o in owners if not o[0] or (path + ".").startswith(o[0] + ".")]
-                max(inside, key=lambda owner: len(owner[0]))[1]._init_weights(module)
+                initialise(max(inside, key=lambda owner: len(owner[0]))[1], module)
 
 
 def _check_buffers(model: nn.Module) -> None:

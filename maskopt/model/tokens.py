@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from maskopt.errors import DataError
+from maskopt.model.beginning import GIVEN, Beginning, beginning_of, plain_tokens, whole_tokens
 from maskopt.model.text import read_documents
 
 JOIN = "\n\n"
@@ -27,10 +28,12 @@ class Windows:
     Attributes:
         tokens: int64 [samples, length].
         source: where they came from, in words.
+        beginning: what each of them begins with.
     """
 
     tokens: Int[Tensor, "samples length"]
     source: str
+    beginning: Beginning = GIVEN
 
     @property
     def digest(self) -> str:
@@ -41,6 +44,11 @@ class Windows:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def take(self, chosen: slice | Sequence[int]) -> Windows:
+        """Some of the windows."""
+        part = chosen if isinstance(chosen, slice) else list(chosen)
+        return Windows(self.tokens[part], self.source, self.beginning)
 
     @property
     def length(self) -> int:
@@ -55,8 +63,10 @@ def calibration_windows(
     seq_len: int = 2048,
     seed: int = 0,
     field: str = "text",
+    bos: str = "auto",
 ) -> Windows:
-    """`samples` random contiguous crops of `seq_len` tokens, the same for the same seed.
+    """`samples` random windows of `seq_len` tokens, the same for the same seed: what the tokenizer puts
+    before a text (see `maskopt.model.beginning`), and a random contiguous crop of a document.
 
     A crop is taken out of one document that is longer than the crop; each sample draws its
     document anew. Documents too short are skipped; where all are, they are joined by blank lines
@@ -65,8 +75,8 @@ def calibration_windows(
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
     """
-    _check_count("samples", samples)
-    _check_count("seq_len", seq_len)
+    check_count("samples", samples)
+    check_count("seq_len", seq_len)
     if isinstance(source, Tensor):
         return token_windows(source, "token tensor")
     if _is_npy(source):
@@ -77,7 +87,8 @@ def calibration_windows(
         documents, words = [text for text in source if text.strip()], "given documents"
         if not documents:
             raise DataError("calibration: there is no text in the given documents")
-    _need_tokenizer(tokenizer)
+    begin, length = _room(tokenizer, bos, seq_len)
+    tokenize = whole_tokens if bos == "never" else plain_tokens
     generator = random.Random(seed)
     pool = list(range(len(documents)))
     encoded: dict[int, list[int]] = {}
@@ -88,25 +99,46 @@ def calibration_windows(
         if index not in encoded:
             encoded[index] = tokenize(tokenizer, documents[index])
         ids = encoded[index]
-        if len(ids) < seq_len:
+        if len(ids) < length:
             pool[place] = pool[-1]
             pool.pop()
             encoded[index] = []
             continue
-        start = generator.randint(0, len(ids) - seq_len)
-        crops.append(ids[start : start + seq_len])
+        crops.append(_crop(ids, length, generator))
     if not crops:
         ids = tokenize(tokenizer, JOIN.join(documents))
-        if len(ids) < seq_len:
-            raise DataError(
-                f"calibration text ({words}) has {len(ids)} tokens, less than one window of "
-                f"{seq_len}; give more text or a smaller --seq-len"
-            )
+        _check_length("calibration", words, ids, length)
         words += ", documents joined"
-        for _ in range(samples):
-            start = generator.randint(0, len(ids) - seq_len)
-            crops.append(ids[start : start + seq_len])
-    return Windows(torch.tensor(crops, dtype=torch.int64), words)
+        crops = [_crop(ids, length, generator) for _ in range(samples)]
+    return _begun(crops, words, begin)
+
+
+def _room(tokenizer: Any, bos: str, seq_len: int) -> tuple[Beginning, int]:
+    """What a window begins with, and how many tokens of text it has room for."""
+    if tokenizer is None:
+        raise DataError("text needs the model's tokenizer; give one, or token tensors")
+    begin = beginning_of(tokenizer, bos)
+    if seq_len <= len(begin.ids):
+        raise DataError(f"`seq_len` {seq_len} leaves no room after the beginning token; take more")
+    return begin, seq_len - len(begin.ids)
+
+
+def _crop(ids: list[int], length: int, generator: random.Random) -> list[int]:
+    start = generator.randint(0, len(ids) - length)
+    return ids[start : start + length]
+
+
+def _check_length(what: str, words: str, ids: list[int], length: int) -> None:
+    if len(ids) < length:
+        raise DataError(
+            f"{what} text ({words}) has {len(ids)} tokens, less than one window of "
+            f"{length}; give more text or a smaller `seq_len`"
+        )
+
+
+def _begun(crops: Sequence[list[int]], words: str, begin: Beginning) -> Windows:
+    tokens = torch.tensor([[*begin.ids, *crop] for crop in crops], dtype=torch.int64)
+    return Windows(tokens, words, begin)
 
 
 def evaluation_windows(
@@ -116,17 +148,17 @@ def evaluation_windows(
     seq_len: int = 2048,
     field: str = "text",
     limit: int | None = None,
+    bos: str = "auto",
 ) -> Windows:
-    """The convention of the field: documents joined by a blank line, tokenised once, cut into
-    non-overlapping windows, the tail dropped. `limit` keeps the first so many windows. A `.npy` file
-    of tokens [windows, length] is taken as it is.
+    """Documents joined by a blank line, tokenised once, cut into non-overlapping windows, the tail
+    dropped; each window begins with what the tokenizer puts before a text (see
+    `maskopt.model.beginning`). `limit` keeps the first so many windows. A `.npy` file of tokens
+    [windows, length] is taken as it is.
 
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
     """
-    _check_count("seq_len", seq_len, least=2)
-    if limit is not None:
-        _check_count("windows", limit)
+    check_count("seq_len", seq_len, least=2)
     if _is_npy(source):
         return token_windows(_load_npy(Path(source))[:limit], Path(source).name)
     if isinstance(source, str | Path):
@@ -135,17 +167,13 @@ def evaluation_windows(
         documents, words = [text for text in source if text.strip()], "given documents"
         if not documents:
             raise DataError("evaluation: there is no text in the given documents")
-    _need_tokenizer(tokenizer)
+    begin, length = _room(tokenizer, bos, seq_len)
+    tokenize = whole_tokens if bos == "never" else plain_tokens
     ids = tokenize(tokenizer, JOIN.join(documents))
-    count = len(ids) // seq_len
-    if count == 0:
-        raise DataError(
-            f"evaluation text ({words}) has {len(ids)} tokens, less than one window of {seq_len}; "
-            "give more text or a smaller --seq-len"
-        )
+    _check_length("evaluation", words, ids, length)
+    count = len(ids) // length
     count = min(count, limit) if limit is not None else count
-    tokens = torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)
-    return Windows(tokens, words)
+    return _begun([ids[i * length : (i + 1) * length] for i in range(count)], words, begin)
 
 
 def token_windows(tokens: Any, source: str) -> Windows:
@@ -161,12 +189,6 @@ def token_windows(tokens: Any, source: str) -> Windows:
     if int(tensor.min()) < 0:
         raise DataError(f"{source}: token ids must not be negative")
     return Windows(tensor, source)
-
-
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a whole text, with the special tokens that the tokenizer adds by default."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    return [int(token) for token in ids]
 
 
 def check_vocabulary(windows: Windows, size: int) -> None:
@@ -196,11 +218,6 @@ def _describe(source: str | Path) -> str:
     return str(source) if str(source).startswith("hf:") else Path(source).name
 
 
-def _need_tokenizer(tokenizer: Any) -> None:
-    if tokenizer is None:
-        raise DataError("text needs the model's tokenizer; give one, or token tensors")
-
-
-def _check_count(name: str, value: int, least: int = 1) -> None:
+def check_count(name: str, value: int, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DataError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        raise DataError(f"`{name}` must be a whole number of at least {least}, not {value!r}")

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
 from maskopt.model.checkpoint import plain_name
@@ -193,22 +195,23 @@ def plain_errors(output: Path, work: Workspace | None = None) -> Iterator[None]:
 def _locked(work: Workspace) -> Iterator[None]:
     path = work.hidden / "lock"
     busy = ModelError(f"{work.output}: another process is at work in it")
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+
+    def check_in_place(handle: int) -> None:
+        # the process before may have moved the file away between our open and our lock
         try:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                import msvcrt
-
-                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-        except OSError:
-            raise busy from None
-        # the process before may have finished and removed the file between our open and our lock
-        if not path.exists() or os.fstat(handle).st_ino != path.stat().st_ino:
+            in_place = os.path.samestat(os.fstat(handle), path.stat())
+        except FileNotFoundError:
+            in_place = False
+        if not in_place:
             raise busy
+
+    # not thread_local: a generator may be closed by another thread than the one that began it
+    lock = FileLock(path, timeout=0, thread_local=False, on_acquired=check_in_place)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise busy from None
+    try:
         yield
     finally:
-        os.close(handle)
+        lock.release()

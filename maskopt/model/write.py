@@ -71,20 +71,31 @@ def write_shard(
     return digest.hexdigest()
 
 
-def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
-    """Copy configuration, tokenizer and licence; the names of what was copied."""
-    copied = []
+def side_files(checkpoint: Checkpoint) -> list[str]:
+    """Names of the files that are copied beside the weights: configuration, tokenizer and licence."""
+    names = []
     for file in sorted(checkpoint.folder.iterdir()):
         wanted = file.suffix in SIDE_SUFFIXES or file.name.startswith(SIDE_NAMES)
         if file.name.startswith(("maskopt-", ".")) or not wanted or not file.is_file():
             continue
-        if file.name == INDEX and SINGLE in checkpoint.shards:
-            continue
-        if not stays_inside(file):
-            continue
-        with atomic_write(target / file.name) as output, open(file, "rb") as source:
+        if file.name.endswith(".index.json") and (
+            file.name != INDEX or SINGLE in checkpoint.shards
+        ):
+            continue  # of weights that are not copied
+        if stays_inside(file):
+            names.append(file.name)
+    return names
+
+
+def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
+    """Copy them; their names."""
+    copied = side_files(checkpoint)
+    for name in copied:
+        with (
+            atomic_write(target / name) as output,
+            open(checkpoint.folder / name, "rb") as source,
+        ):
             shutil.copyfileobj(source, output)
-        copied.append(file.name)
     return copied
 
 

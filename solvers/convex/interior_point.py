@@ -12,7 +12,8 @@ dp = H⁻¹(r + E dν), EᵀH⁻¹E dν = miss − EᵀH⁻¹r. W = L⁻¹E, sol
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from maskopt.solvers.compiled import loop, part
 
 #: iterations at most; ten are the rule
 _ITERATIONS = 30
@@ -23,9 +24,6 @@ _EDGE, _LEAST_MULTIPLIER = 1e-15, 1e-300
 #: up to so many groups W is found row by row; more share matrix products, in blocks of inputs
 _FEW_GROUPS = 8
 _BLOCK = 64
-_COMPILED = {"cache": True, "nogil": True, "error_model": "numpy"}
-#: what only compiled code calls needs no way in from Python, which takes as long to compile as what it does
-_INNER = _COMPILED | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def interior_point(
@@ -43,17 +41,25 @@ def interior_point(
         return np.full(n, float(pruned > 0))
     left, size = np.full(n // group, pruned), np.full(n // group, group)
     a = np.ascontiguousarray(a)
-    point: np.ndarray = minimise(a, c, constant, left, size, np.inf, tolerance, 0.0)[2]
-    return point
+    return minimise(a, c, constant, left, size, np.inf, tolerance, 0.0)[2]
 
 
-@njit(**_COMPILED)
-def minimise(a, c, offset, left, size, cutoff, tolerance, enough):
+def minimise(
+    a: np.ndarray,
+    c: np.ndarray,
+    offset: float,
+    left: np.ndarray,
+    size: np.ndarray,
+    cutoff: float,
+    tolerance: float,
+    enough: float,
+) -> tuple[float, float, np.ndarray, np.ndarray]:
     """The best Frank–Wolfe bound on the way to the minimum of pᵀAp + cᵀp + offset.
 
     Ends where the bound is at least `cutoff`, where the gap is at most `tolerance` of the value (or of the
     cutoff, where that is less), or where the value shows that the cutoff cannot be reached and the gap is
-    at most `enough` of what is missing.
+    at most `enough` of what is missing. (The loop is not compiled, which would take as long again as to
+    compile what it calls, for some microseconds of an iteration.)
 
     Args:
         a, c: float64 [m, m] contiguous and symmetric, [m].
@@ -64,32 +70,15 @@ def minimise(a, c, offset, left, size, cutoff, tolerance, enough):
         The bound, and the value, the point and the gradient there. Where rounding breaks a factorisation
         this is what was reached before.
     """
-    m, count = len(c), len(left)
-    label = np.empty(m, np.int64)
-    p = np.empty(m)
-    first = 0
-    for g in range(count):
-        for x in range(first, first + size[g]):
-            label[x] = g
-            p[x] = left[g] / size[g]
-        first += size[g]
-    product, gradient = np.empty(m), np.empty(m)
-    _multiply(a, p, product)
-    scale = 0.0
-    for x in range(m):
-        gradient[x] = 2 * product[x] + c[x]
-        scale += abs(gradient[x]) / m
-    low = np.full(m, scale + _LEAST_MULTIPLIER)
-    high, nu = low.copy(), np.zeros(count)
+    label = np.repeat(np.arange(len(left)), size)
+    p = (left / size)[label]
+    gradient = np.empty(len(c))
+    value, here, slope = _evaluate(a, c, offset, left, size, p, gradient)
+    low = np.full(len(c), slope + _LEAST_MULTIPLIER)
+    high, nu = low.copy(), np.zeros(len(left))
     bound, value_there = -np.inf, np.inf
     point, gradient_there = p.copy(), gradient.copy()
     for _ in range(_ITERATIONS):
-        _multiply(a, p, product)
-        value = offset
-        for x in range(m):
-            value += p[x] * (product[x] + c[x])
-            gradient[x] = 2 * product[x] + c[x]
-        here = value + _least(gradient, left, size) - _dot(gradient, p)
         if here > bound:
             bound, value_there = here, value
             point, gradient_there = p.copy(), gradient.copy()
@@ -97,18 +86,31 @@ def minimise(a, c, offset, left, size, cutoff, tolerance, enough):
             break
         if not _step(a, gradient, label, left, size, p, low, high, nu):
             break
+        value, here, _ = _evaluate(a, c, offset, left, size, p, gradient)
     return bound, value_there, point, gradient_there
 
 
-@njit(**_INNER)
-def _settled(bound, value, cutoff, tolerance, enough):
+@loop(nogil=True, error_model="numpy")
+def _evaluate(a, c, offset, left, size, p, gradient):
+    """Value and Frank–Wolfe bound at p, and the mean size of the gradient, which is left in `gradient`."""
+    product = np.empty(len(p))
+    _multiply(a, p, product)
+    value, slope = offset, 0.0
+    for x in range(len(p)):
+        value += p[x] * (product[x] + c[x])
+        gradient[x] = 2 * product[x] + c[x]
+        slope += abs(gradient[x]) / len(p)
+    return value, value + _least(gradient, left, size) - _dot(gradient, p), slope
+
+
+def _settled(bound: float, value: float, cutoff: float, tolerance: float, enough: float) -> bool:
     gap = value - bound
     if bound >= cutoff or gap <= tolerance * min(abs(value), abs(cutoff)):
         return True
     return cutoff < np.inf and value < cutoff and gap <= enough * (cutoff - value)
 
 
-@njit(**_INNER, fastmath=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _dot(x, y):
     total = 0.0
     for i in range(len(x)):
@@ -116,7 +118,7 @@ def _dot(x, y):
     return total
 
 
-@njit(**_INNER, fastmath=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _multiply(a, x, product):
     """product = A·x; without the threads of a BLAS, which cost a small matrix more than they gain."""
     for i in range(len(x)):
@@ -126,7 +128,7 @@ def _multiply(a, x, product):
         product[i] = total
 
 
-@njit(**_INNER)
+@part(nogil=True, error_model="numpy")
 def _least(gradient, left, size):
     """min gradientᵀv over the polytope: of every group the `left` least entries."""
     sorted_out = gradient.copy()
@@ -140,7 +142,7 @@ def _least(gradient, left, size):
     return total
 
 
-@njit(**_COMPILED)
+@loop(nogil=True, error_model="numpy")
 def least_first(values, count):
     """Reorder so that none of the first `count` is above any other (Hoare's selection).
 
@@ -167,7 +169,7 @@ def least_first(values, count):
             break
 
 
-@njit(**_INNER)
+@loop(nogil=True, error_model="numpy")
 def _step(a, gradient, label, left, size, p, low, high, nu):
     """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken."""
     m, count = len(p), len(left)
@@ -234,7 +236,7 @@ def _step(a, gradient, label, left, size, p, low, high, nu):
     return True
 
 
-@njit(**_INNER)
+@part(nogil=True, error_model="numpy")
 def _cholesky(h):
     """Whether H is definite, and its factor L."""
     try:
@@ -243,7 +245,7 @@ def _cholesky(h):
         return False, h
 
 
-@njit(**_INNER, fastmath=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _groups_through(lower, size):
     """W = (L⁻¹E)ᵀ [groups, m]. Row g is zero before its group, so that only what follows is worked on."""
     m, count = len(lower), len(size)
@@ -274,7 +276,7 @@ def _groups_through(lower, size):
     return w
 
 
-@njit(**_INNER, fastmath=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _down(lower, x):
     """x ← L⁻¹x in place."""
     for i in range(len(x)):
@@ -284,7 +286,7 @@ def _down(lower, x):
         x[i] = total / lower[i, i]
 
 
-@njit(**_INNER, fastmath=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _up(lower, x):
     """x ← L⁻ᵀx in place, along the rows of L too."""
     for i in range(len(x) - 1, -1, -1):
@@ -294,7 +296,7 @@ def _up(lower, x):
             x[j] -= lower[i, j] * value
 
 
-@njit(**_INNER, fastmath=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _add_combination(w, factor, x):
     """x += Wᵀ·factor."""
     for g in range(len(factor)):

@@ -4,38 +4,50 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+import maskopt
 from maskopt.errors import SolverError
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
-from maskopt.solver import Capabilities
+from maskopt.solver import Capabilities, Solver
+from maskopt.trace import TreeTrace, shared_out
 
 #: masks of a row up to which enumeration is accepted
 COMBINATION_LIMIT = 3_000_000
+#: masks between two looks at the clock
 _CHUNK = 2**16
 
 
-class ExhaustiveSolver:
-    """Exact in float64; refuses rows of more than COMBINATION_LIMIT masks. Ties: the first mask."""
+@dataclass(frozen=True)
+class Exhaustive(Solver):
+    """Exact in float64; refuses rows of more than COMBINATION_LIMIT masks. Ties: the first mask.
 
-    name = "exhaustive"
-    capabilities = Capabilities(
+    Where the time is over before the last mask, the best so far, FEASIBLE. Tells a `TreeTrace`.
+    """
+
+    name: ClassVar[str] = "exhaustive"
+    capabilities: ClassVar[Capabilities] = Capabilities(
         devices=("cpu",),
+        start="ignored",
         proves="optimality",
-        largest_n=23,
         note=f"enumerates, up to {COMBINATION_LIMIT:,} masks a row",
     )
-    default_warm_start: str | None = None
 
-    def unavailable(self) -> str | None:
-        return None
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """See `Solver.run`.
 
-    def solve(self, problem: LayerProblem, *, warm_start: Tensor | None = None) -> Solution:
-        """A warm start is not used."""
+        Raises:
+            SolverError: too many masks.
+        """
+        began = time.monotonic()
         group, pruned = problem.group_size, problem.pruned_per_group
         combinations = math.comb(group, pruned) ** (problem.n // group)
         if combinations > COMBINATION_LIMIT:
@@ -43,27 +55,53 @@ class ExhaustiveSolver:
                 f"exhaustive: a row of {problem.n} inputs at {problem.pattern} has "
                 f"{combinations:.3g} masks, more than {COMBINATION_LIMIT:,}; restrict the row, or use 'scip'"
             )
-        q = torch.stack([problem.row(i).q() for i in range(problem.rows)])
-        best = torch.full((problem.rows,), torch.inf, dtype=torch.float64)
-        mask = torch.ones(problem.rows, problem.n, dtype=torch.bool)
-        sets = _pruned_sets(problem) if pruned else iter(())
-        while chunk := list(itertools.islice(sets, _CHUNK)):
-            p = torch.zeros(len(chunk), problem.n, dtype=torch.float64)
-            p.scatter_(1, torch.tensor(chunk), 1.0)
-            for row in range(problem.rows):
-                value, position = ((p @ q[row]) * p).sum(1).min(0)
-                if value < best[row]:
-                    best[row] = value
-                    mask[row] = p[position] == 0
-        bound = problem.objective(mask)
+        mask, seen = _enumerate(problem, combinations, limits)
+        done = (seen == combinations).tolist()
+        cost = problem.objective(mask)
+        word = f"enumeration of maskopt {maskopt.__version__}"
         return Solution.of(
             problem,
             mask,
-            solver=self.name,
-            status=Status.OPTIMAL,
-            lower_bound=bound,
-            trace={"combinations": combinations, "proof": "enumeration of all masks"},
+            status=[Status.OPTIMAL if row else Status.FEASIBLE for row in done],
+            lower_bound=torch.where(seen == combinations, cost, 0.0),
+            vouched=[
+                word if row and c > 0 else "" for row, c in zip(done, cost.tolist(), strict=True)
+            ],
+            trace=TreeTrace(
+                ended=tuple("optimal" if row else "timelimit" for row in done),
+                nodes=seen,
+                root_bound=torch.full_like(cost, torch.nan),
+                relaxations=torch.full_like(seen, -1),
+                convexified=torch.full_like(seen, -1),
+                search_seconds=shared_out(time.monotonic() - began, problem.rows),
+                message=("",) * problem.rows,
+            ),
         )
+
+
+def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tuple[Tensor, Tensor]:
+    """The best mask of every row among those looked at, and how many those were; at least one."""
+    rows = problem.rows
+    q = torch.stack([problem.row(i).q() for i in range(rows)])
+    best = torch.full((rows,), torch.inf, dtype=torch.float64)
+    first = torch.arange(problem.n) % problem.group_size >= problem.pruned_per_group
+    mask = first.repeat(rows, 1)
+    seen = torch.zeros(rows, dtype=torch.int64)
+    sets = _pruned_sets(problem)
+    while chunk := list(itertools.islice(sets, _CHUNK)):
+        p = torch.zeros(len(chunk), problem.n, dtype=torch.float64)
+        p.scatter_(1, torch.tensor(chunk, dtype=torch.int64), 1.0)
+        for row in range(rows):
+            value, position = ((p @ q[row]) * p).sum(1).min(0)
+            if value < best[row]:
+                best[row] = value
+                mask[row] = p[position] == 0
+            seen[row] += len(chunk)
+            if limits.expired:
+                return mask, seen
+        limits.report(0, rows, "masks", int(seen[0]), combinations)
+    limits.report(rows, rows)
+    return mask, seen
 
 
 def _pruned_sets(problem: LayerProblem) -> Iterator[tuple[int, ...]]:

@@ -7,75 +7,47 @@ inputs.
 from __future__ import annotations
 
 import importlib.util
-import time
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
+from maskopt.errors import SolverError
+from maskopt.limits import Limits
+from maskopt.problem import LayerProblem
+from maskopt.solution import Solution
 from maskopt.solver import Capabilities
-from maskopt.solvers.exact.rowwise import RowwiseExact, unit_scale
-from maskopt.solvers.exact.scip_model import RowAnswer, RowTask
+from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
 
-#: n beyond which the branch and bound has no hope
-LARGEST_N = 512
-
-
-def solve_row(task: RowTask) -> RowAnswer:
-    """One row, one thread."""
-    import gurobipy as gp
-    from gurobipy import GRB
-
-    began = time.perf_counter()
-    start = np.asarray(task.start, dtype=bool)
-    if task.time_limit is not None and task.time_limit <= 0:
-        return RowAnswer(start, task.bound, "timelimit", message="no time given")
-    scale = unit_scale(task)
-    words = {
-        GRB.OPTIMAL: "optimal",
-        GRB.TIME_LIMIT: "timelimit",
-        GRB.NODE_LIMIT: "nodelimit",
-        GRB.INTERRUPTED: "userinterrupt",
-    }
-    with gp.Env(params={"OutputFlag": 0}) as environment, gp.Model(env=environment) as model:
-        n = len(task.q)
-        p = model.addMVar(n, vtype=GRB.BINARY)
-        for first in range(0, n, task.group):
-            model.addConstr(p[first : first + task.group].sum() == task.pruned)
-        model.setObjective(p @ (task.q * scale) @ p)
-        p.Start = start.astype(float)  # type: ignore[assignment, unused-ignore]
-        model.Params.Threads = 1
-        model.Params.Seed = task.seed % 2_000_000_000
-        model.Params.MIPGap = task.gap_limit
-        model.Params.MIPGapAbs = 0.0
-        if task.time_limit is not None:
-            model.Params.TimeLimit = task.time_limit
-        if task.node_limit is not None:
-            model.Params.NodeLimit = task.node_limit
-        model.optimize()
-        found = model.SolCount > 0
-        status = words.get(model.Status, f"status {model.Status}")
-        if status == "optimal" and model.MIPGap > 1e-9:
-            status = "gaplimit"
-        bound = float(model.ObjBound) / scale
-        return RowAnswer(
-            pruned=np.asarray(p.X) > 0.5 if found else start,
-            bound=max(bound, 0.0) if np.isfinite(bound) else 0.0,
-            status=status,
-            nodes=int(model.NodeCount),
-            seconds=time.perf_counter() - began,
-        )
+#: Gurobi's tolerance on p being whole (IntFeasTol), absolute
+_INTEGRALITY = 1e-5
+#: relative gap up to which Gurobi's `optimal` is one, and not the gap limit that was reached
+_CLOSED = 1e-9
+#: seeds that Gurobi takes
+_SEEDS = 2_000_000_000
 
 
-class GurobiSolver(RowwiseExact):
-    """min pᵀQp with p binary, Q convex as it is; OPTIMAL only where Gurobi says so."""
+@dataclass(frozen=True)
+class Gurobi(RowSolver):
+    """min pᵀQp with p binary, Q convex as it is; OPTIMAL only where Gurobi says so.
 
-    name = "gurobi"
-    capabilities = Capabilities(
-        devices=("cpu",), proves="optimality", largest_n=96, note="exact; optional gurobipy"
+    Tells a `TreeTrace`.
+    """
+
+    name: ClassVar[str] = "gurobi"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        devices=("cpu",),
+        start="needed",
+        default_start="wanda",
+        proves="optimality",
+        largest_n=512,
+        note="optional gurobipy; proves up to about 96 inputs",
     )
-    largest_n = LARGEST_N
-    solve_row = staticmethod(solve_row)
 
-    def unavailable(self) -> str | None:
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """See `Solver.unavailable`."""
         if importlib.util.find_spec("gurobipy") is None:
             return "the package gurobipy is not installed; pip install 'maskopt[gurobi]'"
         import gurobipy
@@ -85,3 +57,70 @@ class GurobiSolver(RowwiseExact):
         except gurobipy.GurobiError as error:
             return f"no valid Gurobi licence ({error})"
         return None
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """See `Solver.run`."""
+        import gurobipy
+
+        assert start is not None
+        version = ".".join(map(str, gurobipy.gurobi.version()))
+        return self.solve_rows(problem, start, limits, search_row, f"Gurobi {version}")
+
+
+def search_row(task: RowTask) -> RowAnswer:
+    """One row, one thread.
+
+    Raises:
+        SolverError: the row is too large for the licence, or Gurobi fails.
+    """
+    import gurobipy as gp
+
+    with gp.Env(params={"OutputFlag": 0}) as environment, gp.Model(env=environment) as model:
+        try:
+            return _optimized(task, model)
+        except gp.GurobiError as error:
+            if error.errno == gp.GRB.Error.SIZE_LIMIT_EXCEEDED:
+                raise SolverError(
+                    f"gurobi: a row of {len(task.q)} inputs is beyond this licence; use 'branch' "
+                    "or row.restrict(columns)"
+                ) from None
+            raise SolverError(f"gurobi: {error}") from None
+
+
+def _optimized(task: RowTask, model):  # type: ignore[no-untyped-def]  # gurobipy is optional
+    from gurobipy import GRB
+
+    words = {
+        GRB.OPTIMAL: "optimal",
+        GRB.TIME_LIMIT: "timelimit",
+        GRB.NODE_LIMIT: "nodelimit",
+        GRB.INTERRUPTED: "userinterrupt",
+    }
+    scale = task.unit_scale
+    p = model.addMVar(len(task.q), vtype=GRB.BINARY)
+    for first in range(0, len(task.q), task.group):
+        model.addConstr(p[first : first + task.group].sum() == task.pruned)
+    model.setObjective(p @ (task.q * scale) @ p)
+    p.Start = task.start.astype(float)
+    model.Params.Threads = 1
+    model.Params.Seed = task.limits.seed % _SEEDS
+    model.Params.MIPGap = task.gap_limit
+    model.Params.MIPGapAbs = 0.0
+    if task.limits.timed:
+        model.Params.TimeLimit = task.limits.left
+    if task.node_limit is not None:
+        model.Params.NodeLimit = task.node_limit
+    model.optimize()
+    ended = words.get(model.Status, f"status {model.Status}")
+    if ended == "optimal" and model.MIPGap > _CLOSED:
+        ended = "gaplimit"
+    pruned = np.asarray(p.X) > 0.5 if model.SolCount > 0 else task.start
+    bound = float(model.ObjBound) / scale
+    return RowAnswer(
+        pruned=pruned if task.is_legal(pruned) else task.start,
+        ended=ended,
+        bound=bound if np.isfinite(bound) else 0.0,
+        # a p_i off by the tolerance moves f by that part of its slope, 2(Qp)_i
+        slack=_INTEGRALITY * 2 * float(np.abs(task.q).sum()),
+        nodes=int(model.NodeCount),
+    )

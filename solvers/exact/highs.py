@@ -8,60 +8,103 @@ reformulation-linearisation equations, far tighter than z_ij ≥ p_i + p_j − 1
 from __future__ import annotations
 
 import importlib.util
-import time
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+from torch import Tensor
 
+from maskopt.limits import Limits
+from maskopt.problem import LayerProblem
+from maskopt.solution import Solution
 from maskopt.solver import Capabilities
-from maskopt.solvers.exact.rowwise import RowwiseExact, unit_scale
-from maskopt.solvers.exact.scip_model import RowAnswer, RowTask
+from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
 
-#: n beyond which the n²/2 products are too many for a simplex
-LARGEST_N = 128
+#: HiGHS' tolerance on whole numbers and constraints (mip_feasibility_tolerance), absolute
+_FEASIBILITY = 1e-6
+#: relative gap up to which HiGHS' `optimal` is one, and not the gap limit that was reached
+_CLOSED = 1e-9
 
 
-def solve_row(task: RowTask) -> RowAnswer:
+@dataclass(frozen=True)
+class Highs(RowSolver):
+    """The linearised program; OPTIMAL only where HiGHS says so. Tells a `TreeTrace`."""
+
+    name: ClassVar[str] = "highs"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        devices=("cpu",),
+        start="needed",
+        default_start="wanda",
+        proves="optimality",
+        # the n²/2 products are too many for a simplex beyond
+        largest_n=128,
+        note="optional highspy, linearised; proves up to about 48 inputs",
+    )
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """See `Solver.unavailable`."""
+        if importlib.util.find_spec("highspy") is None:
+            return "the package highspy is not installed; pip install 'maskopt[highs]'"
+        return None
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """See `Solver.run`."""
+        import highspy
+
+        assert start is not None
+        version = (
+            highspy.HIGHS_VERSION_MAJOR,
+            highspy.HIGHS_VERSION_MINOR,
+            highspy.HIGHS_VERSION_PATCH,
+        )
+        word = "HiGHS " + ".".join(map(str, version))
+        return self.solve_rows(problem, start, limits, search_row, word)
+
+
+def search_row(task: RowTask) -> RowAnswer:
     """One row, one thread."""
     import highspy
 
-    began = time.perf_counter()
-    start = np.asarray(task.start, dtype=bool)
-    if task.time_limit is not None and task.time_limit <= 0:
-        return RowAnswer(start, task.bound, "timelimit", message="no time given")
-    scale = unit_scale(task)
-    model, pairs = _model(task, task.q * scale)
-    model.setOptionValue("random_seed", task.seed % 2**31)
-    model.setOptionValue("mip_rel_gap", task.gap_limit)
-    model.setOptionValue("mip_abs_gap", 0.0)
-    model.setOptionValue("threads", 1)
-    if task.time_limit is not None:
-        model.setOptionValue("time_limit", task.time_limit)
-    if task.node_limit is not None:
-        model.setOptionValue("mip_max_nodes", task.node_limit)
-    guess = highspy.HighsSolution()
-    guess.col_value = [*start.astype(float), *(float(start[i] and start[j]) for i, j in pairs)]
-    model.setSolution(guess)
-    model.run()
-    info, status = model.getInfo(), model.getModelStatus()
     words = {
         highspy.HighsModelStatus.kOptimal: "optimal",
         highspy.HighsModelStatus.kTimeLimit: "timelimit",
         highspy.HighsModelStatus.kSolutionLimit: "nodelimit",
         highspy.HighsModelStatus.kInterrupt: "userinterrupt",
     }
-    word = words.get(status, model.modelStatusToString(status))
-    if word == "optimal" and info.mip_gap > 1e-9:
-        word = "gaplimit"
-    values = np.asarray(model.getSolution().col_value[: len(task.q)]) > 0.5
-    counts = values.reshape(-1, task.group).sum(1) if len(values) == len(task.q) else None
+    scale = task.unit_scale
+    model, pairs = _model(task, task.q * scale)
+    _configure(model, task)
+    guess = highspy.HighsSolution()
+    start = task.start.astype(float)
+    guess.col_value = [*start, *(start[i] * start[j] for i, j in pairs)]
+    model.setSolution(guess)
+    model.run()
+    info, status = model.getInfo(), model.getModelStatus()
+    ended = words.get(status, model.modelStatusToString(status))
+    if ended == "optimal" and info.mip_gap > _CLOSED:
+        ended = "gaplimit"
+    pruned = np.asarray(model.getSolution().col_value[: len(task.q)]) > 0.5
     bound = float(info.mip_dual_bound) / scale
     return RowAnswer(
-        pruned=values if counts is not None and (counts == task.pruned).all() else start,
-        bound=max(bound, 0.0) if np.isfinite(bound) else 0.0,
-        status=word,
+        pruned=pruned if task.is_legal(pruned) else task.start,
+        ended=ended,
+        bound=bound if np.isfinite(bound) else 0.0,
+        # p_i and z_ij off by the tolerance move f by that part of their coefficients
+        slack=_FEASIBILITY * float(np.abs(task.q).sum()),
         nodes=int(info.mip_node_count),
-        seconds=time.perf_counter() - began,
     )
+
+
+def _configure(model, task: RowTask) -> None:  # type: ignore[no-untyped-def]  # highspy is optional
+    model.setOptionValue("random_seed", task.limits.seed % 2**31)
+    model.setOptionValue("mip_rel_gap", task.gap_limit)
+    model.setOptionValue("mip_abs_gap", 0.0)
+    model.setOptionValue("threads", 1)
+    if task.limits.timed:
+        model.setOptionValue("time_limit", task.limits.left)
+    if task.node_limit is not None:
+        model.setOptionValue("mip_max_nodes", task.node_limit)
 
 
 def _model(task: RowTask, q: np.ndarray):  # type: ignore[no-untyped-def]  # highspy is optional
@@ -92,19 +135,3 @@ def _model(task: RowTask, q: np.ndarray):  # type: ignore[no-untyped-def]  # hig
             model.addRow(-infinity, 0.0, 2, [column, i], [1.0, -1.0])
             model.addRow(-infinity, 0.0, 2, [column, j], [1.0, -1.0])
     return model, pairs
-
-
-class HighsSolver(RowwiseExact):
-    """The linearised program; OPTIMAL only where HiGHS says so."""
-
-    name = "highs"
-    capabilities = Capabilities(
-        devices=("cpu",), proves="optimality", largest_n=48, note="exact; linearised, optional"
-    )
-    largest_n = LARGEST_N
-    solve_row = staticmethod(solve_row)
-
-    def unavailable(self) -> str | None:
-        if importlib.util.find_spec("highspy") is None:
-            return "the package highspy is not installed; pip install 'maskopt[highs]'"
-        return None

@@ -8,9 +8,19 @@ mixing method (see the bound `sdp`), warm from the vectors of the node above.
 
 from __future__ import annotations
 
+import math
+import time
+
 import numba
 import numpy as np
 import scipy.linalg as la
+
+#: sweeps between two looks at the clock
+_CHUNK = 200
+#: unit roundoff of float64
+_U = 2.0**-53
+#: least correction of λ, in units of the mean diagonal entry; and the least weight of an input in one
+_LEAST_SHIFT, _LEAST_WEIGHT = 1e-9, 1e-6
 
 
 def start_vectors(n: int, seed: int) -> np.ndarray:
@@ -29,6 +39,7 @@ def multipliers(
     vectors: np.ndarray,
     point: np.ndarray,
     sweeps: int,
+    deadline: float = math.inf,
 ) -> tuple[np.ndarray, np.ndarray]:
     """λ with Q + μΣ_g 1_g1_gᵀ + diag(λ) ⪰ 0 on the free inputs, and the vectors that gave it.
 
@@ -38,6 +49,7 @@ def multipliers(
         state: 1 pruned, 0 kept, −1 free, int8 [n].
         vectors: float32 [n, k], where the sweeps start.
         point: the relaxed point of the node, float64 [n]; which correction costs least is judged there.
+        sweeps: fewer past the deadline, of `time.monotonic()`.
     """
     free = np.flatnonzero(state < 0)
     ones = (state == 1).astype(float)
@@ -50,7 +62,10 @@ def multipliers(
     np.fill_diagonal(c, 0)
     v = vectors[free]
     y = np.empty(len(free), np.float32)
-    _mix(c, first, v, y, sweeps)
+    for done in range(0, sweeps, _CHUNK):
+        _mix(c, first, v, y, min(_CHUNK, sweeps - done))
+        if time.monotonic() >= deadline:
+            break
     if not np.isfinite(y).all():
         # what is free weighs nothing beside what is fixed: beyond float32. Q alone is semidefinite
         return np.zeros(len(q)), vectors
@@ -58,13 +73,13 @@ def multipliers(
     b[np.diag_indices_from(b)] += lam
     loss, correction = np.inf, lam
     x = point[free]
-    for d in (np.ones(len(free)), 4 * y.astype(float) + 1e-6):
+    for d in (np.ones(len(free)), 4 * y.astype(float) + _LEAST_WEIGHT):
         root = 1 / np.sqrt(d)
         m = root[:, None] * b * root
         least = la.eigh(m, eigvals_only=True, subset_by_index=[0, 0], check_finite=False)[0]
         # the residual of a computed eigenvalue is a small multiple of n·u·‖M‖
-        rounding = 16 * len(free) * 2.0**-53 * float(np.linalg.norm(m))
-        theta = max(0.0, -least) + rounding + 1e-9 / scale
+        rounding = 16 * len(free) * _U * float(np.linalg.norm(m))
+        theta = max(0.0, -least) + rounding + _LEAST_SHIFT / scale
         cost = theta * float(d @ (x * (1 - x)))
         if cost < loss:
             loss, correction = cost, theta * d

@@ -3,10 +3,15 @@
 A worker is a fresh Python interpreter (no fork: torch's and BLAS' threads do not survive one; no
 `multiprocessing` spawn: that would run the caller's `__main__` again). It reads pickled tasks from
 its stdin and writes pickled answers to its stdout; both ends are this program.
+
+Written by hand because neither `concurrent.futures` nor joblib does all three: go on after a crash with
+only the crashed task lost, replace a process after so many tasks, and interrupt a task that then still
+answers.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import queue
@@ -15,6 +20,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
@@ -34,35 +40,34 @@ def run_tasks(
     workers: int,
     recycle: int = 32,
     threads: int = 1,
+    deadline: float = math.inf,
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index, answer) as tasks finish; an answer is a WorkerCrash where the process died.
 
     Args:
-        function: importable by its qualified name, takes one task.
+        function: importable by its qualified name (pickle's rule), takes one task.
         workers: processes at a time.
         recycle: tasks after which a process is replaced (SCIP leaks memory: PySCIPOpt issue 1200).
         threads: what OMP_NUM_THREADS is set to in each process.
+        deadline: of `time.monotonic()`, after which no task is begun; those are not yielded.
 
     On KeyboardInterrupt the workers are interrupted too; their answers still come, tasks that had
     not begun do not, and the generator ends by raising KeyboardInterrupt.
     """
-    todo: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     for index in range(len(tasks)):
         todo.put(index)
     processes: dict[int, subprocess.Popen[bytes]] = {}
     stop = threading.Event()
-    name = f"{function.__module__}:{function.__qualname__}"
 
     def attend(slot: int) -> None:
         process: subprocess.Popen[bytes] | None = None
         served = 0
-        while not stop.is_set():
+        while not stop.is_set() and time.monotonic() < deadline:
             try:
                 index = todo.get_nowait()
             except queue.Empty:
-                break
-            if index is None:
                 break
             if process is None or served >= recycle:
                 _close(process)
@@ -71,13 +76,15 @@ def run_tasks(
             try:
                 assert process.stdin is not None
                 assert process.stdout is not None
-                _send(process.stdin, (name, tasks[index]))
+                _send(process.stdin, (function, tasks[index]))
                 answer = _receive(process.stdout)
                 served += 1
             except (EOFError, OSError):
                 code = process.wait()
                 answer = WorkerCrash(f"the worker process died with exit status {code}")
                 process = None
+            except Exception as error:  # what cannot be pickled, or read back
+                answer = error
             done.put((index, answer))
         _close(process)
         done.put((-1, None))
@@ -155,21 +162,15 @@ def _receive(stream: IO[bytes]) -> Any:
 
 def serve() -> None:
     """The loop of a worker process: ends when its stdin closes."""
-    import importlib
-
     source = sys.stdin.buffer
     # whatever a library prints must not end up among the answers
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:
         try:
-            name, task = _receive(source)
+            function, task = _receive(source)
+            answer = function(task)
         except (EOFError, KeyboardInterrupt):
-            return
-        module, function = name.split(":")
-        try:
-            answer = getattr(importlib.import_module(module), function)(task)
-        except KeyboardInterrupt:
             return
         except Exception as error:
             answer = error

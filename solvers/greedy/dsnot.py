@@ -38,7 +38,9 @@ class DSnoT(Solver):
     )
 
     cycles: int = option(50, "swaps of a row at most", unit="swaps a row", least=0)
-    power: float = option(1.0, "exponent of the inputs' variance in the regrowing score")
+    power: float = option(
+        1.0, "exponent of the inputs' variance in the regrowing score", unit="a power"
+    )
     threshold: float = option(
         0.1,
         "a row stops at |ε| of so much, ε summed over one sequence as in the reference code",

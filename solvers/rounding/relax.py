@@ -103,9 +103,9 @@ class Relax(Solver):
         status: tuple[Status, ...] = (Status.FEASIBLE,) * problem.rows
         swaps = torch.zeros(problem.rows, dtype=torch.int64)
         if self.refine is None or self.refine:
-            mask, status, swaps = _swapped(problem, mask, start, limits)
+            mask, status, swaps = swapped(problem, mask, start, limits)
         elif start is not None:
-            mask = _better(problem, mask, start)
+            mask = better(problem, mask, start)
         trace = RelaxTrace(
             iterations=box.iterations,
             relaxed_objective=torch.where(box.value.isfinite(), box.value, torch.nan),
@@ -125,7 +125,7 @@ class Relax(Solver):
         )
 
 
-def _swapped(
+def swapped(
     problem: LayerProblem, mask: Tensor, start: Tensor | None, limits: Limits
 ) -> tuple[Tensor, tuple[Status, ...], Tensor]:
     """1-swap optima of the rounded masks, and of the start where that alone costs less already."""
@@ -142,6 +142,6 @@ def _swapped(
     return mask, tuple(status), swaps
 
 
-def _better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:
+def better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:
     first = problem.objective(mask) <= problem.objective(other)
     return torch.where(first[:, None], mask, other)

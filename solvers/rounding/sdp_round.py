@@ -21,7 +21,7 @@ from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import Capabilities, Solver
 from maskopt.solvers.greedy.select import keep_highest
-from maskopt.solvers.swap import Swap
+from maskopt.solvers.rounding.relax import better, swapped
 from maskopt.trace import RelaxTrace, shared_out
 
 #: part of a time limit that the bound takes at most; the swaps have the rest
@@ -57,15 +57,12 @@ class SdpRound(Solver):
         assert bound.trace.relaxed is not None
         mask = keep_highest(problem, -bound.trace.relaxed.to(problem.device))
         rounded = problem.objective(mask)
-        if start is not None:
-            better = problem.objective(start) < rounded
-            mask = torch.where(better[:, None], start, mask)
         status: Status | tuple[Status, ...] = Status.FEASIBLE
         swaps = torch.zeros(problem.rows, dtype=torch.int64)
         if self.refine:
-            refined = Swap().run(problem, mask, limits)
-            mask, status = refined.mask, refined.status
-            swaps = refined.trace.swaps  # type: ignore[attr-defined]
+            mask, status, swaps = swapped(problem, mask, start, limits)
+        elif start is not None:
+            mask = better(problem, mask, start)
         assert bound.trace.iterations is not None
         nothing = torch.full((problem.rows,), torch.nan, dtype=torch.float64)
         trace = RelaxTrace(

@@ -2,142 +2,150 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
+from maskopt.certificate import Certificate
 from maskopt.errors import OptionError
+from maskopt.fields import option
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solution import Solution, Status
-from maskopt.solver import Capabilities, check_options, get_solver, solve
-
-#: in this order: a good mask early, then better ones with what time is left
-DEFAULT = ("swap", "relax", "tabu")
-
-
-class PortfolioSolver:
-    """Runs its members one after the other, each from the best masks so far.
-
-    Not side by side: every member uses all cores by itself, and a later one gains from a better
-    start. A member that needs no start (`relax`) is run for a fresh point of view, and its mask is
-    improved by `swap`.
-    """
-
-    name = "portfolio"
-    capabilities = Capabilities(
-        devices=("cpu", "cuda"), proves="1-swap", note="the best of several backends per row"
-    )
-    default_warm_start: str | None = "wanda"
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        warm_start: Tensor | None = None,
-        members: Sequence[str] = DEFAULT,
-        time_limit: float | None = None,
-        memory_limit: int | None = None,
-        seed: int = 0,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> Solution:
-        """Never above the start, nor above any member.
-
-        Args:
-            members: names of solvers, in the order in which they run.
-            time_limit: seconds for all of them together, shared out evenly among those still to
-                come; a member that has no such option runs to its end.
-            memory_limit, seed: handed to the members that have such an option.
-            on_progress: called with (members done, members).
-
-        `trace`: `winner` per row, and per member its `objective` (float64 [rows]) and `seconds`.
-        """
-        for member in members:
-            if member == self.name:
-                raise OptionError("portfolio: it cannot be a member of itself")
-            get_solver(member)  # an unknown or unavailable one is refused before anything runs
-        if not members:
-            raise OptionError("portfolio: name at least one member")
-        deadline = math.inf if time_limit is None else time.monotonic() + time_limit
-        best = Solution.of(
-            problem, solve(problem, "wanda").mask if warm_start is None else warm_start
-        )
-        winner = ["start"] * problem.rows
-        trace: dict[str, Any] = {"objective": {}, "seconds": {}}
-        for position, member in enumerate(members):
-            share = (deadline - time.monotonic()) / (len(members) - position)
-            if share <= 0:
-                break
-            options = {"time_limit": share, "memory_limit": memory_limit, "seed": seed}
-            chosen = {
-                k: v for k, v in options.items() if _takes(member, k) and v not in (None, math.inf)
-            }
-            takes_start = get_solver(member).default_warm_start is not None
-            found = solve(problem, member, warm_start=best.mask if takes_start else None, **chosen)
-            trace["objective"][member] = found.objective
-            trace["seconds"][member] = found.seconds
-            best, improved = merge(best, found)
-            winner = [member if i else w for i, w in zip(improved.tolist(), winner, strict=True)]
-            if on_progress is not None:
-                on_progress(position + 1, len(members))
-        proof = best.trace.get("proof")
-        return Solution(
-            mask=best.mask,
-            objective=best.objective,
-            lower_bound=best.lower_bound,
-            status=best.status,
-            solver=self.name,
-            trace={**trace, "winner": winner, **({"proof": proof} if proof else {})},
-            certificate=best.certificate,
-        )
-
-
-def _takes(member: str, option: str) -> bool:
-    try:
-        check_options(member, {option: None})
-    except OptionError:
-        return False
-    return True
-
+from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status
+from maskopt.solver import Capabilities, Solver, make_solver, solve
+from maskopt.trace import SearchTrace, shared_out
 
 _RANK = (Status.FEASIBLE, Status.SWAP_OPTIMAL, Status.OPTIMAL)
 
 
-def merge(one: Solution, other: Solution) -> tuple[Solution, Tensor]:
-    """Per row the better mask (of equals the better status), with the higher bound.
+@dataclass(frozen=True)
+class Portfolio(Solver):
+    """Runs its members one after the other, each from the best masks so far.
 
-    Returns the merged solution and, bool [rows], where the mask is the other's. All bounds come from
-    the solution whose bounds are higher in sum, since a certificate proves the bounds of one method.
+    Not side by side: every member uses all cores by itself, and a later one gains from a better start.
+    Never ends above its start, nor above any member. The time is shared out evenly among the members
+    still to come. Tells a `SearchTrace`, with one column of the history a member.
     """
+
+    name: ClassVar[str] = "portfolio"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        start="needed",
+        default_start="wanda",
+        proves="optimality",
+        note="the best of several backends per row; proves what its members prove",
+    )
+
+    members: tuple[str, ...] = option(
+        ("swap", "relax", "tabu"), "names of solvers, in the order in which they run"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.members:
+            raise OptionError("portfolio: name at least one member")
+        if self.name in self.members:
+            raise OptionError("portfolio: it cannot be a member of itself")
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """Every member in turn; see `Solver.run`."""
+        assert start is not None
+        began = time.monotonic()
+        solvers = [make_solver(member) for member in self.members]  # all, before anything runs
+        best = Solution.of(problem, start)
+        start_objective = best.objective
+        winner = ["start"] * problem.rows
+        history: list[Tensor] = []
+        for position, solver in enumerate(solvers):
+            if limits.expired:
+                break
+            limits.report(0, problem.rows, solver.name, position, len(solvers))
+            share = limits.share(1 / (len(solvers) - position)).quiet()
+            found = solve(problem, solver, start=best.mask, limits=share)
+            best, improved = merge(problem, best, found)
+            history.append(best.objective)
+            winner = [
+                solver.name if i else w for i, w in zip(improved.tolist(), winner, strict=True)
+            ]
+        limits.report(problem.rows, problem.rows)
+        stopped = "yes" if len(history) < len(solvers) else "no"
+        trace = SearchTrace(
+            rounds=torch.full((problem.rows,), len(history)),
+            start_objective=start_objective,
+            search_seconds=shared_out(time.monotonic() - began, problem.rows),
+            history=torch.stack(history, 1) if history else start_objective[:, None][:, :0],
+            winner=tuple(winner),
+            stopped=(stopped,) * problem.rows,
+        )
+        return replace(best, trace=trace)
+
+
+def merge(
+    problem: LayerProblem, one: Solution, other: Solution
+) -> tuple[Solution, Bool[Tensor, " rows"]]:
+    """Per row the better mask (of equals the one of better status), and the higher bound with its proof.
+
+    A row is OPTIMAL where the two close the gap, whoever found which. Returns the merged solution, and
+    where the mask is the other's.
+    """
+    device = one.mask.device
     rank = [
-        torch.tensor([_RANK.index(Status(s)) for s in solution.status], device=one.mask.device)
+        torch.tensor([_RANK.index(Status(s)) for s in solution.status], device=device)
         for solution in (one, other)
     ]
     better = other.objective < one.objective
     better |= (other.objective == one.objective) & (rank[1] > rank[0])
-    status = [
-        b if i else a for i, a, b in zip(better.tolist(), one.status, other.status, strict=True)
-    ]
-    bounds = other if float(other.lower_bound.sum()) > float(one.lower_bound.sum()) else one
     objective = torch.where(better, other.objective, one.objective)
-    # OPTIMAL rests on a closed gap: where the bound that closed it is not the one kept, it goes
-    closed = bounds.lower_bound >= objective * (1 - 1e-9)
+    higher = _rather(one, other)
+    bound = torch.where(higher, other.lower_bound, one.lower_bound)
+    rounding = OPTIMAL_TOLERANCE * objective + SWAP_FLOOR * problem.diagonal_mass()
+    closed = objective - bound <= rounding
+    # what a bound is above the better mask by is rounding
+    bound = torch.where(closed, bound.minimum(objective), bound)
     status = [
-        Status.SWAP_OPTIMAL if s is Status.OPTIMAL and not bool(c) else s
-        for s, c in zip(status, closed, strict=True)
+        Status.OPTIMAL if proven else (b if i else a)
+        for proven, i, a, b in zip(
+            closed.tolist(), better.tolist(), one.status, other.status, strict=True
+        )
     ]
     merged = Solution(
         mask=torch.where(better[:, None], other.mask, one.mask),
         objective=objective,
-        lower_bound=bounds.lower_bound,
+        lower_bound=bound,
         status=tuple(status),
-        trace={"proof": bounds.trace["proof"]} if "proof" in bounds.trace else {},
-        certificate=bounds.certificate,
+        certificate=_certificate(one, other, higher),
+        vouched=_words(one, other, higher),
     )
     return merged, better
+
+
+def _vouched(solution: Solution) -> tuple[str, ...]:
+    return solution.vouched or ("",) * len(solution.status)
+
+
+def _rather(one: Solution, other: Solution) -> Bool[Tensor, " rows"]:
+    """Where the other's bound is the higher one, or as high and not on anybody's word."""
+    words = zip(_vouched(one), _vouched(other), strict=True)
+    sounder = torch.tensor([bool(a) and not b for a, b in words], device=one.mask.device)
+    equal = other.lower_bound == one.lower_bound
+    return (other.lower_bound > one.lower_bound) | (equal & sounder)
+
+
+def _certificate(one: Solution, other: Solution, higher: Tensor) -> Certificate | None:
+    """Of every row that of its bound. Where only one of the two has any, it is kept throughout: a row
+    whose bound is the other's rests on that one's word, and what the certificate proves of it is less."""
+    if one.certificate is None or other.certificate is None:
+        return one.certificate or other.certificate
+    return Certificate.choose(higher, one.certificate, other.certificate)
+
+
+def _words(one: Solution, other: Solution, higher: Tensor) -> tuple[str, ...]:
+    """Per row who vouches for its bound; empty where nobody does for any."""
+    words = tuple(
+        b if h else a
+        for h, a, b in zip(higher.tolist(), _vouched(one), _vouched(other), strict=True)
+    )
+    return words if any(words) else ()

@@ -12,179 +12,217 @@ The search is float32 with c from scratch every SCRATCH moves; what is compared 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from maskopt.errors import OptionError
+from maskopt.fields import option
+from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
-from maskopt.solver import Capabilities
-from maskopt.solvers.greedy.scores import WandaSolver
-from maskopt.solvers.swap import SwapSolver
+from maskopt.solver import Capabilities, Solver
+from maskopt.solvers.parallel import RowThreads
+from maskopt.solvers.swap import Swap
+from maskopt.trace import SearchTrace, SwapTrace, shared_out
 
-#: moves between two entries of the history
+#: moves between two entries of the history, and of a row between two looks at the clock
 ROUND = 256
 #: moves between two computations of c from scratch, a multiple of ROUND
 SCRATCH = 4 * ROUND
 #: rows between two looks at the clock
 _TILE = 128
-#: tenure where groups are many: the best of 5 … 20 on real layers, as the one above for a single group
+#: tenure where groups are many, and the least one of a single group with its growth in n: the best of
+#: 5 … 20 on real layers
 _TENURE_NM = 15
+_TENURE_LEAST, _INPUTS_PER_TENURE = 3, 160
+#: a tenure by default holds at most one in so many of the inputs
+_TENURE_SHARE = 4
+#: a restart holds one input in so many
+_HELD = 10
 #: share of a time limit that the search may use; `swap` has the rest
 _SEARCH_SHARE = 0.9
+#: the search's clock counts moves in 32 bits, and it holds one list per move of the longest tenure
+_MOST_MOVES, _MOST_TENURE = 10**9, 10**6
+#: largest entries of G between which float32 has room for products of three factors
+_ORDINARY = 1e-9, 1e9
 
 
-class TabuSolver:
-    """Runs on the CPU; a problem on another device is copied there and the mask back."""
+@dataclass(frozen=True)
+class Tabu(Solver):
+    """Tabu search by pair exchange, then 1-swap search to a proven 1-swap optimum.
 
-    name = "tabu"
-    capabilities = Capabilities(
-        proves="1-swap", note="tabu search by pair exchange, on the CPU, then swap"
+    Never ends above its start. Runs on the CPU; a problem on another device is copied there and the
+    mask back. The seed is that of tenures and restarts, and the same for every row, so that a row's
+    result does not depend on the batch it is in. Tells a `SearchTrace`.
+    """
+
+    name: ClassVar[str] = "tabu"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        start="needed",
+        default_start="relax",
+        proves="1-swap",
+        note="tabu search by pair exchange, on the CPU, then swap",
     )
-    default_warm_start: str | None = "relax"
 
-    def unavailable(self) -> str | None:
-        return None
+    moves: int = option(
+        1000, "moves beyond the first local optimum", unit="moves a row", least=0, most=_MOST_MOVES
+    )
+    tenure: int | None = option(
+        None,
+        "least number of moves that an input stays put; None: 3 + n/160, or 15 for N:M",
+        unit="moves",
+        least=1,
+        most=_MOST_TENURE,
+    )
+    patience: int = option(
+        300,
+        "moves without a new best mask after which a row restarts from it; 0: never",
+        unit="moves",
+        least=0,
+    )
 
-    def solve(
-        self,
-        problem: LayerProblem,
-        *,
-        warm_start: Tensor | None = None,
-        moves: int = 1000,
-        tenure: int | None = None,
-        patience: int = 300,
-        time_limit: float | None = None,
-        seed: int = 0,
-        memory_limit: int | None = None,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> Solution:
-        """Search every row for `moves` moves beyond its first local optimum.
-
-        Args:
-            warm_start: bool [rows, n]; never ends above it. Wanda's mask where none is given.
-            moves: per row.
-            tenure: least number of moves an input stays put; 3 + n/160 where not given, 15 for N:M.
-            patience: moves without a new best mask after which a row restarts from it; 0: never.
-            time_limit: seconds, for the search and the swaps after it; the best masks so far count.
-            seed: of tenures and restarts. The same for every row, so that a row's result does not
-                depend on the batch it is in.
-            memory_limit: handed to `swap`.
-            on_progress: called with (moves made of all rows, moves in all).
-
-        `trace`: moves (per row), history (sum of the rows' objectives after each round, float32
-        accuracy), start_objective, search_seconds, swaps (made by the final `swap`).
-        """
-        if moves < 0 or patience < 0 or (tenure is not None and tenure < 1):
-            raise OptionError("tabu: moves ≥ 0, patience ≥ 0 and tenure ≥ 1")
-        if time_limit is not None and not time_limit >= 0:
-            raise OptionError(f"tabu: time_limit must be at least 0 seconds, not {time_limit}")
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """Search every row; see `Solver.run`."""
+        assert start is not None
         began = time.monotonic()
-        start = warm_start if warm_start is not None else WandaSolver().solve(problem).mask
-        if tenure is None:
-            tenure = _TENURE_NM if problem.group_size < problem.n else 3 + problem.n // 160
-            tenure = max(1, min(tenure, problem.n // 4))
-        limit = math.inf if time_limit is None else began + _SEARCH_SHARE * time_limit
-        found, made, history = _search(
-            problem, start, moves, tenure, patience, seed, limit, on_progress
-        )
-        start_objective = problem.objective(start)
-        better = problem.objective(found) < start_objective
-        mask = torch.where(better[:, None], found, start)
+        found = search(problem, start, self, limits.share(_SEARCH_SHARE))
+        better = problem.objective(found.mask) < found.start_objective
+        mask = torch.where(better[:, None], found.mask, start)
         search_seconds = time.monotonic() - began
-        left = None if time_limit is None else max(0.0, began + time_limit - time.monotonic())
-        refined = SwapSolver().solve(
-            problem, warm_start=mask, time_limit=left, memory_limit=memory_limit
+        refined = Swap().run(problem, mask, limits)
+        assert isinstance(refined.trace, SwapTrace)
+        trace = SearchTrace(
+            moves=found.moves,
+            swaps=refined.trace.swaps,
+            rounds=found.rounds,
+            start_objective=found.start_objective,
+            search_seconds=shared_out(search_seconds, problem.rows),
+            swap_seconds=shared_out(time.monotonic() - began - search_seconds, problem.rows),
+            history=found.history,
+            stopped=tuple("yes" if late else "no" for late in found.stopped.tolist()),
         )
-        return Solution.of(
-            problem,
-            refined.mask,
-            solver=self.name,
-            status=refined.status,
-            seconds=time.monotonic() - began,
-            trace={
-                "moves": made,
-                "history": history,
-                "start_objective": start_objective,
-                "search_seconds": search_seconds,
-                "swaps": refined.trace["swaps"],
-            },
+        return Solution.of(problem, refined.mask, status=refined.status, trace=trace)
+
+    def tenure_of(self, problem: LayerProblem) -> int:
+        """The tenure in moves."""
+        if self.tenure is not None:
+            return self.tenure
+        grouped = problem.group_size < problem.n
+        tenure = _TENURE_NM if grouped else _TENURE_LEAST + problem.n // _INPUTS_PER_TENURE
+        return max(1, min(tenure, problem.n // _TENURE_SHARE))
+
+
+class Found(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        mask: the best of every row.
+        moves, rounds: made.
+        start_objective: float64.
+        history: float64, the best objective after each round, in float32 accuracy.
+        stopped: whether the time was over first.
+    """
+
+    mask: Bool[Tensor, "rows n"]
+    moves: Int[Tensor, " rows"]
+    rounds: Int[Tensor, " rows"]
+    start_objective: Float[Tensor, " rows"]
+    history: Float[Tensor, "rows rounds"]
+    stopped: Bool[Tensor, " rows"]
+
+
+class _State(NamedTuple):
+    """Where the rows of a search stand, in the order of the compiled loop's arguments."""
+
+    square: np.ndarray
+    """float32 [rows, n], x²G_jj"""
+    pruned: np.ndarray
+    best: np.ndarray
+    """uint8 [rows, n], now and at the best, 1 = pruned"""
+    expiry: np.ndarray
+    """int32 [rows, n], the move at which an input may be moved again"""
+    random: np.ndarray
+    """uint64 [rows, 1]"""
+    clock: np.ndarray
+    """int64 [rows, 3]: moves so far, of these at the best mask, whether the first descent is over"""
+    slope: np.ndarray
+    """float32 [rows, n], 2xc"""
+    values: np.ndarray
+    """float64 [rows, 2], the objective now and the best"""
+    moves: np.ndarray
+    """int64 [rows], those counted"""
+
+    @classmethod
+    def of(cls, x: np.ndarray, gram: np.ndarray, pruned: Tensor, seed: int) -> _State:
+        rows, n = x.shape
+        flags = pruned.cpu().numpy().astype(np.uint8)
+        return cls(
+            square=np.square(x) * np.diagonal(gram),
+            pruned=flags,
+            best=flags.copy(),
+            expiry=np.zeros((rows, n), np.int32),
+            random=np.full((rows, 1), seed, np.uint64),
+            clock=np.zeros((rows, 3), np.int64),
+            slope=np.empty((rows, n), np.float32),
+            values=np.zeros((rows, 2)),
+            moves=np.zeros(rows, np.int64),
         )
 
 
-def _search(
-    problem: LayerProblem,
-    start: Tensor,
-    moves: int,
-    tenure: int,
-    patience: int,
-    seed: int,
-    limit: float,
-    on_progress: Callable[[int, int], None] | None,
-) -> tuple[Tensor, int, list[float]]:
-    """The best masks, the moves made by every row, and Σ objective after each round."""
-    from maskopt.solvers.search.tabu_kernel import search
+def search(problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits) -> Found:
+    """The best masks after `plan.moves` moves of every row, or when the time is over."""
+    from maskopt.solvers.search.tabu_kernel import search_rows
 
-    rows, n = problem.rows, problem.n
+    rows, tenure = problem.rows, plan.tenure_of(problem)
     x, gram, scale = _scaled(problem)
-    square = np.square(x) * np.diagonal(gram)
-    pruned = (~start).cpu().numpy().astype(np.uint8)
-    best = pruned.copy()
-    expiry = np.zeros((rows, n), np.int32)
-    state = np.full((rows, 1), seed % 2**64, np.uint64)
-    clock = np.zeros((rows, 3), np.int64)
-    slope = np.empty((rows, n), np.float32)
-    values = np.zeros((rows, 2))  # now, and the best
-    history: list[float] = []
-    made = 0
-    while made < moves and time.monotonic() < limit:
-        step = min(ROUND, moves - made)
-        for first in range(0, rows, _TILE):
-            if time.monotonic() >= limit:
+    state = _State.of(x, gram, ~start, limits.seed)
+    threads = RowThreads()
+    start_objective = problem.objective(start)
+    best = start_objective.cpu().clone()
+    rounds = torch.zeros(rows, dtype=torch.int64)
+    history: list[Tensor] = []
+    planned = 0
+    while planned < plan.moves and not limits.expired:
+        step = min(ROUND, plan.moves - planned)
+        scratch, held = planned % SCRATCH == 0, max(1, problem.n // _HELD)
+        settings = problem.group_size, step, scratch, tenure, tenure // 2, plan.patience, held
+        for tile in torch.arange(rows).split(_TILE):
+            if limits.expired:
                 break
-            tile = slice(first, first + _TILE)
-            search(
-                x[tile],
-                gram,
-                square[tile],
-                pruned[tile],
-                best[tile],
-                expiry[tile],
-                state[tile],
-                clock[tile],
-                slope[tile],
-                values[tile],
-                problem.group_size,
-                step,
-                made % SCRATCH == 0,
-                tenure,
-                tenure // 2,
-                patience,
-                max(1, n // 10),
-            )
-        made += step
-        history.append(float((values[:, 1] * scale).sum()))
-        if on_progress is not None:
-            on_progress(made * rows, moves * rows)
-    return torch.from_numpy(best == 0).to(problem.device), made, history
+            threads.run(search_rows, tile.numpy(), x, gram, state, settings)
+            rounds[tile] += 1
+            best[tile] = torch.from_numpy(state.values[tile, 1] * scale[tile])
+        planned += step
+        history.append(best.clone())
+        limits.report(0, rows, "moves", planned, plan.moves)
+    return Found(
+        mask=torch.from_numpy(state.best == 0).to(problem.device),
+        moves=torch.from_numpy(state.moves),
+        rounds=rounds,
+        start_objective=start_objective,
+        history=torch.stack(history, 1) if history else best[:, None][:, :0],
+        stopped=rounds * ROUND < plan.moves,
+    )
 
 
 def _scaled(problem: LayerProblem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows scaled to Σ x²G_jj = 1 in float32, G in float32, and the factor back to objectives."""
     gram = problem.gram.cpu()
     peak = float(gram.diagonal().max())
-    if peak > 0 and not 1e-9 < peak < 1e9:
+    if peak <= 0 or _ORDINARY[0] < peak < _ORDINARY[1]:
+        peak = 1.0
+    else:
         gram = gram.double() / peak
     weight = problem.weight.cpu().double()
     size = weight.abs().amax(1, keepdim=True)
     weight = weight / size.where(size > 0, 1.0)
     mass = weight.square() @ gram.diagonal().double()
     root = mass.where(mass > 0, 1.0).sqrt()
-    factor = (root * size[:, 0]).square() * (peak if peak > 0 and not 1e-9 < peak < 1e9 else 1.0)
+    factor = (root * size[:, 0]).square() * peak
     x = (weight / root[:, None]).float().contiguous().numpy()
     return x, gram.float().contiguous().numpy(), factor.numpy()

@@ -1,4 +1,4 @@
-"""The compiled inner loop of tabu search: one row a task, all cores, no allocation per move.
+"""The compiled inner loop of tabu search: no allocation per move.
 
 For one row in scaled units, x = w·const, P the pruned and U the kept inputs, c = G(x ⊙ pruned):
 
@@ -15,17 +15,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
+
+from maskopt.solvers.compiled import loop, part
 
 #: stands for "not allowed"; far above any Δ of a row scaled to Σ x²G_jj ≈ 1
 FORBIDDEN = np.float32(1e30)
 #: groups of at most so many inputs are searched over all their pairs
 SMALL = 16
-# every flag but `ninf`/`afn`: FORBIDDEN is finite, and reductions may be vectorised
-_FAST = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
+#: least value that has FORBIDDEN in it
+BEYOND = FORBIDDEN * np.float32(0.1)
+#: a mask is better than another one from this part of its objective on: float32 tells no less
+BETTER = 1 - 1e-6
+# no reference is counted: arrays belong to the callers, and nothing is allocated
+_exact = part(_nrt=False)
+# every flag but `afn`: FORBIDDEN is finite, and reductions may be vectorised
+_FLAGS = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
+_fast = part(fastmath=_FLAGS, error_model="numpy", _nrt=False)
 
 
 @intrinsic
@@ -43,7 +51,7 @@ def _less(typing: Any, left: Any, right: Any) -> Any:
     return types.float32(types.float32, types.float32), build
 
 
-@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+@_fast
 def _where(values: np.ndarray, least: Any) -> Any:
     """The lowest index of that value. No early exit: a reduction is vectorised, a search is not."""
     first = np.int32(len(values))
@@ -52,7 +60,7 @@ def _where(values: np.ndarray, least: Any) -> Any:
     return first
 
 
-@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+@_fast
 def _price(bar: np.ndarray, slope: np.ndarray, sign: Any, out: np.ndarray) -> int:
     """out ← a or b; the lowest index of the least."""
     least = FORBIDDEN
@@ -63,7 +71,7 @@ def _price(bar: np.ndarray, slope: np.ndarray, sign: Any, out: np.ndarray) -> in
     return _where(out, least)
 
 
-@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+@_fast
 def _partner(
     own: np.ndarray, twice: np.ndarray, line: np.ndarray, weight: Any, out: np.ndarray
 ) -> int:
@@ -76,7 +84,7 @@ def _partner(
     return _where(out, least)
 
 
-@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+@_fast
 def _products(slope: np.ndarray, x: np.ndarray, gram: np.ndarray, pruned: np.ndarray) -> float:
     """slope ← 2x⊙G(x ⊙ pruned) from scratch; returns the objective."""
     slope[:] = 0
@@ -94,7 +102,7 @@ def _products(slope: np.ndarray, x: np.ndarray, gram: np.ndarray, pruned: np.nda
     return objective
 
 
-@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+@_fast
 def _exchange(
     slope: np.ndarray,
     twice: np.ndarray,
@@ -107,7 +115,7 @@ def _exchange(
         slope[j] += twice[j] * (plus * added[j] - minus * gone[j])
 
 
-@nb.njit(cache=True)
+@_exact
 def _random(state: np.ndarray) -> np.uint64:
     """SplitMix64."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
@@ -117,7 +125,7 @@ def _random(state: np.ndarray) -> np.uint64:
     return z ^ (z >> np.uint64(31))
 
 
-@nb.njit(cache=True)
+@_exact
 def _bar(
     j: int,
     pruned: np.ndarray,
@@ -131,7 +139,7 @@ def _bar(
     bar_pruned[j] = square[j] if free and pruned[j] else FORBIDDEN
 
 
-@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+@_fast
 def _best_move(
     x: np.ndarray,
     twice: np.ndarray,
@@ -139,12 +147,11 @@ def _best_move(
     slope: np.ndarray,
     bar_kept: np.ndarray,
     bar_pruned: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    out: np.ndarray,
+    of_moves: np.ndarray,
 ) -> Any:
     """The best exchange of the least a with its partner, and of the least b with its, per group."""
-    best = FORBIDDEN * np.float32(0.1)
+    a, b, out = of_moves[0], of_moves[1], of_moves[2]
+    best = BEYOND
     kept, pruned = -1, -1
     group = len(out)
     one = np.float32(1)
@@ -153,7 +160,7 @@ def _best_move(
         slope_part, twice_part = slope[first:last], twice[first:last]
         u = _price(bar_kept[first:last], slope_part, one, a)
         p = _price(bar_pruned[first:last], slope_part, -one, b)
-        if a[u] > FORBIDDEN * np.float32(0.1) or b[p] > FORBIDDEN * np.float32(0.1):
+        if a[u] > BEYOND or b[p] > BEYOND:
             continue
         q = _partner(b, twice_part, gram[first + u, first:last], x[first + u], out)
         value = a[u] + out[q]
@@ -166,19 +173,18 @@ def _best_move(
     return kept, pruned, best
 
 
-@nb.njit(fastmath=_FAST, cache=True, error_model="numpy")
+@_fast
 def _best_of_small(
     cross: np.ndarray, slope: np.ndarray, bar_kept: np.ndarray, bar_pruned: np.ndarray
 ) -> Any:
     """All pairs of every group, where groups are small; cross[i, j] = −2 x_i x_j G_ij inside them."""
-    allowed = FORBIDDEN * np.float32(0.1)
-    best = allowed
+    best = BEYOND
     kept, pruned = -1, -1
     n, group = cross.shape
     for first in range(0, n, group):
         for i in range(first, first + group):
             a = bar_kept[i] + slope[i]
-            if a < allowed:
+            if a < BEYOND:
                 for j in range(group):
                     p = first + j
                     value = a + bar_pruned[p] - slope[p] + cross[i, j]
@@ -187,70 +193,121 @@ def _best_of_small(
     return kept, pruned, best
 
 
-@nb.njit(cache=True)
-def _search_row(
-    x: np.ndarray,
-    gram: np.ndarray,
-    square: np.ndarray,
-    pruned: np.ndarray,
-    best_pruned: np.ndarray,
-    expiry: np.ndarray,
-    state: np.ndarray,
-    clock: np.ndarray,
-    slope: np.ndarray,
-    values: np.ndarray,
-    group: int,
-    moves: int,
-    scratch: bool,
-    tenure: int,
-    spread: int,
-    patience: int,
-    kick: int,
-) -> None:
-    n = len(x)
-    twice = np.float32(2) * x
-    bar_kept = np.empty(n, np.float32)
-    bar_pruned = np.empty(n, np.float32)
-    a = np.empty(group, np.float32)
-    b = np.empty(group, np.float32)
-    out = np.empty(group, np.float32)
-    small = group <= SMALL
-    cross = np.empty((n if small else 0, group if small else 1), np.float32)
+@_exact
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    for j in range(len(target)):
+        target[j] = source[j]
+
+
+@_exact
+def _pairs(x: np.ndarray, gram: np.ndarray, cross: np.ndarray) -> None:
+    """cross[i, j] = −2 x_i x_j G_ij for the j-th input of i's group."""
+    group = cross.shape[1]
     for i in range(len(cross)):
         first = i // group * group
         for j in range(group):
             cross[i, j] = np.float32(-2) * (x[i] * x[first + j]) * gram[i, first + j]
-    # inputs whose tabu ends at the same move form a list: head by move, next by input
-    longest = 2 * (tenure + spread) + 2
-    head = np.full(longest, -1, np.int32)
-    follow = np.full(n, -1, np.int32)
-    now = clock[0]
+
+
+# Inputs whose tabu ends at the same move form a list: `head` by move, modulo the longest tenure, and
+# `follow` by input. No input is in two of them, since none is moved while it is tabu.
+
+
+@_exact
+def _shut(j: int, expiry: np.ndarray, head: np.ndarray, follow: np.ndarray) -> None:
+    """Into the list of the move at which the tabu of j ends."""
+    slot = expiry[j] % len(head)
+    follow[j] = head[slot]
+    head[slot] = j
+
+
+@_exact
+def _open(
+    now: int,
+    pruned: np.ndarray,
+    expiry: np.ndarray,
+    head: np.ndarray,
+    follow: np.ndarray,
+    square: np.ndarray,
+    bar_kept: np.ndarray,
+    bar_pruned: np.ndarray,
+) -> None:
+    """Open the inputs whose tabu ends now."""
+    slot = now % len(head)
+    j = head[slot]
+    while j >= 0:
+        _bar(j, pruned, expiry[j] <= now, square, bar_kept, bar_pruned)
+        j = follow[j]
+    head[slot] = -1
+
+
+@_exact
+def _hold(
+    now: int,
+    kick: int,
+    tenure: int,
+    spread: int,
+    expiry: np.ndarray,
+    state: np.ndarray,
+    head: np.ndarray,
+    follow: np.ndarray,
+) -> None:
+    """End every tabu, and hold up to `kick` random inputs for twice the tenure and more."""
+    head[:] = -1
+    for j in range(len(expiry)):
+        expiry[j] = now
+    for _ in range(kick):
+        j = int(_random(state) % np.uint64(len(expiry)))
+        if expiry[j] <= now:
+            expiry[j] = now + 2 * tenure + np.int64(_random(state) % np.uint64(spread + 1))
+            _shut(j, expiry, head, follow)
+
+
+@_exact
+def _enter(
+    now: int,
+    x: np.ndarray,
+    gram: np.ndarray,
+    square: np.ndarray,
+    pruned: np.ndarray,
+    expiry: np.ndarray,
+    work: Any,
+) -> None:
+    """The workspace of a row, from where it stands at move `now`."""
+    bars, _, cross, head, follow, twice = work
+    for j in range(len(x)):
+        twice[j] = np.float32(2) * x[j]
+    _pairs(x, gram, cross)
+    head[:] = -1
+    for j in range(len(x)):
+        if expiry[j] > now:
+            _shut(j, expiry, head, follow)
+        _bar(j, pruned, expiry[j] <= now, square, bars[0], bars[1])
+
+
+# the arguments of a row are those of `_search_rows`, which says what they are
+@_exact
+def _search_row(  # type: ignore[no-untyped-def]
+    x, gram, square, pruned, best_pruned, expiry, state, clock, slope, values, group, moves, scratch,
+    tenure, spread, patience, kick, work,
+):  # fmt: skip
+    """Up to `moves` moves beyond the first descent, after the rest of that. How many there were."""
+    bars, of_moves, cross, head, follow, twice = work
+    bar_kept, bar_pruned = bars[0], bars[1]
+    now, descending = clock[0], clock[2] == 0
+    _enter(now, x, gram, square, pruned, expiry, work)
     if scratch:
         values[0] = _products(slope, x, gram, pruned)
     value, best_value = values
-    descending = clock[2] == 0
     if descending:
         best_value = value
-    for j in range(n):
-        free = expiry[j] <= now
-        if not free:
-            slot = expiry[j] % longest
-            follow[j] = head[slot]
-            head[slot] = j
-        _bar(j, pruned, free, square, bar_kept, bar_pruned)
     made = 0
     while made < moves:
-        slot = now % longest
-        j = head[slot]
-        while j >= 0:
-            if expiry[j] <= now:
-                _bar(j, pruned, True, square, bar_kept, bar_pruned)
-            j = follow[j]
-        head[slot] = -1
-        if small:
+        _open(now, pruned, expiry, head, follow, square, bar_kept, bar_pruned)
+        if group <= SMALL:
             u, p, delta = _best_of_small(cross, slope, bar_kept, bar_pruned)
         else:
-            u, p, delta = _best_move(x, twice, gram, slope, bar_kept, bar_pruned, a, b, out)
+            u, p, delta = _best_move(x, twice, gram, slope, bar_kept, bar_pruned, of_moves)
         if u < 0:
             if descending:
                 break
@@ -258,52 +315,60 @@ def _search_row(
             now += 1
             made += 1
             continue
-        if descending and value + delta >= best_value * (1 - 1e-6):
+        if descending and value + delta >= best_value * BETTER:
             descending = False
             clock[2] = 1
-        pruned[u] = 1
-        pruned[p] = 0
+        pruned[u], pruned[p] = 1, 0
         _exchange(slope, twice, gram[u], x[u], gram[p], x[p])
         value += delta
         now += 1
-        if descending:
-            _bar(u, pruned, True, square, bar_kept, bar_pruned)
-            _bar(p, pruned, True, square, bar_kept, bar_pruned)
-        else:
+        if not descending:
             made += 1
-            for j in (u, p):
+        for j in (u, p):
+            if not descending:
                 expiry[j] = now + tenure + np.int64(_random(state) % np.uint64(spread + 1))
-                slot = expiry[j] % longest
-                follow[j] = head[slot]
-                head[slot] = j
-                _bar(j, pruned, False, square, bar_kept, bar_pruned)
-        if value < best_value * (1 - 1e-6):
+                _shut(j, expiry, head, follow)
+            _bar(j, pruned, descending, square, bar_kept, bar_pruned)
+        if value < best_value * BETTER:
             best_value = value
-            best_pruned[:] = pruned
+            _copy(pruned, best_pruned)
             clock[1] = now
         elif not descending and patience > 0 and now - clock[1] >= patience:
-            pruned[:] = best_pruned
-            value = _products(slope, x, gram, pruned)
-            best_value = value
+            _copy(best_pruned, pruned)
+            value = best_value = _products(slope, x, gram, pruned)
             clock[1] = now
-            head[:] = -1
-            for j in range(n):
-                expiry[j] = now
-            for _ in range(kick):
-                j = int(_random(state) % np.uint64(n))
-                if expiry[j] <= now:
-                    expiry[j] = now + 2 * tenure + np.int64(_random(state) % np.uint64(spread + 1))
-                    slot = expiry[j] % longest
-                    follow[j] = head[slot]
-                    head[slot] = j
-            for j in range(n):
+            _hold(now, kick, tenure, spread, expiry, state, head, follow)
+            for j in range(len(x)):
                 _bar(j, pruned, expiry[j] <= now, square, bar_kept, bar_pruned)
     clock[0] = now
     values[0], values[1] = value, best_value
+    return made
 
 
-@nb.njit(parallel=True, cache=True)
-def search(
+def search_rows(x: np.ndarray, gram: np.ndarray, state: Any, plan: Any, rows: np.ndarray) -> None:
+    """Moves of some rows.
+
+    Args:
+        x, gram: float32, scaled so that Σ x²G_jj = 1.
+        state: where the rows stand, a `tabu._State`.
+        plan: group, moves, whether to compute c from scratch first, tenure, how much longer it may be,
+            patience, and how many inputs a restart holds.
+        rows: int64.
+    """
+    n, group, tenure, spread = x.shape[1], plan[0], plan[3], plan[4]
+    work = (
+        np.empty((2, n), np.float32),  # bars
+        np.empty((3, group), np.float32),  # values of moves
+        np.empty((n, group) if group <= SMALL else (0, 1), np.float32),  # cross
+        np.empty(2 * (tenure + spread) + 2, np.int32),  # head
+        np.empty(n, np.int32),  # follow
+        np.empty(n, np.float32),  # twice x
+    )
+    _search_rows(x, gram, *state, *plan, work, rows)
+
+
+@loop(nogil=True, _nrt=False)
+def _search_rows(
     x: np.ndarray,
     gram: np.ndarray,
     square: np.ndarray,
@@ -314,6 +379,7 @@ def search(
     clock: np.ndarray,
     slope: np.ndarray,
     values: np.ndarray,
+    made: np.ndarray,
     group: int,
     moves: int,
     scratch: bool,
@@ -321,9 +387,11 @@ def search(
     spread: int,
     patience: int,
     kick: int,
+    work: Any,
+    rows: np.ndarray,
 ) -> None:
-    for row in nb.prange(len(x)):
-        _search_row(
+    for row in rows:
+        made[row] += _search_row(
             x[row],
             gram,
             square[row],
@@ -341,4 +409,5 @@ def search(
             spread,
             patience,
             kick,
+            work,
         )

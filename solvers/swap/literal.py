@@ -28,7 +28,7 @@ def refine_literally(
     max_swaps: int | None,
     deadline: float,
     memory: int,
-    progress: Callable[[int], None],
+    progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Swap every row to 1-swap optimality; the outcome says which rows are proven.
 
@@ -54,7 +54,8 @@ def refine_literally(
             double[rows[~improving]] = True
             swap(batch, rows[improving], kept[improving], pruned[improving], delta[improving])
         active &= batch.swaps < (math.inf if max_swaps is None else max_swaps)
-        progress(batch.rows - int(active.sum()))
+        if progress is not None:
+            progress(batch.rows - int(active.sum()))
     outcome.proven = proven
     outcome.objectives.append(batch.objective * batch.scale)
     refresh(batch, torch.arange(batch.rows, device=batch.x.device), memory)

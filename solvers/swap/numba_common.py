@@ -9,13 +9,19 @@ of threads or on the rows beside it.
 `x`, `c` and everything that decides is float64. `low` is x in the dtype that proposes: float32, or
 float64 where the range of the data asks for it. Inner loops run over contiguous memory, and are
 written so that LLVM turns them into SIMD: reductions without a branch first, the position after.
+
+What Numba spends on a first run goes by the number of operations, so that
+- workspaces are made by NumPy outside: an allocation inside costs more to compile than a loop;
+- no literal is passed to a loop, nor a variable that was one at first: each value would be compiled anew.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from maskopt.solvers.compiled import loop, part
 
 #: +inf that survives fast-math and a few additions, in every dtype
 BIG = 1e37
@@ -46,7 +52,21 @@ def _reduction(name):
 
 
 minimum, maximum = _reduction("llvm.minnum"), _reduction("llvm.maxnum")
-fast = njit(cache=True, nogil=True, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
+# no reference is counted: arrays belong to the callers, and nothing is allocated
+_OPTIONS = {"fastmath": {"nnan", "ninf", "nsz", "contract", "reassoc"}, "_nrt": False}
+fast, fast_loop = part(**_OPTIONS), loop(nogil=True, **_OPTIONS)
+
+
+@fast
+def sort(values, first, last):
+    """Ascending, in place, values[first:last]: few, and for the most part in order."""
+    for i in range(first + 1, last):
+        value = values[i]
+        at = i
+        while at > first and values[at - 1] > value:
+            values[at] = values[at - 1]
+            at -= 1
+        values[at] = value
 
 
 @fast

@@ -5,12 +5,40 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskopt.solvers.swap.numba_common import BIG, fast, maximum, minimum, price_groups, scores
+from maskopt.solvers.swap.numba_common import (
+    BIG,
+    fast,
+    fast_loop,
+    maximum,
+    minimum,
+    price_groups,
+    scores,
+)
 
 #: points at which `_envelope` samples a lower envelope; a multiple of four
 GRID = 24
 #: |x|·d is rounded up by this factor, ρ as well
 SLACK = 1.0 + 2.0**-20
+#: every height is lowered by this too: more than products that float32 flushes to zero amount to
+FLUSHED = 1e-24
+#: the side with fewer survivors has its rows of G read in full where the other has more than n over this
+DENSE = 4
+
+
+def price_rows(gram, x, low, *others):
+    """Step 2 of some rows: the last of `others`; see `_price_rows` for the rest."""
+    n, single = x.shape[1], low.dtype
+    work = (
+        np.empty(n), np.empty(n),  # score, bound
+        np.empty((4, GRID)),  # lines
+        np.empty((2, n), np.int64), np.empty(2, np.int64),  # sides, count
+        np.empty((2, n), single), np.empty((2, n), single),  # height, slope
+    )  # fmt: skip
+    wide = (
+        np.empty(n, single), np.empty(n, single),  # heights and slopes, then those of the far side
+        np.empty(n, single), np.empty(n, single), np.empty(n, single),  # heavy, thin, formed
+    )  # fmt: skip
+    _price_rows(gram, x, low, *others[:-1], work, wide, others[-1])
 
 
 @fast
@@ -47,35 +75,164 @@ def _chords(grid, values, start, rise):
 
 
 @fast
-def _survivors(own, own_slope, count, other, other_slope, others, threshold, lines, bound, alive):
-    """Which of `own` may be in an improving pair: own_i + other_j − own_slope_i·other_slope_j."""
-    grid, values, start, rise = lines
-    top = own_slope.dtype.type(0)
-    for i in range(count):
-        top = maximum(top, own_slope[i])
-    _envelope(other, other_slope, others, float(top), grid, values)
-    _chords(grid, values, start, rise)
+def _bound(slope, count, lines, bound):
+    """The least of the chords at the slopes of a side."""
+    start, rise = lines[2], lines[3]
     for i in range(count):
         bound[i] = BIG
     for k in range(0, GRID, 4):
         a0, a1, a2, a3 = start[k], start[k + 1], start[k + 2], start[k + 3]
         b0, b1, b2, b3 = rise[k], rise[k + 1], rise[k + 2], rise[k + 3]
         for i in range(count):
-            t = np.float64(own_slope[i])
+            t = np.float64(slope[i])
             one = minimum(a0 + b0 * t, a1 + b1 * t)
             two = minimum(a2 + b2 * t, a3 + b3 * t)
             bound[i] = minimum(bound[i], minimum(one, two))
-    many = 0
-    for i in range(count):
-        alive[i] = own[i] + bound[i] < -threshold
-        many += alive[i]
-    return many
 
 
 @fast
-def price_rows(
+def _lower(x, score, kept, reach, rho, margin, heights, slopes):
+    """Scores lowered by more than all rounding can add to a pair, and |x|d (for the kept: 2ρ|x|d)."""
+    for j in range(len(score)):
+        e = abs(x[j]) * reach[j] * SLACK
+        heights[j] = score[j] - margin * (abs(score[j]) + e * e) - FLUSHED
+        slopes[j] = 2.0 * e * rho[j] if kept[j] else e
+
+
+@fast
+def _split(kept, heights, slopes, sides, height, slope, count):
+    """The columns of each side (0: pruned, 1: kept) one after the other."""
+    count[:] = 0
+    for j in range(len(kept)):
+        side = np.int64(kept[j])
+        i = count[side]
+        sides[side, i] = j
+        height[side, i] = heights[j]
+        slope[side, i] = slopes[j]
+        count[side] = i + 1
+
+
+@fast
+def _largest(slope, count):
+    top = slope.dtype.type(0)
+    for i in range(count):
+        top = maximum(top, slope[i])
+    return float(top)
+
+
+@fast
+def _survivors(side, threshold, work):
+    """Keep the columns of a side that may be in an improving pair: height_i + height_j − slope_i·slope_j.
+
+    → how many
+    """
+    _, bound, lines, sides, count, height, slope = work
+    other, many = 1 - side, count[side]
+    top = _largest(slope[side], many)
+    _envelope(height[other], slope[other], count[other], top, lines[0], lines[1])
+    _chords(lines[0], lines[1], lines[2], lines[3])
+    _bound(slope[side], many, lines, bound)
+    m = 0
+    for i in range(many):
+        if height[side, i] + bound[i] < -threshold:
+            sides[side, m] = sides[side, i]
+            height[side, m] = height[side, i]
+            slope[side, m] = slope[side, i]
+            m += 1
+    count[side] = m
+    return m
+
+
+@fast
+def _spread(low, columns, height, many, dense, wide):
+    """The far side's heights and weights in a row, and where `dense` at their columns as well."""
+    full, factor, heavy, thin, _ = wide
+    if dense:
+        full[:] = full.dtype.type(BIG)
+        factor[:] = full.dtype.type(0)
+    for i in range(many):
+        j = columns[i]
+        thin[i] = low[j]
+        heavy[i] = height[i]
+        if dense:
+            full[j] = height[i]
+            factor[j] = low[j]
+
+
+@fast
+def _least_of_line(line, twice, columns, many, dense, wide):
+    """The far column of least height − 2 x x G on a line of G, proposed. → its value"""
+    full, factor, heavy, thin, formed = wide
+    least = formed.dtype.type(BIG)
+    if dense:
+        for j in range(len(line)):
+            value = full[j] + twice * (factor[j] * line[j])
+            formed[j] = value
+            least = minimum(least, value)
+    else:
+        for k in range(many):
+            value = heavy[k] + twice * (thin[k] * line[columns[k]])
+            formed[k] = value
+            least = minimum(least, value)
+    return least
+
+
+@fast
+def _where(formed, least):
+    """The first place of a value that is there."""
+    at = 0
+    while formed[at] > least:
+        at += 1
+    return at
+
+
+@fast
+def _decide(line, x, score, s, columns, many, threshold):
+    """The partner of s that lowers the objective most by float64, or −1."""
+    best = -threshold
+    found = np.int64(-1)
+    for k in range(many):
+        j = columns[k]
+        value = (score[s] + score[j]) - 2.0 * x[s] * x[j] * line[j]
+        if value < best:
+            best = value
+            found = j
+    return found
+
+
+@fast
+def _price_row(gram, x, low, partner, cross, threshold, work, wide):
+    """The best partner of every surviving column of the side with fewer. → how many of them improve"""
+    score, sides, count, height = work[0], work[3], work[4], work[5]
+    near = 0 if count[0] < count[1] else 1  # the side whose rows of G are read
+    far, many = sides[1 - near], count[1 - near]
+    dense = many * DENSE > len(x)
+    _spread(low, far, height[1 - near], many, dense, wide)
+    improving = 0
+    for i in range(count[near]):
+        s = sides[near, i]
+        line = gram[s]
+        twice = -low.dtype.type(2) * low[s]
+        least = _least_of_line(line, twice, far, many, dense, wide)
+        if float(height[near, i]) + float(least) >= -threshold:
+            continue
+        at = _where(wide[4], least)
+        j = at if dense else far[at]
+        value = (score[s] + score[j]) - 2.0 * x[s] * x[j] * line[j]
+        if value >= -threshold:  # so little that rounding decides: float64 for this column
+            j = _decide(line, x, score, s, far, many, threshold)
+            if j < 0:
+                continue
+        partner[s] = j
+        cross[s] = line[j]
+        improving += 1
+    return improving
+
+
+@fast_loop
+def _price_rows(
     gram, x, low, diagonal, reach, rho, kept, c, partner, cross, objective, mass, improving, pairs, group,
-    relative, floor, margin, rows,
+    relative, floor, margin, work, wide, rows,
 ):  # fmt: skip
     """The exact scan: is there an improving swap? Every column's best partner goes to `partner`.
 
@@ -83,110 +240,26 @@ def price_rows(
     the rest in the proposing dtype with a and b lowered by more than rounding can add, so that what
     is passed over is proven; what is not passed over is decided in float64. `pairs` counts.
     """
-    n = x.shape[1]
-    score = np.empty(n, np.float64)
-    sides = np.empty((2, n), np.int64)
-    height, slope = np.empty((2, n), low.dtype), np.empty((2, n), low.dtype)
-    alive = np.empty((2, n), np.uint8)
-    lines, bound = np.empty((4, GRID), np.float64), np.empty(n, np.float64)
-    heights, slopes = np.empty(n, low.dtype), np.empty(n, low.dtype)
-    full, factor = np.empty(n, low.dtype), np.empty(n, low.dtype)
-    formed = np.empty(n, low.dtype)
-    thin, heavy = np.empty(n, low.dtype), np.empty(n, low.dtype)
-    big, two = low.dtype.type(BIG), low.dtype.type(2)
+    score, sides, count, height, slope = work[0], work[3], work[4], work[5], work[6]
+    heights, slopes = wide[0], wide[1]
     for r in rows:
         threshold = relative * max(objective[r], 0.0) + floor * mass[r]
         scores(x[r], diagonal, c[r], kept[r], score)
-        improving[r] = False
-        if group < n:
-            partner[r, :] = -1
+        if group < len(score):
             improving[r] = price_groups(
                 gram, x[r], kept[r], score, group, threshold, partner[r], cross[r]
             )
             continue
-        for j in range(n):
-            e = abs(x[r, j]) * reach[j] * SLACK
-            heights[j] = score[j] - margin * (abs(score[j]) + e * e) - 1e-24
-            slopes[j] = 2.0 * e * rho[j] if kept[r, j] else e
         partner[r, :] = -1
-        count = np.zeros(2, np.int64)
-        for j in range(n):
-            side = np.int64(kept[r, j])
-            i = count[side]
-            sides[side, i] = j
-            height[side, i] = heights[j]
-            slope[side, i] = slopes[j]
-            count[side] = i + 1
-        if count[0] == 0 or count[1] == 0:
+        _lower(x[r], score, kept[r], reach, rho, margin, heights, slopes)
+        _split(kept[r], heights, slopes, sides, height, slope, count)
+        if not count[0] or not count[1]:
             continue
-        if not _survivors(
-            height[1], slope[1], count[1], height[0], slope[0], count[0], threshold, lines, bound,
-            alive[1],
-        ):  # fmt: skip
-            continue
+        left = 1
         for side in (1, 0):
-            if side == 0 and not _survivors(
-                height[0], slope[0], count[0], height[1], slope[1], count[1], threshold, lines,
-                bound, alive[0],
-            ):  # fmt: skip
-                count[0] = 0
-                break
-            m = 0
-            for i in range(count[side]):
-                if alive[side, i]:
-                    sides[side, m] = sides[side, i]
-                    height[side, m] = height[side, i]
-                    slope[side, m] = slope[side, i]
-                    m += 1
-            count[side] = m
-        if count[0] == 0:
-            continue
-        near = 0 if count[0] < count[1] else 1  # the side whose rows of G are read
-        far = 1 - near
-        pairs[r] += count[0] * count[1]
-        dense = count[far] * 4 > n
-        if dense:
-            full[:] = big
-            factor[:] = low.dtype.type(0)
-        for i in range(count[far]):
-            j = sides[far, i]
-            thin[i] = low[r, j]
-            heavy[i] = height[far, i]
-            if dense:
-                full[j] = height[far, i]
-                factor[j] = low[r, j]
-        for i in range(count[near]):
-            s = sides[near, i]
-            line = gram[s]
-            twice = -two * low[r, s]
-            least = big
-            if dense:
-                for j in range(n):
-                    value = full[j] + twice * (factor[j] * line[j])
-                    formed[j] = value
-                    least = minimum(least, value)
-            else:
-                for k in range(count[far]):
-                    value = heavy[k] + twice * (thin[k] * line[sides[far, k]])
-                    formed[k] = value
-                    least = minimum(least, value)
-            if float(height[near, i]) + float(least) >= -threshold:
-                continue
-            at = 0
-            while formed[at] > least:
-                at += 1
-            j = at if dense else sides[far, at]
-            value = (score[s] + score[j]) - 2.0 * x[r, s] * x[r, j] * line[j]
-            if value >= -threshold:  # so little that rounding decides: float64 for this column
-                best = -threshold
-                for k in range(count[far]):
-                    i2 = sides[far, k]
-                    value = (score[s] + score[i2]) - 2.0 * x[r, s] * x[r, i2] * line[i2]
-                    if value < best:
-                        best = value
-                        j = i2
-                if best >= -threshold:
-                    continue
-            partner[r, s] = j
-            cross[r, s] = line[j]
-            improving[r] = True
+            left = left and _survivors(side, threshold, work)
+        if left:
+            pairs[r] += count[0] * count[1]
+            improving[r] = (
+                _price_row(gram, x[r], low[r], partner[r], cross[r], threshold, work, wide) > 0
+            )

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskopt.solvers.swap.numba_common import fast, maximum
+from maskopt.solvers.swap.numba_common import fast_loop, maximum
 
 #: G is brought in tiles of so many rows and columns when c is computed: half a MiB, in L2
 TILE_J, TILE_I = 256, 512
 
 
-@fast
+@fast_loop
 def reach_rows(gram, inverse, out, rows):
     """out_i = max over j ≠ i of |G_ij|·inverse_i·inverse_j, for some rows of G."""
     n = gram.shape[1]
@@ -25,14 +25,19 @@ def reach_rows(gram, inverse, out, rows):
         out[i] = most * inverse[i]
 
 
-@fast
 def product_rows(gram, x, kept, c, objective, rows):
-    """c = G(x ⊙ pruned) and f = (x ⊙ pruned)ᵀc of some rows, float64, G tile by tile."""
+    """c = G(x ⊙ pruned) and f = (x ⊙ pruned)ᵀc of some rows, float64."""
+    columns = np.empty((len(rows), TILE_J), np.int64)
+    weights = np.empty((len(rows), TILE_J), np.float64)
+    many = np.empty(len(rows), np.int64)
+    _product_rows(gram, x, kept, c, objective, columns, weights, many, rows)
+
+
+@fast_loop
+def _product_rows(gram, x, kept, c, objective, columns, weights, many, rows):
+    """The same, G tile by tile; a tile's pruned columns and their weights are listed first."""
     n = x.shape[1]
     count = len(rows)
-    columns = np.empty((count, TILE_J), np.int64)
-    weights = np.empty((count, TILE_J), np.float64)
-    many = np.empty(count, np.int64)
     for r in rows:
         c[r, :] = 0.0
     for j0 in range(0, n, TILE_J):

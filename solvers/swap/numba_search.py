@@ -5,45 +5,93 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskopt.solvers.swap.numba_common import BIG, SMALL_GROUP, fast, minimum, price_groups, scores
+from maskopt.solvers.swap.numba_common import (
+    BIG,
+    SMALL_GROUP,
+    fast,
+    fast_loop,
+    minimum,
+    price_groups,
+    scores,
+    sort,
+)
 
 #: kept candidates of a round at most, and pruned ones; a constant, so that loops over it unroll
 WIDTH = 48
 #: slots of a block of candidates
 SLOTS = 2 * WIDTH
+#: what is at least this large has BIG in it
+SHUT = BIG / 10
+#: the largest and the least key of a float32; a column that is no candidate has the largest
+TOP, BOTTOM = np.int32(2**31 - 1), np.int32(-(2**31) + 1)
+#: first step of a search for a cut, in keys: an eighth of a factor of two
+STEP = 2**20
+
+
+def search_rows(gram, x, low, *others):
+    """Step 1 of some rows, the last of `others`; see `_search_rows` for the rest."""
+    n = x.shape[1]
+    score, taken, keys = np.empty(n), np.zeros(n, np.uint8), np.empty((2, n), np.int32)
+    guess, code = np.zeros(2, np.int64), np.empty(SLOTS, np.int32)
+    ints = np.zeros((5, SLOTS), np.int64)  # columns, chosen, place, pruned, changed
+    doubles = np.empty((4, SLOTS))  # linear, square, weight, heap
+    singles = np.empty((7, SLOTS), low.dtype)  # light, bars of kept and pruned, a, b, lowest, sums
+    block, cross = np.empty((SLOTS, SLOTS), gram.dtype), np.empty((SLOTS, SLOTS), low.dtype)
+    choice = (score, taken, keys[0].view(np.float32), keys, guess, ints, doubles)
+    slots = (block, cross, code, ints, doubles, singles)
+    _search_rows(gram, x, low, *others[:-1], choice, slots, others[-1])
 
 
 @fast
-def _least(score, kept, side, taken, most, columns, at, rounded, keys, guess):
-    """Write up to `most` columns of least score of one side, none taken, to columns[at:]. → how many
+def _order(score, kept, wanted, taken, rounded, bits, keys):
+    """Integers that order as the float32 scores of one side's free columns do; TOP for all others.
 
-    By bisection over the bits of the float32 scores, which needs no branch a column: keys order as
-    scores do. It stops at any cut with up to a quarter less than `most` below it. Columns come out
-    ascending; of equal scores the lowest columns are in. guess[side] starts at the last cut.
+    → the least key, and the largest below TOP (BOTTOM where there is none)
     """
     n = len(score)
-    if most <= 0:
-        return 0
     for j in range(n):
-        rounded[j] = score[j] if (kept[j] == side) & (taken[j] == 0) else BIG
-    bits = rounded.view(np.int32)
-    top = np.int32(2**31 - 1)
+        rounded[j] = score[j] if (kept[j] == wanted) & (taken[j] == 0) else BIG
     for j in range(n):
-        key = bits[j] ^ ((bits[j] >> np.int32(31)) & top)
-        keys[j] = key if rounded[j] < np.float32(BIG) else top
-    least, most_key = top, np.int32(-(2**31) + 1)
+        key = bits[j] ^ ((bits[j] >> np.int32(31)) & TOP)
+        keys[j] = key if rounded[j] < np.float32(BIG) else TOP
+    least, most = TOP, BOTTOM
     for j in range(n):
         least = min(least, keys[j])
     for j in range(n):
-        most_key = max(most_key, keys[j] if keys[j] < top else np.int32(-(2**31) + 1))
-    if most_key == -(2**31) + 1:
+        most = max(most, keys[j] if keys[j] < TOP else BOTTOM)
+    return least, most
+
+
+@fast
+def _count(keys, cut):
+    """How many keys are at most the cut."""
+    count = np.int32(0)
+    limit = np.int32(cut)
+    for j in range(len(keys)):
+        count += np.int32(keys[j] <= limit)
+    return np.int64(count)
+
+
+@fast
+def _least(kept, side, most, at, choice):
+    """Write up to `most` columns of least score of one side, none taken, from place `at` on. → how many
+
+    By a cut through the bits of the float32 scores, which needs no branch a column: bisection, from the
+    last cut on, to a key with `most`, or up to a quarter less, of the keys at or below it. Columns come
+    out ascending; of equal scores the lowest columns are in.
+    """
+    score, taken, rounded, integers, guess, ints, _ = choice
+    bits, keys, columns = integers[0], integers[1], ints[0]
+    if most <= 0:
         return 0
-    low, high = np.int64(least) - 1, np.int64(most_key)
-    cut, step = guess[int(side)], np.int64(2**20)
-    below, above, found = False, False, False
-    count = 0
-    if _count(keys, high) <= most:
-        cut, found = high, True
+    least, largest = _order(score, kept, side == 1, taken, rounded, bits, keys)
+    if largest == BOTTOM:
+        return 0
+    low, high = np.int64(least) - 1, np.int64(largest)
+    cut, step = guess[side], np.int64(STEP)
+    below, above, found = False, False, _count(keys, high) <= most
+    if found:
+        cut = high
     while not found and high - low > 1:
         cut = min(max(cut, low + 1), high - 1)
         count = _count(keys, cut)
@@ -62,44 +110,31 @@ def _least(score, kept, side, taken, most, columns, at, rounded, keys, guess):
             cut, step = cut + step, 2 * step
     if not found:
         cut = low  # too few up to here, too many equal ones next: the first of these
-    guess[int(side)] = cut
+    guess[side] = cut
     size = 0
-    for j in range(n):
+    for j in range(len(keys)):
         if keys[j] <= cut:
             columns[at + size] = j
             size += 1
     if not found:
-        for j in range(n):
+        for j in range(len(keys)):
             if size < most and keys[j] == high:
                 columns[at + size] = j
                 size += 1
-        columns[at : at + size].sort()
+        sort(columns, at, at + size)
     return size
 
 
 @fast
-def _count(keys, cut):
-    """How many keys are at most the cut."""
-    count = np.int32(0)
-    limit = np.int32(cut)
-    for j in range(len(keys)):
-        count += np.int32(keys[j] <= limit)
-    return np.int64(count)
+def _harvest(x, kept, partner, cross, threshold, most, choice):
+    """The columns of the up to `most` best pairs of the harvest that still improve: chosen. → how many
 
-
-@fast
-def _choose(
-    x, kept, score, partner, cross, threshold, width, fill, taken, columns, heap, place, rounded, keys, guess,
-):  # fmt: skip
-    """Candidates of one row: columns[:k] kept, columns[k:k+p] pruned, each ascending. → k, p
-
-    Up to half of them are the best of the pairs that pricing harvested and that still improve, the
-    rest (where `fill`) are the kept of least a and the pruned of least b.
+    What is no pair any more, since both are on one side, is forgotten.
     """
-    n = len(score)
-    half = width // 2 if fill else width
+    score, taken, _, _, _, ints, doubles = choice
+    chosen, place, heap = ints[1], ints[2], doubles[3]
     size = 0
-    for j in range(n):
+    for j in range(len(score)):
         i = partner[j]
         if i < 0:
             continue
@@ -109,7 +144,7 @@ def _choose(
         value = score[i] + score[j] - 2.0 * x[i] * x[j] * cross[j]
         if value >= -threshold:
             continue
-        if size < half:  # insertion sort, worst last
+        if size < most:  # insertion sort, worst last
             at = size
             size += 1
         elif value < heap[size - 1]:
@@ -120,7 +155,6 @@ def _choose(
             heap[at], place[at] = heap[at - 1], place[at - 1]
             at -= 1
         heap[at], place[at] = value, j
-    chosen = np.empty(2 * width, np.int64)
     total = 0
     for s in range(size):
         for j in (place[s], np.int64(partner[place[s]])):
@@ -128,26 +162,34 @@ def _choose(
                 taken[j] = 1
                 chosen[total] = j
                 total += 1
-    k = 0
-    for s in range(total):
-        if kept[chosen[s]]:
-            columns[k] = chosen[s]
-            k += 1
-    if fill:
-        k += _least(score, kept, True, taken, width - k, columns, k, rounded, keys, guess)
-    p = k
-    for s in range(total):
-        if not kept[chosen[s]]:
-            columns[p] = chosen[s]
-            p += 1
-    if fill:
-        p += _least(score, kept, False, taken, width - (p - k), columns, p, rounded, keys, guess)
+    return total
+
+
+@fast
+def _choose(kept, total, fill, choice):
+    """Candidates of one row: columns up to k are kept, up to m pruned, each ascending. → k, m
+
+    First those of the harvest, `total` in number; the rest (where `fill`) are the kept of least a and
+    the pruned of least b.
+    """
+    taken, ints = choice[1], choice[5]
+    columns, chosen = ints[0], ints[1]
+    k = at = np.int64(0)
+    for side in (1, 0):
+        first = at
+        for s in range(total):
+            if kept[chosen[s]] == (side == 1):
+                columns[at] = chosen[s]
+                at += 1
+        if fill:
+            at += _least(kept, side, WIDTH - (at - first), at, choice)
+        if total:
+            sort(columns, first, at)
+        if side == 1:
+            k = at
     for s in range(total):
         taken[chosen[s]] = 0
-    if total:
-        columns[:k].sort()
-        columns[k:p].sort()
-    return k, p - k
+    return k, at
 
 
 # The steps of a swap are functions of their own and of few arrays: LLVM makes SIMD of a loop only
@@ -216,12 +258,11 @@ def _least_sum(one, two, code, sums):
     for s in range(SLOTS):
         sums[s] = one[s] + two[s]
         best = minimum(best, sums[s])
-    if best >= one.dtype.type(BIG / 10):
+    if best >= one.dtype.type(SHUT):
         return -1
-    none = np.int32(2**31 - 1)
-    found = none
+    found = TOP
     for s in range(SLOTS):
-        found = min(found, code[s] if sums[s] == best else none)
+        found = min(found, code[s] if sums[s] == best else TOP)
     return np.int64(found % SLOTS)
 
 
@@ -234,19 +275,12 @@ def _move_linear(u, q, weight, block, linear):
 
 
 @fast
-def _exchange(
-    gram, x, low, diagonal, kept, c, columns, k, p, group, objective, mass, relative, floor, most,
-    state, changed,
-):  # fmt: skip
-    """Best swaps among k kept and p pruned candidates until none gains more than the threshold.
-
-    Nothing outside the candidates' block of G is read until c is brought up to date at the end, and
-    nothing of the block moves: a swap changes the bars that shut a slot for one of the two sides.
-    → swaps, objective
-    """
-    block, cross, linear, square, weight, light, code, bars, a, b, lowest, sums, pruned = state
-    bar_kept, bar_pruned = bars
-    m = k + p
+def _load(gram, x, low, diagonal, c, k, m, group, slots):
+    """Bring candidates into their slots: k kept ones, then pruned ones up to m, then fillers."""
+    block, cross, code, ints, doubles, singles = slots
+    columns, pruned = ints[0], ints[3]
+    linear, square, weight = doubles[0], doubles[1], doubles[2]
+    light, bar_kept, bar_pruned = singles[0], singles[1], singles[2]
     columns[m:] = columns[0]
     _gather(gram, columns, block)
     for s in range(SLOTS):
@@ -257,16 +291,47 @@ def _exchange(
         code[s] = np.int32(j) * np.int32(SLOTS) + np.int32(s)
         bar_kept[s] = 0.0 if s < k else BIG
         bar_pruned[s] = 0.0 if k <= s < m else BIG
-        pruned[s] = k + s if s < p else k  # filled up with one that is there already
-    grouped = group < len(x)
+        pruned[s] = k + s if s < m - k else k  # filled up with one that is there already
     for t in range(k, m):
         _cross(t, light, block, cross)
-        if grouped:
+        if group < len(x):
             _forbid(t, columns, group, cross)
+
+
+@fast
+def _store(kept, m, slots):
+    """The sides of the slots into the mask; what changed, ascending. → how many"""
+    ints, bar_kept = slots[3], slots[5][1]
+    columns, changed = ints[0], ints[4]
+    count = first = np.int64(0)
+    for s in range(m):
+        j = columns[s]
+        if kept[j] != (bar_kept[s] == 0.0):
+            kept[j] = bar_kept[s] == 0.0
+            changed[count] = j
+            count += 1
+    sort(changed, first, count)
+    return count
+
+
+@fast
+def _exchange(
+    many, grouped, group, objective, mass, relative, floor, most, slots
+):  # fmt: skip
+    """Best swaps between slots, `many` of them pruned, until none gains more than the threshold.
+
+    Nothing outside the candidates' block of G is read, and nothing of the block moves: a swap changes
+    the bars that shut a slot for one of the two sides. → swaps, objective
+    """
+    block, cross, code, ints, doubles, singles = slots
+    columns, pruned = ints[0], ints[3]
+    linear, square, weight = doubles[0], doubles[1], doubles[2]
+    light, bar_kept, bar_pruned, a, b = singles[0], singles[1], singles[2], singles[3], singles[4]
+    lowest, sums = singles[5], singles[6]
     made = 0
     while made < most:
         _candidate_scores(square, linear, bar_kept, bar_pruned, a, b)
-        _least_over_pruned(b, cross, pruned, p, lowest)
+        _least_over_pruned(b, cross, pruned, many, lowest)
         u = _least_sum(a, lowest, code, sums)
         if u < 0:
             break
@@ -285,16 +350,6 @@ def _exchange(
         bar_kept[q], bar_pruned[q] = 0.0, BIG
         for i in range(SLOTS):
             pruned[i] = u if pruned[i] == q else pruned[i]
-    if made:
-        count = 0
-        for s in range(m):
-            j = columns[s]
-            if kept[j] != (bar_kept[s] == 0.0):
-                kept[j] = bar_kept[s] == 0.0
-                changed[count] = j
-                count += 1
-        changed[:count].sort()
-        _add_columns(gram, x, kept, c, changed, count)
     return made, objective
 
 
@@ -319,47 +374,40 @@ def _add_columns(gram, x, kept, c, changed, count):
             c[i] += w * line[i]
 
 
-@fast
-def search_rows(
+@fast_loop
+def _search_rows(
     gram, x, low, diagonal, kept, c, partner, cross, objective, mass, swaps, rounds, group,
-    relative, floor, most, rows,
+    relative, floor, most, choice, slots, rows,
 ):  # fmt: skip
     """Rounds of candidates for some rows, until fresh candidates hold no improving pair."""
-    n = x.shape[1]
-    taken = np.zeros(n, np.uint8)
-    score = np.empty(n, np.float64)
-    rounded, keys = np.empty(n, np.float32), np.empty(n, np.int32)
-    guess = np.zeros(2, np.int64)
-    heap, place = np.empty(WIDTH, np.float64), np.empty(WIDTH, np.int64)
-    columns, changed = np.zeros(SLOTS, np.int64), np.empty(SLOTS, np.int64)
-    state = (
-        np.empty((SLOTS, SLOTS), gram.dtype),  # block
-        np.empty((SLOTS, SLOTS), low.dtype),  # cross
-        np.empty(SLOTS), np.empty(SLOTS), np.empty(SLOTS),  # linear, square, weight
-        np.empty(SLOTS, low.dtype), np.empty(SLOTS, np.int32),  # light, code
-        (np.empty(SLOTS, low.dtype), np.empty(SLOTS, low.dtype)),  # bars
-        np.empty(SLOTS, low.dtype), np.empty(SLOTS, low.dtype),  # a, b
-        np.empty(SLOTS, low.dtype), np.empty(SLOTS, low.dtype),  # lowest, sums
-        np.empty(SLOTS, np.int64),  # pruned
-    )  # fmt: skip
+    score, guess, changed = choice[0], choice[4], slots[3][4]
+    grouped = group < len(score)
+    most_pairs = WIDTH if grouped else WIDTH // 2
     for r in rows:
         guess[:] = 0
         while swaps[r] < most:
             threshold = relative * max(objective[r], 0.0) + floor * mass[r]
             scores(x[r], diagonal, c[r], kept[r], score)
-            if group <= SMALL_GROUP and group < n:
+            if grouped and group <= SMALL_GROUP:
                 price_groups(gram, x[r], kept[r], score, group, threshold, partner[r], cross[r])
-            k, p = _choose(
-                x[r], kept[r], score, partner[r], cross[r], threshold, WIDTH, group == n, taken,
-                columns, heap, place, rounded, keys, guess,
-            )  # fmt: skip
-            if k == 0 or p == 0:
+            total = _harvest(x[r], kept[r], partner[r], cross[r], threshold, most_pairs, choice)
+            k, m = _choose(kept[r], total, not grouped, choice)
+            if k == 0 or k == m:
                 break
             rounds[r] += 1
+            _load(gram, x[r], low[r], diagonal, c[r], k, m, group, slots)
             made, objective[r] = _exchange(
-                gram, x[r], low[r], diagonal, kept[r], c[r], columns, k, p, group, objective[r],
-                mass[r], relative, floor, most - swaps[r], state, changed,
-            )  # fmt: skip
-            swaps[r] += made
+                m - k,
+                grouped,
+                group,
+                objective[r],
+                mass[r],
+                relative,
+                floor,
+                most - swaps[r],
+                slots,
+            )
             if made == 0:
                 break
+            swaps[r] += made
+            _add_columns(gram, x[r], kept[r], c[r], changed, _store(kept[r], m, slots))

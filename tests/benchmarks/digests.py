@@ -23,10 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from strategies import KINDS, random_gram, random_weight  # noqa: E402
+from strategies import KINDS, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Solution, Unstructured, prune_model, solve  # noqa: E402
-from maskopt.errors import MaskoptError  # noqa: E402
+from maskopt import NM, LayerProblem, Solution, Unstructured, prune_model, solve
+from maskopt.errors import MaskoptError
 
 SIZES = (4, 8, 12, 16, 12)
 #: solver → options that keep a run short

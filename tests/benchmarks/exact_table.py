@@ -33,6 +33,7 @@ from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
 from maskopt.compare import load_instances, sample_rows
 from maskopt.pattern import parse_pattern
 from maskopt.solvers.exact.incumbent import tabu_row
+from maskopt.trace import TreeTrace
 
 
 def machine() -> str:
@@ -112,17 +113,17 @@ def exact(
     for row in sample_rows(layers, rows, columns=n, pattern=parse_pattern(pattern), seed=seed):
         start = searched(row, solve(row, "elimination").mask[0], 3000)
         began = time.process_time()
-        solution = solve(
-            row, name, warm_start=start, time_limit=seconds, gap_limit=gap_limit, **options
-        )
+        solution = solve(row, name, start=start, time_limit=seconds, gap_limit=gap_limit, **options)
         cpu.append(time.process_time() - began)
+        trace = solution.trace
+        assert isinstance(trace, TreeTrace)
         spent.append(solution.seconds)
         gaps.append(float(solution.gap[0]))
-        nodes.append(solution.trace["nodes"][0])
-        roots.append(1 - solution.trace["root_bound"][0] / float(solution.objective[0]))
+        nodes.append(int(trace.nodes[0]))
+        roots.append(1 - float(trace.root_bound[0]) / float(solution.objective[0]))
         proven += solution.status[0] == Status.OPTIMAL
         print(
-            f"{part} {row.name} n={row.n} {row.pattern}: {solution.trace['status'][0]}, "
+            f"{part} {row.name} n={row.n} {row.pattern}: {trace.ended[0]}, "
             f"{spent[-1]:.2f} s ({cpu[-1]:.2f} s CPU), {nodes[-1]} nodes, root gap "
             f"{roots[-1]:.2%}, gap {gaps[-1]:.3%}",
             flush=True,
@@ -163,17 +164,17 @@ def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
             cpu = time.process_time()
             bound = lower_bound(row, "sdp" if method == "cuts" else method, **options)
             cpu = time.process_time() - cpu
-            value = float(bound.value[0])
+            value, trace = float(bound.value[0]), bound.trace
             parts.append(
                 f"{method} {bound.seconds:.2f} s ({cpu:.2f} s CPU), gaps: Wanda {1 - value / wanda:.1%}, "
                 f"1-swap {1 - value / swap:.1%}, best {1 - value / best:.1%}"
             )
             if method == "sdp":
                 parts.append(
-                    f"{bound.trace['sweeps'][0]} sweeps, correction {bound.trace['correction'][0]:.2%}"
+                    f"{int(trace.iterations[0])} sweeps, correction {float(trace.correction[0]):.2%}"
                 )
             if method == "cuts":
-                parts.append(f"{bound.trace['cuts'][0]} cuts")
+                parts.append(f"{int(trace.cuts[0])} cuts")
         spent.append(bound.seconds)
         gaps.append(1 - value / best)
         print("; ".join(parts), flush=True)
@@ -212,8 +213,8 @@ def layer(layers: list[LayerProblem], args: argparse.Namespace) -> None:
         if method == "sdp":
             swap = bound.gap(solve(problem, "swap").objective)
             print(
-                f"  worst correction {max(bound.trace['correction']):.2%}, at most "
-                f"{max(bound.trace['sweeps'])} sweeps; 1-swap gap median {float(swap.median()):.1%}, "
+                f"  worst correction {float(bound.trace.correction.max()):.2%}, at most "
+                f"{int(bound.trace.iterations.max())} sweeps; 1-swap gap median {float(swap.median()):.1%}, "
                 f"worst {float(swap.max()):.1%}"
             )
 

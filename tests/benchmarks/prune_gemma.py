@@ -27,10 +27,10 @@ def child(arguments: argparse.Namespace) -> None:
     from maskopt import prune_model
     from maskopt.model.demo_model import demo_model
     from maskopt.model.demo_text import demo_text
-    from maskopt.solver import get_solver
+    from maskopt.solver import available_solvers
 
     starts_from = None
-    if get_solver(arguments.child).default_warm_start is not None:
+    if available_solvers()[arguments.child].capabilities.start == "needed":
         starts_from = arguments.warm_start
     transformers.logging.set_verbosity_error()
     include = [f"layers.{index}.*" for index in range(arguments.blocks)]

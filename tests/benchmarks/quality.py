@@ -26,7 +26,6 @@ from maskopt import (
     NM,
     LayerProblem,
     RowProblem,
-    Solution,
     Unstructured,
     collect_problems,
     lower_bound,
@@ -51,7 +50,7 @@ KINDS = {
     "gate": "mlp.gate_proj",
     "down": "mlp.down_proj",
 }
-#: all layers of the design's table
+#: one layer of every kind and depth
 SIXTEEN = tuple(f"{block}.{kind}" for block in (0, 5, 10, 17) for kind in KINDS)
 STEPS = (1, 2, 5, 10, 25, 50, 100)
 #: label → solver, warm start, options
@@ -189,8 +188,7 @@ def masks(book: Book, args: argparse.Namespace) -> None:
                     base: torch.Tensor = base,
                 ) -> dict[str, Any]:
                     answer = solve(part, solver, warm_start=start, **options)
-                    trace = answer.trace
-                    swaps = getattr(trace, "swaps", None)
+                    swaps = getattr(answer.trace, "swaps", None)
                     return {
                         "rows": part.rows,
                         "error": ratio(answer.objective, base[: part.rows]),
@@ -199,10 +197,6 @@ def masks(book: Book, args: argparse.Namespace) -> None:
                     }
 
                 book.measure(f"masks/{label}/{layer}/{method}", run)
-
-
-def mean_swaps(solution: Solution) -> float:
-    return float(solution.trace.swaps.double().mean())  # type: ignore[attr-defined]
 
 
 def starts(book: Book, args: argparse.Namespace) -> None:
@@ -225,7 +219,7 @@ def starts(book: Book, args: argparse.Namespace) -> None:
                     "rows": part.rows,
                     "start": ratio(begun.objective, base[: part.rows]),
                     "error": ratio(end.objective, base[: part.rows]),
-                    "swaps": mean_swaps(end),
+                    "swaps": float(end.trace.swaps.double().mean()),
                 }
 
             book.measure(f"starts/{layer}/{start}", run)
@@ -308,7 +302,7 @@ def columns_of(n: int, count: int, seed: int) -> torch.Tensor:
     return torch.randperm(n, generator=generator)[:count].sort().values
 
 
-#: the lines of the prototype's table
+#: the rows of the certified gaps
 CERTIFIED = (
     Rows("10.down", 0.6, 256),
     Rows("5.q", 0.6, 256),
@@ -414,7 +408,7 @@ def sixteen(book: Book, args: argparse.Namespace) -> None:
                 answer = solve(problem, solver, warm_start=start)
                 found[label] = float((answer.objective / base).mean())
                 found[f"{label} seconds"] = answer.seconds
-                found[f"{label} swaps"] = mean_swaps(answer)
+                found[f"{label} swaps"] = float(answer.trace.swaps.double().mean())
             return {"n": problem.n, **found}
 
         book.measure(f"sixteen/{layer}", run)

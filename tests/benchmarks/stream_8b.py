@@ -110,7 +110,7 @@ def main() -> None:
 
     def prune() -> str:
         from maskopt import prune_model
-        from maskopt.model.options import Progress
+        from maskopt.model.progress import Progress
 
         seen = -1
 

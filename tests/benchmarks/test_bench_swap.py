@@ -148,8 +148,8 @@ def timed(function: Callable[[], object], repeat: int = 1) -> tuple[Seconds, Any
 def describe(solution: Solution) -> str:
     trace = solution.trace
     return (
-        f"{trace['swaps'].double().mean():.1f} swaps, {trace['scans'].double().mean():.2f} full "
-        f"scans (most {int(trace['scans'].max())}) a row"
+        f"{trace.swaps.double().mean():.1f} swaps, {trace.scans.double().mean():.2f} full "
+        f"scans (most {int(trace.scans.max())}) a row"
     )
 
 
@@ -175,7 +175,7 @@ def compare(
     say(f"{problem.rows} rows, n = {problem.n}, {problem.pattern} pruned, from Wanda's mask")
     say(f"  wanda              {wanda_seconds}   error 1")
     say(f"  sparsegpt's mask   {gpt_seconds}   error {float(gpt.objective.sum()) / base:.4f}")
-    say(f"  swap ({solution.trace['kernel']})       {seconds}   error {total / base:.4f}")
+    say(f"  swap ({solution.trace.kernel})       {seconds}   error {total / base:.4f}")
     say(f"    {describe(solution)}")
     for name, function in (("plain", best_swaps), ("SIMD", best_swaps_simd)):
         loop_seconds, mask = timed(lambda function=function: function(problem, start))
@@ -225,7 +225,7 @@ def test_n4096_synthetic(say: Callable) -> None:
     seconds, solution = timed(lambda: solve(problem, "swap", warm_start=start.mask), 3)
     assert set(solution.status) == {Status.SWAP_OPTIMAL}
     say(f"64 rows, n = 4096, synthetic: {seconds}, {describe(solution)}")
-    looked = solution.trace["pairs"].double().mean() / (0.24 * 4096**2)
+    looked = solution.trace.pairs.double().mean() / (0.24 * 4096**2)
     say(f"  pairs formed in all scans: {float(looked):.3f} of one scan's")
     say(f"  error over Wanda's: {float(solution.objective.sum() / start.objective.sum()):.4f}")
 
@@ -268,7 +268,7 @@ def test_gemma_model(model_folder: Path, say: Callable) -> None:
         totals["swap"] += seconds
         kind = name.rsplit(".", 1)[-1]
         kinds[kind] = kinds.get(kind, 0.0) + seconds
-        rows, scans = rows + problem.rows, scans + int(solution.trace["scans"].sum())
+        rows, scans = rows + problem.rows, scans + int(solution.trace.scans.sum())
         for key, other in (("swap", solution), ("sparsegpt", gpt)):
             ratio = float(other.objective.sum() / wanda.objective.sum())
             errors.setdefault(key, []).append(ratio)

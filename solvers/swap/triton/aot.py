@@ -69,10 +69,10 @@ class Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """The programs that `engine.TritonKernel` launches, in single and double precision."""
+    """The programs that `steps.TritonKernel` launches, in single and double precision."""
     import torch
 
-    from maskopt.solvers.swap.triton import engine, launch
+    from maskopt.solvers.swap.triton import launch, steps
 
     tile = {"ROWS": launch.TILE_ROWS, "TILE": launch.TILE}
     for floating, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
@@ -84,9 +84,9 @@ def variants() -> Iterator[Variant]:
 
         for grouped in (False, True):
             label = "grouped" if grouped else ""
-            block = {"N": engine.WIDTH, "GROUPED": grouped}
-            one = variant("swap_block", block, f"N={engine.WIDTH} {label}")
-            yield replace(one, warps=launch.swap_block_warps(engine.WIDTH, dtype))
+            block = {"N": steps.WIDTH, "GROUPED": grouped}
+            one = variant("swap_block", block, f"N={steps.WIDTH} {label}")
+            yield replace(one, warps=launch.swap_block_warps(steps.WIDTH, dtype))
             sizes = {"BU": launch.BLOCK_U, "BP": launch.BLOCK_P, "GROUPED": grouped}
             yield variant("scan_survivors", sizes, label)
         yield variant("scan_tiles", tile)
@@ -95,12 +95,12 @@ def variants() -> Iterator[Variant]:
         yield variant("column_terms", {"BLOCK": launch.STRIP})
         yield variant("lower_envelope", {"T": launch.GRID, "BLOCK": 32})
         yield variant("list_finite", {"BLOCK": launch.STRIP})
-        yield variant("best_partners", {"K": engine.WIDTH // 2, "BLOCK": launch.STRIP})
+        yield variant("best_partners", {"K": steps.WIDTH // 2, "BLOCK": launch.STRIP})
         for size in (4, 32):
             together = launch.groups_together(size, dtype)
             yield variant("scan_groups", {"MP": size, "BG": together}, f"M={size}")
-    constants = {"N": engine.WIDTH, "BLOCK": launch.STRIP}
-    yield Variant("move_correlation", f"fp64 N={engine.WIDTH}", constants, "fp64")
+    constants = {"N": steps.WIDTH, "BLOCK": launch.STRIP}
+    yield Variant("move_correlation", f"fp64 N={steps.WIDTH}", constants, "fp64")
 
 
 #: arguments that are not pointers to the kernel's floating dtype

@@ -1,0 +1,202 @@
+"""Parameters that several commands share, and those that are the library's own options.
+
+A command that is decorated with `takes(...)` gets a command-line option for each of the named fields of
+`PruneOptions`, with its default and its words, and is called with them as one dict, `options`, ready to
+be the keywords of a library function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from maskopt.errors import OptionError
+from maskopt.limits import parse_bytes
+from maskopt.model.options import (
+    MACHINE,
+    TEXT,
+    PruneOptions,
+    name_patterns,
+    one_pattern,
+)
+from maskopt.pattern import Pattern, parse_pattern
+
+TEXT_SOURCES = (
+    "FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:c4, hf:wikitext2, hf:DATASET[:SPLIT]."
+)
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run of the same options.")
+]
+Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
+#: of the model where a source may also be instances
+Calibration = Annotated[
+    str | None, typer.Option(help=f"Of a model: text. {TEXT_SOURCES}", rich_help_panel="Of a model")
+]
+Out = Annotated[Path | None, typer.Option("--output", help=".jsonl (resumable), .csv or .parquet.")]
+
+#: those of a prune alone first
+FIELDS = {
+    f.name: f for f in sorted(dataclasses.fields(PruneOptions), key=lambda f: bool(f.kw_only))
+}
+ALL = tuple(FIELDS)
+#: what it takes to run text through a model, whatever is then done with the layers
+WALK = (
+    "include",
+    "exclude",
+    "samples",
+    "seq_len",
+    "text_field",
+    "shrink",
+    "all_experts",
+    "skip_bad_samples",
+    *(name for name, field in FIELDS.items() if field.metadata["decides"] == MACHINE),
+)
+PANELS = {TEXT: "Calibration", MACHINE: "Machine"}
+#: spellings other than the field's name
+FLAGS = {
+    "include": ("--include", "--layers"),
+    "one_pass": ("--one-pass/--sequential",),
+    "solver_options": ("--option", "-o"),
+}
+Command = Callable[..., None]
+
+
+def takes(
+    names: Sequence[str], panel: str | None = None, **defaults: Any
+) -> Callable[[Command], Command]:
+    """Options for these fields of `PruneOptions`, in place of the command's parameter `options`.
+
+    Args:
+        panel: the heading that they stand under in the command's help, where it is one.
+        defaults: other than the library's.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters
+        added = [_parameter(name, panel, defaults) for name in names if name != "pattern"]
+        if "pattern" in names:
+            added = [*_pattern_parameters(), *added]
+        added_names = {parameter.name for parameter in added}
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            options = {name: given.pop(name) for name in added_names}
+            command(options=_values(options), **given)
+
+        parameters = [p for name, p in own.items() if name != "options"]
+        run.__signature__ = inspect.Signature([*parameters, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*parameters, *added)}
+        return run
+
+    return decorate
+
+
+def optional_pattern(options: dict[str, Any]) -> Pattern | None:
+    """The pattern that was asked for, taken out of the options, where one was."""
+    given = {name: options.pop(name) for name in ("sparsity", "pattern")}
+    return None if set(given.values()) == {None} else one_pattern(**given)
+
+
+def option_list(text: str | None) -> list[str]:
+    """`a, b` → ['a', 'b']."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def read_solver_options(items: Sequence[str] | None) -> dict[str, Any]:
+    """`NAME=VALUE`, the value as JSON where it is JSON, else as text.
+
+    Raises:
+        OptionError: no `=`.
+    """
+    options: dict[str, Any] = {}
+    for item in items or []:
+        name, sign, value = item.partition("=")
+        if not sign or not name:
+            raise OptionError(f"--option takes NAME=VALUE, not {item!r}")
+        try:
+            options[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            options[name.replace("-", "_")] = value
+    return options
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _values(options: dict[str, Any]) -> dict[str, Any]:
+    """As the library takes them: patterns, bytes, lists and solver options out of text."""
+    readers: dict[str, Callable[[Any], Any]] = {
+        "include": name_patterns,
+        "exclude": name_patterns,
+        "solver_options": read_solver_options,
+        "pattern": parse_pattern,
+        "shrink": _number_or_word,
+        **{name: parse_bytes for name, f in FIELDS.items() if f.metadata["unit"] == "bytes"},
+    }
+    never_none = ("include", "exclude", "solver_options")
+    return {
+        name: readers[name](value)
+        if name in readers and (value is not None or name in never_none)
+        else value
+        for name, value in options.items()
+    }
+
+
+def _pattern_parameters() -> list[inspect.Parameter]:
+    """A pattern has two spellings: a number as `--sparsity`, any of them as `--pattern`."""
+    words = FIELDS["pattern"].metadata["help"]
+    return [
+        _keyword("sparsity", float | None, None, "Share of every row to prune, e.g. 0.6."),
+        _keyword("pattern", str | None, None, words),
+    ]
+
+
+def _parameter(name: str, panel: str | None, defaults: dict[str, Any]) -> inspect.Parameter:
+    """The command-line option of a field."""
+    field, kind = FIELDS[name], typing.get_type_hints(PruneOptions)[name]
+    default = defaults.get(name, field.default)
+    if field.metadata["unit"] == "bytes":
+        optional = isinstance(kind, types.UnionType)
+        kind = str | None if optional else str
+        default = None if default is None else f"{default // 2**30}GiB"
+    elif kind == float | str:
+        kind, default = str, str(default)
+    elif typing.get_origin(kind) not in (None, types.UnionType):  # a tuple, a mapping: repeated
+        kind, default = list[str] | None, None
+    flags = FLAGS.get(name) or ((_flag(name),) if kind is bool else ())
+    panel = panel or PANELS.get(field.metadata["decides"])
+    return _keyword(name, kind, default, field.metadata["help"], flags, panel)
+
+
+def _keyword(
+    name: str,
+    kind: Any,
+    default: Any,
+    words: str,
+    flags: Sequence[str] = (),
+    panel: str | None = None,
+) -> inspect.Parameter:
+    option = typer.Option(*flags, help=words, rich_help_panel=panel)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,95 @@
+"""`maskopt solve`: masks of an instance, with what proves them, in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from maskopt.cli.console import output, progress_bars
+from maskopt.cli.parameters import Overwrite, read_solver_options
+from maskopt.errors import OptionError
+from maskopt.limits import Limits, Progress, parse_bytes
+from maskopt.problem import LayerProblem, RowProblem, load_problem
+from maskopt.solution import Solution
+from maskopt.solver import limits_of, make_solver
+from maskopt.solver import solve as library
+from maskopt.verification import verify
+
+
+def solve(
+    instance: Annotated[Path, typer.Argument(help="An .npz instance: a layer or a row.")],
+    out: Annotated[Path, typer.Option("--output", help="File for masks and proof, .npz.")],
+    solver: Annotated[str, typer.Option(help="See `maskopt solvers`.")] = "swap",
+    start: Annotated[
+        str | None,
+        typer.Option("--start", "--warm-start", help="The solver that makes the start."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="Of the solver, NAME=VALUE; may be repeated."),
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds, the start included.")
+    ] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Beyond the instance, e.g. 2GiB.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Solve every row of an instance, and keep masks, bounds and certificate together.
+
+    `maskopt verify INSTANCE SOLUTION` re-checks the result.
+    """
+    if out.exists() and not overwrite:
+        raise OptionError(f"{out} exists; pass --overwrite to replace it")
+    if not out.absolute().parent.is_dir():
+        raise OptionError(f"{out.parent}: no such folder")
+    problem = load_problem(instance)
+    shared, own = limits_of(None, read_solver_options(option))
+    backend = make_solver(solver, **own)
+    memory = shared.memory if memory_limit is None else parse_bytes(memory_limit)
+    with progress_bars() as bars:
+        task = bars.add_task("rows", total=None)
+
+        def show(event: Progress) -> None:
+            bars.update(
+                task, description=event.step or "rows", completed=event.done, total=event.total
+            )
+
+        seconds = shared.seconds if time_limit is None else time_limit
+        limits = Limits(seconds, memory, shared.threads, seed or shared.seed, show)
+        solution = library(problem, backend, start=start, limits=limits)
+    solution.save(out)
+    output.print(solution_table(problem, solution))
+    output.print(f"written: {out}", soft_wrap=True)
+
+
+def check(instance: Path, solution: Path, require_checked: bool) -> None:
+    """What `maskopt verify INSTANCE SOLUTION` does and prints.
+
+    Raises:
+        VerificationError: a claim that does not hold, or one that rests on a backend's word where
+            only checked ones are allowed.
+    """
+    problem, found = load_problem(instance), Solution.load(solution)
+    result = verify(problem, found, require="checked" if require_checked else "claims")
+    output.print(solution_table(problem, found))
+    output.print(f"{solution}: holds: {result}", soft_wrap=True)
+
+
+def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Table:
+    """Statuses, objective and bound, summed over the rows of each status."""
+    table = Table(title=repr(problem), title_justify="left")
+    for heading in ("status", "rows", "objective", "bound", "gap"):
+        table.add_column(heading, justify="left" if heading == "status" else "right")
+    for status in dict.fromkeys(solution.status):
+        rows = [i for i, s in enumerate(solution.status) if s == status]
+        objective = float(solution.objective[rows].sum())
+        bound = float(solution.lower_bound[rows].sum())
+        gap = (objective - bound) / objective if objective > 0 else 0.0
+        table.add_row(str(status), str(len(rows)), f"{objective:.6g}", f"{bound:.6g}", f"{gap:.2%}")
+    return table

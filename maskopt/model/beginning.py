@@ -1,0 +1,104 @@
+"""What a window of tokens begins with: what the model's tokenizer puts before a text.
+
+A model that was trained on texts that begin with a token of their own (beginning of sequence, BOS) sees crops
+without it as something that it was never trained on. Asked of the tokenizer, never of a list of families.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from maskopt.errors import DataError
+
+#: what callers may ask for
+BOS = ("auto", "always", "never")
+#: a text of which every tokenizer makes at least one token
+_PROBE = "a"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What every window begins with.
+
+    Attributes:
+        bos: `auto`: what the tokenizer puts before a text. `always`: its BOS token, even where it puts
+            none. `never`: nothing; windows are cut out of one long tokenised text, which is the
+            field's convention for tables of LLaMA-1 and 2. `given`: tokens were given as they are.
+        ids: the token ids; empty where there are none.
+    """
+
+    bos: str
+    ids: tuple[int, ...] = ()
+
+    @property
+    def first_target(self) -> int:
+        """The first position of a window that is predicted from the ones before it: what a window
+        begins with is never a target, nor is a first token with nothing before it."""
+        return max(1, len(self.ids))
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values: for the manifest."""
+        return {"bos": self.bos, "ids": list(self.ids)}
+
+    def __str__(self) -> str:
+        if self.bos == "given":
+            return "as given"
+        ids = " ".join(map(str, self.ids))
+        return f"beginning with token {ids}" if self.ids else "without a beginning token"
+
+
+GIVEN = Beginning("given")
+
+
+def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
+    """What windows of this tokenizer begin with.
+
+    Raises:
+        DataError: an unknown word; `always` where there is no BOS token; a BOS token that is not in
+            the tokenizer's vocabulary.
+    """
+    check_bos(bos)
+    if bos == "never":
+        return Beginning(bos)
+    ids = _put_before(tokenizer)
+    if bos == "always" and not ids:
+        own = getattr(tokenizer, "bos_token_id", None)
+        if own is None:
+            raise DataError(
+                "the tokenizer has no beginning-of-sequence token; use `bos` auto or never"
+            )
+        ids = (int(own),)
+    size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    for token in ids:
+        if token < 0 or (size is not None and token >= size):
+            raise DataError(
+                f"the tokenizer's beginning-of-sequence token {token} is outside its vocabulary of {size}"
+            )
+    return Beginning(bos, ids)
+
+
+def check_bos(bos: str) -> None:
+    """Raise DataError for an unknown word."""
+    if bos not in BOS:
+        raise DataError(f"`bos` must be {', '.join(BOS[:-1])} or {BOS[-1]}, not {bos!r}")
+
+
+def plain_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text alone, without anything that the tokenizer puts around it."""
+    return [int(t) for t in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def whole_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, with what the tokenizer puts around it."""
+    return [int(t) for t in tokenizer(text, verbose=False)["input_ids"]]
+
+
+def _put_before(tokenizer: Any) -> tuple[int, ...]:
+    whole, plain = whole_tokens(tokenizer, _PROBE), plain_tokens(tokenizer, _PROBE)
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return tuple(whole[:start])
+    raise DataError(
+        "the tokenizer makes other tokens of a text with and without special tokens; use `bos` never"
+    )

@@ -1,0 +1,174 @@
+"""Several models on the same windows of text: perplexities with intervals, and what pruning changed.
+
+The first model is the one that the others are held against, window by window: the difference of the
+cross-entropies, the Kullback–Leibler divergence of the next-token distributions, and how often the most
+likely next token is the same. All windows go through one model after the other, one block at a time; only the
+hidden states that leave the last blocks are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import DataError, OptionError
+from maskopt.model.job import Job, open_job
+from maskopt.model.options import WalkOptions
+from maskopt.model.perplexity import (
+    POSITIONS,
+    Perplexity,
+    check_finite,
+    check_targets,
+    interval,
+    perplexity_of,
+    walk_whole,
+    window_losses,
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A model beside the first one on the same windows; intervals are 95%, by bootstrap over windows.
+
+    Attributes:
+        ratio, ratio_low, ratio_high: of the perplexities, paired by window.
+        kl, kl_low, kl_high: KL(first ‖ this) of the next token, nats, mean over targets.
+        agreement: share of targets for which both find the same token most likely.
+    """
+
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    kl: float
+    kl_low: float
+    kl_high: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model; `change` is None for the first one."""
+
+    model: str
+    perplexity: Perplexity
+    change: Change | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    text: Any,
+    options: WalkOptions,
+    *,
+    windows: int | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[Evaluation]:
+    """Evaluate model folders on the same text; the first is what the others are compared with.
+
+    Args:
+        text: as for `perplexity`.
+        options: how the models are opened and the text is cut.
+        windows: take only the first so many.
+        on_progress: called with (model, window passes done, all of them).
+
+    Raises:
+        OptionError: no model. DataError: tokenizers that cut the text differently; too little text.
+        ModelError: a model that cannot be read, or gives NaN.
+    """
+    if not models:
+        raise OptionError("name at least one model")
+    tell = on_progress or (lambda model, done, total: None)
+    jobs = [open_job(model, text, options, whole=True, limit=windows) for model in models]
+    _check_same_windows(models, jobs)
+    found = []
+    with jobs[0] as first:
+        name = str(models[0])
+        assert first.windows is not None
+        losses = window_losses(first, lambda done, total: tell(name, done, total))
+        found.append(Evaluation(name, perplexity_of(losses, first.windows)))
+        for model, job in zip(models[1:], jobs[1:], strict=True):
+            found.append(_beside(first, losses, str(model), job, tell))
+    return found
+
+
+def _check_same_windows(models: Sequence[str | Path], jobs: Sequence[Job]) -> None:
+    first = jobs[0].windows
+    assert first is not None
+    check_targets(first)
+    for model, job in zip(models[1:], jobs[1:], strict=True):
+        assert job.windows is not None
+        if job.windows.digest != first.digest:
+            raise DataError(
+                f"{models[0]} and {model} cut the text into different tokens; models can be compared "
+                "only where their tokenizers are the same"
+            )
+
+
+def _beside(
+    first: Job,
+    losses: Tensor,
+    name: str,
+    job: Job,
+    tell: Callable[[str, int, int], None],
+) -> Evaluation:
+    """A model beside the first one, whose states are at hand."""
+    windows = job.windows
+    assert windows is not None
+    count = len(windows)
+    passes, targets = (job.last + 2) * count, windows.length - windows.beginning.first_target
+    with job, torch.no_grad():
+        walk_whole(job, lambda done, total: tell(name, done, total), passes)
+        sums = torch.zeros(count, 3, dtype=torch.float64)
+        with first.logits() as reference, job.logits() as logits:
+
+            def compared(window: int) -> tuple[float, float, float]:
+                return _compare(
+                    reference(window),
+                    logits(window),
+                    windows.tokens[window],
+                    windows.beginning.first_target,
+                )
+
+            for wave in job.pool.waves(range(count)):
+                parts = job.pool.run([lambda w=w: compared(w) for w in wave])  # type: ignore[misc]
+                for window, part in zip(wave, parts, strict=True):
+                    check_finite(part[0], window, windows)
+                    sums[window] = torch.tensor(part, dtype=torch.float64)
+                tell(name, passes - count + wave[-1] + 1, passes)
+    difference = (sums[:, 0] - losses) / targets
+    ratio, divergence = interval(difference), interval(sums[:, 1] / targets)
+    change = Change(
+        ratio=math.exp(float(difference.mean())),
+        ratio_low=math.exp(ratio[0]),
+        ratio_high=math.exp(ratio[1]),
+        kl=float(sums[:, 1].mean()) / targets,
+        kl_low=divergence[0],
+        kl_high=divergence[1],
+        agreement=float(sums[:, 2].mean()) / targets,
+    )
+    return Evaluation(name, perplexity_of(sums[:, 0], windows), change)
+
+
+def _compare(
+    reference: Tensor, logits: Tensor, tokens: Tensor, first: int
+) -> tuple[float, float, float]:
+    """Over the targets from position `first` on: cross-entropy, KL(reference ‖ this), agreements."""
+    tokens = tokens.to(logits.device)
+    loss = divergence = same = 0.0
+    for start in range(first - 1, logits.shape[0] - 1, POSITIONS):
+        stop = min(start + POSITIONS, logits.shape[0] - 1)
+        one = reference[start:stop].float().log_softmax(-1)
+        two = logits[start:stop].float().log_softmax(-1)
+        loss -= float(two.gather(1, tokens[start + 1 : stop + 1, None]).sum())
+        divergence += float((one.exp() * (one - two)).sum())
+        same += float((one.argmax(-1) == two.argmax(-1)).sum())
+    return loss, divergence, same

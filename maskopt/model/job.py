@@ -1,0 +1,393 @@
+"""One walk through the blocks of a model: what a prune, a certificate and a perplexity have in common.
+
+    with open_job(model, text, options) as job:
+        for block in job.blocks():
+            grams = block.grams()
+            ...
+            block.advance()
+
+All windows go through one block after the other. While a block is at hand its weights are in memory,
+and may be changed; `grams` says what its layers are given, `advance` sends the windows through it, and
+their hidden states become the inputs of the next block.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from maskopt.errors import DataError, ModelError
+from maskopt.model.blocks import Layer, choose, vocabulary_size
+from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
+from maskopt.model.forward import Captured, capture, ending
+from maskopt.model.memory import Load, by_block, check_memory
+from maskopt.model.opening import capped_length, load_tokenizer, open_source
+from maskopt.model.options import WalkOptions
+from maskopt.model.progress import OnProgress, ticker
+from maskopt.model.source import Source
+from maskopt.model.threads import Threads
+from maskopt.model.tokens import (
+    Windows,
+    calibration_windows,
+    check_count,
+    check_vocabulary,
+    evaluation_windows,
+    token_windows,
+)
+
+if TYPE_CHECKING:
+    from maskopt.model.output import FinishedBlock
+
+
+def open_job(
+    model: nn.Module | str | Path,
+    text: Any,
+    options: WalkOptions,
+    *,
+    tokenizer: Any = None,
+    whole: bool = False,
+    limit: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Job:
+    """A model with windows of text, ready to be walked through.
+
+    Args:
+        model: in memory, or a folder (or a name on the hub).
+        text: token windows int64 [samples, length]; or text, see `read_documents`, a list of
+            strings for documents; None: for a look at the layers without a walk.
+        tokenizer: for text; None takes that of the model's folder.
+        whole: walk through all blocks, and take all of the text in consecutive windows. Else the
+            walk ends at the last block with a chosen layer, and the windows are random crops.
+        limit: of a whole walk: take only the first so many windows.
+        on_progress: called with `Progress`.
+
+    Raises:
+        MaskoptError: model, text or options cannot be used, or not together.
+    """
+    source = open_source(
+        model,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+    layers = choose(source.blocks.all_layers(), options.include, options.exclude)
+    options.check_layers(layers)
+    windows = None
+    if text is not None:
+        windows = _windows(source, text, tokenizer, options, whole, limit)
+        check_vocabulary(windows, vocabulary_size(source.model))
+    return Job(source, layers, windows, options, whole=whole, on_progress=on_progress)
+
+
+def tokens_or_tokenizer(given: Any, text: Any) -> tuple[Any, Any]:
+    """(text, tokenizer) out of an argument that may be either tokens, which are then the text, or a
+    tokenizer for the text."""
+    return (given, None) if isinstance(given, Tensor | Windows) else (text, given)
+
+
+class Job:
+    """A model, the chosen layers, and the windows that are to go through its blocks.
+
+    Leaving its `with` frees what it holds, as does the end of `blocks` where there is no `with`.
+
+    Attributes:
+        layers: the chosen ones, in the order of the model.
+        windows: None where the job was opened without text.
+        last: the block that the walk ends with.
+        threads: as many at once on the CPU.
+        pool: those threads, while the walk goes on.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        layers: Sequence[Layer],
+        windows: Windows | None,
+        options: WalkOptions,
+        *,
+        whole: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self.source, self.layers, self.options = source, layers, options
+        self.windows, self.whole = windows, whole
+        self.count = options.samples if windows is None else len(windows)
+        if not whole:
+            held_out(self.count, options.holdout)
+        self.length = (
+            capped_length(source.model, options.seq_len) if windows is None else windows.length
+        )
+        self.last = len(source.blocks) - 1 if whole else max(layer.block for layer in layers)
+        self.threads = options.threads or torch.get_num_threads()
+        self.activation_memory = options.activation_memory
+        if options.max_memory is not None:
+            self.activation_memory = check_memory(self.load, options.max_memory)
+        self.tell = on_progress or (lambda _: None)
+        self.pool: Threads
+        self._captured: Captured
+        self._held: ExitStack | None = None
+        self._walk: Generator[Block, None, None] | None = None
+
+    @property
+    def load(self) -> Load:
+        """What the memory of the walk depends on."""
+        return Load(
+            self.source, self.layers, self.count, self.length, self.threads, self.activation_memory
+        )
+
+    def blocks(
+        self, finished: Mapping[int, FinishedBlock] | None = None, folder: Path | None = None
+    ) -> Iterator[Block]:
+        """Every block up to the last one, with its weights in memory while it is at hand.
+
+        Args:
+            finished: blocks that an earlier run has done: they are not yielded, the windows are
+                only sent through them as that run left them.
+            folder: for a file of hidden states, where they take more than `activation_memory`.
+        """
+        self._walk = self._blocks(finished or {}, folder or Path(tempfile.gettempdir()))
+        return self._walk
+
+    def _blocks(
+        self, finished: Mapping[int, FinishedBlock], folder: Path
+    ) -> Generator[Block, None, None]:
+        waiting = [index for index in range(self.last + 1) if index not in finished]
+        if not waiting:
+            return
+        chosen = by_block(self.layers)
+        with ExitStack() as until_the_end:
+            held = self._held or until_the_end
+            samples = self._start(held, folder)
+            for index in range(waiting[-1] + 1):
+                done = finished.get(index)
+                masks = None if done is None or self.options.one_pass else done.masks
+                if done is not None:
+                    samples.drop({bad["sample"] for bad in done.bad})
+                with self.source.open(index, masks) as module:
+                    opened = OpenBlock(
+                        self.source.model,
+                        module,
+                        self.source.blocks.prefix(index).rstrip("."),
+                        self.source.device,
+                        self._captured.calls[index],
+                        samples,
+                        self.pool,
+                    )
+                    block = Block(self, index, chosen.get(index, []), opened)
+                    if done is not None:
+                        block.advance("replay")
+                        continue
+                    yield block
+                    if not block.advanced and self.goes_on(index):
+                        raise RuntimeError(f"block {index} was left without advance()")
+
+    def goes_on(self, index: int) -> bool:
+        """Does anything need the output of block `index`?"""
+        return self.whole or index < self.last
+
+    @contextmanager
+    def logits(self) -> Iterator[Callable[[int], Tensor]]:
+        """After a whole walk: a function of a window's index that gives its logits [length, vocabulary].
+        The output head is in memory meanwhile."""
+        assert self.windows is not None
+        tokens, device = self.windows.tokens, self.source.device
+        captured = self._captured
+
+        def of(window: int) -> Tensor:
+            state = captured.states[window].to(device)
+            return end(tokens[window : window + 1].to(device), state)[0]
+
+        blocks = self.source.blocks
+        with self.source.head(), ending(self.source.model, blocks, captured.outputs) as end:
+            yield of
+
+    def __enter__(self) -> Job:
+        self._held = ExitStack()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._walk is not None:
+            self._walk.close()
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def _start(self, held: ExitStack, folder: Path) -> Samples:
+        """Everything before the first block."""
+        if self.windows is None:
+            raise ModelError("there is no text to walk through the blocks; name some")
+        self.pool = held.enter_context(Threads(self.source.device, self.threads))
+        self.source.load_outside()
+        with torch.no_grad():
+            self._captured = capture(
+                self.source.model,
+                self.source.blocks,
+                self.windows.tokens,
+                self.pool,
+                self.source.device,
+                lambda size: folder if size > self.activation_memory else None,
+            )
+        states = held.enter_context(self._captured.states)
+        skip = None if self.whole else self.options.skip_bad_samples
+        count = len(self.windows)
+        aside = frozenset() if self.whole else held_out(count, self.options.holdout)
+        return Samples(states, count, self.windows.source, skip_bad=skip, held=aside)
+
+
+class Block:
+    """One block of a walk, its weights in memory: to be looked at, changed, and left by `advance`.
+
+    Attributes:
+        index: of the block in the model.
+        layers: the chosen ones among its layers, in the order of the model.
+        bad: samples that were left out since the block was opened.
+    """
+
+    def __init__(self, job: Job, index: int, layers: Sequence[Layer], opened: OpenBlock) -> None:
+        self.job, self.index, self.layers = job, index, layers
+        self.advanced = False
+        self._opened = opened
+        self._before = len(opened.samples.bad)
+
+    @property
+    def bad(self) -> list[BadSample]:
+        return self._opened.samples.bad[self._before :]
+
+    def ticker(self, stage: str, total: int) -> Callable[[int], None]:
+        """Tell the job's `on_progress` that a stage of this block begins; call it with what is done."""
+        return ticker(self.job.tell, self.index, self.job.last + 1, stage, total)
+
+    def grams(self, layers: Sequence[Layer] | None = None) -> Grams:
+        """Gram matrices of the inputs of the layers (all chosen ones), the block being as it is now.
+
+        Where the job's options say `one_pass`, the samples move on with the same pass.
+        """
+        if self.advanced:
+            raise RuntimeError(f"the samples have left block {self.index}")
+        one_pass = self.job.options.one_pass
+        with torch.no_grad():
+            grams = collect(
+                self._opened,
+                self.layers if layers is None else layers,
+                advance=one_pass,
+                all_experts=self.job.options.all_experts,
+                tick=self.ticker("calibrate", len(self._opened.samples.active)),
+            )
+        self.advanced = one_pass
+        return grams
+
+    def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
+        """The chosen layers with their Gram matrices, all in one round; or, where the job's options
+        say `true_sequential`, those that share their inputs in a round, each round on what the layers
+        of the rounds before, as they are by then, produce.
+
+        Raises:
+            ModelError: a parameter that looks like experts and is none.
+        """
+        waiting = list(self.layers)
+        while waiting:
+            grams = self.grams(waiting)
+            layers, waiting = waiting, []
+            if self.job.options.true_sequential:
+                layers, waiting = _first_round(layers, grams)
+            _check_multiplied(self.job.source.model, layers, grams)
+            yield layers, grams
+            del grams  # their memory is needed
+
+    def advance(self, stage: str = "forward") -> None:
+        """Send the samples through the block as it is now; what comes out are the inputs of the next
+        one. Nothing runs where nothing needs them, or where they have moved on already."""
+        if not self.advanced and self.job.goes_on(self.index):
+            tick = self.ticker(stage, len(self._opened.samples.active))
+            with torch.no_grad():
+                pass_on(self._opened, tick)
+        self.advanced = True
+
+
+def _windows(
+    source: Source, text: Any, tokenizer: Any, options: WalkOptions, whole: bool, limit: int | None
+) -> Windows:
+    if limit is not None:
+        check_count("windows", limit)
+    if isinstance(text, Windows | Tensor):
+        given = text if isinstance(text, Windows) else token_windows(text, "token tensor")
+        return given if limit is None else given.take(slice(limit))
+    if tokenizer is None and source.checkpoint is not None:
+        tokenizer = load_tokenizer(
+            source.checkpoint.folder, trust_remote_code=options.trust_remote_code
+        )
+    length = capped_length(source.model, options.seq_len)
+    if whole:
+        return evaluation_windows(
+            text,
+            tokenizer,
+            seq_len=length,
+            field=options.text_field,
+            limit=limit,
+            bos=options.bos,
+        )
+    return calibration_windows(
+        text,
+        tokenizer,
+        samples=options.samples,
+        seq_len=length,
+        seed=options.seed,
+        field=options.text_field,
+        bos=options.bos,
+    )
+
+
+def held_out(windows: int, share: float) -> frozenset[int]:
+    """The windows that are kept aside: the last ones, ⌊share·windows⌋.
+
+    Raises:
+        DataError: none would be kept aside, or none would be left.
+    """
+    count = int(share * windows)
+    if share and not 0 < count < windows:
+        raise DataError(
+            f"`holdout` {share} of {windows} windows keeps {count} aside; take more windows"
+        )
+    return frozenset(range(windows - count, windows))
+
+
+def _first_round(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
+    """The layers that are called first and share their inputs, all experts of a kind together;
+    and the rest. Layers that were never called come last."""
+    by_name = {layer.name: layer for layer in layers}
+    called = [by_name[name] for name in grams.order if name in by_name]
+    if not called:
+        return list(layers), []
+    leader = grams.leader(called[0].name)
+    kinds = {layer.kind for layer in called if grams.leader(layer.name) == leader}
+    first = [layer for layer in layers if layer.kind in kinds]
+    return first, [layer for layer in layers if layer.kind not in kinds]
+
+
+def _check_multiplied(model: nn.Module, layers: Sequence[Layer], grams: Grams) -> None:
+    """Raise ModelError for a 3-D parameter of which no part was multiplied with any token: some expert
+    always is, so it holds something else."""
+    unseen: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if layer.expert is not None:
+            unseen.setdefault(layer.parameter, []).append(layer)
+    for layer in layers:
+        if grams.of(layer.name) is not None:
+            unseen.pop(layer.parameter, None)
+    for name, parts in unseen.items():
+        if len(parts) == model.get_parameter(name).shape[0]:
+            raise ModelError(
+                f"parameter {name!r} looks like experts, but no token was multiplied with any of them; "
+                f"leave it out with `exclude` {parts[0].kind!r}"
+            )

@@ -1,0 +1,136 @@
+"""What a walk through a model's blocks takes of memory, estimated from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from maskopt.errors import ModelError
+from maskopt.model.blocks import Layer
+from maskopt.model.source import Source
+
+GIB = 2**30
+#: the interpreter with torch, transformers and a compiled solver
+BASE = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of each part at the peak."""
+
+    base: int
+    outside: int
+    block: int
+    grams: int
+    inputs: int
+    solving: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return (
+            self.base
+            + self.outside
+            + self.block
+            + self.activations
+            + max(self.grams + self.inputs, self.grams + self.solving)
+        )
+
+    @property
+    def gib(self) -> float:
+        """The peak in GiB."""
+        return self.peak / GIB
+
+    def __str__(self) -> str:
+        """GiB by part."""
+        return ", ".join(f"{name} {value / GIB:.2f}" for name, value in asdict(self).items())
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the memory of a walk depends on.
+
+    Attributes:
+        samples, length: windows, and tokens in each.
+        activation_memory: bytes of hidden states above which they go to a file.
+    """
+
+    source: Source
+    layers: Sequence[Layer]
+    samples: int
+    length: int
+    threads: int
+    activation_memory: int
+
+
+def estimate_memory(load: Load) -> Memory:
+    """The parts of the peak."""
+    source, length = load.source, load.length
+    width = next(source.model.parameters()).dtype.itemsize
+    named = dict(source.model.named_parameters())
+    outside = sum(p.numel() for name, p in source.blocks.outside() if name in named) * width
+    hidden = hidden_size(source.model)
+    state = length * hidden * width
+    activations = load.samples * state
+    grams = inputs = solving = 0
+    for mine in by_block(load.layers).values():
+        distinct = distinct_inputs(mine)
+        grams = max(grams, sum(8 * n * n for n in distinct))
+        inputs = max(inputs, load.threads * length * width * (sum(distinct) + 6 * hidden))
+        # the Gram in float32 and two more matrices of its size (of the start's relaxation: in float64
+        # up to n = 4096), the weights in float32 a few times
+        squares = [12 * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
+        rows = [24 * y.rows * y.n for y in mine]
+        solving = max(solving, max(map(sum, zip(squares, rows, strict=True))))
+    return Memory(
+        BASE,
+        outside,
+        source.block_memory(),
+        grams,
+        inputs,
+        solving,
+        state if activations > load.activation_memory else activations,
+    )
+
+
+def check_memory(load: Load, max_memory: int) -> int:
+    """The bytes that hidden states may take in memory so that the peak stays below the limit.
+
+    Raises:
+        ModelError: it does not fit even with the hidden states in a file; with the numbers.
+    """
+    for limit in (load.activation_memory, 0):
+        memory = estimate_memory(replace(load, activation_memory=limit))
+        if memory.peak <= max_memory:
+            return limit
+    raise ModelError(
+        f"an estimated {memory.gib:.2f} GiB are needed, `max_memory` allows "
+        f"{max_memory / GIB:.2f} ({memory}); use fewer threads, shorter windows, or exclude the "
+        "layers with most inputs"
+    )
+
+
+def by_block(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
+    """The layers of each block that has any."""
+    found: dict[int, list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(layer.block, []).append(layer)
+    return found
+
+
+def distinct_inputs(layers: Sequence[Layer]) -> list[int]:
+    """Widths of the inputs that layers of a block do not share, as far as shapes tell: alike layers of
+    one module (queries, keys, values) share theirs, its last one (the output projection) has its own."""
+    last = {layer.parent: layer for layer in layers}
+    return [n for _, n, _ in {(y.parent, y.n, last[y.parent] is y) for y in layers}]
+
+
+def hidden_size(model: Any) -> int:
+    """As the configuration has it."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "hidden_size", None)
+    if not isinstance(size, int):
+        raise ModelError(f"{type(model).__name__}: the configuration names no hidden_size")
+    return size

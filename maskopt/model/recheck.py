@@ -1,0 +1,290 @@
+"""Errors and statuses of a pruned model computed again, from the calibration text of its prune.
+
+The walk through the model is that of a prune (`_walk` holds all of it): each layer's Gram matrix is
+collected again on the inputs that the prune's options give it, with the masks of the result in place of
+a solver. What is then computed from the Gram matrix shares no code with any solver.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskopt.checks import improving_swap
+from maskopt.errors import MaskoptError, VerificationError
+from maskopt.model.beginning import BOS, GIVEN
+from maskopt.model.blocks import choose, matrix
+from maskopt.model.checkpoint import Checkpoint
+from maskopt.model.job import Job, open_job
+from maskopt.model.maskfile import MaskFile
+from maskopt.model.options import AUTO, PruneOptions
+from maskopt.model.problems import layer_problem
+from maskopt.model.source import FolderSource
+from maskopt.model.threads import Threads
+from maskopt.model.verify_folder import MASKS
+from maskopt.model.verify_manifest import Manifest
+from maskopt.pattern import Pattern, pattern_from_dict
+from maskopt.problem import LayerProblem
+from maskopt.solution import SWAP_TOLERANCE, Status
+
+#: relative difference at which a stated error is wrong, by the precision of the passes. On one machine
+#: they give the same bits; another processor rounds otherwise, and each block adds to that
+ERROR_TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
+#: relative difference up to which the Gram matrices are taken for those of the prune, bit for bit
+SAME_BITS = 1e-12
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a manifest says that its run collected Gram matrices."""
+
+    pattern: Pattern
+    one_pass: bool
+    true_sequential: bool
+    all_experts: bool
+    min_tokens: int
+    shrink: float | str
+    holdout: float
+    skip_bad_samples: bool
+    seed: int
+    samples: int
+    length: int
+    bos: str
+    windows: str
+    dtype: str
+    device: str
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Run:
+        """Raises VerificationError where the manifest does not say."""
+        fingerprint = manifest.record["fingerprint"]
+        try:
+            options, data = fingerprint["options"], fingerprint["calibration"]
+            run = cls(
+                pattern=pattern_from_dict(options["pattern"]),
+                one_pass=options["one_pass"],
+                true_sequential=options["true_sequential"],
+                all_experts=options["all_experts"],
+                min_tokens=options["min_tokens"],
+                shrink=options["shrink"],
+                holdout=options["holdout"],
+                skip_bad_samples=options["skip_bad_samples"],
+                seed=options["seed"],
+                samples=data["samples"],
+                length=data["length"],
+                bos=data["beginning"]["bos"],
+                windows=data["sha256"],
+                dtype=fingerprint["dtype"],
+                device=fingerprint["device"],
+            )
+        except (KeyError, TypeError, MaskoptError):
+            raise manifest.wrong("does not say how its run was calibrated") from None
+        flags = (run.one_pass, run.true_sequential, run.all_experts, run.skip_bad_samples)
+        counts = (run.min_tokens, run.samples, run.length)
+        sound = (
+            all(type(flag) is bool for flag in flags)
+            and all(type(count) is int and count > 0 for count in counts)
+            and type(run.seed) is int
+            and (type(run.shrink) in (int, float) or run.shrink == AUTO)
+            and type(run.holdout) in (int, float)
+            and 0 <= run.holdout < 1
+            and run.bos in (*BOS, GIVEN.bos)
+            and run.dtype in ERROR_TOLERANCES
+            and run.device in ("cpu", "cuda")
+        )
+        if not sound:
+            raise manifest.wrong("does not say how its run was calibrated")
+        return run
+
+
+@dataclass(frozen=True)
+class MasksAsWeights(Checkpoint):
+    """A checkpoint of which every tensor is its mask, 1 = kept, or 0 where it has none: loaded like the
+    weights, it gives masks in the shape of the model's layers."""
+
+    masks: MaskFile
+
+    def read(self, name: str) -> Tensor:
+        if name in self.masks:
+            return self.masks.read(name).kept.to(torch.bfloat16)
+        return torch.zeros(self.entry(name).shape, dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer as its prune met it: original weights, Gram matrix, and the mask that it was given."""
+
+    problem: LayerProblem
+    kept: Tensor
+    tokens: int
+    held: LayerProblem | None
+    """The same on the windows that were kept aside, where there were any."""
+
+
+def recheck_layers(
+    manifest: Manifest,
+    output: Path,
+    model: Path,
+    calibration: Any,
+    *,
+    layers: Sequence[str] = (),
+    text_field: str = "text",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[list[str], float]:
+    """Compare tokens, errors and statuses of the chosen layers with those computed again.
+
+    Arguments are those of `verify_output`. Returns the names of the layers, and the relative difference
+    up to which errors had to agree.
+
+    Raises:
+        VerificationError: other windows than those of the prune, a machine that cannot repeat its
+            passes, or a layer whose error or statuses are other ones.
+    """
+    run = Run.of(manifest)
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise VerificationError(
+            f"{manifest.path}: its run was on a GPU, which rounds otherwise; check it on one"
+        )
+    said = {layer["name"]: layer for layer in manifest.layers}
+    options = PruneOptions(
+        pattern=run.pattern,
+        solver="magnitude",
+        include=tuple(said),
+        seed=run.seed,
+        one_pass=run.one_pass,
+        true_sequential=run.true_sequential,
+        all_experts=run.all_experts,
+        skip_bad_samples=run.skip_bad_samples,
+        samples=run.samples,
+        seq_len=run.length,
+        holdout=run.holdout,
+        bos="auto" if run.bos == GIVEN.bos else run.bos,
+        text_field=text_field,
+        device=run.device,
+        dtype=run.dtype,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    job = open_job(model, calibration, options)
+    assert job.windows is not None
+    if job.windows.digest != run.windows:
+        raise VerificationError(
+            f"{job.windows.source}: is not what the model was calibrated on: its {len(job.windows)} "
+            f"windows of {job.windows.length} tokens have another digest than those of the manifest"
+        )
+    chosen = [layer.name for layer in choose(job.layers, tuple(layers))]
+    masks = _masks_as_model(job, output / MASKS, trust_remote_code)
+    with job, torch.no_grad():
+        for name, layer in _walk(job, masks, said, set(chosen), run, manifest):
+            _check_layer(manifest, said[name], layer, run, job.pool)
+    return chosen, ERROR_TOLERANCES[run.dtype]
+
+
+def _masks_as_model(job: Job, path: Path, trust_remote_code: bool) -> FolderSource:
+    """The model whose weights are the masks."""
+    parts = job.source.checkpoint
+    assert parts is not None
+    as_weights = MasksAsWeights(
+        parts.folder, parts.config, parts.shards, parts.where, MaskFile(path)
+    )
+    cpu = torch.device("cpu")
+    return FolderSource(as_weights, cpu, torch.bfloat16, trust_remote_code=trust_remote_code)
+
+
+def _check_layer(
+    manifest: Manifest, said: Mapping[str, Any], found: Found, run: Run, pool: Threads
+) -> None:
+    name, problem, kept = said["name"], found.problem, found.kept
+    if said["tokens"] != found.tokens:
+        raise manifest.wrong(
+            f"layer {name!r} is said to have seen {said['tokens']} tokens; it sees {found.tokens}"
+        )
+    used = 0.0 if said["fallback"] else run.shrink
+    if used != AUTO and said["shrink"] != used:
+        raise manifest.wrong(f"layer {name!r} was shrunk by another α than the options say")
+    error = float(problem.objective(kept).sum())
+    floor = SAME_BITS * float(problem.diagonal_mass().sum())
+    tolerance = ERROR_TOLERANCES[run.dtype]
+    if not math.isclose(said["error"], error, rel_tol=tolerance, abs_tol=floor):
+        raise manifest.wrong(
+            f"layer {name!r} states an error of {said['error']:.9g}; its mask has {error:.9g}"
+        )
+    held = None if found.held is None else float(found.held.objective(kept).sum())
+    if (held is None) != (said["error_held"] is None) or not math.isclose(
+        said["error_held"] or 0.0, held or 0.0, rel_tol=tolerance, abs_tol=floor
+    ):
+        raise manifest.wrong(
+            f"layer {name!r} states a held-out error of {said['error_held']}; its mask has {held}"
+        )
+    count = sum(said["statuses"].get(s, 0) for s in (Status.SWAP_OPTIMAL, Status.OPTIMAL))
+    if not count:
+        return
+    same = math.isclose(said["error"], error, rel_tol=SAME_BITS, abs_tol=floor)
+    swaps = pool.run(
+        [
+            lambda i=i: improving_swap(  # type: ignore[misc]
+                problem.row(i), kept[i], SWAP_TOLERANCE if same else tolerance
+            )
+            for i in range(problem.rows)
+        ]
+    )
+    improvable = [(i, swap) for i, swap in enumerate(swaps) if swap is not None]
+    if problem.rows - len(improvable) < count:
+        row, swap = improvable[0]
+        raise manifest.wrong(
+            f"layer {name!r} states that {count} of {problem.rows} rows are {Status.SWAP_OPTIMAL}; "
+            f"{problem.rows - len(improvable)} are: in row {row}, keeping input {swap.pruned} "
+            f"instead of {swap.kept} changes the error by {swap.delta:.3g}"
+        )
+
+
+def _walk(
+    job: Job,
+    masks: FolderSource,
+    said: Mapping[str, Mapping[str, Any]],
+    chosen: set[str],
+    run: Run,
+    manifest: Manifest,
+) -> Iterator[tuple[str, Found]]:
+    """Go through the blocks as the prune did, up to the last chosen layer; yield the chosen ones.
+
+    A yielded problem may share its block's weights, which are pruned when the next one is asked for.
+    """
+    last = max(layer.block for layer in job.layers if layer.name in chosen)
+    left_out: list[dict[str, Any]] = []
+    for block in job.blocks():
+        with masks.open(block.index):
+            kept = {layer.name: matrix(masks.model, layer) != 0 for layer in block.layers}
+        for stage, grams in block.rounds():
+            for layer in stage:
+                weight, gram = matrix(job.source.model, layer), grams.of(layer.name)
+                mask = kept[layer.name].to(weight.device)
+                tokens = 0 if gram is None else gram.tokens
+                if layer.name in chosen:
+                    known = None if tokens < run.min_tokens else gram
+                    alpha = float(said[layer.name]["shrink"])
+                    dense, apart = (
+                        weight.float(),
+                        None if grams.held is None else grams.held.of(layer.name),
+                    )
+                    held = (
+                        None if apart is None else layer_problem(layer, dense, apart, run.pattern)
+                    )
+                    problem = layer_problem(layer, dense, known, run.pattern, alpha)
+                    yield layer.name, Found(problem, mask, tokens, held)
+                weight.masked_fill_(~mask, 0)
+            del grams  # the next pass needs their memory
+        left_out += [dataclasses.asdict(sample) for sample in block.bad]
+        if block.index == last:
+            break
+        block.advance()
+    if left_out != manifest.record["bad_samples"][: len(left_out)]:
+        raise manifest.wrong("left out other samples than those with NaN or infinite activations")

@@ -1,0 +1,87 @@
+"""All that the model side asks of solvers: which start, which options, one layer solved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from maskopt.limits import Limits
+from maskopt.problem import LayerProblem
+from maskopt.solution import Solution
+from maskopt.solver import limits_of, make_solver, make_start, solve
+
+if TYPE_CHECKING:
+    from maskopt.model.options import PruneOptions
+
+#: starts that serve whole layers better than the solvers' own, which also have to serve single rows
+DEFAULT_STARTS = {"swap": "relax"}
+#: α of `shrink` auto, each solved from the masks of the one before
+SHRINK_GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A layer's solution, and the start that it was made from, where there was one."""
+
+    solution: Solution
+    start: Solution | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of the start and of the solver."""
+        return self.solution.seconds + (0.0 if self.start is None else self.start.seconds)
+
+
+def default_start(solver: str) -> str | None:
+    """What `solver` starts from in a prune where nothing is named."""
+    return DEFAULT_STARTS.get(solver) or make_solver(solver).capabilities.default_start
+
+
+def check_solver(solver: str, options: Mapping[str, Any], start: str | None) -> None:
+    """Raise where solver or start do not exist, cannot run here, or have no such option."""
+    make_solver(solver, **limits_of(None, options)[1])
+    if start is not None:
+        make_solver(start)
+
+
+def solve_layer(
+    problem: LayerProblem, options: PruneOptions, before: Solved | None = None
+) -> Solved:
+    """The solver of the options on one layer, from the start of the options; or, where the layer was
+    solved `before` with another G, from that mask."""
+    start = None if before is None else before.solution
+    if start is None and options.start is not None and options.start != options.solver:
+        start = make_start(problem, options.start, Limits(seed=options.seed))
+    solution = solve(
+        problem,
+        options.solver,
+        start=None if start is None else start.mask,
+        **{"seed": options.seed, **options.solver_options},
+    )
+    return Solved(solution, start if before is None else before.start)
+
+
+def solve_by_held_error(
+    at: Callable[[float], LayerProblem], judge: LayerProblem, options: PruneOptions
+) -> tuple[Solved, float]:
+    """The best of SHRINK_GRID by the error on held-out windows: its solution, and its α.
+
+    Args:
+        at: the layer's problem with G shrunk by α.
+        judge: the same layer with the Gram matrix of the windows that were kept aside.
+    """
+    best: tuple[float, Solved, float] | None = None
+    before = None
+    for alpha in SHRINK_GRID:
+        before = solve_layer(at(alpha), options, before)
+        error = float(judge.objective(before.solution.mask).sum())
+        if best is None or error < best[0]:
+            best = error, before, alpha
+    assert best is not None
+    return best[1], best[2]
+
+
+def solve_by_magnitude(problem: LayerProblem) -> Solved:
+    """What a layer gets whose inputs are not known."""
+    return Solved(solve(problem, "magnitude"))

@@ -1,0 +1,75 @@
+"""Threads that run independent pieces of work, with results in the order of the pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+from maskopt.errors import ModelError
+
+T = TypeVar("T")
+
+
+class Threads:
+    """Runs independent pieces of work; results come in the order of the pieces.
+
+    Args:
+        device: on a GPU pieces run one after the other.
+        count: threads on the CPU, each with one thread inside torch; what the caller itself runs
+            meanwhile gets as many.
+    """
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.count = count if device.type == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
+        if device.type == "cpu":
+            self._before = torch.get_num_threads()
+            torch.set_num_threads(self.count)
+            self._pool = ThreadPoolExecutor(
+                self.count, initializer=torch.set_num_threads, initargs=(1,)
+            )
+
+    def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        if self._pool is None:
+            return [_without_grad(piece) for piece in pieces]
+        try:
+            futures = [self._pool.submit(_without_grad, piece) for piece in pieces]
+        except RuntimeError as error:  # "can't start new thread"
+            raise ModelError(
+                f"the system does not start {self.count} threads ({error}); ask for fewer `threads`"
+            ) from error
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def waves(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+        """The items, as many at a time as run at once."""
+        for start in range(0, len(items), self.count):
+            yield items[start : start + self.count]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._before)  # new threads inherit the last value set
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _without_grad(piece: Callable[[], T]) -> T:
+    with torch.no_grad():
+        return piece()

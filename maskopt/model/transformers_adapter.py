@@ -1,0 +1,171 @@
+"""What a streamed model needs of transformers beyond its documented interface; nothing else may use it.
+
+These parts change without notice between releases, so the versions that they were tested with are
+said here, and the oldest and the newest of them are tested.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from maskopt.errors import ModelError
+
+#: the oldest and the newest minor release that the tests pass with
+SUPPORTED = ("5.6", "5.24")
+
+
+@functools.cache
+def check_version(installed: str = transformers.__version__) -> None:
+    """Refuse a transformers that lacks what is used here; warn, once, of one that nobody tried.
+
+    Raises:
+        ModelError: older than the oldest supported release.
+    """
+    oldest, newest = SUPPORTED
+    remedy = f'pip install "transformers>={oldest},<={newest}.*"'
+    if _minor(installed) < _minor(oldest):
+        raise ModelError(f"transformers {installed} is too old for maskopt; {remedy}")
+    if _minor(installed) > _minor(newest):
+        warnings.warn(
+            f"transformers {installed} is newer than maskopt was tested with; "
+            f"if a model cannot be loaded: {remedy}",
+            stacklevel=2,
+        )
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+class Conversion:
+    """How the tensors of a checkpoint become the parameters of a model, by transformers' own rules.
+
+    Args:
+        model: without weights (`torch.device("meta")`); remembers the rules that were used, so that
+            `revert` undoes them.
+        keys: names of the checkpoint's tensors.
+        place: what messages call the checkpoint.
+
+    Attributes:
+        converted: parameters that the checkpoint stores otherwise (experts one by one, say).
+    """
+
+    def __init__(self, model: Any, keys: Iterable[str], place: str) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            rename_source_key,
+        )
+
+        check_version()
+        self.model, self.place = model, place
+        self.rules = get_model_conversion_mapping(model)
+        renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in self.rules if isinstance(rule, WeightConverter)]
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        empty = model.state_dict()
+        prefix = model.base_model_prefix
+        #: parameter → the tensors that it and the parameters made along with it come from
+        self._sources: dict[str, list[str]] = {}
+        #: parameter → the one that stands for all that are made of the same tensors
+        self._first: dict[str, str] = {}
+        self.converted: set[str] = set()
+        for key in sorted(keys):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, empty)
+            if name not in empty and key in empty:
+                name, pattern = rename_source_key(key, [], [], prefix, empty)
+            if name not in empty:
+                continue
+            self._sources.setdefault(name, []).append(key)
+            if pattern is None:
+                self._first[name] = name
+                continue
+            rule = by_pattern[pattern]
+            for target in rule.target_patterns:
+                other = name.replace(rule.target_patterns[0], target)
+                self._first[other] = name
+                self.converted.add(other)
+        model._weight_conversions = [rule for rule in self.rules if rule.was_used()]
+
+    def sources(self, name: str) -> list[str]:
+        """The checkpoint tensors that parameter `name` is made of; ModelError where there is none."""
+        if name not in self._first:
+            raise ModelError(f"{self.place}: no tensor for parameter {name!r}")
+        return self._sources[self._first[name]]
+
+    def needed(self, names: Iterable[str]) -> list[str]:
+        """All tensors to load for those of the parameters and buffers that the checkpoint stores."""
+        firsts = sorted({self._first[name] for name in names if name in self._first})
+        return [key for first in firsts for key in self._sources[first]]
+
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Convert tensors [as stored] into the model's parameters on the device, in its dtype.
+
+        Raises:
+            ModelError: a tensor of another shape than its parameter, or one that cannot be converted.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        config = LoadStateDictConfig(
+            device_map={"": device},
+            weight_mapping=self.rules,  # type: ignore[arg-type, unused-ignore]
+            dtype=next(self.model.parameters()).dtype,
+        )
+        load: Any = convert_and_load_state_dict_in_model
+        # up to 5.15 the function asks for a plan of tensor parallelism
+        plan = {"tp_plan": None} if "tp_plan" in inspect.signature(load).parameters else {}
+        info, _ = load(self.model, dict(tensors), config, **plan)
+        if info.mismatched_keys:
+            name, found, expected = min(info.mismatched_keys, key=str)
+            raise ModelError(
+                f"{self.place}: {name!r} is {list(found)} in the shards, "
+                f"{list(expected)} by config.json"
+            )
+        if info.conversion_errors or info.error_msgs:
+            first = next(iter([*info.conversion_errors.values(), *info.error_msgs]))
+            line = (str(first).strip().splitlines() or ["?"])[-1]
+            raise ModelError(f"{self.place}: cannot be loaded: {line}")
+
+
+def revert(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters as the tensors that a checkpoint stores: transformers' conversion for saving."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    check_version()
+    return revert_weight_conversion(model, dict(tensors))  # type: ignore[arg-type]
+
+
+def tie(model: Any, missing: set[str]) -> None:
+    """Let the parameters named `missing` share the ones that the model ties them to."""
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+
+def initialise(owner: Any, module: nn.Module) -> None:
+    """Give the buffers of `module`, a part of the pretrained model `owner`, their initial values."""
+    owner._init_weights(module)
+
+
+def set_eager_experts(model: nn.Module) -> None:
+    """Experts one after the other, each as a matrix product that can be observed."""
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"
+
+
+def forget_quantisation(model: Any) -> None:
+    """Let a model whose weights were dequantised on loading be saved as a plain one."""
+    del model.hf_quantizer
+    model.config.quantization_config = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -1,0 +1,433 @@
+"""What a manifest says, and whether weights, masks and the model's structure say the same.
+
+Part of `maskopt.model.verify`; shares no code with what writes manifests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from maskopt.errors import VerificationError
+from maskopt.model.verify_folder import CONFIG, MANIFEST, check_regular
+
+FORMAT = "maskopt-manifest-1"
+STATUSES = ("optimal", "swap-optimal", "feasible")
+#: a bound may lie above its error by so much: both are sums, rounded on their own
+BOUND_ROUNDING = 1e-6
+
+Check = Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How many entries of every group of a row are pruned."""
+
+    record: Mapping[str, Any]
+
+    def groups(self, n: int) -> tuple[int, int]:
+        """Size of a group, and how many of it are pruned.
+
+        Raises:
+            VerificationError: rows of n inputs cannot be divided so.
+        """
+        keep = self.record["keep"]
+        if self.record["kind"] == "nm":
+            of = self.record["of"]
+            if n % of:
+                raise VerificationError(f"{n} inputs do not divide into groups of {of}")
+            return of, of - keep
+        if keep is not None:
+            return n, n - keep
+        return n, math.floor(Fraction(repr(float(self.record["sparsity"]))) * n)
+
+    def quota(self, n: int) -> int:
+        """Pruned entries of a row."""
+        group, pruned = self.groups(n)
+        return n // group * pruned
+
+    def __str__(self) -> str:
+        if self.record["kind"] == "nm":
+            return f"{self.record['keep']}:{self.record['of']}"
+        keep = self.record["keep"]
+        return f"{float(self.record['sparsity']):.4g}" if keep is None else f"keep {keep}"
+
+    @property
+    def two_four(self) -> bool:
+        return (self.record["keep"], self.record.get("of")) == (2, 4)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest whose digest and types are right; whether it is true is another matter."""
+
+    path: Path
+    record: Mapping[str, Any]
+    rule: Rule
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        return list(self.record["layers"])
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        return dict(self.record["tensors"])
+
+    @property
+    def files(self) -> dict[str, str]:
+        return dict(self.record["files"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.record["fingerprint"]["options"])
+
+    @property
+    def model(self) -> str | None:
+        """The digest of the model folder; a model in memory has none."""
+        return self.record["fingerprint"].get("model")
+
+    def wrong(self, what: str) -> VerificationError:
+        return VerificationError(f"{self.path}: {what}")
+
+
+@dataclass
+class Slice:
+    """A matrix of a masked tensor: all of it, or one expert's part.
+
+    Attributes:
+        numbers: those in its name, block and expert: layers whose parameter is stored in other pieces
+            have the same.
+        square: Σ of the pruned weights' squares in the original; None where it was not asked for.
+        least_first: every row prunes its smallest weights; None likewise.
+    """
+
+    tensor: str
+    numbers: tuple[int, ...]
+    rows: int
+    n: int
+    pruned: int
+    square: float | None = None
+    least_first: bool | None = None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises VerificationError where it is missing, damaged, or its digest is another one."""
+    path = folder / MANIFEST
+    if not path.is_symlink() and not path.exists():
+        raise VerificationError(
+            f"{folder}: no manifest; the folder was not written by maskopt prune"
+        )
+    check_regular(path)
+    try:
+        manifest = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_number)
+        claimed = manifest.pop("sha256")
+        text = json.dumps(manifest, sort_keys=True).encode()
+        sound = hashlib.sha256(text).hexdigest() == claimed and _fits(manifest, _SHAPE)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise VerificationError(f"{path}: the manifest is damaged or was changed")
+    return Manifest(path, manifest, Rule(manifest["fingerprint"]["options"]["pattern"]))
+
+
+def check_layers(manifest: Manifest) -> None:
+    """Compare what the manifest says in several places, and the kinds of values that it can hold.
+
+    Raises:
+        VerificationError: with the first contradiction.
+    """
+    layers, options = manifest.layers, manifest.options
+    if not layers:
+        raise manifest.wrong("knows no layer: nothing is pruned")
+    names = [layer["name"] for layer in layers]
+    if len(set(names)) != len(names):
+        raise manifest.wrong(f"names a layer twice: {max(names, key=names.count)!r}")
+    for name, info in manifest.tensors.items():
+        if info["pattern"] != manifest.rule.record:
+            raise manifest.wrong(f"tensor {name!r} has another pattern than the options")
+    for layer in layers:
+        name = layer["name"]
+        if layer["pattern"] != str(manifest.rule):
+            raise manifest.wrong(f"layer {name!r} has another pattern than the options")
+        if layer["pruned"] != layer["rows"] * manifest.rule.quota(layer["n"]):
+            raise manifest.wrong(f"layer {name!r} counts other pruned weights than its pattern")
+        if layer["sparsity"] != layer["pruned"] / (layer["rows"] * layer["n"]):
+            raise manifest.wrong(f"layer {name!r} has another sparsity than its counts")
+        if layer["fallback"] != (layer["tokens"] < options["min_tokens"]):
+            raise manifest.wrong(f"layer {name!r}: fallback is not what its tokens say")
+        if sum(layer["statuses"].values()) != layer["rows"]:
+            raise manifest.wrong(f"layer {name!r} has statuses of another number of rows")
+        if layer["lower_bound"] > layer["error"] * (1 + BOUND_ROUNDING):
+            raise manifest.wrong(f"layer {name!r} has a lower bound above its error")
+    if manifest.record["fallbacks"] != [x["name"] for x in layers if x["fallback"]]:
+        raise manifest.wrong("lists other fallbacks than its layers")
+
+
+def check_counts(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float]:
+    """Compare the layers with the masks; the rows and the sparsity that the masks give.
+
+    A layer's parameter may be stored in other pieces (fused experts one by one, say). What is the same
+    in both is block, expert and number of inputs, so rows and pruned weights are compared over all
+    matrices that share those; a tensor called like its layer is compared with it alone. Experts that
+    were left out have masks that keep all.
+
+    Raises:
+        VerificationError: the manifest counts otherwise, or nothing is pruned.
+    """
+    by_tensor = {part.tensor: part for part in slices}
+    for layer in manifest.layers:
+        part = _called_like(layer["name"], by_tensor)
+        if part is not None and (part.rows, part.n) != (layer["rows"], layer["n"]):
+            raise manifest.wrong(
+                f"layer {layer['name']!r} is said to have {layer['rows']} rows of {layer['n']}; its "
+                f"mask has {part.rows} of {part.n}"
+            )
+    rows = elements = pruned = 0
+    said = _grouped(manifest.layers, lambda x: (numbers(x["name"]), x["n"]))
+    found = _grouped(slices, lambda x: (x.numbers, x.n))
+    for key in sorted({*said, *found}):
+        layers, parts = said.get(key, []), found.get(key, [])
+        count = sum(x["rows"] for x in layers)
+        least = sum(x.rows for x in parts if x.pruned or manifest.rule.quota(x.n) == 0)
+        same = count == least if manifest.rule.quota(key[1]) else count <= least
+        total = sum(x.pruned for x in parts)
+        if not same or total != sum(x["pruned"] for x in layers):
+            name = layers[0]["name"] if layers else parts[0].tensor
+            raise manifest.wrong(f"counts other rows or pruned weights than the masks at {name!r}")
+        rows, elements, pruned = rows + count, elements + count * key[1], pruned + total
+    if not pruned:
+        raise manifest.wrong("nothing is pruned: the weights are the dense model's")
+    if manifest.record["sparsity"] != pruned / elements:
+        raise manifest.wrong("has another sparsity than the masks")
+    return rows, pruned / elements
+
+
+def check_fallbacks(manifest: Manifest, slices: Sequence[Slice], tolerance: float) -> list[str]:
+    """Names of the layers pruned by magnitude whose errors were compared with the original's weights."""
+    checked: list[str] = []
+    found = _grouped(slices, lambda x: (x.numbers, x.n))
+    for key, layers in _grouped(manifest.layers, lambda x: (numbers(x["name"]), x["n"])).items():
+        parts = found[key]
+        if not all(x["fallback"] for x in layers) or any(x.square is None for x in parts):
+            continue
+        name, said = layers[0]["name"], sum(x["error"] for x in layers)
+        true = sum(x.square or 0.0 for x in parts)
+        if not math.isclose(said, true, rel_tol=tolerance):
+            raise manifest.wrong(
+                f"layer {name!r}, pruned by magnitude, states an error of {said:.9g}; the squares "
+                f"of its pruned weights add up to {true:.9g}"
+            )
+        if not all(x.least_first for x in parts):
+            raise manifest.wrong(f"layer {name!r} is not pruned by magnitude as it says")
+        checked += [x["name"] for x in layers]
+    return checked
+
+
+def check_names(manifest: Manifest, config_folder: Path, *, trust_remote_code: bool) -> None:
+    """Compare the layers with those of the model that transformers builds from a configuration, as
+    the manifest's include and exclude choose them, in the order of the model.
+
+    Raises:
+        VerificationError: a layer that is not there, is left out, has another shape or another place.
+    """
+    model = _empty_model(config_folder, trust_remote_code=trust_remote_code)
+    options, all_maps = manifest.options, linear_maps(model)
+    include, exclude = options["include"], options["exclude"]
+    expected = {
+        name: shape
+        for name, shape in all_maps.items()
+        if (not include or _any_matches(name, include)) and not _any_matches(name, exclude)
+    }
+    said = [layer["name"] for layer in manifest.layers]
+    if odd := set(said) ^ set(expected):
+        where = "in the manifest" if min(odd) in said else "in the model"
+        raise manifest.wrong(f"layer {min(odd)[:200]!r} is only {where}")
+    if said != list(expected):
+        raise manifest.wrong("names the layers in another order than the model has them")
+    for layer in manifest.layers:
+        if {layer["rows"], layer["n"]} != set(expected[layer["name"]]):
+            raise manifest.wrong(f"layer {layer['name']!r} has another shape than in the model")
+
+
+def linear_maps(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The matrices that multiply activations in the decoder blocks, by name, in the model's order.
+
+    The blocks are the outermost module list that holds the most of them. A matrix is the weight of a
+    linear module, or one part of a 3-D parameter of a module that holds several experts.
+    """
+    lists: dict[str, dict[str, tuple[int, int]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(_below(path, name) for name in lists):
+            lists[path] = {}
+        home = next((maps for name, maps in lists.items() if _below(path, name)), None)
+        if home is None:
+            continue
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            first, second = module.weight.shape
+            home[path] = (int(first), int(second))
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        counts = [p.shape[0] for p in own.values() if p.ndim == 3]
+        if isinstance(module, _ConvNd) or min(counts, default=1) == 1:
+            continue
+        for key, parameter in own.items():
+            if parameter.ndim == 3 and min(parameter.shape[1:]) > 1:
+                for expert in range(parameter.shape[0]):
+                    home[f"{path}.{expert}.{key}"] = parameter.shape[1], parameter.shape[2]
+    return max(lists.values(), key=lambda maps: sum(a * b for a, b in maps.values()), default={})
+
+
+def numbers(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in name.split(".") if part.isdecimal())
+
+
+def _empty_model(folder: Path, *, trust_remote_code: bool) -> nn.Module:
+    """The model without any weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # configurations fail in as many ways as there are models
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise VerificationError(f"{folder / CONFIG}: makes no model: {line}") from error
+    return model
+
+
+def _called_like(layer: str, by_tensor: Mapping[str, Slice]) -> Slice | None:
+    """The tensor `LAYER.weight`, where the checkpoint may lack the first parts of the name."""
+    parts = layer.split(".")
+    for start in range(len(parts)):
+        if not any(part.isdecimal() for part in parts[start:]):
+            return None
+        if (name := ".".join([*parts[start:], "weight"])) in by_tensor:
+            return by_tensor[name]
+    return None
+
+
+def _below(path: str, name: str) -> bool:
+    return path.startswith(name + ".")
+
+
+def _any_matches(name: str, patterns: Iterable[str]) -> bool:
+    """Does a shell pattern match the name or a run of its dotted parts?"""
+    return any(
+        fnmatchcase(name, wide) for p in patterns for wide in (p, f"*.{p}", f"{p}.*", f"*.{p}.*")
+    )
+
+
+def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+# The shape of a manifest ----------------------------------------------------------------------
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(constant)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _size(value: Any) -> bool:
+    return _count(value) and value > 0
+
+
+def _amount(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _pattern(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    keep = value.get("keep")
+    if value.get("kind") == "nm" and set(value) == {"kind", "keep", "of"}:
+        return _count(keep) and _size(value["of"]) and keep <= value["of"] < 2**31
+    if value.get("kind") != "unstructured" or set(value) != {"kind", "sparsity", "keep"}:
+        return False
+    sparsity = value["sparsity"]
+    return _count(keep) if sparsity is None else keep is None and _amount(sparsity) and sparsity < 1
+
+
+def _maybe(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _each(shape: Any) -> Check:
+    """Every value of an object, or every element of a list."""
+
+    def check(value: Any) -> bool:
+        inner = value.values() if isinstance(value, dict) else value
+        return all(_fits(item, shape) for item in inner)
+
+    return check
+
+
+def _kind(kind: type, shape: Any) -> Check:
+    each = _each(shape)
+    return lambda value: isinstance(value, kind) and each(value)
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Has an object the keys of the shape, with such values? Others may be there, too."""
+    if callable(shape):
+        return bool(shape(value))
+    return isinstance(value, dict) and all(
+        key in value and _fits(value[key], inner) for key, inner in shape.items()
+    )
+
+
+def _statuses(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and set(value) <= set(STATUSES) and all(map(_size, value.values()))
+    )
+
+
+_LAYER = {
+    "name": _text, "rows": _size, "n": _size, "pattern": _text, "pruned": _count,
+    "error_start": _maybe(_amount), "error": _amount, "lower_bound": _amount,
+    "statuses": _statuses, "tokens": _count, "fallback": lambda v: type(v) is bool,
+    "seconds": _amount, "sparsity": _amount, "block": _count, "kind": _text, "energy": _amount,
+    "error_held": _maybe(_amount), "energy_held": _maybe(_amount), "shrink": _amount,
+}  # fmt: skip
+_OPTIONS = {"pattern": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size}
+_SHAPE = {
+    "format": lambda v: v == FORMAT,
+    "fingerprint": lambda v: _fits(v, {"options": _OPTIONS}) and _text(v.get("model", "")),
+    "sparsity": _amount,
+    "layers": _kind(list, _LAYER),
+    "bad_samples": _kind(list, {"sample": _count, "layer": _text}),
+    "fallbacks": _texts,
+    "tensors": _kind(dict, {"input_axis": _count, "pattern": _pattern}),
+    "files": _kind(dict, _text),
+    "seconds": _amount,
+}  # fmt: skip

@@ -1,0 +1,156 @@
+"""How loops are compiled, and where the machine code is kept.
+
+Numba keeps it beside the source, so that every installation compiles anew, and looks at the one file that
+holds the loop, so that it is blind to changes of what the loop calls. Here it is kept in the user's cache
+folder (or NUMBA_CACHE_DIR) under the hash of the loop's file and of all files of maskopt.solvers that this
+imports: it survives a reinstallation, serves several installations at once, and is never stale. Numba
+itself sees to the rest: its version, Python's, and the processor are part of its own key. Where its
+insides have changed, or the folder cannot be written to, Numba does what it does by itself.
+
+The first compilation in a process is told to the logger `maskopt.compile`, since it is worth some seconds
+of waiting; loading what is kept is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core import event
+from numba.core.registry import CPUDispatcher
+from platformdirs import user_cache_path
+
+_log = logging.getLogger("maskopt.compile")
+#: what the logger is told
+NOTICE = "compiling once …"
+_ROOT = Path(__file__).parent
+_IMPORT = re.compile(r"^\s*from maskopt\.solvers\.([\w.]+) import", re.MULTILINE)
+
+
+def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A loop that Python calls: numba.njit with those options, its machine code kept as told above."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        compiled: Any = numba.njit(**{"no_cfunc_wrapper": True, **options})(function)
+        try:
+            compiled._cache = _kept_by_source(function)
+        except Exception as error:  # what Numba does inside is its own affair, and may change
+            _log.debug("%s: kept by Numba itself (%s)", function.__qualname__, error)
+            _keep_by_numba(compiled)
+        return compiled
+
+    return decorate
+
+
+def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """What only loops call, and is kept as part of them: without what Python would need to call it,
+    which takes as long to compile as a short loop."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        without = {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+        compiled: Any = numba.njit(**{**without, **options})(function)
+        compiled.__class__ = _Part
+        return compiled
+
+    return decorate
+
+
+class _Part(CPUDispatcher):
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError(f"{self.py_func.__qualname__} is part of compiled loops: call those")
+
+
+def _keep_by_numba(compiled: Any) -> None:
+    try:
+        compiled.enable_caching()
+    except RuntimeError as error:  # no folder that can be written to: compile in every process
+        _log.debug("%s", error)
+
+
+def _kept_by_source(function: Callable[..., Any]) -> Any:
+    """A cache of Numba's whose place is the hash of the source.
+
+    Raises:
+        Exception: of any kind, where Numba is not what it was or the folder cannot be written to.
+    """
+    from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+
+    class Locator(_CacheLocator):
+        def __init__(self, function: Callable[..., Any], file: str) -> None:
+            self._py_file = file
+            self._lineno = function.__code__.co_firstlineno
+            self._stamp = source_key(Path(file))
+
+        def get_cache_path(self) -> str:
+            return str(kernel_folder() / f"{Path(self._py_file).stem}-{self._stamp[:16]}")
+
+        def get_source_stamp(self) -> str:
+            return self._stamp
+
+        def get_disambiguator(self) -> str:
+            return str(self._lineno)
+
+        @classmethod
+        def from_function(cls, function: Callable[..., Any], file: str) -> Any:
+            locator = cls(function, file)
+            locator.ensure_cache_path()
+            return locator
+
+    class Impl(CompileResultCacheImpl):
+        _locator_classes = [Locator]  # noqa: RUF012
+
+    class Cache(FunctionCache):
+        _impl_class = Impl
+
+    return Cache(function)
+
+
+def kernel_folder() -> Path:
+    """Where machine code is kept: NUMBA_CACHE_DIR, or the user's cache folder of maskopt."""
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    return Path(given) if given else user_cache_path("maskopt", appauthor=False) / "kernels"
+
+
+@cache
+def source_key(file: Path) -> str:
+    """SHA-256 of a file and of all files of maskopt.solvers that it imports, themselves or through others."""
+    known: dict[str, bytes] = {}
+    waiting = [file]
+    while waiting:
+        source = waiting.pop()
+        name = os.path.relpath(source, _ROOT)
+        if name in known or not source.exists():
+            continue
+        known[name] = source.read_bytes()
+        for module in _IMPORT.findall(known[name].decode()):
+            place = _ROOT.joinpath(*module.split("."))
+            waiting += [place.with_suffix(".py"), place / "__init__.py"]
+    sha = hashlib.sha256()
+    for name in sorted(known):
+        sha.update(f"{name}\0{len(known[name])}\0".encode() + known[name])
+    return sha.hexdigest()
+
+
+class _Notice(event.Listener):
+    """Tells the first compilation of a loop of this package in this process."""
+
+    told = False
+
+    def on_start(self, happening: event.Event) -> None:
+        ours = happening.data["dispatcher"].py_func.__module__.startswith("maskopt.solvers.")
+        if ours and not self.told:
+            self.told = True
+            _log.info(NOTICE)
+
+    def on_end(self, happening: event.Event) -> None:
+        pass
+
+
+event.register("numba:compile", _Notice())

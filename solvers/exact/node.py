@@ -1,0 +1,124 @@
+"""A node of the tree: the Frank–Wolfe bound of a convex program over what its fixings leave.
+
+    min pᵀAp + cᵀp + constant,   A = base + diag(λ),   over {0 ≤ p ≤ 1, Σ over each group = s, fixings}
+
+The point is found on the free inputs alone, by the interior-point method of the bounds; its bound holds at
+every point, so that nothing depends on how far the method came. It stops as soon as its point decides what
+becomes of the node.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from maskopt.solvers.convex.interior_point import least_first, minimise
+
+#: stop where the gap to the bound is this part of the cutoff
+_SETTLED = 1e-5
+#: … or this part of what the relaxed value lies below the cutoff: the node cannot be cut off, and what is
+#: left to gain does not matter
+_HOPELESS = 0.02
+
+
+def bound_node(
+    base: np.ndarray,
+    lam: np.ndarray,
+    c: np.ndarray,
+    constant: float,
+    group: int,
+    pruned: int,
+    state: np.ndarray,
+    cutoff: float,
+) -> tuple[float, np.ndarray]:
+    """(bound, point) of a node; fixes inputs of `state` that no mask below `cutoff` has otherwise.
+
+    Args:
+        base: float64 [n, n], without λ.
+        lam, c: float64 [n].
+        state: int8 [n], 1 pruned, 0 kept, −1 free; changed.
+
+    The bound is ∞ where no legal mask is left.
+    """
+    if not _settle(state, group, pruned):
+        return np.inf, np.zeros(len(c))
+    point = (state == 1).astype(float)
+    index = np.flatnonzero(state < 0)
+    offset, q, linear = _gather(base, lam, c, constant, state, index)
+    if len(index) == 0:
+        return offset, point
+    left, size = _choices(state, group, pruned)
+    bound, value, free_point, gradient = minimise(
+        q, linear, offset, left, size, cutoff, _SETTLED, _HOPELESS
+    )
+    point[index] = free_point
+    if bound < cutoff and np.isfinite(value):
+        _fix(state, index, gradient, left, size, bound, cutoff)
+    return bound, point
+
+
+def _settle(state: np.ndarray, group: int, pruned: int) -> bool:
+    """A group whose count is reached leaves nothing free; False where a count cannot be reached."""
+    groups = state.reshape(-1, group)
+    ones, free = (groups == 1).sum(1), (groups < 0).sum(1)
+    if (ones > pruned).any() or (ones + free < pruned).any():
+        return False
+    groups[(ones == pruned)[:, None] & (groups < 0)] = 0
+    groups[(ones + free == pruned)[:, None] & (groups < 0)] = 1
+    return True
+
+
+def _choices(state: np.ndarray, group: int, pruned: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the groups that still have a choice: how many of the free inputs are to be pruned, and how
+    many there are."""
+    groups = state.reshape(-1, group)
+    ones, free = (groups == 1).sum(1), (groups < 0).sum(1)
+    return pruned - ones[free > 0], free[free > 0]
+
+
+@numba.njit(cache=True, nogil=True)
+def _gather(base, lam, c, constant, state, index):  # type: ignore[no-untyped-def]
+    """The program in the free inputs alone: its offset, quadratic and linear part."""
+    n, m = len(c), len(index)
+    product = np.zeros(n)
+    for i in range(n):
+        if state[i] == 1:
+            line = base[i]
+            for j in range(n):
+                product[j] += line[j]
+            product[i] += lam[i]
+    offset = constant
+    for i in range(n):
+        if state[i] == 1:
+            offset += product[i] + c[i]
+    q, linear = np.empty((m, m)), np.empty(m)
+    for x in range(m):
+        line = base[index[x]]
+        for y in range(m):
+            q[x, y] = line[index[y]]
+        q[x, x] += lam[index[x]]
+        linear[x] = 2 * product[index[x]] + c[index[x]]
+    return offset, q, linear
+
+
+@numba.njit(cache=True, nogil=True)
+def _fix(state, index, gradient, left, size, bound, cutoff):  # type: ignore[no-untyped-def]
+    """Reduced costs: the same linear form with one input on its other side reaches the cutoff."""
+    first = 0
+    for g in range(len(left)):
+        last = first + size[g]
+        part = gradient[first:last].copy()
+        least_first(part, left[g])
+        inside, outside = part[0], part[left[g]]
+        for x in range(left[g]):
+            inside = max(inside, part[x])
+        for x in range(left[g], size[g]):
+            outside = min(outside, part[x])
+        for x in range(first, last):
+            slope = gradient[x]
+            if slope <= inside and slope < outside:
+                if bound + outside - slope >= cutoff:
+                    state[index[x]] = 1
+            elif slope >= outside and bound + slope - inside >= cutoff:
+                state[index[x]] = 0
+        first = last

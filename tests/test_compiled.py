@@ -1,0 +1,89 @@
+"""Where machine code is kept, and when there is something to wait for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maskopt.solvers import compiled
+
+LOOP = """
+import json, logging, sys
+sys.path.insert(0, sys.argv[1])
+said = []
+class Said(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage())
+logging.getLogger("maskopt.compile").addHandler(Said())
+logging.getLogger("maskopt.compile").setLevel(logging.INFO)
+import numpy as np
+from maskopt.solvers.search import kswap_kernel as kernel
+def run(dtype):
+    arrays = [np.ones((1, 4), dtype), np.eye(4, dtype=dtype), np.array([[True, True, False, False]])]
+    made = np.zeros(1, np.int64)
+    c = np.zeros((1, 4))
+    kernel.search_rows(*arrays, c, 4, 2, np.ones(1), 4, made, np.arange(1))
+for dtype in sys.argv[2:]:
+    run(dtype)
+hits = kernel._search_rows.stats.cache_hits
+print(json.dumps({"said": said, "hits": sum(hits.values())}))
+"""
+
+
+def run(folder: Path, *dtypes: str, **environment: str) -> dict[str, object]:
+    given = {**os.environ, "NUMBA_CACHE_DIR": str(folder), **environment}
+    command = [sys.executable, "-c", LOOP, str(folder), *dtypes]
+    done = subprocess.run(command, capture_output=True, text=True, env=given)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+def test_the_first_compilation_is_told_once_and_what_is_kept_is_loaded_silently(
+    tmp_path: Path,
+) -> None:
+    assert run(tmp_path, "float64", "float32") == {"said": [compiled.NOTICE], "hits": 0}
+    assert run(tmp_path, "float64", "float32") == {"said": [], "hits": 2}
+
+
+def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    assert run(blocked, "float64")["said"] == [compiled.NOTICE]
+
+
+def test_the_command_line_says_that_it_compiles(tmp_path: Path) -> None:
+    code = "import sys, logging; from maskopt.cli.console import show_compiling; show_compiling();"
+    code += "logging.getLogger('maskopt.compile').info('compiling once …')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert "compiling once …" in done.stderr
+
+
+def test_the_key_goes_by_the_source_and_what_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the place: another installation of the same source has the same key."""
+    keys = {}
+    for name, constant in (("one", 1), ("two", 1), ("three", 2)):
+        root = tmp_path / name
+        (root / "room").mkdir(parents=True)
+        (root / "room" / "loops.py").write_text("from maskopt.solvers.room.base import HERE\n")
+        (root / "room" / "base.py").write_text(f"HERE = {constant}\n")
+        (root / "room" / "other.py").write_text(f"# {name}\n")
+        monkeypatch.setattr(compiled, "_ROOT", root)
+        keys[name] = compiled.source_key(root / "room" / "loops.py")
+    assert keys["one"] == keys["two"] != keys["three"]
+
+
+def test_a_part_cannot_be_called_from_python() -> None:
+    from maskopt.solvers.swap.numba_common import sort
+
+    with pytest.raises(TypeError, match="part of compiled loops"):
+        sort(np.zeros(3), 0, 3)

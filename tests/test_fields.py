@@ -1,0 +1,89 @@
+"""Options as fields: every bad value is refused with its name, every good one is kept."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+
+from maskopt import available_bounds, available_solvers
+from maskopt.bounds import REGISTRY as BOUNDS
+from maskopt.errors import OptionError
+from maskopt.fields import build, check_options, option, options_of
+from maskopt.solver import REGISTRY as SOLVERS
+
+
+@dataclass(frozen=True)
+class Sample:
+    count: int | None = option(3, "how many", unit="pieces", least=1)
+    share: float = option(0.5, "which part", least=0, below=1)
+    word: str = option("a", "which", choices=("a", "b"))
+    names: tuple[str, ...] = option(("x",), "whose")
+    loud: bool = option(False, "whether")
+    plain: int = 7
+
+    def __post_init__(self) -> None:
+        check_options(self, "sample")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"count": 0}, "count must be a whole number or None ≥ 1, not 0"),
+        ({"count": 1.5}, "count"),
+        ({"count": True}, "count"),
+        ({"count": "3"}, "count"),
+        ({"share": 1.0}, r"share must be a number \[0, 1\), not 1.0"),
+        ({"share": -0.1}, "share"),
+        ({"share": float("nan")}, "share"),
+        ({"share": None}, "share"),
+        ({"word": "c"}, "word must be text a or b, not 'c'"),
+        ({"word": 1}, "word"),
+        ({"names": "x"}, "names must be a list of names"),
+        ({"names": (1,)}, "names"),
+        ({"loud": 1}, "loud must be true or false"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(given, message):
+    with pytest.raises(OptionError, match=message):
+        Sample(**given)
+
+
+def test_what_fits_is_kept():
+    made = Sample(count=None, share=0, word="b", names=["y", "z"], loud=True)
+    assert (made.count, made.share, made.word, made.loud) == (None, 0, "b", True)
+    assert made.names == ("y", "z")
+    hash(made)
+
+
+def test_unknown_options_get_near_names():
+    with pytest.raises(
+        OptionError, match=r"thing 'sample' has no option 'shar'; did you mean 'share'"
+    ):
+        build(Sample, "sample", {"shar": 1}, "thing")
+    with pytest.raises(OptionError, match="it has none"):
+        build(object, "nothing", {"x": 1}, "thing")
+
+
+def test_fields_that_are_no_options_are_left_alone():
+    assert [o.name for o in options_of(Sample)] == ["count", "share", "word", "names", "loud"]
+    assert [o.range for o in options_of(Sample)] == ["≥ 1", "[0, 1)", "a or b", "", ""]
+    assert Sample(plain="anything").plain == "anything"
+
+
+@pytest.mark.parametrize("registry", [SOLVERS, BOUNDS], ids=["solvers", "bounds"])
+def test_every_backend_documents_every_option_in_one_line(registry):
+    for name in registry.names():
+        kind = registry.find(name)
+        assert kind.__doc__, name
+        assert [o.name for o in options_of(kind)] == [f.name for f in fields(kind)], name
+        for known in options_of(kind):
+            assert 3 <= len(known.help) <= 160, (name, known)
+            assert "\n" not in known.help, (name, known)
+            numeric = "number" in known.type
+            assert not numeric or known.range or known.unit, (name, known.name, "unit or range")
+
+
+def test_lists_tell_what_cannot_run():
+    assert {"swap", "scip"} <= set(available_solvers())
+    assert {"sdp", "box"} <= set(available_bounds())
+    for info in available_solvers().values():
+        assert info.available == (info.unavailable is None)

@@ -1,0 +1,77 @@
+"""Windows kept aside: what is fitted never sees them, and errors are told on both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny, tokens
+
+import maskopt
+from maskopt.errors import DataError, ModelError
+from maskopt.model.job import held_out
+from maskopt.model.solving import SHRINK_GRID
+
+
+def prune(data, **options):
+    return maskopt.prune_model(tiny("llama"), data, sparsity=0.5, min_tokens=1, **options)
+
+
+def test_masks_are_those_of_the_windows_that_are_left():
+    data = tokens(10)
+    whole, part = prune(data, holdout=0.3), prune(data[:7])
+    for name, mask in part.masks.items():
+        assert torch.equal(mask, whole.masks[name])
+    for one, other in zip(whole.layers, part.layers, strict=True):
+        assert one.tokens == other.tokens
+        assert one.error == other.error
+        assert one.relative == pytest.approx(one.error / one.energy)
+        assert one.relative_held is not None
+        assert one.relative_held > 0
+        assert other.relative_held is None
+
+
+def test_held_out_errors_are_errors_on_those_windows():
+    """Of the first block, whose inputs no pruning has changed."""
+    data = tokens(10)
+    report = prune(data, holdout=0.4, include=("layers.0.*",))
+    found = maskopt.collect_problems(tiny("llama"), data[6:], sparsity=0.5, layers=("layers.0.*",))
+    problems = dict(found)
+    for layer in report.layers:
+        judged = problems[layer.name].objective(report.masks[layer.name]).sum()
+        assert layer.error_held == pytest.approx(float(judged), rel=1e-6)
+        energy = problems[layer.name].output_energy().sum()
+        assert layer.energy_held == pytest.approx(float(energy), rel=1e-6)
+
+
+def test_auto_shrinkage_is_no_worse_on_the_held_out_windows_than_any_of_its_grid():
+    data = tokens(8)
+    first = {"include": ("layers.0.*",), "holdout": 0.5, "solver": "wanda"}
+    auto = prune(data, shrink="auto", **first)
+    fixed = [prune(data, shrink=alpha, **first) for alpha in SHRINK_GRID]
+    for index, layer in enumerate(auto.layers):
+        assert layer.shrink in SHRINK_GRID
+        assert layer.error_held <= min(one.layers[index].error_held for one in fixed) * (1 + 1e-9)
+
+
+def test_output_energy_is_the_mean_square_of_the_dense_output():
+    x = torch.randn(50, 6, dtype=torch.float64)
+    weight = torch.randn(3, 6, dtype=torch.float64)
+    problem = maskopt.LayerProblem(weight, x.T @ x / 50, maskopt.Unstructured(keep=3))
+    torch.testing.assert_close(problem.output_energy(), (x @ weight.T).square().mean(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"holdout": 1.0}, DataError, "must lie in"),
+        ({"holdout": -0.1}, DataError, "must lie in"),
+        ({"holdout": 0.1}, DataError, "keeps 0 aside"),
+        ({"shrink": "auto"}, ModelError, "needs held-out windows"),
+        ({"shrink": "some"}, ModelError, "or be auto"),
+        ({"shrink": 1.5}, ModelError, "must lie in"),
+    ],
+)
+def test_bad_input_gets_one_line(options, error, message):
+    with pytest.raises(error, match=message):
+        prune(tokens(4), **options)
+    assert held_out(10, 0.0) == frozenset()

@@ -1,0 +1,157 @@
+"""A solver is a value: by value or by name the same, starts as declared, one clock for everything."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from strategies import random_gram, random_weight
+
+from maskopt import LayerProblem, Limits, Solution, Unstructured, available_solvers, solve
+from maskopt.errors import MaskoptError, OptionError, WarmStartError
+from maskopt.fields import option
+from maskopt.limits import Progress
+from maskopt.solver import Capabilities, Solver, make_solver, make_start
+from maskopt.solvers import DSnoT, Relax, Ria, Swap, Tabu, Wanda
+
+PROBLEM = LayerProblem(random_weight(3, 24, 1), random_gram(24, "full", 2), Unstructured(keep=10))
+
+
+@dataclass(frozen=True)
+class Spy(Solver):
+    """Answers with its start, and remembers what it was given."""
+
+    name: ClassVar[str] = "spy"
+    capabilities: ClassVar[Capabilities] = Capabilities(start="needed", default_start="wanda")
+    given: ClassVar[list] = []
+
+    needs: str = option(
+        "needed", "how it declares itself", choices=("needed", "optional", "ignored")
+    )
+
+    def run(self, problem, start, limits):
+        self.given.append((start, limits))
+        mask = solve(problem, "magnitude").mask if start is None else start
+        return Solution.of(problem, mask)
+
+
+def spy(needs, default=None, name="spy"):
+    can = Capabilities(start=needs, default_start=default)
+    Spy.given.clear()
+    return type("Spy", (Spy,), {"capabilities": can, "name": name})()
+
+
+def test_by_value_and_by_name_are_the_same():
+    by_value = solve(
+        PROBLEM, Tabu(moves=50), start=Relax(), limits=Limits(seconds=600, seed=4, threads=2)
+    )
+    by_name = solve(
+        PROBLEM, "tabu", warm_start="relax", moves=50, time_limit=600, seed=4, threads=2
+    )
+    assert torch.equal(by_value.mask, by_name.mask)
+    assert by_value.solver == by_name.solver == "tabu"
+    assert solve(PROBLEM, Swap(), start="ria").objective.equal(
+        solve(PROBLEM, "swap", start=Ria()).objective
+    )
+
+
+def test_values_are_frozen_equal_and_hashable():
+    assert Tabu(moves=5) == make_solver("tabu", moves=5)
+    assert hash(Tabu(moves=5)) == hash(Tabu(moves=5))
+    with pytest.raises(AttributeError):
+        Tabu().moves = 3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: solve(PROBLEM, Swap(), max_swaps=3), "given as a value"),
+        (lambda: solve(PROBLEM, "swap", max_swap=3), "did you mean 'max_swaps'"),
+        (lambda: solve(PROBLEM, "swap", limits=Limits(), time_limit=3), "not both"),
+        (lambda: solve(PROBLEM, "swap", start="wanda", warm_start="ria"), "give one of them"),
+        (lambda: solve(PROBLEM, 7), "is no solver"),
+        (lambda: solve(PROBLEM, "swap", start="swap"), "its own start"),
+        (lambda: solve(PROBLEM, "swap", start=Swap(max_swaps=1)), "its own start"),
+        (lambda: solve(PROBLEM, "swap", start="wandaa"), "did you mean 'wanda'"),
+        (lambda: solve(PROBLEM, "swap", start=torch.ones(2, 24).bool()), "start has shape"),
+        (lambda: solve(PROBLEM, "swap", time_limit="abc"), "time_limit"),
+        (lambda: solve(PROBLEM, "swap", memory_limit="2 apples"), "no amount of memory"),
+        (lambda: solve(PROBLEM, "swap", seed=-1), "seed"),
+        (lambda: solve(PROBLEM, spy("needed")), "needs a start"),
+    ],
+)
+def test_bad_calls_get_one_clear_line(call, message):
+    with pytest.raises(MaskoptError, match=message) as found:
+        call()
+    assert "\n" not in str(found.value)
+
+
+def test_a_start_is_made_only_where_it_is_used():
+    solve(PROBLEM, spy("needed", "wanda"))
+    assert torch.equal(Spy.given[0][0], solve(PROBLEM, Wanda()).mask)
+    for needs in ("optional", "ignored"):
+        solve(PROBLEM, spy(needs))
+        assert Spy.given[0][0] is None
+    solve(PROBLEM, spy("optional"), start="wanda")
+    assert Spy.given[0][0] is not None
+    # what would be refused as a start is not even looked at
+    solve(PROBLEM, spy("ignored"), start="no-such-solver")
+    assert Spy.given[0][0] is None
+
+
+def test_start_and_solver_share_one_clock_and_only_the_solver_is_heard():
+    heard = []
+    solve(
+        PROBLEM,
+        spy("needed"),
+        start=spy("needed", "wanda", "other"),
+        time_limit=60,
+        on_progress=heard.append,
+    )
+    (_, inner), (_, outer) = Spy.given
+    assert inner.deadline == outer.deadline < float("inf")
+    assert inner.on_progress is None
+    assert outer.on_progress is not None
+    solve(PROBLEM, "swap", on_progress=heard.append)
+    assert heard[-1] == Progress(3, 3)
+    assert all(isinstance(event, Progress) and event.total == 3 for event in heard)
+
+
+def test_declared_starts_hold_for_every_backend():
+    """Needed: one is made by default. Optional: never worse than it. Ignored: changes nothing."""
+    start = solve(PROBLEM, "random", seed=9).mask
+    small = LayerProblem(
+        random_weight(2, 8, 3),
+        random_gram(8, "full", 4),
+        Unstructured(keep=4),
+        mean=torch.ones(8, dtype=torch.float64) / 9,
+    )
+    for name, info in available_solvers().items():
+        if not info.available:
+            continue
+        can = info.capabilities
+        assert (can.default_start is not None) == (can.start == "needed"), name
+        given = solve(small, "random", seed=1).mask
+        with_start, without = solve(small, name, start=given), solve(small, name)
+        if can.start == "ignored":
+            assert torch.equal(with_start.mask, without.mask), name
+        elif name != "dsnot":  # looks at mean outputs, and can raise the objective
+            slack = 1e-12 * small.diagonal_mass()
+            assert bool((with_start.objective <= small.objective(given) + slack).all()), name
+    assert start.shape == PROBLEM.weight.shape
+
+
+def test_make_start_leaves_out_what_the_next_solver_does_anyway():
+    start = make_start(PROBLEM, "relax", Limits(seed=3))
+    assert set(map(str, start.status)) == {"feasible"}
+    assert start.certificate is None
+    assert Relax(max_iterations=60).as_start().max_iterations == 60
+    assert not Relax().as_start().refine
+    assert DSnoT().as_start() == DSnoT()
+
+
+def test_a_third_party_that_is_no_solver_is_refused():
+    with pytest.raises(OptionError, match="is no solver"):
+        make_solver(object())
+    with pytest.raises(WarmStartError):
+        solve(PROBLEM, "swap", start=3.5)
