@@ -4,19 +4,20 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from maskopt.solvers.compiled import loop, part
 
 #: bins of the histogram of violations; a triangle is violated by at most 2
 BINS = 4096
 
 
-@njit(cache=True)
+@part()
 def _least(x, y, z):
     """min over signs of a·x + b·y + ab·z; at most one of the four is below −1 for a Gram matrix."""
     return min(min(x + y + z, x - y - z), min(z - x - y, y - x - z))
 
 
-@njit(cache=True, nogil=True)
+@loop(nogil=True)
 def histogram(inner, floor, counts, firsts):
     """How many triangles of `inner` [n, n] are violated by more than `floor`, by size.
 
@@ -32,7 +33,7 @@ def histogram(inner, floor, counts, firsts):
                     counts[i, min(int(violation * (BINS / 2)), BINS - 1)] += 1
 
 
-@njit(cache=True, nogil=True)
+@loop(nogil=True)
 def collect(inner, floor, least, starts, index, sign, violations, firsts):
     """Write the triangles of the bins from `least` on, those of least index i from starts[i] on, for
     every i of `firsts`."""
@@ -57,7 +58,7 @@ def collect(inner, floor, least, starts, index, sign, violations, firsts):
                     at += 1
 
 
-@njit(cache=True, nogil=True)
+@loop(nogil=True)
 def damp(
     v, pairs, entries, cut_rows, pair_rows, member, sign, step, follow, tau, used, value, rows
 ):

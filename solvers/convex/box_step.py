@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 import torch
 from torch import Tensor
 
+from maskopt.solvers.compiled import loop
 from maskopt.solvers.convex.projection import FAST, project, project_row, project_side_by_side
 
 
@@ -89,7 +89,7 @@ def make_step(q: Tensor, inverse: Tensor, group: int, pruned: int) -> TorchStep 
     return (CompiledStep if q.device.type == "cpu" else TorchStep)(q, inverse, group, pruned)
 
 
-@nb.njit(nogil=True, fastmath=FAST, cache=True, error_model="numpy")
+@loop(nogil=True, fastmath=FAST, error_model="numpy")
 def _advance(
     product: np.ndarray,
     q: np.ndarray,

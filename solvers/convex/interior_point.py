@@ -12,7 +12,8 @@ dp = H⁻¹(r + E dν), EᵀH⁻¹E dν = miss − EᵀH⁻¹r. W = L⁻¹E, sol
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from maskopt.solvers.compiled import loop, part
 
 #: iterations at most; ten are the rule
 _ITERATIONS = 30
@@ -89,7 +90,7 @@ def minimise(
     return bound, value_there, point, gradient_there
 
 
-@njit(cache=True, nogil=True)
+@loop(nogil=True)
 def _evaluate(a, c, offset, left, size, p, gradient):
     """Value and Frank–Wolfe bound at p, and the mean size of the gradient, which is left in `gradient`."""
     product = np.dot(a, p)
@@ -108,7 +109,7 @@ def _settled(bound: float, value: float, cutoff: float, tolerance: float, enough
     return cutoff < np.inf and value < cutoff and gap <= enough * (cutoff - value)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@part(nogil=True, fastmath=True)
 def _dot(x, y):
     total = 0.0
     for i in range(len(x)):
@@ -116,7 +117,7 @@ def _dot(x, y):
     return total
 
 
-@njit(cache=True, nogil=True)
+@part(nogil=True)
 def _least(gradient, left, size):
     """min gradientᵀv over the polytope: of every group the `left` least entries."""
     sorted_out = gradient.copy()
@@ -130,7 +131,7 @@ def _least(gradient, left, size):
     return total
 
 
-@njit(cache=True, nogil=True)
+@part(nogil=True)
 def least_first(values, count):
     """Reorder so that none of the first `count` is above any other (Hoare's selection).
 
@@ -157,7 +158,7 @@ def least_first(values, count):
             break
 
 
-@njit(cache=True, nogil=True)
+@loop(nogil=True)
 def _step(a, gradient, label, left, size, p, low, high, nu):
     """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken."""
     m, count = len(p), len(left)
@@ -219,7 +220,7 @@ def _step(a, gradient, label, left, size, p, low, high, nu):
     return True
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@part(nogil=True, fastmath=True)
 def _groups_through(lower, size):
     """W = (L⁻¹E)ᵀ [groups, m]. Row g is zero before its group, so that only what follows is worked on."""
     m, count = len(lower), len(size)
@@ -250,7 +251,7 @@ def _groups_through(lower, size):
     return w
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@part(nogil=True, fastmath=True)
 def _down(lower, x):
     """x ← L⁻¹x in place."""
     for i in range(len(x)):
@@ -260,7 +261,7 @@ def _down(lower, x):
         x[i] = total / lower[i, i]
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@part(nogil=True, fastmath=True)
 def _up(lower, x):
     """x ← L⁻ᵀx in place, along the rows of L too."""
     for i in range(len(x) - 1, -1, -1):
@@ -270,7 +271,7 @@ def _up(lower, x):
             x[j] -= lower[i, j] * value
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@part(nogil=True, fastmath=True)
 def _add_combination(w, factor, x):
     """x += Wᵀ·factor."""
     for g in range(len(factor)):

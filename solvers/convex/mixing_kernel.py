@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from maskopt.solvers.compiled import loop, part
 
 #: lanes of one vector of accumulators; ranks are padded to a multiple of it
 LANES = 16
@@ -104,7 +106,7 @@ def _panel(height):
 _tall, _single = _panel(HEIGHT), _panel(1)
 
 
-@njit(cache=True, nogil=True)
+@part(nogil=True)
 def _aligned(rows, columns, like):
     """Zeros [rows, columns] at a multiple of 64 bytes: vectors that straddle cache lines are slow."""
     raw = np.zeros(rows * columns + 64, like.dtype)
@@ -112,7 +114,7 @@ def _aligned(rows, columns, like):
     return raw[shift : shift + rows * columns].reshape(rows, columns)
 
 
-@njit(cache=True, nogil=True)
+@part(nogil=True)
 def _outside(gram, u, out, low, high):
     """out[h, :] = Σ over j outside low … high of G[low + h, j]·u[j, :]."""
     n, k = u.shape
@@ -133,7 +135,7 @@ def _outside(gram, u, out, low, high):
                 _single(like, rest + below, n, vectors_after, k, sums, n - high)
 
 
-@njit(cache=True, nogil=True)
+@loop(nogil=True)
 def couplings(gram, w, out, pieces):
     """out = w_i(Gw)_i, for the rows of `pieces`; a BLAS would sum as it suits all rows together."""
     n = w.shape[1]
@@ -145,7 +147,7 @@ def couplings(gram, w, out, pieces):
             out[row, i] = w[row, i] * total
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
+@loop(nogil=True, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
 def sweep(gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, value, pieces):
     """`sweeps` passes over the rows of `pieces`; v [rows, n, k] and y [rows, n] are changed in place.
 

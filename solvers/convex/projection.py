@@ -7,10 +7,11 @@ groups of a row side by side.
 
 from __future__ import annotations
 
-import numba as nb
 import numpy as np
 import torch
 from torch import Tensor
+
+from maskopt.solvers.compiled import part
 
 #: |Σ x − s| at which τ is good enough, per group
 _TOLERANCE = 1e-4
@@ -22,7 +23,7 @@ _UNGUARDED = 6
 FAST = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 
 
-@nb.njit(fastmath=FAST, cache=True, error_model="numpy")
+@part(fastmath=FAST, error_model="numpy")
 def _sums(start: np.ndarray, inverse: np.ndarray, tau: float) -> tuple[float, float]:
     """Σ clip(start − τ·inverse, 0, 1), and Σ inverse over what is strictly inside."""
     zero = start[0] * 0
@@ -37,7 +38,7 @@ def _sums(start: np.ndarray, inverse: np.ndarray, tau: float) -> tuple[float, fl
     return total, slope
 
 
-@nb.njit(fastmath=FAST, cache=True, error_model="numpy")
+@part(fastmath=FAST, error_model="numpy")
 def _multiplier(start: np.ndarray, inverse: np.ndarray, total: float, tau: float) -> float:
     # a warm τ needs two or three Newton steps; the bracket, a pass of divisions, only if they fail
     for _ in range(_UNGUARDED):
@@ -68,7 +69,7 @@ def _multiplier(start: np.ndarray, inverse: np.ndarray, total: float, tau: float
     return tau
 
 
-@nb.njit(fastmath=FAST, cache=True, error_model="numpy")
+@part(fastmath=FAST, error_model="numpy")
 def _multipliers(
     start: np.ndarray,
     inverse: np.ndarray,
@@ -106,7 +107,7 @@ def _multipliers(
                 tau[g] = _first_to_move(start[:, g], inverse[:, g], tau[g], excess[g])
 
 
-@nb.njit(fastmath=FAST, cache=True, error_model="numpy")
+@part(fastmath=FAST, error_model="numpy")
 def _first_to_move(start: np.ndarray, inverse: np.ndarray, tau: float, excess: float) -> float:
     """The τ nearest to `tau` at which one x alone has made good the excess, or all that it can."""
     zero = excess * 0
@@ -123,7 +124,7 @@ def _first_to_move(start: np.ndarray, inverse: np.ndarray, tau: float, excess: f
     return best
 
 
-@nb.njit(fastmath=FAST, cache=True, error_model="numpy")
+@part(fastmath=FAST, error_model="numpy")
 def project_row(start: np.ndarray, inverse: np.ndarray, total: float, tau: float) -> float:
     """start ← clip(start − τ·inverse, 0, 1) of the sum wanted; returns τ.
 
@@ -139,7 +140,7 @@ def project_row(start: np.ndarray, inverse: np.ndarray, total: float, tau: float
     return tau
 
 
-@nb.njit(fastmath=FAST, cache=True, error_model="numpy")
+@part(fastmath=FAST, error_model="numpy")
 def project_side_by_side(
     start: np.ndarray,
     inverse: np.ndarray,

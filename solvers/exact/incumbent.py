@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 from typing import TypeVar
 
-import numba
 import numpy as np
 
+from maskopt.solvers.compiled import loop
 from maskopt.solvers.exact.rows import RowTask
 
 #: moves between two looks at the clock
@@ -51,7 +51,7 @@ def tabu_row(
     return best
 
 
-@numba.njit(cache=True, nogil=True)
+@loop(nogil=True)
 def _moves(q, p, c, best, costs, until, group, first, last, seed):  # type: ignore[no-untyped-def]
     """Moves first … last; False where every move is tabu.
 

@@ -9,9 +9,9 @@ becomes of the node.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from maskopt.solvers.compiled import loop
 from maskopt.solvers.convex.interior_point import least_first, minimise
 
 #: stop where the gap to the bound is this part of the cutoff
@@ -76,7 +76,7 @@ def _choices(state: np.ndarray, group: int, pruned: int) -> tuple[np.ndarray, np
     return pruned - ones[free > 0], free[free > 0]
 
 
-@numba.njit(cache=True, nogil=True)
+@loop(nogil=True)
 def _gather(base, lam, c, constant, state, index):  # type: ignore[no-untyped-def]
     """The program in the free inputs alone: its offset, quadratic and linear part."""
     n, m = len(c), len(index)
@@ -101,7 +101,7 @@ def _gather(base, lam, c, constant, state, index):  # type: ignore[no-untyped-de
     return offset, q, linear
 
 
-@numba.njit(cache=True, nogil=True)
+@loop(nogil=True)
 def _fix(state, index, gradient, left, size, bound, cutoff):  # type: ignore[no-untyped-def]
     """Reduced costs: the same linear form with one input on its other side reaches the cutoff."""
     first = 0

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 import time
 
-import numba
 import numpy as np
 import scipy.linalg as la
+
+from maskopt.solvers.compiled import loop
 
 #: sweeps between two looks at the clock
 _CHUNK = 200
@@ -90,7 +91,7 @@ def multipliers(
     return whole, moved
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@loop(nogil=True, fastmath=True)
 def _mix(c, first, v, y, sweeps):  # type: ignore[no-untyped-def]
     """v_i ← −g_i/‖g_i‖, g_i = Σ_j c_ij v_j + first_i e_0; y_i = ‖g_i‖."""
     n, k = v.shape
