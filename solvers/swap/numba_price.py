@@ -38,7 +38,7 @@ def price_rows(gram, x, low, *others):
         np.empty(n, single), np.empty(n, single),  # heights and slopes, then those of the far side
         np.empty(n, single), np.empty(n, single), np.empty(n, single),  # heavy, thin, formed
     )  # fmt: skip
-    _price_rows(gram, x, low, *others[:-1], work, wide, others[-1])
+    _price_rows(gram, x, low, *others[:-1], *work, *wide, others[-1])
 
 
 @fast
@@ -113,14 +113,6 @@ def _split(kept, heights, slopes, sides, height, slope, count):
 
 
 @fast
-def _largest(slope, count):
-    top = slope.dtype.type(0)
-    for i in range(count):
-        top = maximum(top, slope[i])
-    return float(top)
-
-
-@fast
 def _survivors(side, threshold, work):
     """Keep the columns of a side that may be in an improving pair: height_i + height_j − slope_i·slope_j.
 
@@ -128,16 +120,19 @@ def _survivors(side, threshold, work):
     """
     _, bound, lines, sides, count, height, slope = work
     other, many = 1 - side, count[side]
-    top = _largest(slope[side], many)
-    _envelope(height[other], slope[other], count[other], top, lines[0], lines[1])
+    columns, heights, slopes = sides[side], height[side], slope[side]
+    top = slopes.dtype.type(0)
+    for i in range(many):
+        top = maximum(top, slopes[i])
+    _envelope(height[other], slope[other], count[other], float(top), lines[0], lines[1])
     _chords(lines[0], lines[1], lines[2], lines[3])
-    _bound(slope[side], many, lines, bound)
+    _bound(slopes, many, lines, bound)
     m = 0
     for i in range(many):
-        if height[side, i] + bound[i] < -threshold:
-            sides[side, m] = sides[side, i]
-            height[side, m] = height[side, i]
-            slope[side, m] = slope[side, i]
+        if heights[i] + bound[i] < -threshold:
+            columns[m] = columns[i]
+            heights[m] = heights[i]
+            slopes[m] = slopes[i]
             m += 1
     count[side] = m
     return m
@@ -157,24 +152,6 @@ def _spread(low, columns, height, many, dense, wide):
         if dense:
             full[j] = height[i]
             factor[j] = low[j]
-
-
-@fast
-def _least_of_line(line, twice, columns, many, dense, wide):
-    """The far column of least height − 2 x x G on a line of G, proposed. → its value"""
-    full, factor, heavy, thin, formed = wide
-    least = formed.dtype.type(BIG)
-    if dense:
-        for j in range(len(line)):
-            value = full[j] + twice * (factor[j] * line[j])
-            formed[j] = value
-            least = minimum(least, value)
-    else:
-        for k in range(many):
-            value = heavy[k] + twice * (thin[k] * line[columns[k]])
-            formed[k] = value
-            least = minimum(least, value)
-    return least
 
 
 @fast
@@ -208,15 +185,26 @@ def _price_row(gram, x, low, partner, cross, threshold, work, wide):
     far, many = sides[1 - near], count[1 - near]
     dense = many * DENSE > len(x)
     _spread(low, far, height[1 - near], many, dense, wide)
+    full, factor, heavy, thin, formed = wide
     improving = 0
     for i in range(count[near]):
         s = sides[near, i]
         line = gram[s]
         twice = -low.dtype.type(2) * low[s]
-        least = _least_of_line(line, twice, far, many, dense, wide)
+        least = formed.dtype.type(BIG)
+        if dense:
+            for j in range(len(line)):
+                value = full[j] + twice * (factor[j] * line[j])
+                formed[j] = value
+                least = minimum(least, value)
+        else:
+            for k in range(many):
+                value = heavy[k] + twice * (thin[k] * line[far[k]])
+                formed[k] = value
+                least = minimum(least, value)
         if float(height[near, i]) + float(least) >= -threshold:
             continue
-        at = _where(wide[4], least)
+        at = _where(formed, least)
         j = at if dense else far[at]
         value = (score[s] + score[j]) - 2.0 * x[s] * x[j] * line[j]
         if value >= -threshold:  # so little that rounding decides: float64 for this column
@@ -232,7 +220,8 @@ def _price_row(gram, x, low, partner, cross, threshold, work, wide):
 @fast_loop
 def _price_rows(
     gram, x, low, diagonal, reach, rho, kept, c, partner, cross, objective, mass, improving, pairs, group,
-    relative, floor, margin, work, wide, rows,
+    relative, floor, margin, score, bound, lines, sides, count, height, slope, heights, slopes, heavy,
+    thin, formed, rows,
 ):  # fmt: skip
     """The exact scan: is there an improving swap? Every column's best partner goes to `partner`.
 
@@ -240,8 +229,8 @@ def _price_rows(
     the rest in the proposing dtype with a and b lowered by more than rounding can add, so that what
     is passed over is proven; what is not passed over is decided in float64. `pairs` counts.
     """
-    score, sides, count, height, slope = work[0], work[3], work[4], work[5], work[6]
-    heights, slopes = wide[0], wide[1]
+    work = score, bound, lines, sides, count, height, slope
+    wide = heights, slopes, heavy, thin, formed
     for r in rows:
         threshold = relative * max(objective[r], 0.0) + floor * mass[r]
         scores(x[r], diagonal, c[r], kept[r], score)

@@ -37,9 +37,9 @@ def search_rows(gram, x, low, *others):
     doubles = np.empty((4, SLOTS))  # linear, square, weight, heap
     singles = np.empty((7, SLOTS), low.dtype)  # light, bars of kept and pruned, a, b, lowest, sums
     block, cross = np.empty((SLOTS, SLOTS), gram.dtype), np.empty((SLOTS, SLOTS), low.dtype)
-    choice = (score, taken, keys[0].view(np.float32), keys, guess, ints, doubles)
+    choice = (score, taken, keys[0].view(np.float32), keys, guess)
     slots = (block, cross, code, ints, doubles, singles)
-    _search_rows(gram, x, low, *others[:-1], choice, slots, others[-1])
+    _search_rows(gram, x, low, *others[:-1], *choice, *slots, others[-1])
 
 
 @fast
@@ -377,10 +377,13 @@ def _add_columns(gram, x, kept, c, changed, count):
 @fast_loop
 def _search_rows(
     gram, x, low, diagonal, kept, c, partner, cross, objective, mass, swaps, rounds, group,
-    relative, floor, most, choice, slots, rows,
+    relative, floor, most, score, taken, rounded, keys, guess, block, cross_terms, code, ints, doubles,
+    singles, rows,
 ):  # fmt: skip
     """Rounds of candidates for some rows, until fresh candidates hold no improving pair."""
-    score, guess, changed = choice[0], choice[4], slots[3][4]
+    choice = score, taken, rounded, keys, guess, ints, doubles
+    slots = block, cross_terms, code, ints, doubles, singles
+    changed = ints[4]
     grouped = group < len(score)
     most_pairs = WIDTH if grouped else WIDTH // 2
     for r in rows:
