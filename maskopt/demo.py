@@ -20,7 +20,7 @@ from maskopt.model.demo_model import demo_model, find_demo_model
 from maskopt.model.demo_text import demo_text
 from maskopt.model.perplexity import perplexity
 from maskopt.model.problems import layer_problems
-from maskopt.model.progress import Progress
+from maskopt.model.progress import BlockProgress
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
 from maskopt.report import Table, number, write_page
@@ -240,8 +240,8 @@ def perplexity_table(
     return table
 
 
-def _told(on_stage: OnStage, title: str) -> Callable[[Progress], None]:
-    def told(progress: Progress) -> None:
+def _told(on_stage: OnStage, title: str) -> Callable[[BlockProgress], None]:
+    def told(progress: BlockProgress) -> None:
         where = f"{title}: block {progress.block + 1}/{progress.blocks}, {progress.stage}"
         on_stage(where, progress.done, progress.total)
 

@@ -17,7 +17,7 @@ from tiny_models import edit_json, save, save_tokenizer, tiny, tokens
 from maskopt import prune_model
 from maskopt.errors import ModelError
 from maskopt.model.checkpoint import INDEX, open_checkpoint
-from maskopt.model.progress import Progress
+from maskopt.model.progress import BlockProgress
 from maskopt.model.unchanged import Unchanged
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import HIDDEN
@@ -60,7 +60,7 @@ def changing(model: Path, out: Path, change: Callable[[Path], Any], block: int =
     """Prune, with a change of the model in the middle of a block."""
     done: list[int] = []
 
-    def meanwhile(event: Progress) -> None:
+    def meanwhile(event: BlockProgress) -> None:
         if (event.block, event.stage) == (block, "solve") and not done:
             done.append(1)
             change(model)

@@ -23,7 +23,7 @@ from maskopt.errors import ModelError
 from maskopt.model import output as output_module
 from maskopt.model import workspace as workspace_module
 from maskopt.model.journal import Journal, read_journal
-from maskopt.model.progress import Progress
+from maskopt.model.progress import BlockProgress
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS
 
@@ -83,7 +83,7 @@ class _Stop(Exception):
 
 
 def interrupted(dense: Path, out: Path, block: int, stage: str, **options: Any) -> None:
-    def stop(event: Progress) -> None:
+    def stop(event: BlockProgress) -> None:
         if (event.block, event.stage) == (block, stage) and event.done:
             raise _Stop
 
@@ -149,7 +149,7 @@ def test_skipped_samples_stay_skipped(tmp_path: Path) -> None:
     options = {**OPTIONS, "skip_bad_samples": True, "include": ["q_proj"]}
     prune_model(dense, data, output=tmp_path / "whole", **options)
 
-    def stop(event: Progress) -> None:
+    def stop(event: BlockProgress) -> None:
         if event.block == 1 and event.stage == "solve":
             raise _Stop
 
@@ -379,7 +379,7 @@ def test_a_second_process_is_refused(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     tried = []
 
-    def meanwhile(event: Progress) -> None:
+    def meanwhile(event: BlockProgress) -> None:
         if event.stage == "solve" and event.block == 0 and not tried:
             tried.append(_in_another_process(dense, out, {"overwrite": True}))
             tried.append(_in_another_process(dense, out, {"resume": True}))

@@ -31,14 +31,14 @@ def prune(
     The model is read block by block and stays as it is. `maskopt plan` says beforehand what that takes;
     `maskopt verify OUT --against MODEL` checks the result.
     """
-    from maskopt.model.progress import Progress
+    from maskopt.model.progress import BlockProgress
     from maskopt.model.prune import prune_model
 
     with _told_of_resume(out), progress_bars() as bars:
         whole = bars.add_task("blocks", total=None)
         stage = bars.add_task("", total=None)
 
-        def show(event: Progress) -> None:
+        def show(event: BlockProgress) -> None:
             bars.update(whole, total=event.blocks, completed=event.block)
             bars.update(
                 stage,

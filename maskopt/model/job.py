@@ -30,7 +30,7 @@ from maskopt.model.forward import Captured, capture, ending
 from maskopt.model.memory import Load, by_block, check_memory
 from maskopt.model.opening import capped_length, load_tokenizer, open_source
 from maskopt.model.options import WalkOptions
-from maskopt.model.progress import OnProgress, ticker
+from maskopt.model.progress import OnBlockProgress, ticker
 from maskopt.model.source import Source
 from maskopt.model.threads import Threads
 from maskopt.model.tokens import (
@@ -54,7 +54,7 @@ def open_job(
     tokenizer: Any = None,
     whole: bool = False,
     limit: int | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnBlockProgress | None = None,
 ) -> Job:
     """A model with windows of text, ready to be walked through.
 
@@ -66,7 +66,7 @@ def open_job(
         whole: walk through all blocks, and take all of the text in consecutive windows. Else the
             walk ends at the last block with a chosen layer, and the windows are random crops.
         limit: of a whole walk: take only the first so many windows.
-        on_progress: called with `Progress`.
+        on_progress: called with `BlockProgress`.
 
     Raises:
         MaskoptError: model, text or options cannot be used, or not together.
@@ -113,7 +113,7 @@ class Job:
         options: WalkOptions,
         *,
         whole: bool = False,
-        on_progress: OnProgress | None = None,
+        on_progress: OnBlockProgress | None = None,
     ) -> None:
         self.source, self.layers, self.options = source, layers, options
         self.windows, self.whole = windows, whole

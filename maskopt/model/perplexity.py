@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from maskopt.errors import DataError, ModelError
 from maskopt.model.job import Job, open_job, tokens_or_tokenizer
 from maskopt.model.options import EVALUATION, WalkOptions, check_names
-from maskopt.model.progress import Progress
+from maskopt.model.progress import BlockProgress
 from maskopt.model.tokens import Windows
 
 #: positions whose logits are brought to float32 at a time
@@ -159,7 +159,7 @@ def walk_whole(job: Job, tell: Callable[[int, int], None], passes: int) -> None:
     assert job.windows is not None
     count = len(job.windows)
 
-    def told(event: Progress) -> None:
+    def told(event: BlockProgress) -> None:
         if event.done:
             tell(event.block * count + event.done, passes)
 

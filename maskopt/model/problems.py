@@ -14,7 +14,7 @@ from maskopt.gram import Gram
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.job import Job, open_job, tokens_or_tokenizer
 from maskopt.model.options import AUTO, PruneOptions, name_patterns, prune_options
-from maskopt.model.progress import OnProgress
+from maskopt.model.progress import OnBlockProgress
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 
@@ -26,7 +26,7 @@ def collect_problems(
     *,
     layers: str | Sequence[str] = (),
     calibration: str | Path | Sequence[str] | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> Iterator[tuple[str, LayerProblem]]:
     """The layer problems of a dense model, one block after the other: (name, problem).
@@ -54,7 +54,7 @@ def layer_problems(
     options: PruneOptions | None = None,
     *,
     calibration: str | Path | Sequence[str] | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> Iterator[tuple[Layer, LayerProblem]]:
     """As `collect_problems`, with the `Layer` in place of its name."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Progress:
+class BlockProgress:
     """Told to `on_progress`: `done` of `total` samples or layers of one stage of one block."""
 
     block: int
@@ -17,11 +17,11 @@ class Progress:
     total: int
 
 
-OnProgress = Callable[[Progress], None]
+OnBlockProgress = Callable[[BlockProgress], None]
 
 
 def ticker(
-    report: OnProgress, block: int, blocks: int, stage: str, total: int
+    report: OnBlockProgress, block: int, blocks: int, stage: str, total: int
 ) -> Callable[[int], None]:
     """Tell `report` that a stage begins; what is returned counts what is done of it."""
     done = 0
@@ -29,7 +29,7 @@ def ticker(
     def tick(count: int) -> None:
         nonlocal done
         done += count
-        report(Progress(block, blocks, stage, done, total))
+        report(BlockProgress(block, blocks, stage, done, total))
 
-    report(Progress(block, blocks, stage, 0, total))
+    report(BlockProgress(block, blocks, stage, 0, total))
     return tick

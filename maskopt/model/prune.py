@@ -24,7 +24,7 @@ from maskopt.model.job import Job, open_job, tokens_or_tokenizer
 from maskopt.model.options import AUTO, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report
 from maskopt.model.problems import layer_problem
-from maskopt.model.progress import OnProgress
+from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import LayerReport, PruneReport, versions
 from maskopt.model.solving import solve_by_held_error, solve_by_magnitude, solve_layer
 from maskopt.problem import LayerProblem
@@ -39,7 +39,7 @@ def prune_model(
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    on_progress: OnProgress | None = None,
+    on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> PruneReport:
     """Prune every linear layer in the decoder blocks of a causal language model.
@@ -58,7 +58,7 @@ def prune_model(
         output: folder for the pruned model, its masks and its manifest.
         overwrite: replace what is in the output folder.
         resume: go on with the unfinished run in it.
-        on_progress: called with `Progress`.
+        on_progress: called with `BlockProgress`.
         shorthand: single options by name, with or without `options`; `sparsity=0.5` is short for
             `pattern=Unstructured(sparsity=0.5)`.
 

@@ -90,10 +90,11 @@ def minimise(
     return bound, value_there, point, gradient_there
 
 
-@loop(nogil=True)
+@loop(nogil=True, error_model="numpy")
 def _evaluate(a, c, offset, left, size, p, gradient):
     """Value and Frank–Wolfe bound at p, and the mean size of the gradient, which is left in `gradient`."""
-    product = np.dot(a, p)
+    product = np.empty(len(p))
+    _multiply(a, p, product)
     value, slope = offset, 0.0
     for x in range(len(p)):
         value += p[x] * (product[x] + c[x])
@@ -109,7 +110,7 @@ def _settled(bound: float, value: float, cutoff: float, tolerance: float, enough
     return cutoff < np.inf and value < cutoff and gap <= enough * (cutoff - value)
 
 
-@part(nogil=True, fastmath=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _dot(x, y):
     total = 0.0
     for i in range(len(x)):
@@ -117,7 +118,17 @@ def _dot(x, y):
     return total
 
 
-@part(nogil=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
+def _multiply(a, x, product):
+    """product = A·x; without the threads of a BLAS, which cost a small matrix more than they gain."""
+    for i in range(len(x)):
+        total = 0.0
+        for j in range(len(x)):
+            total += a[i, j] * x[j]
+        product[i] = total
+
+
+@part(nogil=True, error_model="numpy")
 def _least(gradient, left, size):
     """min gradientᵀv over the polytope: of every group the `left` least entries."""
     sorted_out = gradient.copy()
@@ -131,7 +142,7 @@ def _least(gradient, left, size):
     return total
 
 
-@part(nogil=True)
+@loop(nogil=True, error_model="numpy")
 def least_first(values, count):
     """Reorder so that none of the first `count` is above any other (Hoare's selection).
 
@@ -158,25 +169,30 @@ def least_first(values, count):
             break
 
 
-@loop(nogil=True)
+@loop(nogil=True, error_model="numpy")
 def _step(a, gradient, label, left, size, p, low, high, nu):
     """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken."""
     m, count = len(p), len(left)
     mu = 0.0
-    miss = left.astype(np.float64)
-    h = 2 * a
+    miss, h = np.empty(count), np.empty((m, m))
+    for g in range(count):
+        miss[g] = left[g]
     for x in range(m):
+        for y in range(m):
+            h[x, y] = 2 * a[x, y]
         mu += (low[x] * p[x] + high[x] * (1 - p[x])) / (2 * m)
         h[x, x] += low[x] / p[x] + high[x] / (1 - p[x])
         miss[label[x]] -= p[x]
-    try:
-        lower = np.linalg.cholesky(h)
-        w = _groups_through(lower, size)
-        schur = np.linalg.cholesky(np.dot(w, w.T))
-    except Exception:  # the only kind that Numba can catch
+    sound, lower = _cholesky(h)
+    if not sound:
         return False
-    cross_low, cross_high = np.zeros(m), np.zeros(m)
-    dp, dlow, dhigh, dnu = np.empty(m), np.empty(m), np.empty(m), np.empty(count)
+    w = _groups_through(lower, size)
+    sound, schur = _cholesky(np.dot(w, w.T))
+    if not sound:
+        return False
+    work = np.zeros((5, m))
+    cross_low, cross_high, dp, dlow, dhigh = work[0], work[1], work[2], work[3], work[4]
+    dnu = np.empty(count)
     primal, dual, target = 1.0, 1.0, 0.0
     for phase in range(2):
         for x in range(m):
@@ -220,7 +236,16 @@ def _step(a, gradient, label, left, size, p, low, high, nu):
     return True
 
 
-@part(nogil=True, fastmath=True)
+@part(nogil=True, error_model="numpy")
+def _cholesky(h):
+    """Whether H is definite, and its factor L."""
+    try:
+        return True, np.linalg.cholesky(h)
+    except Exception:  # the only kind that Numba can catch
+        return False, h
+
+
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _groups_through(lower, size):
     """W = (L⁻¹E)ᵀ [groups, m]. Row g is zero before its group, so that only what follows is worked on."""
     m, count = len(lower), len(size)
@@ -251,7 +276,7 @@ def _groups_through(lower, size):
     return w
 
 
-@part(nogil=True, fastmath=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _down(lower, x):
     """x ← L⁻¹x in place."""
     for i in range(len(x)):
@@ -261,7 +286,7 @@ def _down(lower, x):
         x[i] = total / lower[i, i]
 
 
-@part(nogil=True, fastmath=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _up(lower, x):
     """x ← L⁻ᵀx in place, along the rows of L too."""
     for i in range(len(x) - 1, -1, -1):
@@ -271,7 +296,7 @@ def _up(lower, x):
             x[j] -= lower[i, j] * value
 
 
-@part(nogil=True, fastmath=True)
+@part(nogil=True, error_model="numpy", fastmath=True)
 def _add_combination(w, factor, x):
     """x += Wᵀ·factor."""
     for g in range(len(factor)):

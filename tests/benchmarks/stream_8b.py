@@ -110,11 +110,11 @@ def main() -> None:
 
     def prune() -> str:
         from maskopt import prune_model
-        from maskopt.model.progress import Progress
+        from maskopt.model.progress import BlockProgress
 
         seen = -1
 
-        def show(event: Progress) -> None:
+        def show(event: BlockProgress) -> None:
             nonlocal seen
             if event.block > seen:
                 seen = event.block
