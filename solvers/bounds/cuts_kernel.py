@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disallow-untyped-defs=False
 """Compiled kernels of the triangle cuts: separation over all triples, and the damped multipliers."""
 
 from __future__ import annotations

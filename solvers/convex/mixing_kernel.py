@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disallow-untyped-defs=False
 """The compiled sweep of the mixing method on the CPU, at the speed of a matrix product.
 
 Coordinates go in order, eight at a time: their g_i = Σ_j C_ij v_j over everything outside the eight is

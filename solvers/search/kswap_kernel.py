@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disallow-untyped-defs=False
 """The compiled loops of kswap: candidate steps of a row, and their best compound. Notation as in `kswap`."""
 
 from __future__ import annotations

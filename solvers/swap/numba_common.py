@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disallow-untyped-defs=False
 """What the compiled loops of 1-swap search on the CPU share. Importing them needs Numba.
 
 Notation as in `batch.py`. Every loop works on a list of rows, one after the other, releases the

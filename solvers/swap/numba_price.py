@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disallow-untyped-defs=False
 """Step 2 of 1-swap search on the CPU, compiled: the exact scan over all pairs."""
 
 from __future__ import annotations

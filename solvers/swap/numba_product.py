@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disallow-untyped-defs=False
 """The compiled products with G of 1-swap search on the CPU: c from scratch, and the bounds on G's entries."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# mypy: ignore-errors
+# mypy: disallow-untyped-defs=False
 """Step 1 of 1-swap search on the CPU, compiled: choose candidates, swap among them, bring c up to date."""
 
 from __future__ import annotations
@@ -157,10 +157,10 @@ def _harvest(x, kept, partner, cross, threshold, most, choice):
         heap[at], place[at] = value, j
     total = 0
     for s in range(size):
-        for j in (place[s], np.int64(partner[place[s]])):
-            if not taken[j]:
-                taken[j] = 1
-                chosen[total] = j
+        for column in (place[s], np.int64(partner[place[s]])):
+            if not taken[column]:
+                taken[column] = 1
+                chosen[total] = column
                 total += 1
     return total
 
