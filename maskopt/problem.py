@@ -134,9 +134,12 @@ class LayerProblem:
         return value.clamp_(min=0.0)
 
     def output_energy(self) -> Float[Tensor, " rows"]:
-        """wᵀGw of every row in float64: the mean square of the dense row's output, of which an
-        objective is a part."""
-        return self.objective(torch.zeros_like(self.weight, dtype=torch.bool))
+        """wᵀGw of every row: the mean square of the dense row's output, of which an objective is a part.
+
+        Float64, of products in G's dtype: it says how large an error is, and decides nothing.
+        """
+        weight = self.weight.to(self.gram.dtype)
+        return ((weight @ self.gram) * weight).sum(1, dtype=torch.float64).clamp_(min=0.0)
 
     def diagonal_mass(self) -> Float[Tensor, " rows"]:
         """Σⱼ wⱼ²Gⱼⱼ of every row in float64: the scale against which rounding is measured."""

@@ -98,7 +98,9 @@ class Relax(Solver):
         certificate = Certificate.box(problem, box.point) if plan.max_iterations > 0 else None
         bound = box.bound if certificate is None else provable(problem, box.bound, certificate)
         mask = keep_highest(problem, -box.last)
-        rounded = problem.objective(mask)
+        goes_on = self.refine is None or self.refine or start is not None
+        # of a mask that is the answer the objective is computed anyway, and once is enough
+        rounded = problem.objective(mask) if goes_on else None
         relax_seconds = time.monotonic() - began
         status: tuple[Status, ...] = (Status.FEASIBLE,) * problem.rows
         swaps = torch.zeros(problem.rows, dtype=torch.int64)
@@ -106,23 +108,19 @@ class Relax(Solver):
             mask, status, swaps = swapped(problem, mask, start, limits)
         elif start is not None:
             mask = better(problem, mask, start)
+        solution = Solution.of(
+            problem, mask, status=status, lower_bound=bound, certificate=certificate
+        )
         trace = RelaxTrace(
             iterations=box.iterations,
             relaxed_objective=torch.where(box.value.isfinite(), box.value, torch.nan),
             relaxed_gap=relative_gap(box.value, bound),
-            rounded_objective=rounded,
+            rounded_objective=solution.objective if rounded is None else rounded,
             swaps=swaps,
             relax_seconds=shared_out(relax_seconds, problem.rows),
             swap_seconds=shared_out(time.monotonic() - began - relax_seconds, problem.rows),
         )
-        return Solution.of(
-            problem,
-            mask,
-            status=status,
-            lower_bound=bound,
-            trace=trace,
-            certificate=certificate,
-        )
+        return replace(solution, trace=trace)
 
 
 def swapped(
