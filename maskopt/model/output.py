@@ -228,7 +228,7 @@ class MemoryRun:
         if self.work is None:
             return
         staging = self.work.staging
-        from maskopt.model.source import quietly
+        from maskopt.model.loading import quietly
 
         with quietly():
             self.source.model.save_pretrained(staging)  # type: ignore[operator]

@@ -8,31 +8,23 @@ statuses) is called claimed, unless `maskopt.model.recheck` computes it again fr
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from maskopt.errors import VerificationError
 from maskopt.model.verify_folder import (
-    CONFIG,
     INDEX,
     MASKS,
     Weights,
     asks_for_code,
     check_configuration,
     check_entries,
-    check_regular,
     is_copied,
-    opened,
-    read_object,
     read_weights,
-    sha256,
     tensor,
 )
 from maskopt.model.verify_manifest import (
@@ -42,17 +34,13 @@ from maskopt.model.verify_manifest import (
     check_fallbacks,
     check_layers,
     check_names,
-    numbers,
     read_manifest,
 )
+from maskopt.model.verify_original import same_files
+from maskopt.model.verify_tensors import Masks, check_tensors
 
-#: elements compared at a time
-SLAB = 2**24
-MASK_FORMAT = "maskopt-masks-1"
 #: relative difference at which the stated error of a layer pruned by magnitude is wrong
 SUM_TOLERANCE = 1e-9
-#: keys of config.json that saving a model writes anew
-REWRITTEN = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -126,38 +114,22 @@ def verify_output(
     manifest = read_manifest(folder)
     weights = read_weights(folder)
     check_entries(folder, manifest.files, weights)
-    masks = _Masks(folder / MASKS)
-    _check_same_tensors(folder, weights, masks, manifest)
+    masks = Masks(folder / MASKS)
+    masks.check_names(manifest, weights)
     original = None if against is None else read_weights(Path(against))
-    same: set[str] = set()
-    if original is not None:
-        _check_same_names(folder, weights, original)
-        same = _same_files(manifest, weights, original)
-    elif weights.unnamed:
-        raise VerificationError(
-            f"{folder / INDEX}: the index does not name {min(weights.unnamed)!r}, which lies in a shard"
-        )
+    same = _same_files(manifest, weights, original)
     check_configuration(folder, manifest.files, compared=same)
     check_layers(manifest)
     names_known = trust_remote_code or not asks_for_code(folder)
     if names_known:
         home = folder if original is None else original.folder
         check_names(manifest, home, trust_remote_code=trust_remote_code)
-    slices = _check_tensors(manifest, weights, masks, original, on_progress)
+    slices = check_tensors(manifest, weights, masks, original, on_progress)
     rows, sparsity = check_counts(manifest, slices)
-    recomputed: list[str] = []
-    tolerance = None
-    if against is not None:
-        recomputed = check_fallbacks(manifest, slices, SUM_TOLERANCE)
-        tolerance = SUM_TOLERANCE if recomputed else None
-    if against is not None and calibration is not None:
-        from maskopt.model.recheck import recheck_layers
-
-        again, tolerance = recheck_layers(
-            manifest, folder, Path(against), calibration, layers=layers, text_field=text_field,
-            threads=threads, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        recomputed = [x["name"] for x in manifest.layers if x["name"] in {*recomputed, *again}]
+    recomputed, tolerance = _recompute(
+        manifest, slices, folder, against, calibration, layers=layers, text_field=text_field,
+        threads=threads, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     checked, claimed = _told_apart(
         manifest, same, len(recomputed),
         compared=against is not None, names=names_known, again=calibration is not None,
@@ -208,6 +180,39 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     return converted
 
 
+def _same_files(manifest: Manifest, weights: Weights, original: Weights | None) -> set[str]:
+    """Names of the files beside the weights that are those of the original; none without one."""
+    if original is not None:
+        return same_files(manifest, weights, original)
+    if weights.unnamed:
+        raise VerificationError(
+            f"{weights.folder / INDEX}: the index does not name {min(weights.unnamed)!r}, "
+            "which lies in a shard"
+        )
+    return set()
+
+
+def _recompute(
+    manifest: Manifest,
+    slices: Sequence[Slice],
+    folder: Path,
+    against: str | Path | None,
+    calibration: Any,
+    **passes: Any,
+) -> tuple[list[str], float | None]:
+    """Names of the layers whose errors were computed again, and how far those may differ."""
+    if against is None:
+        return [], None
+    recomputed = check_fallbacks(manifest, slices, SUM_TOLERANCE)
+    if calibration is None:
+        return recomputed, SUM_TOLERANCE if recomputed else None
+    from maskopt.model.recheck import recheck_layers
+
+    again, tolerance = recheck_layers(manifest, folder, Path(against), calibration, **passes)
+    known = {*recomputed, *again}
+    return [layer["name"] for layer in manifest.layers if layer["name"] in known], tolerance
+
+
 def _told_apart(
     manifest: Manifest, same: set[str], recomputed: int, *, compared: bool, names: bool, again: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -233,238 +238,3 @@ def _told_apart(
     }
     checked = tuple(fact for fact, known in facts.items() if known)
     return checked, tuple(fact for fact, known in facts.items() if not known)
-
-
-def _check_same_tensors(folder: Path, weights: Weights, masks: _Masks, manifest: Manifest) -> None:
-    if set(masks.layout) != set(manifest.tensors):
-        raise VerificationError(f"{folder}: masks and manifest name different tensors")
-    if missing := set(masks.layout) - set(weights.where):
-        raise VerificationError(f"{folder}: tensor {min(missing)!r} has a mask and is not there")
-    for name, (_, axis) in masks.layout.items():
-        if manifest.tensors[name]["input_axis"] != axis:
-            raise VerificationError(f"{folder}: {name!r}: masks and manifest differ in the axis")
-
-
-def _check_same_names(folder: Path, weights: Weights, original: Weights) -> None:
-    if odd := set(weights.where) ^ set(original.where):
-        raise VerificationError(f"{folder}: tensor {min(odd)!r} is in only one of the two models")
-    if weights.unnamed != original.unnamed:
-        raise VerificationError(
-            f"{folder / INDEX}: the index does not name the same tensors as the original's"
-        )
-
-
-def _same_files(manifest: Manifest, weights: Weights, original: Weights) -> set[str]:
-    """Names of the files beside the weights that are those of the original.
-
-    Of a model folder, pruning copies them all, byte by byte, and the manifest holds the folder's digest.
-    A model in memory was saved anew: its configuration must mean the same, the rest may differ.
-
-    Raises:
-        VerificationError: a file that is another one, is missing, or is not the original's.
-    """
-    folder, home = weights.folder, original.folder
-    theirs = {
-        file.name
-        for file in home.iterdir()
-        if is_copied(file.name) and file.is_file() and _stays(file)
-    }
-    ours = set(filter(is_copied, manifest.files))
-    same = {n for n in ours & theirs if sha256(folder / n) == sha256(home / n)}
-    if manifest.model is None:
-        return same | {n for n in ours & theirs - same if _means_the_same(folder, home, n)}
-    if manifest.model != _model_digest(original):
-        raise manifest.wrong(f"holds the digest of another model than {home}")
-    if weights.files != original.files or (
-        INDEX in weights.files and sha256(folder / INDEX) != sha256(home / INDEX)
-    ):
-        raise VerificationError(f"{folder / INDEX}: the index is not that of the original")
-    for name in sorted((ours | theirs) - same):
-        where = (
-            "differs from the original" if name in ours & theirs else "is in only one of the two"
-        )
-        raise VerificationError(f"{folder / name}: {where}; configuration and tokenizer are copied")
-    return same
-
-
-def _stays(file: Path) -> bool:
-    """Links out of the original are not followed, and what they lead to is not copied."""
-    try:
-        check_regular(file)
-    except VerificationError:
-        return False
-    return True
-
-
-def _means_the_same(folder: Path, home: Path, name: str) -> bool:
-    """Is a JSON file the same but for what saving a model writes anew?
-
-    Raises:
-        VerificationError: config.json has another meaning.
-    """
-    if name == CONFIG:
-        ours, theirs = _configuration(folder), _configuration(home)
-        unread = {*read_object(folder / CONFIG)} - {*ours, *REWRITTEN}  # others may read them
-        odd = sorted(unread | {k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)})
-        if odd:
-            raise VerificationError(f"{folder / CONFIG}: {odd[0]!r} differs from the original")
-        return True
-    if name != "generation_config.json":
-        return False
-    ours, theirs = read_object(folder / name), read_object(home / name)
-    return all(ours.get(k) == theirs.get(k) for k in {*ours, *theirs} - set(REWRITTEN))
-
-
-def _configuration(folder: Path) -> dict[str, Any]:
-    """What transformers reads out of config.json, defaults filled in."""
-    from transformers import AutoConfig
-
-    try:
-        read: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    except Exception as error:  # configurations fail in as many ways as there are models
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise VerificationError(f"{folder / CONFIG}: cannot be read: {line}") from error
-    return {key: value for key, value in read.items() if key not in REWRITTEN}
-
-
-def _model_digest(weights: Weights) -> str:
-    """SHA-256 over config.json and all shards, as the manifest records it."""
-    names = [CONFIG, *(name for name in weights.files if name != INDEX)]
-    parts = {name: sha256(weights.folder / name) for name in names}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _check_tensors(
-    manifest: Manifest,
-    weights: Weights,
-    masks: _Masks,
-    original: Weights | None,
-    on_progress: Callable[[int, int], None] | None,
-) -> list[Slice]:
-    """Compare every tensor with its mask and with the original; the masks' matrices."""
-    slices: list[Slice] = []
-    for done, (name, path) in enumerate(sorted(weights.where.items())):
-        found = tensor(path, name)
-        kept = dense = None
-        if name in masks.layout:
-            kept = masks.kept(name, found)
-            if _bytes(found)[~kept.reshape(-1)].any():  # minus zero is a change, too
-                raise VerificationError(
-                    f"{weights.folder}: {name!r} holds weights that its mask prunes"
-                )
-        if original is not None:
-            dense = tensor(original.where[name], name)
-            _check_same(name, found, dense, kept)
-        if kept is not None:
-            slices += _slices(manifest, name, kept, dense, masks.layout[name][1])
-        if on_progress is not None:
-            on_progress(done + 1, len(weights.where))
-    return slices
-
-
-def _slices(
-    manifest: Manifest, name: str, kept: Tensor, dense: Tensor | None, axis: int
-) -> Iterator[Slice]:
-    """The matrices of one masked tensor, every row of theirs counted."""
-    by_magnitude = {(numbers(x["name"]), x["n"]) for x in manifest.layers if x["fallback"]}
-    weights = None if dense is None else _matrices(dense, axis)
-    for index, mask in enumerate(_matrices(kept, axis)):
-        place = (*numbers(name), index) if kept.ndim == 3 else numbers(name)
-        rows, n = mask.shape
-        part = Slice(name, place, rows, n, int((~mask).sum()))
-        if part.pruned:  # else an expert that was left out
-            _check_rows(manifest, part, mask)
-        if weights is not None and (place, n) in by_magnitude:
-            weight = weights[index].to(_working_dtype(manifest)).double()
-            part.square = float(weight.masked_fill(mask, 0).square().sum())
-            group, _ = manifest.rule.groups(n)
-            size, some = weight.abs().view(-1, group), mask.view(-1, group)
-            largest = size.masked_fill(some, 0).amax(1)
-            part.least_first = bool((largest <= size.masked_fill(~some, torch.inf).amin(1)).all())
-        yield part
-
-
-def _matrices(stored: Tensor, axis: int) -> list[Tensor]:
-    """The matrices [rows, n] of a stored tensor, one for each expert."""
-    moved = stored.movedim(axis, -1).contiguous()
-    return [moved] if moved.ndim == 2 else list(moved)
-
-
-def _working_dtype(manifest: Manifest) -> torch.dtype:
-    said = manifest.record["fingerprint"].get("dtype")
-    dtype = getattr(torch, said, None) if isinstance(said, str) else None
-    if not isinstance(dtype, torch.dtype):
-        raise manifest.wrong(f"says that its run worked in {str(said)[:50]!r}, which is no dtype")
-    return dtype
-
-
-def _check_rows(manifest: Manifest, part: Slice, kept: Tensor) -> None:
-    group, expected = manifest.rule.groups(part.n)
-    counts = (~kept).view(part.rows, -1, group).sum(-1)
-    wrong = (counts != expected).any(1).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
-        raise VerificationError(
-            f"{part.tensor!r}, row {row}: {int((~kept[row]).sum())} of {part.n} pruned, "
-            f"not {expected} of every {group}"
-        )
-
-
-class _Masks:
-    """The packed masks of a folder, by the name of their tensors."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.layout: dict[str, tuple[list[int], int]] = {}
-        self._digests: dict[str, str] = {}
-        damaged = VerificationError(f"{path}: the header of the masks is damaged")
-        with opened(path) as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-        try:
-            layout = json.loads(metadata["tensors"])
-            for name in names:
-                shape, axis = layout[name]["shape"], layout[name]["input_axis"]
-                if len(shape) not in (2, 3) or axis not in (len(shape) - 2, len(shape) - 1):
-                    raise damaged
-                self.layout[name] = (shape, axis)
-                self._digests[name] = layout[name]["sha256"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise damaged from None
-        if metadata.get("format") != MASK_FORMAT or len(layout) != len(names):
-            raise damaged
-
-    def kept(self, name: str, of: Tensor) -> Tensor:
-        """The mask of a tensor, bool in its shape."""
-        shape, axis = self.layout[name]
-        if list(of.shape) != shape:
-            raise VerificationError(f"{self.path}: mask of {name!r} has another shape")
-        packed = tensor(self.path, name)
-        if packed.dtype != torch.uint8 or packed.shape != ((of.numel() + 7) // 8,):
-            raise VerificationError(f"{self.path}: mask of {name!r} has the wrong number of bits")
-        head = json.dumps([MASK_FORMAT, name, shape, axis]).encode()
-        digest = hashlib.sha256(head + b"\n" + packed.numpy().tobytes()).hexdigest()
-        if digest != self._digests[name]:
-            raise VerificationError(f"{self.path}: mask of {name!r} has another digest")
-        places = torch.arange(8, dtype=torch.uint8)
-        bits = ((packed[:, None] >> places) & 1).view(-1)[: of.numel()]
-        return bits.bool().view(of.shape)
-
-
-def _check_same(name: str, found: Tensor, original: Tensor, kept: Tensor | None) -> None:
-    if found.dtype != original.dtype or found.shape != original.shape:
-        raise VerificationError(f"{name!r} has another dtype or shape than the original")
-    a, b = _bytes(found), _bytes(original)
-    flat = None if kept is None else kept.reshape(-1)
-    for start in range(0, len(a), SLAB):
-        differs = (a[start : start + SLAB] != b[start : start + SLAB]).any(1)
-        if flat is not None:
-            differs &= flat[start : start + SLAB]
-        if bool(differs.any()):
-            what = "a kept weight" if kept is not None else "it is not pruned and"
-            raise VerificationError(f"{name!r}: {what} differs from the original")
-
-
-def _bytes(stored: Tensor) -> Tensor:
-    """[elements, bytes of one]"""
-    flat = stored.contiguous().view(-1)
-    return flat.view(torch.uint8).view(-1, stored.dtype.itemsize)
