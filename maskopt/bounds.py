@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from maskopt.fields import check_options
 from maskopt.limits import Limits, torch_threads
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.registry import Registry
+from maskopt.solution import relative_gap
 from maskopt.solver import limits_of
 from maskopt.trace import BoundTrace
 
@@ -48,9 +48,7 @@ class Bound:
 
     def gap(self, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """(objective − bound)/objective per row; 0 where the objective is 0."""
-        objective = objective.to(self.value)
-        safe = torch.where(objective > 0, objective, 1.0)
-        return torch.where(objective > 0, (objective - self.value) / safe, 0.0)
+        return relative_gap(objective.to(self.value), self.value)
 
 
 @runtime_checkable

@@ -40,6 +40,8 @@ from maskopt.problem import LayerProblem, RowProblem
 
 #: unit roundoff of float64
 _U = 2.0**-53
+#: of the inputs and signs of cuts
+_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -190,12 +192,17 @@ def _check_cuts(cuts: Cuts, n: int, row: int) -> None:
         raise VerificationError(f"certificate: the cuts of row {row} have the wrong shape or type")
     if m == 0:
         return
-    if index.is_floating_point() or int(index.min()) < -1 or int(index.max()) >= n:
+    # a fraction would be cut off here, and count in full in the cut
+    if index.dtype not in _WHOLE or sign.dtype not in _WHOLE:
+        raise VerificationError(
+            f"certificate: the cuts of row {row} have inputs or signs that are not whole numbers"
+        )
+    if int(index.min()) < -1 or int(index.max()) >= n:
         raise VerificationError(f"certificate: a cut of row {row} names an input outside the row")
     i, j, k = index.long().T
     if bool(((i == j) | (i == k) | (j == k)).any()):
         raise VerificationError(f"certificate: a cut of row {row} names an input twice")
-    if not bool((sign.long().abs() == 1).all()):
+    if not bool(((sign == 1) | (sign == -1)).all()):
         raise VerificationError(f"certificate: a cut of row {row} has a sign that is not ±1")
     if not bool((torch.isfinite(tau) & (tau >= 0)).all()):
         raise VerificationError(f"certificate: a cut of row {row} has a negative multiplier")
@@ -325,9 +332,11 @@ def _shared_slack(certificate: Certificate, layer: LayerProblem) -> _Shared | No
     lam = certificate.diagonal.to(square)
     if bool((lam[square == 0] < 0).any()):
         return None
-    # no ratio may exceed the truth; inputs whose weights are all zero do not matter
+    # no ratio may exceed the truth
     ratio = torch.where(square > 0, lam / square.clamp(min=1e-300), torch.inf)
     least = ratio.min(0).values.clamp(max=1e12 * float(layer.gram.diagonal().abs().max()) + 1.0)
+    # inputs whose weights are all zero do not matter; a large entry there would only blur the rest
+    least = torch.where((square > 0).any(0), least, 0.0)
     g = layer.gram.double().clone()
     g.diagonal().add_(least - 8 * _U * (least.abs() + g.diagonal().abs()))
     scale = float(layer.gram.diagonal().double().abs().mean())

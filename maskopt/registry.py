@@ -54,12 +54,12 @@ class Registry:
         """
         if isinstance(member, str):
             kind = self._available(self.find(member))
-            member = build(kind, member, options, self.what, KEYWORDS)
-        elif not isinstance(member, self.protocol):
+            return build(kind, member, options, self.what, KEYWORDS)
+        if not isinstance(member, self.protocol):
             raise OptionError(
                 f"{member!r} is no {self.what}; give a name or a value such as Swap()"
             )
-        elif options:
+        if options:
             first, name = next(iter(options)), getattr(member, "name", "")
             raise OptionError(
                 f"{self.what} {name!r} is given as a value: {first!r} belongs among its fields"
@@ -78,9 +78,13 @@ class Registry:
         for name in self.names():
             try:
                 kind = self.find(name)
-                found[name] = kind, kind.unavailable()
             except SolverError as error:
                 found[name] = None, str(error)
+                continue
+            try:
+                found[name] = kind, kind.unavailable()
+            except Exception as error:  # a third party's backend may fail in any way
+                found[name] = kind, f"{type(error).__name__}: {error}"
         return found
 
     def _load(self, point: EntryPoint) -> type[Any]:

@@ -52,6 +52,14 @@ def swap_threshold(
     return tolerance * objective + SWAP_FLOOR * diagonal_mass
 
 
+def relative_gap(
+    objective: Float[Tensor, " rows"], lower_bound: Float[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
+    """(objective − lower_bound)/objective per row; 0 where the objective is 0."""
+    safe = torch.where(objective > 0, objective, 1.0)
+    return torch.where(objective > 0, (objective - lower_bound) / safe, 0.0)
+
+
 @dataclass(frozen=True)
 class Solution:
     """One mask a row, with its objective and with what is known about it.
@@ -82,9 +90,7 @@ class Solution:
     @property
     def gap(self) -> Float[Tensor, " rows"]:
         """(objective − lower_bound) / objective per row, float64; 0 where the objective is 0."""
-        positive = self.objective > 0
-        safe = torch.where(positive, self.objective, 1.0)
-        return torch.where(positive, (self.objective - self.lower_bound) / safe, 0.0)
+        return relative_gap(self.objective, self.lower_bound)
 
     @classmethod
     def of(

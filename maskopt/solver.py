@@ -192,7 +192,7 @@ def solve(
         start = options.pop("warm_start")
     limits, own = limits_of(limits, options)
     backend = make_solver(solver, **own)
-    _check_fit(backend, layer)
+    check_fit(backend, layer)
     limits = limits.begin()
     began = time.perf_counter()
     with torch_threads(limits.threads):
@@ -238,7 +238,8 @@ def _check_start(layer: LayerProblem, start: Any) -> Tensor | None:
         raise WarmStartError(str(error)) from None
 
 
-def _check_fit(backend: Solver, layer: LayerProblem) -> None:
+def check_fit(backend: Solver, layer: LayerProblem) -> None:
+    """Raise SolverError where a backend cannot do this layer's pattern, device or number of inputs."""
     can = backend.capabilities
     kind = "n:m" if isinstance(layer.pattern, NM) else "unstructured"
     if kind not in can.patterns:

@@ -15,8 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from maskopt.errors import SolverError
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -34,13 +32,6 @@ class Trace:
             elif isinstance(value, tuple):
                 found[field.name] = list(value)
         return found
-
-    def check(self, rows: int) -> None:
-        """Raise SolverError where a field is not per row."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not isinstance(value, str) and len(value) != rows:
-                raise SolverError(f"trace: {field.name} has {len(value)} entries for {rows} rows")
 
 
 @dataclass(frozen=True)

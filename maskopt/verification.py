@@ -59,7 +59,8 @@ def verify(
     The mask's pattern, the objective, bound ≤ objective, a certificate where there is one,
     SWAP_OPTIMAL by a scan over all swaps, OPTIMAL by a closed gap; and where a row has at most
     ENUMERATION_LIMIT masks, OPTIMAL and the lower bound by enumeration. A positive lower bound needs
-    a certificate, an enumeration, or an exact backend that vouches for it (`Solution.vouched`).
+    a certificate, or an exact backend that vouches for it (`Solution.vouched`); where enumeration
+    confirms it, nothing is taken on that one's word.
 
     Args:
         require: `checked` refuses rows that rest on the word of a backend.
@@ -75,19 +76,20 @@ def verify(
     _verify_objective(layer, mask, solution, mass)
     _verify_bound(layer, solution, mass)
     proven = _proven(layer, solution)
+    every = _every_mask(layer)
     basis = []
     for index, status in enumerate(solution.status):
-        _verify_status(layer, mask, solution, index, Status(status))
-        enumerated = _verify_by_enumeration(
-            layer, solution, index, Status(status), float(mass[index])
-        )
+        rounding = ROUNDING * float(mass[index])
+        _verify_status(layer, mask, solution, index, Status(status), rounding)
+        if every is not None:
+            _verify_by_enumeration(layer, solution, index, Status(status), every, rounding)
         bound = float(solution.lower_bound[index])
-        slack = OBJECTIVE_TOLERANCE * float(proven[index]) + ROUNDING * float(mass[index])
+        slack = OBJECTIVE_TOLERANCE * float(proven[index]) + rounding
         if bound <= float(proven[index]) + slack:
             basis.append(CHECKED)
         else:
             word = _voucher(solution, index, float(proven[index]))
-            basis.append(CHECKED if enumerated else _on_the_word(word, index, require))
+            basis.append(CHECKED if every is not None else _on_the_word(word, index, require))
     return Verification(tuple(basis))
 
 
@@ -179,7 +181,12 @@ def _verify_bound(layer: LayerProblem, solution: Solution, mass: Tensor) -> None
 
 
 def _verify_status(
-    layer: LayerProblem, mask: Tensor, solution: Solution, index: int, status: Status
+    layer: LayerProblem,
+    mask: Tensor,
+    solution: Solution,
+    index: int,
+    status: Status,
+    rounding: float,
 ) -> None:
     row = layer.row(index)
     if status is Status.SWAP_OPTIMAL or status is Status.OPTIMAL:
@@ -192,22 +199,19 @@ def _verify_status(
             )
     if status is Status.OPTIMAL:
         objective, bound = float(solution.objective[index]), float(solution.lower_bound[index])
-        floor = ROUNDING * float(layer.take([index]).diagonal_mass())
-        if objective - bound > OPTIMAL_TOLERANCE * objective + floor:
+        if objective - bound > OPTIMAL_TOLERANCE * objective + rounding:
             raise VerificationError(
                 f"status: row {index} claims {status} without proof: objective {objective:.9g}, "
                 f"lower bound {bound:.9g}"
             )
 
 
-def _verify_by_enumeration(
-    layer: LayerProblem, solution: Solution, index: int, status: Status, mass: float
-) -> bool:
-    """Whether the row was small enough to be enumerated."""
+def _every_mask(layer: LayerProblem) -> Tensor | None:
+    """All sets of pruned entries, 1 = pruned, float64 [masks, n]; None: too many to enumerate."""
     group, pruned = layer.group_size, layer.pruned_per_group
     count = math.comb(group, pruned) ** (layer.n // group)
     if count > ENUMERATION_LIMIT:
-        return False
+        return None
     choices = [
         [
             tuple(first + i for i in chosen)
@@ -219,9 +223,20 @@ def _verify_by_enumeration(
     p = torch.zeros(count, layer.n, dtype=torch.float64)
     if sets[0]:
         p.scatter_(1, torch.tensor(sets), 1.0)
+    return p
+
+
+def _verify_by_enumeration(
+    layer: LayerProblem,
+    solution: Solution,
+    index: int,
+    status: Status,
+    p: Tensor,
+    rounding: float,
+) -> None:
     q = layer.row(index).q().cpu()
     optimum = float(((p @ q) * p).sum(1).min())
-    slack = OPTIMAL_TOLERANCE * abs(optimum) + ROUNDING * mass
+    slack = OPTIMAL_TOLERANCE * abs(optimum) + rounding
     if float(solution.lower_bound[index]) > optimum + slack:
         raise VerificationError(
             f"lower bound: row {index} states {float(solution.lower_bound[index]):.12g}, but a mask "
@@ -231,4 +246,3 @@ def _verify_by_enumeration(
         raise VerificationError(
             f"status: row {index} claims {status}, but a mask of objective {optimum:.12g} exists"
         )
-    return True

@@ -218,11 +218,36 @@ def test_verify_takes_a_certificate_and_rejects_forgeries(problem):
         "twice": replace(cut, index=torch.tensor([[0, 1, 1]])),
         "outside": replace(cut, index=torch.tensor([[0, 1, 12]])),
         "not ±1": replace(cut, sign=torch.tensor([[1, 2]])),
+        "inputs or signs that are not whole": replace(cut, sign=torch.tensor([[1.9, 1.0]])),
     }.items():
         forgeries[reason] = replace(c, cuts=[bad, None])
     for reason, forged in forgeries.items():
         with pytest.raises(VerificationError, match=reason):
             verify(problem, replace(honest, certificate=forged))
+
+
+def test_no_fraction_of_a_sign_or_an_input_is_cut_off(problem):
+    """A cut of 1.9·z_i z_j is no triangle inequality, and proves whatever one likes."""
+    c = lower_bound(problem, "sdp").certificate
+    index = torch.tensor([[-1, 0, 1], [-1, 2, 3]])
+    tau = torch.ones(2, dtype=torch.float64)
+    whole = Cuts(index, torch.tensor([[1, -1], [-1, -1]]), tau)
+    assert bool((replace(c, cuts=[whole, None]).check(problem) >= 0).all())
+    for bad in (
+        replace(whole, sign=whole.sign * 1.9),
+        replace(whole, sign=whole.sign.double()),
+        replace(whole, index=whole.index + 0.5),
+        replace(whole, sign=whole.sign * 1j),
+    ):
+        with pytest.raises(VerificationError, match="not whole numbers"):
+            replace(c, cuts=[bad, None]).check(problem)
+
+
+def test_a_shift_out_of_time_tells_its_steps_once(problem):
+    plain, shifted = (lower_bound(problem, m, time_limit=0) for m in ("box", "shift"))
+    assert shifted.trace.iterations.tolist() == plain.trace.iterations.tolist()
+    assert shifted.trace.shifted == ("no", "no")
+    assert shifted.value.tolist() == plain.value.tolist()
 
 
 def test_an_indefinite_gram_that_was_never_checked_is_still_bounded_validly():

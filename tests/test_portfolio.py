@@ -21,6 +21,7 @@ from maskopt import (
     verify,
 )
 from maskopt.errors import MaskoptError
+from maskopt.solvers.search import portfolio
 from maskopt.solvers.search.portfolio import merge
 
 
@@ -154,6 +155,33 @@ def test_mask_of_one_and_bound_of_another_can_be_optimal_together():
     for status, there in zip(merged.status, reached.tolist(), strict=True):
         assert (status is Status.OPTIMAL) == there
     verify(problem, merged)
+
+
+def test_a_bound_that_the_better_mask_refutes_is_dropped(caplog):
+    problem = LayerProblem(
+        random_weight(2, 24, 1), random_gram(24, "full", 2), Unstructured(keep=12)
+    )
+    found, worse = solve(problem, "relax"), solve(problem, "worst")
+    wrong = replace(
+        worse,
+        lower_bound=worse.objective,
+        status=(Status.OPTIMAL,) * 2,
+        vouched=("an oracle",) * 2,
+    )
+    for pair in ((found, wrong), (wrong, found)):
+        merged, _ = merge(problem, *pair)
+        assert merged.status == found.status
+        assert merged.vouched == ()
+        assert merged.lower_bound.tolist() == found.lower_bound.tolist()
+        assert verify(problem, merged, require="checked").checked
+    assert "an oracle" in caplog.text
+
+
+def test_members_that_do_not_fit_are_named_before_any_runs(monkeypatch):
+    problem = LayerProblem(random_weight(1, 300, 1), random_gram(300, "full", 2), Unstructured(0.5))
+    monkeypatch.setattr(portfolio, "solve", lambda *a, **k: pytest.fail("a member ran"))
+    with pytest.raises(MaskoptError, match="branch: a row of 300 inputs is beyond it"):
+        solve(problem, "portfolio", members=("swap", "branch"))
 
 
 def least(q):

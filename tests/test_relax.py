@@ -17,6 +17,7 @@ from maskopt.solver import make_start
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 from maskopt.solvers.convex.box_step import CompiledStep, TorchStep
 from maskopt.solvers.convex.projection import project
+from maskopt.solvers.rounding.relax import swapped
 
 
 @given(problems(max_n=12))
@@ -283,6 +284,33 @@ def test_no_claim_on_a_float32_gram_is_above_its_certificate(solver, scale):
             verify(problem, solution)
             proven = solution.certificate.check(problem)
             assert bool((solution.lower_bound <= proven).all())
+
+
+@pytest.mark.parametrize("solver", ["relax", "frank_wolfe"])
+def test_inputs_without_any_weight_cost_no_proof(solver):
+    """What pruned heads and dead channels look like."""
+    weight = random_weight(4, 256, 1)
+    weight[:, [3, 100]] = 0
+    problem = LayerProblem(weight, random_gram(256, "low-rank", 2), Unstructured(0.5))
+    verify(problem, solve(problem, solver), require="checked")
+
+
+def test_rows_whose_start_is_better_are_swapped_from_there():
+    problem = LayerProblem(random_weight(6, 32, 1), random_gram(32, "full", 2), Unstructured(0.5))
+    rounded, best = solve(problem, "relax", refine=False), solve(problem, "tabu")
+    start = rounded.mask.clone()
+    start[[1, 4]] = best.mask[[1, 4]]
+    worst = solve(problem, "worst").mask
+    mask, status, swaps = swapped(problem, worst, start, Limits())
+    alone = solve(problem, "swap", start=start)
+    from_worst = solve(problem, "swap", start=worst)
+    taken = (problem.objective(start) < from_worst.objective).tolist()
+    assert taken[1]
+    assert taken[4]
+    for row, other in enumerate(taken):
+        source = alone if other else from_worst
+        assert bool((mask[row] == source.mask[row]).all())
+        assert (status[row], int(swaps[row])) == (source.status[row], int(source.trace.swaps[row]))
 
 
 def test_an_indefinite_gram_that_was_never_checked_is_relaxed_all_the_same():

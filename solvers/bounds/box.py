@@ -70,7 +70,12 @@ class ShiftBound(BoundMethod):
         plan = BoxPlan(self.tolerance, self.steps)
         plain = relax_box(problem, plan, limits)
         if limits.expired:
-            return self._either(problem, plain, plain, torch.zeros_like(problem.weight[0]))
+            trace = BoundTrace(
+                iterations=plain.iterations,
+                shifted=("no",) * problem.rows,
+                relaxed=plain.point.double().cpu(),
+            )
+            return Certificate.box(problem, plain.point), trace
         gram = problem.gram.double()
         if self.kind == "uniform":
             d = torch.full_like(gram.diagonal(), float(torch.linalg.eigvalsh(gram)[0]))

@@ -40,7 +40,7 @@ class ConicBound(BoundMethod):
     @classmethod
     def unavailable(cls) -> str | None:
         if importlib.util.find_spec("scs") is None:
-            return "the package scs is not installed; pip install scs"
+            return "the package scs is not installed; pip install 'maskopt[conic]'"
         return None
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:

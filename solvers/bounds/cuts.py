@@ -97,13 +97,12 @@ class Pool:
 
 
 def separate(
-    inner: np.ndarray, most: int, floor: float = _FLOOR, threads: RowThreads | None = None
+    inner: np.ndarray, most: int, threads: RowThreads | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The `most` most violated triangles of all, the most violated first.
 
     Args:
         inner: ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.
-        floor: violations up to this do not count.
         threads: to look in; None: of its own.
 
     Returns:
@@ -114,7 +113,7 @@ def separate(
     n = len(inner)
     order = np.concatenate([np.arange(part, n, _INTERLEAVED) for part in range(_INTERLEAVED)])
     counts = np.zeros((n, BINS), np.int64)
-    threads.run(histogram, order, inner, floor, counts)
+    threads.run(histogram, order, inner, _FLOOR, counts)
     above = np.cumsum(counts.sum(0)[::-1])[::-1]
     # the bin that straddles `most` is collected too and cut off after sorting
     least = max(int(np.searchsorted(-above, -most, side="left")) - 1, 0)
@@ -123,7 +122,7 @@ def separate(
     starts = np.concatenate([[0], np.cumsum(per_input)[:-1]])
     index, sign = np.zeros((total, 3), np.int64), np.zeros((total, 2), np.int8)
     violation = np.zeros(total)
-    threads.run(collect, order, inner, floor, least, starts, index, sign, violation)
+    threads.run(collect, order, inner, _FLOOR, least, starts, index, sign, violation)
     first = np.argsort(-violation, kind="stable")[:most]
     return index[first], sign[first], violation[first]
 
@@ -158,7 +157,7 @@ def tighten(
         if not limits.expired:
             after, loss = cut_certificate(part, rank, rounds, limits)
             better = (after.check(part) > before.check(part)).cpu()
-            before = _either(better, after, before)
+            before = Certificate.choose(better, before, after)
         parts.append(before)
         for row, won in enumerate(better.tolist()):
             cuts = before.cuts[row] if before.cuts is not None else None
@@ -166,20 +165,6 @@ def tighten(
             correction.append(loss[row] if won else math.nan)
     lost = torch.tensor(correction, dtype=torch.float64)
     return Certificate.stack(parts), torch.tensor(count), lost
-
-
-def _either(better: Tensor, after: Certificate, before: Certificate) -> Certificate:
-    """`after` where it is better, `before` elsewhere."""
-    if not bool(better.any()):
-        return before
-    column = better[:, None].to(after.diagonal.device)
-    cuts = after.cuts or []
-    return Certificate(
-        torch.where(column, after.diagonal, before.diagonal),
-        torch.where(column, after.penalty, before.penalty),
-        torch.where(column, after.point, before.point),
-        cuts=[own if won else None for own, won in zip(cuts, better.tolist(), strict=True)],
-    )
 
 
 def cut_certificate(

@@ -163,7 +163,8 @@ class _Tile:
         """At least one chunk for some rows; until the deadline, chunk by chunk for all."""
         limits = self.limits.share(_SWEEP_SHARE)
         count = len(self.todo)
-        at_once = _ROWS_AT_ONCE * torch.get_num_threads() if limits.timed else count
+        piecewise = limits.timed and self.problem.device.type == "cpu"  # elsewhere all rows at once
+        at_once = _ROWS_AT_ONCE * torch.get_num_threads() if piecewise else count
         for done in range(0, sweeps, _CHUNK):
             chunk = min(sweeps - done, _CHUNK)
             for first in range(0, count, at_once):

@@ -274,9 +274,11 @@ class _Tile:
         for k in range(plan.harden):
             if limits.expired and done + k > 0:
                 break
+            if k > 0:  # of the last step nobody asks for the product
+                target = self.step.target
+                if split.half is None:
+                    product = target @ split.factor
+                else:
+                    product = (target.bfloat16() @ split.half).float()
+                product = self._shifted(product)
             self.step.advance(product, 1.0, plan.hardness * (k + 1) / plan.harden)
-            target = self.step.target
-            if split.half is None:
-                product = self._shifted(target @ split.factor)
-            else:
-                product = (target.bfloat16() @ split.half).float()

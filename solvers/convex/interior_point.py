@@ -26,6 +26,10 @@ _FEW_GROUPS = 8
 _BLOCK = 64
 
 
+#: of the gap that `interior_point` leaves, as part of the objective
+_TOLERANCE = 1e-4
+
+
 def interior_point(
     a: np.ndarray,
     c: np.ndarray,
@@ -33,15 +37,14 @@ def interior_point(
     pruned: int,
     *,
     constant: float = 0.0,
-    tolerance: float = 1e-4,
 ) -> np.ndarray:
-    """A point whose Frank–Wolfe gap is below tolerance·|objective + constant|, if all goes well."""
+    """A point whose Frank–Wolfe gap is below _TOLERANCE·|objective + constant|, if all goes well."""
     n = len(a)
     if pruned in (0, group):
         return np.full(n, float(pruned > 0))
     left, size = np.full(n // group, pruned), np.full(n // group, group)
     a = np.ascontiguousarray(a)
-    return minimise(a, c, constant, left, size, np.inf, tolerance, 0.0)[2]
+    return minimise(a, c, constant, left, size, np.inf, _TOLERANCE, 0.0)[2]
 
 
 def minimise(

@@ -39,22 +39,20 @@ def run_tasks(
     *,
     workers: int,
     recycle: int = 32,
-    threads: int = 1,
     deadline: float = math.inf,
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index, answer) as tasks finish; an answer is a WorkerCrash where the process died.
 
     Args:
         function: importable by its qualified name (pickle's rule), takes one task.
-        workers: processes at a time.
+        workers: processes at a time, of one thread each.
         recycle: tasks after which a process is replaced (SCIP leaks memory: PySCIPOpt issue 1200).
-        threads: what OMP_NUM_THREADS is set to in each process.
         deadline: of `time.monotonic()`, after which no task is begun; those are not yielded.
 
     On KeyboardInterrupt the workers are interrupted too; their answers still come, tasks that had
     not begun do not, and the generator ends by raising KeyboardInterrupt.
     """
-    crew = _Crew(function, tasks, recycle, threads, deadline)
+    crew = _Crew(function, tasks, recycle, deadline)
     running, interrupted = crew.start(min(workers, len(tasks))), False
     try:
         while running:
@@ -93,11 +91,10 @@ class _Crew:
         function: Callable[[Any], Any],
         tasks: Sequence[Any],
         recycle: int,
-        threads: int,
         deadline: float,
     ) -> None:
         self._function, self._tasks = function, tasks
-        self._recycle, self._threads, self._deadline = recycle, threads, deadline
+        self._recycle, self._deadline = recycle, deadline
         self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(tasks)):
             self._todo.put(index)
@@ -132,7 +129,7 @@ class _Crew:
                 break
             if process is None or served >= self._recycle:
                 _close(process)
-                process, served = _start(self._threads), 0
+                process, served = _start(), 0
                 self._processes[slot] = process
             try:
                 assert process.stdin is not None
@@ -151,11 +148,10 @@ class _Crew:
         self.done.put((-1, None))
 
 
-def _start(threads: int) -> subprocess.Popen[bytes]:
+def _start() -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment[variable] = str(threads)
-    environment["NUMBA_NUM_THREADS"] = str(threads)
+    for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
+        environment[f"{library}_NUM_THREADS"] = "1"  # rows are what runs side by side
     return subprocess.Popen(
         [sys.executable, "-c", _MAIN],
         stdin=subprocess.PIPE,

@@ -1,0 +1,1 @@
+"""One pass over the weights: scores ranked once, elimination, SparseGPT's mask, DSnoT."""

@@ -1,0 +1,1 @@
+"""A relaxation solved, then rounded to a mask: relax, frank_wolfe, the rounded SDP."""

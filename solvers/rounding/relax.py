@@ -128,16 +128,23 @@ def swapped(
 ) -> tuple[Tensor, tuple[Status, ...], Tensor]:
     """1-swap optima of the rounded masks, and of the start where that alone costs less already."""
     refined = Swap().run(problem, mask, limits)
-    mask, status = refined.mask, list(refined.status)
     assert isinstance(refined.trace, SwapTrace)
-    swaps = refined.trace.swaps
-    if start is not None:
-        worse = problem.objective(start) < refined.objective
-        if bool(worse.any()):
-            other = Swap().run(problem, start, limits.quiet())
-            mask = torch.where(worse[:, None], other.mask, mask)
-            status = [other.status[i] if worse[i] else status[i] for i in range(problem.rows)]
+    mask, status, swaps = refined.mask, list(refined.status), refined.trace.swaps
+    worse = [] if start is None else _where(problem.objective(start) < refined.objective)
+    if start is not None and worse:
+        other = Swap().run(problem.take(worse), start[worse], limits.quiet())
+        assert isinstance(other.trace, SwapTrace)
+        mask, swaps = mask.clone(), swaps.clone()
+        mask[worse], swaps[worse] = other.mask, other.trace.swaps
+        for row, ended in zip(worse, other.status, strict=True):
+            status[row] = ended
     return mask, tuple(status), swaps
+
+
+def _where(rows: Tensor) -> list[int]:
+    """The positions at which it holds."""
+    found: list[int] = rows.nonzero()[:, 0].tolist()
+    return found
 
 
 def better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ the same computation gives the bound: mask and certificate at once.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -56,7 +56,8 @@ class SdpRound(Solver):
         bound_seconds = time.monotonic() - began
         assert bound.trace.relaxed is not None
         mask = keep_highest(problem, -bound.trace.relaxed.to(problem.device))
-        rounded = problem.objective(mask)
+        # of a mask that is the answer the objective is computed anyway, and once is enough
+        rounded = problem.objective(mask) if self.refine or start is not None else None
         status: Status | tuple[Status, ...] = Status.FEASIBLE
         swaps = torch.zeros(problem.rows, dtype=torch.int64)
         if self.refine:
@@ -64,21 +65,17 @@ class SdpRound(Solver):
         elif start is not None:
             mask = better(problem, mask, start)
         assert bound.trace.iterations is not None
+        solution = Solution.of(
+            problem, mask, status=status, lower_bound=bound.value, certificate=bound.certificate
+        )
         nothing = torch.full((problem.rows,), torch.nan, dtype=torch.float64)
         trace = RelaxTrace(
             iterations=bound.trace.iterations,
             relaxed_objective=nothing,
             relaxed_gap=nothing,
-            rounded_objective=rounded,
+            rounded_objective=solution.objective if rounded is None else rounded,
             swaps=swaps,
             relax_seconds=shared_out(bound_seconds, problem.rows),
             swap_seconds=shared_out(time.monotonic() - began - bound_seconds, problem.rows),
         )
-        return Solution.of(
-            problem,
-            mask,
-            status=status,
-            lower_bound=bound.value,
-            trace=trace,
-            certificate=bound.certificate,
-        )
+        return replace(solution, trace=trace)

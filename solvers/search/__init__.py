@@ -1,0 +1,1 @@
+"""Local search beyond one swap: tabu, kswap, portfolio."""

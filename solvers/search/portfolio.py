@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskopt.certificate import Certificate
@@ -16,9 +17,10 @@ from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status
-from maskopt.solver import Capabilities, Solver, make_solver, solve
+from maskopt.solver import Capabilities, Solver, check_fit, make_solver, solve
 from maskopt.trace import SearchTrace, shared_out
 
+_log = logging.getLogger(__name__)
 _RANK = (Status.FEASIBLE, Status.SWAP_OPTIMAL, Status.OPTIMAL)
 
 
@@ -54,7 +56,9 @@ class Portfolio(Solver):
         """Every member in turn; see `Solver.run`."""
         assert start is not None
         began = time.monotonic()
-        solvers = [make_solver(member) for member in self.members]  # all, before anything runs
+        solvers = [make_solver(member) for member in self.members]
+        for solver in solvers:  # all, before anything runs
+            check_fit(solver, problem)
         best = Solution.of(problem, start)
         start_objective = best.objective
         winner = ["start"] * problem.rows
@@ -88,9 +92,13 @@ def merge(
 ) -> tuple[Solution, Bool[Tensor, " rows"]]:
     """Per row the better mask (of equals the one of better status), and the higher bound with its proof.
 
-    A row is OPTIMAL where the two close the gap, whoever found which. Returns the merged solution, and
-    where the mask is the other's.
+    A row is OPTIMAL where the two close the gap, whoever found which. A bound that the better mask refutes
+    is dropped, with the status that rests on it. Returns the merged solution, and where the mask is the
+    other's.
     """
+    least = one.objective.minimum(other.objective)
+    rounding = OPTIMAL_TOLERANCE * least + SWAP_FLOOR * problem.diagonal_mass()
+    one, other = _unrefuted(one, least + rounding), _unrefuted(other, least + rounding)
     device = one.mask.device
     rank = [
         torch.tensor([_RANK.index(Status(s)) for s in solution.status], device=device)
@@ -101,7 +109,6 @@ def merge(
     objective = torch.where(better, other.objective, one.objective)
     higher = _rather(one, other)
     bound = torch.where(higher, other.lower_bound, one.lower_bound)
-    rounding = OPTIMAL_TOLERANCE * objective + SWAP_FLOOR * problem.diagonal_mass()
     closed = objective - bound <= rounding
     # what a bound is above the better mask by is rounding
     bound = torch.where(closed, bound.minimum(objective), bound)
@@ -120,6 +127,29 @@ def merge(
         vouched=_words(one, other, higher),
     )
     return merged, better
+
+
+def _unrefuted(solution: Solution, most: Float[Tensor, " rows"]) -> Solution:
+    """Without the bounds above `most`, which a mask has been found to cost, and what rests on them."""
+    refuted = (solution.lower_bound > most).tolist()
+    if not any(refuted):
+        return solution
+    words = _vouched(solution)
+    for row, wrong in enumerate(refuted):
+        if wrong:
+            _log.warning(
+                "row %d: a lower bound of %.9g (%s) is above the cost %.9g of a mask; it is dropped",
+                row, float(solution.lower_bound[row]), words[row] or "certified", float(most[row]),
+            )  # fmt: skip
+    return replace(
+        solution,
+        lower_bound=solution.lower_bound.masked_fill(solution.lower_bound > most, 0.0),
+        status=tuple(
+            Status.FEASIBLE if wrong and status is Status.OPTIMAL else status
+            for wrong, status in zip(refuted, solution.status, strict=True)
+        ),
+        vouched=tuple("" if wrong else word for wrong, word in zip(refuted, words, strict=True)),
+    )
 
 
 def _vouched(solution: Solution) -> tuple[str, ...]:
