@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tiny_models import save, save_tokenizer, tiny
 from typer.testing import CliRunner
 
 from maskopt.cli import app
+from maskopt.cli.console import insist_on_interrupts
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
 from maskopt.limits import parse_bytes
 from maskopt.model.demo_model import MODELS, cache_directory, demo_model
@@ -161,6 +163,22 @@ def test_ctrl_c_says_how_to_go_on(dense: Path, text: Path, tmp_path: Path) -> No
     assert "Traceback" not in said
     run(*command[3:], "--resume")
     assert "holds" in run("verify", out, "--against", dense)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_ctrl_c_counts_inside_a_callback_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        insist_on_interrupts()
+        things = [type("Thing", (), {})()]
+        watch = weakref.ref(things[0], lambda _: signal.raise_signal(signal.SIGINT))
+        things.clear()
+        assert watch() is None
+        with pytest.raises(KeyboardInterrupt):
+            [time.sleep(0.01) for _ in range(6000)]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

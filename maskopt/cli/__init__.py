@@ -21,7 +21,7 @@ from maskopt.cli import (
     solvers,
     verify_output,
 )
-from maskopt.cli.console import errors, show_compiling
+from maskopt.cli.console import errors, insist_on_interrupts, show_compiling
 from maskopt.cli.flags import FlagCommand
 from maskopt.errors import MaskoptError
 
@@ -64,6 +64,7 @@ def _options(
 def main() -> None:
     """Entry point: an expected error is one line on stderr and exit status 1."""
     show_compiling()
+    insist_on_interrupts()
     try:
         app()
     except MaskoptError as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import sys
+import threading
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +17,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 #: a pipe or a file has no width: wide enough there for every table
 output = Console() if sys.stdout.isatty() else Console(width=120)
@@ -42,3 +48,16 @@ def show_compiling() -> None:
     log = logging.getLogger("maskopt.compile")
     log.setLevel(logging.INFO)
     log.addHandler(_Notice())
+
+
+def insist_on_interrupts() -> None:
+    """Make a Ctrl-C count wherever it falls. Python drops what is raised inside a destructor or the
+    callback of a weak reference; a KeyboardInterrupt dropped there is raised again just after."""
+    sys.unraisablehook = _interrupt_again
+
+
+def _interrupt_again(dropped: UnraisableHookArgs) -> None:
+    if isinstance(dropped.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()  # when the callback is through
+    else:
+        sys.__unraisablehook__(dropped)
