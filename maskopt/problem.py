@@ -297,6 +297,7 @@ class RowProblem:
 
 
 def _as_tensor(array: ArrayLike, what: str) -> Tensor:
+    """Rows side by side in memory, whatever view is given: kernels read and write them in place."""
     if isinstance(array, np.ndarray):
         if array.dtype.kind != "f":
             raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
@@ -306,7 +307,7 @@ def _as_tensor(array: ArrayLike, what: str) -> Tensor:
         raise ProblemError(f"{what} must be a torch tensor or a NumPy array, not {type(array)}")
     if not array.is_floating_point():
         raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
-    tensor = array.detach()
+    tensor = array.detach().contiguous()
     if not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise ProblemError(f"{what} holds {count} NaN or infinite values; mend the input first")

@@ -156,3 +156,24 @@ def test_a_third_party_that_is_no_solver_is_refused():
         make_solver(object())
     with pytest.raises(WarmStartError):
         solve(PROBLEM, "swap", start=3.5)
+
+
+@pytest.mark.parametrize("name", [n for n, info in available_solvers().items() if info.available])
+def test_a_view_with_other_strides_is_the_same_problem(name):
+    """As of the transposed weights of GPT-2 and of fused experts; starts may be views, too."""
+    gram = random_gram(12, "low-rank", 2)
+    mean = gram.diagonal().sqrt() / 2
+    problem = LayerProblem(random_weight(4, 12, 1), gram, Unstructured(keep=6), mean=mean)
+    view = LayerProblem(
+        problem.weight.t().contiguous().t(),
+        gram.repeat_interleave(2, 1)[:, ::2],
+        problem.pattern,
+        mean=mean.repeat_interleave(2)[::2],
+    )
+    starts = available_solvers()[name].capabilities.start != "ignored"
+    start = solve(problem, "wanda").mask if starts else None
+    expected = solve(problem, name, start=start)
+    found = solve(view, name, start=None if start is None else start.t().contiguous().t())
+    assert torch.equal(found.mask, expected.mask)
+    assert torch.equal(found.objective, expected.objective)
+    assert str(found.lower_bound) == str(expected.lower_bound)

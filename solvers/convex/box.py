@@ -134,13 +134,14 @@ def relax_box(
 
 def _one_thread_each(work: Callable[[int], Any], count: int, threads: int) -> list[Any]:
     """work(0 … count − 1), each with one thread inside torch: products that two threads share may
-    differ in their last bits from those of one."""
+    differ in their last bits from those of one. (`torch_threads` looks at the number of this thread, which
+    stays what it was; new threads inherit the last value that any thread set.)"""
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, range(count)))
     finally:
-        torch.set_num_threads(before)  # new threads inherit the last value set
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ times faster than a dozen passes over all rows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,27 @@ class TorchStep:
         self.target = self.q * self.x - self.u
 
 
+class _Rows(NamedTuple):
+    """What a step works on, one row each.
+
+    Attributes:
+        q, inverse: as above [rows, n].
+        across: D⁻¹ of a row with its groups side by side [rows, group, groups]; empty with one group.
+        x, u, target: as above [rows, n].
+        tau: multipliers of the sums [rows, groups].
+        scratch: [rows, n].
+    """
+
+    q: np.ndarray
+    inverse: np.ndarray
+    across: np.ndarray
+    x: np.ndarray
+    u: np.ndarray
+    target: np.ndarray
+    tau: np.ndarray
+    scratch: np.ndarray
+
+
 class CompiledStep:
     """The same on the CPU."""
 
@@ -57,27 +78,24 @@ class CompiledStep:
         groups = n // group
         # where groups are many their multipliers are sought side by side, so that SIMD has work
         across = inverse.view(rows, groups, group).mT if groups > 1 else inverse[:, :0, None]
-        self._arrays = [
-            t.contiguous().numpy()
-            for t in (
-                q,
-                inverse,
-                across,
-                self.x,
-                torch.zeros_like(q),
-                self.target,
-                q.new_zeros(rows, groups),
-                torch.empty_like(q),
-            )
-        ]
+        self._rows = _Rows(
+            q.numpy(),
+            inverse.numpy(),
+            across.contiguous().numpy(),
+            self.x.numpy(),
+            torch.zeros_like(q).numpy(),
+            self.target.numpy(),
+            q.new_zeros(rows, groups).numpy(),
+            torch.empty_like(q).numpy(),
+        )
         self._group, self._pruned = group, pruned
 
     def advance(self, product: Tensor, relaxation: float, theta: float) -> None:
-        kind = self._arrays[0].dtype.type
+        kind = self._rows.q.dtype.type
         advance: Any = _advance
         advance(
             product.contiguous().numpy(),
-            *self._arrays,
+            self._rows,
             self._group,
             kind(self._pruned),
             kind(relaxation),
@@ -92,19 +110,13 @@ def make_step(q: Tensor, inverse: Tensor, group: int, pruned: int) -> TorchStep 
 @loop(nogil=True, fastmath=FAST, error_model="numpy")
 def _advance(
     product: np.ndarray,
-    q: np.ndarray,
-    inverse: np.ndarray,
-    across: np.ndarray,
-    x: np.ndarray,
-    u: np.ndarray,
-    target: np.ndarray,
-    tau: np.ndarray,
-    scratch: np.ndarray,
+    of: _Rows,
     group: int,
     total: float,
     relaxation: float,
     theta: float,
 ) -> None:
+    q, inverse, across, x, u, target, tau, scratch = of
     rows, n = q.shape
     kind = q.dtype.type
     one = kind(1)
