@@ -15,13 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from maskopt.bounds import lower_bound, make_bound
-from maskopt.compare import append_record, check_format, read_records, write_records
-from maskopt.errors import ModelError, OptionError
+from maskopt.compare import (
+    append_record,
+    check_format,
+    check_rows,
+    draw_rows,
+    resume_records,
+    without,
+    write_records,
+)
+from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer
 from maskopt.model.options import name_patterns
 from maskopt.model.problems import layer_problems
@@ -77,15 +84,16 @@ def bound_layers(
         kinds: of layers, by name, as the records are to call them.
         rows: sampled from each layer; None: all.
         columns: inputs that each row is restricted to, drawn per row; None: full width.
-        output: `.jsonl` grows as layers finish and makes the run resumable; `.csv` and `.parquet`
-            are written at the end.
+        output: `.jsonl` grows as layers finish and makes the run resumable (what else the file holds
+            stays in it); `.csv` and `.parquet` are written at the end.
     """
+    check_rows(rows)
     options = dict(method_options or {})
     kinds = kinds or {}
     parts = (
         _Rows(part, kinds.get(layer.name, layer.name), chosen, solve(part, solver).mask)
         for position, layer in enumerate(problems)
-        for part, chosen in _sampled(layer, rows, columns, np.random.default_rng([seed, position]))
+        for part, chosen in _sampled(layer, rows, columns, seed=[seed, position])
     )
     return _certify(parts, method, options, seed, output, on_rows)
 
@@ -119,6 +127,7 @@ def certify_model(
     Raises:
         ModelError: the folders do not belong together. MaskoptError of what is called.
     """
+    check_rows(rows_per_layer)
     manifest = read_manifest(Path(pruned) / MANIFEST)
     wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
     common: dict[str, Any] = {
@@ -172,7 +181,8 @@ def _certify(
     if output is not None:
         check_format(output)
     resumable = output is not None and output.suffix == ".jsonl"
-    finished = read_records(output, GapRecord) if resumable and output is not None else {}
+    held = resume_records(output, GapRecord) if resumable and output is not None else {}
+    finished = dict(held)
     records: list[GapRecord] = []
     for rows in parts:
         problem, mask = rows.problem, rows.mask
@@ -204,26 +214,23 @@ def _certify(
         records += [finished[key] for key in keys]
         on_rows(len(records), problem.name)
     if output is not None:
-        write_records(output, records)
+        write_records(output, [*without(held, {r.key for r in records}), *records])
     return records
 
 
 def _sampled(
-    layer: LayerProblem, rows: int | None, columns: int | None, rng: np.random.Generator
+    layer: LayerProblem, rows: int | None, columns: int | None, *, seed: Sequence[int]
 ) -> Iterator[tuple[LayerProblem, list[int]]]:
     """The layer with some rows; where columns are drawn, each row is a problem of its own."""
-    if rows is not None and rows < 1:
-        raise OptionError(f"rows must be at least 1, not {rows}")
-    count = layer.rows if rows is None else min(rows, layer.rows)
-    chosen = sorted(int(i) for i in rng.choice(layer.rows, size=count, replace=False))
-    if columns is None or columns >= layer.n:
-        yield layer.take(chosen), chosen
-        return
-    for row in chosen:
-        inputs = np.sort(rng.choice(layer.n, size=columns, replace=False))
-        problem = layer.row(row).restrict(inputs).as_layer()
-        problem.name = layer.name
-        yield problem, [row]
+    drawn = draw_rows(layer, rows, columns, seed=seed)
+    whole = [row for row, inputs in drawn if inputs is None]
+    if whole:
+        yield layer.take(whole), whole
+    for row, inputs in drawn:
+        if inputs is not None:
+            problem = layer.row(row).restrict(inputs).as_layer()
+            problem.name = layer.name
+            yield problem, [row]
 
 
 def _model_rows(
@@ -239,8 +246,7 @@ def _model_rows(
             raise ModelError(
                 f"{name}: the pruned model has {other.name} in its place; not the same model"
             )
-        rng = np.random.default_rng([seed, position])
-        for part, chosen in _sampled(original, rows_per_layer, None, rng):
+        for part, chosen in _sampled(original, rows_per_layer, None, seed=[seed, position]):
             kept_weight = pruned.weight[chosen]
             changed = (kept_weight != 0) & (kept_weight != part.weight)
             if bool(changed.any()):

@@ -11,21 +11,22 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from joblib import Parallel, delayed
 
 from maskopt.errors import DataError, MaskoptError, OptionError
 from maskopt.files import atomic_write
-from maskopt.limits import Limits
+from maskopt.limits import KEYWORDS, Limits
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem, RowProblem, load_problem
 from maskopt.solution import Status
-from maskopt.solver import Solver, limits_of, make_solver, solve
+from maskopt.solver import Solver, make_solver, solve
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 
@@ -70,21 +71,41 @@ def sample_rows(
     The draw depends on the seed and on the layer's position alone. Restricted rows keep the layer's
     pattern (of N:M only whole groups make sense: `columns` must be divisible by M).
     """
-    if rows < 1:
-        raise OptionError(f"rows must be at least 1, not {rows}")
+    check_rows(rows)
     sampled = []
     for position, layer in enumerate(layers):
-        rng = np.random.default_rng([seed, position])
-        chosen = np.sort(rng.choice(layer.rows, size=min(rows, layer.rows), replace=False))
-        for index in chosen:
-            row = layer.row(int(index))
-            if columns is not None and columns < layer.n:
-                inputs = np.sort(rng.choice(layer.n, size=columns, replace=False))
-                row = row.restrict(inputs, pattern)
-            elif pattern is not None:
-                row = row.restrict(np.arange(layer.n), pattern)
+        for index, inputs in draw_rows(layer, rows, columns, seed=[seed, position]):
+            row = layer.row(index)
+            if inputs is not None or pattern is not None:
+                row = row.restrict(np.arange(layer.n) if inputs is None else inputs, pattern)
             sampled.append(row)
     return sampled
+
+
+def check_rows(rows: int | None) -> None:
+    """Raise OptionError for a number of rows to draw (None: all) that is below 1."""
+    if rows is not None and rows < 1:
+        raise OptionError(f"rows must be at least 1, not {rows}")
+
+
+def draw_rows(
+    layer: LayerProblem, rows: int | None, columns: int | None, *, seed: Sequence[int]
+) -> list[tuple[int, np.ndarray | None]]:
+    """Which rows of a layer, ascending, and which inputs of each.
+
+    Args:
+        rows: how many, as `check_rows` allows them; all where the layer has no more.
+        columns: how many inputs, drawn per row; None, or no fewer than the layer has: all.
+
+    Returns:
+        (row, inputs), the inputs [columns] ascending, None where they are all.
+    """
+    rng = np.random.default_rng(seed)
+    count = layer.rows if rows is None else min(rows, layer.rows)
+    chosen = np.sort(rng.choice(layer.rows, size=count, replace=False))
+    if columns is None or columns >= layer.n:
+        return [(int(row), None) for row in chosen]
+    return [(int(row), np.sort(rng.choice(layer.n, size=columns, replace=False))) for row in chosen]
 
 
 def compare(
@@ -101,16 +122,22 @@ def compare(
 
     Args:
         rows: the instances, `sample_rows` makes them.
-        solvers: names or values such as `Swap()`, or name → options (`start` among them).
+        solvers: names or values such as `Swap()`, none of them twice, or name → options (`start`,
+            `time_limit`, `seed`, … among them, which go before those for all).
         time_limit: seconds a row, its start included.
         seed: of everything random.
         jobs: joblib's n_jobs.
         output: `.jsonl` grows as jobs finish and makes the run resumable (jobs are known by their
-            data, solver and options); `.csv` and `.parquet` are written at the end.
+            data, solver and options; what else the file holds stays in it); `.csv` and `.parquet` are
+            written at the end.
         on_progress: called with (finished jobs, jobs).
 
     Returns:
         Records in the order rows × solvers. A job that failed has status `failed` and its error.
+
+    Raises:
+        OptionError, SolverError: solvers, options or an `output` that will not do, before anything
+            runs. DataError: an `output` that holds something else.
     """
     jobs_by_name = _jobs_by_name(solvers, Limits(seconds=time_limit, seed=seed))
     path = Path(output) if output is not None else None
@@ -119,22 +146,23 @@ def compare(
     jobs_wanted = [
         (_key(row, name, job), row, name) for row in rows for name, job in jobs_by_name.items()
     ]
-    finished = read_records(path) if path is not None and path.suffix == ".jsonl" else {}
-    finished = {key: r for key, r in finished.items() if r.status != "failed"}
-    missing = {key: (row, name) for key, row, name in jobs_wanted if key not in finished}
+    wanted = {key: (row, name) for key, row, name in jobs_wanted}
+    resumable = path is not None and path.suffix == ".jsonl"
+    held = resume_records(path) if resumable and path is not None else {}
+    finished = {key: r for key, r in held.items() if key in wanted and r.status != "failed"}
+    missing = {key: job for key, job in wanted.items() if key not in finished}
     results = Parallel(n_jobs=jobs, return_as="generator_unordered")(
         delayed(_solved)(row, name, jobs_by_name[name], key) for key, (row, name) in missing.items()
     )
-    total = len({key for key, _, _ in jobs_wanted})
     for record in results:
         finished[record.key] = record
-        if path is not None and path.suffix == ".jsonl":
+        if resumable and path is not None:
             append_record(path, record)
         if on_progress is not None:
-            on_progress(len(finished), total)
-    records = _with_excess([(key, finished[key]) for key, _, _ in jobs_wanted], len(jobs_by_name))
+            on_progress(len(finished), len(wanted))
+    records = _with_excess([finished[key] for key, _, _ in jobs_wanted], len(jobs_by_name))
     if path is not None:
-        write_records(path, records)
+        write_records(path, [*without(held, wanted), *records])
     return records
 
 
@@ -153,15 +181,21 @@ def _jobs_by_name(
     """Every solver made, its options checked, before anything runs."""
     if not isinstance(solvers, Mapping):
         made = [make_solver(solver) for solver in solvers]
+        names = [solver.name for solver in made]
+        for name in names:
+            if names.count(name) > 1:
+                # records know their solver by its name alone
+                raise OptionError(
+                    f"solver {name!r} is given twice; run compare once for each of its settings"
+                )
         return {solver.name: _Job(solver, None, limits) for solver in made}
     jobs = {}
     for name, options in solvers.items():
         given = dict(options)
         start = given.pop("start", given.pop("warm_start", None))
-        shared, own = limits_of(None, given)
-        named = {f.name: getattr(shared, f.name) for f in fields(Limits)}
-        changed = {k: v for k, v in named.items() if v != getattr(Limits(), k)}
-        jobs[name] = _Job(make_solver(name, **own), start, replace(limits, **changed))
+        shared = {KEYWORDS[k]: v for k, v in given.items() if k in KEYWORDS}
+        own = {k: v for k, v in given.items() if k not in KEYWORDS}
+        jobs[name] = _Job(make_solver(name, **own), start, replace(limits, **shared))
     return jobs
 
 
@@ -170,9 +204,20 @@ def _key(row: RowProblem, name: str, job: _Job) -> str:
     digest.update(row.weight.double().cpu().numpy().tobytes())
     digest.update(row.gram.double().cpu().numpy().tobytes())
     limits = [job.limits.seconds, job.limits.memory, job.limits.seed]
-    text = json.dumps([str(row.pattern), row.name, name, repr(job.solver), limits, str(job.start)])
+    start = _start_text(job.start)
+    text = json.dumps([str(row.pattern), row.name, name, repr(job.solver), limits, start])
     digest.update(text.encode())
     return digest.hexdigest()[:20]
+
+
+def _start_text(start: Any) -> str:
+    """A start in a job's key: by name or as a value what it reads as; a mask by all of its entries, of
+    which str() leaves most out where there are many."""
+    if isinstance(start, torch.Tensor) and start.dtype == torch.bool:
+        start = start.cpu().numpy()
+    if not isinstance(start, np.ndarray):
+        return str(start)
+    return f"{start.dtype} {start.shape} {hashlib.sha256(start.tobytes()).hexdigest()}"
 
 
 def _solved(row: RowProblem, name: str, job: _Job, key: str) -> Record:
@@ -202,10 +247,10 @@ def _solved(row: RowProblem, name: str, job: _Job, key: str) -> Record:
     )
 
 
-def _with_excess(found: list[tuple[str, Record]], solvers: int) -> list[Record]:
+def _with_excess(found: list[Record], solvers: int) -> list[Record]:
     records = []
     for first in range(0, len(found), solvers):
-        group = [record for _, record in found[first : first + solvers]]
+        group = found[first : first + solvers]
         proven = [r.objective for r in group if r.status == Status.OPTIMAL]
         for record in group:
             excess = math.nan
@@ -240,7 +285,11 @@ def append_record(path: Path, record: Any) -> None:
 
 
 def read_records(path: Path, kind: type[Any] = Record) -> dict[str, Any]:
-    """Finished jobs of a JSONL file by key; a last line that was cut off is left out."""
+    """Finished jobs of a JSONL file by key; a last line that was cut off is left out.
+
+    Raises:
+        DataError: another line that is no JSON, or no record of this kind.
+    """
     if not path.exists():
         return {}
     names = {field.name for field in fields(kind)}
@@ -263,6 +312,22 @@ def read_records(path: Path, kind: type[Any] = Record) -> dict[str, Any]:
             own["trace"] = {name: data[name] for name in data if name in extra}
         found[data["key"]] = kind(**{k: math.nan if v is None else v for k, v in own.items()})
     return found
+
+
+def resume_records(path: Path, kind: type[Any] = Record) -> dict[str, Any]:
+    """What `read_records` finds, or raises, of a file that is to grow.
+
+    The file then ends with a whole line: `append_record` would write onto one that was cut off.
+    """
+    found = read_records(path, kind)
+    if path.exists():
+        write_records(path, list(found.values()))
+    return found
+
+
+def without(held: Mapping[str, Any], keys: Container[str]) -> list[Any]:
+    """The records of other runs that a file held beside those of `keys`."""
+    return [record for key, record in held.items() if key not in keys]
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:

@@ -11,8 +11,9 @@ from tiny_models import save, save_tokenizer, tiny
 from typer.testing import CliRunner
 
 from maskopt import NM, LayerProblem, Unstructured, prune_model, solve
-from maskopt.certify import bound_layers, by_kind, certify_model
+from maskopt.certify import GapRecord, bound_layers, by_kind, certify_model
 from maskopt.cli import app
+from maskopt.compare import read_records, sample_rows
 from maskopt.errors import MaskoptError, ModelError, OptionError
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again " * 60
@@ -87,6 +88,60 @@ def test_an_interrupted_run_keeps_its_rows(layer, tmp_path, monkeypatch):
     # a matrix product may sum in another order when fewer rows are left
     expected = [r.objective for r in whole]
     assert [r.objective for r in again] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_run_may_be_interrupted_twice(layer, tmp_path):
+    path = tmp_path / "gaps.jsonl"
+
+    def run_until(count):
+        """Bounds rows one by one (columns make each a part of its own) up to an interrupt."""
+
+        def stop(done, name):
+            if done == count:
+                raise KeyboardInterrupt
+
+        bound_layers([layer], rows=4, columns=12, method="box", output=path, on_rows=stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_until(2)
+    path.write_text(path.read_text()[:-40])
+    for count in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run_until(count)
+        assert len(read_records(path, GapRecord)) == count
+    run_until(None)
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_records_of_other_runs_in_the_file_are_kept(layer, tmp_path):
+    path = tmp_path / "gaps.jsonl"
+    shift = bound_layers([layer], rows=2, method="shift", output=path)
+    box = bound_layers([layer], rows=2, method="box", output=path)
+    assert [r.method for r in box] == ["box"] * 2
+    assert list(read_records(path, GapRecord).values()) == [*shift, *box]
+
+
+@pytest.mark.parametrize("columns", [None, 10, 24])
+def test_rows_and_inputs_are_drawn_as_for_a_comparison(layer, columns):
+    layers = [layer, LayerProblem(2 * layer.weight, layer.gram, layer.pattern, name="b")]
+    sampled = sample_rows(layers, 3, columns=columns, seed=5)
+    records = bound_layers(layers, rows=3, columns=columns, method="box", seed=5)
+    assert [f"{r.instance}[{r.row}]" for r in records] == [row.name for row in sampled]
+    for row, record in zip(sampled, records, strict=True):
+        assert row.n == record.n
+        assert record.objective == pytest.approx(float(solve(row, "swap").objective), rel=1e-9)
+
+
+def test_a_bad_number_of_rows_is_refused_before_any_layer_is_made(models):
+    def layers():
+        raise AssertionError("not to be asked for")
+        yield
+
+    for draw in (sample_rows, bound_layers):
+        with pytest.raises(OptionError, match="rows must be at least 1, not 0"):
+            draw(layers(), rows=0)
+    with pytest.raises(OptionError, match="rows"):
+        certify_model(models / "no", models / "no", calibration=TEXT, rows_per_layer=0)
 
 
 def test_the_masks_of_a_pruned_model_are_the_ones_judged(models):

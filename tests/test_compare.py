@@ -5,11 +5,13 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
+import torch
 from strategies import random_gram, random_weight
 from typer.testing import CliRunner
 
-from maskopt import NM, LayerProblem, RowProblem, Unstructured
+from maskopt import NM, LayerProblem, RowProblem, Unstructured, make_solver
 from maskopt.cli import app
 from maskopt.compare import compare, read_records, sample_rows
 from maskopt.errors import DataError, OptionError
@@ -78,6 +80,106 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(layer, tmp_path):
     assert len(read_records(path)) == 6
     seconds = {json.loads(line)["key"]: json.loads(line)["seconds"] for line in kept}
     assert all(r.seconds == seconds[r.key] for r in records if r.key in seconds)
+
+
+def stop_at(count):
+    """An `on_progress` that interrupts the run when so many jobs are finished."""
+
+    def stop(done, total):
+        if done == count:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+@pytest.mark.parametrize("ending", ["cut off", "whole, without its newline"])
+def test_a_run_may_be_interrupted_any_number_of_times(layer, tmp_path, ending):
+    rows = sample_rows([layer], 4, columns=10)
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        compare(rows, ["wanda"], output=path, on_progress=stop_at(2))
+    text = path.read_text()
+    path.write_text(text[:-40] if ending == "cut off" else text[:-1])
+    for finished in (2, 3):
+        left = len(read_records(path))
+        with pytest.raises(KeyboardInterrupt):
+            compare(rows, ["wanda"], output=path, on_progress=stop_at(left + 1))
+        assert len(read_records(path)) == left + 1 >= finished
+    compare(rows, ["wanda"], output=path)
+    assert len(read_records(path)) == len(path.read_text().splitlines()) == 4
+
+
+def test_records_of_other_runs_in_the_file_are_kept_and_not_counted(layer, tmp_path):
+    rows = sample_rows([layer], 2, columns=10)
+    path = tmp_path / "out.jsonl"
+    compare(rows, ["wanda"], output=path)
+    counted = []
+    records = compare(
+        rows, ["magnitude"], output=path, on_progress=lambda *event: counted.append(event)
+    )
+    assert counted == [(1, 2), (2, 2)]
+    assert [r.solver for r in records] == ["magnitude"] * 2
+    held = read_records(path)
+    assert [r.solver for r in held.values()] == ["wanda"] * 2 + ["magnitude"] * 2
+    again = compare(rows, ["wanda", "magnitude"], output=path, on_progress=stop_at(1))
+    assert [r.seconds for r in again] == [held[r.key].seconds for r in again]
+
+
+def test_a_failed_record_of_another_run_is_kept_and_an_own_one_replaced(layer, tmp_path):
+    row = sample_rows([layer], 1, columns=10)
+    path = tmp_path / "out.jsonl"
+    compare(row, ["wanda"], output=path)
+    done = json.loads(path.read_text())
+    failed = {**done, "status": "failed", "objective": None}
+    path.write_text("".join(json.dumps(r) + "\n" for r in (failed, {**failed, "key": "other"})))
+    compare(row, ["wanda"], output=path)
+    assert {r.key: r.status for r in read_records(path).values()} == {
+        "other": "failed", done["key"]: "feasible",
+    }  # fmt: skip
+
+
+def test_a_solver_given_twice_is_refused_before_anything_runs(layer):
+    rows = sample_rows([layer], 1, columns=10)
+    ran = []
+    with pytest.raises(OptionError, match=r"'tabu' is given twice.*compare once for each"):
+        compare(
+            rows,
+            ["wanda", make_solver("tabu", moves=1), make_solver("tabu", moves=500)],
+            on_progress=lambda *event: ran.append(event),
+        )
+    assert ran == []
+
+
+def test_an_option_of_a_solver_goes_before_the_one_for_all(layer):
+    rows = sample_rows([layer], 1, columns=10)
+    records = compare(rows, {"random": {"seed": 0}, "wanda": {}}, seed=5)
+    assert [r.seed for r in records] == [0, 5]
+    untimed = compare(rows, {"tabu": {"time_limit": None, "moves": 20}}, time_limit=0)
+    timed = compare(rows, {"tabu": {"moves": 20}}, time_limit=0)
+    assert untimed[0].key != timed[0].key
+    with pytest.raises(OptionError, match="seed"):
+        compare(rows, {"random": {"seed": -1}}, seed=5)
+
+
+@pytest.mark.parametrize("make", [torch.as_tensor, np.asarray])
+def test_long_masks_as_starts_are_told_apart(make, tmp_path):
+    n = 1200  # str() leaves out the middle of more than 1000 entries
+    row = RowProblem(random_weight(1, n, 1)[0], torch.eye(n), Unstructured(0.5))
+    masks = np.arange(n) % 2 == 0, np.arange(n) % 2 == 0
+    masks[1][600:602] = masks[1][601], masks[1][600]
+    keys = [
+        compare([row], {"swap": {"start": make(mask), "time_limit": 0}})[0].key
+        for mask in (*masks, masks[0].copy())
+    ]
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2]
+
+
+def test_named_starts_keep_their_keys():
+    """A file of an earlier version is taken up again."""
+    row = RowProblem(torch.arange(1.0, 5.0), torch.eye(4), Unstructured(0.5))
+    records = compare([row], {"wanda": {}, "swap": {"start": "wanda"}}, time_limit=3, seed=1)
+    assert [r.key for r in records] == ["1b1a2a150ba137dca410", "60844c35e7301a059de6"]
 
 
 def test_a_failed_job_is_a_record():
