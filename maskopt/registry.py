@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -102,6 +103,13 @@ class Registry:
             )
         loaded: type[Any] = kind
         return loaded
+
+
+def missing_package(package: str, install: str) -> str | None:
+    """For `unavailable`: that a backend's package is not installed, and what installs it; None: it is."""
+    if importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed; pip install {install}"
+    return None
 
 
 @cache

@@ -9,6 +9,7 @@ from maskopt.bounds import REGISTRY as BOUNDS
 from maskopt.errors import OptionError
 from maskopt.fields import build, check_options, option, options_of
 from maskopt.solver import REGISTRY as SOLVERS
+from maskopt.solver import make_solver
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,22 @@ def test_lists_tell_what_cannot_run():
     assert {"sdp", "box"} <= set(available_bounds())
     for info in available_solvers().values():
         assert info.available == (info.unavailable is None)
+
+
+def test_a_backend_that_cannot_say_whether_it_runs_hides_no_other(monkeypatch):
+    def broken():
+        raise OSError("licence server is silent")
+
+    monkeypatch.setattr("maskopt.solvers.exact.gurobi.Gurobi.unavailable", staticmethod(broken))
+    found = available_solvers()
+    assert found["gurobi"].unavailable == "OSError: licence server is silent"
+    assert found["swap"].available
+
+
+def test_a_backend_is_asked_once_whether_it_runs(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "maskopt.solvers.swap.solver.Swap.unavailable", staticmethod(lambda: asked.append(1))
+    )
+    make_solver("swap")
+    assert asked == [1]

@@ -6,7 +6,6 @@ What SCS prints is no bound; its y goes through the same correction and the same
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from maskopt.certificate import Certificate
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
+from maskopt.registry import missing_package
 from maskopt.solvers.convex.duals import certify_row, penalty_of
 from maskopt.solvers.convex.mixing import scales_of
 from maskopt.trace import BoundTrace
@@ -39,9 +39,7 @@ class ConicBound(BoundMethod):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        if importlib.util.find_spec("scs") is None:
-            return "the package scs is not installed; pip install 'maskopt[conic]'"
-        return None
+        return missing_package("scs", "'maskopt[conic]'")
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
         """See `BoundMethod.certify`."""

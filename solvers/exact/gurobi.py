@@ -6,7 +6,6 @@ inputs.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from maskopt.errors import SolverError
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
+from maskopt.registry import missing_package
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
 from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
@@ -48,8 +48,8 @@ class Gurobi(RowSolver):
     @classmethod
     def unavailable(cls) -> str | None:
         """See `Solver.unavailable`."""
-        if importlib.util.find_spec("gurobipy") is None:
-            return "the package gurobipy is not installed; pip install 'maskopt[gurobi]'"
+        if reason := missing_package("gurobipy", "'maskopt[gurobi]'"):
+            return reason
         import gurobipy
 
         try:

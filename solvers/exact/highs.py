@@ -7,7 +7,6 @@ reformulation-linearisation equations, far tighter than z_ij ≥ p_i + p_j − 1
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
+from maskopt.registry import missing_package
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
 from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
@@ -44,9 +44,7 @@ class Highs(RowSolver):
     @classmethod
     def unavailable(cls) -> str | None:
         """See `Solver.unavailable`."""
-        if importlib.util.find_spec("highspy") is None:
-            return "the package highspy is not installed; pip install 'maskopt[highs]'"
-        return None
+        return missing_package("highspy", "'maskopt[highs]'")
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""

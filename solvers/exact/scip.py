@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from maskopt.errors import OptionError, SolverError
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem, RowProblem
+from maskopt.registry import missing_package
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
 from maskopt.solvers.exact.duals import qcr_duals
@@ -63,9 +63,7 @@ class Scip(RowSolver):
     @classmethod
     def unavailable(cls) -> str | None:
         """See `Solver.unavailable`."""
-        if importlib.util.find_spec("pyscipopt") is None:
-            return "the package pyscipopt is not installed; pip install pyscipopt"
-        return None
+        return missing_package("pyscipopt", "pyscipopt")
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskopt.errors import SolverError
 from maskopt.fields import option
-from maskopt.limits import Limits
+from maskopt.limits import Limits, torch_threads
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import Capabilities, Solver
@@ -157,11 +157,8 @@ def _threads_for(kernel: str) -> Iterator[int]:
     if kernel != "numba":
         yield threads
         return
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:
