@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError
+from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
@@ -129,7 +130,7 @@ class Job:
             self.activation_memory = check_memory(self.load, options.max_memory)
         self.tell = on_progress or (lambda _: None)
         self.pool: Threads
-        self._captured: Captured
+        self._captured: Captured | None = None
         self._held: ExitStack | None = None
         self._walk: Generator[Block, None, None] | None = None
 
@@ -137,7 +138,13 @@ class Job:
     def load(self) -> Load:
         """What the memory of the walk depends on."""
         return Load(
-            self.source, self.layers, self.count, self.length, self.threads, self.activation_memory
+            self.source,
+            self.layers,
+            self.count,
+            self.length,
+            self.threads,
+            self.activation_memory,
+            held=self.options.holdout > 0 and not self.whole,
         )
 
     def blocks(
@@ -162,7 +169,8 @@ class Job:
         chosen = by_block(self.layers)
         with ExitStack() as until_the_end:
             held = self._held or until_the_end
-            samples = self._start(held, folder)
+            captured = self._captured = self._start(held, folder)
+            samples = self._samples(captured.states)
             for index in range(waiting[-1] + 1):
                 done = finished.get(index)
                 masks = None if done is None or self.options.one_pass else done.masks
@@ -174,7 +182,7 @@ class Job:
                         module,
                         self.source.blocks.prefix(index).rstrip("."),
                         self.source.device,
-                        self._captured.calls[index],
+                        captured.calls[index],
                         samples,
                         self.pool,
                     )
@@ -193,10 +201,11 @@ class Job:
     @contextmanager
     def logits(self) -> Iterator[Callable[[int], Tensor]]:
         """After a whole walk: a function of a window's index that gives its logits [length, vocabulary].
-        The output head is in memory meanwhile."""
-        assert self.windows is not None
-        tokens, device = self.windows.tokens, self.source.device
+        The output head is in memory meanwhile; it may be entered again."""
         captured = self._captured
+        assert self.windows is not None
+        assert captured is not None
+        tokens, device = self.windows.tokens, self.source.device
 
         def of(window: int) -> Tensor:
             state = captured.states[window].to(device)
@@ -216,15 +225,16 @@ class Job:
         if self._held is not None:
             self._held.close()
             self._held = None
+        self._captured = None
 
-    def _start(self, held: ExitStack, folder: Path) -> Samples:
+    def _start(self, held: ExitStack, folder: Path) -> Captured:
         """Everything before the first block."""
         if self.windows is None:
             raise ModelError("there is no text to walk through the blocks; name some")
         self.pool = held.enter_context(Threads(self.source.device, self.threads))
         self.source.load_outside()
         with torch.no_grad():
-            self._captured = capture(
+            captured = capture(
                 self.source.model,
                 self.source.blocks,
                 self.windows.tokens,
@@ -232,7 +242,12 @@ class Job:
                 self.source.device,
                 lambda size: folder if size > self.activation_memory else None,
             )
-        states = held.enter_context(self._captured.states)
+        held.enter_context(captured.states)
+        return captured
+
+    def _samples(self, states: Activations) -> Samples:
+        """The windows, as they come to the first block."""
+        assert self.windows is not None
         skip = None if self.whole else self.options.skip_bad_samples
         count = len(self.windows)
         aside = frozenset() if self.whole else held_out(count, self.options.holdout)

@@ -54,6 +54,7 @@ class Load:
     Attributes:
         samples, length: windows, and tokens in each.
         activation_memory: bytes of hidden states above which they go to a file.
+        held: windows are kept aside, whose Gram matrices are summed apart.
     """
 
     source: Source
@@ -62,6 +63,7 @@ class Load:
     length: int
     threads: int
     activation_memory: int
+    held: bool = False
 
 
 def estimate_memory(load: Load) -> Memory:
@@ -76,11 +78,12 @@ def estimate_memory(load: Load) -> Memory:
     grams = inputs = solving = 0
     for mine in by_block(load.layers).values():
         distinct = distinct_inputs(mine)
-        grams = max(grams, sum(8 * n * n for n in distinct))
+        grams = max(grams, sum((16 if load.held else 8) * n * n for n in distinct))
         inputs = max(inputs, load.threads * length * width * (sum(distinct) + 6 * hidden))
-        # the Gram in float32 and two more matrices of its size (of the start's relaxation: in float64
-        # up to n = 4096), the weights in float32 a few times
-        squares = [12 * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
+        # the Gram in float32 (and that of the windows kept aside) and two more matrices of its size (of
+        # the start's relaxation: in float64 up to n = 4096), the weights in float32 a few times
+        square = 16 if load.held else 12
+        squares = [square * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
         rows = [24 * y.rows * y.n for y in mine]
         solving = max(solving, max(map(sum, zip(squares, rows, strict=True))))
     return Memory(

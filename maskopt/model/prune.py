@@ -134,23 +134,22 @@ def _prune_layer(
     def at(alpha: float) -> LayerProblem:
         return layer_problem(layer, dense, used, options.pattern, alpha)
 
-    fitted = at(0.0)
     held = None if grams.held is None else grams.held.of(layer.name)
     judge = None if held is None else layer_problem(layer, dense, held, options.pattern)
     began = time.perf_counter()
-    shrink = 0.0 if fallback or options.shrink == AUTO else float(options.shrink)
-    if fallback:
-        solved = solve_by_magnitude(fitted)
-    elif options.shrink == AUTO and judge is not None:
+    if options.shrink == AUTO and judge is not None and not fallback:
         solved, shrink = solve_by_held_error(at, judge, options)
+        fitted = at(shrink)
     else:
-        solved = solve_layer(at(shrink) if shrink else fitted, options)
+        shrink = 0.0 if fallback or options.shrink == AUTO else float(options.shrink)
+        fitted = at(shrink)
+        solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options)
     seconds = time.perf_counter() - began
     solution, start = solved.solution, solved.start
-    energy = fitted.output_energy()
+    energy = float(fitted.output_energy().sum())
     energy_held = None if judge is None else float(judge.output_energy().sum())
     error_held = None if judge is None else float(judge.objective(solution.mask).sum())
-    weight.masked_fill_(~solution.mask.to(weight.device), 0)
+    weight.masked_fill_(~solution.mask.to(weight.device), 0)  # the problems may share it
     report = LayerReport(
         name=layer.name,
         block=layer.block,
@@ -166,7 +165,7 @@ def _prune_layer(
         tokens=tokens,
         fallback=fallback,
         seconds=seconds,
-        energy=float(energy.sum()),
+        energy=energy,
         error_held=error_held,
         energy_held=energy_held,
         shrink=shrink,
