@@ -145,6 +145,7 @@ class Job:
             self.threads,
             self.activation_memory,
             held=self.options.holdout > 0 and not self.whole,
+            beside=self.options.beside,
         )
 
     def blocks(
@@ -170,29 +171,43 @@ class Job:
         with ExitStack() as until_the_end:
             held = self._held or until_the_end
             captured = self._captured = self._start(held, folder)
-            samples = self._samples(captured.states)
+            samples = self._samples(captured.states, held, folder)
             for index in range(waiting[-1] + 1):
                 done = finished.get(index)
                 masks = None if done is None or self.options.one_pass else done.masks
                 if done is not None:
                     samples.drop({bad["sample"] for bad in done.bad})
+                    if samples.dense is not None:
+                        with self.source.open(index, None) as module:
+                            self._opened(index, module, captured, samples).advance_dense()
                 with self.source.open(index, masks) as module:
-                    opened = OpenBlock(
-                        self.source.model,
-                        module,
-                        self.source.blocks.prefix(index).rstrip("."),
-                        self.source.device,
-                        captured.calls[index],
-                        samples,
-                        self.pool,
-                    )
-                    block = Block(self, index, chosen.get(index, []), opened)
+                    block = self._opened(index, module, captured, samples, chosen.get(index, []))
                     if done is not None:
+                        block.dense_advanced = True
                         block.advance("replay")
                         continue
                     yield block
                     if not block.advanced and self.goes_on(index):
                         raise RuntimeError(f"block {index} was left without advance()")
+
+    def _opened(
+        self,
+        index: int,
+        module: nn.Module,
+        captured: Captured,
+        samples: Samples,
+        layers: Sequence[Layer] = (),
+    ) -> Block:
+        opened = OpenBlock(
+            self.source.model,
+            module,
+            self.source.blocks.prefix(index).rstrip("."),
+            self.source.device,
+            captured.calls[index],
+            samples,
+            self.pool,
+        )
+        return Block(self, index, layers, opened)
 
     def goes_on(self, index: int) -> bool:
         """Does anything need the output of block `index`?"""
@@ -240,18 +255,29 @@ class Job:
                 self.windows.tokens,
                 self.pool,
                 self.source.device,
-                lambda size: folder if size > self.activation_memory else None,
+                lambda size: folder if self._spills(size) else None,
             )
         held.enter_context(captured.states)
         return captured
 
-    def _samples(self, states: Activations) -> Samples:
+    def _samples(self, states: Activations, held: ExitStack, folder: Path) -> Samples:
         """The windows, as they come to the first block."""
         assert self.windows is not None
         skip = None if self.whole else self.options.skip_bad_samples
         count = len(self.windows)
         aside = frozenset() if self.whole else held_out(count, self.options.holdout)
-        return Samples(states, count, self.windows.source, skip_bad=skip, held=aside)
+        dense = None
+        if self.options.beside:
+            size = count * states.shape.numel() * states.dtype.itemsize
+            place = folder if self._spills(size) else None
+            dense = held.enter_context(Activations(count, states.shape, states.dtype, place))
+            for sample in range(count):
+                dense[sample] = states[sample]
+        return Samples(states, count, self.windows.source, skip_bad=skip, held=aside, dense=dense)
+
+    def _spills(self, size: int) -> bool:
+        """Whether hidden states of so many bytes, and where there are dense ones those, go to a file."""
+        return (2 if self.options.beside else 1) * size > self.activation_memory
 
 
 class Block:
@@ -265,7 +291,7 @@ class Block:
 
     def __init__(self, job: Job, index: int, layers: Sequence[Layer], opened: OpenBlock) -> None:
         self.job, self.index, self.layers = job, index, layers
-        self.advanced = False
+        self.advanced = self.dense_advanced = False
         self._opened = opened
         self._before = len(opened.samples.bad)
 
@@ -293,7 +319,7 @@ class Block:
                 all_experts=self.job.options.all_experts,
                 tick=self.ticker("calibrate", len(self._opened.samples.active)),
             )
-        self.advanced = one_pass
+        self.advanced, self.dense_advanced = one_pass, True
         return grams
 
     def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
@@ -317,11 +343,23 @@ class Block:
     def advance(self, stage: str = "forward") -> None:
         """Send the samples through the block as it is now; what comes out are the inputs of the next
         one. Nothing runs where nothing needs them, or where they have moved on already."""
+        if not self.dense_advanced:
+            self.advance_dense()
         if not self.advanced and self.job.goes_on(self.index):
-            tick = self.ticker(stage, len(self._opened.samples.active))
+            samples = self._opened.samples
+            tick = self.ticker(stage, len(samples.active))
             with torch.no_grad():
-                pass_on(self._opened, tick)
+                pass_on(self._opened, samples.states, tick)
         self.advanced = True
+
+    def advance_dense(self) -> None:
+        """Send the dense hidden states, where there are any, through the block, whose weights nobody has
+        changed."""
+        dense = self._opened.samples.dense
+        if dense is not None and self.job.goes_on(self.index):
+            with torch.no_grad():
+                pass_on(self._opened, dense)
+        self.dense_advanced = True
 
 
 def _windows(

@@ -23,7 +23,7 @@ from maskopt.model.collect import Grams
 from maskopt.model.job import Job, open_job, tokens_or_tokenizer
 from maskopt.model.options import AUTO, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report
-from maskopt.model.problems import layer_problem
+from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import LayerReport, PruneReport, versions
 from maskopt.model.solving import solve_by_held_error, solve_by_magnitude, solve_layer
@@ -132,10 +132,9 @@ def _prune_layer(
     used = None if fallback else gram
 
     def at(alpha: float) -> LayerProblem:
-        return layer_problem(layer, dense, used, options.pattern, alpha)
+        return layer_problem(layer, dense, used, options.pattern, alpha, grams.moved(layer.name))
 
-    held = None if grams.held is None else grams.held.of(layer.name)
-    judge = None if held is None else layer_problem(layer, dense, held, options.pattern)
+    judge = held_problem(layer, dense, grams, options.pattern)
     began = time.perf_counter()
     if options.shrink == AUTO and judge is not None and not fallback:
         solved, shrink = solve_by_held_error(at, judge, options)
