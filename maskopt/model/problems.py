@@ -25,7 +25,7 @@ def collect_problems(
     options: PruneOptions | None = None,
     *,
     layers: str | Sequence[str] = (),
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[Any] | None = None,
     on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> Iterator[tuple[str, LayerProblem]]:
@@ -53,7 +53,7 @@ def layer_problems(
     tokenizer_or_tokens: Any = None,
     options: PruneOptions | None = None,
     *,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[Any] | None = None,
     on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> Iterator[tuple[Layer, LayerProblem]]:
