@@ -359,7 +359,7 @@ def test_every_command_that_reads_text_takes_chats(
     assert (tmp_path / "layer.npz").exists()
     assert "memory" in run("plan", dense, *half, *few[:-2], "--solver", "wanda")
     said = run(
-        "bound", dense, *few[1:], *half, "--calibration", tmp_path / "x.txt", fails=DataError
+        "bound", dense, *few[2:], *half, "--calibration", tmp_path / "x.txt", fails=DataError
     )
     assert "--chat takes JSON lines" in said
 

@@ -77,7 +77,7 @@ def _read_text(path: Path) -> str:
 
 
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of every line of a file of JSON lines that is not blank; `where` names both.
+    """(where, value) of every line of a file of JSON lines that is not blank; `where` names file and line.
 
     Raises:
         DataError: no such file, not UTF-8, or not JSON.
