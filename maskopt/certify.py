@@ -102,7 +102,7 @@ def certify_model(
     model: str | Path,
     pruned: str | Path,
     *,
-    calibration: str | Path | Sequence[str],
+    calibration: str | Path | Sequence[Any],
     rows_per_layer: int = 4,
     layers: str | Sequence[str] = (),
     method: str = "sdp",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from maskopt.errors import DataError, ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, choose, vocabulary_size
+from maskopt.model.chat import chat_calibration_windows, chat_evaluation_windows
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
 from maskopt.model.memory import Load, by_block, check_memory
@@ -61,7 +62,8 @@ def open_job(
     Args:
         model: in memory, or a folder (or a name on the hub).
         text: token windows int64 [samples, length]; or text, see `read_documents`, a list of
-            strings for documents; None: for a look at the layers without a walk.
+            strings for documents; with the option `chat`, conversations, see
+            `read_conversations`; None: for a look at the layers without a walk.
         tokenizer: for text; None takes that of the model's folder.
         whole: walk through all blocks, and take all of the text in consecutive windows. Else the
             walk ends at the last block with a chosen layer, and the windows are random crops.
@@ -367,7 +369,7 @@ def _windows(
 ) -> Windows:
     if limit is not None:
         check_count("windows", limit)
-    if isinstance(text, Windows | Tensor):
+    if isinstance(text, Windows | Tensor) and not options.chat:
         given = text if isinstance(text, Windows) else token_windows(text, "token tensor")
         return given if limit is None else given.take(slice(limit))
     if tokenizer is None and source.checkpoint is not None:
@@ -375,6 +377,12 @@ def _windows(
             source.checkpoint.folder, trust_remote_code=options.trust_remote_code
         )
     length = capped_length(source.model, options.seq_len)
+    if options.chat and whole:
+        return chat_evaluation_windows(text, tokenizer, seq_len=length, limit=limit)
+    if options.chat:
+        return chat_calibration_windows(
+            text, tokenizer, samples=options.samples, seq_len=length, seed=options.seed
+        )
     if whole:
         return evaluation_windows(
             text,

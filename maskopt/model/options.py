@@ -81,6 +81,11 @@ class WalkOptions:
         "token; never: nothing, the convention of tables of LLaMA-1 and 2.",
     )
     text_field: str = _option("text", TEXT, "Where JSON lines hold their text.")
+    chat: bool = _option(
+        False,
+        TEXT,
+        "The text is JSON lines of messages, which go through the model's chat template.",
+    )
     device: str = _option("auto", MACHINE, "cpu, cuda, or auto: CUDA where there is one.")
     dtype: str = _option(
         "auto", MACHINE, "Precision of the forward passes; auto: as stored, float32 on the CPU."
@@ -105,6 +110,12 @@ class WalkOptions:
         if self.one_pass and self.true_sequential:
             raise ModelError("`one_pass` and `true_sequential` exclude each other; choose one")
         check_bos(self.bos)
+        if self.chat and (self.bos, self.text_field) != ("auto", "text"):
+            name = "bos" if self.bos != "auto" else "text_field"
+            raise DataError(
+                f"`{name}` is of plain text; with `chat`, messages are under 'messages' and begin as "
+                "the template says: choose one"
+            )
         if not 0 <= self.holdout < 1:
             raise DataError(f"`holdout` must lie in [0, 1), not {self.holdout}")
         for name in ("samples", "seq_len"):
@@ -208,6 +219,7 @@ class PruneOptions(WalkOptions):
 EVALUATION = (
     "seq_len",
     "text_field",
+    "chat",
     "bos",
     "device",
     "dtype",

@@ -53,7 +53,7 @@ def perplexity(
     model: nn.Module | str | Path,
     tokenizer_or_tokens: Any = None,
     *,
-    text: str | Path | Sequence[str] | None = None,
+    text: str | Path | Sequence[Any] | None = None,
     windows: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -67,10 +67,11 @@ def perplexity(
         model: a module, or a folder (or a name on the hub).
         tokenizer_or_tokens: a tokenizer for `text`, or token windows int64 [windows, length].
         text: see `maskopt.model.text.read_documents`; a list of strings is taken as documents.
+            With `chat`, see `maskopt.model.chat.read_conversations`.
         windows: take only the first so many.
         on_progress: called with (window passes done, all of them: one a block, and one at the end).
-        options: `seq_len`, `text_field`, `bos`, `device`, `dtype`, `threads`, `activation_memory`,
-            `trust_remote_code`, as in `maskopt.PruneOptions`.
+        options: `seq_len`, `text_field`, `chat`, `bos`, `device`, `dtype`, `threads`,
+            `activation_memory`, `trust_remote_code`, as in `maskopt.PruneOptions`.
 
     Raises:
         OptionError: another option, or an impossible value.

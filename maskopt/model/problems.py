@@ -26,7 +26,7 @@ def collect_problems(
     options: PruneOptions | None = None,
     *,
     layers: str | Sequence[str] = (),
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[Any] | None = None,
     on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> Iterator[tuple[str, LayerProblem]]:
@@ -54,7 +54,7 @@ def layer_problems(
     tokenizer_or_tokens: Any = None,
     options: PruneOptions | None = None,
     *,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[Any] | None = None,
     on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> Iterator[tuple[Layer, LayerProblem]]:

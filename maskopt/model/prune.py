@@ -35,7 +35,7 @@ def prune_model(
     tokenizer_or_tokens: Any = None,
     options: PruneOptions | None = None,
     *,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[Any] | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -54,7 +54,8 @@ def prune_model(
             int64 [samples, length]; None takes the tokenizer of the model folder.
         options: how to prune; `help(maskopt.PruneOptions)` lists all options.
         calibration: see `maskopt.model.text.read_documents`; a list of strings is taken as
-            documents, a `.npy` file as tokens.
+            documents, a `.npy` file as tokens. With the option `chat`, conversations: see
+            `maskopt.model.chat.read_conversations`.
         output: folder for the pruned model, its masks and its manifest.
         overwrite: replace what is in the output folder.
         resume: go on with the unfinished run in it.

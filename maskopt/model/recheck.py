@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskopt.checks import improving_swap
 from maskopt.errors import MaskoptError, VerificationError
-from maskopt.model.beginning import BOS, GIVEN
+from maskopt.model.beginning import BOS, GIVEN, TEMPLATE
 from maskopt.model.blocks import choose, matrix
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.job import Job, open_job
@@ -28,6 +28,7 @@ from maskopt.model.options import AUTO, TARGETS, PruneOptions
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.source import FolderSource
 from maskopt.model.threads import Threads
+from maskopt.model.tokens import are_tokens
 from maskopt.model.verify_folder import MASKS
 from maskopt.model.verify_manifest import Manifest
 from maskopt.pattern import Pattern, pattern_from_dict
@@ -98,7 +99,7 @@ class Run:
             and type(run.holdout) in (int, float)
             and 0 <= run.holdout < 1
             and run.target in TARGETS
-            and run.bos in (*BOS, GIVEN.bos)
+            and run.bos in (*BOS, GIVEN.bos, TEMPLATE.bos)
             and run.dtype in ERROR_TOLERANCES
             and run.device in ("cpu", "cuda")
         )
@@ -170,7 +171,8 @@ def recheck_layers(
         seq_len=run.length,
         holdout=run.holdout,
         target=run.target,
-        bos="auto" if run.bos == GIVEN.bos else run.bos,
+        bos=run.bos if run.bos in BOS else "auto",
+        chat=run.bos == TEMPLATE.bos and not are_tokens(calibration),
         text_field=text_field,
         device=run.device,
         dtype=run.dtype,
