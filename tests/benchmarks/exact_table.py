@@ -20,32 +20,18 @@ Solvers run on one thread. It prints one line a row, the medians, and the machin
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
 import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from machine import machine_now
 
 from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
 from maskopt.compare import load_instances, sample_rows
 from maskopt.pattern import parse_pattern
 from maskopt.solvers.exact.incumbent import tabu_row
 from maskopt.trace import TreeTrace
-
-
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        model = names[0] if names else model
-    load = os.getloadavg()[0]
-    return f"{model}, {os.cpu_count()} cores, load {load:.1f}, {datetime.date.today()}"
 
 
 def warm_up() -> None:
@@ -108,7 +94,7 @@ def exact(
 ) -> str:
     """One line of the table; prints a line a row."""
     name = "scip" if part in SCIP_FORMULATIONS else part
-    options = {"formulation": SCIP_FORMULATIONS[part]} if name == "scip" else {}
+    options: dict[str, Any] = {"formulation": SCIP_FORMULATIONS[part]} if name == "scip" else {}
     spent, cpu, gaps, nodes, roots, proven = [], [], [], [], [], 0
     for row in sample_rows(layers, rows, columns=n, pattern=parse_pattern(pattern), seed=seed):
         start = searched(row, solve(row, "elimination").mask[0], 3000)
@@ -160,7 +146,7 @@ def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
         swap = float(solve(row, "swap").objective[0])
         parts = [f"{row.name} n={row.n}"]
         for method in args.methods.split(","):
-            options = {"cuts": args.cuts} if method == "cuts" else {}
+            options: dict[str, Any] = {"cuts": args.cuts} if method == "cuts" else {}
             cpu = time.process_time()
             bound = lower_bound(row, "sdp" if method == "cuts" else method, **options)
             cpu = time.process_time() - cpu
@@ -170,10 +156,13 @@ def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
                 f"1-swap {1 - value / swap:.1%}, best {1 - value / best:.1%}"
             )
             if method == "sdp":
+                assert trace.iterations is not None
+                assert trace.correction is not None
                 parts.append(
                     f"{int(trace.iterations[0])} sweeps, correction {float(trace.correction[0]):.2%}"
                 )
             if method == "cuts":
+                assert trace.cuts is not None
                 parts.append(f"{int(trace.cuts[0])} cuts")
         spent.append(bound.seconds)
         gaps.append(1 - value / best)
@@ -185,7 +174,7 @@ def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
 
 
 def small(layers: list[LayerProblem], args: argparse.Namespace) -> None:
-    options: dict[str, dict[str, int]] = {"sdp": {}, "sdp with cuts": {"cuts": args.cuts}}
+    options: dict[str, dict[str, Any]] = {"sdp": {}, "sdp with cuts": {"cuts": args.cuts}}
     below: dict[str, list[float]] = {name: [] for name in options}
     for row in sample_rows(
         layers, args.rows, columns=args.n, pattern=parse_pattern(args.pattern), seed=args.seed
@@ -211,6 +200,8 @@ def layer(layers: list[LayerProblem], args: argparse.Namespace) -> None:
             flush=True,
         )
         if method == "sdp":
+            assert bound.trace.correction is not None
+            assert bound.trace.iterations is not None
             swap = bound.gap(solve(problem, "swap").objective)
             print(
                 f"  worst correction {float(bound.trace.correction.max()):.2%}, at most "
@@ -252,7 +243,7 @@ def main() -> None:
                 seed=args.seed,
             )
         )
-    print(machine())
+    print(machine_now())
 
 
 if __name__ == "__main__":
