@@ -31,14 +31,14 @@ def name_of(layer: str) -> str:
 
 
 def collect(
-    args: argparse.Namespace, layers: list[str], sparsity: float
+    args: argparse.Namespace, layers: list[str], sparsity: float, text: str | None = None
 ) -> Iterator[tuple[str, LayerProblem]]:
-    """The problems of the demo model on the demo's calibration text, by the model's names."""
+    """The problems of the demo model, by the model's names; None: on the demo's calibration text."""
     return collect_problems(
         demo_model(),
         layers=layers,
         sparsity=sparsity,
-        calibration=demo_text().calibration,
+        calibration=demo_text().calibration if text is None else text,
         samples=args.samples,
         seq_len=512,
         bos=args.bos,

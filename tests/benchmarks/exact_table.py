@@ -1,18 +1,21 @@
 """The figures of docs/exact.md: real rows, every solver, every bound.
 
-    python tests/benchmarks/exact_table.py table INSTANCE.npz … [--only branch,scip] [--sizes 64,96]
-    python tests/benchmarks/exact_table.py PART INSTANCE.npz … [--rows 3] [--seconds 60] [--n 64]
+    python tests/benchmarks/exact_table.py collect 5.q.npz 10.gate.npz 17.down.npz [--text valid.txt]
+    python tests/benchmarks/exact_table.py table LAYER.npz … [--only branch,scip] [--sizes 64,96]
+    python tests/benchmarks/exact_table.py PART LAYER.npz … [--rows 3] [--seconds 60] [--n 64]
 
-INSTANCE.npz are layers (`LayerProblem.save`, or `maskopt extract`) of three kinds at least. `table`
-runs PLAN, the whole comparison of exact solvers, and prints it as Markdown; --only and --sizes take
-a part of it, where no single run may last for hours. PART is one of
+`collect` writes layers of the demo model (block, then q, o, gate or down), their inputs 32 windows of 512
+tokens of --text, by default the demo's, which begin as --bos says; other layers come from
+`LayerProblem.save`. `table` runs PLAN, the whole comparison of exact solvers, and prints it as Markdown;
+--only and --sizes take a part of it, where no single run may last for hours. PART is one of
 
 - `branch`, `scip`, `gurobi`, `highs`, and SCIP's other formulations `factored`, `linear`,
   `epigraph`: rows restricted to --n random inputs, --rows of each layer;
 - `bounds`: box, sdp and sdp with --cuts rounds on full rows, gaps of 1-swap from Wanda and of the best
   mask that tabu search finds from three starts;
 - `small`: the sdp bound, plain and with --cuts rounds, beside the proven optimum;
-- `layer`: box and sdp of all rows of the first instance.
+- `layer`: box and sdp of all rows of the first instance;
+- `penalty`: the sdp bound by --penalties and --sweeps.
 
 Solvers run on one thread. It prints one line a row, the medians, and the machine.
 """
@@ -21,15 +24,20 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from demo_layers import collect, name_of
 from machine import machine_now
 
 from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
 from maskopt.compare import load_instances, sample_rows
+from maskopt.model.beginning import BOS
 from maskopt.pattern import parse_pattern
+from maskopt.solvers.convex.duals import certify_row, penalty_of
+from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.exact.incumbent import tabu_row
 from maskopt.trace import TreeTrace
 
@@ -189,6 +197,35 @@ def small(layers: list[LayerProblem], args: argparse.Namespace) -> None:
         print(f"{name}, n={args.n}: median {np.median(gaps):.2%}, worst {max(gaps):.2%}")
 
 
+def penalty(layers: list[LayerProblem], args: argparse.Namespace) -> None:
+    """Bound and correction after so many sweeps from the same start, for each ρ."""
+    rows = sample_rows(layers, args.rows, pattern=parse_pattern(args.pattern), seed=args.seed)
+    for row in rows:
+        default = penalty_of(row.as_layer().group_size)
+        print(f"{row.name} n={row.n} {row.pattern}: ρ is {default:.3g} by default")
+        for times in map(float, args.penalties.split(",")):
+            rho, done, parts = times * default, 0, []
+            state = Mixing(row.as_layer(), default_rank(row.n), args.seed)
+            q = row.q().numpy() * state.scale[0]
+            for sweeps in map(int, args.sweeps.split(",")):
+                state.sweep(sweeps - done, rho)
+                done, y = sweeps, state.duals[0].double().numpy()
+                layer = row.as_layer()
+                group, pruned = layer.group_size, layer.pruned_per_group
+                found = certify_row(q, group, pruned, y, state.inner()[0], rho)
+                parts.append(
+                    f"{found.value / state.scale[0]:.5g} (−{found.loss / found.value:.2%})"
+                )
+            print(f"  × {times:g}, after {args.sweeps} sweeps: {', '.join(parts)}", flush=True)
+
+
+def collect_layers(args: argparse.Namespace) -> None:
+    files = {name_of(Path(file).stem): file for file in args.instances}
+    for name, problem in collect(args, list(files), 0.6, args.text):
+        problem.save(files[name])
+        print(f"{files[name]}: {problem.rows} rows of {problem.n} inputs")
+
+
 def layer(layers: list[LayerProblem], args: argparse.Namespace) -> None:
     problem = layers[0]
     for method in args.methods.split(","):
@@ -222,12 +259,22 @@ def main() -> None:
     parser.add_argument("--methods", default="box,sdp")
     parser.add_argument("--cuts", type=int, default=8, help="rounds of method cuts")
     parser.add_argument("--gap-limit", type=float, default=0.0)
+    parser.add_argument(
+        "--penalties", default="1,4,16", help="of penalty: multiples of the default"
+    )
+    parser.add_argument("--sweeps", default="400,1200,2700", help="of penalty")
+    parser.add_argument("--text", help="of collect: calibration text; default: the demo's")
+    parser.add_argument("--samples", type=int, default=32, help="of collect: windows")
+    parser.add_argument("--bos", choices=BOS, default="auto", help="of collect: their beginning")
     parser.add_argument("--only", help="of the table: parts, separated by commas")
     parser.add_argument("--sizes", help="of the table: n, separated by commas")
     args = parser.parse_args()
+    if args.part == "collect":
+        collect_layers(args)
+        return
     layers = load_instances(args.instances)
     warm_up()
-    parts = {"table": table, "bounds": bounds, "small": small, "layer": layer}
+    parts = {"table": table, "bounds": bounds, "small": small, "layer": layer, "penalty": penalty}
     if args.part in parts:
         parts[args.part](layers, args)
     else:
