@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from clock import Clock
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
@@ -32,6 +34,14 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """`time.monotonic`, which every limit reads, is one that looks alone advance."""
+    found = Clock()
+    monkeypatch.setattr(time, "monotonic", found)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -63,13 +63,55 @@ def test_every_import_is_declared_and_every_dependency_imported():
     assert foreign == declared
 
 
-def test_the_page_of_dependencies_names_them_all():
+def rows_of(page, heading):
+    """The rows of the first table under a heading, as cells; the head is left out."""
+    section = page.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+def test_the_page_of_dependencies_is_what_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     page = (ROOT / "docs" / "dependencies.md").read_text()
-    named = {cell for line in page.splitlines() for cell in re.findall(r"[\w-]+", line)}
-    for requirement in project["dependencies"]:
-        name, low = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
-        assert name in named
-        assert f"≥ {low}" in page, requirement
-    for extra in project["optional-dependencies"]:
-        assert f"`{extra}`" in page
+    told = set()
+    for packages, ranges, _ in rows_of(page, "Always installed"):
+        names, limits = packages.split(", "), ranges.replace("≥ ", ">=").replace("< ", "<")
+        if len(names) == 1:
+            told.add(names[0] + limits.replace(", ", ","))
+        else:
+            told |= {n + limit for n, limit in zip(names, limits.split(", "), strict=True)}
+    assert told == set(project["dependencies"])
+    extras = {}
+    for names, packages, _ in rows_of(page, "Extras"):
+        extra, *others = names.replace("`", "").split(", ")
+        if not others:
+            extras[extra] = packages.split(", ")
+        elif packages:  # one row for several extras: one package each
+            each = zip((extra, *others), packages.split(", "), strict=True)
+            extras |= {name: [package] for name, package in each}
+    declared = project["optional-dependencies"]
+    assert extras == {
+        extra: [re.match(r"[\w-]+", package)[0] for package in packages]
+        for extra, packages in declared.items()
+        if extra not in TOOLS
+    }
+
+
+def expanded(cell):
+    """`maskopt/{a,b}.py`, `c/` as paths."""
+    for text in re.findall(r"`([^`]+)`", cell):
+        head, inside, tail = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", text).groups()
+        yield from (head + part + tail for part in (inside or "").split(","))
+
+
+def test_the_page_of_architecture_names_every_module():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = [path for room, *_ in rows_of(page, "The rooms") for path in expanded(room)]
+    there = set()
+    for home in ("maskopt", "solvers"):
+        for path in (ROOT / home).iterdir():
+            if path.suffix == ".py" and path.name != "__init__.py":
+                there.add(f"{home}/{path.name}")
+            elif (path / "__init__.py").exists() and not path.is_symlink():
+                there.add(f"{home}/{path.name}/")
+    assert sorted(named) == sorted(there)

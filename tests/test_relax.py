@@ -203,7 +203,7 @@ def test_tiles_and_bad_options():
 
 @pytest.mark.parametrize("limit", [0.0, 1e-4])
 @pytest.mark.parametrize("start", [None, "wanda"])
-def test_a_limit_is_passed_by_no_more_than_a_step(limit, start):
+def test_a_limit_is_passed_by_no_more_than_a_step(limit, start, clock):
     # three tiles, each of which makes its one step
     problem = LayerProblem(random_weight(300, 24, 1), random_gram(24, "full", 2), Unstructured(0.5))
     hurried = solve(problem, "relax", start=start, time_limit=limit)

@@ -19,7 +19,9 @@ def test_a_backend_of_another_distribution(tmp_path):
     lines = (source / "exchange" / "__init__.py").read_text().strip().splitlines()
     assert len(lines) <= 45
     site = tmp_path / "site"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
+    # nothing is fetched: setuptools is that of the tests
+    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
+    install = [sys.executable, "-m", "pip", "install", "-q", *offline, "--target", str(site)]
     done = subprocess.run([*install, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     environment = {**os.environ, "PYTHONPATH": str(site)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ _fast = njit(nogil=True, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"}
 
 
 @_fast
-def _least_plain(height, factor, line, slope):
+def _least_plain(height: Any, factor: Any, line: Any, slope: Any) -> Any:
     best = np.float32(1e37)
     for j in range(len(line)):
         value = height[j] + slope * (factor[j] * line[j])
@@ -33,7 +34,7 @@ def _least_plain(height, factor, line, slope):
 
 
 @_fast
-def _least_simd(height, factor, line, slope):
+def _least_simd(height: Any, factor: Any, line: Any, slope: Any) -> Any:
     best = np.float32(1e37)
     for j in range(len(line)):
         best = minimum(best, height[j] + slope * (factor[j] * line[j]))
@@ -42,7 +43,9 @@ def _least_simd(height, factor, line, slope):
 
 def _make(least: Callable) -> Callable:
     @_fast
-    def loop(gram, weight, kept, most, first, last, swaps):
+    def loop(
+        gram: Any, weight: Any, kept: Any, most: int, first: int, last: int, swaps: Any
+    ) -> None:
         n = weight.shape[1]
         height, factor = np.empty(n, np.float32), np.empty(n, np.float32)
         c = np.empty(n, np.float64)

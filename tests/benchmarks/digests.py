@@ -1,5 +1,6 @@
 """Do two versions of the code give the same masks, bit for bit?
 
+    export PYTHONPATH=tests
     python tests/benchmarks/digests.py write before.json              # on the one version
     python tests/benchmarks/digests.py compare before.json            # on the other
     python tests/benchmarks/digests.py write before.json layer.npz …  # saved layers as well
@@ -20,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from strategies import KINDS, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Solution, Unstructured, prune_model, solve
+from maskopt import NM, LayerProblem, Solution, Unstructured, solve
 from maskopt.errors import MaskoptError
+from maskopt.model.prune import prune_model
 
 SIZES = (4, 8, 12, 16, 12)
 #: solver → options that keep a run short
@@ -115,7 +114,7 @@ def all_digests(paths: list[Path]) -> Iterator[tuple[str, str]]:
         for how in ({"sparsity": 0.5}, {"pattern": NM(keep=2, of=4), "solver": "wanda"}):
             sha = hashlib.sha256()
             try:
-                report = prune_model(tiny(family), tokens(), min_tokens=1, **how)  # type: ignore[arg-type]
+                report = prune_model(tiny(family), tokens(), min_tokens=1, **how)
             except MaskoptError as error:
                 yield f"model {family} {sorted(how)}", type(error).__name__
                 continue

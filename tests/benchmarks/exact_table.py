@@ -1,18 +1,21 @@
 """The figures of docs/exact.md: real rows, every solver, every bound.
 
-    python tests/benchmarks/exact_table.py table INSTANCE.npz … [--only branch,scip] [--sizes 64,96]
-    python tests/benchmarks/exact_table.py PART INSTANCE.npz … [--rows 3] [--seconds 60] [--n 64]
+    python tests/benchmarks/exact_table.py collect 5.q.npz 10.gate.npz 17.down.npz [--text valid.txt]
+    python tests/benchmarks/exact_table.py table LAYER.npz … [--only branch,scip] [--sizes 64,96]
+    python tests/benchmarks/exact_table.py PART LAYER.npz … [--rows 3] [--seconds 60] [--n 64]
 
-INSTANCE.npz are layers (`LayerProblem.save`, or `maskopt extract`) of three kinds at least. `table`
-runs PLAN, the whole comparison of exact solvers, and prints it as Markdown; --only and --sizes take
-a part of it, where no single run may last for hours. PART is one of
+`collect` writes layers of the demo model (block, then q, o, gate or down), their inputs 32 windows of 512
+tokens of --text, by default the demo's, which begin as --bos says; other layers come from
+`LayerProblem.save`. `table` runs PLAN, the whole comparison of exact solvers, and prints it as Markdown;
+--only and --sizes take a part of it, where no single run may last for hours. PART is one of
 
 - `branch`, `scip`, `gurobi`, `highs`, and SCIP's other formulations `factored`, `linear`,
   `epigraph`: rows restricted to --n random inputs, --rows of each layer;
 - `bounds`: box, sdp and sdp with --cuts rounds on full rows, gaps of 1-swap from Wanda and of the best
   mask that tabu search finds from three starts;
 - `small`: the sdp bound, plain and with --cuts rounds, beside the proven optimum;
-- `layer`: box and sdp of all rows of the first instance.
+- `layer`: box and sdp of all rows of the first instance;
+- `penalty`: the sdp bound by --penalties and --sweeps.
 
 Solvers run on one thread. It prints one line a row, the medians, and the machine.
 """
@@ -20,32 +23,23 @@ Solvers run on one thread. It prints one line a row, the medians, and the machin
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from demo_layers import collect, name_of
+from machine import machine_now
 
 from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
 from maskopt.compare import load_instances, sample_rows
+from maskopt.model.beginning import BOS
 from maskopt.pattern import parse_pattern
+from maskopt.solvers.convex.duals import certify_row, penalty_of
+from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.exact.incumbent import tabu_row
 from maskopt.trace import TreeTrace
-
-
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        model = names[0] if names else model
-    load = os.getloadavg()[0]
-    return f"{model}, {os.cpu_count()} cores, load {load:.1f}, {datetime.date.today()}"
 
 
 def warm_up() -> None:
@@ -108,7 +102,7 @@ def exact(
 ) -> str:
     """One line of the table; prints a line a row."""
     name = "scip" if part in SCIP_FORMULATIONS else part
-    options = {"formulation": SCIP_FORMULATIONS[part]} if name == "scip" else {}
+    options: dict[str, Any] = {"formulation": SCIP_FORMULATIONS[part]} if name == "scip" else {}
     spent, cpu, gaps, nodes, roots, proven = [], [], [], [], [], 0
     for row in sample_rows(layers, rows, columns=n, pattern=parse_pattern(pattern), seed=seed):
         start = searched(row, solve(row, "elimination").mask[0], 3000)
@@ -160,7 +154,7 @@ def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
         swap = float(solve(row, "swap").objective[0])
         parts = [f"{row.name} n={row.n}"]
         for method in args.methods.split(","):
-            options = {"cuts": args.cuts} if method == "cuts" else {}
+            options: dict[str, Any] = {"cuts": args.cuts} if method == "cuts" else {}
             cpu = time.process_time()
             bound = lower_bound(row, "sdp" if method == "cuts" else method, **options)
             cpu = time.process_time() - cpu
@@ -170,10 +164,13 @@ def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
                 f"1-swap {1 - value / swap:.1%}, best {1 - value / best:.1%}"
             )
             if method == "sdp":
+                assert trace.iterations is not None
+                assert trace.correction is not None
                 parts.append(
                     f"{int(trace.iterations[0])} sweeps, correction {float(trace.correction[0]):.2%}"
                 )
             if method == "cuts":
+                assert trace.cuts is not None
                 parts.append(f"{int(trace.cuts[0])} cuts")
         spent.append(bound.seconds)
         gaps.append(1 - value / best)
@@ -185,7 +182,7 @@ def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
 
 
 def small(layers: list[LayerProblem], args: argparse.Namespace) -> None:
-    options: dict[str, dict[str, int]] = {"sdp": {}, "sdp with cuts": {"cuts": args.cuts}}
+    options: dict[str, dict[str, Any]] = {"sdp": {}, "sdp with cuts": {"cuts": args.cuts}}
     below: dict[str, list[float]] = {name: [] for name in options}
     for row in sample_rows(
         layers, args.rows, columns=args.n, pattern=parse_pattern(args.pattern), seed=args.seed
@@ -200,6 +197,35 @@ def small(layers: list[LayerProblem], args: argparse.Namespace) -> None:
         print(f"{name}, n={args.n}: median {np.median(gaps):.2%}, worst {max(gaps):.2%}")
 
 
+def penalty(layers: list[LayerProblem], args: argparse.Namespace) -> None:
+    """Bound and correction after so many sweeps from the same start, for each ρ."""
+    rows = sample_rows(layers, args.rows, pattern=parse_pattern(args.pattern), seed=args.seed)
+    for row in rows:
+        default = penalty_of(row.as_layer().group_size)
+        print(f"{row.name} n={row.n} {row.pattern}: ρ is {default:.3g} by default")
+        for times in map(float, args.penalties.split(",")):
+            rho, done, parts = times * default, 0, []
+            state = Mixing(row.as_layer(), default_rank(row.n), args.seed)
+            q = row.q().numpy() * state.scale[0]
+            for sweeps in map(int, args.sweeps.split(",")):
+                state.sweep(sweeps - done, rho)
+                done, y = sweeps, state.duals[0].double().numpy()
+                layer = row.as_layer()
+                group, pruned = layer.group_size, layer.pruned_per_group
+                found = certify_row(q, group, pruned, y, state.inner()[0], rho)
+                parts.append(
+                    f"{found.value / state.scale[0]:.5g} (−{found.loss / found.value:.2%})"
+                )
+            print(f"  × {times:g}, after {args.sweeps} sweeps: {', '.join(parts)}", flush=True)
+
+
+def collect_layers(args: argparse.Namespace) -> None:
+    files = {name_of(Path(file).stem): file for file in args.instances}
+    for name, problem in collect(args, list(files), 0.6, args.text):
+        problem.save(files[name])
+        print(f"{files[name]}: {problem.rows} rows of {problem.n} inputs")
+
+
 def layer(layers: list[LayerProblem], args: argparse.Namespace) -> None:
     problem = layers[0]
     for method in args.methods.split(","):
@@ -211,6 +237,8 @@ def layer(layers: list[LayerProblem], args: argparse.Namespace) -> None:
             flush=True,
         )
         if method == "sdp":
+            assert bound.trace.correction is not None
+            assert bound.trace.iterations is not None
             swap = bound.gap(solve(problem, "swap").objective)
             print(
                 f"  worst correction {float(bound.trace.correction.max()):.2%}, at most "
@@ -231,12 +259,22 @@ def main() -> None:
     parser.add_argument("--methods", default="box,sdp")
     parser.add_argument("--cuts", type=int, default=8, help="rounds of method cuts")
     parser.add_argument("--gap-limit", type=float, default=0.0)
+    parser.add_argument(
+        "--penalties", default="1,4,16", help="of penalty: multiples of the default"
+    )
+    parser.add_argument("--sweeps", default="400,1200,2700", help="of penalty")
+    parser.add_argument("--text", help="of collect: calibration text; default: the demo's")
+    parser.add_argument("--samples", type=int, default=32, help="of collect: windows")
+    parser.add_argument("--bos", choices=BOS, default="auto", help="of collect: their beginning")
     parser.add_argument("--only", help="of the table: parts, separated by commas")
     parser.add_argument("--sizes", help="of the table: n, separated by commas")
     args = parser.parse_args()
+    if args.part == "collect":
+        collect_layers(args)
+        return
     layers = load_instances(args.instances)
     warm_up()
-    parts = {"table": table, "bounds": bounds, "small": small, "layer": layer}
+    parts = {"table": table, "bounds": bounds, "small": small, "layer": layer, "penalty": penalty}
     if args.part in parts:
         parts[args.part](layers, args)
     else:
@@ -252,7 +290,7 @@ def main() -> None:
                 seed=args.seed,
             )
         )
-    print(machine())
+    print(machine_now())
 
 
 if __name__ == "__main__":

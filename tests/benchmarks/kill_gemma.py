@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -22,6 +20,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from machine import machine_now
 
 
 def start(
@@ -76,7 +76,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from maskopt.model.demo_text import demo_text
 
-    print(platform.platform(), f"{os.cpu_count()} cores", flush=True)
+    print(machine_now(), flush=True)
     print(
         f"{arguments.blocks} blocks, {arguments.samples} windows of {arguments.seq_len} tokens, "
         f"{arguments.solver} from {arguments.warm_start}",

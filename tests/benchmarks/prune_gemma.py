@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -20,13 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import machine_now
+
+from maskopt.model.beginning import BOS
+
 
 def child(arguments: argparse.Namespace) -> None:
     import transformers
 
-    from maskopt import prune_model
     from maskopt.model.demo_model import demo_model
     from maskopt.model.demo_text import demo_text
+    from maskopt.model.prune import prune_model
     from maskopt.solver import available_solvers
 
     starts_from = None
@@ -40,6 +43,7 @@ def child(arguments: argparse.Namespace) -> None:
             demo_model(), sparsity=arguments.sparsity, solver=arguments.child,
             warm_start=starts_from,
             calibration=demo_text().calibration, samples=arguments.samples, seq_len=512,
+            bos=arguments.bos,
             include=include, output=Path(folder) / "out", threads=arguments.threads,
         )  # fmt: skip
     starts = [layer.error_start for layer in report.layers]
@@ -69,20 +73,20 @@ def main() -> None:
     parser.add_argument("--warm-start", help="of a solver that takes one; default: as prune has it")
     parser.add_argument("--blocks", type=int, default=18)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--bos", choices=BOS, default="auto", help="what windows begin with")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments)
         return
-    print(platform.platform(), platform.processor(), f"{os.cpu_count()} cores", flush=True)
-    print(f"load at the start: {os.getloadavg()[0]:.2f}", flush=True)
+    print(f"{machine_now()}; windows: --bos {arguments.bos}", flush=True)
     results = []
     for solver in arguments.solver or ["wanda", "swap"]:
         command = [
             sys.executable, __file__, "--child", solver, "--blocks", str(arguments.blocks),
             "--samples", str(arguments.samples), "--sparsity", str(arguments.sparsity),
-            "--threads", str(arguments.threads),
+            "--threads", str(arguments.threads), "--bos", arguments.bos,
             *(["--warm-start", arguments.warm_start] if arguments.warm_start else []),
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

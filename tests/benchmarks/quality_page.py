@@ -1,39 +1,51 @@
-"""The page and the plot out of the measurements of `quality.py`."""
+"""The page out of the measurements of `quality.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from book import Book, Record, beginning, family, percent, table
+from quality_gaps_page import GAPS, blame, gaps, growth
+from quality_plot import plot
+
 COMMAND = "python tests/benchmarks/quality.py"
+Lines = Mapping[str, Record]
 
 
-def write(book: Any, page: Path) -> None:
-    """docs/quality.md and docs/figures/quality.png; studies without measurements are left out."""
-    about = book.get("about") or {}
+def write(of_layers: Book, of_gaps: Book, timed: Book, page: Path) -> None:
+    """docs/quality.md and docs/figures/quality.png; studies without measurements are left out.
+
+    Where `of_layers` was measured on a busy machine, the page has the seconds of `timed`.
+    """
+    if not of_layers.about.get("busy"):
+        timed = of_layers
+    lines = {**with_seconds_of(timed.lines, of_layers.lines), **of_gaps.lines}
     parts = [
         f"""# How good the masks are
 
 ![Error against time, 60%](figures/quality.png)
 
-{lead(book)}
+{lead(lines)}
 ## How it was measured
 
 Everything here is written by one command, `{COMMAND}` (extra `demo`), on real
-layers of Gemma 3 270M: calibration on the demo's text, {about.get("samples")} windows of 512 tokens, rows
-drawn with seed {about.get("seed")}.
+layers of Gemma 3 270M: calibration on the demo's text, {of_layers.about["samples"]} windows of 512
+tokens, rows drawn with seed {of_layers.about["seed"]}.
 
 *Error* is a row's objective relative to Wanda's mask of the same row, averaged over rows and then over
-layers; less is better. Seconds are wall clock, start included, on
-{about.get("machine")}, {about.get("date")}, with {threads(about)} unless said otherwise.
-{about.get("note") or "Nothing is known of what else the machine did."}
-Layers are named by block and kind.
-"""
+layers; less is better. Layers are named by block and kind.
+
+{sources(of_layers.about, of_gaps.about, timed.about)}"""
     ]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    if split := compared(lines):
+        plot(page.parent / "figures" / "quality.png", split)
     sections = (masks, relax, tabu, model, starts, steps, interaction, gaps, growth, blame)
-    parts += [text for section in sections if (text := section(book, page))]
+    parts += [text for section in sections if (text := section(lines))]
     wanted = {
         "certified gaps of 17.down": "gaps/17.down",
         "bound or search on small rows": "blame/",
@@ -44,24 +56,66 @@ Layers are named by block and kind.
         "Frank–Wolfe": "masks/60%/0.q/Frank",
         "the rounded SDP": "masks/60%/0.q/sdp",
     }
-    missing = [what for what, prefix in wanted.items() if not family(book, prefix)]
+    missing = [what for what, prefix in wanted.items() if not family(lines, prefix)]
     if missing:
         parts.append(f"## Not measured yet\n\n{'; '.join(missing)}: the command above adds them.\n")
-    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n".join(parts).rstrip() + "\n")
 
 
-def lead(book: Any) -> str:
+def with_seconds_of(timed: Lines, lines: Lines) -> dict[str, Record]:
+    """The measurements, their seconds those of `timed`, NaN where it has none.
+
+    The study of whole layers measures time alone, and is that of `timed`.
+    """
+    errors = {k: v for k, v in lines.items() if not k.startswith("whole/")}
+    seconds = {k: v for k, v in timed.items() if k.startswith("whole/")}
+    return {k: _timed(v, timed.get(k, {})) for k, v in errors.items()} | seconds
+
+
+def _timed(record: Record, other: Record) -> dict[str, Any]:
+    return {
+        key: _timed(value, other.get(key, {}))
+        if isinstance(value, dict)
+        else other.get(key, math.nan)
+        if "seconds" in key
+        else value
+        for key, value in record.items()
+    }
+
+
+def sources(of_layers: Record, of_gaps: Record, timed: Record) -> str:
+    """What was measured where, when, and on which windows."""
+    rows = [
+        ("errors of layers", of_layers),
+        ("their seconds", timed),
+        ("certified gaps, small rows", of_gaps),
+    ]
+    rows = [(what, about) for what, about in rows if about]
+    notes = [f"{what.capitalize()}: {a['note']}\n" for what, a in rows[1:] if a.get("note")]
+    return (
+        table(
+            ["what", "windows", "when", "machine"],
+            [[what, beginning(a), a["date"], a["machine"]] for what, a in rows],
+        )
+        + f"""
+Seconds are wall clock, start included, with {threads(timed)} unless said otherwise.
+"""
+        + "".join(notes)
+    )
+
+
+def lead(lines: Lines) -> str:
     """What to take from the page, every figure out of its tables."""
-    masks = {tuple(k.split("/")): v for k, v in family(book, "masks/60%/").items()}
-    gaps = {k: v for k, v in family(book, "gaps/").items() if k in GAPS and " on " not in k}
-    small = list(family(book, "blame/").values())
-    layers = list(family(book, "model/").values())
+    masks = {tuple(k.split("/")): v for k, v in family(lines, "masks/60%/").items()}
+    gaps = {k: v for k, v in family(lines, "gaps/").items() if k in GAPS and " on " not in k}
+    small = list(family(lines, "blame/").values())
+    layers = list(family(lines, "model/").values())
     if not (masks and gaps and small and layers):
         return ""
 
-    def error(method: str) -> str:
-        return f"{mean(mean(v['error']) for k, v in masks.items() if k[1] == method):.2f}"
+    def error(method: str, digits: int = 2) -> str:
+        there = mean(mean(v["error"]) for k, v in masks.items() if k[1] == method)
+        return f"{there:.{digits}f}"
 
     def cost(method: str) -> str:
         found = [v["seconds_per_row"] for k, v in masks.items() if k[1] == method]
@@ -75,13 +129,20 @@ def lead(book: Any) -> str:
         return sum(v["methods"][method]["seconds"] for v in layers)
 
     agree = [v["above_best"] for v in gaps.values()]
-    apart = max(max(a for name, a in ends.items() if name.startswith("relax")) for ends in agree)
+
+    def apart(relax: bool) -> str:
+        """The most that a long search ends above the best one, by where it starts."""
+        ends = [(name, above) for runs in agree for name, above in runs.items()]
+        return percent(max(a for name, a in ends if name.startswith("relax") == relax))
+
     excess = {m: percent(mean(v[m] for v in small) - 1) for m in ("swap", "relax", "tabu")}
     return LEAD.format(
         all=error("1-swap, T = ∞"),
         all_cost=cost("1-swap, T = ∞"),
-        t25=error("1-swap, T = 25"),
-        t100=error("1-swap, T = 100"),
+        t25=error("1-swap, T = 25", 3),
+        t100=error("1-swap, T = 100", 3),
+        to_the_end=error("1-swap, T = ∞", 3),
+        t100_cost=cost("1-swap, T = 100"),
         hard=error("hardened start, 1-swap"),
         hard_cost=cost("hardened start, 1-swap"),
         tabu=error("tabu 1000, from relax"),
@@ -93,7 +154,8 @@ def lead(book: Any) -> str:
         gpt=error("SparseGPT mask"),
         gap=span("plain", "1-swap"),
         cut=span("cut", "best"),
-        apart=percent(apart),
+        apart=apart(relax=True),
+        others=apart(relax=False),
         excess=excess,
     )
 
@@ -102,8 +164,8 @@ LEAD = """What to take from it, at 60% unless said otherwise:
 
 1. **1-swap search more than halves Wanda's error**: {all} of it, in {all_cost} a row, and every row
    ends with a proof that no exchange of two weights improves it.
-2. **Go on until nothing improves.** 25 swaps a row leave {t25}, 100 leave {t100}; the last ones cost
-   next to nothing.
+2. **Go on until nothing improves.** 25 swaps a row leave {t25}, 100 leave {t100} ({t100_cost}), all that
+   improve {to_the_end} ({all_cost}). Rows of many inputs gain most from the last ones; see below.
 3. **The start matters more than any search after it.** From the hardened relaxation instead of Wanda:
    {hard}, in {hard_cost} a row. This is what `prune` does by default.
 4. **Tabu search adds little to a good start**: {tabu} after 1000 moves, at {slower:.1f} times the
@@ -115,48 +177,32 @@ LEAD = """What to take from it, at 60% unless said otherwise:
    below.
 8. **Certified gaps of full rows**: 1-swap from Wanda is within {gap} of the best possible, the best
    mask found within {cut} where the bound has its cuts.
-9. **Most of what is left is the bound, not the mask**: long searches with three seeds agree, from
-   `relax` within {apart}, while the gaps stay wide.
+9. **Most of these gaps seems to be the bound's**: of the longest searches, those from `relax` end within
+   {apart} of the best mask known, those from other starts within {others}. A mask much better than
+   all of them is not excluded.
 10. **On small rows, where the optimum is proven**, 1-swap is {excess[swap]} above it on average,
     `relax` {excess[relax]}, tabu {excess[tabu]}.
 """
 
 
-def threads(record: dict[str, Any]) -> str:
+def threads(record: Record) -> str:
     count = record.get("threads")
     return "one thread" if count == 1 else f"{count} threads"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(head), *map(list, rows)]
-    width = [max(3, *(len(line[k]) for line in lines)) for k in range(len(head))]
-    text = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |"
-        for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (w + 2) for w in width) + "|")
-    return "\n".join(text) + "\n"
-
-
-def family(book: Any, prefix: str) -> dict[str, dict[str, Any]]:
-    return {k[len(prefix) :]: v for k, v in book.lines.items() if k.startswith(prefix)}
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
 
 
 def below(value: float) -> str:
     return f"−{percent(value)}" if value >= 0 else f"+{percent(-value)}"
 
 
-def masks(book: Any, page: Path) -> str:
-    found = family(book, "masks/")
-    if not found:
-        return ""
-    split = {tuple(key.split("/")): value for key, value in found.items()}
+def compared(lines: Lines) -> dict[tuple[str, ...], Record]:
+    """The comparison of masks by pattern, layer and method; layers on which every method has run."""
+    split = {tuple(k.split("/")): v for k, v in family(lines, "masks/").items()}
     # a mean over layers is only fair where every method has run
-    split = {k: v for k, v in split.items() if (k[0], k[1], "portfolio") in split}
+    return {k: v for k, v in split.items() if (k[0], k[1], "portfolio") in split}
+
+
+def masks(lines: Lines) -> str:
+    split = compared(lines)
     if not split:
         return ""
     patterns = list(dict.fromkeys(k[0] for k in split))
@@ -197,7 +243,6 @@ Mean over the layers of {shown}.
         for m in methods
     ]
     text += "\nThe same at 60%, layer by layer:\n\n" + table(["method", *layers], per_layer)
-    plot(page.parent / "figures" / "quality.png", split, layers, methods)
     same = [
         (mean(c["error"]), mean(split[("60%", k[1], "relax")]["error"][: c["rows"]]))
         for k, c in split.items()
@@ -211,90 +256,8 @@ Mean over the layers of {shown}.
     return text
 
 
-def plot(path: Path, split: Any, layers: Sequence[str], methods: Sequence[str]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    points = {}
-    most = max(cell["rows"] for cell in split.values())
-    for method in methods:
-        cells = [split.get(("60%", layer, method)) for layer in layers]
-        if all(cells):
-            count = cells[0]["rows"]
-            # a mean over other rows than those of the rest, and said so
-            label = method if count == most else f"{method}, {count} rows"
-            points[label] = (
-                1000 * mean(c["seconds_per_row"] for c in cells),
-                mean(mean(c["error"]) for c in cells),
-            )
-    figure, (whole, best) = plt.subplots(1, 2, figsize=(13, 6))
-    draw(whole, points)
-    whole.set_yscale("log")
-    whole.set_title("all methods; those below the dashed line are in the other panel", fontsize=9)
-    whole.axhline(LOW_ERROR, color="tab:gray", lw=0.8, ls="--")
-    low = {m: p for m, p in points.items() if p[1] <= LOW_ERROR}
-    draw(best, low)
-    best.set_title("the best", fontsize=9)
-    for axis in (whole, best):
-        axis.set_xscale("log")
-        axis.set_xlabel("milliseconds a row")
-        axis.set_ylabel("error / Wanda, 60%, mean over layers")
-        axis.grid(alpha=0.3, which="both")
-        left, right = axis.get_xlim()
-        axis.set_xlim(left, right * 4)  # room for the names
-    figure.tight_layout()
-    name_points(whole, points, [m for m in points if points[m][1] > LOW_ERROR])
-    name_points(best, low, list(low))
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    plt.close(figure)
-
-
-#: errors below this are drawn apart
-LOW_ERROR = 0.5
-
-
-def draw(axis: Any, points: dict[str, tuple[float, float]]) -> None:
-    """The points, and the 1-swaps joined."""
-    series = [p for method, p in points.items() if method.startswith("1-swap")]
-    axis.plot(*zip(*series, strict=True), "-", color="tab:gray", lw=1, zorder=1)
-    for point in points.values():
-        axis.scatter(*point, s=25, zorder=2)
-
-
-#: where a name may stand beside its point, in points, and its alignment
-_PLACES = ((6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right"), (0, 9, "center"))
-
-
-def name_points(axis: Any, points: dict[str, tuple[float, float]], named: Sequence[str]) -> None:
-    """Names beside their points, each at the first place that no other name or point takes."""
-    renderer = axis.figure.canvas.get_renderer()
-    taken = []
-    dots = [axis.transData.transform(point) for point in points.values()]
-    for method in named:
-        for x, y, side in (*_PLACES, (6, -20, "left"), (6, 16, "left")):
-            text = axis.annotate(
-                method,
-                points[method],
-                fontsize=8,
-                xytext=(x, y),
-                textcoords="offset points",
-                ha=side,
-            )
-            box = text.get_window_extent(renderer)
-            inside = axis.bbox.x0 <= box.x0 and box.x1 <= axis.bbox.x1
-            free = not any(box.overlaps(other) for other in taken)
-            if inside and free and not any(box.contains(*dot) for dot in dots):
-                break
-            if (x, y) != (6, 16):
-                text.remove()
-        taken.append(box)
-
-
-def relax(book: Any, page: Path) -> str:
-    found = family(book, "sixteen/")
+def relax(lines: Lines) -> str:
+    found = family(lines, "sixteen/")
     if not found:
         return ""
     wins = sum(v["relax"] < v["swap"] for v in found.values())
@@ -329,7 +292,7 @@ def relax(book: Any, page: Path) -> str:
         ],
         rows,
     )
-    whole = family(book, "whole/")
+    whole = family(lines, "whole/")
     if whole:
         text += f"""
 All rows of a layer, {threads(next(iter(whole.values())))}: `relax` with its bound, and hardened at once,
@@ -362,8 +325,8 @@ which is how it starts other solvers and what `prune` starts from:
     return text
 
 
-def tabu(book: Any, page: Path) -> str:
-    sixteen = [v for v in family(book, "sixteen/").values() if v["n"] == 640]
+def tabu(lines: Lines) -> str:
+    sixteen = [v for v in family(lines, "sixteen/").values() if v["n"] == 640]
     if not sixteen:
         return ""
 
@@ -377,7 +340,7 @@ def tabu(book: Any, page: Path) -> str:
 by {gain("tabu")} from 1-swap's own optimum, and by {gain("tabu relax")} from
 `relax`, its default start.
 """
-    found = list(family(book, "moves/").values())
+    found = list(family(lines, "moves/").values())
     if not found:
         return text
     counts = [int(k.split()[1]) for k in found[0] if k.startswith("swap") and "seconds" not in k]
@@ -397,20 +360,20 @@ The same rows by moves (0: the start alone, and `swap`):
     return text + table(["from", "", *map(str, counts)], rows)
 
 
-def model(book: Any, page: Path) -> str:
-    layers = list(family(book, "model/").values())
+def model(lines: Lines) -> str:
+    layers = list(family(lines, "model/").values())
     if not layers:
         return ""
     kinds = list(dict.fromkeys(v["kind"] for v in layers))
 
-    def error(method: str, of: Sequence[dict[str, Any]]) -> float:
-        rows = sum(v["rows"] for v in of)
-        return sum(v["rows"] * v["methods"][method]["error"] for v in of) / rows
+    def error(method: str, of: Sequence[Record]) -> float:
+        total = sum(v["rows"] * v["methods"][method]["error"] for v in of)
+        return total / sum(v["rows"] for v in of)
 
     names = list(layers[0]["methods"])
     seconds = {name: sum(v["methods"][name]["seconds"] for v in layers) for name in names}
     base = error(names[0], layers)
-    lines = [
+    rows = [
         [
             name,
             f"{seconds[name]:.1f}",
@@ -427,11 +390,11 @@ All {sum(v["rows"] for v in layers)} rows of {len(layers)} layers, 50%, Gram mat
 {threads(layers[0])}. Seconds of solving,
 starts included; error against Wanda, mean over rows, and by kind.
 
-""" + table(["method", "seconds", "× 1-swap", "error", "against 1-swap", *kinds], lines)
+""" + table(["method", "seconds", "× 1-swap", "error", "against 1-swap", *kinds], rows)
 
 
-def starts(book: Any, page: Path) -> str:
-    found = family(book, "starts/")
+def starts(lines: Lines) -> str:
+    found = family(lines, "starts/")
     if not found:
         return ""
     split = {tuple(k.split("/")): v for k, v in found.items()}
@@ -467,9 +430,9 @@ def starts(book: Any, page: Path) -> str:
     )
 
 
-def steps(book: Any, page: Path) -> str:
+def steps(lines: Lines) -> str:
     found = {
-        tuple(k.split("/")): v for k, v in family(book, "masks/60%/").items() if "1-swap, T" in k
+        tuple(k.split("/")): v for k, v in family(lines, "masks/60%/").items() if "1-swap, T" in k
     }
     if not found:
         return ""
@@ -490,8 +453,8 @@ def steps(book: Any, page: Path) -> str:
     )
 
 
-def interaction(book: Any, page: Path) -> str:
-    found = family(book, "interaction/")
+def interaction(lines: Lines) -> str:
+    found = family(lines, "interaction/")
     if not found:
         return ""
     rows = [
@@ -512,137 +475,3 @@ the objective at the end, and the least one on the way, which only an extra eval
 """ + table(
         ["layer", "with the term", "without: at the end", "without: best on the way", "swaps"], rows
     )
-
-
-#: the rows of the certified gaps: full ones of every kind, and two that are restricted
-GAPS = (
-    "10.down on 256, 60%", "5.q on 256, 60%", "10.gate, 60%", "17.gate, 60%", "5.q, 60%", "0.q, 60%",
-    "5.o, 60%", "10.down, 60%", "17.down, 50%",
-)  # fmt: skip
-
-
-def gaps(book: Any, page: Path) -> str:
-    found = {k: v for k, v in family(book, "gaps/").items() if k in GAPS}
-    if not found:
-        return ""
-
-    def cells(values: list[float]) -> str:
-        return " / ".join(f"{100 * value:.1f}" for value in values)
-
-    rows = [
-        [
-            k,
-            str(v["n"]),
-            cells(v["plain"]["wanda"]),
-            cells(v["plain"]["1-swap"]),
-            cells(v["plain"]["best"]),
-            cells(v["cut"]["best"]),
-            f"{v['plain_seconds']:.0f}",
-            f"{v['cut_seconds']:.0f}",
-        ]
-        for k, v in found.items()
-    ]
-    text = """## Certified gaps of full rows
-
-Two rows of each layer: 1 − bound/objective in %, one figure a row. The bound is `sdp`, every certificate
-re-checked in float64 by code it shares nothing with; with cuts, rounds of triangle inequalities are added.
-The best mask is that of nine tabu runs of 100,000 moves, three seeds from each of 1-swap, `relax` and the
-rounded SDP.
-
-""" + table(
-        [
-            "rows",
-            "n",
-            "Wanda",
-            "1-swap",
-            "best mask",
-            "best mask, cuts",
-            "bound, s a row",
-            "with cuts",
-        ],
-        rows,
-    )
-    return text
-
-
-def growth(book: Any, page: Path) -> str:
-    found = family(book, "gaps/")
-    if not found:
-        return ""
-    rows = []
-    for k, v in sorted(found.items(), key=lambda item: (item[0][:4], item[1]["n"])):
-        above = v["above_best"]
-        rows.append(
-            [
-                k,
-                str(v["n"]),
-                f"{100 * mean(v['plain']['best']):.1f}",
-                f"{100 * mean(v['cut']['best']):.1f}",
-                *(
-                    " / ".join(
-                        f"{100 * value:.2f}" for name, value in above.items() if name[:-2] == start
-                    )
-                    for start in ("1-swap", "relax", "sdp")
-                ),
-            ]
-        )
-    text = """## Do independent searches agree?
-
-The same long runs, and those on rows restricted to random inputs: how far, in %, each of three seeds ends
-above the best mask of all nine runs (mean of two rows), by start. Where runs from different starts end at
-the same objective and the gap stays wide, it is the bound that is weak.
-
-""" + table(
-        ["rows", "n", "gap, %", "with cuts", "from 1-swap", "from relax", "from the rounded SDP"],
-        rows,
-    )
-    for layer in HARD:
-        if layer in found:
-            text += "\n" + verdict(layer, found[layer])
-    return text
-
-
-#: the kinds with the widest gaps
-HARD = ("5.o, 60%", "0.q, 60%")
-
-
-def verdict(layer: str, record: dict[str, Any]) -> str:
-    """How much of the gap a better search could close, as far as the long runs tell."""
-    ends: dict[str, list[float]] = {}
-    for name, above in record["above_best"].items():
-        ends.setdefault(name[:-2], []).append(above)
-    apart = max(min(values) for values in ends.values())
-    among_relax = max(ends["relax"]) - min(ends["relax"])
-    gap = mean(record["cut"]["best"])
-    left = 1 - (1 - gap) / (1 - apart)
-    weak = "the bound" if left > gap / 2 else "the search"
-    return (
-        f"{layer}: the best runs of the three starts end within {percent(apart)} of each other, those from\n"
-        f"`relax` within {percent(among_relax)}; the gap is {percent(gap)}. Were there masks as much better "
-        f"again, {percent(left)}\nwould be left: most of it is the fault of {weak}.\n"
-    )
-
-
-def blame(book: Any, page: Path) -> str:
-    found = {tuple(k.split("/")): v for k, v in family(book, "blame/").items()}
-    found = {k: v for k, v in found.items() if v["status"] == "OPTIMAL" or "optimal" in v["status"]}
-    if not found:
-        return ""
-    rows = []
-    for layer in dict.fromkeys(k[0] for k in found):
-        cells = [v for k, v in found.items() if k[0] == layer]
-        rows.append(
-            [
-                layer,
-                str(len(cells)),
-                *(f"+{percent(mean(c[m] for c in cells) - 1)}" for m in ("swap", "relax", "tabu")),
-                f"−{percent(1 - mean(c['sdp'] for c in cells))}",
-                f"−{percent(1 - mean(c['box'] for c in cells))}",
-            ]
-        )
-    return """## Bound or search?
-
-Rows restricted to 80 random inputs, where `branch` proves the optimum (60%): the masks above it, the
-bounds below.
-
-""" + table(["layer", "rows", "1-swap", "relax", "tabu 1000", "sdp bound", "box bound"], rows)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import sys
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import machine_now
 
 SHAPES = {
     "self_attn.q_proj": (4096, 4096),
@@ -57,7 +57,7 @@ def write_model(folder: Path) -> None:
         repeats = -(-shape[0] // part.shape[0])
         return part.bfloat16().repeat(repeats, 1)[: shape[0]].contiguous()
 
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     block = {name: random(*shape) for name, shape in SHAPES.items()}
     for index in range(BLOCKS):
         shard = f"model-{index + 1:05d}-of-{BLOCKS + 1:05d}.safetensors"
@@ -103,14 +103,14 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true")
     arguments = parser.parse_args()
     model, out = arguments.folder / "model", arguments.folder / "out"
-    print(platform.platform(), f"{os.cpu_count()} cores", flush=True)
+    print(machine_now(), flush=True)
     shape = (arguments.samples, arguments.seq_len)
     tokens = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
     print(f"{shape[0]} windows of {shape[1]} random tokens", flush=True)
 
     def prune() -> str:
-        from maskopt import prune_model
         from maskopt.model.progress import BlockProgress
+        from maskopt.model.prune import prune_model
 
         seen = -1
 
@@ -133,7 +133,7 @@ def main() -> None:
         return f"{verify_output(out, against=model).rows} rows hold"
 
     def evaluate() -> str:
-        from maskopt import perplexity
+        from maskopt.model.perplexity import perplexity
 
         return f"perplexity {perplexity(out, tokens).value:.6g}"
 

@@ -1,0 +1,137 @@
+"""Studies of how far masks are from the optimum: certified gaps, and rows with a proven optimum."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from book import Book
+from demo_layers import LAYERS, columns_of, loaded, sample, with_pattern
+
+from maskopt import LayerProblem, RowProblem, Unstructured, lower_bound, solve, verify
+from maskopt.trace import RelaxTrace
+
+#: moves of the search for the best mask that can be found
+LONG_SEARCH = 100_000
+#: inputs of rows whose optimum is proven
+PROVEN_N = 80
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Two rows of a layer, of all its inputs or of some drawn at random."""
+
+    layer: str
+    sparsity: float
+    n: int | None = None
+
+    @property
+    def label(self) -> str:
+        part = "" if self.n is None else f" on {self.n}"
+        return f"{self.layer}{part}, {self.sparsity:.0%}"
+
+    def of(self, whole: LayerProblem, seed: int) -> LayerProblem:
+        problem = sample(whole, 2, seed)
+        if self.n is not None:
+            columns = columns_of(whole.n, self.n, seed)
+            problem = LayerProblem(
+                problem.weight[:, columns].contiguous(),
+                problem.gram[columns][:, columns].contiguous(),
+                Unstructured(sparsity=self.sparsity),
+                assume_psd=True,
+            )
+        return with_pattern(problem, Unstructured(sparsity=self.sparsity))
+
+
+#: the rows of the certified gaps
+CERTIFIED = (
+    Rows("10.down", 0.6, 256),
+    Rows("5.q", 0.6, 256),
+    Rows("10.gate", 0.6),
+    Rows("17.gate", 0.6),
+    Rows("5.q", 0.6),
+    Rows("0.q", 0.6),
+    Rows("5.o", 0.6),
+    Rows("10.down", 0.6),
+    Rows("17.down", 0.5),
+)
+#: the hard kinds on fewer and fewer inputs: where does the gap come from?
+GROWTH = tuple(Rows(layer, 0.6, n) for layer in ("5.o", "0.q") for n in (64, 128, 256, 512))
+
+
+def gaps(book: Book, args: argparse.Namespace) -> None:
+    """The best mask known of full rows, beside the certified bound."""
+    lines = CERTIFIED + GROWTH
+    for layer, whole in loaded(args, tuple(dict.fromkeys(x.layer for x in lines))):
+        for rows in lines:
+            if rows.layer == layer:
+                problem = rows.of(whole, args.seed)
+                book.measure(f"gaps/{rows.label}", partial(certified, problem, args))
+
+
+def certified(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]:
+    """The best mask of long searches from three starts, and the bounds below it."""
+    plain = solve(problem, "sdp", time_limit=args.bound_seconds)
+    verify(problem, plain)
+    assert isinstance(plain.trace, RelaxTrace)
+    began = time.perf_counter()
+    cut = lower_bound(problem, "sdp", cuts=args.cuts, time_limit=args.cut_seconds)
+    cut_seconds = time.perf_counter() - began
+    starts = {
+        "1-swap": solve(problem, "swap", warm_start="wanda").mask,
+        "relax": solve(problem, "relax").mask,
+        "sdp": plain.mask,
+    }
+    ends = {
+        f"{start} {seed}": solve(
+            problem, "tabu", warm_start=mask, moves=LONG_SEARCH, seed=seed
+        ).objective
+        for start, mask in starts.items()
+        for seed in range(3)
+    }
+    best = torch.stack(list(ends.values())).min(0).values
+    masks = {
+        "wanda": solve(problem, "wanda").objective,
+        **{start: problem.objective(mask) for start, mask in starts.items()},
+        "tabu": solve(problem, "tabu", warm_start="swap").objective,
+        "best": best,
+    }
+    bounds = {"plain": plain.lower_bound, "cut": cut.value}
+    return {
+        "n": problem.n,
+        **{
+            name: {mask: (1 - bound / objective).tolist() for mask, objective in masks.items()}
+            for name, bound in bounds.items()
+        },
+        "above_best": {k: float((v / best).mean()) - 1 for k, v in ends.items()},
+        "plain_seconds": float(plain.trace.relax_seconds.mean()),
+        "cut_seconds": cut_seconds / problem.rows,
+    }
+
+
+def blame(book: Book, args: argparse.Namespace) -> None:
+    """Small rows with a proven optimum: how far is the search above it, and the bound below?"""
+    for layer, whole in loaded(args, LAYERS):
+        problem = sample(whole, 3, args.seed)
+        columns = columns_of(problem.n, PROVEN_N, args.seed)
+        for row in range(problem.rows):
+            small = problem.row(row).restrict(columns, Unstructured(sparsity=0.6))
+
+            def run(small: RowProblem = small) -> dict[str, Any]:
+                exact = solve(small, "branch", time_limit=60)
+                optimum = float(exact.objective)
+                relaxed = solve(small, "relax")
+                return {
+                    "status": str(exact.status[0]),
+                    "swap": float(solve(small, "swap", warm_start="wanda").objective) / optimum,
+                    "relax": float(relaxed.objective) / optimum,
+                    "tabu": float(solve(small, "tabu").objective) / optimum,
+                    "sdp": float(lower_bound(small, "sdp").value) / optimum,
+                    "box": float(relaxed.lower_bound) / optimum,
+                }
+
+            book.measure(f"blame/{layer}/{row}", run)
