@@ -53,10 +53,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model; `change` is None for the first one."""
+    """One model.
+
+    Attributes:
+        losses: mean cross-entropy of every window, nats: what any two models may be compared by, paired.
+        change: None for the first one.
+    """
 
     model: str
     perplexity: Perplexity
+    losses: tuple[float, ...]
     change: Change | None = None
 
     def record(self) -> dict[str, Any]:
@@ -94,7 +100,7 @@ def evaluate(
         name = str(models[0])
         assert first.windows is not None
         losses = window_losses(first, lambda done, total: tell(name, done, total))
-        found.append(Evaluation(name, perplexity_of(losses, first.windows)))
+        found.append(_evaluation(name, losses, first.windows))
         for model, job in zip(models[1:], jobs[1:], strict=True):
             found.append(_beside(first, losses, str(model), job, tell))
     return found
@@ -148,7 +154,16 @@ def _beside(
         kl_high=divergence[1],
         agreement=float(sums[:, 2].mean()) / targets,
     )
-    return Evaluation(name, perplexity_of(sums[:, 0], windows), change)
+    return _evaluation(name, sums[:, 0], windows, change)
+
+
+def _evaluation(
+    name: str, losses: Tensor, windows: Windows, change: Change | None = None
+) -> Evaluation:
+    """Of cross-entropies that are summed over the targets of each window."""
+    targets = windows.length - windows.beginning.first_target
+    means = tuple((losses / targets).tolist())
+    return Evaluation(name, perplexity_of(losses, windows), means, change)
 
 
 def _compare(
