@@ -57,6 +57,7 @@ WALK = (
     "exclude",
     "samples",
     "seq_len",
+    "weighting",
     "text_field",
     "chat",
     "shrink",

@@ -42,6 +42,7 @@ from maskopt.model.tokens import (
     evaluation_windows,
     token_windows,
 )
+from maskopt.model.weighting import REST
 
 if TYPE_CHECKING:
     from maskopt.model.output import FinishedBlock
@@ -85,6 +86,8 @@ def open_job(
     if text is not None:
         windows = _windows(source, text, tokenizer, options, whole, limit)
         check_vocabulary(windows, vocabulary_size(source.model))
+        if options.weighting == REST and windows.length < 2:
+            raise DataError("`weighting` rest leaves nothing of windows of a single token")
     return Job(source, layers, windows, options, whole=whole, on_progress=on_progress)
 
 
@@ -319,6 +322,7 @@ class Block:
                 self.layers if layers is None else layers,
                 advance=one_pass,
                 all_experts=self.job.options.all_experts,
+                weighting=self.job.options.weighting,
                 tick=self.ticker("calibrate", len(self._opened.samples.active)),
             )
         self.advanced, self.dense_advanced = one_pass, True

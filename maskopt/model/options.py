@@ -15,6 +15,7 @@ from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, Pat
 from maskopt.limits import check_threads
 from maskopt.model.beginning import check_bos
 from maskopt.model.solving import check_solver, default_start
+from maskopt.model.weighting import ALIKE, WEIGHTINGS
 from maskopt.pattern import Pattern, Unstructured, pattern_to_dict
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ class WalkOptions:
     )
     skip_bad_samples: bool = _option(
         False, MASKS, "Leave out windows with NaN or infinite activations instead of stopping."
+    )
+    weighting: str = _option(
+        ALIKE,
+        MASKS,
+        "Of a window's tokens. alike; rest: the first one not at all; relative: each by one over the mean "
+        "square of its hidden state.",
     )
     holdout: float = _option(
         0.0,
@@ -116,6 +123,7 @@ class WalkOptions:
                 f"`{name}` is of plain text; with `chat`, messages are under 'messages' and begin as "
                 "the template says: choose one"
             )
+        _check_choice("weighting", self.weighting, WEIGHTINGS)
         if not 0 <= self.holdout < 1:
             raise DataError(f"`holdout` must lie in [0, 1), not {self.holdout}")
         for name in ("samples", "seq_len"):
@@ -130,6 +138,17 @@ class WalkOptions:
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         """Raise MaskoptError where these layers cannot be treated as the options say."""
+        if self.weighting != ALIKE:
+            self._check_in_order(layers, f"`weighting` {self.weighting}")
+
+    def _check_in_order(self, layers: Sequence[Layer], what: str) -> None:
+        """Raise OptionError for a layer that is not given the tokens of a window one after the other."""
+        routed = [layer.name for layer in layers if layer.expert is not None or "*" in layer.kind]
+        if routed and not self.all_experts:
+            raise OptionError(
+                f"layer {routed[0]!r} is given the tokens that are routed to it; {what} needs "
+                "`all_experts` there"
+            )
 
 
 @dataclass(frozen=True)
@@ -173,8 +192,7 @@ class PruneOptions(WalkOptions):
         object.__setattr__(self, "solver_options", dict(self.solver_options or {}))
         _check_shrink(self.shrink, self.holdout)
         _check_count(ModelError, "min_tokens", self.min_tokens)
-        if self.target not in TARGETS:
-            raise OptionError(f"`target` must be {' or '.join(TARGETS)}, not {self.target!r}")
+        _check_choice("target", self.target, TARGETS)
         for name in ("one_pass", "true_sequential"):
             if self.beside and getattr(self, name):
                 raise OptionError(
@@ -193,12 +211,9 @@ class PruneOptions(WalkOptions):
         return self.target == "dense"
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
-        routed = [layer.name for layer in layers if layer.expert is not None or "*" in layer.kind]
-        if self.beside and routed and not self.all_experts:
-            raise OptionError(
-                f"layer {routed[0]!r} is given other tokens in the pruned model than in the dense one; "
-                "`target` dense needs `all_experts` there"
-            )
+        super().check_layers(layers)
+        if self.beside:
+            self._check_in_order(layers, "`target` dense")
         for layer in layers:
             try:
                 self.pattern.check(layer.n)
@@ -269,6 +284,13 @@ def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
     """Patterns on layer names; each text may hold several, separated by commas."""
     texts = [given] if isinstance(given, str) else given or ()
     return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise OptionError(
+            f"`{name}` must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}"
+        )
 
 
 def _check_count(error: type[MaskoptError], name: str, value: Any) -> None:
