@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
 from test_model_cli import run
 from tiny_models import WordTokenizer, save, save_tokenizer, tiny, tokens
 
@@ -17,7 +21,7 @@ import maskopt
 from maskopt import NM, MaskoptError, PruneOptions, Unstructured, open_job, prune_model
 from maskopt.cli import app
 from maskopt.errors import DataError, ModelError, OptionError, PatternError
-from maskopt.model.blocks import Blocks, matrix
+from maskopt.model.blocks import Blocks, choose, matrix
 from maskopt.model.options import WalkOptions, prune_options
 from maskopt.model.plan import plan_prune
 
@@ -155,6 +159,72 @@ def test_layers_know_block_and_kind(family: str, kinds: set[str]) -> None:
             assert layer.name.rsplit(".", 1)[0] == layer.parent
 
 
+def test_a_block_without_a_chosen_layer_has_no_gram_matrices() -> None:
+    options = WalkOptions(include=("layers.1.mlp",))
+    with open_job(tiny("llama"), tokens(), options) as job:
+        for block in job.blocks():
+            grams = block.grams()
+            assert len(grams.order) == len(block.layers) == (3 if block.index else 0)
+            block.advance()
+
+
+def test_the_last_block_of_one_pass_ends_where_its_last_layer_has_its_inputs() -> None:
+    model, ran = tiny("llama"), []
+    for index, block in enumerate(Blocks(model).modules):
+        block.mlp.act_fn.register_forward_hook(lambda *_, i=index: ran.append(i))
+    options = WalkOptions(include=("o_proj",), one_pass=True, threads=1)
+    with open_job(model, tokens(3), options) as job:
+        for block in job.blocks():
+            block.grams()
+            block.advance()
+    assert ran == [0, 0, 0, 1, 1, 1, 2]  # what follows the last layer, in one sample alone
+
+
+def test_threads_started_after_a_walk_have_as_many_inside_torch() -> None:
+    """New threads take the last number that any thread set."""
+    before = torch.get_num_threads()
+    with open_job(tiny("llama"), tokens(), WalkOptions(threads=before)) as job:
+        for block in job.blocks():
+            block.advance()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == before
+
+
+PATTERNS = st.sampled_from([
+    "q_proj", "mlp", "layers.0", "0", "layers.*.mlp", "model.layers.1.mlp.up_proj", "self_attn.q_proj",
+    "model", "proj", "layers.[01]", "?", "*_proj", "1.mlp", "ayers.1", "mlp.", "",
+])  # fmt: skip
+
+
+@given(pattern=PATTERNS)
+def test_a_pattern_is_matched_as_a_whole_or_on_a_run_of_parts(pattern: str) -> None:
+    layers = Blocks(tiny("llama")).all_layers()
+    expected = [
+        layer
+        for layer in layers
+        if any(
+            fnmatchcase(layer.name, p)
+            for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
+        )
+    ]
+    if expected:
+        assert choose(layers, [pattern]) == expected
+    else:
+        with pytest.raises(ModelError, match="no layer matches"):
+            choose(layers, [pattern])
+
+
+def test_lists_of_names_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates and checks name every layer: thousands, of a mixture of experts."""
+    layers = Blocks(tiny("llama")).all_layers()
+    asked: list[str] = []
+    match = lambda name, pattern: (asked.append(pattern), fnmatchcase(name, pattern))[1]  # noqa: E731
+    monkeypatch.setattr("maskopt.model.blocks.fnmatchcase", match)
+    names = [layer.name for layer in layers]
+    assert choose(layers, names[:-1], names[:3]) == layers[3:-1]
+    assert asked == []
+
+
 # Options --------------------------------------------------------------------------------------
 
 
@@ -250,6 +320,8 @@ def test_one_dialect() -> None:
     for name in ("compare", "bound", "extract"):
         assert {"sparsity", "pattern", "include", "exclude"} <= parameters(name).keys()
     assert {"include", "exclude"} <= parameters("certify").keys()
+    for name in ("compare", "bound", "extract", "certify", "eval"):
+        assert {"bos", "seq_len", "text_field", "threads"} <= parameters(name).keys()
 
 
 def test_a_prune_command_with_plan_in_its_place(dense: Path, data: Path, tmp_path: Path) -> None:

@@ -280,20 +280,21 @@ class Block:
     def grams(self, layers: Sequence[Layer] | None = None) -> Grams:
         """Gram matrices of the inputs of the layers (all chosen ones), the block being as it is now.
 
-        Where the job's options say `one_pass`, the samples move on with the same pass.
+        Where the job's options say `one_pass`, the samples move on with the same pass, as long as a
+        block follows that needs them.
         """
         if self.advanced:
             raise RuntimeError(f"the samples have left block {self.index}")
-        one_pass = self.job.options.one_pass
+        advance = self.job.options.one_pass and self.job.goes_on(self.index)
         with torch.no_grad():
             grams = collect(
                 self._opened,
                 self.layers if layers is None else layers,
-                advance=one_pass,
+                advance=advance,
                 all_experts=self.job.options.all_experts,
                 tick=self.ticker("calibrate", len(self._opened.samples.active)),
             )
-        self.advanced = one_pass
+        self.advanced = advance
         return grams
 
     def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:

@@ -160,7 +160,7 @@ def evaluation_windows(
     """
     check_count("seq_len", seq_len, least=2)
     if _is_npy(source):
-        return token_windows(_load_npy(Path(source))[:limit], Path(source).name)
+        return token_windows(_load_npy(Path(source)), Path(source).name).take(slice(limit))
     if isinstance(source, str | Path):
         documents, words = read_documents(source, field=field), _describe(source)
     else:
