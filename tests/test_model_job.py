@@ -20,7 +20,7 @@ from tiny_models import WordTokenizer, save, save_tokenizer, tiny, tokens
 import maskopt
 from maskopt import NM, MaskoptError, PruneOptions, Unstructured, open_job, prune_model
 from maskopt.cli import app
-from maskopt.errors import DataError, ModelError, OptionError, PatternError
+from maskopt.errors import ModelError, OptionError, PatternError
 from maskopt.model.blocks import Blocks, choose, matrix
 from maskopt.model.options import WalkOptions, prune_options
 from maskopt.model.plan import plan_prune
@@ -267,8 +267,18 @@ def test_what_decides_the_masks_is_recorded_and_nothing_else() -> None:
         (OptionError, "not -2", {"threads": -2}),
         (OptionError, "not 100000", {"threads": 100_000}),
         (OptionError, "not 1.5", {"threads": 1.5}),
-        (DataError, "`samples` must be", {"samples": 0}),
-        (DataError, "`seq_len` must be", {"seq_len": -1}),
+        (OptionError, "`samples` must be a whole number ≥ 1, not 0", {"samples": 0}),
+        (OptionError, "`seq_len` must be a whole number ≥ 1, not -1", {"seq_len": -1}),
+        (OptionError, "`min_tokens` must be a whole number ≥ 1", {"min_tokens": 0}),
+        (OptionError, "`seed` must be a whole number from 0 to", {"seed": -1}),
+        (OptionError, "`seed` must be a whole number from 0 to", {"seed": "x"}),
+        (OptionError, "`holdout` must be a number [0, 1), not '0.2'", {"holdout": "0.2"}),
+        (OptionError, "`all_experts` must be true or false", {"all_experts": "no"}),
+        (OptionError, "'lots' is no amount of memory", {"max_memory": "lots"}),
+        (OptionError, "`max_memory` must be", {"max_memory": -1}),
+        (OptionError, "`activation_memory` must be", {"activation_memory": 1.5}),
+        (OptionError, "`pattern` must be", {"sparsity": None, "pattern": "2:4"}),
+        (OptionError, "`solver_options` must be", {"solver_options": "x"}),
     ],
 )
 def test_options_that_cannot_be(error: type[Exception], message: str, given: Any) -> None:
@@ -277,6 +287,11 @@ def test_options_that_cannot_be(error: type[Exception], message: str, given: Any
             use(tiny("llama", layers=1), tokens(), **{**WANDA, **given})  # type: ignore[operator]
         assert isinstance(caught.value, MaskoptError)
         assert message in str(caught.value)
+
+
+def test_amounts_of_memory_may_have_units() -> None:
+    options = PruneOptions(Unstructured(0.5), max_memory="16GiB", activation_memory="500MB")
+    assert (options.max_memory, options.activation_memory) == (2**34, 500 * 10**6)
 
 
 def test_perplexity_refuses_options_that_cannot_be() -> None:

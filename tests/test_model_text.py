@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import WordTokenizer
 
-from maskopt.errors import DataError
+from maskopt.errors import DataError, OptionError
 from maskopt.model.demo_text import demo_text
 from maskopt.model.text import read_documents
 from maskopt.model.tokens import (
@@ -154,7 +154,7 @@ def test_too_little_text(make: object) -> None:
         make([" "], TOKENIZER, seq_len=20)  # type: ignore[operator]
     with pytest.raises(DataError, match="tokenizer"):
         make(["abc" * 20], None, seq_len=20)  # type: ignore[operator]
-    with pytest.raises(DataError, match="`seq_len` must be a whole number"):
+    with pytest.raises(OptionError, match="`seq_len` must be a whole number"):
         make(["abc"], TOKENIZER, seq_len=0)  # type: ignore[operator]
 
 

@@ -125,9 +125,9 @@ class Job:
         )
         self.last = len(source.blocks) - 1 if whole else max(layer.block for layer in layers)
         self.threads = options.threads or torch.get_num_threads()
-        self.activation_memory = options.activation_memory
+        self.activation_memory = int(options.activation_memory)
         if options.max_memory is not None:
-            self.activation_memory = check_memory(self.load, options.max_memory)
+            self.activation_memory = check_memory(self.load, int(options.max_memory))
         self.tell = on_progress or (lambda _: None)
         self.pool: Threads
         self._captured: Captured | None = None

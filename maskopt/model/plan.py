@@ -93,7 +93,7 @@ def plan_prune(
     refusal = None
     if options.max_memory is not None:
         try:
-            job.activation_memory = check_memory(job.load, options.max_memory)
+            job.activation_memory = check_memory(job.load, int(options.max_memory))
         except ModelError as error:
             refusal = error
     source, layers, checkpoint = job.source, job.layers, job.source.checkpoint
