@@ -97,7 +97,7 @@ def test_a_weighted_run_is_verified(more: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_bad_input_gets_one_line() -> None:
-    with pytest.raises(OptionError, match="`weighting` must be alike, rest or relative"):
+    with pytest.raises(OptionError, match="`weighting` must be text alike or rest or relative"):
         prune_model(tiny("llama"), tokens(), sparsity=0.5, weighting="first")
     with pytest.raises(OptionError, match="`weighting` rest needs `all_experts` there"):
         prune_model(tiny("mixtral"), tokens(), sparsity=0.5, weighting="rest")

@@ -276,7 +276,7 @@ def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:
     """
     once = all(len(watch.inputs.get(layer.name, ())) == 1 for layer in layers)
     fixed = all(layer.expert is None and "*" not in layer.kind for layer in layers)
-    return next(reversed(watch.inputs)) if once and fixed else None
+    return next(reversed(watch.inputs), None) if once and fixed else None
 
 
 def _first_bad(watch: Watch, output: Tensor | None, block: str) -> str | None:

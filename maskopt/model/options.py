@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, PatternError, near
-from maskopt.limits import check_threads
+from maskopt.errors import DataError, ModelError, OptionError, PatternError, near
+from maskopt.fields import check_options, option
+from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
 from maskopt.model.solving import check_solver, default_start
 from maskopt.model.weighting import ALIKE, WEIGHTINGS
@@ -30,13 +31,13 @@ AUTO = "auto"
 TARGETS = ("pruned", "dense")
 
 
-def _about(decides: str, words: str, unit: str | None = None) -> dict[str, Any]:
-    """What is known of an option; `unit` is "bytes" where that is what it counts."""
-    return {"help": words, "decides": decides, "unit": unit}
+def _about(decides: str, words: str, **facts: Any) -> dict[str, Any]:
+    """What is known of an option: what it decides, and the facts of `maskopt.fields.option`."""
+    return {**option(None, words, **facts).metadata, "decides": decides}
 
 
-def _option(default: Any, decides: str, words: str, unit: str | None = None) -> Any:
-    return field(default=default, metadata=_about(decides, words, unit))
+def _option(default: Any, decides: str, words: str, **facts: Any) -> Any:
+    return field(default=default, metadata=_about(decides, words, **facts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +72,18 @@ class WalkOptions:
         MASKS,
         "Of a window's tokens. alike; rest: the first one not at all; relative: each by one over the mean "
         "square of its hidden state.",
+        choices=WEIGHTINGS,
     )
     holdout: float = _option(
         0.0,
         MASKS,
         "Share of the calibration windows that is kept aside; errors are then reported on them, too.",
+        least=0,
+        below=1,
     )
-    samples: int = _option(128, TEXT, "Calibration windows.")
+    samples: int = _option(128, TEXT, "Calibration windows.", least=1)
     seq_len: int = _option(
-        2048, TEXT, "Tokens in a window; never more than the model has positions."
+        2048, TEXT, "Tokens in a window; never more than the model has positions.", least=1
     )
     bos: str = _option(
         "auto",
@@ -100,36 +104,39 @@ class WalkOptions:
     threads: int | None = _option(
         None, MACHINE, "On the CPU; the result does not depend on it. Default: all cores."
     )
-    activation_memory: int = _option(
-        4 * 2**30, MACHINE, "Hidden states that take more go to a file, e.g. 500MB.", unit="bytes"
+    activation_memory: int | str = _option(
+        4 * 2**30,
+        MACHINE,
+        "Hidden states that take more go to a file, e.g. 500MB.",
+        unit="bytes",
+        least=0,
     )
-    max_memory: int | None = _option(
+    max_memory: int | str | None = _option(
         None,
         MACHINE,
         "Refuse to start where the estimate of `maskopt plan` is higher, e.g. 16GiB.",
         unit="bytes",
+        least=0,
     )
     trust_remote_code: bool = _option(False, MACHINE, "Run code that comes with the model.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", name_patterns(self.include))
         object.__setattr__(self, "exclude", name_patterns(self.exclude))
+        for name in ("activation_memory", "max_memory"):
+            if isinstance(given := getattr(self, name), str):
+                object.__setattr__(self, name, parse_bytes(given))
+        Limits(threads=self.threads, seed=self.seed)  # refuses what a solver would
+        check_options(self)
+        check_bos(self.bos)
         if self.one_pass and self.true_sequential:
             raise ModelError("`one_pass` and `true_sequential` exclude each other; choose one")
-        check_bos(self.bos)
         if self.chat and (self.bos, self.text_field) != ("auto", "text"):
             name = "bos" if self.bos != "auto" else "text_field"
             raise DataError(
                 f"`{name}` is of plain text; with `chat`, messages are under 'messages' and begin as "
                 "the template says: choose one"
             )
-        _check_choice("weighting", self.weighting, WEIGHTINGS)
-        if not 0 <= self.holdout < 1:
-            raise DataError(f"`holdout` must lie in [0, 1), not {self.holdout}")
-        for name in ("samples", "seq_len"):
-            _check_count(DataError, name, getattr(self, name))
-        if self.threads is not None:
-            check_threads(self.threads)
 
     @property
     def beside(self) -> bool:
@@ -179,8 +186,11 @@ class PruneOptions(WalkOptions):
         MASKS,
         "What a layer's output is to be like. pruned: the dense layer's on the inputs that it has in the "
         "model pruned so far; dense: what it is in the dense model, which then goes along.",
+        choices=TARGETS,
     )
-    min_tokens: int = _option(32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.")
+    min_tokens: int = _option(
+        32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.", least=1
+    )
     shrink: float | str = _option(
         0.0,
         MASKS,
@@ -189,10 +199,8 @@ class PruneOptions(WalkOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "solver_options", dict(self.solver_options or {}))
+        object.__setattr__(self, "solver_options", dict(self.solver_options))
         _check_shrink(self.shrink, self.holdout)
-        _check_count(ModelError, "min_tokens", self.min_tokens)
-        _check_choice("target", self.target, TARGETS)
         for name in ("one_pass", "true_sequential"):
             if self.beside and getattr(self, name):
                 raise OptionError(
@@ -284,18 +292,6 @@ def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
     """Patterns on layer names; each text may hold several, separated by commas."""
     texts = [given] if isinstance(given, str) else given or ()
     return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise OptionError(
-            f"`{name}` must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}"
-        )
-
-
-def _check_count(error: type[MaskoptError], name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise error(f"`{name}` must be a whole number of at least 1, not {value!r}")
 
 
 def _check_shrink(shrink: float | str, holdout: float) -> None:

@@ -98,6 +98,7 @@ class Run:
             all(type(flag) is bool for flag in flags)
             and all(type(count) is int and count > 0 for count in counts)
             and type(run.seed) is int
+            and run.seed >= 0
             and (type(run.shrink) in (int, float) or run.shrink == AUTO)
             and type(run.holdout) in (int, float)
             and 0 <= run.holdout < 1
