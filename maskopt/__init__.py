@@ -7,6 +7,7 @@ from maskopt.certificate import Certificate
 from maskopt.checks import Exchange, improving_swap
 from maskopt.errors import MaskoptError
 from maskopt.limits import Limits, Progress
+from maskopt.linear import Linear
 from maskopt.pattern import NM, Unstructured
 from maskopt.problem import LayerProblem, RowProblem, load_problem
 from maskopt.solution import Solution, Status
@@ -38,6 +39,7 @@ __all__ = [
     "Exchange",
     "LayerProblem",
     "Limits",
+    "Linear",
     "MaskoptError",
     "Progress",
     "PruneOptions",

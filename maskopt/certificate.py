@@ -10,8 +10,9 @@ matrix A of g's quadratic form is positive semidefinite, g is convex, and for *a
 
     f(p) ≥ g(p) ≥ g(p̂) + min_v ∇g(p̂)ᵀ(v − p̂),       v over {0 ≤ v ≤ 1, 1_gᵀv = s}
 
-(the Frank–Wolfe bound; the minimum is a sort). So (λ, μ, ν, τ, p̂) is a certificate that anybody can
-check in float64, and however badly it was computed, it costs tightness and never validity.
+(the Frank–Wolfe bound; the minimum is a sort). A linear part 2lᵀp + c of f is one of g as
+well. So (λ, μ, ν, τ, p̂) is a certificate that anybody can check in float64, and however badly it was
+computed, it costs tightness and never validity.
 
 The check shares no code with the methods that make certificates. A ⪰ 0 is settled by a Cholesky
 factorisation with an explicit margin: if it runs to completion in floating point, then
@@ -150,6 +151,23 @@ class Certificate:
             cuts if any(c is not None for c in cuts) else None,
         )
 
+    def of_linear(self, problem: LayerProblem) -> Certificate:
+        """The certificate of a problem with a linear part from one of its rows' forms `RowProblem.q`.
+
+        With S the number of pruned inputs, that form is pᵀQp + 2lᵀp + c plus
+        (2lᵀp/S + c/S²·1ᵀp)(1ᵀp − S) plus a multiple of 1ᵀp − S, which no bound notices: a part of ν.
+        """
+        if problem.linear is None or not problem.pruned_per_group:
+            return self
+        groups = problem.n // problem.group_size
+        pruned = problem.pruned_per_group * groups
+        pull = problem.weight.double() * problem.linear.correlation
+        extra = 2 * pull / pruned + problem.linear.constant[:, None] / pruned**2
+        full = self._with_product()
+        assert full.product is not None
+        product = full.product + extra[:, None, :].expand_as(full.product)
+        return Certificate(full.diagonal, full.penalty, full.point, product, full.cuts)
+
     def _with_product(self) -> Certificate:
         """The same with ν = 0 spelled out."""
         if self.product is not None:
@@ -256,6 +274,10 @@ def _check_row(
     if cut_matrix is not None:
         value = value - (point @ (cut_matrix @ point) + cut_linear @ point + cut_constant)
         gradient = gradient - (2 * (cut_matrix @ point) + cut_linear)
+    if layer.linear is not None:
+        pull = w * layer.linear.correlation[row].to(w)
+        value = value + 2 * pull @ point + layer.linear.constant[row].to(w)
+        gradient = gradient + 2 * pull
     least = gradient.view(-1, group).sort(dim=1).values[:, : int(pruned)].sum()
     bound = value + least - gradient @ point
 
@@ -266,6 +288,8 @@ def _check_row(
     if product is not None:
         size = size + 4 * (product.abs() @ far).sum() * (group * float(far.max()) + pruned)
     size = size + 16 * cut_size * n * float(far.max()) ** 2
+    if layer.linear is not None:
+        size = size + 4 * (pull.abs() @ far) + 4 * layer.linear.constant[row].to(w)
     return bound - (2 * n + 8) * _U * size
 
 

@@ -102,7 +102,7 @@ def certify_model(
     model: str | Path,
     pruned: str | Path,
     *,
-    calibration: str | Path | Sequence[str],
+    calibration: str | Path | Sequence[Any],
     rows_per_layer: int = 4,
     layers: str | Sequence[str] = (),
     method: str = "sdp",
@@ -275,7 +275,10 @@ def _key(
     problem: LayerProblem, row: int, mask: Tensor, method: str, options: Mapping[str, Any]
 ) -> str:
     digest = hashlib.sha256()
-    for tensor in (problem.weight[row].double(), problem.gram.double(), mask):
+    moments: list[Tensor] = []
+    if problem.linear is not None:
+        moments = [problem.linear.correlation[row], problem.linear.constant[row]]
+    for tensor in (problem.weight[row].double(), problem.gram.double(), *moments, mask):
         digest.update(tensor.cpu().numpy().tobytes())
     text = [str(problem.pattern), problem.name, method, sorted(options.items())]
     digest.update(json.dumps(text, default=str).encode())

@@ -5,7 +5,7 @@ swap of a kept u against a pruned p changes f by
 
     Δ(u, p) = 2 w_u c_u + w_u² G_uu − 2 w_p c_p + w_p² G_pp − 2 w_u w_p G_up,   c = G (w ⊙ p)
 
-(SparseSwaps, arXiv 2512.10922).
+(SparseSwaps, arXiv 2512.10922), with c = G (w ⊙ p) + g where f has a linear part 2 gᵀ(w ⊙ p).
 """
 
 from __future__ import annotations
@@ -57,9 +57,16 @@ def improving_swap(
     gram = layer.gram
     dropped = torch.where(mask, 0.0, w)
     c = torch.cat([part.double() @ dropped for part in gram.split(max(1, PAIRS_AT_ONCE // len(w)))])
-    objective = (dropped @ c).clamp(min=0.0)
-    diagonal = w.square() * gram.diagonal().double()
-    threshold = float(swap_threshold(objective, diagonal.sum(), tolerance))
+    objective, diagonal = dropped @ c, w.square() * gram.diagonal().double()
+    mass = diagonal.sum()
+    if layer.linear is not None:
+        correlation, constant = (
+            layer.linear.correlation[0] * scale,
+            layer.linear.constant[0] * scale**2,
+        )
+        objective = objective + 2 * dropped @ correlation + constant
+        c, mass = c + correlation, mass + constant
+    threshold = float(swap_threshold(objective.clamp(min=0.0), mass, tolerance))
     gain_kept = 2 * w * c + diagonal
     gain_pruned = diagonal - 2 * w * c
 

@@ -203,6 +203,9 @@ def _key(row: RowProblem, name: str, job: _Job) -> str:
     digest = hashlib.sha256()
     digest.update(row.weight.double().cpu().numpy().tobytes())
     digest.update(row.gram.double().cpu().numpy().tobytes())
+    if row.linear is not None:
+        digest.update(row.linear.correlation.cpu().numpy().tobytes())
+        digest.update(row.linear.constant.cpu().numpy().tobytes())
     limits = [job.limits.seconds, job.limits.memory, job.limits.seed]
     start = _start_text(job.start)
     text = json.dumps([str(row.pattern), row.name, name, repr(job.solver), limits, start])

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.errors import ProblemError
+from maskopt.linear import Linear
 
 #: tokens whose products are summed in float32 before they go to float64
 CHUNK = 512
@@ -105,3 +106,51 @@ class Gram:
             diagonal = result.diagonal().clone()
             result.mul_(1.0 - shrink).diagonal().copy_(diagonal)
         return result
+
+
+class Moved:
+    """How a layer's inputs differ from those that its targets are made of: moments of x and δ = x′ − x.
+
+    C = (1/T) Σ_t x_t δ_tᵀ and D = (1/T) Σ_t δ_t δ_tᵀ, accumulated as `Gram` accumulates G; with G they make
+    the linear part of the objective whose target is W·x′.
+
+    Args:
+        n: number of inputs.
+        device: where the batches are and the sums are kept.
+    """
+
+    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
+        self.n = n
+        self.tokens = 0
+        self._cross: Float[Tensor, "n n"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self._moved = Gram(n, device)
+
+    def tasks(
+        self, inputs: Float[Tensor, "tokens n"], others: Float[Tensor, "tokens n"]
+    ) -> Iterator[Callable[[], None]]:
+        """Add x and x′ of the same tokens, as independent pieces (see `Gram.tasks`)."""
+        self.tokens += inputs.shape[0]
+        wide = torch.promote_types(inputs.dtype, torch.float32)
+        inputs, moved = inputs.to(wide), others.to(wide) - inputs.to(wide)
+        for start in range(0, self.n, TILE):
+            yield lambda start=start: self._add_tile(inputs, moved, start)  # type: ignore[misc]
+        yield from self._moved.tasks(moved)
+
+    def _add_tile(self, inputs: Tensor, moved: Tensor, start: int) -> None:
+        rows = slice(start, min(start + TILE, self.n))
+        for x, delta in zip(inputs.split(CHUNK), moved.split(CHUNK), strict=True):
+            self._cross[rows] += x[:, rows].T @ delta
+
+    def linear(self, weight: Float[Tensor, "rows n"], *, shrink: float = 0.0) -> Linear:
+        """The linear part for a layer's weights.
+
+        Args:
+            shrink: α of `Gram.value`. C and D are shrunk alike: the moments of (x, δ) then stay those of
+                something, and f ≥ 0.
+        """
+        cross = self._cross / max(self.tokens, 1)
+        if shrink:
+            diagonal = cross.diagonal().clone()
+            cross.mul_(1.0 - shrink).diagonal().copy_(diagonal)
+        moved = self._moved.value(shrink=shrink, dtype=torch.float64)
+        return Linear.of_inputs(weight, cross, moved)

@@ -7,7 +7,8 @@ squared
     f(p) = (w⊙p)ᵀ G (w⊙p)                                          (SparseSwaps, arXiv 2512.10922)
 
 All rows of a layer share G, so a layer is a batch of independent rows. Masks are public as
-True = kept; p is their complement.
+True = kept; p is their complement. With `linear` the output had missed its target before, and f is
+(w⊙p)ᵀG(w⊙p) + 2 gᵀ(w⊙p) + c (see `maskopt.linear`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from maskopt.errors import PatternError, ProblemError, WarmStartError
 from maskopt.files import read_arrays, write_arrays
+from maskopt.linear import Linear
 from maskopt.pattern import Pattern, pattern_from_dict, pattern_to_dict
 
 #: columns of G that are brought to float64 at a time when an objective is computed
@@ -45,11 +47,14 @@ class LayerProblem:
         pattern: `Unstructured` or `NM`.
         name: how messages and reports call the layer.
         mean: [n], the mean of the inputs, for the few methods that need more than G (`dsnot`).
+        linear: moments of what the outputs miss their targets by before anything is pruned:
+            correlation [rows, n] and constant [rows], torch or NumPy, brought to float64.
         assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
             was accumulated as XXᵀ and is semidefinite by construction.
 
     Raises:
-        ProblemError: wrong shapes, NaN or infinite values, indefinite G.
+        ProblemError: wrong shapes, NaN or infinite values, indefinite G, a linear part that makes f
+            negative.
         PatternError: a pattern that does not fit n.
 
     Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
@@ -63,6 +68,7 @@ class LayerProblem:
         *,
         name: str = "",
         mean: ArrayLike | None = None,
+        linear: Linear | None = None,
         assume_psd: bool = False,
     ) -> None:
         self.name = name
@@ -96,8 +102,12 @@ class LayerProblem:
             self.mean = _as_tensor(mean, f"{label}mean")
             if self.mean.shape != (n,):
                 raise ProblemError(f"{label}mean must be [{n}], not {list(self.mean.shape)}")
+        self.linear = None if linear is None else _linear(linear, self.weight, label)
         if not assume_psd:
             _check_semidefinite(self.gram, label)
+            if self.linear is not None:
+                ridge = PSD_TOLERANCE * float(self.gram.double().trace())
+                self.linear.check_moments(self.gram, ridge or 1.0, label)
 
     @property
     def rows(self) -> int:
@@ -131,19 +141,26 @@ class LayerProblem:
         for start in range(0, self.n, step):
             block = slice(start, start + step)
             value += ((dropped @ self.gram[:, block].double()) * dropped[:, block]).sum(1)
+        if self.linear is not None:
+            value += self.linear.value(dropped)
         return value.clamp_(min=0.0)
 
     def output_energy(self) -> Float[Tensor, " rows"]:
-        """wᵀGw of every row: the mean square of the dense row's output, of which an objective is a part.
+        """What a row costs of which nothing is kept: the mean square of its target, of which an objective is
+        a part. wᵀGw where the target is the dense row's output.
 
         Float64, of products in G's dtype: it says how large an error is, and decides nothing.
         """
         weight = self.weight.to(self.gram.dtype)
-        return ((weight @ self.gram) * weight).sum(1, dtype=torch.float64).clamp_(min=0.0)
+        energy = ((weight @ self.gram) * weight).sum(1, dtype=torch.float64)
+        if self.linear is not None:
+            energy += self.linear.value(self.weight.double())
+        return energy.clamp_(min=0.0)
 
     def diagonal_mass(self) -> Float[Tensor, " rows"]:
-        """Σⱼ wⱼ²Gⱼⱼ of every row in float64: the scale against which rounding is measured."""
-        return self.weight.double().square() @ self.gram.diagonal().double()
+        """Σⱼ wⱼ²Gⱼⱼ (+ c) of every row in float64: the scale against which rounding is measured."""
+        mass = self.weight.double().square() @ self.gram.diagonal().double()
+        return mass if self.linear is None else mass + self.linear.constant
 
     def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:
         """The mask as a bool tensor on the problem's device, or WarmStartError with the reason."""
@@ -172,11 +189,12 @@ class LayerProblem:
         if not -self.rows <= index < self.rows:
             raise ProblemError(f"row {index} of a layer with {self.rows} rows")
         name = f"{self.name}[{index % self.rows}]"
-        return RowProblem._of(self._like(self.weight[index][None], name))
+        rows = slice(index % self.rows, index % self.rows + 1)
+        return RowProblem._of(self._like(rows, name))
 
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
         """The problem of some rows only; shares gram."""
-        return self._like(self.weight[rows], self.name)
+        return self._like(rows, self.name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
@@ -185,13 +203,14 @@ class LayerProblem:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
         """Read what `save` wrote; all checks of the constructor run again."""
-        weight, gram, mean, pattern, name = _load(path, "layer")
-        return cls(weight, gram, pattern, name=name, mean=mean)
+        weight, gram, pattern, more = _load(path, "layer")
+        return cls(weight, gram, pattern, **more)
 
-    def _like(self, weight: Tensor, name: str) -> LayerProblem:
-        """Other rows of the same layer: nothing is checked again."""
+    def _like(self, rows: Tensor | slice | list[int], name: str) -> LayerProblem:
+        """Some rows of the same layer: nothing is checked again."""
         problem = LayerProblem.__new__(LayerProblem)
-        problem.weight, problem.name = weight, name
+        problem.weight, problem.name = self.weight[rows], name
+        problem.linear = None if self.linear is None else self.linear.take(rows)
         problem.gram, problem.mean, problem.pattern = self.gram, self.mean, self.pattern
         return problem
 
@@ -203,8 +222,8 @@ class LayerProblem:
 class RowProblem:
     """Mask selection for one row: weight [n], gram [n, n].
 
-    Takes what `LayerProblem` takes, and raises what it raises. Every solver accepts one and answers
-    with a Solution of a single row.
+    Takes what `LayerProblem` takes (of `linear` the moments of one row), and raises what it raises. Every
+    solver accepts one and answers with a Solution of a single row.
     """
 
     def __init__(
@@ -215,11 +234,12 @@ class RowProblem:
         *,
         name: str = "",
         mean: ArrayLike | None = None,
+        linear: Linear | None = None,
     ) -> None:
         tensor = _as_tensor(weight, "weight")
         if tensor.ndim != 1:
             raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
-        self._layer = LayerProblem(tensor[None], gram, pattern, name=name, mean=mean)
+        self._layer = LayerProblem(tensor[None], gram, pattern, name=name, mean=mean, linear=linear)
 
     @classmethod
     def _of(cls, layer: LayerProblem) -> RowProblem:
@@ -252,10 +272,28 @@ class RowProblem:
         """The same problem as a layer of one row."""
         return self._layer
 
+    @property
+    def linear(self) -> Linear | None:
+        """Of a single row."""
+        return self._layer.linear
+
     def q(self) -> Float[Tensor, "n n"]:
-        """Q = diag(w)·G·diag(w) in float64, so that f(p) = pᵀQp; n² doubles."""
+        """Q in float64 with f(p) = pᵀQp for every legal p; n² doubles.
+
+        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s for every legal p (s the
+        number of pruned inputs, at least 1),
+
+            Q + (l1ᵀ + 1lᵀ)/s + c/s²·11ᵀ = [I | 1/s]·[[Q, l], [lᵀ, c]]·[I | 1/s]ᵀ,  semidefinite too.
+
+        Where nothing is pruned c is left out: pᵀQp is 0 then, whatever Q is.
+        """
         weight = self.weight.double()
-        return weight[:, None] * self.gram.double() * weight[None, :]
+        q = weight[:, None] * self.gram.double() * weight[None, :]
+        pruned = self._layer.pruned_per_group * (self.n // self._layer.group_size)
+        if self.linear is None or pruned == 0:
+            return q
+        half = weight * self.linear.correlation[0] / pruned
+        return q + half[:, None] + half[None, :] + self.linear.constant / pruned**2
 
     def objective(self, mask: Bool[Tensor, " n"]) -> float:
         """f of one mask [n] (True = kept), float64."""
@@ -274,7 +312,9 @@ class RowProblem:
             raise ProblemError(f"columns must be distinct and within 0 … {self.n - 1}")
         new = pattern or self.pattern
         new.check(len(index))
-        layer = self._layer._like(self.weight[index][None], self.name)
+        layer = self._layer._like(slice(None), self.name)
+        layer.weight = layer.weight[:, index].contiguous()
+        layer.linear = None if self.linear is None else self.linear.restrict(index)
         layer.gram, layer.pattern = self.gram[index][:, index].contiguous(), new
         layer.mean = None if self._layer.mean is None else self._layer.mean[index]
         return RowProblem._of(layer)
@@ -286,10 +326,10 @@ class RowProblem:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RowProblem:
         """Read what `save` wrote; all checks of the constructor run again."""
-        weight, gram, mean, pattern, name = _load(path, "row")
+        weight, gram, pattern, more = _load(path, "row")
         if weight.ndim != 2 or weight.shape[0] != 1:
             raise ProblemError(f"{path}: a row's weight must be [1, n], not {list(weight.shape)}")
-        return cls(weight[0], gram, pattern, name=name, mean=mean)
+        return cls(weight[0], gram, pattern, **more)
 
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
@@ -312,6 +352,22 @@ def _as_tensor(array: ArrayLike, what: str) -> Tensor:
         count = int((~torch.isfinite(tensor)).sum())
         raise ProblemError(f"{what} holds {count} NaN or infinite values; mend the input first")
     return tensor
+
+
+def _linear(linear: Linear, weight: Tensor, label: str) -> Linear:
+    """In float64, on the device of the weight."""
+    wanted = {"correlation": tuple(weight.shape), "constant": (weight.shape[0],)}
+    found = {}
+    for what, shape in wanted.items():
+        tensor = _as_tensor(getattr(linear, what), f"{label}linear: {what}")
+        if tensor.shape != shape:
+            raise ProblemError(
+                f"{label}linear: {what} must be {list(shape)}, not {list(tensor.shape)}"
+            )
+        found[what] = tensor.to(weight.device, torch.float64)
+    if bool((found["constant"] < 0).any()):
+        raise ProblemError(f"{label}linear: the constant is a mean of squares, and not below 0")
+    return Linear(**found)
 
 
 def _symmetric(gram: Tensor, label: str) -> Tensor:
@@ -354,6 +410,9 @@ def _save(path: str | os.PathLike[str], kind: str, layer: LayerProblem) -> None:
     arrays = {"weight": _as_numpy(layer.weight), "gram": _as_numpy(layer.gram)}
     if layer.mean is not None:
         arrays["mean"] = _as_numpy(layer.mean)
+    if layer.linear is not None:
+        arrays["correlation"] = _as_numpy(layer.linear.correlation)
+        arrays["constant"] = _as_numpy(layer.linear.constant)
     write_arrays(path, kind, header, arrays)
 
 
@@ -374,10 +433,17 @@ def load_problem(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:
 
 def _load(
     path: str | os.PathLike[str], kind: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, Pattern, str]:
+) -> tuple[np.ndarray, np.ndarray, Pattern, dict[str, Any]]:
+    """Weight, G and pattern, and the other arguments of a problem by name."""
     header, arrays = read_arrays(path, kind)
     if not {"weight", "gram"} <= set(arrays):
         raise ProblemError(f"{path}: not a maskopt instance (it lacks weight or gram)")
-    pattern = pattern_from_dict(header.get("pattern"))
-    name = str(header.get("name", ""))
-    return arrays["weight"], arrays["gram"], arrays.get("mean"), pattern, name
+    parts = [arrays.get(name) for name in ("correlation", "constant")]
+    if (parts[0] is None) != (parts[1] is None):
+        raise ProblemError(f"{path}: half a linear part (correlation or constant is missing)")
+    more = {
+        "name": str(header.get("name", "")),
+        "mean": arrays.get("mean"),
+        "linear": None if parts[0] is None else Linear(*parts),  # type: ignore[arg-type]
+    }
+    return arrays["weight"], arrays["gram"], pattern_from_dict(header.get("pattern")), more

@@ -164,6 +164,8 @@ def _objective(layer: LayerProblem, mask: Tensor, row: int) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=layer.device)
     for part, weight in zip(pruned.split(step), w.split(step), strict=True):
         total += weight @ (layer.gram[part][:, pruned].double() @ w)
+    if layer.linear is not None:
+        total += 2 * w @ layer.linear.correlation[row, pruned] + layer.linear.constant[row]
     return total.clamp(min=0.0)
 
 
@@ -226,6 +228,16 @@ def _every_mask(layer: LayerProblem) -> Tensor | None:
     return p
 
 
+def _costs(layer: LayerProblem, row: int, p: Tensor) -> Tensor:
+    """f of every mask p [masks, n] of a row, float64 on the CPU."""
+    dropped = p * layer.weight[row].double().cpu()
+    costs = ((dropped @ layer.gram.double().cpu()) * dropped).sum(1)
+    if layer.linear is None:
+        return costs
+    slope, constant = layer.linear.correlation[row].cpu(), layer.linear.constant[row].cpu()
+    return costs + 2 * dropped @ slope + constant
+
+
 def _verify_by_enumeration(
     layer: LayerProblem,
     solution: Solution,
@@ -234,8 +246,7 @@ def _verify_by_enumeration(
     p: Tensor,
     rounding: float,
 ) -> None:
-    q = layer.row(index).q().cpu()
-    optimum = float(((p @ q) * p).sum(1).min())
+    optimum = float(_costs(layer, index, p).min())
     slack = OPTIMAL_TOLERANCE * abs(optimum) + rounding
     if float(solution.lower_bound[index]) > optimum + slack:
         raise VerificationError(

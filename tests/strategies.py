@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskopt import NM, LayerProblem, Unstructured
+from maskopt import NM, LayerProblem, Linear, Unstructured
 from maskopt.pattern import Pattern
 
 KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")
@@ -44,6 +44,15 @@ def random_weight(rows: int, n: int, seed: int, dtype: torch.dtype = torch.float
     return weight.to(dtype)
 
 
+def random_linear(weight: Tensor, gram: Tensor, seed: int) -> Linear:
+    """Moments of r = aᵀx + noise: a about the size of the weights, the noise of some rows none."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(weight.shape, generator=generator, dtype=torch.float64) / 2
+    own = (a @ gram.double() * a).sum(1)
+    noise = torch.rand(len(a), generator=generator, dtype=torch.float64).round(decimals=1) * own
+    return Linear(a @ gram.double(), own + noise)
+
+
 @st.composite
 def patterns(draw: st.DrawFn, n: int) -> Pattern:
     """Any legal pattern of n inputs, the empty and the full mask among them."""
@@ -61,10 +70,14 @@ def problems(
     max_rows: int = 5,
     dtype: torch.dtype = torch.float64,
     kinds: tuple[str, ...] = KINDS,
+    linear: bool = True,
 ) -> LayerProblem:
-    """A layer of up to max_rows rows and max_n inputs, any kind of Gram matrix, any pattern."""
+    """A layer of up to max_rows rows and max_n inputs, any kind of Gram matrix, any pattern, and where
+    `linear` allows it at times a linear part."""
     n = draw(st.integers(1, max_n))
     rows = draw(st.integers(1, max_rows))
     seed = draw(st.integers(0, 2**31 - 1))
     gram = random_gram(n, draw(st.sampled_from(kinds)), seed, dtype)
-    return LayerProblem(random_weight(rows, n, seed + 1, dtype), gram, draw(patterns(n)))
+    weight, pattern = random_weight(rows, n, seed + 1, dtype), draw(patterns(n))
+    part = random_linear(weight, gram, seed + 2) if linear and draw(st.booleans()) else None
+    return LayerProblem(weight, gram, pattern, linear=part)

@@ -146,8 +146,8 @@ def test_duals_worth_nothing_leave_the_relaxation(monkeypatch):
     problem = LayerProblem(random_weight(2, 24, 1), random_gram(24, "full", 2), Unstructured(0.6))
     original = sdp.certify_row
 
-    def spoilt(q, group, pruned, y, inner, rho):
-        return original(q, group, pruned, 0.02 * y, inner, rho)
+    def spoilt(row, y, inner, rho):
+        return original(row, 0.02 * y, inner, rho)
 
     box = lower_bound(problem, "box", steps=2000).value
     monkeypatch.setattr(sdp, "certify_row", spoilt)
@@ -164,7 +164,7 @@ def test_sdp_beats_box_and_both_patterns_agree_with_batches():
 
 
 def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
-    from maskopt.solvers.convex.duals import certify_row
+    from maskopt.solvers.convex.duals import ScaledRow, certify_row
     from maskopt.solvers.convex.mixing import Mixing
 
     problem = LayerProblem(random_weight(2, 48, 1), random_gram(48, "full", 2), Unstructured(0.6))
@@ -176,13 +176,9 @@ def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
                 state.sweep_torch(rho)
         else:
             state.sweep(600, rho)
-        w = state.w[0].double().numpy()
-        q = w[:, None] * problem.gram.numpy() * w[None, :]
         values.append(
             certify_row(
-                q,
-                48,
-                problem.pruned_per_group,
+                ScaledRow.of(problem, problem.gram.numpy(), 0, float(state.scale[0])),
                 state.duals[0].double().numpy(),
                 state.inner()[0],
                 rho,

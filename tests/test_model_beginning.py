@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import VOCABULARY, chat_tokenizer, save, save_tokenizer, tiny
+from tokenizers import processors
 
+from maskopt import open_job
 from maskopt.errors import DataError
 from maskopt.model.beginning import Beginning, beginning_of
+from maskopt.model.options import WalkOptions
 from maskopt.model.tokens import calibration_windows, evaluation_windows, token_windows
 
 TEXT = "abcdefghijklmnopqrstuvwxyz" * 4
@@ -33,6 +39,11 @@ LLAMA = Tokenizer(before=(1,), bos=1)
 CLOSING = Tokenizer(after=(2,), bos=1)
 QWEN = Tokenizer()
 GPT2 = Tokenizer(bos=2)  # its BOS is its EOS, and it puts none before a text
+OPT = Tokenizer(before=(2,), bos=2)  # its BOS is its EOS, and it puts that before a text
+BERT = Tokenizer(
+    before=(1,), after=(2,), bos=None
+)  # something before a text that it does not call BOS
+AROUND = Tokenizer(before=(2,), after=(2,), bos=2)
 TWO = Tokenizer(before=(3, 4), bos=3)
 
 
@@ -47,7 +58,17 @@ TWO = Tokenizer(before=(3, 4), bos=3)
         (QWEN, "auto", ()),
         (GPT2, "auto", ()),
         (GPT2, "always", (2,)),
+        (OPT, "auto", (2,)),
+        (OPT, "always", (2,)),
+        (OPT, "never", ()),
+        (BERT, "always", (1,)),
+        (AROUND, "auto", (2,)),
         (TWO, "auto", (3, 4)),
+        # one that is never put anywhere does not matter
+        (Tokenizer(bos=500), "auto", ()),
+        (Tokenizer(before=(500,), bos=500), "never", ()),
+        # the last id of the vocabulary is in it
+        (Tokenizer(bos=199), "always", (199,)),
     ],
 )
 def test_it_is_asked_of_the_tokenizer(tokenizer, bos, ids):
@@ -63,6 +84,7 @@ def test_it_is_asked_of_the_tokenizer(tokenizer, bos, ids):
         (QWEN, "always", "no beginning-of-sequence token; use `bos` auto or never"),
         (QWEN, "sometimes", "`bos` must be auto, always or never"),
         (Tokenizer(before=(500,), bos=500), "auto", "500 is outside its vocabulary of 200"),
+        (Tokenizer(bos=200), "always", "200 is outside its vocabulary of 200"),
         (Tokenizer(bos=-1), "always", "outside its vocabulary"),
     ],
 )
@@ -73,7 +95,11 @@ def test_bad_input_gets_one_line(tokenizer, bos, message):
         evaluation_windows([TEXT], tokenizer, seq_len=8, bos=bos)
 
 
-@given(st.sampled_from([LLAMA, CLOSING, QWEN, GPT2, TWO]), st.integers(3, 20), st.integers(0, 50))
+@given(
+    st.sampled_from([LLAMA, CLOSING, QWEN, GPT2, OPT, AROUND, TWO]),
+    st.integers(3, 20),
+    st.integers(0, 50),
+)
 def test_windows_are_beginnings_and_text(tokenizer, length, seed):
     plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     ids = list(tokenizer.before)
@@ -108,3 +134,34 @@ def test_tokens_that_are_given_stay_as_they_are():
 def test_no_room_is_refused():
     with pytest.raises(DataError, match="no room"):
         calibration_windows([TEXT], TWO, samples=1, seq_len=2)
+
+
+@pytest.mark.parametrize("bos", ["auto", "always", "never"])
+def test_a_beginning_that_the_model_does_not_know(bos):
+    """In the tokenizer's vocabulary, and not in the model's: as after adding tokens without resizing."""
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<added>"})
+    assert tokenizer.bos_token_id == VOCABULARY == len(tokenizer) - 1
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<added> $A", special_tokens=[("<added>", VOCABULARY)]
+    )
+    options = WalkOptions(samples=2, seq_len=8, bos=bos)
+    if bos == "never":
+        job = open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
+        assert int(job.windows.tokens.max()) < VOCABULARY
+        return
+    with pytest.raises(
+        DataError, match="token id 96 does not exist in the model's vocabulary of 96"
+    ):
+        open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_on_disk_without_a_beginning(tmp_path):
+    model = save(tiny("llama"), tmp_path / "model")
+    save_tokenizer(model)
+    options = WalkOptions(samples=2, seq_len=8)
+    windows = open_job(model, [TEXT], options).windows
+    assert str(windows.beginning) == "without a beginning token"
+    assert int(windows.tokens.min()) >= ord("a") - 31
+    with pytest.raises(DataError, match="no beginning-of-sequence token; use `bos` auto or never"):
+        open_job(model, [TEXT], dataclasses.replace(options, bos="always"))

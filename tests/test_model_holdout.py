@@ -9,6 +9,7 @@ from tiny_models import tiny, tokens
 import maskopt
 from maskopt.errors import DataError, ModelError
 from maskopt.model.job import held_out
+from maskopt.model.plan import plan_prune
 from maskopt.model.solving import SHRINK_GRID
 
 
@@ -75,3 +76,27 @@ def test_bad_input_gets_one_line(options, error, message):
     with pytest.raises(error, match=message):
         prune(tokens(4), **options)
     assert held_out(10, 0.0) == frozenset()
+
+
+def test_an_error_and_its_energy_are_of_the_same_gram_matrix():
+    """Of the first block, whose inputs no pruning has changed."""
+    for shrink in (0.0, 0.5, 1.0):
+        report = prune(tokens(4), shrink=shrink, include=("layers.0.*",))
+        found = dict(
+            maskopt.collect_problems(
+                tiny("llama"), tokens(4), sparsity=0.5, shrink=shrink, layers=("layers.0.*",)
+            )
+        )
+        for layer in report.layers:
+            energy = found[layer.name].output_energy().sum()
+            assert layer.energy == pytest.approx(float(energy), rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["grams", "solving"])
+def test_memory_of_windows_kept_aside(part):
+    """Their Gram matrices are a second set; and a layer is judged by its own of them."""
+    data, options = tokens(4), {"sparsity": 0.5, "solver": "wanda", "threads": 1}
+    without = getattr(plan_prune(tiny("llama"), data, **options).memory, part)
+    held = getattr(plan_prune(tiny("llama"), data, holdout=0.5, **options).memory, part)
+    # inputs of q k v, of o, of gate and up, of down; the widest is that of down
+    assert held - without == {"grams": 8 * (3 * 32**2 + 48**2), "solving": 4 * 48**2}[part]

@@ -180,7 +180,7 @@ def test_what_decides_the_masks_is_recorded_and_nothing_else() -> None:
     decides = {f.name: f.metadata["decides"] for f in dataclasses.fields(PruneOptions)}
     assert set(record) == {name for name, what in decides.items() if what == "masks"}
     assert set(decides) - set(record) == {
-        "samples", "seq_len", "bos", "text_field", "device", "dtype", "threads", "activation_memory",
+        "samples", "seq_len", "bos", "text_field", "chat", "device", "dtype", "threads", "activation_memory",
         "max_memory", "trust_remote_code",
     }  # fmt: skip
     for name in decides:

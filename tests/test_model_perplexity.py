@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from tiny_models import FAMILIES, WordTokenizer, patched, save, tiny, tokens
 
 import maskopt
 from maskopt.errors import DataError, ModelError
+from maskopt.model import evaluate as evaluation
 from maskopt.model import job
 from maskopt.model import perplexity as module
+from maskopt.model.options import WalkOptions
 from maskopt.model.source import FolderSource
 
 
@@ -66,6 +69,57 @@ def test_one_block_in_memory_at_a_time(
         assert "lm_head.weight" not in names
     head = "lm_head.weight" if family == "llama" else "model.embed_tokens.weight"
     assert resident[3] == {head, "model.norm.weight"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_of_several_models_only_the_hidden_states_of_the_first_are_kept(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [save(tiny(family), tmp_path / name) for name in "abc"]
+    opened: list[FolderSource] = []
+    resident: list[list[set[str]]] = []
+
+    def look() -> None:
+        named = [source.model.named_parameters() for source in opened]
+        resident.append([{name for name, p in model if not p.is_meta} for model in named])
+
+    class Watched(FolderSource):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            opened.append(self)
+
+    monkeypatch.setattr("maskopt.model.opening.FolderSource", Watched)
+    pass_on, compare = job.pass_on, evaluation._compare
+    monkeypatch.setattr(job, "pass_on", lambda *a: (look(), pass_on(*a)))
+    monkeypatch.setattr(evaluation, "_compare", lambda *a: (look(), compare(*a))[1])
+    found = evaluation.evaluate([str(m) for m in models], tokens(1, 8), WalkOptions(threads=1))
+    # three blocks of each, and the comparison with the first
+    walking = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    end = {
+        "lm_head.weight" if family == "llama" else "model.embed_tokens.weight",
+        "model.norm.weight",
+    }
+    for place, (number, held) in enumerate(zip(walking, resident, strict=True)):
+        others = [names for other, names in enumerate(held) if other != number]
+        if place in (6, 10):  # both heads, and nothing else
+            assert held[number] == end
+            assert sorted(others, key=len) == [set(), end]
+        else:
+            assert others == [set(), set()]
+    look()
+    assert resident[-1] == [set(), set(), set()]
+    assert [one.change and one.change.ratio for one in found] == [None, 1.0, 1.0]
+    assert len({one.perplexity for one in found}) == 1
+
+
+def test_a_change_beyond_all_numbers_is_infinite(tmp_path: Path) -> None:
+    """Logits of a million make a cross-entropy of which no float64 is the exponential."""
+    dense, worse = save(tiny("llama"), tmp_path / "dense"), tiny("llama")
+    save(patched(worse, "lm_head.weight", lambda p: p.mul_(1e6)), tmp_path / "worse")
+    _, found = evaluation.evaluate([dense, tmp_path / "worse"], tokens(2, 8), WalkOptions())
+    assert found.perplexity.value == math.inf
+    assert found.change is not None
+    assert found.change.ratio == math.inf
 
 
 def test_windows_are_counted_and_told(tmp_path: Path) -> None:

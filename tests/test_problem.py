@@ -14,7 +14,7 @@ from maskopt.errors import MaskoptError, PatternError, ProblemError, WarmStartEr
 HALF = Unstructured(sparsity=0.5)
 
 
-@given(problems())
+@given(problems(linear=False))
 def test_objective_is_the_mean_squared_change_of_the_output(problem):
     mask = solve(problem, "random").mask
     for i in range(problem.rows):

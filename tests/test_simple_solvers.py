@@ -19,7 +19,7 @@ def test_every_solver_returns_a_legal_verified_mask(problem):
         verify(problem, solution)
 
 
-@given(problems(kinds=("diagonal",), max_n=10))
+@given(problems(kinds=("diagonal",), max_n=10, linear=False))
 def test_wanda_is_optimal_on_diagonal_gram(problem):
     exact = solve(problem, "exhaustive").objective
     torch.testing.assert_close(solve(problem, "wanda").objective, exact, rtol=1e-9, atol=1e-12)

@@ -198,6 +198,39 @@ def save_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?unk").save_pretrained(folder)
 
 
+#: BOS, then each message as "<role>content</s>"; user and assistant take turns
+CHAT_TEMPLATE = """{{ bos_token }}
+{%- for message in messages %}
+    {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('roles must alternate') }}
+    {%- endif %}
+    {{- '<' + message.role + '>' + message.content + eos_token }}
+{%- endfor %}"""
+CHAT_BOS, CHAT_EOS = VOCABULARY - 2, VOCABULARY - 1
+
+
+def chat_tokenizer(template: str | None = CHAT_TEMPLATE) -> Any:
+    """As that of `save_tokenizer`, with a chat template, and a BOS token that it puts before a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [chr(c) for c in range(32, 32 + VOCABULARY - 3)]
+    vocabulary = {c: i + 1 for i, c in enumerate(characters)} | {"?unk": 0}
+    vocabulary |= {"<s>": CHAT_BOS, "</s>": CHAT_EOS}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?unk"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", CHAT_BOS)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="?unk",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=template,
+    )
+
+
 def patched(model: Any, name: str, change: Callable[[torch.Tensor], None]) -> Any:
     """Change one parameter in place."""
     with torch.no_grad():

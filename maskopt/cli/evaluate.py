@@ -35,7 +35,7 @@ def evaluate(
 ) -> None:
     """Perplexity on consecutive windows; of several models, on the same ones, and side by side.
 
-    One block of a model is in memory at a time.
+    One block of one model is in memory at a time; at the end of each, its output head, and the first model's.
     """
     from maskopt.model.evaluate import evaluate as library
     from maskopt.model.options import WalkOptions

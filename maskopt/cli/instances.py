@@ -80,5 +80,11 @@ def _with_pattern(layer: LayerProblem, pattern: Pattern | None) -> LayerProblem:
     if pattern is None:
         return layer
     return LayerProblem(
-        layer.weight, layer.gram, pattern, name=layer.name, mean=layer.mean, assume_psd=True
+        layer.weight,
+        layer.gram,
+        pattern,
+        name=layer.name,
+        mean=layer.mean,
+        linear=layer.linear,
+        assume_psd=True,
     )

@@ -58,6 +58,7 @@ WALK = (
     "samples",
     "seq_len",
     "text_field",
+    "chat",
     "shrink",
     "all_experts",
     "skip_bad_samples",

@@ -25,7 +25,8 @@ class Beginning:
         bos: `auto`: what the tokenizer puts before a text. `always`: its BOS token, even where it puts
             none. `never`: nothing; windows are cut out of one long tokenised text, which is the
             field's convention for tables of LLaMA-1 and 2. `given`: tokens were given as they are.
-        ids: the token ids; empty where there are none.
+            `template`: a conversation, as the model's chat template begins it.
+        ids: the token ids; empty where there are none, or where they are given or the template's.
     """
 
     bos: str
@@ -44,11 +45,14 @@ class Beginning:
     def __str__(self) -> str:
         if self.bos == "given":
             return "as given"
+        if self.bos == "template":
+            return "chats through the model's template"
         ids = " ".join(map(str, self.ids))
         return f"beginning with token {ids}" if self.ids else "without a beginning token"
 
 
 GIVEN = Beginning("given")
+TEMPLATE = Beginning("template")
 
 
 def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:

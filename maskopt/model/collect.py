@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from maskopt.errors import ModelError
-from maskopt.gram import Gram
+from maskopt.gram import Gram, Moved
 from maskopt.model.activations import Activations
 from maskopt.model.all_experts import experts_see_all
 from maskopt.model.blocks import Layer
@@ -36,6 +36,7 @@ class Samples:
         active: indices still in use, ascending.
         bad: those that were left out.
         held: those that are kept aside: their inputs are summed apart, and nothing is fitted to them.
+        dense: hidden states as the dense model has them, beside `states`, or None.
 
     Args:
         source: where the windows came from, in words.
@@ -50,8 +51,9 @@ class Samples:
         *,
         skip_bad: bool | None = None,
         held: Set[int] = frozenset(),
+        dense: Activations | None = None,
     ) -> None:
-        self.states, self.source = states, source
+        self.states, self.dense, self.source = states, dense, source
         self.active = list(range(count))
         self.bad: list[BadSample] = []
         self.skip_bad, self.held = skip_bad, held
@@ -86,11 +88,16 @@ class Grams:
         self.order: list[str] = []
         self._leader: dict[str, str] = {}
         self._grams: dict[str, Gram] = {}
+        self._moved: dict[str, Moved] = {}
 
     def of(self, layer: str) -> Gram | None:
         """None where the layer never saw a token."""
         leader = self._leader.get(layer)
         return None if leader is None else self._grams[leader]
+
+    def moved(self, layer: str) -> Moved | None:
+        """How the layer's inputs differ from those in the dense model, where that walks beside."""
+        return self._moved.get(self.leader(layer))
 
     def leader(self, layer: str) -> str:
         return self._leader.get(layer, layer)
@@ -99,8 +106,10 @@ class Grams:
         """The layers, those that share their inputs next to each other."""
         return sorted(layers, key=lambda layer: self.leader(layer.name))
 
-    def tasks(self, watch: Watch, sizes: dict[str, int]) -> list[Callable[[], None]]:
-        """Pieces of work that add one sample's inputs."""
+    def tasks(
+        self, watch: Watch, sizes: dict[str, int], beside: Watch | None = None
+    ) -> list[Callable[[], None]]:
+        """Pieces of work that add one sample's inputs, with those that the dense model has `beside`."""
         by_inputs: dict[Any, str] = {}
         pieces: list[Callable[[], None]] = []
         sharing = watch.sharing()
@@ -113,18 +122,26 @@ class Grams:
                 self._leader[layer] = first if leads else layer
                 if self._leader[layer] == layer:
                     self._grams[layer] = Gram(sizes[layer], self.device)
+                    if beside is not None:
+                        self._moved[layer] = Moved(sizes[layer], self.device)
                 self.order.append(layer)
             leader = self._leader[layer]
             if leader == layer:
-                inputs = watch.inputs[layer]
-                joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+                joined = _joined(watch.inputs[layer])
                 pieces.extend(self._grams[layer].tasks(joined))
+                if beside is not None:
+                    dense = _joined(beside.inputs[layer])
+                    pieces.extend(self._moved[layer].tasks(joined, dense))
             elif sharing.get(leader) != key:
                 raise ModelError(
                     f"layers {leader!r} and {layer!r} shared their inputs in one sample "
                     "and not in another"
                 )
         return pieces
+
+
+def _joined(inputs: Sequence[Tensor]) -> Tensor:
+    return inputs[0] if len(inputs) == 1 else torch.cat(list(inputs))
 
 
 @dataclass(frozen=True)
@@ -145,9 +162,17 @@ class OpenBlock:
     samples: Samples
     threads: Threads
 
-    def run(self, sample: int) -> Tensor:
-        """The block's output for one sample."""
-        return self.calls[sample](self.module, self.samples.states[sample].to(self.device))
+    def run(self, sample: int, states: Activations) -> Tensor:
+        """The block's output for one sample, of which `states` holds the hidden state."""
+        return self.calls[sample](self.module, states[sample].to(self.device))
+
+
+class _Observed(NamedTuple):
+    """One sample's pass: what layers were given, what came out where that is wanted, who saw NaN."""
+
+    watch: Watch
+    output: Tensor | None
+    bad: str | None
 
 
 def collect(
@@ -159,6 +184,8 @@ def collect(
     tick: Callable[[int], None] = lambda _: None,
 ) -> Grams:
     """Send all samples through a block and sum the Gram matrix of every layer's inputs.
+
+    Where the samples have dense hidden states, the block as it is now takes them on as well.
 
     Args:
         advance: store the block's outputs as the samples' new states; else passes end where the last
@@ -177,45 +204,57 @@ def collect(
     local = threading.local()
     until: str | None = None
 
-    def observe(sample: int) -> tuple[Watch, Tensor | None, str | None]:
+    def observe(
+        sample: int, states: Activations, advance: bool, until: str | None = None
+    ) -> _Observed:
         output = None
         for copy in (False, True):
             local.watch = Watch(weights, copy=copy, until=until)
             with suppress(Seen), local.watch:
-                output = block.run(sample)
+                output = block.run(sample, states)
             if not local.watch.overwritten:
                 break
         output = output if advance else None
-        return local.watch, output, _first_bad(local.watch, output, block.name)
+        return _Observed(local.watch, output, _first_bad(local.watch, output, block.name))
+
+    def both(sample: int) -> tuple[_Observed, _Observed | None]:
+        dense = None if samples.dense is None else observe(sample, samples.dense, True)
+        return observe(sample, samples.states, advance, until), dense
 
     shown = experts_see_all(block.module, f"{block.name}.", layers, local)
     with shown if all_experts else nullcontext():
         for wave in block.threads.waves(list(samples.active)):
-            observed = block.threads.run([lambda s=s: observe(s) for s in wave])  # type: ignore[misc]
-            for sample, (watch, output, bad) in zip(wave, observed, strict=True):
+            observed = block.threads.run([lambda s=s: both(s) for s in wave])  # type: ignore[misc]
+            for sample, (seen, dense) in zip(wave, observed, strict=True):
+                bad = seen.bad or (None if dense is None else dense.bad)
                 if bad is not None:
                     samples.leave_out(sample, bad)
                     continue
                 mine = held if held is not None and sample in samples.held else grams
-                block.threads.run(mine.tasks(watch, sizes))
-                if output is not None:
-                    samples.states[sample] = output
+                block.threads.run(mine.tasks(seen.watch, sizes, dense and dense.watch))
+                if samples.dense is not None and dense is not None:
+                    assert dense.output is not None
+                    samples.dense[sample] = dense.output
+                if seen.output is not None:
+                    samples.states[sample] = seen.output
                 elif until is None:
-                    until = _last_input(layers, watch)
+                    until = _last_input(layers, seen.watch)
             tick(len(wave))
     return grams
 
 
-def pass_on(block: OpenBlock, tick: Callable[[int], None] = lambda _: None) -> None:
-    """Replace every sample's state by the block's output."""
+def pass_on(
+    block: OpenBlock, states: Activations, tick: Callable[[int], None] = lambda _: None
+) -> None:
+    """Replace every sample's state in `states` by the block's output."""
     samples = block.samples
     for wave in block.threads.waves(list(samples.active)):
-        outputs = block.threads.run([lambda s=s: block.run(s) for s in wave])  # type: ignore[misc]
+        outputs = block.threads.run([lambda s=s: block.run(s, states) for s in wave])  # type: ignore[misc]
         for sample, output in zip(wave, outputs, strict=True):
             if not bool(torch.isfinite(output).all()):
                 samples.leave_out(sample, block.name)
             else:
-                samples.states[sample] = output
+                states[sample] = output
         tick(len(wave))
 
 

@@ -3,18 +3,17 @@
 The first model is the one that the others are held against, window by window: the difference of the
 cross-entropies, the Kullback–Leibler divergence of the next-token distributions, and how often the most
 likely next token is the same. All windows go through one model after the other, one block at a time; only the
-hidden states that leave the last blocks are kept.
+hidden states that leave the last blocks are kept, of the first model until the end. Where the two are held
+against each other, both output heads are in memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from maskopt.errors import DataError, OptionError
@@ -23,12 +22,13 @@ from maskopt.model.options import WalkOptions
 from maskopt.model.perplexity import (
     POSITIONS,
     Perplexity,
-    check_finite,
     check_targets,
+    exponential,
     interval,
     perplexity_of,
     walk_whole,
     window_losses,
+    window_sums,
 )
 
 
@@ -53,10 +53,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model; `change` is None for the first one."""
+    """One model.
+
+    Attributes:
+        losses: mean cross-entropy of every window, nats: what any two models may be compared by, paired.
+        change: None for the first one.
+    """
 
     model: str
     perplexity: Perplexity
+    losses: tuple[float, ...]
     change: Change | None = None
 
     def record(self) -> dict[str, Any]:
@@ -94,7 +100,7 @@ def evaluate(
         name = str(models[0])
         assert first.windows is not None
         losses = window_losses(first, lambda done, total: tell(name, done, total))
-        found.append(Evaluation(name, perplexity_of(losses, first.windows)))
+        found.append(_evaluation(name, losses, first.windows))
         for model, job in zip(models[1:], jobs[1:], strict=True):
             found.append(_beside(first, losses, str(model), job, tell))
     return found
@@ -123,39 +129,41 @@ def _beside(
     """A model beside the first one, whose states are at hand."""
     windows = job.windows
     assert windows is not None
-    count = len(windows)
-    passes, targets = (job.last + 2) * count, windows.length - windows.beginning.first_target
-    with job, torch.no_grad():
-        walk_whole(job, lambda done, total: tell(name, done, total), passes)
-        sums = torch.zeros(count, 3, dtype=torch.float64)
-        with first.logits() as reference, job.logits() as logits:
+    begin = windows.beginning.first_target
+    targets = windows.length - begin
 
-            def compared(window: int) -> tuple[float, float, float]:
-                return _compare(
-                    reference(window),
-                    logits(window),
-                    windows.tokens[window],
-                    windows.beginning.first_target,
-                )
+    def told(done: int, total: int) -> None:
+        tell(name, done, total)
 
-            for wave in job.pool.waves(range(count)):
-                parts = job.pool.run([lambda w=w: compared(w) for w in wave])  # type: ignore[misc]
-                for window, part in zip(wave, parts, strict=True):
-                    check_finite(part[0], window, windows)
-                    sums[window] = torch.tensor(part, dtype=torch.float64)
-                tell(name, passes - count + wave[-1] + 1, passes)
+    with job:
+        walk_whole(job, told)
+        with first.logits() as reference:
+
+            def compared(window: int, logits: Tensor) -> tuple[float, float, float]:
+                return _compare(reference(window), logits, windows.tokens[window], begin)
+
+            sums = window_sums(job, compared, told)
     difference = (sums[:, 0] - losses) / targets
     ratio, divergence = interval(difference), interval(sums[:, 1] / targets)
     change = Change(
-        ratio=math.exp(float(difference.mean())),
-        ratio_low=math.exp(ratio[0]),
-        ratio_high=math.exp(ratio[1]),
+        ratio=exponential(float(difference.mean())),
+        ratio_low=exponential(ratio[0]),
+        ratio_high=exponential(ratio[1]),
         kl=float(sums[:, 1].mean()) / targets,
         kl_low=divergence[0],
         kl_high=divergence[1],
         agreement=float(sums[:, 2].mean()) / targets,
     )
-    return Evaluation(name, perplexity_of(sums[:, 0], windows), change)
+    return _evaluation(name, sums[:, 0], windows, change)
+
+
+def _evaluation(
+    name: str, losses: Tensor, windows: Windows, change: Change | None = None
+) -> Evaluation:
+    """Of cross-entropies that are summed over the targets of each window."""
+    targets = windows.length - windows.beginning.first_target
+    means = tuple((losses / targets).tolist())
+    return Evaluation(name, perplexity_of(losses, windows), means, change)
 
 
 def _compare(

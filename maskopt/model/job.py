@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError
+from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, choose, vocabulary_size
+from maskopt.model.chat import chat_calibration_windows, chat_evaluation_windows
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
 from maskopt.model.memory import Load, by_block, check_memory
@@ -60,7 +62,8 @@ def open_job(
     Args:
         model: in memory, or a folder (or a name on the hub).
         text: token windows int64 [samples, length]; or text, see `read_documents`, a list of
-            strings for documents; None: for a look at the layers without a walk.
+            strings for documents; with the option `chat`, conversations, see
+            `read_conversations`; None: for a look at the layers without a walk.
         tokenizer: for text; None takes that of the model's folder.
         whole: walk through all blocks, and take all of the text in consecutive windows. Else the
             walk ends at the last block with a chosen layer, and the windows are random crops.
@@ -129,7 +132,7 @@ class Job:
             self.activation_memory = check_memory(self.load, options.max_memory)
         self.tell = on_progress or (lambda _: None)
         self.pool: Threads
-        self._captured: Captured
+        self._captured: Captured | None = None
         self._held: ExitStack | None = None
         self._walk: Generator[Block, None, None] | None = None
 
@@ -137,7 +140,14 @@ class Job:
     def load(self) -> Load:
         """What the memory of the walk depends on."""
         return Load(
-            self.source, self.layers, self.count, self.length, self.threads, self.activation_memory
+            self.source,
+            self.layers,
+            self.count,
+            self.length,
+            self.threads,
+            self.activation_memory,
+            held=self.options.holdout > 0 and not self.whole,
+            beside=self.options.beside,
         )
 
     def blocks(
@@ -162,29 +172,44 @@ class Job:
         chosen = by_block(self.layers)
         with ExitStack() as until_the_end:
             held = self._held or until_the_end
-            samples = self._start(held, folder)
+            captured = self._captured = self._start(held, folder)
+            samples = self._samples(captured.states, held, folder)
             for index in range(waiting[-1] + 1):
                 done = finished.get(index)
                 masks = None if done is None or self.options.one_pass else done.masks
                 if done is not None:
                     samples.drop({bad["sample"] for bad in done.bad})
+                    if samples.dense is not None:
+                        with self.source.open(index, None) as module:
+                            self._opened(index, module, captured, samples).advance_dense()
                 with self.source.open(index, masks) as module:
-                    opened = OpenBlock(
-                        self.source.model,
-                        module,
-                        self.source.blocks.prefix(index).rstrip("."),
-                        self.source.device,
-                        self._captured.calls[index],
-                        samples,
-                        self.pool,
-                    )
-                    block = Block(self, index, chosen.get(index, []), opened)
+                    block = self._opened(index, module, captured, samples, chosen.get(index, []))
                     if done is not None:
+                        block.dense_advanced = True
                         block.advance("replay")
                         continue
                     yield block
                     if not block.advanced and self.goes_on(index):
                         raise RuntimeError(f"block {index} was left without advance()")
+
+    def _opened(
+        self,
+        index: int,
+        module: nn.Module,
+        captured: Captured,
+        samples: Samples,
+        layers: Sequence[Layer] = (),
+    ) -> Block:
+        opened = OpenBlock(
+            self.source.model,
+            module,
+            self.source.blocks.prefix(index).rstrip("."),
+            self.source.device,
+            captured.calls[index],
+            samples,
+            self.pool,
+        )
+        return Block(self, index, layers, opened)
 
     def goes_on(self, index: int) -> bool:
         """Does anything need the output of block `index`?"""
@@ -193,10 +218,11 @@ class Job:
     @contextmanager
     def logits(self) -> Iterator[Callable[[int], Tensor]]:
         """After a whole walk: a function of a window's index that gives its logits [length, vocabulary].
-        The output head is in memory meanwhile."""
-        assert self.windows is not None
-        tokens, device = self.windows.tokens, self.source.device
+        The output head is in memory meanwhile; it may be entered again."""
         captured = self._captured
+        assert self.windows is not None
+        assert captured is not None
+        tokens, device = self.windows.tokens, self.source.device
 
         def of(window: int) -> Tensor:
             state = captured.states[window].to(device)
@@ -216,27 +242,44 @@ class Job:
         if self._held is not None:
             self._held.close()
             self._held = None
+        self._captured = None
 
-    def _start(self, held: ExitStack, folder: Path) -> Samples:
+    def _start(self, held: ExitStack, folder: Path) -> Captured:
         """Everything before the first block."""
         if self.windows is None:
             raise ModelError("there is no text to walk through the blocks; name some")
         self.pool = held.enter_context(Threads(self.source.device, self.threads))
         self.source.load_outside()
         with torch.no_grad():
-            self._captured = capture(
+            captured = capture(
                 self.source.model,
                 self.source.blocks,
                 self.windows.tokens,
                 self.pool,
                 self.source.device,
-                lambda size: folder if size > self.activation_memory else None,
+                lambda size: folder if self._spills(size) else None,
             )
-        states = held.enter_context(self._captured.states)
+        held.enter_context(captured.states)
+        return captured
+
+    def _samples(self, states: Activations, held: ExitStack, folder: Path) -> Samples:
+        """The windows, as they come to the first block."""
+        assert self.windows is not None
         skip = None if self.whole else self.options.skip_bad_samples
         count = len(self.windows)
         aside = frozenset() if self.whole else held_out(count, self.options.holdout)
-        return Samples(states, count, self.windows.source, skip_bad=skip, held=aside)
+        dense = None
+        if self.options.beside:
+            size = count * states.shape.numel() * states.dtype.itemsize
+            place = folder if self._spills(size) else None
+            dense = held.enter_context(Activations(count, states.shape, states.dtype, place))
+            for sample in range(count):
+                dense[sample] = states[sample]
+        return Samples(states, count, self.windows.source, skip_bad=skip, held=aside, dense=dense)
+
+    def _spills(self, size: int) -> bool:
+        """Whether hidden states of so many bytes, and where there are dense ones those, go to a file."""
+        return (2 if self.options.beside else 1) * size > self.activation_memory
 
 
 class Block:
@@ -250,7 +293,7 @@ class Block:
 
     def __init__(self, job: Job, index: int, layers: Sequence[Layer], opened: OpenBlock) -> None:
         self.job, self.index, self.layers = job, index, layers
-        self.advanced = False
+        self.advanced = self.dense_advanced = False
         self._opened = opened
         self._before = len(opened.samples.bad)
 
@@ -278,7 +321,7 @@ class Block:
                 all_experts=self.job.options.all_experts,
                 tick=self.ticker("calibrate", len(self._opened.samples.active)),
             )
-        self.advanced = one_pass
+        self.advanced, self.dense_advanced = one_pass, True
         return grams
 
     def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
@@ -302,11 +345,23 @@ class Block:
     def advance(self, stage: str = "forward") -> None:
         """Send the samples through the block as it is now; what comes out are the inputs of the next
         one. Nothing runs where nothing needs them, or where they have moved on already."""
+        if not self.dense_advanced:
+            self.advance_dense()
         if not self.advanced and self.job.goes_on(self.index):
-            tick = self.ticker(stage, len(self._opened.samples.active))
+            samples = self._opened.samples
+            tick = self.ticker(stage, len(samples.active))
             with torch.no_grad():
-                pass_on(self._opened, tick)
+                pass_on(self._opened, samples.states, tick)
         self.advanced = True
+
+    def advance_dense(self) -> None:
+        """Send the dense hidden states, where there are any, through the block, whose weights nobody has
+        changed."""
+        dense = self._opened.samples.dense
+        if dense is not None and self.job.goes_on(self.index):
+            with torch.no_grad():
+                pass_on(self._opened, dense)
+        self.dense_advanced = True
 
 
 def _windows(
@@ -314,7 +369,7 @@ def _windows(
 ) -> Windows:
     if limit is not None:
         check_count("windows", limit)
-    if isinstance(text, Windows | Tensor):
+    if isinstance(text, Windows | Tensor) and not options.chat:
         given = text if isinstance(text, Windows) else token_windows(text, "token tensor")
         return given if limit is None else given.take(slice(limit))
     if tokenizer is None and source.checkpoint is not None:
@@ -322,6 +377,12 @@ def _windows(
             source.checkpoint.folder, trust_remote_code=options.trust_remote_code
         )
     length = capped_length(source.model, options.seq_len)
+    if options.chat and whole:
+        return chat_evaluation_windows(text, tokenizer, seq_len=length, limit=limit)
+    if options.chat:
+        return chat_calibration_windows(
+            text, tokenizer, samples=options.samples, seq_len=length, seed=options.seed
+        )
     if whole:
         return evaluation_windows(
             text,

@@ -70,12 +70,22 @@ def check_finite(name: str, parameter: Tensor) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Leave the module's parameters without data."""
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            empty = torch.empty_like(parameter, device="meta")
-            setattr(part, name, nn.Parameter(empty, requires_grad=False))
+    """Leave the module's parameters without data; those that are shared stay so."""
+    _drop_data(module)
     return_memory()
+
+
+def _drop_data(module: nn.Module) -> None:
+    places = [
+        (part, name, parameter)
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    bare = {id(p): torch.empty_like(p, device="meta") for _, _, p in places if not p.is_meta}
+    empty = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in bare.items()}
+    for part, name, parameter in places:
+        if id(parameter) in empty:
+            setattr(part, name, empty[id(parameter)])
 
 
 def return_memory() -> None:

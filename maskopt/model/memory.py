@@ -54,6 +54,8 @@ class Load:
     Attributes:
         samples, length: windows, and tokens in each.
         activation_memory: bytes of hidden states above which they go to a file.
+        held: windows are kept aside, whose Gram matrices are summed apart.
+        beside: the dense model's hidden states go along, and moments of both.
     """
 
     source: Source
@@ -62,6 +64,8 @@ class Load:
     length: int
     threads: int
     activation_memory: int
+    held: bool = False
+    beside: bool = False
 
 
 def estimate_memory(load: Load) -> Memory:
@@ -72,15 +76,19 @@ def estimate_memory(load: Load) -> Memory:
     outside = sum(p.numel() for name, p in source.blocks.outside() if name in named) * width
     hidden = hidden_size(source.model)
     state = length * hidden * width
-    activations = load.samples * state
+    copies = 2 if load.beside else 1
+    activations = copies * load.samples * state
     grams = inputs = solving = 0
     for mine in by_block(load.layers).values():
         distinct = distinct_inputs(mine)
-        grams = max(grams, sum(8 * n * n for n in distinct))
-        inputs = max(inputs, load.threads * length * width * (sum(distinct) + 6 * hidden))
-        # the Gram in float32 and two more matrices of its size (of the start's relaxation: in float64
-        # up to n = 4096), the weights in float32 a few times
-        squares = [12 * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
+        # in float64: G, and of inputs beside those of the dense model two more moments
+        moments = (2 if load.held else 1) * (3 if load.beside else 1)
+        grams = max(grams, sum(8 * moments * n * n for n in distinct))
+        inputs = max(inputs, copies * load.threads * length * width * (sum(distinct) + 6 * hidden))
+        # the Gram in float32 (and that of the windows kept aside) and two more matrices of its size (of
+        # the start's relaxation: in float64 up to n = 4096), the weights in float32 a few times
+        square = (16 if load.held else 12) + (16 if load.beside else 0)
+        squares = [square * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
         rows = [24 * y.rows * y.n for y in mine]
         solving = max(solving, max(map(sum, zip(squares, rows, strict=True))))
     return Memory(
@@ -90,7 +98,7 @@ def estimate_memory(load: Load) -> Memory:
         grams,
         inputs,
         solving,
-        state if activations > load.activation_memory else activations,
+        copies * state if activations > load.activation_memory else activations,
     )
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MASKS, TEXT, MACHINE = "masks", "text", "machine"
 #: of `shrink`
 AUTO = "auto"
+#: of `target`
+TARGETS = ("pruned", "dense")
 
 
 def _about(decides: str, words: str, unit: str | None = None) -> dict[str, Any]:
@@ -79,6 +81,11 @@ class WalkOptions:
         "token; never: nothing, the convention of tables of LLaMA-1 and 2.",
     )
     text_field: str = _option("text", TEXT, "Where JSON lines hold their text.")
+    chat: bool = _option(
+        False,
+        TEXT,
+        "The text is JSON lines of messages, which go through the model's chat template.",
+    )
     device: str = _option("auto", MACHINE, "cpu, cuda, or auto: CUDA where there is one.")
     dtype: str = _option(
         "auto", MACHINE, "Precision of the forward passes; auto: as stored, float32 on the CPU."
@@ -103,12 +110,23 @@ class WalkOptions:
         if self.one_pass and self.true_sequential:
             raise ModelError("`one_pass` and `true_sequential` exclude each other; choose one")
         check_bos(self.bos)
+        if self.chat and (self.bos, self.text_field) != ("auto", "text"):
+            name = "bos" if self.bos != "auto" else "text_field"
+            raise DataError(
+                f"`{name}` is of plain text; with `chat`, messages are under 'messages' and begin as "
+                "the template says: choose one"
+            )
         if not 0 <= self.holdout < 1:
             raise DataError(f"`holdout` must lie in [0, 1), not {self.holdout}")
         for name in ("samples", "seq_len"):
             _check_count(DataError, name, getattr(self, name))
         if self.threads is not None:
             check_threads(self.threads)
+
+    @property
+    def beside(self) -> bool:
+        """Whether the dense model's hidden states go through the blocks beside those of the pruned one."""
+        return False
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         """Raise MaskoptError where these layers cannot be treated as the options say."""
@@ -137,6 +155,12 @@ class PruneOptions(WalkOptions):
         default_factory=dict,
         metadata=_about(MASKS, "An option of the solver, NAME=VALUE; may be repeated."),
     )
+    target: str = _option(
+        "pruned",
+        MASKS,
+        "What a layer's output is to be like. pruned: the dense layer's on the inputs that it has in the "
+        "model pruned so far; dense: what it is in the dense model, which then goes along.",
+    )
     min_tokens: int = _option(32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.")
     shrink: float | str = _option(
         0.0,
@@ -149,6 +173,14 @@ class PruneOptions(WalkOptions):
         object.__setattr__(self, "solver_options", dict(self.solver_options or {}))
         _check_shrink(self.shrink, self.holdout)
         _check_count(ModelError, "min_tokens", self.min_tokens)
+        if self.target not in TARGETS:
+            raise OptionError(f"`target` must be {' or '.join(TARGETS)}, not {self.target!r}")
+        for name in ("one_pass", "true_sequential"):
+            if self.beside and getattr(self, name):
+                raise OptionError(
+                    f"`target` dense and `{name}` exclude each other: it takes whole blocks, and inputs "
+                    "from the model pruned so far"
+                )
         check_solver(self.solver, self.solver_options, self.start)
 
     @property
@@ -156,7 +188,17 @@ class PruneOptions(WalkOptions):
         """The solver that makes the start: the one named, `relax` for swap, or the solver's own."""
         return self.warm_start or default_start(self.solver)
 
+    @property
+    def beside(self) -> bool:
+        return self.target == "dense"
+
     def check_layers(self, layers: Sequence[Layer]) -> None:
+        routed = [layer.name for layer in layers if layer.expert is not None or "*" in layer.kind]
+        if self.beside and routed and not self.all_experts:
+            raise OptionError(
+                f"layer {routed[0]!r} is given other tokens in the pruned model than in the dense one; "
+                "`target` dense needs `all_experts` there"
+            )
         for layer in layers:
             try:
                 self.pattern.check(layer.n)
@@ -177,6 +219,7 @@ class PruneOptions(WalkOptions):
 EVALUATION = (
     "seq_len",
     "text_field",
+    "chat",
     "bos",
     "device",
     "dtype",

@@ -53,7 +53,7 @@ def perplexity(
     model: nn.Module | str | Path,
     tokenizer_or_tokens: Any = None,
     *,
-    text: str | Path | Sequence[str] | None = None,
+    text: str | Path | Sequence[Any] | None = None,
     windows: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -67,10 +67,11 @@ def perplexity(
         model: a module, or a folder (or a name on the hub).
         tokenizer_or_tokens: a tokenizer for `text`, or token windows int64 [windows, length].
         text: see `maskopt.model.text.read_documents`; a list of strings is taken as documents.
+            With `chat`, see `maskopt.model.chat.read_conversations`.
         windows: take only the first so many.
         on_progress: called with (window passes done, all of them: one a block, and one at the end).
-        options: `seq_len`, `text_field`, `bos`, `device`, `dtype`, `threads`, `activation_memory`,
-            `trust_remote_code`, as in `maskopt.PruneOptions`.
+        options: `seq_len`, `text_field`, `chat`, `bos`, `device`, `dtype`, `threads`,
+            `activation_memory`, `trust_remote_code`, as in `maskopt.PruneOptions`.
 
     Raises:
         OptionError: another option, or an impossible value.
@@ -109,10 +110,10 @@ def perplexity_of(summed: Float[Tensor, " windows"], windows: Windows) -> Perple
     # summed one after the other, as the windows came
     mean = sum(summed.tolist()) / (per_window * len(windows))
     return Perplexity(
-        value=_exp(mean),
+        value=exponential(mean),
         cross_entropy=mean,
-        low=_exp(low),
-        high=_exp(high),
+        low=exponential(low),
+        high=exponential(high),
         windows=len(windows),
         length=windows.length,
         targets=per_window * len(windows),
@@ -134,30 +135,19 @@ def interval(values: Float[Tensor, " windows"]) -> tuple[float, float]:
 def window_losses(job: Job, tell: Callable[[int, int], None]) -> Float[Tensor, " windows"]:
     """Walk through the whole model; cross-entropy summed over the targets of each window, float64."""
     assert job.windows is not None
-    windows, count = job.windows, len(job.windows)
-    passes = (job.last + 2) * count
-    walk_whole(job, tell, passes)
-    losses = torch.zeros(count, dtype=torch.float64)
-    with torch.no_grad(), job.logits() as logits:
+    windows, first = job.windows, job.windows.beginning.first_target
+    walk_whole(job, tell)
 
-        def summed(window: int) -> float:
-            return _cross_entropy(
-                logits(window), windows.tokens[window], windows.beginning.first_target
-            )
+    def loss(window: int, logits: Tensor) -> tuple[float]:
+        return (_cross_entropy(logits, windows.tokens[window], first),)
 
-        for wave in job.pool.waves(range(count)):
-            parts = job.pool.run([lambda w=w: summed(w) for w in wave])  # type: ignore[misc]
-            for window, part in zip(wave, parts, strict=True):
-                check_finite(part, window, windows)
-                losses[window] = part
-            tell(passes - count + wave[-1] + 1, passes)
-    return losses
+    return window_sums(job, loss, tell)[:, 0]
 
 
-def walk_whole(job: Job, tell: Callable[[int, int], None], passes: int) -> None:
-    """Send all windows through all blocks."""
+def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
+    """Send all windows through all blocks; a pass is then left, `window_sums`."""
     assert job.windows is not None
-    count = len(job.windows)
+    count, passes = len(job.windows), (job.last + 2) * len(job.windows)
 
     def told(event: BlockProgress) -> None:
         if event.done:
@@ -169,14 +159,35 @@ def walk_whole(job: Job, tell: Callable[[int, int], None], passes: int) -> None:
             block.advance()
 
 
-def check_finite(value: float, window: int, windows: Windows) -> None:
-    """Raise ModelError for a window whose logits are not finite."""
-    if not math.isfinite(value):
-        raise ModelError(f"window {window} of {windows.source}: NaN or infinite logits")
+def window_sums(
+    job: Job,
+    sums: Callable[[int, Tensor], tuple[float, ...]],
+    tell: Callable[[int, int], None],
+) -> Float[Tensor, "windows sums"]:
+    """After `walk_whole`: what `sums` makes of each window's index and its logits [length, vocabulary],
+    float64. The first sum is the window's cross-entropy.
+
+    Raises:
+        ModelError: that is not finite.
+    """
+    assert job.windows is not None
+    windows, count = job.windows, len(job.windows)
+    passes = (job.last + 2) * count
+    found: list[tuple[float, ...]] = []
+    with torch.no_grad(), job.logits() as logits:
+        for wave in job.pool.waves(range(count)):
+            parts = job.pool.run([lambda w=w: sums(w, logits(w)) for w in wave])  # type: ignore[misc]
+            for window, part in zip(wave, parts, strict=True):
+                if not math.isfinite(part[0]):
+                    raise ModelError(f"window {window} of {windows.source}: NaN or infinite logits")
+            found += parts
+            tell(passes - count + len(found), passes)
+    return torch.tensor(found, dtype=torch.float64)
 
 
-def _exp(mean: float) -> float:
-    return math.exp(mean) if mean < 700 else math.inf
+def exponential(nats: float) -> float:
+    """∞ where a float64 cannot hold it."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor, first: int) -> float:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.errors import ModelError
-from maskopt.gram import Gram
+from maskopt.gram import Gram, Moved
 from maskopt.model.blocks import Layer, matrix
+from maskopt.model.collect import Grams
 from maskopt.model.job import Job, open_job, tokens_or_tokenizer
 from maskopt.model.options import AUTO, PruneOptions, name_patterns, prune_options
 from maskopt.model.progress import OnBlockProgress
@@ -25,7 +26,7 @@ def collect_problems(
     options: PruneOptions | None = None,
     *,
     layers: str | Sequence[str] = (),
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[Any] | None = None,
     on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> Iterator[tuple[str, LayerProblem]]:
@@ -53,7 +54,7 @@ def layer_problems(
     tokenizer_or_tokens: Any = None,
     options: PruneOptions | None = None,
     *,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[Any] | None = None,
     on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> Iterator[tuple[Layer, LayerProblem]]:
@@ -84,15 +85,36 @@ def _walked(job: Job, options: PruneOptions) -> Iterator[tuple[Layer, LayerProbl
             block.advance()
 
 
+def held_problem(
+    layer: Layer, weight: Tensor, grams: Grams, pattern: Pattern
+) -> LayerProblem | None:
+    """The layer's problem on the windows that are kept aside; None where there are none, or where the layer
+    saw none of their tokens."""
+    aside = grams.held
+    gram = None if aside is None else aside.of(layer.name)
+    if aside is None or gram is None:
+        return None
+    return layer_problem(layer, weight, gram, pattern, moved=aside.moved(layer.name))
+
+
 def layer_problem(
-    layer: Layer, weight: Tensor, gram: Gram | None, pattern: Pattern, shrink: float = 0.0
+    layer: Layer,
+    weight: Tensor,
+    gram: Gram | None,
+    pattern: Pattern,
+    shrink: float = 0.0,
+    moved: Moved | None = None,
 ) -> LayerProblem:
     """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs, shrunk by α.
 
     Without one, inputs count as uncorrelated and alike: errors are then the pruned weights' squares.
+    `moved` makes what the layer gives on the dense model's inputs its target.
     """
     if gram is None:
         values, mean = torch.eye(layer.n, device=weight.device), None
     else:
         values, mean = gram.value(shrink=shrink), gram.mean()
-    return LayerProblem(weight, values, pattern, name=layer.name, assume_psd=True, mean=mean)
+    linear = None if gram is None or moved is None else moved.linear(weight, shrink=shrink)
+    return LayerProblem(
+        weight, values, pattern, name=layer.name, assume_psd=True, mean=mean, linear=linear
+    )

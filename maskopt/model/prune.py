@@ -23,7 +23,7 @@ from maskopt.model.collect import Grams
 from maskopt.model.job import Job, open_job, tokens_or_tokenizer
 from maskopt.model.options import AUTO, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report
-from maskopt.model.problems import layer_problem
+from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import LayerReport, PruneReport, versions
 from maskopt.model.solving import solve_by_held_error, solve_by_magnitude, solve_layer
@@ -35,7 +35,7 @@ def prune_model(
     tokenizer_or_tokens: Any = None,
     options: PruneOptions | None = None,
     *,
-    calibration: str | Path | Sequence[str] | None = None,
+    calibration: str | Path | Sequence[Any] | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -54,7 +54,8 @@ def prune_model(
             int64 [samples, length]; None takes the tokenizer of the model folder.
         options: how to prune; `help(maskopt.PruneOptions)` lists all options.
         calibration: see `maskopt.model.text.read_documents`; a list of strings is taken as
-            documents, a `.npy` file as tokens.
+            documents, a `.npy` file as tokens. With the option `chat`, conversations: see
+            `maskopt.model.chat.read_conversations`.
         output: folder for the pruned model, its masks and its manifest.
         overwrite: replace what is in the output folder.
         resume: go on with the unfinished run in it.
@@ -132,25 +133,23 @@ def _prune_layer(
     used = None if fallback else gram
 
     def at(alpha: float) -> LayerProblem:
-        return layer_problem(layer, dense, used, options.pattern, alpha)
+        return layer_problem(layer, dense, used, options.pattern, alpha, grams.moved(layer.name))
 
-    fitted = at(0.0)
-    held = None if grams.held is None else grams.held.of(layer.name)
-    judge = None if held is None else layer_problem(layer, dense, held, options.pattern)
+    judge = held_problem(layer, dense, grams, options.pattern)
     began = time.perf_counter()
-    shrink = 0.0 if fallback or options.shrink == AUTO else float(options.shrink)
-    if fallback:
-        solved = solve_by_magnitude(fitted)
-    elif options.shrink == AUTO and judge is not None:
+    if options.shrink == AUTO and judge is not None and not fallback:
         solved, shrink = solve_by_held_error(at, judge, options)
+        fitted = at(shrink)
     else:
-        solved = solve_layer(at(shrink) if shrink else fitted, options)
+        shrink = 0.0 if fallback or options.shrink == AUTO else float(options.shrink)
+        fitted = at(shrink)
+        solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options)
     seconds = time.perf_counter() - began
     solution, start = solved.solution, solved.start
-    energy = fitted.output_energy()
+    energy = float(fitted.output_energy().sum())
     energy_held = None if judge is None else float(judge.output_energy().sum())
     error_held = None if judge is None else float(judge.objective(solution.mask).sum())
-    weight.masked_fill_(~solution.mask.to(weight.device), 0)
+    weight.masked_fill_(~solution.mask.to(weight.device), 0)  # the problems may share it
     report = LayerReport(
         name=layer.name,
         block=layer.block,
@@ -166,7 +165,7 @@ def _prune_layer(
         tokens=tokens,
         fallback=fallback,
         seconds=seconds,
-        energy=float(energy.sum()),
+        energy=energy,
         error_held=error_held,
         energy_held=energy_held,
         shrink=shrink,

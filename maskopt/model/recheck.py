@@ -19,15 +19,16 @@ from torch import Tensor
 
 from maskopt.checks import improving_swap
 from maskopt.errors import MaskoptError, VerificationError
-from maskopt.model.beginning import BOS, GIVEN
+from maskopt.model.beginning import BOS, GIVEN, TEMPLATE
 from maskopt.model.blocks import choose, matrix
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.job import Job, open_job
 from maskopt.model.maskfile import MaskFile
-from maskopt.model.options import AUTO, PruneOptions
-from maskopt.model.problems import layer_problem
+from maskopt.model.options import AUTO, TARGETS, PruneOptions
+from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.source import FolderSource
 from maskopt.model.threads import Threads
+from maskopt.model.tokens import are_tokens
 from maskopt.model.verify_folder import MASKS
 from maskopt.model.verify_manifest import Manifest
 from maskopt.pattern import Pattern, pattern_from_dict
@@ -52,6 +53,7 @@ class Run:
     min_tokens: int
     shrink: float | str
     holdout: float
+    target: str
     skip_bad_samples: bool
     seed: int
     samples: int
@@ -75,6 +77,7 @@ class Run:
                 min_tokens=options["min_tokens"],
                 shrink=options["shrink"],
                 holdout=options["holdout"],
+                target=options["target"],
                 skip_bad_samples=options["skip_bad_samples"],
                 seed=options["seed"],
                 samples=data["samples"],
@@ -95,7 +98,8 @@ class Run:
             and (type(run.shrink) in (int, float) or run.shrink == AUTO)
             and type(run.holdout) in (int, float)
             and 0 <= run.holdout < 1
-            and run.bos in (*BOS, GIVEN.bos)
+            and run.target in TARGETS
+            and run.bos in (*BOS, GIVEN.bos, TEMPLATE.bos)
             and run.dtype in ERROR_TOLERANCES
             and run.device in ("cpu", "cuda")
         )
@@ -166,7 +170,9 @@ def recheck_layers(
         samples=run.samples,
         seq_len=run.length,
         holdout=run.holdout,
-        bos="auto" if run.bos == GIVEN.bos else run.bos,
+        target=run.target,
+        bos=run.bos if run.bos in BOS else "auto",
+        chat=run.bos == TEMPLATE.bos and not are_tokens(calibration),
         text_field=text_field,
         device=run.device,
         dtype=run.dtype,
@@ -271,14 +277,9 @@ def _walk(
                 if layer.name in chosen:
                     known = None if tokens < run.min_tokens else gram
                     alpha = float(said[layer.name]["shrink"])
-                    dense, apart = (
-                        weight.float(),
-                        None if grams.held is None else grams.held.of(layer.name),
-                    )
-                    held = (
-                        None if apart is None else layer_problem(layer, dense, apart, run.pattern)
-                    )
-                    problem = layer_problem(layer, dense, known, run.pattern, alpha)
+                    dense, moved = weight.float(), grams.moved(layer.name)
+                    held = held_problem(layer, dense, grams, run.pattern)
+                    problem = layer_problem(layer, dense, known, run.pattern, alpha, moved)
                     yield layer.name, Found(problem, mask, tokens, held)
                 weight.masked_fill_(~mask, 0)
             del grams  # the next pass needs their memory

@@ -26,13 +26,15 @@ class LayerReport:
         block: index of its decoder block.
         kind: the name inside the block, numbers as stars: `self_attn.q_proj`.
         error_start: objective of the warm start summed over rows; None where there was no start.
-        error: objective of the final mask summed over rows (mean squared change of the output).
+        error: objective of the final mask summed over rows: with `shrink` 0 the mean squared change of
+            the output, else that of outputs whose inputs' G is shrunk as it was for the solver.
         lower_bound: proven bound summed over rows, 0 where none is known.
         statuses: number of rows by status.
         tokens: calibration tokens that the layer saw.
         fallback: too few tokens, so pruned by magnitude; its errors are then the pruned weights' squares.
-        energy: mean square of the layer's output, summed over rows: what an error is a part of.
-        error_held, energy_held: the same on the windows kept aside; None where there are none.
+        energy: wᵀGw with the same G, summed over rows: what the error is a part of.
+        error_held, energy_held: the same on the windows kept aside, whose G is never shrunk; None where
+            there are none.
         shrink: α that the masks were chosen with.
     """
 
@@ -61,7 +63,7 @@ class LayerReport:
 
     @property
     def relative(self) -> float:
-        """Error as a part of the output's energy; 0 where there is none."""
+        """Error as a part of the energy; 0 where there is none."""
         return self.error / self.energy if self.energy > 0 else 0.0
 
     @property

@@ -6,7 +6,7 @@ inside which the weights of one block are. The rest of the pipeline knows only t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -57,7 +57,7 @@ class Source(Protocol):
         ...
 
     def head(self) -> AbstractContextManager[None]:
-        """Context in which the output head is in memory, too."""
+        """Context in which all is in memory that follows the blocks; it may be entered again."""
         ...
 
     def stored(
@@ -185,25 +185,22 @@ class FolderSource:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """As in `Source`. An input embedding that is not shared makes room for the head: it gives
-        zeros until it is loaded again."""
+        """As in `Source`. An input embedding that the head does not share makes room for it, and gives
+        zeros meanwhile. Afterwards nothing of the model is in memory until `load_outside`."""
         own = [name for name, _ in self.blocks.own_head()]
-        if not own:
-            yield
-            return
         embedding: Any = self.blocks.embedding
-        width, dtype = embedding.weight.shape[1], embedding.weight.dtype
-        release(embedding)
-
-        def zeros(ids: Tensor) -> Tensor:
-            return torch.zeros(*ids.shape, width, dtype=dtype, device=self.device)
-
-        self._loader.load(own)
-        embedding.forward = zeros
+        needed = self._outside
+        if own:
+            release(embedding)
+            looked_up = {id(p) for p in embedding.parameters()}
+            needed = own + [n for n, p in self.blocks.outside() if id(p) not in looked_up]
+            embedding.forward = _zeros(embedding.weight, self.device)
         try:
+            self._loader.load(name for name in needed if self.model.get_parameter(name).is_meta)
             yield
         finally:
-            del embedding.forward
+            embedding.__dict__.pop("forward", None)
+            release(self.model)
 
     def stored(
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
@@ -233,6 +230,12 @@ class FolderSource:
         if output is None:
             raise ModelError("pruning a model folder needs an output folder: name `output`")
         return FolderRun(self, layers, output, overwrite=overwrite, resume=resume)
+
+
+def _zeros(table: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What stands in for an embedding [tokens, width] that has no data."""
+    width, dtype = table.shape[1], table.dtype
+    return lambda ids: torch.zeros(*ids.shape, width, dtype=dtype, device=device)
 
 
 def skeleton(

@@ -7,7 +7,7 @@ perplexity) is in `maskopt.model.tokens`.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,7 @@ def _path_documents(path: Path, field: str) -> list[str]:
             known = ", ".join((*TEXT_SUFFIXES, ".jsonl"))
             raise DataError(f"{path}: the folder holds no text file ({known})")
         return [document for file in files for document in _path_documents(file, field)]
-    text = _read_text(path)
-    if path.suffix.lower() != ".jsonl":
-        return [text]
-    return _json_lines(path, text, field)
+    return _json_lines(path, field) if path.suffix.lower() == ".jsonl" else [_read_text(path)]
 
 
 def _read_text(path: Path) -> str:
@@ -79,18 +76,31 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _json_lines(path: Path, text: str, field: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):
+def json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of every line of a file of JSON lines that is not blank; `where` names file and line.
+
+    Raises:
+        DataError: no such file, not UTF-8, or not JSON.
+    """
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
-            record = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+            raise DataError(f"{where}: not JSON ({error})") from None
+        yield where, value
+
+
+def _json_lines(path: Path, field: str) -> list[str]:
+    documents = []
+    for where, record in json_records(path):
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             hint = near(field, record) if isinstance(record, dict) else ""
-            raise DataError(f"{path}, line {number}: no text under {field!r}{hint}")
+            if isinstance(record, dict) and isinstance(record.get("messages"), list):
+                hint = "; it has messages: give `chat`"
+            raise DataError(f"{where}: no text under {field!r}{hint}")
         documents.append(record[field])
     return documents
 

@@ -201,6 +201,11 @@ def check_vocabulary(windows: Windows, size: int) -> None:
         )
 
 
+def are_tokens(source: Any) -> bool:
+    """Is it tokens that are taken as they are: windows, a tensor, or a `.npy` file?"""
+    return isinstance(source, Windows | Tensor) or _is_npy(source)
+
+
 def _is_npy(source: Any) -> TypeGuard[str | Path]:
     return isinstance(source, str | Path) and str(source).endswith(".npy")
 

@@ -18,7 +18,7 @@ from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.registry import missing_package
-from maskopt.solvers.convex.duals import certify_row, penalty_of
+from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import scales_of
 from maskopt.trace import BoundTrace
 
@@ -44,20 +44,18 @@ class ConicBound(BoundMethod):
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
         """See `BoundMethod.certify`."""
         penalty = penalty_of(problem.group_size) if self.penalty is None else self.penalty
-        n, group, pruned = problem.n, problem.group_size, problem.pruned_per_group
+        groups, gram = problem.n // problem.group_size, problem.gram.double().cpu().numpy()
         scales = scales_of(problem).tolist()
         lam, mu, point = [], [], []
         printed = []
         for row in range(problem.rows):
-            q = problem.row(row).q().cpu().numpy()
             scale = scales[row]
+            scaled = ScaledRow.of(problem, gram, row, scale)
             share = max(limits.left / (problem.rows - row), 1e-3) if limits.timed else None
-            y, inner, value = _scs(
-                q * scale, group, pruned, penalty, self.tolerance, self.max_iterations, share
-            )
-            duals = certify_row(q * scale, group, pruned, y, inner, penalty)
+            y, inner, value = _scs(scaled, penalty, self.tolerance, self.max_iterations, share)
+            duals = certify_row(scaled, y, inner, penalty)
             lam.append(duals.lam / scale)
-            mu.append(np.full(n // group, penalty / scale))
+            mu.append(np.full(groups, penalty / scale))
             point.append(duals.point)
             printed.append(value / scale)
         like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
@@ -67,27 +65,22 @@ class ConicBound(BoundMethod):
 
 
 def _scs(
-    q: np.ndarray,
-    group: int,
-    pruned: int,
-    rho: float,
-    tolerance: float,
-    iterations: int,
-    seconds: float | None,
+    of: ScaledRow, rho: float, tolerance: float, iterations: int, seconds: float | None
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """y of the inputs, ⟨v_i, v_0⟩, and the value that SCS prints (not a bound)."""
     import scipy.sparse as sp
     import scs
 
+    q, group, pruned = of.q, of.group, of.pruned
     n = len(q)
     size = n + 1
     label = np.arange(n) // group
     c = np.zeros((size, size))
     c[1:, 1:] = (q + rho * (label[:, None] == label[None, :])) / 4
-    constant = float(q.sum() + np.trace(q)) / 4
+    constant = float(q.sum() + np.trace(q)) / 4 + float(of.linear.sum()) + of.constant
     constant += (n // group) * rho * (group / 4 + (group / 2 - pruned) ** 2)
     np.fill_diagonal(c, 0)
-    c[0, 1:] = c[1:, 0] = q.sum(1) / 4 + rho * (group / 2 - pruned) / 2
+    c[0, 1:] = c[1:, 0] = q.sum(1) / 4 + of.linear / 2 + rho * (group / 2 - pruned) / 2
     # the lower triangle by columns, off-diagonal entries times √2
     column, row = np.triu_indices(size)
     vector = c[row, column] * np.where(row == column, 1.0, np.sqrt(2))

@@ -26,7 +26,7 @@ from maskopt.certificate import Certificate, Cuts
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.cuts_kernel import BINS, collect, damp, histogram
-from maskopt.solvers.convex.duals import RowDuals, certify_row, penalty_of
+from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Extra, Mixing
 from maskopt.solvers.parallel import RowThreads
 
@@ -279,15 +279,12 @@ class _Multipliers:
     def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, list[float]]:
         """The certificate of the means, and the loss to the correction as part of the bound."""
         scale = self.state.scale
-        weight = problem.weight.double().cpu().numpy() * np.sqrt(scale)[:, None]
         gram, inner = problem.gram.double().cpu().numpy(), self.state.inner()
 
         def one(row: int) -> tuple[RowDuals, Cuts]:
-            w = weight[row]
             pool = self._binding(row)
-            duals = _certify(
-                problem, w[:, None] * gram * w, self.mean_y[row], inner[row], rho, pool
-            )
+            scaled = ScaledRow.of(problem, gram, row, float(scale[row]))
+            duals = _certify(scaled, self.mean_y[row], inner[row], rho, pool)
             return duals, _cuts(pool, problem.n, scale[row])
 
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
@@ -314,13 +311,11 @@ class _Multipliers:
         return pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
 
 
-def _certify(
-    problem: LayerProblem, q: np.ndarray, y: np.ndarray, inner: np.ndarray, rho: float, pool: Pool
-) -> RowDuals:
+def _certify(row: ScaledRow, y: np.ndarray, inner: np.ndarray, rho: float, pool: Pool) -> RowDuals:
     if not np.isfinite(y).all():
         return RowDuals(np.zeros(len(y)), np.zeros(len(y)), 0.0, 0.0)
     extra = _dense(pool, len(y))
-    duals = certify_row(q, problem.group_size, problem.pruned_per_group, y, inner, rho, extra)
+    duals = certify_row(row, y, inner, rho, extra)
     return duals._replace(value=duals.value - float(pool.tau.sum()))
 
 

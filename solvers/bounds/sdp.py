@@ -29,7 +29,7 @@ from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solvers.bounds.cuts import tighten
 from maskopt.solvers.convex.box import BoxPlan, relax_box
-from maskopt.solvers.convex.duals import RowDuals, certify_row, penalty_of
+from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.convex.mixing import Mixing, default_rank
@@ -139,7 +139,6 @@ class _Tile:
         self.problem, self.limits = problem, limits
         self.state = Mixing(problem, rank, limits.seed)
         self.scale = self.state.scale
-        self.weight = problem.weight.double().cpu().numpy() * np.sqrt(self.scale)[:, None]
         self.gram = problem.gram.double().cpu().numpy()
         self.rho = penalty_of(problem.group_size)
         self.todo = np.arange(problem.rows)
@@ -183,8 +182,7 @@ class _Tile:
             if not self.sweeps[row] or (position and self.limits.expired):
                 return None
             y, start = duals[position], inner[position]
-            group, pruned = self.problem.group_size, self.problem.pruned_per_group
-            return certify_row(self._q(row), group, pruned, y, start, self.rho)
+            return certify_row(self._scaled(row), y, start, self.rho)
 
         again = []
         for position, found in enumerate(_in_threads(one, range(len(self.todo)))):
@@ -201,9 +199,13 @@ class _Tile:
                 again.append(position)
         return again
 
-    def _q(self, row: int) -> np.ndarray:
-        w = self.weight[row]
-        return np.asarray(w[:, None] * self.gram * w[None, :])
+    def _scaled(self, row: int) -> ScaledRow:
+        return ScaledRow.of(self.problem, self.gram, row, float(self.scale[row]))
+
+    def _relaxed(self, row: int) -> np.ndarray:
+        """The point of the box relaxation."""
+        of = self._scaled(row)
+        return interior_point(of.q, 2 * of.linear, of.group, of.pruned, constant=of.constant)
 
     def _fall_back(self, tolerance: float) -> None:
         """Where there is no time, nothing was certified, or the correction costs much, the box
@@ -222,9 +224,7 @@ class _Tile:
             return best is None or not best.loss <= _COSTLY * tolerance * best.value
 
         rows = [row for row, best in enumerate(self.best) if costly(best)]
-        group, pruned = self.problem.group_size, self.problem.pruned_per_group
-        none = np.zeros(self.problem.n)
-        points = _in_threads(lambda r: interior_point(self._q(r), none, group, pruned), rows)
+        points = _in_threads(self._relaxed, rows)
         for row, point in zip(rows, points, strict=True):
             part = self.problem.take([row])
             value = float(linear_bound(part, torch.as_tensor(point[None]).to(part.device))[1])

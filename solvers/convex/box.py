@@ -16,7 +16,8 @@ growing μ bends the relaxed solution towards a mask. In the ADMM step the conca
 steps no longer settle. Its products may be bfloat16, with sums in float32, where that is much faster.
 
 **A shift.** With d where G − diag(d) is still semidefinite, f(x) = (w⊙x)ᵀ(G − diag(d))(w⊙x) + Σ dⱼwⱼ²xⱼ on
-masks, which relaxes to more. The linear term is linear in y too: it only moves what A is applied to.
+masks, which relaxes to more. The linear term is linear in y too, as is that of the problem, where it has one:
+it only moves what A is applied to.
 """
 
 from __future__ import annotations
@@ -153,6 +154,7 @@ class _Split:
         half: the same in bfloat16, for hardening; None where that is not faster.
         metric: h [n].
         pull: [n], what q⊙pull is taken off the target for the linear term of a shift; None: no shift.
+        slope: [n], what slope⊙g is, over the size of a row, for the linear term 2gᵀ(w⊙x) of the problem.
         shift: d, float64 [n], or None.
     """
 
@@ -160,6 +162,7 @@ class _Split:
     half: Float[Tensor, "n n"] | None
     metric: Float[Tensor, " n"]
     pull: Float[Tensor, " n"] | None
+    slope: Float[Tensor, " n"]
     shift: Float[Tensor, " n"] | None
 
     @classmethod
@@ -180,8 +183,9 @@ class _Split:
         matrix = torch.cholesky_inverse(_cholesky(matrix, rho)).mul_(rho)
         factor = matrix.to(problem.gram.dtype)
         pull = None if shift is None else (shift / (mean * rho) / h).to(factor.dtype)
+        slope = (2.0 / (mean * rho) / root).to(factor.dtype)
         half = factor.bfloat16() if _half_is_fast(problem) else None
-        return cls(factor, half, h.to(factor.dtype), pull, shift)
+        return cls(factor, half, h.to(factor.dtype), pull, slope, shift)
 
 
 def _cholesky(matrix: Tensor, rho: float) -> Tensor:
@@ -213,7 +217,8 @@ class _Tile:
         weight = weight / size.where(size > 0, 1.0)
         q = weight * split.metric.sqrt()
         mean = q.square().mean(1, keepdim=True).sqrt()
-        self.q = q / mean.where(mean > 0, 1.0)
+        mean = mean.where(mean > 0, 1.0)
+        self.q = q / mean
         self.step: TorchStep | CompiledStep = make_step(
             self.q,
             1.0 / (self.q.square() + _FLOOR),
@@ -229,6 +234,11 @@ class _Tile:
             assert split.pull is not None
             self.diagonal = -split.shift * problem.weight.double().square()
             self.drift = (self.q * split.pull) @ split.factor
+        if problem.linear is not None:
+            size = (size.where(size > 0, 1.0) * mean).double()
+            target = (problem.linear.correlation / size).to(split.factor.dtype) * split.slope
+            moved = target @ split.factor
+            self.drift = moved if self.drift is None else self.drift + moved
 
     @torch.no_grad()
     def run(self, limits: Limits) -> BoxPoint:

@@ -13,12 +13,40 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg as la
 
+from maskopt.problem import LayerProblem
 from maskopt.solvers.convex.interior_point import interior_point
 
 #: part of λ_min, and of the unit of a scaled row, that the correction is larger than what was computed
 _RELATIVE, _ABSOLUTE = 1e-6, 1e-9
 #: least entry of D: an input without a dual gets a share of the correction all the same
 _LEAST = 1e-6
+
+
+class ScaledRow(NamedTuple):
+    """f(p) = pᵀQp + 2lᵀp + c in the units of a scaled row.
+
+    Attributes:
+        q, linear: float64 [n, n], l [n].
+        constant: c.
+        group, pruned: inputs of a group, and how many of them are pruned.
+    """
+
+    q: np.ndarray
+    linear: np.ndarray
+    constant: float
+    group: int
+    pruned: int
+
+    @classmethod
+    def of(cls, problem: LayerProblem, gram: np.ndarray, row: int, scale: float) -> ScaledRow:
+        """One row of a layer, whose G is given in float64."""
+        w = problem.weight[row].double().cpu().numpy() * np.sqrt(scale)
+        linear, constant = np.zeros(len(w)), 0.0
+        if problem.linear is not None:
+            linear = w * problem.linear.correlation[row].cpu().numpy() * np.sqrt(scale)
+            constant = float(problem.linear.constant[row]) * scale
+        q = w[:, None] * gram * w[None, :]
+        return cls(q, linear, constant, problem.group_size, problem.pruned_per_group)
 
 
 class RowDuals(NamedTuple):
@@ -46,9 +74,7 @@ def penalty_of(group: int) -> float:
 
 
 def certify_row(
-    q: np.ndarray,
-    group: int,
-    pruned: int,
+    row: ScaledRow,
     y: np.ndarray,
     inner: np.ndarray,
     rho: float,
@@ -60,23 +86,24 @@ def certify_row(
         extra: what was added to C in the sweeps: E [n, n] without a diagonal, and its column of v_0.
             zᵀEz + 2e_0ᵀz is then part of g.
     """
+    q, group, pruned = row.q, row.group, row.pruned
     n = len(q)
     lam = 4 * y - np.diag(q) - rho
     same = np.arange(n) // group
     a = q + rho * (same[:, None] == same[None, :])
     a[np.diag_indices(n)] += lam
-    linear, constant = np.zeros(n), rho * (n // group) * pruned**2
+    linear, constant = 2 * row.linear, row.constant + rho * (n // group) * pruned**2
     if extra is not None:
         # z = 2p − 1
         matrix, column = extra
         sums = matrix.sum(1)
         a += 4 * matrix
-        linear = 4 * (column - sums)
+        linear = linear + 4 * (column - sums)
         constant += float(sums.sum()) - 2 * float(column.sum())
     correction, loss = _correction(a, y, np.clip((1 + inner) / 2, 0, 1))
     lam = lam + correction
     a[np.diag_indices(n)] += correction
-    linear -= lam + 2 * rho * pruned
+    linear = linear - (lam + 2 * rho * pruned)
     p = interior_point(a, linear, group, pruned, constant=constant)
     value = p @ a @ p + linear @ p + constant
     return RowDuals(lam, p, loss, float(value))

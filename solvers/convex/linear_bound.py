@@ -28,7 +28,8 @@ def linear_bound(
     x: Float[Tensor, "rows n"],
     diagonal: Float[Tensor, "rows n"] | None = None,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """f(x) and the bound, float64, of f(x) = xᵀQx, or of xᵀQx + Σ λᵢ(xᵢ² − xᵢ), the same on every mask.
+    """f(x) and the bound, float64, of f(x) = xᵀQx (with its linear part, where it has one), or of that
+    with Σ λᵢ(xᵢ² − xᵢ), the same on every mask.
 
     Valid at every x whatever, feasible or not, where Q + diag(λ) is positive semidefinite. The bound is
     lowered by a margin for the rounding of float64 sums, n·2⁻⁵² of the terms' sizes.
@@ -51,6 +52,13 @@ def linear_bound(
     mass = (product.abs() * size).sum(1)
     reach = (weight.abs() * size).sum(1)
     margin = 4 * problem.n * 2.0**-52 * mass * (mass + 2 * reach)
+    if problem.linear is not None:
+        pull, constant = weight * problem.linear.correlation, problem.linear.constant
+        value = value + 2 * (pull * x).sum(1) + constant
+        gradient = gradient + 2 * pull
+        offset = offset + constant
+        sizes = 2 * (pull.abs() * x.abs().clamp(min=1.0)).sum(1) + constant
+        margin = margin + 4 * problem.n * 2.0**-52 * sizes
     if diagonal is not None:
         value = value + (diagonal * (x.square() - x)).sum(1)
         gradient = gradient + diagonal * (2 * x - 1)

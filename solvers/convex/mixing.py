@@ -61,7 +61,10 @@ class Mixing:
         scaled = problem.weight.double() * scales.sqrt()[:, None]
         # small rows are cheap: float64 there also carries extreme scales
         dtype = torch.float64 if problem.n <= _DOUBLE_N else torch.float32
-        self.linear = (self._couplings(problem.gram.double(), scaled) / 4).to(dtype)
+        linear = self._couplings(problem.gram.double(), scaled) / 4
+        if problem.linear is not None:
+            linear += scaled * problem.linear.correlation * scales.sqrt()[:, None] / 2
+        self.linear = linear.to(dtype)
         self.w = scaled.to(dtype)
         self.gram = problem.gram.to(dtype).contiguous()
         self.group, self.pruned = problem.group_size, problem.pruned_per_group

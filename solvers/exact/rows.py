@@ -240,7 +240,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
     for row, answer in enumerate(answers):
         cost = float(objective[row])
         checked = _rests_on_certificate(answer)
-        value = min(max(answer.bound, 0.0), cost)
+        value = min(max(answer.bound, 0.0), cost) if problem.pruned_per_group else cost
         value = min(value, float(proven[row])) if checked else value
         closed = cost - value <= OPTIMAL_TOLERANCE * cost + float(floor[row])
         optimal = closed and answer.ended in ("optimal", "presolved")
@@ -279,7 +279,8 @@ def _rests_on_certificate(answer: RowAnswer) -> bool:
 def _certified(
     problem: LayerProblem, answers: list[RowAnswer]
 ) -> tuple[Certificate | None, Tensor]:
-    """The certificates of the rows that rest on them, and what they prove; of others, that f ≥ 0."""
+    """The certificates of the rows that rest on them, and what they prove; of others, that f ≥ 0.
+    (They were made for the rows' own Q.)"""
     if not any(_rests_on_certificate(answer) for answer in answers):
         return None, torch.zeros(problem.rows, dtype=torch.float64)
     nothing = Certificate.box(problem, torch.zeros_like(problem.weight, dtype=torch.float64))
@@ -289,7 +290,7 @@ def _certified(
         else nothing.take([row])
         for row, answer in enumerate(answers)
     ]
-    certificate = Certificate.stack(parts)
+    certificate = Certificate.stack(parts).of_linear(problem)
     return certificate, certificate.check(problem)
 
 

@@ -95,10 +95,12 @@ def _minimise(
     """x after the iterations (in G's dtype), and how many there were."""
     weight = problem.weight.double()
     # powers of two keep float32 in range and change nothing else
-    weight = weight * torch.exp2(
-        -weight.abs().amax(1, keepdim=True).clamp(min=1e-300).log2().ceil()
-    )
+    down = torch.exp2(-weight.abs().amax(1, keepdim=True).clamp(min=1e-300).log2().ceil())
+    weight = weight * down
     scale = float(problem.gram.diagonal().max()) or 1.0
+    pull: Tensor | float = 0.0
+    if problem.linear is not None:
+        pull = (weight * (problem.linear.correlation * down / scale)).to(problem.gram.dtype)
     weight = weight.to(problem.gram.dtype)
     # the start's mask, but for what is fixed: then others are pruned in its place
     x = _vertex(problem, start.to(weight), fixed).to(weight)
@@ -106,7 +108,7 @@ def _minimise(
     for t in range(iterations):
         if limits.expired:
             return x, t
-        gradient = weight * ((weight * x) @ gram)
+        gradient = weight * ((weight * x) @ gram) + pull
         vertex = _vertex(problem, gradient, fixed).to(x)
         x += (vertex - x) * (2.0 / (t + 2))
         if (t + 1) % 50 == 0:

@@ -153,6 +153,7 @@ def compound_moves(
     batch = Batch.of(problem, mask)
     rows = torch.arange(batch.rows)
     refresh(batch, rows, _REFRESH_BYTES)
+    batch.add_linear(rows)
     made = torch.zeros(batch.rows, dtype=torch.int64)
     threads.run(
         search_rows,

@@ -141,6 +141,9 @@ class _State(NamedTuple):
 
     square: np.ndarray
     """float32 [rows, n], x²G_jj"""
+    linear: np.ndarray
+    constant: np.ndarray
+    """float32 [rows, n] and float64 [rows], 2x⊙g and the constant of the linear part, or 0"""
     pruned: np.ndarray
     best: np.ndarray
     """uint8 [rows, n], now and at the best, 1 = pruned"""
@@ -151,18 +154,20 @@ class _State(NamedTuple):
     clock: np.ndarray
     """int64 [rows, 3]: moves so far, of these at the best mask, whether the first descent is over"""
     slope: np.ndarray
-    """float32 [rows, n], 2xc"""
+    """float32 [rows, n], 2xc (+ linear)"""
     values: np.ndarray
     """float64 [rows, 2], the objective now and the best"""
     moves: np.ndarray
     """int64 [rows], those counted"""
 
     @classmethod
-    def of(cls, x: np.ndarray, gram: np.ndarray, pruned: Tensor, seed: int) -> _State:
-        rows, n = x.shape
+    def of(cls, scaled: _Scaled, pruned: Tensor, seed: int) -> _State:
+        x, (rows, n) = scaled.x, scaled.x.shape
         flags = pruned.cpu().numpy().astype(np.uint8)
         return cls(
-            square=np.square(x) * np.diagonal(gram),
+            square=np.square(x) * np.diagonal(scaled.gram),
+            linear=scaled.linear,
+            constant=scaled.constant,
             pruned=flags,
             best=flags.copy(),
             expiry=np.zeros((rows, n), np.int32),
@@ -179,8 +184,9 @@ def search(problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits) -> 
     from maskopt.solvers.search.tabu_kernel import search_rows
 
     rows, tenure = problem.rows, plan.tenure_of(problem)
-    x, gram, scale = _scaled(problem)
-    state = _State.of(x, gram, ~start, limits.seed)
+    scaled = _scaled(problem)
+    x, gram, scale = scaled.x, scaled.gram, scaled.scale
+    state = _State.of(scaled, ~start, limits.seed)
     threads = RowThreads()
     start_objective = problem.objective(start)
     best = start_objective.cpu().clone()
@@ -211,8 +217,23 @@ def search(problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits) -> 
     )
 
 
-def _scaled(problem: LayerProblem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows scaled to Σ x²G_jj = 1 in float32, G in float32, and the factor back to objectives."""
+class _Scaled(NamedTuple):
+    """A problem in units in which float32 does.
+
+    Attributes:
+        x, gram: float32, Σ x²G_jj = 1 in every row.
+        linear, constant: of `_State`.
+        scale: float64 [rows], the factor back to objectives.
+    """
+
+    x: np.ndarray
+    gram: np.ndarray
+    linear: np.ndarray
+    constant: np.ndarray
+    scale: np.ndarray
+
+
+def _scaled(problem: LayerProblem) -> _Scaled:
     gram = problem.gram.cpu()
     peak = float(gram.diagonal().max())
     if peak <= 0 or _ORDINARY[0] < peak < _ORDINARY[1]:
@@ -225,5 +246,17 @@ def _scaled(problem: LayerProblem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mass = weight.square() @ gram.diagonal().double()
     root = mass.where(mass > 0, 1.0).sqrt()
     factor = (root * size[:, 0]).square() * peak
-    x = (weight / root[:, None]).float().contiguous().numpy()
-    return x, gram.float().contiguous().numpy(), factor.numpy()
+    x = weight / root[:, None]
+    linear, constant = torch.zeros_like(x), torch.zeros_like(factor)
+    if problem.linear is not None:
+        moments = problem.linear
+        unit = (root * size.where(size > 0, 1.0)[:, 0] * peak)[:, None]
+        linear = 2 * x * (moments.correlation.cpu() / unit)
+        constant = moments.constant.cpu() / factor.where(factor > 0, 1.0)
+    return _Scaled(
+        x.float().contiguous().numpy(),
+        gram.float().contiguous().numpy(),
+        linear.float().numpy(),
+        constant.numpy(),
+        factor.numpy(),
+    )

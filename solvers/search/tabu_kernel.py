@@ -85,8 +85,15 @@ def _partner(
 
 
 @_fast
-def _products(slope: np.ndarray, x: np.ndarray, gram: np.ndarray, pruned: np.ndarray) -> float:
-    """slope ← 2x⊙G(x ⊙ pruned) from scratch; returns the objective."""
+def _products(
+    slope: np.ndarray,
+    x: np.ndarray,
+    gram: np.ndarray,
+    pruned: np.ndarray,
+    linear: np.ndarray,
+    constant: float,
+) -> float:
+    """slope ← 2x⊙G(x ⊙ pruned) + linear from scratch; returns the objective."""
     slope[:] = 0
     for j in range(len(slope)):
         if pruned[j]:
@@ -94,11 +101,11 @@ def _products(slope: np.ndarray, x: np.ndarray, gram: np.ndarray, pruned: np.nda
             line = gram[j]
             for i in range(len(slope)):
                 slope[i] += weight * line[i]
-    objective = 0.0
+    objective = constant
     for j in range(len(slope)):
         if pruned[j]:
-            objective += np.float64(x[j]) * np.float64(slope[j])
-        slope[j] *= np.float32(2) * x[j]
+            objective += np.float64(x[j]) * np.float64(slope[j]) + np.float64(linear[j])
+        slope[j] = slope[j] * (np.float32(2) * x[j]) + linear[j]
     return objective
 
 
@@ -288,8 +295,8 @@ def _enter(
 # the arguments of a row are those of `_search_rows`, which says what they are
 @_exact
 def _search_row(  # type: ignore[no-untyped-def]
-    x, gram, square, pruned, best_pruned, expiry, state, clock, slope, values, group, moves, scratch,
-    tenure, spread, patience, kick, work,
+    x, gram, square, linear, constant, pruned, best_pruned, expiry, state, clock, slope, values, group,
+    moves, scratch, tenure, spread, patience, kick, work,
 ):  # fmt: skip
     """Up to `moves` moves beyond the first descent, after the rest of that. How many there were."""
     bars, of_moves, cross, head, follow, twice = work
@@ -297,7 +304,7 @@ def _search_row(  # type: ignore[no-untyped-def]
     now, descending = clock[0], clock[2] == 0
     _enter(now, x, gram, square, pruned, expiry, work)
     if scratch:
-        values[0] = _products(slope, x, gram, pruned)
+        values[0] = _products(slope, x, gram, pruned, linear, constant)
     value, best_value = values
     if descending:
         best_value = value
@@ -335,7 +342,7 @@ def _search_row(  # type: ignore[no-untyped-def]
             clock[1] = now
         elif not descending and patience > 0 and now - clock[1] >= patience:
             _copy(best_pruned, pruned)
-            value = best_value = _products(slope, x, gram, pruned)
+            value = best_value = _products(slope, x, gram, pruned, linear, constant)
             clock[1] = now
             _hold(now, kick, tenure, spread, expiry, state, head, follow)
             for j in range(len(x)):
@@ -372,6 +379,8 @@ def _search_rows(
     x: np.ndarray,
     gram: np.ndarray,
     square: np.ndarray,
+    linear: np.ndarray,
+    constant: np.ndarray,
     pruned: np.ndarray,
     best_pruned: np.ndarray,
     expiry: np.ndarray,
@@ -395,6 +404,8 @@ def _search_rows(
             x[row],
             gram,
             square[row],
+            linear[row],
+            constant[row],
             pruned[row],
             best_pruned[row],
             expiry[row],

@@ -5,6 +5,8 @@ and c = G(x ⊙ pruned), exchanging a kept u for a pruned p changes the objectiv
 
     Δ(u, p) = a_u + b_p − 2 x_u x_p G_up,   a_u = x_u²G_uu + 2 x_u c_u,   b_p = x_p²G_pp − 2 x_p c_p.
 
+With a linear part 2gᵀ(x ⊙ pruned) + constant of f, c = G(x ⊙ pruned) + g, and the rest is the same.
+
 Rows are scaled by a power of two, which changes no comparison and no tie, so that Σ x_j²G_jj is in
 [¼, 1): weights of any size, denormals included, then live in the middle of the floating-point range
 and tolerances need no units. Everything that decides a swap is float64; float32 only proposes.
@@ -19,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from maskopt.linear import Linear
 from maskopt.problem import LayerProblem
 from maskopt.solution import SWAP_TOLERANCE, swap_threshold
 
@@ -42,11 +45,11 @@ class Batch:
     group: int
     """Swaps stay inside groups of so many consecutive inputs (n for unstructured patterns)."""
     c: Float[Tensor, "rows n"]
-    """float64 G(x ⊙ pruned); kernels keep it up to date."""
+    """float64 G(x ⊙ pruned) (+ g); kernels keep it up to date."""
     objective: Float[Tensor, " rows"]
     """float64 f in scaled units; falls by −Δ with every swap."""
     mass: Float[Tensor, " rows"]
-    """float64 Σ x_j²G_jj in scaled units."""
+    """float64 Σ x_j²G_jj (+ constant) in scaled units."""
     scale: Float[Tensor, " rows"]
     """float64; the row's true objective is objective · scale."""
     swaps: Int[Tensor, " rows"]
@@ -63,6 +66,8 @@ class Batch:
     """float64 G_jj."""
     single: bool
     """Whether float32 may propose swaps; False for extreme ranges and for float64 G."""
+    linear: Linear | None
+    """The linear part in scaled units."""
     _low: Tensor | None = None
 
     @classmethod
@@ -80,6 +85,11 @@ class Batch:
         x = x / (second.sqrt() * root)[:, None]
         scale = (first * second.sqrt() * root).square()
         mass = x.square() @ diagonal
+        linear = None
+        if problem.linear is not None:
+            correlation = problem.linear.correlation / scale.sqrt()[:, None]
+            linear = Linear(correlation, problem.linear.constant / scale)
+            mass = mass + linear.constant
         zeros = torch.zeros_like(mass)
         none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         in_range = float(x.abs().max()) < _FLOAT32_RANGE and float(spread) < _FLOAT32_RANGE**2
@@ -99,6 +109,7 @@ class Batch:
             cross=torch.zeros_like(kept, dtype=problem.gram.dtype),
             diagonal=diagonal,
             single=problem.gram.dtype == torch.float32 and in_range,
+            linear=linear,
         )
 
     @property
@@ -115,11 +126,19 @@ class Batch:
             self._low = self.x.to(dtype)
         return self._low
 
+    def add_linear(self, rows: Int[Tensor, " some"]) -> None:
+        """Bring c and the objective from those of the quadratic part to those of f."""
+        if self.linear is None:
+            return
+        part = self.linear.take(rows)
+        self.c[rows] += part.correlation
+        self.objective[rows] += part.value(torch.where(self.kept[rows], 0.0, self.x[rows]))
+
     def result(self) -> Batch:
         """The batch without its large arrays: what is wanted of it when it is done."""
         # new tensors: a view of no columns would hold on to all of them
         empty, none = self.c.new_empty(self.rows, 0), self.partner.new_empty(self.rows, 0)
-        return replace(self, x=empty, c=empty, cross=empty, partner=none, _low=None)
+        return replace(self, x=empty, c=empty, cross=empty, partner=none, linear=None, _low=None)
 
     def threshold(self, rows: Int[Tensor, " some"] | slice = slice(None)) -> Float[Tensor, " some"]:
         """A swap is made when Δ < −threshold: float64, from the row's present objective."""

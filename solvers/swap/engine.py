@@ -41,7 +41,7 @@ class Kernel(Protocol):
     """Whether it proposes in float32 (`Batch.single`)."""
 
     def refresh(self, batch: Batch, rows: Int[Tensor, " some"]) -> None:
-        """c = G(x ⊙ pruned) and the objective from scratch, in float64."""
+        """c = G(x ⊙ pruned) and its quadratic form from scratch, in float64."""
         ...
 
     def search(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> None:
@@ -96,8 +96,12 @@ def refine(
     def parts(rows: Tensor) -> list[Tensor]:
         return list(rows.split(kernel.patience)) if hurried else [rows]
 
-    for rows in parts(active):
+    def refresh(rows: Tensor) -> None:
         kernel.refresh(batch, rows)
+        batch.add_linear(rows)
+
+    for rows in parts(active):
+        refresh(rows)
     fresh = batch.swaps.clone()  # swaps at which c was last computed from scratch
     outcome.objectives.append(batch.objective * batch.scale)
     while len(active):
@@ -110,7 +114,7 @@ def refine(
             rows = rows[batch.swaps[rows] < most]
             drifted = rows[_drifted(batch, rows, batch.swaps[rows] - fresh[rows])]
             if len(drifted):
-                kernel.refresh(batch, drifted)
+                refresh(drifted)
                 fresh[drifted] = batch.swaps[drifted]
             if not len(rows):
                 continue
@@ -123,7 +127,7 @@ def refine(
         outcome.objectives.append(batch.objective * batch.scale)
         active = torch.cat(left) if left else active[:0]
     for rows in parts((batch.swaps != fresh).nonzero()[:, 0]):
-        kernel.refresh(batch, rows)  # what is reported is computed from the mask, not from updates
+        refresh(rows)  # what is reported is computed from the mask, not from updates
     if progress is not None:
         progress(batch.rows)
     return outcome

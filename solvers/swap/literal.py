@@ -35,7 +35,9 @@ def refine_literally(
     A row stops early at max_swaps, all rows at the deadline (time.monotonic). At the end the
     objectives are computed from the masks, in float64.
     """
-    refresh(batch, torch.arange(batch.rows, device=batch.x.device), memory)
+    everything = torch.arange(batch.rows, device=batch.x.device)
+    refresh(batch, everything, memory)
+    batch.add_linear(everything)
     outcome = Outcome(proven=batch.swaps < 0, scans=batch.swaps.clone())
     outcome.objectives.append(batch.objective * batch.scale)
     proven = torch.zeros(batch.rows, dtype=torch.bool, device=batch.x.device)
@@ -58,12 +60,13 @@ def refine_literally(
             progress(batch.rows - int(active.sum()))
     outcome.proven = proven
     outcome.objectives.append(batch.objective * batch.scale)
-    refresh(batch, torch.arange(batch.rows, device=batch.x.device), memory)
+    refresh(batch, everything, memory)
+    batch.add_linear(everything)
     return outcome
 
 
 def refresh(batch: Batch, rows: Tensor, memory: int) -> None:
-    """c and the objective of some rows from scratch, float64, G widened a few columns at a time."""
+    """c and f without a linear part of some rows from scratch, float64, G widened a few columns at a time."""
     dropped = torch.where(batch.kept[rows], 0.0, batch.x[rows])
     step = max(1, memory // (2 * 8 * batch.n))
     for start in range(0, batch.n, step):

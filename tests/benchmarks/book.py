@@ -52,17 +52,27 @@ class Book:
             SystemExit: the file's measurements were taken in another way, which would mix the two.
         """
         if key not in self.lines:
-            if not self.lines:
-                self._add("about", self._now)
-            if apart := self._apart():
-                raise SystemExit(f"{self.path} was measured with {apart}: name another place")
-            self._add(key, make())
-            figures = {k: v for k, v in self.lines[key].items() if isinstance(v, int | float)}
-            print(key, figures, flush=True)
+            self.check()
+            self.put(key, make())
         return self.lines[key]
 
+    def check(self) -> None:
+        """Raise SystemExit where this run would measure otherwise than the file says."""
+        if apart := self._apart():
+            raise SystemExit(f"{self.path} was measured with {apart}: name another place")
+
+    def put(self, key: str, record: Record) -> None:
+        """Keep a measurement."""
+        if not self.lines:
+            self._add("about", self._now)
+        self._add(key, record)
+        figures = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        print(key, figures, flush=True)
+
     def _apart(self) -> str:
-        """In what this run would measure otherwise than the file says."""
+        """In what this run would measure otherwise than the file says; nothing where there is none yet."""
+        if not self.lines:
+            return ""
         return "; ".join(
             f"{k} {self.about.get(k)} and now {self._now.get(k)}"
             for k in {**self.about, **self._now}

@@ -14,17 +14,16 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from book import PATTERNS, ROOT, Book
 from generalisation_page import write
 from machine import machine
 
 from maskopt.model.demo_model import MODELS, demo_model
-from maskopt.model.evaluate import evaluate
+from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.options import WalkOptions
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
@@ -38,77 +37,52 @@ METHODS = {
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.05, 0.1, 0.3)
 HOLDOUT = 0.25
+#: pruned models that are kept, to be evaluated together: the dense one is run once for all of them
+TOGETHER = 3
 
 
-def prune_and_judge(
-    args: argparse.Namespace, name: str, evaluated: str = "auto", **options: Any
-) -> dict[str, Any]:
-    """Prune a demo model, and hold it against the dense one on the text."""
-    dense = demo_model(name)
-    folder = Path(tempfile.mkdtemp(prefix="maskopt-generalisation-"))
-    try:
-        began = time.perf_counter()
-        report = prune_model(
-            dense, calibration=args.calibration, output=folder / "out", seq_len=512, **options
-        )
-        seconds = time.perf_counter() - began
-        walk = WalkOptions(seq_len=512, bos=evaluated)
-        first, second = evaluate([dense, folder / "out"], args.text, walk, windows=args.windows)
-    finally:
-        shutil.rmtree(folder)
-    assert second.change is not None
-    return {
-        "dense": first.perplexity.value,
-        "perplexity": second.perplexity.value,
-        "low": second.perplexity.low,
-        "high": second.perplexity.high,
-        "ratio": [second.change.ratio, second.change.ratio_low, second.change.ratio_high],
-        "kl": second.change.kl,
-        "agreement": second.change.agreement,
-        "seconds": seconds,
-        **errors(report),
-    }
+class Case(NamedTuple):
+    """A prune of a model, and how its evaluations are called, by what their windows begin with."""
+
+    options: dict[str, Any]
+    keys: dict[str, str]
 
 
-def errors(report: PruneReport) -> dict[str, Any]:
-    """Mean over the layers of the relative errors, fitted and held out, and of α."""
-    layers = [layer for layer in report.layers if not layer.fallback]
-    held = [layer.relative_held for layer in layers if layer.relative_held is not None]
-    return {
-        "fitted": sum(layer.relative for layer in layers) / len(layers),
-        "held": sum(held) / len(held) if held else None,
-        "shrink": sum(layer.shrink for layer in layers) / len(layers),
-    }
-
-
-def methods(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def methods(name: str) -> Iterator[Case]:
     for pattern, value in PATTERNS.items():
         for label, (solver, start) in METHODS.items():
             how = {"pattern": value, "solver": solver, "warm_start": start, "samples": 32}
-            yield f"methods/{name}/{pattern}/{label}", how
+            yield Case(how, {"auto": f"methods/{name}/{pattern}/{label}"})
 
 
-def bos(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def bos(name: str) -> Iterator[Case]:
     for calibrated in ("never", "auto"):
-        for evaluated in ("never", "auto"):
-            how = {"sparsity": 0.5, "samples": 32, "bos": calibrated, "evaluated": evaluated}
-            yield f"bos/{name}/{calibrated}/{evaluated}", how
+        keys = {
+            evaluated: f"bos/{name}/{calibrated}/{evaluated}" for evaluated in ("never", "auto")
+        }
+        yield Case({"sparsity": 0.5, "samples": 32, "bos": calibrated}, keys)
 
 
-def sizes(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def target(name: str) -> Iterator[Case]:
+    for label in ("pruned", "dense"):
+        how = {"sparsity": 0.5, "samples": 32, "holdout": HOLDOUT, "target": label}
+        yield Case(how, {"auto": f"target/{name}/{label}"})
+
+
+def sizes(name: str) -> Iterator[Case]:
     for size in SIZES:
         how = {"sparsity": 0.5, "samples": size, "holdout": HOLDOUT}
-        yield f"sizes/{name}/{size}", how
+        yield Case(how, {"auto": f"sizes/{name}/{size}"})
 
 
-def shrink(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def shrink(name: str) -> Iterator[Case]:
     for label, value in PATTERNS.items():
         for alpha in (*SHRINK, "auto"):
             how = {"pattern": value, "samples": 16, "holdout": HOLDOUT, "shrink": alpha}
-            yield f"shrink/{name}/{label}/{alpha}", how
+            yield Case(how, {"auto": f"shrink/{name}/{label}/{alpha}"})
 
 
-STUDIES = {"methods": methods, "bos": bos, "sizes": sizes, "shrink": shrink}
+STUDIES = {"methods": methods, "bos": bos, "target": target, "sizes": sizes, "shrink": shrink}
 
 
 def main() -> None:
@@ -126,10 +100,14 @@ def main() -> None:
     args = parser.parse_args()
     book = Book(args.data)
     book.begin(about(args))
+    book.check()
     for study in args.only:
         for name in args.models:
-            for key, how in STUDIES[study](name):
-                book.measure(key, partial(prune_and_judge, args, name, **how))
+            missing = [
+                c for c in STUDIES[study](name) if any(k not in book for k in c.keys.values())
+            ]
+            for first in range(0, len(missing), TOGETHER):
+                measure(args, book, name, missing[first : first + TOGETHER])
     write(book, args.page)
     print(f"wrote {args.page}")
 
@@ -143,6 +121,55 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "calibration": Path(args.calibration).name,
         "text": Path(args.text).name,
         "corpus": args.corpus,
+    }
+
+
+def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Case]) -> None:
+    """Prune a demo model in several ways, and hold the results against the dense one on the text."""
+    dense = demo_model(name)
+    folder = Path(tempfile.mkdtemp(prefix="maskopt-generalisation-"))
+    try:
+        found = []
+        for number, case in enumerate(cases):
+            out = folder / str(number)
+            report = prune_model(
+                dense, calibration=args.calibration, output=out, seq_len=512, **case.options
+            )
+            found.append((case, out, {"seconds": report.seconds, **errors(report)}))
+        for begin in {begin for case in cases for begin in case.keys}:
+            wanted = [(c.keys[begin], out, more) for c, out, more in found if begin in c.keys]
+            walk = WalkOptions(seq_len=512, bos=begin)
+            models = [dense, *(out for _, out, _ in wanted)]
+            first, *others = evaluate(models, args.text, walk, windows=args.windows)
+            for (key, _, more), other in zip(wanted, others, strict=True):
+                if key not in book:
+                    book.put(key, {**judged(first, other), **more})
+    finally:
+        shutil.rmtree(folder)
+
+
+def judged(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
+    assert pruned.change is not None
+    return {
+        "dense": dense.perplexity.value,
+        "perplexity": pruned.perplexity.value,
+        "low": pruned.perplexity.low,
+        "high": pruned.perplexity.high,
+        "ratio": [pruned.change.ratio, pruned.change.ratio_low, pruned.change.ratio_high],
+        "kl": pruned.change.kl,
+        "agreement": pruned.change.agreement,
+        "losses": [round(loss, 6) for loss in pruned.losses],
+    }
+
+
+def errors(report: PruneReport) -> dict[str, Any]:
+    """Mean over the layers of the relative errors, fitted and held out, and of α."""
+    layers = [layer for layer in report.layers if not layer.fallback]
+    held = [layer.relative_held for layer in layers if layer.relative_held is not None]
+    return {
+        "fitted": sum(layer.relative for layer in layers) / len(layers),
+        "held": sum(held) / len(held) if held else None,
+        "shrink": sum(layer.shrink for layer in layers) / len(layers),
     }
 
 

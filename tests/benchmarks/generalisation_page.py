@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from book import Book, Record, family, table
+
+from maskopt.model.perplexity import exponential, interval
 
 TITLES = {"gemma3": "Gemma 3 270M", "smollm2": "SmolLM2 135M Instruct"}
 Lines = Mapping[str, Record]
@@ -30,7 +33,7 @@ Intervals are 95%, by bootstrap over the windows, paired where two models are co
 {about["machine"]}, {about["date"]}.
 """
     ]
-    sections = (methods, bos, sizes, shrink)
+    sections = (methods, bos, target, sizes, shrink)
     parts += [text for section in sections if (text := section(book.lines))]
     page.write_text("\n".join(parts).rstrip() + "\n")
 
@@ -46,14 +49,24 @@ def ratio(record: Record) -> str:
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
+def beside(record: Record, base: Record | None) -> str:
+    """Perplexity as a multiple of another model's, with its interval, paired by window."""
+    if base is None or base is record:
+        return ""
+    difference = torch.tensor(record["losses"]) - torch.tensor(base["losses"])
+    low, high = interval(difference)
+    return (
+        f"{exponential(float(difference.double().mean())):.3f} "
+        f"({exponential(low):.3f} to {exponential(high):.3f})"
+    )
+
+
 def methods(lines: Lines) -> str:
     found = by_model(lines, "methods")
     if not found:
         return ""
     rows = []
     for (model, pattern, label), record in found.items():
-        base = found.get((model, pattern, "Wanda"))
-        beside = "" if base is None else f"{record['perplexity'] / base['perplexity']:.3f}"
         rows.append(
             [
                 f"{TITLES[model]} (dense {record['dense']:.1f})",
@@ -61,12 +74,25 @@ def methods(lines: Lines) -> str:
                 label,
                 f"{record['perplexity']:.1f}",
                 ratio(record),
-                beside,
+                beside(record, found.get((model, pattern, "Wanda"))),
+                f"{record['kl']:.3f}",
+                f"{100 * record['agreement']:.1f}%",
                 f"{record['fitted']:.4f}",
             ]
         )
     return "## Methods\n\n32 calibration windows.\n\n" + table(
-        ["model", "pattern", "masks", "perplexity", "× dense", "× Wanda", "error, fitted"], rows
+        [
+            "model",
+            "pattern",
+            "masks",
+            "perplexity",
+            "× dense",
+            "× Wanda",
+            "KL to dense",
+            "same top token",
+            "error, fitted",
+        ],
+        rows,
     )
 
 
@@ -92,6 +118,42 @@ def bos(lines: Lines) -> str:
 nothing there: both are the same.
 
 """ + table(["model", "calibrated", "evaluated", "dense", "pruned", "× dense"], rows)
+
+
+def target(lines: Lines) -> str:
+    found = by_model(lines, "target")
+    if not found:
+        return ""
+    rows = [
+        [
+            TITLES[model],
+            label,
+            f"{record['fitted']:.4f}",
+            f"{record['held']:.4f}",
+            f"{record['perplexity']:.1f}",
+            ratio(record),
+            beside(record, found.get((model, "pruned"))),
+        ]
+        for (model, label), record in found.items()
+    ]
+    return """## What a layer is to give
+
+50%, 32 windows, a quarter of them kept aside. `target` pruned: a layer is to give on the inputs that it has in
+the pruned model what its dense weights give on them; dense: what it gives in the dense model. Errors are parts
+of the mean square of the target.
+
+""" + table(
+        [
+            "model",
+            "target",
+            "error, fitted",
+            "held out",
+            "perplexity",
+            "× dense",
+            "× that of pruned",
+        ],
+        rows,
+    )
 
 
 def sizes(lines: Lines) -> str:

@@ -83,7 +83,7 @@ class TritonKernel:
             self._blocks = batch.gram[columns[:, :, None], columns[:, None, :]]
 
     def refresh(self, batch: Batch, rows: Int[Tensor, " some"]) -> None:
-        """c = G(x ⊙ pruned) and the objective from scratch, in float64."""
+        """c = G(x ⊙ pruned) and its quadratic form from scratch, in float64."""
         with _device(batch), self._stage("correlation", rows.device):
             for part in rows.split(self._chunk):
                 literal.refresh(batch, part, self._memory)
