@@ -30,6 +30,7 @@ from maskopt.model.perplexity import (
     window_losses,
     window_sums,
 )
+from maskopt.model.tokens import Windows
 
 
 @dataclass(frozen=True)

@@ -138,9 +138,9 @@ def target(lines: Lines) -> str:
     ]
     return """## What a layer is to give
 
-50%, 32 windows, a quarter of them kept aside. `target` pruned: a layer is to give on the inputs that it has in
-the pruned model what its dense weights give on them; dense: what it gives in the dense model. Errors are parts
-of the mean square of the target.
+50%, 32 windows, a quarter of them kept aside. `target` pruned: a layer is to give on the inputs that it has
+in the pruned model what its dense weights give on them; dense: what it gives in the dense model. Errors are
+parts of the mean square of the target.
 
 """ + table(
         [
