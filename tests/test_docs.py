@@ -27,3 +27,50 @@ def test_the_examples_run(page, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The scripts behind the pages can be imported."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
+
+
+def test_the_page_of_quality_is_what_its_measurements_make(benchmarks, tmp_path):
+    from book import Book
+    from quality_page import write
+
+    figures = ROOT / "docs" / "figures"
+    names = ("quality", "quality-gaps", "quality-seconds")
+    write(*(Book(figures / f"{name}.jsonl") for name in names), tmp_path / "quality.md")
+    assert (tmp_path / "quality.md").read_text() == (ROOT / "docs" / "quality.md").read_text()
+
+
+def test_a_page_from_a_busy_machine_has_the_seconds_of_an_idle_one(benchmarks):
+    from quality_page import with_seconds_of
+
+    busy = {"a": {"error": 0.5, "seconds": 9.0, "of": {"seconds_per_row": 9.0, "error": 0.1}}}
+    idle = {
+        "a": {"error": 0.7, "seconds": 1.0, "of": {"seconds_per_row": 2.0}},
+        "whole/b": {"n": 3},
+    }
+    assert with_seconds_of(idle, busy) == {
+        "a": {"error": 0.5, "seconds": 1.0, "of": {"seconds_per_row": 2.0, "error": 0.1}},
+        "whole/b": {"n": 3},
+    }
+
+
+def test_measurements_that_were_taken_in_another_way_are_not_mixed(benchmarks, tmp_path):
+    from book import Book
+
+    about = {"bos": "auto", "date": "today"}
+    book = Book(tmp_path / "some.jsonl")
+    book.begin(about)
+    book.measure("one", lambda: {"error": 1})
+    again = Book(tmp_path / "some.jsonl")
+    again.begin({**about, "bos": "never", "date": "tomorrow"})
+    assert again.measure("one", lambda: {"error": 2}) == {"error": 1}
+    with pytest.raises(SystemExit, match="measured with bos auto and now never: name another"):
+        again.measure("two", lambda: {"error": 2})
+    again.begin({**about, "date": "tomorrow"})
+    again.measure("two", lambda: {"error": 2})
+    assert Book(tmp_path / "some.jsonl").lines["two"] == {"error": 2}

@@ -36,7 +36,7 @@ from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
 from maskopt.compare import load_instances, sample_rows
 from maskopt.model.beginning import BOS
 from maskopt.pattern import parse_pattern
-from maskopt.solvers.convex.duals import certify_row, penalty_of
+from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.exact.incumbent import tabu_row
 from maskopt.trace import TreeTrace
@@ -201,21 +201,19 @@ def penalty(layers: list[LayerProblem], args: argparse.Namespace) -> None:
     """Bound and correction after so many sweeps from the same start, for each ρ."""
     rows = sample_rows(layers, args.rows, pattern=parse_pattern(args.pattern), seed=args.seed)
     for row in rows:
-        default = penalty_of(row.as_layer().group_size)
+        problem = row.as_layer()
+        default = penalty_of(problem.group_size)
         print(f"{row.name} n={row.n} {row.pattern}: ρ is {default:.3g} by default")
         for times in map(float, args.penalties.split(",")):
             rho, done, parts = times * default, 0, []
-            state = Mixing(row.as_layer(), default_rank(row.n), args.seed)
-            q = row.q().numpy() * state.scale[0]
+            state = Mixing(problem, default_rank(row.n), args.seed)
+            scale = float(state.scale[0])
+            scaled = ScaledRow.of(problem, problem.gram.double().numpy(), 0, scale)
             for sweeps in map(int, args.sweeps.split(",")):
                 state.sweep(sweeps - done, rho)
                 done, y = sweeps, state.duals[0].double().numpy()
-                layer = row.as_layer()
-                group, pruned = layer.group_size, layer.pruned_per_group
-                found = certify_row(q, group, pruned, y, state.inner()[0], rho)
-                parts.append(
-                    f"{found.value / state.scale[0]:.5g} (−{found.loss / found.value:.2%})"
-                )
+                found = certify_row(scaled, y, state.inner()[0], rho)
+                parts.append(f"{found.value / scale:.5g} (−{found.loss / found.value:.2%})")
             print(f"  × {times:g}, after {args.sweeps} sweeps: {', '.join(parts)}", flush=True)
 
 
