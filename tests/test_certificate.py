@@ -23,6 +23,8 @@ from maskopt.certificate import Cuts, _check_row, _missing, _shared_slack
 from maskopt.errors import ProblemError, VerificationError
 from maskopt.files import write_arrays
 
+#: signs under which sums cancel
+ALTERNATING = 1 - 2.0 * (torch.arange(8) % 2)
 PATTERNS = (Unstructured(keep=4), NM(keep=1, of=4), NM(keep=2, of=4), Unstructured(keep=8))
 U = 2.0**-53
 
@@ -54,11 +56,10 @@ def certificate(problem, *, product=False, cuts=False):
     )
 
 
-def exact(certificate, problem, row):
-    """The bound as it is defined, in rational numbers: g at p̂, and its slope over all legal masks."""
+def formula(certificate, problem, row):
+    """g of one row as it is defined, in rational numbers."""
     w = [Fraction(float(x)) for x in problem.weight[row]]
     gram = [[Fraction(float(x)) for x in line] for line in problem.gram]
-    point = [Fraction(float(x)) for x in certificate.point[row]]
     lam = [Fraction(float(x)) for x in certificate.diagonal[row]]
     mu = [Fraction(float(x)) for x in certificate.penalty[row]]
     n, size, s = problem.n, problem.group_size, problem.pruned_per_group
@@ -85,6 +86,14 @@ def exact(certificate, problem, row):
                 value -= Fraction(tau) * cut
         return value
 
+    return g
+
+
+def exact(certificate, problem, row):
+    """The bound as it is defined: g at p̂, and its slope over all legal masks."""
+    g = formula(certificate, problem, row)
+    n, size, s = problem.n, problem.group_size, problem.pruned_per_group
+    point = [Fraction(float(x)) for x in certificate.point[row]]
     # g is a quadratic: central differences are its gradient exactly
     half = Fraction(1, 2)
     gradient = []
@@ -92,9 +101,21 @@ def exact(certificate, problem, row):
         up, down = list(point), list(point)
         up[i], down[i] = up[i] + half, down[i] - half
         gradient.append(g(up) - g(down))
-    least = sum(sum(sorted(gradient[i] for i in members)[:s]) for members in groups)
+    least = sum(sum(sorted(gradient[first : first + size])[:s]) for first in range(0, n, size))
     slope = least - sum(x * y for x, y in zip(gradient, point, strict=True))
     return g(point) + slope
+
+
+def least_eigenvalue(certificate, problem, row):
+    """Of the matrix of g's quadratic form."""
+    g, n = formula(certificate, problem, row), problem.n
+
+    def at(*chosen):
+        return g([Fraction(chosen.count(i)) for i in range(n)])
+
+    single = [at(i) - at() for i in range(n)]
+    a = [[float(at(i, j) - at() - single[i] - single[j]) / 2 for j in range(n)] for i in range(n)]
+    return float(np.linalg.eigvalsh(np.array(a))[0])
 
 
 def unclamped(certificate, problem, row):
@@ -132,7 +153,9 @@ def test_the_value_is_the_formulas(pattern, product, cuts):
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("far", [0.5, 30.0])
-@pytest.mark.parametrize("part", ["weight", "diagonal", "penalty", "product", "cuts"])
+@pytest.mark.parametrize(
+    "part", ["weight", "gram", "small gram", "diagonal", "penalty", "product", "cuts"]
+)
 def test_the_margin_covers_the_rounding_of_every_part(part, far, pattern):
     """n + n terms in a row lose up to 2n·u of their sizes, whichever part is the large one."""
     problem = layer(pattern, rows=1)
@@ -143,8 +166,13 @@ def test_the_margin_covers_the_rounding_of_every_part(part, far, pattern):
         given, point=far * torch.rand(1, 8, dtype=torch.float64), penalty=given.penalty.abs()
     )
     large = 1e6
+    weight, gram = problem.weight, problem.gram
     if part == "weight":
-        problem = LayerProblem(large * problem.weight, problem.gram, problem.pattern)
+        problem = LayerProblem(large * weight.abs() * ALTERNATING, gram, pattern)
+    elif part == "gram":
+        problem = LayerProblem(weight, large * gram, pattern)
+    elif part == "small gram":
+        problem = LayerProblem(large * weight, gram / large, pattern)
     elif part == "cuts":
         given = replace(given, cuts=[triangles(large)], diagonal=given.diagonal * 20 * large)
     else:
@@ -155,6 +183,34 @@ def test_the_margin_covers_the_rounding_of_every_part(part, far, pattern):
     lost = float(exact(given, problem, 0) - Fraction(unclamped(given, problem, 0)))
     terms = 2 * problem.n + 8
     assert terms * U * size <= lost <= 500 * terms * U * size
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
+@pytest.mark.parametrize("part", ["gram", "diagonal", "penalty", "product", "cuts"])
+def test_what_a_matrix_lacks_is_paid_for(part, pattern):
+    """At p̂ = ½ a θ more of every λ costs θ·n/4; whichever part makes A indefinite."""
+    problem = layer(pattern, rows=1)
+    size = {"diagonal": -1.0, "penalty": -1.0}.get(part, 1.0)
+    if part == "gram":
+        lower = problem.gram - 3 * torch.eye(8, dtype=torch.float64)
+        problem = LayerProblem(problem.weight, lower, pattern, assume_psd=True)
+    zeros = {"diagonal": (1, 8), "penalty": (1, 8 // problem.group_size)}
+    zeros["product"] = (1, 8 // problem.group_size, 8)
+    parts = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in zeros.items()}
+    if part in parts:
+        parts[part] += size + torch.rand(parts[part].shape, dtype=torch.float64)
+        if size < 0:
+            parts[part] *= 30
+    given = Certificate(
+        point=torch.full((1, 8), 0.5, dtype=torch.float64),
+        cuts=[triangles()] if part != "cuts" else [triangles(30.0)],
+        **parts,
+    )
+    lacks = -least_eigenvalue(given, problem, 0)
+    assert lacks > 0.01
+    paid = float(exact(given, problem, 0) - Fraction(unclamped(given, problem, 0))) / (8 / 4)
+    assert lacks * (1 - 1e-12) <= paid
+    assert paid == pytest.approx(lacks, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["zero", "singular", "barely", "indefinite", "negative"])
@@ -226,6 +282,43 @@ def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern, z
         assert float(together[row]) == max(0.0, value)
 
 
+def test_what_all_rows_lack_is_paid_for_by_their_weights():
+    """A Gram matrix that is semidefinite up to its rounding only; rows of any scale."""
+    gram = random_gram(8, "low-rank", 2)
+    gram = gram - 1e-9 * torch.eye(8, dtype=torch.float64)
+    weight = random_weight(3, 8, 1) * torch.tensor([[1e-2], [1.0], [1e2]])
+    problem = LayerProblem(weight, gram, PATTERNS[2])
+    none = torch.zeros(3, 8, dtype=torch.float64)
+    given = Certificate(none, none[:, :2], none + 0.5)
+    shared = _shared_slack(given, problem)
+    assert 1e-9 <= shared.slack <= 1e-7
+    for row in range(3):
+        value = float(_check_row(given, problem, problem.gram, row, shared))
+        paid = float(exact(given, problem, row) - Fraction(value))
+        assert paid == pytest.approx(shared.slack * float(weight[row].square().sum()) / 4, rel=1e-3)
+
+
+def test_weights_and_gram_of_float32_are_widened():
+    wide = layer(rows=2)
+    narrow = LayerProblem(wide.weight.float(), wide.gram.float(), wide.pattern)
+    wide = LayerProblem(narrow.weight.double(), narrow.gram.double(), wide.pattern)
+    for options in ({}, {"product": True, "cuts": True}):
+        given = certificate(wide, **options)
+        assert torch.equal(given.check(narrow), given.check(wide))
+        for row in range(2):
+            assert unclamped(given, narrow, row) == unclamped(given, wide, row)
+    shared = replace(given, product=None, cuts=None, penalty=given.penalty.abs())
+    near = replace(
+        shared, point=lower_bound(wide, "box").certificate.point, diagonal=0.01 * shared.diagonal
+    )
+    assert bool((near.check(wide) > 0).any())
+    assert torch.equal(near.check(narrow), near.check(wide))
+    for row in range(2):
+        assert torch.equal(
+            near.take([row]).check(wide.row(row)), near.take([row]).check(wide.take([row]))
+        )
+
+
 def lopsided():
     """Two rows at the same point whose certificates one factorisation must not speak for."""
     problem = LayerProblem(
@@ -282,6 +375,9 @@ def test_the_rows_of_a_certificate_are_taken_stacked_and_chosen():
             torch.equal(reordered.check(problem.take([2, 0])), whole.check(problem)[[2, 0]])
             or whole is plain
         )
+    mixed = Certificate.stack([plain.take([1, 2]), full.take([0])])
+    assert mixed.cuts[:2] == [None, None]
+    assert mixed.cuts[2] is full.cuts[0]
     assert Certificate.stack([plain, plain]).product is None
     assert Certificate.stack([plain, plain]).cuts is None
     for one, two in itertools.permutations((full, plain, cut), 2):
@@ -312,7 +408,8 @@ GOOD = Cuts(torch.tensor([[-1, 0, 7], [3, 2, 1]]), torch.tensor([[1, -1], [-1, -
         ("penalty", lambda c: c.penalty.float(), "penalty must be float64"),
         ("penalty", lambda c: c.penalty[:, :1], "penalty must be float64"),
         ("point", lambda c: c.point[:, :1], "point must be float64"),
-        ("point", lambda c: c.point * torch.inf, "point holds NaN or infinite"),
+        ("point", lambda c: c.point / (torch.arange(8) != 3), "point holds NaN or infinite"),
+        ("penalty", lambda c: c.penalty / torch.tensor([0.0, 1.0]), "penalty holds NaN or inf"),
         ("product", lambda c: torch.zeros(2, 8, 2).double(), "product must be float64"),
         ("product", lambda c: torch.zeros(2, 2, 8), "product must be float64"),
         ("product", lambda c: torch.full((2, 2, 8), torch.nan).double(), "product holds NaN"),
