@@ -8,10 +8,10 @@ from maskopt import NM, LayerProblem, Unstructured, improving_swap, solve
 from maskopt.errors import VerificationError
 
 
-def diagonal(*squares, pattern):
-    """A row whose objective is the sum of what is pruned of `squares`."""
+def diagonal(*squares, pattern, gram=1.0):
+    """A row whose objective is `gram` times the sum of what is pruned of `squares`."""
     weight = torch.tensor([squares], dtype=torch.float64).sqrt()
-    return LayerProblem(weight, torch.eye(len(squares), dtype=torch.float64), pattern)
+    return LayerProblem(weight, gram * torch.eye(len(squares), dtype=torch.float64), pattern)
 
 
 def keep(n, *kept):
@@ -19,15 +19,16 @@ def keep(n, *kept):
 
 
 @pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
-def test_a_swap_counts_above_1e_6_of_the_objective(unit):
+@pytest.mark.parametrize("gram", [1e-9, 1.0, 1e9])
+def test_a_swap_counts_above_1e_6_of_the_objective(gram, unit):
     for off, counts in ((0.5e-6, False), (3e-6, True)):
         squares = (unit * (1 + 2 * off), unit, unit, 2 * unit)
-        problem = diagonal(*squares, pattern=Unstructured(keep=2))
+        problem = diagonal(*squares, pattern=Unstructured(keep=2), gram=gram)
         swap = improving_swap(problem, keep(4, 2, 3))
         assert (swap is not None) == counts
         if swap:
             assert swap[:2] == (2, 0)
-            assert swap.delta == pytest.approx(-2 * off * unit, rel=1e-6)
+            assert swap.delta == pytest.approx(-2 * off * unit * gram, rel=1e-6)
         # asked for any decrease
         assert improving_swap(problem, keep(4, 2, 3), tolerance=0) is not None
 
@@ -65,6 +66,10 @@ def test_weights_of_any_size_are_brought_within_range():
     mixed[0, int(mask.nonzero()[0])] = -(2.0**-300)
     problem = LayerProblem(mixed, gram, Unstructured(keep=6))
     assert improving_swap(problem, mask) is not None
+    outlier = weight.abs()
+    outlier[0, int((~mask).nonzero()[0])] = -(2.0**600)
+    problem = LayerProblem(outlier, gram, Unstructured(keep=6))
+    assert improving_swap(problem, mask).pruned == int((~mask).nonzero()[0])
     nothing = LayerProblem(0 * weight, gram, Unstructured(keep=6))
     assert improving_swap(nothing, mask) is None
 

@@ -144,6 +144,20 @@ def test_optimal_needs_a_gap_closed_to_1e_6_of_the_objective(unit):
     )
 
 
+@UNITS
+def test_swap_optimal_leaves_no_swap_above_1e_6_of_the_objective(unit):
+    for off, passes in ((WITHIN, True), (BEYOND, False)):
+        weight = torch.ones(1, 40, dtype=torch.float64) * unit
+        weight[0, 0] *= (1 + 20 * off * 1e-6) ** 0.5
+        problem = LayerProblem(weight, torch.eye(40).double(), Unstructured(keep=20))
+        mask = (torch.arange(40) >= 20)[None]
+        claimed = Solution.of(problem, mask, status=Status.SWAP_OPTIMAL)
+        if passes:
+            verify(problem, claimed)
+        else:
+            refused(problem, claimed, "row 0 claims swap-optimal, yet keeping input 0 instead of")
+
+
 def test_optimal_implies_swap_optimal():
     """Whoever vouches for the bound: where a swap improves, the claim is refuted."""
     problem = large(1.0)
@@ -259,3 +273,12 @@ def test_blocks_of_any_size_verify_the_same(monkeypatch):
         found = checks.improving_swap(problem.row(0), start.mask[0])
         assert found[:2] == swap[:2]
         assert found.delta == pytest.approx(swap.delta, rel=1e-12)
+
+
+def test_rows_that_weigh_nothing_leave_no_room_and_need_none():
+    problem = LayerProblem(torch.zeros(2, 40), torch.eye(40), NM(keep=2, of=4))
+    solution = solve(problem, "swap")
+    assert verify(problem, replace(solution, status=(Status.OPTIMAL,) * 2)).checked
+    off = torch.tensor([0.0, 1e-300], dtype=torch.float64)
+    refused(problem, replace(solution, objective=off), "objective: row 1")
+    refused(problem, replace(solution, lower_bound=off), "row 1 .* above the objective")
