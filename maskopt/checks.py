@@ -86,4 +86,4 @@ def improving_swap(
             if value < -threshold and (best is None or value < best.delta):
                 row, column = divmod(position, len(pruned))
                 best = Exchange(int(part[row]), int(pruned[column]), value)
-    return best and best._replace(delta=best.delta / scale**2)
+    return best and best._replace(delta=best.delta / scale / scale)
