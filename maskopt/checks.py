@@ -62,7 +62,7 @@ def improving_swap(
     if layer.linear is not None:
         correlation, constant = (
             layer.linear.correlation[0] * scale,
-            layer.linear.constant[0] * scale**2,
+            layer.linear.constant[0] * scale * scale,
         )
         objective = objective + 2 * dropped @ correlation + constant
         c, mass = c + correlation, mass + constant

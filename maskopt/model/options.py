@@ -250,6 +250,8 @@ EVALUATION = (
     "activation_memory",
     "trust_remote_code",
 )
+#: what a cell of a table (`maskopt.model.table`) decides by itself
+OF_A_CELL = ("pattern", "solver", "warm_start", "solver_options")
 
 
 def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:

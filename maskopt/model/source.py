@@ -173,6 +173,12 @@ class FolderSource:
         self._loader.load(self._outside)
         check_buffers(self.model)
 
+    def load_whole(self) -> Any:
+        """The model with all its weights in memory, for what calls it as a whole."""
+        self._loader.load([name for name, _ in self.model.named_parameters()])
+        check_buffers(self.model)
+        return self.model
+
     @contextmanager
     def open(self, index: int, masks: MaskFile | None = None) -> Iterator[nn.Module]:
         block = self.blocks.modules[index]
