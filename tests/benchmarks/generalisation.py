@@ -27,6 +27,7 @@ from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.options import WalkOptions
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
+from maskopt.model.weighting import WEIGHTINGS
 
 #: label → solver, start
 METHODS = {
@@ -69,6 +70,12 @@ def target(name: str) -> Iterator[Case]:
         yield Case(how, {"auto": f"target/{name}/{label}"})
 
 
+def weighting(name: str) -> Iterator[Case]:
+    for label in WEIGHTINGS:
+        how = {"sparsity": 0.5, "samples": 32, "weighting": label}
+        yield Case(how, {"auto": f"weighting/{name}/{label}"})
+
+
 def sizes(name: str) -> Iterator[Case]:
     for size in SIZES:
         how = {"sparsity": 0.5, "samples": size, "holdout": HOLDOUT}
@@ -82,7 +89,14 @@ def shrink(name: str) -> Iterator[Case]:
             yield Case(how, {"auto": f"shrink/{name}/{label}/{alpha}"})
 
 
-STUDIES = {"methods": methods, "bos": bos, "target": target, "sizes": sizes, "shrink": shrink}
+STUDIES = {
+    "methods": methods,
+    "bos": bos,
+    "target": target,
+    "weighting": weighting,
+    "sizes": sizes,
+    "shrink": shrink,
+}
 
 
 def main() -> None:

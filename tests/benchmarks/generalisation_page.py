@@ -33,7 +33,7 @@ Intervals are 95%, by bootstrap over the windows, paired where two models are co
 {about["machine"]}, {about["date"]}.
 """
     ]
-    sections = (methods, bos, target, sizes, shrink)
+    sections = (methods, bos, target, weighting, sizes, shrink)
     parts += [text for section in sections if (text := section(book.lines))]
     page.write_text("\n".join(parts).rstrip() + "\n")
 
@@ -154,6 +154,28 @@ parts of the mean square of the target.
         ],
         rows,
     )
+
+
+def weighting(lines: Lines) -> str:
+    found = by_model(lines, "weighting")
+    if not found:
+        return ""
+    rows = [
+        [
+            TITLES[model],
+            label,
+            f"{record['perplexity']:.1f}",
+            ratio(record),
+            beside(record, found.get((model, "alike"))),
+        ]
+        for (model, label), record in found.items()
+    ]
+    return """## Which tokens count
+
+50%, 32 windows. rest: the first token of a window does not count; relative: each counts by one over the mean
+square of its hidden state.
+
+""" + table(["model", "weighting", "perplexity", "× dense", "× that of alike"], rows)
 
 
 def sizes(lines: Lines) -> str:
