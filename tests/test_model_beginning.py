@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -108,3 +110,8 @@ def test_tokens_that_are_given_stay_as_they_are():
 def test_no_room_is_refused():
     with pytest.raises(DataError, match="no room"):
         calibration_windows([TEXT], TWO, samples=1, seq_len=2)
+
+
+def test_a_record_gives_the_beginning_back() -> None:
+    for begin in (Beginning("auto", (2, 5)), Beginning("never")):
+        assert Beginning.from_record(json.loads(json.dumps(begin.record()))) == begin
