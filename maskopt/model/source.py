@@ -135,7 +135,7 @@ class MemorySource:
         from maskopt.model.output import MemoryRun
 
         if resume:
-            raise ModelError("resume needs a model folder; a model in memory is pruned in one go")
+            raise ModelError("`resume` needs a model folder; a model in memory is pruned in one go")
         return MemoryRun(self, output, tokenizer, overwrite)
 
 
