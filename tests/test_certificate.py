@@ -186,6 +186,31 @@ def test_the_margin_covers_the_rounding_of_every_part(part, far, pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
+@pytest.mark.parametrize("part", ["weight", "penalty"])
+def test_the_margin_stands_alone_where_p_is_the_best_mask(part, pattern):
+    """There more of every λ costs nothing, so that nothing but the margin is lost."""
+    point = torch.zeros(1, 8, dtype=torch.float64)
+    point.view(-1, 8 // pattern.group_size(8), pattern.group_size(8))[
+        ..., : pattern.pruned_per_group(8)
+    ] = 1.0
+    weight = (10.0 - 9.0 * point) * (1e6 if part == "weight" else 1.0)
+    problem = LayerProblem(weight, torch.eye(8, dtype=torch.float64), pattern)
+    zero = torch.zeros(1, 8 // problem.group_size, 8, dtype=torch.float64)
+    given = Certificate(
+        -0.5 * weight.square(),
+        zero[..., 0] + (1e6 if part == "penalty" else 0.0),
+        point,
+        zero,
+        [triangles(0.0)],
+    )
+    best = Fraction(float(problem.objective(point == 0)))
+    assert exact(given, problem, 0) == best
+    lost = float(best - Fraction(unclamped(given, problem, 0)))
+    size, terms = sum(sizes(given, problem, 0).values()), 2 * problem.n + 8
+    assert terms * U * size <= lost <= 5000 * terms * U * size
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
 @pytest.mark.parametrize("part", ["gram", "diagonal", "penalty", "product", "cuts"])
 def test_what_a_matrix_lacks_is_paid_for(part, pattern):
     """At p̂ = ½ a θ more of every λ costs θ·n/4; whichever part makes A indefinite."""
