@@ -190,6 +190,22 @@ def test_an_interrupt_after_a_prune_keeps_it(
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_an_error_names_its_cell_and_keeps_the_others(
+    models: list[Path], texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "table.jsonl"
+    one: dict[str, Any] = {**CHOSEN, "patterns": ["2:4"], "methods": ["wanda"]}
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise ModelError("no space left on the disk; free some and go on with --resume")
+
+    monkeypatch.setattr(table, "prune_model", full)
+    words = "^llama 2:4 wanda: no space .* free some and run the same command again$"
+    with pytest.raises(ModelError, match=words):
+        make_table(models[:1], *texts, output, **one)
+    assert [cell.method for cell in read_cells(output).values()] == ["dense"]
+
+
 def test_other_options_text_or_model_are_other_cells(
     models: list[Path], texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -320,6 +336,7 @@ def test_the_tables_of_the_page(whole: tuple[list[Cell], Path], tmp_path: Path) 
         "1-swap, T = ∞, from RIA",
     ]
     assert [row[0] for row in one.rows] == [row[0] for row in two.rows] == titles
+    assert one.rows[0][1:] == (f"{cells[0].perplexity.value:.2f}",) * 2
     assert "3 windows of 16 tokens" in one.note
     tables = reduction_tables(cells)
     assert len(tables) == 2 * 2 * 2

@@ -13,11 +13,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from maskopt.errors import DataError, ModelError, OptionError
+from maskopt.errors import DataError, MaskoptError, ModelError, OptionError
 from maskopt.model.job import open_job
 from maskopt.model.journal import append_line, read_journal
 from maskopt.model.options import EVALUATION, OF_A_CELL, PruneOptions, WalkOptions, check_names
@@ -198,7 +199,8 @@ def make_table(
         told = _teller(tell, number, len(wanted), str(cell))
         folder = _folder(path, cell.key)
         if cell.key not in finished:
-            finished[cell.key] = _measured(cell, folder, evaluation, told)
+            with _named(cell):
+                finished[cell.key] = _measured(cell, folder, evaluation, told)
             with plain_errors(path):
                 append_line(path, {"cell": _record(finished[cell.key])})
         for left in folder.parent.glob(glob.escape(folder.name.rpartition("-")[0]) + "-*"):
@@ -333,6 +335,17 @@ def _measured(
         versions(),
         seconds,
     )
+
+
+@contextmanager
+def _named(cell: _Wanted) -> Iterator[None]:
+    """Errors say which cell ended; where a prune goes on with `--resume`, a table just goes on."""
+    try:
+        yield
+    except MaskoptError as error:
+        line = str(error).replace("go on with --resume", "run the same command again")
+        error.args = (f"{cell}: {line}", *error.args[1:])
+        raise
 
 
 def _folder(path: Path, key: str) -> Path:

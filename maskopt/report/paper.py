@@ -23,11 +23,11 @@ def perplexity_tables(cells: Sequence[Cell]) -> list[Table]:
             f"Perplexity, {model}",
             ["method", *by_pattern],
             note=f"{figures.windows} windows of {figures.length} tokens from {figures.source}, "
-            f"{figures.beginning}; dense {number(figures.value)}.",
+            f"{figures.beginning}.",
         )
-        table.add("dense", *[number(figures.value)] * len(by_pattern))
+        table.add("dense", *[_two_digits(figures.value)] * len(by_pattern))
         for row in zip(*by_pattern.values(), strict=True):
-            table.add(row[0].title, *(number(cell.perplexity.value) for cell in row))
+            table.add(row[0].title, *(_two_digits(cell.perplexity.value) for cell in row))
         tables.append(table)
     return tables
 
@@ -85,3 +85,8 @@ def _block(layer: LayerReport) -> int:
 
 def _percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _two_digits(value: float) -> str:
+    """As perplexities are printed; those of broken models shortened."""
+    return f"{value:.2f}" if value < 1e4 else number(value)
