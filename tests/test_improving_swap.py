@@ -51,11 +51,12 @@ def test_the_best_swap_of_all_groups_is_named_and_the_first_of_equals():
 
 
 def test_weights_of_any_size_are_brought_within_range():
-    """Squares of float64 weights end at 2±512 or so; which swap is best does not."""
+    """Of small ones the squares end at 2⁻⁵¹² or so, and of large ones sums of them before 2⁵¹² (where problems
+    end, too); which swap is best does not."""
     weight, gram = random_weight(1, 12, 1), random_gram(12, "full", 2)
     mask = solve(LayerProblem(weight, gram, Unstructured(keep=6)), "worst").mask[0]
     expected = improving_swap(LayerProblem(weight, gram, Unstructured(keep=6)), mask)
-    for exponent in (-900, -540, -150, 150, 540, 900):
+    for exponent in (-900, -540, -150, 150, 500):
         problem = LayerProblem(weight * 2.0**exponent, gram, Unstructured(keep=6))
         found = improving_swap(problem, mask)
         assert found[:2] == expected[:2]
@@ -67,7 +68,7 @@ def test_weights_of_any_size_are_brought_within_range():
     problem = LayerProblem(mixed, gram, Unstructured(keep=6))
     assert improving_swap(problem, mask) is not None
     outlier = weight.abs()
-    outlier[0, int((~mask).nonzero()[0])] = -(2.0**600)
+    outlier[0, int((~mask).nonzero()[0])] = -(2.0**500)
     problem = LayerProblem(outlier, gram, Unstructured(keep=6))
     assert improving_swap(problem, mask).pruned == int((~mask).nonzero()[0])
     nothing = LayerProblem(0 * weight, gram, Unstructured(keep=6))

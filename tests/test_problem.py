@@ -57,7 +57,7 @@ def test_costs_beyond_float64_are_refused():
     weight = torch.ones(2, 4, dtype=torch.float64)
     weight[1, 2] = 1e160
     with pytest.raises(
-        ProblemError, match="a weight of 1e\\+160 squared.*scale weight or gram down"
+        ProblemError, match=r"a weight of 1e\+160 squared.*scale weight or gram down"
     ):
         LayerProblem(weight, torch.eye(4), HALF)
     weight[1, 2] = 1e150
