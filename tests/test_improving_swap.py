@@ -51,8 +51,8 @@ def test_the_best_swap_of_all_groups_is_named_and_the_first_of_equals():
 
 
 def test_weights_of_any_size_are_brought_within_range():
-    """Of small ones the squares end at 2⁻⁵¹² or so, and of large ones sums of them before 2⁵¹² (where problems
-    end, too); which swap is best does not."""
+    """Squares of small ones end at 2⁻⁵¹² or so, sums of large ones before 2⁵¹² (as do problems); which swap
+    is best does not."""
     weight, gram = random_weight(1, 12, 1), random_gram(12, "full", 2)
     mask = solve(LayerProblem(weight, gram, Unstructured(keep=6)), "worst").mask[0]
     expected = improving_swap(LayerProblem(weight, gram, Unstructured(keep=6)), mask)
