@@ -36,7 +36,52 @@ Intervals are 95%, by bootstrap over the windows, paired where two models are co
     ]
     sections = (methods, bos, target, weighting, sizes, shrink)
     parts += [text for section in sections if (text := section(book.lines))]
+    parts += [judges(book.lines, page.parent / "figures" / f"{page.stem}.png")]
     page.write_text("\n".join(parts).rstrip() + "\n")
+
+
+def judges(lines: Lines, figure: Path) -> str:
+    """Held-out error against perplexity over all runs, drawn, with the rank correlations."""
+    import matplotlib.pyplot as plt
+    from scipy.stats import spearmanr
+
+    fig, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    words = []
+    for model, title in TITLES.items():
+        # evaluated as they were calibrated, and with targets that are the same
+        runs = [
+            record
+            for key, record in lines.items()
+            if key.split("/")[1:2] == [model]
+            and key.split("/")[0] in ("methods", "sizes", "shrink")
+        ]
+        if len(runs) < 3:
+            continue
+        held = [run["held"] for run in runs]
+        change = [run["ratio"][0] for run in runs]
+        axes.scatter(held, change, s=18, label=title)
+        words.append(f"{spearmanr(held, change).statistic:.2f} over {len(runs)} runs of {title}")
+    if not words:
+        plt.close(fig)
+        return ""
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="held-out error, mean over the layers",
+        ylabel="perplexity, × dense",
+    )
+    axes.legend()
+    axes.grid(visible=True, which="both", alpha=0.3)
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(figure, dpi=120)
+    plt.close(fig)
+    return f"""## What a layer's error says about the model
+
+![Held-out error of the layers against perplexity, a point for each run](figures/{figure.name})
+
+Rank correlation (Spearman) of the two: {"; ".join(words)}. Runs differ in method, pattern, number of windows
+and shrinkage; those with another target or weighting have errors of another kind and are left out.
+"""
 
 
 def by_model(lines: Lines, study: str) -> dict[tuple[str, ...], Record]:
