@@ -183,6 +183,29 @@ class _Observed(NamedTuple):
     bad: str | None
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """Passes of single samples through a block, each under a watch of its own: `watch` in `local`."""
+
+    block: OpenBlock
+    weights: WatchedWeights
+    local: threading.local
+
+    def observe(
+        self, sample: int, states: Activations, advance: bool, until: str | None = None
+    ) -> _Observed:
+        """One pass; it ends where the layer `until` has its inputs."""
+        output = None
+        for copy in (False, True):
+            watch = self.local.watch = Watch(self.weights, copy=copy, until=until)
+            with suppress(Seen), watch:
+                output = self.block.run(sample, states)
+            if not watch.overwritten:
+                break
+        output = output if advance else None
+        return _Observed(watch, output, _first_bad(watch, output, self.block.name))
+
+
 def collect(
     block: OpenBlock,
     layers: Sequence[Layer],
@@ -206,30 +229,17 @@ def collect(
     Raises:
         ModelError: a sample with NaN or infinite activations (unless those may be left out).
     """
-    weights = WatchedWeights(block.model, layers)
     sizes = {layer.name: layer.n for layer in layers}
     samples = block.samples
     held = Grams(block.device) if samples.held else None
     grams = Grams(block.device, held)
     local = threading.local()
+    passes = _Passes(block, WatchedWeights(block.model, layers), local)
     until: str | None = None
 
-    def observe(
-        sample: int, states: Activations, advance: bool, until: str | None = None
-    ) -> _Observed:
-        output = None
-        for copy in (False, True):
-            local.watch = Watch(weights, copy=copy, until=until)
-            with suppress(Seen), local.watch:
-                output = block.run(sample, states)
-            if not local.watch.overwritten:
-                break
-        output = output if advance else None
-        return _Observed(local.watch, output, _first_bad(local.watch, output, block.name))
-
     def both(sample: int) -> tuple[_Observed, _Observed | None]:
-        dense = None if samples.dense is None else observe(sample, samples.dense, True)
-        return observe(sample, samples.states, advance, until), dense
+        dense = None if samples.dense is None else passes.observe(sample, samples.dense, True)
+        return passes.observe(sample, samples.states, advance, until), dense
 
     shown = experts_see_all(block.module, f"{block.name}.", layers, local)
     with shown if all_experts else nullcontext():
