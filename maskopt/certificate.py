@@ -204,9 +204,10 @@ class Certificate:
 
 
 def _check_cuts(cuts: Cuts, n: int, row: int) -> None:
-    m = len(cuts.multiplier)
     index, sign, tau = cuts.index, cuts.sign, cuts.multiplier
-    if index.shape != (m, 3) or sign.shape != (m, 2) or tau.dtype != torch.float64:
+    m = tau.numel()
+    shapes = index.shape, sign.shape, tau.shape
+    if shapes != ((m, 3), (m, 2), (m,)) or tau.dtype != torch.float64:
         raise VerificationError(f"certificate: the cuts of row {row} have the wrong shape or type")
     if m == 0:
         return
@@ -284,10 +285,11 @@ def _check_row(
     # rounding of everything above: no sum has more than 2n + 8 terms in a row
     far = point.abs().clamp(min=1.0)
     size = 4 * (reach @ far) ** 2 + 4 * (lam.abs() @ far.square())
-    size = size + 4 * float(penalty.abs().sum()) * (group * float(far.max()) + pruned) ** 2
+    widest = group * far.max() + pruned
+    size = size + 4 * penalty.abs().sum() * widest**2
     if product is not None:
-        size = size + 4 * (product.abs() @ far).sum() * (group * float(far.max()) + pruned)
-    size = size + 16 * cut_size * n * float(far.max()) ** 2
+        size = size + 4 * (product.abs() @ far).sum() * widest
+    size = size + 16 * cut_size * n * far.max() ** 2
     if layer.linear is not None:
         size = size + 4 * (pull.abs() @ far) + 4 * layer.linear.constant[row].to(w)
     return bound - (2 * n + 8) * _U * size
@@ -334,7 +336,10 @@ def _missing(a: Tensor) -> float:
         if int(torch.linalg.cholesky_ex(shifted).info) == 0:
             return shift + 2 * rump
     # the residual of a computed symmetric eigenvalue is a small multiple of n·u·‖A‖
-    least = float(torch.linalg.eigvalsh(a)[0])
+    try:
+        least = float(torch.linalg.eigvalsh(a)[0])
+    except torch.linalg.LinAlgError:  # of entries near the end of float64's range
+        return torch.inf
     return max(0.0, -least) + 16 * n * _U * float(torch.linalg.matrix_norm(a)) + 2 * rump
 
 
@@ -378,21 +383,20 @@ def certificate_arrays(certificate: Certificate) -> dict[str, np.ndarray]:
     }
     if c.product is not None:
         tensors["product"] = c.product
-    if c.cuts is not None:
-        given = [cuts for cuts in c.cuts if cuts is not None]
-        empty = [0 if cuts is None else len(cuts.multiplier) for cuts in c.cuts]
-        tensors["cut_count"] = torch.tensor(empty)
-        for name, width in (("index", 3), ("sign", 2), ("multiplier", 0)):
-            parts = [getattr(cuts, name) for cuts in given]
-            shape = (0, width) if width else (0,)
-            tensors[f"cut_{name}"] = torch.cat(parts) if parts else torch.zeros(shape)
+    rows = c.cuts or ()
+    given = [cuts for cuts in rows if cuts is not None]
+    if given:
+        counts = [0 if cuts is None else len(cuts.multiplier) for cuts in rows]
+        tensors["cut_count"] = torch.tensor(counts)
+        for name in ("index", "sign", "multiplier"):
+            tensors[f"cut_{name}"] = torch.cat([getattr(cuts, name) for cuts in given])
     return {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
 
 
 def certificate_from(arrays: dict[str, np.ndarray], path: str) -> Certificate:
     """Inverse of `certificate_arrays`."""
-    found: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     try:
+        found: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         cuts: list[Cuts | None] | None = None
         if "cut_count" in found:
             counts = found["cut_count"].tolist()

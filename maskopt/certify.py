@@ -11,6 +11,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from maskopt.compare import (
     write_records,
 )
 from maskopt.errors import ModelError
+from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer
 from maskopt.model.options import name_patterns
 from maskopt.model.problems import layer_problems
@@ -136,11 +138,14 @@ def certify_model(
         "pattern": pattern_from_dict(manifest["fingerprint"]["options"]["pattern"]),
         "calibration": calibration,
     }
-    dense = layer_problems(model, **common)
-    sparse = layer_problems(pruned, **common)
     seed = int(shorthand.get("seed", 0))
-    parts = _model_rows(dense, sparse, rows_per_layer, seed)
-    return _certify(parts, method, dict(method_options or {}), seed, output, on_rows)
+    # the walks end in the order in which they began, each with the threads that it found
+    with ExitStack() as walks:
+        walks.enter_context(torch_threads(None))
+        dense = walks.enter_context(closing(layer_problems(model, **common)))
+        sparse = walks.enter_context(closing(layer_problems(pruned, **common)))
+        parts = _model_rows(dense, sparse, rows_per_layer, seed)
+        return _certify(parts, method, dict(method_options or {}), seed, output, on_rows)
 
 
 def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, float]]:

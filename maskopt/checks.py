@@ -62,7 +62,7 @@ def improving_swap(
     if layer.linear is not None:
         correlation, constant = (
             layer.linear.correlation[0] * scale,
-            layer.linear.constant[0] * scale**2,
+            layer.linear.constant[0] * scale * scale,
         )
         objective = objective + 2 * dropped @ correlation + constant
         c, mass = c + correlation, mass + constant
@@ -86,4 +86,4 @@ def improving_swap(
             if value < -threshold and (best is None or value < best.delta):
                 row, column = divmod(position, len(pruned))
                 best = Exchange(int(part[row]), int(pruned[column]), value)
-    return best and best._replace(delta=best.delta / scale**2)
+    return best and best._replace(delta=best.delta / scale / scale)

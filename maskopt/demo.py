@@ -16,7 +16,7 @@ from maskopt.compare import Record, compare, sample_rows
 from maskopt.errors import ModelError
 from maskopt.model.beginning import Beginning
 from maskopt.model.blocks import short
-from maskopt.model.demo_model import demo_model, find_demo_model
+from maskopt.model.demo_model import DemoModel, demo_model, find_demo_model
 from maskopt.model.demo_text import demo_text
 from maskopt.model.perplexity import perplexity
 from maskopt.model.problems import layer_problems
@@ -84,54 +84,64 @@ def run_demo(
     on_stage(f"converting {about.title} (once)", 0, 1)
     folder = demo_model(model)
     on_stage(f"converting {about.title} (once)", 1, 1)
-    text = demo_text()
-    calibration = {"calibration": text.calibration, "seq_len": seq_len, "seed": seed}
+    calibration = {"calibration": demo_text().calibration, "seq_len": seq_len, "seed": seed}
     toy = _toy_rows(folder, sparsity, min(samples, 8), columns, time_limit, calibration, on_stage)
 
-    def measure(name: str, measured: Path) -> float:
-        return perplexity(
-            measured,
-            text=text.evaluation,
-            seq_len=seq_len,
-            windows=windows,
-            on_progress=lambda done, total: on_stage(f"perplexity: {name}", done, total),
-        ).value
-
+    values = {"dense": _perplexity("dense", folder, seq_len, windows, on_stage)}
     prunes: dict[str, PruneReport] = {}
-    values = {"dense": measure("dense", folder)}
-    for solver in ("wanda", "swap"):
-        target = output / ("model" if solver == "swap" else "wanda")
+    for solver, start, place in (("wanda", None, "wanda"), ("swap", "wanda", "model")):
         prunes[solver] = prune_model(
             folder,
             sparsity=sparsity,
             solver=solver,
-            warm_start="wanda" if solver == "swap" else None,
+            warm_start=start,
             samples=samples,
-            output=target,
+            output=output / place,
             overwrite=overwrite,
             on_progress=_told(on_stage, f"pruning with {solver}"),
             **calibration,  # type: ignore[arg-type]
         )
-        values[solver] = measure(solver, target)
+        values[solver] = _perplexity(solver, output / place, seq_len, windows, on_stage)
 
     blocks = len({layer.block for layer in prunes["swap"].layers})
-    begun = prunes["swap"].fingerprint["calibration"]["beginning"]
-    beginning = Beginning(begun["bos"], tuple(begun["ids"]))
     tables = [
         toy,
         error_table(prunes["swap"], sparsity, blocks),
         perplexity_table(values, prunes, windows, seq_len),
     ]
-    report = output / "report.html"
+    _write_report(output / "report.html", about, prunes["swap"], sparsity, blocks, tables)
+    return DemoResult(tables, output / "report.html", output / "model", time.perf_counter() - began)
+
+
+def _perplexity(name: str, model: Path, seq_len: int, windows: int, on_stage: OnStage) -> float:
+    """On the demo's evaluation text."""
+    return perplexity(
+        model,
+        text=demo_text().evaluation,
+        seq_len=seq_len,
+        windows=windows,
+        on_progress=lambda done, total: on_stage(f"perplexity: {name}", done, total),
+    ).value
+
+
+def _write_report(
+    path: Path,
+    about: DemoModel,
+    pruned: PruneReport,
+    sparsity: float,
+    blocks: int,
+    tables: Sequence[Table],
+) -> None:
+    calibration = pruned.fingerprint["calibration"]
     words: list[str | Table] = [
-        f"All {blocks} blocks pruned to {sparsity:.0%}, calibrated on {samples} × {seq_len} tokens "
-        f"of Python's help topics, {beginning}; evaluated on other topics in the same way.",
+        f"All {blocks} blocks pruned to {sparsity:.0%}, calibrated on {calibration['samples']} × "
+        f"{calibration['length']} tokens of Python's help topics, "
+        f"{Beginning.from_record(calibration['beginning'])}; evaluated on other topics in the same way.",
         *tables,
         "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
         f"not faster. {about.terms}",
     ]
-    write_page(report, f"maskopt demo: {about.title}", words)
-    return DemoResult(tables, report, output / "model", time.perf_counter() - began)
+    write_page(path, f"maskopt demo: {about.title}", words)
 
 
 def _toy_rows(

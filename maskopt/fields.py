@@ -73,17 +73,25 @@ def option(
 
 
 def options_of(kind: type) -> tuple[Option, ...]:
-    """The options of a class, in the order of its fields."""
-    hints = typing.get_type_hints(kind)
+    """The options of a class, in the order of its fields. A field's metadata may hold other facts, too."""
+    hints, facts = typing.get_type_hints(kind), {f.name for f in dataclasses.fields(Option)}
     return tuple(
-        Option(f.name, _words(hints[f.name]), f.default, **f.metadata)
+        Option(
+            f.name,
+            _words(hints[f.name]),
+            f.default,
+            **{fact: value for fact, value in f.metadata.items() if fact in facts},
+        )
         for f in dataclasses.fields(kind)
         if "help" in f.metadata
     )
 
 
-def check_options(value: Any, owner: str) -> None:
+def check_options(value: Any, owner: str = "") -> None:
     """Check type and range of every option of an instance; lists become tuples where those are meant.
+
+    Args:
+        owner: named before the option; without one the option stands in backticks.
 
     Raises:
         OptionError: names the option, what it may be, and what it was.
@@ -96,7 +104,8 @@ def check_options(value: Any, owner: str) -> None:
             object.__setattr__(value, known.name, given)
         if not _fits(given, hints[known.name]) or not _in_range(given, known):
             wanted = " ".join(part for part in (known.type, known.range) if part)
-            raise OptionError(f"{owner}: {known.name} must be {wanted}, not {given!r}")
+            name = f"{owner}: {known.name}" if owner else f"`{known.name}`"
+            raise OptionError(f"{name} must be {wanted}, not {given!r}")
 
 
 def build(
@@ -138,7 +147,7 @@ def _fits(value: Any, hint: Any) -> bool:
         elif kind is int:
             if isinstance(value, int) and not isinstance(value, bool):
                 return True
-        elif isinstance(value, kind):
+        elif isinstance(value, typing.get_origin(kind) or kind):
             return True
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -15,6 +16,8 @@ import numpy as np
 from maskopt.errors import ProblemError
 
 FORMAT = "maskopt-1"
+#: what the operating system says where a disk is full
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager

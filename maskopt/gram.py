@@ -60,23 +60,34 @@ class Gram:
                 f"of {inputs.dtype}"
             )
 
-    def tasks(self, inputs: Float[Tensor, "tokens n"]) -> Iterator[Callable[[], None]]:
+    def tasks(
+        self,
+        inputs: Float[Tensor, "tokens n"],
+        weights: Float[Tensor, " tokens"] | None = None,
+    ) -> Iterator[Callable[[], None]]:
         """The same as `add`, unchecked, as independent pieces that may run on several threads.
 
         All pieces of one batch must be done before the pieces of the next one start.
+
+        Args:
+            weights: how often each token counts, with a mean of 1; None: once.
         """
         self.tokens += inputs.shape[0]
         for start in range(0, self.n, TILE):
-            yield lambda start=start: self._add_tile(inputs, start)  # type: ignore[misc]
+            yield lambda start=start: self._add_tile(inputs, weights, start)  # type: ignore[misc]
 
-    def _add_tile(self, inputs: Tensor, start: int) -> None:
+    def _add_tile(self, inputs: Tensor, weights: Tensor | None, start: int) -> None:
         stop = min(start + TILE, self.n)
         target = self._sum[start:stop, start:]
-        for chunk in inputs.split(CHUNK):
-            right = chunk[:, start:]
+        for first in range(0, len(inputs), CHUNK):
+            part = slice(first, first + CHUNK)
+            right = inputs[part, start:]
             right = right if right.dtype == torch.float64 else right.float()
-            target += right[:, : stop - start].T @ right
-            self._total[start:stop] += right[:, : stop - start].sum(0, dtype=torch.float64)
+            left = right[:, : stop - start]
+            if weights is not None:
+                left = left * weights[part, None].to(left)
+            target += left.T @ right
+            self._total[start:stop] += left.sum(0, dtype=torch.float64)
 
     def mean(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
         """The mean input over tokens; zeros where no token was seen."""
@@ -126,20 +137,27 @@ class Moved:
         self._moved = Gram(n, device)
 
     def tasks(
-        self, inputs: Float[Tensor, "tokens n"], others: Float[Tensor, "tokens n"]
+        self,
+        inputs: Float[Tensor, "tokens n"],
+        others: Float[Tensor, "tokens n"],
+        weights: Float[Tensor, " tokens"] | None = None,
     ) -> Iterator[Callable[[], None]]:
         """Add x and x′ of the same tokens, as independent pieces (see `Gram.tasks`)."""
         self.tokens += inputs.shape[0]
         wide = torch.promote_types(inputs.dtype, torch.float32)
         inputs, moved = inputs.to(wide), others.to(wide) - inputs.to(wide)
         for start in range(0, self.n, TILE):
-            yield lambda start=start: self._add_tile(inputs, moved, start)  # type: ignore[misc]
-        yield from self._moved.tasks(moved)
+            yield lambda start=start: self._add_tile(inputs, moved, weights, start)  # type: ignore[misc]
+        yield from self._moved.tasks(moved, weights)
 
-    def _add_tile(self, inputs: Tensor, moved: Tensor, start: int) -> None:
+    def _add_tile(self, inputs: Tensor, moved: Tensor, weights: Tensor | None, start: int) -> None:
         rows = slice(start, min(start + TILE, self.n))
-        for x, delta in zip(inputs.split(CHUNK), moved.split(CHUNK), strict=True):
-            self._cross[rows] += x[:, rows].T @ delta
+        for first in range(0, len(inputs), CHUNK):
+            part = slice(first, first + CHUNK)
+            left = inputs[part, rows]
+            if weights is not None:
+                left = left * weights[part, None].to(left)
+            self._cross[rows] += left.T @ moved[part]
 
     def linear(self, weight: Float[Tensor, "rows n"], *, shrink: float = 0.0) -> Linear:
         """The linear part for a layer's weights.

@@ -102,6 +102,12 @@ class LayerProblem:
             self.mean = _as_tensor(mean, f"{label}mean")
             if self.mean.shape != (n,):
                 raise ProblemError(f"{label}mean must be [{n}], not {list(self.mean.shape)}")
+        most = self.weight.abs().max().double().square() * self.gram.diagonal().double().sum()
+        if not bool(torch.isfinite(most)):
+            raise ProblemError(
+                f"{label}a weight of {float(self.weight.abs().max()):.3g} squared, times the inputs' "
+                "squares, is beyond float64; scale weight or gram down"
+            )
         self.linear = None if linear is None else _linear(linear, self.weight, label)
         if not assume_psd:
             _check_semidefinite(self.gram, label)

@@ -203,7 +203,7 @@ class Solution:
                 certificate=certificate_from(certificate, str(path)) if certificate else None,
                 vouched=tuple(str(word) for word in header["vouched"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ProblemError(f"{path}: not a sound solution ({error})") from None
 
     def __repr__(self) -> str:

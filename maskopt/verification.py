@@ -106,6 +106,11 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
             )
     if len(solution.status) != layer.rows:
         raise VerificationError(f"{len(solution.status)} statuses for {layer.rows} rows")
+    for row, status in enumerate(solution.status):
+        if status not in tuple(Status):
+            raise VerificationError(
+                f"status: row {row} claims {status!r}; there are {list(map(str, Status))}"
+            )
     if solution.vouched and len(solution.vouched) != layer.rows:
         raise VerificationError(f"vouched: {len(solution.vouched)} words for {layer.rows} rows")
     return mask

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -214,3 +215,24 @@ def test_cuts_on_the_command_line(layer, tmp_path):
     refused = process("bound", str(tmp_path / "layer.npz"), "--method", "box", "--cuts", "3")
     assert refused.returncode == 1
     assert "bound 'box' has no option 'cuts'" in refused.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_walks_leave_torch_the_threads_that_it_had(models, fails):
+    """Through to the end, and where it fails on the way."""
+    before = torch.get_num_threads()
+
+    def fail(done, name):
+        if fails:
+            raise ZeroDivisionError
+
+    def run_it():
+        certify_model(
+            models / "dense", models / "pruned", calibration=models / "text.txt", method="box",
+            rows_per_layer=1, samples=2, seq_len=32, threads=before + 1, layers="layers.0.mlp",
+            on_rows=fail,
+        )  # fmt: skip
+
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        run_it()
+    assert torch.get_num_threads() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -165,3 +166,8 @@ def test_a_tokenizer_on_disk_without_a_beginning(tmp_path):
     assert int(windows.tokens.min()) >= ord("a") - 31
     with pytest.raises(DataError, match="no beginning-of-sequence token; use `bos` auto or never"):
         open_job(model, [TEXT], dataclasses.replace(options, bos="always"))
+
+
+def test_a_record_gives_the_beginning_back() -> None:
+    for begin in (Beginning("auto", (2, 5)), Beginning("never")):
+        assert Beginning.from_record(json.loads(json.dumps(begin.record()))) == begin

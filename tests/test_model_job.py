@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,15 @@ import pytest
 import torch
 import typer
 from commands import run
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import WordTokenizer, tiny, tokens
 
 import maskopt
 from maskopt import NM, MaskoptError, PruneOptions, Unstructured, open_job, prune_model
 from maskopt.cli import app
-from maskopt.errors import DataError, ModelError, OptionError, PatternError
-from maskopt.model.blocks import Blocks, matrix
+from maskopt.errors import ModelError, OptionError, PatternError
+from maskopt.model.blocks import Blocks, choose, matrix
 from maskopt.model.options import WalkOptions, prune_options
 from maskopt.model.plan import plan_prune
 
@@ -140,6 +144,72 @@ def test_layers_know_block_and_kind(family: str, kinds: set[str]) -> None:
             assert layer.name.rsplit(".", 1)[0] == layer.parent
 
 
+def test_a_block_without_a_chosen_layer_has_no_gram_matrices() -> None:
+    options = WalkOptions(include=("layers.1.mlp",))
+    with open_job(tiny("llama"), tokens(), options) as job:
+        for block in job.blocks():
+            grams = block.grams()
+            assert len(grams.order) == len(block.layers) == (3 if block.index else 0)
+            block.advance()
+
+
+def test_the_last_block_of_one_pass_ends_where_its_last_layer_has_its_inputs() -> None:
+    model, ran = tiny("llama"), []
+    for index, block in enumerate(Blocks(model).modules):
+        block.mlp.act_fn.register_forward_hook(lambda *_, i=index: ran.append(i))
+    options = WalkOptions(include=("o_proj",), one_pass=True, threads=1)
+    with open_job(model, tokens(3), options) as job:
+        for block in job.blocks():
+            block.grams()
+            block.advance()
+    assert ran == [0, 0, 0, 1, 1, 1, 2]  # what follows the last layer, in one sample alone
+
+
+def test_threads_started_after_a_walk_have_as_many_inside_torch() -> None:
+    """New threads take the last number that any thread set."""
+    before = torch.get_num_threads()
+    with open_job(tiny("llama"), tokens(), WalkOptions(threads=before)) as job:
+        for block in job.blocks():
+            block.advance()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == before
+
+
+PATTERNS = st.sampled_from([
+    "q_proj", "mlp", "layers.0", "0", "layers.*.mlp", "model.layers.1.mlp.up_proj", "self_attn.q_proj",
+    "model", "proj", "layers.[01]", "?", "*_proj", "1.mlp", "ayers.1", "mlp.", "",
+])  # fmt: skip
+
+
+@given(pattern=PATTERNS)
+def test_a_pattern_is_matched_as_a_whole_or_on_a_run_of_parts(pattern: str) -> None:
+    layers = Blocks(tiny("llama")).all_layers()
+    expected = [
+        layer
+        for layer in layers
+        if any(
+            fnmatchcase(layer.name, p)
+            for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
+        )
+    ]
+    if expected:
+        assert choose(layers, [pattern]) == expected
+    else:
+        with pytest.raises(ModelError, match="no layer matches"):
+            choose(layers, [pattern])
+
+
+def test_lists_of_names_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certificates and checks name every layer: thousands, of a mixture of experts."""
+    layers = Blocks(tiny("llama")).all_layers()
+    asked: list[str] = []
+    match = lambda name, pattern: (asked.append(pattern), fnmatchcase(name, pattern))[1]  # noqa: E731
+    monkeypatch.setattr("maskopt.model.blocks.fnmatchcase", match)
+    names = [layer.name for layer in layers]
+    assert choose(layers, names[:-1], names[:3]) == layers[3:-1]
+    assert asked == []
+
+
 # Options --------------------------------------------------------------------------------------
 
 
@@ -182,8 +252,18 @@ def test_what_decides_the_masks_is_recorded_and_nothing_else() -> None:
         (OptionError, "not -2", {"threads": -2}),
         (OptionError, "not 100000", {"threads": 100_000}),
         (OptionError, "not 1.5", {"threads": 1.5}),
-        (DataError, "`samples` must be", {"samples": 0}),
-        (DataError, "`seq_len` must be", {"seq_len": -1}),
+        (OptionError, "`samples` must be a whole number ≥ 1, not 0", {"samples": 0}),
+        (OptionError, "`seq_len` must be a whole number ≥ 1, not -1", {"seq_len": -1}),
+        (OptionError, "`min_tokens` must be a whole number ≥ 1", {"min_tokens": 0}),
+        (OptionError, "`seed` must be a whole number from 0 to", {"seed": -1}),
+        (OptionError, "`seed` must be a whole number from 0 to", {"seed": "x"}),
+        (OptionError, "`holdout` must be a number [0, 1), not '0.2'", {"holdout": "0.2"}),
+        (OptionError, "`all_experts` must be true or false", {"all_experts": "no"}),
+        (OptionError, "'lots' is no amount of memory", {"max_memory": "lots"}),
+        (OptionError, "`max_memory` must be", {"max_memory": -1}),
+        (OptionError, "`activation_memory` must be", {"activation_memory": 1.5}),
+        (OptionError, "`pattern` must be", {"sparsity": None, "pattern": "2:4"}),
+        (OptionError, "`solver_options` must be", {"solver_options": "x"}),
     ],
 )
 def test_options_that_cannot_be(error: type[Exception], message: str, given: Any) -> None:
@@ -192,6 +272,11 @@ def test_options_that_cannot_be(error: type[Exception], message: str, given: Any
             use(tiny("llama", layers=1), tokens(), **{**WANDA, **given})  # type: ignore[operator]
         assert isinstance(caught.value, MaskoptError)
         assert message in str(caught.value)
+
+
+def test_amounts_of_memory_may_have_units() -> None:
+    options = PruneOptions(Unstructured(0.5), max_memory="16GiB", activation_memory="500MB")
+    assert (options.max_memory, options.activation_memory) == (2**34, 500 * 10**6)
 
 
 def test_perplexity_refuses_options_that_cannot_be() -> None:
@@ -235,6 +320,8 @@ def test_one_dialect() -> None:
     for name in ("compare", "bound", "extract"):
         assert {"sparsity", "pattern", "include", "exclude"} <= parameters(name).keys()
     assert {"include", "exclude"} <= parameters("certify").keys()
+    for name in ("compare", "bound", "extract", "certify", "eval"):
+        assert {"bos", "seq_len", "text_field", "threads"} <= parameters(name).keys()
 
 
 def test_a_prune_command_with_plan_in_its_place(dense: Path, data: Path, tmp_path: Path) -> None:

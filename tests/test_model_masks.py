@@ -62,7 +62,7 @@ def test_masks_are_extracted_and_applied_again(
     for name, mask in ours.items():
         assert torch.equal(mask.kept, theirs[name].kept)
         assert mask.input_axis == theirs[name].input_axis
-    with pytest.raises(ModelError, match="--overwrite"):
+    with pytest.raises(ModelError, match="`overwrite`"):
         extract_masks(pruned_folder, tmp_path / "masks.safetensors")
 
 

@@ -11,7 +11,7 @@ import torch
 from tiny_models import FAMILIES, WordTokenizer, patched, save, tiny, tokens
 
 import maskopt
-from maskopt.errors import DataError, ModelError
+from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.model import evaluate as evaluation
 from maskopt.model import job
 from maskopt.model import perplexity as module
@@ -154,7 +154,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(DataError, match="token id 96 does not exist"):
         maskopt.perplexity(model, torch.full((1, 4), 96))
     for count in (0, -1, True):
-        with pytest.raises(DataError, match="`windows` must be a whole number"):
+        with pytest.raises(OptionError, match="`windows` must be a whole number"):
             maskopt.perplexity(model, data, windows=count)
     patched(model, "model.norm.weight", lambda p: p.fill_(float("nan")))
     with pytest.raises(ModelError, match="window 0 of token tensor: NaN or infinite logits"):

@@ -94,7 +94,7 @@ def test_an_error_in_the_middle(
     out = tmp_path / "out"
     interrupted(dense, out, block, stage)
     assert [entry.name for entry in out.iterdir()] == [HIDDEN]
-    with pytest.raises(ModelError, match="unfinished run; go on with --resume"):
+    with pytest.raises(ModelError, match="unfinished run; go on with `resume`"):
         prune_model(dense, tokens(), output=out, **OPTIONS)
     prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
     assert contents(out) == whole
@@ -281,7 +281,7 @@ def test_a_forged_commit_moves_nothing(dense: Path, tmp_path: Path) -> None:
     interrupted(dense, out, 2, "solve")
     (tmp_path / "mine.txt").write_text("mine")
     (out / HIDDEN / "committed").write_text("../../../mine.txt\nconfig.json")
-    with pytest.raises(ModelError, match="committed: is damaged; start over with --overwrite"):
+    with pytest.raises(ModelError, match="committed: is damaged; start over with `overwrite`"):
         prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -361,7 +361,7 @@ def test_overwriting_leaves_no_old_weights(
     out = tmp_path / "out"
     save(tiny("llama"), out)  # one file, which would be loaded before any shards
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(ModelError, match="not empty; --overwrite"):
+    with pytest.raises(ModelError, match="not empty; `overwrite`"):
         prune_model(dense, tokens(), output=out, **OPTIONS)
     assert (out / "model.safetensors").exists()
     prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
@@ -492,7 +492,7 @@ def test_a_full_disk(dense: Path, whole: dict[str, bytes], tmp_path: Path, limit
     result = limited(dense, out, 20_000)
     assert result.returncode == 3, result.stderr
     assert "no space left" in result.stdout
-    assert "--resume" in result.stdout
+    assert "go on with `resume`" in result.stdout
     assert result.stdout.count("\n") == 1
     assert [entry.name for entry in out.iterdir()] == [HIDDEN]
     prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)

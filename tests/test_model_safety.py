@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,12 +16,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import edit_json, tokens
+from tiny_models import edit_json, tiny, tokens
 
+import maskopt
 from maskopt import prune_model
 from maskopt.errors import MaskoptError, ModelError
+from maskopt.model.activations import Activations
 from maskopt.model.checkpoint import INDEX, plain_name
+from maskopt.model.opening import open_source
 from maskopt.model.verify import verify_output
+from maskopt.model.workspace import check_output
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 
@@ -225,3 +231,37 @@ def test_code_and_links_out_of_the_folder_are_not_copied(model: Path, tmp_path: 
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert "vocab.txt" in names
     assert not names & {"modeling_x.py", "notes.txt"}
+
+
+def test_library_errors_name_options_and_commands_their_flags(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    for overwrite, resume, message in (
+        (False, False, "exists and is not empty; `overwrite` replaces it"),
+        (False, True, "nothing to resume there; start without `resume`"),
+    ):
+        with pytest.raises(ModelError) as caught:
+            check_output(tmp_path / "full", overwrite=overwrite, resume=resume)
+        assert str(caught.value) == f"{tmp_path / 'full'}: {message}"
+    with pytest.raises(ModelError, match="`dtype` is for model folders"):
+        open_source(tiny("llama"), dtype="float32")
+    for file in (Path(maskopt.__file__).parent / "model").glob("*.py"):
+        assert not re.search(r"--(overwrite|resume|dtype)", file.read_text()), file
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "no room for 0.00 GiB"), (errno.EACCES, "cannot be written")],
+)
+def test_a_file_of_hidden_states_that_cannot_be(
+    number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(ModelError, match=said) as caught:
+        Activations(2, torch.Size((1, 3, 4)), torch.float32, tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert os.strerror(number) in str(caught.value)
+    assert "`activation_memory`" in str(caught.value)

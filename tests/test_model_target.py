@@ -136,7 +136,7 @@ def test_plans_count_the_dense_model_that_goes_along(dense: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("llama", {"target": "both"}, "`target` must be pruned or dense, not 'both'"),
+        ("llama", {"target": "both"}, "`target` must be text pruned or dense, not 'both'"),
         ("llama", {"one_pass": True}, "`target` dense and `one_pass` exclude each other"),
         ("llama", {"true_sequential": True}, "`target` dense and `true_sequential` exclude"),
         ("mixtral", {}, "`target` dense needs `all_experts` there"),

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import WordTokenizer
 
-from maskopt.errors import DataError
+from maskopt.errors import DataError, OptionError
 from maskopt.model.demo_text import demo_text
 from maskopt.model.text import read_documents
 from maskopt.model.tokens import (
@@ -154,7 +154,7 @@ def test_too_little_text(make: object) -> None:
         make([" "], TOKENIZER, seq_len=20)  # type: ignore[operator]
     with pytest.raises(DataError, match="tokenizer"):
         make(["abc" * 20], None, seq_len=20)  # type: ignore[operator]
-    with pytest.raises(DataError, match="`seq_len` must be a whole number"):
+    with pytest.raises(OptionError, match="`seq_len` must be a whole number"):
         make(["abc"], TOKENIZER, seq_len=0)  # type: ignore[operator]
 
 
@@ -164,6 +164,14 @@ def test_tokens_as_they_are(tmp_path: Path) -> None:
     assert windows.tokens.tolist() == torch.arange(12).view(3, 4).tolist()
     evaluated = evaluation_windows(tmp_path / "t.npy", None, limit=2)
     assert torch.equal(evaluated.tokens, windows.tokens[:2])
+    np.save(tmp_path / "one.npy", np.arange(12))
+    assert evaluation_windows(tmp_path / "one.npy", None, limit=2).tokens.shape == (1, 12)
+    np.save(tmp_path / "none.npy", np.array(3))
+    for make in (calibration_windows, evaluation_windows):
+        with pytest.raises(
+            DataError, match=r"none.npy: tokens must be \[samples, length\], not \[\]"
+        ):
+            make(tmp_path / "none.npy", None)
     check_vocabulary(windows, 12)
     with pytest.raises(DataError, match="token id 11"):
         check_vocabulary(windows, 11)
@@ -171,7 +179,7 @@ def test_tokens_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a NumPy array"):
         calibration_windows(tmp_path / "bad.npy")
     with pytest.raises(DataError, match="no such file"):
-        calibration_windows(tmp_path / "none.npy")
+        calibration_windows(tmp_path / "nowhere.npy")
     for bad, message in [
         (torch.zeros(2, 3), "whole numbers"),
         (torch.zeros(2, 3, 4, dtype=torch.int64), r"\[samples, length\]"),

@@ -53,6 +53,20 @@ def test_definiteness_may_be_taken_on_trust():
         LayerProblem(torch.ones(1, 4), indefinite, HALF)
 
 
+def test_costs_beyond_float64_are_refused():
+    weight = torch.ones(2, 4, dtype=torch.float64)
+    weight[1, 2] = 1e160
+    with pytest.raises(
+        ProblemError, match=r"a weight of 1e\+160 squared.*scale weight or gram down"
+    ):
+        LayerProblem(weight, torch.eye(4), HALF)
+    weight[1, 2] = 1e150
+    for name in ("swap", "sdp", "branch"):
+        assert bool(
+            torch.isfinite(solve(LayerProblem(weight, torch.eye(4), HALF), name).objective).all()
+        )
+
+
 def test_rounding_below_zero_is_forgiven_up_to_the_tolerance():
     """The least eigenvalue may be −2⁻²³ of the trace, as sums in float32 leave it."""
     for share, allowed in ((0.9, True), (1.1, False)):

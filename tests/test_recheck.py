@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import run
@@ -16,7 +17,7 @@ from test_verify_forgeries import shuffled
 from tiny_models import patched, save, save_tokenizer, tiny, tokens
 
 from maskopt import NM, prune_model
-from maskopt.errors import MaskoptError, ModelError, VerificationError
+from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.model.verify import verify_output
 
 SWAP: dict[str, Any] = {"sparsity": 0.5, "solver": "swap", "warm_start": "wanda", "min_tokens": 1}
@@ -247,3 +248,37 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert "of the other 15, start errors, options: claimed" in shown
     said = run("verify", out, "--against", dense, "--calibration", other, fails=MaskoptError)
     assert "other.txt: is not what the model was calibrated on" in said
+
+
+def test_layers_that_are_named_one_by_one(
+    swapped: Path, dense_folder: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "tokens.npy", tokens().numpy())
+    common = [
+        "verify",
+        swapped,
+        "--against",
+        dense_folder,
+        "--calibration",
+        tmp_path / "tokens.npy",
+    ]
+    shown = run(*common, "--include", "layers.0.mlp", "--include", "layers.1.mlp.up_proj,q_proj")
+    assert "of 7 layers (checked)" in shown
+    assert "--layers chooses what --calibration" in run(
+        "verify", swapped, "--include", "mlp", fails=MaskoptError
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--against", "x"], ["--calibration", "x"], ["--include", "x"], ["--semi-structured"],
+        ["--no-semi-structured"], ["--threads", 1], ["--text-field", "x"],
+    ],
+)  # fmt: skip
+def test_options_of_the_other_kind_are_refused(given: list[Any], swapped: Path) -> None:
+    flag = given[0].replace("--no-", "--")
+    said = run("verify", "a.npz", "solution.npz", *given, fails=OptionError)
+    assert said == f"{flag} is for a pruned model; solution.npz is checked as a solution"
+    said = run("verify", swapped, "--require-checked", fails=OptionError)
+    assert said.startswith("--require-checked is for an instance and its solution")

@@ -19,6 +19,7 @@ from maskopt.cli import (
     prune,
     solve,
     solvers,
+    table,
     verify_output,
 )
 from maskopt.cli.console import errors, insist_on_interrupts, show_compiling
@@ -46,6 +47,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prune": prune.prune,
     "plan": plan.plan,
     "eval": evaluate.evaluate,
+    "table": table.table,
     "verify": verify_output.verify,
     "apply": apply.apply,
     "extract-masks": apply.extract_masks,

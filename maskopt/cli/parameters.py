@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import typer
 
 from maskopt.errors import OptionError
-from maskopt.limits import parse_bytes
 from maskopt.model.options import (
     MACHINE,
     TEXT,
@@ -57,8 +56,10 @@ WALK = (
     "exclude",
     "samples",
     "seq_len",
+    "weighting",
     "text_field",
     "chat",
+    "bos",
     "shrink",
     "all_experts",
     "skip_bad_samples",
@@ -141,14 +142,13 @@ def _number_or_word(text: str) -> float | str:
 
 
 def _values(options: dict[str, Any]) -> dict[str, Any]:
-    """As the library takes them: patterns, bytes, lists and solver options out of text."""
+    """As the library takes them: patterns, lists and solver options out of text."""
     readers: dict[str, Callable[[Any], Any]] = {
         "include": name_patterns,
         "exclude": name_patterns,
         "solver_options": read_solver_options,
         "pattern": parse_pattern,
         "shrink": _number_or_word,
-        **{name: parse_bytes for name, f in FIELDS.items() if f.metadata["unit"] == "bytes"},
     }
     never_none = ("include", "exclude", "solver_options")
     return {
@@ -173,8 +173,7 @@ def _parameter(name: str, panel: str | None, defaults: dict[str, Any]) -> inspec
     field, kind = FIELDS[name], typing.get_type_hints(PruneOptions)[name]
     default = defaults.get(name, field.default)
     if field.metadata["unit"] == "bytes":
-        optional = isinstance(kind, types.UnionType)
-        kind = str | None if optional else str
+        kind = str | None if type(None) in typing.get_args(kind) else str
         default = None if default is None else f"{default // 2**30}GiB"
     elif kind == float | str:
         kind, default = str, str(default)

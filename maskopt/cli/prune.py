@@ -101,8 +101,7 @@ def show_report(report: PruneReport) -> None:
         )
     output.print(table)
     calibration = report.fingerprint["calibration"]
-    begin_with = calibration["beginning"]
-    begun = Beginning(begin_with["bos"], tuple(begin_with["ids"]))
+    begun = Beginning.from_record(calibration["beginning"])
     output.print(
         f"calibrated on {calibration['samples']} windows of {calibration['length']} tokens, {begun}"
     )

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from maskopt.cli.console import output, progress_bars
-from maskopt.cli.parameters import TEXT_SOURCES, option_list, takes
+from maskopt.cli.parameters import FIELDS, TEXT_SOURCES, takes
 from maskopt.errors import OptionError
 
 if TYPE_CHECKING:
     from maskopt.model.verify import Verified
 
 
-@takes(("text_field", "threads", "trust_remote_code"))
+@takes(("include", "text_field", "threads", "trust_remote_code"))
 def verify(
     folder: Annotated[
         Path, typer.Argument(help="What `maskopt prune` wrote, or an .npz instance.")
@@ -33,15 +33,8 @@ def verify(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help=f"What the prune was given: errors and statuses are computed again. {TEXT_SOURCES}"
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--include",
-            "--layers",
-            help="Of which layers: name patterns, separated by commas; all by default.",
+            help="What the prune was given: errors and statuses are computed again, of the layers of "
+            f"--include. {TEXT_SOURCES}"
         ),
     ] = None,
     require_checked: Annotated[
@@ -66,10 +59,17 @@ def verify(
     if solution is not None:
         from maskopt.cli.solve import check
 
+        of_a_model = {"against": against, "calibration": calibration, **options}
+        _refuse_of_a_model(solution, semi_structured=semi_structured, **of_a_model)
         check(folder, solution, require_checked)
         return
     if folder.suffix == ".npz":
         raise OptionError(f"{folder} is an instance: name its solution, too")
+    if require_checked:
+        raise OptionError(
+            f"`require_checked` is for an instance and its solution; of {folder}, what is checked and "
+            "what is claimed is printed"
+        )
     from maskopt.model import verify as library
     from maskopt.model.checkpoint import resolve_model
     from maskopt.model.opening import choose_device
@@ -81,7 +81,7 @@ def verify(
             None if against is None else resolve_model(against),
             lambda done, total: bars.update(task, completed=done, total=total),
             calibration=calibration,
-            layers=option_list(layers),
+            layers=options.pop("include"),
             **options,
         )
     same = f", every kept weight is that of {against}" if against is not None else ""
@@ -97,6 +97,15 @@ def verify(
     if semi_structured:
         converted = library.semi_structured(folder)
         output.print(f"PyTorch accepts all {len(converted)} layers as semi-structured 2:4")
+
+
+def _refuse_of_a_model(solution: Path, **given: Any) -> None:
+    """Raise OptionError for an option that only the check of a pruned model knows."""
+    for name, value in given.items():
+        if value != (FIELDS[name].default if name in FIELDS else None):
+            raise OptionError(
+                f"`{name}` is for a pruned model; {solution} is checked as a solution"
+            )
 
 
 def _told_apart(result: Verified) -> str:

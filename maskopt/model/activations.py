@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.errors import ModelError
+from maskopt.files import NO_SPACE
 
 
 class Activations:
@@ -87,7 +88,7 @@ def _make(folder: Path, size: int) -> tuple[int, str]:
     try:
         return tempfile.mkstemp(dir=folder, prefix="activations.")
     except OSError as error:
-        raise _no_room(folder, size, error) from error
+        raise _unwritable(folder, size, error) from error
 
 
 def _reserve(file: int, size: int, folder: Path) -> None:
@@ -99,11 +100,12 @@ def _reserve(file: int, size: int, folder: Path) -> None:
             os.truncate(file, size)
     except OSError as error:
         os.close(file)
-        raise _no_room(folder, size, error) from error
+        raise _unwritable(folder, size, error) from error
 
 
-def _no_room(folder: Path, size: int, error: OSError) -> ModelError:
-    return ModelError(
-        f"{folder}: no room for {size / 2**30:.2f} GiB of hidden states ({error.strerror}); "
-        "free some, or keep them in memory with a larger `activation_memory`"
-    )
+def _unwritable(folder: Path, size: int, error: OSError) -> ModelError:
+    gib, said = f"{size / 2**30:.2f} GiB of hidden states", error.strerror
+    memory = "keep them in memory with a larger `activation_memory`"
+    if error.errno in NO_SPACE:
+        return ModelError(f"{folder}: no room for {gib} ({said}); free some, or {memory}")
+    return ModelError(f"{folder}: {gib} cannot be written there ({said}); {memory}")

@@ -6,6 +6,7 @@ without it as something that it was never trained on. Asked of the tokenizer, ne
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,11 @@ class Beginning:
     def record(self) -> dict[str, Any]:
         """As JSON values: for the manifest."""
         return {"bos": self.bos, "ids": list(self.ids)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Beginning:
+        """What `record` gave."""
+        return cls(record["bos"], tuple(record["ids"]))
 
     def __str__(self) -> str:
         if self.bos == "given":

@@ -124,8 +124,9 @@ def choose(
     Raises:
         ModelError: a pattern that matches no layer (near names are given), or nothing is left.
     """
+    names = _Names(layer.name for layer in layers)
     for pattern in (*include, *exclude):
-        if not any(matches(layer.name, pattern) for layer in layers):
+        if not names.matched_by([pattern]):
             known = {layer.name for layer in layers} | {
                 part for layer in layers for part in layer.name.split(".") if not part.isdigit()
             }
@@ -133,18 +134,39 @@ def choose(
             if hint.startswith("; known"):
                 hint = "; known: " + ", ".join(sorted({layer.kind for layer in layers}))
             raise ModelError(f"no layer matches {pattern!r}{hint}")
-    chosen = [
-        layer
-        for layer in layers
-        if (not include or any(matches(layer.name, p) for p in include))
-        and not any(matches(layer.name, p) for p in exclude)
-    ]
+    wanted = names.matched_by(include or ["*"]) - names.matched_by(exclude)
+    chosen = [layer for layer in layers if layer.name in wanted]
     if not chosen:
         raise ModelError("the include and exclude patterns leave no layer to prune")
     return chosen
 
 
-def matches(name: str, pattern: str) -> bool:
+class _Names:
+    """Dotted names that shell patterns match, as a whole or by a run of their parts.
+
+    Patterns without a wildcard are looked up: lists of all names of a model are patterns, too.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._by_run: dict[str, set[str]] = {}
+        for name in self._names:
+            parts = name.split(".")
+            for start in range(len(parts)):
+                for stop in range(start, len(parts)):
+                    self._by_run.setdefault(".".join(parts[start : stop + 1]), set()).add(name)
+
+    def matched_by(self, patterns: Iterable[str]) -> set[str]:
+        found: set[str] = set()
+        for pattern in patterns:
+            if any(sign in pattern for sign in "*?["):
+                found.update(name for name in self._names if _matches(name, pattern))
+            else:
+                found |= self._by_run.get(pattern, set())
+        return found
+
+
+def _matches(name: str, pattern: str) -> bool:
     """Does the shell pattern match the name, or a run of its dotted parts?"""
     return any(
         fnmatchcase(name, p) for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")

@@ -19,6 +19,7 @@ from maskopt.model.blocks import Layer
 from maskopt.model.forward import Call
 from maskopt.model.threads import Threads
 from maskopt.model.watch import Seen, Watch, WatchedWeights
+from maskopt.model.weighting import ALIKE, token_weights
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,16 @@ class Grams:
         return sorted(layers, key=lambda layer: self.leader(layer.name))
 
     def tasks(
-        self, watch: Watch, sizes: dict[str, int], beside: Watch | None = None
+        self,
+        watch: Watch,
+        sizes: dict[str, int],
+        beside: Watch | None = None,
+        weights: Tensor | None = None,
     ) -> list[Callable[[], None]]:
-        """Pieces of work that add one sample's inputs, with those that the dense model has `beside`."""
+        """Pieces of work that add one sample's inputs, with those that the dense model has `beside`.
+
+        `weights` [tokens] say how often each counts; None: once.
+        """
         by_inputs: dict[Any, str] = {}
         pieces: list[Callable[[], None]] = []
         sharing = watch.sharing()
@@ -128,10 +136,10 @@ class Grams:
             leader = self._leader[layer]
             if leader == layer:
                 joined = _joined(watch.inputs[layer])
-                pieces.extend(self._grams[layer].tasks(joined))
+                pieces.extend(self._grams[layer].tasks(joined, weights))
                 if beside is not None:
                     dense = _joined(beside.inputs[layer])
-                    pieces.extend(self._moved[layer].tasks(joined, dense))
+                    pieces.extend(self._moved[layer].tasks(joined, dense, weights))
             elif sharing.get(leader) != key:
                 raise ModelError(
                     f"layers {leader!r} and {layer!r} shared their inputs in one sample "
@@ -181,6 +189,7 @@ def collect(
     *,
     advance: bool = False,
     all_experts: bool = False,
+    weighting: str = ALIKE,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Grams:
     """Send all samples through a block and sum the Gram matrix of every layer's inputs.
@@ -192,6 +201,7 @@ def collect(
             layer has its inputs.
         all_experts: experts are observed on all tokens, not only on those routed to them; what
             the block computes stays as it is.
+        weighting: of the tokens, see `maskopt.model.weighting`.
 
     Raises:
         ModelError: a sample with NaN or infinite activations (unless those may be left out).
@@ -231,7 +241,8 @@ def collect(
                     samples.leave_out(sample, bad)
                     continue
                 mine = held if held is not None and sample in samples.held else grams
-                block.threads.run(mine.tasks(seen.watch, sizes, dense and dense.watch))
+                counts = token_weights(samples.states[sample], weighting)
+                block.threads.run(mine.tasks(seen.watch, sizes, dense and dense.watch, counts))
                 if samples.dense is not None and dense is not None:
                     assert dense.output is not None
                     samples.dense[sample] = dense.output
@@ -265,7 +276,7 @@ def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:
     """
     once = all(len(watch.inputs.get(layer.name, ())) == 1 for layer in layers)
     fixed = all(layer.expert is None and "*" not in layer.kind for layer in layers)
-    return next(reversed(watch.inputs)) if once and fixed else None
+    return next(reversed(watch.inputs), None) if once and fixed else None
 
 
 def _first_bad(watch: Watch, output: Tensor | None, block: str) -> str | None:

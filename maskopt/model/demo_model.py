@@ -141,19 +141,14 @@ def find_demo_model(name: str) -> DemoModel:
 def _convert(gguf_folder: Path, output: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
+    from maskopt.model.loading import quietly
     from maskopt.model.transformers_adapter import forget_quantisation
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quietly():
         source = {"gguf_file": "model.gguf", "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(gguf_folder, dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(gguf_folder, **source)
         forget_quantisation(model)  # the weights are plain float32 by now
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
-    finally:
-        if shown:
-            logging.enable_progress_bar()

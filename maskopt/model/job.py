@@ -42,6 +42,7 @@ from maskopt.model.tokens import (
     evaluation_windows,
     token_windows,
 )
+from maskopt.model.weighting import REST
 
 if TYPE_CHECKING:
     from maskopt.model.output import FinishedBlock
@@ -85,6 +86,8 @@ def open_job(
     if text is not None:
         windows = _windows(source, text, tokenizer, options, whole, limit)
         check_vocabulary(windows, vocabulary_size(source.model))
+        if options.weighting == REST and windows.length < 2:
+            raise DataError("`weighting` rest leaves nothing of windows of a single token")
     return Job(source, layers, windows, options, whole=whole, on_progress=on_progress)
 
 
@@ -127,9 +130,9 @@ class Job:
         )
         self.last = len(source.blocks) - 1 if whole else max(layer.block for layer in layers)
         self.threads = options.threads or torch.get_num_threads()
-        self.activation_memory = options.activation_memory
+        self.activation_memory = int(options.activation_memory)
         if options.max_memory is not None:
-            self.activation_memory = check_memory(self.load, options.max_memory)
+            self.activation_memory = check_memory(self.load, int(options.max_memory))
         self.tell = on_progress or (lambda _: None)
         self.pool: Threads
         self._captured: Captured | None = None
@@ -308,20 +311,22 @@ class Block:
     def grams(self, layers: Sequence[Layer] | None = None) -> Grams:
         """Gram matrices of the inputs of the layers (all chosen ones), the block being as it is now.
 
-        Where the job's options say `one_pass`, the samples move on with the same pass.
+        Where the job's options say `one_pass`, the samples move on with the same pass, as long as a
+        block follows that needs them.
         """
         if self.advanced:
             raise RuntimeError(f"the samples have left block {self.index}")
-        one_pass = self.job.options.one_pass
+        advance = self.job.options.one_pass and self.job.goes_on(self.index)
         with torch.no_grad():
             grams = collect(
                 self._opened,
                 self.layers if layers is None else layers,
-                advance=one_pass,
+                advance=advance,
                 all_experts=self.job.options.all_experts,
+                weighting=self.job.options.weighting,
                 tick=self.ticker("calibrate", len(self._opened.samples.active)),
             )
-        self.advanced, self.dense_advanced = one_pass, True
+        self.advanced, self.dense_advanced = advance, True
         return grams
 
     def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:

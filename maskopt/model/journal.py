@@ -71,18 +71,25 @@ class Journal:
             raise ModelError(f"{self.path}, line {number}: not a journal of maskopt")
 
     def _append(self, record: dict[str, Any]) -> None:
-        line = json.dumps({**record, "sha256": _digest(record)}, sort_keys=True) + "\n"
-        with open(self.path, "ab") as file:
-            complete = _complete_length(self.path)
-            if file.tell() != complete:
-                file.truncate(complete)
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, record)
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All complete records.
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """A record with its digest, in place of a last line that a crash cut off."""
+    line = json.dumps({**record, "sha256": _digest(record)}, sort_keys=True) + "\n"
+    with open(path, "ab") as file:
+        complete = _complete_length(path)
+        if file.tell() != complete:
+            file.truncate(complete)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_journal(
+    path: Path, damaged: str = "the journal is damaged; start over with `overwrite`"
+) -> list[dict[str, Any]]:
+    """All complete records; `damaged` is what to say of a line that is none.
 
     Raises:
         ModelError: unreadable, or a line that does not match its digest.
@@ -101,9 +108,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             sound = False
         if not sound:
-            raise ModelError(
-                f"{path}, line {number}: the journal is damaged; start over with `overwrite`"
-            )
+            raise ModelError(f"{path}, line {number}: {damaged}")
         records.append(record)
     return records
 

@@ -97,6 +97,7 @@ def return_memory() -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
+    """Without the progress bars of transformers."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -38,7 +38,7 @@ def open_source(
         raise ModelError(f"`dtype` must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
     if isinstance(model, nn.Module):
         if dtype != "auto":
-            raise ModelError("dtype is for model folders; convert a model in memory beforehand")
+            raise ModelError("`dtype` is for model folders; convert a model in memory beforehand")
         if device != "auto":
             model.to(choose_device(device))
         model.eval()

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, PatternError, near
-from maskopt.limits import check_threads
+from maskopt.errors import DataError, ModelError, OptionError, PatternError, near
+from maskopt.fields import check_options, option
+from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
 from maskopt.model.solving import check_solver, default_start
+from maskopt.model.weighting import ALIKE, WEIGHTINGS
 from maskopt.pattern import Pattern, Unstructured, pattern_to_dict
 
 if TYPE_CHECKING:
@@ -29,13 +31,13 @@ AUTO = "auto"
 TARGETS = ("pruned", "dense")
 
 
-def _about(decides: str, words: str, unit: str | None = None) -> dict[str, Any]:
-    """What is known of an option; `unit` is "bytes" where that is what it counts."""
-    return {"help": words, "decides": decides, "unit": unit}
+def _about(decides: str, words: str, **facts: Any) -> dict[str, Any]:
+    """What is known of an option: what it decides, and the facts of `maskopt.fields.option`."""
+    return {**option(None, words, **facts).metadata, "decides": decides}
 
 
-def _option(default: Any, decides: str, words: str, unit: str | None = None) -> Any:
-    return field(default=default, metadata=_about(decides, words, unit))
+def _option(default: Any, decides: str, words: str, **facts: Any) -> Any:
+    return field(default=default, metadata=_about(decides, words, **facts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +67,23 @@ class WalkOptions:
     skip_bad_samples: bool = _option(
         False, MASKS, "Leave out windows with NaN or infinite activations instead of stopping."
     )
+    weighting: str = _option(
+        ALIKE,
+        MASKS,
+        "Of a window's tokens. alike; rest: the first one not at all; relative: each by one over the mean "
+        "square of its hidden state.",
+        choices=WEIGHTINGS,
+    )
     holdout: float = _option(
         0.0,
         MASKS,
         "Share of the calibration windows that is kept aside; errors are then reported on them, too.",
+        least=0,
+        below=1,
     )
-    samples: int = _option(128, TEXT, "Calibration windows.")
+    samples: int = _option(128, TEXT, "Calibration windows.", least=1)
     seq_len: int = _option(
-        2048, TEXT, "Tokens in a window; never more than the model has positions."
+        2048, TEXT, "Tokens in a window; never more than the model has positions.", least=1
     )
     bos: str = _option(
         "auto",
@@ -93,35 +104,39 @@ class WalkOptions:
     threads: int | None = _option(
         None, MACHINE, "On the CPU; the result does not depend on it. Default: all cores."
     )
-    activation_memory: int = _option(
-        4 * 2**30, MACHINE, "Hidden states that take more go to a file, e.g. 500MB.", unit="bytes"
+    activation_memory: int | str = _option(
+        4 * 2**30,
+        MACHINE,
+        "Hidden states that take more go to a file, e.g. 500MB.",
+        unit="bytes",
+        least=0,
     )
-    max_memory: int | None = _option(
+    max_memory: int | str | None = _option(
         None,
         MACHINE,
         "Refuse to start where the estimate of `maskopt plan` is higher, e.g. 16GiB.",
         unit="bytes",
+        least=0,
     )
     trust_remote_code: bool = _option(False, MACHINE, "Run code that comes with the model.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", name_patterns(self.include))
         object.__setattr__(self, "exclude", name_patterns(self.exclude))
+        for name in ("activation_memory", "max_memory"):
+            if isinstance(given := getattr(self, name), str):
+                object.__setattr__(self, name, parse_bytes(given))
+        Limits(threads=self.threads, seed=self.seed)  # refuses what a solver would
+        check_options(self)
+        check_bos(self.bos)
         if self.one_pass and self.true_sequential:
             raise ModelError("`one_pass` and `true_sequential` exclude each other; choose one")
-        check_bos(self.bos)
         if self.chat and (self.bos, self.text_field) != ("auto", "text"):
             name = "bos" if self.bos != "auto" else "text_field"
             raise DataError(
                 f"`{name}` is of plain text; with `chat`, messages are under 'messages' and begin as "
                 "the template says: choose one"
             )
-        if not 0 <= self.holdout < 1:
-            raise DataError(f"`holdout` must lie in [0, 1), not {self.holdout}")
-        for name in ("samples", "seq_len"):
-            _check_count(DataError, name, getattr(self, name))
-        if self.threads is not None:
-            check_threads(self.threads)
 
     @property
     def beside(self) -> bool:
@@ -130,6 +145,17 @@ class WalkOptions:
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         """Raise MaskoptError where these layers cannot be treated as the options say."""
+        if self.weighting != ALIKE:
+            self._check_in_order(layers, f"`weighting` {self.weighting}")
+
+    def _check_in_order(self, layers: Sequence[Layer], what: str) -> None:
+        """Raise OptionError for a layer that is not given the tokens of a window one after the other."""
+        routed = [layer.name for layer in layers if layer.expert is not None or "*" in layer.kind]
+        if routed and not self.all_experts:
+            raise OptionError(
+                f"layer {routed[0]!r} is given the tokens that are routed to it; {what} needs "
+                "`all_experts` there"
+            )
 
 
 @dataclass(frozen=True)
@@ -160,8 +186,11 @@ class PruneOptions(WalkOptions):
         MASKS,
         "What a layer's output is to be like. pruned: the dense layer's on the inputs that it has in the "
         "model pruned so far; dense: what it is in the dense model, which then goes along.",
+        choices=TARGETS,
     )
-    min_tokens: int = _option(32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.")
+    min_tokens: int = _option(
+        32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.", least=1
+    )
     shrink: float | str = _option(
         0.0,
         MASKS,
@@ -170,11 +199,8 @@ class PruneOptions(WalkOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "solver_options", dict(self.solver_options or {}))
+        object.__setattr__(self, "solver_options", dict(self.solver_options))
         _check_shrink(self.shrink, self.holdout)
-        _check_count(ModelError, "min_tokens", self.min_tokens)
-        if self.target not in TARGETS:
-            raise OptionError(f"`target` must be {' or '.join(TARGETS)}, not {self.target!r}")
         for name in ("one_pass", "true_sequential"):
             if self.beside and getattr(self, name):
                 raise OptionError(
@@ -193,12 +219,9 @@ class PruneOptions(WalkOptions):
         return self.target == "dense"
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
-        routed = [layer.name for layer in layers if layer.expert is not None or "*" in layer.kind]
-        if self.beside and routed and not self.all_experts:
-            raise OptionError(
-                f"layer {routed[0]!r} is given other tokens in the pruned model than in the dense one; "
-                "`target` dense needs `all_experts` there"
-            )
+        super().check_layers(layers)
+        if self.beside:
+            self._check_in_order(layers, "`target` dense")
         for layer in layers:
             try:
                 self.pattern.check(layer.n)
@@ -227,6 +250,8 @@ EVALUATION = (
     "activation_memory",
     "trust_remote_code",
 )
+#: what a cell of a table (`maskopt.model.table`) decides by itself
+OF_A_CELL = ("pattern", "solver", "warm_start", "solver_options")
 
 
 def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
@@ -269,11 +294,6 @@ def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
     """Patterns on layer names; each text may hold several, separated by commas."""
     texts = [given] if isinstance(given, str) else given or ()
     return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
-
-
-def _check_count(error: type[MaskoptError], name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise error(f"`{name}` must be a whole number of at least 1, not {value!r}")
 
 
 def _check_shrink(shrink: float | str, holdout: float) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer
-from maskopt.model.checkpoint import Checkpoint, file_digest, open_checkpoint
+from maskopt.model.checkpoint import file_digest, open_checkpoint
 from maskopt.model.journal import Journal, differences, in_words
 from maskopt.model.maskfile import MaskFile, MaskFiles, TensorMask, join_masks, write_masks
 from maskopt.model.report import (
@@ -107,7 +108,7 @@ class FolderRun:
                 if not path.exists() or file_digest(path) != record["masks"]:
                     raise ModelError(
                         f"{path}: does not match the journal: it was changed; start over with "
-                        "--overwrite"
+                        "`overwrite`"
                     )
             for name, digest in list(self.journal.shards.items()):
                 if not self._holds(name, digest):
@@ -198,16 +199,13 @@ class MemoryRun:
     @contextmanager
     def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
         if self.output is None:
-            with nullcontext():
-                yield
+            yield
             return
         with open_workspace(self.output, overwrite=self.overwrite, resume=False) as work:
             self.work = work
             yield
 
     def activation_folder(self) -> Path | None:
-        import tempfile
-
         return self.work.hidden if self.work is not None else Path(tempfile.gettempdir())
 
     def done(self, index: int) -> None:
@@ -254,7 +252,7 @@ def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport
     lines = differences(manifest["fingerprint"], dict(fingerprint))
     if lines:
         raise ModelError(
-            f"{output}: holds the result of another run: {in_words(lines)}; --overwrite replaces it"
+            f"{output}: holds the result of another run: {in_words(lines)}; `overwrite` replaces it"
         )
     shutil.rmtree(output / GONE, ignore_errors=True)
     layers = read_layers(manifest["layers"], output / MANIFEST)
@@ -290,16 +288,17 @@ def extract_masks(
 
     Returns the share of zeros by tensor.
     """
-    import torch
-
     checkpoint, path = open_checkpoint(model), Path(output)
     if path.exists() and not overwrite:
-        raise ModelError(f"{path}: exists; --overwrite replaces it")
+        raise ModelError(f"{path}: exists; `overwrite` replaces it")
     if not path.parent.is_dir():
         raise ModelError(f"{path.parent}: no such folder")
     source = FolderSource(checkpoint, torch.device("cpu"), None)
     sparsities: dict[str, float] = {}
-    with plain_errors(path), TemporaryDirectory(dir=path.parent, prefix=".maskopt-") as parts:
+    with (
+        plain_errors(path),
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".maskopt-") as parts,
+    ):
         files = []
         for index in range(len(source.blocks)):
             whole = {
@@ -337,6 +336,3 @@ def _tensors(masks: MaskFile, pattern: Pattern) -> dict[str, Any]:
 def _not_the_model(model: Path, output: Path) -> None:
     if model.resolve() == output.resolve():
         raise ModelError(f"{output}: is the model itself; choose another output folder")
-
-
-__all__ = ["Checkpoint", "FolderRun", "MemoryRun", "Run", "apply_masks", "extract_masks"]

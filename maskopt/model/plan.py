@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from maskopt.errors import MaskoptError, ModelError
+from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.job import Job, open_job
@@ -92,13 +93,11 @@ def plan_prune(
     refusal = None
     if options.max_memory is not None:
         try:
-            job.activation_memory = check_memory(job.load, options.max_memory)
+            job.activation_memory = check_memory(job.load, int(options.max_memory))
         except ModelError as error:
             refusal = error
     source, layers, checkpoint = job.source, job.layers, job.source.checkpoint
-    before = torch.get_num_threads()
-    torch.set_num_threads(job.threads)
-    try:
+    with torch_threads(job.threads):
         return Plan(
             layers=layers,
             pruned={layer.name: _pruned(layer, options) for layer in layers},
@@ -109,8 +108,6 @@ def plan_prune(
             disk=0 if checkpoint is None else disk_needed(checkpoint),
             refusal=refusal,
         )
-    finally:
-        torch.set_num_threads(before)
 
 
 def _pruned(layer: Layer, options: PruneOptions) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def layer_problems(
     calibration: str | Path | Sequence[Any] | None = None,
     on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
-) -> Iterator[tuple[Layer, LayerProblem]]:
+) -> Generator[tuple[Layer, LayerProblem], None, None]:
     """As `collect_problems`, with the `Layer` in place of its name."""
     if options is None:
         shorthand = {"samples": 32, "seq_len": 512, **shorthand}
@@ -72,7 +72,7 @@ def layer_problems(
     return _walked(job, options)
 
 
-def _walked(job: Job, options: PruneOptions) -> Iterator[tuple[Layer, LayerProblem]]:
+def _walked(job: Job, options: PruneOptions) -> Generator[tuple[Layer, LayerProblem], None, None]:
     shrink = float(options.shrink)
     with job:
         for block in job.blocks():

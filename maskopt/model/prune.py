@@ -146,6 +146,8 @@ def _prune_layer(
         solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options)
     seconds = time.perf_counter() - began
     solution, start = solved.solution, solved.start
+    # α auto starts once for all of them, on another G than that of the error
+    begun = None if start is None else float(fitted.objective(start.mask).sum())
     energy = float(fitted.output_energy().sum())
     energy_held = None if judge is None else float(judge.output_energy().sum())
     error_held = None if judge is None else float(judge.objective(solution.mask).sum())
@@ -158,7 +160,7 @@ def _prune_layer(
         n=layer.n,
         pattern=str(options.pattern),
         pruned=int((~solution.mask).sum()),
-        error_start=None if start is None else float(start.objective.sum()),
+        error_start=begun,
         error=float(solution.objective.sum()),
         lower_bound=float(solution.lower_bound.sum()),
         statuses={str(s): solution.status.count(s) for s in sorted(set(solution.status))},

@@ -31,6 +31,7 @@ from maskopt.model.threads import Threads
 from maskopt.model.tokens import are_tokens
 from maskopt.model.verify_folder import MASKS
 from maskopt.model.verify_manifest import Manifest
+from maskopt.model.weighting import WEIGHTINGS
 from maskopt.pattern import Pattern, pattern_from_dict
 from maskopt.problem import LayerProblem
 from maskopt.solution import SWAP_TOLERANCE, Status
@@ -54,6 +55,7 @@ class Run:
     shrink: float | str
     holdout: float
     target: str
+    weighting: str
     skip_bad_samples: bool
     seed: int
     samples: int
@@ -78,6 +80,7 @@ class Run:
                 shrink=options["shrink"],
                 holdout=options["holdout"],
                 target=options["target"],
+                weighting=options["weighting"],
                 skip_bad_samples=options["skip_bad_samples"],
                 seed=options["seed"],
                 samples=data["samples"],
@@ -95,10 +98,12 @@ class Run:
             all(type(flag) is bool for flag in flags)
             and all(type(count) is int and count > 0 for count in counts)
             and type(run.seed) is int
+            and run.seed >= 0
             and (type(run.shrink) in (int, float) or run.shrink == AUTO)
             and type(run.holdout) in (int, float)
             and 0 <= run.holdout < 1
             and run.target in TARGETS
+            and run.weighting in WEIGHTINGS
             and run.bos in (*BOS, GIVEN.bos, TEMPLATE.bos)
             and run.dtype in ERROR_TOLERANCES
             and run.device in ("cpu", "cuda")
@@ -171,6 +176,7 @@ def recheck_layers(
         seq_len=run.length,
         holdout=run.holdout,
         target=run.target,
+        weighting=run.weighting,
         bos=run.bos if run.bos in BOS else "auto",
         chat=run.bos == TEMPLATE.bos and not are_tokens(calibration),
         text_field=text_field,

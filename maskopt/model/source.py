@@ -135,7 +135,7 @@ class MemorySource:
         from maskopt.model.output import MemoryRun
 
         if resume:
-            raise ModelError("resume needs a model folder; a model in memory is pruned in one go")
+            raise ModelError("`resume` needs a model folder; a model in memory is pruned in one go")
         return MemoryRun(self, output, tokenizer, overwrite)
 
 
@@ -172,6 +172,12 @@ class FolderSource:
         return_memory()  # a large vocabulary's text and tokenizer take half a gigabyte
         self._loader.load(self._outside)
         check_buffers(self.model)
+
+    def load_whole(self) -> Any:
+        """The model with all its weights in memory, for what calls it as a whole."""
+        self._loader.load([name for name, _ in self.model.named_parameters()])
+        check_buffers(self.model)
+        return self.model
 
     @contextmanager
     def open(self, index: int, masks: MaskFile | None = None) -> Iterator[nn.Module]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
 
 from maskopt.errors import ModelError
+from maskopt.limits import torch_threads
 
 T = TypeVar("T")
 
@@ -25,9 +27,9 @@ class Threads:
     def __init__(self, device: torch.device, count: int) -> None:
         self.count = count if device.type == "cpu" else 1
         self._pool: ThreadPoolExecutor | None = None
+        self._torch = ExitStack()
         if device.type == "cpu":
-            self._before = torch.get_num_threads()
-            torch.set_num_threads(self.count)
+            self._torch.enter_context(torch_threads(self.count))
             self._pool = ThreadPoolExecutor(
                 self.count, initializer=torch.set_num_threads, initargs=(1,)
             )
@@ -55,7 +57,9 @@ class Threads:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._before)  # new threads inherit the last value set
+            # new threads inherit the last value that any thread set: the pool's 1
+            torch.set_num_threads(self.count)
+        self._torch.close()
 
     def __enter__(self) -> Threads:
         return self

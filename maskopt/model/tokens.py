@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from maskopt.errors import DataError
+from maskopt.errors import DataError, OptionError
 from maskopt.model.beginning import GIVEN, Beginning, beginning_of, plain_tokens, whole_tokens
 from maskopt.model.text import read_documents
 
@@ -74,6 +74,7 @@ def calibration_windows(
 
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
+        OptionError: an impossible length or number of windows.
     """
     check_count("samples", samples)
     check_count("seq_len", seq_len)
@@ -157,10 +158,11 @@ def evaluation_windows(
 
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
+        OptionError: an impossible length or number of windows.
     """
     check_count("seq_len", seq_len, least=2)
     if _is_npy(source):
-        return token_windows(_load_npy(Path(source))[:limit], Path(source).name)
+        return token_windows(_load_npy(Path(source)), Path(source).name).take(slice(limit))
     if isinstance(source, str | Path):
         documents, words = read_documents(source, field=field), _describe(source)
     else:
@@ -224,5 +226,6 @@ def _describe(source: str | Path) -> str:
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise OptionError for what is no such count."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise DataError(f"`{name}` must be a whole number of at least {least}, not {value!r}")
+        raise OptionError(f"`{name}` must be a whole number of at least {least}, not {value!r}")

@@ -55,7 +55,7 @@ class Unchanged:
     def _changed(self, name: str) -> ModelError:
         return ModelError(
             f"{self.folder / name}: changed while the run was under way, so its result would be of no one "
-            "model; put the file back and go on with resume, or start over"
+            "model; put the file back and go on with `resume`, or start over"
         )
 
 

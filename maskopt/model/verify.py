@@ -108,9 +108,9 @@ def verify_output(
     """
     folder = Path(output)
     if calibration is not None and against is None:
-        raise VerificationError("errors can only be computed again with the original (against)")
+        raise VerificationError("errors can only be computed again with the original, `against`")
     if layers and calibration is None:
-        raise VerificationError("layers chooses what calibration computes again; give both")
+        raise VerificationError("`layers` chooses what `calibration` computes again; give both")
     manifest = read_manifest(folder)
     weights = read_weights(folder)
     check_entries(folder, manifest.files, weights)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ def check_tensors(
 ) -> list[Slice]:
     """Compare every tensor with its mask and with the original; the masks' matrices."""
     slices: list[Slice] = []
+    by_magnitude = {(numbers(x["name"]), x["n"]) for x in manifest.layers if x["fallback"]}
     for done, (name, path) in enumerate(sorted(weights.where.items())):
         found = tensor(path, name)
         kept = dense = None
@@ -44,17 +46,26 @@ def check_tensors(
             dense = tensor(original.where[name], name)
             _check_same(name, found, dense, kept)
         if kept is not None:
-            slices += _slices(manifest, name, kept, dense, masks.layout[name][1])
+            axis = masks.layout[name][1]
+            slices += _slices(manifest, name, kept, dense, axis, by_magnitude)
         if on_progress is not None:
             on_progress(done + 1, len(weights.where))
     return slices
 
 
 def _slices(
-    manifest: Manifest, name: str, kept: Tensor, dense: Tensor | None, axis: int
+    manifest: Manifest,
+    name: str,
+    kept: Tensor,
+    dense: Tensor | None,
+    axis: int,
+    by_magnitude: Set[tuple[Any, int]],
 ) -> Iterator[Slice]:
-    """The matrices of one masked tensor, every row of theirs counted."""
-    by_magnitude = {(numbers(x["name"]), x["n"]) for x in manifest.layers if x["fallback"]}
+    """The matrices of one masked tensor, every row of theirs counted.
+
+    Args:
+        by_magnitude: place and inputs of the layers that were pruned so.
+    """
     weights = None if dense is None else _matrices(dense, axis)
     for index, mask in enumerate(_matrices(kept, axis)):
         place = (*numbers(name), index) if kept.ndim == 3 else numbers(name)

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from maskopt.errors import ModelError
-from maskopt.files import atomic_write
+from maskopt.files import NO_SPACE, atomic_write
 from maskopt.model.checkpoint import plain_name
 
 HIDDEN = ".maskopt"
@@ -68,7 +68,7 @@ class Workspace:
                 file.write("\n".join(sorted(f.name for f in self.staging.iterdir())).encode())
         names = mark.read_text().split("\n")
         if not all(map(plain_name, names)):
-            raise ModelError(f"{mark}: is damaged; start over with --overwrite")
+            raise ModelError(f"{mark}: is damaged; start over with `overwrite`")
         for old in self.output.iterdir():
             weights = old.name.endswith((".safetensors", ".safetensors.index.json"))
             if weights and old.name not in names and old.is_file():
@@ -106,8 +106,8 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[W
         with _locked(work):
             if work.journal.exists() and not (resume or overwrite):
                 raise ModelError(
-                    f"{output}: holds an unfinished run; go on with --resume, "
-                    "or drop it with --overwrite"
+                    f"{output}: holds an unfinished run; go on with `resume`, "
+                    "or drop it with `overwrite`"
                 )
             shutil.rmtree(output / GONE, ignore_errors=True)
             if not resume:
@@ -149,7 +149,7 @@ def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
     """Refuse an output folder at a glance, before any work: see `open_workspace`."""
     if not output.exists():
         if resume:
-            raise ModelError(f"{output}: nothing to resume there; start without --resume")
+            raise ModelError(f"{output}: nothing to resume there; start without `resume`")
         return
     if not output.is_dir():
         raise ModelError(f"{output}: exists and is not a folder")
@@ -159,10 +159,10 @@ def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
         raise ModelError(f"{output}: cannot be read: {error.strerror}") from None
     if resume:
         if HIDDEN not in names and MANIFEST not in names:
-            raise ModelError(f"{output}: nothing to resume there; start without --resume")
+            raise ModelError(f"{output}: nothing to resume there; start without `resume`")
         return
     if names - {HIDDEN, GONE} and not overwrite:
-        raise ModelError(f"{output}: exists and is not empty; --overwrite replaces it")
+        raise ModelError(f"{output}: exists and is not empty; `overwrite` replaces it")
 
 
 def _check_no_links(work: Workspace) -> None:
@@ -180,8 +180,8 @@ def plain_errors(output: Path, work: Workspace | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         resumable = work is not None and work.keep
-        hint = "; free some and go on with --resume" if resumable else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = "; free some and go on with `resume`" if resumable else ""
+        if error.errno in NO_SPACE:
             raise ModelError(
                 f"{output}: no space left on the disk ({error.strerror}){hint}"
             ) from error

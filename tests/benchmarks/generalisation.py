@@ -27,6 +27,7 @@ from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.options import WalkOptions
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
+from maskopt.model.weighting import WEIGHTINGS
 
 #: label → solver, start
 METHODS = {
@@ -36,7 +37,8 @@ METHODS = {
 }
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.05, 0.1, 0.3)
-HOLDOUT = 0.25
+#: windows beside those that masks are fitted to, to tell held-out errors
+HELD = 8
 #: pruned models that are kept, to be evaluated together: the dense one is run once for all of them
 TOGETHER = 3
 
@@ -48,41 +50,57 @@ class Case(NamedTuple):
     keys: dict[str, str]
 
 
+def calibrated(fitted: int) -> dict[str, Any]:
+    """On so many windows, HELD more kept aside."""
+    return {"samples": fitted + HELD, "holdout": (HELD + 0.5) / (fitted + HELD)}
+
+
 def methods(name: str) -> Iterator[Case]:
     for pattern, value in PATTERNS.items():
         for label, (solver, start) in METHODS.items():
-            how = {"pattern": value, "solver": solver, "warm_start": start, "samples": 32}
+            how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
             yield Case(how, {"auto": f"methods/{name}/{pattern}/{label}"})
 
 
 def bos(name: str) -> Iterator[Case]:
-    for calibrated in ("never", "auto"):
-        keys = {
-            evaluated: f"bos/{name}/{calibrated}/{evaluated}" for evaluated in ("never", "auto")
-        }
-        yield Case({"sparsity": 0.5, "samples": 32, "bos": calibrated}, keys)
+    for begin in ("never", "auto"):
+        keys = {judged: f"bos/{name}/{begin}/{judged}" for judged in ("never", "auto")}
+        yield Case({"sparsity": 0.5, **calibrated(32), "bos": begin}, keys)
 
 
 def target(name: str) -> Iterator[Case]:
     for label in ("pruned", "dense"):
-        how = {"sparsity": 0.5, "samples": 32, "holdout": HOLDOUT, "target": label}
+        how = {"sparsity": 0.5, **calibrated(32), "target": label}
         yield Case(how, {"auto": f"target/{name}/{label}"})
+
+
+def weighting(name: str) -> Iterator[Case]:
+    for label in WEIGHTINGS:
+        how = {"sparsity": 0.5, **calibrated(32), "weighting": label}
+        yield Case(how, {"auto": f"weighting/{name}/{label}"})
 
 
 def sizes(name: str) -> Iterator[Case]:
     for size in SIZES:
-        how = {"sparsity": 0.5, "samples": size, "holdout": HOLDOUT}
+        how = {"sparsity": 0.5, **calibrated(size)}
         yield Case(how, {"auto": f"sizes/{name}/{size}"})
 
 
 def shrink(name: str) -> Iterator[Case]:
     for label, value in PATTERNS.items():
         for alpha in (*SHRINK, "auto"):
-            how = {"pattern": value, "samples": 16, "holdout": HOLDOUT, "shrink": alpha}
+            how = {"pattern": value, **calibrated(16), "shrink": alpha}
             yield Case(how, {"auto": f"shrink/{name}/{label}/{alpha}"})
 
 
-STUDIES = {"methods": methods, "bos": bos, "target": target, "sizes": sizes, "shrink": shrink}
+STUDIES = {
+    "methods": methods,
+    "bos": bos,
+    "target": target,
+    "weighting": weighting,
+    "sizes": sizes,
+    "shrink": shrink,
+}
 
 
 def main() -> None:

@@ -1,0 +1,35 @@
+"""How much each token of a calibration window counts in the Gram matrices.
+
+Of the tokens of a window the first is unlike the others: models leave there, in a hidden state hundreds of
+times as large, what attention puts nowhere else (Sun et al., *Massive activations in large language
+models*, arXiv 2402.17762). What a layer's output loses is added to the hidden state, and counts the less the
+larger that is, since the next block normalises the sum.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+#: all tokens count once; the first of a window does not; each by one over the mean square of its hidden state
+WEIGHTINGS = ALIKE, REST, RELATIVE = ("alike", "rest", "relative")
+
+
+def token_weights(
+    state: Float[Tensor, "1 length width"], weighting: str
+) -> Float[Tensor, " length"] | None:
+    """Weights of a window's tokens, with a mean of 1; None where all count alike.
+
+    Args:
+        state: the window's hidden state as it enters the block.
+    """
+    if weighting == ALIKE:
+        return None
+    if weighting == REST:
+        weights = torch.ones(state.shape[1], device=state.device)
+        weights[0] = 0.0
+    else:
+        size = state[0].float().square().mean(1)
+        weights = 1.0 / size.clamp(min=1e-12 * float(size.max()) or 1.0)
+    return weights * (len(weights) / float(weights.sum()))

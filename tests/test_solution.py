@@ -1,0 +1,140 @@
+"""A solution made, listed and read back: bounds cut back by rounding alone, files that lie."""
+
+import json
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from strategies import random_gram, random_weight
+
+from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve
+from maskopt.errors import ProblemError, SolverError
+from maskopt.files import read_arrays, write_arrays
+from maskopt.solution import relative_gap
+from maskopt.solvers.bounds.conic import ConicBound
+
+
+def problem(unit=1.0, rows=2):
+    return LayerProblem(
+        random_weight(rows, 8, 1) * unit, random_gram(8, "full", 2), Unstructured(keep=4)
+    )
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])
+def test_a_bound_above_the_objective_by_rounding_is_cut_back_and_no_other(unit):
+    layer = problem(unit)
+    mask = solve(layer, "wanda").mask
+    objective = layer.objective(mask)
+
+    assert torch.equal(stored(layer, mask, objective * (1 + 0.5e-6)), objective)
+    assert torch.equal(stored(layer, mask, objective * (1 + 3e-6)), objective * (1 + 3e-6))
+    assert torch.equal(stored(layer, mask, objective * 0.5), objective * 0.5)
+    assert torch.equal(stored(layer, mask, -objective), 0 * objective)
+    assert stored(layer, mask, (0.5 * objective).float()).dtype == torch.float64
+    weight = layer.weight.clone()
+    weight[:, :4] = 0
+    free = LayerProblem(weight, layer.gram, layer.pattern)
+    mask = (torch.arange(8) >= 4).expand(2, 8)
+    rounding = 1e-13 * free.diagonal_mass()
+    assert torch.equal(stored(free, mask, 0.5 * rounding), 0 * rounding)
+    assert torch.equal(stored(free, mask, 3 * rounding), 3 * rounding)
+
+
+def stored(layer, mask, bound):
+    return Solution.of(layer, mask, lower_bound=bound).lower_bound
+
+
+def test_a_row_is_answered_as_a_layer_of_one():
+    row = problem().row(1)
+    mask = solve(row, "wanda").mask[0]
+    solution = Solution.of(row, mask, status=[Status.SWAP_OPTIMAL])
+    assert solution.mask.shape == (1, 8)
+    assert solution.status == (Status.SWAP_OPTIMAL,)
+    assert float(solution.objective) == row.objective(mask)
+    began = time.perf_counter()
+    bound = lower_bound(row, "box")
+    assert 0 < bound.seconds <= time.perf_counter() - began
+    assert torch.equal(bound.value, bound.certificate.check(row))
+
+
+def test_a_gap_is_relative_and_0_where_there_is_nothing_to_gain():
+    objective = torch.tensor([0.0, 0.0, 0.5, 2.0], dtype=torch.float64)
+    bound = torch.tensor([0.0, 1e-13, 0.125, 1.0], dtype=torch.float64)
+    assert relative_gap(objective, bound).tolist() == [0.0, 0.0, 0.75, 0.5]
+
+
+def test_columns_and_traces_are_those_that_were_given():
+    layer = problem()
+    trace = solve(layer, "swap").trace
+    mask = solve(layer, "wanda").mask
+    solution = Solution.of(layer, mask, trace=trace, vouched=("", "SCIP 10.0"))
+    assert solution.trace is trace
+    assert solution.columns()["vouched"] == ["", "SCIP 10.0"]
+    plain = Solution.of(layer, mask)
+    assert plain.columns()["vouched"] == ["", ""]
+    assert len(plain.columns()) == 5
+
+
+def test_what_is_unknown_is_null_in_a_file(tmp_path):
+    """The header is JSON for any reader: it has no NaN."""
+    layer = problem()
+    solution = Solution.of(layer, solve(layer, "wanda").mask)
+    assert math.isnan(solution.seconds)
+    solution.save(tmp_path / "s.npz")
+    with np.load(tmp_path / "s.npz") as archive:
+        header = json.loads(str(archive["header"]), parse_constant=pytest.fail)
+    assert header["seconds"] is None
+    assert math.isnan(Solution.load(tmp_path / "s.npz").seconds)
+    replace(solution, seconds=2.5).save(tmp_path / "s.npz")
+    assert Solution.load(tmp_path / "s.npz").seconds == 2.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seconds": 10**400}, {"seconds": "long"}, {"seconds": []},
+        {"status": None}, {"status": ["feasible", "perfect"]},
+        {"vouched": 3}, {"trace": []}, {"trace": None}, {"trace": {"kind": "TreeTrace"}},
+    ],
+    ids=lambda changes: str(changes)[:30],
+)  # fmt: skip
+def test_a_forged_header_is_named(changes, tmp_path):
+    layer = problem()
+    solve(layer, "wanda").save(tmp_path / "s.npz")
+    header, arrays = read_arrays(tmp_path / "s.npz", "solution")
+    header = {k: v for k, v in header.items() if k not in ("format", "kind")}
+    write_arrays(tmp_path / "f.npz", "solution", {**header, **changes}, arrays)
+    with pytest.raises(ProblemError, match=r"f\.npz: not a sound solution"):
+        Solution.load(tmp_path / "f.npz")
+
+
+@pytest.mark.parametrize("what", ["mask", "objective", "lower_bound", "certificate.point"])
+@pytest.mark.parametrize("kind", [">f8", "U1"])
+def test_arrays_that_torch_cannot_take_are_named(what, kind, tmp_path):
+    layer = problem()
+    solve(layer, "relax").save(tmp_path / "s.npz")
+    header, arrays = read_arrays(tmp_path / "s.npz", "solution")
+    header = {k: v for k, v in header.items() if k not in ("format", "kind")}
+    arrays[what] = arrays[what].astype(kind)
+    write_arrays(tmp_path / "f.npz", "solution", header, arrays)
+    with pytest.raises(ProblemError, match=r"f\.npz: not a sound"):
+        Solution.load(tmp_path / "f.npz")
+
+
+def test_a_bound_takes_as_many_inputs_as_it_says(monkeypatch):
+    layer = problem()
+    monkeypatch.setattr(ConicBound, "largest_n", 7)
+    monkeypatch.setattr(ConicBound, "unavailable", classmethod(lambda cls: None))
+    box = lower_bound(layer, "box")
+    monkeypatch.setattr(
+        ConicBound, "certify", lambda self, layer, limits: (box.certificate, box.trace)
+    )
+    with pytest.raises(SolverError, match="takes at most 7 inputs, the row has 8"):
+        lower_bound(layer, "sdp-conic")
+    monkeypatch.setattr(ConicBound, "largest_n", 8)
+    assert torch.equal(lower_bound(layer, "sdp-conic").value, box.value)
+    gap = box.gap(layer.objective(solve(layer, "wanda").mask).float())
+    assert gap.dtype == torch.float64

@@ -1,0 +1,284 @@
+"""How far a claim may be off, in any unit: what is within rounding passes, three times as much does not."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from strategies import random_gram, random_weight
+
+from maskopt import (
+    NM,
+    LayerProblem,
+    Solution,
+    Status,
+    Unstructured,
+    checks,
+    lower_bound,
+    solve,
+    verification,
+    verify,
+)
+from maskopt.errors import VerificationError
+
+#: claims off by less than their tolerance, and by more
+WITHIN, BEYOND = 0.5, 3.0
+WORDS = ("SCIP 10.0",) * 2
+UNITS = pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])
+
+
+def large(unit, dtype=torch.float64):
+    """Too many masks to enumerate."""
+    weight = random_weight(2, 40, 3, dtype) * unit
+    return LayerProblem(weight, random_gram(40, "full", 7, dtype), NM(keep=2, of=4))
+
+
+def idle(unit):
+    """The same with a fourth of the weights 0, and the mask that prunes just these."""
+    weight = large(unit).weight.clone()
+    weight[:, ::4] = 0
+    problem = LayerProblem(weight, large(unit).gram, NM(keep=3, of=4))
+    return problem, Solution.of(problem, (torch.arange(40) % 4 != 0).expand(2, 40))
+
+
+def small(unit):
+    """35 masks a row."""
+    return LayerProblem(
+        random_weight(2, 8, 3) * unit, random_gram(8, "full", 7), Unstructured(keep=3)
+    )
+
+
+def refused(problem, solution, message):
+    with pytest.raises(VerificationError, match=message):
+        verify(problem, solution)
+
+
+@UNITS
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_objective_may_be_off_by_1e_9_of_itself(unit, sign):
+    problem = large(unit)
+    honest = solve(problem, "worst")
+    for factor, passes in ((WITHIN, True), (BEYOND, False)):
+        off = honest.objective.clone()
+        off[1] *= 1 + sign * factor * 1e-9
+        if passes:
+            verify(problem, replace(honest, objective=off))
+        else:
+            refused(problem, replace(honest, objective=off), "objective: row 1")
+
+
+@UNITS
+def test_or_by_1e_12_of_the_diagonal(unit):
+    """Where the objective is 0, rounding is measured against Σⱼ wⱼ²Gⱼⱼ."""
+    problem, honest = idle(unit)
+    off = 1e-12 * problem.diagonal_mass()
+    assert honest.objective.tolist() == [0.0, 0.0]
+    verify(problem, replace(honest, objective=WITHIN * off))
+    refused(problem, replace(honest, objective=BEYOND * off), "objective: row 0")
+
+
+@UNITS
+def test_a_bound_may_be_above_the_objective_by_1e_12_of_the_diagonal(unit):
+    problem = large(unit)
+    honest, off = solve(problem, "swap"), 1e-12 * problem.diagonal_mass()
+    honest = replace(honest, vouched=WORDS)
+    verify(problem, replace(honest, lower_bound=honest.objective))
+    verify(problem, replace(honest, lower_bound=honest.objective + WITHIN * off))
+    refused(
+        problem,
+        replace(honest, lower_bound=honest.objective + BEYOND * off),
+        "row 0 .* above the objective",
+    )
+    for bad in (torch.nan, torch.inf, -1e-300):
+        wrong = torch.tensor([0.0, bad], dtype=torch.float64)
+        refused(problem, replace(honest, lower_bound=wrong), "lower bound: row 1 .* f ≥ 0 always")
+
+
+@UNITS
+def test_a_bound_may_be_above_what_its_certificate_proves_by_1e_9(unit):
+    problem = large(unit)
+    bound = lower_bound(problem, "box")
+    solution = Solution.of(
+        problem,
+        solve(problem, "worst").mask,
+        lower_bound=bound.value,
+        certificate=bound.certificate,
+    )
+    assert bool((bound.value > 1e-3 * problem.diagonal_mass()).all())
+    near = replace(solution, lower_bound=bound.value * (1 + WITHIN * 1e-9))
+    assert verify(problem, near).checked
+    far = replace(solution, lower_bound=bound.value * (1 + BEYOND * 1e-9))
+    refused(problem, far, "row 0 .* its certificate proves")
+
+
+@UNITS
+def test_a_bound_that_nothing_proves_may_be_rounding(unit):
+    problem = large(unit)
+    honest, off = solve(problem, "worst"), 1e-12 * problem.diagonal_mass()
+    assert verify(problem, replace(honest, lower_bound=WITHIN * off)).checked
+    refused(problem, replace(honest, lower_bound=BEYOND * off), "row 0 .* without a certificate")
+
+
+@UNITS
+def test_optimal_needs_a_gap_closed_to_1e_6_of_the_objective(unit):
+    problem = large(unit)
+    best = solve(problem, "swap")
+    optimal = replace(best, status=(Status.FEASIBLE, Status.OPTIMAL), vouched=WORDS)
+    off = torch.tensor([0.5, WITHIN * 1e-6], dtype=torch.float64)
+    verify(problem, replace(optimal, lower_bound=best.objective * (1 - off)))
+    off[1] = BEYOND * 1e-6
+    refused(
+        problem,
+        replace(optimal, lower_bound=best.objective * (1 - off)),
+        "row 1 claims optimal without proof",
+    )
+    # an objective of nothing but rounding
+    problem, nothing = idle(unit)
+    verify(
+        problem,
+        replace(
+            nothing,
+            objective=WITHIN * 1e-12 * problem.diagonal_mass(),
+            status=(Status.OPTIMAL,) * 2,
+        ),
+    )
+
+
+@UNITS
+def test_swap_optimal_leaves_no_swap_above_1e_6_of_the_objective(unit):
+    for off, passes in ((WITHIN, True), (BEYOND, False)):
+        weight = torch.ones(1, 40, dtype=torch.float64) * unit
+        weight[0, 0] *= (1 + 20 * off * 1e-6) ** 0.5
+        problem = LayerProblem(weight, torch.eye(40).double(), Unstructured(keep=20))
+        mask = (torch.arange(40) >= 20)[None]
+        claimed = Solution.of(problem, mask, status=Status.SWAP_OPTIMAL)
+        if passes:
+            verify(problem, claimed)
+        else:
+            refused(problem, claimed, "row 0 claims swap-optimal, yet keeping input 0 instead of")
+
+
+def test_optimal_implies_swap_optimal():
+    """Whoever vouches for the bound: where a swap improves, the claim is refuted."""
+    problem = large(1.0)
+    start = solve(problem, "worst")
+    forged = replace(
+        start, lower_bound=start.objective, status=(Status.OPTIMAL,) * 2, vouched=WORDS
+    )
+    refused(problem, forged, "row 0 claims optimal, yet keeping input")
+
+
+@UNITS
+def test_a_bound_may_be_above_the_best_of_all_masks_by_1e_6_of_it(unit):
+    problem = small(unit)
+    optimum = solve(problem, "exhaustive").objective
+    worst = replace(solve(problem, "worst"), vouched=WORDS)
+    verify(problem, replace(worst, lower_bound=optimum * (1 + WITHIN * 1e-6)))
+    refused(
+        problem,
+        replace(worst, lower_bound=optimum * (1 + BEYOND * 1e-6)),
+        "row 0 .* a mask of objective",
+    )
+
+
+@UNITS
+def test_a_second_best_mask_that_no_swap_leaves_is_not_optimal(unit):
+    """Pairs that cancel: between them lie masks ten times as bad."""
+    gram = torch.eye(4, dtype=torch.float64)
+    gram[0, 1] = gram[1, 0] = gram[2, 3] = gram[3, 2] = -0.9
+    for off, passes in ((WITHIN, True), (1.6, False)):
+        weight = torch.ones(1, 4, dtype=torch.float64) * unit
+        weight[0, :2] *= (1 + off * 1e-6) ** 0.5
+        problem = LayerProblem(weight, gram, NM(keep=2, of=4))
+        mask = torch.tensor([[False, False, True, True]])
+        best = problem.objective(~mask)
+        claimed = Solution.of(
+            problem,
+            mask,
+            status=Status.OPTIMAL,
+            lower_bound=best * (1 + min(off, 0.9) * 1e-6),
+            vouched=("SCIP 10.0",),
+        )
+        if passes:
+            verify(problem, claimed)
+        else:
+            refused(problem, claimed, "row 0 claims optimal, but a mask of objective")
+
+
+@UNITS
+def test_enumeration_allows_for_rounding_where_the_best_mask_costs_nothing(unit):
+    weight = random_weight(2, 8, 3) * unit
+    weight[:, :5] = 0
+    problem = LayerProblem(weight, random_gram(8, "full", 7), Unstructured(keep=3))
+    mask = (torch.arange(8) >= 5).expand(2, 8)
+    off = 1e-12 * problem.diagonal_mass()
+    claimed = Solution.of(problem, mask, status=Status.OPTIMAL)
+    verify(problem, replace(claimed, objective=WITHIN * off, lower_bound=WITHIN * off))
+    worse = replace(Solution.of(problem, mask.flip(1)), lower_bound=BEYOND * off, vouched=WORDS)
+    refused(problem, worse, "row 0 .* a mask of objective")
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(keep=0), Unstructured(keep=8)], ids=str)
+def test_rows_of_one_mask_are_optimal(pattern):
+    problem = LayerProblem(random_weight(2, 8, 3), random_gram(8, "full", 7), pattern)
+    mask = torch.full((2, 8), pattern.keep > 0)
+    only = Solution.of(
+        problem,
+        mask,
+        status=Status.OPTIMAL,
+        lower_bound=problem.objective(mask),
+        vouched=WORDS,
+    )
+    assert verify(problem, only, require="checked").checked
+
+
+def test_a_row_is_verified_as_a_layer_of_one():
+    row = small(1.0).row(1)
+    assert verify(row, solve(row, "exhaustive"), require="checked").basis == ("checked",)
+
+
+def test_weights_and_gram_of_float32_are_widened():
+    problem = large(1.0, torch.float32)
+    for solver in ("swap", "relax"):
+        assert verify(problem, solve(problem, solver)).checked
+
+
+@pytest.mark.parametrize("what", ["objective", "lower_bound"])
+@pytest.mark.parametrize(
+    "bad",
+    [lambda x: x.float(), lambda x: x[:1], lambda x: x[:, None], lambda x: x.sum()],
+    ids=["float32", "short", "column", "scalar"],
+)
+def test_values_of_another_shape_or_type_are_named(what, bad):
+    problem = small(1.0)
+    honest = solve(problem, "wanda")
+    forged = replace(honest, **{what: bad(getattr(honest, what))})
+    refused(problem, forged, rf"{what} must be float64 \[2\]")
+
+
+def test_a_status_that_does_not_exist_is_named():
+    problem = small(1.0)
+    honest = solve(problem, "wanda")
+    refused(problem, replace(honest, status=("feasible", "perfect")), "row 1 claims 'perfect'")
+    verify(problem, replace(honest, status=("feasible", "feasible")))
+
+
+def test_blocks_of_any_size_verify_the_same(monkeypatch):
+    problem = large(1.0)
+    solution, start = solve(problem, "swap"), solve(problem, "worst")
+    swap = checks.improving_swap(problem.row(0), start.mask[0])
+    for module, pairs in itertools.product((verification, checks), (1, 7, 100)):
+        monkeypatch.setattr(module, "PAIRS_AT_ONCE", pairs)
+        assert verify(problem, solution).checked
+        found = checks.improving_swap(problem.row(0), start.mask[0])
+        assert found[:2] == swap[:2]
+        assert found.delta == pytest.approx(swap.delta, rel=1e-12)
+
+
+def test_rows_that_weigh_nothing_leave_no_room_and_need_none():
+    problem = LayerProblem(torch.zeros(2, 40), torch.eye(40), NM(keep=2, of=4))
+    solution = solve(problem, "swap")
+    assert verify(problem, replace(solution, status=(Status.OPTIMAL,) * 2)).checked
+    off = torch.tensor([0.0, 1e-300], dtype=torch.float64)
+    refused(problem, replace(solution, objective=off), "objective: row 1")
+    refused(problem, replace(solution, lower_bound=off), "row 1 .* above the objective")
