@@ -10,6 +10,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import torch
 from clock import Clock
@@ -50,6 +51,26 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import save, tiny
 
     return save(tiny("llama"), tmp_path_factory.mktemp("dense") / "model", shard="30KB")
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a tokenizer; nobody may change it."""
+    from tiny_models import save, save_tokenizer, tiny
+
+    folder = save(tiny("llama"), tmp_path_factory.mktemp("with-tokenizer") / "model", shard="30KB")
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token windows in a file; nobody may change it."""
+    from tiny_models import tokens
+
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    np.save(path, tokens().numpy())
+    return path
 
 
 @pytest.fixture(scope="session")

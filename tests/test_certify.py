@@ -6,14 +6,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from commands import process, run
 from strategies import random_gram, random_weight
-from test_cli import run
 from tiny_models import save, save_tokenizer, tiny
-from typer.testing import CliRunner
 
 from maskopt import NM, LayerProblem, Unstructured, prune_model, solve
 from maskopt.certify import GapRecord, bound_layers, by_kind, certify_model
-from maskopt.cli import app
 from maskopt.compare import read_records, sample_rows
 from maskopt.errors import MaskoptError, ModelError, OptionError
 
@@ -183,30 +181,22 @@ def test_folders_that_do_not_belong_together_are_refused(models, tmp_path):
 
 def test_commands(models, layer, tmp_path):
     layer.save(tmp_path / "layer.npz")
-    result = CliRunner().invoke(
-        app,
-        ["bound", str(tmp_path / "layer.npz"), "--method", "box", "--rows", "2",
-         "--output", str(tmp_path / "gaps.csv")],
+    out = tmp_path / "gaps.csv"
+    told = run("bound", tmp_path / "layer.npz", "--method", "box", "--rows", 2, "--output", out)
+    assert "q_proj" in told
+    assert len(out.read_text().splitlines()) == 3
+    common = ("--calibration", models / "text.txt", "--samples", 4, "--seq-len", 32)
+    told = run(
+        "certify", models / "dense", models / "pruned", "--method", "box", "--rows-per-layer", 1,
+        "--layers", "*q_proj", *common,
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "q_proj" in result.output
-    assert len((tmp_path / "gaps.csv").read_text().splitlines()) == 3
-    common = ["--calibration", str(models / "text.txt"), "--samples", "4", "--seq-len", "32"]
-    result = CliRunner().invoke(
-        app,
-        ["certify", str(models / "dense"), str(models / "pruned"), "--method", "box",
-         "--rows-per-layer", "1", "--layers", "*q_proj", *common],
+    assert "q_proj" in told
+    told = run(
+        "compare", models / "dense", "--layers", "*0*q_proj", "--pattern", "0.5", "--rows", 1,
+        "--columns", 12, "--solvers", "wanda,swap,exhaustive", *common,
     )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "q_proj" in result.output
-    result = CliRunner().invoke(
-        app,
-        ["compare", str(models / "dense"), "--layers", "*0*q_proj", "--pattern", "0.5", "--rows", "1",
-         "--columns", "12", "--solvers", "wanda,swap,exhaustive", *common],
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "optimal" in result.output
-    missing = run("bound", str(models / "dense"))
+    assert "optimal" in told
+    missing = process("bound", str(models / "dense"))
     assert missing.returncode == 1
     assert "--calibration" in missing.stderr
     assert "Traceback" not in missing.stderr
@@ -217,14 +207,12 @@ def test_cuts_on_the_command_line(layer, tmp_path):
     gaps = []
     for name, extra in (("plain", []), ("cuts", ["--cuts", "3"])):
         out = tmp_path / f"{name}.csv"
-        command = ["bound", str(tmp_path / "layer.npz"), "--output", str(out), *extra]
-        result = CliRunner().invoke(app, command)
-        assert result.exit_code == 0, result.output
+        run("bound", tmp_path / "layer.npz", "--output", out, *extra)
         with out.open() as lines:
             gaps.append([float(row["gap"]) for row in csv.DictReader(lines)])
     assert all(after <= before for before, after in zip(*gaps, strict=True))
     assert sum(gaps[1]) < sum(gaps[0])
-    refused = run("bound", str(tmp_path / "layer.npz"), "--method", "box", "--cuts", "3")
+    refused = process("bound", str(tmp_path / "layer.npz"), "--method", "box", "--cuts", "3")
     assert refused.returncode == 1
     assert "bound 'box' has no option 'cuts'" in refused.stderr
 

@@ -1,30 +1,24 @@
 """The command line as a user meets it: one clear line for an expected error, no traceback."""
 
 import re
-import subprocess
-import sys
 
 import pytest
+from commands import process
 from typer.testing import CliRunner
 
 from maskopt import available_solvers
 from maskopt.cli import app
 
 
-def run(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from maskopt.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-
-
 def test_solvers_lists_every_backend():
-    result = run("solvers")
+    result = process("solvers")
     assert result.returncode == 0, result.stderr
     for name in available_solvers():
         assert f" {name} " in result.stdout
 
 
 def test_help_names_every_command():
-    result = run("--help")
+    result = process("--help")
     assert result.returncode == 0, result.stderr
     names = [command.name for command in app.registered_commands]
     assert len(names) > 1
@@ -41,7 +35,7 @@ def test_every_command_explains_itself(command):
 
 @pytest.mark.parametrize("arguments", [("no-such-command",), ("solvers", "--no-such-option")])
 def test_usage_errors_exit_with_2_and_no_traceback(arguments):
-    result = run(*arguments)
+    result = process(*arguments)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "No such" in result.stderr
@@ -49,7 +43,7 @@ def test_usage_errors_exit_with_2_and_no_traceback(arguments):
 
 def test_an_error_is_printed_as_it_is(tmp_path):
     """Brackets and colons are no markup."""
-    result = run("bound", str(tmp_path / "[red]:M:.npz"))
+    result = process("bound", str(tmp_path / "[red]:M:.npz"))
     assert result.returncode == 1
     assert "[red]:M:.npz" in result.stderr
     assert "Traceback" not in result.stderr

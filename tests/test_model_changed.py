@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from forging import change_tensors, shard_of
-from test_model_resume import OPTIONS, contents, dense, whole  # noqa: F401
+from test_model_resume import OPTIONS, contents, whole  # noqa: F401
 from tiny_models import edit_json, save, save_tokenizer, tiny, tokens
 
 from maskopt import prune_model
@@ -24,7 +24,7 @@ from maskopt.model.workspace import HIDDEN
 
 
 @pytest.fixture
-def model(dense: Path, tmp_path: Path) -> Path:  # noqa: F811
+def model(dense: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dense, tmp_path / "model"))
 
 
@@ -72,7 +72,7 @@ def changing(model: Path, out: Path, change: Callable[[Path], Any], block: int =
 def test_a_change_is_noticed_by_the_run(
     name: str,
     model: Path,
-    dense: Path,  # noqa: F811
+    dense: Path,
     whole: dict[str, bytes],  # noqa: F811
     tmp_path: Path,
 ) -> None:

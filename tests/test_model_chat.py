@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model_cli import run
 from tiny_models import CHAT_BOS, CHAT_EOS, CHAT_TEMPLATE, chat_tokenizer, save, tiny
 
 from maskopt import open_job, perplexity, prune_model

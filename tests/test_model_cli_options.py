@@ -8,31 +8,16 @@ import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from test_model_cli import run
-from tiny_models import patched, save, save_tokenizer, tiny, tokens
+from commands import run
+from tiny_models import patched, save, tiny, tokens
 
 from maskopt.errors import ModelError
 from maskopt.model.plan import plan_prune
 from maskopt.model.workspace import MANIFEST, MASKS
 
 TEXT = "Pack my box with five dozen liquor jugs. "
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save(tiny("llama"), tmp_path_factory.mktemp("dense") / "model")
-    save_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
-    np.save(path, tokens().numpy())
-    return path
 
 
 def prune(dense: Path, data: object, out: Path, *more: object) -> str:

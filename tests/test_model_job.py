@@ -8,14 +8,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import typer
+from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model_cli import run
-from tiny_models import WordTokenizer, save, save_tokenizer, tiny, tokens
+from tiny_models import WordTokenizer, tiny, tokens
 
 import maskopt
 from maskopt import NM, MaskoptError, PruneOptions, Unstructured, open_job, prune_model
@@ -26,20 +25,6 @@ from maskopt.model.options import WalkOptions, prune_options
 from maskopt.model.plan import plan_prune
 
 WANDA: dict[str, Any] = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save(tiny("llama"), tmp_path_factory.mktemp("dense") / "model", shard="30KB")
-    save_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
-    np.save(path, tokens().numpy())
-    return path
 
 
 # The walk -------------------------------------------------------------------------------------

@@ -37,11 +37,6 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny("llama"), tmp_path_factory.mktemp("dense") / "model", shard="30KB")
-
-
-@pytest.fixture(scope="module")
 def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an uninterrupted run writes."""
     out = tmp_path_factory.mktemp("whole") / "out"

@@ -23,11 +23,6 @@ from maskopt.model.verify import verify_output
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 1, "target": "dense"}
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tiny("llama"), tmp_path_factory.mktemp("dense") / "model", shard="30KB")
-
-
 def inputs_of(model: Any, name: str, data: Tensor) -> Tensor:
     """What a linear layer is given, [tokens, n], float64."""
     seen: list[Tensor] = []

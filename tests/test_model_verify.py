@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from forging import change_weight, first_weight_shard, forge_manifest
-from test_model_cli import run
 from tiny_models import edit_json, save, tiny, tokens
 
 from maskopt import NM, prune_model

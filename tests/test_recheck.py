@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run
 from forging import forge_manifest, prune_by
-from test_model_cli import run
 from test_verify_forgeries import shuffled
 from tiny_models import patched, save, save_tokenizer, tiny, tokens
 
