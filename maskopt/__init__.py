@@ -1,6 +1,7 @@
 """maskopt: which weights of a linear layer can go, with a proof of how good the choice is."""
 
 import importlib
+from typing import Any
 
 from maskopt.bounds import Bound, available_bounds, lower_bound
 from maskopt.certificate import Certificate
@@ -26,7 +27,7 @@ _MODEL_SIDE = {
 }
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in _MODEL_SIDE:
         return getattr(importlib.import_module(_MODEL_SIDE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -57,7 +57,7 @@ def random_linear(weight: Tensor, gram: Tensor, seed: int) -> Linear:
 def patterns(draw: st.DrawFn, n: int) -> Pattern:
     """Any legal pattern of n inputs, the empty and the full mask among them."""
     sizes = [m for m in range(2, min(n, 8) + 1) if n % m == 0]
-    if sizes and draw(st.booleans()):
+    if sizes and bool(draw(st.booleans())):
         of = draw(st.sampled_from(sizes))
         return NM(keep=draw(st.integers(0, of)), of=of)
     return Unstructured(keep=draw(st.integers(0, n)))

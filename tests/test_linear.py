@@ -82,7 +82,7 @@ def test_every_solver_answers_for_the_whole_objective(name, problem):
 def test_no_bound_is_above_the_optimum(name, kind):
     reached = []
     for pattern in PATTERNS:
-        for seed in range(1, 9):
+        for seed in range(1, 5):
             problem = layer(pattern, kind=kind, seed=seed)
             best = solve(problem, "exhaustive").objective
             value = lower_bound(problem, name).value
@@ -127,7 +127,8 @@ def test_a_part_of_zeros_changes_nothing(name):
     plain = LayerProblem(weight, gram, Unstructured(0.5))
     zeros = Linear(torch.zeros(4, 24), torch.zeros(4))
     other = LayerProblem(weight, gram, Unstructured(0.5), linear=zeros)
-    expected, found = solve(plain, name), solve(other, name)
+    options = {"iterations": 50} if name == "frank_wolfe" else {}
+    expected, found = solve(plain, name, **options), solve(other, name, **options)
     assert torch.equal(expected.mask, found.mask)
     assert torch.equal(expected.objective, found.objective)
     torch.testing.assert_close(found.lower_bound, expected.lower_bound, rtol=1e-12, atol=0)
@@ -205,8 +206,8 @@ def test_what_is_no_linear_part(correlation, constant, message):
 
 def test_nothing_to_prune_and_everything():
     for keep, pruned in ((8, 0), (0, 8)):
-        problem = layer(Unstructured(keep=keep))
+        problem = layer(Unstructured(keep=keep), rows=1)
         for name in SOLVERS:
             solution = solve(problem, name)
             verify(problem, solution)
-            assert int((~solution.mask).sum()) == 3 * pruned
+            assert int((~solution.mask).sum()) == pruned

@@ -27,7 +27,21 @@ from maskopt.model.safefile import open_safe
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST
 
-TELLING = (None, True, -1, 0, 10**20, 1.5, "", "../../x", "nm", [], {}, ["x"], {"kind": "block"})
+TELLING: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    10**20,
+    1.5,
+    "",
+    "../../x",
+    "nm",
+    [],
+    {},
+    ["x"],
+    {"kind": "block"},
+)
 #: tests/benchmarks/fuzz_loaders.py runs the same with 100,000 inputs and more
 FUZZ = 300
 

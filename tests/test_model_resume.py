@@ -208,6 +208,10 @@ def test_damage_is_noticed(dense: Path, whole: dict[str, bytes], tmp_path: Path)
         journal.write_bytes(bytes(flipped))
         with pytest.raises(ModelError, match=r"damaged|not a journal"):
             prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+    exponent = good.upper().index(b"E-0")
+    journal.write_bytes(good[:exponent] + b"E" + good[exponent + 1 :])  # the same number
+    with pytest.raises(ModelError, match="damaged"):
+        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
     journal.write_bytes(good)
     flipped = bytearray(good_masks)
     flipped[-3] ^= 4

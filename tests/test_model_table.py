@@ -197,7 +197,7 @@ def test_an_error_names_its_cell_and_keeps_the_others(
     one: dict[str, Any] = {**CHOSEN, "patterns": ["2:4"], "methods": ["wanda"]}
 
     def full(*_: Any, **__: Any) -> Any:
-        raise ModelError("no space left on the disk; free some and go on with --resume")
+        raise ModelError("no space left on the disk; free some and go on with `resume`")
 
     monkeypatch.setattr(table, "prune_model", full)
     words = "^llama 2:4 wanda: no space .* free some and run the same command again$"

@@ -339,11 +339,11 @@ def _measured(
 
 @contextmanager
 def _named(cell: _Wanted) -> Iterator[None]:
-    """Errors say which cell ended; where a prune goes on with `--resume`, a table just goes on."""
+    """Errors say which cell ended; where a prune goes on with `resume`, a table just goes on."""
     try:
         yield
     except MaskoptError as error:
-        line = str(error).replace("go on with --resume", "run the same command again")
+        line = str(error).replace("go on with `resume`", "run the same command again")
         error.args = (f"{cell}: {line}", *error.args[1:])
         raise
 
