@@ -251,7 +251,9 @@ def collect(
                     samples.leave_out(sample, bad)
                     continue
                 mine = held if held is not None and sample in samples.held else grams
-                counts = token_weights(samples.states[sample], weighting)
+                counts = None
+                if weighting != ALIKE:
+                    counts = token_weights(samples.states[sample], weighting)
                 block.threads.run(mine.tasks(seen.watch, sizes, dense and dense.watch, counts))
                 if samples.dense is not None and dense is not None:
                     assert dense.output is not None

@@ -18,14 +18,13 @@ WEIGHTINGS = ALIKE, REST, RELATIVE = ("alike", "rest", "relative")
 
 def token_weights(
     state: Float[Tensor, "1 length width"], weighting: str
-) -> Float[Tensor, " length"] | None:
-    """Weights of a window's tokens, with a mean of 1; None where all count alike.
+) -> Float[Tensor, " length"]:
+    """Weights of a window's tokens, with a mean of 1.
 
     Args:
         state: the window's hidden state as it enters the block.
+        weighting: `rest` or `relative`.
     """
-    if weighting == ALIKE:
-        return None
     if weighting == REST:
         weights = torch.ones(state.shape[1], device=state.device)
         weights[0] = 0.0
