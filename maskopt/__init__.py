@@ -7,6 +7,7 @@ from maskopt.bounds import Bound, available_bounds, lower_bound
 from maskopt.certificate import Certificate
 from maskopt.checks import Exchange, improving_swap
 from maskopt.errors import MaskoptError
+from maskopt.least_squares import Refitted, refit
 from maskopt.limits import Limits, Progress
 from maskopt.linear import Linear
 from maskopt.pattern import NM, Unstructured
@@ -44,6 +45,7 @@ __all__ = [
     "MaskoptError",
     "Progress",
     "PruneOptions",
+    "Refitted",
     "RowProblem",
     "Solution",
     "Status",
@@ -60,6 +62,7 @@ __all__ = [
     "open_job",
     "perplexity",
     "prune_model",
+    "refit",
     "solve",
     "verify",
 ]

@@ -141,7 +141,14 @@ class LayerProblem:
 
         Rounding can leave −1e-18 where the truth is 0; since f ≥ 0, the result is clamped at 0.
         """
-        dropped = torch.where(mask.to(self.device), 0.0, self.weight.double())
+        return self._error(torch.where(mask.to(self.device), 0.0, self.weight.double()))
+
+    def error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """The same of other weights: mean square of what every row's output then misses its target by,
+        float64 [rows]. Of the weights that a mask keeps it is the mask's objective."""
+        return self._error(self.weight.double() - weight.to(self.device).double())
+
+    def _error(self, dropped: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         value = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         step = max(1, _OBJECTIVE_BLOCK_BYTES // (8 * self.n))
         for start in range(0, self.n, step):
