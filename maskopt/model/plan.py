@@ -118,20 +118,23 @@ def _pruned(layer: Layer, options: PruneOptions) -> int:
 
 def _forward_operations(job: Job, options: PruneOptions) -> float:
     """Of all forward passes and Gram matrices: two a weight and token, attention's two products,
-    n² for a Gram matrix."""
+    n² for a Gram matrix; where the dense model goes along, its passes, and 3n² for the moments of both."""
     tokens, width = job.count * job.length, hidden_size(job.source.model)
     chosen = by_block(job.layers)
+    squares = 4 if options.beside else 1
     total = 0.0
     for index, block in enumerate(list(job.source.blocks.modules)[: job.last + 1]):
         mine = chosen.get(index, [])
         distinct = distinct_inputs(mine)
-        passes = 1
+        passes = 2 if options.beside else 1
         weights = sum(p.numel() for p in block.parameters())
         if mine and not options.one_pass:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
                 total -= 2 * mine[-1].rows * mine[-1].n
-        total += passes * (2 * weights + 4 * job.length * width) + sum(n * n for n in distinct)
+        total += passes * (2 * weights + 4 * job.length * width) + squares * sum(
+            n * n for n in distinct
+        )
     return total * tokens
 
 
