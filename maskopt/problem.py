@@ -23,18 +23,20 @@ from torch import Tensor
 
 from maskopt.errors import PatternError, ProblemError, WarmStartError
 from maskopt.files import read_arrays, write_arrays
+from maskopt.inputs import (
+    PSD_TOLERANCE,
+    ArrayLike,
+    as_tensor,
+    check_costs,
+    check_semidefinite,
+    linear_part,
+    symmetric,
+)
 from maskopt.linear import Linear
 from maskopt.pattern import Pattern, pattern_from_dict, pattern_to_dict
 
 #: columns of G that are brought to float64 at a time when an objective is computed
 _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
-#: a G whose least eigenvalue is above −PSD_TOLERANCE·tr(G) counts as positive semidefinite: float32
-#: accumulation of xxᵀ leaves errors of this size (2⁻²³ ≈ 1.2e-7)
-PSD_TOLERANCE = 2.0**-23
-#: largest |G − Gᵀ| relative to max|G| that is taken for rounding
-_ASYMMETRY_TOLERANCE = 1e-3
-
-ArrayLike = Tensor | np.ndarray
 
 
 class LayerProblem:
@@ -73,8 +75,8 @@ class LayerProblem:
     ) -> None:
         self.name = name
         label = f"layer {name!r}: " if name else ""
-        self.weight: Float[Tensor, "rows n"] = _as_tensor(weight, f"{label}weight")
-        gram_tensor = _as_tensor(gram, f"{label}gram")
+        self.weight: Float[Tensor, "rows n"] = as_tensor(weight, f"{label}weight")
+        gram_tensor = as_tensor(gram, f"{label}gram")
         if self.weight.ndim != 2 or 0 in self.weight.shape:
             raise ProblemError(
                 f"{label}weight must be [rows, n] with both at least 1, "
@@ -96,21 +98,16 @@ class LayerProblem:
         except PatternError as error:
             raise PatternError(f"{label}{error}") from None
         self.pattern = pattern
-        self.gram: Float[Tensor, "n n"] = _symmetric(gram_tensor, label)
+        self.gram: Float[Tensor, "n n"] = symmetric(gram_tensor, label)
         self.mean: Float[Tensor, " n"] | None = None
         if mean is not None:
-            self.mean = _as_tensor(mean, f"{label}mean")
+            self.mean = as_tensor(mean, f"{label}mean")
             if self.mean.shape != (n,):
                 raise ProblemError(f"{label}mean must be [{n}], not {list(self.mean.shape)}")
-        most = self.weight.abs().max().double().square() * self.gram.diagonal().double().sum()
-        if not bool(torch.isfinite(most)):
-            raise ProblemError(
-                f"{label}a weight of {float(self.weight.abs().max()):.3g} squared, times the inputs' "
-                "squares, is beyond float64; scale weight or gram down"
-            )
-        self.linear = None if linear is None else _linear(linear, self.weight, label)
+        check_costs(self.weight, self.gram, label)
+        self.linear = None if linear is None else linear_part(linear, self.weight, label)
         if not assume_psd:
-            _check_semidefinite(self.gram, label)
+            check_semidefinite(self.gram, label)
             if self.linear is not None:
                 ridge = PSD_TOLERANCE * float(self.gram.double().trace())
                 self.linear.check_moments(self.gram, ridge or 1.0, label)
@@ -249,7 +246,7 @@ class RowProblem:
         mean: ArrayLike | None = None,
         linear: Linear | None = None,
     ) -> None:
-        tensor = _as_tensor(weight, "weight")
+        tensor = as_tensor(weight, "weight")
         if tensor.ndim != 1:
             raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
         self._layer = LayerProblem(tensor[None], gram, pattern, name=name, mean=mean, linear=linear)
@@ -347,75 +344,6 @@ class RowProblem:
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
         return f"RowProblem({name}n={self.n}, pattern={self.pattern})"
-
-
-def _as_tensor(array: ArrayLike, what: str) -> Tensor:
-    """Rows side by side in memory, whatever view is given: kernels read and write them in place."""
-    if isinstance(array, np.ndarray):
-        if array.dtype.kind != "f":
-            raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
-        # torch reads native byte order and writable memory only
-        array = torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).copy())
-    if not isinstance(array, Tensor):
-        raise ProblemError(f"{what} must be a torch tensor or a NumPy array, not {type(array)}")
-    if not array.is_floating_point():
-        raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
-    tensor = array.detach().contiguous()
-    if not bool(torch.isfinite(tensor).all()):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise ProblemError(f"{what} holds {count} NaN or infinite values; mend the input first")
-    return tensor
-
-
-def _linear(linear: Linear, weight: Tensor, label: str) -> Linear:
-    """In float64, on the device of the weight."""
-    wanted = {"correlation": tuple(weight.shape), "constant": (weight.shape[0],)}
-    found = {}
-    for what, shape in wanted.items():
-        tensor = _as_tensor(getattr(linear, what), f"{label}linear: {what}")
-        if tensor.shape != shape:
-            raise ProblemError(
-                f"{label}linear: {what} must be {list(shape)}, not {list(tensor.shape)}"
-            )
-        found[what] = tensor.to(weight.device, torch.float64)
-    if bool((found["constant"] < 0).any()):
-        raise ProblemError(f"{label}linear: the constant is a mean of squares, and not below 0")
-    return Linear(**found)
-
-
-def _symmetric(gram: Tensor, label: str) -> Tensor:
-    if gram.dtype not in (torch.float32, torch.float64):
-        gram = gram.float()
-    if torch.equal(gram, gram.T):
-        return gram.contiguous()
-    scale = float(gram.abs().max())
-    skew = float((gram - gram.T).abs().max())
-    if skew > _ASYMMETRY_TOLERANCE * scale:
-        raise ProblemError(
-            f"{label}gram is not symmetric (entries differ from their mirror by up to {skew:.3g}, "
-            f"the largest is {scale:.3g}); a Gram matrix is XXᵀ"
-        )
-    return (gram + gram.T) / 2
-
-
-def _check_semidefinite(gram: Tensor, label: str) -> None:
-    """Cholesky of G + tolerance·tr(G)·I; only a failure pays for eigenvalues."""
-    g = gram.double()
-    trace = float(g.trace())
-    shift = PSD_TOLERANCE * trace
-    if trace > 0:
-        shifted = g / trace  # keeps extreme scales within range
-        shifted.diagonal().add_(PSD_TOLERANCE)
-        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
-            return
-    elif not g.any():
-        return
-    least = float(torch.linalg.eigvalsh(g)[0])
-    if least < -shift or trace <= 0:
-        raise ProblemError(
-            f"{label}gram is not positive semidefinite: its least eigenvalue is {least:.6g} "
-            f"(trace {trace:.6g}); a Gram matrix is XXᵀ, so check how it was accumulated"
-        )
 
 
 def _save(path: str | os.PathLike[str], kind: str, layer: LayerProblem) -> None:

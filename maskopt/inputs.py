@@ -1,0 +1,97 @@
+"""What a problem is made of, checked once: tensors, finite, symmetric, semidefinite."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.errors import ProblemError
+from maskopt.linear import Linear
+
+#: a G whose least eigenvalue is above −PSD_TOLERANCE·tr(G) counts as positive semidefinite: float32
+#: accumulation of xxᵀ leaves errors of this size (2⁻²³ ≈ 1.2e-7)
+PSD_TOLERANCE = 2.0**-23
+#: largest |G − Gᵀ| relative to max|G| that is taken for rounding
+_ASYMMETRY_TOLERANCE = 1e-3
+
+ArrayLike = Tensor | np.ndarray
+
+
+def as_tensor(array: ArrayLike, what: str) -> Tensor:
+    """Rows side by side in memory, whatever view is given: kernels read and write them in place."""
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind != "f":
+            raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
+        # torch reads native byte order and writable memory only
+        array = torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).copy())
+    if not isinstance(array, Tensor):
+        raise ProblemError(f"{what} must be a torch tensor or a NumPy array, not {type(array)}")
+    if not array.is_floating_point():
+        raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
+    tensor = array.detach().contiguous()
+    if not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ProblemError(f"{what} holds {count} NaN or infinite values; mend the input first")
+    return tensor
+
+
+def linear_part(linear: Linear, weight: Tensor, label: str) -> Linear:
+    """In float64, on the device of the weight."""
+    wanted = {"correlation": tuple(weight.shape), "constant": (weight.shape[0],)}
+    found = {}
+    for what, shape in wanted.items():
+        tensor = as_tensor(getattr(linear, what), f"{label}linear: {what}")
+        if tensor.shape != shape:
+            raise ProblemError(
+                f"{label}linear: {what} must be {list(shape)}, not {list(tensor.shape)}"
+            )
+        found[what] = tensor.to(weight.device, torch.float64)
+    if bool((found["constant"] < 0).any()):
+        raise ProblemError(f"{label}linear: the constant is a mean of squares, and not below 0")
+    return Linear(**found)
+
+
+def symmetric(gram: Tensor, label: str) -> Tensor:
+    if gram.dtype not in (torch.float32, torch.float64):
+        gram = gram.float()
+    if torch.equal(gram, gram.T):
+        return gram.contiguous()
+    scale = float(gram.abs().max())
+    skew = float((gram - gram.T).abs().max())
+    if skew > _ASYMMETRY_TOLERANCE * scale:
+        raise ProblemError(
+            f"{label}gram is not symmetric (entries differ from their mirror by up to {skew:.3g}, "
+            f"the largest is {scale:.3g}); a Gram matrix is XXᵀ"
+        )
+    return (gram + gram.T) / 2
+
+
+def check_semidefinite(gram: Tensor, label: str) -> None:
+    """Cholesky of G + tolerance·tr(G)·I; only a failure pays for eigenvalues."""
+    g = gram.double()
+    trace = float(g.trace())
+    shift = PSD_TOLERANCE * trace
+    if trace > 0:
+        shifted = g / trace  # keeps extreme scales within range
+        shifted.diagonal().add_(PSD_TOLERANCE)
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+            return
+    elif not g.any():
+        return
+    least = float(torch.linalg.eigvalsh(g)[0])
+    if least < -shift or trace <= 0:
+        raise ProblemError(
+            f"{label}gram is not positive semidefinite: its least eigenvalue is {least:.6g} "
+            f"(trace {trace:.6g}); a Gram matrix is XXᵀ, so check how it was accumulated"
+        )
+
+
+def check_costs(weight: Tensor, gram: Tensor, label: str) -> None:
+    """Raise ProblemError where the cost of a row is beyond float64."""
+    most = weight.abs().max().double()
+    if not bool(torch.isfinite(most.square() * gram.diagonal().double().sum())):
+        raise ProblemError(
+            f"{label}a weight of {float(most):.3g} squared, times the inputs' squares, is beyond float64; "
+            "scale weight or gram down"
+        )
