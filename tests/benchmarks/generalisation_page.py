@@ -12,6 +12,8 @@ from maskopt.model.perplexity import exponential, interval
 
 TITLES = {"gemma3": "Gemma 3 270M", "smollm2": "SmolLM2 135M Instruct"}
 Lines = Mapping[str, Record]
+#: runs of a model below which a rank correlation says nothing
+_FEW = 8
 
 
 def write(book: Book, page: Path) -> None:
@@ -36,6 +38,12 @@ Intervals are 95%, by bootstrap over the windows, paired where two models are co
     ]
     sections = (methods, bos, target, weighting, sizes, shrink)
     parts += [text for section in sections if (text := section(book.lines))]
+    missing = [section.__name__ for section in sections if not section(book.lines)]
+    if missing:
+        parts[0] += f"""
+The data hold no measurements of these studies of the command: {", ".join(missing)} (`--only {missing[0]}` makes
+one, in an hour or two on two cores).
+"""
     parts += [judges(book.lines, page.parent / "figures" / f"{page.stem}.png")]
     page.write_text("\n".join(parts).rstrip() + "\n")
 
@@ -55,7 +63,7 @@ def judges(lines: Lines, figure: Path) -> str:
             if key.split("/")[1:2] == [model]
             and key.split("/")[0] in ("methods", "sizes", "shrink")
         ]
-        if len(runs) < 3:
+        if len(runs) < _FEW:
             continue
         held = [run["held"] for run in runs]
         change = [run["ratio"][0] for run in runs]
