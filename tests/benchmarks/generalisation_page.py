@@ -41,8 +41,8 @@ Intervals are 95%, by bootstrap over the windows, paired where two models are co
     missing = [section.__name__ for section in sections if not section(book.lines)]
     if missing:
         parts[0] += f"""
-The data hold no measurements of these studies of the command: {", ".join(missing)} (`--only {missing[0]}` makes
-one, in an hour or two on two cores).
+The data hold no measurements of these studies of the command: {", ".join(missing)}
+(`--only {missing[0]}` makes one, in an hour or two on two cores).
 """
     parts += [judges(book.lines, page.parent / "figures" / f"{page.stem}.png")]
     page.write_text("\n".join(parts).rstrip() + "\n")
