@@ -70,6 +70,17 @@ def verify(
             f"`require_checked` is for an instance and its solution; of {folder}, what is checked and "
             "what is claimed is printed"
         )
+    _verify_model(folder, against, calibration, semi_structured, options)
+
+
+def _verify_model(
+    folder: Path,
+    against: str | None,
+    calibration: str | None,
+    semi_structured: bool | None,
+    options: dict[str, Any],
+) -> None:
+    """What `maskopt prune` wrote, and what was found of it in words."""
     from maskopt.model import verify as library
     from maskopt.model.checkpoint import resolve_model
     from maskopt.model.opening import choose_device
