@@ -8,9 +8,9 @@ from tiny_models import tiny, tokens
 
 import maskopt
 from maskopt.errors import DataError, ModelError, OptionError
-from maskopt.model.job import held_out
 from maskopt.model.plan import plan_prune
 from maskopt.model.solving import SHRINK_GRID
+from maskopt.model.windows import held_out
 
 
 def prune(data, **options):

@@ -25,24 +25,21 @@ from torch import Tensor, nn
 from maskopt.errors import DataError, ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, choose, vocabulary_size
-from maskopt.model.chat import chat_calibration_windows, chat_evaluation_windows
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
 from maskopt.model.memory import Load, by_block, check_memory
-from maskopt.model.opening import capped_length, load_tokenizer, open_source
+from maskopt.model.opening import capped_length, open_source
 from maskopt.model.options import WalkOptions
 from maskopt.model.progress import OnBlockProgress, ticker
+from maskopt.model.rounds import check_multiplied, first_round
 from maskopt.model.source import Source
 from maskopt.model.threads import Threads
 from maskopt.model.tokens import (
     Windows,
-    calibration_windows,
-    check_count,
     check_vocabulary,
-    evaluation_windows,
-    token_windows,
 )
 from maskopt.model.weighting import REST
+from maskopt.model.windows import held_out, windows_of
 
 if TYPE_CHECKING:
     from maskopt.model.output import FinishedBlock
@@ -84,17 +81,11 @@ def open_job(
     options.check_layers(layers)
     windows = None
     if text is not None:
-        windows = _windows(source, text, tokenizer, options, whole, limit)
+        windows = windows_of(source, text, tokenizer, options, whole, limit)
         check_vocabulary(windows, vocabulary_size(source.model))
         if options.weighting == REST and windows.length < 2:
             raise DataError("`weighting` rest leaves nothing of windows of a single token")
     return Job(source, layers, windows, options, whole=whole, on_progress=on_progress)
-
-
-def tokens_or_tokenizer(given: Any, text: Any) -> tuple[Any, Any]:
-    """(text, tokenizer) out of an argument that may be either tokens, which are then the text, or a
-    tokenizer for the text."""
-    return (given, None) if isinstance(given, Tensor | Windows) else (text, given)
 
 
 class Job:
@@ -342,8 +333,8 @@ class Block:
             grams = self.grams(waiting)
             layers, waiting = waiting, []
             if self.job.options.true_sequential:
-                layers, waiting = _first_round(layers, grams)
-            _check_multiplied(self.job.source.model, layers, grams)
+                layers, waiting = first_round(layers, grams)
+            check_multiplied(self.job.source.model, layers, grams)
             yield layers, grams
             del grams  # their memory is needed
 
@@ -367,87 +358,3 @@ class Block:
             with torch.no_grad():
                 pass_on(self._opened, dense)
         self.dense_advanced = True
-
-
-def _windows(
-    source: Source, text: Any, tokenizer: Any, options: WalkOptions, whole: bool, limit: int | None
-) -> Windows:
-    if limit is not None:
-        check_count("windows", limit)
-    if isinstance(text, Windows | Tensor) and not options.chat:
-        given = text if isinstance(text, Windows) else token_windows(text, "token tensor")
-        return given if limit is None else given.take(slice(limit))
-    if tokenizer is None and source.checkpoint is not None:
-        tokenizer = load_tokenizer(
-            source.checkpoint.folder, trust_remote_code=options.trust_remote_code
-        )
-    length = capped_length(source.model, options.seq_len)
-    if options.chat and whole:
-        return chat_evaluation_windows(text, tokenizer, seq_len=length, limit=limit)
-    if options.chat:
-        return chat_calibration_windows(
-            text, tokenizer, samples=options.samples, seq_len=length, seed=options.seed
-        )
-    if whole:
-        return evaluation_windows(
-            text,
-            tokenizer,
-            seq_len=length,
-            field=options.text_field,
-            limit=limit,
-            bos=options.bos,
-        )
-    return calibration_windows(
-        text,
-        tokenizer,
-        samples=options.samples,
-        seq_len=length,
-        seed=options.seed,
-        field=options.text_field,
-        bos=options.bos,
-    )
-
-
-def held_out(windows: int, share: float) -> frozenset[int]:
-    """The windows that are kept aside: the last ones, ⌊share·windows⌋.
-
-    Raises:
-        DataError: none would be kept aside, or none would be left.
-    """
-    count = int(share * windows)
-    if share and not 0 < count < windows:
-        raise DataError(
-            f"`holdout` {share} of {windows} windows keeps {count} aside; take more windows"
-        )
-    return frozenset(range(windows - count, windows))
-
-
-def _first_round(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
-    """The layers that are called first and share their inputs, all experts of a kind together;
-    and the rest. Layers that were never called come last."""
-    by_name = {layer.name: layer for layer in layers}
-    called = [by_name[name] for name in grams.order if name in by_name]
-    if not called:
-        return list(layers), []
-    leader = grams.leader(called[0].name)
-    kinds = {layer.kind for layer in called if grams.leader(layer.name) == leader}
-    first = [layer for layer in layers if layer.kind in kinds]
-    return first, [layer for layer in layers if layer.kind not in kinds]
-
-
-def _check_multiplied(model: nn.Module, layers: Sequence[Layer], grams: Grams) -> None:
-    """Raise ModelError for a 3-D parameter of which no part was multiplied with any token: some expert
-    always is, so it holds something else."""
-    unseen: dict[str, list[Layer]] = {}
-    for layer in layers:
-        if layer.expert is not None:
-            unseen.setdefault(layer.parameter, []).append(layer)
-    for layer in layers:
-        if grams.of(layer.name) is not None:
-            unseen.pop(layer.parameter, None)
-    for name, parts in unseen.items():
-        if len(parts) == model.get_parameter(name).shape[0]:
-            raise ModelError(
-                f"parameter {name!r} looks like experts, but no token was multiplied with any of them; "
-                f"leave it out with `exclude` {parts[0].kind!r}"
-            )

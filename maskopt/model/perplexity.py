@@ -18,10 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError
-from maskopt.model.job import Job, open_job, tokens_or_tokenizer
+from maskopt.model.job import Job, open_job
 from maskopt.model.options import EVALUATION, WalkOptions, check_names
 from maskopt.model.progress import BlockProgress
 from maskopt.model.tokens import Windows
+from maskopt.model.windows import tokens_or_tokenizer
 
 #: positions whose logits are brought to float32 at a time
 POSITIONS = 128

@@ -13,9 +13,10 @@ from maskopt.errors import ModelError
 from maskopt.gram import Gram, Moved
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
-from maskopt.model.job import Job, open_job, tokens_or_tokenizer
+from maskopt.model.job import Job, open_job
 from maskopt.model.options import AUTO, PruneOptions, name_patterns, prune_options
 from maskopt.model.progress import OnBlockProgress
+from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 

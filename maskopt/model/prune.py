@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
-from maskopt.model.job import Job, open_job, tokens_or_tokenizer
+from maskopt.model.job import Job, open_job
 from maskopt.model.options import AUTO, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import LayerReport, PruneReport, versions
 from maskopt.model.solving import solve_by_held_error, solve_by_magnitude, solve_layer
+from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.problem import LayerProblem
 
 
@@ -146,8 +147,10 @@ def _prune_layer(
         solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options)
     seconds = time.perf_counter() - began
     solution, start = solved.solution, solved.start
-    # α auto starts once for all of them, on another G than that of the error
-    begun = None if start is None else float(fitted.objective(start.mask).sum())
+    begun = None if start is None else start.objective
+    if start is not None and options.shrink == AUTO:
+        # it starts once for every α, on another G than that of the error
+        begun = fitted.objective(start.mask)
     energy = float(fitted.output_energy().sum())
     energy_held = None if judge is None else float(judge.output_energy().sum())
     error_held = None if judge is None else float(judge.objective(solution.mask).sum())
@@ -160,7 +163,7 @@ def _prune_layer(
         n=layer.n,
         pattern=str(options.pattern),
         pruned=int((~solution.mask).sum()),
-        error_start=begun,
+        error_start=None if begun is None else float(begun.sum()),
         error=float(solution.objective.sum()),
         lower_bound=float(solution.lower_bound.sum()),
         statuses={str(s): solution.status.count(s) for s in sorted(set(solution.status))},

@@ -32,7 +32,8 @@ class LayerReport:
         statuses: number of rows by status.
         tokens: calibration tokens that the layer saw.
         fallback: too few tokens, so pruned by magnitude; its errors are then the pruned weights' squares.
-        energy: wᵀGw with the same G, summed over rows: what the error is a part of.
+        energy: mean square of the rows' targets with the same G, summed over rows (wᵀGw, or with `target`
+            dense that of the dense model's output): what the error is a part of.
         error_held, energy_held: the same on the windows kept aside, whose G is never shrunk; None where
             there are none.
         shrink: α that the masks were chosen with.
