@@ -1,4 +1,4 @@
-"""What a certificate proves is the formula's value less a margin for rounding, and no forgery gets past."""
+"""What a certificate proves is the formula's value less a margin for rounding."""
 
 import itertools
 from dataclasses import replace
@@ -7,103 +7,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from certificates import PATTERNS, certificate, exact, formula, layer, triangles, unclamped
 from strategies import random_gram, random_weight
 
-from maskopt import (
-    NM,
-    Certificate,
-    LayerProblem,
-    Solution,
-    Unstructured,
-    lower_bound,
-    solve,
-    verify,
-)
-from maskopt.certificate import Cuts, _check_row, _missing, _shared_slack
-from maskopt.errors import ProblemError, VerificationError
-from maskopt.files import write_arrays
+from maskopt import Certificate, LayerProblem, Linear, lower_bound, solve
+from maskopt.certificate import _check_row, _missing, _shared_slack
 
 #: signs under which sums cancel
 ALTERNATING = 1 - 2.0 * (torch.arange(8) % 2)
-PATTERNS = (Unstructured(keep=4), NM(keep=1, of=4), NM(keep=2, of=4), Unstructured(keep=8))
 U = 2.0**-53
-
-
-def layer(pattern=PATTERNS[2], rows=2, kind="full"):
-    return LayerProblem(random_weight(rows, 8, 1), random_gram(8, kind, 2), pattern)
-
-
-def triangles(size=0.05):
-    """Every kind of index: inputs alone, z_0 first, z_0 last; every sign."""
-    index = torch.tensor([[0, 1, 2], [-1, 3, 5], [4, 7, -1], [6, 2, 3], [5, -1, 6]])
-    sign = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1], [-1, 1]], dtype=torch.int8)
-    return Cuts(index, sign, size * torch.arange(1, 6, dtype=torch.float64))
-
-
-def certificate(problem, *, product=False, cuts=False):
-    """Duals of both signs under which every A is positive definite by far, and no special point."""
-    rows, n, groups = problem.rows, problem.n, problem.n // problem.group_size
-
-    def noise(*shape):
-        return torch.randn(*shape, dtype=torch.float64)
-
-    return Certificate(
-        2 + noise(rows, n).abs(),
-        0.1 * noise(rows, groups),
-        noise(rows, n),
-        0.1 * noise(rows, groups, n) if product else None,
-        [triangles(), *[None] * (rows - 1)] if cuts else None,
-    )
-
-
-def formula(certificate, problem, row):
-    """g of one row as it is defined, in rational numbers."""
-    w = [Fraction(float(x)) for x in problem.weight[row]]
-    gram = [[Fraction(float(x)) for x in line] for line in problem.gram]
-    lam = [Fraction(float(x)) for x in certificate.diagonal[row]]
-    mu = [Fraction(float(x)) for x in certificate.penalty[row]]
-    n, size, s = problem.n, problem.group_size, problem.pruned_per_group
-    groups = [range(first, first + size) for first in range(0, n, size)]
-    cuts = certificate.cuts[row] if certificate.cuts else None
-
-    def g(p):
-        value = sum(
-            w[i] * gram[i][j] * w[j] * p[i] * p[j] for i, j in itertools.product(range(n), repeat=2)
-        )
-        value += sum(lam[i] * (p[i] ** 2 - p[i]) for i in range(n))
-        for group, members in enumerate(groups):
-            excess = sum(p[i] for i in members) - s
-            value += mu[group] * excess**2
-            if certificate.product is not None:
-                nu = [Fraction(float(x)) for x in certificate.product[row, group]]
-                value += sum(nu[i] * p[i] for i in range(n)) * excess
-        if cuts is not None:
-            z = [*(2 * x - 1 for x in p), Fraction(1)]  # index −1 is z_0
-            for (i, j, k), (a, b), tau in zip(
-                cuts.index.tolist(), cuts.sign.tolist(), cuts.multiplier.tolist(), strict=True
-            ):
-                cut = a * z[i] * z[j] + b * z[i] * z[k] + a * b * z[j] * z[k] + 1
-                value -= Fraction(tau) * cut
-        return value
-
-    return g
-
-
-def exact(certificate, problem, row):
-    """The bound as it is defined: g at p̂, and its slope over all legal masks."""
-    g = formula(certificate, problem, row)
-    n, size, s = problem.n, problem.group_size, problem.pruned_per_group
-    point = [Fraction(float(x)) for x in certificate.point[row]]
-    # g is a quadratic: central differences are its gradient exactly
-    half = Fraction(1, 2)
-    gradient = []
-    for i in range(n):
-        up, down = list(point), list(point)
-        up[i], down[i] = up[i] + half, down[i] - half
-        gradient.append(g(up) - g(down))
-    least = sum(sum(sorted(gradient[first : first + size])[:s]) for first in range(0, n, size))
-    slope = least - sum(x * y for x, y in zip(gradient, point, strict=True))
-    return g(point) + slope
 
 
 def least_eigenvalue(certificate, problem, row):
@@ -118,11 +30,6 @@ def least_eigenvalue(certificate, problem, row):
     return float(np.linalg.eigvalsh(np.array(a))[0])
 
 
-def unclamped(certificate, problem, row):
-    """What `check` computes of one row before it says 0 of all that is below."""
-    return float(_check_row(certificate, problem, problem.gram.double(), row, None))
-
-
 def sizes(certificate, problem, row):
     """Σ|term| of each part of g(p̂), every product written out: what float64 sums may lose a part of."""
     w, point = problem.weight[row].double().abs(), certificate.point[row].abs()
@@ -132,17 +39,22 @@ def sizes(certificate, problem, row):
         "weight": (w * point) @ wide @ (w * point),
         "diagonal": certificate.diagonal[row].abs() @ (point.square() + point),
         "penalty": certificate.penalty[row].abs() @ reach.square(),
+        "linear": torch.zeros(()),
         "product": (certificate.product[row].abs() @ point) @ reach,
         "cuts": certificate.cuts[row].multiplier.sum() * (3 * (2 * point.max() + 1) ** 2 + 1),
     }
+    if problem.linear is not None:
+        slope = problem.linear.correlation[row].abs() * w
+        parts["linear"] = 2 * slope @ point + problem.linear.constant[row]
     return {name: float(size) for name, size in parts.items()}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("cuts", [False, True])
 @pytest.mark.parametrize("product", [False, True])
-def test_the_value_is_the_formulas(pattern, product, cuts):
-    problem = layer(pattern)
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_value_is_the_formulas(pattern, product, cuts, linear):
+    problem = layer(pattern, linear=linear)
     given = certificate(problem, product=product, cuts=cuts)
     for row in range(problem.rows):
         true = float(exact(given, problem, row))
@@ -154,7 +66,7 @@ def test_the_value_is_the_formulas(pattern, product, cuts):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("far", [0.5, 30.0])
 @pytest.mark.parametrize(
-    "part", ["weight", "gram", "small gram", "diagonal", "penalty", "product", "cuts"]
+    "part", ["weight", "gram", "small gram", "linear", "diagonal", "penalty", "product", "cuts"]
 )
 def test_the_margin_covers_the_rounding_of_every_part(part, far, pattern):
     """n + n terms in a row lose up to 2n·u of their sizes, whichever part is the large one."""
@@ -173,6 +85,10 @@ def test_the_margin_covers_the_rounding_of_every_part(part, far, pattern):
         problem = LayerProblem(weight, large * gram, pattern)
     elif part == "small gram":
         problem = LayerProblem(large * weight, gram / large, pattern)
+    elif part == "linear":
+        slope = large * (1 + torch.rand(1, 8).double()) * ALTERNATING
+        linear = Linear(slope, large * torch.ones(1).double())
+        problem = LayerProblem(weight, gram, pattern, linear=linear, assume_psd=True)
     elif part == "cuts":
         given = replace(given, cuts=[triangles(large)], diagonal=given.diagonal * 20 * large)
     else:
@@ -183,6 +99,21 @@ def test_the_margin_covers_the_rounding_of_every_part(part, far, pattern):
     lost = float(exact(given, problem, 0) - Fraction(unclamped(given, problem, 0)))
     terms = 2 * problem.n + 8
     assert terms * U * size <= lost <= 500 * terms * U * size
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
+@pytest.mark.parametrize("cuts", [False, True])
+def test_a_certificate_of_a_rows_own_form_proves_as_much_of_the_row(pattern, cuts):
+    """Where the linear part is within Q, and where it stands beside it, by the formula of each."""
+    problem = layer(pattern, rows=1, linear=True)
+    form = LayerProblem(torch.ones(1, 8).double(), problem.row(0).q(), pattern, assume_psd=True)
+    given = certificate(form, cuts=cuts)
+    beside = given.of_linear(problem)
+    within = float(exact(given, form, 0))
+    assert float(exact(beside, problem, 0)) == pytest.approx(within, rel=1e-10)
+    assert unclamped(beside, problem, 0) == pytest.approx(within, rel=1e-9)
+    plain = layer(pattern)
+    assert given.of_linear(plain) is given
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
@@ -418,157 +349,3 @@ def test_the_rows_of_a_certificate_are_taken_stacked_and_chosen():
         box,
         Certificate(*(torch.zeros(3, k).double() for k in (8, 2)), plain.point.float().double()),
     )
-
-
-TAU = torch.ones(2, dtype=torch.float64)
-GOOD = Cuts(torch.tensor([[-1, 0, 7], [3, 2, 1]]), torch.tensor([[1, -1], [-1, -1]]), TAU)
-
-
-@pytest.mark.parametrize(
-    ("part", "bad", "message"),
-    [
-        ("diagonal", lambda c: c.diagonal.float(), "diagonal must be float64"),
-        ("diagonal", lambda c: c.diagonal[:1], "diagonal must be float64"),
-        ("diagonal", lambda c: c.diagonal[:, :7], "diagonal must be float64"),
-        ("penalty", lambda c: c.penalty.float(), "penalty must be float64"),
-        ("penalty", lambda c: c.penalty[:, :1], "penalty must be float64"),
-        ("point", lambda c: c.point[:, :1], "point must be float64"),
-        ("point", lambda c: c.point / (torch.arange(8) != 3), "point holds NaN or infinite"),
-        ("penalty", lambda c: c.penalty / torch.tensor([0.0, 1.0]), "penalty holds NaN or inf"),
-        ("product", lambda c: torch.zeros(2, 8, 2).double(), "product must be float64"),
-        ("product", lambda c: torch.zeros(2, 2, 8), "product must be float64"),
-        ("product", lambda c: torch.full((2, 2, 8), torch.nan).double(), "product holds NaN"),
-        ("cuts", lambda c: [GOOD], "1 cut lists for 2 rows"),
-        ("cuts", lambda c: [None, GOOD, GOOD], "3 cut lists for 2 rows"),
-    ],
-)  # fmt: skip
-def test_tensors_that_do_not_fit_are_named(part, bad, message):
-    problem = layer()
-    given = certificate(problem)
-    with pytest.raises(VerificationError, match=message):
-        replace(given, **{part: bad(given)}).check(problem)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"multiplier": TAU.float()}, "wrong shape or type"),
-        ({"multiplier": TAU[:1]}, "wrong shape or type"),
-        ({"multiplier": TAU[:, None]}, "wrong shape or type"),
-        ({"multiplier": TAU[0]}, "wrong shape or type"),
-        ({"index": GOOD.index[:, :2]}, "wrong shape or type"),
-        ({"index": GOOD.index.flatten()}, "wrong shape or type"),
-        ({"sign": GOOD.sign[:, :1]}, "wrong shape or type"),
-        ({"sign": GOOD.sign[:1]}, "wrong shape or type"),
-        ({"index": GOOD.index.float()}, "not whole numbers"),
-        ({"sign": GOOD.sign.float()}, "not whole numbers"),
-        ({"index": torch.tensor([[-2, 0, 7], [3, 2, 1]])}, "outside the row"),
-        ({"index": torch.tensor([[-1, 0, 7], [3, 2, 8]])}, "outside the row"),
-        ({"index": torch.tensor([[1, 1, 7], [3, 2, 1]])}, "twice"),
-        ({"index": torch.tensor([[7, 1, 7], [3, 2, 1]])}, "twice"),
-        ({"index": torch.tensor([[-1, 1, 7], [3, 2, 2]])}, "twice"),
-        ({"index": torch.tensor([[-1, -1, 7], [3, 2, 1]])}, "twice"),
-        ({"sign": torch.tensor([[1, 0], [1, 1]])}, "not ±1"),
-        ({"sign": torch.tensor([[1, -1], [-2, 1]])}, "not ±1"),
-        ({"multiplier": TAU * torch.tensor([1.0, -1e-9]).double()}, "negative multiplier"),
-        ({"multiplier": TAU * torch.tensor([1.0, torch.inf]).double()}, "negative multiplier"),
-        ({"multiplier": TAU * torch.nan}, "negative multiplier"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("row", [0, 1])
-def test_cuts_that_are_no_triangle_inequalities_are_refused(changes, message, row):
-    problem = layer()
-    cuts = [None, None]
-    cuts[row] = replace(GOOD, **changes)
-    given = replace(certificate(problem), cuts=cuts)
-    with pytest.raises(VerificationError, match=rf"row {row} .*{message}"):
-        given.check(problem)
-
-
-def test_every_whole_number_and_a_multiplier_of_zero_make_a_cut():
-    problem = layer()
-    given = certificate(problem)
-    for kind in (torch.int8, torch.int16, torch.int32, torch.int64):
-        cuts = Cuts(GOOD.index.to(kind), GOOD.sign.to(kind), 0 * TAU)
-        value = replace(given, cuts=[cuts, None]).check(problem)
-        torch.testing.assert_close(value, given.check(problem))
-    none = Cuts(GOOD.index[:0], GOOD.sign[:0], TAU[:0])
-    torch.testing.assert_close(
-        replace(given, cuts=[none, none]).check(problem), given.check(problem)
-    )
-
-
-@pytest.mark.parametrize("size", [1e100, 1e160, 1e300])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("part", ["diagonal", "penalty", "point", "product", "cuts"])
-def test_numbers_near_the_end_of_float64_prove_nothing_and_break_nothing(part, sign, size):
-    problem = layer()
-    given = certificate(problem, product=True)
-    huge = (
-        [Cuts(GOOD.index, GOOD.sign, TAU * size), None]
-        if part == "cuts"
-        else torch.full_like(getattr(given, part), sign * size)
-    )
-    value = replace(given, **{part: huge}).check(problem)
-    assert bool((value <= solve(problem, "exhaustive").objective).all())
-    assert bool((value >= 0).all())
-
-
-@pytest.mark.parametrize("cuts", ["none", "absent", "some", "empty"])
-def test_a_certificate_comes_back_from_disk_and_proves_the_same(cuts, tmp_path):
-    problem = layer(rows=3)
-    given = certificate(problem, product=True)
-    nothing = Cuts(GOOD.index[:0], GOOD.sign[:0], TAU[:0])
-    lists = {
-        "none": None,
-        "absent": [None] * 3,
-        "some": [None, triangles(), GOOD],
-        "empty": [nothing] * 3,
-    }
-    given = replace(given, cuts=lists[cuts])
-    given.save(tmp_path / "c.npz")
-    read = Certificate.load(tmp_path / "c.npz")
-    assert torch.equal(read.product, given.product)
-    for row in range(3):
-        assert unclamped(read, problem, row) == unclamped(given, problem, row)
-    assert torch.equal(read.check(problem), given.check(problem))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"diagonal": np.array(["a"])},
-        {"diagonal": np.zeros((2, 8), ">f8")},
-        {"cut_count": np.array([1, 1])},
-        {"cut_count": np.array(["1", "1"])},
-        {"cut_count": np.array([3, -1])},
-        {"cut_count": np.array([[1], [1]])},
-        {"cut_count": np.array([1.0, 1.0])},
-        {"cut_count": np.array([1, 7])},
-    ],
-    ids=str,
-)
-def test_a_file_of_another_making_is_named(changes, tmp_path):
-    arrays = {
-        "diagonal": np.zeros((2, 8)), "penalty": np.zeros((2, 2)), "point": np.zeros((2, 8)),
-    }  # fmt: skip
-    if "cut_count" in changes and len(changes) == 1 and changes["cut_count"].tolist() != [1, 1]:
-        changes = {
-            **changes,
-            "cut_index": GOOD.index.numpy(),
-            "cut_sign": GOOD.sign.numpy(),
-            "cut_multiplier": TAU.numpy(),
-        }
-    write_arrays(tmp_path / "c.npz", "certificate", {}, {**arrays, **changes})
-    with pytest.raises(ProblemError, match=r"c\.npz: not a sound certificate"):
-        Certificate.load(tmp_path / "c.npz")
-
-
-def test_verify_names_a_forged_cut_from_disk(tmp_path):
-    problem = layer()
-    given = replace(certificate(problem), cuts=[replace(GOOD, multiplier=TAU[:, None]), None])
-    mask = solve(problem, "wanda").mask
-    bound = 0.5 * problem.objective(mask)
-    Solution.of(problem, mask, lower_bound=bound, certificate=given).save(tmp_path / "s.npz")
-    with pytest.raises(VerificationError, match="wrong shape or type"):
-        verify(problem, Solution.load(tmp_path / "s.npz"))
