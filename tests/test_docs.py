@@ -45,6 +45,47 @@ def test_the_page_of_quality_is_what_its_measurements_make(benchmarks, tmp_path)
     assert (tmp_path / "quality.md").read_text() == (ROOT / "docs" / "quality.md").read_text()
 
 
+def test_the_page_of_generalisation_is_what_its_measurements_make(benchmarks, tmp_path):
+    from book import Book
+    from generalisation_page import STUDIES, write
+
+    book = Book(ROOT / "docs" / "figures" / "generalisation.jsonl")
+    write(book, tmp_path / "generalisation.md")
+    page = (tmp_path / "generalisation.md").read_text()
+    assert page == (ROOT / "docs" / "generalisation.md").read_text()
+    for study in STUDIES:
+        assert (f"## {study.title}" in page) == any(
+            k.startswith(study.name + "/") for k in book.lines
+        )
+
+
+def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path):
+    from book import Book
+    from generalisation_page import STUDIES, write
+
+    record = {"dense": 10.0, "ratio": [1.2, 1.1, 1.3], "kl": 0.1, "agreement": 0.9, "shrink": 0.05}
+    keys = [
+        "methods/gemma3/50%/Wanda",
+        "methods/gemma3/50%/1-swap (default)",
+        "bos/gemma3/never/auto",
+    ]
+    keys += ["target/gemma3/dense", "weighting/gemma3/rest", "shrink/gemma3/2:4/auto"]
+    keys += [f"sizes/gemma3/{2**k}" for k in range(2, 9)]
+    book = Book(tmp_path / "some.jsonl")
+    book.begin(dict.fromkeys(("calibration", "text", "corpus", "windows", "machine", "date"), "x"))
+    for number, key in enumerate(keys):
+        error = 0.1 / (1 + number)
+        more = {"fitted": error, "held": error, "perplexity": 20.0 - number, "losses": [1.0, 2.0]}
+        book.put(key, {**record, **more, "ratio": [2.0 - number / 10, 1.0, 3.0]})
+    write(book, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert all(f"## {study.title}" in page for study in STUDIES)
+    assert "no measurements" not in page
+    assert "1.00 over 10 runs of Gemma 3 270M" in page
+    assert "1.000 (1.000 to 1.000)" in page  # the same losses, side by side
+    assert (tmp_path / "figures" / "page.png").stat().st_size > 1000
+
+
 def test_a_page_from_a_busy_machine_has_the_seconds_of_an_idle_one(benchmarks):
     from quality_page import with_seconds_of
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +13,10 @@ from maskopt.model.perplexity import exponential, interval
 
 TITLES = {"gemma3": "Gemma 3 270M", "smollm2": "SmolLM2 135M Instruct"}
 Lines = Mapping[str, Record]
+Key = tuple[str, ...]
+Found = Mapping[Key, Record]
+#: a cell out of a measurement's key, the measurement, and all of its study
+Column = Callable[[Key, Record, Found], str]
 #: runs of a model below which a rank correlation says nothing
 _FEW = 8
 
@@ -22,6 +27,7 @@ def write(book: Book, page: Path) -> None:
     command = (
         "python tests/benchmarks/generalisation.py "
         f"--calibration {about['calibration']} --text {about['text']}"
+        + (f" --corpus {about['corpus']}" if about.get("corpus") else "")
     )
     corpus = f", both of {about['corpus']}" if about.get("corpus") else ""
     parts = [
@@ -36,13 +42,11 @@ Intervals are 95%, by bootstrap over the windows, paired where two models are co
 {about["machine"]}, {about["date"]}.
 """
     ]
-    sections = (methods, bos, target, weighting, sizes, shrink)
-    parts += [text for section in sections if (text := section(book.lines))]
-    missing = [section.__name__ for section in sections if not section(book.lines)]
+    parts += [text for study in STUDIES if (text := study.text(book.lines))]
+    missing = [study.name for study in STUDIES if not study.text(book.lines)]
     if missing:
         parts[0] += f"""
-The data hold no measurements of these studies of the command: {", ".join(missing)}
-(`--only {missing[0]}` makes one, in an hour or two on two cores).
+The data hold no measurements of these studies of the command (`--only` names one): {", ".join(missing)}.
 """
     parts += [judges(book.lines, page.parent / "figures" / f"{page.stem}.png")]
     page.write_text("\n".join(parts).rstrip() + "\n")
@@ -92,183 +96,129 @@ and shrinkage; those with another target or weighting have errors of another kin
 """
 
 
-def by_model(lines: Lines, study: str) -> dict[tuple[str, ...], Record]:
+def by_model(lines: Lines, study: str) -> Found:
     """The measurements of a study by what follows its name, the models one after the other."""
     found = {tuple(k.split("/")): v for k, v in family(lines, study + "/").items()}
     return dict(sorted(found.items(), key=lambda item: item[0][0]))
 
 
-def ratio(record: Record) -> str:
+@dataclass(frozen=True)
+class Study:
+    """A section of the page: a line for every measurement whose key begins with the name."""
+
+    name: str
+    title: str
+    words: str
+    columns: Mapping[str, Column]
+
+    def text(self, lines: Lines) -> str:
+        """Nothing where nothing was measured."""
+        found = by_model(lines, self.name)
+        if not found:
+            return ""
+        rows = [[c(k, record, found) for c in self.columns.values()] for k, record in found.items()]
+        return f"## {self.title}\n\n{self.words}\n\n" + table(list(self.columns), rows)
+
+
+def part(place: int, words: Mapping[str, str] | None = None) -> Column:
+    """A part of the key, as it is or in other words."""
+    return lambda key, record, found: (words or {}).get(key[place], key[place])
+
+
+def figure(name: str, form: str = ".4f") -> Column:
+    return lambda key, record, found: format(record[name], form)
+
+
+def ratio(key: Key, record: Record, found: Found) -> str:
     middle, low, high = record["ratio"]
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-def beside(record: Record, base: Record | None) -> str:
-    """Perplexity as a multiple of another model's, with its interval, paired by window."""
-    if base is None or base is record:
-        return ""
-    difference = torch.tensor(record["losses"]) - torch.tensor(base["losses"])
-    low, high = interval(difference)
-    return (
-        f"{exponential(float(difference.double().mean())):.3f} "
-        f"({exponential(low):.3f} to {exponential(high):.3f})"
-    )
+def beside(last: str) -> Column:
+    """Perplexity as a multiple of that of another measurement, whose key ends so; its interval, paired by
+    window."""
+
+    def cell(key: Key, record: Record, found: Found) -> str:
+        base = found.get((*key[:-1], last))
+        if base is None or base is record:
+            return ""
+        difference = torch.tensor(record["losses"]) - torch.tensor(base["losses"])
+        low, high = interval(difference)
+        middle = exponential(float(difference.double().mean()))
+        return f"{middle:.3f} ({exponential(low):.3f} to {exponential(high):.3f})"
+
+    return cell
 
 
-def methods(lines: Lines) -> str:
-    found = by_model(lines, "methods")
-    if not found:
-        return ""
-    rows = []
-    for (model, pattern, label), record in found.items():
-        rows.append(
-            [
-                f"{TITLES[model]} (dense {record['dense']:.1f})",
-                pattern,
-                label,
-                f"{record['perplexity']:.1f}",
-                ratio(record),
-                beside(record, found.get((model, pattern, "Wanda"))),
-                f"{record['kl']:.3f}",
-                f"{100 * record['agreement']:.1f}%",
-                f"{record['fitted']:.4f}",
-                f"{record['held']:.4f}",
-            ]
-        )
-    return "## Methods\n\n32 calibration windows.\n\n" + table(
-        [
-            "model",
-            "pattern",
-            "masks",
-            "perplexity",
-            "× dense",
-            "× Wanda",
-            "KL to dense",
-            "same top token",
-            "error, fitted",
-            "held out",
-        ],
-        rows,
-    )
+def alpha(key: Key, record: Record, found: Found) -> str:
+    return f"auto (mean {record['shrink']:.2f})" if key[-1] == "auto" else key[-1]
 
 
-def bos(lines: Lines) -> str:
-    found = by_model(lines, "bos")
-    if not found:
-        return ""
-    words = {"never": "without", "auto": "with"}
-    rows = [
-        [
-            TITLES[model],
-            words[calibrated],
-            words[evaluated],
-            f"{record['dense']:.1f}",
-            f"{record['perplexity']:.1f}",
-            ratio(record),
-        ]
-        for (model, calibrated, evaluated), record in found.items()
-    ]
-    return """## What windows begin with
-
-50%, 32 calibration windows, with and without what the tokenizer puts before a text. SmolLM2's tokenizer puts
-nothing there: both are the same.
-
-""" + table(["model", "calibrated", "evaluated", "dense", "pruned", "× dense"], rows)
-
-
-def target(lines: Lines) -> str:
-    found = by_model(lines, "target")
-    if not found:
-        return ""
-    rows = [
-        [
-            TITLES[model],
-            label,
-            f"{record['fitted']:.4f}",
-            f"{record['held']:.4f}",
-            f"{record['perplexity']:.1f}",
-            ratio(record),
-            beside(record, found.get((model, "pruned"))),
-        ]
-        for (model, label), record in found.items()
-    ]
-    return """## What a layer is to give
-
-50%, 32 windows. `target` pruned: a layer is to give on the inputs that it has
-in the pruned model what its dense weights give on them; dense: what it gives in the dense model. Errors are
-parts of the mean square of the target.
-
-""" + table(
-        [
-            "model",
-            "target",
-            "error, fitted",
-            "held out",
-            "perplexity",
-            "× dense",
-            "× that of pruned",
-        ],
-        rows,
-    )
-
-
-def weighting(lines: Lines) -> str:
-    found = by_model(lines, "weighting")
-    if not found:
-        return ""
-    rows = [
-        [
-            TITLES[model],
-            label,
-            f"{record['perplexity']:.1f}",
-            ratio(record),
-            beside(record, found.get((model, "alike"))),
-        ]
-        for (model, label), record in found.items()
-    ]
-    return """## Which tokens count
-
-50%, 32 windows. rest: the first token of a window does not count; relative: each counts by one over the mean
-square of its hidden state.
-
-""" + table(["model", "weighting", "perplexity", "× dense", "× that of alike"], rows)
-
-
-def sizes(lines: Lines) -> str:
-    found = by_model(lines, "sizes")
-    if not found:
-        return ""
-    rows = [
-        [
-            TITLES[model],
-            size,
-            f"{record['fitted']:.4f}",
-            f"{record['held']:.4f}",
-            f"{record['perplexity']:.1f}",
-            ratio(record),
-        ]
-        for (model, size), record in sorted(found.items(), key=lambda x: (x[0][0], int(x[0][1])))
-    ]
-    return "## How much text\n\n50%.\n\n" + table(
-        ["model", "windows", "error, fitted", "held out", "perplexity", "× dense"], rows
-    )
-
-
-def shrink(lines: Lines) -> str:
-    found = by_model(lines, "shrink")
-    if not found:
-        return ""
-    rows = [
-        [
-            TITLES[model],
-            pattern,
-            alpha if alpha != "auto" else f"auto (mean {record['shrink']:.2f})",
-            f"{record['held']:.4f}",
-            f"{record['perplexity']:.1f}",
-            ratio(record),
-        ]
-        for (model, pattern, alpha), record in found.items()
-    ]
-    return "## Shrinkage\n\n16 windows.\n\n" + table(
-        ["model", "pattern", "α", "error, held out", "perplexity", "× dense"], rows
-    )
+MODEL = part(0, TITLES)
+WITH = {"never": "without", "auto": "with"}
+ERRORS = {"error, fitted": figure("fitted"), "held out": figure("held")}
+QUALITY = {"perplexity": figure("perplexity", ".1f"), "× dense": ratio}
+STUDIES = (
+    Study(
+        "methods",
+        "Methods",
+        "32 calibration windows.",
+        {
+            "model": MODEL,
+            "pattern": part(1),
+            "masks": part(2),
+            "dense": figure("dense", ".1f"),
+            **QUALITY,
+            "× Wanda": beside("Wanda"),
+            "KL to dense": figure("kl", ".3f"),
+            "same top token": figure("agreement", ".1%"),
+            **ERRORS,
+        },
+    ),
+    Study(
+        "bos",
+        "What windows begin with",
+        "50%, 32 calibration windows, with and without what the tokenizer puts before a text. SmolLM2's\n"
+        "tokenizer puts nothing there: both are the same.",
+        {
+            "model": MODEL,
+            "calibrated": part(1, WITH),
+            "evaluated": part(2, WITH),
+            "dense": figure("dense", ".1f"),
+            **QUALITY,
+        },
+    ),
+    Study(
+        "target",
+        "What a layer is to give",
+        "50%, 32 windows. `target` pruned: a layer is to give on the inputs that it has in the pruned\n"
+        "model what its dense weights give on them; dense: what it gives in the dense model. Errors are\n"
+        "parts of the mean square of the target.",
+        {
+            "model": MODEL,
+            "target": part(1),
+            **ERRORS,
+            **QUALITY,
+            "× that of pruned": beside("pruned"),
+        },
+    ),
+    Study(
+        "weighting",
+        "Which tokens count",
+        "50%, 32 windows. rest: the first token of a window does not count; relative: each counts by one\n"
+        "over the mean square of its hidden state.",
+        {"model": MODEL, "weighting": part(1), **QUALITY, "× that of alike": beside("alike")},
+    ),
+    Study(
+        "sizes",
+        "How much text",
+        "50%.",
+        {"model": MODEL, "windows": part(1), **ERRORS, **QUALITY},
+    ),
+    Study(
+        "shrink",
+        "Shrinkage",
+        "16 windows.",
+        {"model": MODEL, "pattern": part(1), "α": alpha, "held out": figure("held"), **QUALITY},
+    ),
+)
