@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.errors import ProblemError
+from maskopt.errors import PatternError, ProblemError
 from maskopt.linear import Linear
+from maskopt.pattern import Pattern
 
 #: a G whose least eigenvalue is above −PSD_TOLERANCE·tr(G) counts as positive semidefinite: float32
 #: accumulation of xxᵀ leaves errors of this size (2⁻²³ ≈ 1.2e-7)
@@ -85,6 +86,14 @@ def check_semidefinite(gram: Tensor, label: str) -> None:
             f"{label}gram is not positive semidefinite: its least eigenvalue is {least:.6g} "
             f"(trace {trace:.6g}); a Gram matrix is XXᵀ, so check how it was accumulated"
         )
+
+
+def check_pattern(pattern: Pattern, n: int, label: str) -> None:
+    """Raise PatternError, with the layer named, where the pattern does not fit n inputs."""
+    try:
+        pattern.check(n)
+    except PatternError as error:
+        raise PatternError(f"{label}{error}") from None
 
 
 def check_costs(weight: Tensor, gram: Tensor, label: str) -> None:

@@ -11,7 +11,6 @@ other: the refitted row's error, without λ, is never above that of the mask.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskopt.errors import OptionError
-from maskopt.limits import Limits
+from maskopt.limits import Limits, one_thread_each
 from maskopt.problem import LayerProblem, RowProblem
 
 #: bytes of gathered matrices that one thread works on, where the caller sets no limit
@@ -38,7 +37,8 @@ class Refitted:
     Attributes:
         weight: float64 [rows, n], zero where the mask prunes.
         error: float64 [rows], mean square of what the outputs miss their targets by.
-        residual: float64 [rows], ‖b − Av‖/‖b‖ of the normal equations, recomputed in float64.
+        residual: float64 [rows], ‖b − Av‖/‖b‖ of the normal equations Av = b for these weights; far from 0
+            where a row kept the mask's own, since least squares could not better them within rounding.
     """
 
     weight: Float[Tensor, "rows n"]
@@ -77,18 +77,12 @@ def refit(
     row_bytes = 3 * system.gram.element_size() * max(kept, 1) ** 2 + 64 * layer.n
     tile = max(1, min(limits.bytes(threads * _TILE_BYTES) // threads // row_bytes, layer.rows))
     parts = [slice(first, first + tile) for first in range(0, layer.rows, tile)]
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found = list(pool.map(system.solve, parts))
-    finally:
-        torch.set_num_threads(before)
-    weight = torch.cat([v for v, _ in found])
+    weight = torch.cat(one_thread_each(lambda i: system.solve(parts[i]), len(parts), threads))
     error, kept_error = layer.error(weight), layer.objective(mask)
     # rounding: of rows that least squares cannot better, the weights stay
     worse = ~(error <= kept_error)
     weight = torch.where(worse[:, None], torch.where(mask, layer.weight.double(), 0.0), weight)
-    return Refitted(weight, error.where(~worse, kept_error), torch.cat([r for _, r in found]))
+    return Refitted(weight, error.where(~worse, kept_error), system.residual(weight))
 
 
 @dataclass(frozen=True)
@@ -117,8 +111,14 @@ class _System:
             target = target + layer.linear.correlation
         return cls(mask, layer.gram, exact, target, ridge)
 
-    def solve(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """v and the relative residual of some rows."""
+    def residual(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """‖b − Av‖/‖b‖ of the kept inputs, float64."""
+        rest = self.target - (weight @ self.exact + self.ridge * weight)
+        wanted, rest = (torch.where(self.mask, x, 0.0) for x in (self.target, rest))
+        return rest.norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-300)
+
+    def solve(self, rows: slice) -> Float[Tensor, "some n"]:
+        """v of some rows."""
         mask = self.mask[rows]
         index = mask.nonzero()[:, 1].view(len(mask), int(mask[0].sum()))
         weight, residual = self._refined(rows, index, self.gram)
@@ -126,7 +126,7 @@ class _System:
         if len(poor) and self.gram.dtype != torch.float64:
             chosen = torch.arange(len(self.mask), device=mask.device)[rows][poor]
             weight[poor], residual[poor] = self._refined(chosen, index[poor], self.exact)
-        return weight, residual
+        return weight
 
     def _refined(self, rows: slice | Tensor, index: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         """Factors in the dtype of `gram`, refined in float64. ∞ where a factorisation breaks down."""

@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +21,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
+Part = TypeVar("Part")
 #: what a keyword of `solve` or `lower_bound` sets in `Limits`
 KEYWORDS = {
     "time_limit": "seconds",
@@ -149,6 +152,18 @@ def torch_threads(threads: int | None) -> Iterator[int]:
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
+
+
+def one_thread_each(work: Callable[[int], Part], count: int, threads: int) -> list[Part]:
+    """work(0 … count − 1), each with one thread inside torch: products that two threads share may
+    differ in their last bits from those of one. (`torch_threads` looks at the number of this thread, which
+    stays what it was; new threads inherit the last value that any thread set.)"""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, range(count)))
+    finally:
+        torch.set_num_threads(before)
 
 
 def parse_bytes(text: str) -> int:

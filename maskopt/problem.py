@@ -21,13 +21,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.errors import PatternError, ProblemError, WarmStartError
+from maskopt.errors import ProblemError, WarmStartError
 from maskopt.files import read_arrays, write_arrays
 from maskopt.inputs import (
     PSD_TOLERANCE,
     ArrayLike,
     as_tensor,
     check_costs,
+    check_pattern,
     check_semidefinite,
     linear_part,
     symmetric,
@@ -93,10 +94,7 @@ class LayerProblem:
                 f"{label}weight is on {self.weight.device} and gram on {gram_tensor.device}; "
                 "move both to one device"
             )
-        try:
-            pattern.check(n)
-        except PatternError as error:
-            raise PatternError(f"{label}{error}") from None
+        check_pattern(pattern, n, label)
         self.pattern = pattern
         self.gram: Float[Tensor, "n n"] = symmetric(gram_tensor, label)
         self.mean: Float[Tensor, " n"] | None = None
@@ -205,6 +203,17 @@ class LayerProblem:
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
         """The problem of some rows only; shares gram."""
         return self._like(rows, self.name)
+
+    def under(self, pattern: Pattern) -> LayerProblem:
+        """The same rows under another pattern; shares all arrays.
+
+        Raises:
+            PatternError: it does not fit n.
+        """
+        check_pattern(pattern, self.n, f"layer {self.name!r}: " if self.name else "")
+        problem = self._like(slice(None), self.name)
+        problem.pattern = pattern
+        return problem
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""

@@ -53,6 +53,17 @@ def test_definiteness_may_be_taken_on_trust():
         LayerProblem(torch.ones(1, 4), indefinite, HALF)
 
 
+def test_under_another_pattern_it_is_the_same_problem():
+    gram = random_gram(8, "full", 0)
+    problem = LayerProblem(random_weight(3, 8, 1), gram, HALF, name="up", mean=gram[0])
+    other = problem.under(NM(keep=2, of=4))
+    assert (other.pattern, other.name, problem.pattern) == (NM(keep=2, of=4), "up", HALF)
+    for name in ("weight", "gram", "mean"):
+        assert getattr(other, name).data_ptr() == getattr(problem, name).data_ptr()
+    with pytest.raises(PatternError, match="layer 'up'"):
+        problem.under(NM(keep=1, of=3))
+
+
 def test_costs_beyond_float64_are_refused():
     weight = torch.ones(2, 4, dtype=torch.float64)
     weight[1, 2] = 1e160

@@ -130,6 +130,19 @@ def test_rows_without_weights_and_inputs_without_anything():
     assert found.error.tolist() == [0.0, 0.0]
 
 
+def test_the_residual_is_that_of_the_weights_that_are_returned():
+    problem = layer(rows=3, kind="low-rank", linear=True)
+    mask = solve(problem, "wanda").mask
+    found = refit(problem, mask, damping=0.1)
+    gram = problem.gram + 0.1 * problem.gram.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    for row in range(3):
+        kept = mask[row]
+        wanted = (gram @ problem.weight[row] + problem.linear.correlation[row])[kept]
+        rest = wanted - (gram @ found.weight[row])[kept]
+        expected = float(rest.norm() / wanted.norm().clamp(min=1e-300))
+        assert float(found.residual[row]) == pytest.approx(expected, abs=1e-12)
+
+
 def test_bad_input_gets_one_line():
     problem = layer()
     mask = solve(problem, "wanda").mask

@@ -42,7 +42,9 @@ def load_layers(
     pattern = optional_pattern(options)
     models = [path for path in source if path.is_dir()]
     if not models:
-        layers = [_with_pattern(layer, pattern) for layer in load_instances(source)]
+        layers = [
+            layer if pattern is None else layer.under(pattern) for layer in load_instances(source)
+        ]
         return Layers(layers, pattern, {})
     if len(source) > 1:
         raise OptionError(f"{models[0]} is a model folder: name it alone, or .npz instances")
@@ -73,18 +75,3 @@ def load_layers(
         )
     kinds = {layer.name: layer.kind for layer, _ in found}
     return Layers([problem for _, problem in found], pattern, kinds)
-
-
-def _with_pattern(layer: LayerProblem, pattern: Pattern | None) -> LayerProblem:
-    """The layer under the pattern that was asked for, where one was."""
-    if pattern is None:
-        return layer
-    return LayerProblem(
-        layer.weight,
-        layer.gram,
-        pattern,
-        name=layer.name,
-        mean=layer.mean,
-        linear=layer.linear,
-        assume_psd=True,
-    )

@@ -26,6 +26,7 @@ from maskopt.model.opening import capped_length, load_tokenizer, open_source
 from maskopt.model.options import WalkOptions
 from maskopt.model.perplexity import interval
 from maskopt.model.source import FolderSource
+from maskopt.model.tokens import check_count
 
 INSTALL = "pip install 'maskopt[tasks]'"
 #: those of lm-eval's own command line, so that its figures are these
@@ -155,9 +156,9 @@ def open_tasks(
     """
     if not names:
         raise OptionError("`tasks` names none; write arc_easy,hellaswag")
-    _check_count("task_batch", batch)
+    check_count("task_batch", batch)
     if limit is not None:
-        _check_count("task_limit", limit)
+        check_count("task_limit", limit)
     if folder is not None and not Path(folder).is_dir():
         raise OptionError(f"{folder}: no such folder of tasks")
     with _quiet():
@@ -283,11 +284,6 @@ def _has_nan(answer: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) or (hasattr(value, "dtype") and value.ndim == 0)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"`{name}` must be a whole number of at least 1, not {value!r}")
 
 
 @contextmanager

@@ -23,8 +23,6 @@ it only moves what A is applied to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from maskopt.limits import Limits
+from maskopt.limits import Limits, one_thread_each
 from maskopt.problem import LayerProblem
 from maskopt.solvers.convex.box_step import CompiledStep, TorchStep, make_step
 from maskopt.solvers.convex.linear_bound import linear_bound
@@ -108,7 +106,7 @@ def relax_box(
     # an inexact A moves the point at which the steps settle, and nothing that hardening would notice
     exact = plan.max_iterations > 0 and problem.n <= _DOUBLE_UP_TO
     dtype = torch.float64 if exact else problem.gram.dtype
-    split = _one_thread_each(lambda _: _Split.of(problem, dtype, shift), 1, 1)[0]
+    split = one_thread_each(lambda _: _Split.of(problem, dtype, shift), 1, 1)[0]
     row_bytes = _TILE_ARRAYS * split.factor.element_size() * problem.n
     on_cpu = problem.device.type == "cpu"
     tile = _TILE_ROWS if on_cpu else max(1, limits.bytes(_TILE_BYTES) // row_bytes)
@@ -124,25 +122,13 @@ def relax_box(
         return _Tile(part, split, plan).run(limits.share(1 / waves))
 
     count = len(starts)
-    parts = _one_thread_each(work, count, threads) if on_cpu else [work(i) for i in range(count)]
+    parts = one_thread_each(work, count, threads) if on_cpu else [work(i) for i in range(count)]
     return BoxPoint(
         *(
             torch.cat([getattr(part, name) for part in parts])
             for name in ("value", "bound", "point", "last", "iterations")
         )
     )
-
-
-def _one_thread_each(work: Callable[[int], Any], count: int, threads: int) -> list[Any]:
-    """work(0 … count − 1), each with one thread inside torch: products that two threads share may
-    differ in their last bits from those of one. (`torch_threads` looks at the number of this thread, which
-    stays what it was; new threads inherit the last value that any thread set.)"""
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, range(count)))
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

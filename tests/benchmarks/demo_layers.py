@@ -11,7 +11,6 @@ from maskopt import LayerProblem
 from maskopt.model.demo_model import demo_model
 from maskopt.model.demo_text import demo_text
 from maskopt.model.problems import collect_problems
-from maskopt.pattern import Pattern
 
 #: layers of the comparison of masks
 LAYERS = ("0.q", "0.o", "2.gate", "2.down", "4.q", "4.o")
@@ -51,17 +50,6 @@ def sample(problem: LayerProblem, rows: int, seed: int) -> LayerProblem:
     """Some rows, chosen by seed; a prefix of a larger sample is the smaller one."""
     order = torch.randperm(problem.rows, generator=torch.Generator().manual_seed(seed))
     return problem.take(order[:rows].tolist())
-
-
-def with_pattern(problem: LayerProblem, pattern: Pattern) -> LayerProblem:
-    return LayerProblem(
-        problem.weight,
-        problem.gram,
-        pattern,
-        name=problem.name,
-        mean=problem.mean,
-        assume_psd=True,
-    )
 
 
 def ratio(objective: torch.Tensor, base: torch.Tensor) -> list[float]:

@@ -75,10 +75,7 @@ def given_layers(paths: list[Path]) -> Iterator[tuple[str, LayerProblem]]:
     for path in paths:
         layer = LayerProblem.load(path)
         for pattern in (Unstructured(sparsity=0.5), NM(keep=2, of=4)):
-            yield (
-                f"{path.stem} {pattern}",
-                LayerProblem(layer.weight, layer.gram, pattern, mean=layer.mean, assume_psd=True),
-            )
+            yield f"{path.stem} {pattern}", layer.under(pattern)
 
 
 def digest(solution: Solution) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from book import Book
-from demo_layers import LAYERS, columns_of, loaded, sample, with_pattern
+from demo_layers import LAYERS, columns_of, loaded, sample
 
 from maskopt import LayerProblem, RowProblem, Unstructured, lower_bound, solve, verify
 from maskopt.trace import RelaxTrace
@@ -44,7 +44,7 @@ class Rows:
                 Unstructured(sparsity=self.sparsity),
                 assume_psd=True,
             )
-        return with_pattern(problem, Unstructured(sparsity=self.sparsity))
+        return problem.under(Unstructured(sparsity=self.sparsity))
 
 
 #: the rows of the certified gaps

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from book import PATTERNS, Book
-from demo_layers import LAYERS, SIXTEEN, collect, loaded, name_of, ratio, sample, with_pattern
+from demo_layers import LAYERS, SIXTEEN, collect, loaded, name_of, ratio, sample
 
 from maskopt import LayerProblem, Solution, solve
 from maskopt.model.demo_model import demo_model
@@ -56,7 +56,7 @@ def masks(book: Book, args: argparse.Namespace) -> None:
     for layer, whole in loaded(args, LAYERS):
         rows = sample(whole, args.rows, args.seed)
         for label, pattern in PATTERNS.items():
-            problem = with_pattern(rows, pattern)
+            problem = rows.under(pattern)
             base = solve(problem, "wanda").objective
             for method, (solver, start, options) in METHODS.items():
                 few = solver == "sdp"
