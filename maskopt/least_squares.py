@@ -5,8 +5,8 @@ For a row with the kept set S, of all v that are zero outside S the best is
     v_S = (G + λI)_SS⁻¹ ((G + λI)w + g)_S,     v = argmin (w−v)ᵀ(G + λI)(w−v) + 2gᵀ(w−v) + c
 
 (g and c only where the problem has a linear part). The damping λ keeps v near w where the calibration inputs
-say little. Since w − v is w itself on what is pruned, λ costs the mask's own choice v_S = w_S as much as any
-other: the refitted row's error, without λ, is never above that of the mask.
+say little. Since w − v is w on what is pruned, whatever v is, λ‖w − v‖² is least for the mask's own choice
+v_S = w_S: the refitted row's error, without λ, is never above that of the mask.
 """
 
 from __future__ import annotations
