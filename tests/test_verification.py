@@ -48,7 +48,7 @@ def small(unit):
     )
 
 
-def refused(problem, solution, message):
+def assert_refused(problem, solution, message):
     with pytest.raises(VerificationError, match=message):
         verify(problem, solution)
 
@@ -64,7 +64,7 @@ def test_an_objective_may_be_off_by_1e_9_of_itself(unit, sign):
         if passes:
             verify(problem, replace(honest, objective=off))
         else:
-            refused(problem, replace(honest, objective=off), "objective: row 1")
+            assert_refused(problem, replace(honest, objective=off), "objective: row 1")
 
 
 @UNITS
@@ -74,7 +74,7 @@ def test_or_by_1e_12_of_the_diagonal(unit):
     off = 1e-12 * problem.diagonal_mass()
     assert honest.objective.tolist() == [0.0, 0.0]
     verify(problem, replace(honest, objective=WITHIN * off))
-    refused(problem, replace(honest, objective=BEYOND * off), "objective: row 0")
+    assert_refused(problem, replace(honest, objective=BEYOND * off), "objective: row 0")
 
 
 @UNITS
@@ -84,14 +84,16 @@ def test_a_bound_may_be_above_the_objective_by_1e_12_of_the_diagonal(unit):
     honest = replace(honest, vouched=WORDS)
     verify(problem, replace(honest, lower_bound=honest.objective))
     verify(problem, replace(honest, lower_bound=honest.objective + WITHIN * off))
-    refused(
+    assert_refused(
         problem,
         replace(honest, lower_bound=honest.objective + BEYOND * off),
         "row 0 .* above the objective",
     )
     for bad in (torch.nan, torch.inf, -1e-300):
         wrong = torch.tensor([0.0, bad], dtype=torch.float64)
-        refused(problem, replace(honest, lower_bound=wrong), "lower bound: row 1 .* f ≥ 0 always")
+        assert_refused(
+            problem, replace(honest, lower_bound=wrong), "lower bound: row 1 .* f ≥ 0 always"
+        )
 
 
 @UNITS
@@ -108,7 +110,7 @@ def test_a_bound_may_be_above_what_its_certificate_proves_by_1e_9(unit):
     near = replace(solution, lower_bound=bound.value * (1 + WITHIN * 1e-9))
     assert verify(problem, near).checked
     far = replace(solution, lower_bound=bound.value * (1 + BEYOND * 1e-9))
-    refused(problem, far, "row 0 .* its certificate proves")
+    assert_refused(problem, far, "row 0 .* its certificate proves")
 
 
 @UNITS
@@ -116,7 +118,9 @@ def test_a_bound_that_nothing_proves_may_be_rounding(unit):
     problem = large(unit)
     honest, off = solve(problem, "worst"), 1e-12 * problem.diagonal_mass()
     assert verify(problem, replace(honest, lower_bound=WITHIN * off)).checked
-    refused(problem, replace(honest, lower_bound=BEYOND * off), "row 0 .* without a certificate")
+    assert_refused(
+        problem, replace(honest, lower_bound=BEYOND * off), "row 0 .* without a certificate"
+    )
 
 
 @UNITS
@@ -127,7 +131,7 @@ def test_optimal_needs_a_gap_closed_to_1e_6_of_the_objective(unit):
     off = torch.tensor([0.5, WITHIN * 1e-6], dtype=torch.float64)
     verify(problem, replace(optimal, lower_bound=best.objective * (1 - off)))
     off[1] = BEYOND * 1e-6
-    refused(
+    assert_refused(
         problem,
         replace(optimal, lower_bound=best.objective * (1 - off)),
         "row 1 claims optimal without proof",
@@ -155,7 +159,9 @@ def test_swap_optimal_leaves_no_swap_above_1e_6_of_the_objective(unit):
         if passes:
             verify(problem, claimed)
         else:
-            refused(problem, claimed, "row 0 claims swap-optimal, yet keeping input 0 instead of")
+            assert_refused(
+                problem, claimed, "row 0 claims swap-optimal, yet keeping input 0 instead of"
+            )
 
 
 def test_optimal_implies_swap_optimal():
@@ -165,7 +171,7 @@ def test_optimal_implies_swap_optimal():
     forged = replace(
         start, lower_bound=start.objective, status=(Status.OPTIMAL,) * 2, vouched=WORDS
     )
-    refused(problem, forged, "row 0 claims optimal, yet keeping input")
+    assert_refused(problem, forged, "row 0 claims optimal, yet keeping input")
 
 
 @UNITS
@@ -174,7 +180,7 @@ def test_a_bound_may_be_above_the_best_of_all_masks_by_1e_6_of_it(unit):
     optimum = solve(problem, "exhaustive").objective
     worst = replace(solve(problem, "worst"), vouched=WORDS)
     verify(problem, replace(worst, lower_bound=optimum * (1 + WITHIN * 1e-6)))
-    refused(
+    assert_refused(
         problem,
         replace(worst, lower_bound=optimum * (1 + BEYOND * 1e-6)),
         "row 0 .* a mask of objective",
@@ -202,7 +208,7 @@ def test_a_second_best_mask_that_no_swap_leaves_is_not_optimal(unit):
         if passes:
             verify(problem, claimed)
         else:
-            refused(problem, claimed, "row 0 claims optimal, but a mask of objective")
+            assert_refused(problem, claimed, "row 0 claims optimal, but a mask of objective")
 
 
 @UNITS
@@ -215,7 +221,7 @@ def test_enumeration_allows_for_rounding_where_the_best_mask_costs_nothing(unit)
     claimed = Solution.of(problem, mask, status=Status.OPTIMAL)
     verify(problem, replace(claimed, objective=WITHIN * off, lower_bound=WITHIN * off))
     worse = replace(Solution.of(problem, mask.flip(1)), lower_bound=BEYOND * off, vouched=WORDS)
-    refused(problem, worse, "row 0 .* a mask of objective")
+    assert_refused(problem, worse, "row 0 .* a mask of objective")
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(keep=0), Unstructured(keep=8)], ids=str)
@@ -253,13 +259,15 @@ def test_values_of_another_shape_or_type_are_named(what, bad):
     problem = small(1.0)
     honest = solve(problem, "wanda")
     forged = replace(honest, **{what: bad(getattr(honest, what))})
-    refused(problem, forged, rf"{what} must be float64 \[2\]")
+    assert_refused(problem, forged, rf"{what} must be float64 \[2\]")
 
 
 def test_a_status_that_does_not_exist_is_named():
     problem = small(1.0)
     honest = solve(problem, "wanda")
-    refused(problem, replace(honest, status=("feasible", "perfect")), "row 1 claims 'perfect'")
+    assert_refused(
+        problem, replace(honest, status=("feasible", "perfect")), "row 1 claims 'perfect'"
+    )
     verify(problem, replace(honest, status=("feasible", "feasible")))
 
 
@@ -280,5 +288,5 @@ def test_rows_that_weigh_nothing_leave_no_room_and_need_none():
     solution = solve(problem, "swap")
     assert verify(problem, replace(solution, status=(Status.OPTIMAL,) * 2)).checked
     off = torch.tensor([0.0, 1e-300], dtype=torch.float64)
-    refused(problem, replace(solution, objective=off), "objective: row 1")
-    refused(problem, replace(solution, lower_bound=off), "row 1 .* above the objective")
+    assert_refused(problem, replace(solution, objective=off), "objective: row 1")
+    assert_refused(problem, replace(solution, lower_bound=off), "row 1 .* above the objective")
