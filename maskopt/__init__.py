@@ -7,11 +7,12 @@ from maskopt.bounds import Bound, available_bounds, lower_bound
 from maskopt.certificate import Certificate
 from maskopt.checks import Exchange, improving_swap
 from maskopt.errors import MaskoptError
-from maskopt.least_squares import Refitted, refit
+from maskopt.least_squares import Refit
 from maskopt.limits import Limits, Progress
 from maskopt.linear import Linear
 from maskopt.pattern import NM, Unstructured
 from maskopt.problem import LayerProblem, RowProblem, load_problem
+from maskopt.refitted import Refitted, refit
 from maskopt.solution import Solution, Status
 from maskopt.solver import available_solvers, make_solver, solve
 from maskopt.verification import Verification, verify
@@ -45,6 +46,7 @@ __all__ = [
     "MaskoptError",
     "Progress",
     "PruneOptions",
+    "Refit",
     "Refitted",
     "RowProblem",
     "Solution",

@@ -115,6 +115,11 @@ def lower_bound(
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     limits, own = limits_of(limits, options)
     maker = make_bound(method, **own)
+    if layer.refit is not None:
+        raise SolverError(
+            "bounds are of weights as they are; there is none yet of refitted ones: take "
+            "problem.refitting(None), whose optimum is no bound of the other"
+        )
     if maker.largest_n is not None and layer.n > maker.largest_n:
         raise SolverError(
             f"bound {maker.name!r} takes at most {maker.largest_n} inputs, the row has {layer.n}; "

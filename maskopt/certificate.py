@@ -83,9 +83,14 @@ class Certificate:
 
         Raises:
             VerificationError: shapes that do not fit, values that are not finite, τ < 0, or an
-                index or a sign that makes no triangle inequality.
+                index or a sign that makes no triangle inequality; a problem of refitted weights, whose
+                objective is another.
         """
         layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+        if layer.refit is not None:
+            raise VerificationError(
+                "a certificate bounds f, and proves nothing of refitted weights"
+            )
         self._check_shapes(layer)
         shared = _shared_slack(self, layer)
         gram = layer.gram.double()

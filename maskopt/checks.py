@@ -5,31 +5,24 @@ swap of a kept u against a pruned p changes f by
 
     Δ(u, p) = 2 w_u c_u + w_u² G_uu − 2 w_p c_p + w_p² G_pp − 2 w_u w_p G_up,   c = G (w ⊙ p)
 
-(SparseSwaps, arXiv 2512.10922), with c = G (w ⊙ p) + g where f has a linear part 2 gᵀ(w ⊙ p).
+(SparseSwaps, arXiv 2512.10922), with c = G (w ⊙ p) + g where f has a linear part 2 gᵀ(w ⊙ p). For refitted
+weights see `maskopt.refit_checks`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from maskopt.errors import VerificationError
 from maskopt.problem import LayerProblem, RowProblem
+from maskopt.refit_checks import Exchange, improving_refit_swap
 from maskopt.solution import SWAP_TOLERANCE, swap_threshold
 
 #: pairs whose Δ is formed at a time
 PAIRS_AT_ONCE = 2**22
-
-
-class Exchange(NamedTuple):
-    """Keep `pruned` instead of `kept`: the objective changes by `delta` (< 0)."""
-
-    kept: int
-    pruned: int
-    delta: float
 
 
 def improving_swap(
@@ -40,8 +33,8 @@ def improving_swap(
     Args:
         problem: a row (or a layer of one row).
         mask: bool [n] or [1, n], True = kept; must be legal.
-        tolerance: a swap improves when it lowers f by more than tolerance·f (and by more than
-            float64 rounding, see `swap_threshold`); 0 asks for any decrease above rounding.
+        tolerance: a swap improves when it lowers f (F with `refit`) by more than tolerance·f (and by more
+            than float64 rounding, see `swap_threshold`); 0 asks for any decrease above rounding.
 
     Returns:
         (kept, pruned, delta), ties broken by lowest kept, then lowest pruned index; or None.
@@ -50,6 +43,8 @@ def improving_swap(
     if layer.rows != 1:
         raise VerificationError("improving_swap takes one row; use problem.row(i)")
     mask = layer.check_mask(mask)[0]
+    if layer.refit is not None:
+        return improving_refit_swap(layer, mask, tolerance)
     w = layer.weight[0].double()
     # a power of two brings extreme weights within range without changing any comparison
     scale = 2.0 ** -math.frexp(float(w.abs().max()) or 1.0)[1]

@@ -206,6 +206,8 @@ def _key(row: RowProblem, name: str, job: _Job) -> str:
     if row.linear is not None:
         digest.update(row.linear.correlation.cpu().numpy().tobytes())
         digest.update(row.linear.constant.cpu().numpy().tobytes())
+    if row.refit is not None:
+        digest.update(repr(row.refit).encode())
     limits = [job.limits.seconds, job.limits.memory, job.limits.seed]
     start = _start_text(job.start)
     text = json.dumps([str(row.pattern), row.name, name, repr(job.solver), limits, start])

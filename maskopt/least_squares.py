@@ -2,144 +2,158 @@
 
 For a row with the kept set S, of all v that are zero outside S the best is
 
-    v_S = (G + λI)_SS⁻¹ ((G + λI)w + g)_S,     v = argmin (w−v)ᵀ(G + λI)(w−v) + 2gᵀ(w−v) + c
+    v_S = A_SS⁻¹ b_S,     v = argmin (w−v)ᵀA(w−v) + 2gᵀ(w−v) + c,     A = G + λI,  b = Aw + g
 
 (g and c only where the problem has a linear part). The damping λ keeps v near w where the calibration inputs
-say little. Since w − v is w on what is pruned, whatever v is, λ‖w − v‖² is least for the mask's own choice
-v_S = w_S: the refitted row's error, without λ, is never above that of the mask.
+say little. What is reached is the second objective of a mask, F (see `maskopt.problem`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.errors import OptionError
+from maskopt.errors import OptionError, ProblemError
 from maskopt.limits import Limits, one_thread_each
-from maskopt.problem import LayerProblem, RowProblem
 
+#: least damping: below it float64 could not tell one kept set from another where G is singular
+LEAST_DAMPING = 1e-6
 #: bytes of gathered matrices that one thread works on, where the caller sets no limit
 _TILE_BYTES = 2**28
 #: relative residual in float64 at which a row is done, steps of refinement at most, and the residual above
 #: which a factor in float32 was not good enough
 _DONE, _REFINEMENTS, _POOR = 1e-10, 12, 1e-7
-#: part of the mean diagonal that makes a singular G_SS definite where λ does not
-_RIDGE = 1e-10
 
 
 @dataclass(frozen=True)
-class Refitted:
-    """A layer's weights after the least squares.
+class Refit:
+    """The objective F: the kept weights are set anew by least squares.
 
     Attributes:
-        weight: float64 [rows, n], zero where the mask prunes.
-        error: float64 [rows], mean square of what the outputs miss their targets by.
-        residual: float64 [rows], ‖b − Av‖/‖b‖ of the normal equations Av = b for these weights; far from 0
-            where a row kept the mask's own, since least squares could not better them within rounding.
-    """
-
-    weight: Float[Tensor, "rows n"]
-    error: Float[Tensor, " rows"]
-    residual: Float[Tensor, " rows"]
-
-
-def refit(
-    problem: LayerProblem | RowProblem,
-    mask: Bool[Tensor, "rows n"],
-    *,
-    damping: float = 0.01,
-    limits: Limits | None = None,
-) -> Refitted:
-    """The best weights on what a mask keeps; every row's error is at most the mask's objective.
-
-    Cholesky of every row's own G_SS, k³/3 operations a row of k kept weights: in float32 with refinement in
-    float64 where G is float32 and that does, else in float64.
-
-    Args:
-        mask: legal, True = kept.
-        damping: λ in units of the mean of G's diagonal, at least 0.
-        limits: memory and threads.
+        damping: λ in units of the mean of G's diagonal; LEAST_DAMPING where it is below.
 
     Raises:
-        OptionError: a damping below 0. WarmStartError: a mask that is not legal.
+        OptionError: a damping below 0.
     """
-    if not damping >= 0:
-        raise OptionError(f"`damping` must be at least 0, not {damping!r}")
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
-    limits = limits or Limits()
-    mask = layer.check_mask(mask)
-    system = _System.of(layer, mask, damping)
-    kept = int(mask[0].sum())
-    threads = (limits.threads or torch.get_num_threads()) if layer.device.type == "cpu" else 1
-    row_bytes = 3 * system.gram.element_size() * max(kept, 1) ** 2 + 64 * layer.n
-    tile = max(1, min(limits.bytes(threads * _TILE_BYTES) // threads // row_bytes, layer.rows))
-    parts = [slice(first, first + tile) for first in range(0, layer.rows, tile)]
-    weight = torch.cat(one_thread_each(lambda i: system.solve(parts[i]), len(parts), threads))
-    error, kept_error = layer.error(weight), layer.objective(mask)
-    # rounding: of rows that least squares cannot better, the weights stay
-    worse = ~(error <= kept_error)
-    weight = torch.where(worse[:, None], torch.where(mask, layer.weight.double(), 0.0), weight)
-    return Refitted(weight, error.where(~worse, kept_error), system.residual(weight))
+
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        if not number or not 0 <= self.damping < float("inf"):
+            raise OptionError(f"`damping` must be at least 0, not {self.damping!r}")
 
 
-@dataclass(frozen=True)
-class _System:
-    """The normal equations of all rows: of each, those of its kept inputs.
+@dataclass(frozen=True, eq=False)
+class LeastSquares:
+    """The damped metric A of a layer's inputs, which all of its rows share.
 
     Attributes:
         gram: G, in its dtype.
-        exact: G in float64.
-        target: float64 [rows, n], (G + λI)w + g.
-        ridge: λ.
+        ridge: λ, in the units of G; 0 where G is 0.
     """
 
-    mask: Bool[Tensor, "rows n"]
     gram: Float[Tensor, "n n"]
-    exact: Float[Tensor, "n n"]
-    target: Float[Tensor, "rows n"]
     ridge: float
 
     @classmethod
-    def of(cls, layer: LayerProblem, mask: Tensor, damping: float) -> _System:
-        exact, weight = layer.gram.double(), layer.weight.double()
-        ridge = damping * float(exact.diagonal().mean())
-        target = weight @ exact + ridge * weight
-        if layer.linear is not None:
-            target = target + layer.linear.correlation
-        return cls(mask, layer.gram, exact, target, ridge)
+    def of(cls, gram: Float[Tensor, "n n"], refit: Refit) -> LeastSquares:
+        scale = float(gram.diagonal().double().mean())
+        return cls(gram, max(refit.damping, LEAST_DAMPING) * scale)
 
-    def residual(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+    @cached_property
+    def damped(self) -> Float[Tensor, "n n"]:
+        """A in float64; the identity where G is 0, and every set as good as any."""
+        exact = self.gram.double().clone()
+        exact.diagonal().add_(self.ridge or 1.0)
+        return exact
+
+    @cached_property
+    def inverse(self) -> Float[Tensor, "n n"]:
+        """H = A⁻¹, float64."""
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped))
+
+    def check(self, label: str) -> None:
+        """Raise ProblemError where A is not safely definite: G has a negative eigenvalue by rounding."""
+        if int(torch.linalg.cholesky_ex(self.damped).info):
+            raise ProblemError(
+                f"{label}gram + {self.ridge:.3g}·I is not positive definite, so kept weights cannot be "
+                "refitted; take a larger damping (0.01), or accumulate gram in float64"
+            )
+
+    def target(
+        self, weight: Float[Tensor, "rows n"], correlation: Float[Tensor, "rows n"] | None
+    ) -> Float[Tensor, "rows n"]:
+        """b = Aw + g, float64."""
+        target = weight.double() @ self.damped
+        return target if correlation is None else target + correlation
+
+    def residual(
+        self,
+        weight: Float[Tensor, "rows n"],
+        target: Float[Tensor, "rows n"],
+        mask: Bool[Tensor, "rows n"],
+    ) -> Float[Tensor, " rows"]:
         """‖b − Av‖/‖b‖ of the kept inputs, float64."""
-        rest = self.target - (weight @ self.exact + self.ridge * weight)
-        wanted, rest = (torch.where(self.mask, x, 0.0) for x in (self.target, rest))
+        rest = target - weight @ self.damped
+        wanted, rest = (torch.where(mask, x, 0.0) for x in (target, rest))
         return rest.norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-300)
 
-    def solve(self, rows: slice) -> Float[Tensor, "some n"]:
-        """v of some rows."""
-        mask = self.mask[rows]
-        index = mask.nonzero()[:, 1].view(len(mask), int(mask[0].sum()))
-        weight, residual = self._refined(rows, index, self.gram)
+    def solve(
+        self,
+        target: Float[Tensor, "rows n"],
+        mask: Bool[Tensor, "rows n"],
+        limits: Limits | None = None,
+    ) -> Float[Tensor, "rows n"]:
+        """v of every row, float64, zero where the mask prunes.
+
+        Cholesky of every row's own A_SS, k³/3 operations a row of k kept weights: in float32 with
+        refinement in float64 where G is float32 and that does, else in float64.
+
+        Args:
+            mask: as many kept in one row as in another.
+        """
+        rows, n = mask.shape
+        kept = int(mask[0].sum())
+        limits = limits or Limits()
+        threads = (limits.threads or torch.get_num_threads()) if mask.device.type == "cpu" else 1
+        row_bytes = 3 * self.gram.element_size() * max(kept, 1) ** 2 + 64 * n
+        tile = limits.bytes(threads * _TILE_BYTES) // threads // row_bytes
+        tile = max(1, min(tile, rows))
+        parts = [slice(first, first + tile) for first in range(0, rows, tile)]
+        _ = self.damped  # made once, not by every thread
+
+        def some(part: int) -> Tensor:
+            rows = mask[parts[part]]
+            return self._some(target[parts[part]], rows.nonzero()[:, 1].view(len(rows), kept))
+
+        return torch.cat(one_thread_each(some, len(parts), threads))
+
+    def _some(self, target: Tensor, index: Tensor) -> Tensor:
+        """v of some rows, of which the kept inputs are given."""
+        weight, residual = self._refined(target, index, self.gram.dtype)
         poor = (~(residual <= _POOR)).nonzero()[:, 0]
         if len(poor) and self.gram.dtype != torch.float64:
-            chosen = torch.arange(len(self.mask), device=mask.device)[rows][poor]
-            weight[poor], residual[poor] = self._refined(chosen, index[poor], self.exact)
+            weight[poor], residual[poor] = self._refined(target[poor], index[poor], torch.float64)
         return weight
 
-    def _refined(self, rows: slice | Tensor, index: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors in the dtype of `gram`, refined in float64. ∞ where a factorisation breaks down."""
-        wanted = self.target[rows].gather(1, index)
-        factor = self._factor(index, gram)
+    def _refined(self, target: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Factors in this dtype, refined in float64. ∞ where a factorisation breaks down."""
+        wanted = target.gather(1, index)
+        factor = self._factor(index, dtype)
         size = wanted.norm(dim=1).clamp(min=1e-300)
-        full = torch.zeros_like(self.target[rows])
+        full = torch.zeros_like(target)
         best, least = full.clone(), torch.full_like(size, torch.inf)
         rest = wanted
         for _ in range(_REFINEMENTS):
-            step = torch.cholesky_solve(rest.to(gram.dtype)[..., None], factor)[..., 0].double()
+            step = torch.cholesky_solve(rest.to(dtype)[..., None], factor)[..., 0].double()
             full = full.scatter_add(1, index, step)
-            rest = wanted - (full @ self.exact + self.ridge * full).gather(1, index)
+            rest = wanted - (full @ self.damped).gather(1, index)
             residual = (rest.norm(dim=1) / size).nan_to_num(nan=torch.inf)
             better = residual < least
             best = torch.where(better[:, None], full, best)
@@ -148,10 +162,25 @@ class _System:
                 break
         return best, least
 
-    def _factor(self, index: Tensor, gram: Tensor) -> Tensor:
-        """Cholesky factors [rows, k, k] of (G + λI)_SS; NaN where it is not definite in this dtype."""
-        matrix = gram[index[:, :, None], index[:, None, :]]
-        least = _RIDGE * float(self.exact.diagonal().mean()) if gram.dtype == torch.float64 else 0.0
-        matrix.diagonal(dim1=1, dim2=2).add_(max(self.ridge, least) or 1.0)
+    def _factor(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Cholesky factors [rows, k, k] of A_SS; NaN where it is not definite in this dtype."""
+        source = self.damped if dtype == torch.float64 else self.gram
+        matrix = source[index[:, :, None], index[:, None, :]]
+        if source is self.gram:
+            matrix.diagonal(dim1=1, dim2=2).add_(self.ridge or 1.0)
         factor, broken = torch.linalg.cholesky_ex(matrix)
         return factor.masked_fill_((broken > 0)[:, None, None], torch.nan)
+
+
+def refit_from_dict(data: Any) -> Refit | None:
+    """Inverse of `refit_to_dict`; raises ProblemError for anything else."""
+    if data is None:
+        return None
+    if isinstance(data, dict) and set(data) == {"damping"}:
+        return Refit(**data)
+    raise ProblemError(f"{data!r} does not describe how kept weights are refitted")
+
+
+def refit_to_dict(refit: Refit | None) -> dict[str, Any] | None:
+    """The JSON form."""
+    return None if refit is None else {"damping": refit.damping}

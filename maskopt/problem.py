@@ -9,6 +9,14 @@ squared
 All rows of a layer share G, so a layer is a batch of independent rows. Masks are public as
 True = kept; p is their complement. With `linear` the output had missed its target before, and f is
 (w⊙p)ᵀG(w⊙p) + 2 gᵀ(w⊙p) + c (see `maskopt.linear`).
+
+With `refit` a mask is judged by what it costs after least squares for the weights that it keeps: with
+P the pruned set, A = G + λI and H = A⁻¹,
+
+    F(p) = min over v, zero on P, of (w−v)ᵀA(w−v) [+ 2 gᵀ(w−v) + c]  =  w_Pᵀ (H_PP)⁻¹ w_P
+
+the last without a linear part: the Optimal Brain Surgeon's price of a whole set (Hassibi and Stork, NeurIPS
+1992). F is at most f in the same metric A.
 """
 
 from __future__ import annotations
@@ -33,6 +41,7 @@ from maskopt.inputs import (
     linear_part,
     symmetric,
 )
+from maskopt.least_squares import LeastSquares, Refit, refit_from_dict, refit_to_dict
 from maskopt.linear import Linear
 from maskopt.pattern import Pattern, pattern_from_dict, pattern_to_dict
 
@@ -52,12 +61,13 @@ class LayerProblem:
         mean: [n], the mean of the inputs, for the few methods that need more than G (`dsnot`).
         linear: moments of what the outputs miss their targets by before anything is pruned:
             correlation [rows, n] and constant [rows], torch or NumPy, brought to float64.
+        refit: the objective is F, of refitted weights; None: f, of the weights as they are.
         assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
             was accumulated as XXᵀ and is semidefinite by construction.
 
     Raises:
         ProblemError: wrong shapes, NaN or infinite values, indefinite G, a linear part that makes f
-            negative.
+            negative, a damping that leaves G + λI indefinite.
         PatternError: a pattern that does not fit n.
 
     Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
@@ -72,6 +82,7 @@ class LayerProblem:
         name: str = "",
         mean: ArrayLike | None = None,
         linear: Linear | None = None,
+        refit: Refit | None = None,
         assume_psd: bool = False,
     ) -> None:
         self.name = name
@@ -109,6 +120,10 @@ class LayerProblem:
             if self.linear is not None:
                 ridge = PSD_TOLERANCE * float(self.gram.double().trace())
                 self.linear.check_moments(self.gram, ridge or 1.0, label)
+        self.refit = refit
+        self._squares: LeastSquares | None = None
+        if refit is not None:
+            self.least_squares.check(label)
 
     @property
     def rows(self) -> int:
@@ -131,12 +146,53 @@ class LayerProblem:
     def pruned_per_group(self) -> int:
         return self.pattern.pruned_per_group(self.n)
 
+    @property
+    def correlation(self) -> Float[Tensor, "rows n"] | None:
+        """g, float64; None without a linear part."""
+        return None if self.linear is None else self.linear.correlation
+
+    @property
+    def least_squares(self) -> LeastSquares:
+        """The metric A of a problem with `refit`, which its rows share.
+
+        Raises:
+            ProblemError: the weights are kept as they are.
+        """
+        if self.refit is None:
+            raise ProblemError("the problem keeps its weights; give it refit=Refit(damping)")
+        if self._squares is None:
+            self._squares = LeastSquares.of(self.gram, self.refit)
+        return self._squares
+
     def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """f of every row in float64 [rows], on the device of the problem.
+        """f of every row, or F with `refit`, in float64 [rows], on the device of the problem.
 
         Rounding can leave −1e-18 where the truth is 0; since f ≥ 0, the result is clamped at 0.
         """
-        return self._error(torch.where(mask.to(self.device), 0.0, self.weight.double()))
+        mask = mask.to(self.device)
+        if self.refit is None:
+            return self._error(torch.where(mask, 0.0, self.weight.double()))
+        return self.damped_error(self._best_weights(mask))
+
+    def weights(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+        """The weights that a mask leaves, float64, zero where it prunes: refitted with `refit`, else w⊙m."""
+        mask = mask.to(self.device)
+        if self.refit is None:
+            return torch.where(mask, self.weight.double(), 0.0)
+        return self._best_weights(mask)
+
+    def _best_weights(self, mask: Tensor) -> Tensor:
+        """By least squares; where rounding makes them worse than the mask's own, those."""
+        squares = self.least_squares
+        own = torch.where(mask, self.weight.double(), 0.0)
+        found = squares.solve(squares.target(self.weight, self.correlation), mask)
+        better = self.damped_error(found) <= self.damped_error(own)
+        return torch.where(better[:, None], found, own)
+
+    def damped_error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """(w−v)ᵀA(w−v) and the linear part, of float64 weights v: what F is the least of."""
+        moved = (self.weight.double() - weight).square().sum(1)
+        return self._error(self.weight.double() - weight) + self.least_squares.ridge * moved
 
     def error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         """The same of other weights: mean square of what every row's output then misses its target by,
@@ -181,7 +237,8 @@ class LayerProblem:
             )
         if tensor.dtype != torch.bool:
             raise WarmStartError(f"{what} must be bool (True = kept), not {tensor.dtype}")
-        tensor = tensor.to(self.device)
+        # lines side by side: the last bits of a product may depend on how its factors lie in memory
+        tensor = tensor.to(self.device).contiguous()
         bad = (~self.pattern.is_legal(tensor)).nonzero()
         if len(bad):
             row = int(bad[0])
@@ -215,6 +272,19 @@ class LayerProblem:
         problem.pattern = pattern
         return problem
 
+    def refitting(self, refit: Refit | None) -> LayerProblem:
+        """The same rows under the other objective, None being f; shares all arrays.
+
+        Raises:
+            ProblemError: a damping that leaves G + λI indefinite.
+        """
+        problem = self._like(slice(None), self.name)
+        if refit != self.refit:
+            problem.refit, problem._squares = refit, None
+            if refit is not None:
+                problem.least_squares.check(f"layer {self.name!r}: " if self.name else "")
+        return problem
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
         _save(path, "layer", self)
@@ -231,11 +301,14 @@ class LayerProblem:
         problem.weight, problem.name = self.weight[rows], name
         problem.linear = None if self.linear is None else self.linear.take(rows)
         problem.gram, problem.mean, problem.pattern = self.gram, self.mean, self.pattern
+        problem.refit = self.refit
+        problem._squares = None if self.refit is None else self.least_squares
         return problem
 
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
-        return f"LayerProblem({name}rows={self.rows}, n={self.n}, pattern={self.pattern})"
+        refit = "" if self.refit is None else f", {self.refit}"
+        return f"LayerProblem({name}rows={self.rows}, n={self.n}, pattern={self.pattern}{refit})"
 
 
 class RowProblem:
@@ -254,11 +327,14 @@ class RowProblem:
         name: str = "",
         mean: ArrayLike | None = None,
         linear: Linear | None = None,
+        refit: Refit | None = None,
     ) -> None:
         tensor = as_tensor(weight, "weight")
         if tensor.ndim != 1:
             raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
-        self._layer = LayerProblem(tensor[None], gram, pattern, name=name, mean=mean, linear=linear)
+        self._layer = LayerProblem(
+            tensor[None], gram, pattern, name=name, mean=mean, linear=linear, refit=refit
+        )
 
     @classmethod
     def _of(cls, layer: LayerProblem) -> RowProblem:
@@ -296,6 +372,10 @@ class RowProblem:
         """Of a single row."""
         return self._layer.linear
 
+    @property
+    def refit(self) -> Refit | None:
+        return self._layer.refit
+
     def q(self) -> Float[Tensor, "n n"]:
         """Q in float64 with f(p) = pᵀQp for every legal p; n² doubles.
 
@@ -305,7 +385,12 @@ class RowProblem:
             Q + (l1ᵀ + 1lᵀ)/s + c/s²·11ᵀ = [I | 1/s]·[[Q, l], [lᵀ, c]]·[I | 1/s]ᵀ,  semidefinite too.
 
         Where nothing is pruned c is left out: pᵀQp is 0 then, whatever Q is.
+
+        Raises:
+            ProblemError: a problem with `refit`; F is no quadratic form in p.
         """
+        if self.refit is not None:
+            raise ProblemError("the objective of refitted weights is no quadratic form of the mask")
         weight = self.weight.double()
         q = weight[:, None] * self.gram.double() * weight[None, :]
         pruned = self._layer.pruned_per_group * (self.n // self._layer.group_size)
@@ -315,8 +400,12 @@ class RowProblem:
         return q + half[:, None] + half[None, :] + self.linear.constant / pruned**2
 
     def objective(self, mask: Bool[Tensor, " n"]) -> float:
-        """f of one mask [n] (True = kept), float64."""
+        """f, or F with `refit`, of one mask [n] (True = kept), float64."""
         return float(self._layer.objective(mask.reshape(1, -1)))
+
+    def weights(self, mask: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The weights that one mask [n] leaves, float64; see `LayerProblem.weights`."""
+        return self._layer.weights(mask.reshape(1, -1))[0]
 
     def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
         """The row with only these inputs, in this order: a toy instance from a real row.
@@ -336,6 +425,7 @@ class RowProblem:
         layer.linear = None if self.linear is None else self.linear.restrict(index)
         layer.gram, layer.pattern = self.gram[index][:, index].contiguous(), new
         layer.mean = None if self._layer.mean is None else self._layer.mean[index]
+        layer._squares = None  # of the inputs that are left; definite as those of all
         return RowProblem._of(layer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -352,11 +442,16 @@ class RowProblem:
 
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
-        return f"RowProblem({name}n={self.n}, pattern={self.pattern})"
+        refit = "" if self.refit is None else f", {self.refit}"
+        return f"RowProblem({name}n={self.n}, pattern={self.pattern}{refit})"
 
 
 def _save(path: str | os.PathLike[str], kind: str, layer: LayerProblem) -> None:
-    header = {"name": layer.name, "pattern": pattern_to_dict(layer.pattern)}
+    header = {
+        "name": layer.name,
+        "pattern": pattern_to_dict(layer.pattern),
+        "refit": refit_to_dict(layer.refit),
+    }
     arrays = {"weight": _as_numpy(layer.weight), "gram": _as_numpy(layer.gram)}
     if layer.mean is not None:
         arrays["mean"] = _as_numpy(layer.mean)
@@ -395,5 +490,6 @@ def _load(
         "name": str(header.get("name", "")),
         "mean": arrays.get("mean"),
         "linear": None if parts[0] is None else Linear(*parts),  # type: ignore[arg-type]
+        "refit": refit_from_dict(header.get("refit")),
     }
     return arrays["weight"], arrays["gram"], pattern_from_dict(header.get("pattern")), more

@@ -35,6 +35,8 @@ class Status(StrEnum):
 SWAP_TOLERANCE = 1e-6
 #: … or up to this part of Σⱼ wⱼ²Gⱼⱼ, the float64 rounding of the terms of a swap
 SWAP_FLOOR = 1e-13
+#: … or of refitted weights so much, of systems that are solved
+REFIT_FLOOR = 1e-10
 #: OPTIMAL holds up to this part of the row's objective (feasibility tolerances of exact solvers)
 OPTIMAL_TOLERANCE = 1e-6
 
@@ -43,13 +45,15 @@ def swap_threshold(
     objective: Float[Tensor, " rows"],
     diagonal_mass: Float[Tensor, " rows"],
     tolerance: float = SWAP_TOLERANCE,
+    *,
+    refit: bool = False,
 ) -> Float[Tensor, " rows"]:
     """The least decrease that counts as an improving swap, float64 [rows].
 
     Relative to the objective, with a floor where the objective is nothing but rounding: then a swap
     cannot be told from noise. Both terms scale with w² and with G, so the definition has no units.
     """
-    return tolerance * objective + SWAP_FLOOR * diagonal_mass
+    return tolerance * objective + (REFIT_FLOOR if refit else SWAP_FLOOR) * diagonal_mass
 
 
 def relative_gap(
@@ -66,7 +70,7 @@ class Solution:
 
     Attributes:
         mask: bool [rows, n], True = kept.
-        objective: float64 [rows], f of the mask on the given G.
+        objective: float64 [rows], f of the mask on the given G, F of a problem with `refit`.
         lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known.
         status: per row OPTIMAL, SWAP_OPTIMAL or FEASIBLE.
         solver: name of the solver that answered.

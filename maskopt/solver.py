@@ -44,6 +44,8 @@ class Capabilities:
         default_start: the solver that makes the start where a needed one is not given.
         proves: the best status that it can give.
         largest_n: rows of more inputs are refused; None: any.
+        refit: it answers problems with `refit` too: by their objective F, or by a score that looks at no
+            objective.
         note: one line.
     """
 
@@ -53,6 +55,7 @@ class Capabilities:
     default_start: str | None = None
     proves: Literal["optimality", "1-swap", "nothing"] = "nothing"
     largest_n: int | None = None
+    refit: bool = False
     note: str = ""
 
 
@@ -202,8 +205,10 @@ def solve(
 
 
 def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None = None) -> Solution:
-    """The start that `solver` makes for another one."""
+    """The start that `solver` makes for another one: of weights as they are, where it can no other."""
     backend = make_solver(solver).as_start()
+    if not backend.capabilities.refit:
+        layer = layer.refitting(None)
     return solve(layer, backend, limits=(limits or Limits()).quiet())
 
 
@@ -248,6 +253,11 @@ def check_fit(backend: Solver, layer: LayerProblem) -> None:
         raise SolverError(
             f"solver {backend.name!r} runs on {', '.join(can.devices)}; the "
             f"problem is on {layer.device.type}: move weight and gram there first"
+        )
+    if layer.refit is not None and not can.refit:
+        raise SolverError(
+            f"solver {backend.name!r} chooses for weights as they are, not for refitted ones; take "
+            "problem.refitting(None), or its mask as a start of solver 'swap'"
         )
     if can.largest_n is not None and layer.n > can.largest_n:
         raise SolverError(

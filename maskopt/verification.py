@@ -16,6 +16,7 @@ from torch import Tensor
 from maskopt.checks import PAIRS_AT_ONCE, improving_swap
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.problem import LayerProblem, RowProblem
+from maskopt.refit_checks import refitted_cost, refitted_costs
 from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_TOLERANCE, Solution, Status
 
 #: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds
@@ -162,7 +163,9 @@ def _verify_objective(layer: LayerProblem, mask: Tensor, solution: Solution, mas
 
 
 def _objective(layer: LayerProblem, mask: Tensor, row: int) -> Tensor:
-    """f of one row through the pruned columns only: another way than LayerProblem.objective."""
+    """f of one row through the pruned columns only: another way than LayerProblem.objective. Or F."""
+    if layer.refit is not None:
+        return refitted_cost(layer, mask, row)
     pruned = (~mask[row]).nonzero()[:, 0]
     w = layer.weight[row, pruned].double()
     step = max(1, PAIRS_AT_ONCE // max(1, len(pruned)))
@@ -234,7 +237,9 @@ def _every_mask(layer: LayerProblem) -> Tensor | None:
 
 
 def _costs(layer: LayerProblem, row: int, p: Tensor) -> Tensor:
-    """f of every mask p [masks, n] of a row, float64 on the CPU."""
+    """The objective of every mask p [masks, n] of a row, float64 on the CPU."""
+    if layer.refit is not None:
+        return refitted_costs(layer, row, p)
     dropped = p * layer.weight[row].double().cpu()
     costs = ((dropped @ layer.gram.double().cpu()) * dropped).sum(1)
     if layer.linear is None:

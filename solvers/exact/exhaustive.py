@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +24,8 @@ from maskopt.trace import TreeTrace, shared_out
 COMBINATION_LIMIT = 3_000_000
 #: masks between two looks at the clock
 _CHUNK = 2**16
+#: numbers in the systems of refitted weights that are solved at a time
+_SYSTEMS = 2**22
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Exhaustive(Solver):
         devices=("cpu",),
         start="ignored",
         proves="optimality",
+        refit=True,
         note=f"enumerates, up to {COMBINATION_LIMIT:,} masks a row",
     )
 
@@ -82,7 +85,7 @@ class Exhaustive(Solver):
 def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tuple[Tensor, Tensor]:
     """The best mask of every row among those looked at, and how many those were; at least one."""
     rows = problem.rows
-    q = torch.stack([problem.row(i).q() for i in range(rows)])
+    cost = _refitted_cost(problem) if problem.refit is not None else _quadratic_cost(problem)
     best = torch.full((rows,), torch.inf, dtype=torch.float64)
     first = torch.arange(problem.n) % problem.group_size >= problem.pruned_per_group
     mask = first.repeat(rows, 1)
@@ -92,7 +95,7 @@ def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tupl
         p = torch.zeros(len(chunk), problem.n, dtype=torch.float64)
         p.scatter_(1, torch.tensor(chunk, dtype=torch.int64), 1.0)
         for row in range(rows):
-            value, position = ((p @ q[row]) * p).sum(1).min(0)
+            value, position = cost(row, p).min(0)
             if value < best[row]:
                 best[row] = value
                 mask[row] = p[position] == 0
@@ -102,6 +105,30 @@ def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tupl
         limits.report(0, rows, "masks", int(seen[0]), combinations)
     limits.report(rows, rows)
     return mask, seen
+
+
+def _quadratic_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
+    """f of sets p [masks, n] of a row."""
+    q = torch.stack([problem.row(i).q() for i in range(problem.rows)])
+    return lambda row, p: ((p @ q[row]) * p).sum(1)
+
+
+def _refitted_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
+    """F of sets p [masks, n] of a row, up to a constant: −b_SᵀA_SS⁻¹b_S, by Cholesky."""
+    squares = problem.least_squares
+    target = squares.target(problem.weight, problem.correlation)
+
+    def cost(row: int, p: Tensor) -> Tensor:
+        kept = (p == 0).nonzero()[:, 1].view(len(p), -1)
+        values = []
+        for part in kept.split(max(1, _SYSTEMS // max(1, kept.shape[1] ** 2))):
+            factor = torch.linalg.cholesky(squares.damped[part[:, :, None], part[:, None, :]])
+            wanted = target[row][part][..., None]
+            solved = torch.linalg.solve_triangular(factor, wanted, upper=False)
+            values.append(-solved[..., 0].square().sum(1))
+        return torch.cat(values)
+
+    return cost
 
 
 def _pruned_sets(problem: LayerProblem) -> Iterator[tuple[int, ...]]:

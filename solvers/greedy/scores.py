@@ -42,7 +42,7 @@ class Magnitude(_Score):
     """|W_ij|: the classical score, blind to the inputs."""
 
     name: ClassVar[str] = "magnitude"
-    capabilities: ClassVar[Capabilities] = Capabilities(note="|W|")
+    capabilities: ClassVar[Capabilities] = Capabilities(refit=True, note="|W|")
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
         return problem.weight.double().abs()
@@ -53,7 +53,9 @@ class Wanda(_Score):
     """|W_ij|·‖X_j‖₂ (Sun et al., arXiv 2306.11695); optimal where G is diagonal."""
 
     name: ClassVar[str] = "wanda"
-    capabilities: ClassVar[Capabilities] = Capabilities(note="|W|·‖X‖; optimal on diagonal G")
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        refit=True, note="|W|·‖X‖; optimal on diagonal G"
+    )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
         return wanda_scores(problem)
@@ -69,7 +71,7 @@ class Ria(_Score):
 
     name: ClassVar[str] = "ria"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        note="relative |W|·‖X‖^a; column sums need the whole layer"
+        refit=True, note="relative |W|·‖X‖^a; column sums need the whole layer"
     )
 
     a: float = option(0.5, "exponent of the activation norm, 0.5 in the paper", least=0)
@@ -89,7 +91,9 @@ class Random(_Score):
     """A random legal mask by `Limits.seed`: the control that shows what a start is worth."""
 
     name: ClassVar[str] = "random"
-    capabilities: ClassVar[Capabilities] = Capabilities(note="control: a seeded random mask")
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        refit=True, note="control: a seeded random mask"
+    )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
         generator = torch.Generator().manual_seed(limits.seed)
@@ -103,7 +107,7 @@ class Worst(_Score):
 
     name: ClassVar[str] = "worst"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        note="control: keeps the smallest Wanda scores"
+        refit=True, note="control: keeps the smallest Wanda scores"
     )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:

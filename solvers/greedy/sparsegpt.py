@@ -35,7 +35,7 @@ class SparseGPT(Solver):
 
     name: ClassVar[str] = "sparsegpt"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        note="the mask of SparseGPT, equal counts per row"
+        refit=True, note="the mask of SparseGPT, equal counts per row"
     )
 
     damping: float = option(

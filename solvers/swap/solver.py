@@ -17,6 +17,7 @@ from maskopt.limits import Limits, torch_threads
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import Capabilities, Solver
+from maskopt.solvers.refit.rows import swap_refitted
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.engine import Kernel, Outcome, refine
 from maskopt.solvers.swap.literal import refine_literally
@@ -40,7 +41,8 @@ class Swap(Solver):
 
     Every row is swapped until no 1-swap improves, which is then proven (SWAP_OPTIMAL). A row that is
     stopped early, by `max_swaps` or the time limit, is FEASIBLE; another call with its mask as the
-    start goes on from there. Tells a `SwapTrace`.
+    start goes on from there. Tells a `SwapTrace`. Of a problem with `refit` the swaps are of F, by the
+    tableau of every row's least squares (`maskopt.solvers.refit`).
     """
 
     name: ClassVar[str] = "swap"
@@ -48,6 +50,7 @@ class Swap(Solver):
         start="needed",
         default_start="wanda",
         proves="1-swap",
+        refit=True,
         note="best exchanges of one kept and one pruned",
     )
 
@@ -62,8 +65,18 @@ class Swap(Solver):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Swap every row; see `Solver.run`."""
+        """Swap every row; see `Solver.run`.
+
+        Raises:
+            SolverError: a kernel that cannot run here, or one named for refitted weights.
+        """
         assert start is not None
+        if problem.refit is not None:
+            if self.kernel != "auto":
+                raise SolverError(
+                    f"swap: kernel {self.kernel!r} is for weights as they are; refitted ones take 'auto'"
+                )
+            return swap_refitted(problem, start, self.max_swaps, limits)
         name = _choose_kernel(self.kernel, problem)
         with _threads_for(name) as threads:
             parts = self._parts(problem, start, name, threads, limits)

@@ -4,8 +4,8 @@
     python tests/benchmarks/generalisation.py … --only bos --models gemma3
 
 Every finished measurement is a line of a JSONL file (`--data`), with the machine that took it; a second run
-keeps what is there and measures the rest, and is refused where it would measure in another way. The models are those of the demo
-(`maskopt demo --model`).
+keeps what is there and measures the rest, and is refused where it would measure in another way. The models
+are those of the demo (`maskopt demo --model`).
 """
 
 from __future__ import annotations

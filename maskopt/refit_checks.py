@@ -1,0 +1,114 @@
+"""The independent checks of the objective F: refitted weights. Nothing here is shared with any solver.
+
+Solvers work on systems of the kept inputs, A_SS; everything here is by H = A⁻¹ on the pruned ones, or by LU.
+With K = (H_PP)⁻¹ and ŵ = Hb,
+
+    F(p) = ŵ_PᵀKŵ_P + c − gᵀHg,    r_P = Kŵ_P,    v_S = ŵ_S − H_SP r_P,    M = H_SS − H_SP K H_PS
+
+and keeping p in place of u changes F by what p's return saves and what u costs when p is there again,
+
+    Δ(u, p) = (v_u − B_up r_p/K_pp)² / (M_uu + B_up²/K_pp) − r_p²/K_pp,    B = −H_SP K.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskopt.problem import LayerProblem
+from maskopt.solution import swap_threshold
+
+#: numbers in the systems that are solved at a time
+_AT_ONCE = 2**24
+
+
+class Exchange(NamedTuple):
+    """Keep `pruned` instead of `kept`: the objective changes by `delta` (< 0)."""
+
+    kept: int
+    pruned: int
+    delta: float
+
+
+def improving_refit_swap(layer: LayerProblem, mask: Tensor, tolerance: float) -> Exchange | None:
+    """`improving_swap` of one row under F; mask [n]."""
+    inverse, b, constant, scale = _scaled(layer)
+    kept, pruned = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
+    if not len(kept) or not len(pruned):
+        return None
+    free = inverse @ b
+    k = torch.linalg.inv(inverse[pruned][:, pruned])
+    k = (k + k.T) / 2
+    r = k @ free[pruned]
+    cross = inverse[kept][:, pruned]
+    pull = -cross @ k
+    own = inverse.diagonal()[kept] + (pull * cross).sum(1)
+    v = free[kept] - cross @ r
+    objective = (free[pruned] @ r + constant).clamp(min=0.0)
+    threshold = float(
+        swap_threshold(objective, layer.diagonal_mass()[0] * scale**2, tolerance, refit=True)
+    )
+    saved = r.square() / k.diagonal()
+    change = pull.square() / k.diagonal()
+    change += own[:, None]
+    delta = (v[:, None] - pull * (r / k.diagonal())).square() / change - saved
+    if layer.group_size < layer.n:
+        apart = kept[:, None] // layer.group_size != pruned[None, :] // layer.group_size
+        delta[apart] = torch.inf
+    position = int(delta.argmin())
+    row, column = divmod(position, len(pruned))
+    value = float(delta[row, column])
+    if not value < -threshold:
+        return None
+    return Exchange(int(kept[row]), int(pruned[column]), value / scale / scale)
+
+
+def refitted_cost(layer: LayerProblem, mask: Tensor, row: int) -> Float[Tensor, ""]:
+    """F of one row by LU of A_SS, float64; mask [rows, n]."""
+    damped, w = layer.least_squares.damped, layer.weight[row].double()
+    kept = mask[row].nonzero()[:, 0]
+    b = damped @ w
+    if layer.linear is not None:
+        b = b + layer.linear.correlation[row]
+    lost = w.clone()
+    if len(kept):
+        lost[kept] -= torch.linalg.solve(damped[kept][:, kept], b[kept])
+    ridge = layer.least_squares.ridge
+    total = lost @ (layer.gram.double() @ lost) + ridge * lost.square().sum()
+    if layer.linear is not None:
+        total = total + 2 * lost @ layer.linear.correlation[row] + layer.linear.constant[row]
+    return total.clamp(min=0.0)
+
+
+def refitted_costs(layer: LayerProblem, row: int, p: Tensor) -> Float[Tensor, " masks"]:
+    """F of every mask p [masks, n] (1 = pruned, as many in each) of a row, float64 on the CPU."""
+    inverse, b, constant, scale = _scaled(layer.take([row]))
+    inverse, b, constant = inverse.cpu(), b.cpu(), constant.cpu()
+    free = inverse @ b
+    pruned = p.nonzero()[:, 1].view(len(p), -1)
+    if layer.least_squares.ridge == 0:
+        return torch.zeros(len(p), dtype=torch.float64) + constant / scale / scale
+    costs = []
+    for part in pruned.split(max(1, _AT_ONCE // max(1, pruned.shape[1] ** 2))):
+        system = inverse[part[:, :, None], part[:, None, :]]
+        wanted = free[part]
+        costs.append((wanted * torch.linalg.solve(system, wanted)).sum(1))
+    return (torch.cat(costs) + constant).clamp(min=0.0) / scale / scale
+
+
+def _scaled(layer: LayerProblem) -> tuple[Tensor, Tensor, Tensor, float]:
+    """H, b, c − gᵀHg of one row, its weights brought within range by a power of two, and that power."""
+    squares = layer.least_squares
+    w = layer.weight[0].double()
+    scale = 2.0 ** -math.frexp(float(w.abs().max()) or 1.0)[1]
+    b = squares.damped @ (w * scale)
+    constant = torch.zeros((), dtype=torch.float64, device=w.device)
+    if layer.linear is not None:
+        g = layer.linear.correlation[0] * scale
+        b = b + g
+        constant = layer.linear.constant[0] * scale * scale - g @ squares.inverse @ g
+    return squares.inverse, b, constant, scale

@@ -1,0 +1,1 @@
+"""Masks for weights that are refitted by least squares: the search on F, and what starts it."""

@@ -1,0 +1,111 @@
+"""ADMM on refitted weights, as ALPS does it (Meng et al., NeurIPS 2024, arXiv 2406.07831).
+
+min (w−v)ᵀA(w−v) over v = d, d with no more nonzeros than the pattern keeps. With the inputs scaled to
+A_jj = 1, the multiplier y and a penalty ρ of every row,
+
+    v = (A + ρI)⁻¹ (b − y + ρd),   d = what v + y/ρ has of largest |·|,   y ← y + ρ(v − d)
+
+in the eigenvectors of A, so that ρ may grow freely: the faster the more of d's support still changes. The
+mask is that of d. ALPS gives all rows of a layer one ρ; here each has its own, so that no row depends on
+the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskopt.fields import option
+from maskopt.least_squares import Refit
+from maskopt.limits import Limits, one_thread_each
+from maskopt.problem import LayerProblem
+from maskopt.solution import Solution
+from maskopt.solver import Capabilities, Solver
+from maskopt.solvers.greedy.select import keep_highest
+
+#: rows of a tile; a constant, since the last bits of a product may depend on it
+_TILE = 64
+#: iterations between two looks at the support
+_PERIOD = 3
+#: by what ρ grows then, where more than this part of the kept changed
+_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+
+
+@dataclass(frozen=True)
+class Admm(Solver):
+    """A mask for refitted weights; float32 iterations, a row stops when its support stands still.
+
+    Of a problem that keeps its weights it is the same mask, with 1% damping.
+    """
+
+    name: ClassVar[str] = "admm"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        refit=True, note="ALPS's splitting, for weights that are refitted"
+    )
+
+    iterations: int = option(300, "at most, of every row", least=1)
+    rho: float = option(0.1, "the first penalty", unit="part of A's diagonal", least=1e-6)
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """See `Solver.run`."""
+        refitted = problem if problem.refit is not None else problem.refitting(Refit())
+        squares = refitted.least_squares
+        size = squares.damped.diagonal().sqrt()
+        values, vectors = torch.linalg.eigh(squares.damped / size / size[:, None])
+        target = squares.target(refitted.weight, refitted.correlation) / size
+        shared = values.float(), vectors.float()
+        parts = [slice(i, i + _TILE) for i in range(0, problem.rows, _TILE)]
+        threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
+
+        def some(part: int) -> Tensor:
+            rows = parts[part]
+            return self._masks(refitted.take(rows), target[rows].float(), *shared, limits)
+
+        return Solution.of(problem, torch.cat(one_thread_each(some, len(parts), threads)))
+
+    def _masks(
+        self,
+        problem: LayerProblem,
+        target: Float[Tensor, "rows n"],
+        values: Float[Tensor, " n"],
+        vectors: Float[Tensor, "n n"],
+        limits: Limits,
+    ) -> Tensor:
+        """Of some rows; all in the scaled inputs."""
+        size = problem.least_squares.damped.diagonal().sqrt()
+        d = (problem.weight.double() * size).float()
+        scale = d.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+        d, target = d / scale, target / scale
+        mask = keep_highest(problem, d.abs().double())
+        d = torch.where(mask, d, 0.0)
+        y = torch.zeros_like(d)
+        rho = torch.full((len(d), 1), self.rho, device=d.device)
+        alive = torch.arange(len(d), device=d.device)
+        kept = mask.sum(1).clamp(min=1)
+        seen = mask.clone()
+        for step in range(1, self.iterations + 1):
+            if not len(alive) or limits.expired:
+                break
+            rows = problem.take(alive)
+            v = target[alive] - y + rho * d
+            v = ((v @ vectors) / (values + rho)) @ vectors.T
+            best = v + y / rho
+            now = keep_highest(rows, best.abs().double())
+            d = torch.where(now, best, 0.0)
+            y = y + rho * (v - d)
+            mask[alive] = now
+            if step % _PERIOD:
+                continue
+            changed = (now & ~seen[alive]).sum(1) / kept[alive]
+            seen[alive] = now
+            growth = torch.ones_like(changed)
+            for least, factor in reversed(_GROWTH):
+                growth = torch.where(changed > least, factor, growth)
+            rho = rho * growth[:, None]
+            going = changed > 0
+            alive, y, d, rho = alive[going], y[going], d[going], rho[going]
+        return mask

@@ -1,0 +1,69 @@
+"""All rows of a problem through the 1-swap search on refitted weights, one thread a row."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+from maskopt.limits import Limits, one_thread_each
+from maskopt.problem import LayerProblem
+from maskopt.solution import Solution, Status
+from maskopt.solvers.refit.scratch import Scratch
+from maskopt.solvers.refit.search import Found, refine
+from maskopt.solvers.refit.state import Metric, Row
+from maskopt.trace import SwapTrace
+
+
+def swap_refitted(
+    problem: LayerProblem, start: Tensor, max_swaps: int | None, limits: Limits
+) -> Solution:
+    """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came."""
+    squares = problem.least_squares
+    metric = Metric(squares.damped, squares.inverse.diagonal().clone(), problem.group_size)
+    target = squares.target(problem.weight, problem.correlation)
+    threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
+    most = torch.iinfo(torch.int64).max if max_swaps is None else max_swaps
+    done, lock, own = 0, threading.Lock(), threading.local()
+    mass = problem.diagonal_mass().tolist()
+
+    def search(index: int) -> Found:
+        nonlocal done
+        if not hasattr(own, "scratch"):
+            own.scratch = Scratch(problem.device)
+        row = Row.of(metric, own.scratch, target[index], start[index])
+        objective = float(problem.take([index]).damped_error(row.weights()[None]))
+        found = refine(row, objective, mass[index], most, limits)
+        with lock:
+            done += 1
+            limits.report(done, problem.rows)
+        return found
+
+    return _solution(problem, start, one_thread_each(search, problem.rows, threads))
+
+
+def _solution(problem: LayerProblem, start: Tensor, rows: list[Found]) -> Solution:
+    length = max(len(row.objectives) for row in rows)
+    history = [
+        row.objectives + row.objectives[-1:] * (length - len(row.objectives)) for row in rows
+    ]
+    kept = int(start[0].sum())
+    scans = torch.tensor([row.scans for row in rows])
+    trace = SwapTrace(
+        kernel="least squares",
+        swaps=torch.tensor([row.swaps for row in rows]),
+        scans=scans,
+        rounds=torch.tensor([row.rounds for row in rows]),
+        pairs=scans * kept * (problem.n - kept),
+        history=torch.tensor(history, dtype=torch.float64),
+    )
+    status = [Status.SWAP_OPTIMAL if row.proven else Status.FEASIBLE for row in rows]
+    objective = problem.damped_error(torch.stack([row.weight for row in rows]))
+    return Solution(
+        mask=torch.stack([row.mask for row in rows]),
+        objective=objective,
+        lower_bound=torch.zeros_like(objective),
+        status=tuple(status),
+        trace=trace,
+    )

@@ -1,0 +1,287 @@
+"""One row of refitted weights: what removals, returns and exchanges cost, and the exact scan of all pairs.
+
+With S the kept inputs, P the pruned, M = A_SS⁻¹, v = M b_S the refitted weights, r = b_P − A_PS v what they
+leave over, B = M A_SP and C = A_PP − A_PS B, the row's F grows by v_u²/M_uu if u is pruned, falls by
+r_p²/C_pp if p is kept again, and changes by
+
+    Δ(u, p) = (v_u − B_up r_p/C_pp)² / (M_uu + B_up²/C_pp) − r_p²/C_pp            (p returns, u goes)
+
+**Screening.** B is a product of k²·s terms, and most of it is never needed. Multiplied out,
+
+    Δ(u, p) < 0   ⟺   C_pp·v_u²/M_uu  <  r_p² + 2 r_p B_up v_u/M_uu                                   (1)
+
+and with H = A⁻¹, of which all rows share the diagonal: C_pp ≥ 1/H_pp, and since M_uu grows to no more than
+H_uu when inputs are kept again, B_up²/(M_uu C_pp) ≤ H_uu/M_uu − 1 =: κ_u² − 1. So no u with
+
+    |v_u|/√M_uu  ≥  (κ_u + √(κ_u² − 1))·√H_pp·|r_p|                                                   (2)
+
+makes an improving pair with p. What (2) leaves, a few percent of the pairs of a layer, is put to (1) with
+1/H_pp for C_pp; columns that this leaves are formed whole, and priced exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from maskopt.solvers.refit.scratch import Scratch, inverse, part_of
+
+#: kept inputs whose pairs are screened at a time; numbers of a product over pairs at a time
+_CHUNK, _AT_ONCE = 64, 2**20
+#: what rounding may add to a gain that is held against a cost
+_SAFETY = 1e-6
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What the rows of a layer share.
+
+    Attributes:
+        damped: A, float64 [n, n].
+        spread: the diagonal of H = A⁻¹, float64 [n].
+        group_size: exchanges stay inside groups of so many inputs.
+    """
+
+    damped: Float[Tensor, "n n"]
+    spread: Float[Tensor, " n"]
+    group_size: int
+
+
+@dataclass
+class Pairs:
+    """Candidates for exchanges: slots of kept inputs, and of pruned ones, as many of each at most."""
+
+    u: Int[Tensor, " some"]
+    p: Int[Tensor, " others"]
+
+
+@dataclass
+class Block:
+    """The tableau T = [[−M, B], [Bᵀ, C]] of candidates.
+
+    Attributes:
+        columns: T_SZ, [k, u + p].
+        z: T_ZZ, symmetric [u + p, u + p].
+        y: v and r of the candidates.
+    """
+
+    columns: Float[Tensor, "k size"]
+    z: Float[Tensor, "size size"]
+    y: Float[Tensor, " size"]
+
+
+@dataclass
+class Row:
+    """A row, changed in place by exchanges. Slots 0 … k−1 hold the kept inputs, 0 … s−1 the pruned ones.
+
+    Attributes:
+        scratch: of this row, as long as it is in use.
+        target: b, float64 [n].
+        fresh: whether M was inverted from scratch, and not updated.
+    """
+
+    metric: Metric
+    scratch: Scratch
+    target: Float[Tensor, " n"]
+    kept: Int[Tensor, " k"]
+    pruned: Int[Tensor, " s"]
+    m: Float[Tensor, "k k"]
+    v: Float[Tensor, " k"]
+    r: Float[Tensor, " s"]
+    fresh: bool = True
+
+    @classmethod
+    def of(cls, metric: Metric, scratch: Scratch, target: Tensor, mask: Tensor) -> Row:
+        """From a mask [n], True = kept; 4k³/3 operations."""
+        kept, pruned = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
+        empty = target.new_zeros
+        row = cls(metric, scratch, target, kept, pruned, empty(0, 0), empty(0), empty(0))
+        row.renew()
+        return row
+
+    def renew(self) -> None:
+        """M, v and r from scratch."""
+        k, new = len(self.kept), self.scratch
+        system = part_of(self.metric.damped, self.kept, self.kept, new("system", k, k))
+        self.m = inverse(system, new("m", k, k), new("work", k * k // 2 + 1))
+        self.v = self.m @ self.target[self.kept]
+        self.fresh = True
+        self.settle()
+
+    def mask(self) -> Tensor:
+        return torch.zeros_like(self.target, dtype=torch.bool).index_fill_(0, self.kept, True)
+
+    def weights(self) -> Float[Tensor, " n"]:
+        """v, zero on what is pruned."""
+        return torch.zeros_like(self.target).index_copy_(0, self.kept, self.v)
+
+    def settle(self) -> None:
+        """A step of refinement for v, and r with it."""
+        rest = self.target - self.weights() @ self.metric.damped
+        self.v += self.m @ rest[self.kept]
+        self._look()
+
+    def _look(self) -> None:
+        """r."""
+        self.r = (self.target - self.weights() @ self.metric.damped)[self.pruned]
+
+    def costs(self) -> Float[Tensor, " k"]:
+        """v_u²/M_uu."""
+        return self.v.square() / self.m.diagonal()
+
+    def gains(self) -> Float[Tensor, " s"]:
+        """r_p² H_pp ≥ r_p²/C_pp."""
+        return self.r.square() * self.metric.spread[self.pruned]
+
+    def likely(self, count: int) -> Pairs:
+        """Candidates by what is at hand: r_p²√(H_pp/A_pp) in place of r_p²/C_pp, which is between the two.
+
+        Args:
+            count: of each side at most; where only pairs of a group count, of both, in whole groups.
+        """
+        alone = self.metric.damped.diagonal()[self.pruned]
+        gain = self.r.square() * (self.metric.spread[self.pruned] / alone).sqrt()
+        cost = self.costs()
+        if self.metric.group_size == len(self.target):
+            return Pairs(_least(cost, count), _least(-gain, count))
+        groups = len(self.target) // self.metric.group_size
+        of_u, of_p = self._group(self.kept), self._group(self.pruned)
+        cheapest = cost.new_full((groups,), torch.inf).scatter_reduce_(0, of_u, cost, "amin")
+        dearest = gain.new_zeros(groups).scatter_reduce_(0, of_p, gain, "amax")
+        return self._whole(_least(cheapest - dearest, max(1, count // self.metric.group_size)))
+
+    def _whole(self, groups: Tensor) -> Pairs:
+        """All inputs of some groups."""
+        u, p = (
+            torch.isin(self._group(x), groups).nonzero()[:, 0] for x in (self.kept, self.pruned)
+        )
+        return Pairs(u, p)
+
+    def improving(self, count: int, threshold: float) -> Pairs | None:
+        """The exact scan: candidates out of all pairs of Δ < −threshold; None: there is none."""
+        suspects = self._suspects()
+        if not len(suspects):
+            return None
+        b, c = self._columns(suspects)
+        r = self.r[suspects]
+        delta = (self.v[:, None] - b * (r / c)).square_()
+        delta /= (b.square_() / c).add_(self.m.diagonal()[:, None])
+        delta -= r.square() / c
+        if self.metric.group_size < len(self.target):
+            delta[self._group(self.kept)[:, None] != self._group(self.pruned[suspects])] = torch.inf
+        by_kept, by_pruned = delta.amin(1), delta.amin(0)
+        if not bool((by_pruned < -threshold).any()):
+            return None
+        if self.metric.group_size < len(self.target):
+            best = by_pruned.topk(
+                min(len(by_pruned), max(1, count // self.metric.group_size)), largest=False
+            )
+            return self._whole(self._group(self.pruned[suspects[best.indices]]))
+        u, p = _least(by_kept, count), _least(by_pruned, count)
+        return Pairs(u[by_kept[u] < 0], suspects[p[by_pruned[p] < 0]])
+
+    def _suspects(self) -> Int[Tensor, " some"]:
+        """Slots of the pruned inputs that (2), and (1) with the least C_pp, leave an improving pair."""
+        spread = self.metric.spread
+        ratio = (spread[self.kept] / self.m.diagonal()).clamp(min=1.0)
+        cost = self.costs()
+        need = cost / (ratio.sqrt() + (ratio - 1.0).sqrt()).square()
+        gain = self.gains() * (1.0 + _SAFETY)
+        price = self.v / self.m.diagonal()
+        if self.metric.group_size < len(self.target):
+            return self._suspects_of_groups(need, gain, cost, price)
+        p = gain.argsort(descending=True)[: int((gain > need.min()).sum())]
+        u = need.argsort()[: int((need < gain.max()).sum())]
+        if not len(u):
+            return p[:0]
+        flagged = torch.zeros_like(p, dtype=torch.bool)
+        outer = self._outer(p)
+        square, twice = self.r[p].square(), 2 * self.r[p]
+        least = (1.0 - _SAFETY) / spread[self.pruned[p]]
+        for part in u.split(_CHUNK):
+            width = int((gain[p] > need[part[0]]).sum())
+            b = torch.mm(self.m[part], outer[:, :width], out=self.scratch("b", len(part), width))
+            reach = b.mul_(price[part, None]).mul_(twice[:width]).add_(square[:width])
+            flagged[:width] |= (reach > cost[part, None] * least[:width]).any(0)
+        return p[flagged].sort().values
+
+    def _suspects_of_groups(
+        self, need: Tensor, gain: Tensor, cost: Tensor, price: Tensor
+    ) -> Int[Tensor, " some"]:
+        """The same where only pairs inside a group count."""
+        same = self._group(self.kept)[:, None] == self._group(self.pruned)[None, :]
+        u, p = (same & (need[:, None] < gain[None, :])).nonzero().unbind(1)
+        least = (1.0 - _SAFETY) / self.metric.spread[self.pruned[p]]
+        flagged = []
+        step = max(1, _AT_ONCE // max(1, len(self.kept)))
+        for one, two, low in zip(u.split(step), p.split(step), least.split(step), strict=True):
+            b = (self.m[one] * self._outer(two).T).sum(1)
+            reach = self.r[two].square() + 2 * self.r[two] * price[one] * b
+            flagged.append(two[reach > cost[one] * low])
+        return torch.cat(flagged).unique() if flagged else p
+
+    def _group(self, inputs: Tensor) -> Tensor:
+        return inputs // self.metric.group_size
+
+    def _outer(self, p: Tensor) -> Float[Tensor, "k some"]:
+        """A_S,p of slots p: lines of the symmetric A, which lie together in memory."""
+        out = self.scratch("outer", len(p), len(self.kept))
+        return part_of(self.metric.damped, self.pruned[p], self.kept, out).T
+
+    def _columns(self, p: Tensor) -> tuple[Float[Tensor, "k some"], Float[Tensor, " some"]]:
+        """B_S,p and C_pp of slots p."""
+        outer = self._outer(p)
+        b = torch.mm(self.m, outer, out=self.scratch("columns", len(outer), len(p)))
+        return b, self.metric.damped.diagonal()[self.pruned[p]] - (outer * b).sum(0)
+
+    def block(self, pairs: Pairs) -> Block:
+        """T of the candidates."""
+        u, p = pairs.u, pairs.p
+        outer = self._outer(p)
+        columns = self.scratch("block", len(outer), len(u) + len(p))
+        torch.neg(self.m[u].T, out=columns[:, : len(u)])
+        b = torch.mm(self.m, outer, out=columns[:, len(u) :])
+        inputs = self.pruned[p]
+        c = self.metric.damped[inputs[:, None], inputs[None, :]] - outer.T @ b
+        z = torch.cat([columns[u], torch.cat([b[u].T, c], 1)])
+        return Block(columns, (z + z.T) / 2, torch.cat([self.v[u], self.r[p]]))
+
+    def exchange(self, u: Tensor, p: Tensor, block: Block) -> None:
+        """The inputs of slots u and p change places, pair by pair.
+
+        A principal pivot on Z = (u, p): with W = T_ZZ⁻¹ and E = diag(−1 on u, +1 on p),
+        T_oo ← T_oo − T_oZ W T_Zo, T_oZ ← T_oZ W E, T_ZZ ← −E W E, and what was in p is in u then.
+
+        Args:
+            block: of u and p, in this order.
+        """
+        q = len(u)
+        w = torch.linalg.inv(block.z)
+        sign = torch.ones(2 * q, dtype=w.dtype, device=w.device)
+        sign[:q] = -1.0
+        scaled = torch.mm(block.columns, w, out=self.scratch("scaled", len(self.kept), 2 * q))
+        self.v -= scaled @ block.y
+        self.m.addmm_(scaled, block.columns.T)
+        scaled *= sign
+        self.m[:, u] = -scaled[:, q:]
+        self.m[u] = -scaled[:, q:].T
+        self.m[u[:, None], u[None, :]] = (sign[:, None] * w * sign)[q:, q:]
+        self.v[u] = (sign * (w @ block.y))[q:]
+        self.kept[u], self.pruned[p] = self.pruned[p], self.kept[u]
+        self.fresh = False
+        self._look()
+
+    def drift(self) -> float:
+        """How far M is from an inverse, relative: A_SS(M z) against z of random signs (Freivalds)."""
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randint(0, 2, self.v.shape, generator=generator).to(self.v) * 2 - 1
+        full = torch.zeros_like(self.target).index_copy_(0, self.kept, self.m @ z)
+        rest = (full @ self.metric.damped)[self.kept] - z
+        return float(rest.norm() / z.norm().clamp(min=1.0))
+
+
+def _least(values: Tensor, count: int) -> Tensor:
+    return values.topk(min(count, len(values)), largest=False).indices
