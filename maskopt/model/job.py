@@ -170,13 +170,13 @@ class Job:
             samples = self._samples(captured.states, held, folder)
             for index in range(waiting[-1] + 1):
                 done = finished.get(index)
-                masks = None if done is None or self.options.one_pass else done.masks
+                edits = None if done is None or self.options.one_pass else done.edits
                 if done is not None:
                     samples.drop({bad["sample"] for bad in done.bad})
                     if samples.dense is not None:
                         with self.source.open(index, None) as module:
                             self._opened(index, module, captured, samples).advance_dense()
-                with self.source.open(index, masks) as module:
+                with self.source.open(index, edits) as module:
                     block = self._opened(index, module, captured, samples, chosen.get(index, []))
                     if done is not None:
                         block.dense_advanced = True

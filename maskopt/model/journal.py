@@ -137,6 +137,7 @@ def _is_block(record: dict[str, Any]) -> bool:
         type(record.get("index")) is int
         and 0 <= record["index"] < 10**5
         and isinstance(record.get("masks"), str)
+        and isinstance(record.get("weights", ""), str)
         and isinstance(record.get("layers"), list)
         and isinstance(record.get("bad"), list)
         and all(isinstance(b, dict) and type(b.get("sample")) is int for b in record["bad"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from maskopt.errors import ModelError
 from maskopt.model.checkpoint import Checkpoint
-from maskopt.model.maskfile import MaskFile
+from maskopt.model.edits import Edits
 from maskopt.model.transformers_adapter import Conversion, initialise, tie
 
 
@@ -26,8 +26,8 @@ class Loader:
         self.conversion = Conversion(model, checkpoint.where, str(checkpoint.folder))
         self._loaded_buffers = False
 
-    def load(self, names: Iterable[str], masks: MaskFile | None = None) -> None:
-        """Bring parameters into memory, masked where `masks` knows their tensors.
+    def load(self, names: Iterable[str], edits: Edits | None = None) -> None:
+        """Bring parameters into memory, as the edits leave their tensors.
 
         Raises:
             ModelError: a parameter without a tensor, or of another shape.
@@ -35,7 +35,7 @@ class Loader:
         wanted = list(names)
         buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
         self._loaded_buffers = True
-        state = {key: self._read(key, masks) for key in self.conversion.needed([*wanted, *buffers])}
+        state = {key: self._read(key, edits) for key in self.conversion.needed([*wanted, *buffers])}
         with quietly(), torch.no_grad():
             self.conversion.load(state, self.device)
             missing = self._without_data(wanted)
@@ -54,10 +54,10 @@ class Loader:
     def _without_data(self, names: Iterable[str]) -> set[str]:
         return {name for name in names if self.model.get_parameter(name).is_meta}
 
-    def _read(self, key: str, masks: MaskFile | None) -> Tensor:
+    def _read(self, key: str, edits: Edits | None) -> Tensor:
         tensor = self.checkpoint.read(key)
-        if masks is not None and key in masks:
-            tensor.masked_fill_(~masks.read(key).kept, 0)
+        if edits is not None:
+            edits.apply(key, tensor)
         return tensor
 
 

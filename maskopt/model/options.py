@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskopt.errors import DataError, ModelError, OptionError, PatternError, near
 from maskopt.fields import check_options, option
+from maskopt.least_squares import Refit
 from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
 from maskopt.model.solving import check_solver, default_start
@@ -29,6 +30,8 @@ MASKS, TEXT, MACHINE = "masks", "text", "machine"
 AUTO = "auto"
 #: of `target`
 TARGETS = ("pruned", "dense")
+#: of `weights`
+KEEP, REFIT = WEIGHTS = ("keep", "refit")
 
 
 def _about(decides: str, words: str, **facts: Any) -> dict[str, Any]:
@@ -175,7 +178,8 @@ class PruneOptions(WalkOptions):
     warm_start: str | None = _option(
         None,
         MASKS,
-        "The solver that makes the start; default: relax for swap, else the solver's own.",
+        "The solver that makes the start; default: for swap relax, or admm where weights are refitted; else "
+        "the solver's own.",
     )
     solver_options: Mapping[str, Any] = field(
         default_factory=dict,
@@ -187,6 +191,19 @@ class PruneOptions(WalkOptions):
         "What a layer's output is to be like. pruned: the dense layer's on the inputs that it has in the "
         "model pruned so far; dense: what it is in the dense model, which then goes along.",
         choices=TARGETS,
+    )
+    weights: str = _option(
+        KEEP,
+        MASKS,
+        "Of what is kept. keep: as they are; refit: set anew by least squares, so that they take over from "
+        "the pruned ones, and masks are chosen for that.",
+        choices=WEIGHTS,
+    )
+    damping: float | str = _option(
+        0.01,
+        MASKS,
+        "Of refitted weights, how strongly they stay where they were, in parts of G's mean diagonal; auto: "
+        "per layer by the error on held-out windows.",
     )
     min_tokens: int = _option(
         32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.", least=1
@@ -201,6 +218,7 @@ class PruneOptions(WalkOptions):
         super().__post_init__()
         object.__setattr__(self, "solver_options", dict(self.solver_options))
         _check_shrink(self.shrink, self.holdout)
+        _check_damping(self.damping, self.holdout)
         for name in ("one_pass", "true_sequential"):
             if self.beside and getattr(self, name):
                 raise OptionError(
@@ -211,8 +229,15 @@ class PruneOptions(WalkOptions):
 
     @property
     def start(self) -> str | None:
-        """The solver that makes the start: the one named, `relax` for swap, or the solver's own."""
-        return self.warm_start or default_start(self.solver)
+        """The solver that makes the start: the one named, `relax` or `admm` for swap, or the solver's own."""
+        return self.warm_start or default_start(self.solver, refit=self.weights == REFIT)
+
+    @property
+    def refit(self) -> Refit | None:
+        """How kept weights are refitted, `damping` auto counting as its default; None: they stay."""
+        if self.weights == KEEP:
+            return None
+        return Refit() if self.damping == AUTO else Refit(float(self.damping))
 
     @property
     def beside(self) -> bool:
@@ -302,6 +327,16 @@ def _check_shrink(shrink: float | str, holdout: float) -> None:
             raise ModelError("`shrink` auto needs held-out windows: give a `holdout` such as 0.2")
     elif isinstance(shrink, str) or not 0 <= shrink <= 1:
         raise ModelError(f"`shrink` must lie in [0, 1] or be auto, not {shrink!r}")
+
+
+def _check_damping(damping: float | str, holdout: float) -> None:
+    if damping == AUTO:
+        if not holdout:
+            raise ModelError("`damping` auto needs held-out windows: give a `holdout` such as 0.2")
+    elif isinstance(damping, str):
+        raise OptionError(f"`damping` must be a number of at least 0 or auto, not {damping!r}")
+    else:
+        Refit(damping)
 
 
 def _described(options: type[WalkOptions]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,10 @@ from torch import Tensor
 from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer
 from maskopt.model.checkpoint import file_digest, open_checkpoint
+from maskopt.model.edits import Edits, write_values
 from maskopt.model.journal import Journal, differences, in_words
 from maskopt.model.maskfile import MaskFile, MaskFiles, TensorMask, join_masks, write_masks
+from maskopt.model.options import REFIT
 from maskopt.model.report import (
     LayerReport,
     PruneReport,
@@ -48,11 +50,11 @@ class FinishedBlock:
 
     layers: list[LayerReport]
     bad: list[dict[str, Any]]
-    masks: MaskFile
+    edits: Edits
 
 
 class Run(Protocol):
-    """Takes the masks of each block and, at the end, makes the result."""
+    """Takes the masks and the new weights of each block and, at the end, makes the result."""
 
     masks: dict[str, Tensor]
 
@@ -68,7 +70,15 @@ class Run(Protocol):
         layers: Sequence[LayerReport],
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
-    ) -> None: ...
+        weights: Mapping[str, tuple[Layer, Tensor]],
+    ) -> None:
+        """Layers of a block that is done.
+
+        Args:
+            masks: bool [rows, n] by name, True = kept.
+            weights: float64 [rows, n] of those that were refitted, zero where pruned.
+        """
+        ...
 
     def finish(self, report: PruneReport, pattern: Pattern) -> None: ...
 
@@ -100,16 +110,18 @@ class FolderRun:
         with open_workspace(self.output, overwrite=self.overwrite, resume=self.resume) as work:
             self.work = work
             there = sum(file.stat().st_size for file in work.hidden.rglob("*") if file.is_file())
-            check_disk(work.output, disk_needed(self.source.checkpoint) - there)
+            refit = fingerprint["options"]["weights"] == REFIT
+            check_disk(work.output, disk_needed(self.source.checkpoint, refit) - there)
             self.journal = Journal(work.journal)
             self.journal.begin(dict(fingerprint))
             for index, record in self.journal.blocks.items():
-                path = self._masks_path(index)
-                if not path.exists() or file_digest(path) != record["masks"]:
-                    raise ModelError(
-                        f"{path}: does not match the journal: it was changed; start over with "
-                        "`overwrite`"
-                    )
+                for kind in ("masks", "weights"):
+                    path = self._path(index, kind)
+                    if kind in record and (not path.exists() or file_digest(path) != record[kind]):
+                        raise ModelError(
+                            f"{path}: does not match the journal: it was changed; start over with "
+                            "`overwrite`"
+                        )
             for name, digest in list(self.journal.shards.items()):
                 if not self._holds(name, digest):
                     del self.journal.shards[name]  # it is written again, from the masks
@@ -130,7 +142,8 @@ class FolderRun:
         if record is None:
             return None
         layers = read_layers(record["layers"], self.work.journal)
-        return FinishedBlock(layers, record["bad"], MaskFile(self._masks_path(index)))
+        edits = Edits.of(MaskFile(self._path(index, "masks")), self._values([index]))
+        return FinishedBlock(layers, record["bad"], edits)
 
     def add(
         self,
@@ -138,15 +151,21 @@ class FolderRun:
         layers: Sequence[LayerReport],
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
+        weights: Mapping[str, tuple[Layer, Tensor]],
     ) -> None:
         self.model.check()
-        path = self._masks_path(index)
+        path = self._path(index, "masks")
         write_masks(path, self.source.stored(index, masks))
+        digests = {"masks": file_digest(path)}
+        if weights:
+            path = self._path(index, "weights")
+            write_values(path, self.source.stored_values(weights))
+            digests["weights"] = file_digest(path)
         self.work.keep = True  # from the moment that the journal may hold the block
         self.journal.add_block(
             index,
             {
-                "masks": file_digest(path),
+                **digests,
                 "layers": [dataclasses.asdict(layer) for layer in layers],
                 "bad": list(bad),
             },
@@ -155,7 +174,7 @@ class FolderRun:
 
     def finish(self, report: PruneReport, pattern: Pattern) -> None:
         work, checkpoint = self.work, self.source.checkpoint
-        parts = [self._masks_path(index) for index in sorted(self.journal.blocks)]
+        parts = [self._path(index, "masks") for index in sorted(self.journal.blocks)]
         join_masks(work.staging / MASKS, parts)
         masks = MaskFile(work.staging / MASKS)
         check_masks(checkpoint, masks)
@@ -170,16 +189,22 @@ class FolderRun:
 
     def _write_finished_shards(self) -> None:
         """Write the shards whose masks are all there, once."""
-        masks = MaskFiles(self._masks_path(index) for index in self.journal.blocks)
+        masks = MaskFiles(self._path(index, "masks") for index in self.journal.blocks)
+        edits = Edits.of(masks, self._values(self.journal.blocks))
         for name, shard in self.source.checkpoint.shards.items():
             waiting = any(t in self._awaited and t not in masks for t in shard.entries)
             if name not in self.journal.shards and not waiting:
-                digest = write_shard(self.source.checkpoint, name, masks, self.work.staging / name)
+                digest = write_shard(self.source.checkpoint, name, edits, self.work.staging / name)
                 self.model.check()
                 self.journal.add_shard(name, digest)
 
-    def _masks_path(self, index: int) -> Path:
-        return self.work.blocks / f"{index:05d}.safetensors"
+    def _values(self, blocks: Iterable[int]) -> list[Path]:
+        """Files of new weights of those blocks that have any."""
+        return [self._path(i, "weights") for i in blocks if "weights" in self.journal.blocks[i]]
+
+    def _path(self, index: int, kind: str) -> Path:
+        """Of a block's `masks` or `weights`."""
+        return self.work.blocks / f"{index:05d}{'.weights' * (kind == 'weights')}.safetensors"
 
 
 class MemoryRun:
@@ -217,6 +242,7 @@ class MemoryRun:
         layers: Sequence[LayerReport],
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
+        weights: Mapping[str, tuple[Layer, Tensor]],
     ) -> None:
         self.masks.update({name: mask for name, (_, mask) in masks.items()})
         if self.work is not None:
@@ -275,7 +301,7 @@ def apply_masks(
         check_disk(target, disk_needed(checkpoint))
         join_masks(work.staging / MASKS, [Path(masks)])
         for shard in checkpoint.shards:
-            write_shard(checkpoint, shard, file, work.staging / shard)
+            write_shard(checkpoint, shard, Edits(file), work.staging / shard)
         copy_side_files(checkpoint, work.staging)
         work.commit()
     return target

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from maskopt.errors import ModelError
 from maskopt.gram import Gram, Moved
+from maskopt.least_squares import Refit
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
 from maskopt.model.job import Job, open_job
@@ -105,11 +106,15 @@ def layer_problem(
     pattern: Pattern,
     shrink: float = 0.0,
     moved: Moved | None = None,
+    refit: Refit | None = None,
 ) -> LayerProblem:
     """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs, shrunk by α.
 
     Without one, inputs count as uncorrelated and alike: errors are then the pruned weights' squares.
     `moved` makes what the layer gives on the dense model's inputs its target.
+
+    Raises:
+        ProblemError: a `refit` with a damping that leaves the Gram matrix indefinite.
     """
     if gram is None:
         values, mean = torch.eye(layer.n, device=weight.device), None
@@ -117,5 +122,12 @@ def layer_problem(
         values, mean = gram.value(shrink=shrink), gram.mean()
     linear = None if gram is None or moved is None else moved.linear(weight, shrink=shrink)
     return LayerProblem(
-        weight, values, pattern, name=layer.name, assume_psd=True, mean=mean, linear=linear
+        weight,
+        values,
+        pattern,
+        name=layer.name,
+        assume_psd=True,
+        mean=mean,
+        linear=linear,
+        refit=refit,
     )

@@ -1,9 +1,9 @@
 """Prune a causal language model block by block.
 
 The main loop is `_prune_blocks`: for every decoder block, the Gram matrices of its layers' inputs; hand
-each layer to a solver; set what the mask prunes to zero; send the samples through the pruned block and
-go on with its outputs. It is the same for a model in memory and for a folder of which one block at a
-time is in memory, and it never knows which solver runs.
+each layer to a solver; set what the mask prunes to zero, and the rest anew where weights are refitted; send
+the samples through the pruned block and go on with its outputs. It is the same for a model in memory and for
+a folder of which one block at a time is in memory, and it never knows which solver runs.
 """
 
 from __future__ import annotations
@@ -26,9 +26,16 @@ from maskopt.model.output import Run, finished_report
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import LayerReport, PruneReport, versions
-from maskopt.model.solving import solve_by_held_error, solve_by_magnitude, solve_layer
+from maskopt.model.solving import (
+    Solved,
+    damping_by_held_error,
+    solve_by_held_error,
+    solve_by_magnitude,
+    solve_layer,
+)
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.problem import LayerProblem
+from maskopt.solver import make_solver
 
 
 def prune_model(
@@ -106,56 +113,112 @@ def _prune_blocks(
     for block in job.blocks(finished, run.activation_folder()):
         results: dict[str, LayerReport] = {}
         masks: dict[str, tuple[Layer, Tensor]] = {}
+        weights: dict[str, tuple[Layer, Tensor]] = {}
         for layers, grams in block.rounds():
             tick = block.ticker("solve", len(layers))
             for layer in grams.neighbours(layers):
-                results[layer.name], mask = _prune_layer(job, layer, grams, options)
+                results[layer.name], mask, new = _prune_layer(job, layer, grams, options)
                 masks[layer.name] = layer, mask
+                if new is not None:
+                    weights[layer.name] = layer, new
                 tick(1)
             del grams  # the next pass needs their memory
         block.advance()
         reports[block.index] = [results[layer.name] for layer in block.layers]
         bad[block.index] = [dataclasses.asdict(sample) for sample in block.bad]
         ordered = {layer.name: masks[layer.name] for layer in block.layers}
-        run.add(block.index, reports[block.index], bad[block.index], ordered)
+        run.add(block.index, reports[block.index], bad[block.index], ordered, weights)
     order = sorted(reports)
     return [r for i in order for r in reports[i]], [b for i in order for b in bad[i]]
 
 
 def _prune_layer(
     job: Job, layer: Layer, grams: Grams, options: PruneOptions
-) -> tuple[LayerReport, Tensor]:
-    """Solve one layer and set what its mask prunes to zero in the model."""
+) -> tuple[LayerReport, Tensor, Tensor | None]:
+    """Solve one layer and make of it in the model what its mask, and the least squares, say.
+
+    Returns:
+        (report, mask, new weights, float64 [rows, n], where they were refitted).
+    """
     weight = matrix(job.source.model, layer)
     gram = grams.of(layer.name)
     tokens = 0 if gram is None else gram.tokens
     fallback = tokens < options.min_tokens
     dense = weight.detach().float()
     used = None if fallback else gram
+    refit = None if fallback else options.refit
 
     def at(alpha: float) -> LayerProblem:
-        return layer_problem(layer, dense, used, options.pattern, alpha, grams.moved(layer.name))
+        moved = grams.moved(layer.name)
+        return layer_problem(layer, dense, used, options.pattern, alpha, moved, refit)
 
     judge = held_problem(layer, dense, grams, options.pattern)
     began = time.perf_counter()
+    if refit is not None and options.damping == AUTO and judge is not None:
+        refit = damping_by_held_error(at(_fixed(options.shrink)), judge, options)
     if options.shrink == AUTO and judge is not None and not fallback:
         solved, shrink = solve_by_held_error(at, judge, options)
         fitted = at(shrink)
     else:
-        shrink = 0.0 if fallback or options.shrink == AUTO else float(options.shrink)
+        shrink = 0.0 if fallback else _fixed(options.shrink)
         fitted = at(shrink)
         solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options)
+    mask = solved.solution.mask
+    new = None if refit is None else _rounded(job, layer, fitted.weights(mask))
     seconds = time.perf_counter() - began
-    solution, start = solved.solution, solved.start
+    report = _report(layer, fitted, judge, solved, new, options)
+    if new is None:
+        weight.masked_fill_(~mask.to(weight.device), 0)  # the problems may share it
+    else:
+        weight.copy_(new.to(weight.dtype))
+    report = dataclasses.replace(
+        report, tokens=tokens, fallback=fallback, seconds=seconds, shrink=shrink
+    )
+    return report, mask.cpu(), None if new is None else new.cpu()
+
+
+def _fixed(shrink: float | str) -> float:
+    """α where it is a number; else that of an unshrunk G."""
+    return 0.0 if shrink == AUTO else float(shrink)
+
+
+def _rounded(job: Job, layer: Layer, weight: Tensor) -> Tensor:
+    """New weights as they can be stored, float64.
+
+    Raises:
+        ModelError: one is beyond the dtype's range.
+    """
+    dtype = job.source.stored_dtype(layer)
+    rounded = weight.to(dtype).double()
+    if not bool(torch.isfinite(rounded).all()):
+        raise ModelError(
+            f"layer {layer.name!r}: a refitted weight is beyond the range of {dtype}; take a larger `damping`"
+        )
+    return rounded
+
+
+def _report(
+    layer: Layer,
+    fitted: LayerProblem,
+    judge: LayerProblem | None,
+    solved: Solved,
+    new: Tensor | None,
+    options: PruneOptions,
+) -> LayerReport:
+    """What became of a layer; `fitted` is what it was solved on, `judge` that of the windows kept aside."""
+    solution, start, kept = solved.solution, solved.start, fitted.refitting(None)
     begun = None if start is None else start.objective
-    if start is not None and options.shrink == AUTO:
-        # it starts once for every α, on another G than that of the error
-        begun = fitted.objective(start.mask)
-    energy = float(fitted.output_energy().sum())
-    energy_held = None if judge is None else float(judge.output_energy().sum())
-    error_held = None if judge is None else float(judge.objective(solution.mask).sum())
-    weight.masked_fill_(~solution.mask.to(weight.device), 0)  # the problems may share it
-    report = LayerReport(
+    if start is not None and (options.shrink == AUTO or new is not None):
+        # it starts once for every α, on another G than that of the error; or is judged by refitted weights
+        begun = kept.objective(start.mask)
+    if new is None:
+        error, error_kept = solution.objective, None
+        held = None if judge is None else judge.objective(solution.mask)
+    else:
+        error, error_kept = fitted.error(new), kept.objective(solution.mask)
+        held = None if judge is None else judge.error(new)
+    chosen = new is not None and make_solver(options.solver).capabilities.refit
+    return LayerReport(
         name=layer.name,
         block=layer.block,
         kind=layer.kind,
@@ -163,19 +226,24 @@ def _prune_layer(
         n=layer.n,
         pattern=str(options.pattern),
         pruned=int((~solution.mask).sum()),
-        error_start=None if begun is None else float(begun.sum()),
-        error=float(solution.objective.sum()),
+        error_start=_sum(begun),
+        error=float(error.sum()),
         lower_bound=float(solution.lower_bound.sum()),
         statuses={str(s): solution.status.count(s) for s in sorted(set(solution.status))},
-        tokens=tokens,
-        fallback=fallback,
-        seconds=seconds,
-        energy=energy,
-        error_held=error_held,
-        energy_held=energy_held,
-        shrink=shrink,
+        tokens=0,
+        fallback=False,
+        seconds=0.0,
+        energy=float(fitted.output_energy().sum()),
+        error_held=_sum(held),
+        energy_held=None if judge is None else float(judge.output_energy().sum()),
+        error_kept=_sum(error_kept),
+        chosen_for="refitted" if chosen else "kept",
+        damping=None if fitted.refit is None or new is None else float(fitted.refit.damping),
     )
-    return report, solution.mask.cpu()
+
+
+def _sum(rows: Tensor | None) -> float | None:
+    return None if rows is None else float(rows.sum())
 
 
 def _fingerprint(job: Job, options: PruneOptions) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from maskopt.checks import improving_swap
 from maskopt.errors import MaskoptError, VerificationError
+from maskopt.least_squares import Refit
 from maskopt.model.beginning import BOS, GIVEN, TEMPLATE
 from maskopt.model.blocks import choose, matrix
-from maskopt.model.checkpoint import Checkpoint
+from maskopt.model.checkpoint import Checkpoint, open_checkpoint
 from maskopt.model.job import Job, open_job
 from maskopt.model.maskfile import MaskFile
-from maskopt.model.options import AUTO, TARGETS, PruneOptions
+from maskopt.model.options import AUTO, REFIT, TARGETS, WEIGHTS, PruneOptions
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.source import FolderSource
 from maskopt.model.threads import Threads
@@ -34,6 +35,7 @@ from maskopt.model.verify_manifest import Manifest
 from maskopt.model.weighting import WEIGHTINGS
 from maskopt.pattern import Pattern, pattern_from_dict
 from maskopt.problem import LayerProblem
+from maskopt.refit_checks import refitted_cost
 from maskopt.solution import SWAP_TOLERANCE, Status
 
 #: relative difference at which a stated error is wrong, by the precision of the passes. On one machine
@@ -41,6 +43,8 @@ from maskopt.solution import SWAP_TOLERANCE, Status
 ERROR_TOLERANCES = {"float64": 1e-9, "float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-2}
 #: relative difference up to which the Gram matrices are taken for those of the prune, bit for bit
 SAME_BITS = 1e-12
+#: of a layer, about how many rows' least squares are solved again
+LEAST_SQUARES_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Run:
     holdout: float
     target: str
     weighting: str
+    weights: str
+    damping: float | str
     skip_bad_samples: bool
     seed: int
     samples: int
@@ -81,6 +87,8 @@ class Run:
                 holdout=options["holdout"],
                 target=options["target"],
                 weighting=options["weighting"],
+                weights=options["weights"],
+                damping=options["damping"],
                 skip_bad_samples=options["skip_bad_samples"],
                 seed=options["seed"],
                 samples=data["samples"],
@@ -104,6 +112,8 @@ class Run:
             and 0 <= run.holdout < 1
             and run.target in TARGETS
             and run.weighting in WEIGHTINGS
+            and run.weights in WEIGHTS
+            and (run.damping == AUTO or _is_amount(run.damping))
             and run.bos in (*BOS, GIVEN.bos, TEMPLATE.bos)
             and run.dtype in ERROR_TOLERANCES
             and run.device in ("cpu", "cuda")
@@ -111,6 +121,10 @@ class Run:
         if not sound:
             raise manifest.wrong("does not say how its run was calibrated")
         return run
+
+
+def _is_amount(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 @dataclass(frozen=True)
@@ -128,10 +142,12 @@ class MasksAsWeights(Checkpoint):
 
 @dataclass(frozen=True)
 class Found:
-    """A layer as its prune met it: original weights, Gram matrix, and the mask that it was given."""
+    """A layer as its prune met it: original weights, Gram matrix, the mask that it was given, and what its
+    weights are in the result, in the dtype in which they are stored."""
 
     problem: LayerProblem
     kept: Tensor
+    result: Tensor | None
     tokens: int
     held: LayerProblem | None
     """The same on the windows that were kept aside, where there were any."""
@@ -194,8 +210,14 @@ def recheck_layers(
         )
     chosen = [layer.name for layer in choose(job.layers, tuple(layers))]
     masks = _masks_as_model(job, output / MASKS, trust_remote_code)
+    result = None
+    if run.weights == REFIT:
+        cpu = torch.device("cpu")
+        result = FolderSource(
+            open_checkpoint(output), cpu, None, trust_remote_code=trust_remote_code
+        )
     with job, torch.no_grad():
-        for name, layer in _walk(job, masks, said, set(chosen), run, manifest):
+        for name, layer in _walk(job, masks, result, said, set(chosen), run, manifest):
             _check_layer(manifest, said[name], layer, run, job.pool)
     return chosen, ERROR_TOLERANCES[run.dtype]
 
@@ -222,20 +244,39 @@ def _check_layer(
     used = 0.0 if said["fallback"] else run.shrink
     if used != AUTO and said["shrink"] != used:
         raise manifest.wrong(f"layer {name!r} was shrunk by another α than the options say")
-    error = float(problem.objective(kept).sum())
+    if said["damping"] is not None and run.damping not in (AUTO, said["damping"]):
+        raise manifest.wrong(
+            f"layer {name!r} was refitted with another damping than the options say"
+        )
     floor = SAME_BITS * float(problem.diagonal_mass().sum())
     tolerance = ERROR_TOLERANCES[run.dtype]
+    kept_problem = problem.refitting(None)
+    if said["damping"] is None or found.result is None:
+        error = float(problem.objective(kept).sum())
+        held = None if found.held is None else float(found.held.objective(kept).sum())
+    else:
+        new = found.result.to(problem.device).double()
+        error = float(problem.error(new).sum())
+        held = None if found.held is None else float(found.held.error(new).sum())
+        _check_least_squares(manifest, name, found, tolerance)
+        unchanged = float(kept_problem.objective(kept).sum())
+        if not math.isclose(said["error_kept"], unchanged, rel_tol=tolerance, abs_tol=floor):
+            raise manifest.wrong(
+                f"layer {name!r} states an error of {said['error_kept']:.9g} before its weights were "
+                f"refitted; its mask has {unchanged:.9g}"
+            )
     if not math.isclose(said["error"], error, rel_tol=tolerance, abs_tol=floor):
         raise manifest.wrong(
             f"layer {name!r} states an error of {said['error']:.9g}; its mask has {error:.9g}"
         )
-    held = None if found.held is None else float(found.held.objective(kept).sum())
     if (held is None) != (said["error_held"] is None) or not math.isclose(
         said["error_held"] or 0.0, held or 0.0, rel_tol=tolerance, abs_tol=floor
     ):
         raise manifest.wrong(
             f"layer {name!r} states a held-out error of {said['error_held']}; its mask has {held}"
         )
+    if said["chosen_for"] == "kept":
+        problem = kept_problem
     count = sum(said["statuses"].get(s, 0) for s in (Status.SWAP_OPTIMAL, Status.OPTIMAL))
     if not count:
         return
@@ -258,9 +299,29 @@ def _check_layer(
         )
 
 
+def _check_least_squares(manifest: Manifest, name: str, found: Found, tolerance: float) -> None:
+    """Of some rows: their weights cost no more than those that are solved for here, but for what rounding to
+    the stored dtype adds."""
+    problem, result = found.problem, found.result
+    assert result is not None
+    rows = list(range(0, problem.rows, max(1, problem.rows // LEAST_SQUARES_ROWS)))
+    some, mask = problem.take(rows), found.kept[rows]
+    new = result[rows].to(problem.device).double()
+    cost, diagonal = some.damped_error(new), some.least_squares.damped.diagonal()
+    rounding = 10 * torch.finfo(result.dtype).eps ** 2 * (new.square() @ diagonal)
+    for index, row in enumerate(rows):
+        best = float(refitted_cost(some, mask, index))
+        if not float(cost[index]) <= best * (1 + tolerance) + float(rounding[index]):
+            raise manifest.wrong(
+                f"layer {name!r}, row {row}: its weights are not those of least squares: they cost "
+                f"{float(cost[index]):.6g}, the best {best:.6g}"
+            )
+
+
 def _walk(
     job: Job,
     masks: FolderSource,
+    result: FolderSource | None,
     said: Mapping[str, Mapping[str, Any]],
     chosen: set[str],
     run: Run,
@@ -275,6 +336,10 @@ def _walk(
     for block in job.blocks():
         with masks.open(block.index):
             kept = {layer.name: matrix(masks.model, layer) != 0 for layer in block.layers}
+        new: dict[str, Tensor] = {}
+        if result is not None:
+            with result.open(block.index):
+                new = {x.name: matrix(result.model, x).clone() for x in block.layers}
         for stage, grams in block.rounds():
             for layer in stage:
                 weight, gram = matrix(job.source.model, layer), grams.of(layer.name)
@@ -285,9 +350,14 @@ def _walk(
                     alpha = float(said[layer.name]["shrink"])
                     dense, moved = weight.float(), grams.moved(layer.name)
                     held = held_problem(layer, dense, grams, run.pattern)
-                    problem = layer_problem(layer, dense, known, run.pattern, alpha, moved)
-                    yield layer.name, Found(problem, mask, tokens, held)
-                weight.masked_fill_(~mask, 0)
+                    damping = said[layer.name]["damping"]
+                    refit = None if damping is None else Refit(damping)
+                    problem = layer_problem(layer, dense, known, run.pattern, alpha, moved, refit)
+                    yield layer.name, Found(problem, mask, new.get(layer.name), tokens, held)
+                if layer.name in new:
+                    weight.copy_(new[layer.name])
+                else:
+                    weight.masked_fill_(~mask, 0)
             del grams  # the next pass needs their memory
         left_out += [dataclasses.asdict(sample) for sample in block.bad]
         if block.index == last:

@@ -25,9 +25,14 @@ class LayerReport:
     Attributes:
         block: index of its decoder block.
         kind: the name inside the block, numbers as stars: `self_attn.q_proj`.
-        error_start: objective of the warm start summed over rows; None where there was no start.
-        error: objective of the final mask summed over rows: with `shrink` 0 the mean squared change of
-            the output, else that of outputs whose inputs' G is shrunk as it was for the solver.
+        error_start: objective of the warm start summed over rows, its weights kept; None where there was no
+            start.
+        error: of the result summed over rows: with `shrink` 0 the mean squared change of the output, else
+            that of outputs whose inputs' G is shrunk as it was for the solver.
+        error_kept: of refitted weights, the same had the mask kept its weights as they were: `error_start` to
+            it is what the mask gained, from it to `error` what the new weights did; None where they stay.
+        chosen_for: `kept` weights, or `refitted` ones: which objective the statuses are of.
+        damping: that weights were refitted with; None where they stay.
         lower_bound: proven bound summed over rows, 0 where none is known.
         statuses: number of rows by status.
         tokens: calibration tokens that the layer saw.
@@ -57,6 +62,9 @@ class LayerReport:
     error_held: float | None = None
     energy_held: float | None = None
     shrink: float = 0.0
+    error_kept: float | None = None
+    chosen_for: str = "kept"
+    damping: float | None = None
 
     @property
     def sparsity(self) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from maskopt.least_squares import Refit
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 #: starts that serve whole layers better than the solvers' own, which also have to serve single rows
 DEFAULT_STARTS = {"swap": "relax"}
+REFIT_STARTS = {"swap": "admm"}
+#: λ of `damping` auto
+DAMPING_GRID = (0.003, 0.01, 0.03, 0.1, 0.3)
 #: α of `shrink` auto, each solved from the masks of the one before
 SHRINK_GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
 
@@ -33,9 +37,10 @@ class Solved:
         return self.solution.seconds + (0.0 if self.start is None else self.start.seconds)
 
 
-def default_start(solver: str) -> str | None:
+def default_start(solver: str, *, refit: bool = False) -> str | None:
     """What `solver` starts from in a prune where nothing is named."""
-    return DEFAULT_STARTS.get(solver) or make_solver(solver).capabilities.default_start
+    starts = REFIT_STARTS if refit else DEFAULT_STARTS
+    return starts.get(solver) or make_solver(solver).capabilities.default_start
 
 
 def check_solver(solver: str, options: Mapping[str, Any], start: str | None) -> None:
@@ -49,7 +54,10 @@ def solve_layer(
     problem: LayerProblem, options: PruneOptions, before: Solved | None = None
 ) -> Solved:
     """The solver of the options on one layer, from the start of the options; or, where the layer was
-    solved `before` with another G, from that mask."""
+    solved `before` with another G, from that mask. What does not choose for refitted weights chooses for
+    those that the layer has."""
+    if not make_solver(options.solver).capabilities.refit:
+        problem = problem.refitting(None)
     start = None if before is None else before.solution
     if start is None and options.start is not None and options.start != options.solver:
         start = make_start(problem, options.start, Limits(seed=options.seed))
@@ -75,11 +83,26 @@ def solve_by_held_error(
     before = None
     for alpha in SHRINK_GRID:
         before = solve_layer(at(alpha), options, before)
-        error = float(judge.objective(before.solution.mask).sum())
+        error = float(judge.error(at(alpha).weights(before.solution.mask)).sum())
         if best is None or error < best[0]:
             best = error, before, alpha
     assert best is not None
     return best[1], best[2]
+
+
+def damping_by_held_error(
+    problem: LayerProblem, judge: LayerProblem, options: PruneOptions
+) -> Refit:
+    """The best of DAMPING_GRID by the error on held-out windows, with the mask of the start (or of the
+    solver, where it needs none) refitted by each."""
+    maker = options.start or options.solver
+    mask = make_start(problem, maker, Limits(seed=options.seed)).mask
+
+    def held_error(damping: float) -> float:
+        weights = problem.refitting(Refit(damping)).weights(mask)
+        return float(judge.error(weights).sum())
+
+    return Refit(min(DAMPING_GRID, key=held_error))
 
 
 def solve_by_magnitude(problem: LayerProblem) -> Solved:

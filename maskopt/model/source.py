@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from maskopt.errors import ModelError
 from maskopt.model.blocks import Blocks, Layer
 from maskopt.model.checkpoint import Checkpoint
+from maskopt.model.edits import Edits
 from maskopt.model.loading import (
     Loader,
     check_buffers,
@@ -25,8 +26,8 @@ from maskopt.model.loading import (
     release,
     return_memory,
 )
-from maskopt.model.maskfile import MaskFile, TensorMask
-from maskopt.model.stored_masks import stored_masks
+from maskopt.model.maskfile import TensorMask
+from maskopt.model.stored_masks import stored_masks, stored_values
 from maskopt.model.transformers_adapter import set_eager_experts
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ class Source(Protocol):
         """Bring everything outside the blocks into memory, but for an output head of its own."""
         ...
 
-    def open(self, index: int, masks: MaskFile | None = None) -> Any:
+    def open(self, index: int, edits: Edits | None = None) -> Any:
         """Context in which the weights of block `index` are in memory; yields the block.
 
-        `masks` are applied to the checkpoint's tensors on reading.
+        `edits` are applied to the checkpoint's tensors on reading.
         """
         ...
 
@@ -64,6 +65,10 @@ class Source(Protocol):
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
     ) -> dict[str, TensorMask]:
         """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
+        ...
+
+    def stored_dtype(self, layer: Layer) -> torch.dtype:
+        """In which the layer's weights are kept."""
         ...
 
     def block_memory(self) -> int:
@@ -104,8 +109,8 @@ class MemorySource:
         """It is in memory already."""
 
     @contextmanager
-    def open(self, index: int, masks: MaskFile | None = None) -> Iterator[nn.Module]:
-        if masks is not None:
+    def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:
+        if edits is not None:
             raise ModelError("a model in memory cannot be resumed; prune its folder instead")
         block = self.blocks.modules[index]
         for name, parameter in block.named_parameters():
@@ -119,6 +124,9 @@ class MemorySource:
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
     ) -> dict[str, TensorMask]:
         return stored_masks(self.model, masks, None)
+
+    def stored_dtype(self, layer: Layer) -> torch.dtype:
+        return self.model.get_parameter(layer.parameter).dtype
 
     def block_memory(self) -> int:
         return sum(p.nbytes for block in self.blocks.modules for p in block.parameters())
@@ -180,10 +188,10 @@ class FolderSource:
         return self.model
 
     @contextmanager
-    def open(self, index: int, masks: MaskFile | None = None) -> Iterator[nn.Module]:
+    def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:
         block = self.blocks.modules[index]
         prefix = self.blocks.prefix(index)
-        self._loader.load([prefix + name for name, _ in block.named_parameters()], masks)
+        self._loader.load([prefix + name for name, _ in block.named_parameters()], edits)
         try:
             yield block
         finally:
@@ -212,6 +220,15 @@ class FolderSource:
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
     ) -> dict[str, TensorMask]:
         return stored_masks(self.model, masks, self._loader)
+
+    def stored_dtype(self, layer: Layer) -> torch.dtype:
+        return self.checkpoint.entry(self.tensors_of(layer)[0]).torch_dtype
+
+    def stored_values(self, values: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, Tensor]:
+        """New weights of layers [rows, n], float64, as the tensors that the checkpoint stores; NaN where
+        none are new."""
+        typed = {k: (x, v.to(self.stored_dtype(x))) for k, (x, v) in values.items()}
+        return stored_values(self.model, typed, self._loader)
 
     def block_memory(self) -> int:
         """A block is read in its stored dtype and converted; one tensor of it is held twice."""

@@ -1,4 +1,4 @@
-"""Masks of layers as masks of the tensors that a checkpoint stores."""
+"""Masks and new weights of layers as those of the tensors that a checkpoint stores."""
 
 from __future__ import annotations
 
@@ -26,39 +26,72 @@ def stored_masks(
         ModelError: a parameter that the conversion does not store where it was read from.
     """
     result: dict[str, TensorMask] = {}
-    for name, mask in _merged(model, masks).items():
+    axes = {
+        layer.parameter: layer.input_axis + (layer.expert is not None)
+        for layer, _ in masks.values()
+    }
+    for name, kept in _merged(model, masks, True).items():
+        mask = TensorMask(kept, axes[name])
         if loader is None:
             result |= _converted(model, name, mask)
             continue
         sources = loader.conversion.sources(name)
-        if len(sources) == 1 and name not in loader.conversion.converted:
-            stored = {sources[0]: mask}
-        else:
-            stored = _converted(model, name, mask)
-        if set(stored) != set(sources):
-            raise ModelError(
-                f"parameter {name!r} is stored as {', '.join(sources[:3])}, which cannot be matched"
-            )
-        for key, part in stored.items():
-            if loader.checkpoint.entry(key).shape != tuple(part.kept.shape):
-                raise ModelError(f"tensor {key!r} is not stored in the shape of its parameter")
+        alike = len(sources) == 1 and name not in loader.conversion.converted
+        stored = {sources[0]: mask} if alike else _converted(model, name, mask)
+        _check_stored(loader, name, {key: part.kept for key, part in stored.items()})
         result |= stored
     return result
 
 
-def _merged(model: nn.Module, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
-    """Masks of layers as masks of parameters, in the model's layout."""
-    merged: dict[str, TensorMask] = {}
-    for layer, kept in masks.values():
-        oriented = kept if layer.input_axis == 1 else kept.T
+def stored_values(
+    model: nn.Module, values: Mapping[str, tuple[Layer, Tensor]], loader: Loader
+) -> dict[str, Tensor]:
+    """New weights of layers [rows, n], by the layer's name, as those of the checkpoint's tensors.
+
+    Args:
+        values: in the dtype in which they are stored.
+
+    Returns:
+        In the tensors' shapes, NaN where a tensor holds what is of no such layer.
+
+    Raises:
+        ModelError: as for `stored_masks`.
+    """
+    result: dict[str, Tensor] = {}
+    for name, merged in _merged(model, values, torch.nan).items():
+        sources = loader.conversion.sources(name)
+        alike = len(sources) == 1 and name not in loader.conversion.converted
+        stored = {sources[0]: merged} if alike else revert(model, {name: merged})
+        _check_stored(loader, name, stored)
+        result |= {key: part.contiguous() for key, part in stored.items()}
+    return result
+
+
+def _check_stored(loader: Loader, name: str, stored: Mapping[str, Tensor]) -> None:
+    sources = loader.conversion.sources(name)
+    if set(stored) != set(sources):
+        raise ModelError(
+            f"parameter {name!r} is stored as {', '.join(sources[:3])}, which cannot be matched"
+        )
+    for key, part in stored.items():
+        if loader.checkpoint.entry(key).shape != tuple(part.shape):
+            raise ModelError(f"tensor {key!r} is not stored in the shape of its parameter")
+
+
+def _merged(
+    model: nn.Module, parts: Mapping[str, tuple[Layer, Tensor]], rest: bool | float
+) -> dict[str, Tensor]:
+    """Matrices of layers [rows, n] as parameters in the model's layout; `rest` for experts without one."""
+    merged: dict[str, Tensor] = {}
+    for layer, part in parts.values():
+        oriented = part if layer.input_axis == 1 else part.T
         if layer.expert is None:
-            merged[layer.parameter] = TensorMask(oriented.contiguous(), layer.input_axis)
+            merged[layer.parameter] = oriented.contiguous()
             continue
         if layer.parameter not in merged:
             shape = model.get_parameter(layer.parameter).shape
-            whole = torch.ones(shape, dtype=torch.bool)
-            merged[layer.parameter] = TensorMask(whole, layer.input_axis + 1)
-        merged[layer.parameter].kept[layer.expert] = oriented
+            merged[layer.parameter] = torch.full(shape, rest, dtype=part.dtype)
+        merged[layer.parameter][layer.expert] = oriented
     return merged
 
 

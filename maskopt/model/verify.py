@@ -93,8 +93,8 @@ def verify_output(
 
     Args:
         against: the original model folder. It must have the manifest's digest, the same tensors, and bit
-            for bit the same kept weights, other tensors, configuration and tokenizer. Errors of
-            layers pruned by magnitude are computed again.
+            for bit the same kept weights (but those that were refitted), other tensors, configuration and
+            tokenizer. Errors of layers pruned by magnitude are computed again.
         on_progress: called with tensors done and their number.
         calibration: the text (or tokens) that the prune was given, as for `prune_model`; needs
             `against`. Errors and statuses of the chosen layers are computed again.
@@ -219,6 +219,7 @@ def _told_apart(
     """What is checked, and what is claimed."""
     layers = manifest.layers
     every = recomputed == len(layers)
+    refit = any(layer["damping"] is not None for layer in layers)
     bounds = not again or any(layer["lower_bound"] for layer in layers)
     optima = again and any("optimal" in layer["statuses"] for layer in layers)
     facts = {
@@ -227,7 +228,8 @@ def _told_apart(
         "pattern": True,
         "sparsity": True,
         "names": names,
-        "kept weights": compared,
+        "kept weights": compared and not refit,
+        **({"refitted weights": every} if refit else {}),
         "configuration and tokenizer": compared and {*filter(is_copied, manifest.files)} <= same,
         "errors": every,
         "statuses": every,

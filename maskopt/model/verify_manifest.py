@@ -166,6 +166,15 @@ def check_layers(manifest: Manifest) -> None:
             raise manifest.wrong(f"layer {name!r} has another sparsity than its counts")
         if layer["fallback"] != (layer["tokens"] < options["min_tokens"]):
             raise manifest.wrong(f"layer {name!r}: fallback is not what its tokens say")
+        refitted = options.get("weights") == "refit" and not layer["fallback"]
+        if any((layer[key] is not None) != refitted for key in ("damping", "error_kept")):
+            raise manifest.wrong(
+                f"layer {name!r} is refitted, or not, otherwise than the options say"
+            )
+        if layer["chosen_for"] == "refitted" and not refitted:
+            raise manifest.wrong(
+                f"layer {name!r} has statuses of refitted weights, and keeps its own"
+            )
         if sum(layer["statuses"].values()) != layer["rows"]:
             raise manifest.wrong(f"layer {name!r} has statuses of another number of rows")
         if layer["lower_bound"] > layer["error"] * (1 + BOUND_ROUNDING):
@@ -418,6 +427,8 @@ _LAYER = {
     "statuses": _statuses, "tokens": _count, "fallback": lambda v: type(v) is bool,
     "seconds": _amount, "sparsity": _amount, "block": _count, "kind": _text, "energy": _amount,
     "error_held": _maybe(_amount), "energy_held": _maybe(_amount), "shrink": _amount,
+    "error_kept": _maybe(_amount), "chosen_for": lambda v: v in ("kept", "refitted"),
+    "damping": _maybe(_amount),
 }  # fmt: skip
 _OPTIONS = {"pattern": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size}
 _SHAPE = {

@@ -30,9 +30,13 @@ def check_tensors(
     original: Weights | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[Slice]:
-    """Compare every tensor with its mask and with the original; the masks' matrices."""
+    """Compare every tensor with its mask and with the original; the masks' matrices.
+
+    Kept weights are those of the original but in layers that the manifest says were refitted.
+    """
     slices: list[Slice] = []
     by_magnitude = {(numbers(x["name"]), x["n"]) for x in manifest.layers if x["fallback"]}
+    refitted = {(numbers(x["name"]), x["n"]) for x in manifest.layers if x["damping"] is not None}
     for done, (name, path) in enumerate(sorted(weights.where.items())):
         found = tensor(path, name)
         kept = dense = None
@@ -44,7 +48,12 @@ def check_tensors(
                 )
         if original is not None:
             dense = tensor(original.where[name], name)
-            _check_same(name, found, dense, kept)
+            same = kept
+            if kept is not None and refitted:
+                same = kept & ~_places(name, kept, masks.layout[name][1], refitted)
+            _check_same(name, found, dense, same)
+        if kept is not None and refitted and not bool(torch.isfinite(found.float()).all()):
+            raise VerificationError(f"{weights.folder}: {name!r} holds NaN or infinite weights")
         if kept is not None:
             axis = masks.layout[name][1]
             slices += _slices(manifest, name, kept, dense, axis, by_magnitude)
@@ -81,6 +90,17 @@ def _slices(
             largest = size.masked_fill(some, 0).amax(1)
             part.least_first = bool((largest <= size.masked_fill(~some, torch.inf).amin(1)).all())
         yield part
+
+
+def _places(name: str, stored: Tensor, axis: int, of: Set[tuple[Any, int]]) -> Tensor:
+    """Bool in the shape of a stored tensor: whether the matrix that an entry is in is one of those."""
+    places = torch.zeros_like(stored, dtype=torch.bool)
+    n = stored.shape[axis]
+    if stored.ndim == 2:
+        return places.fill_((numbers(name), n) in of)
+    for expert in range(len(stored)):
+        places[expert] = ((*numbers(name), expert), n) in of
+    return places
 
 
 def _matrices(stored: Tensor, axis: int) -> list[Tensor]:

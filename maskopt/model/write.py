@@ -1,6 +1,7 @@
 """Apply masks to a checkpoint: every shard copied byte by byte, pruned entries set to zero.
 
-Headers, dtypes, shard layout and every kept weight are those of the original by construction.
+Headers, dtypes and shard layout are those of the original by construction, and so is every kept weight that
+was not refitted.
 """
 
 from __future__ import annotations
@@ -12,16 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
 from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint, stays_inside
-from maskopt.model.maskfile import MaskFile, MaskFiles, unpack
+from maskopt.model.edits import Edits
+from maskopt.model.maskfile import MaskFile
 from maskopt.model.safefile import CHUNK
 
-#: whole numbers as wide as an element, by its bytes: zero is zero in all of them
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: what is copied along with the weights; code is not
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
@@ -43,11 +41,11 @@ def check_masks(checkpoint: Checkpoint, masks: MaskFile) -> None:
 def write_shard(
     checkpoint: Checkpoint,
     shard: str,
-    masks: MaskFile | MaskFiles,
+    edits: Edits,
     target: Path,
     tick: Callable[[int], None] = lambda _: None,
 ) -> str:
-    """One shard with its masked entries set to zero; the digest of what was written."""
+    """One shard with its edits; the digest of what was written."""
     source = checkpoint.shards[shard]
     digest = hashlib.sha256()
     with atomic_write(target) as file:
@@ -58,14 +56,7 @@ def write_shard(
 
         put(source.header_bytes())
         for entry in source.entries.values():
-            packed = masks.packed(entry.name) if entry.name in masks else None
-            position = 0
-            for chunk in source.chunks(entry, CHUNK):
-                if packed is not None:
-                    elements = torch.from_numpy(chunk).view(WORDS[entry.torch_dtype.itemsize])
-                    kept = unpack(packed, position, len(elements))
-                    elements.masked_fill_(kept.logical_not_(), 0)
-                    position += len(elements)
+            for chunk in edits.chunks(entry, source, CHUNK):
                 put(chunk)
             tick(entry.size)
     return digest.hexdigest()
@@ -99,9 +90,9 @@ def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
     return copied
 
 
-def disk_needed(checkpoint: Checkpoint) -> int:
-    """Bytes that the pruned copy takes, masks included."""
+def disk_needed(checkpoint: Checkpoint, refit: bool = False) -> int:
+    """Bytes that the pruned copy takes, masks (and until it is whole the new weights) included."""
     elements = sum(
         math.prod(entry.shape) for s in checkpoint.shards.values() for entry in s.entries.values()
     )
-    return checkpoint.bytes + elements // 4 + 64 * 2**20
+    return checkpoint.bytes * (2 if refit else 1) + elements // 4 + 64 * 2**20
