@@ -10,6 +10,7 @@ say little. What is reached is the second objective of a mask, F (see `maskopt.p
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +25,9 @@ from maskopt.limits import Limits, one_thread_each
 #: least damping: below it float64 could not tell one kept set from another where G is singular
 LEAST_DAMPING = 1e-6
 #: bytes of gathered matrices that one thread works on, where the caller sets no limit
-_TILE_BYTES = 2**28
+_TILE_BYTES = 2**24
+#: size below which LAPACK factorises
+_LEAF = 128
 #: relative residual in float64 at which a row is done, steps of refinement at most, and the residual above
 #: which a factor in float32 was not good enough
 _DONE, _REFINEMENTS, _POOR = 1e-10, 12, 1e-7
@@ -122,36 +125,44 @@ class LeastSquares:
         kept = int(mask[0].sum())
         limits = limits or Limits()
         threads = (limits.threads or torch.get_num_threads()) if mask.device.type == "cpu" else 1
-        row_bytes = 3 * self.gram.element_size() * max(kept, 1) ** 2 + 64 * n
+        row_bytes = 2 * self.gram.element_size() * max(kept, 1) ** 2 + 64 * n
         tile = limits.bytes(threads * _TILE_BYTES) // threads // row_bytes
         tile = max(1, min(tile, rows))
         parts = [slice(first, first + tile) for first in range(0, rows, tile)]
         _ = self.damped  # made once, not by every thread
+        own = threading.local()
 
         def some(part: int) -> Tensor:
+            if not hasattr(own, "pages"):
+                own.pages = _Pages(tile, kept, n)
             rows = mask[parts[part]]
-            return self._some(target[parts[part]], rows.nonzero()[:, 1].view(len(rows), kept))
+            index = rows.nonzero()[:, 1].view(len(rows), kept)
+            return self._some(target[parts[part]], index, own.pages)
 
         return torch.cat(one_thread_each(some, len(parts), threads))
 
-    def _some(self, target: Tensor, index: Tensor) -> Tensor:
+    def _some(self, target: Tensor, index: Tensor, pages: _Pages) -> Tensor:
         """v of some rows, of which the kept inputs are given."""
-        weight, residual = self._refined(target, index, self.gram.dtype)
+        weight, residual = self._refined(target, index, self.gram.dtype, pages)
         poor = (~(residual <= _POOR)).nonzero()[:, 0]
         if len(poor) and self.gram.dtype != torch.float64:
-            weight[poor], residual[poor] = self._refined(target[poor], index[poor], torch.float64)
+            weight[poor], residual[poor] = self._refined(
+                target[poor], index[poor], torch.float64, pages
+            )
         return weight
 
-    def _refined(self, target: Tensor, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _refined(
+        self, target: Tensor, index: Tensor, dtype: torch.dtype, pages: _Pages
+    ) -> tuple[Tensor, Tensor]:
         """Factors in this dtype, refined in float64. ∞ where a factorisation breaks down."""
         wanted = target.gather(1, index)
-        factor = self._factor(index, dtype)
+        factor = self._factor(index, dtype, pages)
         size = wanted.norm(dim=1).clamp(min=1e-300)
         full = torch.zeros_like(target)
         best, least = full.clone(), torch.full_like(size, torch.inf)
         rest = wanted
         for _ in range(_REFINEMENTS):
-            step = torch.cholesky_solve(rest.to(dtype)[..., None], factor)[..., 0].double()
+            step = _substituted(factor, rest.to(dtype)).double()
             full = full.scatter_add(1, index, step)
             rest = wanted - (full @ self.damped).gather(1, index)
             residual = (rest.norm(dim=1) / size).nan_to_num(nan=torch.inf)
@@ -162,14 +173,61 @@ class LeastSquares:
                 break
         return best, least
 
-    def _factor(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+    def _factor(self, index: Tensor, dtype: torch.dtype, pages: _Pages) -> Tensor:
         """Cholesky factors [rows, k, k] of A_SS; NaN where it is not definite in this dtype."""
         source = self.damped if dtype == torch.float64 else self.gram
-        matrix = source[index[:, :, None], index[:, None, :]]
-        if source is self.gram:
-            matrix.diagonal(dim1=1, dim2=2).add_(self.ridge or 1.0)
+        matrix, lines = pages.of(index, source)
+        for row, inputs in enumerate(index):
+            torch.index_select(source, 0, inputs, out=lines)
+            torch.index_select(lines, 1, inputs, out=matrix[row])
+            if source is self.gram:
+                matrix[row].diagonal().add_(self.ridge or 1.0)
+            if not _factorise(matrix[row]):
+                matrix[row].fill_(torch.nan)
+        return matrix
+
+
+def _factorise(matrix: Float[Tensor, "k k"]) -> bool:
+    """The lower Cholesky factor in place, by halves, so that nearly all of it are products; what is above the
+    diagonal is left over. False: it is not definite."""
+    size = len(matrix)
+    if size <= _LEAF:
         factor, broken = torch.linalg.cholesky_ex(matrix)
-        return factor.masked_fill_((broken > 0)[:, None, None], torch.nan)
+        matrix.copy_(factor)
+        return not int(broken)
+    half = size // 2
+    one, two = matrix[:half, :half], matrix[half:, half:]
+    if not _factorise(one):
+        return False
+    below = torch.linalg.solve_triangular(one, matrix[:half, half:], upper=False)
+    matrix[half:, :half] = below.T
+    two.addmm_(below.T, below, alpha=-1)
+    return _factorise(two)
+
+
+def _substituted(factor: Float[Tensor, "rows k k"], right: Float[Tensor, "rows k"]) -> Tensor:
+    """x of LLᵀx = b, one row after the other: a batch would be copied first."""
+    solved = torch.empty_like(right)
+    for row, lower in enumerate(factor):
+        middle = torch.linalg.solve_triangular(lower, right[row, :, None], upper=False)
+        solved[row] = torch.linalg.solve_triangular(lower.T, middle, upper=True)[:, 0]
+    return solved
+
+
+class _Pages:
+    """Memory that one thread's rows are gathered in, tile after tile: fresh pages cost more than what is done
+    in them."""
+
+    def __init__(self, tile: int, kept: int, n: int) -> None:
+        self._shapes = (tile, kept, kept), (kept, n)
+        self._made: dict[torch.dtype, list[Tensor]] = {}
+
+    def of(self, index: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """For the kept inputs `index` of rows: [rows, k, k] and [k, n], in the dtype of the source."""
+        if source.dtype not in self._made:
+            self._made[source.dtype] = [source.new_empty(shape) for shape in self._shapes]
+        matrix, lines = self._made[source.dtype]
+        return matrix[: len(index)], lines
 
 
 def refit_from_dict(data: Any) -> Refit | None:

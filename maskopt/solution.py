@@ -79,6 +79,8 @@ class Solution:
         certificate: what proves the lower bounds to `verify`, where they can be re-checked.
         vouched: per row the exact backend and version on whose word its bound is taken, such as
             `SCIP 10.0`; an empty word where there is none. Empty altogether: no row has one.
+        weight: float64 [rows, n], the refitted weights where the solver has them at hand, which spares
+            `problem.weights(mask)`; not saved.
     """
 
     mask: Bool[Tensor, "rows n"]
@@ -90,6 +92,7 @@ class Solution:
     trace: Trace = field(default_factory=Trace)
     certificate: Certificate | None = None
     vouched: tuple[str, ...] = ()
+    weight: Float[Tensor, "rows n"] | None = None
 
     @property
     def gap(self) -> Float[Tensor, " rows"]:

@@ -1,4 +1,4 @@
-"""`weights` refit: what is kept is set anew by least squares, in the model, its folder, and what checks it."""
+"""`weights` refit: kept weights set anew by least squares, in the model, its folder, and what checks both."""
 
 from __future__ import annotations
 

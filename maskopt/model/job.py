@@ -142,6 +142,7 @@ class Job:
             self.activation_memory,
             held=self.options.holdout > 0 and not self.whole,
             beside=self.options.beside,
+            refit=self.options.refit is not None,
         )
 
     def blocks(

@@ -56,6 +56,7 @@ class Load:
         activation_memory: bytes of hidden states above which they go to a file.
         held: windows are kept aside, whose Gram matrices are summed apart.
         beside: the dense model's hidden states go along, and moments of both.
+        refit: kept weights are refitted: systems of their own for every row.
     """
 
     source: Source
@@ -66,6 +67,7 @@ class Load:
     activation_memory: int
     held: bool = False
     beside: bool = False
+    refit: bool = False
 
 
 def estimate_memory(load: Load) -> Memory:
@@ -90,7 +92,9 @@ def estimate_memory(load: Load) -> Memory:
         square = (16 if load.held else 12) + (16 if load.beside else 0)
         squares = [square * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
         rows = [24 * y.rows * y.n for y in mine]
-        solving = max(solving, max(map(sum, zip(squares, rows, strict=True))))
+        # damped G, its inverse and its eigenvectors, mostly float64; a thread's systems, were all kept
+        systems = [(40 + 24 * load.threads) * y.n**2 if load.refit else 0 for y in mine]
+        solving = max(solving, max(map(sum, zip(squares, rows, systems, strict=True))))
     return Memory(
         BASE,
         outside,

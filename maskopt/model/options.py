@@ -146,6 +146,11 @@ class WalkOptions:
         """Whether the dense model's hidden states go through the blocks beside those of the pruned one."""
         return False
 
+    @property
+    def refit(self) -> Refit | None:
+        """How kept weights are refitted; None: they stay."""
+        return None
+
     def check_layers(self, layers: Sequence[Layer]) -> None:
         """Raise MaskoptError where these layers cannot be treated as the options say."""
         if self.weighting != ALIKE:

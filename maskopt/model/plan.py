@@ -105,7 +105,7 @@ def plan_prune(
             forward_seconds=_forward_operations(job, options) / _speed(source),
             solve_seconds=_solve_seconds(source, layers, options),
             file_seconds=0.0 if checkpoint is None else _file_seconds(checkpoint),
-            disk=0 if checkpoint is None else disk_needed(checkpoint),
+            disk=0 if checkpoint is None else disk_needed(checkpoint, options.refit is not None),
             refusal=refusal,
         )
 
@@ -159,13 +159,16 @@ def _speed(source: Source) -> float:
 
 
 def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:
-    """Time of a small random layer, scaled by rows·n²; None where it cannot be solved."""
+    """Time of a small random layer, scaled by rows·n², by rows·n³ where weights are refitted; None where it
+    cannot be solved."""
     generator = torch.Generator().manual_seed(0)
     n, device = PROBE_N, source.device
 
     def timed(rows: int) -> float:
         weight = torch.randn(rows, n, generator=generator).to(device)
-        problem = LayerProblem(weight, gram, options.pattern, assume_psd=True)
+        problem = LayerProblem(
+            weight, gram, options.pattern, refit=options.refit, assume_psd=True
+        )
         return solve_layer(problem, options).seconds
 
     try:
@@ -179,8 +182,9 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
                 break
     except MaskoptError:
         return None
-    work = sum(layer.rows * layer.n**2 for layer in layers)
-    return seconds * work / (rows * n**2)
+    power = 2 if options.refit is None else 3
+    work = sum(layer.rows * layer.n**power for layer in layers)
+    return seconds * work / (rows * n**power)
 
 
 def _file_seconds(checkpoint: Checkpoint) -> float:

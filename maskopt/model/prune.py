@@ -164,7 +164,10 @@ def _prune_layer(
         fitted = at(shrink)
         solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options)
     mask = solved.solution.mask
-    new = None if refit is None else _rounded(job, layer, fitted.weights(mask))
+    new = None
+    if refit is not None:
+        found = solved.solution.weight
+        new = _rounded(job, layer, fitted.weights(mask) if found is None else found)
     seconds = time.perf_counter() - began
     report = _report(layer, fitted, judge, solved, new, options)
     if new is None:

@@ -59,11 +59,13 @@ def _solution(problem: LayerProblem, start: Tensor, rows: list[Found]) -> Soluti
         history=torch.tensor(history, dtype=torch.float64),
     )
     status = [Status.SWAP_OPTIMAL if row.proven else Status.FEASIBLE for row in rows]
-    objective = problem.damped_error(torch.stack([row.weight for row in rows]))
+    weight = torch.stack([row.weight for row in rows])
+    objective = problem.damped_error(weight)
     return Solution(
         mask=torch.stack([row.mask for row in rows]),
         objective=objective,
         lower_bound=torch.zeros_like(objective),
         status=tuple(status),
         trace=trace,
+        weight=weight,
     )

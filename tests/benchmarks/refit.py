@@ -1,0 +1,112 @@
+"""Weights that are refitted: masks chosen for it beside others, on held-out windows. Writes docs/refit.md.
+
+    python tests/benchmarks/refit.py --calibration calibration.npy --heldout heldout.npy
+
+Both are token windows int64 [windows, length] of the demo model, or text (then 32 and 16 windows of 512).
+Every finished layer is a line of a JSONL file (`--data`), as in `generalisation.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from book import PATTERNS, ROOT, Book
+from demo_layers import name_of
+from machine import machine
+from refit_page import write
+
+from maskopt import LayerProblem, Limits, Refit, make_solver, solve
+from maskopt.model.demo_model import demo_model
+from maskopt.model.problems import collect_problems
+from maskopt.solution import Status
+
+LAYERS = ("2.q", "8.q", "14.q", "2.down", "8.down", "14.down")
+#: by kind, chosen on blocks 5 and 11 and on no layer of the page
+DAMPING = {"q": 0.003, "down": 0.1}
+#: label → solver that chooses, start, whether it chooses for refitted weights
+METHODS: dict[str, tuple[str, str | None, bool]] = {
+    "Wanda": ("wanda", None, False),
+    "1-swap from relax": ("swap", "relax", False),
+    "SparseGPT's mask": ("sparsegpt", None, False),
+    "ADMM": ("admm", None, True),
+    "1-swap on F, from relax": ("swap", "relax", True),
+    "1-swap on F, from ADMM": ("swap", "admm", True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", required=True, help="windows that all is fitted to")
+    parser.add_argument("--heldout", required=True, help="windows that all is judged on")
+    parser.add_argument("--layers", nargs="*", default=list(LAYERS))
+    parser.add_argument("--patterns", nargs="*", choices=list(PATTERNS), default=list(PATTERNS))
+    parser.add_argument("--data", type=Path, default=ROOT / "docs" / "figures" / "refit.jsonl")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "refit.md")
+    args = parser.parse_args()
+    book = Book(args.data)
+    book.begin({"calibration": Path(args.calibration).name, "heldout": Path(args.heldout).name})
+    book.check()
+    keys = {
+        layer: [f"{p}/{layer}/{m}" for p in args.patterns for m in METHODS] for layer in args.layers
+    }
+    missing = [layer for layer, wanted in keys.items() if any(k not in book for k in wanted)]
+    for layer, fitted, judge in problems(args, missing):
+        for pattern in args.patterns:
+            for label in METHODS:
+                if (key := f"{pattern}/{layer}/{label}") not in book:
+                    problem, aside = (x.under(PATTERNS[pattern]) for x in (fitted, judge))
+                    book.put(key, measured(problem, aside, label, DAMPING[layer.split(".")[1]]))
+    write(book, args.page)
+    print(f"wrote {args.page}")
+
+
+def problems(
+    args: argparse.Namespace, layers: list[str]
+) -> Iterator[tuple[str, LayerProblem, LayerProblem]]:
+    """(layer, its problem, the same with the Gram matrix of the held-out windows)."""
+    if not layers:
+        return
+    names = [name_of(layer) for layer in layers]
+    found = []
+    for text, samples in ((args.calibration, 32), (args.heldout, 16)):
+        more = {"layers": names, "sparsity": 0.5, "samples": samples, "seq_len": 512}
+        found.append(dict(collect_problems(demo_model(), calibration=text, device="cpu", **more)))
+    for layer, name in zip(layers, names, strict=True):
+        yield layer, found[0][name], found[1][name]
+
+
+def measured(
+    problem: LayerProblem, judge: LayerProblem, label: str, damping: float
+) -> dict[str, Any]:
+    """One mask, with its weights kept and refitted: errors as parts of the outputs' energy."""
+    solver, start, for_refit = METHODS[label]
+    refitted = problem.refitting(Refit(damping))
+    target = refitted if for_refit else problem
+    began = time.perf_counter()
+    solution = solve(target, make_solver(solver), start=start, limits=Limits(seed=0))
+    seconds = time.perf_counter() - began
+    weights = solution.weight if solution.weight is not None else refitted.weights(solution.mask)
+    energy, aside = problem.output_energy().sum(), judge.output_energy().sum()
+    swaps = getattr(solution.trace, "swaps", None)
+    return {
+        "kept": float(problem.objective(solution.mask).sum() / energy),
+        "kept_held": float(judge.objective(solution.mask).sum() / aside),
+        "fitted": float(problem.error(weights).sum() / energy),
+        "held": float(judge.error(weights).sum() / aside),
+        "proven": solution.status.count(Status.SWAP_OPTIMAL) / problem.rows,
+        "swaps": None if swaps is None else float(torch.as_tensor(swaps).double().mean()),
+        "seconds": seconds,
+        "rows": problem.rows,
+        "damping": damping,
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+if __name__ == "__main__":
+    main()
