@@ -191,8 +191,10 @@ class LayerProblem:
 
     def damped_error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         """(w−v)ᵀA(w−v) and the linear part, of float64 weights v: what F is the least of."""
-        moved = (self.weight.double() - weight).square().sum(1)
-        return self._error(self.weight.double() - weight) + self.least_squares.ridge * moved
+        lost = self.weight.double() - weight
+        # G alone may be indefinite by rounding, and A is not: clamped as a whole
+        value = self._form(lost) + self.least_squares.ridge * lost.square().sum(1)
+        return value.clamp_(min=0.0)
 
     def error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         """The same of other weights: mean square of what every row's output then misses its target by,
@@ -200,6 +202,9 @@ class LayerProblem:
         return self._error(self.weight.double() - weight.to(self.device).double())
 
     def _error(self, dropped: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        return self._form(dropped).clamp_(min=0.0)
+
+    def _form(self, dropped: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         value = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         step = max(1, _OBJECTIVE_BLOCK_BYTES // (8 * self.n))
         for start in range(0, self.n, step):
@@ -207,7 +212,7 @@ class LayerProblem:
             value += ((dropped @ self.gram[:, block].double()) * dropped[:, block]).sum(1)
         if self.linear is not None:
             value += self.linear.value(dropped)
-        return value.clamp_(min=0.0)
+        return value
 
     def output_energy(self) -> Float[Tensor, " rows"]:
         """What a row costs of which nothing is kept: the mean square of its target, of which an objective is
@@ -412,6 +417,9 @@ class RowProblem:
 
         The pattern goes along (a sparsity stays the same sparsity, `keep=k` the same k, N:M the
         same groups of consecutive *new* inputs) unless another is given.
+
+        Raises:
+            ProblemError: no such columns, or with `refit` a G that the damping leaves indefinite.
         """
         index = torch.as_tensor(columns, dtype=torch.long, device=self.weight.device)
         if index.ndim != 1 or len(index) == 0:
@@ -425,7 +433,9 @@ class RowProblem:
         layer.linear = None if self.linear is None else self.linear.restrict(index)
         layer.gram, layer.pattern = self.gram[index][:, index].contiguous(), new
         layer.mean = None if self._layer.mean is None else self._layer.mean[index]
-        layer._squares = None  # of the inputs that are left; definite as those of all
+        layer._squares = None  # of the inputs that are left
+        if layer.refit is not None:
+            layer.least_squares.check(f"row {self.name!r}: " if self.name else "")
         return RowProblem._of(layer)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 from forging import change_masks, forge_manifest, shard_of
 from safetensors.torch import load_file, save_file
 from test_model_resume import contents, interrupted
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import prune_model
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
+from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
+from maskopt.model.workspace import MANIFEST
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 1, "weights": "refit"}
 
@@ -131,6 +134,18 @@ def test_refitted_rows_are_proven_for_what_they_cost_refitted() -> None:
     assert kept.fingerprint["options"]["warm_start"] == "relax"
     ours, theirs = (sum(x.relative for x in r.layers) for r in (report, kept))
     assert ours < 0.9 * theirs
+
+
+def test_the_command_says_what_mask_and_refit_did(dense: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("Pack my box with five dozen liquor jugs. " * 40)
+    shown = run(
+        "prune", dense, "--sparsity", 0.5, "--weights", "refit", "--damping", "0.03",
+        "--calibration", text, "--samples", 4, "--seq-len", 32, "--output", out, "--min-tokens", 8,
+    )  # fmt: skip
+    assert "before" in shown
+    assert {layer["damping"] for layer in read_manifest(out / MANIFEST)["layers"]} == {0.03}
+    assert "refitted weights" in run("verify", out, "--against", dense)
 
 
 @pytest.fixture(scope="module")

@@ -506,7 +506,7 @@ def test_a_full_disk(dense: Path, whole: dict[str, bytes], tmp_path: Path, limit
 def test_a_disk_that_is_too_small_is_refused_up_front(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output_module, "disk_needed", lambda _: 2**60)
+    monkeypatch.setattr(output_module, "disk_needed", lambda *_: 2**60)
     with pytest.raises(ModelError, match=r"takes 1073741824\.00 GiB"):
         prune_model(dense, tokens(), output=tmp_path / "out", **OPTIONS)
     assert list(tmp_path.iterdir()) == []

@@ -149,6 +149,7 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
         "solver_options": read_solver_options,
         "pattern": parse_pattern,
         "shrink": _number_or_word,
+        "damping": _number_or_word,
     }
     never_none = ("include", "exclude", "solver_options")
     return {

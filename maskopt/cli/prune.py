@@ -79,8 +79,10 @@ def show_report(report: PruneReport) -> None:
 
     held = any(layer.relative_held is not None for layer in report.layers)
     table = Table(caption="errors are parts of the energy of the layers' outputs")
-    headings = ["layer kind", "layers", "start error", "error", "error/start"]
-    for heading in (*headings, *(["held-out error"] if held else []), "seconds"):
+    refit = any(layer.error_kept is not None for layer in report.layers)
+    headings = ["layer kind", "layers", "start error", *(["before refit"] if refit else [])]
+    headings += ["error", "error/start", *(["held-out error"] if held else []), "seconds"]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "layer kind" else "right")
     for kind, all_layers in report.by_kind().items():
         layers = [layer for layer in all_layers if not layer.fallback]  # theirs are other errors
@@ -94,6 +96,7 @@ def show_report(report: PruneReport) -> None:
             kind,
             str(len(all_layers)),
             _part(begin, energy),
+            *([_part(sum(layer.error_kept or 0.0 for layer in layers), energy)] if refit else []),
             _part(end, energy),
             "–" if not begin else f"{end / begin:.3f}",
             *(["–" if cells[0] is None else f"{cells[0]:.4f}"] if held else []),

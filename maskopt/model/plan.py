@@ -166,9 +166,7 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
 
     def timed(rows: int) -> float:
         weight = torch.randn(rows, n, generator=generator).to(device)
-        problem = LayerProblem(
-            weight, gram, options.pattern, refit=options.refit, assume_psd=True
-        )
+        problem = LayerProblem(weight, gram, options.pattern, refit=options.refit, assume_psd=True)
         return solve_layer(problem, options).seconds
 
     try:

@@ -46,10 +46,10 @@ def exchanges(z, y, who, group, count, threshold, most):
         most: exchanges at most.
 
     Returns:
-        (change of F, exchanges).
+        How many were made.
     """
     size = len(y)
-    gain, made = 0.0, 0
+    made = 0
     lines = np.empty((4, size))
     lone, saved, inverse = np.empty(size), np.empty(size), np.empty(size)
     while made < most:
@@ -70,6 +70,5 @@ def exchanges(z, y, who, group, count, threshold, most):
             break
         _pivot(z, y, u, p, lines)
         who[u], who[p] = who[p], who[u]
-        gain += best
         made += 1
-    return gain, made
+    return made

@@ -23,6 +23,8 @@ def swap_refitted(
     squares = problem.least_squares
     metric = Metric(squares.damped, squares.inverse.diagonal().clone(), problem.group_size)
     target = squares.target(problem.weight, problem.correlation)
+    if squares.ridge == 0:
+        target.zero_()  # G is 0: every mask costs the same, whatever A says
     threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
     most = torch.iinfo(torch.int64).max if max_swaps is None else max_swaps
     done, lock, own = 0, threading.Lock(), threading.local()
@@ -30,6 +32,10 @@ def swap_refitted(
 
     def search(index: int) -> Found:
         nonlocal done
+        if limits.expired:
+            weight = squares.solve(target[[index]], start[[index]], limits)[0]
+            objective = float(problem.take([index]).damped_error(weight[None]))
+            return Found(start[index], weight, objectives=[objective])
         if not hasattr(own, "scratch"):
             own.scratch = Scratch(problem.device)
         row = Row.of(metric, own.scratch, target[index], start[index])

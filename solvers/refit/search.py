@@ -63,48 +63,50 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
         found.proven = True
         return found
     count = CANDIDATES if row.metric.group_size == len(row.target) else OF_GROUPS
+    nothing_kept = objective + row.explained()
     while True:
         threshold = _PART * SWAP_TOLERANCE * max(objective, 0.0) + REFIT_FLOOR * mass
-        stop = limits.expired or found.swaps >= most
-        gain, made = (
-            (0.0, 0) if stop else _exchange(row, row.likely(count), threshold, most - found.swaps)
-        )
+        left = 0 if limits.expired else most - found.swaps
+        made = _exchange(row, row.likely(count), threshold, left)
         if not made:
-            pairs, threshold = _scan(row, count, threshold)
+            pairs = _scan(row, count, threshold)
             found.scans += 1
             found.proven = pairs is None
-            if pairs is None or stop:
-                break
-            gain, made = _exchange(row, pairs, threshold, most - found.swaps)
-            if (
-                not made
-            ):  # the scan's least Δ is the tableau's, but for rounding at the threshold itself
-                break
-        objective += gain
+            made = 0 if pairs is None else _exchange(row, pairs, threshold, left)
+        if not made:
+            break
+        if row.residual > _DRIFT:
+            row.renew()
+        now = nothing_kept - row.explained()
+        if not now <= objective:  # an M that had drifted promised too much: what was before stays
+            break
+        objective = now
+        found.mask, found.weight = row.mask(), row.weights()
         found.swaps += made
         found.rounds += 1
         found.objectives.append(objective)
-    found.mask, found.weight = row.mask(), row.weights()
     return found
 
 
-def _scan(row: Row, count: int, threshold: float) -> tuple[Pairs | None, float]:
+def _scan(row: Row, count: int, threshold: float) -> Pairs | None:
     """All pairs; of an M that is good enough for a claim."""
     row.settle()
     pairs = row.improving(count, threshold)
     if pairs is None and not row.fresh and row.drift() > _DRIFT:
         row.renew()
         pairs = row.improving(count, threshold)
-    return pairs, threshold
+    return pairs
 
 
-def _exchange(row: Row, pairs: Pairs, threshold: float, most: int) -> tuple[float, int]:
-    """Search among candidates, and exchange what pays; (change of F, swaps)."""
+def _exchange(row: Row, pairs: Pairs, threshold: float, most: int) -> int:
+    """Search among candidates, and exchange what pays; the number of swaps."""
+    if most <= 0:
+        return 0
     block = row.block(pairs)
     count, size = len(pairs.u), len(block.y)
     inputs = torch.cat([row.kept[pairs.u], row.pruned[pairs.p]]).cpu()
     who = torch.arange(size)
-    gain, made = exchanges(
+    made = exchanges(
         block.z.cpu().clone().numpy(),
         block.y.cpu().clone().numpy(),
         who.numpy(),
@@ -121,4 +123,4 @@ def _exchange(row: Row, pairs: Pairs, threshold: float, most: int) -> tuple[floa
         block.columns, block.y = block.columns[:, both], block.y[both]
         block.z = block.z[both[:, None], both[None, :]]
         row.exchange(pairs.u[left], pairs.p[came], block)
-    return gain, made
+    return made

@@ -81,6 +81,7 @@ class Row:
         scratch: of this row, as long as it is in use.
         target: b, float64 [n].
         fresh: whether M was inverted from scratch, and not updated.
+        residual: ‖b_S − A_SS v‖/‖b_S‖, which shows an M that drifted.
     """
 
     metric: Metric
@@ -92,6 +93,7 @@ class Row:
     v: Float[Tensor, " k"]
     r: Float[Tensor, " s"]
     fresh: bool = True
+    residual: float = 0.0
 
     @classmethod
     def of(cls, metric: Metric, scratch: Scratch, target: Tensor, mask: Tensor) -> Row:
@@ -125,8 +127,15 @@ class Row:
         self._look()
 
     def _look(self) -> None:
-        """r."""
-        self.r = (self.target - self.weights() @ self.metric.damped)[self.pruned]
+        """r, and how far v is from solving what it should."""
+        rest = self.target - self.weights() @ self.metric.damped
+        self.r = rest[self.pruned]
+        scale = self.target[self.kept].norm().clamp(min=1e-300)
+        self.residual = float(rest[self.kept].norm() / scale)
+
+    def explained(self) -> float:
+        """b_Sᵀv: what F is less than it were with nothing kept."""
+        return float(self.target[self.kept] @ self.v)
 
     def costs(self) -> Float[Tensor, " k"]:
         """v_u²/M_uu."""
