@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from test_model_target import inputs_of
 from tiny_models import FAMILIES, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from maskopt import prune_model
+from maskopt import Refit, collect_problems, prune_model
+from maskopt.certify import certify_model
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
@@ -146,6 +148,31 @@ def test_the_command_says_what_mask_and_refit_did(dense: Path, tmp_path: Path) -
     assert "before" in shown
     assert {layer["damping"] for layer in read_manifest(out / MANIFEST)["layers"]} == {0.03}
     assert "refitted weights" in run("verify", out, "--against", dense)
+
+
+def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(
+    dense: Path, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {"layers": "layers.0.mlp.up_proj", "calibration": tokens()}
+    ((_, problem),) = collect_problems(dense, sparsity=0.5, weights="refit", damping=0.1, **more)
+    assert problem.refit == Refit(0.1)
+    with pytest.raises(ModelError, match="`damping` auto chooses by masks, and none are made here"):
+        collect_problems(dense, sparsity=0.5, weights="refit", damping="auto", holdout=0.5, **more)
+    problem.refitting(None).save(tmp_path / "up.npz")
+    out = tmp_path / "rows.jsonl"
+    options = ["--solvers", "wanda,admm,swap", "--rows", 2, "--columns", 12, "--output", out]
+    run("compare", tmp_path / "up.npz", "--weights", "refit", "--damping", "0.1", *options)
+    refitted = [json.loads(line)["objective"] for line in out.read_text().splitlines()]
+    run("compare", tmp_path / "up.npz", *options)  # into the same file: they are other jobs
+    kept = [json.loads(line)["objective"] for line in out.read_text().splitlines()][6:]
+    assert len(refitted) == len(kept) == 6
+    assert refitted[0] != kept[0]  # the damping counts in the one
+    assert refitted[2] <= min(refitted[:2]) * (1 + 1e-9)
+
+
+def test_gaps_of_refitted_weights_are_not_claimed(result: tuple[Path, Path]) -> None:
+    with pytest.raises(ModelError, match="its weights were refitted, and bounds are of weights as"):
+        certify_model(result[0], result[1], calibration=tokens(), rows_per_layer=1)
 
 
 @pytest.fixture(scope="module")

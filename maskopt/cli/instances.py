@@ -10,11 +10,15 @@ from maskopt.cli.console import progress_bars
 from maskopt.cli.parameters import WALK, optional_pattern, takes
 from maskopt.compare import load_instances
 from maskopt.errors import OptionError
+from maskopt.least_squares import Refit
+from maskopt.model.options import REFIT
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 
 #: the options of a command whose source may be a model, and how few samples do there
-takes_source = takes(("pattern", *WALK), panel="Of a model", samples=32, seq_len=512)
+takes_source = takes(
+    ("pattern", "weights", "damping", *WALK), panel="Of a model", samples=32, seq_len=512
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Layers:
 def load_layers(
     source: list[Path], options: dict[str, Any], *, calibration: str | None, seed: int
 ) -> Layers:
-    """Layers of `.npz` instances, or of one model folder by running text through it.
+    """Layers of `.npz` instances, or of one model folder by running text through it; for refitted weights
+    where `weights` says so.
 
     Raises:
         OptionError: a model without calibration text or pattern, or among other sources.
@@ -45,6 +50,9 @@ def load_layers(
         layers = [
             layer if pattern is None else layer.under(pattern) for layer in load_instances(source)
         ]
+        if options["weights"] == REFIT:
+            refit = Refit(options["damping"])
+            layers = [layer.refitting(refit) for layer in layers]
         return Layers(layers, pattern, {})
     if len(source) > 1:
         raise OptionError(f"{models[0]} is a model folder: name it alone, or .npz instances")

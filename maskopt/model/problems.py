@@ -67,6 +67,8 @@ def layer_problems(
     options = prune_options(options, {**shorthand, **dense})
     if options.shrink == AUTO:
         raise ModelError("`shrink` auto chooses by masks, and none are made here; give a number")
+    if options.damping == AUTO:
+        raise ModelError("`damping` auto chooses by masks, and none are made here; give a number")
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
@@ -83,7 +85,12 @@ def _walked(job: Job, options: PruneOptions) -> Generator[tuple[Layer, LayerProb
                 gram = grams.of(layer.name)
                 if gram is not None:
                     weight = matrix(job.source.model, layer).detach().float().clone()
-                    yield layer, layer_problem(layer, weight, gram, options.pattern, shrink)
+                    yield (
+                        layer,
+                        layer_problem(
+                            layer, weight, gram, options.pattern, shrink, refit=options.refit
+                        ),
+                    )
             block.advance()
 
 
