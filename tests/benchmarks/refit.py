@@ -74,7 +74,12 @@ def problems(
     names = [name_of(layer) for layer in layers]
     found = []
     for text, samples in ((args.calibration, 32), (args.heldout, 16)):
-        more = {"layers": names, "sparsity": 0.5, "samples": samples, "seq_len": 512}
+        more: dict[str, Any] = {
+            "layers": names,
+            "sparsity": 0.5,
+            "samples": samples,
+            "seq_len": 512,
+        }
         found.append(dict(collect_problems(demo_model(), calibration=text, device="cpu", **more)))
     for layer, name in zip(layers, names, strict=True):
         yield layer, found[0][name], found[1][name]
