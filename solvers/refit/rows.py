@@ -46,22 +46,20 @@ def swap_refitted(
             limits.report(done, problem.rows)
         return found
 
-    return _solution(problem, start, one_thread_each(search, problem.rows, threads))
+    return _solution(problem, one_thread_each(search, problem.rows, threads))
 
 
-def _solution(problem: LayerProblem, start: Tensor, rows: list[Found]) -> Solution:
+def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
     length = max(len(row.objectives) for row in rows)
     history = [
         row.objectives + row.objectives[-1:] * (length - len(row.objectives)) for row in rows
     ]
-    kept = int(start[0].sum())
-    scans = torch.tensor([row.scans for row in rows])
     trace = SwapTrace(
         kernel="least squares",
         swaps=torch.tensor([row.swaps for row in rows]),
-        scans=scans,
+        scans=torch.tensor([row.scans for row in rows]),
         rounds=torch.tensor([row.rounds for row in rows]),
-        pairs=scans * kept * (problem.n - kept),
+        pairs=torch.tensor([row.pairs for row in rows]),
         history=torch.tensor(history, dtype=torch.float64),
     )
     status = [Status.SWAP_OPTIMAL if row.proven else Status.FEASIBLE for row in rows]

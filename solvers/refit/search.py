@@ -47,6 +47,7 @@ class Found:
     swaps: int = 0
     scans: int = 0
     rounds: int = 0
+    pairs: int = 0
     objectives: list[float] = field(default_factory=list)
 
 
@@ -85,6 +86,7 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
         found.swaps += made
         found.rounds += 1
         found.objectives.append(objective)
+    found.pairs = row.formed
     return found
 
 

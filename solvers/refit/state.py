@@ -52,7 +52,7 @@ class Metric:
 
 @dataclass
 class Pairs:
-    """Candidates for exchanges: slots of kept inputs, and of pruned ones, as many of each at most."""
+    """Candidates for exchanges: slots of kept inputs, and of pruned ones."""
 
     u: Int[Tensor, " some"]
     p: Int[Tensor, " others"]
@@ -82,6 +82,7 @@ class Row:
         target: b, float64 [n].
         fresh: whether M was inverted from scratch, and not updated.
         residual: ‖b_S − A_SS v‖/‖b_S‖, which shows an M that drifted.
+        formed: pairs of which the scans had to form B.
     """
 
     metric: Metric
@@ -94,6 +95,7 @@ class Row:
     r: Float[Tensor, " s"]
     fresh: bool = True
     residual: float = 0.0
+    formed: int = 0
 
     @classmethod
     def of(cls, metric: Metric, scratch: Scratch, target: Tensor, mask: Tensor) -> Row:
@@ -175,6 +177,7 @@ class Row:
         if not len(suspects):
             return None
         b, c = self._columns(suspects)
+        self.formed += b.numel()
         r = self.r[suspects]
         delta = (self.v[:, None] - b * (r / c)).square_()
         delta /= (b.square_() / c).add_(self.m.diagonal()[:, None])
@@ -213,6 +216,7 @@ class Row:
         for part in u.split(_CHUNK):
             width = int((gain[p] > need[part[0]]).sum())
             b = torch.mm(self.m[part], outer[:, :width], out=self.scratch("b", len(part), width))
+            self.formed += b.numel()
             reach = b.mul_(price[part, None]).mul_(twice[:width]).add_(square[:width])
             flagged[:width] |= (reach > cost[part, None] * least[:width]).any(0)
         return p[flagged].sort().values
@@ -224,6 +228,7 @@ class Row:
         same = self._group(self.kept)[:, None] == self._group(self.pruned)[None, :]
         u, p = (same & (need[:, None] < gain[None, :])).nonzero().unbind(1)
         least = (1.0 - _SAFETY) / self.metric.spread[self.pruned[p]]
+        self.formed += len(p)
         flagged = []
         step = max(1, _AT_ONCE // max(1, len(self.kept)))
         for one, two, low in zip(u.split(step), p.split(step), least.split(step), strict=True):
