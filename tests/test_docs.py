@@ -59,6 +59,14 @@ def test_the_page_of_generalisation_is_what_its_measurements_make(benchmarks, tm
         )
 
 
+def test_the_page_of_refitted_weights_is_what_its_measurements_make(benchmarks, tmp_path):
+    from book import Book
+    from refit_page import write
+
+    write(Book(ROOT / "docs" / "figures" / "refit.jsonl"), tmp_path / "refit.md")
+    assert (tmp_path / "refit.md").read_text() == (ROOT / "docs" / "refit.md").read_text()
+
+
 def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path):
     from book import Book
     from generalisation_page import STUDIES, write

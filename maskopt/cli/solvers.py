@@ -29,7 +29,7 @@ def solvers(
 
 def _solvers() -> Table:
     table = Table()
-    for heading in ("solver", "patterns", "device", "start", "proves", "n up to"):
+    for heading in ("solver", "patterns", "device", "start", "proves", "n up to", "refit"):
         table.add_column(heading, no_wrap=True)
     table.add_column("note")
     for info in available_solvers().values():
@@ -43,6 +43,7 @@ def _solvers() -> Table:
             start,
             can.proves,
             "any" if can.largest_n is None else str(can.largest_n),
+            "yes" if can.refit else "",
             escape(note),
         )
     return table

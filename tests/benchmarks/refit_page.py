@@ -14,18 +14,15 @@ def write(book: Book, page: Path) -> None:
     found = {
         (k.split("/")[1].split(".")[1], r["damping"]) for k, r in book.lines.items() if "rows" in r
     }
-    dampings = ", ".join(
-        f"{value} of G's mean diagonal for {kind}" for kind, value in sorted(found)
-    )
+    dampings = ", ".join(f"{value} for {kind}" for kind, value in sorted(found))
     calibration, heldout = about["calibration"], about["heldout"]
     text = f"""# Refitted weights
 
 Written by `python tests/benchmarks/refit.py --calibration {calibration} --heldout {heldout}` (extra
 `demo`): whole layers of Gemma 3 270M, inputs of the dense model, {calibration} of which everything is fitted
 to and {heldout} on which it is judged. Errors are ‖(W−Ŵ)X‖²/‖WX‖² × 10⁴, fitted / held out, with the mask's
-weights refitted by least squares; λ {dampings}, chosen on blocks 5 and 11. *kept*: the same mask with its
-weights as they were, held out. Seconds are those of the search, its start included, of a whole layer; other
-work may have run beside it.
+weights refitted by least squares; λ in parts of G's mean diagonal: {dampings}, chosen on blocks 5 and 11.
+*kept*: the same mask with its weights as they were, held out. *on F*: chosen for refitted weights.
 {"; ".join(taken)}.
 """
     for pattern in PATTERNS:
@@ -41,10 +38,9 @@ work may have run beside it.
                     f"{1e4 * record['kept_held']:.1f}",
                     "" if swaps is None else f"{swaps:.1f}",
                     f"{100 * record['proven']:.0f}%" if "F" in method else "",
-                    f"{record['seconds']:.0f}",
                 ]
             )
         if rows:
-            head = ["layer", "mask", "refitted", "kept", "swaps a row", "proven for F", "seconds"]
+            head = ["layer", "mask", "refitted", "kept", "swaps a row", "proven for F"]
             text += f"\n## {pattern}\n\n" + table(head, rows)
     page.write_text(text)
