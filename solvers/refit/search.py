@@ -67,7 +67,7 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
     nothing_kept = objective + row.explained()
     while True:
         threshold = _PART * SWAP_TOLERANCE * max(objective, 0.0) + REFIT_FLOOR * mass
-        left = 0 if limits.expired else most - found.swaps
+        left, fresh = 0 if limits.expired else most - found.swaps, row.fresh
         made = _exchange(row, row.likely(count), threshold, left)
         if not made:
             pairs = _scan(row, count, threshold)
@@ -79,8 +79,11 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
         if row.residual > _DRIFT:
             row.renew()
         now = nothing_kept - row.explained()
-        if not now <= objective:  # an M that had drifted promised too much: what was before stays
-            break
+        if not now <= objective:  # it promised too much: what was before stays
+            if fresh:
+                break
+            row.begin(found.mask)
+            continue
         objective = now
         found.mask, found.weight = row.mask(), row.weights()
         found.swaps += made

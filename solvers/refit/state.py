@@ -100,11 +100,15 @@ class Row:
     @classmethod
     def of(cls, metric: Metric, scratch: Scratch, target: Tensor, mask: Tensor) -> Row:
         """From a mask [n], True = kept; 4k³/3 operations."""
-        kept, pruned = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
-        empty = target.new_zeros
-        row = cls(metric, scratch, target, kept, pruned, empty(0, 0), empty(0), empty(0))
-        row.renew()
+        none, empty = mask.nonzero()[:0, 0], target.new_zeros
+        row = cls(metric, scratch, target, none, none, empty(0, 0), empty(0), empty(0))
+        row.begin(mask)
         return row
+
+    def begin(self, mask: Tensor) -> None:
+        """Anew, from another mask [n]."""
+        self.kept, self.pruned = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
+        self.renew()
 
     def renew(self) -> None:
         """M, v and r from scratch."""

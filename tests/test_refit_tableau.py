@@ -1,0 +1,321 @@
+"""One row of refitted weights, against dense matrices: its tableau, its exchanges, and what screening
+leaves out."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import KINDS, patterns, problems, random_gram, random_weight
+
+from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, improving_swap, solve
+from maskopt.refit_checks import refitted_costs
+from maskopt.solvers.refit import state
+from maskopt.solvers.refit.block import exchanges
+from maskopt.solvers.refit.scratch import Scratch, inverse, part_of
+from maskopt.solvers.refit.search import refine
+from maskopt.solvers.refit.state import Metric, Pairs, Row
+
+DAMPINGS = (0.0, 0.01, 0.3)
+
+
+def made(n=24, kind="full", damping=0.01, pattern=None, seed=1, rows=1):
+    pattern = pattern or Unstructured(sparsity=0.5)
+    weight, gram = random_weight(rows, n, seed), random_gram(n, kind, seed + 1)
+    return LayerProblem(weight, gram, pattern, refit=Refit(damping))
+
+
+def row_of(problem, mask):
+    """Of a problem of one row."""
+    squares = problem.least_squares
+    metric = Metric(squares.damped, squares.inverse.diagonal().clone(), problem.group_size)
+    target = squares.target(problem.weight, problem.correlation)[0]
+    return Row.of(metric, Scratch(problem.device), target, mask)
+
+
+def random_row(problem, seed=0):
+    return row_of(problem, solve(problem, "random", seed=seed).mask[0])
+
+
+def tableau(row):
+    """M, B, C, v and r by LAPACK, in the order of the slots."""
+    a, kept, pruned = row.metric.damped, row.kept, row.pruned
+    m = torch.linalg.inv(a[kept][:, kept])
+    b = m @ a[kept][:, pruned]
+    c = a[pruned][:, pruned] - a[pruned][:, kept] @ b
+    v = m @ row.target[kept]
+    return m, b, c, v, row.target[pruned] - a[pruned][:, kept] @ v
+
+
+def assert_close(found, expected, tolerance=1e-8):
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=tolerance * float(expected.abs().max().clamp(min=1e-300))
+    )
+
+
+def assert_state(row):
+    m, _, _, v, r = tableau(row)
+    assert_close(row.m, m)
+    assert_close(row.v, v)
+    torch.testing.assert_close(row.r, r, rtol=0, atol=1e-8 * float(row.target.abs().max()))
+
+
+def exchanged(problem, mask):
+    """Change of F by every pair of a kept and a pruned input, from F of every mask; ∞ between groups."""
+    kept, pruned = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
+    p = (~mask).double().repeat(len(kept) * len(pruned) + 1, 1)
+    u, q = kept.repeat_interleave(len(pruned)), pruned.repeat(len(kept))
+    at = torch.arange(len(u))
+    p[at, u], p[at, q] = 1.0, 0.0
+    costs = refitted_costs(problem, 0, p)
+    delta = (costs[:-1] - costs[-1]).view(len(kept), len(pruned))
+    group = problem.group_size
+    apart = kept[:, None] // group != pruned[None, :] // group
+    return delta.masked_fill(apart, torch.inf), float(costs[-1])
+
+
+def noise(problem, cost):
+    """What a Δ may be off by: the tolerance of a claim."""
+    return 1e-6 * cost + 1e-10 * float(problem.diagonal_mass())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 95, 96, 97, 128, 191, 192, 193, 250, 300])
+def test_the_inverse_by_halves_is_that_of_lapack(size):
+    a = random_gram(size, "full", size) + 0.01 * torch.eye(size, dtype=torch.float64)
+    expected = torch.linalg.inv(a)
+    out, work = torch.full_like(a, torch.nan), torch.full((size * size // 2 + 1,), torch.nan)
+    found = inverse(a.clone(), out, work.double())
+    assert found is out
+    assert_close(found, expected, 1e-10)
+    assert torch.equal(found[size // 2 :, : size // 2], found[: size // 2, size // 2 :].T)
+
+
+def test_parts_of_a_matrix_go_where_they_are_told():
+    a = torch.randn(20, 20, dtype=torch.float64)
+    lines, columns = torch.tensor([7, 0, 19]), torch.tensor([3, 3, 18, 1])
+    out = torch.full((3, 4), torch.nan, dtype=torch.float64)
+    assert part_of(a, lines, columns, out) is out
+    assert torch.equal(out, a[lines][:, columns])
+    assert part_of(a, lines[:0], columns, out[:0]).shape == (0, 4)
+
+
+@settings(max_examples=40)
+@given(problems(max_n=20, max_rows=1), st.sampled_from(DAMPINGS[1:]))
+def test_a_row_is_what_its_mask_says(problem, damping):
+    problem = problem.refitting(Refit(damping))
+    mask = solve(problem, "random").mask
+    row = row_of(problem, mask[0])
+    assert torch.equal(row.mask(), mask[0])
+    torch.testing.assert_close(row.weights(), problem.weights(mask)[0], rtol=1e-7, atol=1e-9)
+    if len(row.kept):
+        assert_state(row)
+        assert row.drift() < 1e-9
+
+
+@pytest.mark.parametrize("damping", DAMPINGS[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_exchanges_the_state_is_that_from_scratch(kind, damping):
+    problem = made(kind=kind, damping=damping)
+    row = random_row(problem)
+    generator = torch.Generator().manual_seed(3)
+    for count in (1, 2, 5, 11, 12, 1):
+        u, p = (torch.randperm(12, generator=generator)[:count] for _ in range(2))
+        gone, came = row.kept[u], row.pruned[p]
+        row.exchange(u, p, row.block(Pairs(u, p)))
+        assert not row.fresh
+        mask = row.mask()
+        assert not mask[gone].any()
+        assert mask[came].all()
+        assert sorted([*row.kept.tolist(), *row.pruned.tolist()]) == list(range(24))
+        assert_state(row)
+    assert row.drift() < 1e-7
+    row.renew()
+    assert row.fresh
+    assert_state(row)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_small_tableau_is_a_part_of_the_large_one(kind):
+    row = random_row(made(kind=kind))
+    u, p = torch.tensor([3, 0, 8]), torch.tensor([10, 2])
+    block = row.block(Pairs(u, p))
+    m, b, c, v, r = tableau(row)
+    z = torch.cat(
+        [torch.cat([-m[u][:, u], b[u][:, p]], 1), torch.cat([b[u][:, p].T, c[p][:, p]], 1)]
+    )
+    assert_close(block.z, z)
+    assert_close(block.columns, torch.cat([-m[:, u], b[:, p]], 1))
+    assert_close(block.y, torch.cat([v[u], r[p]]))
+
+
+@settings(max_examples=40)
+@given(problems(max_n=14, max_rows=1), st.sampled_from(DAMPINGS[1:]))
+def test_exchanges_in_the_small_tableau_are_those_of_the_row(problem, damping):
+    """All inputs being candidates, it ends at a mask that no pair improves."""
+    problem = problem.refitting(Refit(damping))
+    row = random_row(problem)
+    k, s = len(row.kept), len(row.pruned)
+    if not k or not s:
+        return
+    before = float(problem.objective(row.mask()[None]))
+    threshold = noise(problem, before)
+    block = row.block(Pairs(torch.arange(k), torch.arange(s)))
+    inputs = torch.cat([row.kept, row.pruned])
+    who, z, y = torch.arange(k + s), block.z.clone(), block.y.clone()
+    group = inputs // problem.group_size
+    swaps = exchanges(z.numpy(), y.numpy(), who.numpy(), group.numpy(), k, threshold, 10_000)
+    mask = torch.zeros(problem.n, dtype=torch.bool)
+    mask[inputs[who[:k]]] = True
+    assert bool(problem.pattern.is_legal(mask[None]).all())
+    after = float(problem.objective(mask[None]))
+    assert after - before <= -threshold * swaps * (1 - 1e-6) + 1e-9 * before
+    assert float(exchanged(problem, mask)[0].min()) >= -2 * threshold
+    now = row_of(problem, mask)
+    order = torch.cat([inputs[who[:k]].argsort(), k + inputs[who[k:]].argsort()])
+    m, b, c, v, r = tableau(now)
+    expected = torch.cat([torch.cat([-m, b], 1), torch.cat([b.T, c], 1)])
+    assert_close(z[order][:, order], expected, 1e-6)
+    assert_close(y[order], torch.cat([v, r]), 1e-6)
+
+
+def test_no_more_exchanges_than_allowed_are_made():
+    row = row_of(problem := made(), solve(problem, "worst").mask[0])
+    block = row.block(Pairs(torch.arange(12), torch.arange(12)))
+    group, counts = torch.zeros(24, dtype=torch.int64), []
+    for most in (0, 1, 3, 1000):
+        who = torch.arange(24)
+        z, y = block.z.clone(), block.y.clone()
+        left = z.numpy(), y.numpy(), who.numpy(), group.numpy()
+        counts.append(exchanges(*left, 12, 1e-9, most))
+    assert counts[:3] == [0, 1, 3]
+    assert 3 < counts[3] < 1000
+
+
+@settings(max_examples=80)
+@given(problems(max_n=14, max_rows=1), st.sampled_from(DAMPINGS), st.integers(0, 9))
+def test_the_scan_finds_what_all_pairs_hold(problem, damping, seed):
+    """None where no pair improves; else the best pair is among the candidates. So does the check."""
+    problem = problem.refitting(Refit(damping))
+    row = random_row(problem, seed)
+    if not len(row.kept) or not len(row.pruned):
+        return
+    delta, cost = exchanged(problem, row.mask())
+    slack = noise(problem, cost)
+    least = float(delta.min())
+    found = row.improving(problem.n, slack)
+    swap = improving_swap(problem.row(0), row.mask())
+    if least < -2 * slack:
+        u, p = divmod(int(delta.argmin()), len(row.pruned))
+        # of equals another may be named
+        assert any(delta[a, b] <= least + slack for a in found.u for b in found.p)
+        assert swap.delta == pytest.approx(least, rel=1e-3, abs=slack)
+        own = delta[row.kept == swap.kept][:, row.pruned == swap.pruned]
+        assert float(own) <= least + slack
+        assert delta[u, p] == least
+    elif least > -slack / 2:
+        assert found is None
+        assert swap is None
+
+
+@settings(max_examples=80)
+@given(
+    st.integers(2, 40),
+    st.sampled_from(KINDS),
+    st.sampled_from(DAMPINGS),
+    st.integers(0, 2**20),
+    st.data(),
+)
+def test_no_pair_that_improves_is_screened_out(n, kind, damping, seed, data):
+    problem = made(n, kind, damping, data.draw(patterns(n)), seed)
+    row = random_row(problem, seed)
+    if not len(row.kept) or not len(row.pruned):
+        return
+    delta, cost = exchanged(problem, row.mask())
+    suspects = torch.zeros(len(row.pruned), dtype=torch.bool)
+    suspects[row._suspects()] = True
+    left_out = delta[:, ~suspects]
+    assert not left_out.numel() or float(left_out.min()) >= -noise(problem, cost) / 2
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(2, 16),
+    st.sampled_from(KINDS),
+    st.sampled_from(DAMPINGS),
+    st.integers(0, 2**20),
+    st.data(),
+)
+def test_nor_is_one_that_improves_by_little(n, kind, damping, seed, data):
+    """The return to an optimum from the masks that are least above it: here the bounds are tight, with one
+    pruned input nearly equalities."""
+    few = st.integers(1, min(3, n - 1)).map(lambda pruned: Unstructured(keep=n - pruned))
+    problem = made(n, kind, damping, data.draw(st.one_of(few, patterns(n))), seed)
+    best = solve(problem, "swap").mask[0]
+    if best.all() or not best.any():
+        return
+    delta, cost = exchanged(problem, best)
+    kept, pruned = best.nonzero()[:, 0], (~best).nonzero()[:, 0]
+    for pair in delta.flatten().argsort()[:8].tolist():
+        u, p = kept[pair // len(pruned)], pruned[pair % len(pruned)]
+        above = float(delta.flatten()[pair])
+        if not 2 * noise(problem, cost + above) < above < torch.inf:
+            continue
+        mask = best.clone()
+        mask[u], mask[p] = False, True
+        row = row_of(problem, mask)
+        assert u in row.pruned[row._suspects()]
+        assert row.improving(n, above / 2) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(keep=4, of=8)], ids=str)
+def test_screening_in_parts_leaves_what_it_leaves_at_once(monkeypatch, kind, pattern):
+    row = random_row(made(160, kind, 0.01, pattern))
+    whole = row._suspects()
+    assert 0 < len(whole) <= 80
+    for chunk, at_once in ((1, 80), (7, 1000), (1000, 2**20)):
+        monkeypatch.setattr(state, "_CHUNK", chunk)
+        monkeypatch.setattr(state, "_AT_ONCE", at_once)
+        assert torch.equal(row._suspects(), whole)
+
+
+def test_at_an_optimum_of_a_layer_screening_leaves_little():
+    problem = made(192, "full", 0.01)
+    solution = solve(problem, "swap")
+    row = row_of(problem, solution.mask[0])
+    start = row_of(problem, solve(problem, "worst").mask[0])
+    assert len(start._suspects()) > 64
+    assert len(row._suspects()) < 48
+    assert row.improving(48, noise(problem, float(solution.objective))) is None
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(keep=2, of=4)], ids=str)
+def test_candidates_are_distinct_and_of_whole_groups(pattern):
+    row = random_row(made(64, "outliers", 0.01, pattern))
+    for count in (1, 8, 30, 500):
+        for pairs in (row.likely(count), row.improving(count, 0.0)):
+            for slots in (pairs.u, pairs.p):
+                assert 0 < len(slots) == len(slots.unique()) <= max(count, 2)
+            if isinstance(pattern, NM):
+                groups = [
+                    (x[y] // 4).unique()
+                    for x, y in zip((row.kept, row.pruned), (pairs.u, pairs.p), strict=True)
+                ]
+                assert torch.equal(*groups)
+                assert len(pairs.u) == len(pairs.p) == 2 * len(groups[0])
+
+
+@pytest.mark.parametrize("factor", [1e-9, 1e3])
+def test_nothing_is_claimed_on_an_inverse_that_is_none(factor):
+    """Where M is too small all kept inputs look dear, and where it is too large pruned ones look poor."""
+    problem = made()
+    row = row_of(problem, mask := solve(problem, "worst").mask[0])
+    cost, mass = float(problem.objective(mask[None])), float(problem.diagonal_mass())
+    row.m *= factor
+    row.fresh = False
+    assert row.drift() > 0.1
+    found = refine(row, cost, mass, 10_000, Limits())
+    assert found.proven
+    assert improving_swap(problem.row(0), found.mask) is None
+    assert found.objectives[-1] < cost
+    now = float(problem.objective(found.mask[None]))
+    assert found.objectives[-1] == pytest.approx(now, rel=1e-9)
