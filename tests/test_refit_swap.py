@@ -109,6 +109,17 @@ def test_stopped_by_max_swaps_goes_on_from_there(pattern, most):
     assert_proven(problem, solve(problem, "swap", start=stopped.mask))
 
 
+def test_the_swaps_of_all_rounds_are_counted():
+    problem = layer(rows=2, n=160, kind="outliers")
+    whole = solve(problem, "swap", start="worst")
+    assert int(whole.trace.rounds.min()) > 1
+    most = int(whole.trace.swaps.min()) - 1
+    stopped = solve(problem, "swap", start="worst", max_swaps=most)
+    assert stopped.trace.swaps.tolist() == [most, most]
+    assert set(stopped.status) == {Status.FEASIBLE}
+    assert bool((stopped.objective >= whole.objective).all())
+
+
 def test_a_row_that_needs_no_swap_is_proven_without_any():
     problem = layer()
     best = solve(problem, "swap")
@@ -172,10 +183,16 @@ def test_a_row_alone_is_what_it_is_in_its_layer(pattern, kind):
 
 
 @settings(max_examples=20)
-@given(seed=st.integers(0, 1000), damping=st.sampled_from(DAMPINGS[1:]))
-def test_equivariant_under_permutations(seed, damping):
-    problem = layer(n=24, damping=damping, seed=seed)
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))
+@given(st.integers(0, 1000), st.sampled_from(DAMPINGS[1:]), st.sampled_from(PATTERNS))
+def test_equivariant_under_permutations(seed, damping, pattern):
+    """Of whole groups, where there are some."""
+    problem = layer(pattern, n=24, damping=damping, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(pattern, NM):
+        groups = torch.randperm(6, generator=generator)
+        order = (4 * groups[:, None] + torch.randperm(4, generator=generator)).flatten()
+    else:
+        order = torch.randperm(24, generator=generator)
     plain = solve(problem, "swap")
     gram = problem.gram[order][:, order]
     moved = LayerProblem(problem.weight[:, order], gram, problem.pattern, refit=problem.refit)

@@ -236,6 +236,20 @@ def test_no_pair_that_improves_is_screened_out(n, kind, damping, seed, data):
     assert not left_out.numel() or float(left_out.min()) >= -noise(problem, cost) / 2
 
 
+@pytest.mark.parametrize("start", ["random", "wanda", "admm"])
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=4, of=8)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nor_is_any_on_the_way_to_an_optimum(kind, pattern, start):
+    problem = made(72, kind, 0.01, pattern)
+    for most in (0, 10):
+        mask = solve(problem, "swap", start=start, max_swaps=most).mask[0]
+        row, (delta, cost) = row_of(problem, mask), exchanged(problem, mask)
+        improving = (delta.amin(0) < -noise(problem, cost) / 100).nonzero()[:, 0]
+        assert set(improving.tolist()) <= set(row._suspects().tolist())
+        found = row.improving(72, noise(problem, cost))
+        assert (found is None) == (float(delta.min()) >= -noise(problem, cost))
+
+
 @settings(max_examples=40)
 @given(
     st.integers(2, 16),

@@ -7,7 +7,8 @@
 2. *scan*: all pairs, by screening and exactly (`maskopt.solvers.refit.state`). None improves: the mask is
    proven 1-swap optimal. Else the inputs of the best pairs are the candidates, and it goes on with 1.
 
-An M that drifted is made from scratch before anything is claimed on it.
+An M that drifted is made from scratch before anything more is searched or claimed on it: exchanges that do
+not pay would follow each other for ever.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
             made = 0 if pairs is None else _exchange(row, pairs, threshold, left)
         if not made:
             break
-        if row.residual > _DRIFT:
+        if row.drift() > _DRIFT:
             row.renew()
         now = nothing_kept - row.explained()
         if not now <= objective:  # it promised too much: what was before stays

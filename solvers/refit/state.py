@@ -81,7 +81,6 @@ class Row:
         scratch: of this row, as long as it is in use.
         target: b, float64 [n].
         fresh: whether M was inverted from scratch, and not updated.
-        residual: ‖b_S − A_SS v‖/‖b_S‖, which shows an M that drifted.
         formed: pairs of which the scans had to form B.
     """
 
@@ -94,7 +93,6 @@ class Row:
     v: Float[Tensor, " k"]
     r: Float[Tensor, " s"]
     fresh: bool = True
-    residual: float = 0.0
     formed: int = 0
 
     @classmethod
@@ -133,11 +131,8 @@ class Row:
         self._look()
 
     def _look(self) -> None:
-        """r, and how far v is from solving what it should."""
-        rest = self.target - self.weights() @ self.metric.damped
-        self.r = rest[self.pruned]
-        scale = self.target[self.kept].norm().clamp(min=1e-300)
-        self.residual = float(rest[self.kept].norm() / scale)
+        """r."""
+        self.r = (self.target - self.weights() @ self.metric.damped)[self.pruned]
 
     def explained(self) -> float:
         """b_Sᵀv: what F is less than it were with nothing kept."""
@@ -293,7 +288,10 @@ class Row:
         self._look()
 
     def drift(self) -> float:
-        """How far M is from an inverse, relative: A_SS(M z) against z of random signs (Freivalds)."""
+        """How far M is from an inverse, relative: A_SS(M z) against z of random signs (Freivalds).
+
+        ‖b_S − A_SS v‖ would not show it: b is large where A is, and M drifts where A is small.
+        """
         generator = torch.Generator().manual_seed(0)
         z = torch.randint(0, 2, self.v.shape, generator=generator).to(self.v) * 2 - 1
         full = torch.zeros_like(self.target).index_copy_(0, self.kept, self.m @ z)
