@@ -26,6 +26,7 @@ def largest(problem):
     return torch.zeros_like(score, dtype=torch.bool).scatter_(2, kept, True).view(problem.rows, -1)
 
 
+@settings(max_examples=30)
 @given(problems(), st.sampled_from([0.0, 0.01, 0.3]))
 def test_masks_are_legal_and_cost_what_is_said(problem, damping):
     problem = problem.refitting(Refit(damping))

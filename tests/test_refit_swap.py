@@ -60,7 +60,7 @@ def assert_history(problem, start, solution):
     assert bool(((history[:, -1] - solution.objective).abs() <= off).all())
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(problems(), st.sampled_from(DAMPINGS), st.sampled_from(STARTS))
 def test_every_row_ends_at_a_proven_one_swap_optimum(problem, damping, start):
     problem = problem.refitting(Refit(damping))
@@ -75,7 +75,7 @@ def test_every_row_ends_at_a_proven_one_swap_optimum(problem, damping, start):
     assert again.trace.swaps.tolist() == [0] * problem.rows
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(problems(max_n=11, max_rows=3), st.sampled_from(DAMPINGS), st.sampled_from(STARTS))
 def test_never_below_the_optimum_which_is_left_alone(problem, damping, start):
     problem = problem.refitting(Refit(damping))
@@ -130,7 +130,7 @@ def test_a_row_that_needs_no_swap_is_proven_without_any():
     assert torch.equal(stopped.mask, mask)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(problems(), st.sampled_from(STARTS))
 def test_no_time_leaves_the_start_and_claims_nothing(problem, start):
     problem = problem.refitting(Refit(0.01))
@@ -182,7 +182,7 @@ def test_a_row_alone_is_what_it_is_in_its_layer(pattern, kind):
     assert torch.equal(some.mask, whole.mask[[2, 0]])
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.integers(0, 1000), st.sampled_from(DAMPINGS[1:]), st.sampled_from(PATTERNS))
 def test_equivariant_under_permutations(seed, damping, pattern):
     """Of whole groups, where there are some."""

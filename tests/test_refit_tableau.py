@@ -98,7 +98,7 @@ def test_parts_of_a_matrix_go_where_they_are_told():
     assert part_of(a, lines[:0], columns, out[:0]).shape == (0, 4)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problems(max_n=20, max_rows=1), st.sampled_from(DAMPINGS[1:]))
 def test_a_row_is_what_its_mask_says(problem, damping):
     problem = problem.refitting(Refit(damping))
@@ -147,7 +147,7 @@ def test_the_small_tableau_is_a_part_of_the_large_one(kind):
     assert_close(block.y, torch.cat([v[u], r[p]]))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(problems(max_n=14, max_rows=1), st.sampled_from(DAMPINGS[1:]))
 def test_exchanges_in_the_small_tableau_are_those_of_the_row(problem, damping):
     """All inputs being candidates, it ends at a mask that no pair improves."""
@@ -190,7 +190,7 @@ def test_no_more_exchanges_than_allowed_are_made():
     assert 3 < counts[3] < 1000
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(problems(max_n=14, max_rows=1), st.sampled_from(DAMPINGS), st.integers(0, 9))
 def test_the_scan_finds_what_all_pairs_hold(problem, damping, seed):
     """None where no pair improves; else the best pair is among the candidates. So does the check."""
@@ -216,7 +216,7 @@ def test_the_scan_finds_what_all_pairs_hold(problem, damping, seed):
         assert swap is None
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     st.integers(2, 40),
     st.sampled_from(KINDS),
@@ -236,13 +236,12 @@ def test_no_pair_that_improves_is_screened_out(n, kind, damping, seed, data):
     assert not left_out.numel() or float(left_out.min()) >= -noise(problem, cost) / 2
 
 
-@pytest.mark.parametrize("start", ["random", "wanda", "admm"])
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=4, of=8)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_nor_is_any_on_the_way_to_an_optimum(kind, pattern, start):
+def test_nor_is_any_on_the_way_to_an_optimum(kind, pattern):
     problem = made(72, kind, 0.01, pattern)
     for most in (0, 10):
-        mask = solve(problem, "swap", start=start, max_swaps=most).mask[0]
+        mask = solve(problem, "swap", start="wanda", max_swaps=most).mask[0]
         row, (delta, cost) = row_of(problem, mask), exchanged(problem, mask)
         improving = (delta.amin(0) < -noise(problem, cost) / 100).nonzero()[:, 0]
         assert set(improving.tolist()) <= set(row._suspects().tolist())
