@@ -50,6 +50,7 @@ class Refit:
         number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
         if not number or not 0 <= self.damping < float("inf"):
             raise OptionError(f"`damping` must be at least 0, not {self.damping!r}")
+        object.__setattr__(self, "damping", float(self.damping))
 
 
 @dataclass(frozen=True, eq=False)

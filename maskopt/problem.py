@@ -412,6 +412,10 @@ class RowProblem:
         """The weights that one mask [n] leaves, float64; see `LayerProblem.weights`."""
         return self._layer.weights(mask.reshape(1, -1))[0]
 
+    def refitting(self, refit: Refit | None) -> RowProblem:
+        """The same row under the other objective; see `LayerProblem.refitting`."""
+        return RowProblem._of(self._layer.refitting(refit))
+
     def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
         """The row with only these inputs, in this order: a toy instance from a real row.
 

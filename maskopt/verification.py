@@ -21,6 +21,8 @@ from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_TOLERANCE, Solution, Status
 
 #: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds
 ENUMERATION_LIMIT = 20_000
+#: … and of refitted weights, where a mask costs s³ operations for s pruned, with so many of these at most
+REFIT_ENUMERATION_LIMIT = 10**10
 #: relative difference at which a stated objective is wrong
 OBJECTIVE_TOLERANCE = 1e-9
 #: … or so much of Σⱼ wⱼ²Gⱼⱼ, the rounding of float64 sums
@@ -220,7 +222,8 @@ def _every_mask(layer: LayerProblem) -> Tensor | None:
     """All sets of pruned entries, 1 = pruned, float64 [masks, n]; None: too many to enumerate."""
     group, pruned = layer.group_size, layer.pruned_per_group
     count = math.comb(group, pruned) ** (layer.n // group)
-    if count > ENUMERATION_LIMIT:
+    operations = count * (pruned * layer.n // group) ** 3
+    if count > ENUMERATION_LIMIT or (layer.refit and operations > REFIT_ENUMERATION_LIMIT):
         return None
     choices = [
         [
