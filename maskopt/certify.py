@@ -127,8 +127,8 @@ def certify_model(
         shorthand: options of the walk by name, as for `collect_problems`: `samples`, `seed`, …
 
     Raises:
-        ModelError: the folders do not belong together, or weights were refitted. MaskoptError of what is
-        called.
+        ModelError: the folders do not belong together, or weights were refitted.
+        MaskoptError: of what is called.
     """
     check_rows(rows_per_layer)
     manifest = read_manifest(Path(pruned) / MANIFEST)

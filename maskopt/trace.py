@@ -141,6 +141,17 @@ class CycleTrace(Trace):
 
 
 @dataclass(frozen=True)
+class SplittingTrace(Trace):
+    """ADMM.
+
+    Attributes:
+        iterations: until a row's support stood still, or a limit came.
+    """
+
+    iterations: Int[Tensor, " rows"]
+
+
+@dataclass(frozen=True)
 class BoundTrace(Trace):
     """How a lower bound was found.
 

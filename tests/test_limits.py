@@ -13,7 +13,15 @@ from maskopt import LayerProblem, Limits, Progress, Unstructured, solve, verify
 from maskopt.errors import OptionError
 from maskopt.limits import parse_bytes, torch_threads
 from maskopt.solver import available_solvers
-from maskopt.trace import CycleTrace, RelaxTrace, SearchTrace, SwapTrace, Trace, TreeTrace
+from maskopt.trace import (
+    CycleTrace,
+    RelaxTrace,
+    SearchTrace,
+    SplittingTrace,
+    SwapTrace,
+    Trace,
+    TreeTrace,
+)
 
 SOLVERS = {name: info for name, info in available_solvers().items() if info.available}
 #: solvers without steps that could be counted
@@ -154,6 +162,8 @@ def steps(name: str, trace: Trace) -> int:
         return int(trace.rounds.max())
     if isinstance(trace, RelaxTrace):
         return -(-int(trace.iterations.max()) // (SWEEPS if name == "sdp" else 1))
+    if isinstance(trace, SplittingTrace):
+        return int(trace.iterations.max())
     if isinstance(trace, CycleTrace):
         return int(trace.swaps.max())
     if isinstance(trace, TreeTrace):

@@ -26,6 +26,7 @@ from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities, Solver
 from maskopt.solvers.greedy.select import keep_highest
+from maskopt.trace import SplittingTrace
 
 #: rows of a tile; a constant, since the last bits of a product may depend on it
 _TILE = 64
@@ -39,7 +40,7 @@ _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 class Admm(Solver):
     """A mask for refitted weights; float32 iterations, a row stops when its support stands still.
 
-    Of a problem that keeps its weights it is the same mask, with 1% damping.
+    Of a problem that keeps its weights it is the same mask, with 1% damping. Tells a `SplittingTrace`.
     """
 
     name: ClassVar[str] = "admm"
@@ -61,11 +62,13 @@ class Admm(Solver):
         parts = [slice(i, i + _TILE) for i in range(0, problem.rows, _TILE)]
         threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
 
-        def some(part: int) -> Tensor:
+        def some(part: int) -> tuple[Tensor, Tensor]:
             rows = parts[part]
             return self._masks(refitted.take(rows), target[rows].float(), *shared, limits)
 
-        return Solution.of(problem, torch.cat(one_thread_each(some, len(parts), threads)))
+        found = one_thread_each(some, len(parts), threads)
+        mask, steps = (torch.cat([part[which] for part in found]) for which in (0, 1))
+        return Solution.of(problem, mask, trace=SplittingTrace(steps.cpu()))
 
     def _masks(
         self,
@@ -74,8 +77,8 @@ class Admm(Solver):
         values: Float[Tensor, " n"],
         vectors: Float[Tensor, "n n"],
         limits: Limits,
-    ) -> Tensor:
-        """Of some rows; all in the scaled inputs."""
+    ) -> tuple[Tensor, Tensor]:
+        """Of some rows, and their iterations; all in the scaled inputs."""
         size = problem.least_squares.damped.diagonal().sqrt()
         d = (problem.weight.double() * size).float()
         scale = d.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
@@ -86,7 +89,7 @@ class Admm(Solver):
         rho = torch.full((len(d), 1), self.rho, device=d.device)
         alive = torch.arange(len(d), device=d.device)
         kept = mask.sum(1).clamp(min=1)
-        seen = mask.clone()
+        seen, steps = mask.clone(), torch.zeros_like(kept)
         for step in range(1, self.iterations + 1):
             if not len(alive) or limits.expired:
                 break
@@ -97,7 +100,7 @@ class Admm(Solver):
             now = keep_highest(rows, best.abs().double())
             d = torch.where(now, best, 0.0)
             y = y + rho * (v - d)
-            mask[alive] = now
+            mask[alive], steps[alive] = now, step
             if step % _PERIOD:
                 continue
             changed = (now & ~seen[alive]).sum(1) / kept[alive]
@@ -108,4 +111,4 @@ class Admm(Solver):
             rho = rho * growth[:, None]
             going = changed > 0
             alive, y, d, rho = alive[going], y[going], d[going], rho[going]
-        return mask
+        return mask, steps
