@@ -147,7 +147,9 @@ def test_the_command_says_what_mask_and_refit_did(dense: Path, tmp_path: Path) -
     )  # fmt: skip
     assert "before" in shown
     assert {layer["damping"] for layer in read_manifest(out / MANIFEST)["layers"]} == {0.03}
-    assert "refitted weights" in run("verify", out, "--against", dense)
+    shown = run("verify", out, "--against", dense)
+    assert "every weight that is neither pruned nor refitted is that of" in shown
+    assert "kept weights, refitted weights" in shown[shown.index("(checked)") :]  # claimed
 
 
 def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(

@@ -95,7 +95,12 @@ def _verify_model(
             layers=options.pop("include"),
             **options,
         )
-    same = f", every kept weight is that of {against}" if against is not None else ""
+    kept = (
+        "kept weight"
+        if "kept weights" in result.checked
+        else "weight that is neither pruned nor refitted"
+    )
+    same = f", every {kept} is that of {against}" if against is not None else ""
     output.print(
         f"{folder}: holds. {result.layers} layers, {result.rows} rows, {result.files} files, "
         f"sparsity {result.sparsity:.4f}{same} (checked); {_told_apart(result)}: claimed",
