@@ -24,13 +24,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskopt.errors import ProblemError, WarmStartError
-from maskopt.files import read_arrays, write_arrays
 from maskopt.inputs import (
     PSD_TOLERANCE,
     ArrayLike,
@@ -41,9 +39,11 @@ from maskopt.inputs import (
     linear_part,
     symmetric,
 )
-from maskopt.least_squares import LeastSquares, Refit, refit_from_dict, refit_to_dict
+from maskopt.instance_file import instance_kind, read_instance, write_instance
+from maskopt.least_squares import LeastSquares, Refit
+from maskopt.limits import Limits
 from maskopt.linear import Linear
-from maskopt.pattern import Pattern, pattern_from_dict, pattern_to_dict
+from maskopt.pattern import Pattern
 
 #: columns of G that are brought to float64 at a time when an objective is computed
 _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
@@ -172,22 +172,29 @@ class LayerProblem:
         mask = mask.to(self.device)
         if self.refit is None:
             return self._error(torch.where(mask, 0.0, self.weight.double()))
-        return self.damped_error(self._best_weights(mask))
+        return self._refitted(mask, None)[1]
 
-    def weights(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
-        """The weights that a mask leaves, float64, zero where it prunes: refitted with `refit`, else w⊙m."""
+    def weights(
+        self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
+    ) -> Float[Tensor, "rows n"]:
+        """The weights that a mask leaves, float64, zero where it prunes: refitted with `refit`, else w⊙m.
+
+        Args:
+            limits: memory and threads.
+        """
         mask = mask.to(self.device)
         if self.refit is None:
             return torch.where(mask, self.weight.double(), 0.0)
-        return self._best_weights(mask)
+        return self._refitted(mask, limits)[0]
 
-    def _best_weights(self, mask: Tensor) -> Tensor:
-        """By least squares; where rounding makes them worse than the mask's own, those."""
+    def _refitted(self, mask: Tensor, limits: Limits | None) -> tuple[Tensor, Tensor]:
+        """Weights by least squares (where rounding makes them worse than the mask's own, those), and F."""
         squares = self.least_squares
         own = torch.where(mask, self.weight.double(), 0.0)
-        found = squares.solve(squares.target(self.weight, self.correlation), mask)
-        better = self.damped_error(found) <= self.damped_error(own)
-        return torch.where(better[:, None], found, own)
+        found = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
+        cost, own_cost = self.damped_error(found), self.damped_error(own)
+        better = cost <= own_cost
+        return torch.where(better[:, None], found, own), torch.where(better, cost, own_cost)
 
     def damped_error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         """(w−v)ᵀA(w−v) and the linear part, of float64 weights v: what F is the least of."""
@@ -292,12 +299,12 @@ class LayerProblem:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
-        _save(path, "layer", self)
+        write_instance(path, "layer", self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
         """Read what `save` wrote; all checks of the constructor run again."""
-        weight, gram, pattern, more = _load(path, "layer")
+        weight, gram, pattern, more = read_instance(path, "layer")
         return cls(weight, gram, pattern, **more)
 
     def _like(self, rows: Tensor | slice | list[int], name: str) -> LayerProblem:
@@ -444,12 +451,12 @@ class RowProblem:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
-        _save(path, "row", self._layer)
+        write_instance(path, "row", self._layer)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RowProblem:
         """Read what `save` wrote; all checks of the constructor run again."""
-        weight, gram, pattern, more = _load(path, "row")
+        weight, gram, pattern, more = read_instance(path, "row")
         if weight.ndim != 2 or weight.shape[0] != 1:
             raise ProblemError(f"{path}: a row's weight must be [1, n], not {list(weight.shape)}")
         return cls(weight[0], gram, pattern, **more)
@@ -460,50 +467,11 @@ class RowProblem:
         return f"RowProblem({name}n={self.n}, pattern={self.pattern}{refit})"
 
 
-def _save(path: str | os.PathLike[str], kind: str, layer: LayerProblem) -> None:
-    header = {
-        "name": layer.name,
-        "pattern": pattern_to_dict(layer.pattern),
-        "refit": refit_to_dict(layer.refit),
-    }
-    arrays = {"weight": _as_numpy(layer.weight), "gram": _as_numpy(layer.gram)}
-    if layer.mean is not None:
-        arrays["mean"] = _as_numpy(layer.mean)
-    if layer.linear is not None:
-        arrays["correlation"] = _as_numpy(layer.linear.correlation)
-        arrays["constant"] = _as_numpy(layer.linear.constant)
-    write_arrays(path, kind, header, arrays)
-
-
-def _as_numpy(tensor: Tensor) -> np.ndarray:
-    """NumPy has no bfloat16: it is widened to float32, which holds it exactly."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-
-
 def load_problem(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:
     """A layer or a row, whichever the file holds.
 
     Raises:
         ProblemError: no such file, not an instance, or not a sound one.
     """
-    header, _ = read_arrays(path, "layer", "row")
-    return LayerProblem.load(path) if header["kind"] == "layer" else RowProblem.load(path)
-
-
-def _load(
-    path: str | os.PathLike[str], kind: str
-) -> tuple[np.ndarray, np.ndarray, Pattern, dict[str, Any]]:
-    """Weight, G and pattern, and the other arguments of a problem by name."""
-    header, arrays = read_arrays(path, kind)
-    if not {"weight", "gram"} <= set(arrays):
-        raise ProblemError(f"{path}: not a maskopt instance (it lacks weight or gram)")
-    parts = [arrays.get(name) for name in ("correlation", "constant")]
-    if (parts[0] is None) != (parts[1] is None):
-        raise ProblemError(f"{path}: half a linear part (correlation or constant is missing)")
-    more = {
-        "name": str(header.get("name", "")),
-        "mean": arrays.get("mean"),
-        "linear": None if parts[0] is None else Linear(*parts),  # type: ignore[arg-type]
-        "refit": refit_from_dict(header.get("refit")),
-    }
-    return arrays["weight"], arrays["gram"], pattern_from_dict(header.get("pattern")), more
+    layer = instance_kind(path) == "layer"
+    return LayerProblem.load(path) if layer else RowProblem.load(path)

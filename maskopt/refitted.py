@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.least_squares import LeastSquares, Refit
+from maskopt.least_squares import Refit
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem, RowProblem
 
@@ -52,16 +52,12 @@ def refit(
     """
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     mask = layer.check_mask(mask)
-    how = layer.refit or Refit()
-    if damping is not None:
-        how = Refit(damping)
-    squares = LeastSquares.of(layer.gram, how)
-    squares.check(f"layer {layer.name!r}: " if layer.name else "")
-    target = squares.target(layer.weight, layer.correlation)
-    weight = squares.solve(target, mask, limits)
-    own = torch.where(mask, layer.weight.double(), 0.0)
-    error, kept_error = layer.error(weight), layer.error(own)
+    layer = layer.refitting((layer.refit or Refit()) if damping is None else Refit(damping))
+    weight, own = layer.weights(mask, limits), torch.where(mask, layer.weight.double(), 0.0)
+    error, own_error = layer.error(weight), layer.error(own)
     # rounding: of rows that least squares cannot better, the weights stay
-    worse = ~(error <= kept_error)
+    worse = ~(error <= own_error)
     weight = torch.where(worse[:, None], own, weight)
-    return Refitted(weight, error.where(~worse, kept_error), squares.residual(weight, target, mask))
+    squares = layer.least_squares
+    target = squares.target(layer.weight, layer.correlation)
+    return Refitted(weight, error.where(~worse, own_error), squares.residual(weight, target, mask))
