@@ -12,17 +12,26 @@ weights see `maskopt.refit_checks`.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from maskopt.errors import VerificationError
 from maskopt.problem import LayerProblem, RowProblem
-from maskopt.refit_checks import Exchange, improving_refit_swap
+from maskopt.refit_checks import improving_refit_swap
 from maskopt.solution import SWAP_TOLERANCE, swap_threshold
 
 #: pairs whose Δ is formed at a time
 PAIRS_AT_ONCE = 2**22
+
+
+class Exchange(NamedTuple):
+    """Keep `pruned` instead of `kept`: the objective changes by `delta` (< 0)."""
+
+    kept: int
+    pruned: int
+    delta: float
 
 
 def improving_swap(
@@ -44,7 +53,8 @@ def improving_swap(
         raise VerificationError("improving_swap takes one row; use problem.row(i)")
     mask = layer.check_mask(mask)[0]
     if layer.refit is not None:
-        return improving_refit_swap(layer, mask, tolerance)
+        found = improving_refit_swap(layer, mask, tolerance)
+        return None if found is None else Exchange(*found)
     w = layer.weight[0].double()
     # a power of two brings extreme weights within range without changing any comparison
     scale = 2.0 ** -math.frexp(float(w.abs().max()) or 1.0)[1]

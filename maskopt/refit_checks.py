@@ -13,7 +13,6 @@ and keeping p in place of u changes F by what p's return saves and what u costs 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,16 +25,10 @@ from maskopt.solution import swap_threshold
 _AT_ONCE = 2**24
 
 
-class Exchange(NamedTuple):
-    """Keep `pruned` instead of `kept`: the objective changes by `delta` (< 0)."""
-
-    kept: int
-    pruned: int
-    delta: float
-
-
-def improving_refit_swap(layer: LayerProblem, mask: Tensor, tolerance: float) -> Exchange | None:
-    """`improving_swap` of one row under F; mask [n]."""
+def improving_refit_swap(
+    layer: LayerProblem, mask: Tensor, tolerance: float
+) -> tuple[int, int, float] | None:
+    """(kept, pruned, delta) of the best swap of one row under F, where one improves; mask [n]."""
     inverse, b, constant, scale = _scaled(layer)
     kept, pruned = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
     if not len(kept) or not len(pruned) or layer.least_squares.ridge == 0:
@@ -64,12 +57,13 @@ def improving_refit_swap(layer: LayerProblem, mask: Tensor, tolerance: float) ->
     value = float(delta[row, column])
     if not value < -threshold:
         return None
-    return Exchange(int(kept[row]), int(pruned[column]), value / scale / scale)
+    return int(kept[row]), int(pruned[column]), value / scale / scale
 
 
 def refitted_cost(layer: LayerProblem, mask: Tensor, row: int) -> Float[Tensor, ""]:
     """F of one row by LU of A_SS, float64; mask [rows, n]."""
-    damped, w = layer.least_squares.damped, layer.weight[row].double()
+    squares, w = layer.least_squares, layer.weight[row].double()
+    damped = squares.damped
     kept = mask[row].nonzero()[:, 0]
     b = damped @ w
     if layer.linear is not None:
@@ -77,8 +71,8 @@ def refitted_cost(layer: LayerProblem, mask: Tensor, row: int) -> Float[Tensor, 
     lost = w.clone()
     if len(kept):
         lost[kept] -= torch.linalg.solve(damped[kept][:, kept], b[kept])
-    ridge = layer.least_squares.ridge
-    total = lost @ (layer.gram.double() @ lost) + ridge * lost.square().sum()
+    # of a G of 0, A is the identity that stands in for it, and nothing is lost
+    total = lost @ (damped @ lost) if squares.ridge else torch.zeros_like(lost[:1]).sum()
     if layer.linear is not None:
         total = total + 2 * lost @ layer.linear.correlation[row] + layer.linear.constant[row]
     return total.clamp(min=0.0)
