@@ -42,30 +42,32 @@ class Edits:
 
     def apply(self, name: str, tensor: Tensor) -> None:
         """To a tensor of the checkpoint, in its stored layout; in place."""
-        if name in self.values:
-            new = self.values[name].read(name)
-            tensor.copy_(torch.where(new.float().isnan(), tensor, new))
-        if name in self.masks:
-            kept = unpack(self.masks.packed(name), 0, tensor.numel()).view(tensor.shape)
-            tensor.masked_fill_(~kept, 0)
+        new = self.values[name].read(name).view(-1) if name in self.values else None
+        kept = unpack(self.masks.packed(name), 0, tensor.numel()) if name in self.masks else None
+        _edit(tensor.view(-1), new, kept)
 
     def chunks(self, entry: TensorEntry, source: SafeFile, step: int) -> Iterator[np.ndarray]:
         """The bytes of a tensor of `source` as they become, `step` at a time."""
         packed = self.masks.packed(entry.name) if entry.name in self.masks else None
         there = self.values.get(entry.name)
         new = None if there is None else there.chunks(there.entries[entry.name], step)
-        word, position = WORDS[entry.torch_dtype.itemsize], 0
+        dtype, position = entry.torch_dtype, 0
         for chunk in source.chunks(entry, step):
-            elements = torch.from_numpy(chunk).view(word)
-            if new is not None:
-                values = torch.from_numpy(next(new))
-                set_anew = ~values.view(entry.torch_dtype).float().isnan()
-                elements.copy_(torch.where(set_anew, values.view(word), elements))
-            if packed is not None:
-                kept = unpack(packed, position, len(elements))
-                elements.masked_fill_(kept.logical_not_(), 0)
+            elements = torch.from_numpy(chunk).view(dtype)
+            values = None if new is None else torch.from_numpy(next(new)).view(dtype)
+            kept = None if packed is None else unpack(packed, position, len(elements))
+            _edit(elements, values, kept)
             position += len(elements)
             yield chunk
+
+
+def _edit(elements: Tensor, new: Tensor | None, kept: Tensor | None) -> None:
+    """Some elements of a tensor [count], in place: set anew where `new` is a number, zero where not kept."""
+    words = elements.view(WORDS[elements.dtype.itemsize])  # not all dtypes can be filled
+    if new is not None:
+        words.copy_(torch.where(new.float().isnan(), words, new.view(words.dtype)))
+    if kept is not None:
+        words.masked_fill_(kept.logical_not_(), 0)
 
 
 def write_values(path: Path, values: Mapping[str, Tensor]) -> None:
