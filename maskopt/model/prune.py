@@ -169,14 +169,12 @@ def _prune_layer(
         found = solved.solution.weight
         new = _rounded(job, layer, fitted.weights(mask) if found is None else found)
     seconds = time.perf_counter() - began
-    report = _report(layer, fitted, judge, solved, new, options)
+    facts = {"tokens": tokens, "fallback": fallback, "seconds": seconds, "shrink": shrink}
+    report = _report(layer, fitted, judge, solved, new, options, facts)
     if new is None:
         weight.masked_fill_(~mask.to(weight.device), 0)  # the problems may share it
     else:
         weight.copy_(new.to(weight.dtype))
-    report = dataclasses.replace(
-        report, tokens=tokens, fallback=fallback, seconds=seconds, shrink=shrink
-    )
     return report, mask.cpu(), None if new is None else new.cpu()
 
 
@@ -207,8 +205,10 @@ def _report(
     solved: Solved,
     new: Tensor | None,
     options: PruneOptions,
+    facts: dict[str, Any],
 ) -> LayerReport:
-    """What became of a layer; `fitted` is what it was solved on, `judge` that of the windows kept aside."""
+    """What became of a layer; `fitted` is what it was solved on, `judge` that of the windows kept aside, and
+    `facts` what else is known of it."""
     solution, start, kept = solved.solution, solved.start, fitted.refitting(None)
     begun = None if start is None else start.objective
     if start is not None and (options.shrink == AUTO or new is not None):
@@ -233,15 +233,13 @@ def _report(
         error=float(error.sum()),
         lower_bound=float(solution.lower_bound.sum()),
         statuses={str(s): solution.status.count(s) for s in sorted(set(solution.status))},
-        tokens=0,
-        fallback=False,
-        seconds=0.0,
         energy=float(fitted.output_energy().sum()),
         error_held=_sum(held),
         energy_held=None if judge is None else float(judge.output_energy().sum()),
         error_kept=_sum(error_kept),
         chosen_for="refitted" if chosen else "kept",
-        damping=None if fitted.refit is None or new is None else float(fitted.refit.damping),
+        damping=None if fitted.refit is None else fitted.refit.damping,
+        **facts,
     )
 
 

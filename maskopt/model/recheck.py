@@ -236,7 +236,7 @@ def _masks_as_model(job: Job, path: Path, trust_remote_code: bool) -> FolderSour
 def _check_layer(
     manifest: Manifest, said: Mapping[str, Any], found: Found, run: Run, pool: Threads
 ) -> None:
-    name, problem, kept = said["name"], found.problem, found.kept
+    name = said["name"]
     if said["tokens"] != found.tokens:
         raise manifest.wrong(
             f"layer {name!r} is said to have seen {said['tokens']} tokens; it sees {found.tokens}"
@@ -248,9 +248,18 @@ def _check_layer(
         raise manifest.wrong(
             f"layer {name!r} was refitted with another damping than the options say"
         )
+    same = _check_errors(manifest, said, found, ERROR_TOLERANCES[run.dtype])
+    _check_statuses(
+        manifest, said, found, SWAP_TOLERANCE if same else ERROR_TOLERANCES[run.dtype], pool
+    )
+
+
+def _check_errors(
+    manifest: Manifest, said: Mapping[str, Any], found: Found, tolerance: float
+) -> bool:
+    """Whether the Gram matrix seems to be the prune's, bit for bit."""
+    name, problem, kept = said["name"], found.problem, found.kept
     floor = SAME_BITS * float(problem.diagonal_mass().sum())
-    tolerance = ERROR_TOLERANCES[run.dtype]
-    kept_problem = problem.refitting(None)
     if said["damping"] is None or found.result is None:
         error = float(problem.objective(kept).sum())
         held = None if found.held is None else float(found.held.objective(kept).sum())
@@ -259,7 +268,7 @@ def _check_layer(
         error = float(problem.error(new).sum())
         held = None if found.held is None else float(found.held.error(new).sum())
         _check_least_squares(manifest, name, found, tolerance)
-        unchanged = float(kept_problem.objective(kept).sum())
+        unchanged = float(problem.refitting(None).objective(kept).sum())
         if not math.isclose(said["error_kept"], unchanged, rel_tol=tolerance, abs_tol=floor):
             raise manifest.wrong(
                 f"layer {name!r} states an error of {said['error_kept']:.9g} before its weights were "
@@ -275,16 +284,21 @@ def _check_layer(
         raise manifest.wrong(
             f"layer {name!r} states a held-out error of {said['error_held']}; its mask has {held}"
         )
-    if said["chosen_for"] == "kept":
-        problem = kept_problem
+    return math.isclose(said["error"], error, rel_tol=SAME_BITS, abs_tol=floor)
+
+
+def _check_statuses(
+    manifest: Manifest, said: Mapping[str, Any], found: Found, tolerance: float, pool: Threads
+) -> None:
+    name, kept = said["name"], found.kept
+    problem = found.problem if said["chosen_for"] == "refitted" else found.problem.refitting(None)
     count = sum(said["statuses"].get(s, 0) for s in (Status.SWAP_OPTIMAL, Status.OPTIMAL))
     if not count:
         return
-    same = math.isclose(said["error"], error, rel_tol=SAME_BITS, abs_tol=floor)
     swaps = pool.run(
         [
             lambda i=i: improving_swap(  # type: ignore[misc]
-                problem.row(i), kept[i], SWAP_TOLERANCE if same else tolerance
+                problem.row(i), kept[i], tolerance
             )
             for i in range(problem.rows)
         ]
