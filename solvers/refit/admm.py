@@ -89,11 +89,10 @@ class Admm(Solver):
         rho = torch.full((len(d), 1), self.rho, device=d.device)
         alive = torch.arange(len(d), device=d.device)
         kept = mask.sum(1).clamp(min=1)
-        seen, steps = mask.clone(), torch.zeros_like(kept)
+        seen, steps, rows = mask.clone(), torch.zeros_like(kept), problem
         for step in range(1, self.iterations + 1):
             if not len(alive) or limits.expired:
                 break
-            rows = problem.take(alive)
             v = target[alive] - y + rho * d
             v = ((v @ vectors) / (values + rho)) @ vectors.T
             best = v + y / rho
@@ -110,5 +109,8 @@ class Admm(Solver):
                 growth = torch.where(changed > least, factor, growth)
             rho = rho * growth[:, None]
             going = changed > 0
+            if bool(going.all()):
+                continue
+            rows = rows.take(going)
             alive, y, d, rho = alive[going], y[going], d[going], rho[going]
         return mask, steps

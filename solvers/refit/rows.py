@@ -30,12 +30,11 @@ def swap_refitted(
     done, lock, own = 0, threading.Lock(), threading.local()
     mass = problem.diagonal_mass().tolist()
 
-    def search(index: int) -> Found:
+    def search(index: int) -> Found | None:
+        """None: the time was over before the row's turn."""
         nonlocal done
         if limits.expired:
-            weight = squares.solve(target[[index]], start[[index]], limits)[0]
-            objective = float(problem.take([index]).damped_error(weight[None]))
-            return Found(start[index], weight, objectives=[objective])
+            return None
         if not hasattr(own, "scratch"):
             own.scratch = Scratch(problem.device)
         row = Row.of(metric, own.scratch, target[index], start[index])
@@ -46,7 +45,18 @@ def swap_refitted(
             limits.report(done, problem.rows)
         return found
 
-    return _solution(problem, one_thread_each(search, problem.rows, threads))
+    found = one_thread_each(search, problem.rows, threads)
+    late = [index for index, row in enumerate(found) if row is None]
+    begun = iter(_as_begun(problem, start, late, limits) if late else [])
+    return _solution(problem, [next(begun) if row is None else row for row in found])
+
+
+def _as_begun(problem: LayerProblem, start: Tensor, rows: list[int], limits: Limits) -> list[Found]:
+    """Some rows with the masks of the start."""
+    some, mask = problem.take(rows), start[rows]
+    weight = some.weights(mask, limits)
+    costs = some.damped_error(weight).tolist()
+    return [Found(m, w, objectives=[c]) for m, w, c in zip(mask, weight, costs, strict=True)]
 
 
 def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
