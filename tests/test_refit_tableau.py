@@ -18,6 +18,13 @@ from maskopt.solvers.refit.state import Metric, Pairs, Row
 DAMPINGS = (0.0, 0.01, 0.3)
 
 
+def any_layer(most):
+    """(n, kind, damping, seed, data) of layers of at most so many inputs."""
+    kinds, dampings = st.sampled_from(KINDS), st.sampled_from(DAMPINGS)
+    every = given(st.integers(2, most), kinds, dampings, st.integers(0, 2**20), st.data())
+    return lambda test: settings(max_examples=40)(every(test))
+
+
 def made(n=24, kind="full", damping=0.01, pattern=None, seed=1, rows=1):
     pattern = pattern or Unstructured(sparsity=0.5)
     weight, gram = random_weight(rows, n, seed), random_gram(n, kind, seed + 1)
@@ -216,14 +223,7 @@ def test_the_scan_finds_what_all_pairs_hold(problem, damping, seed):
         assert swap is None
 
 
-@settings(max_examples=40)
-@given(
-    st.integers(2, 40),
-    st.sampled_from(KINDS),
-    st.sampled_from(DAMPINGS),
-    st.integers(0, 2**20),
-    st.data(),
-)
+@any_layer(40)
 def test_no_pair_that_improves_is_screened_out(n, kind, damping, seed, data):
     problem = made(n, kind, damping, data.draw(patterns(n)), seed)
     row = random_row(problem, seed)
@@ -249,14 +249,7 @@ def test_nor_is_any_on_the_way_to_an_optimum(kind, pattern):
         assert (found is None) == (float(delta.min()) >= -noise(problem, cost))
 
 
-@settings(max_examples=40)
-@given(
-    st.integers(2, 16),
-    st.sampled_from(KINDS),
-    st.sampled_from(DAMPINGS),
-    st.integers(0, 2**20),
-    st.data(),
-)
+@any_layer(16)
 def test_nor_is_one_that_improves_by_little(n, kind, damping, seed, data):
     """The return to an optimum from the masks that are least above it: here the bounds are tight, with one
     pruned input nearly equalities."""
