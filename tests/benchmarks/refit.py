@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from book import PATTERNS, ROOT, Book
 from demo_layers import name_of
-from machine import machine
+from machine import machine, machine_now
 from refit_page import write
 
 from maskopt import LayerProblem, Limits, Refit, make_solver, solve
 from maskopt.model.demo_model import demo_model
 from maskopt.model.problems import collect_problems
 from maskopt.solution import Status
+from maskopt.trace import SwapTrace
 
 LAYERS = ("2.q", "8.q", "14.q", "2.down", "8.down", "14.down")
 #: by kind, chosen on blocks 5 and 11 and on no layer of the page
 DAMPING = {"q": 0.003, "down": 0.1}
+#: rows of the plain loop that least squares are timed beside
+LOOP = 64
 #: label → solver that chooses, start, whether it chooses for refitted weights
 METHODS: dict[str, tuple[str, str | None, bool]] = {
     "Wanda": ("wanda", None, False),
@@ -51,16 +54,19 @@ def main() -> None:
     book = Book(args.data)
     book.begin({"calibration": Path(args.calibration).name, "heldout": Path(args.heldout).name})
     book.check()
-    keys = {
-        layer: [f"{p}/{layer}/{m}" for p in args.patterns for m in METHODS] for layer in args.layers
+    wanted = {
+        layer: [f"{p}/{layer}/{m}" for p in args.patterns for m in METHODS] + [f"pace/{layer}"]
+        for layer in args.layers
     }
-    missing = [layer for layer, wanted in keys.items() if any(k not in book for k in wanted)]
+    missing = [layer for layer in args.layers if any(key not in book for key in wanted[layer])]
     for layer, fitted, judge in problems(args, missing):
         for pattern in args.patterns:
             for label in METHODS:
                 if (key := f"{pattern}/{layer}/{label}") not in book:
                     problem, aside = (x.under(PATTERNS[pattern]) for x in (fitted, judge))
                     book.put(key, measured(problem, aside, label, DAMPING[layer.split(".")[1]]))
+        if (key := f"pace/{layer}") not in book:
+            book.put(key, pace(fitted.refitting(Refit(DAMPING[layer.split(".")[1]]))))
     write(book, args.page)
     print(f"wrote {args.page}")
 
@@ -97,20 +103,50 @@ def measured(
     seconds = time.perf_counter() - began
     weights = solution.weight if solution.weight is not None else refitted.weights(solution.mask)
     energy, aside = problem.output_energy().sum(), judge.output_energy().sum()
-    swaps = getattr(solution.trace, "swaps", None)
+    trace = solution.trace if isinstance(solution.trace, SwapTrace) else None
+    kept = int(solution.mask[0].sum())
+    every = kept * (problem.n - kept) // (problem.n // problem.group_size)
     return {
         "kept": float(problem.objective(solution.mask).sum() / energy),
         "kept_held": float(judge.objective(solution.mask).sum() / aside),
         "fitted": float(problem.error(weights).sum() / energy),
         "held": float(judge.error(weights).sum() / aside),
         "proven": solution.status.count(Status.SWAP_OPTIMAL) / problem.rows,
-        "swaps": None if swaps is None else float(torch.as_tensor(swaps).double().mean()),
+        "swaps": None if trace is None else float(trace.swaps.double().mean()),
+        "formed": None if trace is None else float((trace.pairs / trace.scans).mean() / every),
         "seconds": seconds,
         "rows": problem.rows,
         "damping": damping,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def pace(problem: LayerProblem) -> dict[str, Any]:
+    """Seconds a row that least squares take of Wanda's mask at 50%: all rows, and a plain loop over some."""
+    mask = solve(problem, "wanda").mask
+    squares = problem.least_squares
+    target = squares.target(problem.weight, None)
+    damped = squares.damped
+
+    def plain() -> None:
+        for row in range(LOOP):
+            kept = mask[row].nonzero()[:, 0]
+            torch.linalg.solve(damped[kept][:, kept], target[row, kept])
+
+    ours, loop = (_seconds(work) for work in (lambda: squares.solve(target, mask), plain))
+    taken = {"machine": machine_now(), "date": time.strftime("%Y-%m-%d")}
+    return {"n": problem.n, "ours": ours / problem.rows, "loop": loop / LOOP, **taken}
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """The least of three runs."""
+    found = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)
 
 
 if __name__ == "__main__":

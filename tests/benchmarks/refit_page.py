@@ -10,10 +10,9 @@ from book import PATTERNS, Book, family, table
 def write(book: Book, page: Path) -> None:
     """docs/refit.md: a table for each pattern, errors × 10⁴."""
     about = book.about
-    taken = sorted({f"{r['machine']}, {r['date']}" for r in book.lines.values() if "machine" in r})
-    found = {
-        (k.split("/")[1].split(".")[1], r["damping"]) for k, r in book.lines.items() if "rows" in r
-    }
+    measured = {k: r for k, r in book.lines.items() if "rows" in r}
+    taken = sorted({f"{r['machine']}, {r['date']}" for r in measured.values()})
+    found = {(k.split("/")[1].split(".")[1], r["damping"]) for k, r in measured.items()}
     dampings = ", ".join(f"{value} for {kind}" for kind, value in sorted(found))
     calibration, heldout = about["calibration"], about["heldout"]
     text = f"""# Refitted weights
@@ -22,7 +21,8 @@ Written by `python tests/benchmarks/refit.py --calibration {calibration} --heldo
 `demo`): whole layers of Gemma 3 270M, inputs of the dense model, {calibration} of which everything is fitted
 to and {heldout} on which it is judged. Errors are ‖(W−Ŵ)X‖²/‖WX‖² × 10⁴, fitted / held out, with the mask's
 weights refitted by least squares; λ in parts of G's mean diagonal: {dampings}, chosen on blocks 5 and 11.
-*kept*: the same mask with its weights as they were, held out. *on F*: chosen for refitted weights.
+*kept*: the same mask with its weights as they were, held out. *on F*: chosen for refitted weights. *pairs
+formed*: of all pairs of a kept and a pruned input, the part of which a scan forms B, or the whole Δ.
 {"; ".join(taken)}.
 """
     for pattern in PATTERNS:
@@ -37,10 +37,35 @@ weights refitted by least squares; λ in parts of G's mean diagonal: {dampings},
                     f"{1e4 * record['fitted']:.1f} / {1e4 * record['held']:.1f}",
                     f"{1e4 * record['kept_held']:.1f}",
                     "" if swaps is None else f"{swaps:.1f}",
+                    f"{100 * record['formed']:.0f}%" if "F" in method else "",
                     f"{100 * record['proven']:.0f}%" if "F" in method else "",
                 ]
             )
         if rows:
-            head = ["layer", "mask", "refitted", "kept", "swaps a row", "proven for F"]
+            head = [
+                "layer",
+                "mask",
+                "refitted",
+                "kept",
+                "swaps a row",
+                "pairs formed",
+                "proven for F",
+            ]
             text += f"\n## {pattern}\n\n" + table(head, rows)
-    page.write_text(text)
+    page.write_text(text + pace(book))
+
+
+def pace(book: Book) -> str:
+    """What least squares cost beside a plain loop."""
+    found = family(book.lines, "pace/")
+    if not found:
+        return ""
+    rows = [[k, str(r["n"]), f"{r['loop'] / r['ours']:.1f}"] for k, r in found.items()]
+    machines = sorted({r["machine"] for r in found.values()})
+    return f"""
+## What least squares cost
+
+Of Wanda's mask at 50%, all rows together, beside a loop over rows that solves every system in float64.
+{"; ".join(machines)}.
+
+""" + table(["layer", "n", "the loop's time is × ours"], rows)
