@@ -15,8 +15,8 @@ H_uu when inputs are kept again, B_up²/(M_uu C_pp) ≤ H_uu/M_uu − 1 =: κ_u�
 
     |v_u|/√M_uu  ≥  (κ_u + √(κ_u² − 1))·√H_pp·|r_p|                                                   (2)
 
-makes an improving pair with p. What (2) leaves, a few percent of the pairs of a layer, is put to (1) with
-1/H_pp for C_pp; columns that this leaves are formed whole, and priced exactly.
+makes an improving pair with p. What (2) leaves is put to (1) with 1/H_pp for C_pp; columns that this leaves
+are formed whole, and priced exactly.
 """
 
 from __future__ import annotations

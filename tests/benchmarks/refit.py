@@ -105,7 +105,7 @@ def measured(
     energy, aside = problem.output_energy().sum(), judge.output_energy().sum()
     trace = solution.trace if isinstance(solution.trace, SwapTrace) else None
     kept = int(solution.mask[0].sum())
-    every = kept * (problem.n - kept) // (problem.n // problem.group_size)
+    pairs = kept * (problem.n - kept)
     return {
         "kept": float(problem.objective(solution.mask).sum() / energy),
         "kept_held": float(judge.objective(solution.mask).sum() / aside),
@@ -113,7 +113,7 @@ def measured(
         "held": float(judge.error(weights).sum() / aside),
         "proven": solution.status.count(Status.SWAP_OPTIMAL) / problem.rows,
         "swaps": None if trace is None else float(trace.swaps.double().mean()),
-        "formed": None if trace is None else float((trace.pairs / trace.scans).mean() / every),
+        "formed": None if trace is None else float((trace.pairs / trace.scans).mean() / pairs),
         "seconds": seconds,
         "rows": problem.rows,
         "damping": damping,

@@ -21,8 +21,8 @@ Written by `python tests/benchmarks/refit.py --calibration {calibration} --heldo
 `demo`): whole layers of Gemma 3 270M, inputs of the dense model, {calibration} of which everything is fitted
 to and {heldout} on which it is judged. Errors are ‖(W−Ŵ)X‖²/‖WX‖² × 10⁴, fitted / held out, with the mask's
 weights refitted by least squares; λ in parts of G's mean diagonal: {dampings}, chosen on blocks 5 and 11.
-*kept*: the same mask with its weights as they were, held out. *on F*: chosen for refitted weights. *pairs
-formed*: of all pairs of a kept and a pruned input, the part of which a scan forms B, or the whole Δ.
+*kept*: the same mask with its weights as they were, held out. *on F*: chosen for refitted weights. *of B
+formed*: the part of B, which has an entry for each kept and each pruned input, that a scan needs.
 {"; ".join(taken)}.
 """
     for pattern in PATTERNS:
@@ -48,7 +48,7 @@ formed*: of all pairs of a kept and a pruned input, the part of which a scan for
                 "refitted",
                 "kept",
                 "swaps a row",
-                "pairs formed",
+                "of B formed",
                 "proven for F",
             ]
             text += f"\n## {pattern}\n\n" + table(head, rows)
