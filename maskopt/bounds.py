@@ -33,11 +33,13 @@ class Bound:
 
     Attributes:
         value: float64 [rows]; no legal mask of the row costs less. Recomputed from the certificate
-            by the problem's own check, never taken from the method.
+            by the problem's own check, never taken from the method. Of rows that trade it is one bound of
+            Σ ωᵣ fᵣ, as equal parts of it.
         certificate: what `verify` re-checks; hand it to `Solution.of(certificate=…)`.
         method: its name.
         seconds: wall-clock time of all rows together.
         trace: how it was found.
+        pooled: ω where the rows trade, else None.
     """
 
     value: Float[Tensor, " rows"]
@@ -45,9 +47,16 @@ class Bound:
     method: str = ""
     seconds: float = math.nan
     trace: BoundTrace = field(default_factory=BoundTrace)
+    pooled: Float[Tensor, " rows"] | None = None
 
     def gap(self, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """(objective − bound)/objective per row; 0 where the objective is 0."""
+        """(objective − bound)/objective per row; 0 where the objective is 0. Of rows that trade that of the
+        layer, the same for all."""
+        if self.pooled is not None:
+            sums = [
+                (self.pooled @ x.to(self.pooled)).expand(len(x)) for x in (objective, self.value)
+            ]
+            return relative_gap(*sums)
         return relative_gap(objective.to(self.value), self.value)
 
 
@@ -58,11 +67,13 @@ class BoundMethod(Protocol):
     Attributes:
         name: in the registry.
         largest_n: rows of more inputs are refused; None: any.
+        pooled: it bounds layers whose rows trade, too.
         note: one line for lists.
     """
 
     name: ClassVar[str]
     largest_n: ClassVar[int | None] = None
+    pooled: ClassVar[bool] = False
     note: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -120,6 +131,11 @@ def lower_bound(
             "bounds are of weights as they are; there is none yet of refitted ones: take "
             "problem.refitting(None), whose optimum is no bound of the other"
         )
+    if layer.pooled and not maker.pooled:
+        raise SolverError(
+            f"bound {maker.name!r} is of rows that prune alike; of a layer whose rows trade take method "
+            "'box' or 'shift'"
+        )
     if maker.largest_n is not None and layer.n > maker.largest_n:
         raise SolverError(
             f"bound {maker.name!r} takes at most {maker.largest_n} inputs, the row has {layer.n}; "
@@ -129,7 +145,10 @@ def lower_bound(
     with torch_threads(limits.threads):
         certificate, trace = maker.certify(layer, limits.begin())
         value = certificate.check(layer)
-    return Bound(value, certificate, maker.name, time.perf_counter() - began, trace)
+    seconds = time.perf_counter() - began
+    return Bound(
+        value, certificate, maker.name, seconds, trace, layer.shares if layer.pooled else None
+    )
 
 
 def make_bound(method: BoundMethod | str, **options: Any) -> BoundMethod:

@@ -11,8 +11,9 @@ matrix A of g's quadratic form is positive semidefinite, g is convex, and for *a
     f(p) ≥ g(p) ≥ g(p̂) + min_v ∇g(p̂)ᵀ(v − p̂),       v over {0 ≤ v ≤ 1, 1_gᵀv = s}
 
 (the Frank–Wolfe bound; the minimum is a sort). A linear part 2lᵀp + c of f is one of g as
-well. So (λ, μ, ν, τ, p̂) is a certificate that anybody can check in float64, and however badly it was
-computed, it costs tightness and never validity.
+well. Where rows trade, the sum Σ ωᵣ gᵣ has one such bound, with v over all rows and one count; μ and ν,
+which speak of a row's own count, are 0 then. So (λ, μ, ν, τ, p̂) is a certificate that anybody can check
+in float64, and however badly it was computed, it costs tightness and never validity.
 
 The check shares no code with the methods that make certificates. A ⪰ 0 is settled by a Cholesky
 factorisation with an explicit margin: if it runs to completion in floating point, then
@@ -79,7 +80,8 @@ class Certificate:
     cuts: Sequence[Cuts | None] | None = None
 
     def check(self, problem: LayerProblem | RowProblem) -> Float[Tensor, " rows"]:
-        """The lower bound of every row that this certificate proves, float64, at least 0.
+        """The lower bound of every row that this certificate proves, float64, at least 0. Of rows that trade
+        it is one bound of Σ ωᵣ fᵣ, as equal parts of it.
 
         Raises:
             VerificationError: shapes that do not fit, values that are not finite, τ < 0, or an
@@ -94,8 +96,14 @@ class Certificate:
         self._check_shapes(layer)
         shared = _shared_slack(self, layer)
         gram = layer.gram.double()
-        values = [_check_row(self, layer, gram, row, shared) for row in range(layer.rows)]
-        value = torch.stack(values)
+        if layer.pooled:
+            parts = [_at_point(self, layer, gram, row, shared) for row in range(layer.rows)]
+            offset, gradient = (torch.stack([part[i] for part in parts]) for i in (0, 1))
+            every = (gradient * layer.shares[:, None]).flatten().sort().values
+            value = evenly(layer.shares @ offset + every[: layer.pruned].sum(), layer)
+        else:
+            rows = range(layer.rows)
+            value = torch.stack([_check_row(self, layer, gram, row, shared) for row in rows])
         # sums beyond float64 prove nothing
         return torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
 
@@ -162,7 +170,7 @@ class Certificate:
         With S the number of pruned inputs, that form is pᵀQp + 2lᵀp + c plus
         (2lᵀp/S + c/S²·1ᵀp)(1ᵀp − S) plus a multiple of 1ᵀp − S, which no bound notices: a part of ν.
         """
-        if problem.linear is None or not problem.pruned_per_group:
+        if problem.linear is None or not problem.pruned:
             return self
         groups = problem.n // problem.group_size
         pruned = problem.pruned_per_group * groups
@@ -199,6 +207,10 @@ class Certificate:
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise VerificationError(f"certificate: {what} holds NaN or infinite values")
+        if layer.pooled and (bool(self.penalty.any()) or self.product is not None):
+            raise VerificationError(
+                "certificate: penalty and product speak of a row's own count, and these rows trade"
+            )
         if self.cuts is None:
             return
         if len(self.cuts) != rows:
@@ -206,6 +218,11 @@ class Certificate:
         for row, cuts in enumerate(self.cuts):
             if cuts is not None:
                 _check_cuts(cuts, n, row)
+
+
+def evenly(total: Tensor, layer: LayerProblem) -> Float[Tensor, " rows"]:
+    """A number as Σ ωᵣ xᵣ of equal parts ωᵣ xᵣ."""
+    return total / layer.rows / layer.shares
 
 
 def _check_cuts(cuts: Cuts, n: int, row: int) -> None:
@@ -235,12 +252,22 @@ def _check_cuts(cuts: Cuts, n: int, row: int) -> None:
 def _check_row(
     certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: _Shared | None
 ) -> Tensor:
+    """The bound of one row."""
+    offset, gradient = _at_point(certificate, layer, gram, row, shared)
+    least = gradient.view(-1, layer.group_size).sort(dim=1).values[:, : layer.pruned_per_group]
+    return offset + least.sum()
+
+
+def _at_point(
+    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: _Shared | None
+) -> tuple[Tensor, Tensor]:
+    """g(p̂) − ∇g(p̂)ᵀp̂, less what rounding may add to the row's bound, and ∇g(p̂)."""
     w = layer.weight[row].double()
     n, group = layer.n, layer.group_size
     point = certificate.point[row].to(w)
     diagonal = certificate.diagonal[row].to(w)
     penalty = certificate.penalty[row].to(w)
-    pruned = float(layer.pruned_per_group)
+    pruned = 0.0 if layer.pooled else float(layer.pruned_per_group)
     product = None if certificate.product is None else certificate.product[row].to(w)
     cuts = None if certificate.cuts is None else certificate.cuts[row]
     gram_diagonal = gram.diagonal().clamp(min=0.0)
@@ -284,10 +311,8 @@ def _check_row(
         pull = w * layer.linear.correlation[row].to(w)
         value = value + 2 * pull @ point + layer.linear.constant[row].to(w)
         gradient = gradient + 2 * pull
-    least = gradient.view(-1, group).sort(dim=1).values[:, : int(pruned)].sum()
-    bound = value + least - gradient @ point
-
-    # rounding of everything above: no sum has more than 2n + 8 terms in a row
+    # rounding of everything above and of the sum of all rows: no sum has more terms in a row
+    terms = 2 * n + 8 + (layer.rows * n if layer.pooled else 0)
     far = point.abs().clamp(min=1.0)
     size = 4 * (reach @ far) ** 2 + 4 * (lam.abs() @ far.square())
     widest = group * far.max() + pruned
@@ -297,7 +322,7 @@ def _check_row(
     size = size + 16 * cut_size * n * far.max() ** 2
     if layer.linear is not None:
         size = size + 4 * (pull.abs() @ far) + 4 * layer.linear.constant[row].to(w)
-    return bound - (2 * n + 8) * _U * size
+    return value - gradient @ point - terms * _U * size, gradient
 
 
 def _cut_form(

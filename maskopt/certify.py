@@ -32,7 +32,7 @@ from maskopt.compare import (
 from maskopt.errors import ModelError
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer
-from maskopt.model.options import REFIT, name_patterns
+from maskopt.model.options import LAYER, REFIT, name_patterns
 from maskopt.model.problems import layer_problems
 from maskopt.model.report import read_manifest
 from maskopt.model.workspace import MANIFEST
@@ -127,7 +127,7 @@ def certify_model(
         shorthand: options of the walk by name, as for `collect_problems`: `samples`, `seed`, …
 
     Raises:
-        ModelError: the folders do not belong together, or weights were refitted.
+        ModelError: the folders do not belong together, or weights were refitted, or rows trade.
         MaskoptError: of what is called.
     """
     check_rows(rows_per_layer)
@@ -136,6 +136,11 @@ def certify_model(
         raise ModelError(
             f"{pruned}: its weights were refitted, and bounds are of weights as they are; prune with "
             "`weights` keep to have gaps"
+        )
+    if manifest["fingerprint"]["options"].get("budget") == LAYER:
+        raise ModelError(
+            f"{pruned}: its rows trade, and bounds are of rows that prune alike; prune with `budget` row to "
+            "have gaps"
         )
     wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
     common: dict[str, Any] = {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import VerificationError
+from maskopt.pooled_checks import improving_trade
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.refit_checks import improving_refit_swap
 from maskopt.solution import SWAP_TOLERANCE, swap_threshold
@@ -27,21 +28,25 @@ PAIRS_AT_ONCE = 2**22
 
 
 class Exchange(NamedTuple):
-    """Keep `pruned` instead of `kept`: the objective changes by `delta` (< 0)."""
+    """Keep `pruned` instead of `kept`: the objective changes by `delta` (< 0). Of a layer whose rows trade,
+    `kept` of one row and `pruned` of another or the same, and `delta` of the layer's sum."""
 
     kept: int
     pruned: int
     delta: float
+    row: int = 0
+    other: int = 0
 
 
 def improving_swap(
     problem: RowProblem | LayerProblem, mask: Tensor, tolerance: float = SWAP_TOLERANCE
 ) -> Exchange | None:
-    """The best legal 1-swap of one row in float64, or None where none improves.
+    """The best legal 1-swap of one row in float64, or None where none improves. Of a layer whose rows trade,
+    the best inside a row or between two.
 
     Args:
-        problem: a row (or a layer of one row).
-        mask: bool [n] or [1, n], True = kept; must be legal.
+        problem: a row (or a layer of one row), or a layer whose rows trade.
+        mask: bool [n] or [1, n] or [rows, n], True = kept; must be legal.
         tolerance: a swap improves when it lowers f (F with `refit`) by more than tolerance·f (and by more
             than float64 rounding, see `swap_threshold`); 0 asks for any decrease above rounding.
 
@@ -49,6 +54,8 @@ def improving_swap(
         (kept, pruned, delta), ties broken by lowest kept, then lowest pruned index; or None.
     """
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    if layer.pooled:
+        return _improving_in_layer(layer, layer.check_mask(mask), tolerance)
     if layer.rows != 1:
         raise VerificationError("improving_swap takes one row; use problem.row(i)")
     mask = layer.check_mask(mask)[0]
@@ -92,3 +99,16 @@ def improving_swap(
                 row, column = divmod(position, len(pruned))
                 best = Exchange(int(part[row]), int(pruned[column]), value)
     return best and best._replace(delta=best.delta / scale / scale)
+
+
+def _improving_in_layer(layer: LayerProblem, mask: Tensor, tolerance: float) -> Exchange | None:
+    """The best swap of any row at its own count, or the best trade of two, where that is better."""
+    best = improving_trade(layer, mask, tolerance)
+    found = None if best is None else Exchange(*best)
+    for row in range(layer.rows):
+        swap = improving_swap(layer.at_count_of(mask, row), mask[row], tolerance)
+        if swap is not None:
+            delta = swap.delta * float(layer.shares[row])
+            if found is None or delta < found.delta:
+                found = Exchange(swap.kept, swap.pruned, delta, row, row)
+    return found

@@ -53,6 +53,16 @@ def linear_part(linear: Linear, weight: Tensor, label: str) -> Linear:
     return Linear(**found)
 
 
+def shares_of_rows(omega: ArrayLike, weight: Tensor, label: str) -> Tensor:
+    """ω in float64, on the device of the weight."""
+    shares = as_tensor(omega, f"{label}omega")
+    if shares.shape != (weight.shape[0],):
+        raise ProblemError(f"{label}omega must be [{weight.shape[0]}], not {list(shares.shape)}")
+    if not bool((shares > 0).all()):
+        raise ProblemError(f"{label}omega must be more than 0; leave out rows that do not count")
+    return shares.to(weight.device, torch.float64)
+
+
 def symmetric(gram: Tensor, label: str) -> Tensor:
     if gram.dtype not in (torch.float32, torch.float64):
         gram = gram.float()

@@ -31,6 +31,8 @@ def write_instance(
     arrays = {"weight": _as_numpy(layer.weight), "gram": _as_numpy(layer.gram)}
     if layer.mean is not None:
         arrays["mean"] = _as_numpy(layer.mean)
+    if layer.omega is not None:
+        arrays["omega"] = _as_numpy(layer.omega)
     if layer.linear is not None:
         arrays["correlation"] = _as_numpy(layer.linear.correlation)
         arrays["constant"] = _as_numpy(layer.linear.constant)
@@ -67,4 +69,6 @@ def read_instance(
         "linear": None if parts[0] is None else Linear(*parts),  # type: ignore[arg-type]
         "refit": refit_from_dict(header.get("refit")),
     }
+    if kind == "layer":
+        more["omega"] = arrays.get("omega")
     return arrays["weight"], arrays["gram"], pattern_from_dict(header.get("pattern")), more

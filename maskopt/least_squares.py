@@ -118,18 +118,17 @@ class LeastSquares:
 
         Cholesky of every row's own A_SS, k³/3 operations a row of k kept weights: in float32 with
         refinement in float64 where G is float32 and that does, else in float64.
-
-        Args:
-            mask: as many kept in one row as in another.
         """
         rows, n = mask.shape
-        kept = int(mask[0].sum())
+        counts = mask.sum(1)
+        kept = int(counts.max())
         limits = limits or Limits()
         threads = (limits.threads or torch.get_num_threads()) if mask.device.type == "cpu" else 1
         row_bytes = 2 * self.gram.element_size() * max(kept, 1) ** 2 + 64 * n
         tile = limits.bytes(threads * _TILE_BYTES) // threads // row_bytes
         tile = max(1, min(tile, rows))
-        parts = [slice(first, first + tile) for first in range(0, rows, tile)]
+        alike = [(counts == count).nonzero()[:, 0] for count in counts.unique()]
+        parts = [part for rows in alike for part in rows.split(tile)]
         _ = self.damped  # made once, not by every thread
         own = threading.local()
 
@@ -137,10 +136,11 @@ class LeastSquares:
             if not hasattr(own, "pages"):
                 own.pages = _Pages(tile, kept, n)
             rows = mask[parts[part]]
-            index = rows.nonzero()[:, 1].view(len(rows), kept)
+            index = rows.nonzero()[:, 1].view(len(rows), int(rows[0].sum()))
             return self._some(target[parts[part]], index, own.pages)
 
-        return torch.cat(one_thread_each(some, len(parts), threads))
+        found = torch.cat(one_thread_each(some, len(parts), threads))
+        return torch.empty_like(found).index_copy_(0, torch.cat(parts), found)
 
     def _some(self, target: Tensor, index: Tensor, pages: _Pages) -> Tensor:
         """v of some rows, of which the kept inputs are given."""
@@ -220,15 +220,17 @@ class _Pages:
     in them."""
 
     def __init__(self, tile: int, kept: int, n: int) -> None:
-        self._shapes = (tile, kept, kept), (kept, n)
+        self._sizes = tile * kept * kept, kept * n
         self._made: dict[torch.dtype, list[Tensor]] = {}
 
     def of(self, index: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """For the kept inputs `index` of rows: [rows, k, k] and [k, n], in the dtype of the source."""
         if source.dtype not in self._made:
-            self._made[source.dtype] = [source.new_empty(shape) for shape in self._shapes]
+            self._made[source.dtype] = [source.new_empty(size) for size in self._sizes]
         matrix, lines = self._made[source.dtype]
-        return matrix[: len(index)], lines
+        rows, kept = index.shape
+        n = source.shape[1]
+        return matrix[: rows * kept * kept].view(rows, kept, kept), lines[: kept * n].view(kept, n)
 
 
 def refit_from_dict(data: Any) -> Refit | None:

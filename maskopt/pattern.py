@@ -1,15 +1,16 @@
 """Which masks are allowed.
 
 Both patterns are one idea: a row of n inputs is cut into n/g groups of g consecutive inputs, and
-exactly k entries of every group are pruned. Unstructured sparsity is the case of a single group.
+exactly k entries of every group are pruned. Unstructured sparsity is the case of a single group. With
+`per="layer"` the count is that of the whole layer, and its rows trade.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool
@@ -20,7 +21,8 @@ from maskopt.errors import PatternError
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Equal sparsity per row: ⌊sparsity·n⌋ entries of each row pruned, or `keep` entries kept.
+    """Equal sparsity per row: ⌊sparsity·n⌋ entries of each row pruned, or `keep` entries kept. With
+    `per="layer"` ⌊sparsity·rows·n⌋ of the layer, in whichever rows.
 
     The product is taken on the decimal number as written, so that `Unstructured(sparsity=0.29)`
     prunes 29 of 100 (in binary floating point 0.29·100 is 28.999…).
@@ -28,6 +30,7 @@ class Unstructured:
 
     sparsity: float | None = None
     keep: int | None = None
+    per: Literal["row", "layer"] = "row"
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.keep is None):
@@ -41,6 +44,19 @@ class Unstructured:
                 )
         elif isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 0:
             raise PatternError(f"keep must be a whole number of at least 0, not {self.keep!r}")
+        if self.per not in ("row", "layer"):
+            raise PatternError(f"per must be 'row' or 'layer', not {self.per!r}")
+        if self.pooled and self.sparsity is None:
+            raise PatternError("keep=… is of a row; rows that trade (per='layer') take sparsity=…")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether only the layer has a count, and its rows trade."""
+        return self.per == "layer"
+
+    def alike(self) -> Unstructured:
+        """The same part of every row, where the rows would trade."""
+        return replace(self, per="row")
 
     def check(self, n: int) -> None:
         """Raise PatternError where the pattern does not fit rows of n inputs."""
@@ -53,16 +69,32 @@ class Unstructured:
         return n
 
     def pruned_per_group(self, n: int) -> int:
+        """Raises PatternError where the rows trade, and so have no count of their own."""
         self.check(n)
+        if self.pooled:
+            raise PatternError(f"at {self} a row has no count of its own; the layer has")
+        return self._part_of(n)
+
+    def pruned_in(self, rows: int, n: int) -> int:
+        """Entries of a layer that are pruned."""
+        return self._part_of(rows * n) if self.pooled else rows * self.pruned_per_group(n)
+
+    def _part_of(self, entries: int) -> int:
         if self.keep is not None:
-            return n - self.keep
-        return math.floor(Fraction(repr(float(self.sparsity or 0.0))) * n)
+            return entries - self.keep
+        return math.floor(Fraction(repr(float(self.sparsity or 0.0))) * entries)
 
     def is_legal(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
-        return _is_legal(self, mask)
+        """Per row; where the rows trade, of all of them the same."""
+        if not self.pooled:
+            return _is_legal(self, mask)
+        right = int((~mask).sum()) == self.pruned_in(*mask.shape)
+        return torch.full((len(mask),), right, device=mask.device)
 
     def __str__(self) -> str:
-        return f"keep {self.keep}" if self.keep is not None else f"{float(self.sparsity or 0):.4g}"
+        if self.keep is not None:
+            return f"keep {self.keep}"
+        return f"{float(self.sparsity or 0):.4g}{' per layer' if self.pooled else ''}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +103,12 @@ class NM:
 
     keep: int
     of: int
+    #: rows never trade
+    pooled: ClassVar[bool] = False
+
+    def alike(self) -> NM:
+        """Itself: rows never trade."""
+        return self
 
     def __post_init__(self) -> None:
         for value in (self.keep, self.of):
@@ -99,6 +137,10 @@ class NM:
         self.check(n)
         return self.of - self.keep
 
+    def pruned_in(self, rows: int, n: int) -> int:
+        """Entries of a layer that are pruned."""
+        return rows * (n // self.of) * self.pruned_per_group(n)
+
     def is_legal(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
         return _is_legal(self, mask)
 
@@ -110,8 +152,11 @@ Pattern = Unstructured | NM
 
 
 def parse_pattern(text: str) -> Pattern:
-    """`0.6` → Unstructured(sparsity=0.6), `2:4` → NM(keep=2, of=4)."""
+    """`0.6` → Unstructured(sparsity=0.6), `2:4` → NM(keep=2, of=4), and what `str` makes of a pattern with
+    a sparsity: `0.6 per layer`."""
     try:
+        if text.endswith(" per layer"):
+            return Unstructured(sparsity=float(text.removesuffix(" per layer")), per="layer")
         if ":" in text:
             keep, of = text.split(":")
             return NM(keep=int(keep), of=int(of))
@@ -126,7 +171,8 @@ def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
     """The JSON form of a pattern, read back by `pattern_from_dict`."""
     if isinstance(pattern, NM):
         return {"kind": "nm", "keep": pattern.keep, "of": pattern.of}
-    return {"kind": "unstructured", "sparsity": pattern.sparsity, "keep": pattern.keep}
+    per = {"per": pattern.per} if pattern.pooled else {}
+    return {"kind": "unstructured", "sparsity": pattern.sparsity, "keep": pattern.keep, **per}
 
 
 def pattern_from_dict(data: Any) -> Pattern:
@@ -135,7 +181,7 @@ def pattern_from_dict(data: Any) -> Pattern:
         rest = {key: value for key, value in data.items() if key != "kind"}
         if data.get("kind") == "nm" and set(rest) == {"keep", "of"}:
             return NM(**rest)
-        if data.get("kind") == "unstructured" and set(rest) == {"sparsity", "keep"}:
+        if data.get("kind") == "unstructured" and set(rest) - {"per"} == {"sparsity", "keep"}:
             return Unstructured(**rest)
     raise PatternError(f"{data!r} does not describe a pattern")
 

@@ -17,6 +17,9 @@ P the pruned set, A = G + λI and H = A⁻¹,
 
 the last without a linear part: the Optimal Brain Surgeon's price of a whole set (Hassibi and Stork, NeurIPS
 1992). F is at most f in the same metric A.
+
+Where the pattern gives its count to the layer (`Unstructured(…, per="layer")`), rows trade: what is
+minimised is Σᵣ ωᵣ fᵣ over the masks with that count in all, and a row has no count of its own.
 """
 
 from __future__ import annotations
@@ -37,13 +40,14 @@ from maskopt.inputs import (
     check_pattern,
     check_semidefinite,
     linear_part,
+    shares_of_rows,
     symmetric,
 )
 from maskopt.instance_file import instance_kind, read_instance, write_instance
 from maskopt.least_squares import LeastSquares, Refit
 from maskopt.limits import Limits
 from maskopt.linear import Linear
-from maskopt.pattern import Pattern
+from maskopt.pattern import Pattern, Unstructured
 
 #: columns of G that are brought to float64 at a time when an objective is computed
 _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
@@ -62,6 +66,7 @@ class LayerProblem:
         linear: moments of what the outputs miss their targets by before anything is pruned:
             correlation [rows, n] and constant [rows], torch or NumPy, brought to float64.
         refit: the objective is F, of refitted weights; None: f, of the weights as they are.
+        omega: [rows], what a row counts in the sum of a layer whose rows trade, more than 0; None: 1.
         assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
             was accumulated as XXᵀ and is semidefinite by construction.
 
@@ -83,6 +88,7 @@ class LayerProblem:
         mean: ArrayLike | None = None,
         linear: Linear | None = None,
         refit: Refit | None = None,
+        omega: ArrayLike | None = None,
         assume_psd: bool = False,
     ) -> None:
         self.name = name
@@ -115,6 +121,7 @@ class LayerProblem:
                 raise ProblemError(f"{label}mean must be [{n}], not {list(self.mean.shape)}")
         check_costs(self.weight, self.gram, label)
         self.linear = None if linear is None else linear_part(linear, self.weight, label)
+        self.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
         if not assume_psd:
             check_semidefinite(self.gram, label)
             if self.linear is not None:
@@ -145,6 +152,23 @@ class LayerProblem:
     @property
     def pruned_per_group(self) -> int:
         return self.pattern.pruned_per_group(self.n)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the rows trade: only the layer has a count."""
+        return self.pattern.pooled
+
+    @property
+    def pruned(self) -> int:
+        """Entries of the layer that are pruned."""
+        return self.pattern.pruned_in(self.rows, self.n)
+
+    @property
+    def shares(self) -> Float[Tensor, " rows"]:
+        """ω, float64 [rows]: what every row's objective counts in the layer's sum."""
+        if self.omega is None:
+            return torch.ones(self.rows, dtype=torch.float64, device=self.device)
+        return self.omega
 
     @property
     def correlation(self) -> Float[Tensor, "rows n"] | None:
@@ -252,6 +276,11 @@ class LayerProblem:
         # lines side by side: the last bits of a product may depend on how its factors lie in memory
         tensor = tensor.to(self.device).contiguous()
         bad = (~self.pattern.is_legal(tensor)).nonzero()
+        if len(bad) and self.pooled:
+            raise WarmStartError(
+                f"{what} prunes {int((~tensor).sum())} of {tensor.numel()}; the pattern ({self.pattern}) "
+                f"asks for exactly {self.pruned}"
+            )
         if len(bad):
             row = int(bad[0])
             groups = "" if self.group_size == self.n else f" in each group of {self.group_size}"
@@ -262,15 +291,21 @@ class LayerProblem:
         return tensor
 
     def row(self, index: int) -> RowProblem:
-        """One row as a problem of its own; shares the memory of weight and gram."""
+        """One row as a problem of its own; shares the memory of weight and gram. Where rows trade, it
+        prunes as much of itself as the layer of its own."""
         if not -self.rows <= index < self.rows:
             raise ProblemError(f"row {index} of a layer with {self.rows} rows")
         name = f"{self.name}[{index % self.rows}]"
         rows = slice(index % self.rows, index % self.rows + 1)
         return RowProblem._of(self._like(rows, name))
 
+    def at_count_of(self, mask: Bool[Tensor, "rows n"], index: int) -> RowProblem:
+        """One row of a layer whose rows trade, with the count that a mask [rows, n] gives it."""
+        kept = Unstructured(keep=int(mask[index].sum()))
+        return RowProblem._of(self.take([index]).under(kept))
+
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
-        """The problem of some rows only; shares gram."""
+        """The problem of some rows only; shares gram. They trade among themselves, where rows do."""
         return self._like(rows, self.name)
 
     def under(self, pattern: Pattern) -> LayerProblem:
@@ -312,6 +347,7 @@ class LayerProblem:
         problem = LayerProblem.__new__(LayerProblem)
         problem.weight, problem.name = self.weight[rows], name
         problem.linear = None if self.linear is None else self.linear.take(rows)
+        problem.omega = None if self.omega is None else self.omega[rows]
         problem.gram, problem.mean, problem.pattern = self.gram, self.mean, self.pattern
         problem.refit = self.refit
         problem._squares = None if self.refit is None else self.least_squares
@@ -344,15 +380,16 @@ class RowProblem:
         tensor = as_tensor(weight, "weight")
         if tensor.ndim != 1:
             raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
-        self._layer = LayerProblem(
+        layer = LayerProblem(
             tensor[None], gram, pattern, name=name, mean=mean, linear=linear, refit=refit
         )
+        self._layer: LayerProblem = RowProblem._of(layer).as_layer()
 
     @classmethod
     def _of(cls, layer: LayerProblem) -> RowProblem:
-        """A layer of one row that was checked already."""
+        """A layer of one row that was checked already; alone, it has a count of its own."""
         problem = cls.__new__(cls)
-        problem._layer = layer
+        problem._layer = layer.under(layer.pattern.alike()) if layer.pooled else layer
         return problem
 
     @property

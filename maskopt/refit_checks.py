@@ -13,6 +13,7 @@ and keeping p in place of u changes F by what p's return saves and what u costs 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -29,10 +30,58 @@ def improving_refit_swap(
     layer: LayerProblem, mask: Tensor, tolerance: float
 ) -> tuple[int, int, float] | None:
     """(kept, pruned, delta) of the best swap of one row under F, where one improves; mask [n]."""
-    inverse, b, constant, scale = _scaled(layer)
-    kept, pruned = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
+    row = _solved(layer, mask)
+    kept, pruned, k, r = row.kept, row.pruned, row.k, row.r
     if not len(kept) or not len(pruned) or layer.least_squares.ridge == 0:
         return None  # no pair, or a G of 0, where every mask costs the same
+    mass = layer.diagonal_mass()[0] * row.scale**2
+    threshold = float(swap_threshold(row.objective, mass, tolerance, refit=True))
+    saved = r.square() / k.diagonal()
+    change = row.pull.square() / k.diagonal()
+    change += row.own[:, None]
+    delta = (row.v[:, None] - row.pull * (r / k.diagonal())).square() / change - saved
+    if layer.group_size < layer.n:
+        apart = kept[:, None] // layer.group_size != pruned[None, :] // layer.group_size
+        delta[apart] = torch.inf
+    line, column = divmod(int(delta.argmin()), len(pruned))
+    value = float(delta[line, column])
+    if not value < -threshold:
+        return None
+    return int(kept[line]), int(pruned[column]), value / row.scale / row.scale
+
+
+def refit_prices(layer: LayerProblem, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one row, float64: what pruning each kept input costs [n] (∞ for the others), what keeping each
+    pruned one again saves [n] (−∞ for the others), and F."""
+    row = _solved(layer, mask)
+    size = row.scale**2
+    cost = torch.full_like(layer.weight[0], torch.inf, dtype=torch.float64)
+    gain = torch.full_like(cost, -torch.inf)
+    if layer.least_squares.ridge == 0:  # a G of 0, where every mask costs the same
+        return cost.masked_fill(mask, 0.0), gain.masked_fill(~mask, 0.0), row.objective / size
+    cost[row.kept] = row.v.square() / row.own / size
+    gain[row.pruned] = row.r.square() / row.k.diagonal() / size
+    return cost, gain, row.objective / size
+
+
+@dataclass
+class _Solved:
+    """One row, its weights brought within range by `scale`: K, r, v, the diagonal of M, B, and F."""
+
+    kept: Tensor
+    pruned: Tensor
+    k: Tensor
+    r: Tensor
+    v: Tensor
+    own: Tensor
+    pull: Tensor
+    objective: Tensor
+    scale: float
+
+
+def _solved(layer: LayerProblem, mask: Tensor) -> _Solved:
+    inverse, b, constant, scale = _scaled(layer)
+    kept, pruned = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
     free = inverse @ b
     k = torch.linalg.inv(inverse[pruned][:, pruned])
     k = (k + k.T) / 2
@@ -40,24 +89,9 @@ def improving_refit_swap(
     cross = inverse[kept][:, pruned]
     pull = -cross @ k
     own = inverse.diagonal()[kept] + (pull * cross).sum(1)
-    v = free[kept] - cross @ r
-    objective = (free[pruned] @ r + constant).clamp(min=0.0)
-    threshold = float(
-        swap_threshold(objective, layer.diagonal_mass()[0] * scale**2, tolerance, refit=True)
-    )
-    saved = r.square() / k.diagonal()
-    change = pull.square() / k.diagonal()
-    change += own[:, None]
-    delta = (v[:, None] - pull * (r / k.diagonal())).square() / change - saved
-    if layer.group_size < layer.n:
-        apart = kept[:, None] // layer.group_size != pruned[None, :] // layer.group_size
-        delta[apart] = torch.inf
-    position = int(delta.argmin())
-    row, column = divmod(position, len(pruned))
-    value = float(delta[row, column])
-    if not value < -threshold:
-        return None
-    return int(kept[row]), int(pruned[column]), value / scale / scale
+    lost = free[pruned] @ r if layer.least_squares.ridge else torch.zeros_like(constant)
+    objective = (lost + constant).clamp(min=0.0)
+    return _Solved(kept, pruned, k, r, free[kept] - cross @ r, own, pull, objective, scale)
 
 
 def refitted_cost(layer: LayerProblem, mask: Tensor, row: int) -> Float[Tensor, ""]:

@@ -26,7 +26,8 @@ class Status(StrEnum):
     OPTIMAL = "optimal"
     """No legal mask is better by more than OPTIMAL_TOLERANCE of the objective."""
     SWAP_OPTIMAL = "swap-optimal"
-    """No legal 1-swap lowers the objective by more than `swap_threshold`."""
+    """No legal 1-swap lowers the objective by more than `swap_threshold`; and of rows that trade, no exchange
+    between two of them the layer's sum by more than that of both."""
     FEASIBLE = "feasible"
     """The mask is legal; nothing else is claimed."""
 
@@ -71,7 +72,8 @@ class Solution:
     Attributes:
         mask: bool [rows, n], True = kept.
         objective: float64 [rows], f of the mask on the given G, F of a problem with `refit`.
-        lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known.
+        lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known. Of rows
+            that trade it is one bound of Σ ωᵣ fᵣ, shared out over the rows: Σ ωᵣ lower_boundᵣ.
         status: per row OPTIMAL, SWAP_OPTIMAL or FEASIBLE.
         solver: name of the solver that answered.
         seconds: wall-clock time of the solve, start included.
@@ -122,6 +124,13 @@ class Solution:
             lower_bound = torch.zeros_like(objective)
         else:
             bound = lower_bound.to(objective)
+            if layer.pooled:  # one bound, shared out so that every row has the layer's gap
+                cost = layer.shares @ objective
+                bound = (
+                    objective * (layer.shares @ bound / cost)
+                    if cost > 0
+                    else torch.zeros_like(bound)
+                )
             rounding = OPTIMAL_TOLERANCE * objective + SWAP_FLOOR * layer.diagonal_mass()
             bound = torch.where(bound <= objective + rounding, bound.minimum(objective), bound)
             lower_bound = bound.clamp(min=0.0)

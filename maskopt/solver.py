@@ -21,12 +21,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from maskopt.errors import OptionError, SolverError, WarmStartError
 from maskopt.fields import check_options
 from maskopt.limits import KEYWORDS, Limits, torch_threads
-from maskopt.pattern import NM
+from maskopt.pattern import NM, Unstructured
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.registry import Registry
 from maskopt.solution import Solution
@@ -46,6 +47,7 @@ class Capabilities:
         largest_n: rows of more inputs are refused; None: any.
         refit: it answers problems with `refit` too: by their objective F, or by a score that looks at no
             objective.
+        pooled: it answers layers whose rows trade.
         note: one line.
     """
 
@@ -56,6 +58,7 @@ class Capabilities:
     proves: Literal["optimality", "1-swap", "nothing"] = "nothing"
     largest_n: int | None = None
     refit: bool = False
+    pooled: bool = False
     note: str = ""
 
 
@@ -205,11 +208,28 @@ def solve(
 
 
 def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None = None) -> Solution:
-    """The start that `solver` makes for another one: of weights as they are, where it can no other."""
-    backend = make_solver(solver).as_start()
+    """The start that `solver` makes for another one: of weights as they are, and of rows that prune alike,
+    where it can no other."""
+    backend, limits = make_solver(solver).as_start(), (limits or Limits()).quiet()
     if not backend.capabilities.refit:
         layer = layer.refitting(None)
-    return solve(layer, backend, limits=(limits or Limits()).quiet())
+    if not layer.pooled or backend.capabilities.pooled:
+        return solve(layer, backend, limits=limits)
+    began = time.perf_counter()
+    mask = torch.cat([solve(part, backend, limits=limits).mask for part in _alike(layer)])
+    seconds = time.perf_counter() - began
+    return replace(Solution.of(layer, mask), solver=backend.name, seconds=seconds)
+
+
+def _alike(layer: LayerProblem) -> list[LayerProblem]:
+    """A layer whose rows trade as layers whose rows prune alike: one entry more where it does not divide."""
+    each, more = divmod(layer.pruned, layer.rows)
+    parts = ((slice(0, more), each + 1), (slice(more, None), each))
+    return [
+        layer.take(rows).under(Unstructured(keep=layer.n - count))
+        for rows, count in parts
+        if len(layer.weight[rows])
+    ]
 
 
 def _start_mask(backend: Solver, layer: LayerProblem, start: Any, limits: Limits) -> Tensor | None:
@@ -258,6 +278,11 @@ def check_fit(backend: Solver, layer: LayerProblem) -> None:
         raise SolverError(
             f"solver {backend.name!r} chooses for weights as they are, not for refitted ones; take "
             "problem.refitting(None), or its mask as a start of solver 'swap'"
+        )
+    if layer.pooled and not can.pooled:
+        raise SolverError(
+            f"solver {backend.name!r} prunes as much of every row; take "
+            "problem.under(problem.pattern.alike()), or it as a start of solver 'swap', whose rows trade"
         )
     if can.largest_n is not None and layer.n > can.largest_n:
         raise SolverError(

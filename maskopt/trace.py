@@ -45,7 +45,8 @@ class SwapTrace(Trace):
         rounds: of candidates.
         pairs: whose Δ the scans had to form.
         history: float64 [rows, rounds + 1], the objective at the start and after each round of
-            search and scan.
+            search and scan; of rows that trade, after the 1-swap search of each round of trades.
+        trades: inputs that rows gave to others or took from them; None where rows do not trade.
     """
 
     kernel: str
@@ -54,6 +55,7 @@ class SwapTrace(Trace):
     rounds: Int[Tensor, " rows"]
     pairs: Int[Tensor, " rows"]
     history: Float[Tensor, "rows rounds"]
+    trades: Int[Tensor, " rows"] | None = None
 
 
 @dataclass(frozen=True)

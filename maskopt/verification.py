@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maskopt.checks import PAIRS_AT_ONCE, improving_swap
 from maskopt.errors import MaskoptError, VerificationError
+from maskopt.pooled_checks import least_sum
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.refit_checks import refitted_cost, refitted_costs
 from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_TOLERANCE, Solution, Status
@@ -60,10 +61,10 @@ def verify(
     """Check everything that a solution claims, in float64.
 
     The mask's pattern, the objective, bound ≤ objective, a certificate where there is one,
-    SWAP_OPTIMAL by a scan over all swaps, OPTIMAL by a closed gap; and where a row has at most
-    ENUMERATION_LIMIT masks, OPTIMAL and the lower bound by enumeration. A positive lower bound needs
-    a certificate, or an exact backend that vouches for it (`Solution.vouched`); where enumeration
-    confirms it, nothing is taken on that one's word.
+    SWAP_OPTIMAL by a scan over all swaps (where rows trade, between rows, too), OPTIMAL by a closed
+    gap; and where there are at most ENUMERATION_LIMIT masks to see, OPTIMAL and the lower bound by
+    enumeration. A positive lower bound needs a certificate, or an exact backend that vouches for it
+    (`Solution.vouched`); where enumeration confirms it, nothing is taken on that one's word.
 
     Args:
         require: `checked` refuses rows that rest on the word of a backend.
@@ -79,21 +80,70 @@ def verify(
     _verify_objective(layer, mask, solution, mass)
     _verify_bound(layer, solution, mass)
     proven = _proven(layer, solution)
-    every = _every_mask(layer)
     basis = []
-    for index, status in enumerate(solution.status):
+    if layer.pooled:
+        enumerated = _verify_pooled(layer, mask, solution, mass)
+    else:
+        enumerated = _verify_rows(layer, mask, solution, mass)
+    for index in range(layer.rows):
         rounding = ROUNDING * float(mass[index])
-        _verify_status(layer, mask, solution, index, Status(status), rounding)
-        if every is not None:
-            _verify_by_enumeration(layer, solution, index, Status(status), every, rounding)
         bound = float(solution.lower_bound[index])
         slack = OBJECTIVE_TOLERANCE * float(proven[index]) + rounding
         if bound <= float(proven[index]) + slack:
             basis.append(CHECKED)
         else:
             word = _voucher(solution, index, float(proven[index]))
-            basis.append(CHECKED if every is not None else _on_the_word(word, index, require))
+            basis.append(CHECKED if enumerated else _on_the_word(word, index, require))
     return Verification(tuple(basis))
+
+
+def _verify_rows(layer: LayerProblem, mask: Tensor, solution: Solution, mass: Tensor) -> bool:
+    """Statuses and bounds, row by row; whether by enumeration, too."""
+    every = _every_mask(layer)
+    for index, word in enumerate(solution.status):
+        status, rounding = Status(word), ROUNDING * float(mass[index])
+        _verify_status(layer, mask, solution, index, status, rounding)
+        if every is not None:
+            _verify_by_enumeration(layer, solution, index, status, every, rounding)
+    return every is not None
+
+
+def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, mass: Tensor) -> bool:
+    """Status and bound of a layer whose rows trade; whether by enumeration, too."""
+    status = Status(solution.status[0])
+    if len(set(solution.status)) > 1:
+        raise VerificationError(
+            "status: rows that trade are proven together, yet some claim "
+            f"{' and some '.join(sorted(set(solution.status)))}"
+        )
+    if status is not Status.FEASIBLE:
+        swap = improving_swap(layer, mask, tolerance=SWAP_TOLERANCE)
+        if swap is not None:
+            raise VerificationError(
+                f"status: the rows claim {status}, yet keeping input {swap.pruned} of row {swap.other} "
+                f"instead of {swap.kept} of row {swap.row} changes the sum by {swap.delta:.6g}"
+            )
+    share = layer.shares
+    cost = float(share @ solution.objective.to(share))
+    bound = float(share @ solution.lower_bound.to(share))
+    rounding = ROUNDING * float(share @ mass)
+    if status is Status.OPTIMAL and cost - bound > OPTIMAL_TOLERANCE * cost + rounding:
+        raise VerificationError(
+            f"status: the rows claim {status} without proof: sum {cost:.9g}, lower bound {bound:.9g}"
+        )
+    if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
+        return False
+    optimum = least_sum(layer)
+    slack = OPTIMAL_TOLERANCE * optimum + rounding
+    if bound > optimum + slack:
+        raise VerificationError(
+            f"lower bound: the rows' sum to {bound:.12g}, but a mask of sum {optimum:.12g} exists"
+        )
+    if status is Status.OPTIMAL and cost > optimum + slack:
+        raise VerificationError(
+            f"status: the rows claim {status}, but a mask of sum {optimum:.12g} exists"
+        )
+    return True
 
 
 def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
@@ -123,7 +173,12 @@ def _proven(layer: LayerProblem, solution: Solution) -> Tensor:
     """What the certificate proves of every row, by its own check; 0 without one."""
     if solution.certificate is None:
         return torch.zeros(layer.rows, dtype=torch.float64)
-    return solution.certificate.check(layer).cpu()
+    proven = solution.certificate.check(layer).cpu()
+    if layer.pooled:  # one bound of the layer's sum, whichever way it is shared out
+        share, stated = layer.shares.cpu(), solution.lower_bound.cpu()
+        claimed = share @ stated
+        proven = stated * (share @ proven / claimed) if claimed > 0 else proven
+    return proven
 
 
 def _voucher(solution: Solution, row: int, proven: float) -> str:

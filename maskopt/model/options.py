@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from maskopt.errors import DataError, ModelError, OptionError, PatternError, near
@@ -18,7 +18,7 @@ from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
 from maskopt.model.solving import check_solver, default_start
 from maskopt.model.weighting import ALIKE, WEIGHTINGS
-from maskopt.pattern import Pattern, Unstructured, pattern_to_dict
+from maskopt.pattern import NM, Pattern, Unstructured, pattern_to_dict
 
 if TYPE_CHECKING:
     from maskopt.model.blocks import Layer
@@ -32,6 +32,8 @@ AUTO = "auto"
 TARGETS = ("pruned", "dense")
 #: of `weights`
 KEEP, REFIT = WEIGHTS = ("keep", "refit")
+#: of `budget`
+ROW, LAYER = BUDGETS = ("row", "layer")
 
 
 def _about(decides: str, words: str, **facts: Any) -> dict[str, Any]:
@@ -190,6 +192,13 @@ class PruneOptions(WalkOptions):
         default_factory=dict,
         metadata=_about(MASKS, "An option of the solver, NAME=VALUE; may be repeated."),
     )
+    budget: str = _option(
+        ROW,
+        MASKS,
+        "What has a count of its own. row: every row of a layer prunes as many weights; layer: only the "
+        "layer, and its rows trade.",
+        choices=BUDGETS,
+    )
     target: str = _option(
         "pruned",
         MASKS,
@@ -222,6 +231,7 @@ class PruneOptions(WalkOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "solver_options", dict(self.solver_options))
+        self._set_budget()
         _check_shrink(self.shrink, self.holdout)
         _check_damping(self.damping, self.holdout)
         for name in ("one_pass", "true_sequential"):
@@ -230,7 +240,18 @@ class PruneOptions(WalkOptions):
                     f"`target` dense and `{name}` exclude each other: it takes whole blocks, and inputs "
                     "from the model pruned so far"
                 )
-        check_solver(self.solver, self.solver_options, self.start)
+        check_solver(self.solver, self.solver_options, self.start, pooled=self.pattern.pooled)
+
+    def _set_budget(self) -> None:
+        """Pattern and `budget` say the same; either is enough."""
+        if self.pattern.pooled:
+            object.__setattr__(self, "budget", LAYER)
+        elif self.budget == LAYER:
+            if isinstance(self.pattern, NM):
+                raise OptionError(
+                    f"`budget` layer is of a sparsity; {self.pattern} has a count in every group"
+                )
+            object.__setattr__(self, "pattern", replace(self.pattern, per="layer"))
 
     @property
     def start(self) -> str | None:

@@ -112,8 +112,7 @@ def plan_prune(
 
 def _pruned(layer: Layer, options: PruneOptions) -> int:
     """How many of the layer's weights go."""
-    groups = layer.n // options.pattern.group_size(layer.n)
-    return layer.rows * groups * options.pattern.pruned_per_group(layer.n)
+    return options.pattern.pruned_in(layer.rows, layer.n)
 
 
 def _forward_operations(job: Job, options: PruneOptions) -> float:

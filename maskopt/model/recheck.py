@@ -34,6 +34,7 @@ from maskopt.model.verify_folder import MASKS
 from maskopt.model.verify_manifest import Manifest
 from maskopt.model.weighting import WEIGHTINGS
 from maskopt.pattern import Pattern, pattern_from_dict
+from maskopt.pooled_checks import improving_trade
 from maskopt.problem import LayerProblem
 from maskopt.refit_checks import refitted_cost
 from maskopt.solution import SWAP_TOLERANCE, Status
@@ -298,7 +299,9 @@ def _check_statuses(
     swaps = pool.run(
         [
             lambda i=i: improving_swap(  # type: ignore[misc]
-                problem.row(i), kept[i], tolerance
+                problem.at_count_of(kept, i) if problem.pooled else problem.row(i),
+                kept[i],
+                tolerance,
             )
             for i in range(problem.rows)
         ]
@@ -310,6 +313,13 @@ def _check_statuses(
             f"layer {name!r} states that {count} of {problem.rows} rows are {Status.SWAP_OPTIMAL}; "
             f"{problem.rows - len(improvable)} are: in row {row}, keeping input {swap.pruned} "
             f"instead of {swap.kept} changes the error by {swap.delta:.3g}"
+        )
+    trade = improving_trade(problem, kept, tolerance) if problem.pooled else None
+    if trade is not None:
+        raise manifest.wrong(
+            f"layer {name!r} states that its rows are {Status.SWAP_OPTIMAL} together; keeping input "
+            f"{trade.pruned} of row {trade.other} instead of {trade.kept} of row {trade.row} changes the "
+            f"error by {trade.delta:.3g}"
         )
 
 

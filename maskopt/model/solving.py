@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from maskopt.errors import SolverError
 from maskopt.least_squares import Refit
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
@@ -43,9 +44,17 @@ def default_start(solver: str, *, refit: bool = False) -> str | None:
     return starts.get(solver) or make_solver(solver).capabilities.default_start
 
 
-def check_solver(solver: str, options: Mapping[str, Any], start: str | None) -> None:
-    """Raise where solver or start do not exist, cannot run here, or have no such option."""
-    make_solver(solver, **limits_of(None, options)[1])
+def check_solver(
+    solver: str, options: Mapping[str, Any], start: str | None, *, pooled: bool = False
+) -> None:
+    """Raise where solver or start do not exist, cannot run here, have no such option, or prune as much of
+    every row where rows are to trade."""
+    backend = make_solver(solver, **limits_of(None, options)[1])
+    if pooled and not backend.capabilities.pooled:
+        raise SolverError(
+            f"solver {solver!r} prunes as much of every row; with `budget` layer take one whose rows trade: "
+            f"swap, which may start from {solver!r}"
+        )
     if start is not None:
         make_solver(start)
 

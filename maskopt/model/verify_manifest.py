@@ -32,12 +32,16 @@ Check = Callable[[Any], bool]
 
 @dataclass(frozen=True)
 class Rule:
-    """How many entries of every group of a row are pruned."""
+    """How many entries of every group of a row are pruned, or of a layer whose rows trade."""
 
     record: Mapping[str, Any]
 
+    @property
+    def pooled(self) -> bool:
+        return self.record.get("per") == "layer"
+
     def groups(self, n: int) -> tuple[int, int]:
-        """Size of a group, and how many of it are pruned.
+        """Size of a group, and how many of it are pruned, where rows do not trade.
 
         Raises:
             VerificationError: rows of n inputs cannot be divided so.
@@ -50,18 +54,25 @@ class Rule:
             return of, of - keep
         if keep is not None:
             return n, n - keep
-        return n, math.floor(Fraction(repr(float(self.record["sparsity"]))) * n)
+        return n, self._part_of(n)
 
-    def quota(self, n: int) -> int:
-        """Pruned entries of a row."""
+    def pruned(self, rows: int, n: int) -> int:
+        """Pruned entries of a matrix."""
+        if self.pooled:
+            return self._part_of(rows * n)
         group, pruned = self.groups(n)
-        return n // group * pruned
+        return rows * (n // group) * pruned
+
+    def _part_of(self, entries: int) -> int:
+        return math.floor(Fraction(repr(float(self.record["sparsity"]))) * entries)
 
     def __str__(self) -> str:
         if self.record["kind"] == "nm":
             return f"{self.record['keep']}:{self.record['of']}"
         keep = self.record["keep"]
-        return f"{float(self.record['sparsity']):.4g}" if keep is None else f"keep {keep}"
+        if keep is not None:
+            return f"keep {keep}"
+        return f"{float(self.record['sparsity']):.4g}{' per layer' if self.pooled else ''}"
 
     @property
     def two_four(self) -> bool:
@@ -160,7 +171,7 @@ def check_layers(manifest: Manifest) -> None:
         name = layer["name"]
         if layer["pattern"] != str(manifest.rule):
             raise manifest.wrong(f"layer {name!r} has another pattern than the options")
-        if layer["pruned"] != layer["rows"] * manifest.rule.quota(layer["n"]):
+        if layer["pruned"] != manifest.rule.pruned(layer["rows"], layer["n"]):
             raise manifest.wrong(f"layer {name!r} counts other pruned weights than its pattern")
         if layer["sparsity"] != layer["pruned"] / (layer["rows"] * layer["n"]):
             raise manifest.wrong(f"layer {name!r} has another sparsity than its counts")
@@ -202,14 +213,24 @@ def check_counts(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, floa
                 f"layer {layer['name']!r} is said to have {layer['rows']} rows of {layer['n']}; its "
                 f"mask has {part.rows} of {part.n}"
             )
+        if part is not None and part.pruned not in (
+            0,
+            layer["pruned"],
+        ):  # 0: as of experts left out
+            raise manifest.wrong(
+                f"layer {layer['name']!r} is said to have {layer['pruned']} weights pruned; its mask has "
+                f"{part.pruned}"
+            )
     rows = elements = pruned = 0
     said = _grouped(manifest.layers, lambda x: (numbers(x["name"]), x["n"]))
     found = _grouped(slices, lambda x: (x.numbers, x.n))
     for key in sorted({*said, *found}):
         layers, parts = said.get(key, []), found.get(key, [])
         count = sum(x["rows"] for x in layers)
-        least = sum(x.rows for x in parts if x.pruned or manifest.rule.quota(x.n) == 0)
-        same = count == least if manifest.rule.quota(key[1]) else count <= least
+        least = sum(x.rows for x in parts if x.pruned or not manifest.rule.pruned(x.rows, x.n))
+        # of a layer whose rows trade, a piece may by chance have nothing that is pruned
+        exact = not manifest.rule.pooled and manifest.rule.pruned(1, key[1])
+        same = count == least if exact else count <= sum(x.rows for x in parts)
         total = sum(x.pruned for x in parts)
         if not same or total != sum(x["pruned"] for x in layers):
             name = layers[0]["name"] if layers else parts[0].tensor
@@ -381,7 +402,9 @@ def _pattern(value: Any) -> bool:
     keep = value.get("keep")
     if value.get("kind") == "nm" and set(value) == {"kind", "keep", "of"}:
         return _count(keep) and _size(value["of"]) and keep <= value["of"] < 2**31
-    if value.get("kind") != "unstructured" or set(value) != {"kind", "sparsity", "keep"}:
+    if value.get("kind") != "unstructured" or set(value) - {"per"} != {"kind", "sparsity", "keep"}:
+        return False
+    if "per" in value and (value["per"] != "layer" or value["sparsity"] is None):
         return False
     sparsity = value["sparsity"]
     return _count(keep) if sparsity is None else keep is None and _amount(sparsity) and sparsity < 1

@@ -80,12 +80,14 @@ def _slices(
         place = (*numbers(name), index) if kept.ndim == 3 else numbers(name)
         rows, n = mask.shape
         part = Slice(name, place, rows, n, int((~mask).sum()))
-        if part.pruned:  # else an expert that was left out
+        if (
+            part.pruned and not manifest.rule.pooled
+        ):  # else an expert that was left out, or rows that trade
             _check_rows(manifest, part, mask)
         if weights is not None and (place, n) in by_magnitude:
             weight = weights[index].to(_working_dtype(manifest)).double()
             part.square = float(weight.masked_fill(mask, 0).square().sum())
-            group, _ = manifest.rule.groups(n)
+            group = mask.numel() if manifest.rule.pooled else manifest.rule.groups(n)[0]
             size, some = weight.abs().view(-1, group), mask.view(-1, group)
             largest = size.masked_fill(some, 0).amax(1)
             part.least_first = bool((largest <= size.masked_fill(~some, torch.inf).amin(1)).all())

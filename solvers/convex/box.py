@@ -15,6 +15,8 @@ growing μ bends the relaxed solution towards a mask. In the ADMM step the conca
 μ = θ·ρw²h/2 the projection of v becomes that of (v − θ/2)/(1 − θ). θ rises from 0 to `hardness`; near 1 the
 steps no longer settle. Its products may be bfloat16, with sums in float32, where that is much faster.
 
+**Rows that trade** have one sum for all of them: the projection is that of the whole layer.
+
 **A shift.** With d where G − diag(d) is still semidefinite, f(x) = (w⊙x)ᵀ(G − diag(d))(w⊙x) + Σ dⱼwⱼ²xⱼ on
 masks, which relaxes to more. The linear term is linear in y too, as is that of the problem, where it has one:
 it only moves what A is applied to.
@@ -110,6 +112,8 @@ def relax_box(
     row_bytes = _TILE_ARRAYS * split.factor.element_size() * problem.n
     on_cpu = problem.device.type == "cpu"
     tile = _TILE_ROWS if on_cpu else max(1, limits.bytes(_TILE_BYTES) // row_bytes)
+    if problem.pooled:  # one projection for all rows
+        tile = problem.rows
     starts = range(0, problem.rows, tile)
     threads = 1
     if on_cpu:
@@ -205,12 +209,16 @@ class _Tile:
         mean = q.square().mean(1, keepdim=True).sqrt()
         mean = mean.where(mean > 0, 1.0)
         self.q = q / mean
-        self.step: TorchStep | CompiledStep = make_step(
-            self.q,
-            1.0 / (self.q.square() + _FLOOR),
-            problem.group_size,
-            problem.pruned_per_group,
-        )
+        inverse = 1.0 / (self.q.square() + _FLOOR)
+        self.step: TorchStep | CompiledStep
+        if problem.pooled:  # the layer is one group, in the metric of what rows count in its sum
+            counts = (size * mean).double().square() * problem.shares[:, None]
+            counts = (counts / counts.mean().clamp(min=1e-300)).clamp(min=_FLOOR)
+            metric = inverse / counts.to(inverse.dtype)
+            self.step = TorchStep(self.q, inverse, self.q.numel(), problem.pruned, metric)
+        else:
+            sizes = problem.group_size, problem.pruned_per_group
+            self.step = make_step(self.q, inverse, *sizes)
         self.bound = torch.zeros(problem.rows, dtype=torch.float64, device=weight.device)
         self.value = torch.full_like(self.bound, torch.inf)
         self.point = self.step.x.clone()
@@ -228,7 +236,7 @@ class _Tile:
 
     @torch.no_grad()
     def run(self, limits: Limits) -> BoxPoint:
-        share = self.problem.pruned_per_group / self.problem.group_size
+        share = self.problem.pruned / self.q.numel()
         product = self._shifted(self.q * share @ self.split.factor)
         product, done = self._relax(product, limits)
         self._harden(product, done, limits)
@@ -263,8 +271,8 @@ class _Tile:
         self.value, self.bound = self.value.minimum(value), self.bound.maximum(here)
 
     def _settled(self) -> bool:
-        missing = float((self.value - self.bound).sum())
-        return missing <= self.plan.tolerance * float(self.value.sum())
+        missing = float(self.problem.shares @ (self.value - self.bound))
+        return missing <= self.plan.tolerance * float(self.problem.shares @ self.value)
 
     def _harden(self, product: Tensor, done: int, limits: Limits) -> None:
         plan, split = self.plan, self.split

@@ -25,12 +25,21 @@ from maskopt.solvers.convex.projection import FAST, project, project_row, projec
 
 
 class TorchStep:
-    def __init__(self, q: Tensor, inverse: Tensor, group: int, pruned: int) -> None:
+    """On any device, and where rows trade: then the layer is one group.
+
+    Args:
+        metric: 1 over what the entries count in the projection; None: `inverse`.
+    """
+
+    def __init__(
+        self, q: Tensor, inverse: Tensor, group: int, pruned: int, metric: Tensor | None = None
+    ) -> None:
         self.q, self.inverse, self.group, self.pruned = q, inverse, group, pruned
+        self.metric = inverse if metric is None else metric
         self.x = torch.full_like(q, pruned / group)
         self.u = torch.zeros_like(q)
         self.target = q * self.x
-        self.tau = q.new_zeros(q.shape[0] * (q.shape[1] // group), 1)
+        self.tau = q.new_zeros(q.numel() // group, 1)
 
     def advance(self, product: Tensor, relaxation: float, theta: float) -> None:
         mixed = relaxation * product + (1 - relaxation) * self.q * self.x
@@ -38,7 +47,7 @@ class TorchStep:
         start = (start - theta / 2) / (1 - theta)
         x, self.tau = project(
             start.view(-1, self.group),
-            (self.inverse / (1 - theta)).view(-1, self.group),
+            (self.metric / (1 - theta)).view(-1, self.group),
             self.pruned,
             self.tau,
         )

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.certificate import Certificate
+from maskopt.certificate import Certificate, evenly
 from maskopt.problem import LayerProblem
 from maskopt.solvers.greedy.select import keep_highest
 
@@ -65,9 +65,13 @@ def linear_bound(
         offset = offset - (diagonal * x.square()).sum(1)
         sizes = diagonal.abs() * x.abs().clamp(min=1.0).square()
         margin = margin + 4 * problem.n * 2.0**-52 * sizes.sum(1)
-    vertex = ~keep_highest(problem, gradient)
+    share = problem.shares[:, None]
+    vertex = ~keep_highest(problem, gradient * share if problem.pooled else gradient)
     least = torch.where(vertex, gradient, 0.0).sum(1)
-    return value, (least + offset - margin).clamp(min=0.0)
+    bound = least + offset - margin
+    if problem.pooled:  # of the layer's sum, which no row has a part of by itself
+        bound = evenly(problem.shares @ bound, problem)
+    return value, bound.clamp(min=0.0)
 
 
 def provable(
@@ -78,7 +82,7 @@ def provable(
     Of several rows it takes θw² off for what G lacks, as is done here. A single row, or a G far from
     semidefinite, is judged by its own matrix A, where one large weight can cost more: then it is asked.
     """
-    if problem.rows > 1:
+    if problem.rows > 1 and not problem.pooled:
         lack = _lack(problem)
         if lack <= _SHARED * float(problem.gram.diagonal().double().abs().mean()):
             loss = _SLACK * lack * problem.weight.double().square().sum(1)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from maskopt.solvers.compiled import part
 
-#: |Σ x − s| at which τ is good enough, per group
-_TOLERANCE = 1e-4
+#: |Σ x − s| at which τ is good enough, per group; and as a part of s, of groups whose sum float32 rounds
+_TOLERANCE, _RELATIVE = 1e-4, 1e-6
 #: steps at most, guarded by a bracket; and before the bracket is looked for
 _NEWTON = 40
 _UNGUARDED = 6
@@ -180,13 +180,14 @@ def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Te
     Args:
         start, inverse: [rows, n]; a row is one group.
     """
+    enough = max(_TOLERANCE, _RELATIVE * total)
     low = ((start - 1) / inverse).amin(1, keepdim=True)
     high = (start / inverse).amax(1, keepdim=True)
     tau = tau.clamp(min=low, max=high)
     for _ in range(_NEWTON):
         moved = start - tau * inverse
         excess = moved.clamp(0, 1).sum(1, keepdim=True) - total
-        if float(excess.abs().max()) <= _TOLERANCE:
+        if float(excess.abs().max()) <= enough:
             break
         low = torch.where(excess > 0, tau, low)
         high = torch.where(excess < 0, tau, high)
@@ -194,6 +195,6 @@ def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Te
         newton = tau + excess / slope.clamp(min=1e-30)
         inside = (newton > low) & (newton < high)
         tau = torch.where(
-            excess.abs() <= _TOLERANCE, tau, torch.where(inside, newton, (low + high) / 2)
+            excess.abs() <= enough, tau, torch.where(inside, newton, (low + high) / 2)
         )
     return (start - tau * inverse).clamp(0, 1), tau

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 import maskopt
 from maskopt.errors import SolverError
 from maskopt.limits import Limits
+from maskopt.pattern import Unstructured
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import Capabilities, Solver
@@ -41,6 +43,7 @@ class Exhaustive(Solver):
         start="ignored",
         proves="optimality",
         refit=True,
+        pooled=True,
         note=f"enumerates, up to {COMBINATION_LIMIT:,} masks a row",
     )
 
@@ -51,6 +54,8 @@ class Exhaustive(Solver):
             SolverError: too many masks.
         """
         began = time.monotonic()
+        if problem.pooled:
+            return _pooled(problem, limits, began)
         group, pruned = problem.group_size, problem.pruned_per_group
         combinations = math.comb(group, pruned) ** (problem.n // group)
         if combinations > COMBINATION_LIMIT:
@@ -59,27 +64,76 @@ class Exhaustive(Solver):
                 f"{combinations:.3g} masks, more than {COMBINATION_LIMIT:,}; restrict the row, or use 'scip'"
             )
         mask, seen = _enumerate(problem, combinations, limits)
-        done = (seen == combinations).tolist()
-        cost = problem.objective(mask)
-        word = f"enumeration of maskopt {maskopt.__version__}"
-        return Solution.of(
-            problem,
-            mask,
-            status=[Status.OPTIMAL if row else Status.FEASIBLE for row in done],
-            lower_bound=torch.where(seen == combinations, cost, 0.0),
-            vouched=[
-                word if row and c > 0 else "" for row, c in zip(done, cost.tolist(), strict=True)
-            ],
-            trace=TreeTrace(
-                ended=tuple("optimal" if row else "timelimit" for row in done),
-                nodes=seen,
-                root_bound=torch.full_like(cost, torch.nan),
-                relaxations=torch.full_like(seen, -1),
-                convexified=torch.full_like(seen, -1),
-                search_seconds=shared_out(time.monotonic() - began, problem.rows),
-                message=("",) * problem.rows,
-            ),
+        return _solution(problem, mask, seen, seen == combinations, began)
+
+
+def _solution(
+    problem: LayerProblem, mask: Tensor, seen: Tensor, complete: Tensor, began: float
+) -> Solution:
+    """Rows of which all masks were seen are optimal."""
+    done, cost = complete.tolist(), problem.objective(mask)
+    word = f"enumeration of maskopt {maskopt.__version__}"
+    return Solution.of(
+        problem,
+        mask,
+        status=[Status.OPTIMAL if row else Status.FEASIBLE for row in done],
+        lower_bound=torch.where(complete, cost, 0.0),
+        vouched=[word if row and c > 0 else "" for row, c in zip(done, cost.tolist(), strict=True)],
+        trace=TreeTrace(
+            ended=tuple("optimal" if row else "timelimit" for row in done),
+            nodes=seen,
+            root_bound=torch.full_like(cost, torch.nan),
+            relaxations=torch.full_like(seen, -1),
+            convexified=torch.full_like(seen, -1),
+            search_seconds=shared_out(time.monotonic() - began, problem.rows),
+            message=("",) * problem.rows,
+        ),
+    )
+
+
+def _pooled(problem: LayerProblem, limits: Limits, began: float) -> Solution:
+    """Rows that trade: the best mask of every row at every count, and the best counts by a table over rows.
+
+    Where the time is over before that, the best of those that prune alike.
+    """
+    if 2**problem.n > COMBINATION_LIMIT:
+        raise SolverError(
+            f"exhaustive: a row of {problem.n} inputs that trades has {2.0**problem.n:.3g} masks, more than "
+            f"{COMBINATION_LIMIT:,}; take solver 'swap'"
         )
+    n, masks, costs = problem.n, [], []
+    for count in range(n + 1):
+        alike = problem.under(Unstructured(keep=n - count))
+        mask, seen = _enumerate(alike, math.comb(n, count), limits)
+        if bool((seen < math.comb(n, count)).any()):
+            order = torch.arange(problem.rows * n).view(n, problem.rows).T
+            none = torch.zeros(problem.rows, dtype=torch.bool)
+            return _solution(problem, order >= problem.pruned, seen, none, began)
+        masks.append(mask)
+        costs.append(alike.objective(mask) * problem.shares)
+    counts = _best_counts(torch.stack(costs, 1), problem.pruned)
+    chosen = torch.stack([masks[count][row] for row, count in enumerate(counts)])
+    seen = torch.full((problem.rows,), 2**n)
+    return _solution(problem, chosen, seen, torch.ones_like(seen, dtype=torch.bool), began)
+
+
+def _best_counts(cost: Float[Tensor, "rows counts"], total: int) -> list[int]:
+    """A count for every row, `total` in all, of least sum: row by row, by what is left."""
+    best = torch.full((total + 1,), torch.inf, dtype=torch.float64)
+    best[0] = 0.0
+    taken = []
+    for own in cost:
+        options = torch.full((len(own), total + 1), torch.inf, dtype=torch.float64)
+        for count in range(min(len(own) - 1, total) + 1):
+            options[count, count:] = best[: total + 1 - count] + own[count]
+        least = options.min(0)
+        best, which = least.values, least.indices
+        taken.append(which)
+    counts = []
+    for which in reversed(taken):
+        counts.append(int(which[total]))
+        total -= counts[-1]
+    return counts[::-1]
 
 
 def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,11 @@ class _Score(Solver):
     """Keeps the highest scores of each row (or group); takes no start and proves nothing."""
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """One pass over the scores; see `Solver.run`."""
-        return Solution.of(problem, keep_highest(problem, self._scores(problem, limits)))
+        """One pass over the scores; see `Solver.run`. Rows that trade are ranked by √ω times the score."""
+        scores = self._scores(problem, limits)
+        if problem.omega is not None:
+            scores = scores * problem.shares.sqrt()[:, None]
+        return Solution.of(problem, keep_highest(problem, scores))
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Float[Tensor, "rows n"]:
         raise NotImplementedError
@@ -42,7 +45,7 @@ class Magnitude(_Score):
     """|W_ij|: the classical score, blind to the inputs."""
 
     name: ClassVar[str] = "magnitude"
-    capabilities: ClassVar[Capabilities] = Capabilities(refit=True, note="|W|")
+    capabilities: ClassVar[Capabilities] = Capabilities(refit=True, pooled=True, note="|W|")
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
         return problem.weight.double().abs()
@@ -54,7 +57,7 @@ class Wanda(_Score):
 
     name: ClassVar[str] = "wanda"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, note="|W|·‖X‖; optimal on diagonal G"
+        refit=True, pooled=True, note="|W|·‖X‖; optimal on diagonal G"
     )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
@@ -71,7 +74,7 @@ class Ria(_Score):
 
     name: ClassVar[str] = "ria"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, note="relative |W|·‖X‖^a; column sums need the whole layer"
+        refit=True, pooled=True, note="relative |W|·‖X‖^a; column sums need the whole layer"
     )
 
     a: float = option(0.5, "exponent of the activation norm, 0.5 in the paper", least=0)
@@ -92,7 +95,7 @@ class Random(_Score):
 
     name: ClassVar[str] = "random"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, note="control: a seeded random mask"
+        refit=True, pooled=True, note="control: a seeded random mask"
     )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
@@ -107,7 +110,7 @@ class Worst(_Score):
 
     name: ClassVar[str] = "worst"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, note="control: keeps the smallest Wanda scores"
+        refit=True, pooled=True, note="control: keeps the smallest Wanda scores"
     )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:

@@ -10,12 +10,19 @@ from maskopt.problem import LayerProblem
 
 
 def keep_highest(problem: LayerProblem, score: Shaped[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
-    """Prune exactly `pruned_per_group` of least score in every group; of equals the lowest index.
+    """Prune exactly `pruned_per_group` of least score in every group, or where rows trade so many of the
+    layer; of equals the lowest index.
 
     Threshold rules (`score <= sorted[k]`) prune every tie; ranks by a stable sort do not.
     """
-    grouped = score.reshape(problem.rows, -1, problem.group_size)
+    if problem.pooled:
+        grouped, pruned = score.reshape(1, 1, -1), problem.pruned
+    else:
+        grouped, pruned = (
+            score.reshape(problem.rows, -1, problem.group_size),
+            problem.pruned_per_group,
+        )
     order = grouped.argsort(dim=-1, stable=True)
     mask = torch.ones_like(grouped, dtype=torch.bool)
-    mask.scatter_(-1, order[..., : problem.pruned_per_group], False)
+    mask.scatter_(-1, order[..., :pruned], False)
     return mask.view(problem.rows, problem.n)

@@ -7,12 +7,13 @@ A_jj = 1, the multiplier y and a penalty ρ of every row,
 
 in the eigenvectors of A, so that ρ may grow freely: the faster the more of d's support still changes. The
 mask is that of d. ALPS gives all rows of a layer one ρ; here each has its own, so that no row depends on
-the others.
+the others, unless the rows trade: then d has the largest entries of the layer, and ρ is common.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -38,14 +39,15 @@ _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 @dataclass(frozen=True)
 class Admm(Solver):
-    """A mask for refitted weights; float32 iterations, a row stops when its support stands still.
+    """A mask for refitted weights; float32 iterations, a row (or the layer, where rows trade) stops when its
+    support stands still.
 
     Of a problem that keeps its weights it is the same mask, with 1% damping. Tells a `SplittingTrace`.
     """
 
     name: ClassVar[str] = "admm"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, note="ALPS's splitting, for weights that are refitted"
+        refit=True, pooled=True, note="ALPS's splitting, for weights that are refitted"
     )
 
     iterations: int = option(300, "at most, of every row", least=1)
@@ -59,14 +61,15 @@ class Admm(Solver):
         values, vectors = torch.linalg.eigh(squares.damped / size / size[:, None])
         target = squares.target(refitted.weight, refitted.correlation) / size
         shared = values.float(), vectors.float()
-        parts = [slice(i, i + _TILE) for i in range(0, problem.rows, _TILE)]
-        threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
+        tile = problem.rows if problem.pooled else _TILE
+        parts = [slice(i, i + tile) for i in range(0, problem.rows, tile)]
 
         def some(part: int) -> tuple[Tensor, Tensor]:
             rows = parts[part]
             return self._masks(refitted.take(rows), target[rows].float(), *shared, limits)
 
-        found = one_thread_each(some, len(parts), threads)
+        parallel = partial(one_thread_each, threads=_threads(problem))
+        found = [some(0)] if problem.pooled else parallel(some, len(parts))
         mask, steps = (torch.cat([part[which] for part in found]) for which in (0, 1))
         return Solution.of(problem, mask, trace=SplittingTrace(steps.cpu()))
 
@@ -83,7 +86,10 @@ class Admm(Solver):
         d = (problem.weight.double() * size).float()
         scale = d.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
         d, target = d / scale, target / scale
-        mask = keep_highest(problem, d.abs().double())
+        unit = scale.double()
+        if problem.pooled:  # rows are compared as what they count in the layer's sum
+            unit = unit * problem.shares.sqrt()[:, None]
+        mask = keep_highest(problem, d.abs().double() * unit)
         d = torch.where(mask, d, 0.0)
         y = torch.zeros_like(d)
         rho = torch.full((len(d), 1), self.rho, device=d.device)
@@ -94,15 +100,20 @@ class Admm(Solver):
             if not len(alive) or limits.expired:
                 break
             v = target[alive] - y + rho * d
-            v = ((v @ vectors) / (values + rho)) @ vectors.T
+            v = _regressed(v, rho, values, vectors, _threads(problem))
             best = v + y / rho
-            now = keep_highest(rows, best.abs().double())
+            now = keep_highest(rows, best.abs().double() * unit)
             d = torch.where(now, best, 0.0)
             y = y + rho * (v - d)
             mask[alive], steps[alive] = now, step
             if step % _PERIOD:
                 continue
-            changed = (now & ~seen[alive]).sum(1) / kept[alive]
+            came = (now & ~seen[alive]).sum(1)
+            changed = (
+                (came.sum() / kept.sum()).expand(len(came))
+                if problem.pooled
+                else came / kept[alive]
+            )
             seen[alive] = now
             growth = torch.ones_like(changed)
             for least, factor in reversed(_GROWTH):
@@ -112,5 +123,23 @@ class Admm(Solver):
             if bool(going.all()):
                 continue
             rows = rows.take(going)
-            alive, y, d, rho = alive[going], y[going], d[going], rho[going]
+            alive, y, d, rho, unit = (x[going] for x in (alive, y, d, rho, unit))
         return mask, steps
+
+
+def _threads(problem: LayerProblem) -> int:
+    return torch.get_num_threads() if problem.device.type == "cpu" else 1
+
+
+def _regressed(
+    x: Float[Tensor, "rows n"], rho: Tensor, values: Tensor, vectors: Tensor, threads: int
+) -> Float[Tensor, "rows n"]:
+    """(A + ρI)⁻¹x of every row."""
+
+    def some(x: Tensor, rho: Tensor) -> Tensor:
+        return ((x @ vectors) / (values + rho)) @ vectors.T
+
+    if len(x) <= _TILE:
+        return some(x, rho)
+    tiles = list(zip(x.split(_TILE), rho.split(_TILE), strict=True))
+    return torch.cat(one_thread_each(lambda i: some(*tiles[i]), len(tiles), threads))

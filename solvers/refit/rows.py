@@ -10,6 +10,9 @@ from torch import Tensor
 from maskopt.limits import Limits, one_thread_each
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
+from maskopt.solvers.pooled.offers import Offers
+from maskopt.solvers.pooled.trade import trade
+from maskopt.solvers.refit.offers import offers
 from maskopt.solvers.refit.scratch import Scratch
 from maskopt.solvers.refit.search import Found, refine
 from maskopt.solvers.refit.state import Metric, Row
@@ -19,7 +22,31 @@ from maskopt.trace import SwapTrace
 def swap_refitted(
     problem: LayerProblem, start: Tensor, max_swaps: int | None, limits: Limits
 ) -> Solution:
-    """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came."""
+    """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came. Where rows
+    trade, of the layer as a whole."""
+    if not problem.pooled:
+        return _searched(problem, start, max_swaps, limits, [])
+
+    def search(rows: Tensor, mask: Tensor, limits: Limits) -> tuple[Solution, Offers]:
+        offered: list[Offers] = []
+        found = _searched(problem.take(rows), mask, max_swaps, limits, offered)
+        return found, Offers.joined(offered)
+
+    return trade(problem, start, search, limits)
+
+
+def _searched(
+    problem: LayerProblem,
+    start: Tensor,
+    max_swaps: int | None,
+    limits: Limits,
+    offered: list[Offers],
+) -> Solution:
+    """Every row at the count of its own mask.
+
+    Args:
+        offered: filled with what the rows have to offer, where they trade.
+    """
     squares = problem.least_squares
     metric = Metric(squares.damped, squares.inverse.diagonal().clone(), problem.group_size)
     target = squares.target(problem.weight, problem.correlation)
@@ -40,6 +67,8 @@ def swap_refitted(
         row = Row.of(metric, own.scratch, target[index], start[index])
         objective = float(problem.take([index]).damped_error(row.weights()[None]))
         found = refine(row, objective, mass[index], most, limits)
+        if problem.pooled and squares.ridge and found.proven:
+            found.offers = offers(row)
         with lock:
             done += 1
             limits.report(done, problem.rows)
@@ -47,6 +76,9 @@ def swap_refitted(
 
     found = one_thread_each(search, problem.rows, threads)
     late = [index for index, row in enumerate(found) if row is None]
+    if problem.pooled:
+        nothing = Offers.none(1, problem.device)
+        offered += [nothing if row is None else row.offers or nothing for row in found]
     begun = iter(_as_begun(problem, start, late, limits) if late else [])
     return _solution(problem, [next(begun) if row is None else row for row in found])
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from maskopt.limits import Limits
 from maskopt.solution import REFIT_FLOOR, SWAP_TOLERANCE
+from maskopt.solvers.pooled.offers import Offers
 from maskopt.solvers.refit.block import exchanges
 from maskopt.solvers.refit.state import Pairs, Row
 
@@ -40,6 +41,7 @@ class Found:
         weight: float64 [n], refitted.
         proven: whether the last scan found no improving pair.
         objectives: F at the start, and after every round.
+        offers: what it has to offer to other rows, where rows trade.
     """
 
     mask: Tensor
@@ -50,6 +52,7 @@ class Found:
     rounds: int = 0
     pairs: int = 0
     objectives: list[float] = field(default_factory=list)
+    offers: Offers | None = None
 
 
 def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -> Found:

@@ -175,7 +175,7 @@ class Row:
         suspects = self._suspects()
         if not len(suspects):
             return None
-        b, c = self._columns(suspects)
+        b, c = self.columns(suspects)
         self.formed += b.numel()
         r = self.r[suspects]
         delta = (self.v[:, None] - b * (r / c)).square_()
@@ -244,7 +244,7 @@ class Row:
         out = self.scratch("outer", len(p), len(self.kept))
         return part_of(self.metric.damped, self.pruned[p], self.kept, out).T
 
-    def _columns(self, p: Tensor) -> tuple[Float[Tensor, "k some"], Float[Tensor, " some"]]:
+    def columns(self, p: Tensor) -> tuple[Float[Tensor, "k some"], Float[Tensor, " some"]]:
         """B_S,p and C_pp of slots p."""
         outer = self._outer(p)
         b = torch.mm(self.m, outer, out=self.scratch("columns", len(outer), len(p)))

@@ -48,6 +48,7 @@ class Relax(Solver):
     capabilities: ClassVar[Capabilities] = Capabilities(
         start="optional",
         proves="1-swap",
+        pooled=True,
         note="relaxation by ADMM, hardened, rounded, then swap; gives a lower bound",
     )
 
@@ -128,6 +129,11 @@ def swapped(
 ) -> tuple[Tensor, tuple[Status, ...], Tensor]:
     """1-swap optima of the rounded masks, and of the start where that alone costs less already."""
     refined = Swap().run(problem, mask, limits)
+    if problem.pooled and start is not None:  # all rows or none
+        other = Swap().run(problem, start, limits.quiet())
+        if problem.shares @ other.objective < problem.shares @ refined.objective:
+            refined = other
+        start = None
     assert isinstance(refined.trace, SwapTrace)
     mask, status, swaps = refined.mask, list(refined.status), refined.trace.swaps
     worse = [] if start is None else _where(problem.objective(start) < refined.objective)
@@ -149,4 +155,7 @@ def _where(rows: Tensor) -> list[int]:
 
 def better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:
     first = problem.objective(mask) <= problem.objective(other)
+    if problem.pooled:  # all rows or none
+        least = [problem.shares @ problem.objective(m) for m in (mask, other)]
+        first = (least[0] <= least[1]).expand_as(first)
     return torch.where(first[:, None], mask, other)

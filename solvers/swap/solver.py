@@ -17,10 +17,13 @@ from maskopt.limits import Limits, torch_threads
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import Capabilities, Solver
+from maskopt.solvers.pooled.offers import Offers
+from maskopt.solvers.pooled.trade import trade
 from maskopt.solvers.refit.rows import swap_refitted
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.engine import Kernel, Outcome, refine
 from maskopt.solvers.swap.literal import refine_literally
+from maskopt.solvers.swap.offers import offers
 from maskopt.solvers.swap.triton import unavailable as triton_unavailable
 from maskopt.trace import SwapTrace
 
@@ -42,7 +45,8 @@ class Swap(Solver):
     Every row is swapped until no 1-swap improves, which is then proven (SWAP_OPTIMAL). A row that is
     stopped early, by `max_swaps` or the time limit, is FEASIBLE; another call with its mask as the
     start goes on from there. Tells a `SwapTrace`. Of a problem with `refit` the swaps are of F, by the
-    tableau of every row's least squares (`maskopt.solvers.refit`).
+    tableau of every row's least squares (`maskopt.solvers.refit`). Where rows trade, they do so until no
+    exchange between two of them improves, either (`maskopt.solvers.pooled`).
     """
 
     name: ClassVar[str] = "swap"
@@ -51,6 +55,7 @@ class Swap(Solver):
         default_start="wanda",
         proves="1-swap",
         refit=True,
+        pooled=True,
         note="best exchanges of one kept and one pruned",
     )
 
@@ -77,6 +82,18 @@ class Swap(Solver):
                     f"swap: kernel {self.kernel!r} is for weights as they are; refitted ones take 'auto'"
                 )
             return swap_refitted(problem, start, self.max_swaps, limits)
+        if not problem.pooled:
+            return self._swapped(problem, start, limits)
+
+        def search(rows: Tensor, mask: Tensor, limits: Limits) -> tuple[Solution, Offers]:
+            some = problem.take(rows)
+            found = self._swapped(some, mask, limits)
+            return found, offers(some, found.mask)
+
+        return trade(problem, start, search, limits)
+
+    def _swapped(self, problem: LayerProblem, start: Tensor, limits: Limits) -> Solution:
+        """Every row at the count of its own mask."""
         name = _choose_kernel(self.kernel, problem)
         with _threads_for(name) as threads:
             parts = self._parts(problem, start, name, threads, limits)

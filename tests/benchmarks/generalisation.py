@@ -22,6 +22,7 @@ from book import PATTERNS, ROOT, Book
 from generalisation_page import write
 from machine import machine
 
+from maskopt import NM
 from maskopt.model.demo_model import MODELS, demo_model
 from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.options import WalkOptions
@@ -34,6 +35,16 @@ METHODS = {
     "Wanda": ("wanda", None),
     "1-swap from Wanda": ("swap", "wanda"),
     "1-swap (default)": ("swap", None),
+}
+#: label → solver, start, `weights`, `budget`
+WEIGHTS = {
+    "1-swap": ("swap", None, "keep", "row"),
+    "1-swap, rows trade": ("swap", None, "keep", "layer"),
+    "Wanda, refitted": ("wanda", None, "refit", "row"),
+    "SparseGPT's mask, refitted": ("sparsegpt", None, "refit", "row"),
+    "ADMM, refitted": ("admm", None, "refit", "row"),
+    "1-swap on F, refitted": ("swap", None, "refit", "row"),
+    "1-swap on F, refitted, rows trade": ("swap", None, "refit", "layer"),
 }
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.05, 0.1, 0.3)
@@ -60,6 +71,16 @@ def methods(name: str) -> Iterator[Case]:
         for label, (solver, start) in METHODS.items():
             how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
             yield Case(how, {"auto": f"methods/{name}/{pattern}/{label}"})
+
+
+def weights(name: str) -> Iterator[Case]:
+    for pattern, value in PATTERNS.items():
+        for label, (solver, start, after, budget) in WEIGHTS.items():
+            if budget == "layer" and isinstance(value, NM):
+                continue
+            how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
+            how |= {"weights": after, "budget": budget}
+            yield Case(how, {"auto": f"weights/{name}/{pattern}/{label}"})
 
 
 def bos(name: str) -> Iterator[Case]:
@@ -95,6 +116,7 @@ def shrink(name: str) -> Iterator[Case]:
 
 STUDIES = {
     "methods": methods,
+    "weights": weights,
     "bos": bos,
     "target": target,
     "weighting": weighting,

@@ -177,6 +177,22 @@ STUDIES = (
         },
     ),
     Study(
+        "weights",
+        "Weights that are refitted, and rows that trade",
+        "32 windows. *refitted*: kept weights set anew by least squares, damping 0.01; *on F*: masks\n"
+        "that are chosen for that. *rows trade*: the count is that of a layer, not of each of its rows. Errors\n"
+        "after the least squares.",
+        {
+            "model": MODEL,
+            "pattern": part(1),
+            "masks and weights": part(2),
+            **QUALITY,
+            "× 1-swap": beside("1-swap"),
+            "KL to dense": figure("kl", ".3f"),
+            **ERRORS,
+        },
+    ),
+    Study(
         "bos",
         "What windows begin with",
         "50%, 32 calibration windows, with and without what the tokenizer puts before a text. SmolLM2's\n"

@@ -1,0 +1,202 @@
+"""Rows of a layer trade until it is 1-swap optimal as a whole.
+
+An exchange between two rows has no interaction term: pruning u in row i and keeping p of row j again changes
+Σ ωᵣ fᵣ by ωᵢ·cost(u) − ωⱼ·gain(p). So a layer is 1-swap optimal if every row is, and the cheapest removal of
+any row does not pay for the dearest return of another.
+
+1. *search*: every row that changed is swapped to a 1-swap optimum at its own count.
+2. *trade*: removals in order of their cost and returns in order of their gain are paired off as long as they
+   pay; each row gives or takes, not both. None pays: the layer is proven 1-swap optimal. Else again with 1.
+
+Both steps only lower the layer's sum, and keep its count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from maskopt.limits import Limits
+from maskopt.problem import LayerProblem
+from maskopt.solution import SWAP_TOLERANCE, Solution, Status, swap_threshold
+from maskopt.solvers.pooled.offers import Offers
+from maskopt.trace import SwapTrace
+
+#: part of the tolerance of SWAP_OPTIMAL that trades go below, so that rounding never decides a claim
+_PART = 0.5
+
+#: (rows, their masks) → 1-swap optima at the masks' own counts, and what those rows offer then
+Search = Callable[[Tensor, Tensor, Limits], tuple[Solution, Offers]]
+
+
+@dataclass
+class _State:
+    """Where every row stands."""
+
+    mask: Bool[Tensor, "rows n"]
+    objective: Float[Tensor, " rows"]
+    proven: Bool[Tensor, " rows"]
+    offers: Offers
+    weight: Float[Tensor, "rows n"] | None
+
+    def put(self, rows: Tensor, found: Solution, offers: Offers) -> None:
+        self.mask[rows], self.objective[rows] = found.mask, found.objective
+        self.proven[rows] = _proven(found)
+        self.offers.put(rows, offers)
+        if self.weight is not None:
+            assert found.weight is not None
+            self.weight[rows] = found.weight
+
+    def copy(self) -> _State:
+        """Without the offers, which are made anew."""
+        weight = None if self.weight is None else self.weight.clone()
+        parts = self.mask.clone(), self.objective.clone(), self.proven.clone()
+        return _State(*parts, self.offers, weight)
+
+
+def trade(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) -> Solution:
+    """From a legal mask to a proven 1-swap optimum of the layer, or what was reached when a limit came."""
+    rows = torch.arange(problem.rows, device=problem.device)
+    found, offers = search(rows, start, limits)
+    state = _State(found.mask, found.objective, _proven(found), offers, found.weight)
+    counts = _Counts.of(found)
+    history = [counts.start, state.objective.clone()]
+    done = False
+    while bool(state.proven.all()) and not limits.expired:
+        pairs = trades(state.offers, problem, state.objective)
+        done = pairs is None
+        if pairs is None:
+            break
+        before, total = state.copy(), problem.shares @ state.objective
+        changed = pairs.apply(state.mask)
+        counts.trades += changed.sum(1).cpu()
+        rows = changed.any(1).nonzero()[:, 0]
+        found, offers = search(rows, state.mask[rows], limits.quiet())
+        state.put(rows, found, offers)
+        counts.add(rows, found)
+        if not problem.shares @ state.objective < total:  # rounding promised too much
+            state = before
+            state.proven[:] = False
+        history.append(state.objective.clone())
+    limits.report(problem.rows, problem.rows)
+    return Solution(
+        mask=state.mask,
+        objective=state.objective,
+        lower_bound=torch.zeros_like(state.objective),
+        status=(Status.SWAP_OPTIMAL if done else Status.FEASIBLE,) * problem.rows,
+        trace=counts.trace(torch.stack(history, 1).cpu()),
+        weight=state.weight,
+    )
+
+
+def _proven(found: Solution) -> Bool[Tensor, " rows"]:
+    flags = [status is Status.SWAP_OPTIMAL for status in found.status]
+    return torch.tensor(flags, device=found.mask.device)
+
+
+@dataclass
+class Pairs:
+    """As many removals as returns. Flat indices into the offers, [rows · some]."""
+
+    offers: Offers
+    removals: Int[Tensor, " trades"]
+    returns: Int[Tensor, " trades"]
+
+    def apply(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
+        """Do them; what changed."""
+        changed = torch.zeros_like(mask)
+        some = self.offers.costs.shape[1]
+        for flat, inputs in (
+            (self.removals, self.offers.removals),
+            (self.returns, self.offers.returns),
+        ):
+            changed[flat // some, inputs.flatten()[flat]] = True
+        mask ^= changed
+        return changed
+
+
+def trades(
+    offers: Offers, problem: LayerProblem, objective: Float[Tensor, " rows"]
+) -> Pairs | None:
+    """What pays, by more than the tolerances of both rows; None: nothing does."""
+    share = problem.shares[:, None]
+    refit = problem.refit is not None
+    slack = swap_threshold(objective, problem.diagonal_mass(), SWAP_TOLERANCE, refit=refit)
+    slack = _PART * slack[:, None]
+    # from the front of a row's offers only: one that is cheaper than those before it waits for them
+    cost = (share * (offers.costs + slack)).cummax(1).values
+    gain = (share * (offers.gains - slack)).cummin(1).values
+    count, price = _crossing(cost, gain)
+    if not count:
+        return None
+    gives, takes = price - cost[:, 0], gain[:, 0] - price
+    both = (gives > 0) & (takes > 0)
+    cost = cost.masked_fill((both & (takes >= gives))[:, None], torch.inf)
+    gain = gain.masked_fill((both & (takes < gives))[:, None], -torch.inf)
+    count, _ = _crossing(cost, gain)
+    if not count:  # a row that could only trade with itself stood in the way
+        return _single(share[:, 0], slack[:, 0], offers)
+    return Pairs(
+        offers,
+        cost.flatten().argsort(stable=True)[:count],
+        gain.flatten().argsort(descending=True, stable=True)[:count],
+    )
+
+
+def _crossing(cost: Tensor, gain: Tensor) -> tuple[int, float]:
+    """How many pairs pay if the cheapest removals meet the dearest returns, and a price between the last."""
+    cheap, dear = cost.flatten().sort().values, gain.flatten().sort(descending=True).values
+    count = int((cheap < dear).sum())
+    return count, float(cheap[count - 1] + dear[count - 1]) / 2 if count else 0.0
+
+
+def _single(share: Tensor, slack: Tensor, offers: Offers) -> Pairs | None:
+    """The best trade of two rows, each by its best offer."""
+    some = offers.costs.shape[1]
+    cost, gain = share * (offers.costs[:, 0] + slack), share * (offers.gains[:, 0] - slack)
+    best: tuple[float, int, int] | None = None
+    for giver in cost.argsort(stable=True)[:2].tolist():
+        for taker in gain.argsort(descending=True, stable=True)[:2].tolist():
+            delta = float(cost[giver] - gain[taker])
+            if giver != taker and delta < 0 and (best is None or delta < best[0]):
+                best = delta, giver, taker
+    if best is None:
+        return None
+    giver, taker = (torch.tensor([row * some], device=cost.device) for row in best[1:])
+    return Pairs(offers, giver, taker)
+
+
+@dataclass
+class _Counts:
+    """What the searches tell, summed up."""
+
+    kernel: str
+    start: Float[Tensor, " rows"]
+    swaps: Int[Tensor, " rows"]
+    scans: Int[Tensor, " rows"]
+    rounds: Int[Tensor, " rows"]
+    pairs: Int[Tensor, " rows"]
+    trades: Int[Tensor, " rows"]
+
+    @classmethod
+    def of(cls, found: Solution) -> _Counts:
+        told = found.trace
+        assert isinstance(told, SwapTrace)
+        none = torch.zeros_like(told.swaps)
+        start = told.history[:, 0].to(found.objective)
+        sums = (told.swaps.clone(), told.scans.clone(), told.rounds.clone(), told.pairs.clone())
+        return cls(told.kernel, start, *sums, none)
+
+    def add(self, rows: Tensor, found: Solution) -> None:
+        told = found.trace
+        assert isinstance(told, SwapTrace)
+        for name in ("swaps", "scans", "rounds", "pairs"):
+            getattr(self, name)[rows.cpu()] += getattr(told, name)
+
+    def trace(self, history: Tensor) -> SwapTrace:
+        sums = (self.swaps, self.scans, self.rounds, self.pairs)
+        return SwapTrace(self.kernel, *sums, history, self.trades)
