@@ -124,9 +124,7 @@ def test_a_mask_of_another_count_is_found(result: tuple[Path, Path], tmp_path: P
 
     change_masks(out, more)
     forge_manifest(out)
-    with pytest.raises(
-        VerificationError, match="is said to have 768 weights pruned; its mask has"
-    ):
+    with pytest.raises(VerificationError, match="is said to have 768 weights pruned; its mask has"):
         verify_output(out)
 
 

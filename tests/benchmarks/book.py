@@ -16,6 +16,11 @@ PATTERNS: dict[str, Pattern] = {
     "60%": Unstructured(sparsity=0.6),
     "2:4": NM(keep=2, of=4),
 }
+#: rows of a layer trade
+POOLED: dict[str, Pattern] = {
+    "50% per layer": Unstructured(sparsity=0.5, per="layer"),
+    "60% per layer": Unstructured(sparsity=0.6, per="layer"),
+}
 #: what may differ between runs whose measurements stand beside each other
 TOLD = ("date", "note", "corpus")
 

@@ -180,8 +180,8 @@ STUDIES = (
         "weights",
         "Weights that are refitted, and rows that trade",
         "32 windows. *refitted*: kept weights set anew by least squares, damping 0.01; *on F*: masks\n"
-        "that are chosen for that. *rows trade*: the count is that of a layer, not of each of its rows. Errors\n"
-        "after the least squares.",
+        "that are chosen for that. *rows trade*: the count is that of a layer, not of each of its\n"
+        "rows. Errors after the least squares.",
         {
             "model": MODEL,
             "pattern": part(1),

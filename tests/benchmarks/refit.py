@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from book import PATTERNS, ROOT, Book
+from book import PATTERNS, POOLED, ROOT, Book
 from demo_layers import name_of
 from machine import machine, machine_now
 from refit_page import write
@@ -31,6 +31,7 @@ LAYERS = ("2.q", "8.q", "14.q", "2.down", "8.down", "14.down")
 DAMPING = {"q": 0.003, "down": 0.1}
 #: rows of the plain loop that least squares are timed beside
 LOOP = 64
+EVERY = {**PATTERNS, **POOLED}
 #: label → solver that chooses, start, whether it chooses for refitted weights
 METHODS: dict[str, tuple[str, str | None, bool]] = {
     "Wanda": ("wanda", None, False),
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="windows that all is fitted to")
     parser.add_argument("--heldout", required=True, help="windows that all is judged on")
     parser.add_argument("--layers", nargs="*", default=list(LAYERS))
-    parser.add_argument("--patterns", nargs="*", choices=list(PATTERNS), default=list(PATTERNS))
+    parser.add_argument("--patterns", nargs="*", choices=list(EVERY), default=list(EVERY))
     parser.add_argument("--data", type=Path, default=ROOT / "docs" / "figures" / "refit.jsonl")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "refit.md")
     args = parser.parse_args()
@@ -55,20 +56,25 @@ def main() -> None:
     book.begin({"calibration": Path(args.calibration).name, "heldout": Path(args.heldout).name})
     book.check()
     wanted = {
-        layer: [f"{p}/{layer}/{m}" for p in args.patterns for m in METHODS] + [f"pace/{layer}"]
+        layer: [f"{p}/{layer}/{m}" for p in args.patterns for m in methods(p)] + [f"pace/{layer}"]
         for layer in args.layers
     }
     missing = [layer for layer in args.layers if any(key not in book for key in wanted[layer])]
     for layer, fitted, judge in problems(args, missing):
         for pattern in args.patterns:
-            for label in METHODS:
+            for label in methods(pattern):
                 if (key := f"{pattern}/{layer}/{label}") not in book:
-                    problem, aside = (x.under(PATTERNS[pattern]) for x in (fitted, judge))
+                    problem, aside = (x.under(EVERY[pattern]) for x in (fitted, judge))
                     book.put(key, measured(problem, aside, label, DAMPING[layer.split(".")[1]]))
         if (key := f"pace/{layer}") not in book:
             book.put(key, pace(fitted.refitting(Refit(DAMPING[layer.split(".")[1]]))))
     write(book, args.page)
     print(f"wrote {args.page}")
+
+
+def methods(pattern: str) -> list[str]:
+    """Those that choose for it."""
+    return [m for m in METHODS if pattern not in POOLED or m != "SparseGPT's mask"]
 
 
 def problems(
@@ -104,8 +110,8 @@ def measured(
     weights = solution.weight if solution.weight is not None else refitted.weights(solution.mask)
     energy, aside = problem.output_energy().sum(), judge.output_energy().sum()
     trace = solution.trace if isinstance(solution.trace, SwapTrace) else None
-    kept = int(solution.mask[0].sum())
-    pairs = kept * (problem.n - kept)
+    kept = solution.mask.sum(1).cpu()
+    pairs = (kept * (problem.n - kept)).clamp(min=1)  # B's entries
     return {
         "kept": float(problem.objective(solution.mask).sum() / energy),
         "kept_held": float(judge.objective(solution.mask).sum() / aside),
@@ -113,7 +119,7 @@ def measured(
         "held": float(judge.error(weights).sum() / aside),
         "proven": solution.status.count(Status.SWAP_OPTIMAL) / problem.rows,
         "swaps": None if trace is None else float(trace.swaps.double().mean()),
-        "formed": None if trace is None else float((trace.pairs / trace.scans).mean() / pairs),
+        "formed": None if trace is None else float((trace.pairs / trace.scans / pairs).mean()),
         "seconds": seconds,
         "rows": problem.rows,
         "damping": damping,
