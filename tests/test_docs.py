@@ -78,7 +78,12 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
         "methods/gemma3/50%/1-swap (default)",
         "bos/gemma3/never/auto",
     ]
-    keys += ["target/gemma3/dense", "weighting/gemma3/rest", "shrink/gemma3/2:4/auto"]
+    keys += [
+        "weights/gemma3/50%/1-swap",
+        "target/gemma3/dense",
+        "weighting/gemma3/rest",
+        "shrink/gemma3/2:4/auto",
+    ]
     keys += [f"sizes/gemma3/{2**k}" for k in range(2, 9)]
     book = Book(tmp_path / "some.jsonl")
     book.begin(dict.fromkeys(("calibration", "text", "corpus", "windows"), "x"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 from strategies import KINDS, random_gram, random_linear, random_weight
 
 from maskopt import (
@@ -18,6 +19,7 @@ from maskopt import (
     Status,
     Unstructured,
     improving_swap,
+    lower_bound,
     solve,
     verify,
 )
@@ -316,6 +318,114 @@ def test_refitted_weights_of_rows_with_counts_of_their_own():
     for row in range(problem.rows):
         alone = problem.at_count_of(found.mask, row)
         torch.testing.assert_close(alone.weights(found.mask[row]), weights[row])
+
+
+# --- the relaxation of a layer, and what it proves -----------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(pooled(max_n=8, max_rows=4), st.sampled_from(("box", "shift")))
+def test_bounds_are_below_the_optimum(problem, method):
+    problem = problem.refitting(None)
+    bound = lower_bound(problem, method)
+    best = solve(problem, "exhaustive")
+    assert float(problem.shares @ bound.value) <= total(problem, best) + slack(problem)
+    gaps = bound.gap(best.objective)
+    assert bool((gaps == gaps[0]).all())
+    assert bool((gaps >= -1e-9).all())
+
+
+def test_the_bound_of_a_diagonal_gram_is_tight():
+    problem = layer(rows=4, n=9, kind="diagonal", omega=torch.tensor([1.0, 3.0, 0.5, 1.0]))
+    best = total(problem, solve(problem, "swap"))
+    proven = float(problem.shares @ lower_bound(problem, "shift").value)
+    assert 0.99 * best <= proven <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("omega", [None, torch.tensor([1.0, 9.0, 0.1, 1.0, 2.0, 0.5])])
+def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega):
+    """min Σ ωᵣ fᵣ(xᵣ) over the box and one count, by SLSQP."""
+    problem = layer(rows=6, n=8, omega=omega)
+    shape, share = problem.weight.shape, problem.shares[:, None].numpy()
+    w, gram = problem.weight.numpy(), problem.gram.numpy()
+
+    def value(x):
+        dropped = w * x.reshape(shape)
+        return float((share * dropped * (dropped @ gram)).sum())
+
+    def slope(x):
+        return (2 * share * w * (w * x.reshape(shape) @ gram)).ravel()
+
+    count = {"type": "eq", "fun": lambda x: x.sum() - problem.pruned, "jac": lambda x: x * 0 + 1}
+    size = w.size
+    found = minimize(
+        value,
+        [problem.pruned / size] * size,
+        jac=slope,
+        bounds=[(0, 1)] * size,
+        constraints=[count],
+        method="SLSQP",
+        options={"ftol": 1e-12, "maxiter": 500},
+    )
+    assert found.success
+    bound = lower_bound(problem, "box", steps=2000, tolerance=1e-6)
+    assert float(problem.shares @ bound.value) == pytest.approx(found.fun, rel=1e-4)
+
+
+def test_a_relaxed_start_counts_for_the_layer():
+    """Where rows differ much, equal counts are far from any good mask of the layer."""
+    problem = layer(rows=12, n=32, sparsity=0.6, seed=5)
+    alike = solve(problem.under(problem.pattern.alike()), "relax", refine=False, max_iterations=0)
+    start = solve(problem, "relax", refine=False, max_iterations=0)
+    assert total(problem, start) < 0.9 * total(problem, alike)
+    whole = solve(problem, "relax")
+    verify(problem, whole)
+    assert set(whole.status) == {Status.SWAP_OPTIMAL}
+    assert float(whole.gap[0]) == pytest.approx(float(whole.gap[-1]))
+    assert 0 < float(whole.lower_bound.sum()) < total(problem, whole)
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_relaxing_is_never_worse_than_its_start(refine):
+    problem = layer(rows=4, n=10)
+    best = solve(problem, "exhaustive")
+    found = solve(problem, "relax", start=best.mask, refine=refine)
+    assert total(problem, found) == pytest.approx(total(problem, best))
+
+
+def test_certificates_of_a_layer_are_checked():
+    problem = layer(rows=3, n=8)
+    bound = lower_bound(problem, "box")
+    found = solve(problem, "swap")
+
+    def claim(factor, certificate):
+        claimed = Solution.of(
+            problem,
+            found.mask,
+            lower_bound=factor * bound.value,
+            certificate=certificate,
+            status=Status.SWAP_OPTIMAL,
+        )
+        return verify(problem, claimed)
+
+    assert claim(1.0, bound.certificate).checked
+    with pytest.raises(VerificationError, match="its certificate proves"):
+        claim(1.01, bound.certificate)
+    own_counts = replace(bound.certificate, penalty=torch.ones(3, 1, dtype=torch.float64))
+    with pytest.raises(VerificationError, match="speak of a row's own count"):
+        claim(1.0, own_counts)
+    moved = replace(bound.certificate, point=torch.full((3, 8), 0.3, dtype=torch.float64))
+    assert float(moved.check(problem).sum()) <= float(bound.value.sum())
+    # of rows that prune alike the same point proves another thing
+    alike = problem.under(problem.pattern.alike())
+    assert float(bound.certificate.check(alike).sum()) >= float(bound.value.sum()) * (1 - 1e-12)
+
+
+def test_bounds_of_rows_that_prune_alike_are_refused():
+    with pytest.raises(SolverError, match="of a layer whose rows trade take method 'box'"):
+        lower_bound(layer(rows=2, n=4), "sdp")
+    with pytest.raises(SolverError, match="weights as they are"):
+        lower_bound(layer(rows=2, n=4, refit=Refit(0.01)), "box")
 
 
 # --- what is claimed falsely -------------------------------------------------------------------------

@@ -24,7 +24,8 @@ to and {heldout} on which it is judged. Errors are ‖(W−Ŵ)X‖²/‖WX‖² 
 weights refitted by least squares; λ in parts of G's mean diagonal: {dampings}, chosen on blocks 5 and 11.
 *kept*: the same mask with its weights as they were, held out. *on F*: chosen for refitted weights. *of B
 formed*: the part of B, which has an entry for each kept and each pruned input, that a scan needs. *per
-layer*: the count is that of the layer, and its rows trade, ω = 1; proven is then that no trade improves, either.
+layer*: the count is that of the layer, and its rows trade, ω = 1; what is proven is that no trade improves,
+either.
 {"; ".join(taken)}.
 """
     for pattern in (*PATTERNS, *POOLED):
