@@ -14,11 +14,11 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.certificate import Certificate
 from maskopt.errors import SolverError
 from maskopt.fields import check_options
 from maskopt.limits import Limits, torch_threads
 from maskopt.problem import LayerProblem, RowProblem
+from maskopt.refit_certificate import AnyCertificate
 from maskopt.registry import Registry
 from maskopt.solution import relative_gap
 from maskopt.solver import limits_of
@@ -43,7 +43,7 @@ class Bound:
     """
 
     value: Float[Tensor, " rows"]
-    certificate: Certificate
+    certificate: AnyCertificate
     method: str = ""
     seconds: float = math.nan
     trace: BoundTrace = field(default_factory=BoundTrace)
@@ -68,12 +68,14 @@ class BoundMethod(Protocol):
         name: in the registry.
         largest_n: rows of more inputs are refused; None: any.
         pooled: it bounds layers whose rows trade, too.
+        refit: it bounds F of problems with `refit`, and nothing else.
         note: one line for lists.
     """
 
     name: ClassVar[str]
     largest_n: ClassVar[int | None] = None
     pooled: ClassVar[bool] = False
+    refit: ClassVar[bool] = False
     note: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class BoundMethod(Protocol):
         """Why the method cannot run here, or None."""
         return None
 
-    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[AnyCertificate, BoundTrace]:
         """A certificate for every row, and how it was found. The clock of `limits` is running."""
         ...
 
@@ -113,7 +115,8 @@ def lower_bound(
 
     Args:
         problem: a layer or a row (then rows = 1).
-        method: a value such as `Sdp(cuts=8)`, or a name: `box`, `shift`, `sdp`, `sdp-conic`, or what
+        method: a value such as `Sdp(cuts=8)`, or a name: `box`, `shift`, `sdp`, `sdp-conic`, of refitted
+            weights `perspective`, or what
             another distribution registers under the entry-point group `maskopt.bounds`.
         limits: for all rows together; what is reached when the time is over is certified.
         options: of the method, where it is named; and `time_limit`, `memory_limit`, `threads`, `seed`,
@@ -126,15 +129,19 @@ def lower_bound(
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     limits, own = limits_of(limits, options)
     maker = make_bound(method, **own)
-    if layer.refit is not None:
+    if layer.refit is not None and not maker.refit:
         raise SolverError(
-            "bounds are of weights as they are; there is none yet of refitted ones: take "
-            "problem.refitting(None), whose optimum is no bound of the other"
+            f"bound {maker.name!r} is of weights as they are; of refitted ones take method 'perspective'"
+        )
+    if layer.refit is None and maker.refit:
+        raise SolverError(
+            f"bound {maker.name!r} is of refitted weights, and the problem keeps its own; take method 'sdp', "
+            "or problem.refitting(Refit(damping))"
         )
     if layer.pooled and not maker.pooled:
         raise SolverError(
-            f"bound {maker.name!r} is of rows that prune alike; of a layer whose rows trade take method "
-            "'box' or 'shift'"
+            f"bound {maker.name!r} is of rows that prune alike; of a layer whose rows trade and keep their "
+            "weights take method 'box' or 'shift'"
         )
     if maker.largest_n is not None and layer.n > maker.largest_n:
         raise SolverError(

@@ -291,7 +291,7 @@ def _at_point(
         if cut_matrix is not None:
             a -= cut_matrix
             parts += cut_size
-        slack = torch.full_like(w, _missing(a) + 8 * _U * parts)
+        slack = torch.full_like(w, missing(a) + 8 * _U * parts)
     lam = diagonal + slack
 
     # g(p̂) and its gradient
@@ -353,7 +353,7 @@ def _cut_form(
     return matrix, linear, float(constant), 16 * float(tau.sum())
 
 
-def _missing(a: Tensor) -> float:
+def missing(a: Tensor) -> float:
     """θ ≥ 0 with A + θI ⪰ 0 for certain."""
     n = len(a)
     trace = float(a.diagonal().abs().sum())
@@ -399,8 +399,8 @@ def _shared_slack(certificate: Certificate, layer: LayerProblem) -> _Shared | No
     g = layer.gram.double().clone()
     g.diagonal().add_(least - 8 * _U * (least.abs() + g.diagonal().abs()))
     scale = float(layer.gram.diagonal().double().abs().mean())
-    missing = _missing(g)
-    return _Shared(missing) if missing <= 1e-4 * scale else None
+    lack = missing(g)
+    return _Shared(lack) if lack <= 1e-4 * scale else None
 
 
 def certificate_arrays(certificate: Certificate) -> dict[str, np.ndarray]:

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.certificate import Certificate, certificate_arrays, certificate_from
 from maskopt.errors import OptionError, ProblemError
 from maskopt.files import read_arrays, write_arrays
 from maskopt.problem import LayerProblem, RowProblem
+from maskopt.refit_certificate import AnyCertificate, restored, stored
 from maskopt.trace import Trace, trace_arrays, trace_from
 
 
@@ -92,7 +92,7 @@ class Solution:
     solver: str = ""
     seconds: float = math.nan
     trace: Trace = field(default_factory=Trace)
-    certificate: Certificate | None = None
+    certificate: AnyCertificate | None = None
     vouched: tuple[str, ...] = ()
     weight: Float[Tensor, "rows n"] | None = None
 
@@ -110,7 +110,7 @@ class Solution:
         status: Status | Sequence[Status] = Status.FEASIBLE,
         lower_bound: Float[Tensor, " rows"] | None = None,
         trace: Trace | None = None,
-        certificate: Certificate | None = None,
+        certificate: AnyCertificate | None = None,
         vouched: Sequence[str] = (),
     ) -> Solution:
         """A Solution with the float64 objective computed from the mask.
@@ -181,7 +181,7 @@ class Solution:
             **{f"trace.{name}": value for name, value in tensors.items()},
         }
         if self.certificate is not None:
-            parts = certificate_arrays(self.certificate)
+            parts = stored(self.certificate)
             arrays |= {f"certificate.{name}": value for name, value in parts.items()}
         header = {
             "status": [str(status) for status in self.status],
@@ -216,7 +216,7 @@ class Solution:
                 solver=str(header["solver"]),
                 seconds=math.nan if seconds is None else float(seconds),
                 trace=trace_from(header["trace"], tensors),
-                certificate=certificate_from(certificate, str(path)) if certificate else None,
+                certificate=restored(certificate, str(path)) if certificate else None,
                 vouched=tuple(str(word) for word in header["vouched"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -11,7 +11,7 @@ from certificates import PATTERNS, certificate, exact, formula, layer, triangles
 from strategies import random_gram, random_weight
 
 from maskopt import Certificate, LayerProblem, Linear, lower_bound, solve
-from maskopt.certificate import _check_row, _missing, _shared_slack
+from maskopt.certificate import _check_row, _shared_slack, missing
 
 #: signs under which sums cancel
 ALTERNATING = 1 - 2.0 * (torch.arange(8) % 2)
@@ -183,7 +183,7 @@ def test_what_is_missing_to_semidefinite_is_added_with_its_margin(n, kind):
         "negative": -eye,
     }[kind]
     a = (a + a.T) / 2
-    added = _missing(a)
+    added = missing(a)
     least = float(torch.linalg.eigvalsh(a)[0])
     trace, gamma = float(a.diagonal().abs().sum()), (n + 2) * U
     # a completed factorisation of the shifted matrix proves no more than −γ/(1−γ)·tr

@@ -422,9 +422,11 @@ def test_certificates_of_a_layer_are_checked():
 
 
 def test_bounds_of_rows_that_prune_alike_are_refused():
-    with pytest.raises(SolverError, match="of a layer whose rows trade take method 'box'"):
+    with pytest.raises(
+        SolverError, match="whose rows trade and keep their weights take method 'box'"
+    ):
         lower_bound(layer(rows=2, n=4), "sdp")
-    with pytest.raises(SolverError, match="weights as they are"):
+    with pytest.raises(SolverError, match="'box' is of weights as they are"):
         lower_bound(layer(rows=2, n=4, refit=Refit(0.01)), "box")
 
 

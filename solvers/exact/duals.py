@@ -63,6 +63,7 @@ def qcr_duals(task: RowTask) -> Duals:
     limits = task.limits.share(_SHARE)
     bound = lower_bound(problem, "sdp", tolerance=_TOLERANCE, limits=limits)
     certificate = bound.certificate
+    assert isinstance(certificate, Certificate)
     return Duals(
         diagonal=certificate.diagonal[0].numpy().copy(),
         penalty=float(certificate.penalty[0, 0]),

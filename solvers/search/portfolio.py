@@ -167,9 +167,10 @@ def _rather(one: Solution, other: Solution) -> Bool[Tensor, " rows"]:
 def _certificate(one: Solution, other: Solution, higher: Tensor) -> Certificate | None:
     """Of every row that of its bound. Where only one of the two has any, it is kept throughout: a row
     whose bound is the other's rests on that one's word, and what the certificate proves of it is less."""
-    if one.certificate is None or other.certificate is None:
-        return one.certificate or other.certificate
-    return Certificate.choose(higher, one.certificate, other.certificate)
+    found = [c for c in (one.certificate, other.certificate) if isinstance(c, Certificate)]
+    if len(found) < 2:
+        return found[0] if found else None
+    return Certificate.choose(higher, *found)
 
 
 def _words(one: Solution, other: Solution, higher: Tensor) -> tuple[str, ...]:
