@@ -32,6 +32,7 @@ from maskopt.solvers.exact.duals import Duals, qcr_duals, same_group
 from maskopt.solvers.exact.incumbent import tabu_row, with_incumbent
 from maskopt.solvers.exact.node import bound_node
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
+from maskopt.solvers.exact.refit_tree import branch_refitted
 from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
 
 #: part of the objective that a node's bound is lowered by: far above the rounding of float64 sums
@@ -57,7 +58,10 @@ class BranchTask(RowTask):
 
 @dataclass(frozen=True)
 class Branch(RowSolver):
-    """Exact for up to about 192 inputs; beyond, a gap within the time limit. Tells a `TreeTrace`."""
+    """Exact for up to about 192 inputs; beyond, a gap within the time limit. Tells a `TreeTrace`.
+
+    Of refitted weights by the perspective relaxation (`solvers/exact/refit_tree.py`), up to about 64.
+    """
 
     name: ClassVar[str] = "branch"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -66,6 +70,7 @@ class Branch(RowSolver):
         default_start="wanda",
         proves="optimality",
         largest_n=256,
+        refit=True,
         note="branch and bound on the QCR form of the SDP bound; proves up to about 192 inputs",
     )
 
@@ -76,6 +81,8 @@ class Branch(RowSolver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
         assert start is not None
+        if problem.refit is not None:
+            return branch_refitted(self, problem, start, limits)
         return self.solve_rows(
             problem,
             start,

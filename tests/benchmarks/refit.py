@@ -20,7 +20,7 @@ from demo_layers import name_of
 from machine import machine, machine_now
 from refit_page import write
 
-from maskopt import LayerProblem, Limits, Refit, make_solver, solve
+from maskopt import LayerProblem, Limits, Refit, Unstructured, lower_bound, make_solver, solve
 from maskopt.model.demo_model import demo_model
 from maskopt.model.problems import collect_problems
 from maskopt.solution import Status
@@ -29,6 +29,10 @@ from maskopt.trace import SwapTrace
 LAYERS = ("2.q", "8.q", "14.q", "2.down", "8.down", "14.down")
 #: by kind, chosen on blocks 5 and 11 and on no layer of the page
 DAMPING = {"q": 0.003, "down": 0.1}
+#: inputs of toy rows, which are proven; of each layer so many
+TOYS, TOY_ROWS = (24, 32, 48, 64), 4
+#: for the proof of a toy row
+TOY_SECONDS = 120
 #: rows of the plain loop that least squares are timed beside
 LOOP = 64
 EVERY = {**PATTERNS, **POOLED}
@@ -56,7 +60,8 @@ def main() -> None:
     book.begin({"calibration": Path(args.calibration).name, "heldout": Path(args.heldout).name})
     book.check()
     wanted = {
-        layer: [f"{p}/{layer}/{m}" for p in args.patterns for m in methods(p)] + [f"pace/{layer}"]
+        layer: [f"{p}/{layer}/{m}" for p in args.patterns for m in methods(p)]
+        + [f"pace/{layer}", *(f"toy/{n}/{layer}" for n in TOYS)]
         for layer in args.layers
     }
     missing = [layer for layer in args.layers if any(key not in book for key in wanted[layer])]
@@ -68,6 +73,10 @@ def main() -> None:
                     book.put(key, measured(problem, aside, label, DAMPING[layer.split(".")[1]]))
         if (key := f"pace/{layer}") not in book:
             book.put(key, pace(fitted.refitting(Refit(DAMPING[layer.split(".")[1]]))))
+        refitted = fitted.refitting(Refit(DAMPING[layer.split(".")[1]]))
+        for n in TOYS:
+            if (key := f"toy/{n}/{layer}") not in book:
+                book.put(key, toys(refitted, n))
     write(book, args.page)
     print(f"wrote {args.page}")
 
@@ -143,6 +152,32 @@ def pace(problem: LayerProblem) -> dict[str, Any]:
     ours, loop = (_seconds(work) for work in (lambda: squares.solve(target, mask), plain))
     taken = {"machine": machine_now(), "date": time.strftime("%Y-%m-%d")}
     return {"n": problem.n, "ours": ours / problem.rows, "loop": loop / LOOP, **taken}
+
+
+def toys(problem: LayerProblem, n: int) -> dict[str, Any]:
+    """Rows with n inputs, 50%: their proven optima, and how far above others end, as parts of them."""
+    found: dict[str, list[float]] = {name: [] for name in ("swap", "admm", "kept", "root", "gap")}
+    seconds, nodes = [], []
+    for number in range(TOY_ROWS):
+        generator = torch.Generator().manual_seed(number)
+        row = int(torch.randint(problem.rows, (1,), generator=generator))
+        inputs = torch.randperm(problem.n, generator=generator)[:n]
+        toy = problem.row(row).restrict(inputs, Unstructured(sparsity=0.5))
+        best = solve(toy, "branch", start="admm", limits=Limits(seconds=TOY_SECONDS))
+        optimum = float(best.objective[0])
+        masks = {
+            "swap": solve(toy, "swap", start="admm").mask,
+            "admm": solve(toy, "admm").mask,
+            "kept": solve(toy.refitting(None), "swap", start="relax").mask,
+        }
+        for name, mask in masks.items():
+            found[name].append(float(toy.objective(mask[0])) / optimum - 1)
+        found["gap"].append(float(best.gap[0]))
+        found["root"].append(1 - float(lower_bound(toy, "perspective").value[0]) / optimum)
+        seconds.append(best.seconds)
+        nodes.append(int(best.trace.columns(1)["nodes"][0]))
+    taken = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    return {**found, "seconds": seconds, "nodes": nodes, **taken}
 
 
 def _seconds(work: Callable[[], object]) -> float:

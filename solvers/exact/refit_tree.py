@@ -1,0 +1,214 @@
+"""Branch and bound for refitted weights: the perspective relaxation at every node, best first.
+
+The root's split d of A's diagonal, which the bound `perspective` makes, serves the whole tree. A node keeps
+some inputs and has pruned others; inputs that cannot change sides without passing the incumbent are fixed by
+their prices: with the dearest m of the free ones counted, one of them left out costs what it is dearer than
+the next, and one of the others taken in what the last counted is dearer than it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+import maskopt
+from maskopt.bounds import lower_bound
+from maskopt.limits import Limits
+from maskopt.problem import LayerProblem
+from maskopt.refit_certificate import RefitCertificate
+from maskopt.solution import Solution
+from maskopt.solvers.exact.refit_node import FREE, KEPT, OUT, refitted, relaxed
+from maskopt.solvers.exact.rows import NOISE, RowAnswer, RowSolver, RowTask, assemble, run_rows
+from maskopt.solvers.refit.rows import swap_refitted
+
+#: part of the objective, and of C, that a node's bound is lowered by: above the rounding of float64 sums
+_MARGIN, _ROUNDING = 1e-9, 1e-13
+#: part of the objective by which a mask must beat the incumbent to be looked for: half of what OPTIMAL allows
+_WORTH = 5e-7
+#: turns of v and z at a node
+_TURNS = 25
+#: parts of what is left of the time that the incumbent and the split may take
+_SEARCH_SHARE, _SPLIT_SHARE = 0.2, 0.3
+
+
+@dataclass(frozen=True)
+class RefitTask(RowTask):
+    """A row of refitted weights: `q` is A, and its inputs are scaled to A_jj = 1.
+
+    Attributes:
+        target: b [n].
+        constant: C: F is C − b_SᵀA_SS⁻¹b_S.
+        split: d [n].
+    """
+
+    target: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    constant: float = 0.0
+    split: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    def cost(self, pruned: np.ndarray) -> float:
+        """F of a mask."""
+        kept = np.flatnonzero(~np.asarray(pruned, dtype=bool))
+        return max(self.constant - float(refitted(self.q, self.target, kept)), 0.0)
+
+    @property
+    def noise(self) -> float:
+        return NOISE * self.constant
+
+
+def branch_refitted(
+    solver: RowSolver, problem: LayerProblem, start: Tensor, limits: Limits
+) -> Solution:
+    """Every row of a problem with `refit`."""
+    start = swap_refitted(problem, start, None, limits.share(_SEARCH_SHARE).quiet()).mask
+    bound = lower_bound(problem, "perspective", limits=limits.share(_SPLIT_SHARE).quiet())
+    squares = problem.least_squares
+    size = squares.damped.diagonal().sqrt()
+    a = (squares.damped / size / size[:, None]).numpy()
+    target = squares.target(problem.weight, problem.correlation)
+    constant = (problem.weight.double() * target).sum(1)
+    if problem.linear is not None:
+        constant += (problem.weight.double() * problem.linear.correlation).sum(1)
+        constant += problem.linear.constant
+    assert isinstance(bound.certificate, RefitCertificate)
+    split = bound.certificate.split / squares.damped.diagonal()
+    tasks = [
+        RefitTask(
+            q=a,
+            group=problem.group_size,
+            pruned=problem.pruned_per_group,
+            start=(~start[i]).numpy(),
+            limits=limits.quiet(),
+            row_seconds=solver.row_seconds,
+            gap_limit=solver.gap_limit,
+            node_limit=solver.node_limit,
+            target=(target[i] / size).numpy(),
+            constant=float(constant[i]) if squares.ridge else 0.0,
+            split=split[i].numpy(),
+        )
+        for i in range(problem.rows)
+    ]
+    word = f"branch of maskopt {maskopt.__version__}"
+    return assemble(problem, run_rows(search_refitted, tasks, limits, solver.workers), word)
+
+
+def search_refitted(task: RefitTask) -> RowAnswer:
+    """One row; what the time leaves undone is left out."""
+    cost = task.cost(task.start)
+    if cost <= task.noise:
+        return RowAnswer(task.start, "optimal")
+    if task.pruned in (0, task.group):
+        return RowAnswer(task.start, "optimal", bound=cost, root_bound=cost)
+    return _Tree(task).search()
+
+
+class _Tree:
+    def __init__(self, task: RefitTask) -> None:
+        self.task = task
+        self.best, self.cost = task.start, task.cost(task.start)
+        self.kept = task.group - task.pruned
+        self.open: list[tuple[float, int, np.ndarray, np.ndarray]] = []
+        self.nodes = 0
+        n = len(task.target)
+        share = np.full(n, self.kept / task.group)
+        self.root = self._add(np.zeros(n, dtype=np.int8), share, 0.0)
+
+    @property
+    def aim(self) -> float:
+        """A node whose bound is no lower holds nothing that is worth looking for."""
+        return self.cost * (1 - _WORTH)
+
+    def search(self) -> RowAnswer:
+        task, ended = self.task, "optimal"
+        bound = min(self.cost, self.open[0][0]) if self.open else self.cost
+        try:
+            while self.open and self.open[0][0] < self.aim:
+                bound = self.open[0][0]
+                if bound >= self.cost * (1 - task.gap_limit) and task.gap_limit:
+                    ended = "gaplimit"
+                    break
+                if task.limits.expired:
+                    ended = "timelimit"
+                    break
+                if task.node_limit is not None and self.nodes >= task.node_limit:
+                    ended = "nodelimit"
+                    break
+                self._split(*heapq.heappop(self.open))
+        except KeyboardInterrupt:
+            ended = "userinterrupt"
+        if ended == "optimal":
+            bound = min(self.cost, self.open[0][0]) if self.open else self.cost
+        return RowAnswer(
+            self.best,
+            ended,
+            bound=max(0.0, bound),
+            slack=task.noise,
+            nodes=self.nodes,
+            root_bound=max(0.0, self.root),
+        )
+
+    def _split(self, bound: float, _: int, state: np.ndarray, z: np.ndarray) -> None:
+        """Both children of the free input that is nearest to neither side."""
+        free = np.flatnonzero(state == FREE)
+        chosen = free[np.argmin(np.abs(z[free] - 0.5))]
+        for side in (KEPT, OUT):
+            child = state.copy()
+            child[chosen] = side
+            self._add(child, z.copy(), bound)
+
+    def _add(self, state: np.ndarray, z: np.ndarray, least: float) -> float:
+        """Bound a node, and keep it where it can hold something better; its bound."""
+        self.nodes += 1
+        task = self.task
+        self._complete(state)
+        _, price, value = relaxed(
+            task.q, task.target, task.split, state, z, task.group, self.kept, _TURNS
+        )
+        self._round(state, z)
+        raw = task.constant + float(value)
+        bound = max(least, raw - _MARGIN * abs(raw) - _ROUNDING * task.constant)
+        if bound >= self.aim:
+            return bound
+        self._fix(state, price, bound)
+        self._complete(state)
+        if not (state == FREE).any():  # one mask is left
+            self._take(state != KEPT)
+            return bound
+        heapq.heappush(self.open, (bound, self.nodes, state, z))
+        return bound
+
+    def _complete(self, state: np.ndarray) -> None:
+        """Groups whose count is reached have nothing free."""
+        groups = state.reshape(-1, self.task.group)
+        full = (groups == KEPT).sum(1) == self.kept
+        groups[full[:, None] & (groups == FREE)] = OUT
+        needed = (groups == OUT).sum(1) == self.task.pruned
+        groups[needed[:, None] & (groups == FREE)] = KEPT
+
+    def _fix(self, state: np.ndarray, price: np.ndarray, bound: float) -> None:
+        """Inputs whose other side would pass the incumbent."""
+        room = self.aim - bound
+        for first in range(0, len(state), self.task.group):
+            inside = state[first : first + self.task.group]
+            free = first + np.flatnonzero(inside == FREE)
+            left = self.kept - int((inside == KEPT).sum())
+            if not 0 < left < len(free):
+                continue
+            order = free[np.argsort(-price[free], kind="stable")]
+            counted, others = order[:left], order[left:]
+            state[counted[price[counted] - price[others[0]] > room]] = KEPT
+            state[others[price[counted[-1]] - price[others] > room]] = OUT
+
+    def _round(self, state: np.ndarray, z: np.ndarray) -> None:
+        """The mask of the largest z."""
+        score = np.where(state == FREE, z, np.where(state == KEPT, 2.0, -1.0))
+        ranks = np.argsort(-score.reshape(-1, self.task.group), axis=1, kind="stable").argsort(1)
+        self._take((ranks >= self.kept).ravel())
+
+    def _take(self, pruned: np.ndarray) -> None:
+        cost = self.task.cost(pruned)
+        if cost < self.cost and not math.isnan(cost):
+            self.best, self.cost = pruned, cost

@@ -1,0 +1,108 @@
+"""Proven optima of refitted weights: the tree agrees with enumeration, and claims what it has shown."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import KINDS, problems, random_gram, random_linear, random_weight
+
+from maskopt import NM, LayerProblem, Limits, Refit, Status, Unstructured, solve, verify
+
+PATTERNS = (Unstructured(sparsity=0.5), NM(keep=2, of=4), NM(keep=1, of=4))
+
+
+def layer(pattern=PATTERNS[0], rows=3, n=16, kind="full", damping=0.01, seed=1, dtype=None):
+    dtype = dtype or torch.float64
+    weight = random_weight(rows, n, seed, dtype)
+    return LayerProblem(
+        weight, random_gram(n, kind, seed + 1, dtype), pattern, refit=Refit(damping)
+    )
+
+
+def slack(problem):
+    return 1e-9 * problem.diagonal_mass() + 1e-300
+
+
+@settings(max_examples=40)
+@given(problems(max_n=10, max_rows=3), st.sampled_from((0.001, 0.01, 0.3)))
+def test_it_finds_what_enumeration_finds(problem, damping):
+    problem = problem.refitting(Refit(damping))
+    found = solve(problem, "branch", workers=0)
+    best = solve(problem, "exhaustive")
+    assert set(found.status) == {Status.OPTIMAL}
+    assert bool((found.objective <= best.objective * (1 + 1e-6) + slack(problem)).all())
+    assert verify(problem, found).checked  # since so few masks are enumerated
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_larger_rows_of_every_kind(kind, pattern):
+    problem = layer(pattern, rows=2, n=16, kind=kind, damping=0.03)
+    if kind == "full":
+        part = random_linear(problem.weight, problem.gram, 3)
+        problem = LayerProblem(
+            problem.weight, problem.gram, pattern, linear=part, refit=problem.refit
+        )
+    found, best = solve(problem, "branch", workers=0), solve(problem, "exhaustive")
+    assert set(found.status) == {Status.OPTIMAL}
+    assert bool((found.objective <= best.objective * (1 + 1e-6) + slack(problem)).all())
+    assert bool((found.lower_bound <= best.objective + slack(problem)).all())
+    verify(problem, found)
+
+
+def test_beyond_enumeration_it_rests_on_its_word_and_is_never_above_swap():
+    problem = layer(rows=2, n=32, damping=0.1)
+    swapped = solve(problem, "swap", start="admm")
+    found = solve(problem, "branch", start="admm", workers=0)
+    assert set(found.status) == {Status.OPTIMAL}
+    assert bool((found.objective <= swapped.objective + slack(problem)).all())
+    assert "branch of maskopt" in str(verify(problem, found))
+
+
+def test_workers_threads_and_a_row_alone_change_nothing():
+    problem = layer(rows=3, n=12)
+    found = solve(problem, "branch", workers=0)
+    for other in (solve(problem, "branch", workers=2), solve(problem, "branch", threads=2)):
+        assert torch.equal(other.mask, found.mask)
+        assert torch.equal(other.lower_bound, found.lower_bound)
+    for row in range(3):
+        alone = solve(problem.row(row), "branch")
+        assert torch.equal(alone.mask[0], found.mask[row])
+
+
+def test_limits_leave_a_bound_that_holds():
+    problem = layer(rows=2, n=28, damping=0.01)
+    best = solve(problem, "branch", workers=0)
+    for more, ended in (({"node_limit": 3}, "nodelimit"), ({"gap_limit": 0.6}, "gaplimit")):
+        found = solve(problem, "branch", workers=0, **more)
+        assert ended in found.trace.ended
+        assert bool((found.lower_bound <= best.objective + slack(problem)).all())
+        assert bool((found.objective >= best.objective - slack(problem)).all())
+        verify(problem, found)
+    found = solve(problem, "branch", workers=0, limits=Limits(seconds=0))
+    assert set(found.status) == {Status.FEASIBLE}
+
+
+def test_degenerate_rows_are_optimal_at_once():
+    for weight, gram in ((0.0, 1.0), (1.0, 0.0)):
+        problem = LayerProblem(
+            weight * torch.ones(2, 8, dtype=torch.float64),
+            gram * random_gram(8, "full", 1),
+            PATTERNS[0],
+            refit=Refit(0.01),
+        )
+        found = solve(problem, "branch", workers=0)
+        assert set(found.status) == {Status.OPTIMAL}
+        verify(problem, found)
+    for keep in (0, 1, 5):
+        problem = layer(Unstructured(keep=keep), n=5)
+        found = solve(problem, "branch", workers=0)
+        assert set(found.status) == {Status.OPTIMAL}
+        verify(problem, found)
+
+
+def test_float32_rows_are_proven_too():
+    problem = layer(rows=2, n=14, dtype=torch.float32)
+    found, best = solve(problem, "branch", workers=0), solve(problem, "exhaustive")
+    assert set(found.status) == {Status.OPTIMAL}
+    torch.testing.assert_close(found.objective, best.objective, rtol=1e-6, atol=1e-12)
