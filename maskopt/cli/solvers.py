@@ -29,13 +29,14 @@ def solvers(
 
 def _solvers() -> Table:
     table = Table()
-    for heading in ("solver", "patterns", "device", "start", "proves", "n up to", "refit"):
+    for heading in ("solver", "patterns", "device", "start", "proves", "n up to", "also"):
         table.add_column(heading, no_wrap=True)
     table.add_column("note")
     for info in available_solvers().values():
         can = info.capabilities
         note = can.note if info.available else f"unavailable: {info.unavailable}"
         start = f"{can.start}, {can.default_start}" if can.default_start else can.start
+        also = (("refit", can.refit), ("trade", can.pooled))
         table.add_row(
             info.name,
             "all" if len(can.patterns) == 2 else can.patterns[0],
@@ -43,7 +44,7 @@ def _solvers() -> Table:
             start,
             can.proves,
             "any" if can.largest_n is None else str(can.largest_n),
-            "yes" if can.refit else "",
+            ", ".join(word for word, has in also if has),
             escape(note),
         )
     return table

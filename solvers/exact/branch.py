@@ -71,7 +71,8 @@ class Branch(RowSolver):
         proves="optimality",
         largest_n=256,
         refit=True,
-        note="branch and bound on the QCR form of the SDP bound; proves up to about 192 inputs",
+        note="branch and bound on the QCR form of the SDP bound; proves up to about 192 inputs, of "
+        "refitted weights 64",
     )
 
     candidates: int = option(

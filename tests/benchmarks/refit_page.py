@@ -90,8 +90,9 @@ def toys(book: Book) -> str:
     return """
 ## Rows whose optimum is proven
 
-Of every layer four rows, restricted to n inputs, 50%, the λ of their kind: the least F, which `branch` proves,
-how far above it other masks end, and how far below it the certified bound `perspective` is; median / worst.
+Of every layer four rows, restricted to n inputs, 50%, the λ of their kind: the least F, which `branch`
+proves, how far above it other masks end, and how far below it the certified bound `perspective` is;
+median / worst.
 
 """ + table(head, rows)
 
