@@ -1,0 +1,135 @@
+# mypy: disallow-untyped-defs=False
+"""Greedy elimination for refitted weights: the Optimal Brain Surgeon (Hassibi and Stork, NeurIPS 1992).
+
+With S the inputs that are left, M = A_SS⁻¹ and v = M b_S, pruning u adds v_u²/M_uu to F, and afterwards
+
+    v ← v − M_:u v_u/M_uu,      M ← M − M_:u M_u:/M_uu    without u.
+
+The cheapest goes, again and again, as long as its group has to give. That is a rank-one update of n² numbers
+for every weight; here the cheapest few are eliminated one after the other on their own small block, and then
+M follows in one product (`panel` = 1: the recursion itself).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.fields import option
+from maskopt.least_squares import Refit
+from maskopt.limits import Limits, one_thread_each
+from maskopt.problem import LayerProblem
+from maskopt.solution import Solution
+from maskopt.solver import Capabilities, Solver
+from maskopt.solvers.compiled import loop
+from maskopt.solvers.greedy.select import keep_highest
+
+#: candidates on the small block for each that is eliminated there
+_CANDIDATES = 4
+
+
+@dataclass(frozen=True)
+class Obs(Solver):
+    """A mask for refitted weights, by the price of each removal as those before it left things.
+
+    Of a problem that keeps its weights it is the same mask, with 1% damping. Where the time is over, the rows
+    that are left get their cheapest inputs by the first prices.
+    """
+
+    name: ClassVar[str] = "obs"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        refit=True, note="greedy removal at exact prices, for weights that are refitted"
+    )
+
+    panel: int = option(
+        64, "eliminated between two updates of the whole inverse; 1: the exact recursion", least=1
+    )
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """See `Solver.run`."""
+        refitted = problem if problem.refit is not None else problem.refitting(Refit())
+        squares = refitted.least_squares
+        target = squares.target(refitted.weight, refitted.correlation)
+        inverse = squares.inverse
+        group, quota = problem.group_size, problem.pruned_per_group
+        threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
+
+        first = keep_highest(problem, (target @ inverse).square() / inverse.diagonal())
+
+        def eliminated(row: int) -> Tensor:
+            if limits.expired:
+                return first[row]
+            limits.report(row, problem.rows)
+            return _eliminated(inverse, target[row], group, quota, self.panel)
+
+        mask = torch.stack(one_thread_each(eliminated, problem.rows, threads))
+        return Solution.of(problem, mask)
+
+
+def _eliminated(inverse: Tensor, target: Tensor, group: int, quota: int, panel: int) -> Tensor:
+    """The mask [n] of one row."""
+    n = len(target)
+    left = torch.arange(n, device=target.device)
+    room = np.full(n // group, quota)
+    m, v = inverse, inverse @ target
+    while room.any():
+        cost = v.square() / m.diagonal()
+        full = torch.from_numpy(room == 0).to(left.device)[left // group]
+        cost.masked_fill_(full, torch.inf)
+        most = min(len(left), _CANDIDATES * panel if panel > 1 else 1, int((~full).sum()))
+        slots = cost.topk(most, largest=False, sorted=True).indices
+        block = m[slots[:, None], slots[None, :]].cpu().numpy()
+        groups = (left[slots] // group).cpu().numpy()
+        order = _cheapest(block, v[slots].cpu().numpy(), groups, room, panel)
+        gone = slots[torch.from_numpy(order).to(slots.device)]
+        columns = m[:, gone]
+        weights = torch.linalg.solve(columns[gone], torch.cat([columns.T, v[gone, None]], 1))
+        stays = torch.ones_like(left, dtype=torch.bool)
+        stays[gone] = False
+        kept = stays.nonzero()[:, 0]
+        columns = columns[kept]
+        v = v[kept] - columns @ weights[:, -1]
+        m = m[kept[:, None], kept[None, :]].addmm_(columns, weights[:, kept], alpha=-1)
+        left = left[kept]
+    return torch.zeros(n, dtype=torch.bool, device=left.device).index_fill_(0, left, True)
+
+
+@loop(nogil=True)
+def _cheapest(m, v, group, room, most):
+    """Eliminate the cheapest of v²/m_ii, again and again, at most `most` of them.
+
+    Args:
+        m: [size, size], M of the candidates; changed in place.
+        v: [size]; changed in place.
+        group: of each candidate.
+        room: how many each group has to give yet; counted down.
+
+    Returns:
+        The order.
+    """
+    size = len(v)
+    order = np.empty(min(most, size), np.int64)
+    left = np.ones(size, np.bool_)
+    for step in range(len(order)):
+        best, at = np.inf, -1
+        for i in range(size):
+            if left[i] and room[group[i]] > 0:
+                cost = v[i] * v[i] / m[i, i]
+                if cost < best:
+                    best, at = cost, i
+        if at < 0:
+            return order[:step]
+        order[step] = at
+        left[at] = False
+        room[group[at]] -= 1
+        line, scale, value = m[at].copy(), 1.0 / m[at, at], v[at]
+        for i in range(size):
+            if left[i]:
+                v[i] -= line[i] * scale * value
+                for j in range(size):
+                    m[i, j] -= line[i] * scale * line[j]
+    return order
