@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from book import PATTERNS, POOLED, Book, family, table
 
@@ -56,7 +56,51 @@ either.
                 "proven for F",
             ]
             text += f"\n## {pattern}\n\n" + table(head, rows)
-    page.write_text(text + toys(book) + pace(book))
+    figure = page.parent / "figures" / f"{page.stem}.png"
+    page.write_text(text + plotted(book, figure) + toys(book) + pace(book))
+
+
+def plotted(book: Book, figure: Path) -> str:
+    """Held-out error against time at 50%, a panel for each kind of layer, means over its layers."""
+    import matplotlib.pyplot as plt
+
+    found = {k: r for k, r in family(book.lines, "50%/").items() if "seconds" in r}
+    kinds = sorted({k.split("/")[0].split(".")[1] for k in found}, reverse=True)
+    if not kinds:
+        return ""
+    pace = family(book.lines, "pace/")
+    squares = {  # what chooses for kept weights has not solved them yet
+        k: pace[k.split("/")[0]]["ours"]
+        for k in found
+        if k.split("/", 1)[1] not in ("ADMM", "OBS") and "F" not in k and k.split("/")[0] in pace
+    }
+    fig, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), layout="constrained")
+    for panel, kind in zip([panels] if len(kinds) == 1 else panels, kinds, strict=True):
+        some = {k: r for k, r in found.items() if k.split("/")[0].endswith(kind)}
+        for method in dict.fromkeys(k.split("/", 1)[1] for k in some):
+            these = {k: r for k, r in some.items() if k.split("/", 1)[1] == method}
+            taken = [r["seconds"] / r["rows"] + squares.get(k, 0.0) for k, r in these.items()]
+            panel.scatter(
+                1000 * mean(taken),
+                1e4 * mean(r["held"] for r in these.values()),
+                s=28,
+                label=method,
+            )
+        panel.set(xscale="log", xlabel="milliseconds a row", title=f"{kind}_proj")
+        panel.grid(visible=True, which="both", alpha=0.3)
+    first = panels if len(kinds) == 1 else panels[0]
+    first.set_ylabel("held-out error × 10⁴, refitted")
+    first.legend(fontsize=7)
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(figure, dpi=100, metadata={"Software": None})
+    plt.close(fig)
+    return f"""
+## Error against time
+
+![Held-out error of refitted layers at 50% against milliseconds a row](figures/{figure.name})
+
+The table at 50%, means over the layers of a kind; the time of the start, the mask and its least squares.
+"""
 
 
 def toys(book: Book) -> str:
