@@ -11,7 +11,9 @@ from maskopt.least_squares import Refit
 from maskopt.limits import Limits, Progress
 from maskopt.linear import Linear
 from maskopt.pattern import NM, Unstructured
+from maskopt.pooled_checks import Trade
 from maskopt.problem import LayerProblem, RowProblem, load_problem
+from maskopt.refit_certificate import RefitCertificate
 from maskopt.refitted import Refitted, refit
 from maskopt.solution import Solution, Status
 from maskopt.solver import available_solvers, make_solver, solve
@@ -47,10 +49,12 @@ __all__ = [
     "Progress",
     "PruneOptions",
     "Refit",
+    "RefitCertificate",
     "Refitted",
     "RowProblem",
     "Solution",
     "Status",
+    "Trade",
     "Unstructured",
     "Verification",
     "__version__",

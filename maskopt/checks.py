@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import VerificationError
-from maskopt.pooled_checks import improving_trade
+from maskopt.pooled_checks import Trade, improving_trade
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.refit_checks import improving_refit_swap
 from maskopt.solution import SWAP_TOLERANCE, swap_threshold
@@ -28,19 +28,16 @@ PAIRS_AT_ONCE = 2**22
 
 
 class Exchange(NamedTuple):
-    """Keep `pruned` instead of `kept`: the objective changes by `delta` (< 0). Of a layer whose rows trade,
-    `kept` of one row and `pruned` of another or the same, and `delta` of the layer's sum."""
+    """Keep `pruned` instead of `kept`: the objective changes by `delta` (< 0)."""
 
     kept: int
     pruned: int
     delta: float
-    row: int = 0
-    other: int = 0
 
 
 def improving_swap(
     problem: RowProblem | LayerProblem, mask: Tensor, tolerance: float = SWAP_TOLERANCE
-) -> Exchange | None:
+) -> Exchange | Trade | None:
     """The best legal 1-swap of one row in float64, or None where none improves. Of a layer whose rows trade,
     the best inside a row or between two.
 
@@ -51,7 +48,8 @@ def improving_swap(
             than float64 rounding, see `swap_threshold`); 0 asks for any decrease above rounding.
 
     Returns:
-        (kept, pruned, delta), ties broken by lowest kept, then lowest pruned index; or None.
+        (kept, pruned, delta), ties broken by lowest kept, then lowest pruned index; or None. Of a
+        layer whose rows trade (kept, pruned, delta, row, other), `delta` of its sum.
     """
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     if layer.pooled:
@@ -101,14 +99,13 @@ def improving_swap(
     return best and best._replace(delta=best.delta / scale / scale)
 
 
-def _improving_in_layer(layer: LayerProblem, mask: Tensor, tolerance: float) -> Exchange | None:
+def _improving_in_layer(layer: LayerProblem, mask: Tensor, tolerance: float) -> Trade | None:
     """The best swap of any row at its own count, or the best trade of two, where that is better."""
-    best = improving_trade(layer, mask, tolerance)
-    found = None if best is None else Exchange(*best)
+    found = improving_trade(layer, mask, tolerance)
     for row in range(layer.rows):
         swap = improving_swap(layer.at_count_of(mask, row), mask[row], tolerance)
         if swap is not None:
             delta = swap.delta * float(layer.shares[row])
             if found is None or delta < found.delta:
-                found = Exchange(swap.kept, swap.pruned, delta, row, row)
+                found = Trade(swap.kept, swap.pruned, delta, row, row)
     return found

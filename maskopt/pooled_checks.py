@@ -26,7 +26,8 @@ _AT_ONCE = 2**23
 
 
 class Trade(NamedTuple):
-    """`kept` of `row` is pruned, and `pruned` of `other` kept again; what Σ ωᵣ fᵣ changes by."""
+    """Keep `pruned` of row `other` instead of `kept` of row `row`, which may be the same: Σ ωᵣ fᵣ changes by
+    `delta` (< 0)."""
 
     kept: int
     pruned: int

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskopt.checks import PAIRS_AT_ONCE, improving_swap
 from maskopt.errors import MaskoptError, VerificationError
-from maskopt.pooled_checks import least_sum
+from maskopt.pooled_checks import Trade, least_sum
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.refit_checks import refitted_cost, refitted_costs
 from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_TOLERANCE, Solution, Status
@@ -118,7 +118,7 @@ def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, mass: 
         )
     if status is not Status.FEASIBLE:
         swap = improving_swap(layer, mask, tolerance=SWAP_TOLERANCE)
-        if swap is not None:
+        if isinstance(swap, Trade):
             raise VerificationError(
                 f"status: the rows claim {status}, yet keeping input {swap.pruned} of row {swap.other} "
                 f"instead of {swap.kept} of row {swap.row} changes the sum by {swap.delta:.6g}"
