@@ -32,7 +32,7 @@ from maskopt.compare import (
 from maskopt.errors import ModelError
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer
-from maskopt.model.options import LAYER, REFIT, name_patterns
+from maskopt.model.options import REFIT, name_patterns
 from maskopt.model.problems import layer_problems
 from maskopt.model.report import read_manifest
 from maskopt.model.workspace import MANIFEST
@@ -137,7 +137,8 @@ def certify_model(
             f"{pruned}: its weights were refitted, and bounds are of weights as they are; prune with "
             "`weights` keep to have gaps"
         )
-    if manifest["fingerprint"]["options"].get("budget") == LAYER:
+    pattern = pattern_from_dict(manifest["fingerprint"]["options"]["pattern"])
+    if pattern.pooled:
         raise ModelError(
             f"{pruned}: its rows trade, and bounds are of rows that prune alike; prune with `budget` row to "
             "have gaps"
@@ -146,7 +147,7 @@ def certify_model(
     common: dict[str, Any] = {
         **shorthand,
         "include": wanted or tuple(str(layer["name"]) for layer in manifest["layers"]),
-        "pattern": pattern_from_dict(manifest["fingerprint"]["options"]["pattern"]),
+        "pattern": pattern,
         "calibration": calibration,
     }
     seed = int(shorthand.get("seed", 0))

@@ -48,11 +48,16 @@ def improving_trade(layer: LayerProblem, mask: Tensor, tolerance: float) -> Trad
     slack = swap_threshold(objective, layer.diagonal_mass(), tolerance, refit=refit)
     low, high = cost.min(1), gain.max(1)
     give, take = share * (low.values + slack), share * (high.values - slack)
-    delta = give[:, None] - take[None, :]
-    delta.fill_diagonal_(torch.inf)  # inside a row the two interact
-    row, other = divmod(int(delta.argmin()), layer.rows)
-    if not delta[row, other] < 0:
+    # the best of each side, and the next best where both are of one row: inside a row the two interact
+    pairs = [
+        (float(give[i] - take[j]), i, j)
+        for i in give.argsort(stable=True)[:2].tolist()
+        for j in take.argsort(descending=True, stable=True)[:2].tolist()
+        if i != j
+    ]
+    if not pairs or not min(pairs)[0] < 0:
         return None
+    _, row, other = min(pairs)
     value = share[row] * low.values[row] - share[other] * high.values[other]
     return Trade(int(low.indices[row]), int(high.indices[other]), float(value), row, other)
 

@@ -144,6 +144,15 @@ def test_manifests_that_say_otherwise_are_found(
         verify_output(out, result[0])
 
 
+def test_another_budget_than_the_patterns_is_found(
+    result: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = copied(result, tmp_path)
+    forge_manifest(out, lambda m: m["fingerprint"]["options"].update(budget="row"))
+    with pytest.raises(VerificationError, match="has a budget that is not its pattern's"):
+        verify_output(out)
+
+
 def test_a_trade_that_was_left_out_is_found(tmp_path: Path) -> None:
     """Rows that prune alike, each of them optimal, said to be optimal together."""
     dense = save(tiny("llama"), tmp_path / "model")

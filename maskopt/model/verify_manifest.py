@@ -164,6 +164,8 @@ def check_layers(manifest: Manifest) -> None:
     names = [layer["name"] for layer in layers]
     if len(set(names)) != len(names):
         raise manifest.wrong(f"names a layer twice: {max(names, key=names.count)!r}")
+    if options.get("budget", "row") != ("layer" if manifest.rule.pooled else "row"):
+        raise manifest.wrong("has a budget that is not its pattern's")
     for name, info in manifest.tensors.items():
         if info["pattern"] != manifest.rule.record:
             raise manifest.wrong(f"tensor {name!r} has another pattern than the options")
@@ -213,10 +215,8 @@ def check_counts(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, floa
                 f"layer {layer['name']!r} is said to have {layer['rows']} rows of {layer['n']}; its "
                 f"mask has {part.rows} of {part.n}"
             )
-        if part is not None and part.pruned not in (
-            0,
-            layer["pruned"],
-        ):  # 0: as of experts left out
+        # of experts that were left out nothing is pruned
+        if part is not None and part.pruned not in (0, layer["pruned"]):
             raise manifest.wrong(
                 f"layer {layer['name']!r} is said to have {layer['pruned']} weights pruned; its mask has "
                 f"{part.pruned}"

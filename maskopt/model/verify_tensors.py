@@ -80,9 +80,8 @@ def _slices(
         place = (*numbers(name), index) if kept.ndim == 3 else numbers(name)
         rows, n = mask.shape
         part = Slice(name, place, rows, n, int((~mask).sum()))
-        if (
-            part.pruned and not manifest.rule.pooled
-        ):  # else an expert that was left out, or rows that trade
+        # not of an expert that was left out, nor of rows that trade
+        if part.pruned and not manifest.rule.pooled:
             _check_rows(manifest, part, mask)
         if weights is not None and (place, n) in by_magnitude:
             weight = weights[index].to(_working_dtype(manifest)).double()
