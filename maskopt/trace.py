@@ -154,6 +154,17 @@ class SplittingTrace(Trace):
 
 
 @dataclass(frozen=True)
+class EliminationTrace(Trace):
+    """OBS.
+
+    Attributes:
+        rounds: panels that were eliminated; 0 where the time was over before the row's turn.
+    """
+
+    rounds: Int[Tensor, " rows"]
+
+
+@dataclass(frozen=True)
 class BoundTrace(Trace):
     """How a lower bound was found.
 

@@ -15,6 +15,7 @@ from maskopt.limits import parse_bytes, torch_threads
 from maskopt.solver import available_solvers
 from maskopt.trace import (
     CycleTrace,
+    EliminationTrace,
     RelaxTrace,
     SearchTrace,
     SplittingTrace,
@@ -164,6 +165,8 @@ def steps(name: str, trace: Trace) -> int:
         return -(-int(trace.iterations.max()) // (SWEEPS if name == "sdp" else 1))
     if isinstance(trace, SplittingTrace):
         return int(trace.iterations.max())
+    if isinstance(trace, EliminationTrace):
+        return int(trace.rounds.max())
     if isinstance(trace, CycleTrace):
         return int(trace.swaps.max())
     if isinstance(trace, TreeTrace):

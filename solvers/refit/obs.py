@@ -27,6 +27,7 @@ from maskopt.solution import Solution
 from maskopt.solver import Capabilities, Solver
 from maskopt.solvers.compiled import loop
 from maskopt.solvers.greedy.select import keep_highest
+from maskopt.trace import EliminationTrace
 
 #: candidates on the small block for each that is eliminated there
 _CANDIDATES = 4
@@ -37,7 +38,7 @@ class Obs(Solver):
     """A mask for refitted weights, by the price of each removal as those before it left things.
 
     Of a problem that keeps its weights it is the same mask, with 1% damping. Where the time is over, the rows
-    that are left get their cheapest inputs by the first prices.
+    that are left get their cheapest inputs by the first prices. Tells an `EliminationTrace`.
     """
 
     name: ClassVar[str] = "obs"
@@ -60,23 +61,27 @@ class Obs(Solver):
 
         first = keep_highest(problem, (target @ inverse).square() / inverse.diagonal())
 
-        def eliminated(row: int) -> Tensor:
+        def eliminated(row: int) -> tuple[Tensor, int]:
             if limits.expired:
-                return first[row]
+                return first[row], 0
             limits.report(row, problem.rows)
             return _eliminated(inverse, target[row], group, quota, self.panel)
 
-        mask = torch.stack(one_thread_each(eliminated, problem.rows, threads))
-        return Solution.of(problem, mask)
+        found = one_thread_each(eliminated, problem.rows, threads)
+        mask, rounds = torch.stack([row[0] for row in found]), [row[1] for row in found]
+        return Solution.of(problem, mask, trace=EliminationTrace(torch.tensor(rounds)))
 
 
-def _eliminated(inverse: Tensor, target: Tensor, group: int, quota: int, panel: int) -> Tensor:
-    """The mask [n] of one row."""
-    n = len(target)
+def _eliminated(
+    inverse: Tensor, target: Tensor, group: int, quota: int, panel: int
+) -> tuple[Tensor, int]:
+    """The mask [n] of one row, and its panels."""
+    n, rounds = len(target), 0
     left = torch.arange(n, device=target.device)
     room = np.full(n // group, quota)
     m, v = inverse, inverse @ target
     while room.any():
+        rounds += 1
         cost = v.square() / m.diagonal()
         full = torch.from_numpy(room == 0).to(left.device)[left // group]
         cost.masked_fill_(full, torch.inf)
@@ -95,7 +100,8 @@ def _eliminated(inverse: Tensor, target: Tensor, group: int, quota: int, panel: 
         v = v[kept] - columns @ weights[:, -1]
         m = m[kept[:, None], kept[None, :]].addmm_(columns, weights[:, kept], alpha=-1)
         left = left[kept]
-    return torch.zeros(n, dtype=torch.bool, device=left.device).index_fill_(0, left, True)
+    mask = torch.zeros(n, dtype=torch.bool, device=left.device)
+    return mask.index_fill_(0, left, True), rounds
 
 
 @loop(nogil=True)
