@@ -39,7 +39,7 @@ class Bound:
         method: its name.
         seconds: wall-clock time of all rows together.
         trace: how it was found.
-        pooled: ω where the rows trade, else None.
+        omega: float64 [rows], what rows count where they trade; None: they do not.
     """
 
     value: Float[Tensor, " rows"]
@@ -47,15 +47,13 @@ class Bound:
     method: str = ""
     seconds: float = math.nan
     trace: BoundTrace = field(default_factory=BoundTrace)
-    pooled: Float[Tensor, " rows"] | None = None
+    omega: Float[Tensor, " rows"] | None = None
 
     def gap(self, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """(objective − bound)/objective per row; 0 where the objective is 0. Of rows that trade that of the
         layer, the same for all."""
-        if self.pooled is not None:
-            sums = [
-                (self.pooled @ x.to(self.pooled)).expand(len(x)) for x in (objective, self.value)
-            ]
+        if self.omega is not None:
+            sums = [(self.omega @ x.to(self.omega)).expand(len(x)) for x in (objective, self.value)]
             return relative_gap(*sums)
         return relative_gap(objective.to(self.value), self.value)
 

@@ -3,7 +3,9 @@ and a bound."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +125,16 @@ class Limits:
         """Tell the listener, where there is one."""
         if self.on_progress is not None:
             self.on_progress(Progress(done, total, step, step_done, step_total))
+
+    def counter(self, total: int) -> Callable[[], None]:
+        """What threads call, each time that one of `total` is done: tells the listener how many are."""
+        done, lock = itertools.count(1), threading.Lock()
+
+        def count() -> None:
+            with lock:
+                self.report(next(done), total)
+
+        return count
 
     def bytes(self, default: int) -> int:
         """`memory`, or the default."""

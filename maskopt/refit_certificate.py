@@ -74,10 +74,6 @@ class RefitCertificate:
         value = offset - dearest * (1 + (layer.n + 8) * _U)
         return torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
 
-    def take(self, rows: list[int]) -> RefitCertificate:
-        """The certificate of some rows only."""
-        return RefitCertificate(self.split[rows], self.point[rows])
-
     def _check_shapes(self, layer: LayerProblem) -> None:
         for what in ("split", "point"):
             tensor = getattr(self, what)

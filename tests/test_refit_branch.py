@@ -106,3 +106,17 @@ def test_float32_rows_are_proven_too():
     found, best = solve(problem, "branch", workers=0), solve(problem, "exhaustive")
     assert set(found.status) == {Status.OPTIMAL}
     torch.testing.assert_close(found.objective, best.objective, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_relaxations_far_from_their_minimum_fix_nothing_that_is_needed(turns, monkeypatch):
+    """A node may then be bounded below its parent; its prices speak of its own bound."""
+    from maskopt.solvers.exact import refit_tree
+
+    monkeypatch.setattr(refit_tree, "_TURNS", turns)
+    for seed in range(30):
+        kind = KINDS[seed % len(KINDS)]
+        problem = layer(rows=4, n=10, kind=kind, damping=(0.01, 0.1)[seed % 2], seed=seed)
+        found, best = solve(problem, "branch", workers=0), solve(problem, "exhaustive")
+        assert set(found.status) == {Status.OPTIMAL}
+        assert bool((found.objective <= best.objective * (1 + 1e-6) + slack(problem)).all())

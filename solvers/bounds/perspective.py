@@ -1,12 +1,7 @@
 """`perspective`: bounds of F, of refitted weights: a perspective relaxation with a split of A's diagonal.
 
-With A = B + diag(d), B ⪰ 0, and z the kept inputs relaxed to {0 ≤ z ≤ 1, Σ over a group = kept},
-
-    F ≥ min over v and z of  vᵀBv + Σ dⱼvⱼ²/zⱼ − 2bᵀv + C,
-
-convex in both. For a given z it is a system of equations, v = (B + diag(d/z))⁻¹b; for a given v the best z is
-min(1, θ√dⱼ|vⱼ|). Taking turns goes down to the minimum. As a function of d that minimum is concave, with the
-slope vⱼ²(1/zⱼ − 1): d goes step by step towards the best split of the slope, by Frank and Wolfe.
+The relaxation and its turns are those of `convex.perspective`. As a function of d its minimum is concave,
+with the slope vⱼ²(1/zⱼ − 1): d goes step by step towards the best split of the slope, by Frank and Wolfe.
 
 What is proven is computed from d and v by `maskopt.refit_certificate`, wherever the steps end.
 """
@@ -17,7 +12,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.bounds import BoundMethod
@@ -26,12 +20,11 @@ from maskopt.limits import Limits, one_thread_each
 from maskopt.problem import LayerProblem
 from maskopt.refit_certificate import RefitCertificate
 from maskopt.solvers.bounds.box import diagonal_shift
+from maskopt.solvers.convex.perspective import OUT_SHARE, shares
 from maskopt.trace import BoundTrace
 
 #: B keeps this part of the room that d leaves to indefiniteness, and d is no less than this of its mean
 _ROOM, _LEAST = 1e-4, 1e-6
-#: z is no less: an input that is out must be able to return
-_OUT = 1e-9
 #: steps towards another split that are tried, the longest first
 _STEPS = (0.7, 0.4, 0.2, 0.1, 0.05, 0.02)
 #: turns of v and z after a step of d, where they begin near their end
@@ -65,11 +58,12 @@ class PerspectiveBound(BoundMethod):
         target, group = target / size, problem.group_size
         kept = group - problem.pruned_per_group
         rounds: list[int] = [0] * problem.rows
+        room, done = float(torch.linalg.eigvalsh(a)[0]), limits.counter(problem.rows)
 
         def split(row: int) -> tuple[Tensor, Tensor]:
-            relaxed = _Row(a, target[row], float(constant[row]), kept, group)
+            relaxed = _Row(a, room, target[row], float(constant[row]), kept, group)
             rounds[row] = relaxed.run(self.turns, self.splits, limits)
-            limits.report(row, problem.rows)
+            done()
             return relaxed.d * size.square(), relaxed.v / size
 
         threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
@@ -79,14 +73,15 @@ class PerspectiveBound(BoundMethod):
 
 
 class _Row:
-    """The relaxation of one row; inputs are scaled to A_jj = 1."""
+    """The relaxation of one row; inputs are scaled to A_jj = 1, and `room` is the least eigenvalue of A."""
 
-    def __init__(self, a: Tensor, target: Tensor, constant: float, kept: int, group: int) -> None:
+    def __init__(
+        self, a: Tensor, room: float, target: Tensor, constant: float, kept: int, group: int
+    ) -> None:
         self.a, self.target, self.constant = a, target, constant
         self.kept, self.group = kept, group
-        room = float(torch.linalg.eigvalsh(a)[0])
         self.d = torch.full_like(target, (1 - _ROOM) * max(room, 1e-12))
-        self.z = torch.full_like(target, kept / group).clamp(min=_OUT)
+        self.z = torch.full_like(target, kept / group).clamp(min=OUT_SHARE)
         self.v = torch.zeros_like(target)
 
     def run(self, turns: int, splits: int, limits: Limits) -> int:
@@ -131,19 +126,9 @@ class _Row:
             if int(broken):
                 break
             v = torch.cholesky_solve(self.target[:, None], factor)[:, 0]
-            z = self._shared_out(d.sqrt() * v.abs())
+            size = (d.sqrt() * v.abs()).cpu().numpy()
+            z = torch.from_numpy(shares(size, self.group, self.kept)).to(v.device)
         return v, z
-
-    def _shared_out(self, size: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """min(1, θ·size) with the sum `kept` in every group."""
-        grouped = size.view(-1, self.group)
-        down = grouped.sort(dim=1, descending=True).values
-        rest = down.flip(1).cumsum(1).flip(1).clamp(min=1e-300)  # from each on
-        # with m of them at 1, θ makes the others what is left; right where the next stays below 1
-        m = torch.arange(self.group, device=size.device)
-        theta = ((self.kept - m) / rest).where(m < self.kept, torch.inf)
-        right = (theta * down <= 1).float().argmax(1, keepdim=True)
-        return (theta.gather(1, right) * grouped).clamp(min=_OUT, max=1.0).view(-1)
 
     def _value(self, d: Tensor, v: Tensor) -> float:
         """What (d, v) proves, but for rounding."""

@@ -13,10 +13,12 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import maskopt
 from maskopt.bounds import lower_bound
+from maskopt.certificate import missing
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.refit_certificate import RefitCertificate
@@ -25,12 +27,15 @@ from maskopt.solvers.exact.refit_node import FREE, KEPT, OUT, refitted, relaxed
 from maskopt.solvers.exact.rows import NOISE, RowAnswer, RowSolver, RowTask, assemble, run_rows
 from maskopt.solvers.refit.rows import swap_refitted
 
-#: part of the objective, and of C, that a node's bound is lowered by: above the rounding of float64 sums
-_MARGIN, _ROUNDING = 1e-9, 1e-13
+#: part of the objective that a node's bound is lowered by, besides the rounding of its sums
+_MARGIN = 1e-9
+#: parts of the sizes of its terms that C may be off by
+_ROUNDING = 1e-14
 #: part of the objective by which a mask must beat the incumbent to be looked for: half of what OPTIMAL allows
 _WORTH = 5e-7
-#: turns of v and z at a node
-_TURNS = 25
+#: turns of v and z at a node, which begin where its parent's ended: few, since more nodes cost less than more
+#: turns
+_TURNS = 10
 #: parts of what is left of the time that the incumbent and the split may take
 _SEARCH_SHARE, _SPLIT_SHARE = 0.2, 0.3
 
@@ -52,7 +57,7 @@ class RefitTask(RowTask):
     def cost(self, pruned: np.ndarray) -> float:
         """F of a mask."""
         kept = np.flatnonzero(~np.asarray(pruned, dtype=bool))
-        return max(self.constant - float(refitted(self.q, self.target, kept)), 0.0)
+        return max(self.constant - refitted(self.q, self.target, kept), 0.0)
 
     @property
     def noise(self) -> float:
@@ -74,7 +79,7 @@ def branch_refitted(
         constant += (problem.weight.double() * problem.linear.correlation).sum(1)
         constant += problem.linear.constant
     assert isinstance(bound.certificate, RefitCertificate)
-    split = bound.certificate.split / squares.damped.diagonal()
+    split = (bound.certificate.split / squares.damped.diagonal()).numpy()
     tasks = [
         RefitTask(
             q=a,
@@ -87,7 +92,7 @@ def branch_refitted(
             node_limit=solver.node_limit,
             target=(target[i] / size).numpy(),
             constant=float(constant[i]) if squares.ridge else 0.0,
-            split=split[i].numpy(),
+            split=_safe(a, split[i]),
         )
         for i in range(problem.rows)
     ]
@@ -95,10 +100,16 @@ def branch_refitted(
     return assemble(problem, run_rows(search_refitted, tasks, limits, solver.workers), word)
 
 
+def _safe(a: np.ndarray, split: np.ndarray) -> np.ndarray:
+    """d with A − diag(d) ⪰ 0 for certain."""
+    lack = missing(torch.from_numpy(a - np.diag(split)))
+    return np.maximum(split - lack, 1e-300)
+
+
 def search_refitted(task: RefitTask) -> RowAnswer:
     """One row; what the time leaves undone is left out."""
     cost = task.cost(task.start)
-    if cost <= task.noise:
+    if cost == 0:
         return RowAnswer(task.start, "optimal")
     if task.pruned in (0, task.group):
         return RowAnswer(task.start, "optimal", bound=cost, root_bound=cost)
@@ -106,6 +117,8 @@ def search_refitted(task: RefitTask) -> RowAnswer:
 
 
 class _Tree:
+    """The tree of one row. Its fixings and its bounds hold for masks below `aim`."""
+
     def __init__(self, task: RefitTask) -> None:
         self.task = task
         self.best, self.cost = task.start, task.cost(task.start)
@@ -121,34 +134,40 @@ class _Tree:
         """A node whose bound is no lower holds nothing that is worth looking for."""
         return self.cost * (1 - _WORTH)
 
+    @property
+    def proven(self) -> float:
+        """No mask costs less."""
+        return min(self.open[0][0], self.aim) if self.open else self.aim
+
     def search(self) -> RowAnswer:
-        task, ended = self.task, "optimal"
-        bound = min(self.cost, self.open[0][0]) if self.open else self.cost
+        ended, bound = "optimal", self.proven
         try:
-            while self.open and self.open[0][0] < self.aim:
-                bound = self.open[0][0]
-                if bound >= self.cost * (1 - task.gap_limit) and task.gap_limit:
-                    ended = "gaplimit"
-                    break
-                if task.limits.expired:
-                    ended = "timelimit"
-                    break
-                if task.node_limit is not None and self.nodes >= task.node_limit:
-                    ended = "nodelimit"
+            while (bound := self.proven) < self.aim:
+                if stopped := self._stopped(bound):
+                    ended = stopped
                     break
                 self._split(*heapq.heappop(self.open))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # the node in hand is of the bound
             ended = "userinterrupt"
-        if ended == "optimal":
-            bound = min(self.cost, self.open[0][0]) if self.open else self.cost
         return RowAnswer(
             self.best,
             ended,
             bound=max(0.0, bound),
-            slack=task.noise,
+            slack=self.task.noise,
             nodes=self.nodes,
-            root_bound=max(0.0, self.root),
+            root_bound=max(0.0, min(self.root, self.aim)),
         )
+
+    def _stopped(self, bound: float) -> str:
+        """The limit that is reached; empty: none."""
+        task = self.task
+        if task.gap_limit > 0 and bound >= self.cost * (1 - task.gap_limit):
+            return "gaplimit"
+        if task.limits.expired:
+            return "timelimit"
+        if task.node_limit is not None and self.nodes >= task.node_limit:
+            return "nodelimit"
+        return ""
 
     def _split(self, bound: float, _: int, state: np.ndarray, z: np.ndarray) -> None:
         """Both children of the free input that is nearest to neither side."""
@@ -157,28 +176,28 @@ class _Tree:
         for side in (KEPT, OUT):
             child = state.copy()
             child[chosen] = side
-            self._add(child, z.copy(), bound)
+            self._add(child, z, bound)
 
     def _add(self, state: np.ndarray, z: np.ndarray, least: float) -> float:
-        """Bound a node, and keep it where it can hold something better; its bound."""
+        """Bound a node, and keep it where it can hold something better; its own bound."""
         self.nodes += 1
         task = self.task
         self._complete(state)
-        _, price, value = relaxed(
-            task.q, task.target, task.split, state, z, task.group, self.kept, _TURNS
-        )
-        self._round(state, z)
-        raw = task.constant + float(value)
-        bound = max(least, raw - _MARGIN * abs(raw) - _ROUNDING * task.constant)
+        found = relaxed(task.q, task.target, task.split, state, z, task.group, self.kept, _TURNS)
+        self._round(state, found.z)
+        raw = task.constant + found.value
+        own = raw - _MARGIN * abs(raw) - found.rounding - _ROUNDING * task.constant
+        bound = max(least, own)
         if bound >= self.aim:
-            return bound
-        self._fix(state, price, bound)
+            return own
+        # by prices of this relaxation, and so from its own bound, not from that of its parent
+        self._fix(state, found.price, self.aim - own)
         self._complete(state)
-        if not (state == FREE).any():  # one mask is left
+        if (state == FREE).any():
+            heapq.heappush(self.open, (bound, self.nodes, state, found.z))
+        else:  # one mask is left
             self._take(state != KEPT)
-            return bound
-        heapq.heappush(self.open, (bound, self.nodes, state, z))
-        return bound
+        return own
 
     def _complete(self, state: np.ndarray) -> None:
         """Groups whose count is reached have nothing free."""
@@ -188,9 +207,8 @@ class _Tree:
         needed = (groups == OUT).sum(1) == self.task.pruned
         groups[needed[:, None] & (groups == FREE)] = KEPT
 
-    def _fix(self, state: np.ndarray, price: np.ndarray, bound: float) -> None:
-        """Inputs whose other side would pass the incumbent."""
-        room = self.aim - bound
+    def _fix(self, state: np.ndarray, price: np.ndarray, room: float) -> None:
+        """Inputs whose other side costs more than there is room for below `aim`."""
         for first in range(0, len(state), self.task.group):
             inside = state[first : first + self.task.group]
             free = first + np.flatnonzero(inside == FREE)

@@ -14,7 +14,7 @@ Both steps only lower the layer's sum, and keep its count.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -63,8 +63,9 @@ def trade(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) 
     rows = torch.arange(problem.rows, device=problem.device)
     found, offers = search(rows, start, limits)
     state = _State(found.mask, found.objective, _proven(found), offers, found.weight)
-    counts = _Counts.of(found)
-    history = [counts.start, state.objective.clone()]
+    told = _told(found)
+    history = [told.history[:, 0].to(state.objective), state.objective.clone()]
+    given = torch.zeros_like(told.swaps)
     done = False
     while bool(state.proven.all()) and not limits.expired:
         pairs = trades(state.offers, problem, state.objective)
@@ -73,11 +74,11 @@ def trade(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) 
             break
         before, total = state.copy(), problem.shares @ state.objective
         changed = pairs.apply(state.mask)
-        counts.trades += changed.sum(1).cpu()
+        given += changed.sum(1).cpu()
         rows = changed.any(1).nonzero()[:, 0]
         found, offers = search(rows, state.mask[rows], limits.quiet())
         state.put(rows, found, offers)
-        counts.add(rows, found)
+        _add(told, rows, _told(found))
         if not problem.shares @ state.objective < total:  # rounding promised too much
             state = before
             state.proven[:] = False
@@ -88,7 +89,7 @@ def trade(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) 
         objective=state.objective,
         lower_bound=torch.zeros_like(state.objective),
         status=(Status.SWAP_OPTIMAL if done else Status.FEASIBLE,) * problem.rows,
-        trace=counts.trace(torch.stack(history, 1).cpu()),
+        trace=replace(told, history=torch.stack(history, 1).cpu(), trades=given),
         weight=state.weight,
     )
 
@@ -170,33 +171,12 @@ def _single(share: Tensor, slack: Tensor, offers: Offers) -> Pairs | None:
     return Pairs(offers, giver, taker)
 
 
-@dataclass
-class _Counts:
-    """What the searches tell, summed up."""
+def _told(found: Solution) -> SwapTrace:
+    assert isinstance(found.trace, SwapTrace)
+    return found.trace
 
-    kernel: str
-    start: Float[Tensor, " rows"]
-    swaps: Int[Tensor, " rows"]
-    scans: Int[Tensor, " rows"]
-    rounds: Int[Tensor, " rows"]
-    pairs: Int[Tensor, " rows"]
-    trades: Int[Tensor, " rows"]
 
-    @classmethod
-    def of(cls, found: Solution) -> _Counts:
-        told = found.trace
-        assert isinstance(told, SwapTrace)
-        none = torch.zeros_like(told.swaps)
-        start = told.history[:, 0].to(found.objective)
-        sums = (told.swaps.clone(), told.scans.clone(), told.rounds.clone(), told.pairs.clone())
-        return cls(told.kernel, start, *sums, none)
-
-    def add(self, rows: Tensor, found: Solution) -> None:
-        told = found.trace
-        assert isinstance(told, SwapTrace)
-        for name in ("swaps", "scans", "rounds", "pairs"):
-            getattr(self, name)[rows.cpu()] += getattr(told, name)
-
-    def trace(self, history: Tensor) -> SwapTrace:
-        sums = (self.swaps, self.scans, self.rounds, self.pairs)
-        return SwapTrace(self.kernel, *sums, history, self.trades)
+def _add(told: SwapTrace, rows: Tensor, more: SwapTrace) -> None:
+    """What a search of some rows tells, on top of what they told before."""
+    for name in ("swaps", "scans", "rounds", "pairs"):
+        getattr(told, name)[rows.cpu()] += getattr(more, name)

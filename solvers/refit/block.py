@@ -1,5 +1,6 @@
 # mypy: disallow-untyped-defs=False
-"""The search among the candidates of one row, compiled: their small tableau, exchanged pair by pair."""
+"""The search among the candidates of one row, compiled: their small tableau, exchanged pair by pair, or one
+side of it alone."""
 
 from __future__ import annotations
 
@@ -72,3 +73,41 @@ def exchanges(z, y, who, group, count, threshold, most):
         who[u], who[p] = who[p], who[u]
         made += 1
     return made
+
+
+@loop(nogil=True)
+def one_sided(z, y, group, room, most):
+    """Prune the kept candidate of least y²/|z_ii|, or keep the pruned one of greatest again; and so on, each
+    priced with those before it done.
+
+    Args:
+        z: [size, size], −M of kept candidates, or C of pruned ones; changed in place.
+        y: [size], their v or r; changed in place.
+        group: int64 [size], of each candidate.
+        room: int64, how many of each group may yet go; counted down.
+        most: how many at most.
+
+    Returns:
+        The order, and what each costs or saves in its turn.
+    """
+    size = len(y)
+    order, prices = np.empty(min(most, size), np.int64), np.empty(min(most, size))
+    left = np.ones(size, np.bool_)
+    for step in range(len(order)):
+        best, at = np.inf, -1
+        for i in range(size):
+            price = -y[i] * y[i] / z[i, i]  # a cost, or a gain with its sign turned
+            if left[i] and room[group[i]] > 0 and price < best:
+                best, at = price, i
+        if at < 0:
+            return order[:step], prices[:step]
+        order[step], prices[step] = at, abs(best)
+        left[at] = False
+        room[group[at]] -= 1
+        line, scale, value = z[at].copy(), 1.0 / z[at, at], y[at]
+        for i in range(size):
+            if left[i]:
+                y[i] -= line[i] * scale * value
+                for j in range(size):
+                    z[i, j] -= line[i] * scale * line[j]
+    return order, prices

@@ -1,4 +1,3 @@
-# mypy: disallow-untyped-defs=False
 """Greedy elimination for refitted weights: the Optimal Brain Surgeon (Hassibi and Stork, NeurIPS 1992).
 
 With S the inputs that are left, M = A_SS⁻¹ and v = M b_S, pruning u adds v_u²/M_uu to F, and afterwards
@@ -25,8 +24,8 @@ from maskopt.limits import Limits, one_thread_each
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities, Solver
-from maskopt.solvers.compiled import loop
 from maskopt.solvers.greedy.select import keep_highest
+from maskopt.solvers.refit.block import one_sided
 from maskopt.trace import EliminationTrace
 
 #: candidates on the small block for each that is eliminated there
@@ -58,14 +57,15 @@ class Obs(Solver):
         inverse = squares.inverse
         group, quota = problem.group_size, problem.pruned_per_group
         threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
-
+        done = limits.counter(problem.rows)
         first = keep_highest(problem, (target @ inverse).square() / inverse.diagonal())
 
         def eliminated(row: int) -> tuple[Tensor, int]:
             if limits.expired:
                 return first[row], 0
-            limits.report(row, problem.rows)
-            return _eliminated(inverse, target[row], group, quota, self.panel)
+            found = _eliminated(inverse, target[row], group, quota, self.panel)
+            done()
+            return found
 
         found = one_thread_each(eliminated, problem.rows, threads)
         mask, rounds = torch.stack([row[0] for row in found]), [row[1] for row in found]
@@ -87,9 +87,9 @@ def _eliminated(
         cost.masked_fill_(full, torch.inf)
         most = min(len(left), _CANDIDATES * panel if panel > 1 else 1, int((~full).sum()))
         slots = cost.topk(most, largest=False, sorted=True).indices
-        block = m[slots[:, None], slots[None, :]].cpu().numpy()
+        block = -m[slots[:, None], slots[None, :]].cpu().numpy()
         groups = (left[slots] // group).cpu().numpy()
-        order = _cheapest(block, v[slots].cpu().numpy(), groups, room, panel)
+        order, _ = one_sided(block, v[slots].cpu().numpy(), groups, room, panel)
         gone = slots[torch.from_numpy(order).to(slots.device)]
         columns = m[:, gone]
         weights = torch.linalg.solve(columns[gone], torch.cat([columns.T, v[gone, None]], 1))
@@ -102,40 +102,3 @@ def _eliminated(
         left = left[kept]
     mask = torch.zeros(n, dtype=torch.bool, device=left.device)
     return mask.index_fill_(0, left, True), rounds
-
-
-@loop(nogil=True)
-def _cheapest(m, v, group, room, most):
-    """Eliminate the cheapest of v²/m_ii, again and again, at most `most` of them.
-
-    Args:
-        m: [size, size], M of the candidates; changed in place.
-        v: [size]; changed in place.
-        group: of each candidate.
-        room: how many each group has to give yet; counted down.
-
-    Returns:
-        The order.
-    """
-    size = len(v)
-    order = np.empty(min(most, size), np.int64)
-    left = np.ones(size, np.bool_)
-    for step in range(len(order)):
-        best, at = np.inf, -1
-        for i in range(size):
-            if left[i] and room[group[i]] > 0:
-                cost = v[i] * v[i] / m[i, i]
-                if cost < best:
-                    best, at = cost, i
-        if at < 0:
-            return order[:step]
-        order[step] = at
-        left[at] = False
-        room[group[at]] -= 1
-        line, scale, value = m[at].copy(), 1.0 / m[at, at], v[at]
-        for i in range(size):
-            if left[i]:
-                v[i] -= line[i] * scale * value
-                for j in range(size):
-                    m[i, j] -= line[i] * scale * line[j]
-    return order

@@ -1,4 +1,3 @@
-# mypy: disallow-untyped-defs=False
 """What a row that trades offers where weights are refitted: the objective F, from the row's tableau.
 
 On T = [[−M, B], [Bᵀ, C]] of some candidates, pruning u costs y_u²/M_uu, keeping p again saves y_p²/C_pp, and
@@ -12,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.solvers.compiled import loop
 from maskopt.solvers.pooled.offers import OFFERED, Offers
+from maskopt.solvers.refit.block import one_sided
 from maskopt.solvers.refit.state import Pairs, Row
 
 
@@ -28,7 +27,9 @@ def offers(row: Row) -> Offers:
         (slice(0, count), row.kept[pairs.u], found.removals, found.costs),
         (slice(count, None), row.pruned[pairs.p], found.returns, found.gains),
     ):
-        which, values = _in_order(z[part, part].copy(), y[part].copy())
+        size = len(inputs)
+        alone = np.zeros(size, np.int64), np.full(1, size)
+        which, values = one_sided(z[part, part].copy(), y[part].copy(), *alone, size)
         into[0, : len(which)] = inputs[torch.from_numpy(which).to(inputs.device)]
         prices[0, : len(which)] = torch.from_numpy(values)
     return found
@@ -55,37 +56,3 @@ def _gains(row: Row, slots: Tensor) -> Float[Tensor, " some"]:
     if not len(slots):
         return row.r[slots]
     return row.r[slots].square() / row.columns(slots)[1]
-
-
-@loop(nogil=True)
-def _in_order(z, y):
-    """The least of y²/|z_ii| where z is −M, the greatest where it is C, again and again.
-
-    Args:
-        z: [size, size], −M or C of the candidates; changed in place.
-        y: [size], their v or r; changed in place.
-
-    Returns:
-        The order, and what each costs or saves in its turn.
-    """
-    size = len(y)
-    order, prices = np.empty(size, np.int64), np.empty(size)
-    left = np.ones(size, np.bool_)
-    for step in range(size):
-        best, at = np.inf, -1
-        for i in range(size):
-            price = -y[i] * y[i] / z[i, i]  # a cost, or a gain with its sign turned
-            if left[i] and price < best:
-                best, at = price, i
-        if at < 0:
-            return order[:step], prices[:step]
-        order[step], prices[step] = at, abs(best)
-        left[at] = False
-        scale, value = 1.0 / z[at, at], y[at]
-        line = z[at].copy()
-        for i in range(size):
-            if left[i]:
-                y[i] -= line[i] * scale * value
-                for j in range(size):
-                    z[i, j] -= line[i] * scale * line[j]
-    return order, prices

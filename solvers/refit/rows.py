@@ -25,28 +25,21 @@ def swap_refitted(
     """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came. Where rows
     trade, of the layer as a whole."""
     if not problem.pooled:
-        return _searched(problem, start, max_swaps, limits, [])
+        return _solution(problem, _searched(problem, start, max_swaps, limits))
 
     def search(rows: Tensor, mask: Tensor, limits: Limits) -> tuple[Solution, Offers]:
-        offered: list[Offers] = []
-        found = _searched(problem.take(rows), mask, max_swaps, limits, offered)
-        return found, Offers.joined(offered)
+        some = problem.take(rows)
+        found = _searched(some, mask, max_swaps, limits)
+        nothing = Offers.none(1, problem.device)
+        return _solution(some, found), Offers.joined([row.offers or nothing for row in found])
 
     return trade(problem, start, search, limits)
 
 
 def _searched(
-    problem: LayerProblem,
-    start: Tensor,
-    max_swaps: int | None,
-    limits: Limits,
-    offered: list[Offers],
-) -> Solution:
-    """Every row at the count of its own mask.
-
-    Args:
-        offered: filled with what the rows have to offer, where they trade.
-    """
+    problem: LayerProblem, start: Tensor, max_swaps: int | None, limits: Limits
+) -> list[Found]:
+    """Every row at the count of its own mask."""
     squares = problem.least_squares
     metric = Metric(squares.damped, squares.inverse.diagonal().clone(), problem.group_size)
     target = squares.target(problem.weight, problem.correlation)
@@ -54,12 +47,11 @@ def _searched(
         target.zero_()  # G is 0: every mask costs the same, whatever A says
     threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
     most = torch.iinfo(torch.int64).max if max_swaps is None else max_swaps
-    done, lock, own = 0, threading.Lock(), threading.local()
+    own, done = threading.local(), limits.counter(problem.rows)
     mass = problem.diagonal_mass().tolist()
 
     def search(index: int) -> Found | None:
         """None: the time was over before the row's turn."""
-        nonlocal done
         if limits.expired:
             return None
         if not hasattr(own, "scratch"):
@@ -69,18 +61,13 @@ def _searched(
         found = refine(row, objective, mass[index], most, limits)
         if problem.pooled and squares.ridge and found.proven:
             found.offers = offers(row)
-        with lock:
-            done += 1
-            limits.report(done, problem.rows)
+        done()
         return found
 
     found = one_thread_each(search, problem.rows, threads)
     late = [index for index, row in enumerate(found) if row is None]
-    if problem.pooled:
-        nothing = Offers.none(1, problem.device)
-        offered += [nothing if row is None else row.offers or nothing for row in found]
     begun = iter(_as_begun(problem, start, late, limits) if late else [])
-    return _solution(problem, [next(begun) if row is None else row for row in found])
+    return [next(begun) if row is None else row for row in found]
 
 
 def _as_begun(problem: LayerProblem, start: Tensor, rows: list[int], limits: Limits) -> list[Found]:
