@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def forge_manifest(result: Path, change: Change = lambda _: None) -> None:
             manifest["files"][name] = digest
     manifest["sha256"] = manifest_digest(manifest)
     (result / MANIFEST).write_text(json.dumps(manifest))
+
+
+def copied(result: Path, to: Path) -> Path:
+    """A result that may be changed."""
+    return Path(shutil.copytree(result, to / "out"))
 
 
 def list_file(result: Path, *names: str) -> None:

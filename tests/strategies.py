@@ -10,9 +10,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskopt import NM, LayerProblem, Linear, Unstructured
+from maskopt import NM, LayerProblem, Linear, Refit, Unstructured
 from maskopt.pattern import Pattern
 
+HALF = Unstructured(sparsity=0.5)
 KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")
 
 
@@ -51,6 +52,20 @@ def random_linear(weight: Tensor, gram: Tensor, seed: int) -> Linear:
     own = (a @ gram.double() * a).sum(1)
     noise = torch.rand(len(a), generator=generator, dtype=torch.float64).round(decimals=1) * own
     return Linear(a @ gram.double(), own + noise)
+
+
+def refit_layer(
+    pattern: Pattern = HALF,
+    rows: int = 3,
+    n: int = 16,
+    kind: str = "full",
+    damping: float = 0.01,
+    seed: int = 1,
+    dtype: torch.dtype = torch.float64,
+) -> LayerProblem:
+    """A layer whose kept weights are refitted."""
+    weight, gram = random_weight(rows, n, seed, dtype), random_gram(n, kind, seed + 1, dtype)
+    return LayerProblem(weight, gram, pattern, refit=Refit(damping))
 
 
 @st.composite

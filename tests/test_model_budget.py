@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from commands import run
-from forging import change_masks, forge_manifest
+from forging import change_masks, copied, forge_manifest
 from test_model_resume import contents, interrupted
 from tiny_models import FAMILIES, save, tiny, tokens
 
@@ -104,10 +103,6 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return dense, home / "out"
 
 
-def copied(result: tuple[Path, Path], to: Path) -> Path:
-    return Path(shutil.copytree(result[1], to / "out"))
-
-
 def test_gaps_of_rows_that_trade_are_not_claimed(result: tuple[Path, Path]) -> None:
     with pytest.raises(ModelError, match="its rows trade, and bounds are of rows that prune alike"):
         certify_model(result[0], result[1], calibration=tokens(), rows_per_layer=1)
@@ -117,7 +112,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 
 
 def test_a_mask_of_another_count_is_found(result: tuple[Path, Path], tmp_path: Path) -> None:
-    out = copied(result, tmp_path)
+    out = copied(result[1], tmp_path)
 
     def more(masks: dict[str, Any]) -> None:
         masks[NAME].kept[0] = True
@@ -138,7 +133,7 @@ def test_a_mask_of_another_count_is_found(result: tuple[Path, Path], tmp_path: P
 def test_manifests_that_say_otherwise_are_found(
     result: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    out = copied(result, tmp_path)
+    out = copied(result[1], tmp_path)
     forge_manifest(out, lambda m: m["layers"][9].update(change))
     with pytest.raises(VerificationError, match=message):
         verify_output(out, result[0])
@@ -147,7 +142,7 @@ def test_manifests_that_say_otherwise_are_found(
 def test_another_budget_than_the_patterns_is_found(
     result: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    out = copied(result, tmp_path)
+    out = copied(result[1], tmp_path)
     forge_manifest(out, lambda m: m["fingerprint"]["options"].update(budget="row"))
     with pytest.raises(VerificationError, match="has a budget that is not its pattern's"):
         verify_output(out)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from forging import change_masks, forge_manifest, shard_of
+from forging import change_masks, copied, forge_manifest, shard_of
 from safetensors.torch import load_file, save_file
 from test_model_resume import contents, interrupted
 from test_model_target import inputs_of
@@ -201,16 +201,10 @@ def moved(weight: torch.Tensor) -> None:
     weight[0] *= 1.001
 
 
-def copied(result: tuple[Path, Path], to: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(result[1], to / "out"))
-
-
 def test_weights_that_are_not_least_squares_are_found(
     result: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    out = copied(result, tmp_path)
+    out = copied(result[1], tmp_path)
     changed(out, moved)
     verify_output(out, result[0])  # only the calibration text can tell
     with pytest.raises(
@@ -222,7 +216,7 @@ def test_weights_that_are_not_least_squares_are_found(
 def test_weights_that_no_layer_may_change_are_found(
     result: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    out = copied(result, tmp_path)
+    out = copied(result[1], tmp_path)
 
     def keeps(manifest: dict[str, Any]) -> None:
         manifest["fingerprint"]["options"]["weights"] = "keep"
@@ -235,7 +229,7 @@ def test_weights_that_no_layer_may_change_are_found(
 
 
 def test_infinite_weights_are_found(result: tuple[Path, Path], tmp_path: Path) -> None:
-    out = copied(result, tmp_path)
+    out = copied(result[1], tmp_path)
     kept = change_masks(out, lambda _: None)[NAME].kept
 
     def infinite(weight: torch.Tensor) -> None:
@@ -258,7 +252,7 @@ def test_infinite_weights_are_found(result: tuple[Path, Path], tmp_path: Path) -
 def test_manifests_that_say_otherwise_are_found(
     result: tuple[Path, Path], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    out = copied(result, tmp_path)
+    out = copied(result[1], tmp_path)
     forge_manifest(out, lambda m: m["layers"][9].update(change))
     with pytest.raises(VerificationError, match=message):
         verify_output(out, result[0], calibration=tokens())

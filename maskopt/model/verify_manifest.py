@@ -21,13 +21,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from maskopt.errors import VerificationError
 from maskopt.model.verify_folder import CONFIG, MANIFEST, check_regular
+from maskopt.model.verify_shape import has_shape, no_number
 
-FORMAT = "maskopt-manifest-1"
-STATUSES = ("optimal", "swap-optimal", "feasible")
 #: a bound may lie above its error by so much: both are sums, rounded on their own
 BOUND_ROUNDING = 1e-6
-
-Check = Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -141,10 +138,10 @@ def read_manifest(folder: Path) -> Manifest:
         )
     check_regular(path)
     try:
-        manifest = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_number)
+        manifest = json.loads(path.read_bytes().decode("utf-8"), parse_constant=no_number)
         claimed = manifest.pop("sha256")
         text = json.dumps(manifest, sort_keys=True).encode()
-        sound = hashlib.sha256(text).hexdigest() == claimed and _fits(manifest, _SHAPE)
+        sound = hashlib.sha256(text).hexdigest() == claimed and has_shape(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
@@ -367,101 +364,3 @@ def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
-
-
-# The shape of a manifest ----------------------------------------------------------------------
-
-
-def _no_number(constant: str) -> float:
-    raise ValueError(constant)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**48
-
-
-def _size(value: Any) -> bool:
-    return _count(value) and value > 0
-
-
-def _amount(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_text, value))
-
-
-def _pattern(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    keep = value.get("keep")
-    if value.get("kind") == "nm" and set(value) == {"kind", "keep", "of"}:
-        return _count(keep) and _size(value["of"]) and keep <= value["of"] < 2**31
-    if value.get("kind") != "unstructured" or set(value) - {"per"} != {"kind", "sparsity", "keep"}:
-        return False
-    if "per" in value and (value["per"] != "layer" or value["sparsity"] is None):
-        return False
-    sparsity = value["sparsity"]
-    return _count(keep) if sparsity is None else keep is None and _amount(sparsity) and sparsity < 1
-
-
-def _maybe(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def _each(shape: Any) -> Check:
-    """Every value of an object, or every element of a list."""
-
-    def check(value: Any) -> bool:
-        inner = value.values() if isinstance(value, dict) else value
-        return all(_fits(item, shape) for item in inner)
-
-    return check
-
-
-def _kind(kind: type, shape: Any) -> Check:
-    each = _each(shape)
-    return lambda value: isinstance(value, kind) and each(value)
-
-
-def _fits(value: Any, shape: Any) -> bool:
-    """Has an object the keys of the shape, with such values? Others may be there, too."""
-    if callable(shape):
-        return bool(shape(value))
-    return isinstance(value, dict) and all(
-        key in value and _fits(value[key], inner) for key, inner in shape.items()
-    )
-
-
-def _statuses(value: Any) -> bool:
-    return (
-        isinstance(value, dict) and set(value) <= set(STATUSES) and all(map(_size, value.values()))
-    )
-
-
-_LAYER = {
-    "name": _text, "rows": _size, "n": _size, "pattern": _text, "pruned": _count,
-    "error_start": _maybe(_amount), "error": _amount, "lower_bound": _amount,
-    "statuses": _statuses, "tokens": _count, "fallback": lambda v: type(v) is bool,
-    "seconds": _amount, "sparsity": _amount, "block": _count, "kind": _text, "energy": _amount,
-    "error_held": _maybe(_amount), "energy_held": _maybe(_amount), "shrink": _amount,
-    "error_kept": _maybe(_amount), "chosen_for": lambda v: v in ("kept", "refitted"),
-    "damping": _maybe(_amount),
-}  # fmt: skip
-_OPTIONS = {"pattern": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size}
-_SHAPE = {
-    "format": lambda v: v == FORMAT,
-    "fingerprint": lambda v: _fits(v, {"options": _OPTIONS}) and _text(v.get("model", "")),
-    "sparsity": _amount,
-    "layers": _kind(list, _LAYER),
-    "bad_samples": _kind(list, {"sample": _count, "layer": _text}),
-    "fallbacks": _texts,
-    "tensors": _kind(dict, {"input_axis": _count, "pattern": _pattern}),
-    "files": _kind(dict, _text),
-    "seconds": _amount,
-}  # fmt: skip

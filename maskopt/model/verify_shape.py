@@ -1,0 +1,116 @@
+"""The shape of a manifest: its keys, and kinds of values. Whether they are true is another matter.
+
+Part of `maskopt.model.verify`; shares no code with what writes manifests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+FORMAT = "maskopt-manifest-1"
+STATUSES = ("optimal", "swap-optimal", "feasible")
+
+Check = Callable[[Any], bool]
+
+
+def no_number(constant: str) -> float:
+    """For `json.loads`: NaN and infinities are no numbers."""
+    raise ValueError(constant)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _size(value: Any) -> bool:
+    return _count(value) and value > 0
+
+
+def _amount(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value))
+
+
+def _pattern(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    keep = value.get("keep")
+    if value.get("kind") == "nm" and set(value) == {"kind", "keep", "of"}:
+        return _count(keep) and _size(value["of"]) and keep <= value["of"] < 2**31
+    if value.get("kind") != "unstructured" or set(value) - {"per"} != {"kind", "sparsity", "keep"}:
+        return False
+    if "per" in value and (value["per"] != "layer" or value["sparsity"] is None):
+        return False
+    sparsity = value["sparsity"]
+    return _count(keep) if sparsity is None else keep is None and _amount(sparsity) and sparsity < 1
+
+
+def _maybe(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _each(shape: Any) -> Check:
+    """Every value of an object, or every element of a list."""
+
+    def check(value: Any) -> bool:
+        inner = value.values() if isinstance(value, dict) else value
+        return all(_fits(item, shape) for item in inner)
+
+    return check
+
+
+def _kind(kind: type, shape: Any) -> Check:
+    each = _each(shape)
+    return lambda value: isinstance(value, kind) and each(value)
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Has an object the keys of the shape, with such values? Others may be there, too."""
+    if callable(shape):
+        return bool(shape(value))
+    return isinstance(value, dict) and all(
+        key in value and _fits(value[key], inner) for key, inner in shape.items()
+    )
+
+
+def _statuses(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and set(value) <= set(STATUSES) and all(map(_size, value.values()))
+    )
+
+
+_LAYER = {
+    "name": _text, "rows": _size, "n": _size, "pattern": _text, "pruned": _count,
+    "error_start": _maybe(_amount), "error": _amount, "lower_bound": _amount,
+    "statuses": _statuses, "tokens": _count, "fallback": lambda v: type(v) is bool,
+    "seconds": _amount, "sparsity": _amount, "block": _count, "kind": _text, "energy": _amount,
+    "error_held": _maybe(_amount), "energy_held": _maybe(_amount), "shrink": _amount,
+    "error_kept": _maybe(_amount), "chosen_for": lambda v: v in ("kept", "refitted"),
+    "damping": _maybe(_amount),
+}  # fmt: skip
+_OPTIONS = {"pattern": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size}
+_SHAPE = {
+    "format": lambda v: v == FORMAT,
+    "fingerprint": lambda v: _fits(v, {"options": _OPTIONS}) and _text(v.get("model", "")),
+    "sparsity": _amount,
+    "layers": _kind(list, _LAYER),
+    "bad_samples": _kind(list, {"sample": _count, "layer": _text}),
+    "fallbacks": _texts,
+    "tensors": _kind(dict, {"input_axis": _count, "pattern": _pattern}),
+    "files": _kind(dict, _text),
+    "seconds": _amount,
+}  # fmt: skip
+
+
+def has_shape(manifest: Any) -> bool:
+    """Whether a manifest has all keys, with values of the right kinds."""
+    return _fits(manifest, _SHAPE)

@@ -1,0 +1,49 @@
+"""Layers whose rows trade, for tests."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from strategies import KINDS, random_gram, random_linear, random_weight
+
+from maskopt import LayerProblem, Refit, Unstructured
+
+
+def pool(sparsity=0.5):
+    return Unstructured(sparsity=sparsity, per="layer")
+
+
+def layer(rows=6, n=24, kind="full", sparsity=0.5, refit=None, seed=1, omega=None, **more):
+    """Rows of very different size, so that much is to be traded; no weight is 0, so that nothing ties."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, n, generator=generator, dtype=torch.float64)
+    weight *= torch.rand(rows, 1, generator=generator, dtype=torch.float64) + 0.2
+    gram = random_gram(n, kind, seed + 1)
+    return LayerProblem(weight, gram, pool(sparsity), refit=refit, omega=omega, **more)
+
+
+@st.composite
+def pooled(draw, max_n=12, max_rows=5):
+    """Any kind of layer, of weights kept or refitted, counted equally or not."""
+    n, rows = draw(st.integers(1, max_n)), draw(st.integers(1, max_rows))
+    seed = draw(st.integers(0, 2**31 - 1))
+    gram = random_gram(n, draw(st.sampled_from(KINDS)), seed)
+    weight = random_weight(rows, n, seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.rand(rows, generator=generator, dtype=torch.float64) + 0.1
+    return LayerProblem(
+        weight,
+        gram,
+        pool(draw(st.sampled_from((0.0, 0.1, 0.37, 0.5, 0.8, 0.99)))),
+        linear=random_linear(weight, gram, seed + 2) if draw(st.booleans()) else None,
+        refit=draw(st.sampled_from((None, Refit(0.01), Refit(0.3)))),
+        omega=shares if draw(st.booleans()) else None,
+    )
+
+
+def total(problem, solution):
+    return float(problem.shares @ solution.objective)
+
+
+def slack(problem):
+    return 1e-9 * float(problem.shares @ problem.diagonal_mass()) + 1e-300

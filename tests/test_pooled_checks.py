@@ -1,0 +1,201 @@
+"""Rows of a layer that trade: what bounds prove of their sum, and claims that do not hold."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pooled_layers import layer, pooled, slack, total
+from scipy.optimize import minimize
+
+from maskopt import (
+    Refit,
+    Solution,
+    Status,
+    improving_swap,
+    lower_bound,
+    solve,
+    verify,
+)
+from maskopt.errors import SolverError, VerificationError
+
+# --- the relaxation of a layer, and what it proves -----------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(pooled(max_n=8, max_rows=4), st.sampled_from(("box", "shift")))
+def test_bounds_are_below_the_optimum(problem, method):
+    problem = problem.refitting(None)
+    bound = lower_bound(problem, method)
+    best = solve(problem, "exhaustive")
+    assert float(problem.shares @ bound.value) <= total(problem, best) + slack(problem)
+    gaps = bound.gap(best.objective)
+    assert bool((gaps == gaps[0]).all())
+    assert bool((gaps >= -1e-9).all())
+
+
+def test_the_bound_of_a_diagonal_gram_is_tight():
+    problem = layer(rows=4, n=9, kind="diagonal", omega=torch.tensor([1.0, 3.0, 0.5, 1.0]))
+    best = total(problem, solve(problem, "swap"))
+    proven = float(problem.shares @ lower_bound(problem, "shift").value)
+    assert 0.99 * best <= proven <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("omega", [None, torch.tensor([1.0, 9.0, 0.1, 1.0, 2.0, 0.5])])
+def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega):
+    """min Σ ωᵣ fᵣ(xᵣ) over the box and one count, by SLSQP."""
+    problem = layer(rows=6, n=8, omega=omega)
+    shape, share = problem.weight.shape, problem.shares[:, None].numpy()
+    w, gram = problem.weight.numpy(), problem.gram.numpy()
+
+    def value(x):
+        dropped = w * x.reshape(shape)
+        return float((share * dropped * (dropped @ gram)).sum())
+
+    def slope(x):
+        return (2 * share * w * (w * x.reshape(shape) @ gram)).ravel()
+
+    count = {"type": "eq", "fun": lambda x: x.sum() - problem.pruned, "jac": lambda x: x * 0 + 1}
+    size = w.size
+    found = minimize(
+        value,
+        [problem.pruned / size] * size,
+        jac=slope,
+        bounds=[(0, 1)] * size,
+        constraints=[count],
+        method="SLSQP",
+        options={"ftol": 1e-12, "maxiter": 500},
+    )
+    assert found.success
+    bound = lower_bound(problem, "box", steps=2000, tolerance=1e-6)
+    assert float(problem.shares @ bound.value) == pytest.approx(found.fun, rel=1e-4)
+
+
+def test_a_relaxed_start_counts_for_the_layer():
+    """Where rows differ much, equal counts are far from any good mask of the layer."""
+    problem = layer(rows=12, n=32, sparsity=0.6, seed=5)
+    alike = solve(problem.under(problem.pattern.alike()), "relax", refine=False, max_iterations=0)
+    start = solve(problem, "relax", refine=False, max_iterations=0)
+    assert total(problem, start) < 0.9 * total(problem, alike)
+    whole = solve(problem, "relax")
+    verify(problem, whole)
+    assert set(whole.status) == {Status.SWAP_OPTIMAL}
+    assert float(whole.gap[0]) == pytest.approx(float(whole.gap[-1]))
+    assert 0 < float(whole.lower_bound.sum()) < total(problem, whole)
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_relaxing_is_never_worse_than_its_start(refine):
+    problem = layer(rows=4, n=10)
+    best = solve(problem, "exhaustive")
+    found = solve(problem, "relax", start=best.mask, refine=refine)
+    assert total(problem, found) == pytest.approx(total(problem, best))
+
+
+def test_certificates_of_a_layer_are_checked():
+    problem = layer(rows=3, n=8)
+    bound = lower_bound(problem, "box")
+    found = solve(problem, "swap")
+
+    def claim(factor, certificate):
+        claimed = Solution.of(
+            problem,
+            found.mask,
+            lower_bound=factor * bound.value,
+            certificate=certificate,
+            status=Status.SWAP_OPTIMAL,
+        )
+        return verify(problem, claimed)
+
+    assert claim(1.0, bound.certificate).checked
+    with pytest.raises(VerificationError, match="its certificate proves"):
+        claim(1.01, bound.certificate)
+    own_counts = replace(bound.certificate, penalty=torch.ones(3, 1, dtype=torch.float64))
+    with pytest.raises(VerificationError, match="speak of a row's own count"):
+        claim(1.0, own_counts)
+    moved = replace(bound.certificate, point=torch.full((3, 8), 0.3, dtype=torch.float64))
+    assert float(moved.check(problem).sum()) <= float(bound.value.sum())
+    # of rows that prune alike the same point proves another thing
+    alike = problem.under(problem.pattern.alike())
+    assert float(bound.certificate.check(alike).sum()) >= float(bound.value.sum()) * (1 - 1e-12)
+
+
+def test_bounds_of_rows_that_prune_alike_are_refused():
+    with pytest.raises(
+        SolverError, match="whose rows trade and keep their weights take method 'box'"
+    ):
+        lower_bound(layer(rows=2, n=4), "sdp")
+    with pytest.raises(SolverError, match="'box' is of weights as they are"):
+        lower_bound(layer(rows=2, n=4, refit=Refit(0.01)), "box")
+
+
+# --- what is claimed falsely -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refit", [None, Refit(0.01)])
+def test_a_trade_that_improves_is_found(refit):
+    problem = layer(refit=refit)
+    alike = problem.under(problem.pattern.alike())
+    mask = solve(alike, "swap").mask
+    trade = improving_swap(problem, mask)
+    assert trade is not None
+    assert trade.row != trade.other
+    better = mask.clone()
+    better[trade.row, trade.kept] = False
+    better[trade.other, trade.pruned] = True
+    change = problem.shares @ (problem.objective(better) - problem.objective(mask))
+    assert float(change) == pytest.approx(trade.delta, rel=1e-9)
+    best = min(
+        float(problem.objective(_traded(mask, i, u, j, p)).sum())
+        for i in range(problem.rows)
+        for j in range(problem.rows)
+        if i != j
+        for u in [*mask[i].nonzero()[:3, 0].tolist(), trade.kept]
+        for p in [*(~mask[j]).nonzero()[:3, 0].tolist(), trade.pruned]
+        if mask[i, u] and not mask[j, p]
+    )
+    assert best == pytest.approx(float(problem.objective(better).sum()))
+    claimed = replace(Solution.of(problem, mask), status=(Status.SWAP_OPTIMAL,) * problem.rows)
+    with pytest.raises(VerificationError, match=r"of row \d instead of \d+ of row"):
+        verify(problem, claimed)
+
+
+def _traded(mask, i, u, j, p):
+    other = mask.clone()
+    other[i, u], other[j, p] = False, True
+    return other
+
+
+def test_a_swap_inside_a_row_is_found():
+    problem = layer()
+    found = solve(problem, "swap")
+    mask = found.mask.clone()
+    row = int(((mask.sum(1) > 0) & (mask.sum(1) < problem.n)).nonzero()[0])
+    u, p = mask[row].nonzero()[0, 0], (~mask[row]).nonzero()[0, 0]
+    mask[row, u], mask[row, p] = False, True
+    assert improving_swap(problem, mask) is not None
+
+
+def test_claims_that_do_not_hold_are_refused():
+    problem = layer(rows=3, n=6)
+    best = solve(problem, "exhaustive")
+    worse = solve(problem, "random")
+
+    def claim(base, **changes):
+        with pytest.raises(VerificationError) as caught:
+            verify(problem, replace(base, **changes))
+        return str(caught.value)
+
+    mixed = (Status.OPTIMAL, Status.SWAP_OPTIMAL, Status.OPTIMAL)
+    assert "proven together" in claim(best, status=mixed)
+    optimal = (Status.OPTIMAL,) * 3
+    assert "changes the sum" in claim(
+        worse, status=optimal, lower_bound=worse.objective, vouched=("me",) * 3
+    )
+    assert "without proof" in claim(best, lower_bound=torch.zeros(3, dtype=torch.float64))
+    assert "a mask of sum" in claim(worse, lower_bound=worse.objective, vouched=("me",) * 3)
+    swapped = best.mask.clone()
+    swapped[0, int(swapped[0].nonzero()[0])] = False
+    assert "asks for exactly" in claim(best, mask=swapped)
+    assert "no exact backend vouches" in claim(best, vouched=())
