@@ -29,8 +29,8 @@ class Gram:
         n: number of inputs.
         device: where the batches are and the sum is kept.
 
-    `add` takes [tokens, n] of any floating dtype. `value()` is the mean over tokens, [n, n],
-    symmetric; the normalisation is tokens, not sequences.
+    `add` takes the tokens of one sequence, [tokens, n] of any floating dtype. `value()` is the mean over
+    tokens, [n, n], symmetric; the normalisation is tokens, not sequences.
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
@@ -40,9 +40,10 @@ class Gram:
         self.tokens = 0
         self._sum: Float[Tensor, "n n"] = torch.zeros(n, n, dtype=torch.float64, device=device)
         self._total: Float[Tensor, " n"] = torch.zeros(n, dtype=torch.float64, device=device)
+        self._between: Float[Tensor, " n"] = torch.zeros_like(self._total)
 
     def add(self, inputs: Float[Tensor, "tokens n"]) -> None:
-        """Add a batch of tokens.
+        """Add the tokens of one sequence.
 
         Raises:
             ProblemError: a shape other than [tokens, n], or NaN or infinite values.
@@ -79,6 +80,7 @@ class Gram:
     def _add_tile(self, inputs: Tensor, weights: Tensor | None, start: int) -> None:
         stop = min(start + TILE, self.n)
         target = self._sum[start:stop, start:]
+        total = torch.zeros_like(self._total[start:stop])
         for first in range(0, len(inputs), CHUNK):
             part = slice(first, first + CHUNK)
             right = inputs[part, start:]
@@ -87,11 +89,18 @@ class Gram:
             if weights is not None:
                 left = left * weights[part, None].to(left)
             target += left.T @ right
-            self._total[start:stop] += left.sum(0, dtype=torch.float64)
+            total += left.sum(0, dtype=torch.float64)
+        self._total[start:stop] += total
+        self._between[start:stop] += total.square() / max(len(inputs), 1)
 
     def mean(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
         """The mean input over tokens; zeros where no token was seen."""
         return (self._total / max(self.tokens, 1)).to(dtype)
+
+    def variance(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
+        """The variance of every input about its mean in a sequence, averaged over tokens."""
+        within = self._sum.diagonal() - self._between
+        return (within.clamp(min=0.0) / max(self.tokens, 1)).to(dtype)
 
     def value(
         self, *, shrink: float = 0.0, dtype: torch.dtype = torch.float32

@@ -37,6 +37,16 @@ def as_tensor(array: ArrayLike, what: str) -> Tensor:
     return tensor
 
 
+def of_inputs(array: ArrayLike | None, n: int, what: str) -> Tensor | None:
+    """One number an input; None stays None."""
+    if array is None:
+        return None
+    tensor = as_tensor(array, what)
+    if tensor.shape != (n,):
+        raise ProblemError(f"{what} must be [{n}], not {list(tensor.shape)}")
+    return tensor
+
+
 def linear_part(linear: Linear, weight: Tensor, label: str) -> Linear:
     """In float64, on the device of the weight."""
     wanted = {"correlation": tuple(weight.shape), "constant": (weight.shape[0],)}

@@ -31,6 +31,8 @@ def write_instance(
     arrays = {"weight": _as_numpy(layer.weight), "gram": _as_numpy(layer.gram)}
     if layer.mean is not None:
         arrays["mean"] = _as_numpy(layer.mean)
+    if layer.variance is not None:
+        arrays["variance"] = _as_numpy(layer.variance)
     if layer.omega is not None:
         arrays["omega"] = _as_numpy(layer.omega)
     if layer.linear is not None:
@@ -66,6 +68,7 @@ def read_instance(
     more = {
         "name": str(header.get("name", "")),
         "mean": arrays.get("mean"),
+        "variance": arrays.get("variance"),
         "linear": None if parts[0] is None else Linear(*parts),  # type: ignore[arg-type]
         "refit": refit_from_dict(header.get("refit")),
     }

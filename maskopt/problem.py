@@ -40,6 +40,7 @@ from maskopt.inputs import (
     check_pattern,
     check_semidefinite,
     linear_part,
+    of_inputs,
     shares_of_rows,
     symmetric,
 )
@@ -63,6 +64,7 @@ class LayerProblem:
         pattern: `Unstructured` or `NM`.
         name: how messages and reports call the layer.
         mean: [n], the mean of the inputs, for the few methods that need more than G (`dsnot`).
+        variance: [n], their variance within sequences, averaged, for the same; None: that over all tokens.
         linear: moments of what the outputs miss their targets by before anything is pruned:
             correlation [rows, n] and constant [rows], torch or NumPy, brought to float64.
         refit: the objective is F, of refitted weights; None: f, of the weights as they are.
@@ -86,6 +88,7 @@ class LayerProblem:
         *,
         name: str = "",
         mean: ArrayLike | None = None,
+        variance: ArrayLike | None = None,
         linear: Linear | None = None,
         refit: Refit | None = None,
         omega: ArrayLike | None = None,
@@ -114,11 +117,10 @@ class LayerProblem:
         check_pattern(pattern, n, label)
         self.pattern = pattern
         self.gram: Float[Tensor, "n n"] = symmetric(gram_tensor, label)
-        self.mean: Float[Tensor, " n"] | None = None
-        if mean is not None:
-            self.mean = as_tensor(mean, f"{label}mean")
-            if self.mean.shape != (n,):
-                raise ProblemError(f"{label}mean must be [{n}], not {list(self.mean.shape)}")
+        self.mean = of_inputs(mean, n, f"{label}mean")
+        self.variance = of_inputs(variance, n, f"{label}variance")
+        if self.variance is not None and bool((self.variance < 0).any()):
+            raise ProblemError(f"{label}variance is a mean of squares, and not below 0")
         check_costs(self.weight, self.gram, label)
         self.linear = None if linear is None else linear_part(linear, self.weight, label)
         self.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
@@ -348,7 +350,8 @@ class LayerProblem:
         problem.weight, problem.name = self.weight[rows], name
         problem.linear = None if self.linear is None else self.linear.take(rows)
         problem.omega = None if self.omega is None else self.omega[rows]
-        problem.gram, problem.mean, problem.pattern = self.gram, self.mean, self.pattern
+        problem.gram, problem.pattern = self.gram, self.pattern
+        problem.mean, problem.variance = self.mean, self.variance
         problem.refit = self.refit
         problem._squares = None if self.refit is None else self.least_squares
         return problem
@@ -374,6 +377,7 @@ class RowProblem:
         *,
         name: str = "",
         mean: ArrayLike | None = None,
+        variance: ArrayLike | None = None,
         linear: Linear | None = None,
         refit: Refit | None = None,
     ) -> None:
@@ -381,7 +385,14 @@ class RowProblem:
         if tensor.ndim != 1:
             raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
         layer = LayerProblem(
-            tensor[None], gram, pattern, name=name, mean=mean, linear=linear, refit=refit
+            tensor[None],
+            gram,
+            pattern,
+            name=name,
+            mean=mean,
+            variance=variance,
+            linear=linear,
+            refit=refit,
         )
         self._layer: LayerProblem = RowProblem._of(layer).as_layer()
 
@@ -480,7 +491,9 @@ class RowProblem:
         layer.weight = layer.weight[:, index].contiguous()
         layer.linear = None if self.linear is None else self.linear.restrict(index)
         layer.gram, layer.pattern = self.gram[index][:, index].contiguous(), new
-        layer.mean = None if self._layer.mean is None else self._layer.mean[index]
+        layer.mean, layer.variance = (
+            None if x is None else x[index] for x in (layer.mean, layer.variance)
+        )
         layer._squares = None  # of the inputs that are left
         if layer.refit is not None:
             layer.least_squares.check(f"row {self.name!r}: " if self.name else "")

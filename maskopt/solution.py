@@ -71,7 +71,8 @@ class Solution:
 
     Attributes:
         mask: bool [rows, n], True = kept.
-        objective: float64 [rows], f of the mask on the given G, F of a problem with `refit`.
+        objective: float64 [rows], f of the mask on the given G, F of a problem with `refit`; where the solver
+            sets weights of its own, not those of least squares, what these cost, no less than F.
         lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known. Of rows
             that trade it is one bound of Σ ωᵣ fᵣ, shared out over the rows: Σ ωᵣ lower_boundᵣ.
         status: per row OPTIMAL, SWAP_OPTIMAL or FEASIBLE.
@@ -82,7 +83,8 @@ class Solution:
         vouched: per row the exact backend and version on whose word its bound is taken, such as
             `SCIP 10.0`; an empty word where there is none. Empty altogether: no row has one.
         weight: float64 [rows, n], the refitted weights where the solver has them at hand, which spares
-            `problem.weights(mask)`; not saved.
+            `problem.weights(mask)`; or its own. Saved only where they are its own.
+        own: the weights are the solver's own.
     """
 
     mask: Bool[Tensor, "rows n"]
@@ -95,6 +97,7 @@ class Solution:
     certificate: AnyCertificate | None = None
     vouched: tuple[str, ...] = ()
     weight: Float[Tensor, "rows n"] | None = None
+    own: bool = False
 
     @property
     def gap(self) -> Float[Tensor, " rows"]:
@@ -112,14 +115,16 @@ class Solution:
         trace: Trace | None = None,
         certificate: AnyCertificate | None = None,
         vouched: Sequence[str] = (),
+        weight: Float[Tensor, "rows n"] | None = None,
     ) -> Solution:
-        """A Solution with the float64 objective computed from the mask.
+        """A Solution with the float64 objective computed from the mask; or from a solver's own `weight`, of a
+        problem with `refit`.
 
         A lower bound above the objective by rounding alone is cut back to it.
         """
         layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
         mask = mask.reshape(layer.weight.shape)
-        objective = layer.objective(mask)
+        objective = layer.objective(mask) if weight is None else layer.damped_error(weight)
         if lower_bound is None:
             lower_bound = torch.zeros_like(objective)
         else:
@@ -142,6 +147,8 @@ class Solution:
             trace=trace if trace is not None else Trace(),
             certificate=certificate,
             vouched=tuple(vouched),
+            weight=weight,
+            own=weight is not None,
         )
 
     def columns(self) -> dict[str, list[Any]]:
@@ -183,6 +190,8 @@ class Solution:
         if self.certificate is not None:
             parts = stored(self.certificate)
             arrays |= {f"certificate.{name}": value for name, value in parts.items()}
+        if self.own and self.weight is not None:
+            arrays["weight"] = self.weight.cpu().numpy()
         header = {
             "status": [str(status) for status in self.status],
             "solver": self.solver,
@@ -218,6 +227,8 @@ class Solution:
                 trace=trace_from(header["trace"], tensors),
                 certificate=restored(certificate, str(path)) if certificate else None,
                 vouched=tuple(str(word) for word in header["vouched"]),
+                weight=torch.from_numpy(arrays["weight"]) if "weight" in arrays else None,
+                own="weight" in arrays,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ProblemError(f"{path}: not a sound solution ({error})") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,7 +61,8 @@ def verify(
 ) -> Verification:
     """Check everything that a solution claims, in float64.
 
-    The mask's pattern, the objective, bound ≤ objective, a certificate where there is one,
+    The mask's pattern, the objective (of a solver's own weights, where it says so), bound ≤ objective, a
+    certificate where there is one,
     SWAP_OPTIMAL by a scan over all swaps (where rows trade, between rows, too), OPTIMAL by a closed
     gap; and where there are at most ENUMERATION_LIMIT masks to see, OPTIMAL and the lower bound by
     enumeration. A positive lower bound needs a certificate, or an exact backend that vouches for it
@@ -208,7 +210,8 @@ def _first(bad: Tensor) -> int | None:
 
 
 def _verify_objective(layer: LayerProblem, mask: Tensor, solution: Solution, mass: Tensor) -> None:
-    true = torch.stack([_objective(layer, mask, row) for row in range(layer.rows)])
+    cost = _objective if not solution.own else _cost_of(layer, mask, solution)
+    true = torch.stack([cost(layer, mask, row) for row in range(layer.rows)])
     stated = solution.objective.to(true)
     slack = OBJECTIVE_TOLERANCE * true + ROUNDING * mass
     row = _first(~((stated - true).abs() <= slack))
@@ -232,6 +235,34 @@ def _objective(layer: LayerProblem, mask: Tensor, row: int) -> Tensor:
     if layer.linear is not None:
         total += 2 * w @ layer.linear.correlation[row, pruned] + layer.linear.constant[row]
     return total.clamp(min=0.0)
+
+
+def _cost_of(
+    layer: LayerProblem, mask: Tensor, solution: Solution
+) -> Callable[[LayerProblem, Tensor, int], Tensor]:
+    """What a solver's own weights cost, once they are found to be what they should."""
+    weight = solution.weight
+    if layer.refit is None or set(solution.status) != {Status.FEASIBLE}:
+        raise VerificationError(
+            "weights: a solver's own are claimed, which only FEASIBLE rows of a problem with refit have"
+        )
+    if weight is None or weight.shape != mask.shape or weight.dtype != torch.float64:
+        raise VerificationError(f"weights: a solver's own must be float64 {list(mask.shape)}")
+    weight, gram = weight.to(layer.device), layer.gram.double()
+    row = _first(~torch.isfinite(weight).all(1) | (weight.ne(0) & ~mask).any(1))
+    if row is not None:
+        raise VerificationError(
+            f"weights: those of row {row} are not finite, or not 0 where it prunes"
+        )
+
+    def cost(layer: LayerProblem, mask: Tensor, row: int) -> Tensor:
+        lost = layer.weight[row].double() - weight[row]
+        total = lost @ (gram @ lost) + layer.least_squares.ridge * lost @ lost
+        if layer.linear is not None:
+            total += 2 * lost @ layer.linear.correlation[row] + layer.linear.constant[row]
+        return total.clamp(min=0.0)
+
+    return cost
 
 
 def _verify_bound(layer: LayerProblem, solution: Solution, mass: Tensor) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import patterns, random_weight
 
-from maskopt import LayerProblem, Unstructured, solve, verify
+from maskopt import NM, LayerProblem, Unstructured, solve, verify
 from maskopt.errors import OptionError, ProblemError
 
 
@@ -15,7 +15,41 @@ def biased_problem(n, rows, seed, pattern, variance=1.0):
     x = torch.randn(4 * n, n, generator=generator, dtype=torch.float64) * variance
     x += torch.randn(n, generator=generator, dtype=torch.float64)
     weight = random_weight(rows, n, seed + 1)
-    return LayerProblem(weight, x.T @ x / len(x), pattern, mean=x.mean(0))
+    parts = x.view(4, n, n)  # four sequences
+    within = parts.var(1, unbiased=False).mean(0)
+    return LayerProblem(weight, x.T @ x / len(x), pattern, mean=x.mean(0), variance=within)
+
+
+def literal(problem, start, threshold, cycles):
+    """The reference's rules, weight by weight: lists sorted once, of which each entry is taken once."""
+    group, n = problem.group_size, problem.n
+    mask = start.clone()
+    c = problem.weight * problem.mean
+    wanda = problem.weight.abs() * problem.gram.diagonal().sqrt()
+    for row in range(problem.rows):
+        pruned = (~start[row]).nonzero()[:, 0].tolist()
+        kept = sorted(start[row].nonzero()[:, 0].tolist(), key=lambda j: float(wanda[row, j]))
+        came = sorted(pruned, key=lambda j: float(c[row, j] / problem.variance[j]))
+        error = float(c[row, pruned].sum())
+        sign = error > 0
+        for _ in range(cycles):
+            way = 1 if error > 0 else -1
+            back = [j for j in came[::-way] if way * float(c[row, j]) > 0]
+            if abs(error) <= threshold or not back:
+                break
+            regrown = back[0]
+            if group < n:
+                gone = [j for j in kept if j // group == regrown // group]
+            else:
+                gone = [j for j in kept if way * float(c[row, j]) < 0]
+            after = error - float(c[row, regrown]) + (float(c[row, gone[0]]) if gone else 0.0)
+            if not gone or (group < n and (after > 0) != sign):
+                break
+            mask[row, regrown], mask[row, gone[0]] = True, False
+            came.remove(regrown)
+            kept.remove(gone[0])
+            error = after
+    return mask
 
 
 def mean_error(problem, mask):
@@ -30,6 +64,31 @@ def test_legal_verified_and_batched_equals_single(data, n, rows, seed):
     for i in range(rows):
         alone = solve(problem.row(i), "dsnot", cycles=5).mask[0]
         assert torch.equal(alone, solution.mask[i])
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)], ids=str)
+def test_equals_the_literal_algorithm(pattern):
+    problem = biased_problem(40, 12, 5, pattern)
+    start = solve(problem, "wanda").mask
+    for cycles in (1, 3, 50):
+        found = solve(problem, "dsnot", cycles=cycles, threshold=0.5, sequence_length=10)
+        expected = literal(problem, start, 0.05, cycles)
+        assert torch.equal(found.mask, expected)
+        assert (found.trace.swaps == (expected & ~start).sum(1)).all()
+    assert not torch.equal(expected, start)
+
+
+def test_without_a_variance_the_tokens_are_one_sequence():
+    problem = biased_problem(24, 4, 2, Unstructured(sparsity=0.5))
+    mean, gram = problem.mean, problem.gram
+    over_all = gram.diagonal() - mean.square()
+    masks = [
+        solve(
+            LayerProblem(problem.weight, gram, problem.pattern, mean=mean, variance=v), "dsnot"
+        ).mask
+        for v in (None, over_all)
+    ]
+    assert torch.equal(*masks)
 
 
 def test_the_first_swap_is_the_one_of_the_paper():
@@ -60,6 +119,8 @@ def test_what_it_cannot_do_without():
         solve(problem, "dsnot")
     with pytest.raises(ProblemError, match=r"mean must be \[4\]"):
         LayerProblem(torch.ones(1, 4), torch.eye(4), Unstructured(keep=2), mean=torch.ones(3))
+    with pytest.raises(ProblemError, match="variance"):
+        LayerProblem(torch.ones(1, 4), torch.eye(4), Unstructured(keep=2), variance=-torch.ones(4))
     biased = biased_problem(8, 1, 0, Unstructured(sparsity=0.5))
     with pytest.raises(OptionError):
         solve(biased, "dsnot", cycles=-1)

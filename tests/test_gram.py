@@ -28,6 +28,8 @@ def test_the_mean_of_outer_products(n: int, batches: list[int], seed: int) -> No
     )
     torch.testing.assert_close(gram.mean(dtype=torch.float64), x.mean(0), rtol=1e-5, atol=1e-6)
     assert gram.tokens == len(x)
+    within = sum(len(part) * part.double().var(0, unbiased=False) for part in parts) / len(x)
+    torch.testing.assert_close(gram.variance(dtype=torch.float64), within, rtol=1e-5, atol=1e-6)
 
 
 def test_larger_than_a_tile_and_a_chunk() -> None:

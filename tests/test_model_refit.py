@@ -170,6 +170,20 @@ def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(
     assert len(refitted) == len(kept) == 6
     assert refitted[0] != kept[0]  # the damping counts in the one
     assert refitted[2] <= min(refitted[:2]) * (1 + 1e-9)
+    owned = [
+        "--weights",
+        "refit",
+        "--option",
+        "sparsegpt.update=true",
+        "--rows",
+        1,
+        "--columns",
+        12,
+    ]
+    run("compare", tmp_path / "up.npz", "--solvers", "sparsegpt,obs", *owned, "--output", out)
+    assert len(out.read_text().splitlines()) == 14
+    shown = run("compare", tmp_path / "up.npz", "--solvers", "obs", *owned, fails=OptionError)
+    assert "there is no solver 'sparsegpt' among obs" in shown
 
 
 def test_gaps_of_refitted_weights_are_not_claimed(result: tuple[Path, Path]) -> None:
@@ -226,6 +240,28 @@ def test_weights_that_no_layer_may_change_are_found(
     forge_manifest(out, keeps)
     with pytest.raises(VerificationError, match="a kept weight differs from the original"):
         verify_output(out, result[0])
+
+
+def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
+    dense: Path, tmp_path: Path
+) -> None:
+    more = {**OPTIONS, "solver": "sparsegpt", "solver_options": {"update": True}}
+    report = prune_model(dense, tokens(), output=tmp_path / "own", **more)
+    squares = prune_model(
+        dense, tokens(), **{**OPTIONS, "solver": "sparsegpt"}, output=tmp_path / "out"
+    )
+    assert {x.chosen_for for x in report.layers} == {"updated"}
+    first = [r.layers[0] for r in (squares, report)]
+    assert first[0].error < first[1].error < first[1].error_kept  # type: ignore[operator]
+    verify_output(tmp_path / "own", dense, calibration=tokens())
+    out = copied(tmp_path / "own", tmp_path / "moved")
+    changed(out, moved)
+    with pytest.raises(VerificationError, match="states an error of"):
+        verify_output(out, dense, calibration=tokens())
+    out = copied(tmp_path / "own", tmp_path / "claims")
+    forge_manifest(out, lambda m: [x.update(chosen_for="refitted") for x in m["layers"]])
+    with pytest.raises(VerificationError, match="its weights are not those of least squares"):
+        verify_output(out, dense, calibration=tokens())
 
 
 def test_infinite_weights_are_found(result: tuple[Path, Path], tmp_path: Path) -> None:

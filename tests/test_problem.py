@@ -191,12 +191,15 @@ def test_row_restrict_takes_the_columns_in_order():
 def test_save_and_load_round_trip(tmp_path, pattern):
     mean = torch.arange(8.0) if pattern is HALF else None
     gram = random_gram(8, "full", 0)
-    problem = LayerProblem(random_weight(2, 8, 1), gram, pattern, name="a.b", mean=mean)
+    problem = LayerProblem(
+        random_weight(2, 8, 1), gram, pattern, name="a.b", mean=mean, variance=mean
+    )
     problem.save(tmp_path / "layer.npz")
     back = LayerProblem.load(tmp_path / "layer.npz")
     assert torch.equal(back.weight, problem.weight)
     assert torch.equal(back.gram, problem.gram)
-    assert back.mean is None if mean is None else torch.equal(back.mean, mean)
+    for found in (back.mean, back.variance):
+        assert found is None if mean is None else torch.equal(found, mean)
     assert (back.pattern, back.name) == (pattern, "a.b")
     problem.row(1).save(tmp_path / "row.npz")
     row = RowProblem.load(tmp_path / "row.npz")

@@ -10,9 +10,10 @@ from rich.table import Table
 
 from maskopt.cli.console import errors, output, progress_bars
 from maskopt.cli.instances import load_layers, takes_source
-from maskopt.cli.parameters import Calibration, Out, option_list
+from maskopt.cli.parameters import Calibration, Out, option_list, read_solver_options
 from maskopt.compare import Record, check_format, sample_rows
 from maskopt.compare import compare as compare_rows
+from maskopt.errors import OptionError
 
 
 @takes_source
@@ -20,6 +21,10 @@ def compare(
     source: Annotated[list[Path], typer.Argument(help="A model folder, or .npz instances.")],
     options: dict[str, Any],
     solvers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "wanda,swap,scip",
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="SOLVER.NAME=VALUE, an option of one of the solvers."),
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows sampled from every layer.")] = 4,
     columns: Annotated[
         int | None, typer.Option(min=1, help="Inputs sampled per row; all by default.")
@@ -33,13 +38,14 @@ def compare(
     """Solve the same rows with several solvers: objective, bound, gap, status, time."""
     if out is not None:
         check_format(out)
+    chosen = with_options(option_list(solvers), option)
     layers = load_layers(source, options, calibration=calibration, seed=seed)
     sampled = sample_rows(layers.problems, rows, columns=columns, pattern=layers.pattern, seed=seed)
     with progress_bars() as bars:
-        task = bars.add_task("solving", total=len(sampled) * len(option_list(solvers)))
+        task = bars.add_task("solving", total=len(sampled) * len(chosen))
         records = compare_rows(
             sampled,
-            option_list(solvers),
+            chosen,
             time_limit=time_limit,
             seed=seed,
             jobs=jobs,
@@ -52,6 +58,29 @@ def compare(
             errors.print(f"{record.instance}, {record.solver}: {record.error}", soft_wrap=True)
     if out is not None:
         output.print(f"written: {out}")
+
+
+def with_options(
+    names: list[str], items: list[str] | None
+) -> list[str] | dict[str, dict[str, Any]]:
+    """The solvers, each with the options that are given for it.
+
+    Raises:
+        OptionError: an option of a solver that is not among them.
+    """
+    if not items:
+        return names
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for item in items:
+        name, dot, setting = item.partition(".")
+        if not dot:
+            raise OptionError(f"--option takes SOLVER.NAME=VALUE, not {item!r}")
+        if name not in options:
+            raise OptionError(
+                f"--option {item}: there is no solver {name!r} among {', '.join(names)}"
+            )
+        options[name] |= read_solver_options([setting])
+    return options
 
 
 def comparison_table(records: list[Record]) -> Table:

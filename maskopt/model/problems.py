@@ -124,9 +124,9 @@ def layer_problem(
         ProblemError: a `refit` with a damping that leaves the Gram matrix indefinite.
     """
     if gram is None:
-        values, mean = torch.eye(layer.n, device=weight.device), None
+        values, mean, variance = torch.eye(layer.n, device=weight.device), None, None
     else:
-        values, mean = gram.value(shrink=shrink), gram.mean()
+        values, mean, variance = gram.value(shrink=shrink), gram.mean(), gram.variance()
     linear = None if gram is None or moved is None else moved.linear(weight, shrink=shrink)
     return LayerProblem(
         weight,
@@ -135,6 +135,7 @@ def layer_problem(
         name=layer.name,
         assume_psd=True,
         mean=mean,
+        variance=variance,
         linear=linear,
         refit=refit,
     )

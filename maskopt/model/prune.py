@@ -220,7 +220,9 @@ def _report(
     else:
         error, error_kept = fitted.error(new), kept.objective(solution.mask)
         held = None if judge is None else judge.error(new)
-    chosen = new is not None and make_solver(options.solver).capabilities.refit
+    chosen_for = "kept"
+    if new is not None and make_solver(options.solver).capabilities.refit:
+        chosen_for = "updated" if solution.own else "refitted"
     return LayerReport(
         name=layer.name,
         block=layer.block,
@@ -237,7 +239,7 @@ def _report(
         error_held=_sum(held),
         energy_held=None if judge is None else float(judge.output_energy().sum()),
         error_kept=_sum(error_kept),
-        chosen_for="refitted" if chosen else "kept",
+        chosen_for=chosen_for,
         damping=None if fitted.refit is None else fitted.refit.damping,
         **facts,
     )

@@ -31,7 +31,8 @@ class LayerReport:
             that of outputs whose inputs' G is shrunk as it was for the solver.
         error_kept: of refitted weights, the same had the mask kept its weights as they were: `error_start` to
             it is what the mask gained, from it to `error` what the new weights did; None where they stay.
-        chosen_for: `kept` weights, or `refitted` ones: which objective the statuses are of.
+        chosen_for: `kept` weights, or `refitted` ones: which objective the statuses are of; or `updated`,
+            where the weights are the solver's own, not those of least squares.
         damping: that weights were refitted with; None where they stay.
         lower_bound: proven bound summed over rows, 0 where none is known.
         statuses: number of rows by status.

@@ -181,7 +181,7 @@ def check_layers(manifest: Manifest) -> None:
             raise manifest.wrong(
                 f"layer {name!r} is refitted, or not, otherwise than the options say"
             )
-        if layer["chosen_for"] == "refitted" and not refitted:
+        if layer["chosen_for"] != "kept" and not refitted:
             raise manifest.wrong(
                 f"layer {name!r} has statuses of refitted weights, and keeps its own"
             )

@@ -1,9 +1,11 @@
 """DSnoT: dynamic sparse no training (Zhang et al., arXiv 2310.08915).
 
 Looks only at the *mean* output: with μ the mean of the inputs, pruning a set changes a row's mean output by
-ε = Σ_pruned c_j, c_j = w_j μ_j. Each cycle regrows the pruned weight whose return lowers |ε| the most for
-its variance, and prunes the kept weight of least Wanda score whose loss moves ε back towards zero.
-It does not look at the squared error that the objective measures, and can raise it.
+ε = Σ_pruned c_j, c_j = w_j μ_j. Each cycle regrows the pruned weight whose return lowers |ε| the most for its
+input's variance (within sequences, averaged), and prunes the kept weight of least Wanda score whose loss
+moves ε back towards zero; in N:M the one of least score in the same group, as long as ε keeps the sign that
+it began with. A weight moves once. It does not look at the squared error that the objective measures, and can
+raise it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from maskopt.trace import CycleTrace
 
 @dataclass(frozen=True)
 class DSnoT(Solver):
-    """Needs the inputs' mean (`LayerProblem(…, mean=…)`), since G alone does not tell it.
+    """Needs the inputs' mean (`LayerProblem(…, mean=…, variance=…)`), since G alone does not tell it; without
+    a variance takes that over all tokens, as of one sequence.
 
     Tells a `CycleTrace`.
     """
@@ -71,28 +74,37 @@ class DSnoT(Solver):
         weight = problem.weight.double()
         square = problem.gram.diagonal().double().clamp(min=0.0)
         c = weight * mean
-        variance = (square - mean.square()).clamp(min=0.0) ** self.power
+        over_all = (square - mean.square()).clamp(min=0.0)
+        variance = over_all if problem.variance is None else problem.variance.double()
+        variance = variance**self.power
         # an input without variance is a constant: its return is free of noise, so it comes first
         regrow_score = c / variance.where(variance > 0, torch.finfo(torch.float64).tiny ** 0.5)
         wanda = weight.abs() * square.sqrt()
         mask = start.clone()
+        grouped = problem.group_size < problem.n
         group_of = torch.arange(problem.n, device=mask.device) // problem.group_size
         rows = torch.arange(problem.rows, device=mask.device)
         swaps = torch.zeros(problem.rows, dtype=torch.long, device=mask.device)
+        began = torch.where(start, 0.0, c).sum(1).sign()
         for _ in range(self.cycles):
             if limits.expired:
                 break
             error = torch.where(mask, 0.0, c).sum(1)
             sign = error.sign()
+            pruned = ~start & ~mask
             regrow = (sign[:, None] * regrow_score).where(
-                ~mask & (sign[:, None] * c > 0), -torch.inf
+                pruned & (sign[:, None] * c > 0), -torch.inf
             )
             incoming = regrow.argmax(1)
-            # what leaves must push ε back, and in N:M come from the group that regrew
-            candidates = mask & (sign[:, None] * c < 0) & (group_of == group_of[incoming][:, None])
+            candidates = start & mask
+            candidates &= (
+                group_of == group_of[incoming][:, None] if grouped else sign[:, None] * c < 0
+            )
             outgoing = wanda.where(candidates, torch.inf).argmin(1)
             go = (error.abs() > threshold) & (regrow[rows, incoming] > -torch.inf)
             go &= candidates[rows, outgoing]
+            if grouped:
+                go &= (error + c[rows, outgoing] - c[rows, incoming]).sign() == began
             if not bool(go.any()):
                 break
             active = rows[go]

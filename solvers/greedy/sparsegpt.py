@@ -1,21 +1,22 @@
-"""The mask of SparseGPT (Frantar and Alistarh, arXiv 2301.00774), with exact counts per row.
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774), with exact counts.
 
 SparseGPT walks over the columns; a pruned weight's error is spread over the columns to its right by the
-inverse Hessian, and later choices are made on the compensated weights. Only its *mask* is used here: the
-objective reported is that of the original weights under the mask, as for every other solver. The
-original ranks rows × 128 columns together, so that counts differ between rows; here every row has its own
-quota in each block, and the quotas add up to the pattern's count.
+inverse Hessian, and later choices are made on the compensated weights. Its mask may be taken alone, with the
+weights as they were or by least squares; or with the weights as the walk leaves them (`update`). Where rows
+trade, rows × 128 columns are ranked together, as the original does; else every row has its own quota in each
+block. The quotas of the blocks add up to the pattern's count.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskopt.errors import SolverError
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
@@ -28,26 +29,46 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class SparseGPT(Solver):
-    """Depends on the order of the columns, as the original does; needs a few n × n float64 matrices.
+    """Depends on the order of the columns, as the original does; needs a few n × n float64 matrices. Knows
+    nothing of a linear part.
 
     When the time limit comes, the columns that are left are ranked without further compensation.
     """
 
     name: ClassVar[str] = "sparsegpt"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, note="the mask of SparseGPT, equal counts per row"
+        refit=True, pooled=True, note="SparseGPT's mask; its weights with update=true"
     )
 
     damping: float = option(
         0.01, "λ, 1% in the paper", unit="part of G's mean diagonal", least=1e-12
     )
 
+    update: bool = option(
+        False, "its own weights instead of least squares, where they are refitted"
+    )
+
+    def as_start(self) -> Solver:
+        """Its mask is all that counts."""
+        return replace(self, update=False)
+
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Walk over the columns once; see `Solver.run`."""
-        return Solution.of(problem, _mask(problem, self.damping, limits))
+        """Walk over the columns once; see `Solver.run`.
+
+        Raises:
+            SolverError: `update`, and the problem keeps its weights.
+        """
+        if self.update and problem.refit is None:
+            raise SolverError(
+                "sparsegpt: update=true sets weights anew, and the problem keeps them; give it "
+                "refit=Refit(damping), a prune --weights refit, or leave update away"
+            )
+        mask, weight = _walked(problem, self.damping, limits)
+        return Solution.of(problem, mask, weight=weight.double() if self.update else None)
 
 
-def _mask(problem: LayerProblem, damping: float, limits: Limits) -> Tensor:
+def _walked(problem: LayerProblem, damping: float, limits: Limits) -> tuple[Tensor, Tensor]:
+    """The mask, and what the walk leaves of the weights, in G's dtype, zero where it prunes."""
     weight = problem.weight.to(problem.gram.dtype).clone()
     factor = _inverse_factor(problem.gram, damping).to(weight.dtype)
     weight[:, problem.gram.diagonal() <= 0] = 0  # an input that is always zero: nothing to lose
@@ -60,27 +81,37 @@ def _mask(problem: LayerProblem, damping: float, limits: Limits) -> Tensor:
         block, corner = weight[:, first:last], factor[first:last, first:last]
         error = torch.zeros_like(block)
         compensate = not limits.expired
+        step = problem.group_size if grouped else last - first
         for j in range(last - first):
-            if grouped and j % problem.group_size == 0:
-                part = slice(j, j + problem.group_size)
-                count = problem.pruned_per_group
-            elif not grouped and j == 0:
-                part = slice(0, last - first)
-                pruned, n = problem.pruned_per_group, problem.n
-                count = pruned * last // n - pruned * first // n
-            else:
-                part = None
-            if part is not None:
+            if j % step == 0:
+                part = slice(j, j + step)
                 score = (block[:, part] / corner.diagonal()[part]).square()
-                order = score.argsort(dim=1, stable=True)[:, :count]
-                kept[:, first:last][:, part].scatter_(1, order, False)
+                kept[:, first + j : first + j + step] = _chosen(problem, score, first + j)
             if not compensate:
                 continue
             error[:, j] = torch.where(kept[:, first + j], 0.0, block[:, j] / corner[j, j])
             block[:, j:] -= error[:, j, None] * corner[j, j:]
         if compensate:
             weight[:, last:] -= error @ factor[first:last, last:]
-    return kept
+    return kept, weight.masked_fill_(~kept, 0)
+
+
+def _chosen(problem: LayerProblem, score: Float[Tensor, "rows part"], first: int) -> Tensor:
+    """The mask of the inputs from `first` on: a group, or a block with its part of the row's quota, or of
+    the layer's."""
+    n, last = problem.n, first + score.shape[1]
+
+    def upto(pruned: int) -> int:
+        return pruned * last // n - pruned * first // n
+
+    if problem.pooled:
+        ranked, count = (score * problem.shares[:, None]).view(1, -1), upto(problem.pruned)
+    else:
+        grouped = problem.group_size < n
+        ranked = score
+        count = problem.pruned_per_group if grouped else upto(problem.pruned_per_group)
+    order = ranked.argsort(dim=1, stable=True)[:, :count]
+    return torch.ones_like(ranked, dtype=torch.bool).scatter_(1, order, False).view(score.shape)
 
 
 def _inverse_factor(gram: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
