@@ -25,9 +25,9 @@ from maskopt.limits import Limits, one_thread_each
 #: least damping: below it float64 could not tell one kept set from another where G is singular
 LEAST_DAMPING = 1e-6
 #: bytes of gathered matrices that one thread works on, where the caller sets no limit
-_TILE_BYTES = 2**24
+_TILE_BYTES = 2**25
 #: size below which LAPACK factorises
-_LEAF = 128
+_LEAF = 64
 #: relative residual in float64 at which a row is done, steps of refinement at most, and the residual above
 #: which a factor in float32 was not good enough
 _DONE, _REFINEMENTS, _POOR = 1e-10, 12, 1e-7
@@ -181,38 +181,35 @@ class LeastSquares:
         for row, inputs in enumerate(index):
             torch.index_select(source, 0, inputs, out=lines)
             torch.index_select(lines, 1, inputs, out=matrix[row])
-            if source is self.gram:
-                matrix[row].diagonal().add_(self.ridge or 1.0)
-            if not _factorise(matrix[row]):
-                matrix[row].fill_(torch.nan)
-        return matrix
+        if source is self.gram:
+            matrix.diagonal(dim1=1, dim2=2).add_(self.ridge or 1.0)
+        broken = ~_factorise(matrix)
+        return (
+            matrix.masked_fill_(broken[:, None, None], torch.nan) if bool(broken.any()) else matrix
+        )
 
 
-def _factorise(matrix: Float[Tensor, "k k"]) -> bool:
-    """The lower Cholesky factor in place, by halves, so that nearly all of it are products; what is above the
-    diagonal is left over. False: it is not definite."""
-    size = len(matrix)
+def _factorise(matrix: Float[Tensor, "rows k k"]) -> Bool[Tensor, " rows"]:
+    """The lower Cholesky factors in place, by halves, so that nearly all of them are products; what is above
+    the diagonal is left over. False: not definite, and without a factor."""
+    size = matrix.shape[1]
     if size <= _LEAF:
         factor, broken = torch.linalg.cholesky_ex(matrix)
         matrix.copy_(factor)
-        return not int(broken)
+        return broken == 0
     half = size // 2
-    one, two = matrix[:half, :half], matrix[half:, half:]
-    if not _factorise(one):
-        return False
-    below = torch.linalg.solve_triangular(one, matrix[:half, half:], upper=False)
-    matrix[half:, :half] = below.T
-    two.addmm_(below.T, below, alpha=-1)
-    return _factorise(two)
+    one, two = matrix[:, :half, :half], matrix[:, half:, half:]
+    whole = _factorise(one)
+    below = torch.linalg.solve_triangular(one, matrix[:, :half, half:], upper=False)
+    matrix[:, half:, :half] = below.mT
+    two.baddbmm_(below.mT, below, alpha=-1)
+    return whole & _factorise(two)
 
 
 def _substituted(factor: Float[Tensor, "rows k k"], right: Float[Tensor, "rows k"]) -> Tensor:
-    """x of LLᵀx = b, one row after the other: a batch would be copied first."""
-    solved = torch.empty_like(right)
-    for row, lower in enumerate(factor):
-        middle = torch.linalg.solve_triangular(lower, right[row, :, None], upper=False)
-        solved[row] = torch.linalg.solve_triangular(lower.T, middle, upper=True)[:, 0]
-    return solved
+    """x of LLᵀx = b."""
+    middle = torch.linalg.solve_triangular(factor, right[..., None], upper=False)
+    return torch.linalg.solve_triangular(factor.mT, middle, upper=True)[..., 0]
 
 
 class _Pages:

@@ -198,7 +198,7 @@ class LayerProblem:
         mask = mask.to(self.device)
         if self.refit is None:
             return self._error(torch.where(mask, 0.0, self.weight.double()))
-        return self._refitted(mask, None)[1]
+        return self.refitted(mask)[1]
 
     def weights(
         self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
@@ -211,10 +211,16 @@ class LayerProblem:
         mask = mask.to(self.device)
         if self.refit is None:
             return torch.where(mask, self.weight.double(), 0.0)
-        return self._refitted(mask, limits)[0]
+        return self.refitted(mask, limits)[0]
 
-    def _refitted(self, mask: Tensor, limits: Limits | None) -> tuple[Tensor, Tensor]:
-        """Weights by least squares (where rounding makes them worse than the mask's own, those), and F."""
+    def refitted(
+        self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
+    ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, " rows"]]:
+        """Weights by least squares (where rounding makes them worse than the mask's own, those), and F.
+
+        Raises:
+            ProblemError: the weights are kept as they are.
+        """
         squares = self.least_squares
         own = torch.where(mask, self.weight.double(), 0.0)
         found = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
@@ -225,8 +231,12 @@ class LayerProblem:
     def damped_error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         """(w−v)ᵀA(w−v) and the linear part, of float64 weights v: what F is the least of."""
         lost = self.weight.double() - weight
-        # G alone may be indefinite by rounding, and A is not: clamped as a whole
-        value = self._form(lost) + self.least_squares.ridge * lost.square().sum(1)
+        squares = self.least_squares
+        value = ((lost @ squares.damped) * lost).sum(1)
+        if squares.ridge == 0:
+            value.zero_()  # G is 0, and A is not
+        if self.linear is not None:
+            value += self.linear.value(lost)
         return value.clamp_(min=0.0)
 
     def error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:

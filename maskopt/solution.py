@@ -124,7 +124,13 @@ class Solution:
         """
         layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
         mask = mask.reshape(layer.weight.shape)
-        objective = layer.objective(mask) if weight is None else layer.damped_error(weight)
+        own = weight is not None
+        if weight is not None:
+            objective = layer.damped_error(weight)
+        elif layer.refit is not None:
+            weight, objective = layer.refitted(mask)
+        else:
+            objective = layer.objective(mask)
         if lower_bound is None:
             lower_bound = torch.zeros_like(objective)
         else:
@@ -148,7 +154,7 @@ class Solution:
             certificate=certificate,
             vouched=tuple(vouched),
             weight=weight,
-            own=weight is not None,
+            own=own,
         )
 
     def columns(self) -> dict[str, list[Any]]:

@@ -80,10 +80,11 @@ class Solver(Protocol):
         """Why the backend cannot run here (a package, a licence), or None."""
         return None
 
-    def as_start(self) -> Solver:
-        """The same solver where its mask is the start of another one, which proves and improves
-        anyway: itself, or with less to do."""
-        return self
+    def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
+        """The same solver where its mask is the start of another one, which proves and improves anyway:
+        itself, or with less to do; and the problem that is put to it then, whose objective counts for
+        nothing: of weights as they are, where it can no other or its mask is the same."""
+        return self, layer if self.capabilities.refit else layer.refitting(None)
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """Answer for every row.
@@ -210,15 +211,14 @@ def solve(
 def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None = None) -> Solution:
     """The start that `solver` makes for another one: of weights as they are, and of rows that prune alike,
     where it can no other."""
-    backend, limits = make_solver(solver).as_start(), (limits or Limits()).quiet()
-    if not backend.capabilities.refit:
-        layer = layer.refitting(None)
+    backend, asked = make_solver(solver).as_start(layer)
+    limits = (limits or Limits()).quiet()
     if not layer.pooled or backend.capabilities.pooled:
-        return solve(layer, backend, limits=limits)
+        return solve(asked, backend, limits=limits)
     began = time.perf_counter()
-    mask = torch.cat([solve(part, backend, limits=limits).mask for part in _alike(layer)])
+    mask = torch.cat([solve(part, backend, limits=limits).mask for part in _alike(asked)])
     seconds = time.perf_counter() - began
-    return replace(Solution.of(layer, mask), solver=backend.name, seconds=seconds)
+    return replace(Solution.of(asked, mask), solver=backend.name, seconds=seconds)
 
 
 def _alike(layer: LayerProblem) -> list[LayerProblem]:

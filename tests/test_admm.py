@@ -197,7 +197,7 @@ def test_it_starts_a_swap_search_close_to_its_end(pattern):
         {"rho": 0.0},
         {"rho": -1.0},
         {"rho": float("nan")},
-        {"damping": 0.1},
+        {"damping": -0.1},
     ],
     ids=str,
 )

@@ -9,13 +9,16 @@ from strategies import KINDS, patterns, problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, improving_swap, solve
 from maskopt.refit_checks import refitted_costs
-from maskopt.solvers.refit import state
+from maskopt.solvers.refit import compiled_row, state
+from maskopt.solvers.refit.block import exchanged as searched
 from maskopt.solvers.refit.block import exchanges
+from maskopt.solvers.refit.compiled_row import CompiledRow
 from maskopt.solvers.refit.scratch import Scratch, inverse, part_of
 from maskopt.solvers.refit.search import refine
 from maskopt.solvers.refit.state import Metric, Pairs, Row
 
 DAMPINGS = (0.0, 0.01, 0.3)
+BOTH = pytest.mark.parametrize("kind_of_row", [Row, CompiledRow])
 
 
 def any_layer(most):
@@ -31,16 +34,17 @@ def made(n=24, kind="full", damping=0.01, pattern=None, seed=1, rows=1):
     return LayerProblem(weight, gram, pattern, refit=Refit(damping))
 
 
-def row_of(problem, mask):
+def row_of(problem, mask, kind=CompiledRow):
     """Of a problem of one row."""
     squares = problem.least_squares
     metric = Metric(squares.damped, squares.inverse.diagonal().clone(), problem.group_size)
-    target = squares.target(problem.weight, problem.correlation)[0]
-    return Row.of(metric, Scratch(problem.device), target, mask)
+    target = squares.target(problem.weight, problem.correlation)
+    (row,) = kind.several(metric, Scratch(problem.device), target, mask[None])
+    return row
 
 
-def random_row(problem, seed=0):
-    return row_of(problem, solve(problem, "random", seed=seed).mask[0])
+def random_row(problem, seed=0, kind=CompiledRow):
+    return row_of(problem, solve(problem, "random", seed=seed).mask[0], kind)
 
 
 def tableau(row):
@@ -87,13 +91,16 @@ def noise(problem, cost):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 95, 96, 97, 128, 191, 192, 193, 250, 300])
 def test_the_inverse_by_halves_is_that_of_lapack(size):
-    a = random_gram(size, "full", size) + 0.01 * torch.eye(size, dtype=torch.float64)
-    expected = torch.linalg.inv(a)
-    out, work = torch.full_like(a, torch.nan), torch.full((size * size // 2 + 1,), torch.nan)
+    a = torch.stack([random_gram(size, "full", size + i) for i in range(3)])
+    a += 0.01 * torch.eye(size, dtype=torch.float64)
+    out, work = torch.full_like(a, torch.nan), torch.full((3 * (size * size // 2 + 1),), torch.nan)
     found = inverse(a.clone(), out, work.double())
     assert found is out
-    assert_close(found, expected, 1e-10)
-    assert torch.equal(found[size // 2 :, : size // 2], found[: size // 2, size // 2 :].T)
+    assert_close(found, torch.linalg.inv(a), 1e-10)
+    half = size // 2
+    assert torch.equal(found[:, half:, :half], found[:, :half, half:].mT)
+    alone = inverse(a[1:2].clone(), torch.empty_like(a[:1]), work.double())
+    assert torch.equal(alone[0], found[1])
 
 
 def test_parts_of_a_matrix_go_where_they_are_told():
@@ -105,12 +112,13 @@ def test_parts_of_a_matrix_go_where_they_are_told():
     assert part_of(a, lines[:0], columns, out[:0]).shape == (0, 4)
 
 
+@BOTH
 @settings(max_examples=20)
-@given(problems(max_n=20, max_rows=1), st.sampled_from(DAMPINGS[1:]))
-def test_a_row_is_what_its_mask_says(problem, damping):
+@given(problem=problems(max_n=20, max_rows=1), damping=st.sampled_from(DAMPINGS[1:]))
+def test_a_row_is_what_its_mask_says(problem, damping, kind_of_row):
     problem = problem.refitting(Refit(damping))
     mask = solve(problem, "random").mask
-    row = row_of(problem, mask[0])
+    row = row_of(problem, mask[0], kind_of_row)
     assert torch.equal(row.mask(), mask[0])
     torch.testing.assert_close(row.weights(), problem.weights(mask)[0], rtol=1e-7, atol=1e-9)
     if len(row.kept):
@@ -120,15 +128,17 @@ def test_a_row_is_what_its_mask_says(problem, damping):
 
 @pytest.mark.parametrize("damping", DAMPINGS[1:])
 @pytest.mark.parametrize("kind", KINDS)
-def test_after_exchanges_the_state_is_that_from_scratch(kind, damping):
+@BOTH
+def test_after_exchanges_the_state_is_that_from_scratch(kind, damping, kind_of_row):
     problem = made(kind=kind, damping=damping)
-    row = random_row(problem)
+    row = random_row(problem, kind=kind_of_row)
     generator = torch.Generator().manual_seed(3)
     for count in (1, 2, 5, 11, 12, 1):
         u, p = (torch.randperm(12, generator=generator)[:count] for _ in range(2))
         gone, came = row.kept[u], row.pruned[p]
         row.exchange(u, p, row.block(Pairs(u, p)))
         assert not row.fresh
+        row.settle(0.0, 1.0)
         mask = row.mask()
         assert not mask[gone].any()
         assert mask[came].all()
@@ -141,10 +151,12 @@ def test_after_exchanges_the_state_is_that_from_scratch(kind, damping):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_small_tableau_is_a_part_of_the_large_one(kind):
-    row = random_row(made(kind=kind))
+@BOTH
+def test_the_small_tableau_is_a_part_of_the_large_one(kind, kind_of_row):
+    row = random_row(made(kind=kind), kind=kind_of_row)
     u, p = torch.tensor([3, 0, 8]), torch.tensor([10, 2])
     block = row.block(Pairs(u, p))
+    assert_close(row.block(Pairs(u, p)).of(torch.tensor([4, 1])).z, block.z[[4, 1]][:, [4, 1]])
     m, b, c, v, r = tableau(row)
     z = torch.cat(
         [torch.cat([-m[u][:, u], b[u][:, p]], 1), torch.cat([b[u][:, p].T, c[p][:, p]], 1)]
@@ -170,6 +182,11 @@ def test_exchanges_in_the_small_tableau_are_those_of_the_row(problem, damping):
     who, z, y = torch.arange(k + s), block.z.clone(), block.y.clone()
     group = inputs // problem.group_size
     swaps = exchanges(z.numpy(), y.numpy(), who.numpy(), group.numpy(), k, threshold, 10_000)
+    arrays = block.z.numpy(), block.y.numpy(), group.numpy()
+    made, left, came = searched(*arrays, k, threshold, 10_000)
+    assert made == swaps
+    assert set(left.tolist()) == set(range(k)) - set(who[:k].tolist())
+    assert {k + slot for slot in came.tolist()} == set(who[:k].tolist()) - set(range(k))
     mask = torch.zeros(problem.n, dtype=torch.bool)
     mask[inputs[who[:k]]] = True
     assert bool(problem.pattern.is_legal(mask[None]).all())
@@ -197,12 +214,17 @@ def test_no_more_exchanges_than_allowed_are_made():
     assert 3 < counts[3] < 1000
 
 
+@BOTH
 @settings(max_examples=40)
-@given(problems(max_n=14, max_rows=1), st.sampled_from(DAMPINGS), st.integers(0, 9))
-def test_the_scan_finds_what_all_pairs_hold(problem, damping, seed):
+@given(
+    problem=problems(max_n=14, max_rows=1),
+    damping=st.sampled_from(DAMPINGS),
+    seed=st.integers(0, 9),
+)
+def test_the_scan_finds_what_all_pairs_hold(problem, damping, seed, kind_of_row):
     """None where no pair improves; else the best pair is among the candidates. So does the check."""
     problem = problem.refitting(Refit(damping))
-    row = random_row(problem, seed)
+    row = random_row(problem, seed, kind_of_row)
     if not len(row.kept) or not len(row.pruned):
         return
     delta, cost = exchanged(problem, row.mask())
@@ -226,12 +248,13 @@ def test_the_scan_finds_what_all_pairs_hold(problem, damping, seed):
 @any_layer(40)
 def test_no_pair_that_improves_is_screened_out(n, kind, damping, seed, data):
     problem = made(n, kind, damping, data.draw(patterns(n)), seed)
-    row = random_row(problem, seed)
+    row, other = (random_row(problem, seed, which) for which in (Row, CompiledRow))
     if not len(row.kept) or not len(row.pruned):
         return
     delta, cost = exchanged(problem, row.mask())
     suspects = torch.zeros(len(row.pruned), dtype=torch.bool)
     suspects[row._suspects()] = True
+    assert torch.equal(other._suspects(), suspects.nonzero()[:, 0])
     left_out = delta[:, ~suspects]
     assert not left_out.numel() or float(left_out.min()) >= -noise(problem, cost) / 2
 
@@ -274,13 +297,15 @@ def test_nor_is_one_that_improves_by_little(n, kind, damping, seed, data):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(keep=4, of=8)], ids=str)
-def test_screening_in_parts_leaves_what_it_leaves_at_once(monkeypatch, kind, pattern):
-    row = random_row(made(160, kind, 0.01, pattern))
+@BOTH
+def test_screening_in_parts_leaves_what_it_leaves_at_once(monkeypatch, kind, pattern, kind_of_row):
+    row = random_row(made(160, kind, 0.01, pattern), kind=kind_of_row)
     whole = row._suspects()
     assert 0 < len(whole) <= 80
     for chunk, at_once in ((1, 80), (7, 1000), (1000, 2**20)):
-        monkeypatch.setattr(state, "_CHUNK", chunk)
-        monkeypatch.setattr(state, "_AT_ONCE", at_once)
+        for module in (state, compiled_row):
+            monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(state, "AT_ONCE", at_once)
         assert torch.equal(row._suspects(), whole)
 
 
@@ -295,8 +320,9 @@ def test_at_an_optimum_of_a_layer_screening_leaves_little():
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(keep=2, of=4)], ids=str)
-def test_candidates_are_distinct_and_of_whole_groups(pattern):
-    row = random_row(made(64, "outliers", 0.01, pattern))
+@BOTH
+def test_candidates_are_distinct_and_of_whole_groups(pattern, kind_of_row):
+    row = random_row(made(64, "outliers", 0.01, pattern), kind=kind_of_row)
     for count in (1, 8, 30, 500):
         for pairs in (row.likely(count), row.improving(count, 0.0)):
             for slots in (pairs.u, pairs.p):
@@ -311,10 +337,11 @@ def test_candidates_are_distinct_and_of_whole_groups(pattern):
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e3])
-def test_nothing_is_claimed_on_an_inverse_that_is_none(factor):
+@BOTH
+def test_nothing_is_claimed_on_an_inverse_that_is_none(factor, kind_of_row):
     """Where M is too small all kept inputs look dear, and where it is too large pruned ones look poor."""
     problem = made()
-    row = row_of(problem, mask := solve(problem, "worst").mask[0])
+    row = row_of(problem, mask := solve(problem, "worst").mask[0], kind_of_row)
     cost, mass = float(problem.objective(mask[None])), float(problem.diagonal_mass())
     row.m *= factor
     row.fresh = False
@@ -325,3 +352,35 @@ def test_nothing_is_claimed_on_an_inverse_that_is_none(factor):
     assert found.objectives[-1] < cost
     now = float(problem.objective(found.mask[None]))
     assert found.objectives[-1] == pytest.approx(now, rel=1e-9)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_kinds_of_row_end_at_the_same_mask(kind, pattern):
+    problem = made(96, kind, 0.01, pattern)
+    start = solve(problem, "wanda").mask[0]
+    cost, mass = float(problem.objective(start[None])), float(problem.diagonal_mass())
+    one, other = (
+        refine(row_of(problem, start, which), cost, mass, 10_000, Limits())
+        for which in (Row, CompiledRow)
+    )
+    assert torch.equal(one.mask, other.mask)
+    assert (one.swaps, one.scans, one.proven) == (other.swaps, other.scans, other.proven)
+    assert one.pairs == other.pairs
+    torch.testing.assert_close(one.weight, other.weight, rtol=1e-8, atol=1e-10)
+
+
+def test_rows_that_begin_together_are_what_they_are_alone():
+    problem = made(64, rows=5, kind="low-rank")
+    squares = problem.least_squares
+    metric = Metric(squares.damped, squares.inverse.diagonal().clone(), problem.group_size)
+    target = squares.target(problem.weight, None)
+    masks = solve(problem, "random").mask
+    several = CompiledRow.several(metric, Scratch(problem.device), target, masks)
+    for index, row in enumerate(several):
+        alone = row_of(problem.take([index]), masks[index])
+        for name in ("m", "v", "r", "left"):
+            torch.testing.assert_close(
+                getattr(row, name), getattr(alone, name), rtol=1e-9, atol=1e-12
+            )
+        assert torch.equal(row.m, alone.m)

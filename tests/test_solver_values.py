@@ -7,7 +7,15 @@ import pytest
 import torch
 from strategies import random_gram, random_weight
 
-from maskopt import LayerProblem, Limits, Solution, Unstructured, available_solvers, solve
+from maskopt import (
+    LayerProblem,
+    Limits,
+    Refit,
+    Solution,
+    Unstructured,
+    available_solvers,
+    solve,
+)
 from maskopt.errors import MaskoptError, OptionError, WarmStartError
 from maskopt.fields import option
 from maskopt.limits import Progress
@@ -144,9 +152,18 @@ def test_make_start_leaves_out_what_the_next_solver_does_anyway():
     start = make_start(PROBLEM, "relax", Limits(seed=3))
     assert set(map(str, start.status)) == {"feasible"}
     assert start.certificate is None
-    assert Relax(max_iterations=60).as_start().max_iterations == 60
-    assert not Relax().as_start().refine
-    assert DSnoT().as_start() == DSnoT()
+    assert Relax(max_iterations=60).as_start(PROBLEM)[0].max_iterations == 60
+    assert not Relax().as_start(PROBLEM)[0].refine
+    assert DSnoT().as_start(PROBLEM)[0] == DSnoT()
+
+
+@pytest.mark.parametrize("name", ["admm", "obs", "sparsegpt", "wanda", "swap"])
+def test_a_start_is_the_mask_that_the_solver_makes_by_itself(name):
+    problem = PROBLEM.refitting(Refit(0.2))
+    start = make_start(problem, name)
+    assert torch.equal(start.mask, solve(problem, name).mask)
+    kept = PROBLEM.objective(start.mask)
+    assert torch.equal(start.objective, kept) == (name != "swap")
 
 
 def test_a_third_party_that_is_no_solver_is_refused():

@@ -13,6 +13,8 @@ from maskopt.model.source import Source
 GIB = 2**30
 #: the interpreter with torch, transformers and a compiled solver
 BASE = 2**30
+#: the systems of refitted rows that a thread works on together
+SYSTEMS = 2**27
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,12 @@ def estimate_memory(load: Load) -> Memory:
         square = (16 if load.held else 12) + (16 if load.beside else 0)
         squares = [square * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
         rows = [24 * y.rows * y.n for y in mine]
-        # damped G, its inverse and its eigenvectors, mostly float64; a thread's systems, were all kept
-        systems = [(40 + 24 * load.threads) * y.n**2 if load.refit else 0 for y in mine]
+        # damped G, its inverse and its eigenvectors, mostly float64; a thread's systems: of one row, were all
+        # kept, or of several smaller ones
+        systems = [
+            (40 + 24 * load.threads) * y.n**2 + SYSTEMS * load.threads if load.refit else 0
+            for y in mine
+        ]
         solving = max(solving, max(map(sum, zip(squares, rows, systems, strict=True))))
     return Memory(
         BASE,

@@ -29,6 +29,10 @@ def wanda_scores(problem: LayerProblem) -> Float[Tensor, "rows n"]:
 class _Score(Solver):
     """Keeps the highest scores of each row (or group); takes no start and proves nothing."""
 
+    def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
+        """Scores look at no objective."""
+        return self, layer.refitting(None)
+
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """One pass over the scores; see `Solver.run`. Rows that trade are ranked by √ω times the score."""
         scores = self._scores(problem, limits)

@@ -13,7 +13,7 @@ def keep_highest(problem: LayerProblem, score: Shaped[Tensor, "rows n"]) -> Bool
     """Prune exactly `pruned_per_group` of least score in every group, or where rows trade so many of the
     layer; of equals the lowest index.
 
-    Threshold rules (`score <= sorted[k]`) prune every tie; ranks by a stable sort do not.
+    Threshold rules (`score <= sorted[k]`) prune every tie; here those beyond the count stay.
     """
     if problem.pooled:
         grouped, pruned = score.reshape(1, 1, -1), problem.pruned
@@ -22,7 +22,10 @@ def keep_highest(problem: LayerProblem, score: Shaped[Tensor, "rows n"]) -> Bool
             score.reshape(problem.rows, -1, problem.group_size),
             problem.pruned_per_group,
         )
-    order = grouped.argsort(dim=-1, stable=True)
-    mask = torch.ones_like(grouped, dtype=torch.bool)
-    mask.scatter_(-1, order[..., :pruned], False)
+    if pruned == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    highest = grouped.kthvalue(pruned, dim=-1, keepdim=True).values  # of those that go
+    tied = grouped == highest
+    last = pruned - (grouped < highest).sum(-1, keepdim=True)
+    mask = (grouped > highest) | (tied & (tied.cumsum(-1) > last))
     return mask.view(problem.rows, problem.n)

@@ -48,9 +48,9 @@ class SparseGPT(Solver):
         False, "its own weights instead of least squares, where they are refitted"
     )
 
-    def as_start(self) -> Solver:
-        """Its mask is all that counts."""
-        return replace(self, update=False)
+    def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
+        """Its mask is the same whatever becomes of the weights."""
+        return replace(self, update=False), layer.refitting(None)
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """Walk over the columns once; see `Solver.run`.

@@ -76,6 +76,23 @@ def exchanges(z, y, who, group, count, threshold, most):
 
 
 @loop(nogil=True)
+def exchanged(z, y, group, count, threshold, most):
+    """What `exchanges` ends with, of candidates that it leaves as they are.
+
+    Returns:
+        How many exchanges were made, and of the candidates those that are no longer kept, and those that are
+        no longer pruned, the latter from 0 on.
+    """
+    size = len(y)
+    who = np.arange(size)
+    made = exchanges(z.copy(), y.copy(), who, group, count, threshold, most)
+    kept = np.zeros(size, np.bool_)
+    for slot in range(count):
+        kept[who[slot]] = True
+    return made, np.flatnonzero(~kept[:count]), np.flatnonzero(kept[count:])
+
+
+@loop(nogil=True)
 def one_sided(z, y, group, room, most):
     """Prune the kept candidate of least y²/|z_ii|, or keep the pruned one of greatest again; and so on, each
     priced with those before it done.

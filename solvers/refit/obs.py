@@ -11,7 +11,7 @@ M follows in one product (`panel` = 1: the recursion itself).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -36,7 +36,7 @@ _CANDIDATES = 4
 class Obs(Solver):
     """A mask for refitted weights, by the price of each removal as those before it left things.
 
-    Of a problem that keeps its weights it is the same mask, with 1% damping. Where the time is over, the rows
+    Of a problem that keeps its weights it is the same mask. Where the time is over, the rows
     that are left get their cheapest inputs by the first prices. Tells an `EliminationTrace`.
     """
 
@@ -49,9 +49,19 @@ class Obs(Solver):
         64, "eliminated between two updates of the whole inverse; 1: the exact recursion", least=1
     )
 
+    damping: float = option(
+        0.01, "λ, of a problem that keeps its weights", unit="of G's mean diagonal", least=0
+    )
+
+    def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
+        """F of its mask is not asked for."""
+        if layer.refit is None:
+            return self, layer
+        return replace(self, damping=layer.refit.damping), layer.refitting(None)
+
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
-        refitted = problem if problem.refit is not None else problem.refitting(Refit())
+        refitted = problem if problem.refit is not None else problem.refitting(Refit(self.damping))
         squares = refitted.least_squares
         target = squares.target(refitted.weight, refitted.correlation)
         inverse = squares.inverse

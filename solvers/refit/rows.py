@@ -12,11 +12,15 @@ from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
 from maskopt.solvers.pooled.offers import Offers
 from maskopt.solvers.pooled.trade import trade
+from maskopt.solvers.refit.compiled_row import CompiledRow
 from maskopt.solvers.refit.offers import offers
 from maskopt.solvers.refit.scratch import Scratch
 from maskopt.solvers.refit.search import Found, refine
 from maskopt.solvers.refit.state import Metric, Row
 from maskopt.trace import SwapTrace
+
+#: rows whose M are made together, at most, and bytes of these
+_TOGETHER, _TOGETHER_BYTES = 16, 2**25
 
 
 def swap_refitted(
@@ -45,29 +49,48 @@ def _searched(
     target = squares.target(problem.weight, problem.correlation)
     if squares.ridge == 0:
         target.zero_()  # G is 0: every mask costs the same, whatever A says
-    threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
+    cpu = problem.device.type == "cpu"
+    kind, threads = (CompiledRow, torch.get_num_threads()) if cpu else (Row, 1)
     most = torch.iinfo(torch.int64).max if max_swaps is None else max_swaps
     own, done = threading.local(), limits.counter(problem.rows)
     mass = problem.diagonal_mass().tolist()
+    batches = _alike(start, threads)
 
-    def search(index: int) -> Found | None:
-        """None: the time was over before the row's turn."""
+    def search(number: int) -> list[Found] | None:
+        """None: the time was over before the turn of these rows."""
         if limits.expired:
             return None
         if not hasattr(own, "scratch"):
             own.scratch = Scratch(problem.device)
-        row = Row.of(metric, own.scratch, target[index], start[index])
-        objective = float(problem.take([index]).damped_error(row.weights()[None]))
-        found = refine(row, objective, mass[index], most, limits)
-        if problem.pooled and squares.ridge and found.proven:
-            found.offers = offers(row)
-        done()
+        batch, found = batches[number], []
+        rows = kind.several(metric, own.scratch, target[batch], start[batch])
+        weights = torch.stack([row.weights() for row in rows])
+        objective = problem.take(batch).damped_error(weights).tolist()
+        for index, row, cost in zip(batch.tolist(), rows, objective, strict=True):
+            found.append(refine(row, cost, mass[index], most, limits))
+            if problem.pooled and squares.ridge and found[-1].proven:
+                found[-1].offers = offers(row)
+            done()
         return found
 
-    found = one_thread_each(search, problem.rows, threads)
+    found: list[Found | None] = [None] * problem.rows
+    for batch, some in zip(batches, one_thread_each(search, len(batches), threads), strict=True):
+        for index, row in zip(batch.tolist(), some or (), strict=some is not None):
+            found[index] = row
     late = [index for index, row in enumerate(found) if row is None]
     begun = iter(_as_begun(problem, start, late, limits) if late else [])
     return [next(begun) if row is None else row for row in found]
+
+
+def _alike(start: Tensor, threads: int) -> list[Tensor]:
+    """Rows that keep as many, some at a time: their inverses are made together."""
+    counts = start.sum(1)
+    batches: list[Tensor] = []
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero()[:, 0]
+        fit = max(1, _TOGETHER_BYTES // (8 * max(1, count) ** 2))
+        batches += rows.split(max(1, min(fit, _TOGETHER, -(-len(rows) // threads))))
+    return batches
 
 
 def _as_begun(problem: LayerProblem, start: Tensor, rows: list[int], limits: Limits) -> list[Found]:

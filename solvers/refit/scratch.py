@@ -18,6 +18,7 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._buffers: dict[str, Tensor] = {}
+        self._signs: dict[int, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """An uninitialised tensor of this shape."""
@@ -27,6 +28,14 @@ class Scratch:
             buffer = torch.empty(size, dtype=torch.float64, device=self.device)
             self._buffers[name] = buffer
         return buffer[:size].view(shape)
+
+    def signs(self, size: int) -> Tensor:
+        """Random signs, the same for every row of this size."""
+        if size not in self._signs:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randint(0, 2, (size,), generator=generator)
+            self._signs[size] = (drawn * 2 - 1).to(self.device, torch.float64)
+        return self._signs[size]
 
 
 def part_of(matrix: Tensor, lines: Tensor, columns: Tensor, out: Tensor) -> Tensor:
@@ -50,26 +59,27 @@ _LEAF = 96
 
 
 def inverse(matrix: Tensor, out: Tensor, work: Tensor) -> Tensor:
-    """Of a definite matrix [k, k], by halves: 4k³/3 operations, nearly all of them products.
+    """Of definite matrices [rows, k, k], by halves: 4k³/3 operations a row, nearly all of them products.
 
     Args:
         matrix: is used up.
-        out: [k, k], not the same memory.
-        work: [k²/2] at least.
+        out: [rows, k, k], not the same memory.
+        work: [rows · k²/2] at least.
     """
-    size = len(matrix)
+    count, size = matrix.shape[:2]
     if size <= _LEAF:
         return out.copy_(torch.cholesky_inverse(torch.linalg.cholesky(matrix)))
     half = size // 2
-    one, two, corner = out[:half, :half], out[half:, half:], out[:half, half:]
-    cross = matrix[:half, half:]
-    moved, rest = work[: half * (size - half)].view(half, -1), work[half * (size - half) :]
-    inverse(matrix[:half, :half], one, rest)
-    torch.mm(one, cross, out=moved)
-    matrix[half:, half:].addmm_(cross.T, moved, alpha=-1)
-    inverse(matrix[half:, half:], two, rest)
-    torch.mm(moved, two, out=corner)
+    one, two, corner = out[:, :half, :half], out[:, half:, half:], out[:, :half, half:]
+    cross = matrix[:, :half, half:]
+    needed = count * half * (size - half)
+    moved, rest = work[:needed].view(count, half, -1), work[needed:]
+    inverse(matrix[:, :half, :half], one, rest)
+    torch.bmm(one, cross, out=moved)
+    matrix[:, half:, half:].baddbmm_(cross.mT, moved, alpha=-1)
+    inverse(matrix[:, half:, half:], two, rest)
+    torch.bmm(moved, two, out=corner)
     corner.neg_()
-    out[half:, :half] = corner.T
-    one.addmm_(corner, moved.T, alpha=-1)
+    out[:, half:, :half] = corner.mT
+    one.baddbmm_(corner, moved.mT, alpha=-1)
     return out

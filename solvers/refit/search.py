@@ -21,7 +21,7 @@ from torch import Tensor
 from maskopt.limits import Limits
 from maskopt.solution import REFIT_FLOOR, SWAP_TOLERANCE
 from maskopt.solvers.pooled.offers import Offers
-from maskopt.solvers.refit.block import exchanges
+from maskopt.solvers.refit.block import exchanged
 from maskopt.solvers.refit.state import Pairs, Row
 
 #: candidates on each side; on both together, where an input meets few others, those of its group
@@ -30,6 +30,8 @@ CANDIDATES, OF_GROUPS = 48, 256
 _DRIFT = 1e-9
 #: part of the tolerance of SWAP_OPTIMAL that the search goes below, so that rounding never decides a claim
 _PART = 0.5
+#: part of it that r may be off by where all pairs are priced
+_NOISE = 1e-3
 
 
 @dataclass
@@ -68,13 +70,14 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
         found.proven = True
         return found
     count = CANDIDATES if row.metric.group_size == len(row.target) else OF_GROUPS
-    nothing_kept = objective + row.explained()
+    nothing_kept = objective + row.explained
+    best = row.kept.clone(), row.pruned.clone(), row.v.clone()
     while True:
         threshold = _PART * SWAP_TOLERANCE * max(objective, 0.0) + REFIT_FLOOR * mass
         left, fresh = 0 if limits.expired else most - found.swaps, row.fresh
         made = _exchange(row, row.likely(count), threshold, left)
         if not made:
-            pairs = _scan(row, count, threshold)
+            pairs = _scan(row, count, threshold, objective)
             found.scans += 1
             found.proven = pairs is None
             made = 0 if pairs is None else _exchange(row, pairs, threshold, left)
@@ -82,27 +85,30 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
             break
         if row.drift() > _DRIFT:
             row.renew()
-        now = nothing_kept - row.explained()
+        now = nothing_kept - row.explained
         if not now <= objective:  # it promised too much: what was before stays
             if fresh:
                 break
-            row.begin(found.mask)
+            row.begin(*best[:2])
             continue
         objective = now
-        found.mask, found.weight = row.mask(), row.weights()
+        best = row.kept.clone(), row.pruned.clone(), row.v.clone()
         found.swaps += made
         found.rounds += 1
         found.objectives.append(objective)
+    found.mask.zero_()[best[0]] = True
+    found.weight.zero_()[best[0]] = best[2]
     found.pairs = row.formed
     return found
 
 
-def _scan(row: Row, count: int, threshold: float) -> Pairs | None:
+def _scan(row: Row, count: int, threshold: float, objective: float) -> Pairs | None:
     """All pairs; of an M that is good enough for a claim."""
-    row.settle()
+    row.settle(_NOISE * threshold, objective)
     pairs = row.improving(count, threshold)
     if pairs is None and not row.fresh and row.drift() > _DRIFT:
         row.renew()
+        row.settle(_NOISE * threshold, objective)
         pairs = row.improving(count, threshold)
     return pairs
 
@@ -112,24 +118,17 @@ def _exchange(row: Row, pairs: Pairs, threshold: float, most: int) -> int:
     if most <= 0:
         return 0
     block = row.block(pairs)
-    count, size = len(pairs.u), len(block.y)
-    inputs = torch.cat([row.kept[pairs.u], row.pruned[pairs.p]]).cpu()
-    who = torch.arange(size)
-    made = exchanges(
-        block.z.cpu().clone().numpy(),
-        block.y.cpu().clone().numpy(),
-        who.numpy(),
-        (inputs // row.metric.group_size).numpy(),
+    count = len(pairs.u)
+    group = torch.cat([row.kept[pairs.u], row.pruned[pairs.p]]).cpu() // row.metric.group_size
+    made, left, came = exchanged(
+        block.z.cpu().numpy(),
+        block.y.cpu().numpy(),
+        group.numpy(),
         count,
         threshold,
         min(most, 2**62),
     )
-    kept = torch.zeros(size, dtype=torch.bool).index_fill_(0, who[:count], True)
-    left = (~kept[:count]).nonzero()[:, 0].to(row.v.device)
-    came = kept[count:].nonzero()[:, 0].to(row.v.device)
     if len(left):
-        both = torch.cat([left, count + came])
-        block.columns, block.y = block.columns[:, both], block.y[both]
-        block.z = block.z[both[:, None], both[None, :]]
-        row.exchange(pairs.u[left], pairs.p[came], block)
+        gone, back = (torch.from_numpy(x).to(row.v.device) for x in (left, came))
+        row.exchange(pairs.u[gone], pairs.p[back], block.of(torch.cat([gone, count + back])))
     return made

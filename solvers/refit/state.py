@@ -22,6 +22,8 @@ are formed whole, and priced exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
 
 import torch
 from jaxtyping import Float, Int
@@ -30,9 +32,9 @@ from torch import Tensor
 from maskopt.solvers.refit.scratch import Scratch, inverse, part_of
 
 #: kept inputs whose pairs are screened at a time; numbers of a product over pairs at a time
-_CHUNK, _AT_ONCE = 64, 2**20
+CHUNK, AT_ONCE = 64, 2**20
 #: what rounding may add to a gain that is held against a cost
-_SAFETY = 1e-6
+SAFETY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,21 @@ class Metric:
         damped: A, float64 [n, n].
         spread: the diagonal of H = A⁻¹, float64 [n].
         group_size: exchanges stay inside groups of so many inputs.
+        alone: A's diagonal.
+        stiffness: the largest A_jj H_jj.
     """
 
     damped: Float[Tensor, "n n"]
     spread: Float[Tensor, " n"]
     group_size: int
+
+    @cached_property
+    def alone(self) -> Float[Tensor, " n"]:
+        return self.damped.diagonal().clone()
+
+    @cached_property
+    def stiffness(self) -> float:
+        return float((self.alone * self.spread).max())
 
 
 @dataclass
@@ -72,6 +84,10 @@ class Block:
     z: Float[Tensor, "size size"]
     y: Float[Tensor, " size"]
 
+    def of(self, some: Int[Tensor, " some"]) -> Block:
+        """Of some of the candidates."""
+        return Block(self.columns[:, some], self.z[some[:, None], some[None, :]], self.y[some])
+
 
 @dataclass
 class Row:
@@ -80,6 +96,8 @@ class Row:
     Attributes:
         scratch: of this row, as long as it is in use.
         target: b, float64 [n].
+        left: b_S − A_SS v, rounding that `settle` takes into v.
+        explained: b_Sᵀv, what F is less than it were with nothing kept.
         fresh: whether M was inverted from scratch, and not updated.
         formed: pairs of which the scans had to form B.
     """
@@ -92,30 +110,49 @@ class Row:
     m: Float[Tensor, "k k"]
     v: Float[Tensor, " k"]
     r: Float[Tensor, " s"]
+    left: Float[Tensor, " k"]
+    explained: float = 0.0
     fresh: bool = True
     formed: int = 0
 
     @classmethod
-    def of(cls, metric: Metric, scratch: Scratch, target: Tensor, mask: Tensor) -> Row:
-        """From a mask [n], True = kept; 4k³/3 operations."""
-        none, empty = mask.nonzero()[:0, 0], target.new_zeros
-        row = cls(metric, scratch, target, none, none, empty(0, 0), empty(0), empty(0))
-        row.begin(mask)
-        return row
+    def several(
+        cls, metric: Metric, scratch: Scratch, targets: Tensor, masks: Tensor
+    ) -> list[Self]:
+        """Of masks [rows, n], True = kept, that all keep as many; 4k³/3 operations a row."""
+        count = len(masks)
+        kept = masks.nonzero()[:, 1].view(count, int(masks[0].sum()))
+        pruned = (~masks).nonzero()[:, 1].view(count, masks.shape[1] - kept.shape[1])
+        k = kept.shape[1]
+        system = scratch("system", count, k, k)
+        for one, inputs in zip(system, kept, strict=True):
+            part_of(metric.damped, inputs, inputs, one)
+        m = inverse(system, scratch("m", count, k, k), scratch("work", count * (k * k // 2 + 1)))
+        rows = []
+        for parts in zip(targets, kept, pruned, m, strict=True):
+            v, r, left = (targets.new_empty(len(x)) for x in (parts[1], parts[2], parts[1]))
+            rows.append(row := cls(metric, scratch, *parts, v, r, left))
+            row.inverted()
+        return rows
 
-    def begin(self, mask: Tensor) -> None:
-        """Anew, from another mask [n]."""
-        self.kept, self.pruned = mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]
+    def begin(self, kept: Int[Tensor, " k"], pruned: Int[Tensor, " s"]) -> None:
+        """Anew, from another mask with as many kept."""
+        self.kept.copy_(kept)
+        self.pruned.copy_(pruned)
         self.renew()
 
     def renew(self) -> None:
         """M, v and r from scratch."""
         k, new = len(self.kept), self.scratch
         system = part_of(self.metric.damped, self.kept, self.kept, new("system", k, k))
-        self.m = inverse(system, new("m", k, k), new("work", k * k // 2 + 1))
-        self.v = self.m @ self.target[self.kept]
+        inverse(system[None], self.m[None], new("work", k * k // 2 + 1))
+        self.inverted()
+
+    def inverted(self) -> None:
+        """v and r of an M that was made from scratch."""
+        torch.mv(self.m, self.target[self.kept], out=self.v)
         self.fresh = True
-        self.settle()
+        self.look()
 
     def mask(self) -> Tensor:
         return torch.zeros_like(self.target, dtype=torch.bool).index_fill_(0, self.kept, True)
@@ -124,19 +161,24 @@ class Row:
         """v, zero on what is pruned."""
         return torch.zeros_like(self.target).index_copy_(0, self.kept, self.v)
 
-    def settle(self) -> None:
-        """A step of refinement for v, and r with it."""
+    def look(self) -> None:
+        """r, and what is left, of v."""
         rest = self.target - self.weights() @ self.metric.damped
-        self.v += self.m @ rest[self.kept]
-        self._look()
+        self.r, self.left = rest[self.pruned], rest[self.kept]
+        self.explained = float(self.target[self.kept] @ self.v)
 
-    def _look(self) -> None:
-        """r."""
-        self.r = (self.target - self.weights() @ self.metric.damped)[self.pruned]
+    def settle(self, noise: float, objective: float) -> None:
+        """A step of refinement for v; and r anew where that could change a gain by more than `noise`.
 
-    def explained(self) -> float:
-        """b_Sᵀv: what F is less than it were with nothing kept."""
-        return float(self.target[self.kept] @ self.v)
+        With δ = M(b_S − A_SS v), F falls by e = δᵀA_SS δ. r_p moves by (Aδ)_p, its square no more than A_pp e
+        (Cauchy); so a gain g = r_p²/C_pp ≤ F by 2√(g·A_pp H_pp e) at most.
+        """
+        step = self.m @ self.left
+        fall = float(step @ self.left)
+        self.v += step
+        self.left.zero_()
+        if 4 * objective * self.metric.stiffness * fall > noise**2:
+            self.look()
 
     def costs(self) -> Float[Tensor, " k"]:
         """v_u²/M_uu."""
@@ -152,8 +194,7 @@ class Row:
         Args:
             count: of each side at most; where only pairs of a group count, of both, in whole groups.
         """
-        alone = self.metric.damped.diagonal()[self.pruned]
-        gain = self.r.square() * (self.metric.spread[self.pruned] / alone).sqrt()
+        gain = self.r.square() * (self.metric.spread / self.metric.alone).sqrt()[self.pruned]
         cost = self.costs()
         if self.metric.group_size == len(self.target):
             return Pairs(_least(cost, count), _least(-gain, count))
@@ -200,7 +241,7 @@ class Row:
         ratio = (spread[self.kept] / self.m.diagonal()).clamp(min=1.0)
         cost = self.costs()
         need = cost / (ratio.sqrt() + (ratio - 1.0).sqrt()).square()
-        gain = self.gains() * (1.0 + _SAFETY)
+        gain = self.gains() * (1.0 + SAFETY)
         price = self.v / self.m.diagonal()
         if self.metric.group_size < len(self.target):
             return self._suspects_of_groups(need, gain, cost, price)
@@ -211,8 +252,8 @@ class Row:
         flagged = torch.zeros_like(p, dtype=torch.bool)
         outer = self._outer(p)
         square, twice = self.r[p].square(), 2 * self.r[p]
-        least = (1.0 - _SAFETY) / spread[self.pruned[p]]
-        for part in u.split(_CHUNK):
+        least = (1.0 - SAFETY) / spread[self.pruned[p]]
+        for part in u.split(CHUNK):
             width = int((gain[p] > need[part[0]]).sum())
             b = torch.mm(self.m[part], outer[:, :width], out=self.scratch("b", len(part), width))
             self.formed += b.numel()
@@ -226,10 +267,10 @@ class Row:
         """The same where only pairs inside a group count."""
         same = self._group(self.kept)[:, None] == self._group(self.pruned)[None, :]
         u, p = (same & (need[:, None] < gain[None, :])).nonzero().unbind(1)
-        least = (1.0 - _SAFETY) / self.metric.spread[self.pruned[p]]
+        least = (1.0 - SAFETY) / self.metric.spread[self.pruned[p]]
         self.formed += len(p)
         flagged = []
-        step = max(1, _AT_ONCE // max(1, len(self.kept)))
+        step = max(1, AT_ONCE // max(1, len(self.kept)))
         for one, two, low in zip(u.split(step), p.split(step), least.split(step), strict=True):
             b = (self.m[one] * self._outer(two).T).sum(1)
             reach = self.r[two].square() + 2 * self.r[two] * price[one] * b
@@ -248,7 +289,7 @@ class Row:
         """B_S,p and C_pp of slots p."""
         outer = self._outer(p)
         b = torch.mm(self.m, outer, out=self.scratch("columns", len(outer), len(p)))
-        return b, self.metric.damped.diagonal()[self.pruned[p]] - (outer * b).sum(0)
+        return b, self.metric.alone[self.pruned[p]] - (outer * b).sum(0)
 
     def block(self, pairs: Pairs) -> Block:
         """T of the candidates."""
@@ -285,15 +326,14 @@ class Row:
         self.v[u] = (sign * (w @ block.y))[q:]
         self.kept[u], self.pruned[p] = self.pruned[p], self.kept[u]
         self.fresh = False
-        self._look()
+        self.look()
 
     def drift(self) -> float:
         """How far M is from an inverse, relative: A_SS(M z) against z of random signs (Freivalds).
 
         ‖b_S − A_SS v‖ would not show it: b is large where A is, and M drifts where A is small.
         """
-        generator = torch.Generator().manual_seed(0)
-        z = torch.randint(0, 2, self.v.shape, generator=generator).to(self.v) * 2 - 1
+        z = self.scratch.signs(len(self.v))
         full = torch.zeros_like(self.target).index_copy_(0, self.kept, self.m @ z)
         rest = (full @ self.metric.damped)[self.kept] - z
         return float(rest.norm() / z.norm().clamp(min=1.0))

@@ -82,10 +82,11 @@ class Relax(Solver):
         if self._steps + self.harden < 1:
             raise OptionError("relax: max_iterations and harden must not both be 0")
 
-    def as_start(self) -> Relax:
+    def as_start(self, layer: LayerProblem) -> tuple[Relax, LayerProblem]:
         """Whoever starts from the rounded mask swaps by itself and has no use for the bound."""
         steps = 0 if self.max_iterations is None else self.max_iterations
-        return replace(self, max_iterations=steps, refine=bool(self.refine))
+        less = replace(self, max_iterations=steps, refine=bool(self.refine))
+        return less, layer.refitting(None)
 
     @property
     def _steps(self) -> int:

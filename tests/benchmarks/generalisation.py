@@ -22,7 +22,7 @@ from book import PATTERNS, ROOT, Book
 from generalisation_page import write
 from machine import machine
 
-from maskopt import NM
+from maskopt import NM, Unstructured
 from maskopt.model.demo_model import MODELS, demo_model
 from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.options import WalkOptions
@@ -36,15 +36,18 @@ METHODS = {
     "1-swap from Wanda": ("swap", "wanda"),
     "1-swap (default)": ("swap", None),
 }
-#: label → solver, start, `weights`, `budget`
-WEIGHTS = {
-    "1-swap": ("swap", None, "keep", "row"),
-    "1-swap, rows trade": ("swap", None, "keep", "layer"),
-    "Wanda, refitted": ("wanda", None, "refit", "row"),
-    "SparseGPT's mask, refitted": ("sparsegpt", None, "refit", "row"),
-    "ADMM, refitted": ("admm", None, "refit", "row"),
-    "1-swap on F, refitted": ("swap", None, "refit", "row"),
-    "1-swap on F, refitted, rows trade": ("swap", None, "refit", "layer"),
+#: label → solver, start, `weights`, `budget`, options of the solver
+WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
+    "1-swap": ("swap", None, "keep", "row", {}),
+    "1-swap, rows trade": ("swap", None, "keep", "layer", {}),
+    "Wanda, refitted": ("wanda", None, "refit", "row", {}),
+    "SparseGPT": ("sparsegpt", None, "refit", "row", {"update": True}),
+    "SparseGPT, rows trade": ("sparsegpt", None, "refit", "layer", {"update": True}),
+    "SparseGPT's mask, refitted": ("sparsegpt", None, "refit", "row", {}),
+    "ADMM, refitted": ("admm", None, "refit", "row", {}),
+    "ADMM, refitted, rows trade": ("admm", None, "refit", "layer", {}),
+    "1-swap on F, refitted": ("swap", None, "refit", "row", {}),
+    "1-swap on F, refitted, rows trade": ("swap", None, "refit", "layer", {}),
 }
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.05, 0.1, 0.3)
@@ -74,12 +77,12 @@ def methods(name: str) -> Iterator[Case]:
 
 
 def weights(name: str) -> Iterator[Case]:
-    for pattern, value in PATTERNS.items():
-        for label, (solver, start, after, budget) in WEIGHTS.items():
+    for pattern, value in {**PATTERNS, "70%": Unstructured(sparsity=0.7)}.items():
+        for label, (solver, start, after, budget, own) in WEIGHTS.items():
             if budget == "layer" and isinstance(value, NM):
                 continue
             how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
-            how |= {"weights": after, "budget": budget}
+            how |= {"weights": after, "budget": budget, "solver_options": own}
             yield Case(how, {"auto": f"weights/{name}/{pattern}/{label}"})
 
 

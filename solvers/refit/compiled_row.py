@@ -1,0 +1,155 @@
+"""A row on the CPU: what `Row` does with vectors, in one compiled call each, and products by torch.
+
+Python lets one thread at a time go on, and each call of torch gives the turn away and waits for it again:
+with a hundred small ones a row, two threads are no faster than one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.solvers.refit import row_kernel as kernel
+from maskopt.solvers.refit.scratch import part_of
+from maskopt.solvers.refit.state import CHUNK, SAFETY, Block, Pairs, Row
+
+
+class CompiledRow(Row):
+    """See `Row`; the same to within rounding."""
+
+    def look(self) -> None:
+        rest = self.scratch("rest", len(self.target))
+        self.explained = kernel.look(
+            self.metric.damped.numpy(),
+            self.target.numpy(),
+            self.kept.numpy(),
+            self.pruned.numpy(),
+            self.v.numpy(),
+            rest.numpy(),
+            self.r.numpy(),
+            self.left.numpy(),
+        )
+
+    def likely(self, count: int) -> Pairs:
+        metric = self.metric
+        u, p = kernel.likely(
+            self.m.numpy(),
+            self.v.numpy(),
+            self.r.numpy(),
+            self.kept.numpy(),
+            self.pruned.numpy(),
+            metric.alone.numpy(),
+            metric.spread.numpy(),
+            metric.group_size,
+            count,
+        )
+        return Pairs(torch.from_numpy(u), torch.from_numpy(p))
+
+    def block(self, pairs: Pairs) -> Block:
+        u, p = pairs.u.numpy(), pairs.p.numpy()
+        outer = self._lines(p)
+        columns = self.scratch("block", len(self.kept), len(u) + len(p))
+        b = torch.mm(self.m, outer.T, out=columns[:, len(u) :])
+        inner = torch.mm(outer, b, out=self.scratch("inner", len(p), len(p)))
+        z, y = kernel.tableau(
+            self.metric.damped.numpy(),
+            self.m.numpy(),
+            self.v.numpy(),
+            self.r.numpy(),
+            self.pruned.numpy(),
+            u,
+            p,
+            columns.numpy(),
+            inner.numpy(),
+        )
+        return Block(columns, torch.from_numpy(z), torch.from_numpy(y))
+
+    def exchange(self, u: Tensor, p: Tensor, block: Block) -> None:
+        w = torch.linalg.inv(block.z)
+        scaled = torch.mm(block.columns, w, out=self.scratch("scaled", *block.columns.shape))
+        self.m.addmm_(scaled, block.columns.T)
+        kernel.settle_in(
+            self.m.numpy(),
+            self.v.numpy(),
+            self.kept.numpy(),
+            self.pruned.numpy(),
+            u.numpy(),
+            p.numpy(),
+            scaled.numpy(),
+            w.numpy(),
+            block.y.numpy(),
+        )
+        self.fresh = False
+        self.look()
+
+    def drift(self) -> float:
+        signs = self.scratch.signs(len(self.v))
+        solved = torch.mv(self.m, signs, out=self.scratch("solved", len(self.v)))
+        rest = self.scratch("rest", len(self.target))
+        off = kernel.apart(
+            self.metric.damped.numpy(),
+            self.kept.numpy(),
+            solved.numpy(),
+            signs.numpy(),
+            rest.numpy(),
+        )
+        return off / max(1.0, len(self.v) ** 0.5)
+
+    def improving(self, count: int, threshold: float) -> Pairs | None:
+        p = self._suspects().numpy()
+        if not len(p):
+            return None
+        outer = self._lines(p)
+        b = torch.mm(outer, self.m, out=self.scratch("columns", *outer.shape))
+        self.formed += b.numel()
+        u, p = kernel.best_pairs(
+            b.numpy(),
+            outer.numpy(),
+            self.m.numpy(),
+            self.v.numpy(),
+            self.r.numpy(),
+            self.kept.numpy(),
+            self.pruned.numpy(),
+            p,
+            self.metric.alone.numpy(),
+            self.metric.group_size,
+            threshold,
+            count,
+        )
+        return Pairs(torch.from_numpy(u), torch.from_numpy(p)) if len(p) else None
+
+    def _suspects(self) -> Tensor:
+        metric, sides = self.metric, (self.kept.numpy(), self.pruned.numpy())
+        tableau = self.m.numpy(), self.v.numpy(), self.r.numpy()
+        if metric.group_size < len(self.target):
+            flagged, formed = kernel.suspects_of_groups(
+                *tableau,
+                *sides,
+                metric.damped.numpy(),
+                metric.spread.numpy(),
+                metric.group_size,
+                SAFETY,
+            )
+            self.formed += formed
+            return torch.from_numpy(flagged)
+        screen = kernel.screen(*tableau, *sides, metric.spread.numpy(), SAFETY)
+        u, p, widths, cost, price, square, twice, least, flagged = screen
+        if not len(u) or not len(p):
+            return torch.from_numpy(p[:0])
+        outer = self._lines(p)
+        slots = torch.from_numpy(u)
+        for first in range(0, len(u), CHUNK):
+            part, width = slots[first : first + CHUNK], int(widths[first])
+            lines = self.scratch("lines", len(part), len(self.kept))
+            torch.index_select(self.m, 0, part, out=lines)
+            b = torch.mm(lines, outer[:width].T, out=self.scratch("b", len(part), width))
+            self.formed += b.numel()
+            kernel.flag(b.numpy(), cost[first:], price[first:], square, twice, least, flagged)
+        return torch.from_numpy(kernel.chosen(p, flagged))
+
+    def _lines(self, p: np.ndarray) -> Tensor:
+        """A_p,S of slots p."""
+        inputs = torch.from_numpy(self.pruned.numpy()[p])
+        out = self.scratch("outer", len(inputs), len(self.kept))
+        return part_of(self.metric.damped, inputs, self.kept, out)

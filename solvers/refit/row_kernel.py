@@ -1,0 +1,264 @@
+# mypy: disallow-untyped-defs=False
+"""What a row of refitted weights does with vectors, compiled; the names are those of `Row`.
+
+u and p are slots of kept and of pruned inputs, `kept` and `pruned` the inputs in them, `a` is A.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from maskopt.solvers.compiled import loop, part
+
+
+@part(nogil=True)
+def _take_away(a, lines, x, out):
+    """out − Σ_j x_j a[lines_j], four lines at a time."""
+    n, whole = len(out), len(lines) - len(lines) % 4
+    for j in range(0, whole, 4):
+        one, two, three, four = a[lines[j]], a[lines[j + 1]], a[lines[j + 2]], a[lines[j + 3]]
+        x1, x2, x3, x4 = x[j], x[j + 1], x[j + 2], x[j + 3]
+        for i in range(n):
+            out[i] -= (x1 * one[i] + x2 * two[i]) + (x3 * three[i] + x4 * four[i])
+    for j in range(whole, len(lines)):
+        line, x1 = a[lines[j]], x[j]
+        for i in range(n):
+            out[i] -= x1 * line[i]
+
+
+@loop(nogil=True)
+def look(a, target, kept, pruned, v, rest, r, left):
+    """r and what is left, written; returns b_Sᵀv. `rest` [n] is used."""
+    rest[:] = target
+    _take_away(a, kept, v, rest)
+    explained = 0.0
+    for i in range(len(kept)):
+        left[i] = rest[kept[i]]
+        explained += target[kept[i]] * v[i]
+    for i in range(len(pruned)):
+        r[i] = rest[pruned[i]]
+    return explained
+
+
+@loop(nogil=True)
+def apart(a, kept, solved, signs, rest):
+    """‖A_SS x − z‖ of x = Mz."""
+    rest[:] = 0.0
+    _take_away(a, kept, solved, rest)
+    total = 0.0
+    for i in range(len(kept)):
+        off = rest[kept[i]] + signs[i]
+        total += off * off
+    return np.sqrt(total)
+
+
+@part(nogil=True)
+def _in_groups(inputs, group_size, chosen):
+    """Slots of inputs whose group is chosen."""
+    slots = np.empty(len(inputs), np.int64)
+    count = 0
+    for i in range(len(inputs)):
+        if chosen[inputs[i] // group_size]:
+            slots[count] = i
+            count += 1
+    return slots[:count].copy()
+
+
+@part(nogil=True)
+def _whole_groups(value, kept, pruned, group_size, count):
+    """Slots of the groups of least value."""
+    chosen = np.zeros(len(value), np.bool_)
+    chosen[np.argsort(value)[: max(1, count // group_size)]] = True
+    return _in_groups(kept, group_size, chosen), _in_groups(pruned, group_size, chosen)
+
+
+@loop(nogil=True)
+def likely(m, v, r, kept, pruned, alone, spread, group_size, count):
+    """Slots u and p of candidates; see `Row.likely`."""
+    cost, gain = np.empty(len(kept)), np.empty(len(pruned))
+    for i in range(len(kept)):
+        cost[i] = v[i] * v[i] / m[i, i]
+    for i in range(len(pruned)):
+        gain[i] = r[i] * r[i] * np.sqrt(spread[pruned[i]] / alone[pruned[i]])
+    if group_size == len(alone):
+        return np.argsort(cost)[:count].copy(), np.argsort(-gain)[:count].copy()
+    groups = len(alone) // group_size
+    cheapest, dearest = np.full(groups, np.inf), np.zeros(groups)
+    for i in range(len(kept)):
+        cheapest[kept[i] // group_size] = min(cheapest[kept[i] // group_size], cost[i])
+    for i in range(len(pruned)):
+        dearest[pruned[i] // group_size] = max(dearest[pruned[i] // group_size], gain[i])
+    return _whole_groups(cheapest - dearest, kept, pruned, group_size, count)
+
+
+@loop(nogil=True)
+def tableau(a, m, v, r, pruned, u, p, columns, inner):
+    """z and y of candidates, and −M of u in `columns`, where B of p is already; `inner` is A_pS B."""
+    few, size = len(u), len(u) + len(p)
+    for i in range(len(v)):
+        for j in range(few):
+            columns[i, j] = -m[i, u[j]]
+    z, y = np.empty((size, size)), np.empty(size)
+    for i in range(few):
+        y[i] = v[u[i]]
+        for j in range(few):
+            z[i, j] = (columns[u[i], j] + columns[u[j], i]) / 2
+        for j in range(few, size):
+            z[i, j] = z[j, i] = columns[u[i], j]
+    for i in range(len(p)):
+        y[few + i] = r[p[i]]
+        line = a[pruned[p[i]]]
+        for j in range(len(p)):
+            z[few + i, few + j] = line[pruned[p[j]]] - (inner[i, j] + inner[j, i]) / 2
+    return z, y
+
+
+@loop(nogil=True)
+def settle_in(m, v, kept, pruned, u, p, scaled, w, y):
+    """After M's product: the lines of what came, v, and who is in which slot; see `Row.exchange`."""
+    pairs = len(u)
+    for i in range(len(v)):
+        moved = 0.0
+        for j in range(2 * pairs):
+            moved += scaled[i, j] * y[j]
+        v[i] -= moved
+        for j in range(pairs):
+            m[i, u[j]] = -scaled[i, pairs + j]
+    for j in range(pairs):
+        for i in range(len(v)):
+            m[u[j], i] = -scaled[i, pairs + j]
+    for i in range(pairs):
+        value = 0.0
+        for j in range(2 * pairs):
+            value += w[pairs + i, j] * y[j]
+        v[u[i]] = value
+        for j in range(pairs):
+            m[u[i], u[j]] = w[pairs + i, pairs + j]
+        kept[u[i]], pruned[p[i]] = pruned[p[i]], kept[u[i]]
+
+
+@part(nogil=True)
+def _priced(m, v, r, pruned, kept, spread, safety):
+    """Per kept input its cost, what (2) asks of a gain, and v_u/M_uu; per pruned input the gain."""
+    cost, need, price = np.empty(len(v)), np.empty(len(v)), np.empty(len(v))
+    gain = np.empty(len(r))
+    for i in range(len(v)):
+        cost[i], price[i] = v[i] * v[i] / m[i, i], v[i] / m[i, i]
+        ratio = max(1.0, spread[kept[i]] / m[i, i])
+        root = np.sqrt(ratio) + np.sqrt(ratio - 1.0)
+        need[i] = cost[i] / (root * root)
+    for i in range(len(r)):
+        gain[i] = r[i] * r[i] * spread[pruned[i]] * (1.0 + safety)
+    return cost, need, price, gain
+
+
+@loop(nogil=True)
+def screen(m, v, r, kept, pruned, spread, safety):
+    """What (2) leaves, and what (1) takes: u by what they need, the least first, p by their gains, the
+    largest first; how many of p a u needs; cost and price of u, and of p r², 2r and the least C; no flags."""
+    cost, need, price, gain = _priced(m, v, r, pruned, kept, spread, safety)
+    low, high = need.min(), gain.max()
+    u, p = np.argsort(need), np.argsort(-gain)
+    few, some = 0, 0
+    while few < len(u) and need[u[few]] < high:
+        few += 1
+    while some < len(p) and gain[p[some]] > low:
+        some += 1
+    u, p = u[:few].copy(), p[:some].copy()
+    widths = np.empty(few, np.int64)
+    width = some
+    for i in range(few):
+        while width > 0 and not gain[p[width - 1]] > need[u[i]]:
+            width -= 1
+        widths[i] = width
+    square, twice, least = np.empty(some), np.empty(some), np.empty(some)
+    for j in range(some):
+        square[j], twice[j] = r[p[j]] * r[p[j]], 2.0 * r[p[j]]
+        least[j] = (1.0 - safety) / spread[pruned[p[j]]]
+    return u, p, widths, cost[u], price[u], square, twice, least, np.zeros(some, np.bool_)
+
+
+@loop(nogil=True)
+def flag(b, cost, price, square, twice, least, flagged):
+    """(1) for some u (lines of b) and the first of p."""
+    for i in range(b.shape[0]):
+        for j in range(b.shape[1]):
+            flagged[j] |= square[j] + twice[j] * (price[i] * b[i, j]) > cost[i] * least[j]
+
+
+@loop(nogil=True)
+def chosen(slots, flagged):
+    """Flagged slots, ascending."""
+    return np.sort(slots[flagged])
+
+
+@loop(nogil=True)
+def suspects_of_groups(m, v, r, kept, pruned, a, spread, group_size, safety):
+    """Slots of pruned inputs that (2) and (1) leave where only pairs inside a group count, and how many pairs
+    (1) looked at."""
+    cost, need, price, gain = _priced(m, v, r, pruned, kept, spread, safety)
+    slot = np.full(len(spread), -1)
+    for i in range(len(kept)):
+        slot[kept[i]] = i
+    flagged, formed = np.zeros(len(r), np.bool_), 0
+    for j in range(len(r)):
+        line, first = a[pruned[j]], pruned[j] - pruned[j] % group_size
+        least = (1.0 - safety) / spread[pruned[j]]
+        for other in range(first, first + group_size):
+            i = slot[other]
+            if i < 0 or not need[i] < gain[j]:
+                continue
+            formed += 1
+            b = 0.0
+            for other_slot in range(len(kept)):
+                b += m[i, other_slot] * line[kept[other_slot]]
+            if r[j] * r[j] + 2.0 * r[j] * price[i] * b > cost[i] * least:
+                flagged[j] = True
+    return np.flatnonzero(flagged), formed
+
+
+@loop(nogil=True)
+def best_pairs(b, outer, m, v, r, kept, pruned, p, alone, group_size, threshold, count):
+    """Slots u and p out of all pairs with the suspects p of Δ < −threshold; none where there is none.
+
+    Args:
+        b: B of the suspects, one a line; outer: A_pS, likewise.
+    """
+    k, some = len(kept), len(p)
+    own = np.empty(k)
+    for i in range(k):
+        own[i] = m[i, i]
+    by_kept, by_pruned = np.full(k, np.inf), np.full(some, np.inf)
+    for j in range(some):
+        inside = 0.0
+        for i in range(k):
+            inside += outer[j, i] * b[j, i]
+        c, left = alone[pruned[p[j]]] - inside, r[p[j]]
+        lone, inverse, saved = left / c, 1.0 / c, left * left / c
+        group = pruned[p[j]] // group_size
+        for i in range(k):
+            if kept[i] // group_size != group:
+                continue
+            miss = v[i] - b[j, i] * lone
+            delta = miss * miss / (own[i] + b[j, i] * b[j, i] * inverse) - saved
+            by_kept[i] = min(by_kept[i], delta)
+            by_pruned[j] = min(by_pruned[j], delta)
+    if not by_pruned.min() < -threshold:
+        return p[:0].copy(), p[:0].copy()
+    if group_size < len(alone):
+        value = np.full(len(alone) // group_size, np.inf)
+        for j in range(some):
+            group = pruned[p[j]] // group_size
+            value[group] = min(value[group], by_pruned[j])
+        return _improving_groups(value, kept, pruned, group_size, count)
+    u, best = np.argsort(by_kept)[:count], np.argsort(by_pruned)[:count]
+    return u[by_kept[u] < 0].copy(), p[best[by_pruned[best] < 0]].copy()
+
+
+@part(nogil=True)
+def _improving_groups(value, kept, pruned, group_size, count):
+    """Slots of the groups of least value, of those that have one."""
+    some = 0
+    for group in range(len(value)):
+        some += value[group] < np.inf
+    return _whole_groups(value, kept, pruned, group_size, min(count, some * group_size))
