@@ -35,6 +35,9 @@ def test_rows_trade_and_the_layer_keeps_its_count(weights: str) -> None:
         assert int(counts.max()) > int(counts.min())
         assert set(layer.statuses) == {"swap-optimal"}
         assert layer.pattern == "0.5 per layer"
+        assert layer.error_alike == pytest.approx(other.error_start, rel=1e-9)
+        assert layer.error_start != layer.error_alike
+        assert other.error_alike is None
         if weights == "keep":  # else it is the damped error that trading lowers
             assert layer.error < other.error * (1 + 1e-6)
     assert sum(x.relative for x in report.layers) < 0.98 * sum(x.relative for x in alike.layers)

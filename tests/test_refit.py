@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from strategies import problems, random_gram, random_linear, random_weight
 
-from maskopt import NM, LayerProblem, Limits, Unstructured, solve
+from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, solve
 from maskopt.errors import OptionError, WarmStartError
-from maskopt.least_squares import LEAST_DAMPING
+from maskopt.least_squares import LEAST_DAMPING, LeastSquares
 from maskopt.refitted import refit
 
 PATTERNS = (Unstructured(keep=9), NM(keep=2, of=4))
@@ -46,6 +46,34 @@ def test_the_weights_are_those_of_a_dense_solve(pattern, damping, linear):
     torch.testing.assert_close(found.error, problem.error(expected), rtol=1e-8, atol=1e-12)
     assert float(found.residual.max()) < 1e-10
     assert bool((found.weight[~mask] == 0).all())
+
+
+def test_a_row_that_float32_cannot_solve_does_not_spoil_those_beside_it(monkeypatch):
+    """Two large inputs that are the same up to the damping, which float32 does not see beside them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 160, generator=generator)
+    x[:, 1] = x[:, 0]
+    x[:, :2] *= 1e3
+    mask = torch.ones(6, 160, dtype=torch.bool)
+    mask[:, 2:60] = False
+    mask[1:, 0], mask[1:, 5] = False, True
+    weight, pattern = torch.randn(6, 160, generator=generator), Unstructured(keep=102)
+    problem = LayerProblem(weight, x.T @ x / 400, pattern, refit=Refit(0.0))
+    squares, again = problem.least_squares, []
+    target = squares.target(problem.weight, None)
+    refined = LeastSquares._refined
+
+    def told(self, target, index, dtype, pages):
+        if dtype == torch.float64:
+            again.extend(index.tolist())
+        return refined(self, target, index, dtype, pages)
+
+    monkeypatch.setattr(LeastSquares, "_refined", told)
+    found = squares.solve(target, mask)
+    assert again == [mask[0].nonzero()[:, 0].tolist()]
+    assert float(squares.residual(found, target, mask).max()) < 1e-8
+    alone = torch.cat([squares.solve(target[i : i + 1], mask[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(found, alone, rtol=1e-7, atol=1e-9)
 
 
 @given(problems())

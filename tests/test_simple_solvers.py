@@ -3,10 +3,12 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import patterns, problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Unstructured, solve, verify
 from maskopt.errors import OptionError, SolverError
+from maskopt.solvers.greedy.select import keep_highest
 
 SCORES = ("magnitude", "wanda", "ria", "random", "worst")
 
@@ -33,6 +35,25 @@ def test_nothing_beats_exhaustive(problem):
     slack = 1e-9 * problem.diagonal_mass() + 1e-12
     for name in (*SCORES, "elimination"):
         assert bool((solve(problem, name).objective >= best - slack).all())
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 24), st.integers(0, 10**6))
+def test_of_equal_scores_the_lowest_index_goes(data, rows, n, seed):
+    """As by a stable sort, with ties and infinities."""
+    pattern = data.draw(patterns(n))
+    if data.draw(st.booleans()):
+        pattern = Unstructured(sparsity=data.draw(st.floats(0, 0.99)), per="layer")
+    problem = LayerProblem(torch.ones(rows, n), torch.eye(n), pattern)
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(-2, 3, (rows, n), generator=generator).double()
+    score[score == 2] = torch.inf
+    if problem.pooled:
+        grouped, pruned = score.reshape(1, -1), problem.pruned
+    else:
+        grouped, pruned = score.reshape(-1, problem.group_size), problem.pruned_per_group
+    order = grouped.argsort(dim=1, stable=True)[:, :pruned]
+    expected = torch.ones_like(grouped, dtype=torch.bool).scatter_(1, order, False)
+    assert torch.equal(keep_highest(problem, score), expected.view(rows, n))
 
 
 @given(problems())

@@ -80,7 +80,9 @@ def show_report(report: PruneReport) -> None:
     held = any(layer.relative_held is not None for layer in report.layers)
     table = Table(caption="errors are parts of the energy of the layers' outputs")
     refit = any(layer.error_kept is not None for layer in report.layers)
-    headings = ["layer kind", "layers", "start error", *(["before refit"] if refit else [])]
+    traded = any(layer.error_alike is not None for layer in report.layers)
+    headings = ["layer kind", "layers", *(["start, rows alike"] if traded else []), "start error"]
+    headings += ["before refit"] if refit else []
     headings += ["error", "error/start", *(["held-out error"] if held else []), "seconds"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "layer kind" else "right")
@@ -95,6 +97,7 @@ def show_report(report: PruneReport) -> None:
         table.add_row(
             kind,
             str(len(all_layers)),
+            *([_part(sum(layer.error_alike or 0.0 for layer in layers), energy)] if traded else []),
             _part(begin, energy),
             *([_part(sum(layer.error_kept or 0.0 for layer in layers), energy)] if refit else []),
             _part(end, energy),

@@ -211,6 +211,7 @@ def _report(
     `facts` what else is known of it."""
     solution, start, kept = solved.solution, solved.start, fitted.refitting(None)
     begun = None if start is None else start.objective
+    alike = None if solved.alike is None else kept.objective(solved.alike.mask)
     if start is not None and (options.shrink == AUTO or new is not None):
         # it starts once for every α, on another G than that of the error; or is judged by refitted weights
         begun = kept.objective(start.mask)
@@ -232,6 +233,7 @@ def _report(
         pattern=str(options.pattern),
         pruned=int((~solution.mask).sum()),
         error_start=_sum(begun),
+        error_alike=_sum(alike),
         error=float(error.sum()),
         lower_bound=float(solution.lower_bound.sum()),
         statuses={str(s): solution.status.count(s) for s in sorted(set(solution.status))},

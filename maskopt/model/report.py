@@ -27,6 +27,8 @@ class LayerReport:
         kind: the name inside the block, numbers as stars: `self_attn.q_proj`.
         error_start: objective of the warm start summed over rows, its weights kept; None where there was no
             start.
+        error_alike: of rows that trade, the same of that start with as much pruned of every row: from it to
+            `error_start` is what the budget gained; None where rows do not trade or there was no start.
         error: of the result summed over rows: with `shrink` 0 the mean squared change of the output, else
             that of outputs whose inputs' G is shrunk as it was for the solver.
         error_kept: of refitted weights, the same had the mask kept its weights as they were: `error_start` to
@@ -66,6 +68,7 @@ class LayerReport:
     error_kept: float | None = None
     chosen_for: str = "kept"
     damping: float | None = None
+    error_alike: float | None = None
 
     @property
     def sparsity(self) -> float:

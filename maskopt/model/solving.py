@@ -27,10 +27,16 @@ SHRINK_GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
 
 @dataclass(frozen=True)
 class Solved:
-    """A layer's solution, and the start that it was made from, where there was one."""
+    """A layer's solution, and the start that it was made from, where there was one.
+
+    Attributes:
+        alike: of rows that trade, the same start with as much pruned of every row, to tell what the budget
+            gained.
+    """
 
     solution: Solution
     start: Solution | None = None
+    alike: Solution | None = None
 
     @property
     def seconds(self) -> float:
@@ -67,16 +73,19 @@ def solve_layer(
     those that the layer has."""
     if not make_solver(options.solver).capabilities.refit:
         problem = problem.refitting(None)
-    start = None if before is None else before.solution
+    start, alike = (None, None) if before is None else (before.solution, before.alike)
     if start is None and options.start is not None and options.start != options.solver:
         start = make_start(problem, options.start, Limits(seed=options.seed))
+        if problem.pooled:
+            same = problem.under(problem.pattern.alike())
+            alike = make_start(same, options.start, Limits(seed=options.seed))
     solution = solve(
         problem,
         options.solver,
         start=None if start is None else start.mask,
         **{"seed": options.seed, **options.solver_options},
     )
-    return Solved(solution, start if before is None else before.start)
+    return Solved(solution, start if before is None else before.start, alike)
 
 
 def solve_by_held_error(

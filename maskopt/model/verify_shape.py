@@ -95,7 +95,7 @@ _LAYER = {
     "seconds": _amount, "sparsity": _amount, "block": _count, "kind": _text, "energy": _amount,
     "error_held": _maybe(_amount), "energy_held": _maybe(_amount), "shrink": _amount,
     "error_kept": _maybe(_amount), "chosen_for": lambda v: v in ("kept", "refitted", "updated"),
-    "damping": _maybe(_amount),
+    "damping": _maybe(_amount), "error_alike": _maybe(_amount),
 }  # fmt: skip
 _OPTIONS = {"pattern": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size}
 _SHAPE = {

@@ -38,16 +38,14 @@ METHODS = {
 }
 #: label → solver, start, `weights`, `budget`, options of the solver
 WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
-    "1-swap": ("swap", None, "keep", "row", {}),
-    "1-swap, rows trade": ("swap", None, "keep", "layer", {}),
-    "Wanda, refitted": ("wanda", None, "refit", "row", {}),
+    "1-swap on F": ("swap", None, "refit", "row", {}),
+    "ADMM": ("admm", None, "refit", "row", {}),
     "SparseGPT": ("sparsegpt", None, "refit", "row", {"update": True}),
+    "1-swap on F, rows trade": ("swap", None, "refit", "layer", {}),
+    "ADMM, rows trade": ("admm", None, "refit", "layer", {}),
     "SparseGPT, rows trade": ("sparsegpt", None, "refit", "layer", {"update": True}),
-    "SparseGPT's mask, refitted": ("sparsegpt", None, "refit", "row", {}),
-    "ADMM, refitted": ("admm", None, "refit", "row", {}),
-    "ADMM, refitted, rows trade": ("admm", None, "refit", "layer", {}),
-    "1-swap on F, refitted": ("swap", None, "refit", "row", {}),
-    "1-swap on F, refitted, rows trade": ("swap", None, "refit", "layer", {}),
+    "Wanda": ("wanda", None, "refit", "row", {}),
+    "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {}),
 }
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.05, 0.1, 0.3)
@@ -205,13 +203,14 @@ def judged(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
 
 
 def errors(report: PruneReport) -> dict[str, Any]:
-    """Mean over the layers of the relative errors, fitted and held out, and of α."""
+    """Mean over the layers of the relative errors, fitted and held out, and of α; seconds of solving."""
     layers = [layer for layer in report.layers if not layer.fallback]
     held = [layer.relative_held for layer in layers if layer.relative_held is not None]
     return {
         "fitted": sum(layer.relative for layer in layers) / len(layers),
         "held": sum(held) / len(held) if held else None,
         "shrink": sum(layer.shrink for layer in layers) / len(layers),
+        "solving": sum(layer.seconds for layer in report.layers),
     }
 
 

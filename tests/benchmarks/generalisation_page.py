@@ -179,17 +179,19 @@ STUDIES = (
     Study(
         "weights",
         "Weights that are refitted, and rows that trade",
-        "32 windows. *refitted*: kept weights set anew by least squares, damping 0.01; *on F*: masks\n"
-        "that are chosen for that. *rows trade*: the count is that of a layer, not of each of its\n"
-        "rows. Errors after the least squares.",
+        "32 windows. Kept weights are set anew by least squares, damping 0.01, unless said otherwise;\n"
+        "SparseGPT's are its own. *on F*: masks that are chosen for refitted weights. *rows trade*: the\n"
+        "count is that of a layer, not of each of its rows, ω = 1. Errors after the least squares.",
         {
             "model": MODEL,
             "pattern": part(1),
-            "masks and weights": part(2),
+            "mask": part(2),
             **QUALITY,
-            "× 1-swap": beside("1-swap"),
+            "× SparseGPT": beside("SparseGPT"),
+            "× ADMM": beside("ADMM"),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
+            "solving, min": lambda key, record, found: f"{record['solving'] / 60:.1f}",
         },
     ),
     Study(
