@@ -28,13 +28,13 @@ def _take_away(a, lines, x, out):
 
 @loop(nogil=True)
 def look(a, target, kept, pruned, v, rest, r, left):
-    """r and what is left, written; returns b_Sᵀv. `rest` [n] is used."""
+    """r and what is left, written; returns what v explains. `rest` [n] is used."""
     rest[:] = target
     _take_away(a, kept, v, rest)
     explained = 0.0
     for i in range(len(kept)):
         left[i] = rest[kept[i]]
-        explained += target[kept[i]] * v[i]
+        explained += (target[kept[i]] + left[i]) * v[i]
     for i in range(len(pruned)):
         r[i] = rest[pruned[i]]
     return explained

@@ -68,7 +68,10 @@ def inverse(matrix: Tensor, out: Tensor, work: Tensor) -> Tensor:
     """
     count, size = matrix.shape[:2]
     if size <= _LEAF:
-        return out.copy_(torch.cholesky_inverse(torch.linalg.cholesky(matrix)))
+        upper = torch.linalg.cholesky(
+            matrix, upper=True
+        )  # the lower left quarter is not up to date
+        return out.copy_(torch.cholesky_inverse(upper, upper=True))
     half = size // 2
     one, two, corner = out[:, :half, :half], out[:, half:, half:], out[:, :half, half:]
     cross = matrix[:, :half, half:]
@@ -76,10 +79,19 @@ def inverse(matrix: Tensor, out: Tensor, work: Tensor) -> Tensor:
     moved, rest = work[:needed].view(count, half, -1), work[needed:]
     inverse(matrix[:, :half, :half], one, rest)
     torch.bmm(one, cross, out=moved)
-    matrix[:, half:, half:].baddbmm_(cross.mT, moved, alpha=-1)
+    _add_upper(matrix[:, half:, half:], cross.mT, moved, -1)
     inverse(matrix[:, half:, half:], two, rest)
     torch.bmm(moved, two, out=corner)
     corner.neg_()
     out[:, half:, :half] = corner.mT
-    one.baddbmm_(corner, moved.mT, alpha=-1)
+    _add_upper(one, corner, moved.mT, -1)
+    quarter = half // 2
+    one[:, quarter:, :quarter] = one[:, :quarter, quarter:].mT
     return out
+
+
+def _add_upper(matrix: Tensor, left: Tensor, right: Tensor, alpha: int) -> None:
+    """alpha · left · right, which is symmetric, onto all of a matrix but the lower left quarter."""
+    quarter = matrix.shape[1] // 2
+    matrix[:, :quarter].baddbmm_(left[:, :quarter], right, alpha=alpha)
+    matrix[:, quarter:, quarter:].baddbmm_(left[:, quarter:], right[:, :, quarter:], alpha=alpha)

@@ -7,8 +7,8 @@
 2. *scan*: all pairs, by screening and exactly (`maskopt.solvers.refit.state`). None improves: the mask is
    proven 1-swap optimal. Else the inputs of the best pairs are the candidates, and it goes on with 1.
 
-An M that drifted is made from scratch before anything more is searched or claimed on it: exchanges that do
-not pay would follow each other for ever.
+What a round gained is seen from the weights, whatever M is. Where that is less than M promised, it has
+drifted: the round is undone, and M made from scratch; and so it is before anything is claimed on it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ CANDIDATES, OF_GROUPS = 48, 256
 _DRIFT = 1e-9
 #: part of the tolerance of SWAP_OPTIMAL that the search goes below, so that rounding never decides a claim
 _PART = 0.5
-#: part of it that r may be off by where all pairs are priced
+#: part of what was promised that has to come of it
+_KEPT = 0.5
+#: part of the tolerance that r may be off by where all pairs are priced
 _NOISE = 1e-3
 
 
@@ -82,15 +84,14 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
             found.proven = pairs is None
             made = 0 if pairs is None else _exchange(row, pairs, threshold, left)
         if not made:
+            best = row.kept, row.pruned, row.v
             break
-        if row.drift() > _DRIFT:
-            row.renew()
         now = nothing_kept - row.explained
-        if not now <= objective:  # it promised too much: what was before stays
-            if fresh:
-                break
-            row.begin(*best[:2])
+        if not fresh and not objective - now > _KEPT * made * threshold:
+            row.begin(*best[:2])  # M promised more than came of it
             continue
+        if not now <= objective:
+            break
         objective = now
         best = row.kept.clone(), row.pruned.clone(), row.v.clone()
         found.swaps += made
@@ -103,14 +104,11 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
 
 
 def _scan(row: Row, count: int, threshold: float, objective: float) -> Pairs | None:
-    """All pairs; of an M that is good enough for a claim."""
-    row.settle(_NOISE * threshold, objective)
-    pairs = row.improving(count, threshold)
-    if pairs is None and not row.fresh and row.drift() > _DRIFT:
+    """All pairs; of an M and a v that are good enough for a claim."""
+    if not row.fresh and row.drift() > _DRIFT:
         row.renew()
-        row.settle(_NOISE * threshold, objective)
-        pairs = row.improving(count, threshold)
-    return pairs
+    row.settle(_NOISE * threshold, objective)
+    return row.improving(count, threshold)
 
 
 def _exchange(row: Row, pairs: Pairs, threshold: float, most: int) -> int:

@@ -97,7 +97,7 @@ class Row:
         scratch: of this row, as long as it is in use.
         target: b, float64 [n].
         left: b_S − A_SS v, rounding that `settle` takes into v.
-        explained: b_Sᵀv, what F is less than it were with nothing kept.
+        explained: what v makes F less than it were with nothing kept: 2b_Sᵀv − vᵀA_SS v, whatever v is.
         fresh: whether M was inverted from scratch, and not updated.
         formed: pairs of which the scans had to form B.
     """
@@ -165,7 +165,7 @@ class Row:
         """r, and what is left, of v."""
         rest = self.target - self.weights() @ self.metric.damped
         self.r, self.left = rest[self.pruned], rest[self.kept]
-        self.explained = float(self.target[self.kept] @ self.v)
+        self.explained = float((self.target[self.kept] + self.left) @ self.v)
 
     def settle(self, noise: float, objective: float) -> None:
         """A step of refinement for v; and r anew where that could change a gain by more than `noise`.

@@ -36,15 +36,23 @@ METHODS = {
     "1-swap from Wanda": ("swap", "wanda"),
     "1-swap (default)": ("swap", None),
 }
-#: label → solver, start, `weights`, `budget`, options of the solver
+#: label → solver, start, `weights`, `budget`, other options
 WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
     "1-swap on F": ("swap", None, "refit", "row", {}),
     "ADMM": ("admm", None, "refit", "row", {}),
-    "SparseGPT": ("sparsegpt", None, "refit", "row", {"update": True}),
+    "SparseGPT": ("sparsegpt", None, "refit", "row", {"solver_options": {"update": True}}),
+    "1-swap on F, λ = 0.1": ("swap", None, "refit", "row", {"damping": 0.1}),
+    "ADMM, λ = 0.1": ("admm", None, "refit", "row", {"damping": 0.1}),
+    "Wanda": ("wanda", None, "refit", "row", {}),
     "1-swap on F, rows trade": ("swap", None, "refit", "layer", {}),
     "ADMM, rows trade": ("admm", None, "refit", "layer", {}),
-    "SparseGPT, rows trade": ("sparsegpt", None, "refit", "layer", {"update": True}),
-    "Wanda": ("wanda", None, "refit", "row", {}),
+    "SparseGPT, rows trade": (
+        "sparsegpt",
+        None,
+        "refit",
+        "layer",
+        {"solver_options": {"update": True}},
+    ),
     "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {}),
 }
 SIZES = (4, 8, 16, 32, 64, 128, 256)
@@ -80,7 +88,7 @@ def weights(name: str) -> Iterator[Case]:
             if budget == "layer" and isinstance(value, NM):
                 continue
             how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
-            how |= {"weights": after, "budget": budget, "solver_options": own}
+            how |= {"weights": after, "budget": budget, **own}
             yield Case(how, {"auto": f"weights/{name}/{pattern}/{label}"})
 
 

@@ -179,7 +179,7 @@ STUDIES = (
     Study(
         "weights",
         "Weights that are refitted, and rows that trade",
-        "32 windows. Kept weights are set anew by least squares, damping 0.01, unless said otherwise;\n"
+        "32 windows. Kept weights are set anew by least squares, damping λ = 0.01, unless said otherwise;\n"
         "SparseGPT's are its own. *on F*: masks that are chosen for refitted weights. *rows trade*: the\n"
         "count is that of a layer, not of each of its rows, ω = 1. Errors after the least squares.",
         {
