@@ -253,7 +253,9 @@ def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
     assert {x.chosen_for for x in report.layers} == {"updated"}
     first = [r.layers[0] for r in (squares, report)]
     assert first[0].error < first[1].error < first[1].error_kept  # type: ignore[operator]
-    verify_output(tmp_path / "own", dense, calibration=tokens())
+    verified = verify_output(tmp_path / "own", dense, calibration=tokens())
+    assert "errors" in verified.checked
+    assert "refitted weights" in verified.claimed
     out = copied(tmp_path / "own", tmp_path / "moved")
     changed(out, moved)
     with pytest.raises(VerificationError, match="states an error of"):
