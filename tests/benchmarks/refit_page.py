@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from statistics import mean, median
 
-from book import PATTERNS, POOLED, Book, family, table
+from book import PATTERNS, POOLED, Book, Record, family, table
 
 
 def write(book: Book, page: Path) -> None:
@@ -31,7 +31,7 @@ either.
 """
     for pattern in (*PATTERNS, *POOLED):
         rows = []
-        for key, record in family(book.lines, f"{pattern}/").items():
+        for key, record in of_pattern(book, pattern).items():
             layer, method = key.split("/", 1)
             swaps = record["swaps"]
             rows.append(
@@ -60,11 +60,22 @@ either.
     page.write_text(text + plotted(book, figure) + toys(book) + pace(book))
 
 
+def of_pattern(book: Book, pattern: str) -> dict[str, Record]:
+    """By layer and method: layers of a kind by their blocks, of a layer the largest error first."""
+    found = family(book.lines, f"{pattern}/")
+
+    def place(key: str) -> tuple[bool, int, float]:
+        block, kind = key.split("/")[0].split(".")
+        return kind != "q", int(block), -found[key]["held"]
+
+    return {key: found[key] for key in sorted(found, key=place)}
+
+
 def plotted(book: Book, figure: Path) -> str:
     """Held-out error against time at 50%, a panel for each kind of layer, means over its layers."""
     import matplotlib.pyplot as plt
 
-    found = {k: r for k, r in family(book.lines, "50%/").items() if "seconds" in r}
+    found = of_pattern(book, "50%")
     kinds = sorted({k.split("/")[0].split(".")[1] for k in found}, reverse=True)
     if not kinds:
         return ""
@@ -74,16 +85,22 @@ def plotted(book: Book, figure: Path) -> str:
         for k in found
         if k.split("/", 1)[1] not in ("ADMM", "OBS") and "F" not in k and k.split("/")[0] in pace
     }
+    methods = list(
+        dict.fromkeys(k.split("/", 1)[1] for k in found)
+    )  # a colour each, in both panels
     fig, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4), layout="constrained")
     for panel, kind in zip([panels] if len(kinds) == 1 else panels, kinds, strict=True):
         some = {k: r for k, r in found.items() if k.split("/")[0].endswith(kind)}
-        for method in dict.fromkeys(k.split("/", 1)[1] for k in some):
+        for number, method in enumerate(methods):
             these = {k: r for k, r in some.items() if k.split("/", 1)[1] == method}
+            if not these:
+                continue
             taken = [r["seconds"] / r["rows"] + squares.get(k, 0.0) for k, r in these.items()]
             panel.scatter(
                 1000 * mean(taken),
                 1e4 * mean(r["held"] for r in these.values()),
                 s=28,
+                color=f"C{number}",
                 label=method,
             )
         panel.set(xscale="log", xlabel="milliseconds a row", title=f"{kind}_proj")
