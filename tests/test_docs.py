@@ -71,7 +71,14 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
     from book import Book
     from generalisation_page import STUDIES, write
 
-    record = {"dense": 10.0, "ratio": [1.2, 1.1, 1.3], "kl": 0.1, "agreement": 0.9, "shrink": 0.05}
+    record = {
+        "dense": 10.0,
+        "ratio": [1.2, 1.1, 1.3],
+        "kl": 0.1,
+        "agreement": 0.9,
+        "shrink": 0.05,
+        "solving": 60.0,
+    }
     record |= {"machine": "some machine", "date": "some day"}
     keys = [
         "methods/gemma3/50%/Wanda",
@@ -79,7 +86,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
         "bos/gemma3/never/auto",
     ]
     keys += [
-        "weights/gemma3/50%/1-swap",
+        "weights/gemma3/50%/ADMM",
         "target/gemma3/dense",
         "weighting/gemma3/rest",
         "shrink/gemma3/2:4/auto",
