@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -210,8 +209,10 @@ def _first(bad: Tensor) -> int | None:
 
 
 def _verify_objective(layer: LayerProblem, mask: Tensor, solution: Solution, mass: Tensor) -> None:
-    cost = _objective if not solution.own else _cost_of(layer, mask, solution)
-    true = torch.stack([cost(layer, mask, row) for row in range(layer.rows)])
+    if solution.own:
+        true = _own_costs(layer, mask, solution)
+    else:
+        true = torch.stack([_objective(layer, mask, row) for row in range(layer.rows)])
     stated = solution.objective.to(true)
     slack = OBJECTIVE_TOLERANCE * true + ROUNDING * mass
     row = _first(~((stated - true).abs() <= slack))
@@ -237,10 +238,8 @@ def _objective(layer: LayerProblem, mask: Tensor, row: int) -> Tensor:
     return total.clamp(min=0.0)
 
 
-def _cost_of(
-    layer: LayerProblem, mask: Tensor, solution: Solution
-) -> Callable[[LayerProblem, Tensor, int], Tensor]:
-    """What a solver's own weights cost, once they are found to be what they should."""
+def _own_costs(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
+    """What a solver's own weights cost, row by row, once they are found to be what they should."""
     weight = solution.weight
     if layer.refit is None or set(solution.status) != {Status.FEASIBLE}:
         raise VerificationError(
@@ -254,15 +253,13 @@ def _cost_of(
         raise VerificationError(
             f"weights: those of row {row} are not finite, or not 0 where it prunes"
         )
-
-    def cost(layer: LayerProblem, mask: Tensor, row: int) -> Tensor:
-        lost = layer.weight[row].double() - weight[row]
-        total = lost @ (gram @ lost) + layer.least_squares.ridge * lost @ lost
+    costs = []
+    for row, lost in enumerate(layer.weight.double() - weight):
+        cost = lost @ (gram @ lost) + layer.least_squares.ridge * (lost @ lost)
         if layer.linear is not None:
-            total += 2 * lost @ layer.linear.correlation[row] + layer.linear.constant[row]
-        return total.clamp(min=0.0)
-
-    return cost
+            cost += 2 * lost @ layer.linear.correlation[row] + layer.linear.constant[row]
+        costs.append(cost.clamp(min=0.0))
+    return torch.stack(costs)
 
 
 def _verify_bound(layer: LayerProblem, solution: Solution, mass: Tensor) -> None:

@@ -6,7 +6,7 @@ from fractions import Fraction
 import torch
 from strategies import random_gram, random_linear, random_weight
 
-from maskopt import NM, Certificate, LayerProblem, Unstructured
+from maskopt import NM, Certificate, LayerProblem, Solution, Unstructured, verify
 from maskopt.certificate import Cuts, _check_row
 
 PATTERNS = (Unstructured(keep=4), NM(keep=1, of=4), NM(keep=2, of=4), Unstructured(keep=8))
@@ -16,6 +16,13 @@ def layer(pattern=PATTERNS[2], rows=2, kind="full", linear=False):
     weight, gram = random_weight(rows, 8, 1), random_gram(8, kind, 2)
     part = random_linear(weight, gram, 3) if linear else None
     return LayerProblem(weight, gram, pattern, linear=part)
+
+
+def claimed(problem, solution, bound, factor=1.0, certificate=None):
+    """What verify says of a solution with so much of a bound, and its certificate or another."""
+    more = {"certificate": certificate or bound.certificate, "status": solution.status}
+    value = factor * bound.value
+    return verify(problem, Solution.of(problem, solution.mask, lower_bound=value, **more))
 
 
 def triangles(size=0.05):

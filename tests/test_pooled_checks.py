@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from certificates import claimed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pooled_layers import layer, pooled, slack, total
@@ -97,23 +98,12 @@ def test_certificates_of_a_layer_are_checked():
     problem = layer(rows=3, n=8)
     bound = lower_bound(problem, "box")
     found = solve(problem, "swap")
-
-    def claim(factor, certificate):
-        claimed = Solution.of(
-            problem,
-            found.mask,
-            lower_bound=factor * bound.value,
-            certificate=certificate,
-            status=Status.SWAP_OPTIMAL,
-        )
-        return verify(problem, claimed)
-
-    assert claim(1.0, bound.certificate).checked
+    assert claimed(problem, found, bound).checked
     with pytest.raises(VerificationError, match="its certificate proves"):
-        claim(1.01, bound.certificate)
+        claimed(problem, found, bound, 1.01)
     own_counts = replace(bound.certificate, penalty=torch.ones(3, 1, dtype=torch.float64))
     with pytest.raises(VerificationError, match="speak of a row's own count"):
-        claim(1.0, own_counts)
+        claimed(problem, found, bound, certificate=own_counts)
     moved = replace(bound.certificate, point=torch.full((3, 8), 0.3, dtype=torch.float64))
     assert float(moved.check(problem).sum()) <= float(bound.value.sum())
     # of rows that prune alike the same point proves another thing

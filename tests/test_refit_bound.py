@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from certificates import claimed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_search import floor
@@ -190,14 +191,7 @@ def test_claims_beyond_the_certificate_are_refused():
     problem = refit_layer(rows=2, n=24)
     bound = lower_bound(problem, "perspective")
     found = solve(problem, "swap")
-
-    def claim(factor, certificate):
-        claimed = Solution.of(
-            problem, found.mask, lower_bound=factor * bound.value, certificate=certificate
-        )
-        return verify(problem, claimed)
-
-    assert claim(1.0, bound.certificate).checked
+    assert claimed(problem, found, bound).checked
     good = bound.certificate
     for certificate, message in (
         (replace(good, split=-good.split), "split of the diagonal is negative"),
@@ -209,9 +203,9 @@ def test_claims_beyond_the_certificate_are_refused():
         (replace(good, point=2 * good.point), "its certificate proves"),
     ):
         with pytest.raises(VerificationError, match=message):
-            claim(1.0, certificate)
+            claimed(problem, found, bound, certificate=certificate)
     with pytest.raises(VerificationError, match="its certificate proves"):
-        claim(1.001, good)
+        claimed(problem, found, bound, 1.001)
     other = refit_layer(rows=2, n=24, seed=9)
     assert float(good.check(other).sum()) < float(bound.value.sum())
 

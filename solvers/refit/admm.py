@@ -12,7 +12,7 @@ the others, unless the rows trade: then d has the largest entries of the layer, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -21,12 +21,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.fields import option
-from maskopt.least_squares import Refit
 from maskopt.limits import Limits, one_thread_each
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
-from maskopt.solver import Capabilities, Solver
+from maskopt.solver import Capabilities
 from maskopt.solvers.greedy.select import keep_highest
+from maskopt.solvers.refit.damped import Damped
 from maskopt.trace import SplittingTrace
 
 #: rows of a tile; a constant, since the last bits of a product may depend on it
@@ -38,11 +38,11 @@ _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
 @dataclass(frozen=True)
-class Admm(Solver):
+class Admm(Damped):
     """A mask for refitted weights; float32 iterations, a row (or the layer, where rows trade) stops when its
     support stands still.
 
-    Of a problem that keeps its weights it is the same mask. Tells a `SplittingTrace`.
+    Tells a `SplittingTrace`.
     """
 
     name: ClassVar[str] = "admm"
@@ -53,19 +53,9 @@ class Admm(Solver):
     iterations: int = option(300, "at most, of every row", least=1)
     rho: float = option(0.1, "the first penalty", unit="part of A's diagonal", least=1e-6)
 
-    damping: float = option(
-        0.01, "λ, of a problem that keeps its weights", unit="of G's mean diagonal", least=0
-    )
-
-    def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
-        """F of its mask is not asked for."""
-        if layer.refit is None:
-            return self, layer
-        return replace(self, damping=layer.refit.damping), layer.refitting(None)
-
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
-        refitted = problem if problem.refit is not None else problem.refitting(Refit(self.damping))
+        refitted = self.refitted(problem)
         squares = refitted.least_squares
         size = squares.damped.diagonal().sqrt()
         values, vectors = torch.linalg.eigh(squares.damped / size / size[:, None])

@@ -34,11 +34,7 @@ class CompiledRow(Row):
     def likely(self, count: int) -> Pairs:
         metric = self.metric
         u, p = kernel.likely(
-            self.m.numpy(),
-            self.v.numpy(),
-            self.r.numpy(),
-            self.kept.numpy(),
-            self.pruned.numpy(),
+            *self._state(),
             metric.alone.numpy(),
             metric.spread.numpy(),
             metric.group_size,
@@ -106,11 +102,7 @@ class CompiledRow(Row):
         u, p = kernel.best_pairs(
             b.numpy(),
             outer.numpy(),
-            self.m.numpy(),
-            self.v.numpy(),
-            self.r.numpy(),
-            self.kept.numpy(),
-            self.pruned.numpy(),
+            *self._state(),
             p,
             self.metric.alone.numpy(),
             self.metric.group_size,
@@ -120,12 +112,10 @@ class CompiledRow(Row):
         return Pairs(torch.from_numpy(u), torch.from_numpy(p)) if len(p) else None
 
     def _suspects(self) -> Tensor:
-        metric, sides = self.metric, (self.kept.numpy(), self.pruned.numpy())
-        tableau = self.m.numpy(), self.v.numpy(), self.r.numpy()
+        metric, state = self.metric, self._state()
         if metric.group_size < len(self.target):
             flagged, formed = kernel.suspects_of_groups(
-                *tableau,
-                *sides,
+                *state,
                 metric.damped.numpy(),
                 metric.spread.numpy(),
                 metric.group_size,
@@ -133,7 +123,7 @@ class CompiledRow(Row):
             )
             self.formed += formed
             return torch.from_numpy(flagged)
-        screen = kernel.screen(*tableau, *sides, metric.spread.numpy(), SAFETY)
+        screen = kernel.screen(*state, metric.spread.numpy(), SAFETY)
         u, p, widths, cost, price, square, twice, least, flagged = screen
         if not len(u) or not len(p):
             return torch.from_numpy(p[:0])
@@ -147,6 +137,10 @@ class CompiledRow(Row):
             self.formed += b.numel()
             kernel.flag(b.numpy(), cost[first:], price[first:], square, twice, least, flagged)
         return torch.from_numpy(kernel.chosen(p, flagged))
+
+    def _state(self) -> tuple[np.ndarray, ...]:
+        """M, v, r, and the inputs in the slots."""
+        return tuple(x.numpy() for x in (self.m, self.v, self.r, self.kept, self.pruned))
 
     def _lines(self, p: np.ndarray) -> Tensor:
         """A_p,S of slots p."""

@@ -11,7 +11,7 @@ M follows in one product (`panel` = 1: the recursion itself).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from maskopt.fields import option
-from maskopt.least_squares import Refit
 from maskopt.limits import Limits, one_thread_each
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
-from maskopt.solver import Capabilities, Solver
+from maskopt.solver import Capabilities
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.refit.block import one_sided
+from maskopt.solvers.refit.damped import Damped
 from maskopt.trace import EliminationTrace
 
 #: candidates on the small block for each that is eliminated there
@@ -33,11 +33,11 @@ _CANDIDATES = 4
 
 
 @dataclass(frozen=True)
-class Obs(Solver):
+class Obs(Damped):
     """A mask for refitted weights, by the price of each removal as those before it left things.
 
-    Of a problem that keeps its weights it is the same mask. Where the time is over, the rows
-    that are left get their cheapest inputs by the first prices. Tells an `EliminationTrace`.
+    Where the time is over, the rows that are left get their cheapest inputs by the first prices. Tells an
+    `EliminationTrace`.
     """
 
     name: ClassVar[str] = "obs"
@@ -49,19 +49,9 @@ class Obs(Solver):
         64, "eliminated between two updates of the whole inverse; 1: the exact recursion", least=1
     )
 
-    damping: float = option(
-        0.01, "λ, of a problem that keeps its weights", unit="of G's mean diagonal", least=0
-    )
-
-    def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
-        """F of its mask is not asked for."""
-        if layer.refit is None:
-            return self, layer
-        return replace(self, damping=layer.refit.damping), layer.refitting(None)
-
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
-        refitted = problem if problem.refit is not None else problem.refitting(Refit(self.damping))
+        refitted = self.refitted(problem)
         squares = refitted.least_squares
         target = squares.target(refitted.weight, refitted.correlation)
         inverse = squares.inverse

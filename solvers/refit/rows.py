@@ -73,13 +73,16 @@ def _searched(
             done()
         return found
 
-    found: list[Found | None] = [None] * problem.rows
-    for batch, some in zip(batches, one_thread_each(search, len(batches), threads), strict=True):
-        for index, row in zip(batch.tolist(), some or (), strict=some is not None):
-            found[index] = row
-    late = [index for index, row in enumerate(found) if row is None]
-    begun = iter(_as_begun(problem, start, late, limits) if late else [])
-    return [next(begun) if row is None else row for row in found]
+    rows: dict[int, Found] = {}
+    late: list[int] = []
+    for batch, found in zip(batches, one_thread_each(search, len(batches), threads), strict=True):
+        if found is None:
+            late += batch.tolist()
+        else:
+            rows.update(zip(batch.tolist(), found, strict=True))
+    if late:
+        rows.update(zip(late, _as_begun(problem, start, late, limits), strict=True))
+    return [rows[index] for index in range(problem.rows)]
 
 
 def _alike(start: Tensor, threads: int) -> list[Tensor]:

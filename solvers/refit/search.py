@@ -90,7 +90,7 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
         if not fresh and not objective - now > _KEPT * made * threshold:
             row.begin(*best[:2])  # M promised more than came of it
             continue
-        if not now <= objective:
+        if not now < objective:  # rounding: what is left cannot be told from nothing
             break
         objective = now
         best = row.kept.clone(), row.pruned.clone(), row.v.clone()

@@ -1,0 +1,29 @@
+"""What the solvers have in common that choose for refitted weights whatever the problem means by a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from maskopt.fields import option
+from maskopt.least_squares import Refit
+from maskopt.problem import LayerProblem
+from maskopt.solver import Solver
+
+
+@dataclass(frozen=True)
+class Damped(Solver):
+    """Of a problem that keeps its weights the mask is that for weights refitted with `damping`."""
+
+    damping: float = option(
+        0.01, "λ, of a problem that keeps its weights", unit="of G's mean diagonal", least=0
+    )
+
+    def refitted(self, problem: LayerProblem) -> LayerProblem:
+        """The problem that the mask is chosen for."""
+        return problem if problem.refit is not None else problem.refitting(Refit(self.damping))
+
+    def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
+        """F of its mask is not asked for."""
+        if layer.refit is None:
+            return self, layer
+        return replace(self, damping=layer.refit.damping), layer.refitting(None)
