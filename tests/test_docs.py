@@ -90,6 +90,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
         "target/gemma3/dense",
         "weighting/gemma3/rest",
         "shrink/gemma3/2:4/auto",
+        "stopping/gemma3/all",
     ]
     keys += [f"sizes/gemma3/{2**k}" for k in range(2, 9)]
     book = Book(tmp_path / "some.jsonl")
@@ -103,7 +104,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
     assert all(f"## {study.title}" in page for study in STUDIES)
     assert "no measurements" not in page
     assert "some machine, some day." in page
-    assert "1.00 over 10 runs of Gemma 3 270M" in page
+    assert "1.00 over 11 runs of Gemma 3 270M" in page
     assert "1.000 (1.000 to 1.000)" in page  # the same losses, side by side
     assert (tmp_path / "figures" / "page.png").stat().st_size > 1000
 

@@ -116,7 +116,9 @@ def test_shards_are_written_as_they_are_done(
     assert done == {shard.name for shard in written}
 
 
-@pytest.mark.parametrize("options", [{"one_pass": True}, {"true_sequential": True}])
+@pytest.mark.parametrize(
+    "options", [{"one_pass": True}, {"true_sequential": True}, {"weighting": "gradient"}]
+)
 def test_other_orders_resume_too(dense: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     prune_model(dense, tokens(), output=tmp_path / "whole", **OPTIONS, **options)
     interrupted(dense, tmp_path / "out", 1, "solve", **options)

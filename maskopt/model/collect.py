@@ -19,7 +19,6 @@ from maskopt.model.blocks import Layer
 from maskopt.model.forward import Call
 from maskopt.model.threads import Threads
 from maskopt.model.watch import Seen, Watch, WatchedWeights
-from maskopt.model.weighting import ALIKE, token_weights
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def collect(
     *,
     advance: bool = False,
     all_experts: bool = False,
-    weighting: str = ALIKE,
+    weights: Callable[[int], Tensor] | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Grams:
     """Send all samples through a block and sum the Gram matrix of every layer's inputs.
@@ -224,7 +223,8 @@ def collect(
             layer has its inputs.
         all_experts: experts are observed on all tokens, not only on those routed to them; what
             the block computes stays as it is.
-        weighting: of the tokens, see `maskopt.model.weighting`.
+        weights: of a sample's tokens [length], while its state is what enters the block; None: all count
+            once. See `maskopt.model.weighting`.
 
     Raises:
         ModelError: a sample with NaN or infinite activations (unless those may be left out).
@@ -251,9 +251,7 @@ def collect(
                     samples.leave_out(sample, bad)
                     continue
                 mine = held if held is not None and sample in samples.held else grams
-                counts = None
-                if weighting != ALIKE:
-                    counts = token_weights(samples.states[sample], weighting)
+                counts = None if weights is None else weights(sample)
                 block.threads.run(mine.tasks(seen.watch, sizes, dense and dense.watch, counts))
                 if samples.dense is not None and dense is not None:
                     assert dense.output is not None

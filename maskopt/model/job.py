@@ -27,6 +27,7 @@ from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
+from maskopt.model.gradients import DenseModel
 from maskopt.model.memory import Load, by_block, check_memory
 from maskopt.model.opening import capped_length, open_source
 from maskopt.model.options import WalkOptions
@@ -38,7 +39,7 @@ from maskopt.model.tokens import (
     Windows,
     check_vocabulary,
 )
-from maskopt.model.weighting import REST
+from maskopt.model.weighting import ALIKE, GRADIENT, REST, token_weights
 from maskopt.model.windows import held_out, windows_of
 
 if TYPE_CHECKING:
@@ -83,8 +84,10 @@ def open_job(
     if text is not None:
         windows = windows_of(source, text, tokenizer, options, whole, limit)
         check_vocabulary(windows, vocabulary_size(source.model))
-        if options.weighting == REST and windows.length < 2:
-            raise DataError("`weighting` rest leaves nothing of windows of a single token")
+        if options.weighting in (REST, GRADIENT) and windows.length < 2:
+            raise DataError(
+                f"`weighting` {options.weighting} leaves nothing of windows of a single token"
+            )
     return Job(source, layers, windows, options, whole=whole, on_progress=on_progress)
 
 
@@ -127,6 +130,7 @@ class Job:
         self.tell = on_progress or (lambda _: None)
         self.pool: Threads
         self._captured: Captured | None = None
+        self._gradients: Tensor | None = None
         self._held: ExitStack | None = None
         self._walk: Generator[Block, None, None] | None = None
 
@@ -143,6 +147,7 @@ class Job:
             held=self.options.holdout > 0 and not self.whole,
             beside=self.options.beside,
             refit=self.options.refit is not None,
+            gradients=self.options.weighting == GRADIENT and not self.whole,
         )
 
     def blocks(
@@ -169,6 +174,8 @@ class Job:
             held = self._held or until_the_end
             captured = self._captured = self._start(held, folder)
             samples = self._samples(captured.states, held, folder)
+            if self.options.weighting == GRADIENT and not self.whole:
+                self._gradients = self._output_gradients(captured, folder)
             for index in range(waiting[-1] + 1):
                 done = finished.get(index)
                 edits = None if done is None or self.options.one_pass else done.edits
@@ -272,6 +279,30 @@ class Job:
                 dense[sample] = states[sample]
         return Samples(states, count, self.windows.source, skip_bad=skip, held=aside, dense=dense)
 
+    def _output_gradients(self, captured: Captured, folder: Path) -> Tensor:
+        """Of the dense model's loss, as `weighting` gradient has it: [blocks, windows, length]."""
+        assert self.windows is not None
+        blocks, count, states = len(self.source.blocks), len(self.windows), captured.states
+        size = (blocks + 1) * count * states.shape.numel() * states.dtype.itemsize
+        place = folder if size > self.activation_memory else None
+        tick = ticker(self.tell, 0, self.last + 1, "gradients", DenseModel.steps(blocks) * count)
+        dense = DenseModel(self.source, self.windows, captured, self.pool, place, tick)
+        return dense.output_gradients()
+
+    def token_weights(self, block: int, states: Activations) -> Callable[[int], Tensor] | None:
+        """What each token of a window counts, `states` entering the block; None: all of them once."""
+        weighting = self.options.weighting
+        if weighting == ALIKE:
+            return None
+        norms = None if self._gradients is None else self._gradients[block]
+
+        def of(window: int) -> Tensor:
+            return token_weights(
+                states[window], weighting, None if norms is None else norms[window]
+            )
+
+        return of
+
     def _spills(self, size: int) -> bool:
         """Whether hidden states of so many bytes, and where there are dense ones those, go to a file."""
         return (2 if self.options.beside else 1) * size > self.activation_memory
@@ -315,7 +346,7 @@ class Block:
                 self.layers if layers is None else layers,
                 advance=advance,
                 all_experts=self.job.options.all_experts,
-                weighting=self.job.options.weighting,
+                weights=self.job.token_weights(self.index, self._opened.samples.states),
                 tick=self.ticker("calibrate", len(self._opened.samples.active)),
             )
         self.advanced, self.dense_advanced = advance, True

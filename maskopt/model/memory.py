@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from maskopt.errors import ModelError
-from maskopt.model.blocks import Layer
+from maskopt.model.blocks import Layer, vocabulary_size
+from maskopt.model.gradients import LOGITS
 from maskopt.model.source import Source
 
 GIB = 2**30
@@ -27,6 +28,7 @@ class Memory:
     grams: int
     inputs: int
     solving: int
+    gradients: int
     activations: int
 
     @property
@@ -36,7 +38,7 @@ class Memory:
             + self.outside
             + self.block
             + self.activations
-            + max(self.grams + self.inputs, self.grams + self.solving)
+            + max(self.grams + self.inputs, self.grams + self.solving, self.gradients)
         )
 
     @property
@@ -59,6 +61,7 @@ class Load:
         held: windows are kept aside, whose Gram matrices are summed apart.
         beside: the dense model's hidden states go along, and moments of both.
         refit: kept weights are refitted: systems of their own for every row.
+        gradients: of the loss, by every hidden state of the dense model.
     """
 
     source: Source
@@ -70,6 +73,7 @@ class Load:
     held: bool = False
     beside: bool = False
     refit: bool = False
+    gradients: bool = False
 
 
 def estimate_memory(load: Load) -> Memory:
@@ -108,8 +112,17 @@ def estimate_memory(load: Load) -> Memory:
         grams,
         inputs,
         solving,
+        _of_gradients(load, load.samples * state, inputs) if load.gradients else 0,
         copies * state if activations > load.activation_memory else activations,
     )
+
+
+def _of_gradients(load: Load, states: int, inputs: int) -> int:
+    """Hidden states of all blocks but the first, and what autograd keeps of a head or of a block."""
+    blocks = len(load.source.blocks)
+    kept = blocks * states if (blocks + 1) * states <= load.activation_memory else 0
+    logits = 4 * LOGITS * load.threads * load.length * vocabulary_size(load.source.model)
+    return kept + max(logits, 2 * inputs)
 
 
 def check_memory(load: Load, max_memory: int) -> int:

@@ -17,7 +17,7 @@ from maskopt.least_squares import Refit
 from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
 from maskopt.model.solving import check_solver, default_start
-from maskopt.model.weighting import ALIKE, WEIGHTINGS
+from maskopt.model.weighting import ALIKE, GRADIENT, WEIGHTINGS
 from maskopt.pattern import NM, Pattern, Unstructured, pattern_to_dict
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class WalkOptions:
         ALIKE,
         MASKS,
         "Of a window's tokens. alike; rest: the first one not at all; relative: each by one over the mean "
-        "square of its hidden state.",
+        "square of its hidden state; gradient: by how much the dense model's loss depends on it.",
         choices=WEIGHTINGS,
     )
     holdout: float = _option(
@@ -141,6 +141,12 @@ class WalkOptions:
             raise DataError(
                 f"`{name}` is of plain text; with `chat`, messages are under 'messages' and begin as "
                 "the template says: choose one"
+            )
+
+        if self.weighting == GRADIENT and self.skip_bad_samples:
+            raise OptionError(
+                "`weighting` gradient needs every window's loss, `skip_bad_samples` leaves windows out: "
+                "choose one"
             )
 
     @property

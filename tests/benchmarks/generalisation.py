@@ -22,7 +22,7 @@ from book import PATTERNS, ROOT, Book
 from generalisation_page import write
 from machine import machine
 
-from maskopt import NM, Unstructured
+from maskopt import NM, Pattern, Unstructured
 from maskopt.model.demo_model import MODELS, demo_model
 from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.options import WalkOptions
@@ -57,6 +57,15 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
 }
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.05, 0.1, 0.3)
+#: pattern and windows, where masks may be fitted too closely
+SCARCE: dict[str, tuple[Pattern, int]] = {
+    "50%": (Unstructured(sparsity=0.5), 16),
+    "70%": (Unstructured(sparsity=0.7), 16),
+    "2:4": (NM(keep=2, of=4), 16),
+    "50%, 4 windows": (Unstructured(sparsity=0.5), 4),
+}
+#: most swaps of a row
+STOPS = (0, 10, 40, 160, None)
 #: windows beside those that masks are fitted to, to tell held-out errors
 HELD = 8
 #: pruned models that are kept, to be evaluated together: the dense one is run once for all of them
@@ -117,10 +126,17 @@ def sizes(name: str) -> Iterator[Case]:
 
 
 def shrink(name: str) -> Iterator[Case]:
-    for label, value in PATTERNS.items():
+    for label, (pattern, size) in SCARCE.items():
         for alpha in (*SHRINK, "auto"):
-            how = {"pattern": value, **calibrated(16), "shrink": alpha}
+            how = {"pattern": pattern, **calibrated(size), "shrink": alpha}
             yield Case(how, {"auto": f"shrink/{name}/{label}/{alpha}"})
+
+
+def stopping(name: str) -> Iterator[Case]:
+    for most in STOPS:
+        how = {"sparsity": 0.5, **calibrated(16), "solver": "swap", "warm_start": "wanda"}
+        how |= {"solver_options": {"max_swaps": most}}
+        yield Case(how, {"auto": f"stopping/{name}/{'all' if most is None else most}"})
 
 
 STUDIES = {
@@ -131,6 +147,7 @@ STUDIES = {
     "weighting": weighting,
     "sizes": sizes,
     "shrink": shrink,
+    "stopping": stopping,
 }
 
 

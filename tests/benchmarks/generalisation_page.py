@@ -66,7 +66,7 @@ def judges(lines: Lines, figure: Path) -> str:
             record
             for key, record in lines.items()
             if key.split("/")[1:2] == [model]
-            and key.split("/")[0] in ("methods", "sizes", "shrink")
+            and key.split("/")[0] in ("methods", "sizes", "shrink", "stopping")
         ]
         if len(runs) < _FEW:
             continue
@@ -92,8 +92,8 @@ def judges(lines: Lines, figure: Path) -> str:
 
 ![Held-out error of the layers against perplexity, a point for each run](figures/{figure.name})
 
-Rank correlation (Spearman) of the two: {"; ".join(words)}. Runs differ in method, pattern, number of windows
-and shrinkage; those with another target or weighting have errors of another kind and are left out.
+Rank correlation (Spearman) of the two: {"; ".join(words)}. Runs differ in method, pattern, number of windows,
+swaps and shrinkage; those with another target or weighting have errors of another kind and are left out.
 """
 
 
@@ -225,7 +225,8 @@ STUDIES = (
         "weighting",
         "Which tokens count",
         "50%, 32 windows. rest: the first token of a window does not count; relative: each counts by one\n"
-        "over the mean square of its hidden state.",
+        "over the mean square of its hidden state; gradient: by the norm of the loss's gradient by its\n"
+        "hidden state as it leaves the block, in the dense model.",
         {"model": MODEL, "weighting": part(1), **QUALITY, "× that of alike": beside("alike")},
     ),
     Study(
@@ -237,7 +238,20 @@ STUDIES = (
     Study(
         "shrink",
         "Shrinkage",
-        "16 windows.",
-        {"model": MODEL, "pattern": part(1), "α": alpha, "held out": figure("held"), **QUALITY},
+        "16 windows unless said otherwise. auto: for each layer by the error on the windows kept aside.",
+        {
+            "model": MODEL,
+            "pattern": part(1),
+            "α": alpha,
+            **ERRORS,
+            **QUALITY,
+            "× that of 0.0": beside("0.0"),
+        },
+    ),
+    Study(
+        "stopping",
+        "Fewer swaps",
+        "50%, 16 windows, from Wanda's masks, at most so many swaps of a row; all: to the proven optimum.",
+        {"model": MODEL, "swaps": part(1), **ERRORS, **QUALITY, "× that of all": beside("all")},
     ),
 )
