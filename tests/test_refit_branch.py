@@ -100,11 +100,11 @@ def test_float32_rows_are_proven_too():
 
 def test_what_is_fixed_at_a_node_does_not_depend_on_its_parents_bound(monkeypatch):
     """Its prices speak of its own bound, which may lie below that of its parent."""
-    from maskopt.solvers.exact import refit_tree
+    from maskopt.solvers.exact import refit_rows, refit_tree
 
     tasks = []
-    monkeypatch.setattr(refit_tree, "run_rows", lambda search, given, *rest: tasks.extend(given))
-    monkeypatch.setattr(refit_tree, "assemble", lambda *rest: solve(rest[0], "wanda"))
+    monkeypatch.setattr(refit_rows, "run_rows", lambda search, given, *rest: tasks.extend(given))
+    monkeypatch.setattr(refit_rows, "assemble", lambda *rest: solve(rest[0], "wanda"))
     problem = refit_layer(rows=4, n=20, damping=0.3)
     solve(problem, "branch")
     for task in tasks:

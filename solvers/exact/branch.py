@@ -32,7 +32,8 @@ from maskopt.solvers.exact.duals import Duals, qcr_duals, same_group
 from maskopt.solvers.exact.incumbent import tabu_row, with_incumbent
 from maskopt.solvers.exact.node import bound_node
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
-from maskopt.solvers.exact.refit_tree import branch_refitted
+from maskopt.solvers.exact.refit_rows import solve_refitted
+from maskopt.solvers.exact.refit_tree import search_refitted
 from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
 
 #: part of the objective that a node's bound is lowered by: far above the rounding of float64 sums
@@ -82,16 +83,11 @@ class Branch(RowSolver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
         assert start is not None
+        word = f"branch of maskopt {maskopt.__version__}"
         if problem.refit is not None:
-            return branch_refitted(self, problem, start, limits)
+            return solve_refitted(self, problem, start, limits, search_refitted, word)
         return self.solve_rows(
-            problem,
-            start,
-            limits,
-            search_row,
-            f"branch of maskopt {maskopt.__version__}",
-            BranchTask,
-            candidates=self.candidates,
+            problem, start, limits, search_row, word, BranchTask, candidates=self.candidates
         )
 
 

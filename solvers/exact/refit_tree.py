@@ -10,22 +10,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
-import maskopt
-from maskopt.bounds import lower_bound
-from maskopt.certificate import missing
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.refit_certificate import RefitCertificate
-from maskopt.solution import Solution
-from maskopt.solvers.exact.refit_node import FREE, KEPT, OUT, refitted, relaxed
-from maskopt.solvers.exact.rows import NOISE, RowAnswer, RowSolver, RowTask, assemble, run_rows
-from maskopt.solvers.refit.rows import swap_refitted
+from maskopt.solvers.exact.refit_node import FREE, KEPT, OUT, relaxed
+from maskopt.solvers.exact.refit_rows import RefitTask
+from maskopt.solvers.exact.rows import RowAnswer
 
 #: part of the objective that a node's bound is lowered by, besides the rounding of its sums
 _MARGIN = 1e-9
@@ -36,84 +26,11 @@ _WORTH = 5e-7
 #: turns of v and z at a node, which begin where its parent's ended: few, since more nodes cost less than more
 #: turns
 _TURNS = 10
-#: parts of what is left of the time that the incumbent and the split may take
-_SEARCH_SHARE, _SPLIT_SHARE = 0.2, 0.3
-
-
-@dataclass(frozen=True)
-class RefitTask(RowTask):
-    """A row of refitted weights: `q` is A, and its inputs are scaled to A_jj = 1.
-
-    Attributes:
-        target: b [n].
-        constant: C: F is C − b_SᵀA_SS⁻¹b_S.
-        split: d [n].
-    """
-
-    target: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    constant: float = 0.0
-    split: np.ndarray = field(default_factory=lambda: np.zeros(0))
-
-    def cost(self, pruned: np.ndarray) -> float:
-        """F of a mask."""
-        kept = np.flatnonzero(~np.asarray(pruned, dtype=bool))
-        return max(self.constant - refitted(self.q, self.target, kept), 0.0)
-
-    @property
-    def noise(self) -> float:
-        return NOISE * self.constant
-
-
-def branch_refitted(
-    solver: RowSolver, problem: LayerProblem, start: Tensor, limits: Limits
-) -> Solution:
-    """Every row of a problem with `refit`."""
-    start = swap_refitted(problem, start, None, limits.share(_SEARCH_SHARE).quiet()).mask
-    bound = lower_bound(problem, "perspective", limits=limits.share(_SPLIT_SHARE).quiet())
-    squares = problem.least_squares
-    size = squares.damped.diagonal().sqrt()
-    a = (squares.damped / size / size[:, None]).numpy()
-    target = squares.target(problem.weight, problem.correlation)
-    constant = (problem.weight.double() * target).sum(1)
-    if problem.linear is not None:
-        constant += (problem.weight.double() * problem.linear.correlation).sum(1)
-        constant += problem.linear.constant
-    assert isinstance(bound.certificate, RefitCertificate)
-    split = (bound.certificate.split / squares.damped.diagonal()).numpy()
-    tasks = [
-        RefitTask(
-            q=a,
-            group=problem.group_size,
-            pruned=problem.pruned_per_group,
-            start=(~start[i]).numpy(),
-            limits=limits.quiet(),
-            row_seconds=solver.row_seconds,
-            gap_limit=solver.gap_limit,
-            node_limit=solver.node_limit,
-            target=(target[i] / size).numpy(),
-            constant=float(constant[i]) if squares.ridge else 0.0,
-            split=_safe(a, split[i]),
-        )
-        for i in range(problem.rows)
-    ]
-    word = f"branch of maskopt {maskopt.__version__}"
-    return assemble(problem, run_rows(search_refitted, tasks, limits, solver.workers), word)
-
-
-def _safe(a: np.ndarray, split: np.ndarray) -> np.ndarray:
-    """d with A − diag(d) ⪰ 0 for certain."""
-    lack = missing(torch.from_numpy(a - np.diag(split)))
-    return np.maximum(split - lack, 1e-300)
 
 
 def search_refitted(task: RefitTask) -> RowAnswer:
     """One row; what the time leaves undone is left out."""
-    cost = task.cost(task.start)
-    if cost == 0:
-        return RowAnswer(task.start, "optimal")
-    if task.pruned in (0, task.group):
-        return RowAnswer(task.start, "optimal", bound=cost, root_bound=cost)
-    return _Tree(task).search()
+    return task.decided or _Tree(task).search()
 
 
 class _Tree:

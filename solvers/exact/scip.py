@@ -22,6 +22,7 @@ from maskopt.solution import Solution
 from maskopt.solver import Capabilities
 from maskopt.solvers.exact.duals import qcr_duals
 from maskopt.solvers.exact.incumbent import with_incumbent
+from maskopt.solvers.exact.refit_rows import solve_refitted
 from maskopt.solvers.exact.rows import RowAnswer, RowSolver
 from maskopt.solvers.exact.scip_model import (
     FORMULATIONS,
@@ -30,6 +31,7 @@ from maskopt.solvers.exact.scip_model import (
     solve_model,
     write_row,
 )
+from maskopt.solvers.exact.scip_refit import ScipRefitTask, search_refitted
 
 FORMATS = ("cip", "lp", "mps")
 
@@ -50,7 +52,8 @@ class Scip(RowSolver):
         default_start="wanda",
         proves="optimality",
         largest_n=512,
-        note="integer programming; proves up to about 128 inputs, beyond that a gap",
+        refit=True,
+        note="integer programming; proves up to about 128 inputs, beyond that a gap; of refitted weights 24",
     )
 
     formulation: str = option(
@@ -68,6 +71,17 @@ class Scip(RowSolver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
         assert start is not None
+        if problem.refit is not None:
+            return solve_refitted(
+                self,
+                problem,
+                start,
+                limits,
+                search_refitted,
+                _version(),
+                ScipRefitTask,
+                verbose=self.verbose,
+            )
         return self.solve_rows(
             problem,
             start,

@@ -25,17 +25,17 @@ from maskopt.solvers.exact.rows import RowAnswer, RowTask
 
 FORMULATIONS = ("qcr", "factored", "linear", "epigraph")
 #: SCIP's feasibility tolerance (numerics/feastol), absolute in the units of the model
-_FEASIBILITY = 1e-6
+FEASIBILITY = 1e-6
 #: an optimum below this part of the start is solved again in its own units
 _AGAIN_BELOW = 0.01
 #: part of the greatest eigenvalue of A below which one is rounding, and no variable is made for it
-_EIGENVALUE = 1e-12
+EIGENVALUE = 1e-12
 #: part by which a bound that is handed in stays below its value: SCIP's tolerance must not refuse the optimum
-_HANDED_IN = 1e-6
+HANDED_IN = 1e-6
 #: part by which t of the start lies above ‖r‖²: the rounding of SCIP's own sum
-_ABOVE = 1e-12
+ABOVE = 1e-12
 #: SCIP's infinity is 1e20; before the root is solved its bounds are that
-_INFINITE = 1e19
+INFINITE = 1e19
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,12 @@ class RowModel:
         # what is missing to A ⪰ 0 goes into λ: dropping it would push the bound above the truth
         missing = max(0.0, -float(value[0]))
         lam, value = lam + missing, value + missing
-        keep = value > _EIGENVALUE * max(float(value[-1]), 0.0)
+        keep = value > EIGENVALUE * max(float(value[-1]), 0.0)
         self.root = root = vector[:, keep] * np.sqrt(value[keep])
         for k in range(root.shape[1]):
             column = root[:, k]
             low, high = np.minimum(column, 0).sum(), np.maximum(column, 0).sum()
-            r = model.addVar(f"r{k}", lb=float(low) - _FEASIBILITY, ub=float(high) + _FEASIBILITY)
+            r = model.addVar(f"r{k}", lb=float(low) - FEASIBILITY, ub=float(high) + FEASIBILITY)
             model.addCons(quicksum(float(column[i]) * p[i] for i in range(n)) - r == 0)
             self.r.append(r)
         model.addCons(quicksum(r * r for r in self.r) <= self.t)
@@ -123,7 +123,7 @@ class RowModel:
         self.terms += float(np.abs(lam).sum()) + abs(constant)
         if task.duals is not None and task.duals.certified > 0:
             # certified already: SCIP need not find its cuts again
-            least = task.duals.certified * self.scale * (1 - _HANDED_IN)
+            least = task.duals.certified * self.scale * (1 - HANDED_IN)
             model.addCons(objective >= least)
 
     def _linear(self, q: np.ndarray) -> None:
@@ -158,7 +158,7 @@ class RowModel:
         for (j, i), variable in self.products.items():
             model.setSolVal(solution, variable, float(start[i] * start[j]))
         t = float(r @ r) if self.r else float(start @ task.q @ start) * self.scale
-        model.setSolVal(solution, self.t, t * (1 + _ABOVE))
+        model.setSolVal(solution, self.t, t * (1 + ABOVE))
         return bool(model.addSol(solution, free=True))
 
 
@@ -200,7 +200,9 @@ def solve_model(task: ScipTask) -> RowAnswer:
 
 def _solve_once(task: ScipTask) -> RowAnswer:
     row = RowModel(task)
-    configure(row)
+    set_limits(task, row.model)
+    if task.formulation in ("qcr", "factored"):
+        row.model.setParam("misc/usesymmetry", 0)
     row.add_start()
     if task.limits.timed:
         row.model.setParam("limits/time", task.limits.left)
@@ -208,9 +210,8 @@ def _solve_once(task: ScipTask) -> RowAnswer:
     return read_answer(row)
 
 
-def configure(row: RowModel) -> None:
-    """Limits and seed."""
-    task, model = row.task, row.model
+def set_limits(task: RowTask, model: Any) -> None:
+    """Limits, but for the time, and seed of a pyscipopt.Model."""
     model.setParam("randomization/randomseedshift", task.limits.seed % 2**31)
     if task.gap_limit > 0:
         model.setParam("limits/gap", task.gap_limit)
@@ -218,8 +219,6 @@ def configure(row: RowModel) -> None:
         model.setParam("limits/nodes", task.node_limit)
     if task.limits.memory is not None:
         model.setParam("limits/memory", task.limits.bytes(0) / 2**20)
-    if task.formulation in ("qcr", "factored"):
-        model.setParam("misc/usesymmetry", 0)
 
 
 def read_answer(row: RowModel) -> RowAnswer:
@@ -234,13 +233,13 @@ def read_answer(row: RowModel) -> RowAnswer:
     certified = 0.0 if task.duals is None else task.duals.certified
 
     def true_bound(value: float) -> float:
-        return max(certified, value / row.scale if abs(value) < _INFINITE else 0.0)
+        return max(certified, value / row.scale if abs(value) < INFINITE else 0.0)
 
     return RowAnswer(
         pruned=best,
         ended=str(model.getStatus()),
         bound=true_bound(model.getDualbound()),
-        slack=_FEASIBILITY * row.terms / row.scale,
+        slack=FEASIBILITY * row.terms / row.scale,
         nodes=int(model.getNTotalNodes()),
         root_bound=true_bound(model.getDualboundRoot()),
         certificate=None if task.duals is None else task.duals.certificate,
