@@ -11,8 +11,9 @@ Linderoth, *Perspective reformulations of mixed integer nonlinear programs*, Mat
 
     F(p) ≥ C − v̂ᵀBv̂ − the greatest sum of (b − Bv̂)ⱼ²/dⱼ over as many j as are kept.
 
-So (d, v̂) is a certificate that anybody can check in float64; however badly it was computed, it costs
-tightness and never validity. What is missing to B ⪰ 0 is taken off d.
+Where rows trade, the sum Σ ωᵣFᵣ has one such bound, with the greatest of all rows' ωᵣ(b − Bv̂)ⱼ²/dⱼ over as
+many as the layer keeps. So (d, v̂) is a certificate that anybody can check in float64; however badly it was
+computed, it costs tightness and never validity. What is missing to B ⪰ 0 is taken off d.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from maskopt.certificate import (
     Certificate,
     certificate_arrays,
     certificate_from,
+    evenly,
     missing,
 )
 from maskopt.errors import ProblemError, VerificationError
@@ -50,28 +52,31 @@ class RefitCertificate:
     point: Float[Tensor, "rows n"]
 
     def check(self, problem: LayerProblem | RowProblem) -> Float[Tensor, " rows"]:
-        """The lower bound of every row that this certificate proves, float64, at least 0.
+        """The lower bound of every row that this certificate proves, float64, at least 0. Of rows that trade
+        it is one bound of Σ ωᵣFᵣ, as equal parts of it.
 
         Raises:
             VerificationError: shapes that do not fit, values that are not finite, d < 0; a problem that
-                keeps its weights, or whose rows trade.
+                keeps its weights.
         """
         layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
         if layer.refit is None:
             raise VerificationError("a certificate of refitted weights proves nothing of kept ones")
-        if layer.pooled:
-            raise VerificationError(
-                "a certificate of refitted rows proves nothing of rows that trade"
-            )
         self._check_shapes(layer)
         if layer.least_squares.ridge == 0:  # a G of 0: A is the identity that stands in for it
             return torch.zeros(layer.rows, dtype=torch.float64, device=layer.device)
         parts = [_at_point(self, layer, row) for row in range(layer.rows)]
         offset, price = (torch.stack([part[i] for part in parts]) for i in (0, 1))
-        kept = layer.group_size - layer.pruned_per_group
-        grouped = price.view(layer.rows, -1, layer.group_size)
-        dearest = grouped.topk(kept, dim=2).values.sum((1, 2))
-        value = offset - dearest * (1 + (layer.n + 8) * _U)
+        if layer.pooled:
+            every, kept = (layer.shares[:, None] * price).flatten(), price.numel() - layer.pruned
+            terms = (layer.rows + 4) * _U * (layer.shares @ offset.abs())
+            dearest = every.topk(kept).values.sum() * (1 + (price.numel() + 8) * _U)
+            value = evenly(layer.shares @ offset - terms - dearest, layer)
+        else:
+            kept = layer.group_size - layer.pruned_per_group
+            grouped = price.view(layer.rows, -1, layer.group_size)
+            dearest = grouped.topk(kept, dim=2).values.sum((1, 2))
+            value = offset - dearest * (1 + (layer.n + 8) * _U)
         return torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
 
     def _check_shapes(self, layer: LayerProblem) -> None:

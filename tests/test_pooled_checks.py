@@ -20,6 +20,7 @@ from maskopt import (
     verify,
 )
 from maskopt.errors import SolverError, VerificationError
+from maskopt.refit_certificate import RefitCertificate
 
 # --- the relaxation of a layer, and what it proves -----------------------------------------------------
 
@@ -34,6 +35,54 @@ def test_bounds_are_below_the_optimum(problem, method):
     gaps = bound.gap(best.objective)
     assert bool((gaps == gaps[0]).all())
     assert bool((gaps >= -1e-9).all())
+
+
+@settings(max_examples=40)
+@given(pooled(max_n=7, max_rows=4), st.sampled_from((0.01, 0.3)), st.integers(0, 3))
+def test_bounds_of_refitted_rows_are_below_the_optimum(problem, damping, splits):
+    problem = problem.refitting(Refit(damping))
+    bound = lower_bound(problem, "perspective", turns=20, splits=splits)
+    best = solve(problem, "exhaustive")
+    assert float(problem.shares @ bound.value) <= total(problem, best) + slack(problem)
+    verify(
+        problem,
+        Solution.of(problem, best.mask, lower_bound=bound.value, certificate=bound.certificate),
+    )
+
+
+@pytest.mark.parametrize("omega", [None, torch.tensor([1.0, 9.0, 0.1, 1.0])])
+def test_any_point_and_split_of_refitted_rows_prove_what_the_formula_says(omega):
+    problem = layer(rows=4, n=6, refit=Refit(0.1), omega=omega)
+    a, share = problem.least_squares.damped, problem.shares
+    best = total(problem, solve(problem, "exhaustive"))
+    room = float(torch.linalg.eigvalsh(a)[0])
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        d = room * torch.rand(4, 6, generator=generator, dtype=torch.float64).clamp(min=0.2)
+        v = problem.weight * torch.rand(4, 6, generator=generator, dtype=torch.float64)
+        proven = float(share @ RefitCertificate(d, v).check(problem))
+        true, prices = 0.0, []
+        for row in range(4):
+            w, b = problem.weight[row], a - torch.diag(d[row])
+            true += float(share[row] * (w @ a @ w - v[row] @ b @ v[row]))
+            prices += (share[row] * (a @ w - b @ v[row]).square() / d[row]).tolist()
+        true -= sum(sorted(prices)[problem.pruned :])
+        assert proven == pytest.approx(max(true, 0.0), rel=1e-9, abs=1e-9 * best)
+        assert proven <= best + slack(problem)
+
+
+def test_the_bound_of_refitted_rows_that_trade_is_worth_something():
+    problem = layer(rows=5, n=16, refit=Refit(0.1), omega=torch.tensor([1.0, 3.0, 0.5, 1.0, 2.0]))
+    found = total(problem, solve(problem, "swap"))
+    proven = float(problem.shares @ lower_bound(problem, "perspective").value)
+    unsplit = float(problem.shares @ lower_bound(problem, "perspective", splits=0).value)
+    assert 0.6 * found <= proven <= found * (1 + 1e-9)
+    assert unsplit < proven
+    other = lower_bound(problem, "perspective", threads=2)
+    assert float(problem.shares @ other.value) == proven
+    alone = layer(rows=1, n=16, refit=Refit(0.1))
+    counted = lower_bound(alone.under(alone.pattern.alike()), "perspective").value
+    torch.testing.assert_close(lower_bound(alone, "perspective").value, counted, rtol=0.05, atol=0)
 
 
 def test_the_bound_of_a_diagonal_gram_is_tight():
@@ -116,7 +165,7 @@ def test_bounds_of_rows_that_prune_alike_are_refused():
         SolverError, match="whose rows trade and keep their weights take method 'box'"
     ):
         lower_bound(layer(rows=2, n=4), "sdp")
-    with pytest.raises(SolverError, match="'box' is of weights as they are"):
+    with pytest.raises(SolverError, match=r"'box' is of weights as they are; .* 'perspective'"):
         lower_bound(layer(rows=2, n=4, refit=Refit(0.01)), "box")
 
 

@@ -218,8 +218,6 @@ def test_bounds_of_kept_weights_are_no_bounds_of_refitted_ones():
         lower_bound(problem, "sdp")
     with pytest.raises(SolverError, match="'perspective' is of refitted weights"):
         lower_bound(kept, "perspective")
-    with pytest.raises(SolverError, match="rows that prune alike"):
-        lower_bound(problem.under(Unstructured(sparsity=0.5, per="layer")), "perspective")
     with pytest.raises(OptionError, match="splits"):
         lower_bound(problem, "perspective", splits=-1)
     certificates = [

@@ -154,8 +154,8 @@ def test_solvers_that_know_f_alone_refuse(solver):
 
 
 def test_there_are_such_solvers_and_others():
-    assert {"tabu", "scip", "relax"} <= set(KEEPING)
-    assert {"swap", "admm", "obs", "branch", "exhaustive", "wanda"}.isdisjoint(KEEPING)
+    assert {"tabu", "highs", "relax"} <= set(KEEPING)
+    assert {"swap", "admm", "obs", "branch", "scip", "exhaustive", "wanda"}.isdisjoint(KEEPING)
 
 
 @pytest.mark.parametrize("method", sorted({*available_bounds()} - {"perspective"}))

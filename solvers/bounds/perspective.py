@@ -3,14 +3,20 @@
 The relaxation and its turns are those of `convex.perspective`. As a function of d its minimum is concave,
 with the slope vⱼ²(1/zⱼ − 1): d goes step by step towards the best split of the slope, by Frank and Wolfe.
 
+Where rows trade, the z of all of them share one count: after turns of all rows together, what an input
+that is kept costs the layer makes every row one by itself again, whose split is bettered at that price.
+
 What is proven is computed from d and v by `maskopt.refit_certificate`, wherever the steps end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +26,7 @@ from maskopt.limits import Limits, one_thread_each
 from maskopt.problem import LayerProblem
 from maskopt.refit_certificate import RefitCertificate
 from maskopt.solvers.bounds.box import diagonal_shift
-from maskopt.solvers.convex.perspective import OUT_SHARE, shares
+from maskopt.solvers.convex.perspective import OUT_SHARE, levels, shares
 from maskopt.trace import BoundTrace
 
 #: B keeps this part of the room that d leaves to indefiniteness, and d is no less than this of its mean
@@ -29,6 +35,8 @@ _ROOM, _LEAST = 1e-4, 1e-6
 _STEPS = (0.7, 0.4, 0.2, 0.1, 0.05, 0.02)
 #: turns of v and z after a step of d, where they begin near their end
 _TURNS_AFTER = 25
+#: times that the rows of a layer whose rows trade are priced
+_PRICES = 2
 #: a round of d that gains less than this part of the bound is the last
 _SETTLED = 1e-4
 
@@ -39,6 +47,7 @@ class PerspectiveBound(BoundMethod):
 
     name: ClassVar[str] = "perspective"
     largest_n: ClassVar[int | None] = None
+    pooled: ClassVar[bool] = True
     refit: ClassVar[bool] = True
     note: ClassVar[str] = "of refitted weights: perspective relaxation, best split of the diagonal"
 
@@ -55,41 +64,129 @@ class PerspectiveBound(BoundMethod):
         constant = (weight * target).sum(1)
         if problem.linear is not None:
             constant += (weight * problem.linear.correlation).sum(1) + problem.linear.constant
-        target, group = target / size, problem.group_size
-        kept = group - problem.pruned_per_group
-        rounds: list[int] = [0] * problem.rows
-        room, done = float(torch.linalg.eigvalsh(a)[0]), limits.counter(problem.rows)
-
-        def split(row: int) -> tuple[Tensor, Tensor]:
-            relaxed = _Row(a, room, target[row], float(constant[row]), kept, group)
-            rounds[row] = relaxed.run(self.turns, self.splits, limits)
-            done()
-            return relaxed.d * size.square(), relaxed.v / size
-
+        target = target / size
+        room = float(torch.linalg.eigvalsh(a)[0])
+        kept = 1 - problem.pruned / problem.weight.numel()
+        rows = [_Row(a, room, b, float(c), kept) for b, c in zip(target, constant, strict=True)]
         threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
-        found = one_thread_each(split, problem.rows, threads)
-        d, v = (torch.stack([part[i] for part in found]) for i in (0, 1))
-        return RefitCertificate(d, v), BoundTrace(iterations=torch.tensor(rounds))
+        rounds = torch.zeros(problem.rows, dtype=torch.int64)
+        for choices, tick in self._choices(rows, problem, limits, threads):
+            better = partial(self._better, rows, choices, limits, tick)
+            rounds += torch.tensor(one_thread_each(better, problem.rows, threads))
+        d, v = torch.stack([row.d for row in rows]), torch.stack([row.v for row in rows])
+        return RefitCertificate(d * size.square(), v / size), BoundTrace(iterations=rounds)
+
+    def _better(
+        self,
+        rows: Sequence[_Row],
+        choices: Sequence[_Choice],
+        limits: Limits,
+        tick: Callable[[], None],
+        row: int,
+    ) -> int:
+        """Better a row's split; the rounds that did."""
+        rounds = rows[row].run(choices[row], self.turns, self.splits, limits)
+        tick()
+        return rounds
+
+    def _choices(
+        self, rows: Sequence[_Row], problem: LayerProblem, limits: Limits, threads: int
+    ) -> Iterator[tuple[Sequence[_Choice], Callable[[], None]]]:
+        """What to better the rows' splits for, in turn, and what tells of each that is done."""
+        if not problem.pooled:
+            group = problem.group_size
+            counted = _Counted(group, group - problem.pruned_per_group)
+            yield [counted] * problem.rows, limits.counter(problem.rows)
+            return
+        done = limits.counter(_PRICES * problem.rows)
+        for _ in range(_PRICES):
+            yield _together(rows, problem, self.turns, limits, threads), done
+        _together(rows, problem, _TURNS_AFTER, limits, threads)
+
+
+class _Counted(NamedTuple):
+    """A row keeps so many inputs of every group."""
+
+    group: int
+    kept: int
+
+    def shares(self, size: np.ndarray) -> np.ndarray:
+        """The best z for √dⱼ|vⱼ|."""
+        return shares(size, self.group, self.kept)
+
+    def dearest(self, price: Tensor) -> float:
+        """What counts of the prices (b − Bv)ⱼ²/dⱼ."""
+        return float(price.view(-1, self.group).topk(self.kept, dim=1).values.sum())
+
+
+class _Priced(NamedTuple):
+    """A row pays for every input that it keeps."""
+
+    each: float
+
+    def shares(self, size: np.ndarray) -> np.ndarray:
+        """As of `_Counted`."""
+        with np.errstate(divide="ignore", invalid="ignore"):  # where it is free
+            return np.clip(np.nan_to_num(size / np.sqrt(self.each), nan=1.0), OUT_SHARE, 1.0)
+
+    def dearest(self, price: Tensor) -> float:
+        """As of `_Counted`; less a part that does not depend on the row's d and v."""
+        return float((price - self.each).clamp(min=0.0).sum())
+
+
+_Choice = _Counted | _Priced
+
+
+def _together(
+    rows: Sequence[_Row], problem: LayerProblem, turns: int, limits: Limits, threads: int
+) -> list[_Choice]:
+    """Turns of v and z of rows that trade, one count for all of them; what an input costs each in the end."""
+    share = problem.shares.cpu().numpy()[:, None]
+    every = problem.weight.numel()
+    kept, level = every - problem.pruned, np.inf
+    for _ in range(turns if kept else 0):
+        if limits.expired:
+            break
+        one_thread_each(lambda row: rows[row].solve(), len(rows), threads)
+        size = np.stack([row.size for row in rows]) * np.sqrt(share)
+        level = float(levels(size.ravel(), every, kept)[0])
+        found = shares(size.ravel(), every, kept).reshape(size.shape)
+        for row, z in zip(rows, found, strict=True):
+            row.z = torch.from_numpy(z).to(row.v)
+    with np.errstate(divide="ignore", over="ignore"):  # of rows that nothing is asked of
+        each = 1 / (np.float64(level) ** 2 * share.ravel())
+    return [_Priced(float(price)) for price in each]
 
 
 class _Row:
-    """The relaxation of one row; inputs are scaled to A_jj = 1, and `room` is the least eigenvalue of A."""
+    """The relaxation of one row; inputs are scaled to A_jj = 1, `room` is the least eigenvalue of A, and
+    `kept` the part of its inputs that the first z keeps."""
 
     def __init__(
-        self, a: Tensor, room: float, target: Tensor, constant: float, kept: int, group: int
+        self, a: Tensor, room: float, target: Tensor, constant: float, kept: float
     ) -> None:
         self.a, self.target, self.constant = a, target, constant
-        self.kept, self.group = kept, group
         self.d = torch.full_like(target, (1 - _ROOM) * max(room, 1e-12))
-        self.z = torch.full_like(target, kept / group).clamp(min=OUT_SHARE)
+        self.z = torch.full_like(target, kept).clamp(min=OUT_SHARE)
         self.v = torch.zeros_like(target)
+        self.none = kept == 0  # then v = 0, and nothing is left to split
 
-    def run(self, turns: int, splits: int, limits: Limits) -> int:
+    @property
+    def size(self) -> np.ndarray:
+        """√dⱼ|vⱼ|."""
+        return (self.d.sqrt() * self.v.abs()).cpu().numpy()
+
+    def solve(self) -> None:
+        """v for d and z; as it was where its system is not definite."""
+        found = self._solved(self.a - torch.diag(self.d), self.d, self.z)
+        self.v = self.v if found is None else found
+
+    def run(self, choice: _Choice, turns: int, splits: int, limits: Limits) -> int:
         """The rounds that bettered the split."""
-        if not self.kept:  # then v = 0, and nothing is left to split
+        if self.none:
             return 0
-        self.v, self.z = self._turns(self.d, self.z, turns)
-        best = self._value(self.d, self.v)
+        self.v, self.z = self._turns(choice, self.d, self.z, turns)
+        best = self._value(choice, self.d, self.v)
         for done in range(splits):
             if limits.expired:
                 return done
@@ -99,8 +196,8 @@ class _Row:
             gained = 0.0
             for step in _STEPS:
                 d = self._safe(self.d + step * (aim - self.d))
-                v, z = self._turns(d, self.z, _TURNS_AFTER)
-                value = self._value(d, v)
+                v, z = self._turns(choice, d, self.z, _TURNS_AFTER)
+                value = self._value(choice, d, v)
                 if value > best + gained:
                     gained, found = value - best, (d, v, z)
                 elif gained:
@@ -118,21 +215,23 @@ class _Row:
             d, less = d * (1 - less), min(0.5, 2 * less)
         return d
 
-    def _turns(self, d: Tensor, z: Tensor, turns: int) -> tuple[Tensor, Tensor]:
-        b = self.a - torch.diag(d)
-        v = self.v
+    def _solved(self, b: Tensor, d: Tensor, z: Tensor) -> Tensor | None:
+        factor, broken = torch.linalg.cholesky_ex(b + torch.diag(d / z))
+        return None if int(broken) else torch.cholesky_solve(self.target[:, None], factor)[:, 0]
+
+    def _turns(self, choice: _Choice, d: Tensor, z: Tensor, turns: int) -> tuple[Tensor, Tensor]:
+        b, v = self.a - torch.diag(d), self.v
         for _ in range(turns):
-            factor, broken = torch.linalg.cholesky_ex(b + torch.diag(d / z))
-            if int(broken):
+            found = self._solved(b, d, z)
+            if found is None:
                 break
-            v = torch.cholesky_solve(self.target[:, None], factor)[:, 0]
+            v = found
             size = (d.sqrt() * v.abs()).cpu().numpy()
-            z = torch.from_numpy(shares(size, self.group, self.kept)).to(v.device)
+            z = torch.from_numpy(choice.shares(size)).to(v.device)
         return v, z
 
-    def _value(self, d: Tensor, v: Tensor) -> float:
+    def _value(self, choice: _Choice, d: Tensor, v: Tensor) -> float:
         """What (d, v) proves, but for rounding."""
         image = self.a @ v - d * v
-        price = ((self.target - image).square() / d).view(-1, self.group)
-        dearest = float(price.topk(self.kept, dim=1).values.sum())
-        return self.constant - float(v @ image) - dearest
+        price = (self.target - image).square() / d
+        return self.constant - float(v @ image) - choice.dearest(price)

@@ -8,6 +8,9 @@ convex in both. For a given z it is a system of equations, v = (B + diag(d/z))�
 min(1, θ√dⱼ|vⱼ|). Whatever v the turns come to,
 
     F ≥ C − vᵀBv − the greatest sum of (b − Bv)ⱼ²/dⱼ over as many j of every group as are kept.
+
+Instead of the count an input that is kept may have a price, 1/θ²: then what counts of each (b − Bv)ⱼ²/dⱼ is
+what it is above that.
 """
 
 from __future__ import annotations
@@ -24,6 +27,15 @@ Vector = Float[np.ndarray, " n"]
 def shares(size: Vector, group: int, kept: int) -> Vector:
     """min(1, θ·size) with the sum `kept` in every group; of infinite size 1."""
     grouped = size.reshape(-1, group)
+    with np.errstate(invalid="ignore"):  # 0·∞
+        share = levels(size, group, kept)[:, None] * grouped
+    share[np.isinf(grouped)] = 1.0
+    return np.clip(share, OUT_SHARE, 1.0).ravel()
+
+
+def levels(size: Vector, group: int, kept: int) -> Vector:
+    """θ of every group."""
+    grouped = size.reshape(-1, group)
     down = -np.sort(-grouped, axis=1)
     rest = np.maximum(np.cumsum(down[:, ::-1], axis=1)[:, ::-1], 1e-300)  # from each on
     # with m of them at 1, θ makes the others what is left; right where the next stays below 1
@@ -31,9 +43,7 @@ def shares(size: Vector, group: int, kept: int) -> Vector:
     with np.errstate(invalid="ignore"):  # 0·∞, where it is not yet right
         theta = np.where(m < kept, (kept - m) / rest, np.inf)
         right = (theta * down <= 1).argmax(axis=1)
-        share = theta[np.arange(len(grouped)), right][:, None] * grouped
-    share[np.isinf(grouped)] = 1.0
-    return np.clip(share, OUT_SHARE, 1.0).ravel()
+    return theta[np.arange(len(grouped)), right]
 
 
 def greatest(price: Vector, group: int, kept: int, first: Shaped[np.ndarray, " n"]) -> float:

@@ -71,12 +71,16 @@ class RefitTask(RowTask):
 
     @property
     def decided(self) -> RowAnswer | None:
-        """The answer where there is nothing to search: a start that costs nothing, or a single mask."""
+        """The answer where there is nothing to search: a start that costs nothing, or is proven already, or a
+        single mask."""
         cost = self.cost(self.start)
         if cost == 0:
             return RowAnswer(self.start, "optimal")
         if self.pruned in (0, self.group):
             return RowAnswer(self.start, "optimal", bound=cost, root_bound=cost)
+        if self.certified >= cost * (1 - REFIT_CLOSED):
+            known = min(self.certified, cost)
+            return RowAnswer(self.start, "optimal", bound=known, root_bound=known)
         return None
 
 
