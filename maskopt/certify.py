@@ -32,7 +32,7 @@ from maskopt.compare import (
 from maskopt.errors import ModelError
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer
-from maskopt.model.options import REFIT, name_patterns
+from maskopt.model.options import KEEP, name_patterns
 from maskopt.model.problems import layer_problems
 from maskopt.model.report import read_manifest
 from maskopt.model.workspace import MANIFEST
@@ -127,14 +127,14 @@ def certify_model(
         shorthand: options of the walk by name, as for `collect_problems`: `samples`, `seed`, …
 
     Raises:
-        ModelError: the folders do not belong together, or weights were refitted, or rows trade.
+        ModelError: the folders do not belong together, or weights were set anew, or rows trade.
         MaskoptError: of what is called.
     """
     check_rows(rows_per_layer)
     manifest = read_manifest(Path(pruned) / MANIFEST)
-    if manifest["fingerprint"]["options"].get("weights") == REFIT:
+    if manifest["fingerprint"]["options"].get("weights", KEEP) != KEEP:
         raise ModelError(
-            f"{pruned}: its weights were refitted, and bounds are of weights as they are; prune with "
+            f"{pruned}: its weights were set anew, and bounds are of weights as they are; prune with "
             "`weights` keep to have gaps"
         )
     pattern = pattern_from_dict(manifest["fingerprint"]["options"]["pattern"])

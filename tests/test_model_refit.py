@@ -187,7 +187,7 @@ def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(
 
 
 def test_gaps_of_refitted_weights_are_not_claimed(result: tuple[Path, Path]) -> None:
-    with pytest.raises(ModelError, match="its weights were refitted, and bounds are of weights as"):
+    with pytest.raises(ModelError, match="its weights were set anew, and bounds are of weights as"):
         certify_model(result[0], result[1], calibration=tokens(), rows_per_layer=1)
 
 

@@ -49,7 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     assert not (folder / HIDDEN).exists()
     result = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
     manifest = json.loads(result[MANIFEST])
-    for part in (manifest, *manifest["layers"]):
+    for part in (manifest, *manifest["layers"], *manifest["parts"]):
         del part["seconds"]
     del manifest["sha256"]
     result[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()

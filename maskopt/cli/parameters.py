@@ -71,6 +71,7 @@ FLAGS = {
     "include": ("--include", "--layers"),
     "one_pass": ("--one-pass/--sequential",),
     "solver_options": ("--option", "-o"),
+    "reconstruct": ("--reconstruct",),
 }
 Command = Callable[..., None]
 
@@ -126,7 +127,7 @@ def read_solver_options(items: Sequence[str] | None) -> dict[str, Any]:
     for item in items or []:
         name, sign, value = item.partition("=")
         if not sign or not name:
-            raise OptionError(f"--option takes NAME=VALUE, not {item!r}")
+            raise OptionError(f"an option takes NAME=VALUE, not {item!r}")
         try:
             options[name.replace("-", "_")] = json.loads(value)
         except ValueError:
@@ -147,11 +148,12 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
         "include": name_patterns,
         "exclude": name_patterns,
         "solver_options": read_solver_options,
+        "reconstruct": read_solver_options,
         "pattern": parse_pattern,
         "shrink": _number_or_word,
         "damping": _number_or_word,
     }
-    never_none = ("include", "exclude", "solver_options")
+    never_none = ("include", "exclude", "solver_options", "reconstruct")
     return {
         name: readers[name](value)
         if name in readers and (value is not None or name in never_none)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ from maskopt.cli.console import errors, output, progress_bars
 from maskopt.cli.parameters import ALL, TEXT_SOURCES, Model, Overwrite, Resume, takes
 
 if TYPE_CHECKING:
-    from maskopt.model.report import PruneReport
+    from maskopt.model.report import PartReport, PruneReport
 
 
 @takes(ALL)
@@ -112,6 +112,8 @@ def show_report(report: PruneReport) -> None:
         f"calibrated on {calibration['samples']} windows of {calibration['length']} tokens, {begun}"
     )
     output.print(f"sparsity {report.sparsity:.4f} in {report.seconds:.1f} s")
+    if report.parts:
+        output.print(trained_words(report.parts))
     if report.fallbacks:
         names = ", ".join(report.fallbacks[:5]) + (" …" if len(report.fallbacks) > 5 else "")
         output.print(
@@ -120,6 +122,20 @@ def show_report(report: PruneReport) -> None:
         )
     if report.bad_samples:
         output.print(f"left out for NaN or infinity: {len(report.bad_samples)} samples")
+
+
+def trained_words(parts: Sequence[PartReport]) -> str:
+    """What training made of the parts of blocks, in a line."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(part, name) for part in parts) / len(parts)
+
+    stayed = sum(part.epoch == 0 for part in parts)
+    return (
+        f"trained: loss {mean('fitted_before'):.4f} → {mean('fitted_after'):.4f} on its windows, "
+        f"{mean('held_before'):.4f} → {mean('held_after'):.4f} on those kept aside, mean of "
+        f"{len(parts)} parts" + (f"; {stayed} stayed as they were" if stayed else "")
+    )
 
 
 def _part(error: float | None, energy: float) -> str:

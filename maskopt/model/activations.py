@@ -45,6 +45,11 @@ class Activations:
                 self._name = Path(name)
             _reserve(self._file, size, folder)
 
+    @property
+    def in_file(self) -> bool:
+        """Whether they lie in a file."""
+        return self._memory is None
+
     def __getitem__(self, sample: int) -> Float[Tensor, "1 length width"]:
         if self._memory is not None:
             held = self._memory[sample]

@@ -33,6 +33,7 @@ class Samples:
     """The windows on their way through the model.
 
     Attributes:
+        count: of all of them.
         active: indices still in use, ascending.
         bad: those that were left out.
         held: those that are kept aside: their inputs are summed apart, and nothing is fitted to them.
@@ -54,6 +55,7 @@ class Samples:
         dense: Activations | None = None,
     ) -> None:
         self.states, self.dense, self.source = states, dense, source
+        self.count = count
         self.active = list(range(count))
         self.bad: list[BadSample] = []
         self.skip_bad, self.held = skip_bad, held
@@ -210,17 +212,18 @@ def collect(
     layers: Sequence[Layer],
     *,
     advance: bool = False,
+    moved: bool = False,
     all_experts: bool = False,
     weights: Callable[[int], Tensor] | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Grams:
     """Send all samples through a block and sum the Gram matrix of every layer's inputs.
 
-    Where the samples have dense hidden states, the block as it is now takes them on as well.
-
     Args:
         advance: store the block's outputs as the samples' new states; else passes end where the last
             layer has its inputs.
+        moved: how inputs differ from those in the dense model is summed as well, and the block as it is now
+            takes the dense hidden states on.
         all_experts: experts are observed on all tokens, not only on those routed to them; what
             the block computes stays as it is.
         weights: of a sample's tokens [length], while its state is what enters the block; None: all count
@@ -238,7 +241,9 @@ def collect(
     until: str | None = None
 
     def both(sample: int) -> tuple[_Observed, _Observed | None]:
-        dense = None if samples.dense is None else passes.observe(sample, samples.dense, True)
+        dense = None
+        if moved and samples.dense is not None:
+            dense = passes.observe(sample, samples.dense, True)
         return passes.observe(sample, samples.states, advance, until), dense
 
     shown = experts_see_all(block.module, f"{block.name}.", layers, local)

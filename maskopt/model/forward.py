@@ -26,7 +26,7 @@ from maskopt.model.threads import Threads
 MOST_OUTPUTS = 3
 
 
-class _HiddenState:
+class HiddenState:
     """Stands in a captured call for the hidden state."""
 
 
@@ -42,7 +42,7 @@ class Call:
 
     def __call__(self, block: nn.Module, state: Tensor) -> Tensor:
         """The block's output hidden state."""
-        leaves = [state if leaf is _HiddenState else leaf for leaf in self.leaves]
+        leaves = [state if leaf is HiddenState else leaf for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
         output = block(*args, **kwargs)
         if isinstance(output, tuple | list):
@@ -95,7 +95,7 @@ def capture(
             )
             for sample, recorded in zip(wave, passes, strict=True):
                 states[sample] = recorded[0][0]
-                _merge(calls, recorded)
+                merge_calls(calls, recorded)
     return Captured(states, calls, recorders.outputs)
 
 
@@ -196,14 +196,14 @@ def _returned(state: Any, outputs: int) -> Any:
     return (state, *[None] * (outputs - 1)) if outputs else state
 
 
-def _merge(calls: list[list[Call]], recorded: list[tuple[Tensor, Any, Any]]) -> None:
+def merge_calls(calls: list[list[Call]], recorded: list[tuple[Tensor, Any, Any]]) -> None:
     """Append one sample's calls; leaves equal to those of sample 0 are shared with it."""
     compared: dict[tuple[int, int], bool] = {}
     for block, (state, args, kwargs) in enumerate(recorded):
         kwargs = {k: None if _is_cache(v) else v for k, v in kwargs.items()}
         args = tuple(None if _is_cache(v) else v for v in args)
         leaves, spec = tree_flatten((args, kwargs))
-        leaves = [_HiddenState if leaf is state else leaf for leaf in leaves]
+        leaves = [HiddenState if leaf is state else leaf for leaf in leaves]
         if calls[block]:
             first = calls[block][0]
             if len(first.leaves) == len(leaves) and all(

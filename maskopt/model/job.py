@@ -147,6 +147,7 @@ class Job:
             held=self.options.holdout > 0 and not self.whole,
             beside=self.options.beside,
             refit=self.options.refit is not None,
+            trained=self.options.trained,
             gradients=self.options.weighting == GRADIENT and not self.whole,
         )
 
@@ -314,18 +315,19 @@ class Block:
     Attributes:
         index: of the block in the model.
         layers: the chosen ones among its layers, in the order of the model.
+        opened: its module, and what it takes to run samples through it.
         bad: samples that were left out since the block was opened.
     """
 
     def __init__(self, job: Job, index: int, layers: Sequence[Layer], opened: OpenBlock) -> None:
         self.job, self.index, self.layers = job, index, layers
         self.advanced = self.dense_advanced = False
-        self._opened = opened
+        self.opened = opened
         self._before = len(opened.samples.bad)
 
     @property
     def bad(self) -> list[BadSample]:
-        return self._opened.samples.bad[self._before :]
+        return self.opened.samples.bad[self._before :]
 
     def ticker(self, stage: str, total: int) -> Callable[[int], None]:
         """Tell the job's `on_progress` that a stage of this block begins; call it with what is done."""
@@ -342,14 +344,16 @@ class Block:
         advance = self.job.options.one_pass and self.job.goes_on(self.index)
         with torch.no_grad():
             grams = collect(
-                self._opened,
+                self.opened,
                 self.layers if layers is None else layers,
                 advance=advance,
+                moved=self.job.options.moved,
                 all_experts=self.job.options.all_experts,
-                weights=self.job.token_weights(self.index, self._opened.samples.states),
-                tick=self.ticker("calibrate", len(self._opened.samples.active)),
+                weights=self.job.token_weights(self.index, self.opened.samples.states),
+                tick=self.ticker("calibrate", len(self.opened.samples.active)),
             )
-        self.advanced, self.dense_advanced = advance, True
+        self.advanced = advance
+        self.dense_advanced |= self.job.options.moved
         return grams
 
     def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
@@ -376,17 +380,17 @@ class Block:
         if not self.dense_advanced:
             self.advance_dense()
         if not self.advanced and self.job.goes_on(self.index):
-            samples = self._opened.samples
+            samples = self.opened.samples
             tick = self.ticker(stage, len(samples.active))
             with torch.no_grad():
-                pass_on(self._opened, samples.states, tick)
+                pass_on(self.opened, samples.states, tick)
         self.advanced = True
 
     def advance_dense(self) -> None:
         """Send the dense hidden states, where there are any, through the block, whose weights nobody has
         changed."""
-        dense = self._opened.samples.dense
+        dense = self.opened.samples.dense
         if dense is not None and self.job.goes_on(self.index):
             with torch.no_grad():
-                pass_on(self._opened, dense)
+                pass_on(self.opened, dense)
         self.dense_advanced = True

@@ -139,6 +139,7 @@ def _is_block(record: dict[str, Any]) -> bool:
         and isinstance(record.get("masks"), str)
         and isinstance(record.get("weights", ""), str)
         and isinstance(record.get("layers"), list)
+        and isinstance(record.get("parts", []), list)
         and isinstance(record.get("bad"), list)
         and all(isinstance(b, dict) and type(b.get("sample")) is int for b in record["bad"])
     )

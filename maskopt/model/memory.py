@@ -62,6 +62,7 @@ class Load:
         beside: the dense model's hidden states go along, and moments of both.
         refit: kept weights are refitted: systems of their own for every row.
         gradients: of the loss, by every hidden state of the dense model.
+        trained: parts of a block are, on what they are given, towards what they give in the dense model.
     """
 
     source: Source
@@ -74,6 +75,7 @@ class Load:
     beside: bool = False
     refit: bool = False
     gradients: bool = False
+    trained: bool = False
 
 
 def estimate_memory(load: Load) -> Memory:
@@ -84,7 +86,7 @@ def estimate_memory(load: Load) -> Memory:
     outside = sum(p.numel() for name, p in source.blocks.outside() if name in named) * width
     hidden = hidden_size(source.model)
     state = length * hidden * width
-    copies = 2 if load.beside else 1
+    copies = (2 if load.beside else 1) + (3 if load.trained else 0)
     activations = copies * load.samples * state
     grams = inputs = solving = 0
     for mine in by_block(load.layers).values():
@@ -105,6 +107,12 @@ def estimate_memory(load: Load) -> Memory:
             for y in mine
         ]
         solving = max(solving, max(map(sum, zip(squares, rows, systems, strict=True))))
+        if (
+            load.trained
+        ):  # in float32: weights, the best of them, two moments, gradients of every thread
+            solving = max(
+                solving, 4 * (5 + load.threads) * sum(y.rows * y.n for y in mine) + 2 * inputs
+            )
     return Memory(
         BASE,
         outside,

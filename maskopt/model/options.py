@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from maskopt.errors import DataError, ModelError, OptionError, PatternError, near
-from maskopt.fields import check_options, option
+from maskopt.fields import build, check_options, option
 from maskopt.least_squares import Refit
 from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
 from maskopt.model.solving import check_solver, default_start
+from maskopt.model.training import Reconstruction
 from maskopt.model.weighting import ALIKE, GRADIENT, WEIGHTINGS
 from maskopt.pattern import NM, Pattern, Unstructured, pattern_to_dict
 
@@ -31,7 +32,7 @@ AUTO = "auto"
 #: of `target`
 TARGETS = ("pruned", "dense")
 #: of `weights`
-KEEP, REFIT = WEIGHTS = ("keep", "refit")
+KEEP, REFIT, RECONSTRUCT = WEIGHTS = ("keep", "refit", "reconstruct")
 #: of `budget`
 ROW, LAYER = BUDGETS = ("row", "layer")
 
@@ -155,6 +156,16 @@ class WalkOptions:
         return False
 
     @property
+    def moved(self) -> bool:
+        """Whether the Gram matrices are accompanied by how inputs differ from those in the dense model."""
+        return False
+
+    @property
+    def trained(self) -> bool:
+        """Whether kept weights are trained."""
+        return False
+
+    @property
     def refit(self) -> Refit | None:
         """How kept weights are refitted; None: they stay."""
         return None
@@ -216,8 +227,15 @@ class PruneOptions(WalkOptions):
         KEEP,
         MASKS,
         "Of what is kept. keep: as they are; refit: set anew by least squares, so that they take over from "
-        "the pruned ones, and masks are chosen for that.",
+        "the pruned ones, and masks are chosen for that; reconstruct: trained, part by part of a block, to "
+        "give what the dense model gives.",
         choices=WEIGHTS,
+    )
+    reconstruct: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=_about(
+            MASKS, "Of `weights` reconstruct: how to train, NAME=VALUE; may be repeated."
+        ),
     )
     damping: float | str = _option(
         0.01,
@@ -238,10 +256,11 @@ class PruneOptions(WalkOptions):
         super().__post_init__()
         object.__setattr__(self, "solver_options", dict(self.solver_options))
         self._set_budget()
+        self._set_reconstruction()
         _check_shrink(self.shrink, self.holdout)
         _check_damping(self.damping, self.holdout)
         for name in ("one_pass", "true_sequential"):
-            if self.beside and getattr(self, name):
+            if self.moved and getattr(self, name):
                 raise OptionError(
                     f"`target` dense and `{name}` exclude each other: it takes whole blocks, and inputs "
                     "from the model pruned so far"
@@ -259,25 +278,59 @@ class PruneOptions(WalkOptions):
                 )
             object.__setattr__(self, "pattern", replace(self.pattern, per="layer"))
 
+    def _set_reconstruction(self) -> None:
+        """Every setting is there, or none where nothing is trained."""
+        given = dict(self.reconstruct)
+        if self.weights != RECONSTRUCT:
+            if given:
+                raise OptionError(
+                    "`reconstruct` says how to train: give `weights` reconstruct, too"
+                )
+        else:
+            given = asdict(build(Reconstruction, "reconstruct", given, "option"))
+            if not self.holdout:
+                raise OptionError(
+                    "`weights` reconstruct needs windows that judge it: give a `holdout` such as 0.1"
+                )
+            if self.one_pass:
+                raise OptionError(
+                    "`weights` reconstruct and `one_pass` exclude each other: it trains on inputs from the "
+                    "model pruned so far"
+                )
+        object.__setattr__(self, "reconstruct", given)
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """How kept weights are trained; None: they are not."""
+        return Reconstruction(**self.reconstruct) if self.reconstruct else None
+
     @property
     def start(self) -> str | None:
         """The solver that makes the start: the one named, `relax` or `admm` for swap, or the solver's own."""
-        return self.warm_start or default_start(self.solver, refit=self.weights == REFIT)
+        return self.warm_start or default_start(self.solver, refit=self.refit is not None)
 
     @property
     def refit(self) -> Refit | None:
         """How kept weights are refitted, `damping` auto counting as its default; None: they stay."""
-        if self.weights == KEEP:
+        if self.weights == KEEP or self.reconstruct.get("begin") == KEEP:
             return None
         return Refit() if self.damping == AUTO else Refit(float(self.damping))
 
     @property
     def beside(self) -> bool:
+        return self.moved or self.trained
+
+    @property
+    def moved(self) -> bool:
         return self.target == "dense"
+
+    @property
+    def trained(self) -> bool:
+        return self.weights == RECONSTRUCT
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         super().check_layers(layers)
-        if self.beside:
+        if self.moved:
             self._check_in_order(layers, "`target` dense")
         for layer in layers:
             try:

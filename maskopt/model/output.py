@@ -20,12 +20,14 @@ from maskopt.model.checkpoint import file_digest, open_checkpoint
 from maskopt.model.edits import Edits, write_values
 from maskopt.model.journal import Journal, differences, in_words
 from maskopt.model.maskfile import MaskFile, MaskFiles, TensorMask, join_masks, write_masks
-from maskopt.model.options import REFIT
+from maskopt.model.options import KEEP
 from maskopt.model.report import (
     LayerReport,
+    PartReport,
     PruneReport,
     read_layers,
     read_manifest,
+    read_parts,
     write_manifest,
 )
 from maskopt.model.source import FolderSource, MemorySource
@@ -49,6 +51,7 @@ class FinishedBlock:
     """A block that an earlier run has done."""
 
     layers: list[LayerReport]
+    parts: list[PartReport]
     bad: list[dict[str, Any]]
     edits: Edits
 
@@ -68,6 +71,7 @@ class Run(Protocol):
         self,
         index: int,
         layers: Sequence[LayerReport],
+        parts: Sequence[PartReport],
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
         weights: Mapping[str, tuple[Layer, Tensor]],
@@ -76,7 +80,7 @@ class Run(Protocol):
 
         Args:
             masks: bool [rows, n] by name, True = kept.
-            weights: float64 [rows, n] of those that were refitted, zero where pruned.
+            weights: float64 [rows, n] of those that were refitted or trained, zero where pruned.
         """
         ...
 
@@ -110,8 +114,8 @@ class FolderRun:
         with open_workspace(self.output, overwrite=self.overwrite, resume=self.resume) as work:
             self.work = work
             there = sum(file.stat().st_size for file in work.hidden.rglob("*") if file.is_file())
-            refit = fingerprint["options"]["weights"] == REFIT
-            check_disk(work.output, disk_needed(self.source.checkpoint, refit) - there)
+            anew = fingerprint["options"]["weights"] != KEEP
+            check_disk(work.output, disk_needed(self.source.checkpoint, anew) - there)
             self.journal = Journal(work.journal)
             self.journal.begin(dict(fingerprint))
             for index, record in self.journal.blocks.items():
@@ -142,13 +146,15 @@ class FolderRun:
         if record is None:
             return None
         layers = read_layers(record["layers"], self.work.journal)
+        parts = read_parts(record.get("parts", []), self.work.journal)
         edits = Edits.of(MaskFile(self._path(index, "masks")), self._values([index]))
-        return FinishedBlock(layers, record["bad"], edits)
+        return FinishedBlock(layers, parts, record["bad"], edits)
 
     def add(
         self,
         index: int,
         layers: Sequence[LayerReport],
+        parts: Sequence[PartReport],
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
         weights: Mapping[str, tuple[Layer, Tensor]],
@@ -167,6 +173,7 @@ class FolderRun:
             {
                 **digests,
                 "layers": [dataclasses.asdict(layer) for layer in layers],
+                "parts": [dataclasses.asdict(part) for part in parts],
                 "bad": list(bad),
             },
         )
@@ -240,6 +247,7 @@ class MemoryRun:
         self,
         index: int,
         layers: Sequence[LayerReport],
+        parts: Sequence[PartReport],
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
         weights: Mapping[str, tuple[Layer, Tensor]],
@@ -282,7 +290,8 @@ def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport
         )
     shutil.rmtree(output / GONE, ignore_errors=True)
     layers = read_layers(manifest["layers"], output / MANIFEST)
-    return PruneReport(layers, fingerprint, manifest["bad_samples"], {}, output)
+    parts = read_parts(manifest.get("parts", []), output / MANIFEST)
+    return PruneReport(layers, fingerprint, manifest["bad_samples"], {}, output, 0.0, parts)
 
 
 def apply_masks(

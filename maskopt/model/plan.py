@@ -25,7 +25,7 @@ from maskopt.model.memory import (
     estimate_memory,
     hidden_size,
 )
-from maskopt.model.options import PruneOptions, prune_options
+from maskopt.model.options import KEEP, PruneOptions, prune_options
 from maskopt.model.solving import solve_layer
 from maskopt.model.source import Source
 from maskopt.model.write import disk_needed
@@ -105,7 +105,7 @@ def plan_prune(
             forward_seconds=_forward_operations(job, options) / _speed(source),
             solve_seconds=_solve_seconds(source, layers, options),
             file_seconds=0.0 if checkpoint is None else _file_seconds(checkpoint),
-            disk=0 if checkpoint is None else disk_needed(checkpoint, options.refit is not None),
+            disk=0 if checkpoint is None else disk_needed(checkpoint, options.weights != KEEP),
             refusal=refusal,
         )
 
@@ -131,6 +131,8 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
                 total -= 2 * mine[-1].rows * mine[-1].n
+        if options.reconstruction is not None:  # a backward pass is two; targets, inputs, judging
+            passes += 3 * options.reconstruction.epochs + 4
         total += passes * (2 * weights + 4 * job.length * width) + squares * sum(
             n * n for n in distinct
         )

@@ -1,16 +1,16 @@
 """Prune a causal language model block by block.
 
 The main loop is `_prune_blocks`: for every decoder block, the Gram matrices of its layers' inputs; hand
-each layer to a solver; set what the mask prunes to zero, and the rest anew where weights are refitted; send
-the samples through the pruned block and go on with its outputs. It is the same for a model in memory and for
-a folder of which one block at a time is in memory, and it never knows which solver runs.
+each layer to a solver; set what the mask prunes to zero, and the rest anew where weights are refitted or
+trained; send the samples through the pruned block and go on with its outputs. It is the same for a model in
+memory and for a folder of which one block at a time is in memory, and it never knows which solver runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
-from maskopt.model.job import Job, open_job
+from maskopt.model.job import Block, Job, open_job
 from maskopt.model.options import AUTO, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.progress import OnBlockProgress
+from maskopt.model.reconstruct import PartReport, Targets
 from maskopt.model.report import LayerReport, PruneReport, versions
 from maskopt.model.solving import (
     Solved,
@@ -95,22 +96,24 @@ def prune_model(
             return finished
     with run.opened(fingerprint), torch.no_grad():
         with job:
-            layers, bad = _prune_blocks(job, options, run)
+            layers, parts, bad = _prune_blocks(job, options, run)
         seconds = time.perf_counter() - began
-        report = PruneReport(layers, fingerprint, bad, run.masks, target, seconds)
+        report = PruneReport(layers, fingerprint, bad, run.masks, target, seconds, parts)
         run.finish(report, options.pattern)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
 def _prune_blocks(
     job: Job, options: PruneOptions, run: Run
-) -> tuple[list[LayerReport], list[dict[str, Any]]]:
-    """The main loop; see the module's docstring. Layer reports in the order of the model, and the
-    samples that were left out."""
+) -> tuple[list[LayerReport], list[PartReport], list[dict[str, Any]]]:
+    """The main loop; see the module's docstring. Layers and trained parts in the order of the model, and
+    the samples that were left out."""
     finished = {i: done for i in range(job.last + 1) if (done := run.done(i)) is not None}
     reports = {index: done.layers for index, done in finished.items()}
+    parts = {index: done.parts for index, done in finished.items()}
     bad = {index: done.bad for index, done in finished.items()}
     for block in job.blocks(finished, run.activation_folder()):
+        targets = _targets(block, options, run)
         results: dict[str, LayerReport] = {}
         masks: dict[str, tuple[Layer, Tensor]] = {}
         weights: dict[str, tuple[Layer, Tensor]] = {}
@@ -123,13 +126,59 @@ def _prune_blocks(
                     weights[layer.name] = layer, new
                 tick(1)
             del grams  # the next pass needs their memory
+        parts[block.index] = []
+        if targets is not None:
+            some = {name: mask for name, mask in masks.items() if not results[name].fallback}
+            parts[block.index] = list(targets.train(some, block.ticker))
+            targets.close()
+            weights = _stored_weights(job, some)
         block.advance()
         reports[block.index] = [results[layer.name] for layer in block.layers]
         bad[block.index] = [dataclasses.asdict(sample) for sample in block.bad]
         ordered = {layer.name: masks[layer.name] for layer in block.layers}
-        run.add(block.index, reports[block.index], bad[block.index], ordered, weights)
+        run.add(
+            block.index,
+            reports[block.index],
+            parts[block.index],
+            bad[block.index],
+            ordered,
+            weights,
+        )
     order = sorted(reports)
-    return [r for i in order for r in reports[i]], [b for i in order for b in bad[i]]
+    return (
+        [r for i in order for r in reports[i]],
+        [p for i in order for p in parts[i]],
+        [b for i in order for b in bad[i]],
+    )
+
+
+def _targets(block: Block, options: PruneOptions, run: Run) -> Targets | None:
+    """What the block's parts give in the dense model, where its weights are to be trained."""
+    if options.reconstruction is None:
+        return None
+    states = block.opened.samples.states
+    folder = run.activation_folder() if states.in_file else None
+    targets = Targets(
+        block.opened, block.index, block.layers, options.reconstruction, options.seed, folder
+    )
+    # where the Gram matrices speak of the dense inputs, too, it is with those that they advance
+    advance = not options.moved
+    targets.record(block.ticker("targets", len(block.opened.samples.active)), advance=advance)
+    block.dense_advanced = advance
+    return targets
+
+
+def _stored_weights(
+    job: Job, masks: Mapping[str, tuple[Layer, Tensor]]
+) -> dict[str, tuple[Layer, Tensor]]:
+    """What trained layers are in the model, as they can be stored; and so they are from here on."""
+    found = {}
+    for name, (layer, _) in masks.items():
+        weight = matrix(job.source.model, layer)
+        new = _rounded(job, layer, weight.double())
+        weight.copy_(new.to(weight.dtype))
+        found[name] = layer, new.cpu()
+    return found
 
 
 def _prune_layer(
@@ -193,7 +242,7 @@ def _rounded(job: Job, layer: Layer, weight: Tensor) -> Tensor:
     rounded = weight.to(dtype).double()
     if not bool(torch.isfinite(rounded).all()):
         raise ModelError(
-            f"layer {layer.name!r}: a refitted weight is beyond the range of {dtype}; take a larger `damping`"
+            f"layer {layer.name!r}: a new weight is beyond the range of {dtype}; take a larger `damping`"
         )
     return rounded
 

@@ -25,7 +25,7 @@ from maskopt.model.blocks import choose, matrix
 from maskopt.model.checkpoint import Checkpoint, open_checkpoint
 from maskopt.model.job import Job, open_job
 from maskopt.model.maskfile import MaskFile
-from maskopt.model.options import AUTO, REFIT, TARGETS, WEIGHTS, PruneOptions
+from maskopt.model.options import AUTO, KEEP, RECONSTRUCT, TARGETS, WEIGHTS, PruneOptions
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.source import FolderSource
 from maskopt.model.threads import Threads
@@ -212,7 +212,7 @@ def recheck_layers(
     chosen = [layer.name for layer in choose(job.layers, tuple(layers))]
     masks = _masks_as_model(job, output / MASKS, trust_remote_code)
     result = None
-    if run.weights == REFIT:
+    if run.weights != KEEP:
         cpu = torch.device("cpu")
         result = FolderSource(
             open_checkpoint(output), cpu, None, trust_remote_code=trust_remote_code
@@ -343,6 +343,13 @@ def _check_least_squares(manifest: Manifest, name: str, found: Found, tolerance:
             )
 
 
+def _begun(problem: LayerProblem, mask: Tensor, stored: Tensor | None) -> Tensor | None:
+    """What weights were trained from, as they would have been stored; None where they were kept."""
+    if problem.refit is None or stored is None:
+        return None
+    return problem.weights(mask).to(stored.dtype)
+
+
 def _walk(
     job: Job,
     masks: FolderSource,
@@ -365,25 +372,33 @@ def _walk(
         if result is not None:
             with result.open(block.index):
                 new = {x.name: matrix(result.model, x).clone() for x in block.layers}
+        trained = run.weights == RECONSTRUCT
         for stage, grams in block.rounds():
             for layer in stage:
                 weight, gram = matrix(job.source.model, layer), grams.of(layer.name)
                 mask = kept[layer.name].to(weight.device)
                 tokens = 0 if gram is None else gram.tokens
-                if layer.name in chosen:
+                damping, result_weight = said[layer.name]["damping"], new.get(layer.name)
+                # what its weights were before they were trained, later rounds may have seen
+                seen = trained and run.true_sequential and damping is not None
+                if layer.name in chosen or seen:
                     known = None if tokens < run.min_tokens else gram
                     alpha = float(said[layer.name]["shrink"])
                     dense, moved = weight.float(), grams.moved(layer.name)
                     held = held_problem(layer, dense, grams, run.pattern)
-                    damping = said[layer.name]["damping"]
                     refit = None if damping is None else Refit(damping)
                     problem = layer_problem(layer, dense, known, run.pattern, alpha, moved, refit)
-                    yield layer.name, Found(problem, mask, new.get(layer.name), tokens, held)
-                if layer.name in new:
-                    weight.copy_(new[layer.name])
+                    if trained:
+                        result_weight = _begun(problem, mask, result_weight)
+                    if layer.name in chosen:
+                        yield layer.name, Found(problem, mask, result_weight, tokens, held)
+                if result_weight is not None and not (trained and damping is None):
+                    weight.copy_(result_weight)
                 else:
                     weight.masked_fill_(~mask, 0)
             del grams  # the next pass needs their memory
+        for layer in block.layers if trained else ():
+            matrix(job.source.model, layer).copy_(new[layer.name])
         left_out += [dataclasses.asdict(sample) for sample in block.bad]
         if block.index == last:
             break

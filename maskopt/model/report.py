@@ -8,12 +8,13 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
 from maskopt.model.checkpoint import read_json
 
+Kind = TypeVar("Kind")
 MANIFEST_FORMAT = "maskopt-manifest-1"
 _PARTS = {"fingerprint", "layers", "bad_samples", "tensors", "files"}
 
@@ -88,6 +89,29 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """What training made of a part of a block.
+
+    Attributes:
+        part: its name inside the block; empty: the block.
+        fitted_before, fitted_after: mean loss on the windows that it was trained on.
+        held_before, held_after: on those kept aside, which chose the epoch.
+        epoch: the best one; 0: the weights are those at the start.
+        diverged: it ended early, at NaN or at a loss far above that of the start.
+    """
+
+    block: int
+    part: str
+    fitted_before: float
+    fitted_after: float
+    held_before: float
+    held_after: float
+    epoch: int
+    diverged: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """The result of `prune_model`.
 
@@ -99,6 +123,7 @@ class PruneReport:
         output: where the pruned model is, if it was written.
         fingerprint: what decides the result: options, digests, versions.
         seconds: wall time of this call.
+        parts: of blocks whose weights were trained.
     """
 
     layers: Sequence[LayerReport]
@@ -107,6 +132,7 @@ class PruneReport:
     masks: Mapping[str, Any] = field(default_factory=dict)
     output: Path | None = None
     seconds: float = 0.0
+    parts: Sequence[PartReport] = ()
 
     @property
     def sparsity(self) -> float:
@@ -131,14 +157,23 @@ def read_layers(records: Any, where: Path) -> list[LayerReport]:
     Raises:
         ModelError: not such records.
     """
-    names = {field.name for field in fields(LayerReport)}
+    return _read(records, LayerReport, where, "layers")
+
+
+def read_parts(records: Any, where: Path) -> list[PartReport]:
+    """Part reports likewise."""
+    return _read(records, PartReport, where, "parts")
+
+
+def _read(records: Any, kind: type[Kind], where: Path, what: str) -> list[Kind]:
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     try:
         return [
-            LayerReport(**{key: value for key, value in record.items() if key in names})
+            kind(**{key: value for key, value in record.items() if key in names})
             for record in records
         ]
     except (TypeError, AttributeError):
-        raise ModelError(f"{where}: its layers are not those of a prune") from None
+        raise ModelError(f"{where}: its {what} are not those of a prune") from None
 
 
 def versions() -> dict[str, str]:
@@ -171,6 +206,7 @@ def write_manifest(
         "fingerprint": dict(report.fingerprint),
         "sparsity": report.sparsity,
         "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in report.layers],
+        "parts": [asdict(part) for part in report.parts],
         "bad_samples": list(report.bad_samples),
         "fallbacks": report.fallbacks,
         "tensors": dict(tensors),

@@ -93,7 +93,7 @@ def verify_output(
 
     Args:
         against: the original model folder. It must have the manifest's digest, the same tensors, and bit
-            for bit the same kept weights (but those that were refitted), other tensors, configuration and
+            for bit the same kept weights (but those that were set anew), other tensors, configuration and
             tokenizer. Errors of layers pruned by magnitude are computed again.
         on_progress: called with tensors done and their number.
         calibration: the text (or tokens) that the prune was given, as for `prune_model`; needs
@@ -219,7 +219,8 @@ def _told_apart(
     """What is checked, and what is claimed."""
     layers = manifest.layers
     every = recomputed == len(layers)
-    refit = any(layer["damping"] is not None for layer in layers)
+    trained = manifest.options.get("weights") == "reconstruct"
+    refit = not trained and any(layer["damping"] is not None for layer in layers)
     solved = all(
         layer["chosen_for"] != "updated" for layer in layers
     )  # else only their errors are checked
@@ -231,8 +232,9 @@ def _told_apart(
         "pattern": True,
         "sparsity": True,
         "names": names,
-        "kept weights": compared and not refit,
+        "kept weights": compared and not refit and not trained,
         **({"refitted weights": every and solved} if refit else {}),
+        **({"trained weights": False} if trained else {}),
         "configuration and tokenizer": compared and {*filter(is_copied, manifest.files)} <= same,
         "errors": every,
         "statuses": every,

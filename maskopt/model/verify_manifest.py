@@ -176,7 +176,7 @@ def check_layers(manifest: Manifest) -> None:
             raise manifest.wrong(f"layer {name!r} has another sparsity than its counts")
         if layer["fallback"] != (layer["tokens"] < options["min_tokens"]):
             raise manifest.wrong(f"layer {name!r}: fallback is not what its tokens say")
-        refitted = options.get("weights") == "refit" and not layer["fallback"]
+        refitted = _refitted(options) and not layer["fallback"]
         if any((layer[key] is not None) != refitted for key in ("damping", "error_kept")):
             raise manifest.wrong(
                 f"layer {name!r} is refitted, or not, otherwise than the options say"
@@ -189,8 +189,16 @@ def check_layers(manifest: Manifest) -> None:
             raise manifest.wrong(f"layer {name!r} has statuses of another number of rows")
         if layer["lower_bound"] > layer["error"] * (1 + BOUND_ROUNDING):
             raise manifest.wrong(f"layer {name!r} has a lower bound above its error")
+    if manifest.record["parts"] and options.get("weights") != "reconstruct":
+        raise manifest.wrong("has trained parts, and its options train none")
     if manifest.record["fallbacks"] != [x["name"] for x in layers if x["fallback"]]:
         raise manifest.wrong("lists other fallbacks than its layers")
+
+
+def _refitted(options: Mapping[str, Any]) -> bool:
+    """Whether kept weights were set anew by least squares, if only to be trained from there on."""
+    begin = options.get("reconstruct", {}).get("begin")
+    return options.get("weights") == "refit" or begin == "refit"
 
 
 def check_counts(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float]:

@@ -36,6 +36,10 @@ def _amount(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_text, value))
 
@@ -97,12 +101,18 @@ _LAYER = {
     "error_kept": _maybe(_amount), "chosen_for": lambda v: v in ("kept", "refitted", "updated"),
     "damping": _maybe(_amount), "error_alike": _maybe(_amount),
 }  # fmt: skip
+_PART = {
+    "block": _count, "part": _text, "fitted_before": _number, "fitted_after": _number,
+    "held_before": _number, "held_after": _number, "epoch": _count,
+    "diverged": lambda v: type(v) is bool, "seconds": _amount,
+}  # fmt: skip
 _OPTIONS = {"pattern": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size}
 _SHAPE = {
     "format": lambda v: v == FORMAT,
     "fingerprint": lambda v: _fits(v, {"options": _OPTIONS}) and _text(v.get("model", "")),
     "sparsity": _amount,
     "layers": _kind(list, _LAYER),
+    "parts": _kind(list, _PART),
     "bad_samples": _kind(list, {"sample": _count, "layer": _text}),
     "fallbacks": _texts,
     "tensors": _kind(dict, {"input_axis": _count, "pattern": _pattern}),

@@ -32,11 +32,14 @@ def check_tensors(
 ) -> list[Slice]:
     """Compare every tensor with its mask and with the original; the masks' matrices.
 
-    Kept weights are those of the original but in layers that the manifest says were refitted.
+    Kept weights are those of the original but in layers that the manifest says were refitted or trained.
     """
     slices: list[Slice] = []
     by_magnitude = {(numbers(x["name"]), x["n"]) for x in manifest.layers if x["fallback"]}
-    refitted = {(numbers(x["name"]), x["n"]) for x in manifest.layers if x["damping"] is not None}
+    changed = manifest.options.get("weights", "keep") != "keep"
+    refitted = {
+        (numbers(x["name"]), x["n"]) for x in manifest.layers if changed and not x["fallback"]
+    }
     for done, (name, path) in enumerate(sorted(weights.where.items())):
         found = tensor(path, name)
         kept = dense = None

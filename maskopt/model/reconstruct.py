@@ -1,0 +1,176 @@
+"""The reconstruction of a block: its kept weights are trained, part by part, towards the dense block.
+
+While the block still has its dense weights its parts' outputs in the dense model are recorded. Once its
+layers are pruned each part in turn is given what it is given in the pruned model (with the parts before it
+trained already), and its kept weights are trained to give what was recorded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maskopt.model.activations import Activations
+from maskopt.model.blocks import Layer
+from maskopt.model.collect import OpenBlock
+from maskopt.model.parts import Heard, Listener, Part, Recorded, parts_of
+from maskopt.model.report import PartReport
+from maskopt.model.training import BLOCK, Reconstruction, Task, train
+
+
+class Targets:
+    """The parts of an open block, and what they give in the dense model.
+
+    Args:
+        index: of the block in the model.
+        layers: whose weights may change.
+        seed: of the order of the windows.
+        folder: for files of hidden states; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        block: OpenBlock,
+        index: int,
+        layers: Sequence[Layer],
+        how: Reconstruction,
+        seed: int,
+        folder: Path | None,
+    ) -> None:
+        self.block, self.index, self.how, self.folder = block, index, how, folder
+        whole = Part("", block.module, layers)
+        self.parts = (
+            [whole]
+            if how.granularity == BLOCK
+            else parts_of(block.module, f"{block.name}.", layers)
+        )
+        self._seed = seed * 1_000_003 + index
+        self._order = list(range(len(self.parts)))
+        self._wanted = [self._recorded() for _ in self.parts]
+        self._given_dense = [self._recorded() for _ in self.parts]
+
+    def _recorded(self) -> Recorded:
+        return Recorded(self.block.samples.count, self.folder)
+
+    def record(self, tick: Callable[[int], None], *, advance: bool) -> None:
+        """Send the dense hidden states through the block, which still has its dense weights; what comes out
+        takes their place where they are to advance."""
+        dense = self.block.samples.dense
+        assert dense is not None
+        for window, heard, output in self._passes(range(len(self.parts)), dense, tick):
+            if not bool(torch.isfinite(output).all()):
+                self.block.samples.leave_out(window, self.block.name)
+                continue
+            for index, one in enumerate(heard):
+                self._wanted[index].put(window, one.output)
+                if self.how.inputs == "dense":
+                    self._given_dense[index].put_call(window, one)
+            if advance:
+                dense[window] = output
+
+    def train(
+        self,
+        masks: Mapping[str, tuple[Layer, Tensor]],
+        ticker: Callable[[str, int], Callable[[int], None]],
+    ) -> Iterator[PartReport]:
+        """Train every part that has kept weights; the model's weights are changed in place.
+
+        Args:
+            masks: of the layers that may change, by name, True = kept.
+        """
+        samples = self.block.samples
+        fitted = [window for window in samples.active if window not in samples.held]
+        held = [window for window in samples.active if window in samples.held]
+        for number, index in enumerate(self._order):
+            began, part = time.perf_counter(), self.parts[index]
+            free = self._free(part, masks)
+            if not free:
+                continue
+            with self._given(index, ticker) as given:
+                task = Task(
+                    part,
+                    free,
+                    given,
+                    self._wanted[index],
+                    fitted,
+                    held,
+                    self.how,
+                    self.block.device,
+                )
+                generator = torch.Generator().manual_seed(self._seed + number)
+                tick = ticker(f"train {part.name}".rstrip(), self.how.epochs * len(fitted))
+                found = train(task, self.block.threads, generator, tick)
+            yield PartReport(
+                self.index,
+                part.name,
+                found.before.fitted,
+                found.after.fitted,
+                found.before.held,
+                found.after.held,
+                found.epoch,
+                found.diverged,
+                time.perf_counter() - began,
+            )
+
+    def close(self) -> None:
+        """Free what was recorded."""
+        for recorded in (*self._wanted, *self._given_dense):
+            recorded.close()
+
+    def _free(self, part: Part, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, Tensor]:
+        """By parameter name inside the part: which entries may change."""
+        free: dict[str, Tensor] = {}
+        names = {id(p): name for name, p in part.module.named_parameters()}
+        for layer in part.layers:
+            if layer.name not in masks:
+                continue
+            parameter = self.block.model.get_parameter(layer.parameter)
+            name = names[id(parameter)]
+            if name not in free:
+                free[name] = torch.zeros_like(parameter, dtype=torch.bool)
+            whole = free[name] if layer.expert is None else free[name][layer.expert]
+            view = whole if layer.input_axis == 1 else whole.T
+            view.copy_(masks[layer.name][1])
+        return free
+
+    @contextmanager
+    def _given(
+        self, index: int, ticker: Callable[[str, int], Callable[[int], None]]
+    ) -> Iterator[Recorded]:
+        """What a part is given, by the model as it is now."""
+        if self.how.inputs == "dense":
+            yield self._given_dense[index]
+            return
+        samples, given = self.block.samples, self._recorded()
+        try:
+            tick = ticker("inputs", len(samples.active))
+            for window, heard, _ in self._passes([index], samples.states, tick):
+                given.put_call(window, heard[0])
+            yield given
+        finally:
+            given.close()
+
+    def _passes(
+        self, indices: Sequence[int], states: Activations, tick: Callable[[int], None]
+    ) -> Iterator[tuple[int, list[Heard], Tensor]]:
+        """Every window through the block: what some parts heard, and what came out."""
+        listener, block = Listener([self.parts[index] for index in indices]), self.block
+
+        def one(window: int) -> tuple[list[Heard], Tensor]:
+            listener.begin()
+            output = block.run(window, states)
+            if len(indices) == len(self.parts):
+                self._order = listener.order()
+            return listener.heard(), output
+
+        with listener.listening():
+            for wave in block.threads.waves(list(block.samples.active)):
+                found = block.threads.run([lambda w=w: one(w) for w in wave])  # type: ignore[misc]
+                for window, (heard, output) in zip(wave, found, strict=True):
+                    yield window, heard, output
+                tick(len(wave))

@@ -1,0 +1,224 @@
+"""Kept weights of one part of a block, trained until it gives what it gives in the dense model.
+
+AdamW with a warm-up and a cosine decay, in float32, on a few windows a step, whose gradients are summed in
+the order of the windows: the result does not depend on the number of threads. Windows kept aside judge every
+epoch, and the best one is what stays, the weights at the start among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from maskopt.errors import ModelError
+from maskopt.fields import check_options, option
+from maskopt.model.parts import Part, Recorded
+from maskopt.model.threads import Threads
+
+BLOCK, PART = GRANULARITIES = ("block", "part")
+RELATIVE, SQUARE, COSINE = LOSSES = ("relative", "square", "cosine")
+#: of all steps, how many the learning rate rises for
+_WARM_UP = 0.05
+#: of a loss at the start: above it training has diverged
+_DIVERGED = 10.0
+#: of the mean square of a window's targets: what a token's own is at least taken for
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How kept weights are trained.
+
+    Raises:
+        OptionError: a value that cannot be.
+    """
+
+    granularity: str = option(
+        PART,
+        "what is trained at once; part: a block's attention, then its MLP; block: all of it",
+        choices=GRANULARITIES,
+    )
+    loss: str = option(
+        RELATIVE,
+        "of a token; relative: the squared error as a part of the dense output's square; square: the squared "
+        "error; cosine: one less the cosine",
+        choices=LOSSES,
+    )
+    inputs: str = option(
+        "pruned", "what a part is given while it is trained", choices=("pruned", "dense")
+    )
+    begin: str = option(
+        "keep", "what training starts from; refit: least squares", choices=("keep", "refit")
+    )
+    epochs: int = option(4, "over the windows", least=1)
+    batch: int = option(2, "windows of a step", least=1)
+    learning_rate: float = option(3e-4, "of AdamW at its highest", least=0)
+    weight_decay: float = option(0.0, "of AdamW", least=0)
+
+    def __post_init__(self) -> None:
+        check_options(self, "reconstruct")
+
+
+class Losses(NamedTuple):
+    """Mean over windows."""
+
+    fitted: float
+    held: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What became of a part.
+
+    Attributes:
+        before, after: losses; the same where nothing was better than the start.
+        epoch: the best one; 0: the start.
+        diverged: NaN, or a loss far above that of the start, ended it.
+    """
+
+    before: Losses
+    after: Losses
+    epoch: int
+    diverged: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part, what it is given and what it is to give.
+
+    Attributes:
+        free: by parameter name inside the part, bool in its shape: entries that may change.
+        given, wanted: of the fitted and of the held windows.
+    """
+
+    part: Part
+    free: dict[str, Tensor]
+    given: Recorded
+    wanted: Recorded
+    fitted: Sequence[int]
+    held: Sequence[int]
+    how: Reconstruction
+    device: torch.device
+
+
+def train(
+    task: Task, pool: Threads, generator: torch.Generator, tick: Callable[[int], None]
+) -> Trained:
+    """Train a part's free weights, in place; its other parameters are as they were, bit for bit."""
+    module = task.part.module
+    stored = {name: parameter.data for name, parameter in module.named_parameters()}
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float()
+    named = dict(module.named_parameters())
+    weights = [named[name] for name in task.free]
+    for name, weight in zip(task.free, weights, strict=True):
+        weight.data = stored[name].float().clone()
+        weight.requires_grad_(True)
+    try:
+        trained = _epochs(task, weights, pool, generator, tick)
+        new = [weight.data for weight in weights]
+    finally:
+        for name, parameter in named.items():
+            parameter.requires_grad_(False)
+            parameter.data = stored[name]
+    if trained.epoch:
+        for name, value in zip(task.free, new, strict=True):
+            named[name].data.copy_(
+                torch.where(task.free[name], value.to(stored[name].dtype), stored[name])
+            )
+    return trained
+
+
+def _epochs(
+    task: Task,
+    weights: Sequence[nn.Parameter],
+    pool: Threads,
+    generator: torch.Generator,
+    tick: Callable[[int], None],
+) -> Trained:
+    how, count = task.how, len(task.fitted)
+    steps = how.epochs * math.ceil(count / how.batch)
+    optimizer = torch.optim.AdamW(
+        weights, lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=how.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    before = Losses(_mean(task, task.fitted, pool), _mean(task, task.held, pool))
+    best, epoch, kept = before.held, 0, [weight.detach().clone() for weight in weights]
+    if not math.isfinite(best):
+        raise ModelError(
+            f"{task.part.name or 'a block'} gives NaN or infinite values where it is to be trained; leave "
+            "its layers out with `exclude`"
+        )
+    diverged = False
+    for number in range(1, how.epochs + 1):
+        order = torch.randperm(count, generator=generator).tolist()
+        for start in range(0, count, how.batch):
+            windows = [task.fitted[i] for i in order[start : start + how.batch]]
+            _set_gradients(task, weights, windows, pool)
+            optimizer.step()
+            schedule.step()
+            tick(len(windows))
+        held = _mean(task, task.held, pool)
+        diverged = not held <= _DIVERGED * before.held
+        if diverged:
+            break
+        if held < best:
+            best, epoch, kept = held, number, [weight.detach().clone() for weight in weights]
+    for weight, value in zip(weights, kept, strict=True):
+        weight.data = value
+    after = Losses(_mean(task, task.fitted, pool), best) if epoch else before
+    return Trained(before, after, epoch, diverged)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Of the learning rate: up in a line, down in half a cosine."""
+    rise = max(1, round(_WARM_UP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def _set_gradients(
+    task: Task, weights: Sequence[nn.Parameter], windows: Sequence[int], pool: Threads
+) -> None:
+    """Gradients of the mean loss of some windows, zero where nothing may change."""
+
+    def gradients(window: int) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return torch.autograd.grad(_loss(task, window), list(weights))
+
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    for wave in pool.waves(windows):
+        for found in pool.run([lambda w=w: gradients(w) for w in wave]):  # type: ignore[misc]
+            for weight, gradient in zip(weights, found, strict=True):
+                assert weight.grad is not None
+                weight.grad.add_(gradient)
+    for weight, free in zip(weights, task.free.values(), strict=True):
+        assert weight.grad is not None
+        weight.grad.div_(len(windows)).masked_fill_(~free, 0)
+
+
+def _mean(task: Task, windows: Sequence[int], pool: Threads) -> float:
+    total = 0.0
+    for wave in pool.waves(windows):
+        for loss in pool.run([lambda w=w: float(_loss(task, w)) for w in wave]):  # type: ignore[misc]
+            total += loss
+    return total / len(windows)
+
+
+def _loss(task: Task, window: int) -> Float[Tensor, ""]:
+    given = task.given.call(task.part.module, window, task.device, torch.float32)
+    wanted = task.wanted.state(window).to(task.device, torch.float32)
+    if task.how.loss == COSINE:
+        return 1 - nn.functional.cosine_similarity(given, wanted, dim=-1).mean()
+    error, size = (given - wanted).square().sum(-1), wanted.square().sum(-1)
+    if task.how.loss == SQUARE:
+        return error.mean() / size.mean().clamp(min=1e-30)
+    return (error / size.clamp(min=_LEAST * float(size.mean()) or 1.0)).mean()

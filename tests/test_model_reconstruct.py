@@ -1,0 +1,185 @@
+"""Kept weights trained towards the dense model: better, never worse, and the same bytes every time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import run
+from forging import forge_manifest
+from safetensors.torch import load_file
+from test_model_resume import contents, interrupted
+from tiny_models import save, tiny, tokens
+from transformers import AutoModelForCausalLM
+
+from maskopt import prune_model
+from maskopt.errors import ModelError, OptionError, VerificationError
+from maskopt.model.report import read_manifest
+from maskopt.model.verify import verify_output
+from maskopt.model.workspace import MANIFEST
+
+HOW: dict[str, Any] = {"epochs": 6, "learning_rate": 3e-3}
+OPTIONS: dict[str, Any] = {
+    "sparsity": 0.5,
+    "solver": "wanda",
+    "warm_start": None,
+    "min_tokens": 1,
+    "holdout": 0.25,
+    "weights": "reconstruct",
+    "reconstruct": HOW,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bloom", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("granularity", ["part", "block"])
+def test_parts_come_nearer_to_the_dense_model(family: str, granularity: str) -> None:
+    model, data = tiny(family), tokens(12)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    more = {"reconstruct": {**HOW, "granularity": granularity}}
+    report = prune_model(model, data, **{**OPTIONS, **more})
+    assert len(report.parts) == 3 * (2 if granularity == "part" else 1)
+    for part in report.parts:
+        assert part.held_after <= part.held_before
+        assert not part.diverged
+    gained = [part.held_after / part.held_before for part in report.parts]
+    assert min(gained) < 0.97
+    # nothing but kept weights of pruned layers is another
+    after = model.state_dict()
+    pruned = {name for name in before if not torch.equal(before[name], after[name])}
+    assert pruned
+    assert not any("norm" in name or "embed" in name or "bias" in name for name in pruned)
+    assert not any(p.requires_grad and p.grad is not None for p in model.parameters())
+
+
+def test_zeros_stay_zeros_bit_for_bit_and_the_dtype_stays(tmp_path: Path) -> None:
+    dense = save(tiny("llama", dtype=torch.bfloat16), tmp_path / "dense")
+    prune_model(dense, tokens(12), output=tmp_path / "out", **OPTIONS)
+    kept = prune_model(
+        dense,
+        tokens(12),
+        output=tmp_path / "kept",
+        **{**OPTIONS, "weights": "keep", "reconstruct": {}},
+    )
+    assert kept.parts == []
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("kept", "out"))
+    changed = 0
+    for name, tensor in new.items():
+        assert tensor.dtype == old[name].dtype == torch.bfloat16
+        if name.startswith("model.layers.0.") and name.endswith("proj.weight"):
+            # the first block's masks are those of the same inputs
+            assert torch.equal(tensor == 0, old[name] == 0) or "down" in name or "o_proj" in name
+            assert not torch.signbit(tensor[tensor == 0]).any()
+            changed += int((tensor != old[name]).sum())
+    assert changed > 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_block_that_would_get_worse_keeps_its_weights() -> None:
+    model = tiny("llama")
+    report = prune_model(
+        model, tokens(12), **{**OPTIONS, "reconstruct": {"epochs": 2, "learning_rate": 30.0}}
+    )
+    alike = tiny("llama")
+    kept = prune_model(alike, tokens(12), **{**OPTIONS, "weights": "keep", "reconstruct": {}})
+    assert any(part.diverged for part in report.parts)
+    for part in report.parts:
+        assert part.held_after <= part.held_before
+    first = [part for part in report.parts if part.block == 0 and part.part == "self_attn"]
+    if first[0].epoch == 0:
+        name = "model.layers.0.self_attn.q_proj"
+        assert torch.equal(
+            model.get_parameter(f"{name}.weight"), alike.get_parameter(f"{name}.weight")
+        )
+    assert kept.layers[0].error == report.layers[0].error
+
+
+@pytest.mark.parametrize("more", [{}, {"begin": "refit"}, {"inputs": "dense"}, {"loss": "cosine"}])
+def test_threads_change_nothing(more: dict[str, Any]) -> None:
+    models = []
+    for threads in (1, 3):
+        model = tiny("llama")
+        options = {**OPTIONS, "reconstruct": {**HOW, "epochs": 2, **more}, "threads": threads}
+        prune_model(model, tokens(12), **options)
+        models.append(model.state_dict())
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"reconstruct": {**HOW, "begin": "refit"}},
+        {"reconstruct": {**HOW, "begin": "refit"}, "true_sequential": True, "solver": "magnitude"},
+        {"target": "dense", "reconstruct": {**HOW, "granularity": "block"}},
+    ],
+)
+def test_a_run_is_resumed_and_verified(more: dict[str, Any], tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense", shard="30KB")
+    options = {**OPTIONS, **more}
+    whole = prune_model(dense, tokens(), output=tmp_path / "whole", **options)
+    for stage in ("targets", "solve", f"train {whole.parts[-1].part}".rstrip()):
+        out = tmp_path / stage.replace(" ", "-")
+        interrupted(dense, out, 1, stage, **options)
+        again = prune_model(dense, tokens(), output=out, resume=True, **options)
+        assert contents(out) == contents(tmp_path / "whole")
+        assert [replace(p, seconds=0.0) for p in again.parts] == [
+            replace(p, seconds=0.0) for p in whole.parts
+        ]
+    found = verify_output(tmp_path / "whole", dense, calibration=tokens())
+    assert len(found.checked_layers) == 21
+    assert "trained weights" in found.claimed
+    assert "kept weights" not in found.checked
+
+
+def test_trained_weights_of_a_run_that_trains_nothing_are_found(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    options = {**OPTIONS, "weights": "keep", "reconstruct": {}}
+    prune_model(dense, tokens(12), output=tmp_path / "out", **options)
+    part = {"block": 0, "part": "mlp", "epoch": 1, "diverged": False, "seconds": 1.0}
+    losses = dict.fromkeys(("fitted_before", "fitted_after", "held_before", "held_after"), 0.5)
+    forge_manifest(tmp_path / "out", lambda m: m.update(parts=[{**part, **losses}]))
+    with pytest.raises(VerificationError, match="its options train none"):
+        verify_output(tmp_path / "out", dense)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        ({"holdout": 0.0}, OptionError, "needs windows that judge it"),
+        ({"one_pass": True}, OptionError, "`one_pass` exclude each other"),
+        ({"weights": "keep"}, OptionError, "give `weights` reconstruct, too"),
+        ({"reconstruct": {"epoch": 3}}, OptionError, "epochs"),
+        ({"reconstruct": {"epochs": 0}}, OptionError, "epochs must be"),
+        ({"reconstruct": {"loss": "l1"}}, OptionError, "relative or square or cosine"),
+    ],
+)
+def test_bad_input_gets_one_line(more: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        prune_model(tiny("llama"), tokens(12), **{**OPTIONS, **more})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_part_that_is_called_twice_says_what_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    kind = type(model.model.layers[1])
+    once = kind.forward
+    monkeypatch.setattr(
+        kind, "forward", lambda block, *a, **more: block.mlp(once(block, *a, **more))
+    )
+    with pytest.raises(ModelError, match=r"called 2 times in a pass.*granularity=block"):
+        prune_model(model, tokens(12), **OPTIONS)
+
+
+def test_the_command_trains_and_says_what_became_of_it(
+    dense: Path, data: Path, tmp_path: Path
+) -> None:
+    words = ["--sparsity", "0.5", "--calibration", str(data), "--output", str(tmp_path / "out")]
+    words += ["--min-tokens", "1", "--holdout", "0.34", "--weights", "reconstruct"]
+    how = ["--reconstruct", "epochs=2", "--reconstruct", "batch=1"]
+    said = run("prune", str(dense), *words, "--seq-len", "16", "--samples", "6", *how)
+    assert "mean of 6 parts" in " ".join(said.split())
+    options = read_manifest(tmp_path / "out" / MANIFEST)["fingerprint"]["options"]
+    assert options["reconstruct"]["batch"] == 1
