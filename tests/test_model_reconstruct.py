@@ -21,7 +21,7 @@ from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST
 
-HOW: dict[str, Any] = {"epochs": 6, "learning_rate": 3e-3}
+HOW: dict[str, Any] = {"epochs": 6, "learning_rate": 0.1}
 OPTIONS: dict[str, Any] = {
     "sparsity": 0.5,
     "solver": "wanda",
@@ -80,7 +80,7 @@ def test_zeros_stay_zeros_bit_for_bit_and_the_dtype_stays(tmp_path: Path) -> Non
 def test_a_block_that_would_get_worse_keeps_its_weights() -> None:
     model = tiny("llama")
     report = prune_model(
-        model, tokens(12), **{**OPTIONS, "reconstruct": {"epochs": 2, "learning_rate": 30.0}}
+        model, tokens(12), **{**OPTIONS, "reconstruct": {"epochs": 2, "learning_rate": 1000.0}}
     )
     alike = tiny("llama")
     kept = prune_model(alike, tokens(12), **{**OPTIONS, "weights": "keep", "reconstruct": {}})

@@ -299,7 +299,11 @@ def test_manifests_that_say_otherwise_are_found(
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"weights": "both"}, OptionError, "`weights` must be text keep or refit or reconstruct, not 'both'"),
+        (
+            {"weights": "both"},
+            OptionError,
+            "`weights` must be text keep or refit or reconstruct, not 'both'",
+        ),
         ({"damping": -1.0}, OptionError, "`damping` must be at least 0, not -1.0"),
         ({"damping": "some"}, OptionError, "`damping` must be a number of at least 0 or auto"),
         ({"damping": "auto"}, ModelError, "`damping` auto needs held-out windows"),

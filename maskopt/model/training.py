@@ -58,7 +58,11 @@ class Reconstruction:
     )
     epochs: int = option(4, "over the windows", least=1)
     batch: int = option(2, "windows of a step", least=1)
-    learning_rate: float = option(3e-4, "of AdamW at its highest", least=0)
+    learning_rate: float = option(
+        0.01,
+        "of AdamW at its highest, in parts of the root mean square of a matrix's kept weights",
+        least=0,
+    )
     weight_decay: float = option(0.0, "of AdamW", least=0)
 
     def __post_init__(self) -> None:
@@ -142,10 +146,12 @@ def _epochs(
     generator: torch.Generator,
     tick: Callable[[int], None],
 ) -> Trained:
-    how, count = task.how, len(task.fitted)
+    how, count, named = task.how, len(task.fitted), list(zip(task.free, weights, strict=True))
     steps = how.epochs * math.ceil(count / how.batch)
     optimizer = torch.optim.AdamW(
-        weights, lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=how.weight_decay
+        [{"params": [w], "lr": how.learning_rate * _size(w, task.free[name])} for name, w in named],
+        betas=(0.9, 0.95),
+        weight_decay=how.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     before = Losses(_mean(task, task.fitted, pool), _mean(task, task.held, pool))
@@ -174,6 +180,11 @@ def _epochs(
         weight.data = value
     after = Losses(_mean(task, task.fitted, pool), best) if epoch else before
     return Trained(before, after, epoch, diverged)
+
+
+def _size(weight: Tensor, free: Tensor) -> float:
+    """Root mean square of what may change."""
+    return float(weight.detach()[free].square().mean().sqrt()) if bool(free.any()) else 0.0
 
 
 def _rate(step: int, steps: int) -> float:

@@ -56,6 +56,23 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
     ),
     "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {}),
 }
+#: label → other options: kept weights that are trained
+TRAINED: dict[str, dict[str, Any]] = {
+    "1-swap, kept": {"solver": "swap"},
+    "1-swap, trained": {"solver": "swap", "weights": "reconstruct"},
+    "Wanda, kept": {"solver": "wanda"},
+    "Wanda, trained": {"solver": "wanda", "weights": "reconstruct"},
+    "1-swap, whole blocks trained": {
+        "solver": "swap",
+        "weights": "reconstruct",
+        "reconstruct": {"granularity": "block"},
+    },
+    "1-swap on F, trained": {
+        "solver": "swap",
+        "weights": "reconstruct",
+        "reconstruct": {"begin": "refit"},
+    },
+}
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.1, 0.3)
 #: pattern and windows, where masks may be fitted too closely
@@ -102,6 +119,12 @@ def weights(name: str) -> Iterator[Case]:
             yield Case(how, {"auto": f"weights/{name}/{pattern}/{label}"})
 
 
+def trained(name: str) -> Iterator[Case]:
+    for label, own in TRAINED.items():
+        how = {"sparsity": 0.5, **calibrated(32), **own}
+        yield Case(how, {"auto": f"trained/{name}/{label}"})
+
+
 def bos(name: str) -> Iterator[Case]:
     for begin in ("never", "auto"):
         keys = {judged: f"bos/{name}/{begin}/{judged}" for judged in ("never", "auto")}
@@ -143,6 +166,7 @@ def stopping(name: str) -> Iterator[Case]:
 STUDIES = {
     "methods": methods,
     "weights": weights,
+    "trained": trained,
     "bos": bos,
     "target": target,
     "weighting": weighting,
@@ -254,6 +278,7 @@ def errors(report: PruneReport) -> dict[str, Any]:
         "held": sum(held) / len(held) if held else None,
         "shrink": sum(layer.shrink for layer in layers) / len(layers),
         "solving": sum(layer.seconds for layer in report.layers),
+        "training": sum(part.seconds for part in report.parts),
     }
 
 

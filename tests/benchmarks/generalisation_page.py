@@ -195,6 +195,23 @@ STUDIES = (
         },
     ),
     Study(
+        "trained",
+        "Weights that are trained",
+        "50%, 32 windows. Kept weights as they are, or trained towards the dense model with the defaults of\n"
+        "`--weights reconstruct`: attention and MLP one after the other, or whole blocks; the windows kept\n"
+        "aside choose the epoch. *on F*: masks and weights to begin with are those of `--weights refit`.\n"
+        "Errors are those of the masks, before weights are trained.",
+        {
+            "model": MODEL,
+            "mask, weights": part(1),
+            **QUALITY,
+            "× 1-swap, kept": beside("1-swap, kept"),
+            "KL to dense": figure("kl", ".3f"),
+            **ERRORS,
+            "training, min": lambda key, record, found: f"{record.get('training', 0) / 60:.1f}",
+        },
+    ),
+    Study(
         "bos",
         "What windows begin with",
         "50%, 32 calibration windows, with and without what the tokenizer puts before a text. SmolLM2's\n"
