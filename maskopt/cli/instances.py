@@ -11,7 +11,7 @@ from maskopt.cli.parameters import WALK, optional_pattern, takes
 from maskopt.compare import load_instances
 from maskopt.errors import OptionError
 from maskopt.least_squares import Refit
-from maskopt.model.options import REFIT
+from maskopt.model.options import RECONSTRUCT, REFIT
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 
@@ -44,6 +44,10 @@ def load_layers(
     Raises:
         OptionError: a model without calibration text or pattern, or among other sources.
     """
+    if options["weights"] == RECONSTRUCT:
+        raise OptionError(
+            "`weights` reconstruct trains whole blocks of a model; take `maskopt prune`"
+        )
     pattern = optional_pattern(options)
     models = [path for path in source if path.is_dir()]
     if not models:

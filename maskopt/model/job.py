@@ -28,7 +28,7 @@ from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
 from maskopt.model.gradients import DenseModel
-from maskopt.model.memory import Load, by_block, check_memory
+from maskopt.model.memory import Load, by_block, check_memory, state_copies
 from maskopt.model.opening import capped_length, open_source
 from maskopt.model.options import WalkOptions
 from maskopt.model.progress import OnBlockProgress, ticker
@@ -305,8 +305,9 @@ class Job:
         return of
 
     def _spills(self, size: int) -> bool:
-        """Whether hidden states of so many bytes, and where there are dense ones those, go to a file."""
-        return (2 if self.options.beside else 1) * size > self.activation_memory
+        """Whether hidden states of so many bytes, and those that are kept beside them, go to a file."""
+        copies = state_copies(beside=self.options.beside, trained=self.options.trained)
+        return copies * size > self.activation_memory
 
 
 class Block:

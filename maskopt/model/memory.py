@@ -86,7 +86,7 @@ def estimate_memory(load: Load) -> Memory:
     outside = sum(p.numel() for name, p in source.blocks.outside() if name in named) * width
     hidden = hidden_size(source.model)
     state = length * hidden * width
-    copies = (2 if load.beside else 1) + (3 if load.trained else 0)
+    copies = state_copies(beside=load.beside, trained=load.trained)
     activations = copies * load.samples * state
     grams = inputs = solving = 0
     for mine in by_block(load.layers).values():
@@ -107,12 +107,10 @@ def estimate_memory(load: Load) -> Memory:
             for y in mine
         ]
         solving = max(solving, max(map(sum, zip(squares, rows, systems, strict=True))))
-        if (
-            load.trained
-        ):  # in float32: weights, the best of them, two moments, gradients of every thread
-            solving = max(
-                solving, 4 * (5 + load.threads) * sum(y.rows * y.n for y in mine) + 2 * inputs
-            )
+        if load.trained:
+            # in float32: weights, the best of them, two moments, gradients, those of every thread
+            weights = 4 * (5 + load.threads) * sum(y.rows * y.n for y in mine)
+            solving = max(solving, weights + 2 * inputs)
     return Memory(
         BASE,
         outside,
@@ -123,6 +121,12 @@ def estimate_memory(load: Load) -> Memory:
         _of_gradients(load, load.samples * state, inputs) if load.gradients else 0,
         copies * state if activations > load.activation_memory else activations,
     )
+
+
+def state_copies(*, beside: bool, trained: bool) -> int:
+    """Hidden states of every token that are kept at a time: those of the pruned model; those of the dense one
+    beside them; and where parts are trained what one is given, and what each of two is to give."""
+    return 1 + beside + 3 * trained
 
 
 def _of_gradients(load: Load, states: int, inputs: int) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from maskopt.errors import ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer
 from maskopt.model.collect import OpenBlock
@@ -86,6 +87,11 @@ class Targets:
         samples = self.block.samples
         fitted = [window for window in samples.active if window not in samples.held]
         held = [window for window in samples.active if window in samples.held]
+        if not held:
+            raise ModelError(
+                f"{self.block.name}: no window kept aside is left to judge what is trained; give a larger "
+                "`holdout`"
+            )
         for number, index in enumerate(self._order):
             began, part = time.perf_counter(), self.parts[index]
             free = self._free(part, masks)
