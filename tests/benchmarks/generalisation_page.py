@@ -98,9 +98,15 @@ swaps and shrinkage; those with another target or weighting have errors of anoth
 
 
 def by_model(lines: Lines, study: str) -> Found:
-    """The measurements of a study by what follows its name, the models one after the other."""
+    """The measurements of a study by what follows its name, the models one after the other, and where it is
+    by numbers those as well."""
     found = {tuple(k.split("/")): v for k, v in family(lines, study + "/").items()}
-    return dict(sorted(found.items(), key=lambda item: item[0][0]))
+
+    def place(item: tuple[Key, Record]) -> tuple[str, list[int]]:
+        (model, *rest), _ = item
+        return model, [int(word) if word.isdigit() else 0 for word in rest]
+
+    return dict(sorted(found.items(), key=place))
 
 
 @dataclass(frozen=True)
