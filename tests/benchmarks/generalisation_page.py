@@ -206,7 +206,8 @@ STUDIES = (
         "50%, 32 windows. Kept weights as they are, or trained towards the dense model with the defaults of\n"
         "`--weights reconstruct`: attention and MLP one after the other, or whole blocks; the windows kept\n"
         "aside choose the epoch. *on F*: masks and weights to begin with are those of `--weights refit`.\n"
-        "Errors are those of the masks, before weights are trained.",
+        "Errors are those of the masks, before weights are trained. Minutes were taken with other work on\n"
+        "the same cores now and then.",
         {
             "model": MODEL,
             "mask, weights": part(1),
