@@ -50,7 +50,7 @@ class Gurobi(RowSolver):
         proves="optimality",
         largest_n=512,
         refit=True,
-        note="optional gurobipy; proves up to about 96 inputs, of refitted weights 24",
+        note="optional gurobipy; proves up to about 96 inputs, of refitted weights 20",
     )
 
     @classmethod

@@ -111,13 +111,7 @@ def solve_refitted(
     tasks = [
         kind(
             q=a,
-            group=problem.group_size,
-            pruned=problem.pruned_per_group,
-            start=(~start[i]).numpy(),
-            limits=limits.quiet(),
-            row_seconds=solver.row_seconds,
-            gap_limit=solver.gap_limit,
-            node_limit=solver.node_limit,
+            **solver.asked(problem, start[i], limits),
             target=(target[i] / size).numpy(),
             constant=float(constant[i]) if squares.ridge else 0.0,
             split=_safe(a, split[i]),

@@ -160,18 +160,24 @@ class RowSolver(Solver):
         tasks = [
             kind(
                 q=problem.row(i).q().numpy(),
-                group=problem.group_size,
-                pruned=problem.pruned_per_group,
-                start=(~start[i]).numpy(),
-                limits=limits.quiet(),
-                row_seconds=self.row_seconds,
-                gap_limit=self.gap_limit,
-                node_limit=self.node_limit,
+                **self.asked(problem, start[i], limits),
                 **own,
             )
             for i in range(problem.rows)
         ]
         return assemble(problem, run_rows(search, tasks, limits, self.workers), word)
+
+    def asked(self, problem: LayerProblem, start: Tensor, limits: Limits) -> dict[str, Any]:
+        """What the task of a row has whatever its objective is; `start` is the row's mask, bool [n]."""
+        return {
+            "group": problem.group_size,
+            "pruned": problem.pruned_per_group,
+            "start": (~start).numpy(),
+            "limits": limits.quiet(),
+            "row_seconds": self.row_seconds,
+            "gap_limit": self.gap_limit,
+            "node_limit": self.node_limit,
+        }
 
 
 def run_rows(

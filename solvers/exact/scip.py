@@ -53,7 +53,7 @@ class Scip(RowSolver):
         proves="optimality",
         largest_n=512,
         refit=True,
-        note="integer programming; proves up to about 128 inputs, beyond that a gap; of refitted weights 24",
+        note="integer programming; proves up to about 128 inputs, beyond that a gap; of refitted weights 20",
     )
 
     formulation: str = option(
