@@ -59,10 +59,8 @@ class DenseModel:
         norms = torch.zeros(blocks, count, self.windows.length)
         with ExitStack() as held:
             later = [held.enter_context(self._empty()) for _ in range(blocks)]
-            entered = [
-                self.captured.states,
-                *later,
-            ]  # where the pass ends, the first are as they were
+            # the first are those of the walk to come, and stay as they are
+            entered = [self.captured.states, *later]
             for index in range(blocks):
                 self._forward(index, entered[index], entered[index + 1])
             gradients = entered.pop()  # of the states in it, in their place

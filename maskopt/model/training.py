@@ -116,26 +116,27 @@ def train(
 ) -> Trained:
     """Train a part's free weights, in place; its other parameters are as they were, bit for bit."""
     module = task.part.module
-    stored = {name: parameter.data for name, parameter in module.named_parameters()}
-    for parameter in module.parameters():
-        parameter.data = parameter.data.float()
     named = dict(module.named_parameters())
+    stored = {name: (p.data, p.grad, p.requires_grad) for name, p in named.items()}
     weights = [named[name] for name in task.free]
-    for name, weight in zip(task.free, weights, strict=True):
-        weight.data = stored[name].float().clone()
-        weight.requires_grad_(True)
     try:
+        for name, parameter in named.items():
+            parameter.grad = None
+            parameter.requires_grad_(name in task.free)
+            parameter.data = parameter.data.float()
+        for weight in weights:
+            weight.data = weight.data.clone()
         trained = _epochs(task, weights, pool, generator, tick)
         new = [weight.data for weight in weights]
     finally:
         for name, parameter in named.items():
-            parameter.requires_grad_(False)
-            parameter.data = stored[name]
+            parameter.grad = None  # of another dtype than the data that come back
+            parameter.data, parameter.grad, _ = stored[name]
+            parameter.requires_grad_(stored[name][2])
     if trained.epoch:
         for name, value in zip(task.free, new, strict=True):
-            named[name].data.copy_(
-                torch.where(task.free[name], value.to(stored[name].dtype), stored[name])
-            )
+            old = named[name].data
+            old.copy_(torch.where(task.free[name], value.to(old.dtype), old))
     return trained
 
 
