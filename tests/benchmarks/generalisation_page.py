@@ -62,12 +62,14 @@ def judges(lines: Lines, figure: Path) -> str:
     words = []
     for model, title in TITLES.items():
         # evaluated as they were calibrated, and with targets that are the same
-        runs = [
+        found = [
             record
             for key, record in lines.items()
             if key.split("/")[1:2] == [model]
             and key.split("/")[0] in ("methods", "sizes", "shrink", "stopping")
         ]
+        # two studies may have a run in common
+        runs = list({(run["held"], run["perplexity"]): run for run in found}.values())
         if len(runs) < _FEW:
             continue
         held = [run["held"] for run in runs]
