@@ -36,7 +36,7 @@ from maskopt.model.options import KEEP, name_patterns
 from maskopt.model.problems import layer_problems
 from maskopt.model.report import read_manifest
 from maskopt.model.workspace import MANIFEST
-from maskopt.pattern import pattern_from_dict
+from maskopt.pattern import Unstructured, pattern_from_dict
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import limits_of, solve
@@ -156,7 +156,8 @@ def certify_model(
         walks.enter_context(torch_threads(None))
         dense = walks.enter_context(closing(layer_problems(model, **common)))
         sparse = walks.enter_context(closing(layer_problems(pruned, **common)))
-        parts = _model_rows(dense, sparse, rows_per_layer, seed)
+        counts = manifest["fingerprint"]["options"].get("counts", {})
+        parts = _model_rows(dense, sparse, counts, rows_per_layer, seed)
         return _certify(parts, method, dict(method_options or {}), seed, output, on_rows)
 
 
@@ -253,6 +254,7 @@ def _sampled(
 def _model_rows(
     dense: Iterator[tuple[Layer, LayerProblem]],
     sparse: Iterator[tuple[Layer, LayerProblem]],
+    counts: Mapping[str, int],
     rows_per_layer: int,
     seed: int,
 ) -> Iterator[_Rows]:
@@ -268,9 +270,9 @@ def _model_rows(
             changed = (kept_weight != 0) & (kept_weight != part.weight)
             if bool(changed.any()):
                 raise ModelError(f"{name}: kept weights differ from the original model's")
-            problem = LayerProblem(
-                part.weight, pruned.gram, part.pattern, name=name, assume_psd=True
-            )
+            # where layers trade, each has a count of its own
+            pattern = Unstructured(keep=layer.n - counts[name]) if counts else part.pattern
+            problem = LayerProblem(part.weight, pruned.gram, pattern, name=name, assume_psd=True)
             yield _Rows(problem, layer.kind, chosen, _mask_of(problem, kept_weight != 0))
 
 

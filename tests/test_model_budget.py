@@ -177,7 +177,7 @@ def test_a_trade_that_was_left_out_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"budget": "model"}, OptionError, "`budget` must be text row or layer, not 'model'"),
+        ({"budget": "all"}, OptionError, "`budget` must be text row or layer or model, not 'all'"),
         (
             {"solver": "tabu"},
             MaskoptError,

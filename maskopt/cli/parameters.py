@@ -73,6 +73,8 @@ FLAGS = {
     "solver_options": ("--option", "-o"),
     "reconstruct": ("--reconstruct",),
 }
+#: mappings too long to be repeated options: a JSON file each
+FILES = ("counts",)
 Command = Callable[..., None]
 
 
@@ -135,6 +137,25 @@ def read_solver_options(items: Sequence[str] | None) -> dict[str, Any]:
     return options
 
 
+def read_counts(path: str | None) -> dict[str, Any]:
+    """Of a JSON file, {layer name: count}; none without one.
+
+    Raises:
+        OptionError: it cannot be read, or is none.
+    """
+    if path is None:
+        return {}
+    try:
+        counts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"`counts` {path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        counts = None
+    if not isinstance(counts, dict):
+        raise OptionError(f'`counts` {path}: must be JSON, {{"layer name": inputs pruned per row}}')
+    return counts
+
+
 def _number_or_word(text: str) -> float | str:
     try:
         return float(text)
@@ -149,11 +170,12 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
         "exclude": name_patterns,
         "solver_options": read_solver_options,
         "reconstruct": read_solver_options,
+        "counts": read_counts,
         "pattern": parse_pattern,
         "shrink": _number_or_word,
         "damping": _number_or_word,
     }
-    never_none = ("include", "exclude", "solver_options", "reconstruct")
+    never_none = ("include", "exclude", "solver_options", "reconstruct", "counts")
     return {
         name: readers[name](value)
         if name in readers and (value is not None or name in never_none)
@@ -178,6 +200,8 @@ def _parameter(name: str, panel: str | None, defaults: dict[str, Any]) -> inspec
     if field.metadata["unit"] == "bytes":
         kind = str | None if type(None) in typing.get_args(kind) else str
         default = None if default is None else f"{default // 2**30}GiB"
+    elif name in FILES:
+        kind, default = str | None, None
     elif kind == float | str:
         kind, default = str, str(default)
     elif typing.get_origin(kind) not in (None, types.UnionType):  # a tuple, a mapping: repeated

@@ -1,4 +1,4 @@
-"""How much the loss depends on what leaves each block: forward and backward once through the dense model.
+"""How much the loss depends on what blocks and layers give: once forward and back through the dense model.
 
 All windows go forward through the blocks, and what enters each is kept; then backward, each block computed
 once more with what autograd needs. So, as in every walk, the weights of one block are in memory at a time.
@@ -7,7 +7,7 @@ The loss is the cross-entropy of the windows' own next tokens, as in an empirica
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,31 @@ from torch import Tensor, nn
 
 from maskopt.errors import ModelError
 from maskopt.model.activations import Activations
+from maskopt.model.blocks import Layer
 from maskopt.model.forward import Captured, ending
 from maskopt.model.source import Source
 from maskopt.model.threads import Threads
 from maskopt.model.tokens import Windows
+from maskopt.model.watch import WatchedWeights, WatchGradients
 
 #: matrices [length, vocabulary] of float32 that the loss of a window and its gradient take
 LOGITS = 4
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of the loss, in the dense model.
+
+    Attributes:
+        norms: [blocks, windows, length], of that by every token's hidden state as it leaves each block.
+        squares: by layer name, float64 [rows], of the gradient by each output: summed over the tokens, a part
+            of the number of tokens that the loss is of. Half of Σᵣ squaresᵣ fᵣ is what errors fᵣ of a layer's
+            rows cost each token, to second order, with the diagonal of the empirical Fisher matrix for the
+            loss's curvature. Layers that no token came to are left out.
+    """
+
+    norms: Float[Tensor, "blocks windows length"]
+    squares: Mapping[str, Float[Tensor, " rows"]]
 
 
 @dataclass(frozen=True)
@@ -45,20 +63,25 @@ class DenseModel:
     tick: Callable[[int], None]
 
     @staticmethod
-    def steps(blocks: int) -> int:
-        """Through every block, the head, and back through every block but the first."""
-        return 2 * blocks
+    def steps(blocks: int, *, of_layers: bool = False) -> int:
+        """Through every block, the head, and back through every block (but the first, where layers do not
+        matter)."""
+        return 2 * blocks + of_layers
 
-    def output_gradients(self) -> Float[Tensor, "blocks windows length"]:
-        """Norms of the loss's gradient by every token's hidden state as it leaves each block.
+    def gradients(self, layers: Sequence[Layer] = (), held: Set[int] = frozenset()) -> Gradients:
+        """Gradients of the loss by the states that leave the blocks, and by the outputs of some layers.
+
+        Args:
+            held: windows that do not count in the squares.
 
         Raises:
             ModelError: NaN or infinite activations or gradients.
         """
         blocks, count = len(self.source.blocks), len(self.windows)
         norms = torch.zeros(blocks, count, self.windows.length)
-        with ExitStack() as held:
-            later = [held.enter_context(self._empty()) for _ in range(blocks)]
+        squares: dict[str, Tensor] = {}
+        with ExitStack() as until_the_end:
+            later = [until_the_end.enter_context(self._empty()) for _ in range(blocks)]
             # the first are those of the walk to come, and stay as they are
             entered = [self.captured.states, *later]
             for index in range(blocks):
@@ -68,11 +91,24 @@ class DenseModel:
             for index in reversed(range(blocks)):
                 for window in range(count):
                     norms[index, window] = gradients[window][0].float().norm(dim=1)
-                if index:
-                    self._backward(index, entered[index], gradients)
-        if not bool(torch.isfinite(norms).all()):
+                mine = [layer for layer in layers if layer.block == index]
+                if index or mine:
+                    found = self._backward(index, entered[index], gradients, mine)
+                    squares |= self._mean(found, held)
+        everything = (norms, *squares.values())
+        if not all(bool(torch.isfinite(values).all()) for values in everything):
             raise ModelError("the loss has NaN or infinite gradients; try `dtype` float32")
-        return norms
+        return Gradients(norms, squares)
+
+    def _mean(self, found: Mapping[int, Mapping[str, Tensor]], held: Set[int]) -> dict[str, Tensor]:
+        """Over the windows that count, in their order: the sum does not depend on the threads."""
+        used = [window for window in range(len(self.windows)) if window not in held]
+        tokens = len(used) * (self.windows.length - self.windows.beginning.first_target)
+        total: dict[str, Tensor] = {}
+        for window in used:
+            for name, squares in found[window].items():
+                total[name] = total[name] + squares if name in total else squares
+        return {name: squares / tokens for name, squares in total.items()}
 
     def _empty(self) -> Activations:
         states = self.captured.states
@@ -106,18 +142,32 @@ class DenseModel:
             self._each(lambda w: _gradient(states[w].to(device), lambda x: loss(w, x)), states)
         source.load_outside()  # the head leaves nothing in memory
 
-    def _backward(self, index: int, entered: Activations, gradients: Activations) -> None:
-        """Gradients by what leaves a block become those by what enters it."""
+    def _backward(
+        self, index: int, entered: Activations, gradients: Activations, layers: Sequence[Layer]
+    ) -> dict[int, dict[str, Tensor]]:
+        """Gradients by what leaves a block become those by what enters it.
+
+        Returns, by window and layer name, the squares of those by the layers' outputs.
+        """
         calls, device = self.captured.calls[index], self.source.device
+        squares: dict[int, dict[str, Tensor]] = {}
         with self.source.open(index) as block:
+            weights = WatchedWeights(self.source.model, layers)
 
             def through(window: int) -> Tensor:
+                watch = WatchGradients(weights)
+
+                def watched(state: Tensor) -> Tensor:
+                    with watch:
+                        return calls[window](block, state)
+
                 onto = gradients[window].to(device)
-                return _gradient(
-                    entered[window].to(device), lambda x: calls[window](block, x), onto
-                )
+                found = _gradient(entered[window].to(device), watched, onto)
+                squares[window] = watch.squares
+                return found
 
             self._each(through, gradients)
+        return squares
 
 
 def _gradient(

@@ -14,7 +14,7 @@ their hidden states become the inputs of the next block.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
-from maskopt.model.gradients import DenseModel
+from maskopt.model.gradients import DenseModel, Gradients
 from maskopt.model.memory import Load, by_block, check_memory, state_copies
 from maskopt.model.opening import capped_length, open_source
 from maskopt.model.options import WalkOptions
@@ -102,6 +102,7 @@ class Job:
         last: the block that the walk ends with.
         threads: as many at once on the CPU.
         pool: those threads, while the walk goes on.
+        gradients: of the dense model's loss, once a walk that needs them has begun.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Job:
         self.tell = on_progress or (lambda _: None)
         self.pool: Threads
         self._captured: Captured | None = None
-        self._gradients: Tensor | None = None
+        self.gradients: Gradients | None = None
         self._held: ExitStack | None = None
         self._walk: Generator[Block, None, None] | None = None
 
@@ -148,7 +149,7 @@ class Job:
             beside=self.options.beside,
             refit=self.options.refit is not None,
             trained=self.options.trained,
-            gradients=self.options.weighting == GRADIENT and not self.whole,
+            gradients=self.options.backward and not self.whole,
         )
 
     def blocks(
@@ -175,8 +176,8 @@ class Job:
             held = self._held or until_the_end
             captured = self._captured = self._start(held, folder)
             samples = self._samples(captured.states, held, folder)
-            if self.options.weighting == GRADIENT and not self.whole:
-                self._gradients = self._output_gradients(captured, folder)
+            if self.options.backward and not self.whole:
+                self.gradients = self._dense_gradients(captured, samples.held, folder)
             for index in range(waiting[-1] + 1):
                 done = finished.get(index)
                 edits = None if done is None or self.options.one_pass else done.edits
@@ -280,22 +281,24 @@ class Job:
                 dense[sample] = states[sample]
         return Samples(states, count, self.windows.source, skip_bad=skip, held=aside, dense=dense)
 
-    def _output_gradients(self, captured: Captured, folder: Path) -> Tensor:
-        """Of the dense model's loss, as `weighting` gradient has it: [blocks, windows, length]."""
+    def _dense_gradients(self, captured: Captured, aside: Set[int], folder: Path) -> Gradients:
+        """Of the dense model's loss, as options ask for them."""
         assert self.windows is not None
         blocks, count, states = len(self.source.blocks), len(self.windows), captured.states
         size = (blocks + 1) * count * states.shape.numel() * states.dtype.itemsize
         place = folder if size > self.activation_memory else None
-        tick = ticker(self.tell, 0, self.last + 1, "gradients", DenseModel.steps(blocks) * count)
+        layers = self.layers if self.options.sensitive else ()
+        steps = DenseModel.steps(blocks, of_layers=bool(layers)) * count
+        tick = ticker(self.tell, 0, self.last + 1, "gradients", steps)
         dense = DenseModel(self.source, self.windows, captured, self.pool, place, tick)
-        return dense.output_gradients()
+        return dense.gradients(layers, aside)
 
     def token_weights(self, block: int, states: Activations) -> Callable[[int], Tensor] | None:
         """What each token of a window counts, `states` entering the block; None: all of them once."""
         weighting = self.options.weighting
         if weighting == ALIKE:
             return None
-        norms = None if self._gradients is None else self._gradients[block]
+        norms = None if self.gradients is None else self.gradients.norms[block]
 
         def of(window: int) -> Tensor:
             return token_weights(

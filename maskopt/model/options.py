@@ -34,7 +34,9 @@ TARGETS = ("pruned", "dense")
 #: of `weights`
 KEEP, REFIT, RECONSTRUCT = WEIGHTS = ("keep", "refit", "reconstruct")
 #: of `budget`
-ROW, LAYER = BUDGETS = ("row", "layer")
+ROW, LAYER, MODEL = BUDGETS = ("row", "layer", "model")
+#: of `importance`
+EQUAL, SHARE, LOSS = IMPORTANCES = ("alike", "relative", "loss")
 
 
 def _about(decides: str, words: str, **facts: Any) -> dict[str, Any]:
@@ -144,11 +146,24 @@ class WalkOptions:
                 "the template says: choose one"
             )
 
-        if self.weighting == GRADIENT and self.skip_bad_samples:
+        if self.weighting == GRADIENT:
+            self._check_every_window("`weighting` gradient")
+
+    def _check_every_window(self, what: str) -> None:
+        if self.skip_bad_samples:
             raise OptionError(
-                "`weighting` gradient needs every window's loss, `skip_bad_samples` leaves windows out: "
-                "choose one"
+                f"{what} needs every window's loss, `skip_bad_samples` leaves windows out: choose one"
             )
+
+    @property
+    def backward(self) -> bool:
+        """Whether gradients of the dense model's loss are needed."""
+        return self.weighting == GRADIENT or self.sensitive
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether those by the outputs of the layers are."""
+        return False
 
     @property
     def beside(self) -> bool:
@@ -212,9 +227,31 @@ class PruneOptions(WalkOptions):
     budget: str = _option(
         ROW,
         MASKS,
-        "What has a count of its own. row: every row of a layer prunes as many weights; layer: only the "
-        "layer, and its rows trade.",
+        "What has a count of its own. row: every row of a layer prunes as many weights, as do layers; layer: "
+        "only the layer, and its rows trade; model: only the model, and its layers trade, their rows alike.",
         choices=BUDGETS,
+    )
+    importance: str = _option(
+        LOSS,
+        MASKS,
+        "Of `budget` model, what an error of a layer counts. alike: as it is; relative: as a part of the "
+        "layer's output; loss: by the squared gradient of the dense model's loss by each of its outputs.",
+        choices=IMPORTANCES,
+    )
+    spread: float = _option(
+        0.2,
+        MASKS,
+        "Of `budget` model, how far a layer's sparsity may be from the model's.",
+        least=0,
+        below=1,
+    )
+    counts: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata=_about(
+            MASKS,
+            "Of `budget` model, how many inputs each row of a layer prunes, by layer name; chosen by "
+            "`importance` where none are given.",
+        ),
     )
     target: str = _option(
         "pruned",
@@ -255,6 +292,7 @@ class PruneOptions(WalkOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "solver_options", dict(self.solver_options))
+        object.__setattr__(self, "counts", dict(self.counts))
         self._set_budget()
         self._set_reconstruction()
         _check_shrink(self.shrink, self.holdout)
@@ -269,14 +307,23 @@ class PruneOptions(WalkOptions):
 
     def _set_budget(self) -> None:
         """Pattern and `budget` say the same; either is enough."""
-        if self.pattern.pooled:
+        if self.pattern.pooled and self.budget != MODEL:
             object.__setattr__(self, "budget", LAYER)
-        elif self.budget == LAYER:
+        elif self.budget != ROW:
             if isinstance(self.pattern, NM):
                 raise OptionError(
-                    f"`budget` layer is of a sparsity; {self.pattern} has a count in every group"
+                    f"`budget` {self.budget} is of a sparsity; {self.pattern} has a count in every group"
                 )
-            object.__setattr__(self, "pattern", replace(self.pattern, per="layer"))
+            if self.budget == MODEL and (self.pattern.pooled or self.pattern.sparsity is None):
+                raise OptionError(
+                    f"`budget` model is of a plain sparsity, such as 0.5, not of {self.pattern}"
+                )
+            if self.budget == LAYER:
+                object.__setattr__(self, "pattern", replace(self.pattern, per="layer"))
+        if self.counts and self.budget != MODEL:
+            raise OptionError("`counts` are those of layers that trade: give `budget` model, too")
+        if self.sensitive:
+            self._check_every_window("`importance` loss")
 
     def _set_reconstruction(self) -> None:
         """Every setting is there, or none where nothing is trained."""
@@ -328,8 +375,20 @@ class PruneOptions(WalkOptions):
     def trained(self) -> bool:
         return self.weights == RECONSTRUCT
 
+    @property
+    def sensitive(self) -> bool:
+        return self.budget == MODEL and self.importance == LOSS and not self.counts
+
+    def pattern_of(self, layer: Layer) -> Pattern:
+        """The layer's own where layers trade, once their counts are known; else that of all."""
+        if not self.counts:
+            return self.pattern
+        return Unstructured(keep=layer.n - self.counts[layer.name])
+
     def check_layers(self, layers: Sequence[Layer]) -> None:
         super().check_layers(layers)
+        if self.counts:
+            self._check_counts(layers)
         if self.moved:
             self._check_in_order(layers, "`target` dense")
         for layer in layers:
@@ -338,6 +397,25 @@ class PruneOptions(WalkOptions):
             except PatternError as error:
                 raise PatternError(f"layer {layer.name!r}: {error}") from None
 
+    def _check_counts(self, layers: Sequence[Layer]) -> None:
+        """Raise OptionError where `counts` are not of these layers, or not as many in all as they would be
+        alike."""
+        check_names(self.counts, [layer.name for layer in layers], "layer that is pruned")
+        total = 0
+        for layer in layers:
+            count = self.counts.get(layer.name)
+            if type(count) is not int or not 0 <= count < layer.n:
+                raise OptionError(
+                    f"`counts` of layer {layer.name!r} must be a whole number of at least 0 and less than "
+                    f"{layer.n}, not {count!r}"
+                )
+            total += layer.rows * count
+        alike = sum(self.pattern.pruned_in(layer.rows, layer.n) for layer in layers)
+        if total != alike:
+            raise OptionError(
+                f"`counts` prune {total} weights; at sparsity {self.pattern} it must be {alike}"
+            )
+
     def record(self) -> dict[str, Any]:
         """What decides the masks, as JSON values: for the manifest."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata["decides"] == MASKS]
@@ -345,6 +423,7 @@ class PruneOptions(WalkOptions):
         values["pattern"] = pattern_to_dict(self.pattern)
         values["warm_start"] = self.start
         values["solver_options"] = dict(sorted(self.solver_options.items()))
+        values["counts"] = dict(sorted(self.counts.items()))
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
@@ -379,12 +458,12 @@ def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) ->
     return PruneOptions(**given) if options is None else dataclasses.replace(options, **given)
 
 
-def check_names(given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise OptionError for a name that is no option here."""
+def check_names(given: Iterable[str], known: Iterable[str], what: str = "option") -> None:
+    """Raise OptionError for a name that is no option here (or no such thing)."""
     known = set(known)
     for name in given:
         if name not in known:
-            raise OptionError(f"no option is called {name!r}{near(name, known)}")
+            raise OptionError(f"no {what} is called {name!r}{near(name, known)}")
 
 
 def one_pattern(sparsity: float | None, pattern: Pattern | None) -> Pattern:

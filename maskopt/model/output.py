@@ -35,6 +35,7 @@ from maskopt.model.unchanged import Unchanged
 from maskopt.model.workspace import (
     GONE,
     HIDDEN,
+    JOURNAL,
     MANIFEST,
     MASKS,
     Workspace,
@@ -292,6 +293,20 @@ def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport
     layers = read_layers(manifest["layers"], output / MANIFEST)
     parts = read_parts(manifest.get("parts", []), output / MANIFEST)
     return PruneReport(layers, fingerprint, manifest["bad_samples"], {}, output, 0.0, parts)
+
+
+def recorded_counts(output: Path) -> dict[str, int]:
+    """What each layer prunes in the run that a folder holds, finished or not; empty where it does not say.
+
+    Raises:
+        ModelError: journal or manifest are damaged.
+    """
+    fingerprint: Mapping[str, Any] = {}
+    if (output / HIDDEN / JOURNAL).exists():
+        fingerprint = Journal(output / HIDDEN / JOURNAL).header or {}
+    elif (output / MANIFEST).exists():
+        fingerprint = read_manifest(output / MANIFEST)["fingerprint"]
+    return dict(fingerprint.get("options", {}).get("counts", {}))
 
 
 def apply_masks(

@@ -25,7 +25,7 @@ from maskopt.model.memory import (
     estimate_memory,
     hidden_size,
 )
-from maskopt.model.options import KEEP, PruneOptions, prune_options
+from maskopt.model.options import KEEP, MODEL, PruneOptions, prune_options
 from maskopt.model.solving import solve_layer
 from maskopt.model.source import Source
 from maskopt.model.write import disk_needed
@@ -112,7 +112,7 @@ def plan_prune(
 
 def _pruned(layer: Layer, options: PruneOptions) -> int:
     """How many of the layer's weights go."""
-    return options.pattern.pruned_in(layer.rows, layer.n)
+    return options.pattern_of(layer).pruned_in(layer.rows, layer.n)
 
 
 def _forward_operations(job: Job, options: PruneOptions) -> float:
@@ -131,6 +131,10 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
                 total -= 2 * mine[-1].rows * mine[-1].n
+        if options.backward:  # forward for what enters a block, and again, with a backward pass
+            passes += 4
+        if options.budget == MODEL and not options.counts:  # once more through the dense model
+            passes, squares = passes + 1, squares + 1
         if options.reconstruction is not None:  # a backward pass is two; targets, inputs, judging
             passes += 3 * options.reconstruction.epochs + 4
         total += passes * (2 * weights + 4 * job.length * width) + squares * sum(

@@ -15,7 +15,7 @@ from maskopt.least_squares import Refit
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
 from maskopt.model.job import Job, open_job
-from maskopt.model.options import AUTO, PruneOptions, name_patterns, prune_options
+from maskopt.model.options import AUTO, MODEL, PruneOptions, name_patterns, prune_options
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.pattern import Pattern
@@ -69,6 +69,10 @@ def layer_problems(
         raise ModelError("`shrink` auto chooses by masks, and none are made here; give a number")
     if options.damping == AUTO:
         raise ModelError("`damping` auto chooses by masks, and none are made here; give a number")
+    if options.budget == MODEL and not options.counts:
+        raise ModelError(
+            "`budget` model is shared out by a prune; give its `counts`, or another budget"
+        )
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
@@ -88,7 +92,12 @@ def _walked(job: Job, options: PruneOptions) -> Generator[tuple[Layer, LayerProb
                     yield (
                         layer,
                         layer_problem(
-                            layer, weight, gram, options.pattern, shrink, refit=options.refit
+                            layer,
+                            weight,
+                            gram,
+                            options.pattern_of(layer),
+                            shrink,
+                            refit=options.refit,
                         ),
                     )
             block.advance()

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.errors import ModelError
+from maskopt.model.allocate import allocate
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
 from maskopt.model.job import Block, Job, open_job
-from maskopt.model.options import AUTO, PruneOptions, prune_options
-from maskopt.model.output import Run, finished_report
+from maskopt.model.options import AUTO, MODEL, PruneOptions, prune_options
+from maskopt.model.output import Run, finished_report, recorded_counts
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.reconstruct import PartReport, Targets
@@ -84,6 +85,10 @@ def prune_model(
     if text is None:
         raise ModelError("pruning needs `calibration` text or tokens; name a source of text")
     target = None if output is None else Path(output)
+    if options.budget == MODEL and not options.counts:
+        options = _with_counts(
+            model, text, options, tokenizer, target if resume else None, on_progress
+        )
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
     job.source.blocks.check_unshared(job.layers)
     run = job.source.start_run(
@@ -101,6 +106,22 @@ def prune_model(
         report = PruneReport(layers, fingerprint, bad, run.masks, target, seconds, parts)
         run.finish(report, options.pattern)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
+
+
+def _with_counts(
+    model: nn.Module | str | Path,
+    text: Any,
+    options: PruneOptions,
+    tokenizer: Any,
+    resumed: Path | None,
+    on_progress: OnBlockProgress | None,
+) -> PruneOptions:
+    """The options with what each layer prunes: as an earlier run has chosen, which is to be resumed; or
+    chosen here."""
+    counts = {} if resumed is None else recorded_counts(resumed)
+    if not counts:
+        counts = allocate(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
+    return dataclasses.replace(options, counts=counts)
 
 
 def _prune_blocks(
@@ -196,12 +217,13 @@ def _prune_layer(
     dense = weight.detach().float()
     used = None if fallback else gram
     refit = None if fallback else options.refit
+    pattern = options.pattern_of(layer)
 
     def at(alpha: float) -> LayerProblem:
         moved = grams.moved(layer.name)
-        return layer_problem(layer, dense, used, options.pattern, alpha, moved, refit)
+        return layer_problem(layer, dense, used, pattern, alpha, moved, refit)
 
-    judge = held_problem(layer, dense, grams, options.pattern)
+    judge = held_problem(layer, dense, grams, pattern)
     began = time.perf_counter()
     if refit is not None and options.damping == AUTO and judge is not None:
         refit = damping_by_held_error(at(_fixed(options.shrink)), judge, options)
@@ -279,7 +301,7 @@ def _report(
         kind=layer.kind,
         rows=layer.rows,
         n=layer.n,
-        pattern=str(options.pattern),
+        pattern=str(fitted.pattern),
         pruned=int((~solution.mask).sum()),
         error_start=_sum(begun),
         error_alike=_sum(alike),

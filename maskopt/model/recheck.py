@@ -53,6 +53,8 @@ class Run:
     """How a manifest says that its run collected Gram matrices."""
 
     pattern: Pattern
+    budget: str
+    counts: Mapping[str, int]
     one_pass: bool
     true_sequential: bool
     all_experts: bool
@@ -80,6 +82,8 @@ class Run:
             options, data = fingerprint["options"], fingerprint["calibration"]
             run = cls(
                 pattern=pattern_from_dict(options["pattern"]),
+                budget=options["budget"],
+                counts=options["counts"],
                 one_pass=options["one_pass"],
                 true_sequential=options["true_sequential"],
                 all_experts=options["all_experts"],
@@ -182,6 +186,8 @@ def recheck_layers(
     said = {layer["name"]: layer for layer in manifest.layers}
     options = PruneOptions(
         pattern=run.pattern,
+        budget=run.budget,
+        counts=run.counts,
         solver="magnitude",
         include=tuple(said),
         seed=run.seed,
@@ -218,7 +224,7 @@ def recheck_layers(
             open_checkpoint(output), cpu, None, trust_remote_code=trust_remote_code
         )
     with job, torch.no_grad():
-        for name, layer in _walk(job, masks, result, said, set(chosen), run, manifest):
+        for name, layer in _walk(job, options, masks, result, said, set(chosen), run, manifest):
             _check_layer(manifest, said[name], layer, run, job.pool)
     return chosen, ERROR_TOLERANCES[run.dtype]
 
@@ -352,6 +358,7 @@ def _begun(problem: LayerProblem, mask: Tensor, stored: Tensor | None) -> Tensor
 
 def _walk(
     job: Job,
+    options: PruneOptions,
     masks: FolderSource,
     result: FolderSource | None,
     said: Mapping[str, Mapping[str, Any]],
@@ -385,9 +392,10 @@ def _walk(
                     known = None if tokens < run.min_tokens else gram
                     alpha = float(said[layer.name]["shrink"])
                     dense, moved = weight.float(), grams.moved(layer.name)
-                    held = held_problem(layer, dense, grams, run.pattern)
+                    pattern = options.pattern_of(layer)
+                    held = held_problem(layer, dense, grams, pattern)
                     refit = None if damping is None else Refit(damping)
-                    problem = layer_problem(layer, dense, known, run.pattern, alpha, moved, refit)
+                    problem = layer_problem(layer, dense, known, pattern, alpha, moved, refit)
                     if trained:
                         result_weight = _begun(problem, mask, result_weight)
                     if layer.name in chosen:

@@ -101,6 +101,17 @@ class Manifest:
         return dict(self.record["fingerprint"]["options"])
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Of layers that trade, how many inputs each row of them prunes, by name; empty where none do."""
+        return dict(self.options.get("counts") or {})
+
+    def pruned(self, layer: Mapping[str, Any]) -> int:
+        """Pruned entries of a layer."""
+        if self.counts:
+            return int(layer["rows"] * self.counts[layer["name"]])
+        return self.rule.pruned(layer["rows"], layer["n"])
+
+    @property
     def model(self) -> str | None:
         """The digest of the model folder; a model in memory has none."""
         return self.record["fingerprint"].get("model")
@@ -161,16 +172,16 @@ def check_layers(manifest: Manifest) -> None:
     names = [layer["name"] for layer in layers]
     if len(set(names)) != len(names):
         raise manifest.wrong(f"names a layer twice: {max(names, key=names.count)!r}")
-    if options.get("budget", "row") != ("layer" if manifest.rule.pooled else "row"):
-        raise manifest.wrong("has a budget that is not its pattern's")
+    _check_budget(manifest)
     for name, info in manifest.tensors.items():
         if info["pattern"] != manifest.rule.record:
             raise manifest.wrong(f"tensor {name!r} has another pattern than the options")
     for layer in layers:
         name = layer["name"]
-        if layer["pattern"] != str(manifest.rule):
+        own = f"keep {layer['n'] - manifest.counts[name]}" if manifest.counts else manifest.rule
+        if layer["pattern"] != str(own):
             raise manifest.wrong(f"layer {name!r} has another pattern than the options")
-        if layer["pruned"] != manifest.rule.pruned(layer["rows"], layer["n"]):
+        if layer["pruned"] != manifest.pruned(layer):
             raise manifest.wrong(f"layer {name!r} counts other pruned weights than its pattern")
         if layer["sparsity"] != layer["pruned"] / (layer["rows"] * layer["n"]):
             raise manifest.wrong(f"layer {name!r} has another sparsity than its counts")
@@ -193,6 +204,28 @@ def check_layers(manifest: Manifest) -> None:
         raise manifest.wrong("has trained parts, and its options train none")
     if manifest.record["fallbacks"] != [x["name"] for x in layers if x["fallback"]]:
         raise manifest.wrong("lists other fallbacks than its layers")
+
+
+def _check_budget(manifest: Manifest) -> None:
+    """Who trades: as the pattern says; and where layers do, that they prune as many in all as if alike.
+
+    Raises:
+        VerificationError: not so.
+    """
+    budget, counts, rule = manifest.options.get("budget", "row"), manifest.counts, manifest.rule
+    if (budget == "layer") != rule.pooled or budget not in ("row", "layer", "model"):
+        raise manifest.wrong("has a budget that is not its pattern's")
+    if (budget == "model") != bool(counts):
+        raise manifest.wrong("has counts of its layers, or none, otherwise than its budget says")
+    if not counts:
+        return
+    if set(counts) != {layer["name"] for layer in manifest.layers}:
+        raise manifest.wrong("has counts of other layers than it names")
+    if not all(counts[x["name"]] < x["n"] for x in manifest.layers):
+        raise manifest.wrong("has counts that leave nothing of a row")
+    alike = sum(rule.pruned(x["rows"], x["n"]) for x in manifest.layers)
+    if sum(map(manifest.pruned, manifest.layers)) != alike:
+        raise manifest.wrong("prunes another number of weights in all than its pattern")
 
 
 def _refitted(options: Mapping[str, Any]) -> bool:
@@ -232,9 +265,13 @@ def check_counts(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, floa
     for key in sorted({*said, *found}):
         layers, parts = said.get(key, []), found.get(key, [])
         count = sum(x["rows"] for x in layers)
-        least = sum(x.rows for x in parts if x.pruned or not manifest.rule.pruned(x.rows, x.n))
-        # of a layer whose rows trade, a piece may by chance have nothing that is pruned
-        exact = not manifest.rule.pooled and manifest.rule.pruned(1, key[1])
+        if manifest.counts:
+            exact = all(x["pruned"] for x in layers)
+            least = sum(x.rows for x in parts if x.pruned)
+        else:
+            least = sum(x.rows for x in parts if x.pruned or not manifest.rule.pruned(x.rows, x.n))
+            # of a layer whose rows trade, a piece may by chance have nothing that is pruned
+            exact = bool(not manifest.rule.pooled and manifest.rule.pruned(1, key[1]))
         same = count == least if exact else count <= sum(x.rows for x in parts)
         total = sum(x.pruned for x in parts)
         if not same or total != sum(x["pruned"] for x in layers):

@@ -106,10 +106,16 @@ _PART = {
     "held_before": _number, "held_after": _number, "epoch": _count,
     "diverged": lambda v: type(v) is bool, "seconds": _amount,
 }  # fmt: skip
-_OPTIONS = {"pattern": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size}
+_OPTIONS = {
+    "pattern": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size,
+}  # fmt: skip
 _SHAPE = {
     "format": lambda v: v == FORMAT,
-    "fingerprint": lambda v: _fits(v, {"options": _OPTIONS}) and _text(v.get("model", "")),
+    "fingerprint": lambda v: (
+        _fits(v, {"options": _OPTIONS})
+        and _kind(dict, _count)(v["options"].get("counts", {}))
+        and _text(v.get("model", ""))
+    ),
     "sparsity": _amount,
     "layers": _kind(list, _LAYER),
     "parts": _kind(list, _PART),

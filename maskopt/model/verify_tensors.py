@@ -84,7 +84,9 @@ def _slices(
         rows, n = mask.shape
         part = Slice(name, place, rows, n, int((~mask).sum()))
         # not of an expert that was left out, nor of rows that trade
-        if part.pruned and not manifest.rule.pooled:
+        if part.pruned and manifest.counts:
+            _check_counts(manifest, part, mask)
+        elif part.pruned and not manifest.rule.pooled:
             _check_rows(manifest, part, mask)
         if weights is not None and (place, n) in by_magnitude:
             weight = weights[index].to(_working_dtype(manifest)).double()
@@ -131,6 +133,20 @@ def _check_rows(manifest: Manifest, part: Slice, kept: Tensor) -> None:
             f"{part.tensor!r}, row {row}: {int((~kept[row]).sum())} of {part.n} pruned, "
             f"not {expected} of every {group}"
         )
+
+
+def _check_counts(manifest: Manifest, part: Slice, kept: Tensor) -> None:
+    """Every row prunes as many as a layer there does; how many rows do is compared with all of them."""
+    there = {
+        manifest.counts[layer["name"]]
+        for layer in manifest.layers
+        if (numbers(layer["name"]), layer["n"]) == (part.numbers, part.n)
+    }
+    for row, count in enumerate((~kept).sum(1).tolist()):
+        if count not in there:
+            raise VerificationError(
+                f"{part.tensor!r}, row {row}: {count} of {part.n} pruned, as in no layer there"
+            )
 
 
 class Masks:

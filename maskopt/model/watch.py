@@ -2,12 +2,13 @@
 
 Inside a `Watch`, every product of activations with a watched weight is recorded: `nn.Linear`,
 `Conv1D`, an expert's slice of a 3-D parameter, in `linear`, `addmm`, `matmul` or `bmm`. The weight is
-recognised by its address, so no module has to be patched.
+recognised by its address, so no module has to be patched. A `WatchGradients` sums what comes back to the
+products' outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,22 @@ class WatchedWeights:
         return [(None, layer)]
 
 
+def _products(
+    func: Callable[..., Any], args: tuple[Any, ...]
+) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Of a call that multiplies: inputs [..., n] and what may be a weight, and whether it stands on the
+    left, W xᵀ, so that outputs are transposed."""
+    places = _PRODUCTS.get(func)
+    if places is None or len(args) <= places[1]:
+        return
+    one, two = args[places[0]], args[places[1]]
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+        return
+    yield one, two, False
+    if func in _EITHER_WAY and two.ndim > 1:
+        yield two.mT, one, True
+
+
 class Seen(Exception):
     """All that a forward pass was run for is recorded."""
 
@@ -89,14 +106,10 @@ class Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        places = _PRODUCTS.get(func)
-        if places is not None and len(args) > places[1]:
-            one, two = args[places[0]], args[places[1]]
-            self._record(one, two)
-            if func in _EITHER_WAY and isinstance(two, Tensor) and two.ndim > 1:
-                self._record(two.mT, one)  # the weight from the left: W xᵀ
-            if self.until in self.inputs:
-                raise Seen
+        for inputs, weight, _ in _products(func, args):
+            self._record(inputs, weight)
+        if self.until in self.inputs:
+            raise Seen
         return func(*args, **(kwargs or {}))
 
     @property
@@ -104,9 +117,7 @@ class Watch(TorchFunctionMode):
         """Did the model's code change a recorded input in place afterwards?"""
         return any(tensor._version != version for tensor, version in self._held)
 
-    def _record(self, inputs: Any, weight: Any) -> None:
-        if not isinstance(inputs, Tensor) or not isinstance(weight, Tensor):
-            return
+    def _record(self, inputs: Tensor, weight: Tensor) -> None:
         for expert, layer in self.weights.find(weight):
             if layer.name in self.muted:
                 continue
@@ -129,3 +140,40 @@ class Watch(TorchFunctionMode):
             name: tuple((x.data_ptr(), tuple(x.shape), x.stride()) for x in tensors)
             for name, tensors in self.inputs.items()
         }
+
+
+class WatchGradients(TorchFunctionMode):
+    """Of one forward pass, and the backward pass through it: per layer name, the squares of the gradient by
+    each output, summed over the tokens, float64 [rows]."""
+
+    def __init__(self, weights: WatchedWeights) -> None:
+        super().__init__()
+        self.weights = weights
+        self.squares: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for _, weight, transposed in _products(func, args):
+            layers = self.weights.find(weight)
+            if layers and output.requires_grad and output.numel():
+                output.register_hook(self._adder(layers, transposed))
+        return output
+
+    def _adder(
+        self, layers: Sequence[tuple[int | None, Layer]], transposed: bool
+    ) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            gradient = gradient.mT if transposed else gradient
+            for expert, layer in layers:
+                part = gradient if expert is None else gradient[expert]
+                squares = part.reshape(-1, layer.rows).double().square().sum(0)
+                known = self.squares.get(layer.name)
+                self.squares[layer.name] = squares if known is None else known + squares
+
+        return add

@@ -77,7 +77,6 @@ SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.1, 0.3)
 #: pattern and windows, where masks may be fitted too closely
 SCARCE: dict[str, tuple[Pattern, int]] = {
-    "50%": (Unstructured(sparsity=0.5), 16),
     "70%": (Unstructured(sparsity=0.7), 16),
     "2:4": (NM(keep=2, of=4), 16),
     "50%, 4 windows": (Unstructured(sparsity=0.5), 4),
