@@ -344,6 +344,17 @@ class LayerProblem:
                 problem.least_squares.check(f"layer {self.name!r}: " if self.name else "")
         return problem
 
+    def counting(self, omega: ArrayLike | None) -> LayerProblem:
+        """The same rows, each counting ω in the sum where they trade, None being 1; shares all arrays.
+
+        Raises:
+            ProblemError: an ω that is not more than 0, or not one for each row.
+        """
+        problem = self._like(slice(None), self.name)
+        label = f"layer {self.name!r}: " if self.name else ""
+        problem.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
+        return problem
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
         write_instance(path, "layer", self)

@@ -20,7 +20,12 @@ from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST
 
-OPTIONS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 1, "budget": "layer"}
+OPTIONS: dict[str, Any] = {
+    "sparsity": 0.5,
+    "min_tokens": 1,
+    "budget": "layer",
+    "importance": "alike",
+}
 
 
 @pytest.mark.parametrize("weights", ["keep", "refit"])

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskopt.knapsack import choose_levels
 from maskopt.model.blocks import Layer, matrix
+from maskopt.model.importance import row_importance
 from maskopt.model.job import Block, Job, open_job
-from maskopt.model.options import EQUAL, KEEP, SHARE, PruneOptions
+from maskopt.model.options import KEEP, PruneOptions
 from maskopt.model.problems import layer_problem
 from maskopt.model.progress import OnBlockProgress
 from maskopt.pattern import Unstructured
@@ -111,22 +111,11 @@ def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:
         if gram is not None and gram.tokens >= options.min_tokens:
             weight = matrix(job.source.model, layer).detach().float()
             problem = layer_problem(layer, weight, gram, options.pattern)
-            counts = _importance(job, layer, problem, options.importance)
+            counts = row_importance(problem, options.importance, job.gradients, of_layer=True)
             found.append(_curve(layer, problem, counts, options))
         tick(1)
     block.advance()
     return found
-
-
-def _importance(job: Job, layer: Layer, problem: LayerProblem, importance: str) -> Tensor:
-    """What each row's error counts, float64 [rows]."""
-    energy = problem.output_energy()
-    if importance == EQUAL:
-        return torch.ones_like(energy)
-    if importance == SHARE:
-        return torch.ones_like(energy) / energy.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    assert job.gradients is not None
-    return job.gradients.squares[layer.name].to(energy) / 2
 
 
 def _curve(layer: Layer, problem: LayerProblem, counts: Tensor, options: PruneOptions) -> Curve:

@@ -16,6 +16,7 @@ from maskopt.fields import build, check_options, option
 from maskopt.least_squares import Refit
 from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
+from maskopt.model.importance import IMPORTANCES, LOSS
 from maskopt.model.solving import check_solver, default_start
 from maskopt.model.training import Reconstruction
 from maskopt.model.weighting import ALIKE, GRADIENT, WEIGHTINGS
@@ -35,8 +36,6 @@ TARGETS = ("pruned", "dense")
 KEEP, REFIT, RECONSTRUCT = WEIGHTS = ("keep", "refit", "reconstruct")
 #: of `budget`
 ROW, LAYER, MODEL = BUDGETS = ("row", "layer", "model")
-#: of `importance`
-EQUAL, SHARE, LOSS = IMPORTANCES = ("alike", "relative", "loss")
 
 
 def _about(decides: str, words: str, **facts: Any) -> dict[str, Any]:
@@ -234,8 +233,8 @@ class PruneOptions(WalkOptions):
     importance: str = _option(
         LOSS,
         MASKS,
-        "Of `budget` model, what an error of a layer counts. alike: as it is; relative: as a part of the "
-        "layer's output; loss: by the squared gradient of the dense model's loss by each of its outputs.",
+        "Of `budget` layer and model, what a row's or a layer's error counts. alike: as it is; relative: as "
+        "a part of its output; loss: by the squared gradient of the dense model's loss by each output.",
         choices=IMPORTANCES,
     )
     spread: float = _option(
@@ -377,7 +376,8 @@ class PruneOptions(WalkOptions):
 
     @property
     def sensitive(self) -> bool:
-        return self.budget == MODEL and self.importance == LOSS and not self.counts
+        trades = self.budget == LAYER or (self.budget == MODEL and not self.counts)
+        return trades and self.importance == LOSS
 
     def pattern_of(self, layer: Layer) -> Pattern:
         """The layer's own where layers trade, once their counts are known; else that of all."""

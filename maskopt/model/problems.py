@@ -14,6 +14,7 @@ from maskopt.gram import Gram, Moved
 from maskopt.least_squares import Refit
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
+from maskopt.model.importance import counting
 from maskopt.model.job import Job, open_job
 from maskopt.model.options import AUTO, MODEL, PruneOptions, name_patterns, prune_options
 from maskopt.model.progress import OnBlockProgress
@@ -89,17 +90,9 @@ def _walked(job: Job, options: PruneOptions) -> Generator[tuple[Layer, LayerProb
                 gram = grams.of(layer.name)
                 if gram is not None:
                     weight = matrix(job.source.model, layer).detach().float().clone()
-                    yield (
-                        layer,
-                        layer_problem(
-                            layer,
-                            weight,
-                            gram,
-                            options.pattern_of(layer),
-                            shrink,
-                            refit=options.refit,
-                        ),
-                    )
+                    pattern, refit = options.pattern_of(layer), options.refit
+                    problem = layer_problem(layer, weight, gram, pattern, shrink, refit=refit)
+                    yield layer, counting(problem, options.importance, job.gradients)
             block.advance()
 
 

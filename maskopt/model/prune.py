@@ -21,6 +21,7 @@ from maskopt.errors import ModelError
 from maskopt.model.allocate import allocate
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
+from maskopt.model.importance import counting
 from maskopt.model.job import Block, Job, open_job
 from maskopt.model.options import AUTO, MODEL, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report, recorded_counts
@@ -221,7 +222,8 @@ def _prune_layer(
 
     def at(alpha: float) -> LayerProblem:
         moved = grams.moved(layer.name)
-        return layer_problem(layer, dense, used, pattern, alpha, moved, refit)
+        problem = layer_problem(layer, dense, used, pattern, alpha, moved, refit)
+        return counting(problem, options.importance, job.gradients)
 
     judge = held_problem(layer, dense, grams, pattern)
     began = time.perf_counter()

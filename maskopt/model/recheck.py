@@ -23,6 +23,7 @@ from maskopt.least_squares import Refit
 from maskopt.model.beginning import BOS, GIVEN, TEMPLATE
 from maskopt.model.blocks import choose, matrix
 from maskopt.model.checkpoint import Checkpoint, open_checkpoint
+from maskopt.model.importance import IMPORTANCES, counting
 from maskopt.model.job import Job, open_job
 from maskopt.model.maskfile import MaskFile
 from maskopt.model.options import AUTO, KEEP, RECONSTRUCT, TARGETS, WEIGHTS, PruneOptions
@@ -55,6 +56,7 @@ class Run:
     pattern: Pattern
     budget: str
     counts: Mapping[str, int]
+    importance: str
     one_pass: bool
     true_sequential: bool
     all_experts: bool
@@ -84,6 +86,7 @@ class Run:
                 pattern=pattern_from_dict(options["pattern"]),
                 budget=options["budget"],
                 counts=options["counts"],
+                importance=options["importance"],
                 one_pass=options["one_pass"],
                 true_sequential=options["true_sequential"],
                 all_experts=options["all_experts"],
@@ -118,6 +121,7 @@ class Run:
             and run.target in TARGETS
             and run.weighting in WEIGHTINGS
             and run.weights in WEIGHTS
+            and run.importance in IMPORTANCES
             and (run.damping == AUTO or _is_amount(run.damping))
             and run.bos in (*BOS, GIVEN.bos, TEMPLATE.bos)
             and run.dtype in ERROR_TOLERANCES
@@ -188,6 +192,7 @@ def recheck_layers(
         pattern=run.pattern,
         budget=run.budget,
         counts=run.counts,
+        importance=run.importance,
         solver="magnitude",
         include=tuple(said),
         seed=run.seed,
@@ -396,6 +401,7 @@ def _walk(
                     held = held_problem(layer, dense, grams, pattern)
                     refit = None if damping is None else Refit(damping)
                     problem = layer_problem(layer, dense, known, pattern, alpha, moved, refit)
+                    problem = counting(problem, options.importance, job.gradients)
                     if trained:
                         result_weight = _begun(problem, mask, result_weight)
                     if layer.name in chosen:

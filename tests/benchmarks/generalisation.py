@@ -73,6 +73,21 @@ TRAINED: dict[str, dict[str, Any]] = {
         "reconstruct": {"begin": "refit"},
     },
 }
+#: label → other options: who trades, and what errors count
+BUDGETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "rows, alike": {"budget": "layer", "importance": "alike"},
+    "rows, loss": {"budget": "layer", "importance": "loss"},
+    "layers, alike": {"budget": "model", "importance": "alike"},
+    "layers, relative": {"budget": "model", "importance": "relative"},
+    "layers, loss": {"budget": "model", "importance": "loss"},
+}
+#: pattern → which of them
+TRADES: dict[str, tuple[Pattern, tuple[str, ...]]] = {
+    "50%": (Unstructured(sparsity=0.5), ("none", "rows, loss", "layers, loss")),
+    "60%": (Unstructured(sparsity=0.6), ("none", "layers, loss")),
+    "70%": (Unstructured(sparsity=0.7), tuple(BUDGETS)),
+}
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.1, 0.3)
 #: pattern and windows, where masks may be fitted too closely
@@ -124,6 +139,13 @@ def trained(name: str) -> Iterator[Case]:
         yield Case(how, {"auto": f"trained/{name}/{label}"})
 
 
+def budgets(name: str) -> Iterator[Case]:
+    for label, (pattern, trades) in TRADES.items():
+        for trade in trades:
+            how = {"pattern": pattern, **calibrated(32), **BUDGETS[trade]}
+            yield Case(how, {"auto": f"budgets/{name}/{label}/{trade}"})
+
+
 def bos(name: str) -> Iterator[Case]:
     for begin in ("never", "auto"):
         keys = {judged: f"bos/{name}/{begin}/{judged}" for judged in ("never", "auto")}
@@ -166,6 +188,7 @@ STUDIES = {
     "methods": methods,
     "weights": weights,
     "trained": trained,
+    "budgets": budgets,
     "bos": bos,
     "target": target,
     "weighting": weighting,

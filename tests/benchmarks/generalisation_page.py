@@ -189,7 +189,7 @@ STUDIES = (
         "Weights that are refitted, and rows that trade",
         "32 windows. Kept weights are set anew by least squares, damping λ = 0.01, unless said otherwise;\n"
         "SparseGPT's are its own. *on F*: masks that are chosen for refitted weights. *rows trade*: the\n"
-        "count is that of a layer, not of each of its rows, ω = 1. Errors after the least squares.",
+        "count is that of a layer, not of each of its rows, ω by the loss. Errors after the least squares.",
         {
             "model": MODEL,
             "pattern": part(1),
@@ -218,6 +218,21 @@ STUDIES = (
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
             "training, min": lambda key, record, found: f"{record.get('training', 0) / 60:.1f}",
+        },
+    ),
+    Study(
+        "budgets",
+        "Rows and layers that trade",
+        "32 windows. Who trades, and what an error counts (`budget`, `importance`): as it is; as a part of\n"
+        "the layer's output; or by the squared gradient of the dense model's loss by each output.",
+        {
+            "model": MODEL,
+            "pattern": part(1),
+            "trades": part(2),
+            **QUALITY,
+            "× where none do": beside("none"),
+            "KL to dense": figure("kl", ".3f"),
+            **ERRORS,
         },
     ),
     Study(
