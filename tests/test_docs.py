@@ -88,6 +88,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
     keys += [
         "weights/gemma3/50%/ADMM",
         "trained/gemma3/1-swap, kept",
+        "budgets/gemma3/70%/none",
         "target/gemma3/dense",
         "weighting/gemma3/rest",
         "shrink/gemma3/2:4/auto",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_the_command_takes_a_budget_and_a_file_of_counts(dense: Path, tmp_path: 
         "prune", dense, "--sparsity", 0.5, "--budget", "model", "--calibration", text,
         "--samples", 4, "--seq-len", 32, "--min-tokens", 8,
     )  # fmt: skip
-    run(*common, "--output", out)
+    assert re.search(r"mlp\.up_proj .* [0-9]+(–[0-9]+)?% ", run(*common, "--output", out))
     options = read_manifest(out / MANIFEST)["fingerprint"]["options"]
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps(options["counts"]))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import run
 from forging import change_masks, copied, forge_manifest
+from test_model_allocate import squares
 from test_model_resume import contents, interrupted
 from tiny_models import FAMILIES, save, tiny, tokens
 
@@ -80,6 +81,39 @@ def test_pattern_and_budget_say_the_same() -> None:
     for one, two in zip(*(found.values() for found in problems), strict=True):
         assert one.pattern == two.pattern
         assert one.pooled
+
+
+@pytest.mark.parametrize("importance", ["relative", "loss"])
+def test_rows_count_as_the_importance_says(importance: str) -> None:
+    given = {**OPTIONS, "importance": importance}
+    found = dict(collect_problems(tiny("llama"), tokens(), **given))
+    expected = squares("llama", tokens())
+    for name, problem in found.items():
+        assert problem.omega is not None
+        size = expected[name] if importance == "loss" else 1 / problem.output_energy()
+        omega = (size / size.mean()).clamp(min=1e-3)
+        torch.testing.assert_close(problem.omega, omega, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_rows_that_count_differently_are_proven_together(family: str, tmp_path: Path) -> None:
+    dense = save(tiny(family), tmp_path / "model")
+    given = {**OPTIONS, "importance": "loss"}
+    report = prune_model(dense, tokens(), output=tmp_path / "out", **given)
+    alike = prune_model(tiny(family), tokens(), **OPTIONS)
+    assert [x.error for x in report.layers] != [x.error for x in alike.layers]
+    verify_output(tmp_path / "out", dense, calibration=tokens())
+    said = lambda m: m["fingerprint"]["options"].update(importance="alike")  # noqa: E731
+    forge_manifest(tmp_path / "out", said)
+    with pytest.raises(VerificationError, match=r"its rows are swap-optimal together; keeping"):
+        verify_output(tmp_path / "out", dense, calibration=tokens())
+
+
+def test_windows_cannot_be_left_out_where_the_loss_counts() -> None:
+    with pytest.raises(OptionError, match="`importance` loss needs every window's loss"):
+        prune_model(
+            tiny("llama"), tokens(), skip_bad_samples=True, **{**OPTIONS, "importance": "loss"}
+        )
 
 
 def test_the_plan_counts_what_the_layers_prune(dense: Path) -> None:

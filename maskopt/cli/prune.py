@@ -81,7 +81,14 @@ def show_report(report: PruneReport) -> None:
     table = Table(caption="errors are parts of the energy of the layers' outputs")
     refit = any(layer.error_kept is not None for layer in report.layers)
     traded = any(layer.error_alike is not None for layer in report.layers)
-    headings = ["layer kind", "layers", *(["start, rows alike"] if traded else []), "start error"]
+    apart = len({layer.pattern for layer in report.layers}) > 1
+    headings = [
+        "layer kind",
+        "layers",
+        *(["pruned"] if apart else []),
+        *(["start, rows alike"] if traded else []),
+        "start error",
+    ]
     headings += ["before refit"] if refit else []
     headings += ["error", "error/start", *(["held-out error"] if held else []), "seconds"]
     for heading in headings:
@@ -92,11 +99,12 @@ def show_report(report: PruneReport) -> None:
         end = sum(layer.error for layer in layers)
         starts = [layer.error_start for layer in layers if layer.error_start is not None]
         begin = sum(starts) if starts and len(starts) == len(layers) else None
-        apart = sum(layer.energy_held or 0.0 for layer in layers)
-        cells = [sum(layer.error_held or 0.0 for layer in layers) / apart if apart else None]
+        aside = sum(layer.energy_held or 0.0 for layer in layers)
+        cells = [sum(layer.error_held or 0.0 for layer in layers) / aside if aside else None]
         table.add_row(
             kind,
             str(len(all_layers)),
+            *([_range([layer.sparsity for layer in all_layers])] if apart else []),
             *([_part(sum(layer.error_alike or 0.0 for layer in layers), energy)] if traded else []),
             _part(begin, energy),
             *([_part(sum(layer.error_kept or 0.0 for layer in layers), energy)] if refit else []),
@@ -136,6 +144,12 @@ def trained_words(parts: Sequence[PartReport]) -> str:
         f"{mean('held_before'):.4f} → {mean('held_after'):.4f} on those kept aside, mean of "
         f"{len(parts)} parts" + (f"; {stayed} stayed as they were" if stayed else "")
     )
+
+
+def _range(parts: Sequence[float]) -> str:
+    """`54–89%`, or one of them where they are alike."""
+    ends = [f"{100 * end:.0f}" for end in (min(parts), max(parts))]
+    return "–".join(dict.fromkeys(ends)) + "%"
 
 
 def _part(error: float | None, energy: float) -> str:
