@@ -94,9 +94,10 @@ def test_layers_trade_and_the_model_keeps_its_count(importance: str) -> None:
     dense = tiny("llama")
     before = {name: x.clone() for name, x in dense.state_dict().items()}
     options = dataclasses.replace(WHOLE, importance=importance)
-    counts = allocate(dense, tokens(), options)
+    counts = allocate(open_job(dense, tokens(), options), options)
     assert all(torch.equal(before[name], x) for name, x in dense.state_dict().items())
-    assert counts == allocate(tiny("llama"), tokens(), dataclasses.replace(options, threads=1))
+    alone = dataclasses.replace(options, threads=1)
+    assert counts == allocate(open_job(tiny("llama"), tokens(), alone), alone)
     report = prune_model(dense, tokens(), importance=importance, **OPTIONS)
     assert len({layer.sparsity for layer in report.layers}) > 1
     assert report.sparsity == 0.5
@@ -177,6 +178,18 @@ def test_resumed_runs_write_the_same_bytes(
         prune_model(dense, tokens(), output=tmp_path / "out", resume=True, **options)
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert len(verify_output(tmp_path / "out", dense, calibration=tokens()).checked_layers) == 21
+
+
+def test_what_can_be_refused_is_refused_before_layers_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, out = save(tiny("llama"), tmp_path / "model"), tmp_path / "out"
+    prune_model(dense, tokens(), output=out, **{**OPTIONS, "budget": "row"})
+    monkeypatch.setattr(prune, "allocate", lambda *_: pytest.fail("began"))
+    with pytest.raises(ModelError, match="exists and is not empty"):
+        prune_model(dense, tokens(), output=out, **OPTIONS)
+    with pytest.raises(ModelError, match=r"the result of another run: options\.budget was"):
+        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
 
 
 def test_counts_of_the_users_own(tmp_path: Path) -> None:

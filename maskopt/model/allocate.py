@@ -11,20 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskopt.knapsack import choose_levels
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.importance import row_importance
-from maskopt.model.job import Block, Job, open_job
+from maskopt.model.job import Block, Job
 from maskopt.model.options import KEEP, PruneOptions
 from maskopt.model.problems import layer_problem
-from maskopt.model.progress import OnBlockProgress
 from maskopt.pattern import Unstructured
 from maskopt.problem import LayerProblem
 from maskopt.solver import solve
@@ -54,20 +52,13 @@ class Curve:
         return np.exp(np.interp(pruned, self.pruned, np.log(costs)))
 
 
-def allocate(
-    model: nn.Module | str | Path,
-    text: Any,
-    options: PruneOptions,
-    *,
-    tokenizer: Any = None,
-    on_progress: OnBlockProgress | None = None,
-) -> dict[str, int]:
+def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
     """Of `budget` model: how many inputs each row of a layer prunes, by the layer's name.
 
     The model stays as it is. Layers that see fewer tokens than `min_tokens` prune as much as the model.
 
     Args:
-        model, text, tokenizer: as for `prune_model`.
+        job: the model with the prune's layers and windows; it is walked through by another one.
     """
     dense = replace(
         options,
@@ -78,9 +69,9 @@ def allocate(
         reconstruct={},
         shrink=0.0,
     )
-    job = open_job(model, text, dense, tokenizer=tokenizer, on_progress=on_progress)
-    with job:
-        curves = [curve for block in job.blocks() for curve in _curves(job, block, dense)]
+    walk = job.again(dense)
+    with walk, torch.no_grad():
+        curves = [curve for block in walk.blocks() for curve in _curves(walk, block, dense)]
     return share_out(job.layers, curves, options)
 
 

@@ -25,7 +25,7 @@ def row_importance(
     """What each row's error counts, float64, in units that all layers have in common.
 
     Args:
-        gradients: of the loss, for `loss`; rows of a layer that no token came to count alike.
+        gradients: of the loss, for `loss`; a layer that it does not depend on counts nothing.
         of_layer: `relative` is to the layer's energy; else to each row's own.
     """
     energy = problem.output_energy()
@@ -36,7 +36,7 @@ def row_importance(
     if importance == LOSS:
         assert gradients is not None
         squares = gradients.squares.get(problem.name)
-        return alike if squares is None else squares.to(energy) / 2
+        return 0 * alike if squares is None else squares.to(energy) / 2
     return alike
 
 

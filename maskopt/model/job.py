@@ -135,6 +135,18 @@ class Job:
         self._held: ExitStack | None = None
         self._walk: Generator[Block, None, None] | None = None
 
+    def again(self, options: WalkOptions) -> Job:
+        """Another walk through the same model, with the same windows."""
+        options.check_layers(self.layers)
+        return Job(
+            self.source,
+            self.layers,
+            self.windows,
+            options,
+            whole=self.whole,
+            on_progress=self.tell,
+        )
+
     @property
     def load(self) -> Load:
         """What the memory of the walk depends on."""

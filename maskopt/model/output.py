@@ -295,18 +295,19 @@ def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport
     return PruneReport(layers, fingerprint, manifest["bad_samples"], {}, output, 0.0, parts)
 
 
-def recorded_counts(output: Path) -> dict[str, int]:
-    """What each layer prunes in the run that a folder holds, finished or not; empty where it does not say.
+def recorded_counts(output: Path) -> dict[str, int] | None:
+    """What each layer prunes in the run that a folder holds, finished or not; empty where its layers do not
+    trade, None where it holds no run.
 
     Raises:
         ModelError: journal or manifest are damaged.
     """
-    fingerprint: Mapping[str, Any] = {}
+    fingerprint = None
     if (output / HIDDEN / JOURNAL).exists():
-        fingerprint = Journal(output / HIDDEN / JOURNAL).header or {}
+        fingerprint = Journal(output / HIDDEN / JOURNAL).header
     elif (output / MANIFEST).exists():
         fingerprint = read_manifest(output / MANIFEST)["fingerprint"]
-    return dict(fingerprint.get("options", {}).get("counts", {}))
+    return None if fingerprint is None else dict(fingerprint["options"].get("counts", {}))
 
 
 def apply_masks(

@@ -86,15 +86,14 @@ def prune_model(
     if text is None:
         raise ModelError("pruning needs `calibration` text or tokens; name a source of text")
     target = None if output is None else Path(output)
-    if options.budget == MODEL and not options.counts:
-        options = _with_counts(
-            model, text, options, tokenizer, target if resume else None, on_progress
-        )
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
     job.source.blocks.check_unshared(job.layers)
     run = job.source.start_run(
         job.layers, target, tokenizer=tokenizer, overwrite=overwrite, resume=resume
     )
+    if options.budget == MODEL and not options.counts:
+        options = _with_counts(job, options, target if resume else None)
+        job = job.again(options)
     fingerprint = _fingerprint(job, options)
     if resume and target is not None:
         finished = finished_report(target, fingerprint)
@@ -109,19 +108,11 @@ def prune_model(
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
-def _with_counts(
-    model: nn.Module | str | Path,
-    text: Any,
-    options: PruneOptions,
-    tokenizer: Any,
-    resumed: Path | None,
-    on_progress: OnBlockProgress | None,
-) -> PruneOptions:
-    """The options with what each layer prunes: as an earlier run has chosen, which is to be resumed; or
-    chosen here."""
-    counts = {} if resumed is None else recorded_counts(resumed)
-    if not counts:
-        counts = allocate(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
+def _with_counts(job: Job, options: PruneOptions, resumed: Path | None) -> PruneOptions:
+    """The options with what each layer prunes: as the run has it that is to be resumed, or chosen here."""
+    counts = None if resumed is None else recorded_counts(resumed)
+    if counts is None:
+        counts = allocate(job, options)
     return dataclasses.replace(options, counts=counts)
 
 
