@@ -22,11 +22,13 @@ from maskopt.certify import certify_model
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.model import prune
 from maskopt.model.allocate import Curve, allocate, share_out
+from maskopt.model.gradients import WINDOWS
 from maskopt.model.job import open_job
 from maskopt.model.options import PruneOptions, prune_options
 from maskopt.model.plan import plan_prune
 from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
+from maskopt.model.windows import held_out
 from maskopt.model.workspace import MANIFEST
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 1, "budget": "model", "solver": "wanda"}
@@ -70,6 +72,25 @@ def test_squares_are_those_of_the_whole_model(family: str, threads: int) -> None
     assert set(found) == {layer.name for layer in job.layers}
     for layer in job.layers:
         torch.testing.assert_close(found[layer.name], expected[layer.name], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.5])
+def test_squares_are_those_of_a_few_windows_that_masks_are_fitted_to(holdout: float) -> None:
+    data = tokens(WINDOWS + 8)
+    options = prune_options(WHOLE, {"holdout": holdout, "one_pass": True})
+    job = open_job(tiny("llama"), data, options)
+    with job, torch.no_grad():
+        for block in job.blocks():
+            block.advance()
+    aside = held_out(len(data), holdout)
+    assert bool(aside) == bool(holdout)
+    used = [window for window in range(len(data)) if window not in aside][:WINDOWS]
+    expected = squares("llama", data[used])
+    assert job.gradients is not None
+    for layer in job.layers:
+        torch.testing.assert_close(
+            job.gradients.squares[layer.name], expected[layer.name], rtol=1e-3, atol=1e-9
+        )
 
 
 def test_squares_of_experts_count_what_their_tokens_say() -> None:

@@ -25,6 +25,9 @@ from maskopt.model.threads import Threads
 from maskopt.model.tokens import Windows
 from maskopt.model.watch import WatchedWeights, WatchGradients
 
+#: windows whose gradients say what errors of layers and rows cost: squares summed over their tokens are known
+#: well from far fewer than masks take
+WINDOWS = 16
 #: matrices [length, vocabulary] of float32 that the loss of a window and its gradient take
 LOGITS = 4
 
@@ -34,7 +37,8 @@ class Gradients:
     """Of the loss, in the dense model.
 
     Attributes:
-        norms: [blocks, windows, length], of that by every token's hidden state as it leaves each block.
+        norms: [blocks, windows, length], of that by every token's hidden state as it leaves each block; zero
+            for windows that did not go through.
         squares: by layer name, float64 [rows], of the gradient by each output: summed over the tokens, a part
             of the number of tokens that the loss is of. Half of Σᵣ squaresᵣ fᵣ is what errors fᵣ of a layer's
             rows cost each token, to second order, with the diagonal of the empirical Fisher matrix for the
@@ -50,6 +54,7 @@ class DenseModel:
     """A model whose blocks are as they were, and windows that are about to enter the first.
 
     Attributes:
+        chosen: those that go through, ascending.
         captured: what the blocks are called with, and the states that enter block 0.
         folder: for files of hidden states; None keeps them in memory.
         tick: called with how many windows went one step: `steps` of them each.
@@ -57,6 +62,7 @@ class DenseModel:
 
     source: Source
     windows: Windows
+    chosen: Sequence[int]
     captured: Captured
     pool: Threads
     folder: Path | None
@@ -77,8 +83,8 @@ class DenseModel:
         Raises:
             ModelError: NaN or infinite activations or gradients.
         """
-        blocks, count = len(self.source.blocks), len(self.windows)
-        norms = torch.zeros(blocks, count, self.windows.length)
+        blocks = len(self.source.blocks)
+        norms = torch.zeros(blocks, len(self.windows), self.windows.length)
         squares: dict[str, Tensor] = {}
         with ExitStack() as until_the_end:
             later = [until_the_end.enter_context(self._empty()) for _ in range(blocks)]
@@ -89,7 +95,7 @@ class DenseModel:
             gradients = entered.pop()  # of the states in it, in their place
             self._through_the_head(gradients)
             for index in reversed(range(blocks)):
-                for window in range(count):
+                for window in self.chosen:
                     norms[index, window] = gradients[window][0].float().norm(dim=1)
                 mine = [layer for layer in layers if layer.block == index]
                 if index or mine:
@@ -102,7 +108,7 @@ class DenseModel:
 
     def _mean(self, found: Mapping[int, Mapping[str, Tensor]], held: Set[int]) -> dict[str, Tensor]:
         """Over the windows that count, in their order: the sum does not depend on the threads."""
-        used = [window for window in range(len(self.windows)) if window not in held]
+        used = [window for window in self.chosen if window not in held]
         tokens = len(used) * (self.windows.length - self.windows.beginning.first_target)
         total: dict[str, Tensor] = {}
         for window in used:
@@ -112,11 +118,11 @@ class DenseModel:
 
     def _empty(self) -> Activations:
         states = self.captured.states
-        return Activations(len(self.windows), states.shape, states.dtype, self.folder)
+        return Activations(self.chosen[-1] + 1, states.shape, states.dtype, self.folder)
 
     def _each(self, of: Callable[[int], Tensor], into: Activations) -> None:
         """Every window's, several at once, each on one thread of its own."""
-        for wave in self.pool.waves(range(len(self.windows))):
+        for wave in self.pool.waves(self.chosen):
             found = self.pool.run([lambda w=w: of(w) for w in wave])  # type: ignore[misc]
             for window, state in zip(wave, found, strict=True):
                 into[window] = state

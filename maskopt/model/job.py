@@ -161,7 +161,7 @@ class Job:
             beside=self.options.beside,
             refit=self.options.refit is not None,
             trained=self.options.trained,
-            gradients=self.options.backward and not self.whole,
+            gradients=0 if self.whole else self.options.gradient_windows(self.count),
         )
 
     def blocks(
@@ -296,13 +296,19 @@ class Job:
     def _dense_gradients(self, captured: Captured, aside: Set[int], folder: Path) -> Gradients:
         """Of the dense model's loss, as options ask for them."""
         assert self.windows is not None
-        blocks, count, states = len(self.source.blocks), len(self.windows), captured.states
-        size = (blocks + 1) * count * states.shape.numel() * states.dtype.itemsize
+        blocks, states = len(self.source.blocks), captured.states
+        chosen = list(range(len(self.windows)))
+        if (
+            self.options.weighting != GRADIENT
+        ):  # where it is, tokens of the held ones are weighted, too
+            fitted = [window for window in chosen if window not in aside]
+            chosen = fitted[: self.options.gradient_windows(len(chosen))]
+        size = (blocks + 1) * len(chosen) * states.shape.numel() * states.dtype.itemsize
         place = folder if size > self.activation_memory else None
         layers = self.layers if self.options.sensitive else ()
-        steps = DenseModel.steps(blocks, of_layers=bool(layers)) * count
+        steps = DenseModel.steps(blocks, of_layers=bool(layers)) * len(chosen)
         tick = ticker(self.tell, 0, self.last + 1, "gradients", steps)
-        dense = DenseModel(self.source, self.windows, captured, self.pool, place, tick)
+        dense = DenseModel(self.source, self.windows, chosen, captured, self.pool, place, tick)
         return dense.gradients(layers, aside)
 
     def token_weights(self, block: int, states: Activations) -> Callable[[int], Tensor] | None:

@@ -61,7 +61,7 @@ class Load:
         held: windows are kept aside, whose Gram matrices are summed apart.
         beside: the dense model's hidden states go along, and moments of both.
         refit: kept weights are refitted: systems of their own for every row.
-        gradients: of the loss, by every hidden state of the dense model.
+        gradients: windows whose hidden states of every block are kept, for the loss's gradients by them.
         trained: parts of a block are, on what they are given, towards what they give in the dense model.
     """
 
@@ -74,7 +74,7 @@ class Load:
     held: bool = False
     beside: bool = False
     refit: bool = False
-    gradients: bool = False
+    gradients: int = 0
     trained: bool = False
 
 
@@ -118,7 +118,7 @@ def estimate_memory(load: Load) -> Memory:
         grams,
         inputs,
         solving,
-        _of_gradients(load, load.samples * state, inputs) if load.gradients else 0,
+        _of_gradients(load, load.gradients * state, inputs) if load.gradients else 0,
         copies * state if activations > load.activation_memory else activations,
     )
 

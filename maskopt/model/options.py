@@ -16,6 +16,7 @@ from maskopt.fields import build, check_options, option
 from maskopt.least_squares import Refit
 from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
+from maskopt.model.gradients import WINDOWS
 from maskopt.model.importance import IMPORTANCES, LOSS
 from maskopt.model.solving import check_solver, default_start
 from maskopt.model.training import Reconstruction
@@ -158,6 +159,12 @@ class WalkOptions:
     def backward(self) -> bool:
         """Whether gradients of the dense model's loss are needed."""
         return self.weighting == GRADIENT or self.sensitive
+
+    def gradient_windows(self, windows: int) -> int:
+        """Of how many they are."""
+        if self.weighting == GRADIENT:
+            return windows
+        return min(windows, WINDOWS) if self.sensitive else 0
 
     @property
     def sensitive(self) -> bool:

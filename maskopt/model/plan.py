@@ -125,14 +125,14 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
     for index, block in enumerate(list(job.source.blocks.modules)[: job.last + 1]):
         mine = chosen.get(index, [])
         distinct = distinct_inputs(mine)
-        passes = 2 if options.beside else 1
+        passes = 2.0 if options.beside else 1.0
         weights = sum(p.numel() for p in block.parameters())
         if mine and not options.one_pass:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
                 total -= 2 * mine[-1].rows * mine[-1].n
-        if options.backward:  # forward for what enters a block, and again, with a backward pass
-            passes += 4
+        # forward for what enters a block, and again, with a backward pass
+        passes += 4 * options.gradient_windows(job.count) / job.count
         if options.budget == MODEL and not options.counts:  # once more through the dense model
             passes, squares = passes + 1, squares + 1
         if options.reconstruction is not None:  # a backward pass is two; targets, inputs, judging
