@@ -28,7 +28,7 @@ from maskopt.problem import LayerProblem
 from maskopt.solver import solve
 
 #: sparsities at which a layer's error is measured
-_MEASURED = 9
+_MEASURED = 5
 #: of a row's inputs, the steps in which it is chosen
 _STEP = 1 / 128
 
@@ -95,6 +95,8 @@ def share_out(
 
 def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:
     found = []
+    samples = block.opened.samples
+    samples.drop(set(samples.active) - set(job.few()))
     grams = block.grams()
     tick = block.ticker("budget", len(block.layers))
     for layer in block.layers:

@@ -27,7 +27,7 @@ from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
-from maskopt.model.gradients import DenseModel, Gradients
+from maskopt.model.gradients import WINDOWS, DenseModel, Gradients
 from maskopt.model.memory import Load, by_block, check_memory, state_copies
 from maskopt.model.opening import capped_length, open_source
 from maskopt.model.options import WalkOptions
@@ -134,6 +134,11 @@ class Job:
         self.gradients: Gradients | None = None
         self._held: ExitStack | None = None
         self._walk: Generator[Block, None, None] | None = None
+
+    def few(self) -> list[int]:
+        """The first windows that masks are fitted to, enough to tell which layers and rows matter."""
+        aside = held_out(self.count, self.options.holdout)
+        return [window for window in range(self.count) if window not in aside][:WINDOWS]
 
     def again(self, options: WalkOptions) -> Job:
         """Another walk through the same model, with the same windows."""
@@ -297,12 +302,9 @@ class Job:
         """Of the dense model's loss, as options ask for them."""
         assert self.windows is not None
         blocks, states = len(self.source.blocks), captured.states
-        chosen = list(range(len(self.windows)))
-        if (
-            self.options.weighting != GRADIENT
-        ):  # where it is, tokens of the held ones are weighted, too
-            fitted = [window for window in chosen if window not in aside]
-            chosen = fitted[: self.options.gradient_windows(len(chosen))]
+        # where tokens are weighted by them, those of the windows kept aside are, too
+        weighted = self.options.weighting == GRADIENT
+        chosen = list(range(len(self.windows))) if weighted else self.few()
         size = (blocks + 1) * len(chosen) * states.shape.numel() * states.dtype.itemsize
         place = folder if size > self.activation_memory else None
         layers = self.layers if self.options.sensitive else ()

@@ -16,6 +16,7 @@ from maskopt.errors import MaskoptError, ModelError
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer
 from maskopt.model.checkpoint import Checkpoint
+from maskopt.model.gradients import WINDOWS
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import (
     Memory,
@@ -134,7 +135,7 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
         # forward for what enters a block, and again, with a backward pass
         passes += 4 * options.gradient_windows(job.count) / job.count
         if options.budget == MODEL and not options.counts:  # once more through the dense model
-            passes, squares = passes + 1, squares + 1
+            passes += min(WINDOWS, job.count) / job.count
         if options.reconstruction is not None:  # a backward pass is two; targets, inputs, judging
             passes += 3 * options.reconstruction.epochs + 4
         total += passes * (2 * weights + 4 * job.length * width) + squares * sum(
