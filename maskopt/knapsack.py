@@ -1,6 +1,9 @@
 """One level for each item, at the least cost with a given total: the multiple-choice knapsack.
 
-It shares a model's budget out over its layers: an item is a layer, a level how much of it is pruned.
+It shares a model's budget out over its layers: an item is a layer, a level how much of it is pruned. A price
+on the total gives the Lagrangian bound, and with it what every level costs above the best at that price.
+Choices that cost no more above the bound than some slack are few; a dynamic program over the total goes through
+them, and the slack grows until it finds one, which is then the cheapest of all.
 """
 
 from __future__ import annotations
@@ -10,13 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from maskopt.errors import SolverError
 
-#: of the cost, up to which it is proven: HiGHS compares floating-point sums
-_GAP = 1e-9
+#: halvings of the interval that the price is in
+_HALVINGS = 100
+#: by how much the slack grows at a time
+_GROWTH = 4.0
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Choice:
     Attributes:
         levels: the index of every item's level.
         cost: of all of them, float64.
-        bound: what no choice with that total is below.
+        bound: the Lagrangian one, which no choice with that total is below.
     """
 
     levels: tuple[int, ...]
@@ -47,37 +50,88 @@ def choose_levels(
     Raises:
         SolverError: no choice has that total.
     """
+    impossible = SolverError(f"no choice of levels adds up to {total}")
     # from each item's first level on, in the largest unit that all differences have in common
-    first = np.array([size[0] for size in sizes], dtype=np.int64)
     steps = [np.asarray(size, dtype=np.int64) - size[0] for size in sizes]
     unit = max(1, int(np.gcd.reduce(np.concatenate(steps))))
-    rest = total - int(first.sum())
-    if rest % unit:
-        raise SolverError(f"no choice of levels adds up to {total}")
-    ends = np.cumsum([len(size) for size in sizes])
-    variables, items = int(ends[-1]), len(sizes)
-    item = np.repeat(np.arange(items), [len(size) for size in sizes])
-    values = np.concatenate([np.ones(variables), np.concatenate(steps) // unit])
-    places = (
-        np.concatenate([item, np.full(variables, items)]),
-        np.tile(np.arange(variables), 2),
-    )
-    rows = csr_array((values, places), shape=(items + 1, variables))
-    sides = np.append(np.ones(items), rest // unit)
-    cost = np.concatenate(costs).astype(np.float64)
-    scale = float(np.abs(cost).max()) or 1.0
-    found = milp(
-        cost / scale,
-        constraints=LinearConstraint(rows, sides, sides),
-        integrality=np.ones(variables),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": _GAP},
-    )
-    if found.x is None:
-        raise SolverError(f"no choice of levels adds up to {total}")
-    levels = tuple(int(part.argmax()) for part in np.split(found.x, ends[:-1]))
-    reached = sum(int(size[level]) for size, level in zip(sizes, levels, strict=True))
-    if reached != total:
-        raise SolverError(f"HiGHS gave levels that add up to {reached}, not to {total}")
-    value = float(sum(c[level] for c, level in zip(costs, levels, strict=True)))
-    return Choice(levels, value, min(value, float(found.mip_dual_bound) * scale))
+    rest = total - sum(int(size[0]) for size in sizes)
+    least, most = (sum(int(end(x)) for x in steps) for end in (np.min, np.max))
+    if rest % unit or not least <= rest <= most:
+        raise impossible
+    steps, rest = [step // unit for step in steps], rest // unit
+    price = _price(steps, costs, rest)
+    priced = [cost + price * step for cost, step in zip(costs, steps, strict=True)]
+    bound = float(sum(x.min() for x in priced)) - price * rest
+    above = [x - x.min() for x in priced]
+    positive = np.concatenate(above)
+    positive = positive[positive > 0]
+    slack = float(positive.min()) if len(positive) else 1.0
+    everything = 2 * float(sum(x.max() for x in above)) + slack
+    while (levels := _within(steps, above, rest, slack)) is None:
+        if slack > everything:
+            raise impossible
+        slack *= _GROWTH
+    value = float(sum(cost[level] for cost, level in zip(costs, levels, strict=True)))
+    return Choice(levels, value, min(bound, value))
+
+
+def _price(
+    steps: Sequence[Int[np.ndarray, " levels"]],
+    costs: Sequence[Float[np.ndarray, " levels"]],
+    rest: int,
+) -> float:
+    """Of a unit, at which the cheapest levels come closest to the total: the dearer, the less of it."""
+
+    def reached(price: float) -> int:
+        pairs = zip(steps, costs, strict=True)
+        return sum(int(step[(cost + price * step).argmin()]) for step, cost in pairs)
+
+    spread = max(float(np.ptp(cost)) for cost in costs) or 1.0
+    low, high = (
+        -2 * spread,
+        2 * spread,
+    )  # beyond them every item takes its largest, its smallest level
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if reached(middle) > rest:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _within(
+    steps: Sequence[Int[np.ndarray, " levels"]],
+    above: Sequence[Float[np.ndarray, " levels"]],
+    rest: int,
+    slack: float,
+) -> tuple[int, ...] | None:
+    """The cheapest levels with that total which cost no more above the bound than the slack; None: there are
+    none."""
+    best, start = np.zeros(1), 0  # what totals from `start` on cost at least
+    walked: list[tuple[np.ndarray, int]] = []
+    for step, cost in zip(steps, above, strict=True):
+        useful = np.flatnonzero(cost <= slack)
+        first, last = int(step[useful].min()), int(step[useful].max())
+        new = np.full(len(best) + last - first, np.inf)
+        by = np.zeros(len(new), dtype=np.int16)
+        for level in useful:
+            at = slice(int(step[level]) - first, int(step[level]) - first + len(best))
+            found = best + cost[level]
+            better = found < new[at]
+            new[at][better], by[at][better] = found[better], level
+        inside = np.flatnonzero(new <= slack)
+        cut = slice(int(inside[0]), int(inside[-1]) + 1)
+        best, by, start = (
+            np.where(new <= slack, new, np.inf)[cut],
+            by[cut],
+            start + first + cut.start,
+        )
+        walked.append((by, start))
+    if not 0 <= rest - start < len(best) or not np.isfinite(best[rest - start]):
+        return None
+    levels: list[int] = []
+    for step, (by, start) in zip(reversed(steps), reversed(walked), strict=True):
+        levels.append(int(by[rest - start]))
+        rest -= int(step[levels[-1]])
+    return tuple(reversed(levels))

@@ -45,9 +45,8 @@ def test_it_is_the_cheapest_of_all(item: tuple[list[np.ndarray], list[np.ndarray
     choice = choose_levels(sizes, costs, total)
     assert sum(s[i] for s, i in zip(sizes, choice.levels, strict=True)) == total
     best, scale = cheapest(sizes, costs, total), max(float(c.max()) for c in costs)
-    assert choice.cost == pytest.approx(best, abs=1e-7 * scale + 1e-12)
-    assert choice.bound <= choice.cost
-    assert choice.bound == pytest.approx(best, abs=1e-6 * scale + 1e-12)
+    assert choice.cost == pytest.approx(best, abs=1e-12 * scale + 1e-12)
+    assert choice.bound <= best + 1e-12 * scale
 
 
 @pytest.mark.parametrize("total", [1, 5, 90])
@@ -57,17 +56,26 @@ def test_a_total_that_cannot_be_has_one_line(total: int) -> None:
         choose_levels(sizes, [np.zeros(3), np.zeros(2)], total)
 
 
-def test_many_large_items_are_proven() -> None:
-    """As many as a large model has layers, of its sizes."""
-    generator = np.random.default_rng(0)
-    rows = [4096, 1024, 1024, 4096, 14336, 14336, 4096] * 12
-    steps = np.arange(-13, 14)
-    sizes = [r * (2048 + 32 * steps) for r in rows]
-    costs = [generator.lognormal() * np.exp(steps / generator.uniform(4, 12)) for _ in rows]
-    total = sum(r * 2048 for r in rows)
+@pytest.mark.parametrize("seed", range(4))
+def test_many_large_items_are_proven(seed: int) -> None:
+    """As many as a model of 70 billion weights has layers, of their sizes."""
+    generator = np.random.default_rng(seed)
+    rows = [8192, 1024, 1024, 8192, 28672, 28672, 8192] * 80
+    widths = [8192, 8192, 8192, 8192, 8192, 8192, 28672] * 80
+    middles = [7 * n // 10 for n in widths]
+    levels = [m + (n // 128) * np.arange(-25, 26) for n, m in zip(widths, middles, strict=True)]
+    sizes = [r * k for r, k in zip(rows, levels, strict=True)]
+    costs = [
+        r * generator.lognormal(0, 2) * np.exp(k / n * generator.uniform(4, 8))
+        for r, n, k in zip(rows, widths, levels, strict=True)
+    ]
+    total = sum(r * m for r, m in zip(rows, middles, strict=True))
     choice = choose_levels(sizes, costs, total)
-    assert choice.bound >= choice.cost * (1 - 1e-8)
-    # the relaxation of the total bounds it, too: for any price of a pruned weight
-    price = 1e-8
-    relaxed = sum((c + price * (s - 0)).min() for c, s in zip(costs, sizes, strict=True))
-    assert choice.cost >= relaxed - price * total
+    assert sum(int(s[i]) for s, i in zip(sizes, choice.levels, strict=True)) == total
+    assert choice.cost * (1 - 1e-4) <= choice.bound <= choice.cost
+    # any price of a pruned weight bounds it, too
+    price = -1.1 * max(
+        float(np.ptp(c)) / float(np.ptp(s)) for c, s in zip(costs, sizes, strict=True)
+    )
+    relaxed = sum((c + price * s).min() for c, s in zip(costs, sizes, strict=True))
+    assert relaxed - price * total <= choice.bound * (1 + 1e-9)

@@ -19,7 +19,7 @@ from tiny_models import FAMILIES, save, tiny, tokens
 
 from maskopt import NM, Unstructured, collect_problems, prune_model
 from maskopt.certify import certify_model
-from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
+from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.model import prune
 from maskopt.model.allocate import Curve, allocate, share_out
 from maskopt.model.gradients import WINDOWS
@@ -363,6 +363,11 @@ def test_bad_input_gets_one_line(
         del given["sparsity"]
     with pytest.raises(kind, match=message):
         prune_model(tiny("llama"), tokens(), **given)
+
+
+def test_windows_of_a_single_token_have_no_loss() -> None:
+    with pytest.raises(DataError, match="`importance` loss leaves nothing of windows of a single"):
+        prune_model(tiny("llama"), tokens(4, 1), **OPTIONS)
 
 
 def test_counts_that_prune_another_number_get_one_line() -> None:

@@ -84,9 +84,10 @@ def open_job(
     if text is not None:
         windows = windows_of(source, text, tokenizer, options, whole, limit)
         check_vocabulary(windows, vocabulary_size(source.model))
-        if options.weighting in (REST, GRADIENT) and windows.length < 2:
+        if windows.length < 2 and (options.weighting == REST or options.backward):
+            name = "importance" if options.sensitive else "weighting"
             raise DataError(
-                f"`weighting` {options.weighting} leaves nothing of windows of a single token"
+                f"`{name}` {getattr(options, name)} leaves nothing of windows of a single token"
             )
     return Job(source, layers, windows, options, whole=whole, on_progress=on_progress)
 
