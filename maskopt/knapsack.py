@@ -2,8 +2,8 @@
 
 It shares a model's budget out over its layers: an item is a layer, a level how much of it is pruned. A price
 on the total gives the Lagrangian bound, and with it what every level costs above the best at that price.
-Choices that cost no more above the bound than some slack are few; a dynamic program over the total goes through
-them, and the slack grows until it finds one, which is then the cheapest of all.
+Choices that cost no more above the bound than some slack are few; a dynamic program over the total goes
+through them, and the slack grows until it finds one, which is then the cheapest of all.
 """
 
 from __future__ import annotations
