@@ -87,10 +87,8 @@ def _price(
         return sum(int(step[(cost + price * step).argmin()]) for step, cost in pairs)
 
     spread = max(float(np.ptp(cost)) for cost in costs) or 1.0
-    low, high = (
-        -2 * spread,
-        2 * spread,
-    )  # beyond them every item takes its largest, its smallest level
+    # beyond these every item takes its largest, its smallest level
+    low, high = -2 * spread, 2 * spread
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         if reached(middle) > rest:
@@ -122,12 +120,8 @@ def _within(
             new[at][better], by[at][better] = found[better], level
         inside = np.flatnonzero(new <= slack)
         cut = slice(int(inside[0]), int(inside[-1]) + 1)
-        best, by, start = (
-            np.where(new <= slack, new, np.inf)[cut],
-            by[cut],
-            start + first + cut.start,
-        )
-        walked.append((by, start))
+        best, start = np.where(new <= slack, new, np.inf)[cut], start + first + cut.start
+        walked.append((by[cut], start))
     if not 0 <= rest - start < len(best) or not np.isfinite(best[rest - start]):
         return None
     levels: list[int] = []

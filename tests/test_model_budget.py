@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import run
 from forging import change_masks, copied, forge_manifest
-from test_model_allocate import squares
+from test_model_allocate import refused, squares
 from test_model_resume import contents, interrupted
 from tiny_models import FAMILIES, save, tiny, tokens
 
@@ -233,11 +233,7 @@ def test_a_trade_that_was_left_out_is_found(tmp_path: Path) -> None:
 def test_bad_input_gets_one_line(
     options: dict[str, Any], kind: type[MaskoptError], message: str
 ) -> None:
-    given = {**OPTIONS, **options}
-    if given["sparsity"] is None:
-        del given["sparsity"]
-    with pytest.raises(kind, match=message):
-        prune_model(tiny("llama"), tokens(), **given)
+    refused({**OPTIONS, **options}, kind, message)
 
 
 def test_half_precision_trades_too() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,19 @@ class Manifest:
     def options(self) -> dict[str, Any]:
         return dict(self.record["fingerprint"]["options"])
 
-    @property
+    @cached_property
     def counts(self) -> dict[str, int]:
         """Of layers that trade, how many inputs each row of them prunes, by name; empty where none do."""
         return dict(self.options.get("counts") or {})
+
+    @cached_property
+    def counts_at(self) -> dict[tuple[tuple[int, ...], int], set[int]]:
+        """Those counts by the numbers in the layers' names and their inputs, as `Slice` has them."""
+        found: dict[tuple[tuple[int, ...], int], set[int]] = {}
+        for layer in self.layers:
+            key = numbers(layer["name"]), layer["n"]
+            found.setdefault(key, set()).add(self.counts[layer["name"]])
+        return found
 
     def pruned(self, layer: Mapping[str, Any]) -> int:
         """Pruned entries of a layer."""

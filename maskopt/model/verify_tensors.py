@@ -137,11 +137,7 @@ def _check_rows(manifest: Manifest, part: Slice, kept: Tensor) -> None:
 
 def _check_counts(manifest: Manifest, part: Slice, kept: Tensor) -> None:
     """Every row prunes as many as a layer there does; how many rows do is compared with all of them."""
-    there = {
-        manifest.counts[layer["name"]]
-        for layer in manifest.layers
-        if (numbers(layer["name"]), layer["n"]) == (part.numbers, part.n)
-    }
+    there = manifest.counts_at.get((part.numbers, part.n), set())
     for row, count in enumerate((~kept).sum(1).tolist()):
         if count not in there:
             raise VerificationError(
