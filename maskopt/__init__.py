@@ -13,6 +13,7 @@ from maskopt.linear import Linear
 from maskopt.pattern import NM, Unstructured
 from maskopt.pooled_checks import Trade
 from maskopt.problem import LayerProblem, RowProblem, load_problem
+from maskopt.proof import Proof
 from maskopt.refit_certificate import RefitCertificate
 from maskopt.refitted import Refitted, refit
 from maskopt.solution import Solution, Status
@@ -47,6 +48,7 @@ __all__ = [
     "Linear",
     "MaskoptError",
     "Progress",
+    "Proof",
     "PruneOptions",
     "Refit",
     "RefitCertificate",

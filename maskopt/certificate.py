@@ -217,7 +217,7 @@ class Certificate:
             raise VerificationError(f"certificate: {len(self.cuts)} cut lists for {rows} rows")
         for row, cuts in enumerate(self.cuts):
             if cuts is not None:
-                _check_cuts(cuts, n, row)
+                check_cuts(cuts, n, row)
 
 
 def evenly(total: Tensor, layer: LayerProblem) -> Float[Tensor, " rows"]:
@@ -225,7 +225,8 @@ def evenly(total: Tensor, layer: LayerProblem) -> Float[Tensor, " rows"]:
     return total / layer.rows / layer.shares
 
 
-def _check_cuts(cuts: Cuts, n: int, row: int) -> None:
+def check_cuts(cuts: Cuts, n: int, row: int) -> None:
+    """Raise VerificationError where one is no triangle inequality of a row of n inputs."""
     index, sign, tau = cuts.index, cuts.sign, cuts.multiplier
     m = tau.numel()
     shapes = index.shape, sign.shape, tau.shape
@@ -273,7 +274,7 @@ def _at_point(
     gram_diagonal = gram.diagonal().clamp(min=0.0)
     reach = w.abs() * gram_diagonal.sqrt()  # |Q_ij| ≤ reach_i·reach_j, up to G's own rounding
 
-    cut_matrix, cut_linear, cut_constant, cut_size = _cut_form(cuts, n, w)
+    cut_matrix, cut_linear, cut_constant, cut_size = cut_form(cuts, n, w)
     # what is missing to A ⪰ 0, added to λ
     if shared is not None:
         slack = shared.slack * w.square()
@@ -325,9 +326,7 @@ def _at_point(
     return value - gradient @ point - terms * _U * size, gradient
 
 
-def _cut_form(
-    cuts: Cuts | None, n: int, like: Tensor
-) -> tuple[Tensor | None, Tensor, float, float]:
+def cut_form(cuts: Cuts | None, n: int, like: Tensor) -> tuple[Tensor | None, Tensor, float, float]:
     """Σ τ c_t(p) as pᵀKp + kᵀp + κ, and a bound on the size of its terms."""
     linear = torch.zeros(n, dtype=torch.float64, device=like.device)
     if cuts is None or len(cuts.multiplier) == 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 from maskopt.errors import PatternError, ProblemError
 from maskopt.linear import Linear
 from maskopt.pattern import Pattern
+from maskopt.values import MOST_WHOLE
 
 #: a G whose least eigenvalue is above −PSD_TOLERANCE·tr(G) counts as positive semidefinite: float32
 #: accumulation of xxᵀ leaves errors of this size (2⁻²³ ≈ 1.2e-7)
@@ -124,3 +125,19 @@ def check_costs(weight: Tensor, gram: Tensor, label: str) -> None:
             f"{label}a weight of {float(most):.3g} squared, times the inputs' squares, is beyond float64; "
             "scale weight or gram down"
         )
+
+
+def check_integral(weight: Tensor, gram: Tensor, linear: Linear | None, label: str) -> None:
+    """Raise ProblemError where f need not be a whole number of every mask, or is one beyond float64."""
+    if linear is not None:
+        raise ProblemError(f"{label}integral: an objective with a linear part is no sum of wholes")
+    for what, array in (("weight", weight.double()), ("gram", gram.double())):
+        broken = (array != array.round()).nonzero()
+        if len(broken):
+            value = float(array[tuple(broken[0].tolist())])
+            raise ProblemError(
+                f"{label}integral: {what} holds {value!r}, not a whole number; leave integral out"
+            )
+    most = float((weight.double().abs() @ gram.double().abs() * weight.double().abs()).sum(1).max())
+    if most >= MOST_WHOLE:
+        raise ProblemError(f"{label}integral: sums of {most:.3g} are not whole in float64")

@@ -27,6 +27,7 @@ def write_instance(
         "name": layer.name,
         "pattern": pattern_to_dict(layer.pattern),
         "refit": refit_to_dict(layer.refit),
+        "integral": layer.integral,
     }
     arrays = {"weight": _as_numpy(layer.weight), "gram": _as_numpy(layer.gram)}
     if layer.mean is not None:
@@ -71,6 +72,7 @@ def read_instance(
         "variance": arrays.get("variance"),
         "linear": None if parts[0] is None else Linear(*parts),  # type: ignore[arg-type]
         "refit": refit_from_dict(header.get("refit")),
+        "integral": header.get("integral", False) is True,
     }
     if kind == "layer":
         more["omega"] = arrays.get("omega")

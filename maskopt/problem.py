@@ -37,6 +37,7 @@ from maskopt.inputs import (
     ArrayLike,
     as_tensor,
     check_costs,
+    check_integral,
     check_pattern,
     check_semidefinite,
     linear_part,
@@ -49,6 +50,7 @@ from maskopt.least_squares import LeastSquares, Refit
 from maskopt.limits import Limits
 from maskopt.linear import Linear
 from maskopt.pattern import Pattern, Unstructured
+from maskopt.values import Values, values_of
 
 #: columns of G that are brought to float64 at a time when an objective is computed
 _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
@@ -69,6 +71,8 @@ class LayerProblem:
             correlation [rows, n] and constant [rows], torch or NumPy, brought to float64.
         refit: the objective is F, of refitted weights; None: f, of the weights as they are.
         omega: [rows], what a row counts in the sum of a layer whose rows trade, more than 0; None: 1.
+        integral: f of every mask is a whole number, as in graphs, and what bounds it bounds the next value
+            that f can take, too (`RowProblem.values`). Weights and G must be whole, without a linear part.
         assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
             was accumulated as XXᵀ and is semidefinite by construction.
 
@@ -92,6 +96,7 @@ class LayerProblem:
         linear: Linear | None = None,
         refit: Refit | None = None,
         omega: ArrayLike | None = None,
+        integral: bool = False,
         assume_psd: bool = False,
     ) -> None:
         self.name = name
@@ -124,6 +129,9 @@ class LayerProblem:
         check_costs(self.weight, self.gram, label)
         self.linear = None if linear is None else linear_part(linear, self.weight, label)
         self.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
+        self.integral = integral
+        if integral:
+            check_integral(self.weight, self.gram, self.linear, label)
         if not assume_psd:
             check_semidefinite(self.gram, label)
             if self.linear is not None:
@@ -373,7 +381,7 @@ class LayerProblem:
         problem.omega = None if self.omega is None else self.omega[rows]
         problem.gram, problem.pattern = self.gram, self.pattern
         problem.mean, problem.variance = self.mean, self.variance
-        problem.refit = self.refit
+        problem.refit, problem.integral = self.refit, self.integral
         problem._squares = None if self.refit is None else self.least_squares
         return problem
 
@@ -401,6 +409,7 @@ class RowProblem:
         variance: ArrayLike | None = None,
         linear: Linear | None = None,
         refit: Refit | None = None,
+        integral: bool = False,
     ) -> None:
         tensor = as_tensor(weight, "weight")
         if tensor.ndim != 1:
@@ -414,6 +423,7 @@ class RowProblem:
             variance=variance,
             linear=linear,
             refit=refit,
+            integral=integral,
         )
         self._layer: LayerProblem = RowProblem._of(layer).as_layer()
 
@@ -457,6 +467,10 @@ class RowProblem:
     def refit(self) -> Refit | None:
         return self._layer.refit
 
+    @property
+    def integral(self) -> bool:
+        return self._layer.integral
+
     def q(self) -> Float[Tensor, "n n"]:
         """Q in float64 with f(p) = pᵀQp for every legal p; n² doubles.
 
@@ -479,6 +493,14 @@ class RowProblem:
             return q
         half = weight * self.linear.correlation[0] / pruned
         return q + half[:, None] + half[None, :] + self.linear.constant / pruned**2
+
+    def values(self) -> Values | None:
+        """The values that f can take, of an integral problem; None of another one."""
+        if not self.integral:
+            return None
+        return values_of(
+            self.q(), self._layer.pruned_per_group * (self.n // self._layer.group_size)
+        )
 
     def objective(self, mask: Bool[Tensor, " n"]) -> float:
         """f, or F with `refit`, of one mask [n] (True = kept), float64."""

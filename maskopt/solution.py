@@ -16,6 +16,7 @@ from torch import Tensor
 from maskopt.errors import OptionError, ProblemError
 from maskopt.files import read_arrays, write_arrays
 from maskopt.problem import LayerProblem, RowProblem
+from maskopt.proof import Proof
 from maskopt.refit_certificate import AnyCertificate, restored, stored
 from maskopt.trace import Trace, trace_arrays, trace_from
 
@@ -80,6 +81,7 @@ class Solution:
         seconds: wall-clock time of the solve, start included.
         trace: what the solver has to tell, per row (`maskopt.trace`).
         certificate: what proves the lower bounds to `verify`, where they can be re-checked.
+        proof: the trees of an exact search, which prove lower bounds to `verify`, too.
         vouched: per row the exact backend and version on whose word its bound is taken, such as
             `SCIP 10.0`; an empty word where there is none. Empty altogether: no row has one.
         weight: float64 [rows, n], the refitted weights where the solver has them at hand, which spares
@@ -98,6 +100,7 @@ class Solution:
     vouched: tuple[str, ...] = ()
     weight: Float[Tensor, "rows n"] | None = None
     own: bool = False
+    proof: Proof | None = None
 
     @property
     def gap(self) -> Float[Tensor, " rows"]:
@@ -116,6 +119,7 @@ class Solution:
         certificate: AnyCertificate | None = None,
         vouched: Sequence[str] = (),
         weight: Float[Tensor, "rows n"] | None = None,
+        proof: Proof | None = None,
     ) -> Solution:
         """A Solution with the float64 objective computed from the mask; or from a solver's own `weight`, of a
         problem with `refit`.
@@ -155,6 +159,7 @@ class Solution:
             vouched=tuple(vouched),
             weight=weight,
             own=own,
+            proof=proof,
         )
 
     def columns(self) -> dict[str, list[Any]]:
@@ -196,6 +201,8 @@ class Solution:
         if self.certificate is not None:
             parts = stored(self.certificate)
             arrays |= {f"certificate.{name}": value for name, value in parts.items()}
+        if self.proof is not None:
+            arrays |= {f"proof.{name}": value for name, value in self.proof.arrays().items()}
         if self.own and self.weight is not None:
             arrays["weight"] = self.weight.cpu().numpy()
         header = {
@@ -220,7 +227,7 @@ class Solution:
             return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
 
         try:
-            certificate = under("certificate.")
+            certificate, proof = under("certificate."), under("proof.")
             seconds = header["seconds"]
             tensors = {k: torch.from_numpy(v) for k, v in under("trace.").items()}
             return cls(
@@ -235,6 +242,7 @@ class Solution:
                 vouched=tuple(str(word) for word in header["vouched"]),
                 weight=torch.from_numpy(arrays["weight"]) if "weight" in arrays else None,
                 own="weight" in arrays,
+                proof=Proof.restore(proof, str(path)) if proof else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ProblemError(f"{path}: not a sound solution ({error})") from None

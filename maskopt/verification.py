@@ -17,6 +17,7 @@ from maskopt.checks import PAIRS_AT_ONCE, improving_swap
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.pooled_checks import Trade, least_sum
 from maskopt.problem import LayerProblem, RowProblem
+from maskopt.proof_check import check_proof
 from maskopt.refit_checks import refitted_cost, refitted_costs
 from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_TOLERANCE, Solution, Status
 
@@ -61,10 +62,10 @@ def verify(
     """Check everything that a solution claims, in float64.
 
     The mask's pattern, the objective (of a solver's own weights, where it says so), bound ≤ objective, a
-    certificate where there is one,
+    certificate or the tree of an exact search where there is one,
     SWAP_OPTIMAL by a scan over all swaps (where rows trade, between rows, too), OPTIMAL by a closed
     gap; and where there are at most ENUMERATION_LIMIT masks to see, OPTIMAL and the lower bound by
-    enumeration. A positive lower bound needs a certificate, or an exact backend that vouches for it
+    enumeration. A positive lower bound needs a certificate or a tree, or an exact backend that vouches for it
     (`Solution.vouched`); where enumeration confirms it, nothing is taken on that one's word.
 
     Args:
@@ -171,7 +172,14 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
 
 
 def _proven(layer: LayerProblem, solution: Solution) -> Tensor:
-    """What the certificate proves of every row, by its own check; 0 without one."""
+    """What tree and certificate prove of every row, by checks of their own; 0 without either."""
+    proven = torch.zeros(layer.rows, dtype=torch.float64)
+    if solution.proof is not None:
+        proven = check_proof(layer, solution.proof)
+    return proven.maximum(_certified(layer, solution))
+
+
+def _certified(layer: LayerProblem, solution: Solution) -> Tensor:
     if solution.certificate is None:
         return torch.zeros(layer.rows, dtype=torch.float64)
     proven = solution.certificate.check(layer).cpu()
@@ -188,8 +196,9 @@ def _voucher(solution: Solution, row: int, proven: float) -> str:
     if word:
         return word
     bound = f"lower bound: row {row} states {float(solution.lower_bound[row]):.12g}"
-    if solution.certificate is not None:
-        raise VerificationError(f"{bound}, its certificate proves {proven:.12g}")
+    if solution.certificate is not None or solution.proof is not None:
+        what = "certificate" if solution.proof is None else "proof"
+        raise VerificationError(f"{bound}, its {what} proves {proven:.12g}")
     raise VerificationError(
         f"{bound}, positive without a certificate, and no exact backend vouches for it"
     )

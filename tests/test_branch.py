@@ -129,7 +129,7 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
         for multiplier in (lam, own):
             tree.cost = cost
             after = state.copy()
-            value, _ = tree.bound(after, multiplier)
+            value, _, _ = tree.bound(after, multiplier)
             assert value <= costs[below].min() + 1e-9 * abs(cost)
             tight += value > 0.8 * costs[below].min()
             better = below & (costs < tree.cutoff)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,7 +15,7 @@ from maskopt.errors import OptionError
 from maskopt.limits import Limits, Progress, parse_bytes
 from maskopt.problem import LayerProblem, RowProblem, load_problem
 from maskopt.solution import Solution
-from maskopt.solver import limits_of, make_solver
+from maskopt.solver import Solver, limits_of, make_solver
 from maskopt.solver import solve as library
 from maskopt.verification import verify
 
@@ -44,14 +45,31 @@ def solve(
 
     `maskopt verify INSTANCE SOLUTION` re-checks the result.
     """
-    if out.exists() and not overwrite:
-        raise OptionError(f"{out} exists; pass --overwrite to replace it")
-    if not out.absolute().parent.is_dir():
-        raise OptionError(f"{out.parent}: no such folder")
+    check_output(out, overwrite)
     problem = load_problem(instance)
     shared, own = limits_of(None, read_solver_options(option))
     backend = make_solver(solver, **own)
     memory = shared.memory if memory_limit is None else parse_bytes(memory_limit)
+    seconds = shared.seconds if time_limit is None else time_limit
+    limits = Limits(seconds, memory, shared.threads, seed or shared.seed)
+    solution = solve_shown(problem, backend, start, limits)
+    solution.save(out)
+    output.print(solution_table(problem, solution))
+    output.print(f"written: {out}", soft_wrap=True)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise OptionError where nothing can, or should, be written there."""
+    if out.exists() and not overwrite:
+        raise OptionError(f"{out} exists; pass --overwrite to replace it")
+    if not out.absolute().parent.is_dir():
+        raise OptionError(f"{out.parent}: no such folder")
+
+
+def solve_shown(
+    problem: LayerProblem | RowProblem, backend: Solver, start: Any, limits: Limits
+) -> Solution:
+    """Solve with a bar."""
     with progress_bars() as bars:
         task = bars.add_task("rows", total=None)
 
@@ -60,12 +78,8 @@ def solve(
                 task, description=event.step or "rows", completed=event.done, total=event.total
             )
 
-        seconds = shared.seconds if time_limit is None else time_limit
-        limits = Limits(seconds, memory, shared.threads, seed or shared.seed, show)
-        solution = library(problem, backend, start=start, limits=limits)
-    solution.save(out)
-    output.print(solution_table(problem, solution))
-    output.print(f"written: {out}", soft_wrap=True)
+        limits = replace(limits, on_progress=show)
+        return library(problem, backend, start=start, limits=limits)
 
 
 def check(instance: Path, solution: Path, require_checked: bool) -> None:

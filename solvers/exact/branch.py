@@ -9,7 +9,7 @@ Inputs that cannot change sides without passing the incumbent are fixed by the s
 As inputs are fixed, the λ of the root is less and less the best one. Every few levels a node's own
 semidefinite relaxation is solved again (`reconvex`), and its subtree uses that λ: one to two orders
 of magnitude fewer nodes. The tree is searched best first, which makes the least open bound the
-proven bound at any time.
+proven bound at any time. With `proof` it is kept, as a proof that needs no trust in any of this.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 import maskopt
+from maskopt.errors import OptionError
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
@@ -30,7 +31,8 @@ from maskopt.solution import Solution
 from maskopt.solver import Capabilities
 from maskopt.solvers.exact.duals import Duals, qcr_duals, same_group
 from maskopt.solvers.exact.incumbent import tabu_row, with_incumbent
-from maskopt.solvers.exact.node import bound_node
+from maskopt.solvers.exact.node import bound_node, settle
+from maskopt.solvers.exact.proof_tree import Step, nothing_known, row_proof
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
 from maskopt.solvers.exact.refit_rows import solve_refitted
 from maskopt.solvers.exact.refit_tree import search_refitted
@@ -40,6 +42,8 @@ from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
 _MARGIN = 1e-9
 #: part of the objective by which a mask must beat the incumbent to be looked for: half of what OPTIMAL allows
 _WORTH = 5e-7
+#: part of the step from a value to the next that a bound must pass the value below by
+_ROOM = 1e-6
 #: part of Σ Q_ii below which an incumbent costs nothing, and is optimal
 _NOTHING = 1e-13
 #: fixings after which a node's semidefinite relaxation is solved again; doubled where that failed
@@ -52,9 +56,10 @@ _PROMISING, _POLISH = 1.02, 30
 
 @dataclass(frozen=True)
 class BranchTask(RowTask):
-    """A row for `Branch`; see its option `candidates`."""
+    """A row for `Branch`; see its options `candidates` and `proof`."""
 
     candidates: int = 1
+    proof: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,26 +84,33 @@ class Branch(RowSolver):
     candidates: int = option(
         1, "inputs whose two children are both bounded before one is branched on", least=1
     )
+    proof: bool = option(
+        False, "keep the tree of every row in the solution, as a proof that `verify` checks"
+    )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
         assert start is not None
         word = f"branch of maskopt {maskopt.__version__}"
         if problem.refit is not None:
+            if self.proof:
+                raise OptionError(
+                    "branch: the tree of refitted weights is not kept; leave `proof` out"
+                )
             return solve_refitted(self, problem, start, limits, search_refitted, word)
-        return self.solve_rows(
-            problem, start, limits, search_row, word, BranchTask, candidates=self.candidates
-        )
+        own = {"candidates": self.candidates, "proof": self.proof}
+        return self.solve_rows(problem, start, limits, search_row, word, BranchTask, **own)
 
 
 def search_row(task: BranchTask) -> RowAnswer:
     """Incumbent, duals, tree; what the time leaves undone is left out."""
     task = with_incumbent(task)
     best, cost = task.start, task.cost(task.start)
+    proof = nothing_known(len(task.q)) if task.proof else None
     if task.pruned in (0, task.group):
-        return RowAnswer(best, "optimal", bound=cost, root_bound=cost)
+        return RowAnswer(best, "optimal", bound=cost, root_bound=cost, proof=proof)
     if cost <= _NOTHING * float(np.trace(task.q)):
-        return RowAnswer(best, "optimal")
+        return RowAnswer(best, "optimal", proof=proof)
     if task.limits.expired:
         return RowAnswer(best, "timelimit")
     duals = qcr_duals(task)
@@ -141,6 +153,8 @@ class _Node(NamedTuple):
     point: np.ndarray
     """The relaxed point."""
     form: _Form
+    step: Step | None
+    """Of the proof; None where none is kept."""
 
 
 class Tree:
@@ -167,37 +181,53 @@ class Tree:
         vectors = start_vectors(n, task.limits.seed)
         own, vectors = self._convexify(state, point, vectors, _ROOT_SWEEPS)
         lam = duals.with_margin(task)
-        value, point = self.bound(state, lam)
+        value, point, first = self.bound(state, lam)
         self.proven = max(value, duals.certified * (1 - _MARGIN))
         again = state.copy()
-        other, relaxed = self.bound(again, own)
+        other, relaxed, second = self.bound(again, own)
+        step = first
         if other > value:
-            value, point, state, lam = other, relaxed, again, own
+            value, point, state, lam, step = other, relaxed, again, own, second
+            _follow(first, second)
+        self.root = first
         self.start = _Node(
             max(value, self.proven),
             next(self.order),
             state,
             point,
             _Form(lam, vectors, n, _INTERVAL),
+            step,
         )
 
     @property
     def cutoff(self) -> float:
         """A node of at least this bound holds nothing better than the incumbent."""
-        return self.cost * (1 - _WORTH)
+        values, worth = self.task.values, _WORTH * self.cost
+        if values is None:
+            return self.cost - worth
+        return min(self.cost - worth, self.cost - values.step * (1 - _ROOM) + worth)
 
-    def bound(self, state: np.ndarray, lam: np.ndarray) -> tuple[float, np.ndarray]:
-        """The node's bound and relaxed point; fixes inputs of `state` in place."""
+    def _raised(self, value: float) -> float:
+        """A bound of f, raised to the next value that f can take."""
+        return value if self.task.values is None else self.task.values.at_least(value)
+
+    def bound(self, state: np.ndarray, lam: np.ndarray) -> tuple[float, np.ndarray, Step | None]:
+        """The node's bound and relaxed point, and its step of the proof; fixes inputs of `state` in place."""
         task = self.task
         c = self._linear(lam)
         margin = self._margin(c)
         self.solved += 1
         cutoff = self.cutoff + margin
+        settled = state.copy()
         value, point = bound_node(
             self.base, lam, c, self.constant, task.group, task.pruned, state, cutoff
         )
         self._round(point, state)
-        return value - margin, point
+        step = None
+        if task.proof:
+            sound = settle(settled, task.group, task.pruned)
+            step = Step.of(lam, point, settled, state) if sound else Step.single()
+        return value - margin, point, step
 
     def _linear(self, lam: np.ndarray) -> np.ndarray:
         """c of pᵀAp + cᵀp + constant."""
@@ -261,7 +291,7 @@ class Tree:
             pruned=self.best,
             ended=ended,
             # what the closed tree proves, or the least open bound
-            bound=max(min(least_open, self.cutoff), self.proven),
+            bound=self._raised(max(min(least_open, self.cutoff), self.proven)),
             slack=self._margin(self._linear(self.start.form.lam)),
             nodes=nodes,
             root_bound=max(min(self.start.bound, self.cutoff), self.proven),
@@ -269,6 +299,7 @@ class Tree:
             convexified=self.convexified,
             certificate=self.duals.certificate,
             certified=self.duals.certified,
+            proof=None if self.root is None else row_proof(self.root, len(self.task.q), self.mu),
         )
 
     def _limit(self, open_nodes: list[_Node], nodes: int) -> str:
@@ -289,6 +320,8 @@ class Tree:
         if free and node.form.free - free >= node.form.interval:
             node = self._strengthen(node, free)
             free = int((node.state < 0).sum())
+        if not free:  # a single mask, which was looked at
+            _follow(node.step, Step.single())
         if not free or node.bound >= self.cutoff:
             return []
         lam = node.form.lam
@@ -302,14 +335,16 @@ class Tree:
             for side in (1, 0):
                 state = node.state.copy()
                 state[i] = side
-                bound, point = self.bound(state, lam)
+                bound, point, step = self.bound(state, lam)
                 bound = max(bound, node.bound)
-                pair.append(_Node(bound, next(self.order), state, point, node.form))
+                pair.append(_Node(bound, next(self.order), state, point, node.form, step))
             least = _MARGIN * abs(self.cost)
             gain = [min(c.bound, self.cutoff) - node.bound + least for c in pair]
             score = gain[0] * gain[1]
             if score > best:
                 best, chosen = score, pair
+                if node.step and pair[0].step and pair[1].step:
+                    node.step.split(int(i), pair[0].step, pair[1].step)
             if min(c.bound for c in pair) >= self.cutoff:
                 break
         return chosen
@@ -318,9 +353,16 @@ class Tree:
         """The node with the λ of its own semidefinite relaxation, where that proves more."""
         lam, vectors = self._convexify(node.state, node.point, node.form.vectors, _SWEEPS)
         state = node.state.copy()
-        value, point = self.bound(state, lam)
+        value, point, step = self.bound(state, lam)
         if value <= node.bound:
             # not converged: try again further down, from better vectors
             wait = min(2 * node.form.interval, _LONGEST_INTERVAL)
             return node._replace(form=_Form(node.form.lam, vectors, free, wait))
-        return _Node(value, node.order, state, point, _Form(lam, vectors, free, _INTERVAL))
+        _follow(node.step, step)
+        return _Node(value, node.order, state, point, _Form(lam, vectors, free, _INTERVAL), step)
+
+
+def _follow(step: Step | None, after: Step | None) -> None:
+    """Where a proof is kept, `after` follows at the same node."""
+    if step is not None and after is not None:
+        step.again(after)

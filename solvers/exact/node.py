@@ -40,7 +40,7 @@ def bound_node(
 
     The bound is ∞ where no legal mask is left.
     """
-    if not _settle(state, group, pruned):
+    if not settle(state, group, pruned):
         return np.inf, np.zeros(len(c))
     point = (state == 1).astype(float)
     index = np.flatnonzero(state < 0)
@@ -57,7 +57,7 @@ def bound_node(
     return bound, point
 
 
-def _settle(state: np.ndarray, group: int, pruned: int) -> bool:
+def settle(state: np.ndarray, group: int, pruned: int) -> bool:
     """A group whose count is reached leaves nothing free; False where a count cannot be reached."""
     groups = state.reshape(-1, group)
     ones, free = (groups == 1).sum(1), (groups < 0).sum(1)

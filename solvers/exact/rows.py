@@ -22,10 +22,13 @@ from maskopt.certificate import Certificate
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
+from maskopt.proof import Proof, RowProof
+from maskopt.proof_check import check_proof
 from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status
 from maskopt.solver import Solver
 from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 from maskopt.trace import TreeTrace
+from maskopt.values import Values
 
 #: the start's objective in the units of a backend's model: far above its absolute tolerances
 _MODEL_UNITS = 1000.0
@@ -49,6 +52,7 @@ class RowTask:
         limits: of all rows together, without a listener.
         row_seconds: of this row alone, besides.
         gap_limit, node_limit: see `RowSolver`.
+        values: that f can take, where they are known.
     """
 
     q: np.ndarray
@@ -59,6 +63,7 @@ class RowTask:
     row_seconds: float | None = None
     gap_limit: float = 0.0
     node_limit: int | None = None
+    values: Values | None = None
 
     def begin(self) -> RowTask:
         """The same with the clock of the row running."""
@@ -99,6 +104,7 @@ class RowAnswer:
         slack: how far its declared tolerances can push that bound above the truth.
         certificate: of one row, and `certified`, what it proves; None: there is none.
         pid: of the process that ran it.
+        proof: the tree that it searched, closed or not; its bound then counts for what the check finds.
 
     The others are those of `TreeTrace`.
     """
@@ -116,6 +122,7 @@ class RowAnswer:
     certificate: Certificate | None = None
     certified: float = 0.0
     pid: int = 0
+    proof: RowProof | None = None
 
 
 Search = Callable[[Any], RowAnswer]
@@ -160,6 +167,7 @@ class RowSolver(Solver):
         tasks = [
             kind(
                 q=problem.row(i).q().numpy(),
+                values=problem.row(i).values(),
                 **self.asked(problem, start[i], limits),
                 **own,
             )
@@ -242,12 +250,17 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
         for row, answer in enumerate(answers)
     ]
     certificate, proven = _certified(problem, answers)
+    proof, by_tree = _proofs(problem, answers)
+    proven = proven.maximum(by_tree)
     bound, status, vouched = [], [], []
     for row, answer in enumerate(answers):
         cost = float(objective[row])
-        checked = _rests_on_certificate(answer)
+        checked = answer.proof is not None or _rests_on_certificate(answer)
         value = min(max(answer.bound, 0.0), cost) if problem.pruned_per_group else cost
-        value = min(value, float(proven[row])) if checked else value
+        if answer.proof is not None:
+            value = min(cost, float(proven[row]))
+        elif checked:
+            value = min(value, float(proven[row]))
         closed = cost - value <= OPTIMAL_TOLERANCE * cost + float(floor[row])
         optimal = closed and answer.ended in ("optimal", "presolved")
         bound.append(value)
@@ -260,6 +273,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
         lower_bound=torch.tensor(bound, dtype=torch.float64),
         trace=_trace(answers),
         certificate=certificate,
+        proof=proof,
         vouched=vouched,
     )
 
@@ -298,6 +312,14 @@ def _certified(
     ]
     certificate = Certificate.stack(parts).of_linear(problem)
     return certificate, certificate.check(problem)
+
+
+def _proofs(problem: LayerProblem, answers: list[RowAnswer]) -> tuple[Proof | None, Tensor]:
+    """The trees that were kept, and what they prove."""
+    proof = Proof([answer.proof for answer in answers])
+    if not any(proof.rows):
+        return None, torch.zeros(problem.rows, dtype=torch.float64)
+    return proof, check_proof(problem, proof)
 
 
 def _trace(answers: list[RowAnswer]) -> TreeTrace:

@@ -1,0 +1,43 @@
+"""The values that an objective of whole numbers can take.
+
+Where Q is whole and every legal mask prunes s inputs, exchanging one for another changes f = pᵀQp by
+Q_ii − Q_jj and by twices of entries off the diagonal. So f lies on offset + step·ℤ with offset = s·Q_11 and
+step the greatest common divisor of all Q_ii − Q_11 and 2Q_ij: 2 in an unweighted graph. A lower bound holds
+up to the next of these values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+#: whole numbers below it, and their sums, are exact in float64
+MOST_WHOLE = 2.0**52
+
+
+@dataclass(frozen=True)
+class Values:
+    """offset + step·k for all whole k; step 0: the offset alone."""
+
+    offset: float
+    step: float
+
+    def at_least(self, bound: float) -> float:
+        """The least value that is not below a bound; the bound itself where it is beyond whole numbers."""
+        if not abs(bound) < MOST_WHOLE or not self.step:
+            return bound
+        # each operation is monotone: what is rounded never passes a value that the bound does not pass
+        return self.offset + self.step * math.ceil((bound - self.offset) / self.step)
+
+
+def values_of(q: Float[Tensor, "n n"], pruned: int) -> Values:
+    """Of whole Q and s."""
+    whole = q.cpu().numpy().astype(np.int64)
+    diagonal = whole.diagonal()
+    step = np.gcd.reduce(2 * whole[np.triu_indices(len(whole), 1)], initial=0)
+    step = np.gcd.reduce(diagonal - diagonal[0], initial=int(step))
+    return Values(float(pruned * int(diagonal[0])), float(abs(int(step))))

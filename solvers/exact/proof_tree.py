@@ -1,0 +1,84 @@
+"""The tree as a search grows it, and as the proof that `maskopt.proof_check` reads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from maskopt.proof import AGAIN, KINDS, LEAF, NO_FORM, RowProof
+
+_NOTHING = np.zeros(0)
+
+
+class Step:
+    """One bounding of a node, and what the search made of it.
+
+    Attributes:
+        lam: λ of its form, float64 [n]; None: it has none.
+        point: its free entries.
+        fixed, side: the inputs that it fixed, and to which side (1 pruned, 0 kept).
+        branch, below: what follows; nothing as long as the node is open, or closed.
+    """
+
+    __slots__ = ("below", "branch", "fixed", "lam", "point", "side")
+
+    def __init__(self, lam: np.ndarray | None, point: np.ndarray) -> None:
+        self.lam, self.point = lam, point
+        self.fixed: np.ndarray = _NOTHING
+        self.side: np.ndarray = _NOTHING
+        self.branch = LEAF
+        self.below: tuple[Step, ...] = ()
+
+    @classmethod
+    def of(cls, lam: np.ndarray, point: np.ndarray, before: np.ndarray, after: np.ndarray) -> Step:
+        """A node's step, from its state with counts settled, and the state after its fixings."""
+        free = before < 0
+        if not free.any():
+            return cls.single()
+        step = cls(lam, point[free])
+        step.fixed = np.flatnonzero(free & (after >= 0))
+        step.side = after[step.fixed]
+        return step
+
+    @classmethod
+    def single(cls) -> Step:
+        """Of a node of which counts, or fixings, leave one mask or none."""
+        return cls(None, _NOTHING)
+
+    def again(self, step: Step) -> None:
+        """Another step follows at the same node."""
+        self.branch, self.below = AGAIN, (step,)
+
+    def split(self, on: int, pruned: Step, kept: Step) -> None:
+        """An input is branched on."""
+        self.branch, self.below = on, (pruned, kept)
+
+
+def row_proof(root: Step, n: int, penalty: float) -> RowProof:
+    """The tree below a step, in preorder."""
+    steps: list[Step] = []
+    left = [root]
+    while left:
+        step = left.pop()
+        steps.append(step)
+        left += reversed(step.below)
+    forms = {id(step.lam): step.lam for step in steps if step.lam is not None}
+    number = {key: place for place, key in enumerate(forms)}
+    parts = {
+        "forms": np.array(list(forms.values())).reshape(-1, n),
+        "cuts": np.zeros(len(forms)),
+        "cut_index": np.zeros((0, 3)),
+        "cut_sign": np.zeros((0, 2)),
+        "multiplier": _NOTHING,
+        "form": [NO_FORM if step.lam is None else number[id(step.lam)] for step in steps],
+        "branch": [step.branch for step in steps],
+        "fixes": [len(step.fixed) for step in steps],
+        "fixed": np.concatenate([step.fixed for step in steps]),
+        "side": np.concatenate([step.side for step in steps]),
+        "points": np.concatenate([step.point for step in steps]),
+    }
+    return RowProof(penalty=penalty, **{k: np.asarray(parts[k], dtype=KINDS[k]) for k in KINDS})
+
+
+def nothing_known(n: int) -> RowProof:
+    """A single leaf: what counts settle is enough, or f ≥ 0."""
+    return row_proof(Step.single(), n, 0.0)
