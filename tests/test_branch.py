@@ -10,10 +10,12 @@ from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.errors import OptionError, SolverError
-from maskopt.solvers.exact import branch
-from maskopt.solvers.exact.branch import BranchTask, Tree
+from maskopt.solvers.convex.triangles import Pool
+from maskopt.solvers.exact import branch, tree
 from maskopt.solvers.exact.duals import qcr_duals
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
+from maskopt.solvers.exact.relaxation import Plan, Relaxed
+from maskopt.solvers.exact.tree import BranchTask, Tree
 
 
 @given(problems(max_n=10, max_rows=1))
@@ -113,9 +115,10 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     task = BranchTask(q=q, group=problem.group_size, pruned=problem.pruned_per_group, start=start)
     duals = qcr_duals(task)
     lam, mu = duals.with_margin(task), duals.penalty
-    tree = Tree(task, duals)
+    searched = Tree(task, duals)
     random = np.random.default_rng(0)
-    fixings = tight = 0
+    fixings = tight = cuts = 0
+    nothing = Relaxed(lam, start_vectors(n, 1), Pool.empty())
     for _ in range(60):
         # an incumbent that some masks beat
         cost = float(np.quantile(costs, random.uniform(0.02, 0.6)))
@@ -124,20 +127,25 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
         state[chosen] = legal[random.integers(len(legal))][chosen]
         below = (legal[:, chosen] == state[chosen]).all(1)
         own, _ = multipliers(
-            q, mu, task.pruned, tree.same, state, start_vectors(n, 1), np.full(n, 0.5), 200
+            q, mu, task.pruned, searched.same, state, start_vectors(n, 1), np.full(n, 0.5), 200
         )
-        for multiplier in (lam, own):
-            tree.cost = cost
+        searched.cost = cost
+        middle = np.full(n, task.pruned / task.group)
+        triangles = searched._tighten(state, middle, nothing, Plan((3.0, 1.0, 0.3)), 0.0)
+        cuts += len(triangles.pool.tau)
+        for form in (nothing, nothing._replace(lam=own), triangles):
+            searched.cost = cost
             after = state.copy()
-            value, _, _ = tree.bound(after, multiplier)
+            value, _, _ = searched.bound(after, form)
             assert value <= costs[below].min() + 1e-9 * abs(cost)
             tight += value > 0.8 * costs[below].min()
-            better = below & (costs < tree.cutoff)
+            better = below & (costs < searched.cutoff)
             fixed = np.flatnonzero(after >= 0)
-            if value < tree.cutoff:
+            if value < searched.cutoff:
                 assert (legal[better][:, fixed] == after[fixed]).all()
             fixings += len(fixed) - len(chosen)
     assert fixings >= 5
+    assert cuts > 20
     assert tight > 10
 
 
@@ -166,14 +174,14 @@ def test_ctrl_c_returns_the_incumbent_and_the_least_open_bound(monkeypatch):
     problem = LayerProblem(random_weight(1, 64, 1), random_gram(64, "full", 2), Unstructured(0.6))
     best = solve(problem, "branch").objective
     calls = itertools.count()
-    original = branch.bound_node
+    original = tree.bound_node
 
     def interrupted(*args):
         if next(calls) == 9:
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(branch, "bound_node", interrupted)
+    monkeypatch.setattr(tree, "bound_node", interrupted)
     solution = solve(problem, "branch")
     assert solution.trace.ended == ("userinterrupt",)
     assert solution.status == (Status.FEASIBLE,)

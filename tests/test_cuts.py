@@ -12,7 +12,8 @@ from strategies import KINDS, problems, random_gram, random_weight
 from maskopt import NM, LayerProblem, Solution, Unstructured, lower_bound, solve, verify
 from maskopt.errors import OptionError
 from maskopt.limits import Limits
-from maskopt.solvers.bounds.cuts import Pool, cut_certificate, separate
+from maskopt.solvers.bounds.cuts import cut_certificate
+from maskopt.solvers.convex.triangles import Pool, separate
 
 
 def assert_below(bound, problem):

@@ -13,7 +13,7 @@ from strategies import random_gram, random_weight
 from maskopt import LayerProblem, Limits, Status, Unstructured, available_solvers, solve, verify
 from maskopt.errors import OptionError, SolverError
 from maskopt.solver import make_solver
-from maskopt.solvers.exact import branch, exhaustive, gurobi, highs, incumbent, scip
+from maskopt.solvers.exact import branch, exhaustive, gurobi, highs, incumbent, scip, tree
 from maskopt.solvers.exact.rows import RowAnswer, RowTask, assemble, run_rows
 
 MODULES = {"branch": branch, "scip": scip, "gurobi": gurobi, "highs": highs}
@@ -70,13 +70,13 @@ def test_a_bound_within_the_tolerance_of_its_backend_is_cut_to_the_mask(name, mo
 
 def test_a_tree_whose_root_contradicts_its_incumbent_says_so(monkeypatch):
     """`branch` must not call a row optimal because its own root bound is wrong."""
-    original = branch.bound_node
+    original = tree.bound_node
 
     def wrong(*args):
         value, point = original(*args)
         return 3 * value, point
 
-    monkeypatch.setattr(branch, "bound_node", wrong)
+    monkeypatch.setattr(tree, "bound_node", wrong)
     solution = solve(layer(), "branch", workers=0)
     assert solution.status == (Status.FEASIBLE,) * 3
     assert solution.trace.ended == ("contradiction",) * 3

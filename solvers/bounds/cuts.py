@@ -25,10 +25,17 @@ from torch import Tensor
 from maskopt.certificate import Certificate, Cuts
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solvers.bounds.cuts_kernel import BINS, collect, damp, histogram
 from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Extra, Mixing
-from maskopt.solvers.parallel import RowThreads
+from maskopt.solvers.convex.triangles import (
+    Pool,
+    dense,
+    entries_of,
+    pairs_of,
+    separate,
+    steps_of,
+)
+from maskopt.solvers.convex.triangles_kernel import damp
 
 #: entries of the inner products of a tile of rows
 _TILE_ENTRIES = 2**24
@@ -38,16 +45,8 @@ _START = 400
 _CHUNK = 20
 #: triangles that may join in a round, per input
 _NEW = 32
-#: violations below this are left alone
-_FLOOR = 0.02
-#: the step of a triangle, times the least dual of its inputs over the root of their degree
-_STEP = 0.2
 #: multipliers below this part of the largest are left out of the certificate
 _TINY = 1e-7
-#: a dual below this part of the mean makes an input no softer
-_SOFTEST = 0.05
-#: triangles are looked for in so many interleaved parts: the first inputs are in the most
-_INTERLEAVED = 16
 
 
 @dataclass(frozen=True)
@@ -69,62 +68,6 @@ class Schedule:
 
 _ROUND = Schedule(updates=60, sweeps=2, follow=0.2)
 _END = Schedule(updates=800, sweeps=4, follow=0.05, mean=300)
-
-
-@dataclass
-class Pool:
-    """The triangles of one row: index int64 [m, 3], i < j < k ≤ n (n: z_0), sign int8 [m, 2], τ [m]."""
-
-    index: np.ndarray
-    sign: np.ndarray
-    tau: np.ndarray
-
-    @classmethod
-    def empty(cls) -> Pool:
-        return cls(np.zeros((0, 3), np.int64), np.zeros((0, 2), np.int8), np.zeros(0))
-
-    def keep(self, chosen: np.ndarray) -> Pool:
-        return Pool(self.index[chosen], self.sign[chosen], self.tau[chosen])
-
-    def join(self, index: np.ndarray, sign: np.ndarray, n: int) -> Pool:
-        """With the triangles that are not here yet, at τ = 0."""
-        new = ~np.isin(_keys(index, sign, n), _keys(self.index, self.sign, n))
-        return Pool(
-            np.concatenate([self.index, index[new]]),
-            np.concatenate([self.sign, sign[new]]),
-            np.concatenate([self.tau, np.zeros(int(new.sum()))]),
-        )
-
-
-def separate(
-    inner: np.ndarray, most: int, threads: RowThreads | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The `most` most violated triangles of all, the most violated first.
-
-    Args:
-        inner: ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.
-        threads: to look in; None: of its own.
-
-    Returns:
-        index int64 [m, 3] with i < j < k, sign int8 [m, 2], violation float64 [m].
-    """
-    inner = np.ascontiguousarray(inner, dtype=np.float32)
-    threads = threads or RowThreads()
-    n = len(inner)
-    order = np.concatenate([np.arange(part, n, _INTERLEAVED) for part in range(_INTERLEAVED)])
-    counts = np.zeros((n, BINS), np.int64)
-    threads.run(histogram, order, inner, _FLOOR, counts)
-    above = np.cumsum(counts.sum(0)[::-1])[::-1]
-    # the bin that straddles `most` is collected too and cut off after sorting
-    least = max(int(np.searchsorted(-above, -most, side="left")) - 1, 0)
-    per_input = counts[:, least:].sum(1)
-    total = int(per_input.sum())
-    starts = np.concatenate([[0], np.cumsum(per_input)[:-1]])
-    index, sign = np.zeros((total, 3), np.int64), np.zeros((total, 2), np.int8)
-    violation = np.zeros(total)
-    threads.run(collect, order, inner, _FLOOR, least, starts, index, sign, violation)
-    first = np.argsort(-violation, kind="stable")[:most]
-    return index[first], sign[first], violation[first]
 
 
 def tighten(
@@ -215,14 +158,14 @@ class _Multipliers:
         member, pairs, entries, starts, index, steps = [], [], [], [], [], []
         pair_rows, first = [0], 0
         for row, pool in enumerate(pools):
-            own, which = _pairs(pool.index, n)
-            where, row_starts, row_index = _sparse(own, n)
+            own, which = pairs_of(pool.index, n)
+            where, row_starts, row_index = entries_of(own, n)
             member.append(which + pair_rows[-1])
             pairs.append(own)
             entries.append(np.where(where >= 0, where + first, -1))
             starts.append(row_starts + first)
             index.append(row_index)
-            steps.append(_steps(pool.index, y[row]))
+            steps.append(steps_of(pool.index, y[row]))
             pair_rows.append(pair_rows[-1] + len(own))
             first += len(row_index)
         self.pair_rows = np.array(pair_rows)
@@ -314,7 +257,7 @@ class _Multipliers:
 def _certify(row: ScaledRow, y: np.ndarray, inner: np.ndarray, rho: float, pool: Pool) -> RowDuals:
     if not np.isfinite(y).all():
         return RowDuals(np.zeros(len(y)), np.zeros(len(y)), 0.0, 0.0)
-    extra = _dense(pool, len(y))
+    extra = dense(pool, len(y))
     duals = certify_row(row, y, inner, rho, extra)
     return duals._replace(value=duals.value - float(pool.tau.sum()))
 
@@ -334,55 +277,3 @@ def _gram(state: Mixing, row: int) -> np.ndarray:
     fixed[0, 0] = 1
     v = np.concatenate([v, fixed])
     return np.asarray(v @ v.T)
-
-
-def _keys(index: np.ndarray, sign: np.ndarray, n: int) -> np.ndarray:
-    i, j, k = index.T
-    a, b = sign.astype(np.int64).T
-    return np.asarray(((i * (n + 1) + j) * (n + 1) + k) * 4 + (a + 1) + (b + 1) // 2)
-
-
-def _pairs(index: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct pairs [pairs, 2] of the triangles, and which three a triangle has, [m, 3]."""
-    codes = np.stack([index[:, x] * (n + 1) + index[:, y] for x, y in ((0, 1), (0, 2), (1, 2))], 1)
-    distinct, which = np.unique(codes, return_inverse=True)
-    return np.stack(np.divmod(distinct, n + 1), 1), which.reshape(codes.shape)
-
-
-def _sparse(pairs: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where E_ij and E_ji stand [pairs, 2] (−1: v_0 has no row), and starts and index of `Extra`."""
-    i, j = pairs.T
-    both = j < n
-    owner, partner = np.concatenate([i, j[both]]), np.concatenate([j, i[both]])
-    order = np.lexsort((partner, owner))
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    entries = np.full((len(pairs), 2), -1, np.int64)
-    entries[:, 0] = place[: len(i)]
-    entries[both, 1] = place[len(i) :]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=n))])
-    return entries, starts, partner[order]
-
-
-def _steps(index: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A step is small where an input bends easily (small y) or is in many triangles."""
-    n = len(y)
-    # v_0 is fixed: it does not bend, in however many triangles it is
-    stiff = np.append(np.maximum(y, _SOFTEST * y.mean()), np.inf)
-    degree = np.bincount(index.ravel(), minlength=n + 1)
-    degree[n] = 1
-    return np.asarray(
-        _STEP
-        * stiff[index].min(1, initial=np.inf)
-        / np.sqrt(np.maximum(degree[index], 1).max(1, initial=1))
-    )
-
-
-def _dense(pool: Pool, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """E [n, n] and its column of v_0."""
-    e = np.zeros((n + 1, n + 1))
-    a, b = pool.sign.astype(float).T
-    for (x, y), sign in (((0, 1), a), ((0, 2), b), ((1, 2), a * b)):
-        np.add.at(e, (pool.index[:, x], pool.index[:, y]), -pool.tau * sign / 2)
-    e += e.T
-    return e[:n, :n], e[:n, n]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from maskopt.proof import AGAIN, KINDS, LEAF, NO_FORM, RowProof
+from maskopt.solvers.convex.triangles import Pool
+from maskopt.solvers.exact.relaxation import Relaxed
 
 _NOTHING = np.zeros(0)
 
@@ -13,28 +15,28 @@ class Step:
     """One bounding of a node, and what the search made of it.
 
     Attributes:
-        lam: λ of its form, float64 [n]; None: it has none.
+        form: λ and triangles; None: it has none.
         point: its free entries.
         fixed, side: the inputs that it fixed, and to which side (1 pruned, 0 kept).
         branch, below: what follows; nothing as long as the node is open, or closed.
     """
 
-    __slots__ = ("below", "branch", "fixed", "lam", "point", "side")
+    __slots__ = ("below", "branch", "fixed", "form", "point", "side")
 
-    def __init__(self, lam: np.ndarray | None, point: np.ndarray) -> None:
-        self.lam, self.point = lam, point
+    def __init__(self, form: Relaxed | None, point: np.ndarray) -> None:
+        self.form, self.point = form, point
         self.fixed: np.ndarray = _NOTHING
         self.side: np.ndarray = _NOTHING
         self.branch = LEAF
         self.below: tuple[Step, ...] = ()
 
     @classmethod
-    def of(cls, lam: np.ndarray, point: np.ndarray, before: np.ndarray, after: np.ndarray) -> Step:
+    def of(cls, form: Relaxed, point: np.ndarray, before: np.ndarray, after: np.ndarray) -> Step:
         """A node's step, from its state with counts settled, and the state after its fixings."""
         free = before < 0
         if not free.any():
             return cls.single()
-        step = cls(lam, point[free])
+        step = cls(form, point[free])
         step.fixed = np.flatnonzero(free & (after >= 0))
         step.side = after[step.fixed]
         return step
@@ -61,15 +63,17 @@ def row_proof(root: Step, n: int, penalty: float) -> RowProof:
         step = left.pop()
         steps.append(step)
         left += reversed(step.below)
-    forms = {id(step.lam): step.lam for step in steps if step.lam is not None}
+    forms = {id(step.form): step.form for step in steps if step.form is not None}
     number = {key: place for place, key in enumerate(forms)}
+    pools = [form.pool for form in forms.values()] or [Pool.empty()]
+    index = np.concatenate([pool.index for pool in pools])
     parts = {
-        "forms": np.array(list(forms.values())).reshape(-1, n),
-        "cuts": np.zeros(len(forms)),
-        "cut_index": np.zeros((0, 3)),
-        "cut_sign": np.zeros((0, 2)),
-        "multiplier": _NOTHING,
-        "form": [NO_FORM if step.lam is None else number[id(step.lam)] for step in steps],
+        "forms": np.array([form.lam for form in forms.values()]).reshape(-1, n),
+        "cuts": [len(form.pool.tau) for form in forms.values()],
+        "cut_index": np.where(index == n, -1, index),
+        "cut_sign": np.concatenate([pool.sign for pool in pools]),
+        "multiplier": np.concatenate([pool.tau for pool in pools]),
+        "form": [NO_FORM if step.form is None else number[id(step.form)] for step in steps],
         "branch": [step.branch for step in steps],
         "fixes": [len(step.fixed) for step in steps],
         "fixed": np.concatenate([step.fixed for step in steps]),

@@ -1,0 +1,270 @@
+"""The semidefinite relaxation of a node with triangle inequalities.
+
+With p = (1 + z)/2, z_0 = 1 and the penalty μΣ_g(1_gᵀp − s)² in C, the relaxation is min ⟨C, Z⟩ over Z ⪰ 0
+with Z_ii = 1 and triangles ⟨T_t, Z⟩ ≥ −1. For every α > 0, y and τ ≥ 0 it is at least
+
+    −Σ y_i − Σ τ_t − ‖L₋‖²/(2α) − αN²/2,     L = C + Diag(y) − Σ τ_t T_t,   N = 1 + free inputs,
+
+L₋ being the negative part of L, because ‖Z‖ ≤ N (Krislock, Malick and Roupin, *Improved semidefinite
+bounding procedure for solving Max-Cut problems to optimality*, Math. Programming 143, 2014). This is concave
+and smooth in (y, τ), with −L₋/α in the place of Z in its gradient. A quasi-Newton method climbs it, warm
+from the node above; α falls from round to round, and between two rounds the triangles that Z violates most
+join.
+
+Nothing depends on how far it comes: λ = 4y − diag and a last shift make the form convex, and what it proves
+is computed anew (`node`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg as la
+from scipy.optimize import minimize
+
+from maskopt.solvers.compiled import loop
+from maskopt.solvers.convex.triangles import Pool, dense, separate
+from maskopt.solvers.parallel import RowThreads
+
+#: unit roundoff of float64
+_U = 2.0**-53
+#: multipliers below this part of the largest are dropped
+_TINY = 1e-4
+#: least correction of λ, in units of the mean diagonal entry; and the least weight of an input in one
+_LEAST_SHIFT, _LEAST_WEIGHT = 1e-9, 1e-6
+
+
+class Plan(NamedTuple):
+    """How a relaxation is solved.
+
+    Attributes:
+        shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of `unit` where that
+            is more: what is gained from a start is a matter of the first, what can be certified of the last.
+        iterations: of a round.
+        new: triangles that may join before another round, per free input.
+    """
+
+    shares: tuple[float, ...]
+    iterations: int = 20
+    new: int = 4
+
+
+class Relaxed(NamedTuple):
+    """A convex form, and where the relaxations below it start.
+
+    Attributes:
+        lam: λ, float64 [n].
+        vectors: of the relaxation without triangles (`reconvex`), float32 [n, k].
+        pool: triangles of inputs (n: z_0), τ in units of the objective.
+    """
+
+    lam: np.ndarray
+    vectors: np.ndarray
+    pool: Pool
+
+
+def relax_node(
+    q: np.ndarray,
+    mu: float,
+    pruned: int,
+    same: np.ndarray,
+    state: np.ndarray,
+    start: Relaxed,
+    point: np.ndarray,
+    plan: Plan,
+    bound: float,
+    cutoff: float,
+    unit: float,
+    deadline: float = math.inf,
+) -> Relaxed:
+    """λ and τ with Q + μΣ_g 1_g1_gᵀ + diag(λ) less the triangles ⪰ 0 on the free inputs.
+
+    Args:
+        q: float64 [n, n].
+        same: whether two inputs share a group, float64 [n, n].
+        state: 1 pruned, 0 kept, −1 free, int8 [n].
+        start: of the node above.
+        point: the relaxed point of the node, float64 [n]; which correction costs least is judged there.
+        bound, cutoff: what is known of the node, and what is enough.
+        unit: see `Plan`.
+        deadline: of `time.monotonic()`; no further round past it.
+    """
+    free = np.flatnonzero(state < 0)
+    ones = (state == 1).astype(float)
+    b = q[np.ix_(free, free)] + mu * same[np.ix_(free, free)]
+    linear = 2 * (q @ ones + mu * (same @ ones))[free] - 2 * mu * pruned
+    offset = float(ones @ q @ ones) + mu * float(ones @ same @ ones)
+    offset += mu * pruned * (pruned * float((1 / same.sum(1)).sum()) - 2 * float(ones.sum()))
+    # pᵀbp + linearᵀp = ¼zᵀbz + ½(b1 + linear)ᵀz + ¼1ᵀb1 + ½linearᵀ1, and zᵢ² = 1
+    offset += float(b.sum() + np.trace(b)) / 4 + float(linear.sum()) / 2
+    n = len(free)
+    c = np.zeros((n + 1, n + 1))
+    c[:n, :n] = b / 4
+    np.fill_diagonal(c, 0)
+    c[:n, n] = c[n, :n] = (b.sum(1) + linear) / 4
+    dual = _Dual(c, (start.lam[free] + np.diag(b)) / 4, _below(start.pool, state))
+    dual.climb(plan, bound - offset, cutoff - offset, unit, deadline)
+    lam = 4 * dual.y[:n] - np.diag(b)
+    pool = dual.pool
+    b[np.diag_indices_from(b)] += lam
+    if len(pool.tau):
+        b += 4 * dense(pool, n)[0]
+    unit = float(np.abs(np.diag(b)).mean()) + 1e-300
+    loss, correction = np.inf, lam
+    x = point[free]
+    weights = np.abs(dual.y[:n])
+    for d in (np.ones(n), weights + _LEAST_WEIGHT * (weights.mean() + 1e-300)):
+        root = 1 / np.sqrt(d)
+        m = root[:, None] * b * root
+        least = la.eigh(m, eigvals_only=True, subset_by_index=[0, 0], check_finite=False)[0]
+        # the residual of a computed eigenvalue is a small multiple of n·u·‖M‖
+        theta = max(0.0, -least) + 16 * n * _U * float(np.linalg.norm(m))
+        cost = theta * float(d @ (x * (1 - x)))
+        if cost < loss:
+            loss, correction = cost, theta * d + _LEAST_SHIFT * unit
+    whole = np.zeros(len(q))
+    whole[free] = lam + correction
+    names = np.append(free, len(q))
+    return Relaxed(whole, start.vectors, Pool(names[pool.index], pool.sign, pool.tau))
+
+
+def _below(pool: Pool, state: np.ndarray) -> Pool:
+    """The triangles by places among the free inputs and z_0. An input that is fixed is z_0 or −z_0: a
+    triangle of two others is one of theirs and z_0."""
+    n = len(state)
+    free = np.flatnonzero(state < 0)
+    place = np.append(np.full(n, len(free)), len(free))
+    place[free] = np.arange(len(free))
+    flip = np.append(np.where(state == 0, -1, 1), 1)
+    index = place[pool.index]
+    a, b = pool.sign.T.astype(np.int64)
+    i, j, k = flip[pool.index].T
+    pairs = np.stack([a * i * j, b * i * k, a * b * j * k], axis=1)
+    order = np.argsort(index, axis=1, kind="stable")
+    inside = (np.diff(np.take_along_axis(index, order, 1), axis=1) > 0).all(1)
+    index, order, pairs = index[inside], order[inside], pairs[inside]
+    # the pair of two places of a triangle is the one that lacks the third
+    lacks = np.array([2, 1, 0])
+    first = pairs[np.arange(len(order)), lacks[order[:, 2]]]
+    second = pairs[np.arange(len(order)), lacks[order[:, 1]]]
+    sign = np.stack([first, second], axis=1).astype(np.int8)
+    return Pool(np.take_along_axis(index, order, 1), sign, pool.tau[inside]).merged(len(free))
+
+
+class _Dual:
+    """The concave function of one node, and where on it we are.
+
+    Attributes:
+        c: C, float64 [n + 1, n + 1] with z_0 last.
+        y: float64 [n + 1].
+        pool: triangles by places, with their τ.
+    """
+
+    def __init__(self, c: np.ndarray, y: np.ndarray, pool: Pool) -> None:
+        self.c, self.pool = c, pool
+        self.x = np.zeros_like(c)
+        self.y = np.append(y, 0.0)
+        form = self._form(self.y, pool.tau)
+        # the y of z_0 that closes the form, were the rest of it definite
+        rest, column = form[:-1, :-1], form[:-1, -1]
+        rest[np.diag_indices_from(rest)] += 1e-6 * np.abs(np.diag(rest)).mean()
+        self.y[-1] = float(column @ la.solve(rest, column, assume_a="sym"))
+
+    def climb(self, plan: Plan, bound: float, cutoff: float, unit: float, deadline: float) -> None:
+        n, size = len(self.c) - 1, len(self.c) ** 2 / 2
+        for step, share in enumerate(plan.shares):
+            if step:
+                index, sign, _ = separate(self.x, plan.new * n, RowThreads(1))
+                self.pool = self.pool.join(index, sign, n)
+            alpha = share * max(cutoff - bound, unit) / size
+            value = self._ascend(alpha, plan.iterations) - alpha * size
+            if value >= cutoff or time.monotonic() >= deadline:
+                break
+        self.pool = self.pool.keep(self.pool.tau > _TINY * self.pool.tau.max(initial=0.0))
+
+    def _ascend(self, alpha: float, iterations: int) -> float:
+        """Move (y, τ) up; the function's value without −αN²/2. Drops triangles without a multiplier."""
+        size = len(self.c)
+
+        def downhill(x: np.ndarray) -> tuple[float, np.ndarray]:
+            value, slope = self._value(x[:size], x[size:], alpha)
+            return -value, -slope
+
+        found = minimize(
+            downhill,
+            np.append(self.y, self.pool.tau),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(None, None)] * size + [(0, None)] * len(self.pool.tau),
+            options={"maxiter": iterations, "ftol": 1e-9, "gtol": 0.0},
+        )
+        self.y = found.x[:size]
+        pool = Pool(self.pool.index, self.pool.sign, found.x[size:])
+        self.pool = pool.keep(pool.tau > 0)
+        return -float(found.fun)
+
+    def _form(self, y: np.ndarray, tau: np.ndarray) -> np.ndarray:
+        form = self.c.copy()
+        form[np.diag_indices_from(form)] += y
+        _subtract(form, self.pool.index, self.pool.sign, tau)
+        return form
+
+    def _value(self, y: np.ndarray, tau: np.ndarray, alpha: float) -> tuple[float, np.ndarray]:
+        """−Σ y − Σ τ − ‖L₋‖²/(2α) and its gradient; Z = −L₋/α is left in `x`."""
+        w, v = la.eigh(self._form(y, tau), check_finite=False, overwrite_a=True, driver="evd")
+        negative = int(np.searchsorted(w, 0.0))
+        w, v = w[:negative], v[:, :negative]
+        self.x = (v * (-w / alpha)) @ v.T
+        inner = np.empty(len(tau))
+        _inner(self.x, self.pool.index, self.pool.sign, inner)
+        value = -float(y.sum()) - float(tau.sum()) - float(w @ w) / (2 * alpha)
+        return value, np.append(self.x.diagonal() - 1, -1 - inner)
+
+
+@loop(nogil=True)
+def _subtract(form, index, sign, tau):  # type: ignore[no-untyped-def]
+    """form −= Σ τ_t T_t in place."""
+    for t in range(len(tau)):
+        a, b = sign[t, 0], sign[t, 1]
+        for x in range(3):
+            i = index[t, 0] if x < 2 else index[t, 1]
+            j = index[t, 1] if x == 0 else index[t, 2]
+            w = tau[t] / 2 * (a if x == 0 else (b if x == 1 else a * b))
+            form[i, j] -= w
+            form[j, i] -= w
+
+
+@loop(nogil=True)
+def _inner(matrix, index, sign, inner):  # type: ignore[no-untyped-def]
+    """⟨T_t, Z⟩ of every triangle."""
+    for t in range(len(inner)):
+        i, j, k = index[t, 0], index[t, 1], index[t, 2]
+        a, b = sign[t, 0], sign[t, 1]
+        inner[t] = a * matrix[i, j] + b * matrix[i, k] + a * b * matrix[j, k]
+
+
+@loop(nogil=True)
+def add_triangles(base, c, index, sign, tau):  # type: ignore[no-untyped-def]
+    """Subtract Σ τ c_t(p) from pᵀ·base·p + cᵀp, in place; returns its constant part, Σ τ κ_t."""
+    n = len(c)
+    constant = 0.0
+    for t in range(len(tau)):
+        a, b = sign[t, 0], sign[t, 1]
+        constant += tau[t]
+        for x in range(3):
+            i = index[t, 0] if x < 2 else index[t, 1]
+            j = index[t, 1] if x == 0 else index[t, 2]
+            w = tau[t] * (a if x == 0 else (b if x == 1 else a * b))
+            if j == n or i == n:  # z_0z_j = 2p_j − 1
+                c[min(i, j)] -= 2 * w
+                constant -= w
+            else:  # z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1
+                base[i, j] -= 2 * w
+                base[j, i] -= 2 * w
+                c[i] += 2 * w
+                c[j] += 2 * w
+                constant += w
+    return constant

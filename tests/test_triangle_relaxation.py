@@ -1,0 +1,175 @@
+"""The relaxation of a node with triangles: convex, tighter, and worth what it says; trees that use it."""
+
+import numpy as np
+import pytest
+import torch
+from strategies import random_gram, random_weight
+from test_proof import graph
+
+from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
+from maskopt.certificate import Cuts, cut_form
+from maskopt.solvers.convex.triangles import Pool, dense, separate
+from maskopt.solvers.exact import tree
+from maskopt.solvers.exact.relaxation import (
+    Plan,
+    Relaxed,
+    _below,
+    _Dual,
+    add_triangles,
+    relax_node,
+)
+
+CLIMB = Plan((20.0, 5.0, 1.0, 0.3, 0.1))
+
+
+def some_pool(n, count=40, seed=0):
+    """Triangles of any inputs and z_0, with multipliers."""
+    random = np.random.default_rng(seed)
+    index = np.sort([random.choice(n + 1, 3, replace=False) for _ in range(count)], axis=1)
+    sign = random.choice([-1, 1], (count, 2)).astype(np.int8)
+    return Pool(index, sign, random.random(count)).merged(n)
+
+
+def worth(pool, z):
+    """Σ τ (a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1), z_0 last."""
+    z = np.append(z, 1.0)
+    a, b = pool.sign.T.astype(float)
+    i, j, k = z[pool.index].T
+    return float(pool.tau @ (a * i * j + b * i * k + a * b * j * k + 1))
+
+
+def node(n=20, fixed=6, seed=1, pattern=None):
+    problem = LayerProblem(
+        random_weight(1, n, seed), random_gram(n, "full", 2), pattern or Unstructured(keep=n // 2)
+    )
+    q = problem.row(0).q().numpy()
+    group = np.arange(n) // problem.group_size
+    same = (group[:, None] == group).astype(float)
+    state = np.full(n, -1, dtype=np.int8)
+    state[:fixed] = np.arange(fixed) % 2
+    return problem, q, same, state
+
+
+def test_a_triangle_counts_in_p_as_a_certificate_has_it():
+    n = 9
+    pool = some_pool(n)
+    base, c = np.zeros((n, n)), np.zeros(n)
+    constant = add_triangles(base, c, pool.index, pool.sign, pool.tau)
+    index = np.where(pool.index == n, -1, pool.index)
+    cuts = Cuts(torch.tensor(index), torch.tensor(pool.sign), torch.tensor(pool.tau))
+    matrix, linear, kappa, _ = cut_form(cuts, n, torch.zeros(1).double())
+    np.testing.assert_allclose(base, -matrix.numpy(), atol=1e-12)
+    np.testing.assert_allclose(c, -linear.numpy(), atol=1e-12)
+    assert constant == pytest.approx(kappa)
+
+
+def test_triangles_of_fixed_inputs_become_those_of_z0():
+    n = 12
+    pool, random = some_pool(n, 120), np.random.default_rng(2)
+    state = np.full(n, -1, dtype=np.int8)
+    state[[1, 4, 5, 9]] = (1, 0, 1, 0)
+    below = _below(pool, state)
+    assert (np.diff(below.index, axis=1) > 0).all()
+    free = np.flatnonzero(state < 0)
+    ends = []
+    for _ in range(20):
+        z = np.where(state == 1, 1.0, -1.0)
+        z[free] = random.choice([-1.0, 1.0], len(free))
+        ends.append(worth(pool, z) - worth(below, z[free]))
+    # what is left out has at most one free input, and is worth no less than nothing
+    assert min(ends) >= -1e-9
+    kept = Pool(pool.index, pool.sign, np.ones(len(pool.tau)))
+    assert _below(kept, np.full(n, -1, dtype=np.int8)).tau.tolist() == kept.tau.tolist()
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(keep=10), NM(keep=2, of=4)], ids=str)
+def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
+    problem, q, same, state = node(pattern=pattern, fixed=4)
+    n, free = len(q), np.flatnonzero(state < 0)
+    mu, point = float(np.trace(q)) / n, np.full(n, 0.5)
+    nothing = Relaxed(np.diag(q).copy(), np.zeros((n, 8), np.float32), Pool.empty())
+    best = float(solve(problem, "branch").objective)
+    found = {}
+    for shares in (CLIMB.shares[:1], CLIMB.shares):
+        own = relax_node(q, mu, problem.pruned_per_group, same, state, nothing, point,
+                         Plan(shares, iterations=40), 0.0, best, best / 10)  # fmt: skip
+        e, _ = dense(own.pool, n) if len(own.pool.tau) else (np.zeros((n, n)), None)
+        a = q + mu * same + np.diag(own.lam) + 4 * e
+        assert np.linalg.eigvalsh(a[np.ix_(free, free)])[0] >= 0
+        assert (own.lam[state >= 0] == 0).all()
+        assert not np.isin(own.pool.index, np.flatnonzero(state >= 0)).any()
+        found[len(shares)] = own
+    assert len(found[1].pool.tau) == 0 < len(found[5].pool.tau)
+
+
+def test_the_function_has_its_gradient_and_is_below_the_relaxation():
+    random = np.random.default_rng(3)
+    c = random.normal(size=(8, 8))
+    c = c + c.T
+    np.fill_diagonal(c, 0)
+    pool = some_pool(7, 12)
+    dual = _Dual(c, np.full(7, 6.0), pool)
+    y, tau, alpha = dual.y + random.normal(size=8), pool.tau.copy(), 0.3
+    value, slope = dual._value(y, tau, alpha)
+    x = np.append(y, tau)
+    for i in range(len(x)):
+        step = np.zeros_like(x)
+        step[i] = 1e-6
+        up, down = (dual._value((x + s)[:8], (x + s)[8:], alpha)[0] for s in (step, -step))
+        assert (up - down) / 2e-6 == pytest.approx(slope[i], rel=1e-4, abs=1e-5)
+    # below every matrix of signs that keeps the triangles, which all of them do
+    for _ in range(50):
+        z = random.choice([-1.0, 1.0], 8)
+        assert value - alpha * 32 <= z @ c @ z + 1e-9
+
+
+def test_violated_triangles_raise_the_function():
+    problem = graph(24, keep=16)
+    q, n = problem.row(0).q().numpy(), 24
+    mu, pruned = 2.0, problem.pruned_per_group
+    same, state, point = np.ones((n, n)), np.full(n, -1, dtype=np.int8), np.full(n, pruned / n)
+    best = float(solve(problem, "branch").objective)
+    nothing = Relaxed(np.diag(q).copy(), np.zeros((n, 8), np.float32), Pool.empty())
+
+    def least(plan):
+        own = relax_node(q, mu, pruned, same, state, nothing, point, plan, 0.0, best, best / 10)
+        task = tree.BranchTask(q=q, group=n, pruned=pruned, start=point > 2)
+        searched = object.__new__(tree.Tree)
+        searched.task, searched.mu, searched.cost = task, mu, best
+        searched.base, searched.constant = q + mu * same, mu * pruned**2
+        searched.reach, searched.solved, searched._round = 1.0, 0, lambda *_: None
+        return searched.bound(state.copy(), own)[0]
+
+    plain, tight = least(CLIMB._replace(new=0, iterations=60)), least(CLIMB._replace(iterations=60))
+    assert plain < tight <= best
+    assert best - tight < 0.6 * (best - plain)
+
+
+def test_trees_of_graphs_are_small_and_checked(monkeypatch):
+    problem = graph(40, 0.75, keep=30, seed=4)
+    tight = solve(problem, "branch", proof=True, workers=0)
+    monkeypatch.setattr(tree, "_NEAR", -1.0)
+    plain = solve(problem, "branch", proof=True, workers=0)
+    for solution in (tight, plain):
+        assert solution.status == (Status.OPTIMAL,)
+        assert verify(problem, solution, require="checked").checked
+    assert float(tight.objective) == float(plain.objective)
+    assert int(tight.trace.nodes[0]) * 5 < int(plain.trace.nodes[0])
+    assert tight.proof.rows[0].cuts.sum() > 0 == plain.proof.rows[0].cuts.sum()
+
+
+def test_triangles_are_tried_where_a_row_is_hard(monkeypatch):
+    """Not only of whole numbers; the tree begins anew, and its proof with it."""
+    monkeypatch.setattr(tree, "_TRY", 3)
+    monkeypatch.setattr(tree, "_NEAR", 1.0)
+    problem = LayerProblem(random_weight(1, 48, 1), random_gram(48, "full", 2), Unstructured(0.6))
+    solution = solve(problem, "branch", proof=True, workers=0)
+    assert solution.proof.rows[0].cuts.sum() > 0
+    assert verify(problem, solution, require="checked").checked
+    monkeypatch.undo()
+    torch.testing.assert_close(solution.objective, solve(problem, "branch").objective)
+
+
+def test_separation_may_ask_for_nothing():
+    index, _, _ = separate(np.eye(5), 0)
+    assert len(index) == 0
