@@ -7,12 +7,13 @@ from maskopt.bounds import Bound, available_bounds, lower_bound
 from maskopt.certificate import Certificate
 from maskopt.checks import Exchange, improving_swap
 from maskopt.errors import MaskoptError
+from maskopt.formats import load_problem, save_problem
 from maskopt.least_squares import Refit
 from maskopt.limits import Limits, Progress
 from maskopt.linear import Linear
 from maskopt.pattern import NM, Unstructured
 from maskopt.pooled_checks import Trade
-from maskopt.problem import LayerProblem, RowProblem, load_problem
+from maskopt.problem import LayerProblem, RowProblem
 from maskopt.proof import Proof
 from maskopt.refit_certificate import RefitCertificate
 from maskopt.refitted import Refitted, refit
@@ -71,6 +72,7 @@ __all__ = [
     "perplexity",
     "prune_model",
     "refit",
+    "save_problem",
     "solve",
     "verify",
 ]

@@ -22,9 +22,10 @@ from joblib import Parallel, delayed
 
 from maskopt.errors import DataError, MaskoptError, OptionError
 from maskopt.files import atomic_write
+from maskopt.formats import load_problem
 from maskopt.limits import KEYWORDS, Limits
 from maskopt.pattern import Pattern
-from maskopt.problem import LayerProblem, RowProblem, load_problem
+from maskopt.problem import LayerProblem, RowProblem
 from maskopt.solution import Status
 from maskopt.solver import Solver, make_solver, solve
 
@@ -359,9 +360,11 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), file)
 
 
-def load_instances(paths: Iterable[str | os.PathLike[str]]) -> list[LayerProblem]:
-    """`.npz` files, layers or rows, as layers."""
-    found = [load_problem(path) for path in paths]
+def load_instances(
+    paths: Iterable[str | os.PathLike[str]], select: int | None = None
+) -> list[LayerProblem]:
+    """Files of `maskopt.formats`, layers or rows, as layers."""
+    found = [load_problem(path, select) for path in paths]
     return [p.as_layer() if isinstance(p, RowProblem) else p for p in found]
 
 

@@ -131,7 +131,12 @@ def check_integral(weight: Tensor, gram: Tensor, linear: Linear | None, label: s
     """Raise ProblemError where f need not be a whole number of every mask, or is one beyond float64."""
     if linear is not None:
         raise ProblemError(f"{label}integral: an objective with a linear part is no sum of wholes")
-    for what, array in (("weight", weight.double()), ("gram", gram.double())):
+    parts = {
+        "weight": weight.double(),
+        "the diagonal of gram": gram.diagonal().double(),
+        "twice gram": 2 * gram.double(),
+    }
+    for what, array in parts.items():
         broken = (array != array.round()).nonzero()
         if len(broken):
             value = float(array[tuple(broken[0].tolist())])

@@ -14,6 +14,7 @@ from maskopt.files import read_arrays, write_arrays
 from maskopt.least_squares import refit_from_dict, refit_to_dict
 from maskopt.linear import Linear
 from maskopt.pattern import Pattern, pattern_from_dict, pattern_to_dict
+from maskopt.units import units_from_dict, units_to_dict
 
 if TYPE_CHECKING:
     from maskopt.problem import LayerProblem
@@ -28,6 +29,7 @@ def write_instance(
         "pattern": pattern_to_dict(layer.pattern),
         "refit": refit_to_dict(layer.refit),
         "integral": layer.integral,
+        "units": units_to_dict(layer.units),
     }
     arrays = {"weight": _as_numpy(layer.weight), "gram": _as_numpy(layer.gram)}
     if layer.mean is not None:
@@ -73,6 +75,7 @@ def read_instance(
         "linear": None if parts[0] is None else Linear(*parts),  # type: ignore[arg-type]
         "refit": refit_from_dict(header.get("refit")),
         "integral": header.get("integral", False) is True,
+        "units": units_from_dict(header.get("units")),
     }
     if kind == "layer":
         more["omega"] = arrays.get("omega")

@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -45,11 +46,12 @@ from maskopt.inputs import (
     shares_of_rows,
     symmetric,
 )
-from maskopt.instance_file import instance_kind, read_instance, write_instance
+from maskopt.instance_file import read_instance, write_instance
 from maskopt.least_squares import LeastSquares, Refit
 from maskopt.limits import Limits
 from maskopt.linear import Linear
 from maskopt.pattern import Pattern, Unstructured
+from maskopt.units import Units, semidefinite
 from maskopt.values import Values, values_of
 
 #: columns of G that are brought to float64 at a time when an objective is computed
@@ -72,7 +74,9 @@ class LayerProblem:
         refit: the objective is F, of refitted weights; None: f, of the weights as they are.
         omega: [rows], what a row counts in the sum of a layer whose rows trade, more than 0; None: 1.
         integral: f of every mask is a whole number, as in graphs, and what bounds it bounds the next value
-            that f can take, too (`RowProblem.values`). Weights and G must be whole, without a linear part.
+            that f can take, too (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, and there is no
+            linear part.
+        units: what f means to whoever posed the problem (`RowProblem.from_quadratic`); nothing depends on it.
         assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
             was accumulated as XXᵀ and is semidefinite by construction.
 
@@ -97,6 +101,7 @@ class LayerProblem:
         refit: Refit | None = None,
         omega: ArrayLike | None = None,
         integral: bool = False,
+        units: Units | None = None,
         assume_psd: bool = False,
     ) -> None:
         self.name = name
@@ -129,7 +134,7 @@ class LayerProblem:
         check_costs(self.weight, self.gram, label)
         self.linear = None if linear is None else linear_part(linear, self.weight, label)
         self.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
-        self.integral = integral
+        self.integral, self.units = integral, units
         if integral:
             check_integral(self.weight, self.gram, self.linear, label)
         if not assume_psd:
@@ -381,7 +386,7 @@ class LayerProblem:
         problem.omega = None if self.omega is None else self.omega[rows]
         problem.gram, problem.pattern = self.gram, self.pattern
         problem.mean, problem.variance = self.mean, self.variance
-        problem.refit, problem.integral = self.refit, self.integral
+        problem.refit, problem.integral, problem.units = self.refit, self.integral, self.units
         problem._squares = None if self.refit is None else self.least_squares
         return problem
 
@@ -410,6 +415,7 @@ class RowProblem:
         linear: Linear | None = None,
         refit: Refit | None = None,
         integral: bool = False,
+        units: Units | None = None,
     ) -> None:
         tensor = as_tensor(weight, "weight")
         if tensor.ndim != 1:
@@ -424,8 +430,52 @@ class RowProblem:
             linear=linear,
             refit=refit,
             integral=integral,
+            units=units,
         )
         self._layer: LayerProblem = RowProblem._of(layer).as_layer()
+
+    @classmethod
+    def from_quadratic(
+        cls,
+        quadratic: np.ndarray,
+        *,
+        keep: int | None = None,
+        select: int | None = None,
+        maximise: bool = False,
+        constant: float = 0.0,
+        name: str = "",
+    ) -> RowProblem:
+        """Anybody's quadratic objective: min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with so many ones.
+
+        The ones are what the mask prunes. An indefinite U is shifted along its diagonal, which changes every
+        value alike; `value` takes the shift off again. A U of whole numbers makes an `integral` problem.
+
+        Args:
+            quadratic: U [n, n], brought to float64; its symmetric part counts.
+            keep, select: how many entries of p are 0, or 1; one of the two.
+
+        Raises:
+            ProblemError: no square matrix of finite numbers; not one of keep and select.
+        """
+        if (keep is None) == (select is None):
+            raise ProblemError("give one of keep (how many are 0) and select (how many are 1)")
+        gram, units, whole = semidefinite(quadratic, maximise, constant)
+        n = len(gram)
+        pattern = Unstructured(keep=n - select if keep is None else keep)  # type: ignore[operator]
+        more: dict[str, Any] = {"name": name, "units": units, "integral": whole}
+        return cls(np.ones(n), gram, pattern, **more)
+
+    def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
+        """U [n, n] and the constant of the objective as it was posed, minimised where it was not."""
+        q, units = self.q().cpu().numpy(), self._layer.units
+        if units is None:
+            return q, 0.0
+        return units.sign * (q - units.shift * np.eye(self.n)), units.constant
+
+    def value(self, cost: float) -> float:
+        """An objective, or a bound, in the units of whoever posed the problem."""
+        units = self._layer.units
+        return cost if units is None else units.value(cost, self._layer.pruned)
 
     @classmethod
     def _of(cls, layer: LayerProblem) -> RowProblem:
@@ -558,13 +608,3 @@ class RowProblem:
         name = f"{self.name!r}, " if self.name else ""
         refit = "" if self.refit is None else f", {self.refit}"
         return f"RowProblem({name}n={self.n}, pattern={self.pattern}{refit})"
-
-
-def load_problem(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:
-    """A layer or a row, whichever the file holds.
-
-    Raises:
-        ProblemError: no such file, not an instance, or not a sound one.
-    """
-    layer = instance_kind(path) == "layer"
-    return LayerProblem.load(path) if layer else RowProblem.load(path)

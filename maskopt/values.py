@@ -1,9 +1,9 @@
 """The values that an objective of whole numbers can take.
 
-Where Q is whole and every legal mask prunes s inputs, exchanging one for another changes f = pᵀQp by
-Q_ii − Q_jj and by twices of entries off the diagonal. So f lies on offset + step·ℤ with offset = s·Q_11 and
-step the greatest common divisor of all Q_ii − Q_11 and 2Q_ij: 2 in an unweighted graph. A lower bound holds
-up to the next of these values.
+Where all Q_ii and 2Q_ij are whole and every legal mask prunes s inputs, exchanging one for another changes
+f = pᵀQp by Q_ii − Q_jj and by twices of entries off the diagonal. So f lies on offset + step·ℤ with
+offset = s·Q_11 and step the greatest common divisor of all Q_ii − Q_11 and 2Q_ij: 2 where Q_ij is 1 for the
+edges of a graph. A lower bound holds up to the next of these values.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Values:
 
 
 def values_of(q: Float[Tensor, "n n"], pruned: int) -> Values:
-    """Of whole Q and s."""
-    whole = q.cpu().numpy().astype(np.int64)
-    diagonal = whole.diagonal()
-    step = np.gcd.reduce(2 * whole[np.triu_indices(len(whole), 1)], initial=0)
+    """Of Q with whole Q_ii and 2Q_ij, and s."""
+    twice = (2 * q.cpu().numpy()).astype(np.int64)
+    diagonal = twice.diagonal() // 2
+    step = np.gcd.reduce(twice[np.triu_indices(len(twice), 1)], initial=0)
     step = np.gcd.reduce(diagonal - diagonal[0], initial=int(step))
     return Values(float(pruned * int(diagonal[0])), float(abs(int(step))))

@@ -492,7 +492,7 @@ def test_what_is_not_whole_is_refused(tmp_path):
     with pytest.raises(ProblemError, match=r"integral: weight holds 0\.5"):
         RowProblem(torch.full((8,), 0.5), gram, HALF, integral=True)
     gram[0, 1] = gram[1, 0] = 0.25
-    with pytest.raises(ProblemError, match=r"integral: gram holds 0\.25"):
+    with pytest.raises(ProblemError, match=r"integral: twice gram holds 0\.5"):
         RowProblem(problem.weight[0], gram, HALF, integral=True)
     with pytest.raises(ProblemError, match="not whole in float64"):
         RowProblem(1e9 * problem.weight[0], problem.gram, HALF, integral=True)

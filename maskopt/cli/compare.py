@@ -10,7 +10,7 @@ from rich.table import Table
 
 from maskopt.cli.console import errors, output, progress_bars
 from maskopt.cli.instances import load_layers, takes_source
-from maskopt.cli.parameters import Calibration, Out, option_list, read_solver_options
+from maskopt.cli.parameters import Calibration, Out, Select, option_list, read_solver_options
 from maskopt.compare import Record, check_format, sample_rows
 from maskopt.compare import compare as compare_rows
 from maskopt.errors import OptionError
@@ -18,7 +18,9 @@ from maskopt.errors import OptionError
 
 @takes_source
 def compare(
-    source: Annotated[list[Path], typer.Argument(help="A model folder, or .npz instances.")],
+    source: Annotated[
+        list[Path], typer.Argument(help="A model folder, or instances (.npz, .dat, …).")
+    ],
     options: dict[str, Any],
     solvers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "wanda,swap,scip",
     option: Annotated[
@@ -33,13 +35,14 @@ def compare(
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds a row.")] = None,
     jobs: Annotated[int, typer.Option(help="Rows at a time; −1: one a core.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the sample and of the solvers.")] = 0,
+    select: Select = None,
     out: Out = None,
 ) -> None:
     """Solve the same rows with several solvers: objective, bound, gap, status, time."""
     if out is not None:
         check_format(out)
     chosen = with_options(option_list(solvers), option)
-    layers = load_layers(source, options, calibration=calibration, seed=seed)
+    layers = load_layers(source, options, calibration=calibration, seed=seed, select=select)
     sampled = sample_rows(layers.problems, rows, columns=columns, pattern=layers.pattern, seed=seed)
     with progress_bars() as bars:
         task = bars.add_task("solving", total=len(sampled) * len(chosen))

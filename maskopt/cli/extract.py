@@ -10,17 +10,18 @@ import typer
 
 from maskopt.cli.console import output
 from maskopt.cli.instances import load_layers, takes_source
-from maskopt.cli.parameters import Calibration, option_list
+from maskopt.cli.parameters import Calibration, Select, option_list
 from maskopt.errors import OptionError, SolverError
+from maskopt.formats import save_problem
 from maskopt.model.options import name_patterns
 from maskopt.solver import WritesInstances, make_solver
 
-FORMATS = ("npz", "cip", "lp", "mps")
+FORMATS = ("npz", "cip", "lp", "mps", "qplib", "dat", "mc", "mdp")
 
 
 @takes_source
 def extract(
-    source: Annotated[Path, typer.Argument(help="A model folder, or an .npz instance.")],
+    source: Annotated[Path, typer.Argument(help="A model folder, or an instance.")],
     destination: Annotated[Path, typer.Argument(help="The file to write.")],
     options: dict[str, Any],
     row: Annotated[int, typer.Option(min=0, help="Which row of the layer.")] = 0,
@@ -34,12 +35,15 @@ def extract(
     calibration: Calibration = None,
     form: Annotated[
         str | None,
-        typer.Option("--format", help="npz, cip, lp or mps; by default the ending of the name."),
+        typer.Option(
+            "--format", help=f"One of {', '.join(FORMATS)}; by default the ending of the name."
+        ),
     ] = None,
     formulation: Annotated[
         str, typer.Option(help="factored, linear (mps holds no squares) or epigraph.")
     ] = "factored",
     seed: Annotated[int, typer.Option(help="Of the sampled inputs.")] = 0,
+    select: Select = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write one row, or a toy instance out of it, for this program or for any other IP solver."""
@@ -51,7 +55,7 @@ def extract(
     if not destination.absolute().parent.is_dir():
         raise OptionError(f"{destination.parent}: no such folder")
     options["include"] += name_patterns(layer)
-    found = load_layers([source], options, calibration=calibration, seed=seed)
+    found = load_layers([source], options, calibration=calibration, seed=seed, select=select)
     if len(found.problems) != 1:
         names = ", ".join(problem.name for problem in found.problems[:8])
         raise OptionError(f"--include must name one layer; {len(found.problems)} match: {names}")
@@ -61,13 +65,13 @@ def extract(
         chosen = _columns(columns, problem.n, seed)
     if columns is not None or found.pattern is not None:
         problem = problem.restrict(chosen, found.pattern)
-    if form == "npz":
-        problem.save(destination)
-    else:
+    if form in ("cip", "lp", "mps"):
         solver = make_solver("scip")
         if not isinstance(solver, WritesInstances):
             raise SolverError("the solver registered as 'scip' cannot write instances")
         solver.write_instance(problem, destination, form=form, formulation=formulation)
+    else:
+        save_problem(problem, destination, form)
     output.print(f"{destination}: {problem!r}")
 
 

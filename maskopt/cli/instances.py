@@ -36,7 +36,12 @@ class Layers:
 
 
 def load_layers(
-    source: list[Path], options: dict[str, Any], *, calibration: str | None, seed: int
+    source: list[Path],
+    options: dict[str, Any],
+    *,
+    calibration: str | None,
+    seed: int,
+    select: int | None = None,
 ) -> Layers:
     """Layers of `.npz` instances, or of one model folder by running text through it; for refitted weights
     where `weights` says so.
@@ -52,7 +57,8 @@ def load_layers(
     models = [path for path in source if path.is_dir()]
     if not models:
         layers = [
-            layer if pattern is None else layer.under(pattern) for layer in load_instances(source)
+            layer if pattern is None else layer.under(pattern)
+            for layer in load_instances(source, select)
         ]
         if options["weights"] == REFIT:
             refit = Refit(options["damping"])

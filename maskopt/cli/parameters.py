@@ -35,6 +35,10 @@ TEXT_SOURCES = (
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")
 ]
+Select = Annotated[
+    int | None,
+    typer.Option(min=0, help="Vertices to choose, of a graph that names no number (.mc, .rudy)."),
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with an interrupted run of the same options.")
 ]

@@ -9,18 +9,20 @@ from typing import Annotated
 import typer
 
 from maskopt.cli.console import output
-from maskopt.cli.parameters import Overwrite, read_solver_options
+from maskopt.cli.parameters import Overwrite, Select, read_solver_options
 from maskopt.cli.solve import check_output, solution_table, solve_shown
 from maskopt.errors import VerificationError
+from maskopt.formats import load_problem
 from maskopt.limits import Limits
-from maskopt.problem import load_problem
 from maskopt.solution import Solution, Status
 from maskopt.solver import limits_of, make_solver
 from maskopt.verification import verify
 
 
 def prove(
-    instance: Annotated[Path, typer.Argument(help="An .npz instance: a layer or a row.")],
+    instance: Annotated[
+        Path, typer.Argument(help="A layer or a row, .npz; .dat, .mc, .mdp, .qplib.")
+    ],
     out: Annotated[Path, typer.Option("--output", help="File for masks and trees, .npz.")],
     start: Annotated[
         str | None,
@@ -32,6 +34,7 @@ def prove(
     ] = None,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds, of all rows.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    select: Select = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Prove optima of small rows by branch and bound, and write the trees that prove them.
@@ -40,7 +43,7 @@ def prove(
     then. `maskopt check INSTANCE PROOF` checks every leaf by itself.
     """
     check_output(out, overwrite)
-    problem = load_problem(instance)
+    problem = load_problem(instance, select)
     shared, own = limits_of(None, read_solver_options(option))
     backend = make_solver("branch", **{**own, "proof": True})
     begin = Solution.load(Path(start)).mask if start and Path(start).is_file() else start
@@ -55,14 +58,15 @@ def prove(
 
 
 def check(
-    instance: Annotated[Path, typer.Argument(help="The .npz instance.")],
+    instance: Annotated[Path, typer.Argument(help="The instance.")],
     proof: Annotated[Path, typer.Argument(help="What `maskopt prove` wrote.")],
+    select: Select = None,
 ) -> None:
     """Check the trees of a proof leaf by leaf, in float64, by code that no search shares.
 
     Nothing is taken on trust but the instance. The status is 1 where a claim is not proven.
     """
-    problem, solution = load_problem(instance), Solution.load(proof)
+    problem, solution = load_problem(instance, select), Solution.load(proof)
     if solution.proof is None:
         raise VerificationError(
             f"{proof} holds no proof; write one by `maskopt prove {instance} --output …`"

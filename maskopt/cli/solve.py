@@ -10,10 +10,11 @@ import typer
 from rich.table import Table
 
 from maskopt.cli.console import output, progress_bars
-from maskopt.cli.parameters import Overwrite, read_solver_options
+from maskopt.cli.parameters import Overwrite, Select, read_solver_options
 from maskopt.errors import OptionError
+from maskopt.formats import load_problem
 from maskopt.limits import Limits, Progress, parse_bytes
-from maskopt.problem import LayerProblem, RowProblem, load_problem
+from maskopt.problem import LayerProblem, RowProblem
 from maskopt.solution import Solution
 from maskopt.solver import Solver, limits_of, make_solver
 from maskopt.solver import solve as library
@@ -21,7 +22,9 @@ from maskopt.verification import verify
 
 
 def solve(
-    instance: Annotated[Path, typer.Argument(help="An .npz instance: a layer or a row.")],
+    instance: Annotated[
+        Path, typer.Argument(help="A layer or a row, .npz; .dat, .mc, .mdp, .qplib.")
+    ],
     out: Annotated[Path, typer.Option("--output", help="File for masks and proof, .npz.")],
     solver: Annotated[str, typer.Option(help="See `maskopt solvers`.")] = "swap",
     start: Annotated[
@@ -39,6 +42,7 @@ def solve(
         str | None, typer.Option(help="Beyond the instance, e.g. 2GiB.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    select: Select = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Solve every row of an instance, and keep masks, bounds and certificate together.
@@ -46,7 +50,7 @@ def solve(
     `maskopt verify INSTANCE SOLUTION` re-checks the result.
     """
     check_output(out, overwrite)
-    problem = load_problem(instance)
+    problem = load_problem(instance, select)
     shared, own = limits_of(None, read_solver_options(option))
     backend = make_solver(solver, **own)
     memory = shared.memory if memory_limit is None else parse_bytes(memory_limit)
@@ -96,7 +100,10 @@ def check(instance: Path, solution: Path, require_checked: bool) -> None:
 
 
 def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Table:
-    """Statuses, objective and bound, summed over the rows of each status."""
+    """Statuses, objective and bound, summed over the rows of each status; of a problem with `units` in
+    these, the gap as part of the value."""
+    if isinstance(problem, RowProblem) and problem.as_layer().units is not None:
+        return _posed_table(problem, solution)
     table = Table(title=repr(problem), title_justify="left")
     for heading in ("status", "rows", "objective", "bound", "gap"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
@@ -106,4 +113,16 @@ def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Ta
         bound = float(solution.lower_bound[rows].sum())
         gap = (objective - bound) / objective if objective > 0 else 0.0
         table.add_row(str(status), str(len(rows)), f"{objective:.6g}", f"{bound:.6g}", f"{gap:.2%}")
+    return table
+
+
+def _posed_table(problem: RowProblem, solution: Solution) -> Table:
+    """In the units of whoever posed the problem."""
+    value = problem.value(float(solution.objective[0]))
+    bound = problem.value(float(solution.lower_bound[0]))
+    gap = abs(value - bound) / max(abs(value), 1e-300)
+    table = Table(title=repr(problem), title_justify="left")
+    for heading in ("status", "value", "at most" if bound > value else "at least", "gap"):
+        table.add_column(heading, justify="left" if heading == "status" else "right")
+    table.add_row(str(solution.status[0]), f"{value:.9g}", f"{bound:.9g}", f"{gap:.2%}")
     return table

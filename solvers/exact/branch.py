@@ -11,7 +11,7 @@ from torch import Tensor
 import maskopt
 from maskopt.errors import OptionError
 from maskopt.fields import option
-from maskopt.limits import Limits
+from maskopt.limits import Limits, torch_threads
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
@@ -89,8 +89,9 @@ def search_row(task: BranchTask) -> RowAnswer:
     )
     if task.limits.expired:
         return certified
-    try:
-        tree = Tree(task, duals)
-    except KeyboardInterrupt:
-        return replace(certified, ended="userinterrupt")
-    return tree.search()
+    with torch_threads(1):  # its matrices are small
+        try:
+            tree = Tree(task, duals)
+        except KeyboardInterrupt:
+            return replace(certified, ended="userinterrupt")
+        return tree.search()

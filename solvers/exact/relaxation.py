@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg as la
-from scipy.optimize import minimize
+import torch
+from scipy.optimize import Bounds, minimize
 
 from maskopt.solvers.compiled import loop
 from maskopt.solvers.convex.triangles import Pool, dense, separate
@@ -31,6 +32,8 @@ from maskopt.solvers.parallel import RowThreads
 
 #: unit roundoff of float64
 _U = 2.0**-53
+#: steps that the quasi-Newton method remembers
+_MEMORY = 25
 #: multipliers below this part of the largest are dropped
 _TINY = 1e-4
 #: least correction of λ, in units of the mean diagonal entry; and the least weight of an input in one
@@ -48,7 +51,7 @@ class Plan(NamedTuple):
     """
 
     shares: tuple[float, ...]
-    iterations: int = 20
+    iterations: int = 30
     new: int = 4
 
 
@@ -189,6 +192,8 @@ class _Dual:
         """Move (y, τ) up; the function's value without −αN²/2. Drops triangles without a multiplier."""
         size = len(self.c)
 
+        lowest = np.append(np.full(size, -np.inf), np.zeros(len(self.pool.tau)))
+
         def downhill(x: np.ndarray) -> tuple[float, np.ndarray]:
             value, slope = self._value(x[:size], x[size:], alpha)
             return -value, -slope
@@ -198,8 +203,8 @@ class _Dual:
             np.append(self.y, self.pool.tau),
             jac=True,
             method="L-BFGS-B",
-            bounds=[(None, None)] * size + [(0, None)] * len(self.pool.tau),
-            options={"maxiter": iterations, "ftol": 1e-9, "gtol": 0.0},
+            bounds=Bounds(lowest, np.full(len(lowest), np.inf)),
+            options={"maxiter": iterations, "maxcor": _MEMORY, "ftol": 1e-9, "gtol": 0.0},
         )
         self.y = found.x[:size]
         pool = Pool(self.pool.index, self.pool.sign, found.x[size:])
@@ -214,10 +219,11 @@ class _Dual:
 
     def _value(self, y: np.ndarray, tau: np.ndarray, alpha: float) -> tuple[float, np.ndarray]:
         """−Σ y − Σ τ − ‖L₋‖²/(2α) and its gradient; Z = −L₋/α is left in `x`."""
-        w, v = la.eigh(self._form(y, tau), check_finite=False, overwrite_a=True, driver="evd")
-        negative = int(np.searchsorted(w, 0.0))
+        # of LAPACKs at hand torch's is the fastest on small matrices, with one thread
+        w, v = torch.linalg.eigh(torch.from_numpy(self._form(y, tau)))
+        negative = int((w < 0).sum())
         w, v = w[:negative], v[:, :negative]
-        self.x = (v * (-w / alpha)) @ v.T
+        self.x = ((v * (-w / alpha)) @ v.T).numpy()
         inner = np.empty(len(tau))
         _inner(self.x, self.pool.index, self.pool.sign, inner)
         value = -float(y.sum()) - float(tau.sum()) - float(w @ w) / (2 * alpha)

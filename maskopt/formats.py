@@ -1,0 +1,199 @@
+"""Instances of other libraries, read and written: one set of a given size, by a quadratic objective.
+
+| ending | library | what is chosen |
+|---|---|---|
+| `.dat` | k-cluster | k vertices with the most edges between them |
+| `.mc`, `.rudy` | BiqMac, rudy | as many vertices as `select` says, of greatest weight between them |
+| `.mdp`, `.txt` | MDPLIB | m elements of greatest distance |
+| `.qplib` | QPLIB | binary variables under one constraint on their sum |
+
+What is chosen is what the mask prunes. Objectives are reported as the library has them (`maskopt.units`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from maskopt.errors import ProblemError
+from maskopt.files import atomic_write
+from maskopt.instance_file import instance_kind
+from maskopt.pattern import Unstructured
+from maskopt.problem import LayerProblem, RowProblem
+from maskopt.qplib import read_qplib, write_qplib
+
+#: weights of an edge list: their decimals are enough to get the same float64 back
+_DIGITS = ".17g"
+
+
+def load_problem(
+    path: str | os.PathLike[str], select: int | None = None
+) -> LayerProblem | RowProblem:
+    """A layer or a row of an `.npz`, or a row out of another library's file, by its ending.
+
+    Args:
+        select: how many are chosen, where the file does not say (`.mc`).
+
+    Raises:
+        ProblemError: no such file, not an instance, not a sound one, or one that is no choice of a set of
+            given size.
+    """
+    ending = Path(path).suffix.lower()
+    if ending not in _READERS:
+        if select is not None:
+            raise ProblemError(f"{path}: `select` is for graphs that name no number (.mc, .rudy)")
+        layer = instance_kind(path) == "layer"
+        return LayerProblem.load(path) if layer else RowProblem.load(path)
+    if select is not None and ending not in (".mc", ".rudy"):
+        raise ProblemError(f"{path}: the file says how many are chosen; leave `select` out")
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        raise ProblemError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProblemError(f"{path}: not a text file ({error})") from None
+    try:
+        return _READERS[ending](text, Path(path).stem, select)
+    except ProblemError as error:
+        raise ProblemError(f"{path}: {error}") from None
+
+
+def save_problem(
+    problem: RowProblem, path: str | os.PathLike[str], form: str | None = None
+) -> None:
+    """Write a row in the format of the file's ending, or of `form`, atomically; `.npz` as its `save` does.
+
+    Raises:
+        ProblemError: a format that cannot hold it, or none that is known.
+    """
+    ending = f".{form}" if form else Path(path).suffix.lower()
+    if ending == ".npz":
+        return problem.save(path)
+    if ending not in _WRITERS:
+        raise ProblemError(f"{path}: no known format; one of .npz, {', '.join(_WRITERS)}")
+    pattern = problem.pattern
+    if not isinstance(pattern, Unstructured) or problem.refit is not None:
+        raise ProblemError(f"{path}: {ending} holds one set of given size, and weights as they are")
+    text = _WRITERS[ending](problem)
+    with atomic_write(Path(path)) as file:
+        file.write(text.encode())
+    return None
+
+
+def _lines(text: str) -> Iterator[list[str]]:
+    for line in text.splitlines():
+        if line.strip() and not line.lstrip().startswith(("#", "%", "c ")):
+            yield line.split()
+
+
+def _numbers(line: list[str], kinds: str) -> list[float]:
+    """Whole numbers (i) and others (f); the rest of a line is left."""
+    try:
+        found = [int(w) if k == "i" else float(w) for w, k in zip(line, kinds, strict=False)]
+    except ValueError:
+        found = []
+    if len(found) < len(kinds):
+        raise ProblemError(f"expected {len(kinds)} numbers, not {' '.join(line)[:80]!r}")
+    return found
+
+
+def _edges(lines: Iterator[list[str]], n: int, first: int, count: int | None) -> np.ndarray:
+    """Symmetric [n, n] of the lines `i j weight`, numbered from `first`."""
+    if n < 1:
+        raise ProblemError(f"{n} vertices")
+    weight, seen, found = np.zeros((n, n)), np.zeros((n, n), dtype=bool), 0
+    for line in lines:
+        i, j, w = _numbers(line if len(line) > 2 else [*line, "1"], "iif")
+        i, j = int(i) - first, int(j) - first
+        if not (0 <= i < n and 0 <= j < n) or i == j or seen[i, j]:
+            raise ProblemError(f"{' '.join(line)!r} is no new pair of two of {n}")
+        weight[i, j] = weight[j, i] = w
+        seen[i, j] = seen[j, i] = True
+        found += 1
+    if count is not None and found != count:
+        raise ProblemError(f"{found} edges where the first line says {count}")
+    return weight
+
+
+def _heaviest(weight: np.ndarray, select: int, name: str) -> RowProblem:
+    """Σ over chosen pairs of their weight, each once, is maximised."""
+    if not 0 <= select <= len(weight):
+        raise ProblemError(f"{select} of {len(weight)} cannot be chosen")
+    return RowProblem.from_quadratic(weight / 2, select=select, maximise=True, name=name)
+
+
+def _read_cluster(text: str, name: str, _: int | None) -> RowProblem:
+    lines = _lines(text)
+    n, k, count = _numbers(next(lines, []), "iii")
+    # an edge is given by the entry ½ of a symmetric matrix: it counts 1
+    return _heaviest(2 * _edges(lines, int(n), 1, int(count)), int(k), name)
+
+
+def _read_rudy(text: str, name: str, select: int | None) -> RowProblem:
+    if select is None:
+        raise ProblemError("a graph does not say how many vertices are chosen; pass select")
+    lines = _lines(text)
+    n, count = _numbers(next(lines, []), "ii")
+    return _heaviest(_edges(lines, int(n), 1, int(count)), select, name)
+
+
+def _read_diversity(text: str, name: str, _: int | None) -> RowProblem:
+    lines = _lines(text)
+    n, m = _numbers(next(lines, []), "ii")
+    return _heaviest(_edges(lines, int(n), 0, None), int(m), name)
+
+
+def _pairs(problem: RowProblem) -> tuple[np.ndarray, int]:
+    """The weights of the pairs, where these are all that is maximised, and how many are chosen."""
+    quadratic, constant = problem.quadratic()
+    n, chosen = problem.n, problem.as_layer().pruned
+    units = problem.as_layer().units
+    if units is None or units.sign != -1:
+        raise ProblemError("the format maximises, and the problem is to be minimised; take .qplib")
+    diagonal = quadratic.diagonal()
+    rest = constant + chosen * float(diagonal[0])
+    if (diagonal != diagonal[0]).any() or abs(rest) > 1e-9 * np.abs(quadratic).sum():
+        raise ProblemError(f"the format has weights of pairs of {n} alone; take .qplib")
+    return 2 * (quadratic - np.diag(diagonal)), chosen
+
+
+def _write_cluster(problem: RowProblem) -> str:
+    weight, chosen = _pairs(problem)
+    i, j = np.nonzero(np.triu(weight))
+    lines = [f"{a + 1} {b + 1} {weight[a, b] / 2:{_DIGITS}}" for a, b in zip(i, j, strict=True)]
+    return "\n".join([f"{problem.n} {chosen} {len(lines)}", *lines, ""])
+
+
+def _write_rudy(problem: RowProblem) -> str:
+    weight, _ = _pairs(problem)
+    i, j = np.nonzero(np.triu(weight))
+    lines = [f"{a + 1} {b + 1} {weight[a, b]:{_DIGITS}}" for a, b in zip(i, j, strict=True)]
+    return "\n".join([f"{problem.n} {len(lines)}", *lines, ""])
+
+
+def _write_diversity(problem: RowProblem) -> str:
+    weight, chosen = _pairs(problem)
+    i, j = np.triu_indices(problem.n, 1)
+    lines = [f"{a} {b} {weight[a, b]:{_DIGITS}}" for a, b in zip(i, j, strict=True)]
+    return "\n".join([f"{problem.n} {chosen}", *lines, ""])
+
+
+_READERS: dict[str, Callable[[str, str, int | None], RowProblem]] = {
+    ".dat": _read_cluster,
+    ".mc": _read_rudy,
+    ".rudy": _read_rudy,
+    ".mdp": _read_diversity,
+    ".txt": _read_diversity,
+    ".qplib": lambda text, name, _: read_qplib(text, name),
+}
+_WRITERS: dict[str, Callable[[RowProblem], str]] = {
+    ".dat": _write_cluster,
+    ".mc": _write_rudy,
+    ".rudy": _write_rudy,
+    ".mdp": _write_diversity,
+    ".txt": _write_diversity,
+    ".qplib": write_qplib,
+}

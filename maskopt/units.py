@@ -1,0 +1,80 @@
+"""A quadratic objective of anybody's as a mask's cost, and back.
+
+min or max pᵀUp + constant over p ∈ {0,1}ⁿ with s ones is mask selection with w = 1 and G = ±U + shift·I, the
+shift making G semidefinite: since 1ᵀp = s, it changes f by shift·s on every legal mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from maskopt.errors import ProblemError
+
+Number = TypeVar("Number", float, Any)
+
+
+@dataclass(frozen=True)
+class Units:
+    """value = sign·(f − shift·s) + constant, s entries of a row being pruned.
+
+    Attributes:
+        sign: 1 where the value is minimised, −1 where it is maximised.
+    """
+
+    sign: int
+    shift: float
+    constant: float
+
+    def value(self, cost: Number, pruned: int) -> Number:
+        """Of an objective f, or of a bound of it: what is a lower bound of f is an upper one of a value that
+        is maximised."""
+        return self.sign * (cost - self.shift * pruned) + self.constant
+
+
+def semidefinite(
+    quadratic: np.ndarray, maximise: bool, constant: float
+) -> tuple[np.ndarray, Units, bool]:
+    """G [n, n] float64, what its costs mean, and whether all of them are whole numbers.
+
+    Raises:
+        ProblemError: no square matrix of finite numbers.
+    """
+    u = np.asarray(quadratic, dtype=np.float64)
+    if u.ndim != 2 or u.shape[0] != u.shape[1] or not u.size:
+        raise ProblemError(f"a quadratic objective is [n, n], not {list(u.shape)}")
+    if not np.isfinite(u).all() or not np.isfinite(constant):
+        raise ProblemError("a quadratic objective must be finite")
+    sign = -1 if maximise else 1
+    gram = sign * (u + u.T) / 2
+    twice = 2 * gram
+    whole = bool((twice == twice.round()).all() and (twice.diagonal() % 2 == 0).all())
+    least, size = float(np.linalg.eigvalsh(gram)[0]), float(np.abs(gram).sum(1).max())
+    shift = max(0.0, -least + 1e-12 * size) if least < 0 else 0.0
+    if whole:
+        shift = float(np.ceil(shift))
+    return gram + shift * np.eye(len(gram)), Units(sign, shift, float(constant)), whole
+
+
+def units_to_dict(units: Units | None) -> dict[str, Any] | None:
+    """For a header."""
+    return None if units is None else asdict(units)
+
+
+def units_from_dict(data: Any) -> Units | None:
+    """Inverse of `units_to_dict`.
+
+    Raises:
+        ProblemError: not what that writes.
+    """
+    if data is None:
+        return None
+    try:
+        units = Units(int(data["sign"]), float(data["shift"]), float(data["constant"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ProblemError(f"units: {data!r} are none") from None
+    if units.sign not in (-1, 1) or not np.isfinite([units.shift, units.constant]).all():
+        raise ProblemError(f"units: {data!r} are none")
+    return units

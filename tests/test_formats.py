@@ -1,0 +1,237 @@
+"""Other libraries' instances, and anybody's quadratic objective: read, written, in their units."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import random_gram, random_weight
+
+from maskopt import NM, Refit, RowProblem, Status, Unstructured, load_problem, save_problem, solve
+from maskopt.errors import ProblemError
+
+CLUSTER = "5 3 4\n1 2 0.500000\n2 3 0.5\n1 3 0.5\n4 5 0.5\n"
+RUDY = "4 3\n1 2 3\n2 3 -1\n3 4 2.5\n"
+DIVERSITY = "4 2\n0 1 1.5\n0 2 7.25\n0 3 2\n1 2 3\n1 3 4\n2 3 5\n"
+QPLIB = """! a comment
+toy # its name
+QBL
+maximize
+3 # variables
+1 # constraint
+3 # quadratic terms
+1 1 2.0
+2 1 -1.0
+3 2 4
+0.5 # default linear
+1
+3 -1
+10 # constant
+3
+1 1 2
+1 2 2
+1 3 2
+1e30
+4 # left
+0
+0
+1
+1 4
+0
+0
+0
+0
+0
+0
+0
+0
+"""
+
+
+def read(tmp_path, name, text, select=None):
+    (tmp_path / name).write_text(text)
+    return load_problem(tmp_path / name, select)
+
+
+def best(problem):
+    """The best value by enumeration, as posed, and the set."""
+    quadratic, constant = problem.quadratic()
+    count = problem.as_layer().pruned
+    units = problem.as_layer().units
+    values = {
+        chosen: quadratic[np.ix_(chosen, chosen)].sum() + constant
+        for chosen in itertools.combinations(range(problem.n), count)
+    }
+    pick = max if units is not None and units.sign < 0 else min
+    chosen = pick(values, key=values.get)
+    return values[chosen], chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "select", "value", "chosen"),
+    [
+        ("graph.dat", CLUSTER, None, 3, (0, 1, 2)),
+        ("graph.mc", RUDY, 2, 3, (0, 1)),
+        ("graph.rudy", RUDY, 3, 3, (0, 1, 3)),
+        ("far.mdp", DIVERSITY, None, 7.25, (0, 2)),
+        ("GKD-a_1_n4_m2.txt", DIVERSITY, None, 7.25, (0, 2)),
+        # x₁² − x₁x₂ + 4x₂x₃ + ½x₁ + ½x₂ − x₃ + 10
+        ("toy.qplib", QPLIB, None, 13.5, (1, 2)),
+    ],
+)
+def test_the_library_s_own_value_is_found(tmp_path, name, text, select, value, chosen):
+    problem = read(tmp_path, name, text, select)
+    solution = solve(problem, "exhaustive")
+    assert problem.value(float(solution.objective[0])) == pytest.approx(value, abs=1e-9)
+    assert tuple((~solution.mask[0]).nonzero()[:, 0].tolist()) == chosen
+    assert best(problem)[0] == pytest.approx(value)
+    assert problem.integral == (name == "graph.dat")
+
+
+@given(st.integers(0, 10**9), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_quadratic_objective_is_solved_in_its_own_units(seed, maximise, whole):
+    random = np.random.default_rng(seed)
+    n = int(random.integers(1, 8))
+    quadratic = random.normal(size=(n, n)) * 10.0 ** random.integers(-3, 4)
+    if whole:
+        quadratic = random.integers(-9, 10, (n, n)).astype(float)
+    count, constant = int(random.integers(0, n + 1)), float(random.normal())
+    problem = RowProblem.from_quadratic(
+        quadratic, select=count, maximise=maximise, constant=constant
+    )
+    values = [
+        quadratic[np.ix_(c, c)].sum() + constant for c in itertools.combinations(range(n), count)
+    ]
+    solution = solve(problem, "branch", workers=0, proof=True)
+    found = problem.value(float(solution.objective[0]))
+    scale = np.abs(quadratic).sum() + 1
+    assert found == pytest.approx(max(values) if maximise else min(values), abs=1e-6 * scale)
+    assert problem.integral or not whole
+    bound = problem.value(float(solution.lower_bound[0]))
+    assert bound >= found - 1e-9 * scale if maximise else bound <= found + 1e-9 * scale
+    own, same = problem.quadratic()
+    np.testing.assert_allclose(own, (quadratic + quadratic.T) / 2, atol=1e-9 * scale)
+    assert same == constant
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.dat", CLUSTER), ("a.mc", RUDY), ("a.mdp", DIVERSITY), ("a.qplib", QPLIB)]
+)
+@pytest.mark.parametrize("ending", ["dat", "mc", "mdp", "qplib", "npz"])
+def test_what_is_written_is_the_same_problem(tmp_path, name, text, ending):
+    select = 2 if name.endswith("mc") else None
+    problem = read(tmp_path, name, text, select)
+    target = tmp_path / f"again.{ending}"
+    if name.endswith("qplib") and ending not in ("qplib", "npz"):
+        with pytest.raises(ProblemError, match=r"take \.qplib"):
+            save_problem(problem, target)
+        return
+    save_problem(problem, target)
+    again = load_problem(target, problem.as_layer().pruned if ending == "mc" else None)
+    for one, two in zip(problem.quadratic(), again.quadratic(), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-9)
+    assert best(problem)[0] == pytest.approx(best(again)[0])
+    assert again.integral == problem.integral
+
+
+def test_a_row_of_a_layer_is_written_for_qplib_alone(tmp_path):
+    row = RowProblem(random_weight(1, 8, 1)[0], random_gram(8, "full", 2), Unstructured(keep=3))
+    save_problem(row, tmp_path / "row.qplib")
+    again = load_problem(tmp_path / "row.qplib")
+    assert best(row)[0] == pytest.approx(best(again)[0])
+    for ending in ("dat", "mc", "mdp"):
+        with pytest.raises(ProblemError, match="to be minimised"):
+            save_problem(row, tmp_path / f"row.{ending}")
+    for other in (
+        RowProblem(row.weight, row.gram, NM(keep=2, of=4)),
+        row.refitting(Refit(0.1)),
+    ):
+        with pytest.raises(ProblemError, match="one set of given size"):
+            save_problem(other, tmp_path / "row.qplib")
+    with pytest.raises(ProblemError, match="no known format"):
+        save_problem(row, tmp_path / "row.xyz")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.dat", "", "expected 3 numbers"),
+        ("a.dat", "3 2 x\n", "expected 3 numbers"),
+        ("a.dat", CLUSTER.replace("5 3 4", "5 3 9"), "4 edges where the first line says 9"),
+        ("a.dat", CLUSTER.replace("4 5", "4 6"), "no new pair"),
+        ("a.dat", CLUSTER.replace("4 5", "2 1"), "no new pair"),
+        ("a.dat", CLUSTER.replace("4 5", "4 4"), "no new pair"),
+        ("a.dat", CLUSTER.replace("5 3 4", "5 7 4"), "7 of 5 cannot be chosen"),
+        ("a.dat", CLUSTER.replace("4 5 0.5", "4 5 nan"), "must be finite"),
+        ("a.mc", RUDY, "pass select"),
+        ("a.mdp", "0 0\n", "0 vertices"),
+        ("a.qplib", QPLIB.replace("QBL", "QML"), "type QML; only binary"),
+        ("a.qplib", QPLIB.replace("QBL", "QBN"), "type QBN; only binary"),
+        ("a.qplib", QPLIB.replace("1 # constraint", "2"), "2 constraints"),
+        ("a.qplib", QPLIB.replace("1 2 2", "1 2 3"), "not that a given number"),
+        ("a.qplib", QPLIB.replace("4 # left", "2 # left"), "not that a given number"),
+        ("a.qplib", QPLIB.replace("3 2 4", "3 9 4"), "9 is none of 1"),
+        ("a.qplib", QPLIB.replace("maximize", "sideways"), "no sense"),
+        ("a.qplib", QPLIB[:60], "ends early"),
+        ("a.qplib", QPLIB.replace("2 1 -1.0", "2 1 x"), "expected a number"),
+    ],
+)
+def test_what_does_not_map_is_refused_with_the_reason(tmp_path, name, text, reason):
+    with pytest.raises(ProblemError, match=f"{name}: .*{reason}"):
+        read(tmp_path, name, text)
+
+
+def test_bad_calls_are_named(tmp_path):
+    with pytest.raises(ProblemError, match="no such file"):
+        load_problem(tmp_path / "none.dat")
+    (tmp_path / "bytes.dat").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ProblemError, match="not a text file"):
+        load_problem(tmp_path / "bytes.dat")
+    with pytest.raises(ProblemError, match="leave `select` out"):
+        read(tmp_path, "a.dat", CLUSTER, select=2)
+    with pytest.raises(ProblemError, match="graphs that name no number"):
+        load_problem(tmp_path / "a.npz", 3)
+    for more in ({}, {"keep": 1, "select": 1}):
+        with pytest.raises(ProblemError, match="one of keep"):
+            RowProblem.from_quadratic(np.eye(3), **more)
+    for bad, reason in ((np.ones((2, 3)), "is \\[n, n\\]"), (np.full((2, 2), np.inf), "finite")):
+        with pytest.raises(ProblemError, match=reason):
+            RowProblem.from_quadratic(bad, keep=1)
+
+
+def test_units_survive_a_file_and_a_forged_header_is_refused(tmp_path):
+    problem = read(tmp_path, "a.qplib", QPLIB)
+    problem.save(tmp_path / "a.npz")
+    again = RowProblem.load(tmp_path / "a.npz")
+    assert again.as_layer().units == problem.as_layer().units
+    assert again.value(1.0) == problem.value(1.0)
+    from maskopt.units import units_from_dict
+
+    none = {"sign": 1, "shift": float("nan"), "constant": 0}
+    for bad in (3, {"sign": 1}, {"sign": 2, "shift": 0, "constant": 0}, none):
+        with pytest.raises(ProblemError, match="units"):
+            units_from_dict(bad)
+    plain = RowProblem(torch.ones(4), torch.eye(4), Unstructured(keep=2))
+    assert plain.value(3.5) == 3.5
+
+
+def test_a_graph_on_the_command_line(tmp_path):
+    graph, proof = tmp_path / "graph.dat", tmp_path / "proof.npz"
+    graph.write_text(CLUSTER)
+    text = run("prove", graph, "--output", proof)
+    assert "value" in text
+    assert " 3 " in text
+    assert "1 of 1 rows proven" in text
+    assert "holds: 1 rows checked" in run("check", graph, proof)
+    (tmp_path / "graph.mc").write_text(RUDY)
+    run("extract", tmp_path / "graph.mc", tmp_path / "graph.npz", "--select", 2)
+    assert solve(load_problem(tmp_path / "graph.npz"), "branch").status == (Status.OPTIMAL,)
+    run("extract", tmp_path / "graph.npz", tmp_path / "out.qplib")
+    text = run("solve", tmp_path / "out.qplib", "--output", tmp_path / "s.npz", "--solver", "tabu")
+    assert "at most" in text
+    text = run("compare", graph, "--solvers", "wanda,tabu")
+    assert "tabu" in text
