@@ -452,7 +452,10 @@ class RowProblem:
 
         Args:
             quadratic: U [n, n], brought to float64; its symmetric part counts.
-            keep, select: how many entries of p are 0, or 1; one of the two.
+            keep: how many entries of p are 0, or
+            select: how many are 1; one of the two is given.
+            maximise: rather than minimise.
+            constant: a part of every value.
 
         Raises:
             ProblemError: no square matrix of finite numbers; not one of keep and select.

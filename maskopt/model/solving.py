@@ -93,19 +93,28 @@ def solve_by_held_error(
 ) -> tuple[Solved, float]:
     """The best of SHRINK_GRID by the error on held-out windows: its solution, and its α.
 
+    Masks that follow one another along the grid stay near those of its first α. So the α that is found is
+    solved from its own start, too.
+
     Args:
         at: the layer's problem with G shrunk by α.
         judge: the same layer with the Gram matrix of the windows that were kept aside.
     """
-    best: tuple[float, Solved, float] | None = None
+
+    def held_error(alpha: float, solved: Solved) -> float:
+        return float(judge.error(at(alpha).weights(solved.solution.mask)).sum())
+
+    found: list[tuple[float, Solved, float]] = []
     before = None
     for alpha in SHRINK_GRID:
         before = solve_layer(at(alpha), options, before)
-        error = float(judge.error(at(alpha).weights(before.solution.mask)).sum())
-        if best is None or error < best[0]:
-            best = error, before, alpha
-    assert best is not None
-    return best[1], best[2]
+        found.append((held_error(alpha, before), before, alpha))
+    least, solved, alpha = min(found, key=lambda one: one[0])
+    if alpha != SHRINK_GRID[0]:
+        anew = solve_layer(at(alpha), options)
+        if held_error(alpha, anew) < least:
+            solved = anew
+    return solved, alpha
 
 
 def damping_by_held_error(
