@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from strategies import random_gram, random_weight
+from strategies import KINDS, random_gram, random_weight
 from test_proof import graph
 
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
@@ -148,7 +148,7 @@ def test_violated_triangles_raise_the_function():
 def test_trees_of_graphs_are_small_and_checked(monkeypatch):
     problem = graph(40, 0.75, keep=30, seed=4)
     tight = solve(problem, "branch", proof=True, workers=0)
-    monkeypatch.setattr(tree, "_NEAR", -1.0)
+    monkeypatch.setattr(tree.Tree, "_with_triangles", lambda self: setattr(self, "tried", True))
     plain = solve(problem, "branch", proof=True, workers=0)
     for solution in (tight, plain):
         assert solution.status == (Status.OPTIMAL,)
@@ -168,6 +168,34 @@ def test_triangles_are_tried_where_a_row_is_hard(monkeypatch):
     assert verify(problem, solution, require="checked").checked
     monkeypatch.undo()
     torch.testing.assert_close(solution.objective, solve(problem, "branch").objective)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(keep=5), NM(keep=1, of=4)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, pattern, kind):
+    monkeypatch.setattr(tree, "_TRY", 1)
+    monkeypatch.setattr(tree, "_NEAR", 1e300)
+    random = np.random.default_rng(7)
+    for seed in range(6):
+        weight = random_weight(2, 12, seed) * 10.0 ** random.integers(-9, 9)
+        spread = torch.tensor(10.0 ** random.integers(-3 * (seed % 2), 1, 12))
+        problem = LayerProblem(weight * spread, random_gram(12, kind, seed), pattern)
+        solution = solve(problem, "branch", workers=0, proof=True)
+        exact = solve(problem, "exhaustive").objective
+        slack = 1e-6 * exact + 1e-10 * problem.diagonal_mass()
+        assert solution.status == (Status.OPTIMAL,) * 2
+        assert bool(((solution.objective - exact).abs() <= slack).all())
+        verify(problem, solution, require="checked")
+
+
+def test_numbers_without_eigenvalues_leave_the_form_from_above():
+    n = 6
+    huge = np.full((n, n), 1e200)
+    start = Relaxed(np.full(n, np.inf), np.zeros((n, 8), np.float32), Pool.empty())
+    state, point = np.full(n, -1, dtype=np.int8), np.full(n, 0.5)
+    with np.errstate(all="ignore"):
+        own = relax_node(huge, 1.0, 3, np.ones((n, n)), state, start, point, CLIMB, 0.0, 1.0, 0.1)
+    assert own is start
 
 
 def test_separation_may_ask_for_nothing():

@@ -108,8 +108,11 @@ def relax_node(
     c[:n, :n] = b / 4
     np.fill_diagonal(c, 0)
     c[:n, n] = c[n, :n] = (b.sum(1) + linear) / 4
-    dual = _Dual(c, (start.lam[free] + np.diag(b)) / 4, _below(start.pool, state))
-    dual.climb(plan, bound - offset, cutoff - offset, unit, deadline)
+    try:
+        dual = _Dual(c, (start.lam[free] + np.diag(b)) / 4, _below(start.pool, state))
+        dual.climb(plan, bound - offset, cutoff - offset, unit, deadline)
+    except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
+        return start  # numbers that no eigenvalues can be told of; the form from above still holds
     lam = 4 * dual.y[:n] - np.diag(b)
     pool = dual.pool
     b[np.diag_indices_from(b)] += lam
@@ -171,10 +174,12 @@ class _Dual:
         self.x = np.zeros_like(c)
         self.y = np.append(y, 0.0)
         form = self._form(self.y, pool.tau)
+        if not np.isfinite(form).all():
+            raise np.linalg.LinAlgError("a form beyond float64")
         # the y of z_0 that closes the form, were the rest of it definite
         rest, column = form[:-1, :-1], form[:-1, -1]
         rest[np.diag_indices_from(rest)] += 1e-6 * np.abs(np.diag(rest)).mean()
-        self.y[-1] = float(column @ la.solve(rest, column, assume_a="sym"))
+        self.y[-1] = float(column @ la.lstsq(rest, column, lapack_driver="gelsy")[0])
 
     def climb(self, plan: Plan, bound: float, cutoff: float, unit: float, deadline: float) -> None:
         n, size = len(self.c) - 1, len(self.c) ** 2 / 2
