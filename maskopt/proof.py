@@ -85,7 +85,7 @@ class Proof:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For an .npz; `restore` is the inverse."""
-        found = {"rows": np.array(len(self.rows))}
+        found: dict[str, np.ndarray] = {}
         for row, tree in enumerate(self.rows):
             if tree is not None:
                 found |= {f"{row}.{name}": getattr(tree, name) for name in KINDS}
@@ -93,15 +93,15 @@ class Proof:
         return found
 
     @classmethod
-    def restore(cls, arrays: dict[str, np.ndarray], path: str) -> Proof:
-        """Out of `arrays`.
+    def restore(cls, arrays: dict[str, np.ndarray], rows: int, path: str) -> Proof:
+        """Out of `arrays`, of so many rows.
 
         Raises:
             ProblemError: a part is missing.
         """
         try:
             trees: list[RowProof | None] = []
-            for row in range(int(arrays["rows"])):
+            for row in range(rows):
                 if f"{row}.form" not in arrays:
                     trees.append(None)
                     continue

@@ -234,7 +234,7 @@ class _Check:
         return value if self.values is None else self.values.at_least(value)
 
     def _check_arrays(self) -> None:
-        tree, steps = self.tree, len(self.tree.form)
+        tree = self.tree
         for name, kind in KINDS.items():
             array, dimensions = (
                 getattr(tree, name),
@@ -242,6 +242,7 @@ class _Check:
             )
             if array.dtype != kind or array.ndim != dimensions:
                 raise self._refused(f"{name} must be {np.dtype(kind)} of {dimensions} dimensions")
+        steps = len(tree.form)
         fit = tree.forms.shape[1] == self.n and len(tree.fixed) == len(tree.side)
         if not steps or not fit or len(tree.branch) != steps or len(tree.fixes) != steps:
             raise self._refused("its arrays do not fit each other, or the row")

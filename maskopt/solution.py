@@ -242,7 +242,7 @@ class Solution:
                 vouched=tuple(str(word) for word in header["vouched"]),
                 weight=torch.from_numpy(arrays["weight"]) if "weight" in arrays else None,
                 own="weight" in arrays,
-                proof=Proof.restore(proof, str(path)) if proof else None,
+                proof=Proof.restore(proof, len(arrays["mask"]), str(path)) if proof else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ProblemError(f"{path}: not a sound solution ({error})") from None

@@ -24,6 +24,7 @@ from maskopt import (
 )
 from maskopt.certificate import Cuts
 from maskopt.errors import OptionError, ProblemError, VerificationError
+from maskopt.files import read_arrays, write_arrays
 from maskopt.limits import Limits
 from maskopt.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
 from maskopt.proof_check import check_proof
@@ -373,6 +374,33 @@ def test_a_forged_tree_is_refused(name):
     change, reason = REFUSED[name]
     with pytest.raises(VerificationError, match=f"the tree of row 0: .*({reason})"):
         check_proof(FORGED, forged(change))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_arrays_of_any_shape_are_refused_or_prove_nothing_false(name):
+    """What a file may hold in the place of an array."""
+    tree = tree_of(proven(graph(30, 0.5, keep=20)))
+    good, kind = getattr(tree, name), KINDS[name]
+    best = float(proven(graph(30, 0.5, keep=20)).objective)
+    odd = [np.zeros(shape, kind) for shape in ((), (0,), (1,), (0, 0), (2, 2), (1, 30), (1, 1, 1))]
+    odd += [good.astype(np.float16), good[..., :-1], np.concatenate([good, good])]
+    for array in odd:
+        try:
+            bound = check_proof(graph(30, 0.5, keep=20), Proof([replace(tree, **{name: array})]))
+        except VerificationError:
+            continue
+        assert float(bound) <= best
+
+
+def test_a_file_that_lacks_an_array_is_no_proof(tmp_path):
+    solution = proven(layer(12))
+    solution.save(tmp_path / "proof.npz")
+    header, arrays = read_arrays(tmp_path / "proof.npz", "solution")
+    del arrays["proof.0.points"]
+    header = {k: v for k, v in header.items() if k not in ("format", "kind")}
+    write_arrays(tmp_path / "forged.npz", "solution", header, arrays)
+    with pytest.raises(ProblemError, match="not a sound proof"):
+        Solution.load(tmp_path / "forged.npz")
 
 
 def test_bad_cuts_are_refused():
