@@ -280,7 +280,7 @@ STUDIES = (
         "shrink",
         "Shrinkage",
         "16 windows unless said otherwise. auto: for each layer by the error on the windows kept aside.\n"
-        "Where text is scarce for what is pruned, shrinkage pays; at 50% with 32 windows it does not.",
+        "Where text is scarce for what is pruned, shrinkage pays.",
         {
             "model": MODEL,
             "pattern": part(1),
