@@ -224,6 +224,7 @@ def test_a_graph_on_the_command_line(tmp_path):
     graph.write_text(CLUSTER)
     text = run("prove", graph, "--output", proof)
     assert "value" in text
+    assert "at most" in text
     assert " 3 " in text
     assert "1 of 1 rows proven" in text
     assert "holds: 1 rows checked" in run("check", graph, proof)

@@ -102,8 +102,9 @@ def check(instance: Path, solution: Path, require_checked: bool) -> None:
 def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Table:
     """Statuses, objective and bound, summed over the rows of each status; of a problem with `units` in
     these, the gap as part of the value."""
-    if isinstance(problem, RowProblem) and problem.as_layer().units is not None:
-        return _posed_table(problem, solution)
+    units = problem.as_layer().units if isinstance(problem, RowProblem) else None
+    if isinstance(problem, RowProblem) and units is not None:
+        return _posed_table(problem, solution, "at most" if units.sign < 0 else "at least")
     table = Table(title=repr(problem), title_justify="left")
     for heading in ("status", "rows", "objective", "bound", "gap"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
@@ -116,13 +117,13 @@ def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Ta
     return table
 
 
-def _posed_table(problem: RowProblem, solution: Solution) -> Table:
+def _posed_table(problem: RowProblem, solution: Solution, side: str) -> Table:
     """In the units of whoever posed the problem."""
     value = problem.value(float(solution.objective[0]))
     bound = problem.value(float(solution.lower_bound[0]))
     gap = abs(value - bound) / max(abs(value), 1e-300)
     table = Table(title=repr(problem), title_justify="left")
-    for heading in ("status", "value", "at most" if bound > value else "at least", "gap"):
+    for heading in ("status", "value", side, "gap"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
     table.add_row(str(solution.status[0]), f"{value:.9g}", f"{bound:.9g}", f"{gap:.2%}")
     return table
