@@ -7,13 +7,11 @@ shift making G semidefinite: since 1ᵀp = s, it changes f by shift·s on every 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from maskopt.errors import ProblemError
-
-Number = TypeVar("Number", float, Any)
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Units:
     shift: float
     constant: float
 
-    def value(self, cost: Number, pruned: int) -> Number:
+    def value(self, cost: float, pruned: int) -> float:
         """Of an objective f, or of a bound of it: what is a lower bound of f is an upper one of a value that
         is maximised."""
         return self.sign * (cost - self.shift * pruned) + self.constant

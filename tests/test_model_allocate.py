@@ -35,11 +35,12 @@ OPTIONS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 1, "budget": "model", 
 WHOLE = PruneOptions(Unstructured(sparsity=0.5), budget="model", min_tokens=1)
 
 
-def refused(options: dict[str, Any], kind: type[MaskoptError], message: str) -> None:
-    """A prune with these options ends so; a sparsity of None is none."""
+def refusal(options: dict[str, Any], kind: type[MaskoptError]) -> str:
+    """The one error that a prune with these options ends with; a sparsity of None is none."""
     given = {name: value for name, value in options.items() if name != "sparsity" or value}
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind) as caught:
         prune_model(tiny("llama"), tokens(), **given)
+    return str(caught.value)
 
 
 def squares(family: str, data: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -365,7 +366,7 @@ def test_manifests_that_say_otherwise_are_found(
 def test_bad_input_gets_one_line(
     options: dict[str, Any], kind: type[MaskoptError], message: str
 ) -> None:
-    refused({**OPTIONS, **options}, kind, message)
+    assert re.search(message, refusal({**OPTIONS, **options}, kind))
 
 
 def test_windows_of_a_single_token_have_no_loss() -> None:

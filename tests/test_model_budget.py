@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from commands import run
 from forging import change_masks, copied, forge_manifest
-from test_model_allocate import refused, squares
+from test_model_allocate import refusal, squares
 from test_model_resume import contents, interrupted
 from tiny_models import FAMILIES, save, tiny, tokens
 
@@ -233,7 +234,7 @@ def test_a_trade_that_was_left_out_is_found(tmp_path: Path) -> None:
 def test_bad_input_gets_one_line(
     options: dict[str, Any], kind: type[MaskoptError], message: str
 ) -> None:
-    refused({**OPTIONS, **options}, kind, message)
+    assert re.search(message, refusal({**OPTIONS, **options}, kind))
 
 
 def test_half_precision_trades_too() -> None:

@@ -10,7 +10,9 @@ from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.certificate import Cuts, cut_form
 from maskopt.solvers.convex.triangles import Pool, dense, separate
 from maskopt.solvers.exact import tree
+from maskopt.solvers.exact.free_part import free_part
 from maskopt.solvers.exact.relaxation import (
+    Goal,
     Plan,
     Relaxed,
     _below,
@@ -91,8 +93,9 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     best = float(solve(problem, "branch").objective)
     found = {}
     for shares in (CLIMB.shares[:1], CLIMB.shares):
-        own = relax_node(q, mu, problem.pruned_per_group, same, state, nothing, point,
-                         Plan(shares, iterations=40), 0.0, best, best / 10)  # fmt: skip
+        part = free_part(q, mu, problem.pruned_per_group, same, state)
+        plan, goal = Plan(shares, iterations=40), Goal(0.0, best, best / 10)
+        own = relax_node(part, nothing, point, plan, goal)
         e, _ = dense(own.pool, n) if len(own.pool.tau) else (np.zeros((n, n)), None)
         a = q + mu * same + np.diag(own.lam) + 4 * e
         assert np.linalg.eigvalsh(a[np.ix_(free, free)])[0] >= 0
@@ -132,7 +135,8 @@ def test_violated_triangles_raise_the_function():
     nothing = Relaxed(np.diag(q).copy(), np.zeros((n, 8), np.float32), Pool.empty())
 
     def least(plan):
-        own = relax_node(q, mu, pruned, same, state, nothing, point, plan, 0.0, best, best / 10)
+        part = free_part(q, mu, pruned, same, state)
+        own = relax_node(part, nothing, point, plan, Goal(0.0, best, best / 10))
         task = tree.BranchTask(q=q, group=n, pruned=pruned, start=point > 2)
         searched = object.__new__(tree.Tree)
         searched.task, searched.mu, searched.cost = task, mu, best
@@ -194,7 +198,8 @@ def test_numbers_without_eigenvalues_leave_the_form_from_above():
     start = Relaxed(np.full(n, np.inf), np.zeros((n, 8), np.float32), Pool.empty())
     state, point = np.full(n, -1, dtype=np.int8), np.full(n, 0.5)
     with np.errstate(all="ignore"):
-        own = relax_node(huge, 1.0, 3, np.ones((n, n)), state, start, point, CLIMB, 0.0, 1.0, 0.1)
+        part = free_part(huge, 1.0, 3, np.ones((n, n)), state)
+        own = relax_node(part, start, point, CLIMB, Goal(0.0, 1.0, 0.1))
     assert own is start
 
 

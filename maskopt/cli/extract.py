@@ -11,6 +11,7 @@ import typer
 from maskopt.cli.console import output
 from maskopt.cli.instances import load_layers, takes_source
 from maskopt.cli.parameters import Calibration, Select, option_list
+from maskopt.cli.solve import check_output
 from maskopt.errors import OptionError, SolverError
 from maskopt.formats import save_problem
 from maskopt.model.options import name_patterns
@@ -50,10 +51,7 @@ def extract(
     form = form or destination.suffix.lstrip(".")
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}; one of {', '.join(FORMATS)}")
-    if destination.exists() and not overwrite:
-        raise OptionError(f"{destination} exists; pass --overwrite to replace it")
-    if not destination.absolute().parent.is_dir():
-        raise OptionError(f"{destination.parent}: no such folder")
+    check_output(destination, overwrite)
     options["include"] += name_patterns(layer)
     found = load_layers([source], options, calibration=calibration, seed=seed, select=select)
     if len(found.problems) != 1:

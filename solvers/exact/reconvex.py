@@ -12,14 +12,12 @@ import math
 import time
 
 import numpy as np
-import scipy.linalg as la
 
 from maskopt.solvers.compiled import loop
+from maskopt.solvers.exact.free_part import definite, free_part
 
 #: sweeps between two looks at the clock
 _CHUNK = 200
-#: unit roundoff of float64
-_U = 2.0**-53
 #: least correction of λ, in units of the mean diagonal entry; and the least weight of an input in one
 _LEAST_SHIFT, _LEAST_WEIGHT = 1e-9, 1e-6
 
@@ -52,10 +50,8 @@ def multipliers(
         point: the relaxed point of the node, float64 [n]; which correction costs least is judged there.
         sweeps: fewer past the deadline, of `time.monotonic()`.
     """
-    free = np.flatnonzero(state < 0)
-    ones = (state == 1).astype(float)
-    b = q[np.ix_(free, free)] + mu * same[np.ix_(free, free)]
-    linear = 2 * (q @ ones + mu * (same @ ones))[free] - 2 * mu * pruned
+    part = free_part(q, mu, pruned, same, state)
+    free, b, linear = part.free, part.b, part.linear
     scale = len(free) / max(float(np.trace(b)), 1e-300)
     with np.errstate(over="ignore", invalid="ignore"):
         c = (b * (scale / 4)).astype(np.float32)
@@ -72,18 +68,8 @@ def multipliers(
         return np.zeros(len(q)), vectors
     lam = 4 * y.astype(float) / scale - np.diag(b)
     b[np.diag_indices_from(b)] += lam
-    loss, correction = np.inf, lam
-    x = point[free]
-    for d in (np.ones(len(free)), 4 * y.astype(float) + _LEAST_WEIGHT):
-        root = 1 / np.sqrt(d)
-        m = root[:, None] * b * root
-        least = la.eigh(m, eigvals_only=True, subset_by_index=[0, 0], check_finite=False)[0]
-        # the residual of a computed eigenvalue is a small multiple of n·u·‖M‖
-        rounding = 16 * len(free) * _U * float(np.linalg.norm(m))
-        theta = max(0.0, -least) + rounding + _LEAST_SHIFT / scale
-        cost = theta * float(d @ (x * (1 - x)))
-        if cost < loss:
-            loss, correction = cost, theta * d
+    weights = 4 * y.astype(float) + _LEAST_WEIGHT
+    correction = definite(b, weights, point[free], _LEAST_SHIFT / scale)
     whole = np.zeros(len(q))
     whole[free] = lam + correction
     moved = vectors.copy()

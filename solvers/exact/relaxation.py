@@ -28,10 +28,9 @@ from scipy.optimize import Bounds, minimize
 
 from maskopt.solvers.compiled import loop
 from maskopt.solvers.convex.triangles import Pool, dense, separate
+from maskopt.solvers.exact.free_part import FreePart, definite
 from maskopt.solvers.parallel import RowThreads
 
-#: unit roundoff of float64
-_U = 2.0**-53
 #: steps that the quasi-Newton method remembers
 _MEMORY = 25
 #: multipliers below this part of the largest are dropped
@@ -69,71 +68,52 @@ class Relaxed(NamedTuple):
     pool: Pool
 
 
+class Goal(NamedTuple):
+    """What a node is to reach.
+
+    Attributes:
+        bound, cutoff: what is known of it, and what is enough.
+        unit: see `Plan`.
+        deadline: of `time.monotonic()`; no further round past it.
+    """
+
+    bound: float
+    cutoff: float
+    unit: float
+    deadline: float = math.inf
+
+
 def relax_node(
-    q: np.ndarray,
-    mu: float,
-    pruned: int,
-    same: np.ndarray,
-    state: np.ndarray,
-    start: Relaxed,
-    point: np.ndarray,
-    plan: Plan,
-    bound: float,
-    cutoff: float,
-    unit: float,
-    deadline: float = math.inf,
+    part: FreePart, start: Relaxed, point: np.ndarray, plan: Plan, goal: Goal
 ) -> Relaxed:
     """λ and τ with Q + μΣ_g 1_g1_gᵀ + diag(λ) less the triangles ⪰ 0 on the free inputs.
 
     Args:
-        q: float64 [n, n].
-        same: whether two inputs share a group, float64 [n, n].
-        state: 1 pruned, 0 kept, −1 free, int8 [n].
         start: of the node above.
         point: the relaxed point of the node, float64 [n]; which correction costs least is judged there.
-        bound, cutoff: what is known of the node, and what is enough.
-        unit: see `Plan`.
-        deadline: of `time.monotonic()`; no further round past it.
     """
-    free = np.flatnonzero(state < 0)
-    ones = (state == 1).astype(float)
-    b = q[np.ix_(free, free)] + mu * same[np.ix_(free, free)]
-    linear = 2 * (q @ ones + mu * (same @ ones))[free] - 2 * mu * pruned
-    offset = float(ones @ q @ ones) + mu * float(ones @ same @ ones)
-    offset += mu * pruned * (pruned * float((1 / same.sum(1)).sum()) - 2 * float(ones.sum()))
-    # pᵀbp + linearᵀp = ¼zᵀbz + ½(b1 + linear)ᵀz + ¼1ᵀb1 + ½linearᵀ1, and zᵢ² = 1
-    offset += float(b.sum() + np.trace(b)) / 4 + float(linear.sum()) / 2
-    n = len(free)
+    b, n = part.b, len(part.free)
     c = np.zeros((n + 1, n + 1))
     c[:n, :n] = b / 4
     np.fill_diagonal(c, 0)
-    c[:n, n] = c[n, :n] = (b.sum(1) + linear) / 4
+    c[:n, n] = c[n, :n] = (b.sum(1) + part.linear) / 4
+    # xᵀbx + linearᵀx = ¼zᵀbz + ½(b1 + linear)ᵀz + ¼1ᵀb1 + ½linearᵀ1, and zᵢ² = 1
+    offset = part.constant + float(b.sum() + np.trace(b)) / 4 + float(part.linear.sum()) / 2
     try:
-        dual = _Dual(c, (start.lam[free] + np.diag(b)) / 4, _below(start.pool, state))
-        dual.climb(plan, bound - offset, cutoff - offset, unit, deadline)
+        y = (start.lam[part.free] + np.diag(b)) / 4
+        dual = _Dual(c, y, _below(start.pool, part.state))
+        dual.climb(plan, goal, offset)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
         return start  # numbers that no eigenvalues can be told of; the form from above still holds
-    lam = 4 * dual.y[:n] - np.diag(b)
-    pool = dual.pool
-    b[np.diag_indices_from(b)] += lam
+    lam, pool, weights = 4 * dual.y[:n] - np.diag(b), dual.pool, np.abs(dual.y[:n])
+    a = b + np.diag(lam)
     if len(pool.tau):
-        b += 4 * dense(pool, n)[0]
-    unit = float(np.abs(np.diag(b)).mean()) + 1e-300
-    loss, correction = np.inf, lam
-    x = point[free]
-    weights = np.abs(dual.y[:n])
-    for d in (np.ones(n), weights + _LEAST_WEIGHT * (weights.mean() + 1e-300)):
-        root = 1 / np.sqrt(d)
-        m = root[:, None] * b * root
-        least = la.eigh(m, eigvals_only=True, subset_by_index=[0, 0], check_finite=False)[0]
-        # the residual of a computed eigenvalue is a small multiple of n·u·‖M‖
-        theta = max(0.0, -least) + 16 * n * _U * float(np.linalg.norm(m))
-        cost = theta * float(d @ (x * (1 - x)))
-        if cost < loss:
-            loss, correction = cost, theta * d + _LEAST_SHIFT * unit
-    whole = np.zeros(len(q))
-    whole[free] = lam + correction
-    names = np.append(free, len(q))
+        a += 4 * dense(pool, n)[0]
+    weights += _LEAST_WEIGHT * (weights.mean() + 1e-300)
+    least = _LEAST_SHIFT * float(np.abs(np.diag(a)).mean())
+    whole = np.zeros(len(part.state))
+    whole[part.free] = lam + definite(a, weights / weights.mean(), point[part.free], least)
+    names = np.append(part.free, len(part.state))
     return Relaxed(whole, start.vectors, Pool(names[pool.index], pool.sign, pool.tau))
 
 
@@ -181,22 +161,22 @@ class _Dual:
         rest[np.diag_indices_from(rest)] += 1e-6 * np.abs(np.diag(rest)).mean()
         self.y[-1] = float(column @ la.lstsq(rest, column, lapack_driver="gelsy")[0])
 
-    def climb(self, plan: Plan, bound: float, cutoff: float, unit: float, deadline: float) -> None:
+    def climb(self, plan: Plan, goal: Goal, offset: float) -> None:
+        """`offset`: what the objective is more than ⟨C, Z⟩."""
         n, size = len(self.c) - 1, len(self.c) ** 2 / 2
         for step, share in enumerate(plan.shares):
             if step:
                 index, sign, _ = separate(self.x, plan.new * n, RowThreads(1))
                 self.pool = self.pool.join(index, sign, n)
-            alpha = share * max(cutoff - bound, unit) / size
+            alpha = share * max(goal.cutoff - goal.bound, goal.unit) / size
             value = self._ascend(alpha, plan.iterations) - alpha * size
-            if value >= cutoff or time.monotonic() >= deadline:
+            if value + offset >= goal.cutoff or time.monotonic() >= goal.deadline:
                 break
         self.pool = self.pool.keep(self.pool.tau > _TINY * self.pool.tau.max(initial=0.0))
 
     def _ascend(self, alpha: float, iterations: int) -> float:
         """Move (y, τ) up; the function's value without −αN²/2. Drops triangles without a multiplier."""
         size = len(self.c)
-
         lowest = np.append(np.full(size, -np.inf), np.zeros(len(self.pool.tau)))
 
         def downhill(x: np.ndarray) -> tuple[float, np.ndarray]:

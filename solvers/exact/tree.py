@@ -25,11 +25,12 @@ import numpy as np
 
 from maskopt.solvers.convex.triangles import Pool
 from maskopt.solvers.exact.duals import Duals, same_group
+from maskopt.solvers.exact.free_part import free_part
 from maskopt.solvers.exact.incumbent import tabu_row
 from maskopt.solvers.exact.node import bound_node, settle
 from maskopt.solvers.exact.proof_tree import Step, row_proof
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
-from maskopt.solvers.exact.relaxation import Plan, Relaxed, add_triangles, relax_node
+from maskopt.solvers.exact.relaxation import Goal, Plan, Relaxed, add_triangles, relax_node
 from maskopt.solvers.exact.rows import RowAnswer, RowTask
 
 #: part of the objective that a node's bound is lowered by: far above the rounding of float64 sums
@@ -199,20 +200,10 @@ class Tree:
     ) -> Relaxed:
         """The form of a node's own relaxation with triangles."""
         self.convexified += 1
-        return relax_node(
-            self.task.q,
-            self.mu,
-            self.task.pruned,
-            self.same,
-            state,
-            above,
-            point,
-            plan,
-            bound,
-            self.cutoff,
-            _UNIT * self.lacks,
-            self.task.limits.deadline,
-        )
+        task = self.task
+        part = free_part(task.q, self.mu, task.pruned, self.same, state)
+        goal = Goal(bound, self.cutoff, _UNIT * self.lacks, task.limits.deadline)
+        return relax_node(part, above, point, plan, goal)
 
     def _round(self, point: np.ndarray, state: np.ndarray) -> None:
         """The legal mask nearest the relaxed point, kept where it beats the incumbent."""
