@@ -60,6 +60,29 @@ def test_separation_is_brute_force(rank):
     assert some.tolist() == index[: len(found) // 3].tolist()
 
 
+def test_among_many_vectors_about_the_most_violated_are_found():
+    """Their number is told from a sample: a few less than asked may be found, and never others."""
+    n, most = 420, 3000
+    inner = unit_gram(n, 24, 3)
+    index, sign, violation = separate(inner, most)
+    assert most / 2 < len(index) <= most
+    assert len(set(named(index, sign))) == len(index)
+    i, j, k = index.T
+    a, b = sign.astype(float).T
+    assert bool(((i >= 0) & (i < j) & (j < k) & (k < n)).all())
+    value = a * inner[i, j] + b * inner[i, k] + a * b * inner[j, k]
+    np.testing.assert_allclose(-1 - value, violation, atol=1e-5)
+    assert bool((np.diff(violation) <= 0).all())
+    above = 0
+    for first in range(n - 2):
+        x, y = inner[first, first + 1 :], inner[first + 1 :, first + 1 :]
+        least = np.full(y.shape, np.inf)
+        for p, q in itertools.product((-1, 1), repeat=2):
+            least = np.minimum(least, p * x[:, None] + q * x[None, :] + p * q * y)
+        above += int((np.triu(-1 - least, 1) > violation[-1] + 1e-5).sum())
+    assert above <= len(index)
+
+
 @given(st.integers(0, 10**6), st.integers(3, 30))
 @settings(max_examples=50)
 def test_a_planted_triangle_is_found_first(seed, n):

@@ -7,8 +7,8 @@ every round and the most violated ones join the pool.
 The multipliers are those of an augmented Lagrangian: the sweeps of the mixing method run on C less
 Σ_t τ'_t(triangle t) with τ' = max(0, τ − step·(triangle + 1)), and τ follows τ' slowly. Plain steps on τ
 swing for ever, because the minimiser jumps between vectors of equal value; the term in step damps that.
-What swings still is averaged away: where C − Σ_t τ'_t(triangle t) + diag(y) is nearly positive
-semidefinite for many pairs (y, τ'), it is for their mean.
+What swings still is averaged away: the bound is concave in τ. For the mean, which then is fixed, the plain
+mixing method finds the y that go with it.
 """
 
 from __future__ import annotations
@@ -44,9 +44,16 @@ _START = 400
 #: sweeps between two looks at the clock
 _CHUNK = 20
 #: triangles that may join in a round, per input
-_NEW = 32
+_NEW = 128
 #: multipliers below this part of the largest are left out of the certificate
 _TINY = 1e-7
+#: the k-th of the iterates weighs about (k/iterates)^_LATE in their mean
+_LATE = 3
+#: sweeps at the end, with the mean of the multipliers
+_SETTLE = 800
+#: of a time limit: the rounds' part, of what is then left that of the last schedule, and of what is left
+#: after that the part of the sweeps at the end; the rest is the certificate's
+_ROUNDS_SHARE, _END_SHARE, _SETTLE_SHARE = 0.5, 0.6, 0.3
 
 
 @dataclass(frozen=True)
@@ -57,17 +64,16 @@ class Schedule:
         updates: of the multipliers.
         sweeps: after each.
         follow: part by which τ follows τ'.
-        mean: of so many updates at the end the mean is taken.
     """
 
     updates: int
     sweeps: int
     follow: float
-    mean: int = 1
 
 
-_ROUND = Schedule(updates=60, sweeps=2, follow=0.2)
-_END = Schedule(updates=800, sweeps=4, follow=0.05, mean=300)
+#: chosen on a row each of block 8 q_proj, on 256 inputs and on all
+_ROUND = Schedule(updates=40, sweeps=2, follow=0.4)
+_END = Schedule(updates=500, sweeps=4, follow=0.2)
 
 
 def tighten(
@@ -118,24 +124,27 @@ def cut_certificate(
     n = problem.n
     state = Mixing(problem, rank, limits.seed)
     rho = penalty_of(problem.group_size)
-    _descend(state, rho, limits)
+    _descend(state, _START, rho, limits)
     multipliers = _Multipliers(state, [Pool.empty()] * problem.rows)
-    for step in range(rounds + 1):
-        if step and limits.expired:
-            break
+    early = limits.share(_ROUNDS_SHARE)
+    for _ in range(rounds):
         pools = [
             pool.join(*separate(_gram(state, row), _NEW * n, threads=state.threads)[:2], n)
             for row, pool in enumerate(multipliers.pools())
         ]
         multipliers = _Multipliers(state, pools)
-        multipliers.run(_END if step == rounds else _ROUND, rho, limits)
+        multipliers.run(_ROUND, rho, early)
+        if early.expired:
+            break
+    multipliers.run(_END, rho, limits.share(_END_SHARE))
+    multipliers.settle(rho, limits.share(_SETTLE_SHARE))
     return multipliers.certify(problem, rho)
 
 
-def _descend(state: Mixing, rho: float, limits: Limits) -> None:
-    """The sweeps before the first cuts; under a time limit chunk by chunk, one at least."""
-    chunk = _CHUNK if limits.timed else _START
-    for _ in range(0, _START, chunk):
+def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> None:
+    """With the multipliers as they are; under a time limit chunk by chunk, one at least."""
+    chunk = _CHUNK if limits.timed else sweeps
+    for _ in range(0, sweeps, chunk):
         state.sweep(chunk, rho)
         if limits.expired:
             break
@@ -174,7 +183,7 @@ class _Multipliers:
         state.extra = Extra(
             np.stack(starts), np.concatenate(index).astype(np.int32), np.zeros(first)
         )
-        self.mean_used, self.mean_y = self.used, y
+        self.mean = self.used
 
     def pools(self) -> list[Pool]:
         """Of every row, without the triangles that neither bind nor have a multiplier."""
@@ -185,19 +194,20 @@ class _Multipliers:
         return pools
 
     def run(self, schedule: Schedule, rho: float, limits: Limits) -> None:
-        """Move vectors and multipliers in turn."""
-        used, y, count = np.zeros_like(self.used), np.zeros(self.state.duals.shape), 0
+        """Move vectors and multipliers in turn, until the deadline; their mean is `mean`."""
+        self.mean = self.used
         for update in range(schedule.updates):
             self._damp(schedule.follow)
             self.state.sweep(schedule.sweeps, rho)
-            late = limits.expired
-            if update >= schedule.updates - schedule.mean or late:
-                used = used + self.used
-                y = y + self.state.duals.double().cpu().numpy()
-                count += 1
-            if late:
+            self.mean = self.mean + (_LATE + 1) / (_LATE + 1 + update) * (self.used - self.mean)
+            if limits.expired:
                 break
-        self.mean_used, self.mean_y = used / count, y / count
+
+    def settle(self, rho: float, limits: Limits) -> None:
+        """The vectors that go with the mean of the multipliers."""
+        self.tau, self.step = self.mean.copy(), np.zeros_like(self.step)
+        self._damp(0.0)
+        _descend(self.state, _SETTLE, rho, limits)
 
     def _damp(self, follow: float) -> None:
         extra = self.state.extra
@@ -220,14 +230,16 @@ class _Multipliers:
         )
 
     def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, list[float]]:
-        """The certificate of the means, and the loss to the correction as part of the bound."""
+        """The certificate of the multipliers as they have settled, and the loss to the correction as part
+        of the bound."""
         scale = self.state.scale
         gram, inner = problem.gram.double().cpu().numpy(), self.state.inner()
+        y = self.state.duals.double().cpu().numpy()
 
         def one(row: int) -> tuple[RowDuals, Cuts]:
-            pool = self._binding(row)
+            pool = self._binding(row, y[row])
             scaled = ScaledRow.of(problem, gram, row, float(scale[row]))
-            duals = _certify(scaled, self.mean_y[row], inner[row], rho, pool)
+            duals = _certify(scaled, y[row], inner[row], rho, pool)
             return duals, _cuts(pool, problem.n, scale[row])
 
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
@@ -245,12 +257,12 @@ class _Multipliers:
             loss, value, out=np.zeros_like(loss), where=value > 0
         ).tolist()
 
-    def _binding(self, row: int) -> Pool:
-        """The triangles whose mean multiplier counts; none where the row is beyond float64."""
-        if not np.isfinite(self.mean_y[row]).all():
+    def _binding(self, row: int, y: np.ndarray) -> Pool:
+        """The triangles whose multiplier counts; none where the row is beyond float64."""
+        if not np.isfinite(y).all():
             return Pool.empty()
         part = slice(self.cut_rows[row], self.cut_rows[row + 1])
-        pool = Pool(self.index[part], self.sign[part], self.mean_used[part])
+        pool = Pool(self.index[part], self.sign[part], self.mean[part])
         return pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
 
 

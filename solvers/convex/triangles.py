@@ -11,17 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maskopt.solvers.convex.triangles_kernel import BINS, collect, histogram
+from maskopt.solvers.convex.triangles_kernel import BINS, collect, count, histogram
 from maskopt.solvers.parallel import RowThreads
 
 #: violations below this are left alone
 _FLOOR = 0.02
 #: the step of a triangle, times the least dual of its inputs over the root of their degree
-_STEP = 0.2
+_STEP = 0.1
 #: a dual below this part of the mean makes an input no softer
 _SOFTEST = 0.05
 #: triangles are looked for in so many interleaved parts: the first inputs are in the most
 _INTERLEAVED = 16
+#: up to so many vectors violations are counted in full; beyond, of one of so many second indices
+_ALL, _SAMPLED = 400, 16
+#: of a violation in float32
+_ROUNDING = 1e-6
 
 
 @dataclass
@@ -62,6 +66,8 @@ def separate(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The `most` most violated triangles of all, the most violated first.
 
+    Beyond _ALL inputs the least violation among them is told from a sample: about so many then, no more.
+
     Args:
         inner: ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.
         threads: to look in; None: of its own.
@@ -73,17 +79,21 @@ def separate(
     threads = threads or RowThreads()
     n = len(inner)
     order = np.concatenate([np.arange(part, n, _INTERLEAVED) for part in range(_INTERLEAVED)])
-    counts = np.zeros((n, BINS), np.int64)
-    threads.run(histogram, order, inner, _FLOOR, counts)
-    above = np.cumsum(counts.sum(0)[::-1])[::-1]
+    bins = np.zeros((n, BINS), np.int64)
+    stride = 1 if n <= _ALL else _SAMPLED
+    threads.run(histogram, order, inner, np.float32(_FLOOR), stride, bins)
+    above = stride * np.cumsum(bins.sum(0)[::-1])[::-1]
     # the bin that straddles `most` is collected too and cut off after sorting
     least = max(int(np.searchsorted(-above, -most, side="left")) - 1, 0)
-    per_input = counts[:, least:].sum(1)
+    floor = np.float32(max(_FLOOR, least * 2 / BINS - _ROUNDING))
+    counts = np.zeros((n, n), np.int32)
+    threads.run(count, order, inner, floor, counts)
+    per_input = counts.sum(1, dtype=np.int64)
     total = int(per_input.sum())
-    starts = np.concatenate([[0], np.cumsum(per_input)[:-1]])
+    starts = np.cumsum(per_input) - per_input
     index, sign = np.zeros((total, 3), np.int64), np.zeros((total, 2), np.int8)
     violation = np.zeros(total)
-    threads.run(collect, order, inner, _FLOOR, least, starts, index, sign, violation)
+    threads.run(collect, order, inner, floor, counts, starts, index, sign, violation)
     first = np.argsort(-violation, kind="stable")[:most]
     return index[first], sign[first], violation[first]
 

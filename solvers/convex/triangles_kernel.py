@@ -9,49 +9,67 @@ from maskopt.solvers.compiled import loop, part
 
 #: bins of the histogram of violations; a triangle is violated by at most 2
 BINS = 4096
+#: minima as vectors have them; the order of sums stays, so that loops agree on what is violated
+_FINITE = {"nnan", "nsz"}
 
 
-@part()
+@part(fastmath=_FINITE)
 def _least(x, y, z):
     """min over signs of a·x + b·y + ab·z; at most one of the four is below −1 for a Gram matrix."""
     return min(min(x + y + z, x - y - z), min(z - x - y, y - x - z))
 
 
 @loop(nogil=True)
-def histogram(inner, floor, counts, firsts):
+def histogram(inner, floor, stride, counts, firsts):
     """How many triangles of `inner` [n, n] are violated by more than `floor`, by size.
 
-    Into counts, int64 [n, BINS], for the least index of the triangle, those of `firsts` only; a bin is
-    2/BINS wide.
+    Into counts, int64 [n, BINS], for the least index of the triangle, those of `firsts` only, with one of
+    `stride` second indices; a bin is 2/BINS wide.
     """
     n = len(inner)
     for i in firsts:
-        for j in range(i + 1, n):
+        for j in range(i + 1 + i % stride, n, stride):
             for k in range(j + 1, n):
                 violation = -1 - _least(inner[i, j], inner[i, k], inner[j, k])
                 if violation > floor:
                     counts[i, min(int(violation * (BINS / 2)), BINS - 1)] += 1
 
 
+@loop(nogil=True, fastmath=_FINITE)
+def count(inner, floor, counts, firsts):
+    """How many triangles i < j < k are violated by more than `floor`, into int32 [n, n] by i and j, i of
+    `firsts` only. Without a branch inside, at the speed of vectors."""
+    n = len(inner)
+    for i in firsts:
+        for j in range(i + 1, n):
+            x, found = inner[i, j], np.int32(0)
+            for k in range(j + 1, n):
+                found += np.int32(-1 - _least(x, inner[i, k], inner[j, k]) > floor)
+            counts[i, j] = found
+
+
 @loop(nogil=True)
-def collect(inner, floor, least, starts, index, sign, violations, firsts):
-    """Write the triangles of the bins from `least` on, those of least index i from starts[i] on, for
-    every i of `firsts`."""
+def collect(inner, floor, counts, starts, index, sign, violations, firsts):
+    """Write the triangles that `count` has counted, those of least index i from starts[i] on, for every i
+    of `firsts`."""
     n = len(inner)
     for i in firsts:
         at = starts[i]
         for j in range(i + 1, n):
+            last = at + counts[i, j]
             for k in range(j + 1, n):
+                if at == last:
+                    break
                 x, y, z = inner[i, j], inner[i, k], inner[j, k]
                 violation = -1 - _least(x, y, z)
-                if violation > floor and min(int(violation * (BINS / 2)), BINS - 1) >= least:
+                if violation > floor:
                     index[at, 0], index[at, 1], index[at, 2] = i, j, k
                     a, b = 1, 1
-                    if x - y - z < -1 - floor:
+                    if x - y - z < -1:
                         b = -1
-                    elif y - x - z < -1 - floor:
+                    elif y - x - z < -1:
                         a = -1
-                    elif z - x - y < -1 - floor:
+                    elif z - x - y < -1:
                         a, b = -1, -1
                     sign[at, 0], sign[at, 1] = a, b
                     violations[at] = violation
