@@ -21,8 +21,10 @@ DEFAULT_STARTS = {"swap": "relax"}
 REFIT_STARTS = {"swap": "admm"}
 #: λ of `damping` auto
 DAMPING_GRID = (0.003, 0.01, 0.03, 0.1, 0.3)
-#: α of `shrink` auto, each solved from the masks of the one before
-SHRINK_GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
+#: α of `shrink` auto
+SHRINK_GRID = (0.0, 0.05, 0.1, 0.2, 0.3)
+#: the greatest α whose held-out error is within this part of the least
+SHRINK_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,13 @@ def check_solver(
         make_solver(start)
 
 
-def solve_layer(
-    problem: LayerProblem, options: PruneOptions, before: Solved | None = None
-) -> Solved:
-    """The solver of the options on one layer, from the start of the options; or, where the layer was
-    solved `before` with another G, from that mask. What does not choose for refitted weights chooses for
-    those that the layer has."""
+def solve_layer(problem: LayerProblem, options: PruneOptions) -> Solved:
+    """The solver of the options on one layer, from the start of the options. What does not choose for
+    refitted weights chooses for those that the layer has."""
     if not make_solver(options.solver).capabilities.refit:
         problem = problem.refitting(None)
-    start, alike = (None, None) if before is None else (before.solution, before.alike)
-    if start is None and options.start is not None and options.start != options.solver:
+    start = alike = None
+    if options.start is not None and options.start != options.solver:
         start = make_start(problem, options.start, Limits(seed=options.seed))
         if problem.pooled:
             same = problem.under(problem.pattern.alike())
@@ -85,36 +84,30 @@ def solve_layer(
         start=None if start is None else start.mask,
         **{"seed": options.seed, **options.solver_options},
     )
-    return Solved(solution, start if before is None else before.start, alike)
+    return Solved(solution, start, alike)
 
 
 def solve_by_held_error(
     at: Callable[[float], LayerProblem], judge: LayerProblem, options: PruneOptions
 ) -> tuple[Solved, float]:
-    """The best of SHRINK_GRID by the error on held-out windows: its solution, and its α.
+    """The greatest α of SHRINK_GRID whose error on held-out windows is within SHRINK_TOLERANCE of the
+    least, and its solution.
 
-    Masks that follow one another along the grid stay near those of its first α. So the α that is found is
-    solved from its own start, too.
+    The least error itself is a bad judge: on Gemma masks of a lower held-out error than those of any
+    fixed α made a worse model. Each α begins anew, because masks that follow one another along the
+    grid stay near those of the first.
 
     Args:
         at: the layer's problem with G shrunk by α.
         judge: the same layer with the Gram matrix of the windows that were kept aside.
     """
-
-    def held_error(alpha: float, solved: Solved) -> float:
-        return float(judge.error(at(alpha).weights(solved.solution.mask)).sum())
-
-    found: list[tuple[float, Solved, float]] = []
-    before = None
-    for alpha in SHRINK_GRID:
-        before = solve_layer(at(alpha), options, before)
-        found.append((held_error(alpha, before), before, alpha))
-    least, solved, alpha = min(found, key=lambda one: one[0])
-    if alpha != SHRINK_GRID[0]:
-        anew = solve_layer(at(alpha), options)
-        if held_error(alpha, anew) < least:
-            solved = anew
-    return solved, alpha
+    found = [solve_layer(at(alpha), options) for alpha in SHRINK_GRID]
+    errors = [
+        float(judge.error(at(alpha).weights(solved.solution.mask)).sum())
+        for alpha, solved in zip(SHRINK_GRID, found, strict=True)
+    ]
+    near = [i for i, error in enumerate(errors) if error <= min(errors) * (1 + SHRINK_TOLERANCE)]
+    return found[near[-1]], SHRINK_GRID[near[-1]]
 
 
 def damping_by_held_error(
