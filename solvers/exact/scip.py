@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,23 +15,26 @@ from torch import Tensor
 from maskopt.certificate import Certificate
 from maskopt.errors import OptionError, SolverError
 from maskopt.fields import option
-from maskopt.limits import Limits
+from maskopt.limits import Limits, torch_threads
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.registry import missing_package
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
-from maskopt.solvers.exact.duals import qcr_duals
+from maskopt.solvers.exact.duals import Duals, qcr_duals
 from maskopt.solvers.exact.incumbent import with_incumbent
+from maskopt.solvers.exact.probing import probe
 from maskopt.solvers.exact.refit_rows import solve_refitted
-from maskopt.solvers.exact.rows import RowAnswer, RowSolver
+from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
 from maskopt.solvers.exact.scip_model import (
     FORMULATIONS,
     ScipTask,
-    presolve,
+    break_symmetry,
+    presolved,
     solve_model,
     write_row,
 )
 from maskopt.solvers.exact.scip_refit import ScipRefitTask, search_refitted
+from maskopt.solvers.exact.tree import BranchTask, Tree
 
 FORMATS = ("cip", "lp", "mps")
 
@@ -61,6 +64,9 @@ class Scip(RowSolver):
         "of the objective; qcr: made convex by the duals of the `sdp` bound, which is handed in",
         choices=FORMULATIONS,
     )
+    presolve: bool = option(
+        True, "with qcr: inputs that bounds of our own fix are fixed, and SCIP has the rest"
+    )
     verbose: bool = option(False, "let SCIP print (a worker process prints to stderr)")
 
     @classmethod
@@ -87,11 +93,16 @@ class Scip(RowSolver):
             start,
             limits,
             search_row,
-            _version(),
+            _version() + " after a presolve of maskopt" * self._presolves,
             ScipTask,
             formulation=self.formulation,
+            presolve=self.presolve,
             verbose=self.verbose,
         )
+
+    @property
+    def _presolves(self) -> bool:
+        return self.presolve and self.formulation == "qcr"
 
     def write_instance(
         self,
@@ -137,7 +148,7 @@ def search_row(task: ScipTask) -> RowAnswer:
     separable = _separable(task)
     if separable is not None:
         return separable
-    task = presolve(with_incumbent(task))
+    task = break_symmetry(with_incumbent(task))
     if task.limits.expired:
         return RowAnswer(task.start, "timelimit")
     if task.formulation == "qcr":
@@ -152,7 +163,20 @@ def search_row(task: ScipTask) -> RowAnswer:
                 certificate=duals.certificate,
                 certified=duals.certified,
             )
+        if task.presolve and 0 < task.pruned < task.group and task.cost(task.start) > task.noise:
+            task = _probed(task, duals)
+            if task.probed is not None and task.probed.closed:
+                return presolved(task)
     return solve_model(task)
+
+
+def _probed(task: ScipTask, duals: Duals) -> ScipTask:
+    """With what our own bounds fix, and the best mask that they came across."""
+    like = {f.name: getattr(task, f.name) for f in fields(RowTask)}
+    with torch_threads(1):  # its matrices are small
+        tree = Tree(BranchTask(**like), duals)
+        found = probe(tree)
+    return break_symmetry(replace(task, start=tree.best, probed=found))
 
 
 def _separable(task: ScipTask) -> RowAnswer | None:

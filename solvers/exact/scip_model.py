@@ -1,10 +1,11 @@
 """One row as a SCIP model. Arrays in, arrays out: runs in this process or in a worker process.
 
-With A = Q + diag(λ) + Σ_g μ_g 1_g1_gᵀ ⪰ 0 (λ = μ = 0: A = Q), every legal p ∈ {0,1}ⁿ has
+With A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0 (λ = μ = 0: A = Q), every legal p ∈ {0,1}ⁿ has
 
-    f(p) = pᵀAp − λᵀp − Σ_g μ_g s²                 (s pruned in each group)
+    f(p) = pᵀAp − λᵀp − μΣ_g (2s·1_gᵀp − s²)       (s pruned in each group)
 
-since p_i² = p_i and 1_gᵀp = s. The formulations, in the order of what they are worth:
+since p_i² = p_i and 1_gᵀp = s. Where inputs are fixed, A is that of the others (`free_part`). The
+formulations, in the order of what they are worth:
 
 - `qcr`: A = LLᵀ from the duals of the semidefinite relaxation, r = Lᵀp, ‖r‖² ≤ t;
 - `factored`: the same with λ = μ = 0;
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from maskopt.solvers.exact.duals import Duals, same_group
+from maskopt.solvers.exact.free_part import free_part
+from maskopt.solvers.exact.probing import Probed
 from maskopt.solvers.exact.rows import RowAnswer, RowTask
 
 FORMULATIONS = ("qcr", "factored", "linear", "epigraph")
@@ -46,12 +49,16 @@ class ScipTask(RowTask):
         formulation: one of FORMULATIONS.
         duals: of `qcr`; None: A = Q.
         order: pairs (i, j) of identical inputs: p_i ≥ p_j loses nothing.
+        presolve: of our own first, with `qcr`.
+        probed: what it has found.
         verbose: let SCIP print.
     """
 
     formulation: str = "factored"
     duals: Duals | None = None
     order: tuple[tuple[int, int], ...] = ()
+    presolve: bool = False
+    probed: Probed | None = None
     verbose: bool = False
 
 
@@ -67,7 +74,12 @@ class RowModel:
         q = task.q * self.scale
         self.model = model = Model("maskopt")
         model.hideOutput(not task.verbose)
-        self.p = p = [model.addVar(f"p{i}", vtype="B") for i in range(n)]
+        state = np.full(n, -1, np.int8) if task.probed is None else task.probed.state
+        self.state = state
+        self.p = p = [
+            model.addVar(f"p{i}", vtype="B", lb=float(state[i] == 1), ub=float(state[i] != 0))
+            for i in range(n)
+        ]
         for first in range(0, n, task.group):
             model.addCons(quicksum(p[first : first + task.group]) == task.pruned)
         for i, j in task.order:
@@ -99,28 +111,32 @@ class RowModel:
     def _factored(self, q: np.ndarray) -> None:
         from pyscipopt import quicksum
 
-        model, p, task = self.model, self.p, self.task
-        n = len(q)
-        lam, mu = np.zeros(n), 0.0
+        model, task = self.model, self.task
+        lam, mu = np.zeros(len(q)), 0.0
         if task.duals is not None:
             lam, mu = task.duals.diagonal * self.scale, task.duals.penalty * self.scale
-        value, vector = np.linalg.eigh(q + np.diag(lam) + mu * same_group(task))
+        if task.probed is not None:
+            lam = task.probed.lam * self.scale
+        part = free_part(q, mu, task.pruned, same_group(task), self.state)
+        p, lam = [self.p[i] for i in part.free], lam[part.free]
+        value, vector = np.linalg.eigh(part.b + np.diag(lam))
         # what is missing to A ⪰ 0 goes into λ: dropping it would push the bound above the truth
         missing = max(0.0, -float(value[0]))
-        lam, value = lam + missing, value + missing
+        linear, value = part.linear - lam - missing, value + missing
         keep = value > EIGENVALUE * max(float(value[-1]), 0.0)
-        self.root = root = vector[:, keep] * np.sqrt(value[keep])
+        self.root = root = np.zeros((len(q), int(keep.sum())))
+        root[part.free] = vector[:, keep] * np.sqrt(value[keep])
         for k in range(root.shape[1]):
-            column = root[:, k]
+            column = root[part.free, k]
             low, high = np.minimum(column, 0).sum(), np.maximum(column, 0).sum()
             r = model.addVar(f"r{k}", lb=float(low) - FEASIBILITY, ub=float(high) + FEASIBILITY)
-            model.addCons(quicksum(float(column[i]) * p[i] for i in range(n)) - r == 0)
+            model.addCons(quicksum(float(c) * x for c, x in zip(column, p, strict=True)) - r == 0)
             self.r.append(r)
         model.addCons(quicksum(r * r for r in self.r) <= self.t)
-        constant = -mu * (n // task.group) * task.pruned**2
-        objective = self.t - quicksum(float(lam[i]) * p[i] for i in range(n)) + constant
+        rest = quicksum(float(c) * x for c, x in zip(linear, p, strict=True))
+        objective = self.t + rest + part.constant
         model.setObjective(objective)
-        self.terms += float(np.abs(lam).sum()) + abs(constant)
+        self.terms += float(np.abs(linear).sum()) + abs(part.constant)
         if task.duals is not None and task.duals.certified > 0:
             # certified already: SCIP need not find its cuts again
             least = task.duals.certified * self.scale * (1 - HANDED_IN)
@@ -162,8 +178,8 @@ class RowModel:
         return bool(model.addSol(solution, free=True))
 
 
-def presolve(task: ScipTask) -> ScipTask:
-    """Break symmetry: of identical inputs of a group (dead ones included) prune the first ones.
+def break_symmetry(task: ScipTask) -> ScipTask:
+    """Of identical inputs of a group (dead ones included) prune the first ones.
 
     Exchanging two of them changes nothing, so p_i ≥ p_j for i < j loses no objective value; the start
     is put into that order.
@@ -203,7 +219,10 @@ def _solve_once(task: ScipTask) -> RowAnswer:
     set_limits(task, row.model)
     if task.formulation in ("qcr", "factored"):
         row.model.setParam("misc/usesymmetry", 0)
-    row.add_start()
+    if task.probed is None or task.probed.allows(task.start):
+        row.add_start()
+    else:  # what is fixed holds for better masks alone
+        row.model.setObjlimit(task.cost(task.start) * row.scale)
     if task.limits.timed:
         row.model.setParam("limits/time", task.limits.left)
     row.model.optimizeNogil()  # other Python threads go on
@@ -232,17 +251,42 @@ def read_answer(row: RowModel) -> RowAnswer:
             best, best_cost = values, cost
     certified = 0.0 if task.duals is None else task.duals.certified
 
-    def true_bound(value: float) -> float:
-        return max(certified, value / row.scale if abs(value) < INFINITE else 0.0)
+    ended = str(model.getStatus())
 
+    def true_bound(value: float) -> float:
+        known = max(certified, value / row.scale if abs(value) < INFINITE else 0.0)
+        if task.probed is None:
+            return known
+        # what is fixed holds below the cutoff alone
+        bound = min(task.probed.cutoff, max(known, task.probed.bound))
+        return bound if task.values is None else task.values.at_least(bound)
+
+    if task.probed is not None and ended == "infeasible":  # nothing is left below the cutoff
+        return presolved(task)
     return RowAnswer(
         pruned=best,
-        ended=str(model.getStatus()),
+        ended=ended,
         bound=true_bound(model.getDualbound()),
         slack=FEASIBILITY * row.terms / row.scale,
         nodes=int(model.getNTotalNodes()),
         root_bound=true_bound(model.getDualboundRoot()),
         certificate=None if task.duals is None else task.duals.certificate,
+        certified=certified,
+    )
+
+
+def presolved(task: ScipTask) -> RowAnswer:
+    """The start, below whose cutoff the presolve has left nothing."""
+    assert task.duals is not None
+    assert task.probed is not None
+    cutoff, certified = task.probed.cutoff, task.duals.certified
+    bound = max(certified, cutoff if task.values is None else task.values.at_least(cutoff))
+    return RowAnswer(
+        pruned=task.start,
+        ended="presolved",
+        bound=bound,
+        root_bound=bound,
+        certificate=task.duals.certificate,
         certified=certified,
     )
 

@@ -111,7 +111,7 @@ class Tree:
         # the sweeps at the root are cheap, and every node below starts from their vectors
         state, point = np.full(n, -1, dtype=np.int8), np.full(n, task.pruned / task.group)
         above = Relaxed(np.zeros(n), start_vectors(n, task.limits.seed), Pool.empty())
-        own = self._convexify(state, point, above, _ROOT_SWEEPS)
+        own = self.convexify(state, point, above, _ROOT_SWEEPS)
         form = own._replace(lam=duals.with_margin(task))
         value, point, first = self.bound(state, form)
         self.proven = max(value, duals.certified * (1 - _MARGIN))
@@ -177,7 +177,7 @@ class Tree:
         terms += 16 * n * float(form.pool.tau.sum())
         return _MARGIN * abs(self.cost) + 4 * (n + 8) * 2.0**-53 * terms
 
-    def _convexify(
+    def convexify(
         self, state: np.ndarray, point: np.ndarray, above: Relaxed, sweeps: int
     ) -> Relaxed:
         """The form of a node's own relaxation, without triangles."""
@@ -323,7 +323,7 @@ class Tree:
         if self.tight:
             own = self._tighten(node.state, node.point, above, _NODE, node.bound)
         else:
-            own = self._convexify(node.state, node.point, above, _SWEEPS)
+            own = self.convexify(node.state, node.point, above, _SWEEPS)
         state = node.state.copy()
         value, point, step = self.bound(state, own)
         if value > node.bound:

@@ -1,0 +1,128 @@
+"""What bounds of our own fix before SCIP begins: nothing that a better mask has otherwise."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from strategies import problems, random_gram, random_weight
+
+from maskopt import NM, LayerProblem, Limits, RowProblem, Status, Unstructured, solve, verify
+from maskopt.solvers.exact.duals import qcr_duals
+from maskopt.solvers.exact.incumbent import with_incumbent
+from maskopt.solvers.exact.probing import probe
+from maskopt.solvers.exact.tree import BranchTask, Tree
+
+
+def task_of(problem, start=None):
+    first = np.arange(problem.n) % problem.group_size < problem.pruned_per_group
+    return BranchTask(
+        q=problem.row(0).q().numpy(),
+        group=problem.group_size,
+        pruned=problem.pruned_per_group,
+        start=first if start is None else start,
+        values=problem.row(0).values(),
+    )
+
+
+def masks(problem):
+    """Every legal p, bool [masks, n]."""
+    size, count = problem.group_size, problem.pruned_per_group
+    sides = [np.isin(np.arange(size), c) for c in itertools.combinations(range(size), count)]
+    groups = problem.n // size
+    return np.array([np.concatenate(c) for c in itertools.product(sides, repeat=groups)])
+
+
+class Blind(Tree):
+    """Never finds a better mask than the one that it began with."""
+
+    def _round(self, point, state):
+        pass
+
+
+@given(problems(max_n=12, max_rows=1))
+@settings(max_examples=100)
+def test_every_mask_below_the_cutoff_has_what_was_fixed(problem):
+    """From a bad incumbent, which leaves many masks below it."""
+    task = task_of(problem)
+    if not 0 < task.pruned < task.group or task.cost(task.start) <= task.noise:
+        return
+    tree = Blind(task, qcr_duals(task))
+    found = probe(tree)
+    free = np.flatnonzero(found.state < 0)
+    for p in masks(problem):
+        if task.cost(p) < found.cutoff:
+            assert found.allows(p)
+            # a single mask that is left would have been kept, were this tree not blind
+            if len(free):
+                assert task.cost(p) >= found.bound - 1e-9 * task.cost(task.start)
+    same = np.arange(problem.n) // task.group
+    a = task.q + np.diag(found.lam) + tree.mu * (same[:, None] == same[None, :])
+    least = np.linalg.eigvalsh(a[np.ix_(free, free)]).min(initial=0.0)
+    assert least >= -1e-9 * max(np.abs(a).max(), 1e-300)
+
+
+def hard(n, pattern, seed=2):
+    return LayerProblem(random_weight(1, n, 1), random_gram(n, "full", seed), pattern)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("presolve", [True, False])
+def test_scip_agrees_with_branch_with_it_and_without(pattern, presolve):
+    for seed in range(3):
+        problem = hard(28, pattern, seed)
+        solution = solve(problem, "scip", presolve=presolve)
+        assert solution.status == (Status.OPTIMAL,)
+        exact = solve(problem, "branch").objective
+        torch.testing.assert_close(solution.objective, exact, rtol=1e-6, atol=0.0)
+        verify(problem, solution)
+
+
+@pytest.mark.parametrize("misleading", [False, True])
+def test_scip_has_what_is_left(monkeypatch, misleading):
+    """The search sees the free inputs alone, also where the incumbent is not among what is allowed."""
+    from maskopt.solvers.exact import scip, scip_model
+
+    problem = hard(60, Unstructured(sparsity=0.6))
+    seen = []
+    solve_model = scip_model.solve_model
+
+    def watched(task):
+        if misleading:  # as of a mask below the incumbent, of which there is none
+            state = task.probed.state.copy()
+            state[np.flatnonzero(state >= 0)[0]] ^= 1
+            task = dataclasses.replace(task, probed=task.probed._replace(state=state))
+        seen.append(task)
+        return solve_model(task)
+
+    monkeypatch.setattr(scip, "solve_model", watched)
+    solution = solve(problem, "scip", workers=0)
+    (task,) = seen
+    assert 0 < (task.probed.state < 0).sum() < problem.n
+    assert task.probed.allows(task.start) is not misleading
+    assert solution.status == (Status.OPTIMAL,)
+    assert solution.vouched[0].endswith("after a presolve of maskopt")
+    torch.testing.assert_close(solution.objective, solve(problem, "branch").objective)
+
+
+def test_a_whole_number_between_the_cutoff_and_the_incumbent_is_no_gap():
+    graph = np.triu(np.random.default_rng(3).random((24, 24)) < 0.5, 1)
+    edges = (graph + graph.T).astype(float)
+    problem = RowProblem.from_quadratic(edges, select=8, maximise=True)
+    solution = solve(problem, "scip")
+    assert solution.status == (Status.OPTIMAL,)
+    assert float(solution.lower_bound[0]) == float(solution.objective[0])
+    best = problem.value(float(solve(problem, "branch").objective[0]))
+    assert problem.value(float(solution.objective[0])) == best
+
+
+def test_no_time_leaves_everything_free():
+    problem = hard(40, Unstructured(sparsity=0.6))
+    task = with_incumbent(task_of(problem))
+    tree = Tree(task, qcr_duals(task))
+    tree.task = dataclasses.replace(task, limits=Limits(seconds=0).begin())
+    found = probe(tree)
+    assert found.state.tolist() == tree.start.state.tolist()
+    assert found.bound == tree.start.bound
