@@ -16,6 +16,9 @@ the minimum over 0 ≤ v ≤ 1 with 1_gᵀv = what a group still has to prune: a
 same for a whole group, and all v of a group have the same sum: what is left of it is −μ(1_gᵀp̂ − s)².) Under
 the same form a mask with one free entry on its other side costs at least (1) and what the sort then loses.
 
+Inputs of a group are twins where exchanging them leaves Q as it is. Every mask has its match of equal f with
+the first ones of all twins pruned, and only such masks need be covered.
+
 After a step some free entries may be fixed: the bound of their other side is a leaf. Then the step is a leaf
 itself, another step follows at the same node, or an input is branched on, pruned first and then kept. The
 proven bound of the row is the least over all leaves, each of them at least what any step above it proves. All
@@ -99,6 +102,7 @@ class _Check:
         self.q = layer.row(row).q().cpu().numpy()
         self.size = _size_of_terms(layer, row)
         self._check_arrays()
+        self.twins = _twins(self.q, self.group)
         self.first_cut = np.cumsum([0, *tree.cuts.tolist()])
 
     def bound(self) -> float:
@@ -143,13 +147,20 @@ class _Check:
         return max(least, 0.0)
 
     def _settle(self, state: np.ndarray) -> bool:
-        """Counts that are reached fix the rest of their groups, in place; False: no mask is left."""
-        groups = state.reshape(-1, self.group)
-        ones, free = (groups == 1).sum(1), (groups < 0).sum(1)
-        if (ones > self.pruned).any() or (ones + free < self.pruned).any():
-            return False
-        groups[(ones == self.pruned)[:, None] & (groups < 0)] = 0
-        groups[(ones + free == self.pruned)[:, None] & (groups < 0)] = 1
+        """Counts that are reached and the order of twins fix others, in place; False: no mask is left."""
+        groups, before = state.reshape(-1, self.group), -1
+        while before != (before := int((state < 0).sum())):
+            for twins in self.twins:
+                ones, zeros = (np.flatnonzero(state[twins] == side) for side in (1, 0))
+                last, first = ones.max(initial=-1), zeros.min(initial=len(twins))
+                if first < last:
+                    return False
+                state[twins[: last + 1]], state[twins[first:]] = 1, 0
+            ones, free = (groups == 1).sum(1), (groups < 0).sum(1)
+            if (ones > self.pruned).any() or (ones + free < self.pruned).any():
+                return False
+            groups[(ones == self.pruned)[:, None] & (groups < 0)] = 0
+            groups[(ones + free == self.pruned)[:, None] & (groups < 0)] = 1
         return True
 
     def _form(self, number: int, above: _Form | None, free: np.ndarray) -> _Form | None:
@@ -259,6 +270,21 @@ class _Check:
 
     def _refused(self, reason: str) -> VerificationError:
         return VerificationError(f"proof: the tree of row {self.row}: {reason}")
+
+
+def _twins(q: np.ndarray, group: int) -> list[np.ndarray]:
+    """All sets of at least two twins, ascending."""
+    sets: list[list[int]] = []
+    for i, line in enumerate(q):
+        for twins in sets:
+            j, exchanged = twins[0], line.copy()
+            exchanged[i], exchanged[j] = line[j], line[i]
+            if i // group == j // group and np.array_equal(exchanged, q[j]):
+                twins.append(i)
+                break
+        else:
+            sets.append([i])
+    return [np.array(twins) for twins in sets if len(twins) > 1]
 
 
 def _size_of_terms(layer: LayerProblem, row: int) -> float:

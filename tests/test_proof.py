@@ -178,18 +178,36 @@ def test_refitted_weights_and_rows_that_trade_have_no_tree():
 # what a step proves, without any search
 
 
+def exchangeable(problem):
+    """Pairs i < j of inputs of a group that may be exchanged."""
+    q = problem.row(0).q().numpy()
+    for i, j in itertools.combinations(range(problem.n), 2):
+        order = np.arange(problem.n)
+        order[[i, j]] = j, i
+        if i // problem.group_size == j // problem.group_size and ((q[order][:, order] == q).all()):
+            yield i, j
+
+
 def settled(problem, state):
-    """The state with counts settled; None: no mask is left."""
-    groups = state.reshape(-1, problem.group_size).copy()
-    for one in groups:
-        ones, free = (one == 1).sum(), (one < 0).sum()
-        if ones > problem.pruned_per_group or ones + free < problem.pruned_per_group:
-            return None
-        if ones == problem.pruned_per_group:
-            one[one < 0] = 0
-        elif ones + free == problem.pruned_per_group:
-            one[one < 0] = 1
-    return groups.reshape(-1)
+    """The state with counts settled and the first of exchangeable inputs pruned; None: no mask is left."""
+    state = np.array(state)
+    for _ in range(problem.n + 1):
+        for one in state.reshape(-1, problem.group_size):
+            ones, free = (one == 1).sum(), (one < 0).sum()
+            if ones > problem.pruned_per_group or ones + free < problem.pruned_per_group:
+                return None
+            if ones == problem.pruned_per_group:
+                one[one < 0] = 0
+            elif ones + free == problem.pruned_per_group:
+                one[one < 0] = 1
+        for i, j in exchangeable(problem):
+            if (state[i], state[j]) == (0, 1):
+                return None
+            if state[j] == 1:
+                state[i] = 1
+            elif state[i] == 0:
+                state[j] = 0
+    return state
 
 
 def every_mask_below(problem, state):
@@ -233,7 +251,8 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
         state[i] = 0
         rest = every_mask_below(problem, state)
         state[i] = 1
-        free = (settled(problem, state) < 0).sum()
+        node_state = settled(problem, state)
+        free = 0 if node_state is None else (node_state < 0).sum()
         node = tree_with(tree, [NO_FORM, 0, *[NO_FORM] * len(rest)], [i, LEAF, *rest],
                          points=random.random(free))  # fmt: skip
         bound = float(check_proof(problem, Proof([node])))
@@ -419,9 +438,9 @@ def test_bad_cuts_are_refused():
 
 
 def test_a_tree_for_another_row_proves_less_and_the_claim_is_refused():
-    problem = layer(24)
+    problem = layer(24, seed=1)
     solution = proven(problem)
-    harder = layer(24, seed=8)
+    harder = layer(24, seed=6)
     other = replace(proven(harder), proof=solution.proof)
     assert float(check_proof(harder, solution.proof)) < 0.999 * float(other.objective)
     with pytest.raises(VerificationError, match="its proof proves"):

@@ -140,7 +140,7 @@ def test_violated_triangles_raise_the_function():
         task = tree.BranchTask(q=q, group=n, pruned=pruned, start=point > 2)
         searched = object.__new__(tree.Tree)
         searched.task, searched.mu, searched.cost = task, mu, best
-        searched.base, searched.constant = q + mu * same, mu * pruned**2
+        searched.twins, searched.base, searched.constant = [], q + mu * same, mu * pruned**2
         searched.reach, searched.solved, searched._round = 1.0, 0, lambda *_: None
         return searched.bound(state.copy(), own)[0]
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from maskopt.solvers.compiled import loop
 from maskopt.solvers.convex.interior_point import least_first, minimise
+from maskopt.solvers.exact.twins import in_order
 
 #: stop where the gap to the bound is this part of the cutoff
 _SETTLED = 1e-5
@@ -30,6 +31,7 @@ def bound_node(
     pruned: int,
     state: np.ndarray,
     cutoff: float,
+    twins: list[np.ndarray],
 ) -> tuple[float, np.ndarray]:
     """(bound, point) of a node; fixes inputs of `state` that no mask below `cutoff` has otherwise.
 
@@ -37,10 +39,11 @@ def bound_node(
         base: float64 [n, n], without λ.
         lam, c: float64 [n].
         state: int8 [n], 1 pruned, 0 kept, −1 free; changed.
+        twins: see `settle`.
 
     The bound is ∞ where no legal mask is left.
     """
-    if not settle(state, group, pruned):
+    if not settle(state, group, pruned, twins):
         return np.inf, np.zeros(len(c))
     point = (state == 1).astype(float)
     index = np.flatnonzero(state < 0)
@@ -57,15 +60,21 @@ def bound_node(
     return bound, point
 
 
-def settle(state: np.ndarray, group: int, pruned: int) -> bool:
-    """A group whose count is reached leaves nothing free; False where a count cannot be reached."""
+def settle(state: np.ndarray, group: int, pruned: int, twins: list[np.ndarray]) -> bool:
+    """A group whose count is reached leaves nothing free, and of `twins` the first ones are pruned; False
+    where a count cannot be reached, or twins have another order."""
     groups = state.reshape(-1, group)
-    ones, free = (groups == 1).sum(1), (groups < 0).sum(1)
-    if (ones > pruned).any() or (ones + free < pruned).any():
-        return False
-    groups[(ones == pruned)[:, None] & (groups < 0)] = 0
-    groups[(ones + free == pruned)[:, None] & (groups < 0)] = 1
-    return True
+    while True:
+        before = np.count_nonzero(state < 0)
+        if not in_order(state, twins):
+            return False
+        ones, free = (groups == 1).sum(1), (groups < 0).sum(1)
+        if (ones > pruned).any() or (ones + free < pruned).any():
+            return False
+        groups[(ones == pruned)[:, None] & (groups < 0)] = 0
+        groups[(ones + free == pruned)[:, None] & (groups < 0)] = 1
+        if not twins or np.count_nonzero(state < 0) == before:
+            return True
 
 
 def _choices(state: np.ndarray, group: int, pruned: int) -> tuple[np.ndarray, np.ndarray]:

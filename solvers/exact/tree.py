@@ -4,7 +4,8 @@ At the root the semidefinite bound gives λ, μ with A = Q + diag(λ) + μΣ_g 1
 f(p) = pᵀAp + cᵀp + const on every legal p (Billionnet, Elloumi, Plateau 2009). A node fixes some
 p_i; its bound is the Frank–Wolfe bound of that convex QP over what is left of the polytope, at a
 point found by an interior-point method: valid at any point, so nothing depends on its convergence.
-Inputs that cannot change sides without passing the incumbent are fixed by the same linear form.
+Inputs that cannot change sides without passing the incumbent are fixed by the same linear form. Of inputs
+that may be exchanged the first ones are pruned.
 
 As inputs are fixed, the λ of the root is less and less the best one. Every few levels a node's own
 semidefinite relaxation is solved again (`reconvex`), and its subtree uses that λ: one to two orders
@@ -32,6 +33,7 @@ from maskopt.solvers.exact.proof_tree import Step, row_proof
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
 from maskopt.solvers.exact.relaxation import Goal, Plan, Relaxed, add_triangles, relax_node
 from maskopt.solvers.exact.rows import RowAnswer, RowTask
+from maskopt.solvers.exact.twins import twins_of
 
 #: part of the objective that a node's bound is lowered by: far above the rounding of float64 sums
 _MARGIN = 1e-9
@@ -103,7 +105,7 @@ class Tree:
         self.best, self.cost = task.start, task.cost(task.start)
         self.solved = self.convexified = 0
         n = len(task.q)
-        self.same = same_group(task)
+        self.same, self.twins = same_group(task), twins_of(task.q, task.group)
         self.base = np.ascontiguousarray(task.q + self.mu * self.same)
         self.constant = self.mu * (n // task.group) * task.pruned**2
         self.reach = float(np.sqrt(np.abs(task.q.diagonal())).sum()) ** 2
@@ -157,12 +159,12 @@ class Tree:
         settled = state.copy()
         cutoff = self.cutoff + margin
         value, point = bound_node(
-            base, form.lam, c, constant, task.group, task.pruned, state, cutoff
+            base, form.lam, c, constant, task.group, task.pruned, state, cutoff, self.twins
         )
         self._round(point, state)
         step = None
         if task.proof:
-            sound = settle(settled, task.group, task.pruned)
+            sound = settle(settled, task.group, task.pruned, self.twins)
             step = Step.of(form, point, settled, state) if sound else Step.single()
         return value - margin, point, step
 
