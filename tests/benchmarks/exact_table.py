@@ -156,7 +156,8 @@ def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
         for method in args.methods.split(","):
             options: dict[str, Any] = {"cuts": args.cuts} if method == "cuts" else {}
             cpu = time.process_time()
-            bound = lower_bound(row, "sdp" if method == "cuts" else method, **options)
+            name = "sdp" if method == "cuts" else method
+            bound = lower_bound(row, name, time_limit=args.bound_seconds, **options)
             cpu = time.process_time() - cpu
             value, trace = float(bound.value[0]), bound.trace
             parts.append(
@@ -256,6 +257,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", default="box,sdp")
     parser.add_argument("--cuts", type=int, default=8, help="rounds of method cuts")
+    parser.add_argument(
+        "--bound-seconds", type=float, help="of one bound of a row; default: no limit"
+    )
     parser.add_argument("--gap-limit", type=float, default=0.0)
     parser.add_argument(
         "--penalties", default="1,4,16", help="of penalty: multiples of the default"
