@@ -43,9 +43,10 @@ def test_a_record_names_who_vouches_and_what_the_tree_did(layer):
     assert wanda.vouched == ""
     assert branch.vouched.startswith("branch of maskopt ")
     assert scip.vouched.startswith("SCIP ")
-    for record in (branch, scip):
-        assert record.trace["ended"] == "optimal"
-        assert record.trace["nodes"] >= 1
+    assert branch.trace["ended"] == "optimal"
+    assert branch.trace["nodes"] >= 1
+    # its presolve leaves nothing of a row this small
+    assert (scip.status, scip.trace["ended"], scip.trace["nodes"]) == ("optimal", "presolved", 0)
 
 
 def test_samples_depend_on_the_seed_alone(layer):

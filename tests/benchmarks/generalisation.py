@@ -95,6 +95,7 @@ SCARCE: dict[str, tuple[Pattern, int]] = {
     "70%": (Unstructured(sparsity=0.7), 16),
     "2:4": (NM(keep=2, of=4), 16),
     "50%, 4 windows": (Unstructured(sparsity=0.5), 4),
+    "50%, 32 windows": (Unstructured(sparsity=0.5), 32),
 }
 #: most swaps of a row
 STOPS = (0, 10, 40, 160, None)
