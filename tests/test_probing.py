@@ -14,6 +14,7 @@ from maskopt.solvers.exact.duals import qcr_duals
 from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.probing import probe
 from maskopt.solvers.exact.tree import BranchTask, Tree
+from maskopt.solvers.exact.twins import in_order
 
 
 def task_of(problem, start=None):
@@ -53,7 +54,7 @@ def test_every_mask_below_the_cutoff_has_what_was_fixed(problem):
     found = probe(tree)
     free = np.flatnonzero(found.state < 0)
     for p in masks(problem):
-        if task.cost(p) < found.cutoff:
+        if task.cost(p) < found.cutoff and in_order(p.astype(np.int8), tree.twins):
             assert found.allows(p)
             # a single mask that is left would have been kept, were this tree not blind
             if len(free):
@@ -78,6 +79,18 @@ def test_scip_agrees_with_branch_with_it_and_without(pattern, presolve):
         exact = solve(problem, "branch").objective
         torch.testing.assert_close(solution.objective, exact, rtol=1e-6, atol=0.0)
         verify(problem, solution)
+
+
+def test_twins_are_fixed_in_order():
+    """Pairs of copies, of which the best masks prune one: without an order none of the two is fixed."""
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gram = (x.T @ x).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    weight = torch.ones(1, 12, dtype=torch.float64)
+    problem = LayerProblem(weight, gram, Unstructured(sparsity=0.5))
+    solution = solve(problem, "scip", workers=0)
+    torch.testing.assert_close(solution.objective, solve(problem, "exhaustive").objective)
+    assert solution.status == (Status.OPTIMAL,)
+    verify(problem, solution)
 
 
 @pytest.mark.parametrize("misleading", [False, True])

@@ -21,7 +21,7 @@ _PATIENCE = 0.25
 
 
 class Probed(NamedTuple):
-    """What every legal mask below the cutoff has.
+    """What every legal mask below the cutoff has, the first ones of its twins being pruned (`twins`).
 
     Attributes:
         state: 1 pruned, 0 kept, −1 free, int8 [n].
