@@ -82,12 +82,17 @@ def test_scip_agrees_with_branch_with_it_and_without(pattern, presolve):
 
 
 def test_twins_are_fixed_in_order():
-    """Pairs of copies, of which the best masks prune one: without an order none of the two is fixed."""
+    """Pairs of copies: what is fixed is in order, and so is the mask."""
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     gram = (x.T @ x).repeat_interleave(2, 0).repeat_interleave(2, 1)
     weight = torch.ones(1, 12, dtype=torch.float64)
     problem = LayerProblem(weight, gram, Unstructured(sparsity=0.5))
+    task = task_of(problem)
+    tree = Tree(task, qcr_duals(task))
+    assert [known.tolist() for known in tree.twins] == [[i, i + 1] for i in range(0, 12, 2)]
+    assert in_order(probe(tree).state, tree.twins)
     solution = solve(problem, "scip", workers=0)
+    assert in_order((~solution.mask[0].numpy()).astype(np.int8), tree.twins)
     torch.testing.assert_close(solution.objective, solve(problem, "exhaustive").objective)
     assert solution.status == (Status.OPTIMAL,)
     verify(problem, solution)

@@ -11,7 +11,7 @@ from strategies import problems
 from maskopt import NM, LayerProblem, RowProblem, Status, Unstructured, solve, verify
 from maskopt.errors import VerificationError
 from maskopt.proof_check import check_proof
-from maskopt.solvers.exact.twins import in_order, twins_of
+from maskopt.solvers.exact.twins import in_order, put_in_order, twins_of
 
 
 def parts(sizes):
@@ -38,6 +38,8 @@ def test_the_first_ones_are_pruned():
     assert in_order(state, [np.array([1, 3, 6]), np.array([0, 2, 5, 7])])
     assert state.tolist() == [1, 0, 1, 0, -1, 1, 0, -1]
     assert not in_order(np.array([0, 1, -1], np.int8), [np.array([0, 1, 2])])
+    mask = put_in_order(np.array([0, 1, 0, 1, 1]), [np.array([0, 1, 4])])
+    assert mask.tolist() == [True, True, False, True, False]
 
 
 @pytest.mark.parametrize("select", [5, 9, 14])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,13 +102,15 @@ def solve_by_held_error(
         at: the layer's problem with G shrunk by α.
         judge: the same layer with the Gram matrix of the windows that were kept aside.
     """
-    found = [solve_layer(at(alpha), options) for alpha in SHRINK_GRID]
-    errors = [
-        float(judge.error(at(alpha).weights(solved.solution.mask)).sum())
-        for alpha, solved in zip(SHRINK_GRID, found, strict=True)
-    ]
-    near = [i for i, error in enumerate(errors) if error <= min(errors) * (1 + SHRINK_TOLERANCE)]
-    return found[near[-1]], SHRINK_GRID[near[-1]]
+    least, best = math.inf, None
+    for alpha in SHRINK_GRID:
+        solved = solve_layer(at(alpha), options)
+        error = float(judge.error(at(alpha).weights(solved.solution.mask)).sum())
+        least = min(least, error)
+        if best is None or error <= least * (1 + SHRINK_TOLERANCE):
+            best = solved, alpha
+    assert best is not None
+    return best
 
 
 def damping_by_held_error(

@@ -88,21 +88,20 @@ class Scip(RowSolver):
                 ScipRefitTask,
                 verbose=self.verbose,
             )
+        word = _version()
+        if self.presolve and self.formulation == "qcr":
+            word += " after a presolve of maskopt"
         return self.solve_rows(
             problem,
             start,
             limits,
             search_row,
-            _version() + " after a presolve of maskopt" * self._presolves,
+            word,
             ScipTask,
             formulation=self.formulation,
             presolve=self.presolve,
             verbose=self.verbose,
         )
-
-    @property
-    def _presolves(self) -> bool:
-        return self.presolve and self.formulation == "qcr"
 
     def write_instance(
         self,

@@ -25,6 +25,7 @@ from maskopt.solvers.exact.duals import Duals, same_group
 from maskopt.solvers.exact.free_part import free_part
 from maskopt.solvers.exact.probing import Probed
 from maskopt.solvers.exact.rows import RowAnswer, RowTask
+from maskopt.solvers.exact.twins import put_in_order, twins_of
 
 FORMULATIONS = ("qcr", "factored", "linear", "epigraph")
 #: SCIP's feasibility tolerance (numerics/feastol), absolute in the units of the model
@@ -48,7 +49,7 @@ class ScipTask(RowTask):
     Attributes:
         formulation: one of FORMULATIONS.
         duals: of `qcr`; None: A = Q.
-        order: pairs (i, j) of identical inputs: p_i ≥ p_j loses nothing.
+        order: pairs (i, j) of twins: p_i ≥ p_j loses nothing.
         presolve: of our own first, with `qcr`.
         probed: what it has found.
         verbose: let SCIP print.
@@ -179,23 +180,11 @@ class RowModel:
 
 
 def break_symmetry(task: ScipTask) -> ScipTask:
-    """Of identical inputs of a group (dead ones included) prune the first ones.
-
-    Exchanging two of them changes nothing, so p_i ≥ p_j for i < j loses no objective value; the start
-    is put into that order.
-    """
-    order: list[tuple[int, int]] = []
-    start = np.array(task.start, dtype=bool)
-    for first in range(0, len(task.q), task.group):
-        alike: dict[bytes, list[int]] = {}
-        for i in range(first, first + task.group):
-            # identical inputs have the same row of Q, whatever the order of its entries elsewhere
-            alike.setdefault((task.q[i] + 0.0).tobytes(), []).append(i)
-        for members in alike.values():
-            order += itertools.pairwise(members)
-            pruned = int(start[members].sum())
-            start[members] = np.arange(len(members)) < pruned
-    return replace(task, order=tuple(order), start=start)
+    """Of twins (identical and dead inputs among them) prune the first ones: p_i ≥ p_j for i < j loses no
+    objective value. The start is put into that order."""
+    twins = twins_of(task.q, task.group)
+    order = tuple((int(i), int(j)) for known in twins for i, j in itertools.pairwise(known))
+    return replace(task, order=order, start=put_in_order(task.start, twins))
 
 
 def solve_model(task: ScipTask) -> RowAnswer:

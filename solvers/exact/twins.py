@@ -25,6 +25,14 @@ def twins_of(q: np.ndarray, group: int) -> list[np.ndarray]:
     return [np.array(known) for known in sets if len(known) > 1]
 
 
+def put_in_order(pruned: np.ndarray, twins: list[np.ndarray]) -> np.ndarray:
+    """The mask (p, bool [n]) of equal objective that prunes the first ones of all twins."""
+    ordered = np.array(pruned, dtype=bool)
+    for known in twins:
+        ordered[known] = np.arange(len(known)) < ordered[known].sum()
+    return ordered
+
+
 def in_order(state: np.ndarray, twins: list[np.ndarray]) -> bool:
     """Fix what follows where of all twins the first ones are pruned, in place; False: they are not.
 

@@ -280,9 +280,10 @@ STUDIES = (
         "shrink",
         "Shrinkage",
         "16 windows unless said otherwise. auto: for each layer the greatest α of a grid up to 0.3 whose\n"
-        "error on the windows kept aside is within 5% of the least; the 5% was chosen on these figures.\n"
-        "Where text is scarce for what is pruned, shrinkage pays, and more than held-out errors of layers\n"
-        "say: on Gemma models get better up to α = 0.3, while those errors rise.",
+        "error on the windows kept aside is within 5% of the least; the 5% was chosen on the lines of 16\n"
+        "and of 4 windows. In four of the seven cases auto does as well as the best fixed α or better, in\n"
+        "three it is 1 to 2% behind. Where text is scarce for what is pruned, shrinkage pays, and more than\n"
+        "held-out errors of layers say: on Gemma models get better up to α = 0.3, while those errors rise.",
         {
             "model": MODEL,
             "pattern": part(1),
