@@ -8,21 +8,18 @@ import numpy as np
 def twins_of(q: np.ndarray, group: int) -> list[np.ndarray]:
     """The sets of at least two inputs of a group (int64, ascending) any two of which may be exchanged: Q
     [n, n] stays what it is, to the last bit."""
-    sets: list[list[int]] = []
-    for i in range(len(q)):
-        exchanged = q[i].copy()
+    alike: dict[bytes, list[list[int]]] = {}  # by the entries of their rows, in any order
+    for i, line in enumerate(q + 0.0):
+        sets = alike.setdefault(np.sort(line).tobytes(), [])
         for known in sets:
-            j = known[0]
-            if j // group != i // group or q[i, i] != q[j, j]:
-                continue
-            exchanged[[i, j]] = exchanged[[j, i]]
-            if (exchanged == q[j]).all():
+            j, exchanged = known[0], line.copy()
+            exchanged[i], exchanged[j] = line[j], line[i]
+            if j // group == i // group and (exchanged == q[j]).all():
                 known.append(i)
                 break
-            exchanged[[i, j]] = exchanged[[j, i]]
         else:
             sets.append([i])
-    return [np.array(known) for known in sets if len(known) > 1]
+    return [np.array(known) for sets in alike.values() for known in sets if len(known) > 1]
 
 
 def put_in_order(pruned: np.ndarray, twins: list[np.ndarray]) -> np.ndarray:
