@@ -78,6 +78,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
         "agreement": 0.9,
         "shrink": 0.05,
         "solving": 60.0,
+        "seconds": 90.0,
     }
     record |= {"machine": "some machine", "date": "some day"}
     keys = [
@@ -89,6 +90,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
         "weights/gemma3/50%/ADMM",
         "trained/gemma3/1-swap, kept",
         "budgets/gemma3/70%/none",
+        "cells/gemma3/50%/none/1-swap, kept",
         "target/gemma3/dense",
         "weighting/gemma3/rest",
         "shrink/gemma3/2:4/auto",
@@ -100,6 +102,10 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
     for number, key in enumerate(keys):
         error = 0.1 / (1 + number)
         more = {"fitted": error, "held": error, "perplexity": 20.0 - number, "losses": [1.0, 2.0]}
+        more |= dict.fromkeys(("raw", "relative", "rows", "kl"), error) | {
+            "loss": -error,
+            "hidden": [error] * 2,
+        }
         book.put(key, {**record, **more, "ratio": [2.0 - number / 10, 1.0, 3.0]})
     write(book, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
@@ -108,6 +114,14 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
     assert "some machine, some day." in page
     assert "1.00 over 11 runs of Gemma 3 270M" in page
     assert "1.000 (1.000 to 1.000)" in page  # the same losses, side by side
+    assert "| Gemma 3 270M, 18 runs |" in page
+    assert [line.split("|")[2].strip() for line in page.splitlines()[-8:]] == ["1.00"] * 3 + [
+        "-1.00",
+        "1.00",
+        "1.00",
+        "1.00",
+        "1.00",
+    ]
     assert (tmp_path / "figures" / "page.png").stat().st_size > 1000
 
 

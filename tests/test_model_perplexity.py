@@ -16,6 +16,7 @@ from maskopt.model import evaluate as evaluation
 from maskopt.model import job
 from maskopt.model import perplexity as module
 from maskopt.model.options import WalkOptions
+from maskopt.model.parts import first
 from maskopt.model.source import FolderSource
 
 
@@ -110,6 +111,26 @@ def test_of_several_models_only_the_hidden_states_of_the_first_are_kept(
     assert resident[-1] == [set(), set(), set()]
     assert [one.change and one.change.ratio for one in found] == [None, 1.0, 1.0]
     assert len({one.perplexity for one in found}) == 1
+
+
+def test_how_far_the_last_hidden_states_have_moved(tmp_path: Path) -> None:
+    """Against one forward pass of each whole model, by definition."""
+    less = patched(tiny("llama"), "model.layers.1.mlp.down_proj.weight", lambda p: p.mul_(0.5))
+    models, data = [tiny("llama"), less], tokens(3, 10)
+    folders = [save(model, tmp_path / str(i)) for i, model in enumerate(models)]
+    states = []
+    for model in models:
+        block = model.model.layers[-1]
+        taken = block.register_forward_hook(lambda m, a, out: states.append(first(out).double()))
+        with torch.no_grad():
+            model(data, use_cache=False)
+        taken.remove()
+    one, two = (state[:, :-1] for state in states)
+    moved = ((two - one).square().sum(-1) / one.square().sum(-1)).flatten()
+    _, found = evaluation.evaluate(folders, data, WalkOptions(threads=2))
+    assert found.change is not None
+    assert found.change.hidden_mean == pytest.approx(float(moved.mean()), rel=1e-4)
+    assert found.change.hidden_median == pytest.approx(float(moved.median()), rel=1e-4)
 
 
 def test_a_change_beyond_all_numbers_is_infinite(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.errors import DataError, OptionError
@@ -41,6 +43,9 @@ class Change:
         ratio, ratio_low, ratio_high: of the perplexities, paired by window.
         kl, kl_low, kl_high: KL(first ‖ this) of the next token, nats, mean over targets.
         agreement: share of targets for which both find the same token most likely.
+        hidden_mean, hidden_median: over the tokens that predict a target, of what became of the hidden state
+            that leaves the last block: the square of its change, a part of its own square. A few tokens with
+            massive activations make most of the mean.
     """
 
     ratio: float
@@ -50,6 +55,8 @@ class Change:
     kl_low: float
     kl_high: float
     agreement: float
+    hidden_mean: float
+    hidden_median: float
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,7 @@ def _beside(
 
     with job:
         walk_whole(job, told)
+        hidden = torch.cat([_hidden_change(first, job, w, begin) for w in range(len(windows))])
         with first.logits() as reference:
 
             def compared(window: int, logits: Tensor) -> tuple[float, float, float]:
@@ -154,6 +162,8 @@ def _beside(
         kl_low=divergence[0],
         kl_high=divergence[1],
         agreement=float(sums[:, 2].mean()) / targets,
+        hidden_mean=float(hidden.mean()),
+        hidden_median=float(hidden.median()),
     )
     return _evaluation(name, sums[:, 0], windows, change)
 
@@ -165,6 +175,12 @@ def _evaluation(
     targets = windows.length - windows.beginning.first_target
     means = tuple((losses / targets).tolist())
     return Evaluation(name, perplexity_of(losses, windows), means, change)
+
+
+def _hidden_change(first: Job, job: Job, window: int, begin: int) -> Float[Tensor, " targets"]:
+    """Of every token that predicts a target: ‖h' − h‖² / ‖h‖² of the states that leave the last blocks."""
+    one, two = (walk.last_state(window)[begin - 1 : -1].double() for walk in (first, job))
+    return (two - one).square().sum(1) / one.square().sum(1).clamp(min=1e-300)
 
 
 def _compare(

@@ -254,6 +254,11 @@ class Job:
         with self.source.head(), ending(self.source.model, blocks, captured.outputs) as end:
             yield of
 
+    def last_state(self, window: int) -> Tensor:
+        """After a whole walk: what leaves the last block for a window, [length, width]."""
+        assert self._captured is not None
+        return self._captured.states[window][0]
+
     def __enter__(self) -> Job:
         self._held = ExitStack()
         return self

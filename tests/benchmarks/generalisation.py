@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from book import PATTERNS, ROOT, Book
 from generalisation_page import write
+from judges import dense_errors, judging_layers
 from machine import machine
 
 from maskopt import NM, Unstructured
@@ -73,6 +74,25 @@ TRAINED: dict[str, dict[str, Any]] = {
         "reconstruct": {"begin": "refit"},
     },
 }
+#: label → other options: masks, and what becomes of the kept weights
+CELLS: dict[str, dict[str, Any]] = {
+    "ADMM, trained": {
+        "solver": "admm",
+        "weights": "reconstruct",
+        "reconstruct": {"begin": "refit"},
+    },
+    "ADMM, refitted": {"solver": "admm", "weights": "refit"},
+    "1-swap, kept": {"solver": "swap"},
+    "1-swap on F, refitted": {"solver": "swap", "weights": "refit"},
+    "SparseGPT": {"solver": "sparsegpt", "weights": "refit", "solver_options": {"update": True}},
+    "Wanda, kept": {"solver": "wanda"},
+}
+#: who trades → which of them
+CELLS_OF = {
+    "layers, loss": tuple(CELLS)[:3],
+    "none": tuple(CELLS),
+    "rows, loss": tuple(CELLS)[:5],
+}
 #: label → other options: who trades, and what errors count
 BUDGETS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -83,10 +103,15 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "layers, loss": {"budget": "model", "importance": "loss"},
 }
 #: pattern → which of them
-TRADES: dict[str, tuple[Pattern, tuple[str, ...]]] = {
-    "50%": (Unstructured(sparsity=0.5), ("none", "rows, loss", "layers, loss")),
-    "60%": (Unstructured(sparsity=0.6), ("none", "layers, loss")),
-    "70%": (Unstructured(sparsity=0.7), tuple(BUDGETS)),
+TRADES: dict[str, tuple[str, ...]] = {
+    "50%": ("none", "rows, loss", "layers, loss"),
+    "60%": ("none", "layers, loss"),
+    "70%": tuple(BUDGETS),
+}
+TRADING = {
+    "50%": Unstructured(sparsity=0.5),
+    "60%": Unstructured(sparsity=0.6),
+    "70%": Unstructured(sparsity=0.7),
 }
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.1, 0.3)
@@ -141,10 +166,23 @@ def trained(name: str) -> Iterator[Case]:
 
 
 def budgets(name: str) -> Iterator[Case]:
-    for label, (pattern, trades) in TRADES.items():
-        for trade in trades:
+    for label, pattern in TRADING.items():
+        for trade in TRADES[label]:
             how = {"pattern": pattern, **calibrated(32), **BUDGETS[trade]}
             yield Case(how, {"auto": f"budgets/{name}/{label}/{trade}"})
+
+
+def cells(name: str) -> Iterator[Case]:
+    for label, pattern in TRADING.items():
+        for trade, some in CELLS_OF.items():
+            yield from (cell(name, label, pattern, trade, weights) for weights in some)
+    two = NM(keep=2, of=4)
+    yield from (cell(name, "2:4", two, "none", weights) for weights in CELLS_OF["none"])
+
+
+def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
+    how = {"pattern": pattern, **calibrated(64), **BUDGETS[trade], **CELLS[weights]}
+    return Case(how, {"auto": f"cells/{name}/{label}/{trade}/{weights}"})
 
 
 def bos(name: str) -> Iterator[Case]:
@@ -190,6 +228,7 @@ STUDIES = {
     "weights": weights,
     "trained": trained,
     "budgets": budgets,
+    "cells": cells,
     "bos": bos,
     "target": target,
     "weighting": weighting,
@@ -265,7 +304,8 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
                 dense, calibration=args.calibration, output=out, seq_len=512, **case.options
             )
             taken = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
-            found.append((case, out, {"seconds": report.seconds, **errors(report), **taken}))
+            facts = {**errors(report), **dense_errors(out, judging_layers(dense, args.calibration))}
+            found.append((case, out, {"seconds": report.seconds, **facts, **taken}))
         for begin in {begin for case in cases for begin in case.keys}:
             wanted = [(c.keys[begin], out, more) for c, out, more in found if begin in c.keys]
             walk = WalkOptions(seq_len=512, bos=begin)
@@ -288,6 +328,7 @@ def judged(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
         "ratio": [pruned.change.ratio, pruned.change.ratio_low, pruned.change.ratio_high],
         "kl": pruned.change.kl,
         "agreement": pruned.change.agreement,
+        "hidden": [pruned.change.hidden_mean, pruned.change.hidden_median],
         "losses": [round(loss, 6) for loss in pruned.losses],
     }
 

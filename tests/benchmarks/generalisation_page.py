@@ -49,7 +49,10 @@ Intervals are 95%, by bootstrap over the windows, paired where two models are co
         parts[0] += f"""
 The data hold no measurements of these studies of the command (`--only` names one): {", ".join(missing)}.
 """
-    parts += [judges(book.lines, page.parent / "figures" / f"{page.stem}.png")]
+    parts += [
+        judges(book.lines, page.parent / "figures" / f"{page.stem}.png"),
+        foretold(book.lines),
+    ]
     page.write_text("\n".join(parts).rstrip() + "\n")
 
 
@@ -97,6 +100,33 @@ def judges(lines: Lines, figure: Path) -> str:
 Rank correlation (Spearman) of the two: {"; ".join(words)}. Runs differ in method, pattern, number of windows,
 swaps and shrinkage; those with another target or weighting have errors of another kind and are left out.
 """
+
+
+def foretold(lines: Lines) -> str:
+    """Rank correlations of several figures with the perplexity, over the runs that have them."""
+    from scipy.stats import spearmanr
+
+    columns = {}
+    for model, title in TITLES.items():
+        found = [r for k, r in lines.items() if k.split("/")[1:2] == [model] and "hidden" in r]
+        # two studies may have a run in common
+        runs = list({(run["loss"], run["perplexity"]): run for run in found}.values())
+        if len(runs) >= _FEW:
+            change = [run["ratio"][0] for run in runs]
+            columns[f"{title}, {len(runs)} runs"] = [
+                f"{spearmanr([of(run) for run in runs], change).statistic:.2f}"
+                for of in FORETELLING.values()
+            ]
+    if not columns:
+        return ""
+    rows = [[name, *cells] for name, *cells in zip(FORETELLING, *columns.values(), strict=True)]
+    return """## What foretells perplexity
+
+Rank correlation (Spearman) with the perplexity, over the runs of this page that have all of the figures.
+Errors of layers are those of the final weights, on the inputs that the layers have in the dense model, on
+8 windows of calibration text of their own.
+
+""" + table(["figure", *columns], rows)
 
 
 def by_model(lines: Lines, study: str) -> Found:
@@ -163,6 +193,19 @@ def alpha(key: Key, record: Record, found: Found) -> str:
     return f"auto (mean {record['shrink']:.2f})" if key[-1] == "auto" else key[-1]
 
 
+#: a figure of a run, by what it is
+FORETELLING: Mapping[str, Callable[[Record], float]] = {
+    "error of all layers, summed": lambda run: run["raw"],
+    "error of a layer as a part of its output, mean over the layers": lambda run: run["relative"],
+    "error of a row as a part of its output, mean over rows and layers": lambda run: run["rows"],
+    "error of a row by the squared gradient of the loss, summed": lambda run: run["loss"],
+    "error that the run reports on windows kept aside, mean over the layers": lambda run: run[
+        "held"
+    ],
+    "change of the last hidden state, mean over tokens": lambda run: run["hidden"][0],
+    "change of the last hidden state, median over tokens": lambda run: run["hidden"][1],
+    "KL to dense": lambda run: run["kl"],
+}
 MODEL = part(0, TITLES)
 WITH = {"never": "without", "auto": "with"}
 ERRORS = {"error, fitted": figure("fitted"), "held out": figure("held")}
@@ -233,6 +276,26 @@ STUDIES = (
             "× where none do": beside("none"),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
+        },
+    ),
+    Study(
+        "cells",
+        "Masks, weights and budgets together",
+        "64 windows. kept: weights as they are; refitted: least squares, damping λ = 0.01; trained: those\n"
+        "weights, then trained towards the dense model with the defaults of `--weights reconstruct`.\n"
+        "SparseGPT's weights are its own; *on F*: masks chosen for refitted weights, as ADMM's are.\n"
+        "Who trades: `budget` and `importance` as above. Errors are those before training. Minutes were\n"
+        "taken with other work on the same cores now and then.",
+        {
+            "model": MODEL,
+            "pattern": part(1),
+            "trades": part(2),
+            "masks, weights": part(3),
+            **QUALITY,
+            "× 1-swap, kept": beside("1-swap, kept"),
+            "KL to dense": figure("kl", ".3f"),
+            **ERRORS,
+            "minutes": lambda key, record, found: f"{record['seconds'] / 60:.1f}",
         },
     ),
     Study(
