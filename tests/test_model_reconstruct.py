@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from forging import forge_manifest
+from forging import change_tensors, forge_manifest
 from safetensors.torch import load_file
 from test_model_resume import contents, interrupted
 from tiny_models import save, tiny, tokens
@@ -19,7 +19,7 @@ from maskopt import prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MANIFEST
+from maskopt.model.workspace import MANIFEST, MASKS
 
 HOW: dict[str, Any] = {"epochs": 6, "learning_rate": 0.1}
 OPTIONS: dict[str, Any] = {
@@ -91,7 +91,10 @@ def test_a_block_that_would_get_worse_keeps_its_weights() -> None:
     assert [layer.error for layer in kept.layers] == [layer.error for layer in report.layers]
 
 
-@pytest.mark.parametrize("more", [{}, {"begin": "refit"}, {"inputs": "dense"}, {"loss": "cosine"}])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"begin": "refit"}, {"inputs": "dense"}, {"loss": "cosine"}, {"train": "all"}],
+)
 def test_threads_change_nothing(more: dict[str, Any]) -> None:
     models = []
     for threads in (1, 3):
@@ -107,6 +110,7 @@ def test_threads_change_nothing(more: dict[str, Any]) -> None:
     [
         {},
         {"reconstruct": {**HOW, "begin": "refit"}},
+        {"reconstruct": {**HOW, "train": "all"}},
         {"reconstruct": {**HOW, "begin": "refit"}, "true_sequential": True, "solver": "magnitude"},
         {"target": "dense", "reconstruct": {**HOW, "granularity": "block"}},
     ],
@@ -127,6 +131,59 @@ def test_a_run_is_resumed_and_verified(more: dict[str, Any], tmp_path: Path) -> 
     assert len(found.checked_layers) == 21
     assert "trained weights" in found.claimed
     assert "kept weights" not in found.checked
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    files = folder.glob("*.safetensors")
+    return {k: v for f in files if f.name != MASKS for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "qwen2"])
+@pytest.mark.parametrize("granularity", ["part", "block"])
+def test_norms_and_biases_are_trained_where_asked_for(
+    family: str, granularity: str, tmp_path: Path
+) -> None:
+    dense = save(tiny(family, dtype=torch.bfloat16), tmp_path / "dense", shard="20KB")
+    how = {**HOW, "learning_rate": 0.03, "granularity": granularity, "train": "all"}
+    options = {**OPTIONS, "reconstruct": how}
+    report = prune_model(dense, tokens(12), output=tmp_path / "out", **options)
+    assert max(part.held_after / part.held_before for part in report.parts) < 1
+    verify_output(tmp_path / "out", dense, calibration=tokens(12))
+    before, after = (read_weights(tmp_path / name) for name in ("dense", "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    vectors = {name for name in changed if before[name].ndim == 1}
+    outside = {name for name in vectors if not {"0", "1", "2"} & set(name.split("."))}
+    norm = {"gpt2": "ln_1.weight", "gemma3": "input_layernorm.weight"}.get(
+        family, "layernorm.weight"
+    )
+    assert vectors
+    assert not outside
+    assert any(name.endswith(norm) for name in vectors) == (granularity == "block")
+    assert all(after[name].dtype == torch.bfloat16 for name in vectors)
+
+
+def test_norms_of_a_model_in_memory_are_trained_to_the_same_values(tmp_path: Path) -> None:
+    options = {**OPTIONS, "reconstruct": {**HOW, "train": "all", "granularity": "block"}}
+    dense = save(tiny("gemma3"), tmp_path / "dense")
+    model = tiny("gemma3")
+    prune_model(model, tokens(12), **options)
+    prune_model(dense, tokens(12), output=tmp_path / "out", **options)
+    stored = read_weights(tmp_path / "out")
+    assert all(
+        torch.equal(stored[name], p) for name, p in model.named_parameters() if name in stored
+    )
+
+
+def test_a_norm_outside_the_blocks_is_never_trained(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    options = {**OPTIONS, "reconstruct": {**HOW, "train": "all", "granularity": "block"}}
+    prune_model(dense, tokens(12), output=tmp_path / "out", **options)
+    change_tensors(
+        tmp_path / "out" / "model.safetensors", lambda named: named["model.norm.weight"].mul_(2)
+    )
+    forge_manifest(tmp_path / "out")
+    with pytest.raises(VerificationError, match="it is not pruned and differs"):
+        verify_output(tmp_path / "out", dense)
 
 
 def test_trained_weights_of_a_run_that_trains_nothing_are_found(tmp_path: Path) -> None:

@@ -76,12 +76,14 @@ class Run(Protocol):
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
         weights: Mapping[str, tuple[Layer, Tensor]],
+        vectors: Mapping[str, Tensor],
     ) -> None:
         """Layers of a block that is done.
 
         Args:
             masks: bool [rows, n] by name, True = kept.
             weights: float64 [rows, n] of those that were refitted or trained, zero where pruned.
+            vectors: norms and biases that were trained, by the tensor's name, as it is stored.
         """
         ...
 
@@ -101,7 +103,9 @@ class FolderRun:
         resume: bool,
     ) -> None:
         self.source, self.output = source, output
-        self._awaited = {name for layer in layers for name in source.tensors_of(layer)}
+        self._block_of = {t: layer.block for layer in layers for t in source.tensors_of(layer)}
+        for block in {layer.block for layer in layers}:
+            self._block_of |= {name: block for name, _ in source.vectors(block).values()}
         self.overwrite, self.resume = overwrite, resume
         self.masks: dict[str, Tensor] = {}
         self.work: Workspace
@@ -159,14 +163,15 @@ class FolderRun:
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
         weights: Mapping[str, tuple[Layer, Tensor]],
+        vectors: Mapping[str, Tensor],
     ) -> None:
         self.model.check()
         path = self._path(index, "masks")
         write_masks(path, self.source.stored(index, masks))
         digests = {"masks": file_digest(path)}
-        if weights:
+        if weights or vectors:
             path = self._path(index, "weights")
-            write_values(path, self.source.stored_values(weights))
+            write_values(path, {**self.source.stored_values(weights), **vectors})
             digests["weights"] = file_digest(path)
         self.work.keep = True  # from the moment that the journal may hold the block
         self.journal.add_block(
@@ -196,11 +201,12 @@ class FolderRun:
         work.commit()
 
     def _write_finished_shards(self) -> None:
-        """Write the shards whose masks are all there, once."""
+        """Write the shards that only tensors of finished blocks lie in, once."""
         masks = MaskFiles(self._path(index, "masks") for index in self.journal.blocks)
         edits = Edits.of(masks, self._values(self.journal.blocks))
         for name, shard in self.source.checkpoint.shards.items():
-            waiting = any(t in self._awaited and t not in masks for t in shard.entries)
+            blocks = {self._block_of[t] for t in shard.entries if t in self._block_of}
+            waiting = not blocks <= self.journal.blocks.keys()
             if name not in self.journal.shards and not waiting:
                 digest = write_shard(self.source.checkpoint, name, edits, self.work.staging / name)
                 self.model.check()
@@ -252,6 +258,7 @@ class MemoryRun:
         bad: Sequence[dict[str, Any]],
         masks: Mapping[str, tuple[Layer, Tensor]],
         weights: Mapping[str, tuple[Layer, Tensor]],
+        vectors: Mapping[str, Tensor],
     ) -> None:
         self.masks.update({name: mask for name, (_, mask) in masks.items()})
         if self.work is not None:

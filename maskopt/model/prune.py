@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,7 @@ def _prune_blocks(
         results: dict[str, LayerReport] = {}
         masks: dict[str, tuple[Layer, Tensor]] = {}
         weights: dict[str, tuple[Layer, Tensor]] = {}
+        vectors: dict[str, Tensor] = {}
         for layers, grams in block.rounds():
             tick = block.ticker("solve", len(layers))
             for layer in grams.neighbours(layers):
@@ -145,6 +146,7 @@ def _prune_blocks(
             parts[block.index] = list(targets.train(some, block.ticker))
             targets.close()
             weights = _stored_weights(job, some)
+            vectors = _stored_vectors(job, block.index, targets.trained_vectors)
         block.advance()
         reports[block.index] = [results[layer.name] for layer in block.layers]
         bad[block.index] = [dataclasses.asdict(sample) for sample in block.bad]
@@ -156,6 +158,7 @@ def _prune_blocks(
             bad[block.index],
             ordered,
             weights,
+            vectors,
         )
     order = sorted(reports)
     return (
@@ -172,7 +175,13 @@ def _targets(block: Block, options: PruneOptions, run: Run) -> Targets | None:
     states = block.opened.samples.states
     folder = run.activation_folder() if states.in_file else None
     targets = Targets(
-        block.opened, block.index, block.layers, options.reconstruction, options.seed, folder
+        block.opened,
+        block.index,
+        block.layers,
+        block.job.source.vectors(block.index),
+        options.reconstruction,
+        options.seed,
+        folder,
     )
     # where the Gram matrices speak of the dense inputs, too, it is with those that they advance
     advance = not options.moved
@@ -191,6 +200,17 @@ def _stored_weights(
         new = _rounded(job, layer, weight.double())
         weight.copy_(new.to(weight.dtype))
         found[name] = layer, new.cpu()
+    return found
+
+
+def _stored_vectors(job: Job, index: int, names: Set[str]) -> dict[str, Tensor]:
+    """Trained norms and biases of a block likewise, by the names and in the dtypes of the stored tensors."""
+    found = {}
+    for name, (tensor, dtype) in job.source.vectors(index).items():
+        if name in names:
+            parameter = job.source.model.get_parameter(name)
+            found[tensor] = parameter.detach().to("cpu", dtype)
+            parameter.copy_(found[tensor])
     return found
 
 

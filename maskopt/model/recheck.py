@@ -381,10 +381,13 @@ def _walk(
         with masks.open(block.index):
             kept = {layer.name: matrix(masks.model, layer) != 0 for layer in block.layers}
         new: dict[str, Tensor] = {}
+        vectors: dict[str, Tensor] = {}
+        trained = run.weights == RECONSTRUCT
         if result is not None:
             with result.open(block.index):
                 new = {x.name: matrix(result.model, x).clone() for x in block.layers}
-        trained = run.weights == RECONSTRUCT
+                names = result.vectors(block.index) if trained else ()
+                vectors = {name: result.model.get_parameter(name).clone() for name in names}
         for stage, grams in block.rounds():
             for layer in stage:
                 weight, gram = matrix(job.source.model, layer), grams.of(layer.name)
@@ -413,6 +416,8 @@ def _walk(
             del grams  # the next pass needs their memory
         for layer in block.layers if trained else ():
             matrix(job.source.model, layer).copy_(new[layer.name])
+        for name, vector in vectors.items():
+            job.source.model.get_parameter(name).copy_(vector)
         left_out += [dataclasses.asdict(sample) for sample in block.bad]
         if block.index == last:
             break

@@ -8,7 +8,7 @@ trained already), and its kept weights are trained to give what was recorded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,15 +21,19 @@ from maskopt.model.blocks import Layer
 from maskopt.model.collect import OpenBlock
 from maskopt.model.parts import Heard, Listener, Part, Recorded, parts_of
 from maskopt.model.report import PartReport
-from maskopt.model.training import BLOCK, Reconstruction, Task, train
+from maskopt.model.training import ALL, BLOCK, Reconstruction, Task, train
 
 
 class Targets:
     """The parts of an open block, and what they give in the dense model.
 
+    Attributes:
+        trained_vectors: names in the model of the norms and biases that were trained.
+
     Args:
         index: of the block in the model.
         layers: whose weights may change.
+        vectors: names of the block's parameters with one dimension that may change where all is trained.
         seed: of the order of the windows.
         folder: for files of hidden states; None keeps them in memory.
     """
@@ -39,6 +43,7 @@ class Targets:
         block: OpenBlock,
         index: int,
         layers: Sequence[Layer],
+        vectors: Collection[str],
         how: Reconstruction,
         seed: int,
         folder: Path | None,
@@ -50,6 +55,8 @@ class Targets:
             if how.granularity == BLOCK
             else parts_of(block.module, f"{block.name}.", layers)
         )
+        self._vectors = set(vectors) if how.train == ALL else set()
+        self.trained_vectors: set[str] = set()
         self._seed = seed * 1_000_003 + index
         self._order = list(range(len(self.parts)))
         self._wanted = [self._recorded() for _ in self.parts]
@@ -142,7 +149,17 @@ class Targets:
             whole = free[name] if layer.expert is None else free[name][layer.expert]
             view = whole if layer.input_axis == 1 else whole.T
             view.copy_(masks[layer.name][1])
+        if free:
+            self._free_vectors(part, free)
         return free
+
+    def _free_vectors(self, part: Part, free: dict[str, Tensor]) -> None:
+        """Those of the part's norms and biases that may change, all of their entries."""
+        prefix = f"{self.block.name}.{part.name}".rstrip(".")
+        for name, parameter in part.module.named_parameters():
+            if f"{prefix}.{name}" in self._vectors:
+                free[name] = torch.ones_like(parameter, dtype=torch.bool)
+                self.trained_vectors.add(f"{prefix}.{name}")
 
     @contextmanager
     def _given(

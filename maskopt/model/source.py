@@ -71,6 +71,11 @@ class Source(Protocol):
         """In which the layer's weights are kept."""
         ...
 
+    def vectors(self, index: int) -> Mapping[str, tuple[str, torch.dtype]]:
+        """Norms and biases of a block that are stored as they are: the tensor of each, and its dtype, by the
+        parameter's name."""
+        ...
+
     def block_memory(self) -> int:
         """Bytes of the blocks' weights that are in memory at the peak."""
         ...
@@ -127,6 +132,10 @@ class MemorySource:
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
         return self.model.get_parameter(layer.parameter).dtype
+
+    def vectors(self, index: int) -> dict[str, tuple[str, torch.dtype]]:
+        named = vectors_of(self.blocks, index)
+        return {name: (name, self.model.get_parameter(name).dtype) for name in named}
 
     def block_memory(self) -> int:
         return sum(p.nbytes for block in self.blocks.modules for p in block.parameters())
@@ -230,6 +239,14 @@ class FolderSource:
         typed = {k: (x, v.to(self.stored_dtype(x))) for k, (x, v) in values.items()}
         return stored_values(self.model, typed, self._loader)
 
+    def vectors(self, index: int) -> dict[str, tuple[str, torch.dtype]]:
+        found = {}
+        for name in vectors_of(self.blocks, index):
+            sources = self._loader.conversion.sources(name)
+            if len(sources) == 1 and name not in self._loader.conversion.converted:
+                found[name] = sources[0], self.checkpoint.entry(sources[0]).torch_dtype
+        return found
+
     def block_memory(self) -> int:
         """A block is read in its stored dtype and converted; one tensor of it is held twice."""
         working = next(self.model.parameters()).dtype.itemsize
@@ -253,6 +270,12 @@ class FolderSource:
         if output is None:
             raise ModelError("pruning a model folder needs an output folder: name `output`")
         return FolderRun(self, layers, output, overwrite=overwrite, resume=resume)
+
+
+def vectors_of(blocks: Blocks, index: int) -> list[str]:
+    """Names in the model of a block's parameters with one dimension."""
+    named = blocks.modules[index].named_parameters()
+    return [blocks.prefix(index) + name for name, p in named if p.ndim == 1]
 
 
 def _zeros(table: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:

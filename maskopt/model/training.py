@@ -22,9 +22,13 @@ from maskopt.model.parts import Part, Recorded
 from maskopt.model.threads import Threads
 
 BLOCK, PART = GRANULARITIES = ("block", "part")
+#: of `train`
+WEIGHTS, ALL = TRAINED = ("weights", "all")
 RELATIVE, SQUARE, COSINE = LOSSES = ("relative", "square", "cosine")
 #: of all steps, how many the learning rate rises for
 _WARM_UP = 0.05
+#: of the learning rate: a norm's entry scales a whole column, so errors do not cancel as a matrix's do
+_OF_VECTORS = 0.1
 #: of a loss at the start: above it training has diverged
 _DIVERGED = 10.0
 #: of the mean square of a window's targets: what a token's own is at least taken for
@@ -44,6 +48,11 @@ class Reconstruction:
         "what is trained at once; part: a block's attention, then its MLP; block: all of it",
         choices=GRANULARITIES,
     )
+    train: str = option(
+        WEIGHTS,
+        "what is trained; weights: kept weights; all: the part's norms and biases, too",
+        choices=TRAINED,
+    )
     loss: str = option(
         RELATIVE,
         "of a token; relative: the squared error as a part of the dense output's square; square: the squared "
@@ -60,10 +69,11 @@ class Reconstruction:
     batch: int = option(2, "windows of a step", least=1)
     learning_rate: float = option(
         0.01,
-        "of AdamW at its highest, in parts of the root mean square of a matrix's kept weights",
+        "of AdamW at its highest, in parts of the root mean square of what is trained of a matrix; a tenth "
+        "for norms and biases",
         least=0,
     )
-    weight_decay: float = option(0.0, "of AdamW", least=0)
+    weight_decay: float = option(0.0, "of AdamW, on matrices", least=0)
 
     def __post_init__(self) -> None:
         check_options(self, "reconstruct")
@@ -149,11 +159,16 @@ def _epochs(
 ) -> Trained:
     how, count, named = task.how, len(task.fitted), list(zip(task.free, weights, strict=True))
     steps = how.epochs * math.ceil(count / how.batch)
-    optimizer = torch.optim.AdamW(
-        [{"params": [w], "lr": how.learning_rate * _size(w, task.free[name])} for name, w in named],
-        betas=(0.9, 0.95),
-        weight_decay=how.weight_decay,
-    )
+    sizes = _sizes([(weight, task.free[name]) for name, weight in named])
+    groups = [
+        {
+            "params": [weight],
+            "lr": how.learning_rate * size,
+            "weight_decay": how.weight_decay if weight.ndim > 1 else 0.0,
+        }
+        for weight, size in zip(weights, sizes, strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     before = Losses(_mean(task, task.fitted, pool), _mean(task, task.held, pool))
     best, epoch, kept = before.held, 0, [weight.detach().clone() for weight in weights]
@@ -183,9 +198,18 @@ def _epochs(
     return Trained(before, after, epoch, diverged)
 
 
-def _size(weight: Tensor, free: Tensor) -> float:
-    """Root mean square of what may change."""
-    return float(weight.detach()[free].square().mean().sqrt()) if bool(free.any()) else 0.0
+def _sizes(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> list[float]:
+    """Root mean squares of what may change; of vectors a part of it, or, where it is 0, of the matrices'."""
+    found = [
+        float(weight.detach()[free].square().mean().sqrt()) if bool(free.any()) else 0.0
+        for weight, free in weights
+    ]
+    of_matrices = [size for size, (w, _) in zip(found, weights, strict=True) if w.ndim > 1]
+    usual = sum(of_matrices) / max(1, len(of_matrices))
+    return [
+        _OF_VECTORS * (size or usual) if w.ndim == 1 else size
+        for size, (w, _) in zip(found, weights, strict=True)
+    ]
 
 
 def _rate(step: int, steps: int) -> float:

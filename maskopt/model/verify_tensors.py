@@ -32,7 +32,8 @@ def check_tensors(
 ) -> list[Slice]:
     """Compare every tensor with its mask and with the original; the masks' matrices.
 
-    Kept weights are those of the original but in layers that the manifest says were refitted or trained.
+    Kept weights are those of the original but in layers that the manifest says were refitted or trained, and
+    all else is but norms and biases of blocks in which it says that those were trained, too.
     """
     slices: list[Slice] = []
     by_magnitude = {(numbers(x["name"]), x["n"]) for x in manifest.layers if x["fallback"]}
@@ -40,6 +41,7 @@ def check_tensors(
     refitted = {
         (numbers(x["name"]), x["n"]) for x in manifest.layers if changed and not x["fallback"]
     }
+    trained = _trained_vectors(manifest)
     for done, (name, path) in enumerate(sorted(weights.where.items())):
         found = tensor(path, name)
         kept = dense = None
@@ -54,8 +56,11 @@ def check_tensors(
             same = kept
             if kept is not None and refitted:
                 same = kept & ~_places(name, kept, masks.layout[name][1], refitted)
+            if found.ndim == 1 and numbers(name)[:1] in trained:
+                same = torch.zeros_like(found, dtype=torch.bool)
             _check_same(name, found, dense, same)
-        if kept is not None and refitted and not bool(torch.isfinite(found.float()).all()):
+        changeable = refitted if kept is not None else trained
+        if changeable and not bool(torch.isfinite(found.float()).all()):
             raise VerificationError(f"{weights.folder}: {name!r} holds NaN or infinite weights")
         if kept is not None:
             axis = masks.layout[name][1]
@@ -63,6 +68,13 @@ def check_tensors(
         if on_progress is not None:
             on_progress(done + 1, len(weights.where))
     return slices
+
+
+def _trained_vectors(manifest: Manifest) -> set[tuple[int, ...]]:
+    """Numbers of the blocks whose norms and biases may have been trained, as names of tensors have them."""
+    if manifest.options.get("reconstruct", {}).get("train") != "all":
+        return set()
+    return {numbers(layer["name"])[:1] for layer in manifest.layers}
 
 
 def _slices(
