@@ -48,6 +48,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts behind the pages can be imported."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+
+
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in several shards; nobody may change it."""

@@ -29,12 +29,6 @@ def test_the_examples_run(page, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.fixture
-def benchmarks(monkeypatch):
-    """The scripts behind the pages can be imported."""
-    monkeypatch.syspath_prepend(ROOT / "tests" / "benchmarks")
-
-
 def test_the_page_of_quality_is_what_its_measurements_make(benchmarks, tmp_path):
     from book import Book
     from quality_page import write

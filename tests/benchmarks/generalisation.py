@@ -22,6 +22,7 @@ from book import PATTERNS, ROOT, Book
 from generalisation_page import write
 from judges import dense_errors, judging_layers
 from machine import machine
+from yardsticks import shared_out
 
 from maskopt import NM, Unstructured
 from maskopt.model.demo_model import MODELS, demo_model
@@ -102,6 +103,8 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "layers, relative": {"budget": "model", "importance": "relative"},
     "layers, loss": {"budget": "model", "importance": "loss"},
 }
+#: other methods' shares of blocks that trade
+SHARES = ("OWL", "DLP")
 #: pattern → which of them
 TRADES: dict[str, tuple[str, ...]] = {
     "50%": ("none", "rows, loss", "layers, loss"),
@@ -131,10 +134,14 @@ TOGETHER = 5
 
 
 class Case(NamedTuple):
-    """A prune of a model, and how its evaluations are called, by what their windows begin with."""
+    """A prune of a model, and how its evaluations are called, by what their windows begin with.
+
+    `shares` names another method, which says how much each block prunes.
+    """
 
     options: dict[str, Any]
     keys: dict[str, str]
+    shares: str | None = None
 
 
 def calibrated(fitted: int) -> dict[str, Any]:
@@ -170,6 +177,9 @@ def budgets(name: str) -> Iterator[Case]:
         for trade in TRADES[label]:
             how = {"pattern": pattern, **calibrated(32), **BUDGETS[trade]}
             yield Case(how, {"auto": f"budgets/{name}/{label}/{trade}"})
+    for method in SHARES:
+        how = {"pattern": TRADING["70%"], **calibrated(32), "budget": "model"}
+        yield Case(how, {"auto": f"budgets/{name}/70%/blocks, {method}"}, method)
 
 
 def cells(name: str) -> Iterator[Case]:
@@ -279,7 +289,8 @@ def repeat(book: Book, name: str, study: str) -> None:
 
 def alike(one: Case, other: Case) -> bool:
     """The same prune, however its options are given."""
-    return prune_options(None, one.options) == prune_options(None, other.options)
+    same = prune_options(None, one.options) == prune_options(None, other.options)
+    return same and one.shares == other.shares
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -300,11 +311,15 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
         found = []
         for number, case in enumerate(cases):
             out = folder / str(number)
+            judges = judging_layers(dense, args.calibration)
+            how = dict(case.options)
+            if case.shares is not None:
+                how["counts"] = shared_out(case.shares, judges, how["pattern"])
             report = prune_model(
-                dense, calibration=args.calibration, output=out, seq_len=512, **case.options
+                dense, calibration=args.calibration, output=out, seq_len=512, **how
             )
             taken = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
-            facts = {**errors(report), **dense_errors(out, judging_layers(dense, args.calibration))}
+            facts = {**errors(report), **dense_errors(out, judges)}
             found.append((case, out, {"seconds": report.seconds, **facts, **taken}))
         for begin in {begin for case in cases for begin in case.keys}:
             wanted = [(c.keys[begin], out, more) for c, out, more in found if begin in c.keys]

@@ -31,9 +31,11 @@ class Judge:
     """A layer on its inputs in the dense model.
 
     Attributes:
+        block: that it is in.
         loss: what an error of each row costs a token of text, by the squared gradient of the loss.
     """
 
+    block: int
     problem: LayerProblem
     energy: Float[Tensor, " rows"]
     loss: Float[Tensor, " rows"]
@@ -51,7 +53,8 @@ def judging_layers(dense: Path, calibration: str) -> Mapping[str, Judge]:
                 weight = matrix(job.source.model, layer).detach().float().clone()
                 problem = layer_problem(layer, weight, grams.of(layer.name), _options().pattern)
                 loss = row_importance(problem, LOSS, job.gradients, of_layer=True)
-                found[layer.name] = Judge(problem, problem.output_energy(), loss)
+                energy = problem.output_energy()
+                found[layer.name] = Judge(layer.block, problem, energy, loss)
             block.advance()
     return found
 
