@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 #: imported on first use, since they bring transformers along
 _MODEL_SIDE = {
     "collect_problems": "maskopt.model.problems",
+    "keep_masks": "maskopt.model.keep",
     "perplexity": "maskopt.model.perplexity",
     "PruneOptions": "maskopt.model.options",
     "open_job": "maskopt.model.job",
@@ -65,6 +66,7 @@ __all__ = [
     "available_solvers",
     "collect_problems",
     "improving_swap",
+    "keep_masks",
     "load_problem",
     "lower_bound",
     "make_solver",

@@ -37,6 +37,13 @@ def verify(
             f"--include. {TEXT_SOURCES}"
         ),
     ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a pruned model that was trained on: the folder of the prune, whose zeros it must have "
+            "kept."
+        ),
+    ] = None,
     require_checked: Annotated[
         bool,
         typer.Option(
@@ -51,16 +58,32 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Check a pruned model: files, exact counts of every row, zeros, bit-identity to the original. Or an
-    instance and its solution: everything that is claimed of the masks.
+    """Check a pruned model: files, exact counts of every row, zeros, bit-identity to the original. Or, with
+    --masks, a pruned model that was trained on: its zeros. Or an instance and its solution: everything that
+    is claimed of the masks.
 
     What only the calibration text can show is called claimed.
     """
+    if masks is not None:
+        of_others = {"solution": solution, "against": against, "calibration": calibration}
+        of_others["require_checked"] = require_checked or None
+        _refuse(
+            f"a folder that `maskopt prune` wrote; of {folder}, the zeros are checked",
+            semi_structured=semi_structured,
+            **of_others,
+            **options,
+        )
+        _verify_masks(folder, masks)
+        return
     if solution is not None:
         from maskopt.cli.solve import check
 
         of_a_model = {"against": against, "calibration": calibration, **options}
-        _refuse_of_a_model(solution, semi_structured=semi_structured, **of_a_model)
+        _refuse(
+            f"a pruned model; {solution} is checked as a solution",
+            semi_structured=semi_structured,
+            **of_a_model,
+        )
         check(folder, solution, require_checked)
         return
     if folder.suffix == ".npz":
@@ -115,13 +138,27 @@ def _verify_model(
         output.print(f"PyTorch accepts all {len(converted)} layers as semi-structured 2:4")
 
 
-def _refuse_of_a_model(solution: Path, **given: Any) -> None:
-    """Raise OptionError for an option that only the check of a pruned model knows."""
+def _verify_masks(folder: Path, pruned: Path) -> None:
+    """A model that was trained on after it was pruned."""
+    from maskopt.model.verify_masks import verify_masks
+
+    with progress_bars() as bars:
+        task = bars.add_task("tensors", total=None)
+        found = verify_masks(
+            folder, pruned, lambda done, total: bars.update(task, completed=done, total=total)
+        )
+    output.print(
+        f"{folder}: holds. All {found.pruned} weights that {pruned} prunes are zero, in {found.tensors} "
+        f"tensors; sparsity {found.sparsity:.4f}",
+        soft_wrap=True,
+    )
+
+
+def _refuse(belongs_to: str, **given: Any) -> None:
+    """Raise OptionError for an option of another check."""
     for name, value in given.items():
         if value != (FIELDS[name].default if name in FIELDS else None):
-            raise OptionError(
-                f"`{name}` is for a pruned model; {solution} is checked as a solution"
-            )
+            raise OptionError(f"`{name}` is for {belongs_to}")
 
 
 def _told_apart(result: Verified) -> str:

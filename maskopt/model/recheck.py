@@ -22,10 +22,10 @@ from maskopt.errors import MaskoptError, VerificationError
 from maskopt.least_squares import Refit
 from maskopt.model.beginning import BOS, GIVEN, TEMPLATE
 from maskopt.model.blocks import choose, matrix
-from maskopt.model.checkpoint import Checkpoint, open_checkpoint
+from maskopt.model.checkpoint import open_checkpoint
 from maskopt.model.importance import IMPORTANCES, counting
 from maskopt.model.job import Job, open_job
-from maskopt.model.maskfile import MaskFile
+from maskopt.model.mask_model import masks_as_model
 from maskopt.model.options import AUTO, KEEP, RECONSTRUCT, TARGETS, WEIGHTS, PruneOptions
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.source import FolderSource
@@ -137,19 +137,6 @@ def _is_amount(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class MasksAsWeights(Checkpoint):
-    """A checkpoint of which every tensor is its mask, 1 = kept, or 0 where it has none: loaded like the
-    weights, it gives masks in the shape of the model's layers."""
-
-    masks: MaskFile
-
-    def read(self, name: str) -> Tensor:
-        if name in self.masks:
-            return self.masks.read(name).kept.to(torch.bfloat16)
-        return torch.zeros(self.entry(name).shape, dtype=torch.bfloat16)
-
-
-@dataclass(frozen=True)
 class Found:
     """A layer as its prune met it: original weights, Gram matrix, the mask that it was given, and what its
     weights are in the result, in the dtype in which they are stored."""
@@ -221,7 +208,10 @@ def recheck_layers(
             f"windows of {job.windows.length} tokens have another digest than those of the manifest"
         )
     chosen = [layer.name for layer in choose(job.layers, tuple(layers))]
-    masks = _masks_as_model(job, output / MASKS, trust_remote_code)
+    assert job.source.checkpoint is not None
+    masks = masks_as_model(
+        job.source.checkpoint, output / MASKS, trust_remote_code=trust_remote_code
+    )
     result = None
     if run.weights != KEEP:
         cpu = torch.device("cpu")
@@ -232,17 +222,6 @@ def recheck_layers(
         for name, layer in _walk(job, options, masks, result, said, set(chosen), run, manifest):
             _check_layer(manifest, said[name], layer, run, job.pool)
     return chosen, ERROR_TOLERANCES[run.dtype]
-
-
-def _masks_as_model(job: Job, path: Path, trust_remote_code: bool) -> FolderSource:
-    """The model whose weights are the masks."""
-    parts = job.source.checkpoint
-    assert parts is not None
-    as_weights = MasksAsWeights(
-        parts.folder, parts.config, parts.shards, parts.where, MaskFile(path)
-    )
-    cpu = torch.device("cpu")
-    return FolderSource(as_weights, cpu, torch.bfloat16, trust_remote_code=trust_remote_code)
 
 
 def _check_layer(

@@ -1,0 +1,261 @@
+"""Zeros of a pruned model while it is trained on: none is lost, whatever trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from commands import run
+from tiny_models import save, tiny, tokens
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from maskopt import keep_masks, prune_model
+from maskopt.errors import ModelError, OptionError, VerificationError
+from maskopt.model.verify_masks import verify_masks
+
+STEPS = 50
+OPTIONS: dict[str, Any] = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a pruned tiny model of a family; nobody may change it."""
+    home = tmp_path_factory.mktemp("pruned")
+
+    def of(family: str) -> Path:
+        if not (home / family).exists():
+            dense = save(tiny(family), home / f"{family}-dense")
+            prune_model(dense, tokens(6), output=home / family, **OPTIONS)
+        return home / family
+
+    return of
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).train()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS) -> None:
+    data = tokens(steps, 8)
+    for window in data.split(1):
+        loss = model(window, labels=window).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+class Restless(torch.optim.Optimizer):
+    """Moves every weight, with a gradient or without."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.add_(0.01)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "restless": Restless,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_no_zero_is_lost(
+    family: str, name: str, pruned: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, model = pruned(family), loaded(pruned(family))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with keep_masks(model, folder) as held:
+        train(model, OPTIMIZERS[name](model.parameters()))
+        assert held.lost() == 0
+        assert held.bytes == sum(p.numel() for n, p in before.items() if n in held._held)
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    model.save_pretrained(tmp_path / "tuned")
+    found = verify_masks(tmp_path / "tuned", folder)
+    assert found.sparsity == pytest.approx(0.5, abs=0.02)
+    assert found.zeros >= found.pruned > 0
+
+
+def test_without_it_zeros_are_lost_and_that_is_found(
+    pruned: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = loaded(pruned("llama"))
+    train(model, OPTIMIZERS["AdamW"](model.parameters()), 2)
+    model.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(VerificationError, match="pruned weights are not zero, the first ones in"):
+        verify_masks(tmp_path / "tuned", pruned("llama"))
+    arguments = ("verify", tmp_path / "tuned", "--masks", pruned("llama"))
+    assert "keep_masks" in run(*arguments, fails=VerificationError)
+
+
+def test_gradients_of_pruned_weights_are_zero_and_held_no_longer_than_asked(
+    pruned: Callable[[str], Path],
+) -> None:
+    model = loaded(pruned("llama"))
+    held = keep_masks(model, pruned("llama"))
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    gone = weight == 0
+    model(tokens(1), labels=tokens(1)).loss.backward()
+    assert not weight.grad[gone].any()
+    assert weight.grad[~gone].any()
+    held.close()
+    model.zero_grad()
+    model(tokens(1), labels=tokens(1)).loss.backward()
+    assert weight.grad[gone].any()
+    Restless(model.parameters()).step()
+    assert held.lost() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_lora_that_is_merged_loses_none(
+    family: str, dropout: float, pruned: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = pruned(family)
+    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}[family]
+    config = peft.LoraConfig(
+        r=4, target_modules=targets, lora_dropout=dropout, fan_in_fan_out=family == "gpt2"
+    )
+    model = peft.get_peft_model(loaded(folder), config)
+    with keep_masks(model, folder) as held:
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+        )
+        train(model, optimizer)
+        model.eval()
+        with torch.no_grad():
+            adapted = model(tokens(2)).logits
+            with model.disable_adapter():
+                plain = model(tokens(2)).logits
+            merged = model.merge_and_unload()
+            assert held.lost() == 0
+            # what was trained is what the merged model computes
+            assert torch.allclose(merged(tokens(2)).logits, adapted, atol=1e-5)
+        assert not torch.allclose(adapted, plain, atol=1e-3)
+    merged.save_pretrained(tmp_path / "tuned")
+    assert "holds. All" in run("verify", tmp_path / "tuned", "--masks", folder)
+
+
+def test_lora_without_it_loses_zeros(pruned: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = pruned("llama")
+    model = peft.get_peft_model(loaded(folder), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    train(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), 5)
+    model.merge_and_unload().save_pretrained(tmp_path / "tuned")
+    with pytest.raises(
+        VerificationError, match=r"in 'model\.layers\.0\.self_attn\.q_proj\.weight'"
+    ):
+        verify_masks(tmp_path / "tuned", folder)
+
+
+def test_through_the_trainer_of_transformers(pruned: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = pruned("llama")
+    model = loaded(folder)
+    data = [{"input_ids": row, "labels": row} for row in tokens(STEPS, 8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"), per_device_train_batch_size=1, num_train_epochs=1,
+        weight_decay=0.1, learning_rate=1e-2, report_to=[], save_steps=25, use_cpu=True,
+    )  # fmt: skip
+    with keep_masks(model, folder) as held:
+        trainer = Trainer(model, arguments, train_dataset=data, callbacks=[held.callback()])
+        trainer.train()
+    assert trainer.state.global_step == STEPS
+    verify_masks(tmp_path / "trainer" / f"checkpoint-{STEPS}", folder)
+
+
+class Elsewhere:
+    """An optimiser that torch knows nothing of."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def step(self) -> None:
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(0.01)
+
+
+def test_the_callback_holds_what_no_optimizer_of_torch_moves(
+    pruned: Callable[[str], Path],
+) -> None:
+    model = loaded(pruned("llama"))
+    held = keep_masks(model, pruned("llama"))
+    Elsewhere(model).step()
+    assert held.lost() > 0
+    held.callback().on_step_end(None, None, None)
+    assert held.lost() == 0
+
+
+def test_masks_of_a_report_are_held_too() -> None:
+    model = tiny("llama")
+    report = prune_model(model, tokens(6), **OPTIONS)
+    model.train().requires_grad_(True)
+    with keep_masks(model, report.masks) as held:
+        train(model, OPTIMIZERS["AdamW"](model.parameters()), 3)
+        assert held.lost() == 0
+
+
+def refused(change: Callable[[Any], Any]) -> Callable[[Path], Any]:
+    def make(folder: Path) -> Any:
+        model = loaded(folder)
+        return change(model) or model
+
+    return make
+
+
+@torch.no_grad()
+def regrown(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.weight.fill_(1.0)
+
+
+def with_adapter(**options: Any) -> Callable[[Any], Any]:
+    kind = peft.IA3Config if "feedforward_modules" in options else peft.LoraConfig
+    return lambda model: peft.get_peft_model(model, kind(target_modules=["q_proj"], **options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (regrown, "'model.layers.1.mlp.up_proj.weight' holds weights that its mask prunes"),
+        (with_adapter(use_dora=True), "adapter 'default' is a variant of LoRA"),
+        (with_adapter(feedforward_modules=[]), "masks are held through LoRA alone"),
+    ],
+)
+def test_what_cannot_be_held_is_refused(
+    change: Callable[[Any], Any], message: str, pruned: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        keep_masks(refused(change)(pruned("llama")), pruned("llama"))
+
+
+def test_masks_that_are_of_another_model_are_refused(
+    pruned: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="the model has no layer"):
+        keep_masks(tiny("gpt2"), pruned("llama"))
+    name = "model.layers.0.self_attn.q_proj"
+    with pytest.raises(ModelError, match="its mask 3 × 4"):
+        keep_masks(tiny("llama"), {name: torch.ones(3, 4, dtype=torch.bool)})
+    dense = save(tiny("llama"), tmp_path / "dense")
+    with pytest.raises(ModelError, match="holds no maskopt-masks"):
+        keep_masks(tiny("llama"), dense)
+    (tmp_path / "other").mkdir()
+    save(tiny("gpt2"), tmp_path / "gpt2")
+    with pytest.raises(VerificationError, match="has no tensor"):
+        verify_masks(tmp_path / "gpt2", pruned("llama"))
+
+
+def test_options_of_other_checks_are_refused(pruned: Callable[[str], Path]) -> None:
+    folder = pruned("llama")
+    arguments = ("verify", folder, "--masks", folder, "--against", folder)
+    assert "--against is for a folder" in run(*arguments, fails=OptionError)
