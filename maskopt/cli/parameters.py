@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from maskopt.cli.config import Config, PrintConfig, config_text, drop_other_pattern
 from maskopt.errors import OptionError
 from maskopt.model.options import (
     MACHINE,
@@ -83,12 +84,13 @@ Command = Callable[..., None]
 
 
 def takes(
-    names: Sequence[str], panel: str | None = None, **defaults: Any
+    names: Sequence[str], panel: str | None = None, *, config: bool = False, **defaults: Any
 ) -> Callable[[Command], Command]:
     """Options for these fields of `PruneOptions`, in place of the command's parameter `options`.
 
     Args:
         panel: the heading that they stand under in the command's help, where it is one.
+        config: all options of the command may come from a file, and be printed as one.
         defaults: other than the library's.
     """
 
@@ -98,13 +100,23 @@ def takes(
         if "pattern" in names:
             added = [*_pattern_parameters(), *added]
         added_names = {parameter.name for parameter in added}
+        parameters = [p for name, p in own.items() if name != "options"]
+        if config:
+            parameters += _config_parameters()
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
             options = {name: given.pop(name) for name in added_names}
+            if config:
+                ctx, printed = given.pop("ctx"), given.pop("print_config")
+                del given["config"]
+                drop_other_pattern(ctx, options)
+                if printed:
+                    values = {**given, **_values(options)}
+                    typer.echo(config_text(values, ctx.command.params), nl=False)
+                    return
             command(options=_values(options), **given)
 
-        parameters = [p for name, p in own.items() if name != "options"]
         run.__signature__ = inspect.Signature([*parameters, *added])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in (*parameters, *added)}
         return run
@@ -142,7 +154,7 @@ def read_solver_options(items: Sequence[str] | None) -> dict[str, Any]:
 
 
 def read_counts(path: str | None) -> dict[str, Any]:
-    """Of a JSON file, {layer name: count}; none without one.
+    """Of a JSON file, or of JSON itself, {layer name: count}; none without one.
 
     Raises:
         OptionError: it cannot be read, or is none.
@@ -150,7 +162,8 @@ def read_counts(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        counts = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = path if path.startswith("{") else Path(path).read_text(encoding="utf-8")
+        counts = json.loads(text)
     except OSError as error:
         raise OptionError(f"`counts` {path}: cannot be read: {error.strerror}") from None
     except ValueError:
@@ -186,6 +199,16 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
         else value
         for name, value in options.items()
     }
+
+
+def _config_parameters() -> list[inspect.Parameter]:
+    """The context is that of the command."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter("ctx", keyword, annotation=typer.Context),
+        inspect.Parameter("config", keyword, default=None, annotation=Config),
+        inspect.Parameter("print_config", keyword, default=False, annotation=PrintConfig),
+    ]
 
 
 def _pattern_parameters() -> list[inspect.Parameter]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from maskopt.model.plan import Plan
 
 
-@takes(ALL)
+@takes(ALL, config=True)
 def plan(
     model: Model,
     options: dict[str, Any],

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from maskopt.model.report import PartReport, PruneReport
 
 
-@takes(ALL)
+@takes(ALL, config=True)
 def prune(
     model: Model,
     calibration: Annotated[str, typer.Option(help=TEXT_SOURCES)],

@@ -65,12 +65,13 @@ def verify(
     What only the calibration text can show is called claimed.
     """
     if masks is not None:
-        of_others = {"solution": solution, "against": against, "calibration": calibration}
-        of_others["require_checked"] = require_checked or None
         _refuse(
             f"a folder that `maskopt prune` wrote; of {folder}, the zeros are checked",
+            solution=solution,
+            against=against,
+            calibration=calibration,
+            require_checked=require_checked or None,
             semi_structured=semi_structured,
-            **of_others,
             **options,
         )
         _verify_masks(folder, masks)

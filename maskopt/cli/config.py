@@ -1,0 +1,141 @@
+"""Options of a command from a file: TOML, or the manifest of an earlier prune.
+
+The file stands in for defaults: what is on the command line goes before it. Keys are the library's names of
+the options (`solver_options`, `seq_len`), and `model`, `calibration`, `output`.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+import typer
+
+from maskopt.errors import OptionError, PatternError, near
+from maskopt.pattern import Unstructured, parse_pattern, pattern_from_dict
+
+#: values that are no options of a run
+_NOT_KEPT = ("config", "print_config", "overwrite", "resume")
+
+
+def _load(ctx: typer.Context, value: Path | None) -> Path | None:
+    """Before the other options are looked at."""
+    if value is not None:
+        ctx.default_map = read_config(value, ctx.command.params)
+    return value
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="Options from a file: TOML, as --print-config writes it, or the manifest of an earlier prune. "
+        "What is on the command line goes before it.",
+        is_eager=True,
+        callback=_load,
+    ),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print all options as a file for --config, and end.")
+]
+
+
+def read_config(path: Path, parameters: Sequence[Any]) -> dict[str, Any]:
+    """Values for a command's parameters, by their names.
+
+    Raises:
+        OptionError: no such file, not TOML, or a key that is no option.
+        ModelError: a manifest that was changed.
+    """
+    given = _of_manifest(path) if path.suffix == ".json" else _of_toml(path)
+    names = {_key(parameter): parameter.name for parameter in parameters}
+    for key in (*given, *(k for k in given if names.get(k) in _NOT_KEPT)):
+        if names.get(key) in (None, *_NOT_KEPT):
+            raise OptionError(f"{path}: no option is called {key!r}{near(key, set(names))}")
+    return {names[key]: _as_given(key, value) for key, value in given.items()}
+
+
+def config_text(values: Mapping[str, Any], parameters: Sequence[Any]) -> str:
+    """TOML of a command's values, of which those that are not set are left out.
+
+    Args:
+        values: by parameter name, with mappings for repeated NAME=VALUE.
+    """
+    table: dict[str, Any] = {}
+    for parameter in parameters:
+        value = values.get(parameter.name)
+        if value is None or parameter.name in _NOT_KEPT or value in ({}, [], ()):
+            continue
+        if isinstance(value, tuple):
+            value = list(value)
+        plain = isinstance(value, Mapping | list | bool | int | float)
+        table[_key(parameter)] = value if plain else str(value)
+    # tables come last: what follows one would belong to it
+    return tomli_w.dumps(dict(sorted(table.items(), key=lambda x: isinstance(x[1], Mapping))))
+
+
+def drop_other_pattern(ctx: typer.Context, options: dict[str, Any]) -> None:
+    """Of `sparsity` and `pattern`, the one of the command line goes before that of the file."""
+    both = ("sparsity", "pattern")
+    if all(options.get(name) is not None for name in both):
+        sources = {name: getattr(ctx.get_parameter_source(name), "name", "") for name in both}
+        of_file = [name for name, source in sources.items() if source == "DEFAULT_MAP"]
+        if len(of_file) == 1:
+            options[of_file[0]] = None
+
+
+def _key(parameter: Any) -> str:
+    """What the library calls it; of a parameter that is none of its options, its flag."""
+    from maskopt.cli.parameters import FIELDS
+
+    if parameter.name in FIELDS or parameter.param_type_name == "argument":
+        return str(parameter.name)
+    return str(parameter.opts[0]).removeprefix("--").replace("-", "_")
+
+
+def _of_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"`config` {path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"`config` {path}: is no TOML: {error}") from None
+
+
+def _of_manifest(path: Path) -> dict[str, Any]:
+    """What decided a result, as options that decide it again. Of the text a manifest has only the name."""
+    from maskopt.model.report import read_manifest
+
+    fingerprint = read_manifest(path)["fingerprint"]
+    options, text = dict(fingerprint["options"]), fingerprint["calibration"]
+    try:
+        pattern = pattern_from_dict(options.pop("pattern"))
+        parse_pattern(str(pattern))  # what is written here is read again
+    except (KeyError, PatternError):
+        raise OptionError(f"{path}: holds no pattern that the command line can say") from None
+    if isinstance(pattern, Unstructured):
+        options["sparsity"] = pattern.sparsity
+    else:
+        options["pattern"] = str(pattern)
+    options |= {"samples": text["samples"], "seq_len": text["length"]}
+    bos = text["beginning"]["bos"]
+    if bos in ("auto", "always", "never"):
+        options["bos"] = bos
+    options["chat"] = bos == "template"
+    if str(text["source"]).startswith("hf:"):
+        options["calibration"] = text["source"]
+    return {key: value for key, value in options.items() if value not in (None, {}, [])}
+
+
+def _as_given(key: str, value: Any) -> Any:
+    """As it would stand on the command line."""
+    from maskopt.cli.parameters import FILES
+
+    if key in FILES:
+        return json.dumps(value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return [f"{name}={json.dumps(item)}" for name, item in value.items()]
+    return value

@@ -1,0 +1,130 @@
+"""Options of a prune from a file: what is printed is read again, and a manifest repeats its run."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import run
+from test_model_resume import contents
+from tiny_models import save, tiny, tokens
+
+from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
+
+ALL = [
+    "--sparsity", "0.5", "--solver", "wanda", "--include", "q_proj,k_proj", "--samples", "7",
+    "--seq-len", "9",
+    "--weights", "reconstruct", "--reconstruct", "epochs=2", "--reconstruct", "begin=refit",
+    "--holdout", "0.3", "--shrink", "auto", "--one-pass", "--max-memory", "3GiB", "--damping", "0.5",
+]  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    import numpy as np
+
+    np.save(tmp_path / "tokens.npy", tokens(6).numpy())
+    return save(tiny("llama"), tmp_path / "dense")
+
+
+def arguments(model: Path, *more: str, out: str = "out") -> list[str]:
+    home = model.parent
+    return [
+        str(model),
+        "--calibration",
+        str(home / "tokens.npy"),
+        "--output",
+        str(home / out),
+        *more,
+    ]
+
+
+def printed(*given: str) -> dict[str, Any]:
+    return tomllib.loads(run("prune", *given, "--print-config"))
+
+
+def test_what_is_printed_is_read_again(model: Path, tmp_path: Path) -> None:
+    text = run("prune", *arguments(model, *ALL), "--print-config")
+    assert not (tmp_path / "out").exists()  # nothing else is done
+    found = tomllib.loads(text)
+    assert found["model"] == str(model)
+    assert found["output"] == str(tmp_path / "out")
+    assert found["include"] == ["q_proj", "k_proj"]
+    assert found["reconstruct"] == {"epochs": 2, "begin": "refit"}
+    assert (found["shrink"], found["damping"], found["one_pass"]) == ("auto", 0.5, True)
+    (tmp_path / "run.toml").write_text(text)
+    assert run("prune", "--config", tmp_path / "run.toml", "--print-config") == text
+    assert run("plan", "--config", tmp_path / "run.toml", "--print-config") == text
+
+
+def test_the_command_line_goes_before_the_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("sparsity = 0.5\nsamples = 3\none_pass = true\nseed = 4\n")
+    both = arguments(model, "--config", str(tmp_path / "run.toml"))
+    found = printed(*both, "--samples", "9", "--sequential", "--pattern", "2:4")
+    assert (found["samples"], found["one_pass"], found["seed"]) == (9, False, 4)
+    assert found["pattern"] == "2:4"
+    assert "sparsity" not in found
+    assert printed(*both)["sparsity"] == 0.5
+    wrong = [
+        *arguments(model),
+        "--sparsity",
+        "0.5",
+        "--pattern",
+        "2:4",
+        "--output",
+        str(tmp_path / "x"),
+    ]
+    assert "exactly one" in run("prune", *wrong, fails=PatternError)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--sparsity", "0.5"],
+        ["--pattern", "2:4", "--solver", "magnitude", "--layers", "mlp"],
+        ["--sparsity", "0.5", "--budget", "model", "--importance", "alike", "--seed", "3"],
+        ["--pattern", "0.5 per layer", "--importance", "alike"],
+        ["--sparsity", "0.5", "--weights", "reconstruct", "--reconstruct", "epochs=1", "--holdout", "0.2"],
+    ],
+)  # fmt: skip
+def test_a_manifest_repeats_its_run(options: list[str], model: Path, tmp_path: Path) -> None:
+    few = ["--min-tokens", "1", "--samples", "6"]
+    if "--solver" not in options:
+        few += ["--solver", "swap", "--warm-start", "wanda"]
+    run("prune", *arguments(model, *options, *few))
+    again = arguments(
+        model, "--config", str(tmp_path / "out" / "maskopt-manifest.json"), out="again"
+    )
+    run("prune", *again)
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
+def test_a_whole_run_of_a_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        f'model = "{model}"\ncalibration = "{tmp_path / "tokens.npy"}"\noutput = "{tmp_path / "out"}"\n'
+        'sparsity = 0.5\nsolver = "tabu"\nmin_tokens = 1\n[solver_options]\nmoves = 3\n'
+    )
+    run("prune", "--config", tmp_path / "run.toml")
+    run("verify", tmp_path / "out", "--against", model)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "message"),
+    [
+        ("run.toml", "sampels = 3", OptionError, "did you mean 'samples'"),
+        ("run.toml", 'config = "other.toml"', OptionError, "no option is called 'config'"),
+        ("run.toml", "resume = true", OptionError, "no option is called 'resume'"),
+        ("run.toml", "samples = ", OptionError, "is no TOML"),
+        ("missing.toml", None, OptionError, "cannot be read"),
+        ("manifest.json", "{}", ModelError, "not a manifest"),
+    ],
+)
+def test_files_that_say_nothing_are_refused(
+    name: str, text: str | None, error: type[MaskoptError], message: str, model: Path
+) -> None:
+    path = model.parent / name
+    if text is not None:
+        path.write_text(text)
+    assert message in run("prune", *arguments(model, "--config", str(path)), fails=error)
