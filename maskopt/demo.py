@@ -14,7 +14,6 @@ from typing import Any
 
 from maskopt.compare import Record, compare, sample_rows
 from maskopt.errors import ModelError
-from maskopt.model.beginning import Beginning
 from maskopt.model.blocks import short
 from maskopt.model.demo_model import DemoModel, demo_model, find_demo_model
 from maskopt.model.demo_text import demo_text
@@ -24,6 +23,8 @@ from maskopt.model.progress import BlockProgress
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
 from maskopt.report import Table, number, write_page
+from maskopt.report.page import Section
+from maskopt.report.prune_page import Pruned, report_parts
 
 #: layers whose rows are solved to proven optimality
 TOY_LAYERS = (
@@ -109,7 +110,7 @@ def run_demo(
         error_table(prunes["swap"], sparsity, blocks),
         perplexity_table(values, prunes, windows, seq_len),
     ]
-    _write_report(output / "report.html", about, prunes["swap"], sparsity, blocks, tables)
+    _write_report(output / "report.html", about, output / "model", tables)
     return DemoResult(tables, output / "report.html", output / "model", time.perf_counter() - began)
 
 
@@ -124,24 +125,15 @@ def _perplexity(name: str, model: Path, seq_len: int, windows: int, on_stage: On
     ).value
 
 
-def _write_report(
-    path: Path,
-    about: DemoModel,
-    pruned: PruneReport,
-    sparsity: float,
-    blocks: int,
-    tables: Sequence[Table],
-) -> None:
-    calibration = pruned.fingerprint["calibration"]
-    words: list[str | Table] = [
-        f"All {blocks} blocks pruned to {sparsity:.0%}, calibrated on {calibration['samples']} × "
-        f"{calibration['length']} tokens of Python's help topics, "
-        f"{Beginning.from_record(calibration['beginning'])}; evaluated on other topics in the same way.",
-        *tables,
+def _write_report(path: Path, about: DemoModel, model: Path, tables: Sequence[Table]) -> None:
+    """The page of `maskopt report`, with what only the demo measured."""
+    parts: list[str | Section] = [
+        "Calibrated on Python's help topics, and evaluated on others of them.",
+        *report_parts([Pruned.open(model)], tables=tables),
         "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
         f"not faster. {about.terms}",
     ]
-    write_page(path, f"maskopt demo: {about.title}", words)
+    write_page(path, f"maskopt demo: {about.title}", parts)
 
 
 def _toy_rows(

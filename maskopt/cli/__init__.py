@@ -18,6 +18,7 @@ from maskopt.cli import (
     plan,
     prove,
     prune,
+    report,
     solve,
     solvers,
     table,
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "table": table.table,
     "verify": verify_output.verify,
+    "report": report.report,
     "apply": apply.apply,
     "extract-masks": apply.extract_masks,
 }

@@ -38,6 +38,7 @@ from maskopt.model.solving import (
 )
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.problem import LayerProblem
+from maskopt.solution import Solution
 from maskopt.solver import make_solver
 
 
@@ -327,8 +328,27 @@ def _report(
         error_kept=_sum(error_kept),
         chosen_for=chosen_for,
         damping=None if fitted.refit is None else fitted.refit.damping,
+        swaps=_count(solution, "swaps"),
+        scans=_count(solution, "scans"),
+        gained=None if fitted.pooled else _gained(solution, start),
         **facts,
     )
+
+
+def _count(solution: Solution, what: str) -> int | None:
+    """Of all rows together, what a trace tells; None where it does not."""
+    told = getattr(solution.trace, what, None)
+    return int(told.sum()) if isinstance(told, Tensor) else None
+
+
+def _gained(solution: Solution, start: Solution | None) -> list[float] | None:
+    """Quantiles of the rows' improvements by the solver; those of rows that cost nothing are 0."""
+    if start is None:
+        return None
+    before, after = start.objective.double().cpu(), solution.objective.double().cpu()
+    part = torch.where(before > 0, 1 - after / before.clamp(min=1e-300), 0.0)
+    found = torch.quantile(part, torch.tensor([0, 0.1, 0.5, 0.9, 1]).double()).tolist()
+    return [round(value, 9) + 0.0 for value in found]  # no -0.0
 
 
 def _sum(rows: Tensor | None) -> float | None:

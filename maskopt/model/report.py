@@ -46,6 +46,9 @@ class LayerReport:
         error_held, energy_held: the same on the windows kept aside, whose G is never shrunk; None where
             there are none.
         shrink: α that the masks were chosen with.
+        swaps, scans: of a 1-swap search, of all rows together; None where the solver makes none.
+        gained: of the rows, how far the solver's objective is below its start's, as a part of that: least, a
+            tenth, median, nine tenths, most; None where there was no start, or where rows trade.
     """
 
     name: str
@@ -70,6 +73,9 @@ class LayerReport:
     chosen_for: str = "kept"
     damping: float | None = None
     error_alike: float | None = None
+    swaps: int | None = None
+    scans: int | None = None
+    gained: Sequence[float] | None = None
 
     @property
     def sparsity(self) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 FORMAT = "maskopt-manifest-1"
 STATUSES = ("optimal", "swap-optimal", "feasible")
@@ -77,13 +77,23 @@ def _kind(kind: type, shape: Any) -> Check:
     return lambda value: isinstance(value, kind) and each(value)
 
 
+class _Optional(NamedTuple):
+    """Of a key that folders of earlier versions do not have."""
+
+    check: Check
+
+
 def _fits(value: Any, shape: Any) -> bool:
     """Has an object the keys of the shape, with such values? Others may be there, too."""
     if callable(shape):
         return bool(shape(value))
-    return isinstance(value, dict) and all(
-        key in value and _fits(value[key], inner) for key, inner in shape.items()
-    )
+    return isinstance(value, dict) and all(_has(value, key, inner) for key, inner in shape.items())
+
+
+def _has(value: dict[str, Any], key: str, inner: Any) -> bool:
+    if isinstance(inner, _Optional):
+        return key not in value or inner.check(value[key])
+    return key in value and _fits(value[key], inner)
 
 
 def _statuses(value: Any) -> bool:
@@ -100,6 +110,8 @@ _LAYER = {
     "error_held": _maybe(_amount), "energy_held": _maybe(_amount), "shrink": _amount,
     "error_kept": _maybe(_amount), "chosen_for": lambda v: v in ("kept", "refitted", "updated"),
     "damping": _maybe(_amount), "error_alike": _maybe(_amount),
+    "swaps": _Optional(_maybe(_count)), "scans": _Optional(_maybe(_count)),
+    "gained": _Optional(_maybe(lambda v: _kind(list, _number)(v) and len(v) == 5)),
 }  # fmt: skip
 _PART = {
     "block": _count, "part": _text, "fitted_before": _number, "fitted_after": _number,

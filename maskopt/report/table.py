@@ -59,18 +59,23 @@ class Table:
         return f"## {self.title}\n\n{table}\n" + (f"\n{self.note}\n" if self.note else "")
 
     def html(self) -> str:
-        """An escaped `<table>` with its caption."""
+        """Its heading, and an escaped `<table>`."""
+        return f"<h2>{html.escape(self.title)}</h2>\n{self.grid()}"
+
+    def grid(self) -> str:
+        """An escaped `<table>` with its note."""
 
         def cells(tag: str, row: Sequence[str]) -> str:
             return "".join(
-                f'<{tag} class="{"text" if i < self.text_columns else "figure"}">'
+                f'<{tag}{" scope=col" * (tag == "th")} class="'
+                f'{"text" if i < self.text_columns else "figure"}">'
                 f"{html.escape(cell)}</{tag}>"
                 for i, cell in enumerate(row)
             )
 
         body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
-        note = f"<p>{html.escape(self.note)}</p>" if self.note else ""
+        note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
         return (
-            f"<h2>{html.escape(self.title)}</h2>\n<table>\n<thead><tr>"
-            f"{cells('th', self.headings)}</tr></thead>\n<tbody>\n{body}\n</tbody></table>\n{note}"
+            f"<table>\n<thead><tr>{cells('th', self.headings)}</tr></thead>\n"
+            f"<tbody>\n{body}\n</tbody></table>\n{note}"
         )
