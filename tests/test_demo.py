@@ -61,7 +61,9 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     assert [label.split("[")[0] for label in shown] == ["0 q_proj", "2 down_proj"]
     assert {row[0] for row in errors.rows} >= {"q_proj", "down_proj"}
     assert [row[0] for row in values.rows] == ["dense", "Wanda", "Wanda → 1-swap"]
-    assert "All 3 blocks" in result.report.read_text()
+    page = result.report.read_text()
+    assert "in 21 layers of 3 blocks" in page
+    assert all(title in page for title in ("Toy rows", "Errors along the model", "A mask"))
     assert "toy rows: block 3/3, calibrate" in stages
 
 

@@ -26,6 +26,7 @@ from maskopt.cli import (
 )
 from maskopt.cli.console import errors, insist_on_interrupts, show_compiling
 from maskopt.cli.flags import FlagCommand
+from maskopt.cli.view import with_view
 from maskopt.errors import MaskoptError
 
 #: status after Ctrl-C
@@ -58,7 +59,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "extract-masks": apply.extract_masks,
 }
 for _name, _command in COMMANDS.items():
-    app.command(_name, cls=FlagCommand)(_command)
+    app.command(_name, cls=FlagCommand)(with_view(_command))
 
 
 @app.callback()

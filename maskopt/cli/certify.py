@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from maskopt.cli.console import output, progress_bars
+from maskopt.cli.console import output
 from maskopt.cli.instances import load_layers, takes_source
 from maskopt.cli.parameters import TEXT_SOURCES, WALK, Calibration, Out, takes
+from maskopt.cli.view import view
 
 Method = Annotated[str, typer.Option(help="sdp, box, shift, or another registered bound.")]
 TimeLimit = Annotated[
@@ -44,8 +45,7 @@ def bound(
     from maskopt.certify import bound_layers
 
     layers = load_layers(source, options, calibration=calibration, seed=seed)
-    with progress_bars() as bars:
-        task = bars.add_task("bounding", total=None)
+    with view() as shown:
         records = bound_layers(
             layers.problems,
             kinds=layers.kinds,
@@ -56,7 +56,7 @@ def bound(
             method_options=_given(cuts=cuts, time_limit=time_limit),
             seed=seed,
             output=out,
-            on_rows=lambda done, name: bars.update(task, description=name, completed=done),
+            on_rows=lambda done, name: shown.show(f"{name}, {done} rows", done, None),
         )
     _show(records, out)
 
@@ -82,8 +82,7 @@ def certify(
 
     if time_limit is None and method == "sdp":
         time_limit = SDP_SECONDS
-    with progress_bars() as bars:
-        task = bars.add_task("certifying", total=None)
+    with view() as shown:
         records = certify_model(
             model,
             pruned,
@@ -93,7 +92,7 @@ def certify(
             method_options=_given(cuts=cuts, time_limit=time_limit),
             seed=seed,
             output=out,
-            on_rows=lambda done, name: bars.update(task, description=name, completed=done),
+            on_rows=lambda done, name: shown.show(f"{name}, {done} rows", done, None),
             **options,
         )
     _show(records, out)

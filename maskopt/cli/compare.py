@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from maskopt.cli.console import errors, output, progress_bars
+from maskopt.cli.console import errors, output
 from maskopt.cli.instances import load_layers, takes_source
 from maskopt.cli.parameters import Calibration, Out, Select, option_list, read_solver_options
+from maskopt.cli.view import view
 from maskopt.compare import Record, check_format, sample_rows
 from maskopt.compare import compare as compare_rows
 from maskopt.errors import OptionError
@@ -44,8 +45,7 @@ def compare(
     chosen = with_options(option_list(solvers), option)
     layers = load_layers(source, options, calibration=calibration, seed=seed, select=select)
     sampled = sample_rows(layers.problems, rows, columns=columns, pattern=layers.pattern, seed=seed)
-    with progress_bars() as bars:
-        task = bars.add_task("solving", total=len(sampled) * len(chosen))
+    with view() as shown:
         records = compare_rows(
             sampled,
             chosen,
@@ -53,7 +53,7 @@ def compare(
             seed=seed,
             jobs=jobs,
             output=out,
-            on_progress=lambda done, total: bars.update(task, completed=done, total=total),
+            on_progress=lambda done, total: shown.show("solving", done, total),
         )
     output.print(comparison_table(records))
     for record in records:

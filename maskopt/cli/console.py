@@ -9,14 +9,6 @@ import threading
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -24,18 +16,6 @@ if TYPE_CHECKING:
 #: a pipe or a file has no width: wide enough there for every table
 output = Console() if sys.stdout.isatty() else Console(width=120)
 errors = Console(stderr=True, highlight=False)
-
-
-def progress_bars() -> Progress:
-    """Progress with description, bar, count, elapsed and remaining time, on stderr."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=errors,
-    )
 
 
 class _Notice(logging.Handler):

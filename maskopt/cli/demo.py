@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from maskopt.cli.console import output as screen
-from maskopt.cli.console import progress_bars
+from maskopt.cli.view import view
 
 
 def demo(
@@ -25,12 +25,7 @@ def demo(
     """Compare solvers with proven optima on small rows, then prune all of a small real model."""
     from maskopt.demo import run_demo
 
-    with progress_bars() as bars:
-        task = bars.add_task("starting", total=1)
-
-        def on_stage(stage: str, done: int, total: int) -> None:
-            bars.update(task, description=f"{stage:<52}", completed=done, total=total)
-
+    with view() as shown:
         result = run_demo(
             output,
             model=model,
@@ -39,7 +34,7 @@ def demo(
             windows=windows,
             seed=seed,
             overwrite=overwrite,
-            on_stage=on_stage,
+            on_stage=shown.show,
         )
     for table in result.tables:
         screen.print(table.rich())

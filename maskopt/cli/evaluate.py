@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from maskopt.cli.console import output, progress_bars
+from maskopt.cli.console import output
 from maskopt.cli.parameters import TEXT_SOURCES, option_list, takes
+from maskopt.cli.view import view
 from maskopt.errors import OptionError
 from maskopt.files import atomic_write
 from maskopt.model.options import EVALUATION, WalkOptions
@@ -91,16 +92,13 @@ def _perplexities(
 ) -> list[Evaluation]:
     from maskopt.model.evaluate import evaluate as library
 
-    with progress_bars() as bars:
-        task = bars.add_task("windows", total=None)
+    with view() as shown:
         return library(
             models,
             text,
             options,
             windows=windows,
-            on_progress=lambda model, done, total: bars.update(
-                task, description=Path(model).name, completed=done, total=total
-            ),
+            on_progress=lambda model, done, total: shown.show(Path(model).name, done, total),
         )
 
 

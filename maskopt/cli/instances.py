@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskopt.cli.console import progress_bars
 from maskopt.cli.parameters import WALK, optional_pattern, takes
+from maskopt.cli.view import view
 from maskopt.compare import load_instances
 from maskopt.errors import OptionError
 from maskopt.least_squares import Refit
@@ -74,19 +74,18 @@ def load_layers(
         )
     from maskopt.model.problems import layer_problems
 
-    with progress_bars() as bars:
-        task = bars.add_task("collecting", total=None)
+    with view() as shown:
         found = list(
             layer_problems(
                 models[0],
                 pattern=pattern,
                 calibration=calibration,
                 seed=seed,
-                on_progress=lambda p: bars.update(
-                    task,
-                    description=f"block {p.block + 1}/{p.blocks}: {p.stage}",
-                    completed=p.done,
-                    total=p.total,
+                on_progress=lambda p: shown.show(
+                    f"block {p.block + 1} of {p.blocks}: {p.stage}",
+                    p.done,
+                    p.total,
+                    part=p.block / p.blocks,
                 ),
                 **options,
             )

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from maskopt.cli.console import errors, output, progress_bars
+from maskopt.cli.console import errors, output
 from maskopt.cli.parameters import ALL, TEXT_SOURCES, Model, Overwrite, Resume, takes
+from maskopt.cli.prune_view import PruneView
+from maskopt.cli.view import view
 
 if TYPE_CHECKING:
     from maskopt.model.report import PartReport, PruneReport
@@ -31,32 +33,18 @@ def prune(
     The model is read block by block and stays as it is. `maskopt plan` says beforehand what that takes;
     `maskopt verify OUT --against MODEL` checks the result.
     """
-    from maskopt.model.progress import BlockProgress
     from maskopt.model.prune import prune_model
 
-    with _told_of_resume(out), progress_bars() as bars:
-        whole = bars.add_task("blocks", total=None)
-        stage = bars.add_task("", total=None)
-
-        def show(event: BlockProgress) -> None:
-            bars.update(whole, total=event.blocks, completed=event.block)
-            bars.update(
-                stage,
-                description=f"block {event.block}: {event.stage}",
-                total=event.total,
-                completed=event.done,
-            )
-
+    with _told_of_resume(out), view() as shown:
         report = prune_model(
             model,
             calibration=calibration,
             output=out,
             overwrite=overwrite,
             resume=resume,
-            on_progress=show,
+            on_progress=PruneView(shown),
             **options,
         )
-        bars.update(whole, completed=bars.tasks[0].total or 0)
     show_report(report)
     output.print(f"pruned model, masks and manifest: {out}", soft_wrap=True)
 

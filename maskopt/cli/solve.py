@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from maskopt.cli.console import output, progress_bars
+from maskopt.cli.console import output
 from maskopt.cli.parameters import Overwrite, Select, read_solver_options
+from maskopt.cli.view import view
 from maskopt.errors import OptionError
 from maskopt.formats import load_problem
 from maskopt.limits import Limits, Progress, parse_bytes
@@ -74,13 +75,10 @@ def solve_shown(
     problem: LayerProblem | RowProblem, backend: Solver, start: Any, limits: Limits
 ) -> Solution:
     """Solve with a bar."""
-    with progress_bars() as bars:
-        task = bars.add_task("rows", total=None)
+    with view() as shown:
 
         def show(event: Progress) -> None:
-            bars.update(
-                task, description=event.step or "rows", completed=event.done, total=event.total
-            )
+            shown.show(event.step or "rows", event.done, event.total)
 
         limits = replace(limits, on_progress=show)
         return library(problem, backend, start=start, limits=limits)

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from maskopt.cli.console import errors, output, progress_bars
+from maskopt.cli.console import errors, output
 from maskopt.cli.parameters import ALL, TEXT_SOURCES, option_list, takes
+from maskopt.cli.view import view
 from maskopt.errors import OptionError
 from maskopt.model.options import OF_A_CELL
 
@@ -45,12 +46,11 @@ def table(
     if page is not None and not page.absolute().parent.is_dir():
         raise OptionError(f"{page.parent}: no such folder")
     try:
-        with progress_bars() as bars:
-            whole, part = bars.add_task("cells", total=None), bars.add_task("", total=None)
+        with view() as shown:
 
             def show(done: int, cells: int, stage: str, step: int, steps: int) -> None:
-                bars.update(whole, completed=done, total=cells)
-                bars.update(part, description=stage, completed=step, total=steps or None)
+                note = f"{done} of {cells} cells are done"
+                shown.show(stage, step, steps or None, part=done / cells, note=note)
 
             cells = make_table(
                 models,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from maskopt.cli.console import output, progress_bars
+from maskopt.cli.console import output
 from maskopt.cli.parameters import FIELDS, TEXT_SOURCES, takes
+from maskopt.cli.view import view
 from maskopt.errors import OptionError
 
 if TYPE_CHECKING:
@@ -109,12 +110,11 @@ def _verify_model(
     from maskopt.model.checkpoint import resolve_model
     from maskopt.model.opening import choose_device
 
-    with progress_bars() as bars:
-        task = bars.add_task("tensors", total=None)
+    with view() as shown:
         result = library.verify_output(
             folder,
             None if against is None else resolve_model(against),
-            lambda done, total: bars.update(task, completed=done, total=total),
+            lambda done, total: shown.show("tensors", done, total),
             calibration=calibration,
             layers=options.pop("include"),
             **options,
@@ -143,11 +143,8 @@ def _verify_masks(folder: Path, pruned: Path) -> None:
     """A model that was trained on after it was pruned."""
     from maskopt.model.verify_masks import verify_masks
 
-    with progress_bars() as bars:
-        task = bars.add_task("tensors", total=None)
-        found = verify_masks(
-            folder, pruned, lambda done, total: bars.update(task, completed=done, total=total)
-        )
+    with view() as shown:
+        found = verify_masks(folder, pruned, lambda done, total: shown.show("tensors", done, total))
     output.print(
         f"{folder}: holds. All {found.pruned} weights that {pruned} prunes are zero, in {found.tensors} "
         f"tensors; sparsity {found.sparsity:.4f}",

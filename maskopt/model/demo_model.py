@@ -143,9 +143,9 @@ def _convert(gguf_folder: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from maskopt.model.loading import quietly
-    from maskopt.model.transformers_adapter import forget_quantisation
+    from maskopt.model.transformers_adapter import forget_quantisation, without_gguf_bar
 
-    with quietly():
+    with quietly(), without_gguf_bar():
         source = {"gguf_file": "model.gguf", "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(gguf_folder, dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(gguf_folder, **source)

@@ -31,7 +31,7 @@ from maskopt.model.gradients import WINDOWS, DenseModel, Gradients
 from maskopt.model.memory import Load, by_block, check_memory, state_copies
 from maskopt.model.opening import capped_length, open_source
 from maskopt.model.options import WalkOptions
-from maskopt.model.progress import OnBlockProgress, ticker
+from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.rounds import check_multiplied, first_round
 from maskopt.model.source import Source
 from maskopt.model.threads import Threads
@@ -359,7 +359,7 @@ class Block:
     def bad(self) -> list[BadSample]:
         return self.opened.samples.bad[self._before :]
 
-    def ticker(self, stage: str, total: int) -> Callable[[int], None]:
+    def ticker(self, stage: str, total: int) -> Tick:
         """Tell the job's `on_progress` that a stage of this block begins; call it with what is done."""
         return ticker(self.job.tell, self.index, self.job.last + 1, stage, total)
 

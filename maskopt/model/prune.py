@@ -139,7 +139,7 @@ def _prune_blocks(
                 masks[layer.name] = layer, mask
                 if new is not None:
                     weights[layer.name] = layer, new
-                tick(1)
+                tick(1, results[layer.name])
             del grams  # the next pass needs their memory
         parts[block.index] = []
         if targets is not None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -161,6 +162,19 @@ def set_eager_experts(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
+
+
+@contextmanager
+def without_gguf_bar() -> Iterator[None]:
+    """Reading a GGUF file shows a progress bar of its own, which no switch of transformers turns off."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    shown: Any = gguf.tqdm
+    gguf.tqdm = lambda items, **_: items  # type: ignore[assignment, misc, unused-ignore]
+    try:
+        yield
+    finally:
+        gguf.tqdm = shown
 
 
 def forget_quantisation(model: Any) -> None:

@@ -1,0 +1,80 @@
+"""What a prune shows while it works: block, layer, how far errors are below the start's, rows proven."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from maskopt.cli.view import View
+
+if TYPE_CHECKING:
+    from maskopt.model.progress import BlockProgress
+
+#: of a block's usual time, what is shown as done at most before it is
+_ALMOST = 0.98
+
+
+class PruneView:
+    """Takes a prune's events and shows them; the time left is by the blocks that are done."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._block = -1
+        self._times: list[float] = []
+        self._began = time.monotonic()
+        self._error = self._start = 0.0
+        self._rows = self._proven = 0
+
+    def __call__(self, event: BlockProgress) -> None:
+        if event.block != self._block:
+            self._next(event.block)
+        facts: dict[str, Any] = {}
+        if event.layer is not None:
+            self._count(event)
+            facts = {"layer": asdict(event.layer)}
+        what = f"block {event.block + 1} of {event.blocks}: {event.stage}"
+        self._view.show(
+            what,
+            event.done,
+            event.total or None,
+            part=self._part(event),
+            note=self._note(),
+            **facts,
+        )
+
+    def _next(self, block: int) -> None:
+        now = time.monotonic()
+        # what comes before the first block (gradients, budgets) is none of its time
+        if self._block >= 0 and block > self._block:
+            self._times.append(now - self._began)
+        self._block, self._began = block, now
+
+    def _part(self, event: BlockProgress) -> float | None:
+        """Of all blocks, what is done; nothing is known before one is."""
+        if not self._times:
+            return 0.0
+        usual = sum(self._times) / len(self._times)
+        inside = min((time.monotonic() - self._began) / usual if usual else 0.0, _ALMOST)
+        return (event.block + inside) / event.blocks
+
+    def _count(self, event: BlockProgress) -> None:
+        layer = event.layer
+        assert layer is not None
+        if layer.fallback:
+            return
+        if layer.error_start is not None and layer.energy:
+            self._error += layer.relative
+            self._start += layer.error_start / layer.energy
+        self._rows += layer.rows
+        self._proven += sum(n for name, n in layer.statuses.items() if name != "feasible")
+
+    def _note(self) -> str:
+        words = []
+        if self._start:
+            words.append(f"error {self._error / self._start:.3f} of the start's")
+        if self._rows:
+            words.append(
+                f"{self._proven:,} of {self._rows:,} rows proven optimal or 1-swap optimal"
+            )
+        return "; ".join(words)

@@ -1,0 +1,223 @@
+"""What a command shows while it works, on stderr: a view that lives in a terminal, plain lines where there is
+none, JSON lines where asked for, or nothing."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
+
+from maskopt.cli.console import errors
+from maskopt.errors import OptionError
+
+LIVE, PLAIN, JSON, QUIET = "live", "plain", "json", "quiet"
+#: seconds before plain lines begin, and between two of them; where nothing is finished meanwhile, more
+_FIRST, _BETWEEN = 3.0, 30.0
+#: seconds between two JSON lines of one step
+_APART = 1.0
+
+_asked: str | None = None
+
+
+def view() -> View:
+    """To be entered; `show` says what goes on."""
+    kind = _asked or (LIVE if errors.is_terminal else PLAIN)
+    return {LIVE: LiveView, PLAIN: PlainView, JSON: JsonView, QUIET: View}[kind]()
+
+
+class View:
+    """Shows nothing."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+
+    def show(
+        self,
+        what: str,
+        done: float,
+        total: float | None,
+        *,
+        part: float | None = None,
+        note: str = "",
+        **facts: Any,
+    ) -> None:
+        """Say where the work is.
+
+        Args:
+            done, total: of what goes on; None: it is not known how much there is.
+            part: of everything that is done; default: done/total.
+            note: what is known so far, on a line of its own; a new one tells that something is finished.
+            facts: for JSON lines alone.
+        """
+
+    def __enter__(self) -> View:
+        self.began = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Nothing is left to do."""
+
+    def left(self, done: float, total: float | None, part: float | None) -> float | None:
+        """Seconds, if it goes on as it went so far; None: nobody knows yet."""
+        elapsed = time.monotonic() - self.began
+        share = part if part is not None else (done / total if total else 0.0)
+        return elapsed * (1 - share) / share if share > 0 and elapsed >= _FIRST else None
+
+
+class LiveView(View):
+    """One line that fits the terminal, and a note below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bars = Progress(
+            TextColumn(
+                "{task.description}",
+                table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis"),
+            ),
+            BarColumn(bar_width=None, table_column=Column(ratio=2)),
+            TextColumn("{task.fields[share]:>4}", table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]:>12}", table_column=Column(no_wrap=True)),
+            console=errors,
+            expand=True,
+        )
+        self._task = self._bars.add_task("", total=None, share="", left="")
+        self._note = Text(no_wrap=True, overflow="ellipsis", style="dim")
+        self._live = Live(Group(self._bars, self._note), console=errors, refresh_per_second=4)
+
+    def show(
+        self,
+        what: str,
+        done: float,
+        total: float | None,
+        *,
+        part: float | None = None,
+        note: str = "",
+        **facts: Any,
+    ) -> None:
+        left = self.left(done, total, part)
+        self._bars.update(
+            self._task,
+            description=what,
+            completed=done,
+            total=total,
+            share=f"{done / total:.0%}" if total else "",
+            left="" if left is None else f"{clock(left)} left",
+        )
+        self._note.plain = note
+
+    def __enter__(self) -> LiveView:
+        super().__enter__()
+        self._live.start()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._live.stop()
+
+
+class PlainView(View):
+    """A line now and then: when something is finished, else every half minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = self.began
+        self._note = ""
+
+    def show(
+        self,
+        what: str,
+        done: float,
+        total: float | None,
+        *,
+        part: float | None = None,
+        note: str = "",
+        **facts: Any,
+    ) -> None:
+        now = time.monotonic()
+        if now - self._last < (_BETWEEN if note == self._note and self._note else _FIRST):
+            return
+        self._last, self._note = now, note
+        left = self.left(done, total, part)
+        words = [f"{what} {done / total:.0%}" if total else what, note]
+        words.append("" if left is None else f"{clock(left)} left")
+        errors.print("; ".join(filter(None, words)), soft_wrap=True, markup=False)
+
+
+class JsonView(View):
+    """A JSON object a line: what, done, total, seconds since the beginning and to the end, and facts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._what, self._last = "", 0.0
+
+    def show(
+        self,
+        what: str,
+        done: float,
+        total: float | None,
+        *,
+        part: float | None = None,
+        note: str = "",
+        **facts: Any,
+    ) -> None:
+        now = time.monotonic()
+        ends = total is not None and done >= total
+        if not facts and what == self._what and not ends and now - self._last < _APART:
+            return
+        self._what, self._last = what, now
+        left = self.left(done, total, part)
+        line = {"what": what, "done": done, "total": total, "seconds": round(now - self.began, 3)}
+        line["left"] = None if left is None else round(left, 1)
+        errors.print(json.dumps({**line, **facts}), soft_wrap=True, markup=False)
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `3:20`, `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def with_view(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with `--quiet` and `--log-json`."""
+    own = inspect.signature(command, eval_str=True).parameters
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [
+        inspect.Parameter("quiet", keyword, default=False, annotation=Quiet),
+        inspect.Parameter("log_json", keyword, default=False, annotation=LogJson),
+    ]
+
+    @functools.wraps(command)
+    def run(*, quiet: bool, log_json: bool, **given: Any) -> None:
+        global _asked
+        if quiet and log_json:
+            raise OptionError("`quiet` and `log_json` exclude each other; choose one")
+        _asked = QUIET if quiet else JSON if log_json else None
+        command(**given)
+
+    run.__signature__ = inspect.Signature([*own.values(), *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*own.values(), *added)}
+    return run
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.", rich_help_panel="Output")]
+LogJson = Annotated[
+    bool,
+    typer.Option("--log-json", help="Progress as JSON lines on stderr.", rich_help_panel="Output"),
+]

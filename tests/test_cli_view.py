@@ -1,0 +1,161 @@
+"""What a command shows while it works: in a terminal of any width, in a pipe, as JSON, and not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import process, run
+from rich.console import Console
+from tiny_models import save, tiny, tokens
+
+from maskopt.cli import view as views
+from maskopt.cli.prune_view import PruneView
+from maskopt.cli.view import JsonView, LiveView, PlainView, View, clock
+from maskopt.errors import OptionError
+from maskopt.model.progress import BlockProgress
+from maskopt.model.report import LayerReport
+
+LONG = "block 152 of 152: solve model.language_model.layers.151.self_attn.q_proj"
+
+
+class Still:
+    """Time stands where it is put."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def still(monkeypatch: pytest.MonkeyPatch) -> Still:
+    found = Still()
+    monkeypatch.setattr(time, "monotonic", found)
+    return found
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A console of a width, in place of stderr; what is on it."""
+
+    def make(width: int, *, terminal: bool) -> io.StringIO:
+        stream = io.StringIO()
+        console = Console(file=stream, width=width, height=10, force_terminal=terminal)
+        monkeypatch.setattr(views, "errors", console)
+        return stream
+
+    return make
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(width: int, screen: Any) -> None:
+    screen(width, terminal=True)
+    live = LiveView()
+    live.began -= 7200
+    live.show(LONG, 124_416, 124_416, part=0.66, note="error 0.512 of the start's")
+    page = Console(width=width, file=io.StringIO(), record=True)
+    page.print(live._live.renderable)
+    line, note = page.export_text().splitlines()
+    assert len(line) <= width
+    assert line.startswith("block 152 of 152")
+    assert "100%" in line
+    assert line.endswith("1:01:49 left")
+    assert note == "error 0.512 of the start's"
+
+
+def test_plain_lines_are_few_and_say_what_is_done(screen: Any, still: Still) -> None:
+    stream = screen(80, terminal=False)
+    with PlainView() as plain:
+        for second in range(200):
+            still.now += 1
+            plain.show("rows", second, 200, note=f"{second // 100} blocks")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "rows 1%; 0 blocks; 4:57 left"
+    assert next(line for line in lines if "1 blocks" in line).startswith("rows 50%")
+    assert len(lines) == 8
+
+
+def test_json_lines(screen: Any, still: Still) -> None:
+    stream = screen(80, terminal=False)
+    with JsonView() as view:
+        for step in range(5):
+            still.now += 0.3
+            view.show("solve", step, 4, part=step / 8, layer={"name": "q"} if step == 2 else None)
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert found[0]["what"] == "solve"
+    assert found[-1]["done"] == found[-1]["total"] == 4
+    assert {"seconds", "left"} <= set(found[0])
+
+
+class Told(View):
+    """Keeps what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+
+    def show(self, what: str, done: float, total: float | None, **more: Any) -> None:
+        self.seen.append({"what": what, "done": done, "total": total, **more})
+
+
+def layer(error: float, proven: int) -> LayerReport:
+    return LayerReport(
+        "q", 0, "q", 4, 8, "0.5", 16, 2.0, error, 0.0,
+        {"swap_optimal": proven, "feasible": 4 - proven}, 99, False, 1.0, energy=10.0,
+    )  # fmt: skip
+
+
+def test_a_prune_tells_how_far_it_is_and_what_it_has_reached(still: Still) -> None:
+    told = Told()
+    show = PruneView(told)
+    for block in range(4):
+        show(BlockProgress(block, 4, "solve", 0, 2))
+        still.now += 10
+        show(BlockProgress(block, 4, "solve", 1, 2, layer(1.0, 4 - block)))
+    assert told.seen[0]["part"] == 0.0
+    assert told.seen[0]["note"] == ""
+    assert told.seen[4]["part"] == pytest.approx(2 / 4)
+    assert told.seen[5]["part"] == pytest.approx((2 + 0.98) / 4)
+    assert told.seen[-1]["what"] == "block 4 of 4: solve"
+    assert told.seen[-1]["note"].startswith("error 0.500 of the start's; 10 of 16 rows proven")
+    assert told.seen[-1]["layer"]["rows"] == 4
+
+
+def test_times_are_short() -> None:
+    assert [clock(x) for x in (7, 200, 3723)] == ["0:07", "3:20", "1:02:03"]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    home = tmp_path_factory.mktemp("view")
+    np.save(home / "tokens.npy", tokens(4).numpy())
+    dense = save(tiny("llama"), home / "dense")
+    options = ["--sparsity", "0.5", "--solver", "wanda", "--min-tokens", "1"]
+    return ["prune", str(dense), "--calibration", str(home / "tokens.npy"), *options]
+
+
+def test_every_layer_is_a_json_line(given: list[str], tmp_path: Path) -> None:
+    ended = process(*given, "--output", str(tmp_path / "out"), "--log-json")
+    assert ended.returncode == 0
+    lines = [json.loads(line) for line in ended.stderr.splitlines()]
+    layers = [line["layer"] for line in lines if "layer" in line]
+    assert len(layers) == 21
+    assert {"name", "error", "rows", "statuses"} <= set(layers[0])
+
+
+def test_quiet_says_nothing_on_the_way(given: list[str], tmp_path: Path) -> None:
+    ended = process(*given, "--output", str(tmp_path / "out"), "--quiet")
+    assert ended.returncode == 0
+    assert ended.stderr == ""
+    assert "sparsity 0.5" in ended.stdout
+
+
+def test_both_at_once_are_refused(given: list[str], tmp_path: Path) -> None:
+    arguments = [*given, "--output", str(tmp_path / "out"), "--quiet", "--log-json"]
+    assert "exclude each other" in run(*arguments, fails=OptionError)
