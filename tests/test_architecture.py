@@ -116,3 +116,13 @@ def test_the_page_of_architecture_names_every_module():
             elif (path / "__init__.py").exists() and not path.is_symlink():
                 there.add(f"{home}/{path.name}/")
     assert sorted(named) == sorted(there)
+
+
+def test_one_version_everywhere():
+    import maskopt
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited is not None
+    assert {project["version"], cited[1]} == {maskopt.__version__}
+    assert f"## {maskopt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
