@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 _MODEL_SIDE = {
     "collect_problems": "maskopt.model.problems",
     "keep_masks": "maskopt.model.keep",
+    "load_packed": "maskopt.model.pack",
     "perplexity": "maskopt.model.perplexity",
     "PruneOptions": "maskopt.model.options",
     "open_job": "maskopt.model.job",
@@ -67,6 +68,7 @@ __all__ = [
     "collect_problems",
     "improving_swap",
     "keep_masks",
+    "load_packed",
     "load_problem",
     "lower_bound",
     "make_solver",

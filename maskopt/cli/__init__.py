@@ -15,6 +15,7 @@ from maskopt.cli import (
     demo,
     evaluate,
     extract,
+    pack,
     plan,
     prove,
     prune,
@@ -55,6 +56,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "table": table.table,
     "verify": verify_output.verify,
     "report": report.report,
+    "pack": pack.pack,
+    "unpack": pack.unpack,
     "apply": apply.apply,
     "extract-masks": apply.extract_masks,
 }

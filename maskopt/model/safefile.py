@@ -86,6 +86,13 @@ class SafeFile:
             for start in range(entry.start, entry.stop, step):
                 yield _read_exactly(file, start, min(step, entry.stop - start), self.path)
 
+    def part(self, entry: TensorEntry, start: int, size: int) -> np.ndarray:
+        """`size` of the tensor's bytes from `start` on; ModelError where there are fewer."""
+        if start + size > entry.size:
+            raise ModelError(f"{self.path}: tensor {entry.name!r} ends too early")
+        with open_file(self.path) as file:
+            return _read_exactly(file, entry.start + start, size, self.path)
+
     def header_bytes(self) -> bytes:
         with open_file(self.path) as file:
             return _read_exactly(file, 0, self.data_start, self.path).tobytes()

@@ -1,0 +1,213 @@
+"""A pruned folder without its zeros: kept values beside the masks, and back again, bit for bit.
+
+Each shard becomes a safetensors file of its own: the shard's header as it was, tensors without a mask byte
+by byte (`=name`), and of tensors with one the kept values alone, in the order of the tensor (`~name`). Which
+places they are for is in the folder's mask file, one bit a weight: 1 − s + 1/16 of what bfloat16 weights take
+at sparsity s.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from maskopt.errors import ModelError
+from maskopt.files import atomic_write
+from maskopt.model.checkpoint import file_digest, open_checkpoint
+from maskopt.model.maskfile import MaskFile, unpack
+from maskopt.model.report import read_manifest
+from maskopt.model.safefile import CHUNK, SafeFile, TensorEntry, open_file, open_safe, write_safe
+from maskopt.model.workspace import MANIFEST, MASKS, open_workspace
+from maskopt.model.write import check_masks, copy_side_files
+
+FORMAT = "maskopt-packed-1"
+#: in place of `.safetensors`: nothing takes it for weights
+SUFFIX = ".packed"
+_HEADER, _WHOLE, _KEPT = "header", "=", "~"
+#: elements at a time; a multiple of 8, so that masks are cut between bytes
+_STEP = CHUNK // 8
+
+
+def pack(
+    pruned: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """Write what `maskopt prune` wrote without the zeros.
+
+    Args:
+        pruned: the folder; it is left as it is.
+        tick: called with bytes done.
+
+    Raises:
+        ModelError: no such folder; weights in pruned places that are not zero.
+    """
+    checkpoint, target = open_checkpoint(pruned), Path(output)
+    masks, manifest = _masks_and_manifest(checkpoint.folder)
+    check_masks(checkpoint, masks)
+    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+        for name, shard in checkpoint.shards.items():
+            with atomic_write(work.staging / _packed_name(name)) as file:
+                _pack_shard(shard, masks, file, tick)
+        copy_side_files(checkpoint, work.staging)
+        _copy(manifest, work.staging / MANIFEST)
+        _copy(masks.path, work.staging / MASKS)
+        work.commit()
+    return target
+
+
+def unpack_folder(
+    packed: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """The folder that was packed, every file as it was.
+
+    Raises:
+        ModelError: not what `pack` wrote, or changed since.
+    """
+    folder, target = Path(packed), Path(output)
+    masks, manifest = _masks_and_manifest(folder)
+    digests = read_manifest(manifest)["files"]
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if not files:
+        raise ModelError(f"{folder}: holds no file that `maskopt pack` wrote")
+    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+        for path in files:
+            name = path.name.removesuffix(SUFFIX) + ".safetensors"
+            with atomic_write(work.staging / name) as file:
+                _unpack_shard(_open_packed(path), masks, file, tick)
+            open_safe(work.staging / name)
+            if digests.get(name) != file_digest(work.staging / name):
+                raise ModelError(f"{path}: does not give the file of the manifest: it was changed")
+        for name in digests:
+            source = folder / Path(name).name
+            if not (work.staging / source.name).exists() and source.name != MASKS:
+                if not source.is_file():
+                    raise ModelError(f"{source}: is missing")
+                _copy(source, work.staging / source.name)
+        _copy(manifest, work.staging / MANIFEST)
+        _copy(masks.path, work.staging / MASKS)
+        work.commit()
+    return target
+
+
+def load_packed(packed: str | Path, **options: Any) -> Any:
+    """The model of a packed folder, as `AutoModelForCausalLM.from_pretrained` of the unpacked one gives it.
+
+    Args:
+        options: of `from_pretrained`, such as `dtype`.
+
+    Raises:
+        ModelError: as for `unpack_folder`.
+    """
+    import tempfile
+
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory(prefix="maskopt-packed-") as home:
+        folder = unpack_folder(packed, Path(home) / "model")
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _masks_and_manifest(folder: Path) -> tuple[MaskFile, Path]:
+    masks = MaskFile(folder / MASKS)
+    read_manifest(folder / MANIFEST)
+    return masks, folder / MANIFEST
+
+
+def _pack_shard(
+    shard: SafeFile, masks: MaskFile, file: IO[bytes], tick: Callable[[int], None]
+) -> None:
+    head = shard.header_bytes()
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {_HEADER: ("U8", (len(head),))}
+    for entry in shard.entries.values():
+        if entry.name in masks:
+            kept = sum(int(part.sum()) for part in _parts(masks, entry.name))
+            shapes[_KEPT + entry.name] = entry.dtype, (kept,)
+        else:
+            shapes[_WHOLE + entry.name] = "U8", (entry.size,)
+    write_safe(file, shapes, {"format": FORMAT})
+    file.write(head)
+    for entry in shard.entries.values():
+        for chunk in _packed_chunks(shard, entry, masks):
+            file.write(chunk.data)
+        tick(entry.size)
+
+
+def _packed_chunks(shard: SafeFile, entry: TensorEntry, masks: MaskFile) -> Iterator[np.ndarray]:
+    if entry.name not in masks:
+        yield from shard.chunks(entry, CHUNK)
+        return
+    size = entry.torch_dtype.itemsize
+    chunks = shard.chunks(entry, _STEP * size)
+    for chunk, kept in zip(chunks, _parts(masks, entry.name), strict=True):
+        words = chunk.view(f"u{size}")
+        if words[~kept].any():
+            raise ModelError(
+                f"{shard.path}: {entry.name!r} holds weights that its mask prunes; pack what `maskopt prune` "
+                "wrote, or a model whose zeros were held"
+            )
+        yield words[kept].view(np.uint8)
+
+
+def _unpack_shard(
+    packed: SafeFile, masks: MaskFile, file: IO[bytes], tick: Callable[[int], None]
+) -> None:
+    for entry in packed.entries.values():
+        if entry.name.startswith(_KEPT):
+            for chunk in _whole_chunks(packed, entry, masks):
+                file.write(chunk.data)
+        else:
+            for chunk in packed.chunks(entry, CHUNK):
+                file.write(chunk.data)
+        tick(entry.size)
+
+
+def _whole_chunks(packed: SafeFile, entry: TensorEntry, masks: MaskFile) -> Iterator[np.ndarray]:
+    """A tensor with its zeros, out of its kept values."""
+    name, size = entry.name.removeprefix(_KEPT), entry.torch_dtype.itemsize
+    if name not in masks:
+        raise ModelError(f"{packed.path}: {name!r} has no mask")
+    done = 0
+    for kept in _parts(masks, name):
+        count = int(kept.sum())
+        words = np.zeros(len(kept), f"u{size}")
+        words[kept] = packed.part(entry, done * size, count * size).view(f"u{size}")
+        done += count
+        yield words.view(np.uint8)
+    if done * size != entry.size:
+        raise ModelError(f"{packed.path}: {name!r} holds another number of values than its mask")
+
+
+def _parts(masks: MaskFile, name: str) -> Iterator[np.ndarray]:
+    """A tensor's mask, _STEP elements at a time, True = kept."""
+    bits, count = masks.packed(name), int(np.prod(masks.shape(name)))
+    for start in range(0, count, _STEP):
+        yield unpack(bits, start, min(_STEP, count - start)).numpy()
+
+
+def _open_packed(path: Path) -> SafeFile:
+    found = open_safe(path)
+    names = list(found.entries)
+    right = found.metadata.get("format") == FORMAT and names and names[0] == _HEADER
+    if not right or not all(name[0] in (_WHOLE, _KEPT) for name in names[1:]):
+        raise ModelError(f"{path}: is not what `maskopt pack` writes")
+    return found
+
+
+def _packed_name(shard: str) -> str:
+    return shard.removesuffix(".safetensors") + SUFFIX
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as file, open_file(source) as given:
+        shutil.copyfileobj(given, file)
