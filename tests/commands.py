@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,12 @@ def run(*arguments: object, fails: type[Exception] | None = None) -> str:
     return result.output
 
 
-def process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """As from a shell: a process of its own, with its status and what it says on stderr."""
+def process(
+    *arguments: str, cwd: Path | None = None, columns: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """As from a shell of so many columns: a process of its own, with its status and what it says."""
     command = [sys.executable, "-c", "from maskopt.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    wide = {} if columns is None else {"COLUMNS": str(columns), "TERMINAL_WIDTH": str(columns)}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **wide}
+    )

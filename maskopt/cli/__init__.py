@@ -26,6 +26,7 @@ from maskopt.cli import (
     verify_output,
 )
 from maskopt.cli.console import errors, insist_on_interrupts, show_compiling
+from maskopt.cli.examples import EXAMPLES, STATUSES
 from maskopt.cli.flags import FlagCommand
 from maskopt.cli.view import with_view
 from maskopt.errors import MaskoptError
@@ -37,7 +38,7 @@ app = typer.Typer(
     name="maskopt",
     help="Pruning masks for large language models, with a proof of how good they are.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog=STATUSES,
     pretty_exceptions_enable=False,
 )
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -62,7 +63,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "extract-masks": apply.extract_masks,
 }
 for _name, _command in COMMANDS.items():
-    app.command(_name, cls=FlagCommand)(with_view(_command))
+    _example = f"Example: {EXAMPLES[_name]}"
+    app.command(_name, cls=FlagCommand, epilog=_example)(with_view(_command))
 
 
 @app.callback()

@@ -34,12 +34,20 @@ Config = Annotated[
     typer.Option(
         help="Options from a file: TOML, as --print-config writes it, or the manifest of an earlier prune. "
         "What is on the command line goes before it.",
+        rich_help_panel="Output",
+        metavar="…",
         is_eager=True,
         callback=_load,
     ),
 ]
 PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Print all options as a file for --config, and end.")
+    bool,
+    typer.Option(
+        "--print-config",
+        help="Print all options as a file for --config, and end.",
+        rich_help_panel="Output",
+        metavar="",
+    ),
 ]
 
 

@@ -23,6 +23,7 @@ from maskopt.cli.config import Config, PrintConfig, config_text, drop_other_patt
 from maskopt.errors import OptionError
 from maskopt.model.options import (
     MACHINE,
+    MASKS,
     TEXT,
     PruneOptions,
     name_patterns,
@@ -34,14 +35,26 @@ TEXT_SOURCES = (
     "FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:c4, hf:wikitext2, hf:DATASET[:SPLIT]."
 )
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace what an earlier run left there.",
+        rich_help_panel="Output",
+        metavar="",
+    ),
 ]
 Select = Annotated[
     int | None,
     typer.Option(min=0, help="Vertices to choose, of a graph that names no number (.mc, .rudy)."),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an interrupted run of the same options.")
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with an interrupted run of the same options.",
+        rich_help_panel="Output",
+        metavar="",
+    ),
 ]
 Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
 #: of the model where a source may also be instances
@@ -70,7 +83,19 @@ WALK = (
     "skip_bad_samples",
     *(name for name, field in FIELDS.items() if field.metadata["decides"] == MACHINE),
 )
-PANELS = {TEXT: "Calibration", MACHINE: "Machine"}
+WHAT, HOW, CALIBRATION, ON, OUTPUT = (
+    "What is pruned", "How", "Calibration", "Machine", "Output",
+)  # fmt: skip
+#: headings in a command's help, by what an option decides
+PANELS = {MASKS: HOW, TEXT: CALIBRATION, MACHINE: ON}
+#: and of those that stand elsewhere
+PANEL_OF = {
+    **dict.fromkeys(
+        ("sparsity", "pattern", "include", "exclude", "budget", "importance", "spread", "counts"),
+        WHAT,
+    ),
+    **dict.fromkeys(("holdout", "weighting", "skip_bad_samples"), CALIBRATION),
+}
 #: spellings other than the field's name
 FLAGS = {
     "include": ("--include", "--layers"),
@@ -100,7 +125,8 @@ def takes(
         if "pattern" in names:
             added = [*_pattern_parameters(), *added]
         added_names = {parameter.name for parameter in added}
-        parameters = [p for name, p in own.items() if name != "options"]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [p.replace(kind=keyword) for name, p in own.items() if name != "options"]
         if config:
             parameters += _config_parameters()
 
@@ -117,8 +143,9 @@ def takes(
                     return
             command(options=_values(options), **given)
 
-        run.__signature__ = inspect.Signature([*parameters, *added])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (*parameters, *added)}
+        ordered = sorted((*parameters, *added), key=_panel_place)
+        run.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in ordered}
         return run
 
     return decorate
@@ -214,9 +241,10 @@ def _config_parameters() -> list[inspect.Parameter]:
 def _pattern_parameters() -> list[inspect.Parameter]:
     """A pattern has two spellings: a number as `--sparsity`, any of them as `--pattern`."""
     words = FIELDS["pattern"].metadata["help"]
+    share = "Share of every row to prune, e.g. 0.6."
     return [
-        _keyword("sparsity", float | None, None, "Share of every row to prune, e.g. 0.6."),
-        _keyword("pattern", str | None, None, words),
+        _keyword("sparsity", float | None, None, share, panel=WHAT),
+        _keyword("pattern", str | None, None, words, panel=WHAT),
     ]
 
 
@@ -234,7 +262,7 @@ def _parameter(name: str, panel: str | None, defaults: dict[str, Any]) -> inspec
     elif typing.get_origin(kind) not in (None, types.UnionType):  # a tuple, a mapping: repeated
         kind, default = list[str] | None, None
     flags = FLAGS.get(name) or ((_flag(name),) if kind is bool else ())
-    panel = panel or PANELS.get(field.metadata["decides"])
+    panel = panel or PANEL_OF.get(name) or PANELS.get(field.metadata["decides"])
     return _keyword(name, kind, default, field.metadata["help"], flags, panel)
 
 
@@ -246,10 +274,24 @@ def _keyword(
     flags: Sequence[str] = (),
     panel: str | None = None,
 ) -> inspect.Parameter:
-    option = typer.Option(*flags, help=words, rich_help_panel=panel)
+    option = typer.Option(*flags, help=words, rich_help_panel=panel, metavar=_metavar(kind))
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
+
+
+def _panel_place(parameter: inspect.Parameter) -> int:
+    """In a command's help: its arguments, its own options, and the panels in their order."""
+    facts = getattr(parameter.annotation, "__metadata__", (None,))[0]
+    panel = getattr(facts, "rich_help_panel", None)
+    order = (WHAT, HOW, CALIBRATION, ON, OUTPUT)
+    return order.index(panel) if panel in order else -1
+
+
+def _metavar(kind: Any) -> str | None:
+    """Short, so that words have room at 80 columns."""
+    letters = {int: "N", int | None: "N", float: "X", float | None: "X", bool: ""}
+    return letters.get(kind, "…")
 
 
 def _flag(name: str) -> str:

@@ -9,7 +9,16 @@ import typer
 from rich.table import Table
 
 from maskopt.cli.console import output
-from maskopt.cli.parameters import ALL, TEXT_SOURCES, Model, Overwrite, Resume, takes
+from maskopt.cli.parameters import (
+    ALL,
+    CALIBRATION,
+    OUTPUT,
+    TEXT_SOURCES,
+    Model,
+    Overwrite,
+    Resume,
+    takes,
+)
 
 if TYPE_CHECKING:
     from maskopt.model.plan import Plan
@@ -21,10 +30,20 @@ def plan(
     options: dict[str, Any],
     calibration: Annotated[
         str | None,
-        typer.Option(help=f"{TEXT_SOURCES} Only the size of a .npy file of tokens matters here."),
+        typer.Option(
+            help=f"{TEXT_SOURCES} Only the size of a .npy file of tokens matters here.",
+            rich_help_panel=CALIBRATION,
+            metavar="…",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--output", help="Folder for the pruned model; left as it is.")
+        Path | None,
+        typer.Option(
+            "--output",
+            help="Folder for the pruned model; left as it is.",
+            rich_help_panel=OUTPUT,
+            metavar="…",
+        ),
     ] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,

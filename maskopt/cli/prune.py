@@ -11,7 +11,16 @@ import typer
 from rich.table import Table
 
 from maskopt.cli.console import errors, output
-from maskopt.cli.parameters import ALL, TEXT_SOURCES, Model, Overwrite, Resume, takes
+from maskopt.cli.parameters import (
+    ALL,
+    CALIBRATION,
+    OUTPUT,
+    TEXT_SOURCES,
+    Model,
+    Overwrite,
+    Resume,
+    takes,
+)
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
 
@@ -22,8 +31,15 @@ if TYPE_CHECKING:
 @takes(ALL, config=True)
 def prune(
     model: Model,
-    calibration: Annotated[str, typer.Option(help=TEXT_SOURCES)],
-    out: Annotated[Path, typer.Option("--output", help="Folder for the pruned model.")],
+    calibration: Annotated[
+        str, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output", help="Folder for the pruned model.", rich_help_panel=OUTPUT, metavar="…"
+        ),
+    ],
     options: dict[str, Any],
     overwrite: Overwrite = False,
     resume: Resume = False,

@@ -216,8 +216,12 @@ def with_view(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.", rich_help_panel="Output")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="Show no progress.", rich_help_panel="Output", metavar="")
+]
 LogJson = Annotated[
     bool,
-    typer.Option("--log-json", help="Progress as JSON lines on stderr.", rich_help_panel="Output"),
+    typer.Option(
+        "--log-json", help="Progress as JSON lines on stderr.", rich_help_panel="Output", metavar=""
+    ),
 ]
