@@ -12,6 +12,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when torch loads OpenMP: the threads of two test workers that spin at each other's barriers on
 # the same cores made batched factorisations 25 times slower than threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read at MKL's first product: on processors of other makers than Intel the last bit of a product otherwise
+# depends on where its matrices lie in memory, and what is claimed of threads and of single rows is bits.
+CPU = Path("/proc/cpuinfo")
+if not (CPU.exists() and "GenuineIntel" in CPU.read_text()):
+    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import numpy as np
 import pytest
