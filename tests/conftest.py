@@ -12,17 +12,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when torch loads OpenMP: the threads of two test workers that spin at each other's barriers on
 # the same cores made batched factorisations 25 times slower than threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Read at MKL's first product: on processors of other makers than Intel the last bit of a product otherwise
-# depends on where its matrices lie in memory, and what is claimed of threads and of single rows is bits.
-CPU = Path("/proc/cpuinfo")
-if not (CPU.exists() and "GenuineIntel" in CPU.read_text()):
-    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import numpy as np
 import pytest
 import torch
 from clock import Clock
 from hypothesis import HealthCheck, settings
+
+# Read at MKL's first product: on processors of other makers than Intel the last bit of a product otherwise
+# depends on where its matrices lie in memory, and what is claimed of threads and of single rows is bits.
+_CPU = Path("/proc/cpuinfo")
+if not (_CPU.exists() and "GenuineIntel" in _CPU.read_text()):
+    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
