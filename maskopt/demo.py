@@ -129,7 +129,7 @@ def _write_report(path: Path, about: DemoModel, model: Path, tables: Sequence[Ta
     """The page of `maskopt report`, with what only the demo measured."""
     parts: list[str | Section] = [
         "Calibrated on Python's help topics, and evaluated on others of them.",
-        *report_parts([Pruned.open(model)], tables=tables),
+        *report_parts([Pruned.open(model, model.name)], tables=tables),
         "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
         f"not faster. {about.terms}",
     ]

@@ -36,7 +36,16 @@ def test_the_line_is_taken(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line, comments=True)
     name, *arguments = words[1:]
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    command.make_context(name, arguments, resilient_parsing=False).close()
+    with command.make_context(name, arguments) as context:
+        assert context.args == []  # nothing is left over
+        given = {
+            parameter.name
+            for parameter in command.params
+            if context.get_parameter_source(parameter.name).name == "COMMANDLINE"
+        }
+    flags = [word for word in arguments if word.startswith("-") and len(word) > 1]
+    known = {flag: p.name for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+    assert {known[flag] for flag in flags} <= given
 
 
 def test_every_command_has_an_example() -> None:

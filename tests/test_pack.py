@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
-from forging import change_tensors, copied
+from forging import change_tensors, copied, forge_manifest
 from safetensors.torch import load_file
 from test_model_resume import contents
 from tiny_models import save, tiny, tokens
@@ -80,6 +80,9 @@ def test_what_is_not_zero_is_not_dropped(tmp_path: Path) -> None:
     )
     name = next(n for n in load_file(shard) if "q_proj" in n)
     change_tensors(shard, lambda tensors: tensors[name].fill_(1.0))
+    with pytest.raises(ModelError, match="was changed since the prune, and could not be unpacked"):
+        pack(out, tmp_path / "packed")
+    forge_manifest(out)
     with pytest.raises(ModelError, match="holds weights that its mask prunes"):
         pack(out, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()

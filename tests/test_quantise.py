@@ -56,6 +56,7 @@ def test_integers_of_torchao_keep_every_zero(mapping: str | None) -> None:
         (Kind.Q4_1, 0, EVERY // 10),
         (Kind.Q5_1, 0, EVERY // 10),
         (Kind.BF16, EVERY, EVERY),
+        (Kind.F16, EVERY, EVERY),
     ],
 )
 def test_types_of_gguf_without_a_minimum_keep_every_zero(kind: Kind, least: int, most: int) -> None:

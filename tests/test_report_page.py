@@ -62,7 +62,7 @@ def test_everything_is_on_one_page(home: Path, tmp_path: Path) -> None:
     assert "Certified of sampled rows" in found
     assert "maskopt prune MODEL --config" in found
     names = sorted(file.name for file in (tmp_path / "figures").iterdir())
-    assert names == ["errors.png", "errors.svg", "improvements-OUT.png", "improvements-OUT.svg"]
+    assert names == ["errors.png", "errors.svg", "improvements-1.png", "improvements-1.svg"]
 
 
 def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_told_in_words(
@@ -121,12 +121,23 @@ def test_names_cannot_break_out_of_the_page(home: Path, tmp_path: Path) -> None:
     assert html.escape(bad) in found
 
 
+def test_folders_of_the_same_name_do_not_mix(home: Path, tmp_path: Path) -> None:
+    other = copied(home / "TRAINED", tmp_path / '<b>"x"')
+    other = other.rename(other.with_name("OUT"))
+    found = page(home, tmp_path, home / "OUT", other)
+    for folder in (home / "OUT", other):
+        assert f"Rows, {html.escape(str(folder))}" in found
+    assert "<b>" not in found
+    ids = re.findall(r' id="([^"]*)"', found)
+    assert len(ids) == len(set(ids))
+
+
 def test_what_has_no_start_or_too_few_tokens_is_left_out(home: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "solver": "wanda", "holdout": 0.0}
     prune_model(home / "dense", tokens(2), output=tmp_path / "out", **options)
     found = page(home, tmp_path, tmp_path / "out")
     assert "Rows, out" not in found
-    assert summary([Pruned.open(tmp_path / "out")]).rows[0][4] == "–"
+    assert summary([Pruned.open(tmp_path / "out", "out")]).rows[0][4] == "–"
     prune_model(home / "dense", tokens(2), output=tmp_path / "few", sparsity=0.5, min_tokens=999)
     assert "In short" in page(home, tmp_path, tmp_path / "few")
 

@@ -59,9 +59,9 @@ def read_config(path: Path, parameters: Sequence[Any]) -> dict[str, Any]:
         ModelError: a manifest that was changed.
     """
     given = _of_manifest(path) if path.suffix == ".json" else _of_toml(path)
-    names = {_key(parameter): parameter.name for parameter in parameters}
-    for key in (*given, *(k for k in given if names.get(k) in _NOT_KEPT)):
-        if names.get(key) in (None, *_NOT_KEPT):
+    names = {_key(p): p.name for p in parameters if p.name not in _NOT_KEPT}
+    for key in given:
+        if key not in names:
             raise OptionError(f"{path}: no option is called {key!r}{near(key, set(names))}")
     return {names[key]: _as_given(key, value) for key, value in given.items()}
 

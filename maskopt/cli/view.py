@@ -7,8 +7,8 @@ import functools
 import inspect
 import json
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +36,26 @@ def view() -> View:
     return {LIVE: LiveView, PLAIN: PlainView, JSON: JsonView, QUIET: View}[kind]()
 
 
+@dataclass(frozen=True)
+class Step:
+    """Where the work is.
+
+    Attributes:
+        what: goes on.
+        done, total: of it; None: it is not known how much there is.
+        left: seconds to the end of everything, if it goes on as it went so far; None: nobody knows yet.
+        note: what is known so far; a new one tells that something is finished.
+        facts: for JSON lines alone.
+    """
+
+    what: str
+    done: float
+    total: float | None
+    left: float | None
+    note: str
+    facts: Mapping[str, Any]
+
+
 class View:
     """Shows nothing."""
 
@@ -52,32 +72,21 @@ class View:
         note: str = "",
         **facts: Any,
     ) -> None:
-        """Say where the work is.
+        """Say where the work is: as in `Step`, `part` being that of everything; default: done/total."""
+        share = part if part is not None else (done / total if total else 0.0)
+        elapsed = time.monotonic() - self.began
+        left = elapsed * (1 - share) / share if share > 0 and elapsed >= _FIRST else None
+        self.take(Step(what, done, total, left, note, facts))
 
-        Args:
-            done, total: of what goes on; None: it is not known how much there is.
-            part: of everything that is done; default: done/total.
-            note: what is known so far, on a line of its own; a new one tells that something is finished.
-            facts: for JSON lines alone.
-        """
+    def take(self, step: Step) -> None:
+        """Show a step, or leave it."""
 
     def __enter__(self) -> View:
         self.began = time.monotonic()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Nothing is left to do."""
-
-    def left(self, done: float, total: float | None, part: float | None) -> float | None:
-        """Seconds, if it goes on as it went so far; None: nobody knows yet."""
-        elapsed = time.monotonic() - self.began
-        share = part if part is not None else (done / total if total else 0.0)
-        return elapsed * (1 - share) / share if share > 0 and elapsed >= _FIRST else None
 
 
 class LiveView(View):
@@ -101,33 +110,23 @@ class LiveView(View):
         self._note = Text(no_wrap=True, overflow="ellipsis", style="dim")
         self._live = Live(Group(self._bars, self._note), console=errors, refresh_per_second=4)
 
-    def show(
-        self,
-        what: str,
-        done: float,
-        total: float | None,
-        *,
-        part: float | None = None,
-        note: str = "",
-        **facts: Any,
-    ) -> None:
-        left = self.left(done, total, part)
+    def take(self, step: Step) -> None:
         self._bars.update(
             self._task,
-            description=what,
-            completed=done,
-            total=total,
-            share=f"{done / total:.0%}" if total else "",
-            left="" if left is None else f"{clock(left)} left",
+            description=step.what,
+            completed=step.done,
+            total=step.total,
+            share=f"{step.done / step.total:.0%}" if step.total else "",
+            left="" if step.left is None else f"{clock(step.left)} left",
         )
-        self._note.plain = note
+        self._note.plain = step.note
 
     def __enter__(self) -> LiveView:
         super().__enter__()
         self._live.start()
         return self
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._live.stop()
 
 
@@ -139,24 +138,14 @@ class PlainView(View):
         self._last = self.began
         self._note = ""
 
-    def show(
-        self,
-        what: str,
-        done: float,
-        total: float | None,
-        *,
-        part: float | None = None,
-        note: str = "",
-        **facts: Any,
-    ) -> None:
+    def take(self, step: Step) -> None:
         now = time.monotonic()
-        if now - self._last < (_BETWEEN if note == self._note and self._note else _FIRST):
+        if now - self._last < (_BETWEEN if step.note == self._note and self._note else _FIRST):
             return
-        self._last, self._note = now, note
-        left = self.left(done, total, part)
-        words = [f"{what} {done / total:.0%}" if total else what, note]
-        words.append("" if left is None else f"{clock(left)} left")
-        errors.print("; ".join(filter(None, words)), soft_wrap=True, markup=False)
+        self._last, self._note = now, step.note
+        part = f" {step.done / step.total:.0%}" if step.total else ""
+        left = "" if step.left is None else f"{clock(step.left)} left"
+        _print("; ".join(filter(None, (step.what + part, step.note, left))))
 
 
 class JsonView(View):
@@ -166,25 +155,21 @@ class JsonView(View):
         super().__init__()
         self._what, self._last = "", 0.0
 
-    def show(
-        self,
-        what: str,
-        done: float,
-        total: float | None,
-        *,
-        part: float | None = None,
-        note: str = "",
-        **facts: Any,
-    ) -> None:
+    def take(self, step: Step) -> None:
         now = time.monotonic()
-        ends = total is not None and done >= total
-        if not facts and what == self._what and not ends and now - self._last < _APART:
+        ends = step.total is not None and step.done >= step.total
+        if not (step.facts or ends or step.what != self._what or now - self._last >= _APART):
             return
-        self._what, self._last = what, now
-        left = self.left(done, total, part)
-        line = {"what": what, "done": done, "total": total, "seconds": round(now - self.began, 3)}
-        line["left"] = None if left is None else round(left, 1)
-        errors.print(json.dumps({**line, **facts}), soft_wrap=True, markup=False)
+        self._what, self._last = step.what, now
+        line = {"what": step.what, "done": step.done, "total": step.total}
+        line["seconds"] = round(now - self.began, 3)
+        line["left"] = None if step.left is None else round(step.left, 1)
+        _print(json.dumps({**line, **step.facts}))
+
+
+def _print(line: str) -> None:
+    """As it is: nothing in it is markup."""
+    errors.print(line, soft_wrap=True, markup=False, emoji=False)
 
 
 def clock(seconds: float) -> str:

@@ -46,11 +46,19 @@ def pack(
         tick: called with bytes done.
 
     Raises:
-        ModelError: no such folder; weights in pruned places that are not zero.
+        ModelError: no such folder; shards that are not those of the manifest, whose weights `unpack_folder`
+            would refuse; weights in pruned places that are not zero.
     """
     checkpoint, target = open_checkpoint(pruned), Path(output)
     masks, manifest = _masks_and_manifest(checkpoint.folder)
     check_masks(checkpoint, masks)
+    digests = read_manifest(manifest)["files"]
+    for name, digest in checkpoint.shard_digests.items():
+        if digests.get(name) != digest:
+            raise ModelError(
+                f"{checkpoint.folder / name}: was changed since the prune, and could not be unpacked; pack "
+                "what `maskopt prune` wrote"
+            )
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         for name, shard in checkpoint.shards.items():
             with atomic_write(work.staging / _packed_name(name)) as file:
@@ -154,7 +162,7 @@ def _packed_chunks(shard: SafeFile, entry: TensorEntry, masks: MaskFile) -> Iter
         if words[~kept].any():
             raise ModelError(
                 f"{shard.path}: {entry.name!r} holds weights that its mask prunes; pack what `maskopt prune` "
-                "wrote, or a model whose zeros were held"
+                "wrote"
             )
         yield words[kept].view(np.uint8)
 

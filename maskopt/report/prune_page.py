@@ -26,19 +26,34 @@ class Pruned:
     """A folder that `maskopt prune` wrote, as its manifest tells."""
 
     folder: Path
+    name: str
     fingerprint: Mapping[str, Any]
     layers: Sequence[LayerReport]
     parts: Sequence[PartReport]
     sparsity: float
 
     @classmethod
-    def open(cls, folder: Path) -> Pruned:
+    def open_all(cls, folders: Sequence[Path]) -> list[Pruned]:
+        """Several, each called by the end of its path, or by all of it where two ends are alike.
+
+        Raises:
+            ModelError: one is none, or its manifest was changed.
+        """
+        ends = [folder.resolve().name for folder in folders]
+        return [
+            cls.open(folder, end if ends.count(end) == 1 else str(folder))
+            for folder, end in zip(folders, ends, strict=True)
+        ]
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> Pruned:
         """Raises ModelError: it is none, or its manifest was changed."""
         path = folder / MANIFEST
         manifest = read_manifest(path)
         layers = read_layers(manifest["layers"], path)
         parts = read_parts(manifest["parts"], path)
-        return cls(folder, manifest["fingerprint"], layers, parts, float(manifest["sparsity"]))
+        sparsity = float(manifest["sparsity"])
+        return cls(folder, name, manifest["fingerprint"], layers, parts, sparsity)
 
     @property
     def solved(self) -> list[LayerReport]:
@@ -72,7 +87,7 @@ def write_report(
     Raises:
         MaskoptError: a file that is none of these; matplotlib is not there.
     """
-    pruned = [Pruned.open(out) for out in outs]
+    pruned = Pruned.open_all(outs)
     tables = [] if evaluation is None else [_perplexities(_records(evaluation, whole=True))]
     last = [] if gaps is None else [_gaps(_records(gaps, whole=False))]
     parts = report_parts(pruned, tables=tables, after=last, picture=picture)
@@ -80,7 +95,7 @@ def write_report(
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
         files = [f for part in parts if isinstance(part, Figure) for f in part.save(figures)]
-    write_page(path, "What maskopt pruned: " + ", ".join(x.folder.name for x in pruned), parts)
+    write_page(path, "What maskopt pruned: " + ", ".join(one.name for one in pruned), parts)
     return [path, *files]
 
 
@@ -97,7 +112,7 @@ def report_parts(
         tables: to stand below the summary.
         after: below what is known of the layers.
     """
-    boxes = [improvements(one) for one in pruned if _improved(one)]
+    boxes = [improvements(one, i) for i, one in enumerate(pruned, 1) if _improved(one)]
     return [
         *(sentence(one) for one in pruned),
         summary(pruned),
@@ -159,7 +174,7 @@ def summary(pruned: Sequence[Pruned]) -> Table:
         held = [x.relative_held for x in layers if x.relative_held is not None]
         start = _start(layers)
         table.add(
-            one.folder.name,
+            one.name,
             str(one.fingerprint["options"]["solver"]),
             f"{one.sparsity:.1%}",
             number(_mean([x.relative for x in layers])),
@@ -175,7 +190,7 @@ def summary(pruned: Sequence[Pruned]) -> Table:
 def kinds_table(one: Pruned) -> Table:
     """A line for every kind of layer."""
     table = Table(
-        f"Kinds of layers, {one.folder.name}",
+        f"Kinds of layers, {one.name}",
         ("layers", "start", "error", "held out", "pruned", "swaps a row", "scans a row", "solving"),
         note="Means over the layers of a kind; errors as parts of their outputs' energy.",
     )
@@ -202,7 +217,7 @@ def errors_by_block(pruned: Sequence[Pruned]) -> Figure:
     """Mean error of a block's layers, along the model: start, result, and on windows kept aside."""
     series: dict[str, dict[int, float]] = {}
     for one in pruned:
-        name = f"{one.folder.name}: " if len(pruned) > 1 else ""
+        name = f"{one.name}: " if len(pruned) > 1 else ""
         blocks: dict[int, list[LayerReport]] = {}
         for layer in one.solved:
             blocks.setdefault(layer.block, []).append(layer)
@@ -238,8 +253,8 @@ def errors_by_block(pruned: Sequence[Pruned]) -> Figure:
     return Figure("errors", "Errors along the model", words + ".", draw, numbers)
 
 
-def improvements(one: Pruned) -> Figure:
-    """How far below the start's the rows' errors are, by kind of layer."""
+def improvements(one: Pruned, index: int) -> Figure:
+    """How far below the start's the rows' errors are, by kind of layer; `index` tells the drawings apart."""
     names, boxes = [], []
     for kind, layers in one.kinds().items():
         told = [layer.gained for layer in layers if layer.gained is not None]
@@ -266,15 +281,13 @@ def improvements(one: Pruned) -> Figure:
         "Of the rows of each kind of layer: how far the solver came below its start. The line is the median, "
         "the box holds eight rows of ten, the whiskers all; means over the layers"
     )
-    return Figure(
-        f"improvements-{one.folder.name}", f"Rows, {one.folder.name}", words + ".", draw, numbers
-    )
+    return Figure(f"improvements-{index}", f"Rows, {one.name}", words + ".", draw, numbers)
 
 
 def trained_table(one: Pruned) -> Table:
     """Losses of trained parts, before and after."""
     table = Table(
-        f"Trained weights, {one.folder.name}",
+        f"Trained weights, {one.name}",
         (
             "part",
             "parts",
