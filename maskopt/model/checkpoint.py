@@ -113,23 +113,31 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
 def resolve_model(model: str | Path) -> Path:
     """A local folder as it is, else a model of the Hugging Face hub, fetched or out of its cache.
 
-    Only configuration, tokenizer and safetensors files are fetched.
+    Only configuration, tokenizer, safetensors files, card and licence are fetched.
     """
-    path = Path(model)
     name = str(model)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return path
+    if not names_hub_model(name):
+        return Path(model)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
             snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+                name,
+                allow_patterns=[
+                    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"),
+                    *("*.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+                ],
             )
         )
     except Exception as error:  # the hub client raises whatever its layers raise
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{name}: neither a folder nor a model of the hub: {line}") from error
+
+
+def names_hub_model(name: str) -> bool:
+    """Is it OWNER/NAME, and no folder that is here?"""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def read_json(path: Path, why: str = "") -> dict[str, Any]:

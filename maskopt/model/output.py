@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer
+from maskopt.model.card import hub_name, write_card
 from maskopt.model.checkpoint import file_digest, open_checkpoint
 from maskopt.model.edits import Edits, write_values
 from maskopt.model.journal import Journal, differences, in_words
@@ -194,7 +195,8 @@ class FolderRun:
         files = {MASKS: file_digest(work.staging / MASKS)}
         self._write_finished_shards()
         files.update(self.journal.shards)
-        for name in copy_side_files(checkpoint, work.staging):
+        beside = copy_side_files(checkpoint, work.staging)
+        for name in write_card(work.staging, report, hub_name(checkpoint.folder), beside):
             files[name] = file_digest(work.staging / name)
         self.model.check()
         write_manifest(work.staging / MANIFEST, report, files, _tensors(masks, pattern))
@@ -277,6 +279,8 @@ class MemoryRun:
         write_masks(staging / MASKS, self._stored)
         masks = MaskFile(staging / MASKS)
         check_masks(open_checkpoint(staging), masks)
+        named = getattr(getattr(self.source.model, "config", None), "_name_or_path", "")
+        write_card(staging, report, hub_name(named), [])
         files = {file.name: file_digest(file) for file in sorted(staging.iterdir())}
         write_manifest(staging / MANIFEST, report, files, _tensors(masks, pattern))
         self.work.commit()

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
+from maskopt.model.beginning import Beginning
 from maskopt.model.checkpoint import read_json
+from maskopt.pattern import pattern_from_dict
 
 Kind = TypeVar("Kind")
 MANIFEST_FORMAT = "maskopt-manifest-1"
@@ -150,11 +152,37 @@ class PruneReport:
     def fallbacks(self) -> list[str]:
         return [layer.name for layer in self.layers if layer.fallback]
 
+    def sentence(self) -> str:
+        """What was done, for people."""
+        return what_was_done(self.fingerprint, self.layers, self.sparsity)
+
     def by_kind(self) -> dict[str, list[LayerReport]]:
         kinds: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             kinds.setdefault(layer.kind, []).append(layer)
         return kinds
+
+
+def what_was_done(
+    fingerprint: Mapping[str, Any], layers: Sequence[LayerReport], sparsity: float
+) -> str:
+    """In one or two sentences."""
+    options, text = fingerprint["options"], fingerprint["calibration"]
+    start = f" from {options['warm_start']}" if options.get("warm_start") else ""
+    total = sum(layer.rows * layer.n for layer in layers)
+    blocks = len({layer.block for layer in layers})
+    after = {
+        "keep": "kept weights stayed as they were",
+        "refit": "kept weights were set anew by least squares",
+        "reconstruct": "kept weights were trained towards the dense model's outputs",
+    }[options["weights"]]
+    trades = {"row": "", "layer": ", rows of a layer trading", "model": ", layers trading"}
+    return (
+        f"{options['solver']}{start} pruned {sparsity:.1%} of {total:,} weights in {len(layers)} layers of "
+        f"{blocks} blocks (pattern {pattern_from_dict(options['pattern'])}{trades[options['budget']]}); "
+        f"{after}. Calibrated on {text['samples']} windows of {text['length']} tokens of {text['source']}, "
+        f"{Beginning.from_record(text['beginning'])}."
+    )
 
 
 def read_layers(records: Any, where: Path) -> list[LayerReport]:

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import OptionError
-from maskopt.model.beginning import Beginning
 from maskopt.model.blocks import short
 from maskopt.model.maskfile import MaskFile
-from maskopt.model.report import LayerReport, PartReport, read_layers, read_manifest, read_parts
+from maskopt.model.report import (
+    LayerReport,
+    PartReport,
+    read_layers,
+    read_manifest,
+    read_parts,
+    what_was_done,
+)
 from maskopt.model.workspace import MANIFEST, MASKS
-from maskopt.pattern import pattern_from_dict
 from maskopt.report.figure import COLOURS, MARKERS, Figure, plain
 from maskopt.report.mask_picture import MaskPicture
 from maskopt.report.page import Command, Heading, Section, write_page
@@ -130,22 +135,7 @@ def report_parts(
 
 def sentence(one: Pruned) -> str:
     """What was done."""
-    options, text = one.fingerprint["options"], one.fingerprint["calibration"]
-    start = f" from {options['warm_start']}" if options.get("warm_start") else ""
-    total = sum(layer.rows * layer.n for layer in one.layers)
-    blocks = len({layer.block for layer in one.layers})
-    after = {
-        "keep": "kept weights stayed as they were",
-        "refit": "kept weights were set anew by least squares",
-        "reconstruct": "kept weights were trained towards the dense model's outputs",
-    }[options["weights"]]
-    trades = {"row": "", "layer": ", rows of a layer trading", "model": ", layers trading"}
-    return (
-        f"{one.folder}: {options['solver']}{start} pruned {one.sparsity:.1%} of {total:,} weights in "
-        f"{len(one.layers)} layers of {blocks} blocks (pattern {pattern_from_dict(options['pattern'])}"
-        f"{trades[options['budget']]}); {after}. Calibrated on {text['samples']} windows of "
-        f"{text['length']} tokens of {text['source']}, {Beginning.from_record(text['beginning'])}."
-    )
+    return f"{one.folder}: {what_was_done(one.fingerprint, one.layers, one.sparsity)}"
 
 
 def summary(pruned: Sequence[Pruned]) -> Table:
