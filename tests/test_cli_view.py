@@ -127,6 +127,19 @@ def test_a_prune_tells_how_far_it_is_and_what_it_has_reached(still: Still) -> No
     assert told.seen[-1]["layer"]["rows"] == 4
 
 
+def test_before_a_block_is_done_the_time_left_is_by_what_was_expected(still: Still) -> None:
+    told = Told()
+    show = PruneView(told, expected=100.0)
+    still.now += 25
+    show(BlockProgress(0, 4, "solve", 0, 2))
+    assert told.seen[-1]["part"] == pytest.approx(0.25)
+    still.now += 500
+    show(BlockProgress(0, 4, "solve", 1, 2))
+    assert told.seen[-1]["part"] == 0.98
+    show(BlockProgress(1, 4, "solve", 0, 2))
+    assert told.seen[-1]["part"] == pytest.approx(1 / 4)
+
+
 def test_times_are_short() -> None:
     assert [clock(x) for x in (7, 200, 3723)] == ["0:07", "3:20", "1:02:03"]
 
@@ -138,6 +151,20 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     dense = save(tiny("llama"), home / "dense")
     options = ["--sparsity", "0.5", "--solver", "wanda", "--min-tokens", "1"]
     return ["prune", str(dense), "--calibration", str(home / "tokens.npy"), *options]
+
+
+def test_a_prune_says_beforehand_what_it_takes(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maskopt.model import plan
+
+    assert "estimated" not in run(*given, "--output", tmp_path / "small")
+    monkeypatch.setattr(plan, "SMALL", 0)
+    assert run(*given, "--output", tmp_path / "plain").startswith("time, estimated: about 0:")
+    assert "estimated" not in run(*given, "--output", tmp_path / "quiet", "--quiet")
+    facts = json.loads(run(*given, "--output", tmp_path / "json", "--log-json").splitlines()[0])
+    assert facts["expected_seconds"] > 0
+    assert facts["expected_gib"] > 0
 
 
 def test_every_layer_is_a_json_line(given: list[str], tmp_path: Path) -> None:

@@ -45,13 +45,13 @@ def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files by name; the manifest without seconds, and without its digest, which covers them."""
+    """All files by name; the manifest without seconds, memory and its digest, which covers them."""
     assert not (folder / HIDDEN).exists()
     result = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
     manifest = json.loads(result[MANIFEST])
     for part in (manifest, *manifest["layers"], *manifest["parts"]):
         del part["seconds"]
-    del manifest["sha256"]
+    del manifest["sha256"], manifest["memory"]
     result[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()
     return result
 

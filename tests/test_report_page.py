@@ -61,8 +61,17 @@ def test_everything_is_on_one_page(home: Path, tmp_path: Path) -> None:
     assert f"{perplexity:.2f} (" in found
     assert "Certified of sampled rows" in found
     assert "maskopt prune MODEL --config" in found
+    peak = manifest["memory"]["process"]
+    assert (peak is None) == (not Path("/proc/self/status").exists())
+    assert f">{'–' if peak is None else f'{peak / 2**30:.2f} GiB'}</td>" in found
     names = sorted(file.name for file in (tmp_path / "figures").iterdir())
     assert names == ["errors.png", "errors.svg", "improvements-1.png", "improvements-1.svg"]
+
+
+def test_of_folders_of_earlier_versions_the_memory_is_not_known(home: Path, tmp_path: Path) -> None:
+    old = copied(home / "OUT", tmp_path / "old")
+    forge_manifest(old, lambda manifest: manifest.pop("memory"))
+    assert summary(Pruned.open_all([old])).rows[0][-1] == "–"
 
 
 def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_told_in_words(

@@ -108,6 +108,11 @@ FILES = ("counts",)
 Command = Callable[..., None]
 
 
+def tokens_file(calibration: str | None) -> str | None:
+    """Of a source of text, what can be read beforehand at no cost: tokens."""
+    return calibration if calibration is not None and calibration.endswith(".npy") else None
+
+
 def takes(
     names: Sequence[str], panel: str | None = None, *, config: bool = False, **defaults: Any
 ) -> Callable[[Command], Command]:

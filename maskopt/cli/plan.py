@@ -18,6 +18,7 @@ from maskopt.cli.parameters import (
     Overwrite,
     Resume,
     takes,
+    tokens_file,
 )
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ def plan(
 
     if out is not None:
         check_output(out, overwrite=overwrite, resume=resume)
-    tokens = calibration if calibration is not None and calibration.endswith(".npy") else None
-    result = plan_prune(model, tokens, **options)
+    result = plan_prune(model, tokens_file(calibration), **options)
     output.print(layer_table(result))
     memory = result.memory
     output.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +22,10 @@ from maskopt.cli.parameters import (
     Overwrite,
     Resume,
     takes,
+    tokens_file,
 )
 from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import view
+from maskopt.cli.view import View, clock, view
 
 if TYPE_CHECKING:
     from maskopt.model.report import PartReport, PruneReport
@@ -50,19 +53,41 @@ def prune(
     `maskopt verify OUT --against MODEL` checks the result.
     """
     from maskopt.model.prune import prune_model
+    from maskopt.model.workspace import check_output
 
+    check_output(out, overwrite=overwrite, resume=resume)
     with _told_of_resume(out), view() as shown:
+        expected = None if resume else _told_beforehand(shown, model, calibration, options)
         report = prune_model(
             model,
             calibration=calibration,
             output=out,
             overwrite=overwrite,
             resume=resume,
-            on_progress=PruneView(shown),
+            on_progress=PruneView(shown, expected),
             **options,
         )
     show_report(report)
     output.print(f"pruned model, masks and manifest: {out}", soft_wrap=True)
+
+
+def _told_beforehand(
+    shown: View, model: str, calibration: str, options: dict[str, Any]
+) -> float | None:
+    """Say how long the prune will take and how much memory, where that is worth the seconds of finding out;
+    the time, in seconds."""
+    from maskopt.model.plan import is_small, plan_prune
+
+    if is_small(model):
+        return None
+    plan = plan_prune(model, tokens_file(calibration), **options)
+    time = "unknown" if plan.seconds is None else f"about {clock(plan.seconds)}"
+    shown.say(
+        f"time, estimated: {time}; memory at the peak: {plan.memory.gib:.2f} GiB",
+        expected_seconds=plan.seconds,
+        expected_gib=round(plan.memory.gib, 3),
+    )
+    return plan.seconds
 
 
 @contextmanager
@@ -73,7 +98,12 @@ def _told_of_resume(out: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if unfinished(out):
-            errors.print(f"{out}: finished blocks are kept; go on with --resume", soft_wrap=True)
+            typed = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+            command = shlex.join(["maskopt", *typed, "--resume"])
+            errors.print(
+                f"{out}: finished blocks are kept; go on with\n{command}",
+                soft_wrap=True, markup=False, emoji=False, highlight=False,
+            )  # fmt: skip
         raise
 
 

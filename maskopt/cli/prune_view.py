@@ -16,10 +16,15 @@ _ALMOST = 0.98
 
 
 class PruneView:
-    """Takes a prune's events and shows them; the time left is by the blocks that are done."""
+    """Takes a prune's events and shows them; the time left is by the blocks that are done, before that by
+    what was expected.
 
-    def __init__(self, view: View) -> None:
-        self._view = view
+    Args:
+        expected: seconds that all of it will take; None: nobody knows.
+    """
+
+    def __init__(self, view: View, expected: float | None = None) -> None:
+        self._view, self._expected = view, expected
         self._block = -1
         self._times: list[float] = []
         self._began = time.monotonic()
@@ -51,9 +56,10 @@ class PruneView:
         self._block, self._began = block, now
 
     def _part(self, event: BlockProgress) -> float | None:
-        """Of all blocks, what is done; nothing is known before one is."""
+        """Of all blocks, what is done."""
         if not self._times:
-            return 0.0
+            gone = time.monotonic() - self._view.began
+            return min(gone / self._expected, _ALMOST) if self._expected else 0.0
         usual = sum(self._times) / len(self._times)
         inside = min((time.monotonic() - self._began) / usual if usual else 0.0, _ALMOST)
         return (event.block + inside) / event.blocks

@@ -81,6 +81,9 @@ class View:
     def take(self, step: Step) -> None:
         """Show a step, or leave it."""
 
+    def say(self, line: str, **facts: Any) -> None:
+        """Show a line that stays; its facts are for JSON lines."""
+
     def __enter__(self) -> View:
         self.began = time.monotonic()
         return self
@@ -121,6 +124,9 @@ class LiveView(View):
         )
         self._note.plain = step.note
 
+    def say(self, line: str, **facts: Any) -> None:
+        _print(line)
+
     def __enter__(self) -> LiveView:
         super().__enter__()
         self._live.start()
@@ -147,9 +153,13 @@ class PlainView(View):
         left = "" if step.left is None else f"{clock(step.left)} left"
         _print("; ".join(filter(None, (step.what + part, step.note, left))))
 
+    def say(self, line: str, **facts: Any) -> None:
+        _print(line)
+
 
 class JsonView(View):
-    """A JSON object a line: what, done, total, seconds since the beginning and to the end, and facts."""
+    """A JSON object a line: what, done, total, seconds since the beginning and to the end, and facts; of what
+    is said, the facts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,6 +175,9 @@ class JsonView(View):
         line["seconds"] = round(now - self.began, 3)
         line["left"] = None if step.left is None else round(step.left, 1)
         _print(json.dumps({**line, **step.facts}))
+
+    def say(self, line: str, **facts: Any) -> None:
+        _print(json.dumps(facts))
 
 
 def _print(line: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
+from maskopt.model.card import CARD
 from maskopt.model.checkpoint import file_digest, open_checkpoint
 from maskopt.model.maskfile import MaskFile, unpack
 from maskopt.model.report import read_manifest
@@ -102,6 +103,8 @@ def unpack_folder(
                 if not source.is_file():
                     raise ModelError(f"{source}: is missing")
                 _copy(source, work.staging / source.name)
+        if (folder / CARD).is_file():  # the manifest leaves it out
+            _copy(folder / CARD, work.staging / CARD)
         _copy(manifest, work.staging / MANIFEST)
         _copy(masks.path, work.staging / MASKS)
         work.commit()

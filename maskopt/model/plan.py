@@ -15,7 +15,7 @@ from torch import nn
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer
-from maskopt.model.checkpoint import Checkpoint
+from maskopt.model.checkpoint import Checkpoint, resolve_model
 from maskopt.model.gradients import WINDOWS
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import (
@@ -35,6 +35,8 @@ from maskopt.problem import LayerProblem
 #: inputs of the small problem that the solver's speed is measured on, and its rows: more of them
 #: as long as they take next to no time
 PROBE_N, PROBE_ROWS = 512, (2, 32, 512)
+#: bytes of weights that are next to nothing
+SMALL = 64 * 2**20
 #: of a shard, to learn how fast weights are read and hashed
 PROBE_BYTES = 64 * 2**20
 #: what forward passes and Gram matrices reach of the speed of a large matrix product, and seconds
@@ -67,6 +69,12 @@ class Plan:
         if self.solve_seconds is None:
             return None
         return START + self.forward_seconds + self.solve_seconds + self.file_seconds
+
+
+def is_small(model: str | Path) -> bool:
+    """Would a prune take about as long as the measurements for a plan?"""
+    shards = resolve_model(model).glob("*.safetensors")
+    return sum(shard.stat().st_size for shard in shards) < SMALL
 
 
 def plan_prune(

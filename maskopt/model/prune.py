@@ -25,6 +25,7 @@ from maskopt.model.importance import counting
 from maskopt.model.job import Block, Job, open_job
 from maskopt.model.options import AUTO, MODEL, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report, recorded_counts
+from maskopt.model.peak import peaks
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.reconstruct import PartReport, Targets
@@ -104,7 +105,8 @@ def prune_model(
         with job:
             layers, parts, bad = _prune_blocks(job, options, run)
         seconds = time.perf_counter() - began
-        report = PruneReport(layers, fingerprint, bad, run.masks, target, seconds, parts)
+        memory = peaks(job.source.device)
+        report = PruneReport(layers, fingerprint, bad, run.masks, target, seconds, parts, memory)
         run.finish(report, options.pattern)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 

@@ -132,6 +132,7 @@ class PruneReport:
         fingerprint: what decides the result: options, digests, versions.
         seconds: wall time of this call.
         parts: of blocks whose weights were trained.
+        memory: bytes at the peak, see `peaks`; empty where this call pruned nothing.
     """
 
     layers: Sequence[LayerReport]
@@ -141,6 +142,7 @@ class PruneReport:
     output: Path | None = None
     seconds: float = 0.0
     parts: Sequence[PartReport] = ()
+    memory: Mapping[str, int | None] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -232,8 +234,8 @@ def write_manifest(
 ) -> None:
     """The manifest: what decided the result, layer reports, digests of all files, and of itself.
 
-    `tensors` gives per masked tensor its input axis and pattern; `seconds` are the only values that
-    differ between two runs of the same fingerprint.
+    `tensors` gives per masked tensor its input axis and pattern; `seconds` and `memory` are the only values
+    that differ between two runs of the same fingerprint.
     """
     manifest = {
         "format": MANIFEST_FORMAT,
@@ -246,6 +248,7 @@ def write_manifest(
         "tensors": dict(tensors),
         "files": dict(sorted(files.items())),
         "seconds": sum(layer.seconds for layer in report.layers),
+        "memory": dict(report.memory),
     }
     manifest["sha256"] = manifest_digest(manifest)
     with atomic_write(path) as file:

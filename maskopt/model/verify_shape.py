@@ -136,6 +136,7 @@ _SHAPE = {
     "tensors": _kind(dict, {"input_axis": _count, "pattern": _pattern}),
     "files": _kind(dict, _text),
     "seconds": _amount,
+    "memory": _Optional(_kind(dict, _maybe(_count))),
 }  # fmt: skip
 
 

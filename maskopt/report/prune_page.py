@@ -36,6 +36,7 @@ class Pruned:
     layers: Sequence[LayerReport]
     parts: Sequence[PartReport]
     sparsity: float
+    memory: Mapping[str, int | None]
 
     @classmethod
     def open_all(cls, folders: Sequence[Path]) -> list[Pruned]:
@@ -58,7 +59,8 @@ class Pruned:
         layers = read_layers(manifest["layers"], path)
         parts = read_parts(manifest["parts"], path)
         sparsity = float(manifest["sparsity"])
-        return cls(folder, name, manifest["fingerprint"], layers, parts, sparsity)
+        memory = manifest.get("memory", {})  # of folders of earlier versions nothing is known
+        return cls(folder, name, manifest["fingerprint"], layers, parts, sparsity, memory)
 
     @property
     def solved(self) -> list[LayerReport]:
@@ -152,10 +154,11 @@ def summary(pruned: Sequence[Pruned]) -> Table:
             "rows",
             "proven",
             "solving",
+            "memory",
         ),
         text_columns=2,
         note="Errors are parts of the energy of a layer's output, in the mean over the layers; proven: rows "
-        "whose mask is proven to be optimal, or 1-swap optimal.",
+        "whose mask is proven to be optimal, or 1-swap optimal; memory: of the process, at the peak.",
     )
     for one in pruned:
         layers = one.solved
@@ -173,6 +176,7 @@ def summary(pruned: Sequence[Pruned]) -> Table:
             f"{rows:,}",
             f"{proven / rows:.0%}" if rows else "–",
             _time(sum(layer.seconds for layer in one.layers)),
+            "–" if (peak := one.memory.get("process")) is None else f"{peak / 2**30:.2f} GiB",
         )
     return table
 
