@@ -188,11 +188,10 @@ def cells(name: str) -> Iterator[Case]:
             yield from (cell(name, label, pattern, trade, weights) for weights in some)
     two = NM(keep=2, of=4)
     yield from (cell(name, "2:4", two, "none", weights) for weights in CELLS_OF["none"])
-    for label, pattern, trade in (
-        ("50%", TRADING["50%"], "layers, loss"),
-        ("2:4", two, "none"),
+    for best in (
+        cell(name, "50%", TRADING["50%"], "layers, loss", "ADMM, trained"),
+        cell(name, "2:4", two, "none", "ADMM, trained"),
     ):
-        best = cell(name, label, pattern, trade, "ADMM, trained")
         more = {**best.options, **calibrated(128)}
         yield Case(more, {"auto": f"{best.keys['auto']}, 128 windows"})
 
