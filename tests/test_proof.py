@@ -233,15 +233,15 @@ def tree_with(tree, form, branch, **more):
 @pytest.mark.parametrize("pattern", [Unstructured(keep=5), NM(keep=1, of=3)], ids=str)
 @pytest.mark.parametrize("kind", ["full", "low-rank", "outliers"])
 def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
-    """λ and μ of both signs, at the root and at a node: valid, and often worth something."""
+    """λ and μ of both signs, at the root and at a node: valid, and some of them worth something."""
     random = np.random.default_rng(4)
     positive = 0
-    for trial in range(30):
+    for trial in range(12):
         problem = layer(9, pattern, kind, linear=trial % 2 == 1, seed=trial)
         masks, every = costs(problem)
         share = problem.pruned_per_group / problem.group_size
         unit, rounding = float(problem.row(0).q().trace()) / 9, 1e-12 * float(every.max())
-        lam, mu = unit * random.normal(size=9) * trial / 30, unit * random.normal() / 9
+        lam, mu = unit * random.normal(size=9) * trial / 12, unit * random.normal() / 9
         tree = single(lam, mu, np.full(9, share) if trial % 3 else random.random(9))
         bound = float(check_proof(problem, Proof([tree])))
         assert bound <= float(every.min()) + rounding
@@ -259,28 +259,28 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
         assert bound <= float(every.min()) + rounding
         kept = float(every[masks[:, i]].min())
         assert bound <= kept + rounding
-    assert positive >= 3
+    assert positive >= 1
 
 
 def test_fixings_are_held_to_their_other_side():
     """All masks on the side that is fixed are looked at: what is left is the other side's bound. (With λ = −Q
     of a diagonal Q the form is linear, and every bound the truth.)"""
-    problem = layer(9, Unstructured(keep=5), kind="diagonal")
+    problem = layer(7, Unstructured(keep=4), kind="diagonal")
     masks, every = costs(problem)
     lam = -problem.row(0).q().diagonal().numpy() * (1 - 1e-9)
     decisive = 0
-    for i, side in itertools.product(range(9), (0, 1)):
-        state = np.full(9, -1)
+    for i, side in itertools.product(range(7), (0, 1)):
+        state = np.full(7, -1)
         state[i] = side
         rest = every_mask_below(problem, state)
         steps = [0, *[NO_FORM] * len(rest)], [AGAIN, *rest]
         fixing = {"fixes": [1, *[0] * len(rest)], "fixed": [i], "side": [side]}
-        tree = tree_with(single(lam, 0.0, np.full(9, 0.5)), *steps, **fixing)
+        tree = tree_with(single(lam, 0.0, np.full(7, 0.5)), *steps, **fixing)
         bound = float(check_proof(problem, Proof([tree])))
         own, other = (float(every[masks[:, i] == (s == 0)].min()) for s in (side, 1 - side))
         assert bound == pytest.approx(min(own, other), rel=1e-6)
         decisive += other < 0.99 * own
-    assert decisive == 9
+    assert decisive == 7
 
 
 @pytest.mark.parametrize("kind", ["full", "outliers"])
