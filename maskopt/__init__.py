@@ -19,6 +19,7 @@ from maskopt.refit_certificate import RefitCertificate
 from maskopt.refitted import Refitted, refit
 from maskopt.solution import Solution, Status
 from maskopt.solver import available_solvers, make_solver, solve
+from maskopt.structure import structure_problem
 from maskopt.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ _MODEL_SIDE = {
     "PruneOptions": "maskopt.model.options",
     "open_job": "maskopt.model.job",
     "prune_model": "maskopt.model.prune",
+    "shrink_model": "maskopt.model.shrink",
 }
 
 
@@ -77,6 +79,8 @@ __all__ = [
     "prune_model",
     "refit",
     "save_problem",
+    "shrink_model",
     "solve",
+    "structure_problem",
     "verify",
 ]

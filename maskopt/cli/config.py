@@ -117,17 +117,10 @@ def _of_manifest(path: Path) -> dict[str, Any]:
     """What decided a result, as options that decide it again. Of the text a manifest has only the name."""
     from maskopt.model.report import read_manifest
 
-    fingerprint = read_manifest(path)["fingerprint"]
+    fingerprint = read_manifest(path, smaller=True)["fingerprint"]
     options, text = dict(fingerprint["options"]), fingerprint["calibration"]
-    try:
-        pattern = pattern_from_dict(options.pop("pattern"))
-        parse_pattern(str(pattern))  # what is written here is read again
-    except (KeyError, PatternError):
-        raise OptionError(f"{path}: holds no pattern that the command line can say") from None
-    if isinstance(pattern, Unstructured):
-        options["sparsity"] = pattern.sparsity
-    else:
-        options["pattern"] = str(pattern)
+    if "channels" not in options:  # a model that was made smaller has no pattern
+        options |= _pattern(path, options.pop("pattern", None))
     options |= {"samples": text["samples"], "seq_len": text["length"]}
     bos = text["beginning"]["bos"]
     if bos in ("auto", "always", "never"):
@@ -136,6 +129,18 @@ def _of_manifest(path: Path) -> dict[str, Any]:
     if str(text["source"]).startswith("hf:"):
         options["calibration"] = text["source"]
     return {key: value for key, value in options.items() if value not in (None, {}, [])}
+
+
+def _pattern(path: Path, record: Any) -> dict[str, Any]:
+    """A pattern as the command line says it."""
+    try:
+        pattern = pattern_from_dict(record)
+        parse_pattern(str(pattern))  # what is written here is read again
+    except (KeyError, TypeError, PatternError):
+        raise OptionError(f"{path}: holds no pattern that the command line can say") from None
+    if isinstance(pattern, Unstructured):
+        return {"sparsity": pattern.sparsity}
+    return {"pattern": str(pattern)}
 
 
 def _as_given(key: str, value: Any) -> Any:

@@ -26,6 +26,7 @@ from maskopt.model.options import (
     MASKS,
     TEXT,
     PruneOptions,
+    WalkOptions,
     name_patterns,
     one_pattern,
 )
@@ -91,7 +92,19 @@ PANELS = {MASKS: HOW, TEXT: CALIBRATION, MACHINE: ON}
 #: and of those that stand elsewhere
 PANEL_OF = {
     **dict.fromkeys(
-        ("sparsity", "pattern", "include", "exclude", "budget", "importance", "spread", "counts"),
+        (
+            *(
+                "sparsity",
+                "pattern",
+                "include",
+                "exclude",
+                "budget",
+                "importance",
+                "spread",
+                "counts",
+            ),
+            *("channels", "heads", "multiple"),
+        ),
         WHAT,
     ),
     **dict.fromkeys(("holdout", "weighting", "skip_bad_samples"), CALIBRATION),
@@ -114,9 +127,14 @@ def tokens_file(calibration: str | None) -> str | None:
 
 
 def takes(
-    names: Sequence[str], panel: str | None = None, *, config: bool = False, **defaults: Any
+    names: Sequence[str],
+    panel: str | None = None,
+    *,
+    of: type[WalkOptions] = PruneOptions,
+    config: bool = False,
+    **defaults: Any,
 ) -> Callable[[Command], Command]:
-    """Options for these fields of `PruneOptions`, in place of the command's parameter `options`.
+    """Options for these fields of a class of options, in place of the command's parameter `options`.
 
     Args:
         panel: the heading that they stand under in the command's help, where it is one.
@@ -126,7 +144,7 @@ def takes(
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters
-        added = [_parameter(name, panel, defaults) for name in names if name != "pattern"]
+        added = [_parameter(of, name, panel, defaults) for name in names if name != "pattern"]
         if "pattern" in names:
             added = [*_pattern_parameters(), *added]
         added_names = {parameter.name for parameter in added}
@@ -205,7 +223,7 @@ def read_counts(path: str | None) -> dict[str, Any]:
     return counts
 
 
-def _number_or_word(text: str) -> float | str:
+def _number_or_word(text: str | float) -> float | str:
     try:
         return float(text)
     except ValueError:
@@ -222,7 +240,7 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
         "counts": read_counts,
         "pattern": parse_pattern,
         "shrink": _number_or_word,
-        "damping": _number_or_word,
+        "damping": _number_or_word,  # of a model that is made smaller it is a number already
     }
     never_none = ("include", "exclude", "solver_options", "reconstruct", "counts")
     return {
@@ -253,9 +271,12 @@ def _pattern_parameters() -> list[inspect.Parameter]:
     ]
 
 
-def _parameter(name: str, panel: str | None, defaults: dict[str, Any]) -> inspect.Parameter:
+def _parameter(
+    of: type[WalkOptions], name: str, panel: str | None, defaults: dict[str, Any]
+) -> inspect.Parameter:
     """The command-line option of a field."""
-    field, kind = FIELDS[name], typing.get_type_hints(PruneOptions)[name]
+    field = next(field for field in dataclasses.fields(of) if field.name == name)
+    kind = typing.get_type_hints(of)[name]
     default = defaults.get(name, field.default)
     if field.metadata["unit"] == "bytes":
         kind = str | None if type(None) in typing.get_args(kind) else str

@@ -56,7 +56,7 @@ def prune(
     from maskopt.model.workspace import check_output
 
     check_output(out, overwrite=overwrite, resume=resume)
-    with _told_of_resume(out), view() as shown:
+    with told_of_resume(out), view() as shown:
         expected = None if resume else _told_beforehand(shown, model, calibration, options)
         report = prune_model(
             model,
@@ -91,7 +91,7 @@ def _told_beforehand(
 
 
 @contextmanager
-def _told_of_resume(out: Path) -> Iterator[None]:
+def told_of_resume(out: Path) -> Iterator[None]:
     from maskopt.model.workspace import unfinished
 
     try:

@@ -59,7 +59,8 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Check a pruned model: files, exact counts of every row, zeros, bit-identity to the original. Or, with
+    """Check a pruned model: files, exact counts of every row, zeros, bit-identity to the original; or one
+    that was made smaller: what was cut, and that nothing else was changed. Or, with
     --masks, a pruned model that was trained on: its zeros. Or an instance and its solution: everything that
     is claimed of the masks.
 
@@ -95,7 +96,35 @@ def verify(
             f"`require_checked` is for an instance and its solution; of {folder}, what is checked and "
             "what is claimed is printed"
         )
-    _verify_model(folder, against, calibration, semi_structured, options)
+    from maskopt.model.verify_smaller import is_smaller
+
+    if is_smaller(folder):
+        _refuse(
+            f"a pruned model; {folder} was made smaller",
+            calibration=calibration,
+            semi_structured=semi_structured,
+            **options,
+        )
+        _verify_smaller(folder, against)
+    else:
+        _verify_model(folder, against, calibration, semi_structured, options)
+
+
+def _verify_smaller(folder: Path, against: str | None) -> None:
+    """What `maskopt shrink` wrote."""
+    from maskopt.model.checkpoint import resolve_model
+    from maskopt.model.verify_smaller import verify_smaller
+
+    home = None if against is None else resolve_model(against)
+    with view() as shown:
+        found = verify_smaller(folder, home, lambda done, total: shown.show("tensors", done, total))
+    same = f", every other weight is that of {against}" if against is not None else ""
+    output.print(
+        f"{folder}: holds. {found.tensors} tensors, of which {found.cut} are smaller and {found.set_anew} "
+        f"set anew, {found.files} files, {found.weights:,} weights{same} "
+        f"(checked: {', '.join(found.checked)}); {', '.join(found.claimed)}: claimed",
+        soft_wrap=True,
+    )
 
 
 def _verify_model(

@@ -47,18 +47,19 @@ def write_card(
         os.replace(folder / CARD, folder / kept)
     inherited = _inherited(original)
     above = base or inherited.pop("base_model", None)
+    smaller = "pattern" not in report.fingerprint["options"]
     data = ModelCardData(
         **(inherited | ({"base_model": above} if above else {})),
         library_name="transformers",
-        tags=["maskopt", "pruned", "sparse"],
+        tags=["maskopt", "pruned", "structured" if smaller else "sparse"],
     )
     text = "\n\n".join(
         [
-            f"# {_title(report, base)}",
+            f"# {base or 'A model'}, {_made(report)} by maskopt",
             report.sentence(),
-            _use(),
-            _figures(report),
-            _origin(report, base, inherited, kept),
+            _use(smaller),
+            _figures(report, smaller),
+            _origin(report, base, inherited, kept, "shrink" if smaller else "prune"),
         ]
     )
     with atomic_write(folder / CARD) as file:
@@ -107,29 +108,40 @@ def _free_name(there: Sequence[str]) -> str:
     return name
 
 
-def _title(report: PruneReport, base: str | None) -> str:
-    pattern = pattern_from_dict(report.fingerprint["options"]["pattern"])
-    share = str(pattern) if isinstance(pattern, NM) else f"{report.sparsity:.0%}"
-    return f"{base or 'A model'}, pruned by maskopt ({share})"
+def _made(report: PruneReport) -> str:
+    options = report.fingerprint["options"]
+    if "pattern" not in options:
+        return "made smaller"
+    pattern = pattern_from_dict(options["pattern"])
+    return f"pruned to {pattern if isinstance(pattern, NM) else f'{report.sparsity:.0%} zeros'}"
 
 
-def _use() -> str:
+def _use(smaller: bool) -> str:
+    what = (
+        "An ordinary dense model with fewer channels and heads, as config.json says."
+        if smaller
+        else "Weights are plain safetensors in the original's data types; pruned ones are zeros."
+    )
+    zeros = (
+        ""
+        if smaller
+        else ", and `maskopt.keep_masks(model, FOLDER)` holds the zeros through fine-tuning"
+    )
     return (
-        "## Use\n\n"
-        "Weights are plain safetensors in the original's data types; pruned ones are zeros. Every program "
-        "that loads the original loads this model:\n\n"
+        f"## Use\n\n{what} Every program that loads the original loads this model:\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
         "```\n\n"
-        "`maskopt verify FOLDER --against ORIGINAL` checks that nothing but the named weights differs, and "
-        "`maskopt.keep_masks(model, FOLDER)` holds the zeros through fine-tuning."
+        "`maskopt verify FOLDER --against ORIGINAL` checks that nothing but the named weights differs"
+        f"{zeros}."
     )
 
 
-def _figures(report: PruneReport) -> str:
+def _figures(report: PruneReport, smaller: bool) -> str:
     solved = [layer for layer in report.layers if not layer.fallback]
-    lines = ["| | |", "|---|---|", f"| pruned weights of these layers | {report.sparsity:.2%} |"]
+    gone = "removed" if smaller else "pruned"
+    lines = ["| | |", "|---|---|", f"| {gone} weights of these layers | {report.sparsity:.2%} |"]
     if solved:
         mean = sum(layer.relative for layer in solved) / len(solved)
         lines.append(f"| error of the layers' outputs, mean | {mean:.4g} |")
@@ -138,7 +150,7 @@ def _figures(report: PruneReport) -> str:
         lines.append(f"| the same on windows kept aside | {sum(held) / len(held):.4g} |")
     rows = sum(layer.rows for layer in solved)
     proven = sum(n for x in solved for status, n in x.statuses.items() if status != "feasible")
-    if rows:
+    if rows and not smaller:
         lines.append(
             f"| rows whose mask is proven optimal, or 1-swap optimal | {proven / rows:.0%} |"
         )
@@ -154,7 +166,11 @@ def _figures(report: PruneReport) -> str:
 
 
 def _origin(
-    report: PruneReport, base: str | None, inherited: dict[str, Any], kept: str | None
+    report: PruneReport,
+    base: str | None,
+    inherited: dict[str, Any],
+    kept: str | None,
+    command: str,
 ) -> str:
     found = report.fingerprint
     lines = []

@@ -39,94 +39,94 @@ KEEP, REFIT, RECONSTRUCT = WEIGHTS = ("keep", "refit", "reconstruct")
 ROW, LAYER, MODEL = BUDGETS = ("row", "layer", "model")
 
 
-def _about(decides: str, words: str, **facts: Any) -> dict[str, Any]:
+def about(decides: str, words: str, **facts: Any) -> dict[str, Any]:
     """What is known of an option: what it decides, and the facts of `maskopt.fields.option`."""
     return {**option(None, words, **facts).metadata, "decides": decides}
 
 
-def _option(default: Any, decides: str, words: str, **facts: Any) -> Any:
-    return field(default=default, metadata=_about(decides, words, **facts))
+def option_field(default: Any, decides: str, words: str, **facts: Any) -> Any:
+    return field(default=default, metadata=about(decides, words, **facts))
 
 
 @dataclass(frozen=True, kw_only=True)
 class WalkOptions:
     """How a model is opened, and how samples walk through its blocks."""
 
-    include: tuple[str, ...] = _option(
+    include: tuple[str, ...] = option_field(
         (), MASKS, "Only layers that match: q_proj, 'layers.0.*'; several by commas, or repeated."
     )
-    exclude: tuple[str, ...] = _option(
+    exclude: tuple[str, ...] = option_field(
         (), MASKS, "Not the layers that match; several by commas, or repeated."
     )
-    seed: int = _option(0, MASKS, "Of calibration crops and of solvers.")
-    one_pass: bool = _option(
+    seed: int = option_field(0, MASKS, "Of calibration crops and of solvers.")
+    one_pass: bool = option_field(
         False,
         MASKS,
         "All Gram matrices from the dense model, or each from the model pruned so far.",
     )
-    true_sequential: bool = _option(
+    true_sequential: bool = option_field(
         False, MASKS, "Inside a block, too, layers see what the pruned layers before them produce."
     )
-    all_experts: bool = _option(
+    all_experts: bool = option_field(
         False,
         MASKS,
         "Each expert's Gram matrix from all tokens, not only from those routed to it.",
     )
-    skip_bad_samples: bool = _option(
+    skip_bad_samples: bool = option_field(
         False, MASKS, "Leave out windows with NaN or infinite activations instead of stopping."
     )
-    weighting: str = _option(
+    weighting: str = option_field(
         ALIKE,
         MASKS,
         "Of a window's tokens. alike; rest: the first one not at all; relative: each by one over the mean "
         "square of its hidden state; gradient: by how much the dense model's loss depends on it.",
         choices=WEIGHTINGS,
     )
-    holdout: float = _option(
+    holdout: float = option_field(
         0.0,
         MASKS,
         "Share of the calibration windows that is kept aside; errors are then reported on them, too.",
         least=0,
         below=1,
     )
-    samples: int = _option(128, TEXT, "Calibration windows.", least=1)
-    seq_len: int = _option(
+    samples: int = option_field(128, TEXT, "Calibration windows.", least=1)
+    seq_len: int = option_field(
         2048, TEXT, "Tokens in a window; never more than the model has positions.", least=1
     )
-    bos: str = _option(
+    bos: str = option_field(
         "auto",
         TEXT,
         "What windows begin with. auto: what the tokenizer puts before a text; always: its BOS "
         "token; never: nothing, the convention of tables of LLaMA-1 and 2.",
     )
-    text_field: str = _option("text", TEXT, "Where JSON lines hold their text.")
-    chat: bool = _option(
+    text_field: str = option_field("text", TEXT, "Where JSON lines hold their text.")
+    chat: bool = option_field(
         False,
         TEXT,
         "The text is JSON lines of messages, which go through the model's chat template.",
     )
-    device: str = _option("auto", MACHINE, "cpu, cuda, or auto: CUDA where there is one.")
-    dtype: str = _option(
+    device: str = option_field("auto", MACHINE, "cpu, cuda, or auto: CUDA where there is one.")
+    dtype: str = option_field(
         "auto", MACHINE, "Precision of the forward passes; auto: as stored, float32 on the CPU."
     )
-    threads: int | None = _option(
+    threads: int | None = option_field(
         None, MACHINE, "On the CPU; the result does not depend on it. Default: all cores."
     )
-    activation_memory: int | str = _option(
+    activation_memory: int | str = option_field(
         4 * 2**30,
         MACHINE,
         "Hidden states that take more go to a file, e.g. 500MB.",
         unit="bytes",
         least=0,
     )
-    max_memory: int | str | None = _option(
+    max_memory: int | str | None = option_field(
         None,
         MACHINE,
         "Refuse to start where the estimate of `maskopt plan` is higher, e.g. 16GiB.",
         unit="bytes",
         least=0,
     )
-    trust_remote_code: bool = _option(False, MACHINE, "Run code that comes with the model.")
+    trust_remote_code: bool = option_field(False, MACHINE, "Run code that comes with the model.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", name_patterns(self.include))
@@ -217,10 +217,10 @@ class PruneOptions(WalkOptions):
     """
 
     pattern: Pattern = field(
-        metadata=_about(MASKS, "0.6, or 2:4, which keeps 2 of every 4 consecutive inputs.")
+        metadata=about(MASKS, "0.6, or 2:4, which keeps 2 of every 4 consecutive inputs.")
     )
-    solver: str = _option("swap", MASKS, "See `maskopt solvers`.")
-    warm_start: str | None = _option(
+    solver: str = option_field("swap", MASKS, "See `maskopt solvers`.")
+    warm_start: str | None = option_field(
         None,
         MASKS,
         "The solver that makes the start; default: for swap relax, or admm where weights are refitted; else "
@@ -228,23 +228,23 @@ class PruneOptions(WalkOptions):
     )
     solver_options: Mapping[str, Any] = field(
         default_factory=dict,
-        metadata=_about(MASKS, "An option of the solver, NAME=VALUE; may be repeated."),
+        metadata=about(MASKS, "An option of the solver, NAME=VALUE; may be repeated."),
     )
-    budget: str = _option(
+    budget: str = option_field(
         ROW,
         MASKS,
         "What has a count of its own. row: every row of a layer prunes as many weights, as do layers; layer: "
         "only the layer, and its rows trade; model: only the model, and its layers trade, their rows alike.",
         choices=BUDGETS,
     )
-    importance: str = _option(
+    importance: str = option_field(
         LOSS,
         MASKS,
         "Of `budget` layer and model, what a row's or a layer's error counts. alike: as it is; relative: as "
         "a part of its output; loss: by the squared gradient of the dense model's loss by each output.",
         choices=IMPORTANCES,
     )
-    spread: float = _option(
+    spread: float = option_field(
         0.2,
         MASKS,
         "Of `budget` model, how far a layer's sparsity may be from the model's.",
@@ -253,20 +253,20 @@ class PruneOptions(WalkOptions):
     )
     counts: Mapping[str, int] = field(
         default_factory=dict,
-        metadata=_about(
+        metadata=about(
             MASKS,
             "Of `budget` model, how many inputs each row of a layer prunes, by layer name; chosen by "
             "`importance` where none are given.",
         ),
     )
-    target: str = _option(
+    target: str = option_field(
         "pruned",
         MASKS,
         "What a layer's output is to be like. pruned: the dense layer's on the inputs that it has in the "
         "model pruned so far; dense: what it is in the dense model, which then goes along.",
         choices=TARGETS,
     )
-    weights: str = _option(
+    weights: str = option_field(
         KEEP,
         MASKS,
         "Of what is kept. keep: as they are; refit: set anew by least squares, so that they take over from "
@@ -276,20 +276,20 @@ class PruneOptions(WalkOptions):
     )
     reconstruct: Mapping[str, Any] = field(
         default_factory=dict,
-        metadata=_about(
+        metadata=about(
             MASKS, "Of `weights` reconstruct: how to train, NAME=VALUE; may be repeated."
         ),
     )
-    damping: float | str = _option(
+    damping: float | str = option_field(
         0.01,
         MASKS,
         "Of refitted weights, how strongly they stay where they were, in parts of G's mean diagonal; auto: "
         "per layer by the error on held-out windows.",
     )
-    min_tokens: int = _option(
+    min_tokens: int = option_field(
         32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.", least=1
     )
-    shrink: float | str = _option(
+    shrink: float | str = option_field(
         0.0,
         MASKS,
         "α of G ← (1−α)G + α·diag(G); auto: per layer by the error on held-out windows.",
@@ -510,11 +510,11 @@ def _check_damping(damping: float | str, holdout: float) -> None:
         Refit(damping)
 
 
-def _described(options: type[WalkOptions]) -> str:
+def described(options: type[WalkOptions]) -> str:
     """The docstring with a line for every option."""
     lines = [f"    {f.name}: {f.metadata['help']}" for f in dataclasses.fields(options)]
     return f"{(options.__doc__ or '').rstrip()}\n\nAttributes:\n" + "\n".join(lines) + "\n"
 
 
 for _options in (WalkOptions, PruneOptions):
-    _options.__doc__ = _described(_options)
+    _options.__doc__ = described(_options)

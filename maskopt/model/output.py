@@ -210,9 +210,13 @@ class FolderRun:
             blocks = {self._block_of[t] for t in shard.entries if t in self._block_of}
             waiting = not blocks <= self.journal.blocks.keys()
             if name not in self.journal.shards and not waiting:
-                digest = write_shard(self.source.checkpoint, name, edits, self.work.staging / name)
+                digest = self._write_shard(name, edits)
                 self.model.check()
                 self.journal.add_shard(name, digest)
+
+    def _write_shard(self, name: str, edits: Edits) -> str:
+        """One shard of the result; its digest."""
+        return write_shard(self.source.checkpoint, name, edits, self.work.staging / name)
 
     def _values(self, blocks: Iterable[int]) -> list[Path]:
         """Files of new weights of those blocks that have any."""
@@ -294,7 +298,7 @@ def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport
     """
     if (output / HIDDEN).exists() or not (output / MANIFEST).exists():
         return None
-    manifest = read_manifest(output / MANIFEST)
+    manifest = read_manifest(output / MANIFEST, smaller=True)
     lines = differences(manifest["fingerprint"], dict(fingerprint))
     if lines:
         raise ModelError(

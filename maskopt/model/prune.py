@@ -21,6 +21,7 @@ from maskopt.errors import ModelError
 from maskopt.model.allocate import allocate
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
+from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.importance import counting
 from maskopt.model.job import Block, Job, open_job
 from maskopt.model.options import AUTO, MODEL, PruneOptions, prune_options
@@ -29,7 +30,7 @@ from maskopt.model.peak import peaks
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.reconstruct import PartReport, Targets
-from maskopt.model.report import LayerReport, PruneReport, versions
+from maskopt.model.report import LayerReport, PruneReport
 from maskopt.model.solving import (
     Solved,
     damping_by_held_error,
@@ -37,6 +38,7 @@ from maskopt.model.solving import (
     solve_by_magnitude,
     solve_layer,
 )
+from maskopt.model.source import as_stored
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
@@ -96,7 +98,7 @@ def prune_model(
     if options.budget == MODEL and not options.counts:
         options = _with_counts(job, options, target if resume else None)
         job = job.again(options)
-    fingerprint = _fingerprint(job, options)
+    fingerprint = fingerprint_of(job, options.record())
     if resume and target is not None:
         finished = finished_report(target, fingerprint)
         if finished is not None:
@@ -200,7 +202,7 @@ def _stored_weights(
     found = {}
     for name, (layer, _) in masks.items():
         weight = matrix(job.source.model, layer)
-        new = _rounded(job, layer, weight.double())
+        new = as_stored(job.source, layer, weight.double())
         weight.copy_(new.to(weight.dtype))
         found[name] = layer, new.cpu()
     return found
@@ -254,7 +256,7 @@ def _prune_layer(
     new = None
     if refit is not None:
         found = solved.solution.weight
-        new = _rounded(job, layer, fitted.weights(mask) if found is None else found)
+        new = as_stored(job.source, layer, fitted.weights(mask) if found is None else found)
     seconds = time.perf_counter() - began
     facts = {"tokens": tokens, "fallback": fallback, "seconds": seconds, "shrink": shrink}
     report = _report(layer, fitted, judge, solved, new, options, facts)
@@ -268,21 +270,6 @@ def _prune_layer(
 def _fixed(shrink: float | str) -> float:
     """α where it is a number; else that of an unshrunk G."""
     return 0.0 if shrink == AUTO else float(shrink)
-
-
-def _rounded(job: Job, layer: Layer, weight: Tensor) -> Tensor:
-    """New weights as they can be stored, float64.
-
-    Raises:
-        ModelError: one is beyond the dtype's range.
-    """
-    dtype = job.source.stored_dtype(layer)
-    rounded = weight.to(dtype).double()
-    if not bool(torch.isfinite(rounded).all()):
-        raise ModelError(
-            f"layer {layer.name!r}: a new weight is beyond the range of {dtype}; take a larger `damping`"
-        )
-    return rounded
 
 
 def _report(
@@ -355,25 +342,3 @@ def _gained(solution: Solution, start: Solution | None) -> list[float] | None:
 
 def _sum(rows: Tensor | None) -> float | None:
     return None if rows is None else float(rows.sum())
-
-
-def _fingerprint(job: Job, options: PruneOptions) -> dict[str, Any]:
-    """What decides the result: for the manifest, and for `resume` to compare."""
-    source, windows = job.source, job.windows
-    assert windows is not None
-    fingerprint = {
-        "versions": versions(),
-        "options": options.record(),
-        "calibration": {
-            "source": windows.source,
-            "samples": len(windows),
-            "length": windows.length,
-            "beginning": windows.beginning.record(),
-            "sha256": windows.digest,
-        },
-        "dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
-        "device": source.device.type,
-    }
-    if source.checkpoint is not None:
-        fingerprint["model"] = source.checkpoint.digest
-    return fingerprint

@@ -17,7 +17,8 @@ from maskopt.model.checkpoint import read_json
 from maskopt.pattern import pattern_from_dict
 
 Kind = TypeVar("Kind")
-MANIFEST_FORMAT = "maskopt-manifest-1"
+#: of a prune, and of a model that was made smaller
+MANIFEST_FORMAT, SMALLER_FORMAT = "maskopt-manifest-1", "maskopt-smaller-1"
 _PARTS = {"fingerprint", "layers", "bad_samples", "tensors", "files"}
 
 
@@ -170,21 +171,36 @@ def what_was_done(
 ) -> str:
     """In one or two sentences."""
     options, text = fingerprint["options"], fingerprint["calibration"]
-    start = f" from {options['warm_start']}" if options.get("warm_start") else ""
-    total = sum(layer.rows * layer.n for layer in layers)
     blocks = len({layer.block for layer in layers})
     after = {
         "keep": "kept weights stayed as they were",
         "refit": "kept weights were set anew by least squares",
         "reconstruct": "kept weights were trained towards the dense model's outputs",
     }[options["weights"]]
-    trades = {"row": "", "layer": ", rows of a layer trading", "model": ", layers trading"}
+    what = _removed(layers) if "channels" in options else _pruned(options, layers, sparsity)
     return (
-        f"{options['solver']}{start} pruned {sparsity:.1%} of {total:,} weights in {len(layers)} layers of "
-        f"{blocks} blocks (pattern {pattern_from_dict(options['pattern'])}{trades[options['budget']]}); "
-        f"{after}. Calibrated on {text['samples']} windows of {text['length']} tokens of {text['source']}, "
-        f"{Beginning.from_record(text['beginning'])}."
+        f"{what} of {blocks} blocks{_pattern(options)}; {after}. Calibrated on {text['samples']} windows of "
+        f"{text['length']} tokens of {text['source']}, {Beginning.from_record(text['beginning'])}."
     )
+
+
+def _removed(layers: Sequence[LayerReport]) -> str:
+    """`kept 3 of 4 heads and 1536 of 2048 channels`."""
+    told = dict.fromkeys(layer.pattern for layer in layers)
+    return "kept " + " and ".join(told)
+
+
+def _pruned(options: Mapping[str, Any], layers: Sequence[LayerReport], sparsity: float) -> str:
+    start = f" from {options['warm_start']}" if options.get("warm_start") else ""
+    total = sum(layer.rows * layer.n for layer in layers)
+    return f"{options['solver']}{start} pruned {sparsity:.1%} of {total:,} weights in {len(layers)} layers"
+
+
+def _pattern(options: Mapping[str, Any]) -> str:
+    if "pattern" not in options:
+        return ""
+    trades = {"row": "", "layer": ", rows of a layer trading", "model": ", layers trading"}
+    return f" (pattern {pattern_from_dict(options['pattern'])}{trades[options['budget']]})"
 
 
 def read_layers(records: Any, where: Path) -> list[LayerReport]:
@@ -230,7 +246,11 @@ def versions() -> dict[str, str]:
 
 
 def write_manifest(
-    path: Path, report: PruneReport, files: Mapping[str, str], tensors: Mapping[str, Any]
+    path: Path,
+    report: PruneReport,
+    files: Mapping[str, str],
+    tensors: Mapping[str, Any],
+    **more: Any,
 ) -> None:
     """The manifest: what decided the result, layer reports, digests of all files, and of itself.
 
@@ -238,7 +258,7 @@ def write_manifest(
     that differ between two runs of the same fingerprint.
     """
     manifest = {
-        "format": MANIFEST_FORMAT,
+        "format": SMALLER_FORMAT if "shrunk" in more else MANIFEST_FORMAT,
         "fingerprint": dict(report.fingerprint),
         "sparsity": report.sparsity,
         "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in report.layers],
@@ -249,20 +269,29 @@ def write_manifest(
         "files": dict(sorted(files.items())),
         "seconds": sum(layer.seconds for layer in report.layers),
         "memory": dict(report.memory),
+        **more,
     }
     manifest["sha256"] = manifest_digest(manifest)
     with atomic_write(path) as file:
         file.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
     """A manifest whose own digest holds.
+
+    Args:
+        smaller: it may be that of a model that was made smaller, too.
 
     Raises:
         ModelError: missing, not a manifest, or changed.
     """
     manifest = read_json(path, "the folder was not written by maskopt prune")
-    if manifest.get("format") != MANIFEST_FORMAT or not manifest.keys() >= _PARTS:
+    found = manifest.get("format")
+    if found == SMALLER_FORMAT and not smaller:
+        raise ModelError(
+            f"{path}: the folder was written by maskopt shrink, and is a dense model without masks"
+        )
+    if found not in (MANIFEST_FORMAT, SMALLER_FORMAT) or not manifest.keys() >= _PARTS:
         raise ModelError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
     if manifest.get("sha256") != manifest_digest(manifest):
         raise ModelError(f"{path}: does not match its own digest: it was changed")

@@ -242,10 +242,16 @@ class FolderSource:
     def vectors(self, index: int) -> dict[str, tuple[str, torch.dtype]]:
         found = {}
         for name in vectors_of(self.blocks, index):
-            sources = self._loader.conversion.sources(name)
-            if len(sources) == 1 and name not in self._loader.conversion.converted:
-                found[name] = sources[0], self.checkpoint.entry(sources[0]).torch_dtype
+            tensor = self.stored_as_is(name)
+            if tensor is not None:
+                found[name] = tensor, self.checkpoint.entry(tensor).torch_dtype
         return found
+
+    def stored_as_is(self, parameter: str) -> str | None:
+        """The checkpoint's tensor that is the parameter; None where it is made of others, or turned."""
+        sources = self._loader.conversion.sources(parameter)
+        as_is = len(sources) == 1 and parameter not in self._loader.conversion.converted
+        return sources[0] if as_is else None
 
     def block_memory(self) -> int:
         """A block is read in its stored dtype and converted; one tensor of it is held twice."""
@@ -270,6 +276,21 @@ class FolderSource:
         if output is None:
             raise ModelError("pruning a model folder needs an output folder: name `output`")
         return FolderRun(self, layers, output, overwrite=overwrite, resume=resume)
+
+
+def as_stored(source: Source, layer: Layer, weight: Tensor) -> Tensor:
+    """New weights of a layer [rows, n] as they can be stored, float64.
+
+    Raises:
+        ModelError: one is beyond the dtype's range.
+    """
+    dtype = source.stored_dtype(layer)
+    rounded = weight.to(dtype).double()
+    if not bool(torch.isfinite(rounded).all()):
+        raise ModelError(
+            f"layer {layer.name!r}: a new weight is beyond the range of {dtype}; take a larger `damping`"
+        )
+    return rounded
 
 
 def vectors_of(blocks: Blocks, index: int) -> list[str]:

@@ -94,12 +94,19 @@ def read_weights(folder: Path) -> Weights:
     return Weights(folder, where, (*shards, INDEX), frozenset(where) - frozenset(named))
 
 
-def check_entries(folder: Path, listed: Mapping[str, str], weights: Weights) -> None:
+def check_entries(
+    folder: Path,
+    listed: Mapping[str, str],
+    weights: Weights,
+    *,
+    needed: Collection[str] = (MASKS, CONFIG),
+) -> None:
     """Compare every file with the manifest's digest, and refuse everything else that a loader could
     take for weights, configuration or code.
 
     Args:
         listed: the manifest's files, name → SHA-256.
+        needed: files beside the weights that must be among them.
 
     Raises:
         VerificationError: a file that is missing, changed, unknown, or a link out of the folder.
@@ -117,7 +124,7 @@ def check_entries(folder: Path, listed: Mapping[str, str], weights: Weights) -> 
         check_regular(folder / name)
         if sha256(folder / name) != digest:
             raise VerificationError(f"{folder / name}: was changed: its digest is another one")
-    for name in (*weights.files, MASKS, CONFIG):
+    for name in (*weights.files, *needed):
         if name not in listed:
             raise VerificationError(f"{folder / name}: the manifest does not know this file")
     for entry in sorted(folder.iterdir()):

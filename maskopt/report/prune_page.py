@@ -28,7 +28,7 @@ from maskopt.report.table import Table, number
 
 @dataclass(frozen=True)
 class Pruned:
-    """A folder that `maskopt prune` wrote, as its manifest tells."""
+    """A folder that `maskopt prune` or `maskopt shrink` wrote, as its manifest tells."""
 
     folder: Path
     name: str
@@ -55,7 +55,7 @@ class Pruned:
     def open(cls, folder: Path, name: str) -> Pruned:
         """Raises ModelError: it is none, or its manifest was changed."""
         path = folder / MANIFEST
-        manifest = read_manifest(path)
+        manifest = read_manifest(path, smaller=True)
         layers = read_layers(manifest["layers"], path)
         parts = read_parts(manifest["parts"], path)
         sparsity = float(manifest["sparsity"])
@@ -66,6 +66,11 @@ class Pruned:
     def solved(self) -> list[LayerReport]:
         """Those with errors that can be compared: not those pruned by magnitude for want of tokens."""
         return [layer for layer in self.layers if not layer.fallback]
+
+    @property
+    def has_masks(self) -> bool:
+        """What was made smaller has none."""
+        return "pattern" in self.fingerprint["options"]
 
     def kinds(self) -> dict[str, list[LayerReport]]:
         found: dict[str, list[LayerReport]] = {}
@@ -129,7 +134,7 @@ def report_parts(
         *boxes,
         *(trained_table(one) for one in pruned if one.parts),
         *after,
-        mask_picture(pruned[0], picture),
+        *([mask_picture(pruned[0], picture)] if pruned[0].has_masks or picture else []),
         Heading("The same once more"),
         *(Command(repeating(one)) for one in pruned),
     ]
@@ -313,6 +318,8 @@ def trained_table(one: Pruned) -> Table:
 
 def mask_picture(one: Pruned, tensor: str | None) -> MaskPicture:
     """Raises OptionError: no mask is called so."""
+    if not one.has_masks:
+        raise OptionError(f"`picture`: {one.folder} was made smaller, and has no masks")
     masks = MaskFile(one.folder / MASKS)
     name = tensor or masks.names[0]
     if name not in masks:
@@ -322,7 +329,8 @@ def mask_picture(one: Pruned, tensor: str | None) -> MaskPicture:
 
 def repeating(one: Pruned) -> str:
     """The command that makes the same bytes from the same model and text; a manifest has no paths."""
-    return f"maskopt prune MODEL --config {one.folder / MANIFEST} --calibration TEXT --output AGAIN"
+    command = "prune" if one.has_masks else "shrink"
+    return f"maskopt {command} MODEL --config {one.folder / MANIFEST} --calibration TEXT --output AGAIN"
 
 
 def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:

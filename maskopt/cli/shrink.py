@@ -1,0 +1,113 @@
+"""`maskopt shrink`: a model folder in, a smaller model folder out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from maskopt.cli.console import output
+from maskopt.cli.parameters import (
+    CALIBRATION,
+    OUTPUT,
+    TEXT_SOURCES,
+    Model,
+    Overwrite,
+    Resume,
+    takes,
+)
+from maskopt.cli.prune import told_of_resume
+from maskopt.cli.prune_view import PruneView
+from maskopt.cli.view import view
+from maskopt.model.shrink_options import NOT_HERE, ShrinkOptions
+
+if TYPE_CHECKING:
+    from maskopt.model.report import LayerReport, PruneReport
+
+_NAMES = tuple(f.name for f in dataclasses.fields(ShrinkOptions) if f.name not in NOT_HERE)
+
+
+@takes(_NAMES, of=ShrinkOptions, config=True)
+def shrink(
+    model: Model,
+    calibration: Annotated[
+        str, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output", help="Folder for the smaller model.", rich_help_panel=OUTPUT, metavar="…"
+        ),
+    ],
+    options: dict[str, Any],
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Remove whole MLP channels and attention heads: a smaller dense model, faster in every engine.
+
+    The choice of heads is proven optimal for each layer's output. The model is read block by block and stays
+    as it is; `maskopt verify OUT --against MODEL` checks the result, and `maskopt prune` takes it.
+    """
+    from maskopt.model.shrink import shrink_model
+    from maskopt.model.workspace import check_output
+
+    check_output(out, overwrite=overwrite, resume=resume)
+    with told_of_resume(out), view() as shown:
+        report = shrink_model(
+            model,
+            calibration=calibration,
+            output=out,
+            overwrite=overwrite,
+            resume=resume,
+            on_progress=PruneView(shown),
+            **options,
+        )
+    show_report(report)
+    output.print(f"smaller model and manifest: {out}", soft_wrap=True)
+
+
+def show_report(report: PruneReport) -> None:
+    """A line for each kind of layer; errors relative to the energy of the layers' outputs."""
+    table = Table(caption="errors are parts of the energy of the layers' outputs, in the mean")
+    refit = any(layer.error_kept is not None for layer in report.layers)
+    held = any(layer.relative_held is not None for layer in report.layers)
+    headings = ["what stays", "inputs of", "layers", "proven best", "gap at most"]
+    headings += [
+        *(["before refit"] if refit else []),
+        "error",
+        *(["held out"] if held else []),
+        "s",
+    ]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in headings[:2] else "right")
+    for kind, layers in report.by_kind().items():
+        kept = [x.error if x.error_kept is None else x.error_kept for x in layers]
+        before = [e / x.energy for e, x in zip(kept, layers, strict=True) if x.energy]
+        best = sum("optimal" in layer.statuses for layer in layers)
+        table.add_row(
+            layers[0].pattern,
+            kind,
+            str(len(layers)),
+            f"{best}",
+            _gap(kept, layers),
+            *([f"{_mean(before):.4f}"] if refit else []),
+            f"{_mean([layer.relative for layer in layers]):.4f}",
+            *([f"{_mean([layer.relative_held or 0.0 for layer in layers]):.4f}"] if held else []),
+            f"{sum(layer.seconds for layer in layers):.1f}",
+        )
+    output.print(table)
+    output.print(report.sentence(), soft_wrap=True)
+    output.print(f"{report.sparsity:.1%} of the weights of these layers, in {report.seconds:.1f} s")
+
+
+def _gap(errors: list[float], layers: list[LayerReport]) -> str:
+    """The largest gap of a choice to its bound; nothing where a layer has none."""
+    gaps = [1 - x.lower_bound / e if e else 0.0 for e, x in zip(errors, layers, strict=True)]
+    return "–" if any(layer.lower_bound <= 0 for layer in layers) else f"{max(0.0, *gaps):.1%}"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,31 @@
+"""What decides the result of a walk through a model: for the manifest, and for `resume` to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from maskopt.model.job import Job
+from maskopt.model.report import versions
+
+
+def fingerprint_of(job: Job, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, options, text, precision, device and the model's digest."""
+    source, windows = job.source, job.windows
+    assert windows is not None
+    fingerprint = {
+        "versions": versions(),
+        "options": dict(options),
+        "calibration": {
+            "source": windows.source,
+            "samples": len(windows),
+            "length": windows.length,
+            "beginning": windows.beginning.record(),
+            "sha256": windows.digest,
+        },
+        "dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
+        "device": source.device.type,
+    }
+    if source.checkpoint is not None:
+        fingerprint["model"] = source.checkpoint.digest
+    return fingerprint

@@ -1,0 +1,90 @@
+"""The options of a model that is made smaller; those of the walk are a prune's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from maskopt.errors import OptionError
+from maskopt.least_squares import Refit
+from maskopt.model.options import (
+    KEEP,
+    MASKS,
+    REFIT,
+    WalkOptions,
+    about,
+    described,
+    option_field,
+)
+from maskopt.model.solving import check_solver
+
+#: of the walk's options, those that do not matter where all blocks are cut alike
+NOT_HERE = ("include", "exclude", "weighting", "all_experts")
+
+
+@dataclass(frozen=True)
+class ShrinkOptions(WalkOptions):
+    """Everything but model, text and output that `shrink_model` can be told.
+
+    Raises:
+        MaskoptError: a value that cannot be, nothing to remove, an unknown solver or an option that it lacks.
+    """
+
+    channels: float = option_field(
+        0.0, MASKS, "Share of every MLP's channels to remove.", least=0, below=1
+    )
+    heads: float = option_field(
+        0.0, MASKS, "Share of every attention's heads to remove.", least=0, below=1
+    )
+    multiple: int = option_field(
+        1, MASKS, "The channels that stay are a multiple of this; engines like 64.", least=1
+    )
+    solver: str = option_field("swap", MASKS, "Chooses channels; see `maskopt solvers`.")
+    solver_options: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=about(MASKS, "An option of the solver, NAME=VALUE; may be repeated."),
+    )
+    weights: str = option_field(
+        REFIT,
+        MASKS,
+        "Of the kept columns. refit: set anew by least squares; keep: as they are.",
+        choices=(KEEP, REFIT),
+    )
+    damping: float = option_field(
+        0.01,
+        MASKS,
+        "Of refitted weights, how strongly they stay where they were, in parts of G's mean diagonal.",
+        least=0,
+    )
+    certify: bool = option_field(
+        False,
+        MASKS,
+        "Say how far each choice of channels can be from the best, up to a minute each.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "solver_options", dict(self.solver_options))
+        if not self.channels and not self.heads:
+            raise OptionError("nothing is to be removed; give `channels` or `heads`, such as 0.25")
+        for name in NOT_HERE:
+            if getattr(self, name) != getattr(WalkOptions, name):
+                raise OptionError(f"all blocks are cut alike, on all tokens; leave out `{name}`")
+        check_solver(self.solver, self.solver_options, None)
+
+    @property
+    def how(self) -> Refit | None:
+        """How kept columns are refitted, in one system for all rows; None: they stay."""
+        return Refit(self.damping) if self.weights == REFIT else None
+
+    def record(self) -> dict[str, Any]:
+        """What decides the choice, as JSON values: for the manifest."""
+        fields = [f for f in dataclasses.fields(self) if f.name not in NOT_HERE]
+        names = [f.name for f in fields if f.metadata["decides"] == MASKS]
+        values = {name: getattr(self, name) for name in names}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+ShrinkOptions.__doc__ = described(ShrinkOptions)

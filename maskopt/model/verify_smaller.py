@@ -1,0 +1,265 @@
+"""Check what `maskopt shrink` wrote against its manifest and the original.
+
+Part of `maskopt.model.verify`; shares no code with what writes models. What it shows: every tensor is the
+original's, cut where and by what the manifest says, and the configuration is the original's but for the sizes
+that it names. What it cannot show, and calls claimed, is how good the choice is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import VerificationError
+from maskopt.model.verify_folder import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    Weights,
+    check_configuration,
+    check_entries,
+    is_copied,
+    read_json,
+    read_object,
+    read_weights,
+    sha256,
+    tensor,
+)
+from maskopt.model.verify_shape import no_number
+
+FORMAT = "maskopt-smaller-1"
+
+
+@dataclass(frozen=True)
+class VerifiedSmaller:
+    """What holds.
+
+    Attributes:
+        tensors, cut: how many there are, and how many of them are smaller than the original's.
+        set_anew: how many of those hold weights of their own.
+        files: whose digests were compared.
+        weights: numbers in the folder.
+        checked: what was computed from weights and original.
+        claimed: what the manifest says and nothing here shows.
+    """
+
+    tensors: int
+    cut: int
+    set_anew: int
+    files: int
+    weights: int
+    checked: tuple[str, ...]
+    claimed: tuple[str, ...]
+
+
+def is_smaller(folder: Path) -> bool:
+    """Does a manifest say that `maskopt shrink` wrote the folder? Nothing else of it is looked at."""
+    try:
+        found = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def verify_smaller(
+    output: str | Path,
+    against: str | Path | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifiedSmaller:
+    """Re-read a folder that `shrink_model` wrote.
+
+    Args:
+        against: the original model folder: every weight is its bits, but those that were set anew.
+        on_progress: called with tensors done and their number.
+
+    Raises:
+        VerificationError: with the first thing that does not hold.
+    """
+    folder = Path(output)
+    manifest = _read(folder)
+    weights = read_weights(folder)
+    check_entries(folder, manifest["files"], weights, needed=(CONFIG,))
+    shrunk = manifest["shrunk"]
+    original = None if against is None else read_weights(Path(against))
+    same: set[str] = set()
+    if original is not None:
+        same = _same_files(manifest, weights, original)
+    check_configuration(folder, manifest["files"], compared=same)
+    _check_settings(folder, shrunk["settings"], original)
+    count = 0
+    for done, name in enumerate(sorted(weights.where), 1):
+        count += _check_tensor(name, weights, original, shrunk)
+        on_progress(done, len(weights.where))
+    if odd := set(shrunk["tensors"]) - set(weights.where):
+        raise VerificationError(f"{folder}: tensor {min(odd)!r} of the manifest is not there")
+    checked = ["files", "sizes"]
+    claimed = ["errors", "bounds and statuses", "calibration"]
+    if original is None:
+        claimed = ["weights", *claimed]
+    else:
+        checked += ["kept weights", "other tensors", "configuration"]
+    if shrunk["set_anew"]:
+        claimed = ["weights that were set anew", *claimed]
+    return VerifiedSmaller(
+        tensors=len(weights.where),
+        cut=len(shrunk["tensors"]),
+        set_anew=len(shrunk["set_anew"]),
+        files=len(manifest["files"]),
+        weights=count,
+        checked=tuple(checked),
+        claimed=tuple(claimed),
+    )
+
+
+def _check_tensor(
+    name: str, weights: Weights, original: Weights | None, shrunk: Mapping[str, Any]
+) -> int:
+    """One tensor of the folder; how many numbers it holds."""
+    ours = tensor(weights.where[name], name)
+    steps = shrunk["tensors"].get(name, [])
+    for step in steps:
+        left = len(_inside(step, shrunk["kept"]))
+        if step["axis"] >= ours.ndim or ours.shape[step["axis"]] != left:
+            raise VerificationError(
+                f"{weights.folder}: tensor {name!r} is {list(ours.shape)}, and the manifest leaves {left} of "
+                f"axis {step['axis']}"
+            )
+    if original is not None:
+        theirs = tensor(original.where[name], name)
+        for step in steps:
+            if theirs.shape[step["axis"]] != sum(length for length, _ in step["parts"]):
+                raise VerificationError(
+                    f"{weights.folder}: tensor {name!r} is cut otherwise than it is long in the original"
+                )
+            theirs = theirs.index_select(step["axis"], _inside(step, shrunk["kept"]))
+        anew = name in shrunk["set_anew"]
+        if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+            raise VerificationError(f"{weights.folder}: tensor {name!r} has another shape or type")
+        if not anew and not _same_bits(ours, theirs):
+            raise VerificationError(
+                f"{weights.folder}: tensor {name!r} is not the original's, cut as the manifest says"
+            )
+    if ours.is_floating_point() and not bool(torch.isfinite(ours).all()):
+        raise VerificationError(f"{weights.folder}: tensor {name!r} holds NaN or infinite weights")
+    return ours.numel()
+
+
+def _inside(step: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Tensor:
+    """The indices along an axis that a cut leaves."""
+    stays, found, start = set(kept[step["by"]]), [], 0
+    for length, width in step["parts"]:
+        inside = torch.arange(length)
+        if width:
+            chosen = torch.zeros(length // width, dtype=torch.bool)
+            chosen[sorted(stays)] = True
+            inside = inside[chosen.repeat_interleave(width)]
+        found.append(inside + start)
+        start += length
+    return torch.cat(found)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    pair = (x.contiguous().view(-1).view(torch.uint8) for x in (one, other))
+    return torch.equal(*pair)
+
+
+def _same_files(manifest: Mapping[str, Any], weights: Weights, original: Weights) -> set[str]:
+    """Names of the files beside the weights that are those of the original.
+
+    Raises:
+        VerificationError: another model, other tensors, a file that is another one.
+    """
+    folder, home = weights.folder, original.folder
+    if odd := set(weights.where) ^ set(original.where):
+        raise VerificationError(f"{folder}: tensor {min(odd)!r} is in only one of the two models")
+    shards = [name for name in original.files if name != INDEX]
+    digests = {name: sha256(home / name) for name in (CONFIG, *shards)}
+    whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    if whole != manifest["fingerprint"].get("model"):
+        raise VerificationError(
+            f"{folder}: the manifest holds the digest of another model than {home}"
+        )
+    theirs = {f.name for f in home.iterdir() if is_copied(f.name) and f.is_file()}
+    ours = set(filter(is_copied, manifest["files"]))
+    for name in sorted((ours | theirs) - {CONFIG}):
+        if name not in ours & theirs or sha256(folder / name) != sha256(home / name):
+            raise VerificationError(
+                f"{folder / name}: is not the original's; tokenizer and the like are copied"
+            )
+    return (ours & theirs) - {CONFIG}
+
+
+def _check_settings(folder: Path, settings: Mapping[str, int], original: Weights | None) -> None:
+    """The configuration says the sizes of the manifest, and beside them what the original's says.
+
+    Raises:
+        VerificationError: not so.
+    """
+    config = read_object(folder / CONFIG)
+    text = config if any(key in config for key in settings) else config.get("text_config", {})
+    for key, value in settings.items():
+        if text.get(key) != value:
+            raise VerificationError(f"{folder / CONFIG}: {key} is not the {value} of the manifest")
+    if original is not None:
+        before = read_json(original.folder / CONFIG)
+        nested = before if text is config else before.get("text_config", {})
+        for key in settings:
+            nested[key] = text[key]
+        if before != config:
+            raise VerificationError(
+                f"{folder / CONFIG}: differs from the original in more than the sizes"
+            )
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Raises VerificationError where the manifest is missing, damaged, or its digest is another one."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes().decode("utf-8"), parse_constant=no_number)
+        claimed = manifest.pop("sha256")
+        text = json.dumps(manifest, sort_keys=True).encode()
+        sound = hashlib.sha256(text).hexdigest() == claimed and _has_shape(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise VerificationError(f"{path}: the manifest is damaged or was changed")
+    return dict(manifest)
+
+
+def _has_shape(manifest: Any) -> bool:
+    """All keys, with values of the right kinds that fit one another."""
+    shrunk, files = manifest["shrunk"], manifest["files"]
+    kept, tensors = shrunk["kept"], shrunk["tensors"]
+    return (
+        manifest["format"] == FORMAT
+        and isinstance(manifest["fingerprint"], dict)
+        and isinstance(shrunk["settings"], dict)
+        and all(_count(value) for value in shrunk["settings"].values())
+        and all(isinstance(digest, str) for digest in files.values())
+        and all(_count(i) for numbers in kept.values() for i in numbers)
+        and all(numbers == sorted(set(numbers)) and numbers for numbers in kept.values())
+        and all(_is_step(step, kept) for steps in tensors.values() for step in steps)
+        and all(steps for steps in tensors.values())
+        and set(shrunk["set_anew"]) <= set(tensors)
+    )
+
+
+def _is_step(step: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> bool:
+    highest = kept[step["by"]][-1]
+    return _count(step["axis"]) and all(
+        _count(length)
+        and _count(width)
+        and (not width or (length % width == 0 and highest < length // width))
+        for length, width in step["parts"]
+    )
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
