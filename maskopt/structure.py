@@ -7,6 +7,10 @@ With weight W and Gram matrix G of its inputs, removing the inputs P changes the
 positive semidefinite by Schur's product theorem. Inputs that can only go together (the columns that belong to
 an attention head) are one entry of p: rows and columns of Q are summed over them. So a layer has one row, as
 long as there are structures, and everything that solves, bounds and proves rows does so with structures.
+
+Of the many ways to write Q as diag(w)·G'·diag(w), the one is taken whose w are the norms of the structures'
+columns: then scores mean what they mean for a row. `magnitude` ranks by the columns' norms, `wanda` by Q's
+diagonal (Wanda-sp, in FLAP, arXiv 2312.11983), and G' has the inputs' own mean squares on its diagonal.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ def structure_problem(
     pattern: Pattern,
     *,
     groups: Int[Tensor, " n"] | None = None,
+    mean: Float[Tensor, " n"] | None = None,
     name: str = "",
 ) -> RowProblem:
     """Which structures of a layer's inputs to remove, with the kept weights as they are.
@@ -38,6 +43,7 @@ def structure_problem(
         pattern: of the structures, in the order of their numbers: how many stay, or N:M among neighbours.
         groups: the structure that each input belongs to, numbered 0 … m−1 without a gap; None: every input is
             one.
+        mean: of the inputs over tokens, for methods that look at it; only where every input is a structure.
 
     Raises:
         ProblemError: shapes that do not fit one another, numbers with a gap, or what `RowProblem` refuses.
@@ -48,16 +54,21 @@ def structure_problem(
             f"weight must be [rows, n] and gram [n, n], not {list(weight.shape)} and {list(gram.shape)}"
         )
     exact = weight.double()
-    quadratic = gram.double() * (exact.T @ exact)
+    quadratic, norms = gram.double() * (exact.T @ exact), exact.square().sum(0)
     if groups is not None:
         _check_groups(groups, weight.shape[1])
-        count = int(groups.max()) + 1
-        summed = torch.zeros(count, weight.shape[1], dtype=torch.float64, device=weight.device)
-        summed.index_add_(0, groups, quadratic)
-        quadratic = torch.zeros(count, count, dtype=torch.float64, device=weight.device)
-        quadratic.index_add_(1, groups, summed)
-    quadratic = (quadratic + quadratic.T) / 2
-    return RowProblem(torch.ones(len(quadratic)).to(quadratic), quadratic, pattern, name=name)
+        quadratic, norms = _summed(_summed(quadratic, groups).T, groups), _summed(norms, groups)
+    norms = norms.sqrt()
+    scale = torch.where(norms > 0, norms, 1.0)  # where there is no weight, Q is 0, too
+    correlation = quadratic / scale / scale[:, None]
+    correlation = (correlation + correlation.T) / 2
+    return RowProblem(norms, correlation, pattern, mean=mean if groups is None else None, name=name)
+
+
+def _summed(values: Tensor, groups: Tensor) -> Tensor:
+    """Over the entries of each group, along the first axis."""
+    total = torch.zeros(int(groups.max()) + 1, *values.shape[1:]).to(values)
+    return total.index_add_(0, groups, values)
 
 
 def refit_inputs(

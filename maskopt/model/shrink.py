@@ -178,11 +178,17 @@ def _shrink_layer(
     weight, gram = matrix(source.model, layer), gathered.value()
     dense = weight.detach().float().clone()
     began = time.perf_counter()
+    of_input = structures.groups.to(dense.device)
     problem = structure_problem(
-        dense, gram, structures.pattern, groups=structures.groups.to(dense.device), name=layer.name
+        dense,
+        gram,
+        structures.pattern,
+        groups=None if structures.count == layer.n else of_input,
+        mean=gathered.mean(),
+        name=layer.name,
     )
     solution, bound = _chosen(problem, structures, options)
-    kept = solution.mask[0][structures.groups.to(dense.device)]
+    kept = solution.mask[0][of_input]
     new = None
     if options.how is not None:
         new = as_stored(source, layer, refit_inputs(dense, gram, kept, options.how))

@@ -1,0 +1,252 @@
+"""Whole channels and heads: methods beside each other on real models. Writes docs/structures.md.
+
+    python tests/benchmarks/structures.py --calibration valid.txt --text test.txt --corpus WikiText-2
+    python tests/benchmarks/structures.py … --models smollm2 --only channels
+
+Every finished measurement is a line of a JSONL file (`--data`); a second run keeps what is there and measures
+the rest. The models are those of the demo (`maskopt demo --model`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from book import ROOT, Book
+from generalisation import calibrated, judged
+from machine import machine
+from structures_page import write
+from torch import Tensor
+
+from maskopt import Limits, RowProblem, Solution
+from maskopt.model import shrink as shrinking
+from maskopt.model.demo_model import MODELS, demo_model
+from maskopt.model.evaluate import evaluate
+from maskopt.model.options import WalkOptions
+from maskopt.model.report import PruneReport
+from maskopt.model.shrink import shrink_model
+
+#: label → what of it is a solver of ours
+METHODS = {
+    "swap": "swap",
+    "diagonal of Q (Wanda-sp)": "wanda",
+    "tabu": "tabu",
+    "FLAP's score": "flap",
+    "magnitude": "magnitude",
+    "random": "random",
+}
+CHANNELS = {"12.5%": 0.125, "25%": 0.25, "50%": 0.5}
+#: of heads, whose choice is proven in any case; what a configuration can say
+HEADS = {"smollm2": 1 / 3, "gemma3": 0.5}
+#: windows of the calibration; and models that are evaluated together
+WINDOWS, TOGETHER = 32, 4
+#: tokens of a window that times a forward pass, tokens that are generated, and repetitions
+PREFILL, DECODE, REPEATS = 512, 32, 7
+
+
+class Case(NamedTuple):
+    """A smaller model, and what its line is called."""
+
+    key: str
+    options: dict[str, Any]
+
+
+def channels(name: str) -> Iterator[Case]:
+    for label, share in sorted(CHANNELS.items(), key=lambda item: item[1] != 0.25):
+        for method, solver in METHODS.items():
+            for weights in ("refit", "keep"):
+                key = f"channels/{name}/{label}/{method}/{weights}"
+                yield Case(key, {"channels": share, "solver": solver, "weights": weights})
+
+
+def heads(name: str) -> Iterator[Case]:
+    for weights in ("refit", "keep"):
+        yield Case(f"heads/{name}/{weights}", {"heads": HEADS[name], "weights": weights})
+
+
+def gaps(name: str) -> Iterator[Case]:
+    """How far the choice of channels is from the best, and of heads, with seconds."""
+    yield Case(
+        f"gaps/{name}", {"channels": 0.25, "heads": HEADS[name], "certify": True, "weights": "keep"}
+    )
+
+
+STUDIES: dict[str, Callable[[str], Iterator[Case]]] = {
+    "channels": channels,
+    "heads": heads,
+    "gaps": gaps,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", required=True, help="text that choices are fitted to")
+    parser.add_argument("--text", required=True, help="text that models are judged on")
+    parser.add_argument("--corpus", help="where the two texts are from, for the page")
+    parser.add_argument("--windows", type=int, default=32, help="of 512 tokens")
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    names = [*STUDIES, "speed"]
+    parser.add_argument("--only", nargs="*", choices=names, default=names)
+    parser.add_argument("--data", type=Path, default=ROOT / "docs" / "figures" / "structures.jsonl")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "structures.md")
+    args = parser.parse_args()
+    book = Book(args.data)
+    book.begin(
+        {
+            "windows": args.windows,
+            "calibration": Path(args.calibration).name,
+            "text": Path(args.text).name,
+            "corpus": args.corpus,
+        }
+    )
+    book.check()
+    for study in args.only:
+        for name in args.models:
+            if study == "speed":
+                measure_speed(args, book, name)
+                continue
+            missing = [case for case in STUDIES[study](name) if case.key not in book]
+            for first in range(0, len(missing), TOGETHER):
+                measure(args, book, name, missing[first : first + TOGETHER])
+    write(book, args.page)
+    print(f"wrote {args.page}")
+
+
+def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Case]) -> None:
+    """Make a demo model smaller in several ways, and hold the results against it on the text."""
+    dense = demo_model(name)
+    folder = Path(tempfile.mkdtemp(prefix="maskopt-structures-"))
+    try:
+        found = []
+        for number, case in enumerate(cases):
+            out = folder / str(number)
+            report = smaller(dense, args.calibration, out, case.options)
+            found.append((case, out, {"seconds": report.seconds, **figures(report)}))
+        walk = WalkOptions(seq_len=512)
+        models = [dense, *(out for _, out, _ in found)]
+        first, *others = evaluate(models, args.text, walk, windows=args.windows)
+        taken = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+        for (case, _, facts), other in zip(found, others, strict=True):
+            line = judged(first, other)
+            del line["losses"]
+            book.put(case.key, {**line, **facts, **taken})
+    finally:
+        shutil.rmtree(folder)
+
+
+def smaller(dense: Path, calibration: str, out: Path, options: dict[str, Any]) -> PruneReport:
+    how = {**options, **calibrated(WINDOWS)}
+    if how.get("solver") != "flap":
+        return shrink_model(dense, calibration=calibration, output=out, seq_len=512, **how)
+    with by_variance():
+        how["solver"] = "wanda"
+        return shrink_model(dense, calibration=calibration, output=out, seq_len=512, **how)
+
+
+@contextmanager
+def by_variance() -> Iterator[None]:
+    """FLAP's score (An et al., AAAI 2024, arXiv 2312.11983) in place of a solver: a channel's variance over
+    the tokens times the squares of its weights. Its bias that makes up for the mean is left out, since these
+    layers have none."""
+    solve = shrinking.solve
+
+    def ranked(problem: RowProblem, solver: str, *, limits: Limits, **options: Any) -> Solution:
+        layer = problem.as_layer()
+        if layer.mean is None:
+            return solve(problem, solver, limits=limits, **options)
+        variance = layer.gram.diagonal().double() - layer.mean.double().square()
+        score: Tensor = variance * layer.weight[0].double().square()
+        mask = torch.zeros(1, problem.n, dtype=torch.bool)
+        mask[0, score.argsort(descending=True)[: problem.n - layer.pruned]] = True
+        return Solution.of(layer, mask)
+
+    shrinking.solve = ranked  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        shrinking.solve = solve
+
+
+def figures(report: PruneReport) -> dict[str, Any]:
+    """Mean relative errors, fitted and held out, the gaps of the choices, and seconds of solving."""
+    layers = report.layers
+    kept = [x.error if x.error_kept is None else x.error_kept for x in layers]
+    gaps = [1 - x.lower_bound / e for x, e in zip(layers, kept, strict=True) if e]
+    told: dict[str, Any] = {
+        "fitted": sum(x.relative for x in layers) / len(layers),
+        "held": sum(x.relative_held or 0.0 for x in layers) / len(layers),
+        "errors": {x.name: e for x, e in zip(layers, kept, strict=True)},
+        "solving": sum(x.seconds for x in layers),
+        "slowest": max(x.seconds for x in layers),
+        "removed": report.sparsity,
+    }
+    if all(x.lower_bound > 0 for x in layers):
+        told["gaps"] = {x.name: g for x, g in zip(layers, gaps, strict=True)}
+        told["proven"] = sum("optimal" in x.statuses for x in layers)
+    return told
+
+
+def measure_speed(args: argparse.Namespace, book: Book, name: str) -> None:
+    """Sizes, and tokens a second by plain transformers, dense and smaller in turn."""
+    key = f"speed/{name}"
+    if key in book:
+        return
+    dense = demo_model(name)
+    with tempfile.TemporaryDirectory(prefix="maskopt-structures-") as home:
+        out = Path(home) / "out"
+        options = {"channels": 0.25, "heads": HEADS[name], "solver": "wanda", "weights": "keep"}
+        smaller(dense, args.calibration, out, options)
+        models = {"dense": load(dense), "smaller": load(out)}
+        times: dict[str, dict[str, list[float]]] = {
+            m: {"prefill": [], "decode": []} for m in models
+        }
+        for _ in range(REPEATS):
+            for label, model in models.items():
+                for kind, run in (("prefill", prefill), ("decode", decode)):
+                    times[label][kind].append(run(model))
+        line: dict[str, Any] = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+        for label, folder in (("dense", dense), ("smaller", out)):
+            size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+            line[label] = {
+                "bytes": size,
+                "parameters": sum(p.numel() for p in models[label].parameters()),
+                "prefill": PREFILL / statistics.median(times[label]["prefill"]),
+                "decode": DECODE / statistics.median(times[label]["decode"]),
+            }
+        book.put(key, line)
+
+
+def load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def prefill(model: Any) -> float:
+    """Seconds of a forward pass through a window."""
+    ids = torch.randint(3, 1000, (1, PREFILL), generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    with torch.no_grad():
+        model(ids)
+    return time.perf_counter() - began
+
+
+def decode(model: Any) -> float:
+    """Seconds in which tokens are generated one after the other."""
+    ids = torch.randint(3, 1000, (1, 8), generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    with torch.no_grad():
+        model.generate(ids, min_new_tokens=DECODE, max_new_tokens=DECODE, do_sample=False)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The page out of the measurements of `structures.py`."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from book import Book, Record, family, percent, table
+from generalisation_page import TITLES
+
+ORDER = (
+    "random", "magnitude", "diagonal of Q (Wanda-sp)", "FLAP's score", "swap", "tabu",
+)  # fmt: skip
+_TEXT = Path(__file__).with_name("structures.md")
+
+
+def write(book: Book, page: Path) -> None:
+    """docs/structures.md: what structures are, and what was measured; studies without lines are left out."""
+    about = book.about
+    command = (
+        "python tests/benchmarks/structures.py "
+        f"--calibration {about['calibration']} --text {about['text']} --corpus {about['corpus']}"
+    )
+    taken = sorted({f"{r['machine']}, {r['date']}" for r in book.lines.values() if "machine" in r})
+    parts = [
+        _TEXT.read_text().rstrip(),
+        f"""## What was measured
+
+Written by `{command}`:
+32 calibration windows of 512 tokens, eight more kept aside for held-out errors, perplexity on
+{about["windows"]} windows. Windows begin with what the tokenizer puts before a text. Intervals are 95%, by
+bootstrap over the windows, paired with the dense model. {"; ".join(taken)}.""",
+        *(text for make in (channels, heads, gaps, speed) if (text := make(book.lines))),
+    ]
+    page.write_text("\n\n".join(part.strip() for part in parts) + "\n")
+
+
+def channels(lines: dict[str, Record]) -> str:
+    """A table a model."""
+    found = family(lines, "channels/")
+    parts = []
+    for name, title in TITLES.items():
+        mine = {tuple(key.split("/")[1:]): r for key, r in found.items() if key.startswith(name)}
+        shares = sorted({key[0] for key in mine}, key=lambda share: float(share.rstrip("%")))
+        rows = [
+            [share, method, *(_cell(mine.get((share, method, w))) for w in ("keep", "refit")),
+             *(_held(mine.get((share, method, w))) for w in ("keep", "refit"))]
+            for share in shares for method in ORDER
+            if any((share, method, w) in mine for w in ("keep", "refit"))
+        ]  # fmt: skip
+        if rows:
+            head = ("removed", "channels by", "perplexity / dense, weights kept", "refitted",
+                    "held-out error, kept", "refitted")  # fmt: skip
+            parts.append(f"{title}:\n\n{table(head, rows).strip()}\n\n{_beaten(mine)}")
+    if not parts:
+        return ""
+    return "### Channels of the MLP\n\n" + "\n\n".join(parts)
+
+
+def _beaten(mine: dict[tuple[str, ...], Record]) -> str:
+    """In how many layers swap's error is below the diagonal's, on the same inputs of the first block and on
+    those that each leaves."""
+    told = []
+    for share in sorted({key[0] for key in mine}, key=lambda share: float(share.rstrip("%"))):
+        one = mine.get((share, "swap", "keep"))
+        other = mine.get((share, "diagonal of Q (Wanda-sp)", "keep"))
+        if one and other:
+            both = [(one["errors"][n], other["errors"][n]) for n in one["errors"]]
+            below = sum(a < b for a, b in both)
+            told.append(f"{below} of {len(both)} layers at {share}")
+    if not told:
+        return ""
+    return f"The error of swap's choice is below that of the diagonal's in {', '.join(told)}."
+
+
+def heads(lines: dict[str, Record]) -> str:
+    rows = []
+    for name, title in TITLES.items():
+        for weights in ("keep", "refit"):
+            record = lines.get(f"heads/{name}/{weights}")
+            if record:
+                rows.append(
+                    [title, weights, percent(record["removed"]), _cell(record), _held(record),
+                     f"{record['proven']} of {len(record['errors'])}", f"{record['slowest']:.2f} s"]
+                )  # fmt: skip
+    if not rows:
+        return ""
+    head = ("model", "weights", "heads removed", "perplexity / dense", "held-out error",
+            "layers whose choice is proven", "slowest layer")  # fmt: skip
+    return "### Heads\n\n" + table(head, rows)
+
+
+def gaps(lines: dict[str, Record]) -> str:
+    rows = []
+    for name, title in TITLES.items():
+        record = lines.get(f"gaps/{name}")
+        if record:
+            of = [g for n, g in record["gaps"].items() if g > 1e-6]
+            rows.append(
+                [title, str(len(record["gaps"])), str(record["proven"]), percent(statistics.median(of)),
+                 percent(max(of)), f"{record['slowest']:.0f} s"]
+            )  # fmt: skip
+    if not rows:
+        return ""
+    head = ("model", "choices", "proven optimal", "median gap of the others", "largest",
+            "slowest, bound and all")  # fmt: skip
+    return (
+        "### How far from the best choice\n\n25% of the channels by swap, and heads:\n\n"
+        + table(head, rows)
+    )
+
+
+def speed(lines: dict[str, Record]) -> str:
+    rows = []
+    for name, title in TITLES.items():
+        record = lines.get(f"speed/{name}")
+        if record:
+            for label in ("dense", "smaller"):
+                one = record[label]
+                rows.append(
+                    [title, label, f"{one['parameters'] / 1e6:.1f} M", f"{one['bytes'] / 1e6:.0f} MB",
+                     f"{one['prefill']:.0f}", f"{one['decode']:.1f}"]
+                )  # fmt: skip
+    if not rows:
+        return ""
+    head = ("model", "", "parameters", "file", "tokens/s, window of 512", "tokens/s, one by one")
+    return (
+        "### Size and speed\n\nA quarter of the channels and the heads above removed; plain transformers in "
+        "float32 on the CPU, dense and smaller in turn, medians of seven:\n\n" + table(head, rows)
+    )
+
+
+def _cell(record: Record | None) -> str:
+    if record is None:
+        return "–"
+    ratio, low, high = record["ratio"]
+    return f"{ratio:.3f} ({low:.3f}–{high:.3f})"
+
+
+def _held(record: Record | None) -> str:
+    return "–" if record is None else f"{record['held']:.4f}"
