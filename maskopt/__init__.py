@@ -33,6 +33,7 @@ _MODEL_SIDE = {
     "PruneOptions": "maskopt.model.options",
     "open_job": "maskopt.model.job",
     "prune_model": "maskopt.model.prune",
+    "remove_blocks": "maskopt.model.remove_blocks",
     "shrink_model": "maskopt.model.shrink",
 }
 
@@ -78,6 +79,7 @@ __all__ = [
     "perplexity",
     "prune_model",
     "refit",
+    "remove_blocks",
     "save_problem",
     "shrink_model",
     "solve",

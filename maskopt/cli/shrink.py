@@ -14,6 +14,7 @@ from maskopt.cli.parameters import (
     CALIBRATION,
     OUTPUT,
     TEXT_SOURCES,
+    WHAT,
     Model,
     Overwrite,
     Resume,
@@ -22,6 +23,8 @@ from maskopt.cli.parameters import (
 from maskopt.cli.prune import told_of_resume
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
+from maskopt.errors import OptionError
+from maskopt.model.options import WalkOptions
 from maskopt.model.shrink_options import NOT_HERE, ShrinkOptions
 
 if TYPE_CHECKING:
@@ -43,10 +46,28 @@ def shrink(
         ),
     ],
     options: dict[str, Any],
+    blocks: Annotated[
+        int,
+        typer.Option(
+            help="Decoder blocks to remove whole, chosen by the model's output without each and each pair.",
+            rich_help_panel=WHAT,
+            min=0,
+            metavar="N",
+        ),
+    ] = 0,
+    windows: Annotated[
+        int,
+        typer.Option(
+            help="Of --blocks: calibration windows that they are judged on.",
+            rich_help_panel=CALIBRATION,
+            min=1,
+            metavar="N",
+        ),
+    ] = 4,
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
-    """Remove whole MLP channels and attention heads: a smaller dense model, faster in every engine.
+    """Remove whole MLP channels, attention heads or blocks: a smaller dense model, faster in every engine.
 
     The choice of heads is proven optimal for each layer's output. The model is read block by block and stays
     as it is; `maskopt verify OUT --against MODEL` checks the result, and `maskopt prune` takes it.
@@ -54,6 +75,11 @@ def shrink(
     from maskopt.model.shrink import shrink_model
     from maskopt.model.workspace import check_output
 
+    if blocks:
+        if resume:
+            raise OptionError("`blocks` are measured in one go; leave out `resume`")
+        _remove_blocks(model, calibration, out, blocks, windows, options, overwrite)
+        return
     check_output(out, overwrite=overwrite, resume=resume)
     with told_of_resume(out), view() as shown:
         report = shrink_model(
@@ -67,6 +93,48 @@ def shrink(
         )
     show_report(report)
     output.print(f"smaller model and manifest: {out}", soft_wrap=True)
+
+
+def _remove_blocks(
+    model: str,
+    calibration: str,
+    out: Path,
+    count: int,
+    windows: int,
+    options: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    from maskopt.model.remove_blocks import remove_blocks
+
+    if options["channels"] or options["heads"]:
+        raise OptionError(
+            "`blocks` go by themselves; cut `channels` and `heads` of what is left by a second "
+            "`maskopt shrink`"
+        )
+    walk = {f.name: options[f.name] for f in dataclasses.fields(WalkOptions) if f.name in options}
+    with view() as shown:
+        report = remove_blocks(
+            model,
+            calibration=calibration,
+            output=out,
+            count=count,
+            windows=windows,
+            options=WalkOptions(**walk),
+            overwrite=overwrite,
+            on_progress=PruneView(shown),
+        )
+    effects = report.effects
+    table = Table(caption="KL to the dense model, nats a token, by all single blocks and pairs")
+    for heading in ("choice", "blocks", "cost", ""):
+        table.add_column(heading, justify="right" if heading == "cost" else "left")
+    for label, chosen, note in (
+        ("of least cost", report.removed, f"{report.solution.status[0]}"),
+        ("changing their input least", effects.most_alike(count), ""),
+        ("the last ones", effects.last(count), ""),
+    ):
+        table.add_row(label, ", ".join(map(str, chosen)), f"{effects.cost(chosen):.4f}", note)
+    output.print(table)
+    output.print(f"{report.seconds:.1f} s; smaller model and manifest: {out}", soft_wrap=True)
 
 
 def show_report(report: PruneReport) -> None:

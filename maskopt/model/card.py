@@ -58,7 +58,7 @@ def write_card(
             f"# {base or 'A model'}, {_made(report)} by maskopt",
             report.sentence(),
             _use(smaller),
-            _figures(report, smaller),
+            *([_figures(report, smaller)] if report.layers else []),
             _origin(report, base, inherited, kept, "shrink" if smaller else "prune"),
         ]
     )
@@ -118,7 +118,7 @@ def _made(report: PruneReport) -> str:
 
 def _use(smaller: bool) -> str:
     what = (
-        "An ordinary dense model with fewer channels and heads, as config.json says."
+        "An ordinary dense model of smaller sizes, as config.json says."
         if smaller
         else "Weights are plain safetensors in the original's data types; pruned ones are zeros."
     )

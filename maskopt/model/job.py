@@ -250,9 +250,17 @@ class Job:
             state = captured.states[window].to(device)
             return end(tokens[window : window + 1].to(device), state)[0]
 
-        blocks = self.source.blocks
-        with self.source.head(), ending(self.source.model, blocks, captured.outputs) as end:
+        with self.after_blocks() as end:
             yield of
+
+    @contextmanager
+    def after_blocks(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """After a whole walk: what the model makes of token ids [1, length] and of what leaves the last block
+        for them, [1, length, width]: the logits [1, length, vocabulary]. As for `logits`."""
+        assert self._captured is not None
+        blocks, outputs = self.source.blocks, self._captured.outputs
+        with self.source.head(), ending(self.source.model, blocks, outputs) as end:
+            yield end
 
     def last_state(self, window: int) -> Tensor:
         """After a whole walk: what leaves the last block for a window, [length, width]."""

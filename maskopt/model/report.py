@@ -147,9 +147,9 @@ class PruneReport:
 
     @property
     def sparsity(self) -> float:
-        """Pruned share of all weights in the pruned layers."""
+        """Pruned share of all weights in the pruned layers; 0 where whole blocks went."""
         total = sum(layer.rows * layer.n for layer in self.layers)
-        return sum(layer.pruned for layer in self.layers) / total
+        return sum(layer.pruned for layer in self.layers) / total if total else 0.0
 
     @property
     def fallbacks(self) -> list[str]:
@@ -171,6 +171,15 @@ def what_was_done(
 ) -> str:
     """In one or two sentences."""
     options, text = fingerprint["options"], fingerprint["calibration"]
+    calibrated = (
+        f"Calibrated on {text['samples']} windows of {text['length']} tokens of {text['source']}, "
+        f"{Beginning.from_record(text['beginning'])}."
+    )
+    if "removed" in options:
+        gone = ", ".join(map(str, options["removed"]))
+        return (
+            f"removed {len(options['removed'])} whole blocks, those of index {gone}. {calibrated}"
+        )
     blocks = len({layer.block for layer in layers})
     after = {
         "keep": "kept weights stayed as they were",
@@ -178,10 +187,7 @@ def what_was_done(
         "reconstruct": "kept weights were trained towards the dense model's outputs",
     }[options["weights"]]
     what = _removed(layers) if "channels" in options else _pruned(options, layers, sparsity)
-    return (
-        f"{what} of {blocks} blocks{_pattern(options)}; {after}. Calibrated on {text['samples']} windows of "
-        f"{text['length']} tokens of {text['source']}, {Beginning.from_record(text['beginning'])}."
-    )
+    return f"{what} of {blocks} blocks{_pattern(options)}; {after}. {calibrated}"
 
 
 def _removed(layers: Sequence[LayerReport]) -> str:

@@ -85,13 +85,11 @@ def new_settings(source: FolderSource, every: Sequence[Structures]) -> dict[str,
 def check_family(
     source: FolderSource, settings: Mapping[str, int], every: Sequence[Structures]
 ) -> None:
-    """Build the model that the new configuration describes, without weights, and compare all of its shapes.
+    """Compare the model that the new configuration describes with what the cuts leave.
 
     Raises:
-        ModelError: the family's configuration does not say what the cuts leave.
+        ModelError: as for `check_shapes`.
     """
-    from transformers import AutoModelForCausalLM
-
     wanted = {name: tuple(p.shape) for name, p in source.model.named_parameters()}
     for one in every:
         some = torch.zeros(one.count, dtype=torch.bool)
@@ -100,6 +98,19 @@ def check_family(
             shape = list(wanted[name])
             shape[cut.axis] = len(cut.inside(some))
             wanted[name] = tuple(shape)
+    check_shapes(source, settings, wanted)
+
+
+def check_shapes(
+    source: FolderSource, settings: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Build the model that the new configuration describes, without weights, and compare all of its shapes.
+
+    Raises:
+        ModelError: the family's configuration does not say these.
+    """
+    from transformers import AutoModelForCausalLM
+
     before = source.model.config
     record = changed(before.to_dict(), settings)
     try:
@@ -184,12 +195,12 @@ def write_index(checkpoint: Checkpoint, target: Path, total: int) -> None:
         write_json(target / INDEX, index)
 
 
-def write_config(checkpoint: Checkpoint, target: Path, settings: Mapping[str, int]) -> None:
+def write_config(checkpoint: Checkpoint, target: Path, settings: Mapping[str, Any]) -> None:
     """config.json with other settings, all else as it was."""
     write_json(target / CONFIG, changed(read_json(checkpoint.folder / CONFIG), settings))
 
 
-def changed(config: Mapping[str, Any], settings: Mapping[str, int]) -> dict[str, Any]:
+def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with other settings of its text model, all else as it was."""
     nested = config.get("text_config")
     if isinstance(nested, dict) and not any(key in config for key in settings):
@@ -212,6 +223,6 @@ def _any_legal(one: Structures) -> Tensor:
 def _cannot_say(source: FolderSource, what: str) -> ModelError:
     family = getattr(source.model.config, "model_type", type(source.model).__name__)
     return ModelError(
-        f"the configuration of {family} models cannot describe the smaller model: {what}; leave out `heads` "
-        "or `channels`"
+        f"the configuration of {family} models cannot describe the smaller model: {what}; ask for "
+        "another share, or for other structures"
     )

@@ -87,20 +87,23 @@ def verify_smaller(
     weights = read_weights(folder)
     check_entries(folder, manifest["files"], weights, needed=(CONFIG,))
     shrunk = manifest["shrunk"]
+    names = _Names(shrunk.get("names", {}), shrunk.get("gone", []))
     original = None if against is None else read_weights(Path(against))
     same: set[str] = set()
     if original is not None:
-        same = _same_files(manifest, weights, original)
+        same = _same_files(manifest, weights, original, names)
     check_configuration(folder, manifest["files"], compared=same)
-    _check_settings(folder, shrunk["settings"], original)
+    _check_settings(folder, shrunk["settings"], shrunk.get("blocks", []), original)
     count = 0
     for done, name in enumerate(sorted(weights.where), 1):
-        count += _check_tensor(name, weights, original, shrunk)
+        count += _check_tensor(name, weights, original, shrunk, names)
         on_progress(done, len(weights.where))
     if odd := set(shrunk["tensors"]) - set(weights.where):
         raise VerificationError(f"{folder}: tensor {min(odd)!r} of the manifest is not there")
     checked = ["files", "sizes"]
     claimed = ["errors", "bounds and statuses", "calibration"]
+    if shrunk.get("blocks"):
+        claimed = ["effects of blocks", "calibration"]
     if original is None:
         claimed = ["weights", *claimed]
     else:
@@ -118,8 +121,23 @@ def verify_smaller(
     )
 
 
+@dataclass(frozen=True)
+class _Names:
+    """What tensors are called in the original, where they are called otherwise, and those that are gone."""
+
+    renamed: Mapping[str, str]
+    gone: Sequence[str]
+
+    def before(self, name: str) -> str:
+        return self.renamed.get(name, name)
+
+
 def _check_tensor(
-    name: str, weights: Weights, original: Weights | None, shrunk: Mapping[str, Any]
+    name: str,
+    weights: Weights,
+    original: Weights | None,
+    shrunk: Mapping[str, Any],
+    names: _Names,
 ) -> int:
     """One tensor of the folder; how many numbers it holds."""
     ours = tensor(weights.where[name], name)
@@ -132,7 +150,8 @@ def _check_tensor(
                 f"axis {step['axis']}"
             )
     if original is not None:
-        theirs = tensor(original.where[name], name)
+        before = names.before(name)
+        theirs = tensor(original.where[before], before)
         for step in steps:
             if theirs.shape[step["axis"]] != sum(length for length, _ in step["parts"]):
                 raise VerificationError(
@@ -170,15 +189,26 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*pair)
 
 
-def _same_files(manifest: Mapping[str, Any], weights: Weights, original: Weights) -> set[str]:
+def _same_files(
+    manifest: Mapping[str, Any], weights: Weights, original: Weights, names: _Names
+) -> set[str]:
     """Names of the files beside the weights that are those of the original.
 
     Raises:
         VerificationError: another model, other tensors, a file that is another one.
     """
     folder, home = weights.folder, original.folder
-    if odd := set(weights.where) ^ set(original.where):
+    known = [names.before(name) for name in weights.where] + list(names.gone)
+    if odd := set(known) ^ set(original.where):
         raise VerificationError(f"{folder}: tensor {min(odd)!r} is in only one of the two models")
+    if len(known) != len(set(known)):
+        raise VerificationError(f"{folder}: the manifest names a tensor of the original twice")
+    removed = manifest["shrunk"].get("blocks", [])
+    for name in names.gone:
+        if not any(f".{index}." in f".{name}" for index in removed):
+            raise VerificationError(
+                f"{folder}: tensor {name!r} is gone, and is of no removed block"
+            )
     shards = [name for name in original.files if name != INDEX]
     digests = {name: sha256(home / name) for name in (CONFIG, *shards)}
     whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
@@ -196,7 +226,9 @@ def _same_files(manifest: Mapping[str, Any], weights: Weights, original: Weights
     return (ours & theirs) - {CONFIG}
 
 
-def _check_settings(folder: Path, settings: Mapping[str, int], original: Weights | None) -> None:
+def _check_settings(
+    folder: Path, settings: Mapping[str, Any], removed: Sequence[int], original: Weights | None
+) -> None:
     """The configuration says the sizes of the manifest, and beside them what the original's says.
 
     Raises:
@@ -210,12 +242,21 @@ def _check_settings(folder: Path, settings: Mapping[str, int], original: Weights
     if original is not None:
         before = read_json(original.folder / CONFIG)
         nested = before if text is config else before.get("text_config", {})
-        for key in settings:
-            nested[key] = text[key]
+        for key, value in settings.items():
+            listed = nested.get(key)
+            if isinstance(listed, list) and value != _without(listed, removed):
+                raise VerificationError(
+                    f"{folder / CONFIG}: {key} is not the original's without the removed blocks"
+                )
+            nested[key] = value
         if before != config:
             raise VerificationError(
                 f"{folder / CONFIG}: differs from the original in more than the sizes"
             )
+
+
+def _without(values: Sequence[Any], removed: Sequence[int]) -> list[Any]:
+    return [value for index, value in enumerate(values) if index not in removed]
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -241,7 +282,10 @@ def _has_shape(manifest: Any) -> bool:
         manifest["format"] == FORMAT
         and isinstance(manifest["fingerprint"], dict)
         and isinstance(shrunk["settings"], dict)
-        and all(_count(value) for value in shrunk["settings"].values())
+        and all(_count(v) or isinstance(v, list) for v in shrunk["settings"].values())
+        and all(_count(index) for index in shrunk.get("blocks", []))
+        and all(isinstance(name, str) for name in shrunk.get("gone", []))
+        and all(isinstance(name, str) for name in shrunk.get("names", {}).values())
         and all(isinstance(digest, str) for digest in files.values())
         and all(_count(i) for numbers in kept.values() for i in numbers)
         and all(numbers == sorted(set(numbers)) and numbers for numbers in kept.values())

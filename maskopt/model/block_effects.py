@@ -1,0 +1,175 @@
+"""What it costs to leave blocks out of a model, measured by the model's own output.
+
+Every single block and every pair of them is left out of the dense model, and what that changes in the
+distribution of the next token is measured: KL(dense ‖ without), nats a token. All of these models go through
+the blocks side by side, so that each block's weights are in memory once: after block k there are
+1 + k + k(k−1)/2 of them, and a block is left out by taking over the states that came to it. For N blocks that
+is N³/6 passes through single blocks.
+
+The cost of leaving out a set P is then taken to be pᵀUp with U's diagonal the single costs and, beside it,
+half of what a pair costs beyond its two: exact for one block and for two, a model of interactions beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskopt.errors import ModelError
+from maskopt.model.activations import Activations
+from maskopt.model.job import Block, Job
+from maskopt.model.progress import ticker
+from maskopt.problem import RowProblem
+from maskopt.solution import Solution
+from maskopt.solver import solve
+
+#: every so many tokens of a window is judged: a large vocabulary costs more than the blocks
+EVERY = 8
+Left = frozenset[int]
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What is known of leaving out the blocks of a model.
+
+    Attributes:
+        kl: nats a token by the set of left-out blocks, of all sets of one or two.
+        similarity: of each block, the mean cosine of what enters it and what leaves it (ShortGPT, arXiv
+            2403.03853).
+    """
+
+    kl: dict[Left, float]
+    similarity: list[float]
+
+    def quadratic(self) -> Float[Tensor, "blocks blocks"]:
+        """U, float64."""
+        blocks = len(self.similarity)
+        u = torch.zeros(blocks, blocks, dtype=torch.float64)
+        for left, kl in self.kl.items():
+            if len(left) == 1:
+                (i,) = left
+                u[i, i] = kl
+            else:
+                i, j = sorted(left)
+                u[i, j] = u[j, i] = (kl - self.kl[Left({i})] - self.kl[Left({j})]) / 2
+        return u
+
+    def cost(self, left: Sequence[int]) -> float:
+        """pᵀUp of a set."""
+        some = torch.tensor(sorted(left))
+        return float(self.quadratic()[some][:, some].sum())
+
+    def problem(self, count: int) -> RowProblem:
+        """Which `count` blocks to leave out, as a problem for any solver."""
+        return RowProblem.from_quadratic(self.quadratic().numpy(), select=count, name="blocks")
+
+    def best(self, count: int) -> tuple[list[int], Solution]:
+        """The set of least cost, and the solution that says whether it is proven."""
+        solution = solve(self.problem(count), "branch", time_limit=600.0)
+        return (~solution.mask[0]).nonzero()[:, 0].tolist(), solution
+
+    def last(self, count: int) -> list[int]:
+        """The yardstick that knows nothing: the last ones."""
+        blocks = len(self.similarity)
+        return list(range(blocks - count, blocks))
+
+    def most_alike(self, count: int) -> list[int]:
+        """The blocks that change their input least, by the cosine."""
+        order = sorted(range(len(self.similarity)), key=lambda i: -self.similarity[i])
+        return sorted(order[:count])
+
+
+def measure_effects(job: Job, folder: Path | None = None) -> Effects:
+    """Walk through a dense model with all that leave out one or two of its blocks.
+
+    Args:
+        job: of a whole walk, entered.
+        folder: for files of hidden states, where they are not to be kept in memory.
+
+    Raises:
+        ModelError: NaN or infinite activations.
+    """
+    assert job.windows is not None
+    windows = range(len(job.windows))
+    similarity: list[float] = []
+    with ExitStack() as until_the_end:
+        held: dict[Left, Activations] = {}
+        for block in job.blocks():
+            entered = block.opened.samples.states
+            new = {left | {block.index}: states for left, states in held.items() if len(left) < 2}
+            new[Left({block.index})] = entered
+            copies = {
+                left: until_the_end.enter_context(_copy(states, windows, folder))
+                for left, states in new.items()
+            }
+            before = [entered[w] for w in windows]
+            tick = block.ticker("without others", len(held) + 1)
+            for states in held.values():
+                _through(block, states, windows)
+                tick(1)
+            held |= copies
+            block.advance()
+            tick(1)
+            similarity.append(_alike(before, [entered[w] for w in windows]))
+        return Effects(dict(_divergences(job, held)), similarity)
+
+
+def _through(block: Block, states: Activations, windows: Sequence[int]) -> None:
+    """The windows of one model through the block, in place."""
+    opened = block.opened
+    for wave in opened.threads.waves(windows):
+        found = opened.threads.run([lambda w=w: opened.run(w, states) for w in wave])  # type: ignore[misc]
+        for window, state in zip(wave, found, strict=True):
+            if not bool(torch.isfinite(state).all()):
+                raise ModelError(f"{opened.name}: NaN or infinite activations in window {window}")
+            states[window] = state
+
+
+@contextmanager
+def _copy(
+    states: Activations, windows: Sequence[int], folder: Path | None
+) -> Iterator[Activations]:
+    with Activations(len(windows), states.shape, states.dtype, folder) as copy:
+        for window in windows:
+            copy[window] = states[window]
+        yield copy
+
+
+def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Mean cosine over the tokens."""
+    cosines = [
+        torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean()
+        for a, b in zip(before, after, strict=True)
+    ]
+    return float(torch.stack(cosines).mean())
+
+
+def _divergences(job: Job, held: dict[Left, Activations]) -> Iterator[tuple[Left, float]]:
+    """KL(dense ‖ without) of every model, over some tokens of every window."""
+    assert job.windows is not None
+    tokens, device = job.windows.tokens, job.source.device
+    some = torch.arange(EVERY - 1, job.windows.length, EVERY)
+    if not len(some):
+        some = torch.tensor([job.windows.length - 1])
+    tick = ticker(job.tell, job.last, job.last + 1, "output", len(held))
+    with job.after_blocks() as end:
+
+        def logs(states: Callable[[int], Tensor], window: int) -> Tensor:
+            ids, state = tokens[window : window + 1, some], states(window)[:, some]
+            logits = end(ids.to(device), state.to(device))[0].float()
+            return torch.log_softmax(logits, -1)
+
+        dense = [logs(lambda w: job.last_state(w)[None], w) for w in range(len(tokens))]
+        for left, states in held.items():
+            total = 0.0
+            for window, log in enumerate(dense):
+                other = logs(states.__getitem__, window)
+                total += float((log.exp() * (log - other)).sum(1).double().sum())
+            yield left, total / (len(tokens) * len(some))
+            tick(1)

@@ -1,0 +1,271 @@
+"""Make a model smaller by whole decoder blocks: those whose absence its output shows least."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskopt.errors import ModelError, OptionError
+from maskopt.files import atomic_write
+from maskopt.model.block_effects import Effects, measure_effects
+from maskopt.model.card import hub_name, write_card
+from maskopt.model.checkpoint import INDEX, Checkpoint, file_digest, read_json
+from maskopt.model.fingerprint import fingerprint_of
+from maskopt.model.job import Job, open_job
+from maskopt.model.options import WalkOptions
+from maskopt.model.output import check_disk
+from maskopt.model.peak import peaks
+from maskopt.model.progress import OnBlockProgress
+from maskopt.model.report import PruneReport, write_manifest
+from maskopt.model.safefile import CHUNK, open_safe, write_safe
+from maskopt.model.smaller import CONFIG, check_shapes, write_config, write_json
+from maskopt.model.source import FolderSource
+from maskopt.model.windows import tokens_or_tokenizer
+from maskopt.model.workspace import MANIFEST, check_output, open_workspace
+from maskopt.model.write import copy_side_files, disk_needed
+from maskopt.solution import Solution
+
+#: windows that blocks are judged on, unless said otherwise
+WINDOWS = 4
+#: what configurations call the number of blocks
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+#: relative difference of the written model's last state from that of the model with blocks left out
+_SAME = 1e-2
+
+
+@dataclass(frozen=True)
+class BlocksReport:
+    """Which blocks went, and what others would have cost.
+
+    Attributes:
+        removed: their indices.
+        effects: of every block and pair.
+        solution: of the choice; its status says whether the set is proven to be of least cost.
+        seconds: wall time.
+    """
+
+    removed: list[int]
+    effects: Effects
+    solution: Solution
+    output: Path
+    seconds: float
+
+
+def remove_blocks(
+    model: str | Path,
+    tokenizer_or_tokens: Any = None,
+    *,
+    count: int,
+    output: str | Path,
+    calibration: Any = None,
+    windows: int = WINDOWS,
+    options: WalkOptions | None = None,
+    overwrite: bool = False,
+    on_progress: OnBlockProgress | None = None,
+) -> BlocksReport:
+    """Write a copy of a model folder without `count` of its blocks: an ordinary folder that `from_pretrained`
+    loads.
+
+    The set of least cost by all single blocks and pairs (`maskopt.model.block_effects`), solved exactly.
+
+    Args:
+        model: a folder, or a name on the hub.
+        tokenizer_or_tokens, calibration: as for `prune_model`; the first windows of the text are taken.
+        count: how many blocks go.
+        windows: of calibration, `options.seq_len` tokens each.
+
+    Raises:
+        MaskoptError: a count that leaves no block, a family whose configuration cannot say what is left, or
+            what `prune_model` refuses.
+    """
+    began = time.perf_counter()
+    options = options or WalkOptions(seq_len=512)
+    target = Path(output)
+    check_output(target, overwrite=overwrite, resume=False)
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
+    if text is None:
+        raise ModelError(
+            "removing blocks needs `calibration` text or tokens; name a source of text"
+        )
+    job = open_job(
+        model,
+        text,
+        options,
+        tokenizer=tokenizer,
+        whole=True,
+        limit=windows,
+        on_progress=on_progress,
+    )
+    source = job.source
+    if not isinstance(source, FolderSource):
+        raise ModelError("only model folders can be made smaller; save the model first")
+    if not 0 < count < len(source.blocks):
+        raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
+    _check_family(source, list(range(len(source.blocks) - count, len(source.blocks))))
+    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+        check_disk(work.output, disk_needed(source.checkpoint))
+        with job, torch.no_grad():
+            effects = measure_effects(job, work.hidden if _spills(job) else None)
+        removed, solution = effects.best(count)
+        settings = _check_family(source, removed)
+        names = _new_names(source, removed)
+        beside = copy_side_files(source.checkpoint, work.staging)
+        files = _write_shards(source.checkpoint, names, work.staging)
+        write_config(source.checkpoint, work.staging, settings)
+        fingerprint = fingerprint_of(
+            job, {"removed": removed, "weights": "keep", "seed": options.seed}
+        )
+        seconds = time.perf_counter() - began
+        report = PruneReport([], fingerprint, (), {}, target, seconds, (), peaks(source.device))
+        base = hub_name(source.checkpoint.folder)
+        for name in write_card(work.staging, report, base, beside):
+            files[name] = file_digest(work.staging / name)
+        _check_output_is_the_same(job, work.staging, removed, options)
+        record = _record(removed, settings, names, effects, solution)
+        write_manifest(work.staging / MANIFEST, report, files, {}, shrunk=record)
+        work.commit()
+    return BlocksReport(removed, effects, solution, target, time.perf_counter() - began)
+
+
+def _spills(job: Job) -> bool:
+    """Whether the states of all models take more memory than hidden states may."""
+    blocks, width = len(job.source.blocks), job.source.model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+    size = job.count * job.length * int(width) * 4 * (blocks * (blocks + 1) // 2)
+    return size > job.activation_memory
+
+
+def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
+    """The settings of the model without these blocks.
+
+    Raises:
+        ModelError: the family's configuration does not say what is left.
+    """
+    blocks = len(source.blocks)
+    stored = read_json(source.checkpoint.folder / CONFIG)
+    nested = stored.get("text_config", {}) if isinstance(stored.get("text_config"), dict) else {}
+    keys = [key for key in _DEPTHS if blocks in (stored.get(key), nested.get(key))]
+    text: Any = source.model.config.get_text_config()
+    settings: dict[str, Any] = {(keys or [_DEPTHS[0]])[0]: blocks - len(removed)}
+    for key, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == blocks:
+            settings[key] = [item for index, item in enumerate(value) if index not in removed]
+    renamed = {name: new for name, new in _renamed(source, removed) if new is not None}
+    shapes = {
+        renamed[name]: tuple(p.shape)
+        for name, p in source.model.named_parameters()
+        if name in renamed
+    }
+    check_shapes(source, settings, shapes)
+    return settings
+
+
+def _renamed(source: FolderSource, removed: list[int]) -> list[tuple[str, str | None]]:
+    """The model's parameters and what they are called without the blocks; None: they are gone."""
+    return [
+        (name, _without(name, source.blocks.name, removed))
+        for name, _ in source.model.named_parameters()
+    ]
+
+
+def _new_names(source: FolderSource, removed: list[int]) -> dict[str, str | None]:
+    """The same of the tensors that the checkpoint stores, whose names may begin otherwise."""
+    last = source.blocks.name.rpartition(".")[2]
+    return {name: _without(name, last, removed) for name in source.checkpoint.where}
+
+
+def _without(name: str, blocks: str, removed: list[int]) -> str | None:
+    found = re.search(rf"(?:^|\.){re.escape(blocks)}\.(\d+)\.", name)
+    if found is None:
+        return name
+    index = int(found[1])
+    if index in removed:
+        return None
+    new = index - sum(i < index for i in removed)
+    return f"{name[: found.start(1)]}{new}{name[found.end(1) :]}"
+
+
+def _write_shards(
+    checkpoint: Checkpoint, names: Mapping[str, str | None], target: Path
+) -> dict[str, str]:
+    """The shards without what is gone, under the new names, and their index; digests by name."""
+    digests: dict[str, str] = {}
+    where: dict[str, str] = {}
+    total = 0
+    for shard, file in checkpoint.shards.items():
+        entries = [entry for entry in file.entries.values() if names[entry.name] is not None]
+        if not entries:
+            continue
+        shapes = {str(names[entry.name]): (entry.dtype, entry.shape) for entry in entries}
+        with atomic_write(target / shard) as output:
+            write_safe(output, shapes, file.metadata)
+            for entry in entries:
+                for chunk in file.chunks(entry, CHUNK):
+                    output.write(chunk.data)
+        digests[shard] = file_digest(target / shard)
+        where |= dict.fromkeys(shapes, shard)
+        total += sum(entry.size for entry in open_safe(target / shard).entries.values())
+    if len(checkpoint.shards) > 1:
+        write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        digests[INDEX] = file_digest(target / INDEX)
+    return digests
+
+
+def _check_output_is_the_same(
+    job: Job, folder: Path, removed: list[int], options: WalkOptions
+) -> None:
+    """What was written computes what the model with these blocks left out computes, for one window.
+
+    Raises:
+        ModelError: it does not: the family's blocks depend on their numbers.
+    """
+    assert job.windows is not None
+    states = []
+    walk = WalkOptions(device=options.device, dtype=options.dtype, threads=options.threads)
+    for model, gone in ((job.source.checkpoint.folder, removed), (folder, [])):  # type: ignore[union-attr]
+        with open_job(model, job.windows.tokens[:1], walk, whole=True) as one, torch.no_grad():
+            for block in one.blocks():
+                if block.index in gone:
+                    block.advanced = block.dense_advanced = True
+                else:
+                    block.advance()
+            states.append(one.last_state(0).double())
+    apart = float((states[1] - states[0]).norm() / states[0].norm())
+    if not apart <= _SAME:
+        raise ModelError(
+            f"the smaller model's output is off by {apart:.1e}: blocks of this family depend on their "
+            "numbers, and cannot be removed"
+        )
+
+
+def _record(
+    removed: list[int],
+    settings: Mapping[str, Any],
+    names: Mapping[str, str | None],
+    effects: Effects,
+    solution: Solution,
+) -> dict[str, Any]:
+    """What went, for those who check, and what is claimed of it."""
+    count = len(removed)
+    return {
+        "settings": dict(settings),
+        "blocks": removed,
+        "names": {new: name for name, new in names.items() if new not in (None, name)},
+        "gone": sorted(name for name, new in names.items() if new is None),
+        "kept": {},
+        "tensors": {},
+        "set_anew": [],
+        "effects": {
+            "kl": {",".join(map(str, sorted(left))): kl for left, kl in effects.kl.items()},
+            "similarity": effects.similarity,
+            "cost": effects.cost(removed),
+            "status": str(solution.status[0]),
+            "last": effects.cost(effects.last(count)),
+            "most_alike": effects.cost(effects.most_alike(count)),
+        },
+    }

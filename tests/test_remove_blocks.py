@@ -1,0 +1,174 @@
+"""Whole blocks left out: effects by definition, the exact choice, and a folder that computes what is left."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from test_shrink import forge
+from tiny_models import save, tiny, tokens
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from maskopt import prune_model, remove_blocks, verify
+from maskopt.errors import ModelError, OptionError, VerificationError
+from maskopt.model.block_effects import EVERY, Effects
+from maskopt.model.options import WalkOptions
+from maskopt.model.verify_smaller import verify_smaller
+from maskopt.model.workspace import MANIFEST
+
+DEEP = [
+    "llama", "qwen2", "qwen3", "gemma3", "gpt2", "opt", "phi3", "gpt_neox", "falcon", "bloom", "cohere",
+    "olmo2", "glm", "mixtral", "qwen3_moe",
+]  # fmt: skip
+
+
+def logs(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(ids).logits
+    return torch.log_softmax(logits[:, EVERY - 1 :: EVERY].double(), -1)
+
+
+def without(folder: Path, gone: set[int]) -> nn.Module:
+    """The dense model with blocks that give what they are given."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for index in gone:
+        block = model.model.layers[index]
+        block.forward = lambda hidden_states, *_, **__: hidden_states
+    return model
+
+
+def test_effects_are_divergences_of_models_without_blocks(tmp_path: Path) -> None:
+    dense = save(tiny("llama", layers=4), tmp_path / "dense")
+    report = remove_blocks(dense, tokens(3), count=2, output=tmp_path / "out", windows=3)
+    full = logs(AutoModelForCausalLM.from_pretrained(dense), tokens(3))
+    sets = [{i} for i in range(4)] + [set(pair) for pair in itertools.combinations(range(4), 2)]
+    assert set(report.effects.kl) == {frozenset(s) for s in sets}
+    for gone in sets:
+        other = logs(without(dense, gone), tokens(3))
+        kl = float((full.exp() * (full - other)).sum(-1).mean())
+        assert report.effects.kl[frozenset(gone)] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+    pairs = {s: kl for s, kl in report.effects.kl.items() if len(s) == 2}
+    assert set(report.removed) == min(pairs, key=lambda s: pairs[s])
+    assert str(report.solution.status[0]) == "optimal"
+    assert report.effects.cost(report.removed) == pytest.approx(min(pairs.values()))
+    assert verify(report.effects.problem(2), report.solution).checked
+
+
+@pytest.mark.parametrize("family", DEEP)
+def test_what_is_written_is_the_model_without_them(family: str, tmp_path: Path) -> None:
+    dense = save(tiny(family), tmp_path / "dense", shard="30KB")
+    report = remove_blocks(dense, tokens(3), count=1, output=tmp_path / "out", windows=2)
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = AutoModelForCausalLM.from_pretrained(dense)
+    lost = sum(p.numel() for p in before.parameters()) - sum(
+        p.numel() for p in smaller.parameters()
+    )
+    assert lost > 0
+    if hasattr(before, "model") and hasattr(before.model, "layers"):
+        torch.testing.assert_close(
+            logs(smaller, tokens(2)), logs(without(dense, set(report.removed)), tokens(2)),
+            rtol=1e-3, atol=1e-4,
+        )  # fmt: skip
+    found = verify_smaller(tmp_path / "out", dense)
+    assert "kept weights" in found.checked
+
+
+def test_sets_of_three_are_chosen_by_pairs_and_proven(tmp_path: Path) -> None:
+    dense = save(tiny("llama", layers=6), tmp_path / "dense")
+    report = remove_blocks(dense, tokens(2), count=3, output=tmp_path / "out", windows=2)
+    costs = {s: report.effects.cost(s) for s in itertools.combinations(range(6), 3)}
+    assert tuple(report.removed) == min(costs, key=lambda s: costs[s])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 3
+    assert verify_smaller(tmp_path / "out", dense).tensors > 0
+
+
+def test_the_yardsticks() -> None:
+    kl = {frozenset({i}): 1.0 + i for i in range(4)}
+    kl |= {frozenset(p): 9.0 for p in itertools.combinations(range(4), 2)}
+    effects = Effects(kl, [0.1, 0.9, 0.5, 0.8])
+    assert effects.last(2) == [2, 3]
+    assert effects.most_alike(2) == [1, 3]
+    assert effects.cost([0, 1]) == pytest.approx(9.0)
+    assert effects.cost([2]) == pytest.approx(3.0)
+
+
+def test_states_may_lie_in_a_file(tmp_path: Path) -> None:
+    dense = save(tiny("llama", layers=4), tmp_path / "dense")
+    some = [
+        remove_blocks(
+            dense, tokens(3), count=1, output=tmp_path / str(memory), windows=2,
+            options=WalkOptions(activation_memory=memory, threads=1 + (memory == 0)),
+        )
+        for memory in (0, 2**30)
+    ]  # fmt: skip
+    assert some[0].effects.kl == some[1].effects.kl
+
+
+@pytest.mark.parametrize("count", [0, 3, 9])
+def test_counts_that_leave_nothing_are_refused(count: int, tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    with pytest.raises(OptionError, match="must be 1 to 2"):
+        remove_blocks(dense, tokens(2), count=count, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_family_that_cannot_say_it_is_refused(tmp_path: Path) -> None:
+    dense = save(tiny("bamba"), tmp_path / "dense")
+    with pytest.raises(
+        ModelError, match=r"cannot describe the smaller model|depend on their numbers"
+    ):
+        remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda m: m["shrunk"]["blocks"].__setitem__(0, 3),
+            "is of no removed block|not the original's",
+        ),
+        (lambda m: m["shrunk"]["gone"].pop(), "in only one of the two"),
+        (lambda m: m["shrunk"]["names"].clear(), "in only one of the two|twice"),
+        (lambda m: m["shrunk"]["settings"].update(num_hidden_layers=2), "is not the 2"),
+        (lambda m: m["shrunk"]["settings"].clear(), "in more than the sizes"),
+    ],
+)
+def test_forged_manifests_are_refused(change: Any, said: str, tmp_path: Path) -> None:
+    dense = save(tiny("llama", layers=4), tmp_path / "dense")
+    remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=1)
+    record = json.loads((tmp_path / "out" / MANIFEST).read_text())["shrunk"]
+    if record["blocks"] == [3]:
+        pytest.skip("the last block went, and nothing is renamed")
+    forge(tmp_path / "out", change)
+    with pytest.raises(VerificationError, match=said):
+        verify_smaller(tmp_path / "out", dense)
+
+
+def test_the_command_and_what_comes_after(tmp_path: Path) -> None:
+    dense = save(tiny("llama", layers=4), tmp_path / "dense")
+    np.save(tmp_path / "tokens.npy", tokens(6).numpy())
+    text = ["--calibration", tmp_path / "tokens.npy"]
+    said = run("shrink", dense, "--blocks", 2, *text, "--output", tmp_path / "out")
+    assert "of least cost" in said
+    assert "optimal" in said
+    assert "holds" in run("verify", tmp_path / "out", "--against", dense)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "removed 2 whole blocks" in card
+    both = ["--channels", 0.25, "--blocks", 1, *text, "--output", tmp_path / "both"]
+    assert "second `maskopt shrink`" in run("shrink", dense, *both, fails=OptionError)
+    again = ["--blocks", 1, "--resume", *text, "--output", tmp_path / "both"]
+    assert "in one go" in run("shrink", dense, *again, fails=OptionError)
+    run("shrink", tmp_path / "out", "--channels", 0.25, *text, "--output", tmp_path / "twice")
+    prune_model(
+        tmp_path / "twice", tokens(6), output=tmp_path / "pruned", sparsity=0.5, solver="wanda",
+        min_tokens=1,
+    )  # fmt: skip
