@@ -53,6 +53,15 @@ def test_the_page_of_generalisation_is_what_its_measurements_make(benchmarks, tm
         )
 
 
+def test_the_page_of_structures_is_what_its_measurements_make(benchmarks, tmp_path):
+    from book import Book
+    from structures_page import write
+
+    write(Book(ROOT / "docs" / "figures" / "structures.jsonl"), tmp_path / "structures.md")
+    page = (tmp_path / "structures.md").read_text()
+    assert page == (ROOT / "docs" / "structures.md").read_text()
+
+
 def test_the_page_of_refitted_weights_is_what_its_measurements_make(benchmarks, tmp_path):
     from book import Book
     from refit_page import write

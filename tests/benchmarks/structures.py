@@ -27,10 +27,13 @@ from structures_page import write
 from torch import Tensor
 
 from maskopt import Limits, RowProblem, Solution
+from maskopt.model import remove_blocks as removal
 from maskopt.model import shrink as shrinking
+from maskopt.model.block_effects import Effects
 from maskopt.model.demo_model import MODELS, demo_model
 from maskopt.model.evaluate import evaluate
 from maskopt.model.options import WalkOptions
+from maskopt.model.remove_blocks import remove_blocks
 from maskopt.model.report import PruneReport
 from maskopt.model.shrink import shrink_model
 
@@ -79,6 +82,16 @@ def gaps(name: str) -> Iterator[Case]:
     )
 
 
+#: blocks that go
+COUNT = 2
+#: label → which of them, by their effects
+CHOICES: dict[str, Callable[[Effects], list[int]]] = {
+    "least cost (proven)": lambda effects: effects.best(COUNT)[0],
+    "changing their input least (ShortGPT)": lambda effects: effects.most_alike(COUNT),
+    "the last ones": lambda effects: effects.last(COUNT),
+}
+
+
 STUDIES: dict[str, Callable[[str], Iterator[Case]]] = {
     "channels": channels,
     "heads": heads,
@@ -93,7 +106,7 @@ def main() -> None:
     parser.add_argument("--corpus", help="where the two texts are from, for the page")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
-    names = [*STUDIES, "speed"]
+    names = [*STUDIES, *APART]
     parser.add_argument("--only", nargs="*", choices=names, default=names)
     parser.add_argument("--data", type=Path, default=ROOT / "docs" / "figures" / "structures.jsonl")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "structures.md")
@@ -110,8 +123,8 @@ def main() -> None:
     book.check()
     for study in args.only:
         for name in args.models:
-            if study == "speed":
-                measure_speed(args, book, name)
+            if study in APART:
+                APART[study](args, book, name)
                 continue
             missing = [case for case in STUDIES[study](name) if case.key not in book]
             for first in range(0, len(missing), TOGETHER):
@@ -194,6 +207,56 @@ def figures(report: PruneReport) -> dict[str, Any]:
     return told
 
 
+def measure_blocks(args: argparse.Namespace, book: Book, name: str) -> None:
+    """Without two of its blocks, chosen in several ways out of one measurement of effects."""
+    if all(f"blocks/{name}/{label}" in book for label in CHOICES):
+        return
+    dense = demo_model(name)
+    known: list[Effects] = []
+    with tempfile.TemporaryDirectory(prefix="maskopt-structures-") as home:
+        outs, facts = [], []
+        for label, choice in CHOICES.items():
+            out = Path(home) / label.split()[0]
+            with chosen_by(choice, known):
+                report = remove_blocks(
+                    dense, calibration=args.calibration, count=COUNT, output=out,
+                    options=WalkOptions(seq_len=512),
+                )  # fmt: skip
+            outs.append(out)
+            effects = report.effects
+            facts.append({"removed": report.removed, "cost": effects.cost(report.removed),
+                          "seconds": report.seconds})  # fmt: skip
+        walk = WalkOptions(seq_len=512)
+        first, *others = evaluate([dense, *outs], args.text, walk, windows=args.windows)
+    taken = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    for label, fact, other in zip(CHOICES, facts, others, strict=True):
+        line = judged(first, other)
+        del line["losses"]
+        book.put(f"blocks/{name}/{label}", {**line, **fact, **taken})
+
+
+@contextmanager
+def chosen_by(choice: Callable[[Effects], list[int]], known: list[Effects]) -> Iterator[None]:
+    """Removal by another rule; effects are measured once, and kept in `known`."""
+    measure, best = removal.measure_effects, Effects.best
+
+    def measured(*given: Any) -> Effects:
+        if not known:
+            known.append(measure(*given))
+        return known[0]
+
+    def other(self: Effects, count: int) -> tuple[list[int], Solution]:
+        solution = best(self, count)[1]
+        Effects.best = best  # type: ignore[method-assign]
+        return sorted(choice(self)), solution
+
+    removal.measure_effects, Effects.best = measured, other  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        removal.measure_effects, Effects.best = measure, best  # type: ignore[method-assign]
+
+
 def measure_speed(args: argparse.Namespace, book: Book, name: str) -> None:
     """Sizes, and tokens a second by plain transformers, dense and smaller in turn."""
     key = f"speed/{name}"
@@ -222,6 +285,13 @@ def measure_speed(args: argparse.Namespace, book: Book, name: str) -> None:
                 "decode": DECODE / statistics.median(times[label]["decode"]),
             }
         book.put(key, line)
+
+
+#: studies with measurements of their own
+APART: dict[str, Callable[[argparse.Namespace, Book, str], None]] = {
+    "blocks": measure_blocks,
+    "speed": measure_speed,
+}
 
 
 def load(folder: Path) -> Any:

@@ -30,7 +30,7 @@ Written by `{command}`:
 32 calibration windows of 512 tokens, eight more kept aside for held-out errors, perplexity on
 {about["windows"]} windows. Windows begin with what the tokenizer puts before a text. Intervals are 95%, by
 bootstrap over the windows, paired with the dense model. {"; ".join(taken)}.""",
-        *(text for make in (channels, heads, gaps, speed) if (text := make(book.lines))),
+        *(text for make in (channels, heads, gaps, blocks, speed) if (text := make(book.lines))),
     ]
     page.write_text("\n\n".join(part.strip() for part in parts) + "\n")
 
@@ -108,6 +108,18 @@ def gaps(lines: dict[str, Record]) -> str:
         "### How far from the best choice\n\n25% of the channels by swap, and heads:\n\n"
         + table(head, rows)
     )
+
+
+def blocks(lines: dict[str, Record]) -> str:
+    rows = []
+    for name, title in TITLES.items():
+        for label, record in family(lines, f"blocks/{name}/").items():
+            gone = ", ".join(map(str, record["removed"]))
+            rows.append([title, label, gone, f"{record['cost']:.3f}", _cell(record)])
+    if not rows:
+        return ""
+    head = ("model", "two blocks by", "index", "KL on calibration", "perplexity / dense")
+    return "### Blocks\n\n" + table(head, rows)
 
 
 def speed(lines: dict[str, Record]) -> str:
