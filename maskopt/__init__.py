@@ -35,6 +35,8 @@ _MODEL_SIDE = {
     "prune_model": "maskopt.model.prune",
     "remove_blocks": "maskopt.model.remove_blocks",
     "shrink_model": "maskopt.model.shrink",
+    "with_fake_sparsity": "maskopt.model.torch_masks",
+    "with_torch_prune": "maskopt.model.torch_masks",
 }
 
 
@@ -85,4 +87,6 @@ __all__ = [
     "solve",
     "structure_problem",
     "verify",
+    "with_fake_sparsity",
+    "with_torch_prune",
 ]

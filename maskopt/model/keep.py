@@ -51,17 +51,28 @@ def keep_masks(
         ModelError: masks of layers that the model does not have, or of other shapes; weights in pruned
             places that are not zero; adapters that change weights otherwise than LoRA does.
     """
-    known = masks if isinstance(masks, Mapping) else _of_folder(Path(masks), trust_remote_code)
     inner = unwrapped(model)
-    layers = {base_name(layer.name): layer for layer in Blocks(inner).all_layers()}
+    held = parameter_masks(inner, masks, trust_remote_code=trust_remote_code)
+    return KeptMasks(
+        {name: (inner.get_parameter(name), kept) for name, kept in held.items()}, inner
+    )
+
+
+def parameter_masks(
+    model: nn.Module, masks: str | Path | Masks, *, trust_remote_code: bool = False
+) -> dict[str, Bool[Tensor, ...]]:
+    """Masks of layers as those of the model's parameters, by their names and in their shapes, True = kept.
+
+    Arguments and errors are those of `keep_masks`.
+    """
+    known = masks if isinstance(masks, Mapping) else _of_folder(Path(masks), trust_remote_code)
+    layers = {base_name(layer.name): layer for layer in Blocks(model).all_layers()}
     if missing := sorted(set(known) - set(layers)):
         raise ModelError(f"the model has no layer {missing[0]!r}, and the masks have one for it")
     held: dict[str, Tensor] = {}
     for name, kept in known.items():
-        _put(inner, layers[name], kept, held)
-    return KeptMasks(
-        {name: (inner.get_parameter(name), kept) for name, kept in held.items()}, inner
-    )
+        _put(model, layers[name], kept, held)
+    return held
 
 
 class KeptMasks:
