@@ -22,7 +22,7 @@ from maskopt.solver import available_solvers, make_solver, solve
 from maskopt.structure import structure_problem
 from maskopt.verification import Verification, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: imported on first use, since they bring transformers along
 _MODEL_SIDE = {

@@ -3,9 +3,10 @@
 import re
 
 import pytest
-from commands import process
+from commands import process, run
 from typer.testing import CliRunner
 
+import maskopt
 from maskopt import available_solvers
 from maskopt.cli import app
 
@@ -47,3 +48,7 @@ def test_an_error_is_printed_as_it_is(tmp_path):
     assert result.returncode == 1
     assert "[red]:M:.npz" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_version():
+    assert run("--version") == f"maskopt {maskopt.__version__}\n"

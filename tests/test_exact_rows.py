@@ -10,7 +10,16 @@ import pytest
 import torch
 from strategies import random_gram, random_weight
 
-from maskopt import LayerProblem, Limits, Status, Unstructured, available_solvers, solve, verify
+from maskopt import (
+    LayerProblem,
+    Limits,
+    Status,
+    Unstructured,
+    __version__,
+    available_solvers,
+    solve,
+    verify,
+)
 from maskopt.errors import OptionError, SolverError
 from maskopt.solver import make_solver
 from maskopt.solvers.exact import branch, exhaustive, gurobi, highs, incumbent, scip, tree
@@ -247,7 +256,7 @@ def test_enumeration_stops_at_the_deadline(monkeypatch):
 def test_who_vouches_is_named_with_its_version(name):
     problem = layer(n=24, rows=1)
     word = solve(problem, name).vouched[0]
-    maker = {"branch": "branch of maskopt 0.1.0", "scip": "SCIP ", "gurobi": "Gurobi "}
+    maker = {"branch": f"branch of maskopt {__version__}", "scip": "SCIP ", "gurobi": "Gurobi "}
     assert word.startswith(maker.get(name, "HiGHS ")), word
     assert any(character.isdigit() for character in word)
 
@@ -258,7 +267,7 @@ def test_enumeration_vouches_for_positive_bounds_alone():
         torch.cat([problem.weight[:1], 0 * problem.weight[:1]]), problem.gram, problem.pattern
     )
     solution = solve(zero, "exhaustive")
-    assert solution.vouched == ("enumeration of maskopt 0.1.0", "")
+    assert solution.vouched == (f"enumeration of maskopt {__version__}", "")
 
 
 def test_progress_counts_rows(name):

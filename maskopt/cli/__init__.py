@@ -8,6 +8,7 @@ from collections.abc import Callable
 import typer
 from rich.markup import escape
 
+from maskopt import __version__
 from maskopt.cli import (
     apply,
     certify,
@@ -69,9 +70,18 @@ for _name, _command in COMMANDS.items():
     app.command(_name, cls=FlagCommand, epilog=_example)(with_view(_command))
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"maskopt {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks of expected errors."),
+    version: bool = typer.Option(
+        False, "--version", help="Show the version.", is_eager=True, callback=_version
+    ),
 ) -> None:
     """Options before the command's name."""
 
