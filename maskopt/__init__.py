@@ -26,6 +26,7 @@ __version__ = "0.2.0"
 
 #: imported on first use, since they bring transformers along
 _MODEL_SIDE = {
+    "collect_grams": "maskopt.model.gram_store",
     "collect_problems": "maskopt.model.problems",
     "keep_masks": "maskopt.model.keep",
     "load_packed": "maskopt.model.pack",
@@ -70,6 +71,7 @@ __all__ = [
     "__version__",
     "available_bounds",
     "available_solvers",
+    "collect_grams",
     "collect_problems",
     "improving_swap",
     "keep_masks",

@@ -7,7 +7,7 @@ column tiles of a fixed size: the bits do not depend on how many threads worked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -92,6 +92,35 @@ class Gram:
             total += left.sum(0, dtype=torch.float64)
         self._total[start:stop] += total
         self._between[start:stop] += total.square() / max(len(inputs), 1)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was summed, float64 but for the number of tokens: what `restored` takes, to the bit. Of
+        the sum, the upper triangle, row after row."""
+        rows, columns = torch.triu_indices(self.n, self.n, device=self._sum.device)
+        return {
+            "sum": self._sum[rows, columns],
+            "total": self._total,
+            "between": self._between,
+            "tokens": torch.tensor([self.tokens]),
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Gram:
+        """What `state` told, on a device.
+
+        Raises:
+            ProblemError: it does not fit together.
+        """
+        n = len(state["total"])
+        if len(state["sum"]) != n * (n + 1) // 2 or state["between"].shape != state["total"].shape:
+            raise ProblemError(f"the state of a Gram matrix of {n} inputs does not fit together")
+        gram = cls(n, device)
+        rows, columns = torch.triu_indices(n, n, device=gram._sum.device)
+        gram._sum[rows, columns] = state["sum"].to(gram._sum)
+        gram._total.copy_(state["total"])
+        gram._between.copy_(state["between"])
+        gram.tokens = int(state["tokens"])
+        return gram
 
     def mean(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
         """The mean input over tokens; zeros where no token was seen."""

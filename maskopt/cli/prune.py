@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 @takes(ALL, config=True)
 def prune(
     model: Model,
-    calibration: Annotated[
-        str, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")
-    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -44,6 +41,17 @@ def prune(
         ),
     ],
     options: dict[str, Any],
+    calibration: Annotated[
+        str | None, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")
+    ] = None,
+    grams: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of text: what `maskopt gram` wrote.",
+            rich_help_panel=CALIBRATION,
+            metavar="…",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
@@ -57,10 +65,12 @@ def prune(
 
     check_output(out, overwrite=overwrite, resume=resume)
     with told_of_resume(out), view() as shown:
-        expected = None if resume else _told_beforehand(shown, model, calibration, options)
+        known = resume or grams is not None  # a part of it is done already
+        expected = None if known else _told_beforehand(shown, model, calibration, options)
         report = prune_model(
             model,
             calibration=calibration,
+            grams=grams,
             output=out,
             overwrite=overwrite,
             resume=resume,
@@ -72,7 +82,7 @@ def prune(
 
 
 def _told_beforehand(
-    shown: View, model: str, calibration: str, options: dict[str, Any]
+    shown: View, model: str, calibration: str | None, options: dict[str, Any]
 ) -> float | None:
     """Say how long the prune will take and how much memory, where that is worth the seconds of finding out;
     the time, in seconds."""

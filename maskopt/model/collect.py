@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -91,6 +91,29 @@ class Grams:
         self._leader: dict[str, str] = {}
         self._grams: dict[str, Gram] = {}
         self._moved: dict[str, Moved] = {}
+
+    @classmethod
+    def restored(
+        cls,
+        device: torch.device,
+        leaders: Mapping[str, str],
+        grams: Mapping[str, Gram],
+        held: Grams | None = None,
+    ) -> Grams:
+        """Those of an earlier walk.
+
+        Args:
+            leaders: by layer, in the order in which they were seen, the layer whose Gram matrix is its own.
+            grams: by those layers.
+        """
+        found = cls(device, held)
+        found.order, found._leader, found._grams = list(leaders), dict(leaders), dict(grams)
+        return found
+
+    @property
+    def leaders(self) -> Mapping[str, str]:
+        """By layer, in the order in which they were seen, the one whose Gram matrix is its own."""
+        return {layer: self._leader[layer] for layer in self.order}
 
     def of(self, layer: str) -> Gram | None:
         """None where the layer never saw a token."""

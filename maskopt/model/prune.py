@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.errors import ModelError
+from maskopt.limits import torch_threads
 from maskopt.model.allocate import allocate
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
 from maskopt.model.fingerprint import fingerprint_of
+from maskopt.model.gram_store import GramStore, StoredBlock, stored_blocks
 from maskopt.model.importance import counting
 from maskopt.model.job import Block, Job, open_job
 from maskopt.model.options import AUTO, MODEL, PruneOptions, prune_options
@@ -51,6 +54,7 @@ def prune_model(
     options: PruneOptions | None = None,
     *,
     calibration: str | Path | Sequence[Any] | None = None,
+    grams: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -71,6 +75,7 @@ def prune_model(
         calibration: see `maskopt.model.text.read_documents`; a list of strings is taken as
             documents, a `.npy` file as tokens. With the option `chat`, conversations: see
             `maskopt.model.chat.read_conversations`.
+        grams: what `collect_grams` wrote of the model, in place of text: the result is that of `one_pass`.
         output: folder for the pruned model, its masks and its manifest.
         overwrite: replace what is in the output folder.
         resume: go on with the unfinished run in it.
@@ -87,25 +92,32 @@ def prune_model(
     if resume and overwrite:
         raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    if text is None:
-        raise ModelError("pruning needs `calibration` text or tokens; name a source of text")
+    if (text is None) == (grams is None):
+        raise ModelError(
+            "pruning needs `calibration` text or tokens, or `grams`; name a source of text, or one of the two"
+        )
+    store = None if grams is None else GramStore(grams)
+    options = options if store is None else store.options(options)
     target = None if output is None else Path(output)
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
     job.source.blocks.check_unshared(job.layers)
+    if store is not None:
+        store.check_model(job)
     run = job.source.start_run(
         job.layers, target, tokenizer=tokenizer, overwrite=overwrite, resume=resume
     )
     if options.budget == MODEL and not options.counts:
         options = _with_counts(job, options, target if resume else None)
         job = job.again(options)
-    fingerprint = fingerprint_of(job, options.record())
+    known = None if store is None else store.fingerprint["calibration"]
+    fingerprint = fingerprint_of(job, options.record(), known)
     if resume and target is not None:
         finished = finished_report(target, fingerprint)
         if finished is not None:
             return finished
     with run.opened(fingerprint), torch.no_grad():
-        with job:
-            layers, parts, bad = _prune_blocks(job, options, run)
+        with job, nullcontext() if store is None else torch_threads(job.threads):
+            layers, parts, bad = _prune_blocks(job, options, run, store)
         seconds = time.perf_counter() - began
         memory = peaks(job.source.device)
         report = PruneReport(layers, fingerprint, bad, run.masks, target, seconds, parts, memory)
@@ -122,7 +134,7 @@ def _with_counts(job: Job, options: PruneOptions, resumed: Path | None) -> Prune
 
 
 def _prune_blocks(
-    job: Job, options: PruneOptions, run: Run
+    job: Job, options: PruneOptions, run: Run, store: GramStore | None
 ) -> tuple[list[LayerReport], list[PartReport], list[dict[str, Any]]]:
     """The main loop; see the module's docstring. Layers and trained parts in the order of the model, and
     the samples that were left out."""
@@ -130,7 +142,12 @@ def _prune_blocks(
     reports = {index: done.layers for index, done in finished.items()}
     parts = {index: done.parts for index, done in finished.items()}
     bad = {index: done.bad for index, done in finished.items()}
-    for block in job.blocks(finished, run.activation_folder()):
+    blocks: Iterator[Block | StoredBlock] = (
+        job.blocks(finished, run.activation_folder())
+        if store is None
+        else stored_blocks(job, store, finished)
+    )
+    for block in blocks:
         targets = _targets(block, options, run)
         results: dict[str, LayerReport] = {}
         masks: dict[str, tuple[Layer, Tensor]] = {}
@@ -173,9 +190,9 @@ def _prune_blocks(
     )
 
 
-def _targets(block: Block, options: PruneOptions, run: Run) -> Targets | None:
+def _targets(block: Block | StoredBlock, options: PruneOptions, run: Run) -> Targets | None:
     """What the block's parts give in the dense model, where its weights are to be trained."""
-    if options.reconstruction is None:
+    if options.reconstruction is None or isinstance(block, StoredBlock):
         return None
     states = block.opened.samples.states
     folder = run.activation_folder() if states.in_file else None

@@ -1,0 +1,61 @@
+"""`maskopt gram`: the Gram matrices of a model, to be solved elsewhere and repeatedly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from maskopt.cli.console import output
+from maskopt.cli.parameters import (
+    CALIBRATION,
+    OUTPUT,
+    TEXT_SOURCES,
+    WALK,
+    Model,
+    Overwrite,
+    takes,
+)
+from maskopt.cli.prune_view import PruneView
+from maskopt.cli.view import view
+from maskopt.model.options import WalkOptions
+
+
+@takes(
+    tuple(name for name in (*WALK, "seed", "holdout") if name != "shrink"),
+    of=WalkOptions,
+    config=True,
+)
+def gram(
+    model: Model,
+    calibration: Annotated[
+        str, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output", help="Folder for the Gram matrices.", rich_help_panel=OUTPUT, metavar="…"
+        ),
+    ],
+    options: dict[str, Any],
+    overwrite: Overwrite = False,
+) -> None:
+    """Collect the Gram matrices of a dense model's layers once, for `maskopt prune --grams` and `sweep`.
+
+    A prune from them is a prune with --one-pass, to the same bytes; it needs neither the text nor a pass
+    through the model.
+    """
+    from maskopt.model.gram_store import collect_grams
+
+    with view() as shown:
+        collect_grams(
+            model,
+            calibration=calibration,
+            output=out,
+            overwrite=overwrite,
+            on_progress=PruneView(shown),
+            **options,
+        )
+    size = sum(file.stat().st_size for file in out.iterdir())
+    output.print(f"Gram matrices: {out}, {size / 2**30:.2f} GiB", soft_wrap=True)

@@ -1,0 +1,145 @@
+"""`maskopt sweep`: many prunes from the same Gram matrices, and a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from maskopt.cli.console import output
+from maskopt.cli.parameters import CALIBRATION, OUTPUT, WHAT, Model, option_list, takes
+from maskopt.cli.prune_view import PruneView
+from maskopt.cli.view import view
+from maskopt.errors import OptionError
+from maskopt.pattern import Pattern, Unstructured, parse_pattern
+
+if TYPE_CHECKING:
+    from maskopt.model.evaluate import Evaluation
+    from maskopt.model.sweep import Swept
+
+_OPTIONS = (
+    "include",
+    "exclude",
+    "damping",
+    "shrink",
+    "min_tokens",
+    "warm_start",
+    "solver_options",
+    "threads",
+    "device",
+    "max_memory",
+    "trust_remote_code",
+)
+
+
+@takes(_OPTIONS)
+def sweep(
+    model: Model,
+    grams: Annotated[
+        Path,
+        typer.Option(
+            help="What `maskopt gram` wrote of the model.", rich_help_panel=CALIBRATION, metavar="…"
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            help="A folder with one for each prune; what is finished there is kept.",
+            rich_help_panel=OUTPUT,
+            metavar="…",
+        ),
+    ],
+    options: dict[str, Any],
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Several, e.g. 0.5,0.6,0.7.", rich_help_panel=WHAT, metavar="…"),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Several, e.g. 2:4,4:8.", rich_help_panel=WHAT, metavar="…")
+    ] = None,
+    solver: Annotated[
+        str, typer.Option(help="Several, e.g. swap,wanda.", rich_help_panel=WHAT, metavar="…")
+    ] = "swap",
+    weights: Annotated[
+        str, typer.Option(help="keep, refit, or both.", rich_help_panel=WHAT, metavar="…")
+    ] = "keep",
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text that all models are judged on.", rich_help_panel=OUTPUT, metavar="…"
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(
+            help="Of 512 tokens of it; default: all.", rich_help_panel=OUTPUT, metavar="N", min=1
+        ),
+    ] = None,
+) -> None:
+    """Prune a model in every combination, each a folder, and print one table.
+
+    All come from the same Gram matrices, so that no passes through the model are needed but those of --text.
+    """
+    from maskopt.model.sweep import sweep as library
+
+    with view() as shown:
+        found, dense = library(
+            model,
+            grams,
+            out,
+            patterns=_patterns(sparsity, pattern),
+            solvers=option_list(solver),
+            weights=option_list(weights),
+            text=text,
+            windows=windows,
+            on_progress=lambda label: PruneView(shown),
+            **options,
+        )
+    output.print(swept_table(found, dense))
+    output.print(f"pruned models, masks and manifests: {out}", soft_wrap=True)
+
+
+def _patterns(sparsity: str | None, pattern: str | None) -> list[Pattern]:
+    """Raises OptionError for a sparsity that is no number."""
+    found: list[Pattern] = []
+    for part in option_list(sparsity):
+        try:
+            found.append(Unstructured(sparsity=float(part)))
+        except ValueError as error:
+            raise OptionError(f"`sparsity` {part!r}: {error}") from None
+    return [*found, *map(parse_pattern, option_list(pattern))]
+
+
+def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
+    """A line a prune; errors are means over its layers, as parts of their outputs' energy."""
+    table = Table(caption="errors: mean over the layers of their outputs' relative errors")
+    headings = ["prune", "pruned", "error", "held out", "rows proven", "solving, s"]
+    judged = [] if dense is None else ["perplexity", "× dense"]
+    for heading in [*headings, *judged]:
+        table.add_column(heading, justify="left" if heading == "prune" else "right")
+    if dense is not None:
+        table.add_row("dense", *["–"] * 5, f"{dense.perplexity.value:.2f}", "1")
+    for one in found:
+        layers = [layer for layer in one.report.layers if not layer.fallback]
+        held = [x.relative_held for x in layers if x.relative_held is not None]
+        rows = sum(layer.rows for layer in layers)
+        proven = sum(n for x in layers for s, n in x.statuses.items() if s != "feasible")
+        change = None if one.evaluation is None else one.evaluation.change
+        cells = (
+            []
+            if one.evaluation is None or change is None
+            else [f"{one.evaluation.perplexity.value:.2f}", f"{change.ratio:.3f}"]
+        )
+        table.add_row(
+            one.label,
+            f"{one.report.sparsity:.1%}",
+            f"{sum(x.relative for x in layers) / max(len(layers), 1):.4f}",
+            f"{sum(held) / len(held):.4f}" if held else "–",
+            f"{proven / rows:.0%}" if rows else "–",
+            f"{sum(x.seconds for x in one.report.layers):.1f}",
+            *cells,
+        )
+    return table

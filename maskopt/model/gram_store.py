@@ -1,0 +1,247 @@
+"""Gram matrices of a dense model on disk: collected once, solved elsewhere and as often as wanted.
+
+A folder with a safetensors file for every block, in it the sums of every distinct Gram matrix (float64, upper
+triangles), and `maskopt-grams.json`: what they are of (model, text, options, versions), the files' digests.
+A prune from them gives the bytes of a prune with `one_pass` from the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskopt.errors import ModelError, OptionError, ProblemError
+from maskopt.files import atomic_write
+from maskopt.gram import Gram
+from maskopt.model.blocks import Layer
+from maskopt.model.checkpoint import file_digest, read_json
+from maskopt.model.collect import BadSample, Grams
+from maskopt.model.edits import Edits
+from maskopt.model.fingerprint import fingerprint_of
+from maskopt.model.job import Job, open_job
+from maskopt.model.memory import by_block
+from maskopt.model.options import LAYER, LOSS, MODEL, RECONSTRUCT, PruneOptions, WalkOptions
+from maskopt.model.output import FinishedBlock, check_disk
+from maskopt.model.progress import OnBlockProgress, Tick, ticker
+from maskopt.model.safefile import DTYPES, open_safe, write_safe
+from maskopt.model.windows import tokens_or_tokenizer
+from maskopt.model.workspace import check_output, open_workspace, sync_folder
+
+FORMAT = "maskopt-grams-1"
+INDEX = "maskopt-grams.json"
+#: options that decide Gram matrices, and are those of the store whatever is asked for later
+OF_STORE = ("weighting", "all_experts", "skip_bad_samples", "holdout", "seed")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_HELD = "held"
+
+
+def collect_grams(
+    model: str | Path,
+    tokenizer_or_tokens: Any = None,
+    options: WalkOptions | None = None,
+    *,
+    output: str | Path,
+    calibration: Any = None,
+    overwrite: bool = False,
+    on_progress: OnBlockProgress | None = None,
+    **shorthand: Any,
+) -> Path:
+    """Write the Gram matrices of a dense model's layers into a folder, block by block.
+
+    Args:
+        model: a folder, or a name on the hub.
+        tokenizer_or_tokens, calibration: as for `prune_model`.
+        options, shorthand: of the walk; `include` and `exclude` choose layers.
+
+    Returns:
+        The folder. It takes 4·n² bytes for each distinct input of n numbers.
+
+    Raises:
+        MaskoptError: as for `prune_model`.
+    """
+    options = dataclasses.replace(options or WalkOptions(), **{**shorthand, "one_pass": True})
+    target = Path(output)
+    check_output(target, overwrite=overwrite, resume=False)
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
+    if text is None:
+        raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
+    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
+    if job.source.checkpoint is None:
+        raise ModelError("Gram matrices are stored of model folders; save the model first")
+    files: dict[str, str] = {}
+    bad: list[dict[str, Any]] = []
+    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+        check_disk(target, sum(4 * layer.n**2 for layer in job.layers))
+        with job, torch.no_grad():
+            for block in job.blocks(folder=work.hidden):
+                if block.layers:
+                    name = _file_of(block.index)
+                    _write(work.staging / name, block.grams())
+                    files[name] = file_digest(work.staging / name)
+                block.advance()
+                bad += [{**dataclasses.asdict(one), "block": block.index} for one in block.bad]
+        index = {
+            "format": FORMAT,
+            "fingerprint": fingerprint_of(job, {n: getattr(options, n) for n in OF_STORE}),
+            "layers": [layer.name for layer in job.layers],
+            "bad_samples": bad,
+            "files": files,
+        }
+        with atomic_write(work.staging / INDEX) as file:
+            file.write((json.dumps(index, indent=1, sort_keys=True) + "\n").encode())
+        for name in [*files, INDEX]:
+            (work.staging / name).replace(target / name)
+        sync_folder(target)
+    return target
+
+
+class GramStore:
+    """A folder that `collect_grams` wrote.
+
+    Attributes:
+        fingerprint: what the Gram matrices are of.
+
+    Raises:
+        ModelError: it is none, or its index is damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index = read_json(self.folder / INDEX, "the folder was not written by maskopt gram")
+        sound = index.get("format") == FORMAT and {"fingerprint", "files", "bad_samples"} <= set(
+            index
+        )
+        if not sound or not all(isinstance(index[k], dict) for k in ("fingerprint", "files")):
+            raise ModelError(f"{self.folder / INDEX}: not an index of format {FORMAT}")
+        self.fingerprint: dict[str, Any] = index["fingerprint"]
+        self._files: dict[str, str] = index["files"]
+        self._bad: list[dict[str, Any]] = index["bad_samples"]
+        self._layers: list[str] = index["layers"]
+
+    def options(self, options: PruneOptions) -> PruneOptions:
+        """Options of a prune from these Gram matrices.
+
+        Raises:
+            OptionError: what needs a walk through the model.
+        """
+        if options.weights == RECONSTRUCT:
+            raise OptionError(
+                "`weights` reconstruct needs the text: give `calibration`, not `grams`"
+            )
+        if options.moved or options.true_sequential:
+            name = "target" if options.moved else "true_sequential"
+            raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
+        if options.budget == MODEL or (options.budget == LAYER and options.importance == LOSS):
+            raise OptionError(
+                "rows or layers that trade by the model's loss need the text: give `calibration`, or "
+                "`budget` layer with `importance` alike or relative"
+            )
+        own = {name: self.fingerprint["options"][name] for name in OF_STORE if name != "seed"}
+        text = self.fingerprint["calibration"]
+        own |= {"samples": text["samples"], "seq_len": text["length"]}
+        return dataclasses.replace(options, one_pass=True, **own)
+
+    def check_model(self, job: Job) -> None:
+        """Raise ModelError where they are of another model, or not of all of these layers."""
+        assert job.source.checkpoint is not None
+        if job.source.checkpoint.digest != self.fingerprint.get("model"):
+            raise ModelError(f"{self.folder}: holds Gram matrices of another model")
+        known = set(self._layers)
+        for layer in job.layers:
+            if layer.name not in known:
+                raise ModelError(f"{self.folder}: holds no Gram matrix of layer {layer.name!r}")
+
+    def grams(self, block: int, device: torch.device) -> Grams:
+        """Those of a block.
+
+        Raises:
+            ModelError: the file was changed.
+        """
+        path = self.folder / _file_of(block)
+        if file_digest(path) != self._files.get(path.name):
+            raise ModelError(f"{path}: does not match the digest of the index: it was changed")
+        file = open_safe(path)
+        try:
+            every = json.loads(file.metadata["leaders"])
+            states: dict[str, dict[str, dict[str, torch.Tensor]]] = {_HELD: {}, "": {}}
+            for key in file.entries:
+                kind, leader, part = key.split("/")
+                states[kind].setdefault(leader, {})[part] = file.read(key)
+            restored = {
+                kind: {leader: Gram.restored(state, device) for leader, state in found.items()}
+                for kind, found in states.items()
+            }
+            held = None
+            if _HELD in every:
+                held = Grams.restored(device, every[_HELD], restored[_HELD])
+            return Grams.restored(device, every[""], restored[""], held)
+        except (KeyError, ValueError, ProblemError) as error:
+            raise ModelError(f"{path}: holds no Gram matrices of format {FORMAT}") from error
+
+    def bad(self, block: int) -> list[BadSample]:
+        """The samples that were left out in a block."""
+        return [BadSample(x["sample"], x["layer"]) for x in self._bad if x["block"] == block]
+
+
+class StoredBlock:
+    """One block of a model whose Gram matrices are known: what a prune wants of a `Block`, without a walk."""
+
+    def __init__(self, job: Job, index: int, layers: Sequence[Layer], store: GramStore) -> None:
+        self.job, self.index, self.layers, self._store = job, index, layers, store
+
+    @property
+    def bad(self) -> list[BadSample]:
+        return self._store.bad(self.index)
+
+    def ticker(self, stage: str, total: int) -> Tick:
+        return ticker(self.job.tell, self.index, self.job.last + 1, stage, total)
+
+    def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
+        """All layers in one."""
+        yield self.layers, self._store.grams(self.index, self.job.source.device)
+
+    def advance(self) -> None:
+        """Nothing moves."""
+
+
+def stored_blocks(
+    job: Job, store: GramStore, finished: Mapping[int, FinishedBlock]
+) -> Iterator[StoredBlock]:
+    """The blocks that have chosen layers and are not finished, with their dense weights in memory."""
+    no_edits: Edits | None = None
+    for index, layers in sorted(by_block(job.layers).items()):
+        if index not in finished:
+            with job.source.open(index, no_edits):
+                yield StoredBlock(job, index, layers, store)
+
+
+def _file_of(block: int) -> str:
+    return f"grams-{block:05d}.bits"
+
+
+def _write(path: Path, grams: Grams) -> None:
+    """Not called *.safetensors: servers load every such file of a folder."""
+    kinds = {"": grams} | ({} if grams.held is None else {_HELD: grams.held})
+    states = {
+        f"{kind}/{leader}/{part}": value.cpu().contiguous()
+        for kind, some in kinds.items()
+        for leader in dict.fromkeys(some.leaders.values())
+        for part, value in _gram(some, leader).state().items()
+    }
+    leaders = {kind: dict(some.leaders) for kind, some in kinds.items()}
+    with atomic_write(path) as file:
+        shapes = {key: (_NAMES[value.dtype], tuple(value.shape)) for key, value in states.items()}
+        write_safe(file, shapes, {"leaders": json.dumps(leaders)})
+        for value in states.values():
+            file.write(value.view(torch.uint8).numpy().data)
+
+
+def _gram(grams: Grams, layer: str) -> Gram:
+    found = grams.of(layer)
+    assert found is not None
+    return found

@@ -1,0 +1,104 @@
+"""Many prunes of one model from the same Gram matrices, with one table at the end."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskopt.errors import OptionError
+from maskopt.model.evaluate import Evaluation, evaluate
+from maskopt.model.options import KEEP, PruneOptions, WalkOptions, prune_options
+from maskopt.model.progress import OnBlockProgress
+from maskopt.model.prune import prune_model
+from maskopt.model.report import PruneReport
+from maskopt.model.workspace import MANIFEST, unfinished
+from maskopt.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One prune of a sweep.
+
+    Attributes:
+        label: what its folder is called: `0.5-swap-keep`.
+        evaluation: of its model, where there was text to judge it on.
+    """
+
+    label: str
+    output: Path
+    report: PruneReport
+    evaluation: Evaluation | None = None
+
+
+def sweep(
+    model: str | Path,
+    grams: str | Path,
+    output: str | Path,
+    *,
+    patterns: Sequence[Pattern],
+    solvers: Sequence[str] = ("swap",),
+    weights: Sequence[str] = (KEEP,),
+    text: Any = None,
+    windows: int | None = None,
+    walk: WalkOptions | None = None,
+    on_progress: Callable[[str], OnBlockProgress | None] = lambda label: None,
+    **shorthand: Any,
+) -> tuple[list[Swept], Evaluation | None]:
+    """Prune a model in every combination of patterns, solvers and treatments of the kept weights.
+
+    What an earlier sweep finished is kept, what it left unfinished goes on.
+
+    Args:
+        model: a folder, or a name on the hub.
+        grams: what `collect_grams` wrote of it.
+        output: a folder with one for each prune.
+        text, windows, walk: what all of them, and the dense model, are judged on, as for `evaluate`.
+        on_progress: given a prune's label, what to tell of its progress.
+        shorthand: other options of every prune.
+
+    Returns:
+        The prunes in their order, and the dense model's evaluation; None without text.
+
+    Raises:
+        MaskoptError: as for `prune_model`, of any combination before the first of them begins.
+    """
+    cases = dict(_cases(patterns, solvers, weights, shorthand))
+    if not cases:
+        raise OptionError("nothing is swept; give at least one `sparsity` or `pattern`")
+    found = []
+    for label, options in cases.items():
+        target = Path(output) / label
+        there = unfinished(target) or (target / MANIFEST).exists()
+        report = prune_model(
+            model,
+            None,
+            options,
+            grams=grams,
+            output=target,
+            resume=there,
+            on_progress=on_progress(label),
+        )
+        found.append(Swept(label, target, report))
+    if text is None:
+        return found, None
+    walk = walk or WalkOptions(seq_len=512)
+    dense, *others = evaluate([model, *(one.output for one in found)], text, walk, windows=windows)
+    judged = [
+        Swept(one.label, one.output, one.report, other)
+        for one, other in zip(found, others, strict=True)
+    ]
+    return judged, dense
+
+
+def _cases(
+    patterns: Sequence[Pattern],
+    solvers: Sequence[str],
+    weights: Sequence[str],
+    shorthand: dict[str, Any],
+) -> Iterator[tuple[str, PruneOptions]]:
+    for pattern, solver, after in itertools.product(patterns, solvers, weights):
+        how = {"pattern": pattern, "solver": solver, "weights": after, **shorthand}
+        yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", prune_options(None, how)

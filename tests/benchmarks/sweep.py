@@ -1,0 +1,64 @@
+"""What a sweep costs beside one prune: seconds of both, on a demo model, in one run.
+
+    python tests/benchmarks/sweep.py --calibration valid.txt
+    python tests/benchmarks/sweep.py --calibration valid.txt --model smollm2 --solver wanda
+
+One prune in one pass from the text, then Gram matrices collected and four sparsities pruned from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from machine import machine_now
+
+from maskopt import Unstructured, collect_grams, prune_model
+from maskopt.model.demo_model import MODELS, demo_model
+from maskopt.model.sweep import sweep
+
+SPARSITIES = (0.4, 0.5, 0.6, 0.7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--model", choices=list(MODELS), default="gemma3")
+    parser.add_argument("--solver", default="swap")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    args = parser.parse_args()
+    model = demo_model(args.model)
+    text = {"calibration": args.calibration, "samples": args.samples, "seq_len": args.seq_len}
+    with tempfile.TemporaryDirectory(prefix="maskopt-sweep-") as home:
+        folder = Path(home)
+        prune_model(  # compiles what has to be compiled
+            model, calibration=args.calibration, output=folder / "first", sparsity=0.5,
+            solver=args.solver, samples=1, seq_len=32, include="layers.0.*", min_tokens=1,
+        )  # fmt: skip
+        began = time.perf_counter()
+        prune_model(
+            model, output=folder / "one", one_pass=True, sparsity=0.5, solver=args.solver, **text
+        )
+        one = time.perf_counter() - began
+        began = time.perf_counter()
+        collect_grams(model, output=folder / "grams", **text)
+        collected = time.perf_counter() - began
+        size = sum(file.stat().st_size for file in (folder / "grams").iterdir())
+        sweep(
+            model, folder / "grams", folder / "sweep", solvers=[args.solver],
+            patterns=[Unstructured(sparsity=s) for s in SPARSITIES],
+        )  # fmt: skip
+        swept = time.perf_counter() - began
+    print(machine_now())
+    print(f"one prune in one pass: {one:.1f} s")
+    print(
+        f"a sweep of {len(SPARSITIES)}: {swept:.1f} s, of which {collected:.1f} s for {size / 2**30:.2f} GiB of "
+        f"Gram matrices: {swept / one:.2f} times the prune"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Gram matrices on disk: pruned from them is what is pruned from the text in one pass, to the byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from hypothesis import given
+from hypothesis import strategies as st
+from test_model_resume import contents
+from tiny_models import save, tiny, tokens
+
+from maskopt import collect_grams, prune_model
+from maskopt.errors import MaskoptError, ModelError, OptionError, ProblemError
+from maskopt.gram import Gram
+from maskopt.model.checkpoint import file_digest
+from maskopt.model.gram_store import INDEX, GramStore
+from maskopt.model.options import PruneOptions
+from maskopt.model.sweep import sweep
+from maskopt.model.verify import verify_output
+from maskopt.model.workspace import MANIFEST
+from maskopt.pattern import NM, Unstructured
+
+OPTIONS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 1}
+
+
+@given(st.integers(1, 30), st.integers(0, 3), st.integers(0, 10**6))
+def test_a_gram_matrix_comes_back_to_the_bit(n: int, sequences: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gram = Gram(n)
+    for _ in range(sequences):
+        gram.add(torch.randn(7, n, generator=generator))
+    again = Gram.restored(gram.state())
+    for shrink in (0.0, 0.3):
+        assert torch.equal(again.value(shrink=shrink), gram.value(shrink=shrink))
+    assert torch.equal(again.mean(), gram.mean())
+    assert torch.equal(again.variance(), gram.variance())
+    assert again.tokens == gram.tokens
+    assert len(gram.state()["sum"]) == n * (n + 1) // 2
+    more = torch.randn(5, n, generator=generator)
+    gram.add(more)
+    again.add(more)
+    assert torch.equal(again.value(), gram.value())
+
+
+def test_a_state_that_does_not_fit_is_refused() -> None:
+    state = Gram(3).state()
+    with pytest.raises(ProblemError, match="does not fit"):
+        Gram.restored({**state, "sum": state["sum"][:-1]})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("weights", ["keep", "refit"])
+def test_the_same_bytes_as_in_one_pass(family: str, weights: str, tmp_path: Path) -> None:
+    dense = save(tiny(family), tmp_path / "dense", shard="30KB")
+    how = {**OPTIONS, "weights": weights, "holdout": 0.34}
+    prune_model(dense, tokens(6), output=tmp_path / "walked", one_pass=True, **how)
+    collect_grams(dense, tokens(6), output=tmp_path / "grams", holdout=0.34)
+    prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "stored", **how)
+    assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
+    verify_output(tmp_path / "stored", dense)
+
+
+def test_errors_are_checked_again_from_the_text(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams")
+    prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "out", **OPTIONS)
+    found = verify_output(tmp_path / "out", dense, calibration=tokens(6))
+    assert len(found.checked_layers) == 21
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_interrupted_prunes_go_on(stop: int, tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams")
+    prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "whole", **OPTIONS)
+
+    def halt(event: Any) -> None:
+        if event.block == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_model(
+            dense, grams=tmp_path / "grams", output=tmp_path / "out", on_progress=halt, **OPTIONS
+        )
+    prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "out", resume=True, **OPTIONS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_only_chosen_layers_are_stored(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams", include="layers.1.*")
+    prune_model(
+        dense, grams=tmp_path / "grams", output=tmp_path / "one", include="layers.1.*", **OPTIONS
+    )
+    with pytest.raises(ModelError, match=r"no Gram matrix of layer .model.layers.0"):
+        prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "all", **OPTIONS)
+    assert not (tmp_path / "all").exists()
+
+
+def test_a_layer_that_was_left_out_is_not_taken_for_one_without_tokens(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams", include="q_proj")
+    with pytest.raises(ModelError, match=r"no Gram matrix of layer .*k_proj"):
+        prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "all", **OPTIONS)
+
+
+def other_model(home: Path) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    save(model, home / "dense")
+
+
+def flip(home: Path) -> None:
+    path = home / "grams" / "grams-00001.bits"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+def damage(home: Path) -> None:
+    (home / "grams" / INDEX).write_text("{}")
+
+
+def rename(home: Path) -> None:
+    """A right digest of a file that is none."""
+    path = home / "grams" / INDEX
+    index = json.loads(path.read_text())
+    (home / "grams" / "grams-00001.bits").write_bytes(
+        (home / "dense" / "model.safetensors").read_bytes()
+    )
+    index["files"]["grams-00001.bits"] = file_digest(home / "grams" / "grams-00001.bits")
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (other_model, "of another model"),
+        (flip, "was changed"),
+        (damage, "not an index of format"),
+        (rename, "holds no Gram matrices of format"),
+    ],
+)
+def test_what_was_changed_is_refused(
+    spoil: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams")
+    spoil(tmp_path)
+    with pytest.raises(ModelError, match=said):
+        prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"weights": "reconstruct", "holdout": 0.3}, OptionError, "reconstruct needs the text"),
+        ({"target": "dense"}, OptionError, "`target` needs the text"),
+        ({"true_sequential": True}, OptionError, "`true_sequential` needs the text"),
+        ({"budget": "model"}, OptionError, "need the text"),
+        ({"budget": "layer"}, OptionError, "need the text"),
+        ({"calibration": "here.txt"}, ModelError, "one of the two"),
+    ],
+)
+def test_what_needs_a_walk_is_refused(
+    options: dict[str, Any], error: type[MaskoptError], said: str, tmp_path: Path
+) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams")
+    with pytest.raises(error, match=said):
+        prune_model(
+            dense, grams=tmp_path / "grams", output=tmp_path / "out", **{**OPTIONS, **options}
+        )
+
+
+def test_rows_that_trade_alike_need_no_walk(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    how = {**OPTIONS, "budget": "layer", "importance": "relative"}
+    collect_grams(dense, tokens(6), output=tmp_path / "grams")
+    prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "stored", **how)
+    prune_model(dense, tokens(6), output=tmp_path / "walked", one_pass=True, **how)
+    assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
+
+
+def test_what_a_store_is_of_goes_before_what_is_asked(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams", weighting="rest")
+    options = GramStore(tmp_path / "grams").options(PruneOptions(Unstructured(sparsity=0.5)))
+    assert (options.weighting, options.one_pass, options.samples) == ("rest", True, 6)
+
+
+def test_a_sweep_is_its_prunes_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams")
+    how: dict[str, Any] = {
+        "patterns": [Unstructured(sparsity=0.5), NM(keep=2, of=4)],
+        "weights": ["keep", "refit"],
+        "min_tokens": 1,
+    }
+    found, dense_too = sweep(dense, tmp_path / "grams", tmp_path / "sweep", text=tokens(3), **how)
+    assert [one.label for one in found] == [
+        "0.5-swap-keep", "0.5-swap-refit", "2of4-swap-keep", "2of4-swap-refit",
+    ]  # fmt: skip
+    assert dense_too is not None
+    assert all(one.evaluation is not None and one.evaluation.change for one in found)
+    prune_model(
+        dense, grams=tmp_path / "grams", output=tmp_path / "alone", sparsity=0.5, weights="refit",
+        min_tokens=1,
+    )  # fmt: skip
+    assert contents(tmp_path / "alone") == contents(tmp_path / "sweep" / "0.5-swap-refit")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").rglob("*") if p.is_file()}
+    again, _ = sweep(dense, tmp_path / "grams", tmp_path / "sweep", **how)
+    assert [one.report.sparsity for one in again] == [one.report.sparsity for one in found]
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    with pytest.raises(OptionError, match="nothing is swept"):
+        sweep(dense, tmp_path / "grams", tmp_path / "none", patterns=[])
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    np.save(tmp_path / "tokens.npy", tokens(6).numpy())
+    text = tmp_path / "tokens.npy"
+    assert "Gram matrices" in run(
+        "gram", dense, "--calibration", text, "--output", tmp_path / "grams"
+    )
+    more = ["--min-tokens", 1, "--solver", "wanda"]
+    out = tmp_path / "out"
+    run("prune", dense, "--grams", tmp_path / "grams", "--sparsity", 0.5, "--output", out, *more)
+    assert "holds" in run("verify", out, "--against", dense)
+    said = run(
+        "sweep", dense, "--grams", tmp_path / "grams", "--sparsity", "0.5,0.75", "--pattern", "2:4",
+        "--weights", "keep,refit", "--output", tmp_path / "sweep", "--text", text, *more,
+    )  # fmt: skip
+    for label in ("0.5-wanda-keep", "0.75-wanda-refit", "2of4-wanda-keep", "perplexity"):
+        assert label in said
+    assert "could not convert" in run(
+        "sweep", dense, "--grams", tmp_path / "grams", "--sparsity", "half", "--output",
+        tmp_path / "no", fails=OptionError,
+    )  # fmt: skip
+    assert "name a source of text" in run(
+        "prune", dense, "--sparsity", 0.5, "--output", tmp_path / "no", fails=ModelError
+    )
