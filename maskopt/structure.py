@@ -39,7 +39,8 @@ def structure_problem(
     Its objective is that of the layer, summed over its rows.
 
     Args:
-        weight, gram: of the layer, G in the mean over tokens.
+        weight: of the layer.
+        gram: G of its inputs, in the mean over tokens.
         pattern: of the structures, in the order of their numbers: how many stay, or N:M among neighbours.
         groups: the structure that each input belongs to, numbered 0 … m−1 without a gap; None: every input is
             one.

@@ -55,8 +55,10 @@ def collect_grams(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens, calibration: as for `prune_model`.
-        options, shorthand: of the walk; `include` and `exclude` choose layers.
+        tokenizer_or_tokens: as for `prune_model`.
+        calibration: as for `prune_model`.
+        options: of the walk; `include` and `exclude` choose layers.
+        shorthand: single options by name, with or without `options`.
 
     Returns:
         The folder. It takes 4·n² bytes for each distinct input of n numbers.

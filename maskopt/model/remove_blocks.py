@@ -76,7 +76,8 @@ def remove_blocks(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens, calibration: as for `prune_model`; the first windows of the text are taken.
+        tokenizer_or_tokens: as for `prune_model`.
+        calibration: as for `prune_model`; the first windows of the text are taken.
         count: how many blocks go.
         windows: of calibration, `options.seq_len` tokens each.
 

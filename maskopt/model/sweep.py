@@ -55,7 +55,9 @@ def sweep(
         model: a folder, or a name on the hub.
         grams: what `collect_grams` wrote of it.
         output: a folder with one for each prune.
-        text, windows, walk: what all of them, and the dense model, are judged on, as for `evaluate`.
+        text: what all of them, and the dense model, are judged on, as for `evaluate`; None: nothing.
+        windows: as many of it; None: all.
+        walk: how; None: windows of 512 tokens.
         on_progress: given a prune's label, what to tell of its progress.
         shorthand: other options of every prune.
 

@@ -20,7 +20,8 @@ def with_torch_prune(
 
     Args:
         model: the pruned model or the dense one, as transformers loads it.
-        masks, trust_remote_code: as for `keep_masks`.
+        masks: as for `keep_masks`.
+        trust_remote_code: run code that comes with the folder to find the layers of its masks.
 
     Returns:
         The names of the parameters.

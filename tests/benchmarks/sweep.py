@@ -55,8 +55,8 @@ def main() -> None:
     print(machine_now())
     print(f"one prune in one pass: {one:.1f} s")
     print(
-        f"a sweep of {len(SPARSITIES)}: {swept:.1f} s, of which {collected:.1f} s for {size / 2**30:.2f} GiB of "
-        f"Gram matrices: {swept / one:.2f} times the prune"
+        f"a sweep of {len(SPARSITIES)}: {swept:.1f} s, of which {collected:.1f} s for {size / 2**30:.2f} GiB "
+        f"of Gram matrices: {swept / one:.2f} times the prune"
     )
 
 
