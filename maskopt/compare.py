@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from joblib import Parallel, delayed
+from joblib.parallel import get_active_backend
 
 from maskopt.errors import DataError, MaskoptError, OptionError
 from maskopt.files import atomic_write
@@ -30,6 +31,8 @@ from maskopt.solution import Status
 from maskopt.solver import Solver, make_solver, solve
 
 FORMATS = (".jsonl", ".csv", ".parquet")
+#: jobs at a time of a backend that gives no result before all are there
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def compare(
     *,
     time_limit: float | None = None,
     seed: int = 0,
-    jobs: int = 1,
+    jobs: int | None = None,
     output: str | os.PathLike[str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
@@ -127,7 +130,8 @@ def compare(
             `time_limit`, `seed`, … among them, which go before those for all).
         time_limit: seconds a row, its start included.
         seed: of everything random.
-        jobs: joblib's n_jobs.
+        jobs: joblib's n_jobs, as many rows at a time; None: what a `joblib.parallel_config` around the call
+            says, which may name a cluster's backend (Dask, Ray), else one.
         output: `.jsonl` grows as jobs finish and makes the run resumable (jobs are known by their
             data, solver and options; what else the file holds stays in it); `.csv` and `.parquet` are
             written at the end.
@@ -152,10 +156,10 @@ def compare(
     held = resume_records(path) if resumable and path is not None else {}
     finished = {key: r for key, r in held.items() if key in wanted and r.status != "failed"}
     missing = {key: job for key, job in wanted.items() if key not in finished}
-    results = Parallel(n_jobs=jobs, return_as="generator_unordered")(
+    calls = [
         delayed(_solved)(row, name, jobs_by_name[name], key) for key, (row, name) in missing.items()
-    )
-    for record in results:
+    ]
+    for record in _as_they_finish(calls, jobs):
         finished[record.key] = record
         if resumable and path is not None:
             append_record(path, record)
@@ -165,6 +169,16 @@ def compare(
     if path is not None:
         write_records(path, [*without(held, wanted), *records])
     return records
+
+
+def _as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Record]:
+    """Their records, under whatever backend is configured."""
+    backend, _ = get_active_backend()
+    if backend.supports_return_generator:
+        yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+        return
+    for first in range(0, len(calls), _BATCH):  # of Ray's results none come before all are there
+        yield from Parallel(n_jobs=jobs)(calls[first : first + _BATCH])
 
 
 @dataclass(frozen=True)
