@@ -48,7 +48,7 @@ METHODS = {
 }
 CHANNELS = {"12.5%": 0.125, "25%": 0.25, "50%": 0.5}
 #: of heads, whose choice is proven in any case; what a configuration can say
-HEADS = {"smollm2": 1 / 3, "gemma3": 0.5}
+HEADS = {"smollm2": 0.34, "gemma3": 0.5}
 #: windows of the calibration; and models that are evaluated together
 WINDOWS, TOGETHER = 32, 4
 #: tokens of a window that times a forward pass, tokens that are generated, and repetitions
