@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run
+from test_model_resume import contents
 from test_shrink import forge
 from tiny_models import save, tiny, tokens
 from torch import nn
@@ -163,6 +164,11 @@ def test_the_command_and_what_comes_after(tmp_path: Path) -> None:
     assert "holds" in run("verify", tmp_path / "out", "--against", dense)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "removed 2 whole blocks" in card
+    same = ["--config", tmp_path / "out" / MANIFEST, *text, "--output", tmp_path / "again"]
+    run("shrink", dense, *same)
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    run("report", tmp_path / "out", "--output", tmp_path / "page.html")
+    assert "removed 2 whole blocks" in (tmp_path / "page.html").read_text()
     both = ["--channels", 0.25, "--blocks", 1, *text, "--output", tmp_path / "both"]
     assert "second `maskopt shrink`" in run("shrink", dense, *both, fails=OptionError)
     again = ["--blocks", 1, "--resume", *text, "--output", tmp_path / "both"]

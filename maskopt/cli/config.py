@@ -119,9 +119,13 @@ def _of_manifest(path: Path) -> dict[str, Any]:
 
     fingerprint = read_manifest(path, smaller=True)["fingerprint"]
     options, text = dict(fingerprint["options"]), fingerprint["calibration"]
-    if "channels" not in options:  # a model that was made smaller has no pattern
-        options |= _pattern(path, options.pop("pattern", None))
-    options |= {"samples": text["samples"], "seq_len": text["length"]}
+    if "removed" in options:  # whole blocks: how many, on as many windows
+        blocks = len(options["removed"])
+        options = {"blocks": blocks, "windows": text["samples"], "seq_len": text["length"]}
+    else:
+        if "channels" not in options:  # a model that was made smaller has no pattern
+            options |= _pattern(path, options.pop("pattern", None))
+        options |= {"samples": text["samples"], "seq_len": text["length"]}
     bos = text["beginning"]["bos"]
     if bos in ("auto", "always", "never"):
         options["bos"] = bos

@@ -129,8 +129,8 @@ def report_parts(
         *(sentence(one) for one in pruned),
         summary(pruned),
         *tables,
-        errors_by_block(pruned),
-        *(kinds_table(one) for one in pruned),
+        *([errors_by_block(pruned)] if any(one.solved for one in pruned) else []),
+        *(kinds_table(one) for one in pruned if one.solved),
         *boxes,
         *(trained_table(one) for one in pruned if one.parts),
         *after,
@@ -173,7 +173,7 @@ def summary(pruned: Sequence[Pruned]) -> Table:
         start = _start(layers)
         table.add(
             one.name,
-            str(one.fingerprint["options"]["solver"]),
+            str(one.fingerprint["options"].get("solver", "–")),
             f"{one.sparsity:.1%}",
             number(_mean([x.relative for x in layers])),
             number(None if not start else _mean([x.relative for x in layers]) / start),

@@ -58,8 +58,7 @@ def channels(lines: dict[str, Record]) -> str:
 
 
 def _beaten(mine: dict[tuple[str, ...], Record]) -> str:
-    """In how many layers swap's error is below the diagonal's, on the same inputs of the first block and on
-    those that each leaves."""
+    """In how many layers swap's error is below the diagonal's."""
     told = []
     for share in sorted({key[0] for key in mine}, key=lambda share: float(share.rstrip("%"))):
         one = mine.get((share, "swap", "keep"))
@@ -70,7 +69,10 @@ def _beaten(mine: dict[tuple[str, ...], Record]) -> str:
             told.append(f"{below} of {len(both)} layers at {share}")
     if not told:
         return ""
-    return f"The error of swap's choice is below that of the diagonal's in {', '.join(told)}."
+    return (
+        "The error of swap's choice, its weights kept, is below that of the diagonal's in "
+        f"{', '.join(told)}; each on the inputs that its own smaller blocks leave."
+    )
 
 
 def heads(lines: dict[str, Record]) -> str:
