@@ -66,6 +66,7 @@ def test_it_inherits_what_holds_for_the_pruned_model_too_and_keeps_the_original(
     }
     assert "owner/name, pruned to 50% zeros by maskopt" in card.text
     assert "wanda pruned 50.0% of" in card.text
+    assert "$ maskopt prune MODEL --config" in card.text
     assert "that of the original holds: mine" in card.text
     manifest = json.loads((out / "maskopt-manifest.json").read_text())
     for digest in (

@@ -164,6 +164,7 @@ def test_the_command_and_what_comes_after(tmp_path: Path) -> None:
     assert "holds" in run("verify", tmp_path / "out", "--against", dense)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "removed 2 whole blocks" in card
+    assert "$ maskopt shrink MODEL --config" in card
     same = ["--config", tmp_path / "out" / MANIFEST, *text, "--output", tmp_path / "again"]
     run("shrink", dense, *same)
     assert contents(tmp_path / "again") == contents(tmp_path / "out")

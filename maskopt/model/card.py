@@ -190,6 +190,6 @@ def _origin(
         "## Origin\n\n"
         + "\n".join(lines)
         + "\n\nThe same once more, from the same model and text:\n\n"
-        "```console\n$ maskopt prune MODEL --config FOLDER/maskopt-manifest.json --calibration TEXT "
+        f"```console\n$ maskopt {command} MODEL --config FOLDER/maskopt-manifest.json --calibration TEXT "
         "--output AGAIN\n```"
     )
