@@ -236,6 +236,8 @@ def test_the_commands(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("prune", dense, "--grams", tmp_path / "grams", "--sparsity", 0.5, "--output", out, *more)
     assert "holds" in run("verify", out, "--against", dense)
+    planned = run("plan", dense, "--grams", tmp_path / "grams", "--sparsity", 0.5, *more)
+    assert "forward passes and Gram matrices about 0 s" in " ".join(planned.split())
     said = run(
         "sweep", dense, "--grams", tmp_path / "grams", "--sparsity", "0.5,0.75", "--pattern", "2:4",
         "--weights", "keep,refit", "--output", tmp_path / "sweep", "--text", text, *more,

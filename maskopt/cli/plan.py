@@ -37,6 +37,14 @@ def plan(
             metavar="…",
         ),
     ] = None,
+    grams: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of text: what `maskopt gram` wrote.",
+            rich_help_panel=CALIBRATION,
+            metavar="…",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -58,7 +66,7 @@ def plan(
 
     if out is not None:
         check_output(out, overwrite=overwrite, resume=resume)
-    result = plan_prune(model, tokens_file(calibration), **options)
+    result = plan_prune(model, tokens_file(calibration), grams=grams, **options)
     output.print(layer_table(result))
     memory = result.memory
     output.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)

@@ -17,6 +17,7 @@ from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer
 from maskopt.model.checkpoint import Checkpoint, resolve_model
 from maskopt.model.gradients import WINDOWS
+from maskopt.model.gram_store import GramStore
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import (
     Memory,
@@ -81,6 +82,8 @@ def plan_prune(
     model: nn.Module | str | Path,
     tokens: Any = None,
     options: PruneOptions | None = None,
+    *,
+    grams: str | Path | None = None,
     **shorthand: Any,
 ) -> Plan:
     """What `prune_model` with the same options will take.
@@ -92,11 +95,14 @@ def plan_prune(
     Args:
         tokens: int64 [samples, length], where it is not text that the prune will be given.
         options, shorthand: as for `prune_model`.
+        grams: what `collect_grams` wrote, in place of text: no passes are needed.
 
     Raises:
         MaskoptError: what the prune itself would refuse, but for want of memory.
     """
     options = prune_options(options, shorthand)
+    store = None if grams is None else GramStore(grams)
+    options = options if store is None else store.options(options)
     job = open_job(model, tokens, replace(options, max_memory=None))
     job.source.blocks.check_unshared(job.layers)
     refusal = None
@@ -111,7 +117,9 @@ def plan_prune(
             layers=layers,
             pruned={layer.name: _pruned(layer, options) for layer in layers},
             memory=estimate_memory(job.load),
-            forward_seconds=_forward_operations(job, options) / _speed(source),
+            forward_seconds=0.0
+            if store is not None
+            else _forward_operations(job, options) / _speed(source),
             solve_seconds=_solve_seconds(source, layers, options),
             file_seconds=0.0 if checkpoint is None else _file_seconds(checkpoint),
             disk=0 if checkpoint is None else disk_needed(checkpoint, options.weights != KEEP),
