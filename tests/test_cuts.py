@@ -135,11 +135,11 @@ def test_a_deliberately_crude_solve_is_valid(problem, sweeps, seed):
 
 
 def test_hundreds_of_small_rows():
-    """300 rows, both patterns, every kind of Gram matrix."""
+    """600 rows, both patterns, every kind of Gram matrix."""
     for seed, kind in enumerate(KINDS):
         for pattern in (Unstructured(sparsity=0.5), NM(keep=2, of=4)):
             problem = LayerProblem(
-                random_weight(25, 12, seed), random_gram(12, kind, seed + 50), pattern
+                random_weight(50, 12, seed), random_gram(12, kind, seed + 50), pattern
             )
             bound = lower_bound(problem, "sdp", cuts=3)
             exact = assert_below(bound, problem)

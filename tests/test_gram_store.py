@@ -129,6 +129,12 @@ def damage(home: Path) -> None:
     (home / "grams" / INDEX).write_text("{}")
 
 
+def damage_a_part(home: Path) -> None:
+    index = json.loads((home / "grams" / INDEX).read_text())
+    del index["layers"]
+    (home / "grams" / INDEX).write_text(json.dumps(index))
+
+
 def rename(home: Path) -> None:
     """A right digest of a file that is none."""
     path = home / "grams" / INDEX
@@ -146,6 +152,7 @@ def rename(home: Path) -> None:
         (other_model, "of another model"),
         (flip, "was changed"),
         (damage, "not an index of format"),
+        (damage_a_part, "not an index of format"),
         (rename, "holds no Gram matrices of format"),
     ],
 )
@@ -189,6 +196,14 @@ def test_rows_that_trade_alike_need_no_walk(tmp_path: Path) -> None:
     prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "stored", **how)
     prune_model(dense, tokens(6), output=tmp_path / "walked", one_pass=True, **how)
     assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
+
+
+def test_the_model_is_never_the_place_of_its_own_gram_matrices(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    before = {file.name: file.read_bytes() for file in dense.iterdir()}
+    with pytest.raises(ModelError, match="is the model itself"):
+        collect_grams(dense, tokens(6), output=dense, overwrite=True)
+    assert before == {file.name: file.read_bytes() for file in dense.iterdir()}
 
 
 def test_what_a_store_is_of_goes_before_what_is_asked(tmp_path: Path) -> None:

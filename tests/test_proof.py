@@ -233,15 +233,15 @@ def tree_with(tree, form, branch, **more):
 @pytest.mark.parametrize("pattern", [Unstructured(keep=5), NM(keep=1, of=3)], ids=str)
 @pytest.mark.parametrize("kind", ["full", "low-rank", "outliers"])
 def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
-    """λ and μ of both signs, at the root and at a node: valid, and some of them worth something."""
+    """λ and μ of both signs, at the root and at a node: valid, and often worth something."""
     random = np.random.default_rng(4)
     positive = 0
-    for trial in range(12):
+    for trial in range(30):
         problem = layer(9, pattern, kind, linear=trial % 2 == 1, seed=trial)
         masks, every = costs(problem)
         share = problem.pruned_per_group / problem.group_size
         unit, rounding = float(problem.row(0).q().trace()) / 9, 1e-12 * float(every.max())
-        lam, mu = unit * random.normal(size=9) * trial / 12, unit * random.normal() / 9
+        lam, mu = unit * random.normal(size=9) * trial / 30, unit * random.normal() / 9
         tree = single(lam, mu, np.full(9, share) if trial % 3 else random.random(9))
         bound = float(check_proof(problem, Proof([tree])))
         assert bound <= float(every.min()) + rounding
@@ -259,7 +259,7 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
         assert bound <= float(every.min()) + rounding
         kept = float(every[masks[:, i]].min())
         assert bound <= kept + rounding
-    assert positive >= 1
+    assert positive >= 3
 
 
 def test_fixings_are_held_to_their_other_side():

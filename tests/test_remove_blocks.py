@@ -121,6 +121,14 @@ def test_counts_that_leave_nothing_are_refused(count: int, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+def test_the_model_is_never_written_over(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    before = {file.name: file.read_bytes() for file in dense.iterdir()}
+    with pytest.raises(ModelError, match="is the model itself"):
+        remove_blocks(dense, tokens(2), count=1, output=dense, overwrite=True)
+    assert before == {file.name: file.read_bytes() for file in dense.iterdir()}
+
+
 def test_a_family_that_cannot_say_it_is_refused(tmp_path: Path) -> None:
     dense = save(tiny("bamba"), tmp_path / "dense")
     with pytest.raises(

@@ -21,16 +21,15 @@ from maskopt.gram import Gram
 from maskopt.model.blocks import Layer
 from maskopt.model.checkpoint import file_digest, read_json
 from maskopt.model.collect import BadSample, Grams
-from maskopt.model.edits import Edits
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import by_block
 from maskopt.model.options import LAYER, LOSS, MODEL, RECONSTRUCT, PruneOptions, WalkOptions
-from maskopt.model.output import FinishedBlock, check_disk
+from maskopt.model.output import FinishedBlock, check_disk, check_not_the_model
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.safefile import DTYPES, open_safe, write_safe
 from maskopt.model.windows import tokens_or_tokenizer
-from maskopt.model.workspace import check_output, open_workspace, sync_folder
+from maskopt.model.workspace import check_output, open_workspace
 
 FORMAT = "maskopt-grams-1"
 INDEX = "maskopt-grams.json"
@@ -75,6 +74,7 @@ def collect_grams(
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
     if job.source.checkpoint is None:
         raise ModelError("Gram matrices are stored of model folders; save the model first")
+    check_not_the_model(job.source.checkpoint.folder, target)
     files: dict[str, str] = {}
     bad: list[dict[str, Any]] = []
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
@@ -96,9 +96,7 @@ def collect_grams(
         }
         with atomic_write(work.staging / INDEX) as file:
             file.write((json.dumps(index, indent=1, sort_keys=True) + "\n").encode())
-        for name in [*files, INDEX]:
-            (work.staging / name).replace(target / name)
-        sync_folder(target)
+        work.commit()
     return target
 
 
@@ -115,10 +113,9 @@ class GramStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         index = read_json(self.folder / INDEX, "the folder was not written by maskopt gram")
-        sound = index.get("format") == FORMAT and {"fingerprint", "files", "bad_samples"} <= set(
-            index
-        )
-        if not sound or not all(isinstance(index[k], dict) for k in ("fingerprint", "files")):
+        kinds = {"fingerprint": dict, "files": dict, "bad_samples": list, "layers": list}
+        sound = all(isinstance(index.get(key), kind) for key, kind in kinds.items())
+        if not sound or index.get("format") != FORMAT:
             raise ModelError(f"{self.folder / INDEX}: not an index of format {FORMAT}")
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         self._files: dict[str, str] = index["files"]
@@ -215,10 +212,9 @@ def stored_blocks(
     job: Job, store: GramStore, finished: Mapping[int, FinishedBlock]
 ) -> Iterator[StoredBlock]:
     """The blocks that have chosen layers and are not finished, with their dense weights in memory."""
-    no_edits: Edits | None = None
     for index, layers in sorted(by_block(job.layers).items()):
         if index not in finished:
-            with job.source.open(index, no_edits):
+            with job.source.open(index):
                 yield StoredBlock(job, index, layers, store)
 
 

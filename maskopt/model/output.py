@@ -111,7 +111,7 @@ class FolderRun:
         self.masks: dict[str, Tensor] = {}
         self.work: Workspace
         self.journal: Journal
-        _not_the_model(source.checkpoint.folder, output)
+        check_not_the_model(source.checkpoint.folder, output)
         check_output(output, overwrite=overwrite, resume=resume)
         self.model = Unchanged(source.checkpoint)
 
@@ -336,7 +336,7 @@ def apply_masks(
     checkpoint, target = open_checkpoint(model), Path(output)
     file = MaskFile(Path(masks))
     check_masks(checkpoint, file)
-    _not_the_model(checkpoint.folder, target)
+    check_not_the_model(checkpoint.folder, target)
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         check_disk(target, disk_needed(checkpoint))
         join_masks(work.staging / MASKS, [Path(masks)])
@@ -399,6 +399,7 @@ def _tensors(masks: MaskFile, pattern: Pattern) -> dict[str, Any]:
     }
 
 
-def _not_the_model(model: Path, output: Path) -> None:
+def check_not_the_model(model: Path, output: Path) -> None:
+    """Refuse to write a result over what it is made of."""
     if model.resolve() == output.resolve():
         raise ModelError(f"{output}: is the model itself; choose another output folder")

@@ -19,7 +19,7 @@ from maskopt.model.checkpoint import INDEX, Checkpoint, file_digest, read_json
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.options import WalkOptions
-from maskopt.model.output import check_disk
+from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import PruneReport, write_manifest
@@ -106,6 +106,7 @@ def remove_blocks(
     source = job.source
     if not isinstance(source, FolderSource):
         raise ModelError("only model folders can be made smaller; save the model first")
+    check_not_the_model(source.checkpoint.folder, target)
     if not 0 < count < len(source.blocks):
         raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
     _check_family(source, list(range(len(source.blocks) - count, len(source.blocks))))
