@@ -9,12 +9,11 @@ import typer
 
 from maskopt.cli.console import output
 from maskopt.cli.parameters import (
-    CALIBRATION,
     OUTPUT,
-    TEXT_SOURCES,
     WALK,
     Model,
     Overwrite,
+    Text,
     takes,
 )
 from maskopt.cli.prune_view import PruneView
@@ -29,9 +28,7 @@ from maskopt.model.options import WalkOptions
 )
 def gram(
     model: Model,
-    calibration: Annotated[
-        str, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")
-    ],
+    calibration: Text,
     out: Annotated[
         Path,
         typer.Option(

@@ -118,6 +118,15 @@ FLAGS = {
 }
 #: mappings too long to be repeated options: a JSON file each
 FILES = ("counts",)
+Text = Annotated[str, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")]
+StoredGrams = Annotated[
+    Path | None,
+    typer.Option(
+        help="In place of text: what `maskopt gram` wrote.",
+        rich_help_panel=CALIBRATION,
+        metavar="…",
+    ),
+]
 Command = Callable[..., None]
 
 

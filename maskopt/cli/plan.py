@@ -17,6 +17,7 @@ from maskopt.cli.parameters import (
     Model,
     Overwrite,
     Resume,
+    StoredGrams,
     takes,
     tokens_file,
 )
@@ -37,14 +38,7 @@ def plan(
             metavar="…",
         ),
     ] = None,
-    grams: Annotated[
-        Path | None,
-        typer.Option(
-            help="In place of text: what `maskopt gram` wrote.",
-            rich_help_panel=CALIBRATION,
-            metavar="…",
-        ),
-    ] = None,
+    grams: StoredGrams = None,
     out: Annotated[
         Path | None,
         typer.Option(

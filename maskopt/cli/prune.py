@@ -21,6 +21,7 @@ from maskopt.cli.parameters import (
     Model,
     Overwrite,
     Resume,
+    StoredGrams,
     takes,
     tokens_file,
 )
@@ -44,14 +45,7 @@ def prune(
     calibration: Annotated[
         str | None, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")
     ] = None,
-    grams: Annotated[
-        Path | None,
-        typer.Option(
-            help="In place of text: what `maskopt gram` wrote.",
-            rich_help_panel=CALIBRATION,
-            metavar="…",
-        ),
-    ] = None,
+    grams: StoredGrams = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:

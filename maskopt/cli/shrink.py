@@ -13,11 +13,11 @@ from maskopt.cli.console import output
 from maskopt.cli.parameters import (
     CALIBRATION,
     OUTPUT,
-    TEXT_SOURCES,
     WHAT,
     Model,
     Overwrite,
     Resume,
+    Text,
     takes,
 )
 from maskopt.cli.prune import told_of_resume
@@ -36,9 +36,7 @@ _NAMES = tuple(f.name for f in dataclasses.fields(ShrinkOptions) if f.name not i
 @takes(_NAMES, of=ShrinkOptions, config=True)
 def shrink(
     model: Model,
-    calibration: Annotated[
-        str, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")
-    ],
+    calibration: Text,
     out: Annotated[
         Path,
         typer.Option(

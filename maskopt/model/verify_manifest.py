@@ -157,17 +157,27 @@ def read_manifest(folder: Path) -> Manifest:
         raise VerificationError(
             f"{folder}: no manifest; the folder was not written by maskopt prune"
         )
+    manifest = sound_record(path, has_shape)
+    return Manifest(path, manifest, Rule(manifest["fingerprint"]["options"]["pattern"]))
+
+
+def sound_record(path: Path, fits: Callable[[Any], bool]) -> dict[str, Any]:
+    """A manifest without its digest, which is right, and whose values are of the kinds that `fits` asks for.
+
+    Raises:
+        VerificationError: not so.
+    """
     check_regular(path)
     try:
         manifest = json.loads(path.read_bytes().decode("utf-8"), parse_constant=no_number)
         claimed = manifest.pop("sha256")
         text = json.dumps(manifest, sort_keys=True).encode()
-        sound = hashlib.sha256(text).hexdigest() == claimed and has_shape(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = hashlib.sha256(text).hexdigest() == claimed and fits(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         sound = False
     if not sound:
         raise VerificationError(f"{path}: the manifest is damaged or was changed")
-    return Manifest(path, manifest, Rule(manifest["fingerprint"]["options"]["pattern"]))
+    return dict(manifest)
 
 
 def check_layers(manifest: Manifest) -> None:

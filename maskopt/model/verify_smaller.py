@@ -32,7 +32,7 @@ from maskopt.model.verify_folder import (
     sha256,
     tensor,
 )
-from maskopt.model.verify_shape import no_number
+from maskopt.model.verify_manifest import sound_record
 
 FORMAT = "maskopt-smaller-1"
 
@@ -83,7 +83,7 @@ def verify_smaller(
         VerificationError: with the first thing that does not hold.
     """
     folder = Path(output)
-    manifest = _read(folder)
+    manifest = sound_record(folder / MANIFEST, _has_shape)
     weights = read_weights(folder)
     check_entries(folder, manifest["files"], weights, needed=(CONFIG,))
     shrunk = manifest["shrunk"]
@@ -257,21 +257,6 @@ def _check_settings(
 
 def _without(values: Sequence[Any], removed: Sequence[int]) -> list[Any]:
     return [value for index, value in enumerate(values) if index not in removed]
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """Raises VerificationError where the manifest is missing, damaged, or its digest is another one."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes().decode("utf-8"), parse_constant=no_number)
-        claimed = manifest.pop("sha256")
-        text = json.dumps(manifest, sort_keys=True).encode()
-        sound = hashlib.sha256(text).hexdigest() == claimed and _has_shape(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise VerificationError(f"{path}: the manifest is damaged or was changed")
-    return dict(manifest)
 
 
 def _has_shape(manifest: Any) -> bool:

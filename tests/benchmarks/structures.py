@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from book import ROOT, Book
-from generalisation import calibrated, judged
+from generalisation import about, calibrated, judged
 from machine import machine
 from structures_page import write
 from torch import Tensor
@@ -112,14 +112,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "structures.md")
     args = parser.parse_args()
     book = Book(args.data)
-    book.begin(
-        {
-            "windows": args.windows,
-            "calibration": Path(args.calibration).name,
-            "text": Path(args.text).name,
-            "corpus": args.corpus,
-        }
-    )
+    book.begin(about(args))
     book.check()
     for study in args.only:
         for name in args.models:

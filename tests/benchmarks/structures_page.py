@@ -29,7 +29,8 @@ def write(book: Book, page: Path) -> None:
 Written by `{command}`:
 32 calibration windows of 512 tokens, eight more kept aside for held-out errors, perplexity on
 {about["windows"]} windows. Windows begin with what the tokenizer puts before a text. Intervals are 95%, by
-bootstrap over the windows, paired with the dense model. {"; ".join(taken)}.""",
+bootstrap over the windows, paired with the dense model. Seconds of solving were taken with other work on the
+same cores now and then. {"; ".join(taken)}.""",
         *(text for make in (channels, heads, gaps, blocks, speed) if (text := make(book.lines))),
     ]
     page.write_text("\n\n".join(part.strip() for part in parts) + "\n")
@@ -139,8 +140,9 @@ def speed(lines: dict[str, Record]) -> str:
         return ""
     head = ("model", "", "parameters", "file", "tokens/s, window of 512", "tokens/s, one by one")
     return (
-        "### Size and speed\n\nA quarter of the channels and the heads above removed; plain transformers in "
-        "float32 on the CPU, dense and smaller in turn, medians of seven:\n\n" + table(head, rows)
+        "### Size and speed\n\nA quarter of the channels removed, and of the heads two of four (Gemma) or "
+        "one group of three (SmolLM2); plain transformers in float32 on the CPU, dense and smaller in turn, "
+        "medians of seven:\n\n" + table(head, rows)
     )
 
 
