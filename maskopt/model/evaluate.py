@@ -26,6 +26,7 @@ from maskopt.model.perplexity import (
     Perplexity,
     check_targets,
     exponential,
+    exponentials,
     interval,
     perplexity_of,
     walk_whole,
@@ -186,14 +187,23 @@ def _hidden_change(first: Job, job: Job, window: int, begin: int) -> Float[Tenso
 def _compare(
     reference: Tensor, logits: Tensor, tokens: Tensor, first: int
 ) -> tuple[float, float, float]:
-    """Over the targets from position `first` on: cross-entropy, KL(reference ‖ this), agreements."""
-    tokens = tokens.to(logits.device)
-    loss = divergence = same = 0.0
-    for start in range(first - 1, logits.shape[0] - 1, POSITIONS):
-        stop = min(start + POSITIONS, logits.shape[0] - 1)
-        one = reference[start:stop].float().log_softmax(-1)
-        two = logits[start:stop].float().log_softmax(-1)
-        loss -= float(two.gather(1, tokens[start + 1 : stop + 1, None]).sum())
-        divergence += float((one.exp() * (one - two)).sum())
-        same += float((one.argmax(-1) == two.argmax(-1)).sum())
-    return loss, divergence, same
+    """Over the targets from position `first` on: cross-entropy, KL(reference ‖ this), agreements.
+
+    KL(p ‖ q) = Σ p (a − b) − log Σ exp a + log Σ exp b for p, q the softmax of a, b: neither distribution
+    is written down.
+    """
+    last = logits.shape[0] - 1
+    targets = tokens[1:, None].to(logits.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+    for start in range(first - 1, last, POSITIONS):
+        part = slice(start, min(start + POSITIONS, last))
+        one, two = reference[part].float(), logits[part].float()
+        weights, one_norm, one_top = exponentials(one)
+        _, two_norm, two_top = exponentials(two)
+        mean = (weights * (one - two)).sum(1) / weights.sum(1)
+        loss = two_norm - two.gather(1, targets[part])[:, 0]
+        for so_far, more in zip(
+            sums, (loss, mean - one_norm + two_norm, one_top == two_top), strict=True
+        ):
+            so_far += more.sum(dtype=torch.float64)
+    return tuple(sums.tolist())
