@@ -7,7 +7,7 @@ column tiles of a fixed size: the bits do not depend on how many threads worked 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -65,6 +65,7 @@ class Gram:
         self,
         inputs: Float[Tensor, "tokens n"],
         weights: Float[Tensor, " tokens"] | None = None,
+        mine: Container[int] | None = None,
     ) -> Iterator[Callable[[], None]]:
         """The same as `add`, unchecked, as independent pieces that may run on several threads.
 
@@ -72,10 +73,21 @@ class Gram:
 
         Args:
             weights: how often each token counts, with a mean of 1; None: once.
+            mine: the tiles (`tiles`) that are summed here; None: all of them.
         """
         self.tokens += inputs.shape[0]
-        for start in range(0, self.n, TILE):
-            yield lambda start=start: self._add_tile(inputs, weights, start)  # type: ignore[misc]
+        for start in self.tiles():
+            if mine is None or start in mine:
+                yield lambda start=start: self._add_tile(inputs, weights, start)  # type: ignore[misc]
+
+    def tiles(self) -> range:
+        """The first row of every tile: rows of the upper triangle, and what belongs to them."""
+        return range(0, self.n, TILE)
+
+    def tile(self, start: int) -> list[Tensor]:
+        """What was summed of a tile: views."""
+        rows = slice(start, min(start + TILE, self.n))
+        return [self._sum[rows, start:], self._total[rows], self._between[rows]]
 
     def _add_tile(self, inputs: Tensor, weights: Tensor | None, start: int) -> None:
         stop = min(start + TILE, self.n)
@@ -179,14 +191,20 @@ class Moved:
         inputs: Float[Tensor, "tokens n"],
         others: Float[Tensor, "tokens n"],
         weights: Float[Tensor, " tokens"] | None = None,
+        mine: Container[int] | None = None,
     ) -> Iterator[Callable[[], None]]:
         """Add x and x′ of the same tokens, as independent pieces (see `Gram.tasks`)."""
         self.tokens += inputs.shape[0]
         wide = torch.promote_types(inputs.dtype, torch.float32)
         inputs, moved = inputs.to(wide), others.to(wide) - inputs.to(wide)
-        for start in range(0, self.n, TILE):
-            yield lambda start=start: self._add_tile(inputs, moved, weights, start)  # type: ignore[misc]
-        yield from self._moved.tasks(moved, weights)
+        for start in self._moved.tiles():
+            if mine is None or start in mine:
+                yield lambda start=start: self._add_tile(inputs, moved, weights, start)  # type: ignore[misc]
+        yield from self._moved.tasks(moved, weights, mine)
+
+    def tile(self, start: int) -> list[Tensor]:
+        """What was summed of the same tile as one of G: views."""
+        return [self._cross[start : min(start + TILE, self.n)], *self._moved.tile(start)]
 
     def _add_tile(self, inputs: Tensor, moved: Tensor, weights: Tensor | None, start: int) -> None:
         rows = slice(start, min(start + TILE, self.n))

@@ -48,6 +48,8 @@ class Capabilities:
         refit: it answers problems with `refit` too: by their objective F, or by a score that looks at no
             objective.
         pooled: it answers layers whose rows trade.
+        apart: unless rows trade, each row is answered as if it were alone, or with those of its tile of 128
+            (of a part of that), whatever other rows there are.
         note: one line.
     """
 
@@ -59,6 +61,7 @@ class Capabilities:
     largest_n: int | None = None
     refit: bool = False
     pooled: bool = False
+    apart: bool = False
     note: str = ""
 
 

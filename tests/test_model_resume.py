@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from outputs import contents
 from tiny_models import save, tiny, tokens
 
 from maskopt import prune_model
@@ -42,18 +43,6 @@ def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
     out = tmp_path_factory.mktemp("whole") / "out"
     prune_model(dense, tokens(), output=out, **OPTIONS)
     return contents(out)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """All files by name; the manifest without seconds, memory and its digest, which covers them."""
-    assert not (folder / HIDDEN).exists()
-    result = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-    manifest = json.loads(result[MANIFEST])
-    for part in (manifest, *manifest["layers"], *manifest["parts"]):
-        del part["seconds"]
-    del manifest["sha256"], manifest["memory"]
-    result[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()
-    return result
 
 
 def test_the_same_bytes_twice_and_with_any_number_of_threads(

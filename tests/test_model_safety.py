@@ -261,7 +261,7 @@ def test_a_file_of_hidden_states_that_cannot_be(
 
     monkeypatch.setattr("tempfile.mkstemp", refuse)
     with pytest.raises(ModelError, match=said) as caught:
-        Activations(2, torch.Size((1, 3, 4)), torch.float32, tmp_path)
+        Activations(range(2), torch.Size((1, 3, 4)), torch.float32, tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}: ")
     assert os.strerror(number) in str(caught.value)
     assert "`activation_memory`" in str(caught.value)

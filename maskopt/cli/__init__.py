@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -32,8 +34,9 @@ from maskopt.cli import (
 from maskopt.cli.console import errors, insist_on_interrupts, show_compiling
 from maskopt.cli.examples import EXAMPLES, STATUSES
 from maskopt.cli.flags import FlagCommand
+from maskopt.cli.ranks import launched, several, speaks
 from maskopt.cli.view import with_view
-from maskopt.errors import MaskoptError
+from maskopt.errors import MaskoptError, OptionError
 
 #: status after Ctrl-C
 INTERRUPTED = 130
@@ -69,9 +72,28 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "apply": apply.apply,
     "extract-masks": apply.extract_masks,
 }
+
+
+def _alone(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, refused where torchrun starts it several times."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        if several():
+            raise OptionError(
+                f"only {' and '.join(SHARED)} run as several processes; start this command without torchrun"
+            )
+        command(**given)
+
+    return run
+
+
+#: those that several processes can share
+SHARED = ("prune", "gram")
 for _name, _command in COMMANDS.items():
     _example = f"Example: {EXAMPLES[_name]}"
-    app.command(_name, cls=FlagCommand, epilog=_example)(with_view(_command))
+    _shown = with_view(_command if _name in SHARED else _alone(_command))
+    app.command(_name, cls=FlagCommand, epilog=_example)(_shown)
 
 
 def _version(asked: bool) -> None:
@@ -95,13 +117,27 @@ def main() -> None:
     show_compiling()
     insist_on_interrupts()
     try:
+        with launched():
+            _run()
+    except MaskoptError as error:  # they did not find each other
+        _tell(error)
+        sys.exit(1)
+
+
+def _run() -> None:
+    try:
         app()
     except MaskoptError as error:
         if "--debug" in sys.argv:
             raise
-        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, emoji=False)
+        if speaks():
+            _tell(error)
         sys.exit(1)
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if end.code == INTERRUPTED and speaks():
             errors.print("stopped")
         raise
+
+
+def _tell(error: MaskoptError) -> None:
+    errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, emoji=False)

@@ -17,6 +17,7 @@ from maskopt.cli.parameters import (
     takes,
 )
 from maskopt.cli.prune_view import PruneView
+from maskopt.cli.ranks import ranks
 from maskopt.cli.view import view
 from maskopt.model.options import WalkOptions
 
@@ -52,6 +53,7 @@ def gram(
             output=out,
             overwrite=overwrite,
             on_progress=PruneView(shown),
+            ranks=ranks(),
             **options,
         )
     size = sum(file.stat().st_size for file in out.iterdir())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ from maskopt.cli.parameters import (
     tokens_file,
 )
 from maskopt.cli.prune_view import PruneView
+from maskopt.cli.ranks import again, ranks, speaks
 from maskopt.cli.view import View, clock, view
 
 if TYPE_CHECKING:
@@ -57,9 +56,11 @@ def prune(
     from maskopt.model.prune import prune_model
     from maskopt.model.workspace import check_output
 
-    check_output(out, overwrite=overwrite, resume=resume)
+    here = ranks()
+    here.agreed(lambda: check_output(out, overwrite=overwrite, resume=resume))
     with told_of_resume(out), view() as shown:
-        known = resume or grams is not None  # a part of it is done already
+        # a part of it is done already, or several processes share it
+        known = resume or grams is not None or here.size > 1
         expected = None if known else _told_beforehand(shown, model, calibration, options)
         report = prune_model(
             model,
@@ -69,6 +70,7 @@ def prune(
             overwrite=overwrite,
             resume=resume,
             on_progress=PruneView(shown, expected),
+            ranks=here,
             **options,
         )
     show_report(report)
@@ -96,16 +98,15 @@ def _told_beforehand(
 
 @contextmanager
 def told_of_resume(out: Path) -> Iterator[None]:
+    from maskopt.model.ranks import LostRankError
     from maskopt.model.workspace import unfinished
 
     try:
         yield
-    except KeyboardInterrupt:
-        if unfinished(out):
-            typed = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-            command = shlex.join(["maskopt", *typed, "--resume"])
+    except (KeyboardInterrupt, LostRankError):
+        if unfinished(out) and speaks():
             errors.print(
-                f"{out}: finished blocks are kept; go on with\n{command}",
+                f"{out}: finished blocks are kept; go on with\n{again('--resume')}",
                 soft_wrap=True, markup=False, emoji=False, highlight=False,
             )  # fmt: skip
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ class Activations:
     """One hidden state per sample, all of one shape, read and overwritten sample by sample.
 
     Args:
-        samples: how many.
+        samples: which.
         shape: of one sample, e.g. [1, length, width].
         dtype: of the hidden states.
         folder: None keeps them in memory. Else they lie in a nameless file in that folder, and one
@@ -27,16 +28,21 @@ class Activations:
     """
 
     def __init__(
-        self, samples: int, shape: torch.Size, dtype: torch.dtype, folder: Path | None = None
+        self,
+        samples: Sequence[int],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        folder: Path | None = None,
     ) -> None:
         self.shape, self.dtype = shape, dtype
         self._bytes = shape.numel() * dtype.itemsize
-        self._memory: list[Tensor | None] | None = None
+        self._place = {sample: place for place, sample in enumerate(samples)}
+        self._memory: dict[int, Tensor] | None = None
         self._file: int | None = None
         if folder is None:
-            self._memory = [None] * samples
+            self._memory = {}
         else:
-            size = samples * self._bytes
+            size = max(1, len(samples) * self._bytes)  # no file can be reserved without a byte
             self._file, name = _make(folder, size)
             if os.name == "posix":
                 os.unlink(name)  # the file lives as long as the process, whatever ends it
@@ -52,9 +58,7 @@ class Activations:
 
     def __getitem__(self, sample: int) -> Float[Tensor, "1 length width"]:
         if self._memory is not None:
-            held = self._memory[sample]
-            assert held is not None
-            return held.clone()  # a block may change its input in place
+            return self._memory[sample].clone()  # a block may change its input in place
         mapped = self._map(sample)
         return torch.from_numpy(np.array(mapped)).view(self.dtype).view(self.shape)
 
@@ -71,7 +75,7 @@ class Activations:
         assert self._file is not None
         with os.fdopen(os.dup(self._file), "r+b") as file:
             return np.memmap(
-                file, np.uint8, "r+", offset=sample * self._bytes, shape=(self._bytes,)
+                file, np.uint8, "r+", offset=self._place[sample] * self._bytes, shape=(self._bytes,)
             )
 
     def close(self) -> None:

@@ -135,7 +135,7 @@ def _through(block: Block, states: Activations, windows: Sequence[int]) -> None:
 def _copy(
     states: Activations, windows: Sequence[int], folder: Path | None
 ) -> Iterator[Activations]:
-    with Activations(len(windows), states.shape, states.dtype, folder) as copy:
+    with Activations(windows, states.shape, states.dtype, folder) as copy:
         for window in windows:
             copy[window] = states[window]
         yield copy

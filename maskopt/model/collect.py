@@ -1,4 +1,8 @@
-"""Gram matrices of the layers of one block, from the samples that pass through it."""
+"""Gram matrices of the layers of one block, from the samples that pass through it.
+
+Where several processes work together, each runs samples of its own, tells the others what layers were given
+there, and sums tiles of its own; all of them end with the whole matrices.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from maskopt.model.activations import Activations
 from maskopt.model.all_experts import experts_see_all
 from maskopt.model.blocks import Layer
 from maskopt.model.forward import Call
+from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.threads import Threads
 from maskopt.model.watch import Seen, Watch, WatchedWeights
 
@@ -79,14 +84,64 @@ class Samples:
         self.active = [sample for sample in self.active if sample not in samples]
 
 
+@dataclass(frozen=True)
+class Given:
+    """What layers were given in one pass of one sample.
+
+    Attributes:
+        inputs: [tokens, n] each.
+        of: by layer, which of them: layers that were given the very same tensors have the same.
+        dense: the same inputs in the dense model, where that walks beside; else nothing.
+        counts: [tokens], how often each token counts; None: once.
+    """
+
+    inputs: list[Tensor]
+    of: dict[str, int]
+    dense: list[Tensor]
+    counts: Tensor | None = None
+
+    @classmethod
+    def seen(cls, watch: Watch, beside: Watch | None, counts: Tensor | None) -> Given:
+        """By a watch of the pruned model's pass, and one of the dense model's."""
+        firsts: dict[Any, str] = {}
+        sharing = watch.sharing()
+        for layer, key in sharing.items():
+            firsts.setdefault(key, layer)
+        place = {key: number for number, key in enumerate(firsts)}
+        return cls(
+            [_joined(watch.inputs[layer]) for layer in firsts.values()],
+            {layer: place[key] for layer, key in sharing.items()},
+            [] if beside is None else [_joined(beside.inputs[layer]) for layer in firsts.values()],
+            counts,
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        return [*self.inputs, *self.dense, *([] if self.counts is None else [self.counts])]
+
+    def likewise(self, device: torch.device | str) -> Given:
+        """As many tensors, as large, without their data."""
+
+        def empty(x: Tensor) -> Tensor:
+            return torch.empty(x.shape, dtype=x.dtype, device=device)
+
+        counts = None if self.counts is None else empty(self.counts)
+        return Given(list(map(empty, self.inputs)), self.of, list(map(empty, self.dense)), counts)
+
+
 class Grams:
     """Gram matrices by layer name; layers that are given the same inputs share one.
 
     `held` are those of the samples that are kept aside, None where there are none.
     """
 
-    def __init__(self, device: torch.device, held: Grams | None = None) -> None:
-        self.device, self.held = device, held
+    def __init__(
+        self, device: torch.device, held: Grams | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        self.device, self.held, self.ranks = device, held, ranks
+        self._load = [0] * ranks.size
+        self._tiles: dict[str, dict[int, int]] = {}
         self.order: list[str] = []
         self._leader: dict[str, str] = {}
         self._grams: dict[str, Gram] = {}
@@ -131,22 +186,12 @@ class Grams:
         """The layers, those that share their inputs next to each other."""
         return sorted(layers, key=lambda layer: self.leader(layer.name))
 
-    def tasks(
-        self,
-        watch: Watch,
-        sizes: dict[str, int],
-        beside: Watch | None = None,
-        weights: Tensor | None = None,
-    ) -> list[Callable[[], None]]:
-        """Pieces of work that add one sample's inputs, with those that the dense model has `beside`.
-
-        `weights` [tokens] say how often each counts; None: once.
-        """
-        by_inputs: dict[Any, str] = {}
+    def tasks(self, given: Given, sizes: dict[str, int]) -> list[Callable[[], None]]:
+        """Pieces of work that add one sample's inputs: those of the tiles that are summed here."""
+        by_inputs: dict[int, str] = {}
         pieces: list[Callable[[], None]] = []
-        sharing = watch.sharing()
         known = set(self._leader)
-        for layer, key in sharing.items():
+        for layer, key in given.of.items():
             first = by_inputs.setdefault(key, layer)
             if layer not in known:
                 # a Gram that already holds earlier samples cannot be shared by a newcomer
@@ -154,22 +199,44 @@ class Grams:
                 self._leader[layer] = first if leads else layer
                 if self._leader[layer] == layer:
                     self._grams[layer] = Gram(sizes[layer], self.device)
-                    if beside is not None:
+                    self._tiles[layer] = self._share_out(self._grams[layer])
+                    if given.dense:
                         self._moved[layer] = Moved(sizes[layer], self.device)
                 self.order.append(layer)
             leader = self._leader[layer]
             if leader == layer:
-                joined = _joined(watch.inputs[layer])
-                pieces.extend(self._grams[layer].tasks(joined, weights))
-                if beside is not None:
-                    dense = _joined(beside.inputs[layer])
-                    pieces.extend(self._moved[layer].tasks(joined, dense, weights))
-            elif sharing.get(leader) != key:
+                x, counts = given.inputs[key], given.counts
+                mine = {
+                    tile for tile, rank in self._tiles[layer].items() if rank == self.ranks.rank
+                }
+                pieces.extend(self._grams[layer].tasks(x, counts, mine))
+                if given.dense:
+                    pieces.extend(self._moved[layer].tasks(x, given.dense[key], counts, mine))
+            elif given.of.get(leader) != key:
                 raise ModelError(
                     f"layers {leader!r} and {layer!r} shared their inputs in one sample "
                     "and not in another"
                 )
         return pieces
+
+    def _share_out(self, gram: Gram) -> dict[int, int]:
+        """Who sums which tile: the next largest is for whoever has least to do."""
+        chosen = {}
+        for tile in gram.tiles():  # the largest first: those of a triangle
+            chosen[tile] = rank = self._load.index(min(self._load))
+            self._load[rank] += gram.tile(tile)[0].numel()
+        return chosen
+
+    def complete(self) -> None:
+        """Take from the other processes the tiles that they have summed."""
+        for leader, tiles in self._tiles.items():
+            moved = self._moved.get(leader)
+            for tile, rank in tiles.items():
+                others = [] if moved is None else moved.tile(tile)
+                for part in (*self._grams[leader].tile(tile), *others):
+                    self.ranks.send(part, rank)
+        if self.held is not None:
+            self.held.complete()
 
 
 def _joined(inputs: Sequence[Tensor]) -> Tensor:
@@ -184,15 +251,17 @@ class OpenBlock:
         module: the block.
         name: of the block in the model.
         calls: per sample, what the model calls it with.
+        ranks: the processes that have the samples among themselves.
     """
 
     model: nn.Module
     module: nn.Module
     name: str
     device: torch.device
-    calls: Sequence[Call]
+    calls: Mapping[int, Call]
     samples: Samples
     threads: Threads
+    ranks: Ranks = ALONE
 
     def run(self, sample: int, states: Activations) -> Tensor:
         """The block's output for one sample, of which `states` holds the hidden state."""
@@ -204,6 +273,13 @@ class _Observed(NamedTuple):
 
     watch: Watch
     output: Tensor | None
+    bad: str | None
+
+
+class _Told(NamedTuple):
+    """What all processes are told of a sample."""
+
+    given: Given
     bad: str | None
 
 
@@ -257,8 +333,9 @@ def collect(
     """
     sizes = {layer.name: layer.n for layer in layers}
     samples = block.samples
-    held = Grams(block.device) if samples.held else None
-    grams = Grams(block.device, held)
+    ranks = block.ranks
+    held = Grams(block.device, ranks=ranks) if samples.held else None
+    grams = Grams(block.device, held, ranks)
     local = threading.local()
     passes = _Passes(block, WatchedWeights(block.model, layers), local)
     until: str | None = None
@@ -271,16 +348,21 @@ def collect(
 
     shown = experts_see_all(block.module, f"{block.name}.", layers, local)
     with shown if all_experts else nullcontext():
-        for wave in block.threads.waves(list(samples.active)):
-            observed = block.threads.run([lambda s=s: both(s) for s in wave])  # type: ignore[misc]
-            for sample, (seen, dense) in zip(wave, observed, strict=True):
-                bad = seen.bad or (None if dense is None else dense.bad)
+        for wave in ranks.waves(samples.active, block.threads.count):
+            mine = ranks.own(wave)
+            passed = block.threads.run([lambda s=s: both(s) for s in mine])  # type: ignore[misc]
+            observed = dict(zip(mine, passed, strict=True))
+            told = _told(block, wave, observed, weights)
+            for sample in wave:
+                given, bad = told[sample]
                 if bad is not None:
                     samples.leave_out(sample, bad)
                     continue
-                mine = held if held is not None and sample in samples.held else grams
-                counts = None if weights is None else weights(sample)
-                block.threads.run(mine.tasks(seen.watch, sizes, dense and dense.watch, counts))
+                ours = held if held is not None and sample in samples.held else grams
+                block.threads.run(ours.tasks(given, sizes))
+                if sample not in observed:
+                    continue
+                seen, dense = observed[sample]
                 if samples.dense is not None and dense is not None:
                     assert dense.output is not None
                     samples.dense[sample] = dense.output
@@ -289,7 +371,37 @@ def collect(
                 elif until is None:
                     until = _last_input(layers, seen.watch)
             tick(len(wave))
+    grams.complete()
     return grams
+
+
+def _told(
+    block: OpenBlock,
+    wave: Sequence[int],
+    observed: Mapping[int, tuple[_Observed, _Observed | None]],
+    weights: Callable[[int], Tensor] | None,
+) -> dict[int, _Told]:
+    """Of every sample of a wave what was seen where it ran."""
+    ranks = block.ranks
+    own: dict[int, _Told] = {}
+    for sample, (seen, dense) in observed.items():
+        bad = seen.bad or (None if dense is None else dense.bad)
+        given = Given([], {}, [])
+        if bad is None:
+            counts = None if weights is None else weights(sample)
+            given = Given.seen(seen.watch, None if dense is None else dense.watch, counts)
+        own[sample] = _Told(given, bad)
+    shapes = {
+        sample: told._replace(given=told.given.likewise("meta")) for sample, told in own.items()
+    }
+    told = dict(own)
+    for rank, theirs in enumerate(ranks.gathered(shapes)) if ranks.size > 1 else ():
+        for sample, there in theirs.items():
+            if rank != ranks.rank:
+                told[sample] = there._replace(given=there.given.likewise(block.device))
+            for tensor in told[sample].given.tensors:
+                ranks.send(tensor, rank)
+    return told
 
 
 def pass_on(
@@ -297,14 +409,18 @@ def pass_on(
 ) -> None:
     """Replace every sample's state in `states` by the block's output."""
     samples = block.samples
-    for wave in block.threads.waves(list(samples.active)):
-        outputs = block.threads.run([lambda s=s: block.run(s, states) for s in wave])  # type: ignore[misc]
-        for sample, output in zip(wave, outputs, strict=True):
-            if not bool(torch.isfinite(output).all()):
-                samples.leave_out(sample, block.name)
-            else:
+    bad: list[int] = []
+    for wave in block.ranks.waves(samples.active, block.threads.count):
+        mine = block.ranks.own(wave)
+        outputs = block.threads.run([lambda s=s: block.run(s, states) for s in mine])  # type: ignore[misc]
+        for sample, output in zip(mine, outputs, strict=True):
+            if bool(torch.isfinite(output).all()):
                 states[sample] = output
+            else:
+                bad.append(sample)
         tick(len(wave))
+    for sample in sorted(sample for theirs in block.ranks.gathered(bad) for sample in theirs):
+        samples.leave_out(sample, block.name)
 
 
 def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:

@@ -8,7 +8,7 @@ of threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,11 @@ class Captured:
 
     Attributes:
         states: the input of block 0, per sample.
-        calls: per block, per sample; samples called alike share one `Call`.
+        calls: per block, by sample; samples called alike share one `Call`.
         outputs: how many values the model unpacks from a block; 0 where it takes a bare tensor.
     """
 
-    def __init__(self, states: Activations, calls: list[list[Call]], outputs: int) -> None:
+    def __init__(self, states: Activations, calls: list[dict[int, Call]], outputs: int) -> None:
         self.states, self.calls, self.outputs = states, calls, outputs
 
 
@@ -71,6 +71,7 @@ def capture(
     tokens: Tensor,
     threads: Threads,
     device: torch.device,
+    samples: Sequence[int],
     activation_folder: Callable[[int], Path | None] = lambda _: None,
 ) -> Captured:
     """Run embeddings and everything before the blocks; record how each block is called.
@@ -79,23 +80,24 @@ def capture(
     blocks' weights are not in memory.
 
     Args:
-        tokens: int64 [samples, length].
-        activation_folder: given the bytes of all hidden states, where to keep them (None: memory).
+        tokens: int64 [all samples, length].
+        samples: those of them that are to run here.
+        activation_folder: given the bytes of their hidden states, where to keep them (None: memory).
     """
     recorders = _Recorders(model, blocks, device)
     with recorders.installed():
         [first] = threads.run([lambda: recorders.probe(tokens[:1])])
         state = first[0][0]
-        size = state.nbytes * tokens.shape[0]
-        states = Activations(tokens.shape[0], state.shape, state.dtype, activation_folder(size))
-        calls: list[list[Call]] = [[] for _ in blocks.modules]
-        for wave in threads.waves(range(tokens.shape[0])):
+        size = state.nbytes * len(samples)
+        states = Activations(samples, state.shape, state.dtype, activation_folder(size))
+        calls: list[dict[int, Call]] = [{} for _ in blocks.modules]
+        for wave in threads.waves(samples):
             passes = threads.run(
                 [lambda s=s: recorders.record(tokens[s : s + 1]) for s in wave]  # type: ignore[misc]
             )
             for sample, recorded in zip(wave, passes, strict=True):
                 states[sample] = recorded[0][0]
-                merge_calls(calls, recorded)
+                merge_calls(calls, recorded, sample)
     return Captured(states, calls, recorders.outputs)
 
 
@@ -196,8 +198,10 @@ def _returned(state: Any, outputs: int) -> Any:
     return (state, *[None] * (outputs - 1)) if outputs else state
 
 
-def merge_calls(calls: list[list[Call]], recorded: list[tuple[Tensor, Any, Any]]) -> None:
-    """Append one sample's calls; leaves equal to those of sample 0 are shared with it."""
+def merge_calls(
+    calls: list[dict[int, Call]], recorded: list[tuple[Tensor, Any, Any]], sample: int
+) -> None:
+    """Add one sample's calls; leaves equal to those of the first sample are shared with it."""
     compared: dict[tuple[int, int], bool] = {}
     for block, (state, args, kwargs) in enumerate(recorded):
         kwargs = {k: None if _is_cache(v) else v for k, v in kwargs.items()}
@@ -205,13 +209,13 @@ def merge_calls(calls: list[list[Call]], recorded: list[tuple[Tensor, Any, Any]]
         leaves, spec = tree_flatten((args, kwargs))
         leaves = [HiddenState if leaf is state else leaf for leaf in leaves]
         if calls[block]:
-            first = calls[block][0]
+            first = next(iter(calls[block].values()))
             if len(first.leaves) == len(leaves) and all(
                 _equal(a, b, compared) for a, b in zip(first.leaves, leaves, strict=True)
             ):
-                calls[block].append(first)
+                calls[block][sample] = first
                 continue
-        calls[block].append(Call(leaves, spec))
+        calls[block][sample] = Call(leaves, spec)
 
 
 def _equal(a: Any, b: Any, compared: dict[tuple[int, int], bool]) -> bool:

@@ -20,6 +20,7 @@ from maskopt.errors import ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer
 from maskopt.model.forward import Captured, ending
+from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.source import Source
 from maskopt.model.threads import Threads
 from maskopt.model.tokens import Windows
@@ -58,6 +59,7 @@ class DenseModel:
         captured: what the blocks are called with, and the states that enter block 0.
         folder: for files of hidden states; None keeps them in memory.
         tick: called with how many windows went one step: `steps` of them each.
+        ranks: the processes that have the windows among themselves.
     """
 
     source: Source
@@ -67,6 +69,12 @@ class DenseModel:
     pool: Threads
     folder: Path | None
     tick: Callable[[int], None]
+    ranks: Ranks = ALONE
+
+    @property
+    def mine(self) -> list[int]:
+        """The chosen windows that go through here."""
+        return self.ranks.own(self.chosen)
 
     @staticmethod
     def steps(blocks: int, *, of_layers: bool = False) -> int:
@@ -95,12 +103,15 @@ class DenseModel:
             gradients = entered.pop()  # of the states in it, in their place
             self._through_the_head(gradients)
             for index in reversed(range(blocks)):
-                for window in self.chosen:
+                for window in self.mine:
                     norms[index, window] = gradients[window][0].float().norm(dim=1)
                 mine = [layer for layer in layers if layer.block == index]
                 if index or mine:
                     found = self._backward(index, entered[index], gradients, mine)
                     squares |= self._mean(found, held)
+        norms = torch.stack(self.ranks.gathered(norms)).sum(
+            0
+        )  # the others' windows are zero in each
         everything = (norms, *squares.values())
         if not all(bool(torch.isfinite(values).all()) for values in everything):
             raise ModelError("the loss has NaN or infinite gradients; try `dtype` float32")
@@ -118,13 +129,14 @@ class DenseModel:
 
     def _empty(self) -> Activations:
         states = self.captured.states
-        return Activations(self.chosen[-1] + 1, states.shape, states.dtype, self.folder)
+        return Activations(self.mine, states.shape, states.dtype, self.folder)
 
     def _each(self, of: Callable[[int], Tensor], into: Activations) -> None:
         """Every window's, several at once, each on one thread of its own."""
-        for wave in self.pool.waves(self.chosen):
-            found = self.pool.run([lambda w=w: of(w) for w in wave])  # type: ignore[misc]
-            for window, state in zip(wave, found, strict=True):
+        for wave in self.ranks.waves(self.chosen, self.pool.count):
+            mine = self.ranks.own(wave)
+            found = self.pool.run([lambda w=w: of(w) for w in mine])  # type: ignore[misc]
+            for window, state in zip(mine, found, strict=True):
                 into[window] = state
             self.tick(len(wave))
 
@@ -173,7 +185,7 @@ class DenseModel:
                 return found
 
             self._each(through, gradients)
-        return squares
+        return {w: found for theirs in self.ranks.gathered(squares) for w, found in theirs.items()}
 
 
 def _gradient(

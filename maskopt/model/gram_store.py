@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from maskopt.model.memory import by_block
 from maskopt.model.options import LAYER, LOSS, MODEL, RECONSTRUCT, PruneOptions, WalkOptions
 from maskopt.model.output import FinishedBlock, check_disk, check_not_the_model
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
+from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.safefile import DTYPES, open_safe, write_safe
 from maskopt.model.windows import tokens_or_tokenizer
-from maskopt.model.workspace import check_output, open_workspace
+from maskopt.model.workspace import Workspace, check_output, open_workspace
 
 FORMAT = "maskopt-grams-1"
 INDEX = "maskopt-grams.json"
@@ -48,6 +50,7 @@ def collect_grams(
     calibration: Any = None,
     overwrite: bool = False,
     on_progress: OnBlockProgress | None = None,
+    ranks: Ranks = ALONE,
     **shorthand: Any,
 ) -> Path:
     """Write the Gram matrices of a dense model's layers into a folder, block by block.
@@ -57,6 +60,7 @@ def collect_grams(
         tokenizer_or_tokens: as for `prune_model`.
         calibration: as for `prune_model`.
         options: of the walk; `include` and `exclude` choose layers.
+        ranks: as for `prune_model`.
         shorthand: single options by name, with or without `options`.
 
     Returns:
@@ -67,24 +71,25 @@ def collect_grams(
     """
     options = dataclasses.replace(options or WalkOptions(), **{**shorthand, "one_pass": True})
     target = Path(output)
-    check_output(target, overwrite=overwrite, resume=False)
+    ranks.agreed(lambda: check_output(target, overwrite=overwrite, resume=False))
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
-    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
+    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     if job.source.checkpoint is None:
         raise ModelError("Gram matrices are stored of model folders; save the model first")
     check_not_the_model(job.source.checkpoint.folder, target)
     files: dict[str, str] = {}
     bad: list[dict[str, Any]] = []
-    with open_workspace(target, overwrite=overwrite, resume=False) as work:
-        check_disk(target, sum(4 * layer.n**2 for layer in job.layers))
+    written = open_workspace(target, overwrite=overwrite, resume=False)
+    with written if ranks.leads else nullcontext(Workspace(target)) as work:
+        size = sum(4 * layer.n**2 for layer in job.layers)
+        ranks.agreed(lambda: check_disk(target, size))
         with job, torch.no_grad():
             for block in job.blocks(folder=work.hidden):
                 if block.layers:
-                    name = _file_of(block.index)
-                    _write(work.staging / name, block.grams())
-                    files[name] = file_digest(work.staging / name)
+                    path, grams = work.staging / _file_of(block.index), block.grams()
+                    files[path.name] = ranks.agreed(lambda p=path, g=grams: _write(p, g))  # type: ignore[misc]
                 block.advance()
                 bad += [{**dataclasses.asdict(one), "block": block.index} for one in block.bad]
         index = {
@@ -94,9 +99,7 @@ def collect_grams(
             "bad_samples": bad,
             "files": files,
         }
-        with atomic_write(work.staging / INDEX) as file:
-            file.write((json.dumps(index, indent=1, sort_keys=True) + "\n").encode())
-        work.commit()
+        ranks.agreed(lambda: _finish(work, index))
     return target
 
 
@@ -222,8 +225,14 @@ def _file_of(block: int) -> str:
     return f"grams-{block:05d}.bits"
 
 
-def _write(path: Path, grams: Grams) -> None:
-    """Not called *.safetensors: servers load every such file of a folder."""
+def _finish(work: Workspace, index: dict[str, Any]) -> None:
+    with atomic_write(work.staging / INDEX) as file:
+        file.write((json.dumps(index, indent=1, sort_keys=True) + "\n").encode())
+    work.commit()
+
+
+def _write(path: Path, grams: Grams) -> str:
+    """The digest of what is written. Not called *.safetensors: servers load every such file of a folder."""
     kinds = {"": grams} | ({} if grams.held is None else {_HELD: grams.held})
     states = {
         f"{kind}/{leader}/{part}": value.cpu().contiguous()
@@ -237,6 +246,7 @@ def _write(path: Path, grams: Grams) -> None:
         write_safe(file, shapes, {"leaders": json.dumps(leaders)})
         for value in states.values():
             file.write(value.view(torch.uint8).numpy().data)
+    return file_digest(path)
 
 
 def _gram(grams: Grams, layer: str) -> Gram:

@@ -32,6 +32,7 @@ from maskopt.model.memory import Load, by_block, check_memory, state_copies
 from maskopt.model.opening import capped_length, open_source
 from maskopt.model.options import WalkOptions
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
+from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.rounds import check_multiplied, first_round
 from maskopt.model.source import Source
 from maskopt.model.threads import Threads
@@ -55,6 +56,7 @@ def open_job(
     whole: bool = False,
     limit: int | None = None,
     on_progress: OnBlockProgress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Job:
     """A model with windows of text, ready to be walked through.
 
@@ -68,6 +70,7 @@ def open_job(
             walk ends at the last block with a chosen layer, and the windows are random crops.
         limit: of a whole walk: take only the first so many windows.
         on_progress: called with `BlockProgress`.
+        ranks: the processes that walk together.
 
     Raises:
         MaskoptError: model, text or options cannot be used, or not together.
@@ -89,7 +92,7 @@ def open_job(
             raise DataError(
                 f"`{name}` {getattr(options, name)} leaves nothing of windows of a single token"
             )
-    return Job(source, layers, windows, options, whole=whole, on_progress=on_progress)
+    return Job(source, layers, windows, options, whole=whole, on_progress=on_progress, ranks=ranks)
 
 
 class Job:
@@ -104,6 +107,7 @@ class Job:
         threads: as many at once on the CPU.
         pool: those threads, while the walk goes on.
         gradients: of the dense model's loss, once a walk that needs them has begun.
+        ranks: the processes that walk together, each with windows of its own.
     """
 
     def __init__(
@@ -115,8 +119,10 @@ class Job:
         *,
         whole: bool = False,
         on_progress: OnBlockProgress | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.source, self.layers, self.options = source, layers, options
+        self.ranks = ranks
         self.windows, self.whole = windows, whole
         self.count = options.samples if windows is None else len(windows)
         if not whole:
@@ -151,6 +157,7 @@ class Job:
             options,
             whole=self.whole,
             on_progress=self.tell,
+            ranks=self.ranks,
         )
 
     @property
@@ -230,6 +237,7 @@ class Job:
             captured.calls[index],
             samples,
             self.pool,
+            self.ranks,
         )
         return Block(self, index, layers, opened)
 
@@ -292,6 +300,7 @@ class Job:
                 self.windows.tokens,
                 self.pool,
                 self.source.device,
+                self.ranks.own(range(len(self.windows))),
                 lambda size: folder if self._spills(size) else None,
             )
         held.enter_context(captured.states)
@@ -305,10 +314,11 @@ class Job:
         aside = frozenset() if self.whole else held_out(count, self.options.holdout)
         dense = None
         if self.options.beside:
-            size = count * states.shape.numel() * states.dtype.itemsize
+            mine = self.ranks.own(range(count))
+            size = len(mine) * states.shape.numel() * states.dtype.itemsize
             place = folder if self._spills(size) else None
-            dense = held.enter_context(Activations(count, states.shape, states.dtype, place))
-            for sample in range(count):
+            dense = held.enter_context(Activations(mine, states.shape, states.dtype, place))
+            for sample in mine:
                 dense[sample] = states[sample]
         return Samples(states, count, self.windows.source, skip_bad=skip, held=aside, dense=dense)
 
@@ -319,12 +329,19 @@ class Job:
         # where tokens are weighted by them, those of the windows kept aside are, too
         weighted = self.options.weighting == GRADIENT
         chosen = list(range(len(self.windows))) if weighted else self.few()
-        size = (blocks + 1) * len(chosen) * states.shape.numel() * states.dtype.itemsize
+        size = (
+            (blocks + 1)
+            * len(self.ranks.own(chosen))
+            * states.shape.numel()
+            * states.dtype.itemsize
+        )
         place = folder if size > self.activation_memory else None
         layers = self.layers if self.options.sensitive else ()
         steps = DenseModel.steps(blocks, of_layers=bool(layers)) * len(chosen)
         tick = ticker(self.tell, 0, self.last + 1, "gradients", steps)
-        dense = DenseModel(self.source, self.windows, chosen, captured, self.pool, place, tick)
+        dense = DenseModel(
+            self.source, self.windows, chosen, captured, self.pool, place, tick, self.ranks
+        )
         return dense.gradients(layers, aside)
 
     def token_weights(self, block: int, states: Activations) -> Callable[[int], Tensor] | None:

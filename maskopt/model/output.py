@@ -22,6 +22,7 @@ from maskopt.model.edits import Edits, write_values
 from maskopt.model.journal import Journal, differences, in_words
 from maskopt.model.maskfile import MaskFile, MaskFiles, TensorMask, join_masks, write_masks
 from maskopt.model.options import KEEP
+from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.report import (
     LayerReport,
     PartReport,
@@ -92,7 +93,10 @@ class Run(Protocol):
 
 
 class FolderRun:
-    """Masks go to disk block by block, with a journal; a shard is written once all its masks are."""
+    """Masks go to disk block by block, with a journal; a shard is written once all its masks are.
+
+    Of several processes rank 0 writes, into a folder that all of them read.
+    """
 
     def __init__(
         self,
@@ -102,8 +106,9 @@ class FolderRun:
         *,
         overwrite: bool,
         resume: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.source, self.output = source, output
+        self.source, self.output, self.ranks = source, output, ranks
         self._block_of = {t: layer.block for layer in layers for t in source.tensors_of(layer)}
         for block in {layer.block for layer in layers}:
             self._block_of |= {name: block for name, _ in source.vectors(block).values()}
@@ -112,11 +117,23 @@ class FolderRun:
         self.work: Workspace
         self.journal: Journal
         check_not_the_model(source.checkpoint.folder, output)
-        check_output(output, overwrite=overwrite, resume=resume)
+        ranks.agreed(lambda: check_output(output, overwrite=overwrite, resume=resume))
         self.model = Unchanged(source.checkpoint)
 
     @contextmanager
     def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
+        if self.ranks.leads:
+            with self._opened(fingerprint):
+                self.ranks.agreed(lambda: None)
+                yield
+            return
+        self.ranks.agreed(lambda: None)  # from here on there is a journal
+        self.work = Workspace(self.output)
+        self.journal = Journal(self.work.journal)
+        yield
+
+    @contextmanager
+    def _opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
         with open_workspace(self.output, overwrite=self.overwrite, resume=self.resume) as work:
             self.work = work
             there = sum(file.stat().st_size for file in work.hidden.rglob("*") if file.is_file())

@@ -147,20 +147,18 @@ class Recorded:
     def __init__(self, windows: int, folder: Path | None) -> None:
         self._windows, self._folder = windows, folder
         self._states: Activations | None = None
-        self._calls: list[list[Call]] = [[]]
-        self._place: dict[int, int] = {}
+        self._calls: list[dict[int, Call]] = [{}]
 
     def put(self, window: int, state: Tensor) -> None:
         """Keep a state; all are of one shape."""
         if self._states is None:
-            self._states = Activations(self._windows, state.shape, state.dtype, self._folder)
+            self._states = Activations(range(self._windows), state.shape, state.dtype, self._folder)
         self._states[window] = state
 
     def put_call(self, window: int, heard: Heard) -> None:
         """Keep a call with its hidden state; what windows are called alike with is kept once."""
         self.put(window, heard.state)
-        self._place[window] = len(self._calls[0])
-        merge_calls(self._calls, [(heard.state, heard.args, heard.kwargs)])
+        merge_calls(self._calls, [(heard.state, heard.args, heard.kwargs)], window)
 
     def state(self, window: int) -> Tensor:
         """As it was kept."""
@@ -171,7 +169,7 @@ class Recorded:
         self, part: nn.Module, window: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """The part's output, called again as it was, in a precision."""
-        call = self._calls[0][self._place[window]]
+        call = self._calls[0][window]
         state = self.state(window).to(device, dtype)
 
         def as_given(leaf: Any) -> Any:

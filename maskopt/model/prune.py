@@ -12,40 +12,31 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maskopt.errors import ModelError
+from maskopt.errors import ModelError, OptionError
 from maskopt.limits import torch_threads
 from maskopt.model.allocate import allocate
 from maskopt.model.blocks import Layer, matrix
-from maskopt.model.collect import Grams
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.gram_store import GramStore, StoredBlock, stored_blocks
-from maskopt.model.importance import counting
 from maskopt.model.job import Block, Job, open_job
-from maskopt.model.options import AUTO, MODEL, PruneOptions, prune_options
+from maskopt.model.journal import differences, in_words
+from maskopt.model.options import MODEL, RECONSTRUCT, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report, recorded_counts
 from maskopt.model.peak import peaks
-from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.progress import OnBlockProgress
+from maskopt.model.prune_layer import prune_layers
+from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.reconstruct import PartReport, Targets
 from maskopt.model.report import LayerReport, PruneReport
-from maskopt.model.solving import (
-    Solved,
-    damping_by_held_error,
-    solve_by_held_error,
-    solve_by_magnitude,
-    solve_layer,
-)
 from maskopt.model.source import as_stored
 from maskopt.model.windows import tokens_or_tokenizer
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
-from maskopt.solver import make_solver
 
 
 def prune_model(
@@ -59,6 +50,7 @@ def prune_model(
     overwrite: bool = False,
     resume: bool = False,
     on_progress: OnBlockProgress | None = None,
+    ranks: Ranks = ALONE,
     **shorthand: Any,
 ) -> PruneReport:
     """Prune every linear layer in the decoder blocks of a causal language model.
@@ -80,6 +72,8 @@ def prune_model(
         overwrite: replace what is in the output folder.
         resume: go on with the unfinished run in it.
         on_progress: called with `BlockProgress`.
+        ranks: the processes that prune together, each calling this function alike; see
+            `maskopt.model.ranks.joined`.
         shorthand: single options by name, with or without `options`; `sparsity=0.5` is short for
             `pattern=Unstructured(sparsity=0.5)`.
 
@@ -91,6 +85,10 @@ def prune_model(
     options = prune_options(options, shorthand)
     if resume and overwrite:
         raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
+    if ranks.size > 1 and options.weights == RECONSTRUCT:
+        raise OptionError(
+            "`weights` reconstruct trains in one process: start it without torchrun, or take `weights` refit"
+        )
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if (text is None) == (grams is None):
         raise ModelError(
@@ -99,20 +97,21 @@ def prune_model(
     store = None if grams is None else GramStore(grams)
     options = options if store is None else store.options(options)
     target = None if output is None else Path(output)
-    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
+    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     job.source.blocks.check_unshared(job.layers)
     if store is not None:
         store.check_model(job)
     run = job.source.start_run(
-        job.layers, target, tokenizer=tokenizer, overwrite=overwrite, resume=resume
+        job.layers, target, tokenizer=tokenizer, overwrite=overwrite, resume=resume, ranks=ranks
     )
     if options.budget == MODEL and not options.counts:
         options = _with_counts(job, options, target if resume else None)
         job = job.again(options)
     known = None if store is None else store.fingerprint["calibration"]
     fingerprint = fingerprint_of(job, options.record(), known)
+    _check_alike(ranks, fingerprint)
     if resume and target is not None:
-        finished = finished_report(target, fingerprint)
+        finished = ranks.agreed(lambda: finished_report(target, fingerprint))
         if finished is not None:
             return finished
     with run.opened(fingerprint), torch.no_grad():
@@ -121,7 +120,7 @@ def prune_model(
         seconds = time.perf_counter() - began
         memory = peaks(job.source.device)
         report = PruneReport(layers, fingerprint, bad, run.masks, target, seconds, parts, memory)
-        run.finish(report, options.pattern)
+        ranks.agreed(lambda: run.finish(report, options.pattern))
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
@@ -131,6 +130,15 @@ def _with_counts(job: Job, options: PruneOptions, resumed: Path | None) -> Prune
     if counts is None:
         counts = allocate(job, options)
     return dataclasses.replace(options, counts=counts)
+
+
+def _check_alike(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
+    """Raise where processes are not about to do the same."""
+    first, *others = ranks.gathered(fingerprint)
+    for rank, theirs in enumerate(others, start=1):
+        lines = differences(first, theirs)
+        if lines:
+            raise ModelError(f"process {rank} would prune otherwise: {in_words(lines)}")
 
 
 def _prune_blocks(
@@ -155,12 +163,13 @@ def _prune_blocks(
         vectors: dict[str, Tensor] = {}
         for layers, grams in block.rounds():
             tick = block.ticker("solve", len(layers))
-            for layer in grams.neighbours(layers):
-                results[layer.name], mask, new = _prune_layer(job, layer, grams, options)
-                masks[layer.name] = layer, mask
+            for layer, report, mask, new in prune_layers(
+                job, grams.neighbours(layers), grams, options
+            ):
+                results[layer.name], masks[layer.name] = report, (layer, mask)
                 if new is not None:
                     weights[layer.name] = layer, new
-                tick(1, results[layer.name])
+                tick(1, report)
             del grams  # the next pass needs their memory
         parts[block.index] = []
         if targets is not None:
@@ -173,15 +182,8 @@ def _prune_blocks(
         reports[block.index] = [results[layer.name] for layer in block.layers]
         bad[block.index] = [dataclasses.asdict(sample) for sample in block.bad]
         ordered = {layer.name: masks[layer.name] for layer in block.layers}
-        run.add(
-            block.index,
-            reports[block.index],
-            parts[block.index],
-            bad[block.index],
-            ordered,
-            weights,
-            vectors,
-        )
+        of_block = (reports[block.index], parts[block.index], bad[block.index], ordered)
+        job.ranks.agreed(partial(run.add, block.index, *of_block, weights, vectors))
     order = sorted(reports)
     return (
         [r for i in order for r in reports[i]],
@@ -234,128 +236,3 @@ def _stored_vectors(job: Job, index: int, names: Set[str]) -> dict[str, Tensor]:
             found[tensor] = parameter.detach().to("cpu", dtype)
             parameter.copy_(found[tensor])
     return found
-
-
-def _prune_layer(
-    job: Job, layer: Layer, grams: Grams, options: PruneOptions
-) -> tuple[LayerReport, Tensor, Tensor | None]:
-    """Solve one layer and make of it in the model what its mask, and the least squares, say.
-
-    Returns:
-        (report, mask, new weights, float64 [rows, n], where they were refitted).
-    """
-    weight = matrix(job.source.model, layer)
-    gram = grams.of(layer.name)
-    tokens = 0 if gram is None else gram.tokens
-    fallback = tokens < options.min_tokens
-    dense = weight.detach().float()
-    used = None if fallback else gram
-    refit = None if fallback else options.refit
-    pattern = options.pattern_of(layer)
-
-    def at(alpha: float) -> LayerProblem:
-        moved = grams.moved(layer.name)
-        problem = layer_problem(layer, dense, used, pattern, alpha, moved, refit)
-        return counting(problem, options.importance, job.gradients)
-
-    judge = held_problem(layer, dense, grams, pattern)
-    began = time.perf_counter()
-    if refit is not None and options.damping == AUTO and judge is not None:
-        refit = damping_by_held_error(at(_fixed(options.shrink)), judge, options)
-    if options.shrink == AUTO and judge is not None and not fallback:
-        solved, shrink = solve_by_held_error(at, judge, options)
-        fitted = at(shrink)
-    else:
-        shrink = 0.0 if fallback else _fixed(options.shrink)
-        fitted = at(shrink)
-        solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options)
-    mask = solved.solution.mask
-    new = None
-    if refit is not None:
-        found = solved.solution.weight
-        new = as_stored(job.source, layer, fitted.weights(mask) if found is None else found)
-    seconds = time.perf_counter() - began
-    facts = {"tokens": tokens, "fallback": fallback, "seconds": seconds, "shrink": shrink}
-    report = _report(layer, fitted, judge, solved, new, options, facts)
-    if new is None:
-        weight.masked_fill_(~mask.to(weight.device), 0)  # the problems may share it
-    else:
-        weight.copy_(new.to(weight.dtype))
-    return report, mask.cpu(), None if new is None else new.cpu()
-
-
-def _fixed(shrink: float | str) -> float:
-    """α where it is a number; else that of an unshrunk G."""
-    return 0.0 if shrink == AUTO else float(shrink)
-
-
-def _report(
-    layer: Layer,
-    fitted: LayerProblem,
-    judge: LayerProblem | None,
-    solved: Solved,
-    new: Tensor | None,
-    options: PruneOptions,
-    facts: dict[str, Any],
-) -> LayerReport:
-    """What became of a layer; `fitted` is what it was solved on, `judge` that of the windows kept aside, and
-    `facts` what else is known of it."""
-    solution, start, kept = solved.solution, solved.start, fitted.refitting(None)
-    begun = None if start is None else start.objective
-    alike = None if solved.alike is None else kept.objective(solved.alike.mask)
-    if start is not None and (options.shrink == AUTO or new is not None):
-        # it starts once for every α, on another G than that of the error; or is judged by refitted weights
-        begun = kept.objective(start.mask)
-    if new is None:
-        error, error_kept = solution.objective, None
-        held = None if judge is None else judge.objective(solution.mask)
-    else:
-        error, error_kept = fitted.error(new), kept.objective(solution.mask)
-        held = None if judge is None else judge.error(new)
-    chosen_for = "kept"
-    if new is not None and make_solver(options.solver).capabilities.refit:
-        chosen_for = "updated" if solution.own else "refitted"
-    return LayerReport(
-        name=layer.name,
-        block=layer.block,
-        kind=layer.kind,
-        rows=layer.rows,
-        n=layer.n,
-        pattern=str(fitted.pattern),
-        pruned=int((~solution.mask).sum()),
-        error_start=_sum(begun),
-        error_alike=_sum(alike),
-        error=float(error.sum()),
-        lower_bound=float(solution.lower_bound.sum()),
-        statuses={str(s): solution.status.count(s) for s in sorted(set(solution.status))},
-        energy=float(fitted.output_energy().sum()),
-        error_held=_sum(held),
-        energy_held=None if judge is None else float(judge.output_energy().sum()),
-        error_kept=_sum(error_kept),
-        chosen_for=chosen_for,
-        damping=None if fitted.refit is None else fitted.refit.damping,
-        swaps=_count(solution, "swaps"),
-        scans=_count(solution, "scans"),
-        gained=None if fitted.pooled else _gained(solution, start),
-        **facts,
-    )
-
-
-def _count(solution: Solution, what: str) -> int | None:
-    """Of all rows together, what a trace tells; None where it does not."""
-    told = getattr(solution.trace, what, None)
-    return int(told.sum()) if isinstance(told, Tensor) else None
-
-
-def _gained(solution: Solution, start: Solution | None) -> list[float] | None:
-    """Quantiles of the rows' improvements by the solver; those of rows that cost nothing are 0."""
-    if start is None:
-        return None
-    before, after = start.objective.double().cpu(), solution.objective.double().cpu()
-    part = torch.where(before > 0, 1 - after / before.clamp(min=1e-300), 0.0)
-    found = torch.quantile(part, torch.tensor([0, 0.1, 0.5, 0.9, 1]).double()).tolist()
-    return [round(value, 9) + 0.0 for value in found]  # no -0.0
-
-
-def _sum(rows: Tensor | None) -> float | None:
-    return None if rows is None else float(rows.sum())

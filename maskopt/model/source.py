@@ -27,6 +27,7 @@ from maskopt.model.loading import (
     return_memory,
 )
 from maskopt.model.maskfile import TensorMask
+from maskopt.model.ranks import Ranks
 from maskopt.model.stored_masks import stored_masks, stored_values
 from maskopt.model.transformers_adapter import set_eager_experts
 
@@ -88,6 +89,7 @@ class Source(Protocol):
         tokenizer: Any,
         overwrite: bool,
         resume: bool,
+        ranks: Ranks,
     ) -> Run:
         """Where the masks of a prune go.
 
@@ -148,11 +150,14 @@ class MemorySource:
         tokenizer: Any,
         overwrite: bool,
         resume: bool,
+        ranks: Ranks,
     ) -> Run:
         from maskopt.model.output import MemoryRun
 
         if resume:
             raise ModelError("`resume` needs a model folder; a model in memory is pruned in one go")
+        if ranks.size > 1:
+            raise ModelError("several processes prune a model folder; save the model first")
         return MemoryRun(self, output, tokenizer, overwrite)
 
 
@@ -270,12 +275,13 @@ class FolderSource:
         tokenizer: Any,
         overwrite: bool,
         resume: bool,
+        ranks: Ranks,
     ) -> Run:
         from maskopt.model.output import FolderRun
 
         if output is None:
             raise ModelError("pruning a model folder needs an output folder: name `output`")
-        return FolderRun(self, layers, output, overwrite=overwrite, resume=resume)
+        return FolderRun(self, layers, output, overwrite=overwrite, resume=resume, ranks=ranks)
 
 
 def as_stored(source: Source, layer: Layer, weight: Tensor) -> Tensor:

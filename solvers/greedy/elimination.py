@@ -33,7 +33,9 @@ class Elimination(Solver):
     """
 
     name: ClassVar[str] = "elimination"
-    capabilities: ClassVar[Capabilities] = Capabilities(note="greedy by exact marginal cost")
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        apart=True, note="greedy by exact marginal cost"
+    )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """Start from the dense row; see `Solver.run`."""

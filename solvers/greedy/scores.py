@@ -49,7 +49,9 @@ class Magnitude(_Score):
     """|W_ij|: the classical score, blind to the inputs."""
 
     name: ClassVar[str] = "magnitude"
-    capabilities: ClassVar[Capabilities] = Capabilities(refit=True, pooled=True, note="|W|")
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        refit=True, pooled=True, apart=True, note="|W|"
+    )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
         return problem.weight.double().abs()
@@ -61,7 +63,7 @@ class Wanda(_Score):
 
     name: ClassVar[str] = "wanda"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, pooled=True, note="|W|·‖X‖; optimal on diagonal G"
+        refit=True, pooled=True, apart=True, note="|W|·‖X‖; optimal on diagonal G"
     )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:

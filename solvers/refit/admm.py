@@ -47,7 +47,7 @@ class Admm(Damped):
 
     name: ClassVar[str] = "admm"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, pooled=True, note="ALPS's splitting, for weights that are refitted"
+        refit=True, pooled=True, apart=True, note="ALPS's splitting, for weights that are refitted"
     )
 
     iterations: int = option(300, "at most, of every row", least=1)

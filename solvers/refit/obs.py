@@ -42,7 +42,7 @@ class Obs(Damped):
 
     name: ClassVar[str] = "obs"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, note="greedy removal at exact prices, for weights that are refitted"
+        refit=True, apart=True, note="greedy removal at exact prices, for weights that are refitted"
     )
 
     panel: int = option(

@@ -49,6 +49,7 @@ class Relax(Solver):
         start="optional",
         proves="1-swap",
         pooled=True,
+        apart=True,
         note="relaxation by ADMM, hardened, rounded, then swap; gives a lower bound",
     )
 

@@ -56,6 +56,7 @@ class Swap(Solver):
         proves="1-swap",
         refit=True,
         pooled=True,
+        apart=True,
         note="best exchanges of one kept and one pruned",
     )
 

@@ -1,0 +1,158 @@
+"""Several processes that work on one model: what each of them does, and what they tell each other.
+
+Every rank walks through the blocks with windows of its own, sums tiles of its own of every Gram matrix, and
+solves rows of its own; rank 0 writes. Sums are taken in the order of the windows and rows are solved in the
+tiles in which a single process solves them, so the result does not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import MaskoptError, ModelError
+
+T = TypeVar("T")
+
+#: how long a rank waits for the others; one that ends is noticed at once, so this is for one that hangs
+PATIENCE = datetime.timedelta(hours=6)
+#: rows that are solved together wherever rows are shared out: every solver whose rows stand apart solves
+#: them in tiles of this, or of a part of it
+ROWS = 128
+
+
+class LostRankError(ModelError):
+    """Another process of the run ended, or does not answer."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, as one of them sees them; by default there is one.
+
+    Attributes:
+        rank: of this one.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Does this one write, and speak?"""
+        return self.rank == 0
+
+    def own(self, windows: Sequence[int]) -> list[int]:
+        """Those of the windows that walk here."""
+        return [window for window in windows if window % self.size == self.rank]
+
+    def waves(self, windows: Sequence[int], threads: int) -> Iterator[Sequence[int]]:
+        """The windows, as many at a time as all ranks run at once."""
+        for start in range(0, len(windows), threads * self.size):
+            yield windows[start : start + threads * self.size]
+
+    def parts(self, rows: int, offset: int = 0) -> list[slice]:
+        """For each rank its rows of a layer: whole tiles, as evenly as they go; the ranks that have one more
+        begin at `offset`."""
+        tiles = -(-rows // ROWS)
+        each, more = divmod(tiles, self.size)
+        found, first = [], 0
+        for rank in range(self.size):
+            last = first + each + ((rank - offset) % self.size < more)
+            found.append(slice(min(first * ROWS, rows), min(last * ROWS, rows)))
+            first = last
+        return found
+
+    def gathered(self, value: T) -> list[T]:
+        """What every rank has, in their order."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        with _others_there():
+            dist.all_gather_object(found, value)
+        return found
+
+    def agreed(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on all of them; or the error that it raises."""
+        if self.size == 1:
+            return make()
+        import torch.distributed as dist
+
+        message: list[Any] = [None, None]
+        if self.leads:
+            try:
+                message[0] = make()
+            except MaskoptError as error:
+                message[1] = error
+        with _others_there():
+            dist.broadcast_object_list(message)
+        if message[1] is not None:
+            raise message[1]
+        made: T = message[0]
+        return made
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Fill the tensor with what `rank` has in its place."""
+        if self.size == 1 or not tensor.numel():
+            return
+        import torch.distributed as dist
+
+        whole = tensor.contiguous()
+        with _others_there():
+            dist.broadcast(whole.view(-1).view(torch.uint8), rank)
+        if rank != self.rank and whole is not tensor:
+            tensor.copy_(whole)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that torchrun started, this process among them: NCCL between GPUs, gloo between processors.
+
+    Raises:
+        ModelError: they do not find each other, or a GPU is missing.
+    """
+    import torch.distributed as dist
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ModelError(
+                f"there are {torch.cuda.device_count()} GPUs for {local + 1} processes on this machine; "
+                "start one for each"
+            )
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"the processes do not find each other ({error}); start them by torchrun"
+        ) from error
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what gloo and NCCL raise where a connection breaks
+        raise LostRankError(
+            "another process of this run ended or does not answer; finished blocks are kept: start it "
+            "again with `resume`"
+        ) from error

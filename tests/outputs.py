@@ -1,0 +1,20 @@
+"""What a prune left in its folder, to be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from maskopt.model.workspace import HIDDEN, MANIFEST
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files by name; the manifest without seconds, memory and its digest, which covers them."""
+    assert not (folder / HIDDEN).exists()
+    result = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    manifest = json.loads(result[MANIFEST])
+    for part in (manifest, *manifest["layers"], *manifest["parts"]):
+        del part["seconds"]
+    del manifest["sha256"], manifest["memory"]
+    result[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()
+    return result
