@@ -27,7 +27,7 @@ The cuts are triangle inequalities on z = 2p − 1 (with z_0 = 1 as index −1):
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,7 @@ class Certificate:
         return certificate_from(arrays, str(path))
 
     @classmethod
-    def stack(cls, parts: Sequence[Certificate]) -> Certificate:
+    def stack(cls, parts: Iterable[Certificate]) -> Certificate:
         """The certificates of consecutive rows as one."""
         parts = list(parts)
         if any(part.product is not None for part in parts):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import delayed
 from torch import Tensor
 
 from maskopt.bounds import lower_bound, make_bound
@@ -30,6 +31,7 @@ from maskopt.compare import (
     write_records,
 )
 from maskopt.errors import ModelError
+from maskopt.jobs import BATCH, as_they_finish, workers
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer
 from maskopt.model.options import KEEP, name_patterns
@@ -77,6 +79,7 @@ def bound_layers(
     method: str = "sdp",
     method_options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    jobs: int | None = None,
     output: Path | None = None,
     on_rows: OnRows = lambda done, name: None,
 ) -> list[GapRecord]:
@@ -86,6 +89,8 @@ def bound_layers(
         kinds: of layers, by name, as the records are to call them.
         rows: sampled from each layer; None: all.
         columns: inputs that each row is restricted to, drawn per row; None: full width.
+        jobs: as for `maskopt.compare.compare`. One at a time bounds the rows of a layer together; several,
+            each row by itself, with its share of a layer's time limit.
         output: `.jsonl` grows as layers finish and makes the run resumable (what else the file holds
             stays in it); `.csv` and `.parquet` are written at the end.
     """
@@ -97,7 +102,7 @@ def bound_layers(
         for position, layer in enumerate(problems)
         for part, chosen in _sampled(layer, rows, columns, seed=[seed, position])
     )
-    return _certify(parts, method, options, seed, output, on_rows)
+    return _certify(parts, method, options, seed, jobs, output, on_rows)
 
 
 def certify_model(
@@ -109,6 +114,7 @@ def certify_model(
     layers: str | Sequence[str] = (),
     method: str = "sdp",
     method_options: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
     output: Path | None = None,
     on_rows: OnRows = lambda done, name: None,
     **shorthand: Any,
@@ -124,6 +130,7 @@ def certify_model(
         layers: another word for `include`; all pruned layers by default.
         method: as for `lower_bound`.
         method_options: its options.
+        jobs: as for `bound_layers`.
         shorthand: options of the walk by name, as for `collect_problems`: `samples`, `seed`, …
 
     Raises:
@@ -158,7 +165,7 @@ def certify_model(
         sparse = walks.enter_context(closing(layer_problems(pruned, **common)))
         counts = manifest["fingerprint"]["options"].get("counts", {})
         parts = _model_rows(dense, sparse, counts, rows_per_layer, seed)
-        return _certify(parts, method, dict(method_options or {}), seed, output, on_rows)
+        return _certify(parts, method, dict(method_options or {}), seed, jobs, output, on_rows)
 
 
 def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, float]]:
@@ -186,12 +193,48 @@ class _Rows:
     chosen: Sequence[int]
     mask: Tensor
 
+    def keys(self, method: str, options: Mapping[str, Any]) -> list[str]:
+        """Of every row, what its record is known by."""
+        return [
+            _key(self.problem, i, self.mask[i], method, options) for i in range(self.problem.rows)
+        ]
+
+    def take(self, rows: list[int]) -> _Rows:
+        """Some of them."""
+        chosen = [self.chosen[row] for row in rows]
+        return _Rows(self.problem.take(rows), self.kind, chosen, self.mask[rows])
+
+    def calls(
+        self,
+        keys: Sequence[str],
+        finished: Container[str],
+        method: str,
+        options: Mapping[str, Any],
+        seed: int,
+        *,
+        apart: bool,
+    ) -> list[Any]:
+        """Jobs that bound the rows that are not finished: all in one, or each `apart`, with its share of
+        the time for all."""
+        missing = [row for row, key in enumerate(keys) if key not in finished]
+        if missing and not apart:
+            return [
+                delayed(_bounded)(
+                    self.take(missing), [keys[r] for r in missing], method, options, seed
+                )
+            ]
+        own = dict(options)
+        if own.get("time_limit") is not None:
+            own["time_limit"] /= len(keys)
+        return [delayed(_bounded)(self.take([r]), [keys[r]], method, own, seed) for r in missing]
+
 
 def _certify(
     parts: Iterable[_Rows],
     method: str,
     options: dict[str, Any],
     seed: int,
+    jobs: int | None,
     output: Path | None,
     on_rows: OnRows,
 ) -> list[GapRecord]:
@@ -201,39 +244,66 @@ def _certify(
     resumable = output is not None and output.suffix == ".jsonl"
     held = resume_records(output, GapRecord) if resumable and output is not None else {}
     finished = dict(held)
-    records: list[GapRecord] = []
-    for rows in parts:
-        problem, mask = rows.problem, rows.mask
-        keys = [_key(problem, i, mask[i], method, options) for i in range(problem.rows)]
-        missing = [i for i, key in enumerate(keys) if key not in finished]
-        if missing:
-            on_rows(len(records), problem.name)
-            part = problem.take(missing)
-            bound = lower_bound(part, method, **options)
-            solution = Solution.of(part, mask[missing], lower_bound=bound.value)
-            for position, i in enumerate(missing):
-                record = GapRecord(
-                    instance=problem.name,
-                    kind=rows.kind,
-                    row=int(rows.chosen[i]),
-                    n=problem.n,
-                    pattern=str(problem.pattern),
-                    method=method,
-                    objective=float(solution.objective[position]),
-                    lower_bound=float(solution.lower_bound[position]),
-                    gap=float(solution.gap[position]),
-                    seconds=bound.seconds / len(missing),
-                    seed=seed,
-                    key=keys[i],
-                )
-                finished[keys[i]] = record
+    order: list[str] = []
+    apart = workers(jobs) > 1
+    for together in _batches(parts, BATCH if apart else 1):
+        keyed = [(rows, rows.keys(method, options)) for rows in together]
+        calls = [
+            call
+            for rows, keys in keyed
+            for call in rows.calls(keys, finished, method, options, seed, apart=workers(jobs) > 1)
+        ]
+        if calls:
+            on_rows(len(order), together[0].problem.name)
+        for records in as_they_finish(calls, jobs):
+            for record in records:
+                finished[record.key] = record
                 if resumable and output is not None:
                     append_record(output, record)
-        records += [finished[key] for key in keys]
-        on_rows(len(records), problem.name)
+        order += [key for _, keys in keyed for key in keys]
+        on_rows(len(order), together[-1].problem.name)
+    records = [finished[key] for key in order]
     if output is not None:
-        write_records(output, [*without(held, {r.key for r in records}), *records])
+        write_records(output, [*without(held, set(order)), *records])
     return records
+
+
+def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
+    """Parts, as many as have so many rows together."""
+    batch: list[_Rows] = []
+    for part in parts:
+        batch.append(part)
+        if sum(p.problem.rows for p in batch) >= rows:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _bounded(
+    rows: _Rows, keys: Sequence[str], method: str, options: Mapping[str, Any], seed: int
+) -> list[GapRecord]:
+    """Rows of a layer together, each with its bound."""
+    problem = rows.problem
+    bound = lower_bound(problem, method, **options)
+    solution = Solution.of(problem, rows.mask, lower_bound=bound.value)
+    return [
+        GapRecord(
+            instance=problem.name,
+            kind=rows.kind,
+            row=int(rows.chosen[i]),
+            n=problem.n,
+            pattern=str(problem.pattern),
+            method=method,
+            objective=float(solution.objective[i]),
+            lower_bound=float(solution.lower_bound[i]),
+            gap=float(solution.gap[i]),
+            seconds=bound.seconds / problem.rows,
+            seed=seed,
+            key=key,
+        )
+        for i, key in enumerate(keys)
+    ]
 
 
 def _sampled(

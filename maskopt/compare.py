@@ -7,23 +7,21 @@ written at once, and a run that was interrupted skips what the file already hold
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from joblib import Parallel, delayed
-from joblib.parallel import get_active_backend
+from joblib import delayed
 
 from maskopt.errors import DataError, MaskoptError, OptionError
 from maskopt.files import atomic_write
 from maskopt.formats import load_problem
+from maskopt.jobs import as_they_finish, job_key
 from maskopt.limits import KEYWORDS, Limits
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem, RowProblem
@@ -31,8 +29,6 @@ from maskopt.solution import Status
 from maskopt.solver import Solver, make_solver, solve
 
 FORMATS = (".jsonl", ".csv", ".parquet")
-#: jobs at a time of a backend that gives no result before all are there
-_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,9 @@ def compare(
     if path is not None:
         check_format(path)
     jobs_wanted = [
-        (_key(row, name, job), row, name) for row in rows for name, job in jobs_by_name.items()
+        (job_key(row, name, job.solver, job.start, job.limits), row, name)
+        for row in rows
+        for name, job in jobs_by_name.items()
     ]
     wanted = {key: (row, name) for key, row, name in jobs_wanted}
     resumable = path is not None and path.suffix == ".jsonl"
@@ -159,7 +157,7 @@ def compare(
     calls = [
         delayed(_solved)(row, name, jobs_by_name[name], key) for key, (row, name) in missing.items()
     ]
-    for record in _as_they_finish(calls, jobs):
+    for record in as_they_finish(calls, jobs):
         finished[record.key] = record
         if resumable and path is not None:
             append_record(path, record)
@@ -169,16 +167,6 @@ def compare(
     if path is not None:
         write_records(path, [*without(held, wanted), *records])
     return records
-
-
-def _as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Record]:
-    """Their records, under whatever backend is configured."""
-    backend, _ = get_active_backend()
-    if backend.supports_return_generator:
-        yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
-        return
-    for first in range(0, len(calls), _BATCH):  # of Ray's results none come before all are there
-        yield from Parallel(n_jobs=jobs)(calls[first : first + _BATCH])
 
 
 @dataclass(frozen=True)
@@ -212,32 +200,6 @@ def _jobs_by_name(
         own = {k: v for k, v in given.items() if k not in KEYWORDS}
         jobs[name] = _Job(make_solver(name, **own), start, replace(limits, **shared))
     return jobs
-
-
-def _key(row: RowProblem, name: str, job: _Job) -> str:
-    digest = hashlib.sha256()
-    digest.update(row.weight.double().cpu().numpy().tobytes())
-    digest.update(row.gram.double().cpu().numpy().tobytes())
-    if row.linear is not None:
-        digest.update(row.linear.correlation.cpu().numpy().tobytes())
-        digest.update(row.linear.constant.cpu().numpy().tobytes())
-    if row.refit is not None:
-        digest.update(repr(row.refit).encode())
-    limits = [job.limits.seconds, job.limits.memory, job.limits.seed]
-    start = _start_text(job.start)
-    text = json.dumps([str(row.pattern), row.name, name, repr(job.solver), limits, start])
-    digest.update(text.encode())
-    return digest.hexdigest()[:20]
-
-
-def _start_text(start: Any) -> str:
-    """A start in a job's key: by name or as a value what it reads as; a mask by all of its entries, of
-    which str() leaves most out where there are many."""
-    if isinstance(start, torch.Tensor) and start.dtype == torch.bool:
-        start = start.cpu().numpy()
-    if not isinstance(start, np.ndarray):
-        return str(start)
-    return f"{start.dtype} {start.shape} {hashlib.sha256(start.tobytes()).hexdigest()}"
 
 
 def _solved(row: RowProblem, name: str, job: _Job, key: str) -> Record:

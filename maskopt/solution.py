@@ -162,6 +162,35 @@ class Solution:
             proof=proof,
         )
 
+    @classmethod
+    def joined(
+        cls, parts: Sequence[Solution], certificate: AnyCertificate | None = None
+    ) -> Solution:
+        """All rows of a layer, of one solver's solutions of its parts, in their order.
+
+        Args:
+            certificate: of all rows; those of the parts are left out.
+        """
+        first = parts[0]
+        trees = [
+            tree for p in parts for tree in (p.proof.rows if p.proof else [None] * len(p.status))
+        ]
+        weights = [p.weight for p in parts if p.weight is not None]
+        return cls(
+            mask=torch.cat([p.mask for p in parts]),
+            objective=torch.cat([p.objective for p in parts]),
+            lower_bound=torch.cat([p.lower_bound for p in parts]),
+            status=tuple(status for p in parts for status in p.status),
+            solver=first.solver,
+            seconds=sum(p.seconds for p in parts),
+            trace=first.trace.joined([p.trace for p in parts]),
+            certificate=certificate,
+            vouched=tuple(word for p in parts for word in p.vouched or [""] * len(p.status)),
+            weight=torch.cat(weights) if len(weights) == len(parts) else None,
+            own=first.own,
+            proof=Proof(trees) if any(tree is not None for tree in trees) else None,
+        )
+
     def columns(self) -> dict[str, list[Any]]:
         """One list a column, one entry a row: objective, bound, gap, status, who vouches, and all of
         the trace that is one value a row."""

@@ -33,6 +33,19 @@ class Trace:
                 found[field.name] = list(value)
         return found
 
+    def joined(self, parts: Sequence[Trace]) -> Trace:
+        """All rows of a layer, of what one solver told of its parts, this one among them."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            values = [getattr(part, field.name) for part in parts]
+            first = values[0]
+            if isinstance(first, Tensor):
+                found[field.name] = torch.cat(values)
+            else:
+                words = isinstance(first, tuple)
+                found[field.name] = tuple(w for v in values for w in v) if words else first
+        return type(self)(**found)
+
 
 @dataclass(frozen=True)
 class SwapTrace(Trace):

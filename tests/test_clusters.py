@@ -1,4 +1,4 @@
-"""`compare` over clusters of processes, one of which dies: every row is there, none twice."""
+"""Rows over clusters of processes, one of which dies: every row is there, none twice."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from typing import Any
 
 import joblib
 import pytest
+import torch
 from strategies import random_gram, random_weight
 
-from maskopt import LayerProblem, Unstructured
+from maskopt import LayerProblem, Refit, Solution, Unstructured, verify
+from maskopt.certify import bound_layers
 from maskopt.compare import Record, compare, sample_rows
+from maskopt.errors import OptionError
+from maskopt.prove import prove
 
 ROWS, KILLED_AFTER = 500, 60
 
@@ -24,6 +28,25 @@ def instances() -> list[Any]:
         random_weight(ROWS, 24, 1), random_gram(24, "low-rank", 2), Unstructured(0.5)
     )
     return sample_rows([layer], ROWS, columns=12, seed=3)
+
+
+def layer() -> LayerProblem:
+    return LayerProblem(random_weight(12, 20, 5), random_gram(20, "outliers", 6), Unstructured(0.5))
+
+
+def other_work(path: Path) -> None:
+    """Certificates and proofs under the same backend: they are those of one process."""
+    gaps = bound_layers([layer()], method="box", output=path / "gaps.jsonl")
+    proof = prove(layer(), path / "proof.npz")
+    with joblib.parallel_config(backend="sequential"):
+        alone = bound_layers([layer()], method="box")
+        assert torch.equal(prove(layer()).mask, proof.mask)
+    assert [(r.row, r.key) for r in gaps] == [(r.row, r.key) for r in alone]
+    # together, rows stop when they are within 1% on average; alone, each when it is
+    assert [r.lower_bound for r in gaps] == pytest.approx([r.lower_bound for r in alone], rel=0.05)
+    assert len((path / "gaps.jsonl").read_text().splitlines()) == layer().rows
+    assert "checked" in str(verify(layer(), Solution.load(path / "proof.npz"), require="checked"))
+    assert not (path / "proof.npz.rows").exists()
 
 
 def check(records: list[Record], path: Path) -> None:
@@ -61,6 +84,7 @@ def test_dask_workers_of_which_one_is_killed(tmp_path: Path) -> None:
         pids = list(client.run(os.getpid).values())
         records = compare(instances(), ["exhaustive"], output=path, on_progress=kills(lambda: pids))
         survivors = client.run(os.getpid).values()
+        other_work(tmp_path)
     assert pids[0] not in survivors
     check(records, path)
 
@@ -75,6 +99,7 @@ def test_ray_workers(tmp_path: Path) -> None:
         register_ray()
         with joblib.parallel_config(backend="ray", n_jobs=4):
             records = compare(instances(), ["exhaustive"], output=path)
+            other_work(tmp_path)
     finally:
         ray.shutdown()
     check(records, path)
@@ -95,3 +120,38 @@ def test_an_interrupted_comparison_goes_on_under_another_backend(tmp_path: Path)
     with joblib.parallel_config(backend="threading", n_jobs=2):
         records = compare(instances(), ["exhaustive"], output=path)
     check(records, path)
+
+
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_processes_and_threads_of_this_machine(tmp_path: Path, backend: str) -> None:
+    with joblib.parallel_config(backend=backend, n_jobs=2):
+        other_work(tmp_path)
+
+
+def test_an_interrupted_proof_keeps_its_rows(tmp_path: Path) -> None:
+    path, seen = tmp_path / "proof.npz", []
+
+    def stop(done: int, rows: int) -> None:
+        seen.append(done)
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prove(layer(), path, on_progress=stop)
+    assert not path.exists()
+    kept = sorted((tmp_path / "proof.npz.rows").iterdir())
+    assert len(kept) == 5
+    kept[0].write_bytes(kept[0].read_bytes()[:100])  # cut off by a crash
+    seen.clear()
+    with joblib.parallel_config(backend="threading", n_jobs=2):
+        proof = prove(layer(), path, on_progress=lambda done, rows: seen.append(done))
+    assert seen == list(range(5, 13))  # four were kept
+    verify(layer(), proof, require="checked")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["proof.npz"]
+
+
+def test_what_has_no_tree_is_refused() -> None:
+    with pytest.raises(OptionError, match="keep their weights"):
+        prove(layer().refitting(Refit(0.1)))
+    with pytest.raises(OptionError, match="prune alike"):
+        prove(layer().under(Unstructured(0.5, per="layer")))

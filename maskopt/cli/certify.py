@@ -21,6 +21,9 @@ TimeLimit = Annotated[
 Cuts = Annotated[
     int | None, typer.Option(min=0, help="Of sdp: rounds of triangle cuts; 8 tighten it well.")
 ]
+Jobs = Annotated[
+    int, typer.Option(help="Rows at a time, each by itself; −1: one a core; 1: a layer's together.")
+]
 #: of a layer in `certify`: wide layers take minutes to converge, and the bound is valid at any time
 SDP_SECONDS = 60.0
 
@@ -39,6 +42,7 @@ def bound(
     cuts: Cuts = None,
     time_limit: TimeLimit = None,
     seed: Annotated[int, typer.Option(help="Of the sampled rows and inputs.")] = 0,
+    jobs: Jobs = 1,
     out: Out = None,
 ) -> None:
     """Certified lower bounds of rows, beside the masks of a solver."""
@@ -55,6 +59,7 @@ def bound(
             method=method,
             method_options=_given(cuts=cuts, time_limit=time_limit),
             seed=seed,
+            jobs=jobs,
             output=out,
             on_rows=lambda done, name: shown.show(f"{name}, {done} rows", done, None),
         )
@@ -75,6 +80,7 @@ def certify(
         typer.Option(min=0, help="Seconds for the rows of one layer; of sdp, 60 by default."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampled rows and the windows.")] = 0,
+    jobs: Jobs = 1,
     out: Out = None,
 ) -> None:
     """How far the masks of a pruned model are from the best possible: certified, full width."""
@@ -91,6 +97,7 @@ def certify(
             method=method,
             method_options=_given(cuts=cuts, time_limit=time_limit),
             seed=seed,
+            jobs=jobs,
             output=out,
             on_rows=lambda done, name: shown.show(f"{name}, {done} rows", done, None),
             **options,

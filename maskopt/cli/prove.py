@@ -10,12 +10,14 @@ import typer
 
 from maskopt.cli.console import output
 from maskopt.cli.parameters import Overwrite, Select, read_solver_options
-from maskopt.cli.solve import check_output, solution_table, solve_shown
+from maskopt.cli.solve import check_output, solution_table
+from maskopt.cli.view import view
 from maskopt.errors import VerificationError
 from maskopt.formats import load_problem
-from maskopt.limits import Limits
+from maskopt.limits import Limits, Progress
+from maskopt.prove import prove as library
 from maskopt.solution import Solution, Status
-from maskopt.solver import limits_of, make_solver
+from maskopt.solver import limits_of
 from maskopt.verification import verify
 
 
@@ -34,23 +36,35 @@ def prove(
     ] = None,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds, of all rows.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Rows at a time; −1: one a core.")] = -1,
     select: Select = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Prove optima of small rows by branch and bound, and write the trees that prove them.
 
     A row whose tree is not closed in time is written with the bound that its tree proves; the status is 1
-    then. `maskopt check INSTANCE PROOF` checks every leaf by itself.
+    then. Rows that are proven are kept: after Ctrl-C the same command goes on. `maskopt check INSTANCE PROOF`
+    checks every leaf by itself.
     """
     check_output(out, overwrite)
     problem = load_problem(instance, select)
     shared, own = limits_of(None, read_solver_options(option))
-    backend = make_solver("branch", **{**own, "proof": True})
     begin = Solution.load(Path(start)).mask if start and Path(start).is_file() else start
     seconds = shared.seconds if time_limit is None else time_limit
-    limits = Limits(seconds, shared.memory, shared.threads, seed or shared.seed)
-    solution = solve_shown(problem, backend, begin, limits)
-    solution.save(out)
+    with view() as shown:
+
+        def step(event: Progress) -> None:
+            shown.show(event.step or "rows", event.done, event.total)
+
+        solution = library(
+            problem,
+            out,
+            start=begin,
+            limits=Limits(seconds, shared.memory, shared.threads, seed or shared.seed, step),
+            jobs=jobs,
+            on_progress=lambda done, total: shown.show("rows proven", done, total),
+            **own,
+        )
     output.print(solution_table(problem, solution))
     output.print(f"{out}: {_facts(solution)}", soft_wrap=True)
     if any(status is not Status.OPTIMAL for status in solution.status):

@@ -1,0 +1,73 @@
+"""Rows as jobs of their own, under whatever backend of joblib is configured: threads, processes, Dask, Ray.
+
+A job is known by its data, its solver and its limits: what was finished once is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, effective_n_jobs
+from joblib.parallel import get_active_backend
+
+from maskopt.limits import Limits
+from maskopt.problem import RowProblem
+from maskopt.solver import Solver
+
+#: jobs at a time of a backend that gives no result before all are there
+BATCH = 64
+
+
+def workers(jobs: int | None) -> int:
+    """How many jobs run side by side.
+
+    Args:
+        jobs: joblib's n_jobs; None: what a `joblib.parallel_config` says, else one.
+    """
+    return int(effective_n_jobs(jobs))
+
+
+def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
+    """What `joblib.delayed` calls return, in whatever order they end."""
+    backend, _ = get_active_backend()
+    if backend.supports_return_generator:
+        yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+        return
+    for first in range(0, len(calls), BATCH):  # of Ray's results none come before all are there
+        yield from Parallel(n_jobs=jobs)(calls[first : first + BATCH])
+
+
+def job_key(row: RowProblem, name: str, solver: Solver, start: Any, limits: Limits) -> str:
+    """The same for the same job, and for no other.
+
+    Args:
+        name: of the solver, as it is to be told.
+        start: of the solver: by name, as a value, or a mask.
+    """
+    digest = hashlib.sha256()
+    digest.update(row.weight.double().cpu().numpy().tobytes())
+    digest.update(row.gram.double().cpu().numpy().tobytes())
+    if row.linear is not None:
+        digest.update(row.linear.correlation.cpu().numpy().tobytes())
+        digest.update(row.linear.constant.cpu().numpy().tobytes())
+    if row.refit is not None:
+        digest.update(repr(row.refit).encode())
+    of_limits = [limits.seconds, limits.memory, limits.seed]
+    text = [str(row.pattern), row.name, name, repr(solver), of_limits, _start_text(start)]
+    digest.update(json.dumps(text).encode())
+    return digest.hexdigest()[:20]
+
+
+def _start_text(start: Any) -> str:
+    """A start in a job's key: by name or as a value what it reads as; a mask by all of its entries, of
+    which str() leaves most out where there are many."""
+    if isinstance(start, torch.Tensor) and start.dtype == torch.bool:
+        start = start.cpu().numpy()
+    if not isinstance(start, np.ndarray):
+        return str(start)
+    return f"{start.dtype} {start.shape} {hashlib.sha256(start.tobytes()).hexdigest()}"
