@@ -33,10 +33,10 @@ from maskopt.compare import (
 from maskopt.errors import ModelError
 from maskopt.jobs import BATCH, as_they_finish, workers
 from maskopt.limits import torch_threads
-from maskopt.model.blocks import Layer
+from maskopt.model.blocks import Layer, choose
 from maskopt.model.options import KEEP, name_patterns
 from maskopt.model.problems import layer_problems
-from maskopt.model.report import read_manifest
+from maskopt.model.report import read_layers, read_manifest
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import Unstructured, pattern_from_dict
 from maskopt.problem import LayerProblem
@@ -127,7 +127,7 @@ def certify_model(
 
     Args:
         rows_per_layer: sampled from each layer, by the `seed`.
-        layers: another word for `include`; all pruned layers by default.
+        layers: another word for `include`, among those that were pruned; all of them by default.
         method: as for `lower_bound`.
         method_options: its options.
         jobs: as for `bound_layers`.
@@ -151,9 +151,10 @@ def certify_model(
             "have gaps"
         )
     wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
+    done = choose(read_layers(manifest["layers"], Path(pruned) / MANIFEST), wanted)
     common: dict[str, Any] = {
         **shorthand,
-        "include": wanted or tuple(str(layer["name"]) for layer in manifest["layers"]),
+        "include": tuple(layer.name for layer in done),
         "pattern": pattern,
         "calibration": calibration,
     }

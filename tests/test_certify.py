@@ -179,6 +179,20 @@ def test_folders_that_do_not_belong_together_are_refused(models, tmp_path):
         certify_model(models / "dense", models / "dense", **options)
 
 
+def test_layers_are_chosen_among_those_that_were_pruned(models, tmp_path):
+    text = {"calibration": models / "text.txt", "samples": 4, "seq_len": 32}
+    some = tmp_path / "some"
+    prune_model(
+        models / "dense", pattern=NM(keep=2, of=4), output=some, include=("layers.0",), **text
+    )
+    records = certify_model(
+        models / "dense", some, layers="q_proj", method="box", rows_per_layer=1, **text
+    )
+    assert [r.instance for r in records] == ["model.layers.0.self_attn.q_proj"]
+    with pytest.raises(ModelError, match=r"no layer matches 'layers\.1'"):
+        certify_model(models / "dense", some, layers="layers.1", method="box", **text)
+
+
 def test_commands(models, layer, tmp_path):
     layer.save(tmp_path / "layer.npz")
     out = tmp_path / "gaps.csv"

@@ -17,7 +17,7 @@ def test_docs_build_strictly(tmp_path):
     assert "not included in the" not in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/tutorial.md"])
 def test_the_examples_run(page, tmp_path):
     """All python blocks of a page, one after the other, as a reader would paste them."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

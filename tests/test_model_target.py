@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_model_resume import contents, interrupted
+from outputs import contents
+from test_model_resume import interrupted
 from tiny_models import save, tiny, tokens
 from torch import Tensor
 

@@ -24,6 +24,8 @@ from maskopt.errors import OptionError
 LIVE, PLAIN, JSON, QUIET = "live", "plain", "json", "quiet"
 #: seconds before plain lines begin, and between two of them; where nothing is finished meanwhile, more
 _FIRST, _BETWEEN = 3.0, 30.0
+#: the share of everything from which on it tells how long the rest will take
+_KNOWN = 0.01
 #: seconds between two JSON lines of one step
 _APART = 1.0
 
@@ -75,7 +77,10 @@ class View:
         """Say where the work is: as in `Step`, `part` being that of everything; default: done/total."""
         share = part if part is not None else (done / total if total else 0.0)
         elapsed = time.monotonic() - self.began
-        left = elapsed * (1 - share) / share if share > 0 and elapsed >= _FIRST else None
+        known = (
+            share >= _KNOWN and elapsed >= _FIRST
+        )  # what comes before the work counts for much at first
+        left = elapsed * (1 - share) / share if known else None
         self.take(Step(what, done, total, left, note, facts))
 
     def take(self, step: Step) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Protocol, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -44,6 +45,20 @@ class Layer:
     input_axis: int
     rows: int
     n: int
+
+
+class Named(Protocol):
+    """What patterns on names can choose."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+#: layers, or what is told of them
+Found = TypeVar("Found", bound=Named)
 
 
 class Blocks:
@@ -114,8 +129,8 @@ def matrix(model: nn.Module, layer: Layer) -> Float[Tensor, "rows n"]:
 
 
 def choose(
-    layers: Sequence[Layer], include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> list[Layer]:
+    layers: Sequence[Found], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> list[Found]:
     """The layers that some `include` pattern matches (all where there is none) and no `exclude`.
 
     A pattern is a shell pattern on the whole name or on any run of its dotted parts: `q_proj`,

@@ -14,7 +14,7 @@ from torch import nn
 
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.limits import torch_threads
-from maskopt.model.blocks import Layer
+from maskopt.model.blocks import Layer, vocabulary_size
 from maskopt.model.checkpoint import Checkpoint, resolve_model
 from maskopt.model.gradients import WINDOWS
 from maskopt.model.gram_store import GramStore
@@ -35,14 +35,16 @@ from maskopt.problem import LayerProblem
 
 #: inputs of the small problem that the solver's speed is measured on, and its rows: more of them
 #: as long as they take next to no time
-PROBE_N, PROBE_ROWS = 512, (2, 32, 512)
+PROBE_N, PROBE_ROWS = 512, (2, 64, 256, 512)
+#: inputs from which on products of n³ operations take most of the time of refitted weights
+CUBIC = 4096
 #: bytes of weights that are next to nothing
 SMALL = 64 * 2**20
 #: of a shard, to learn how fast weights are read and hashed
 PROBE_BYTES = 64 * 2**20
-#: what forward passes and Gram matrices reach of the speed of a large matrix product, and seconds
-#: until the libraries are there: from runs of Gemma 3 270M on a CPU (docs/pruning.md)
-SHARE, START = 0.6, 5.0
+#: what passes and Gram matrices reach of the speed of a large matrix product, what training reaches, and
+#: seconds until the libraries are there: from runs of Gemma 3 270M on a CPU (docs/benchmarks.md)
+SHARE, TRAINED_SHARE, START = 0.6, 0.8, 5.0
 
 
 @dataclass(frozen=True)
@@ -148,16 +150,28 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
                 total -= 2 * mine[-1].rows * mine[-1].n
-        # forward for what enters a block, and again, with a backward pass
-        passes += 4 * options.gradient_windows(job.count) / job.count
         if options.budget == MODEL and not options.counts:  # once more through the dense model
             passes += min(WINDOWS, job.count) / job.count
-        if options.reconstruction is not None:  # a backward pass is two; targets, inputs, judging
-            passes += 3 * options.reconstruction.epochs + 4
+        if options.reconstruction is not None:
+            # forward and back for what is trained on, forward for what judges; targets, inputs
+            epoch = 3 * (1 - options.holdout) + options.holdout
+            passes += (epoch * options.reconstruction.epochs + 4) * SHARE / TRAINED_SHARE
         total += passes * (2 * weights + 4 * job.length * width) + squares * sum(
             n * n for n in distinct
         )
-    return total * tokens
+    return total * tokens + _gradient_operations(job, options)
+
+
+def _gradient_operations(job: Job, options: PruneOptions) -> float:
+    """Of the loss's gradients, which go through all blocks and the head, whichever layers are chosen: a block
+    forward for what enters it, and again, with a backward pass; the head forward and back."""
+    model, width = job.source.model, hidden_size(job.source.model)
+    blocks = sum(
+        2 * sum(p.numel() for p in block.parameters()) + 4 * job.length * width
+        for block in job.source.blocks.modules
+    )
+    windows = options.gradient_windows(job.count)
+    return windows * job.length * (4.0 * blocks + 4.0 * vocabulary_size(model) * width)
 
 
 def _speed(source: Source) -> float:
@@ -181,8 +195,8 @@ def _speed(source: Source) -> float:
 
 
 def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:
-    """Time of a small random layer, scaled by rows·n², by rows·n³ where weights are refitted; None where it
-    cannot be solved."""
+    """Time of a small random layer, scaled by rows·n², by more of the wide layers where weights are refitted;
+    None where it cannot be solved."""
     generator = torch.Generator().manual_seed(0)
     n, device = PROBE_N, source.device
 
@@ -198,13 +212,15 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
         timed(PROBE_ROWS[0])  # compiles what has to be compiled
         for rows in PROBE_ROWS:
             seconds = timed(rows)
-            if seconds > 0.2:
+            if seconds > 1.0:
                 break
     except MaskoptError:
         return None
-    power = 2 if options.refit is None else 3
-    work = sum(layer.rows * layer.n**power for layer in layers)
-    return seconds * work / (rows * n**power)
+
+    def work(rows: int, n: int) -> float:
+        return rows * n**2 * (1.0 if options.refit is None else 1 + n / CUBIC)
+
+    return seconds * sum(work(layer.rows, layer.n) for layer in layers) / work(rows, n)
 
 
 def _file_seconds(checkpoint: Checkpoint) -> float:

@@ -119,17 +119,19 @@ def _by_all(
 
 
 def _deal(ranks: Ranks, layers: Sequence[Layer], *, apart: bool) -> list[list[slice]]:
-    """Of every layer, the rows that each rank solves."""
-    if apart:
-        return [ranks.parts(layer.rows, number) for number, layer in enumerate(layers)]
+    """Of every layer, the rows that each rank solves: what does not go evenly is for those who have least to
+    do, of the layers whose rows cost most first."""
     load = [0] * ranks.size
     dealt: dict[str, list[slice]] = {}
-    for layer in sorted(layers, key=lambda layer: -layer.rows * layer.n**2):
-        chosen = load.index(min(load))
-        load[chosen] += layer.rows * layer.n**2
-        dealt[layer.name] = [
-            slice(0, layer.rows if rank == chosen else 0) for rank in range(ranks.size)
-        ]
+    for layer in sorted(layers, key=lambda layer: -(layer.n**2) * (1 if apart else layer.rows)):
+        order = sorted(range(ranks.size), key=load.__getitem__)
+        if apart:
+            parts = ranks.parts(layer.rows, order)
+        else:
+            parts = [slice(0, layer.rows if rank == order[0] else 0) for rank in range(ranks.size)]
+        for rank, part in enumerate(parts):
+            load[rank] += (part.stop - part.start) * layer.n**2
+        dealt[layer.name] = parts
     return [dealt[layer.name] for layer in layers]
 
 

@@ -58,14 +58,18 @@ class Ranks:
         for start in range(0, len(windows), threads * self.size):
             yield windows[start : start + threads * self.size]
 
-    def parts(self, rows: int, offset: int = 0) -> list[slice]:
-        """For each rank its rows of a layer: whole tiles, as evenly as they go; the ranks that have one more
-        begin at `offset`."""
+    def parts(self, rows: int, order: Sequence[int] | None = None) -> list[slice]:
+        """For each rank its rows of a layer: whole tiles, as evenly as they go.
+
+        Args:
+            order: of the ranks, in which they get one more as long as there are some left.
+        """
         tiles = -(-rows // ROWS)
         each, more = divmod(tiles, self.size)
+        one_more = (order or range(self.size))[:more]
         found, first = [], 0
         for rank in range(self.size):
-            last = first + each + ((rank - offset) % self.size < more)
+            last = first + each + (rank in one_more)
             found.append(slice(min(first * ROWS, rows), min(last * ROWS, rows)))
             first = last
         return found

@@ -1,9 +1,10 @@
 """What a sweep costs beside one prune: seconds of both, on a demo model, in one run.
 
     python tests/benchmarks/sweep.py --calibration valid.txt
-    python tests/benchmarks/sweep.py --calibration valid.txt --model smollm2 --solver wanda
+    python tests/benchmarks/sweep.py --calibration valid.txt --blocks 2 --samples 128 --seq-len 2048
 
-One prune in one pass from the text, then Gram matrices collected and four sparsities pruned from them.
+One prune in one pass from the text, then Gram matrices collected and four sparsities pruned from them; of all
+blocks, or of the first few, which writes the whole model all the same.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--model", choices=list(MODELS), default="gemma3")
     parser.add_argument("--solver", default="swap")
+    parser.add_argument("--blocks", type=int, help="only so many; all by default")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     args = parser.parse_args()
     model = demo_model(args.model)
     text = {"calibration": args.calibration, "samples": args.samples, "seq_len": args.seq_len}
+    some = {} if args.blocks is None else {"include": [f"layers.{b}" for b in range(args.blocks)]}
     with tempfile.TemporaryDirectory(prefix="maskopt-sweep-") as home:
         folder = Path(home)
         prune_model(  # compiles what has to be compiled
@@ -40,16 +43,17 @@ def main() -> None:
         )  # fmt: skip
         began = time.perf_counter()
         prune_model(
-            model, output=folder / "one", one_pass=True, sparsity=0.5, solver=args.solver, **text
-        )
+            model, output=folder / "one", one_pass=True, sparsity=0.5, solver=args.solver, **text,
+            **some,
+        )  # fmt: skip
         one = time.perf_counter() - began
         began = time.perf_counter()
-        collect_grams(model, output=folder / "grams", **text)
+        collect_grams(model, output=folder / "grams", **text, **some)
         collected = time.perf_counter() - began
         size = sum(file.stat().st_size for file in (folder / "grams").iterdir())
         sweep(
             model, folder / "grams", folder / "sweep", solvers=[args.solver],
-            patterns=[Unstructured(sparsity=s) for s in SPARSITIES],
+            patterns=[Unstructured(sparsity=s) for s in SPARSITIES], **some,
         )  # fmt: skip
         swept = time.perf_counter() - began
     print(machine_now())
