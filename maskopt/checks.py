@@ -28,7 +28,8 @@ PAIRS_AT_ONCE = 2**22
 
 
 class Exchange(NamedTuple):
-    """Keep `pruned` instead of `kept`: the objective changes by `delta` (< 0)."""
+    """Keep input `pruned`, which the mask prunes now, instead of `kept`, which it keeps: the objective
+    changes by `delta` (< 0)."""
 
     kept: int
     pruned: int

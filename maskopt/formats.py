@@ -45,6 +45,9 @@ def load_problem(
     if ending not in _READERS:
         if select is not None:
             raise ProblemError(f"{path}: `select` is for graphs that name no number (.mc, .rudy)")
+        if ending and ending != ".npz":
+            known = ", ".join((".npz", *_READERS))
+            raise ProblemError(f"{path}: no known format by its ending; one of {known}")
         layer = instance_kind(path) == "layer"
         return LayerProblem.load(path) if layer else RowProblem.load(path)
     if select is not None and ending not in (".mc", ".rudy"):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from maskopt.errors import PatternError, ProblemError
 from maskopt.linear import Linear
-from maskopt.pattern import Pattern
+from maskopt.pattern import NM, Pattern, Unstructured
 from maskopt.values import MOST_WHOLE
 
 #: a G whose least eigenvalue is above −PSD_TOLERANCE·tr(G) counts as positive semidefinite: float32
@@ -111,6 +111,10 @@ def check_semidefinite(gram: Tensor, label: str) -> None:
 
 def check_pattern(pattern: Pattern, n: int, label: str) -> None:
     """Raise PatternError, with the layer named, where the pattern does not fit n inputs."""
+    if not isinstance(pattern, Unstructured | NM):
+        raise PatternError(
+            f"{label}a pattern is Unstructured(sparsity=0.5) or NM(keep=2, of=4), not {pattern!r}"
+        )
     try:
         pattern.check(n)
     except PatternError as error:

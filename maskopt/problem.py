@@ -61,6 +61,10 @@ _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
 class LayerProblem:
     """Mask selection for every row of one linear layer.
 
+    Of a row w and a mask that prunes the set p of its inputs the objective is f = (w⊙p)ᵀ G (w⊙p), p as a
+    vector of zeros and ones: with G = XᵀX / tokens of inputs X [tokens, n] the mean squared change of the
+    row's output. With `refit` it is F: what is left of it when kept weights are set anew by least squares.
+
     Args:
         weight: [rows, n], any real floating dtype, torch or NumPy; kept as a torch tensor.
         gram: [n, n], float32 or float64 (half precision is brought to float32), torch or NumPy.
@@ -78,7 +82,7 @@ class LayerProblem:
             linear part.
         units: what f means to whoever posed the problem (`RowProblem.from_quadratic`); nothing depends on it.
         assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
-            was accumulated as XXᵀ and is semidefinite by construction.
+            was accumulated as XᵀX and is semidefinite by construction.
 
     Raises:
         ProblemError: wrong shapes, NaN or infinite values, indefinite G, a linear part that makes f

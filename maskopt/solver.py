@@ -151,7 +151,10 @@ def make_solver(solver: Solver | str, **options: Any) -> Solver:
         UnknownSolverError: no such name (near names are given).
         SolverUnavailableError: it cannot run here.
         OptionError: an option that it does not have, or a value that the option cannot take.
+        SolverError: a class in place of a value.
     """
+    if isinstance(solver, type):
+        raise SolverError(f"a solver is a value, not a class: write {solver.__name__}()")
     backend: Solver = REGISTRY.make(solver, options)
     return backend
 
@@ -180,20 +183,32 @@ def solve(
 ) -> Solution:
     """Solve every row of a problem.
 
+        from maskopt import LayerProblem, Limits, Unstructured, solve
+        from maskopt.solvers import Relax, Tabu
+
+        problem = LayerProblem(weight, x.T @ x / len(x), Unstructured(sparsity=0.5))
+        swapped = solve(problem)  # 1-swap search from Wanda's mask, proven 1-swap optimal
+        best = solve(problem, Tabu(moves=500), start=Relax(), limits=Limits(seconds=60))
+        best.mask, best.objective, best.status  # bool [rows, n], float64 [rows], a word a row
+
     Args:
         problem: a layer, or one row (the Solution then has rows = 1).
         solver: a value such as `Tabu(moves=500)`, or a name out of `available_solvers()`.
         start: a solver (value or name), or a bool mask [rows, n] with True = kept; None: the
-            backend's own default. `warm_start` is the same. A solver that ignores a start is not
-            given one, and none is made.
+            backend's own default (`default_start` of its capabilities, where it needs one). The keyword
+            `warm_start` is the same. A solver that ignores a start is not given one, and none is made.
         limits: for start, search and bound together.
         options: of the solver, where it is named (unknown ones are refused with near names); and
             `time_limit` (seconds), `memory_limit` (bytes), `threads`, `seed`, `on_progress` in place
             of `limits`.
 
+    Returns:
+        A legal mask of every row, with its objective in float64, a lower bound where one is known, and what
+        the solver claims of it, which `verify` checks.
+
     Raises:
         MaskoptError: an unknown or unavailable solver, an option that it does not have, a start that
-            is no legal mask, a pattern, device or size that it does not do.
+            is no legal mask, a pattern, device or size that it does not do; a solver whose answer is none.
     """
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     if "warm_start" in options:
@@ -208,7 +223,23 @@ def solve(
     with torch_threads(limits.threads):
         mask = _start_mask(backend, layer, start, limits)
         solution = backend.run(layer, mask, limits)
+    _check_answer(backend, layer, solution)
     return replace(solution, solver=backend.name, seconds=time.perf_counter() - began)
+
+
+def _check_answer(backend: Solver, layer: LayerProblem, solution: Any) -> None:
+    """Raise SolverError for what is no solution, or holds masks that are not legal. What it claims of them is
+    for `verify`."""
+    if not isinstance(solution, Solution):
+        raise SolverError(
+            f"solver {backend.name!r} returned {type(solution).__name__}; return Solution.of(problem, mask)"
+        )
+    try:
+        layer.check_mask(solution.mask, "its mask")
+    except WarmStartError as error:
+        raise SolverError(
+            f"solver {backend.name!r} answered with an illegal mask: {error}"
+        ) from None
 
 
 def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None = None) -> Solution:

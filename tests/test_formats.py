@@ -236,3 +236,10 @@ def test_a_graph_on_the_command_line(tmp_path):
     assert "at most" in text
     text = run("compare", graph, "--solvers", "wanda,tabu")
     assert "tabu" in text
+
+
+def test_an_unknown_ending_is_named(tmp_path):
+    path = tmp_path / "graph.edges"
+    path.write_text("1 2")
+    with pytest.raises(ProblemError, match=r"no known format by its ending; one of \.npz"):
+        load_problem(path)

@@ -16,7 +16,7 @@ from maskopt import (
     available_solvers,
     solve,
 )
-from maskopt.errors import MaskoptError, OptionError, WarmStartError
+from maskopt.errors import MaskoptError, OptionError, PatternError, SolverError, WarmStartError
 from maskopt.fields import option
 from maskopt.limits import Progress
 from maskopt.solver import Capabilities, Solver, make_solver, make_start
@@ -199,3 +199,27 @@ def test_a_view_with_other_strides_is_the_same_problem(name):
     assert torch.equal(found.mask, expected.mask)
     assert torch.equal(found.objective, expected.objective)
     assert str(found.lower_bound) == str(expected.lower_bound)
+
+
+def answering(answer):
+    """A solver whose `run` returns this."""
+    return type("Answers", (Spy,), {"name": "answers", "run": lambda self, problem, *_: answer})()
+
+
+def test_an_answer_that_is_none_is_refused_even_as_a_start() -> None:
+    everything = torch.ones_like(PROBLEM.weight, dtype=torch.bool)
+    illegal = answering(Solution.of(PROBLEM, everything))
+    for call in (lambda: solve(PROBLEM, illegal), lambda: solve(PROBLEM, "swap", start=illegal)):
+        with pytest.raises(
+            SolverError, match="'answers' answered with an illegal mask: .* row 0 prunes 0"
+        ):
+            call()
+    with pytest.raises(SolverError, match="returned Tensor; return Solution"):
+        solve(PROBLEM, answering(everything))
+    with pytest.raises(SolverError, match=r"write Swap\(\)"):
+        solve(PROBLEM, Swap)
+
+
+def test_a_pattern_in_words_is_refused() -> None:
+    with pytest.raises(PatternError, match="not '2:4'"):
+        LayerProblem(PROBLEM.weight, PROBLEM.gram, "2:4")

@@ -84,7 +84,10 @@ def _told_beforehand(
     the time, in seconds."""
     from maskopt.model.plan import is_small, plan_prune
 
-    if is_small(model):
+    missing = calibration is not None and not (
+        calibration.startswith("hf:") or Path(calibration).exists()
+    )
+    if is_small(model) or missing:  # of which the prune says more
         return None
     plan = plan_prune(model, tokens_file(calibration), **options)
     time = "unknown" if plan.seconds is None else f"about {clock(plan.seconds)}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 from jaxtyping import Float
@@ -142,9 +143,11 @@ def choose(
     names = _Names(layer.name for layer in layers)
     for pattern in (*include, *exclude):
         if not names.matched_by([pattern]):
-            known = {layer.name for layer in layers} | {
-                part for layer in layers for part in layer.name.split(".") if not part.isdigit()
-            }
+            known = {layer.name for layer in layers}
+            for layer in layers:
+                parts = layer.name.split(".")
+                known |= {part for part in parts if not part.isdigit()}
+                known |= {f"{a}.{b}" for a, b in pairwise(parts) if b.isdigit()}  # layers.0
             hint = near(pattern, known)
             if hint.startswith("; known"):
                 hint = "; known: " + ", ".join(sorted({layer.kind for layer in layers}))

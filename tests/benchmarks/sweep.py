@@ -13,6 +13,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from machine import machine_now
 
@@ -34,7 +35,9 @@ def main() -> None:
     args = parser.parse_args()
     model = demo_model(args.model)
     text = {"calibration": args.calibration, "samples": args.samples, "seq_len": args.seq_len}
-    some = {} if args.blocks is None else {"include": [f"layers.{b}" for b in range(args.blocks)]}
+    some: dict[str, Any] = {}
+    if args.blocks is not None:
+        some["include"] = [f"layers.{block}" for block in range(args.blocks)]
     with tempfile.TemporaryDirectory(prefix="maskopt-sweep-") as home:
         folder = Path(home)
         prune_model(  # compiles what has to be compiled
