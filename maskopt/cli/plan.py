@@ -55,7 +55,7 @@ def plan(
 
     No weights are read but for a measurement of a few seconds. What the prune would refuse is refused.
     """
-    from maskopt.model.plan import plan_prune
+    from maskopt.model.plan import START, plan_prune
     from maskopt.model.workspace import check_output
 
     if out is not None:
@@ -70,7 +70,7 @@ def plan(
     output.print(
         f"time, estimated: {total} (forward passes and Gram matrices about "
         f"{result.forward_seconds:.0f} s, solving {solving}, files about "
-        f"{result.file_seconds:.0f} s)",
+        f"{result.file_seconds:.0f} s, libraries about {START:.0f} s)",
         soft_wrap=True,
     )
     if result.refusal is not None:

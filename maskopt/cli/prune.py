@@ -123,16 +123,18 @@ def show_report(report: PruneReport) -> None:
     table = Table(caption="errors are parts of the energy of the layers' outputs")
     refit = any(layer.error_kept is not None for layer in report.layers)
     traded = any(layer.error_alike is not None for layer in report.layers)
+    started = any(layer.error_start is not None for layer in report.layers)
     apart = len({layer.pattern for layer in report.layers}) > 1
     headings = [
         "layer kind",
         "layers",
         *(["pruned"] if apart else []),
         *(["start, rows alike"] if traded else []),
-        "start error",
+        *(["start error"] if started else []),
     ]
     headings += ["before refit"] if refit else []
-    headings += ["error", "error/start", *(["held-out error"] if held else []), "seconds"]
+    headings += ["error", *(["error/start"] if started else [])]
+    headings += [*(["held-out error"] if held else []), "seconds"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "layer kind" else "right")
     for kind, all_layers in report.by_kind().items():
@@ -148,10 +150,10 @@ def show_report(report: PruneReport) -> None:
             str(len(all_layers)),
             *([_range([layer.sparsity for layer in all_layers])] if apart else []),
             *([_part(sum(layer.error_alike or 0.0 for layer in layers), energy)] if traded else []),
-            _part(begin, energy),
+            *([_part(begin, energy)] if started else []),
             *([_part(sum(layer.error_kept or 0.0 for layer in layers), energy)] if refit else []),
             _part(end, energy),
-            "–" if not begin else f"{end / begin:.3f}",
+            *(["–" if not begin else f"{end / begin:.3f}"] if started else []),
             *(["–" if cells[0] is None else f"{cells[0]:.4f}"] if held else []),
             f"{sum(layer.seconds for layer in all_layers):.1f}",
         )

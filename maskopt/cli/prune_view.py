@@ -79,7 +79,7 @@ class PruneView:
         words = []
         if self._start:
             words.append(f"error {self._error / self._start:.3f} of the start's")
-        if self._rows:
+        if self._proven:
             words.append(
                 f"{self._proven:,} of {self._rows:,} rows proven optimal or 1-swap optimal"
             )

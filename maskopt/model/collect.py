@@ -7,7 +7,7 @@ there, and sums tiles of its own; all of them end with the whole matrices.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -352,9 +352,7 @@ def collect(
             mine = ranks.own(wave)
             passed = block.threads.run([lambda s=s: both(s) for s in mine])  # type: ignore[misc]
             observed = dict(zip(mine, passed, strict=True))
-            told = _told(block, wave, observed, weights)
-            for sample in wave:
-                given, bad = told[sample]
+            for sample, given, bad in _told(block, wave, observed, weights):
                 if bad is not None:
                     samples.leave_out(sample, bad)
                     continue
@@ -380,28 +378,34 @@ def _told(
     wave: Sequence[int],
     observed: Mapping[int, tuple[_Observed, _Observed | None]],
     weights: Callable[[int], Tensor] | None,
-) -> dict[int, _Told]:
-    """Of every sample of a wave what was seen where it ran."""
-    ranks = block.ranks
+) -> Iterator[tuple[int, Given, str | None]]:
+    """Of every sample of a wave what was seen where it ran, one after the other: what others saw is in memory
+    here while it is looked at.
+
+    Yields:
+        (sample, what layers were given, who saw NaN).
+    """
+    ranks, nothing = block.ranks, Given([], {}, [])
     own: dict[int, _Told] = {}
     for sample, (seen, dense) in observed.items():
         bad = seen.bad or (None if dense is None else dense.bad)
-        given = Given([], {}, [])
+        given = nothing
         if bad is None:
             counts = None if weights is None else weights(sample)
             given = Given.seen(seen.watch, None if dense is None else dense.watch, counts)
         own[sample] = _Told(given, bad)
-    shapes = {
-        sample: told._replace(given=told.given.likewise("meta")) for sample, told in own.items()
-    }
-    told = dict(own)
-    for rank, theirs in enumerate(ranks.gathered(shapes)) if ranks.size > 1 else ():
-        for sample, there in theirs.items():
-            if rank != ranks.rank:
-                told[sample] = there._replace(given=there.given.likewise(block.device))
-            for tensor in told[sample].given.tensors:
-                ranks.send(tensor, rank)
-    return told
+    if ranks.size == 1:
+        yield from ((sample, *own[sample]) for sample in wave)
+        return
+    shapes = {s: told._replace(given=told.given.likewise("meta")) for s, told in own.items()}
+    everybody = ranks.gathered(shapes)
+    for sample in wave:
+        rank = ranks.owner(sample)
+        shape, bad = everybody[rank][sample]
+        given = own[sample].given if sample in own else shape.likewise(block.device)
+        for tensor in given.tensors:
+            ranks.send(tensor, rank)
+        yield sample, given, bad
 
 
 def pass_on(

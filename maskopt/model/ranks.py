@@ -51,7 +51,11 @@ class Ranks:
 
     def own(self, windows: Sequence[int]) -> list[int]:
         """Those of the windows that walk here."""
-        return [window for window in windows if window % self.size == self.rank]
+        return [window for window in windows if self.owner(window) == self.rank]
+
+    def owner(self, window: int) -> int:
+        """The rank where a window walks."""
+        return window % self.size
 
     def waves(self, windows: Sequence[int], threads: int) -> Iterator[Sequence[int]]:
         """The windows, as many at a time as all ranks run at once."""
