@@ -183,12 +183,11 @@ def solve(
 ) -> Solution:
     """Solve every row of a problem.
 
-        from maskopt import LayerProblem, Limits, Unstructured, solve
-        from maskopt.solvers import Relax, Tabu
+        from maskopt import LayerProblem, Unstructured, solve
 
         problem = LayerProblem(weight, x.T @ x / len(x), Unstructured(sparsity=0.5))
         swapped = solve(problem)  # 1-swap search from Wanda's mask, proven 1-swap optimal
-        best = solve(problem, Tabu(moves=500), start=Relax(), limits=Limits(seconds=60))
+        best = solve(problem, "tabu", moves=500, start="relax", time_limit=60)
         best.mask, best.objective, best.status  # bool [rows, n], float64 [rows], a word a row
 
     Args:

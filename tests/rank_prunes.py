@@ -21,7 +21,7 @@ FAMILIES["tall"] = (
     {**FAMILIES["llama"][1], "hidden_size": 144, "intermediate_size": 300, "num_hidden_layers": 2},
 )
 MODELS = ("tall", "mixtral", "overflowing")
-COMMON: dict[str, Any] = {"pattern": Unstructured(sparsity=0.5), "min_tokens": 1}
+COMMON: dict[str, Any] = {"pattern": Unstructured(sparsity=0.5), "min_tokens": 1, "threads": 1}
 #: name → model, options: the rows of `tall` are shared out, tile by tile; those that trade are not
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kept": ("tall", {}),
@@ -81,7 +81,9 @@ def pruned(models: Path, out: Path, ranks: Ranks = ALONE) -> None:
         prune_model(
             models / model, windows(), output=out / name, ranks=ranks, **{**COMMON, **options}
         )
-    collect_grams(models / "tall", windows(), output=out / "grams", holdout=0.3, ranks=ranks)
+    collect_grams(
+        models / "tall", windows(), output=out / "grams", holdout=0.3, threads=1, ranks=ranks
+    )
     prune_model(
         models / "tall", grams=out / "grams", output=out / "from grams", ranks=ranks, **COMMON
     )

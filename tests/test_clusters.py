@@ -34,7 +34,7 @@ def layer() -> LayerProblem:
     return LayerProblem(random_weight(12, 20, 5), random_gram(20, "outliers", 6), Unstructured(0.5))
 
 
-def other_work(path: Path) -> None:
+def check_certificates_and_proofs(path: Path) -> None:
     """Certificates and proofs under the same backend: they are those of one process."""
     gaps = bound_layers([layer()], method="box", output=path / "gaps.jsonl")
     proof = prove(layer(), path / "proof.npz")
@@ -84,7 +84,7 @@ def test_dask_workers_of_which_one_is_killed(tmp_path: Path) -> None:
         pids = list(client.run(os.getpid).values())
         records = compare(instances(), ["exhaustive"], output=path, on_progress=kills(lambda: pids))
         survivors = client.run(os.getpid).values()
-        other_work(tmp_path)
+        check_certificates_and_proofs(tmp_path)
     assert pids[0] not in survivors
     check(records, path)
 
@@ -99,7 +99,7 @@ def test_ray_workers(tmp_path: Path) -> None:
         register_ray()
         with joblib.parallel_config(backend="ray", n_jobs=4):
             records = compare(instances(), ["exhaustive"], output=path)
-            other_work(tmp_path)
+            check_certificates_and_proofs(tmp_path)
     finally:
         ray.shutdown()
     check(records, path)
@@ -125,7 +125,7 @@ def test_an_interrupted_comparison_goes_on_under_another_backend(tmp_path: Path)
 @pytest.mark.parametrize("backend", ["loky", "threading"])
 def test_processes_and_threads_of_this_machine(tmp_path: Path, backend: str) -> None:
     with joblib.parallel_config(backend=backend, n_jobs=2):
-        other_work(tmp_path)
+        check_certificates_and_proofs(tmp_path)
 
 
 def test_an_interrupted_proof_keeps_its_rows(tmp_path: Path) -> None:
