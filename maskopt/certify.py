@@ -252,7 +252,7 @@ def _certify(
         calls = [
             call
             for rows, keys in keyed
-            for call in rows.calls(keys, finished, method, options, seed, apart=workers(jobs) > 1)
+            for call in rows.calls(keys, finished, method, options, seed, apart=apart)
         ]
         if calls:
             on_rows(len(order), together[0].problem.name)

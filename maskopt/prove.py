@@ -63,16 +63,18 @@ def prove(
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     if layer.pooled or layer.refit is not None:
         raise OptionError("only rows that prune alike and keep their weights have proofs")
+    if isinstance(start, str | Solver):
+        make_solver(start)
+    elif start is not None:
+        start = layer.check_mask(start, "start")
     limits, jobs = limits or Limits(), 1 if layer.rows == 1 else jobs
-    if layer.rows > 1:
-        limits = limits.quiet()  # what listens cannot be sent to another process
-    if limits.seconds is not None:
-        share = min(1.0, workers(jobs) / layer.rows)
-        limits = replace(limits, seconds=limits.seconds * share)
     rows = [layer.row(index) for index in range(layer.rows)]
     starts = [_start_of(start, index) for index in range(layer.rows)]
     kept = None if output is None else _Kept(Path(output))
-    keys = [job_key(r, BRANCH, backend, s, limits) for r, s in zip(rows, starts, strict=True)]
+    # what is proven stays so, however long it may take and however many workers share the time
+    untimed = replace(limits, seconds=None)
+    keys = [job_key(r, BRANCH, backend, s, untimed) for r, s in zip(rows, starts, strict=True)]
+    limits = _of_a_row(limits, layer.rows, jobs)
     found = {} if kept is None else kept.read(keys)
     wanted = {k: (r, s) for k, r, s in zip(keys, rows, starts, strict=True) if k not in found}
     calls = [
@@ -89,6 +91,15 @@ def prove(
     if kept is not None:
         kept.finish(joined)
     return joined
+
+
+def _of_a_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
+    """Its share of the time of all rows; and no listener, which cannot be sent to another process, but of a
+    single row."""
+    limits = limits.quiet() if rows > 1 else limits
+    if limits.seconds is None:
+        return limits
+    return replace(limits, seconds=limits.seconds * min(1.0, workers(jobs) / rows))
 
 
 def _certificate(layer: LayerProblem, rows: Sequence[Solution]) -> Certificate | None:
@@ -117,6 +128,8 @@ class _Kept:
     """Rows that are done, each a file of its own, beside the file that all of them are for."""
 
     def __init__(self, output: Path) -> None:
+        if not output.absolute().parent.is_dir():
+            raise OptionError(f"{output.parent}: no such folder")
         self.output = output
         self.folder = output.with_name(output.name + ".rows")
 

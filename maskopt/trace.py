@@ -40,11 +40,19 @@ class Trace:
             values = [getattr(part, field.name) for part in parts]
             first = values[0]
             if isinstance(first, Tensor):
-                found[field.name] = torch.cat(values)
+                found[field.name] = torch.cat(_of_one_width(values))
             else:
                 words = isinstance(first, tuple)
                 found[field.name] = tuple(w for v in values for w in v) if words else first
         return type(self)(**found)
+
+
+def _of_one_width(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Histories of different lengths: each stays where it ended."""
+    if parts[0].ndim == 1:
+        return list(parts)
+    most = max(part.shape[1] for part in parts)
+    return [torch.cat([x, x[:, -1:].expand(-1, most - x.shape[1])], 1) for x in parts]
 
 
 @dataclass(frozen=True)

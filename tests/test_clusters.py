@@ -14,10 +14,10 @@ import pytest
 import torch
 from strategies import random_gram, random_weight
 
-from maskopt import LayerProblem, Refit, Solution, Unstructured, verify
+from maskopt import LayerProblem, Limits, Refit, Solution, Unstructured, verify
 from maskopt.certify import bound_layers
 from maskopt.compare import Record, compare, sample_rows
-from maskopt.errors import OptionError
+from maskopt.errors import OptionError, UnknownSolverError, WarmStartError
 from maskopt.prove import prove
 
 ROWS, KILLED_AFTER = 500, 60
@@ -148,6 +148,31 @@ def test_an_interrupted_proof_keeps_its_rows(tmp_path: Path) -> None:
     assert seen == list(range(5, 13))  # four were kept
     verify(layer(), proof, require="checked")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["proof.npz"]
+
+
+def test_what_is_proven_is_kept_whatever_the_time_and_the_workers(tmp_path: Path) -> None:
+    path, again = tmp_path / "proof.npz", []
+
+    def stop(done: int, rows: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prove(layer(), path, limits=Limits(seconds=600), on_progress=stop)
+    with joblib.parallel_config(backend="threading", n_jobs=3):
+        prove(layer(), path, limits=Limits(seconds=900), on_progress=lambda *x: again.append(x))
+    assert [done for done, _ in again] == list(range(6, 13))
+
+
+def test_what_will_not_do_is_refused_before_anything_is_proven(tmp_path: Path) -> None:
+    began: list[int] = []
+    with pytest.raises(OptionError, match="no such folder"):
+        prove(layer(), tmp_path / "nowhere" / "proof.npz", on_progress=lambda *x: began.append(1))
+    with pytest.raises(WarmStartError, match="row 0 prunes 0"):
+        prove(layer(), start=torch.ones(12, 20, dtype=torch.bool))
+    with pytest.raises(UnknownSolverError, match="swop"):
+        prove(layer(), start="swop")
+    assert not began
 
 
 def test_what_has_no_tree_is_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from strategies import random_gram, random_weight
 
-from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve
+from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
 from maskopt.errors import ProblemError, SolverError
 from maskopt.files import read_arrays, write_arrays
 from maskopt.solution import relative_gap
@@ -138,3 +138,15 @@ def test_a_bound_takes_as_many_inputs_as_it_says(monkeypatch):
     assert torch.equal(lower_bound(layer, "sdp-conic").value, box.value)
     gap = box.gap(layer.objective(solve(layer, "wanda").mask).float())
     assert gap.dtype == torch.float64
+
+
+def test_parts_of_a_layer_are_joined_with_what_they_tell():
+    problem = LayerProblem(random_weight(7, 16, 3), random_gram(16, "full", 4), Unstructured(0.5))
+    parts = [solve(problem.take(rows), "swap") for rows in (slice(0, 3), slice(3, 7))]
+    joined, whole = Solution.joined(parts), solve(problem, "swap")
+    assert torch.equal(joined.mask, whole.mask)
+    assert joined.status == whole.status
+    assert joined.trace.swaps.tolist() == whole.trace.swaps.tolist()
+    ends = torch.cat([part.trace.history[:, -1] for part in parts])
+    assert torch.equal(joined.trace.history[:, -1], ends)
+    verify(problem, joined)

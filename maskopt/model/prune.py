@@ -83,17 +83,14 @@ def prune_model(
     """
     began = time.perf_counter()
     options = prune_options(options, shorthand)
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if resume and overwrite:
         raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
-    if ranks.size > 1 and options.weights == RECONSTRUCT:
-        raise OptionError(
-            "`weights` reconstruct trains in one process: start it without torchrun, or take `weights` refit"
-        )
-    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if (text is None) == (grams is None):
         raise ModelError(
             "pruning needs `calibration` text or tokens, or `grams`; name a source of text, or one of the two"
         )
+    _check_ranks(ranks, options)
     store = None if grams is None else GramStore(grams)
     options = options if store is None else store.options(options)
     target = None if output is None else Path(output)
@@ -130,6 +127,14 @@ def _with_counts(job: Job, options: PruneOptions, resumed: Path | None) -> Prune
     if counts is None:
         counts = allocate(job, options)
     return dataclasses.replace(options, counts=counts)
+
+
+def _check_ranks(ranks: Ranks, options: PruneOptions) -> None:
+    """Raise for what several processes cannot do together."""
+    if ranks.size > 1 and options.weights == RECONSTRUCT:
+        raise OptionError(
+            "`weights` reconstruct trains in one process: start it without torchrun, or take `weights` refit"
+        )
 
 
 def _check_alike(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
