@@ -40,7 +40,7 @@ from maskopt.model.report import read_layers, read_manifest
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import Unstructured, pattern_from_dict
 from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
+from maskopt.solution import Solution, is_bounded
 from maskopt.solver import limits_of, solve
 
 #: called with (rows done, name of the layer), before a layer is bounded and after
@@ -51,6 +51,7 @@ OnRows = Callable[[int, str], None]
 class GapRecord:
     """One row: its mask's objective, a certified lower bound, and what lies between.
 
+    `value`, `value_bound` and `gap` are those of `maskopt.compare.Record`.
     `kind` is the layer's kind where the row is one of a model's (`self_attn.q_proj`), else its name.
     `seconds` is the bound's share of the time that its batch of rows took.
     """
@@ -63,10 +64,17 @@ class GapRecord:
     method: str
     objective: float
     lower_bound: float
+    value: float
+    value_bound: float
     gap: float
     seconds: float
     seed: int
     key: str
+
+    @property
+    def bounded(self) -> bool:
+        """Does the bound say anything?"""
+        return is_bounded(self.objective, self.lower_bound)
 
 
 def bound_layers(
@@ -288,6 +296,10 @@ def _bounded(
     problem = rows.problem
     bound = lower_bound(problem, method, **options)
     solution = Solution.of(problem, rows.mask, lower_bound=bound.value)
+    posed = [
+        problem.row(i).posed(float(solution.objective[i]), float(solution.lower_bound[i]))
+        for i in range(problem.rows)
+    ]
     return [
         GapRecord(
             instance=problem.name,
@@ -298,7 +310,9 @@ def _bounded(
             method=method,
             objective=float(solution.objective[i]),
             lower_bound=float(solution.lower_bound[i]),
-            gap=float(solution.gap[i]),
+            value=posed[i].value,
+            value_bound=posed[i].bound,
+            gap=posed[i].gap,
             seconds=bound.seconds / problem.rows,
             seed=seed,
             key=key,

@@ -25,8 +25,9 @@ from maskopt.jobs import as_they_finish, job_key
 from maskopt.limits import KEYWORDS, Limits
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem, RowProblem
-from maskopt.solution import Status
+from maskopt.solution import Status, is_bounded
 from maskopt.solver import Solver, make_solver, solve
+from maskopt.units import excess_of
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 
@@ -35,8 +36,10 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 class Record:
     """What one solver said about one row.
 
-    `gap` is (objective − lower_bound)/objective by the solver's own bound; `excess` is
-    objective/optimum − 1 where some solver of the comparison proved the optimum, else NaN;
+    `objective` and `lower_bound` are costs, as the problem has them; `value` and `value_bound` are the same
+    in the units of whoever posed it (`RowProblem.posed`), of which `gap` and `excess` are parts. `gap` is by
+    the solver's own bound; `excess` is how much worse than the optimum where some solver of the comparison
+    proved it, else NaN;
     `vouched` is the backend on whose word the bound is taken, empty where it can be checked;
     `trace` is what else the solver has to tell (`maskopt.trace`), columns of their own in a file.
     """
@@ -47,6 +50,8 @@ class Record:
     solver: str
     objective: float
     lower_bound: float
+    value: float
+    value_bound: float
     gap: float
     excess: float
     status: str
@@ -56,6 +61,11 @@ class Record:
     key: str
     error: str = ""
     trace: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bounded(self) -> bool:
+        """Does the bound say anything?"""
+        return is_bounded(self.objective, self.lower_bound, self.status)
 
 
 def sample_rows(
@@ -216,10 +226,12 @@ def _solved(row: RowProblem, name: str, job: _Job, key: str) -> Record:
         solution = solve(row, job.solver, start=job.start, limits=job.limits)
     except MaskoptError as error:
         nothing: dict[str, Any] = dict.fromkeys(
-            ("objective", "lower_bound", "gap", "seconds"), math.nan
+            ("objective", "lower_bound", "value", "value_bound", "gap", "seconds"), math.nan
         )
         return Record(**base, **nothing, status="failed", vouched="", error=str(error))
     columns = {name: values[0] for name, values in solution.columns().items()}
+    posed = row.posed(columns["objective"], columns["lower_bound"])
+    columns |= {"value": posed.value, "value_bound": posed.bound, "gap": posed.gap}
     known = {f.name for f in fields(Record)}
     return Record(
         **base,
@@ -233,12 +245,11 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
     records = []
     for first in range(0, len(found), solvers):
         group = found[first : first + solvers]
-        proven = [r.objective for r in group if r.status == Status.OPTIMAL]
+        proven = [r for r in group if r.status == Status.OPTIMAL]
+        best = min(proven, key=lambda r: r.objective) if proven else None
         for record in group:
-            excess = math.nan
-            if proven:
-                best = min(proven)
-                excess = record.objective / best - 1 if best > 0 else record.objective - best
+            known = best is not None and record.value == record.value
+            excess = excess_of(record.value, best.value) if known and best else math.nan
             records.append(replace(record, excess=excess))
     return records
 

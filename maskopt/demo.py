@@ -178,7 +178,7 @@ def toy_table(records: Sequence[Record], labels: Mapping[str, str], sparsity: fl
         f"Toy rows: {records[0].n} inputs of real layers, {sparsity:.0%} pruned",
         ("row", "solver", "objective", "bound", "above optimum", "status", "s"),
         text_columns=2,
-        note="RIA's column sums see one row only here. A bound of 0 means that none is known.",
+        note="RIA's column sums see one row only here.",
     )
     last = ""
     for record in records:
@@ -188,7 +188,7 @@ def toy_table(records: Sequence[Record], labels: Mapping[str, str], sparsity: fl
             shown,
             record.solver,
             number(record.objective),
-            number(record.lower_bound),
+            number(record.lower_bound) if record.bounded else "–",
             "–" if record.excess != record.excess else f"{record.excess:.2%}",
             record.error or record.status,
             f"{record.seconds:.2f}",

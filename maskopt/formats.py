@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -86,39 +87,57 @@ def save_problem(
     return None
 
 
-def _lines(text: str) -> Iterator[list[str]]:
-    for line in text.splitlines():
+class _Line(NamedTuple):
+    """A line of a file that says something: its number there, and its words."""
+
+    number: int
+    words: list[str]
+
+    def numbers(self, kinds: str) -> list[float]:
+        """Whole numbers (i) and others (f); the rest of the line is left."""
+        given = zip(self.words, kinds, strict=False)
+        try:
+            found = [int(word) if kind == "i" else float(word) for word, kind in given]
+        except ValueError:
+            found = []
+        if len(found) < len(kinds):
+            raise self.error(f"expected {len(kinds)} numbers, not {self.text!r}")
+        return found
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)[:80]
+
+    def error(self, what: str) -> ProblemError:
+        return ProblemError(f"line {self.number}: {what}")
+
+
+def _lines(text: str) -> Iterator[_Line]:
+    for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith(("#", "%", "c ")):
-            yield line.split()
+            yield _Line(number, line.split())
 
 
-def _numbers(line: list[str], kinds: str) -> list[float]:
-    """Whole numbers (i) and others (f); the rest of a line is left."""
-    try:
-        found = [int(w) if k == "i" else float(w) for w, k in zip(line, kinds, strict=False)]
-    except ValueError:
-        found = []
-    if len(found) < len(kinds):
-        raise ProblemError(f"expected {len(kinds)} numbers, not {' '.join(line)[:80]!r}")
-    return found
-
-
-def _edges(lines: Iterator[list[str]], n: int, first: int, count: int | None) -> np.ndarray:
+def _edges(lines: Iterator[_Line], n: int, first: int, count: int | None) -> np.ndarray:
     """Symmetric [n, n] of the lines `i j weight`, numbered from `first`."""
     if n < 1:
         raise ProblemError(f"{n} vertices")
     weight, seen, found = np.zeros((n, n)), np.zeros((n, n), dtype=bool), 0
     for line in lines:
-        i, j, w = _numbers(line if len(line) > 2 else [*line, "1"], "iif")
-        i, j = int(i) - first, int(j) - first
+        i, j = (int(x) - first for x in line.numbers("ii"))
+        w = line.numbers("iif")[2] if len(line.words) > 2 else 1.0
         if not (0 <= i < n and 0 <= j < n) or i == j or seen[i, j]:
-            raise ProblemError(f"{' '.join(line)!r} is no new pair of two of {n}")
+            raise line.error(f"{line.text!r} is no new pair of two of {n}")
         weight[i, j] = weight[j, i] = w
         seen[i, j] = seen[j, i] = True
         found += 1
     if count is not None and found != count:
         raise ProblemError(f"{found} edges where the first line says {count}")
     return weight
+
+
+def _first(lines: Iterator[_Line]) -> _Line:
+    return next(lines, _Line(1, []))
 
 
 def _heaviest(weight: np.ndarray, select: int, name: str) -> RowProblem:
@@ -130,7 +149,7 @@ def _heaviest(weight: np.ndarray, select: int, name: str) -> RowProblem:
 
 def _read_cluster(text: str, name: str, _: int | None) -> RowProblem:
     lines = _lines(text)
-    n, k, count = _numbers(next(lines, []), "iii")
+    n, k, count = _first(lines).numbers("iii")
     # an edge is given by the entry ½ of a symmetric matrix: it counts 1
     return _heaviest(2 * _edges(lines, int(n), 1, int(count)), int(k), name)
 
@@ -139,13 +158,13 @@ def _read_rudy(text: str, name: str, select: int | None) -> RowProblem:
     if select is None:
         raise ProblemError("a graph does not say how many vertices are chosen; pass select")
     lines = _lines(text)
-    n, count = _numbers(next(lines, []), "ii")
+    n, count = _first(lines).numbers("ii")
     return _heaviest(_edges(lines, int(n), 1, int(count)), select, name)
 
 
 def _read_diversity(text: str, name: str, _: int | None) -> RowProblem:
     lines = _lines(text)
-    n, m = _numbers(next(lines, []), "ii")
+    n, m = _first(lines).numbers("ii")
     return _heaviest(_edges(lines, int(n), 0, None), int(m), name)
 
 
@@ -153,8 +172,7 @@ def _pairs(problem: RowProblem) -> tuple[np.ndarray, int]:
     """The weights of the pairs, where these are all that is maximised, and how many are chosen."""
     quadratic, constant = problem.quadratic()
     n, chosen = problem.n, problem.as_layer().pruned
-    units = problem.as_layer().units
-    if units is None or units.sign != -1:
+    if not problem.maximised:
         raise ProblemError("the format maximises, and the problem is to be minimised; take .qplib")
     diagonal = quadratic.diagonal()
     rest = constant + chosen * float(diagonal[0])

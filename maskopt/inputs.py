@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.errors import PatternError, ProblemError
+from maskopt.errors import MaskoptError, PatternError, ProblemError
 from maskopt.linear import Linear
 from maskopt.pattern import NM, Pattern, Unstructured
 from maskopt.values import MOST_WHOLE
@@ -17,11 +20,17 @@ PSD_TOLERANCE = 2.0**-23
 #: largest |G − Gᵀ| relative to max|G| that is taken for rounding
 _ASYMMETRY_TOLERANCE = 1e-3
 
-ArrayLike = Tensor | np.ndarray
+#: nested lists become float64
+ArrayLike = Tensor | np.ndarray | Sequence[Any]
 
 
 def as_tensor(array: ArrayLike, what: str) -> Tensor:
     """Rows side by side in memory, whatever view is given: kernels read and write them in place."""
+    if isinstance(array, list | tuple):
+        try:
+            array = np.asarray(array, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ProblemError(f"{what}: lists must hold numbers, all of one length") from None
     if isinstance(array, np.ndarray):
         if array.dtype.kind != "f":
             raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
@@ -36,6 +45,24 @@ def as_tensor(array: ArrayLike, what: str) -> Tensor:
         count = int((~torch.isfinite(tensor)).sum())
         raise ProblemError(f"{what} holds {count} NaN or infinite values; mend the input first")
     return tensor
+
+
+def as_mask(
+    mask: Any, weight: Tensor, what: str = "mask", error: type[MaskoptError] = ProblemError
+) -> Tensor:
+    """A mask for this weight [rows, n], on its device: a bool tensor or array; of one row also [n].
+
+    Raises:
+        error: another shape or type.
+    """
+    tensor = torch.as_tensor(mask)
+    if tensor.ndim == 1 and weight.shape[0] == 1:
+        tensor = tensor[None]
+    if tensor.shape != weight.shape:
+        raise error(f"{what} has shape {list(tensor.shape)}, the problem {list(weight.shape)}")
+    if tensor.dtype != torch.bool:
+        raise error(f"{what} must be bool (True = kept), not {tensor.dtype}")
+    return tensor.to(weight.device)
 
 
 def of_inputs(array: ArrayLike | None, n: int, what: str) -> Tensor | None:

@@ -36,6 +36,7 @@ from maskopt.errors import ProblemError, WarmStartError
 from maskopt.inputs import (
     PSD_TOLERANCE,
     ArrayLike,
+    as_mask,
     as_tensor,
     check_costs,
     check_integral,
@@ -51,7 +52,7 @@ from maskopt.least_squares import LeastSquares, Refit
 from maskopt.limits import Limits
 from maskopt.linear import Linear
 from maskopt.pattern import Pattern, Unstructured
-from maskopt.units import Units, semidefinite
+from maskopt.units import Posed, Units, semidefinite
 from maskopt.values import Values, values_of
 
 #: columns of G that are brought to float64 at a time when an objective is computed
@@ -210,9 +211,12 @@ class LayerProblem:
     def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         """f of every row, or F with `refit`, in float64 [rows], on the device of the problem.
 
+        Args:
+            mask: True = kept; a NumPy array will do.
+
         Rounding can leave −1e-18 where the truth is 0; since f ≥ 0, the result is clamped at 0.
         """
-        mask = mask.to(self.device)
+        mask = as_mask(mask, self.weight)
         if self.refit is None:
             return self._error(torch.where(mask, 0.0, self.weight.double()))
         return self.refitted(mask)[1]
@@ -225,7 +229,7 @@ class LayerProblem:
         Args:
             limits: memory and threads.
         """
-        mask = mask.to(self.device)
+        mask = as_mask(mask, self.weight)
         if self.refit is None:
             return torch.where(mask, self.weight.double(), 0.0)
         return self.refitted(mask, limits)[0]
@@ -238,7 +242,7 @@ class LayerProblem:
         Raises:
             ProblemError: the weights are kept as they are.
         """
-        squares = self.least_squares
+        mask, squares = as_mask(mask, self.weight), self.least_squares
         own = torch.where(mask, self.weight.double(), 0.0)
         found = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
         cost, own_cost = self.damped_error(found), self.damped_error(own)
@@ -293,17 +297,8 @@ class LayerProblem:
 
     def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:
         """The mask as a bool tensor on the problem's device, or WarmStartError with the reason."""
-        tensor = torch.as_tensor(mask)
-        if tensor.ndim == 1 and self.rows == 1:
-            tensor = tensor[None]
-        if tensor.shape != self.weight.shape:
-            raise WarmStartError(
-                f"{what} has shape {list(tensor.shape)}, the problem {list(self.weight.shape)}"
-            )
-        if tensor.dtype != torch.bool:
-            raise WarmStartError(f"{what} must be bool (True = kept), not {tensor.dtype}")
         # lines side by side: the last bits of a product may depend on how its factors lie in memory
-        tensor = tensor.to(self.device).contiguous()
+        tensor = as_mask(mask, self.weight, what, WarmStartError).contiguous()
         bad = (~self.pattern.is_legal(tensor)).nonzero()
         if len(bad) and self.pooled:
             raise WarmStartError(
@@ -468,21 +463,35 @@ class RowProblem:
             raise ProblemError("give one of keep (how many are 0) and select (how many are 1)")
         gram, units, whole = semidefinite(quadratic, maximise, constant)
         n = len(gram)
+        if select is not None and not 0 <= select <= n:
+            raise ProblemError(f"select must be 0 … {n}, how many of the {n} are 1; not {select}")
         pattern = Unstructured(keep=n - select if keep is None else keep)  # type: ignore[operator]
         more: dict[str, Any] = {"name": name, "units": units, "integral": whole}
         return cls(np.ones(n), gram, pattern, **more)
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
-        """U [n, n] and the constant of the objective as it was posed, minimised where it was not."""
+        """U [n, n] and the constant of pᵀUp + constant as it was posed: to be maximised where `maximised`
+        says so. Of a problem that nobody posed so, Q and 0."""
         q, units = self.q().cpu().numpy(), self._layer.units
         if units is None:
             return q, 0.0
         return units.sign * (q - units.shift * np.eye(self.n)), units.constant
 
+    @property
+    def maximised(self) -> bool:
+        """Was it posed as something to be maximised? Its `value` is, then, and bounds are from above."""
+        units = self._layer.units
+        return units is not None and units.sign < 0
+
     def value(self, cost: float) -> float:
         """An objective, or a bound, in the units of whoever posed the problem."""
         units = self._layer.units
         return cost if units is None else units.value(cost, self._layer.pruned)
+
+    def posed(self, objective: float, lower_bound: float) -> Posed:
+        """An objective, a lower bound of it and the gap between them in the units of whoever posed the
+        problem."""
+        return Posed.of(self.value(objective), self.value(lower_bound))
 
     @classmethod
     def _of(cls, layer: LayerProblem) -> RowProblem:

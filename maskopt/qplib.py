@@ -61,8 +61,8 @@ def read_qplib(text: str, name: str) -> RowProblem:
 def write_qplib(problem: RowProblem) -> str:
     """The text of a problem of type QBL."""
     quadratic, constant = problem.quadratic()
-    units, n = problem.as_layer().units, problem.n
-    sense = "maximize" if units is not None and units.sign < 0 else "minimize"
+    n = problem.n
+    sense = "maximize" if problem.maximised else "minimize"
     entries = [
         f"{i + 1} {j + 1} {2 * quadratic[i, j]:.17g}"
         for i in range(n)

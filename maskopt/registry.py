@@ -55,7 +55,8 @@ class Registry:
         """
         if isinstance(member, str):
             kind = self._available(self.find(member))
-            return build(kind, member, options, self.what, KEYWORDS)
+            # a callback is nothing that anybody mistypes
+            return build(kind, member, options, self.what, KEYWORDS.keys() - {"on_progress"})
         if not isinstance(member, self.protocol):
             raise OptionError(
                 f"{member!r} is no {self.what}; give a name or a value such as Swap()"

@@ -66,6 +66,12 @@ def relative_gap(
     return torch.where(objective > 0, (objective - lower_bound) / safe, 0.0)
 
 
+def is_bounded(objective: float, lower_bound: float, status: str = "") -> bool:
+    """Does a lower bound say anything? 0 holds for every objective: it says something where the objective is
+    0, too, or proven."""
+    return lower_bound > 0 or objective == 0 or status == Status.OPTIMAL
+
+
 @dataclass(frozen=True)
 class Solution:
     """One mask a row, with its objective and with what is known about it.
@@ -104,7 +110,8 @@ class Solution:
 
     @property
     def gap(self) -> Float[Tensor, " rows"]:
-        """(objective − lower_bound) / objective per row, float64; 0 where the objective is 0."""
+        """(objective − lower_bound) / objective per row, float64; 0 where the objective is 0. Of costs: of a
+        row that was posed in units of its own, `RowProblem.posed` has the gap of values."""
         return relative_gap(self.objective, self.lower_bound)
 
     @classmethod
@@ -278,9 +285,12 @@ class Solution:
 
     def __repr__(self) -> str:
         counts = {s: self.status.count(s) for s in Status if s in self.status}
-        shown = ", ".join(f"{count} {name}" for name, count in counts.items())
-        return (
-            f"Solution({self.solver}, rows={len(self.status)}, "
-            f"objective={float(self.objective.sum()):.6g}, "
-            f"lower_bound={float(self.lower_bound.sum()):.6g}, {shown}, {self.seconds:.3g} s)"
-        )
+        parts = [
+            *([self.solver] if self.solver else []),
+            f"rows={len(self.status)}",
+            f"objective={float(self.objective.sum()):.6g}",
+            f"lower_bound={float(self.lower_bound.sum()):.6g}",
+            *(f"{count} {name}" for name, count in counts.items()),
+            *([] if math.isnan(self.seconds) else [f"{self.seconds:.3g} s"]),
+        ]
+        return f"Solution({', '.join(parts)})"

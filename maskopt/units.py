@@ -6,8 +6,9 @@ shift making G semidefinite: since 1ᵀp = s, it changes f by shift·s on every 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,31 @@ class Units:
         """Of an objective f, or of a bound of it: what is a lower bound of f is an upper one of a value that
         is maximised."""
         return self.sign * (cost - self.shift * pruned) + self.constant
+
+
+class Posed(NamedTuple):
+    """An objective and a bound of it in the units of whoever posed the problem.
+
+    Attributes:
+        value: of the mask.
+        bound: no legal mask has a better value; a greatest one where the value is maximised.
+        gap: their distance as part of the value; 0 where they are equal.
+    """
+
+    value: float
+    bound: float
+    gap: float
+
+    @classmethod
+    def of(cls, value: float, bound: float) -> Posed:
+        if value == bound:
+            return cls(value, bound, 0.0)
+        return cls(value, bound, abs(value - bound) / abs(value) if value else math.inf)
+
+
+def excess_of(value: float, best: float) -> float:
+    """How much worse a value is than the best one, as part of that; the difference itself where that is 0."""
+    return abs(value - best) / (abs(best) or 1.0)
 
 
 def semidefinite(

@@ -50,7 +50,9 @@ class Verification:
 
     def __str__(self) -> str:
         counts = {basis: self.basis.count(basis) for basis in sorted(set(self.basis))}
-        return ", ".join(f"{count} rows {basis}" for basis, count in counts.items())
+        return ", ".join(
+            f"{count} row{'' if count == 1 else 's'} {basis}" for basis, count in counts.items()
+        )
 
 
 def verify(

@@ -41,6 +41,18 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
+#: files that take minutes
+LONG = {
+    "test_model_resume", "test_notebooks", "test_proof", "test_ranks", "test_refit_bound",
+    "test_solver_values", "test_triton_compile",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes are begun first: left for the end, one keeps a single worker busy."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

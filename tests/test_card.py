@@ -67,6 +67,7 @@ def test_it_inherits_what_holds_for_the_pruned_model_too_and_keeps_the_original(
     assert "owner/name, pruned to 50% zeros by maskopt" in card.text
     assert "wanda pruned 50.0% of" in card.text
     assert "$ maskopt prune MODEL --config" in card.text
+    assert "$ maskopt prune MODEL --sparsity 0.5 --solver wanda --min-tokens 1" in card.text
     assert "that of the original holds: mine" in card.text
     manifest = json.loads((out / "maskopt-manifest.json").read_text())
     for digest in (
@@ -96,7 +97,7 @@ def test_the_figures_are_those_of_the_report(tmp_path: Path) -> None:
         mean = sum(getattr(layer, name) for layer in report.layers) / len(report.layers)
         assert f"| {mean:.4g} |" in text
     assert "| 100% |" in text  # of the rows are proven
-    assert "A model, pruned to 2:4 by maskopt" in text
+    assert "# dense, pruned to 2:4 by maskopt" in text
     assert "base_model: someone/below" in text  # of a folder without a name, its own card's
 
 

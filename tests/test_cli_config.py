@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from test_model_resume import contents
 from tiny_models import save, tiny, tokens
 
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
+from maskopt.model.again import command_again
+from maskopt.model.report import read_manifest
 
 ALL = [
     "--sparsity", "0.5", "--solver", "wanda", "--include", "q_proj,k_proj", "--samples", "7",
@@ -99,6 +102,15 @@ def test_a_manifest_repeats_its_run(options: list[str], model: Path, tmp_path: P
     )
     run("prune", *again)
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out" / "maskopt-manifest.json")
+    by_file, spelled = command_again(manifest["fingerprint"], tmp_path / "out")
+    assert "--config" in by_file and "--config" not in spelled  # noqa: PT018
+    assert printed(*_typed(spelled, model)) == printed(*_typed(by_file, model))
+
+
+def _typed(line: str, model: Path) -> list[str]:
+    places = {"MODEL": str(model), "TEXT": str(model.parent / "tokens.npy"), "AGAIN": "again"}
+    return [places.get(word, word) for word in shlex.split(line)[2:]]
 
 
 def test_a_whole_run_of_a_file(model: Path, tmp_path: Path) -> None:

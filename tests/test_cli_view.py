@@ -16,7 +16,7 @@ from tiny_models import save, tiny, tokens
 
 from maskopt.cli import view as views
 from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import JsonView, LiveView, PlainView, View, clock
+from maskopt.cli.view import JsonView, LiveView, PlainView, Step, View, clock
 from maskopt.errors import OptionError
 from maskopt.model.progress import BlockProgress
 from maskopt.model.report import LayerReport
@@ -54,10 +54,13 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(width: int, screen: Any) -> None:
+def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(
+    width: int, screen: Any, still: Still
+) -> None:
     screen(width, terminal=True)
     live = LiveView()
-    live.began -= 7200
+    live.show(LONG, 0, 124_416, part=0.0)
+    still.now += 7200
     live.show(LONG, 124_416, 124_416, part=0.66, note="error 0.512 of the start's")
     page = Console(width=width, file=io.StringIO(), record=True)
     page.print(live._live.renderable)
@@ -76,9 +79,26 @@ def test_plain_lines_are_few_and_say_what_is_done(screen: Any, still: Still) -> 
             still.now += 1
             plain.show("rows", second, 200, note=f"{second // 100} blocks")
     lines = stream.getvalue().splitlines()
-    assert lines[0] == "rows 1%; 0 blocks; 4:57 left"
+    assert lines[0] == "rows 1%; 0 blocks"
+    assert lines[1] == "rows 16%; 0 blocks; 2:48 left"
     assert next(line for line in lines if "1 blocks" in line).startswith("rows 50%")
     assert len(lines) == 8
+
+
+def test_the_time_left_is_by_the_pace_since_work_began(still: Still) -> None:
+    class Steps(View):
+        left: float | None = None
+
+        def take(self, step: Step) -> None:
+            self.left = step.left
+
+    shown = Steps()
+    still.now += 300  # a model is opened, which says nothing of the rest
+    shown.show("rows", 50, 100)  # a resumed run begins in the middle
+    assert shown.left is None
+    still.now += 10
+    shown.show("rows", 60, 100)
+    assert shown.left == pytest.approx(40)
 
 
 def test_json_lines(screen: Any, still: Still) -> None:
@@ -140,6 +160,24 @@ def test_before_a_block_is_done_the_time_left_is_by_what_was_expected(still: Sti
     assert told.seen[-1]["part"] == pytest.approx(1 / 4)
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_interrupted_run_says_what_is_left_of_it(
+    kept: bool, tmp_path: Path, screen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maskopt.cli import prune
+    from maskopt.model.workspace import HIDDEN, JOURNAL
+
+    stream = screen(80, terminal=False)
+    monkeypatch.setattr(prune, "errors", views.errors)
+    if kept:
+        (tmp_path / HIDDEN).mkdir()
+        (tmp_path / HIDDEN / JOURNAL).touch()
+    with pytest.raises(KeyboardInterrupt), prune.told_of_resume(tmp_path):
+        raise KeyboardInterrupt
+    said = "go on with" if kept else "no block was finished; nothing of this run is kept"
+    assert said in stream.getvalue()
+
+
 def test_times_are_short() -> None:
     assert [clock(x) for x in (7, 200, 3723)] == ["0:07", "3:20", "1:02:03"]
 
@@ -180,7 +218,7 @@ def test_quiet_says_nothing_on_the_way(given: list[str], tmp_path: Path) -> None
     ended = process(*given, "--output", str(tmp_path / "out"), "--quiet")
     assert ended.returncode == 0
     assert ended.stderr == ""
-    assert "sparsity 0.5" in ended.stdout
+    assert "sparsity of these layers: 0.5" in ended.stdout
 
 
 def test_both_at_once_are_refused(given: list[str], tmp_path: Path) -> None:

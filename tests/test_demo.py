@@ -14,8 +14,9 @@ from maskopt.model.report import LayerReport, PruneReport
 def record(solver, objective, status, bound=0.0):
     name = "model.layers.0.self_attn.q_proj[3]"
     return Record(
-        name, 48, "0.5", solver, objective, bound, 0.0, objective / 2 - 1, status, 0, 0.1, 0, solver
-    )
+        name, 48, "0.5", solver, objective, bound, objective, bound, 0.0, objective / 2 - 1, status, 0, 0.1,
+        0, solver,
+    )  # fmt: skip
 
 
 def layer(block, kind, before, after):

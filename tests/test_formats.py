@@ -1,6 +1,7 @@
 """Other libraries' instances, and anybody's quadratic objective: read, written, in their units."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -227,7 +228,7 @@ def test_a_graph_on_the_command_line(tmp_path):
     assert "at most" in text
     assert " 3 " in text
     assert "1 of 1 rows proven" in text
-    assert "holds: 1 rows checked" in run("check", graph, proof)
+    assert "holds: 1 row checked" in run("check", graph, proof)
     (tmp_path / "graph.mc").write_text(RUDY)
     run("extract", tmp_path / "graph.mc", tmp_path / "graph.npz", "--select", 2)
     assert solve(load_problem(tmp_path / "graph.npz"), "branch").status == (Status.OPTIMAL,)
@@ -243,3 +244,51 @@ def test_an_unknown_ending_is_named(tmp_path):
     path.write_text("1 2")
     with pytest.raises(ProblemError, match=r"no known format by its ending; one of \.npz"):
         load_problem(path)
+
+
+def test_a_line_that_will_not_do_is_named_by_its_number(tmp_path):
+    with pytest.raises(ProblemError, match="line 5: expected 3 numbers, not '1 2 x'"):
+        read(tmp_path, "a.mc", "# a graph\n3 2\n\n1 3 4\n1 2 x\n", select=2)
+    with pytest.raises(ProblemError, match="line 3: '3 1 5' is no new pair of two of 3"):
+        read(tmp_path, "a.mc", "3 2\n1 3 4\n3 1 5\n", select=2)
+
+
+def test_every_command_speaks_of_the_graph_and_not_of_the_shift(tmp_path):
+    """Values, bounds from above, and one gap for one mask wherever it is printed."""
+    graph, table = tmp_path / "graph.mc", tmp_path / "table.jsonl"
+    graph.write_text(RUDY)
+    problem = load_problem(graph, 2)
+    assert problem.maximised
+    found = solve(problem, "branch")
+    best = problem.value(float(found.objective[0]))
+    run("compare", graph, "--select", 2, "--solvers", "branch,wanda", "--output", table)
+    by_solver = {r["solver"]: r for r in map(json.loads, table.read_text().splitlines())}
+    assert by_solver["branch"]["value"] == pytest.approx(best)
+    assert by_solver["branch"]["value_bound"] == pytest.approx(best, rel=1e-6)
+    assert by_solver["branch"]["gap"] == pytest.approx(0, abs=1e-6)
+    wanda = by_solver["wanda"]
+    assert wanda["excess"] == pytest.approx((best - wanda["value"]) / best)
+    run("bound", graph, "--select", 2, "--solver", "wanda", "--output", tmp_path / "b.jsonl")
+    record = json.loads((tmp_path / "b.jsonl").read_text())
+    assert record["value_bound"] >= best - 1e-9
+    gap = (record["value_bound"] - record["value"]) / record["value"]
+    assert record["gap"] == pytest.approx(gap)
+    assert f"{gap:.2%}" in run("bound", graph, "--select", 2, "--solver", "wanda")
+    assert "–" in run("compare", graph, "--select", 2, "--solvers", "wanda")
+    run("solve", graph, "--select", 2, "--solver", "branch", "--output", tmp_path / "s.npz")
+    assert "holds: 1 row" in run("verify", graph, tmp_path / "s.npz", "--select", 2)
+
+
+def test_a_quadratic_is_given_back_with_its_sense():
+    u = np.array([[0.0, 2.0, 1.0], [2.0, 0.0, 3.0], [1.0, 3.0, 0.0]])
+    problem = RowProblem.from_quadratic(u, select=2, maximise=True, constant=1.0)
+    assert problem.maximised
+    back, constant = problem.quadratic()
+    assert np.allclose(back, u)
+    assert constant == 1.0
+    posed = problem.posed(problem.objective(np.array([True, False, False])), 0.0)
+    assert posed.value == pytest.approx(7.0)
+    assert posed.gap == pytest.approx((posed.bound - 7.0) / 7.0)
+    assert not RowProblem.from_quadratic(u, select=2).maximised
+    with pytest.raises(ProblemError, match=r"select must be 0 … 3, .* not 4"):
+        RowProblem.from_quadratic(u, select=4)

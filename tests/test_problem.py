@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from strategies import problems, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, RowProblem, Unstructured, solve
+from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, solve
 from maskopt.errors import MaskoptError, PatternError, ProblemError, WarmStartError
 
 HALF = Unstructured(sparsity=0.5)
@@ -155,7 +155,7 @@ def test_slight_asymmetry_is_rounded_away_and_a_large_one_refused():
         (torch.ones(2, 4), torch.diag(torch.tensor([1, 1, 1, torch.inf])), r"gram holds 1 NaN"),
         (torch.ones(2, 4, dtype=torch.long), torch.eye(4), r"floating-point"),
         (np.ones((2, 4), dtype=complex), torch.eye(4), r"floating-point"),
-        ([[1.0] * 4], torch.eye(4), r"torch tensor or a NumPy array"),
+        ({"w": 1.0}, torch.eye(4), r"torch tensor or a NumPy array"),
     ],
 )
 def test_bad_input_names_the_thing(weight, gram, message):
@@ -268,3 +268,31 @@ def test_bad_warm_starts(mask, message):
     if not isinstance(mask, str):
         with pytest.raises(WarmStartError):
             problem.check_mask(mask)
+
+
+def test_masks_may_be_arrays_and_weights_nested_lists():
+    problem = LayerProblem(
+        [[1, 2.0, 3], [3, 2, 1]], [[2.0, 0, 0], [0, 1, 0], [0, 0, 1]], Unstructured(keep=2)
+    )
+    assert problem.weight.dtype == torch.float64
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    assert torch.equal(problem.objective(mask.numpy()), problem.objective(mask))
+    assert torch.equal(problem.weights(mask.numpy()), problem.weights(mask))
+    refit = problem.refitting(Refit(0.01))
+    assert torch.equal(refit.objective(mask.numpy()), refit.objective(mask))
+    with pytest.raises(ProblemError, match="weight: lists must hold numbers"):
+        LayerProblem([[1.0, 2], [3]], torch.eye(2), Unstructured(keep=1))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(1, 3, dtype=torch.bool), r"mask has shape \[1, 3\], the problem \[2, 3\]"),
+        (torch.ones(2, 3), "mask must be bool"),
+    ],
+)
+def test_the_cost_of_what_is_no_mask_is_refused(mask, message):
+    problem = LayerProblem(torch.ones(2, 3), torch.eye(3), Unstructured(keep=2))
+    for cost in (problem.objective, problem.weights, problem.refitting(Refit(0.01)).refitted):
+        with pytest.raises(ProblemError, match=message):
+            cost(mask)

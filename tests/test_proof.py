@@ -575,6 +575,6 @@ def test_prove_says_what_is_left_open(tmp_path):
     done = process("prove", str(instance), "--output", str(out), "-o", "node_limit=3")
     assert done.returncode == 1
     assert "0 of 1 rows proven optimal" in done.stdout
-    assert "holds: 1 rows checked" in run("check", instance, out)
+    assert "holds: 1 row checked" in run("check", instance, out)
     run("solve", instance, "--output", plain, "--solver", "wanda")
     assert "holds no proof" in run("check", instance, plain, fails=VerificationError)

@@ -13,7 +13,7 @@ from strategies import random_gram, random_weight
 from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
 from maskopt.errors import ProblemError, SolverError
 from maskopt.files import read_arrays, write_arrays
-from maskopt.solution import relative_gap
+from maskopt.solution import is_bounded, relative_gap
 from maskopt.solvers.bounds.conic import ConicBound
 
 
@@ -150,3 +150,16 @@ def test_parts_of_a_layer_are_joined_with_what_they_tell():
     ends = torch.cat([part.trace.history[:, -1] for part in parts])
     assert torch.equal(joined.trace.history[:, -1], ends)
     verify(problem, joined)
+
+
+def test_solutions_and_bounds_say_what_there_is_to_say():
+    problem = LayerProblem(torch.ones(2, 3), torch.eye(3), Unstructured(keep=2))
+    mask = torch.tensor([[True, True, False]] * 2)
+    assert repr(Solution.of(problem, mask)) == (
+        "Solution(rows=2, objective=2, lower_bound=0, 2 feasible)"
+    )
+    assert repr(lower_bound(problem, "box")).startswith(
+        "Bound(box, rows=2, value=0.666667 in all, "
+    )
+    assert [is_bounded(2.0, 0.0), is_bounded(0.0, 0.0), is_bounded(2.0, 1.0)] == [False, True, True]
+    assert is_bounded(1e-300, 0.0, Status.OPTIMAL)

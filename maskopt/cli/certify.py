@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from maskopt.cli.cells import bound_cells
 from maskopt.cli.console import output
 from maskopt.cli.instances import load_layers, takes_source
-from maskopt.cli.parameters import TEXT_SOURCES, WALK, Calibration, Out, takes
+from maskopt.cli.parameters import TEXT_SOURCES, WALK, Calibration, Out, Select, takes
 from maskopt.cli.view import view
+
+if TYPE_CHECKING:
+    from maskopt.certify import GapRecord
 
 Method = Annotated[str, typer.Option(help="sdp, box, shift, or another registered bound.")]
 TimeLimit = Annotated[
@@ -26,11 +30,15 @@ Jobs = Annotated[
 ]
 #: of a layer in `certify`: wide layers take minutes to converge, and the bound is valid at any time
 SDP_SECONDS = 60.0
+#: so many rows have a line each
+FEW = 24
 
 
 @takes_source
 def bound(
-    source: Annotated[list[Path], typer.Argument(help="A model folder, or .npz instances.")],
+    source: Annotated[
+        list[Path], typer.Argument(help="A model folder, or instances (.npz, .dat, …).")
+    ],
     options: dict[str, Any],
     method: Method = "sdp",
     solver: Annotated[str, typer.Option(help="Whose masks stand beside the bounds.")] = "swap",
@@ -43,12 +51,13 @@ def bound(
     time_limit: TimeLimit = None,
     seed: Annotated[int, typer.Option(help="Of the sampled rows and inputs.")] = 0,
     jobs: Jobs = 1,
+    select: Select = None,
     out: Out = None,
 ) -> None:
     """Certified lower bounds of rows, beside the masks of a solver."""
     from maskopt.certify import bound_layers
 
-    layers = load_layers(source, options, calibration=calibration, seed=seed)
+    layers = load_layers(source, options, calibration=calibration, seed=seed, select=select)
     with view() as shown:
         records = bound_layers(
             layers.problems,
@@ -61,9 +70,13 @@ def bound(
             seed=seed,
             jobs=jobs,
             output=out,
-            on_rows=lambda done, name: shown.show(f"{name}, {done} rows", done, None),
+            on_rows=lambda done, name: shown.show(f"{name}, rows bounded: {done}", done, None),
         )
-    _show(records, out)
+    if len(records) <= FEW:
+        output.print(_rows_table(records))
+    else:
+        output.print(_kinds_table(records))
+    _say_written(out)
 
 
 @takes(WALK, samples=32, seq_len=512)
@@ -99,10 +112,11 @@ def certify(
             seed=seed,
             jobs=jobs,
             output=out,
-            on_rows=lambda done, name: shown.show(f"{name}, {done} rows", done, None),
+            on_rows=lambda done, name: shown.show(f"{name}, rows bounded: {done}", done, None),
             **options,
         )
-    _show(records, out)
+    output.print(_kinds_table(records))
+    _say_written(out)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -110,15 +124,35 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _show(records: Sequence[Any], out: Path | None) -> None:
+def _rows_table(records: Sequence[GapRecord]) -> Table:
+    """A line each, in the units of whoever posed them."""
+    table = Table(caption="gap: from the mask's objective to the bound; no mask is better by more")
+    table.add_column("instance, n", overflow="fold")
+    for heading in ("row", "objective", "bound", "gap", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for r in records:
+        table.add_row(
+            f"{r.instance}, {r.n}, {r.pattern}",
+            str(r.row),
+            f"{r.value:.6g}",
+            *bound_cells(r),
+            f"{r.seconds:.3f}",
+        )
+    return table
+
+
+def _kinds_table(records: Sequence[GapRecord]) -> Table:
     from maskopt.certify import by_kind
 
-    table = Table(caption="gap = 1 − bound/objective; no mask of these rows can be better by more")
+    table = Table(caption="gap: from the mask's objective to the bound; no mask is better by more")
     table.add_column("layer kind")
     for heading in ("rows", "median gap", "worst gap", "seconds a row"):
         table.add_column(heading, justify="right")
     for kind, (rows, median, worst, seconds) in by_kind(records).items():
         table.add_row(kind, str(rows), f"{median:.2%}", f"{worst:.2%}", f"{seconds:.3f}")
-    output.print(table)
+    return table
+
+
+def _say_written(out: Path | None) -> None:
     if out is not None:
         output.print(f"written: {out}", soft_wrap=True)

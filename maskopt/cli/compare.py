@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from maskopt.cli.cells import bound_cells
 from maskopt.cli.console import errors, output
 from maskopt.cli.instances import load_layers, takes_source
 from maskopt.cli.parameters import Calibration, Out, Select, option_list, read_solver_options
@@ -87,7 +88,7 @@ def with_options(
 
 
 def comparison_table(records: list[Record]) -> Table:
-    """One line a row and solver."""
+    """One line a row and solver, in the units of whoever posed the rows."""
     table = Table()
     table.add_column("instance, n", overflow="fold")
     table.add_column("solver", no_wrap=True)
@@ -103,10 +104,9 @@ def comparison_table(records: list[Record]) -> Table:
         table.add_row(
             shown,
             r.solver,
-            f"{r.objective:.4g}",
-            f"{r.lower_bound:.4g}",
-            f"{r.gap:.2%}",
-            "?" if r.excess != r.excess else f"{r.excess:.2%}",
+            f"{r.value:.6g}",
+            *bound_cells(r),
+            "–" if r.excess != r.excess else f"{r.excess:.2%}",
             r.status,
             f"{r.seconds:.2f}",
         )

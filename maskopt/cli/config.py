@@ -15,8 +15,7 @@ from typing import Annotated, Any
 import tomli_w
 import typer
 
-from maskopt.errors import OptionError, PatternError, near
-from maskopt.pattern import Unstructured, parse_pattern, pattern_from_dict
+from maskopt.errors import OptionError, near
 
 #: values that are no options of a run
 _NOT_KEPT = ("config", "print_config", "overwrite", "resume")
@@ -32,8 +31,8 @@ def _load(ctx: typer.Context, value: Path | None) -> Path | None:
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="Options from a file: TOML, as --print-config writes it, or the manifest of an earlier prune. "
-        "What is on the command line goes before it.",
+        help="Options from a file, MODEL, --calibration and --output among them: TOML, as --print-config "
+        "writes it, or the manifest of an earlier run. What is on the command line goes before it.",
         rich_help_panel="Output",
         metavar="…",
         is_eager=True,
@@ -115,36 +114,10 @@ def _of_toml(path: Path) -> dict[str, Any]:
 
 def _of_manifest(path: Path) -> dict[str, Any]:
     """What decided a result, as options that decide it again. Of the text a manifest has only the name."""
+    from maskopt.model.again import options_again
     from maskopt.model.report import read_manifest
 
-    fingerprint = read_manifest(path, smaller=True)["fingerprint"]
-    options, text = dict(fingerprint["options"]), fingerprint["calibration"]
-    if "removed" in options:  # whole blocks: how many, on as many windows
-        blocks = len(options["removed"])
-        options = {"blocks": blocks, "windows": text["samples"], "seq_len": text["length"]}
-    else:
-        if "channels" not in options:  # a model that was made smaller has no pattern
-            options |= _pattern(path, options.pop("pattern", None))
-        options |= {"samples": text["samples"], "seq_len": text["length"]}
-    bos = text["beginning"]["bos"]
-    if bos in ("auto", "always", "never"):
-        options["bos"] = bos
-    options["chat"] = bos == "template"
-    if str(text["source"]).startswith("hf:"):
-        options["calibration"] = text["source"]
-    return {key: value for key, value in options.items() if value not in (None, {}, [])}
-
-
-def _pattern(path: Path, record: Any) -> dict[str, Any]:
-    """A pattern as the command line says it."""
-    try:
-        pattern = pattern_from_dict(record)
-        parse_pattern(str(pattern))  # what is written here is read again
-    except (KeyError, TypeError, PatternError):
-        raise OptionError(f"{path}: holds no pattern that the command line can say") from None
-    if isinstance(pattern, Unstructured):
-        return {"sparsity": pattern.sparsity}
-    return {"pattern": str(pattern)}
+    return options_again(read_manifest(path, smaller=True)["fingerprint"], path)
 
 
 def _as_given(key: str, value: Any) -> Any:

@@ -107,11 +107,13 @@ def told_of_resume(out: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, LostRankError):
-        if unfinished(out) and speaks():
-            errors.print(
-                f"{out}: finished blocks are kept; go on with\n{again('--resume')}",
-                soft_wrap=True, markup=False, emoji=False, highlight=False,
-            )  # fmt: skip
+        if speaks():
+            told = (
+                f"{out}: finished blocks are kept; go on with\n{again('--resume')}"
+                if unfinished(out)
+                else f"{out}: no block was finished; nothing of this run is kept"
+            )
+            errors.print(told, soft_wrap=True, markup=False, emoji=False, highlight=False)
         raise
 
 
@@ -163,7 +165,7 @@ def show_report(report: PruneReport) -> None:
     output.print(
         f"calibrated on {calibration['samples']} windows of {calibration['length']} tokens, {begun}"
     )
-    output.print(f"sparsity {report.sparsity:.4f} in {report.seconds:.1f} s")
+    output.print(f"sparsity of these layers: {report.sparsity:.4f}; {report.seconds:.1f} s")
     if report.parts:
         output.print(trained_words(report.parts))
     if report.fallbacks:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from maskopt.cli.cells import NO_BOUND
 from maskopt.cli.console import output
 from maskopt.cli.parameters import Overwrite, Select, read_solver_options
 from maskopt.cli.view import view
@@ -16,9 +17,10 @@ from maskopt.errors import OptionError
 from maskopt.formats import load_problem
 from maskopt.limits import Limits, Progress, parse_bytes
 from maskopt.problem import LayerProblem, RowProblem
-from maskopt.solution import Solution
+from maskopt.solution import Solution, is_bounded
 from maskopt.solver import Solver, limits_of, make_solver
 from maskopt.solver import solve as library
+from maskopt.units import Posed
 from maskopt.verification import verify
 
 
@@ -84,25 +86,24 @@ def solve_shown(
         return library(problem, backend, start=start, limits=limits)
 
 
-def check(instance: Path, solution: Path, require_checked: bool) -> None:
+def check(instance: Path, solution: Path, require_checked: bool, select: int | None = None) -> None:
     """What `maskopt verify INSTANCE SOLUTION` does and prints.
 
     Raises:
         VerificationError: a claim that does not hold, or one that rests on a backend's word where
             only checked ones are allowed.
     """
-    problem, found = load_problem(instance), Solution.load(solution)
+    problem, found = load_problem(instance, select), Solution.load(solution)
     result = verify(problem, found, require="checked" if require_checked else "claims")
     output.print(solution_table(problem, found))
     output.print(f"{solution}: holds: {result}", soft_wrap=True)
 
 
 def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Table:
-    """Statuses, objective and bound, summed over the rows of each status; of a problem with `units` in
-    these, the gap as part of the value."""
-    units = problem.as_layer().units if isinstance(problem, RowProblem) else None
-    if isinstance(problem, RowProblem) and units is not None:
-        return _posed_table(problem, solution, "at most" if units.sign < 0 else "at least")
+    """Statuses, objective and bound, summed over the rows of each status; of a row that somebody posed, its
+    value in these units."""
+    if isinstance(problem, RowProblem) and problem.as_layer().units is not None:
+        return _posed_table(problem, solution, "at most" if problem.maximised else "at least")
     table = Table(title=repr(problem), title_justify="left")
     for heading in ("status", "rows", "objective", "bound", "gap"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
@@ -110,18 +111,22 @@ def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Ta
         rows = [i for i, s in enumerate(solution.status) if s == status]
         objective = float(solution.objective[rows].sum())
         bound = float(solution.lower_bound[rows].sum())
-        gap = (objective - bound) / objective if objective > 0 else 0.0
-        table.add_row(str(status), str(len(rows)), f"{objective:.6g}", f"{bound:.6g}", f"{gap:.2%}")
+        cells = [f"{bound:.6g}", f"{Posed.of(objective, bound).gap:.2%}"]
+        known = is_bounded(objective, bound, status)
+        table.add_row(
+            str(status), str(len(rows)), f"{objective:.6g}", *(cells if known else NO_BOUND)
+        )
     return table
 
 
 def _posed_table(problem: RowProblem, solution: Solution, side: str) -> Table:
     """In the units of whoever posed the problem."""
-    value = problem.value(float(solution.objective[0]))
-    bound = problem.value(float(solution.lower_bound[0]))
-    gap = abs(value - bound) / max(abs(value), 1e-300)
+    objective, lower = float(solution.objective[0]), float(solution.lower_bound[0])
+    posed = problem.posed(objective, lower)
+    cells = [f"{posed.bound:.9g}", f"{posed.gap:.2%}"]
+    known = is_bounded(objective, lower, solution.status[0])
     table = Table(title=repr(problem), title_justify="left")
     for heading in ("status", "value", side, "gap"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
-    table.add_row(str(solution.status[0]), f"{value:.9g}", f"{bound:.9g}", f"{gap:.2%}")
+    table.add_row(str(solution.status[0]), f"{posed.value:.9g}", *(cells if known else NO_BOUND))
     return table

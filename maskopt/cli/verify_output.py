@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from maskopt.cli.console import output
-from maskopt.cli.parameters import FIELDS, TEXT_SOURCES, takes
+from maskopt.cli.parameters import FIELDS, TEXT_SOURCES, Select, takes
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @takes(("include", "text_field", "threads", "trust_remote_code"))
 def verify(
     folder: Annotated[
-        Path, typer.Argument(help="What `maskopt prune` wrote, or an .npz instance.")
+        Path, typer.Argument(help="What `maskopt prune` wrote, or an instance (.npz, .dat, …).")
     ],
     options: dict[str, Any],
     solution: Annotated[
@@ -51,6 +51,7 @@ def verify(
             "--require-checked", help="Of an instance: refuse what rests on a solver's word."
         ),
     ] = False,
+    select: Select = None,
     semi_structured: Annotated[
         bool | None,
         typer.Option(
@@ -73,6 +74,7 @@ def verify(
             against=against,
             calibration=calibration,
             require_checked=require_checked or None,
+            select=select,
             semi_structured=semi_structured,
             **options,
         )
@@ -87,10 +89,11 @@ def verify(
             semi_structured=semi_structured,
             **of_a_model,
         )
-        check(folder, solution, require_checked)
+        check(folder, solution, require_checked, select)
         return
     if folder.suffix == ".npz":
         raise OptionError(f"{folder} is an instance: name its solution, too")
+    _refuse("an instance and its solution", select=select)
     if require_checked:
         raise OptionError(
             f"`require_checked` is for an instance and its solution; of {folder}, what is checked and "

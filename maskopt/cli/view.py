@@ -63,6 +63,7 @@ class View:
 
     def __init__(self) -> None:
         self.began = time.monotonic()
+        self._first: tuple[float, float] | None = None
 
     def show(
         self,
@@ -76,12 +77,18 @@ class View:
     ) -> None:
         """Say where the work is: as in `Step`, `part` being that of everything; default: done/total."""
         share = part if part is not None else (done / total if total else 0.0)
-        elapsed = time.monotonic() - self.began
-        known = (
-            share >= _KNOWN and elapsed >= _FIRST
-        )  # what comes before the work counts for much at first
-        left = elapsed * (1 - share) / share if known else None
-        self.take(Step(what, done, total, left, note, facts))
+        self.take(Step(what, done, total, self._left(share), note, facts))
+
+    def _left(self, share: float) -> float | None:
+        """Seconds to the end, as fast as it went since the first step that was shown: what comes before the
+        work, such as opening a model, says nothing of the rest."""
+        now = time.monotonic()
+        if self._first is None or share < self._first[1]:
+            self._first = now, share
+        began, begun = self._first
+        if share - begun < _KNOWN or now - began < _FIRST:
+            return None
+        return (now - began) * (1 - share) / (share - begun)
 
     def take(self, step: Step) -> None:
         """Show a step, or leave it."""

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from maskopt.files import atomic_write
+from maskopt.model.again import command_again
 from maskopt.model.checkpoint import names_hub_model
 from maskopt.model.report import PruneReport
 from maskopt.pattern import NM, pattern_from_dict
@@ -27,7 +28,7 @@ LONGEST_CARD, LONGEST_VALUE = 2**20, 200
 
 
 def write_card(
-    folder: Path, report: PruneReport, base: str | None, there: Sequence[str]
+    folder: Path, report: PruneReport, base: str | None, name: str, there: Sequence[str]
 ) -> list[str]:
     """Write README.md beside a pruned model; the original's, where it lies there, becomes README-original.md.
 
@@ -36,6 +37,7 @@ def write_card(
 
     Args:
         base: the name on the hub of the model that was pruned; None: it is not known.
+        name: of its folder, for the heading where there is no other.
         there: names of the original's files in the folder, but for its weights.
 
     Returns:
@@ -55,11 +57,11 @@ def write_card(
     )
     text = "\n\n".join(
         [
-            f"# {base or 'A model'}, {_made(report)} by maskopt",
+            f"# {base or name}, {_made(report)} by maskopt",
             report.sentence(),
             _use(smaller),
             *([_figures(report, smaller)] if report.layers else []),
-            _origin(report, base, inherited, kept, "shrink" if smaller else "prune"),
+            _origin(report, base, inherited, kept),
         ]
     )
     with atomic_write(folder / CARD) as file:
@@ -170,7 +172,6 @@ def _origin(
     base: str | None,
     inherited: dict[str, Any],
     kept: str | None,
-    command: str,
 ) -> str:
     found = report.fingerprint
     lines = []
@@ -189,7 +190,7 @@ def _origin(
     return (
         "## Origin\n\n"
         + "\n".join(lines)
-        + "\n\nThe same once more, from the same model and text:\n\n"
-        f"```console\n$ maskopt {command} MODEL --config FOLDER/maskopt-manifest.json --calibration TEXT "
-        "--output AGAIN\n```"
+        + "\n\nThe same once more, from the same model and text, by either command:\n\n```console\n"
+        + "\n".join(f"$ {line}" for line in command_again(found, "FOLDER"))
+        + "\n```"
     )

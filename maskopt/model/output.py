@@ -213,7 +213,8 @@ class FolderRun:
         self._write_finished_shards()
         files.update(self.journal.shards)
         beside = copy_side_files(checkpoint, work.staging)
-        for name in write_card(work.staging, report, hub_name(checkpoint.folder), beside):
+        home = checkpoint.folder
+        for name in write_card(work.staging, report, hub_name(home), home.name, beside):
             files[name] = file_digest(work.staging / name)
         self.model.check()
         write_manifest(work.staging / MANIFEST, report, files, _tensors(masks, pattern))
@@ -301,7 +302,7 @@ class MemoryRun:
         masks = MaskFile(staging / MASKS)
         check_masks(open_checkpoint(staging), masks)
         named = getattr(getattr(self.source.model, "config", None), "_name_or_path", "")
-        write_card(staging, report, hub_name(named), [])
+        write_card(staging, report, hub_name(named), Path(named).name or "A model", [])
         files = {file.name: file_digest(file) for file in sorted(staging.iterdir())}
         write_manifest(staging / MANIFEST, report, files, _tensors(masks, pattern))
         self.work.commit()

@@ -125,8 +125,8 @@ def remove_blocks(
         )
         seconds = time.perf_counter() - began
         report = PruneReport([], fingerprint, (), {}, target, seconds, (), peaks(source.device))
-        base = hub_name(source.checkpoint.folder)
-        for name in write_card(work.staging, report, base, beside):
+        home = source.checkpoint.folder
+        for name in write_card(work.staging, report, hub_name(home), home.name, beside):
             files[name] = file_digest(work.staging / name)
         _check_output_is_the_same(job, work.staging, removed, options)
         record = _record(removed, settings, names, effects, solution)

@@ -54,7 +54,8 @@ class ShrinkRun(FolderRun):
         sizes = [open_safe(work.staging / name) for name in checkpoint.shards]
         total = sum(entry.size for shard in sizes for entry in shard.entries.values())
         write_index(checkpoint, work.staging, total)
-        for name in write_card(work.staging, report, hub_name(checkpoint.folder), beside):
+        home = checkpoint.folder
+        for name in write_card(work.staging, report, hub_name(home), home.name, beside):
             files[name] = file_digest(work.staging / name)
         self.model.check()
         write_manifest(work.staging / MANIFEST, report, files, {}, shrunk=self._record())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import OptionError
+from maskopt.model.again import command_again
 from maskopt.model.blocks import short
 from maskopt.model.maskfile import MaskFile
 from maskopt.model.report import (
@@ -136,7 +137,7 @@ def report_parts(
         *after,
         *([mask_picture(pruned[0], picture)] if pruned[0].has_masks or picture else []),
         Heading("The same once more"),
-        *(Command(repeating(one)) for one in pruned),
+        *(Command("\n".join(command_again(one.fingerprint, one.folder))) for one in pruned),
     ]
 
 
@@ -325,12 +326,6 @@ def mask_picture(one: Pruned, tensor: str | None) -> MaskPicture:
     if name not in masks:
         raise OptionError(f"`picture` {name!r}: {one.folder} has no mask of such a tensor")
     return MaskPicture(name, masks.read(name).rows())
-
-
-def repeating(one: Pruned) -> str:
-    """The command that makes the same bytes from the same model and text; a manifest has no paths."""
-    command = "prune" if one.has_masks else "shrink"
-    return f"maskopt {command} MODEL --config {one.folder / MANIFEST} --calibration TEXT --output AGAIN"
 
 
 def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:

@@ -82,13 +82,13 @@ def gaps(name: str) -> Iterator[Case]:
     )
 
 
-#: blocks that go
-COUNT = 2
+#: how many blocks go
+COUNTS = (1, 2, 3, 4)
 #: label → which of them, by their effects
-CHOICES: dict[str, Callable[[Effects], list[int]]] = {
-    "least cost (proven)": lambda effects: effects.best(COUNT)[0],
-    "changing their input least (ShortGPT)": lambda effects: effects.most_alike(COUNT),
-    "the last ones": lambda effects: effects.last(COUNT),
+CHOICES: dict[str, Callable[[Effects, int], list[int]]] = {
+    "least cost (proven)": lambda effects, count: effects.best(count)[0],
+    "changing their input least (ShortGPT)": lambda effects, count: effects.most_alike(count),
+    "the last ones": lambda effects, count: effects.last(count),
 }
 
 
@@ -134,8 +134,9 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
         found = []
         for number, case in enumerate(cases):
             out = folder / str(number)
-            report = smaller(dense, args.calibration, out, case.options)
-            found.append((case, out, {"seconds": report.seconds, **figures(report)}))
+            report, diagonal = smaller(dense, args.calibration, out, case.options)
+            facts = {"seconds": report.seconds, **figures(report), "diagonal": diagonal}
+            found.append((case, out, facts))
         walk = WalkOptions(seq_len=512)
         models = [dense, *(out for _, out, _ in found)]
         first, *others = evaluate(models, args.text, walk, windows=args.windows)
@@ -148,37 +149,49 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
         shutil.rmtree(folder)
 
 
-def smaller(dense: Path, calibration: str, out: Path, options: dict[str, Any]) -> PruneReport:
+def smaller(
+    dense: Path, calibration: str, out: Path, options: dict[str, Any]
+) -> tuple[PruneReport, dict[str, float]]:
+    """The report, and what the diagonal's choice would have cost in each layer, on the same inputs."""
     how = {**options, **calibrated(WINDOWS)}
-    if how.get("solver") != "flap":
-        return shrink_model(dense, calibration=calibration, output=out, seq_len=512, **how)
-    with by_variance():
+    by_score = how.get("solver") == "flap"
+    if by_score:
         how["solver"] = "wanda"
-        return shrink_model(dense, calibration=calibration, output=out, seq_len=512, **how)
+    with watched(by_score) as diagonal:
+        report = shrink_model(dense, calibration=calibration, output=out, seq_len=512, **how)
+    return report, diagonal
 
 
 @contextmanager
-def by_variance() -> Iterator[None]:
+def watched(by_score: bool) -> Iterator[dict[str, float]]:
+    """The objective of the diagonal's choice of every layer's problem is noted down; and, where asked for,
+    channels are chosen by FLAP's score."""
+    solve, diagonal = shrinking.solve, dict[str, float]()
+
+    def noting(problem: RowProblem, solver: str, *, limits: Limits, **options: Any) -> Solution:
+        diagonal[problem.name] = float(solve(problem, "wanda", limits=limits).objective)
+        if by_score and problem.as_layer().mean is not None:
+            return by_variance(problem)
+        return solve(problem, solver, limits=limits, **options)
+
+    shrinking.solve = noting  # type: ignore[assignment]
+    try:
+        yield diagonal
+    finally:
+        shrinking.solve = solve
+
+
+def by_variance(problem: RowProblem) -> Solution:
     """FLAP's score (An et al., AAAI 2024, arXiv 2312.11983) in place of a solver: a channel's variance over
     the tokens times the squares of its weights. Its bias that makes up for the mean is left out, since these
     layers have none."""
-    solve = shrinking.solve
-
-    def ranked(problem: RowProblem, solver: str, *, limits: Limits, **options: Any) -> Solution:
-        layer = problem.as_layer()
-        if layer.mean is None:
-            return solve(problem, solver, limits=limits, **options)
-        variance = layer.gram.diagonal().double() - layer.mean.double().square()
-        score: Tensor = variance * layer.weight[0].double().square()
-        mask = torch.zeros(1, problem.n, dtype=torch.bool)
-        mask[0, score.argsort(descending=True)[: problem.n - layer.pruned]] = True
-        return Solution.of(layer, mask)
-
-    shrinking.solve = ranked  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        shrinking.solve = solve
+    layer = problem.as_layer()
+    assert layer.mean is not None
+    variance = layer.gram.diagonal().double() - layer.mean.double().square()
+    score: Tensor = variance * layer.weight[0].double().square()
+    mask = torch.zeros(1, problem.n, dtype=torch.bool)
+    mask[0, score.argsort(descending=True)[: problem.n - layer.pruned]] = True
+    return Solution.of(layer, mask)
 
 
 def figures(report: PruneReport) -> dict[str, Any]:
@@ -201,35 +214,46 @@ def figures(report: PruneReport) -> dict[str, Any]:
 
 
 def measure_blocks(args: argparse.Namespace, book: Book, name: str) -> None:
-    """Without two of its blocks, chosen in several ways out of one measurement of effects."""
-    if all(f"blocks/{name}/{label}" in book for label in CHOICES):
+    """Without one to four of its blocks, chosen in several ways out of one measurement of effects; every set
+    is evaluated once."""
+    keys = [f"blocks/{name}/{count}/{label}" for count in COUNTS for label in CHOICES]
+    if all(key in book for key in keys):
         return
-    dense = demo_model(name)
-    known: list[Effects] = []
+    dense, known = demo_model(name), list[Effects]()
+    outs: dict[tuple[int, ...], Path] = {}
+    chosen: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="maskopt-structures-") as home:
-        outs, facts = [], []
-        for label, choice in CHOICES.items():
-            out = Path(home) / label.split()[0]
-            with chosen_by(choice, known):
+        for key in keys:
+            count, label = int(key.split("/")[2]), key.split("/")[3]
+            out = Path(home) / str(len(chosen))
+            began = time.perf_counter()
+            with chosen_by(CHOICES[label], known):
                 report = remove_blocks(
-                    dense, calibration=args.calibration, count=COUNT, output=out,
+                    dense, calibration=args.calibration, count=count, output=out,
                     options=WalkOptions(seq_len=512),
                 )  # fmt: skip
-            outs.append(out)
-            effects = report.effects
-            facts.append({"removed": report.removed, "cost": effects.cost(report.removed),
-                          "seconds": report.seconds})  # fmt: skip
+            gone, effects = tuple(report.removed), report.effects
+            facts: dict[str, Any] = {"removed": list(gone), "cost": effects.cost(gone)}
+            facts["seconds"] = time.perf_counter() - began
+            if label == next(iter(CHOICES)):
+                facts["status"] = str(report.solution.status[0])
+                facts["solving"] = report.solution.seconds
+            chosen[key] = gone, facts
+            if gone in outs:
+                shutil.rmtree(out)
+            outs.setdefault(gone, out)
         walk = WalkOptions(seq_len=512)
-        first, *others = evaluate([dense, *outs], args.text, walk, windows=args.windows)
+        first, *others = evaluate([dense, *outs.values()], args.text, walk, windows=args.windows)
+    by_set = dict(zip(outs, others, strict=True))
     taken = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
-    for label, fact, other in zip(CHOICES, facts, others, strict=True):
-        line = judged(first, other)
+    for key, (gone, facts) in chosen.items():
+        line = judged(first, by_set[gone])
         del line["losses"]
-        book.put(f"blocks/{name}/{label}", {**line, **fact, **taken})
+        book.put(key, {**line, **facts, **taken})
 
 
 @contextmanager
-def chosen_by(choice: Callable[[Effects], list[int]], known: list[Effects]) -> Iterator[None]:
+def chosen_by(choice: Callable[[Effects, int], list[int]], known: list[Effects]) -> Iterator[None]:
     """Removal by another rule; effects are measured once, and kept in `known`."""
     measure, best = removal.measure_effects, Effects.best
 
@@ -241,7 +265,7 @@ def chosen_by(choice: Callable[[Effects], list[int]], known: list[Effects]) -> I
     def other(self: Effects, count: int) -> tuple[list[int], Solution]:
         solution = best(self, count)[1]
         Effects.best = best  # type: ignore[method-assign]
-        return sorted(choice(self)), solution
+        return sorted(choice(self, count)), solution
 
     removal.measure_effects, Effects.best = measured, other  # type: ignore[assignment, method-assign]
     try:

@@ -1,0 +1,96 @@
+"""What decides the same result again, out of a manifest's fingerprint: as options, and as a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from maskopt.errors import OptionError, PatternError
+from maskopt.model.options import PruneOptions
+from maskopt.model.shrink_options import ShrinkOptions
+from maskopt.model.workspace import MANIFEST
+from maskopt.pattern import Unstructured, parse_pattern, pattern_from_dict
+
+#: options that are repeated NAME=VALUE, by their flags
+_REPEATED = {"solver_options": "option", "reconstruct": "reconstruct"}
+
+
+def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    """Options as the command line has them; without the text, of which there is only the name, unless it is
+    one of the hub's.
+
+    Raises:
+        OptionError: a pattern that the command line cannot say.
+    """
+    options, text = dict(fingerprint["options"]), fingerprint["calibration"]
+    if "removed" in options:  # whole blocks: how many, on as many windows
+        blocks = len(options["removed"])
+        options = {"blocks": blocks, "windows": text["samples"], "seq_len": text["length"]}
+    else:
+        if "channels" not in options:  # a model that was made smaller has no pattern
+            options = {**_pattern(where, options.pop("pattern", None)), **options}
+        options |= {"samples": text["samples"], "seq_len": text["length"]}
+    bos = text["beginning"]["bos"]
+    if bos in ("auto", "always", "never"):
+        options["bos"] = bos
+    options["chat"] = bos == "template"
+    if str(text["source"]).startswith("hf:"):
+        options["calibration"] = text["source"]
+    return {key: value for key, value in options.items() if value not in (None, {}, [])}
+
+
+def command_again(fingerprint: Mapping[str, Any], folder: str | Path) -> list[str]:
+    """Commands that make the same bytes from the same model and text; a manifest has no paths.
+
+    Args:
+        folder: where the manifest is.
+
+    Returns:
+        One that takes the options from the manifest, and one that spells out those that are not the default;
+        without the latter where the command line cannot say them.
+    """
+    command = "prune" if "pattern" in fingerprint["options"] else "shrink"
+    begin, end = f"maskopt {command} MODEL", "--calibration TEXT --output AGAIN"
+    lines = [f"{begin} --config {shlex.quote(str(Path(folder) / MANIFEST))} {end}"]
+    try:
+        options = options_again(fingerprint, folder)
+    except OptionError:
+        return lines
+    kind = PruneOptions if command == "prune" else ShrinkOptions
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    words = [
+        word
+        for name, value in options.items()
+        if name != "calibration" and value != defaults.get(name)
+        for word in _words(name, value)
+    ]
+    return [*lines, f"{begin} {shlex.join(words)} {end}"]
+
+
+def _words(name: str, value: Any) -> list[str]:
+    flag = "--" + _REPEATED.get(name, name).replace("_", "-")
+    if name in _REPEATED:
+        return [word for k, v in value.items() for word in (flag, f"{k}={json.dumps(v)}")]
+    if value is True:
+        return [flag]
+    if value is False:
+        return []  # no switch of an option is on by default
+    if isinstance(value, Mapping):
+        return [flag, json.dumps(value)]
+    return [flag, ",".join(value) if isinstance(value, list) else str(value)]
+
+
+def _pattern(where: str | Path, record: Any) -> dict[str, Any]:
+    """A pattern as the command line says it."""
+    try:
+        pattern = pattern_from_dict(record)
+        parse_pattern(str(pattern))  # what is written here is read again
+    except (KeyError, TypeError, PatternError):
+        raise OptionError(f"{where}: holds no pattern that the command line can say") from None
+    if isinstance(pattern, Unstructured):
+        return {"sparsity": pattern.sparsity}
+    return {"pattern": str(pattern)}
