@@ -48,11 +48,6 @@ LONG = {
 }  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes are begun first: left for the end, one keeps a single worker busy."""
-    items.sort(key=lambda item: item.path.stem not in LONG)
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
@@ -113,6 +108,8 @@ def pruned_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # left for the end, one of these would keep a single worker busy
+    items.sort(key=lambda item: item.path.stem not in LONG)
     if torch.cuda.is_available():
         return
     for item in items:

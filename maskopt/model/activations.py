@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.files import NO_SPACE
+from maskopt.model.lanes import Lanes, Upload
 
 
 class Activations:
@@ -25,6 +28,7 @@ class Activations:
         dtype: of the hidden states.
         folder: None keeps them in memory. Else they lie in a nameless file in that folder, and one
             sample at a time is mapped: the resident size stays that of one sample.
+        lanes: to a device that they are computed on; what is in memory goes there and back beside that.
     """
 
     def __init__(
@@ -33,8 +37,13 @@ class Activations:
         shape: torch.Size,
         dtype: torch.dtype,
         folder: Path | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         self.shape, self.dtype = shape, dtype
+        self._lanes = lanes if folder is None else None
+        self._following = dict(pairwise(samples))
+        self._ahead: dict[int, Upload] = {}
+        self._coming: dict[int, Any] = {}
         self._bytes = shape.numel() * dtype.itemsize
         self._place = {sample: place for place, sample in enumerate(samples)}
         self._memory: dict[int, Tensor] | None = None
@@ -58,14 +67,45 @@ class Activations:
 
     def __getitem__(self, sample: int) -> Float[Tensor, "1 length width"]:
         if self._memory is not None:
+            if sample in self._coming and self._lanes is not None:
+                self._lanes.wait(self._coming[sample])
             return self._memory[sample].clone()  # a block may change its input in place
         mapped = self._map(sample)
         return torch.from_numpy(np.array(mapped)).view(self.dtype).view(self.shape)
 
+    def on(self, device: torch.device, sample: int) -> Float[Tensor, "1 length width"]:
+        """The sample's state on the device where it is computed on; the next sample's is sent ahead."""
+        if self._lanes is None:
+            return self[sample].to(device)
+        upload = self._ahead.pop(sample, None) or self._sent(sample)
+        following = self._following.get(sample)
+        self._ahead = {}
+        if following is not None:
+            self._ahead[following] = self._sent(following)
+        return self._lanes.take(upload)
+
+    def _sent(self, sample: int) -> Upload:
+        assert self._lanes is not None
+        assert self._memory is not None
+        return self._lanes.up(self._memory[sample], self._coming.get(sample))
+
     def __setitem__(self, sample: int, state: Float[Tensor, "1 length width"]) -> None:
+        if self._lanes is not None and state.device == self._lanes.device:
+            assert self._memory is not None
+            buffer = self._memory.get(sample)
+            if buffer is None:
+                buffer = self._memory[sample] = self._lanes.buffer(self.shape, self.dtype)
+            sent = self._ahead.pop(sample, None)  # is of no use any more, but may still read
+            arrived = None if sent is None else sent.arrived
+            self._coming[sample] = self._lanes.down(state.detach(), buffer, arrived)
+            return
         state = state.detach().to("cpu", self.dtype).contiguous()
         if self._memory is not None:
+            if self._lanes is not None:
+                state = self._lanes.buffer(self.shape, self.dtype).copy_(state)
             self._memory[sample] = state
+            self._ahead.pop(sample, None)
+            self._coming.pop(sample, None)
             return
         mapped = self._map(sample)
         mapped[:] = state.view(torch.uint8).view(-1).numpy()
@@ -80,6 +120,7 @@ class Activations:
 
     def close(self) -> None:
         self._memory = None
+        self._ahead, self._coming = {}, {}
         if self._file is not None:
             os.close(self._file)
             self._file = None

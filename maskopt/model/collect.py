@@ -265,7 +265,7 @@ class OpenBlock:
 
     def run(self, sample: int, states: Activations) -> Tensor:
         """The block's output for one sample, of which `states` holds the hidden state."""
-        return self.calls[sample](self.module, states[sample].to(self.device))
+        return self.calls[sample](self.module, states.on(self.device, sample))
 
 
 class _Observed(NamedTuple):

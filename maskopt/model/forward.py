@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from maskopt.errors import ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.blocks import Blocks
+from maskopt.model.lanes import lanes_to
 from maskopt.model.threads import Threads
 
 #: values that a block returns at most: hidden state, attention weights, router logits
@@ -89,7 +90,8 @@ def capture(
         [first] = threads.run([lambda: recorders.probe(tokens[:1])])
         state = first[0][0]
         size = state.nbytes * len(samples)
-        states = Activations(samples, state.shape, state.dtype, activation_folder(size))
+        folder = activation_folder(size)
+        states = Activations(samples, state.shape, state.dtype, folder, lanes_to(device))
         calls: list[dict[int, Call]] = [{} for _ in blocks.modules]
         for wave in threads.waves(samples):
             passes = threads.run(

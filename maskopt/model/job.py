@@ -28,6 +28,7 @@ from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
 from maskopt.model.gradients import WINDOWS, DenseModel, Gradients
+from maskopt.model.lanes import lanes_to
 from maskopt.model.memory import Load, by_block, check_memory, state_copies
 from maskopt.model.opening import capped_length, open_source
 from maskopt.model.options import WalkOptions
@@ -317,7 +318,9 @@ class Job:
             mine = self.ranks.own(range(count))
             size = len(mine) * states.shape.numel() * states.dtype.itemsize
             place = folder if self._spills(size) else None
-            dense = held.enter_context(Activations(mine, states.shape, states.dtype, place))
+            lanes = lanes_to(self.source.device)
+            dense = Activations(mine, states.shape, states.dtype, place, lanes)
+            held.enter_context(dense)
             for sample in mine:
                 dense[sample] = states[sample]
         return Samples(states, count, self.windows.source, skip_bad=skip, held=aside, dense=dense)
