@@ -62,10 +62,21 @@ def shrink(
             metavar="N",
         ),
     ] = 4,
+    experts: Annotated[
+        float,
+        typer.Option(
+            help="Share of every mixture's experts to remove.",
+            rich_help_panel=WHAT,
+            min=0,
+            max=1,
+            metavar="X",
+        ),
+    ] = 0.0,
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
-    """Remove whole MLP channels, attention heads or blocks: a smaller dense model, faster in every engine.
+    """Remove whole MLP channels, attention heads, experts or blocks: a smaller dense model, faster in every
+    engine.
 
     The choice of heads is proven optimal for each layer's output. The model is read block by block and stays
     as it is; `maskopt verify OUT --against MODEL` checks the result, and `maskopt prune` takes it.
@@ -73,10 +84,15 @@ def shrink(
     from maskopt.model.shrink import shrink_model
     from maskopt.model.workspace import check_output
 
+    if blocks or experts:
+        _check_alone(
+            "blocks" if blocks else "experts", resume, options, both=bool(blocks and experts)
+        )
     if blocks:
-        if resume:
-            raise OptionError("`blocks` are measured in one go; leave out `resume`")
         _remove_blocks(model, calibration, out, blocks, windows, options, overwrite)
+        return
+    if experts:
+        _remove_experts(model, calibration, out, experts, options, overwrite)
         return
     check_output(out, overwrite=overwrite, resume=resume)
     with told_of_resume(out), view() as shown:
@@ -93,6 +109,40 @@ def shrink(
     output.print(f"smaller model and manifest: {out}", soft_wrap=True)
 
 
+def _check_alone(what: str, resume: bool, options: dict[str, Any], *, both: bool) -> None:
+    """Raise OptionError for what does not go together with whole blocks, or experts."""
+    if resume:
+        raise OptionError(f"`{what}` are measured in one go; leave out `resume`")
+    if both or options["channels"] or options["heads"]:
+        raise OptionError(
+            f"`{what}` go by themselves; cut other structures of what is left by a second `maskopt shrink`"
+        )
+
+
+def _walk(options: dict[str, Any]) -> WalkOptions:
+    names = [f.name for f in dataclasses.fields(WalkOptions) if f.name in options]
+    return WalkOptions(**{name: options[name] for name in names})
+
+
+def _remove_experts(
+    model: str, calibration: str, out: Path, share: float, options: dict[str, Any], overwrite: bool
+) -> None:
+    from maskopt.model.remove_experts import remove_experts
+
+    with view() as shown:
+        report = remove_experts(
+            model,
+            calibration=calibration,
+            output=out,
+            share=share,
+            options=_walk(options),
+            overwrite=overwrite,
+            on_progress=PruneView(shown),
+        )
+    show_report(report, before="not routed anew")
+    output.print(f"smaller model and manifest: {out}", soft_wrap=True)
+
+
 def _remove_blocks(
     model: str,
     calibration: str,
@@ -104,12 +154,6 @@ def _remove_blocks(
 ) -> None:
     from maskopt.model.remove_blocks import remove_blocks
 
-    if options["channels"] or options["heads"]:
-        raise OptionError(
-            "`blocks` go by themselves; cut `channels` and `heads` of what is left by a second "
-            "`maskopt shrink`"
-        )
-    walk = {f.name: options[f.name] for f in dataclasses.fields(WalkOptions) if f.name in options}
     with view() as shown:
         report = remove_blocks(
             model,
@@ -117,7 +161,7 @@ def _remove_blocks(
             output=out,
             count=count,
             windows=windows,
-            options=WalkOptions(**walk),
+            options=_walk(options),
             overwrite=overwrite,
             on_progress=PruneView(shown),
         )
@@ -135,14 +179,14 @@ def _remove_blocks(
     output.print(f"{report.seconds:.1f} s; smaller model and manifest: {out}", soft_wrap=True)
 
 
-def show_report(report: PruneReport) -> None:
+def show_report(report: PruneReport, before: str = "before refit") -> None:
     """A line for each kind of layer; errors relative to the energy of the layers' outputs."""
     table = Table(caption="errors are parts of the energy of the layers' outputs, in the mean")
     refit = any(layer.error_kept is not None for layer in report.layers)
     held = any(layer.relative_held is not None for layer in report.layers)
     headings = ["what stays", "inputs of", "layers", "proven best", "gap at most"]
     headings += [
-        *(["before refit"] if refit else []),
+        *([before] if refit else []),
         "error",
         *(["held out"] if held else []),
         "s",
@@ -151,7 +195,7 @@ def show_report(report: PruneReport) -> None:
         table.add_column(heading, justify="left" if heading in headings[:2] else "right")
     for kind, layers in report.by_kind().items():
         kept = [x.error if x.error_kept is None else x.error_kept for x in layers]
-        before = [e / x.energy for e, x in zip(kept, layers, strict=True) if x.energy]
+        first = [e / x.energy for e, x in zip(kept, layers, strict=True) if x.energy]
         best = sum("optimal" in layer.statuses for layer in layers)
         table.add_row(
             layers[0].pattern,
@@ -159,7 +203,7 @@ def show_report(report: PruneReport) -> None:
             str(len(layers)),
             f"{best}",
             _gap(kept, layers),
-            *([f"{_mean(before):.4f}"] if refit else []),
+            *([f"{_mean(first):.4f}"] if refit else []),
             f"{_mean([layer.relative for layer in layers]):.4f}",
             *([f"{_mean([layer.relative_held or 0.0 for layer in layers]):.4f}"] if held else []),
             f"{sum(layer.seconds for layer in layers):.1f}",

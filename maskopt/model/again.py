@@ -30,6 +30,9 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
     if "removed" in options:  # whole blocks: how many, on as many windows
         blocks = len(options["removed"])
         options = {"blocks": blocks, "windows": text["samples"], "seq_len": text["length"]}
+    elif "experts" in options:
+        options = {"experts": options["experts"], "seed": options["seed"]}
+        options |= {"samples": text["samples"], "seq_len": text["length"]}
     else:
         if "channels" not in options:  # a model that was made smaller has no pattern
             options = {**_pattern(where, options.pop("pattern", None)), **options}

@@ -54,7 +54,7 @@ def experts_see_all(
     for name, module in block.named_modules():
         path = prefix + (f"{name}." if name else "")
         if is_experts(module) and names(path):
-            if not _takes_routing(module):
+            if not takes_routing(module):
                 raise ModelError(
                     f"{path}: {type(module).__name__} is not given a routing that could be replaced; "
                     "leave out `all_experts`"
@@ -73,7 +73,7 @@ def experts_see_all(
             handle.remove()
 
 
-def _takes_routing(module: nn.Module) -> bool:
+def takes_routing(module: nn.Module) -> bool:
     """Is the module called with hidden states, chosen experts, and their weights?"""
     try:
         inspect.signature(module.forward).bind(None, None, None)

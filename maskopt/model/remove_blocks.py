@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,18 @@ from typing import Any
 import torch
 
 from maskopt.errors import ModelError, OptionError
-from maskopt.files import atomic_write
 from maskopt.model.block_effects import Effects, measure_effects
 from maskopt.model.card import hub_name, write_card
-from maskopt.model.checkpoint import INDEX, Checkpoint, file_digest, read_json
+from maskopt.model.checkpoint import file_digest, read_json
 from maskopt.model.fingerprint import fingerprint_of
-from maskopt.model.job import Job, open_job
+from maskopt.model.job import Block, Job, open_job
 from maskopt.model.options import WalkOptions
 from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import PruneReport, write_manifest
-from maskopt.model.safefile import CHUNK, open_safe, write_safe
-from maskopt.model.smaller import CONFIG, check_shapes, write_config, write_json
+from maskopt.model.same_output import check_same_output
+from maskopt.model.smaller import CONFIG, check_shapes, write_config, write_renamed_shards
 from maskopt.model.source import FolderSource
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.model.workspace import MANIFEST, check_output, open_workspace
@@ -35,8 +34,6 @@ from maskopt.solution import Solution
 WINDOWS = 4
 #: what configurations call the number of blocks
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-#: relative difference of the written model's last state from that of the model with blocks left out
-_SAME = 1e-2
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def remove_blocks(
         settings = _check_family(source, removed)
         names = _new_names(source, removed)
         beside = copy_side_files(source.checkpoint, work.staging)
-        files = _write_shards(source.checkpoint, names, work.staging)
+        files = write_renamed_shards(source.checkpoint, names, {}, {}, work.staging)
         write_config(source.checkpoint, work.staging, settings)
         fingerprint = fingerprint_of(
             job, {"removed": removed, "weights": "keep", "seed": options.seed}
@@ -128,7 +125,12 @@ def remove_blocks(
         home = source.checkpoint.folder
         for name in write_card(work.staging, report, hub_name(home), home.name, beside):
             files[name] = file_digest(work.staging / name)
-        _check_output_is_the_same(job, work.staging, removed, options)
+        check_same_output(
+            job,
+            work.staging,
+            _leaving_out(removed),
+            "blocks of this family depend on their numbers, and cannot be removed",
+        )
         record = _record(removed, settings, names, effects, solution)
         write_manifest(work.staging / MANIFEST, report, files, {}, shrunk=record)
         work.commit()
@@ -192,57 +194,14 @@ def _without(name: str, blocks: str, removed: list[int]) -> str | None:
     return f"{name[: found.start(1)]}{new}{name[found.end(1) :]}"
 
 
-def _write_shards(
-    checkpoint: Checkpoint, names: Mapping[str, str | None], target: Path
-) -> dict[str, str]:
-    """The shards without what is gone, under the new names, and their index; digests by name."""
-    digests: dict[str, str] = {}
-    where: dict[str, str] = {}
-    total = 0
-    for shard, file in checkpoint.shards.items():
-        entries = [entry for entry in file.entries.values() if names[entry.name] is not None]
-        if not entries:
-            continue
-        shapes = {str(names[entry.name]): (entry.dtype, entry.shape) for entry in entries}
-        with atomic_write(target / shard) as output:
-            write_safe(output, shapes, file.metadata)
-            for entry in entries:
-                for chunk in file.chunks(entry, CHUNK):
-                    output.write(chunk.data)
-        digests[shard] = file_digest(target / shard)
-        where |= dict.fromkeys(shapes, shard)
-        total += sum(entry.size for entry in open_safe(target / shard).entries.values())
-    if len(checkpoint.shards) > 1:
-        write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-        digests[INDEX] = file_digest(target / INDEX)
-    return digests
+def _leaving_out(removed: list[int]) -> Callable[[Block], None]:
+    """Leaves these blocks of the original without sending windows through them."""
 
+    def prepare(block: Block) -> None:
+        if block.index in removed:
+            block.advanced = block.dense_advanced = True
 
-def _check_output_is_the_same(
-    job: Job, folder: Path, removed: list[int], options: WalkOptions
-) -> None:
-    """What was written computes what the model with these blocks left out computes, for one window.
-
-    Raises:
-        ModelError: it does not: the family's blocks depend on their numbers.
-    """
-    assert job.windows is not None
-    states = []
-    walk = WalkOptions(device=options.device, dtype=options.dtype, threads=options.threads)
-    for model, gone in ((job.source.checkpoint.folder, removed), (folder, [])):  # type: ignore[union-attr]
-        with open_job(model, job.windows.tokens[:1], walk, whole=True) as one, torch.no_grad():
-            for block in one.blocks():
-                if block.index in gone:
-                    block.advanced = block.dense_advanced = True
-                else:
-                    block.advance()
-            states.append(one.last_state(0).double())
-    apart = float((states[1] - states[0]).norm() / states[0].norm())
-    if not apart <= _SAME:
-        raise ModelError(
-            f"the smaller model's output is off by {apart:.1e}: blocks of this family depend on their "
-            "numbers, and cannot be removed"
-        )
+    return prepare
 
 
 def _record(

@@ -186,7 +186,8 @@ def what_was_done(
         "refit": "kept weights were set anew by least squares",
         "reconstruct": "kept weights were trained towards the dense model's outputs",
     }[options["weights"]]
-    what = _removed(layers) if "channels" in options else _pruned(options, layers, sparsity)
+    smaller = "channels" in options or "experts" in options
+    what = _removed(layers) if smaller else _pruned(options, layers, sparsity)
     return f"{what} of {blocks} blocks{_pattern(options)}; {after}. {calibrated}"
 
 

@@ -16,7 +16,7 @@ from maskopt.errors import ModelError
 from maskopt.files import atomic_write
 from maskopt.model.checkpoint import INDEX, Checkpoint, file_digest, read_json
 from maskopt.model.edits import Edits
-from maskopt.model.safefile import CHUNK, SafeFile, TensorEntry, write_safe
+from maskopt.model.safefile import CHUNK, SafeFile, TensorEntry, open_safe, write_safe
 from maskopt.model.source import FolderSource
 from maskopt.model.structures import CHANNELS, Cut, Structures, attention_of
 
@@ -170,18 +170,67 @@ def write_smaller_shard(
     return file_digest(target)
 
 
+def write_renamed_shards(
+    checkpoint: Checkpoint,
+    names: Mapping[str, str | None],
+    cuts: Mapping[str, StoredCut],
+    kept: Mapping[str, Bool[Tensor, " m"]],
+    target: Path,
+) -> dict[str, str]:
+    """The shards without what is gone, under new names, and cut; and their index.
+
+    Args:
+        names: of every tensor; None: it is gone.
+        cuts, kept: as for `write_smaller_shard`, by the old names.
+
+    Returns:
+        The digests of the written files.
+    """
+    digests: dict[str, str] = {}
+    where: dict[str, str] = {}
+    total = 0
+    for shard, file in checkpoint.shards.items():
+        entries = [entry for entry in file.entries.values() if names[entry.name] is not None]
+        if not entries:
+            continue
+        shapes = {
+            str(names[e.name]): (
+                e.dtype,
+                cuts[e.name].shape(e, kept) if e.name in cuts else e.shape,
+            )
+            for e in entries
+        }
+        with atomic_write(target / shard) as output:
+            write_safe(output, shapes, file.metadata)
+            for entry in entries:
+                for chunk in _left(file, entry, None, cuts.get(entry.name), kept):
+                    output.write(chunk)
+        digests[shard] = file_digest(target / shard)
+        where |= dict.fromkeys(shapes, shard)
+        total += sum(entry.size for entry in open_safe(target / shard).entries.values())
+    if len(checkpoint.shards) > 1:
+        write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        digests[INDEX] = file_digest(target / INDEX)
+    return digests
+
+
 def _left(
     file: SafeFile,
     entry: TensorEntry,
-    edits: Edits,
+    edits: Edits | None,
     cut: StoredCut | None,
     kept: Mapping[str, Bool[Tensor, " m"]],
 ) -> Iterator[Any]:
+    """The bytes of a tensor with its edits, cut."""
     if cut is None:
-        yield from edits.chunks(entry, file, CHUNK)
+        if edits is None:
+            yield from (chunk.data for chunk in file.chunks(entry, CHUNK))
+        else:
+            yield from edits.chunks(entry, file, CHUNK)
         return
     tensor = file.read(entry.name)
-    edits.apply(entry.name, tensor)
+    if edits is not None:
+        edits.apply(entry.name, tensor)
     left = cut.apply(tensor, kept).contiguous()
     yield left.view(-1).view(torch.uint8).numpy()
 

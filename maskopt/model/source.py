@@ -258,6 +258,10 @@ class FolderSource:
         as_is = len(sources) == 1 and parameter not in self._loader.conversion.converted
         return sources[0] if as_is else None
 
+    def stored_parts(self, parameter: str) -> list[str]:
+        """The checkpoint's tensors that a parameter is made of."""
+        return self._loader.conversion.sources(parameter)
+
     def block_memory(self) -> int:
         """A block is read in its stored dtype and converted; one tensor of it is held twice."""
         working = next(self.model.parameters()).dtype.itemsize

@@ -88,6 +88,7 @@ def verify_smaller(
     check_entries(folder, manifest["files"], weights, needed=(CONFIG,))
     shrunk = manifest["shrunk"]
     names = _Names(shrunk.get("names", {}), shrunk.get("gone", []))
+    _check_experts(folder, shrunk, names, weights)
     original = None if against is None else read_weights(Path(against))
     same: set[str] = set()
     if original is not None:
@@ -203,11 +204,13 @@ def _same_files(
         raise VerificationError(f"{folder}: tensor {min(odd)!r} is in only one of the two models")
     if len(known) != len(set(known)):
         raise VerificationError(f"{folder}: the manifest names a tensor of the original twice")
-    removed = manifest["shrunk"].get("blocks", [])
+    shrunk = manifest["shrunk"]
+    removed = shrunk.get("blocks", [])
     for name in names.gone:
-        if not any(f".{index}." in f".{name}" for index in removed):
+        of_block = any(f".{index}." in f".{name}" for index in removed)
+        if not of_block and _without_experts(name, shrunk) is not None:
             raise VerificationError(
-                f"{folder}: tensor {name!r} is gone, and is of no removed block"
+                f"{folder}: tensor {name!r} is gone, and is of no removed block or expert"
             )
     shards = [name for name in original.files if name != INDEX]
     digests = {name: sha256(home / name) for name in (CONFIG, *shards)}
@@ -224,6 +227,35 @@ def _same_files(
                 f"{folder / name}: is not the original's; tokenizer and the like are copied"
             )
     return (ours & theirs) - {CONFIG}
+
+
+def _check_experts(
+    folder: Path, shrunk: Mapping[str, Any], names: _Names, weights: Weights
+) -> None:
+    """Experts that are stored one by one are numbered as the kept ones follow one another, as are the rows of
+    their router.
+
+    Raises:
+        VerificationError: not so.
+    """
+    if not shrunk.get("experts"):
+        return
+    for name in (*map(names.before, weights.where), *names.gone):
+        new = _without_experts(name, shrunk)
+        if (new is None) != (name in names.gone) or (new is not None and names.before(new) != name):
+            raise VerificationError(
+                f"{folder}: tensor {name!r} of the original is not where the kept experts put it"
+            )
+
+
+def _without_experts(name: str, shrunk: Mapping[str, Any]) -> str | None:
+    """What a tensor of the original is called without the removed experts; None: it is of one of them."""
+    for home, mixture in shrunk.get("experts", {}).items():
+        number, _, rest = name.removeprefix(f"{home}.").partition(".")
+        if name.startswith(f"{home}.") and number.isdigit():
+            kept = shrunk["kept"][mixture]
+            return f"{home}.{kept.index(int(number))}.{rest}" if int(number) in kept else None
+    return name
 
 
 def _check_settings(
@@ -271,6 +303,7 @@ def _has_shape(manifest: Any) -> bool:
         and all(_count(index) for index in shrunk.get("blocks", []))
         and all(isinstance(name, str) for name in shrunk.get("gone", []))
         and all(isinstance(name, str) for name in shrunk.get("names", {}).values())
+        and all(mixture in kept for mixture in shrunk.get("experts", {}).values())
         and all(isinstance(digest, str) for digest in files.values())
         and all(_count(i) for numbers in kept.values() for i in numbers)
         and all(numbers == sorted(set(numbers)) and numbers for numbers in kept.values())

@@ -1,0 +1,315 @@
+"""Make a mixture-of-experts model smaller by whole experts, as many of every block.
+
+for every block with a mixture:
+    costs    what the experts add to its output, on what the smaller blocks before it leave
+    choose   those whose removal costs least, proven where the search ends in time
+    cut      them from the block, and their rows from its router
+    change   of the mixture's output, tokens being routed anew; then on to the next block
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from maskopt.errors import ModelError, OptionError
+from maskopt.model.card import hub_name, write_card
+from maskopt.model.checkpoint import file_digest, read_json
+from maskopt.model.experts import Mixture, change, costs, cut, mixtures_of
+from maskopt.model.fingerprint import fingerprint_of
+from maskopt.model.job import Block, Job, open_job
+from maskopt.model.options import KEEP, WalkOptions
+from maskopt.model.output import check_disk, check_not_the_model
+from maskopt.model.peak import peaks
+from maskopt.model.progress import OnBlockProgress
+from maskopt.model.report import LayerReport, PruneReport, write_manifest
+from maskopt.model.same_output import check_same_output
+from maskopt.model.smaller import (
+    CONFIG,
+    StoredCut,
+    check_shapes,
+    write_config,
+    write_renamed_shards,
+)
+from maskopt.model.source import FolderSource
+from maskopt.model.structures import Cut
+from maskopt.model.windows import tokens_or_tokenizer
+from maskopt.model.workspace import MANIFEST, check_output, open_workspace
+from maskopt.model.write import copy_side_files, disk_needed
+from maskopt.pattern import Unstructured
+from maskopt.problem import RowProblem
+from maskopt.solution import Solution
+from maskopt.solver import solve
+
+#: what configurations call the number of experts
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+#: seconds in which a choice is proven, or not
+_SECONDS = 60.0
+#: of the walk's options, those that mean nothing where all tokens and all windows are looked at in order
+_NOT_HERE = (
+    "include", "exclude", "weighting", "all_experts", "holdout", "one_pass", "true_sequential",
+)  # fmt: skip
+
+
+def remove_experts(
+    model: str | Path,
+    tokenizer_or_tokens: Any = None,
+    *,
+    share: float,
+    output: str | Path,
+    calibration: Any = None,
+    options: WalkOptions | None = None,
+    overwrite: bool = False,
+    on_progress: OnBlockProgress | None = None,
+) -> PruneReport:
+    """Write a copy of a model folder without a share of the experts of every mixture: an ordinary folder that
+    `from_pretrained` loads.
+
+    Args:
+        model: a folder, or a name on the hub.
+        tokenizer_or_tokens: as for `prune_model`.
+        share: of the experts that goes, rounded down to a whole number of them.
+        calibration: as for `prune_model`.
+
+    Returns:
+        A report with a `LayerReport` for every mixture. `error` is the change of its output in the smaller
+        model, `error_kept` what it would be if no token were routed anew, of which statuses and bounds are.
+
+    Raises:
+        MaskoptError: a model without mixtures, or with some that cannot be cut; a share that takes none, or
+            leaves fewer than a token goes to; what `prune_model` refuses.
+    """
+    began = time.perf_counter()
+    options = options or WalkOptions()
+    for name in _NOT_HERE:
+        if getattr(options, name) != getattr(WalkOptions, name):
+            raise OptionError(
+                f"`experts` are chosen block by block, by all windows; leave out `{name}`"
+            )
+    target = Path(output)
+    check_output(target, overwrite=overwrite, resume=False)
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
+    if text is None:
+        raise ModelError("removing experts needs `calibration` text or tokens; name some")
+    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
+    source = job.source
+    if not isinstance(source, FolderSource):
+        raise ModelError("only model folders can be made smaller; save the model first")
+    check_not_the_model(source.checkpoint.folder, target)
+    mixtures = [m for index in range(len(source.blocks)) for m in mixtures_of(source.blocks, index)]
+    left = _left(mixtures, share)
+    settings = _check_family(source, mixtures, left)
+    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+        check_disk(work.output, disk_needed(source.checkpoint))
+        kept, layers = _choose(job, mixtures, left)
+        names, cuts = _stored(source, mixtures, kept)
+        beside = copy_side_files(source.checkpoint, work.staging)
+        files = write_renamed_shards(source.checkpoint, names, cuts, kept, work.staging)
+        stored = read_json(source.checkpoint.folder / CONFIG)
+        write_config(source.checkpoint, work.staging, _as_stored(stored, settings))
+        record = {"experts": share, "weights": KEEP, "seed": options.seed}
+        fingerprint = fingerprint_of(job, record)
+        seconds = time.perf_counter() - began
+        report = PruneReport(layers, fingerprint, (), {}, target, seconds, (), peaks(source.device))
+        home = source.checkpoint.folder
+        for name in write_card(work.staging, report, hub_name(home), home.name, beside):
+            files[name] = file_digest(work.staging / name)
+        check_same_output(
+            job, work.staging, _cutting(mixtures, kept), "its experts are routed to otherwise"
+        )
+        shrunk = _record(_as_stored(stored, settings), names, cuts, kept, mixtures)
+        write_manifest(work.staging / MANIFEST, report, files, {}, shrunk=shrunk)
+        work.commit()
+    return dataclasses.replace(report, seconds=time.perf_counter() - began)
+
+
+def _left(mixtures: Sequence[Mixture], share: float) -> int:
+    """How many experts stay."""
+    if not mixtures:
+        raise ModelError("the model has no experts that tokens are routed to; leave out `experts`")
+    counts = {(m.count, m.each) for m in mixtures}
+    if len(counts) > 1:
+        raise ModelError(
+            "its blocks have different numbers of experts, and a configuration names one; leave out `experts`"
+        )
+    (count, each) = counts.pop()
+    gone = Unstructured(sparsity=share).pruned_in(1, count)
+    if not gone:
+        raise ModelError(
+            f"a share of {share:g} of {count} experts is none; take a larger `experts`"
+        )
+    if count - gone < each:
+        raise ModelError(
+            f"a share of {share:g} leaves {count - gone} of {count} experts, and a token goes to {each}; "
+            "take a smaller `experts`"
+        )
+    return count - gone
+
+
+def _check_family(source: FolderSource, mixtures: Sequence[Mixture], left: int) -> dict[str, int]:
+    """What of the configuration changes.
+
+    Raises:
+        ModelError: it does not say the smaller model's shapes.
+    """
+    text: Any = source.model.config.get_text_config()
+    keys = [key for key in _COUNTS if getattr(text, key, None) == mixtures[0].count]
+    settings = dict.fromkeys(keys, left)
+    inside = {name for mixture in mixtures for name in mixture.parameters}
+    shapes = {
+        name: (left, *p.shape[1:]) if name in inside else tuple(p.shape)
+        for name, p in source.model.named_parameters()
+    }
+    check_shapes(source, settings, shapes)
+    return settings
+
+
+def _as_stored(config: Mapping[str, Any], settings: Mapping[str, int]) -> dict[str, int]:
+    """The settings by the keys of the stored configuration, which may have several words for one thing; all
+    of them where it has none."""
+    nested = config.get("text_config")
+    known = {*config, *(nested if isinstance(nested, dict) else ())}
+    return {key: value for key, value in settings.items() if key in known} or dict(settings)
+
+
+def _choose(
+    job: Job, mixtures: Sequence[Mixture], left: int
+) -> tuple[dict[str, Bool[Tensor, " experts"]], list[LayerReport]]:
+    """The main loop; see the module's docstring. The experts that stay, by mixture."""
+    kept: dict[str, Tensor] = {}
+    layers: list[LayerReport] = []
+    with job, torch.no_grad():
+        for block in job.blocks():
+            mine = [mixture for mixture in mixtures if mixture.block == block.index]
+            tick = block.ticker("solve", len(mine))
+            for mixture in mine:
+                began = time.perf_counter()
+                quadratic, tokens = costs(block, mixture)
+                problem = RowProblem.from_quadratic(quadratic.numpy(), keep=left, name=mixture.name)
+                solution = solve(problem, "branch", time_limit=_SECONDS)
+                kept[mixture.name] = solution.mask[0]
+                model = job.source.model
+                dense = copy.deepcopy(model.get_submodule(mixture.parent))
+                cut(model, mixture, kept[mixture.name].nonzero()[:, 0])
+                found = change(block, mixture, dense)
+                seconds = time.perf_counter() - began
+                layers.append(_report(mixture, problem, solution, found, tokens, seconds))
+                tick(1, layers[-1])
+            block.advance()
+    return kept, layers
+
+
+def _report(
+    mixture: Mixture,
+    problem: RowProblem,
+    solution: Solution,
+    found: tuple[float, float],
+    tokens: int,
+    seconds: float,
+) -> LayerReport:
+    kept = int(solution.mask.sum())
+    posed = problem.posed(float(solution.objective), float(solution.lower_bound))
+    return LayerReport(
+        name=mixture.name,
+        block=mixture.block,
+        kind=mixture.kind,
+        rows=1,
+        n=mixture.count,
+        pattern=f"{kept} of {mixture.count} experts",
+        pruned=mixture.count - kept,
+        error_start=None,
+        error=found[0],
+        lower_bound=max(posed.bound, 0.0),
+        statuses={str(solution.status[0]): 1},
+        tokens=tokens,
+        fallback=False,
+        seconds=seconds,
+        energy=found[1],
+        error_kept=max(posed.value, 0.0),
+    )
+
+
+def _cutting(mixtures: Sequence[Mixture], kept: Mapping[str, Tensor]) -> Any:
+    """Makes of an opened block of the original what the smaller model has."""
+
+    def prepare(block: Block) -> None:
+        for mixture in mixtures:
+            if mixture.block == block.index:
+                cut(block.job.source.model, mixture, kept[mixture.name].nonzero()[:, 0])
+
+    return prepare
+
+
+def _stored(
+    source: FolderSource, mixtures: Sequence[Mixture], kept: Mapping[str, Tensor]
+) -> tuple[dict[str, str | None], dict[str, StoredCut]]:
+    """What becomes of the checkpoint's tensors: their new names, None for those that are gone; and cuts, of
+    those in which all experts lie.
+
+    Raises:
+        ModelError: experts that are stored in neither way.
+    """
+    names: dict[str, str | None] = {name: name for name in source.checkpoint.where}
+    cuts: dict[str, StoredCut] = {}
+    for mixture in mixtures:
+        numbers = {old: new for new, old in enumerate(kept[mixture.name].nonzero()[:, 0].tolist())}
+        for parameter in mixture.parameters:
+            tensor = source.stored_as_is(parameter)
+            if tensor is not None:
+                cuts[tensor] = StoredCut(((mixture.name, Cut(0, [(mixture.count, 1)])),))
+                continue
+            tensors = source.stored_parts(parameter)
+            for name in tensors:
+                found = _EXPERT.search(name)
+                if found is None or int(found[2]) >= mixture.count:
+                    raise ModelError(
+                        f"parameter {parameter!r} is stored in another form than expert by expert; its "
+                        "experts cannot be removed"
+                    )
+                new = numbers.get(int(found[2]))
+                names[name] = None if new is None else f"{found[1]}.{new}.{found[3]}"
+    return names, cuts
+
+
+#: a tensor of one expert: what all of them are called alike, its number, and the rest
+_EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(.*)$")
+
+
+def _record(
+    settings: Mapping[str, int],
+    names: Mapping[str, str | None],
+    cuts: Mapping[str, StoredCut],
+    kept: Mapping[str, Tensor],
+    mixtures: Sequence[Mixture],
+) -> dict[str, Any]:
+    """What went, for those who check."""
+    changed = {name: new for name, new in names.items() if new != name}
+    block_of = {f".{mixture.block}.": mixture.name for mixture in mixtures}
+    homes = {found[1] for name in changed if (found := _EXPERT.match(name))}
+    return {
+        "settings": dict(settings),
+        "names": {new: name for name, new in changed.items() if new is not None},
+        "gone": sorted(name for name, new in changed.items() if new is None),
+        "experts": {
+            home: next(mixture for number, mixture in block_of.items() if number in home)
+            for home in sorted(homes)
+        },
+        "kept": {name: stays.nonzero()[:, 0].tolist() for name, stays in kept.items()},
+        "tensors": {
+            name: [
+                {"axis": one.axis, "parts": [list(part) for part in one.parts], "by": by}
+                for by, one in cut.cuts
+            ]
+            for name, cut in cuts.items()
+        },
+        "set_anew": [],
+    }
