@@ -99,6 +99,10 @@ def test_the_time_left_is_by_the_pace_since_work_began(still: Still) -> None:
     still.now += 10
     shown.show("rows", 60, 100)
     assert shown.left == pytest.approx(40)
+    shown.show("other rows", 0, 10)
+    still.now += 8
+    shown.show("other rows", 2, 10)
+    assert shown.left == pytest.approx(32)
 
 
 def test_json_lines(screen: Any, still: Still) -> None:

@@ -126,7 +126,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _rows_table(records: Sequence[GapRecord]) -> Table:
     """A line each, in the units of whoever posed them."""
-    table = Table(caption="gap: from the mask's objective to the bound; no mask is better by more")
+    table = Table(caption="gap: from objective to bound; no mask is better by more")
     table.add_column("instance, n", overflow="fold")
     for heading in ("row", "objective", "bound", "gap", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -144,7 +144,7 @@ def _rows_table(records: Sequence[GapRecord]) -> Table:
 def _kinds_table(records: Sequence[GapRecord]) -> Table:
     from maskopt.certify import by_kind
 
-    table = Table(caption="gap: from the mask's objective to the bound; no mask is better by more")
+    table = Table(caption="gap: from objective to bound; no mask is better by more")
     table.add_column("layer kind")
     for heading in ("rows", "median gap", "worst gap", "seconds a row"):
         table.add_column(heading, justify="right")

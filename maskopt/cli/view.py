@@ -64,6 +64,7 @@ class View:
     def __init__(self) -> None:
         self.began = time.monotonic()
         self._first: tuple[float, float] | None = None
+        self._last_share = 0.0
 
     def show(
         self,
@@ -83,8 +84,9 @@ class View:
         """Seconds to the end, as fast as it went since the first step that was shown: what comes before the
         work, such as opening a model, says nothing of the rest."""
         now = time.monotonic()
-        if self._first is None or share < self._first[1]:
+        if self._first is None or share < self._last_share:  # what begins anew has a pace of its own
             self._first = now, share
+        self._last_share = share
         began, begun = self._first
         if share - begun < _KNOWN or now - began < _FIRST:
             return None
