@@ -10,15 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 
 #: rows of one piece at least, so that each tile of G that is brought in serves several
 _LEAST = 4
 #: pieces a thread at most: each costs the interpreter some time, and a slow row holds up little
 _PIECES = 3
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """The BLAS of NumPy and SciPy on one thread. On small matrices several spin and gain nothing, and their
+    last bits depend on how many there are."""
+    limited: AbstractContextManager[object] = _libraries().limit(limits=1, user_api="blas")
+    return limited
 
 
 class RowThreads:

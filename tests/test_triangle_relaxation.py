@@ -162,6 +162,38 @@ def test_trees_of_graphs_are_small_and_checked(monkeypatch):
     assert tight.proof.rows[0].cuts.sum() > 0 == plain.proof.rows[0].cuts.sum()
 
 
+def test_nodes_side_by_side_make_the_same_tree_on_any_number_of_threads():
+    problem = graph(60, 0.75, keep=48, seed=3)
+    proofs = []
+    for threads in (1, 2, 5):
+        solution = solve(problem, "branch", proof=True, workers=0, threads=threads)
+        assert solution.status == (Status.OPTIMAL,)
+        proofs.append((solution.trace.nodes, solution.proof.arrays()))
+    assert int(proofs[0][0]) > 4  # some of them are open together
+    for nodes, arrays in proofs[1:]:
+        assert torch.equal(nodes, proofs[0][0])
+        assert arrays.keys() == proofs[0][1].keys()
+        assert all(np.array_equal(arrays[name], proofs[0][1][name]) for name in arrays)
+
+
+def test_ctrl_c_among_nodes_side_by_side_leaves_them_open(monkeypatch):
+    problem = graph(60, 0.75, keep=48, seed=3)
+    branch, calls = tree.Tree._branch, []
+
+    def interrupted(self, node):
+        calls.append(node)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return branch(self, node)
+
+    best = solve(problem, "branch", workers=0)
+    monkeypatch.setattr(tree.Tree, "_branch", interrupted)
+    solution = solve(problem, "branch", workers=0, threads=1, proof=True)
+    assert solution.trace.ended == ("userinterrupt",)
+    assert float(solution.lower_bound) < float(best.objective)
+    assert verify(problem, solution, require="checked").checked
+
+
 def test_triangles_are_tried_where_a_row_is_hard(monkeypatch):
     """Not only of whole numbers; the tree begins anew, and its proof with it."""
     monkeypatch.setattr(tree, "_TRY", 3)

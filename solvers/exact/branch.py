@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import maskopt
@@ -22,6 +23,7 @@ from maskopt.solvers.exact.refit_rows import solve_refitted
 from maskopt.solvers.exact.refit_tree import search_refitted
 from maskopt.solvers.exact.rows import RowAnswer, RowSolver
 from maskopt.solvers.exact.tree import BranchTask, Tree
+from maskopt.solvers.parallel import one_blas_thread
 
 #: part of Σ Q_ii below which an incumbent costs nothing, and is optimal
 _NOTHING = 1e-13
@@ -68,6 +70,12 @@ class Branch(RowSolver):
 
 
 def search_row(task: BranchTask) -> RowAnswer:
+    """A row by itself."""
+    with one_blas_thread():
+        return _search(task)
+
+
+def _search(task: BranchTask) -> RowAnswer:
     """Incumbent, duals, tree; what the time leaves undone is left out."""
     task = with_incumbent(task)
     best, cost = task.start, task.cost(task.start)
@@ -89,9 +97,10 @@ def search_row(task: BranchTask) -> RowAnswer:
     )
     if task.limits.expired:
         return certified
+    threads = task.limits.threads or torch.get_num_threads()
     with torch_threads(1):  # its matrices are small
         try:
             tree = Tree(task, duals)
         except KeyboardInterrupt:
             return replace(certified, ended="userinterrupt")
-        return tree.search()
+        return tree.search(threads)

@@ -11,18 +11,22 @@ As inputs are fixed, the λ of the root is less and less the best one. Every few
 semidefinite relaxation is solved again (`reconvex`), and its subtree uses that λ: one to two orders
 of magnitude fewer nodes. Where triangle inequalities nearly close the root, as they do on graphs,
 every node has them (`relaxation`): a tree of tens of nodes, a quarter of a second each, in place of
-one of thousands. The tree is searched best first, which makes the least open bound the proven bound
-at any time. With `proof` it is kept, as a proof that needs no trust in any of this.
+one of thousands, of which a few are branched on side by side. The tree is searched best first, which
+makes the least open bound the proven bound at any time. With `proof` it is kept, as a proof that needs no
+trust in any of this.
 """
 
 from __future__ import annotations
 
+import copy
 import heapq
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from maskopt.solvers.convex.triangles import Pool
 from maskopt.solvers.exact.duals import Duals, same_group
@@ -55,6 +59,8 @@ _NEAR = 0.02
 _ROOT = Plan((20.0, 10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15))
 _NODE = Plan((10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15))
 _UNIT = 0.6
+#: open nodes that are branched on side by side where each has a relaxation with triangles
+_SIDE_BY_SIDE = 4
 #: rounded points up to this part above the incumbent are searched, by so many moves of tabu search
 _PROMISING, _POLISH = 1.02, 30
 
@@ -221,27 +227,26 @@ class Tree:
             if cost < self.cost:
                 self.best, self.cost = p, cost
 
-    def search(self) -> RowAnswer:
-        """Best first, until nothing is open below the cutoff or a limit is reached."""
+    def search(self, threads: int = 1) -> RowAnswer:
+        """Best first, until nothing is open below the cutoff or a limit is reached.
+
+        Args:
+            threads: on which dear nodes are branched on side by side; the tree does not depend on it.
+        """
         open_nodes = [self.start]
         nodes, ended = 1, ""
-        try:
-            while not (ended := self._limit(open_nodes, nodes)):
-                if not self.tried and (nodes >= _TRY or self.task.values is not None):
-                    open_nodes = self._with_triangles() or open_nodes
-                    continue
-                node = heapq.heappop(open_nodes)
-                try:
-                    children = self._branch(node)
-                except KeyboardInterrupt:
-                    heapq.heappush(open_nodes, node)
-                    raise
-                for child in children:
-                    nodes += 1
-                    if child.bound < self.cutoff:
-                        heapq.heappush(open_nodes, child)
-        except KeyboardInterrupt:
-            ended = "userinterrupt"
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                while not (ended := self._limit(open_nodes, nodes)):
+                    if not self.tried and (nodes >= _TRY or self.task.values is not None):
+                        open_nodes = self._with_triangles() or open_nodes
+                        continue
+                    for child in self._branch_best(open_nodes, pool if threads > 1 else None):
+                        nodes += 1
+                        if child.bound < self.cutoff:
+                            heapq.heappush(open_nodes, child)
+            except KeyboardInterrupt:
+                ended = "userinterrupt"
         least_open = open_nodes[0].bound if open_nodes else np.inf
         return RowAnswer(
             pruned=self.best,
@@ -270,6 +275,30 @@ class Tree:
         if task.node_limit is not None and nodes >= task.node_limit:
             return "nodelimit"
         return ""
+
+    def _branch_best(self, open_nodes: list[_Node], pool: ThreadPoolExecutor | None) -> list[_Node]:
+        """The children of the best node, which is no longer open; where nodes are dear, of the best few, each
+        with the incumbent that is known before any of them."""
+        some = [heapq.heappop(open_nodes)]
+        while self.tight and open_nodes and len(some) < _SIDE_BY_SIDE:
+            some.append(heapq.heappop(open_nodes))
+        views = [copy.copy(self) for _ in some]
+        for view in views:
+            view.solved = view.convexified = 0
+        try:
+            run = map if pool is None or len(some) == 1 else pool.map
+            families = list(run(Tree._branch, views, some))
+        except KeyboardInterrupt:
+            for node in some:
+                heapq.heappush(open_nodes, node)
+            raise
+        for view in views:
+            self.solved += view.solved
+            self.convexified += view.convexified
+            if view.cost < self.cost:
+                self.best, self.cost = view.best, view.cost
+        # in the order of the nodes, whoever came first
+        return [c._replace(order=next(self.order)) for family in families for c in family]
 
     def _branch(self, node: _Node) -> list[_Node]:
         free = int((node.state < 0).sum())
