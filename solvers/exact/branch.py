@@ -23,7 +23,6 @@ from maskopt.solvers.exact.refit_rows import solve_refitted
 from maskopt.solvers.exact.refit_tree import search_refitted
 from maskopt.solvers.exact.rows import RowAnswer, RowSolver
 from maskopt.solvers.exact.tree import BranchTask, Tree
-from maskopt.solvers.parallel import one_blas_thread
 
 #: part of Σ Q_ii below which an incumbent costs nothing, and is optimal
 _NOTHING = 1e-13
@@ -70,12 +69,6 @@ class Branch(RowSolver):
 
 
 def search_row(task: BranchTask) -> RowAnswer:
-    """A row by itself."""
-    with one_blas_thread():
-        return _search(task)
-
-
-def _search(task: BranchTask) -> RowAnswer:
     """Incumbent, duals, tree; what the time leaves undone is left out."""
     task = with_incumbent(task)
     best, cost = task.start, task.cost(task.start)

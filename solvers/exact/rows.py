@@ -27,6 +27,7 @@ from maskopt.proof_check import check_proof
 from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status
 from maskopt.solver import Solver
 from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
+from maskopt.solvers.parallel import one_blas_thread
 from maskopt.trace import TreeTrace
 from maskopt.values import Values
 
@@ -232,7 +233,8 @@ def _answer(job: tuple[Search, RowTask]) -> RowAnswer:
     began = time.monotonic()
     task = task.begin()
     try:
-        answer = _no_time(task) if task.limits.expired else search(task)
+        with one_blas_thread():
+            answer = _no_time(task) if task.limits.expired else search(task)
     except KeyboardInterrupt:
         answer = RowAnswer(task.start, "userinterrupt")
     if not task.cost(answer.pruned) <= task.cost(task.start) * (1 + _SUM_ORDER) + task.noise:
