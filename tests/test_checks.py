@@ -162,7 +162,7 @@ def test_a_bound_is_checked_or_taken_on_a_word_that_is_named():
     found = verify(problem, vouched)
     assert found.basis == ("checked", "taken on the word of SCIP 10.0", "checked")
     assert not found.checked
-    assert str(found) == "2 rows checked, 1 rows taken on the word of SCIP 10.0"
+    assert str(found) == "2 rows checked, 1 row taken on the word of SCIP 10.0"
     with pytest.raises(VerificationError, match=r"row 1 rests on the word of SCIP 10\.0"):
         verify(problem, vouched, require="checked")
     with pytest.raises(VerificationError, match=r"row 1 .* its certificate proves"):

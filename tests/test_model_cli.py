@@ -36,7 +36,7 @@ def test_prune_verify_eval_apply_extract(dense: Path, text: Path, tmp_path: Path
         "--calibration", text, "--samples", 4, "--seq-len", 32, "--output", out, "--min-tokens", 8,
     )  # fmt: skip
     assert "self_attn.q_proj" in shown
-    assert "sparsity 0.5000" in shown
+    assert "sparsity of these layers: 0.5000" in shown
     assert "holds. 21 layers" in run("verify", out, "--against", dense)
     assert "perplexity" in run("eval", out, "--text", text, "--seq-len", 32, "--windows", 3)
     masks = tmp_path / "masks.safetensors"

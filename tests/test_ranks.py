@@ -164,7 +164,7 @@ def test_a_killed_process_costs_nothing_that_was_finished(
     else:
         status, said, told = ended(launched(afterwards, "-m", "maskopt", *again))
         assert status == 0, told
-        assert said.count("sparsity 0.5000") == 1  # one of them speaks
+        assert said.count("sparsity of these layers: 0.5000") == 1  # one of them speaks
     assert contents(out) == contents(deep / "whole")
 
 
