@@ -59,20 +59,21 @@ def channels(lines: dict[str, Record]) -> str:
 
 
 def _beaten(mine: dict[tuple[str, ...], Record]) -> str:
-    """In how many layers swap's error is below the diagonal's."""
+    """In how many layers the choice of a search costs less than the diagonal's."""
     told = []
-    for share in sorted({key[0] for key in mine}, key=lambda share: float(share.rstrip("%"))):
-        one = mine.get((share, "swap", "keep"))
-        other = mine.get((share, "diagonal of Q (Wanda-sp)", "keep"))
-        if one and other:
-            both = [(one["errors"][n], other["errors"][n]) for n in one["errors"]]
-            below = sum(a < b for a, b in both)
-            told.append(f"{below} of {len(both)} layers at {share}")
+    for (share, method, _), one in sorted(mine.items()):
+        if method in ("swap", "tabu") and "diagonal" in one:
+            below = sum(one["errors"][n] < cost for n, cost in one["diagonal"].items())
+            told.append((method, share, f"{below} of {len(one['diagonal'])}"))
     if not told:
         return ""
     return (
-        "The error of swap's choice, its weights kept, is below that of the diagonal's in "
-        f"{', '.join(told)}; each on the inputs that its own smaller blocks leave."
+        "Layers in which a search's choice costs less than the diagonal's, each on the inputs that it is "
+        "given, weights kept: "
+        + ", ".join(
+            f"{method} {layers} at {share}" for method, share, layers in dict.fromkeys(told)
+        )
+        + "."
     )
 
 
