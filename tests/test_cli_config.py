@@ -103,9 +103,12 @@ def test_a_manifest_repeats_its_run(options: list[str], model: Path, tmp_path: P
     run("prune", *again)
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     manifest = read_manifest(tmp_path / "out" / "maskopt-manifest.json")
-    by_file, spelled = command_again(manifest["fingerprint"], tmp_path / "out")
-    assert "--config" in by_file and "--config" not in spelled  # noqa: PT018
-    assert printed(*_typed(spelled, model)) == printed(*_typed(by_file, model))
+    by_file, *rest = command_again(manifest["fingerprint"], tmp_path / "out")
+    assert "--config" in by_file
+    assert bool(rest) == ("model" not in options)  # counts of all layers are too long for a line
+    for spelled in rest:
+        assert "--config" not in spelled
+        assert printed(*_typed(spelled, model)) == printed(*_typed(by_file, model))
 
 
 def _typed(line: str, model: Path) -> list[str]:

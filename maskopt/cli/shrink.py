@@ -88,11 +88,12 @@ def shrink(
         _check_alone(
             "blocks" if blocks else "experts", resume, options, both=bool(blocks and experts)
         )
-    if blocks:
-        _remove_blocks(model, calibration, out, blocks, windows, options, overwrite)
-        return
-    if experts:
-        _remove_experts(model, calibration, out, experts, options, overwrite)
+        given = {"calibration": calibration, "output": out, "overwrite": overwrite}
+        given["options"] = _walk(options)
+        if blocks:
+            _remove_blocks(model, blocks, windows, given)
+        else:
+            _remove_experts(model, experts, given)
         return
     check_output(out, overwrite=overwrite, resume=resume)
     with told_of_resume(out), view() as shown:
@@ -124,46 +125,21 @@ def _walk(options: dict[str, Any]) -> WalkOptions:
     return WalkOptions(**{name: options[name] for name in names})
 
 
-def _remove_experts(
-    model: str, calibration: str, out: Path, share: float, options: dict[str, Any], overwrite: bool
-) -> None:
+def _remove_experts(model: str, share: float, given: dict[str, Any]) -> None:
     from maskopt.model.remove_experts import remove_experts
 
     with view() as shown:
-        report = remove_experts(
-            model,
-            calibration=calibration,
-            output=out,
-            share=share,
-            options=_walk(options),
-            overwrite=overwrite,
-            on_progress=PruneView(shown),
-        )
+        report = remove_experts(model, share=share, on_progress=PruneView(shown), **given)
     show_report(report, before="not routed anew")
-    output.print(f"smaller model and manifest: {out}", soft_wrap=True)
+    output.print(f"smaller model and manifest: {given['output']}", soft_wrap=True)
 
 
-def _remove_blocks(
-    model: str,
-    calibration: str,
-    out: Path,
-    count: int,
-    windows: int,
-    options: dict[str, Any],
-    overwrite: bool,
-) -> None:
+def _remove_blocks(model: str, count: int, windows: int, given: dict[str, Any]) -> None:
     from maskopt.model.remove_blocks import remove_blocks
 
     with view() as shown:
         report = remove_blocks(
-            model,
-            calibration=calibration,
-            output=out,
-            count=count,
-            windows=windows,
-            options=_walk(options),
-            overwrite=overwrite,
-            on_progress=PruneView(shown),
+            model, count=count, windows=windows, on_progress=PruneView(shown), **given
         )
     effects = report.effects
     table = Table(caption="KL to the dense model, nats a token, by all single blocks and pairs")
@@ -176,7 +152,9 @@ def _remove_blocks(
     ):
         table.add_row(label, ", ".join(map(str, chosen)), f"{effects.cost(chosen):.4f}", note)
     output.print(table)
-    output.print(f"{report.seconds:.1f} s; smaller model and manifest: {out}", soft_wrap=True)
+    output.print(
+        f"{report.seconds:.1f} s; smaller model and manifest: {given['output']}", soft_wrap=True
+    )
 
 
 def show_report(report: PruneReport, before: str = "before refit") -> None:

@@ -84,9 +84,8 @@ class View:
         """Seconds to the end, as fast as it went since the first step that was shown: what comes before the
         work, such as opening a model, says nothing of the rest."""
         now = time.monotonic()
-        if (
-            self._first is None or share < self._last_share
-        ):  # what begins anew has a pace of its own
+        begins_anew = share < self._last_share  # and has a pace of its own
+        if self._first is None or begins_anew:
             self._first = now, share
         self._last_share = share
         began, begun = self._first

@@ -31,7 +31,7 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
         blocks = len(options["removed"])
         options = {"blocks": blocks, "windows": text["samples"], "seq_len": text["length"]}
     elif "experts" in options:
-        options = {"experts": options["experts"], "seed": options["seed"]}
+        options = {name: value for name, value in options.items() if name != "weights"}
         options |= {"samples": text["samples"], "seq_len": text["length"]}
     else:
         if "channels" not in options:  # a model that was made smaller has no pattern
@@ -54,7 +54,7 @@ def command_again(fingerprint: Mapping[str, Any], folder: str | Path) -> list[st
 
     Returns:
         One that takes the options from the manifest, and one that spells out those that are not the default;
-        without the latter where the command line cannot say them.
+        without the latter where the command line cannot say them, or would hold the counts of all layers.
     """
     command = "prune" if "pattern" in fingerprint["options"] else "shrink"
     begin, end = f"maskopt {command} MODEL", "--calibration TEXT --output AGAIN"
@@ -62,6 +62,8 @@ def command_again(fingerprint: Mapping[str, Any], folder: str | Path) -> list[st
     try:
         options = options_again(fingerprint, folder)
     except OptionError:
+        return lines
+    if "counts" in options:
         return lines
     kind = PruneOptions if command == "prune" else ShrinkOptions
     defaults = {f.name: f.default for f in dataclasses.fields(kind)}
@@ -82,8 +84,6 @@ def _words(name: str, value: Any) -> list[str]:
         return [flag]
     if value is False:
         return []  # no switch of an option is on by default
-    if isinstance(value, Mapping):
-        return [flag, json.dumps(value)]
     return [flag, ",".join(value) if isinstance(value, list) else str(value)]
 
 

@@ -190,7 +190,7 @@ def _origin(
     return (
         "## Origin\n\n"
         + "\n".join(lines)
-        + "\n\nThe same once more, from the same model and text, by either command:\n\n```console\n"
+        + "\n\nThe same once more, from the same model and text:\n\n```console\n"
         + "\n".join(f"$ {line}" for line in command_again(found, "FOLDER"))
         + "\n```"
     )

@@ -138,7 +138,7 @@ def costs(block: Block, mixture: Mixture) -> tuple[Float[Tensor, "experts expert
     return (total + total.T) / 2, tokens
 
 
-def change(block: Block, mixture: Mixture, dense: nn.Module) -> tuple[float, float]:
+def change_of(block: Block, mixture: Mixture, dense: nn.Module) -> tuple[float, float]:
     """How far the mixture's outputs are from those of what it was, on the same inputs, and these themselves:
     mean squares over tokens, summed over the outputs."""
     module = block.job.source.model.get_submodule(mixture.parent)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,20 @@ import torch
 
 from maskopt.errors import ModelError, OptionError
 from maskopt.model.block_effects import Effects, measure_effects
-from maskopt.model.card import hub_name, write_card
-from maskopt.model.checkpoint import file_digest, read_json
+from maskopt.model.checkpoint import read_json
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Block, Job, open_job
-from maskopt.model.options import WalkOptions
+from maskopt.model.options import KEEP, WalkOptions
 from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
-from maskopt.model.report import PruneReport, write_manifest
-from maskopt.model.same_output import check_same_output
-from maskopt.model.smaller import CONFIG, check_shapes, write_config, write_renamed_shards
+from maskopt.model.report import PruneReport
+from maskopt.model.rewritten import Change, write_changed
+from maskopt.model.smaller import CONFIG, check_shapes, folder_source
 from maskopt.model.source import FolderSource
 from maskopt.model.windows import tokens_or_tokenizer
-from maskopt.model.workspace import MANIFEST, check_output, open_workspace
-from maskopt.model.write import copy_side_files, disk_needed
+from maskopt.model.workspace import check_output, open_workspace
+from maskopt.model.write import disk_needed
 from maskopt.solution import Solution
 
 #: windows that blocks are judged on, unless said otherwise
@@ -100,9 +99,7 @@ def remove_blocks(
         limit=windows,
         on_progress=on_progress,
     )
-    source = job.source
-    if not isinstance(source, FolderSource):
-        raise ModelError("only model folders can be made smaller; save the model first")
+    source = folder_source(job.source)
     check_not_the_model(source.checkpoint.folder, target)
     if not 0 < count < len(source.blocks):
         raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
@@ -112,28 +109,17 @@ def remove_blocks(
         with job, torch.no_grad():
             effects = measure_effects(job, work.hidden if _spills(job) else None)
         removed, solution = effects.best(count)
-        settings = _check_family(source, removed)
-        names = _new_names(source, removed)
-        beside = copy_side_files(source.checkpoint, work.staging)
-        files = write_renamed_shards(source.checkpoint, names, {}, {}, work.staging)
-        write_config(source.checkpoint, work.staging, settings)
-        fingerprint = fingerprint_of(
-            job, {"removed": removed, "weights": "keep", "seed": options.seed}
-        )
-        seconds = time.perf_counter() - began
-        report = PruneReport([], fingerprint, (), {}, target, seconds, (), peaks(source.device))
-        home = source.checkpoint.folder
-        for name in write_card(work.staging, report, hub_name(home), home.name, beside):
-            files[name] = file_digest(work.staging / name)
-        check_same_output(
-            job,
-            work.staging,
+        change = Change(
+            _check_family(source, removed),
+            _new_names(source, removed),
             _leaving_out(removed),
             "blocks of this family depend on their numbers, and cannot be removed",
         )
-        record = _record(removed, settings, names, effects, solution)
-        write_manifest(work.staging / MANIFEST, report, files, {}, shrunk=record)
-        work.commit()
+        record = {"removed": removed, "weights": KEEP, "seed": options.seed}
+        seconds, memory = time.perf_counter() - began, peaks(source.device)
+        report = PruneReport([], fingerprint_of(job, record), (), {}, target, seconds, (), memory)
+        found = _effects(removed, effects, solution)
+        write_changed(job, work, change, report, blocks=removed, effects=found)
     return BlocksReport(removed, effects, solution, target, time.perf_counter() - began)
 
 
@@ -204,29 +190,14 @@ def _leaving_out(removed: list[int]) -> Callable[[Block], None]:
     return prepare
 
 
-def _record(
-    removed: list[int],
-    settings: Mapping[str, Any],
-    names: Mapping[str, str | None],
-    effects: Effects,
-    solution: Solution,
-) -> dict[str, Any]:
-    """What went, for those who check, and what is claimed of it."""
+def _effects(removed: list[int], effects: Effects, solution: Solution) -> dict[str, Any]:
+    """What was measured and found, as JSON values."""
     count = len(removed)
     return {
-        "settings": dict(settings),
-        "blocks": removed,
-        "names": {new: name for name, new in names.items() if new not in (None, name)},
-        "gone": sorted(name for name, new in names.items() if new is None),
-        "kept": {},
-        "tensors": {},
-        "set_anew": [],
-        "effects": {
-            "kl": {",".join(map(str, sorted(left))): kl for left, kl in effects.kl.items()},
-            "similarity": effects.similarity,
-            "cost": effects.cost(removed),
-            "status": str(solution.status[0]),
-            "last": effects.cost(effects.last(count)),
-            "most_alike": effects.cost(effects.most_alike(count)),
-        },
+        "kl": {",".join(map(str, sorted(left))): kl for left, kl in effects.kl.items()},
+        "similarity": effects.similarity,
+        "cost": effects.cost(removed),
+        "status": str(solution.status[0]),
+        "last": effects.cost(effects.last(count)),
+        "most_alike": effects.cost(effects.most_alike(count)),
     }

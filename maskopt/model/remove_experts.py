@@ -22,29 +22,22 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.errors import ModelError, OptionError
-from maskopt.model.card import hub_name, write_card
-from maskopt.model.checkpoint import file_digest, read_json
-from maskopt.model.experts import Mixture, change, costs, cut, mixtures_of
+from maskopt.model.checkpoint import read_json
+from maskopt.model.experts import Mixture, change_of, costs, cut, mixtures_of
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Block, Job, open_job
 from maskopt.model.options import KEEP, WalkOptions
 from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
-from maskopt.model.report import LayerReport, PruneReport, write_manifest
-from maskopt.model.same_output import check_same_output
-from maskopt.model.smaller import (
-    CONFIG,
-    StoredCut,
-    check_shapes,
-    write_config,
-    write_renamed_shards,
-)
+from maskopt.model.report import LayerReport, PruneReport
+from maskopt.model.rewritten import Change, write_changed
+from maskopt.model.smaller import CONFIG, StoredCut, check_shapes, folder_source
 from maskopt.model.source import FolderSource
 from maskopt.model.structures import Cut
 from maskopt.model.windows import tokens_or_tokenizer
-from maskopt.model.workspace import MANIFEST, check_output, open_workspace
-from maskopt.model.write import copy_side_files, disk_needed
+from maskopt.model.workspace import check_output, open_workspace
+from maskopt.model.write import disk_needed
 from maskopt.pattern import Unstructured
 from maskopt.problem import RowProblem
 from maskopt.solution import Solution
@@ -52,6 +45,8 @@ from maskopt.solver import solve
 
 #: what configurations call the number of experts
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+#: a tensor of one expert: what those of all of them are called alike, its number, and the rest
+_EXPERT = re.compile(r"(?P<home>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.*)")
 #: seconds in which a choice is proven, or not
 _SECONDS = 60.0
 #: of the walk's options, those that mean nothing where all tokens and all windows are looked at in order
@@ -101,34 +96,22 @@ def remove_experts(
     if text is None:
         raise ModelError("removing experts needs `calibration` text or tokens; name some")
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
-    source = job.source
-    if not isinstance(source, FolderSource):
-        raise ModelError("only model folders can be made smaller; save the model first")
+    source = folder_source(job.source)
     check_not_the_model(source.checkpoint.folder, target)
     mixtures = [m for index in range(len(source.blocks)) for m in mixtures_of(source.blocks, index)]
     left = _left(mixtures, share)
     settings = _check_family(source, mixtures, left)
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         check_disk(work.output, disk_needed(source.checkpoint))
-        kept, layers = _choose(job, mixtures, left)
-        names, cuts = _stored(source, mixtures, kept)
-        beside = copy_side_files(source.checkpoint, work.staging)
-        files = write_renamed_shards(source.checkpoint, names, cuts, kept, work.staging)
-        stored = read_json(source.checkpoint.folder / CONFIG)
-        write_config(source.checkpoint, work.staging, _as_stored(stored, settings))
+        kept, layers, bad = _choose(job, mixtures, left)
+        change, homes = _change(source, mixtures, kept, settings)
         record = {"experts": share, "weights": KEEP, "seed": options.seed}
-        fingerprint = fingerprint_of(job, record)
-        seconds = time.perf_counter() - began
-        report = PruneReport(layers, fingerprint, (), {}, target, seconds, (), peaks(source.device))
-        home = source.checkpoint.folder
-        for name in write_card(work.staging, report, hub_name(home), home.name, beside):
-            files[name] = file_digest(work.staging / name)
-        check_same_output(
-            job, work.staging, _cutting(mixtures, kept), "its experts are routed to otherwise"
+        record["skip_bad_samples"] = options.skip_bad_samples
+        seconds, memory = time.perf_counter() - began, peaks(source.device)
+        report = PruneReport(
+            layers, fingerprint_of(job, record), bad, {}, target, seconds, (), memory
         )
-        shrunk = _record(_as_stored(stored, settings), names, cuts, kept, mixtures)
-        write_manifest(work.staging / MANIFEST, report, files, {}, shrunk=shrunk)
-        work.commit()
+        write_changed(job, work, change, report, experts=homes)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
@@ -183,10 +166,12 @@ def _as_stored(config: Mapping[str, Any], settings: Mapping[str, int]) -> dict[s
 
 def _choose(
     job: Job, mixtures: Sequence[Mixture], left: int
-) -> tuple[dict[str, Bool[Tensor, " experts"]], list[LayerReport]]:
-    """The main loop; see the module's docstring. The experts that stay, by mixture."""
+) -> tuple[dict[str, Bool[Tensor, " experts"]], list[LayerReport], list[dict[str, Any]]]:
+    """The main loop; see the module's docstring. The experts that stay, by mixture, what became of each, and
+    the samples that were left out."""
     kept: dict[str, Tensor] = {}
     layers: list[LayerReport] = []
+    bad: list[dict[str, Any]] = []
     with job, torch.no_grad():
         for block in job.blocks():
             mine = [mixture for mixture in mixtures if mixture.block == block.index]
@@ -200,12 +185,13 @@ def _choose(
                 model = job.source.model
                 dense = copy.deepcopy(model.get_submodule(mixture.parent))
                 cut(model, mixture, kept[mixture.name].nonzero()[:, 0])
-                found = change(block, mixture, dense)
+                found = change_of(block, mixture, dense)
                 seconds = time.perf_counter() - began
                 layers.append(_report(mixture, problem, solution, found, tokens, seconds))
                 tick(1, layers[-1])
             block.advance()
-    return kept, layers
+            bad += [dataclasses.asdict(sample) for sample in block.bad]
+    return kept, layers, bad
 
 
 def _report(
@@ -238,28 +224,21 @@ def _report(
     )
 
 
-def _cutting(mixtures: Sequence[Mixture], kept: Mapping[str, Tensor]) -> Any:
-    """Makes of an opened block of the original what the smaller model has."""
-
-    def prepare(block: Block) -> None:
-        for mixture in mixtures:
-            if mixture.block == block.index:
-                cut(block.job.source.model, mixture, kept[mixture.name].nonzero()[:, 0])
-
-    return prepare
-
-
-def _stored(
-    source: FolderSource, mixtures: Sequence[Mixture], kept: Mapping[str, Tensor]
-) -> tuple[dict[str, str | None], dict[str, StoredCut]]:
-    """What becomes of the checkpoint's tensors: their new names, None for those that are gone; and cuts, of
-    those in which all experts lie.
+def _change(
+    source: FolderSource,
+    mixtures: Sequence[Mixture],
+    kept: Mapping[str, Bool[Tensor, " experts"]],
+    settings: Mapping[str, int],
+) -> tuple[Change, dict[str, str]]:
+    """What becomes of the stored model; and of experts that are stored one by one, what their tensors' names
+    begin with, and their mixture.
 
     Raises:
-        ModelError: experts that are stored in neither way.
+        ModelError: experts that are stored in another way.
     """
     names: dict[str, str | None] = {name: name for name in source.checkpoint.where}
     cuts: dict[str, StoredCut] = {}
+    homes: dict[str, str] = {}
     for mixture in mixtures:
         numbers = {old: new for new, old in enumerate(kept[mixture.name].nonzero()[:, 0].tolist())}
         for parameter in mixture.parameters:
@@ -267,49 +246,22 @@ def _stored(
             if tensor is not None:
                 cuts[tensor] = StoredCut(((mixture.name, Cut(0, [(mixture.count, 1)])),))
                 continue
-            tensors = source.stored_parts(parameter)
-            for name in tensors:
-                found = _EXPERT.search(name)
-                if found is None or int(found[2]) >= mixture.count:
+            for name in source.stored_parts(parameter):
+                found = _EXPERT.match(name)
+                if found is None or int(found["number"]) >= mixture.count:
                     raise ModelError(
                         f"parameter {parameter!r} is stored in another form than expert by expert; its "
                         "experts cannot be removed"
                     )
-                new = numbers.get(int(found[2]))
-                names[name] = None if new is None else f"{found[1]}.{new}.{found[3]}"
-    return names, cuts
+                homes[found["home"]] = mixture.name
+                new = numbers.get(int(found["number"]))
+                names[name] = None if new is None else f"{found['home']}.{new}.{found['rest']}"
 
+    def cut_block(block: Block) -> None:
+        for mixture in mixtures:
+            if mixture.block == block.index:
+                cut(block.job.source.model, mixture, kept[mixture.name].nonzero()[:, 0])
 
-#: a tensor of one expert: what all of them are called alike, its number, and the rest
-_EXPERT = re.compile(r"^(.*\bexperts)\.(\d+)\.(.*)$")
-
-
-def _record(
-    settings: Mapping[str, int],
-    names: Mapping[str, str | None],
-    cuts: Mapping[str, StoredCut],
-    kept: Mapping[str, Tensor],
-    mixtures: Sequence[Mixture],
-) -> dict[str, Any]:
-    """What went, for those who check."""
-    changed = {name: new for name, new in names.items() if new != name}
-    block_of = {f".{mixture.block}.": mixture.name for mixture in mixtures}
-    homes = {found[1] for name in changed if (found := _EXPERT.match(name))}
-    return {
-        "settings": dict(settings),
-        "names": {new: name for name, new in changed.items() if new is not None},
-        "gone": sorted(name for name, new in changed.items() if new is None),
-        "experts": {
-            home: next(mixture for number, mixture in block_of.items() if number in home)
-            for home in sorted(homes)
-        },
-        "kept": {name: stays.nonzero()[:, 0].tolist() for name, stays in kept.items()},
-        "tensors": {
-            name: [
-                {"axis": one.axis, "parts": [list(part) for part in one.parts], "by": by}
-                for by, one in cut.cuts
-            ]
-            for name, cut in cuts.items()
-        },
-        "set_anew": [],
-    }
+    stored = _as_stored(read_json(source.checkpoint.folder / CONFIG), settings)
+    why = "its experts are routed to otherwise"
+    return Change(stored, names, cut_block, why, cuts, kept), homes

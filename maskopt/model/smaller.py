@@ -17,7 +17,7 @@ from maskopt.files import atomic_write
 from maskopt.model.checkpoint import INDEX, Checkpoint, file_digest, read_json
 from maskopt.model.edits import Edits
 from maskopt.model.safefile import CHUNK, SafeFile, TensorEntry, open_safe, write_safe
-from maskopt.model.source import FolderSource
+from maskopt.model.source import FolderSource, Source
 from maskopt.model.structures import CHANNELS, Cut, Structures, attention_of
 
 CONFIG = "config.json"
@@ -45,6 +45,17 @@ class StoredCut:
         for consumer, cut in self.cuts:
             tensor = tensor.index_select(cut.axis, cut.inside(kept[consumer]))
         return tensor
+
+
+def folder_source(source: Source) -> FolderSource:
+    """The source of a model that is made smaller.
+
+    Raises:
+        ModelError: the model came in memory.
+    """
+    if not isinstance(source, FolderSource):
+        raise ModelError("only model folders can be made smaller; save the model first")
+    return source
 
 
 def new_settings(source: FolderSource, every: Sequence[Structures]) -> dict[str, int]:

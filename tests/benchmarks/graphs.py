@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--vertices", type=int, nargs="+", default=[40, 80, 100])
     parser.add_argument("--seeds", type=int, nargs="*", help="of the instances; all by default")
     parser.add_argument("--time-limit", type=float, default=60.0, help="seconds an instance")
+    parser.add_argument("--threads", type=int, help="of a search; all by default")
     parser.add_argument("--each", action="store_true", help="a line for every instance")
     args = parser.parse_args()
     known = optima(args.folder / "optima.csv")
@@ -41,7 +42,7 @@ def main() -> None:
         for path in sorted(args.folder.glob(f"kcluster{n}_*.dat")):
             match = _NAME.match(path.stem)
             if match and (not args.seeds or int(match[4]) in args.seeds):
-                found.append(measure(path, known.get(path.stem), args.time_limit))
+                found.append(measure(path, known.get(path.stem), args.time_limit, args.threads))
                 if args.each:
                     print(path.stem, *found[-1], flush=True)
         if found:
@@ -62,11 +63,13 @@ def warm(folder: Path) -> None:
         solve(load_problem(path), "branch", proof=True, workers=0)
 
 
-def measure(path: Path, edges: float | None, limit: float) -> tuple[bool, float, int, float, float]:
+def measure(
+    path: Path, edges: float | None, limit: float, threads: int | None
+) -> tuple[bool, float, int, float, float]:
     """(proven, seconds, nodes, seconds of the check, megabytes of the proof)."""
     problem = load_problem(path)
     assert isinstance(problem, RowProblem)
-    solution = solve(problem, "branch", proof=True, workers=0, time_limit=limit)
+    solution = solve(problem, "branch", proof=True, workers=0, time_limit=limit, threads=threads)
     assert solution.proof is not None
     began = time.perf_counter()
     check_proof(problem, solution.proof)

@@ -1,0 +1,102 @@
+"""A model folder without some of its tensors: written, held against the original so changed, and moved into
+view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import ModelError
+from maskopt.model.card import hub_name, write_card
+from maskopt.model.checkpoint import file_digest
+from maskopt.model.job import Block, Job, open_job
+from maskopt.model.options import WalkOptions
+from maskopt.model.report import PruneReport, write_manifest
+from maskopt.model.smaller import StoredCut, folder_source, write_config, write_renamed_shards
+from maskopt.model.workspace import MANIFEST, Workspace
+from maskopt.model.write import copy_side_files
+
+#: relative difference of the last hidden states
+_SAME = 1e-2
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a stored model.
+
+    Attributes:
+        settings: of its configuration, by key.
+        names: of every tensor; None: it is gone.
+        cuts, kept: as for `write_renamed_shards`.
+        prepare: makes the same of an opened block of the original; it may also leave the block by itself.
+        why: in words, what it means if both do not give the same.
+    """
+
+    settings: Mapping[str, Any]
+    names: Mapping[str, str | None]
+    prepare: Callable[[Block], None]
+    why: str
+    cuts: Mapping[str, StoredCut] = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest, and those who check."""
+        return {
+            "settings": dict(self.settings),
+            "names": {new: old for old, new in self.names.items() if new not in (None, old)},
+            "gone": sorted(old for old, new in self.names.items() if new is None),
+            "kept": {name: stays.nonzero()[:, 0].tolist() for name, stays in self.kept.items()},
+            "tensors": {
+                name: [
+                    {"axis": cut.axis, "parts": [list(part) for part in cut.parts], "by": by}
+                    for by, cut in stored.cuts
+                ]
+                for name, stored in self.cuts.items()
+            },
+            "set_anew": [],
+        }
+
+
+def write_changed(
+    job: Job, work: Workspace, change: Change, report: PruneReport, **more: Any
+) -> None:
+    """Write the changed model with its card and manifest, and move all of it into view.
+
+    Args:
+        job: of the original, a folder.
+        more: beside the change in the manifest's record.
+
+    Raises:
+        ModelError: what was written does not compute what the original so changed computes.
+    """
+    checkpoint, staging = folder_source(job.source).checkpoint, work.staging
+    beside = copy_side_files(checkpoint, staging)
+    files = write_renamed_shards(checkpoint, change.names, change.cuts, change.kept, staging)
+    write_config(checkpoint, staging, change.settings)
+    home = checkpoint.folder
+    for name in write_card(staging, report, hub_name(home), home.name, beside):
+        files[name] = file_digest(staging / name)
+    _check_same_output(job, home, staging, change)
+    write_manifest(staging / MANIFEST, report, files, {}, shrunk={**change.record(), **more})
+    work.commit()
+
+
+def _check_same_output(job: Job, original: Path, written: Path, change: Change) -> None:
+    """Send a window through both."""
+    assert job.windows is not None
+    options, states = job.options, []
+    walk = WalkOptions(device=options.device, dtype=options.dtype, threads=options.threads)
+    for folder, prepare in ((original, change.prepare), (written, lambda _: None)):
+        with open_job(folder, job.windows.tokens[:1], walk, whole=True) as one, torch.no_grad():
+            for block in one.blocks():
+                prepare(block)
+                block.advance()
+            states.append(one.last_state(0).double())
+    apart = float((states[1] - states[0]).norm() / states[0].norm())
+    if not apart <= _SAME:
+        raise ModelError(f"the smaller model's output is off by {apart:.1e}: {change.why}")
