@@ -113,6 +113,26 @@ def test_the_choice_is_the_best_by_enumeration(family: str, tmp_path: Path) -> N
     assert report.layers[0].error_kept == pytest.approx(by_cost[best], rel=1e-6)
 
 
+def test_samples_that_are_left_out_are_told(tmp_path: Path) -> None:
+    """Of one token alone the first experts' products are beyond float32."""
+    model = tiny("mixtral")
+    with torch.no_grad():
+        embedding, block = model.get_input_embeddings().weight, model.model.layers[0]
+        embedding[:, 0], embedding[5] = 0, 0
+        embedding[5, 0] = 1
+        block.self_attn.o_proj.weight[0] = 0
+        block.mlp.experts.gate_up_proj[:, :, 0] = 1e38
+    dense, data = save(model, tmp_path / "dense"), tokens(4)
+    data[data == 5] = 6
+    data[2, 3] = 5
+    skip = WalkOptions(skip_bad_samples=True)
+    report = remove_experts(dense, data, share=0.25, output=tmp_path / "out", options=skip)
+    assert [sample["sample"] for sample in report.bad_samples] == [2]
+    assert report.fingerprint["options"]["skip_bad_samples"]
+    with pytest.raises(ModelError, match="sample 2 has NaN"):
+        remove_experts(dense, data, share=0.25, output=tmp_path / "again")
+
+
 def test_threads_change_nothing(tmp_path: Path) -> None:
     outs = []
     for threads in (1, 3):
