@@ -99,8 +99,8 @@ class Certificate:
         if layer.pooled:
             parts = [_at_point(self, layer, gram, row, shared) for row in range(layer.rows)]
             offset, gradient = (torch.stack([part[i] for part in parts]) for i in (0, 1))
-            every = (gradient * layer.shares[:, None]).flatten().sort().values
-            value = evenly(layer.shares @ offset + every[: layer.pruned].sum(), layer)
+            least = least_total(gradient * layer.shares[:, None], layer.pruned, layer.row_limits)
+            value = evenly(layer.shares @ offset + least, layer)
         else:
             rows = range(layer.rows)
             value = torch.stack([_check_row(self, layer, gram, row, shared) for row in rows])
@@ -223,6 +223,16 @@ class Certificate:
 def evenly(total: Tensor, layer: LayerProblem) -> Float[Tensor, " rows"]:
     """A number as Σ ωᵣ xᵣ of equal parts ωᵣ xᵣ."""
     return total / layer.rows / layer.shares
+
+
+def least_total(
+    values: Float[Tensor, "rows n"], count: int, limits: tuple[int, int]
+) -> Float[Tensor, ""]:
+    """The least sum of `count` of the values, of every row between so many and so many."""
+    least, most = limits
+    ordered = values.sort(1).values
+    free = ordered[:, least:most].flatten().sort().values
+    return ordered[:, :least].sum() + free[: count - least * len(values)].sum()
 
 
 def check_cuts(cuts: Cuts, n: int, row: int) -> None:

@@ -34,7 +34,7 @@ from maskopt.errors import ModelError
 from maskopt.jobs import BATCH, as_they_finish, workers
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer, choose
-from maskopt.model.options import KEEP, name_patterns
+from maskopt.model.options import BOTH, KEEP, name_patterns
 from maskopt.model.problems import layer_problems
 from maskopt.model.report import read_layers, read_manifest
 from maskopt.model.workspace import MANIFEST
@@ -153,7 +153,7 @@ def certify_model(
             "`weights` keep to have gaps"
         )
     pattern = pattern_from_dict(manifest["fingerprint"]["options"]["pattern"])
-    if pattern.pooled:
+    if pattern.pooled or manifest["fingerprint"]["options"].get("budget") == BOTH:
         raise ModelError(
             f"{pruned}: its rows trade, and bounds are of rows that prune alike; prune with `budget` row to "
             "have gaps"

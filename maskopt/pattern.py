@@ -18,19 +18,24 @@ from torch import Tensor
 
 from maskopt.errors import PatternError
 
+#: in what `str` makes of patterns
+_PER_LAYER, _WITHIN = " per layer", " ± "
+
 
 @dataclass(frozen=True)
 class Unstructured:
     """Equal sparsity per row: ⌊sparsity·n⌋ entries of each row pruned, or `keep` entries kept. With
-    `per="layer"` ⌊sparsity·rows·n⌋ of the layer, in whichever rows.
+    `per="layer"` ⌊sparsity·rows·n⌋ of the layer pruned, or rows·`keep` kept, in whichever rows; with a
+    `spread` no row's sparsity is further than that from the layer's.
 
-    The product is taken on the decimal number as written, so that `Unstructured(sparsity=0.29)`
+    Products are taken on decimal numbers as written, so that `Unstructured(sparsity=0.29)`
     prunes 29 of 100 (in binary floating point 0.29·100 is 28.999…).
     """
 
     sparsity: float | None = None
     keep: int | None = None
     per: Literal["row", "layer"] = "row"
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.keep is None):
@@ -46,8 +51,13 @@ class Unstructured:
             raise PatternError(f"keep must be a whole number of at least 0, not {self.keep!r}")
         if self.per not in ("row", "layer"):
             raise PatternError(f"per must be 'row' or 'layer', not {self.per!r}")
-        if self.pooled and self.sparsity is None:
-            raise PatternError("keep=… is of a row; rows that trade (per='layer') take sparsity=…")
+        if self.spread is not None:
+            if not self.pooled:
+                raise PatternError("spread=… is of rows that trade; give per='layer', too")
+            if not (isinstance(self.spread, int | float) and 0 <= self.spread < 1):
+                raise PatternError(
+                    f"spread {self.spread} is outside [0, 1); 0.1 keeps rows within 10% of n"
+                )
 
     @property
     def pooled(self) -> bool:
@@ -56,7 +66,7 @@ class Unstructured:
 
     def alike(self) -> Unstructured:
         """The same part of every row, where the rows would trade."""
-        return replace(self, per="row")
+        return replace(self, per="row", spread=None)
 
     def check(self, n: int) -> None:
         """Raise PatternError where the pattern does not fit rows of n inputs."""
@@ -77,24 +87,42 @@ class Unstructured:
 
     def pruned_in(self, rows: int, n: int) -> int:
         """Entries of a layer that are pruned."""
-        return self._part_of(rows * n) if self.pooled else rows * self.pruned_per_group(n)
+        if not self.pooled:
+            return rows * self.pruned_per_group(n)
+        return self._part_of(rows * n) if self.keep is None else rows * (n - self.keep)
+
+    def row_limits(self, rows: int, n: int) -> tuple[int, int]:
+        """The least and the most that a row prunes; of rows that trade, rows that all prune alike, as far as
+        the count divides, are always within.
+        """
+        if not self.pooled:
+            pruned = self.pruned_per_group(n)
+            return pruned, pruned
+        if self.spread is None:
+            return 0, n
+        total, reach = self.pruned_in(rows, n), _exact(self.spread) * n
+        mean = Fraction(total, rows)
+        least, most = math.ceil(mean - reach), math.floor(mean + reach)
+        return max(0, min(least, math.floor(mean))), min(n, max(most, math.ceil(mean)))
 
     def _part_of(self, entries: int) -> int:
         if self.keep is not None:
             return entries - self.keep
-        return math.floor(Fraction(repr(float(self.sparsity or 0.0))) * entries)
+        return math.floor(_exact(self.sparsity or 0.0) * entries)
 
     def is_legal(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
-        """Per row; where the rows trade, of all of them the same."""
+        """Per row; where the rows trade, none is if the layer has another count."""
         if not self.pooled:
             return _is_legal(self, mask)
-        right = int((~mask).sum()) == self.pruned_in(*mask.shape)
-        return torch.full((len(mask),), right, device=mask.device)
+        pruned = (~mask).sum(1)
+        least, most = self.row_limits(*mask.shape)
+        right = int(pruned.sum()) == self.pruned_in(*mask.shape)
+        return (pruned >= least) & (pruned <= most) & right
 
     def __str__(self) -> str:
-        if self.keep is not None:
-            return f"keep {self.keep}"
-        return f"{float(self.sparsity or 0):.4g}{' per layer' if self.pooled else ''}"
+        share = f"keep {self.keep}" if self.keep is not None else f"{float(self.sparsity or 0):.4g}"
+        within = "" if self.spread is None else f"{_WITHIN}{float(self.spread):.4g}"
+        return f"{share}{_PER_LAYER if self.pooled else ''}{within}"
 
 
 @dataclass(frozen=True)
@@ -105,10 +133,16 @@ class NM:
     of: int
     #: rows never trade
     pooled: ClassVar[bool] = False
+    spread: ClassVar[None] = None
 
     def alike(self) -> NM:
         """Itself: rows never trade."""
         return self
+
+    def row_limits(self, rows: int, n: int) -> tuple[int, int]:
+        """The one count that every row has."""
+        pruned = self.pruned_in(1, n)
+        return pruned, pruned
 
     def __post_init__(self) -> None:
         for value in (self.keep, self.of):
@@ -153,10 +187,13 @@ Pattern = Unstructured | NM
 
 def parse_pattern(text: str) -> Pattern:
     """`0.6` → Unstructured(sparsity=0.6), `2:4` → NM(keep=2, of=4), and what `str` makes of a pattern with
-    a sparsity: `0.6 per layer`."""
+    a sparsity: `0.6 per layer`, `0.6 per layer ± 0.1`."""
     try:
-        if text.endswith(" per layer"):
-            return Unstructured(sparsity=float(text.removesuffix(" per layer")), per="layer")
+        share, limited, within = text.partition(_WITHIN)
+        if share.endswith(_PER_LAYER):
+            sparsity = float(share.removesuffix(_PER_LAYER))
+            spread = float(within) if limited else None
+            return Unstructured(sparsity=sparsity, per="layer", spread=spread)
         if ":" in text:
             keep, of = text.split(":")
             return NM(keep=int(keep), of=int(of))
@@ -171,8 +208,10 @@ def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
     """The JSON form of a pattern, read back by `pattern_from_dict`."""
     if isinstance(pattern, NM):
         return {"kind": "nm", "keep": pattern.keep, "of": pattern.of}
-    per = {"per": pattern.per} if pattern.pooled else {}
-    return {"kind": "unstructured", "sparsity": pattern.sparsity, "keep": pattern.keep, **per}
+    record = {"kind": "unstructured", "sparsity": pattern.sparsity, "keep": pattern.keep}
+    if pattern.pooled:
+        record |= {"per": pattern.per}
+    return record if pattern.spread is None else record | {"spread": pattern.spread}
 
 
 def pattern_from_dict(data: Any) -> Pattern:
@@ -181,9 +220,17 @@ def pattern_from_dict(data: Any) -> Pattern:
         rest = {key: value for key, value in data.items() if key != "kind"}
         if data.get("kind") == "nm" and set(rest) == {"keep", "of"}:
             return NM(**rest)
-        if data.get("kind") == "unstructured" and set(rest) - {"per"} == {"sparsity", "keep"}:
+        if data.get("kind") == "unstructured" and set(rest) - {"per", "spread"} == {
+            "sparsity",
+            "keep",
+        }:
             return Unstructured(**rest)
     raise PatternError(f"{data!r} does not describe a pattern")
+
+
+def _exact(number: float) -> Fraction:
+    """The decimal number as written."""
+    return Fraction(repr(float(number)))
 
 
 def _is_legal(pattern: Pattern, mask: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ def improving_trade(layer: LayerProblem, mask: Tensor, tolerance: float) -> Trad
     refit, share = layer.refit is not None, layer.shares
     slack = swap_threshold(objective, layer.diagonal_mass(), tolerance, refit=refit)
     low, high = cost.min(1), gain.max(1)
+    pruned, (least, most) = (~mask).sum(1), layer.row_limits
+    low.values[pruned >= most], high.values[pruned <= least] = torch.inf, -torch.inf
     give, take = share * (low.values + slack), share * (high.values - slack)
     # the best of each side, and the next best where both are of one row: inside a row the two interact
     pairs = [
@@ -84,11 +86,12 @@ def _prices(layer: LayerProblem, mask: Tensor) -> tuple[Tensor, Tensor, Float[Te
 
 
 def least_sum(layer: LayerProblem) -> float:
-    """min Σ ωᵣ fᵣ over all masks with the layer's count, float64: all 2ⁿ masks of every row, and then counts
+    """min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, and then counts
     put together row by row."""
-    best = torch.zeros(1, dtype=torch.float64)
+    best, (least, most) = torch.zeros(1, dtype=torch.float64), layer.row_limits
     for row in range(layer.rows):
         own = _least_by_count(layer, row) * float(layer.shares[row])
+        own[:least], own[most + 1 :] = torch.inf, torch.inf
         size = len(best) + layer.n
         longer = torch.full((size,), torch.inf, dtype=torch.float64)
         for count, value in enumerate(own):

@@ -184,6 +184,11 @@ class LayerProblem:
         return self.pattern.pruned_in(self.rows, self.n)
 
     @property
+    def row_limits(self) -> tuple[int, int]:
+        """The least and the most entries that a row prunes; 0 and n of rows that trade as they like."""
+        return self.pattern.row_limits(self.rows, self.n)
+
+    @property
     def shares(self) -> Float[Tensor, " rows"]:
         """ω, float64 [rows]: what every row's objective counts in the layer's sum."""
         if self.omega is None:
@@ -301,9 +306,16 @@ class LayerProblem:
         tensor = as_mask(mask, self.weight, what, WarmStartError).contiguous()
         bad = (~self.pattern.is_legal(tensor)).nonzero()
         if len(bad) and self.pooled:
+            pruned = (~tensor).sum(1)
+            if int(pruned.sum()) != self.pruned:
+                raise WarmStartError(
+                    f"{what} prunes {int(pruned.sum())} of {tensor.numel()}; the pattern ({self.pattern}) "
+                    f"asks for exactly {self.pruned}"
+                )
+            row, (least, most) = int(bad[0]), self.row_limits
             raise WarmStartError(
-                f"{what} prunes {int((~tensor).sum())} of {tensor.numel()}; the pattern ({self.pattern}) "
-                f"asks for exactly {self.pruned}"
+                f"{what}: row {row} prunes {int(pruned[row])} of {self.n}; the pattern ({self.pattern}) "
+                f"allows {least} to {most}"
             )
         if len(bad):
             row = int(bad[0])

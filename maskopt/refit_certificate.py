@@ -30,6 +30,7 @@ from maskopt.certificate import (
     certificate_arrays,
     certificate_from,
     evenly,
+    least_total,
     missing,
 )
 from maskopt.errors import ProblemError, VerificationError
@@ -68,9 +69,11 @@ class RefitCertificate:
         parts = [_at_point(self, layer, row) for row in range(layer.rows)]
         offset, price = (torch.stack([part[i] for part in parts]) for i in (0, 1))
         if layer.pooled:
-            every, kept = (layer.shares[:, None] * price).flatten(), price.numel() - layer.pruned
+            every, kept = layer.shares[:, None] * price, price.numel() - layer.pruned
+            least, most = layer.row_limits
             terms = (layer.rows + 4) * _U * (layer.shares @ offset.abs())
-            dearest = every.topk(kept).values.sum() * (1 + (price.numel() + 8) * _U)
+            dearest = -least_total(-every, kept, (layer.n - most, layer.n - least))
+            dearest = dearest * (1 + (price.numel() + 8) * _U)
             value = evenly(layer.shares @ offset - terms - dearest, layer)
         else:
             kept = layer.group_size - layer.pruned_per_group

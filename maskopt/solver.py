@@ -27,7 +27,7 @@ from torch import Tensor
 from maskopt.errors import OptionError, SolverError, WarmStartError
 from maskopt.fields import check_options
 from maskopt.limits import KEYWORDS, Limits, torch_threads
-from maskopt.pattern import NM, Unstructured
+from maskopt.pattern import NM, Pattern, Unstructured
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.registry import Registry
 from maskopt.solution import Solution
@@ -48,6 +48,7 @@ class Capabilities:
         refit: it answers problems with `refit` too: by their objective F, or by a score that looks at no
             objective.
         pooled: it answers layers whose rows trade.
+        limited: and such whose pattern has a `spread`, so that rows have limits.
         apart: unless rows trade, each row is answered as if it were alone, or with those of its tile of 128
             (of a part of that), whatever other rows there are.
         note: one line.
@@ -61,6 +62,7 @@ class Capabilities:
     largest_n: int | None = None
     refit: bool = False
     pooled: bool = False
+    limited: bool = True
     apart: bool = False
     note: str = ""
 
@@ -246,12 +248,18 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
     where it can no other."""
     backend, asked = make_solver(solver).as_start(layer)
     limits = (limits or Limits()).quiet()
-    if not layer.pooled or backend.capabilities.pooled:
+    if trades_as_asked(backend, layer.pattern):
         return solve(asked, backend, limits=limits)
     began = time.perf_counter()
     mask = torch.cat([solve(part, backend, limits=limits).mask for part in _alike(asked)])
     seconds = time.perf_counter() - began
     return replace(Solution.of(asked, mask), solver=backend.name, seconds=seconds)
+
+
+def trades_as_asked(backend: Solver, pattern: Pattern) -> bool:
+    """Whether rows trade in its answers, and within limits, where the pattern says so."""
+    can = backend.capabilities
+    return not pattern.pooled or (can.pooled and (pattern.spread is None or can.limited))
 
 
 def _alike(layer: LayerProblem) -> list[LayerProblem]:
@@ -316,6 +324,11 @@ def check_fit(backend: Solver, layer: LayerProblem) -> None:
         raise SolverError(
             f"solver {backend.name!r} prunes as much of every row; take "
             "problem.under(problem.pattern.alike()), or it as a start of solver 'swap', whose rows trade"
+        )
+    if layer.pattern.spread is not None and not can.limited:
+        raise SolverError(
+            f"solver {backend.name!r} holds no limits on what a row prunes; leave out the pattern's "
+            "`spread`, or take it as a start of solver 'swap'"
         )
     if can.largest_n is not None and layer.n > can.largest_n:
         raise SolverError(

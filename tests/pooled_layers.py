@@ -9,17 +9,19 @@ from strategies import KINDS, random_gram, random_linear, random_weight
 from maskopt import LayerProblem, Refit, Unstructured
 
 
-def pool(sparsity=0.5):
-    return Unstructured(sparsity=sparsity, per="layer")
+def pool(sparsity=0.5, spread=None):
+    return Unstructured(sparsity=sparsity, per="layer", spread=spread)
 
 
-def layer(rows=6, n=24, kind="full", sparsity=0.5, refit=None, seed=1, omega=None, **more):
+def layer(
+    rows=6, n=24, kind="full", sparsity=0.5, refit=None, seed=1, omega=None, spread=None, **more
+):
     """Rows of very different size, so that much is to be traded; no weight is 0, so that nothing ties."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, n, generator=generator, dtype=torch.float64)
     weight *= torch.rand(rows, 1, generator=generator, dtype=torch.float64) + 0.2
     gram = random_gram(n, kind, seed + 1)
-    return LayerProblem(weight, gram, pool(sparsity), refit=refit, omega=omega, **more)
+    return LayerProblem(weight, gram, pool(sparsity, spread), refit=refit, omega=omega, **more)
 
 
 @st.composite
@@ -34,7 +36,10 @@ def pooled(draw, max_n=12, max_rows=5):
     return LayerProblem(
         weight,
         gram,
-        pool(draw(st.sampled_from((0.0, 0.1, 0.37, 0.5, 0.8, 0.99)))),
+        pool(
+            draw(st.sampled_from((0.0, 0.1, 0.37, 0.5, 0.8, 0.99))),
+            draw(st.sampled_from((None, None, 0.0, 0.05, 0.1, 0.3))),
+        ),
         linear=random_linear(weight, gram, seed + 2) if draw(st.booleans()) else None,
         refit=draw(st.sampled_from((None, Refit(0.01), Refit(0.3)))),
         omega=shares if draw(st.booleans()) else None,

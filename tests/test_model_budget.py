@@ -10,13 +10,14 @@ import pytest
 import torch
 from commands import run
 from forging import change_masks, copied, forge_manifest
+from pooled_layers import pool
 from test_model_allocate import refusal, squares
 from test_model_resume import contents, interrupted
 from tiny_models import FAMILIES, save, tiny, tokens
 
 from maskopt import NM, Unstructured, collect_problems, prune_model
 from maskopt.certify import certify_model
-from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError, VerificationError
+from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.model.plan import plan_prune
 from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
@@ -217,17 +218,32 @@ def test_a_trade_that_was_left_out_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"budget": "all"}, OptionError, "`budget` must be text row or layer or model, not 'all'"),
+        (
+            {"budget": "all"},
+            OptionError,
+            "`budget` must be text row or layer or model or both, not 'all'",
+        ),
         (
             {"solver": "tabu"},
             MaskoptError,
-            "solver 'tabu' prunes as much of every row; with `budget`",
+            "solver 'tabu' prunes as much of every row; where rows trade take one that does: swap",
         ),
         ({"sparsity": None, "pattern": NM(2, 4)}, OptionError, "2:4 has a count in every group"),
         (
-            {"sparsity": None, "pattern": Unstructured(keep=3)},
-            PatternError,
-            "keep=… is of a row; rows that trade",
+            {"sparsity": None, "pattern": Unstructured(keep=3), "budget": "both"},
+            OptionError,
+            "`budget` both is of a plain sparsity, such as 0.5, not of keep 3",
+        ),
+        ({"budget": "row", "spread": 0.1}, OptionError, "`spread` is of what trades"),
+        (
+            {"sparsity": None, "pattern": pool(0.5, 0.2), "spread": 0.1},
+            OptionError,
+            "`spread` 0.1 is not that of the pattern",
+        ),
+        (
+            {"spread": 0.1, "solver": "sparsegpt"},
+            MaskoptError,
+            "'sparsegpt' holds no `spread` of rows; where rows trade take one that does: swap",
         ),
     ],
 )

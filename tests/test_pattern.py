@@ -95,14 +95,23 @@ def test_legality_counts_per_group():
 
 
 @pytest.mark.parametrize(
-    ("text", "pattern"), [("0.6", Unstructured(sparsity=0.6)), ("2:4", NM(keep=2, of=4))]
+    ("text", "pattern"),
+    [
+        ("0.6", Unstructured(sparsity=0.6)),
+        ("2:4", NM(keep=2, of=4)),
+        ("0.6 per layer", Unstructured(sparsity=0.6, per="layer")),
+        ("0.6 per layer ± 0.05", Unstructured(sparsity=0.6, per="layer", spread=0.05)),
+    ],
 )
 def test_text_and_json_forms(text, pattern):
     assert parse_pattern(text) == pattern
+    assert str(pattern) == text
     assert pattern_from_dict(pattern_to_dict(pattern)) == pattern
 
 
-@pytest.mark.parametrize("text", ["", "half", "2:4:8", "4:2", "1.0", "a:b"])
+@pytest.mark.parametrize(
+    "text", ["", "half", "2:4:8", "4:2", "1.0", "a:b", "0.5 per layer 0.1", "0.5 per layer ± 1"]
+)
 def test_text_that_is_no_pattern(text):
     with pytest.raises(PatternError):
         parse_pattern(text)
@@ -120,6 +129,8 @@ def test_text_that_is_no_pattern(text):
         {"kind": "x", "sparsity": 0.5, "keep": None},
         {"kind": "unstructured", "sparsity": 0.5},
         {"kind": "nm", "keep": 2, "of": 4, "more": 1},
+        {"kind": "unstructured", "sparsity": 0.5, "keep": None, "spread": 0.1},
+        {"kind": "unstructured", "sparsity": 0.5, "keep": None, "per": "layer", "spread": "a"},
     ],
 )
 def test_json_that_is_no_pattern(data):

@@ -1,5 +1,7 @@
 """Rows of a layer that trade: one count for the layer, 1-swap optima across rows, and their checks."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ from maskopt.errors import (
     WarmStartError,
 )
 from maskopt.solver import available_solvers
+from maskopt.solvers.greedy.select import keep_highest
 
 STARTS = ("wanda", "random", "relax", "admm")
 SCORES = ("magnitude", "wanda", "ria", "random", "worst")
@@ -47,10 +50,86 @@ def test_the_count_is_that_of_the_layer(rows, n, sparsity):
 
 
 def test_what_a_pooled_pattern_cannot_be():
-    with pytest.raises(PatternError, match="keep=… is of a row"):
-        Unstructured(keep=3, per="layer")
+    with pytest.raises(PatternError, match="give per='layer', too"):
+        Unstructured(sparsity=0.5, spread=0.1)
+    for spread in (-0.1, 1, float("nan"), "0.1"):
+        with pytest.raises(PatternError, match=r"spread .* is outside"):
+            Unstructured(sparsity=0.5, per="layer", spread=spread)
     with pytest.raises(PatternError, match="per must be"):
         Unstructured(sparsity=0.5, per="block")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "limits"),
+    [
+        (pool(0.5, 0.1), (4, 6)),
+        (pool(0.5, 0.0), (5, 5)),
+        (pool(0.45, 0.0), (4, 5)),
+        (pool(0.45, 0.29), (2, 7)),  # 1.6 and 7.4
+        (pool(0.9, 0.3), (6, 10)),
+        (pool(0.1, 0.3), (0, 4)),
+        (pool(0.5), (0, 10)),
+        (Unstructured(keep=3, per="layer", spread=0.2), (5, 9)),
+        (Unstructured(keep=3), (7, 7)),
+        (NM(1, 5), (8, 8)),
+    ],
+)
+def test_a_row_is_no_further_from_the_layer_than_the_spread(pattern, limits):
+    assert pattern.row_limits(2, 10) == limits
+
+
+def test_kept_inputs_of_rows_that_trade_are_a_mean():
+    pattern = Unstructured(keep=3, per="layer")
+    assert pattern.pruned_in(4, 10) == 28
+    assert pattern.alike() == Unstructured(keep=3)
+    assert str(pattern) == "keep 3 per layer"
+    uneven = torch.arange(40).view(4, 10) < 12
+    assert pattern.is_legal(uneven).tolist() == [True] * 4
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 10**6), st.booleans())
+def test_the_highest_within_limits_have_the_least_sum_pruned(rows, n, seed, ties):
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(rows, n, generator=generator, dtype=torch.float64)
+    score = (3 * score).floor() if ties else score
+    share, spread = torch.rand(2, generator=generator).tolist()
+    problem = LayerProblem(
+        torch.ones(rows, n), torch.eye(n), pool(round(share, 2), round(spread, 2))
+    )
+    mask = keep_highest(problem, score)
+    assert bool(problem.pattern.is_legal(mask).all())
+    ordered = score.sort(1).values.cumsum(1)
+    sums = torch.cat([torch.zeros(rows, 1), ordered], 1)
+    least, most = problem.row_limits
+    best = min(
+        sum(float(sums[row, count]) for row, count in enumerate(counts))
+        for counts in itertools.product(range(least, most + 1), repeat=rows)
+        if sum(counts) == problem.pruned
+    )
+    assert float(score[~mask].sum()) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("refit", [None, Refit(0.01)])
+def test_limits_are_felt_and_optima_within_them_proven(refit):
+    spread, free = (layer(refit=refit, sparsity=0.4, spread=s, rows=8) for s in (0.1, None))
+    found, other = solve(spread, "swap"), solve(free, "swap")
+    counts, wide = (sorted((~x.mask).sum(1).tolist()) for x in (found, other))
+    assert spread.row_limits == (8, 11)  # of 24, 9.5 ± 2.4
+    assert (counts[0], counts[-1]) == (8, 11)
+    assert wide[0] < 8 < 11 < wide[-1]
+    assert total(free, other) < total(spread, found)
+    verify(spread, found)
+    with pytest.raises(WarmStartError, match=r"row \d prunes \d+ of 24; .* allows 8 to 11"):
+        spread.check_mask(other.mask)
+    assert improving_swap(free, found.mask) is not None
+
+
+def test_what_holds_no_limits_is_a_start_of_what_does():
+    problem = layer(rows=8, spread=0.05)
+    with pytest.raises(SolverError, match="'sparsegpt' holds no limits on what a row prunes"):
+        solve(problem, "sparsegpt")
+    verify(problem, solve(problem, "swap", start="sparsegpt"))
 
 
 def test_a_mask_is_legal_by_its_count_in_all():

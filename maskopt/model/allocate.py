@@ -53,7 +53,8 @@ class Curve:
 
 
 def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
-    """Of `budget` model: how many inputs each row of a layer prunes, by the layer's name.
+    """Of layers that trade: how many inputs each row of a layer prunes (in the mean, where rows trade then),
+    by the layer's name.
 
     The model stays as it is. Layers that see fewer tokens than `min_tokens` prune as much as the model.
 
@@ -81,7 +82,9 @@ def share_out(
     """The cheapest counts of the layers; those without a curve have the model's sparsity."""
     alike = {layer.name: options.pattern.pruned_per_group(layer.n) for layer in layers}
     total = sum(curve.layer.rows * alike[curve.layer.name] for curve in curves)
-    levels = [_levels(curve.layer.n, alike[curve.layer.name], options.spread) for curve in curves]
+    levels = [
+        _levels(curve.layer.n, alike[curve.layer.name], options.layer_spread) for curve in curves
+    ]
     if not curves:
         return alike
     choice = choose_levels(
@@ -113,7 +116,7 @@ def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:
 
 def _curve(layer: Layer, problem: LayerProblem, counts: Tensor, options: PruneOptions) -> Curve:
     middle = options.pattern.pruned_per_group(layer.n)
-    least, most = _ends(layer.n, middle, options.spread)
+    least, most = _ends(layer.n, middle, options.layer_spread)
     pruned = sorted({*np.linspace(least, most, _MEASURED).round().astype(int).tolist(), middle})
     costs = []
     for count in pruned:

@@ -25,7 +25,7 @@ from maskopt.model.collect import BadSample, Grams
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import by_block
-from maskopt.model.options import LAYER, LOSS, MODEL, RECONSTRUCT, PruneOptions, WalkOptions
+from maskopt.model.options import LOSS, RECONSTRUCT, PruneOptions, WalkOptions
 from maskopt.model.output import FinishedBlock, check_disk, check_not_the_model
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.ranks import ALONE, Ranks
@@ -138,7 +138,7 @@ class GramStore:
         if options.moved or options.true_sequential:
             name = "target" if options.moved else "true_sequential"
             raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
-        if options.budget == MODEL or (options.budget == LAYER and options.importance == LOSS):
+        if options.layers_trade or (options.rows_trade and options.importance == LOSS):
             raise OptionError(
                 "rows or layers that trade by the model's loss need the text: give `calibration`, or "
                 "`budget` layer with `importance` alike or relative"

@@ -36,7 +36,9 @@ TARGETS = ("pruned", "dense")
 #: of `weights`
 KEEP, REFIT, RECONSTRUCT = WEIGHTS = ("keep", "refit", "reconstruct")
 #: of `budget`
-ROW, LAYER, MODEL = BUDGETS = ("row", "layer", "model")
+ROW, LAYER, MODEL, BOTH = BUDGETS = ("row", "layer", "model", "both")
+#: of layers that trade, where none is given
+LAYER_SPREAD = 0.2
 
 
 def about(decides: str, words: str, **facts: Any) -> dict[str, Any]:
@@ -234,20 +236,22 @@ class PruneOptions(WalkOptions):
         ROW,
         MASKS,
         "What has a count of its own. row: every row of a layer prunes as many weights, as do layers; layer: "
-        "only the layer, and its rows trade; model: only the model, and its layers trade, their rows alike.",
+        "only the layer, and its rows trade; model: only the model, and its layers trade, their rows alike; "
+        "both: as model, and then the rows of each layer trade.",
         choices=BUDGETS,
     )
     importance: str = option_field(
         LOSS,
         MASKS,
-        "Of `budget` layer and model, what a row's or a layer's error counts. alike: as it is; relative: as "
+        "Of what trades, what a row's or a layer's error counts. alike: as it is; relative: as "
         "a part of its output; loss: by the squared gradient of the dense model's loss by each output.",
         choices=IMPORTANCES,
     )
-    spread: float = option_field(
-        0.2,
+    spread: float | None = option_field(
+        None,
         MASKS,
-        "Of `budget` model, how far a layer's sparsity may be from the model's.",
+        "Of what trades, how far a sparsity may be from the mean: a layer's from the model's (default 0.2), "
+        "a row's from its layer's (default: any).",
         least=0,
         below=1,
     )
@@ -255,8 +259,8 @@ class PruneOptions(WalkOptions):
         default_factory=dict,
         metadata=about(
             MASKS,
-            "Of `budget` model, how many inputs each row of a layer prunes, by layer name; chosen by "
-            "`importance` where none are given.",
+            "Of layers that trade, how many inputs each row of a layer prunes (of `budget` both: in the "
+            "mean), by layer name; chosen by `importance` where none are given.",
         ),
     )
     target: str = option_field(
@@ -309,27 +313,38 @@ class PruneOptions(WalkOptions):
                     f"`target` dense and `{name}` exclude each other: it takes whole blocks, and inputs "
                     "from the model pruned so far"
                 )
-        check_solver(self.solver, self.solver_options, self.start, pooled=self.pattern.pooled)
+        check_solver(self.solver, self.solver_options, self.start, self._pattern_of(self.pattern))
 
     def _set_budget(self) -> None:
         """Pattern and `budget` say the same; either is enough."""
-        if self.pattern.pooled and self.budget != MODEL:
-            object.__setattr__(self, "budget", LAYER)
+        if isinstance(self.pattern, Unstructured) and self.pattern.pooled and not self.layers_trade:
+            self._trade_as(self.pattern)
         elif self.budget != ROW:
             if isinstance(self.pattern, NM):
                 raise OptionError(
                     f"`budget` {self.budget} is of a sparsity; {self.pattern} has a count in every group"
                 )
-            if self.budget == MODEL and (self.pattern.pooled or self.pattern.sparsity is None):
+            if self.layers_trade and (self.pattern.pooled or self.pattern.sparsity is None):
                 raise OptionError(
-                    f"`budget` model is of a plain sparsity, such as 0.5, not of {self.pattern}"
+                    f"`budget` {self.budget} is of a plain sparsity, such as 0.5, not of {self.pattern}"
                 )
             if self.budget == LAYER:
-                object.__setattr__(self, "pattern", replace(self.pattern, per="layer"))
-        if self.counts and self.budget != MODEL:
+                object.__setattr__(self, "pattern", self._pattern_of(self.pattern))
+        elif self.spread is not None:
+            raise OptionError("`spread` is of what trades: give `budget` layer, model or both, too")
+        if self.counts and not self.layers_trade:
             raise OptionError("`counts` are those of layers that trade: give `budget` model, too")
         if self.sensitive:
             self._check_every_window("`importance` loss")
+
+    def _trade_as(self, pattern: Unstructured) -> None:
+        """Rows trade as this pattern says; its spread and the option's are one."""
+        spread = self.spread if pattern.spread is None else pattern.spread
+        if self.spread not in (None, spread):
+            raise OptionError(f"`spread` {self.spread} is not that of the pattern ({pattern})")
+        object.__setattr__(self, "budget", LAYER)
+        object.__setattr__(self, "spread", spread)
+        object.__setattr__(self, "pattern", replace(pattern, spread=spread))
 
     def _set_reconstruction(self) -> None:
         """Every setting is there, or none where nothing is trained."""
@@ -383,14 +398,35 @@ class PruneOptions(WalkOptions):
 
     @property
     def sensitive(self) -> bool:
-        trades = self.budget == LAYER or (self.budget == MODEL and not self.counts)
+        trades = self.rows_trade or (self.layers_trade and not self.counts)
         return trades and self.importance == LOSS
+
+    @property
+    def rows_trade(self) -> bool:
+        """Whether those of a layer do."""
+        return self.budget in (LAYER, BOTH)
+
+    @property
+    def layers_trade(self) -> bool:
+        """Whether those of the model do."""
+        return self.budget in (MODEL, BOTH)
+
+    @property
+    def layer_spread(self) -> float:
+        """How far a layer's sparsity may be from the model's."""
+        return LAYER_SPREAD if self.spread is None else self.spread
 
     def pattern_of(self, layer: Layer) -> Pattern:
         """The layer's own where layers trade, once their counts are known; else that of all."""
         if not self.counts:
             return self.pattern
-        return Unstructured(keep=layer.n - self.counts[layer.name])
+        return self._pattern_of(Unstructured(keep=layer.n - self.counts[layer.name]))
+
+    def _pattern_of(self, alike: Pattern) -> Pattern:
+        """Of a layer, from that of rows that prune alike."""
+        if not self.rows_trade or isinstance(alike, NM):
+            return alike
+        return replace(alike, per="layer", spread=self.spread)
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         super().check_layers(layers)

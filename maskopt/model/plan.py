@@ -27,7 +27,7 @@ from maskopt.model.memory import (
     estimate_memory,
     hidden_size,
 )
-from maskopt.model.options import KEEP, MODEL, PruneOptions, prune_options
+from maskopt.model.options import KEEP, PruneOptions, prune_options
 from maskopt.model.solving import solve_layer
 from maskopt.model.source import Source
 from maskopt.model.write import disk_needed
@@ -150,7 +150,7 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
                 total -= 2 * mine[-1].rows * mine[-1].n
-        if options.budget == MODEL and not options.counts:  # once more through the dense model
+        if options.layers_trade and not options.counts:  # once more through the dense model
             passes += min(WINDOWS, job.count) / job.count
         if options.reconstruction is not None:
             # forward and back for what is trained on, forward for what judges; targets, inputs

@@ -16,7 +16,7 @@ from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
 from maskopt.model.importance import counting
 from maskopt.model.job import Job, open_job
-from maskopt.model.options import AUTO, MODEL, PruneOptions, name_patterns, prune_options
+from maskopt.model.options import AUTO, PruneOptions, name_patterns, prune_options
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.pattern import Pattern
@@ -70,9 +70,9 @@ def layer_problems(
         raise ModelError("`shrink` auto chooses by masks, and none are made here; give a number")
     if options.damping == AUTO:
         raise ModelError("`damping` auto chooses by masks, and none are made here; give a number")
-    if options.budget == MODEL and not options.counts:
+    if options.layers_trade and not options.counts:
         raise ModelError(
-            "`budget` model is shared out by a prune; give its `counts`, or another budget"
+            f"`budget` {options.budget} is shared out by a prune; give its `counts`, or another budget"
         )
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:

@@ -27,7 +27,7 @@ from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.gram_store import GramStore, StoredBlock, stored_blocks
 from maskopt.model.job import Block, Job, open_job
 from maskopt.model.journal import differences, in_words
-from maskopt.model.options import MODEL, RECONSTRUCT, PruneOptions, prune_options
+from maskopt.model.options import RECONSTRUCT, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report, recorded_counts
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
@@ -101,7 +101,7 @@ def prune_model(
     run = job.source.start_run(
         job.layers, target, tokenizer=tokenizer, overwrite=overwrite, resume=resume, ranks=ranks
     )
-    if options.budget == MODEL and not options.counts:
+    if options.layers_trade and not options.counts:
         options = _with_counts(job, options, target if resume else None)
         job = job.again(options)
     known = None if store is None else store.fingerprint["calibration"]

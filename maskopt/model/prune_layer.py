@@ -138,7 +138,7 @@ def _deal(ranks: Ranks, layers: Sequence[Layer], *, apart: bool) -> list[list[sl
 def _apart(options: PruneOptions) -> bool:
     """Does a part of a layer, from a multiple of 128 rows on, get what it gets in the whole layer?"""
     makers = [name for name in (options.solver, options.start) if name is not None]
-    by_all_rows = AUTO in (options.shrink, options.damping) or options.pattern.pooled
+    by_all_rows = AUTO in (options.shrink, options.damping) or options.rows_trade
     timed = "time_limit" in options.solver_options
     return not (by_all_rows or timed) and all(make_solver(m).capabilities.apart for m in makers)
 

@@ -56,6 +56,7 @@ class Run:
     pattern: Pattern
     budget: str
     counts: Mapping[str, int]
+    spread: float | None
     importance: str
     one_pass: bool
     true_sequential: bool
@@ -86,6 +87,8 @@ class Run:
                 pattern=pattern_from_dict(options["pattern"]),
                 budget=options["budget"],
                 counts=options["counts"],
+                # of rows alone the pattern has it, of layers alone the counts
+                spread=options["spread"] if options["budget"] == "both" else None,
                 importance=options["importance"],
                 one_pass=options["one_pass"],
                 true_sequential=options["true_sequential"],
@@ -179,6 +182,7 @@ def recheck_layers(
         pattern=run.pattern,
         budget=run.budget,
         counts=run.counts,
+        spread=run.spread,
         importance=run.importance,
         solver="magnitude",
         include=tuple(said),

@@ -206,7 +206,12 @@ def _pruned(options: Mapping[str, Any], layers: Sequence[LayerReport], sparsity:
 def _pattern(options: Mapping[str, Any]) -> str:
     if "pattern" not in options:
         return ""
-    trades = {"row": "", "layer": ", rows of a layer trading", "model": ", layers trading"}
+    trades = {
+        "row": "",
+        "layer": ", rows of a layer trading",
+        "model": ", layers trading",
+        "both": ", layers and their rows trading",
+    }
     return f" (pattern {pattern_from_dict(options['pattern'])}{trades[options['budget']]})"
 
 

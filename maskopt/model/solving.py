@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from maskopt.errors import SolverError
 from maskopt.least_squares import Refit
 from maskopt.limits import Limits
+from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
-from maskopt.solver import limits_of, make_solver, make_start, solve
+from maskopt.solver import limits_of, make_solver, make_start, solve, trades_as_asked
 
 if TYPE_CHECKING:
     from maskopt.model.options import PruneOptions
@@ -54,15 +55,20 @@ def default_start(solver: str, *, refit: bool = False) -> str | None:
 
 
 def check_solver(
-    solver: str, options: Mapping[str, Any], start: str | None, *, pooled: bool = False
+    solver: str, options: Mapping[str, Any], start: str | None, pattern: Pattern | None = None
 ) -> None:
     """Raise where solver or start do not exist, cannot run here, have no such option, or prune as much of
-    every row where rows are to trade."""
+    every row where the pattern's rows are to trade."""
     backend = make_solver(solver, **limits_of(None, options)[1])
-    if pooled and not backend.capabilities.pooled:
+    if pattern is not None and not trades_as_asked(backend, pattern):
+        lacks = (
+            "holds no `spread` of rows"
+            if backend.capabilities.pooled
+            else "prunes as much of every row"
+        )
         raise SolverError(
-            f"solver {solver!r} prunes as much of every row; with `budget` layer take one whose rows trade: "
-            f"swap, which may start from {solver!r}"
+            f"solver {solver!r} {lacks}; where rows trade take one that does: swap, which may start from "
+            f"{solver!r}"
         )
     if start is not None:
         make_solver(start)

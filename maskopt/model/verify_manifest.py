@@ -38,6 +38,10 @@ class Rule:
     def pooled(self) -> bool:
         return self.record.get("per") == "layer"
 
+    @property
+    def spread(self) -> float | None:
+        return self.record.get("spread")
+
     def groups(self, n: int) -> tuple[int, int]:
         """Size of a group, and how many of it are pruned, where rows do not trade.
 
@@ -56,7 +60,7 @@ class Rule:
 
     def pruned(self, rows: int, n: int) -> int:
         """Pruned entries of a matrix."""
-        if self.pooled:
+        if self.pooled and self.record["keep"] is None:
             return self._part_of(rows * n)
         group, pruned = self.groups(n)
         return rows * (n // group) * pruned
@@ -68,9 +72,9 @@ class Rule:
         if self.record["kind"] == "nm":
             return f"{self.record['keep']}:{self.record['of']}"
         keep = self.record["keep"]
-        if keep is not None:
-            return f"keep {keep}"
-        return f"{float(self.record['sparsity']):.4g}{' per layer' if self.pooled else ''}"
+        share = f"keep {keep}" if keep is not None else f"{float(self.record['sparsity']):.4g}"
+        within = "" if self.spread is None else f" ± {float(self.spread):.4g}"
+        return f"{share}{' per layer' if self.pooled else ''}{within}"
 
     @property
     def two_four(self) -> bool:
@@ -114,6 +118,32 @@ class Manifest:
             key = numbers(layer["name"]), layer["n"]
             found.setdefault(key, set()).add(self.counts[layer["name"]])
         return found
+
+    @property
+    def rows_trade(self) -> bool:
+        return self.rule.pooled or self.options.get("budget") == "both"
+
+    @property
+    def spread(self) -> float | None:
+        """Of rows that trade, how far the sparsity of one may be from its layer's."""
+        return self.rule.spread if self.rule.pooled else self.options.get("spread")
+
+    @cached_property
+    def limits_at(self) -> dict[tuple[tuple[int, ...], int], set[tuple[int, int]]]:
+        """Of rows that trade, the least and the most that one prunes, keyed as `counts_at`."""
+        found: dict[tuple[tuple[int, ...], int], set[tuple[int, int]]] = {}
+        for layer in self.layers:
+            limits = _row_limits(self.pruned(layer), layer["rows"], layer["n"], self.spread)
+            found.setdefault((numbers(layer["name"]), layer["n"]), set()).add(limits)
+        return found
+
+    def pattern(self, layer: Mapping[str, Any]) -> str:
+        """As its record names it."""
+        if not self.counts:
+            return str(self.rule)
+        kept = layer["n"] - self.counts[layer["name"]]
+        trades = {"per": "layer", "spread": self.spread} if self.rows_trade else {}
+        return str(Rule({**self.rule.record, **trades, "keep": kept}))
 
     def pruned(self, layer: Mapping[str, Any]) -> int:
         """Pruned entries of a layer."""
@@ -198,8 +228,7 @@ def check_layers(manifest: Manifest) -> None:
             raise manifest.wrong(f"tensor {name!r} has another pattern than the options")
     for layer in layers:
         name = layer["name"]
-        own = f"keep {layer['n'] - manifest.counts[name]}" if manifest.counts else manifest.rule
-        if layer["pattern"] != str(own):
+        if layer["pattern"] != manifest.pattern(layer):
             raise manifest.wrong(f"layer {name!r} has another pattern than the options")
         if layer["pruned"] != manifest.pruned(layer):
             raise manifest.wrong(f"layer {name!r} counts other pruned weights than its pattern")
@@ -233,9 +262,9 @@ def _check_budget(manifest: Manifest) -> None:
         VerificationError: not so.
     """
     budget, counts, rule = manifest.options.get("budget", "row"), manifest.counts, manifest.rule
-    if (budget == "layer") != rule.pooled or budget not in ("row", "layer", "model"):
+    if (budget == "layer") != rule.pooled or budget not in ("row", "layer", "model", "both"):
         raise manifest.wrong("has a budget that is not its pattern's")
-    if (budget == "model") != bool(counts):
+    if (budget in ("model", "both")) != bool(counts):
         raise manifest.wrong("has counts of its layers, or none, otherwise than its budget says")
     if not counts:
         return
@@ -246,6 +275,16 @@ def _check_budget(manifest: Manifest) -> None:
     alike = sum(rule.pruned(x["rows"], x["n"]) for x in manifest.layers)
     if sum(map(manifest.pruned, manifest.layers)) != alike:
         raise manifest.wrong("prunes another number of weights in all than its pattern")
+
+
+def _row_limits(pruned: int, rows: int, n: int, spread: float | None) -> tuple[int, int]:
+    """Whole numbers no further from the mean than the spread, and those next to the mean in any case."""
+    if spread is None:
+        return 0, n
+    mean, reach = Fraction(pruned, rows), Fraction(repr(float(spread))) * n
+    least = min(math.ceil(mean - reach), math.floor(mean))
+    most = max(math.floor(mean + reach), math.ceil(mean))
+    return max(0, least), min(n, most)
 
 
 def _refitted(options: Mapping[str, Any]) -> bool:
@@ -286,12 +325,12 @@ def check_counts(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, floa
         layers, parts = said.get(key, []), found.get(key, [])
         count = sum(x["rows"] for x in layers)
         if manifest.counts:
-            exact = all(x["pruned"] for x in layers)
+            exact = not manifest.rows_trade and all(x["pruned"] for x in layers)
             least = sum(x.rows for x in parts if x.pruned)
         else:
             least = sum(x.rows for x in parts if x.pruned or not manifest.rule.pruned(x.rows, x.n))
             # of a layer whose rows trade, a piece may by chance have nothing that is pruned
-            exact = bool(not manifest.rule.pooled and manifest.rule.pruned(1, key[1]))
+            exact = bool(not manifest.rows_trade and manifest.rule.pruned(1, key[1]))
         same = count == least if exact else count <= sum(x.rows for x in parts)
         total = sum(x.pruned for x in parts)
         if not same or total != sum(x["pruned"] for x in layers):

@@ -50,12 +50,19 @@ def _pattern(value: Any) -> bool:
     keep = value.get("keep")
     if value.get("kind") == "nm" and set(value) == {"kind", "keep", "of"}:
         return _count(keep) and _size(value["of"]) and keep <= value["of"] < 2**31
-    if value.get("kind") != "unstructured" or set(value) - {"per"} != {"kind", "sparsity", "keep"}:
+    of_rows = {"per", "spread"}
+    if value.get("kind") != "unstructured" or set(value) - of_rows != {"kind", "sparsity", "keep"}:
         return False
-    if "per" in value and (value["per"] != "layer" or value["sparsity"] is None):
+    if "per" in value and value["per"] != "layer":
+        return False
+    if "spread" in value and not ("per" in value and _spread(value["spread"])):
         return False
     sparsity = value["sparsity"]
     return _count(keep) if sparsity is None else keep is None and _amount(sparsity) and sparsity < 1
+
+
+def _spread(value: Any) -> bool:
+    return _amount(value) and value < 1
 
 
 def _maybe(check: Check) -> Check:
@@ -126,6 +133,7 @@ _SHAPE = {
     "fingerprint": lambda v: (
         _fits(v, {"options": _OPTIONS})
         and _kind(dict, _count)(v["options"].get("counts", {}))
+        and _maybe(_spread)(v["options"].get("spread"))
         and _text(v.get("model", ""))
     ),
     "sparsity": _amount,

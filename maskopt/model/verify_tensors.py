@@ -95,15 +95,20 @@ def _slices(
         place = (*numbers(name), index) if kept.ndim == 3 else numbers(name)
         rows, n = mask.shape
         part = Slice(name, place, rows, n, int((~mask).sum()))
-        # not of an expert that was left out, nor of rows that trade
-        if part.pruned and manifest.counts:
+        # not of an expert that was left out
+        if part.pruned and manifest.rows_trade:
+            _check_limits(manifest, part, mask)
+        elif part.pruned and manifest.counts:
             _check_counts(manifest, part, mask)
-        elif part.pruned and not manifest.rule.pooled:
+        elif part.pruned:
             _check_rows(manifest, part, mask)
         if weights is not None and (place, n) in by_magnitude:
             weight = weights[index].to(_working_dtype(manifest)).double()
             part.square = float(weight.masked_fill(mask, 0).square().sum())
-            group = mask.numel() if manifest.rule.pooled else manifest.rule.groups(n)[0]
+            whole = manifest.rows_trade and manifest.spread is None
+            group = (
+                mask.numel() if whole else n if manifest.rows_trade else manifest.rule.groups(n)[0]
+            )
             size, some = weight.abs().view(-1, group), mask.view(-1, group)
             largest = size.masked_fill(some, 0).amax(1)
             part.least_first = bool((largest <= size.masked_fill(~some, torch.inf).amin(1)).all())
@@ -154,6 +159,16 @@ def _check_counts(manifest: Manifest, part: Slice, kept: Tensor) -> None:
         if count not in there:
             raise VerificationError(
                 f"{part.tensor!r}, row {row}: {count} of {part.n} pruned, as in no layer there"
+            )
+
+
+def _check_limits(manifest: Manifest, part: Slice, kept: Tensor) -> None:
+    """Every row prunes as many as one that trades may in a layer there."""
+    there = manifest.limits_at.get((part.numbers, part.n), set())
+    for row, count in enumerate((~kept).sum(1).tolist()):
+        if not any(least <= count <= most for least, most in there):
+            raise VerificationError(
+                f"{part.tensor!r}, row {row}: {count} of {part.n} pruned, beyond the spread of its layer"
             )
 
 

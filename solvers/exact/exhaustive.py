@@ -102,6 +102,7 @@ def _pooled(problem: LayerProblem, limits: Limits, began: float) -> Solution:
             f"{COMBINATION_LIMIT:,}; take solver 'swap'"
         )
     n, masks, costs = problem.n, [], []
+    least, most = problem.row_limits
     for count in range(n + 1):
         alike = problem.under(Unstructured(keep=n - count))
         mask, seen = _enumerate(alike, math.comb(n, count), limits)
@@ -111,6 +112,8 @@ def _pooled(problem: LayerProblem, limits: Limits, began: float) -> Solution:
             return _solution(problem, order >= problem.pruned, seen, none, began)
         masks.append(mask)
         costs.append(alike.objective(mask) * problem.shares)
+        if not least <= count <= most:
+            costs[-1][:] = torch.inf
     counts = _best_counts(torch.stack(costs, 1), problem.pruned)
     chosen = torch.stack([masks[count][row] for row, count in enumerate(counts)])
     seen = torch.full((problem.rows,), 2**n)

@@ -37,7 +37,10 @@ class SparseGPT(Solver):
 
     name: ClassVar[str] = "sparsegpt"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, pooled=True, note="SparseGPT's mask; its weights with update=true"
+        refit=True,
+        pooled=True,
+        limited=False,
+        note="SparseGPT's mask; its weights with update=true",
     )
 
     damping: float = option(

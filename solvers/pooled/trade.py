@@ -68,7 +68,7 @@ def trade(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) 
     given = torch.zeros_like(told.swaps)
     done = False
     while bool(state.proven.all()) and not limits.expired:
-        pairs = trades(state.offers, problem, state.objective)
+        pairs = trades(state.offers, problem, state.objective, (~state.mask).sum(1))
         done = pairs is None
         if pairs is None:
             break
@@ -121,9 +121,18 @@ class Pairs:
 
 
 def trades(
-    offers: Offers, problem: LayerProblem, objective: Float[Tensor, " rows"]
+    offers: Offers,
+    problem: LayerProblem,
+    objective: Float[Tensor, " rows"],
+    pruned: Int[Tensor, " rows"],
 ) -> Pairs | None:
-    """What pays, by more than the tolerances of both rows; None: nothing does."""
+    """What pays, by more than the tolerances of both rows, and leaves every row within its limits; None:
+    nothing does.
+
+    Args:
+        pruned: entries of each row.
+    """
+    offers = _allowed(offers, problem.row_limits, pruned)
     share = problem.shares[:, None]
     refit = problem.refit is not None
     slack = swap_threshold(objective, problem.diagonal_mass(), SWAP_TOLERANCE, refit=refit)
@@ -145,6 +154,18 @@ def trades(
         offers,
         cost.flatten().argsort(stable=True)[:count],
         gain.flatten().argsort(descending=True, stable=True)[:count],
+    )
+
+
+def _allowed(offers: Offers, limits: tuple[int, int], pruned: Int[Tensor, " rows"]) -> Offers:
+    """No more of a row's offers than its limits leave room for; each row only gives or only takes."""
+    least, most = limits
+    place = torch.arange(offers.costs.shape[1], device=pruned.device)
+    full, empty = place >= most - pruned[:, None], place >= pruned[:, None] - least
+    return replace(
+        offers,
+        costs=offers.costs.masked_fill(full, torch.inf),
+        gains=offers.gains.masked_fill(empty, -torch.inf),
     )
 
 
