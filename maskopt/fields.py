@@ -15,8 +15,11 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from maskopt.errors import OptionError, near
+
+_HINTS: WeakKeyDictionary[type, dict[str, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def option(
 
 def options_of(kind: type) -> tuple[Option, ...]:
     """The options of a class, in the order of its fields. A field's metadata may hold other facts, too."""
-    hints, facts = typing.get_type_hints(kind), {f.name for f in dataclasses.fields(Option)}
+    hints, facts = _hints(kind), {f.name for f in dataclasses.fields(Option)}
     return tuple(
         Option(
             f.name,
@@ -96,7 +99,7 @@ def check_options(value: Any, owner: str = "") -> None:
     Raises:
         OptionError: names the option, what it may be, and what it was.
     """
-    hints = typing.get_type_hints(type(value))
+    hints = _hints(type(value))
     for known in options_of(type(value)):
         given = getattr(value, known.name)
         if isinstance(given, list) and typing.get_origin(hints[known.name]) is tuple:
@@ -123,6 +126,13 @@ def build(
             hint = near(given, [*names, *others]) or "; it has none"
             raise OptionError(f"{what} {name!r} has no option {given!r}{hint}")
     return kind(**options)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    """Of the class's fields; made once, since to make them takes a tenth of the time of a small problem."""
+    if kind not in _HINTS:
+        _HINTS[kind] = typing.get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def _alternatives(hint: Any) -> Iterator[Any]:

@@ -30,6 +30,7 @@ class Registry:
 
     def __init__(self, group: str, what: str, protocol: type) -> None:
         self.group, self.what, self.protocol = group, what, protocol
+        self._loaded: dict[EntryPoint, type[Any]] = {}
 
     def names(self) -> list[str]:
         return sorted(_points(self.group))
@@ -44,7 +45,10 @@ class Registry:
         points = _points(self.group)
         if name not in points:
             raise UnknownSolverError(f"unknown {self.what} {name!r}{near(name, points)}")
-        return self._load(points[name])
+        point = points[name]
+        if point not in self._loaded:
+            self._loaded[point] = self._load(point)
+        return self._loaded[point]
 
     def make(self, member: Any, options: Mapping[str, Any]) -> Any:
         """A member ready to run: by name with options, or a value as it is.

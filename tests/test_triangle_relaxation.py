@@ -94,7 +94,7 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     found = {}
     for shares in (CLIMB.shares[:1], CLIMB.shares):
         part = free_part(q, mu, problem.pruned_per_group, same, state)
-        plan, goal = Plan(shares, iterations=40), Goal(0.0, best, best / 10)
+        plan, goal = Plan(shares, (40,)), Goal(0.0, best, best / 10)
         own = relax_node(part, nothing, point, plan, goal)
         e, _ = dense(own.pool, n) if len(own.pool.tau) else (np.zeros((n, n)), None)
         a = q + mu * same + np.diag(own.lam) + 4 * e
@@ -144,7 +144,10 @@ def test_violated_triangles_raise_the_function():
         searched.reach, searched.solved, searched._round = 1.0, 0, lambda *_: None
         return searched.bound(state.copy(), own)[0]
 
-    plain, tight = least(CLIMB._replace(new=0, iterations=60)), least(CLIMB._replace(iterations=60))
+    plain, tight = (
+        least(CLIMB._replace(new=0, iterations=(60,))),
+        least(CLIMB._replace(iterations=(60,))),
+    )
     assert plain < tight <= best
     assert best - tight < 0.6 * (best - plain)
 

@@ -14,7 +14,7 @@ from maskopt.problem import LayerProblem
 from maskopt.solvers.exact.rows import RowTask
 
 #: part of the bound that a stage of the semidefinite relaxation must gain for another one to follow
-_TOLERANCE = 1e-3
+_TOLERANCE, _ROUGH = 1e-3, 0.05
 #: share of the time of a row that the relaxation may use; the tree has the rest
 _SHARE = 0.5
 #: part of Σ|A_ii| that is added to a least eigenvalue of A: the rounding of a factorisation cannot eat it
@@ -61,7 +61,8 @@ def qcr_duals(task: RowTask) -> Duals:
     gram = torch.from_numpy((task.q + task.q.T) / 2)
     problem = LayerProblem(torch.ones(1, n, dtype=torch.float64), gram, pattern, assume_psd=True)
     limits = task.limits.share(_SHARE)
-    bound = lower_bound(problem, "sdp", tolerance=_TOLERANCE, limits=limits)
+    tolerance = _TOLERANCE if task.values is None else _ROUGH
+    bound = lower_bound(problem, "sdp", tolerance=tolerance, limits=limits)
     certificate = bound.certificate
     assert isinstance(certificate, Certificate)
     return Duals(

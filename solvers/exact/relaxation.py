@@ -45,12 +45,12 @@ class Plan(NamedTuple):
     Attributes:
         shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of `unit` where that
             is more: what is gained from a start is a matter of the first, what can be certified of the last.
-        iterations: of a round.
+        iterations: of the rounds; of the last ones the last.
         new: triangles that may join before another round, per free input.
     """
 
     shares: tuple[float, ...]
-    iterations: int = 30
+    iterations: tuple[int, ...] = (30,)
     new: int = 4
 
 
@@ -169,7 +169,8 @@ class _Dual:
                 index, sign, _ = separate(self.x, plan.new * n, RowThreads(1))
                 self.pool = self.pool.join(index, sign, n)
             alpha = share * max(goal.cutoff - goal.bound, goal.unit) / size
-            value = self._ascend(alpha, plan.iterations) - alpha * size
+            iterations = plan.iterations[min(step, len(plan.iterations) - 1)]
+            value = self._ascend(alpha, iterations) - alpha * size
             if value + offset >= goal.cutoff or time.monotonic() >= goal.deadline:
                 break
         self.pool = self.pool.keep(self.pool.tau > _TINY * self.pool.tau.max(initial=0.0))
@@ -198,17 +199,17 @@ class _Dual:
 
     def _form(self, y: np.ndarray, tau: np.ndarray) -> np.ndarray:
         form = self.c.copy()
-        form[np.diag_indices_from(form)] += y
+        form.flat[:: len(form) + 1] += y
         _subtract(form, self.pool.index, self.pool.sign, tau)
         return form
 
     def _value(self, y: np.ndarray, tau: np.ndarray, alpha: float) -> tuple[float, np.ndarray]:
         """−Σ y − Σ τ − ‖L₋‖²/(2α) and its gradient; Z = −L₋/α is left in `x`."""
         # of LAPACKs at hand torch's is the fastest on small matrices, with one thread
-        w, v = torch.linalg.eigh(torch.from_numpy(self._form(y, tau)))
-        negative = int((w < 0).sum())
+        w, v = (t.numpy() for t in torch.linalg.eigh(torch.from_numpy(self._form(y, tau))))
+        negative = int(np.searchsorted(w, 0.0))
         w, v = w[:negative], v[:, :negative]
-        self.x = ((v * (-w / alpha)) @ v.T).numpy()
+        self.x = (v * (-w / alpha)) @ v.T
         inner = np.empty(len(tau))
         _inner(self.x, self.pool.index, self.pool.sign, inner)
         value = -float(y.sum()) - float(tau.sum()) - float(w @ w) / (2 * alpha)

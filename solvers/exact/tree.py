@@ -56,7 +56,7 @@ _TRY = 300
 _NEAR = 0.02
 #: how relaxations with triangles are solved, at the root and below, and their unit as part of what the root
 #: lacks without any. Chosen on the k-cluster instances of seed 1
-_ROOT = Plan((20.0, 10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15))
+_ROOT = Plan((20.0, 10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15), (15, 15, 20, 30))
 _NODE = Plan((10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15))
 _UNIT = 0.6
 #: open nodes that are branched on side by side where each has a relaxation with triangles
