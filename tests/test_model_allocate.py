@@ -21,12 +21,13 @@ from maskopt import NM, Unstructured, collect_problems, prune_model
 from maskopt.certify import certify_model
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.model import prune
-from maskopt.model.allocate import Curve, allocate, share_out
+from maskopt.model.allocate import allocate
 from maskopt.model.gradients import WINDOWS
 from maskopt.model.job import open_job
 from maskopt.model.options import PruneOptions, prune_options
 from maskopt.model.plan import plan_prune
 from maskopt.model.report import read_manifest
+from maskopt.model.share_out import Curve, share_out
 from maskopt.model.verify import verify_output
 from maskopt.model.windows import held_out
 from maskopt.model.workspace import MANIFEST
@@ -142,7 +143,7 @@ def curves(costs: list[float]) -> tuple[list[Any], list[Curve]]:
     layers = open_job(tiny("llama"), None, WHOLE).layers[: len(costs)]
     grid = {x.n: tuple(range(x.n // 4, 3 * x.n // 4 + 1)) for x in layers}
     made = [
-        Curve(x, grid[x.n], tuple(cost * (k / x.n) ** 2 for k in grid[x.n]))
+        Curve((x,), grid[x.n], tuple(cost * (k / x.n) ** 2 for k in grid[x.n]))
         for x, cost in zip(layers, costs, strict=True)
     ]
     return list(layers), made
@@ -159,7 +160,7 @@ def test_it_is_the_cheapest_of_all_counts() -> None:
         for ks in itertools.product(*ranges)
         if sum(x.rows * k for x, k in zip(layers, ks, strict=True)) == total
     ]
-    cost = sum(float(c.at([counts[c.layer.name]])[0]) for c in made)
+    cost = sum(float(c.at([counts[c.layers[0].name]])[0]) for c in made)
     assert cost == pytest.approx(min(every)[0])
 
 
@@ -168,7 +169,7 @@ def test_a_layer_that_counts_more_prunes_less() -> None:
     _, more = curves([30.0, 1.0, 1.0, 1.0])
     name = layers[0].name
     assert share_out(layers, more, WHOLE)[name] < share_out(layers, made, WHOLE)[name]
-    scaled = [Curve(c.layer, c.pruned, tuple(7.0 * x for x in c.costs)) for c in made]
+    scaled = [Curve(c.layers, c.pruned, tuple(7.0 * x for x in c.costs)) for c in made]
     assert share_out(layers, scaled, WHOLE) == share_out(layers, made, WHOLE)
 
 
@@ -182,7 +183,7 @@ def test_layers_without_a_curve_have_the_models_sparsity() -> None:
 @pytest.mark.parametrize("costs", [(0.0, 0.0, 0.0), (0.0, 1.0, 2.0)])
 def test_curves_that_reach_nothing_have_a_logarithm(costs: tuple[float, ...]) -> None:
     layers, _ = curves([1.0])
-    found = Curve(layers[0], (4, 8, 12), costs).at([4, 6, 12])
+    found = Curve((layers[0],), (4, 8, 12), costs).at([4, 6, 12])
     assert bool(np.isfinite(found).all())
     assert bool((np.diff(found) >= 0).all())
 

@@ -12,8 +12,8 @@ half of what a pair costs beyond its two: exact for one block and for two, a mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.errors import ModelError
 from maskopt.model.activations import Activations
-from maskopt.model.job import Block, Job
-from maskopt.model.progress import ticker
+from maskopt.model.job import Job
+from maskopt.model.side_by_side import copied, divergences, through
 from maskopt.problem import RowProblem
 from maskopt.solution import Solution
 from maskopt.solver import solve
 
-#: every so many tokens of a window is judged: a large vocabulary costs more than the blocks
-EVERY = 8
 Left = frozenset[int]
 
 
@@ -105,40 +102,19 @@ def measure_effects(job: Job, folder: Path | None = None) -> Effects:
             new = {left | {block.index}: states for left, states in held.items() if len(left) < 2}
             new[Left({block.index})] = entered
             copies = {
-                left: until_the_end.enter_context(_copy(states, windows, folder))
+                left: until_the_end.enter_context(copied(states, windows, folder))
                 for left, states in new.items()
             }
             before = [entered[w] for w in windows]
             tick = block.ticker("without others", len(held) + 1)
             for states in held.values():
-                _through(block, states, windows)
+                through(block, states, windows)
                 tick(1)
             held |= copies
             block.advance()
             tick(1)
             similarity.append(_alike(before, [entered[w] for w in windows]))
-        return Effects(dict(_divergences(job, held)), similarity)
-
-
-def _through(block: Block, states: Activations, windows: Sequence[int]) -> None:
-    """The windows of one model through the block, in place."""
-    opened = block.opened
-    for wave in opened.threads.waves(windows):
-        found = opened.threads.run([lambda w=w: opened.run(w, states) for w in wave])  # type: ignore[misc]
-        for window, state in zip(wave, found, strict=True):
-            if not bool(torch.isfinite(state).all()):
-                raise ModelError(f"{opened.name}: NaN or infinite activations in window {window}")
-            states[window] = state
-
-
-@contextmanager
-def _copy(
-    states: Activations, windows: Sequence[int], folder: Path | None
-) -> Iterator[Activations]:
-    with Activations(windows, states.shape, states.dtype, folder) as copy:
-        for window in windows:
-            copy[window] = states[window]
-        yield copy
+        return Effects(dict(divergences(job, held)), similarity)
 
 
 def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
@@ -148,28 +124,3 @@ def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
         for a, b in zip(before, after, strict=True)
     ]
     return float(torch.stack(cosines).mean())
-
-
-def _divergences(job: Job, held: dict[Left, Activations]) -> Iterator[tuple[Left, float]]:
-    """KL(dense ‖ without) of every model, over some tokens of every window."""
-    assert job.windows is not None
-    tokens, device = job.windows.tokens, job.source.device
-    some = torch.arange(EVERY - 1, job.windows.length, EVERY)
-    if not len(some):
-        some = torch.tensor([job.windows.length - 1])
-    tick = ticker(job.tell, job.last, job.last + 1, "output", len(held))
-    with job.after_blocks() as end:
-
-        def logs(states: Callable[[int], Tensor], window: int) -> Tensor:
-            ids, state = tokens[window : window + 1, some], states(window)[:, some]
-            logits = end(ids.to(device), state.to(device))[0].float()
-            return torch.log_softmax(logits, -1)
-
-        dense = [logs(lambda w: job.last_state(w)[None], w) for w in range(len(tokens))]
-        for left, states in held.items():
-            total = 0.0
-            for window, log in enumerate(dense):
-                other = logs(states.__getitem__, window)
-                total += float((log.exp() * (log - other)).sum(1).double().sum())
-            yield left, total / (len(tokens) * len(some))
-            tick(1)

@@ -13,8 +13,11 @@ from torch import Tensor
 from maskopt.model.gradients import Gradients
 from maskopt.problem import LayerProblem
 
-#: as it is; as a part of the output's energy; by the squared gradient of the loss by each output
-IMPORTANCES = EQUAL, SHARE, LOSS = ("alike", "relative", "loss")
+#: as it is; as a part of the output's energy; by the squared gradient of the loss by each output; and of
+#: blocks, by what the model's output loses
+IMPORTANCES = EQUAL, SHARE, LOSS, MEASURED = ("alike", "relative", "loss", "measured")
+#: sparsities of a block at which it is measured (the least, the model's, the most), and on how many windows
+VARIANTS, VARIANT_WINDOWS = 3, 4
 #: of the mean of a layer's rows: what each counts at least, so that none is pruned away
 _LEAST = 1e-3
 

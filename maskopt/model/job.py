@@ -161,6 +161,12 @@ class Job:
             ranks=self.ranks,
         )
 
+    def whole_again(self, options: WalkOptions, windows: Sequence[int]) -> Job:
+        """A walk through all blocks of the same model, with some of the windows."""
+        assert self.windows is not None
+        some = self.windows.take(windows)
+        return Job(self.source, self.layers, some, options, whole=True, on_progress=self.tell)
+
     @property
     def load(self) -> Load:
         """What the memory of the walk depends on."""
@@ -176,6 +182,9 @@ class Job:
             refit=self.options.refit is not None,
             trained=self.options.trained,
             gradients=0 if self.whole else self.options.gradient_windows(self.count),
+            variants=0
+            if self.whole
+            else self.options.variant_windows(self.count, len(self.source.blocks)),
         )
 
     def blocks(

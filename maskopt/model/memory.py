@@ -62,6 +62,7 @@ class Load:
         beside: the dense model's hidden states go along, and moments of both.
         refit: kept weights are refitted: systems of their own for every row.
         gradients: windows whose hidden states of every block are kept, for the loss's gradients by them.
+        variants: windows of variants of the model, which go through it before anything is pruned.
         trained: parts of a block are, on what they are given, towards what they give in the dense model.
     """
 
@@ -75,6 +76,7 @@ class Load:
     beside: bool = False
     refit: bool = False
     gradients: int = 0
+    variants: int = 0
     trained: bool = False
 
 
@@ -87,7 +89,7 @@ def estimate_memory(load: Load) -> Memory:
     hidden = hidden_size(source.model)
     state = length * hidden * width
     copies = state_copies(beside=load.beside, trained=load.trained)
-    activations = copies * load.samples * state
+    activations = max(copies * load.samples, load.variants) * state
     grams = inputs = solving = 0
     for mine in by_block(load.layers).values():
         distinct = distinct_inputs(mine)

@@ -17,7 +17,7 @@ from maskopt.least_squares import Refit
 from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
 from maskopt.model.gradients import WINDOWS
-from maskopt.model.importance import IMPORTANCES, LOSS
+from maskopt.model.importance import IMPORTANCES, LOSS, MEASURED, VARIANT_WINDOWS, VARIANTS
 from maskopt.model.solving import check_solver, default_start
 from maskopt.model.training import Reconstruction
 from maskopt.model.weighting import ALIKE, GRADIENT, WEIGHTINGS
@@ -168,6 +168,10 @@ class WalkOptions:
             return windows
         return min(windows, WINDOWS) if self.sensitive else 0
 
+    def variant_windows(self, windows: int, blocks: int) -> int:
+        """Of variants of the model that are measured before anything is pruned, all of theirs."""
+        return 0
+
     @property
     def sensitive(self) -> bool:
         """Whether those by the outputs of the layers are."""
@@ -244,7 +248,8 @@ class PruneOptions(WalkOptions):
         LOSS,
         MASKS,
         "Of what trades, what a row's or a layer's error counts. alike: as it is; relative: as "
-        "a part of its output; loss: by the squared gradient of the dense model's loss by each output.",
+        "a part of its output; loss: by the squared gradient of the dense model's loss by each output; "
+        "measured: of the layers of a block together, by what the model's output loses (`budget` model).",
         choices=IMPORTANCES,
     )
     spread: float | None = option_field(
@@ -336,6 +341,11 @@ class PruneOptions(WalkOptions):
             raise OptionError("`counts` are those of layers that trade: give `budget` model, too")
         if self.sensitive:
             self._check_every_window("`importance` loss")
+        if self.importance == MEASURED and self.rows_trade:
+            raise OptionError(
+                "`importance` measured is of whole blocks and says nothing of rows: with `budget` "
+                f"{self.budget} take loss, or `budget` model"
+            )
 
     def _trade_as(self, pattern: Unstructured) -> None:
         """Rows trade as this pattern says; its spread and the option's are one."""
@@ -400,6 +410,10 @@ class PruneOptions(WalkOptions):
     def sensitive(self) -> bool:
         trades = self.rows_trade or (self.layers_trade and not self.counts)
         return trades and self.importance == LOSS
+
+    def variant_windows(self, windows: int, blocks: int) -> int:
+        measured = self.layers_trade and self.importance == MEASURED and not self.counts
+        return VARIANTS * blocks * min(VARIANT_WINDOWS, windows) if measured else 0
 
     @property
     def rows_trade(self) -> bool:

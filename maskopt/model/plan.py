@@ -18,6 +18,7 @@ from maskopt.model.blocks import Layer, vocabulary_size
 from maskopt.model.checkpoint import Checkpoint, resolve_model
 from maskopt.model.gradients import WINDOWS
 from maskopt.model.gram_store import GramStore
+from maskopt.model.importance import VARIANT_WINDOWS
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import (
     Memory,
@@ -28,6 +29,7 @@ from maskopt.model.memory import (
     hidden_size,
 )
 from maskopt.model.options import KEEP, PruneOptions, prune_options
+from maskopt.model.side_by_side import EVERY
 from maskopt.model.solving import solve_layer
 from maskopt.model.source import Source
 from maskopt.model.write import disk_needed
@@ -150,7 +152,10 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
                 total -= 2 * mine[-1].rows * mine[-1].n
-        if options.layers_trade and not options.counts:  # once more through the dense model
+        variants = options.variant_windows(job.count, 1)
+        if variants:  # those of all blocks so far, and twice the dense model
+            passes += (variants * (index + 1) + 2 * min(VARIANT_WINDOWS, job.count)) / job.count
+        elif options.layers_trade and not options.counts:  # once more through the dense model
             passes += min(WINDOWS, job.count) / job.count
         if options.reconstruction is not None:
             # forward and back for what is trained on, forward for what judges; targets, inputs
@@ -159,7 +164,9 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
         total += passes * (2 * weights + 4 * job.length * width) + squares * sum(
             n * n for n in distinct
         )
-    return total * tokens + _gradient_operations(job, options)
+    judged = options.variant_windows(job.count, len(job.source.blocks)) * job.length / EVERY
+    head = 2.0 * judged * vocabulary_size(job.source.model) * width
+    return total * tokens + head + _gradient_operations(job, options)
 
 
 def _gradient_operations(job: Job, options: PruneOptions) -> float:

@@ -25,6 +25,7 @@ from maskopt.model.allocate import allocate
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.gram_store import GramStore, StoredBlock, stored_blocks
+from maskopt.model.importance import MEASURED
 from maskopt.model.job import Block, Job, open_job
 from maskopt.model.journal import differences, in_words
 from maskopt.model.options import RECONSTRUCT, PruneOptions, prune_options
@@ -134,6 +135,10 @@ def _check_ranks(ranks: Ranks, options: PruneOptions) -> None:
     if ranks.size > 1 and options.weights == RECONSTRUCT:
         raise OptionError(
             "`weights` reconstruct trains in one process: start it without torchrun, or take `weights` refit"
+        )
+    if ranks.size > 1 and options.importance == MEASURED and not options.counts:
+        raise OptionError(
+            "`importance` measured measures in one process: start it without torchrun, or give its `counts`"
         )
 
 

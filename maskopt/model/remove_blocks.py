@@ -15,13 +15,14 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.model.block_effects import Effects, measure_effects
 from maskopt.model.checkpoint import read_json
 from maskopt.model.fingerprint import fingerprint_of
-from maskopt.model.job import Block, Job, open_job
+from maskopt.model.job import Block, open_job
 from maskopt.model.options import KEEP, WalkOptions
 from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import PruneReport
 from maskopt.model.rewritten import Change, write_changed
+from maskopt.model.side_by_side import place
 from maskopt.model.smaller import CONFIG, check_shapes, folder_source
 from maskopt.model.source import FolderSource
 from maskopt.model.windows import tokens_or_tokenizer
@@ -107,7 +108,8 @@ def remove_blocks(
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         check_disk(work.output, disk_needed(source.checkpoint))
         with job, torch.no_grad():
-            effects = measure_effects(job, work.hidden if _spills(job) else None)
+            pairs = len(source.blocks) * (len(source.blocks) + 1) // 2
+            effects = measure_effects(job, place(job, pairs, work.hidden))
         removed, solution = effects.best(count)
         change = Change(
             _check_family(source, removed),
@@ -121,13 +123,6 @@ def remove_blocks(
         found = _effects(removed, effects, solution)
         write_changed(job, work, change, report, blocks=removed, effects=found)
     return BlocksReport(removed, effects, solution, target, time.perf_counter() - began)
-
-
-def _spills(job: Job) -> bool:
-    """Whether the states of all models take more memory than hidden states may."""
-    blocks, width = len(job.source.blocks), job.source.model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
-    size = job.count * job.length * int(width) * 4 * (blocks * (blocks + 1) // 2)
-    return size > job.activation_memory
 
 
 def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:

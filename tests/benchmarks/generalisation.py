@@ -106,12 +106,16 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "rows, loss, ± 0.1": {"budget": "layer", "importance": "loss", "spread": 0.1},
     "rows, loss, ± 0.2": {"budget": "layer", "importance": "loss", "spread": 0.2},
     "layers and rows, loss": {"budget": "both", "importance": "loss"},
+    "blocks, measured": {"budget": "model", "importance": "measured"},
 }
 #: other methods' shares of blocks that trade
 SHARES = ("OWL", "DLP")
 #: pattern → which of them
 TRADES: dict[str, tuple[str, ...]] = {
-    "50%": ("none", "rows, loss", "rows, loss, ± 0.1", "layers, loss", "layers and rows, loss"),
+    "50%": (
+        *("none", "rows, loss", "rows, loss, ± 0.1"),
+        *("layers, loss", "layers and rows, loss", "blocks, measured"),
+    ),
     "60%": ("none", "layers, loss"),
     "70%": tuple(BUDGETS),
 }

@@ -267,7 +267,8 @@ STUDIES = (
         "budgets",
         "Rows and layers that trade",
         "32 windows. Who trades, and what an error counts (`budget`, `importance`): as it is; as a part of\n"
-        "the layer's output; or by the squared gradient of the dense model's loss by each output.",
+        "the layer's output; by the squared gradient of the dense model's loss by each output; or by what the\n"
+        "model's output loses where a block alone is pruned (*measured*). ±: no row is further from its layer.",
         {
             "model": MODEL,
             "pattern": part(1),

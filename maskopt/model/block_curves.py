@@ -1,0 +1,107 @@
+"""What the model's output loses where one of its blocks is pruned more or less, and all others are dense.
+
+Of every block a few variants, by Wanda's masks at a few sparsities on what the block is given in the dense
+model, go through the rest of the model side by side: 3·N²/2 passes through single blocks for N blocks.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maskopt.model.activations import Activations
+from maskopt.model.blocks import Layer, matrix
+from maskopt.model.importance import VARIANT_WINDOWS, VARIANTS
+from maskopt.model.job import Block, Job
+from maskopt.model.options import PruneOptions
+from maskopt.model.problems import layer_problem
+from maskopt.model.share_out import Curve, Moves
+from maskopt.model.side_by_side import copied, divergences, place, through
+from maskopt.model.weighting import ALIKE, GRADIENT
+from maskopt.pattern import Unstructured
+from maskopt.problem import LayerProblem
+from maskopt.solver import solve
+
+
+def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
+    """The model stays as it is.
+
+    Args:
+        job: the model with the prune's layers and windows; it is walked through by another one.
+        options: of the dense model's inputs; a block's samples stay while its Gram matrices are made.
+    """
+    # the gradients that count tokens are those of all windows, of another walk
+    weighting = ALIKE if options.weighting == GRADIENT else options.weighting
+    walk = job.whole_again(replace(options, weighting=weighting), job.few()[:VARIANT_WINDOWS])
+    windows = range(walk.count)
+    folder = place(walk, VARIANTS * len(job.source.blocks), Path(tempfile.gettempdir()))
+    held: dict[tuple[int, int], Activations] = {}
+    moves: dict[int, Moves] = {}
+    with walk, torch.no_grad(), ExitStack() as until_the_end:
+        for block in walk.blocks():
+            entered = block.opened.samples.states
+            problems = _problems(walk, block, options)
+            tick = block.ticker("budget", len(held) + VARIANTS)
+            for states in held.values():
+                through(block, states, windows)
+                tick(1)
+            if problems:
+                chosen = [layer for layer, _ in problems]
+                alike = {x.name: options.pattern.pruned_per_group(x.n) for x in chosen}
+                move = moves[block.index] = Moves.of(chosen, alike, options.layer_spread)
+                for level in _measured(move):
+                    copy = until_the_end.enter_context(copied(entered, windows, folder))
+                    counts = [move.counts(index)[level] for index in range(len(chosen))]
+                    with _pruned(walk, problems, counts):
+                        through(block, copy, windows)
+                    held[block.index, move.counts(0)[level]] = copy
+                    tick(1)
+            block.advance()
+        costs = dict(divergences(walk, held))
+    found = []
+    for index, move in moves.items():
+        pruned = tuple(count for block_index, count in held if block_index == index)
+        kl = tuple(max(0.0, costs[index, count]) for count in pruned)
+        found.append(Curve(move.layers, pruned, kl))
+    return found
+
+
+def _problems(job: Job, block: Block, options: PruneOptions) -> list[tuple[Layer, LayerProblem]]:
+    """Of the chosen layers that see enough tokens."""
+    grams = block.grams()
+    found = []
+    for layer in block.layers:
+        gram = grams.of(layer.name)
+        if gram is not None and gram.tokens >= options.min_tokens:
+            weight = matrix(job.source.model, layer).detach().float().clone()
+            found.append((layer, layer_problem(layer, weight, gram, options.pattern)))
+    return found
+
+
+def _measured(move: Moves) -> list[int]:
+    """Places among the moves: the first, that of 0, and the last."""
+    return sorted({0, move.moves.index(0), len(move.moves) - 1})
+
+
+@contextmanager
+def _pruned(
+    job: Job, problems: Sequence[tuple[Layer, LayerProblem]], counts: Sequence[int]
+) -> Iterator[None]:
+    """The block with so many inputs of each row of its layers pruned by Wanda, and afterwards as it was."""
+    before: list[tuple[Tensor, Tensor]] = []
+    for (layer, problem), count in zip(problems, counts, strict=True):
+        weight = matrix(job.source.model, layer)
+        before.append((weight, weight.clone()))
+        mask = solve(problem.under(Unstructured(keep=layer.n - count)), "wanda").mask
+        weight.masked_fill_(~mask.to(weight.device), 0)
+    try:
+        yield
+    finally:
+        for weight, old in before:
+            weight.copy_(old)

@@ -1,0 +1,89 @@
+"""Variants of a model that go through its blocks side by side, so that each block is in memory once, and what
+they change in the distribution of the next token.
+
+A variant has no weights of its own: it differs by what happened to its hidden states in some block, and goes
+through all others as the model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import ModelError
+from maskopt.model.activations import Activations
+from maskopt.model.job import Block, Job
+from maskopt.model.memory import hidden_size
+from maskopt.model.progress import ticker
+
+#: every so many tokens of a window is judged: a large vocabulary costs more than the blocks
+EVERY = 8
+Key = TypeVar("Key")
+
+
+def place(job: Job, variants: int, folder: Path) -> Path | None:
+    """Where the hidden states of so many variants go: in files of the folder, if they take more memory than
+    hidden states may; None: in memory."""
+    size = job.count * job.length * hidden_size(job.source.model) * 4 * variants
+    return folder if size > job.activation_memory else None
+
+
+def through(block: Block, states: Activations, windows: Sequence[int]) -> None:
+    """The windows of one variant through the block as it is now, in place.
+
+    Raises:
+        ModelError: NaN or infinite activations.
+    """
+    opened = block.opened
+    for wave in opened.threads.waves(windows):
+        found = opened.threads.run([lambda w=w: opened.run(w, states) for w in wave])  # type: ignore[misc]
+        for window, state in zip(wave, found, strict=True):
+            if not bool(torch.isfinite(state).all()):
+                raise ModelError(f"{opened.name}: NaN or infinite activations in window {window}")
+            states[window] = state
+
+
+@contextmanager
+def copied(
+    states: Activations, windows: Sequence[int], folder: Path | None
+) -> Iterator[Activations]:
+    """The hidden states of another variant, which begins here."""
+    with Activations(windows, states.shape, states.dtype, folder) as copy:
+        for window in windows:
+            copy[window] = states[window]
+        yield copy
+
+
+def divergences(job: Job, held: Mapping[Key, Activations]) -> Iterator[tuple[Key, float]]:
+    """KL(model ‖ variant), nats a token, over some tokens of every window.
+
+    Args:
+        job: of a whole walk that is over.
+        held: what left the last block, of every variant.
+    """
+    assert job.windows is not None
+    tokens, device = job.windows.tokens, job.source.device
+    some = torch.arange(EVERY - 1, job.windows.length, EVERY)
+    if not len(some):
+        some = torch.tensor([job.windows.length - 1])
+    tick = ticker(job.tell, job.last, job.last + 1, "output", len(held))
+    with job.after_blocks() as end:
+
+        def logs(states: Callable[[int], Tensor], window: int) -> Tensor:
+            ids, state = tokens[window : window + 1, some], states(window)[:, some]
+            logits = end(ids.to(device), state.to(device))[0].float()
+            return torch.log_softmax(logits, -1)
+
+        model = [logs(lambda w: job.last_state(w)[None], w) for w in range(len(tokens))]
+        for key, states in held.items():
+            total = 0.0
+            for window, log in enumerate(model):
+                other = logs(states.__getitem__, window)
+                total += float((log.exp() * (log - other)).sum(1).double().sum())
+            yield key, total / (len(tokens) * len(some))
+            tick(1)
