@@ -34,9 +34,10 @@ from maskopt.errors import ModelError
 from maskopt.jobs import BATCH, as_they_finish, workers
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer, choose
-from maskopt.model.options import BOTH, KEEP, name_patterns
+from maskopt.model.options import BOTH, KEEP
 from maskopt.model.problems import layer_problems
 from maskopt.model.report import read_layers, read_manifest
+from maskopt.model.walk_options import name_patterns
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import Unstructured, pattern_from_dict
 from maskopt.problem import LayerProblem

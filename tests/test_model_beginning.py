@@ -15,8 +15,8 @@ from tokenizers import processors
 from maskopt import open_job
 from maskopt.errors import DataError
 from maskopt.model.beginning import Beginning, beginning_of
-from maskopt.model.options import WalkOptions
 from maskopt.model.tokens import calibration_windows, evaluation_windows, token_windows
+from maskopt.model.walk_options import WalkOptions
 
 TEXT = "abcdefghijklmnopqrstuvwxyz" * 4
 

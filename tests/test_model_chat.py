@@ -17,8 +17,9 @@ from tiny_models import CHAT_BOS, CHAT_EOS, CHAT_TEMPLATE, chat_tokenizer, save,
 from maskopt import open_job, perplexity, prune_model
 from maskopt.errors import DataError, MaskoptError, ModelError, VerificationError
 from maskopt.model.chat import chat_calibration_windows, chat_evaluation_windows, read_conversations
-from maskopt.model.options import PruneOptions, WalkOptions
+from maskopt.model.options import PruneOptions
 from maskopt.model.verify import verify_output
+from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import Unstructured
 

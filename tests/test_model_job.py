@@ -21,8 +21,9 @@ from maskopt import NM, MaskoptError, PruneOptions, Unstructured, open_job, prun
 from maskopt.cli import app
 from maskopt.errors import ModelError, OptionError, PatternError
 from maskopt.model.blocks import Blocks, choose, matrix
-from maskopt.model.options import WalkOptions, prune_options
+from maskopt.model.options import prune_options
 from maskopt.model.plan import plan_prune
+from maskopt.model.walk_options import WalkOptions
 
 WANDA: dict[str, Any] = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 

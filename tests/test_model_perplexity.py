@@ -15,9 +15,9 @@ from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.model import evaluate as evaluation
 from maskopt.model import job
 from maskopt.model import perplexity as module
-from maskopt.model.options import WalkOptions
 from maskopt.model.parts import first
 from maskopt.model.source import FolderSource
+from maskopt.model.walk_options import WalkOptions
 
 
 def cross_entropy(model: Any, data: torch.Tensor) -> float:

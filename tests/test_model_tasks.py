@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from maskopt.cli import app
 from maskopt.errors import DataError, ModelError, OptionError
-from maskopt.model.options import WalkOptions
 from maskopt.model.tasks import Tasks, TaskScore, open_tasks
+from maskopt.model.walk_options import WalkOptions
 
 QUESTIONS = [
     {

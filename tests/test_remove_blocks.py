@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from maskopt import prune_model, remove_blocks, verify
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.model.block_effects import Effects
-from maskopt.model.options import WalkOptions
 from maskopt.model.side_by_side import EVERY
 from maskopt.model.verify_smaller import verify_smaller
+from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST
 
 DEEP = [

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from maskopt import open_job, remove_experts
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.model.experts import costs, mixtures_of
-from maskopt.model.options import WalkOptions
 from maskopt.model.verify_smaller import verify_smaller
+from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST
 
 FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss"]

@@ -15,7 +15,7 @@ from maskopt.cli.parameters import TEXT_SOURCES, option_list, takes
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
 from maskopt.files import atomic_write
-from maskopt.model.options import EVALUATION, WalkOptions
+from maskopt.model.walk_options import EVALUATION, WalkOptions
 
 if TYPE_CHECKING:
     from maskopt.model.evaluate import Evaluation

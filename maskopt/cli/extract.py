@@ -14,7 +14,7 @@ from maskopt.cli.parameters import Calibration, Select, option_list
 from maskopt.cli.solve import check_output
 from maskopt.errors import OptionError, SolverError
 from maskopt.formats import save_problem
-from maskopt.model.options import name_patterns
+from maskopt.model.walk_options import name_patterns
 from maskopt.solver import WritesInstances, make_solver
 
 FORMATS = ("npz", "cip", "lp", "mps", "qplib", "dat", "mc", "mdp")

@@ -19,7 +19,7 @@ from maskopt.cli.parameters import (
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.ranks import ranks
 from maskopt.cli.view import view
-from maskopt.model.options import WalkOptions
+from maskopt.model.walk_options import WalkOptions
 
 
 @takes(

@@ -21,15 +21,8 @@ import typer
 
 from maskopt.cli.config import Config, PrintConfig, config_text, drop_other_pattern
 from maskopt.errors import OptionError
-from maskopt.model.options import (
-    MACHINE,
-    MASKS,
-    TEXT,
-    PruneOptions,
-    WalkOptions,
-    name_patterns,
-    one_pattern,
-)
+from maskopt.model.options import PruneOptions, one_pattern
+from maskopt.model.walk_options import MACHINE, MASKS, TEXT, WalkOptions, name_patterns
 from maskopt.pattern import Pattern, parse_pattern
 
 TEXT_SOURCES = (

@@ -24,8 +24,8 @@ from maskopt.cli.prune import told_of_resume
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
-from maskopt.model.options import WalkOptions
 from maskopt.model.shrink_options import NOT_HERE, ShrinkOptions
+from maskopt.model.walk_options import WalkOptions
 
 if TYPE_CHECKING:
     from maskopt.model.report import LayerReport, PruneReport

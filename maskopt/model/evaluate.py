@@ -20,7 +20,6 @@ from torch import Tensor
 
 from maskopt.errors import DataError, OptionError
 from maskopt.model.job import Job, open_job
-from maskopt.model.options import WalkOptions
 from maskopt.model.perplexity import (
     POSITIONS,
     Perplexity,
@@ -34,6 +33,7 @@ from maskopt.model.perplexity import (
     window_sums,
 )
 from maskopt.model.tokens import Windows
+from maskopt.model.walk_options import WalkOptions
 
 
 @dataclass(frozen=True)

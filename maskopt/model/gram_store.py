@@ -25,11 +25,12 @@ from maskopt.model.collect import BadSample, Grams
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import by_block
-from maskopt.model.options import LOSS, RECONSTRUCT, PruneOptions, WalkOptions
+from maskopt.model.options import LOSS, RECONSTRUCT, PruneOptions
 from maskopt.model.output import FinishedBlock, check_disk, check_not_the_model
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.safefile import DTYPES, open_safe, write_safe
+from maskopt.model.walk_options import WalkOptions
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.model.workspace import Workspace, check_output, open_workspace
 

@@ -31,7 +31,6 @@ from maskopt.model.gradients import WINDOWS, DenseModel, Gradients
 from maskopt.model.lanes import lanes_to
 from maskopt.model.memory import Load, by_block, check_memory, state_copies
 from maskopt.model.opening import capped_length, open_source
-from maskopt.model.options import WalkOptions
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.rounds import check_multiplied, first_round
@@ -41,6 +40,7 @@ from maskopt.model.tokens import (
     Windows,
     check_vocabulary,
 )
+from maskopt.model.walk_options import WalkOptions
 from maskopt.model.weighting import ALIKE, GRADIENT, REST, token_weights
 from maskopt.model.windows import held_out, windows_of
 

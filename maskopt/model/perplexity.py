@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError
 from maskopt.model.job import Job, open_job
-from maskopt.model.options import EVALUATION, WalkOptions, check_names
 from maskopt.model.progress import BlockProgress
 from maskopt.model.tokens import Windows
+from maskopt.model.walk_options import EVALUATION, WalkOptions, check_names
 from maskopt.model.windows import tokens_or_tokenizer
 
 #: positions at a time, few, so that their logits in float32 stay in the cache: 262,144 a position, of Gemma

@@ -16,8 +16,9 @@ from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
 from maskopt.model.importance import counting
 from maskopt.model.job import Job, open_job
-from maskopt.model.options import AUTO, PruneOptions, name_patterns, prune_options
+from maskopt.model.options import AUTO, PruneOptions, prune_options
 from maskopt.model.progress import OnBlockProgress
+from maskopt.model.walk_options import name_patterns
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem

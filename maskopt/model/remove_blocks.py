@@ -16,7 +16,7 @@ from maskopt.model.block_effects import Effects, measure_effects
 from maskopt.model.checkpoint import read_json
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Block, open_job
-from maskopt.model.options import KEEP, WalkOptions
+from maskopt.model.options import KEEP
 from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
@@ -25,6 +25,7 @@ from maskopt.model.rewritten import Change, write_changed
 from maskopt.model.side_by_side import place
 from maskopt.model.smaller import CONFIG, check_shapes, folder_source
 from maskopt.model.source import FolderSource
+from maskopt.model.walk_options import WalkOptions
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.model.workspace import check_output, open_workspace
 from maskopt.model.write import disk_needed

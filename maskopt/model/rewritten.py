@@ -15,9 +15,9 @@ from maskopt.errors import ModelError
 from maskopt.model.card import hub_name, write_card
 from maskopt.model.checkpoint import file_digest
 from maskopt.model.job import Block, Job, open_job
-from maskopt.model.options import WalkOptions
 from maskopt.model.report import PruneReport, write_manifest
 from maskopt.model.smaller import StoredCut, folder_source, write_config, write_renamed_shards
+from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST, Workspace
 from maskopt.model.write import copy_side_files
 

@@ -9,16 +9,9 @@ from typing import Any
 
 from maskopt.errors import OptionError
 from maskopt.least_squares import Refit
-from maskopt.model.options import (
-    KEEP,
-    MASKS,
-    REFIT,
-    WalkOptions,
-    about,
-    described,
-    option_field,
-)
+from maskopt.model.options import KEEP, REFIT
 from maskopt.model.solving import check_solver
+from maskopt.model.walk_options import MASKS, WalkOptions, about, described, option_field
 
 #: of the walk's options, those that do not matter where all blocks are cut alike
 NOT_HERE = ("include", "exclude", "weighting", "all_experts")

@@ -10,10 +10,11 @@ from typing import Any
 
 from maskopt.errors import OptionError
 from maskopt.model.evaluate import Evaluation, evaluate
-from maskopt.model.options import KEEP, PruneOptions, WalkOptions, prune_options
+from maskopt.model.options import KEEP, PruneOptions, prune_options
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
+from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST, unfinished
 from maskopt.pattern import Pattern
 

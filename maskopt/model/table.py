@@ -21,12 +21,13 @@ from typing import Any
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError
 from maskopt.model.job import open_job
 from maskopt.model.journal import append_line, read_journal
-from maskopt.model.options import EVALUATION, OF_A_CELL, PruneOptions, WalkOptions, check_names
+from maskopt.model.options import OF_A_CELL, PruneOptions
 from maskopt.model.perplexity import Perplexity, check_targets, perplexity
 from maskopt.model.progress import BlockProgress
 from maskopt.model.prune import prune_model
 from maskopt.model.report import LayerReport, read_layers, versions
 from maskopt.model.tokens import Windows
+from maskopt.model.walk_options import EVALUATION, WalkOptions, check_names
 from maskopt.model.workspace import MANIFEST, plain_errors, unfinished
 from maskopt.pattern import Pattern, Unstructured, parse_pattern
 

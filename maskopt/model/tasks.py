@@ -23,10 +23,10 @@ from maskopt.limits import torch_threads
 from maskopt.model.beginning import beginning_of
 from maskopt.model.loading import return_memory
 from maskopt.model.opening import capped_length, load_tokenizer, open_source
-from maskopt.model.options import WalkOptions
 from maskopt.model.perplexity import interval
 from maskopt.model.source import FolderSource
 from maskopt.model.tokens import check_count
+from maskopt.model.walk_options import WalkOptions
 
 INSTALL = "pip install 'maskopt[tasks]'"
 #: those of lm-eval's own command line, so that its figures are these

@@ -10,7 +10,6 @@ from torch import Tensor
 from maskopt.errors import DataError
 from maskopt.model.chat import chat_calibration_windows, chat_evaluation_windows
 from maskopt.model.opening import capped_length, load_tokenizer
-from maskopt.model.options import WalkOptions
 from maskopt.model.source import Source
 from maskopt.model.tokens import (
     Windows,
@@ -19,6 +18,7 @@ from maskopt.model.tokens import (
     evaluation_windows,
     token_windows,
 )
+from maskopt.model.walk_options import WalkOptions
 
 
 def tokens_or_tokenizer(given: Any, text: Any) -> tuple[Any, Any]:

@@ -27,9 +27,10 @@ from yardsticks import shared_out
 from maskopt import NM, Unstructured
 from maskopt.model.demo_model import MODELS, demo_model
 from maskopt.model.evaluate import Evaluation, evaluate
-from maskopt.model.options import WalkOptions, prune_options
+from maskopt.model.options import prune_options
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
+from maskopt.model.walk_options import WalkOptions
 from maskopt.model.weighting import WEIGHTINGS
 from maskopt.pattern import Pattern
 

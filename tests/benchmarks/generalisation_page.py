@@ -267,8 +267,9 @@ STUDIES = (
         "budgets",
         "Rows and layers that trade",
         "32 windows. Who trades, and what an error counts (`budget`, `importance`): as it is; as a part of\n"
-        "the layer's output; by the squared gradient of the dense model's loss by each output; or by what the\n"
-        "model's output loses where a block alone is pruned (*measured*). ±: no row is further from its layer.",
+        "the layer's output; by the squared gradient of the dense model's loss by each output; or by what\n"
+        "the model's output loses where a block alone is pruned (*measured*). ±: no row is further from its\n"
+        "layer.",
         {
             "model": MODEL,
             "pattern": part(1),

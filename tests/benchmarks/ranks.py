@@ -114,7 +114,7 @@ def tell(
     seconds: float,
 ) -> None:
     from maskopt.model.job import open_job
-    from maskopt.model.options import WalkOptions
+    from maskopt.model.walk_options import WalkOptions
 
     include = tuple(f"layers.{block}" for block in range(args.blocks))
     layers = open_job(demo_model(args.model), None, WalkOptions(include=include)).layers

@@ -32,10 +32,10 @@ from maskopt.model import shrink as shrinking
 from maskopt.model.block_effects import Effects
 from maskopt.model.demo_model import MODELS, demo_model
 from maskopt.model.evaluate import evaluate
-from maskopt.model.options import WalkOptions
 from maskopt.model.remove_blocks import remove_blocks
 from maskopt.model.report import PruneReport
 from maskopt.model.shrink import shrink_model
+from maskopt.model.walk_options import WalkOptions
 
 #: label → what of it is a solver of ours
 METHODS = {
