@@ -82,14 +82,34 @@ def test_what_is_written_is_the_model_without_them(family: str, tmp_path: Path) 
     assert "kept weights" in found.checked
 
 
-def test_sets_of_three_are_chosen_by_pairs_and_proven(tmp_path: Path) -> None:
+def test_sets_of_three_are_foretold_by_pairs_and_measured_as_a_whole(tmp_path: Path) -> None:
     dense = save(tiny("llama", layers=6), tmp_path / "dense")
     report = remove_blocks(dense, tokens(2), count=3, output=tmp_path / "out", windows=2)
     costs = {s: report.effects.cost(s) for s in itertools.combinations(range(6), 3)}
-    assert tuple(report.removed) == min(costs, key=lambda s: costs[s])
+    least = min(costs, key=lambda s: costs[s])
+    assert tuple((~report.solution.mask[0]).nonzero()[:, 0].tolist()) == least
+    assert str(report.solution.status[0]) == "optimal"
+    full = logs(AutoModelForCausalLM.from_pretrained(dense), tokens(2))
+    assert len(report.measured) >= 10  # all that differ from it by one block, and it
+    assert {frozenset(least), frozenset({3, 4, 5})} < set(report.measured)
+    assert frozenset(report.effects.most_alike(3)) in report.measured
+    for gone, cost in report.measured.items():
+        other = logs(without(dense, set(gone)), tokens(2))
+        kl = float((full.exp() * (full - other)).sum(-1).mean())
+        assert cost == pytest.approx(kl, rel=1e-3, abs=1e-7)
+    assert report.measured[frozenset(report.removed)] == min(report.measured.values())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_hidden_layers"] == 3
     assert verify_smaller(tmp_path / "out", dense).tensors > 0
+
+
+def test_candidates_are_the_best_by_pairs_and_the_yardsticks() -> None:
+    costs = (5.0, 1.0, 2.0, 9.0, 3.0, 4.0)
+    kl = {frozenset({i}): cost for i, cost in enumerate(costs)}
+    kl |= {frozenset(p): costs[p[0]] + costs[p[1]] for p in itertools.combinations(range(6), 2)}
+    effects = Effects(kl, [0.9, 0.1, 0.2, 0.8, 0.7, 0.3])
+    found = effects.candidates([1, 2, 4], 3)
+    assert found == [frozenset(s) for s in ({1, 2, 4}, {1, 2, 5}, {0, 1, 2}, {0, 3, 4}, {3, 4, 5})]
 
 
 def test_the_yardsticks() -> None:
@@ -168,7 +188,7 @@ def test_the_command_and_what_comes_after(tmp_path: Path) -> None:
     np.save(tmp_path / "tokens.npy", tokens(6).numpy())
     text = ["--calibration", tmp_path / "tokens.npy"]
     said = run("shrink", dense, "--blocks", 2, *text, "--output", tmp_path / "out")
-    assert "of least cost" in said
+    assert "of least cost by pairs" in said
     assert "optimal" in said
     assert "holds" in run("verify", tmp_path / "out", "--against", dense)
     card = (tmp_path / "out" / "README.md").read_text()

@@ -142,15 +142,19 @@ def _remove_blocks(model: str, count: int, windows: int, given: dict[str, Any]) 
             model, count=count, windows=windows, on_progress=PruneView(shown), **given
         )
     effects = report.effects
-    table = Table(caption="KL to the dense model, nats a token, by all single blocks and pairs")
-    for heading in ("choice", "blocks", "cost", ""):
-        table.add_column(heading, justify="right" if heading == "cost" else "left")
+    table = Table(caption="KL to the dense model, nats a token")
+    for heading in ("choice", "blocks", "by pairs", "as a whole", ""):
+        right = heading in ("by pairs", "as a whole")
+        table.add_column(heading, justify="right" if right else "left")
+    best = (~report.solution.mask[0]).nonzero()[:, 0].tolist()
     for label, chosen, note in (
-        ("of least cost", report.removed, f"{report.solution.status[0]}"),
+        ("removed", report.removed, ""),
+        ("of least cost by pairs", best, f"{report.solution.status[0]}"),
         ("changing their input least", effects.most_alike(count), ""),
         ("the last ones", effects.last(count), ""),
     ):
-        table.add_row(label, ", ".join(map(str, chosen)), f"{effects.cost(chosen):.4f}", note)
+        row = [f"{cost:.4f}" for cost in (effects.cost(chosen), report.measured[frozenset(chosen)])]
+        table.add_row(label, ", ".join(map(str, chosen)), *row, note)
     output.print(table)
     output.print(
         f"{report.seconds:.1f} s; smaller model and manifest: {given['output']}", soft_wrap=True

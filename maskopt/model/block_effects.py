@@ -8,6 +8,8 @@ is N³/6 passes through single blocks.
 
 The cost of leaving out a set P is then taken to be pᵀUp with U's diagonal the single costs and, beside it,
 half of what a pair costs beyond its two: exact for one block and for two, a model of interactions beyond.
+There the set of least cost, those of the least cost that differ from it by one block, and the yardsticks are
+left out as they are, too, and what they then cost decides.
 """
 
 from __future__ import annotations
@@ -71,6 +73,20 @@ class Effects:
         solution = solve(self.problem(count), "branch", time_limit=600.0)
         return (~solution.mask[0]).nonzero()[:, 0].tolist(), solution
 
+    def candidates(self, best: Sequence[int], most: int) -> list[Left]:
+        """Sets that pairs speak for: the best, and those of least cost that differ from it by one block; and
+        the yardsticks."""
+        blocks, count = range(len(self.similarity)), len(best)
+        near = [
+            frozenset(best) - {out} | {other}
+            for out in best
+            for other in blocks
+            if other not in best
+        ]
+        near.sort(key=lambda left: (self.cost(sorted(left)), sorted(left)))
+        yardsticks = (frozenset(self.most_alike(count)), frozenset(self.last(count)))
+        return list(dict.fromkeys([frozenset(best), *near[: most - 1], *yardsticks]))
+
     def last(self, count: int) -> list[int]:
         """The yardstick that knows nothing: the last ones."""
         blocks = len(self.similarity)
@@ -115,6 +131,26 @@ def measure_effects(job: Job, folder: Path | None = None) -> Effects:
             tick(1)
             similarity.append(_alike(before, [entered[w] for w in windows]))
         return Effects(dict(divergences(job, held)), similarity)
+
+
+def measure_sets(job: Job, sets: Sequence[Left], folder: Path | None = None) -> dict[Left, float]:
+    """KL(dense ‖ without) of whole sets, nats a token; arguments and errors as of `measure_effects`."""
+    windows = range(job.count)
+    with ExitStack() as until_the_end:
+        held: dict[Left, Activations] = {}
+        for block in job.blocks():
+            entered = block.opened.samples.states
+            for left in sets:
+                if min(left) == block.index:
+                    held[left] = until_the_end.enter_context(copied(entered, windows, folder))
+            through_it = [states for left, states in held.items() if block.index not in left]
+            tick = block.ticker("without others", len(through_it) + 1)
+            for states in through_it:
+                through(block, states, windows)
+                tick(1)
+            block.advance()
+            tick(1)
+        return dict(divergences(job, held))
 
 
 def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from maskopt.errors import ModelError, OptionError
-from maskopt.model.block_effects import Effects, measure_effects
+from maskopt.model.block_effects import Effects, Left, measure_effects, measure_sets
 from maskopt.model.checkpoint import read_json
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Block, open_job
@@ -33,6 +33,8 @@ from maskopt.solution import Solution
 
 #: windows that blocks are judged on, unless said otherwise
 WINDOWS = 4
+#: sets that are left out as they are, where pairs only foretell what that costs; the yardsticks come on top
+JUDGED = 16
 #: what configurations call the number of blocks
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -44,13 +46,16 @@ class BlocksReport:
     Attributes:
         removed: their indices.
         effects: of every block and pair.
-        solution: of the choice; its status says whether the set is proven to be of least cost.
+        solution: of least cost by these; its status says whether that is proven. For one block or two it is
+            what was removed; beyond, one of those that were left out as they are.
+        measured: nats a token by set, of these and of the yardsticks; the least was removed.
         seconds: wall time.
     """
 
     removed: list[int]
     effects: Effects
     solution: Solution
+    measured: dict[Left, float]
     output: Path
     seconds: float
 
@@ -70,7 +75,8 @@ def remove_blocks(
     """Write a copy of a model folder without `count` of its blocks: an ordinary folder that `from_pretrained`
     loads.
 
-    The set of least cost by all single blocks and pairs (`maskopt.model.block_effects`), solved exactly.
+    The set of least cost by all single blocks and pairs (`maskopt.model.block_effects`), solved exactly; of
+    more than two blocks, the best of those that pairs speak for, measured as a whole.
 
     Args:
         model: a folder, or a name on the hub.
@@ -111,7 +117,14 @@ def remove_blocks(
         with job, torch.no_grad():
             pairs = len(source.blocks) * (len(source.blocks) + 1) // 2
             effects = measure_effects(job, place(job, pairs, work.hidden))
-        removed, solution = effects.best(count)
+            best, solution = effects.best(count)
+            sets, measured = effects.candidates(best, JUDGED), effects.kl
+            if count > 2:
+                with job.again(options) as walk:
+                    measured = measure_sets(walk, sets, place(job, len(sets), work.hidden))
+            measured = {left: measured[left] for left in sets}
+        least = min(measured, key=lambda left: measured[left])
+        removed = sorted(least)
         change = Change(
             _check_family(source, removed),
             _new_names(source, removed),
@@ -121,9 +134,10 @@ def remove_blocks(
         record = {"removed": removed, "weights": KEEP, "seed": options.seed}
         seconds, memory = time.perf_counter() - began, peaks(source.device)
         report = PruneReport([], fingerprint_of(job, record), (), {}, target, seconds, (), memory)
-        found = _effects(removed, effects, solution)
+        found = _effects(removed, effects, solution, measured)
         write_changed(job, work, change, report, blocks=removed, effects=found)
-    return BlocksReport(removed, effects, solution, target, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return BlocksReport(removed, effects, solution, measured, target, seconds)
 
 
 def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
@@ -186,7 +200,9 @@ def _leaving_out(removed: list[int]) -> Callable[[Block], None]:
     return prepare
 
 
-def _effects(removed: list[int], effects: Effects, solution: Solution) -> dict[str, Any]:
+def _effects(
+    removed: list[int], effects: Effects, solution: Solution, measured: dict[Left, float]
+) -> dict[str, Any]:
     """What was measured and found, as JSON values."""
     count = len(removed)
     return {
@@ -194,6 +210,7 @@ def _effects(removed: list[int], effects: Effects, solution: Solution) -> dict[s
         "similarity": effects.similarity,
         "cost": effects.cost(removed),
         "status": str(solution.status[0]),
+        "measured": {",".join(map(str, sorted(left))): kl for left, kl in measured.items()},
         "last": effects.cost(effects.last(count)),
         "most_alike": effects.cost(effects.most_alike(count)),
     }

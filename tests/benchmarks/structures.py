@@ -84,9 +84,11 @@ def gaps(name: str) -> Iterator[Case]:
 
 #: how many blocks go
 COUNTS = (1, 2, 3, 4)
-#: label → which of them, by their effects
-CHOICES: dict[str, Callable[[Effects, int], list[int]]] = {
-    "least cost (proven)": lambda effects, count: effects.best(count)[0],
+LEAST = "least cost (proven)"
+#: label → which of them, by their effects; None: as `remove_blocks` does
+CHOICES: dict[str, Callable[[Effects, int], list[int]] | None] = {
+    "least as a whole (default)": None,
+    LEAST: lambda effects, count: effects.best(count)[0],
     "changing their input least (ShortGPT)": lambda effects, count: effects.most_alike(count),
     "the last ones": lambda effects, count: effects.last(count),
 }
@@ -217,7 +219,8 @@ def measure_blocks(args: argparse.Namespace, book: Book, name: str) -> None:
     """Without one to four of its blocks, chosen in several ways out of one measurement of effects; every set
     is evaluated once."""
     keys = [f"blocks/{name}/{count}/{label}" for count in COUNTS for label in CHOICES]
-    if all(key in book for key in keys):
+    keys = [key for key in keys if key not in book]
+    if not keys:
         return
     dense, known = demo_model(name), list[Effects]()
     outs: dict[tuple[int, ...], Path] = {}
@@ -235,7 +238,7 @@ def measure_blocks(args: argparse.Namespace, book: Book, name: str) -> None:
             gone, effects = tuple(report.removed), report.effects
             facts: dict[str, Any] = {"removed": list(gone), "cost": effects.cost(gone)}
             facts["seconds"] = time.perf_counter() - began
-            if label == next(iter(CHOICES)):
+            if label == LEAST:
                 facts["status"] = str(report.solution.status[0])
                 facts["solving"] = report.solution.seconds
             chosen[key] = gone, facts
@@ -253,25 +256,25 @@ def measure_blocks(args: argparse.Namespace, book: Book, name: str) -> None:
 
 
 @contextmanager
-def chosen_by(choice: Callable[[Effects, int], list[int]], known: list[Effects]) -> Iterator[None]:
-    """Removal by another rule; effects are measured once, and kept in `known`."""
-    measure, best = removal.measure_effects, Effects.best
+def chosen_by(
+    choice: Callable[[Effects, int], list[int]] | None, known: list[Effects]
+) -> Iterator[None]:
+    """Removal by another rule, where there is one; effects are measured once, and kept in `known`."""
+    measure, candidates = removal.measure_effects, Effects.candidates
 
     def measured(*given: Any) -> Effects:
         if not known:
             known.append(measure(*given))
         return known[0]
 
-    def other(self: Effects, count: int) -> tuple[list[int], Solution]:
-        solution = best(self, count)[1]
-        Effects.best = best  # type: ignore[method-assign]
-        return sorted(choice(self, count)), solution
+    def other(self: Effects, best: Sequence[int], most: int) -> list[frozenset[int]]:
+        return [frozenset(choice(self, len(best)))] if choice else candidates(self, best, most)
 
-    removal.measure_effects, Effects.best = measured, other  # type: ignore[assignment, method-assign]
+    removal.measure_effects, Effects.candidates = measured, other  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        removal.measure_effects, Effects.best = measure, best  # type: ignore[method-assign]
+        removal.measure_effects, Effects.candidates = measure, candidates  # type: ignore[method-assign]
 
 
 def measure_speed(args: argparse.Namespace, book: Book, name: str) -> None:
