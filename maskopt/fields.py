@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from maskopt.errors import OptionError, near
 
+#: what `_hints` has made, by class
 _HINTS: WeakKeyDictionary[type, dict[str, Any]] = WeakKeyDictionary()
 
 

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from maskopt.errors import VerificationError
 from maskopt.model.maskfile import MaskFile, TensorMask, read_masks, write_masks
 from maskopt.model.report import manifest_digest
 from maskopt.model.safefile import open_safe
+from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST, MASKS
 
 Change = Callable[[dict[str, Any]], Any]
@@ -35,6 +38,16 @@ def forge_manifest(result: Path, change: Change = lambda _: None) -> None:
 def copied(result: Path, to: Path) -> Path:
     """A result that may be changed."""
     return Path(shutil.copytree(result, to / "out"))
+
+
+def check_forgery(
+    result: Path, to: Path, change: Change, message: str, original: Path | None = None
+) -> None:
+    """A copy of the result with another manifest is refused with this message."""
+    out = copied(result, to)
+    forge_manifest(out, change)
+    with pytest.raises(VerificationError, match=message):
+        verify_output(out, original)
 
 
 def list_file(result: Path, *names: str) -> None:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,63 +21,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from maskopt.errors import VerificationError
 from maskopt.model.verify_folder import CONFIG, MANIFEST, check_regular
+from maskopt.model.verify_rule import Rule, row_limits
 from maskopt.model.verify_shape import has_shape, no_number
 
 #: a bound may lie above its error by so much: both are sums, rounded on their own
 BOUND_ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How many entries of every group of a row are pruned, or of a layer whose rows trade."""
-
-    record: Mapping[str, Any]
-
-    @property
-    def pooled(self) -> bool:
-        return self.record.get("per") == "layer"
-
-    @property
-    def spread(self) -> float | None:
-        return self.record.get("spread")
-
-    def groups(self, n: int) -> tuple[int, int]:
-        """Size of a group, and how many of it are pruned, where rows do not trade.
-
-        Raises:
-            VerificationError: rows of n inputs cannot be divided so.
-        """
-        keep = self.record["keep"]
-        if self.record["kind"] == "nm":
-            of = self.record["of"]
-            if n % of:
-                raise VerificationError(f"{n} inputs do not divide into groups of {of}")
-            return of, of - keep
-        if keep is not None:
-            return n, n - keep
-        return n, self._part_of(n)
-
-    def pruned(self, rows: int, n: int) -> int:
-        """Pruned entries of a matrix."""
-        if self.pooled and self.record["keep"] is None:
-            return self._part_of(rows * n)
-        group, pruned = self.groups(n)
-        return rows * (n // group) * pruned
-
-    def _part_of(self, entries: int) -> int:
-        return math.floor(Fraction(repr(float(self.record["sparsity"]))) * entries)
-
-    def __str__(self) -> str:
-        if self.record["kind"] == "nm":
-            return f"{self.record['keep']}:{self.record['of']}"
-        keep = self.record["keep"]
-        share = f"keep {keep}" if keep is not None else f"{float(self.record['sparsity']):.4g}"
-        within = "" if self.spread is None else f" ± {float(self.spread):.4g}"
-        return f"{share}{' per layer' if self.pooled else ''}{within}"
-
-    @property
-    def two_four(self) -> bool:
-        return (self.record["keep"], self.record.get("of")) == (2, 4)
 
 
 @dataclass(frozen=True)
@@ -133,7 +80,7 @@ class Manifest:
         """Of rows that trade, the least and the most that one prunes, keyed as `counts_at`."""
         found: dict[tuple[tuple[int, ...], int], set[tuple[int, int]]] = {}
         for layer in self.layers:
-            limits = _row_limits(self.pruned(layer), layer["rows"], layer["n"], self.spread)
+            limits = row_limits(self.pruned(layer), layer["rows"], layer["n"], self.spread)
             found.setdefault((numbers(layer["name"]), layer["n"]), set()).add(limits)
         return found
 
@@ -275,16 +222,6 @@ def _check_budget(manifest: Manifest) -> None:
     alike = sum(rule.pruned(x["rows"], x["n"]) for x in manifest.layers)
     if sum(map(manifest.pruned, manifest.layers)) != alike:
         raise manifest.wrong("prunes another number of weights in all than its pattern")
-
-
-def _row_limits(pruned: int, rows: int, n: int, spread: float | None) -> tuple[int, int]:
-    """Whole numbers no further from the mean than the spread, and those next to the mean in any case."""
-    if spread is None:
-        return 0, n
-    mean, reach = Fraction(pruned, rows), Fraction(repr(float(spread))) * n
-    least = min(math.ceil(mean - reach), math.floor(mean))
-    most = max(math.floor(mean + reach), math.ceil(mean))
-    return max(0, least), min(n, most)
 
 
 def _refitted(options: Mapping[str, Any]) -> bool:
