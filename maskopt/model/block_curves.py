@@ -63,7 +63,7 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
                     held[block.index, move.counts(0)[level]] = copy
                     tick(1)
             block.advance()
-        costs = dict(divergences(walk, held))
+        costs = divergences(walk, held)
     found = []
     for index, move in moves.items():
         pruned = tuple(count for block_index, count in held if block_index == index)

@@ -8,8 +8,7 @@ is N³/6 passes through single blocks.
 
 The cost of leaving out a set P is then taken to be pᵀUp with U's diagonal the single costs and, beside it,
 half of what a pair costs beyond its two: exact for one block and for two, a model of interactions beyond.
-There the set of least cost, those of the least cost that differ from it by one block, and the yardsticks are
-left out as they are, too, and what they then cost decides.
+There sets are left out as they are, too (`maskopt.model.block_search`).
 """
 
 from __future__ import annotations
@@ -73,19 +72,9 @@ class Effects:
         solution = solve(self.problem(count), "branch", time_limit=600.0)
         return (~solution.mask[0]).nonzero()[:, 0].tolist(), solution
 
-    def candidates(self, best: Sequence[int], most: int) -> list[Left]:
-        """Sets that pairs speak for: the best, and those of least cost that differ from it by one block; and
-        the yardsticks."""
-        blocks, count = range(len(self.similarity)), len(best)
-        near = [
-            frozenset(best) - {out} | {other}
-            for out in best
-            for other in blocks
-            if other not in best
-        ]
-        near.sort(key=lambda left: (self.cost(sorted(left)), sorted(left)))
-        yardsticks = (frozenset(self.most_alike(count)), frozenset(self.last(count)))
-        return list(dict.fromkeys([frozenset(best), *near[: most - 1], *yardsticks]))
+    def yardsticks(self, count: int) -> tuple[list[int], list[int]]:
+        """What others remove."""
+        return self.most_alike(count), self.last(count)
 
     def last(self, count: int) -> list[int]:
         """The yardstick that knows nothing: the last ones."""
@@ -130,11 +119,17 @@ def measure_effects(job: Job, folder: Path | None = None) -> Effects:
             block.advance()
             tick(1)
             similarity.append(_alike(before, [entered[w] for w in windows]))
-        return Effects(dict(divergences(job, held)), similarity)
+        return Effects(divergences(job, held), similarity)
 
 
-def measure_sets(job: Job, sets: Sequence[Left], folder: Path | None = None) -> dict[Left, float]:
-    """KL(dense ‖ without) of whole sets, nats a token; arguments and errors as of `measure_effects`."""
+def measure_sets(
+    job: Job, sets: Sequence[Left], folder: Path | None = None, *, judged: int
+) -> dict[Left, float]:
+    """KL(dense ‖ without) of whole sets, nats a token; arguments and errors as of `measure_effects`.
+
+    Args:
+        judged: so many, the best by some tokens of every window, are measured on all tokens and returned.
+    """
     windows = range(job.count)
     with ExitStack() as until_the_end:
         held: dict[Left, Activations] = {}
@@ -150,7 +145,10 @@ def measure_sets(job: Job, sets: Sequence[Left], folder: Path | None = None) -> 
                 tick(1)
             block.advance()
             tick(1)
-        return dict(divergences(job, held))
+        if judged < len(held):
+            some = divergences(job, held)
+            held = {left: held[left] for left in sorted(held, key=lambda s: some[s])[:judged]}
+        return divergences(job, held, every=1)
 
 
 def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 
 from maskopt.errors import ModelError, OptionError
 from maskopt.model.block_effects import Effects, Left, measure_effects, measure_sets
+from maskopt.model.block_search import Measure, search_sets
 from maskopt.model.checkpoint import read_json
 from maskopt.model.fingerprint import fingerprint_of
-from maskopt.model.job import Block, open_job
+from maskopt.model.job import Block, Job, open_job
 from maskopt.model.options import KEEP
 from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
@@ -27,13 +28,13 @@ from maskopt.model.smaller import CONFIG, check_shapes, folder_source
 from maskopt.model.source import FolderSource
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.windows import tokens_or_tokenizer
-from maskopt.model.workspace import check_output, open_workspace
+from maskopt.model.workspace import Workspace, check_output, open_workspace
 from maskopt.model.write import disk_needed
 from maskopt.solution import Solution
 
 #: windows that blocks are judged on, unless said otherwise
 WINDOWS = 4
-#: sets that are left out as they are, where pairs only foretell what that costs; the yardsticks come on top
+#: of the sets that a round of the search leaves out, those that are judged on all tokens
 JUDGED = 16
 #: what configurations call the number of blocks
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -47,8 +48,9 @@ class BlocksReport:
         removed: their indices.
         effects: of every block and pair.
         solution: of least cost by these; its status says whether that is proven. For one block or two it is
-            what was removed; beyond, one of those that were left out as they are.
-        measured: nats a token by set, of these and of the yardsticks; the least was removed.
+            what was removed; beyond, where the search began.
+        measured: nats a token by set, of the yardsticks and of what else was left out as a whole; the least
+            was removed.
         seconds: wall time.
     """
 
@@ -76,7 +78,8 @@ def remove_blocks(
     loads.
 
     The set of least cost by all single blocks and pairs (`maskopt.model.block_effects`), solved exactly; of
-    more than two blocks, the best of those that pairs speak for, measured as a whole.
+    more than two blocks, searched from there by exchanges that are measured as a whole
+    (`maskopt.model.block_search`).
 
     Args:
         model: a folder, or a name on the hub.
@@ -118,11 +121,11 @@ def remove_blocks(
             pairs = len(source.blocks) * (len(source.blocks) + 1) // 2
             effects = measure_effects(job, place(job, pairs, work.hidden))
             best, solution = effects.best(count)
-            sets, measured = effects.candidates(best, JUDGED), effects.kl
+            first = list(dict.fromkeys(map(Left, (best, *effects.yardsticks(count)))))
             if count > 2:
-                with job.again(options) as walk:
-                    measured = measure_sets(walk, sets, place(job, len(sets), work.hidden))
-            measured = {left: measured[left] for left in sets}
+                measured = search_sets(_as_a_whole(job, options, work), effects, first)
+            else:
+                measured = {left: effects.kl[left] for left in first}
         least = min(measured, key=lambda left: measured[left])
         removed = sorted(least)
         change = Change(
@@ -138,6 +141,14 @@ def remove_blocks(
         write_changed(job, work, change, report, blocks=removed, effects=found)
     seconds = time.perf_counter() - began
     return BlocksReport(removed, effects, solution, measured, target, seconds)
+
+
+def _as_a_whole(job: Job, options: WalkOptions, work: Workspace) -> Measure:
+    def measure(sets: Sequence[Left]) -> dict[Left, float]:
+        with job.again(options) as walk:
+            return measure_sets(walk, sets, place(job, len(sets), work.hidden), judged=JUDGED)
+
+    return measure
 
 
 def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:

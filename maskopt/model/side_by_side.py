@@ -59,19 +59,21 @@ def copied(
         yield copy
 
 
-def divergences(job: Job, held: Mapping[Key, Activations]) -> Iterator[tuple[Key, float]]:
+def divergences(job: Job, held: Mapping[Key, Activations], every: int = EVERY) -> dict[Key, float]:
     """KL(model ‖ variant), nats a token, over some tokens of every window.
 
     Args:
         job: of a whole walk that is over.
         held: what left the last block, of every variant.
+        every: which tokens: each so manyth.
     """
     assert job.windows is not None
     tokens, device = job.windows.tokens, job.source.device
-    some = torch.arange(EVERY - 1, job.windows.length, EVERY)
+    some = torch.arange(every - 1, job.windows.length, every)
     if not len(some):
         some = torch.tensor([job.windows.length - 1])
-    tick = ticker(job.tell, job.last, job.last + 1, "output", len(held))
+    tick = ticker(job.tell, job.last, job.last + 1, "output", len(held) * len(tokens))
+    total = dict.fromkeys(held, 0.0)
     with job.after_blocks() as end:
 
         def logs(states: Callable[[int], Tensor], window: int) -> Tensor:
@@ -79,11 +81,11 @@ def divergences(job: Job, held: Mapping[Key, Activations]) -> Iterator[tuple[Key
             logits = end(ids.to(device), state.to(device))[0].float()
             return torch.log_softmax(logits, -1)
 
-        model = [logs(lambda w: job.last_state(w)[None], w) for w in range(len(tokens))]
-        for key, states in held.items():
-            total = 0.0
-            for window, log in enumerate(model):
+        for window in range(len(tokens)):
+            log = logs(lambda w: job.last_state(w)[None], window)
+            likely = log.exp()
+            for key, states in held.items():
                 other = logs(states.__getitem__, window)
-                total += float((log.exp() * (log - other)).sum(1).double().sum())
-            yield key, total / (len(tokens) * len(some))
-            tick(1)
+                total[key] += float((likely * (log - other)).sum(1).double().sum())
+                tick(1)
+    return {key: of_all / (len(tokens) * len(some)) for key, of_all in total.items()}
