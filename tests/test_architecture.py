@@ -41,6 +41,15 @@ def test_importing_maskopt_loads_no_backend():
     assert result.stdout.strip() == "[]"
 
 
+def test_the_command_line_starts_without_transformers():
+    """It takes as long to import as torch, and `--help`, `solve` and `certify` have no use for it."""
+    code = "import sys, maskopt.cli; print('transformers' in sys.modules, 'torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["False", "True"]
+
+
 def test_every_import_is_declared_and_every_dependency_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

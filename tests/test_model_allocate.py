@@ -22,7 +22,7 @@ from maskopt.certify import certify_model
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.model import prune
 from maskopt.model.allocate import allocate
-from maskopt.model.gradients import WINDOWS
+from maskopt.model.importance import GRADIENT_WINDOWS
 from maskopt.model.job import open_job
 from maskopt.model.options import PruneOptions, prune_options
 from maskopt.model.plan import plan_prune
@@ -85,7 +85,7 @@ def test_squares_are_those_of_the_whole_model(family: str, threads: int) -> None
 
 @pytest.mark.parametrize("holdout", [0.0, 0.5])
 def test_squares_are_those_of_a_few_windows_that_masks_are_fitted_to(holdout: float) -> None:
-    data = tokens(WINDOWS + 8)
+    data = tokens(GRADIENT_WINDOWS + 8)
     options = prune_options(WHOLE, {"holdout": holdout, "one_pass": True})
     job = open_job(tiny("llama"), data, options)
     with job, torch.no_grad():
@@ -93,7 +93,7 @@ def test_squares_are_those_of_a_few_windows_that_masks_are_fitted_to(holdout: fl
             block.advance()
     aside = held_out(len(data), holdout)
     assert bool(aside) == bool(holdout)
-    used = [window for window in range(len(data)) if window not in aside][:WINDOWS]
+    used = [window for window in range(len(data)) if window not in aside][:GRADIENT_WINDOWS]
     expected = squares("llama", data[used])
     assert job.gradients is not None
     for layer in job.layers:

@@ -17,7 +17,6 @@ from typing import Protocol, TypeVar
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
 
 from maskopt.errors import ModelError, near
 
@@ -222,6 +221,10 @@ def _find(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _layers(block: nn.Module, index: int, prefix: str) -> Iterator[Layer]:
+    from transformers.pytorch_utils import (
+        Conv1D,  # takes seconds that not every command has to wait for
+    )
+
     for name, module in block.named_modules(remove_duplicate=True):
         if isinstance(module, nn.Linear | Conv1D):
             input_axis = 1 if isinstance(module, nn.Linear) else 0

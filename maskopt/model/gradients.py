@@ -26,9 +26,6 @@ from maskopt.model.threads import Threads
 from maskopt.model.tokens import Windows
 from maskopt.model.watch import WatchedWeights, WatchGradients
 
-#: windows that say what errors of layers and rows cost: sums over so many are known well, from far fewer than
-#: masks take
-WINDOWS = 16
 #: matrices [length, vocabulary] of float32 that the loss of a window and its gradient take
 LOGITS = 4
 

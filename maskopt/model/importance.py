@@ -6,16 +6,23 @@ second order and with the diagonal of the empirical Fisher matrix for the loss's
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.model.gradients import Gradients
 from maskopt.problem import LayerProblem
+
+if TYPE_CHECKING:
+    from maskopt.model.gradients import Gradients
 
 #: as it is; as a part of the output's energy; by the squared gradient of the loss by each output; and of
 #: blocks, by what the model's output loses
 IMPORTANCES = EQUAL, SHARE, LOSS, MEASURED = ("alike", "relative", "loss", "measured")
+#: windows that gradients of the loss are taken on: sums over so many are known well, from far fewer than
+#: masks take
+GRADIENT_WINDOWS = 16
 #: sparsities of a block at which it is measured (the least, the model's, the most), and on how many windows
 VARIANTS, VARIANT_WINDOWS = 3, 4
 #: of the mean of a layer's rows: what each counts at least, so that none is pruned away

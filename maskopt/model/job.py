@@ -27,7 +27,8 @@ from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.model.forward import Captured, capture, ending
-from maskopt.model.gradients import WINDOWS, DenseModel, Gradients
+from maskopt.model.gradients import DenseModel, Gradients
+from maskopt.model.importance import GRADIENT_WINDOWS
 from maskopt.model.lanes import lanes_to
 from maskopt.model.memory import Load, by_block, check_memory, state_copies
 from maskopt.model.opening import capped_length, open_source
@@ -146,7 +147,7 @@ class Job:
     def few(self) -> list[int]:
         """The first windows that masks are fitted to, enough to tell which layers and rows matter."""
         aside = held_out(self.count, self.options.holdout)
-        return [window for window in range(self.count) if window not in aside][:WINDOWS]
+        return [window for window in range(self.count) if window not in aside][:GRADIENT_WINDOWS]
 
     def again(self, options: WalkOptions) -> Job:
         """Another walk through the same model, with the same windows."""

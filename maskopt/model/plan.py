@@ -16,9 +16,8 @@ from maskopt.errors import MaskoptError, ModelError
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer, vocabulary_size
 from maskopt.model.checkpoint import Checkpoint, resolve_model
-from maskopt.model.gradients import WINDOWS
 from maskopt.model.gram_store import GramStore
-from maskopt.model.importance import VARIANT_WINDOWS
+from maskopt.model.importance import GRADIENT_WINDOWS, VARIANT_WINDOWS
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import (
     Memory,
@@ -156,7 +155,7 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
         if variants:  # those of all blocks so far, and twice the dense model
             passes += (variants * (index + 1) + 2 * min(VARIANT_WINDOWS, job.count)) / job.count
         elif options.layers_trade and not options.counts:  # once more through the dense model
-            passes += min(WINDOWS, job.count) / job.count
+            passes += min(GRADIENT_WINDOWS, job.count) / job.count
         if options.reconstruction is not None:
             # forward and back for what is trained on, forward for what judges; targets, inputs
             epoch = 3 * (1 - options.holdout) + options.holdout

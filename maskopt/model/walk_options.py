@@ -14,7 +14,7 @@ from maskopt.fields import check_options, option
 from maskopt.least_squares import Refit
 from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
-from maskopt.model.gradients import WINDOWS
+from maskopt.model.importance import GRADIENT_WINDOWS
 from maskopt.model.weighting import ALIKE, GRADIENT, WEIGHTINGS
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class WalkOptions:
         """Of how many they are."""
         if self.weighting == GRADIENT:
             return windows
-        return min(windows, WINDOWS) if self.sensitive else 0
+        return min(windows, GRADIENT_WINDOWS) if self.sensitive else 0
 
     def variant_windows(self, windows: int, blocks: int) -> int:
         """Of variants of the model that are measured before anything is pruned, all of theirs."""
