@@ -256,6 +256,11 @@ def test_the_command_and_what_comes_after(tmp_path: Path) -> None:
     assert "removed 2 whole blocks" in (tmp_path / "page.html").read_text()
     both = ["--channels", 0.25, "--blocks", 1, *text, "--output", tmp_path / "both"]
     assert "second `maskopt shrink`" in run("shrink", dense, *both, fails=OptionError)
+    idle = ["--windows", 2, "--channels", 0.25, *text, "--output", tmp_path / "both"]
+    assert "give --blocks, too" in run("shrink", dense, *idle, fails=OptionError)
+    for option in (["--solver", "tabu"], ["--certify"], ["--option", "seed=1"]):
+        said = run("shrink", dense, *option, "--blocks", 1, *idle[4:], fails=OptionError)
+        assert "says nothing of --blocks" in said
     again = ["--blocks", 1, "--resume", *text, "--output", tmp_path / "both"]
     assert "in one go" in run("shrink", dense, *again, fails=OptionError)
     run("shrink", tmp_path / "out", "--channels", 0.25, *text, "--output", tmp_path / "twice")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from maskopt.model.report import LayerReport, PruneReport
 
 _NAMES = tuple(f.name for f in dataclasses.fields(ShrinkOptions) if f.name not in NOT_HERE)
+_WALK = tuple(f.name for f in dataclasses.fields(WalkOptions))
 
 
 @takes(_NAMES, of=ShrinkOptions, config=True)
@@ -54,14 +55,14 @@ def shrink(
         ),
     ] = 0,
     windows: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Of --blocks: calibration windows that they are judged on.",
+            help="Of --blocks: calibration windows that they are judged on. [default: 4]",
             rich_help_panel=CALIBRATION,
             min=1,
             metavar="N",
         ),
-    ] = 4,
+    ] = None,
     experts: Annotated[
         float,
         typer.Option(
@@ -84,6 +85,8 @@ def shrink(
     from maskopt.model.shrink import shrink_model
     from maskopt.model.workspace import check_output
 
+    if windows is not None and not blocks:
+        raise OptionError("`windows` are those that `blocks` are judged on; give `blocks`, too")
     if blocks or experts:
         _check_alone(
             "blocks" if blocks else "experts", resume, options, both=bool(blocks and experts)
@@ -118,11 +121,14 @@ def _check_alone(what: str, resume: bool, options: dict[str, Any], *, both: bool
         raise OptionError(
             f"`{what}` go by themselves; cut other structures of what is left by a second `maskopt shrink`"
         )
+    alone = (f for f in dataclasses.fields(ShrinkOptions) if f.name not in _WALK)
+    for field in alone:
+        if options.get(field.name) not in (None, field.default, {}):
+            raise OptionError(f"`{field.name}` says nothing of `{what}`; leave it out")
 
 
 def _walk(options: dict[str, Any]) -> WalkOptions:
-    names = [f.name for f in dataclasses.fields(WalkOptions) if f.name in options]
-    return WalkOptions(**{name: options[name] for name in names})
+    return WalkOptions(**{name: options[name] for name in _WALK if name in options})
 
 
 def _remove_experts(model: str, share: float, given: dict[str, Any]) -> None:
@@ -134,12 +140,12 @@ def _remove_experts(model: str, share: float, given: dict[str, Any]) -> None:
     output.print(f"smaller model and manifest: {given['output']}", soft_wrap=True)
 
 
-def _remove_blocks(model: str, count: int, windows: int, given: dict[str, Any]) -> None:
-    from maskopt.model.remove_blocks import remove_blocks
+def _remove_blocks(model: str, count: int, windows: int | None, given: dict[str, Any]) -> None:
+    from maskopt.model.remove_blocks import WINDOWS, remove_blocks
 
     with view() as shown:
         report = remove_blocks(
-            model, count=count, windows=windows, on_progress=PruneView(shown), **given
+            model, count=count, windows=windows or WINDOWS, on_progress=PruneView(shown), **given
         )
     effects = report.effects
     table = Table(caption="KL to the dense model, nats a token")
