@@ -1,9 +1,11 @@
 """What all exact solvers share: one deadline for all rows, and no belief in a self-contradiction."""
 
 import dataclasses
+import itertools
 import logging
 import os
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from maskopt import (
 )
 from maskopt.errors import OptionError, SolverError
 from maskopt.solver import make_solver
-from maskopt.solvers.exact import branch, exhaustive, gurobi, highs, incumbent, scip, tree
+from maskopt.solvers.exact import branch, exhaustive, gurobi, highs, incumbent, rows, scip, tree
 from maskopt.solvers.exact.rows import RowAnswer, RowTask, assemble, run_rows
 
 MODULES = {"branch": branch, "scip": scip, "gurobi": gurobi, "highs": highs}
@@ -104,6 +106,28 @@ def test_the_process_that_contradicted_itself_is_named(monkeypatch):
     solution = assemble(problem, answers, "a liar")
     assert f"process {answers[0].pid}" in solution.trace.message[1]
     assert solution.lower_bound.tolist() == [0.0, 0.0]
+
+
+def start_again(task):
+    return RowAnswer(task.start, "optimal")
+
+
+@pytest.mark.parametrize(
+    ("n", "workers", "threads", "here"),
+    [(8, None, 2, 2), (40, None, 2, 0), (8, 1, 2, 0), (8, 0, 2, 4), (40, 0, 2, 4)],
+)
+def test_small_rows_begin_in_this_process(n, workers, threads, here, monkeypatch):
+    """By a clock that goes on by a second whenever it is looked at; three are what it takes to find a second
+    row late."""
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    monkeypatch.setattr(rows, "_HERE", 5.0)
+    seconds = itertools.count()
+    monkeypatch.setattr(rows, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    tasks = tasks_of(layer(n=n, rows=4))
+    answers = run_rows(start_again, tasks, Limits(threads=threads), workers)
+    assert [answer.ended for answer in answers] == ["optimal"] * 4
+    mine = [answer.pid == os.getpid() for answer in answers]
+    assert mine == [True] * here + [False] * (4 - here)
 
 
 def tasks_of(problem, limits=None):

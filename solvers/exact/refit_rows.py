@@ -31,7 +31,6 @@ from maskopt.solvers.exact.rows import (
     RowTask,
     Search,
     assemble,
-    run_rows,
 )
 from maskopt.solvers.refit.rows import swap_refitted
 
@@ -120,7 +119,7 @@ def solve_refitted(
         )
         for i in range(problem.rows)
     ]
-    return assemble(problem, run_rows(search, tasks, limits, solver.workers), word)
+    return assemble(problem, solver.answers(search, tasks, limits), word)
 
 
 def between(task: RefitTask) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ _MODEL_UNITS = 1000.0
 NOISE = 1e-10
 #: relative difference of two float64 sums of the same terms in another order, with room
 _SUM_ORDER = 1e-9
+
+#: rows of so few inputs begin in this process, for so many seconds: most are done before a worker has started
+_FEW, _HERE = 32, 3.0
 
 _log = logging.getLogger("maskopt.exact")
 
@@ -140,10 +143,14 @@ class RowSolver(Solver):
     row_seconds: float | None = option(
         None, "of each row, within the time limit of all rows together", unit="seconds", least=0
     )
+    #: rows after which a worker process is replaced
+    recycled: ClassVar[int] = 32
+
     workers: int | None = option(
         None,
-        "rows at a time, each in a process of its own; None: as many as there are threads, and this "
-        "process for a single row; 0: this process",
+        "rows at a time, each in a process of its own; 0: all in this process; None: as many as there are "
+        "threads, except a single row, and what this process does in three seconds of rows of up to "
+        f"{_FEW} inputs",
         unit="processes",
         least=0,
     )
@@ -174,7 +181,11 @@ class RowSolver(Solver):
             )
             for i in range(problem.rows)
         ]
-        return assemble(problem, run_rows(search, tasks, limits, self.workers), word)
+        return assemble(problem, self.answers(search, tasks, limits), word)
+
+    def answers(self, search: Search, tasks: list[Any], limits: Limits) -> list[RowAnswer]:
+        """Of all tasks, in the processes that the options ask for."""
+        return run_rows(search, tasks, limits, self.workers, self.recycled)
 
     def asked(self, problem: LayerProblem, start: Tensor, limits: Limits) -> dict[str, Any]:
         """What the task of a row has whatever its objective is; `start` is the row's mask, bool [n]."""
@@ -190,27 +201,19 @@ class RowSolver(Solver):
 
 
 def run_rows(
-    search: Search, tasks: list[Any], limits: Limits, workers: int | None
+    search: Search, tasks: list[Any], limits: Limits, workers: int | None, recycle: int = 32
 ) -> list[RowAnswer]:
     """Answers in the order of the tasks; a row that crashes, or is not begun, keeps its start."""
     answers = [_no_time(task) for task in tasks]
-    if workers is None:
-        workers = 0 if len(tasks) == 1 else limits.threads or os.cpu_count() or 1
-    jobs = [(search, task) for task in tasks]
-    results: Iterable[tuple[int, Any]]
-    if workers:
-        results = run_tasks(_answer, jobs, workers=workers, deadline=limits.deadline)
-    else:
-        results = ((i, _answer(job)) for i, job in enumerate(jobs))
     finished = 0
     try:
-        for index, answer in results:
+        for index, answer in _as_they_finish(search, tasks, limits, workers, recycle):
             if isinstance(answer, WorkerCrash):
                 answer = RowAnswer(tasks[index].start, "crashed", message=str(answer))
             answers[index] = answer
             finished += 1
             limits.report(finished, len(tasks))
-            if answer.ended == "userinterrupt" and not workers:
+            if answer.ended == "userinterrupt" and answer.pid == os.getpid():
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         if not finished:
@@ -221,6 +224,26 @@ def run_rows(
             for answer, known in zip(answers, begun, strict=True)
         ]
     return answers
+
+
+def _as_they_finish(
+    search: Search, tasks: list[Any], limits: Limits, workers: int | None, recycle: int
+) -> Iterator[tuple[int, RowAnswer | WorkerCrash]]:
+    """First those that are for this process, then those for worker processes."""
+    jobs, here = [(search, task) for task in tasks], -math.inf
+    if workers is None and len(tasks) > 1:
+        workers = limits.threads or os.cpu_count() or 1
+        if len(tasks[0].q) <= _FEW:
+            here = time.monotonic() + _HERE
+    done = 0
+    while done < len(jobs) and (not workers or time.monotonic() < here):
+        yield done, _answer(jobs[done])
+        done += 1
+    if workers and done < len(jobs):
+        rest = run_tasks(
+            _answer, jobs[done:], workers=workers, recycle=recycle, deadline=limits.deadline
+        )
+        yield from ((done + index, answer) for index, answer in rest)
 
 
 def _no_time(task: RowTask) -> RowAnswer:
