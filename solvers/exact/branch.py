@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -47,9 +46,6 @@ class Branch(RowSolver):
         note="branch and bound on the QCR form of the SDP bound; proves up to about 192 inputs, of "
         "refitted weights 64",
     )
-
-    #: nothing in it leaks
-    recycled: ClassVar[int] = sys.maxsize
 
     candidates: int = option(
         1, "inputs whose two children are both bounded before one is branched on", least=1

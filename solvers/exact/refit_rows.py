@@ -31,6 +31,7 @@ from maskopt.solvers.exact.rows import (
     RowTask,
     Search,
     assemble,
+    run_rows,
 )
 from maskopt.solvers.refit.rows import swap_refitted
 
@@ -119,7 +120,7 @@ def solve_refitted(
         )
         for i in range(problem.rows)
     ]
-    return assemble(problem, solver.answers(search, tasks, limits), word)
+    return assemble(problem, run_rows(search, tasks, limits, solver.workers), word)
 
 
 def between(task: RefitTask) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,9 +143,6 @@ class RowSolver(Solver):
     row_seconds: float | None = option(
         None, "of each row, within the time limit of all rows together", unit="seconds", least=0
     )
-    #: rows after which a worker process is replaced
-    recycled: ClassVar[int] = 32
-
     workers: int | None = option(
         None,
         "rows at a time, each in a process of its own; 0: all in this process; None: as many as there are "
@@ -181,11 +178,7 @@ class RowSolver(Solver):
             )
             for i in range(problem.rows)
         ]
-        return assemble(problem, self.answers(search, tasks, limits), word)
-
-    def answers(self, search: Search, tasks: list[Any], limits: Limits) -> list[RowAnswer]:
-        """Of all tasks, in the processes that the options ask for."""
-        return run_rows(search, tasks, limits, self.workers, self.recycled)
+        return assemble(problem, run_rows(search, tasks, limits, self.workers), word)
 
     def asked(self, problem: LayerProblem, start: Tensor, limits: Limits) -> dict[str, Any]:
         """What the task of a row has whatever its objective is; `start` is the row's mask, bool [n]."""
@@ -201,13 +194,13 @@ class RowSolver(Solver):
 
 
 def run_rows(
-    search: Search, tasks: list[Any], limits: Limits, workers: int | None, recycle: int = 32
+    search: Search, tasks: list[Any], limits: Limits, workers: int | None
 ) -> list[RowAnswer]:
     """Answers in the order of the tasks; a row that crashes, or is not begun, keeps its start."""
     answers = [_no_time(task) for task in tasks]
     finished = 0
     try:
-        for index, answer in _as_they_finish(search, tasks, limits, workers, recycle):
+        for index, answer in _as_they_finish(search, tasks, limits, workers):
             if isinstance(answer, WorkerCrash):
                 answer = RowAnswer(tasks[index].start, "crashed", message=str(answer))
             answers[index] = answer
@@ -227,7 +220,7 @@ def run_rows(
 
 
 def _as_they_finish(
-    search: Search, tasks: list[Any], limits: Limits, workers: int | None, recycle: int
+    search: Search, tasks: list[Any], limits: Limits, workers: int | None
 ) -> Iterator[tuple[int, RowAnswer | WorkerCrash]]:
     """First those that are for this process, then those for worker processes."""
     jobs, here = [(search, task) for task in tasks], -math.inf
@@ -240,9 +233,7 @@ def _as_they_finish(
         yield done, _answer(jobs[done])
         done += 1
     if workers and done < len(jobs):
-        rest = run_tasks(
-            _answer, jobs[done:], workers=workers, recycle=recycle, deadline=limits.deadline
-        )
+        rest = run_tasks(_answer, jobs[done:], workers=workers, deadline=limits.deadline)
         yield from ((done + index, answer) for index, answer in rest)
 
 
