@@ -17,9 +17,9 @@ from maskopt.files import atomic_write
 from maskopt.model.again import command_again
 from maskopt.model.checkpoint import names_hub_model
 from maskopt.model.report import PruneReport
+from maskopt.model.workspace import CARD
 from maskopt.pattern import NM, pattern_from_dict
 
-CARD = "README.md"
 HUB = "https://huggingface.co"
 #: what the original's metadata says of the pruned model, too
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")

@@ -17,12 +17,12 @@ import numpy as np
 
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
-from maskopt.model.card import CARD
 from maskopt.model.checkpoint import file_digest, open_checkpoint
 from maskopt.model.maskfile import MaskFile, unpack
+from maskopt.model.output import check_not_the_model
 from maskopt.model.report import read_manifest
 from maskopt.model.safefile import CHUNK, SafeFile, TensorEntry, open_file, open_safe, write_safe
-from maskopt.model.workspace import MANIFEST, MASKS, open_workspace
+from maskopt.model.workspace import CARD, MANIFEST, MASKS, open_workspace
 from maskopt.model.write import check_masks, copy_side_files
 
 FORMAT = "maskopt-packed-1"
@@ -60,6 +60,7 @@ def pack(
                 f"{checkpoint.folder / name}: was changed since the prune, and could not be unpacked; pack "
                 "what `maskopt prune` wrote"
             )
+    check_not_the_model(checkpoint.folder, target)
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         for name, shard in checkpoint.shards.items():
             with atomic_write(work.staging / _packed_name(name)) as file:
@@ -86,12 +87,16 @@ def unpack_folder(
     folder, target = Path(packed), Path(output)
     masks, manifest = _masks_and_manifest(folder)
     digests = read_manifest(manifest)["files"]
-    files = sorted(folder.glob(f"*{SUFFIX}"))
-    if not files:
+    check_not_the_model(folder, target)
+    packed_shards = {_packed_name(n): n for n in digests if n.endswith(".safetensors")}
+    missing = [name for name in packed_shards if not (folder / name).is_file()]
+    if len(missing) == len(packed_shards):
         raise ModelError(f"{folder}: holds no file that `maskopt pack` wrote")
+    if missing:
+        raise ModelError(f"{folder / missing[0]}: is missing")
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
-        for path in files:
-            name = path.name.removesuffix(SUFFIX) + ".safetensors"
+        for packed_name, name in packed_shards.items():
+            path = folder / packed_name
             with atomic_write(work.staging / name) as file:
                 _unpack_shard(_open_packed(path), masks, file, tick)
             open_safe(work.staging / name)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
-from maskopt.model.checkpoint import INDEX, Checkpoint, file_digest, read_json
+from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint, file_digest, read_json
 from maskopt.model.edits import Edits
 from maskopt.model.safefile import CHUNK, SafeFile, TensorEntry, open_safe, write_safe
 from maskopt.model.source import FolderSource, Source
@@ -219,7 +219,7 @@ def write_renamed_shards(
         digests[shard] = file_digest(target / shard)
         where |= dict.fromkeys(shapes, shard)
         total += sum(entry.size for entry in open_safe(target / shard).entries.values())
-    if len(checkpoint.shards) > 1:
+    if SINGLE not in checkpoint.shards:
         write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         digests[INDEX] = file_digest(target / INDEX)
     return digests
@@ -248,7 +248,7 @@ def _left(
 
 def write_index(checkpoint: Checkpoint, target: Path, total: int) -> None:
     """The index of the shards, where there is one, with the new number of bytes."""
-    if (checkpoint.folder / INDEX).exists() and len(checkpoint.shards) > 1:
+    if SINGLE not in checkpoint.shards:
         index = read_json(checkpoint.folder / INDEX)
         index["metadata"] = {**index.get("metadata", {}), "total_size": total}
         index["metadata"].pop("total_parameters", None)

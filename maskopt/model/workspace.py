@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ GONE = ".maskopt.gone"
 MANIFEST = "maskopt-manifest.json"
 #: of safetensors' format, not of its ending: servers load every *.safetensors beside a model of one file
 MASKS = "maskopt-masks.bits"
+#: the model card: users may edit it, so that manifests leave it out
+CARD = "README.md"
+#: how names of files begin that no one else makes, and how those of weights, masks and Gram matrices end
+_OURS, _STORED = "maskopt-", (".safetensors", ".safetensors.index.json", ".packed", ".bits")
 
 
 class Workspace:
@@ -38,6 +43,7 @@ class Workspace:
         hidden: for lock, journal and blocks.
         staging: where the result's files are made.
         keep: leave the hidden folder behind if the work ends by an error, so that it can resume.
+        moving: files of the result are on their way into the output folder.
     """
 
     def __init__(self, output: Path) -> None:
@@ -46,7 +52,7 @@ class Workspace:
         self.staging = self.hidden / "out"
         self.blocks = self.hidden / "blocks"
         self.journal = self.hidden / JOURNAL
-        self.keep = False
+        self.keep = self.moving = False
 
     def remove_temporaries(self) -> None:
         """Drop what an interrupted run left half-written."""
@@ -57,10 +63,11 @@ class Workspace:
                 file.unlink(missing_ok=True)
 
     def commit(self) -> None:
-        """Move the staged files into the output folder, the manifest last.
+        """Move the staged files into the output folder, then drop what an earlier result left there, and
+        move the manifest last.
 
         The list of files is on disk before the first of them moves, so an interrupted commit is
-        finished by the next run.
+        finished by the next run that resumes; nothing that is staged is dropped from then on.
         """
         mark = self.hidden / "committed"
         if not mark.exists():
@@ -69,13 +76,14 @@ class Workspace:
         names = mark.read_text().split("\n")
         if not all(map(plain_name, names)):
             raise ModelError(f"{mark}: is damaged; start over with `overwrite`")
-        for old in self.output.iterdir():
-            weights = old.name.endswith((".safetensors", ".safetensors.index.json"))
-            if weights and old.name not in names and old.is_file():
-                old.unlink()  # an earlier model's shards would be loaded in place of ours
-        for name in sorted(names, key=lambda name: name == MANIFEST):
-            if (self.staging / name).exists():
+        self.moving = True
+        for name in names:
+            if name != MANIFEST and (self.staging / name).exists():
                 os.replace(self.staging / name, self.output / name)
+        for name in earlier_files(self.output) - set(names):
+            (self.output / name).unlink()
+        if (self.staging / MANIFEST).exists():
+            os.replace(self.staging / MANIFEST, self.output / MANIFEST)
         sync_folder(self.output)
 
     def remove(self) -> None:
@@ -121,13 +129,28 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[W
             try:
                 yield work
             except BaseException:
-                if not work.keep:
+                if not (work.keep or work.moving):
                     shutil.rmtree(work.hidden, ignore_errors=True)
                     for folder in made:
                         with contextlib.suppress(OSError):
                             folder.rmdir()
                 raise
             work.remove()
+
+
+def earlier_files(output: Path) -> set[str]:
+    """Names of the files that a result in the folder consists of: what its manifest lists, what only maskopt
+    makes, and weights, since an earlier model's shards would be loaded beside others."""
+    try:
+        listed = {*json.loads((output / MANIFEST).read_bytes())["files"], CARD}
+    except (OSError, ValueError, LookupError, TypeError):
+        listed = set()
+    return {
+        entry.name
+        for entry in output.iterdir()
+        if (entry.name in listed or entry.name.startswith(_OURS) or entry.name.endswith(_STORED))
+        and (entry.is_file() or entry.is_symlink())
+    }
 
 
 def sync_folder(folder: Path) -> None:
