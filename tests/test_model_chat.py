@@ -13,6 +13,7 @@ from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import CHAT_BOS, CHAT_EOS, CHAT_TEMPLATE, chat_tokenizer, save, tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskopt import open_job, perplexity, prune_model
 from maskopt.errors import DataError, MaskoptError, ModelError, VerificationError
@@ -222,6 +223,29 @@ def test_templates_that_are_not_there() -> None:
     several.chat_template = {"default": CHAT_TEMPLATE, "rag": "{{ nonsense() }}"}
     named = chat_evaluation_windows(TALKS, several, seq_len=30)
     assert named.digest == chat_evaluation_windows(TALKS, TOKENIZER, seq_len=30).digest
+
+
+def test_templates_with_names_in_results(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a model in memory all are there; of a folder that by default, and the others are said to be missing.
+    The card may be edited in both."""
+    several = chat_tokenizer(None)
+    several.chat_template = {"default": CHAT_TEMPLATE, "rag": "rag" + CHAT_TEMPLATE}
+    dense = save(tiny("llama"), tmp_path / "dense")
+    several.save_pretrained(dense)
+    options: dict[str, Any] = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "seq_len": 16}
+    text = ["what is it that you say? " * 20]
+    for name, model, tokenizer in (
+        ("folder", dense, None),
+        ("memory", AutoModelForCausalLM.from_pretrained(dense), several),
+    ):
+        prune_model(model, tokenizer, calibration=text, output=tmp_path / name, **options)
+        with (tmp_path / name / "README.md").open("a") as card:
+            card.write("more\n")
+        verify_output(tmp_path / name)
+    found = AutoTokenizer.from_pretrained(tmp_path / "memory").chat_template
+    assert found == several.chat_template
+    assert AutoTokenizer.from_pretrained(tmp_path / "folder").chat_template == CHAT_TEMPLATE
+    assert "additional_chat_templates: chat templates with names" in caplog.text
 
 
 @pytest.mark.parametrize(

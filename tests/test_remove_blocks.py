@@ -14,15 +14,17 @@ import torch
 from commands import run
 from test_model_resume import contents
 from test_shrink import forge
-from tiny_models import save, tiny, tokens
+from tiny_models import FAMILIES, save, tiny, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config
 
-from maskopt import prune_model, remove_blocks, verify
+from maskopt import prune_model, remove_blocks, shrink_model, verify
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.model import block_search
 from maskopt.model.block_effects import Effects
 from maskopt.model.block_search import exchanges, search_sets
+from maskopt.model.checkpoint import open_checkpoint
+from maskopt.model.safefile import open_safe
 from maskopt.model.side_by_side import EVERY
 from maskopt.model.verify_smaller import verify_smaller
 from maskopt.model.walk_options import WalkOptions
@@ -203,6 +205,56 @@ def test_the_model_is_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is the model itself"):
         remove_blocks(dense, tokens(2), count=1, output=dense, overwrite=True)
     assert before == {file.name: file.read_bytes() for file in dense.iterdir()}
+
+
+def test_one_file_with_an_index(tmp_path: Path) -> None:
+    """As some models on the hub are stored."""
+    dense = save(tiny("llama", layers=4), tmp_path / "dense")
+    name = "model-00001-of-00001.safetensors"
+    (dense / "model.safetensors").rename(dense / name)
+    where = dict.fromkeys(open_safe(dense / name).entries, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+    remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=2)
+    verify_smaller(tmp_path / "out", dense)
+    shrink_model(dense, tokens(4), output=tmp_path / "narrow", channels=0.5, solver="wanda")
+    verify_smaller(tmp_path / "narrow", dense)
+    size = json.loads((tmp_path / "narrow" / "model.safetensors.index.json").read_text())
+    stored = open_safe(tmp_path / "narrow" / name).entries.values()
+    assert size["metadata"]["total_size"] == sum(entry.size for entry in stored)
+
+
+def test_a_vision_tower_keeps_its_blocks(tmp_path: Path) -> None:
+    """Their names are those of the decoder's, behind another beginning."""
+    text = {**FAMILIES["gemma3"][1], "num_hidden_layers": 4}
+    text["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    dense = save(AutoModelForCausalLM.from_config(config), tmp_path / "dense")
+    remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=2)
+    verify_smaller(tmp_path / "out", dense)
+    before, after = (
+        [name for name in open_checkpoint(folder).where if "vision" in name]
+        for folder in (dense, tmp_path / "out")
+    )
+    assert sorted(before) == sorted(after)
+
+
+def test_code_of_the_models_own_is_refused_before_anything_heavy(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (dense / "config.json").write_text(json.dumps(config))
+    (dense / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    )
+    walk = WalkOptions(trust_remote_code=True)
+    with pytest.raises(ModelError, match="code is not copied"):
+        remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", options=walk)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_family_that_cannot_say_it_is_refused(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from maskopt.model.report import (
 from maskopt.model.source import FolderSource, MemorySource
 from maskopt.model.unchanged import Unchanged
 from maskopt.model.workspace import (
+    CARD,
     GONE,
     HIDDEN,
     JOURNAL,
@@ -297,13 +298,16 @@ class MemoryRun:
         with quietly():
             self.source.model.save_pretrained(staging)  # type: ignore[operator]
             if self.tokenizer is not None and hasattr(self.tokenizer, "save_pretrained"):
-                self.tokenizer.save_pretrained(staging)
+                # templates with names of their own would take a folder of their own
+                several = isinstance(getattr(self.tokenizer, "chat_template", None), dict)
+                self.tokenizer.save_pretrained(staging, save_jinja_files=not several)
         write_masks(staging / MASKS, self._stored)
         masks = MaskFile(staging / MASKS)
         check_masks(open_checkpoint(staging), masks)
         named = getattr(getattr(self.source.model, "config", None), "_name_or_path", "")
         write_card(staging, report, hub_name(named), Path(named).name or "A model", [])
-        files = {file.name: file_digest(file) for file in sorted(staging.iterdir())}
+        listed = (file for file in sorted(staging.iterdir()) if file.name != CARD)
+        files = {file.name: file_digest(file) for file in listed}
         write_manifest(staging / MANIFEST, report, files, _tensors(masks, pattern))
         self.work.commit()
 

@@ -22,9 +22,9 @@ from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import PruneReport
-from maskopt.model.rewritten import Change, write_changed
+from maskopt.model.rewritten import Change, rewritable, write_changed
 from maskopt.model.side_by_side import place
-from maskopt.model.smaller import CONFIG, check_shapes, folder_source
+from maskopt.model.smaller import CONFIG, check_shapes
 from maskopt.model.source import FolderSource
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.windows import tokens_or_tokenizer
@@ -110,7 +110,7 @@ def remove_blocks(
         limit=windows,
         on_progress=on_progress,
     )
-    source = folder_source(job.source)
+    source = rewritable(job)
     check_not_the_model(source.checkpoint.folder, target)
     if not 0 < count < len(source.blocks):
         raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
@@ -185,9 +185,15 @@ def _renamed(source: FolderSource, removed: list[int]) -> list[tuple[str, str | 
 
 
 def _new_names(source: FolderSource, removed: list[int]) -> dict[str, str | None]:
-    """The same of the tensors that the checkpoint stores, whose names may begin otherwise."""
-    last = source.blocks.name.rpartition(".")[2]
-    return {name: _without(name, last, removed) for name in source.checkpoint.where}
+    """The same of the tensors that the checkpoint stores, whose names may begin otherwise: only those that
+    the blocks are made of, since a vision tower has blocks of that name, too."""
+    last, inside = source.blocks.name.rpartition(".")[2], f"{source.blocks.name}."
+    parameters = (name for name, _ in source.model.named_parameters() if name.startswith(inside))
+    of_blocks = {part for name in parameters for part in source.stored_parts(name)}
+    return {
+        name: _without(name, last, removed) if name in of_blocks else name
+        for name in source.checkpoint.where
+    }
 
 
 def _without(name: str, blocks: str, removed: list[int]) -> str | None:

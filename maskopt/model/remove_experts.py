@@ -31,8 +31,8 @@ from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import LayerReport, PruneReport
-from maskopt.model.rewritten import Change, write_changed
-from maskopt.model.smaller import CONFIG, StoredCut, check_shapes, folder_source
+from maskopt.model.rewritten import Change, rewritable, write_changed
+from maskopt.model.smaller import CONFIG, StoredCut, check_shapes
 from maskopt.model.source import FolderSource
 from maskopt.model.structures import Cut
 from maskopt.model.walk_options import WalkOptions
@@ -97,7 +97,7 @@ def remove_experts(
     if text is None:
         raise ModelError("removing experts needs `calibration` text or tokens; name some")
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
-    source = folder_source(job.source)
+    source = rewritable(job)
     check_not_the_model(source.checkpoint.folder, target)
     mixtures = [m for index in range(len(source.blocks)) for m in mixtures_of(source.blocks, index)]
     left = _left(mixtures, share)

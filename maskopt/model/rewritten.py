@@ -17,6 +17,7 @@ from maskopt.model.checkpoint import file_digest
 from maskopt.model.job import Block, Job, open_job
 from maskopt.model.report import PruneReport, write_manifest
 from maskopt.model.smaller import StoredCut, folder_source, write_config, write_renamed_shards
+from maskopt.model.source import FolderSource
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST, Workspace
 from maskopt.model.write import copy_side_files
@@ -60,6 +61,22 @@ class Change:
             },
             "set_anew": [],
         }
+
+
+def rewritable(job: Job) -> FolderSource:
+    """The job's model, of a folder whose written copy can be opened, and so be held against it.
+
+    Raises:
+        ModelError: it needs code that comes with the model: results hold none.
+    """
+    source = folder_source(job.source)
+    if source.checkpoint.config.get("auto_map"):
+        raise ModelError(
+            f"{source.checkpoint.folder}: config.json asks to run code that comes with the model (auto_map), "
+            "and code is not copied: the smaller model could not be checked. Without auto_map transformers' "
+            "own code runs"
+        )
+    return source
 
 
 def write_changed(

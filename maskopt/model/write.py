@@ -7,6 +7,7 @@ was not refitted.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,10 @@ from maskopt.model.safefile import CHUNK
 #: what is copied along with the weights; code is not
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+#: where tokenizers keep chat templates beside that by default; results are folders without folders
+_TEMPLATES = "additional_chat_templates"
+
+_log = logging.getLogger("maskopt.model")
 
 
 def check_masks(checkpoint: Checkpoint, masks: MaskFile) -> None:
@@ -81,6 +86,11 @@ def side_files(checkpoint: Checkpoint) -> list[str]:
 def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
     """Copy them; their names."""
     copied = side_files(checkpoint)
+    if (checkpoint.folder / _TEMPLATES).is_dir():
+        _log.warning(
+            "%s: chat templates with names of their own are not copied; the one by default is",
+            checkpoint.folder / _TEMPLATES,
+        )
     for name in copied:
         with (
             atomic_write(target / name) as output,
