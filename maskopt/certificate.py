@@ -42,6 +42,8 @@ from maskopt.problem import LayerProblem, RowProblem
 
 #: unit roundoff of float64
 _U = 2.0**-53
+#: squares of weights below it are no longer exact
+_LEAST_SQUARE = 1e-300
 #: of the inputs and signs of cuts
 _WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -398,10 +400,10 @@ def _shared_slack(certificate: Certificate, layer: LayerProblem) -> _Shared | No
         return None
     square = layer.weight.double().square()
     lam = certificate.diagonal.to(square)
-    if bool((lam[square == 0] < 0).any()):
+    if bool((lam[square < _LEAST_SQUARE] < 0).any()):
         return None
     # no ratio may exceed the truth
-    ratio = torch.where(square > 0, lam / square.clamp(min=1e-300), torch.inf)
+    ratio = torch.where(square > 0, lam / square.clamp(min=_LEAST_SQUARE), torch.inf)
     least = ratio.min(0).values.clamp(max=1e12 * float(layer.gram.diagonal().abs().max()) + 1.0)
     # inputs whose weights are all zero do not matter; a large entry there would only blur the rest
     least = torch.where((square > 0).any(0), least, 0.0)

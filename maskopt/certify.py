@@ -7,7 +7,6 @@ masks of a model that is already pruned. Every bound is re-checked from its cert
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from maskopt.compare import (
     write_records,
 )
 from maskopt.errors import ModelError
-from maskopt.jobs import BATCH, as_they_finish, workers
+from maskopt.jobs import BATCH, as_they_finish, digest_of, workers
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer, choose
 from maskopt.model.options import BOTH, KEEP
@@ -379,12 +378,8 @@ def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:
 def _key(
     problem: LayerProblem, row: int, mask: Tensor, method: str, options: Mapping[str, Any]
 ) -> str:
-    digest = hashlib.sha256()
-    moments: list[Tensor] = []
-    if problem.linear is not None:
-        moments = [problem.linear.correlation[row], problem.linear.constant[row]]
-    for tensor in (problem.weight[row].double(), problem.gram.double(), *moments, mask):
-        digest.update(tensor.cpu().numpy().tobytes())
+    digest = digest_of(problem, row)
+    digest.update(mask.cpu().numpy().tobytes())
     text = [str(problem.pattern), problem.name, method, sorted(options.items())]
     digest.update(json.dumps(text, default=str).encode())
     return digest.hexdigest()[:20]

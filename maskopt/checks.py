@@ -11,7 +11,6 @@ weights see `maskopt.refit_checks`.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from maskopt.errors import VerificationError
 from maskopt.pooled_checks import Trade, improving_trade
 from maskopt.problem import LayerProblem, RowProblem
-from maskopt.refit_checks import improving_refit_swap
+from maskopt.refit_checks import improving_refit_swap, within_range
 from maskopt.solution import SWAP_TOLERANCE, swap_threshold
 
 #: pairs whose Δ is formed at a time
@@ -62,8 +61,7 @@ def improving_swap(
         found = improving_refit_swap(layer, mask, tolerance)
         return None if found is None else Exchange(*found)
     w = layer.weight[0].double()
-    # a power of two brings extreme weights within range without changing any comparison
-    scale = 2.0 ** -math.frexp(float(w.abs().max()) or 1.0)[1]
+    scale = within_range(w)
     w = w * scale
     gram = layer.gram
     dropped = torch.where(mask, 0.0, w)

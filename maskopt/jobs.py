@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from joblib import Parallel, effective_n_jobs
 from joblib.parallel import get_active_backend
+from torch import Tensor
 
 from maskopt.limits import Limits
-from maskopt.problem import RowProblem
+from maskopt.problem import LayerProblem, RowProblem
 from maskopt.solver import Solver
 
 #: jobs at a time of a backend that gives no result before all are there
@@ -49,18 +50,32 @@ def job_key(row: RowProblem, name: str, solver: Solver, start: Any, limits: Limi
         name: of the solver, as it is to be told.
         start: of the solver: by name, as a value, or a mask.
     """
-    digest = hashlib.sha256()
-    digest.update(row.weight.double().cpu().numpy().tobytes())
-    digest.update(row.gram.double().cpu().numpy().tobytes())
-    if row.linear is not None:
-        digest.update(row.linear.correlation.cpu().numpy().tobytes())
-        digest.update(row.linear.constant.cpu().numpy().tobytes())
-    if row.refit is not None:
-        digest.update(repr(row.refit).encode())
+    digest = digest_of(row.as_layer(), 0)
     of_limits = [limits.seconds, limits.memory, limits.seed]
     text = [str(row.pattern), row.name, name, repr(solver), of_limits, _start_text(start)]
     digest.update(json.dumps(text).encode())
     return digest.hexdigest()[:20]
+
+
+def digest_of(problem: LayerProblem, row: int) -> hashlib._Hash:
+    """Of everything that a row's problem is but its pattern and its name. What most problems lack is left
+    out where it is not there, so that files of earlier versions are taken up again."""
+    digest = hashlib.sha256()
+    tensors = [problem.weight[row].double(), problem.gram.double()]
+    if problem.linear is not None:
+        tensors += [problem.linear.correlation[row], problem.linear.constant[row]]
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy().tobytes())
+    if problem.refit is not None:
+        digest.update(repr(problem.refit).encode())
+    for name in ("mean", "variance", "integral", "units"):
+        value = getattr(problem, name)
+        if value is not None and value is not False:
+            said = (
+                value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+            )
+            digest.update(name.encode() + said)
+    return digest
 
 
 def _start_text(start: Any) -> str:

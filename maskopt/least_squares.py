@@ -106,7 +106,7 @@ class LeastSquares:
         """‖b − Av‖/‖b‖ of the kept inputs, float64."""
         rest = target - weight @ self.damped
         wanted, rest = (torch.where(mask, x, 0.0) for x in (target, rest))
-        return rest.norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-300)
+        return _relative(rest, wanted)
 
     def solve(
         self,
@@ -158,15 +158,14 @@ class LeastSquares:
         """Factors in this dtype, refined in float64. ∞ where a factorisation breaks down."""
         wanted = target.gather(1, index)
         factor = self._factor(index, dtype, pages)
-        size = wanted.norm(dim=1).clamp(min=1e-300)
         full = torch.zeros_like(target)
-        best, least = full.clone(), torch.full_like(size, torch.inf)
+        best, least = full.clone(), torch.full_like(target[:, 0], torch.inf)
         rest = wanted
         for _ in range(_REFINEMENTS):
             step = _substituted(factor, rest.to(dtype)).double()
             full = full.scatter_add(1, index, step)
             rest = wanted - (full @ self.damped).gather(1, index)
-            residual = (rest.norm(dim=1) / size).nan_to_num(nan=torch.inf)
+            residual = _relative(rest, wanted).nan_to_num(nan=torch.inf)
             better = residual < least
             best = torch.where(better[:, None], full, best)
             least = torch.where(better, residual, least)
@@ -187,6 +186,15 @@ class LeastSquares:
         return (
             matrix.masked_fill_(broken[:, None, None], torch.nan) if bool(broken.any()) else matrix
         )
+
+
+def _relative(rest: Float[Tensor, "rows k"], wanted: Float[Tensor, "rows k"]) -> Tensor:
+    """‖rest‖/‖wanted‖ of every row, whatever their size: by a power of two squares are within range."""
+    if not wanted.shape[1]:
+        return wanted.new_zeros(len(wanted))
+    power = torch.frexp(wanted.abs().amax(1)).exponent.clamp(-1000, 1000)
+    size = torch.exp2(-power.double())[:, None]
+    return (rest * size).norm(dim=1) / (wanted * size).norm(dim=1).clamp(min=1e-300)
 
 
 def _factorise(matrix: Float[Tensor, "rows k k"]) -> Bool[Tensor, " rows"]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -43,21 +45,25 @@ class Unstructured:
                 "Unstructured takes either sparsity=… or keep=…, exactly one of them"
             )
         if self.sparsity is not None:
-            if not (isinstance(self.sparsity, int | float) and 0 <= self.sparsity < 1):
+            if not (isinstance(self.sparsity, Real) and 0 <= self.sparsity < 1):
                 raise PatternError(
-                    f"sparsity {self.sparsity} is outside [0, 1); 0.6 prunes 60% of every row"
+                    f"sparsity {self.sparsity!r} is not in [0, 1); 0.6 prunes 60% of every row"
                 )
-        elif isinstance(self.keep, bool) or not isinstance(self.keep, int) or self.keep < 0:
+            object.__setattr__(self, "sparsity", _as_float(self.sparsity))
+        elif isinstance(self.keep, bool) or not isinstance(self.keep, Integral) or self.keep < 0:
             raise PatternError(f"keep must be a whole number of at least 0, not {self.keep!r}")
+        else:
+            object.__setattr__(self, "keep", int(self.keep))
         if self.per not in ("row", "layer"):
             raise PatternError(f"per must be 'row' or 'layer', not {self.per!r}")
         if self.spread is not None:
             if not self.pooled:
                 raise PatternError("spread=… is of rows that trade; give per='layer', too")
-            if not (isinstance(self.spread, int | float) and 0 <= self.spread < 1):
+            if not (isinstance(self.spread, Real) and 0 <= self.spread < 1):
                 raise PatternError(
-                    f"spread {self.spread} is outside [0, 1); 0.1 keeps rows within 10% of n"
+                    f"spread {self.spread!r} is not in [0, 1); 0.1 keeps rows within 10% of n"
                 )
+            object.__setattr__(self, "spread", _as_float(self.spread))
 
     @property
     def pooled(self) -> bool:
@@ -100,7 +106,7 @@ class Unstructured:
             return pruned, pruned
         if self.spread is None:
             return 0, n
-        total, reach = self.pruned_in(rows, n), _exact(self.spread) * n
+        total, reach = self.pruned_in(rows, n), as_written(self.spread) * n
         mean = Fraction(total, rows)
         least, most = math.ceil(mean - reach), math.floor(mean + reach)
         return max(0, min(least, math.floor(mean))), min(n, max(most, math.ceil(mean)))
@@ -108,7 +114,7 @@ class Unstructured:
     def _part_of(self, entries: int) -> int:
         if self.keep is not None:
             return entries - self.keep
-        return math.floor(_exact(self.sparsity or 0.0) * entries)
+        return math.floor(as_written(self.sparsity or 0.0) * entries)
 
     def is_legal(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
         """Per row; where the rows trade, none is if the layer has another count."""
@@ -120,8 +126,8 @@ class Unstructured:
         return (pruned >= least) & (pruned <= most) & right
 
     def __str__(self) -> str:
-        share = f"keep {self.keep}" if self.keep is not None else f"{float(self.sparsity or 0):.4g}"
-        within = "" if self.spread is None else f"{_WITHIN}{float(self.spread):.4g}"
+        share = f"keep {self.keep}" if self.keep is not None else _shortly(self.sparsity or 0.0)
+        within = "" if self.spread is None else f"{_WITHIN}{_shortly(self.spread)}"
         return f"{share}{_PER_LAYER if self.pooled else ''}{within}"
 
 
@@ -146,8 +152,10 @@ class NM:
 
     def __post_init__(self) -> None:
         for value in (self.keep, self.of):
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise PatternError(f"N:M takes whole numbers, not {value!r}")
+        object.__setattr__(self, "keep", int(self.keep))
+        object.__setattr__(self, "of", int(self.of))
         if self.of < 1 or not 0 <= self.keep <= self.of:
             raise PatternError(
                 f"keep {self.keep} of every {self.of} is impossible; 2:4 is NM(keep=2, of=4)"
@@ -228,7 +236,17 @@ def pattern_from_dict(data: Any) -> Pattern:
     raise PatternError(f"{data!r} does not describe a pattern")
 
 
-def _exact(number: float) -> Fraction:
+def _as_float(number: Any) -> float:
+    """The decimal number as written: 0.6 of numpy's float32 0.6."""
+    return float(str(number) if isinstance(number, np.floating) else number)
+
+
+def _shortly(number: float) -> str:
+    """In four digits if that is the number, else in as many as it takes."""
+    return f"{number:.4g}" if float(f"{number:.4g}") == number else repr(number)
+
+
+def as_written(number: float) -> Fraction:
     """The decimal number as written."""
     return Fraction(repr(float(number)))
 

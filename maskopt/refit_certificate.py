@@ -120,7 +120,7 @@ def _at_point(
     terms = reach**2 + 2 * g.abs() @ w.abs() + constant + 4 * far**2 + lack * v @ v
     alpha = (wanted - image).abs() + off
     # an input of no d can be paid for only where nothing is asked of it
-    price = torch.where(d > 0, alpha.square() / d.clamp(min=1e-300), torch.inf)
+    price = torch.where(d > 0, (alpha / d.clamp(min=1e-300).sqrt()).square(), torch.inf)
     return offset - (2 * n + 8) * _U * terms, price * (1 + 8 * _U)
 
 

@@ -34,34 +34,36 @@ def improving_refit_swap(
     kept, pruned, k, r = row.kept, row.pruned, row.k, row.r
     if not len(kept) or not len(pruned) or layer.least_squares.ridge == 0:
         return None  # no pair, or a G of 0, where every mask costs the same
-    mass = layer.diagonal_mass()[0] * row.scale**2
+    mass = layer.diagonal_mass()[0] * row.scale * row.scale
     threshold = float(swap_threshold(row.objective, mass, tolerance, refit=True))
-    saved = r.square() / k.diagonal()
-    change = row.pull.square() / k.diagonal()
-    change += row.own[:, None]
-    delta = (row.v[:, None] - row.pull * (r / k.diagonal())).square() / change - saved
+    # roots before squares: of a G of 1e-165 the squares would be 0
+    size = k.diagonal().sqrt()
+    saved = (r / size).square()
+    change = (row.pull / size).square() + row.own[:, None]
+    delta = ((row.v[:, None] - row.pull * (r / k.diagonal())) / change.sqrt()).square() - saved
     if layer.group_size < layer.n:
         apart = kept[:, None] // layer.group_size != pruned[None, :] // layer.group_size
         delta[apart] = torch.inf
     line, column = divmod(int(delta.argmin()), len(pruned))
     value = float(delta[line, column])
-    if not value < -threshold:
+    gain = value / row.scale / row.scale
+    if not value < -threshold or gain == 0:  # less than a float64 can say
         return None
-    return int(kept[line]), int(pruned[column]), value / row.scale / row.scale
+    return int(kept[line]), int(pruned[column]), gain
 
 
 def refit_prices(layer: LayerProblem, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of one row, float64: what pruning each kept input costs [n] (∞ for the others), what keeping each
     pruned one again saves [n] (−∞ for the others), and F."""
     row = _solved(layer, mask)
-    size = row.scale**2
+    objective = row.objective / row.scale / row.scale
     cost = torch.full_like(layer.weight[0], torch.inf, dtype=torch.float64)
     gain = torch.full_like(cost, -torch.inf)
     if layer.least_squares.ridge == 0:  # a G of 0, where every mask costs the same
-        return cost.masked_fill(mask, 0.0), gain.masked_fill(~mask, 0.0), row.objective / size
-    cost[row.kept] = row.v.square() / row.own / size
-    gain[row.pruned] = row.r.square() / row.k.diagonal() / size
-    return cost, gain, row.objective / size
+        return cost.masked_fill(mask, 0.0), gain.masked_fill(~mask, 0.0), objective
+    cost[row.kept] = (row.v / row.own.sqrt() / row.scale).square()
+    gain[row.pruned] = (row.r / row.k.diagonal().sqrt() / row.scale).square()
+    return cost, gain, objective
 
 
 @dataclass
@@ -129,15 +131,23 @@ def refitted_costs(layer: LayerProblem, row: int, p: Tensor) -> Float[Tensor, " 
     return (torch.cat(costs) + constant).clamp(min=0.0) / scale / scale
 
 
+def within_range(weight: Tensor) -> float:
+    """A power of two that brings extreme weights within range without changing any comparison."""
+    return 2.0 ** min(1000, -math.frexp(float(weight.abs().max()) or 1.0)[1])
+
+
 def _scaled(layer: LayerProblem) -> tuple[Tensor, Tensor, Tensor, float]:
     """H, b, c − gᵀHg of one row, its weights brought within range by a power of two, and that power."""
     squares = layer.least_squares
     w = layer.weight[0].double()
-    scale = 2.0 ** -math.frexp(float(w.abs().max()) or 1.0)[1]
+    scale = within_range(w)
     b = squares.damped @ (w * scale)
     constant = torch.zeros((), dtype=torch.float64, device=w.device)
     if layer.linear is not None:
         g = layer.linear.correlation[0] * scale
         b = b + g
-        constant = layer.linear.constant[0] * scale * scale - g @ squares.inverse @ g
+        half = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(squares.damped), g[:, None], upper=False
+        )
+        constant = layer.linear.constant[0] * scale * scale - half.square().sum()
     return squares.inverse, b, constant, scale

@@ -11,9 +11,10 @@ import torch
 from commands import run
 from strategies import random_gram, random_weight
 
-from maskopt import NM, LayerProblem, RowProblem, Unstructured, make_solver
+from maskopt import NM, LayerProblem, Limits, Refit, RowProblem, Unstructured, certify, make_solver
 from maskopt.compare import compare, read_records, sample_rows
 from maskopt.errors import DataError, OptionError
+from maskopt.jobs import job_key
 
 
 @pytest.fixture
@@ -180,6 +181,25 @@ def test_named_starts_keep_their_keys():
     row = RowProblem(torch.arange(1.0, 5.0), torch.eye(4), Unstructured(0.5))
     records = compare([row], {"wanda": {}, "swap": {"start": "wanda"}}, time_limit=3, seed=1)
     assert [r.key for r in records] == ["1b1a2a150ba137dca410", "60844c35e7301a059de6"]
+
+
+def test_other_problems_have_other_keys():
+    """Patterns that differ by little, and all else that a row may have besides weights and Gram matrix."""
+    weight, gram = torch.arange(1.0, 25.0), torch.eye(24)
+    more = {"mean": torch.ones(24), "variance": torch.ones(24), "refit": Refit(), "integral": True}
+    rows = [RowProblem(weight, gram, Unstructured(s)) for s in (2 / 3, 0.6667, 0.6666)]
+    rows += [RowProblem(weight, gram, Unstructured(0.6666), **{k: v}) for k, v in more.items()]
+    rows += [RowProblem(weight, gram, Unstructured(0.6666), refit=Refit(0.5))]
+    rows += [RowProblem.from_quadratic(np.eye(24), keep=8, constant=c) for c in (0.0, 100.0)]
+    keys = [job_key(row, "wanda", make_solver("wanda"), None, Limits()) for row in rows]
+    assert len(set(keys)) == len(rows)
+    bounds = [certify_key(row) for row in rows]
+    assert len(set(bounds)) == len(rows)
+
+
+def certify_key(row):
+    layer = row.as_layer()
+    return certify._key(layer, 0, torch.ones(24, dtype=torch.bool), "sdp", {})
 
 
 def test_a_failed_job_is_a_record():

@@ -220,6 +220,11 @@ def test_what_can_be_refused_is_refused_before_layers_are_compared(
         prune_model(dense, tokens(), output=out, **OPTIONS)
     with pytest.raises(ModelError, match=r"the result of another run: options\.budget was"):
         prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+    monkeypatch.undo()
+    prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
+    monkeypatch.setattr(prune, "allocate", lambda *_: pytest.fail("began"))
+    with pytest.raises(ModelError, match=r"the result of another run: options\.pattern"):
+        prune_model(dense, tokens(), output=out, resume=True, **{**OPTIONS, "sparsity": 0.7})
 
 
 def test_counts_of_the_users_own(tmp_path: Path) -> None:

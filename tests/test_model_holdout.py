@@ -94,6 +94,11 @@ def test_bad_input_gets_one_line(options, error, message):
     assert held_out(10, 0.0) == frozenset()
 
 
+def test_the_share_is_taken_as_written():
+    """0.29 · 100 is 28.999… in binary floating point."""
+    assert [len(held_out(100, share / 100)) for share in range(1, 100)] == list(range(1, 100))
+
+
 def test_an_error_and_its_energy_are_of_the_same_gram_matrix():
     """Of the first block, whose inputs no pruning has changed."""
     for shrink in (0.0, 0.5, 1.0):

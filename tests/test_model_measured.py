@@ -12,7 +12,7 @@ from test_model_resume import contents, interrupted
 from test_remove_blocks import logs
 from tiny_models import FAMILIES, save, tiny, tokens
 
-from maskopt import LayerProblem, Unstructured, prune_model, solve
+from maskopt import LayerProblem, Unstructured, prune_model, shrink_model, solve
 from maskopt.errors import OptionError
 from maskopt.model import allocate as allocating
 from maskopt.model import plan as planning
@@ -148,6 +148,16 @@ def test_the_plan_counts_the_variants(dense: Path, monkeypatch: pytest.MonkeyPat
     job = open_job(dense, None, MEASURED)
     blocks = len(job.source.blocks)
     assert job.load.variants == VARIANTS * VARIANT_WINDOWS * blocks
+
+
+def test_widths_without_a_step_in_common_are_refused(tmp_path: Path) -> None:
+    """Of 32 and 34 inputs the step in common is a half."""
+    dense = save(tiny("llama"), tmp_path / "dense")
+    shrink_model(dense, tokens(6), output=tmp_path / "narrow", channels=0.3, solver="wanda")
+    with pytest.raises(OptionError, match="32, 34 inputs have no step in common"):
+        prune_model(tmp_path / "narrow", tokens(6), output=tmp_path / "out", **OPTIONS)
+    single = {**OPTIONS, "importance": "relative"}  # of one layer every count is a step
+    prune_model(tmp_path / "narrow", tokens(6), output=tmp_path / "out", **single)
 
 
 @pytest.mark.parametrize("budget", ["layer", "both"])

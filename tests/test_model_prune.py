@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import maskopt
 from maskopt import NM, Unstructured, prune_model
-from maskopt.errors import MaskoptError, ModelError, PatternError
+from maskopt.errors import DataError, MaskoptError, ModelError, PatternError
 from maskopt.model.blocks import Blocks, choose, matrix
 from maskopt.model.verify import verify_output
 
@@ -426,7 +426,17 @@ def test_models_that_are_not_language_models() -> None:
 def test_shared_weights_are_refused() -> None:
     model = tiny("llama")
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    assert "shares its weight" in refusal(model=model)
+    one, other = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+    said = refusal(model=model)
+    assert said.startswith(f"layer {one!r} shares its weight with {other!r}")
+    prune_model(model, tokens(), sparsity=0.5, solver="wanda", exclude=[one, other])
+
+
+def test_tokens_are_the_only_text_and_fit_the_model() -> None:
+    assert "leave one of them out" in refusal(DataError, calibration="no such file")
+    longer = tiny("llama")
+    longer.config.max_position_embeddings = 8
+    assert "longer than the model's 8 positions" in refusal(DataError, model=longer)
 
 
 def test_patterns_on_names() -> None:

@@ -191,6 +191,17 @@ def test_states_may_lie_in_a_file(tmp_path: Path) -> None:
     assert some[0].effects.kl == some[1].effects.kl
 
 
+@pytest.mark.parametrize(
+    "option", [{"holdout": 0.5}, {"include": ["q_proj"]}, {"skip_bad_samples": True}]
+)
+def test_options_that_mean_nothing_here(option: dict[str, Any], tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    with pytest.raises(OptionError, match=f"leave out `{next(iter(option))}`"):
+        remove_blocks(
+            dense, tokens(2), count=1, output=tmp_path / "out", options=WalkOptions(**option)
+        )
+
+
 @pytest.mark.parametrize("count", [0, 3, 9])
 def test_counts_that_leave_nothing_are_refused(count: int, tmp_path: Path) -> None:
     dense = save(tiny("llama"), tmp_path / "dense")

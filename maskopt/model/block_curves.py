@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from maskopt.errors import OptionError
 from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.importance import VARIANT_WINDOWS, VARIANTS
 from maskopt.model.job import Block, Job
+from maskopt.model.memory import by_block
 from maskopt.model.options import PruneOptions
 from maskopt.model.problems import layer_problem
 from maskopt.model.share_out import Curve, Moves
@@ -40,6 +42,7 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
     weighting = ALIKE if options.weighting == GRADIENT else options.weighting
     walk = job.whole_again(replace(options, weighting=weighting), job.few()[:VARIANT_WINDOWS])
     windows = range(walk.count)
+    _check_moves(job, options)
     folder = place(walk, VARIANTS * len(job.source.blocks), Path(tempfile.gettempdir()))
     held: dict[tuple[int, int], Activations] = {}
     moves: dict[int, Moves] = {}
@@ -70,6 +73,20 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
         kl = tuple(max(0.0, costs[index, count]) for count in pruned)
         found.append(Curve(move.layers, pruned, kl))
     return found
+
+
+def _check_moves(job: Job, options: PruneOptions) -> None:
+    """Raise OptionError where no block's layers can prune more or less together."""
+    alike = {layer.name: options.pattern.pruned_per_group(layer.n) for layer in job.layers}
+    moves = [
+        Moves.of(layers, alike, options.layer_spread) for layers in by_block(job.layers).values()
+    ]
+    if all(len(move.moves) == 1 for move in moves):
+        widths = sorted({layer.n for layer in job.layers})
+        raise OptionError(
+            f"`importance` measured: layers of {', '.join(map(str, widths))} inputs have no step in common "
+            "that is within `spread`; take a larger `spread`, or `importance` loss"
+        )
 
 
 def _problems(job: Job, block: Block, options: PruneOptions) -> list[tuple[Layer, LayerProblem]]:

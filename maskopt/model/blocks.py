@@ -114,9 +114,10 @@ class Blocks:
             places.setdefault(id(parameter), []).append(name)
         for names in places.values():
             if len(names) > 1 and wanted & set(names):
+                one, other = (name.removesuffix(".weight") for name in names[:2])
                 raise ModelError(
-                    f"layer {names[0]!r} shares its weight with {names[1]!r}; "
-                    f"leave it out with `exclude` {names[0]!r}"
+                    f"layer {one!r} shares its weight with {other!r}; leave both out with `exclude` "
+                    f"{one!r} and {other!r}"
                 )
 
 

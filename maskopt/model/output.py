@@ -332,19 +332,31 @@ def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport
     return PruneReport(layers, fingerprint, manifest["bad_samples"], {}, output, 0.0, parts)
 
 
-def recorded_counts(output: Path) -> dict[str, int] | None:
-    """What each layer prunes in the run that a folder holds, finished or not; empty where its layers do not
-    trade, None where it holds no run.
+def recorded_counts(output: Path, options: Mapping[str, Any]) -> dict[str, int] | None:
+    """What each layer prunes in the run that a folder holds, finished or not; None where it holds no run.
+
+    Args:
+        options: of the run that is to go on, as they are recorded, without counts.
 
     Raises:
-        ModelError: journal or manifest are damaged.
+        ModelError: journal or manifest are damaged, or of a run with other options.
     """
     fingerprint = None
     if (output / HIDDEN / JOURNAL).exists():
         fingerprint = Journal(output / HIDDEN / JOURNAL).header
     elif (output / MANIFEST).exists():
         fingerprint = read_manifest(output / MANIFEST)["fingerprint"]
-    return None if fingerprint is None else dict(fingerprint["options"].get("counts", {}))
+    if fingerprint is None:
+        return None
+    recorded = fingerprint["options"]
+    apart = {"counts": None}
+    lines = differences({**recorded, **apart}, {**options, **apart}, "options")
+    if lines:
+        what = "the unfinished part" if (output / HIDDEN / JOURNAL).exists() else "the result"
+        raise ModelError(
+            f"{output}: holds {what} of another run: {in_words(lines)}; `overwrite` replaces it"
+        )
+    return dict(recorded.get("counts", {}))
 
 
 def apply_masks(

@@ -124,7 +124,7 @@ def prune_model(
 
 def _with_counts(job: Job, options: PruneOptions, resumed: Path | None) -> PruneOptions:
     """The options with what each layer prunes: as the run has it that is to be resumed, or chosen here."""
-    counts = None if resumed is None else recorded_counts(resumed)
+    counts = None if resumed is None else recorded_counts(resumed, options.record())
     if counts is None:
         counts = allocate(job, options)
     return dataclasses.replace(options, counts=counts)

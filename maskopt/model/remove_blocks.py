@@ -36,6 +36,11 @@ from maskopt.solution import Solution
 WINDOWS = 4
 #: of the sets that a round of the search leaves out, those that are judged on all tokens
 JUDGED = 16
+#: of the walk's options, those that mean nothing where whole models are held against each other
+_NOT_HERE = (
+    "include", "exclude", "weighting", "all_experts", "holdout", "one_pass", "true_sequential",
+    "skip_bad_samples",
+)  # fmt: skip
 #: what configurations call the number of blocks
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
@@ -94,6 +99,11 @@ def remove_blocks(
     """
     began = time.perf_counter()
     options = options or WalkOptions(seq_len=512)
+    for name in _NOT_HERE:
+        if getattr(options, name) != getattr(WalkOptions, name):
+            raise OptionError(
+                f"`blocks` are chosen by the model's output on all tokens; leave out `{name}`"
+            )
     target = Path(output)
     check_output(target, overwrite=overwrite, resume=False)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)

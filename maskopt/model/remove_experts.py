@@ -85,6 +85,8 @@ def remove_experts(
             leaves fewer than a token goes to; what `prune_model` refuses.
     """
     began = time.perf_counter()
+    if not 0 < share < 1:
+        raise OptionError(f"`experts` is the share that goes, between 0 and 1, not {share}")
     options = options or WalkOptions()
     for name in _NOT_HERE:
         if getattr(options, name) != getattr(WalkOptions, name):

@@ -65,6 +65,12 @@ class ShrinkOptions(WalkOptions):
         for name in NOT_HERE:
             if getattr(self, name) != getattr(WalkOptions, name):
                 raise OptionError(f"all blocks are cut alike, on all tokens; leave out `{name}`")
+        if not self.channels:
+            for name in ("solver", "solver_options", "multiple", "certify"):
+                if getattr(self, name) != _DEFAULTS.get(name, {}):
+                    raise OptionError(
+                        f"`{name}` is of channels, and heads are proven; give `channels`, or leave it out"
+                    )
         check_solver(self.solver, self.solver_options, None)
 
     @property
@@ -80,4 +86,7 @@ class ShrinkOptions(WalkOptions):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
+_DEFAULTS = {
+    f.name: f.default for f in dataclasses.fields(ShrinkOptions) if f.name != "solver_options"
+}
 ShrinkOptions.__doc__ = described(ShrinkOptions)

@@ -3,6 +3,7 @@ are kept aside."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -19,12 +20,21 @@ from maskopt.model.tokens import (
     token_windows,
 )
 from maskopt.model.walk_options import WalkOptions
+from maskopt.pattern import as_written
 
 
 def tokens_or_tokenizer(given: Any, text: Any) -> tuple[Any, Any]:
     """(text, tokenizer) out of an argument that may be either tokens, which are then the text, or a
-    tokenizer for the text."""
-    return (given, None) if isinstance(given, Tensor | Windows) else (text, given)
+    tokenizer for the text.
+
+    Raises:
+        DataError: tokens, and a text beside them.
+    """
+    if not isinstance(given, Tensor | Windows):
+        return text, given
+    if text is not None:
+        raise DataError("there are tokens, and `calibration` beside them; leave one of them out")
+    return given, None
 
 
 def windows_of(
@@ -39,6 +49,11 @@ def windows_of(
         check_count("windows", limit)
     if isinstance(text, Windows | Tensor) and not options.chat:
         given = text if isinstance(text, Windows) else token_windows(text, "token tensor")
+        most = capped_length(source.model, given.length)
+        if given.length > most:
+            raise DataError(
+                f"windows of {given.length} tokens are longer than the model's {most} positions; cut them"
+            )
         return given if limit is None else given.take(slice(limit))
     if tokenizer is None and source.checkpoint is not None:
         tokenizer = load_tokenizer(
@@ -77,7 +92,7 @@ def held_out(windows: int, share: float) -> frozenset[int]:
     Raises:
         DataError: none would be kept aside, or none would be left.
     """
-    count = int(share * windows)
+    count = math.floor(as_written(share) * windows)
     if share and not 0 < count < windows:
         raise DataError(
             f"`holdout` {share} of {windows} windows keeps {count} aside; take more windows"

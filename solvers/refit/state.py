@@ -177,7 +177,7 @@ class Row:
         fall = float(step @ self.left)
         self.v += step
         self.left.zero_()
-        if 4 * objective * self.metric.stiffness * fall > noise**2:
+        if 4 * objective * self.metric.stiffness * fall > noise * noise:
             self.look()
 
     def costs(self) -> Float[Tensor, " k"]:

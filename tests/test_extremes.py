@@ -1,0 +1,106 @@
+"""At the edges of float64: claims that hold are accepted, others are refused, and nothing overflows."""
+
+import dataclasses
+
+import pytest
+import torch
+from strategies import random_gram, random_weight
+
+from maskopt import LayerProblem, Refit, Unstructured, lower_bound, solve, verify
+from maskopt.certificate import Certificate
+from maskopt.errors import VerificationError
+from maskopt.linear import Linear
+from maskopt.problem import RowProblem
+from maskopt.solution import Solution, Status
+
+SCALES = (1e-170, 1e-165, 1e-100, 1e100, 1e160)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("name", ["magnitude", "swap", "exhaustive"])
+def test_grams_that_are_indefinite_by_rounding(name, seed):
+    """Masks then exist whose sum is below 0, where objectives are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 6, generator=generator)
+    x[:, 1] = -0.3 * x[:, 0]
+    weight = torch.randn(1, 6, generator=generator)
+    weight[0, 1] = weight[0, 0] / 0.3
+    problem = LayerProblem(weight, x.T @ x / 3, Unstructured(keep=4))
+    verify(problem, solve(problem, name))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_optima_of_refitted_rows_with_a_linear_part_and_hardly_any_damping(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    other = torch.randn(4, 2, generator=generator, dtype=torch.float64) * 10
+    linear = Linear(other.T @ x / 4, other.square().mean(0) * (1 + 1e-9))
+    problem = LayerProblem(
+        random_weight(2, 8, seed), x.T @ x / 4, Unstructured(0.5), linear=linear, refit=Refit(0.0)
+    )
+    verify(problem, solve(problem, "exhaustive"))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
+    problem = LayerProblem(
+        random_weight(2, 8, 3), random_gram(8, "full", 4).double() * scale, Unstructured(0.5),
+        refit=Refit(),
+    )  # fmt: skip
+    found, best = solve(problem, "swap"), solve(problem, "exhaustive")
+    verify(problem, found)
+    verify(problem, best)
+    bound = lower_bound(problem, "perspective").value
+    assert bool((bound <= best.objective * (1 + 1e-9)).all())
+    assert bool((bound > 0.1 * best.objective).all())
+    worst = solve(problem, "random", seed=1).mask
+    for row in range(2):
+        one = problem.row(row)
+        mask = worst[row : row + 1]
+        if float(one.objective(mask)) > 1.01 * float(found.objective[row]):
+            claim = Solution.of(one.as_layer(), mask, status=Status.SWAP_OPTIMAL)
+            with pytest.raises(VerificationError):
+                verify(one, claim)
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e-160, 1e-155, 1e-150, 1e140])
+@pytest.mark.parametrize("refit", [None, Refit()])
+def test_rows_of_any_scale(scale, refit):
+    problem = LayerProblem(
+        random_weight(2, 8, 3).double() * scale, random_gram(8, "full", 4).double(),
+        Unstructured(0.5), refit=refit,
+    )  # fmt: skip
+    verify(problem, solve(problem, "swap"))
+
+
+@pytest.mark.parametrize("wrong", [1e6, float("nan"), 0.0])
+def test_refitted_weights_of_a_solution_are_checked(wrong):
+    problem = LayerProblem(
+        random_weight(2, 8, 3), random_gram(8, "full", 4), Unstructured(0.5), refit=Refit()
+    )
+    found = solve(problem, "swap")
+    verify(problem, found)
+    with pytest.raises(VerificationError, match="weights"):
+        verify(problem, dataclasses.replace(found, weight=torch.full_like(found.weight, wrong)))
+
+
+def test_a_certificate_of_many_rows_whose_weights_squared_are_subnormal():
+    """λ/w² would be understated, if squares were."""
+    weight = random_weight(2, 24, 3).double().abs() + 0.5
+    gram = random_gram(24, "full", 4).double()
+    problem = LayerProblem(weight * 1e-151, gram * 1e3, Unstructured(0.5))
+    size = 1e3 * float(torch.linalg.eigvalsh(gram)[-1])
+    best = solve(problem, "swap").objective
+    for share in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        certificate = Certificate(
+            -share * size * problem.weight**2,
+            torch.zeros(2, 1, dtype=torch.float64),
+            torch.full((2, 24), 0.5, dtype=torch.float64),
+        )
+        assert bool((certificate.check(problem) <= best * (1 + 1e-9)).all())
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(2 / 3), Unstructured(0.6667)])
+def test_a_row_keeps_the_count_that_its_pattern_says(pattern):
+    row = RowProblem(random_weight(1, 24, 3)[0], random_gram(24, "full", 4), pattern)
+    assert row.as_layer().pruned == (16 if pattern.sparsity == 0.6667 else 15)
