@@ -18,17 +18,18 @@ from tiny_models import FAMILIES, save, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from maskopt import prune_model, remove_blocks, shrink_model, verify
+from maskopt import open_job, prune_model, remove_blocks, shrink_model, verify
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.model import block_search
+from maskopt.model import activations, block_search
+from maskopt.model.activations import _make
 from maskopt.model.block_effects import Effects
 from maskopt.model.block_search import exchanges, search_sets
 from maskopt.model.checkpoint import open_checkpoint
 from maskopt.model.safefile import open_safe
-from maskopt.model.side_by_side import EVERY
+from maskopt.model.side_by_side import EVERY, place
 from maskopt.model.verify_smaller import verify_smaller
 from maskopt.model.walk_options import WalkOptions
-from maskopt.model.workspace import MANIFEST
+from maskopt.model.workspace import HIDDEN, MANIFEST
 
 DEEP = [
     "llama", "qwen2", "qwen3", "gemma3", "gpt2", "opt", "phi3", "gpt_neox", "falcon", "bloom", "cohere",
@@ -179,7 +180,15 @@ def test_the_yardsticks() -> None:
     assert effects.cost([2]) == pytest.approx(3.0)
 
 
-def test_states_may_lie_in_a_file(tmp_path: Path) -> None:
+def test_states_may_lie_in_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file for each of hundreds of variants would be more than a process may open."""
+    made = list[Path]()
+
+    def make(folder: Path, size: int) -> tuple[int, str]:
+        made.append(folder)
+        return _make(folder, size)
+
+    monkeypatch.setattr(activations, "_make", make)
     dense = save(tiny("llama", layers=4), tmp_path / "dense")
     some = [
         remove_blocks(
@@ -189,6 +198,16 @@ def test_states_may_lie_in_a_file(tmp_path: Path) -> None:
         for memory in (0, 2**30)
     ]  # fmt: skip
     assert some[0].effects.kl == some[1].effects.kl
+    assert set(made[:2]) == {tmp_path / "0" / HIDDEN}  # the model's, and those of all variants
+
+
+def test_variants_count_where_memory_is_limited(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    with open_job(dense, tokens(4), WalkOptions(max_memory="1200MB"), whole=True) as job:
+        assert place(job, 10, tmp_path) is None
+        assert place(job, 300_000, tmp_path) == tmp_path
+    with open_job(dense, tokens(4), WalkOptions(), whole=True) as job:
+        assert place(job, 300_000, tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,18 @@ from torch import Tensor
 from maskopt.errors import ModelError
 from maskopt.files import NO_SPACE
 from maskopt.model.lanes import Lanes, Upload
+
+
+class States(Protocol):
+    """Hidden states [1, length, width] by sample."""
+
+    def __getitem__(self, sample: int, /) -> Tensor: ...
+
+    def __setitem__(self, sample: int, state: Tensor, /) -> None: ...
+
+    def on(self, device: torch.device, sample: int, /) -> Tensor:
+        """One of them on the device where it is computed on."""
+        ...
 
 
 class Activations:

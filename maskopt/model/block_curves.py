@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import OptionError
-from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.importance import VARIANT_WINDOWS, VARIANTS
 from maskopt.model.job import Block, Job
@@ -24,7 +23,7 @@ from maskopt.model.memory import by_block
 from maskopt.model.options import PruneOptions
 from maskopt.model.problems import layer_problem
 from maskopt.model.share_out import Curve, Moves
-from maskopt.model.side_by_side import copied, divergences, place, through
+from maskopt.model.side_by_side import Variants, divergences, place, through
 from maskopt.model.weighting import ALIKE, GRADIENT
 from maskopt.pattern import Unstructured
 from maskopt.problem import LayerProblem
@@ -43,10 +42,11 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
     walk = job.whole_again(replace(options, weighting=weighting), job.few()[:VARIANT_WINDOWS])
     windows = range(walk.count)
     _check_moves(job, options)
-    folder = place(walk, VARIANTS * len(job.source.blocks), Path(tempfile.gettempdir()))
-    held: dict[tuple[int, int], Activations] = {}
+    most = VARIANTS * len(job.source.blocks)
+    folder = place(walk, most, Path(tempfile.gettempdir()))
     moves: dict[int, Moves] = {}
-    with walk, torch.no_grad(), ExitStack() as until_the_end:
+    held = Variants[tuple[int, int]](walk, most, folder)
+    with walk, torch.no_grad(), held:
         for block in walk.blocks():
             entered = block.opened.samples.states
             problems = _problems(walk, block, options)
@@ -59,11 +59,10 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
                 alike = {x.name: options.pattern.pruned_per_group(x.n) for x in chosen}
                 move = moves[block.index] = Moves.of(chosen, alike, options.layer_spread)
                 for level in _measured(move):
-                    copy = until_the_end.enter_context(copied(entered, windows, folder))
                     counts = [move.counts(index)[level] for index in range(len(chosen))]
+                    key = block.index, move.counts(0)[level]
                     with _pruned(walk, problems, counts):
-                        through(block, copy, windows)
-                    held[block.index, move.counts(0)[level]] = copy
+                        through(block, held.begin(key, entered, entered), windows)
                     tick(1)
             block.advance()
         costs = divergences(walk, held)

@@ -13,8 +13,7 @@ There sets are left out as they are, too (`maskopt.model.block_search`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.model.activations import Activations
 from maskopt.model.job import Job
-from maskopt.model.side_by_side import copied, divergences, through
+from maskopt.model.side_by_side import Variant, Variants, divergences, through
 from maskopt.problem import RowProblem
 from maskopt.solution import Solution
 from maskopt.solver import solve
@@ -92,30 +90,26 @@ def measure_effects(job: Job, folder: Path | None = None) -> Effects:
 
     Args:
         job: of a whole walk, entered.
-        folder: for files of hidden states, where they are not to be kept in memory.
+        folder: for a file of hidden states, where they are not to be kept in memory.
 
     Raises:
         ModelError: NaN or infinite activations.
     """
-    assert job.windows is not None
-    windows = range(len(job.windows))
+    windows, blocks = range(job.count), len(job.source.blocks)
     similarity: list[float] = []
-    with ExitStack() as until_the_end:
-        held: dict[Left, Activations] = {}
-        for block in job.blocks():
+    with Variants[Left](job, blocks * (blocks + 1) // 2, folder) as held:
+        for block in job.blocks(folder=folder):
             entered = block.opened.samples.states
-            new = {left | {block.index}: states for left, states in held.items() if len(left) < 2}
-            new[Left({block.index})] = entered
-            copies = {
-                left: until_the_end.enter_context(copied(states, windows, folder))
-                for left, states in new.items()
-            }
+            through_it = list(held.items())
+            held.begin(Left({block.index}), entered, entered)
+            for left, states in through_it:
+                if len(left) < 2:
+                    held.begin(left | {block.index}, states, entered)
             before = [entered[w] for w in windows]
-            tick = block.ticker("without others", len(held) + 1)
-            for states in held.values():
+            tick = block.ticker("without others", len(through_it) + 1)
+            for _, states in through_it:
                 through(block, states, windows)
                 tick(1)
-            held |= copies
             block.advance()
             tick(1)
             similarity.append(_alike(before, [entered[w] for w in windows]))
@@ -131,13 +125,12 @@ def measure_sets(
         judged: so many, the best by some tokens of every window, are measured on all tokens and returned.
     """
     windows = range(job.count)
-    with ExitStack() as until_the_end:
-        held: dict[Left, Activations] = {}
-        for block in job.blocks():
+    with Variants[Left](job, len(sets), folder) as held:
+        for block in job.blocks(folder=folder):
             entered = block.opened.samples.states
             for left in sets:
                 if min(left) == block.index:
-                    held[left] = until_the_end.enter_context(copied(entered, windows, folder))
+                    held.begin(left, entered, entered)
             through_it = [states for left, states in held.items() if block.index not in left]
             tick = block.ticker("without others", len(through_it) + 1)
             for states in through_it:
@@ -145,10 +138,11 @@ def measure_sets(
                 tick(1)
             block.advance()
             tick(1)
+        best: Mapping[Left, Variant] = held
         if judged < len(held):
             some = divergences(job, held)
-            held = {left: held[left] for left in sorted(held, key=lambda s: some[s])[:judged]}
-        return divergences(job, held, every=1)
+            best = {left: held[left] for left in sorted(held, key=lambda s: some[s])[:judged]}
+        return divergences(job, best, every=1)
 
 
 def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from maskopt.errors import ModelError
 from maskopt.gram import Gram, Moved
-from maskopt.model.activations import Activations
+from maskopt.model.activations import Activations, States
 from maskopt.model.all_experts import experts_see_all
 from maskopt.model.blocks import Layer
 from maskopt.model.forward import Call
@@ -263,7 +263,7 @@ class OpenBlock:
     threads: Threads
     ranks: Ranks = ALONE
 
-    def run(self, sample: int, states: Activations) -> Tensor:
+    def run(self, sample: int, states: States) -> Tensor:
         """The block's output for one sample, of which `states` holds the hidden state."""
         return self.calls[sample](self.module, states.on(self.device, sample))
 

@@ -106,7 +106,7 @@ def remove_experts(
     settings = _check_family(source, mixtures, left)
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         check_disk(work.output, disk_needed(source.checkpoint))
-        kept, layers, bad = _choose(job, mixtures, left)
+        kept, layers, bad = _choose(job, mixtures, left, work.hidden)
         change, homes = _change(source, mixtures, kept, settings)
         record = {"experts": share, "weights": KEEP, "seed": options.seed}
         record["skip_bad_samples"] = options.skip_bad_samples
@@ -168,7 +168,7 @@ def _as_stored(config: Mapping[str, Any], settings: Mapping[str, int]) -> dict[s
 
 
 def _choose(
-    job: Job, mixtures: Sequence[Mixture], left: int
+    job: Job, mixtures: Sequence[Mixture], left: int, folder: Path
 ) -> tuple[dict[str, Bool[Tensor, " experts"]], list[LayerReport], list[dict[str, Any]]]:
     """The main loop; see the module's docstring. The experts that stay, by mixture, what became of each, and
     the samples that were left out."""
@@ -176,7 +176,7 @@ def _choose(
     layers: list[LayerReport] = []
     bad: list[dict[str, Any]] = []
     with job, torch.no_grad():
-        for block in job.blocks():
+        for block in job.blocks(folder=folder):
             mine = [mixture for mixture in mixtures if mixture.block == block.index]
             tick = block.ticker("solve", len(mine))
             for mixture in mine:

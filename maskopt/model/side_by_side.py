@@ -7,8 +7,8 @@ through all others as the model does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import ModelError
-from maskopt.model.activations import Activations
+from maskopt.model.activations import Activations, States
 from maskopt.model.job import Block, Job
-from maskopt.model.memory import hidden_size
+from maskopt.model.memory import check_memory, hidden_size
 from maskopt.model.progress import ticker
 
 #: every so many tokens of a window is judged: a large vocabulary costs more than the blocks
@@ -27,13 +27,71 @@ Key = TypeVar("Key")
 
 
 def place(job: Job, variants: int, folder: Path) -> Path | None:
-    """Where the hidden states of so many variants go: in files of the folder, if they take more memory than
-    hidden states may; None: in memory."""
+    """Where the hidden states of so many variants go: in a file of the folder, if they take more memory than
+    hidden states may; None: in memory.
+
+    Raises:
+        ModelError: `max_memory` allows not even what is left then.
+    """
+    most = job.activation_memory
+    if job.options.max_memory is not None:
+        load = replace(job.load, variants=variants * job.count)
+        most = check_memory(load, int(job.options.max_memory))
     size = job.count * job.length * hidden_size(job.source.model) * 4 * variants
-    return folder if size > job.activation_memory else None
+    return folder if size > most else None
 
 
-def through(block: Block, states: Activations, windows: Sequence[int]) -> None:
+@dataclass(frozen=True)
+class Variant:
+    """One variant's hidden states, among those of all."""
+
+    states: Activations
+    first: int
+
+    def __getitem__(self, window: int) -> Tensor:
+        return self.states[self.first + window]
+
+    def __setitem__(self, window: int, state: Tensor) -> None:
+        self.states[self.first + window] = state
+
+    def on(self, device: torch.device, window: int) -> Tensor:
+        return self[window].to(device)
+
+
+class Variants(dict[Key, Variant]):
+    """Variants by what tells them apart; their hidden states lie in memory, or all in one file.
+
+    Args:
+        most: how many there will be.
+        folder: for the file; None: in memory.
+    """
+
+    def __init__(self, job: Job, most: int, folder: Path | None) -> None:
+        super().__init__()
+        self.windows = range(job.count)
+        self._most, self._folder = most, folder
+        self._states: Activations | None = None
+
+    def begin(self, key: Key, states: States, like: Activations) -> Variant:
+        """Another one, which parts from what has these states."""
+        if self._states is None:
+            places = range(self._most * len(self.windows))
+            self._states = Activations(places, like.shape, like.dtype, self._folder)
+        variant = Variant(self._states, len(self) * len(self.windows))
+        for window in self.windows:
+            variant[window] = states[window]
+        self[key] = variant
+        return variant
+
+    def __enter__(self) -> Variants[Key]:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._states is not None:
+            self._states.close()
+
+
+def through(block: Block, states: States, windows: Sequence[int]) -> None:
     """The windows of one variant through the block as it is now, in place.
 
     Raises:
@@ -48,18 +106,7 @@ def through(block: Block, states: Activations, windows: Sequence[int]) -> None:
             states[window] = state
 
 
-@contextmanager
-def copied(
-    states: Activations, windows: Sequence[int], folder: Path | None
-) -> Iterator[Activations]:
-    """The hidden states of another variant, which begins here."""
-    with Activations(windows, states.shape, states.dtype, folder) as copy:
-        for window in windows:
-            copy[window] = states[window]
-        yield copy
-
-
-def divergences(job: Job, held: Mapping[Key, Activations], every: int = EVERY) -> dict[Key, float]:
+def divergences(job: Job, held: Mapping[Key, States], every: int = EVERY) -> dict[Key, float]:
     """KL(model ‖ variant), nats a token, over some tokens of every window.
 
     Args:
