@@ -7,6 +7,7 @@ masks of a model that is already pruned. Every bound is re-checked from its cert
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from maskopt.errors import ModelError
 from maskopt.jobs import BATCH, as_they_finish, digest_of, workers
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer, choose
+from maskopt.model.checkpoint import open_checkpoint, resolve_model
 from maskopt.model.options import BOTH, KEEP
 from maskopt.model.problems import layer_problems
 from maskopt.model.report import read_layers, read_manifest
@@ -152,6 +154,9 @@ def certify_model(
             f"{pruned}: its weights were set anew, and bounds are of weights as they are; prune with "
             "`weights` keep to have gaps"
         )
+    original = manifest["fingerprint"].get("model")
+    if original is not None and open_checkpoint(resolve_model(model)).digest != original:
+        raise ModelError(f"{pruned}: was pruned from another model than {model}; name the original")
     pattern = pattern_from_dict(manifest["fingerprint"]["options"]["pattern"])
     if pattern.pooled or manifest["fingerprint"]["options"].get("budget") == BOTH:
         raise ModelError(
@@ -203,10 +208,15 @@ class _Rows:
     mask: Tensor
 
     def keys(self, method: str, options: Mapping[str, Any]) -> list[str]:
-        """Of every row, what its record is known by."""
-        return [
-            _key(self.problem, i, self.mask[i], method, options) for i in range(self.problem.rows)
+        """Of every row, what its record is known by; of rows that trade, by all of them."""
+        own = [
+            _key(self.problem, i, self.mask[i], self.chosen[i], method, options)
+            for i in range(self.problem.rows)
         ]
+        if not self.problem.pooled:
+            return own
+        counts = self.problem.shares.tolist()
+        return [_short(json.dumps([at, own, counts])) for at in range(len(own))]
 
     def take(self, rows: list[int]) -> _Rows:
         """Some of them."""
@@ -224,8 +234,10 @@ class _Rows:
         apart: bool,
     ) -> list[Any]:
         """Jobs that bound the rows that are not finished: all in one, or each `apart`, with its share of
-        the time for all."""
+        the time for all. Rows that trade have one bound, of all of them."""
         missing = [row for row, key in enumerate(keys) if key not in finished]
+        if missing and self.problem.pooled:
+            return [delayed(_bounded)(self, list(keys), method, options, seed)]
         if missing and not apart:
             return [
                 delayed(_bounded)(
@@ -292,10 +304,16 @@ def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
 def _bounded(
     rows: _Rows, keys: Sequence[str], method: str, options: Mapping[str, Any], seed: int
 ) -> list[GapRecord]:
-    """Rows of a layer together, each with its bound."""
+    """Rows of a layer together, each with its bound; of rows that trade the layer's, in such parts that each
+    row has the layer's gap."""
     problem = rows.problem
     bound = lower_bound(problem, method, **options)
-    solution = Solution.of(problem, rows.mask, lower_bound=bound.value)
+    value = bound.value
+    if problem.pooled:
+        objective, counts = problem.objective(rows.mask), problem.shares
+        total = float((counts * objective).sum())
+        value = objective * (float((counts * value).sum()) / total if total else 0.0)
+    solution = Solution.of(problem, rows.mask, lower_bound=value)
     posed = [
         problem.row(i).posed(float(solution.objective[i]), float(solution.lower_bound[i]))
         for i in range(problem.rows)
@@ -376,10 +394,18 @@ def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:
 
 
 def _key(
-    problem: LayerProblem, row: int, mask: Tensor, method: str, options: Mapping[str, Any]
+    problem: LayerProblem,
+    row: int,
+    mask: Tensor,
+    chosen: int,
+    method: str,
+    options: Mapping[str, Any],
 ) -> str:
     digest = digest_of(problem, row)
     digest.update(mask.cpu().numpy().tobytes())
-    text = [str(problem.pattern), problem.name, method, sorted(options.items())]
-    digest.update(json.dumps(text, default=str).encode())
-    return digest.hexdigest()[:20]
+    text = [str(problem.pattern), problem.name, int(chosen), method, sorted(options.items())]
+    return _short(digest.hexdigest() + json.dumps(text, default=str))
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -19,7 +19,7 @@ import numpy as np
 from joblib import delayed
 
 from maskopt.errors import DataError, MaskoptError, OptionError
-from maskopt.files import atomic_write
+from maskopt.files import atomic_write, check_writable
 from maskopt.formats import load_problem
 from maskopt.jobs import as_they_finish, job_key
 from maskopt.limits import KEYWORDS, Limits
@@ -151,6 +151,8 @@ def compare(
             runs. DataError: an `output` that holds something else.
     """
     jobs_by_name = _jobs_by_name(solvers, Limits(seconds=time_limit, seed=seed))
+    if not jobs_by_name:
+        raise OptionError("name at least one solver")
     path = Path(output) if output is not None else None
     if path is not None:
         check_format(path)
@@ -229,6 +231,8 @@ def _solved(row: RowProblem, name: str, job: _Job, key: str) -> Record:
             ("objective", "lower_bound", "value", "value_bound", "gap", "seconds"), math.nan
         )
         return Record(**base, **nothing, status="failed", vouched="", error=str(error))
+    if solution.trace.interrupted:
+        raise KeyboardInterrupt  # what the solver has by now is not its answer
     columns = {name: values[0] for name, values in solution.columns().items()}
     posed = row.posed(columns["objective"], columns["lower_bound"])
     columns |= {"value": posed.value, "value_bound": posed.bound, "gap": posed.gap}
@@ -258,8 +262,7 @@ def check_format(path: Path) -> None:
     """Raise OptionError where the ending is no table format, or its package is missing."""
     if path.suffix not in FORMATS:
         raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
-    if not path.absolute().parent.is_dir():
-        raise OptionError(f"{path.parent}: no such folder")
+    check_writable(path)
     if path.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401
@@ -287,7 +290,10 @@ def read_records(path: Path, kind: type[Any] = Record) -> dict[str, Any]:
         return {}
     names = {field.name for field in fields(kind)}
     found = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: holds no text; remove the file") from None
     for number, line in enumerate(lines):
         try:
             data = json.loads(line)
@@ -356,7 +362,9 @@ def load_instances(
 
 
 def _flat(record: Any) -> dict[str, Any]:
-    """A record as one flat line: what its trace holds are columns; NaN is null."""
+    """A record as one flat line: what its trace holds are columns; NaN and infinity are null."""
     data = asdict(record)
     data |= data.pop("trace", {})
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in data.items()}
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()
+    }

@@ -13,11 +13,22 @@ from typing import IO, Any
 
 import numpy as np
 
-from maskopt.errors import ProblemError
+from maskopt.errors import OptionError, ProblemError
 
 FORMAT = "maskopt-1"
 #: what the operating system says where a disk is full
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_writable(path: Path) -> None:
+    """Raise OptionError where no file of that name can be written, before there is something to write."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise OptionError(f"{path.parent}: no such folder")
+    if path.is_dir():
+        raise OptionError(f"{path}: is a folder; name a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OptionError(f"{path.parent}: cannot be written to")
 
 
 @contextmanager

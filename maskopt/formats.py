@@ -25,6 +25,7 @@ from maskopt.instance_file import instance_kind
 from maskopt.pattern import Unstructured
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.qplib import read_qplib, write_qplib
+from maskopt.units import check_size
 
 #: weights of an edge list: their decimals are enough to get the same float64 back
 _DIGITS = ".17g"
@@ -118,10 +119,9 @@ def _lines(text: str) -> Iterator[_Line]:
             yield _Line(number, line.split())
 
 
-def _edges(lines: Iterator[_Line], n: int, first: int, count: int | None) -> np.ndarray:
+def _edges(lines: Iterator[_Line], n: int, first: int, count: int) -> np.ndarray:
     """Symmetric [n, n] of the lines `i j weight`, numbered from `first`."""
-    if n < 1:
-        raise ProblemError(f"{n} vertices")
+    check_size(n)
     weight, seen, found = np.zeros((n, n)), np.zeros((n, n), dtype=bool), 0
     for line in lines:
         i, j = (int(x) - first for x in line.numbers("ii"))
@@ -131,7 +131,7 @@ def _edges(lines: Iterator[_Line], n: int, first: int, count: int | None) -> np.
         weight[i, j] = weight[j, i] = w
         seen[i, j] = seen[j, i] = True
         found += 1
-    if count is not None and found != count:
+    if found != count:
         raise ProblemError(f"{found} edges where the first line says {count}")
     return weight
 
@@ -165,7 +165,8 @@ def _read_rudy(text: str, name: str, select: int | None) -> RowProblem:
 def _read_diversity(text: str, name: str, _: int | None) -> RowProblem:
     lines = _lines(text)
     n, m = _first(lines).numbers("ii")
-    return _heaviest(_edges(lines, int(n), 0, None), int(m), name)
+    pairs = int(n) * (int(n) - 1) // 2
+    return _heaviest(_edges(lines, int(n), 0, pairs), int(m), name)
 
 
 def _pairs(problem: RowProblem) -> tuple[np.ndarray, int]:

@@ -149,7 +149,12 @@ def check_pattern(pattern: Pattern, n: int, label: str) -> None:
 
 
 def check_costs(weight: Tensor, gram: Tensor, label: str) -> None:
-    """Raise ProblemError where the cost of a row is beyond float64."""
+    """Raise ProblemError where the cost of a row is beyond float64, or G below what it is exact for."""
+    size = float(gram.diagonal().double().max())
+    if 0 < size < torch.finfo(torch.float64).tiny:
+        raise ProblemError(
+            f"{label}gram has a largest diagonal entry of {size:.3g}, where float64 has few digits; scale it up"
+        )
     most = weight.abs().max().double()
     if not bool(torch.isfinite(most.square() * gram.diagonal().double().sum())):
         raise ProblemError(

@@ -16,6 +16,7 @@ from joblib import Parallel, effective_n_jobs
 from joblib.parallel import get_active_backend
 from torch import Tensor
 
+from maskopt.errors import OptionError
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.solver import Solver
@@ -29,12 +30,18 @@ def workers(jobs: int | None) -> int:
 
     Args:
         jobs: joblib's n_jobs; None: what a `joblib.parallel_config` says, else one.
+
+    Raises:
+        OptionError: 0, which joblib has no meaning for.
     """
+    if jobs == 0:
+        raise OptionError("`jobs` is at least 1, or −1 for one a core")
     return int(effective_n_jobs(jobs))
 
 
 def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
-    """What `joblib.delayed` calls return, in whatever order they end."""
+    """What `joblib.delayed` calls return, in whatever order they end; errors as of `workers`."""
+    workers(jobs)
     backend, _ = get_active_backend()
     if backend.supports_return_generator:
         yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)

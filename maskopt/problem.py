@@ -53,7 +53,7 @@ from maskopt.limits import Limits
 from maskopt.linear import Linear
 from maskopt.pattern import Pattern, Unstructured
 from maskopt.units import Posed, Units, semidefinite
-from maskopt.values import Values, values_of
+from maskopt.values import MOST_WHOLE, Values, values_of
 
 #: columns of G that are brought to float64 at a time when an objective is computed
 _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
@@ -478,7 +478,8 @@ class RowProblem:
         if select is not None and not 0 <= select <= n:
             raise ProblemError(f"select must be 0 … {n}, how many of the {n} are 1; not {select}")
         pattern = Unstructured(keep=n - select if keep is None else keep)  # type: ignore[operator]
-        more: dict[str, Any] = {"name": name, "units": units, "integral": whole}
+        integral = whole and float(np.abs(gram).sum()) < MOST_WHOLE  # beyond, sums are not exact
+        more: dict[str, Any] = {"name": name, "units": units, "integral": integral}
         return cls(np.ones(n), gram, pattern, **more)
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:

@@ -18,6 +18,7 @@ from joblib import delayed
 
 from maskopt.certificate import Certificate
 from maskopt.errors import OptionError, ProblemError
+from maskopt.files import check_writable
 from maskopt.jobs import as_they_finish, job_key, workers
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem, RowProblem
@@ -121,15 +122,17 @@ def _start_of(start: Any, row: int) -> Any:
 def _proven(
     key: str, row: RowProblem, backend: Solver, start: Any, limits: Limits
 ) -> tuple[str, Solution]:
-    return key, solve(row, backend, start=start, limits=limits)
+    solution = solve(row, backend, start=start, limits=limits)
+    if solution.trace.interrupted:
+        raise KeyboardInterrupt  # rows that are proven are kept
+    return key, solution
 
 
 class _Kept:
     """Rows that are done, each a file of its own, beside the file that all of them are for."""
 
     def __init__(self, output: Path) -> None:
-        if not output.absolute().parent.is_dir():
-            raise OptionError(f"{output.parent}: no such folder")
+        check_writable(output)
         self.output = output
         self.folder = output.with_name(output.name + ".rows")
 

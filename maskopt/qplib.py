@@ -12,6 +12,7 @@ import numpy as np
 
 from maskopt.errors import ProblemError
 from maskopt.problem import RowProblem
+from maskopt.units import check_size
 
 
 def read_qplib(text: str, name: str) -> RowProblem:
@@ -34,6 +35,7 @@ def read_qplib(text: str, name: str) -> RowProblem:
         raise ProblemError(
             f"{constraints} constraints; only one, on the sum of all variables, maps"
         )
+    check_size(n)
     quadratic = np.zeros((n, n))
     for _ in range(0 if kind[0] == "L" else words.whole()):
         i, j = words.place(n), words.place(n)
@@ -122,7 +124,7 @@ class _Words:
 
     def whole(self) -> int:
         number = self.number()
-        if number != int(number) or number < 0:
+        if not np.isfinite(number) or number != int(number) or number < 0:
             raise ProblemError(f"expected a count, not {number:g}")
         return int(number)
 

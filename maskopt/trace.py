@@ -20,6 +20,11 @@ from torch import Tensor
 class Trace:
     """Nothing to tell: one pass over a score."""
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended a row's search: its answer is the best that was known by then."""
+        return False
+
     def columns(self, rows: int) -> dict[str, list[Any]]:
         """The fields that hold one value a row, as lists of Python numbers and words."""
         found: dict[str, list[Any]] = {}
@@ -150,6 +155,10 @@ class TreeTrace(Trace):
     convexified: Int[Tensor, " rows"]
     search_seconds: Float[Tensor, " rows"]
     message: tuple[str, ...]
+
+    @property
+    def interrupted(self) -> bool:
+        return any(word in ("userinterrupt", "interrupted") for word in self.ended)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ import numpy as np
 
 from maskopt.errors import ProblemError
 
+#: of what a file may make a dense matrix
+MOST_ENTRIES = 2**15
+
 
 @dataclass(frozen=True)
 class Units:
@@ -56,6 +59,12 @@ class Posed(NamedTuple):
 def excess_of(value: float, best: float) -> float:
     """How much worse a value is than the best one, as part of that; the difference itself where that is 0."""
     return abs(value - best) / (abs(best) or 1.0)
+
+
+def check_size(n: int) -> None:
+    """Raise ProblemError for a number of entries whose square nobody has memory for, or none."""
+    if not 1 <= n <= MOST_ENTRIES:
+        raise ProblemError(f"{n} vertices or variables; a dense matrix holds 1 to {MOST_ENTRIES}")
 
 
 def semidefinite(

@@ -10,7 +10,7 @@ from commands import process, run
 from strategies import random_gram, random_weight
 from tiny_models import save, save_tokenizer, tiny
 
-from maskopt import NM, LayerProblem, Unstructured, prune_model, solve
+from maskopt import NM, LayerProblem, Unstructured, lower_bound, prune_model, solve
 from maskopt.certify import GapRecord, bound_layers, by_kind, certify_model
 from maskopt.compare import read_records, sample_rows
 from maskopt.errors import MaskoptError, ModelError, OptionError
@@ -173,10 +173,37 @@ def test_folders_that_do_not_belong_together_are_refused(models, tmp_path):
     save(other, tmp_path / "other")
     save_tokenizer(tmp_path / "other")
     options = {"calibration": models / "text.txt", "method": "box", "samples": 4, "seq_len": 32}
-    with pytest.raises(ModelError, match="differ from the original"):
-        certify_model(tmp_path / "other", models / "pruned", **options)
+    for wrong in (tmp_path / "other", models / "pruned"):
+        with pytest.raises(ModelError, match="was pruned from another model than"):
+            certify_model(wrong, models / "pruned", **options)
     with pytest.raises(MaskoptError):
         certify_model(models / "dense", models / "dense", **options)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_rows_that_trade_have_the_bound_of_their_layer(jobs, tmp_path):
+    """However many jobs there are; and every row the layer's gap."""
+    weight = random_weight(6, 24, 3) * 2.0 ** torch.arange(6.0)[:, None]
+    pattern = Unstructured(0.5, per="layer")
+    layer = LayerProblem(weight, random_gram(24, "full", 4), pattern, name="a")
+    out = tmp_path / "gaps.jsonl"
+    records = bound_layers([layer], method="box", jobs=jobs, output=out)
+    best = solve(layer, "swap").objective
+    assert [r.row for r in records] == list(range(6))
+    assert sum(r.lower_bound for r in records) <= float(best.sum()) * (1 + 1e-9)
+    truth = float(lower_bound(layer, "box").value.sum())
+    assert sum(r.lower_bound for r in records) == pytest.approx(truth)
+    assert [r.gap for r in records] == pytest.approx([1 - truth / float(best.sum())] * 6)
+    assert bound_layers([layer], method="box", jobs=3 - jobs, output=out) == records
+    fewer = layer.take([0, 1, 2])
+    fewer.name = "a"
+    bounds = bound_layers([fewer], method="box", output=out)
+    assert not {r.key for r in bounds} & {r.key for r in records}
+
+
+def test_rows_that_are_alike_have_records_of_their_own():
+    layer = LayerProblem(torch.ones(3, 8), random_gram(8, "full", 4), Unstructured(0.5))
+    assert [r.row for r in bound_layers([layer], method="box")] == [0, 1, 2]
 
 
 def test_layers_are_chosen_among_those_that_were_pruned(models, tmp_path):

@@ -14,7 +14,11 @@ from strategies import random_gram, random_weight
 from maskopt import NM, LayerProblem, Limits, Refit, RowProblem, Unstructured, certify, make_solver
 from maskopt.compare import compare, read_records, sample_rows
 from maskopt.errors import DataError, OptionError
+from maskopt.files import check_writable
 from maskopt.jobs import job_key
+from maskopt.prove import prove
+from maskopt.solvers.exact import branch
+from maskopt.solvers.exact.rows import RowAnswer
 
 
 @pytest.fixture
@@ -199,7 +203,69 @@ def test_other_problems_have_other_keys():
 
 def certify_key(row):
     layer = row.as_layer()
-    return certify._key(layer, 0, torch.ones(24, dtype=torch.bool), "sdp", {})
+    return certify._key(layer, 0, torch.ones(24, dtype=torch.bool), 0, "sdp", {})
+
+
+def test_an_interrupted_search_is_no_record(tmp_path, monkeypatch):
+    """What a solver has after Ctrl-C is not what it would answer: neither kept nor gone on from."""
+    rows = sample_rows(
+        [LayerProblem(random_weight(2, 12, 1), random_gram(12, "full", 2), Unstructured(0.5))], 2
+    )
+    monkeypatch.setattr(branch, "search_row", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare(rows, ["wanda", "branch"], output=tmp_path / "out.jsonl")
+    kept = read_records(tmp_path / "out.jsonl").values()
+    assert [record.solver for record in kept] == ["wanda"]
+    with pytest.raises(KeyboardInterrupt):
+        prove(rows[0], tmp_path / "proof.npz")
+    assert not (tmp_path / "proof.npz").exists()
+
+
+def stopped(task):
+    return RowAnswer(task.start, "userinterrupt", message="")
+
+
+@pytest.mark.parametrize("name", ["folder", "no/such.jsonl"])
+def test_what_cannot_be_written_is_told_beforehand(name, layer, tmp_path):
+    (tmp_path / "folder").mkdir()
+    target = tmp_path / name
+    with pytest.raises(OptionError, match=r"a folder; name a file|no such folder"):
+        check_writable(target)
+    rows = sample_rows([layer], 1, columns=6)
+    with pytest.raises(OptionError, match=r"a folder; name a file|no such folder|write one of"):
+        compare(rows, ["wanda"], output=target)
+
+
+def test_bad_numbers_of_jobs_and_solvers(layer):
+    rows = sample_rows([layer], 1, columns=6)
+    with pytest.raises(OptionError, match="`jobs` is at least 1"):
+        compare(rows, ["wanda"], jobs=0)
+    with pytest.raises(OptionError, match="at least one solver"):
+        compare(rows, [])
+
+
+def test_a_file_that_is_no_text_is_refused(layer, tmp_path):
+    (tmp_path / "out.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="holds no text"):
+        compare(sample_rows([layer], 1, columns=6), ["wanda"], output=tmp_path / "out.jsonl")
+
+
+def test_infinite_gaps_are_no_json_numbers(tmp_path):
+    row = RowProblem.from_quadratic(-np.eye(4), select=0, maximise=True)
+    compare([row], ["wanda"], output=tmp_path / "out.jsonl")
+    assert "Infinity" not in (tmp_path / "out.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--calibration", "no.txt"], ["--samples", 3], ["--include", "q_proj"], ["--bos", "never"]],
+)
+def test_options_of_models_are_refused_for_instances(option, layer, tmp_path):
+    layer.save(tmp_path / "a.npz")
+    said = run("compare", tmp_path / "a.npz", "--solvers", "wanda", *option, fails=OptionError)
+    assert "is for a model folder" in said
+    odd = ["--solvers", "wanda", "--weights", "refitt"]
+    assert "--weights is one of" in run("compare", tmp_path / "a.npz", *odd, fails=OptionError)
 
 
 def test_a_failed_job_is_a_record():
@@ -262,5 +328,5 @@ def test_extract_command_writes_what_other_programs_read(layer, tmp_path):
         model.optimize()
         assert model.getObjVal() == pytest.approx(best, rel=1e-4, abs=1e-5)
         assert "exists; pass --overwrite" in run(*words, fails=OptionError)
-    unknown = run("extract", source, tmp_path / "r.txt", fails=OptionError)
-    assert "unknown format 'txt'" in unknown
+    unknown = run("extract", source, tmp_path / "r.xyz", fails=OptionError)
+    assert "unknown format 'xyz'" in unknown

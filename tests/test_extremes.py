@@ -8,7 +8,7 @@ from strategies import random_gram, random_weight
 
 from maskopt import LayerProblem, Refit, Unstructured, lower_bound, solve, verify
 from maskopt.certificate import Certificate
-from maskopt.errors import VerificationError
+from maskopt.errors import ProblemError, VerificationError
 from maskopt.linear import Linear
 from maskopt.problem import RowProblem
 from maskopt.solution import Solution, Status
@@ -61,6 +61,13 @@ def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
             claim = Solution.of(one.as_layer(), mask, status=Status.SWAP_OPTIMAL)
             with pytest.raises(VerificationError):
                 verify(one, claim)
+
+
+def test_gram_matrices_of_subnormal_numbers_are_refused():
+    with pytest.raises(ProblemError, match=r"float64 has few digits; scale it up"):
+        LayerProblem(
+            torch.ones(1, 4), torch.eye(4, dtype=torch.float64) * 1e-315, Unstructured(0.5)
+        )
 
 
 @pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e-160, 1e-155, 1e-150, 1e140])

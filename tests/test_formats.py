@@ -170,6 +170,8 @@ def test_a_row_of_a_layer_is_written_for_qplib_alone(tmp_path):
         ("a.dat", CLUSTER.replace("4 5 0.5", "4 5 nan"), "must be finite"),
         ("a.mc", RUDY, "pass select"),
         ("a.mdp", "0 0\n", "0 vertices"),
+        ("a.mdp", "4 2\n0 1 1\n", "1 edges where the first line says 6"),
+        ("a.dat", "300000 2 1\n1 2 1\n", "a dense matrix holds 1 to 32768"),
         ("a.qplib", QPLIB.replace("QBL", "QML"), "type QML; only binary"),
         ("a.qplib", QPLIB.replace("QBL", "QBN"), "type QBN; only binary"),
         ("a.qplib", QPLIB.replace("1 # constraint", "2"), "2 constraints"),

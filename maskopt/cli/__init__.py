@@ -31,15 +31,12 @@ from maskopt.cli import (
     table,
     verify_output,
 )
-from maskopt.cli.console import errors, insist_on_interrupts, show_compiling
+from maskopt.cli.console import INTERRUPTED, errors, insist_on_interrupts, show_compiling
 from maskopt.cli.examples import EXAMPLES, STATUSES
 from maskopt.cli.flags import FlagCommand
 from maskopt.cli.ranks import launched, several, speaks
 from maskopt.cli.view import with_view
 from maskopt.errors import MaskoptError, OptionError
-
-#: status after Ctrl-C
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="maskopt",

@@ -49,7 +49,7 @@ def bound(
     calibration: Calibration = None,
     cuts: Cuts = None,
     time_limit: TimeLimit = None,
-    seed: Annotated[int, typer.Option(help="Of the sampled rows and inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampled rows and inputs.")] = 0,
     jobs: Jobs = 1,
     select: Select = None,
     out: Out = None,
@@ -92,7 +92,7 @@ def certify(
         float | None,
         typer.Option(min=0, help="Seconds for the rows of one layer; of sdp, 60 by default."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampled rows and the windows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampled rows and the windows.")] = 0,
     jobs: Jobs = 1,
     out: Out = None,
 ) -> None:

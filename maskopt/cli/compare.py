@@ -36,7 +36,7 @@ def compare(
     calibration: Calibration = None,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds a row.")] = None,
     jobs: Annotated[int, typer.Option(help="Rows at a time; −1: one a core.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the sample and of the solvers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample and of the solvers.")] = 0,
     select: Select = None,
     out: Out = None,
 ) -> None:
@@ -59,9 +59,12 @@ def compare(
     output.print(comparison_table(records))
     for record in records:
         if record.error:
-            errors.print(f"{record.instance}, {record.solver}: {record.error}", soft_wrap=True)
+            said = f"{record.instance}, {record.solver}: {record.error}"
+            errors.print(said, soft_wrap=True, markup=False, emoji=False)
     if out is not None:
-        output.print(f"written: {out}")
+        output.print(f"written: {out}", soft_wrap=True)
+    if all(record.status == "failed" for record in records):
+        raise typer.Exit(1)
 
 
 def with_options(

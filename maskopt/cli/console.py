@@ -13,8 +13,11 @@ from rich.console import Console
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
-#: a pipe or a file has no width: wide enough there for every table
-output = Console() if sys.stdout.isatty() else Console(width=120)
+#: status after Ctrl-C
+INTERRUPTED = 130
+#: a pipe or a file has no width: wide enough there for every table. Names and paths are printed as they are.
+_PLAIN = {"markup": False, "emoji": False}
+output = Console(**_PLAIN) if sys.stdout.isatty() else Console(width=120, **_PLAIN)  # type: ignore[arg-type]
 errors = Console(stderr=True, highlight=False)
 
 
@@ -28,6 +31,11 @@ def show_compiling() -> None:
     log = logging.getLogger("maskopt.compile")
     log.setLevel(logging.INFO)
     log.addHandler(_Notice())
+
+
+def hush_compiling() -> None:
+    """Nothing of it, where stderr is to hold JSON alone, or nothing."""
+    logging.getLogger("maskopt.compile").setLevel(logging.WARNING)
 
 
 def insist_on_interrupts() -> None:

@@ -19,7 +19,9 @@ def demo(
     sparsity: Annotated[float, typer.Option(help="Share of every row that is pruned.")] = 0.5,
     samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 12,
     windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the calibration crops and the toy rows.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the calibration crops and the toy rows.")
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Compare solvers with proven optima on small rows, then prune all of a small real model."""

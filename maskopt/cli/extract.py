@@ -17,7 +17,7 @@ from maskopt.formats import save_problem
 from maskopt.model.walk_options import name_patterns
 from maskopt.solver import WritesInstances, make_solver
 
-FORMATS = ("npz", "cip", "lp", "mps", "qplib", "dat", "mc", "mdp")
+FORMATS = ("npz", "cip", "lp", "mps", "qplib", "dat", "mc", "rudy", "mdp", "txt")
 
 
 @takes_source
@@ -43,12 +43,12 @@ def extract(
     formulation: Annotated[
         str, typer.Option(help="factored, linear (mps holds no squares) or epigraph.")
     ] = "factored",
-    seed: Annotated[int, typer.Option(help="Of the sampled inputs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampled inputs.")] = 0,
     select: Select = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write one row, or a toy instance out of it, for this program or for any other IP solver."""
-    form = form or destination.suffix.lstrip(".")
+    form = form or destination.suffix.lstrip(".").lower()
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}; one of {', '.join(FORMATS)}")
     check_output(destination, overwrite)
@@ -70,7 +70,7 @@ def extract(
         solver.write_instance(problem, destination, form=form, formulation=formulation)
     else:
         save_problem(problem, destination, form)
-    output.print(f"{destination}: {problem!r}")
+    output.print(f"{destination}: {problem!r}", soft_wrap=True)
 
 
 def _columns(text: str, n: int, seed: int) -> np.ndarray:
@@ -79,8 +79,10 @@ def _columns(text: str, n: int, seed: int) -> np.ndarray:
         numbers = [int(part) for part in parts]
     except ValueError:
         raise OptionError(f"--columns takes whole numbers, not {text!r}") from None
-    if len(numbers) > 1:
+    if len(numbers) > 1 and all(0 <= number < n for number in numbers):
         return np.array(numbers)
     if not numbers or not 1 <= numbers[0] <= n:
-        raise OptionError(f"--columns must lie in 1 … {n}")
+        raise OptionError(
+            f"--columns is how many, 1 … {n}, or which ones, 0 … {n - 1} separated by commas"
+        )
     return np.sort(np.random.default_rng(seed).choice(n, size=numbers[0], replace=False))

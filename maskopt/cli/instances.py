@@ -6,19 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskopt.cli.parameters import WALK, optional_pattern, takes
+from maskopt.cli.parameters import FIELDS, WALK, optional_pattern, takes
 from maskopt.cli.view import view
 from maskopt.compare import load_instances
 from maskopt.errors import OptionError
 from maskopt.least_squares import Refit
-from maskopt.model.options import RECONSTRUCT, REFIT
+from maskopt.model.options import RECONSTRUCT, REFIT, WEIGHTS
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 
 #: the options of a command whose source may be a model, and how few samples do there
+_SAMPLES, _SEQ_LEN = 32, 512
 takes_source = takes(
-    ("pattern", "weights", "damping", *WALK), panel="Of a model", samples=32, seq_len=512
+    ("pattern", "weights", "damping", *WALK), panel="Of a model", samples=_SAMPLES, seq_len=_SEQ_LEN
 )
+#: as they are where nobody gives them; and those that are of instances, too, or do nothing without a walk
+_HERE: dict[str, Any] = {"samples": _SAMPLES, "seq_len": _SEQ_LEN, "calibration": None}
+_OF_BOTH = ("weights", "damping", "activation_memory")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ def load_layers(
     Raises:
         OptionError: a model without calibration text or pattern, or among other sources.
     """
+    if options["weights"] not in WEIGHTS:
+        raise OptionError(f"`weights` is one of {', '.join(WEIGHTS)}, not {options['weights']!r}")
     if options["weights"] == RECONSTRUCT:
         raise OptionError(
             "`weights` reconstruct trains whole blocks of a model; take `maskopt prune`"
@@ -56,6 +62,7 @@ def load_layers(
     pattern = optional_pattern(options)
     models = [path for path in source if path.is_dir()]
     if not models:
+        _refuse_of_models({**options, "calibration": calibration})
         layers = [
             layer if pattern is None else layer.under(pattern)
             for layer in load_instances(source, select)
@@ -92,3 +99,13 @@ def load_layers(
         )
     kinds = {layer.name: layer.kind for layer, _ in found}
     return Layers([problem for _, problem in found], pattern, kinds)
+
+
+def _refuse_of_models(options: dict[str, Any]) -> None:
+    """Raise OptionError for an option that says nothing of instances: they hold their Gram matrices."""
+    for name, value in options.items():
+        usual = _HERE[name] if name in _HERE else FIELDS[name].default
+        if name not in _OF_BOTH and value != usual:
+            raise OptionError(
+                f"`{name}` is for a model folder, and {value!r} says nothing of an instance"
+            )

@@ -35,7 +35,7 @@ def prove(
         typer.Option("--option", "-o", help="Of `branch`, NAME=VALUE; may be repeated."),
     ] = None,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds, of all rows.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     jobs: Annotated[int, typer.Option(help="Rows at a time; −1: one a core.")] = -1,
     select: Select = None,
     overwrite: Overwrite = False,

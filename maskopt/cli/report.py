@@ -9,6 +9,7 @@ import typer
 
 from maskopt.cli.console import output
 from maskopt.errors import OptionError
+from maskopt.files import check_writable
 
 
 def report(
@@ -38,8 +39,9 @@ def report(
     """
     from maskopt.report.prune_page import write_report
 
-    if not out.absolute().parent.is_dir():
-        raise OptionError(f"{out.parent}: no such folder")
+    check_writable(out)
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise OptionError(f"{figures}: is no folder")
     found = write_report(
         out, folders, evaluation=evaluation, gaps=gaps, picture=picture, figures=figures
     )

@@ -10,10 +10,11 @@ import typer
 from rich.table import Table
 
 from maskopt.cli.cells import NO_BOUND
-from maskopt.cli.console import output
+from maskopt.cli.console import INTERRUPTED, output
 from maskopt.cli.parameters import Overwrite, Select, read_solver_options
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
+from maskopt.files import check_writable
 from maskopt.formats import load_problem
 from maskopt.limits import Limits, Progress, parse_bytes
 from maskopt.problem import LayerProblem, RowProblem
@@ -44,7 +45,7 @@ def solve(
     memory_limit: Annotated[
         str | None, typer.Option(help="Beyond the instance, e.g. 2GiB.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     select: Select = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -63,14 +64,15 @@ def solve(
     solution.save(out)
     output.print(solution_table(problem, solution))
     output.print(f"written: {out}", soft_wrap=True)
+    if solution.trace.interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise OptionError where nothing can, or should, be written there."""
     if out.exists() and not overwrite:
         raise OptionError(f"{out} exists; pass --overwrite to replace it")
-    if not out.absolute().parent.is_dir():
-        raise OptionError(f"{out.parent}: no such folder")
+    check_writable(out)
 
 
 def solve_shown(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from maskopt.bounds import available_bounds
@@ -29,9 +28,10 @@ def solvers(
 
 def _solvers() -> Table:
     table = Table()
-    for heading in ("solver", "patterns", "device", "start", "proves", "n up to", "also"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("note")
+    table.add_column("solver", no_wrap=True)
+    for heading in ("patterns", "device", "start", "proves", "n up to", "also"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("note", min_width=20)
     for info in available_solvers().values():
         can = info.capabilities
         note = can.note if info.available else f"unavailable: {info.unavailable}"
@@ -45,7 +45,7 @@ def _solvers() -> Table:
             can.proves,
             "any" if can.largest_n is None else str(can.largest_n),
             ", ".join(word for word, has in also if has),
-            escape(note),
+            note,
         )
     return table
 
@@ -56,9 +56,7 @@ def _bounds() -> Table:
         table.add_column(heading, no_wrap=heading != "note")
     for info in available_bounds().values():
         note = info.note if info.unavailable is None else f"unavailable: {info.unavailable}"
-        table.add_row(
-            info.name, "any" if info.largest_n is None else str(info.largest_n), escape(note)
-        )
+        table.add_row(info.name, "any" if info.largest_n is None else str(info.largest_n), note)
     return table
 
 
@@ -68,7 +66,5 @@ def _options(name: str) -> Table:
         table.add_column(heading, no_wrap=heading == "option")
     for option in options_of(REGISTRY.find(name)):
         may = " ".join(part for part in (option.type, option.range) if part)
-        table.add_row(
-            option.name, str(option.default), escape(may), escape(option.unit), escape(option.help)
-        )
+        table.add_row(option.name, str(option.default), may, option.unit, option.help)
     return table

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 from rich.text import Text
 
-from maskopt.cli.console import errors
+from maskopt.cli.console import errors, hush_compiling
 from maskopt.errors import OptionError
 
 LIVE, PLAIN, JSON, QUIET = "live", "plain", "json", "quiet"
@@ -222,6 +222,8 @@ def with_view(command: Callable[..., None]) -> Callable[..., None]:
         if quiet and log_json:
             raise OptionError("`quiet` and `log_json` exclude each other; choose one")
         _asked = QUIET if quiet else JSON if log_json else None
+        if _asked:
+            hush_compiling()
         command(**given)
 
     run.__signature__ = inspect.Signature([*own.values(), *added])  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -371,8 +372,8 @@ def _gaps(records: Sequence[Mapping[str, Any]]) -> Table:
             "`gaps`: is not what `maskopt certify --output FILE.jsonl` writes"
         ) from None
     for kind, found in kinds.items():
-        found.sort()
-        table.add(short(kind), str(len(found)), f"{found[len(found) // 2]:.1%}", f"{found[-1]:.1%}")
+        median, worst = statistics.median(found), max(found)
+        table.add(short(kind), str(len(found)), f"{median:.1%}", f"{worst:.1%}")
     return table
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import rich.table
-from rich.markup import escape
+from rich.text import Text
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -38,13 +38,15 @@ class Table:
     def rich(self) -> rich.table.Table:
         """For `rich.print`."""
         table = rich.table.Table(
-            title=escape(self.title), title_justify="left", caption=escape(self.note) or None
+            title=Text(self.title),
+            title_justify="left",
+            caption=Text(self.note) if self.note else None,
         )
         for index, heading in enumerate(self.headings):
             justify = "left" if index < self.text_columns else "right"
-            table.add_column(escape(heading), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            table.add_column(Text(heading), justify=justify, no_wrap=True)  # type: ignore[arg-type]
         for row in self.rows:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*map(Text, row))
         return table
 
     def markdown(self) -> str:

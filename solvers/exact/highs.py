@@ -7,6 +7,10 @@ reformulation-linearisation equations, far tighter than z_ij ≥ p_i + p_j − 1
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -110,7 +114,8 @@ def _model(task: RowTask, q: np.ndarray):  # type: ignore[no-untyped-def]  # hig
     import highspy
 
     n, group, infinity = len(q), task.group, highspy.kHighsInf
-    model = highspy.Highs()
+    with _banner_on_stderr():
+        model = highspy.Highs()
     model.setOptionValue("output_flag", False)
     for i in range(n):
         model.addCol(float(q[i, i]), 0.0, 1.0, 0, [], [])
@@ -133,3 +138,16 @@ def _model(task: RowTask, q: np.ndarray):  # type: ignore[no-untyped-def]  # hig
             model.addRow(-infinity, 0.0, 2, [column, i], [1.0, -1.0])
             model.addRow(-infinity, 0.0, 2, [column, j], [1.0, -1.0])
     return model, pairs
+
+
+@contextmanager
+def _banner_on_stderr() -> Iterator[None]:
+    """A new model tells its name on the process's stdout, where results may be read from."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
