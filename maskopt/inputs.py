@@ -153,7 +153,7 @@ def check_costs(weight: Tensor, gram: Tensor, label: str) -> None:
     size = float(gram.diagonal().double().max())
     if 0 < size < torch.finfo(torch.float64).tiny:
         raise ProblemError(
-            f"{label}gram has a largest diagonal entry of {size:.3g}, where float64 has few digits; scale it up"
+            f"{label}gram has a largest diagonal entry of {size:.3g}, where float64 has few digits; scale it"
         )
     most = weight.abs().max().double()
     if not bool(torch.isfinite(most.square() * gram.diagonal().double().sum())):

@@ -64,7 +64,7 @@ def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
 
 
 def test_gram_matrices_of_subnormal_numbers_are_refused():
-    with pytest.raises(ProblemError, match=r"float64 has few digits; scale it up"):
+    with pytest.raises(ProblemError, match=r"float64 has few digits; scale it"):
         LayerProblem(
             torch.ones(1, 4), torch.eye(4, dtype=torch.float64) * 1e-315, Unstructured(0.5)
         )
