@@ -131,11 +131,7 @@ def remove_blocks(
             pairs = len(source.blocks) * (len(source.blocks) + 1) // 2
             effects = measure_effects(job, place(job, pairs, work.hidden))
             best, solution = effects.best(count)
-            first = list(dict.fromkeys(map(Left, (best, *effects.yardsticks(count)))))
-            if count > 2:
-                measured = search_sets(_as_a_whole(job, options, work), effects, first)
-            else:
-                measured = {left: effects.kl[left] for left in first}
+            measured = choose(effects, best, _as_a_whole(job, options, work))
         least = min(measured, key=lambda left: measured[left])
         removed = sorted(least)
         change = Change(
@@ -151,6 +147,20 @@ def remove_blocks(
         write_changed(job, work, change, report, blocks=removed, effects=found)
     seconds = time.perf_counter() - began
     return BlocksReport(removed, effects, solution, measured, target, seconds)
+
+
+def choose(effects: Effects, best: Sequence[int], measure: Measure) -> dict[Left, float]:
+    """KL of sets without which the model was looked at; that of the least is removed.
+
+    Args:
+        best: of least cost by pairs.
+        measure: of sets of more than two.
+    """
+    count = len(best)
+    first = list(dict.fromkeys(map(Left, (best, *effects.yardsticks(count)))))
+    if count <= 2:
+        return {left: effects.kl[left] for left in first}
+    return search_sets(measure, effects, first)
 
 
 def _as_a_whole(job: Job, options: WalkOptions, work: Workspace) -> Measure:

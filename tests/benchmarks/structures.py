@@ -260,21 +260,26 @@ def chosen_by(
     choice: Callable[[Effects, int], list[int]] | None, known: list[Effects]
 ) -> Iterator[None]:
     """Removal by another rule, where there is one; effects are measured once, and kept in `known`."""
-    measure, candidates = removal.measure_effects, Effects.candidates
+    measure, choose = removal.measure_effects, removal.choose
 
     def measured(*given: Any) -> Effects:
         if not known:
             known.append(measure(*given))
         return known[0]
 
-    def other(self: Effects, best: Sequence[int], most: int) -> list[frozenset[int]]:
-        return [frozenset(choice(self, len(best)))] if choice else candidates(self, best, most)
+    def other(
+        effects: Effects, best: Sequence[int], as_a_whole: Any
+    ) -> dict[frozenset[int], float]:
+        if choice is None:
+            return choose(effects, best, as_a_whole)
+        blocks = choice(effects, len(best))
+        return {frozenset(blocks): effects.cost(blocks)}
 
-    removal.measure_effects, Effects.candidates = measured, other  # type: ignore[assignment, method-assign]
+    removal.measure_effects, removal.choose = measured, other
     try:
         yield
     finally:
-        removal.measure_effects, Effects.candidates = measure, candidates  # type: ignore[method-assign]
+        removal.measure_effects, removal.choose = measure, choose
 
 
 def measure_speed(args: argparse.Namespace, book: Book, name: str) -> None:
