@@ -29,9 +29,11 @@ from torch import Tensor
 from maskopt import Limits, RowProblem, Solution
 from maskopt.model import remove_blocks as removal
 from maskopt.model import shrink as shrinking
-from maskopt.model.block_effects import Effects
+from maskopt.model.block_effects import Effects, Left
+from maskopt.model.block_search import Measure
 from maskopt.model.demo_model import MODELS, demo_model
 from maskopt.model.evaluate import evaluate
+from maskopt.model.job import Job
 from maskopt.model.remove_blocks import remove_blocks
 from maskopt.model.report import PruneReport
 from maskopt.model.shrink import shrink_model
@@ -260,26 +262,24 @@ def chosen_by(
     choice: Callable[[Effects, int], list[int]] | None, known: list[Effects]
 ) -> Iterator[None]:
     """Removal by another rule, where there is one; effects are measured once, and kept in `known`."""
-    measure, choose = removal.measure_effects, removal.choose
+    own = removal.measure_effects, removal.choose
 
-    def measured(*given: Any) -> Effects:
+    def measured(job: Job, folder: Path | None = None) -> Effects:
         if not known:
-            known.append(measure(*given))
+            known.append(own[0](job, folder))
         return known[0]
 
-    def other(
-        effects: Effects, best: Sequence[int], as_a_whole: Any
-    ) -> dict[frozenset[int], float]:
+    def other(effects: Effects, best: Sequence[int], measure: Measure) -> dict[Left, float]:
         if choice is None:
-            return choose(effects, best, as_a_whole)
+            return own[1](effects, best, measure)
         blocks = choice(effects, len(best))
-        return {frozenset(blocks): effects.cost(blocks)}
+        return {Left(blocks): effects.cost(blocks)}
 
     removal.measure_effects, removal.choose = measured, other
     try:
         yield
     finally:
-        removal.measure_effects, removal.choose = measure, choose
+        removal.measure_effects, removal.choose = own
 
 
 def measure_speed(args: argparse.Namespace, book: Book, name: str) -> None:
