@@ -47,7 +47,7 @@ class Unstructured:
         if self.sparsity is not None:
             if not (isinstance(self.sparsity, Real) and 0 <= self.sparsity < 1):
                 raise PatternError(
-                    f"sparsity {self.sparsity!r} is not in [0, 1); 0.6 prunes 60% of every row"
+                    f"sparsity {self.sparsity} is outside [0, 1); 0.6 prunes 60% of every row"
                 )
             object.__setattr__(self, "sparsity", _as_float(self.sparsity))
         elif isinstance(self.keep, bool) or not isinstance(self.keep, Integral) or self.keep < 0:
@@ -61,7 +61,7 @@ class Unstructured:
                 raise PatternError("spread=… is of rows that trade; give per='layer', too")
             if not (isinstance(self.spread, Real) and 0 <= self.spread < 1):
                 raise PatternError(
-                    f"spread {self.spread!r} is not in [0, 1); 0.1 keeps rows within 10% of n"
+                    f"spread {self.spread} is outside [0, 1); 0.1 keeps rows within 10% of n"
                 )
             object.__setattr__(self, "spread", _as_float(self.spread))
 

@@ -145,9 +145,8 @@ class RowSolver(Solver):
     )
     workers: int | None = option(
         None,
-        "rows at a time, each in a process of its own; 0: all in this process; None: as many as there are "
-        "threads, except a single row, and what this process does in three seconds of rows of up to "
-        f"{_FEW} inputs",
+        "rows at a time, each in a process of its own; 0: in this one; None: one a thread, but a single row, "
+        f"and three seconds of rows up to n = {_FEW}, here",
         unit="processes",
         least=0,
     )
