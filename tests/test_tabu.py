@@ -165,3 +165,18 @@ def test_relax_is_the_default_start():
     problem = LayerProblem(random_weight(4, 32, 1), random_gram(32, "full", 2), Unstructured(0.5))
     named = solve(problem, "tabu", warm_start="relax")
     assert torch.equal(solve(problem, "tabu").mask, named.mask)
+
+
+@pytest.mark.parametrize("big", [1e4, 1e6, 1e8])
+@pytest.mark.parametrize("start", ["magnitude", "worst"])
+def test_a_descent_past_an_outlier_ends(start, big):
+    """Once an input is kept that was nearly all of the cost, what is left is rounding of float32."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(256, 64, generator=generator)
+        x[:, 0] *= big
+        weight = torch.randn(4, 64, generator=generator)
+        problem = LayerProblem(weight, x.T @ x / 256, Unstructured(sparsity=0.5))
+        solution = solve(problem, "tabu", start=start, moves=100)
+        assert bool((solution.objective <= solve(problem, start).objective * (1 + 1e-9)).all())
+        verify(problem, solution)

@@ -29,6 +29,8 @@ SMALL = 16
 BEYOND = FORBIDDEN * np.float32(0.1)
 #: a mask is better than another one from this part of its objective on: float32 tells no less
 BETTER = 1 - 1e-6
+#: moves of a descent, for each input: many times as many as one has
+DESCENT = 8
 # no reference is counted: arrays belong to the callers, and nothing is allocated
 _exact = part(_nrt=False)
 # every flag but `afn`: FORBIDDEN is finite, and reductions may be vectorised
@@ -302,6 +304,7 @@ def _search_row(  # type: ignore[no-untyped-def]
     bars, of_moves, cross, head, follow, twice = work
     bar_kept, bar_pruned = bars[0], bars[1]
     now, descending = clock[0], clock[2] == 0
+    begun = now
     _enter(now, x, gram, square, pruned, expiry, work)
     if scratch:
         values[0] = _products(slope, x, gram, pruned, linear, constant)
@@ -322,7 +325,12 @@ def _search_row(  # type: ignore[no-untyped-def]
             now += 1
             made += 1
             continue
-        if descending and value + delta >= best_value * BETTER:
+        if descending and (
+            value + delta >= best_value * BETTER
+            # by float32's rounding alone values could fall on and on, below 0
+            or value + delta <= 0.0
+            or now - begun >= DESCENT * len(x)
+        ):
             descending = False
             clock[2] = 1
         pruned[u], pruned[p] = 1, 0
