@@ -1,14 +1,29 @@
 """The command line as a user meets it: one clear line for an expected error, no traceback."""
 
 import re
+from io import StringIO
 
 import pytest
 from commands import process, run
+from rich.console import Console
 from typer.testing import CliRunner
 
 import maskopt
 from maskopt import available_solvers
-from maskopt.cli import app
+from maskopt.cli import app, solvers
+
+
+def test_a_narrow_terminal_has_names_and_reasons(monkeypatch):
+    monkeypatch.setattr(solvers, "output", Console(width=80, markup=False))
+    shown = StringIO()
+    Console(width=80, markup=False, file=shown).print(solvers._solvers())
+    words = "".join(shown.getvalue().replace("│", " ").split())
+    for name, info in available_solvers().items():
+        assert name in shown.getvalue()
+        if not info.available:
+            assert "unavailable" in words
+    assert all(len(line) <= 80 for line in shown.getvalue().splitlines())
+    assert shown.getvalue().count("optimality") >= 5
 
 
 def test_solvers_lists_every_backend():

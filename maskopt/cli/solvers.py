@@ -12,6 +12,10 @@ from maskopt.cli.console import output
 from maskopt.fields import options_of
 from maskopt.solver import REGISTRY, available_solvers
 
+_HEADINGS = ("solver", "patterns", "device", "start", "proves", "n up to", "also")
+#: columns that a table needs to have them all; and those that go first
+_WIDE, _LEFT_OUT = 110, ("patterns", "device", "start", "also")
+
 
 def solvers(
     name: Annotated[
@@ -27,26 +31,28 @@ def solvers(
 
 
 def _solvers() -> Table:
+    """In a narrow terminal without what all of them nearly have in common: the note is worth more."""
+    narrow = output.width < _WIDE
     table = Table()
-    table.add_column("solver", no_wrap=True)
-    for heading in ("patterns", "device", "start", "proves", "n up to", "also"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("note", min_width=20)
+    for heading in _HEADINGS:
+        if not (narrow and heading in _LEFT_OUT):
+            table.add_column(heading, no_wrap=heading == "solver" or not narrow, overflow="fold")
+    table.add_column("note")
     for info in available_solvers().values():
         can = info.capabilities
         note = can.note if info.available else f"unavailable: {info.unavailable}"
-        start = f"{can.start}, {can.default_start}" if can.default_start else can.start
         also = (("refit", can.refit), ("trade", can.pooled))
-        table.add_row(
+        values = (
             info.name,
             "all" if len(can.patterns) == 2 else can.patterns[0],
             ", ".join(can.devices),
-            start,
+            f"{can.start}, {can.default_start}" if can.default_start else can.start,
             can.proves,
             "any" if can.largest_n is None else str(can.largest_n),
             ", ".join(word for word, has in also if has),
-            note,
         )
+        told = zip(_HEADINGS, values, strict=True)
+        table.add_row(*(v for heading, v in told if not (narrow and heading in _LEFT_OUT)), note)
     return table
 
 
