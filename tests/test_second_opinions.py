@@ -92,3 +92,18 @@ def test_a_row_beyond_gurobis_licence_names_the_remedy(monkeypatch):
         monkeypatch.setattr(gurobi, "_optimized", refused)
         with pytest.raises(SolverError, match=reason):
             solve(problem, "gurobi", workers=0)
+
+
+@pytest.mark.parametrize("name", ["gurobi", "highs"])
+def test_a_poor_start_costs_no_proof(name):
+    """Where it costs 1e8 times the optimum, that is below tolerances in its units."""
+    if not available_solvers()[name].available:
+        pytest.skip(f"{name} is not installed")
+    for seed in range(4):
+        weight = random_weight(1, 10, seed)
+        weight[0, 0] = 1e4
+        problem = LayerProblem(weight, random_gram(10, "full", seed), Unstructured(0.5))
+        best = solve(problem, "exhaustive").objective
+        found = solve(problem, name, start="worst", workers=0)
+        verify(problem, found)
+        torch.testing.assert_close(found.objective, best)

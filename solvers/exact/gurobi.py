@@ -19,6 +19,7 @@ from maskopt.problem import LayerProblem
 from maskopt.registry import missing_package
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
+from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.refit_rows import (
     REFIT_CLOSED,
     RefitTask,
@@ -78,12 +79,12 @@ class Gurobi(RowSolver):
 
 
 def search_row(task: RowTask) -> RowAnswer:
-    """One row, one thread.
+    """One row, one thread. From a good start: tolerances are absolute, and the start's cost the unit.
 
     Raises:
         SolverError: the row is too large for the licence, or Gurobi fails.
     """
-    return _with_model(_optimized, task)
+    return _with_model(_optimized, with_incumbent(task))
 
 
 def search_refitted(task: RefitTask) -> RowAnswer:

@@ -22,6 +22,7 @@ from maskopt.problem import LayerProblem
 from maskopt.registry import missing_package
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
+from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
 
 #: HiGHS' tolerance on whole numbers and constraints (mip_feasibility_tolerance), absolute
@@ -65,9 +66,10 @@ class Highs(RowSolver):
 
 
 def search_row(task: RowTask) -> RowAnswer:
-    """One row, one thread."""
+    """One row, one thread. From a good start: tolerances are absolute, and the start's cost the unit."""
     import highspy
 
+    task = with_incumbent(task)
     words = {
         highspy.HighsModelStatus.kOptimal: "optimal",
         highspy.HighsModelStatus.kTimeLimit: "timelimit",
