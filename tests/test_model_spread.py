@@ -178,3 +178,16 @@ def test_manifests_that_say_otherwise_are_found(
     result: tuple[Path, Path], tmp_path: Path, change: Any, message: str
 ) -> None:
     check_forgery(result[1], tmp_path, change, message, result[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"budget": "layer", "spread": 1 / 7}, {"budget": "model", "importance": "relative"}],
+)
+def test_patterns_of_many_digits_are_those_of_the_manifest(
+    options: dict[str, Any], dense_folder: Path, tmp_path: Path
+) -> None:
+    """Two thirds are not 0.6667, to whoever prunes and to whoever checks."""
+    how = {"sparsity": 2 / 3, "solver": "swap", "min_tokens": 1, **options}
+    prune_model(dense_folder, tokens(6), output=tmp_path / "out", **how)
+    assert verify_output(tmp_path / "out", dense_folder).layers == 21

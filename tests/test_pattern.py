@@ -4,6 +4,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -136,3 +137,15 @@ def test_text_that_is_no_pattern(text):
 def test_json_that_is_no_pattern(data):
     with pytest.raises(PatternError):
         pattern_from_dict(data)
+
+
+@pytest.mark.parametrize("share", [0.5, 2 / 3, 0.99996, 1e-7, 0.1 + 0.2])
+def test_what_a_pattern_is_called_is_the_pattern(share):
+    for pattern in (Unstructured(share), Unstructured(share, per="layer", spread=1 / 7)):
+        assert parse_pattern(str(pattern)) == pattern
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Unstructured(np.float32(0.6)) == Unstructured(0.6)
+    assert Unstructured(keep=np.int64(3)) == Unstructured(keep=3)
+    assert NM(np.int32(2), np.int64(4)) == NM(2, 4)

@@ -58,13 +58,19 @@ class Rule:
         if self.record["kind"] == "nm":
             return f"{self.record['keep']}:{self.record['of']}"
         keep = self.record["keep"]
-        share = f"keep {keep}" if keep is not None else f"{float(self.record['sparsity']):.4g}"
-        within = "" if self.spread is None else f" ± {float(self.spread):.4g}"
+        share = f"keep {keep}" if keep is not None else _decimal(float(self.record["sparsity"]))
+        within = "" if self.spread is None else f" ± {_decimal(float(self.spread))}"
         return f"{share}{' per layer' if self.pooled else ''}{within}"
 
     @property
     def two_four(self) -> bool:
         return (self.record["keep"], self.record.get("of")) == (2, 4)
+
+
+def _decimal(number: float) -> str:
+    """With four digits, where they are the number."""
+    four = f"{number:.4g}"
+    return four if float(four) == number else repr(number)
 
 
 def row_limits(pruned: int, rows: int, n: int, spread: float | None) -> tuple[int, int]:
