@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pooled_layers import layer, pool, pooled, slack, total
-from strategies import random_gram
+from strategies import random_gram, random_weight
 
 from maskopt import (
     NM,
@@ -352,3 +352,14 @@ def test_refitted_weights_of_rows_with_counts_of_their_own():
     for row in range(problem.rows):
         alone = problem.at_count_of(found.mask, row)
         torch.testing.assert_close(alone.weights(found.mask[row]), weights[row])
+
+
+@pytest.mark.parametrize("kernel", ["torch", "literal"])
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_that_keep_different_numbers_go_through_every_kernel(kernel, seed):
+    problem = LayerProblem(
+        random_weight(4, 20, seed), random_gram(20, "full", seed), Unstructured(0.5, per="layer")
+    )
+    found = solve(problem, "swap", start="wanda", kernel=kernel)
+    verify(problem, found)
+    assert set(found.status) == {Status.SWAP_OPTIMAL}

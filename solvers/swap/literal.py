@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskopt.solvers.swap.batch import Batch
+from maskopt.solvers.swap.batch import Batch, keeping_alike
 from maskopt.solvers.swap.engine import Outcome
 
 #: bytes per pair that a scan holds at once: Δ, the gathered G, a temporary
@@ -93,6 +93,18 @@ def best_swaps(
     Δ of all pairs is formed in float64 where `exact`, else in float32; the Δ returned is float64.
     Of equal pairs the one of lowest kept, then lowest pruned index. Δ is +inf where no pair exists.
     """
+    kept, pruned = torch.zeros_like(rows), torch.zeros_like(rows)
+    delta = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
+    for some in keeping_alike(batch.kept[rows]):
+        found = _best_alike(batch, rows[some], exact, memory)
+        kept[some], pruned[some], delta[some] = found
+    return kept, pruned, delta
+
+
+def _best_alike(
+    batch: Batch, rows: Tensor, exact: bool, memory: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows that keep as many each."""
     groups = batch.n // batch.group
     keep = int(batch.kept[rows[0]].sum()) // groups
     pairs = groups * keep * (batch.group - keep)

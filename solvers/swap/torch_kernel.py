@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskopt.solvers.swap.batch import Batch
+from maskopt.solvers.swap.batch import Batch, keeping_alike
 from maskopt.solvers.swap.literal import refresh
 
 #: kept and pruned candidates of a round
@@ -121,7 +121,14 @@ class TorchKernel:
                 batch.c[rows[some]] += moved
 
     def _price_all(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Every kept column against all pruned ones, some kept columns of each row at a time."""
+        """Every kept column against all pruned ones: which rows are not optimal."""
+        improving = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for some in keeping_alike(batch.kept[rows]):
+            improving[some] = self._price_alike(batch, rows[some])
+        return improving
+
+    def _price_alike(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Of rows that keep as many each, some kept columns of each at a time."""
         a, b = _sides(batch, rows)
         count = int(batch.kept[rows[0]].sum())
         threshold = batch.threshold(rows)
