@@ -58,9 +58,9 @@ def test_one_block_in_memory_at_a_time(
             opened.append(self)
 
     monkeypatch.setattr("maskopt.model.opening.FolderSource", Watched)
-    pass_on, last = job.pass_on, module._cross_entropy
+    pass_on, last = job.pass_on, module.cross_entropy
     monkeypatch.setattr(job, "pass_on", lambda *a: (look(), pass_on(*a)))
-    monkeypatch.setattr(module, "_cross_entropy", lambda *a: (look(), last(*a))[1])
+    monkeypatch.setattr(module, "cross_entropy", lambda *a: (look(), last(*a))[1])
     maskopt.perplexity(dense, tokens(1, 8))
     assert len(resident) == 4
     for index, names in enumerate(resident[:3]):
@@ -73,16 +73,21 @@ def test_one_block_in_memory_at_a_time(
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_of_several_models_only_the_hidden_states_of_the_first_are_kept(
+def test_of_several_models_only_hidden_states_are_kept_and_equal_heads_once(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = [save(tiny(family), tmp_path / name) for name in "abc"]
+    head = "lm_head.weight" if family == "llama" else "model.embed_tokens.weight"
+    models = [save(tiny(family), tmp_path / name) for name in "ab"]
+    other = patched(tiny(family), head, lambda p: p[3].mul_(1.5))
+    models.append(save(other, tmp_path / "c"))
     opened: list[FolderSource] = []
     resident: list[list[set[str]]] = []
+    heads: list[list[int]] = []
 
     def look() -> None:
         named = [source.model.named_parameters() for source in opened]
         resident.append([{name for name, p in model if not p.is_meta} for model in named])
+        heads.append([source.model.get_parameter(head).data_ptr() for source in opened])
 
     class Watched(FolderSource):
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -94,23 +99,38 @@ def test_of_several_models_only_the_hidden_states_of_the_first_are_kept(
     monkeypatch.setattr(job, "pass_on", lambda *a: (look(), pass_on(*a)))
     monkeypatch.setattr(evaluation, "_compare", lambda *a: (look(), compare(*a))[1])
     found = evaluation.evaluate([str(m) for m in models], tokens(1, 8), WalkOptions(threads=1))
-    # three blocks of each, and the comparison with the first
-    walking = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
-    end = {
-        "lm_head.weight" if family == "llama" else "model.embed_tokens.weight",
-        "model.norm.weight",
-    }
-    for place, (number, held) in enumerate(zip(walking, resident, strict=True)):
-        others = [names for other, names in enumerate(held) if other != number]
-        if place in (6, 10):  # both heads, and nothing else
-            assert held[number] == end
-            assert sorted(others, key=len) == [set(), end]
-        else:
-            assert others == [set(), set()]
+    walking = [0, 0, 0, 1, 1, 1, 2, 2, 2]  # three blocks of each, then two comparisons
+    for number, held in zip(walking, resident[:-2], strict=True):
+        assert [names for other, names in enumerate(held) if other != number] == [set(), set()]
+    assert resident[-2:] == 2 * [3 * [{head, "model.norm.weight"}]]
+    first, same, different = heads[-1]
+    assert first == same != different
     look()
     assert resident[-1] == [set(), set(), set()]
-    assert [one.change and one.change.ratio for one in found] == [None, 1.0, 1.0]
-    assert len({one.perplexity for one in found}) == 1
+    assert found[1].change is not None
+    assert (found[1].change.ratio, found[1].change.kl) == (1.0, pytest.approx(0, abs=1e-6))
+    assert found[0].perplexity == found[1].perplexity == perplexity_alone(models[1])
+    assert found[2].perplexity == perplexity_alone(models[2]) != found[0].perplexity
+
+
+def perplexity_alone(model: Path) -> maskopt.Perplexity:
+    return maskopt.perplexity(model, tokens(1, 8), threads=1)
+
+
+def test_progress_and_a_bad_model_of_several(tmp_path: Path) -> None:
+    dense, bad = save(tiny("llama"), tmp_path / "dense"), tiny("llama")
+    told: list[tuple[str, int, int]] = []
+    evaluation.evaluate(
+        [dense, dense], tokens(2, 8), WalkOptions(threads=1),
+        on_progress=lambda model, done, total: told.append((model, done, total)),
+    )  # fmt: skip
+    name = str(dense)
+    walked = [(name, done, 8) for done in range(1, 7)]
+    assert told == 2 * walked + [(name, 7, 8), (name, 7, 8), (name, 8, 8), (name, 8, 8)]
+    patched(bad, "model.norm.weight", lambda p: p.fill_(1e38))
+    save(patched(bad, "lm_head.weight", lambda p: p.fill_(1e3)), tmp_path / "bad")
+    with pytest.raises(ModelError, match="/bad: window 0 of token tensor: NaN or infinite logits"):
+        evaluation.evaluate([dense, tmp_path / "bad"], tokens(2, 8), WalkOptions())
 
 
 def test_how_far_the_last_hidden_states_have_moved(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def evaluate(
 ) -> None:
     """Perplexity on consecutive windows, and tasks; of several models, on the same ones, and side by side.
 
-    One block of one model is in memory at a time; at the end of each, its output head, and the first
-    model's. For tasks, all blocks of a model are.
+    One block of one model is in memory at a time; at the end the output heads of all, those that are
+    equal once. For tasks, all blocks of a model are.
     """
     from maskopt.model.tasks import open_tasks
 

@@ -3,14 +3,16 @@
 The first model is the one that the others are held against, window by window: the difference of the
 cross-entropies, the Kullback–Leibler divergence of the next-token distributions, and how often the most
 likely next token is the same. All windows go through one model after the other, one block at a time; only the
-hidden states that leave the last blocks are kept, of the first model until the end. Where the two are held
-against each other, both output heads are in memory.
+hidden states that leave the last blocks are kept. Then every window's logits of the first model are held
+against those of each other; the output heads are in memory meanwhile, those that are equal once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,17 @@ from maskopt.model.job import Job, open_job
 from maskopt.model.perplexity import (
     POSITIONS,
     Perplexity,
+    all_passes,
+    check_loss,
     check_targets,
+    cross_entropy,
     exponential,
     exponentials,
     interval,
+    of_windows,
     perplexity_of,
+    walk_passes,
     walk_whole,
-    window_losses,
-    window_sums,
 )
 from maskopt.model.tokens import Windows
 from maskopt.model.walk_options import WalkOptions
@@ -102,16 +107,26 @@ def evaluate(
     if not models:
         raise OptionError("name at least one model")
     tell = on_progress or (lambda model, done, total: None)
+    names = [str(model) for model in models]
     jobs = [open_job(model, text, options, whole=True, limit=windows) for model in models]
     _check_same_windows(models, jobs)
-    found = []
-    with jobs[0] as first:
-        name = str(models[0])
-        assert first.windows is not None
-        losses = window_losses(first, lambda done, total: tell(name, done, total))
-        found.append(_evaluation(name, losses, first.windows))
-        for model, job in zip(models[1:], jobs[1:], strict=True):
-            found.append(_beside(first, losses, str(model), job, tell))
+    with ExitStack() as held:
+        for name, job in zip(names, jobs, strict=True):
+            held.enter_context(job)
+            walk_whole(job, partial(tell, name))
+            job.rest()
+
+        def judged(done: int) -> None:
+            for name, job in zip(names, jobs, strict=True):
+                tell(name, walk_passes(job) + done, all_passes(job))
+
+        sums = _sums(jobs, judged)
+        first = jobs[0].windows
+        assert first is not None
+        found = [_evaluation(names[0], sums[:, 0, 0], first)]
+        for number, name in enumerate(names[1:], 1):
+            change = _change(jobs[0], jobs[number], sums[:, 0, 0], sums[:, number])
+            found.append(_evaluation(name, sums[:, number, 0], first, change))
     return found
 
 
@@ -128,34 +143,38 @@ def _check_same_windows(models: Sequence[str | Path], jobs: Sequence[Job]) -> No
             )
 
 
-def _beside(
-    first: Job,
-    losses: Tensor,
-    name: str,
-    job: Job,
-    tell: Callable[[str, int, int], None],
-) -> Evaluation:
-    """A model beside the first one, whose states are at hand."""
+def _sums(jobs: Sequence[Job], tell: Callable[[int], None]) -> Float[Tensor, "windows models 3"]:
+    """Of every window and model, over the targets: cross-entropy, KL(first ‖ this), agreements."""
+    first, *others = jobs
+    with ExitStack() as heads:
+        reference = heads.enter_context(first.logits())
+        logits = [heads.enter_context(job.logits(first)) for job in others]
+
+        def sums(window: int) -> Tensor:
+            of_first = reference(window)
+            own = torch.zeros(3, dtype=torch.float64)
+            own[0] = cross_entropy(first, window, of_first)
+            beside = [
+                _compare(job, window, of_first, of(window))
+                for job, of in zip(others, logits, strict=True)
+            ]
+            return torch.stack([own, *beside])
+
+        return of_windows(first, sums, tell)
+
+
+def _change(
+    first: Job, job: Job, losses: Float[Tensor, " windows"], sums: Float[Tensor, "windows 3"]
+) -> Change:
+    """A model beside the first one, whose cross-entropies are `losses`."""
     windows = job.windows
     assert windows is not None
     begin = windows.beginning.first_target
     targets = windows.length - begin
-
-    def told(done: int, total: int) -> None:
-        tell(name, done, total)
-
-    with job:
-        walk_whole(job, told)
-        hidden = torch.cat([_hidden_change(first, job, w, begin) for w in range(len(windows))])
-        with first.logits() as reference:
-
-            def compared(window: int, logits: Tensor) -> tuple[float, float, float]:
-                return _compare(reference(window), logits, windows.tokens[window], begin)
-
-            sums = window_sums(job, compared, told)
+    hidden = torch.cat([_hidden_change(first, job, w, begin) for w in range(len(windows))])
     difference = (sums[:, 0] - losses) / targets
     ratio, divergence = interval(difference), interval(sums[:, 1] / targets)
-    change = Change(
+    return Change(
         ratio=exponential(float(difference.mean())),
         ratio_low=exponential(ratio[0]),
         ratio_high=exponential(ratio[1]),
@@ -166,7 +185,6 @@ def _beside(
         hidden_mean=float(hidden.mean()),
         hidden_median=float(hidden.median()),
     )
-    return _evaluation(name, sums[:, 0], windows, change)
 
 
 def _evaluation(
@@ -185,15 +203,19 @@ def _hidden_change(first: Job, job: Job, window: int, begin: int) -> Float[Tenso
 
 
 def _compare(
-    reference: Tensor, logits: Tensor, tokens: Tensor, first: int
-) -> tuple[float, float, float]:
-    """Over the targets from position `first` on: cross-entropy, KL(reference ‖ this), agreements.
+    job: Job,
+    window: int,
+    reference: Float[Tensor, "length vocabulary"],
+    logits: Float[Tensor, "length vocabulary"],
+) -> Float[Tensor, 3]:
+    """Over the targets of a window: cross-entropy, KL(reference ‖ this), agreements; float64.
 
     KL(p ‖ q) = Σ p (a − b) − log Σ exp a + log Σ exp b for p, q the softmax of a, b: neither distribution
     is written down.
     """
-    last = logits.shape[0] - 1
-    targets = tokens[1:, None].to(logits.device)
+    assert job.windows is not None
+    first, last = job.windows.beginning.first_target, logits.shape[0] - 1
+    targets = job.windows.tokens[window][1:, None].to(logits.device)
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
     for start in range(first - 1, last, POSITIONS):
         part = slice(start, min(start + POSITIONS, last))
@@ -206,4 +228,5 @@ def _compare(
             sums, (loss, mean - one_norm + two_norm, one_top == two_top), strict=True
         ):
             so_far += more.sum(dtype=torch.float64)
-    return tuple(sums.tolist())
+    check_loss(job, window, sums[0])
+    return sums.cpu()

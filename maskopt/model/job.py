@@ -257,9 +257,10 @@ class Job:
         return self.whole or index < self.last
 
     @contextmanager
-    def logits(self) -> Iterator[Callable[[int], Tensor]]:
+    def logits(self, like: Job | None = None) -> Iterator[Callable[[int], Tensor]]:
         """After a whole walk: a function of a window's index that gives its logits [length, vocabulary].
-        The output head is in memory meanwhile; it may be entered again."""
+        The output head is in memory meanwhile, but for what equals that of `like`, where it is in memory,
+        too; it may be entered again."""
         captured = self._captured
         assert self.windows is not None
         assert captured is not None
@@ -269,17 +270,22 @@ class Job:
             state = captured.states[window].to(device)
             return end(tokens[window : window + 1].to(device), state)[0]
 
-        with self.after_blocks() as end:
+        with self.after_blocks(like) as end:
             yield of
 
     @contextmanager
-    def after_blocks(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    def after_blocks(self, like: Job | None = None) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
         """After a whole walk: what the model makes of token ids [1, length] and of what leaves the last block
         for them, [1, length, width]: the logits [1, length, vocabulary]. As for `logits`."""
         assert self._captured is not None
         blocks, outputs = self.source.blocks, self._captured.outputs
-        with self.source.head(), ending(self.source.model, blocks, outputs) as end:
+        source = None if like is None else like.source
+        with self.source.head(source), ending(self.source.model, blocks, outputs) as end:
             yield end
+
+    def rest(self) -> None:
+        """After a whole walk: keep nothing in memory but the states, until `logits`."""
+        self.source.drop()
 
     def last_state(self, window: int) -> Tensor:
         """After a whole walk: what leaves the last block for a window, [length, width]."""

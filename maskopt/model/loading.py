@@ -69,6 +69,18 @@ def check_finite(name: str, parameter: Tensor) -> None:
                 raise ModelError(f"parameter {name!r} holds NaN or infinite weights")
 
 
+def share_equal(module: nn.Module, other: nn.Module) -> None:
+    """Let parameters whose data equal those of `other` by the same name be held once, as the other's."""
+    theirs = dict(other.named_parameters())
+    for name, own in module.named_parameters():
+        same = theirs.get(name)
+        if same is None or own.is_meta or same.is_meta:
+            continue
+        if (own.dtype, own.device) == (same.dtype, same.device) and torch.equal(own, same):
+            own.data = same.data
+    return_memory()
+
+
 def release(module: nn.Module) -> None:
     """Leave the module's parameters without data; those that are shared stay so."""
     _drop_data(module)

@@ -91,7 +91,7 @@ def perplexity(
         assert cut is not None
         check_targets(cut)
         with job:
-            summed = window_losses(job, on_progress or (lambda done, total: None))
+            summed = _window_losses(job, on_progress or (lambda done, total: None))
     finally:
         if isinstance(model, nn.Module):
             model.train(training)
@@ -133,22 +133,33 @@ def interval(values: Float[Tensor, " windows"]) -> tuple[float, float]:
     return float(means[cut]), float(means[-1 - cut])
 
 
-def window_losses(job: Job, tell: Callable[[int, int], None]) -> Float[Tensor, " windows"]:
+def _window_losses(job: Job, tell: Callable[[int, int], None]) -> Float[Tensor, " windows"]:
     """Walk through the whole model; cross-entropy summed over the targets of each window, float64."""
-    assert job.windows is not None
-    windows, first = job.windows, job.windows.beginning.first_target
     walk_whole(job, tell)
+    with job.logits() as logits:
+        return of_windows(
+            job,
+            lambda window: cross_entropy(job, window, logits(window)),
+            lambda done: tell(walk_passes(job) + done, all_passes(job)),
+        )
 
-    def loss(window: int, logits: Tensor) -> tuple[float]:
-        return (_cross_entropy(logits, windows.tokens[window], first),)
 
-    return window_sums(job, loss, tell)[:, 0]
+def walk_passes(job: Job) -> int:
+    """Window passes of `walk_whole`."""
+    assert job.windows is not None
+    return (job.last + 1) * len(job.windows)
+
+
+def all_passes(job: Job) -> int:
+    """Those, and one a window through the output head."""
+    assert job.windows is not None
+    return walk_passes(job) + len(job.windows)
 
 
 def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
-    """Send all windows through all blocks; a pass is then left, `window_sums`."""
+    """Send all windows through all blocks; a pass is then left, `of_windows`."""
     assert job.windows is not None
-    count, passes = len(job.windows), (job.last + 2) * len(job.windows)
+    count, passes = len(job.windows), all_passes(job)
 
     def told(event: BlockProgress) -> None:
         if event.done:
@@ -160,30 +171,15 @@ def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
             block.advance()
 
 
-def window_sums(
-    job: Job,
-    sums: Callable[[int, Tensor], tuple[float, ...]],
-    tell: Callable[[int, int], None],
-) -> Float[Tensor, "windows sums"]:
-    """After `walk_whole`: what `sums` makes of each window's index and its logits [length, vocabulary],
-    float64. The first sum is the window's cross-entropy.
-
-    Raises:
-        ModelError: that is not finite.
-    """
+def of_windows(job: Job, sums: Callable[[int], Tensor], tell: Callable[[int], None]) -> Tensor:
+    """What `sums` makes of each window's index, [windows, …], several side by side. `tell` is called with
+    how many are done."""
     assert job.windows is not None
-    windows, count = job.windows, len(job.windows)
-    passes = (job.last + 2) * count
-    found: list[tuple[float, ...]] = []
-    with torch.no_grad(), job.logits() as logits:
-        for wave in job.pool.waves(range(count)):
-            parts = job.pool.run([lambda w=w: sums(w, logits(w)) for w in wave])  # type: ignore[misc]
-            for window, part in zip(wave, parts, strict=True):
-                if not math.isfinite(part[0]):
-                    raise ModelError(f"window {window} of {windows.source}: NaN or infinite logits")
-            found += parts
-            tell(passes - count + len(found), passes)
-    return torch.tensor(found, dtype=torch.float64)
+    found: list[Tensor] = []
+    for wave in job.pool.waves(range(len(job.windows))):
+        found += job.pool.run([lambda w=w: sums(w) for w in wave])  # type: ignore[misc]
+        tell(len(found))
+    return torch.stack(found)
 
 
 def exponential(nats: float) -> float:
@@ -201,14 +197,31 @@ def exponentials(
     return weights, largest + weights.sum(1).log(), top
 
 
-def _cross_entropy(logits: Tensor, tokens: Tensor, first: int) -> float:
-    """Summed over the targets from position `first` on; logits [length, vocabulary], tokens [length]."""
-    last = logits.shape[0] - 1
-    targets = tokens[1:, None].to(logits.device)
+def cross_entropy(
+    job: Job, window: int, logits: Float[Tensor, "length vocabulary"]
+) -> Float[Tensor, ""]:
+    """Summed over the targets of a window, float64.
+
+    Raises:
+        ModelError: it is not finite.
+    """
+    assert job.windows is not None
+    first, last = job.windows.beginning.first_target, logits.shape[0] - 1
+    targets = job.windows.tokens[window][1:, None].to(logits.device)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for start in range(first - 1, last, POSITIONS):
         part = slice(start, min(start + POSITIONS, last))
         of_part = logits[part].float()
         loss = exponentials(of_part)[1] - of_part.gather(1, targets[part])[:, 0]
         total += loss.sum(dtype=torch.float64)
-    return float(total)
+    check_loss(job, window, total)
+    return total.cpu()
+
+
+def check_loss(job: Job, window: int, loss: Tensor) -> None:
+    """Raise ModelError where a cross-entropy is not finite."""
+    assert job.windows is not None
+    if not math.isfinite(float(loss)):
+        folder = "" if job.source.checkpoint is None else f"{job.source.checkpoint.folder}: "
+        where = f"window {window} of {job.windows.source}"
+        raise ModelError(f"{folder}{where}: NaN or infinite logits")

@@ -25,6 +25,7 @@ from maskopt.model.loading import (
     real_buffers,
     release,
     return_memory,
+    share_equal,
 )
 from maskopt.model.maskfile import TensorMask
 from maskopt.model.ranks import Ranks
@@ -58,8 +59,13 @@ class Source(Protocol):
         """
         ...
 
-    def head(self) -> AbstractContextManager[None]:
-        """Context in which all is in memory that follows the blocks; it may be entered again."""
+    def head(self, like: Source | None = None) -> AbstractContextManager[None]:
+        """Context in which all is in memory that follows the blocks; it may be entered again. What equals
+        the parameter of that name of `like`, where it is in memory, is held once."""
+        ...
+
+    def drop(self) -> None:
+        """Hold nothing in memory until `head` or `load_outside`; a model that came in memory stays."""
         ...
 
     def stored(
@@ -124,8 +130,11 @@ class MemorySource:
             check_finite(self.blocks.prefix(index) + name, parameter)
         yield block
 
-    def head(self) -> AbstractContextManager[None]:
+    def head(self, like: Source | None = None) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def drop(self) -> None:
+        return None
 
     def stored(
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
@@ -212,7 +221,7 @@ class FolderSource:
             release(block)
 
     @contextmanager
-    def head(self) -> Iterator[None]:
+    def head(self, like: Source | None = None) -> Iterator[None]:
         """As in `Source`. An input embedding that the head does not share makes room for it, and gives
         zeros meanwhile. Afterwards nothing of the model is in memory until `load_outside`."""
         own = [name for name, _ in self.blocks.own_head()]
@@ -225,10 +234,15 @@ class FolderSource:
             embedding.forward = _zeros(embedding.weight, self.device)
         try:
             self._loader.load(name for name in needed if self.model.get_parameter(name).is_meta)
+            if like is not None:
+                share_equal(self.model, like.model)
             yield
         finally:
             embedding.__dict__.pop("forward", None)
-            release(self.model)
+            self.drop()
+
+    def drop(self) -> None:
+        release(self.model)
 
     def stored(
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
