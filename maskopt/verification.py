@@ -83,7 +83,7 @@ def verify(
     mass = layer.diagonal_mass()
     _verify_objective(layer, mask, solution, mass)
     _verify_bound(layer, solution, mass)
-    proven = _proven(layer, solution)
+    proven = _proven(layer, mask, solution)
     basis = []
     if layer.pooled:
         enumerated = _verify_pooled(layer, mask, solution, mass)
@@ -173,8 +173,11 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
     return mask
 
 
-def _proven(layer: LayerProblem, solution: Solution) -> Tensor:
-    """What tree and certificate prove of every row, by checks of their own; 0 without either."""
+def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
+    """What tree and certificate prove of every row, by checks of their own; 0 without either. Where there is
+    one legal mask, its objective."""
+    if not layer.pooled and layer.pruned_per_group in (0, layer.group_size):
+        return layer.objective(mask).cpu()
     proven = torch.zeros(layer.rows, dtype=torch.float64)
     if solution.proof is not None:
         proven = check_proof(layer, solution.proof)

@@ -46,6 +46,7 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         except Exception as error:  # what Numba does inside is its own affair, and may change
             _log.debug("%s: kept by Numba itself (%s)", function.__qualname__, error)
             _keep_by_numba(compiled)
+        compiled.__class__ = _Loop
         return compiled
 
     return decorate
@@ -65,6 +66,23 @@ def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         return compiled
 
     return decorate
+
+
+class _Loop(CPUDispatcher):
+    """A Ctrl-C that comes while Numba makes Python's objects of results arrives as what it is."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            return super().__call__(*arguments)
+        except (
+            SystemError
+        ) as error:  # "returned a result with an exception set", once or twice over
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, KeyboardInterrupt):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
 
 
 class _Part(CPUDispatcher):

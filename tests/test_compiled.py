@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,21 @@ def test_the_key_goes_by_the_source_and_what_it_imports(
         monkeypatch.setattr(compiled, "_ROOT", root)
         keys[name] = compiled.source_key(root / "room" / "loops.py")
     assert keys["one"] == keys["two"] != keys["three"]
+
+
+def test_ctrl_c_inside_a_loop_is_no_system_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba looks up a tuple's type in Python; what is raised there passes two layers of C."""
+    from maskopt.solvers.exact.node import _gather
+
+    class Interrupted(dict[Any, Any]):
+        def __getitem__(self, key: Any) -> Any:
+            raise KeyboardInterrupt
+
+    matrix, row, state = np.eye(4), np.ones(4), np.full(4, -1, dtype=np.int8)
+    assert len(_gather(matrix, row, row, 0.0, state, np.arange(4))) == 3
+    monkeypatch.setattr("numba.core.serialize._unpickled_memo", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        _gather(matrix, row, row, 0.0, state, np.arange(4))
 
 
 def test_a_part_cannot_be_called_from_python() -> None:

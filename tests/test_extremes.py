@@ -6,7 +6,7 @@ import pytest
 import torch
 from strategies import random_gram, random_weight
 
-from maskopt import LayerProblem, Refit, Unstructured, lower_bound, solve, verify
+from maskopt import NM, LayerProblem, Refit, Unstructured, lower_bound, solve, verify
 from maskopt.certificate import Certificate
 from maskopt.errors import ProblemError, VerificationError
 from maskopt.linear import Linear
@@ -111,3 +111,19 @@ def test_a_certificate_of_many_rows_whose_weights_squared_are_subnormal():
 def test_a_row_keeps_the_count_that_its_pattern_says(pattern):
     row = RowProblem(random_weight(1, 24, 3)[0], random_gram(24, "full", 4), pattern)
     assert row.as_layer().pruned == (16 if pattern.sparsity == 0.6667 else 15)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("relax", {}), ("relax", {"max_iterations": 0}), ("admm", {})]
+)
+@pytest.mark.parametrize("scale", [1e-60, 1e30, 1e60])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, per="layer"), NM(2, 4)])
+def test_weights_beyond_float32_are_pruned_as_others_are(name, options, scale, pattern):
+    """Scaled by a power of ten: the same masks but for the last bits, so the same objective within them."""
+    refit = Refit() if name == "admm" else None
+    weight, gram = random_weight(3, 48, 3).double(), random_gram(48, "full", 4).float()
+    plain, scaled = (LayerProblem(weight * by, gram, pattern, refit=refit) for by in (1.0, scale))
+    found = solve(scaled, name, **options)
+    verify(scaled, found)
+    here = float(solve(plain, name, **options).objective.sum()) * scale**2
+    assert float(found.objective.sum()) == pytest.approx(here, rel=1e-3)

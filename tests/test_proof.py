@@ -26,6 +26,7 @@ from maskopt.certificate import Cuts
 from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.files import read_arrays, write_arrays
 from maskopt.limits import Limits
+from maskopt.linear import Linear
 from maskopt.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
 from maskopt.proof_check import check_proof
 from maskopt.solvers.bounds.cuts import cut_certificate
@@ -578,3 +579,15 @@ def test_prove_says_what_is_left_open(tmp_path):
     assert "holds: 1 row checked" in run("check", instance, out)
     run("solve", instance, "--output", plain, "--solver", "wanda")
     assert "holds no proof" in run("check", instance, plain, fails=VerificationError)
+
+
+@pytest.mark.parametrize("keep", [0, 8])
+def test_a_row_with_one_legal_mask_is_proven_with_its_linear_part(keep):
+    weight, gram = random_weight(2, 8, 3).double(), random_gram(8, "full", 4).double()
+    linear = Linear(torch.full((2, 8), 0.1).double(), torch.full((2,), 50.0).double())
+    problem = LayerProblem(weight, gram, Unstructured(keep=keep), linear=linear)
+    for proof in (False, True):
+        found = solve(problem, "branch", proof=proof)
+        assert found.status == (Status.OPTIMAL,) * 2
+        assert torch.equal(found.lower_bound, found.objective)
+        assert verify(problem, found, require="checked")

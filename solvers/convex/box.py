@@ -202,17 +202,17 @@ class _Tile:
 
     def __init__(self, problem: LayerProblem, split: _Split, plan: BoxPlan) -> None:
         self.problem, self.split, self.plan = problem, split, plan
-        weight = problem.weight.to(split.factor.dtype)
+        weight = problem.weight.double()  # which may be beyond the dtype of the steps
         size = weight.abs().amax(1, keepdim=True)
-        weight = weight / size.where(size > 0, 1.0)
-        q = weight * split.metric.sqrt()
+        unit = size.where(size > 0, 1.0)
+        q = (weight / unit).to(split.factor.dtype) * split.metric.sqrt()
         mean = q.square().mean(1, keepdim=True).sqrt()
         mean = mean.where(mean > 0, 1.0)
         self.q = q / mean
         inverse = 1.0 / (self.q.square() + _FLOOR)
         self.step: TorchStep | CompiledStep
         if problem.pooled:  # the layer is one group, in the metric of what rows count in its sum
-            counts = (size * mean).double().square() * problem.shares[:, None]
+            counts = (size * mean.double()).square() * problem.shares[:, None]
             counts = (counts / counts.mean().clamp(min=1e-300)).clamp(min=_FLOOR)
             metric = inverse / counts.to(inverse.dtype)
             self.step = TorchStep(self.q, inverse, self.q.numel(), problem.pruned, metric)
@@ -226,11 +226,11 @@ class _Tile:
         self.drift: Tensor | None = None
         if split.shift is not None:
             assert split.pull is not None
-            self.diagonal = -split.shift * problem.weight.double().square()
+            self.diagonal = -split.shift * weight.square()
             self.drift = (self.q * split.pull) @ split.factor
         if problem.linear is not None:
-            size = (size.where(size > 0, 1.0) * mean).double()
-            target = (problem.linear.correlation / size).to(split.factor.dtype) * split.slope
+            scaled = problem.linear.correlation / (unit * mean.double())
+            target = scaled.to(split.factor.dtype) * split.slope
             moved = target @ split.factor
             self.drift = moved if self.drift is None else self.drift + moved
 

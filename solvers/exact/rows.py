@@ -271,8 +271,10 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
     for row, answer in enumerate(answers):
         cost = float(objective[row])
         checked = answer.proof is not None or _rests_on_certificate(answer)
-        value = min(max(answer.bound, 0.0), cost) if problem.pruned_per_group else cost
-        if answer.proof is not None:
+        value = min(max(answer.bound, 0.0), cost)
+        if problem.pruned_per_group in (0, problem.group_size):  # there is but one mask
+            value = cost
+        elif answer.proof is not None:
             value = min(cost, float(proven[row]))
         elif checked:
             value = min(value, float(proven[row]))

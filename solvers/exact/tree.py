@@ -234,10 +234,11 @@ class Tree:
             threads: on which dear nodes are branched on side by side; the tree does not depend on it.
         """
         open_nodes = [self.start]
-        nodes, ended = 1, ""
+        nodes, ended, least_open = 1, "", self.start.bound
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
                 while not (ended := self._limit(open_nodes, nodes)):
+                    least_open = open_nodes[0].bound
                     if not self.tried and (nodes >= _TRY or self.task.values is not None):
                         open_nodes = self._with_triangles() or open_nodes
                         continue
@@ -245,9 +246,11 @@ class Tree:
                         nodes += 1
                         if child.bound < self.cutoff:
                             heapq.heappush(open_nodes, child)
-            except KeyboardInterrupt:
+                least_open = open_nodes[0].bound if open_nodes else np.inf
+            except (
+                KeyboardInterrupt
+            ):  # wherever a turn was interrupted, nothing open was below this
                 ended = "userinterrupt"
-        least_open = open_nodes[0].bound if open_nodes else np.inf
         return RowAnswer(
             pruned=self.best,
             ended=ended,
@@ -285,13 +288,8 @@ class Tree:
         views = [copy.copy(self) for _ in some]
         for view in views:
             view.solved = view.convexified = 0
-        try:
-            run = map if pool is None or len(some) == 1 else pool.map
-            families = list(run(Tree._branch, views, some))
-        except KeyboardInterrupt:
-            for node in some:
-                heapq.heappush(open_nodes, node)
-            raise
+        run = map if pool is None or len(some) == 1 else pool.map
+        families = list(run(Tree._branch, views, some))
         for view in views:
             self.solved += view.solved
             self.convexified += view.convexified

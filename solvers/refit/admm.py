@@ -66,7 +66,7 @@ class Admm(Damped):
 
         def some(part: int) -> tuple[Tensor, Tensor]:
             rows = parts[part]
-            return self._masks(refitted.take(rows), target[rows].float(), *shared, limits)
+            return self._masks(refitted.take(rows), target[rows], *shared, limits)
 
         parallel = partial(one_thread_each, threads=_threads(problem))
         found = [some(0)] if problem.pooled else parallel(some, len(parts))
@@ -83,10 +83,11 @@ class Admm(Damped):
     ) -> tuple[Tensor, Tensor]:
         """Of some rows, and their iterations; all in the scaled inputs."""
         size = problem.least_squares.damped.diagonal().sqrt()
-        d = (problem.weight.double() * size).float()
-        scale = d.square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
-        d, target = d / scale, target / scale
-        unit = scale.double()
+        d = problem.weight.double() * size
+        unit = d.abs().amax(1, keepdim=True)
+        unit = unit.where(unit > 0, 1.0)  # what is beyond float32 counts in float64
+        unit = unit * (d / unit).square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+        d, target = (d / unit).float(), (target / unit).float()
         if problem.pooled:  # rows are compared as what they count in the layer's sum
             unit = unit * problem.shares.sqrt()[:, None]
         mask = keep_highest(problem, d.abs().double() * unit)

@@ -34,7 +34,7 @@ from maskopt.trace import SearchTrace, SwapTrace, shared_out
 
 #: compound moves of a row between two 1-swap searches
 _MOVES_A_ROUND = 64
-#: rows between two looks at the clock
+#: rows between two looks at the clock, of 16 candidates; the others take as long together
 _TILE = 128
 #: what c may take while it is computed
 _REFRESH_BYTES = 2**28
@@ -70,11 +70,12 @@ class KSwap(Solver):
         state = _State(problem, start)
         state.descend(torch.arange(problem.rows), limits)
         threads = RowThreads()
+        tile = max(threads.threads, min(_TILE, _TILE * 16**4 // self.candidates**4))
         active = torch.arange(problem.rows)
         while len(active) and not limits.expired:
             moved = [
                 state.compound(part, self.candidates, threads)
-                for part in active.split(_TILE)
+                for part in active.split(tile)
                 if not limits.expired
             ]
             active = torch.cat(moved)
