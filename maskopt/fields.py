@@ -10,6 +10,7 @@ The command line, the documentation and the check on construction all read the s
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -168,9 +169,10 @@ def _in_range(value: Any, known: Option) -> bool:
         return value is None or value in known.choices
     if value is None or not isinstance(value, int | float):
         return True
-    # written so that NaN is in no range
+    # written so that NaN is in no range; no option means anything where it is infinite
     return (
-        (known.least is None or value >= known.least)
+        -math.inf < value < math.inf
+        and (known.least is None or value >= known.least)
         and (known.most is None or value <= known.most)
         and (known.below is None or value < known.below)
     )

@@ -25,6 +25,7 @@ minimised is Σᵣ ωᵣ fᵣ over the masks with that count in all, and a row h
 from __future__ import annotations
 
 import os
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -341,8 +342,20 @@ class LayerProblem:
         return RowProblem._of(self.take([index]).under(kept))
 
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
-        """The problem of some rows only; shares gram. They trade among themselves, where rows do."""
+        """The problem of some rows only; shares gram. They trade among themselves, where rows do.
+
+        Raises:
+            ProblemError: a list that is empty, or names what is no row.
+        """
+        if isinstance(rows, list) and (not rows or not all(map(self._is_row, rows))):
+            raise ProblemError(
+                f"rows must be a list of indices within 0 … {self.rows - 1}, at least one; not {rows}"
+            )
         return self._like(rows, self.name)
+
+    def _is_row(self, index: Any) -> bool:
+        whole = isinstance(index, Integral) and not isinstance(index, bool)
+        return whole and -self.rows <= index < self.rows
 
     def under(self, pattern: Pattern) -> LayerProblem:
         """The same rows under another pattern; shares all arrays.

@@ -19,6 +19,7 @@ class Sample:
     word: str = option("a", "which", choices=("a", "b"))
     names: tuple[str, ...] = option(("x",), "whose")
     loud: bool = option(False, "whether")
+    above: float = option(1.0, "how much", least=0)
     plain: int = 7
 
     def __post_init__(self) -> None:
@@ -36,6 +37,7 @@ class Sample:
         ({"share": -0.1}, "share"),
         ({"share": float("nan")}, "share"),
         ({"share": None}, "share"),
+        ({"above": float("inf")}, "above must be a number ≥ 0, not inf"),
         ({"word": "c"}, "word must be text a or b, not 'c'"),
         ({"word": 1}, "word"),
         ({"names": "x"}, "names must be a list of names"),

@@ -170,6 +170,14 @@ def test_errors_carry_the_layers_name():
         LayerProblem(torch.full((2, 4), torch.nan), torch.eye(4), HALF, name="q_proj")
 
 
+@pytest.mark.parametrize("rows", [[], [3], [-4], [0.5], [True, False, True], [0, 5]])
+def test_rows_that_are_none_are_refused(rows):
+    layer = LayerProblem(torch.ones(3, 4), torch.eye(4), Unstructured(0.5))
+    with pytest.raises(ProblemError, match=r"rows must be a list of indices within 0 … 2"):
+        layer.take(rows)
+    assert layer.take([-1, 0]).rows == 2
+
+
 def test_row_restrict_takes_the_columns_in_order():
     problem = LayerProblem(random_weight(2, 8, 1), random_gram(8, "full", 0), HALF)
     row = problem.row(1)
