@@ -67,8 +67,15 @@ def test_unknown_options_get_near_names():
 
 
 def test_fields_that_are_no_options_are_left_alone():
-    assert [o.name for o in options_of(Sample)] == ["count", "share", "word", "names", "loud"]
-    assert [o.range for o in options_of(Sample)] == ["≥ 1", "[0, 1)", "a or b", "", ""]
+    assert [o.name for o in options_of(Sample)] == [
+        "count",
+        "share",
+        "word",
+        "names",
+        "loud",
+        "above",
+    ]
+    assert [o.range for o in options_of(Sample)] == ["≥ 1", "[0, 1)", "a or b", "", "", "≥ 0"]
     assert Sample(plain="anything").plain == "anything"
 
 
