@@ -45,6 +45,15 @@ def test_a_prune_over_that_of_another_model(tmp_path: Path) -> None:
     verify_output(tmp_path / "out", plain)
 
 
+def test_over_a_model_that_has_no_manifest(tmp_path: Path) -> None:
+    chatty, plain = models(tmp_path)
+    (chatty / "notes.md").write_text("mine")
+    (chatty / "vocab.txt").write_text("of an older tokenizer")
+    prune_model(plain, tokens(6), output=chatty, overwrite=True, **OPTIONS)
+    prune_model(plain, tokens(6), output=tmp_path / "fresh", **OPTIONS)
+    assert contents(chatty).keys() == {*contents(tmp_path / "fresh"), "notes.md"}
+
+
 def test_other_kinds_of_results_over_a_prune(tmp_path: Path) -> None:
     chatty, plain = models(tmp_path)
     for name in "abc":

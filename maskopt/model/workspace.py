@@ -33,6 +33,12 @@ MASKS = "maskopt-masks.bits"
 CARD = "README.md"
 #: how names of files begin that no one else makes, and how those of weights, masks and Gram matrices end
 _OURS, _STORED = "maskopt-", (".safetensors", ".safetensors.index.json", ".packed", ".bits")
+#: what else transformers reads of a model folder, if it is there
+_BESIDE_CONFIG = (
+    *("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
+)
 
 
 class Workspace:
@@ -140,11 +146,13 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[W
 
 def earlier_files(output: Path) -> set[str]:
     """Names of the files that a result in the folder consists of: what its manifest lists, what only maskopt
-    makes, and weights, since an earlier model's shards would be loaded beside others."""
+    makes, and weights and tokenizer, since those of an earlier model would be loaded beside others."""
     try:
         listed = {*json.loads((output / MANIFEST).read_bytes())["files"], CARD}
     except (OSError, ValueError, LookupError, TypeError):
         listed = set()
+    if (output / "config.json").exists():
+        listed |= {*_BESIDE_CONFIG}
     return {
         entry.name
         for entry in output.iterdir()
