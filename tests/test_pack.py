@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def test_what_is_not_zero_is_not_dropped(tmp_path: Path) -> None:
     )
     name = next(n for n in load_file(shard) if "q_proj" in n)
     change_tensors(shard, lambda tensors: tensors[name].fill_(1.0))
-    with pytest.raises(ModelError, match="was changed since the prune, and could not be unpacked"):
+    with pytest.raises(
+        ModelError, match="was changed since the prune, and could not be packed and unpacked"
+    ):
         pack(out, tmp_path / "packed")
     forge_manifest(out)
     with pytest.raises(ModelError, match="holds weights that its mask prunes"):
@@ -160,3 +163,55 @@ def test_folders_that_are_none(packed: Path, tmp_path: Path) -> None:
     (again / "config.json").unlink()
     with pytest.raises(ModelError, match="is missing"):
         unpack_folder(again, tmp_path / "again")
+
+
+def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(tmp_path: Path) -> None:
+    out = pruned("llama", tmp_path)
+    (out / "NOTICE").write_text("ours")
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    packed = pack(out, tmp_path / "packed")
+    unpack_folder(packed, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(out)
+    for name in ("generation_config.json", "maskopt-masks.bits"):
+        for source, write in ((out, pack), (packed, unpack_folder)):
+            other = copied(source, tmp_path / f"{source.name}-{name}")
+            data = (other / name).read_bytes()
+            (other / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            with pytest.raises(ModelError, match=rf"{name}: was changed since"):
+                write(other, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_every_file_of_the_manifest_is_packed(tmp_path: Path) -> None:
+    out = pruned("llama", tmp_path)
+    (out / "vocab.bpe").write_text("a b")
+    forge_manifest(out, lambda manifest: manifest["files"].update({"vocab.bpe": digest("a b")}))
+    unpack_folder(pack(out, tmp_path / "packed"), tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(out)
+    (out / "vocab.bpe").unlink()
+    with pytest.raises(ModelError, match=r"vocab\.bpe: is missing"):
+        pack(out, tmp_path / "none")
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["../victim/model.safetensors", "/victim/model.safetensors", ".."])
+def test_nothing_is_written_outside_the_output(name: str, packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "model.safetensors").write_text("of somebody")
+    (shard, *_) = packed.glob("*.packed")
+    (tmp_path / "victim" / "model.packed").write_bytes(shard.read_bytes())
+
+    def lead_out(manifest: dict[str, Any]) -> None:
+        files = manifest["files"]
+        files[name] = files.pop(next(n for n in files if n.endswith(".safetensors")))
+
+    forge_manifest(packed, lead_out)
+    with pytest.raises(ModelError, match="`files` must have names without a path"):
+        unpack_folder(packed, tmp_path / "again")
+    forge_manifest(packed, lambda manifest: manifest.update(files=["model.safetensors"]))
+    with pytest.raises(ModelError, match="`files` must have names without a path"):
+        unpack_folder(packed, tmp_path / "again")
+    assert (tmp_path / "victim" / "model.safetensors").read_text() == "of somebody"

@@ -9,7 +9,7 @@ at sparsity s.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,8 +22,8 @@ from maskopt.model.maskfile import MaskFile, unpack
 from maskopt.model.output import check_not_the_model
 from maskopt.model.report import read_manifest
 from maskopt.model.safefile import CHUNK, SafeFile, TensorEntry, open_file, open_safe, write_safe
-from maskopt.model.workspace import CARD, MANIFEST, MASKS, open_workspace
-from maskopt.model.write import check_masks, copy_side_files
+from maskopt.model.workspace import MANIFEST, MASKS, open_workspace
+from maskopt.model.write import check_masks, side_files
 
 FORMAT = "maskopt-packed-1"
 #: in place of `.safetensors`: nothing takes it for weights
@@ -47,8 +47,8 @@ def pack(
         tick: called with bytes done.
 
     Raises:
-        ModelError: no such folder; shards that are not those of the manifest, whose weights `unpack_folder`
-            would refuse; weights in pruned places that are not zero.
+        ModelError: no such folder; files that are not those of the manifest, which `unpack_folder` would
+            refuse; weights in pruned places that are not zero.
     """
     checkpoint, target = open_checkpoint(pruned), Path(output)
     masks, manifest = _masks_and_manifest(checkpoint.folder)
@@ -56,18 +56,15 @@ def pack(
     digests = read_manifest(manifest)["files"]
     for name, digest in checkpoint.shard_digests.items():
         if digests.get(name) != digest:
-            raise ModelError(
-                f"{checkpoint.folder / name}: was changed since the prune, and could not be unpacked; pack "
-                "what `maskopt prune` wrote"
-            )
+            raise _changed(checkpoint.folder / name)
+    beside = _beside(checkpoint.folder, digests, checkpoint.shards)
     check_not_the_model(checkpoint.folder, target)
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         for name, shard in checkpoint.shards.items():
             with atomic_write(work.staging / _packed_name(name)) as file:
                 _pack_shard(shard, masks, file, tick)
-        copy_side_files(checkpoint, work.staging)
-        _copy(manifest, work.staging / MANIFEST)
-        _copy(masks.path, work.staging / MASKS)
+        for name in beside:
+            _copy(checkpoint.folder / name, work.staging / name)
         work.commit()
     return target
 
@@ -94,6 +91,7 @@ def unpack_folder(
         raise ModelError(f"{folder}: holds no file that `maskopt pack` wrote")
     if missing:
         raise ModelError(f"{folder / missing[0]}: is missing")
+    beside = _beside(folder, digests, packed_shards.values())
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         for packed_name, name in packed_shards.items():
             path = folder / packed_name
@@ -102,16 +100,8 @@ def unpack_folder(
             open_safe(work.staging / name)
             if digests.get(name) != file_digest(work.staging / name):
                 raise ModelError(f"{path}: does not give the file of the manifest: it was changed")
-        for name in digests:
-            source = folder / Path(name).name
-            if not (work.staging / source.name).exists() and source.name != MASKS:
-                if not source.is_file():
-                    raise ModelError(f"{source}: is missing")
-                _copy(source, work.staging / source.name)
-        if (folder / CARD).is_file():  # the manifest leaves it out
-            _copy(folder / CARD, work.staging / CARD)
-        _copy(manifest, work.staging / MANIFEST)
-        _copy(masks.path, work.staging / MASKS)
+        for name in beside:
+            _copy(folder / name, work.staging / name)
         work.commit()
     return target
 
@@ -132,6 +122,30 @@ def load_packed(packed: str | Path, **options: Any) -> Any:
     with tempfile.TemporaryDirectory(prefix="maskopt-packed-") as home:
         folder = unpack_folder(packed, Path(home) / "model")
         return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _beside(folder: Path, digests: dict[str, str], shards: Collection[str]) -> list[str]:
+    """Names of all other files: those of the manifest, itself and the masks, and what a prune would have
+    copied had it been there.
+
+    Raises:
+        ModelError: one is missing or is not as the manifest says.
+    """
+    listed = [name for name in {**digests, MASKS: ""} if name not in shards]
+    for name in listed:
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{path}: is missing")
+        if digests.get(name, "") not in ("", file_digest(path)):
+            raise _changed(path)
+    return sorted({*listed, MANIFEST, *side_files(folder, shards)})
+
+
+def _changed(path: Path) -> ModelError:
+    return ModelError(
+        f"{path}: was changed since the prune, and could not be packed and unpacked; take what "
+        "`maskopt prune` wrote"
+    )
 
 
 def _masks_and_manifest(folder: Path) -> tuple[MaskFile, Path]:

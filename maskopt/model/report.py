@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
 from maskopt.model.beginning import Beginning
-from maskopt.model.checkpoint import read_json
+from maskopt.model.checkpoint import plain_name, read_json
 from maskopt.pattern import pattern_from_dict
 
 Kind = TypeVar("Kind")
@@ -305,6 +305,9 @@ def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
         )
     if found not in (MANIFEST_FORMAT, SMALLER_FORMAT) or not manifest.keys() >= _PARTS:
         raise ModelError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
+    files = manifest["files"]
+    if not isinstance(files, dict) or not all(map(plain_name, files)):
+        raise ModelError(f"{path}: not a manifest: `files` must have names without a path")
     if manifest.get("sha256") != manifest_digest(manifest):
         raise ModelError(f"{path}: does not match its own digest: it was changed")
     return manifest

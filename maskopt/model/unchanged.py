@@ -27,7 +27,7 @@ class Unchanged:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.folder = checkpoint, checkpoint.folder
-        self._side = side_files(checkpoint)
+        self._side = side_files(checkpoint.folder, checkpoint.shards)
         self._stamps = {name: _stamp(self.folder / name) for name in self._names()}
         self._digests = {name: file_digest(self.folder / name) for name in self._side}
         self._digests |= checkpoint.shard_digests  # taken after the stamps: later changes show
@@ -39,7 +39,7 @@ class Unchanged:
 
     def check(self) -> None:
         """Raise ModelError where a file is another one than at the beginning, is gone, or is new."""
-        if odd := set(self._side) ^ set(side_files(self.checkpoint)):
+        if odd := set(self._side) ^ set(side_files(self.checkpoint.folder, self.checkpoint.shards)):
             raise self._changed(min(odd))
         for name, before in self._stamps.items():
             now = _stamp(self.folder / name)

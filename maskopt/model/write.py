@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,15 @@ def write_shard(
     return digest.hexdigest()
 
 
-def side_files(checkpoint: Checkpoint) -> list[str]:
-    """Names of the files that are copied beside the weights: configuration, tokenizer and licence."""
+def side_files(folder: Path, shards: Container[str]) -> list[str]:
+    """Names of the files that are copied beside the weights, which are `shards`: configuration, tokenizer
+    and licence."""
     names = []
-    for file in sorted(checkpoint.folder.iterdir()):
+    for file in sorted(folder.iterdir()):
         wanted = file.suffix in SIDE_SUFFIXES or file.name.startswith(SIDE_NAMES)
         if file.name.startswith(("maskopt-", ".")) or not wanted or not file.is_file():
             continue
-        if file.name.endswith(".index.json") and (
-            file.name != INDEX or SINGLE in checkpoint.shards
-        ):
+        if file.name.endswith(".index.json") and (file.name != INDEX or SINGLE in shards):
             continue  # of weights that are not copied
         if stays_inside(file):
             names.append(file.name)
@@ -85,7 +84,7 @@ def side_files(checkpoint: Checkpoint) -> list[str]:
 
 def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
     """Copy them; their names."""
-    copied = side_files(checkpoint)
+    copied = side_files(checkpoint.folder, checkpoint.shards)
     if (checkpoint.folder / _TEMPLATES).is_dir():
         _log.warning(
             "%s: chat templates with names of their own are not copied; the one by default is",
