@@ -25,7 +25,8 @@ class Status(StrEnum):
     """What is proven about one row's mask."""
 
     OPTIMAL = "optimal"
-    """No legal mask is better by more than OPTIMAL_TOLERANCE of the objective."""
+    """No legal mask is better by more than OPTIMAL_TOLERANCE of the objective, or of the value that it has in
+    the units in which the problem was posed."""
     SWAP_OPTIMAL = "swap-optimal"
     """No legal 1-swap lowers the objective by more than `swap_threshold`; and of rows that trade, no exchange
     between two of them the layer's sum by more than that of both."""
@@ -41,6 +42,27 @@ SWAP_FLOOR = 1e-13
 REFIT_FLOOR = 1e-10
 #: OPTIMAL holds up to this part of the row's objective (feasibility tolerances of exact solvers)
 OPTIMAL_TOLERANCE = 1e-6
+
+
+def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """What tolerances are a part of: the objective; or where the problem was posed in other units, the size
+    of the value, if that is less. A penalty of a million in U makes f, which has the shift in it, so much
+    larger than what it is about."""
+    if layer.units is None:
+        return objective
+    zero = layer.units.zero(layer.pruned // layer.rows)
+    return objective.minimum((objective - zero).abs())
+
+
+def optimal_slack(
+    layer: LayerProblem, objective: Float[Tensor, " rows"], floor: float = SWAP_FLOOR
+) -> Float[Tensor, " rows"]:
+    """What the bound of an OPTIMAL row may be below its objective, float64 [rows]: a part of its size, and
+    (of a problem that was not posed in other units) the rounding of its terms, `floor` of Σⱼ wⱼ²Gⱼⱼ."""
+    part = OPTIMAL_TOLERANCE * size_of(layer, objective)
+    if layer.units is not None:
+        return part
+    return part + floor * layer.diagonal_mass().to(objective)
 
 
 def swap_threshold(

@@ -35,6 +35,10 @@ class Units:
         is maximised."""
         return self.sign * (cost - self.shift * pruned) + self.constant
 
+    def zero(self, pruned: int) -> float:
+        """The objective whose value is 0."""
+        return self.shift * pruned - self.sign * self.constant
+
 
 class Posed(NamedTuple):
     """An objective and a bound of it in the units of whoever posed the problem.

@@ -19,7 +19,14 @@ from maskopt.pooled_checks import Trade, least_sum
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.proof_check import check_proof
 from maskopt.refit_checks import refitted_cost, refitted_costs
-from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_TOLERANCE, Solution, Status
+from maskopt.solution import (
+    OPTIMAL_TOLERANCE,
+    SWAP_TOLERANCE,
+    Solution,
+    Status,
+    optimal_slack,
+    size_of,
+)
 
 #: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds
 ENUMERATION_LIMIT = 20_000
@@ -84,6 +91,7 @@ def verify(
     _verify_objective(layer, mask, solution, mass)
     _verify_bound(layer, solution, mass)
     proven = _proven(layer, mask, solution)
+    size = size_of(layer, proven)
     basis = []
     if layer.pooled:
         enumerated = _verify_pooled(layer, mask, solution, mass)
@@ -92,7 +100,7 @@ def verify(
     for index in range(layer.rows):
         rounding = ROUNDING * float(mass[index])
         bound = float(solution.lower_bound[index])
-        slack = OBJECTIVE_TOLERANCE * float(proven[index]) + rounding
+        slack = OBJECTIVE_TOLERANCE * float(size[index]) + rounding
         if bound <= float(proven[index]) + slack:
             basis.append(CHECKED)
         else:
@@ -231,7 +239,11 @@ def _verify_objective(layer: LayerProblem, mask: Tensor, solution: Solution, mas
         true = _costs_of_weights(layer, mask, solution.weight)
     else:
         true = torch.stack([_objective(layer, mask, row) for row in range(layer.rows)])
-    slack = OBJECTIVE_TOLERANCE * true + ROUNDING * mass + layer.n * torch.finfo(true.dtype).tiny
+    slack = (
+        OBJECTIVE_TOLERANCE * size_of(layer, true)
+        + ROUNDING * mass
+        + layer.n * torch.finfo(true.dtype).tiny
+    )
 
     def compare(stated: Tensor, what: str) -> None:
         row = _first(~((stated - true).abs() <= slack))
@@ -311,7 +323,7 @@ def _verify_status(
             )
     if status is Status.OPTIMAL:
         objective, bound = float(solution.objective[index]), float(solution.lower_bound[index])
-        if objective - bound > OPTIMAL_TOLERANCE * objective + rounding:
+        if objective - bound > float(optimal_slack(layer, solution.objective, ROUNDING)[index]):
             raise VerificationError(
                 f"status: row {index} claims {status} without proof: objective {objective:.9g}, "
                 f"lower bound {bound:.9g}"
@@ -360,7 +372,8 @@ def _verify_by_enumeration(
     rounding: float,
 ) -> None:
     optimum = float(_costs(layer, index, p).min())
-    slack = OPTIMAL_TOLERANCE * abs(optimum) + rounding
+    least = torch.full((layer.rows,), optimum, dtype=torch.float64)
+    slack = float(optimal_slack(layer, least, 0.0)[index]) + rounding
     if float(solution.lower_bound[index]) > optimum + slack:
         raise VerificationError(
             f"lower bound: row {index} states {float(solution.lower_bound[index]):.12g}, but a mask "

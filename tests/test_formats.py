@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import random_gram, random_weight
 
-from maskopt import NM, Refit, RowProblem, Status, Unstructured, load_problem, save_problem, solve
-from maskopt.errors import ProblemError
+from maskopt import (
+    NM,
+    Refit,
+    RowProblem,
+    Solution,
+    Status,
+    Unstructured,
+    load_problem,
+    save_problem,
+    solve,
+    verify,
+)
+from maskopt.errors import ProblemError, VerificationError
 
 CLUSTER = "5 3 4\n1 2 0.500000\n2 3 0.5\n1 3 0.5\n4 5 0.5\n"
 RUDY = "4 3\n1 2 3\n2 3 -1\n3 4 2.5\n"
@@ -294,3 +306,47 @@ def test_a_quadratic_is_given_back_with_its_sense():
     assert not RowProblem.from_quadratic(u, select=2).maximised
     with pytest.raises(ProblemError, match=r"select must be 0 … 3, .* not 4"):
         RowProblem.from_quadratic(u, select=4)
+
+
+def penalised(penalty):
+    """Choose three of ten without a conflict: the penalties make f millions of times the value."""
+    rng = np.random.default_rng(0)
+    u = np.diag(rng.random(10))
+    pairs = np.tril(rng.random((10, 10)) < 0.3, -1)
+    return RowProblem.from_quadratic(u + penalty * pairs, select=3)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1e3, 1e6, 1e9])
+@pytest.mark.parametrize("name", ["exhaustive", "branch", "scip", "highs", "portfolio"])
+def test_what_is_called_optimal_is_so_in_the_units_of_the_problem(name, penalty):
+    problem = penalised(penalty)
+    best = float(solve(penalised(1e3), "exhaustive").objective[0])
+    best = penalised(1e3).value(best)
+    found = solve(problem, name)
+    posed = problem.posed(float(found.objective[0]), float(found.lower_bound[0]))
+    verify(problem, found)
+    assert posed.value == pytest.approx(best, rel=1e-6 + 1e-15 * penalty)
+    if found.status[0] is Status.OPTIMAL:
+        assert posed.gap <= 1e-6
+
+
+def test_a_worse_mask_is_not_optimal_however_large_the_penalties_are():
+    problem = penalised(1e6)
+    layer = problem.as_layer()
+    best = solve(problem, "exhaustive")
+    costs = {}
+    for chosen in itertools.combinations(range(10), 3):
+        mask = torch.ones(1, 10, dtype=torch.bool)
+        mask[0, list(chosen)] = False
+        costs[float(layer.objective(mask)[0])] = mask
+    worse = sorted(costs)[1]
+    assert 1e-3 < worse - float(best.objective[0]) < 1e-6 * worse  # part of f it is nothing
+    claim = Solution.of(layer, costs[worse], status=Status.OPTIMAL, lower_bound=best.lower_bound)
+    with pytest.raises(VerificationError, match="claims optimal without proof"):
+        verify(problem, claim)
+    word = replace(claim, lower_bound=claim.objective, vouched=("somebody",))
+    with pytest.raises(VerificationError, match="a mask of objective"):
+        verify(problem, word)
+    low = replace(best, objective=best.objective - 1e-3, status=(Status.FEASIBLE,))
+    with pytest.raises(VerificationError, match="objective: row 0 states"):
+        verify(problem, low)

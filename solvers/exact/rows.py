@@ -24,7 +24,7 @@ from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
 from maskopt.proof import Proof, RowProof
 from maskopt.proof_check import check_proof
-from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status
+from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
 from maskopt.solver import Solver
 from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 from maskopt.solvers.parallel import one_blas_thread
@@ -57,6 +57,7 @@ class RowTask:
         row_seconds: of this row alone, besides.
         gap_limit, node_limit: see `RowSolver`.
         values: that f can take, where they are known.
+        zero: the objective whose value is 0 in the units in which the problem was posed; None: in none.
     """
 
     q: np.ndarray
@@ -68,6 +69,7 @@ class RowTask:
     gap_limit: float = 0.0
     node_limit: int | None = None
     values: Values | None = None
+    zero: float | None = None
 
     def begin(self) -> RowTask:
         """The same with the clock of the row running."""
@@ -79,6 +81,10 @@ class RowTask:
         """f of a mask."""
         p = np.asarray(pruned, dtype=float)
         return max(float(p @ self.q @ p), 0.0)
+
+    def size(self, cost: float) -> float:
+        """What tolerances are a part of: the cost, or the value that it has, if that is less."""
+        return cost if self.zero is None else min(cost, abs(cost - self.zero))
 
     def is_legal(self, pruned: np.ndarray) -> bool:
         """Whether p prunes the right number of inputs of every group."""
@@ -181,7 +187,9 @@ class RowSolver(Solver):
 
     def asked(self, problem: LayerProblem, start: Tensor, limits: Limits) -> dict[str, Any]:
         """What the task of a row has whatever its objective is; `start` is the row's mask, bool [n]."""
+        units, pruned = problem.units, problem.pruned // problem.rows
         return {
+            "zero": None if units is None else units.zero(pruned),
             "group": problem.group_size,
             "pruned": problem.pruned_per_group,
             "start": (~start).numpy(),
@@ -259,7 +267,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
     """The Solution: no status better than the backend's own, no bound that contradicts a mask."""
     mask = torch.from_numpy(~np.stack([answer.pruned for answer in answers]))
     objective = problem.objective(mask)
-    floor = SWAP_FLOOR * problem.diagonal_mass()
+    floor, slack = SWAP_FLOOR * problem.diagonal_mass(), optimal_slack(problem, objective)
     answers = [
         _consistent(answer, row, float(objective[row]), float(floor[row]), word)
         for row, answer in enumerate(answers)
@@ -278,7 +286,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
             value = min(cost, float(proven[row]))
         elif checked:
             value = min(value, float(proven[row]))
-        closed = cost - value <= OPTIMAL_TOLERANCE * cost + float(floor[row])
+        closed = cost - value <= float(slack[row])
         optimal = closed and answer.ended in ("optimal", "presolved")
         bound.append(value)
         status.append(Status.OPTIMAL if optimal else Status.FEASIBLE)

@@ -39,7 +39,7 @@ from maskopt.solvers.exact.relaxation import Goal, Plan, Relaxed, add_triangles,
 from maskopt.solvers.exact.rows import RowAnswer, RowTask
 from maskopt.solvers.exact.twins import twins_of
 
-#: part of the objective that a node's bound is lowered by: far above the rounding of float64 sums
+#: part of the objective (or of the value) that a node's bound is lowered by, beside the rounding of its sums
 _MARGIN = 1e-9
 #: part of the objective by which a mask must beat the incumbent to be looked for: half of what OPTIMAL allows
 _WORTH = 5e-7
@@ -144,7 +144,7 @@ class Tree:
     @property
     def cutoff(self) -> float:
         """A node of at least this bound holds nothing better than the incumbent."""
-        values, worth = self.task.values, _WORTH * self.cost
+        values, worth = self.task.values, _WORTH * self.task.size(self.cost)
         if values is None:
             return self.cost - worth
         return min(self.cost - worth, self.cost - values.step * (1 - _ROOM) + worth)
@@ -183,7 +183,7 @@ class Tree:
         c, n = self._linear(form.lam), len(form.lam)
         terms = self.reach + 4 * float(np.abs(c).sum()) + 4 * abs(self.constant)
         terms += 16 * n * float(form.pool.tau.sum())
-        return _MARGIN * abs(self.cost) + 4 * (n + 8) * 2.0**-53 * terms
+        return _MARGIN * self.task.size(self.cost) + 4 * (n + 8) * 2.0**-53 * terms
 
     def convexify(
         self, state: np.ndarray, point: np.ndarray, above: Relaxed, sweeps: int

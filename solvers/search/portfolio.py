@@ -16,7 +16,7 @@ from maskopt.errors import OptionError
 from maskopt.fields import option
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem
-from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status
+from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
 from maskopt.solver import Capabilities, Solver, check_fit, make_solver, solve
 from maskopt.trace import SearchTrace, shared_out
 
@@ -109,7 +109,7 @@ def merge(
     objective = torch.where(better, other.objective, one.objective)
     higher = _rather(one, other)
     bound = torch.where(higher, other.lower_bound, one.lower_bound)
-    closed = objective - bound <= rounding
+    closed = objective - bound <= optimal_slack(problem, objective)
     # what a bound is above the better mask by is rounding
     bound = torch.where(closed, bound.minimum(objective), bound)
     status = [
