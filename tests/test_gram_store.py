@@ -176,6 +176,11 @@ def test_what_was_changed_is_refused(
         ({"budget": "model"}, OptionError, "need the text"),
         ({"budget": "layer"}, OptionError, "need the text"),
         ({"calibration": "here.txt"}, ModelError, "one of the two"),
+        ({"samples": 3}, OptionError, "`samples` 3 says nothing here: .*grams was made of"),
+        ({"bos": "never"}, OptionError, "`bos` never says nothing here"),
+        ({"seq_len": 9}, OptionError, "`seq_len` 9 says nothing here"),
+        ({"holdout": 0.2}, OptionError, r"`holdout` 0\.2 says nothing here"),
+        ({"weighting": "rest"}, OptionError, "`weighting` rest says nothing here"),
     ],
 )
 def test_what_needs_a_walk_is_refused(
@@ -238,6 +243,30 @@ def test_a_sweep_is_its_prunes_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in before}
     with pytest.raises(OptionError, match="nothing is swept"):
         sweep(dense, tmp_path / "grams", tmp_path / "none", patterns=[])
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"text": "nothere.txt"}, "no such file"),
+        ({"text": tokens(3)[:, :1]}, "at least two tokens"),
+        ({"patterns": [NM(keep=2, of=4), NM(keep=3, of=5)]}, "do not divide into groups of 5"),
+        ({"patterns": [Unstructured(0.5), Unstructured(0.5, per="layer")]}, "need the text"),
+        ({"solvers": ["swap", "nothing"]}, "unknown solver"),
+        ({"holdout": 0.3}, "`holdout`"),
+    ],
+)
+def test_a_sweep_is_refused_before_its_first_prune(
+    more: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams")
+    with pytest.raises(MaskoptError, match=said):
+        sweep(
+            dense, tmp_path / "grams", tmp_path / "out",
+            **{"patterns": [Unstructured(0.5)], "min_tokens": 1, **more},
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_commands(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ FORMAT = "maskopt-grams-1"
 INDEX = "maskopt-grams.json"
 #: options that decide Gram matrices, and are those of the store whatever is asked for later
 OF_STORE = ("weighting", "all_experts", "skip_bad_samples", "holdout", "seed")
+#: options that say how text is read
+_OF_TEXT = ("bos", "chat", "text_field")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HELD = "held"
 
@@ -130,7 +132,7 @@ class GramStore:
         """Options of a prune from these Gram matrices.
 
         Raises:
-            OptionError: what needs a walk through the model.
+            OptionError: what needs a walk through the model, or is asked for in another way than it is here.
         """
         if options.weights == RECONSTRUCT:
             raise OptionError(
@@ -147,6 +149,14 @@ class GramStore:
         own = {name: self.fingerprint["options"][name] for name in OF_STORE if name != "seed"}
         text = self.fingerprint["calibration"]
         own |= {"samples": text["samples"], "seq_len": text["length"]}
+        usual = {field.name: field.default for field in dataclasses.fields(options)}
+        for name in (*own, *_OF_TEXT):
+            asked = getattr(options, name)
+            if asked not in (usual[name], own.get(name, usual[name])):
+                raise OptionError(
+                    f"`{name}` {asked} says nothing here: it is of the text that {self.folder} was made of; "
+                    "leave it out, or make others with `maskopt gram`"
+                )
         return dataclasses.replace(options, one_pass=True, **own)
 
     def check_model(self, job: Job) -> None:

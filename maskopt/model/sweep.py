@@ -10,7 +10,10 @@ from typing import Any
 
 from maskopt.errors import OptionError
 from maskopt.model.evaluate import Evaluation, evaluate
+from maskopt.model.gram_store import GramStore
+from maskopt.model.job import open_job
 from maskopt.model.options import KEEP, PruneOptions, prune_options
+from maskopt.model.perplexity import check_targets
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
@@ -71,6 +74,12 @@ def sweep(
     cases = dict(_cases(patterns, solvers, weights, shorthand))
     if not cases:
         raise OptionError("nothing is swept; give at least one `sparsity` or `pattern`")
+    _check(model, GramStore(grams), list(cases.values()))
+    walk = walk or WalkOptions(seq_len=512)
+    if text is not None:
+        judging = open_job(model, text, walk, whole=True, limit=windows).windows
+        assert judging is not None
+        check_targets(judging)
     found = []
     for label, options in cases.items():
         target = Path(output) / label
@@ -87,13 +96,22 @@ def sweep(
         found.append(Swept(label, target, report))
     if text is None:
         return found, None
-    walk = walk or WalkOptions(seq_len=512)
     dense, *others = evaluate([model, *(one.output for one in found)], text, walk, windows=windows)
     judged = [
         Swept(one.label, one.output, one.report, other)
         for one, other in zip(found, others, strict=True)
     ]
     return judged, dense
+
+
+def _check(model: str | Path, store: GramStore, cases: Sequence[PruneOptions]) -> None:
+    """Refuse what `prune_model` would of any of them."""
+    options = [store.options(one) for one in cases]
+    job = open_job(model, None, options[0])
+    job.source.blocks.check_unshared(job.layers)
+    store.check_model(job)
+    for one in options:
+        one.check_layers(job.layers)
 
 
 def _cases(
