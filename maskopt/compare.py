@@ -27,7 +27,7 @@ from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.solution import Status, is_bounded
 from maskopt.solver import Solver, make_solver, solve
-from maskopt.units import excess_of
+from maskopt.units import Posed, excess_of
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 
@@ -289,7 +289,7 @@ def read_records(path: Path, kind: type[Any] = Record) -> dict[str, Any]:
     if not path.exists():
         return {}
     names = {field.name for field in fields(kind)}
-    found = {}
+    found, begin = {}, f'{{"{fields(kind)[0].name}": '
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -298,18 +298,22 @@ def read_records(path: Path, kind: type[Any] = Record) -> dict[str, Any]:
         try:
             data = json.loads(line)
         except json.JSONDecodeError:
-            if number == len(lines) - 1:
-                continue
+            if number == len(lines) - 1 and (line.startswith(begin) or begin.startswith(line)):
+                continue  # cut off while it was written
             raise DataError(f"{path}: line {number + 1} is not JSON; remove the file") from None
         own = {k: v for k, v in data.items() if k in names} if isinstance(data, dict) else {}
         extra = set(data) - names if isinstance(data, dict) else set()
-        if set(own) != names - {"trace"} or (extra and "trace" not in names):
+        sound = set(own) == names - {"trace"} and isinstance(own["key"], str)
+        if not sound or (extra and "trace" not in names):
             raise DataError(
                 f"{path}: line {number + 1} is no record of this command; choose another file"
             )
         if extra:
             own["trace"] = {name: data[name] for name in data if name in extra}
-        found[data["key"]] = kind(**{k: math.nan if v is None else v for k, v in own.items()})
+        read = {k: math.nan if v is None else v for k, v in own.items()}
+        if math.isnan(read["gap"]):  # infinite ones were written so, too
+            read["gap"] = Posed.of(read["value"], read["value_bound"]).gap
+        found[data["key"]] = kind(**read)
     return found
 
 

@@ -34,6 +34,8 @@ def as_tensor(array: ArrayLike, what: str) -> Tensor:
     if isinstance(array, np.ndarray):
         if array.dtype.kind != "f":
             raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
+        if array.dtype.itemsize > 8:  # long doubles, which torch does not have
+            array = array.astype(np.float64)
         # torch reads native byte order and writable memory only
         array = torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).copy())
     if not isinstance(array, Tensor):
@@ -41,6 +43,8 @@ def as_tensor(array: ArrayLike, what: str) -> Tensor:
     if not array.is_floating_point():
         raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
     tensor = array.detach().contiguous()
+    if tensor.dtype.itemsize < 2:  # float8, in which torch does not calculate
+        tensor = tensor.float()
     if not bool(torch.isfinite(tensor).all()):
         count = int((~torch.isfinite(tensor)).sum())
         raise ProblemError(f"{what} holds {count} NaN or infinite values; mend the input first")

@@ -90,6 +90,8 @@ class SparseSwapsModifier(SparsityModifierBase):
                     "nn.Linear alone: put the others into `ignore`"
                 )
             self._grams[module] = Gram(inputs.shape[-1], get_execution_device(module))
+        if not inputs.numel():  # an expert that no token was sent to
+            return
         for sequence in inputs.reshape(-1, *inputs.shape[-2:]):
             self._grams[module].add(sequence)
 
@@ -142,13 +144,16 @@ class SparseSwapsModifier(SparsityModifierBase):
 
 def pruned(weight: Tensor, gram: Gram, options: PruneOptions) -> tuple[Tensor, float]:
     """The weight [rows, n] with its pruned entries at zero, in its own dtype, and the error summed over rows,
-    the mean squared change of the output on what it is left as."""
+    the mean squared change of the output on what it is left as. By magnitude where no token came."""
+    seen = gram.tokens > 0
     problem = LayerProblem(
         weight.detach().float(),
-        gram.value(shrink=float(options.shrink)),
+        gram.value(shrink=float(options.shrink))
+        if seen
+        else torch.eye(weight.shape[1]).to(weight.device),
         options.pattern,
-        mean=gram.mean(),
-        variance=gram.variance(),
+        mean=gram.mean() if seen else None,
+        variance=gram.variance() if seen else None,
         refit=options.refit,
         assume_psd=True,
     )

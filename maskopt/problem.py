@@ -486,6 +486,8 @@ class RowProblem:
         """
         if (keep is None) == (select is None):
             raise ProblemError("give one of keep (how many are 0) and select (how many are 1)")
+        if not isinstance(keep if select is None else select, Integral):
+            raise ProblemError("keep and select are whole numbers")
         gram, units, whole = semidefinite(quadratic, maximise, constant)
         n = len(gram)
         if select is not None and not 0 <= select <= n:

@@ -73,7 +73,7 @@ def write_qplib(problem: RowProblem) -> str:
     ]
     count = problem.as_layer().pruned
     head = [
-        "".join(problem.name.split()) or "maskopt",
+        "".join(problem.name.split()).lstrip("#!%") or "maskopt",
         f"QBL\n{sense}\n{n} # variables\n1 # constraint",
     ]
     sums = [f"1 {i + 1} 1" for i in range(n)]

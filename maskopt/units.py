@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from maskopt.errors import ProblemError
 
@@ -71,21 +72,22 @@ def check_size(n: int) -> None:
         raise ProblemError(f"{n} vertices or variables; a dense matrix holds 1 to {MOST_ENTRIES}")
 
 
-def semidefinite(
-    quadratic: np.ndarray, maximise: bool, constant: float
-) -> tuple[np.ndarray, Units, bool]:
+def semidefinite(quadratic: Any, maximise: bool, constant: float) -> tuple[np.ndarray, Units, bool]:
     """G [n, n] float64, what its costs mean, and whether all of them are whole numbers.
 
     Raises:
         ProblemError: no square matrix of finite numbers.
     """
-    u = np.asarray(quadratic, dtype=np.float64)
+    u = _real(quadratic, "a quadratic objective")
+    constant = float(_real(constant, "the constant").reshape(-1)[0])
     if u.ndim != 2 or u.shape[0] != u.shape[1] or not u.size:
         raise ProblemError(f"a quadratic objective is [n, n], not {list(u.shape)}")
     if not np.isfinite(u).all() or not np.isfinite(constant):
         raise ProblemError("a quadratic objective must be finite")
     sign = -1 if maximise else 1
     gram = sign * (u + u.T) / 2
+    if not np.isfinite(2 * np.abs(gram).sum()):
+        raise ProblemError("a quadratic objective must have sums within float64; scale it down")
     twice = 2 * gram
     whole = bool((twice == twice.round()).all() and (twice.diagonal() % 2 == 0).all())
     least, size = float(np.linalg.eigvalsh(gram)[0]), float(np.abs(gram).sum(1).max())
@@ -93,6 +95,20 @@ def semidefinite(
     if whole:
         shift = float(np.ceil(shift))
     return gram + shift * np.eye(len(gram)), Units(sign, shift, float(constant)), whole
+
+
+def _real(given: Any, what: str) -> np.ndarray:
+    """In float64."""
+    try:
+        if isinstance(given, Tensor):
+            given = given.detach().cpu()
+            given = given.numpy() if given.is_complex() else given.double().numpy()
+        array = np.asarray(given)
+        if array.dtype.kind in "biufO" and array.size:
+            return array.astype(np.float64)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ProblemError(f"{what} must hold real numbers within float64")
 
 
 def units_to_dict(units: Units | None) -> dict[str, Any] | None:

@@ -118,6 +118,7 @@ def test_a_pruned_model_that_is_pruned_again_keeps_every_card(tmp_path: Path) ->
         "---\n- a\n- list\n---\n",
         b"\xff\xfe\x00",
         "---\nlicense: " + "m" * 500 + "\n---\n",
+        "---\nlicense_name: 'mine\n\n  # of all others'\n---\n",
         "---\nlicense: {a: 1}\nlanguage: [1, 2]\nbase_model: 3\n---\n",
         "---\nlicense: mit\n---\n" + "x" * 2**20,
         "---\neval_results: 7\nmodel-index: [{results: broken}]\n---\n",
@@ -135,6 +136,13 @@ def test_of_a_card_that_cannot_be_used_nothing_is_taken_over(
     assert "its card names none" in ours.text
     assert (out / "README-original.md").exists() == (card is not None)
     verify_output(out, tmp_path / "dense")
+
+
+def test_several_licences_are_all_named(tmp_path: Path) -> None:
+    folder = dense(tmp_path / "dense", "---\nlicense: [mit, apache-2.0]\n---\n")
+    ours = ModelCard.load(pruned(folder, tmp_path / "out") / "README.md")
+    assert ours.data["license"] == ["mit", "apache-2.0"]
+    assert "Licence: that of the original holds: mit, apache-2.0." in ours.text
 
 
 def test_a_card_that_is_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:

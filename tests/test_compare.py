@@ -256,6 +256,24 @@ def test_infinite_gaps_are_no_json_numbers(tmp_path):
     assert "Infinity" not in (tmp_path / "out.jsonl").read_text()
 
 
+def test_infinite_gaps_come_back_out_of_the_file(tmp_path):
+    path = np.zeros((6, 6))
+    path[np.arange(5), np.arange(1, 6)] = -1
+    row = RowProblem.from_quadratic(path + path.T, select=3, maximise=True)
+    first, again = (compare([row], ["tabu"], output=tmp_path / "out.jsonl") for _ in range(2))
+    assert (first[0].value, first[0].gap) == (0.0, math.inf)
+    assert again == first
+
+
+@pytest.mark.parametrize("text", ["my precious notes", '{"name": "Ada', '{"instance": "x"}', "1"])
+def test_a_file_of_somebody_elses_is_left_as_it_is(text, layer, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text(text)
+    with pytest.raises(DataError, match=r"is not JSON|no record of this command"):
+        compare(sample_rows([layer], 1, columns=6), ["wanda"], output=out)
+    assert out.read_text() == text
+
+
 @pytest.mark.parametrize(
     "option",
     [["--calibration", "no.txt"], ["--samples", 3], ["--include", "q_proj"], ["--bos", "never"]],
@@ -328,5 +346,8 @@ def test_extract_command_writes_what_other_programs_read(layer, tmp_path):
         model.optimize()
         assert model.getObjVal() == pytest.approx(best, rel=1e-4, abs=1e-5)
         assert "exists; pass --overwrite" in run(*words, fails=OptionError)
+    for columns in ("5,3000", "5,-1", "0", "-3"):
+        words = ("extract", source, tmp_path / "none.npz", "--columns", columns)
+        assert "--columns is how many" in run(*words, fails=OptionError)
     unknown = run("extract", source, tmp_path / "r.xyz", fails=OptionError)
     assert "unknown format 'xyz'" in unknown

@@ -200,6 +200,38 @@ def test_what_does_not_map_is_refused_with_the_reason(tmp_path, name, text, reas
         read(tmp_path, name, text)
 
 
+@pytest.mark.parametrize("name", ["#g.mc", "!%x", "#", "two words"])
+def test_names_that_begin_comments_can_be_read_again(tmp_path, name):
+    u = np.diag([3.0, 1.0, 2.0])
+    save_problem(RowProblem.from_quadratic(u, select=2, name=name), tmp_path / "a.qplib")
+    again = load_problem(tmp_path / "a.qplib")
+    assert np.allclose(again.quadratic()[0], u)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.eye(3) * 1j, torch.eye(3) * 1j, np.eye(3) * 1e308, [[1, 2], [3]], "x", [["a"]],
+        [[10**400]], [[None]], [], np.ones((2, 3)), [[float("nan")]],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_quadratics_of_other_numbers_are_refused(bad):
+    with pytest.raises(ProblemError, match="quadratic objective"):
+        RowProblem.from_quadratic(bad, select=1)
+
+
+@pytest.mark.parametrize(
+    "u",
+    [torch.eye(3, dtype=torch.bfloat16), torch.eye(3, requires_grad=True), np.eye(3, dtype=bool)],
+)
+def test_quadratics_of_any_real_kind(u):
+    assert RowProblem.from_quadratic(u, select=1).value(1.0) == 1.0
+    for more in ({"constant": None}, {"select": "1"}, {"select": 1.5}):
+        with pytest.raises(ProblemError):
+            RowProblem.from_quadratic(u, **{"select": 1, **more})
+
+
 def test_bad_calls_are_named(tmp_path):
     with pytest.raises(ProblemError, match="no such file"):
         load_problem(tmp_path / "none.dat")

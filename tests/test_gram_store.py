@@ -135,6 +135,18 @@ def damage_a_part(home: Path) -> None:
     (home / "grams" / INDEX).write_text(json.dumps(index))
 
 
+def damage_the_text(home: Path) -> None:
+    index = json.loads((home / "grams" / INDEX).read_text())
+    del index["fingerprint"]["calibration"]["samples"]
+    (home / "grams" / INDEX).write_text(json.dumps(index))
+
+
+def damage_the_layers(home: Path) -> None:
+    index = json.loads((home / "grams" / INDEX).read_text())
+    index["layers"], index["bad_samples"] = [[1]], [1]
+    (home / "grams" / INDEX).write_text(json.dumps(index))
+
+
 def rename(home: Path) -> None:
     """A right digest of a file that is none."""
     path = home / "grams" / INDEX
@@ -153,6 +165,8 @@ def rename(home: Path) -> None:
         (flip, "was changed"),
         (damage, "not an index of format"),
         (damage_a_part, "not an index of format"),
+        (damage_the_text, "not an index of format"),
+        (damage_the_layers, "not an index of format"),
         (rename, "holds no Gram matrices of format"),
     ],
 )

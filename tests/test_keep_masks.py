@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -246,6 +247,9 @@ def test_masks_that_are_of_another_model_are_refused(
     name = "model.layers.0.self_attn.q_proj"
     with pytest.raises(ModelError, match="its mask 3 × 4"):
         keep_masks(tiny("llama"), {name: torch.ones(3, 4, dtype=torch.bool)})
+    with pytest.raises(ModelError, match="must be bool"):
+        keep_masks(tiny("llama"), {name: torch.ones(32, 32)})
+    keep_masks(tiny("llama"), {name: np.ones((32, 32), dtype=bool)})  # type: ignore[dict-item]
     dense = save(tiny("llama"), tmp_path / "dense")
     with pytest.raises(ModelError, match="holds no maskopt-masks"):
         keep_masks(tiny("llama"), dense)

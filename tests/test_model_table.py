@@ -383,3 +383,13 @@ def test_patterns_and_methods_as_they_are_written() -> None:
     assert method == Method("frank_wolfe", {"alpha": 0.25, "iterations": 9}, "ria")
     assert method.title == "SparseFW, alpha = 0.25, iterations = 9, from RIA"
     assert json.loads(json.dumps(method.options)) == method.options
+
+
+def test_of_two_spellings_there_is_one_column(
+    models: list[Path], texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    chosen = {**CHOSEN, "patterns": ["50%", "0.5", "2:4"], "methods": ["wanda", "wanda@wanda"]}
+    cells = make_table(models[:1], *texts, tmp_path / "table.jsonl", **chosen)
+    (found,) = perplexity_tables(cells)
+    assert found.headings == ["method", "50%", "2:4"]
+    assert [row[0] for row in found.rows] == ["dense", "Wanda"]

@@ -38,6 +38,9 @@ def test_numpy_and_half_precision_are_accepted():
         np.ones((2, 8), dtype=">f8"),
         np.ones((2, 8), dtype=np.float16),
         torch.ones(2, 8, dtype=torch.bfloat16),
+        torch.ones(2, 8).to(torch.float8_e4m3fn),
+        torch.ones(2, 8).to(torch.float8_e5m2),
+        np.ones((2, 8), dtype=np.longdouble),
     ):
         problem = LayerProblem(weight, gram.numpy(), HALF)
         assert problem.objective(torch.ones(2, 8, dtype=torch.bool)).dtype == torch.float64

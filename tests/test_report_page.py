@@ -160,6 +160,7 @@ def test_what_has_no_start_or_too_few_tokens_is_left_out(home: Path, tmp_path: P
         (["{home}/OUT", "--gaps", "{home}/eval.json"], OptionError, "holds no records"),
         (["{home}/OUT", "--eval", "{home}/missing"], OptionError, "cannot be read"),
         (["{home}/OUT", "--output", "{home}/no/page.html"], OptionError, "no such folder"),
+        (["{home}/OUT", "--figures", "{home}/eval.json/figures"], ModelError, "Not a directory"),
     ],
 )
 def test_what_is_none_is_refused(

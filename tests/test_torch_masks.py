@@ -14,7 +14,7 @@ from torch import nn
 from torch.ao.pruning import FakeSparsity
 from torch.nn.utils import parametrize, prune
 
-from maskopt import prune_model, with_fake_sparsity, with_torch_prune
+from maskopt import keep_masks, prune_model, with_fake_sparsity, with_torch_prune
 from maskopt.errors import ModelError
 
 
@@ -80,6 +80,15 @@ def test_a_dense_model_is_pruned_by_it(pruned: Path) -> None:
     dense = loaded(pruned.parent / "dense")
     with_torch_prune(dense, pruned)
     assert torch.equal(logits(dense), logits(loaded(pruned)))
+
+
+@pytest.mark.parametrize("put", [with_torch_prune, with_fake_sparsity])
+@pytest.mark.parametrize("again", [with_torch_prune, with_fake_sparsity, keep_masks])
+def test_masks_go_on_once(put: Any, again: Any, pruned: Path) -> None:
+    model = loaded(pruned)
+    put(model, pruned)
+    with pytest.raises(ModelError, match="masks are on it already; remove those first"):
+        again(model, pruned)
 
 
 @pytest.mark.parametrize("put", [with_torch_prune, with_fake_sparsity])

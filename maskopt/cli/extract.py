@@ -81,7 +81,7 @@ def _columns(text: str, n: int, seed: int) -> np.ndarray:
         raise OptionError(f"--columns takes whole numbers, not {text!r}") from None
     if len(numbers) > 1 and all(0 <= number < n for number in numbers):
         return np.array(numbers)
-    if not numbers or not 1 <= numbers[0] <= n:
+    if len(numbers) != 1 or not 1 <= numbers[0] <= n:
         raise OptionError(
             f"--columns is how many, 1 … {n}, or which ones, 0 … {n - 1} separated by commas"
         )

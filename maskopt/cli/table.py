@@ -10,7 +10,7 @@ import typer
 from maskopt.cli.console import errors, output
 from maskopt.cli.parameters import ALL, TEXT_SOURCES, option_list, takes
 from maskopt.cli.view import view
-from maskopt.errors import OptionError
+from maskopt.files import check_writable
 from maskopt.model.options import OF_A_CELL
 
 
@@ -43,8 +43,8 @@ def table(
     from maskopt.model.table import METHODS, PATTERNS, make_table
     from maskopt.report.paper import perplexity_tables, write_paper_page
 
-    if page is not None and not page.absolute().parent.is_dir():
-        raise OptionError(f"{page.parent}: no such folder")
+    if page is not None:
+        check_writable(page)
     try:
         with view() as shown:
 

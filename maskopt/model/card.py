@@ -96,9 +96,14 @@ def _inherited(card: ModelCard | None) -> dict[str, Any]:
     for key in (*INHERITED, "base_model"):
         value = card.data.get(key)
         every = value if isinstance(value, list) else [value]
-        if every and all(isinstance(v, str) and 0 < len(v) <= LONGEST_VALUE for v in every):
+        if every and all(map(_is_plain, every)):
             found[key] = value
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """One line of text that is not too long: no heading of its own."""
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_VALUE and value.isprintable()
 
 
 def _free_name(there: Sequence[str]) -> str:
@@ -182,7 +187,8 @@ def _origin(
     if kept is not None:
         lines.append(f"- Its card: [{kept}]({kept}).")
     licence = inherited.get("license_name") or inherited.get("license")
-    named = f": {licence}" if isinstance(licence, str) else "; its card names none"
+    named = ", ".join([licence] if isinstance(licence, str) else licence or [])
+    named = f": {named}" if named else "; its card names none"
     lines.append(f"- Licence: that of the original holds{named}.")
     lines.append(f"- SHA-256 of the calibration tokens: `{found['calibration']['sha256']}`.")
     used = ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items()))

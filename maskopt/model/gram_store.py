@@ -42,6 +42,7 @@ OF_STORE = ("weighting", "all_experts", "skip_bad_samples", "holdout", "seed")
 _OF_TEXT = ("bos", "chat", "text_field")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HELD = "held"
+_BAD = {"sample", "layer", "block"}
 
 
 def collect_grams(
@@ -121,6 +122,7 @@ class GramStore:
         index = read_json(self.folder / INDEX, "the folder was not written by maskopt gram")
         kinds = {"fingerprint": dict, "files": dict, "bad_samples": list, "layers": list}
         sound = all(isinstance(index.get(key), kind) for key, kind in kinds.items())
+        sound = sound and _is_whole(index)
         if not sound or index.get("format") != FORMAT:
             raise ModelError(f"{self.folder / INDEX}: not an index of format {FORMAT}")
         self.fingerprint: dict[str, Any] = index["fingerprint"]
@@ -199,6 +201,22 @@ class GramStore:
     def bad(self, block: int) -> list[BadSample]:
         """The samples that were left out in a block."""
         return [BadSample(x["sample"], x["layer"]) for x in self._bad if x["block"] == block]
+
+
+def _is_whole(index: dict[str, Any]) -> bool:
+    """Does it have what is read of it?"""
+    text, options = (index["fingerprint"].get(name) for name in ("calibration", "options"))
+    return (
+        isinstance(text, dict)
+        and isinstance(options, dict)
+        and all(type(text.get(name)) is int for name in ("samples", "length"))
+        and all(name in options for name in OF_STORE)
+        and all(isinstance(layer, str) for layer in index["layers"])
+        and all(
+            isinstance(x, dict) and x.keys() >= {"sample", "layer", "block"}
+            for x in index["bad_samples"]
+        )
+    )
 
 
 class StoredBlock:

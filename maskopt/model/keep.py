@@ -161,9 +161,19 @@ def _of_folder(folder: Path, trust_remote_code: bool) -> Masks:
     return {layer.name: kept for layer, kept in found}
 
 
-def _put(model: nn.Module, layer: Layer, kept: Tensor, held: dict[str, Tensor]) -> None:
+def _put(model: nn.Module, layer: Layer, mask: Any, held: dict[str, Tensor]) -> None:
     """Enter a layer's mask into that of its parameter, in the parameter's layout."""
-    parameter = model.get_parameter(layer.parameter)
+    try:
+        parameter = model.get_parameter(layer.parameter)
+    except AttributeError:
+        raise ModelError(
+            f"{layer.parameter!r} is no parameter any longer: masks are on it already; remove those first"
+        ) from None
+    kept = torch.as_tensor(mask)
+    if kept.dtype != torch.bool:
+        raise ModelError(
+            f"layer {layer.name!r}: its mask must be bool (True = kept), not {kept.dtype}"
+        )
     if tuple(kept.shape) != (layer.rows, layer.n):
         raise ModelError(
             f"layer {layer.name!r} is {layer.rows} × {layer.n}, its mask {' × '.join(map(str, kept.shape))}"

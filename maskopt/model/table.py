@@ -12,7 +12,7 @@ import glob
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -252,8 +252,8 @@ def _choices(
     check_names(options, (f.name for f in fields(PruneOptions)))
     if not patterns or not methods:
         raise OptionError("name at least one of `patterns` and one of `methods`")
-    for pattern in dict.fromkeys(patterns):
-        for spelled in dict.fromkeys(methods):
+    for pattern in _distinct(patterns, read_pattern):
+        for spelled in _distinct(methods, Method.parse):
             method = Method.parse(spelled)
             whole = PruneOptions(
                 pattern=read_pattern(pattern),
@@ -263,6 +263,14 @@ def _choices(
                 **options,
             )
             yield pattern, spelled, method, whole
+
+
+def _distinct(spelled: Sequence[str], meant: Callable[[str], object]) -> Iterable[str]:
+    """Of several spellings of one thing the first."""
+    found: dict[str, str] = {}
+    for one in spelled:
+        found.setdefault(repr(meant(one)), one)
+    return found.values()
 
 
 def _wanted(

@@ -89,6 +89,11 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def legend(text: str) -> str:
+    """A name for a legend: matplotlib leaves out those that begin with an underscore."""
+    return plain(f"\u200b{text}" if text.startswith("_") else text)
+
+
 def _matplotlib() -> Any:
     try:
         import matplotlib

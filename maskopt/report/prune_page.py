@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from maskopt.model.report import (
     read_parts,
     what_was_done,
 )
-from maskopt.model.workspace import MANIFEST, MASKS
-from maskopt.report.figure import COLOURS, MARKERS, Figure, plain
+from maskopt.model.workspace import MANIFEST, MASKS, plain_errors
+from maskopt.report.figure import COLOURS, MARKERS, Figure, legend, plain
 from maskopt.report.mask_picture import MaskPicture
 from maskopt.report.page import Command, Heading, Section, write_page
 from maskopt.report.table import Table, number
@@ -107,8 +108,9 @@ def write_report(
     parts = report_parts(pruned, tables=tables, after=last, picture=picture)
     files = []
     if figures is not None:
-        figures.mkdir(parents=True, exist_ok=True)
-        files = [f for part in parts if isinstance(part, Figure) for f in part.save(figures)]
+        with plain_errors(figures):
+            figures.mkdir(parents=True, exist_ok=True)
+            files = [f for part in parts if isinstance(part, Figure) for f in part.save(figures)]
     write_page(path, "What maskopt pruned: " + ", ".join(one.name for one in pruned), parts)
     return [path, *files]
 
@@ -237,7 +239,7 @@ def errors_by_block(pruned: Sequence[Pruned]) -> Figure:
     def draw(axes: Any) -> None:
         for index, (name, values) in enumerate(series.items()):
             axes.plot(
-                list(values), list(values.values()), label=plain(name), markersize=4,
+                list(values), list(values.values()), label=legend(name), markersize=4,
                 color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
             )  # fmt: skip
         positive = all(value > 0 for values in series.values() for value in values.values())
@@ -366,7 +368,8 @@ def _gaps(records: Sequence[Mapping[str, Any]]) -> Table:
     kinds: dict[str, list[float]] = {}
     try:
         for record in records:
-            kinds.setdefault(str(record["kind"]), []).append(float(record["gap"]))
+            gap = math.inf if record["gap"] is None else float(record["gap"])
+            kinds.setdefault(str(record["kind"]), []).append(gap)
     except (KeyError, TypeError, ValueError):
         raise OptionError(
             "`gaps`: is not what `maskopt certify --output FILE.jsonl` writes"
