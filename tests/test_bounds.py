@@ -330,3 +330,16 @@ def test_the_conic_solver_and_the_low_rank_method_agree():
     big = LayerProblem(torch.ones(1, 300), torch.eye(300), Unstructured(0.5))
     with pytest.raises(SolverError, match="at most 200"):
         lower_bound(big, "sdp-conic")
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "uniform"])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_row_is_bounded_worse_with_the_shift(kind, seed):
+    """Some entries of the best shift are negative here."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(100, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    problem = LayerProblem(
+        torch.randn(6, 24, generator=generator), inputs.T @ inputs / 100, Unstructured(0.5)
+    )
+    box, shift = lower_bound(problem, "box"), lower_bound(problem, "shift", kind=kind)
+    assert bool((shift.value >= box.value * (1 - 1e-9)).all())

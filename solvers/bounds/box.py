@@ -86,7 +86,6 @@ class ShiftBound(BoundMethod):
             mass = (w.square() @ gram.diagonal()).clamp(min=1e-300)
             worth = ((x * (1 - x)) * w.square() / mass[:, None]).mean(0)
             d = diagonal_shift(gram, worth, limits)
-        d = d.clamp(min=0.0)
         return self._either(problem, plain, relax_box(problem, plan, limits, d), d)
 
     @staticmethod
@@ -109,7 +108,7 @@ class ShiftBound(BoundMethod):
 
 
 def diagonal_shift(gram: Tensor, worth: Tensor, limits: Limits) -> Tensor:
-    """d ≥ 0 with G − diag(d) ⪰ 0 (up to rounding) and Σ worth·d large.
+    """d with G − diag(d) ⪰ 0 (up to rounding) and Σ worth·d large; entries may be negative, and are needed.
 
     The log-barrier Σ worth·d + κ·log det(G − diag d) has the stationary condition
     κ·diag((G − diag d)⁻¹) = worth. Newton steps on it, κ falling; each costs one inverse.
@@ -128,14 +127,14 @@ def diagonal_shift(gram: Tensor, worth: Tensor, limits: Limits) -> Tensor:
         for _ in range(_NEWTON):
             step, gain = _newton_step(g, d, c, kappa)
             if step is None or limits.expired:
-                return ((d - ridge) * scale).clamp(min=0.0)
+                return (d - ridge) * scale
             d = d + step
             if gain < _SETTLED * kappa:
                 break
         kappa *= _FALL
         if kappa * n < _DONE * float((c * d).sum()):
             break
-    return ((d - ridge) * scale).clamp(min=0.0)
+    return (d - ridge) * scale
 
 
 def _ridge(g: Tensor) -> float:
