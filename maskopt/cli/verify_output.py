@@ -200,4 +200,5 @@ def _told_apart(result: Verified) -> str:
         rest = f"errors and statuses of the other {result.layers - count}"
         claimed = ", ".join([rest, *(c for c in result.claimed if c not in ("errors", "statuses"))])
     limit = f"{result.tolerance:.0e}"
-    return f"errors (to {limit}) and statuses of {count} layers (checked); {claimed}"
+    anew = ", refitted weights" if "refitted weights" in result.checked else ""
+    return f"errors (to {limit}) and statuses of {count} layers{anew} (checked); {claimed}"

@@ -224,6 +224,7 @@ def _told_apart(
     solved = all(
         layer["chosen_for"] != "updated" for layer in layers
     )  # else only their errors are checked
+    again_solved = every and solved
     bounds = not again or any(layer["lower_bound"] for layer in layers)
     optima = again and any("optimal" in layer["statuses"] for layer in layers)
     facts = {
@@ -232,8 +233,13 @@ def _told_apart(
         "pattern": True,
         "sparsity": True,
         "names": names,
-        "kept weights": compared and not refit and not trained,
-        **({"refitted weights": every and solved} if refit else {}),
+        # where those that were set anew are solved again, none is left that was kept
+        **(
+            {}
+            if refit and again_solved
+            else {"kept weights": compared and not refit and not trained}
+        ),
+        **({"refitted weights": again_solved} if refit else {}),
         **({"trained weights": False} if trained else {}),
         "configuration and tokenizer": compared and {*filter(is_copied, manifest.files)} <= same,
         "errors": every,

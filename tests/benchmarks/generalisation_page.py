@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -143,12 +143,17 @@ def by_model(lines: Lines, study: str) -> Found:
 
 @dataclass(frozen=True)
 class Study:
-    """A section of the page: a line for every measurement whose key begins with the name."""
+    """A section of the page: a line for every measurement whose key begins with the name.
+
+    Attributes:
+        of_lines: what is said of lines in whose keys a word is, if there are any.
+    """
 
     name: str
     title: str
     words: str
     columns: Mapping[str, Column]
+    of_lines: Mapping[str, str] = field(default_factory=dict)
 
     def text(self, lines: Lines) -> str:
         """Nothing where nothing was measured."""
@@ -156,7 +161,16 @@ class Study:
         if not found:
             return ""
         rows = [[c(k, record, found) for c in self.columns.values()] for k, record in found.items()]
-        return f"## {self.title}\n\n{self.words}\n\n" + table(list(self.columns), rows)
+        told = [
+            words
+            for word, words in self.of_lines.items()
+            if any(word in "/".join(k) for k in found)
+        ]
+        return (
+            "\n".join([f"## {self.title}\n", self.words, *told])
+            + "\n\n"
+            + table(list(self.columns), rows)
+        )
 
 
 def part(place: int, words: Mapping[str, str] | None = None) -> Column:
@@ -249,10 +263,9 @@ STUDIES = (
         "trained",
         "Weights that are trained",
         "50%, 32 windows. Kept weights as they are, or trained towards the dense model with the defaults of\n"
-        "`--weights reconstruct`: attention and MLP one after the other, or whole blocks; the windows kept\n"
-        "aside choose the epoch. *on F*: masks and weights to begin with are those of `--weights refit`.\n"
-        "Errors are those of the masks, before weights are trained. Minutes were taken with other work on\n"
-        "the same cores now and then.",
+        "`--weights reconstruct`: attention and MLP one after the other; the windows kept aside choose the\n"
+        "epoch. Errors are those of the masks, before weights are trained. Minutes were taken with other\n"
+        "work on the same cores now and then.",
         {
             "model": MODEL,
             "mask, weights": part(1),
@@ -262,14 +275,16 @@ STUDIES = (
             **ERRORS,
             "training, min": lambda key, record, found: f"{record.get('training', 0) / 60:.1f}",
         },
+        {
+            "whole blocks": "*whole blocks*: a block at a time instead.",
+            "on F": "*on F*: masks and weights to begin with are those of `--weights refit`.",
+        },
     ),
     Study(
         "budgets",
         "Rows and layers that trade",
         "32 windows. Who trades, and what an error counts (`budget`, `importance`): as it is; as a part of\n"
-        "the layer's output; by the squared gradient of the dense model's loss by each output; or by what\n"
-        "the model's output loses where a block alone is pruned (*measured*). ±: no row is further from its\n"
-        "layer.",
+        "the layer's output; or by the squared gradient of the dense model's loss by each output.",
         {
             "model": MODEL,
             "pattern": part(1),
@@ -279,13 +294,17 @@ STUDIES = (
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
         },
+        {
+            "measured": "*measured*: by what the model's output loses where a block alone is pruned.",
+            "±": "±: no row is further from its layer.",
+        },
     ),
     Study(
         "cells",
         "Masks, weights and budgets together",
-        "64 windows. kept: weights as they are; refitted: least squares, damping λ = 0.01; trained: those\n"
-        "weights, then trained towards the dense model with the defaults of `--weights reconstruct`.\n"
-        "SparseGPT's weights are its own; *on F*: masks chosen for refitted weights, as ADMM's are.\n"
+        "64 windows. kept: weights as they are; trained: refitted by least squares, damping λ = 0.01, then\n"
+        "trained towards the dense model with the defaults of `--weights reconstruct`. SparseGPT's weights\n"
+        "are its own; ADMM's masks are chosen for refitted weights.\n"
         "Who trades: `budget` and `importance` as above. Errors are those before training. Minutes were\n"
         "taken with other work on the same cores now and then.",
         {
@@ -298,6 +317,10 @@ STUDIES = (
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
             "minutes": lambda key, record, found: f"{record['seconds'] / 60:.1f}",
+        },
+        {
+            "refitted": "refitted: the least squares alone.",
+            "on F": "*on F*: masks are chosen for refitted weights, too.",
         },
     ),
     Study(
@@ -347,9 +370,9 @@ STUDIES = (
         "16 windows unless said otherwise. auto: for each layer the greatest α of a grid up to 0.3 whose\n"
         "error on the windows kept aside is within 5% of the least; the 5% was chosen on the lines of 16\n"
         "and of 4 windows. Where text is scarce for what is pruned, shrinkage pays, and more than errors of\n"
-        "layers say: at 70% Gemma becomes better up to α = 0.3 and SmolLM2 up to 0.1, while both errors\n"
-        "rise by 7% from 0 to 0.3. So no part of the least error stands for the best α: auto does as well\n"
-        "as the best fixed one or better in four of the eight cases, and is 1 to 2% behind in four.\n"
+        "layers say: at 70% Gemma becomes better up to α = 0.3 and SmolLM2 up to 0.1, while the held-out\n"
+        "errors rise by 7 and 6% from 0 to 0.3. So no part of the least error stands for the best α: auto\n"
+        "is better than the best fixed one in three of the eight cases, and 1 to 2% behind in five.\n"
         "α = 0.1 made the model better in seven of the eight, by up to 13%, and no worse beyond its\n"
         "interval in the other one.",
         {

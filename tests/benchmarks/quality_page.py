@@ -36,8 +36,8 @@ The same for methods that set the kept weights anew, on held-out windows at 50% 
 {lead(lines)}
 ## How it was measured
 
-Everything here is written by one command, `{COMMAND}` (extra `demo`), on real
-layers of Gemma 3 270M: calibration on the demo's text, {of_layers.about["samples"]} windows of 512
+Everything here is written by one command, `{COMMAND} --bos {of_layers.about.get("bos", "auto")}`
+(extra `demo`), on real layers of Gemma 3 270M: calibration on the demo's text, {of_layers.about["samples"]} windows of 512
 tokens, rows drawn with seed {of_layers.about["seed"]}.
 
 *Error* is a row's objective relative to Wanda's mask of the same row, averaged over rows and then over
@@ -62,7 +62,9 @@ layers; less is better. Layers are named by block and kind.
     }
     missing = [what for what, prefix in wanted.items() if not family(lines, prefix)]
     if missing:
-        parts.append(f"## Not measured yet\n\n{'; '.join(missing)}: the command above adds them.\n")
+        parts.append(
+            f"The command measures more that is not in these data: {'; '.join(missing)}.\n"
+        )
     page.write_text("\n".join(parts).rstrip() + "\n")
 
 

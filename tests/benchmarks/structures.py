@@ -23,7 +23,7 @@ import torch
 from book import ROOT, Book
 from generalisation import about, calibrated, judged
 from machine import machine
-from structures_page import write
+from structures_page import DEFAULT, write
 from torch import Tensor
 
 from maskopt import Limits, RowProblem, Solution
@@ -89,7 +89,7 @@ COUNTS = (1, 2, 3, 4)
 LEAST = "least cost (proven)"
 #: label → which of them, by their effects; None: as `remove_blocks` does
 CHOICES: dict[str, Callable[[Effects, int], list[int]] | None] = {
-    "least as a whole (default)": None,
+    DEFAULT: None,
     LEAST: lambda effects, count: effects.best(count)[0],
     "changing their input least (ShortGPT)": lambda effects, count: effects.most_alike(count),
     "the last ones": lambda effects, count: effects.last(count),

@@ -11,6 +11,8 @@ from generalisation_page import TITLES
 ORDER = (
     "random", "magnitude", "diagonal of Q (Wanda-sp)", "FLAP's score", "swap", "tabu",
 )  # fmt: skip
+#: what `maskopt shrink --blocks` does
+DEFAULT = "least as a whole (default)"
 _TEXT = Path(__file__).with_name("structures.md")
 
 
@@ -127,9 +129,20 @@ def blocks(lines: dict[str, Record]) -> str:
     if not rows:
         return ""
     head = ("model", "blocks", "chosen by", "index", "pᵀUp on calibration", "perplexity / dense")
+    searched = {tuple(row[:2]) for row in rows if row[2] == DEFAULT}
+    without = dict.fromkeys(
+        f"{row[1]} of {row[0]}"
+        for row in rows
+        if int(row[1]) > 2 and tuple(row[:2]) not in searched
+    )
+    lacking = (
+        f"\nThe default's choice is not in these data of: {', '.join(without)}.\n"
+        if without
+        else ""
+    )
     return (
         "### Blocks\n\nEffects measured on 4 windows; every choice of least cost is proven, in at most "
-        f"{max(seconds):.2f} s:\n\n" + table(head, rows)
+        f"{max(seconds):.2f} s:\n\n" + table(head, rows) + lacking
     )
 
 
