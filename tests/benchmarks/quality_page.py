@@ -36,9 +36,10 @@ The same for methods that set the kept weights anew, on held-out windows at 50% 
 {lead(lines)}
 ## How it was measured
 
-Everything here is written by one command, `{COMMAND} --bos {of_layers.about.get("bos", "auto")}`
-(extra `demo`), on real layers of Gemma 3 270M: calibration on the demo's text, {of_layers.about["samples"]} windows of 512
-tokens, rows drawn with seed {of_layers.about["seed"]}.
+Everything here is written by one command (extra `demo`),
+`{COMMAND} --bos {of_layers.about.get("bos", "auto")}`,
+on real layers of Gemma 3 270M: calibration on the demo's text, {of_layers.about["samples"]} windows
+of 512 tokens, rows drawn with seed {of_layers.about["seed"]}.
 
 *Error* is a row's objective relative to Wanda's mask of the same row, averaged over rows and then over
 layers; less is better. Layers are named by block and kind.
