@@ -1,6 +1,7 @@
-"""Tables of options on the reference pages, made from the fields of the classes.
+"""Tables of options on the reference pages, made from the fields of the classes and from the commands.
 
-A line `{{ options: maskopt.solvers.search.tabu.Tabu }}` becomes the table of that class.
+A line `{{ options: maskopt.solvers.search.tabu.Tabu }}` becomes the table of that class, `{{ commands }}` a
+section for every command.
 """
 
 from __future__ import annotations
@@ -13,7 +14,41 @@ from maskopt.fields import Option, options_of
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
+    markdown = re.sub(r"^\{\{ commands \}\}$", lambda _: commands(), markdown, flags=re.M)
     return re.sub(r"^\{\{ options: (\S+) \}\}$", lambda m: table(m.group(1)), markdown, flags=re.M)
+
+
+def commands() -> str:
+    """Every command: what it does, an example, and a line an option."""
+    import typer
+
+    from maskopt.cli import app
+    from maskopt.cli.examples import EXAMPLES
+
+    known: Any = typer.main.get_command(app)
+    return "\n".join(_command(n, command, EXAMPLES[n]) for n, command in known.commands.items())
+
+
+def _command(name: str, command: Any, example: str) -> str:
+    lines = [f"## {name}", "", *_plain(command.help).split("\n"), "", f"    $ {example}", ""]
+    lines += ["| argument or option | default | meaning |", "|---|---|---|"]
+    for one in command.params:
+        names = (
+            one.name.upper()
+            if one.param_type_name == "argument"
+            else ", ".join([*one.opts, *one.secondary_opts])
+        )
+        nothing = one.required or one.default is None or one.default is False or one.default == ()
+        default = "" if nothing else f"`{one.default}`"
+        meaning = _plain(getattr(one, "help", None) or "")
+        cells = (f"`{names}`", default, meaning.replace("\n", " "))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _plain(text: str) -> str:
+    """Of a help text, what Markdown would take for a tag or a link."""
+    return re.sub(r"([<>\[\]*_])", r"\\\1", text or "")
 
 
 def table(path: str) -> str:

@@ -157,3 +157,19 @@ def test_measurements_that_were_taken_in_another_way_are_not_mixed(benchmarks, t
     again.begin({**about, "date": "tomorrow"})
     again.measure("two", lambda: {"error": 2})
     assert Book(tmp_path / "some.jsonl").lines["two"] == {"error": 2}
+
+
+def test_every_option_of_every_command_is_on_a_page(monkeypatch):
+    import typer
+
+    from maskopt.cli import app
+
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from _hook import on_page_markdown
+
+    page = on_page_markdown((ROOT / "docs" / "reference" / "commands.md").read_text())
+    sections = page.split("\n## ")
+    for name, command in typer.main.get_command(app).commands.items():
+        (section,) = (text for text in sections if text.startswith(f"{name}\n"))
+        for option in (name for one in command.params for name in one.opts if name[0] == "-"):
+            assert option in section, (name, option)

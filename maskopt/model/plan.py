@@ -97,7 +97,8 @@ def plan_prune(
 
     Args:
         tokens: int64 [samples, length], where it is not text that the prune will be given.
-        options, shorthand: as for `prune_model`.
+        options: as for `prune_model`.
+        shorthand: likewise.
         grams: what `collect_grams` wrote, in place of text: no passes are needed.
 
     Raises:

@@ -167,7 +167,8 @@ def make_table(
 
     Args:
         models: folders, or names on the hub.
-        calibration, text: for the masks and for the perplexity, see `read_documents`.
+        calibration: for the masks, see `read_documents`.
+        text: for the perplexity, likewise.
         output: a file of JSON lines, one a finished cell.
         patterns: `50%`, `0.5` or `2:4`.
         methods: see `Method`.
