@@ -141,6 +141,16 @@ def test_folders_of_the_same_name_do_not_mix(home: Path, tmp_path: Path) -> None
     assert len(ids) == len(set(ids))
 
 
+def test_evaluated_models_of_the_same_name_are_told_apart(home: Path, tmp_path: Path) -> None:
+    records = json.loads((home / "eval.json").read_text())
+    for number, record in enumerate(records):
+        record["model"] = f"folder{number}/OUT"
+    (tmp_path / "eval.json").write_text(json.dumps(records))
+    found = page(home, tmp_path, home / "OUT", "--eval", tmp_path / "eval.json")
+    assert "folder0/OUT" in found
+    assert "folder1/OUT" in found
+
+
 def test_what_has_no_start_or_too_few_tokens_is_left_out(home: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "solver": "wanda", "holdout": 0.0}
     prune_model(home / "dense", tokens(2), output=tmp_path / "out", **options)

@@ -48,11 +48,8 @@ class Pruned:
         Raises:
             ModelError: one is none, or its manifest was changed.
         """
-        ends = [folder.resolve().name for folder in folders]
-        return [
-            cls.open(folder, end if ends.count(end) == 1 else str(folder))
-            for folder, end in zip(folders, ends, strict=True)
-        ]
+        names = _told_apart(folders)
+        return [cls.open(folder, name) for folder, name in zip(folders, names, strict=True)]
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Pruned:
@@ -331,16 +328,25 @@ def mask_picture(one: Pruned, tensor: str | None) -> MaskPicture:
     return MaskPicture(name, masks.read(name).rows())
 
 
+def _told_apart(paths: Sequence[Path]) -> list[str]:
+    """The end of each path, or all of it where two ends are alike."""
+    ends = [path.resolve().name for path in paths]
+    return [
+        end if ends.count(end) == 1 else str(path) for path, end in zip(paths, ends, strict=True)
+    ]
+
+
 def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         "The models on text",
         ("model", "perplexity", "beside the first", "KL, nats", "same top token"),
     )
     try:
-        for record in records:
+        names = _told_apart([Path(record["model"]) for record in records])
+        for name, record in zip(names, records, strict=True):
             p, c = record["perplexity"], record.get("change")
             table.add(
-                Path(record["model"]).name,
+                name,
                 f"{p['value']:.2f} ({p['low']:.2f} to {p['high']:.2f})",
                 "–"
                 if c is None
