@@ -106,7 +106,8 @@ def change(
 
 
 def _check_groups(groups: Tensor, n: int) -> None:
-    if groups.shape != (n,) or groups.is_floating_point() or int(groups.min()) < 0:
+    whole = not (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool)
+    if groups.shape != (n,) or not whole or int(groups.min()) < 0:
         raise ProblemError(f"groups must be whole numbers of at least 0 for each of the {n} inputs")
     if int(torch.bincount(groups).min()) == 0:
         raise ProblemError("groups must be numbered without a gap")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, WordTokenizer, patched, save, tiny, tokens
+from tiny_models import FAMILIES, SHARED, WordTokenizer, patched, save, tiny, tokens
 
 import maskopt
 from maskopt.errors import DataError, ModelError, OptionError
@@ -115,6 +115,19 @@ def test_of_several_models_only_hidden_states_are_kept_and_equal_heads_once(
 
 def perplexity_alone(model: Path) -> maskopt.Perplexity:
     return maskopt.perplexity(model, tokens(1, 8), threads=1)
+
+
+@pytest.mark.parametrize("size", [{"vocab_size": 100}, {"hidden_size": 64}])
+def test_models_of_other_sizes_are_refused_before_they_are_walked(
+    size: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    other = AutoModelForCausalLM.from_config(LlamaConfig(**{**SHARED, **size}))
+    models = [save(tiny("llama"), tmp_path / "a"), save(other, tmp_path / "b")]
+    monkeypatch.setattr(evaluation, "walk_whole", None)
+    with pytest.raises(DataError, match=f"differ in {next(iter(size))}"):
+        evaluation.evaluate(models, tokens(2, 8), WalkOptions())
 
 
 def test_progress_and_a_bad_model_of_several(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
+from maskopt.model import reconstruct, training
 from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST, MASKS
@@ -75,6 +76,35 @@ def test_zeros_stay_zeros_bit_for_bit_and_the_dtype_stays(tmp_path: Path) -> Non
     assert changed > 0
     verify_output(tmp_path / "out", dense)  # of every zero, its bits
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("begin", ["keep", "refit"])
+def test_epochs_are_judged_as_their_weights_are_stored(
+    family: str, begin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate so small that bfloat16 rounds away what was gained."""
+    dense = save(tiny(family, dtype=torch.bfloat16), tmp_path / "dense")
+    losses: list[float] = []
+
+    def again(task: training.Task, pool: Any, *rest: Any) -> training.Trained:
+        found = train(task, pool, *rest)
+        named = dict(task.part.module.named_parameters())
+        exact = {name: named[name].data for name in named}
+        for name, parameter in named.items():
+            stored = task.stored.get(name, parameter.dtype)
+            parameter.data = parameter.data.to(stored).float()
+        losses.append(training._mean(task, task.held, pool))
+        for name, value in exact.items():
+            named[name].data = value
+        return found
+
+    train = training.train
+    monkeypatch.setattr(reconstruct, "train", again)
+    how = {**OPTIONS, "reconstruct": {"begin": begin, "learning_rate": 1e-4}}
+    report = prune_model(dense, tokens(12), output=tmp_path / "out", dtype="float32", **how)
+    assert losses == [pytest.approx(part.held_after, rel=1e-12) for part in report.parts]
+    assert all(part.held_after <= part.held_before for part in report.parts)
 
 
 def test_a_block_that_would_get_worse_keeps_its_weights() -> None:

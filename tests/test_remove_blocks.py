@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from maskopt import open_job, prune_model, remove_blocks, shrink_model, verify
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.model import activations, block_search
+from maskopt.model import remove_blocks as removal
 from maskopt.model.activations import _make
 from maskopt.model.block_effects import Effects
 from maskopt.model.block_search import exchanges, search_sets
 from maskopt.model.checkpoint import open_checkpoint
 from maskopt.model.safefile import open_safe
 from maskopt.model.side_by_side import EVERY, place
+from maskopt.model.source import FolderSource
 from maskopt.model.verify_smaller import verify_smaller
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import HIDDEN, MANIFEST
@@ -211,7 +213,14 @@ def test_variants_count_where_memory_is_limited(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"holdout": 0.5}, {"include": ["q_proj"]}, {"skip_bad_samples": True}]
+    "option",
+    [
+        {"holdout": 0.5},
+        {"include": ["q_proj"]},
+        {"skip_bad_samples": True},
+        {"samples": 8},
+        {"seed": 1},
+    ],
 )
 def test_options_that_mean_nothing_here(option: dict[str, Any], tmp_path: Path) -> None:
     dense = save(tiny("llama"), tmp_path / "dense")
@@ -219,6 +228,23 @@ def test_options_that_mean_nothing_here(option: dict[str, Any], tmp_path: Path) 
         remove_blocks(
             dense, tokens(2), count=1, output=tmp_path / "out", options=WalkOptions(**option)
         )
+
+
+@pytest.mark.parametrize(("gone", "stays"), [([0], [1]), ([1], [0, 1]), ([2], [0]), ([0, 1], [0])])
+def test_lists_of_the_configuration_follow_the_blocks(
+    gone: list[int], stays: list[int], tmp_path: Path
+) -> None:
+    """`moe_layers` names blocks by their index; three ends of text are no list of three blocks."""
+    dense = save(tiny("llama"), tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text())
+    config |= {"eos_token_id": [1, 2, 3], "moe_layers": [0, 2], "flags": ["a", "b", "c"]}
+    (dense / "config.json").write_text(json.dumps(config))
+    with open_job(dense, tokens(2), WalkOptions(), whole=True) as job:
+        assert isinstance(job.source, FolderSource)
+        settings = removal._check_family(job.source, gone)
+    assert settings["moe_layers"] == stays
+    assert settings["flags"] == [x for i, x in enumerate("abc") if i not in gone]
+    assert "eos_token_id" not in settings
 
 
 @pytest.mark.parametrize("count", [0, 3, 9])
@@ -288,12 +314,19 @@ def test_code_of_the_models_own_is_refused_before_anything_heavy(tmp_path: Path)
 
 
 def test_a_family_that_cannot_say_it_is_refused(tmp_path: Path) -> None:
-    dense = save(tiny("bamba"), tmp_path / "dense")
-    with pytest.raises(
-        ModelError, match=r"cannot describe the smaller model|depend on their numbers"
-    ):
-        remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=1)
-    assert not (tmp_path / "out").exists()
+    """Its first block is dense by its number."""
+    dense = save(tiny("deepseek_v3"), tmp_path / "dense")
+    with open_job(dense, tokens(2), WalkOptions(), whole=True) as job:
+        assert isinstance(job.source, FolderSource)
+        with pytest.raises(ModelError, match="cannot describe the smaller model"):
+            removal._check_family(job.source, [0])
+
+
+@pytest.mark.parametrize("family", ["bamba", "qwen3_moe", "llama4"])
+def test_lists_of_numbers_of_blocks_are_checked(family: str, tmp_path: Path) -> None:
+    dense = save(tiny(family), tmp_path / "dense")
+    remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=1)
+    assert "kept weights" in verify_smaller(tmp_path / "out", dense).checked
 
 
 @pytest.mark.parametrize(

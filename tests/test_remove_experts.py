@@ -13,8 +13,8 @@ import torch
 from commands import run
 from test_model_resume import contents
 from test_shrink import forge, logits
-from tiny_models import save, tiny, tokens
-from transformers import AutoModelForCausalLM
+from tiny_models import SHARED, save, tiny, tokens
+from transformers import AutoModelForCausalLM, DeepseekV2Config
 
 from maskopt import open_job, remove_experts
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
@@ -79,6 +79,18 @@ def test_experts_are_gone_and_nothing_else(family: str, tmp_path: Path) -> None:
     found = verify_smaller(out, dense)
     assert "kept weights" in found.checked
     assert verify_smaller(out).claimed[0] == "weights"
+
+
+def test_routers_that_choose_groups_first_are_refused(tmp_path: Path) -> None:
+    config = DeepseekV2Config(
+        **SHARED, moe_intermediate_size=16, first_k_dense_replace=0, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_shared_experts=1, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=2, topk_group=1, topk_method="group_limited_greedy",
+    )  # fmt: skip
+    dense = save(AutoModelForCausalLM.from_config(config), tmp_path / "dense")
+    with pytest.raises(ModelError, match="chooses among 2 groups of experts first"):
+        remove_experts(dense, tokens(4), share=0.25, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_go_to_the_next_best_of_those_that_stay(tmp_path: Path) -> None:

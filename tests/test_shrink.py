@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from commands import run
 from forging import change_tensors, forge_manifest
 from safetensors.torch import load_file
 from test_model_resume import contents
-from tiny_models import save, tiny, tokens
+from tiny_models import SHARED, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from maskopt import NM, LayerProblem, Unstructured, prune_model, shrink_model, solve
@@ -155,6 +156,26 @@ def test_a_configuration_that_refuses_the_number_of_heads_is_asked_beforehand(
             save(model, tmp_path / "dense"), tokens(6), output=tmp_path / "out", heads=0.25
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "said"),
+    [
+        # a head of the first half and one of the second are one
+        ("DiffLlamaConfig", {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}, "is off by"),
+        # a norm over all heads, as wide as the hidden states
+        ("BitNetConfig", {}, "does not run"),
+    ],
+)  # fmt: skip
+def test_families_whose_heads_do_more_are_refused_and_nothing_is_left(
+    config: str, more: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    configured = getattr(transformers, config)(**{**SHARED, "pad_token_id": 0, **more})
+    dense = save(AutoModelForCausalLM.from_config(configured), tmp_path / "dense")
+    with pytest.raises(ModelError, match=said):
+        shrink_model(dense, tokens(6), output=tmp_path / "out", heads=0.5)
+    assert not (tmp_path / "out" / MANIFEST).exists()
 
 
 def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(tmp_path: Path) -> None:

@@ -134,13 +134,25 @@ def _check_same_windows(models: Sequence[str | Path], jobs: Sequence[Job]) -> No
     first = jobs[0].windows
     assert first is not None
     check_targets(first)
-    for model, job in zip(models[1:], jobs[1:], strict=True):
+    sizes: list[Any] = [_text_config(job) for job in jobs]
+    for model, job, size in zip(models[1:], jobs[1:], sizes[1:], strict=True):
         assert job.windows is not None
+        for what in ("vocab_size", "hidden_size"):
+            one, two = (getattr(config, what, None) for config in (sizes[0], size))
+            if one != two:
+                raise DataError(
+                    f"{models[0]} and {model} differ in {what} ({one} and {two}); evaluate them one by one"
+                )
         if job.windows.digest != first.digest:
             raise DataError(
                 f"{models[0]} and {model} cut the text into different tokens; models can be compared "
                 "only where their tokenizers are the same"
             )
+
+
+def _text_config(job: Job) -> Any:
+    model: Any = job.source.model
+    return model.config.get_text_config()
 
 
 def _sums(jobs: Sequence[Job], tell: Callable[[int], None]) -> Float[Tensor, "windows models 3"]:

@@ -76,6 +76,7 @@ def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
                 f"{full}: {type(module).__name__} is not given a routing, and its experts cannot be removed; "
                 "leave out `experts`"
             )
+        _check_one_group(blocks.model, full)
         parent = block.get_submodule(name.rpartition(".")[0])
         count = next(p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3)
         parameters = [f"{full}.{n}" for n, p in module.named_parameters() if p.shape[0] == count]
@@ -95,6 +96,17 @@ def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
         each = _each(blocks.model, full)
         found.append(Mixture(full, name, index, count, each, (*parameters, *routers)))
     return found
+
+
+def _check_one_group(model: nn.Module, name: str) -> None:
+    """Raise ModelError where a token chooses groups of experts first: those that are left would be dealt out
+    to the groups anew."""
+    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    groups = getattr(text, "n_group", None) or 1
+    if groups > 1 and (getattr(text, "topk_group", None) or groups) < groups:
+        raise ModelError(
+            f"{name}: its router chooses among {groups} groups of experts first; leave out `experts`"
+        )
 
 
 def _each(model: nn.Module, name: str) -> int:

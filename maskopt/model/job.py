@@ -205,7 +205,8 @@ class Job:
         self, finished: Mapping[int, FinishedBlock], folder: Path
     ) -> Generator[Block, None, None]:
         waiting = [index for index in range(self.last + 1) if index not in finished]
-        if not waiting:
+        stop = self.last + 1 if self.whole else max(waiting, default=-1) + 1
+        if not stop:
             return
         chosen = by_block(self.layers)
         with ExitStack() as until_the_end:
@@ -214,7 +215,7 @@ class Job:
             samples = self._samples(captured.states, held, folder)
             if self.options.backward and not self.whole:
                 self.gradients = self._dense_gradients(captured, samples.held, folder)
-            for index in range(waiting[-1] + 1):
+            for index in range(stop):
                 done = finished.get(index)
                 edits = None if done is None or self.options.one_pass else done.edits
                 if done is not None:

@@ -213,6 +213,7 @@ def _targets(block: Block | StoredBlock, options: PruneOptions, run: Run) -> Tar
         block.index,
         block.layers,
         block.job.source.vectors(block.index),
+        block.job.source.stored_dtype,
         options.reconstruction,
         options.seed,
         folder,

@@ -8,7 +8,7 @@ trained already), and its kept weights are trained to give what was recorded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,9 @@ class Targets:
     Args:
         index: of the block in the model.
         layers: whose weights may change.
-        vectors: names of the block's parameters with one dimension that may change where all is trained.
+        vectors: the block's parameters with one dimension that may change where all is trained: by name, the
+            stored tensor and its dtype.
+        stored: the dtype in which a layer's weights are written.
         seed: of the order of the windows.
         folder: for files of hidden states; None keeps them in memory.
     """
@@ -43,7 +45,8 @@ class Targets:
         block: OpenBlock,
         index: int,
         layers: Sequence[Layer],
-        vectors: Collection[str],
+        vectors: Mapping[str, tuple[str, torch.dtype]],
+        stored: Callable[[Layer], torch.dtype],
         how: Reconstruction,
         seed: int,
         folder: Path | None,
@@ -55,7 +58,8 @@ class Targets:
             if how.granularity == BLOCK
             else parts_of(block.module, f"{block.name}.", layers)
         )
-        self._vectors = set(vectors) if how.train == ALL else set()
+        self._vectors = dict(vectors) if how.train == ALL else {}
+        self._stored = stored
         self.trained_vectors: set[str] = set()
         self._seed = seed * 1_000_003 + index
         self._order = list(range(len(self.parts)))
@@ -101,13 +105,14 @@ class Targets:
             )
         for number, index in enumerate(self._order):
             began, part = time.perf_counter(), self.parts[index]
-            free = self._free(part, masks)
+            free, stored = self._free(part, masks)
             if not free:
                 continue
             with self._given(index, ticker) as given:
                 task = Task(
                     part,
                     free,
+                    stored,
                     given,
                     self._wanted[index],
                     fitted,
@@ -135,9 +140,12 @@ class Targets:
         for recorded in (*self._wanted, *self._given_dense):
             recorded.close()
 
-    def _free(self, part: Part, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, Tensor]:
-        """By parameter name inside the part: which entries may change."""
+    def _free(
+        self, part: Part, masks: Mapping[str, tuple[Layer, Tensor]]
+    ) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+        """By parameter name inside the part: which entries may change, and the dtypes they are stored in."""
         free: dict[str, Tensor] = {}
+        stored: dict[str, torch.dtype] = {}
         names = {id(p): name for name, p in part.module.named_parameters()}
         for layer in part.layers:
             if layer.name not in masks:
@@ -145,20 +153,24 @@ class Targets:
             parameter = self.block.model.get_parameter(layer.parameter)
             name = names[id(parameter)]
             if name not in free:
+                stored[name] = self._stored(layer)
                 free[name] = torch.zeros_like(parameter, dtype=torch.bool)
             whole = free[name] if layer.expert is None else free[name][layer.expert]
             view = whole if layer.input_axis == 1 else whole.T
             view.copy_(masks[layer.name][1])
         if free:
-            self._free_vectors(part, free)
-        return free
+            self._free_vectors(part, free, stored)
+        return free, stored
 
-    def _free_vectors(self, part: Part, free: dict[str, Tensor]) -> None:
+    def _free_vectors(
+        self, part: Part, free: dict[str, Tensor], stored: dict[str, torch.dtype]
+    ) -> None:
         """Those of the part's norms and biases that may change, all of their entries."""
         prefix = f"{self.block.name}.{part.name}".rstrip(".")
         for name, parameter in part.module.named_parameters():
             if f"{prefix}.{name}" in self._vectors:
                 free[name] = torch.ones_like(parameter, dtype=torch.bool)
+                stored[name] = self._vectors[f"{prefix}.{name}"][1]
                 self.trained_vectors.add(f"{prefix}.{name}")
 
     @contextmanager

@@ -39,7 +39,11 @@ JUDGED = 16
 #: of the walk's options, those that mean nothing where whole models are held against each other
 _NOT_HERE = (
     "include", "exclude", "weighting", "all_experts", "holdout", "one_pass", "true_sequential",
-    "skip_bad_samples",
+    "skip_bad_samples", "samples", "seed",
+)  # fmt: skip
+#: lists of blocks by their index, where other lists have an entry a block
+_INDICES = (
+    "moe_layers", "mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers",
 )  # fmt: skip
 #: what configurations call the number of blocks
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -91,14 +95,14 @@ def remove_blocks(
         tokenizer_or_tokens: as for `prune_model`.
         calibration: as for `prune_model`; the first windows of the text are taken.
         count: how many blocks go.
-        windows: of calibration, `options.seq_len` tokens each.
+        windows: of calibration, `options.seq_len` tokens each (2048 unless said otherwise).
 
     Raises:
         MaskoptError: a count that leaves no block, a family whose configuration cannot say what is left, or
             what `prune_model` refuses.
     """
     began = time.perf_counter()
-    options = options or WalkOptions(seq_len=512)
+    options = options or WalkOptions()
     for name in _NOT_HERE:
         if getattr(options, name) != getattr(WalkOptions, name):
             raise OptionError(
@@ -184,7 +188,10 @@ def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
     text: Any = source.model.config.get_text_config()
     settings: dict[str, Any] = {(keys or [_DEPTHS[0]])[0]: blocks - len(removed)}
     for key, value in text.to_dict().items():
-        if isinstance(value, list) and len(value) == blocks:
+        if key in _INDICES and isinstance(value, list):
+            left = [index for index in value if index not in removed]
+            settings[key] = [index - sum(gone < index for gone in removed) for index in left]
+        elif isinstance(value, list) and len(value) == blocks and not key.endswith("token_id"):
             settings[key] = [item for index, item in enumerate(value) if index not in removed]
     renamed = {name: new for name, new in _renamed(source, removed) if new is not None}
     shapes = {

@@ -15,6 +15,7 @@ from maskopt.errors import ModelError
 from maskopt.model.card import hub_name, write_card
 from maskopt.model.checkpoint import file_digest
 from maskopt.model.job import Block, Job, open_job
+from maskopt.model.output import FinishedBlock
 from maskopt.model.report import PruneReport, write_manifest
 from maskopt.model.smaller import StoredCut, folder_source, write_config, write_renamed_shards
 from maskopt.model.source import FolderSource
@@ -98,22 +99,50 @@ def write_changed(
     home = checkpoint.folder
     for name in write_card(staging, report, hub_name(home), home.name, beside):
         files[name] = file_digest(staging / name)
-    _check_same_output(job, home, staging, change)
+    check_same_output(job, staging, change.why, prepare=change.prepare)
     write_manifest(staging / MANIFEST, report, files, {}, shrunk={**change.record(), **more})
     work.commit()
 
 
-def _check_same_output(job: Job, original: Path, written: Path, change: Change) -> None:
-    """Send a window through both."""
+def check_same_output(
+    job: Job,
+    written: Path,
+    why: str,
+    *,
+    window: int = 0,
+    prepare: Callable[[Block], None] = lambda _: None,
+    finished: Mapping[int, FinishedBlock] | None = None,
+) -> None:
+    """Send a window through the original, changed block by block, and through what was written.
+
+    Args:
+        job: of the original, a folder.
+        why: in words, what it means if both do not give the same.
+        prepare: changes an opened block of the original, or leaves it by itself.
+        finished: blocks of the original as they were left by a run.
+
+    Raises:
+        ModelError: they do not.
+    """
     assert job.windows is not None
-    options, states = job.options, []
-    walk = WalkOptions(device=options.device, dtype=options.dtype, threads=options.threads)
-    for folder, prepare in ((original, change.prepare), (written, lambda _: None)):
-        with open_job(folder, job.windows.tokens[:1], walk, whole=True) as one, torch.no_grad():
-            for block in one.blocks():
-                prepare(block)
-                block.advance()
+    original, tokens = folder_source(job.source).checkpoint.folder, job.windows.tokens
+    # in float32, so that a sum in another order is no difference
+    walk = WalkOptions(device=job.options.device, dtype="float32", threads=job.options.threads)
+    states = []
+    for folder, change, done in ((original, prepare, finished), (written, lambda _: None, None)):
+        with (
+            open_job(folder, tokens[window : window + 1], walk, whole=True) as one,
+            torch.no_grad(),
+        ):
+            try:
+                for block in one.blocks(done):
+                    change(block)
+                    block.advance()
+            except RuntimeError as error:  # torch's, of shapes that do not fit
+                if folder != written:
+                    raise
+                raise ModelError(f"the smaller model does not run ({error}): {why}") from error
             states.append(one.last_state(0).double())
     apart = float((states[1] - states[0]).norm() / states[0].norm())
     if not apart <= _SAME:
-        raise ModelError(f"the smaller model's output is off by {apart:.1e}: {change.why}")
+        raise ModelError(f"the smaller model's output is off by {apart:.1e}: {why}")

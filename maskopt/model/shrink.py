@@ -119,7 +119,7 @@ def shrink_model(
             layers, bad = _shrink_blocks(job, options, by_layer, run)
         seconds, memory = time.perf_counter() - began, peaks(source.device)
         report = PruneReport(layers, fingerprint, bad, {}, Path(output), seconds, (), memory)
-        run.finish_smaller(report)
+        run.finish_smaller(job, report)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 from maskopt.model.card import hub_name, write_card
 from maskopt.model.checkpoint import file_digest
 from maskopt.model.edits import Edits
+from maskopt.model.job import Job
 from maskopt.model.maskfile import MaskFile, MaskFiles, unpack
 from maskopt.model.output import FolderRun
 from maskopt.model.report import PruneReport, write_manifest
+from maskopt.model.rewritten import check_same_output
 from maskopt.model.safefile import open_safe
 from maskopt.model.smaller import StoredCut, write_config, write_index, write_smaller_shard
 from maskopt.model.source import FolderSource
@@ -44,8 +47,13 @@ class ShrinkRun(FolderRun):
         for name, cut in cuts.items():
             self._block_of[name] = self._every[cut.cuts[0][0]].consumer.block
 
-    def finish_smaller(self, report: PruneReport) -> None:
-        """Write what is left to write, and move all of it into view."""
+    def finish_smaller(self, job: Job, report: PruneReport) -> None:
+        """Write what is left to write, hold it against the original with zeros in its place, and move all of
+        it into view.
+
+        Raises:
+            ModelError: what was written computes something else.
+        """
         work, checkpoint = self.work, self.source.checkpoint
         self._write_finished_shards()
         files = dict(self.journal.shards)
@@ -58,8 +66,23 @@ class ShrinkRun(FolderRun):
         for name in write_card(work.staging, report, hub_name(home), home.name, beside):
             files[name] = file_digest(work.staging / name)
         self.model.check()
+        self._check_output(job, report)
         write_manifest(work.staging / MANIFEST, report, files, {}, shrunk=self._record())
         work.commit()
+
+    def _check_output(self, job: Job, report: PruneReport) -> None:
+        bad = {sample["sample"] for sample in report.bad_samples}
+        assert job.windows is not None
+        windows = [window for window in range(len(job.windows)) if window not in bad]
+        if windows:
+            done = {index: self.done(index) for index in self.journal.blocks}
+            check_same_output(
+                job,
+                self.work.staging,
+                "what was removed does more in this family than pass through the layer that takes it",
+                window=windows[0],
+                finished={i: replace(one, bad=[]) for i, one in done.items() if one is not None},
+            )
 
     def _write_shard(self, name: str, edits: Edits) -> str:
         kept = self._kept(edits.masks)

@@ -8,7 +8,8 @@ epoch, and the best one is what stays, the weights at the start among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,11 +109,13 @@ class Task:
 
     Attributes:
         free: by parameter name inside the part, bool in its shape: entries that may change.
+        stored: likewise, the dtype in which it will be written.
         given, wanted: of the fitted and of the held windows.
     """
 
     part: Part
     free: dict[str, Tensor]
+    stored: dict[str, torch.dtype]
     given: Recorded
     wanted: Recorded
     fitted: Sequence[int]
@@ -136,7 +139,8 @@ def train(
             parameter.data = parameter.data.float()
         for weight in weights:
             weight.data = weight.data.clone()
-        trained = _epochs(task, weights, pool, generator, tick)
+        rounding = [(stored[name][0].dtype, task.stored[name]) for name in task.free]
+        trained = _epochs(task, weights, rounding, pool, generator, tick)
         new = [weight.data for weight in weights]
     finally:
         for name, parameter in named.items():
@@ -153,10 +157,12 @@ def train(
 def _epochs(
     task: Task,
     weights: Sequence[nn.Parameter],
+    rounding: Sequence[tuple[torch.dtype, torch.dtype]],
     pool: Threads,
     generator: torch.Generator,
     tick: Callable[[int], None],
 ) -> Trained:
+    """Every epoch is judged, and kept, as it will be stored: rounded to these dtypes, one after the other."""
     how, count, named = task.how, len(task.fitted), list(zip(task.free, weights, strict=True))
     steps = how.epochs * math.ceil(count / how.batch)
     sizes = _sizes([(weight, task.free[name]) for name, weight in named])
@@ -170,8 +176,10 @@ def _epochs(
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    before = Losses(_mean(task, task.fitted, pool), _mean(task, task.held, pool))
-    best, epoch, kept = before.held, 0, [weight.detach().clone() for weight in weights]
+    kept = _rounded(weights, rounding)
+    with _in_place(weights, kept):
+        before = Losses(_mean(task, task.fitted, pool), _mean(task, task.held, pool))
+    best, epoch = before.held, 0
     if not math.isfinite(best):
         raise ModelError(
             f"{task.part.name or 'a block'} gives NaN or infinite values where it is to be trained; leave "
@@ -186,16 +194,40 @@ def _epochs(
             optimizer.step()
             schedule.step()
             tick(len(windows))
-        held = _mean(task, task.held, pool)
+        now = _rounded(weights, rounding)
+        with _in_place(weights, now):
+            held = _mean(task, task.held, pool)
         diverged = not held <= _DIVERGED * before.held
         if diverged:
             break
         if held < best:
-            best, epoch, kept = held, number, [weight.detach().clone() for weight in weights]
+            best, epoch, kept = held, number, now
     for weight, value in zip(weights, kept, strict=True):
         weight.data = value
     after = Losses(_mean(task, task.fitted, pool), best) if epoch else before
     return Trained(before, after, epoch, diverged)
+
+
+def _rounded(
+    weights: Sequence[nn.Parameter], rounding: Sequence[tuple[torch.dtype, torch.dtype]]
+) -> list[Tensor]:
+    """Copies in float32, of what those dtypes can hold."""
+    return [
+        weight.detach().clone().to(first).to(then).float()
+        for weight, (first, then) in zip(weights, rounding, strict=True)
+    ]
+
+
+@contextmanager
+def _in_place(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+    exact = [weight.data for weight in weights]
+    try:
+        for weight, value in zip(weights, values, strict=True):
+            weight.data = value
+        yield
+    finally:
+        for weight, value in zip(weights, exact, strict=True):
+            weight.data = value
 
 
 def _sizes(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> list[float]:

@@ -35,6 +35,11 @@ from maskopt.model.verify_folder import (
 from maskopt.model.verify_manifest import sound_record
 
 FORMAT = "maskopt-smaller-1"
+#: settings that name blocks by their numbers
+_NUMBERED = {
+    *("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers"),
+    "moe_layers",
+}
 
 
 @dataclass(frozen=True)
@@ -258,6 +263,12 @@ def _without_experts(name: str, shrunk: Mapping[str, Any]) -> str | None:
     return name
 
 
+def _renumbered(numbers: Sequence[int], removed: Sequence[int]) -> list[int]:
+    """A list of blocks by their numbers, which those behind a removed one change."""
+    left = [number for number in numbers if number not in removed]
+    return [number - len([gone for gone in removed if gone < number]) for number in left]
+
+
 def _check_settings(
     folder: Path, settings: Mapping[str, Any], removed: Sequence[int], original: Weights | None
 ) -> None:
@@ -276,7 +287,8 @@ def _check_settings(
         nested = before if text is config else before.get("text_config", {})
         for key, value in settings.items():
             listed = nested.get(key)
-            if isinstance(listed, list) and value != _without(listed, removed):
+            left = _renumbered if key in _NUMBERED else _without
+            if isinstance(listed, list) and value != left(listed, removed):
                 raise VerificationError(
                     f"{folder / CONFIG}: {key} is not the original's without the removed blocks"
                 )
