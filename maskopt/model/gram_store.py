@@ -212,10 +212,7 @@ def _is_whole(index: dict[str, Any]) -> bool:
         and all(type(text.get(name)) is int for name in ("samples", "length"))
         and all(name in options for name in OF_STORE)
         and all(isinstance(layer, str) for layer in index["layers"])
-        and all(
-            isinstance(x, dict) and x.keys() >= {"sample", "layer", "block"}
-            for x in index["bad_samples"]
-        )
+        and all(isinstance(bad, dict) and bad.keys() >= _BAD for bad in index["bad_samples"])
     )
 
 
