@@ -158,6 +158,21 @@ def test_a_configuration_that_refuses_the_number_of_heads_is_asked_beforehand(
     assert not (tmp_path / "out").exists()
 
 
+def test_code_of_the_models_own_is_refused_before_anything_heavy(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (dense / "config.json").write_text(json.dumps(config))
+    (dense / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    )
+    with pytest.raises(ModelError, match="code is not copied"):
+        shrink_model(
+            dense, tokens(6), output=tmp_path / "out", channels=0.5, trust_remote_code=True
+        )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("config", "more", "said"),
     [

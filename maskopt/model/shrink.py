@@ -32,9 +32,10 @@ from maskopt.model.output import finished_report
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import LayerReport, PruneReport
+from maskopt.model.rewritten import rewritable
 from maskopt.model.shrink_options import ShrinkOptions
 from maskopt.model.shrink_output import ShrinkRun
-from maskopt.model.smaller import check_family, folder_source, new_settings, stored_cuts
+from maskopt.model.smaller import check_family, new_settings, stored_cuts
 from maskopt.model.solving import default_start
 from maskopt.model.source import FolderSource, as_stored
 from maskopt.model.structures import CHANNELS, Structures, channels_of, heads_of
@@ -93,7 +94,7 @@ def shrink_model(
     if text is None:
         raise ModelError("shrinking needs `calibration` text or tokens; name a source of text")
     whole = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
-    source = folder_source(whole.source)
+    source = rewritable(whole)
     every = find_structures(source, options)
     settings = new_settings(source, every)
     check_family(source, settings, every)
