@@ -119,12 +119,12 @@ def gaps(lines: dict[str, Record]) -> str:
 def blocks(lines: dict[str, Record]) -> str:
     rows, seconds = [], []
     for name, title in TITLES.items():
-        for key, record in family(lines, f"blocks/{name}/").items():
-            count, label = key.split("/")
+        found = [(*key.split("/"), r) for key, r in family(lines, f"blocks/{name}/").items()]
+        for count, label, record in sorted(found, key=lambda x: (int(x[0]), x[1] != DEFAULT)):
             gone = ", ".join(map(str, record["removed"]))
             rows.append([title, count, label, gone, f"{record['cost']:.3f}", _cell(record)])
             if "status" in record:
-                assert record["status"] == "optimal", (name, key)
+                assert record["status"] == "optimal", (name, count)
                 seconds.append(record["solving"])
     if not rows:
         return ""
