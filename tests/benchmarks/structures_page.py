@@ -119,12 +119,13 @@ def gaps(lines: dict[str, Record]) -> str:
 def blocks(lines: dict[str, Record]) -> str:
     rows, seconds = [], []
     for name, title in TITLES.items():
-        found = [(*key.split("/"), r) for key, r in family(lines, f"blocks/{name}/").items()]
-        for count, label, record in sorted(found, key=lambda x: (int(x[0]), x[1] != DEFAULT)):
+        found = family(lines, f"blocks/{name}/")
+        for key in sorted(found, key=_by_count):
+            record, (count, label) = found[key], key.split("/")
             gone = ", ".join(map(str, record["removed"]))
             rows.append([title, count, label, gone, f"{record['cost']:.3f}", _cell(record)])
             if "status" in record:
-                assert record["status"] == "optimal", (name, count)
+                assert record["status"] == "optimal", (name, key)
                 seconds.append(record["solving"])
     if not rows:
         return ""
@@ -144,6 +145,12 @@ def blocks(lines: dict[str, Record]) -> str:
         "### Blocks\n\nEffects measured on 4 windows; every choice of least cost is proven, in at most "
         f"{max(seconds):.2f} s:\n\n" + table(head, rows) + lacking
     )
+
+
+def _by_count(key: str) -> tuple[int, bool]:
+    """Of a line of blocks: how many, and the default first."""
+    count, label = key.split("/")
+    return int(count), label != DEFAULT
 
 
 def speed(lines: dict[str, Record]) -> str:
