@@ -14,7 +14,7 @@ import torch
 from commands import run
 from test_model_resume import contents
 from test_shrink import forge
-from tiny_models import FAMILIES, save, tiny, tokens
+from tiny_models import FAMILIES, save, save_with_own_code, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
@@ -300,13 +300,7 @@ def test_a_vision_tower_keeps_its_blocks(tmp_path: Path) -> None:
 
 
 def test_code_of_the_models_own_is_refused_before_anything_heavy(tmp_path: Path) -> None:
-    dense = save(tiny("llama"), tmp_path / "dense")
-    config = json.loads((dense / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
-    (dense / "config.json").write_text(json.dumps(config))
-    (dense / "modeling_own.py").write_text(
-        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
-    )
+    dense = save_with_own_code(tmp_path / "dense")
     walk = WalkOptions(trust_remote_code=True)
     with pytest.raises(ModelError, match="code is not copied"):
         remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", options=walk)

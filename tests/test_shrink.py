@@ -13,7 +13,7 @@ from commands import run
 from forging import change_tensors, forge_manifest
 from safetensors.torch import load_file
 from test_model_resume import contents
-from tiny_models import SHARED, save, tiny, tokens
+from tiny_models import SHARED, save, save_with_own_code, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from maskopt import NM, LayerProblem, Unstructured, prune_model, shrink_model, solve
@@ -159,13 +159,7 @@ def test_a_configuration_that_refuses_the_number_of_heads_is_asked_beforehand(
 
 
 def test_code_of_the_models_own_is_refused_before_anything_heavy(tmp_path: Path) -> None:
-    dense = save(tiny("llama"), tmp_path / "dense")
-    config = json.loads((dense / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
-    (dense / "config.json").write_text(json.dumps(config))
-    (dense / "modeling_own.py").write_text(
-        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
-    )
+    dense = save_with_own_code(tmp_path / "dense")
     with pytest.raises(ModelError, match="code is not copied"):
         shrink_model(
             dense, tokens(6), output=tmp_path / "out", channels=0.5, trust_remote_code=True

@@ -186,6 +186,18 @@ class WordTokenizer:
         return {"input_ids": [ord(c) % VOCABULARY for c in text]}
 
 
+def save_with_own_code(folder: Path) -> Path:
+    """A model whose configuration asks to run code that lies beside it."""
+    save(tiny("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    )
+    return folder
+
+
 def save_tokenizer(folder: Path) -> None:
     """A real fast tokenizer of the tiny vocabulary, one token a character."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -101,7 +101,8 @@ def evaluate(
         on_progress: called with (model, window passes done, all of them).
 
     Raises:
-        OptionError: no model. DataError: tokenizers that cut the text differently; too little text.
+        OptionError: no model. DataError: other vocabularies or hidden sizes; tokenizers that cut the text
+            differently; too little text.
         ModelError: a model that cannot be read, or gives NaN.
     """
     if not models:
