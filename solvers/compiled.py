@@ -74,9 +74,8 @@ class _Loop(CPUDispatcher):
     def __call__(self, *arguments: Any) -> Any:
         try:
             return super().__call__(*arguments)
-        except (
-            SystemError
-        ) as error:  # "returned a result with an exception set", once or twice over
+        except SystemError as error:
+            # "returned a result with an exception set", once or twice over
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, KeyboardInterrupt):
                 cause = cause.__cause__

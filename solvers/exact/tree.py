@@ -247,9 +247,8 @@ class Tree:
                         if child.bound < self.cutoff:
                             heapq.heappush(open_nodes, child)
                 least_open = open_nodes[0].bound if open_nodes else np.inf
-            except (
-                KeyboardInterrupt
-            ):  # wherever a turn was interrupted, nothing open was below this
+            except KeyboardInterrupt:
+                # wherever a turn was interrupted, nothing open was below `least_open`
                 ended = "userinterrupt"
         return RowAnswer(
             pruned=self.best,
