@@ -239,6 +239,7 @@ def test_a_sweep_is_its_prunes_and_goes_on_where_it_was(tmp_path: Path) -> None:
         "patterns": [Unstructured(sparsity=0.5), NM(keep=2, of=4)],
         "weights": ["keep", "refit"],
         "min_tokens": 1,
+        "damping": 0.02,  # of the refitted ones
     }
     found, dense_too = sweep(dense, tmp_path / "grams", tmp_path / "sweep", text=tokens(3), **how)
     assert [one.label for one in found] == [
@@ -248,7 +249,7 @@ def test_a_sweep_is_its_prunes_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(one.evaluation is not None and one.evaluation.change for one in found)
     prune_model(
         dense, grams=tmp_path / "grams", output=tmp_path / "alone", sparsity=0.5, weights="refit",
-        min_tokens=1,
+        min_tokens=1, damping=0.02,
     )  # fmt: skip
     assert contents(tmp_path / "alone") == contents(tmp_path / "sweep" / "0.5-swap-refit")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "sweep").rglob("*") if p.is_file()}

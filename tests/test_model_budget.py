@@ -230,6 +230,7 @@ def test_a_trade_that_was_left_out_is_found(tmp_path: Path) -> None:
             "`budget` both is of a plain sparsity, such as 0.5, not of keep 3",
         ),
         ({"budget": "row", "spread": 0.1}, OptionError, "`spread` is of what trades"),
+        ({"budget": "row", "importance": "alike"}, OptionError, "`importance` is of what trades"),
         (
             {"sparsity": None, "pattern": pool(0.5, 0.2), "spread": 0.1},
             OptionError,

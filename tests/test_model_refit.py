@@ -299,6 +299,14 @@ def test_manifests_that_say_otherwise_are_found(
         verify_output(out, result[0], calibration=tokens())
 
 
+def test_options_of_nothing_in_an_older_manifest_are_passed_over(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    prune_model(dense, tokens(), output=tmp_path / "out", sparsity=0.5, min_tokens=1)
+    told = {"importance": "alike", "damping": 0.3}
+    forge_manifest(tmp_path / "out", lambda m: m["fingerprint"]["options"].update(told))
+    assert verify_output(tmp_path / "out", dense, calibration=tokens()).checked_layers
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
@@ -310,6 +318,12 @@ def test_manifests_that_say_otherwise_are_found(
         ({"damping": -1.0}, OptionError, "`damping` must be at least 0, not -1.0"),
         ({"damping": "some"}, OptionError, "`damping` must be a number of at least 0 or auto"),
         ({"damping": "auto"}, ModelError, "`damping` auto needs held-out windows"),
+        ({"weights": "keep", "damping": 0.1}, OptionError, "`damping` is of refitted weights"),
+        (
+            {"weights": "reconstruct", "holdout": 0.2, "damping": 0.1},
+            OptionError,
+            "`damping` is of refitted weights",
+        ),
     ],
 )
 def test_bad_input_gets_one_line(

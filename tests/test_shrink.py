@@ -136,6 +136,11 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_written(
         ({"heads": 0.5, "certify": True}, OptionError, "heads are proven"),
         ({"channels": 0.2, "solver": "swop"}, MaskoptError, "did you mean"),
         ({"channels": 0.2, "weights": "reconstruct"}, MaskoptError, "weights"),
+        (
+            {"channels": 0.2, "weights": "keep", "damping": 0.1},
+            OptionError,
+            "`damping` is of refitted",
+        ),
     ],
 )
 def test_options_that_cannot_be(

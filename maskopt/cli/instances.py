@@ -70,6 +70,8 @@ def load_layers(
         if options["weights"] == REFIT:
             refit = Refit(options["damping"])
             layers = [layer.refitting(refit) for layer in layers]
+        elif options["damping"] != Refit.damping:
+            raise OptionError("`damping` is of refitted weights: give `weights` refit, too")
         return Layers(layers, pattern, {})
     if len(source) > 1:
         raise OptionError(f"{models[0]} is a model folder: name it alone, or .npz instances")

@@ -119,7 +119,7 @@ class PruneOptions(WalkOptions):
         ),
     )
     damping: float | str = option_field(
-        0.01,
+        Refit.damping,
         MASKS,
         "Of refitted weights, how strongly they stay where they were, in parts of G's mean diagonal; auto: "
         "per layer by the error on held-out windows.",
@@ -141,6 +141,8 @@ class PruneOptions(WalkOptions):
         self._set_reconstruction()
         _check_shrink(self.shrink, self.holdout)
         _check_damping(self.damping, self.holdout)
+        if self.refit is None and self.damping != Refit.damping:
+            raise OptionError("`damping` is of refitted weights: give `weights` refit, too")
         for name in ("one_pass", "true_sequential"):
             if self.moved and getattr(self, name):
                 raise OptionError(
@@ -168,6 +170,10 @@ class PruneOptions(WalkOptions):
             raise OptionError("`spread` is of what trades: give `budget` layer, model or both, too")
         if self.counts and not self.layers_trade:
             raise OptionError("`counts` are those of layers that trade: give `budget` model, too")
+        if self.budget == ROW and self.importance != LOSS:
+            raise OptionError(
+                "`importance` is of what trades: give `budget` layer, model or both, too"
+            )
         if self.sensitive:
             self._check_every_window("`importance` loss")
         if self.importance == MEASURED and self.rows_trade:

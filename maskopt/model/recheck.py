@@ -23,10 +23,10 @@ from maskopt.least_squares import Refit
 from maskopt.model.beginning import BOS, GIVEN, TEMPLATE
 from maskopt.model.blocks import choose, matrix
 from maskopt.model.checkpoint import open_checkpoint
-from maskopt.model.importance import IMPORTANCES, counting
+from maskopt.model.importance import IMPORTANCES, LOSS, counting
 from maskopt.model.job import Job, open_job
 from maskopt.model.mask_model import masks_as_model
-from maskopt.model.options import AUTO, KEEP, RECONSTRUCT, TARGETS, WEIGHTS, PruneOptions
+from maskopt.model.options import AUTO, KEEP, RECONSTRUCT, ROW, TARGETS, WEIGHTS, PruneOptions
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.source import FolderSource
 from maskopt.model.threads import Threads
@@ -183,7 +183,7 @@ def recheck_layers(
         budget=run.budget,
         counts=run.counts,
         spread=run.spread,
-        importance=run.importance,
+        importance=run.importance if run.budget != ROW else LOSS,
         solver="magnitude",
         include=tuple(said),
         seed=run.seed,

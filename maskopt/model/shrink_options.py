@@ -46,7 +46,7 @@ class ShrinkOptions(WalkOptions):
         choices=(KEEP, REFIT),
     )
     damping: float = option_field(
-        0.01,
+        Refit.damping,
         MASKS,
         "Of refitted weights, how strongly they stay where they were, in parts of G's mean diagonal.",
         least=0,
@@ -71,6 +71,8 @@ class ShrinkOptions(WalkOptions):
                     raise OptionError(
                         f"`{name}` is of channels, and heads are proven; give `channels`, or leave it out"
                     )
+        if self.weights == KEEP and self.damping != Refit.damping:
+            raise OptionError("`damping` is of refitted weights; leave it out with `weights` keep")
         check_solver(self.solver, self.solver_options, None)
 
     @property

@@ -122,4 +122,6 @@ def _cases(
 ) -> Iterator[tuple[str, PruneOptions]]:
     for pattern, solver, after in itertools.product(patterns, solvers, weights):
         how = {"pattern": pattern, "solver": solver, "weights": after, **shorthand}
+        if after == KEEP and len(set(weights)) > 1:
+            how.pop("damping", None)  # it is of the others
         yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", prune_options(None, how)
