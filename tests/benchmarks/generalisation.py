@@ -59,21 +59,31 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
     ),
     "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {}),
 }
-#: label → other options: kept weights that are trained
+#: what becomes of kept weights → options
+AFTER: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "refitted": {"weights": "refit"},
+    "trained": {"weights": "reconstruct"},
+}
+#: label → other options: the same mask before and after its kept weights are set anew
 TRAINED: dict[str, dict[str, Any]] = {
     "1-swap, kept": {"solver": "swap"},
     "1-swap, trained": {"solver": "swap", "weights": "reconstruct"},
-    "Wanda, kept": {"solver": "wanda"},
-    "Wanda, trained": {"solver": "wanda", "weights": "reconstruct"},
-    "1-swap, whole blocks trained": {
-        "solver": "swap",
-        "weights": "reconstruct",
-        "reconstruct": {"granularity": "block"},
-    },
+    "1-swap on F, refitted": {"solver": "swap", "weights": "refit"},
     "1-swap on F, trained": {
         "solver": "swap",
         "weights": "reconstruct",
         "reconstruct": {"begin": "refit"},
+    },
+    **{
+        f"{label}, {after}": {"solver": solver, **own}
+        for label, solver in (("Wanda", "wanda"), ("magnitude", "magnitude"), ("random", "random"))
+        for after, own in AFTER.items()
+    },
+    "1-swap, whole blocks trained": {
+        "solver": "swap",
+        "weights": "reconstruct",
+        "reconstruct": {"granularity": "block"},
     },
 }
 #: label → other options: masks, and what becomes of the kept weights

@@ -262,10 +262,10 @@ STUDIES = (
     Study(
         "trained",
         "Weights that are trained",
-        "50%, 32 windows. Kept weights as they are, or trained towards the dense model with the defaults of\n"
-        "`--weights reconstruct`: attention and MLP one after the other; the windows kept aside choose the\n"
-        "epoch. Errors are those of the masks, before weights are trained. Minutes were taken with other\n"
-        "work on the same cores now and then.",
+        "50%, 32 windows. Kept weights as they are, refitted by least squares, or trained towards the\n"
+        "dense model with the defaults of `--weights reconstruct`: attention and MLP one after the other;\n"
+        "the windows kept aside choose the epoch. Errors are those before weights are trained. Minutes\n"
+        "were taken with other work on the same cores now and then.",
         {
             "model": MODEL,
             "mask, weights": part(1),
