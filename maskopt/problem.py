@@ -297,8 +297,10 @@ class LayerProblem:
         return energy.clamp_(min=0.0)
 
     def diagonal_mass(self) -> Float[Tensor, " rows"]:
-        """Σⱼ wⱼ²Gⱼⱼ (+ c) of every row in float64: the scale against which rounding is measured."""
-        mass = self.weight.double().square() @ self.gram.diagonal().double()
+        """Σⱼ wⱼ²Gⱼⱼ (+ c) of every row in float64, with `refit` Σⱼ wⱼ²Aⱼⱼ: the scale against which rounding
+        is measured."""
+        ridge = 0.0 if self.refit is None else self.least_squares.ridge
+        mass = self.weight.double().square() @ (self.gram.diagonal().double() + ridge)
         return mass if self.linear is None else mass + self.linear.constant
 
     def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:

@@ -91,6 +91,20 @@ class Solver(Protocol):
         nothing: of weights as they are, where it can no other or its mask is the same."""
         return self, layer if self.capabilities.refit else layer.refitting(None)
 
+    def check_size(self, n: int, pattern: Pattern, *, refit: bool) -> None:
+        """Raise SolverError where rows of so many inputs are beyond it, or what is asked of their weights:
+        all that can be said before there are any numbers.
+
+        Args:
+            refit: of problems with refitted weights.
+        """
+        largest = self.capabilities.largest_n
+        if largest is not None and n > largest:
+            raise SolverError(
+                f"{self.name}: a row of {n} inputs is beyond it (at most {largest}); "
+                "use maskopt.lower_bound for a certified gap, or row.restrict(columns)"
+            )
+
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """Answer for every row.
 
@@ -330,8 +344,4 @@ def check_fit(backend: Solver, layer: LayerProblem) -> None:
             f"solver {backend.name!r} holds no limits on what a row prunes; leave out the pattern's "
             "`spread`, or take it as a start of solver 'swap'"
         )
-    if can.largest_n is not None and layer.n > can.largest_n:
-        raise SolverError(
-            f"{backend.name}: a row of {layer.n} inputs is beyond it (at most {can.largest_n}); "
-            "use maskopt.lower_bound for a certified gap, or row.restrict(columns)"
-        )
+    backend.check_size(layer.n, layer.pattern, refit=layer.refit is not None)

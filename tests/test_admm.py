@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import KINDS, problems, random_gram, random_linear, random_weight
 
-from maskopt import NM, LayerProblem, Refit, Status, Unstructured, solve, verify
+from maskopt import NM, LayerProblem, Linear, Refit, Status, Unstructured, solve, verify
 from maskopt.errors import MaskoptError, OptionError
 
 PATTERNS = (Unstructured(sparsity=0.5), NM(keep=2, of=4))
@@ -82,6 +82,16 @@ def test_rows_without_weights_and_inputs_without_anything(pattern):
     assert (solution.objective == 0).tolist() == [True, False, False, True, False, False]
     nothing = LayerProblem(weight, torch.zeros_like(problem.gram), pattern, refit=Refit(0.01))
     verify(nothing, solve(nothing, "admm"))
+
+
+@pytest.mark.parametrize("power", [0, 9, 30])
+def test_a_row_of_no_weights_may_have_much_to_take_over(power):
+    problem = layer(linear=True)
+    weight, scale = 10.0**power * problem.weight, 10.0**power
+    weight[2] = 0
+    linear = Linear(scale * problem.linear.correlation, scale**2 * problem.linear.constant)
+    problem = LayerProblem(weight, problem.gram, PATTERNS[0], linear=linear, refit=Refit(0.01))
+    verify(problem, solve(problem, "admm"))
 
 
 @settings(max_examples=15)

@@ -22,6 +22,7 @@ from maskopt.gram import Gram
 from maskopt.model.checkpoint import file_digest
 from maskopt.model.gram_store import INDEX, GramStore
 from maskopt.model.options import PruneOptions
+from maskopt.model.plan import plan_prune
 from maskopt.model.sweep import sweep
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST
@@ -230,6 +231,27 @@ def test_what_a_store_is_of_goes_before_what_is_asked(tmp_path: Path) -> None:
     collect_grams(dense, tokens(6), output=tmp_path / "grams", weighting="rest")
     options = GramStore(tmp_path / "grams").options(PruneOptions(Unstructured(sparsity=0.5)))
     assert (options.weighting, options.one_pass, options.samples) == ("rest", True, 6)
+
+
+def test_windows_that_a_store_keeps_aside_choose(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams", holdout=0.3)
+    how: dict[str, Any] = {"weights": "refit", "damping": "auto", "shrink": "auto", "min_tokens": 1}
+    report = prune_model(
+        dense, grams=tmp_path / "grams", output=tmp_path / "out", sparsity=0.5, **how
+    )
+    assert all(layer.error_held is not None for layer in report.layers)
+    found, _ = sweep(
+        dense, tmp_path / "grams", tmp_path / "sweep", patterns=[Unstructured(sparsity=0.5)],
+        weights=["refit"], **{k: v for k, v in how.items() if k != "weights"},
+    )  # fmt: skip
+    assert contents(found[0].output) == contents(tmp_path / "out")
+    assert plan_prune(dense, grams=tmp_path / "grams", sparsity=0.5, **how).forward_seconds == 0.0
+    with pytest.raises(OptionError, match="reconstruct needs the text"):
+        prune_model(
+            dense, grams=tmp_path / "grams", output=tmp_path / "none", sparsity=0.5,
+            weights="reconstruct",
+        )  # fmt: skip
 
 
 def test_a_sweep_is_its_prunes_and_goes_on_where_it_was(tmp_path: Path) -> None:

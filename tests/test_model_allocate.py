@@ -28,6 +28,7 @@ from maskopt.model.options import PruneOptions, prune_options
 from maskopt.model.plan import plan_prune
 from maskopt.model.report import read_manifest
 from maskopt.model.share_out import Curve, share_out
+from maskopt.model.solving import DAMPING_GRID
 from maskopt.model.verify import verify_output
 from maskopt.model.windows import held_out
 from maskopt.model.workspace import MANIFEST
@@ -334,6 +335,15 @@ def test_manifests_that_say_otherwise_are_found(
     result: tuple[Path, Path], tmp_path: Path, change: Any, message: str
 ) -> None:
     check_forgery(result[1], tmp_path, change, message, result[0])
+
+
+@pytest.mark.parametrize("more", [{"damping": 0.1}, {"damping": "auto", "holdout": 0.3}])
+@pytest.mark.parametrize("budget", ["model", "both"])
+def test_refitted_layers_trade_under_any_damping(budget: str, more: dict[str, Any]) -> None:
+    given = {**OPTIONS, "budget": budget, "solver": "swap", "weights": "refit", **more}
+    report = prune_model(tiny("llama"), tokens(), **given)
+    said = {layer.damping for layer in report.layers}
+    assert said == {0.1} if more["damping"] == 0.1 else said <= {*DAMPING_GRID}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import (
     FAMILIES,
     WordTokenizer,
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import maskopt
 from maskopt import NM, Unstructured, prune_model
-from maskopt.errors import DataError, MaskoptError, ModelError, PatternError
+from maskopt.errors import DataError, MaskoptError, ModelError, PatternError, SolverError
 from maskopt.model.blocks import Blocks, choose, matrix
 from maskopt.model.verify import verify_output
 
@@ -366,6 +367,7 @@ def refusal(kind: type[Exception] = MaskoptError, **options: Any) -> str:
         ("no layer matches 'lm_head'", {"exclude": ["lm_head"]}),
         ("leave no layer", {"include": ["q_proj"], "exclude": ["q_proj"]}),
         ("has no option", {"solver_options": {"time_limt": 3}}),
+        ("cannot be its own start", {"solver": "swap", "warm_start": "swap"}),
         ("shrink", {"shrink": 2.0}),
         ("min_tokens", {"min_tokens": 0}),
         ("unknown device", {"device": "quantum"}),
@@ -381,6 +383,33 @@ def test_bad_options(message: str, options: dict[str, Any]) -> None:
     said = refusal(kind, **options)
     assert re.search(message, said)
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        (
+            "update=true sets weights anew",
+            {"solver": "sparsegpt", "solver_options": {"update": True}},
+        ),
+        (
+            r"q_proj': exhaustive: a row of 32 inputs at 0\.5 has 6\.01e\+8",
+            {"solver": "exhaustive"},
+        ),
+        (r"exhaustive: .* that trades has", {"warm_start": "exhaustive", "budget": "both"}),
+        ("down_proj': branch: a row of 264 inputs is beyond it", {"warm_start": "branch"}),
+    ],
+)
+def test_what_a_solver_cannot_is_said_before_any_work(
+    message: str, options: dict[str, Any]
+) -> None:
+    kind, arguments = FAMILIES["llama"]
+    config = getattr(transformers, kind)(**{**arguments, "intermediate_size": 264})
+    model = AutoModelForCausalLM.from_config(config)
+    told: list[object] = []
+    given = {"solver": "swap", **options, "on_progress": told.append}
+    assert re.search(message, refusal(SolverError, model=model, **given))
+    assert told == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

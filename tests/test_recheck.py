@@ -60,6 +60,25 @@ def test_under_every_option(name: str, dense_folder: Path, tmp_path: Path) -> No
     assert len(verified.checked_layers) == verified.layers
 
 
+def test_training_that_began_from_the_weights_of_a_solver(
+    dense_folder: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {
+        "sparsity": 0.5, "min_tokens": 1, "solver": "sparsegpt", "solver_options": {"update": True},
+        "weights": "reconstruct", "holdout": 0.3, "reconstruct": {"epochs": 1, "begin": "refit"},
+    }  # fmt: skip
+    for name, more in (("blocks", {}), ("rounds", {"true_sequential": True})):
+        prune_model(dense_folder, tokens(), output=tmp_path / name, **given, **more)
+    verified = verify_output(tmp_path / "blocks", dense_folder, calibration=tokens())
+    assert len(verified.checked_layers) == 21
+    assert "errors" in verified.claimed
+    with pytest.raises(VerificationError, match="it cannot be checked on text"):
+        verify_output(tmp_path / "rounds", dense_folder, calibration=tokens())
+    forge_manifest(tmp_path / "blocks", lambda m: m["layers"][3].update(error_kept=1e-3))
+    with pytest.raises(VerificationError, match="before its weights were refitted"):
+        verify_output(tmp_path / "blocks", dense_folder, calibration=tokens())
+
+
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "deepseek_v3", "llama4", "bamba"])
 @pytest.mark.parametrize("more", [{}, {"all_experts": True}, {"true_sequential": True}])
 def test_other_families(family: str, more: dict[str, Any], tmp_path: Path) -> None:

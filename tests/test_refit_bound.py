@@ -154,6 +154,26 @@ def test_degenerate_rows_are_bounded_by_nothing():
         assert bool((bound >= 0.9 * optimum - floor(problem)).all())
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-6, 0.01])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_inputs_that_say_the_same_are_bounded_too(damping, pooled):
+    pattern = Unstructured(sparsity=0.5, per="layer" if pooled else "row")
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(1 + seed % 3, 4, generator=generator, dtype=torch.float64)
+        x = x * 10.0 ** torch.empty(4, dtype=torch.float64).uniform_(-3, 3, generator=generator)
+        x[:, 1] = -x[:, 0]
+        weight = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        weight[torch.rand(3, 4, generator=generator) < 0.3] = 0
+        problem = LayerProblem(weight, x.T @ x, pattern, refit=Refit(damping))
+        best = solve(problem, "exhaustive")
+        bound = lower_bound(problem, "perspective")
+        room = 1e-9 * problem.diagonal_mass().sum()
+        assert float(bound.value.sum()) <= float(best.objective.sum() + room)
+        if not pooled:
+            verify(problem, solve(problem, "branch"))
+
+
 def test_no_time_leaves_a_bound_that_holds():
     problem = refit_layer(rows=2, n=12)
     bound = lower_bound(problem, "perspective", limits=Limits(seconds=0))

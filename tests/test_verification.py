@@ -10,6 +10,7 @@ from strategies import random_gram, random_weight
 from maskopt import (
     NM,
     LayerProblem,
+    Refit,
     Solution,
     Status,
     Unstructured,
@@ -281,6 +282,22 @@ def test_blocks_of_any_size_verify_the_same(monkeypatch):
         found = checks.improving_swap(problem.row(0), start.mask[0])
         assert found[:2] == swap[:2]
         assert found.delta == pytest.approx(swap.delta, rel=1e-12)
+
+
+def test_weights_that_meet_no_input_are_refitted_without_a_claim_on_rounding():
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    x[:, 0] = 0
+    weight = torch.zeros(2, 6, dtype=torch.float64)
+    weight[:, 0] = 1e6
+    weight[1] = torch.randn(6, generator=generator, dtype=torch.float64)
+    problem = LayerProblem(weight, x.T @ x / 40, Unstructured(0.5), refit=Refit(0.01))
+    for solver in ("exhaustive", "branch", "admm", "obs", "swap"):
+        verify(problem, solve(problem, solver))
+    off = solve(problem, "exhaustive").objective + 1.0
+    assert_refused(
+        problem, replace(solve(problem, "exhaustive"), objective=off), "objective: row 0"
+    )
 
 
 def test_rows_that_weigh_nothing_leave_no_room_and_need_none():

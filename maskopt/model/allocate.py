@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskopt.least_squares import Refit
 from maskopt.model.block_curves import measured_curves
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.importance import MEASURED, row_importance
@@ -46,6 +47,7 @@ def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
         target="pruned",
         weights=KEEP,
         reconstruct={},
+        damping=Refit.damping,
         shrink=0.0,
     )
     if options.importance == MEASURED:

@@ -25,7 +25,7 @@ from maskopt.model.collect import BadSample, Grams
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import by_block
-from maskopt.model.options import LOSS, RECONSTRUCT, PruneOptions
+from maskopt.model.options import LOSS, RECONSTRUCT, PruneOptions, prune_options
 from maskopt.model.output import FinishedBlock, check_disk, check_not_the_model
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.ranks import ALONE, Ranks
@@ -130,16 +130,30 @@ class GramStore:
         self._bad: list[dict[str, Any]] = index["bad_samples"]
         self._layers: list[str] = index["layers"]
 
-    def options(self, options: PruneOptions) -> PruneOptions:
+    @property
+    def own(self) -> dict[str, Any]:
+        """Options that were settled when these were made."""
+        own = {name: self.fingerprint["options"][name] for name in OF_STORE if name != "seed"}
+        text = self.fingerprint["calibration"]
+        return own | {"samples": text["samples"], "seq_len": text["length"]}
+
+    def options(
+        self, options: PruneOptions | None, shorthand: Mapping[str, Any] | None = None
+    ) -> PruneOptions:
         """Options of a prune from these Gram matrices.
+
+        Args:
+            options, shorthand: as for `prune_model`; what is not said of the windows is as it was.
 
         Raises:
             OptionError: what needs a walk through the model, or is asked for in another way than it is here.
         """
-        if options.weights == RECONSTRUCT:
+        shorthand = dict(shorthand or {})
+        if RECONSTRUCT in (shorthand.get("weights"), getattr(options, "weights", None)):
             raise OptionError(
                 "`weights` reconstruct needs the text: give `calibration`, not `grams`"
             )
+        options = prune_options(options, shorthand if options else {**self.own, **shorthand})
         if options.moved or options.true_sequential:
             name = "target" if options.moved else "true_sequential"
             raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
@@ -148,9 +162,7 @@ class GramStore:
                 "rows or layers that trade by the model's loss need the text: give `calibration`, or "
                 "`budget` layer with `importance` alike or relative"
             )
-        own = {name: self.fingerprint["options"][name] for name in OF_STORE if name != "seed"}
-        text = self.fingerprint["calibration"]
-        own |= {"samples": text["samples"], "seq_len": text["length"]}
+        own = self.own
         usual = {field.name: field.default for field in dataclasses.fields(options)}
         for name in (*own, *_OF_TEXT):
             asked = getattr(options, name)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from maskopt.errors import ModelError, OptionError, PatternError
+from maskopt.errors import ModelError, OptionError, PatternError, SolverError
 from maskopt.fields import build
 from maskopt.least_squares import Refit
 from maskopt.model.importance import IMPORTANCES, LOSS, MEASURED, VARIANT_WINDOWS, VARIANTS
-from maskopt.model.solving import check_solver, default_start
+from maskopt.model.solving import check_size, check_solver, default_start
 from maskopt.model.training import Reconstruction
 from maskopt.model.walk_options import (
     MASKS,
@@ -286,8 +286,13 @@ class PruneOptions(WalkOptions):
         for layer in layers:
             try:
                 self.pattern.check(layer.n)
-            except PatternError as error:
-                raise PatternError(f"layer {layer.name!r}: {error}") from None
+                pattern = self._pattern_of(self.pattern_of(layer))
+                check_size(
+                    self.solver, self.solver_options, self.start, layer.n, pattern,
+                    refit=self.refit is not None,
+                )  # fmt: skip
+            except (PatternError, SolverError) as error:
+                raise type(error)(f"layer {layer.name!r}: {error}") from None
 
     def _check_counts(self, layers: Sequence[Layer]) -> None:
         """Raise OptionError where `counts` are not of these layers, or not as many in all as they would be

@@ -104,9 +104,8 @@ def plan_prune(
     Raises:
         MaskoptError: what the prune itself would refuse, but for want of memory.
     """
-    options = prune_options(options, shorthand)
     store = None if grams is None else GramStore(grams)
-    options = options if store is None else store.options(options)
+    options = (prune_options if store is None else store.options)(options, shorthand)
     job = open_job(model, tokens, replace(options, max_memory=None))
     job.source.blocks.check_unshared(job.layers)
     refusal = None

@@ -83,7 +83,8 @@ def prune_model(
             the blocks that were pruned before an error; an output folder is not half-written.
     """
     began = time.perf_counter()
-    options = prune_options(options, shorthand)
+    store = None if grams is None else GramStore(grams)
+    options = (prune_options if store is None else store.options)(options, shorthand)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if resume and overwrite:
         raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
@@ -92,8 +93,6 @@ def prune_model(
             "pruning needs `calibration` text or tokens, or `grams`; name a source of text, or one of the two"
         )
     _check_ranks(ranks, options)
-    store = None if grams is None else GramStore(grams)
-    options = options if store is None else store.options(options)
     target = None if output is None else Path(output)
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     job.source.blocks.check_unshared(job.layers)

@@ -36,7 +36,7 @@ from maskopt.model.rewritten import rewritable
 from maskopt.model.shrink_options import ShrinkOptions
 from maskopt.model.shrink_output import ShrinkRun
 from maskopt.model.smaller import check_family, new_settings, stored_cuts
-from maskopt.model.solving import default_start
+from maskopt.model.solving import check_size, default_start
 from maskopt.model.source import FolderSource, as_stored
 from maskopt.model.structures import CHANNELS, Structures, channels_of, heads_of
 from maskopt.model.windows import tokens_or_tokenizer
@@ -96,6 +96,10 @@ def shrink_model(
     whole = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
     source = rewritable(whole)
     every = find_structures(source, options)
+    start = default_start(options.solver)
+    for one in every:
+        if one.kind == CHANNELS:
+            check_size(options.solver, options.solver_options, start, one.count, one.pattern)
     settings = new_settings(source, every)
     check_family(source, settings, every)
     by_layer = {one.consumer.name: one for one in every}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from maskopt.errors import SolverError
+from maskopt.errors import OptionError, SolverError
 from maskopt.least_squares import Refit
 from maskopt.limits import Limits
 from maskopt.pattern import Pattern
@@ -72,6 +72,25 @@ def check_solver(
         )
     if start is not None:
         make_solver(start)
+    if start == solver:
+        raise OptionError(
+            f"solver {solver!r} cannot be its own start; leave `warm_start` out, or name another solver"
+        )
+
+
+def check_size(
+    solver: str,
+    options: Mapping[str, Any],
+    start: str | None,
+    n: int,
+    pattern: Pattern,
+    *,
+    refit: bool = False,
+) -> None:
+    """Raise SolverError where solver or start cannot answer rows of so many inputs."""
+    make_solver(solver, **limits_of(None, options)[1]).check_size(n, pattern, refit=refit)
+    if start is not None:
+        make_solver(start).check_size(n, pattern, refit=True)
 
 
 def solve_layer(problem: LayerProblem, options: PruneOptions) -> Solved:
@@ -80,7 +99,7 @@ def solve_layer(problem: LayerProblem, options: PruneOptions) -> Solved:
     if not make_solver(options.solver).capabilities.refit:
         problem = problem.refitting(None)
     start = alike = None
-    if options.start is not None and options.start != options.solver:
+    if options.start is not None:
         start = make_start(problem, options.start, Limits(seed=options.seed))
         if problem.pooled:
             same = problem.under(problem.pattern.alike())

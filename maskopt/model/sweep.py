@@ -12,7 +12,7 @@ from maskopt.errors import OptionError
 from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.gram_store import GramStore
 from maskopt.model.job import open_job
-from maskopt.model.options import KEEP, PruneOptions, prune_options
+from maskopt.model.options import KEEP, PruneOptions
 from maskopt.model.perplexity import check_targets
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.prune import prune_model
@@ -71,10 +71,11 @@ def sweep(
     Raises:
         MaskoptError: as for `prune_model`, of any combination before the first of them begins.
     """
-    cases = dict(_cases(patterns, solvers, weights, shorthand))
+    store = GramStore(grams)
+    cases = dict(_cases(store, patterns, solvers, weights, shorthand))
     if not cases:
         raise OptionError("nothing is swept; give at least one `sparsity` or `pattern`")
-    _check(model, GramStore(grams), list(cases.values()))
+    _check(model, store, list(cases.values()))
     walk = walk or WalkOptions(seq_len=512)
     if text is not None:
         judging = open_job(model, text, walk, whole=True, limit=windows).windows
@@ -104,9 +105,8 @@ def sweep(
     return judged, dense
 
 
-def _check(model: str | Path, store: GramStore, cases: Sequence[PruneOptions]) -> None:
+def _check(model: str | Path, store: GramStore, options: Sequence[PruneOptions]) -> None:
     """Refuse what `prune_model` would of any of them."""
-    options = [store.options(one) for one in cases]
     job = open_job(model, None, options[0])
     job.source.blocks.check_unshared(job.layers)
     store.check_model(job)
@@ -115,6 +115,7 @@ def _check(model: str | Path, store: GramStore, cases: Sequence[PruneOptions]) -
 
 
 def _cases(
+    store: GramStore,
     patterns: Sequence[Pattern],
     solvers: Sequence[str],
     weights: Sequence[str],
@@ -124,4 +125,4 @@ def _cases(
         how = {"pattern": pattern, "solver": solver, "weights": after, **shorthand}
         if after == KEEP and len(set(weights)) > 1:
             how.pop("damping", None)  # it is of the others
-        yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", prune_options(None, how)
+        yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", store.options(None, how)

@@ -242,7 +242,7 @@ def _told_apart(
         **({"refitted weights": again_solved} if refit else {}),
         **({"trained weights": False} if trained else {}),
         "configuration and tokenizer": compared and {*filter(is_copied, manifest.files)} <= same,
-        "errors": every,
+        "errors": every and (solved or not trained),
         "statuses": every,
         **({"optima": False} if optima else {}),
         **({"bounds": False} if bounds else {}),

@@ -31,6 +31,8 @@ from maskopt.trace import BoundTrace
 
 #: B keeps this part of the room that d leaves to indefiniteness, and d is no less than this of its mean
 _ROOM, _LEAST = 1e-4, 1e-6
+#: in A_jj = 1, and d is no less than this, whatever rounding leaves
+_TINIEST = 1e-12
 #: steps towards another split that are tried, the longest first
 _STEPS = (0.7, 0.4, 0.2, 0.1, 0.05, 0.02)
 #: turns of v and z after a step of d, where they begin near their end
@@ -166,7 +168,7 @@ class _Row:
         self, a: Tensor, room: float, target: Tensor, constant: float, kept: float
     ) -> None:
         self.a, self.target, self.constant = a, target, constant
-        self.d = torch.full_like(target, (1 - _ROOM) * max(room, 1e-12))
+        self.d = torch.full_like(target, (1 - _ROOM) * max(room, _TINIEST))
         self.z = torch.full_like(target, kept).clamp(min=OUT_SHARE)
         self.v = torch.zeros_like(target)
         self.none = kept == 0  # then v = 0, and nothing is left to split
@@ -192,7 +194,8 @@ class _Row:
                 return done
             slope = self.v.square() * (1 / self.z - 1)
             aim = (1 - _ROOM) * diagonal_shift(self.a, slope, limits)
-            aim = aim.clamp(min=_LEAST * float(aim.mean()))
+            # where A is all but singular the shift may be below 0 by rounding
+            aim = aim.clamp(min=max(_TINIEST, _LEAST * float(aim.mean())))
             gained = 0.0
             for step in _STEPS:
                 d = self._safe(self.d + step * (aim - self.d))
@@ -202,7 +205,7 @@ class _Row:
                     gained, found = value - best, (d, v, z)
                 elif gained:
                     break
-            if gained <= _SETTLED * abs(best):
+            if not gained > _SETTLED * abs(best):
                 return done
             best += gained
             self.d, self.v, self.z = found

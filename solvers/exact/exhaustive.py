@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 import maskopt
 from maskopt.errors import SolverError
 from maskopt.limits import Limits
-from maskopt.pattern import Unstructured
+from maskopt.pattern import Pattern, Unstructured
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import Capabilities, Solver
@@ -47,24 +48,39 @@ class Exhaustive(Solver):
         note=f"enumerates, up to {COMBINATION_LIMIT:,} masks a row",
     )
 
-    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """See `Solver.run`.
+    def check_size(self, n: int, pattern: Pattern, *, refit: bool) -> None:
+        """See `Solver.check_size`: too many masks."""
+        if isinstance(pattern, Unstructured) and pattern.pooled:
+            if 2**n > COMBINATION_LIMIT:
+                raise SolverError(
+                    f"exhaustive: a row of {n} inputs that trades has {_about(2**n)} masks, more than "
+                    f"{COMBINATION_LIMIT:,}; take solver 'swap'"
+                )
+        elif (masks := _masks(n, pattern)) > COMBINATION_LIMIT:
+            raise SolverError(
+                f"exhaustive: a row of {n} inputs at {pattern} has {_about(masks)} masks, more than "
+                f"{COMBINATION_LIMIT:,}; restrict the row, or use 'scip'"
+            )
 
-        Raises:
-            SolverError: too many masks.
-        """
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """See `Solver.run`."""
         began = time.monotonic()
         if problem.pooled:
             return _pooled(problem, limits, began)
-        group, pruned = problem.group_size, problem.pruned_per_group
-        combinations = math.comb(group, pruned) ** (problem.n // group)
-        if combinations > COMBINATION_LIMIT:
-            raise SolverError(
-                f"exhaustive: a row of {problem.n} inputs at {problem.pattern} has "
-                f"{combinations:.3g} masks, more than {COMBINATION_LIMIT:,}; restrict the row, or use 'scip'"
-            )
+        combinations = _masks(problem.n, problem.pattern)
         mask, seen = _enumerate(problem, combinations, limits)
         return _solution(problem, mask, seen, seen == combinations, began)
+
+
+def _masks(n: int, pattern: Pattern) -> int:
+    """Of a row whose pattern says how many it prunes."""
+    group = pattern.group_size(n)
+    return math.comb(group, pattern.pruned_per_group(n)) ** (n // group)
+
+
+def _about(number: int) -> str:
+    """Also of what is beyond a float: `1.3e+310`."""
+    return f"{Decimal(number):.3g}"
 
 
 def _solution(
@@ -96,11 +112,6 @@ def _pooled(problem: LayerProblem, limits: Limits, began: float) -> Solution:
 
     Where the time is over before that, the best of those that prune alike.
     """
-    if 2**problem.n > COMBINATION_LIMIT:
-        raise SolverError(
-            f"exhaustive: a row of {problem.n} inputs that trades has {2.0**problem.n:.3g} masks, more than "
-            f"{COMBINATION_LIMIT:,}; take solver 'swap'"
-        )
     n, masks, costs = problem.n, [], []
     least, most = problem.row_limits
     for count in range(n + 1):

@@ -19,6 +19,7 @@ from torch import Tensor
 from maskopt.errors import SolverError
 from maskopt.fields import option
 from maskopt.limits import Limits
+from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities, Solver
@@ -55,17 +56,16 @@ class SparseGPT(Solver):
         """Its mask is the same whatever becomes of the weights."""
         return replace(self, update=False), layer.refitting(None)
 
-    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Walk over the columns once; see `Solver.run`.
-
-        Raises:
-            SolverError: `update`, and the problem keeps its weights.
-        """
-        if self.update and problem.refit is None:
+    def check_size(self, n: int, pattern: Pattern, *, refit: bool) -> None:
+        """See `Solver.check_size`: `update`, and the weights are kept."""
+        if self.update and not refit:
             raise SolverError(
                 "sparsegpt: update=true sets weights anew, and the problem keeps them; give it "
                 "refit=Refit(damping), a prune --weights refit, or leave update away"
             )
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """Walk over the columns once; see `Solver.run`."""
         mask, weight = _walked(problem, self.damping, limits)
         return Solution.of(problem, mask, weight=weight.double() if self.update else None)
 

@@ -35,6 +35,8 @@ _TILE = 64
 _PERIOD = 3
 #: by what ρ grows then, where more than this part of the kept changed
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+#: weights below this part of the largest target are no measure of a row in float32
+_NOTHING = 1e-20
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,13 @@ class Admm(Damped):
         """Of some rows, and their iterations; all in the scaled inputs."""
         size = problem.least_squares.damped.diagonal().sqrt()
         d = problem.weight.double() * size
-        unit = d.abs().amax(1, keepdim=True)
+        largest = d.abs().amax(1, keepdim=True), target.abs().amax(1, keepdim=True)
+        scale = d.where(
+            largest[0] > _NOTHING * largest[1], target
+        )  # else what is wanted is beyond float32
+        unit = scale.abs().amax(1, keepdim=True)
         unit = unit.where(unit > 0, 1.0)  # what is beyond float32 counts in float64
-        unit = unit * (d / unit).square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
+        unit = unit * (scale / unit).square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
         d, target = (d / unit).float(), (target / unit).float()
         if problem.pooled:  # rows are compared as what they count in the layer's sum
             unit = unit * problem.shares.sqrt()[:, None]
