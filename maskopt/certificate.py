@@ -292,7 +292,7 @@ def _at_point(
         slack = shared.slack * w.square()
     else:
         a = w[:, None] * gram * w[None, :]
-        parts = float(torch.linalg.matrix_norm(a))
+        parts = _size(a)
         a.diagonal().add_(diagonal)
         blocks = a.view(n // group, group, n // group, group)
         blocks.diagonal(dim1=0, dim2=2).add_(penalty)
@@ -381,7 +381,15 @@ def missing(a: Tensor) -> float:
         least = float(torch.linalg.eigvalsh(a)[0])
     except torch.linalg.LinAlgError:  # of entries near the end of float64's range
         return torch.inf
-    return max(0.0, -least) + 16 * n * _U * float(torch.linalg.matrix_norm(a)) + 2 * rump
+    return max(0.0, -least) + 16 * n * _U * _size(a) + 2 * rump
+
+
+def _size(a: Float[Tensor, "n n"]) -> float:
+    """‖A‖ in Frobenius' norm, also where squares of its entries leave float64's range."""
+    norm, largest = float(torch.linalg.matrix_norm(a)), float(a.abs().max())
+    if 1e-140 < norm < 1e300 or largest in (0.0, torch.inf):
+        return norm
+    return largest * float(torch.linalg.matrix_norm(a / largest))
 
 
 @dataclass(frozen=True)

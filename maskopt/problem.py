@@ -303,6 +303,15 @@ class LayerProblem:
         mass = self.weight.double().square() @ (self.gram.diagonal().double() + ridge)
         return mass if self.linear is None else mass + self.linear.constant
 
+    def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """The least that f can be where it is no less than a bound: of an integral problem the next of its
+        values, of another one the bound."""
+        if not self.integral:
+            return bound
+        values = [self.row(row).values() for row in range(self.rows)]
+        raised = [v.at_least(b) for v, b in zip(values, bound.tolist(), strict=True) if v]
+        return torch.tensor(raised, dtype=bound.dtype, device=bound.device)
+
     def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:
         """The mask as a bool tensor on the problem's device, or WarmStartError with the reason."""
         # lines side by side: the last bits of a product may depend on how its factors lie in memory

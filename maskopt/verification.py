@@ -87,7 +87,7 @@ def verify(
         raise VerificationError(f"require must be 'claims' or 'checked', not {require!r}")
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     mask = _legal_mask(layer, solution)
-    mass = layer.diagonal_mass()
+    mass = _mass(layer, mask)
     _verify_objective(layer, mask, solution, mass)
     _verify_bound(layer, solution, mass)
     proven = _proven(layer, mask, solution)
@@ -107,6 +107,15 @@ def verify(
             word = _voucher(solution, index, float(proven[index]))
             basis.append(CHECKED if enumerated else _on_the_word(word, index, require))
     return Verification(tuple(basis))
+
+
+def _mass(layer: LayerProblem, mask: Tensor) -> Tensor:
+    """What rounding is a part of, float64 [rows]: Σⱼ wⱼ²Gⱼⱼ. Of a problem that was posed in other units over
+    the pruned alone: a penalty on what is not chosen must not hide what the values differ by."""
+    if layer.units is None:
+        return layer.diagonal_mass()
+    terms = layer.weight.double().square() * layer.gram.diagonal().double()
+    return torch.where(mask, 0.0, terms).sum(1)
 
 
 def _verify_rows(layer: LayerProblem, mask: Tensor, solution: Solution, mass: Tensor) -> bool:
@@ -195,7 +204,7 @@ def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
 def _certified(layer: LayerProblem, solution: Solution) -> Tensor:
     if solution.certificate is None:
         return torch.zeros(layer.rows, dtype=torch.float64)
-    proven = solution.certificate.check(layer).cpu()
+    proven = layer.next_value(solution.certificate.check(layer)).cpu()
     if layer.pooled:  # one bound of the layer's sum, whichever way it is shared out
         share, stated = layer.shares.cpu(), solution.lower_bound.cpu()
         claimed = share @ stated

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from strategies import random_gram, random_weight
@@ -11,6 +12,7 @@ from maskopt import (
     NM,
     LayerProblem,
     Refit,
+    RowProblem,
     Solution,
     Status,
     Unstructured,
@@ -307,3 +309,52 @@ def test_rows_that_weigh_nothing_leave_no_room_and_need_none():
     off = torch.tensor([0.0, 1e-300], dtype=torch.float64)
     assert_refused(problem, replace(solution, objective=off), "objective: row 1")
     assert_refused(problem, replace(solution, lower_bound=off), "row 1 .* above the objective")
+
+
+@pytest.mark.parametrize("penalty", [1e8, 1e12, 1e14])
+def test_a_penalty_on_what_is_not_chosen_hides_nothing(penalty):
+    rng = np.random.default_rng(0)
+    u = np.triu(rng.integers(0, 2, (12, 12)), 1).astype(float)
+    u += u.T
+    u[0, 0] = penalty
+    problem = RowProblem.from_quadratic(u, select=4)
+    honest = solve(problem, "branch", proof=True, time_limit=20)
+    assert verify(problem, honest).checked
+    for chosen in list(itertools.combinations(range(1, 12), 4))[::30]:
+        mask = torch.ones(1, 12, dtype=torch.bool)
+        mask[0, list(chosen)] = False
+        cost = problem.as_layer().objective(mask)
+        if float(cost) == float(honest.objective):
+            continue
+        forged = replace(
+            honest, mask=mask, objective=cost, lower_bound=cost, status=(Status.OPTIMAL,)
+        )
+        with pytest.raises(VerificationError):
+            verify(problem, forged, require="checked")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [("branch", {}), ("branch", {"proof": True}), ("scip", {}), ("scip", {"presolve": False})],
+)
+def test_whole_numbers_are_proven_where_the_best_is_nothing(given):
+    star = np.zeros((4, 4))
+    star[0, 1:] = 1
+    problem = RowProblem.from_quadratic(star, select=2)
+    solution = solve(problem, given[0], **given[1])
+    verify(problem, solution)
+    assert solution.status == (Status.OPTIMAL,)
+    assert problem.posed(float(solution.objective), float(solution.lower_bound))[:2] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("power", [-290, 160, 290])
+def test_bounds_at_the_ends_of_float64(power):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(50, 12))
+    gram, weight = x.T @ x / 50, rng.normal(size=(3, 12))
+    usual = LayerProblem(weight, gram, Unstructured(keep=6))
+    scaled = LayerProblem(weight, gram * 10.0**power, Unstructured(keep=6))
+    for solver in ("relax", "frank_wolfe", "portfolio", "branch"):
+        solution = solve(scaled, solver)
+        verify(scaled, solution)
+        assert solution.status == solve(usual, solver).status

@@ -18,6 +18,8 @@ from maskopt.solvers.greedy.select import keep_highest
 _ENTRIES = 2**23
 #: how often θΣw² the bound is lowered by for θ = what G lacks to semidefiniteness: 9/4 suffice
 _SLACK = 3.0
+#: of an operation, what a check leaves for numbers too small to be told apart
+_UNDERFLOW = 1e-300
 #: up to this part of G's mean diagonal the check makes good what G lacks for all rows at once
 _SHARED = 1e-4
 _UNIT = 2.0**-53
@@ -102,9 +104,12 @@ def relative_gap(
 def _lack(problem: LayerProblem) -> float:
     """θ with G + θI ⪰ 0, with room for the rounding of whoever checks that."""
     gram = problem.gram.double()
-    rounding = 16 * problem.n * _UNIT * float(gram.diagonal().abs().sum())
+    trace = float(gram.diagonal().abs().sum())
+    if trace == 0:
+        return 0.0
+    rounding = problem.n * (16 * _UNIT * trace + _UNDERFLOW)
     shifted = gram.clone()
     shifted.diagonal().add_(rounding)
-    if rounding == 0 or int(torch.linalg.cholesky_ex(shifted).info) == 0:
+    if int(torch.linalg.cholesky_ex(shifted).info) == 0:
         return 2 * rounding
     return 2 * (rounding + max(0.0, -float(torch.linalg.eigvalsh(gram)[0])))

@@ -336,7 +336,7 @@ def _certified(
         for row, answer in enumerate(answers)
     ]
     certificate = Certificate.stack(parts).of_linear(problem)
-    return certificate, certificate.check(problem)
+    return certificate, problem.next_value(certificate.check(problem))
 
 
 def _proofs(problem: LayerProblem, answers: list[RowAnswer]) -> tuple[Proof | None, Tensor]:

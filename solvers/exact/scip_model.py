@@ -241,11 +241,14 @@ def read_answer(row: RowModel) -> RowAnswer:
     certified = 0.0 if task.duals is None else task.duals.certified
 
     ended = str(model.getStatus())
+    slack = FEASIBILITY * row.terms / row.scale
 
     def true_bound(value: float) -> float:
         known = max(certified, value / row.scale if abs(value) < INFINITE else 0.0)
         if task.probed is None:
-            return known
+            if task.values is None:
+                return known
+            return max(known, task.values.at_least(max(certified, known - slack)))
         # what is fixed holds below the cutoff alone
         bound = min(task.probed.cutoff, max(known, task.probed.bound))
         return bound if task.values is None else task.values.at_least(bound)
@@ -256,7 +259,7 @@ def read_answer(row: RowModel) -> RowAnswer:
         pruned=best,
         ended=ended,
         bound=true_bound(model.getDualbound()),
-        slack=FEASIBILITY * row.terms / row.scale,
+        slack=slack,
         nodes=int(model.getNTotalNodes()),
         root_bound=true_bound(model.getDualboundRoot()),
         certificate=None if task.duals is None else task.duals.certificate,
