@@ -143,7 +143,8 @@ class GramStore:
         """Options of a prune from these Gram matrices.
 
         Args:
-            options, shorthand: as for `prune_model`; what is not said of the windows is as it was.
+            options: as for `prune_model`.
+            shorthand: likewise; what is not said of the windows is as it was.
 
         Raises:
             OptionError: what needs a walk through the model, or is asked for in another way than it is here.

@@ -259,7 +259,7 @@ def _choices(
             whole = PruneOptions(
                 pattern=read_pattern(pattern),
                 solver=method.solver,
-                warm_start=method.start,
+                warm_start=None if method.start == method.solver else method.start,
                 solver_options=method.options,
                 **options,
             )
