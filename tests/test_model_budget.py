@@ -29,14 +29,14 @@ OPTIONS: dict[str, Any] = {
     "budget": "layer",
     "importance": "alike",
 }
+#: none trades
+ROWS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 1}
 
 
 @pytest.mark.parametrize("weights", ["keep", "refit"])
 def test_rows_trade_and_the_layer_keeps_its_count(weights: str) -> None:
     report = prune_model(tiny("llama"), tokens(10), weights=weights, one_pass=True, **OPTIONS)
-    alike = prune_model(
-        tiny("llama"), tokens(10), weights=weights, one_pass=True, **{**OPTIONS, "budget": "row"}
-    )
+    alike = prune_model(tiny("llama"), tokens(10), weights=weights, one_pass=True, **ROWS)
     for layer, other in zip(report.layers, alike.layers, strict=True):
         counts = (~report.masks[layer.name]).sum(1)
         assert int(counts.sum()) == layer.pruned == layer.rows * layer.n // 2
@@ -190,12 +190,11 @@ def test_another_budget_than_the_patterns_is_found(
 def test_a_trade_that_was_left_out_is_found(tmp_path: Path) -> None:
     """Rows that prune alike, each of them optimal, said to be optimal together."""
     dense = save(tiny("llama"), tmp_path / "model")
-    alike = {**OPTIONS, "budget": "row"}
-    prune_model(dense, tokens(), output=tmp_path / "out", **alike)
+    prune_model(dense, tokens(), output=tmp_path / "out", **ROWS)
 
     def together(manifest: dict[str, Any]) -> None:
         options = manifest["fingerprint"]["options"]
-        options["budget"] = "layer"
+        options.update(budget="layer", importance="alike")
         options["pattern"]["per"] = "layer"
         for tensor in manifest["tensors"].values():
             tensor["pattern"]["per"] = "layer"

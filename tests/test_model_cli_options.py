@@ -174,5 +174,5 @@ def test_a_plan_adds_up(dense: Path) -> None:
     parts = (result.forward_seconds, result.solve_seconds, result.file_seconds)
     assert all(part > 0 for part in parts)
     assert result.seconds > sum(parts)
-    shown = run("plan", dense, "--sparsity", 0.5, "--solver", "exhaustive", "--warm-start", "wanda")
+    shown = run("plan", dense, "--sparsity", 0.5, "--solver", "branch")
     assert "time, estimated: unknown" in shown

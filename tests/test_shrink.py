@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -392,5 +393,6 @@ def test_channels_by_a_better_solver_cost_no_more(tmp_path: Path) -> None:
         ).layers[0]
         for solver in ("magnitude", "wanda", "swap", "tabu")
     }
-    assert first["tabu"].error <= first["swap"].error <= first["wanda"].error
+    errors = [first[solver].error for solver in ("tabu", "swap", "wanda")]
+    assert all(one <= other * (1 + 1e-12) for one, other in itertools.pairwise(errors))
     assert solve is not None

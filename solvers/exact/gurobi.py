@@ -178,5 +178,13 @@ def _ended(task: RowTask, model, closed: float) -> str:  # type: ignore[no-untyp
     if task.node_limit is not None:
         model.Params.NodeLimit = task.node_limit
     model.optimize()
+    if (
+        model.Status == GRB.SUBOPTIMAL
+    ):  # of some node its tolerances were missed: again, with more care
+        model.reset()
+        model.Params.NumericFocus = 3
+        if task.limits.timed:
+            model.Params.TimeLimit = task.limits.left
+        model.optimize()
     ended = words.get(model.Status, f"status {model.Status}")
     return "gaplimit" if ended == "optimal" and model.MIPGap > closed else ended
