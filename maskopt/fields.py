@@ -164,6 +164,12 @@ def _fits(value: Any, hint: Any) -> bool:
     return False
 
 
+def holds_its_kinds(value: Any) -> bool:
+    """Whether the fields of a dataclass's instance are of the kinds that they are declared to be; of what
+    is in a list or a mapping nothing is said."""
+    return all(_fits(getattr(value, name), hint) for name, hint in _hints(type(value)).items())
+
+
 def _in_range(value: Any, known: Option) -> bool:
     if known.choices:
         return value is None or value in known.choices

@@ -180,6 +180,14 @@ def test_what_is_none_is_refused(
     assert not (home / "report.html").exists()
 
 
+@pytest.mark.parametrize("bad", [{"error": "much"}, {"rows": None}, {"statuses": 3}, {"n": 1.5}])
+def test_layers_that_are_none_are_refused(bad: dict[str, Any], home: Path, tmp_path: Path) -> None:
+    folder = copied(home / "OUT", tmp_path)
+    forge_manifest(folder, lambda manifest: manifest["layers"][0].update(bad))
+    said = run("report", folder, fails=ModelError)
+    assert "its layers are not those of a prune" in said
+
+
 BROWSER = """
 import sys
 from PySide6.QtCore import QTimer, QUrl

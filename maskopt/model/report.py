@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maskopt.errors import ModelError
+from maskopt.fields import holds_its_kinds
 from maskopt.files import atomic_write
 from maskopt.model.beginning import Beginning
 from maskopt.model.checkpoint import plain_name, read_json
@@ -232,12 +233,15 @@ def read_parts(records: Any, where: Path) -> list[PartReport]:
 def _read(records: Any, kind: type[Kind], where: Path, what: str) -> list[Kind]:
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     try:
-        return [
+        found = [
             kind(**{key: value for key, value in record.items() if key in names})
             for record in records
         ]
     except (TypeError, AttributeError):
-        raise ModelError(f"{where}: its {what} are not those of a prune") from None
+        found = None
+    if found is None or not all(map(holds_its_kinds, found)):
+        raise ModelError(f"{where}: its {what} are not those of a prune")
+    return found
 
 
 def versions() -> dict[str, str]:
