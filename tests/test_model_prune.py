@@ -397,14 +397,14 @@ def test_bad_options(message: str, options: dict[str, Any]) -> None:
             {"solver": "exhaustive"},
         ),
         (r"exhaustive: .* that trades has", {"warm_start": "exhaustive", "budget": "both"}),
-        ("down_proj': branch: a row of 264 inputs is beyond it", {"warm_start": "branch"}),
+        ("down_proj': branch: a row of 520 inputs is beyond it", {"warm_start": "branch"}),
     ],
 )
 def test_what_a_solver_cannot_is_said_before_any_work(
     message: str, options: dict[str, Any]
 ) -> None:
     kind, arguments = FAMILIES["llama"]
-    config = getattr(transformers, kind)(**{**arguments, "intermediate_size": 264})
+    config = getattr(transformers, kind)(**{**arguments, "intermediate_size": 520})
     model = AutoModelForCausalLM.from_config(config)
     told: list[object] = []
     given = {"solver": "swap", **options, "on_progress": told.append}

@@ -178,9 +178,9 @@ def test_a_bound_that_the_better_mask_refutes_is_dropped(caplog):
 
 
 def test_members_that_do_not_fit_are_named_before_any_runs(monkeypatch):
-    problem = LayerProblem(random_weight(1, 300, 1), random_gram(300, "full", 2), Unstructured(0.5))
+    problem = LayerProblem(random_weight(1, 520, 1), random_gram(520, "full", 2), Unstructured(0.5))
     monkeypatch.setattr(portfolio, "solve", lambda *a, **k: pytest.fail("a member ran"))
-    with pytest.raises(MaskoptError, match="branch: a row of 300 inputs is beyond it"):
+    with pytest.raises(MaskoptError, match="branch: a row of 520 inputs is beyond it"):
         solve(problem, "portfolio", members=("swap", "branch"))
 
 

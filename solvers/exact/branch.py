@@ -41,7 +41,7 @@ class Branch(RowSolver):
         start="needed",
         default_start="wanda",
         proves="optimality",
-        largest_n=256,
+        largest_n=512,
         refit=True,
         note="branch and bound on the QCR form of the SDP bound; proves up to about 192 inputs, of "
         "refitted weights 64",
