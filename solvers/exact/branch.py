@@ -30,7 +30,7 @@ _NOTHING = 1e-13
 
 @dataclass(frozen=True)
 class Branch(RowSolver):
-    """Exact for up to about 192 inputs; beyond, a gap within the time limit. Tells a `TreeTrace`.
+    """Exact for up to about 256 inputs; beyond, a gap within the time limit. Tells a `TreeTrace`.
 
     Of refitted weights by the perspective relaxation (`solvers/exact/refit_tree.py`), up to about 64.
     """
@@ -43,7 +43,7 @@ class Branch(RowSolver):
         proves="optimality",
         largest_n=512,
         refit=True,
-        note="branch and bound on the QCR form of the SDP bound; proves up to about 192 inputs, of "
+        note="branch and bound on the QCR form of the SDP bound; proves up to about 256 inputs, of "
         "refitted weights 64",
     )
 
