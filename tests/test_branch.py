@@ -57,7 +57,7 @@ def test_bad_options_are_named():
     problem = LayerProblem(random_weight(1, 8, 1), random_gram(8, "full", 2), Unstructured(0.5))
     with pytest.raises(OptionError, match="candidates"):
         solve(problem, "branch", candidates=0)
-    big = LayerProblem(np.ones((1, 300)), np.eye(300), Unstructured(0.5))
+    big = LayerProblem(np.ones((1, 520)), np.eye(520), Unstructured(0.5))
     with pytest.raises(SolverError, match="lower_bound"):
         solve(big, "branch")
 
