@@ -178,9 +178,8 @@ def _ended(task: RowTask, model, closed: float) -> str:  # type: ignore[no-untyp
     if task.node_limit is not None:
         model.Params.NodeLimit = task.node_limit
     model.optimize()
-    if (
-        model.Status == GRB.SUBOPTIMAL
-    ):  # of some node its tolerances were missed: again, with more care
+    if model.Status == GRB.SUBOPTIMAL:
+        # of some node its tolerances were missed: again, with more care
         model.reset()
         model.Params.NumericFocus = 3
         if task.limits.timed:

@@ -87,9 +87,8 @@ class Admm(Damped):
         size = problem.least_squares.damped.diagonal().sqrt()
         d = problem.weight.double() * size
         largest = d.abs().amax(1, keepdim=True), target.abs().amax(1, keepdim=True)
-        scale = d.where(
-            largest[0] > _NOTHING * largest[1], target
-        )  # else what is wanted is beyond float32
+        # where the weights are next to nothing, what is wanted would be beyond float32 in their units
+        scale = d.where(largest[0] > _NOTHING * largest[1], target)
         unit = scale.abs().amax(1, keepdim=True)
         unit = unit.where(unit > 0, 1.0)  # what is beyond float32 counts in float64
         unit = unit * (scale / unit).square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
