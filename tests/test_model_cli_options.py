@@ -174,5 +174,20 @@ def test_a_plan_adds_up(dense: Path) -> None:
     parts = (result.forward_seconds, result.solve_seconds, result.file_seconds)
     assert all(part > 0 for part in parts)
     assert result.seconds > sum(parts)
-    shown = run("plan", dense, "--sparsity", 0.5, "--solver", "branch")
+
+
+def test_a_plan_does_not_wait_for_a_search_without_end(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskopt.model.plan.PROBE_LIMIT", 0.5)
+    command = ["plan", dense, "--sparsity", 0.5, "--solver"]
+    assert "time, estimated: unknown" in run(*command, "branch")
+    endless = [*command, "tabu", "--option", "moves=1000000000", "--option"]
+    assert "time, estimated: unknown" in run(*endless, "seed=1")
+    layers = len(plan(dense).layers)
+    assert f"solving about {0.25 * layers:.0f} s" in run(*endless, "time_limit=0.25")
+
+
+def test_a_plan_with_a_solver_that_takes_no_rows_as_wide_as_those_it_times(dense: Path) -> None:
+    shown = run("plan", dense, "--sparsity", 0.5, "--solver", "highs")
     assert "time, estimated: unknown" in shown

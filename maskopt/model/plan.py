@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ from maskopt.problem import LayerProblem
 #: inputs of the small problem that the solver's speed is measured on, and its rows: more of them
 #: as long as they take next to no time
 PROBE_N, PROBE_ROWS = 512, (2, 64, 256, 512)
+#: seconds after which the solver's speed counts as unknown: a search for the optimum ends when it likes
+PROBE_LIMIT = 5.0
 #: inputs from which on products of n³ operations take most of the time of refitted weights
 CUBIC = 4096
 #: bytes of weights that are next to nothing
@@ -201,15 +204,20 @@ def _speed(source: Source) -> float:
 
 
 def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:
-    """Time of a small random layer, scaled by rows·n², by more of the wide layers where weights are refitted;
-    None where it cannot be solved."""
+    """Time of a small random layer, scaled by rows·n², by more of the wide layers where weights are refitted,
+    and at most the options' time limit for each; None where it cannot be solved, or not within
+    `PROBE_LIMIT`, and the options set no limit."""
     generator = torch.Generator().manual_seed(0)
     n, device = PROBE_N, source.device
+    given = options.solver_options.get("time_limit")
+    longest = math.inf if given is None else float(given)
+    patience = min(longest, PROBE_LIMIT)
+    probing = replace(options, solver_options={**options.solver_options, "time_limit": patience})
 
     def timed(rows: int) -> float:
         weight = torch.randn(rows, n, generator=generator).to(device)
         problem = LayerProblem(weight, gram, options.pattern, refit=options.refit, assume_psd=True)
-        return solve_layer(problem, options).seconds
+        return solve_layer(problem, probing).seconds
 
     try:
         options.pattern.check(n)
@@ -222,11 +230,14 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
                 break
     except MaskoptError:
         return None
+    if seconds >= patience:
+        return longest * len(layers) if math.isfinite(longest) else None
 
     def work(rows: int, n: int) -> float:
         return rows * n**2 * (1.0 if options.refit is None else 1 + n / CUBIC)
 
-    return seconds * sum(work(layer.rows, layer.n) for layer in layers) / work(rows, n)
+    unit = seconds / work(rows, n)
+    return sum(min(longest, unit * work(layer.rows, layer.n)) for layer in layers)
 
 
 def _file_seconds(checkpoint: Checkpoint) -> float:
