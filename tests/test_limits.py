@@ -9,9 +9,11 @@ import torch
 from clock import Clock
 from strategies import random_gram, random_weight
 
-from maskopt import LayerProblem, Limits, Progress, Unstructured, solve, verify
+from maskopt import LayerProblem, Limits, Progress, Status, Unstructured, solve, verify
 from maskopt.errors import OptionError
 from maskopt.limits import parse_bytes, torch_threads
+from maskopt.model.options import PruneOptions
+from maskopt.model.solving import solve_layer
 from maskopt.solver import available_solvers
 from maskopt.trace import (
     CycleTrace,
@@ -236,3 +238,13 @@ def test_the_time_of_a_start_is_taken_from_that_of_the_search(clock: Clock) -> N
     assert solution.trace.rounds is not None
     assert int(solution.trace.rounds.sum()) == 0
     assert set(solution.trace.stopped or ()) == {"yes"}
+
+
+def test_in_a_model_too(clock: Clock) -> None:
+    """Of a layer's time the start takes its part, and no more than all."""
+    pattern = Unstructured(0.5)
+    options = PruneOptions(pattern, "kswap", "swap", solver_options={"time_limit": 1})
+    solved = solve_layer(layer(n=40), options)
+    assert solved.start is not None
+    assert Status.SWAP_OPTIMAL not in solved.start.status
+    assert Status.SWAP_OPTIMAL not in solved.solution.status

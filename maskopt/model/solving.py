@@ -94,21 +94,24 @@ def check_size(
 
 
 def solve_layer(problem: LayerProblem, options: PruneOptions) -> Solved:
-    """The solver of the options on one layer, from the start of the options. What does not choose for
-    refitted weights chooses for those that the layer has."""
+    """The solver of the options on one layer, from the start of the options, both within the same limits.
+    What does not choose for refitted weights chooses for those that the layer has."""
     if not make_solver(options.solver).capabilities.refit:
         problem = problem.refitting(None)
+    limits, own = limits_of(None, {"seed": options.seed, **options.solver_options})
+    limits = limits.begin()
     start = alike = None
     if options.start is not None:
-        start = make_start(problem, options.start, Limits(seed=options.seed))
+        start = make_start(problem, options.start, limits)
         if problem.pooled:
             same = problem.under(problem.pattern.alike())
-            alike = make_start(same, options.start, Limits(seed=options.seed))
+            alike = make_start(same, options.start, limits)
     solution = solve(
         problem,
         options.solver,
         start=None if start is None else start.mask,
-        **{"seed": options.seed, **options.solver_options},
+        limits=limits,
+        **own,
     )
     return Solved(solution, start, alike)
 
