@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -91,6 +92,22 @@ def test_a_crash_costs_its_task_alone(monkeypatch):
 def test_no_task_is_begun_after_the_deadline(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
     assert list(run_tasks(die_on_seven, [3, 7], workers=1, deadline=time.monotonic())) == []
+
+
+def say_so_and_stay(task):
+    os.write(2, b"at work")
+    while True:
+        time.sleep(task)
+
+
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="needs poll(), which Windows lacks")
+def test_a_worker_ends_with_its_parent_however_that_ended(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    code = "from test_scip import *; list(run_tasks(say_so_and_stay, [1], workers=1))"
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    assert os.read(parent.stderr.fileno(), 7) == b"at work"
+    parent.kill()
+    parent.communicate(timeout=60)  # the worker holds it open as long as it lives
 
 
 def test_what_cannot_be_pickled_is_an_error_and_no_hang():

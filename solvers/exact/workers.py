@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import queue
+import select
 import signal
 import struct
 import subprocess
@@ -187,7 +188,8 @@ def _receive(stream: IO[bytes]) -> Any:
 
 
 def serve() -> None:
-    """The loop of a worker process: ends when its stdin closes."""
+    """The loop of a worker process: ends when its stdin closes, in the middle of a task too."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     source = sys.stdin.buffer
     # whatever a library prints must not end up among the answers
     sink = os.fdopen(os.dup(1), "wb")
@@ -201,3 +203,14 @@ def serve() -> None:
         except Exception as error:
             answer = error
         _send(sink, answer)
+
+
+def _end_with_parent() -> None:
+    """End this process once nobody holds the other end of its stdin: a parent that was killed interrupts
+    nothing, and a task without a limit would go on for days."""
+    if not hasattr(select, "poll"):  # Windows
+        return
+    stdin = select.poll()
+    stdin.register(0, 0)  # of no event but the hang-up, which is always told
+    stdin.poll()
+    os._exit(1)
