@@ -26,6 +26,7 @@ from maskopt.compare import (
     check_format,
     check_rows,
     draw_rows,
+    read_records,
     resume_records,
     without,
     write_records,
@@ -108,7 +109,12 @@ def bound_layers(
     options = dict(method_options or {})
     kinds = kinds or {}
     parts = (
-        _Rows(part, kinds.get(layer.name, layer.name), chosen, solve(part, solver).mask)
+        _Rows(
+            part,
+            kinds.get(layer.name, layer.name),
+            chosen,
+            solve(part, solver).uninterrupted().mask,
+        )
         for position, layer in enumerate(problems)
         for part, chosen in _sampled(layer, rows, columns, seed=[seed, position])
     )
@@ -285,6 +291,7 @@ def _certify(
         on_rows(len(order), together[-1].problem.name)
     records = [finished[key] for key in order]
     if output is not None:
+        held = read_records(output, GapRecord) if resumable else {}  # as others left it meanwhile
         write_records(output, [*without(held, set(order)), *records])
     return records
 

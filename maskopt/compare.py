@@ -177,6 +177,7 @@ def compare(
             on_progress(len(finished), len(wanted))
     records = _with_excess([finished[key] for key, _, _ in jobs_wanted], len(jobs_by_name))
     if path is not None:
+        held = read_records(path) if resumable else {}  # others may have written meanwhile
         write_records(path, [*without(held, wanted), *records])
     return records
 
@@ -225,14 +226,12 @@ def _solved(row: RowProblem, name: str, job: _Job, key: str) -> Record:
         "key": key,
     }
     try:
-        solution = solve(row, job.solver, start=job.start, limits=job.limits)
+        solution = solve(row, job.solver, start=job.start, limits=job.limits).uninterrupted()
     except MaskoptError as error:
         nothing: dict[str, Any] = dict.fromkeys(
             ("objective", "lower_bound", "value", "value_bound", "gap", "seconds"), math.nan
         )
         return Record(**base, **nothing, status="failed", vouched="", error=str(error))
-    if solution.trace.interrupted:
-        raise KeyboardInterrupt  # what the solver has by now is not its answer
     columns = {name: values[0] for name, values in solution.columns().items()}
     posed = row.posed(columns["objective"], columns["lower_bound"])
     columns |= {"value": posed.value, "value_bound": posed.bound, "gap": posed.gap}

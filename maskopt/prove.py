@@ -122,10 +122,7 @@ def _start_of(start: Any, row: int) -> Any:
 def _proven(
     key: str, row: RowProblem, backend: Solver, start: Any, limits: Limits
 ) -> tuple[str, Solution]:
-    solution = solve(row, backend, start=start, limits=limits)
-    if solution.trace.interrupted:
-        raise KeyboardInterrupt  # rows that are proven are kept
-    return key, solution
+    return key, solve(row, backend, start=start, limits=limits).uninterrupted()
 
 
 class _Kept:

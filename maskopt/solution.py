@@ -220,6 +220,16 @@ class Solution:
             proof=Proof(trees) if any(tree is not None for tree in trees) else None,
         )
 
+    def uninterrupted(self) -> Solution:
+        """Itself, for those that go on from it.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C ended its search; the best by then is not its answer.
+        """
+        if self.trace.interrupted:
+            raise KeyboardInterrupt
+        return self
+
     def columns(self) -> dict[str, list[Any]]:
         """One list a column, one entry a row: objective, bound, gap, status, who vouches, and all of
         the trace that is one value a row."""

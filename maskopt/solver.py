@@ -263,9 +263,10 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
     backend, asked = make_solver(solver).as_start(layer)
     limits = (limits or Limits()).quiet()
     if trades_as_asked(backend, layer.pattern):
-        return solve(asked, backend, limits=limits)
+        return solve(asked, backend, limits=limits).uninterrupted()
     began = time.perf_counter()
-    mask = torch.cat([solve(part, backend, limits=limits).mask for part in _alike(asked)])
+    parts = [solve(part, backend, limits=limits).uninterrupted() for part in _alike(asked)]
+    mask = torch.cat([part.mask for part in parts])
     seconds = time.perf_counter() - began
     return replace(Solution.of(asked, mask), solver=backend.name, seconds=seconds)
 

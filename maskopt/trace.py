@@ -98,7 +98,8 @@ class SearchTrace(Trace):
         history: float64 [rows, rounds], the best objective after each round (tabu: in float32 accuracy),
             each 1-swap search of kswap, or each member of a portfolio.
         winner: the member of a portfolio whose mask the row has, or `start`.
-        stopped: whether the row was stopped by the time limit: `yes` or `no`.
+        stopped: whether the row was stopped by the time limit: `yes` or `no`; of a portfolio also
+            `interrupted`, in a member that Ctrl-C ended.
     """
 
     moves: Int[Tensor, " rows"] | None = None
@@ -110,6 +111,10 @@ class SearchTrace(Trace):
     history: Float[Tensor, "rows rounds"] | None = None
     winner: tuple[str, ...] | None = None
     stopped: tuple[str, ...] | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        return "interrupted" in (self.stopped or ())
 
 
 @dataclass(frozen=True)

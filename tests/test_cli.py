@@ -1,15 +1,18 @@
 """The command line as a user meets it: one clear line for an expected error, no traceback."""
 
 import re
+import subprocess
+import sys
 from io import StringIO
 
+import numpy as np
 import pytest
 from commands import process, run
 from rich.console import Console
 from typer.testing import CliRunner
 
 import maskopt
-from maskopt import available_solvers
+from maskopt import RowProblem, Unstructured, available_solvers
 from maskopt.cli import app, solvers
 
 
@@ -63,6 +66,33 @@ def test_an_error_is_printed_as_it_is(tmp_path):
     assert result.returncode == 1
     assert "[red]:M:.npz" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs limits of files, and /dev/full")
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    row = RowProblem(np.ones(40), np.eye(40), Unstructured(0.5))
+    row.save(tmp_path / "row.npz")
+    command = f"{sys.executable} -m maskopt solve row.npz --solver wanda --output found.npz"
+    for shell, said in (
+        (f"ulimit -f 1; exec {command}", "File too large: 'found.npz'"),
+        (f"exec {command} > /dev/full", "No space left on device"),
+    ):
+        result = subprocess.run(
+            ["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == 1
+        assert said in result.stderr
+        assert "Traceback" not in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"row.npz", "found.npz"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a shell")
+def test_nobody_need_listen(tmp_path):
+    RowProblem(np.ones(8), np.eye(8), Unstructured(0.5)).save(tmp_path / "row.npz")
+    command = f"exec {sys.executable} -m maskopt solve row.npz --solver wanda --output s.npz >&-"
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "s.npz").exists()
 
 
 def test_the_version():

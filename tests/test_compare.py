@@ -114,6 +114,19 @@ def test_a_run_may_be_interrupted_any_number_of_times(layer, tmp_path, ending):
     assert len(read_records(path)) == len(path.read_text().splitlines()) == 4
 
 
+def test_records_that_another_run_wrote_meanwhile_are_kept(layer, tmp_path):
+    rows = sample_rows([layer], 2, columns=10)
+    path = tmp_path / "out.jsonl"
+
+    def meanwhile(done, total):
+        if done == 1:
+            compare(rows, ["magnitude"], output=path)
+
+    compare(rows, ["wanda"], output=path, on_progress=meanwhile)
+    solvers = sorted(record.solver for record in read_records(path).values())
+    assert solvers == ["magnitude"] * 2 + ["wanda"] * 2
+
+
 def test_records_of_other_runs_in_the_file_are_kept_and_not_counted(layer, tmp_path):
     rows = sample_rows([layer], 2, columns=10)
     path = tmp_path / "out.jsonl"

@@ -131,6 +131,18 @@ def test_ctrl_c_returns_the_incumbent():
     assert "FEASIBLE" in result.stdout
 
 
+def test_limits_beyond_those_of_scip_are_none():
+    solution = solve(
+        hard(12),
+        "scip",
+        time_limit=1e300,
+        row_seconds=1e300,
+        node_limit=10**20,
+        memory_limit=10**40,
+    )
+    assert solution.status == (Status.OPTIMAL,)
+
+
 def test_bad_options_are_named():
     problem = hard(8)
     with pytest.raises(OptionError, match="time_limit"):

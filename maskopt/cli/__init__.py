@@ -124,7 +124,7 @@ def main() -> None:
 def _run() -> None:
     try:
         app()
-    except MaskoptError as error:
+    except (MaskoptError, OSError) as error:
         if "--debug" in sys.argv:
             raise
         if speaks():
@@ -136,5 +136,5 @@ def _run() -> None:
         raise
 
 
-def _tell(error: MaskoptError) -> None:
+def _tell(error: Exception) -> None:
     errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, emoji=False)

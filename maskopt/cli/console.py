@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 #: a pipe or a file has no width: wide enough there for every table. Names and paths are printed as they are.
 _PLAIN = {"markup": False, "emoji": False}
-output = Console(**_PLAIN) if sys.stdout.isatty() else Console(width=120, **_PLAIN)  # type: ignore[arg-type]
+_at_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed
+output = Console(**_PLAIN) if _at_terminal else Console(width=120, **_PLAIN)  # type: ignore[arg-type]
 errors = Console(stderr=True, highlight=False)
 
 

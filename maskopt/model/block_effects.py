@@ -67,7 +67,7 @@ class Effects:
 
     def best(self, count: int) -> tuple[list[int], Solution]:
         """The set of least cost, and the solution that says whether it is proven."""
-        solution = solve(self.problem(count), "branch", time_limit=600.0)
+        solution = solve(self.problem(count), "branch", time_limit=600.0).uninterrupted()
         return (~solution.mask[0]).nonzero()[:, 0].tolist(), solution
 
     def yardsticks(self, count: int) -> tuple[list[int], list[int]]:

@@ -25,6 +25,7 @@ from maskopt.model.report import LayerReport
 from maskopt.model.solving import (
     Solved,
     damping_by_held_error,
+    layer_limits,
     solve_by_held_error,
     solve_by_magnitude,
     solve_layer,
@@ -162,16 +163,16 @@ def solve_rows(
 
     judge = held_problem(layer, dense, grams, pattern)
     judge = None if judge is None else judge.take(rows)
-    began = time.perf_counter()
+    began, limits = time.perf_counter(), layer_limits(options)
     if refit is not None and options.damping == AUTO and judge is not None:
-        refit = damping_by_held_error(at(_fixed(options.shrink)), judge, options)
+        refit = damping_by_held_error(at(_fixed(options.shrink)), judge, options, limits)
     if options.shrink == AUTO and judge is not None and not fallback:
-        solved, shrink = solve_by_held_error(at, judge, options)
+        solved, shrink = solve_by_held_error(at, judge, options, limits)
         fitted = at(shrink)
     else:
         shrink = 0.0 if fallback else _fixed(options.shrink)
         fitted = at(shrink)
-        solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options)
+        solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options, limits)
     new = None
     if refit is not None:
         found = solved.solution.weight

@@ -183,7 +183,7 @@ def _choose(
                 began = time.perf_counter()
                 quadratic, tokens = costs(block, mixture)
                 problem = RowProblem.from_quadratic(quadratic.numpy(), keep=left, name=mixture.name)
-                solution = solve(problem, "branch", time_limit=_SECONDS)
+                solution = solve(problem, "branch", time_limit=_SECONDS).uninterrupted()
                 kept[mixture.name] = solution.mask[0]
                 model = job.source.model
                 dense = copy.deepcopy(model.get_submodule(mixture.parent))

@@ -93,13 +93,19 @@ def check_size(
         make_solver(start).check_size(n, pattern, refit=True)
 
 
-def solve_layer(problem: LayerProblem, options: PruneOptions) -> Solved:
+def layer_limits(options: PruneOptions) -> Limits:
+    """Those that the options set for all that is solved of a layer, with the clock running."""
+    return limits_of(None, {"seed": options.seed, **options.solver_options})[0].begin()
+
+
+def solve_layer(
+    problem: LayerProblem, options: PruneOptions, limits: Limits | None = None
+) -> Solved:
     """The solver of the options on one layer, from the start of the options, both within the same limits.
     What does not choose for refitted weights chooses for those that the layer has."""
+    limits = layer_limits(options) if limits is None else limits
     if not make_solver(options.solver).capabilities.refit:
         problem = problem.refitting(None)
-    limits, own = limits_of(None, {"seed": options.seed, **options.solver_options})
-    limits = limits.begin()
     start = alike = None
     if options.start is not None:
         start = make_start(problem, options.start, limits)
@@ -111,13 +117,16 @@ def solve_layer(problem: LayerProblem, options: PruneOptions) -> Solved:
         options.solver,
         start=None if start is None else start.mask,
         limits=limits,
-        **own,
+        **limits_of(None, options.solver_options)[1],
     )
-    return Solved(solution, start, alike)
+    return Solved(solution.uninterrupted(), start, alike)
 
 
 def solve_by_held_error(
-    at: Callable[[float], LayerProblem], judge: LayerProblem, options: PruneOptions
+    at: Callable[[float], LayerProblem],
+    judge: LayerProblem,
+    options: PruneOptions,
+    limits: Limits,
 ) -> tuple[Solved, float]:
     """The greatest α of SHRINK_GRID whose error on held-out windows is within SHRINK_TOLERANCE of the
     least, and its solution.
@@ -129,10 +138,12 @@ def solve_by_held_error(
     Args:
         at: the layer's problem with G shrunk by α.
         judge: the same layer with the Gram matrix of the windows that were kept aside.
+        limits: of all α together; each has its share of the time.
     """
     least, best = math.inf, None
-    for alpha in SHRINK_GRID:
-        solved = solve_layer(at(alpha), options)
+    for position, alpha in enumerate(SHRINK_GRID):
+        share = limits.share(1 / (len(SHRINK_GRID) - position))
+        solved = solve_layer(at(alpha), options, share)
         error = float(judge.error(at(alpha).weights(solved.solution.mask)).sum())
         least = min(least, error)
         if best is None or error <= least * (1 + SHRINK_TOLERANCE):
@@ -142,12 +153,12 @@ def solve_by_held_error(
 
 
 def damping_by_held_error(
-    problem: LayerProblem, judge: LayerProblem, options: PruneOptions
+    problem: LayerProblem, judge: LayerProblem, options: PruneOptions, limits: Limits
 ) -> Refit:
     """The best of DAMPING_GRID by the error on held-out windows, with the mask of the start (or of the
-    solver, where it needs none) refitted by each."""
+    solver, where it needs none) refitted by each. The mask has half of the layer's time."""
     maker = options.start or options.solver
-    mask = make_start(problem, maker, Limits(seed=options.seed)).mask
+    mask = make_start(problem, maker, limits.share(0.5)).mask
 
     def held_error(damping: float) -> float:
         weights = problem.refitting(Refit(damping)).weights(mask)

@@ -40,6 +40,8 @@ HANDED_IN = 1e-6
 ABOVE = 1e-12
 #: SCIP's infinity is 1e20; before the root is solved its bounds are that
 INFINITE = 1e19
+#: the greatest limits that SCIP takes
+_MOST_SECONDS, _MOST_NODES, _MOST_MEMORY = 1e20, 2**63 - 1, 2**43 - 1
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,7 @@ def _solve_once(task: ScipTask) -> RowAnswer:
         row.add_start()
     else:  # what is fixed holds for better masks alone
         row.model.setObjlimit(task.cost(task.start) * row.scale)
-    if task.limits.timed:
-        row.model.setParam("limits/time", task.limits.left)
+    set_time(task, row.model)
     row.model.optimizeNogil()  # other Python threads go on
     return read_answer(row)
 
@@ -224,9 +225,15 @@ def set_limits(task: RowTask, model: Any) -> None:
     if task.gap_limit > 0:
         model.setParam("limits/gap", task.gap_limit)
     if task.node_limit is not None:
-        model.setParam("limits/nodes", task.node_limit)
+        model.setParam("limits/nodes", min(task.node_limit, _MOST_NODES))
     if task.limits.memory is not None:
-        model.setParam("limits/memory", task.limits.bytes(0) / 2**20)
+        model.setParam("limits/memory", min(task.limits.bytes(0) / 2**20, _MOST_MEMORY))
+
+
+def set_time(task: RowTask, model: Any) -> None:
+    """What is left of the time."""
+    if task.limits.timed:
+        model.setParam("limits/time", min(task.limits.left, _MOST_SECONDS))
 
 
 def read_answer(row: RowModel) -> RowAnswer:

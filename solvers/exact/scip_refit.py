@@ -24,6 +24,7 @@ from maskopt.solvers.exact.scip_model import (
     HANDED_IN,
     INFINITE,
     set_limits,
+    set_time,
 )
 
 #: SCIP's feasibility tolerance here: a z that is off by it lets a pruned weight in
@@ -149,8 +150,7 @@ def search_refitted(task: ScipRefitTask) -> RowAnswer:
     row.model.includeHeur(rounding, "refitted", "the mask of the greatest z", "r", freq=1)
     # beyond 1e-10 SoPlex only complains
     row.model.setParam("constraints/nonlinear/tightenlpfeastol", False)
-    if task.limits.timed:
-        row.model.setParam("limits/time", task.limits.left)
+    set_time(task, row.model)
     row.model.optimizeNogil()  # other Python threads go on
     for pruned in row.found:
         if task.cost(pruned) < cost:

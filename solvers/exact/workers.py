@@ -25,7 +25,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-_MAIN = "from maskopt.solvers.exact.workers import serve; serve()"
+#: until it can hand back an incumbent, an interrupt ends it at once and in silence
+_MAIN = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "from maskopt.solvers.exact.workers import serve; serve()"
+)
 #: seconds that workers get to hand back their incumbents after an interrupt
 _PATIENCE = 20.0
 
@@ -141,6 +145,9 @@ class _Crew:
                 served += 1
             except (EOFError, OSError):
                 code = process.wait()
+                if self.stop.is_set():  # interrupted before it had begun
+                    process = None
+                    break
                 answer = WorkerCrash(f"the worker process died with exit status {code}")
                 process = None
             except Exception as error:  # what cannot be pickled, or read back
@@ -189,6 +196,7 @@ def _receive(stream: IO[bytes]) -> Any:
 
 def serve() -> None:
     """The loop of a worker process: ends when its stdin closes, in the middle of a task too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     source = sys.stdin.buffer
     # whatever a library prints must not end up among the answers

@@ -63,8 +63,10 @@ class Portfolio(Solver):
         start_objective = best.objective
         winner = ["start"] * problem.rows
         history: list[Tensor] = []
+        stopped = "no"
         for position, solver in enumerate(solvers):
             if limits.expired:
+                stopped = "yes"
                 break
             limits.report(0, problem.rows, solver.name, position, len(solvers))
             share = limits.share(1 / (len(solvers) - position)).quiet()
@@ -74,8 +76,10 @@ class Portfolio(Solver):
             winner = [
                 solver.name if i else w for i, w in zip(improved.tolist(), winner, strict=True)
             ]
+            if found.trace.interrupted:
+                stopped = "interrupted"
+                break
         limits.report(problem.rows, problem.rows)
-        stopped = "yes" if len(history) < len(solvers) else "no"
         trace = SearchTrace(
             rounds=torch.full((problem.rows,), len(history)),
             start_objective=start_objective,
