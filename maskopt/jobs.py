@@ -5,9 +5,14 @@ A job is known by its data, its solver and its limits: what was finished once is
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import current_process
 from typing import Any
 
 import numpy as np
@@ -42,12 +47,34 @@ def workers(jobs: int | None) -> int:
 def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
     """What `joblib.delayed` calls return, in whatever order they end; errors as of `workers`."""
     workers(jobs)
+    here = os.getpid()
+    calls = [(_job, (here, function, *given), named) for function, given, named in calls]
     backend, _ = get_active_backend()
     if backend.supports_return_generator:
         yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
         return
     for first in range(0, len(calls), BATCH):  # of Ray's results none come before all are there
         yield from Parallel(n_jobs=jobs)(calls[first : first + BATCH])
+
+
+def _job(asker: int, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """A call, in a process that ends with the one that asked for it."""
+    if current_process().name.startswith("LokyProcess"):
+        _end_with(asker)
+    return function(*given, **named)
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """End this process of joblib's when its parent has ended: one that was killed stops nobody, and a search
+    without a limit would go on for days. Looks every second, once for all jobs of the process."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def job_key(row: RowProblem, name: str, solver: Solver, start: Any, limits: Limits) -> str:

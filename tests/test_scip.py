@@ -101,9 +101,20 @@ def say_so_and_stay(task):
 
 
 @pytest.mark.skipif(not hasattr(select, "poll"), reason="needs poll(), which Windows lacks")
-def test_a_worker_ends_with_its_parent_however_that_ended(monkeypatch):
+@pytest.mark.parametrize(
+    "begun",
+    [
+        "workers.run_tasks(say_so_and_stay, [1], workers=1)",
+        "jobs.as_they_finish([joblib.delayed(say_so_and_stay)(1) for _ in range(2)], jobs=2)",
+    ],
+    ids=["workers", "jobs"],
+)
+def test_a_worker_ends_with_its_parent_however_that_ended(begun, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
-    code = "from test_scip import *; list(run_tasks(say_so_and_stay, [1], workers=1))"
+    code = (
+        "import joblib; from maskopt import jobs; from maskopt.solvers.exact import workers\n"
+        f"from test_scip import say_so_and_stay; list({begun})"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     assert os.read(parent.stderr.fileno(), 7) == b"at work"
     parent.kill()
