@@ -96,16 +96,16 @@ class Certificate:
                 "a certificate bounds f, and proves nothing of refitted weights"
             )
         self._check_shapes(layer)
-        shared = _shared_slack(self, layer)
+        slacks = _shared_slacks(self, layer)
         gram = layer.gram.double()
         if layer.pooled:
-            parts = [_at_point(self, layer, gram, row, shared) for row in range(layer.rows)]
+            parts = [_at_point(self, layer, gram, row, slacks[row]) for row in range(layer.rows)]
             offset, gradient = (torch.stack([part[i] for part in parts]) for i in (0, 1))
             least = least_total(gradient * layer.shares[:, None], layer.pruned, layer.row_limits)
             value = evenly(layer.shares @ offset + least, layer)
         else:
             rows = range(layer.rows)
-            value = torch.stack([_check_row(self, layer, gram, row, shared) for row in rows])
+            value = torch.stack([_check_row(self, layer, gram, row, slacks[row]) for row in rows])
         # sums beyond float64 prove nothing
         return torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
 
@@ -263,7 +263,7 @@ def check_cuts(cuts: Cuts, n: int, row: int) -> None:
 
 
 def _check_row(
-    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: _Shared | None
+    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: float | None
 ) -> Tensor:
     """The bound of one row."""
     offset, gradient = _at_point(certificate, layer, gram, row, shared)
@@ -272,9 +272,10 @@ def _check_row(
 
 
 def _at_point(
-    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: _Shared | None
+    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: float | None
 ) -> tuple[Tensor, Tensor]:
-    """g(p̂) − ∇g(p̂)ᵀp̂, less what rounding may add to the row's bound, and ∇g(p̂)."""
+    """g(p̂) − ∇g(p̂)ᵀp̂, less what rounding may add to the row's bound, and ∇g(p̂). `shared`: see
+    `_shared_slacks`."""
     w = layer.weight[row].double()
     n, group = layer.n, layer.group_size
     point = certificate.point[row].to(w)
@@ -289,7 +290,7 @@ def _at_point(
     cut_matrix, cut_linear, cut_constant, cut_size = cut_form(cuts, n, w)
     # what is missing to A ⪰ 0, added to λ
     if shared is not None:
-        slack = shared.slack * w.square()
+        slack = shared * w.square()
     else:
         a = w[:, None] * gram * w[None, :]
         parts = _size(a)
@@ -392,22 +393,28 @@ def _size(a: Float[Tensor, "n n"]) -> float:
     return largest * float(torch.linalg.matrix_norm(a / largest))
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """A ⪰ −slack·diag(w²) for every row at once, through one factorisation of G."""
+def _shared_slacks(certificate: Certificate, layer: LayerProblem) -> list[float | None]:
+    """For every row a slack with A ⪰ −slack·diag(w²) where one factorisation of G serves several: all rows;
+    else, those that add nothing negative to Q, such as rows that a search had no time for."""
+    plain = (certificate.penalty >= 0).all(1)
+    if certificate.product is not None:
+        plain &= (certificate.product == 0).all(2).all(1)
+    if certificate.cuts is not None:
+        plain &= torch.tensor([cuts is None for cuts in certificate.cuts], device=plain.device)
+    for rows in (plain, plain & (certificate.diagonal >= 0).all(1)):
+        if int(rows.sum()) < 2:
+            break
+        slack = _slack_of(certificate.diagonal[rows], layer, rows.to(layer.device))
+        if slack is not None:
+            return [slack if one else None for one in rows.tolist()]
+    return [None] * layer.rows
 
-    slack: float
 
-
-def _shared_slack(certificate: Certificate, layer: LayerProblem) -> _Shared | None:
+def _slack_of(lam: Tensor, layer: LayerProblem, rows: Tensor) -> float | None:
     """Where μ ≥ 0, ν = 0 and there are no cuts, A ⪰ diag(w)(G + diag(d))diag(w) with d_i the least
-    λ_i/w_i² over the rows. One factorisation then serves all rows, if little is missing."""
-    if certificate.product is not None or certificate.cuts is not None or layer.rows < 2:
-        return None
-    if bool((certificate.penalty < 0).any()):
-        return None
-    square = layer.weight.double().square()
-    lam = certificate.diagonal.to(square)
+    λ_i/w_i² over the rows: what is missing to that in units of w², if it is little."""
+    square = layer.weight[rows].double().square()
+    lam = lam.to(square)
     if bool((lam[square < _LEAST_SQUARE] < 0).any()):
         return None
     # no ratio may exceed the truth
@@ -419,7 +426,7 @@ def _shared_slack(certificate: Certificate, layer: LayerProblem) -> _Shared | No
     g.diagonal().add_(least - 8 * _U * (least.abs() + g.diagonal().abs()))
     scale = float(layer.gram.diagonal().double().abs().mean())
     lack = missing(g)
-    return _Shared(lack) if lack <= 1e-4 * scale else None
+    return lack if lack <= 1e-4 * scale else None
 
 
 def certificate_arrays(certificate: Certificate) -> dict[str, np.ndarray]:

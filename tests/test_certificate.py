@@ -11,7 +11,7 @@ from certificates import PATTERNS, certificate, exact, formula, layer, triangles
 from strategies import random_gram, random_weight
 
 from maskopt import Certificate, LayerProblem, Linear, lower_bound, solve
-from maskopt.certificate import _check_row, _shared_slack, missing
+from maskopt.certificate import _check_row, _shared_slacks, missing
 
 #: signs under which sums cancel
 ALTERNATING = 1 - 2.0 * (torch.arange(8) % 2)
@@ -227,7 +227,7 @@ def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern, z
         0.1 * torch.rand(4, 8 // problem.group_size, dtype=torch.float64),
         lower_bound(problem, "box").certificate.point,
     )
-    shared = _shared_slack(given, problem)
+    shared = _shared_slacks(given, problem)[0]
     assert shared is not None
     together = given.check(problem)
     for row in range(4):
@@ -238,6 +238,26 @@ def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern, z
         assert float(together[row]) == max(0.0, value)
 
 
+@pytest.mark.parametrize("beside", [{}, {"product": True, "cuts": True}], ids=["plain", "all"])
+def test_rows_that_add_nothing_negative_share_a_factorisation_beside_others(beside, monkeypatch):
+    problem = layer(rows=6)
+    own = certificate(problem, **beside)
+    negative = replace(own, diagonal=own.diagonal - 0.1 * problem.weight.square())
+    box = lower_bound(problem, "box").certificate
+    given = Certificate.choose(torch.arange(6) < 2, box, negative)
+    slacks = _shared_slacks(given, problem)
+    assert [slack is None for slack in slacks] == [True] * 2 + [False] * 4
+    counted = []
+    monkeypatch.setattr("maskopt.certificate.missing", lambda a: counted.append(a) or missing(a))
+    found = given.check(problem)
+    assert len(counted) <= 4  # two rows of their own, the others, and perhaps a try with all
+    for row in range(6):
+        true = max(0.0, float(exact(given, problem, row)))
+        assert float(found[row]) <= true
+        alone = float(given.take([row]).check(problem.take([row]))[0])
+        assert float(found[row]) == pytest.approx(alone, rel=1e-9, abs=1e-12)
+
+
 def test_what_all_rows_lack_is_paid_for_by_their_weights():
     """A Gram matrix that is semidefinite up to its rounding only; rows of any scale."""
     gram = random_gram(8, "low-rank", 2)
@@ -246,12 +266,12 @@ def test_what_all_rows_lack_is_paid_for_by_their_weights():
     problem = LayerProblem(weight, gram, PATTERNS[2])
     none = torch.zeros(3, 8, dtype=torch.float64)
     given = Certificate(none, none[:, :2], none + 0.5)
-    shared = _shared_slack(given, problem)
-    assert 1e-9 <= shared.slack <= 1e-7
+    shared = _shared_slacks(given, problem)[0]
+    assert 1e-9 <= shared <= 1e-7
     for row in range(3):
         value = float(_check_row(given, problem, problem.gram, row, shared))
         paid = float(exact(given, problem, row) - Fraction(value))
-        assert paid == pytest.approx(shared.slack * float(weight[row].square().sum()) / 4, rel=1e-3)
+        assert paid == pytest.approx(shared * float(weight[row].square().sum()) / 4, rel=1e-3)
 
 
 def test_weights_and_gram_of_float32_are_widened():
