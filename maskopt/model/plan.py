@@ -38,8 +38,10 @@ from maskopt.problem import LayerProblem
 #: inputs of the small problem that the solver's speed is measured on, and its rows: more of them
 #: as long as they take next to no time
 PROBE_N, PROBE_ROWS = 512, (2, 64, 256, 512)
-#: seconds after which the solver's speed counts as unknown: a search for the optimum ends when it likes
+#: seconds for each of these: a search for the optimum ends when it likes
 PROBE_LIMIT = 5.0
+#: part of a limit that a solver needs where it was cut off: some leave time for what follows their search
+CUT_OFF = 0.5
 #: inputs from which on products of n³ operations take most of the time of refitted weights
 CUBIC = 4096
 #: bytes of weights that are next to nothing
@@ -205,8 +207,8 @@ def _speed(source: Source) -> float:
 
 def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:
     """Time of a small random layer, scaled by rows·n², by more of the wide layers where weights are refitted,
-    and at most the options' time limit for each; None where it cannot be solved, or not within
-    `PROBE_LIMIT`, and the options set no limit."""
+    and at most the options' time limit for each; None where it cannot be solved, or had to be cut off, and
+    the options set no limit."""
     generator = torch.Generator().manual_seed(0)
     n, device = PROBE_N, source.device
     given = options.solver_options.get("time_limit")
@@ -224,18 +226,23 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
         x = torch.randn(2 * n, n, generator=generator)
         gram = (x.T @ x / (2 * n)).to(device)
         timed(PROBE_ROWS[0])  # compiles what has to be compiled
+        measured = None
         for rows in PROBE_ROWS:
             seconds = timed(rows)
+            if seconds >= CUT_OFF * patience:
+                break
+            measured = seconds, rows
             if seconds > 1.0:
                 break
     except MaskoptError:
         return None
-    if seconds >= patience:
+    if measured is None:
         return longest * len(layers) if math.isfinite(longest) else None
 
     def work(rows: int, n: int) -> float:
         return rows * n**2 * (1.0 if options.refit is None else 1 + n / CUBIC)
 
+    seconds, rows = measured
     unit = seconds / work(rows, n)
     return sum(min(longest, unit * work(layer.rows, layer.n)) for layer in layers)
 

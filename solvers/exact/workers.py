@@ -196,12 +196,12 @@ def _receive(stream: IO[bytes]) -> Any:
 
 def serve() -> None:
     """The loop of a worker process: ends when its stdin closes, in the middle of a task too."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     source = sys.stdin.buffer
     # whatever a library prints must not end up among the answers
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         try:
             function, task = _receive(source)
