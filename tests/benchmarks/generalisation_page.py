@@ -246,7 +246,8 @@ STUDIES = (
         "Weights that are refitted, and rows that trade",
         "32 windows. Kept weights are set anew by least squares, damping λ = 0.01, unless said otherwise;\n"
         "SparseGPT's are its own. *on F*: masks that are chosen for refitted weights. *rows trade*: the\n"
-        "count is that of a layer, not of each of its rows, ω by the loss. Errors after the least squares.",
+        "count is that of a layer, not of each of its rows, ω by the loss. Errors after the least squares.\n"
+        "Minutes are mostly those of one core, with other work on it now and then.",
         {
             "model": MODEL,
             "pattern": part(1),
