@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from outputs import contents
 from strategies import random_gram, random_weight
+from test_scip import die_on_seven
 from tiny_models import save, tiny, tokens
 
 from maskopt import LayerProblem, Unstructured, prune_model, solve
 from maskopt.certify import bound_layers
 from maskopt.model.options import PruneOptions
 from maskopt.model.solving import solve_layer
-from maskopt.solvers.exact import tree
+from maskopt.solvers.exact import tree, workers
 from maskopt.trace import SearchTrace
 
 
@@ -91,18 +91,19 @@ def test_a_prune_goes_on_after_the_layers_that_were_done(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_workers_that_are_only_beginning_end_in_silence() -> None:
-    code = (
-        "import os, signal, sys, threading; sys.path.insert(0, sys.argv[1])\n"
-        "from test_scip import say_so_and_stay; from maskopt.solvers.exact.workers import run_tasks\n"
-        "os.environ['PYTHONPATH'] = sys.argv[1]\n"
-        "threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
-        "try:\n"
-        "    print(list(run_tasks(say_so_and_stay, [1, 1, 1], workers=2)))\n"
-        "except KeyboardInterrupt:\n"
-        "    print('stopped')\n"
-    )
-    command = [sys.executable, "-c", code, os.path.dirname(__file__)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.stdout == "stopped\n", result
-    assert "Traceback" not in result.stderr
+@pytest.mark.parametrize("when", ["_start", "_receive"])
+def test_a_worker_that_an_interrupt_ends_has_not_crashed(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes while the process is started, or before that can hand back anything."""
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    crew = workers._Crew(die_on_seven, [7, 3], 512, math.inf)
+    original = getattr(workers, when)
+
+    def interrupted(*given: Any) -> Any:
+        crew.stop.set()
+        return original(*given)
+
+    monkeypatch.setattr(workers, when, interrupted)
+    crew.start(1)
+    assert crew.done.get(timeout=120) == (-1, None)

@@ -32,6 +32,8 @@ _MAIN = (
 )
 #: seconds that workers get to hand back their incumbents after an interrupt
 _PATIENCE = 20.0
+#: seconds between looks for a Ctrl-C that came just as this process fell asleep
+_LOOK = 1.0
 
 
 class WorkerCrash(Exception):
@@ -59,17 +61,20 @@ def run_tasks(
     not begun do not, and the generator ends by raising KeyboardInterrupt.
     """
     crew = _Crew(function, tasks, recycle, deadline)
-    running, interrupted = crew.start(min(workers, len(tasks))), False
+    running, interrupted = min(workers, len(tasks)), False
     try:
+        crew.start(running)
         while running:
             try:
-                index, answer = crew.done.get(timeout=_PATIENCE if interrupted else None)
+                index, answer = crew.done.get(timeout=_PATIENCE if interrupted else _LOOK)
             except KeyboardInterrupt:
                 interrupted = True
                 crew.interrupt()
                 continue
             except queue.Empty:
-                break
+                if interrupted:
+                    break
+                continue
             if index < 0:
                 running -= 1
             elif isinstance(answer, Exception) and not isinstance(answer, WorkerCrash):
@@ -108,10 +113,9 @@ class _Crew:
         self.done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self.stop = threading.Event()
 
-    def start(self, count: int) -> int:
+    def start(self, count: int) -> None:
         for slot in range(count):
             threading.Thread(target=self._attend, args=(slot,), daemon=True).start()
-        return count
 
     def interrupt(self) -> None:
         """Ctrl-C for every worker; what it answers still counts."""
@@ -137,6 +141,8 @@ class _Crew:
                 _close(process)
                 process, served = _start(), 0
                 self._processes[slot] = process
+                if self.stop.is_set():  # while it was being started: nobody has interrupted it
+                    break
             try:
                 assert process.stdin is not None
                 assert process.stdout is not None
