@@ -22,9 +22,8 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg as la
 import torch
-from scipy.optimize import Bounds, minimize
+from scipy.optimize import Bounds, brentq, minimize
 
 from maskopt.solvers.compiled import loop
 from maskopt.solvers.convex.triangles import Pool, dense, separate
@@ -33,6 +32,8 @@ from maskopt.solvers.parallel import RowThreads
 
 #: steps that the quasi-Newton method remembers
 _MEMORY = 25
+#: how exact the multiplier of z_0 is at the start, in units of the eigenvalues that α lets pass
+_CLOSE = 1e-3
 #: multipliers below this part of the largest are dropped
 _TINY = 1e-4
 #: least correction of λ, in units of the mean diagonal entry; and the least weight of an input in one
@@ -51,7 +52,7 @@ class Plan(NamedTuple):
 
     shares: tuple[float, ...]
     iterations: tuple[int, ...] = (30,)
-    new: int = 4
+    new: int = 8
 
 
 class Relaxed(NamedTuple):
@@ -153,13 +154,8 @@ class _Dual:
         self.c, self.pool = c, pool
         self.x = np.zeros_like(c)
         self.y = np.append(y, 0.0)
-        form = self._form(self.y, pool.tau)
-        if not np.isfinite(form).all():
+        if not np.isfinite(self._form(self.y, pool.tau)).all():
             raise np.linalg.LinAlgError("a form beyond float64")
-        # the y of z_0 that closes the form, were the rest of it definite
-        rest, column = form[:-1, :-1], form[:-1, -1]
-        rest[np.diag_indices_from(rest)] += 1e-6 * np.abs(np.diag(rest)).mean()
-        self.y[-1] = float(column @ la.lstsq(rest, column, lapack_driver="gelsy")[0])
 
     def climb(self, plan: Plan, goal: Goal, offset: float) -> None:
         """`offset`: what the objective is more than ⟨C, Z⟩."""
@@ -169,11 +165,36 @@ class _Dual:
                 index, sign, _ = separate(self.x, plan.new * n, RowThreads(1))
                 self.pool = self.pool.join(index, sign, n)
             alpha = share * max(goal.cutoff - goal.bound, goal.unit) / size
+            if not step:
+                self._homogenize(alpha * plan.shares[-1] / share)
             iterations = plan.iterations[min(step, len(plan.iterations) - 1)]
             value = self._ascend(alpha, iterations) - alpha * size
             if value + offset >= goal.cutoff or time.monotonic() >= goal.deadline:
                 break
         self.pool = self.pool.keep(self.pool.tau > _TINY * self.pool.tau.max(initial=0.0))
+
+    def _homogenize(self, alpha: float) -> None:
+        """The best y of z_0 beside the others, which the form from above says nothing of: where Z's entry of
+        z_0 is 1. Far from it the quasi-Newton method may not arrive."""
+
+        def slope(y: float) -> float:
+            self.y[-1] = y
+            self._value(self.y, self.pool.tau, alpha)
+            if not math.isfinite(self.x[-1, -1]):
+                raise np.linalg.LinAlgError("a multiplier beyond float64")
+            return float(self.x[-1, -1]) - 1
+
+        form, least = self._form(self.y, self.pool.tau), alpha * len(self.c)
+        values, vectors = np.linalg.eigh(form[:-1, :-1])
+        # what closes the form, were no eigenvalue of the rest below `least`; an end of a bracket is near
+        low = float(((vectors.T @ form[:-1, -1]) ** 2 / np.maximum(values, least)).sum())
+        step = least
+        while slope(low) < 0:
+            low, step = low - step, 4 * step
+        high, step = low + step, 4 * step
+        while slope(high) > 0:
+            low, high, step = high, high + step, 4 * step
+        self.y[-1] = brentq(slope, low, high, xtol=_CLOSE * least)
 
     def _ascend(self, alpha: float, iterations: int) -> float:
         """Move (y, τ) up; the function's value without −αN²/2. Drops triangles without a multiplier."""

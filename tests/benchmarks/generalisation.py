@@ -59,6 +59,10 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
     ),
     "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {}),
 }
+#: masks that are fitted to several draws of windows
+DRAWN = ("SparseGPT", "ADMM", "1-swap on F")
+#: seeds of the windows that masks are fitted to
+DRAWS = (0, 1, 2)
 #: what becomes of kept weights → options
 AFTER: dict[str, dict[str, Any]] = {
     "kept": {},
@@ -185,6 +189,14 @@ def weights(name: str) -> Iterator[Case]:
             yield Case(how, {"auto": f"weights/{name}/{pattern}/{label}"})
 
 
+def draws(name: str) -> Iterator[Case]:
+    for seed in DRAWS:
+        for label in DRAWN:
+            solver, _, after, _, own = WEIGHTS[label]
+            how = {"sparsity": 0.5, **calibrated(32), "seed": seed, "solver": solver}
+            yield Case({**how, "weights": after, **own}, {"auto": f"draws/{name}/{seed}/{label}"})
+
+
 def trained(name: str) -> Iterator[Case]:
     for label, own in TRAINED.items():
         how = {"sparsity": 0.5, **calibrated(32), **own}
@@ -261,6 +273,7 @@ def stopping(name: str) -> Iterator[Case]:
 STUDIES = {
     "methods": methods,
     "weights": weights,
+    "draws": draws,
     "trained": trained,
     "budgets": budgets,
     "cells": cells,

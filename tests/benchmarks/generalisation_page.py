@@ -261,6 +261,22 @@ STUDIES = (
         },
     ),
     Study(
+        "draws",
+        "Other calibration windows",
+        "50%, 32 windows, refitted weights as above, by the seed that the windows are drawn with; the\n"
+        "windows that are judged on are the same.",
+        {
+            "model": MODEL,
+            "seed": part(1),
+            "mask": part(2),
+            **QUALITY,
+            "× SparseGPT": beside("SparseGPT"),
+            "× ADMM": beside("ADMM"),
+            "KL to dense": figure("kl", ".3f"),
+            **ERRORS,
+        },
+    ),
+    Study(
         "trained",
         "Weights that are trained",
         "50%, 32 windows. Kept weights as they are, refitted by least squares, or trained towards the\n"

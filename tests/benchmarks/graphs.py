@@ -14,6 +14,7 @@ import re
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from machine import machine
 
@@ -21,6 +22,18 @@ from maskopt import RowProblem, Status, load_problem, solve, verify
 from maskopt.proof_check import check_proof
 
 _NAME = re.compile(r"kcluster(\d+)_(\d+)_(\d+)_(\d+)")
+
+
+class Measured(NamedTuple):
+    """A search and its proof: edges found, and edges that no cluster has more of; seconds; megabytes."""
+
+    proven: bool
+    edges: float
+    bound: float
+    seconds: float
+    nodes: int
+    checking: float
+    megabytes: float
 
 
 def main() -> None:
@@ -44,7 +57,7 @@ def main() -> None:
             if match and (not args.seeds or int(match[4]) in args.seeds):
                 found.append(measure(path, known.get(path.stem), args.time_limit, args.threads))
                 if args.each:
-                    print(path.stem, *found[-1], flush=True)
+                    print(path.stem, found[-1], flush=True)
         if found:
             print(line(n, found), flush=True)
 
@@ -63,10 +76,8 @@ def warm(folder: Path) -> None:
         solve(load_problem(path), "branch", proof=True, workers=0)
 
 
-def measure(
-    path: Path, edges: float | None, limit: float, threads: int | None
-) -> tuple[bool, float, int, float, float]:
-    """(proven, seconds, nodes, seconds of the check, megabytes of the proof)."""
+def measure(path: Path, edges: float | None, limit: float, threads: int | None) -> Measured:
+    """Solve and check; what is published is held against it."""
     problem = load_problem(path)
     assert isinstance(problem, RowProblem)
     solution = solve(problem, "branch", proof=True, workers=0, time_limit=limit, threads=threads)
@@ -79,18 +90,20 @@ def measure(
     value = problem.value(float(solution.objective[0]))
     if edges is not None and (value > edges or (proven and value != edges)):
         raise SystemExit(f"{path.stem}: {value} edges, published {edges}")
+    bound = problem.value(float(solution.lower_bound[0]))
     nodes = int(solution.trace.columns(1)["nodes"][0])
-    return proven, solution.seconds, nodes, checking, solution.proof.nbytes / 1e6
+    megabytes = solution.proof.nbytes / 1e6
+    return Measured(proven, value, bound, solution.seconds, nodes, checking, megabytes)
 
 
-def line(n: int, found: list[tuple[bool, float, int, float, float]]) -> str:
-    seconds = [f[1] for f in found]
-    nodes, share = [f[2] for f in found], [f[3] / f[1] for f in found]
+def line(n: int, found: list[Measured]) -> str:
+    seconds = [f.seconds for f in found]
+    nodes, share = [f.nodes for f in found], [f.checking / f.seconds for f in found]
     return (
-        f"| {n} | {sum(f[0] for f in found)} of {len(found)} | {statistics.median(seconds):.2f} s "
+        f"| {n} | {sum(f.proven for f in found)} of {len(found)} | {statistics.median(seconds):.2f} s "
         f"| {max(seconds):.1f} s | {statistics.median(nodes):.0f} | {max(nodes)} "
-        f"| {max(f[3] for f in found):.2f} s at most | {max(share):.0%} at most "
-        f"| {max(f[4] for f in found):.2g} MB at most |"
+        f"| {max(f.checking for f in found):.2f} s at most | {max(share):.0%} at most "
+        f"| {max(f.megabytes for f in found):.2g} MB at most |"
     )
 
 
