@@ -20,12 +20,14 @@ factorisation with an explicit margin: if it runs to completion in floating poin
 λ_min(A) ≥ −c with c = γ/(1−γ)·tr A, γ = (n+2)u (Rump, *Verification of positive definiteness*,
 BIT 46, 2006). Whatever is missing to A ⪰ 0 is added to λ, which costs θ·Σ p̂(1 − p̂).
 
-The cuts are triangle inequalities on z = 2p − 1 (with z_0 = 1 as index −1): for signs with product
-+1, a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0.
+The cuts are inequalities on z = 2p − 1 (with z_0 = 1 as index −1): an odd sum of signs has a square of at
+least 1, so that of three inputs a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0 (triangles), and likewise of five
+(pentagonal inequalities).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,17 +46,21 @@ from maskopt.problem import LayerProblem, RowProblem
 _U = 2.0**-53
 #: squares of weights below it are no longer exact
 _LEAST_SQUARE = 1e-300
+#: in place of an input of a cut: z_0; none
+OF_Z0, NO_INPUT = -1, -2
 #: of the inputs and signs of cuts
 _WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """Triangle inequalities of one row: a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0.
+    """Triangle and pentagonal inequalities of one row: for an odd number k of inputs (at least three) and
+    signs b, Σ_{i<j} b_ib_jz_iz_j + (k − 1)/2 ≥ 0, since an odd sum of signs has a square of at least 1.
 
     Attributes:
-        index: int64 [m, 3], distinct inputs of a row, −1 meaning z_0 = 1.
-        sign: int8 [m, 2], the signs a and b, each ±1.
+        index: int64 [m, places], distinct inputs of a row; OF_Z0 (−1): z_0 = 1; NO_INPUT (−2) in places that
+            are not needed.
+        sign: int8 [m, places − 1], the signs ±1 of all but the first, whose sign is 1.
         multiplier: float64 [m], τ ≥ 0.
     """
 
@@ -238,11 +244,11 @@ def least_total(
 
 
 def check_cuts(cuts: Cuts, n: int, row: int) -> None:
-    """Raise VerificationError where one is no triangle inequality of a row of n inputs."""
+    """Raise VerificationError where one is no inequality of all masks of a row of n inputs."""
     index, sign, tau = cuts.index, cuts.sign, cuts.multiplier
-    m = tau.numel()
+    m, places = tau.numel(), index.shape[-1] if index.ndim else 0
     shapes = index.shape, sign.shape, tau.shape
-    if shapes != ((m, 3), (m, 2), (m,)) or tau.dtype != torch.float64:
+    if shapes != ((m, places), (m, places - 1), (m,)) or tau.dtype != torch.float64:
         raise VerificationError(f"certificate: the cuts of row {row} have the wrong shape or type")
     if m == 0:
         return
@@ -251,12 +257,20 @@ def check_cuts(cuts: Cuts, n: int, row: int) -> None:
         raise VerificationError(
             f"certificate: the cuts of row {row} have inputs or signs that are not whole numbers"
         )
-    if int(index.min()) < -1 or int(index.max()) >= n:
+    index = index.long()
+    used = index != NO_INPUT
+    if int(index.min()) < NO_INPUT or int(index.max()) >= n:
         raise VerificationError(f"certificate: a cut of row {row} names an input outside the row")
-    i, j, k = index.long().T
-    if bool(((i == j) | (i == k) | (j == k)).any()):
+    # an even sum of signs may be 0
+    if not bool(((used.sum(1) % 2 == 1) & (used.sum(1) >= 3)).all()):
+        raise VerificationError(
+            f"certificate: a cut of row {row} has no odd number of inputs, or one"
+        )
+    names = torch.where(used, index, NO_INPUT - 1 - torch.arange(places, device=index.device))
+    names = names.sort(1).values
+    if bool((names[:, 1:] == names[:, :-1]).any()):
         raise VerificationError(f"certificate: a cut of row {row} names an input twice")
-    if not bool(((sign == 1) | (sign == -1)).all()):
+    if not bool(((sign == 1) | (sign == -1) | ~used[:, 1:]).all()):
         raise VerificationError(f"certificate: a cut of row {row} has a sign that is not ±1")
     if not bool((torch.isfinite(tau) & (tau >= 0)).all()):
         raise VerificationError(f"certificate: a cut of row {row} has a negative multiplier")
@@ -346,12 +360,15 @@ def cut_form(cuts: Cuts | None, n: int, like: Tensor) -> tuple[Tensor | None, Te
         return None, linear, 0.0, 0.0
     tau = cuts.multiplier.to(like)
     index = cuts.index.to(like.device).long()
-    a, b = cuts.sign.to(like).T
+    signs = torch.cat([torch.ones_like(tau)[:, None], cuts.sign.to(like)], 1)
+    used = index != NO_INPUT
+    inputs = used.sum(1)
     matrix = torch.zeros(n, n, dtype=torch.float64, device=like.device)
-    constant = tau.sum()
-    for (left, right), sign in (((0, 1), a), ((0, 2), b), ((1, 2), a * b)):
-        weight = tau * sign
-        i, j = index[:, left], index[:, right]
+    constant = (tau * (inputs // 2)).sum()
+    for left, right in itertools.combinations(range(index.shape[1]), 2):
+        here = used[:, left] & used[:, right]
+        weight = (tau * signs[:, left] * signs[:, right])[here]
+        i, j = index[here, left], index[here, right]
         both = (i >= 0) & (j >= 0)
         # z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1
         for x, y in ((i, j), (j, i)):
@@ -362,7 +379,9 @@ def cut_form(cuts: Cuts | None, n: int, like: Tensor) -> tuple[Tensor | None, Te
         alone = ~both
         linear.index_add_(0, torch.maximum(i, j)[alone], 2 * weight[alone])
         constant = constant - weight[alone].sum()
-    return matrix, linear, float(constant), 16 * float(tau.sum())
+    # of every pair of inputs; 16 τ of a triangle
+    size = 16 / 3 * float((tau * (inputs * (inputs - 1) // 2)).sum())
+    return matrix, linear, float(constant), size
 
 
 def missing(a: Tensor) -> float:

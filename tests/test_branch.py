@@ -14,6 +14,7 @@ from maskopt.errors import OptionError, SolverError
 from maskopt.solvers.convex.triangles import Pool
 from maskopt.solvers.exact import branch, tree
 from maskopt.solvers.exact.duals import qcr_duals
+from maskopt.solvers.exact.pentagons import PLACES
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
 from maskopt.solvers.exact.relaxation import Plan, Relaxed
 from maskopt.solvers.exact.tree import BranchTask, Tree
@@ -119,7 +120,7 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     searched = Tree(task, duals)
     random = np.random.default_rng(0)
     fixings = tight = cuts = 0
-    nothing = Relaxed(lam, start_vectors(n, 1), Pool.empty())
+    nothing = Relaxed(lam, start_vectors(n, 1), Pool.empty(PLACES))
     for _ in range(60):
         # an incumbent that some masks beat
         cost = float(np.quantile(costs, random.uniform(0.02, 0.6)))

@@ -13,6 +13,11 @@ from maskopt.errors import ProblemError, VerificationError
 from maskopt.files import write_arrays
 
 TAU = torch.ones(2, dtype=torch.float64)
+FIVE = {
+    "index": torch.tensor([[0, 1, 2, 3, 4], [3, 2, 1, 0, -1]]),
+    "sign": torch.tensor([[1, -1, 1, 1], [1, 1, 1, -1]]),
+}
+PAIRED = {"index": FIVE["index"][:, :4], "sign": FIVE["sign"][:, :3]}
 GOOD = Cuts(torch.tensor([[-1, 0, 7], [3, 2, 1]]), torch.tensor([[1, -1], [-1, -1]]), TAU)
 
 
@@ -54,7 +59,15 @@ def test_tensors_that_do_not_fit_are_named(part, bad, message):
         ({"sign": GOOD.sign[:1]}, "wrong shape or type"),
         ({"index": GOOD.index.float()}, "not whole numbers"),
         ({"sign": GOOD.sign.float()}, "not whole numbers"),
-        ({"index": torch.tensor([[-2, 0, 7], [3, 2, 1]])}, "outside the row"),
+        ({"index": torch.tensor([[-3, 0, 7], [3, 2, 1]])}, "outside the row"),
+        ({"index": torch.tensor([[-2, 0, 7], [3, 2, 1]])}, "no odd number of inputs"),
+        ({"index": torch.tensor([[-2, -2, 7], [3, 2, 1]])}, "no odd number of inputs, or one"),
+        ({"index": torch.tensor([[-2, -2, -2], [3, 2, 1]])}, "no odd number of inputs"),
+        (PAIRED, "no odd number of inputs"),
+        ({**PAIRED, "index": torch.tensor([[0, 1, 2, 0], [3, 2, 1, -2]])}, "no odd number"),
+        ({**FIVE, "index": torch.tensor([[0, 1, 2, 3, 0], [3, 2, 1, 0, -1]])}, "twice"),
+        ({**FIVE, "sign": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])}, "not ±1"),
+        ({**FIVE, "sign": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 3]])}, "not ±1"),
         ({"index": torch.tensor([[-1, 0, 7], [3, 2, 8]])}, "outside the row"),
         ({"index": torch.tensor([[1, 1, 7], [3, 2, 1]])}, "twice"),
         ({"index": torch.tensor([[7, 1, 7], [3, 2, 1]])}, "twice"),
@@ -68,7 +81,7 @@ def test_tensors_that_do_not_fit_are_named(part, bad, message):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("row", [0, 1])
-def test_cuts_that_are_no_triangle_inequalities_are_refused(changes, message, row):
+def test_cuts_that_are_no_inequalities_of_all_masks_are_refused(changes, message, row):
     problem = layer()
     cuts = [None, None]
     cuts[row] = replace(GOOD, **changes)

@@ -22,7 +22,7 @@ from maskopt import (
     solve,
     verify,
 )
-from maskopt.certificate import Cuts
+from maskopt.certificate import NO_INPUT, Cuts
 from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.files import read_arrays, write_arrays
 from maskopt.limits import Limits
@@ -306,8 +306,9 @@ def test_cuts_never_pass_the_best_mask(linear):
     for trial in range(20):
         problem = layer(9, Unstructured(keep=4), linear=linear, seed=trial)
         best = float(costs(problem)[1].min())
-        index = np.array([random.permutation(np.arange(-1, 9))[:3] for _ in range(12)])
-        sign = random.choice([-1, 1], (12, 2)).astype(np.int8)
+        index = np.array([random.permutation(np.arange(-1, 9))[:5] for _ in range(12)])
+        index[:: 1 + trial % 3, 3:] = NO_INPUT  # all of them triangles, a half, a third
+        sign = random.choice([-1, 1], (12, 4)).astype(np.int8)
         tau = random.random(12) * best
         cuts = Cuts(torch.tensor(index), torch.tensor(sign), torch.tensor(tau))
         lam = np.full(9, 40 * best)

@@ -1,4 +1,7 @@
-"""The relaxation of a node with triangles: convex, tighter, and worth what it says; trees that use it."""
+"""The relaxation of a node with triangles and pentagonal inequalities: convex, tighter, and worth what it
+says; trees that use it."""
+
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -7,10 +10,11 @@ from strategies import KINDS, random_gram, random_weight
 from test_proof import graph
 
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
-from maskopt.certificate import Cuts, cut_form
-from maskopt.solvers.convex.triangles import Pool, dense, separate
+from maskopt.certificate import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
+from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, separate
 from maskopt.solvers.exact import tree
 from maskopt.solvers.exact.free_part import free_part
+from maskopt.solvers.exact.pentagons import PLACES, pentagons
 from maskopt.solvers.exact.relaxation import (
     Goal,
     Plan,
@@ -24,20 +28,28 @@ from maskopt.solvers.exact.relaxation import (
 CLIMB = Plan((20.0, 5.0, 1.0, 0.3, 0.1))
 
 
-def some_pool(n, count=40, seed=0):
-    """Triangles of any inputs and z_0, with multipliers."""
+def some_pool(n, count=40, seed=0, inputs=(3, 5)):
+    """Inequalities of any inputs and z_0, with multipliers."""
     random = np.random.default_rng(seed)
-    index = np.sort([random.choice(n + 1, 3, replace=False) for _ in range(count)], axis=1)
-    sign = random.choice([-1, 1], (count, 2)).astype(np.int8)
-    return Pool(index, sign, random.random(count)).merged(n)
+    index = np.full((count, PLACES), ABSENT)
+    for line in index:
+        size = random.choice(inputs)
+        line[:size] = np.sort(random.choice(n + 1, size, replace=False))
+    sign = np.where(index[:, 1:] == ABSENT, 0, random.choice([-1, 1], (count, PLACES - 1)))
+    return Pool(index, sign.astype(np.int8), random.random(count)).merged(n)
 
 
 def worth(pool, z):
-    """Σ τ (a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1), z_0 last."""
-    z = np.append(z, 1.0)
-    a, b = pool.sign.T.astype(float)
-    i, j, k = z[pool.index].T
-    return float(pool.tau @ (a * i * j + b * i * k + a * b * j * k + 1))
+    """Σ τ ((Σ b_iz_i)² − 1)/2, z_0 last."""
+    z = np.append(z, [1.0, 0.0])  # ABSENT is the last
+    b = np.column_stack([np.ones(len(pool.tau)), pool.sign])
+    return float(pool.tau @ ((b * z[pool.index]).sum(1) ** 2 - 1) / 2)
+
+
+def cuts_of(pool, n):
+    """As a certificate has them."""
+    index = np.select([pool.index == n, pool.index == ABSENT], [OF_Z0, NO_INPUT], pool.index)
+    return Cuts(torch.tensor(index), torch.tensor(pool.sign), torch.tensor(pool.tau))
 
 
 def node(n=20, fixed=6, seed=1, pattern=None):
@@ -52,34 +64,49 @@ def node(n=20, fixed=6, seed=1, pattern=None):
     return problem, q, same, state
 
 
-def test_a_triangle_counts_in_p_as_a_certificate_has_it():
+def test_an_inequality_counts_in_p_as_a_certificate_has_it():
     n = 9
     pool = some_pool(n)
     base, c = np.zeros((n, n)), np.zeros(n)
     constant = add_triangles(base, c, pool.index, pool.sign, pool.tau)
-    index = np.where(pool.index == n, -1, pool.index)
-    cuts = Cuts(torch.tensor(index), torch.tensor(pool.sign), torch.tensor(pool.tau))
-    matrix, linear, kappa, _ = cut_form(cuts, n, torch.zeros(1).double())
+    check_cuts(cuts_of(pool, n), n, 0)
+    matrix, linear, kappa, size = cut_form(cuts_of(pool, n), n, torch.zeros(1).double())
+    terms = float(matrix.abs().sum() + linear.abs().sum()) + abs(kappa)
+    assert terms <= 16 * size * n
+    assert float(matrix.norm()) <= size
+    for p in np.random.default_rng(5).integers(0, 2, (30, n)):
+        value = p @ matrix.numpy() @ p + linear.numpy() @ p + kappa
+        assert value == pytest.approx(worth(pool, 2 * p - 1))
+    e, column = dense(pool, n)
+    for z in np.random.default_rng(6).choice([-1, 1], (30, n)):
+        known = worth(pool, z) - float(pool.tau @ pool.least)
+        assert -2 * column @ z - z @ e @ z == pytest.approx(known)
     np.testing.assert_allclose(base, -matrix.numpy(), atol=1e-12)
     np.testing.assert_allclose(c, -linear.numpy(), atol=1e-12)
     assert constant == pytest.approx(kappa)
 
 
-def test_triangles_of_fixed_inputs_become_those_of_z0():
+@pytest.mark.parametrize("inputs", [(3,), (5,), (3, 5)])
+def test_inequalities_of_fixed_inputs_become_those_of_z0(inputs):
     n = 12
-    pool, random = some_pool(n, 120), np.random.default_rng(2)
+    pool, random = some_pool(n, 120, inputs=inputs), np.random.default_rng(2)
     state = np.full(n, -1, dtype=np.int8)
     state[[1, 4, 5, 9]] = (1, 0, 1, 0)
     below = _below(pool, state)
-    assert (np.diff(below.index, axis=1) > 0).all()
     free = np.flatnonzero(state < 0)
+    assert 0 < len(below.tau) < len(pool.tau)
+    check_cuts(cuts_of(below, len(free)), len(free), 0)
+    padded = np.where(below.index == ABSENT, 99 + np.arange(PLACES), below.index)
+    assert (np.diff(padded, axis=1) > 0).all()
     ends = []
     for _ in range(20):
         z = np.where(state == 1, 1.0, -1.0)
         z[free] = random.choice([-1.0, 1.0], len(free))
         ends.append(worth(pool, z) - worth(below, z[free]))
-    # what is left out has at most one free input, and is worth no less than nothing
+    # what is left out is worth no less than nothing; of triangles nothing but that is left out
     assert min(ends) >= -1e-9
+    if inputs == (3,):
+        assert max(ends) < float(pool.tau.sum())
     kept = Pool(pool.index, pool.sign, np.ones(len(pool.tau)))
     assert _below(kept, np.full(n, -1, dtype=np.int8)).tau.tolist() == kept.tau.tolist()
 
@@ -89,7 +116,7 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     problem, q, same, state = node(pattern=pattern, fixed=4)
     n, free = len(q), np.flatnonzero(state < 0)
     mu, point = float(np.trace(q)) / n, np.full(n, 0.5)
-    nothing = Relaxed(np.diag(q).copy(), np.zeros((n, 8), np.float32), Pool.empty())
+    nothing = Relaxed(np.diag(q).copy(), np.zeros((n, 8), np.float32), Pool.empty(PLACES))
     best = float(solve(problem, "branch").objective)
     found = {}
     for shares in (CLIMB.shares[:1], CLIMB.shares):
@@ -113,6 +140,7 @@ def test_the_function_has_its_gradient_and_is_below_the_relaxation():
     pool = some_pool(7, 12)
     dual = _Dual(c, np.full(7, 6.0), pool)
     y, tau, alpha = dual.y + random.normal(size=8), pool.tau.copy(), 0.3
+    assert set(pool.least) == {1, 2}
     value, slope = dual._value(y, tau, alpha)
     x = np.append(y, tau)
     for i in range(len(x)):
@@ -120,7 +148,7 @@ def test_the_function_has_its_gradient_and_is_below_the_relaxation():
         step[i] = 1e-6
         up, down = (dual._value((x + s)[:8], (x + s)[8:], alpha)[0] for s in (step, -step))
         assert (up - down) / 2e-6 == pytest.approx(slope[i], rel=1e-4, abs=1e-5)
-    # below every matrix of signs that keeps the triangles, which all of them do
+    # below every matrix of signs, all of which keep the inequalities
     for _ in range(50):
         z = random.choice([-1.0, 1.0], 8)
         assert value - alpha * 32 <= z @ c @ z + 1e-9
@@ -135,7 +163,7 @@ def test_a_singular_form_from_above_is_as_good_a_start_as_another():
     least = np.linalg.eigvalsh(c[:n, :n])[0]
     values = []
     for above in (1e-9, 1.0):  # the column of z_0 reaches what has no eigenvalue
-        dual = _Dual(c, np.full(n, above - least), Pool.empty())
+        dual = _Dual(c, np.full(n, above - least), Pool.empty(PLACES))
         dual._homogenize(alpha)
         assert dual.x[n, n] == pytest.approx(1, abs=0.1)
         values.append(dual._ascend(alpha, 30))
@@ -148,7 +176,7 @@ def test_violated_triangles_raise_the_function():
     mu, pruned = 2.0, problem.pruned_per_group
     same, state, point = np.ones((n, n)), np.full(n, -1, dtype=np.int8), np.full(n, pruned / n)
     best = float(solve(problem, "branch").objective)
-    nothing = Relaxed(np.diag(q).copy(), np.zeros((n, 8), np.float32), Pool.empty())
+    nothing = Relaxed(np.diag(q).copy(), np.zeros((n, 8), np.float32), Pool.empty(PLACES))
 
     def least(plan):
         part = free_part(q, mu, pruned, same, state)
@@ -181,7 +209,14 @@ def test_trees_of_graphs_are_small_and_checked(monkeypatch):
     assert tight.proof.rows[0].cuts.sum() > 0 == plain.proof.rows[0].cuts.sum()
 
 
-def test_nodes_side_by_side_make_the_same_tree_on_any_number_of_threads():
+@pytest.fixture
+def loose(monkeypatch):
+    """Relaxations that are solved so roughly that even small graphs have several nodes open together."""
+    for name in ("_ROOT", "_NODE"):
+        monkeypatch.setattr(tree, name, Plan((10.0, 1.0), (8,), pentagons=1))
+
+
+def test_nodes_side_by_side_make_the_same_tree_on_any_number_of_threads(loose):
     problem = graph(60, 0.75, keep=40, seed=2)
     proofs = []
     for threads in (1, 2, 5):
@@ -195,7 +230,7 @@ def test_nodes_side_by_side_make_the_same_tree_on_any_number_of_threads():
         assert all(np.array_equal(arrays[name], proofs[0][1][name]) for name in arrays)
 
 
-def test_ctrl_c_among_nodes_side_by_side_leaves_them_open(monkeypatch):
+def test_ctrl_c_among_nodes_side_by_side_leaves_them_open(monkeypatch, loose):
     problem = graph(60, 0.75, keep=40, seed=2)
     branch, calls = tree.Tree._branch, []
 
@@ -246,12 +281,68 @@ def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, pattern
 def test_numbers_without_eigenvalues_leave_the_form_from_above():
     n = 6
     huge = np.full((n, n), 1e200)
-    start = Relaxed(np.full(n, np.inf), np.zeros((n, 8), np.float32), Pool.empty())
+    start = Relaxed(np.full(n, np.inf), np.zeros((n, 8), np.float32), Pool.empty(PLACES))
     state, point = np.full(n, -1, dtype=np.int8), np.full(n, 0.5)
     with np.errstate(all="ignore"):
         part = free_part(huge, 1.0, 3, np.ones((n, n)), state)
         own = relax_node(part, start, point, CLIMB, Goal(0.0, 1.0, 0.1))
     assert own is start
+
+
+def correlations(n, seed):
+    """As a relaxation has them: of vectors of few dimensions."""
+    v = np.random.default_rng(seed).normal(size=(n, 4))
+    v /= np.linalg.norm(v, axis=1, keepdims=True)
+    return v @ v.T
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pentagonal_inequalities_that_are_violated_are_found(seed):
+    n = 11
+    z = correlations(n, seed)
+    triangles, signs, _ = separate(z, 10_000)
+    pool = Pool.empty(PLACES).join(triangles, signs, n)
+    pool.tau[:] = 1.0
+    index, sign = pentagons(z, pool, 50)
+    b = np.column_stack([np.ones(len(index)), sign])
+
+    def violations(index, b):
+        inner = z[index[:, :, None], index[:, None, :]]
+        return (1 - np.einsum("ti,tij,tj->t", b, inner, b)) / 2
+
+    found = violations(index, b)
+    assert len(found) > 1
+    assert len(np.unique(np.column_stack([index, sign]), axis=0)) == len(found)
+    assert (found > 0.05).all()
+    assert (np.diff(found) <= 1e-12).all()
+    assert (np.diff(index, axis=1) > 0).all()
+    assert 0 <= index.min() < index.max() < n
+    everything = [
+        (i, (1.0, *s)) for i in combinations(range(n), 5) for s in product([-1.0, 1.0], repeat=4)
+    ]
+    most = violations(*(np.array(x) for x in zip(*everything, strict=True))).max()
+    assert found[0] > 0.95 * most
+
+
+def test_nothing_violated_or_too_few_inputs_make_no_pentagon():
+    triangle = Pool(np.array([[0, 1, 2, -1, -1]]), np.array([[1, 1, 0, 0]], np.int8), np.ones(1))
+    for z in (np.ones((9, 9)), np.eye(9), np.eye(4), -np.ones((4, 4)) / 3 + np.eye(4) * 4 / 3):
+        assert len(pentagons(z, triangle, 10)[0]) == 0
+    assert len(pentagons(correlations(9, 0), Pool.empty(PLACES), 10)[0]) == 0
+
+
+def test_trees_with_pentagonal_inequalities_are_smaller(monkeypatch):
+    problem = graph(60, 0.75, keep=40, seed=2)
+    five = solve(problem, "branch", proof=True, workers=0)
+    for name in ("_ROOT", "_NODE"):
+        monkeypatch.setattr(tree, name, getattr(tree, name)._replace(pentagons=0))
+    three = solve(problem, "branch", proof=True, workers=0)
+    for solution, places in ((five, 5), (three, 3)):
+        assert solution.status == (Status.OPTIMAL,)
+        assert solution.proof.rows[0].cut_index.shape[1] == places
+        assert verify(problem, solution, require="checked").checked
+    assert float(five.objective) == float(three.objective)
+    assert int(five.trace.nodes[0]) < int(three.trace.nodes[0])
 
 
 def test_separation_may_ask_for_nothing():

@@ -2,11 +2,13 @@
 
 For signs z_i = ±1 (with z_0 = 1) and a, b = ±1, a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0; with z_0 these
 are p_ip_j ≥ 0, p_ip_j ≤ p_i and p_ip_j ≥ p_i + p_j − 1. A multiplier τ of one adds −τ/2 times its signs
-to the entries of C.
+to the entries of C. Where a pool has five places, an inequality may have five inputs in place of three: an
+odd sum of signs is at least 1 in size, so that Σ_{i<j} b_ib_jz_iz_j + 2 ≥ 0.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,8 @@ import numpy as np
 from maskopt.solvers.convex.triangles_kernel import BINS, collect, count, histogram
 from maskopt.solvers.parallel import RowThreads
 
+#: in place of an input, where an inequality has fewer than its pool has places
+ABSENT = -1
 #: violations below this are left alone
 _FLOOR = 0.02
 #: the step of a triangle, times the least dual of its inputs over the root of their degree
@@ -30,15 +34,22 @@ _ROUNDING = 1e-6
 
 @dataclass
 class Pool:
-    """The triangles of one row: index int64 [m, 3], i < j < k ≤ n (n: z_0), sign int8 [m, 2], τ [m]."""
+    """The inequalities of one row: index int64 [m, k], ascending, at most n (n: z_0), ABSENT after an odd
+    number of them; sign int8 [m, k − 1] of all but the first, whose sign is 1; τ [m]."""
 
     index: np.ndarray
     sign: np.ndarray
     tau: np.ndarray
 
     @classmethod
-    def empty(cls) -> Pool:
-        return cls(np.zeros((0, 3), np.int64), np.zeros((0, 2), np.int8), np.zeros(0))
+    def empty(cls, places: int = 3) -> Pool:
+        index, sign = np.zeros((0, places), np.int64), np.zeros((0, places - 1), np.int8)
+        return cls(index, sign, np.zeros(0))
+
+    @property
+    def least(self) -> np.ndarray:
+        """−Σ_{i<j} b_ib_jz_iz_j at most, int64 [m]: 1 of a triangle."""
+        return np.asarray((self.index != ABSENT).sum(1) // 2)
 
     def keep(self, chosen: np.ndarray) -> Pool:
         return Pool(self.index[chosen], self.sign[chosen], self.tau[chosen])
@@ -52,7 +63,10 @@ class Pool:
         return Pool(self.index[first], self.sign[first], tau)
 
     def join(self, index: np.ndarray, sign: np.ndarray, n: int) -> Pool:
-        """With the triangles that are not here yet, at τ = 0."""
+        """With the inequalities that are not here yet, at τ = 0; of as many places, or fewer."""
+        lacking = self.index.shape[1] - index.shape[1]
+        index = np.pad(index, ((0, 0), (0, lacking)), constant_values=ABSENT)
+        sign = np.pad(sign, ((0, 0), (0, lacking)))
         new = ~np.isin(_keys(index, sign, n), _keys(self.index, self.sign, n))
         return Pool(
             np.concatenate([self.index, index[new]]),
@@ -99,9 +113,12 @@ def separate(
 
 
 def _keys(index: np.ndarray, sign: np.ndarray, n: int) -> np.ndarray:
-    i, j, k = index.T
-    a, b = sign.astype(np.int64).T
-    return np.asarray(((i * (n + 1) + j) * (n + 1) + k) * 4 + (a + 1) + (b + 1) // 2)
+    keys = np.zeros(len(index), np.int64)
+    for column in index.T:
+        keys = keys * (n + 2) + column - ABSENT
+    for column in sign.T:
+        keys = 2 * keys + (column > 0)
+    return keys
 
 
 def pairs_of(index: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,8 +160,10 @@ def steps_of(index: np.ndarray, y: np.ndarray) -> np.ndarray:
 def dense(pool: Pool, n: int) -> tuple[np.ndarray, np.ndarray]:
     """E [n, n] and its column of v_0."""
     e = np.zeros((n + 1, n + 1))
-    a, b = pool.sign.astype(float).T
-    for (x, y), sign in (((0, 1), a), ((0, 2), b), ((1, 2), a * b)):
-        np.add.at(e, (pool.index[:, x], pool.index[:, y]), -pool.tau * sign / 2)
+    sign = np.column_stack([np.ones(len(pool.tau)), pool.sign])
+    for x, y in itertools.combinations(range(pool.index.shape[1]), 2):
+        here = pool.index[:, y] != ABSENT
+        i, j = pool.index[here, x], pool.index[here, y]
+        np.add.at(e, (i, j), (-pool.tau * sign[:, x] * sign[:, y] / 2)[here])
     e += e.T
     return e[:n, :n], e[:n, n]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from maskopt.certificate import NO_INPUT, OF_Z0
 from maskopt.proof import AGAIN, KINDS, LEAF, NO_FORM, RowProof
-from maskopt.solvers.convex.triangles import Pool
+from maskopt.solvers.convex.triangles import ABSENT, Pool
 from maskopt.solvers.exact.relaxation import Relaxed
 
 _NOTHING = np.zeros(0)
@@ -66,12 +67,14 @@ def row_proof(root: Step, n: int, penalty: float) -> RowProof:
     forms = {id(step.form): step.form for step in steps if step.form is not None}
     number = {key: place for place, key in enumerate(forms)}
     pools = [form.pool for form in forms.values()] or [Pool.empty()]
-    index = np.concatenate([pool.index for pool in pools])
+    index, sign = (np.concatenate([getattr(pool, x) for pool in pools]) for x in ("index", "sign"))
+    if (index[:, 3:] == ABSENT).all():  # triangles alone
+        index, sign = index[:, :3], sign[:, :2]
     parts = {
         "forms": np.array([form.lam for form in forms.values()]).reshape(-1, n),
         "cuts": [len(form.pool.tau) for form in forms.values()],
-        "cut_index": np.where(index == n, -1, index),
-        "cut_sign": np.concatenate([pool.sign for pool in pools]),
+        "cut_index": np.select([index == n, index == ABSENT], [OF_Z0, NO_INPUT], index),
+        "cut_sign": sign,
         "multiplier": np.concatenate([pool.tau for pool in pools]),
         "form": [NO_FORM if step.form is None else number[id(step.form)] for step in steps],
         "branch": [step.branch for step in steps],

@@ -26,8 +26,9 @@ import torch
 from scipy.optimize import Bounds, brentq, minimize
 
 from maskopt.solvers.compiled import loop
-from maskopt.solvers.convex.triangles import Pool, dense, separate
+from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, separate
 from maskopt.solvers.exact.free_part import FreePart, definite
+from maskopt.solvers.exact.pentagons import pentagons
 from maskopt.solvers.parallel import RowThreads
 
 #: steps that the quasi-Newton method remembers
@@ -48,11 +49,13 @@ class Plan(NamedTuple):
             is more: what is gained from a start is a matter of the first, what can be certified of the last.
         iterations: of the rounds; of the last ones the last.
         new: triangles that may join before another round, per free input.
+        pentagons: pentagonal inequalities that may.
     """
 
     shares: tuple[float, ...]
     iterations: tuple[int, ...] = (30,)
     new: int = 8
+    pentagons: int = 4
 
 
 class Relaxed(NamedTuple):
@@ -115,30 +118,31 @@ def relax_node(
     whole = np.zeros(len(part.state))
     whole[part.free] = lam + definite(a, weights / weights.mean(), point[part.free], least)
     names = np.append(part.free, len(part.state))
-    return Relaxed(whole, start.vectors, Pool(names[pool.index], pool.sign, pool.tau))
+    index = np.where(pool.index == ABSENT, ABSENT, names[pool.index])
+    return Relaxed(whole, start.vectors, Pool(index, pool.sign, pool.tau))
 
 
 def _below(pool: Pool, state: np.ndarray) -> Pool:
-    """The triangles by places among the free inputs and z_0. An input that is fixed is z_0 or −z_0: a
-    triangle of two others is one of theirs and z_0."""
-    n = len(state)
+    """The inequalities by places among the free inputs and z_0. An input that is fixed is z_0 or −z_0: what
+    is left has z_0 once, or not at all where two cancel; where they add up it is left out."""
     free = np.flatnonzero(state < 0)
-    place = np.append(np.full(n, len(free)), len(free))
+    fixed, nothing = len(free), len(free) + 1
+    place = np.append(np.full(len(state), fixed), [fixed, nothing])  # ABSENT is the last
     place[free] = np.arange(len(free))
-    flip = np.append(np.where(state == 0, -1, 1), 1)
+    z = np.append(np.where(state == 0, -1, 1), [1, 0])
     index = place[pool.index]
-    a, b = pool.sign.T.astype(np.int64)
-    i, j, k = flip[pool.index].T
-    pairs = np.stack([a * i * j, b * i * k, a * b * j * k], axis=1)
-    order = np.argsort(index, axis=1, kind="stable")
-    inside = (np.diff(np.take_along_axis(index, order, 1), axis=1) > 0).all(1)
-    index, order, pairs = index[inside], order[inside], pairs[inside]
-    # the pair of two places of a triangle is the one that lacks the third
-    lacks = np.array([2, 1, 0])
-    first = pairs[np.arange(len(order)), lacks[order[:, 2]]]
-    second = pairs[np.arange(len(order)), lacks[order[:, 1]]]
-    sign = np.stack([first, second], axis=1).astype(np.int8)
-    return Pool(np.take_along_axis(index, order, 1), sign, pool.tau[inside]).merged(len(free))
+    sign = z[pool.index] * np.column_stack([np.ones(len(index), np.int64), pool.sign])
+    of_z0 = np.where(index == fixed, sign, 0).sum(1)
+    index = np.where(index == fixed, nothing, index)
+    index = np.column_stack([index, np.where(of_z0 == 0, nothing, fixed)])
+    sign = np.column_stack([sign, of_z0])
+    order = np.argsort(index, axis=1, kind="stable")[:, :-1]
+    index, sign = np.take_along_axis(index, order, 1), np.take_along_axis(sign, order, 1)
+    good = (np.abs(of_z0) <= 1) & ((index < nothing).sum(1) >= 3)
+    index, sign = index[good], sign[good]
+    sign = np.where(index < nothing, sign * sign[:, :1], 0)[:, 1:].astype(np.int8)
+    index = np.where(index < nothing, index, ABSENT)
+    return Pool(index, sign, pool.tau[good]).merged(len(free))
 
 
 class _Dual:
@@ -151,7 +155,7 @@ class _Dual:
     """
 
     def __init__(self, c: np.ndarray, y: np.ndarray, pool: Pool) -> None:
-        self.c, self.pool = c, pool
+        self.c, self.pool, self.least = c, pool, pool.least
         self.x = np.zeros_like(c)
         self.y = np.append(y, 0.0)
         if not np.isfinite(self._form(self.y, pool.tau)).all():
@@ -159,11 +163,10 @@ class _Dual:
 
     def climb(self, plan: Plan, goal: Goal, offset: float) -> None:
         """`offset`: what the objective is more than ⟨C, Z⟩."""
-        n, size = len(self.c) - 1, len(self.c) ** 2 / 2
+        size = len(self.c) ** 2 / 2
         for step, share in enumerate(plan.shares):
             if step:
-                index, sign, _ = separate(self.x, plan.new * n, RowThreads(1))
-                self.pool = self.pool.join(index, sign, n)
+                self._join(plan)
             alpha = share * max(goal.cutoff - goal.bound, goal.unit) / size
             if not step:
                 self._homogenize(alpha * plan.shares[-1] / share)
@@ -172,6 +175,13 @@ class _Dual:
             if value + offset >= goal.cutoff or time.monotonic() >= goal.deadline:
                 break
         self.pool = self.pool.keep(self.pool.tau > _TINY * self.pool.tau.max(initial=0.0))
+
+    def _join(self, plan: Plan) -> None:
+        """What Z violates most joins."""
+        n = len(self.c) - 1
+        index, sign, _ = separate(self.x, plan.new * n, RowThreads(1))
+        pool = self.pool.join(index, sign, n)
+        self.pool = pool.join(*pentagons(self.x, self.pool, plan.pentagons * n), n)
 
     def _homogenize(self, alpha: float) -> None:
         """The best y of z_0 beside the others, which the form from above says nothing of: where Z's entry of
@@ -198,7 +208,7 @@ class _Dual:
 
     def _ascend(self, alpha: float, iterations: int) -> float:
         """Move (y, τ) up; the function's value without −αN²/2. Drops triangles without a multiplier."""
-        size = len(self.c)
+        size, self.least = len(self.c), self.pool.least
         lowest = np.append(np.full(size, -np.inf), np.zeros(len(self.pool.tau)))
 
         def downhill(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -233,51 +243,62 @@ class _Dual:
         self.x = (v * (-w / alpha)) @ v.T
         inner = np.empty(len(tau))
         _inner(self.x, self.pool.index, self.pool.sign, inner)
-        value = -float(y.sum()) - float(tau.sum()) - float(w @ w) / (2 * alpha)
-        return value, np.append(self.x.diagonal() - 1, -1 - inner)
+        value = -float(y.sum()) - float(tau @ self.least) - float(w @ w) / (2 * alpha)
+        return value, np.append(self.x.diagonal() - 1, -self.least - inner)
 
 
 @loop(nogil=True)
 def _subtract(form, index, sign, tau):  # type: ignore[no-untyped-def]
     """form −= Σ τ_t T_t in place."""
+    places = index.shape[1]
     for t in range(len(tau)):
-        a, b = sign[t, 0], sign[t, 1]
-        for x in range(3):
-            i = index[t, 0] if x < 2 else index[t, 1]
-            j = index[t, 1] if x == 0 else index[t, 2]
-            w = tau[t] / 2 * (a if x == 0 else (b if x == 1 else a * b))
-            form[i, j] -= w
-            form[j, i] -= w
+        for x in range(places - 1):
+            for y in range(x + 1, places):
+                i, j = index[t, x], index[t, y]
+                if j < 0:
+                    break
+                w = tau[t] / 2 * sign[t, y - 1] * (1 if x == 0 else sign[t, x - 1])
+                form[i, j] -= w
+                form[j, i] -= w
 
 
 @loop(nogil=True)
 def _inner(matrix, index, sign, inner):  # type: ignore[no-untyped-def]
-    """⟨T_t, Z⟩ of every triangle."""
+    """⟨T_t, Z⟩ of every inequality."""
+    places = index.shape[1]
     for t in range(len(inner)):
-        i, j, k = index[t, 0], index[t, 1], index[t, 2]
-        a, b = sign[t, 0], sign[t, 1]
-        inner[t] = a * matrix[i, j] + b * matrix[i, k] + a * b * matrix[j, k]
+        total = 0.0
+        for x in range(places - 1):
+            for y in range(x + 1, places):
+                i, j = index[t, x], index[t, y]
+                if j < 0:
+                    break
+                total += matrix[i, j] * sign[t, y - 1] * (1 if x == 0 else sign[t, x - 1])
+        inner[t] = total
 
 
 @loop(nogil=True)
 def add_triangles(base, c, index, sign, tau):  # type: ignore[no-untyped-def]
     """Subtract Σ τ c_t(p) from pᵀ·base·p + cᵀp, in place; returns its constant part, Σ τ κ_t."""
-    n = len(c)
+    n, places = len(c), index.shape[1]
     constant = 0.0
     for t in range(len(tau)):
-        a, b = sign[t, 0], sign[t, 1]
-        constant += tau[t]
-        for x in range(3):
-            i = index[t, 0] if x < 2 else index[t, 1]
-            j = index[t, 1] if x == 0 else index[t, 2]
-            w = tau[t] * (a if x == 0 else (b if x == 1 else a * b))
-            if j == n or i == n:  # z_0z_j = 2p_j − 1
-                c[min(i, j)] -= 2 * w
-                constant -= w
-            else:  # z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1
-                base[i, j] -= 2 * w
-                base[j, i] -= 2 * w
-                c[i] += 2 * w
-                c[j] += 2 * w
-                constant += w
+        inputs = 1
+        for x in range(places - 1):
+            for y in range(x + 1, places):
+                i, j = index[t, x], index[t, y]
+                if j < 0:
+                    break
+                inputs = max(inputs, y + 1)
+                w = tau[t] * sign[t, y - 1] * (1 if x == 0 else sign[t, x - 1])
+                if j == n or i == n:  # z_0z_j = 2p_j − 1
+                    c[min(i, j)] -= 2 * w
+                    constant -= w
+                else:  # z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1
+                    base[i, j] -= 2 * w
+                    base[j, i] -= 2 * w
+                    c[i] += 2 * w
+                    c[j] += 2 * w
+                    constant += w
+        constant += tau[t] * (inputs // 2)
     return constant

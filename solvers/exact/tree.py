@@ -33,6 +33,7 @@ from maskopt.solvers.exact.duals import Duals, same_group
 from maskopt.solvers.exact.free_part import free_part
 from maskopt.solvers.exact.incumbent import tabu_row
 from maskopt.solvers.exact.node import bound_node, settle
+from maskopt.solvers.exact.pentagons import PLACES
 from maskopt.solvers.exact.proof_tree import Step, row_proof
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
 from maskopt.solvers.exact.relaxation import Goal, Plan, Relaxed, add_triangles, relax_node
@@ -118,7 +119,7 @@ class Tree:
         self.order = itertools.count()
         # the sweeps at the root are cheap, and every node below starts from their vectors
         state, point = np.full(n, -1, dtype=np.int8), np.full(n, task.pruned / task.group)
-        above = Relaxed(np.zeros(n), start_vectors(n, task.limits.seed), Pool.empty())
+        above = Relaxed(np.zeros(n), start_vectors(n, task.limits.seed), Pool.empty(PLACES))
         own = self.convexify(state, point, above, _ROOT_SWEEPS)
         form = own._replace(lam=duals.with_margin(task))
         value, point, first = self.bound(state, form)
@@ -182,7 +183,8 @@ class Tree:
         """The rounding of a node's sums, whose terms can be far larger than the objective."""
         c, n = self._linear(form.lam), len(form.lam)
         terms = self.reach + 4 * float(np.abs(c).sum()) + 4 * abs(self.constant)
-        terms += 16 * n * float(form.pool.tau.sum())
+        least = form.pool.least  # of so many pairs of inputs, 3 of a triangle
+        terms += 16 / 3 * n * float(form.pool.tau @ (least * (2 * least + 1)))
         return _MARGIN * self.task.size(self.cost) + 4 * (n + 8) * 2.0**-53 * terms
 
     def convexify(
@@ -201,7 +203,7 @@ class Tree:
             sweeps,
             self.task.limits.deadline,
         )
-        return Relaxed(lam, vectors, Pool.empty())
+        return Relaxed(lam, vectors, Pool.empty(PLACES))
 
     def _tighten(
         self, state: np.ndarray, point: np.ndarray, above: Relaxed, plan: Plan, bound: float
