@@ -155,7 +155,7 @@ def lower_bound(
     began = time.perf_counter()
     with torch_threads(limits.threads):
         certificate, trace = maker.certify(layer, limits.begin())
-        value = certificate.check(layer)
+        value = layer.next_value(certificate.check(layer))
     seconds = time.perf_counter() - began
     return Bound(
         value, certificate, maker.name, seconds, trace, layer.shares if layer.pooled else None

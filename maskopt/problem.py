@@ -355,10 +355,15 @@ class LayerProblem:
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
         """The problem of some rows only; shares gram. They trade among themselves, where rows do.
 
+        Args:
+            rows: a list of indices, a slice, or a tensor, of indices or bool [rows].
+
         Raises:
-            ProblemError: a list that is empty, or names what is no row.
+            ProblemError: none of that; a list that is empty, or names what is no row.
         """
-        if isinstance(rows, list) and (not rows or not all(map(self._is_row, rows))):
+        vector = isinstance(rows, slice) or (isinstance(rows, Tensor) and rows.ndim == 1)
+        listed = isinstance(rows, list) and bool(rows) and all(map(self._is_row, rows))
+        if not vector and not listed:
             raise ProblemError(
                 f"rows must be a list of indices within 0 … {self.rows - 1}, at least one; not {rows}"
             )
@@ -385,6 +390,10 @@ class LayerProblem:
         Raises:
             ProblemError: a damping that leaves G + λI indefinite.
         """
+        if refit is not None and self.units is not None:
+            raise ProblemError(
+                "somebody's quadratic objective has no weights that could be refitted; take `weights` keep"
+            )
         problem = self._like(slice(None), self.name)
         if refit != self.refit:
             problem.refit, problem._squares = refit, None
@@ -513,7 +522,9 @@ class RowProblem:
         says so. Of a problem that nobody posed so, Q and 0."""
         q, units = self.q().cpu().numpy(), self._layer.units
         if units is None:
-            return q, 0.0
+            # Q has the constant in its entries, unless nothing is chosen
+            lost = self.linear is not None and self._layer.pruned == 0
+            return q, float(self.linear.constant[0]) if lost and self.linear else 0.0
         return units.sign * (q - units.shift * np.eye(self.n)), units.constant
 
     @property

@@ -38,7 +38,7 @@ class RowProof:
 
     Attributes:
         forms: float64 [forms, n], every λ.
-        cuts: int32 [forms], how many triangle inequalities a form has.
+        cuts: int32 [forms], how many triangle and pentagonal inequalities a form has.
         cut_index, cut_sign, multiplier: of all of them, as in `maskopt.certificate.Cuts`, int32 and int8.
         penalty: μ.
         form: int32 [steps], which λ; NO_FORM: none.

@@ -2,7 +2,7 @@
 
 A row's masks are the p ∈ {0,1}ⁿ with s entries of every group pruned (p = 1). A tree of *steps* splits them.
 A step stands at a node, where some entries are fixed and F are free, and has a *form* (λ, μ, τ) and a point
-p̂ ∈ [0,1]ⁿ that agrees with what is fixed. With triangle inequalities c_t(p) ≥ 0 of all masks (see
+p̂ ∈ [0,1]ⁿ that agrees with what is fixed. With inequalities c_t(p) ≥ 0 of all masks (triangles and such; see
 `maskopt.certificate`), the function
 
     g(p) = q(p) + Σ_F λᵢ(pᵢ² − pᵢ) + μ Σ_g (1_gᵀp − s)²,    q(p) = pᵀQp − Σ_t τ_t c_t(p)

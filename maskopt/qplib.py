@@ -36,16 +36,19 @@ def read_qplib(text: str, name: str) -> RowProblem:
             f"{constraints} constraints; only one, on the sum of all variables, maps"
         )
     check_size(n)
-    quadratic = np.zeros((n, n))
+    quadratic, given = np.zeros((n, n)), np.zeros((n, n), dtype=bool)
     for _ in range(0 if kind[0] == "L" else words.whole()):
-        i, j = words.place(n), words.place(n)
-        quadratic[i, j] += words.number() / (2 if i == j else 1)
+        i, j = sorted((words.place(n), words.place(n)))
+        _once(given[i], j, f"the quadratic term {i + 1} {j + 1}")
+        quadratic[i, j] = words.number() / (2 if i == j else 1)
     linear = words.vector(n)
     constant = words.number()
-    row = np.zeros(n)
+    row, summed = np.zeros(n), np.zeros(n, dtype=bool)
     for _ in range(words.whole()):
         words.place(1)
-        row[words.place(n)] += words.number()
+        i = words.place(n)
+        _once(summed, i, f"variable {i + 1} of the constraint")
+        row[i] = words.number()
     words.number()  # what stands for infinity
     low, high = words.vector(1)[0], words.vector(1)[0]
     chosen = low / row[0] if row[0] else np.nan
@@ -136,8 +139,16 @@ class _Words:
 
     def vector(self, n: int) -> np.ndarray:
         """A default and the entries that are not it."""
-        found = np.full(n, self.number())
+        found, given = np.full(n, self.number()), np.zeros(n, dtype=bool)
         for _ in range(self.whole()):
             i = self.place(n)
+            _once(given, i, f"entry {i + 1}")
             found[i] = self.number()
         return found
+
+
+def _once(given: np.ndarray, place: int, what: str) -> None:
+    """Note what is given; raise where it has been."""
+    if given[place]:
+        raise ProblemError(f"{what} is given twice; of a symmetric matrix list one triangle")
+    given[place] = True

@@ -16,7 +16,9 @@ from torch import Tensor
 from maskopt.errors import ProblemError
 
 #: of what a file may make a dense matrix
-MOST_ENTRIES = 2**15
+MOST_ENTRIES = 2**14
+#: part of the entries that shifting may round off, of the least that count
+_LOST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def semidefinite(quadratic: Any, maximise: bool, constant: float) -> tuple[np.nd
     """G [n, n] float64, what its costs mean, and whether all of them are whole numbers.
 
     Raises:
-        ProblemError: no square matrix of finite numbers.
+        ProblemError: no square matrix of finite numbers; sizes that float64 does not hold together.
     """
     u = _real(quadratic, "a quadratic objective")
     constant = float(_real(constant, "the constant").reshape(-1)[0])
@@ -94,7 +96,22 @@ def semidefinite(quadratic: Any, maximise: bool, constant: float) -> tuple[np.nd
     shift = max(0.0, -least + 1e-12 * size) if least < 0 else 0.0
     if whole:
         shift = float(np.ceil(shift))
+    else:
+        _check_shift(gram, shift)
     return gram + shift * np.eye(len(gram)), Units(sign, shift, float(constant)), whole
+
+
+def _check_shift(gram: np.ndarray, shift: float) -> None:
+    """Raise ProblemError where the shift that large entries ask for rounds small ones off: the diagonal, or a
+    tenth of all others."""
+    for entries, share in ((gram.diagonal(), 1.0), (gram[np.triu_indices(len(gram), 1)], 0.1)):
+        sizes = np.abs(entries[entries != 0])
+        if len(sizes) and 2.0**-52 * shift > _LOST * (least := float(np.quantile(sizes, share))):
+            raise ProblemError(
+                f"a quadratic objective with entries of {least:.3g} that float64 does not hold beside its "
+                f"largest (a shift of {shift:.3g}); scale penalties down to what they need, set to 0 what "
+                "is but rounding"
+            )
 
 
 def _real(given: Any, what: str) -> np.ndarray:

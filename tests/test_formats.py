@@ -14,17 +14,19 @@ from strategies import random_gram, random_weight
 
 from maskopt import (
     NM,
+    Linear,
     Refit,
     RowProblem,
     Solution,
     Status,
     Unstructured,
     load_problem,
+    lower_bound,
     save_problem,
     solve,
     verify,
 )
-from maskopt.errors import ProblemError, VerificationError
+from maskopt.errors import OptionError, ProblemError, VerificationError
 
 CLUSTER = "5 3 4\n1 2 0.500000\n2 3 0.5\n1 3 0.5\n4 5 0.5\n"
 RUDY = "4 3\n1 2 3\n2 3 -1\n3 4 2.5\n"
@@ -183,7 +185,7 @@ def test_a_row_of_a_layer_is_written_for_qplib_alone(tmp_path):
         ("a.mc", RUDY, "pass select"),
         ("a.mdp", "0 0\n", "0 vertices"),
         ("a.mdp", "4 2\n0 1 1\n", "1 edges where the first line says 6"),
-        ("a.dat", "300000 2 1\n1 2 1\n", "a dense matrix holds 1 to 32768"),
+        ("a.dat", "300000 2 1\n1 2 1\n", "a dense matrix holds 1 to 16384"),
         ("a.qplib", QPLIB.replace("QBL", "QML"), "type QML; only binary"),
         ("a.qplib", QPLIB.replace("QBL", "QBN"), "type QBN; only binary"),
         ("a.qplib", QPLIB.replace("1 # constraint", "2"), "2 constraints"),
@@ -191,6 +193,9 @@ def test_a_row_of_a_layer_is_written_for_qplib_alone(tmp_path):
         ("a.qplib", QPLIB.replace("4 # left", "2 # left"), "not that a given number"),
         ("a.qplib", QPLIB.replace("3 2 4", "3 9 4"), "9 is none of 1"),
         ("a.qplib", QPLIB.replace("maximize", "sideways"), "no sense"),
+        ("a.qplib", QPLIB.replace("3 2 4", "1 2 4"), "quadratic term 1 2 is given twice"),
+        ("a.qplib", QPLIB.replace("1\n3 -1\n", "2\n3 -1\n3 2\n"), "entry 3 is given twice"),
+        ("a.qplib", QPLIB.replace("1 2 2", "1 1 2"), "variable 1 of the constraint is given twice"),
         ("a.qplib", QPLIB[:60], "ends early"),
         ("a.qplib", QPLIB.replace("2 1 -1.0", "2 1 x"), "expected a number"),
     ],
@@ -360,6 +365,73 @@ def test_what_is_called_optimal_is_so_in_the_units_of_the_problem(name, penalty)
     assert posed.value == pytest.approx(best, rel=1e-6 + 1e-15 * penalty)
     if found.status[0] is Status.OPTIMAL:
         assert posed.gap <= 1e-6
+
+
+def test_what_penalties_round_off_is_refused():
+    with pytest.raises(ProblemError, match="scale penalties down to what they need"):
+        penalised(1e11)
+    whole = np.diag([1.0, 2, 3, 4])
+    whole[1, 2] = 2e12  # whole numbers are exact beside each other
+    problem = RowProblem.from_quadratic(whole, select=2)
+    assert problem.value(float(solve(problem, "exhaustive").objective)) == 3
+
+
+def test_a_bound_of_whole_numbers_is_one_of_them(tmp_path):
+    problem = read(tmp_path, "a.dat", CLUSTER)
+    bound = lower_bound(problem, "box")
+    value = problem.value(float(bound.value))
+    assert value == round(value) >= 3
+    solution = solve(problem, "swap")
+    verify(problem, replace(solution, lower_bound=bound.value, certificate=bound.certificate))
+
+
+def test_an_objective_of_somebody_s_has_nothing_to_refit(tmp_path):
+    problem = read(tmp_path, "a.dat", CLUSTER)
+    with pytest.raises(ProblemError, match="no weights that could be refitted"):
+        problem.refitting(Refit())
+    assert problem.refitting(None).value(0.0) == problem.value(0.0)
+    message = run(
+        "compare", tmp_path / "a.dat", "--weights", "refit", "--solvers", "swap", "--output",
+        tmp_path / "o.csv", fails=ProblemError,
+    )  # fmt: skip
+    assert "no weights that could be refitted" in message
+
+
+def test_the_constant_of_a_row_that_prunes_nothing_is_written(tmp_path):
+    linear = Linear(torch.ones(1, 6).double(), torch.tensor([50.0]).double())
+    row = RowProblem(
+        torch.ones(6).double(), 9 * torch.eye(6).double(), Unstructured(keep=6), linear=linear
+    )
+    assert float(row.objective(torch.ones(6, dtype=torch.bool))) == 50
+    save_problem(row, tmp_path / "z.qplib")
+    again = load_problem(tmp_path / "z.qplib")
+    assert again.value(float(solve(again, "swap").objective)) == 50
+
+
+def test_the_instance_is_not_overwritten_with_what_comes_of_it(tmp_path):
+    (tmp_path / "a.dat").write_text(CLUSTER)
+    for command in ("solve", "prove"):
+        message = run(
+            command,
+            tmp_path / "a.dat",
+            "--output",
+            tmp_path / "a.dat",
+            "--overwrite",
+            fails=OptionError,
+        )
+        assert "is the instance itself" in message
+    message = run(
+        "extract", tmp_path / "a.dat", tmp_path / "a.dat", "--overwrite", fails=OptionError
+    )
+    assert "is the instance itself" in message
+    assert (tmp_path / "a.dat").read_text() == CLUSTER
+
+
+def test_a_model_for_other_solvers_says_what_its_objective_is(tmp_path):
+    (tmp_path / "a.dat").write_text(CLUSTER)
+    said = run("extract", tmp_path / "a.dat", tmp_path / "a.lp")
+    shift = load_problem(tmp_path / "a.dat").as_layer().units.shift * 3
+    assert f"value = −(objective − {shift:g}) + 0" in " ".join(said.split())
 
 
 def test_a_worse_mask_is_not_optimal_however_large_the_penalties_are():

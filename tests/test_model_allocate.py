@@ -22,6 +22,7 @@ from maskopt.certify import certify_model
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.model import prune
 from maskopt.model.allocate import allocate
+from maskopt.model.blocks import Layer
 from maskopt.model.importance import GRADIENT_WINDOWS
 from maskopt.model.job import open_job
 from maskopt.model.options import PruneOptions, prune_options
@@ -228,13 +229,19 @@ def test_what_can_be_refused_is_refused_before_layers_are_compared(
         prune_model(dense, tokens(), output=out, resume=True, **{**OPTIONS, "sparsity": 0.7})
 
 
-def test_counts_of_the_users_own(tmp_path: Path) -> None:
-    dense = save(tiny("llama"), tmp_path / "model")
+def with_counts(folder: Path) -> tuple[Path, dict[str, int], Layer]:
+    """A model, counts of which two are not half of the inputs, and the layer that prunes more."""
+    dense = save(tiny("llama"), folder / "model")
     layers = open_job(dense, None, WHOLE).layers
     counts = {x.name: x.n // 2 for x in layers}
     one, two = (x for x in layers if x.kind == "mlp.up_proj" and x.block < 2)
     counts[one.name] += 5
     counts[two.name] -= 5
+    return dense, counts, one
+
+
+def test_counts_of_the_users_own(tmp_path: Path) -> None:
+    dense, counts, one = with_counts(tmp_path)
     report = prune_model(dense, tokens(), counts=counts, output=tmp_path / "out", **OPTIONS)
     assert {x.name: x.pruned // x.rows for x in report.layers} == counts
     problems = dict(collect_problems(dense, tokens(), counts=counts, **OPTIONS))
@@ -242,6 +249,13 @@ def test_counts_of_the_users_own(tmp_path: Path) -> None:
     gaps = certify_model(dense, tmp_path / "out", calibration=tokens(), rows_per_layer=1)
     assert {r.instance: r.pattern for r in gaps}[one.name] == f"keep {one.n - counts[one.name]}"
     assert all(0 <= record.gap <= 1 for record in gaps)
+
+
+def test_counts_further_from_the_model_than_the_spread_are_refused(tmp_path: Path) -> None:
+    dense, counts, _ = with_counts(tmp_path)
+    with pytest.raises(OptionError, match=r"further from 0.5 than `spread` 0.05"):
+        prune_model(dense, tokens(), counts=counts, spread=0.05, output=tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_plan_counts_what_the_layers_prune_and_the_pass_before(dense: Path) -> None:

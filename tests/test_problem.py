@@ -179,6 +179,10 @@ def test_rows_that_are_none_are_refused(rows):
     with pytest.raises(ProblemError, match=r"rows must be a list of indices within 0 … 2"):
         layer.take(rows)
     assert layer.take([-1, 0]).rows == 2
+    assert layer.take(torch.tensor([1])).rows == 1
+    for bad in (0, torch.tensor(0), (1,), torch.zeros(1, 1, dtype=torch.long)):
+        with pytest.raises(ProblemError, match="rows must be a list of indices"):
+            layer.take(bad)
 
 
 def test_row_restrict_takes_the_columns_in_order():

@@ -51,7 +51,7 @@ def extract(
     form = form or destination.suffix.lstrip(".").lower()
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}; one of {', '.join(FORMATS)}")
-    check_output(destination, overwrite)
+    check_output(destination, overwrite, Path(source))
     options["include"] += name_patterns(layer)
     found = load_layers([source], options, calibration=calibration, seed=seed, select=select)
     if len(found.problems) != 1:
@@ -71,6 +71,11 @@ def extract(
     else:
         save_problem(problem, destination, form)
     output.print(f"{destination}: {problem!r}", soft_wrap=True)
+    units = problem.as_layer().units
+    if units is not None and form in ("cip", "lp", "mps"):
+        sign, shift = ("−" if problem.maximised else ""), units.shift * problem.as_layer().pruned
+        told = f"value = {sign}(objective − {shift:.17g}) + {units.constant:.17g}"
+        output.print(f"it is minimised, shifted to be convex: {told}", soft_wrap=True)
 
 
 def _columns(text: str, n: int, seed: int) -> np.ndarray:

@@ -46,7 +46,7 @@ def prove(
     then. Rows that are proven are kept: after Ctrl-C the same command goes on. `maskopt check INSTANCE PROOF`
     checks every leaf by itself.
     """
-    check_output(out, overwrite)
+    check_output(out, overwrite, instance)
     problem = load_problem(instance, select)
     shared, own = limits_of(None, read_solver_options(option))
     begin = Solution.load(Path(start)).mask if start and Path(start).is_file() else start

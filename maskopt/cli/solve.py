@@ -53,7 +53,7 @@ def solve(
 
     `maskopt verify INSTANCE SOLUTION` re-checks the result.
     """
-    check_output(out, overwrite)
+    check_output(out, overwrite, instance)
     problem = load_problem(instance, select)
     shared, own = limits_of(None, read_solver_options(option))
     backend = make_solver(solver, **own)
@@ -68,8 +68,10 @@ def solve(
         raise typer.Exit(INTERRUPTED)
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raise OptionError where nothing can, or should, be written there."""
+def check_output(out: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Raise OptionError where nothing can, or should, be written there; never over the source."""
+    if source is not None and out.exists() and source.exists() and out.samefile(source):
+        raise OptionError(f"{out} is the instance itself; name another file for the output")
     if out.exists() and not overwrite:
         raise OptionError(f"{out} exists; pass --overwrite to replace it")
     check_writable(out)

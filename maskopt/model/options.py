@@ -298,13 +298,18 @@ class PruneOptions(WalkOptions):
         """Raise OptionError where `counts` are not of these layers, or not as many in all as they would be
         alike."""
         check_names(self.counts, [layer.name for layer in layers], "layer that is pruned")
-        total = 0
+        total, most = 0, 1.0 if self.spread is None else self.spread
         for layer in layers:
             count = self.counts.get(layer.name)
             if type(count) is not int or not 0 <= count < layer.n:
                 raise OptionError(
                     f"`counts` of layer {layer.name!r} must be a whole number of at least 0 and less than "
                     f"{layer.n}, not {count!r}"
+                )
+            if abs(count - self.pattern.pruned_in(1, layer.n)) > most * layer.n + 1:  # rounded
+                raise OptionError(
+                    f"`counts` of layer {layer.name!r} prune {count / layer.n:.1%}, further from "
+                    f"{self.pattern} than `spread` {self.spread:g}; leave one of the two out"
                 )
             total += layer.rows * count
         alike = sum(self.pattern.pruned_in(layer.rows, layer.n) for layer in layers)

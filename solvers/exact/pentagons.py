@@ -37,7 +37,8 @@ def pentagons(z: np.ndarray, pool: Pool, most: int) -> tuple[np.ndarray, np.ndar
     violation = np.zeros(len(index))
     if len(z) >= 5:
         _extend(z, index, sign, violation, _EXCHANGES)
-    index, sign, violation = (x[violation > _FLOOR] for x in (index, sign, violation))
+    found = violation > _FLOOR
+    index, sign, violation = index[found], sign[found], violation[found]
     order = np.argsort(index, axis=1)
     index, sign = np.take_along_axis(index, order, 1), np.take_along_axis(sign, order, 1)
     sign *= sign[:, :1]

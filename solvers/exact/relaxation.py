@@ -1,9 +1,10 @@
-"""The semidefinite relaxation of a node with triangle inequalities.
+"""The semidefinite relaxation of a node with triangle and pentagonal inequalities.
 
 With p = (1 + z)/2, z_0 = 1 and the penalty μΣ_g(1_gᵀp − s)² in C, the relaxation is min ⟨C, Z⟩ over Z ⪰ 0
-with Z_ii = 1 and triangles ⟨T_t, Z⟩ ≥ −1. For every α > 0, y and τ ≥ 0 it is at least
+with Z_ii = 1 and ⟨T_t, Z⟩ ≥ −c_t, c_t being 1 of a triangle and 2 of a pentagonal inequality. For every
+α > 0, y and τ ≥ 0 it is at least
 
-    −Σ y_i − Σ τ_t − ‖L₋‖²/(2α) − αN²/2,     L = C + Diag(y) − Σ τ_t T_t,   N = 1 + free inputs,
+    −Σ y_i − Σ τ_t c_t − ‖L₋‖²/(2α) − αN²/2,     L = C + Diag(y) − Σ τ_t T_t,   N = 1 + free inputs,
 
 L₋ being the negative part of L, because ‖Z‖ ≤ N (Krislock, Malick and Roupin, *Improved semidefinite
 bounding procedure for solving Max-Cut problems to optimality*, Math. Programming 143, 2014). This is concave
@@ -235,7 +236,7 @@ class _Dual:
         return form
 
     def _value(self, y: np.ndarray, tau: np.ndarray, alpha: float) -> tuple[float, np.ndarray]:
-        """−Σ y − Σ τ − ‖L₋‖²/(2α) and its gradient; Z = −L₋/α is left in `x`."""
+        """−Σ y − Σ τc − ‖L₋‖²/(2α) and its gradient; Z = −L₋/α is left in `x`."""
         # of LAPACKs at hand torch's is the fastest on small matrices, with one thread
         w, v = (t.numpy() for t in torch.linalg.eigh(torch.from_numpy(self._form(y, tau))))
         negative = int(np.searchsorted(w, 0.0))

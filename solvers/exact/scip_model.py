@@ -208,8 +208,8 @@ def solve_model(task: ScipTask) -> RowAnswer:
 def _solve_once(task: ScipTask) -> RowAnswer:
     row = RowModel(task)
     set_limits(task, row.model)
-    if task.formulation in ("qcr", "factored"):
-        row.model.setParam("misc/usesymmetry", 0)
+    # its search for symmetries may crash the process (SCIP 10.0, dejavu)
+    row.model.setParam("misc/usesymmetry", 0)
     if task.probed is None or task.probed.allows(task.start):
         row.add_start()
     else:  # what is fixed holds for better masks alone

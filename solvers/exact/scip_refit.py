@@ -144,6 +144,8 @@ def search_refitted(task: ScipRefitTask) -> RowAnswer:
     row.model.setParam("numerics/feastol", _TIGHTER)
     row.model.setParam("limits/stallnodes", _STALLED)
     row.model.setHeuristics(SCIP_PARAMSETTING.OFF)
+    # its search for symmetries may crash the process (SCIP 10.0, dejavu)
+    row.model.setParam("misc/usesymmetry", 0)
     # presolving fixes and joins variables, and such have no values of their own
     row.model.setParam("presolving/maxrounds", 0)
     rounding = _rounding(row, task)
