@@ -217,7 +217,7 @@ def loose(monkeypatch):
 
 
 def test_nodes_side_by_side_make_the_same_tree_on_any_number_of_threads(loose):
-    problem = graph(60, 0.75, keep=40, seed=2)
+    problem = graph(50, 0.75, keep=34, seed=2)
     proofs = []
     for threads in (1, 2, 5):
         solution = solve(problem, "branch", proof=True, workers=0, threads=threads)
@@ -231,7 +231,7 @@ def test_nodes_side_by_side_make_the_same_tree_on_any_number_of_threads(loose):
 
 
 def test_ctrl_c_among_nodes_side_by_side_leaves_them_open(monkeypatch, loose):
-    problem = graph(60, 0.75, keep=40, seed=2)
+    problem = graph(50, 0.75, keep=34, seed=2)
     branch, calls = tree.Tree._branch, []
 
     def interrupted(self, node):

@@ -196,6 +196,8 @@ class _Dual:
             return float(self.x[-1, -1]) - 1
 
         form, least = self._form(self.y, self.pool.tau), alpha * len(self.c)
+        if not least > 0:
+            raise np.linalg.LinAlgError("an α below float64")
         values, vectors = np.linalg.eigh(form[:-1, :-1])
         # what closes the form, were no eigenvalue of the rest below `least`; an end of a bracket is near
         low = float(((vectors.T @ form[:-1, -1]) ** 2 / np.maximum(values, least)).sum())
