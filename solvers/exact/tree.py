@@ -10,7 +10,7 @@ that may be exchanged the first ones are pruned.
 As inputs are fixed, the λ of the root is less and less the best one. Every few levels a node's own
 semidefinite relaxation is solved again (`reconvex`), and its subtree uses that λ: one to two orders
 of magnitude fewer nodes. Where triangle inequalities nearly close the root, as they do on graphs,
-every node has them, and pentagonal ones (`relaxation`): a tree of tens of nodes, a quarter of a second
+every node has them, and pentagonal ones (`relaxation`): a tree of tens of nodes, some tenths of a second
 each, in place of one of thousands, of which a few are branched on side by side. The tree is searched best
 first, which makes the least open bound the proven bound at any time. With `proof` it is kept, as a proof
 that needs no trust in any of this.
