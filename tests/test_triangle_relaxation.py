@@ -21,8 +21,8 @@ from maskopt.solvers.exact.relaxation import (
     Relaxed,
     _below,
     _Dual,
-    add_triangles,
     relax_node,
+    subtract_cuts,
 )
 
 CLIMB = Plan((20.0, 5.0, 1.0, 0.3, 0.1))
@@ -68,7 +68,7 @@ def test_an_inequality_counts_in_p_as_a_certificate_has_it():
     n = 9
     pool = some_pool(n)
     base, c = np.zeros((n, n)), np.zeros(n)
-    constant = add_triangles(base, c, pool.index, pool.sign, pool.tau)
+    constant = subtract_cuts(base, c, pool)
     check_cuts(cuts_of(pool, n), n, 0)
     matrix, linear, kappa, size = cut_form(cuts_of(pool, n), n, torch.zeros(1).double())
     terms = float(matrix.abs().sum() + linear.abs().sum()) + abs(kappa)

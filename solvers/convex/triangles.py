@@ -8,12 +8,13 @@ odd sum of signs is at least 1 in size, so that Σ_{i<j} b_ib_jz_iz_j + 2 ≥ 0.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
-from maskopt.solvers.convex.triangles_kernel import BINS, collect, count, histogram
+from maskopt.solvers.convex.triangles_kernel import BINS, collect, count, histogram, scatter
 from maskopt.solvers.parallel import RowThreads
 
 #: in place of an input, where an inequality has fewer than its pool has places
@@ -32,7 +33,17 @@ _ALL, _SAMPLED = 400, 16
 _ROUNDING = 1e-6
 
 
-@dataclass
+class Pairs(NamedTuple):
+    """The terms b_ib_jz_iz_j of a pool's inequalities, one by one: i < j int64 [p], b_ib_j float64 [p], and
+    which inequality each is of, int64 [p]."""
+
+    i: np.ndarray
+    j: np.ndarray
+    sign: np.ndarray
+    of: np.ndarray
+
+
+@dataclass(frozen=True)
 class Pool:
     """The inequalities of one row: index int64 [m, k], ascending, at most n (n: z_0), ABSENT after an odd
     number of them; sign int8 [m, k − 1] of all but the first, whose sign is 1; τ [m]."""
@@ -46,10 +57,19 @@ class Pool:
         index, sign = np.zeros((0, places), np.int64), np.zeros((0, places - 1), np.int8)
         return cls(index, sign, np.zeros(0))
 
-    @property
+    @cached_property
     def least(self) -> np.ndarray:
         """−Σ_{i<j} b_ib_jz_iz_j at most, int64 [m]: 1 of a triangle."""
         return np.asarray((self.index != ABSENT).sum(1) // 2)
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Inequality by inequality."""
+        x, y = np.triu_indices(self.index.shape[1], 1)
+        of, pair = np.nonzero(self.index[:, y] != ABSENT)
+        sign = np.column_stack([np.ones(len(self.tau)), self.sign])
+        x, y = x[pair], y[pair]
+        return Pairs(self.index[of, x], self.index[of, y], sign[of, x] * sign[of, y], of)
 
     def keep(self, chosen: np.ndarray) -> Pool:
         return Pool(self.index[chosen], self.sign[chosen], self.tau[chosen])
@@ -160,10 +180,5 @@ def steps_of(index: np.ndarray, y: np.ndarray) -> np.ndarray:
 def dense(pool: Pool, n: int) -> tuple[np.ndarray, np.ndarray]:
     """E [n, n] and its column of v_0."""
     e = np.zeros((n + 1, n + 1))
-    sign = np.column_stack([np.ones(len(pool.tau)), pool.sign])
-    for x, y in itertools.combinations(range(pool.index.shape[1]), 2):
-        here = pool.index[:, y] != ABSENT
-        i, j = pool.index[here, x], pool.index[here, y]
-        np.add.at(e, (i, j), (-pool.tau * sign[:, x] * sign[:, y] / 2)[here])
-    e += e.T
+    scatter(e, *pool.pairs, pool.tau)
     return e[:n, :n], e[:n, n]

@@ -77,6 +77,22 @@ def collect(inner, floor, counts, starts, index, sign, violations, firsts):
 
 
 @loop(nogil=True)
+def scatter(matrix, i, j, sign, of, tau):
+    """Subtract τ/2 times the sign of every pair (`Pairs`) from both of its entries of a matrix."""
+    for k in range(len(of)):
+        w = tau[of[k]] / 2 * sign[k]
+        matrix[i[k], j[k]] -= w
+        matrix[j[k], i[k]] -= w
+
+
+@loop(nogil=True)
+def gather(matrix, i, j, sign, of, inner):
+    """⟨T_t, Z⟩ of every inequality: add the signed entries of its pairs to `inner` [m]."""
+    for k in range(len(of)):
+        inner[of[k]] += matrix[i[k], j[k]] * sign[k]
+
+
+@loop(nogil=True)
 def damp(
     v, pairs, entries, cut_rows, pair_rows, member, sign, step, follow, tau, used, value, rows
 ):

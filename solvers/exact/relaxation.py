@@ -24,12 +24,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, brentq, minimize
+from scipy.optimize import brentq
 
-from maskopt.solvers.compiled import loop
 from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, separate
+from maskopt.solvers.convex.triangles_kernel import gather, scatter
 from maskopt.solvers.exact.free_part import FreePart, definite
 from maskopt.solvers.exact.pentagons import pentagons
+from maskopt.solvers.exact.quasi_newton import QuasiNewton
 from maskopt.solvers.parallel import RowThreads
 
 #: steps that the quasi-Newton method remembers
@@ -156,7 +157,8 @@ class _Dual:
     """
 
     def __init__(self, c: np.ndarray, y: np.ndarray, pool: Pool) -> None:
-        self.c, self.pool, self.least = c, pool, pool.least
+        self.c, self.pool = c, pool
+        self.newton = QuasiNewton(len(c), _MEMORY)
         self.x = np.zeros_like(c)
         self.y = np.append(y, 0.0)
         if not np.isfinite(self._form(self.y, pool.tau)).all():
@@ -195,46 +197,39 @@ class _Dual:
                 raise np.linalg.LinAlgError("a multiplier beyond float64")
             return float(self.x[-1, -1]) - 1
 
-        form, least = self._form(self.y, self.pool.tau), alpha * len(self.c)
-        if not least > 0:
+        form, flat = self._form(self.y, self.pool.tau), alpha * len(self.c)
+        if not flat > 0:
             raise np.linalg.LinAlgError("an α below float64")
         values, vectors = np.linalg.eigh(form[:-1, :-1])
-        # what closes the form, were no eigenvalue of the rest below `least`; an end of a bracket is near
-        low = float(((vectors.T @ form[:-1, -1]) ** 2 / np.maximum(values, least)).sum())
-        step = least
+        # what closes the form, were no eigenvalue of the rest below `flat`; an end of a bracket is near
+        low = float(((vectors.T @ form[:-1, -1]) ** 2 / np.maximum(values, flat)).sum())
+        step = flat
         while slope(low) < 0:
             low, step = low - step, 4 * step
         high, step = low + step, 4 * step
         while slope(high) > 0:
             low, high, step = high, high + step, 4 * step
-        self.y[-1] = brentq(slope, low, high, xtol=_CLOSE * least)
+        self.y[-1] = brentq(slope, low, high, xtol=_CLOSE * flat)
 
     def _ascend(self, alpha: float, iterations: int) -> float:
         """Move (y, τ) up; the function's value without −αN²/2. Drops triangles without a multiplier."""
-        size, self.least = len(self.c), self.pool.least
-        lowest = np.append(np.full(size, -np.inf), np.zeros(len(self.pool.tau)))
+        size = len(self.c)
 
+        # times α, so that what is known of the curvature holds for any α
         def downhill(x: np.ndarray) -> tuple[float, np.ndarray]:
             value, slope = self._value(x[:size], x[size:], alpha)
-            return -value, -slope
+            return -alpha * value, -alpha * slope
 
-        found = minimize(
-            downhill,
-            np.append(self.y, self.pool.tau),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=Bounds(lowest, np.full(len(lowest), np.inf)),
-            options={"maxiter": iterations, "maxcor": _MEMORY, "ftol": 1e-9, "gtol": 0.0},
-        )
-        self.y = found.x[:size]
-        pool = Pool(self.pool.index, self.pool.sign, found.x[size:])
-        self.pool = pool.keep(pool.tau > 0)
-        return -float(found.fun)
+        x, value = self.newton.descend(downhill, np.append(self.y, self.pool.tau), iterations)
+        self.y, tau = x[:size], x[size:]
+        self.pool = Pool(self.pool.index, self.pool.sign, tau).keep(tau > 0)
+        self.newton.keep(np.append(np.ones(size, bool), tau > 0))
+        return -value / alpha
 
     def _form(self, y: np.ndarray, tau: np.ndarray) -> np.ndarray:
         form = self.c.copy()
         form.flat[:: len(form) + 1] += y
-        _subtract(form, self.pool.index, self.pool.sign, tau)
+        scatter(form, *self.pool.pairs, tau)
         return form
 
     def _value(self, y: np.ndarray, tau: np.ndarray, alpha: float) -> tuple[float, np.ndarray]:
@@ -244,64 +239,17 @@ class _Dual:
         negative = int(np.searchsorted(w, 0.0))
         w, v = w[:negative], v[:, :negative]
         self.x = (v * (-w / alpha)) @ v.T
-        inner = np.empty(len(tau))
-        _inner(self.x, self.pool.index, self.pool.sign, inner)
-        value = -float(y.sum()) - float(tau @ self.least) - float(w @ w) / (2 * alpha)
-        return value, np.append(self.x.diagonal() - 1, -self.least - inner)
+        inner = np.zeros(len(tau))
+        gather(self.x, *self.pool.pairs, inner)
+        value = -float(y.sum()) - float(tau @ self.pool.least) - float(w @ w) / (2 * alpha)
+        return value, np.append(self.x.diagonal() - 1, -self.pool.least - inner)
 
 
-@loop(nogil=True)
-def _subtract(form, index, sign, tau):  # type: ignore[no-untyped-def]
-    """form −= Σ τ_t T_t in place."""
-    places = index.shape[1]
-    for t in range(len(tau)):
-        for x in range(places - 1):
-            for y in range(x + 1, places):
-                i, j = index[t, x], index[t, y]
-                if j < 0:
-                    break
-                w = tau[t] / 2 * sign[t, y - 1] * (1 if x == 0 else sign[t, x - 1])
-                form[i, j] -= w
-                form[j, i] -= w
-
-
-@loop(nogil=True)
-def _inner(matrix, index, sign, inner):  # type: ignore[no-untyped-def]
-    """⟨T_t, Z⟩ of every inequality."""
-    places = index.shape[1]
-    for t in range(len(inner)):
-        total = 0.0
-        for x in range(places - 1):
-            for y in range(x + 1, places):
-                i, j = index[t, x], index[t, y]
-                if j < 0:
-                    break
-                total += matrix[i, j] * sign[t, y - 1] * (1 if x == 0 else sign[t, x - 1])
-        inner[t] = total
-
-
-@loop(nogil=True)
-def add_triangles(base, c, index, sign, tau):  # type: ignore[no-untyped-def]
-    """Subtract Σ τ c_t(p) from pᵀ·base·p + cᵀp, in place; returns its constant part, Σ τ κ_t."""
-    n, places = len(c), index.shape[1]
-    constant = 0.0
-    for t in range(len(tau)):
-        inputs = 1
-        for x in range(places - 1):
-            for y in range(x + 1, places):
-                i, j = index[t, x], index[t, y]
-                if j < 0:
-                    break
-                inputs = max(inputs, y + 1)
-                w = tau[t] * sign[t, y - 1] * (1 if x == 0 else sign[t, x - 1])
-                if j == n or i == n:  # z_0z_j = 2p_j − 1
-                    c[min(i, j)] -= 2 * w
-                    constant -= w
-                else:  # z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1
-                    base[i, j] -= 2 * w
-                    base[j, i] -= 2 * w
-                    c[i] += 2 * w
-                    c[j] += 2 * w
-                    constant += w
-        constant += tau[t] * (inputs // 2)
-    return constant
+def subtract_cuts(base: np.ndarray, c: np.ndarray, pool: Pool) -> float:
+    """Subtract what the inequalities say, Σ τ_t((Σ b_iz_i)² − 1)/2, from pᵀ·base·p + cᵀp, in place; returns
+    its constant part."""
+    e, column = dense(pool, len(c))
+    # z_0z_j = 2p_j − 1 and z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1, −2E_ij times
+    base += 4 * e
+    c += 4 * (column - e.sum(1))
+    return float(pool.tau @ pool.least) - float(e.sum()) + 2 * float(column.sum())

@@ -36,7 +36,7 @@ from maskopt.solvers.exact.node import bound_node, settle
 from maskopt.solvers.exact.pentagons import PLACES
 from maskopt.solvers.exact.proof_tree import Step, row_proof
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
-from maskopt.solvers.exact.relaxation import Goal, Plan, Relaxed, add_triangles, relax_node
+from maskopt.solvers.exact.relaxation import Goal, Plan, Relaxed, relax_node, subtract_cuts
 from maskopt.solvers.exact.rows import RowAnswer, RowTask
 from maskopt.solvers.exact.twins import twins_of
 
@@ -58,7 +58,7 @@ _NEAR = 0.02
 #: how relaxations with triangles are solved, at the root and below, and their unit as part of what the root
 #: lacks without any. Chosen on the k-cluster instances of seed 1
 _ROOT = Plan((20.0, 10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15), (15, 15, 20, 30))
-_NODE = Plan((10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15))
+_NODE = Plan((1.2, 0.6, 0.3, 0.15, 0.08))
 _UNIT = 0.6
 #: open nodes that are branched on side by side where each has a relaxation with triangles
 _SIDE_BY_SIDE = 4
@@ -160,7 +160,7 @@ class Tree:
         base, c, constant = self.base, self._linear(form.lam), self.constant
         if len(pool.tau):
             base = base.copy()
-            constant -= add_triangles(base, c, pool.index, pool.sign, pool.tau)
+            constant -= subtract_cuts(base, c, pool)
         margin = self._margin(form)
         self.solved += 1
         settled = state.copy()
