@@ -9,7 +9,6 @@ odd sum of signs is at least 1 in size, so that Σ_{i<j} b_ib_jz_iz_j + 2 ≥ 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -57,14 +56,13 @@ class Pool:
         index, sign = np.zeros((0, places), np.int64), np.zeros((0, places - 1), np.int8)
         return cls(index, sign, np.zeros(0))
 
-    @cached_property
+    @property
     def least(self) -> np.ndarray:
         """−Σ_{i<j} b_ib_jz_iz_j at most, int64 [m]: 1 of a triangle."""
         return np.asarray((self.index != ABSENT).sum(1) // 2)
 
-    @cached_property
     def pairs(self) -> Pairs:
-        """Inequality by inequality."""
+        """Inequality by inequality. Many times as large as the pool, and not kept."""
         x, y = np.triu_indices(self.index.shape[1], 1)
         of, pair = np.nonzero(self.index[:, y] != ABSENT)
         sign = np.column_stack([np.ones(len(self.tau)), self.sign])
@@ -180,5 +178,5 @@ def steps_of(index: np.ndarray, y: np.ndarray) -> np.ndarray:
 def dense(pool: Pool, n: int) -> tuple[np.ndarray, np.ndarray]:
     """E [n, n] and its column of v_0."""
     e = np.zeros((n + 1, n + 1))
-    scatter(e, *pool.pairs, pool.tau)
+    scatter(e, *pool.pairs(), pool.tau)
     return e[:n, :n], e[:n, n]

@@ -154,10 +154,13 @@ class _Dual:
         c: C, float64 [n + 1, n + 1] with z_0 last.
         y: float64 [n + 1].
         pool: triangles by places, with their τ.
+        pairs, least: of the pool that is climbed with.
+        newton: what the last rounds told of the curvature.
     """
 
     def __init__(self, c: np.ndarray, y: np.ndarray, pool: Pool) -> None:
         self.c, self.pool = c, pool
+        self.pairs, self.least = pool.pairs(), pool.least
         self.newton = QuasiNewton(len(c), _MEMORY)
         self.x = np.zeros_like(c)
         self.y = np.append(y, 0.0)
@@ -214,6 +217,7 @@ class _Dual:
     def _ascend(self, alpha: float, iterations: int) -> float:
         """Move (y, τ) up; the function's value without −αN²/2. Drops triangles without a multiplier."""
         size = len(self.c)
+        self.pairs, self.least = self.pool.pairs(), self.pool.least
 
         # times α, so that what is known of the curvature holds for any α
         def downhill(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -229,7 +233,7 @@ class _Dual:
     def _form(self, y: np.ndarray, tau: np.ndarray) -> np.ndarray:
         form = self.c.copy()
         form.flat[:: len(form) + 1] += y
-        scatter(form, *self.pool.pairs, tau)
+        scatter(form, *self.pairs, tau)
         return form
 
     def _value(self, y: np.ndarray, tau: np.ndarray, alpha: float) -> tuple[float, np.ndarray]:
@@ -240,9 +244,9 @@ class _Dual:
         w, v = w[:negative], v[:, :negative]
         self.x = (v * (-w / alpha)) @ v.T
         inner = np.zeros(len(tau))
-        gather(self.x, *self.pool.pairs, inner)
-        value = -float(y.sum()) - float(tau @ self.pool.least) - float(w @ w) / (2 * alpha)
-        return value, np.append(self.x.diagonal() - 1, -self.pool.least - inner)
+        gather(self.x, *self.pairs, inner)
+        value = -float(y.sum()) - float(tau @ self.least) - float(w @ w) / (2 * alpha)
+        return value, np.append(self.x.diagonal() - 1, -self.least - inner)
 
 
 def subtract_cuts(base: np.ndarray, c: np.ndarray, pool: Pool) -> float:
