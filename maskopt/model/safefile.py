@@ -213,7 +213,7 @@ def _what_it_is(head: bytes) -> str:
 
 def _read_exactly(file: IO[bytes], start: int, size: int, path: Path) -> np.ndarray:
     buffer = np.empty(size, dtype=np.uint8)
-    view: Any = memoryview(buffer)  # type: ignore[arg-type]
+    view = buffer.data
     done = 0
     file.seek(start)
     while done < size:
