@@ -12,7 +12,7 @@ from test_proof import graph
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.certificate import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
 from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, separate
-from maskopt.solvers.exact import tree
+from maskopt.solvers.exact import tree, trials
 from maskopt.solvers.exact.free_part import free_part
 from maskopt.solvers.exact.pentagons import PLACES, pentagons
 from maskopt.solvers.exact.relaxation import (
@@ -24,8 +24,11 @@ from maskopt.solvers.exact.relaxation import (
     relax_node,
     subtract_cuts,
 )
+from maskopt.solvers.exact.trials import Plans
 
 CLIMB = Plan((20.0, 5.0, 1.0, 0.3, 0.1))
+#: a root that proves hardly more than without triangles
+ROUGH = Plans(Plan((10.0,), (1,)), Plan((1.0,), (1,)))
 
 
 def some_pool(n, count=40, seed=0, inputs=(3, 5)):
@@ -199,7 +202,7 @@ def test_violated_triangles_raise_the_function():
 def test_trees_of_graphs_are_small_and_checked(monkeypatch):
     problem = graph(40, 0.75, keep=30, seed=4)
     tight = solve(problem, "branch", proof=True, workers=0)
-    monkeypatch.setattr(tree.Tree, "_with_triangles", lambda self: setattr(self, "tried", True))
+    monkeypatch.setattr(tree.Tree, "_with_triangles", lambda self, plans, least_open: [])
     plain = solve(problem, "branch", proof=True, workers=0)
     for solution in (tight, plain):
         assert solution.status == (Status.OPTIMAL,)
@@ -212,8 +215,8 @@ def test_trees_of_graphs_are_small_and_checked(monkeypatch):
 @pytest.fixture
 def loose(monkeypatch):
     """Relaxations that are solved so roughly that even small graphs have several nodes open together."""
-    for name in ("_ROOT", "_NODE"):
-        monkeypatch.setattr(tree, name, Plan((10.0, 1.0), (8,), pentagons=1))
+    rough = Plan((10.0, 1.0), (8,), pentagons=1)
+    monkeypatch.setattr(trials, "CLOSE", Plans(rough, rough))
 
 
 def test_nodes_side_by_side_make_the_same_tree_on_any_number_of_threads(loose):
@@ -250,7 +253,7 @@ def test_ctrl_c_among_nodes_side_by_side_leaves_them_open(monkeypatch, loose):
 
 def test_triangles_are_tried_where_a_row_is_hard(monkeypatch):
     """Not only of whole numbers; the tree begins anew, and its proof with it."""
-    monkeypatch.setattr(tree, "_TRY", 3)
+    monkeypatch.setattr(trials, "_TRY", 3)
     monkeypatch.setattr(tree, "_NEAR", 1.0)
     problem = LayerProblem(random_weight(1, 48, 1), random_gram(48, "full", 2), Unstructured(0.6))
     solution = solve(problem, "branch", proof=True, workers=0)
@@ -260,11 +263,50 @@ def test_triangles_are_tried_where_a_row_is_hard(monkeypatch):
     torch.testing.assert_close(solution.objective, solve(problem, "branch").objective)
 
 
+def test_triangles_are_tried_again_where_the_tree_becomes_too_large(monkeypatch):
+    """Whatever the root then lacks, as long as it proves more than all that was branched."""
+    monkeypatch.setattr(trials, "_TRY", 3)
+    monkeypatch.setattr(trials, "_TRY_AGAIN", 12)
+    monkeypatch.setattr(tree, "_NEAR", 0.0)
+    problem = LayerProblem(random_weight(1, 64, 1), random_gram(64, "full", 2), Unstructured(0.6))
+    kept = []
+    for expected in (50_000, 12):
+        monkeypatch.setattr(trials, "_TOO_MANY", expected)
+        solution = solve(problem, "branch", proof=True, workers=0)
+        assert solution.status == (Status.OPTIMAL,)
+        assert verify(problem, solution, require="checked").checked
+        kept.append((int(solution.proof.rows[0].cuts.sum()), float(solution.objective)))
+    (none, least), (some, best) = kept
+    assert none == 0 < some
+    assert best == pytest.approx(least, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("near", "values"),
+    [
+        (1e300, {"_TRY": 12, "CLOSE": ROUGH}),
+        (0.0, {"_TRY": 3, "_TRY_AGAIN": 12, "_TOO_MANY": 12, "FAR": ROUGH._replace(anyway=True)}),
+    ],
+    ids=["early", "again"],
+)
+def test_a_root_that_proves_less_than_its_tree_is_not_kept(monkeypatch, near, values):
+    monkeypatch.setattr(tree, "_NEAR", near)
+    for name, value in values.items():
+        monkeypatch.setattr(trials, name, value)
+    problem = LayerProblem(random_weight(1, 64, 1), random_gram(64, "full", 2), Unstructured(0.6))
+    solution = solve(problem, "branch", proof=True, workers=0)
+    assert solution.status == (Status.OPTIMAL,)
+    assert solution.proof.rows[0].cuts.sum() == 0
+    assert verify(problem, solution, require="checked").checked
+
+
+@pytest.mark.parametrize("values", [{"_TRY": 1}, {"_TRY_AGAIN": 1, "_TOO_MANY": 10**9}], ids=str)
 @pytest.mark.parametrize("pattern", [Unstructured(keep=5), NM(keep=1, of=4)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, pattern, kind):
-    monkeypatch.setattr(tree, "_TRY", 1)
+def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, values, pattern, kind):
     monkeypatch.setattr(tree, "_NEAR", 1e300)
+    for name, value in values.items():
+        monkeypatch.setattr(trials, name, value)
     random = np.random.default_rng(7)
     for seed in range(6):
         weight = random_weight(2, 12, seed) * 10.0 ** random.integers(-9, 9)
@@ -334,8 +376,8 @@ def test_nothing_violated_or_too_few_inputs_make_no_pentagon():
 def test_trees_with_pentagonal_inequalities_are_smaller(monkeypatch):
     problem = graph(60, 0.75, keep=40, seed=2)
     five = solve(problem, "branch", proof=True, workers=0)
-    for name in ("_ROOT", "_NODE"):
-        monkeypatch.setattr(tree, name, getattr(tree, name)._replace(pentagons=0))
+    without = (plan._replace(pentagons=0) for plan in trials.CLOSE[:2])
+    monkeypatch.setattr(trials, "CLOSE", Plans(*without))
     three = solve(problem, "branch", proof=True, workers=0)
     for solution, places in ((five, 5), (three, 3)):
         assert solution.status == (Status.OPTIMAL,)

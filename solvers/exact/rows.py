@@ -230,18 +230,21 @@ def _as_they_finish(
     search: Search, tasks: list[Any], limits: Limits, workers: int | None
 ) -> Iterator[tuple[int, RowAnswer | WorkerCrash]]:
     """First those that are for this process, then those for worker processes."""
-    jobs, here = [(search, task) for task in tasks], -math.inf
+    here = -math.inf
     if workers is None and len(tasks) > 1:
         workers = limits.threads or os.cpu_count() or 1
         if len(tasks[0].q) <= _FEW:
             here = time.monotonic() + _HERE
     done = 0
-    while done < len(jobs) and (not workers or time.monotonic() < here):
-        yield done, _answer(jobs[done])
+    while done < len(tasks) and (not workers or time.monotonic() < here):
+        yield done, _answer((search, tasks[done]))
         done += 1
-    if workers and done < len(jobs):
-        rest = run_tasks(_answer, jobs[done:], workers=workers, deadline=limits.deadline)
-        yield from ((done + index, answer) for index, answer in rest)
+    if workers and done < len(tasks):
+        # of one thread each
+        rest = [replace(task, limits=replace(task.limits, threads=1)) for task in tasks[done:]]
+        jobs = [(search, task) for task in rest]
+        found = run_tasks(_answer, jobs, workers=workers, deadline=limits.deadline)
+        yield from ((done + index, answer) for index, answer in found)
 
 
 def _no_time(task: RowTask) -> RowAnswer:

@@ -9,11 +9,11 @@ that may be exchanged the first ones are pruned.
 
 As inputs are fixed, the λ of the root is less and less the best one. Every few levels a node's own
 semidefinite relaxation is solved again (`reconvex`), and its subtree uses that λ: one to two orders
-of magnitude fewer nodes. Where triangle inequalities nearly close the root, as they do on graphs,
-every node has them, and pentagonal ones (`relaxation`): a tree of tens of nodes, some tenths of a second
-each, in place of one of thousands, of which a few are branched on side by side. The tree is searched best
-first, which makes the least open bound the proven bound at any time. With `proof` it is kept, as a proof
-that needs no trust in any of this.
+of magnitude fewer nodes. Where triangle inequalities nearly close the root, as they do on graphs, or where
+a tree without them would be too large, every node has them, and pentagonal ones (`relaxation`): a tree of
+tens or hundreds of nodes, some tenths of a second each, in place of one of many thousands. The tree is
+searched best first, which makes the least open bound the proven bound at any time; where nodes are dear, a
+few are branched on side by side. With `proof` it is kept, as a proof that needs no trust in any of this.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from maskopt.solvers.exact.proof_tree import Step, row_proof
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
 from maskopt.solvers.exact.relaxation import Goal, Plan, Relaxed, relax_node, subtract_cuts
 from maskopt.solvers.exact.rows import RowAnswer, RowTask
+from maskopt.solvers.exact.trials import Plans, Trials
 from maskopt.solvers.exact.twins import twins_of
 
 #: part of the objective (or of the value) that a node's bound is lowered by, beside the rounding of its sums
@@ -50,18 +51,13 @@ _ROOM = 1e-6
 _INTERVAL, _LONGEST_INTERVAL = 5, 10
 #: sweeps of coordinate descent at such a node, and at the root
 _SWEEPS, _ROOT_SWEEPS = 150, 2000
-#: nodes after which triangles are tried at the root; at once where f is known to be whole
-_TRY = 300
-#: … and kept where what the root then lacks is at most this part of the cost; or, where f is whole, half of
-#: what it lacked without
+#: triangles nearly close the root where what it then lacks is at most this part of the cost; or, where f is
+#: whole, half of what it lacked without
 _NEAR = 0.02
-#: how relaxations with triangles are solved, at the root and below, and their unit as part of what the root
-#: lacks without any. Chosen on the k-cluster instances of seed 1
-_ROOT = Plan((20.0, 10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15), (15, 15, 20, 30))
-_NODE = Plan((1.2, 0.6, 0.3, 0.15, 0.08))
+#: the unit of relaxations with triangles, as part of what the root lacks without any
 _UNIT = 0.6
-#: open nodes that are branched on side by side where each has a relaxation with triangles
-_SIDE_BY_SIDE = 4
+#: inputs from which on nodes are dear, and how many of those are branched on side by side
+_DEAR, _SIDE_BY_SIDE = 128, 4
 #: rounded points up to this part above the incumbent are searched, by so many moves of tabu search
 _PROMISING, _POLISH = 1.02, 30
 
@@ -105,6 +101,7 @@ class Tree:
         best, cost: the incumbent.
         proven: the bound of the root, which holds for every legal mask. (Bounds below it, and that of a
             root whose inputs are fixed by reduced costs, hold for masks below the cutoff alone.)
+        plans: of relaxations with triangles; None: nodes have none.
     """
 
     def __init__(self, task: BranchTask, duals: Duals) -> None:
@@ -140,7 +137,8 @@ class Tree:
             step,
         )
         self.lacks = self.cutoff - self.start.bound
-        self.tight = self.tried = False
+        self.plans: Plans | None = None
+        self.trials = Trials(self.start.bound, task.values is not None)
 
     @property
     def cutoff(self) -> float:
@@ -241,8 +239,8 @@ class Tree:
             try:
                 while not (ended := self._limit(open_nodes, nodes)):
                     least_open = open_nodes[0].bound
-                    if not self.tried and (nodes >= _TRY or self.task.values is not None):
-                        open_nodes = self._with_triangles() or open_nodes
+                    if not self.plans and (p := self.trials.due(nodes, least_open, self.cutoff)):
+                        open_nodes = self._with_triangles(p, least_open) or open_nodes
                         continue
                     for child in self._branch_best(open_nodes, pool if threads > 1 else None):
                         nodes += 1
@@ -284,7 +282,8 @@ class Tree:
         """The children of the best node, which is no longer open; where nodes are dear, of the best few, each
         with the incumbent that is known before any of them."""
         some = [heapq.heappop(open_nodes)]
-        while self.tight and open_nodes and len(some) < _SIDE_BY_SIDE:
+        dear = self.plans is not None or len(self.task.q) >= _DEAR
+        while dear and open_nodes and len(some) < _SIDE_BY_SIDE:
             some.append(heapq.heappop(open_nodes))
         views = [copy.copy(self) for _ in some]
         for view in views:
@@ -312,8 +311,10 @@ class Tree:
         size = np.linalg.norm(self.task.q[np.ix_(index, index)], axis=1)
         weight = size * (node.point * (1 - node.point))[index]
         chosen: list[_Node] = []
-        best = -np.inf
-        for i in index[np.argsort(-weight, kind="stable")[: self.task.candidates]]:
+        best, most = -np.inf, self.task.candidates
+        if self.plans is not None:
+            most = max(most, self.plans.candidates)
+        for i in index[np.argsort(-weight, kind="stable")[:most]]:
             pair = []
             for side in (1, 0):
                 state = node.state.copy()
@@ -332,16 +333,17 @@ class Tree:
                 break
         return chosen
 
-    def _with_triangles(self) -> list[_Node]:
+    def _with_triangles(self, plans: Plans, least_open: float) -> list[_Node]:
         """The root again, with triangles, in the place of all that is open; empty where it does not pay."""
-        self.tried = True
         state, start = np.full(len(self.task.q), -1, dtype=np.int8), self.start
-        own = self._tighten(state, start.point, start.form.relaxed, _ROOT, start.bound)
+        own = self._tighten(state, start.point, start.form.relaxed, plans.root, start.bound)
         value, point, step = self.bound(state, own)
         lacking = self.cutoff - value
-        if lacking > _NEAR * self.cost and (self.task.values is None or lacking > self.lacks / 2):
+        near = lacking <= _NEAR * self.cost
+        near |= self.task.values is not None and lacking <= self.lacks / 2
+        if value <= least_open or not (near or plans.anyway):
             return []
-        self.tight, self.root = True, step
+        self.plans, self.root = plans, step
         self.proven = max(self.proven, value)
         free = int((state < 0).sum())
         bound = max(value, start.bound)
@@ -350,18 +352,19 @@ class Tree:
     def _strengthen(self, node: _Node, free: int) -> _Node:
         """The node with the form of its own relaxation, where that proves more."""
         above = node.form.relaxed
-        if self.tight:
-            own = self._tighten(node.state, node.point, above, _NODE, node.bound)
+        if self.plans is not None:
+            own = self._tighten(node.state, node.point, above, self.plans.node, node.bound)
         else:
             own = self.convexify(node.state, node.point, above, _SWEEPS)
         state = node.state.copy()
         value, point, step = self.bound(state, own)
         if value > node.bound:
             _follow(node.step, step)
-            interval = 1 if self.tight else _INTERVAL
+            interval = 1 if self.plans is not None else _INTERVAL
             return _Node(value, node.order, state, point, _Form(own, free, interval), step)
         # not converged: try again further down, from better vectors
-        wait = 1 if self.tight else min(2 * node.form.interval, _LONGEST_INTERVAL)
+        longer = min(2 * node.form.interval, _LONGEST_INTERVAL)
+        wait = 1 if self.plans is not None else longer
         kept = above._replace(vectors=own.vectors)
         return node._replace(form=_Form(kept, free, wait))
 

@@ -264,7 +264,8 @@ STUDIES = (
         "draws",
         "Other calibration windows",
         "50%, 32 windows, refitted weights as above, by the seed that the windows are drawn with; the\n"
-        "windows that are judged on are the same.",
+        "windows that are judged on are the same. Rounding has a part in it, too: a line here and its like\n"
+        "above may be of different machines, whose masks have the same error and are not the same.",
         {
             "model": MODEL,
             "seed": part(1),
