@@ -300,11 +300,17 @@ def test_a_root_that_proves_less_than_its_tree_is_not_kept(monkeypatch, near, va
     assert verify(problem, solution, require="checked").checked
 
 
-@pytest.mark.parametrize("values", [{"_TRY": 1}, {"_TRY_AGAIN": 1, "_TOO_MANY": 10**9}], ids=str)
+@pytest.mark.parametrize(
+    ("near", "values"),
+    [(1e300, {"_TRY": 1}), (-1.0, {"_TRY": 1, "_TRY_AGAIN": 1, "_TOO_MANY": 10**9})],
+    ids=["early", "again"],
+)
 @pytest.mark.parametrize("pattern", [Unstructured(keep=5), NM(keep=1, of=4)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, values, pattern, kind):
-    monkeypatch.setattr(tree, "_NEAR", 1e300)
+def test_trees_with_triangles_find_the_optimum_at_any_scale(
+    monkeypatch, near, values, pattern, kind
+):
+    monkeypatch.setattr(tree, "_NEAR", near)
     for name, value in values.items():
         monkeypatch.setattr(trials, name, value)
     random = np.random.default_rng(7)
