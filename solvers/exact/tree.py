@@ -341,13 +341,12 @@ class Tree:
         lacking = self.cutoff - value
         near = lacking <= _NEAR * self.cost
         near |= self.task.values is not None and lacking <= self.lacks / 2
-        if value <= least_open or not (near or plans.anyway):
+        if not value > least_open or not (near or plans.anyway):
             return []
         self.plans, self.root = plans, step
-        self.proven = max(self.proven, value)
+        self.proven = value
         free = int((state < 0).sum())
-        bound = max(value, start.bound)
-        return [_Node(bound, next(self.order), state, point, _Form(own, free, 1), step)]
+        return [_Node(value, next(self.order), state, point, _Form(own, free, 1), step)]
 
     def _strengthen(self, node: _Node, free: int) -> _Node:
         """The node with the form of its own relaxation, where that proves more."""
