@@ -28,6 +28,7 @@ __version__ = "0.2.0"
 _MODEL_SIDE = {
     "collect_grams": "maskopt.model.gram_store",
     "collect_problems": "maskopt.model.problems",
+    "distill_model": "maskopt.model.distill",
     "keep_masks": "maskopt.model.keep",
     "load_packed": "maskopt.model.pack",
     "perplexity": "maskopt.model.perplexity",
@@ -74,6 +75,7 @@ __all__ = [
     "available_solvers",
     "collect_grams",
     "collect_problems",
+    "distill_model",
     "improving_swap",
     "keep_masks",
     "load_packed",

@@ -89,7 +89,7 @@ def test_epochs_are_judged_as_their_weights_are_stored(
 
     def again(task: training.Task, pool: Any, *rest: Any) -> training.Trained:
         found = train(task, pool, *rest)
-        named = dict(task.part.module.named_parameters())
+        named = dict(task.module.named_parameters())
         exact = {name: named[name].data for name in named}
         for name, parameter in named.items():
             stored = task.stored.get(name, parameter.dtype)

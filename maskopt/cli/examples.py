@@ -15,6 +15,7 @@ EXAMPLES = {
     "prune": "maskopt prune MODEL --sparsity 0.5 --calibration text.txt --output OUT",
     "gram": "maskopt gram MODEL --calibration text.txt --samples 32 --output GRAMS",
     "sweep": "maskopt sweep MODEL --grams GRAMS --sparsity 0.5,0.6 --weights keep,refit --output SWEEP",
+    "distill": "maskopt distill OUT --teacher MODEL --calibration text.txt --output TRAINED",
     "shrink": "maskopt shrink MODEL --channels 0.25 --calibration text.txt --output SMALLER",
     "plan": "maskopt plan MODEL --pattern 2:4 --samples 64",
     "eval": "maskopt eval MODEL OUT --text test.txt --windows 64",

@@ -179,7 +179,8 @@ def _verify_masks(folder: Path, pruned: Path) -> None:
         found = verify_masks(folder, pruned, lambda done, total: shown.show("tensors", done, total))
     output.print(
         f"{folder}: holds. All {found.pruned} weights that {pruned} prunes are zero, in {found.tensors} "
-        f"tensors; sparsity {found.sparsity:.4f}",
+        f"tensors; sparsity {found.sparsity:.4f}. Of {found.others} tensors without a mask, "
+        f"{found.changed} {'has' if found.changed == 1 else 'have'} changed",
         soft_wrap=True,
     )
 

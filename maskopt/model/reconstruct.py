@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from maskopt.errors import ModelError
 from maskopt.model.activations import Activations
@@ -21,7 +22,18 @@ from maskopt.model.blocks import Layer
 from maskopt.model.collect import OpenBlock
 from maskopt.model.parts import Heard, Listener, Part, Recorded, parts_of
 from maskopt.model.report import PartReport
-from maskopt.model.training import ALL, BLOCK, Reconstruction, Task, train
+from maskopt.model.training import (
+    ALL,
+    BLOCK,
+    COSINE,
+    SQUARE,
+    Reconstruction,
+    Task,
+    train,
+)
+
+#: of the mean square of a window's targets: what a token's own is at least taken for
+_LEAST = 1e-6
 
 
 class Targets:
@@ -109,17 +121,8 @@ class Targets:
             if not free:
                 continue
             with self._given(index, ticker) as given:
-                task = Task(
-                    part,
-                    free,
-                    stored,
-                    given,
-                    self._wanted[index],
-                    fitted,
-                    held,
-                    self.how,
-                    self.block.device,
-                )
+                name, loss = part.name or "a block", self._loss(index, given)
+                task = Task(name, part.module, free, stored, loss, fitted, held, fitted, self.how)
                 generator = torch.Generator().manual_seed(self._seed + number)
                 tick = ticker(f"train {part.name}".rstrip(), self.how.epochs * len(fitted))
                 found = train(task, self.block.threads, generator, tick)
@@ -139,6 +142,16 @@ class Targets:
         """Free what was recorded."""
         for recorded in (*self._wanted, *self._given_dense):
             recorded.close()
+
+    def _loss(self, index: int, given: Recorded) -> Callable[[int], Float[Tensor, ""]]:
+        """Of a window: how far what a part gives is from what it gives in the dense model."""
+        module, wanted, device = self.parts[index].module, self._wanted[index], self.block.device
+
+        def of(window: int) -> Tensor:
+            found = given.call(module, window, device, torch.float32)
+            return _distance(found, wanted.state(window).to(device, torch.float32), self.how.loss)
+
+        return of
 
     def _free(
         self, part: Part, masks: Mapping[str, tuple[Layer, Tensor]]
@@ -209,3 +222,13 @@ class Targets:
                 for window, (heard, output) in zip(wave, found, strict=True):
                     yield window, heard, output
                 tick(len(wave))
+
+
+def _distance(found: Tensor, wanted: Tensor, loss: str) -> Float[Tensor, ""]:
+    """Of two windows of states, [1, length, width], mean over the tokens."""
+    if loss == COSINE:
+        return 1 - nn.functional.cosine_similarity(found, wanted, dim=-1).mean()
+    error, size = (found - wanted).square().sum(-1), wanted.square().sum(-1)
+    if loss == SQUARE:
+        return error.mean() / size.mean().clamp(min=1e-30)
+    return (error / size.clamp(min=_LEAST * float(size.mean()) or 1.0)).mean()

@@ -52,6 +52,10 @@ class Source(Protocol):
         """Bring everything outside the blocks into memory, but for an output head of its own."""
         ...
 
+    def load_whole(self) -> Any:
+        """The model with all its weights in memory, for what calls it as a whole."""
+        ...
+
     def open(self, index: int, edits: Edits | None = None) -> Any:
         """Context in which the weights of block `index` are in memory; yields the block.
 
@@ -120,6 +124,9 @@ class MemorySource:
 
     def load_outside(self) -> None:
         """It is in memory already."""
+
+    def load_whole(self) -> Any:
+        return self.model
 
     @contextmanager
     def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:

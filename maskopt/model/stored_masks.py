@@ -30,7 +30,7 @@ def stored_masks(
         layer.parameter: layer.input_axis + (layer.expert is not None)
         for layer, _ in masks.values()
     }
-    for name, kept in _merged(model, masks, True).items():
+    for name, kept in merged(model, masks, True).items():
         mask = TensorMask(kept, axes[name])
         if loader is None:
             result |= _converted(model, name, mask)
@@ -58,10 +58,10 @@ def stored_values(
         ModelError: as for `stored_masks`.
     """
     result: dict[str, Tensor] = {}
-    for name, merged in _merged(model, values, torch.nan).items():
+    for name, whole in merged(model, values, torch.nan).items():
         sources = loader.conversion.sources(name)
         alike = len(sources) == 1 and name not in loader.conversion.converted
-        stored = {sources[0]: merged} if alike else revert(model, {name: merged})
+        stored = {sources[0]: whole} if alike else revert(model, {name: whole})
         _check_stored(loader, name, stored)
         result |= {key: part.contiguous() for key, part in stored.items()}
     return result
@@ -78,7 +78,7 @@ def _check_stored(loader: Loader, name: str, stored: Mapping[str, Tensor]) -> No
             raise ModelError(f"tensor {key!r} is not stored in the shape of its parameter")
 
 
-def _merged(
+def merged(
     model: nn.Module, parts: Mapping[str, tuple[Layer, Tensor]], rest: bool | float
 ) -> dict[str, Tensor]:
     """Matrices of layers [rows, n] as parameters in the model's layout; `rest` for experts without one."""

@@ -1,4 +1,4 @@
-"""Kept weights of one part of a block, trained until it gives what it gives in the dense model.
+"""Kept weights of a module, trained by a loss of windows: of a part of a block, or of a whole model.
 
 AdamW with a warm-up and a cosine decay, in float32, on a few windows a step, whose gradients are summed in
 the order of the windows: the result does not depend on the number of threads. Windows kept aside judge every
@@ -8,10 +8,10 @@ epoch, and the best one is what stays, the weights at the start among them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from maskopt.errors import ModelError
 from maskopt.fields import check_options, option
-from maskopt.model.parts import Part, Recorded
 from maskopt.model.threads import Threads
 
 BLOCK, PART = GRANULARITIES = ("block", "part")
@@ -32,8 +31,22 @@ _WARM_UP = 0.05
 _OF_VECTORS = 0.1
 #: of a loss at the start: above it training has diverged
 _DIVERGED = 10.0
-#: of the mean square of a window's targets: what a token's own is at least taken for
-_LEAST = 1e-6
+
+
+class Steps(Protocol):
+    """How far training goes, as the options of `Reconstruction` of these names say."""
+
+    @property
+    def epochs(self) -> int: ...
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Trained:
-    """What became of a part.
+    """What became of a module.
 
     Attributes:
         before, after: losses; the same where nothing was better than the start.
@@ -105,31 +118,33 @@ class Trained:
 
 @dataclass(frozen=True)
 class Task:
-    """A part, what it is given and what it is to give.
+    """A module, and what its weights are to be trained for.
 
     Attributes:
-        free: by parameter name inside the part, bool in its shape: entries that may change.
+        name: of the module, for errors.
+        free: by parameter name inside it, bool in its shape: entries that may change.
         stored: likewise, the dtype in which it will be written.
-        given, wanted: of the fitted and of the held windows.
+        loss: of a window, of the fitted and of the held ones; it can be differentiated by the free parameters
+            where gradients are asked for, and is called from several threads.
+        told: of the fitted windows, those whose loss is told before and after.
     """
 
-    part: Part
-    free: dict[str, Tensor]
-    stored: dict[str, torch.dtype]
-    given: Recorded
-    wanted: Recorded
+    name: str
+    module: nn.Module
+    free: Mapping[str, Tensor]
+    stored: Mapping[str, torch.dtype]
+    loss: Callable[[int], Float[Tensor, ""]]
     fitted: Sequence[int]
     held: Sequence[int]
-    how: Reconstruction
-    device: torch.device
+    told: Sequence[int]
+    how: Steps
 
 
 def train(
     task: Task, pool: Threads, generator: torch.Generator, tick: Callable[[int], None]
 ) -> Trained:
-    """Train a part's free weights, in place; its other parameters are as they were, bit for bit."""
-    module = task.part.module
-    named = dict(module.named_parameters())
+    """Train a module's free weights, in place; its other parameters are as they were, bit for bit."""
+    named = dict(task.module.named_parameters())
     stored = {name: (p.data, p.grad, p.requires_grad) for name, p in named.items()}
     weights = [named[name] for name in task.free]
     try:
@@ -178,12 +193,12 @@ def _epochs(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     kept = _rounded(weights, rounding)
     with _in_place(weights, kept):
-        before = Losses(_mean(task, task.fitted, pool), _mean(task, task.held, pool))
+        before = Losses(_mean(task, task.told, pool), _mean(task, task.held, pool))
     best, epoch = before.held, 0
     if not math.isfinite(best):
         raise ModelError(
-            f"{task.part.name or 'a block'} gives NaN or infinite values where it is to be trained; leave "
-            "its layers out with `exclude`"
+            f"{task.name} gives NaN or infinite values where it is to be trained; leave its layers out with "
+            "`exclude`"
         )
     diverged = False
     for number in range(1, how.epochs + 1):
@@ -204,7 +219,7 @@ def _epochs(
             best, epoch, kept = held, number, now
     for weight, value in zip(weights, kept, strict=True):
         weight.data = value
-    after = Losses(_mean(task, task.fitted, pool), best) if epoch else before
+    after = Losses(_mean(task, task.told, pool), best) if epoch else before
     return Trained(before, after, epoch, diverged)
 
 
@@ -259,7 +274,7 @@ def _set_gradients(
 
     def gradients(window: int) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            return torch.autograd.grad(_loss(task, window), list(weights))
+            return torch.autograd.grad(task.loss(window), list(weights))
 
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
@@ -276,17 +291,6 @@ def _set_gradients(
 def _mean(task: Task, windows: Sequence[int], pool: Threads) -> float:
     total = 0.0
     for wave in pool.waves(windows):
-        for loss in pool.run([lambda w=w: float(_loss(task, w)) for w in wave]):  # type: ignore[misc]
+        for loss in pool.run([lambda w=w: float(task.loss(w)) for w in wave]):  # type: ignore[misc]
             total += loss
     return total / len(windows)
-
-
-def _loss(task: Task, window: int) -> Float[Tensor, ""]:
-    given = task.given.call(task.part.module, window, task.device, torch.float32)
-    wanted = task.wanted.state(window).to(task.device, torch.float32)
-    if task.how.loss == COSINE:
-        return 1 - nn.functional.cosine_similarity(given, wanted, dim=-1).mean()
-    error, size = (given - wanted).square().sum(-1), wanted.square().sum(-1)
-    if task.how.loss == SQUARE:
-        return error.mean() / size.mean().clamp(min=1e-30)
-    return (error / size.clamp(min=_LEAST * float(size.mean()) or 1.0)).mean()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -205,6 +206,12 @@ def tensor(path: Path, name: str) -> Tensor:
             return file.get_tensor(name)
         except SafetensorError as error:
             raise VerificationError(f"{path}: {name!r}: {error}") from None
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are stored alike."""
+    pair = (x.contiguous().view(-1).view(torch.uint8) for x in (one, other))
+    return torch.equal(*pair)
 
 
 def read_json(path: Path) -> Any:

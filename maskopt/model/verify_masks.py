@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskopt.errors import VerificationError
-from maskopt.model.verify_folder import MASKS, read_weights, tensor
+from maskopt.model.verify_folder import MASKS, read_weights, same_bits, tensor
 from maskopt.model.verify_tensors import Masks
 
 
@@ -23,12 +23,16 @@ class Held:
         pruned: weights that the masks prune, all of them zero.
         sparsity: their part of all weights in those tensors.
         zeros: weights in them that are zero.
+        others, changed: tensors of the pruned model without a mask that this one has, too; and those of them
+            that are not the same bits.
     """
 
     tensors: int
     pruned: int
     sparsity: float
     zeros: int
+    others: int
+    changed: int
 
 
 def verify_masks(
@@ -70,4 +74,10 @@ def verify_masks(
             f"{tuned}: {lost} of {count} pruned weights are not zero, the first ones in {first!r}; sparsity "
             f"is {zeros / total:.4f}, not {count / total:.4f}. Train under `maskopt.keep_masks`"
         )
-    return Held(len(masks.layout), count, count / total, zeros)
+    before = read_weights(Path(pruned))
+    others = sorted({*weights.where} & {*before.where} - {*masks.layout})
+    changed = sum(
+        not same_bits(tensor(weights.where[name], name), tensor(before.where[name], name))
+        for name in others
+    )
+    return Held(len(masks.layout), count, count / total, zeros, len(others), changed)

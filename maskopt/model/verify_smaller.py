@@ -29,6 +29,7 @@ from maskopt.model.verify_folder import (
     read_json,
     read_object,
     read_weights,
+    same_bits,
     sha256,
     tensor,
 )
@@ -167,7 +168,7 @@ def _check_tensor(
         anew = name in shrunk["set_anew"]
         if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
             raise VerificationError(f"{weights.folder}: tensor {name!r} has another shape or type")
-        if not anew and not _same_bits(ours, theirs):
+        if not anew and not same_bits(ours, theirs):
             raise VerificationError(
                 f"{weights.folder}: tensor {name!r} is not the original's, cut as the manifest says"
             )
@@ -188,11 +189,6 @@ def _inside(step: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Tenso
         found.append(inside + start)
         start += length
     return torch.cat(found)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    pair = (x.contiguous().view(-1).view(torch.uint8) for x in (one, other))
-    return torch.equal(*pair)
 
 
 def _same_files(

@@ -26,6 +26,7 @@ from yardsticks import shared_out
 
 from maskopt import NM, Unstructured
 from maskopt.model.demo_model import MODELS, demo_model
+from maskopt.model.distill import distill_model
 from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.options import prune_options
 from maskopt.model.prune import prune_model
@@ -159,12 +160,14 @@ TOGETHER = 5
 class Case(NamedTuple):
     """A prune of a model, and how its evaluations are called, by what their windows begin with.
 
-    `shares` names another method, which says how much each block prunes.
+    `shares` names another method, which says how much each block prunes; `distilled` has options of
+    `distill_model`, where kept weights are trained together afterwards.
     """
 
     options: dict[str, Any]
     keys: dict[str, str]
     shares: str | None = None
+    distilled: dict[str, Any] | None = None
 
 
 def calibrated(fitted: int) -> dict[str, Any]:
@@ -225,6 +228,12 @@ def cells(name: str) -> Iterator[Case]:
     ):
         more = {**best.options, **calibrated(128)}
         yield Case(more, {"auto": f"{best.keys['auto']}, 128 windows"})
+        for options, windows in ((best.options, ""), (more, ", 128 windows")):
+            key = f"{best.keys['auto']}, distilled{windows}"
+            # in all 128 passes, whatever the number of windows
+            again = {name: options[name] for name in ("samples", "holdout")}
+            again["epochs"] = 1 if windows else 2
+            yield Case(options, {"auto": key}, distilled=again)
 
 
 def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
@@ -328,7 +337,7 @@ def repeat(book: Book, name: str, study: str) -> None:
 def alike(one: Case, other: Case) -> bool:
     """The same prune, however its options are given."""
     same = prune_options(None, one.options) == prune_options(None, other.options)
-    return same and one.shares == other.shares
+    return same and (one.shares, one.distilled) == (other.shares, other.distilled)
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -356,9 +365,18 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
             report = prune_model(
                 dense, calibration=args.calibration, output=out, seq_len=512, **how
             )
+            facts = {"seconds": report.seconds, **errors(report)}
+            if case.distilled is not None:
+                after = folder / f"{number}, distilled"
+                better = distill_model(
+                    out, dense, calibration=args.calibration, output=after, **case.distilled
+                )
+                facts["seconds"] += better.seconds
+                facts |= {"distilling": better.seconds, "epoch": better.epoch}
+                facts["divergence"] = [better.before.held, better.after.held]
+                out = after
             taken = {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
-            facts = {**errors(report), **dense_errors(out, judges)}
-            found.append((case, out, {"seconds": report.seconds, **facts, **taken}))
+            found.append((case, out, {**facts, **dense_errors(out, judges), **taken}))
         for begin in {begin for case in cases for begin in case.keys}:
             wanted = [(c.keys[begin], out, more) for c, out, more in found if begin in c.keys]
             walk = WalkOptions(seq_len=512, bos=begin)

@@ -339,6 +339,7 @@ STUDIES = (
         {
             "refitted": "refitted: the least squares alone.",
             "on F": "*on F*: masks are chosen for refitted weights, too.",
+            "distilled": "distilled: then trained all together (`maskopt distill`), on the same windows.",
         },
     ),
     Study(

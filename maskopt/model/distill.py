@@ -1,0 +1,290 @@
+"""A pruned model trained as a whole, its masks fixed, to predict what the dense model predicts.
+
+    walk    the dense model, block by block: the states that leave its last block
+    train   all kept weights together, by KL(dense ‖ pruned) of the next token (`maskopt.model.training`)
+    write   the pruned folder with the new weights
+
+This is knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) at temperature 1. Blocks that were
+reconstructed one after the other are a good start for it: what each of them left over is made good by all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskopt.errors import DataError, ModelError
+from maskopt.model.blocks import Layer, matrix
+from maskopt.model.distill_options import DistillOptions
+from maskopt.model.distill_output import write_distilled
+from maskopt.model.job import Job, open_job
+from maskopt.model.mask_model import layer_masks
+from maskopt.model.maskfile import MaskFile
+from maskopt.model.output import check_not_the_model
+from maskopt.model.perplexity import check_targets, walk_whole
+from maskopt.model.smaller import folder_source
+from maskopt.model.source import FolderSource
+from maskopt.model.stored_masks import merged
+from maskopt.model.training import Losses, Task, Trained, train
+from maskopt.model.walk_options import WalkOptions
+from maskopt.model.windows import held_out, tokens_or_tokenizer
+from maskopt.model.workspace import MASKS, check_output, open_workspace
+from maskopt.model.write import check_masks
+
+#: at a time: of 262,144 tokens, logits and what becomes of them take five megabytes a position
+POSITIONS = 64
+
+#: called with what goes on, how much of it is done, and of how much
+OnDistill = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What became of a model.
+
+    Attributes:
+        before, after: KL(dense ‖ pruned) of the next token, nats, mean over targets; of as many of the fitted
+            windows as were kept aside, and of those. The same where no epoch was better than the start.
+        epoch: the best one; 0: the start.
+        diverged: NaN, or a divergence far above that of the start, ended it.
+        seconds: in all, the walk of the dense model and the writing included.
+    """
+
+    before: Losses
+    after: Losses
+    epoch: int
+    diverged: bool
+    seconds: float
+    output: Path
+
+
+def distill_model(
+    pruned: str | Path,
+    teacher: str | Path,
+    tokenizer_or_tokens: Any = None,
+    options: DistillOptions | None = None,
+    *,
+    output: str | Path,
+    calibration: Any = None,
+    overwrite: bool = False,
+    on_progress: OnDistill | None = None,
+    **shorthand: Any,
+) -> Distilled:
+    """Train a pruned folder's kept weights until the model predicts what the dense one predicts.
+
+    The pruned model, its gradients and the optimiser's moments are in memory as a whole, in float32: some 33
+    bytes a weight of the layers with masks on one thread, 4 more on each other one. The dense model goes
+    through block by block.
+
+    Args:
+        pruned: the folder that `maskopt prune` wrote; it is left as it is.
+        teacher: the dense model's folder, or its name on the hub.
+        tokenizer_or_tokens: as for `prune_model`.
+        calibration: as for `prune_model`.
+        options: how to train.
+        output: folder of the result, a copy of `pruned` with other weights in the places that its masks keep,
+            and `maskopt-distill.json`, which says how they came about.
+        on_progress: called with what goes on, how much of it is done, and of how much.
+        shorthand: single options by name, with or without `options`: `epochs=2, samples=64`.
+
+    Raises:
+        MaskoptError: no masks in the folder, or not a teacher of this model; text or options that cannot be
+            used.
+    """
+    began, target = time.perf_counter(), Path(output)
+    options = (
+        DistillOptions(**shorthand)
+        if options is None
+        else dataclasses.replace(options, **shorthand)
+    )
+    tell = on_progress or (lambda what, done, total: None)
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
+    if text is None:
+        raise DataError("distillation needs `calibration` text or tokens; name a source of text")
+    check_output(target, overwrite=overwrite, resume=False)
+    student = open_job(pruned, text, options, tokenizer=tokenizer)
+    source, masks = _with_masks(student)
+    dense = _teacher(teacher, student, options)
+    for folder in (source.checkpoint.folder, folder_source(dense.source).checkpoint.folder):
+        check_not_the_model(folder, target)
+    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+        with student, dense:
+            walk_whole(dense, lambda done, total: tell("dense model", done, total))
+            dense.rest()
+            trained, layers = _train(student, dense, options, tell)
+        new = {layer.name: (layer, matrix(source.model, layer).cpu()) for layer in layers}
+        result = {
+            "before": trained.before._asdict(),
+            "after": trained.after._asdict(),
+            "epoch": trained.epoch,
+            "diverged": trained.diverged,
+        }
+        write_distilled(student, dense, options, masks, new, result, work)
+    seconds = time.perf_counter() - began
+    return Distilled(
+        trained.before, trained.after, trained.epoch, trained.diverged, seconds, target
+    )
+
+
+def _with_masks(student: Job) -> tuple[FolderSource, MaskFile]:
+    """The pruned folder's source, and its masks."""
+    source = folder_source(student.source)
+    folder = source.checkpoint.folder
+    if not (folder / MASKS).is_file():
+        raise ModelError(f"{folder}: holds no {MASKS}; name a folder that `maskopt prune` wrote")
+    masks = MaskFile(folder / MASKS)
+    check_masks(source.checkpoint, masks)
+    assert student.windows is not None
+    check_targets(student.windows)
+    if not held_out(student.count, student.options.holdout):
+        raise DataError("distillation needs windows that judge it: give a `holdout` such as 0.1")
+    return source, masks
+
+
+def _teacher(teacher: str | Path, student: Job, options: DistillOptions) -> Job:
+    """The dense model with the same windows, ready for its walk.
+
+    Raises:
+        ModelError: the student was not made of it.
+    """
+    walk = WalkOptions(
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        activation_memory=options.activation_memory,
+        trust_remote_code=options.trust_remote_code,
+    )
+    dense = open_job(teacher, student.windows, walk, whole=True)
+    source, own = folder_source(dense.source), folder_source(student.source)
+    _check_alike(source, own)
+    return dense
+
+
+def _check_alike(source: FolderSource, own: FolderSource) -> None:
+    """Raise ModelError unless both have the same tensors, and the same values of those outside the blocks."""
+    dense, pruned = source.checkpoint, own.checkpoint
+    why = f"{pruned.folder} was not made of {dense.folder}"
+    for name in sorted({*dense.where} | {*pruned.where}):
+        shapes = [c.entry(name).shape if name in c.where else None for c in (dense, pruned)]
+        if shapes[0] != shapes[1]:
+            raise ModelError(f"{why}: tensor {name!r} is in one of them only, or of other shapes")
+    blocks = source.blocks
+    inside = {
+        tensor
+        for index, block in enumerate(blocks.modules)
+        for name, _ in block.named_parameters()
+        for tensor in source.stored_parts(blocks.prefix(index) + name)
+    }
+    for name in sorted({*dense.where} - inside):
+        if not torch.equal(dense.read(name), pruned.read(name)):
+            raise ModelError(f"{why}: tensor {name!r} has other values, and no prune changes it")
+
+
+def _train(
+    student: Job, dense: Job, options: DistillOptions, tell: OnDistill
+) -> tuple[Trained, list[Layer]]:
+    """Train the student in memory; the layers that may have changed."""
+    source = folder_source(student.source)
+    aside = held_out(student.count, options.holdout)
+    fitted = [window for window in range(student.count) if window not in aside]
+    with student.in_memory() as states, _divergences(student, dense, states) as loss:
+        kept = _kept(source, options)
+        free = {
+            name: mask.to(source.device) for name, mask in merged(source.model, kept, False).items()
+        }
+        layers = [layer for layer, _ in kept.values()]
+        stored = {layer.parameter: source.stored_dtype(layer) for layer in layers}
+        name = str(source.checkpoint.folder)
+        # passes of all windows would take nearly as long as an epoch
+        told = fitted[: len(aside)]
+        task = Task(name, source.model, free, stored, loss, fitted, sorted(aside), told, options)
+        done, total = 0, options.epochs * len(fitted)
+
+        def tick(windows: int) -> None:
+            nonlocal done
+            done += windows
+            tell("train", done, total)
+
+        generator = torch.Generator().manual_seed(options.seed)
+        return train(task, student.pool, generator, tick), layers
+
+
+def _kept(source: FolderSource, options: DistillOptions) -> dict[str, tuple[Layer, Tensor]]:
+    """Layers of which something is pruned, and their masks, [rows, n], by name: what an exclusion left as it
+    was stays so.
+
+    Raises:
+        ModelError: weights in pruned places that are not zero.
+    """
+    checkpoint, kept = source.checkpoint, {}
+    path, trust = checkpoint.folder / MASKS, options.trust_remote_code
+    for layer, mask in layer_masks(checkpoint, path, trust_remote_code=trust):
+        if bool((matrix(source.model, layer).cpu()[~mask] != 0).any()):
+            raise ModelError(
+                f"{checkpoint.folder}: layer {layer.name!r} holds weights that its mask prunes; "
+                "`maskopt apply` the masks to it first"
+            )
+        if not bool(mask.all()):
+            kept[layer.name] = layer, mask
+    return kept
+
+
+@contextmanager
+def _divergences(
+    student: Job, dense: Job, states: Callable[[int], Tensor]
+) -> Iterator[Callable[[int], Float[Tensor, ""]]]:
+    """A function of a window's index: KL(dense ‖ student) of the next token, mean over its targets. Both end
+    in the same head, which is in memory meanwhile."""
+    windows, device = student.windows, student.source.device
+    assert windows is not None
+    first, last = windows.beginning.first_target - 1, windows.length - 1
+
+    def of(window: int) -> Tensor:
+        own, tokens = states(window), windows.tokens[window : window + 1].to(device)
+        taught = dense.last_state(window)[None].to(device)
+        leaf = own.detach().requires_grad_(torch.is_grad_enabled())
+        gradient = torch.zeros_like(leaf)
+        total = torch.zeros((), device=device)
+        for start in range(first, last, POSITIONS):
+            part = slice(start, min(start + POSITIONS, last))
+            with torch.no_grad():
+                wanted = end(tokens[:, part], taught[:, part])
+            summed = divergence(wanted[0].float(), end(tokens[:, part], leaf[:, part])[0].float())
+            if summed.requires_grad:
+                gradient += torch.autograd.grad(summed, leaf)[0]
+            total += summed.detach()
+        return _Known.apply(own, total, gradient) / (last - first)
+
+    with dense.after_blocks(student) as end:
+        yield of
+
+
+def divergence(
+    wanted: Float[Tensor, "positions vocabulary"], found: Float[Tensor, "positions vocabulary"]
+) -> Float[Tensor, ""]:
+    """KL(p ‖ q) summed over positions, p and q the softmax of these logits, nats."""
+    mean = (wanted.softmax(1) * (wanted - found)).sum(1)
+    return (mean - wanted.logsumexp(1) + found.logsumexp(1)).sum()
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradient by a tensor is known already, so that logits need not be kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, at: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *onto: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return onto[0] * gradient, None, None

@@ -1,0 +1,63 @@
+"""The options of a distillation; those of the walk are a prune's."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from maskopt.errors import OptionError
+from maskopt.model.walk_options import MASKS, TEXT, WalkOptions, described, option_field
+
+#: of the walk's options, those that say nothing of a model that is trained as a whole
+NOT_HERE = (
+    *("include", "exclude", "one_pass", "true_sequential", "all_experts"),
+    *("skip_bad_samples", "weighting", "dtype", "max_memory"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(WalkOptions):
+    """Everything but models, text and output that `distill_model` can be told.
+
+    Raises:
+        MaskoptError: a value that cannot be.
+    """
+
+    epochs: int = option_field(2, MASKS, "Over the windows.", least=1)
+    batch: int = option_field(2, MASKS, "Windows of a step.", least=1)
+    learning_rate: float = option_field(
+        0.0003,
+        MASKS,
+        "Of AdamW at its highest, in parts of the root mean square of a matrix's kept weights.",
+        least=0,
+    )
+    weight_decay: float = option_field(0.0, MASKS, "Of AdamW.", least=0)
+    holdout: float = option_field(
+        0.1,
+        MASKS,
+        "Share of the windows that is kept aside, to judge every epoch.",
+        least=0,
+        below=1,
+    )
+    samples: int = option_field(64, TEXT, "Windows of text.", least=1)
+    seq_len: int = option_field(
+        512, TEXT, "Tokens in a window; never more than the model has positions.", least=2
+    )
+    # what is trained is float32, whatever it is stored in
+    dtype: str = option_field("float32", MASKS, "Precision of the passes.", choices=("float32",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in NOT_HERE:
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise OptionError(f"all kept weights are trained, in float32; leave out `{name}`")
+
+    def record(self) -> dict[str, Any]:
+        """What decides the weights, as JSON values."""
+        fields = [f for f in dataclasses.fields(self) if f.name not in NOT_HERE]
+        return {f.name: getattr(self, f.name) for f in fields if f.metadata["decides"] == MASKS}
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(DistillOptions)}
+DistillOptions.__doc__ = described(DistillOptions)
