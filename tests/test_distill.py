@@ -117,9 +117,11 @@ def test_experts_without_a_mask_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_threads_change_nothing(made: Made, tmp_path: Path) -> None:
     dense, pruned = made("gemma3")
+    before = torch.get_num_threads()
     for threads in (1, 3):
         out = tmp_path / str(threads)
         distill_model(pruned, dense, WINDOWS, output=out, threads=threads, **HOW)
+        assert torch.get_num_threads() == before
     one, three = (
         {file.name: file.read_bytes() for file in (tmp_path / str(threads)).iterdir()}
         for threads in (1, 3)

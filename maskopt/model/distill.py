@@ -117,7 +117,8 @@ def distill_model(
     for folder in (source.checkpoint.folder, folder_source(dense.source).checkpoint.folder):
         check_not_the_model(folder, target)
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
-        with student, dense:
+        # the dense model's threads begin first, so that they end last
+        with dense, student:
             walk_whole(dense, lambda done, total: tell("dense model", done, total))
             dense.rest()
             trained, layers = _train(student, dense, options, tell)

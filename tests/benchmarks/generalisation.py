@@ -228,12 +228,15 @@ def cells(name: str) -> Iterator[Case]:
     ):
         more = {**best.options, **calibrated(128)}
         yield Case(more, {"auto": f"{best.keys['auto']}, 128 windows"})
-        for options, windows in ((best.options, ""), (more, ", 128 windows")):
-            key = f"{best.keys['auto']}, distilled{windows}"
-            # in all 128 passes, whatever the number of windows
-            again = {name: options[name] for name in ("samples", "holdout")}
-            again["epochs"] = 1 if windows else 2
-            yield Case(options, {"auto": key}, distilled=again)
+        yield from (distilled(best), distilled(Case(more, best.keys), ", 128 windows", epochs=1))
+    yield distilled(cell(name, "50%", TRADING["50%"], "none", "SparseGPT"))
+
+
+def distilled(one: Case, windows: str = "", epochs: int = 2) -> Case:
+    """The same, its kept weights trained together afterwards on the same windows."""
+    how = {name: one.options[name] for name in ("samples", "holdout")}
+    key = f"{one.keys['auto']}, distilled{windows}"
+    return Case(one.options, {"auto": key}, distilled={**how, "epochs": epochs})
 
 
 def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
