@@ -181,6 +181,14 @@ def test_the_record_and_the_card(made: Made, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "maskopt-manifest.json").exists()
 
 
+def test_zeros_are_checked_against_a_packed_folder(made: Made, tmp_path: Path) -> None:
+    _, pruned = made("llama")
+    run("pack", str(pruned), "--output", str(tmp_path / "packed"))
+    held = verify_masks(pruned, tmp_path / "packed")
+    assert held.pruned > 0
+    assert held.others == 0
+
+
 def test_what_cannot_be(made: Made, tmp_path: Path) -> None:
     dense, pruned = made("llama")
     other, _ = made("gpt2")
@@ -226,4 +234,4 @@ def test_the_command(made: Made, tmp_path: Path) -> None:
     assert "trained model" in said
     checked = run("verify", str(tmp_path / "out"), "--masks", str(pruned))
     assert "holds" in checked
-    assert "0 have changed" in checked
+    assert "without a mask, 0 changed" in checked

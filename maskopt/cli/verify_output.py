@@ -177,10 +177,10 @@ def _verify_masks(folder: Path, pruned: Path) -> None:
 
     with view() as shown:
         found = verify_masks(folder, pruned, lambda done, total: shown.show("tensors", done, total))
+    others = f". Of {found.others} tensors without a mask, {found.changed} changed"
     output.print(
         f"{folder}: holds. All {found.pruned} weights that {pruned} prunes are zero, in {found.tensors} "
-        f"tensors; sparsity {found.sparsity:.4f}. Of {found.others} tensors without a mask, "
-        f"{found.changed} {'has' if found.changed == 1 else 'have'} changed",
+        f"tensors; sparsity {found.sparsity:.4f}{others if found.others else ''}",
         soft_wrap=True,
     )
 

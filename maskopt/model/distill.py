@@ -204,10 +204,19 @@ def _train(
         }
         layers = [layer for layer, _ in kept.values()]
         stored = {layer.parameter: source.stored_dtype(layer) for layer in layers}
-        name = str(source.checkpoint.folder)
-        # passes of all windows would take nearly as long as an epoch
-        told = fitted[: len(aside)]
-        task = Task(name, source.model, free, stored, loss, fitted, sorted(aside), told, options)
+        task = Task(
+            str(source.checkpoint.folder),
+            "`maskopt eval` says whether it or the dense model does",
+            source.model,
+            free,
+            stored,
+            loss,
+            fitted,
+            sorted(aside),
+            # passes of all windows would take nearly as long as an epoch
+            told=fitted[: len(aside)],
+            how=options,
+        )
         done, total = 0, options.epochs * len(fitted)
 
         def tick(windows: int) -> None:

@@ -121,8 +121,18 @@ class Targets:
             if not free:
                 continue
             with self._given(index, ticker) as given:
-                name, loss = part.name or "a block", self._loss(index, given)
-                task = Task(name, part.module, free, stored, loss, fitted, held, fitted, self.how)
+                task = Task(
+                    part.name or "a block",
+                    "leave its layers out with `exclude`",
+                    part.module,
+                    free,
+                    stored,
+                    self._loss(index, given),
+                    fitted,
+                    held,
+                    told=fitted,
+                    how=self.how,
+                )
                 generator = torch.Generator().manual_seed(self._seed + number)
                 tick = ticker(f"train {part.name}".rstrip(), self.how.epochs * len(fitted))
                 found = train(task, self.block.threads, generator, tick)

@@ -121,7 +121,7 @@ class Task:
     """A module, and what its weights are to be trained for.
 
     Attributes:
-        name: of the module, for errors.
+        name, remedy: of the module, and what helps where it gives NaN, for errors.
         free: by parameter name inside it, bool in its shape: entries that may change.
         stored: likewise, the dtype in which it will be written.
         loss: of a window, of the fitted and of the held ones; it can be differentiated by the free parameters
@@ -130,6 +130,7 @@ class Task:
     """
 
     name: str
+    remedy: str
     module: nn.Module
     free: Mapping[str, Tensor]
     stored: Mapping[str, torch.dtype]
@@ -197,8 +198,7 @@ def _epochs(
     best, epoch = before.held, 0
     if not math.isfinite(best):
         raise ModelError(
-            f"{task.name} gives NaN or infinite values where it is to be trained; leave its layers out with "
-            "`exclude`"
+            f"{task.name} gives NaN or infinite values where it is to be trained; {task.remedy}"
         )
     diverged = False
     for number in range(1, how.epochs + 1):

@@ -23,8 +23,8 @@ class Held:
         pruned: weights that the masks prune, all of them zero.
         sparsity: their part of all weights in those tensors.
         zeros: weights in them that are zero.
-        others, changed: tensors of the pruned model without a mask that this one has, too; and those of them
-            that are not the same bits.
+        others, changed: tensors of the pruned model without a mask that this one has, too (none where its
+            weights are not there); and those of them that are not the same bits.
     """
 
     tensors: int
@@ -74,10 +74,12 @@ def verify_masks(
             f"{tuned}: {lost} of {count} pruned weights are not zero, the first ones in {first!r}; sparsity "
             f"is {zeros / total:.4f}, not {count / total:.4f}. Train under `maskopt.keep_masks`"
         )
-    before = read_weights(Path(pruned))
-    others = sorted({*weights.where} & {*before.where} - {*masks.layout})
+    # a packed folder, or one of masks alone, has no weights to compare
+    alone = not any(Path(pruned).glob("*.safetensors"))
+    before = {} if alone else read_weights(Path(pruned)).where
+    others = sorted({*weights.where} & {*before} - {*masks.layout})
     changed = sum(
-        not same_bits(tensor(weights.where[name], name), tensor(before.where[name], name))
+        not same_bits(tensor(weights.where[name], name), tensor(before[name], name))
         for name in others
     )
     return Held(len(masks.layout), count, count / total, zeros, len(others), changed)
