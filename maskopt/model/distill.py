@@ -4,8 +4,7 @@
     train   all kept weights together, by KL(dense ‖ pruned) of the next token (`maskopt.model.training`)
     write   the pruned folder with the new weights
 
-This is knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) at temperature 1. Blocks that were
-reconstructed one after the other are a good start for it: what each of them left over is made good by all.
+This is knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) at temperature 1.
 """
 
 from __future__ import annotations

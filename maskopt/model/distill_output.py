@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from maskopt.model.job import Job
 from maskopt.model.maskfile import MaskFile
 from maskopt.model.smaller import folder_source
 from maskopt.model.workspace import CARD, MASKS, Workspace
-from maskopt.model.write import copy_side_files, write_shard
+from maskopt.model.write import copy_file, copy_side_files, write_shard
 
 FORMAT = "maskopt-distill-1"
 #: what was done, and how well it went
@@ -61,7 +60,7 @@ def write_distilled(
         shard: write_shard(checkpoint, shard, edits, staging / shard) for shard in checkpoint.shards
     }
     copy_side_files(checkpoint, staging)
-    _copy(masks.path, staging / MASKS)
+    copy_file(masks.path, staging / MASKS)
     card = staging / CARD
     before = card.read_text(encoding="utf-8") if card.exists() else f"# {work.output.name}"
     _write(card, before.rstrip() + _NOTE)
@@ -76,11 +75,6 @@ def write_distilled(
     }
     _write(staging / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
     work.commit()
-
-
-def _copy(source: Path, target: Path) -> None:
-    with atomic_write(target) as file, open(source, "rb") as given:
-        shutil.copyfileobj(given, file)
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,7 +8,6 @@ at sparsity s.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -21,9 +20,9 @@ from maskopt.model.checkpoint import file_digest, open_checkpoint
 from maskopt.model.maskfile import MaskFile, unpack
 from maskopt.model.output import check_not_the_model
 from maskopt.model.report import read_manifest
-from maskopt.model.safefile import CHUNK, SafeFile, TensorEntry, open_file, open_safe, write_safe
+from maskopt.model.safefile import CHUNK, SafeFile, TensorEntry, open_safe, write_safe
 from maskopt.model.workspace import MANIFEST, MASKS, open_workspace
-from maskopt.model.write import check_masks, side_files
+from maskopt.model.write import check_masks, copy_file, side_files
 
 FORMAT = "maskopt-packed-1"
 #: in place of `.safetensors`: nothing takes it for weights
@@ -64,7 +63,7 @@ def pack(
             with atomic_write(work.staging / _packed_name(name)) as file:
                 _pack_shard(shard, masks, file, tick)
         for name in beside:
-            _copy(checkpoint.folder / name, work.staging / name)
+            copy_file(checkpoint.folder / name, work.staging / name)
         work.commit()
     return target
 
@@ -101,7 +100,7 @@ def unpack_folder(
             if digests.get(name) != file_digest(work.staging / name):
                 raise ModelError(f"{path}: does not give the file of the manifest: it was changed")
         for name in beside:
-            _copy(folder / name, work.staging / name)
+            copy_file(folder / name, work.staging / name)
         work.commit()
     return target
 
@@ -236,8 +235,3 @@ def _open_packed(path: Path) -> SafeFile:
 
 def _packed_name(shard: str) -> str:
     return shard.removesuffix(".safetensors") + SUFFIX
-
-
-def _copy(source: Path, target: Path) -> None:
-    with atomic_write(target) as file, open_file(source) as given:
-        shutil.copyfileobj(given, file)

@@ -19,7 +19,7 @@ from maskopt.files import atomic_write
 from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint, stays_inside
 from maskopt.model.edits import Edits
 from maskopt.model.maskfile import MaskFile
-from maskopt.model.safefile import CHUNK
+from maskopt.model.safefile import CHUNK, open_file
 
 #: what is copied along with the weights; code is not
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
@@ -91,12 +91,14 @@ def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
             checkpoint.folder / _TEMPLATES,
         )
     for name in copied:
-        with (
-            atomic_write(target / name) as output,
-            open(checkpoint.folder / name, "rb") as source,
-        ):
-            shutil.copyfileobj(source, output)
+        copy_file(checkpoint.folder / name, target / name)
     return copied
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """The same bytes; it appears whole or not at all. Raises ModelError where there is no such file."""
+    with atomic_write(target) as file, open_file(source) as given:
+        shutil.copyfileobj(given, file)
 
 
 def disk_needed(checkpoint: Checkpoint, refit: bool = False) -> int:
