@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import distill_model, prune_model
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError
-from maskopt.model.distill import divergence
+from maskopt.model.distill_options import DistillOptions
 from maskopt.model.distill_output import RECORD
+from maskopt.model.job import open_job
 from maskopt.model.maskfile import MaskFile
+from maskopt.model.memory import autograd_memory
 from maskopt.model.verify_masks import verify_masks
 from maskopt.model.workspace import MASKS
 
@@ -115,18 +118,61 @@ def test_experts_without_a_mask_stay_as_they_are(tmp_path: Path) -> None:
     assert all(torch.equal(old[name], new[name]) for name in spared)
 
 
-def test_threads_change_nothing(made: Made, tmp_path: Path) -> None:
+def test_threads_and_what_is_computed_again_change_nothing(made: Made, tmp_path: Path) -> None:
     dense, pruned = made("gemma3")
-    before = torch.get_num_threads()
-    for threads in (1, 3):
+    before, results = torch.get_num_threads(), []
+    for threads, recompute in ((1, False), (3, False), (2, True)):
         out = tmp_path / str(threads)
-        distill_model(pruned, dense, WINDOWS, output=out, threads=threads, **HOW)
+        how = {**HOW, "threads": threads, "recompute": recompute}
+        distill_model(pruned, dense, WINDOWS, output=out, **how)
         assert torch.get_num_threads() == before
-    one, three = (
-        {file.name: file.read_bytes() for file in (tmp_path / str(threads)).iterdir()}
-        for threads in (1, 3)
-    )
-    assert one == three
+        results.append({file.name: file.read_bytes() for file in out.iterdir()})
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
+def test_what_autograd_keeps_is_estimated(family: str, made: Made) -> None:
+    """Of a window; what enters each block and nothing else where it is computed again."""
+    _, pruned = made(family)
+    job = open_job(pruned, WINDOWS, DistillOptions(threads=1))
+    with job, job.in_memory() as states:
+        found = kept_bytes(job.source.model, lambda: states(0))
+    with job, job.in_memory(recompute=True) as states:
+        entered = kept_bytes(job.source.model, lambda: states(0))
+    blocks, width = len(job.source.blocks), job.source.model.config.hidden_size
+    assert entered == blocks * 4 * job.length * width
+    load = replace(job.load, together=True)
+    assert 0.8 * found < autograd_memory(load) < 3 * found
+    again = autograd_memory(replace(load, recompute=True))
+    assert again == autograd_memory(load) // blocks + entered
+
+
+def kept_bytes(model: torch.nn.Module, compute: Callable[[], torch.Tensor]) -> int:
+    """Of storages that autograd keeps for a result's gradient, those of parameters left out."""
+    model.requires_grad_(True)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        compute()
+    return sum(kept.values())
+
+
+def test_a_limit_of_memory_is_held_before_anything_is_read(made: Made, tmp_path: Path) -> None:
+    dense, pruned = made("llama")
+    message = r"estimated .* GiB are needed, `max_memory` allows 0\.10 .*, or `recompute`"
+    with pytest.raises(ModelError, match=message):
+        distill_model(pruned, dense, WINDOWS, output=tmp_path / "out", max_memory="100MiB", **HOW)
+    assert not (tmp_path / "out").exists()
+    distill_model(pruned, dense, WINDOWS, output=tmp_path / "out", max_memory="3GiB", **HOW)
 
 
 @pytest.mark.parametrize(("rate", "diverged"), [(10.0, False), (1e30, True)])
@@ -154,7 +200,12 @@ def test_the_gradient_is_that_of_the_whole_model(made: Made, tmp_path: Path) -> 
     masked = MaskFile(pruned / MASKS).names
     weights = [model.get_parameter(name) for name in masked]
     loss = sum(
-        divergence(taught(w[None]).logits[0, :-1].detach(), model(w[None]).logits[0, :-1])
+        torch.nn.functional.kl_div(
+            model(w[None]).logits[0, :-1].log_softmax(1),
+            taught(w[None]).logits[0, :-1].detach().log_softmax(1),
+            reduction="sum",
+            log_target=True,
+        )
         / (len(w) - 1)
         for w in WINDOWS[:24]
     )

@@ -9,25 +9,24 @@ This is knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) at t
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.errors import DataError, ModelError
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.distill_options import DistillOptions
 from maskopt.model.distill_output import write_distilled
+from maskopt.model.divergence import divergences
 from maskopt.model.job import Job, open_job
 from maskopt.model.mask_model import layer_masks
 from maskopt.model.maskfile import MaskFile
+from maskopt.model.memory import check_memory
 from maskopt.model.output import check_not_the_model
 from maskopt.model.perplexity import check_targets, walk_whole
 from maskopt.model.smaller import folder_source
@@ -38,9 +37,6 @@ from maskopt.model.walk_options import WalkOptions
 from maskopt.model.windows import held_out, tokens_or_tokenizer
 from maskopt.model.workspace import MASKS, check_output, open_workspace
 from maskopt.model.write import check_masks
-
-#: at a time: of 262,144 tokens, logits and what becomes of them take five megabytes a position
-POSITIONS = 64
 
 #: called with what goes on, how much of it is done, and of how much
 OnDistill = Callable[[str, int, int], None]
@@ -80,9 +76,9 @@ def distill_model(
 ) -> Distilled:
     """Train a pruned folder's kept weights until the model predicts what the dense one predicts.
 
-    The pruned model, its gradients and the optimiser's moments are in memory as a whole, in float32: some 33
-    bytes a weight of the layers with masks on one thread, 4 more on each other one. The dense model goes
-    through block by block.
+    The pruned model, its gradients and the optimiser's moments are in memory as a whole, in float32: 33 bytes
+    a weight of the layers with masks on one thread, 4 more on each other one, and beside them what autograd
+    keeps of a window on every thread. The dense model goes through block by block.
 
     Args:
         pruned: the folder that `maskopt prune` wrote; it is left as it is.
@@ -97,20 +93,19 @@ def distill_model(
 
     Raises:
         MaskoptError: no masks in the folder, or not a teacher of this model; text or options that cannot be
-            used.
+            used; more than `max_memory` allows.
     """
     began, target = time.perf_counter(), Path(output)
-    options = (
-        DistillOptions(**shorthand)
-        if options is None
-        else dataclasses.replace(options, **shorthand)
-    )
+    options = DistillOptions(**shorthand) if options is None else replace(options, **shorthand)
     tell = on_progress or (lambda what, done, total: None)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise DataError("distillation needs `calibration` text or tokens; name a source of text")
     check_output(target, overwrite=overwrite, resume=False)
-    student = open_job(pruned, text, options, tokenizer=tokenizer)
+    student = open_job(pruned, text, replace(options, max_memory=None), tokenizer=tokenizer)
+    if options.max_memory is not None:
+        load = replace(student.load, together=True, recompute=options.recompute)
+        student.activation_memory = check_memory(load, int(options.max_memory))
     source, masks = _with_masks(student)
     dense = _teacher(teacher, student, options)
     for folder in (source.checkpoint.folder, folder_source(dense.source).checkpoint.folder):
@@ -160,7 +155,7 @@ def _teacher(teacher: str | Path, student: Job, options: DistillOptions) -> Job:
         device=options.device,
         dtype=options.dtype,
         threads=options.threads,
-        activation_memory=options.activation_memory,
+        activation_memory=student.activation_memory,
         trust_remote_code=options.trust_remote_code,
     )
     dense = open_job(teacher, student.windows, walk, whole=True)
@@ -196,7 +191,10 @@ def _train(
     source = folder_source(student.source)
     aside = held_out(student.count, options.holdout)
     fitted = [window for window in range(student.count) if window not in aside]
-    with student.in_memory() as states, _divergences(student, dense, states) as loss:
+    with (
+        student.in_memory(recompute=options.recompute) as states,
+        divergences(student, dense, states) as loss,
+    ):
         kept = _kept(source, options)
         free = {
             name: mask.to(source.device) for name, mask in merged(source.model, kept, False).items()
@@ -245,55 +243,3 @@ def _kept(source: FolderSource, options: DistillOptions) -> dict[str, tuple[Laye
         if not bool(mask.all()):
             kept[layer.name] = layer, mask
     return kept
-
-
-@contextmanager
-def _divergences(
-    student: Job, dense: Job, states: Callable[[int], Tensor]
-) -> Iterator[Callable[[int], Float[Tensor, ""]]]:
-    """A function of a window's index: KL(dense ‖ student) of the next token, mean over its targets. Both end
-    in the same head, which is in memory meanwhile."""
-    windows, device = student.windows, student.source.device
-    assert windows is not None
-    first, last = windows.beginning.first_target - 1, windows.length - 1
-
-    def of(window: int) -> Tensor:
-        own, tokens = states(window), windows.tokens[window : window + 1].to(device)
-        taught = dense.last_state(window)[None].to(device)
-        leaf = own.detach().requires_grad_(torch.is_grad_enabled())
-        gradient = torch.zeros_like(leaf)
-        total = torch.zeros((), device=device)
-        for start in range(first, last, POSITIONS):
-            part = slice(start, min(start + POSITIONS, last))
-            with torch.no_grad():
-                wanted = end(tokens[:, part], taught[:, part])
-            summed = divergence(wanted[0].float(), end(tokens[:, part], leaf[:, part])[0].float())
-            if summed.requires_grad:
-                gradient += torch.autograd.grad(summed, leaf)[0]
-            total += summed.detach()
-        return _Known.apply(own, total, gradient) / (last - first)
-
-    with dense.after_blocks(student) as end:
-        yield of
-
-
-def divergence(
-    wanted: Float[Tensor, "positions vocabulary"], found: Float[Tensor, "positions vocabulary"]
-) -> Float[Tensor, ""]:
-    """KL(p ‖ q) summed over positions, p and q the softmax of these logits, nats."""
-    mean = (wanted.softmax(1) * (wanted - found)).sum(1)
-    return (mean - wanted.logsumexp(1) + found.logsumexp(1)).sum()
-
-
-class _Known(torch.autograd.Function):
-    """A value whose gradient by a tensor is known already, so that logits need not be kept for it."""
-
-    @staticmethod
-    def forward(ctx: Any, at: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *onto: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return onto[0] * gradient, None, None

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from maskopt.errors import OptionError
-from maskopt.model.walk_options import MASKS, TEXT, WalkOptions, described, option_field
+from maskopt.model.walk_options import MACHINE, MASKS, TEXT, WalkOptions, described, option_field
 
 #: of the walk's options, those that say nothing of a model that is trained as a whole
 NOT_HERE = (
     *("include", "exclude", "one_pass", "true_sequential", "all_experts"),
-    *("skip_bad_samples", "weighting", "dtype", "max_memory"),
+    *("skip_bad_samples", "weighting", "dtype"),
 )
 
 
@@ -46,6 +46,18 @@ class DistillOptions(WalkOptions):
     )
     # what is trained is float32, whatever it is stored in
     dtype: str = option_field("float32", MASKS, "Precision of the passes.", choices=("float32",))
+    recompute: bool = option_field(
+        False,
+        MACHINE,
+        "Keep for gradients only what enters each block, and compute the rest again: less memory, more time.",
+    )
+    max_memory: int | str | None = option_field(
+        None,
+        MACHINE,
+        "Refuse to start where an estimate of what it takes is higher, e.g. 16GiB.",
+        unit="bytes",
+        least=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maskopt.errors import DataError, ModelError
 from maskopt.model.activations import Activations
@@ -294,9 +295,13 @@ class Job:
         return self._captured.states[window][0]
 
     @contextmanager
-    def in_memory(self) -> Iterator[Callable[[int], Tensor]]:
+    def in_memory(self, *, recompute: bool = False) -> Iterator[Callable[[int], Tensor]]:
         """All of the model in memory, in place of a walk: what leaves its last block for the window of an
-        index, [1, length, width]; it can be differentiated by the blocks' parameters."""
+        index, [1, length, width]; it can be differentiated by the blocks' parameters.
+
+        Args:
+            recompute: for its gradients keep only what enters each block, and compute the rest again.
+        """
         with ExitStack() as until_the_end:
             held = self._held or until_the_end
             captured = self._start(held, Path(tempfile.gettempdir()))
@@ -306,8 +311,13 @@ class Job:
             def of(window: int) -> Tensor:
                 # a block may change its input in place
                 state = captured.states[window].to(self.source.device, copy=True)
+                again = recompute and torch.is_grad_enabled()
                 for module, calls in zip(modules, captured.calls, strict=True):
-                    state = calls[window](module, state)
+                    state = (
+                        checkpoint(calls[window], module, state, use_reentrant=False)
+                        if again
+                        else calls[window](module, state)
+                    )
                 return state
 
             yield of

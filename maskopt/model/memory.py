@@ -8,6 +8,8 @@ from typing import Any
 
 from maskopt.errors import ModelError
 from maskopt.model.blocks import Layer, vocabulary_size
+from maskopt.model.divergence import LOGITS as LOGITS_OF_TWO
+from maskopt.model.divergence import POSITIONS
 from maskopt.model.gradients import LOGITS
 from maskopt.model.source import Source
 
@@ -64,6 +66,8 @@ class Load:
         gradients: windows whose hidden states of every block are kept, for the loss's gradients by them.
         variants: windows of variants of the model, which go through it before anything is pruned.
         trained: parts of a block are, on what they are given, towards what they give in the dense model.
+        together: all layers are, in the model as a whole, towards what the dense model predicts.
+        recompute: of what gradients need only what enters each block is kept.
     """
 
     source: Source
@@ -78,10 +82,14 @@ class Load:
     gradients: int = 0
     variants: int = 0
     trained: bool = False
+    together: bool = False
+    recompute: bool = False
 
 
 def estimate_memory(load: Load) -> Memory:
     """The parts of the peak."""
+    if load.together:
+        return _together(load)
     source, length = load.source, load.length
     width = next(source.model.parameters()).dtype.itemsize
     named = dict(source.model.named_parameters())
@@ -125,6 +133,40 @@ def estimate_memory(load: Load) -> Memory:
     )
 
 
+def _together(load: Load) -> Memory:
+    """Of a model trained as a whole: the parts of the peak."""
+    named = dict(load.source.model.named_parameters())
+    outside = sum(p.numel() for name, p in load.source.blocks.outside() if name in named)
+    weights = sum(p.numel() for p in named.values()) - outside
+    # in float32: weights, the best, those that are judged, two moments, gradients, those of every thread
+    trained = (4 * (6 + load.threads) + 1) * sum(y.rows * y.n for y in load.layers)
+    logits = 4 * LOGITS_OF_TWO * POSITIONS * vocabulary_size(load.source.model)
+    # what enters the first block, and what the dense model's last one gave
+    states = load.samples * 4 * load.length * hidden_size(load.source.model)
+    return Memory(
+        BASE,
+        4 * outside,
+        4 * weights,
+        grams=0,
+        inputs=0,
+        solving=trained + load.threads * (autograd_memory(load) + logits),
+        gradients=0,
+        activations=0 if states > load.activation_memory else 2 * states,
+    )
+
+
+def autograd_memory(load: Load) -> int:
+    """Bytes that are kept of a window for the gradients of a model that is trained as a whole."""
+    # what goes into each product and what comes out, and as much for norms and attention
+    blocks = [
+        8 * load.length * (sum(y.rows for y in mine) + sum(distinct_inputs(mine)))
+        for mine in by_block(load.layers).values()
+    ]
+    if not load.recompute:
+        return sum(blocks)
+    return len(blocks) * 4 * load.length * hidden_size(load.source.model) + max(blocks)
+
+
 def state_copies(*, beside: bool, trained: bool) -> int:
     """Hidden states of every token that are kept at a time: those of the pruned model; those of the dense one
     beside them; and where parts are trained what one is given, and what each of two is to give."""
@@ -151,8 +193,8 @@ def check_memory(load: Load, max_memory: int) -> int:
             return limit
     raise ModelError(
         f"an estimated {memory.gib:.2f} GiB are needed, `max_memory` allows "
-        f"{max_memory / GIB:.2f} ({memory}); use fewer threads, shorter windows, or exclude the "
-        "layers with most inputs"
+        f"{max_memory / GIB:.2f} ({memory}); use fewer threads, shorter windows, or "
+        f"{'`recompute`' if load.together else 'exclude the layers with most inputs'}"
     )
 
 

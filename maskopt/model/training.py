@@ -283,6 +283,7 @@ def _set_gradients(
             for weight, gradient in zip(weights, found, strict=True):
                 assert weight.grad is not None
                 weight.grad.add_(gradient)
+            del found, gradient  # before the next wave's are made
     for weight, free in zip(weights, task.free.values(), strict=True):
         assert weight.grad is not None
         weight.grad.div_(len(windows)).masked_fill_(~free, 0)

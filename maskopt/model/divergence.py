@@ -1,0 +1,80 @@
+"""KL(dense ‖ pruned) of the next token as a loss of windows, whose logits are never whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from maskopt.model.job import Job
+
+#: at a time: enough for a head of 262,144 tokens to be read no more often than its products take
+POSITIONS = 128
+#: numbers a position and token: the logits of two models, the logarithms of both softmaxes, and one softmax
+LOGITS = 5
+
+
+@contextmanager
+def divergences(
+    student: Job, dense: Job, states: Callable[[int], Tensor]
+) -> Iterator[Callable[[int], Float[Tensor, ""]]]:
+    """A function of a window's index: KL(dense ‖ student) of the next token, mean over its targets. Both end
+    in the same head, which is in memory meanwhile.
+
+    Args:
+        dense: after its whole walk.
+        states: of a window, what leaves the student's last block, [1, length, width].
+    """
+    windows, device = student.windows, student.source.device
+    assert windows is not None
+    first, last = windows.beginning.first_target - 1, windows.length - 1
+
+    def of(window: int) -> Tensor:
+        own, tokens = states(window), windows.tokens[window : window + 1].to(device)
+        taught = dense.last_state(window)[None].to(device)
+        leaf = own.detach().requires_grad_(torch.is_grad_enabled())
+        gradient = torch.zeros_like(leaf)
+        total = torch.zeros((), device=device)
+        for start in range(first, last, POSITIONS):
+            part = slice(start, min(start + POSITIONS, last))
+            with torch.no_grad():
+                wanted = end(tokens[:, part], taught[:, part])
+            found = end(tokens[:, part], leaf[:, part])
+            value, slope = divergence(wanted[0].float(), found[0].detach().float())
+            if found.requires_grad:
+                gradient += torch.autograd.grad(found, leaf, slope[None].to(found.dtype))[0]
+            total += value
+        return _Known.apply(own, total, gradient) / (last - first)
+
+    with dense.after_blocks(student) as end:
+        yield of
+
+
+@torch.no_grad()
+def divergence(
+    wanted: Float[Tensor, "positions vocabulary"], found: Float[Tensor, "positions vocabulary"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, "positions vocabulary"]]:
+    """KL(p ‖ q) summed over positions, p and q the softmax of these logits, nats; and its derivative by those
+    of q, q − p."""
+    log_p, log_q = wanted.log_softmax(1), found.log_softmax(1)
+    p = log_p.exp()
+    return log_p.sub_(log_q).mul_(p).sum(), log_q.exp_().sub_(p)
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradient by a tensor is known already, so that logits need not be kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, at: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *onto: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return onto[0] * gradient, None, None
