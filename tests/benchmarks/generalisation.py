@@ -228,15 +228,21 @@ def cells(name: str) -> Iterator[Case]:
     ):
         more = {**best.options, **calibrated(128)}
         yield Case(more, {"auto": f"{best.keys['auto']}, 128 windows"})
-        yield from (distilled(best), distilled(Case(more, best.keys), ", 128 windows", epochs=1))
+        many = Case(more, best.keys)
+        yield from (distilled(best), distilled(many, ", 128 windows", epochs=1))
+        # of the text, others than those that the blocks were trained on
+        yield from (
+            distilled(best, ", other windows", seed=1),
+            distilled(many, ", 128 other windows", epochs=1, seed=1),
+        )
     yield distilled(cell(name, "50%", TRADING["50%"], "none", "SparseGPT"))
 
 
-def distilled(one: Case, windows: str = "", epochs: int = 2) -> Case:
-    """The same, its kept weights trained together afterwards on the same windows."""
+def distilled(one: Case, windows: str = "", epochs: int = 2, seed: int = 0) -> Case:
+    """The same, its kept weights trained together afterwards; on the same windows if `seed` is theirs."""
     how = {name: one.options[name] for name in ("samples", "holdout")}
     key = f"{one.keys['auto']}, distilled{windows}"
-    return Case(one.options, {"auto": key}, distilled={**how, "epochs": epochs})
+    return Case(one.options, {"auto": key}, distilled={**how, "epochs": epochs, "seed": seed})
 
 
 def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:

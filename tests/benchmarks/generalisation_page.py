@@ -341,6 +341,7 @@ STUDIES = (
             "refitted": "refitted: the least squares alone.",
             "on F": "*on F*: masks are chosen for refitted weights, too.",
             "distilled": "distilled: then trained all together (`maskopt distill`), on the same windows.",
+            "other windows": "other windows: on as many others of the same text.",
         },
     ),
     Study(
