@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from tiny_models import save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from maskopt import distill_model, prune_model
+from maskopt import Unstructured, distill_model, prune_model
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError
 from maskopt.model.distill_options import DistillOptions
 from maskopt.model.distill_output import RECORD
 from maskopt.model.job import open_job
 from maskopt.model.maskfile import MaskFile
 from maskopt.model.memory import autograd_memory
+from maskopt.model.options import PruneOptions
 from maskopt.model.verify_masks import verify_masks
 from maskopt.model.workspace import MASKS
 
@@ -173,6 +174,10 @@ def test_a_limit_of_memory_is_held_before_anything_is_read(made: Made, tmp_path:
         distill_model(pruned, dense, WINDOWS, output=tmp_path / "out", max_memory="100MiB", **HOW)
     assert not (tmp_path / "out").exists()
     distill_model(pruned, dense, WINDOWS, output=tmp_path / "out", max_memory="3GiB", **HOW)
+
+
+def test_crops_of_a_text_are_others_than_those_of_a_prune() -> None:
+    assert DistillOptions().seed != PruneOptions(Unstructured(0.5)).seed
 
 
 @pytest.mark.parametrize(("rate", "diverged"), [(10.0, False), (1e30, True)])

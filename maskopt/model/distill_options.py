@@ -24,6 +24,10 @@ class DistillOptions(WalkOptions):
         MaskoptError: a value that cannot be.
     """
 
+    # the fitted loss of windows that a prune trained its blocks on is low already, and teaches less
+    seed: int = option_field(
+        1, MASKS, "Of the windows and their order; better not that of the prune, for other windows."
+    )
     epochs: int = option_field(2, MASKS, "Over the windows.", least=1)
     batch: int = option_field(2, MASKS, "Windows of a step.", least=1)
     learning_rate: float = option_field(
