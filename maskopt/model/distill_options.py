@@ -55,13 +55,6 @@ class DistillOptions(WalkOptions):
         MACHINE,
         "Keep for gradients only what enters each block, and compute the rest again: less memory, more time.",
     )
-    max_memory: int | str | None = option_field(
-        None,
-        MACHINE,
-        "Refuse to start where an estimate of what it takes is higher, e.g. 16GiB.",
-        unit="bytes",
-        least=0,
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

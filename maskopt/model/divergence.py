@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from maskopt.model.job import Job
 
-#: at a time: enough for a head of 262,144 tokens to be read no more often than its products take
+#: at a time: so many that reading a head of 262,144 tokens takes little beside its products
 POSITIONS = 128
 #: numbers a position and token: the logits of two models, the logarithms of both softmaxes, and one softmax
 LOGITS = 5

@@ -108,7 +108,7 @@ class WalkOptions:
     max_memory: int | str | None = option_field(
         None,
         MACHINE,
-        "Refuse to start where the estimate of `maskopt plan` is higher, e.g. 16GiB.",
+        "Refuse to start where the estimate of what it takes is higher, e.g. 16GiB.",
         unit="bytes",
         least=0,
     )
