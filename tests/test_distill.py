@@ -14,7 +14,7 @@ import torch
 from commands import run
 from forging import change_tensors, copied
 from safetensors.torch import load_file
-from tiny_models import save, tiny, tokens
+from tiny_models import loud, save, tokens
 from transformers import AutoModelForCausalLM
 
 from maskopt import Unstructured, distill_model, prune_model
@@ -48,16 +48,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         return dense, pruned
 
     return of
-
-
-def loud(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A tiny model whose predictions are not all alike: initial weights are small."""
-    model = tiny(family, dtype=dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3)
-    return model
 
 
 def mean_divergence(dense: Path, other: Path, windows: torch.Tensor) -> float:

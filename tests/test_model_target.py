@@ -15,11 +15,12 @@ from torch import Tensor
 from maskopt import prune_model
 from maskopt.errors import OptionError
 from maskopt.model.blocks import matrix
-from maskopt.model.job import Block, open_job
+from maskopt.model.job import open_job
 from maskopt.model.options import prune_options
 from maskopt.model.plan import _forward_operations, plan_prune
 from maskopt.model.problems import layer_problem
 from maskopt.model.verify import verify_output
+from maskopt.model.walk_block import Block
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 1, "target": "dense"}
 

@@ -174,6 +174,16 @@ def tokens(samples: int = 6, length: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (samples, length), generator=generator)
 
 
+def loud(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A tiny model whose predictions are not all alike: initial weights are small."""
+    model = tiny(family, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    return model
+
+
 def save(model: Any, folder: Path, *, shard: str = "5GB") -> Path:
     model.save_pretrained(folder, max_shard_size=shard)
     return folder

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from maskopt.cli.console import output
-from maskopt.cli.parameters import OUTPUT, Overwrite, Text, takes
+from maskopt.cli.parameters import OUTPUT, Overwrite, Resume, Text, takes
+from maskopt.cli.prune import told_of_resume
 from maskopt.cli.view import view
 from maskopt.model.distill_options import NOT_HERE, DistillOptions
 
@@ -33,6 +34,7 @@ def distill(
     ],
     options: dict[str, Any],
     overwrite: Overwrite = False,
+    resume: Resume = False,
 ) -> None:
     """Train all kept weights of a pruned model together until it predicts what the dense model predicts.
 
@@ -41,13 +43,14 @@ def distill(
     """
     from maskopt.model.distill import distill_model
 
-    with view() as shown:
+    with told_of_resume(out, "what was saved last is", "nothing was saved"), view() as shown:
         found = distill_model(
             pruned,
             teacher,
             calibration=calibration,
             output=out,
             overwrite=overwrite,
+            resume=resume,
             on_progress=shown.show,
             **options,
         )

@@ -100,7 +100,10 @@ def _told_beforehand(
 
 
 @contextmanager
-def told_of_resume(out: Path) -> Iterator[None]:
+def told_of_resume(
+    out: Path, kept: str = "finished blocks are", none: str = "no block was finished"
+) -> Iterator[None]:
+    """Of an interrupted run, what is `kept` or that there is `none`, and the command that goes on."""
     from maskopt.model.ranks import LostRankError
     from maskopt.model.workspace import unfinished
 
@@ -109,9 +112,9 @@ def told_of_resume(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, LostRankError):
         if speaks():
             told = (
-                f"{out}: finished blocks are kept; go on with\n{again('--resume')}"
+                f"{out}: {kept} kept; go on with\n{again('--resume')}"
                 if unfinished(out)
-                else f"{out}: no block was finished; nothing of this run is kept"
+                else f"{out}: {none}; nothing of this run is kept"
             )
             errors.print(told, soft_wrap=True, markup=False, emoji=False, highlight=False)
         raise

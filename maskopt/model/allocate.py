@@ -19,10 +19,11 @@ from maskopt.least_squares import Refit
 from maskopt.model.block_curves import measured_curves
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.importance import MEASURED, row_importance
-from maskopt.model.job import Block, Job
+from maskopt.model.job import Job
 from maskopt.model.options import KEEP, PruneOptions
 from maskopt.model.problems import layer_problem
 from maskopt.model.share_out import Curve, ends, share_out
+from maskopt.model.walk_block import Block
 from maskopt.pattern import Unstructured
 from maskopt.problem import LayerProblem
 from maskopt.solver import solve

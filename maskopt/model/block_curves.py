@@ -18,12 +18,13 @@ from torch import Tensor
 from maskopt.errors import OptionError
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.importance import VARIANT_WINDOWS, VARIANTS
-from maskopt.model.job import Block, Job
+from maskopt.model.job import Job
 from maskopt.model.memory import by_block
 from maskopt.model.options import PruneOptions
 from maskopt.model.problems import layer_problem
 from maskopt.model.share_out import Curve, Moves
 from maskopt.model.side_by_side import Variants, divergences, place, through
+from maskopt.model.walk_block import Block
 from maskopt.model.weighting import ALIKE, GRADIENT
 from maskopt.pattern import Unstructured
 from maskopt.problem import LayerProblem

@@ -9,6 +9,7 @@ This is knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) at t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,43 +22,40 @@ from torch import Tensor
 from maskopt.errors import DataError, ModelError
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.distill_options import DistillOptions
-from maskopt.model.distill_output import write_distilled
+from maskopt.model.distill_output import RECORD, finished_result, write_distilled
 from maskopt.model.divergence import divergences
+from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
+from maskopt.model.journal import Journal
 from maskopt.model.mask_model import layer_masks
 from maskopt.model.maskfile import MaskFile
 from maskopt.model.memory import check_memory
-from maskopt.model.output import check_not_the_model
+from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.perplexity import check_targets, walk_whole
 from maskopt.model.smaller import folder_source
 from maskopt.model.source import FolderSource
 from maskopt.model.stored_masks import merged
-from maskopt.model.training import Losses, Task, Trained, train
+from maskopt.model.training import Task, Trained, train
+from maskopt.model.training_state import BYTES, FolderKeeper, Keeper
+from maskopt.model.unchanged import Unchanged
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.windows import held_out, tokens_or_tokenizer
-from maskopt.model.workspace import MASKS, check_output, open_workspace
-from maskopt.model.write import check_masks
+from maskopt.model.workspace import MASKS, Workspace, check_output, open_workspace
+from maskopt.model.write import check_masks, disk_needed
 
 #: called with what goes on, how much of it is done, and of how much
 OnDistill = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Distilled:
-    """What became of a model.
+class Distilled(Trained):
+    """What became of a model. Losses are KL(dense ‖ pruned) of the next token, nats, mean over targets; of as
+    many of the fitted windows as were kept aside, and of those.
 
     Attributes:
-        before, after: KL(dense ‖ pruned) of the next token, nats, mean over targets; of as many of the fitted
-            windows as were kept aside, and of those. The same where no epoch was better than the start.
-        epoch: the best one; 0: the start.
-        diverged: NaN, or a divergence far above that of the start, ended it.
-        seconds: in all, the walk of the dense model and the writing included.
+        seconds: in all, the walk of the dense model and the writing included; 0 where all was done already.
     """
 
-    before: Losses
-    after: Losses
-    epoch: int
-    diverged: bool
     seconds: float
     output: Path
 
@@ -71,6 +69,7 @@ def distill_model(
     output: str | Path,
     calibration: Any = None,
     overwrite: bool = False,
+    resume: bool = False,
     on_progress: OnDistill | None = None,
     **shorthand: Any,
 ) -> Distilled:
@@ -88,6 +87,7 @@ def distill_model(
         options: how to train.
         output: folder of the result, a copy of `pruned` with other weights in the places that its masks keep,
             and `maskopt-distill.json`, which says how they came about.
+        resume: go on with an interrupted run of the same options, from what it saved last (`save_every`).
         on_progress: called with what goes on, how much of it is done, and of how much.
         shorthand: single options by name, with or without `options`: `epochs=2, samples=64`.
 
@@ -96,38 +96,53 @@ def distill_model(
             used; more than `max_memory` allows.
     """
     began, target = time.perf_counter(), Path(output)
+    if resume and overwrite:
+        raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
     options = DistillOptions(**shorthand) if options is None else replace(options, **shorthand)
     tell = on_progress or (lambda what, done, total: None)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise DataError("distillation needs `calibration` text or tokens; name a source of text")
-    check_output(target, overwrite=overwrite, resume=False)
+    check_output(target, overwrite=overwrite, resume=resume, complete=RECORD)
     student = open_job(pruned, text, replace(options, max_memory=None), tokenizer=tokenizer)
     if options.max_memory is not None:
         load = replace(student.load, together=True, recompute=options.recompute)
         student.activation_memory = check_memory(load, int(options.max_memory))
     source, masks = _with_masks(student)
     dense = _teacher(teacher, student, options)
-    for folder in (source.checkpoint.folder, folder_source(dense.source).checkpoint.folder):
+    taught_by = folder_source(dense.source).checkpoint
+    for folder in (source.checkpoint.folder, taught_by.folder):
         check_not_the_model(folder, target)
-    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+    models = [Unchanged(checkpoint) for checkpoint in (source.checkpoint, taught_by)]
+    fingerprint = {**fingerprint_of(student, options.record()), "teacher": taught_by.digest}
+    if resume and (finished := finished_result(target, fingerprint)) is not None:
+        return Distilled(**vars(finished), seconds=0.0, output=target)
+    with open_workspace(target, overwrite=overwrite, resume=resume) as work:
+        _check_disk(source, masks, options, work)
+        journal = Journal(work.journal)
+        journal.begin(fingerprint)
+        keeper = FolderKeeper(work, journal, 60 * options.save_every, source.device)
         # the dense model's threads begin first, so that they end last
         with dense, student:
             walk_whole(dense, lambda done, total: tell("dense model", done, total))
             dense.rest()
-            trained, layers = _train(student, dense, options, tell)
+            trained, layers = _train(student, dense, options, keeper, tell)
+        for model in models:
+            model.check()
         new = {layer.name: (layer, matrix(source.model, layer).cpu()) for layer in layers}
-        result = {
-            "before": trained.before._asdict(),
-            "after": trained.after._asdict(),
-            "epoch": trained.epoch,
-            "diverged": trained.diverged,
-        }
-        write_distilled(student, dense, options, masks, new, result, work)
-    seconds = time.perf_counter() - began
-    return Distilled(
-        trained.before, trained.after, trained.epoch, trained.diverged, seconds, target
-    )
+        write_distilled(source, masks, new, trained, fingerprint, work)
+    return Distilled(**vars(trained), seconds=time.perf_counter() - began, output=target)
+
+
+def _check_disk(
+    source: FolderSource, masks: MaskFile, options: DistillOptions, work: Workspace
+) -> None:
+    """Raise ModelError where there is no room for the result, and twice for what `resume` goes on from."""
+    needed = disk_needed(source.checkpoint, True)
+    if options.save_every:
+        needed += 2 * BYTES * sum(math.prod(masks.shape(name)) for name in masks.names)
+    there = sum(file.stat().st_size for file in work.hidden.rglob("*") if file.is_file())
+    check_disk(work.output, needed - there, "; `save_every` 0 takes less, and cannot be resumed")
 
 
 def _with_masks(student: Job) -> tuple[FolderSource, MaskFile]:
@@ -185,7 +200,7 @@ def _check_alike(source: FolderSource, own: FolderSource) -> None:
 
 
 def _train(
-    student: Job, dense: Job, options: DistillOptions, tell: OnDistill
+    student: Job, dense: Job, options: DistillOptions, keeper: Keeper, tell: OnDistill
 ) -> tuple[Trained, list[Layer]]:
     """Train the student in memory; the layers that may have changed."""
     source = folder_source(student.source)
@@ -222,7 +237,7 @@ def _train(
             tell("train", done, total)
 
         generator = torch.Generator().manual_seed(options.seed)
-        return train(task, student.pool, generator, tick), layers
+        return train(task, student.pool, generator, tick, keeper), layers
 
 
 def _kept(source: FolderSource, options: DistillOptions) -> dict[str, tuple[Layer, Tensor]]:

@@ -56,6 +56,10 @@ class DistillOptions(WalkOptions):
         "Keep for gradients only what enters each block, and compute the rest again: less memory, more time.",
     )
 
+    save_every: float = option_field(
+        10.0, MACHINE, "Minutes from one save to the next, for `resume`; 0: none.", least=0
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in NOT_HERE:

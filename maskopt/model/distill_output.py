@@ -9,15 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
+from maskopt.errors import ModelError
 from maskopt.files import atomic_write
 from maskopt.model.blocks import Layer
-from maskopt.model.distill_options import DistillOptions
+from maskopt.model.checkpoint import read_json
 from maskopt.model.edits import Edits, write_values
-from maskopt.model.fingerprint import fingerprint_of
-from maskopt.model.job import Job
+from maskopt.model.journal import differences, in_words
 from maskopt.model.maskfile import MaskFile
-from maskopt.model.smaller import folder_source
-from maskopt.model.workspace import CARD, MASKS, Workspace
+from maskopt.model.source import FolderSource
+from maskopt.model.training import Trained
+from maskopt.model.training_state import Losses
+from maskopt.model.workspace import CARD, HIDDEN, MASKS, Workspace
 from maskopt.model.write import copy_file, copy_side_files, write_shard
 
 FORMAT = "maskopt-distill-1"
@@ -35,24 +37,22 @@ holds the zeros of both against each other.
 
 
 def write_distilled(
-    student: Job,
-    dense: Job,
-    options: DistillOptions,
+    source: FolderSource,
     masks: MaskFile,
     new: Mapping[str, tuple[Layer, Tensor]],
-    result: Mapping[str, Any],
+    trained: Trained,
+    fingerprint: Mapping[str, Any],
     work: Workspace,
 ) -> None:
     """Write the folder and move it into view.
 
     Args:
-        student: of the pruned folder.
+        source: the pruned folder's.
         masks: its own.
         new: weights [rows, n] of the layers with masks, by name.
-        result: for the record.
+        trained, fingerprint: for the record.
     """
-    source, staging = folder_source(student.source), work.staging
-    checkpoint = source.checkpoint
+    staging, checkpoint = work.staging, source.checkpoint
     values = work.blocks / "distilled.values"
     write_values(values, source.stored_values(new))
     edits = Edits.of(masks, [values])
@@ -66,15 +66,36 @@ def write_distilled(
     _write(card, before.rstrip() + _NOTE)
     record = {
         "format": FORMAT,
-        "fingerprint": {
-            **fingerprint_of(student, options.record()),
-            "teacher": folder_source(dense.source).checkpoint.digest,
-        },
-        **result,
+        "fingerprint": fingerprint,
+        "before": trained.before._asdict(),
+        "after": trained.after._asdict(),
+        "epoch": trained.epoch,
+        "diverged": trained.diverged,
         "files": files,
     }
     _write(staging / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
     work.commit()
+
+
+def finished_result(output: Path, fingerprint: Mapping[str, Any]) -> Trained | None:
+    """What a run that is complete recorded; None where there is something left to do.
+
+    Raises:
+        ModelError: it is complete, but another run than this one, or its record is damaged.
+    """
+    if (output / HIDDEN).exists() or not (output / RECORD).exists():
+        return None
+    record = read_json(output / RECORD)
+    lines = differences(record.get("fingerprint"), dict(fingerprint))
+    if lines:
+        raise ModelError(
+            f"{output}: holds the result of another run: {in_words(lines)}; `overwrite` replaces it"
+        )
+    try:
+        before, after = (Losses(**record[name]) for name in ("before", "after"))
+        return Trained(before, after, record["epoch"], record["diverged"])
+    except (KeyError, TypeError):
+        raise ModelError(f"{output / RECORD}: is damaged; start over with `overwrite`") from None
 
 
 def _write(path: Path, text: str) -> None:

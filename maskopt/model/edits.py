@@ -76,4 +76,4 @@ def write_values(path: Path, values: Mapping[str, Tensor]) -> None:
     with atomic_write(path) as file:
         write_safe(file, shapes, {})
         for value in values.values():
-            file.write(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            file.write(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from maskopt.errors import ModelError
 from maskopt.model.all_experts import takes_routing
 from maskopt.model.blocks import Blocks, is_experts
-from maskopt.model.job import Block
+from maskopt.model.walk_block import Block
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""The journal of a prune: one line per fact, each with its own digest, flushed before it counts.
+"""The journal of a run: one line per fact, each with its own digest, flushed before it counts.
 
 A last line without its end was cut off by a crash and is dropped. Any other damage is refused.
 """
@@ -23,6 +23,7 @@ class Journal:
         header: what the run is: options, digests, versions; None in a new journal.
         blocks: finished blocks by index.
         shards: digests of finished output shards by name.
+        progress: where training that is not finished was last saved; None: nowhere.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,6 +31,7 @@ class Journal:
         self.header: dict[str, Any] | None = None
         self.blocks: dict[int, dict[str, Any]] = {}
         self.shards: dict[str, str] = {}
+        self.progress: dict[str, Any] | None = None
         if path.exists():
             for number, record in enumerate(read_journal(path), start=1):
                 self._take(record, number)
@@ -59,6 +61,10 @@ class Journal:
         self._append({"kind": "shard", "name": name, "digest": digest})
         self.shards[name] = digest
 
+    def set_progress(self, record: dict[str, Any]) -> None:
+        self._append({"kind": "progress", **record})
+        self.progress = record
+
     def _take(self, record: dict[str, Any], number: int) -> None:
         kind = record.get("kind")
         if kind == "header" and number == 1 and isinstance(record.get("header"), dict):
@@ -67,6 +73,8 @@ class Journal:
             self.blocks[record["index"]] = record
         elif kind == "shard" and number > 1 and plain_name(record.get("name")):
             self.shards[record["name"]] = str(record.get("digest"))
+        elif kind == "progress" and number > 1 and _is_progress(record):
+            self.progress = record
         else:
             raise ModelError(f"{self.path}, line {number}: not a journal of maskopt")
 
@@ -142,6 +150,18 @@ def _is_block(record: dict[str, Any]) -> bool:
         and isinstance(record.get("parts", []), list)
         and isinstance(record.get("bad"), list)
         and all(isinstance(b, dict) and type(b.get("sample")) is int for b in record["bad"])
+    )
+
+
+def _is_progress(record: dict[str, Any]) -> bool:
+    before = record.get("before")
+    return (
+        plain_name(record.get("file"))
+        and isinstance(record.get("digest"), str)
+        and all(type(record.get(name)) is int and record[name] >= 0 for name in ("step", "epoch"))
+        and isinstance(before, list)
+        and len(before) == 2
+        and all(type(x) is float for x in (*before, record.get("held")))
     )
 
 

@@ -416,13 +416,13 @@ def extract_masks(
     return sparsities
 
 
-def check_disk(output: Path, needed: int) -> None:
+def check_disk(output: Path, needed: int, remedy: str = "") -> None:
     """Refuse what the disk cannot hold, with the numbers."""
     free = shutil.disk_usage(output).free
     if free < needed:
         raise ModelError(
             f"{output}: the result takes {needed / 2**30:.2f} GiB, "
-            f"{free / 2**30:.2f} GiB are free on the disk"
+            f"{free / 2**30:.2f} GiB are free on the disk{remedy}"
         )
 
 

@@ -26,7 +26,7 @@ from maskopt.model.blocks import Layer, matrix
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.gram_store import GramStore, StoredBlock, stored_blocks
 from maskopt.model.importance import MEASURED
-from maskopt.model.job import Block, Job, open_job
+from maskopt.model.job import Job, open_job
 from maskopt.model.journal import differences, in_words
 from maskopt.model.options import RECONSTRUCT, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report, recorded_counts
@@ -37,6 +37,7 @@ from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.reconstruct import PartReport, Targets
 from maskopt.model.report import LayerReport, PruneReport
 from maskopt.model.source import as_stored
+from maskopt.model.walk_block import Block
 from maskopt.model.windows import tokens_or_tokenizer
 
 

@@ -16,7 +16,7 @@ from maskopt.model.block_effects import Effects, Left, measure_effects, measure_
 from maskopt.model.block_search import Measure, search_sets
 from maskopt.model.checkpoint import read_json
 from maskopt.model.fingerprint import fingerprint_of
-from maskopt.model.job import Block, Job, open_job
+from maskopt.model.job import Job, open_job
 from maskopt.model.options import KEEP
 from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
@@ -26,6 +26,7 @@ from maskopt.model.rewritten import Change, rewritable, write_changed
 from maskopt.model.side_by_side import place
 from maskopt.model.smaller import CONFIG, check_shapes
 from maskopt.model.source import FolderSource
+from maskopt.model.walk_block import Block
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.model.workspace import Workspace, check_output, open_workspace

@@ -25,7 +25,7 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.model.checkpoint import read_json
 from maskopt.model.experts import Mixture, change_of, costs, cut, mixtures_of
 from maskopt.model.fingerprint import fingerprint_of
-from maskopt.model.job import Block, Job, open_job
+from maskopt.model.job import Job, open_job
 from maskopt.model.options import KEEP
 from maskopt.model.output import check_disk, check_not_the_model
 from maskopt.model.peak import peaks
@@ -35,6 +35,7 @@ from maskopt.model.rewritten import Change, rewritable, write_changed
 from maskopt.model.smaller import CONFIG, StoredCut, check_shapes
 from maskopt.model.source import FolderSource
 from maskopt.model.structures import Cut
+from maskopt.model.walk_block import Block
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.model.workspace import check_output, open_workspace

@@ -14,11 +14,12 @@ from torch import Tensor
 from maskopt.errors import ModelError
 from maskopt.model.card import hub_name, write_card
 from maskopt.model.checkpoint import file_digest
-from maskopt.model.job import Block, Job, open_job
+from maskopt.model.job import Job, open_job
 from maskopt.model.output import FinishedBlock
 from maskopt.model.report import PruneReport, write_manifest
 from maskopt.model.smaller import StoredCut, folder_source, write_config, write_renamed_shards
 from maskopt.model.source import FolderSource
+from maskopt.model.walk_block import Block
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST, Workspace
 from maskopt.model.write import copy_side_files

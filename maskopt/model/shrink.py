@@ -27,7 +27,7 @@ from maskopt.limits import Limits
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
 from maskopt.model.fingerprint import fingerprint_of
-from maskopt.model.job import Block, Job, open_job
+from maskopt.model.job import Job, open_job
 from maskopt.model.output import finished_report
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
@@ -39,6 +39,7 @@ from maskopt.model.smaller import check_family, new_settings, stored_cuts
 from maskopt.model.solving import check_size, default_start
 from maskopt.model.source import FolderSource, as_stored
 from maskopt.model.structures import CHANNELS, Structures, channels_of, heads_of
+from maskopt.model.walk_block import Block
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.problem import RowProblem
 from maskopt.solution import Solution, Status

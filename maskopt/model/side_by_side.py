@@ -17,9 +17,10 @@ from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.model.activations import Activations, States
-from maskopt.model.job import Block, Job
+from maskopt.model.job import Job
 from maskopt.model.memory import check_memory, hidden_size
 from maskopt.model.progress import ticker
+from maskopt.model.walk_block import Block
 
 #: every so many tokens of a window is judged: a large vocabulary costs more than the blocks
 EVERY = 8

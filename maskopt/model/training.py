@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from maskopt.errors import ModelError
 from maskopt.fields import check_options, option
 from maskopt.model.threads import Threads
+from maskopt.model.training_state import Keeper, Losses, Progress
 
 BLOCK, PART = GRANULARITIES = ("block", "part")
 #: of `train`
@@ -93,13 +94,6 @@ class Reconstruction:
         check_options(self, "reconstruct")
 
 
-class Losses(NamedTuple):
-    """Mean over windows."""
-
-    fitted: float
-    held: float
-
-
 @dataclass(frozen=True)
 class Trained:
     """What became of a module.
@@ -142,9 +136,18 @@ class Task:
 
 
 def train(
-    task: Task, pool: Threads, generator: torch.Generator, tick: Callable[[int], None]
+    task: Task,
+    pool: Threads,
+    generator: torch.Generator,
+    tick: Callable[[int], None],
+    keeper: Keeper | None = None,
 ) -> Trained:
-    """Train a module's free weights, in place; its other parameters are as they were, bit for bit."""
+    """Train a module's free weights, in place; its other parameters are as they were, bit for bit.
+
+    Args:
+        generator: as new, of the order of the windows.
+        keeper: training goes on from what it holds, and tells it where it stands after every step.
+    """
     named = dict(task.module.named_parameters())
     stored = {name: (p.data, p.grad, p.requires_grad) for name, p in named.items()}
     weights = [named[name] for name in task.free]
@@ -156,7 +159,7 @@ def train(
         for weight in weights:
             weight.data = weight.data.clone()
         rounding = [(stored[name][0].dtype, task.stored[name]) for name in task.free]
-        trained = _epochs(task, weights, rounding, pool, generator, tick)
+        trained = _epochs(task, weights, rounding, pool, generator, tick, keeper)
         new = [weight.data for weight in weights]
     finally:
         for name, parameter in named.items():
@@ -177,50 +180,123 @@ def _epochs(
     pool: Threads,
     generator: torch.Generator,
     tick: Callable[[int], None],
+    keeper: Keeper | None,
 ) -> Trained:
     """Every epoch is judged, and kept, as it will be stored: rounded to these dtypes, one after the other."""
-    how, count, named = task.how, len(task.fitted), list(zip(task.free, weights, strict=True))
-    steps = how.epochs * math.ceil(count / how.batch)
-    sizes = _sizes([(weight, task.free[name]) for name, weight in named])
-    groups = [
-        {
-            "params": [weight],
-            "lr": how.learning_rate * size,
-            "weight_decay": how.weight_decay if weight.ndim > 1 else 0.0,
-        }
-        for weight, size in zip(weights, sizes, strict=True)
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    kept = _rounded(weights, rounding)
-    with _in_place(weights, kept):
-        before = Losses(_mean(task, task.told, pool), _mean(task, task.held, pool))
-    best, epoch = before.held, 0
-    if not math.isfinite(best):
-        raise ModelError(
-            f"{task.name} gives NaN or infinite values where it is to be trained; {task.remedy}"
-        )
-    diverged = False
+    how, count, named = task.how, len(task.fitted), dict(zip(task.free, weights, strict=True))
+    per_epoch = math.ceil(count / how.batch)
+    optimizer, start = _optimizer(task, weights), _rounded(weights, rounding)
+    place = None if keeper is None else _go_on(keeper, optimizer, named, start)
+    if place is None:
+        place = _Place(0, _losses_at_start(task, weights, start, pool), start)
+    done, diverged = place.step, False
     for number in range(1, how.epochs + 1):
         order = torch.randperm(count, generator=generator).tolist()
-        for start in range(0, count, how.batch):
-            windows = [task.fitted[i] for i in order[start : start + how.batch]]
-            _set_gradients(task, weights, windows, pool)
-            optimizer.step()
-            schedule.step()
+        for step in range((number - 1) * per_epoch, number * per_epoch):
+            first = step % per_epoch * how.batch
+            windows = [task.fitted[i] for i in order[first : first + how.batch]]
+            if step >= done:
+                _set_rate(optimizer, _rate(step, how.epochs * per_epoch))
+                _set_gradients(task, weights, windows, pool)
+                optimizer.step()
+                place.step = step + 1
+                if keeper is not None and keeper.due():
+                    keeper.keep(_progress(place, optimizer, named))
             tick(len(windows))
+        if number * per_epoch < done:
+            continue  # judged by the run that is gone on with
         now = _rounded(weights, rounding)
         with _in_place(weights, now):
             held = _mean(task, task.held, pool)
-        diverged = not held <= _DIVERGED * before.held
+        diverged = not held <= _DIVERGED * place.before.held
         if diverged:
             break
-        if held < best:
-            best, epoch, kept = held, number, now
-    for weight, value in zip(weights, kept, strict=True):
+        if held < place.held:
+            place.held, place.epoch, place.best = held, number, now
+    for weight, value in zip(weights, place.best, strict=True):
         weight.data = value
-    after = Losses(_mean(task, task.told, pool), best) if epoch else before
-    return Trained(before, after, epoch, diverged)
+    before, after = place.before, place.before
+    if place.epoch:
+        after = Losses(_mean(task, task.told, pool), place.held)
+    return Trained(before, after, place.epoch, diverged)
+
+
+class _Place:
+    """Where training stands: steps that are taken, the losses at the start, and of the best epoch weights,
+    loss on the windows kept aside, and number, 0 being the start."""
+
+    def __init__(self, step: int, before: Losses, best: Sequence[Tensor]) -> None:
+        self.step, self.before, self.best = step, before, best
+        self.held, self.epoch = before.held, 0
+
+
+def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW whose groups know their highest learning rate, `peak`."""
+    sizes = _sizes(list(zip(weights, task.free.values(), strict=True)))
+    groups = [
+        {
+            "params": [weight],
+            "peak": task.how.learning_rate * size,
+            "weight_decay": task.how.weight_decay if weight.ndim > 1 else 0.0,
+        }
+        for weight, size in zip(weights, sizes, strict=True)
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def _set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+
+
+def _losses_at_start(
+    task: Task, weights: Sequence[nn.Parameter], kept: Sequence[Tensor], pool: Threads
+) -> Losses:
+    with _in_place(weights, kept):
+        losses = Losses(_mean(task, task.told, pool), _mean(task, task.held, pool))
+    if not math.isfinite(losses.held):
+        raise ModelError(
+            f"{task.name} gives NaN or infinite values where it is to be trained; {task.remedy}"
+        )
+    return losses
+
+
+def _progress(
+    place: _Place, optimizer: torch.optim.AdamW, named: Mapping[str, nn.Parameter]
+) -> Progress:
+    moments = {name: optimizer.state[weight] for name, weight in named.items()}
+    tensors = {
+        "weights": {name: weight.data for name, weight in named.items()},
+        "first": {name: of["exp_avg"] for name, of in moments.items()},
+        "second": {name: of["exp_avg_sq"] for name, of in moments.items()},
+        "best": dict(zip(named, place.best, strict=True)) if place.epoch else {},
+    }
+    return Progress(place.step, place.before, place.held, place.epoch, tensors)
+
+
+def _go_on(
+    keeper: Keeper,
+    optimizer: torch.optim.AdamW,
+    named: Mapping[str, nn.Parameter],
+    start: list[Tensor],
+) -> _Place | None:
+    """Weights and moments become what they were when training was interrupted, if it was."""
+    at = keeper.last()
+    if at is None:
+        return None
+    first, second = at.tensors["first"], at.tensors["second"]
+    step = torch.tensor(float(at.step))
+    state = {
+        index: {"step": step.clone(), "exp_avg": first[name], "exp_avg_sq": second[name]}
+        for index, name in enumerate(named)
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    for name, weight in named.items():
+        weight.data = at.tensors["weights"][name]
+    best = at.tensors["best"]
+    place = _Place(at.step, at.before, [best[name] for name in named] if at.epoch else start)
+    place.held, place.epoch = at.held, at.epoch
+    return place
 
 
 def _rounded(

@@ -176,8 +176,9 @@ def unfinished(output: Path) -> bool:
     return (output / HIDDEN / JOURNAL).exists()
 
 
-def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
-    """Refuse an output folder at a glance, before any work: see `open_workspace`."""
+def check_output(output: Path, *, overwrite: bool, resume: bool, complete: str = MANIFEST) -> None:
+    """Refuse an output folder at a glance, before any work: see `open_workspace`. `complete`: the file that
+    says that a run is finished."""
     if not output.exists():
         if resume:
             raise ModelError(f"{output}: nothing to resume there; start without `resume`")
@@ -189,7 +190,7 @@ def check_output(output: Path, *, overwrite: bool, resume: bool) -> None:
     except OSError as error:
         raise ModelError(f"{output}: cannot be read: {error.strerror}") from None
     if resume:
-        if HIDDEN not in names and MANIFEST not in names:
+        if HIDDEN not in names and complete not in names:
             raise ModelError(f"{output}: nothing to resume there; start without `resume`")
         return
     if names - {HIDDEN, GONE} and not overwrite:
