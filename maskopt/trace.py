@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -38,7 +38,7 @@ class Trace:
                 found[field.name] = list(value)
         return found
 
-    def joined(self, parts: Sequence[Trace]) -> Trace:
+    def joined(self, parts: Sequence[Self]) -> Self:
         """All rows of a layer, of what one solver told of its parts, this one among them."""
         found: dict[str, Any] = {}
         for field in dataclasses.fields(self):

@@ -124,7 +124,8 @@ def test_greedy_elimination_counts_what_the_residual_makes_of_each_input():
 
 
 @pytest.mark.parametrize(
-    "name", ["swap", "relax", "tabu", "kswap", "frank_wolfe", "elimination", "sdp"]
+    "name",
+    ["swap", "relax", "tabu", "memetic", "kswap", "frank_wolfe", "elimination", "sdp"],
 )
 def test_a_part_of_zeros_changes_nothing(name):
     weight, gram = random_weight(4, 24, 1), random_gram(24, "full", 2)

@@ -161,7 +161,7 @@ class _State(NamedTuple):
     """int64 [rows], those counted"""
 
     @classmethod
-    def of(cls, scaled: _Scaled, pruned: Tensor, seed: int) -> _State:
+    def of(cls, scaled: Scaled, pruned: Tensor, seed: int) -> _State:
         x, (rows, n) = scaled.x, scaled.x.shape
         flags = pruned.cpu().numpy().astype(np.uint8)
         return cls(
@@ -179,12 +179,22 @@ class _State(NamedTuple):
         )
 
 
-def search(problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits) -> Found:
-    """The best masks after `plan.moves` moves of every row, or when the time is over."""
+def search(
+    problem: LayerProblem,
+    start: Tensor,
+    plan: Tabu,
+    limits: Limits,
+    scaled: Scaled | None = None,
+) -> Found:
+    """The best masks after `plan.moves` moves of every row, or when the time is over.
+
+    Args:
+        scaled: of the problem, where it is known already.
+    """
     from maskopt.solvers.search.tabu_kernel import search_rows
 
     rows, tenure = problem.rows, plan.tenure_of(problem)
-    scaled = _scaled(problem)
+    scaled = Scaled.of(problem) if scaled is None else scaled
     x, gram, scale = scaled.x, scaled.gram, scaled.scale
     state = _State.of(scaled, ~start, limits.seed)
     threads = RowThreads()
@@ -217,7 +227,7 @@ def search(problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits) -> 
     )
 
 
-class _Scaled(NamedTuple):
+class Scaled(NamedTuple):
     """A problem in units in which float32 does.
 
     Attributes:
@@ -232,31 +242,36 @@ class _Scaled(NamedTuple):
     constant: np.ndarray
     scale: np.ndarray
 
+    @classmethod
+    def of(cls, problem: LayerProblem) -> Scaled:
+        gram = problem.gram.cpu()
+        peak = float(gram.diagonal().max())
+        if peak <= 0 or _ORDINARY[0] < peak < _ORDINARY[1]:
+            peak = 1.0
+        else:
+            gram = gram.double() / peak
+        weight = problem.weight.cpu().double()
+        size = weight.abs().amax(1, keepdim=True)
+        weight = weight / size.where(size > 0, 1.0)
+        mass = weight.square() @ gram.diagonal().double()
+        root = mass.where(mass > 0, 1.0).sqrt()
+        factor = (root * size[:, 0]).square() * peak
+        x = weight / root[:, None]
+        linear, constant = torch.zeros_like(x), torch.zeros_like(factor)
+        if problem.linear is not None:
+            moments = problem.linear
+            unit = (root * size.where(size > 0, 1.0)[:, 0] * peak)[:, None]
+            linear = 2 * x * (moments.correlation.cpu() / unit)
+            constant = moments.constant.cpu() / factor.where(factor > 0, 1.0)
+        return cls(
+            x.float().contiguous().numpy(),
+            gram.float().contiguous().numpy(),
+            linear.float().numpy(),
+            constant.numpy(),
+            factor.numpy(),
+        )
 
-def _scaled(problem: LayerProblem) -> _Scaled:
-    gram = problem.gram.cpu()
-    peak = float(gram.diagonal().max())
-    if peak <= 0 or _ORDINARY[0] < peak < _ORDINARY[1]:
-        peak = 1.0
-    else:
-        gram = gram.double() / peak
-    weight = problem.weight.cpu().double()
-    size = weight.abs().amax(1, keepdim=True)
-    weight = weight / size.where(size > 0, 1.0)
-    mass = weight.square() @ gram.diagonal().double()
-    root = mass.where(mass > 0, 1.0).sqrt()
-    factor = (root * size[:, 0]).square() * peak
-    x = weight / root[:, None]
-    linear, constant = torch.zeros_like(x), torch.zeros_like(factor)
-    if problem.linear is not None:
-        moments = problem.linear
-        unit = (root * size.where(size > 0, 1.0)[:, 0] * peak)[:, None]
-        linear = 2 * x * (moments.correlation.cpu() / unit)
-        constant = moments.constant.cpu() / factor.where(factor > 0, 1.0)
-    return _Scaled(
-        x.float().contiguous().numpy(),
-        gram.float().contiguous().numpy(),
-        linear.float().numpy(),
-        constant.numpy(),
-        factor.numpy(),
-    )
+    def repeated(self, count: int) -> Scaled:
+        """Every row so many times, one after the other."""
+        x, linear = (np.repeat(part, count, 0) for part in (self.x, self.linear))
+        return Scaled(x, self.gram, linear, self.constant.repeat(count), self.scale.repeat(count))

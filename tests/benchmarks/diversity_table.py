@@ -34,8 +34,10 @@ def main() -> None:
     args = parser.parse_args()
     solve(diversity("GKD", 20, 5, 0), "portfolio")  # compile what is compiled on first use
     print(machine())
-    print("| instance | tabu | s | portfolio | s | bound | s | gap | Gurobi | its bound | s |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| instance | tabu | s | portfolio | s | memetic | s | bound | s | gap | Gurobi | its bound | s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for recipe in RECIPES:
         for n in args.sizes:
             print(line(diversity(recipe, n, n // 10, args.seed), args), flush=True)
@@ -45,6 +47,7 @@ def line(problem: RowProblem, args: argparse.Namespace) -> str:
     found = [
         solve(problem, "tabu", moves=MOVES),
         solve(problem, "portfolio", time_limit=args.time_limit),
+        solve(problem, "memetic", time_limit=args.time_limit),
     ]
     began = time.perf_counter()
     bound = lower_bound(problem, "sdp", cuts=args.cuts, time_limit=args.time_limit)

@@ -11,8 +11,8 @@ tokens of --text, by default the demo's, which begin as --bos says; other layers
 
 - `branch`, `scip`, `gurobi`, `highs`, and SCIP's other formulations `factored`, `linear`,
   `epigraph`: rows restricted to --n random inputs, --rows of each layer;
-- `bounds`: box, sdp and sdp with --cuts rounds on full rows, gaps of 1-swap from Wanda and of the best
-  mask that tabu search finds from three starts;
+- `bounds`: box, sdp and sdp with --cuts rounds on full rows, gaps of 1-swap from Wanda and of the mask of
+  `memetic` after --generations;
 - `small`: the sdp bound, plain and with --cuts rounds, beside the proven optimum;
 - `layer`: box and sdp of all rows of the first instance;
 - `penalty`: the sdp bound by --penalties and --sweeps.
@@ -48,6 +48,7 @@ def warm_up() -> None:
     x = torch.randn(64, 16, generator=generator, dtype=torch.float64)
     tiny = LayerProblem(x[:2, :16], x.T @ x, parse_pattern("0.6"))
     solve(tiny.row(0), "branch")
+    solve(tiny.row(0), "memetic")
     single = LayerProblem(x[:1].float(), (x.T @ x).float(), parse_pattern("0.6"))
     for method in ("box", "sdp"):
         lower_bound(single, method)
@@ -61,12 +62,6 @@ def searched(row: RowProblem, mask: torch.Tensor, moves: int) -> torch.Tensor:
     moves = min(moves, 2_000_000_000 // row.n**2)
     pruned = tabu_row(row.q().numpy(), (~mask).numpy(), row.as_layer().group_size, moves=moves)
     return torch.from_numpy(~pruned)
-
-
-def best_mask(row: RowProblem, moves: int = 3000) -> torch.Tensor:
-    """The best that tabu search finds from greedy elimination, `relax` and the rounded relaxation."""
-    starts = [solve(row, name).mask[0] for name in ("elimination", "relax", "sdp")]
-    return min((searched(row, start, moves) for start in starts), key=row.objective)
 
 
 #: part, sizes, pattern, rows of each layer, seconds a row
@@ -150,9 +145,10 @@ def table(layers: list[LayerProblem], args: argparse.Namespace) -> None:
 def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
     spent, gaps = [], []
     for row in sample_rows(layers, args.rows, pattern=parse_pattern(args.pattern), seed=args.seed):
-        wanda, best = row.objective(solve(row, "wanda").mask[0]), row.objective(best_mask(row))
-        swap = float(solve(row, "swap").objective[0])
-        parts = [f"{row.name} n={row.n}"]
+        wanda, swap = (float(solve(row, name).objective[0]) for name in ("wanda", "swap"))
+        found = solve(row, "memetic", generations=args.generations)
+        best = float(found.objective[0])
+        parts = [f"{row.name} n={row.n}, best mask {found.seconds:.2f} s"]
         for method in args.methods.split(","):
             options: dict[str, Any] = {"cuts": args.cuts} if method == "cuts" else {}
             cpu = time.process_time()
@@ -260,6 +256,7 @@ def main() -> None:
     parser.add_argument(
         "--bound-seconds", type=float, help="of one bound of a row; default: no limit"
     )
+    parser.add_argument("--generations", type=int, default=300, help="of memetic search")
     parser.add_argument("--gap-limit", type=float, default=0.0)
     parser.add_argument(
         "--penalties", default="1,4,16", help="of penalty: multiples of the default"

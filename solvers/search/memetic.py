@@ -1,0 +1,194 @@
+"""Memetic search: good masks of a row are crossed, and every child goes through tabu search.
+
+A child keeps what both parents keep and prunes what both prune: what good masks agree on is mostly right. Of
+the inputs that they differ in it keeps as many as its pattern asks for, at random, and a short tabu search
+puts that right. A pool holds the best masks that are unlike each other, so that they do not all become one
+(Moscato 1989; for the choice of a set of given size Wu and Hao, "A hybrid metaheuristic approach to solving
+the maximum diversity problem", 2013).
+
+Rows share the random numbers and nothing else: a row's mask does not depend on the others. The pool goes by
+the objectives that tabu search keeps, of float32 accuracy; the answer is compared in float64, and `swap` ends
+the run with its proof.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from maskopt.fields import option
+from maskopt.limits import Limits
+from maskopt.problem import LayerProblem
+from maskopt.solution import Solution
+from maskopt.solver import Capabilities, Solver
+from maskopt.solvers.search.tabu import Scaled, Tabu, search
+from maskopt.solvers.swap import Swap
+from maskopt.trace import SearchTrace, SwapTrace, shared_out
+
+#: rows at a time: with their children enough for many threads
+_TILE = 16
+#: shares of the inputs that may change places, in the first masks of a pool
+_SHAKEN = 0.05, 1.0
+#: and, whatever the parents have, in a child
+_CHANCE = 0.01
+#: masks of a pool differ in one exchange for so many inputs
+_INPUTS_APART = 50
+#: of the tabu search of a child
+_PATIENCE = 300
+#: share of a time limit that the search may use; `swap` has the rest
+_SEARCH_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Memetic(Solver):
+    """Crossing of masks, tabu search of every child, then 1-swap search to a proven 1-swap optimum.
+
+    Never ends above its start. Runs on the CPU; a problem on another device is copied there and the mask
+    back. Tells a `SearchTrace` whose history has the best of the first pool and of every generation.
+    """
+
+    name: ClassVar[str] = "memetic"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        start="needed",
+        default_start="relax",
+        proves="1-swap",
+        note="masks are crossed, each child through tabu search, on the CPU, then swap: the best masks",
+    )
+
+    generations: int = option(100, "of children", least=0, most=10**6)
+    children: int = option(8, "of a generation", least=1, most=1000)
+    pool: int = option(12, "masks that are kept to be crossed", least=2, most=1000)
+    moves: int = option(1000, "of tabu search, of every child", least=1, most=10**9)
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """Search every row; see `Solver.run`."""
+        assert start is not None
+        began = time.monotonic()
+        tiles = torch.arange(problem.rows).split(_TILE)
+        share, pools = limits.share(_SEARCH_SHARE).quiet(), []
+        for done, tile in enumerate(tiles):
+            own = share.share(1 / (len(tiles) - done))
+            pools.append(self._evolve(problem.take(tile), start[tile].cpu(), own))
+            limits.report(int(tile[-1]) + 1, problem.rows)
+        found = torch.cat([pool.masks[:, 0] for pool in pools]).to(problem.device)
+        start_objective = problem.objective(start)
+        better = problem.objective(found) < start_objective
+        mask = torch.where(better[:, None], found, start)
+        search_seconds = time.monotonic() - began
+        refined = Swap().run(problem, mask, limits)
+        assert isinstance(refined.trace, SwapTrace)
+        seconds = shared_out(time.monotonic() - began - search_seconds, problem.rows)
+        traces = [pool.trace() for pool in pools]
+        trace = replace(
+            traces[0].joined(traces),
+            swaps=refined.trace.swaps,
+            search_seconds=shared_out(search_seconds, problem.rows),
+            swap_seconds=seconds,
+        )
+        return Solution.of(problem, refined.mask, status=refined.status, trace=trace)
+
+    def _evolve(self, problem: LayerProblem, start: Tensor, limits: Limits) -> _Pool:
+        """The main loop, of the rows of a tile at once."""
+        generator = torch.Generator().manual_seed(limits.seed)
+        pool = _Pool(problem, start, self, limits)
+        share = torch.linspace(*_SHAKEN, self.pool - 1)[:, None]
+        shaken = torch.rand(self.pool - 1, problem.n, generator=generator) < share
+        keys = torch.rand(self.pool - 1, problem.n, generator=generator)
+        parent = start[:, None]
+        others = pool.completed(parent & ~shaken, shaken.expand(len(start), -1, -1), keys)
+        masks = torch.cat([parent, others], 1)
+        for _ in range(self.generations + 1):
+            if limits.expired:
+                break
+            pool.grow(masks)
+            first = torch.randint(self.pool, (self.children,), generator=generator)
+            apart = torch.randint(1, self.pool, (self.children,), generator=generator)
+            keys = torch.rand(self.children, problem.n, generator=generator)
+            one, two = pool.masks[:, first], pool.masks[:, (first + apart) % self.pool]
+            chance = torch.rand(self.children, problem.n, generator=generator) < _CHANCE
+            masks = pool.completed(one & two & ~chance, (one ^ two) | chance, keys)
+        return pool
+
+
+class _Pool:
+    """The best masks of the rows of a tile, unlike each other.
+
+    Attributes:
+        masks: bool [rows, pool, n], the best first.
+    """
+
+    def __init__(self, problem: LayerProblem, start: Tensor, plan: Memetic, limits: Limits) -> None:
+        self._problem, self._plan, self._limits = problem, plan, limits
+        self._scaled = Scaled.of(problem)
+        self._tabu = Tabu(moves=plan.moves, patience=_PATIENCE)
+        self.masks = start[:, None].expand(-1, plan.pool, -1)
+        self._start_objective = problem.objective(start.to(problem.device)).cpu()
+        self._values = self._start_objective[:, None].expand(-1, plan.pool)
+        self._moves = torch.zeros(problem.rows, dtype=torch.int64)
+        self._history = [self._start_objective]
+
+    def completed(
+        self,
+        kept: Bool[Tensor, "rows count n"],
+        free: Bool[Tensor, "rows count n"],
+        keys: Float[Tensor, "count n"],
+    ) -> Bool[Tensor, "rows count n"]:
+        """Masks that keep what is kept and, of what is free, as much as the pattern asks for: the greatest
+        keys of every group."""
+        group = self._problem.group_size
+        score = (2 * kept + free * keys).unflatten(-1, (-1, group))
+        order = score.argsort(dim=-1, descending=True, stable=True)
+        chosen = order[..., : group - self._problem.pruned_per_group]
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True).flatten(-2)
+
+    def grow(self, masks: Bool[Tensor, "rows count n"]) -> None:
+        """Search from these masks, and keep what is best of them and the pool."""
+        (rows, count, n), generation = masks.shape, len(self._history)
+        problem = self._problem.take(torch.arange(rows).repeat_interleave(count))
+        limits = replace(self._limits, seed=(self._limits.seed + generation - 1) % 2**63)
+        start = masks.reshape(-1, n).to(problem.device)
+        found = search(problem, start, self._tabu, limits, self._scaled.repeated(count))
+        values = found.history[:, -1] if found.history.shape[1] else found.start_objective.cpu()
+        masks, values = found.mask.cpu().view(rows, count, n), values.view(rows, count)
+        self._moves += found.moves.view(rows, count).sum(1)
+        self._keep_best(torch.cat([self.masks, masks], 1), torch.cat([self._values, values], 1))
+        self._history.append(self._values[:, 0].clone())
+
+    def _keep_best(
+        self, masks: Bool[Tensor, "rows count n"], values: Float[Tensor, "rows count"]
+    ) -> None:
+        """The best that are far enough from each better one; where they are too few, the best of the rest."""
+        count, size = values.shape[1], self._plan.pool
+        order = values.argsort(dim=1, stable=True)
+        values, masks = values.gather(1, order), masks.gather(1, _wide(order, masks))
+        each = masks.float()
+        # inputs that the one keeps and the other does not
+        apart = each.sum(-1)[..., None] - each @ each.transpose(1, 2)
+        near = apart < max(1, self._problem.n // _INPUTS_APART)
+        chosen = torch.zeros_like(values, dtype=torch.bool)
+        for place in range(count):
+            room = chosen.sum(1) < size
+            chosen[:, place] = room & ~(near[:, place] & chosen).any(1)
+        best = (count * ~chosen + torch.arange(count)).argsort(dim=1)[:, :size].sort(1).values
+        self.masks, self._values = masks.gather(1, _wide(best, masks)), values.gather(1, best)
+
+    def trace(self) -> SearchTrace:
+        rows, generations = len(self.masks), max(0, len(self._history) - 2)
+        late = "yes" if len(self._history) < self._plan.generations + 2 else "no"
+        return SearchTrace(
+            moves=self._moves,
+            rounds=torch.full((rows,), generations),
+            start_objective=self._start_objective,
+            history=torch.stack(self._history, 1),
+            stopped=(late,) * rows,
+        )
+
+
+def _wide(index: Tensor, masks: Tensor) -> Tensor:
+    """Of masks, for `gather`."""
+    return index[..., None].expand(-1, -1, masks.shape[-1])
