@@ -14,6 +14,7 @@ the run with its proof.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -73,8 +74,12 @@ class Memetic(Solver):
         share, pools = limits.share(_SEARCH_SHARE).quiet(), []
         for done, tile in enumerate(tiles):
             own = share.share(1 / (len(tiles) - done))
-            pools.append(self._evolve(problem.take(tile), start[tile].cpu(), own))
-            limits.report(int(tile[-1]) + 1, problem.rows)
+            pool = _Pool(problem.take(tile), start[tile].cpu(), self, own)
+            for generation in self._evolve(pool, own.seed):
+                step = "generations", generation, self.generations
+                limits.report(done * _TILE, problem.rows, *step)
+            pools.append(pool)
+        limits.report(problem.rows, problem.rows)
         found = torch.cat([pool.masks[:, 0] for pool in pools]).to(problem.device)
         start_objective = problem.objective(start)
         better = problem.objective(found) < start_objective
@@ -92,27 +97,26 @@ class Memetic(Solver):
         )
         return Solution.of(problem, refined.mask, status=refined.status, trace=trace)
 
-    def _evolve(self, problem: LayerProblem, start: Tensor, limits: Limits) -> _Pool:
-        """The main loop, of the rows of a tile at once."""
-        generator = torch.Generator().manual_seed(limits.seed)
-        pool = _Pool(problem, start, self, limits)
+    def _evolve(self, pool: _Pool, seed: int) -> Iterator[int]:
+        """The main loop, of the rows of a tile at once; tells of every generation, 0 being the first pool."""
+        generator = torch.Generator().manual_seed(seed)
+        n = pool.masks.shape[-1]
         share = torch.linspace(*_SHAKEN, self.pool - 1)[:, None]
-        shaken = torch.rand(self.pool - 1, problem.n, generator=generator) < share
-        keys = torch.rand(self.pool - 1, problem.n, generator=generator)
-        parent = start[:, None]
-        others = pool.completed(parent & ~shaken, shaken.expand(len(start), -1, -1), keys)
-        masks = torch.cat([parent, others], 1)
-        for _ in range(self.generations + 1):
-            if limits.expired:
+        shaken = torch.rand(self.pool - 1, n, generator=generator) < share
+        keys = torch.rand(self.pool - 1, n, generator=generator)
+        others = pool.completed(pool.masks[:, 1:] & ~shaken, shaken, keys)
+        masks = torch.cat([pool.masks[:, :1], others], 1)
+        for generation in range(self.generations + 1):
+            if pool.late:
                 break
             pool.grow(masks)
+            yield generation
             first = torch.randint(self.pool, (self.children,), generator=generator)
             apart = torch.randint(1, self.pool, (self.children,), generator=generator)
-            keys = torch.rand(self.children, problem.n, generator=generator)
+            keys = torch.rand(self.children, n, generator=generator)
             one, two = pool.masks[:, first], pool.masks[:, (first + apart) % self.pool]
-            chance = torch.rand(self.children, problem.n, generator=generator) < _CHANCE
+            chance = torch.rand(self.children, n, generator=generator) < _CHANCE
             masks = pool.completed(one & two & ~chance, (one ^ two) | chance, keys)
-        return pool
 
 
 class _Pool:
@@ -132,10 +136,15 @@ class _Pool:
         self._moves = torch.zeros(problem.rows, dtype=torch.int64)
         self._history = [self._start_objective]
 
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return self._limits.expired
+
     def completed(
         self,
         kept: Bool[Tensor, "rows count n"],
-        free: Bool[Tensor, "rows count n"],
+        free: Bool[Tensor, "*rows count n"],
         keys: Float[Tensor, "count n"],
     ) -> Bool[Tensor, "rows count n"]:
         """Masks that keep what is kept and, of what is free, as much as the pattern asks for: the greatest
