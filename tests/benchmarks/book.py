@@ -46,6 +46,11 @@ class Book:
     def about(self) -> Record:
         return self.lines.get("about", {})
 
+    @property
+    def dates(self) -> str:
+        """The days on which these measurements were taken."""
+        return ", ".join(sorted({x["date"] for x in self.lines.values() if "date" in x}))
+
     def begin(self, about: Record) -> None:
         """How this run measures; kept with the first measurement."""
         self._now = about
@@ -70,6 +75,8 @@ class Book:
         """Keep a measurement."""
         if not self.lines:
             self._add("about", self._now)
+        if self._now.get("date") != self.about.get("date"):
+            record = {"date": self._now["date"], **record}
         self._add(key, record)
         figures = {k: v for k, v in record.items() if isinstance(v, int | float)}
         print(key, figures, flush=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from book import PATTERNS, ROOT, Book
 from machine import machine
-from quality_gaps import blame, gaps
+from quality_gaps import blame, crossed, gaps
 from quality_layers import METHODS, interaction, masks, model, moves, sixteen, starts, whole
 from quality_page import write
 
@@ -40,7 +40,7 @@ OF_LAYERS: dict[str, Study] = {
     "whole": whole,
     "model": model,
 }
-OF_GAPS: dict[str, Study] = {"gaps": gaps, "blame": blame}
+OF_GAPS: dict[str, Study] = {"gaps": gaps, "crossed": crossed, "blame": blame}
 
 
 def main() -> None:

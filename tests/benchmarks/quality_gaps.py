@@ -17,6 +17,8 @@ from maskopt.trace import RelaxTrace
 
 #: moves of the search for the best mask that can be found
 LONG_SEARCH = 100_000
+#: of memetic search, beside it
+GENERATIONS = 300
 #: inputs of rows whose optimum is proven
 PROVEN_N = 80
 
@@ -81,18 +83,8 @@ def certified(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]
     began = time.perf_counter()
     cut = lower_bound(problem, "sdp", cuts=args.cuts, time_limit=args.cut_seconds)
     cut_seconds = time.perf_counter() - began
-    starts = {
-        "1-swap": solve(problem, "swap", warm_start="wanda").mask,
-        "relax": solve(problem, "relax").mask,
-        "sdp": plain.mask,
-    }
-    ends = {
-        f"{start} {seed}": solve(
-            problem, "tabu", warm_start=mask, moves=LONG_SEARCH, seed=seed
-        ).objective
-        for start, mask in starts.items()
-        for seed in range(3)
-    }
+    starts = begun(problem, plain.mask)
+    ends = long_searches(problem, starts)
     best = torch.stack(list(ends.values())).min(0).values
     masks = {
         "wanda": solve(problem, "wanda").objective,
@@ -111,6 +103,47 @@ def certified(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]
         "plain_seconds": float(plain.trace.relax_seconds.mean()),
         "cut_seconds": cut_seconds / problem.rows,
     }
+
+
+def begun(problem: LayerProblem, rounded: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What long searches start from; `rounded`: the mask of `sdp`."""
+    return {
+        "1-swap": solve(problem, "swap", warm_start="wanda").mask,
+        "relax": solve(problem, "relax").mask,
+        "sdp": rounded,
+    }
+
+
+def long_searches(
+    problem: LayerProblem, starts: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Objectives of three runs of tabu search from each start."""
+    return {
+        f"{start} {seed}": solve(
+            problem, "tabu", warm_start=mask, moves=LONG_SEARCH, seed=seed
+        ).objective
+        for start, mask in starts.items()
+        for seed in range(3)
+    }
+
+
+def crossed(book: Book, args: argparse.Namespace) -> None:
+    """Memetic search beside the best of the long searches, on the rows of `gaps`."""
+    lines = CERTIFIED + GROWTH
+    for layer, whole in loaded(args, tuple(dict.fromkeys(x.layer for x in lines))):
+        for rows in lines:
+            if rows.layer == layer:
+                problem = rows.of(whole, args.seed)
+                book.measure(f"crossed/{rows.label}", partial(beside, problem, args))
+
+
+def beside(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]:
+    rounded = solve(problem, "sdp", time_limit=args.bound_seconds).mask
+    ends = long_searches(problem, begun(problem, rounded))
+    found = solve(problem, "memetic", generations=GENERATIONS)
+    verify(problem, found)
+    best = torch.stack(list(ends.values())).min(0).values
+    return {"ratio": (found.objective / best).tolist(), "seconds": found.seconds / problem.rows}
 
 
 def blame(book: Book, args: argparse.Namespace) -> None:

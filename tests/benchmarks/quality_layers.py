@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "relax, not hardened": ("relax", None, {"harden": 0}),
     "tabu 1000, from relax": ("tabu", "relax", {}),
     "tabu 10000, from relax": ("tabu", "relax", {"moves": 10000}),
+    "memetic, from relax": ("memetic", "relax", {}),
     "portfolio": ("portfolio", None, {}),
     "sdp, rounded": ("sdp", None, {}),
 }
