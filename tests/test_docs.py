@@ -157,7 +157,9 @@ def test_measurements_that_were_taken_in_another_way_are_not_mixed(benchmarks, t
         again.measure("two", lambda: {"error": 2})
     again.begin({**about, "date": "tomorrow"})
     again.measure("two", lambda: {"error": 2})
-    assert Book(tmp_path / "some.jsonl").lines["two"] == {"error": 2}
+    after = Book(tmp_path / "some.jsonl")
+    assert after.lines["two"] == {"date": "tomorrow", "error": 2}
+    assert after.dates == "today, tomorrow"
 
 
 def test_every_option_of_every_command_is_on_a_page(monkeypatch):
