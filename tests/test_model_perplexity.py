@@ -13,8 +13,8 @@ from tiny_models import FAMILIES, SHARED, WordTokenizer, patched, save, tiny, to
 import maskopt
 from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.model import evaluate as evaluation
-from maskopt.model import job
 from maskopt.model import perplexity as module
+from maskopt.model import walk_block
 from maskopt.model.parts import first
 from maskopt.model.source import FolderSource
 from maskopt.model.walk_options import WalkOptions
@@ -58,8 +58,8 @@ def test_one_block_in_memory_at_a_time(
             opened.append(self)
 
     monkeypatch.setattr("maskopt.model.opening.FolderSource", Watched)
-    pass_on, last = job.pass_on, module.cross_entropy
-    monkeypatch.setattr(job, "pass_on", lambda *a: (look(), pass_on(*a)))
+    pass_on, last = walk_block.pass_on, module.cross_entropy
+    monkeypatch.setattr(walk_block, "pass_on", lambda *a: (look(), pass_on(*a)))
     monkeypatch.setattr(module, "cross_entropy", lambda *a: (look(), last(*a))[1])
     maskopt.perplexity(dense, tokens(1, 8))
     assert len(resident) == 4
@@ -95,8 +95,8 @@ def test_of_several_models_only_hidden_states_are_kept_and_equal_heads_once(
             opened.append(self)
 
     monkeypatch.setattr("maskopt.model.opening.FolderSource", Watched)
-    pass_on, compare = job.pass_on, evaluation._compare
-    monkeypatch.setattr(job, "pass_on", lambda *a: (look(), pass_on(*a)))
+    pass_on, compare = walk_block.pass_on, evaluation._compare
+    monkeypatch.setattr(walk_block, "pass_on", lambda *a: (look(), pass_on(*a)))
     monkeypatch.setattr(evaluation, "_compare", lambda *a: (look(), compare(*a))[1])
     found = evaluation.evaluate([str(m) for m in models], tokens(1, 8), WalkOptions(threads=1))
     walking = [0, 0, 0, 1, 1, 1, 2, 2, 2]  # three blocks of each, then two comparisons
