@@ -26,13 +26,13 @@ from maskopt.model.workspace import HIDDEN, JOURNAL
 #: 24 windows are fitted, so that an epoch has twelve steps
 WINDOWS = tokens(32)
 STEPS = 12
+#: a dense model, it pruned, and what an uninterrupted run makes of both
+Given = tuple[Path, Path, dict[str, bytes]]
 HOW: dict[str, Any] = {"epochs": 3, "learning_rate": 0.003, "holdout": 0.25, "save_every": 1e-9}
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2-bfloat16"])
-def given(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, dict[str, bytes]]:
+def given(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Given:
     """A dense model, it pruned, and what an uninterrupted run makes of both. Nobody may change them."""
     home = tmp_path_factory.mktemp("given")
     family, _, dtype = request.param.partition("-")
@@ -82,9 +82,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("step", [1, STEPS - 1, STEPS, STEPS + 1, 3 * STEPS])
-def test_the_same_bytes(
-    step: int, given: tuple[Path, Path, dict[str, bytes]], tmp_path: Path, steps: list[int]
-) -> None:
+def test_the_same_bytes(step: int, given: Given, tmp_path: Path, steps: list[int]) -> None:
     """In the first epoch, before it is judged, after that, and at the very end."""
     dense, pruned, whole = given
     out = tmp_path / "out"
@@ -104,7 +102,7 @@ def test_the_same_bytes(
 
 
 def test_again_and_again_from_what_was_saved_earlier(
-    given: tuple[Path, Path, dict[str, bytes]],
+    given: Given,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     steps: list[int],
@@ -124,7 +122,7 @@ def test_again_and_again_from_what_was_saved_earlier(
 
 
 def test_killed_while_it_saves(
-    given: tuple[Path, Path, dict[str, bytes]],
+    given: Given,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     steps: list[int],
@@ -154,7 +152,7 @@ def test_killed_while_it_saves(
 
 
 def test_the_best_epoch_is_kept_though_later_ones_are_worse(
-    given: tuple[Path, Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, pruned, _ = given
     plain = training._mean
@@ -178,9 +176,7 @@ def test_the_best_epoch_is_kept_though_later_ones_are_worse(
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_what_is_not_saved_is_not_kept(
-    given: tuple[Path, Path, dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_what_is_not_saved_is_not_kept(given: Given, tmp_path: Path) -> None:
     dense, pruned, _ = given
     # ten minutes, the default, are not over
     for every in (0.0, 10.0):
@@ -190,9 +186,7 @@ def test_what_is_not_saved_is_not_kept(
             distill_model(pruned, dense, WINDOWS, output=tmp_path / "out", resume=True, **HOW)
 
 
-def test_what_cannot_be_gone_on_with(
-    given: tuple[Path, Path, dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_what_cannot_be_gone_on_with(given: Given, tmp_path: Path) -> None:
     dense, pruned, whole = given
     out = tmp_path / "out"
     interrupted(dense, pruned, out, 3)
@@ -234,9 +228,7 @@ def test_what_cannot_be_gone_on_with(
         {"digest": 7},
     ],
 )
-def test_a_forged_journal_is_refused(
-    change: dict[str, Any], given: tuple[Path, Path, dict[str, bytes]], tmp_path: Path
-) -> None:
+def test_a_forged_journal_is_refused(change: dict[str, Any], given: Given, tmp_path: Path) -> None:
     dense, pruned, _ = given
     out = tmp_path / "out"
     interrupted(dense, pruned, out, 1)
@@ -250,7 +242,7 @@ def test_a_forged_journal_is_refused(
 
 
 def test_a_full_disk_is_noticed_beforehand(
-    given: tuple[Path, Path, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, pruned, _ = given
     usage = shutil.disk_usage(tmp_path)
@@ -260,7 +252,7 @@ def test_a_full_disk_is_noticed_beforehand(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_goes_on(given: tuple[Path, Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_the_command_goes_on(given: Given, tmp_path: Path) -> None:
     dense, pruned, _ = given
     text, out = tmp_path / "tokens.npy", tmp_path / "out"
     np.save(text, WINDOWS.numpy())

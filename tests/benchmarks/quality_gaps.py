@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,13 +67,24 @@ GROWTH = tuple(Rows(layer, 0.6, n) for layer in ("5.o", "0.q") for n in (64, 128
 
 
 def gaps(book: Book, args: argparse.Namespace) -> None:
-    """The best mask known of full rows, beside the certified bound."""
+    """The best mask of long searches of full rows, beside the certified bound."""
+    for label, problem in certified_rows(args):
+        book.measure(f"gaps/{label}", partial(certified, problem, args))
+
+
+def crossed(book: Book, args: argparse.Namespace) -> None:
+    """Memetic search beside the best of the long searches, on the same rows."""
+    for label, problem in certified_rows(args):
+        book.measure(f"crossed/{label}", partial(beside, problem, args))
+
+
+def certified_rows(args: argparse.Namespace) -> Iterator[tuple[str, LayerProblem]]:
+    """By what the page calls them."""
     lines = CERTIFIED + GROWTH
     for layer, whole in loaded(args, tuple(dict.fromkeys(x.layer for x in lines))):
         for rows in lines:
             if rows.layer == layer:
-                problem = rows.of(whole, args.seed)
-                book.measure(f"gaps/{rows.label}", partial(certified, problem, args))
+                yield rows.label, rows.of(whole, args.seed)
 
 
 def certified(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]:
@@ -127,23 +139,14 @@ def long_searches(
     }
 
 
-def crossed(book: Book, args: argparse.Namespace) -> None:
-    """Memetic search beside the best of the long searches, on the rows of `gaps`."""
-    lines = CERTIFIED + GROWTH
-    for layer, whole in loaded(args, tuple(dict.fromkeys(x.layer for x in lines))):
-        for rows in lines:
-            if rows.layer == layer:
-                problem = rows.of(whole, args.seed)
-                book.measure(f"crossed/{rows.label}", partial(beside, problem, args))
-
-
 def beside(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]:
+    """Objectives of memetic search as parts of the best of the long ones, a figure a row."""
     rounded = solve(problem, "sdp", time_limit=args.bound_seconds).mask
     ends = long_searches(problem, begun(problem, rounded))
     found = solve(problem, "memetic", generations=GENERATIONS)
     verify(problem, found)
     best = torch.stack(list(ends.values())).min(0).values
-    return {"ratio": (found.objective / best).tolist(), "seconds": found.seconds / problem.rows}
+    return {"ratio": (found.objective / best).tolist()}
 
 
 def blame(book: Book, args: argparse.Namespace) -> None:

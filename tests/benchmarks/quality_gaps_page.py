@@ -38,7 +38,7 @@ def gaps(lines: Lines) -> str:
             cells(v["plain"]["1-swap"]),
             cells(v["plain"]["best"]),
             cells(v["cut"]["best"]),
-            cells(crossed_gaps(v, lines[f"crossed/{k}"])),
+            cells(crossed_gaps(v, other)) if (other := lines.get(f"crossed/{k}")) else "–",
             f"{v['plain_seconds']:.0f}",
             f"{v['cut_seconds']:.0f}",
         ]
@@ -68,6 +68,13 @@ rounded SDP; beside it the mask of `memetic` after 300 generations.
     return text
 
 
+def beyond(crossed: Record | None) -> str:
+    """What memetic search ends above the long ones, %."""
+    if crossed is None:
+        return "–"
+    return f"{100 * (mean(crossed['ratio']) - 1):.2f}".replace("-", "−")
+
+
 def growth(lines: Lines) -> str:
     found = family(lines, "gaps/")
     if not found:
@@ -81,7 +88,7 @@ def growth(lines: Lines) -> str:
                 str(v["n"]),
                 f"{100 * mean(v['plain']['best']):.1f}",
                 f"{100 * mean(v['cut']['best']):.1f}",
-                f"{100 * (mean(lines[f'crossed/{k}']['ratio']) - 1):.2f}".replace("-", "−"),
+                beyond(lines.get(f"crossed/{k}")),
                 *(
                     " / ".join(
                         f"{100 * value:.2f}" for name, value in above.items() if name[:-2] == start
@@ -104,7 +111,7 @@ generations, where less than 0 is below. Runs that agree are no sign that nothin
         rows,
     )
     for layer in HARD:
-        if layer in found:
+        if layer in found and f"crossed/{layer}" in lines:
             text += "\n" + verdict(layer, found[layer], lines[f"crossed/{layer}"])
     return text
 

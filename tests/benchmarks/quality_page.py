@@ -53,6 +53,7 @@ layers; less is better. Layers are named by block and kind.
     parts += [text for section in sections if (text := section(lines))]
     wanted = {
         "certified gaps of 17.down": "gaps/17.down",
+        "memetic search beside long ones": "crossed/",
         "bound or search on small rows": "blame/",
         "tabu by moves": "moves/",
         "the rounded SDP at n = 2048": "masks/60%/2.down/sdp",
@@ -119,7 +120,8 @@ def lead(lines: Lines) -> str:
     gaps = {k: v for k, v in family(lines, "gaps/").items() if k in GAPS and " on " not in k}
     small = list(family(lines, "blame/").values())
     layers = list(family(lines, "model/").values())
-    if not (masks and gaps and small and layers):
+    whole = all(f"crossed/{k}" in lines for k in gaps) and ("0.q", "memetic, from relax") in masks
+    if not (masks and gaps and small and layers and whole):
         return ""
 
     def error(method: str, digits: int = 2) -> str:
