@@ -234,15 +234,19 @@ def cells(name: str) -> Iterator[Case]:
         yield from (
             distilled(best, ", other windows", seed=1),
             distilled(many, ", 128 other windows", epochs=1, seed=1),
+            distilled(best, ", 256 other windows", epochs=1, seed=1, **calibrated(256)),
         )
     yield distilled(cell(name, "50%", TRADING["50%"], "none", "SparseGPT"))
 
 
-def distilled(one: Case, windows: str = "", epochs: int = 2, seed: int = 0) -> Case:
-    """The same, its kept weights trained together afterwards; on the same windows if `seed` is theirs."""
+def distilled(one: Case, windows: str = "", epochs: int = 2, seed: int = 0, **other: Any) -> Case:
+    """The same, its kept weights trained together afterwards; on the same windows if `seed` is theirs.
+
+    other: samples and holdout where they are not those of the masks
+    """
     how = {name: one.options[name] for name in ("samples", "holdout")}
     key = f"{one.keys['auto']}, distilled{windows}"
-    return Case(one.options, {"auto": key}, distilled={**how, "epochs": epochs, "seed": seed})
+    return Case(one.options, {"auto": key}, distilled={**how, "epochs": epochs, "seed": seed, **other})
 
 
 def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
