@@ -65,6 +65,9 @@ def random_extra(n, rows, seed):
         (60, NM(5, 20), 48),
         (259, Unstructured(0.5), 23),  # float32
         (264, NM(4, 8), 16),
+        # more vectors of accumulators than are summed side by side
+        (30, Unstructured(0.6), 80),
+        (264, Unstructured(0.6), 130),
     ],
 )
 @pytest.mark.parametrize("with_extra", [False, True])

@@ -13,7 +13,7 @@ from maskopt import NM, LayerProblem, Solution, Unstructured, lower_bound, solve
 from maskopt.errors import OptionError
 from maskopt.limits import Limits
 from maskopt.solvers.bounds.cuts import cut_certificate
-from maskopt.solvers.convex.triangles import Pool, separate
+from maskopt.solvers.convex.triangles import Incidence, Pool, separate
 
 
 def assert_below(bound, problem):
@@ -100,6 +100,30 @@ def test_a_planted_triangle_is_found_first(seed, n):
     assert sign[0].tolist() == [signs[0] * signs[1], signs[0] * signs[2]]
     assert violation[0] == pytest.approx(0.5, abs=1e-5)
     assert len(index) == 1
+
+
+@given(st.integers(0, 10**6), st.integers(3, 12), st.integers(0, 40))
+@settings(max_examples=50)
+def test_the_pairs_of_triangles_and_their_sparse_matrix(seed, n, most):
+    """Against sets: every distinct pair once and in order, and both of its entries, but none of v_0's row."""
+    random = np.random.default_rng(seed)
+    every = np.array(list(itertools.combinations(range(n + 1), 3)))
+    index = every[random.permutation(len(every))[:most]]
+    found = Incidence.of(index, n)
+    distinct = sorted({pair for one in index.tolist() for pair in itertools.combinations(one, 2)})
+    assert found.pairs.tolist() == [list(pair) for pair in distinct]
+    for one, member in zip(index.tolist(), found.member, strict=True):
+        assert found.pairs[member].tolist() == [
+            list(pair) for pair in itertools.combinations(one, 2)
+        ]
+    both = sorted(
+        {(i, j) for i, j in distinct} | {(j, i) for i, j in distinct if j < n}
+    )  # by owner, then by partner
+    owner = np.repeat(np.arange(n), np.diff(found.starts))
+    assert list(zip(owner.tolist(), found.partners.tolist(), strict=True)) == both
+    for (i, j), (at, across) in zip(distinct, found.entries.tolist(), strict=True):
+        assert both[at] == (i, j)
+        assert across == -1 if j == n else both[across] == (j, i)
 
 
 def test_a_pool_has_a_triangle_once():

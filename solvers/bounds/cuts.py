@@ -28,14 +28,14 @@ from maskopt.problem import LayerProblem
 from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Extra, Mixing
 from maskopt.solvers.convex.triangles import (
+    Incidence,
     Pool,
     dense,
-    entries_of,
-    pairs_of,
     separate,
     steps_of,
 )
 from maskopt.solvers.convex.triangles_kernel import damp
+from maskopt.solvers.parallel import one_blas_thread
 
 #: entries of the inner products of a tile of rows
 _TILE_ENTRIES = 2**24
@@ -44,7 +44,7 @@ _START = 400
 #: sweeps between two looks at the clock
 _CHUNK = 20
 #: triangles that may join in a round, per input
-_NEW = 128
+_NEW = 64
 #: multipliers below this part of the largest are left out of the certificate
 _TINY = 1e-7
 #: the k-th of the iterates weighs about (k/iterates)^_LATE in their mean
@@ -53,7 +53,7 @@ _LATE = 3
 _SETTLE = 800
 #: of a time limit: the rounds' part, of what is then left that of the last schedule, and of what is left
 #: after that the part of the sweeps at the end; the rest is the certificate's
-_ROUNDS_SHARE, _END_SHARE, _SETTLE_SHARE = 0.5, 0.6, 0.3
+_ROUNDS_SHARE, _END_SHARE, _SETTLE_SHARE = 0.7, 0.7, 0.3
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,19 @@ class Schedule:
         updates: of the multipliers.
         sweeps: after each.
         follow: part by which τ follows τ'.
+        haste: factor of the triangles' steps.
     """
 
     updates: int
     sweeps: int
     follow: float
+    haste: float = 1.0
 
 
-#: chosen on a row each of block 8 q_proj, on 256 inputs and on all
-_ROUND = Schedule(updates=40, sweeps=2, follow=0.4)
-_END = Schedule(updates=500, sweeps=4, follow=0.2)
+#: chosen on rows of block 8 q_proj, on 256 inputs and on all, and on row 544 of block 10 down_proj: many
+#: rounds of few updates find more triangles that count than few rounds, each to its end
+_ROUND = Schedule(updates=20, sweeps=2, follow=0.4, haste=2.0)
+_END = Schedule(updates=500, sweeps=8, follow=0.2)
 
 
 def tighten(
@@ -89,13 +92,15 @@ def tighten(
         plain: a certificate without ν and cuts.
         rank: of the vectors.
         rounds: of separation.
-        limits: what is reached by the deadline is certified; rows that were not reached keep `plain`.
+        limits: what is reached by the deadline is certified, the rows' shares of the time being equal; rows
+            that were not reached keep `plain`.
 
     Returns:
         The certificate, and for every row the number of triangles in it, and the loss to the
         correction as part of the bound (NaN where `plain` is kept).
     """
-    tile = max(1, _TILE_ENTRIES // (problem.n + 1) ** 2)
+    threads = torch.get_num_threads()
+    tile = max(1, _TILE_ENTRIES // (problem.n + 1) ** 2 // threads) * threads
     parts: list[Certificate] = []
     count: list[int] = []
     correction: list[float] = []
@@ -104,7 +109,8 @@ def tighten(
         part, before = problem.take(chosen), plain.take(chosen)
         better, loss = torch.zeros(part.rows, dtype=torch.bool), [math.nan] * part.rows
         if not limits.expired:
-            after, loss = cut_certificate(part, rank, rounds, limits)
+            own = limits.share(part.rows / (problem.rows - first))
+            after, loss = cut_certificate(part, rank, rounds, own)
             better = (after.check(part) > before.check(part)).cpu()
             before = Certificate.choose(better, before, after)
         parts.append(before)
@@ -161,27 +167,21 @@ class _Multipliers:
         self.tau = np.concatenate([pool.tau for pool in pools])
         self.used = self.tau.copy()
         self.cut_rows = np.cumsum([0, *(len(pool.tau) for pool in pools)])
-        a, b = self.sign.astype(float).T
+        dtype = state.v[:0].cpu().numpy().dtype
+        a, b = self.sign.astype(dtype).T
         self.signs = np.stack([a, b, a * b], axis=1)
         y = state.duals.double().cpu().numpy()
-        member, pairs, entries, starts, index, steps = [], [], [], [], [], []
-        pair_rows, first = [0], 0
-        for row, pool in enumerate(pools):
-            own, which = pairs_of(pool.index, n)
-            where, row_starts, row_index = entries_of(own, n)
-            member.append(which + pair_rows[-1])
-            pairs.append(own)
-            entries.append(np.where(where >= 0, where + first, -1))
-            starts.append(row_starts + first)
-            index.append(row_index)
-            steps.append(steps_of(pool.index, y[row]))
-            pair_rows.append(pair_rows[-1] + len(own))
-            first += len(row_index)
-        self.pair_rows = np.array(pair_rows)
-        self.member, self.pairs = np.concatenate(member), np.concatenate(pairs)
-        self.entries, self.step = np.concatenate(entries), np.concatenate(steps)
+        parts = [Incidence.of(pool.index, n) for pool in pools]
+        self.pair_rows = np.cumsum([0, *(len(part.pairs) for part in parts)])
+        self.entry_rows = np.cumsum([0, *(len(part.partners) for part in parts)])
+        self.member = np.concatenate([part.member for part in parts])
+        self.pairs = np.concatenate([part.pairs for part in parts])
+        self.entries = np.concatenate([part.entries for part in parts])
+        self.step = np.concatenate([steps_of(pool.index, y[row]) for row, pool in enumerate(pools)])
         state.extra = Extra(
-            np.stack(starts), np.concatenate(index).astype(np.int32), np.zeros(first)
+            np.stack([part.starts for part in parts]) + self.entry_rows[:-1, None],
+            np.concatenate([part.partners for part in parts]),
+            np.zeros(self.entry_rows[-1], dtype),
         )
         self.mean = self.used
 
@@ -197,7 +197,7 @@ class _Multipliers:
         """Move vectors and multipliers in turn, until the deadline; their mean is `mean`."""
         self.mean = self.used
         for update in range(schedule.updates):
-            self._damp(schedule.follow)
+            self._damp(schedule.haste * self.step, schedule.follow)
             self.state.sweep(schedule.sweeps, rho)
             self.mean = self.mean + (_LATE + 1) / (_LATE + 1 + update) * (self.used - self.mean)
             if limits.expired:
@@ -205,11 +205,11 @@ class _Multipliers:
 
     def settle(self, rho: float, limits: Limits) -> None:
         """The vectors that go with the mean of the multipliers."""
-        self.tau, self.step = self.mean.copy(), np.zeros_like(self.step)
-        self._damp(0.0)
+        self.tau = self.mean.copy()
+        self._damp(np.zeros_like(self.step), 0.0)
         _descend(self.state, _SETTLE, rho, limits)
 
-    def _damp(self, follow: float) -> None:
+    def _damp(self, step: np.ndarray, follow: float) -> None:
         extra = self.state.extra
         assert extra is not None
         self.state.threads.run(
@@ -220,9 +220,10 @@ class _Multipliers:
             self.entries,
             self.cut_rows,
             self.pair_rows,
+            self.entry_rows,
             self.member,
             self.signs,
-            self.step,
+            step,
             follow,
             self.tau,
             self.used,
@@ -242,7 +243,7 @@ class _Multipliers:
             duals = _certify(scaled, y[row], inner[row], rho, pool)
             return duals, _cuts(pool, problem.n, scale[row])
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
             duals, cuts = zip(*threads.map(one, range(problem.rows)), strict=True)
         like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
         groups = problem.n // problem.group_size

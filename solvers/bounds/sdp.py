@@ -33,6 +33,7 @@ from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penal
 from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.convex.mixing import Mixing, default_rank
+from maskopt.solvers.parallel import one_blas_thread
 from maskopt.trace import BoundTrace
 
 #: sweeps of the stages; a row leaves when its bound has settled
@@ -256,5 +257,5 @@ class _Tile:
 
 
 def _in_threads(work: Callable[[int], Any], rows: Any) -> list[Any]:
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(work, rows))

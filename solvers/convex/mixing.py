@@ -26,8 +26,9 @@ class Extra:
 
     Attributes:
         starts: int64 [rows, n + 1]; entries starts[r, i] … starts[r, i + 1] belong to input i of r.
-        index: int32 [entries], j; n stands for v_0. (i, j) and (j, i) are both listed.
-        value: float64 [entries], E_ij in the units of the scaled row.
+        index: int32 [entries], j, ascending within an input; n stands for v_0. (i, j) and (j, i) are both
+            listed.
+        value: float [entries], E_ij in the units of the scaled row.
     """
 
     starts: np.ndarray
@@ -127,7 +128,7 @@ class Mixing:
             count,
             extra.starts,
             extra.index,
-            extra.value.astype(dtype),
+            extra.value.astype(dtype, copy=False),
         )
 
     def sweep_torch(self, rho: float) -> None:

@@ -106,6 +106,95 @@ def _panel(height):
 _tall, _single = _panel(HEIGHT), _panel(1)
 
 
+def _scattered(width):
+    """out[:16·width] += Σ_t c[t]·v[index[t], :16·width] for t < count, sums in registers like `_panel`'s."""
+
+    @intrinsic
+    def scattered(typing_context, like, c, index, v, stride, out, count):
+        if like not in (types.float32, types.float64):
+            return None
+
+        def generate(context, builder, signature, arguments):
+            _, c, index, v, stride, out, count = arguments
+            kind, whole = arguments[0].type, count.type
+            size = 4 if like == types.float32 else 8
+            vector, short = ir.VectorType(kind, LANES), ir.IntType(32)
+            zeros = ir.Constant(ir.VectorType(short, LANES), [0] * LANES)
+            nothing = ir.Constant(vector, ir.Undefined)
+
+            def place(base, lane):
+                address = builder.add(base, ir.Constant(whole, lane * LANES * size))
+                return builder.inttoptr(address, vector.as_pointer())
+
+            def load(base, lane):
+                word = builder.load(place(base, lane))
+                word.align = size
+                return word
+
+            step = builder.mul(ir.Constant(whole, size), stride)
+            first = [load(out, lane) for lane in range(width)]
+            entry = builder.block
+            loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+            zero = ir.Constant(whole, 0)
+            builder.cbranch(builder.icmp_signed(">", count, zero), loop, done)
+
+            builder.position_at_end(loop)
+            t = builder.phi(whole)
+            sums = [builder.phi(vector) for _ in range(width)]
+            at = builder.add(index, builder.mul(t, ir.Constant(whole, 4)))
+            j = builder.sext(builder.load(builder.inttoptr(at, short.as_pointer())), whole)
+            row = builder.add(v, builder.mul(j, step))
+            at = builder.add(c, builder.mul(t, ir.Constant(whole, size)))
+            factor = builder.load(builder.inttoptr(at, kind.as_pointer()))
+            spread = builder.insert_element(nothing, factor, ir.Constant(short, 0))
+            spread = builder.shuffle_vector(spread, nothing, zeros)
+            following = []
+            for lane in range(width):
+                product = builder.fmul(spread, load(row, lane), flags=("contract",))
+                following.append(builder.fadd(sums[lane], product, flags=("contract",)))
+            after = builder.add(t, ir.Constant(whole, 1))
+            builder.cbranch(builder.icmp_signed("<", after, count), loop, done)
+            for phi, start, later in ((t, zero, after), *zip(sums, first, following, strict=True)):
+                phi.add_incoming(start, entry)
+                phi.add_incoming(later, loop)
+
+            builder.position_at_end(done)
+            for lane in range(width):
+                total = builder.phi(vector)
+                total.add_incoming(first[lane], entry)
+                total.add_incoming(following[lane], loop)
+                first[lane] = total
+            for lane in range(width):
+                word = builder.store(first[lane], place(out, lane))
+                word.align = size
+            return context.get_dummy_value()
+
+        return types.void(like, *[types.intp] * 6), generate
+
+    return scattered
+
+
+#: vectors of accumulators that are summed side by side
+WIDTH = 4
+_wide, _narrow = _scattered(WIDTH), _scattered(1)
+
+
+@part(nogil=True)
+def _add_entries(value, index, v, g, first, last):
+    """g += Σ_t value[t]·v[index[t]] for first ≤ t < last; index of int32."""
+    k = v.shape[1]
+    like, size = v[0, 0], v.itemsize
+    values, places = value.ctypes.data + first * size, index.ctypes.data + first * index.itemsize
+    vectors, sums = v.ctypes.data, g.ctypes.data
+    lane = 0
+    while lane + WIDTH * LANES <= k:
+        _wide(like, values, places, vectors + lane * size, k, sums + lane * size, last - first)
+        lane += WIDTH * LANES
+    while lane < k:
+        _narrow(like, values, places, vectors + lane * size, k, sums + lane * size, last - first)
+        lane += LANES
+
+
 @part(nogil=True)
 def _aligned(rows, columns, like):
     """Zeros [rows, columns] at a multiple of 64 bytes: vectors that straddle cache lines are slow."""
@@ -153,7 +242,8 @@ def sweep(gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, valu
 
     Args:
         gram, w, linear: [n, n], [rows, n], [rows, n]: C_ij = w_i G_ij w_j/4, C_i0 = linear_i.
-        starts, index, value: the sparse addition to C, see `Extra`; starts may have no rows.
+        starts, index, value: the sparse addition to C, see `Extra`, v_0 the last of an input's; starts may
+            have no rows.
         pieces: int64, which rows.
     """
     n, k = v.shape[1], v.shape[2]
@@ -183,13 +273,11 @@ def sweep(gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, valu
                         g[a] = wi * g[a] + penalty * (total[label, a] - v[row, i, a])
                     g[0] += linear[row, i] + offset
                     if len(starts) > 0:
-                        for t in range(starts[row, i], starts[row, i + 1]):
-                            j, c = index[t], value[t]
-                            if j == n:
-                                g[0] += c
-                            else:
-                                for a in range(k):
-                                    g[a] += c * v[row, j, a]
+                        last = starts[row, i + 1]
+                        if last > starts[row, i] and index[last - 1] == n:
+                            last -= 1
+                            g[0] += value[last]
+                        _add_entries(value, index, v[row], g, starts[row, i], last)
                     square = v.dtype.type(0)
                     for a in range(k):
                         square += g[a] * g[a]

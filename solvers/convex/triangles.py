@@ -13,7 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskopt.solvers.convex.triangles_kernel import BINS, collect, count, histogram, scatter
+from maskopt.solvers.convex.triangles_kernel import (
+    ABREAST,
+    BINS,
+    collect,
+    count,
+    histogram,
+    number,
+    places,
+    scatter,
+)
 from maskopt.solvers.parallel import RowThreads
 
 #: in place of an input, where an inequality has fewer than its pool has places
@@ -26,8 +35,9 @@ _STEP = 0.1
 _SOFTEST = 0.05
 #: triangles are looked for in so many interleaved parts: the first inputs are in the most
 _INTERLEAVED = 16
-#: up to so many vectors violations are counted in full; beyond, of one of so many second indices
-_ALL, _SAMPLED = 400, 16
+#: up to so many vectors violations are counted in full; beyond, of so many second indices of every first, so
+#: that thousands of them are seen however many there are
+_ALL, _SAMPLED = 400, 25
 #: of a violation in float32
 _ROUNDING = 1e-6
 
@@ -110,16 +120,17 @@ def separate(
     inner = np.ascontiguousarray(inner, dtype=np.float32)
     threads = threads or RowThreads()
     n = len(inner)
-    order = np.concatenate([np.arange(part, n, _INTERLEAVED) for part in range(_INTERLEAVED)])
-    bins = np.zeros((n, BINS), np.int64)
-    stride = 1 if n <= _ALL else _SAMPLED
+    order = _interleaved(n)
+    bins = np.zeros((n, BINS), np.int32)
+    stride = 1 if n <= _ALL else n // _SAMPLED
     threads.run(histogram, order, inner, np.float32(_FLOOR), stride, bins)
-    above = stride * np.cumsum(bins.sum(0)[::-1])[::-1]
+    above = stride * np.cumsum(bins.sum(0, dtype=np.int64)[::-1])[::-1]
     # the bin that straddles `most` is collected too and cut off after sorting
     least = max(int(np.searchsorted(-above, -most, side="left")) - 1, 0)
     floor = np.float32(max(_FLOOR, least * 2 / BINS - _ROUNDING))
     counts = np.zeros((n, n), np.int32)
-    threads.run(count, order, inner, floor, counts)
+    blocks = _interleaved(-(-n // ABREAST))
+    threads.run(count, blocks, inner, floor, counts)
     per_input = counts.sum(1, dtype=np.int64)
     total = int(per_input.sum())
     starts = np.cumsum(per_input) - per_input
@@ -128,6 +139,10 @@ def separate(
     threads.run(collect, order, inner, floor, counts, starts, index, sign, violation)
     first = np.argsort(-violation, kind="stable")[:most]
     return index[first], sign[first], violation[first]
+
+
+def _interleaved(count: int) -> np.ndarray:
+    return np.concatenate([np.arange(part, count, _INTERLEAVED) for part in range(_INTERLEAVED)])
 
 
 def _keys(index: np.ndarray, sign: np.ndarray, n: int) -> np.ndarray:
@@ -139,26 +154,35 @@ def _keys(index: np.ndarray, sign: np.ndarray, n: int) -> np.ndarray:
     return keys
 
 
-def pairs_of(index: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct pairs [pairs, 2] of the triangles, and which three a triangle has, [m, 3]."""
-    codes = np.stack([index[:, x] * (n + 1) + index[:, y] for x, y in ((0, 1), (0, 2), (1, 2))], 1)
-    distinct, which = np.unique(codes, return_inverse=True)
-    return np.stack(np.divmod(distinct, n + 1), 1), which.reshape(codes.shape)
+class Incidence(NamedTuple):
+    """The distinct pairs of the triangles of a row, and the sparse symmetric matrix that they make.
 
+    Attributes:
+        member: int32 [m, 3], which pairs a triangle has.
+        pairs: int32 [p, 2], i < j.
+        entries: int32 [p, 2], where (i, j) and (j, i) stand; −1: v_0 has no row.
+        starts: int64 [n + 1], where the entries of an input start.
+        partners: int32 [entries], j, ascending within an input.
+    """
 
-def entries_of(pairs: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where E_ij and E_ji stand [pairs, 2] (−1: v_0 has no row), and starts and index of `Extra`."""
-    i, j = pairs.T
-    both = j < n
-    owner, partner = np.concatenate([i, j[both]]), np.concatenate([j, i[both]])
-    order = np.lexsort((partner, owner))
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    entries = np.full((len(pairs), 2), -1, np.int64)
-    entries[:, 0] = place[: len(i)]
-    entries[both, 1] = place[len(i) :]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=n))])
-    return entries, starts, partner[order]
+    member: np.ndarray
+    pairs: np.ndarray
+    entries: np.ndarray
+    starts: np.ndarray
+    partners: np.ndarray
+
+    @classmethod
+    def of(cls, index: np.ndarray, n: int) -> Incidence:
+        """Of triangles i < j < k, int64 [m, 3]."""
+        numbers = np.zeros((n + 1, n + 1), np.int32)
+        member = np.empty((len(index), 3), np.int32)
+        count = number(index, numbers, member)
+        pairs, entries = np.empty((count, 2), np.int32), np.empty((count, 2), np.int32)
+        starts = np.empty(n + 1, np.int64)
+        both = count - np.count_nonzero(numbers[:, n])
+        partners = np.empty(count + both, np.int32)
+        places(numbers, pairs, entries, starts, partners)
+        return cls(member, pairs, entries, starts, partners)
 
 
 def steps_of(index: np.ndarray, y: np.ndarray) -> np.ndarray:

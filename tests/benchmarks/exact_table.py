@@ -11,8 +11,8 @@ tokens of --text, by default the demo's, which begin as --bos says; other layers
 
 - `branch`, `scip`, `gurobi`, `highs`, and SCIP's other formulations `factored`, `linear`,
   `epigraph`: rows restricted to --n random inputs, --rows of each layer;
-- `bounds`: box, sdp and sdp with --cuts rounds on full rows, gaps of 1-swap from Wanda and of the mask of
-  `memetic` after --generations;
+- `bounds`: box, sdp and sdp with --cuts rounds on full rows, those of a layer together, gaps of 1-swap from
+  Wanda and of the mask of `memetic` after --generations;
 - `small`: the sdp bound, plain and with --cuts rounds, beside the proven optimum;
 - `layer`: box and sdp of all rows of the first instance;
 - `penalty`: the sdp bound by --penalties and --sweeps.
@@ -33,13 +33,13 @@ from demo_layers import collect, name_of
 from machine import machine_now
 
 from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
-from maskopt.compare import load_instances, sample_rows
+from maskopt.compare import draw_rows, load_instances, sample_rows
 from maskopt.model.beginning import BOS
 from maskopt.pattern import parse_pattern
 from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.exact.incumbent import tabu_row
-from maskopt.trace import TreeTrace
+from maskopt.trace import BoundTrace, TreeTrace
 
 
 def warm_up() -> None:
@@ -143,39 +143,49 @@ def table(layers: list[LayerProblem], args: argparse.Namespace) -> None:
 
 
 def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
-    spent, gaps = [], []
-    for row in sample_rows(layers, args.rows, pattern=parse_pattern(args.pattern), seed=args.seed):
-        wanda, swap = (float(solve(row, name).objective[0]) for name in ("wanda", "swap"))
-        found = solve(row, "memetic", generations=args.generations)
-        best = float(found.objective[0])
-        parts = [f"{row.name} n={row.n}, best mask {found.seconds:.2f} s"]
+    """The drawn rows of a layer are one problem: they share the cores, and the time is that of them all."""
+    spent, gaps, pattern = [], [], parse_pattern(args.pattern)
+    for position, whole in enumerate(layers):
+        drawn = draw_rows(whole, args.rows, None, seed=[args.seed, position])
+        chosen = [index for index, _ in drawn]
+        layer = LayerProblem(whole.weight[chosen], whole.gram, pattern)
+        wanda, swap = (solve(layer, name).objective for name in ("wanda", "swap"))
+        found = solve(layer, "memetic", generations=args.generations)
+        each = found.seconds / layer.rows
+        parts = [[f"{whole.name}[{index}] n={layer.n}, best mask {each:.2f} s"] for index in chosen]
         for method in args.methods.split(","):
             options: dict[str, Any] = {"cuts": args.cuts} if method == "cuts" else {}
-            cpu = time.process_time()
+            limit = None if args.bound_seconds is None else args.bound_seconds * layer.rows
             name = "sdp" if method == "cuts" else method
-            bound = lower_bound(row, name, time_limit=args.bound_seconds, **options)
-            cpu = time.process_time() - cpu
-            value, trace = float(bound.value[0]), bound.trace
-            parts.append(
-                f"{method} {bound.seconds:.2f} s ({cpu:.2f} s CPU), gaps: Wanda {1 - value / wanda:.1%}, "
-                f"1-swap {1 - value / swap:.1%}, best {1 - value / best:.1%}"
-            )
-            if method == "sdp":
-                assert trace.iterations is not None
-                assert trace.correction is not None
-                parts.append(
-                    f"{int(trace.iterations[0])} sweeps, correction {float(trace.correction[0]):.2%}"
+            bound = lower_bound(layer, name, time_limit=limit, **options)
+            each, gap = bound.seconds / layer.rows, 1 - bound.value / found.objective
+            for row, told in enumerate(parts):
+                value = bound.value[row]
+                told.append(
+                    f"{method} {each:.2f} s, gaps: Wanda {float(1 - value / wanda[row]):.1%}, "
+                    f"1-swap {float(1 - value / swap[row]):.1%}, best {float(gap[row]):.1%}"
                 )
-            if method == "cuts":
-                assert trace.cuts is not None
-                parts.append(f"{int(trace.cuts[0])} cuts")
-        spent.append(bound.seconds)
-        gaps.append(1 - value / best)
-        print("; ".join(parts), flush=True)
+                told += traced(method, bound.trace, row)
+        print("\n".join("; ".join(told) for told in parts), flush=True)
+        spent.append(each)
+        gaps += gap.tolist()
     print(
         f"{method}: {len(gaps)} rows, gap of the best mask median {np.median(gaps):.1%}, worst "
-        f"{max(gaps):.1%}; {np.median(spent):.2f} s a row, worst {max(spent):.2f} s"
+        f"{max(gaps):.1%}; {np.median(spent):.2f} s a row, worst layer {max(spent):.2f} s"
     )
+
+
+def traced(method: str, trace: BoundTrace, row: int) -> list[str]:
+    """What the bound says of its own work."""
+    if method == "sdp":
+        assert trace.iterations is not None
+        assert trace.correction is not None
+        correction = float(trace.correction[row])
+        return [f"{int(trace.iterations[row])} sweeps, correction {correction:.2%}"]
+    if method == "cuts":
+        assert trace.cuts is not None
+        return [f"{int(trace.cuts[row])} cuts"]
+    return []
 
 
 def small(layers: list[LayerProblem], args: argparse.Namespace) -> None:
@@ -254,7 +264,7 @@ def main() -> None:
     parser.add_argument("--methods", default="box,sdp")
     parser.add_argument("--cuts", type=int, default=8, help="rounds of method cuts")
     parser.add_argument(
-        "--bound-seconds", type=float, help="of one bound of a row; default: no limit"
+        "--bound-seconds", type=float, help="of one bound, a row; default: no limit"
     )
     parser.add_argument("--generations", type=int, default=300, help="of memetic search")
     parser.add_argument("--gap-limit", type=float, default=0.0)

@@ -246,7 +246,9 @@ def distilled(one: Case, windows: str = "", epochs: int = 2, seed: int = 0, **ot
     """
     how = {name: one.options[name] for name in ("samples", "holdout")}
     key = f"{one.keys['auto']}, distilled{windows}"
-    return Case(one.options, {"auto": key}, distilled={**how, "epochs": epochs, "seed": seed, **other})
+    return Case(
+        one.options, {"auto": key}, distilled={**how, "epochs": epochs, "seed": seed, **other}
+    )
 
 
 def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
