@@ -43,8 +43,8 @@ _TILE_ENTRIES = 2**24
 _START = 400
 #: sweeps between two looks at the clock
 _CHUNK = 20
-#: triangles that may join in a round, per input
-_NEW = 64
+#: triangles that may join in a round, per input and in all
+_NEW, _MOST_NEW = 128, 2**17
 #: multipliers below this part of the largest are left out of the certificate
 _TINY = 1e-7
 #: the k-th of the iterates weighs about (k/iterates)^_LATE in their mean
@@ -132,10 +132,10 @@ def cut_certificate(
     rho = penalty_of(problem.group_size)
     _descend(state, _START, rho, limits)
     multipliers = _Multipliers(state, [Pool.empty()] * problem.rows)
-    early = limits.share(_ROUNDS_SHARE)
+    early, new = limits.share(_ROUNDS_SHARE), min(_NEW * n, _MOST_NEW)
     for _ in range(rounds):
         pools = [
-            pool.join(*separate(_gram(state, row), _NEW * n, threads=state.threads)[:2], n)
+            pool.join(*separate(_gram(state, row), new, threads=state.threads)[:2], n)
             for row, pool in enumerate(multipliers.pools())
         ]
         multipliers = _Multipliers(state, pools)
