@@ -8,12 +8,15 @@
 Every prune runs in a process of its own, so that its peak resident size is its own. Calibration: the
 demo's text, 32 windows of 512 tokens. The ratio printed last is the second solver's wall time over the
 first one's. A solver that takes a start gets `--warm-start`, by default what `maskopt prune` gives it. Where
-weights are trained, `passes` are the seconds of the training that forward and backward passes take.
+weights are trained, `passes` are the seconds of `training` in forward and backward passes of the two parts of
+a block, and `recorded` those of the three passes through a block that tell what the parts are to make, which
+is no part of `training`, and what each is given, which is.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import resource
@@ -21,32 +24,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from machine import machine_now
 
-import maskopt.model.training
+from maskopt.model import training
 from maskopt.model.beginning import BOS
+from maskopt.model.reconstruct import Targets
 
 
-def timed(module: Any, names: Iterable[str]) -> list[float]:
-    """The seconds of every call of these functions of a module, from now on."""
+def timed(place: Any, names: Iterable[str]) -> list[float]:
+    """The seconds of every call of these functions of a module or a class, from now on; of a generator, of
+    all that it makes."""
     spent: list[float] = []
 
     def around(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
             began = time.perf_counter()
-            try:
-                return function(*given)
-            finally:
-                spent.append(time.perf_counter() - began)
+            found = function(*given)
+            spent.append(time.perf_counter() - began)
+            return following(found) if inspect.isgenerator(found) else found
 
         return call
 
+    def following(found: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            began = time.perf_counter()
+            item = next(found, None)
+            spent.append(time.perf_counter() - began)
+            if item is None:
+                return
+            yield item
+
     for name in names:
-        setattr(module, name, around(getattr(module, name)))
+        setattr(place, name, around(getattr(place, name)))
     return spent
 
 
@@ -64,8 +77,9 @@ def child(arguments: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     include = [f"layers.{index}.*" for index in range(arguments.blocks)]
     text = arguments.text or demo_text().calibration
-    # gradients of a batch, and losses
-    passes = timed(maskopt.model.training, ("_set_gradients", "_mean"))
+    # gradients of a batch, and losses; what parts are given and what they are to make
+    passes = timed(training, ("_set_gradients", "_mean"))
+    recorded = timed(Targets, ("_passes",))
     began, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         report = prune_model(
@@ -86,6 +100,7 @@ def child(arguments: argparse.Namespace) -> None:
                 "solving": sum(layer.seconds for layer in report.layers),
                 "training": sum(part.seconds for part in report.parts),
                 "passes": sum(passes),
+                "recorded": sum(recorded),
                 "error/start": None
                 if None in starts
                 else sum(x.error / x.error_start for x in report.layers if x.error_start)
