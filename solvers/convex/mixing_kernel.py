@@ -22,11 +22,80 @@ LANES = 16
 HEIGHT = 8
 
 
-def _panel(height):
-    """out[h, :16] += Σ_j g[h, j]·u[j, :16] for h < height, j < count; all sums stay in registers.
+def _sums(builder, count, first, product):
+    """Emit first[h] + Σ_{t < count} product(t)[h], the vectors of sums held in registers.
 
     Numba's own loops keep the accumulators in memory, which costs a factor of five.
     """
+    entry = builder.block
+    loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+    zero = ir.Constant(count.type, 0)
+    builder.cbranch(builder.icmp_signed(">", count, zero), loop, done)
+
+    builder.position_at_end(loop)
+    t = builder.phi(count.type)
+    sums = [builder.phi(word.type) for word in first]
+    following = [
+        builder.fadd(total, term, flags=("contract",))
+        for total, term in zip(sums, product(t), strict=True)
+    ]
+    after = builder.add(t, ir.Constant(count.type, 1))
+    builder.cbranch(builder.icmp_signed("<", after, count), loop, done)
+    for phi, start, later in ((t, zero, after), *zip(sums, first, following, strict=True)):
+        phi.add_incoming(start, entry)
+        phi.add_incoming(later, loop)
+
+    builder.position_at_end(done)
+    totals = [builder.phi(word.type) for word in first]
+    for total, start, later in zip(totals, first, following, strict=True):
+        total.add_incoming(start, entry)
+        total.add_incoming(later, loop)
+    return totals
+
+
+class _Memory:
+    """Loads and stores at addresses that are whole numbers, of entries of float32 or float64."""
+
+    def __init__(self, builder, kind, whole):
+        self.builder, self.kind, self.whole = builder, kind, whole
+        self.size = 4 if isinstance(kind, ir.FloatType) else 8
+        self.vector = ir.VectorType(kind, LANES)
+
+    def at(self, base, count, size=None):
+        """The address `count` (a number or a value) entries beyond `base`."""
+        if isinstance(count, int):
+            count = ir.Constant(self.whole, count)
+        size = ir.Constant(self.whole, size or self.size)
+        return self.builder.add(base, self.builder.mul(size, count))
+
+    def load(self, address):
+        """A vector of LANES entries."""
+        word = self.builder.load(self.builder.inttoptr(address, self.vector.as_pointer()))
+        word.align = self.size
+        return word
+
+    def store(self, word, address):
+        place = self.builder.inttoptr(address, self.vector.as_pointer())
+        self.builder.store(word, place).align = self.size
+
+    def times(self, address, word):
+        """The entry at an address times a vector."""
+        entry = self.builder.load(self.builder.inttoptr(address, self.kind.as_pointer()))
+        short, nothing = ir.IntType(32), ir.Constant(self.vector, ir.Undefined)
+        spread = self.builder.insert_element(nothing, entry, ir.Constant(short, 0))
+        lanes = ir.Constant(ir.VectorType(short, LANES), [0] * LANES)
+        spread = self.builder.shuffle_vector(spread, nothing, lanes)
+        return self.builder.fmul(spread, word, flags=("contract",))
+
+    def number(self, address):
+        """An int32 as a whole number."""
+        short = ir.IntType(32)
+        entry = self.builder.load(self.builder.inttoptr(address, short.as_pointer()))
+        return self.builder.sext(entry, self.whole)
+
+
+def _panel(height):
+    """out[h, :16] += Σ_j g[h, j]·u[j, :16] for h < height, j < count."""
 
     @intrinsic
     def panel(typing_context, like, g, g_stride, u, stride, out, count):
@@ -35,67 +104,19 @@ def _panel(height):
 
         def generate(context, builder, signature, arguments):
             _, g, g_stride, u, stride, out, count = arguments
-            kind, index = arguments[0].type, count.type
-            size = 4 if like == types.float32 else 8
-            vector = ir.VectorType(kind, LANES)
-            bytes_per = ir.Constant(index, size)
-            lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+            memory = _Memory(builder, arguments[0].type, count.type)
+            starts = [builder.mul(stride, ir.Constant(count.type, h)) for h in range(height)]
+            outs = [memory.at(out, start) for start in starts]
+            starts = [builder.mul(g_stride, ir.Constant(count.type, h)) for h in range(height)]
+            rows = [memory.at(g, start) for start in starts]
 
-            def load(address):
-                word = builder.load(builder.inttoptr(address, vector.as_pointer()))
-                word.align = size
-                return word
+            def product(j):
+                word = memory.load(memory.at(u, builder.mul(j, stride)))
+                return [memory.times(memory.at(row, j), word) for row in rows]
 
-            outs = [
-                builder.add(out, builder.mul(bytes_per, builder.mul(stride, ir.Constant(index, h))))
-                for h in range(height)
-            ]
-            rows = [
-                builder.add(g, builder.mul(bytes_per, builder.mul(g_stride, ir.Constant(index, h))))
-                for h in range(height)
-            ]
-            step = builder.mul(bytes_per, stride)
-            first = [load(address) for address in outs]
-            entry = builder.block
-            loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
-            zero = ir.Constant(index, 0)
-            builder.cbranch(builder.icmp_signed(">", count, zero), loop, done)
-
-            builder.position_at_end(loop)
-            j, at = builder.phi(index), builder.phi(index)
-            sums = [builder.phi(vector) for _ in range(height)]
-            word, following = load(at), []
-            offset = builder.mul(bytes_per, j)
-            for h in range(height):
-                pointer = builder.inttoptr(builder.add(rows[h], offset), kind.as_pointer())
-                entry_h = builder.insert_element(
-                    ir.Constant(vector, ir.Undefined),
-                    builder.load(pointer),
-                    ir.Constant(ir.IntType(32), 0),
-                )
-                spread = builder.shuffle_vector(entry_h, ir.Constant(vector, ir.Undefined), lanes)
-                product = builder.fmul(spread, word, flags=("contract",))
-                following.append(builder.fadd(sums[h], product, flags=("contract",)))
-            after = builder.add(j, ir.Constant(index, 1))
-            beyond = builder.add(at, step)
-            builder.cbranch(builder.icmp_signed("<", after, count), loop, done)
-            for phi, start, later in (
-                (j, zero, after),
-                (at, u, beyond),
-                *zip(sums, first, following, strict=True),
-            ):
-                phi.add_incoming(start, entry)
-                phi.add_incoming(later, loop)
-
-            builder.position_at_end(done)
-            for h in range(height):
-                total = builder.phi(vector)
-                total.add_incoming(first[h], entry)
-                total.add_incoming(following[h], loop)
-                first[h] = total
-            for h in range(height):
-                word = builder.store(first[h], builder.inttoptr(outs[h], vector.as_pointer()))
-                word.align = size
+            totals = _sums(builder, count, [memory.load(place) for place in outs], product)
+            for total, place in zip(totals, outs, strict=True):
+                memory.store(total, place)
             return context.get_dummy_value()
 
         return types.void(like, *[types.intp] * 6), generate
@@ -107,7 +128,7 @@ _tall, _single = _panel(HEIGHT), _panel(1)
 
 
 def _scattered(width):
-    """out[:16·width] += Σ_t c[t]·v[index[t], :16·width] for t < count, sums in registers like `_panel`'s."""
+    """out[:16·width] += Σ_t c[t]·v[index[t], :16·width] for t < count, index of int32."""
 
     @intrinsic
     def scattered(typing_context, like, c, index, v, stride, out, count):
@@ -116,57 +137,18 @@ def _scattered(width):
 
         def generate(context, builder, signature, arguments):
             _, c, index, v, stride, out, count = arguments
-            kind, whole = arguments[0].type, count.type
-            size = 4 if like == types.float32 else 8
-            vector, short = ir.VectorType(kind, LANES), ir.IntType(32)
-            zeros = ir.Constant(ir.VectorType(short, LANES), [0] * LANES)
-            nothing = ir.Constant(vector, ir.Undefined)
+            memory = _Memory(builder, arguments[0].type, count.type)
+            outs = [memory.at(out, lane * LANES) for lane in range(width)]
 
-            def place(base, lane):
-                address = builder.add(base, ir.Constant(whole, lane * LANES * size))
-                return builder.inttoptr(address, vector.as_pointer())
+            def product(t):
+                j = memory.number(memory.at(index, t, size=4))
+                row = memory.at(v, builder.mul(j, stride))
+                words = [memory.load(memory.at(row, lane * LANES)) for lane in range(width)]
+                return [memory.times(memory.at(c, t), word) for word in words]
 
-            def load(base, lane):
-                word = builder.load(place(base, lane))
-                word.align = size
-                return word
-
-            step = builder.mul(ir.Constant(whole, size), stride)
-            first = [load(out, lane) for lane in range(width)]
-            entry = builder.block
-            loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
-            zero = ir.Constant(whole, 0)
-            builder.cbranch(builder.icmp_signed(">", count, zero), loop, done)
-
-            builder.position_at_end(loop)
-            t = builder.phi(whole)
-            sums = [builder.phi(vector) for _ in range(width)]
-            at = builder.add(index, builder.mul(t, ir.Constant(whole, 4)))
-            j = builder.sext(builder.load(builder.inttoptr(at, short.as_pointer())), whole)
-            row = builder.add(v, builder.mul(j, step))
-            at = builder.add(c, builder.mul(t, ir.Constant(whole, size)))
-            factor = builder.load(builder.inttoptr(at, kind.as_pointer()))
-            spread = builder.insert_element(nothing, factor, ir.Constant(short, 0))
-            spread = builder.shuffle_vector(spread, nothing, zeros)
-            following = []
-            for lane in range(width):
-                product = builder.fmul(spread, load(row, lane), flags=("contract",))
-                following.append(builder.fadd(sums[lane], product, flags=("contract",)))
-            after = builder.add(t, ir.Constant(whole, 1))
-            builder.cbranch(builder.icmp_signed("<", after, count), loop, done)
-            for phi, start, later in ((t, zero, after), *zip(sums, first, following, strict=True)):
-                phi.add_incoming(start, entry)
-                phi.add_incoming(later, loop)
-
-            builder.position_at_end(done)
-            for lane in range(width):
-                total = builder.phi(vector)
-                total.add_incoming(first[lane], entry)
-                total.add_incoming(following[lane], loop)
-                first[lane] = total
-            for lane in range(width):
-                word = builder.store(first[lane], place(out, lane))
-                word.align = size
+            totals = _sums(builder, count, [memory.load(place) for place in outs], product)
+            for total, place in zip(totals, outs, strict=True):
+                memory.store(total, place)
             return context.get_dummy_value()
 
         return types.void(like, *[types.intp] * 6), generate
