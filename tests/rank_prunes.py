@@ -89,6 +89,13 @@ def pruned(models: Path, out: Path, ranks: Ranks = ALONE) -> None:
     )
 
 
+def names_of_threads() -> list[str]:
+    """Those of this process, as Linux knows them."""
+    return [(one / "comm").read_text().strip() for one in Path("/proc/self/task").iterdir()]
+
+
 if __name__ == "__main__":
     with joined() as all_of_us:
         pruned(Path(sys.argv[1]), Path(sys.argv[2]), all_of_us)
+        assert any("gloo" in name for name in names_of_threads())
+    assert not any("gloo" in name for name in names_of_threads()), names_of_threads()

@@ -25,7 +25,9 @@ from strategies import random_gram, random_weight
 from tiny_models import save, tiny, tokens
 
 from maskopt import LayerProblem, Refit, Unstructured, available_solvers, solve
-from maskopt.model.ranks import ROWS, Ranks
+from maskopt.cli import ranks as cli_ranks
+from maskopt.cli.prune import told_of_resume
+from maskopt.model.ranks import ROWS, LostRankError, Ranks
 from maskopt.model.workspace import HIDDEN, JOURNAL
 from maskopt.solver import make_solver
 
@@ -166,6 +168,29 @@ def test_a_killed_process_costs_nothing_that_was_finished(
         assert status == 0, told
         assert said.count("sparsity of these layers: 0.5000") == 1  # one of them speaks
     assert contents(out) == contents(deep / "whole")
+
+
+def test_a_signal_while_the_end_is_told_does_not_silence_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun sends it to all that are left, when one of them may have noticed already."""
+    said = []
+
+    def interrupted(told: str, **_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        said.append(told)
+
+    monkeypatch.setattr(cli_ranks, "_ending", False)
+    monkeypatch.setattr("maskopt.cli.prune.errors.print", interrupted)
+    before = signal.signal(signal.SIGTERM, cli_ranks._interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(LostRankError, match="gone"), told_of_resume(tmp_path / "out"):
+            raise LostRankError("gone")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize(

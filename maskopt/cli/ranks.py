@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _RUN, _SIZE, _ON_THIS_MACHINE = "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 
 _ranks: Any = None
+#: what ended the run is being told
+_ending = False
 
 
 def ranks() -> Ranks:
@@ -62,6 +64,8 @@ def launched() -> Iterator[None]:
 def speaks() -> bool:
     """May this process say that, and why, the run ends? The first that asks may, and from then on no other;
     its words go to where they can be read."""
+    global _ending
+    _ending = True
     if _ranks is None or _ranks.size == 1:
         return True
     from torch.distributed import distributed_c10d
@@ -91,4 +95,6 @@ def again(*more: str) -> str:
 
 
 def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+    # torchrun's signal may come while this process tells that another is gone: it ends by itself then
+    if not _ending:
+        raise KeyboardInterrupt

@@ -133,6 +133,11 @@ def joined() -> Iterator[Ranks]:
     """
     import torch.distributed as dist
 
+    # Its functions have the world's group as a default: imported while there is one, as transformers does in
+    # passing, it keeps the group and gloo's threads beyond the group's end, and one of them that lets go of a
+    # tensor while the interpreter ends aborts the process.
+    import torch.distributed.nn.functional
+
     local = int(os.environ.get("LOCAL_RANK", "0"))
     backend = "gloo"
     if torch.cuda.is_available():
