@@ -91,6 +91,17 @@ TRAINED: dict[str, dict[str, Any]] = {
         "reconstruct": {"granularity": "block"},
     },
 }
+#: label → options of `reconstruct`
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "blocks, squared error": {"granularity": "block", "loss": "square"},
+    "blocks, squared error, dense inputs, once": {
+        "granularity": "block",
+        "loss": "square",
+        "inputs": "dense",
+        "epochs": 1,
+    },
+}
 #: label → other options: masks, and what becomes of the kept weights
 CELLS: dict[str, dict[str, Any]] = {
     "ADMM, trained": {
@@ -206,6 +217,12 @@ def trained(name: str) -> Iterator[Case]:
         yield Case(how, {"auto": f"trained/{name}/{label}"})
 
 
+def recipes(name: str) -> Iterator[Case]:
+    for label, own in RECIPES.items():
+        how = {"sparsity": 0.5, **calibrated(128), "solver": "swap", "weights": "reconstruct"}
+        yield Case({**how, "reconstruct": own}, {"auto": f"recipes/{name}/{label}"})
+
+
 def budgets(name: str) -> Iterator[Case]:
     for label, pattern in TRADING.items():
         for trade in TRADES[label]:
@@ -299,6 +316,7 @@ STUDIES = {
     "weights": weights,
     "draws": draws,
     "trained": trained,
+    "recipes": recipes,
     "budgets": budgets,
     "cells": cells,
     "bos": bos,

@@ -299,6 +299,22 @@ STUDIES = (
         },
     ),
     Study(
+        "recipes",
+        "How weights are trained",
+        "50%, masks of the 1-swap search, 128 windows. Default: attention, then the MLP, by the relative\n"
+        "error of every token, four times over the windows. The code of A Free Lunch in LLM Compression\n"
+        "([arXiv 2510.14444](https://arxiv.org/abs/2510.14444)) trains blocks by the squared error, once,\n"
+        "from the dense model's inputs unless told otherwise; the learning rate is here ours throughout.",
+        {
+            "model": MODEL,
+            "trained": part(1),
+            **QUALITY,
+            "× default": beside("default"),
+            "KL to dense": figure("kl", ".3f"),
+            "training, min": lambda key, record, found: f"{record.get('training', 0) / 60:.1f}",
+        },
+    ),
+    Study(
         "budgets",
         "Rows and layers that trade",
         "32 windows. Who trades, and what an error counts (`budget`, `importance`): as it is; as a part of\n"
