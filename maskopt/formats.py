@@ -55,7 +55,8 @@ def load_problem(
     if select is not None and ending not in (".mc", ".rudy"):
         raise ProblemError(f"{path}: the file says how many are chosen; leave `select` out")
     try:
-        text = Path(path).read_text()
+        # with a byte order mark or without
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ProblemError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -639,11 +639,15 @@ class RowProblem:
         Raises:
             ProblemError: no such columns, or with `refit` a G that the damping leaves indefinite.
         """
-        index = torch.as_tensor(columns, dtype=torch.long, device=self.weight.device)
-        if index.ndim != 1 or len(index) == 0:
+        index = torch.as_tensor(columns, device=self.weight.device)
+        whole = (
+            not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
+        )
+        if index.ndim != 1 or len(index) == 0 or not whole:
             raise ProblemError("columns must be a list of at least one input index")
         if len(index.unique()) != len(index) or index.min() < 0 or index.max() >= self.n:
             raise ProblemError(f"columns must be distinct and within 0 … {self.n - 1}")
+        index = index.long()
         new = pattern or self.pattern
         new.check(len(index))
         layer = self._layer._like(slice(None), self.name)

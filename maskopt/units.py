@@ -81,7 +81,10 @@ def semidefinite(quadratic: Any, maximise: bool, constant: float) -> tuple[np.nd
         ProblemError: no square matrix of finite numbers; sizes that float64 does not hold together.
     """
     u = _real(quadratic, "a quadratic objective")
-    constant = float(_real(constant, "the constant").reshape(-1)[0])
+    given = _real(constant, "the constant")
+    if given.size != 1:
+        raise ProblemError(f"the constant is one number, not {list(given.shape)}")
+    constant = float(given.item())
     if u.ndim != 2 or u.shape[0] != u.shape[1] or not u.size:
         raise ProblemError(f"a quadratic objective is [n, n], not {list(u.shape)}")
     if not np.isfinite(u).all() or not np.isfinite(constant):

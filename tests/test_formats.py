@@ -232,7 +232,7 @@ def test_quadratics_of_other_numbers_are_refused(bad):
 )
 def test_quadratics_of_any_real_kind(u):
     assert RowProblem.from_quadratic(u, select=1).value(1.0) == 1.0
-    for more in ({"constant": None}, {"select": "1"}, {"select": 1.5}):
+    for more in ({"constant": None}, {"constant": [1.0, 2.0]}, {"select": "1"}, {"select": 1.5}):
         with pytest.raises(ProblemError):
             RowProblem.from_quadratic(u, **{"select": 1, **more})
 
@@ -295,6 +295,18 @@ def test_an_unknown_ending_is_named(tmp_path):
     path.write_text("1 2")
     with pytest.raises(ProblemError, match=r"no known format by its ending; one of \.npz"):
         load_problem(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    texts = {"graph.mc": "3 1\n1 2 4\n", "graph.dat": "3 2 1\n1 2\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / f"marked-{name}").write_text(text, encoding="utf-8-sig")
+        more = {"select": 2} if name.endswith(".mc") else {}
+        plain, marked = (
+            load_problem(tmp_path / n, **more).quadratic() for n in (name, f"marked-{name}")
+        )
+        assert np.array_equal(plain[0], marked[0])
 
 
 def test_a_line_that_will_not_do_is_named_by_its_number(tmp_path):

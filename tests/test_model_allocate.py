@@ -278,7 +278,7 @@ def test_the_command_takes_a_budget_and_a_file_of_counts(dense: Path, tmp_path: 
     run(*common, "--counts", counts, "--output", again)
     assert contents(out) == contents(again)
     run("verify", again, "--against", dense)
-    for words in ("[1]", "{"):
+    for words in ("[1]", "{", "{}"):
         counts.write_text(words)
         assert "must be JSON" in run(
             *common, "--counts", counts, "--output", out, fails=OptionError

@@ -193,7 +193,7 @@ def test_row_restrict_takes_the_columns_in_order():
     assert torch.equal(sub.gram, row.gram[[5, 2, 7]][:, [5, 2, 7]])
     assert sub.as_layer().pruned_per_group == 1
     assert row.restrict([0, 1, 2, 3], NM(keep=1, of=2)).pattern == NM(keep=1, of=2)
-    for columns in ([], [1, 1], [8], [-1], [[1]]):
+    for columns in ([], [1, 1], [8], [-1], [[1]], [0.5, 2], [True, False]):
         with pytest.raises(ProblemError):
             row.restrict(columns)
     with pytest.raises(PatternError):

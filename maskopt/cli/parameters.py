@@ -220,7 +220,7 @@ def read_counts(path: str | None) -> dict[str, Any]:
         raise OptionError(f"`counts` {path}: cannot be read: {error.strerror}") from None
     except ValueError:
         counts = None
-    if not isinstance(counts, dict):
+    if not isinstance(counts, dict) or not counts:
         raise OptionError(f'`counts` {path}: must be JSON, {{"layer name": inputs pruned per row}}')
     return counts
 
