@@ -91,16 +91,14 @@ TRAINED: dict[str, dict[str, Any]] = {
         "reconstruct": {"granularity": "block"},
     },
 }
-#: label → options of `reconstruct`
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "blocks, squared error": {"granularity": "block", "loss": "square"},
-    "blocks, squared error, dense inputs, once": {
-        "granularity": "block",
-        "loss": "square",
-        "inputs": "dense",
-        "epochs": 1,
-    },
+#: label → windows, options of `reconstruct`; windows times epochs are as many throughout
+RECIPES: dict[str, tuple[int, dict[str, Any]]] = {
+    "default": (32, {}),
+    "blocks, squared error": (32, {"granularity": "block", "loss": "square"}),
+    "blocks, squared error, dense inputs, once over 128 windows": (
+        128,
+        {"granularity": "block", "loss": "square", "inputs": "dense", "epochs": 1},
+    ),
 }
 #: label → other options: masks, and what becomes of the kept weights
 CELLS: dict[str, dict[str, Any]] = {
@@ -218,8 +216,8 @@ def trained(name: str) -> Iterator[Case]:
 
 
 def recipes(name: str) -> Iterator[Case]:
-    for label, own in RECIPES.items():
-        how = {"sparsity": 0.5, **calibrated(128), "solver": "swap", "weights": "reconstruct"}
+    for label, (fitted, own) in RECIPES.items():
+        how = {"sparsity": 0.5, **calibrated(fitted), "solver": "swap", "weights": "reconstruct"}
         yield Case({**how, "reconstruct": own}, {"auto": f"recipes/{name}/{label}"})
 
 

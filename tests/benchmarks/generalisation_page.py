@@ -301,10 +301,11 @@ STUDIES = (
     Study(
         "recipes",
         "How weights are trained",
-        "50%, masks of the 1-swap search, 128 windows. Default: attention, then the MLP, by the relative\n"
-        "error of every token, four times over the windows. The code of A Free Lunch in LLM Compression\n"
-        "([arXiv 2510.14444](https://arxiv.org/abs/2510.14444)) trains blocks by the squared error, once,\n"
-        "from the dense model's inputs unless told otherwise; the learning rate is here ours throughout.",
+        "50%, masks of the 1-swap search, four times over 32 windows unless said otherwise. Default:\n"
+        "attention, then the MLP, by the relative error of every token. The code of A Free Lunch in LLM\n"
+        "Compression ([arXiv 2510.14444](https://arxiv.org/abs/2510.14444)) trains, unless told otherwise,\n"
+        "whole blocks by the squared error, on the dense model's inputs, once over 128 windows: as many\n"
+        "steps. The learning rate is our default throughout.",
         {
             "model": MODEL,
             "trained": part(1),

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from book import PATTERNS, ROOT, Book
 from machine import machine
-from quality_gaps import blame, crossed, gaps
+from quality_gaps import blame, crossed, gaps, tightened
 from quality_layers import METHODS, interaction, masks, model, moves, sixteen, starts, whole
 from quality_page import write
 
@@ -40,7 +40,12 @@ OF_LAYERS: dict[str, Study] = {
     "whole": whole,
     "model": model,
 }
-OF_GAPS: dict[str, Study] = {"gaps": gaps, "crossed": crossed, "blame": blame}
+OF_GAPS: dict[str, Study] = {
+    "gaps": gaps,
+    "tightened": tightened,
+    "crossed": crossed,
+    "blame": blame,
+}
 
 
 def main() -> None:
@@ -49,8 +54,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows of 512 tokens")
     parser.add_argument("--bos", choices=BOS, default="auto", help="what they begin with")
     parser.add_argument("--bound-seconds", type=float, default=60.0, help="for two rows")
-    parser.add_argument("--cuts", type=int, default=8, help="rounds of triangle inequalities")
-    parser.add_argument("--cut-seconds", type=float, default=110.0, help="for two rows")
+    parser.add_argument("--cuts", type=int, default=500, help="rounds of triangle inequalities")
+    parser.add_argument("--cut-seconds", type=float, default=120.0, help="for two rows")
     parser.add_argument("--note", help="what else the machine did, for the page")
     parser.add_argument("--busy", action="store_true", help="seconds mean nothing: see above")
     parser.add_argument("--cheap", action="store_true", help="leave the slow methods for later")

@@ -16,10 +16,23 @@ GAPS = (
 )  # fmt: skip
 
 
-def crossed_gaps(record: Record, crossed: Record) -> list[float]:
+def cut_gaps(lines: Lines, label: str) -> list[float]:
+    """Of the best masks of long searches, where the bound has its cuts."""
+    pairs = zip(
+        lines[f"gaps/{label}"]["gap"]["best"], lines[f"tightened/{label}"]["ratio"], strict=True
+    )
+    return [1 - (1 - gap) * ratio for gap, ratio in pairs]
+
+
+def crossed_gaps(lines: Lines, label: str) -> list[float]:
     """Of the masks of memetic search, where the bound has its cuts."""
-    pairs = zip(record["cut"]["best"], crossed["ratio"], strict=True)
+    pairs = zip(cut_gaps(lines, label), lines[f"crossed/{label}"]["ratio"], strict=True)
     return [1 - (1 - gap) / ratio for gap, ratio in pairs]
+
+
+def both(lines: Lines, label: str) -> bool:
+    """Are the bound with cuts and memetic search measured, too?"""
+    return f"tightened/{label}" in lines and f"crossed/{label}" in lines
 
 
 def gaps(lines: Lines) -> str:
@@ -34,13 +47,11 @@ def gaps(lines: Lines) -> str:
         [
             k,
             str(v["n"]),
-            cells(v["plain"]["wanda"]),
-            cells(v["plain"]["1-swap"]),
-            cells(v["plain"]["best"]),
-            cells(v["cut"]["best"]),
-            cells(crossed_gaps(v, other)) if (other := lines.get(f"crossed/{k}")) else "–",
-            f"{v['plain_seconds']:.0f}",
-            f"{v['cut_seconds']:.0f}",
+            *(cells(v["gap"][mask]) for mask in ("wanda", "1-swap", "best")),
+            cells(cut_gaps(lines, k)) if f"tightened/{k}" in lines else "–",
+            cells(crossed_gaps(lines, k)) if both(lines, k) else "–",
+            f"{v['seconds']:.0f}",
+            f"{lines[f'tightened/{k}']['seconds']:.0f}" if f"tightened/{k}" in lines else "–",
         ]
         for k, v in found.items()
     ]
@@ -86,8 +97,8 @@ def growth(lines: Lines) -> str:
             [
                 k,
                 str(v["n"]),
-                f"{100 * mean(v['plain']['best']):.1f}",
-                f"{100 * mean(v['cut']['best']):.1f}",
+                f"{100 * mean(v['gap']['best']):.1f}",
+                f"{100 * mean(cut_gaps(lines, k)):.1f}" if f"tightened/{k}" in lines else "–",
                 beyond(lines.get(f"crossed/{k}")),
                 *(
                     " / ".join(
@@ -111,8 +122,8 @@ generations, where less than 0 is below. Runs that agree are no sign that nothin
         rows,
     )
     for layer in HARD:
-        if layer in found and f"crossed/{layer}" in lines:
-            text += "\n" + verdict(layer, found[layer], lines[f"crossed/{layer}"])
+        if layer in found and both(lines, layer):
+            text += "\n" + verdict(layer, lines)
     return text
 
 
@@ -120,14 +131,14 @@ generations, where less than 0 is below. Runs that agree are no sign that nothin
 HARD = ("5.o, 60%", "0.q, 60%")
 
 
-def verdict(layer: str, record: Record, crossed: Record) -> str:
+def verdict(layer: str, lines: Lines) -> str:
     """How much of the gap a better search closed, and what is left."""
     ends: dict[str, list[float]] = {}
-    for name, above in record["above_best"].items():
+    for name, above in lines[f"gaps/{layer}"]["above_best"].items():
         ends.setdefault(name[:-2], []).append(above)
     apart = max(min(values) for values in ends.values())
-    gap, left = mean(record["cut"]["best"]), mean(crossed_gaps(record, crossed))
-    ahead = percent(1 - mean(crossed["ratio"]))
+    gap, left = mean(cut_gaps(lines, layer)), mean(crossed_gaps(lines, layer))
+    ahead = percent(1 - mean(lines[f"crossed/{layer}"]["ratio"]))
     return (
         f"{layer}: the best runs of the three starts end within {percent(apart)} of each other, with a\n"
         f"gap of {percent(gap)}; `memetic` ends {ahead} below the best of them,\n"
