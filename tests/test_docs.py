@@ -93,6 +93,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
         "weights/gemma3/50%/ADMM",
         "draws/gemma3/0/ADMM",
         "trained/gemma3/1-swap, kept",
+        "recipes/gemma3/default",
         "budgets/gemma3/70%/none",
         "cells/gemma3/50%/none/1-swap, kept",
         "target/gemma3/dense",
@@ -118,7 +119,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
     assert "some machine, some day." in page
     assert "1.00 over 11 runs of Gemma 3 270M" in page
     assert "1.000 (1.000 to 1.000)" in page  # the same losses, side by side
-    assert "| Gemma 3 270M, 19 runs |" in page
+    assert "| Gemma 3 270M, 20 runs |" in page
     assert [line.split("|")[2].strip() for line in page.splitlines()[-8:]] == ["1.00"] * 3 + [
         "-1.00",
         "1.00",
