@@ -91,9 +91,11 @@ TRAINED: dict[str, dict[str, Any]] = {
         "reconstruct": {"granularity": "block"},
     },
 }
-#: label → windows, options of `reconstruct`; windows times epochs are as many throughout
+#: label → windows, options of `reconstruct`; windows times epochs are as many but for one of them
 RECIPES: dict[str, tuple[int, dict[str, Any]]] = {
     "default": (32, {}),
+    "default, once over 128 windows": (128, {"epochs": 1}),
+    "default, four times over 128 windows": (128, {}),
     "blocks, squared error": (32, {"granularity": "block", "loss": "square"}),
     "blocks, squared error, dense inputs, once over 128 windows": (
         128,
