@@ -304,8 +304,8 @@ STUDIES = (
         "50%, masks of the 1-swap search, four times over 32 windows unless said otherwise. Default:\n"
         "attention, then the MLP, by the relative error of every token. Dense inputs: a setting of the\n"
         "code of A Free Lunch in LLM Compression ([arXiv 2510.14444](https://arxiv.org/abs/2510.14444)):\n"
-        "whole blocks by the squared error, on the dense model's inputs, once over 128 windows, which are as\n"
-        "many steps. The learning rate is our default throughout.",
+        "whole blocks by the squared error, on the dense model's inputs, once over 128 windows, as many\n"
+        "steps. The learning rate is our default throughout.",
         {
             "model": MODEL,
             "trained": part(1),
