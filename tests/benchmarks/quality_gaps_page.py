@@ -18,10 +18,9 @@ GAPS = (
 
 def cut_gaps(lines: Lines, label: str) -> list[float]:
     """Of the best masks of long searches, where the bound has its cuts."""
-    pairs = zip(
-        lines[f"gaps/{label}"]["gap"]["best"], lines[f"tightened/{label}"]["ratio"], strict=True
-    )
-    return [1 - (1 - gap) * ratio for gap, ratio in pairs]
+    plain, cut = lines[f"gaps/{label}"]["gap"], lines[f"tightened/{label}"]["wanda"]
+    rows = zip(plain["best"], plain["wanda"], cut, strict=True)
+    return [1 - (1 - wanda_cut) * (1 - best) / (1 - wanda) for best, wanda, wanda_cut in rows]
 
 
 def crossed_gaps(lines: Lines, label: str) -> list[float]:
