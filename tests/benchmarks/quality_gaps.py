@@ -115,7 +115,7 @@ def certified(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]
 
 
 def with_cuts(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]:
-    """Its gaps of Wanda's masks, which every run finds alike: a plain bound that is out of time may differ."""
+    """Its gaps of Wanda's masks, which every run finds alike; a plain bound out of time is not."""
     cut = lower_bound(problem, "sdp", cuts=args.cuts, time_limit=args.cut_seconds)
     gap = 1 - cut.value / solve(problem, "wanda").objective
     return {"wanda": gap.tolist(), "seconds": cut.seconds / problem.rows}
