@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from maskopt import prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.model import reconstruct, training
+from maskopt.model.parts import Recorded
 from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST, MASKS
@@ -121,9 +122,57 @@ def test_a_block_that_would_get_worse_keeps_its_weights() -> None:
     assert [layer.error for layer in kept.layers] == [layer.error for layer in report.layers]
 
 
+def recorded(states: torch.Tensor) -> Recorded:
+    """As of a part that gave these, [windows, 1, length, width]."""
+    found = Recorded(len(states), None)
+    for window, state in enumerate(states):
+        found.put(window, state)
+    return found
+
+
+def test_the_error_of_a_channel_counts_by_its_own_size() -> None:
+    states = torch.randn(3, 1, 50, 32, generator=torch.Generator().manual_seed(0))
+    states[..., 5] = 30.0  # as hidden states of real models have
+    by = reconstruct._scales(recorded(states), [0, 1])
+    wanted, found = states[2], states[2].clone()
+    others = [channel for channel in range(32) if channel != 5]
+    found[..., others] *= 0.9
+    assert float(reconstruct._distance(found, wanted, "relative")) < 5e-4
+    assert float(reconstruct._distance(found * by, wanted * by, "channels")) > 8e-3
+    # and all are measured likewise: of every fitted token, in parts of its length
+    shares = states[:2].square() / states[:2].square().sum(-1, keepdim=True)
+    expected = (shares.mean((0, 1, 2)) / shares.mean()).clamp(min=1e-3).rsqrt()
+    torch.testing.assert_close(by, expected)
+    # the unit of the states, and the order of the channels, are no matter
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(reconstruct._scales(recorded(7 * states), [0, 1]), by)
+    moved = reconstruct._scales(recorded(states[..., order]), [0, 1])
+    torch.testing.assert_close(moved, by[order])
+
+
+def test_channels_and_tokens_of_zeros_have_a_scale() -> None:
+    states = torch.ones(1, 1, 4, 8)
+    states[..., 3] = 0
+    states[0, 0, 2] = 0
+    by = reconstruct._scales(recorded(states), [0])
+    assert torch.isfinite(by).all()
+    assert by[3] == by.max()
+    nothing = reconstruct._scales(recorded(torch.zeros(1, 1, 4, 8)), [0])
+    assert torch.isfinite(nothing).all()
+    zeros = torch.zeros(1, 4, 8)
+    assert float(reconstruct._distance(zeros, zeros, "channels")) == 0
+
+
 @pytest.mark.parametrize(
     "more",
-    [{}, {"begin": "refit"}, {"inputs": "dense"}, {"loss": "cosine"}, {"train": "all"}],
+    [
+        {},
+        {"begin": "refit"},
+        {"inputs": "dense"},
+        {"loss": "relative"},
+        {"loss": "cosine", "granularity": "part"},
+        {"train": "all"},
+    ],
 )
 def test_threads_change_nothing(more: dict[str, Any]) -> None:
     models = []
@@ -142,7 +191,7 @@ def test_threads_change_nothing(more: dict[str, Any]) -> None:
         {"reconstruct": {**HOW, "begin": "refit"}},
         {"reconstruct": {**HOW, "train": "all"}},
         {"reconstruct": {**HOW, "begin": "refit"}, "true_sequential": True, "solver": "magnitude"},
-        {"target": "dense", "reconstruct": {**HOW, "granularity": "block"}},
+        {"target": "dense", "reconstruct": {**HOW, "granularity": "part", "loss": "relative"}},
     ],
 )
 def test_a_run_is_resumed_and_verified(more: dict[str, Any], tmp_path: Path) -> None:
@@ -252,7 +301,7 @@ def test_a_part_that_is_called_twice_says_what_to_take(monkeypatch: pytest.Monke
         kind, "forward", lambda block, *a, **more: block.mlp(once(block, *a, **more))
     )
     with pytest.raises(ModelError, match=r"called 2 times in a pass.*granularity=block"):
-        prune_model(model, tokens(12), **OPTIONS)
+        prune_model(model, tokens(12), **{**OPTIONS, "reconstruct": {"granularity": "part"}})
 
 
 def test_the_command_trains_and_says_what_became_of_it(
@@ -262,6 +311,6 @@ def test_the_command_trains_and_says_what_became_of_it(
     words += ["--min-tokens", "1", "--holdout", "0.34", "--weights", "reconstruct"]
     how = ["--reconstruct", "epochs=2", "--reconstruct", "batch=1"]
     said = run("prune", str(dense), *words, "--seq-len", "16", "--samples", "6", *how)
-    assert "mean of 6 parts" in " ".join(said.split())
+    assert "mean of 3 parts" in " ".join(said.split())
     options = read_manifest(tmp_path / "out" / MANIFEST)["fingerprint"]["options"]
     assert options["reconstruct"]["batch"] == 1

@@ -182,7 +182,7 @@ class Job:
             held=self.options.holdout > 0 and not self.whole,
             beside=self.options.beside,
             refit=self.options.refit is not None,
-            trained=self.options.trained,
+            trained=self.options.trained_states,
             gradients=0 if self.whole else self.options.gradient_windows(self.count),
             variants=0
             if self.whole
@@ -409,5 +409,5 @@ class Job:
 
     def _spills(self, size: int) -> bool:
         """Whether hidden states of so many bytes, and those that are kept beside them, go to a file."""
-        copies = state_copies(beside=self.options.beside, trained=self.options.trained)
+        copies = state_copies(beside=self.options.beside, trained=self.options.trained_states)
         return copies * size > self.activation_memory

@@ -65,7 +65,7 @@ class Load:
         refit: kept weights are refitted: systems of their own for every row.
         gradients: windows whose hidden states of every block are kept, for the loss's gradients by them.
         variants: windows of variants of the model, which go through it before anything is pruned.
-        trained: parts of a block are, on what they are given, towards what they give in the dense model.
+        trained: hidden states of a window that are kept while a block is trained towards the dense model's.
         together: all layers are, in the model as a whole, towards what the dense model predicts.
         recompute: of what gradients need only what enters each block is kept.
     """
@@ -81,7 +81,7 @@ class Load:
     refit: bool = False
     gradients: int = 0
     variants: int = 0
-    trained: bool = False
+    trained: int = 0
     together: bool = False
     recompute: bool = False
 
@@ -167,10 +167,10 @@ def autograd_memory(load: Load) -> int:
     return len(blocks) * 4 * load.length * hidden_size(load.source.model) + max(blocks)
 
 
-def state_copies(*, beside: bool, trained: bool) -> int:
+def state_copies(*, beside: bool, trained: int) -> int:
     """Hidden states of every token that are kept at a time: those of the pruned model; those of the dense one
-    beside them; and where parts are trained what one is given, and what each of two is to give."""
-    return 1 + beside + 3 * trained
+    beside them; and those that a block is trained by."""
+    return 1 + beside + trained
 
 
 def _of_gradients(load: Load, states: int, inputs: int) -> int:

@@ -15,7 +15,7 @@ from maskopt.fields import build
 from maskopt.least_squares import Refit
 from maskopt.model.importance import IMPORTANCES, LOSS, MEASURED, VARIANT_WINDOWS, VARIANTS
 from maskopt.model.solving import check_size, check_solver, default_start
-from maskopt.model.training import Reconstruction
+from maskopt.model.training import BLOCK, Reconstruction
 from maskopt.model.walk_options import (
     MASKS,
     WalkOptions,
@@ -108,8 +108,8 @@ class PruneOptions(WalkOptions):
         KEEP,
         MASKS,
         "Of what is kept. keep: as they are; refit: set anew by least squares, so that they take over from "
-        "the pruned ones, and masks are chosen for that; reconstruct: trained, part by part of a block, to "
-        "give what the dense model gives.",
+        "the pruned ones, and masks are chosen for that; reconstruct: trained, block by block, to give what "
+        "the dense model gives.",
         choices=WEIGHTS,
     )
     reconstruct: Mapping[str, Any] = field(
@@ -231,15 +231,21 @@ class PruneOptions(WalkOptions):
 
     @property
     def beside(self) -> bool:
-        return self.moved or self.trained
+        return self.moved or self.reconstruction is not None
 
     @property
     def moved(self) -> bool:
         return self.target == "dense"
 
     @property
-    def trained(self) -> bool:
-        return self.weights == RECONSTRUCT
+    def trained_states(self) -> int:
+        """Hidden states of a window that are kept while a block is trained: what each part is to give, and
+        what one part at a time is given, or with dense inputs every one."""
+        how = self.reconstruction
+        if how is None:
+            return 0
+        parts = 1 if how.granularity == BLOCK else 2
+        return parts + (parts if how.inputs == "dense" else 1)
 
     @property
     def sensitive(self) -> bool:

@@ -25,6 +25,7 @@ from maskopt.model.report import PartReport
 from maskopt.model.training import (
     ALL,
     BLOCK,
+    CHANNELS,
     COSINE,
     SQUARE,
     Reconstruction,
@@ -34,6 +35,8 @@ from maskopt.model.training import (
 
 #: of the mean square of a window's targets: what a token's own is at least taken for
 _LEAST = 1e-6
+#: of the mean square of all channels: what a channel's own is at least taken for
+_LEAST_OF_CHANNEL = 1e-3
 
 
 class Targets:
@@ -127,7 +130,7 @@ class Targets:
                     part.module,
                     free,
                     stored,
-                    self._loss(index, given),
+                    self._loss(index, given, fitted),
                     fitted,
                     held,
                     told=fitted,
@@ -153,13 +156,20 @@ class Targets:
         for recorded in (*self._wanted, *self._given_dense):
             recorded.close()
 
-    def _loss(self, index: int, given: Recorded) -> Callable[[int], Float[Tensor, ""]]:
+    def _loss(
+        self, index: int, given: Recorded, fitted: Sequence[int]
+    ) -> Callable[[int], Float[Tensor, ""]]:
         """Of a window: how far what a part gives is from what it gives in the dense model."""
-        module, wanted, device = self.parts[index].module, self._wanted[index], self.block.device
+        module, device = self.parts[index].module, self.block.device
+        recorded = self._wanted[index]
+        by = _scales(recorded, fitted).to(device) if self.how.loss == CHANNELS else None
 
         def of(window: int) -> Tensor:
             found = given.call(module, window, device, torch.float32)
-            return _distance(found, wanted.state(window).to(device, torch.float32), self.how.loss)
+            wanted = recorded.state(window).to(device, torch.float32)
+            if by is not None:
+                found, wanted = found * by, wanted * by
+            return _distance(found, wanted, self.how.loss)
 
         return of
 
@@ -232,6 +242,20 @@ class Targets:
                 for window, (heard, output) in zip(wave, found, strict=True):
                     yield window, heard, output
                 tick(len(wave))
+
+
+def _scales(recorded: Recorded, windows: Sequence[int]) -> Float[Tensor, " width"]:
+    """Of every channel of what was recorded: one over its root mean square, float32, on the CPU.
+
+    Every token counts as of length 1. A few channels of a hidden state are many times larger than all others;
+    the norm that reads it has small entries there, so that their errors count for as little as they do here.
+    """
+    total: Tensor | float = 0.0
+    for window in windows:
+        square = recorded.state(window).double().square().flatten(0, -2)
+        total = total + (square / square.sum(-1, keepdim=True).clamp(min=1e-30)).sum(0).cpu()
+    assert isinstance(total, Tensor)
+    return (total / total.mean().clamp(min=1e-30)).clamp(min=_LEAST_OF_CHANNEL).rsqrt().float()
 
 
 def _distance(found: Tensor, wanted: Tensor, loss: str) -> Float[Tensor, ""]:

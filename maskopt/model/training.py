@@ -25,7 +25,7 @@ from maskopt.model.training_state import Keeper, Losses, Progress
 BLOCK, PART = GRANULARITIES = ("block", "part")
 #: of `train`
 WEIGHTS, ALL = TRAINED = ("weights", "all")
-RELATIVE, SQUARE, COSINE = LOSSES = ("relative", "square", "cosine")
+CHANNELS, RELATIVE, SQUARE, COSINE = LOSSES = ("channels", "relative", "square", "cosine")
 #: of all steps, how many the learning rate rises for
 _WARM_UP = 0.05
 #: of the learning rate: a norm's entry scales a whole column, so errors do not cancel as a matrix's do
@@ -59,8 +59,8 @@ class Reconstruction:
     """
 
     granularity: str = option(
-        PART,
-        "what is trained at once; part: a block's attention, then its MLP; block: all of it",
+        BLOCK,
+        "what is trained at once; block: all of it; part: a block's attention, then its MLP",
         choices=GRANULARITIES,
     )
     train: str = option(
@@ -69,9 +69,10 @@ class Reconstruction:
         choices=TRAINED,
     )
     loss: str = option(
-        RELATIVE,
-        "of a token; relative: the squared error as a part of the dense output's square; square: the squared "
-        "error; cosine: one less the cosine",
+        CHANNELS,
+        "of a token; relative: the squared error as a part of the dense output's square; channels: the same, "
+        "each channel measured in its own root mean square; square: the squared error; cosine: one less the "
+        "cosine",
         choices=LOSSES,
     )
     inputs: str = option(

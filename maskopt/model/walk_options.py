@@ -172,9 +172,9 @@ class WalkOptions:
         return False
 
     @property
-    def trained(self) -> bool:
-        """Whether kept weights are trained."""
-        return False
+    def trained_states(self) -> int:
+        """Hidden states of a window that are kept while the kept weights of a block are trained."""
+        return 0
 
     @property
     def refit(self) -> Refit | None:

@@ -64,16 +64,22 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
 DRAWN = ("SparseGPT", "ADMM", "1-swap on F")
 #: seeds of the windows that masks are fitted to
 DRAWS = (0, 1, 2)
+#: of `reconstruct`: a block's attention and then its MLP, by every token's relative error
+PARTS = {"granularity": "part", "loss": "relative"}
 #: what becomes of kept weights → options
 AFTER: dict[str, dict[str, Any]] = {
     "kept": {},
     "refitted": {"weights": "refit"},
     "trained": {"weights": "reconstruct"},
+    "parts trained": {"weights": "reconstruct", "reconstruct": PARTS},
 }
 #: label → other options: the same mask before and after its kept weights are set anew
 TRAINED: dict[str, dict[str, Any]] = {
-    "1-swap, kept": {"solver": "swap"},
-    "1-swap, trained": {"solver": "swap", "weights": "reconstruct"},
+    **{
+        f"1-swap, {after}": {"solver": "swap", **AFTER[after]}
+        for after in AFTER
+        if after != "refitted"
+    },
     "1-swap on F, refitted": {"solver": "swap", "weights": "refit"},
     "1-swap on F, trained": {
         "solver": "swap",
@@ -85,21 +91,18 @@ TRAINED: dict[str, dict[str, Any]] = {
         for label, solver in (("Wanda", "wanda"), ("magnitude", "magnitude"), ("random", "random"))
         for after, own in AFTER.items()
     },
-    "1-swap, whole blocks trained": {
-        "solver": "swap",
-        "weights": "reconstruct",
-        "reconstruct": {"granularity": "block"},
-    },
 }
-#: label → windows, options of `reconstruct`; windows times epochs are as many but for one of them
+#: label → windows, options of `reconstruct`; windows times epochs are as many
 RECIPES: dict[str, tuple[int, dict[str, Any]]] = {
     "default": (32, {}),
     "default, once over 128 windows": (128, {"epochs": 1}),
-    "default, four times over 128 windows": (128, {}),
-    "blocks, squared error": (32, {"granularity": "block", "loss": "square"}),
+    "blocks, relative error": (32, {"loss": "relative"}),
+    "parts, relative error": (32, PARTS),
+    "parts, relative error, once over 128 windows": (128, {**PARTS, "epochs": 1}),
+    "blocks, squared error": (32, {"loss": "square"}),
     "blocks, squared error, dense inputs, once over 128 windows": (
         128,
-        {"granularity": "block", "loss": "square", "inputs": "dense", "epochs": 1},
+        {"loss": "square", "inputs": "dense", "epochs": 1},
     ),
 }
 #: label → other options: masks, and what becomes of the kept weights
@@ -114,11 +117,16 @@ CELLS: dict[str, dict[str, Any]] = {
     "1-swap on F, refitted": {"solver": "swap", "weights": "refit"},
     "SparseGPT": {"solver": "sparsegpt", "weights": "refit", "solver_options": {"update": True}},
     "Wanda, kept": {"solver": "wanda"},
+    "ADMM, parts trained": {
+        "solver": "admm",
+        "weights": "reconstruct",
+        "reconstruct": {"begin": "refit", **PARTS},
+    },
 }
 #: who trades → which of them
 CELLS_OF = {
     "layers, loss": tuple(CELLS)[:3],
-    "none": tuple(CELLS),
+    "none": tuple(CELLS)[:6],
     "rows, loss": tuple(CELLS)[:5],
 }
 #: label → other options: who trades, and what errors count
@@ -239,21 +247,25 @@ def cells(name: str) -> Iterator[Case]:
             yield from (cell(name, label, pattern, trade, weights) for weights in some)
     two = NM(keep=2, of=4)
     yield from (cell(name, "2:4", two, "none", weights) for weights in CELLS_OF["none"])
-    for best in (
-        cell(name, "50%", TRADING["50%"], "layers, loss", "ADMM, trained"),
-        cell(name, "2:4", two, "none", "ADMM, trained"),
-    ):
-        more = {**best.options, **calibrated(128)}
-        yield Case(more, {"auto": f"{best.keys['auto']}, 128 windows"})
-        many = Case(more, best.keys)
-        yield from (distilled(best), distilled(many, ", 128 windows", epochs=1))
-        # of the text, others than those that the blocks were trained on
-        yield from (
-            distilled(best, ", other windows", seed=1),
-            distilled(many, ", 128 other windows", epochs=1, seed=1),
-            distilled(best, ", 256 other windows", epochs=1, seed=1, **calibrated(256)),
-        )
+    for label, pattern, trade in (("50%", TRADING["50%"], "layers, loss"), ("2:4", two, "none")):
+        yield from further(cell(name, label, pattern, trade, "ADMM, trained"))
+        by_parts = cell(name, label, pattern, trade, "ADMM, parts trained")
+        yield from (by_parts, *further(by_parts))
     yield distilled(cell(name, "50%", TRADING["50%"], "none", "SparseGPT"))
+
+
+def further(best: Case) -> Iterator[Case]:
+    """The same with more windows, and with its kept weights trained together afterwards."""
+    more = {**best.options, **calibrated(128)}
+    yield Case(more, {"auto": f"{best.keys['auto']}, 128 windows"})
+    many = Case(more, best.keys)
+    yield from (distilled(best), distilled(many, ", 128 windows", epochs=1))
+    # of the text, others than those that the blocks were trained on
+    yield from (
+        distilled(best, ", other windows", seed=1),
+        distilled(many, ", 128 other windows", epochs=1, seed=1),
+        distilled(best, ", 256 other windows", epochs=1, seed=1, **calibrated(256)),
+    )
 
 
 def distilled(one: Case, windows: str = "", epochs: int = 2, seed: int = 0, **other: Any) -> Case:

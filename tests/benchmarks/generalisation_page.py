@@ -223,6 +223,7 @@ FORETELLING: Mapping[str, Callable[[Record], float]] = {
 MODEL = part(0, TITLES)
 WITH = {"never": "without", "auto": "with"}
 ERRORS = {"error, fitted": figure("fitted"), "held out": figure("held")}
+OF_PARTS = "attention, then the MLP, by the error relative to every token"
 QUALITY = {"perplexity": figure("perplexity", ".1f"), "× dense": ratio}
 STUDIES = (
     Study(
@@ -281,31 +282,33 @@ STUDIES = (
         "trained",
         "Weights that are trained",
         "50%, 32 windows. Kept weights as they are, refitted by least squares, or trained towards the\n"
-        "dense model with the defaults of `--weights reconstruct`: attention and MLP one after the other;\n"
-        "the windows kept aside choose the epoch. Errors are those before weights are trained. Minutes\n"
-        "were taken with other work on the same cores now and then.",
+        "dense model with the defaults of `--weights reconstruct`; the windows kept aside choose the epoch.\n"
+        "Errors are those before weights are trained. Minutes were taken with other work on the same cores\n"
+        "now and then.",
         {
             "model": MODEL,
             "mask, weights": part(1),
             **QUALITY,
             "× 1-swap, kept": beside("1-swap, kept"),
+            "× on F, refitted": beside("1-swap on F, refitted"),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
             "training, min": lambda key, record, found: f"{record.get('training', 0) / 60:.1f}",
         },
         {
-            "whole blocks": "*whole blocks*: a block at a time instead.",
+            "parts trained": f"*parts trained*: {OF_PARTS}.",
             "on F": "*on F*: masks and weights to begin with are those of `--weights refit`.",
         },
     ),
     Study(
         "recipes",
         "How weights are trained",
-        "50%, masks of the 1-swap search, four times over 32 windows unless said otherwise. Default:\n"
-        "attention, then the MLP, by the relative error of every token. Dense inputs: a setting of the\n"
-        "code of A Free Lunch in LLM Compression ([arXiv 2510.14444](https://arxiv.org/abs/2510.14444)):\n"
-        "whole blocks by the squared error, on the dense model's inputs, once over 128 windows, as many\n"
-        "steps. The learning rate is our default throughout.",
+        "50%, masks of the 1-swap search, four times over 32 windows unless said otherwise, as many steps\n"
+        "as once over 128. Default: whole blocks by the error relative to every token, each channel\n"
+        "measured in its own root mean square. Parts: attention, then the MLP. Dense inputs: a setting of\n"
+        "the code of A Free Lunch in LLM Compression\n"
+        "([arXiv 2510.14444](https://arxiv.org/abs/2510.14444)): whole blocks by the squared error, on the\n"
+        "dense model's inputs. The learning rate is our default throughout.",
         {
             "model": MODEL,
             "trained": part(1),
@@ -355,6 +358,7 @@ STUDIES = (
             "minutes": lambda key, record, found: f"{record['seconds'] / 60:.1f}",
         },
         {
+            "parts trained": f"parts trained: {OF_PARTS}.",
             "refitted": "refitted: the least squares alone.",
             "on F": "*on F*: masks are chosen for refitted weights, too.",
             "distilled": "distilled: then trained all together (`maskopt distill`), on the same windows.",

@@ -8,9 +8,9 @@
 Every prune runs in a process of its own, so that its peak resident size is its own. Calibration: the
 demo's text, 32 windows of 512 tokens. The ratio printed last is the second solver's wall time over the
 first one's. A solver that takes a start gets `--warm-start`, by default what `maskopt prune` gives it. Where
-weights are trained, `passes` are the seconds of `training` in forward and backward passes of the two parts of
-a block, and `recorded` those of the three passes through a block that tell what the parts are to make, which
-is no part of `training`, and what each is given, which is.
+weights are trained, `passes` are the seconds of `training` in forward and backward passes of what is trained
+at once, and `recorded` those of the passes through a block that tell what that is to make, which is no part
+of `training`, and what it is given, which is.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 
 from machine import machine_now
 
+from maskopt.cli.parameters import read_solver_options
 from maskopt.model import training
 from maskopt.model.beginning import BOS
 from maskopt.model.reconstruct import Targets
@@ -87,6 +88,7 @@ def child(arguments: argparse.Namespace) -> None:
             warm_start=starts_from,
             calibration=text, samples=arguments.samples, seq_len=512, holdout=arguments.holdout,
             bos=arguments.bos, weights=arguments.weights,
+            reconstruct=read_solver_options(arguments.reconstruct),
             include=include, output=Path(folder) / "out", threads=arguments.threads,
         )  # fmt: skip
     starts = [layer.error_start for layer in report.layers]
@@ -124,6 +126,7 @@ def main() -> None:
         "--holdout", type=float, default=0.0, help="part of the windows that judges"
     )
     parser.add_argument("--weights", choices=("keep", "refit", "reconstruct"), default="keep")
+    parser.add_argument("--reconstruct", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--bos", choices=BOS, default="auto", help="what windows begin with")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -139,6 +142,7 @@ def main() -> None:
             "--samples", str(arguments.samples), "--sparsity", str(arguments.sparsity),
             "--threads", str(arguments.threads), "--bos", arguments.bos,
             "--weights", arguments.weights, "--holdout", str(arguments.holdout),
+            *(word for how in arguments.reconstruct for word in ("--reconstruct", how)),
             *(["--warm-start", arguments.warm_start] if arguments.warm_start else []),
             *(["--text", arguments.text] if arguments.text else []),
         ]  # fmt: skip
