@@ -247,9 +247,13 @@ def cells(name: str) -> Iterator[Case]:
             yield from (cell(name, label, pattern, trade, weights) for weights in some)
     two = NM(keep=2, of=4)
     yield from (cell(name, "2:4", two, "none", weights) for weights in CELLS_OF["none"])
-    for label, pattern, trade in (("50%", TRADING["50%"], "layers, loss"), ("2:4", two, "none")):
-        yield from further(cell(name, label, pattern, trade, "ADMM, trained"))
-        by_parts = cell(name, label, pattern, trade, "ADMM, parts trained")
+    best: dict[str, tuple[Pattern, str]] = {
+        "50%": (TRADING["50%"], "layers, loss"),
+        "2:4": (two, "none"),
+    }
+    for label, how in best.items():
+        yield from further(cell(name, label, *how, "ADMM, trained"))
+        by_parts = cell(name, label, *how, "ADMM, parts trained")
         yield from (by_parts, *further(by_parts))
     yield distilled(cell(name, "50%", TRADING["50%"], "none", "SparseGPT"))
 
