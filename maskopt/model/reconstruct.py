@@ -248,7 +248,7 @@ def _scales(recorded: Recorded, windows: Sequence[int]) -> Float[Tensor, " width
     """Of every channel of what was recorded: one over its root mean square, float32, on the CPU.
 
     Every token counts as of length 1. A few channels of a hidden state may be many times larger than all
-    others; where the norm that reads it has small entries there, as in Gemma, the next layers see little of it.
+    others; where the norm that reads it has small entries there, as in Gemma, later layers see little of it.
     """
     total: Tensor | float = 0.0
     for window in windows:
