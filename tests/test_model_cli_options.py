@@ -14,6 +14,7 @@ from commands import run
 from tiny_models import patched, save, tiny, tokens
 
 from maskopt.errors import ModelError
+from maskopt.model import plan as planning
 from maskopt.model.plan import plan_prune
 from maskopt.model.workspace import MANIFEST, MASKS
 
@@ -158,7 +159,7 @@ def test_a_plan_counts_passes(dense: Path, monkeypatch: pytest.MonkeyPatch) -> N
         model(tokens(4, 16), use_cache=False)
     head = 2 * 4 * 16 * model.lm_head.weight.numel()
     one = counter.get_total_flops() - head  # of all blocks, once
-    monkeypatch.setattr("maskopt.model.plan._speed", lambda _: 1.0)
+    monkeypatch.setattr(planning, "_speed", lambda *_: 1 / planning.SHARE)
     gram = 4 * 16 * 3 * (2 * 32**2 + 32**2 + 48**2)  # q k v, o, gate up, down
     assert plan(dense, one_pass=True).forward_seconds == pytest.approx(one + gram, rel=0.02)
     last = 3 * 2 * 4 * 16 * 32 * 48  # down projections of passes that only collect
@@ -167,6 +168,14 @@ def test_a_plan_counts_passes(dense: Path, monkeypatch: pytest.MonkeyPatch) -> N
     short = plan(dense, include="layers.1.mlp.down_proj").forward_seconds
     assert short == pytest.approx(one / 3 * 3 - last / 3 + 4 * 16 * 48**2, rel=0.02)
     assert plan(dense, true_sequential=True).forward_seconds > plan(dense).forward_seconds
+    # forward and back over three windows of four, forward over the other one, epoch by epoch
+    two, three, parts = (
+        plan(dense, weights="reconstruct", holdout=0.25, reconstruct=how).forward_seconds
+        for how in ({"epochs": 2}, {"epochs": 3}, {"epochs": 3, "granularity": "part"})
+    )
+    share = planning.SHARE / planning.TRAINED_SHARE
+    assert three - two == pytest.approx((3 * 0.75 + 0.25) * one * share, rel=0.02)
+    assert parts - three == pytest.approx(one * share, rel=0.02)
 
 
 def test_a_plan_adds_up(dense: Path) -> None:

@@ -141,7 +141,7 @@ def test_resumed_runs_measure_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_plan_counts_the_variants(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_speed", lambda _: 1e9)  # operations, not this machine
+    monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)  # operations, not this machine
     plan, other = (plan_prune(dense, **{**OPTIONS, "importance": i}) for i in ("measured", "alike"))
     assert plan.forward_seconds > other.forward_seconds
     assert plan.pruned == other.pruned

@@ -114,7 +114,7 @@ def test_problems_have_the_patterns_of_their_layers() -> None:
 def test_the_plan_counts_what_is_pruned_and_the_pass_before(
     dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "_speed", lambda _: 1e9)  # operations, not this machine
+    monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)  # operations, not this machine
     plan, alike = plan_prune(dense, **BOTH), plan_prune(dense, **LAYER)
     assert sum(plan.pruned.values()) == sum(alike.pruned.values())
     assert plan.forward_seconds > alike.forward_seconds

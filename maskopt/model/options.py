@@ -240,12 +240,14 @@ class PruneOptions(WalkOptions):
     @property
     def trained_states(self) -> int:
         """Hidden states of a window that are kept while a block is trained: what each part is to give, and
-        what one part at a time is given, or with dense inputs every one."""
+        what one part at a time is given, or with dense inputs every one. What a whole block is given is what
+        waits before it anyhow."""
         how = self.reconstruction
         if how is None:
             return 0
         parts = 1 if how.granularity == BLOCK else 2
-        return parts + (parts if how.inputs == "dense" else 1)
+        given = 0 if how.granularity == BLOCK else 1
+        return parts + (parts if how.inputs == "dense" else given)
 
     @property
     def sensitive(self) -> bool:

@@ -136,6 +136,19 @@ def first(output: Any) -> Tensor:
     return found
 
 
+def called(part: nn.Module, call: Call, state: Tensor) -> Tensor:
+    """What a part gives of a hidden state, called so, in the state's precision."""
+
+    def as_given(leaf: Any) -> Any:
+        if leaf is HiddenState:
+            return state
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(state.dtype) if floating else leaf
+
+    args, kwargs = tree_unflatten([as_given(leaf) for leaf in call.leaves], call.spec)
+    return first(part(*args, **kwargs))
+
+
 class Recorded:
     """What a part is called with, of all windows; or what it gave.
 
@@ -169,16 +182,7 @@ class Recorded:
         self, part: nn.Module, window: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
         """The part's output, called again as it was, in a precision."""
-        call = self._calls[0][window]
-        state = self.state(window).to(device, dtype)
-
-        def as_given(leaf: Any) -> Any:
-            if leaf is HiddenState:
-                return state
-            return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-        args, kwargs = tree_unflatten([as_given(leaf) for leaf in call.leaves], call.spec)
-        return first(part(*args, **kwargs))
+        return called(part, self._calls[0][window], self.state(window).to(device, dtype))
 
     def close(self) -> None:
         """Free what it holds."""

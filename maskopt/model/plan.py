@@ -29,9 +29,11 @@ from maskopt.model.memory import (
     hidden_size,
 )
 from maskopt.model.options import KEEP, PruneOptions, prune_options
+from maskopt.model.products import fast_products
 from maskopt.model.side_by_side import EVERY
 from maskopt.model.solving import solve_layer
 from maskopt.model.source import Source
+from maskopt.model.training import BLOCK
 from maskopt.model.write import disk_needed
 from maskopt.problem import LayerProblem
 
@@ -125,9 +127,7 @@ def plan_prune(
             layers=layers,
             pruned={layer.name: _pruned(layer, options) for layer in layers},
             memory=estimate_memory(job.load),
-            forward_seconds=0.0
-            if store is not None
-            else _forward_operations(job, options) / _speed(source),
+            forward_seconds=0.0 if store is not None else _pass_seconds(job, options),
             solve_seconds=_solve_seconds(source, layers, options),
             file_seconds=0.0 if checkpoint is None else _file_seconds(checkpoint),
             disk=0 if checkpoint is None else disk_needed(checkpoint, options.weights != KEEP),
@@ -140,9 +140,38 @@ def _pruned(layer: Layer, options: PruneOptions) -> int:
     return options.pattern_of(layer).pruned_in(layer.rows, layer.n)
 
 
+def _pass_seconds(job: Job, options: PruneOptions) -> float:
+    """Of forward passes and Gram matrices, in the model's dtype, and of training, in float32 always."""
+    source = job.source
+    dtype = next(source.model.parameters()).dtype
+    seconds = _forward_operations(job, options) / (SHARE * _speed(source, dtype))
+    if options.reconstruction is not None:
+        trained = _trained_operations(job, options)
+        seconds += trained / (TRAINED_SHARE * _speed(source, torch.float32))
+    return seconds
+
+
+def _trained_operations(job: Job, options: PruneOptions) -> float:
+    """Of the reconstruction of all blocks: forward and back for what is trained on, forward for what judges;
+    and forward for targets, for losses before and after, and by parts for what each is given."""
+    how = options.reconstruction
+    assert how is not None
+    epoch = 3 * (1 - options.holdout) + options.holdout
+    passes = epoch * how.epochs + (3 if how.granularity == BLOCK else 4)
+    blocks = job.source.blocks.modules
+    trained = sum(_pass_operations(job, blocks[index]) for index in by_block(job.layers))
+    return passes * trained * job.count * job.length
+
+
+def _pass_operations(job: Job, block: nn.Module) -> float:
+    """Of a block's forward pass, for a token: two a weight, and attention's two products."""
+    weights = sum(p.numel() for p in block.parameters())
+    return 2.0 * weights + 4 * job.length * hidden_size(job.source.model)
+
+
 def _forward_operations(job: Job, options: PruneOptions) -> float:
-    """Of all forward passes and Gram matrices: two a weight and token, attention's two products,
-    n² for a Gram matrix; where the dense model goes along, its passes, and 3n² for the moments of both."""
+    """Of all forward passes and Gram matrices, n² a token for one; where the dense model goes along, its
+    passes, and 3n² for the moments of both."""
     tokens, width = job.count * job.length, hidden_size(job.source.model)
     chosen = by_block(job.layers)
     squares = 4 if options.beside else 1
@@ -151,7 +180,6 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
         mine = chosen.get(index, [])
         distinct = distinct_inputs(mine)
         passes = 2.0 if options.beside else 1.0
-        weights = sum(p.numel() for p in block.parameters())
         if mine and not options.one_pass:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
@@ -161,13 +189,7 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
             passes += (variants * (index + 1) + 2 * min(VARIANT_WINDOWS, job.count)) / job.count
         elif options.layers_trade and not options.counts:  # once more through the dense model
             passes += min(GRADIENT_WINDOWS, job.count) / job.count
-        if options.reconstruction is not None:
-            # forward and back for what is trained on, forward for what judges; targets, inputs
-            epoch = 3 * (1 - options.holdout) + options.holdout
-            passes += (epoch * options.reconstruction.epochs + 4) * SHARE / TRAINED_SHARE
-        total += passes * (2 * weights + 4 * job.length * width) + squares * sum(
-            n * n for n in distinct
-        )
+        total += passes * _pass_operations(job, block) + squares * sum(n * n for n in distinct)
     judged = options.variant_windows(job.count, len(job.source.blocks)) * job.length / EVERY
     head = 2.0 * judged * vocabulary_size(job.source.model) * width
     return total * tokens + head + _gradient_operations(job, options)
@@ -177,18 +199,13 @@ def _gradient_operations(job: Job, options: PruneOptions) -> float:
     """Of the loss's gradients, which go through all blocks and the head, whichever layers are chosen: a block
     forward for what enters it, and again, with a backward pass; the head forward and back."""
     model, width = job.source.model, hidden_size(job.source.model)
-    blocks = sum(
-        2 * sum(p.numel() for p in block.parameters()) + 4 * job.length * width
-        for block in job.source.blocks.modules
-    )
+    blocks = sum(_pass_operations(job, block) for block in job.source.blocks.modules)
     windows = options.gradient_windows(job.count)
     return windows * job.length * (4.0 * blocks + 4.0 * vocabulary_size(model) * width)
 
 
-def _speed(source: Source) -> float:
-    """Operations a second that forward passes and Gram matrices reach here: a share of a large
-    matrix product's."""
-    dtype = next(source.model.parameters()).dtype
+def _speed(source: Source, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product here."""
     a = torch.rand(1024, 1024, device=source.device).to(dtype)
 
     def timed(count: int) -> float:
@@ -198,11 +215,12 @@ def _speed(source: Source) -> float:
         float(product[0, 0])  # waits for a device that runs on its own
         return time.perf_counter() - began
 
-    timed(2)
-    count = 2
-    while (seconds := timed(count)) < 0.3:
-        count *= 2
-    return SHARE * count * 2 * 1024**3 / seconds
+    with fast_products():
+        timed(2)
+        count = 2
+        while (seconds := timed(count)) < 0.3:
+            count *= 2
+    return count * 2 * 1024**3 / seconds
 
 
 def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:

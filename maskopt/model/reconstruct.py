@@ -1,8 +1,8 @@
 """The reconstruction of a block: its kept weights are trained, part by part, towards the dense block.
 
 While the block still has its dense weights its parts' outputs in the dense model are recorded. Once its
-layers are pruned each part in turn is given what it is given in the pruned model (with the parts before it
-trained already), and its kept weights are trained to give what was recorded.
+layers are pruned each part in turn, or the block as a whole, is given what it is given in the pruned model
+(with the parts before it trained already), and its kept weights are trained to give what was recorded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from maskopt.errors import ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer
 from maskopt.model.collect import OpenBlock
-from maskopt.model.parts import Heard, Listener, Part, Recorded, parts_of
+from maskopt.model.parts import Heard, Listener, Part, Recorded, called, parts_of
 from maskopt.model.report import PartReport
 from maskopt.model.training import (
     ALL,
@@ -123,14 +123,14 @@ class Targets:
             free, stored = self._free(part, masks)
             if not free:
                 continue
-            with self._given(index, ticker) as given:
+            with self._outputs(index, ticker) as gives:
                 task = Task(
                     part.name or "a block",
                     "leave its layers out with `exclude`",
                     part.module,
                     free,
                     stored,
-                    self._loss(index, given, fitted),
+                    self._loss(index, gives, fitted),
                     fitted,
                     held,
                     told=fitted,
@@ -157,15 +157,14 @@ class Targets:
             recorded.close()
 
     def _loss(
-        self, index: int, given: Recorded, fitted: Sequence[int]
+        self, index: int, gives: Callable[[int], Tensor], fitted: Sequence[int]
     ) -> Callable[[int], Float[Tensor, ""]]:
         """Of a window: how far what a part gives is from what it gives in the dense model."""
-        module, device = self.parts[index].module, self.block.device
-        recorded = self._wanted[index]
+        recorded, device = self._wanted[index], self.block.device
         by = _scales(recorded, fitted).to(device) if self.how.loss == CHANNELS else None
 
         def of(window: int) -> Tensor:
-            found = given.call(module, window, device, torch.float32)
+            found = gives(window)
             wanted = recorded.state(window).to(device, torch.float32)
             if by is not None:
                 found, wanted = found * by, wanted * by
@@ -207,19 +206,30 @@ class Targets:
                 self.trained_vectors.add(f"{prefix}.{name}")
 
     @contextmanager
-    def _given(
+    def _outputs(
         self, index: int, ticker: Callable[[str, int], Callable[[int], None]]
-    ) -> Iterator[Recorded]:
-        """What a part is given, by the model as it is now."""
+    ) -> Iterator[Callable[[int], Tensor]]:
+        """What a part gives of a window, in float32, on what it is given in the model as it is now."""
+        module, block = self.parts[index].module, self.block
+        samples, device = block.samples, block.device
+
+        def again(given: Recorded) -> Callable[[int], Tensor]:
+            return lambda window: given.call(module, window, device, torch.float32)
+
         if self.how.inputs == "dense":
-            yield self._given_dense[index]
+            yield again(self._given_dense[index])
             return
-        samples, given = self.block.samples, self._recorded()
+        if self.how.granularity == BLOCK:  # what it is given is what the walk holds
+            yield lambda window: called(
+                module, block.calls[window], samples.states[window].to(device, torch.float32)
+            )
+            return
+        given = self._recorded()
         try:
             tick = ticker("inputs", len(samples.active))
             for window, heard, _ in self._passes([index], samples.states, tick):
                 given.put_call(window, heard[0])
-            yield given
+            yield again(given)
         finally:
             given.close()
 

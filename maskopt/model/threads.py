@@ -11,6 +11,7 @@ import torch
 
 from maskopt.errors import ModelError
 from maskopt.limits import torch_threads
+from maskopt.model.products import fast_products
 
 T = TypeVar("T")
 
@@ -37,6 +38,11 @@ class Threads:
     def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
         if self._pool is None:
             return [_without_grad(piece) for piece in pieces]
+        with fast_products():
+            return self._results(pieces)
+
+    def _results(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        assert self._pool is not None
         try:
             futures = [self._pool.submit(_without_grad, piece) for piece in pieces]
         except RuntimeError as error:  # "can't start new thread"
