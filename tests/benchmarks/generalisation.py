@@ -50,16 +50,11 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
     "ADMM, λ = 0.1": ("admm", None, "refit", "row", {"damping": 0.1}),
     "Wanda": ("wanda", None, "refit", "row", {}),
     "1-swap on F, rows trade": ("swap", None, "refit", "layer", {}),
-    "ADMM, rows trade": ("admm", None, "refit", "layer", {}),
-    "SparseGPT, rows trade": (
-        "sparsegpt",
-        None,
-        "refit",
-        "layer",
-        {"solver_options": {"update": True}},
-    ),
+    "1-swap, weights kept": ("swap", None, "keep", "row", {}),
     "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {}),
 }
+#: of WEIGHTS, those that are looked at under one pattern alone
+LESS_TIED = ("1-swap on F, λ = 0.1", "ADMM, λ = 0.1")
 #: masks that are fitted to several draws of windows
 DRAWN = ("SparseGPT", "ADMM", "1-swap on F")
 #: seeds of the windows that masks are fitted to
@@ -114,7 +109,6 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     "ADMM, refitted": {"solver": "admm", "weights": "refit"},
     "1-swap, kept": {"solver": "swap"},
-    "1-swap on F, refitted": {"solver": "swap", "weights": "refit"},
     "SparseGPT": {"solver": "sparsegpt", "weights": "refit", "solver_options": {"update": True}},
     "Wanda, kept": {"solver": "wanda"},
     "ADMM, parts trained": {
@@ -123,12 +117,8 @@ CELLS: dict[str, dict[str, Any]] = {
         "reconstruct": {"begin": "refit", **PARTS},
     },
 }
-#: who trades → which of them
-CELLS_OF = {
-    "layers, loss": tuple(CELLS)[:3],
-    "none": tuple(CELLS)[:6],
-    "rows, loss": tuple(CELLS)[:5],
-}
+#: of them, those of every pattern and budget
+EVERYWHERE = ("ADMM, trained", "ADMM, refitted", "1-swap, kept")
 #: label → other options: who trades, and what errors count
 BUDGETS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -204,7 +194,9 @@ def methods(name: str) -> Iterator[Case]:
 def weights(name: str) -> Iterator[Case]:
     for pattern, value in {**PATTERNS, "70%": Unstructured(sparsity=0.7)}.items():
         for label, (solver, start, after, budget, own) in WEIGHTS.items():
-            if budget == "layer" and isinstance(value, NM):
+            if (budget == "layer" and isinstance(value, NM)) or (
+                label in LESS_TIED and pattern != "50%"
+            ):
                 continue
             how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
             how |= {"weights": after, "budget": budget, **own}
@@ -243,45 +235,36 @@ def budgets(name: str) -> Iterator[Case]:
 
 def cells(name: str) -> Iterator[Case]:
     for label, pattern in TRADING.items():
-        for trade, some in CELLS_OF.items():
-            yield from (cell(name, label, pattern, trade, weights) for weights in some)
+        for trade in ("layers, loss", "none", "rows, loss"):
+            yield from (cell(name, label, pattern, trade, weights) for weights in EVERYWHERE)
     two = NM(keep=2, of=4)
-    yield from (cell(name, "2:4", two, "none", weights) for weights in CELLS_OF["none"])
+    yield from (cell(name, "2:4", two, "none", weights) for weights in EVERYWHERE)
+    yield cell(name, "50%", TRADING["50%"], "none", "Wanda, kept")
+    others = cell(name, "50%", TRADING["50%"], "none", "SparseGPT")
+    yield from (others, distilled(others))
     best: dict[str, tuple[Pattern, str]] = {
         "50%": (TRADING["50%"], "layers, loss"),
         "2:4": (two, "none"),
     }
     for label, how in best.items():
         yield from further(cell(name, label, *how, "ADMM, trained"))
-        by_parts = cell(name, label, *how, "ADMM, parts trained")
-        yield from (by_parts, *further(by_parts))
-    yield distilled(cell(name, "50%", TRADING["50%"], "none", "SparseGPT"))
+        yield cell(name, label, *how, "ADMM, parts trained")
 
 
 def further(best: Case) -> Iterator[Case]:
     """The same with more windows, and with its kept weights trained together afterwards."""
     more = {**best.options, **calibrated(128)}
+    # others of the text are those that the blocks were not trained on
+    yield from (distilled(best), distilled(best, ", other windows", seed=1))
     yield Case(more, {"auto": f"{best.keys['auto']}, 128 windows"})
-    many = Case(more, best.keys)
-    yield from (distilled(best), distilled(many, ", 128 windows", epochs=1))
-    # of the text, others than those that the blocks were trained on
-    yield from (
-        distilled(best, ", other windows", seed=1),
-        distilled(many, ", 128 other windows", epochs=1, seed=1),
-        distilled(best, ", 256 other windows", epochs=1, seed=1, **calibrated(256)),
-    )
+    yield distilled(Case(more, best.keys), ", 128 other windows", epochs=1, seed=1)
 
 
-def distilled(one: Case, windows: str = "", epochs: int = 2, seed: int = 0, **other: Any) -> Case:
-    """The same, its kept weights trained together afterwards; on the same windows if `seed` is theirs.
-
-    other: samples and holdout where they are not those of the masks
-    """
+def distilled(one: Case, windows: str = "", epochs: int = 2, seed: int = 0) -> Case:
+    """The same, its kept weights trained together afterwards; on the same windows if `seed` is theirs."""
     how = {name: one.options[name] for name in ("samples", "holdout")}
     key = f"{one.keys['auto']}, distilled{windows}"
-    return Case(
-        one.options, {"auto": key}, distilled={**how, "epochs": epochs, "seed": seed, **other}
-    )
+    return Case(one.options, {"auto": key}, distilled={**how, "epochs": epochs, "seed": seed})
 
 
 def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
@@ -405,15 +388,20 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
     folder = Path(tempfile.mkdtemp(prefix="maskopt-generalisation-"))
     try:
         found = []
+        pruned: list[tuple[Case, Path, PruneReport]] = []
         for number, case in enumerate(cases):
-            out = folder / str(number)
             judges = judging_layers(dense, args.calibration)
-            how = dict(case.options)
-            if case.shares is not None:
-                how["counts"] = shared_out(case.shares, judges, how["pattern"])
-            report = prune_model(
-                dense, calibration=args.calibration, output=out, seq_len=512, **how
-            )
+            known = [x for x in pruned if alike(x[0]._replace(distilled=case.distilled), case)]
+            if known:  # what follows the prune is another
+                _, out, report = known[0]
+            else:
+                out, how = folder / str(number), dict(case.options)
+                if case.shares is not None:
+                    how["counts"] = shared_out(case.shares, judges, how["pattern"])
+                report = prune_model(
+                    dense, calibration=args.calibration, output=out, seq_len=512, **how
+                )
+                pruned.append((case, out, report))
             facts = {"seconds": report.seconds, **errors(report)}
             if case.distilled is not None:
                 after = folder / f"{number}, distilled"
