@@ -11,8 +11,7 @@ from maskopt.model import products
 from maskopt.model.products import fast_products
 from maskopt.model.threads import Threads
 
-SETTING = getattr(torch.backends.mkldnn, "matmul", None)
-has_setting = pytest.mark.skipif(SETTING is None, reason="torch 2.9 has the setting")
+setting = torch.get_float32_matmul_precision
 
 
 @pytest.fixture
@@ -38,39 +37,62 @@ def test_products_are_of_float32_inside_and_on_the_threads() -> None:
         assert max(threads.run([error, error, error])) < 1e-6
 
 
-@has_setting
-def test_the_setting_is_as_before_when_all_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_the_setting_is_as_before_when_all_are_out(
+    before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(products, "_precise", lambda: True)
-    before = SETTING.fp32_precision  # type: ignore[union-attr]
-    with fast_products():
+    usual = setting()
+    torch.set_float32_matmul_precision(before)
+    try:
         with fast_products():
-            assert SETTING.fp32_precision == "bf16"  # type: ignore[union-attr]
-        assert SETTING.fp32_precision == "bf16"  # type: ignore[union-attr]
-    assert before == SETTING.fp32_precision  # type: ignore[union-attr]
-    with pytest.raises(ZeroDivisionError), fast_products():
-        raise ZeroDivisionError
-    assert before == SETTING.fp32_precision  # type: ignore[union-attr]
+            with fast_products():
+                assert setting() == "medium"
+            assert setting() == "medium"
+        assert setting() == before
+        with pytest.raises(ZeroDivisionError), fast_products():
+            raise ZeroDivisionError
+        assert setting() == before
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
-@has_setting
 def test_a_processor_that_rounds_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, fresh: None
 ) -> None:
-    before = SETTING.fp32_precision  # type: ignore[union-attr]
-    exact = torch.Tensor.__matmul__
+    before, exact = setting(), torch.Tensor.__matmul__
 
     def rounded(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        if left.dtype == torch.float32 and SETTING.fp32_precision == "bf16":  # type: ignore[union-attr]
+        if left.dtype == torch.float32 and setting() == "medium":
             return exact(left.bfloat16(), right.bfloat16()).float()
         return exact(left, right)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     with fast_products():
-        assert before == SETTING.fp32_precision  # type: ignore[union-attr]
+        assert setting() == before
     assert not products._precise()
 
 
-def test_an_older_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
-    monkeypatch.setattr(products, "_SETTING", None)
+def test_a_machine_with_an_accelerator_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, fresh: None
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    before = setting()
+    with fast_products():
+        assert setting() == before
+    assert not products._precise()
+
+
+def test_a_setting_by_other_means_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, fresh: None
+) -> None:
+    def mixed() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    with fast_products():
+        assert error() < 1e-6
+    assert not products._precise()
+    monkeypatch.setattr(products, "_precise", lambda: True)  # it was told before
     with fast_products():
         assert error() < 1e-6

@@ -85,6 +85,7 @@ TRAINED: dict[str, dict[str, Any]] = {
         f"{label}, {after}": {"solver": solver, **own}
         for label, solver in (("Wanda", "wanda"), ("magnitude", "magnitude"), ("random", "random"))
         for after, own in AFTER.items()
+        if after != "parts trained" or solver == "wanda"
     },
 }
 #: label → windows, options of `reconstruct`; windows times epochs are as many
