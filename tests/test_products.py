@@ -58,7 +58,7 @@ def test_the_setting_is_as_before_when_all_are_out(
 
 
 def test_a_processor_that_rounds_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, fresh: None
+    fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, exact = setting(), torch.Tensor.__matmul__
 
@@ -74,7 +74,7 @@ def test_a_processor_that_rounds_is_left_alone(
 
 
 def test_a_machine_with_an_accelerator_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, fresh: None
+    fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     before = setting()
@@ -84,7 +84,7 @@ def test_a_machine_with_an_accelerator_is_left_alone(
 
 
 def test_a_setting_by_other_means_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, fresh: None
+    fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def mixed() -> str:
         raise RuntimeError("mix of the legacy and new APIs")
