@@ -19,7 +19,7 @@ def test_value_and_derivative_are_those_of_torch(positions: int) -> None:
     (derivative,) = torch.autograd.grad(loss, exact)
     slope = torch.empty_like(found)
     value = divergence(wanted, found, slope)
-    assert float(value) == pytest.approx(float(loss), rel=1e-5)
+    assert float(value) == pytest.approx(loss.item(), rel=1e-5)
     assert torch.allclose(slope.double(), derivative, atol=1e-6)
     assert torch.equal(divergence(wanted, found, None), value)
 
