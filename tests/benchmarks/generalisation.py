@@ -85,7 +85,7 @@ TRAINED: dict[str, dict[str, Any]] = {
         f"{label}, {after}": {"solver": solver, **own}
         for label, solver in (("Wanda", "wanda"), ("magnitude", "magnitude"), ("random", "random"))
         for after, own in AFTER.items()
-        if after != "parts trained" or solver == "wanda"
+        if after != "parts trained" or solver != "random"
     },
 }
 #: label → windows, options of `reconstruct`; windows times epochs are as many
@@ -249,16 +249,21 @@ def cells(name: str) -> Iterator[Case]:
     }
     for label, how in best.items():
         yield from further(cell(name, label, *how, "ADMM, trained"))
-        yield cell(name, label, *how, "ADMM, parts trained")
+        by_parts = cell(name, label, *how, "ADMM, parts trained")
+        yield from (by_parts, *on_windows(by_parts))
 
 
 def further(best: Case) -> Iterator[Case]:
-    """The same with more windows, and with its kept weights trained together afterwards."""
+    """The same with its kept weights trained together afterwards, and with more windows."""
+    yield from on_windows(best)
     more = {**best.options, **calibrated(128)}
-    # others of the text are those that the blocks were not trained on
-    yield from (distilled(best), distilled(best, ", other windows", seed=1))
     yield Case(more, {"auto": f"{best.keys['auto']}, 128 windows"})
     yield distilled(Case(more, best.keys), ", 128 other windows", epochs=1, seed=1)
+
+
+def on_windows(one: Case) -> Iterator[Case]:
+    """Its kept weights trained together on the windows of its masks, and on others of the text."""
+    yield from (distilled(one), distilled(one, ", other windows", seed=1))
 
 
 def distilled(one: Case, windows: str = "", epochs: int = 2, seed: int = 0) -> Case:

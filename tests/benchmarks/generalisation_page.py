@@ -182,6 +182,11 @@ def figure(name: str, form: str = ".4f") -> Column:
     return lambda key, record, found: format(record[name], form)
 
 
+def minutes(name: str) -> Column:
+    """Of seconds; nothing where they were not taken."""
+    return lambda key, record, found: f"{record[name] / 60:.1f}" if name in record else ""
+
+
 def ratio(key: Key, record: Record, found: Found) -> str:
     middle, low, high = record["ratio"]
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
@@ -258,7 +263,7 @@ STUDIES = (
             "× ADMM": beside("ADMM"),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
-            "solving, min": lambda key, record, found: f"{record['solving'] / 60:.1f}",
+            "solving, min": minutes("solving"),
         },
     ),
     Study(
@@ -293,7 +298,7 @@ STUDIES = (
             "× on F, refitted": beside("1-swap on F, refitted"),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
-            "training, min": lambda key, record, found: f"{record.get('training', 0) / 60:.1f}",
+            "training, min": minutes("training"),
         },
         {
             "parts trained": f"*parts trained*: {OF_PARTS}.",
@@ -315,7 +320,7 @@ STUDIES = (
             **QUALITY,
             "× default": beside("default"),
             "KL to dense": figure("kl", ".3f"),
-            "training, min": lambda key, record, found: f"{record.get('training', 0) / 60:.1f}",
+            "training, min": minutes("training"),
         },
     ),
     Study(
@@ -355,7 +360,7 @@ STUDIES = (
             "× 1-swap, kept": beside("1-swap, kept"),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
-            "minutes": lambda key, record, found: f"{record['seconds'] / 60:.1f}",
+            "minutes": minutes("seconds"),
         },
         {
             "parts trained": f"parts trained: {OF_PARTS}.",
