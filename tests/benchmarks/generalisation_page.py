@@ -349,8 +349,7 @@ STUDIES = (
         "damping λ = 0.01, then trained towards the dense model with the defaults of `--weights\n"
         "reconstruct`. SparseGPT's weights are its own; ADMM's masks are chosen for refitted weights.\n"
         "Who trades: `budget` and `importance` as above. Errors are those before training. Minutes were\n"
-        "taken with other work on the same cores now and then, and those of 128 windows hold half an hour\n"
-        "of waiting.",
+        "taken with other work on the same cores now and then.",
         {
             "model": MODEL,
             "pattern": part(1),
