@@ -10,7 +10,7 @@ demo's text, 32 windows of 512 tokens. The ratio printed last is the second solv
 first one's. A solver that takes a start gets `--warm-start`, by default what `maskopt prune` gives it. Where
 weights are trained, `passes` are the seconds of `training` in forward and backward passes of what is trained
 at once, and `recorded` those of the passes through a block that tell what that is to make, which is no part
-of `training`, and what it is given, which is.
+of `training`, and by parts what it is given, which is.
 """
 
 from __future__ import annotations
