@@ -30,6 +30,14 @@ def error() -> float:
     return float((left @ right - exact).norm() / exact.norm())
 
 
+def check_left_alone() -> None:
+    """The setting is as before inside, too."""
+    before = setting()
+    with fast_products():
+        assert setting() == before
+    assert not products._precise()
+
+
 def test_products_are_of_float32_inside_and_on_the_threads() -> None:
     with fast_products():
         assert error() < 1e-6
@@ -60,7 +68,7 @@ def test_the_setting_is_as_before_when_all_are_out(
 def test_a_processor_that_rounds_is_left_alone(
     fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, exact = setting(), torch.Tensor.__matmul__
+    exact = torch.Tensor.__matmul__
 
     def rounded(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         if left.dtype == torch.float32 and setting() == "medium":
@@ -68,19 +76,14 @@ def test_a_processor_that_rounds_is_left_alone(
         return exact(left, right)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    with fast_products():
-        assert setting() == before
-    assert not products._precise()
+    check_left_alone()
 
 
 def test_a_machine_with_an_accelerator_is_left_alone(
     fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    before = setting()
-    with fast_products():
-        assert setting() == before
-    assert not products._precise()
+    check_left_alone()
 
 
 def test_a_setting_by_other_means_is_left_alone(
@@ -93,6 +96,7 @@ def test_a_setting_by_other_means_is_left_alone(
     with fast_products():
         assert error() < 1e-6
     assert not products._precise()
-    monkeypatch.setattr(products, "_precise", lambda: True)  # it was told before
+    # it was told before
+    monkeypatch.setattr(products, "_precise", lambda: True)
     with fast_products():
         assert error() < 1e-6

@@ -1,7 +1,7 @@
 """float32 products on the CPU by the faster of torch's two libraries, where it is as precise.
 
-torch multiplies float32 matrices with MKL, whose kernels for processors other than Intel's leave half of
-their AVX-512 units idle; oneDNN's do not. To oneDNN torch goes only where it is allowed to round to bfloat16
+torch multiplies float32 matrices with MKL, which on an AMD EPYC with AVX-512 is less than half as fast as
+oneDNN, at the same error. To oneDNN torch goes only where it is allowed to round to bfloat16
 (`torch.set_float32_matmul_precision("medium")`), which oneDNN makes use of where it gains by it. So a product
 says first whether it does here.
 """

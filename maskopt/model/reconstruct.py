@@ -219,7 +219,8 @@ class Targets:
         if self.how.inputs == "dense":
             yield again(self._given_dense[index])
             return
-        if self.how.granularity == BLOCK:  # what it is given is what the walk holds
+        if self.how.granularity == BLOCK:
+            # what it is given is what the walk holds
             yield lambda window: called(
                 module, block.calls[window], samples.states[window].to(device, torch.float32)
             )

@@ -53,8 +53,8 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
     "1-swap, weights kept": ("swap", None, "keep", "row", {}),
     "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {}),
 }
-#: of WEIGHTS, those that are looked at under one pattern alone
-LESS_TIED = ("1-swap on F, λ = 0.1", "ADMM, λ = 0.1")
+#: of WEIGHTS, those that are looked at where half is pruned, and nowhere else
+AT_HALF = ("1-swap on F, λ = 0.1", "ADMM, λ = 0.1")
 #: masks that are fitted to several draws of windows
 DRAWN = ("SparseGPT", "ADMM", "1-swap on F")
 #: seeds of the windows that masks are fitted to
@@ -196,7 +196,7 @@ def weights(name: str) -> Iterator[Case]:
     for pattern, value in {**PATTERNS, "70%": Unstructured(sparsity=0.7)}.items():
         for label, (solver, start, after, budget, own) in WEIGHTS.items():
             if (budget == "layer" and isinstance(value, NM)) or (
-                label in LESS_TIED and pattern != "50%"
+                label in AT_HALF and pattern != "50%"
             ):
                 continue
             how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
@@ -398,7 +398,8 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
         for number, case in enumerate(cases):
             judges = judging_layers(dense, args.calibration)
             known = [x for x in pruned if alike(x[0]._replace(distilled=case.distilled), case)]
-            if known:  # what follows the prune is another
+            if known:
+                # what follows the prune is another
                 _, out, report = known[0]
             else:
                 out, how = folder / str(number), dict(case.options)
