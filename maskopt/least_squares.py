@@ -21,13 +21,15 @@ from torch import Tensor
 
 from maskopt.errors import OptionError, ProblemError
 from maskopt.limits import Limits, one_thread_each
+from maskopt.products import fast_products
 
 #: least damping: below it float64 could not tell one kept set from another where G is singular
 LEAST_DAMPING = 1e-6
-#: bytes of gathered matrices that one thread works on, where the caller sets no limit
-_TILE_BYTES = 2**25
+#: bytes of gathered matrices that one thread works on: as many as stay near it, but more, up to so many, for
+#: so many rows, since A is read for all of them together
+_TILE_BYTES, _MOST_BYTES, _TILE_ROWS = 2**25, 2**26, 16
 #: size below which LAPACK factorises
-_LEAF = 64
+_LEAF = 32
 #: relative residual in float64 at which a row is done, steps of refinement at most, and the residual above
 #: which a factor in float32 was not good enough
 _DONE, _REFINEMENTS, _POOR = 1e-10, 12, 1e-7
@@ -125,8 +127,8 @@ class LeastSquares:
         limits = limits or Limits()
         threads = (limits.threads or torch.get_num_threads()) if mask.device.type == "cpu" else 1
         row_bytes = 2 * self.gram.element_size() * max(kept, 1) ** 2 + 64 * n
-        tile = limits.bytes(threads * _TILE_BYTES) // threads // row_bytes
-        tile = max(1, min(tile, rows))
+        most = limits.bytes(threads * _MOST_BYTES) // threads // row_bytes
+        tile = max(1, min(max(_TILE_BYTES // row_bytes, _TILE_ROWS), most, rows))
         alike = [(counts == count).nonzero()[:, 0] for count in counts.unique()]
         parts = [part for rows in alike for part in rows.split(tile)]
         _ = self.damped  # made once, not by every thread
@@ -139,7 +141,8 @@ class LeastSquares:
             index = rows.nonzero()[:, 1].view(len(rows), int(rows[0].sum()))
             return self._some(target[parts[part]], index, own.pages)
 
-        found = torch.cat(one_thread_each(some, len(parts), threads))
+        with fast_products():
+            found = torch.cat(one_thread_each(some, len(parts), threads))
         return torch.empty_like(found).index_copy_(0, torch.cat(parts), found)
 
     def _some(self, target: Tensor, index: Tensor, pages: _Pages) -> Tensor:
@@ -206,12 +209,24 @@ def _factorise(matrix: Float[Tensor, "rows k k"]) -> Bool[Tensor, " rows"]:
         matrix.copy_(factor)
         return broken == 0
     half = size // 2
-    one, two = matrix[:, :half, :half], matrix[:, half:, half:]
+    one, two, below = matrix[:, :half, :half], matrix[:, half:, half:], matrix[:, half:, :half]
     whole = _factorise(one)
-    below = torch.linalg.solve_triangular(one, matrix[:, :half, half:], upper=False)
-    matrix[:, half:, :half] = below.mT
-    two.baddbmm_(below.mT, below, alpha=-1)
+    _divide(below, one)
+    two.baddbmm_(below, below.mT, alpha=-1)
     return whole & _factorise(two)
+
+
+def _divide(x: Float[Tensor, "rows m k"], factor: Float[Tensor, "rows k k"]) -> None:
+    """x L⁻ᵀ in place, likewise by halves."""
+    size = factor.shape[1]
+    if size <= _LEAF:
+        x.copy_(torch.linalg.solve_triangular(factor, x.mT, upper=False).mT)
+        return
+    half = size // 2
+    one, two = x[:, :, :half], x[:, :, half:]
+    _divide(one, factor[:, :half, :half])
+    two.baddbmm_(one, factor[:, half:, :half].mT, alpha=-1)
+    _divide(two, factor[:, half:, half:])
 
 
 def _substituted(factor: Float[Tensor, "rows k k"], right: Float[Tensor, "rows k"]) -> Tensor:

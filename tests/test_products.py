@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from maskopt.model import products
-from maskopt.model.products import fast_products
+from maskopt import products
 from maskopt.model.threads import Threads
+from maskopt.products import fast_products
 
 setting = torch.get_float32_matmul_precision
 

@@ -29,13 +29,13 @@ from maskopt.model.memory import (
     hidden_size,
 )
 from maskopt.model.options import KEEP, PruneOptions, prune_options
-from maskopt.model.products import fast_products
 from maskopt.model.side_by_side import EVERY
 from maskopt.model.solving import solve_layer
 from maskopt.model.source import Source
 from maskopt.model.training import BLOCK
 from maskopt.model.write import disk_needed
 from maskopt.problem import LayerProblem
+from maskopt.products import fast_products
 
 #: inputs of the small problem that the solver's speed is measured on, and its rows: more of them
 #: as long as they take next to no time

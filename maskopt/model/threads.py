@@ -11,7 +11,7 @@ import torch
 
 from maskopt.errors import ModelError
 from maskopt.limits import torch_threads
-from maskopt.model.products import fast_products
+from maskopt.products import fast_products
 
 T = TypeVar("T")
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from maskopt.fields import option
 from maskopt.limits import Limits, one_thread_each
 from maskopt.problem import LayerProblem
+from maskopt.products import fast_products
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities
 from maskopt.solvers.greedy.select import keep_highest
@@ -71,7 +72,8 @@ class Admm(Damped):
             return self._masks(refitted.take(rows), target[rows], *shared, limits)
 
         parallel = partial(one_thread_each, threads=_threads(problem))
-        found = [some(0)] if problem.pooled else parallel(some, len(parts))
+        with fast_products():
+            found = [some(0)] if problem.pooled else parallel(some, len(parts))
         mask, steps = (torch.cat([part[which] for part in found]) for which in (0, 1))
         return Solution.of(problem, mask, trace=SplittingTrace(steps.cpu()))
 
