@@ -96,6 +96,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
         "recipes/gemma3/default",
         "budgets/gemma3/70%/none",
         "cells/gemma3/50%/none/1-swap, kept",
+        "rates/gemma3/0.0003",
         "target/gemma3/dense",
         "weighting/gemma3/rest",
         "shrink/gemma3/2:4/auto",
@@ -110,6 +111,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
         more |= dict.fromkeys(("raw", "relative", "rows", "kl"), error) | {
             "loss": -error,
             "hidden": [error] * 2,
+            "divergence": [0.2, 0.1],
         }
         book.put(key, {**record, **more, "ratio": [2.0 - number / 10, 1.0, 3.0]})
     write(book, tmp_path / "page.md")
@@ -119,7 +121,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
     assert "some machine, some day." in page
     assert "1.00 over 11 runs of Gemma 3 270M" in page
     assert "1.000 (1.000 to 1.000)" in page  # the same losses, side by side
-    assert "| Gemma 3 270M, 20 runs |" in page
+    assert "| Gemma 3 270M, 21 runs |" in page
     assert [line.split("|")[2].strip() for line in page.splitlines()[-8:]] == ["1.00"] * 3 + [
         "-1.00",
         "1.00",

@@ -150,6 +150,8 @@ TRADING = {
     "60%": Unstructured(sparsity=0.6),
     "70%": Unstructured(sparsity=0.7),
 }
+#: of `distill`
+RATES = (1e-4, 3e-4, 1e-3)
 SIZES = (4, 8, 16, 32, 64, 128, 256)
 SHRINK = (0.0, 0.1, 0.3)
 #: pattern and windows, where masks may be fitted too closely
@@ -268,14 +270,26 @@ def on_windows(one: Case) -> Iterator[Case]:
 
 def distilled(one: Case, windows: str = "", epochs: int = 2, seed: int = 0) -> Case:
     """The same, its kept weights trained together afterwards; on the same windows if `seed` is theirs."""
-    how = {name: one.options[name] for name in ("samples", "holdout")}
+    how = windows_of(one.options)
     key = f"{one.keys['auto']}, distilled{windows}"
     return Case(one.options, {"auto": key}, distilled={**how, "epochs": epochs, "seed": seed})
+
+
+def windows_of(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("samples", "holdout")}
 
 
 def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
     how = {"pattern": pattern, **calibrated(64), **BUDGETS[trade], **CELLS[weights]}
     return Case(how, {"auto": f"cells/{name}/{label}/{trade}/{weights}"})
+
+
+def rates(name: str) -> Iterator[Case]:
+    """The same model, trained as a whole at several rates."""
+    blocks = {"sparsity": 0.5, **calibrated(32), **TRAINED["1-swap, trained"]}
+    for rate in RATES:
+        how = {**windows_of(blocks), "seed": 1, "learning_rate": rate}
+        yield Case(blocks, {"auto": f"rates/{name}/{rate}"}, distilled=how)
 
 
 def bos(name: str) -> Iterator[Case]:
@@ -324,6 +338,7 @@ STUDIES = {
     "recipes": recipes,
     "budgets": budgets,
     "cells": cells,
+    "rates": rates,
     "bos": bos,
     "target": target,
     "weighting": weighting,

@@ -212,6 +212,11 @@ def alpha(key: Key, record: Record, found: Found) -> str:
     return f"auto (mean {record['shrink']:.2f})" if key[-1] == "auto" else key[-1]
 
 
+def divergence(place: int) -> Column:
+    """Before training a model as a whole, or after."""
+    return lambda key, record, found: format(record["divergence"][place], ".4f")
+
+
 #: a figure of a run, by what it is
 FORETELLING: Mapping[str, Callable[[Record], float]] = {
     "error of all layers, summed": lambda run: run["raw"],
@@ -367,6 +372,22 @@ STUDIES = (
             "on F": "*on F*: masks are chosen for refitted weights, too.",
             "distilled": "distilled: then trained all together (`maskopt distill`), on the same windows.",
             "other windows": "other windows: on as many others of the same text.",
+        },
+    ),
+    Study(
+        "rates",
+        "How fast a whole model is trained",
+        "50%, masks of the 1-swap search, blocks trained on 32 windows with the defaults of `--weights\n"
+        "reconstruct`; then all kept weights together on 32 others (`maskopt distill`), with several\n"
+        "learning rates. Divergence: from the dense model, in nats a token, on windows of the calibration\n"
+        "text that are kept aside; by it rates are chosen.",
+        {
+            "model": MODEL,
+            "learning rate": part(1),
+            "divergence before": divergence(0),
+            "after": divergence(1),
+            **QUALITY,
+            "KL to dense": figure("kl", ".3f"),
         },
     ),
     Study(
