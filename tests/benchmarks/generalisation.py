@@ -250,29 +250,18 @@ def cells(name: str) -> Iterator[Case]:
         "2:4": (two, "none"),
     }
     for label, how in best.items():
-        yield from further(cell(name, label, *how, "ADMM, trained"))
+        yield distilled(cell(name, label, *how, "ADMM, trained"), ", other windows", seed=1)
         by_parts = cell(name, label, *how, "ADMM, parts trained")
-        yield from (by_parts, *on_windows(by_parts))
+        yield from (by_parts, distilled(by_parts, ", other windows", seed=1))
+        if label == "50%":
+            yield distilled(by_parts)
 
 
-def further(best: Case) -> Iterator[Case]:
-    """The same with its kept weights trained together afterwards, and with more windows."""
-    yield from on_windows(best)
-    more = {**best.options, **calibrated(128)}
-    yield Case(more, {"auto": f"{best.keys['auto']}, 128 windows"})
-    yield distilled(Case(more, best.keys), ", 128 other windows", epochs=1, seed=1)
-
-
-def on_windows(one: Case) -> Iterator[Case]:
-    """Its kept weights trained together on the windows of its masks, and on others of the text."""
-    yield from (distilled(one), distilled(one, ", other windows", seed=1))
-
-
-def distilled(one: Case, windows: str = "", epochs: int = 2, seed: int = 0) -> Case:
+def distilled(one: Case, windows: str = "", seed: int = 0) -> Case:
     """The same, its kept weights trained together afterwards; on the same windows if `seed` is theirs."""
     how = windows_of(one.options)
     key = f"{one.keys['auto']}, distilled{windows}"
-    return Case(one.options, {"auto": key}, distilled={**how, "epochs": epochs, "seed": seed})
+    return Case(one.options, {"auto": key}, distilled={**how, "epochs": 2, "seed": seed})
 
 
 def windows_of(options: dict[str, Any]) -> dict[str, Any]:
@@ -288,7 +277,7 @@ def rates(name: str) -> Iterator[Case]:
     """The same model, trained as a whole at several rates."""
     blocks = {"sparsity": 0.5, **calibrated(32), **TRAINED["1-swap, trained"]}
     for rate in RATES:
-        how = {**windows_of(blocks), "seed": 1, "learning_rate": rate}
+        how = {**windows_of(blocks), "epochs": 2, "seed": 1, "learning_rate": rate}
         yield Case(blocks, {"auto": f"rates/{name}/{rate}"}, distilled=how)
 
 
