@@ -170,7 +170,7 @@ def test_crops_of_a_text_are_others_than_those_of_a_prune() -> None:
     assert DistillOptions().seed != PruneOptions(Unstructured(0.5)).seed
 
 
-@pytest.mark.parametrize(("rate", "diverged"), [(10.0, False), (1e30, True)])
+@pytest.mark.parametrize(("rate", "diverged"), [(10.0, False), (1e30, True), (1e300, True)])
 def test_what_would_get_worse_stays_as_it_is(
     rate: float, diverged: bool, made: Made, tmp_path: Path
 ) -> None:
@@ -223,7 +223,10 @@ def test_the_record_and_the_card(made: Made, tmp_path: Path) -> None:
     assert record["fingerprint"]["model"] != record["fingerprint"]["teacher"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith((pruned / "README.md").read_text().rstrip())
-    assert "Trained after pruning" in card
+    assert card.count("Trained after pruning") == 1
+    again = tmp_path / "again"
+    distill_model(tmp_path / "out", dense, WINDOWS, output=again, **HOW)
+    assert (again / "README.md").read_text() == card
     assert not (tmp_path / "out" / "maskopt-manifest.json").exists()
 
 
@@ -251,9 +254,16 @@ def test_what_cannot_be(made: Made, tmp_path: Path) -> None:
     refused(DataError, "keeps 0 aside", pruned, dense, holdout=0.01)
     refused(OptionError, "leave out `include`", pruned, dense, include=("q_proj",))
     refused(OptionError, "epochs", pruned, dense, epochs=0)
+    refused(OptionError, "no option is called 'epoch'.*epochs", pruned, dense, epoch=2)
     refused(ModelError, "is the model", pruned, dense, output=pruned, overwrite=True)
+    whole = tmp_path / "whole"
+    prune_model(dense, tokens(6), output=whole, **{**OPTIONS, "sparsity": 0.0})
+    refused(ModelError, "prune nothing", whole, dense)
     with pytest.raises(DataError, match="calibration"):
         distill_model(pruned, dense, output=out)
+    model: Any = AutoModelForCausalLM.from_pretrained(pruned)
+    with pytest.raises(ModelError, match="folders, not of a LlamaForCausalLM"):
+        distill_model(model, dense, WINDOWS, output=out)
 
 
 def test_a_changed_embedding_or_lost_zeros_are_refused(made: Made, tmp_path: Path) -> None:

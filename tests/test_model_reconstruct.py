@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from commands import run
 from forging import change_tensors, forge_manifest
 from safetensors.torch import load_file
 from test_model_resume import contents, interrupted
-from tiny_models import save, tiny, tokens
+from tiny_models import FAMILIES, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from maskopt import prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.model import reconstruct, training
+from maskopt.model.job import open_job
+from maskopt.model.options import prune_options
 from maskopt.model.parts import Recorded
 from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
@@ -120,6 +123,122 @@ def test_a_block_that_would_get_worse_keeps_its_weights() -> None:
     after = alike.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
     assert [layer.error for layer in kept.layers] == [layer.error for layer in report.layers]
+
+
+def test_what_training_did_not_better_stays_as_it_is_stored(tmp_path: Path) -> None:
+    """Passes in bfloat16 do not round a float32 folder."""
+    dense = save(tiny("llama"), tmp_path / "dense")
+    how = {"epochs": 1, "learning_rate": 0.0, "train": "all"}
+    options = {**OPTIONS, "reconstruct": how, "dtype": "bfloat16"}
+    report = prune_model(dense, tokens(12), output=tmp_path / "out", **options)
+    assert [part.epoch for part in report.parts] == [0, 0, 0]
+    old, new = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "out"))
+    assert all(torch.equal(new[name], torch.where(new[name] == 0, 0, old[name])) for name in old)
+    assert any(bool((new[name] == 0).any()) for name in old)
+
+
+class Routed(torch.nn.Module):
+    """Experts one by one, as in much code that comes with a model: some get no token of a window."""
+
+    def __init__(self, mlp: torch.nn.Module, width: int, count: int) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(copy.deepcopy(mlp) for _ in range(count))
+        self.gate = torch.nn.Linear(width, count, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        share, chosen = self.gate(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            here = chosen == number
+            if bool(here.any()):
+                out[here] = share[here][:, None] * expert(x[here])
+        return out
+
+
+def test_weights_that_a_window_does_not_come_by_are_trained_on_the_others() -> None:
+    model = tiny("llama")
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = Routed(layer.mlp, 32, 8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = prune_model(model, tokens(12, 8), **OPTIONS)
+    assert len(report.parts) == 3
+    assert any(part.epoch for part in report.parts)
+    after = model.state_dict()
+    changed = [
+        name
+        for name in before
+        if "experts" in name and bool(((after[name] != before[name]) & (after[name] != 0)).any())
+    ]
+    assert len(changed) > 3
+
+
+def test_a_norm_that_blocks_share_is_left_alone() -> None:
+    """Trained for one it would change the others, which are finished."""
+    model = tiny("llama")
+    layers = model.model.layers
+    layers[2].input_layernorm = layers[0].input_layernorm
+    before = layers[0].input_layernorm.weight.clone()
+    options = {**OPTIONS, "reconstruct": {**HOW, "train": "all"}}
+    report = prune_model(model, tokens(12), **options)
+    assert all(part.epoch for part in report.parts)
+    assert torch.equal(layers[0].input_layernorm.weight, before)
+    assert not torch.equal(layers[1].input_layernorm.weight, torch.ones(32))
+
+
+def test_weights_that_are_decayed_become_smaller() -> None:
+    sizes = []
+    for decay in (0.0, 3.0):
+        model = tiny("llama")
+        how = {**HOW, "learning_rate": 0.003, "weight_decay": decay}
+        report = prune_model(model, tokens(12), **{**OPTIONS, "reconstruct": how})
+        assert report.parts[0].epoch
+        block = model.model.layers[0]
+        weights = [p.detach() for p in block.parameters() if p.ndim == 2]
+        sizes.append(sum(float(weight.square().sum()) for weight in weights))
+    assert sizes[1] < sizes[0]
+
+
+def test_a_block_that_gives_what_it_should_has_not_diverged() -> None:
+    """AdamW makes full steps of rounding."""
+    how = {"epochs": 2, "loss": "cosine"}
+    options = {**OPTIONS, "sparsity": 0.0, "reconstruct": how}
+    report = prune_model(tiny("llama"), tokens(12), **options)
+    assert len(report.parts) == 3
+    assert not any(part.diverged for part in report.parts)
+
+
+@pytest.mark.parametrize(
+    ("family", "inputs", "states"),
+    # of OPT's parts, attention and both layers of the MLP, one gives four times the width of a hidden state
+    [("llama", "pruned", 3), ("llama", "dense", 4), ("opt", "pruned", 10), ("opt", "dense", 12)],
+)
+def test_hidden_states_that_parts_are_trained_by_are_counted(
+    family: str, inputs: str, states: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Recorded] = []
+
+    class Seen(Recorded):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(reconstruct, "Recorded", Seen)
+    if family == "opt":
+        monkeypatch.setitem(FAMILIES["opt"][1], "ffn_dim", 128)
+    data, most = tokens(12), 0
+    options = {**OPTIONS, "reconstruct": {"epochs": 1, "granularity": "part", "inputs": inputs}}
+
+    def look(event: Any) -> None:
+        nonlocal most
+        kept = [one._states._memory for one in made if one._states is not None]
+        most = max(most, sum(x.nbytes for some in kept if some for x in some.values()))
+
+    model = tiny(family)
+    prune_model(model, data, on_progress=look, **options)
+    job = open_job(tiny(family), data, prune_options(None, options))
+    assert job.trained_states == states
+    assert most == states * data.numel() * 32 * 4
 
 
 def recorded(states: torch.Tensor) -> Recorded:

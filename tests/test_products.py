@@ -65,8 +65,9 @@ def test_the_setting_is_as_before_when_all_are_out(
         torch.set_float32_matmul_precision(usual)
 
 
+@pytest.mark.parametrize("usual", [torch.float32, torch.float64])
 def test_a_processor_that_rounds_is_left_alone(
-    fresh: None, monkeypatch: pytest.MonkeyPatch
+    usual: torch.dtype, fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = torch.Tensor.__matmul__
 
@@ -76,7 +77,12 @@ def test_a_processor_that_rounds_is_left_alone(
         return exact(left, right)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    check_left_alone()
+    # of what torch makes numbers of where nothing is said
+    torch.set_default_dtype(usual)
+    try:
+        check_left_alone()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_machine_with_an_accelerator_is_left_alone(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from maskopt.model.stored_masks import merged
 from maskopt.model.training import Task, Trained, train
 from maskopt.model.training_state import BYTES, FolderKeeper, Keeper
 from maskopt.model.unchanged import Unchanged
-from maskopt.model.walk_options import WalkOptions
+from maskopt.model.walk_options import WalkOptions, check_names
 from maskopt.model.windows import held_out, tokens_or_tokenizer
 from maskopt.model.workspace import MASKS, Workspace, check_output, open_workspace
 from maskopt.model.write import check_masks, disk_needed
@@ -98,8 +98,14 @@ def distill_model(
     began, target = time.perf_counter(), Path(output)
     if resume and overwrite:
         raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
+    check_names(shorthand, [field.name for field in fields(DistillOptions)])
     options = DistillOptions(**shorthand) if options is None else replace(options, **shorthand)
     tell = on_progress or (lambda what, done, total: None)
+    for given in (pruned, teacher):
+        if not isinstance(given, str | Path):
+            raise ModelError(
+                f"distillation is of folders, not of a {type(given).__name__} in memory; save it first"
+            )
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise DataError("distillation needs `calibration` text or tokens; name a source of text")
@@ -153,6 +159,8 @@ def _with_masks(student: Job) -> tuple[FolderSource, MaskFile]:
         raise ModelError(f"{folder}: holds no {MASKS}; name a folder that `maskopt prune` wrote")
     masks = MaskFile(folder / MASKS)
     check_masks(source.checkpoint, masks)
+    if all(bool(masks.read(name).kept.all()) for name in masks.names):
+        raise ModelError(f"{folder}: its masks prune nothing, so there is nothing to train")
     assert student.windows is not None
     check_targets(student.windows)
     if not held_out(student.count, student.options.holdout):

@@ -63,7 +63,8 @@ def write_distilled(
     copy_file(masks.path, staging / MASKS)
     card = staging / CARD
     before = card.read_text(encoding="utf-8") if card.exists() else f"# {work.output.name}"
-    _write(card, before.rstrip() + _NOTE)
+    # of a folder that was trained so before it is there
+    _write(card, before if _NOTE.strip() in before else before.rstrip() + _NOTE)
     record = {
         "format": FORMAT,
         "fingerprint": fingerprint,

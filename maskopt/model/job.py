@@ -16,6 +16,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from maskopt.model.forward import Captured, capture, ending
 from maskopt.model.gradients import DenseModel, Gradients
 from maskopt.model.importance import GRADIENT_WINDOWS
 from maskopt.model.lanes import lanes_to
-from maskopt.model.memory import Load, by_block, check_memory, state_copies
+from maskopt.model.memory import Load, by_block, check_memory, state_copies, trained_states
 from maskopt.model.opening import capped_length, open_source
 from maskopt.model.progress import OnBlockProgress, ticker
 from maskopt.model.ranks import ALONE, Ranks
@@ -182,7 +183,7 @@ class Job:
             held=self.options.holdout > 0 and not self.whole,
             beside=self.options.beside,
             refit=self.options.refit is not None,
-            trained=self.options.trained_states,
+            trained=self.trained_states,
             gradients=0 if self.whole else self.options.gradient_windows(self.count),
             variants=0
             if self.whole
@@ -407,7 +408,12 @@ class Job:
 
         return of
 
+    @cached_property
+    def trained_states(self) -> int:
+        """Hidden states of a window that are kept while the kept weights of a block are trained."""
+        return trained_states(self.source, self.layers, self.options.reconstruction)
+
     def _spills(self, size: int) -> bool:
         """Whether hidden states of so many bytes, and those that are kept beside them, go to a file."""
-        copies = state_copies(beside=self.options.beside, trained=self.options.trained_states)
+        copies = state_copies(beside=self.options.beside, trained=self.trained_states)
         return copies * size > self.activation_memory

@@ -11,7 +11,9 @@ from maskopt.model.blocks import Layer, vocabulary_size
 from maskopt.model.divergence import LOGITS as LOGITS_OF_TWO
 from maskopt.model.divergence import POSITIONS
 from maskopt.model.gradients import LOGITS
+from maskopt.model.parts import parts_of
 from maskopt.model.source import Source
+from maskopt.model.training import BLOCK, Reconstruction
 
 GIB = 2**30
 #: the interpreter with torch, transformers and a compiled solver
@@ -171,6 +173,29 @@ def state_copies(*, beside: bool, trained: int) -> int:
     """Hidden states of every token that are kept at a time: those of the pruned model; those of the dense one
     beside them; and those that a block is trained by."""
     return 1 + beside + trained
+
+
+def trained_states(source: Source, layers: Sequence[Layer], how: Reconstruction | None) -> int:
+    """Hidden states of a window that are kept while a block is trained: what each part is to give, and what
+    one part at a time is given, or with dense inputs every one. What a whole block is given is what waits
+    before it anyhow. A part that is a layer of its own counts by its shape, in hidden states."""
+    if how is None:
+        return 0
+    if how.granularity == BLOCK:
+        return 1 + (how.inputs == "dense")
+    hidden, most = hidden_size(source.model), 0
+    for index, mine in by_block(layers).items():
+        prefix = source.blocks.prefix(index)
+        given, gives = [], []
+        for part in parts_of(source.blocks.modules[index], prefix, mine):
+            first = part.layers[0]
+            alone = first.parameter.rpartition(".")[0] == prefix + part.name
+            given.append(-(-first.n // hidden) if alone else 1)
+            gives.append(-(-first.rows // hidden) if alone else 1)
+        most = max(
+            most, sum(gives) + (sum(given) if how.inputs == "dense" else max(given, default=0))
+        )
+    return most
 
 
 def _of_gradients(load: Load, states: int, inputs: int) -> int:

@@ -15,7 +15,7 @@ from maskopt.fields import build
 from maskopt.least_squares import Refit
 from maskopt.model.importance import IMPORTANCES, LOSS, MEASURED, VARIANT_WINDOWS, VARIANTS
 from maskopt.model.solving import check_size, check_solver, default_start
-from maskopt.model.training import BLOCK, Reconstruction
+from maskopt.model.training import Reconstruction
 from maskopt.model.walk_options import (
     MASKS,
     WalkOptions,
@@ -236,18 +236,6 @@ class PruneOptions(WalkOptions):
     @property
     def moved(self) -> bool:
         return self.target == "dense"
-
-    @property
-    def trained_states(self) -> int:
-        """Hidden states of a window that are kept while a block is trained: what each part is to give, and
-        what one part at a time is given, or with dense inputs every one. What a whole block is given is what
-        waits before it anyhow."""
-        how = self.reconstruction
-        if how is None:
-            return 0
-        parts = 1 if how.granularity == BLOCK else 2
-        given = 0 if how.granularity == BLOCK else 1
-        return parts + (parts if how.inputs == "dense" else given)
 
     @property
     def sensitive(self) -> bool:

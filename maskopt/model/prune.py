@@ -186,7 +186,9 @@ def _prune_blocks(
             some = {name: mask for name, mask in masks.items() if not results[name].fallback}
             parts[block.index] = list(targets.train(some, block.ticker))
             targets.close()
-            weights = _stored_weights(job, some)
+            # of a part that training did not better, what it had stays as it was stored
+            trained = {name: some[name] for name in some if name in targets.trained_layers}
+            weights |= _stored_weights(job, trained)
             vectors = _stored_vectors(job, block.index, targets.trained_vectors)
         block.advance()
         reports[block.index] = [results[layer.name] for layer in block.layers]

@@ -75,6 +75,7 @@ class Targets:
         )
         self._vectors = dict(vectors) if how.train == ALL else {}
         self._stored = stored
+        self.trained_layers: set[str] = set()
         self.trained_vectors: set[str] = set()
         self._seed = seed * 1_000_003 + index
         self._order = list(range(len(self.parts)))
@@ -139,6 +140,8 @@ class Targets:
                 generator = torch.Generator().manual_seed(self._seed + number)
                 tick = ticker(f"train {part.name}".rstrip(), self.how.epochs * len(fitted))
                 found = train(task, self.block.threads, generator, tick)
+            if found.epoch:
+                self._changed(part, free, masks)
             yield PartReport(
                 self.index,
                 part.name,
@@ -150,6 +153,12 @@ class Targets:
                 found.diverged,
                 time.perf_counter() - began,
             )
+
+    def _changed(
+        self, part: Part, free: Mapping[str, Tensor], masks: Mapping[str, tuple[Layer, Tensor]]
+    ) -> None:
+        self.trained_layers |= {layer.name for layer in part.layers} & masks.keys()
+        self.trained_vectors |= {f"{self._prefix(part)}.{name}" for name in free} & {*self._vectors}
 
     def close(self) -> None:
         """Free what was recorded."""
@@ -198,12 +207,15 @@ class Targets:
         self, part: Part, free: dict[str, Tensor], stored: dict[str, torch.dtype]
     ) -> None:
         """Those of the part's norms and biases that may change, all of their entries."""
-        prefix = f"{self.block.name}.{part.name}".rstrip(".")
+        prefix = self._prefix(part)
         for name, parameter in part.module.named_parameters():
             if f"{prefix}.{name}" in self._vectors:
                 free[name] = torch.ones_like(parameter, dtype=torch.bool)
                 stored[name] = self._vectors[f"{prefix}.{name}"][1]
-                self.trained_vectors.add(f"{prefix}.{name}")
+
+    def _prefix(self, part: Part) -> str:
+        """Of the part's parameters in the model, without its last dot."""
+        return f"{self.block.name}.{part.name}".rstrip(".")
 
     @contextmanager
     def _outputs(

@@ -325,9 +325,16 @@ def as_stored(source: Source, layer: Layer, weight: Tensor) -> Tensor:
 
 
 def vectors_of(blocks: Blocks, index: int) -> list[str]:
-    """Names in the model of a block's parameters with one dimension."""
+    """Names in the model of a block's parameters with one dimension, but for those that it shares with
+    another block."""
+    others = {
+        id(p)
+        for number, block in enumerate(blocks.modules)
+        if number != index
+        for p in block.parameters()
+    }
     named = blocks.modules[index].named_parameters()
-    return [blocks.prefix(index) + name for name, p in named if p.ndim == 1]
+    return [blocks.prefix(index) + name for name, p in named if p.ndim == 1 and id(p) not in others]
 
 
 def _zeros(table: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:

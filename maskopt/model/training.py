@@ -30,8 +30,11 @@ CHANNELS, RELATIVE, SQUARE, COSINE = LOSSES = ("channels", "relative", "square",
 _WARM_UP = 0.05
 #: of the learning rate: a norm's entry scales a whole column, so errors do not cancel as a matrix's do
 _OF_VECTORS = 0.1
-#: of a loss at the start: above it training has diverged
-_DIVERGED = 10.0
+#: of a loss at the start: above it training has diverged; and what a start without any counts as, where
+#: AdamW takes full steps by rounding
+_DIVERGED, _NOTHING = 10.0, 1e-4
+#: a learning rate that float32 holds, whatever is made of it
+_MOST_RATE = 1e30
 
 
 class Steps(Protocol):
@@ -209,7 +212,7 @@ def _epochs(
         now = _rounded(weights, rounding)
         with _in_place(weights, now):
             held = _mean(task, task.held, pool)
-        diverged = not held <= _DIVERGED * place.before.held
+        diverged = not held <= _DIVERGED * max(place.before.held, _NOTHING)
         if diverged:
             break
         if held < place.held:
@@ -237,7 +240,7 @@ def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW
     groups = [
         {
             "params": [weight],
-            "peak": task.how.learning_rate * size,
+            "peak": min(task.how.learning_rate * size, _MOST_RATE),
             "weight_decay": task.how.weight_decay if weight.ndim > 1 else 0.0,
         }
         for weight, size in zip(weights, sizes, strict=True)
@@ -349,9 +352,13 @@ def _set_gradients(
 ) -> None:
     """Gradients of the mean loss of some windows, zero where nothing may change."""
 
-    def gradients(window: int) -> tuple[Tensor, ...]:
+    def gradients(window: int) -> tuple[Tensor | None, ...]:
+        """None: of a weight that the window did not come by, such as an expert's."""
         with torch.enable_grad():
-            return torch.autograd.grad(task.loss(window), list(weights))
+            loss = task.loss(window)
+            if not loss.requires_grad:
+                return (None,) * len(weights)
+            return torch.autograd.grad(loss, list(weights), allow_unused=True)
 
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
@@ -359,7 +366,8 @@ def _set_gradients(
         for found in pool.run([lambda w=w: gradients(w) for w in wave]):  # type: ignore[misc]
             for weight, gradient in zip(weights, found, strict=True):
                 assert weight.grad is not None
-                weight.grad.add_(gradient)
+                if gradient is not None:
+                    weight.grad.add_(gradient)
             del found, gradient  # before the next wave's are made
     for weight, free in zip(weights, task.free.values(), strict=True):
         assert weight.grad is not None

@@ -19,6 +19,7 @@ from maskopt.model.weighting import ALIKE, GRADIENT, WEIGHTINGS
 
 if TYPE_CHECKING:
     from maskopt.model.blocks import Layer
+    from maskopt.model.training import Reconstruction
 
 #: what an option decides: the masks (the manifest records its value); the calibration text (the
 #: manifest records the tokens themselves); or only how this machine goes about it
@@ -172,9 +173,9 @@ class WalkOptions:
         return False
 
     @property
-    def trained_states(self) -> int:
-        """Hidden states of a window that are kept while the kept weights of a block are trained."""
-        return 0
+    def reconstruction(self) -> Reconstruction | None:
+        """How kept weights are trained; None: they are not."""
+        return None
 
     @property
     def refit(self) -> Refit | None:
