@@ -30,9 +30,9 @@ LEAST_DAMPING = 1e-6
 _TILE_BYTES, _MOST_BYTES, _TILE_ROWS = 2**25, 2**26, 16
 #: size below which LAPACK factorises
 _LEAF = 32
-#: relative residual in float64 at which a row is done, steps of refinement at most, and the residual above
-#: which a factor in float32 was not good enough
-_DONE, _REFINEMENTS, _POOR = 1e-10, 12, 1e-7
+#: relative residual in float64 at which a row is done, and steps of refinement at most; a factor in float32
+#: by which a row does not come there was not good enough
+_DONE, _REFINEMENTS = 1e-10, 12
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,14 @@ class LeastSquares:
         return torch.cholesky_inverse(torch.linalg.cholesky(self.damped))
 
     def check(self, label: str) -> None:
-        """Raise ProblemError where A is not safely definite: G has a negative eigenvalue by rounding."""
-        if int(torch.linalg.cholesky_ex(self.damped).info):
+        """Raise ProblemError where A is not safely definite, its least eigenvalue below λ/2: G has a negative
+        eigenvalue by rounding."""
+        nearer = self.damped.clone()
+        nearer.diagonal().sub_((self.ridge or 1.0) / 2)
+        if int(torch.linalg.cholesky_ex(nearer).info):
             raise ProblemError(
-                f"{label}gram + {self.ridge:.3g}·I is not positive definite, so kept weights cannot be "
-                "refitted; take a larger damping (0.01), or accumulate gram in float64"
+                f"{label}gram + {self.ridge:.3g}·I is not safely positive definite, so kept weights "
+                "cannot be refitted; take a larger damping (0.01), or accumulate gram in float64"
             )
 
     def target(
@@ -145,10 +148,19 @@ class LeastSquares:
             found = torch.cat(one_thread_each(some, len(parts), threads))
         return torch.empty_like(found).index_copy_(0, torch.cat(parts), found)
 
+    def settled(
+        self, weight: Float[Tensor, "rows n"], target: Float[Tensor, "rows n"], mask: Tensor
+    ) -> Float[Tensor, "rows n"]:
+        """Weights of a search as they are where they solve what `solve` does, and solved anew elsewhere."""
+        poor = (~(self.residual(weight, target, mask) <= _DONE)).nonzero()[:, 0]
+        if len(poor):
+            weight = weight.index_copy(0, poor, self.solve(target[poor], mask[poor]))
+        return weight
+
     def _some(self, target: Tensor, index: Tensor, pages: _Pages) -> Tensor:
         """v of some rows, of which the kept inputs are given."""
         weight, residual = self._refined(target, index, self.gram.dtype, pages)
-        poor = (~(residual <= _POOR)).nonzero()[:, 0]
+        poor = (~(residual <= _DONE)).nonzero()[:, 0]
         if len(poor) and self.gram.dtype != torch.float64:
             weight[poor], residual[poor] = self._refined(
                 target[poor], index[poor], torch.float64, pages

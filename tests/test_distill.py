@@ -22,7 +22,7 @@ from maskopt.errors import DataError, MaskoptError, ModelError, OptionError
 from maskopt.model.distill_options import DistillOptions
 from maskopt.model.distill_output import RECORD
 from maskopt.model.job import open_job
-from maskopt.model.maskfile import MaskFile
+from maskopt.model.maskfile import MaskFile, TensorMask, read_masks, write_masks
 from maskopt.model.memory import autograd_memory
 from maskopt.model.options import PruneOptions
 from maskopt.model.verify_masks import verify_masks
@@ -256,8 +256,12 @@ def test_what_cannot_be(made: Made, tmp_path: Path) -> None:
     refused(OptionError, "epochs", pruned, dense, epochs=0)
     refused(OptionError, "no option is called 'epoch'.*epochs", pruned, dense, epoch=2)
     refused(ModelError, "is the model", pruned, dense, output=pruned, overwrite=True)
-    whole = tmp_path / "whole"
-    prune_model(dense, tokens(6), output=whole, **{**OPTIONS, "sparsity": 0.0})
+    whole = copied(pruned, tmp_path / "whole")
+    masks = dict(read_masks(whole / MASKS))
+    all_kept = {
+        name: TensorMask(torch.ones_like(x.kept), x.input_axis) for name, x in masks.items()
+    }
+    write_masks(whole / MASKS, all_kept)
     refused(ModelError, "prune nothing", whole, dense)
     with pytest.raises(DataError, match="calibration"):
         distill_model(pruned, dense, output=out)

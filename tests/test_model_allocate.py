@@ -408,3 +408,34 @@ def test_counts_that_prune_another_number_get_one_line() -> None:
         prune_model(tiny("llama"), tokens(), counts=counts, **OPTIONS)
     with pytest.raises(ModelError, match="shared out by a prune; give its `counts`"):
         collect_problems(tiny("llama"), tokens(), **OPTIONS)
+
+
+def test_between_nothing_and_what_was_measured_costs_grow_by_the_cube() -> None:
+    """On a logarithmic scale all but the last of it would be free."""
+    layer = Layer("l", 0, "l", "", "l.weight", None, 1, 10, 100)
+    pruned = (0, 20, 40)
+    curve = Curve((layer,), pruned, tuple(float(k**3) for k in pruned))
+    inside = list(range(21))
+    np.testing.assert_allclose(curve.at(inside), [k**3 for k in inside], rtol=1e-12)
+    np.testing.assert_allclose(curve.at([40]), 40**3, rtol=1e-12)
+    assert bool((np.diff(curve.at(list(range(41)))) > 0).all())
+
+
+def test_layers_that_may_prune_nothing_share_out_what_is_best() -> None:
+    layers = [Layer(f"l{i}", 0, "l", "", f"l{i}.weight", None, 1, 1, 128) for i in range(3)]
+    scale = (1.0, 2.0, 8.0)
+    options = PruneOptions(Unstructured(sparsity=0.125), budget="model", spread=0.125)
+    pruned = (0, 8, 16, 24, 32)
+    curves = [
+        Curve((layer,), pruned, tuple(s * k**3 for k in pruned))
+        for layer, s in zip(layers, scale, strict=True)
+    ]
+    found = share_out(layers, curves, options)
+
+    def cost(counts: tuple[int, ...]) -> float:
+        return sum(s * k**3 for s, k in zip(scale, counts, strict=True))
+
+    every = [c for c in itertools.product(range(33), repeat=3) if sum(c) == 48]
+    mine = tuple(found[layer.name] for layer in layers)
+    assert sum(mine) == 48
+    assert cost(mine) <= 1.05 * min(map(cost, every))

@@ -360,6 +360,7 @@ def refusal(kind: type[Exception] = MaskoptError, **options: Any) -> str:
         ("unknown solver", {"warm_start": "nothing-like-it"}),
         ("outside", {"sparsity": 1.0}),
         ("outside", {"sparsity": -0.1}),
+        ("prunes nothing: .* 48 inputs at most", {"sparsity": 0.02}),
         ("exactly one", {"sparsity": None}),
         ("more than the 32", {"sparsity": None, "pattern": Unstructured(keep=33)}),
         ("q_proj.*do not divide", {"sparsity": None, "pattern": NM(keep=2, of=5)}),

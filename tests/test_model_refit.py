@@ -331,3 +331,15 @@ def test_bad_input_gets_one_line(
 ) -> None:
     with pytest.raises(kind, match=message):
         prune_model(tiny("llama"), tokens(), **{**OPTIONS, **options})
+
+
+def test_what_the_swaps_gained_is_not_what_least_squares_did() -> None:
+    """The start's objective is of weights as they were."""
+    for most, gains in ((0, False), (None, True)):
+        report = prune_model(
+            tiny("llama"), tokens(10), solver="swap", solver_options={"max_swaps": most}, **OPTIONS
+        )
+        told = [layer.gained for layer in report.layers]
+        assert all(gained is not None for gained in told)
+        assert any(gained[-1] > 0 for gained in told if gained) is gains
+        assert all(0 <= gained[0] <= gained[-1] < 0.9 for gained in told if gained)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from strategies import problems, random_gram, random_linear, random_weight
 
-from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, solve
-from maskopt.errors import OptionError, WarmStartError
+from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, solve, verify
+from maskopt.errors import OptionError, ProblemError, WarmStartError
 from maskopt.least_squares import LEAST_DAMPING, LeastSquares
 from maskopt.refitted import refit
 
@@ -180,3 +180,36 @@ def test_bad_input_gets_one_line():
             refit(problem, mask, damping=damping)
     with pytest.raises(WarmStartError, match="row 0 prunes"):
         refit(problem, torch.ones_like(mask))
+
+
+@pytest.mark.parametrize(("n", "damping"), [(128, 3e-6), (256, 1e-5), (512, 1e-4)])
+def test_a_gram_matrix_with_one_large_direction(n, damping):
+    """By it a float32 factor leaves a small residual, and an error that is not the least."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(1, n, generator=generator), torch.randn(4, n, generator=generator)
+    problem = LayerProblem(weight, x.T @ x, Unstructured(sparsity=0.5), refit=Refit(damping))
+    found = solve(problem, "wanda")
+    exact = LayerProblem(
+        weight.double(),
+        problem.gram.double(),
+        problem.pattern,
+        refit=Refit(damping),
+        assume_psd=True,
+    )
+    _, best = exact.refitted(found.mask)
+    torch.testing.assert_close(found.objective, best, rtol=1e-6, atol=0)
+    verify(problem, found)
+
+
+@pytest.mark.parametrize(("least", "refused"), [(-0.6, True), (-0.4, False)])
+def test_an_eigenvalue_that_takes_away_half_of_the_damping_is_refused(least, refused):
+    """It is rounding, and what F is would be rounding, too."""
+    gram = torch.eye(40, dtype=torch.float64)
+    gram[0, 0] = least * 0.01 * (39 / (40 - least * 0.01))
+    squares = LeastSquares.of(gram, Refit(0.01))
+    assert least * squares.ridge == pytest.approx(float(gram[0, 0]), rel=1e-3)
+    if refused:
+        with pytest.raises(ProblemError, match="take a larger damping"):
+            squares.check("")
+    else:
+        squares.check("")

@@ -424,3 +424,17 @@ def test_a_solution_is_read_as_it_was_written(tmp_path):
     read = Solution.load(tmp_path / "solution.npz")
     verify(LayerProblem.load(tmp_path / "problem.npz"), read)
     assert torch.equal(read.trace.history, solution.trace.history)
+
+
+@pytest.mark.parametrize(("n", "rank", "damping"), [(128, 1, 0.0), (400, 1, 2e-6), (640, 1, 0.0)])
+def test_a_gram_matrix_that_is_all_but_singular(n, rank, damping):
+    """Inverting by halves loses it, and swaps leave weights that are not quite those of their mask."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rank, n, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, n, generator=generator, dtype=torch.float64)
+    pattern = Unstructured(sparsity=0.6)
+    problem = LayerProblem(weight, x.T @ x / rank, pattern, refit=Refit(damping))
+    found = solve(problem, "swap")
+    verify(problem, found)
+    _, best = problem.refitted(found.mask)
+    torch.testing.assert_close(found.objective, best, rtol=1e-8, atol=0)

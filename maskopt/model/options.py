@@ -289,6 +289,11 @@ class PruneOptions(WalkOptions):
                 )  # fmt: skip
             except (PatternError, SolverError) as error:
                 raise type(error)(f"layer {layer.name!r}: {error}") from None
+        if not sum(self.pattern.pruned_in(layer.rows, layer.n) for layer in layers):
+            widest = max(layer.n for layer in layers)
+            raise OptionError(
+                f"{self.pattern} prunes nothing: the rows of these layers have {widest} inputs at most"
+            )
 
     def _check_counts(self, layers: Sequence[Layer]) -> None:
         """Raise OptionError where `counts` are not of these layers, or not as many in all as they would be

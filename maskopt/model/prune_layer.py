@@ -238,7 +238,7 @@ def _columns(
         "error_kept": error_kept,
         "swaps": _told(solution, "swaps"),
         "scans": _told(solution, "scans"),
-        "gained": None if fitted.pooled else _gained(solution, start),
+        "gained": None if fitted.pooled else _gained(solution, start, new is not None),
     }
     nothing = torch.empty(0, dtype=torch.float64)
     return {name: nothing if rows is None else rows.double().cpu() for name, rows in known.items()}
@@ -250,11 +250,17 @@ def _told(solution: Solution, what: str) -> Tensor | None:
     return told if isinstance(told, Tensor) else None
 
 
-def _gained(solution: Solution, start: Solution | None) -> Tensor | None:
+def _gained(solution: Solution, start: Solution | None, refitted: bool) -> Tensor | None:
     """How far the solver's objective is below its start's, as a part of that; 0 of rows that cost nothing."""
     if start is None:
         return None
     before, after = start.objective.double(), solution.objective.double()
+    if refitted:
+        # the start's is of weights as they were
+        history = _told(solution, "history")
+        if history is None:
+            return None
+        before, after = history[:, 0], history[:, -1]
     return torch.where(before > 0, 1 - after / before.clamp(min=1e-300), 0.0)
 
 

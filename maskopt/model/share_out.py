@@ -69,9 +69,16 @@ class Curve:
     costs: tuple[float, ...]
 
     def at(self, pruned: Sequence[int]) -> Float[np.ndarray, " levels"]:
-        """Between those that were measured in a straight line on a logarithmic scale."""
+        """Between those that were measured in a straight line on a logarithmic scale; from one that costs
+        nothing on by the cube of what is pruned beyond it, as the squares of the smallest of many numbers
+        add up that are as dense around 0."""
         costs = np.maximum(self.costs, 1e-12 * max(self.costs) or 1e-300)
-        return np.exp(np.interp(pruned, self.pruned, np.log(costs)))
+        found = np.exp(np.interp(pruned, self.pruned, np.log(costs)))
+        if self.costs[0] == 0 and len(self.costs) > 1:
+            none, first = self.pruned[:2]
+            part = (np.asarray(pruned) - none) / (first - none)
+            found = np.where(part < 1, self.costs[1] * part.clip(0, 1) ** 3, found)
+        return found
 
 
 def _steps(inputs: Sequence[int]) -> tuple[int, ...]:

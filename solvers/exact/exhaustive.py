@@ -35,7 +35,8 @@ _SYSTEMS = 2**22
 class Exhaustive(Solver):
     """Exact in float64; refuses rows of more than COMBINATION_LIMIT masks. Ties: the first mask.
 
-    Where the time is over before the last mask, the best so far, FEASIBLE. Tells a `TreeTrace`.
+    Where the time is over before the last mask, the best so far, FEASIBLE; where rows trade, some legal mask.
+    Tells a `TreeTrace`.
     """
 
     name: ClassVar[str] = "exhaustive"
@@ -110,7 +111,7 @@ def _solution(
 def _pooled(problem: LayerProblem, limits: Limits, began: float) -> Solution:
     """Rows that trade: the best mask of every row at every count, and the best counts by a table over rows.
 
-    Where the time is over before that, the best of those that prune alike.
+    Where the time is over before that, some legal mask.
     """
     n, masks, costs = problem.n, [], []
     least, most = problem.row_limits

@@ -118,10 +118,15 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
         history=torch.tensor(history, dtype=torch.float64),
     )
     status = [Status.SWAP_OPTIMAL if row.proven else Status.FEASIBLE for row in rows]
-    weight = torch.stack([row.weight for row in rows])
+    mask, weight = (torch.stack(one) for one in ([r.mask for r in rows], [r.weight for r in rows]))
+    squares = problem.least_squares
+    if squares.ridge:
+        target = squares.target(problem.weight, problem.correlation)
+        # a search that stopped may have left weights that are not quite those of its mask
+        weight = squares.settled(weight, target, mask)
     objective = problem.damped_error(weight)
     return Solution(
-        mask=torch.stack([row.mask for row in rows]),
+        mask=mask,
         objective=objective,
         lower_bound=torch.zeros_like(objective),
         status=tuple(status),

@@ -59,7 +59,8 @@ _LEAF = 96
 
 
 def inverse(matrix: Tensor, out: Tensor, work: Tensor) -> Tensor:
-    """Of definite matrices [rows, k, k], by halves: 4k³/3 operations a row, nearly all of them products.
+    """Of definite matrices [rows, k, k], by halves: 4k³/3 operations a row, nearly all of them products. NaN
+    where rounding left something that is not definite.
 
     Args:
         matrix: is used up.
@@ -68,10 +69,11 @@ def inverse(matrix: Tensor, out: Tensor, work: Tensor) -> Tensor:
     """
     count, size = matrix.shape[:2]
     if size <= _LEAF:
-        upper = torch.linalg.cholesky(
-            matrix, upper=True
-        )  # the lower left quarter is not up to date
-        return out.copy_(torch.cholesky_inverse(upper, upper=True))
+        # the lower left quarter is not up to date
+        upper, broken = torch.linalg.cholesky_ex(matrix, upper=True)
+        lost = (broken != 0)[:, None, None]
+        upper = torch.where(lost, torch.eye(size, dtype=upper.dtype, device=upper.device), upper)
+        return out.copy_(torch.cholesky_inverse(upper, upper=True)).masked_fill_(lost, torch.nan)
     half = size // 2
     one, two, corner = out[:, :half, :half], out[:, half:, half:], out[:, :half, half:]
     cross = matrix[:, :half, half:]

@@ -22,12 +22,10 @@ from maskopt.limits import Limits
 from maskopt.solution import REFIT_FLOOR, SWAP_TOLERANCE
 from maskopt.solvers.pooled.offers import Offers
 from maskopt.solvers.refit.block import exchanged
-from maskopt.solvers.refit.state import Pairs, Row
+from maskopt.solvers.refit.state import DRIFT, Pairs, Row
 
 #: candidates on each side; on both together, where an input meets few others, those of its group
 CANDIDATES, OF_GROUPS = 48, 256
-#: relative error of M at which it is made anew
-_DRIFT = 1e-9
 #: part of the tolerance of SWAP_OPTIMAL that the search goes below, so that rounding never decides a claim
 _PART = 0.5
 #: part of what was promised that has to come of it
@@ -105,7 +103,7 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
 
 def _scan(row: Row, count: int, threshold: float, objective: float) -> Pairs | None:
     """All pairs; of an M and a v that are good enough for a claim."""
-    if not row.fresh and row.drift() > _DRIFT:
+    if not row.fresh and row.drift() > DRIFT:
         row.renew()
     row.settle(_NOISE * threshold, objective)
     return row.improving(count, threshold)

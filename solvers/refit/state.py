@@ -33,6 +33,8 @@ from maskopt.solvers.refit.scratch import Scratch, inverse, part_of
 
 #: kept inputs whose pairs are screened at a time; numbers of a product over pairs at a time
 CHUNK, AT_ONCE = 64, 2**20
+#: relative error of M at which it is made anew
+DRIFT = 1e-9
 #: what rounding may add to a gain that is held against a cost
 SAFETY = 1e-6
 
@@ -149,7 +151,11 @@ class Row:
         self.inverted()
 
     def inverted(self) -> None:
-        """v and r of an M that was made from scratch."""
+        """v and r of an M that was made from scratch; by Cholesky of the whole, where A_SS is so near to a
+        singular matrix that halves lost it."""
+        if not self.drift() <= DRIFT:
+            system = part_of(self.metric.damped, self.kept, self.kept, torch.empty_like(self.m))
+            torch.cholesky_inverse(torch.linalg.cholesky(system), out=self.m)
         torch.mv(self.m, self.target[self.kept], out=self.v)
         self.fresh = True
         self.look()
