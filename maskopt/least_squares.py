@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Refit:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        number = isinstance(self.damping, Real) and not isinstance(self.damping, bool)
         if not number or not 0 <= self.damping < float("inf"):
             raise OptionError(f"`damping` must be at least 0, not {self.damping!r}")
         object.__setattr__(self, "damping", float(self.damping))

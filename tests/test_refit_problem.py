@@ -1,5 +1,6 @@
 """The problem object that means refitted weights: where it goes along, how it is kept, who refuses it."""
 
+import numpy as np
 import pytest
 import torch
 from strategies import random_gram, random_weight
@@ -216,6 +217,13 @@ def test_a_damping_that_leaves_the_inputs_indefinite_is_refused():
 def test_bad_dampings_are_refused(damping):
     with pytest.raises(OptionError, match="`damping` must be at least 0"):
         Refit(damping)
+
+
+@pytest.mark.parametrize("damping", [np.float32(0.25), np.float64(0.25), np.int64(1), 1], ids=repr)
+def test_a_number_of_numpy_is_a_damping(damping):
+    found = Refit(damping)
+    assert type(found.damping) is float
+    assert found.damping == damping
 
 
 def test_a_comparison_knows_its_objective():
