@@ -245,6 +245,8 @@ def cells(name: str) -> Iterator[Case]:
     yield cell(name, "50%", TRADING["50%"], "none", "Wanda, kept")
     others = cell(name, "50%", TRADING["50%"], "none", "SparseGPT")
     yield from (others, distilled(others))
+    half = cell(name, "50%", TRADING["50%"], "none", "ADMM, trained")
+    yield distilled(half, ", other windows", seed=1)
     best: dict[str, tuple[Pattern, str]] = {
         "50%": (TRADING["50%"], "layers, loss"),
         "2:4": (two, "none"),
