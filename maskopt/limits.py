@@ -166,13 +166,25 @@ def torch_threads(threads: int | None) -> Iterator[int]:
             torch.set_num_threads(before)
 
 
+def one_thread_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads with one thread inside torch each: products that two threads share may differ in their last
+    bits from those of one. (Threads started afterwards inherit the 1, until `torch.set_num_threads`.)"""
+    return ThreadPoolExecutor(threads, initializer=_one_thread_inside)
+
+
+def _one_thread_inside() -> None:
+    # At the first thing that it does in a thread torch gives the thread the number that was set last by any
+    # thread, whatever was set in this one: that has to be over with before the number is set.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
 def one_thread_each(work: Callable[[int], Part], count: int, threads: int) -> list[Part]:
-    """work(0 … count − 1), each with one thread inside torch: products that two threads share may
-    differ in their last bits from those of one. (`torch_threads` looks at the number of this thread, which
-    stays what it was; new threads inherit the last value that any thread set.)"""
+    """work(0 … count − 1), each with one thread inside torch. (`torch_threads` looks at the number of this
+    thread, which stays what it was.)"""
     before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with one_thread_pool(threads) as pool:
             return list(pool.map(work, range(count)))
     finally:
         torch.set_num_threads(before)

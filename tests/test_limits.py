@@ -11,7 +11,7 @@ from strategies import random_gram, random_weight
 
 from maskopt import LayerProblem, Limits, Progress, Status, Unstructured, solve, verify
 from maskopt.errors import OptionError
-from maskopt.limits import parse_bytes, torch_threads
+from maskopt.limits import one_thread_pool, parse_bytes, torch_threads
 from maskopt.model.options import PruneOptions
 from maskopt.model.solving import solve_layer
 from maskopt.solver import available_solvers
@@ -130,6 +130,14 @@ def test_threads_are_as_before_afterwards() -> None:
     with pytest.raises(ZeroDivisionError), torch_threads(before + 2):
         raise ZeroDivisionError
     assert torch.get_num_threads() == before
+
+
+def test_a_thread_of_a_pool_has_one_inside_torch_whatever_is_set_elsewhere() -> None:
+    before = torch.get_num_threads()
+    with one_thread_pool(1) as pool, torch_threads(before + 1):
+        pool.submit(int).result()  # the thread is there
+        torch.set_num_threads(before + 2)
+        assert pool.submit(torch.get_num_threads).result() == 1
 
 
 @pytest.mark.parametrize("name", SOLVERS)

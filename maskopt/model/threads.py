@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from maskopt.errors import ModelError
-from maskopt.limits import torch_threads
+from maskopt.limits import one_thread_pool, torch_threads
 from maskopt.products import fast_products
 
 T = TypeVar("T")
@@ -31,9 +31,7 @@ class Threads:
         self._torch = ExitStack()
         if device.type == "cpu":
             self._torch.enter_context(torch_threads(self.count))
-            self._pool = ThreadPoolExecutor(
-                self.count, initializer=torch.set_num_threads, initargs=(1,)
-            )
+            self._pool = one_thread_pool(self.count)
 
     def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
         if self._pool is None:

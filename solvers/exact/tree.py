@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
+from maskopt.limits import one_thread_pool
 from maskopt.solvers.convex.triangles import Pool
 from maskopt.solvers.exact.duals import Duals, same_group
 from maskopt.solvers.exact.free_part import free_part
@@ -235,7 +235,7 @@ class Tree:
         """
         open_nodes = [self.start]
         nodes, ended, least_open = 1, "", self.start.bound
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with one_thread_pool(threads) as pool:
             try:
                 while not (ended := self._limit(open_nodes, nodes)):
                     least_open = open_nodes[0].bound
