@@ -101,7 +101,9 @@ def perplexity(
 def check_targets(windows: Windows) -> None:
     """Raise DataError where nothing in a window is predicted."""
     if windows.length <= windows.beginning.first_target:
-        raise DataError("perplexity needs windows of at least two tokens, and one of text")
+        raise DataError(
+            "nothing is predicted in these windows; take windows of at least two tokens, and one of text"
+        )
 
 
 def perplexity_of(summed: Float[Tensor, " windows"], windows: Windows) -> Perplexity:
