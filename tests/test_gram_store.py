@@ -14,7 +14,7 @@ from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
 from test_model_resume import contents
-from tiny_models import save, tiny, tokens
+from tiny_models import save, save_tokenizer, tiny, tokens
 
 from maskopt import collect_grams, prune_model
 from maskopt.errors import MaskoptError, ModelError, OptionError, ProblemError
@@ -66,6 +66,21 @@ def test_the_same_bytes_as_in_one_pass(family: str, weights: str, tmp_path: Path
     prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "stored", **how)
     assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
     verify_output(tmp_path / "stored", dense)
+
+
+def test_precision_and_seed_are_those_of_the_store(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    save_tokenizer(dense)
+    (tmp_path / "text.txt").write_text("one two, three and four. " * 40)
+    walk: dict[str, Any] = {"calibration": tmp_path / "text.txt", "samples": 6, "seq_len": 16}
+    walk |= {"dtype": "bfloat16", "seed": 5}
+    prune_model(dense, output=tmp_path / "walked", one_pass=True, **walk, **OPTIONS)
+    collect_grams(dense, output=tmp_path / "grams", **walk)
+    for label, said in (("silent", {}), ("spoken", {"dtype": "bfloat16", "seed": 5})):
+        out = tmp_path / label
+        prune_model(dense, grams=tmp_path / "grams", output=out, **said, **OPTIONS)
+        assert contents(out) == contents(tmp_path / "walked")
+        verify_output(out, dense, calibration=tmp_path / "text.txt")
 
 
 def test_errors_are_checked_again_from_the_text(tmp_path: Path) -> None:
@@ -142,6 +157,12 @@ def damage_the_text(home: Path) -> None:
     (home / "grams" / INDEX).write_text(json.dumps(index))
 
 
+def damage_the_precision(home: Path) -> None:
+    index = json.loads((home / "grams" / INDEX).read_text())
+    del index["fingerprint"]["dtype"]
+    (home / "grams" / INDEX).write_text(json.dumps(index))
+
+
 def damage_the_layers(home: Path) -> None:
     index = json.loads((home / "grams" / INDEX).read_text())
     index["layers"], index["bad_samples"] = [[1]], [1]
@@ -167,6 +188,7 @@ def rename(home: Path) -> None:
         (damage, "not an index of format"),
         (damage_a_part, "not an index of format"),
         (damage_the_text, "not an index of format"),
+        (damage_the_precision, "not an index of format"),
         (damage_the_layers, "not an index of format"),
         (rename, "holds no Gram matrices of format"),
     ],
@@ -196,6 +218,8 @@ def test_what_was_changed_is_refused(
         ({"seq_len": 9}, OptionError, "`seq_len` 9 says nothing here"),
         ({"holdout": 0.2}, OptionError, r"`holdout` 0\.2 says nothing here"),
         ({"weighting": "rest"}, OptionError, "`weighting` rest says nothing here"),
+        ({"dtype": "bfloat16"}, OptionError, "`dtype` bfloat16 says nothing here"),
+        ({"seed": 5}, OptionError, "`seed` 5 says nothing here"),
     ],
 )
 def test_what_needs_a_walk_is_refused(

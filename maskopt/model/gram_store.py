@@ -133,8 +133,10 @@ class GramStore:
     @property
     def own(self) -> dict[str, Any]:
         """Options that were settled when these were made."""
-        own = {name: self.fingerprint["options"][name] for name in OF_STORE if name != "seed"}
+        own = {name: self.fingerprint["options"][name] for name in OF_STORE}
         text = self.fingerprint["calibration"]
+        # weights are solved in the precision of the passes, and a manifest tells of both at once
+        own["dtype"] = self.fingerprint["dtype"]
         return own | {"samples": text["samples"], "seq_len": text["length"]}
 
     def options(
@@ -169,7 +171,7 @@ class GramStore:
             asked = getattr(options, name)
             if asked not in (usual[name], own.get(name, usual[name])):
                 raise OptionError(
-                    f"`{name}` {asked} says nothing here: it is of the text that {self.folder} was made of; "
+                    f"`{name}` {asked} says nothing here: it is part of what {self.folder} was made of; "
                     "leave it out, or make others with `maskopt gram`"
                 )
         return dataclasses.replace(options, one_pass=True, **own)
@@ -224,6 +226,7 @@ def _is_whole(index: dict[str, Any]) -> bool:
         and isinstance(options, dict)
         and all(type(text.get(name)) is int for name in ("samples", "length"))
         and all(name in options for name in OF_STORE)
+        and isinstance(index["fingerprint"].get("dtype"), str)
         and all(isinstance(layer, str) for layer in index["layers"])
         and all(isinstance(bad, dict) and bad.keys() >= _BAD for bad in index["bad_samples"])
     )
