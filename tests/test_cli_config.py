@@ -13,7 +13,7 @@ from test_model_resume import contents
 from tiny_models import save, tiny, tokens
 
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
-from maskopt.model.again import command_again
+from maskopt.model.again import command_again, options_again
 from maskopt.model.report import read_manifest
 
 ALL = [
@@ -89,6 +89,7 @@ def test_the_command_line_goes_before_the_file(model: Path, tmp_path: Path) -> N
         ["--pattern", "2:4", "--solver", "magnitude", "--layers", "mlp"],
         ["--sparsity", "0.5", "--budget", "model", "--importance", "alike", "--seed", "3"],
         ["--pattern", "0.5 per layer", "--importance", "alike"],
+        ["--sparsity", "0.5", "--dtype", "bfloat16"],
         ["--sparsity", "0.5", "--weights", "reconstruct", "--reconstruct", "epochs=1", "--holdout", "0.2"],
     ],
 )  # fmt: skip
@@ -109,6 +110,20 @@ def test_a_manifest_repeats_its_run(options: list[str], model: Path, tmp_path: P
     for spelled in rest:
         assert "--config" not in spelled
         assert printed(*_typed(spelled, model)) == printed(*_typed(by_file, model))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "said"),
+    [("cpu", "float32", None), ("cuda", "float32", "float32"), ("cpu", "bfloat16", "bfloat16")],
+)
+def test_a_precision_is_repeated_unless_it_goes_without_saying(
+    device: str, dtype: str, said: str | None
+) -> None:
+    text = {"samples": 1, "length": 8, "beginning": {"bos": "auto"}, "source": "text.txt"}
+    options = {"channels": 0.25}
+    found = {"options": options, "calibration": text, "device": device, "dtype": dtype}
+    assert options_again(found, "out").get("dtype") == said
+    assert ("--dtype" in command_again(found, "out")[1]) == (said is not None)
 
 
 def _typed(line: str, model: Path) -> list[str]:

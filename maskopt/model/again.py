@@ -41,6 +41,10 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
     if bos in ("auto", "always", "never"):
         options["bos"] = bos
     options["chat"] = bos == "template"
+    precision = fingerprint["dtype"]
+    # `auto` is that on the CPU; elsewhere it depends on the model, of which nothing is known here
+    if (fingerprint["device"], precision) != ("cpu", "float32"):
+        options["dtype"] = precision
     if str(text["source"]).startswith("hf:"):
         options["calibration"] = text["source"]
     return {key: value for key, value in options.items() if value not in (None, {}, [])}
