@@ -62,6 +62,13 @@ def test_what_is_printed_is_read_again(model: Path, tmp_path: Path) -> None:
     assert run("plan", "--config", tmp_path / "run.toml", "--print-config") == text
 
 
+@pytest.mark.parametrize("value", ["null", "[1, null]", '{"a": null}'])
+def test_what_toml_cannot_say_is_refused(value: str, model: Path) -> None:
+    given = arguments(model, "--sparsity", "0.5", "--option", f"moves={value}", "--print-config")
+    said = run("prune", *given, fails=OptionError)
+    assert "`solver_options` moves: null cannot be said in TOML" in said
+
+
 def test_the_command_line_goes_before_the_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("sparsity = 0.5\nsamples = 3\none_pass = true\nseed = 4\n")
     both = arguments(model, "--config", str(tmp_path / "run.toml"))

@@ -70,6 +70,9 @@ def config_text(values: Mapping[str, Any], parameters: Sequence[Any]) -> str:
 
     Args:
         values: by parameter name, with mappings for repeated NAME=VALUE.
+
+    Raises:
+        OptionError: a null in such a mapping.
     """
     table: dict[str, Any] = {}
     for parameter in parameters:
@@ -78,10 +81,23 @@ def config_text(values: Mapping[str, Any], parameters: Sequence[Any]) -> str:
             continue
         if isinstance(value, tuple):
             value = list(value)
+        if isinstance(value, Mapping):
+            _check_no_null(_key(parameter), value)
         plain = isinstance(value, Mapping | list | bool | int | float)
         table[_key(parameter)] = value if plain else str(value)
     # tables come last: what follows one would belong to it
     return tomli_w.dumps(dict(sorted(table.items(), key=lambda x: isinstance(x[1], Mapping))))
+
+
+def _check_no_null(key: str, given: Mapping[str, Any]) -> None:
+    """Raise OptionError for a value, read from JSON, that TOML cannot say."""
+    for name, value in given.items():
+        try:
+            tomli_w.dumps({name: value})
+        except TypeError:
+            raise OptionError(
+                f"`{key}` {name}: null cannot be said in TOML; leave it out where that is the default"
+            ) from None
 
 
 def drop_other_pattern(ctx: typer.Context, options: dict[str, Any]) -> None:
