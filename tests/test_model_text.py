@@ -6,6 +6,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,6 +189,29 @@ def test_tokens_as_they_are(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=message):
             token_windows(bad, "given")
+
+
+@pytest.mark.parametrize("kind", [">i4", "<i4", ">u2", "u8", "i1"])
+def test_tokens_of_any_whole_numbers(kind: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.arange(12, dtype=kind).reshape(3, 4))
+    for make in (calibration_windows, evaluation_windows):
+        found = make(tmp_path / "t.npy", None)
+        assert torch.equal(found.tokens, torch.arange(12).view(3, 4))
+
+
+@pytest.mark.parametrize("kind", ["U1", "f4", "c8", "?", "datetime64[s]", [("a", "i4")]])
+def test_arrays_that_hold_no_tokens(kind: Any, tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.zeros((3, 4), dtype=kind))
+    for make in (calibration_windows, evaluation_windows):
+        with pytest.raises(DataError, match=r"t\.npy: tokens must be whole numbers, not "):
+            make(tmp_path / "t.npy", None)
+
+
+def test_an_archive_by_the_name_of_an_array(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", tokens=np.zeros((3, 4), dtype=int))
+    (tmp_path / "t.npz").rename(tmp_path / "t.npy")
+    with pytest.raises(DataError, match=r"t\.npy: an archive of arrays"):
+        calibration_windows(tmp_path / "t.npy")
 
 
 def test_the_demo_text_does_not_overlap() -> None:

@@ -214,11 +214,18 @@ def _is_npy(source: Any) -> TypeGuard[str | Path]:
 
 def _load_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        found = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not a NumPy array file ({error})") from None
+    if not isinstance(found, np.ndarray):
+        found.close()
+        raise DataError(f"{path}: an archive of arrays (.npz); write the tokens with numpy.save")
+    if found.dtype.kind not in "iu":
+        raise DataError(f"{path}: tokens must be whole numbers, not {found.dtype}")
+    # torch has only the byte order of this machine
+    return found.astype(found.dtype.newbyteorder("="), copy=False)
 
 
 def _describe(source: str | Path) -> str:
