@@ -6,11 +6,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from commands import run
 from tiny_models import FAMILIES, SHARED, WordTokenizer, patched, save, tiny, tokens
+from typer.testing import CliRunner
 
 import maskopt
+from maskopt.cli import app
 from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.model import evaluate as evaluation
 from maskopt.model import perplexity as module
@@ -185,6 +189,29 @@ def test_windows_are_counted_and_told(tmp_path: Path) -> None:
     assert (result.windows, result.length, result.targets) == (2, 12, 22)
     assert told == [(i, 8) for i in range(1, 9)]  # three blocks and the head, two windows
     assert result.cross_entropy == pytest.approx(cross_entropy(model, data[:2]), rel=1e-5)
+
+
+def test_figures_are_told_before_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a file that cannot be is refused before there are any."""
+    dense = save(tiny("llama"), tmp_path / "dense")
+    np.save(tmp_path / "t.npy", tokens(2, 8).numpy())
+    asked = ["eval", dense, "--text", tmp_path / "t.npy", "--json"]
+    (tmp_path / "folder").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("maskopt.model.evaluate.evaluate", None)  # nothing is walked
+        assert "is a folder; name a file" in run(*asked, tmp_path / "folder", fails=OptionError)
+        assert "no such folder" in run(*asked, tmp_path / "none" / "a.json", fails=OptionError)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("maskopt.cli.evaluate.atomic_write", full)
+    words = [str(word) for word in (*asked, tmp_path / "a.json")]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, OSError)
+    assert "perplexity" in result.output
 
 
 def test_a_model_in_training_stays_so() -> None:

@@ -14,7 +14,7 @@ from maskopt.cli.console import output
 from maskopt.cli.parameters import TEXT_SOURCES, option_list, takes
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
-from maskopt.files import atomic_write
+from maskopt.files import atomic_write, check_writable
 from maskopt.model.walk_options import EVALUATION, WalkOptions
 
 if TYPE_CHECKING:
@@ -66,24 +66,24 @@ def evaluate(
 
     if text is None and tasks is None:
         raise OptionError("name a `text` for the perplexity, or `tasks`, or both")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise OptionError(f"{file.parent}: no such folder")
+    if file is not None:
+        check_writable(file)
     walk = WalkOptions(**options)
     asked = None
     if tasks is not None:
         asked = open_tasks(option_list(tasks), tasks_path, limit=task_limit, batch=task_batch)
     found = [] if text is None else _perplexities(models, text, walk, windows)
     scores = [] if asked is None else asked.evaluate(models, walk)
-    if file is not None:
-        with atomic_write(file) as target:
-            target.write(json.dumps(_records(models, found, scores), indent=1).encode())
     for one in found:
         output.print(_line(one), soft_wrap=True)
     if len(found) > 1:
         output.print(_table(found))
     if scores:
         output.print(_task_table(models, scores))
+    # last: what was found is on the screen even where the disk is full
     if file is not None:
+        with atomic_write(file) as target:
+            target.write(json.dumps(_records(models, found, scores), indent=1).encode())
         output.print(f"written: {file}", soft_wrap=True)
 
 
