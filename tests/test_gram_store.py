@@ -242,6 +242,12 @@ def test_rows_that_trade_alike_need_no_walk(tmp_path: Path) -> None:
     assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
 
 
+def test_an_option_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no option is called 'sample'; did you mean 'samples'"):
+        collect_grams(tmp_path, tokens(6), output=tmp_path / "grams", sample=4)
+    assert not (tmp_path / "grams").exists()
+
+
 def test_the_model_is_never_the_place_of_its_own_gram_matrices(tmp_path: Path) -> None:
     dense = save(tiny("llama"), tmp_path / "dense")
     before = {file.name: file.read_bytes() for file in dense.iterdir()}

@@ -130,6 +130,7 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_written(
     [
         ({}, OptionError, "nothing is to be removed"),
         ({"channels": 1.0}, MaskoptError, "channels"),
+        ({"channel": 0.25}, OptionError, "no option is called 'channel'; did you mean 'channels'"),
         ({"heads": -0.1}, MaskoptError, "heads"),
         ({"channels": 0.2, "include": "q_proj"}, OptionError, "leave out `include`"),
         ({"heads": 0.5, "solver": "tabu"}, OptionError, "`solver` is of channels"),

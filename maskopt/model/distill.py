@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from maskopt.model.stored_masks import merged
 from maskopt.model.training import Task, Trained, train
 from maskopt.model.training_state import BYTES, FolderKeeper, Keeper
 from maskopt.model.unchanged import Unchanged
-from maskopt.model.walk_options import WalkOptions, check_names
+from maskopt.model.walk_options import WalkOptions, options_by_name
 from maskopt.model.windows import held_out, tokens_or_tokenizer
 from maskopt.model.workspace import MASKS, Workspace, check_output, open_workspace
 from maskopt.model.write import check_masks, disk_needed
@@ -98,8 +98,7 @@ def distill_model(
     began, target = time.perf_counter(), Path(output)
     if resume and overwrite:
         raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
-    check_names(shorthand, [field.name for field in fields(DistillOptions)])
-    options = DistillOptions(**shorthand) if options is None else replace(options, **shorthand)
+    options = options_by_name(DistillOptions, options, shorthand)
     tell = on_progress or (lambda what, done, total: None)
     for given in (pruned, teacher):
         if not isinstance(given, str | Path):

@@ -30,7 +30,7 @@ from maskopt.model.output import FinishedBlock, check_disk, check_not_the_model
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.safefile import DTYPES, open_safe, write_safe
-from maskopt.model.walk_options import WalkOptions
+from maskopt.model.walk_options import WalkOptions, options_by_name
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.model.workspace import Workspace, check_output, open_workspace
 
@@ -73,7 +73,7 @@ def collect_grams(
     Raises:
         MaskoptError: as for `prune_model`.
     """
-    options = dataclasses.replace(options or WalkOptions(), **{**shorthand, "one_pass": True})
+    options = options_by_name(WalkOptions, options, {**shorthand, "one_pass": True})
     target = Path(output)
     ranks.agreed(lambda: check_output(target, overwrite=overwrite, resume=False))
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)

@@ -40,6 +40,7 @@ from maskopt.model.solving import check_size, default_start
 from maskopt.model.source import FolderSource, as_stored
 from maskopt.model.structures import CHANNELS, Structures, channels_of, heads_of
 from maskopt.model.walk_block import Block
+from maskopt.model.walk_options import options_by_name
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.problem import RowProblem
 from maskopt.solution import Solution, Status
@@ -88,9 +89,7 @@ def shrink_model(
     began = time.perf_counter()
     if resume and overwrite:
         raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
-    options = (
-        ShrinkOptions(**shorthand) if options is None else dataclasses.replace(options, **shorthand)
-    )
+    options = options_by_name(ShrinkOptions, options, shorthand)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError("shrinking needs `calibration` text or tokens; name a source of text")

@@ -5,9 +5,9 @@ it does. Whoever prunes, makes smaller or evaluates takes them from here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from maskopt.errors import DataError, ModelError, OptionError, near
 from maskopt.fields import check_options, option
@@ -197,6 +197,7 @@ class WalkOptions:
             )
 
 
+_Options = TypeVar("_Options", bound=WalkOptions)
 #: what an evaluation has to do with
 EVALUATION = (
     "seq_len",
@@ -217,6 +218,18 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str = "option"
     for name in given:
         if name not in known:
             raise OptionError(f"no {what} is called {name!r}{near(name, known)}")
+
+
+def options_by_name(
+    kind: type[_Options], options: _Options | None, shorthand: Mapping[str, Any]
+) -> _Options:
+    """The options, with single ones set by name.
+
+    Raises:
+        OptionError: a name that is no option (near names are given).
+    """
+    check_names(shorthand, [f.name for f in dataclasses.fields(options or kind)])
+    return kind(**shorthand) if options is None else dataclasses.replace(options, **shorthand)
 
 
 def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
