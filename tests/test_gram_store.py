@@ -17,6 +17,7 @@ from test_model_resume import contents
 from tiny_models import save, save_tokenizer, tiny, tokens
 
 from maskopt import collect_grams, prune_model
+from maskopt.cli.sweep import swept_table
 from maskopt.errors import MaskoptError, ModelError, OptionError, ProblemError
 from maskopt.gram import Gram
 from maskopt.model.checkpoint import file_digest
@@ -334,6 +335,19 @@ def test_a_sweep_is_refused_before_its_first_prune(
             **{"patterns": [Unstructured(0.5)], "min_tokens": 1, **more},
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_of_layers_without_tokens_a_sweep_tells_no_error(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(2), output=tmp_path / "grams", include="q_proj")
+    found, _ = sweep(
+        dense, tmp_path / "grams", tmp_path / "out", patterns=[Unstructured(0.5)], min_tokens=10**6,
+        include="q_proj",
+    )  # fmt: skip
+    assert [list(column.cells) for column in swept_table(found, None).columns[2:4]] == [
+        ["–"],
+        ["–"],
+    ]
 
 
 def test_the_commands(tmp_path: Path) -> None:

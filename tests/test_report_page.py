@@ -159,6 +159,7 @@ def test_what_has_no_start_or_too_few_tokens_is_left_out(home: Path, tmp_path: P
     assert summary([Pruned.open(tmp_path / "out", "out")]).rows[0][4] == "–"
     prune_model(home / "dense", tokens(2), output=tmp_path / "few", sparsity=0.5, min_tokens=999)
     assert "In short" in page(home, tmp_path, tmp_path / "few")
+    assert summary([Pruned.open(tmp_path / "few", "few")]).rows[0][3:6] == ("–",) * 3
 
 
 @pytest.mark.parametrize(

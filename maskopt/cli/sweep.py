@@ -136,7 +136,7 @@ def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
         table.add_row(
             one.label,
             f"{one.report.sparsity:.1%}",
-            f"{sum(x.relative for x in layers) / max(len(layers), 1):.4f}",
+            f"{sum(x.relative for x in layers) / len(layers):.4f}" if layers else "–",
             f"{sum(held) / len(held):.4f}" if held else "–",
             f"{proven / rows:.0%}" if rows else "–",
             f"{sum(x.seconds for x in one.report.layers):.1f}",

@@ -176,7 +176,7 @@ def summary(pruned: Sequence[Pruned]) -> Table:
             one.name,
             str(one.fingerprint["options"].get("solver", "–")),
             f"{one.sparsity:.1%}",
-            number(_mean([x.relative for x in layers])),
+            number(_mean([x.relative for x in layers]) if layers else None),
             number(None if not start else _mean([x.relative for x in layers]) / start),
             number(_mean(held) if held else None),
             f"{rows:,}",
