@@ -14,18 +14,20 @@ from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
 from test_model_resume import contents
-from tiny_models import save, save_tokenizer, tiny, tokens
+from tiny_models import save, save_tokenizer, save_with_own_code, tiny, tokens
 
 from maskopt import collect_grams, prune_model
 from maskopt.cli.sweep import swept_table
 from maskopt.errors import MaskoptError, ModelError, OptionError, ProblemError
 from maskopt.gram import Gram
 from maskopt.model.checkpoint import file_digest
+from maskopt.model.evaluate import evaluate
 from maskopt.model.gram_store import INDEX, GramStore
 from maskopt.model.options import PruneOptions
 from maskopt.model.plan import plan_prune
 from maskopt.model.sweep import sweep
 from maskopt.model.verify import verify_output
+from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import NM, Unstructured
 
@@ -335,6 +337,36 @@ def test_a_sweep_is_refused_before_its_first_prune(
             **{"patterns": [Unstructured(0.5)], "min_tokens": 1, **more},
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_judges_as_it_prunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    here: dict[str, Any] = {"device": "cpu", "threads": 1, "trust_remote_code": True}
+    collect_grams(dense, tokens(6), output=tmp_path / "grams", **here)
+    walks: list[WalkOptions] = []
+
+    def told(models: Any, text: Any, walk: WalkOptions, **more: Any) -> Any:
+        walks.append(walk)
+        return evaluate(models, text, walk, **more)
+
+    monkeypatch.setattr("maskopt.model.sweep.evaluate", told)
+    found, _ = sweep(
+        dense, tmp_path / "grams", tmp_path / "out", patterns=[Unstructured(0.5)], text=tokens(3),
+        solvers=["wanda"], min_tokens=1, **here,
+    )  # fmt: skip
+    assert [one.evaluation is not None for one in found] == [True]
+    assert {name: getattr(walks[0], name) for name in here} == here
+
+
+def test_a_model_with_code_of_its_own_is_swept_but_not_judged(tmp_path: Path) -> None:
+    dense = save_with_own_code(tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams", trust_remote_code=True)
+    how: dict[str, Any] = {"patterns": [Unstructured(0.5)], "solvers": ["wanda"], "min_tokens": 1}
+    how |= {"grams": tmp_path / "grams", "output": tmp_path / "out", "trust_remote_code": True}
+    with pytest.raises(ModelError, match="not copied to the pruned folders; leave out `text`"):
+        sweep(dense, text=tokens(3), **how)
+    assert not (tmp_path / "out").exists()
+    assert [one.label for one in sweep(dense, **how)[0]] == ["0.5-wanda-keep"]
 
 
 def test_of_layers_without_tokens_a_sweep_tells_no_error(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskopt.errors import OptionError
+from maskopt.errors import ModelError, OptionError
 from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.gram_store import GramStore
-from maskopt.model.job import open_job
+from maskopt.model.job import Job, open_job
 from maskopt.model.options import KEEP, PruneOptions
 from maskopt.model.perplexity import check_targets
 from maskopt.model.progress import OnBlockProgress
@@ -20,6 +20,9 @@ from maskopt.model.report import PruneReport
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST, unfinished
 from maskopt.pattern import Pattern
+
+#: of a prune's options, those that its judging takes over
+_OF_JUDGING = ("device", "threads", "activation_memory", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def sweep(
         output: a folder with one for each prune.
         text: what all of them, and the dense model, are judged on, as for `evaluate`; None: nothing.
         windows: as many of it; None: all.
-        walk: how; None: windows of 512 tokens.
+        walk: how; None: windows of 512 tokens, on the same machine as the prunes.
         on_progress: given a prune's label, what to tell of its progress.
         shorthand: other options of every prune.
 
@@ -76,11 +79,9 @@ def sweep(
     if not cases:
         raise OptionError("nothing is swept; give at least one `sparsity` or `pattern`")
     _check(model, store, list(cases.values()))
-    walk = walk or WalkOptions(seq_len=512)
+    walk = walk or _judging(next(iter(cases.values())))
     if text is not None:
-        judging = open_job(model, text, walk, whole=True, limit=windows).windows
-        assert judging is not None
-        check_targets(judging)
+        _check_judging(open_job(model, text, walk, whole=True, limit=windows))
     found = []
     for label, options in cases.items():
         target = Path(output) / label
@@ -103,6 +104,24 @@ def sweep(
         for one, other in zip(found, others, strict=True)
     ]
     return judged, dense
+
+
+def _judging(options: PruneOptions) -> WalkOptions:
+    """How models are judged beside such prunes: on what they run on, in the precision that `evaluate` has."""
+    return WalkOptions(seq_len=512, **{name: getattr(options, name) for name in _OF_JUDGING})
+
+
+def _check_judging(job: Job) -> None:
+    """Refuse text, or a model of which pruned folders cannot be opened as they are written."""
+    checkpoint = job.source.checkpoint
+    assert checkpoint is not None
+    if checkpoint.config.get("auto_map"):
+        raise ModelError(
+            f"{checkpoint.folder}: config.json asks to run code that comes with the model (auto_map), which "
+            "is not copied to the pruned folders; leave out `text`, copy it there and judge by `maskopt eval`"
+        )
+    assert job.windows is not None
+    check_targets(job.windows)
 
 
 def _check(model: str | Path, store: GramStore, options: Sequence[PruneOptions]) -> None:
