@@ -369,6 +369,28 @@ def test_a_model_with_code_of_its_own_is_swept_but_not_judged(tmp_path: Path) ->
     assert [one.label for one in sweep(dense, **how)[0]] == ["0.5-wanda-keep"]
 
 
+def test_a_sweep_with_other_options_replaces_if_asked_to(tmp_path: Path) -> None:
+    dense, grams, out = (
+        save(tiny("llama"), tmp_path / "dense"),
+        tmp_path / "grams",
+        tmp_path / "out",
+    )
+    collect_grams(dense, tokens(6), output=grams)
+    some = ["--grams", grams, "--sparsity", 0.5, "--solver", "wanda", "--min-tokens", 1]
+    run("sweep", dense, *some, "--output", out)
+    before = contents(out / "0.5-wanda-keep")
+    other = [dense, *some, "--shrink", 0.1, "--output", out]
+    said = run("sweep", *other, fails=ModelError)
+    assert "another run: options.shrink was 0.0, is 0.1; --overwrite replaces it" in said
+    assert contents(out / "0.5-wanda-keep") == before
+    run("sweep", *other, "--overwrite")
+    prune_model(
+        dense, grams=grams, output=tmp_path / "alone", sparsity=0.5, solver="wanda", min_tokens=1,
+        shrink=0.1,
+    )  # fmt: skip
+    assert contents(out / "0.5-wanda-keep") == contents(tmp_path / "alone")
+
+
 def test_of_layers_without_tokens_a_sweep_tells_no_error(tmp_path: Path) -> None:
     dense = save(tiny("llama"), tmp_path / "dense")
     collect_grams(dense, tokens(2), output=tmp_path / "grams", include="q_proj")

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from maskopt.cli.console import output
-from maskopt.cli.parameters import CALIBRATION, OUTPUT, WHAT, Model, option_list, takes
+from maskopt.cli.parameters import CALIBRATION, OUTPUT, WHAT, Model, Overwrite, option_list, takes
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
@@ -78,6 +78,7 @@ def sweep(
             help="Of 512 tokens of it; default: all.", rich_help_panel=OUTPUT, metavar="N", min=1
         ),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Prune a model in every combination, each a folder, and print one table.
 
@@ -95,6 +96,7 @@ def sweep(
             weights=option_list(weights),
             text=text,
             windows=windows,
+            overwrite=overwrite,
             on_progress=lambda label: PruneView(shown),
             **options,
         )

@@ -51,12 +51,13 @@ def sweep(
     text: Any = None,
     windows: int | None = None,
     walk: WalkOptions | None = None,
+    overwrite: bool = False,
     on_progress: Callable[[str], OnBlockProgress | None] = lambda label: None,
     **shorthand: Any,
 ) -> tuple[list[Swept], Evaluation | None]:
     """Prune a model in every combination of patterns, solvers and treatments of the kept weights.
 
-    What an earlier sweep finished is kept, what it left unfinished goes on.
+    What an earlier sweep finished is kept, what it left unfinished goes on, unless it is to be replaced.
 
     Args:
         model: a folder, or a name on the hub.
@@ -65,6 +66,7 @@ def sweep(
         text: what all of them, and the dense model, are judged on, as for `evaluate`; None: nothing.
         windows: as many of it; None: all.
         walk: how; None: windows of 512 tokens, on the same machine as the prunes.
+        overwrite: prune anew what an earlier sweep left there.
         on_progress: given a prune's label, what to tell of its progress.
         shorthand: other options of every prune.
 
@@ -92,7 +94,8 @@ def sweep(
             options,
             grams=grams,
             output=target,
-            resume=there,
+            overwrite=overwrite,
+            resume=there and not overwrite,
             on_progress=on_progress(label),
         )
         found.append(Swept(label, target, report))
