@@ -236,6 +236,13 @@ def test_what_needs_a_walk_is_refused(
         )
 
 
+def test_a_model_in_memory_is_not_pruned_from_a_store(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    collect_grams(dense, tokens(6), output=tmp_path / "grams")
+    with pytest.raises(ModelError, match="`grams` are of model folders"):
+        prune_model(tiny("llama"), grams=tmp_path / "grams", **OPTIONS)
+
+
 def test_rows_that_trade_alike_need_no_walk(tmp_path: Path) -> None:
     dense = save(tiny("llama"), tmp_path / "dense")
     how = {**OPTIONS, "budget": "layer", "importance": "relative"}

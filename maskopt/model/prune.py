@@ -93,6 +93,8 @@ def prune_model(
         raise ModelError(
             "pruning needs `calibration` text or tokens, or `grams`; name a source of text, or one of the two"
         )
+    if store is not None and isinstance(model, nn.Module):
+        raise ModelError("`grams` are of model folders; name the folder that they were made of")
     _check_ranks(ranks, options)
     target = None if output is None else Path(output)
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
