@@ -22,6 +22,8 @@ from maskopt import (
 )
 from maskopt.errors import OptionError, WarmStartError
 from maskopt.solvers.swap.batch import Batch
+from maskopt.solvers.swap.engine import refine
+from maskopt.solvers.swap.numba_kernel import NumbaKernel
 from maskopt.solvers.swap.triton import unavailable as triton_unavailable
 
 KERNELS = ("literal", "torch", "numba")
@@ -317,3 +319,32 @@ def test_outliers_of_a_million_times_the_median(kernel: str) -> None:
         solution = solve(problem, "swap", warm_start=start, kernel=kernel)
         verify(problem, solution)
         assert set(solution.status) == {Status.SWAP_OPTIMAL}
+
+
+def one_direction() -> LayerProblem:
+    """f is far below the mass of a row: float32 cannot tell the pair that improves it."""
+    rng = np.random.default_rng(130)
+    n = int(rng.choice([500, 1000, 2000]))
+    weight = rng.normal(size=(8, n)).astype(np.float32)
+    return LayerProblem(weight, np.ones((n, n), np.float32), Unstructured(0.5))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_gram_matrix_of_one_direction_is_proven(kernel: str) -> None:
+    problem = one_direction()
+    solution = solve(problem, "swap", kernel=kernel, time_limit=300)
+    verify(problem, solution)
+    assert solution.status == (Status.SWAP_OPTIMAL,) * problem.rows
+
+
+def test_a_pair_that_the_search_does_not_make_ends_without_a_proof() -> None:
+    """A kernel whose scan and whose search disagree by rounding would go on for ever."""
+
+    class Undecided(NumbaKernel):
+        def price(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+            return super().price(batch, rows) | (rows == 1)
+
+    problem = LayerProblem(random_weight(3, 16, 1), random_gram(16, "full", 2), Unstructured(0.5))
+    batch = Batch.of(problem, start_of(problem, "wanda"))
+    outcome = refine(batch, Undecided(batch, 1))
+    assert outcome.proven.tolist() == [True, False, True]

@@ -103,6 +103,7 @@ def refine(
     for rows in parts(active):
         refresh(rows)
     fresh = batch.swaps.clone()  # swaps at which c was last computed from scratch
+    scanned = torch.full_like(batch.swaps, -1)  # swaps at the last scan
     outcome.objectives.append(batch.objective * batch.scale)
     while len(active):
         left: list[Tensor] = []
@@ -121,7 +122,10 @@ def refine(
             improving = kernel.price(batch, rows)
             outcome.scans[rows] += 1
             proven[rows[~improving]] = True
-            left.append(rows[improving])
+            # what a scan finds and the search that follows does not make differs by rounding: no proof
+            moved = batch.swaps[rows] > scanned[rows]
+            scanned[rows] = batch.swaps[rows]
+            left.append(rows[improving & moved])
             if progress is not None:
                 progress(int(proven.sum()))
         outcome.objectives.append(batch.objective * batch.scale)

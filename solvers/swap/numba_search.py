@@ -354,6 +354,19 @@ def _exchange(
 
 
 @fast
+def _swap_harvested(partner, k, m, slots):
+    """Swap the best pair of the harvest, which improves by float64, where the lower precision proposed none
+    that does. → how the objective changes"""
+    ints, heap = slots[3], slots[4][3]
+    bar_kept, bar_pruned = slots[5][1], slots[5][2]
+    columns, j = ints[0], ints[2][0]
+    for s in range(m):
+        if columns[s] == j or columns[s] == partner[j]:
+            bar_kept[s], bar_pruned[s] = (BIG, 0.0) if s < k else (0.0, BIG)
+    return heap[0]
+
+
+@fast
 def _add_columns(gram, x, kept, c, changed, count):
     """c after the named columns changed sides: ± x_j G_j,: for each, four at a time."""
     n = len(c)
@@ -410,6 +423,8 @@ def _search_rows(
                 most - swaps[r],
                 slots,
             )
+            if made == 0 and total > 0:
+                made, objective[r] = 1, objective[r] + _swap_harvested(partner[r], k, m, slots)
             if made == 0:
                 break
             swaps[r] += made
