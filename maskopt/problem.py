@@ -142,7 +142,7 @@ class LayerProblem:
         self.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
         self.integral, self.units = integral, units
         if integral:
-            check_integral(self.weight, self.gram, self.linear, label)
+            check_integral(self.weight, self.gram, self.linear, label, refitted=refit is not None)
         if not assume_psd:
             check_semidefinite(self.gram, label)
             if self.linear is not None:
@@ -305,8 +305,8 @@ class LayerProblem:
 
     def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """The least that f can be where it is no less than a bound: of an integral problem the next of its
-        values, of another one the bound."""
-        if not self.integral:
+        values, of another one the bound, and of rows that trade, each of which has a part of one bound."""
+        if not self.integral or self.pooled:
             return bound
         values = [self.row(row).values() for row in range(self.rows)]
         raised = [v.at_least(b) for v, b in zip(values, bound.tolist(), strict=True) if v]
@@ -394,6 +394,8 @@ class LayerProblem:
             raise ProblemError(
                 "somebody's quadratic objective has no weights that could be refitted; take `weights` keep"
             )
+        if refit is not None and self.integral:
+            check_integral(self.weight, self.gram, self.linear, "", refitted=True)
         problem = self._like(slice(None), self.name)
         if refit != self.refit:
             problem.refit, problem._squares = refit, None

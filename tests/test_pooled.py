@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +16,11 @@ from maskopt import (
     Limits,
     Refit,
     RowProblem,
+    Solution,
     Status,
     Unstructured,
     improving_swap,
+    lower_bound,
     solve,
     verify,
 )
@@ -363,3 +366,22 @@ def test_rows_that_keep_different_numbers_go_through_every_kernel(kernel, seed):
     found = solve(problem, "swap", start="wanda", kernel=kernel)
     verify(problem, found)
     assert set(found.status) == {Status.SWAP_OPTIMAL}
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("method", ["box", "shift"])
+def test_a_bound_of_whole_numbers_bounds_the_layer(method, seed):
+    """Of what each row has a part, no row's next value is one."""
+    rng = np.random.default_rng(seed)
+    rows, n = (int(size) for size in rng.integers(2, 5, size=2))
+    inputs = rng.integers(-2, 3, size=(n + 1, n)).astype(float)
+    weight = rng.integers(-3, 4, size=(rows, n)).astype(float)
+    pattern = Unstructured(sparsity=0.5, per="layer")
+    problem = LayerProblem(weight, inputs.T @ inputs, pattern, integral=True)
+    optimum = solve(problem, "exhaustive")
+    bound = lower_bound(problem, method)
+    assert float(bound.value.sum()) <= float(optimum.objective.sum()) * (1 + 1e-9) + 1e-9
+    claimed = Solution.of(
+        problem, optimum.mask, lower_bound=bound.value, certificate=bound.certificate
+    )
+    verify(problem, claimed)

@@ -548,6 +548,10 @@ def test_what_is_not_whole_is_refused(tmp_path):
     linear = random_linear(problem.weight, problem.gram, 1)
     with pytest.raises(ProblemError, match="linear part"):
         LayerProblem(problem.weight, problem.gram, HALF, linear=linear, integral=True)
+    with pytest.raises(ProblemError, match="refitted"):
+        LayerProblem(problem.weight, problem.gram, HALF, refit=Refit(), integral=True)
+    with pytest.raises(ProblemError, match="refitted"):
+        problem.refitting(Refit())
     problem.save(tmp_path / "graph.npz")
     assert LayerProblem.load(tmp_path / "graph.npz").integral
     assert problem.take([0]).integral
