@@ -182,6 +182,8 @@ FORGED = {
     "digest": edit("fingerprint", "calibration", "sha256", to="0" * 64),
     "error": edit("layers", 5, "error", to=1e-3),
     "error a little": lambda m: m["layers"][5].update(error=m["layers"][5]["error"] * (1 + 3e-5)),
+    "energy": lambda m: m["layers"][5].update(energy=m["layers"][5]["energy"] * 2),
+    "energy held": edit("layers", 5, "energy_held", to=1.0),
     "tokens": edit("layers", 5, "tokens", to=97),
     "device": edit("fingerprint", "device", to="tpu"),
 }

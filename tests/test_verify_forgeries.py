@@ -384,6 +384,8 @@ SAYS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a layer twice": lambda m: m["layers"].append(copy.deepcopy(m["layers"][3])),
     "a layer renamed": layer(lambda x: x.update(name="model.layers.0.self_attn.x_proj")),
     "names exchanged": swap_names,
+    "another block": layer(lambda x: x.update(block=x["block"] + 1)),
+    "another kind": layer(lambda x: x.update(kind="mlp.up_proj")),
     "excluded": lambda m: m["fingerprint"]["options"].update(exclude=["q_proj"]),
     "included": lambda m: m["fingerprint"]["options"].update(include=["mlp"]),
     "min_tokens": lambda m: m["fingerprint"]["options"].update(min_tokens=10**6),

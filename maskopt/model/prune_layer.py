@@ -227,11 +227,15 @@ def _columns(
     else:
         error, error_kept = fitted.error(new), kept.objective(solution.mask)
         held = None if judge is None else judge.error(new)
+    bound = solution.lower_bound
+    if _chosen_for(solved, new, options) != "kept":
+        # it is of the error and what the damping adds to it, which nothing here tells
+        bound = torch.zeros_like(bound)
     known = {
         "error_start": begun,
         "error_alike": alike,
         "error": error,
-        "lower_bound": solution.lower_bound,
+        "lower_bound": bound,
         "energy": fitted.output_energy(),
         "error_held": held,
         "energy_held": None if judge is None else judge.output_energy(),

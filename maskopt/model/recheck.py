@@ -242,6 +242,7 @@ def _check_layer(
         raise manifest.wrong(
             f"layer {name!r} is said to have seen {said['tokens']} tokens; it sees {found.tokens}"
         )
+    _check_energies(manifest, said, found, ERROR_TOLERANCES[run.dtype])
     used = 0.0 if said["fallback"] else run.shrink
     if used != AUTO and said["shrink"] != used:
         raise manifest.wrong(f"layer {name!r} was shrunk by another α than the options say")
@@ -253,6 +254,20 @@ def _check_layer(
     _check_statuses(
         manifest, said, found, SWAP_TOLERANCE if same else ERROR_TOLERANCES[run.dtype], pool
     )
+
+
+def _check_energies(
+    manifest: Manifest, said: Mapping[str, Any], found: Found, tolerance: float
+) -> None:
+    """What errors are told as parts of."""
+    for key, problem in (("energy", found.problem), ("energy_held", found.held)):
+        energy = None if problem is None else float(problem.output_energy().sum())
+        if (energy is None) != (said[key] is None) or not math.isclose(
+            said[key] or 0.0, energy or 0.0, rel_tol=tolerance
+        ):
+            raise manifest.wrong(
+                f"layer {said['name']!r} states {key} of {said[key]}; it is {energy}"
+            )
 
 
 def _check_errors(

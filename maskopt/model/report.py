@@ -41,7 +41,8 @@ class LayerReport:
         chosen_for: `kept` weights, or `refitted` ones: which objective the statuses are of; or `updated`,
             where the weights are the solver's own, not those of least squares.
         damping: that weights were refitted with; None where they stay.
-        lower_bound: proven bound summed over rows, 0 where none is known.
+        lower_bound: proven bound summed over rows, 0 where none is known: of `error`; of `error_kept` where
+            weights were refitted after masks were chosen for kept ones.
         statuses: number of rows by status.
         tokens: calibration tokens that the layer saw.
         fallback: too few tokens, so pruned by magnitude; its errors are then the pruned weights' squares.

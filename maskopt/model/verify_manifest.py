@@ -114,6 +114,7 @@ class Slice:
     Attributes:
         numbers: those in its name, block and expert: layers whose parameter is stored in other pieces
             have the same.
+        expert: it is one of several matrices of its tensor.
         square: Σ of the pruned weights' squares in the original; None where it was not asked for.
         least_first: every row prunes its smallest weights; None likewise.
     """
@@ -123,6 +124,7 @@ class Slice:
     rows: int
     n: int
     pruned: int
+    expert: bool
     square: float | None = None
     least_first: bool | None = None
 
@@ -194,7 +196,8 @@ def check_layers(manifest: Manifest) -> None:
             )
         if sum(layer["statuses"].values()) != layer["rows"]:
             raise manifest.wrong(f"layer {name!r} has statuses of another number of rows")
-        if layer["lower_bound"] > layer["error"] * (1 + BOUND_ROUNDING):
+        bounded = "error_kept" if refitted and layer["chosen_for"] == "kept" else "error"
+        if layer["lower_bound"] > layer[bounded] * (1 + BOUND_ROUNDING):
             raise manifest.wrong(f"layer {name!r} has a lower bound above its error")
     if manifest.record["parts"] and options.get("weights") != "reconstruct":
         raise manifest.wrong("has trained parts, and its options train none")
@@ -243,7 +246,8 @@ def check_counts(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, floa
     """
     by_tensor = {part.tensor: part for part in slices}
     for layer in manifest.layers:
-        part = _called_like(layer["name"], by_tensor)
+        name = called_like(layer["name"], by_tensor)
+        part = None if name is None else by_tensor[name]
         if part is not None and (part.rows, part.n) != (layer["rows"], layer["n"]):
             raise manifest.wrong(
                 f"layer {layer['name']!r} is said to have {layer['rows']} rows of {layer['n']}; its "
@@ -268,7 +272,10 @@ def check_counts(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, floa
             least = sum(x.rows for x in parts if x.pruned or not manifest.rule.pruned(x.rows, x.n))
             # of a layer whose rows trade, a piece may by chance have nothing that is pruned
             exact = bool(not manifest.rows_trade and manifest.rule.pruned(1, key[1]))
-        same = count == least if exact else count <= sum(x.rows for x in parts)
+        most = sum(x.rows for x in parts)
+        # experts alone may have masks and belong to no layer: those that were left out
+        own = sum(x.rows for x in parts if x.pruned or (layers and not x.expert))
+        same = own <= count <= most and (count == least or not exact)
         total = sum(x.pruned for x in parts)
         if not same or total != sum(x["pruned"] for x in layers):
             name = layers[0]["name"] if layers else parts[0].tensor
@@ -310,7 +317,7 @@ def check_names(manifest: Manifest, config_folder: Path, *, trust_remote_code: b
         VerificationError: a layer that is not there, is left out, has another shape or another place.
     """
     model = _empty_model(config_folder, trust_remote_code=trust_remote_code)
-    options, all_maps = manifest.options, linear_maps(model)
+    options, (blocks, all_maps) = manifest.options, linear_maps(model)
     include, exclude = options["include"], options["exclude"]
     expected = {
         name: shape
@@ -326,10 +333,15 @@ def check_names(manifest: Manifest, config_folder: Path, *, trust_remote_code: b
     for layer in manifest.layers:
         if {layer["rows"], layer["n"]} != set(expected[layer["name"]]):
             raise manifest.wrong(f"layer {layer['name']!r} has another shape than in the model")
+        block, *rest = layer["name"].removeprefix(f"{blocks}.").split(".")
+        kind = ".".join("*" if part.isdecimal() else part for part in rest) or "*"
+        if (layer["block"], layer["kind"]) != (int(block), kind):
+            raise manifest.wrong(f"layer {layer['name']!r} has another block or kind than its name")
 
 
-def linear_maps(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """The matrices that multiply activations in the decoder blocks, by name, in the model's order.
+def linear_maps(model: nn.Module) -> tuple[str, dict[str, tuple[int, int]]]:
+    """The name of the list of decoder blocks, and the matrices in it that multiply activations, by name, in
+    the model's order.
 
     The blocks are the outermost module list that holds the most of them. A matrix is the weight of a
     linear module, or one part of a 3-D parameter of a module that holds several experts.
@@ -353,7 +365,7 @@ def linear_maps(model: nn.Module) -> dict[str, tuple[int, int]]:
             if parameter.ndim == 3 and min(parameter.shape[1:]) > 1:
                 for expert in range(parameter.shape[0]):
                     home[f"{path}.{expert}.{key}"] = parameter.shape[1], parameter.shape[2]
-    return max(lists.values(), key=lambda maps: sum(a * b for a, b in maps.values()), default={})
+    return max(lists.items(), key=lambda x: sum(a * b for a, b in x[1].values()), default=("", {}))
 
 
 def numbers(name: str) -> tuple[int, ...]:
@@ -378,14 +390,14 @@ def _empty_model(folder: Path, *, trust_remote_code: bool) -> nn.Module:
     return model
 
 
-def _called_like(layer: str, by_tensor: Mapping[str, Slice]) -> Slice | None:
+def called_like(layer: str, tensors: Mapping[str, Any]) -> str | None:
     """The tensor `LAYER.weight`, where the checkpoint may lack the first parts of the name."""
     parts = layer.split(".")
     for start in range(len(parts)):
         if not any(part.isdecimal() for part in parts[start:]):
             return None
-        if (name := ".".join([*parts[start:], "weight"])) in by_tensor:
-            return by_tensor[name]
+        if (name := ".".join([*parts[start:], "weight"])) in tensors:
+            return name
     return None
 
 

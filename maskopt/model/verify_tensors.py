@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskopt.errors import VerificationError
 from maskopt.model.verify_folder import Weights, opened, tensor
-from maskopt.model.verify_manifest import Manifest, Slice, numbers
+from maskopt.model.verify_manifest import Manifest, Slice, called_like, numbers
 
 #: elements compared at a time
 SLAB = 2**24
@@ -41,7 +41,7 @@ def check_tensors(
     refitted = {
         (numbers(x["name"]), x["n"]) for x in manifest.layers if changed and not x["fallback"]
     }
-    trained = _trained_vectors(manifest)
+    trained = _trained_blocks(manifest, masks)
     for done, (name, path) in enumerate(sorted(weights.where.items())):
         found = tensor(path, name)
         kept = dense = None
@@ -56,7 +56,7 @@ def check_tensors(
             same = kept
             if kept is not None and refitted:
                 same = kept & ~_places(name, kept, masks.layout[name][1], refitted)
-            if found.ndim == 1 and numbers(name)[:1] in trained:
+            if found.ndim == 1 and name.startswith(trained):
                 same = torch.zeros_like(found, dtype=torch.bool)
             _check_same(name, found, dense, same)
         changeable = refitted if kept is not None else trained
@@ -70,11 +70,14 @@ def check_tensors(
     return slices
 
 
-def _trained_vectors(manifest: Manifest) -> set[tuple[int, ...]]:
-    """Numbers of the blocks whose norms and biases may have been trained, as names of tensors have them."""
+def _trained_blocks(manifest: Manifest, masks: Masks) -> tuple[str, ...]:
+    """What names begin with in the blocks whose norms and biases may have been trained: those of the masked
+    tensors, up to their first number. (Another part of the model may number blocks of its own.)"""
     if manifest.options.get("reconstruct", {}).get("train") != "all":
-        return set()
-    return {numbers(layer["name"])[:1] for layer in manifest.layers}
+        return ()
+    parts = (name.split(".") for name in masks.layout)
+    ends = ((part, next(i for i, x in enumerate(part) if x.isdecimal())) for part in parts)
+    return tuple({".".join(part[: end + 1]) + "." for part, end in ends})
 
 
 def _slices(
@@ -94,7 +97,7 @@ def _slices(
     for index, mask in enumerate(_matrices(kept, axis)):
         place = (*numbers(name), index) if kept.ndim == 3 else numbers(name)
         rows, n = mask.shape
-        part = Slice(name, place, rows, n, int((~mask).sum()))
+        part = Slice(name, place, rows, n, int((~mask).sum()), expert=kept.ndim == 3)
         # not of an expert that was left out
         if part.pruned and manifest.rows_trade:
             _check_limits(manifest, part, mask)
@@ -115,14 +118,15 @@ def _slices(
         yield part
 
 
-def _places(name: str, stored: Tensor, axis: int, of: Set[tuple[Any, int]]) -> Tensor:
-    """Bool in the shape of a stored tensor: whether the matrix that an entry is in is one of those."""
-    places = torch.zeros_like(stored, dtype=torch.bool)
-    n = stored.shape[axis]
-    if stored.ndim == 2:
+def _places(name: str, kept: Tensor, axis: int, of: Set[tuple[Any, int]]) -> Tensor:
+    """Bool in the shape of a mask: whether the matrix that an entry is in is one of those. An expert of which
+    nothing is pruned was left out."""
+    places = torch.zeros_like(kept, dtype=torch.bool)
+    n = kept.shape[axis]
+    if kept.ndim == 2:
         return places.fill_((numbers(name), n) in of)
-    for expert in range(len(stored)):
-        places[expert] = ((*numbers(name), expert), n) in of
+    for expert, mask in enumerate(kept):
+        places[expert] = ((*numbers(name), expert), n) in of and not mask.all()
     return places
 
 
@@ -200,6 +204,10 @@ class Masks:
         folder = weights.folder
         if set(self.layout) != set(manifest.tensors):
             raise VerificationError(f"{folder}: masks and manifest name different tensors")
+        for layer in manifest.layers:
+            name = called_like(layer["name"], weights.where)
+            if name is not None and name not in self.layout:
+                raise VerificationError(f"{folder}: layer {layer['name']!r} has no mask")
         if missing := set(self.layout) - set(weights.where):
             raise VerificationError(
                 f"{folder}: tensor {min(missing)!r} has a mask and is not there"
