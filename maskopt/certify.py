@@ -181,7 +181,7 @@ def certify_model(
     # the walks end in the order in which they began, each with the threads that it found
     with ExitStack() as walks:
         walks.enter_context(torch_threads(None))
-        dense = walks.enter_context(closing(layer_problems(model, **common)))
+        dense = walks.enter_context(closing(layer_problems(model, unseen=True, **common)))
         sparse = walks.enter_context(closing(layer_problems(pruned, **common)))
         counts = manifest["fingerprint"]["options"].get("counts", {})
         parts = _model_rows(dense, sparse, counts, rows_per_layer, seed)
@@ -368,13 +368,15 @@ def _model_rows(
     rows_per_layer: int,
     seed: int,
 ) -> Iterator[_Rows]:
-    pairs = enumerate(zip(dense, sparse, strict=True))
-    for position, ((layer, original), (other, pruned)) in pairs:
-        name = layer.name
-        if layer != other:
-            raise ModelError(
-                f"{name}: the pruned model has {other.name} in its place; not the same model"
-            )
+    """Pairs what two walks in the same order yield. `dense` has all layers: of it only the weights are used,
+    and an expert may see tokens in one of the two alone."""
+    places = enumerate(dense)
+    for other, pruned in sparse:
+        name = other.name
+        found = next((place for place in places if place[1][0] == other), None)
+        if found is None:
+            raise ModelError(f"{name}: is a layer of the pruned model alone; not the same model")
+        position, (layer, original) = found
         for part, chosen in _sampled(original, rows_per_layer, None, seed=[seed, position]):
             kept_weight = pruned.weight[chosen]
             changed = (kept_weight != 0) & (kept_weight != part.weight)

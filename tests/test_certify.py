@@ -8,9 +8,17 @@ import pytest
 import torch
 from commands import process, run
 from strategies import random_gram, random_weight
-from tiny_models import save, save_tokenizer, tiny
+from tiny_models import save, save_tokenizer, tiny, tokens
 
-from maskopt import NM, LayerProblem, Unstructured, lower_bound, prune_model, solve
+from maskopt import (
+    NM,
+    LayerProblem,
+    Unstructured,
+    collect_problems,
+    lower_bound,
+    prune_model,
+    solve,
+)
 from maskopt.certify import GapRecord, bound_layers, by_kind, certify_model
 from maskopt.compare import read_records, sample_rows
 from maskopt.errors import MaskoptError, ModelError, OptionError
@@ -163,6 +171,22 @@ def test_the_masks_of_a_pruned_model_are_the_ones_judged(models):
         assert record.objective > 0
         assert 0 <= record.gap <= 1
         assert math.isfinite(record.seconds)
+
+
+def test_experts_that_see_tokens_in_one_of_the_two_models_alone(tmp_path):
+    dense = save(tiny("mixtral"), tmp_path / "dense")
+    odd = 0
+    for seed in range(6):
+        text, out = tokens(2, 4, seed), tmp_path / str(seed)
+        prune_model(dense, text, output=out, sparsity=0.7, solver="magnitude", min_tokens=1)
+        seen = [
+            [name for name, _ in collect_problems(folder, text, sparsity=0.7)]
+            for folder in (dense, out)
+        ]
+        odd += seen[0] != seen[1]
+        records = certify_model(dense, out, calibration=text, method="box", rows_per_layer=1)
+        assert [record.instance for record in records] == seen[1]
+    assert odd > 0
 
 
 def test_folders_that_do_not_belong_together_are_refused(models, tmp_path):

@@ -60,9 +60,11 @@ def layer_problems(
     *,
     calibration: str | Path | Sequence[Any] | None = None,
     on_progress: OnBlockProgress | None = None,
+    unseen: bool = False,
     **shorthand: Any,
 ) -> Generator[tuple[Layer, LayerProblem], None, None]:
-    """As `collect_problems`, with the `Layer` in place of its name."""
+    """As `collect_problems`, with the `Layer` in place of its name; and with `unseen` of layers that saw no
+    token as well, whose inputs are then uncorrelated and alike."""
     if options is None:
         shorthand = {"samples": 32, "seq_len": 512, **shorthand}
     dense = {"one_pass": True, "true_sequential": False}
@@ -79,17 +81,19 @@ def layer_problems(
     if text is None:
         raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
-    return _walked(job, options)
+    return _walked(job, options, unseen=unseen)
 
 
-def _walked(job: Job, options: PruneOptions) -> Generator[tuple[Layer, LayerProblem], None, None]:
+def _walked(
+    job: Job, options: PruneOptions, *, unseen: bool
+) -> Generator[tuple[Layer, LayerProblem], None, None]:
     shrink = float(options.shrink)
     with job:
         for block in job.blocks():
             grams = block.grams()
             for layer in block.layers:
                 gram = grams.of(layer.name)
-                if gram is not None:
+                if gram is not None or unseen:
                     weight = matrix(job.source.model, layer).detach().float().clone()
                     pattern, refit = options.pattern_of(layer), options.refit
                     problem = layer_problem(layer, weight, gram, pattern, shrink, refit=refit)
