@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from commands import run
+from safetensors.torch import load_file, save_file
 from tiny_models import save, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -237,6 +238,36 @@ def test_what_cannot_be_held_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         keep_masks(refused(change)(pruned("llama")), pruned("llama"))
+
+
+def test_adapters_on_pruned_parameters_are_refused(pruned: Callable[[str], Path]) -> None:
+    """Of experts that are one parameter; the adapters of the layers are held."""
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    model = peft.get_peft_model(loaded(pruned("mixtral")), config)
+    with pytest.raises(ModelError, match="an adapter on 'down_proj', which is pruned"):
+        keep_masks(model, pruned("mixtral"))
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("opt", "model.")])
+def test_checkpoints_without_the_name_of_the_base_model(
+    family: str, prefix: str, tmp_path: Path
+) -> None:
+    """As the hub has them; `save_pretrained` puts it before every name."""
+    dense = save(tiny(family), tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    bare = {n.removeprefix(prefix): t for n, t in tensors.items() if n != "lm_head.weight"}
+    save_file(bare, dense / "model.safetensors", metadata={"format": "pt"})
+    prune_model(dense, tokens(6), output=tmp_path / "out", **OPTIONS)
+    model = loaded(tmp_path / "out")
+    with keep_masks(model, tmp_path / "out"):
+        train(model, OPTIMIZERS["SGD"](model.parameters()), 2)
+    model.save_pretrained(tmp_path / "tuned")
+    found = verify_masks(tmp_path / "tuned", tmp_path / "out")
+    assert found.pruned > 0
+    assert 0 < found.changed <= found.others
+    loaded(dense).save_pretrained(tmp_path / "regrown")
+    with pytest.raises(VerificationError, match="are not zero"):
+        verify_masks(tmp_path / "regrown", tmp_path / "out")
 
 
 def test_masks_that_are_of_another_model_are_refused(

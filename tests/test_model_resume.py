@@ -234,6 +234,16 @@ def signed(record: dict[str, Any]) -> bytes:
     return json.dumps({**record, "sha256": digest}, sort_keys=True).encode() + b"\n"
 
 
+def test_a_finished_result_of_which_something_is_gone_is_not_finished(
+    dense: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    prune_model(dense, tokens(), output=out, **OPTIONS)
+    (out / MASKS).unlink()
+    with pytest.raises(ModelError, match=f"{MASKS} is gone; `overwrite`"):
+        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+
+
 @pytest.mark.parametrize("change", [{"masks": 3}, {"layers": 0}, {"bad": [1]}, {"index": -1}])
 def test_a_forged_journal_is_refused_in_one_line(
     dense: Path, tmp_path: Path, change: dict[str, Any]

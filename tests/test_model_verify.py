@@ -112,3 +112,20 @@ def test_pytorch_accepts_two_four(tmp_path: Path) -> None:
     dense = save(LlamaForCausalLM(config), tmp_path / "dense")
     prune_model(dense, tokens(), pattern=NM(keep=2, of=4), solver="wanda", output=tmp_path / "out")
     assert len(semi_structured(tmp_path / "out")) == 7
+
+
+def test_what_lies_beside_a_model_never_fails_its_prune(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names that not every system takes, and what a loader could take for weights: not copied."""
+    dense = save(tiny("llama"), tmp_path / "dense")
+    odd = ["notes 10:30.txt", "what?.json", "shot\u202fAM.md"]
+    more = ["LICENSE.docx", "LICENSE.safetensors", "adapter_notes.txt"]
+    for name in (*odd, *more, "LICENSE", "NOTICE.md"):
+        (dense / name).write_text("{}")
+    prune_model(dense, tokens(), output=tmp_path / "out", sparsity=0.5, solver="wanda")
+    verify_output(tmp_path / "out", dense)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"LICENSE", "NOTICE.md"} < names
+    assert not names & {*odd, *more}
+    assert all(f"{name}: is not copied" in caplog.text for name in odd)

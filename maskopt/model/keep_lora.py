@@ -51,10 +51,17 @@ class LoraLayer:
         """
         found = []
         for name, module in model.named_modules():
-            weight = getattr(getattr(module, _BASE, None), "weight", None)
-            kept = None if weight is None else masks.get(id(weight))
-            if kept is None:
+            base = getattr(module, _BASE, None)
+            own = dict(base.named_parameters(recurse=False)) if isinstance(base, nn.Module) else {}
+            held = {key: masks[id(weight)] for key, weight in own.items() if id(weight) in masks}
+            if not held:
                 continue
+            if set(held) != {"weight"}:
+                raise ModelError(
+                    f"{name!r} has an adapter on {min(held)!r}, which is pruned; masks are held through "
+                    "LoRA on layers, not on parameters"
+                )
+            kept = held["weight"]
             _check(name, module)
             found.append(cls(module, kept))
         return found

@@ -326,6 +326,10 @@ def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport
         raise ModelError(
             f"{output}: holds the result of another run: {in_words(lines)}; `overwrite` replaces it"
         )
+    if missing := [name for name in manifest["files"] if not (output / name).is_file()]:
+        raise ModelError(
+            f"{output}: holds the result of this run, but {min(missing)} is gone; `overwrite` makes it anew"
+        )
     shutil.rmtree(output / GONE, ignore_errors=True)
     layers = read_layers(manifest["layers"], output / MANIFEST)
     parts = read_parts(manifest.get("parts", []), output / MANIFEST)

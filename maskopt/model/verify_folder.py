@@ -172,8 +172,9 @@ def is_copied(name: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Is it a file name without any path?"""
-    return 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\:\0")
+    """Is it a file name without any path, which every system takes?"""
+    odd = set(name) & set('/\\:\0*?"<>|') or not name.isprintable()
+    return 0 < len(name) < 256 and name not in (".", "..") and not odd
 
 
 def check_regular(file: Path) -> None:

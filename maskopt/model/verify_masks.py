@@ -5,7 +5,7 @@ Shares no code with what packs masks and writes models, as all of `maskopt.model
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +54,14 @@ def verify_masks(
     weights, masks = read_weights(Path(tuned)), Masks(Path(pruned) / MASKS)
     count = lost = total = zeros = 0
     first = ""
+    called = _names(masks.layout, weights.where)
     for done, name in enumerate(sorted(masks.layout)):
-        if name not in weights.where:
+        theirs = called(name)
+        if theirs not in weights.where:
             raise VerificationError(
                 f"{tuned}: has no tensor {name!r}, which {pruned} prunes; merge adapters before saving"
             )
-        found = tensor(weights.where[name], name)
+        found = tensor(weights.where[theirs], theirs)
         kept = masks.kept(name, found)
         gone = int((found[~kept] != 0).sum())
         first = first or (name if gone else "")
@@ -77,9 +79,21 @@ def verify_masks(
     # a packed folder, or one of masks alone, has no weights to compare
     alone = not any(Path(pruned).glob("*.safetensors"))
     before = {} if alone else read_weights(Path(pruned)).where
-    others = sorted({*weights.where} & {*before} - {*masks.layout})
+    others = {name: called(name) for name in {*before} - {*masks.layout}}
+    others = {name: theirs for name, theirs in others.items() if theirs in weights.where}
     changed = sum(
-        not same_bits(tensor(weights.where[name], name), tensor(before[name], name))
-        for name in others
+        not same_bits(tensor(weights.where[theirs], theirs), tensor(before[name], name))
+        for name, theirs in others.items()
     )
     return Held(len(masks.layout), count, count / total, zeros, len(others), changed)
+
+
+def _names(masked: Collection[str], there: Collection[str]) -> Callable[[str], str]:
+    """What tensors of the pruned model are called in the other one: `save_pretrained` puts the name of the
+    base model first, which the original's checkpoint may have been without."""
+    first = min(masked, default="")
+    before = {name.removesuffix(first) for name in there if name.endswith(f".{first}")}
+    for prefix in sorted(before):
+        if first not in there and all(prefix + name in there for name in masked):
+            return lambda name: prefix + name if prefix + name in there else name
+    return lambda name: name

@@ -17,6 +17,7 @@ from maskopt.model.verify_folder import (
     Weights,
     check_regular,
     is_copied,
+    is_plain,
     read_object,
     sha256,
 )
@@ -45,7 +46,7 @@ def same_files(manifest: Manifest, weights: Weights, original: Weights) -> set[s
     theirs = {
         file.name
         for file in home.iterdir()
-        if is_copied(file.name) and file.is_file() and _stays(file)
+        if is_copied(file.name) and is_plain(file.name) and file.is_file() and _stays(file)
     }
     ours = set(filter(is_copied, manifest.files))
     same = {n for n in ours & theirs if sha256(folder / n) == sha256(home / n)}

@@ -16,7 +16,7 @@ from typing import Any
 
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
-from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint, stays_inside
+from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint, plain_name, stays_inside
 from maskopt.model.edits import Edits
 from maskopt.model.maskfile import MaskFile
 from maskopt.model.safefile import CHUNK, open_file
@@ -24,6 +24,9 @@ from maskopt.model.safefile import CHUNK, open_file
 #: what is copied along with the weights; code is not
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
 SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+LEGAL_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf", ".html")
+#: ours, hidden ones, and adapters, which loaders put upon the weights
+NOT_COPIED = ("maskopt-", ".", "adapter_")
 #: where tokenizers keep chat templates beside that by default; results are folders without folders
 _TEMPLATES = "additional_chat_templates"
 
@@ -72,8 +75,9 @@ def side_files(folder: Path, shards: Container[str]) -> list[str]:
     and licence."""
     names = []
     for file in sorted(folder.iterdir()):
-        wanted = file.suffix in SIDE_SUFFIXES or file.name.startswith(SIDE_NAMES)
-        if file.name.startswith(("maskopt-", ".")) or not wanted or not file.is_file():
+        legal = file.name.startswith(SIDE_NAMES) and file.suffix in LEGAL_SUFFIXES
+        wanted = (legal or file.suffix in SIDE_SUFFIXES) and plain_name(file.name)
+        if file.name.startswith(NOT_COPIED) or not wanted or not file.is_file():
             continue
         if file.name.endswith(".index.json") and (file.name != INDEX or SINGLE in shards):
             continue  # of weights that are not copied
@@ -90,6 +94,9 @@ def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
             "%s: chat templates with names of their own are not copied; the one by default is",
             checkpoint.folder / _TEMPLATES,
         )
+    for file in sorted(checkpoint.folder.iterdir()):
+        if file.suffix in SIDE_SUFFIXES and not plain_name(file.name):
+            _log.warning("%s: is not copied; not every system takes its name", file)
     for name in copied:
         copy_file(checkpoint.folder / name, target / name)
     return copied
