@@ -161,7 +161,9 @@ def certify_model(
             "`weights` keep to have gaps"
         )
     original = manifest["fingerprint"].get("model")
-    if original is not None and open_checkpoint(resolve_model(model)).digest != original:
+    trusted = bool(shorthand.get("trust_remote_code"))
+    dense_model = open_checkpoint(resolve_model(model), trust_remote_code=trusted)
+    if original is not None and dense_model.digest != original:
         raise ModelError(f"{pruned}: was pruned from another model than {model}; name the original")
     pattern = pattern_from_dict(manifest["fingerprint"]["options"]["pattern"])
     if pattern.pooled or manifest["fingerprint"]["options"].get("budget") == BOTH:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_model_resume import contents
-from tiny_models import save, tiny, tokens
+from tiny_models import save, save_with_own_code, tiny, tokens
+from transformers import AutoModelForCausalLM
 
 from maskopt import NM, prune_model
+from maskopt.certify import certify_model
 from maskopt.errors import VerificationError
 from maskopt.model.card import hub_name
 from maskopt.model.pack import pack, unpack_folder
 from maskopt.model.verify import verify_output
+from maskopt.model.workspace import MANIFEST
 
 CARD = """---
 license: other
@@ -209,3 +213,21 @@ def test_packing_keeps_the_cards(tmp_path: Path) -> None:
 )
 def test_names_on_the_hub(path: str, name: str | None) -> None:
     assert hub_name(path) == name
+
+
+def test_a_model_with_code_of_its_own_says_what_it_needs(tmp_path: Path) -> None:
+    """Of a folder the code is not copied; a model in memory is saved with it, and opened with nothing run."""
+    dense, out = save_with_own_code(tmp_path / "dense"), tmp_path / "out"
+    options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "trust_remote_code": True}
+    prune_model(dense, tokens(6), output=out, **options)  # type: ignore[arg-type]
+    assert "put those files beside it" in (out / "README.md").read_text()
+    shutil.copy(dense / "modeling_own.py", out)
+    assert certify_model(
+        dense, out, calibration=tokens(6), method="box", rows_per_layer=1, trust_remote_code=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    prune_model(model, tokens(6), output=tmp_path / "again", **options)  # type: ignore[arg-type]
+    assert (tmp_path / "again" / MANIFEST).exists()
+    plain = save(tiny("llama"), tmp_path / "plain")
+    prune_model(plain, tokens(6), output=tmp_path / "other", sparsity=0.5, solver="wanda")
+    assert "put those files" not in (tmp_path / "other" / "README.md").read_text()

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from maskopt.files import atomic_write
 from maskopt.model.again import command_again
-from maskopt.model.checkpoint import names_hub_model
+from maskopt.model.checkpoint import names_hub_model, read_json
 from maskopt.model.report import PruneReport
 from maskopt.model.workspace import CARD
 from maskopt.pattern import NM, pattern_from_dict
@@ -59,7 +59,7 @@ def write_card(
         [
             f"# {base or name}, {_made(report)} by maskopt",
             report.sentence(),
-            _use(smaller),
+            _use(smaller, bool(read_json(folder / "config.json").get("auto_map"))),
             *([_figures(report, smaller)] if report.layers else []),
             _origin(report, base, inherited, kept),
         ]
@@ -123,7 +123,7 @@ def _made(report: PruneReport) -> str:
     return f"pruned to {pattern if isinstance(pattern, NM) else f'{report.sparsity:.0%} zeros'}"
 
 
-def _use(smaller: bool) -> str:
+def _use(smaller: bool, own_code: bool) -> str:
     what = (
         "An ordinary dense model of smaller sizes, as config.json says."
         if smaller
@@ -134,8 +134,14 @@ def _use(smaller: bool) -> str:
         if smaller
         else ", and `maskopt.keep_masks(model, FOLDER)` holds the zeros through fine-tuning"
     )
+    beside = (
+        " It asks for code of the original (`auto_map` in config.json), which is not copied: put those files "
+        "beside it, and load it with `trust_remote_code=True`."
+        if own_code
+        else ""
+    )
     return (
-        f"## Use\n\n{what} Every program that loads the original loads this model:\n\n"
+        f"## Use\n\n{what}{beside} Every program that loads the original loads this model:\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'

@@ -303,7 +303,8 @@ class MemoryRun:
                 self.tokenizer.save_pretrained(staging, save_jinja_files=not several)
         write_masks(staging / MASKS, self._stored)
         masks = MaskFile(staging / MASKS)
-        check_masks(open_checkpoint(staging), masks)
+        # of a model that runs already: nothing of its code is run here
+        check_masks(open_checkpoint(staging, trust_remote_code=True), masks)
         named = getattr(getattr(self.source.model, "config", None), "_name_or_path", "")
         write_card(staging, report, hub_name(named), Path(named).name or "A model", [])
         listed = (file for file in sorted(staging.iterdir()) if file.name != CARD)
