@@ -361,13 +361,20 @@ class LayerProblem:
         Raises:
             ProblemError: none of that; a list that is empty, or names what is no row.
         """
-        vector = isinstance(rows, slice) or (isinstance(rows, Tensor) and rows.ndim == 1)
+        vector = isinstance(rows, slice) or (isinstance(rows, Tensor) and self._are_rows(rows))
         listed = isinstance(rows, list) and bool(rows) and all(map(self._is_row, rows))
         if not vector and not listed:
             raise ProblemError(
                 f"rows must be a list of indices within 0 … {self.rows - 1}, at least one; not {rows}"
             )
         return self._like(rows, self.name)
+
+    def _are_rows(self, index: Tensor) -> bool:
+        if index.ndim != 1 or index.is_floating_point() or index.is_complex():
+            return False
+        if index.dtype == torch.bool:
+            return len(index) == self.rows
+        return bool(((index >= -self.rows) & (index < self.rows)).all())
 
     def _is_row(self, index: Any) -> bool:
         whole = isinstance(index, Integral) and not isinstance(index, bool)

@@ -180,7 +180,9 @@ def test_rows_that_are_none_are_refused(rows):
         layer.take(rows)
     assert layer.take([-1, 0]).rows == 2
     assert layer.take(torch.tensor([1])).rows == 1
-    for bad in (0, torch.tensor(0), (1,), torch.zeros(1, 1, dtype=torch.long)):
+    assert layer.take(torch.tensor([True, False, True])).rows == 2
+    none = (torch.tensor([3]), torch.tensor([0.0]), torch.tensor([True, False]))
+    for bad in (0, torch.tensor(0), (1,), torch.zeros(1, 1, dtype=torch.long), *none):
         with pytest.raises(ProblemError, match="rows must be a list of indices"):
             layer.take(bad)
 
