@@ -43,11 +43,7 @@ def same_files(manifest: Manifest, weights: Weights, original: Weights) -> set[s
         raise VerificationError(
             f"{folder / INDEX}: the index does not name the same tensors as the original's"
         )
-    theirs = {
-        file.name
-        for file in home.iterdir()
-        if is_copied(file.name) and is_plain(file.name) and file.is_file() and _stays(file)
-    }
+    theirs = copied_files(home)
     ours = set(filter(is_copied, manifest.files))
     same = {n for n in ours & theirs if sha256(folder / n) == sha256(home / n)}
     if manifest.model is None:
@@ -64,6 +60,15 @@ def same_files(manifest: Manifest, weights: Weights, original: Weights) -> set[s
         )
         raise VerificationError(f"{folder / name}: {where}; configuration and tokenizer are copied")
     return same
+
+
+def copied_files(home: Path) -> set[str]:
+    """Names of the files beside an original's weights that its results hold, too."""
+    return {
+        file.name
+        for file in home.iterdir()
+        if is_copied(file.name) and is_plain(file.name) and file.is_file() and _stays(file)
+    }
 
 
 def _stays(file: Path) -> bool:

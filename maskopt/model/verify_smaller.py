@@ -34,6 +34,7 @@ from maskopt.model.verify_folder import (
     tensor,
 )
 from maskopt.model.verify_manifest import sound_record
+from maskopt.model.verify_original import copied_files
 
 FORMAT = "maskopt-smaller-1"
 #: settings that name blocks by their numbers
@@ -220,7 +221,7 @@ def _same_files(
         raise VerificationError(
             f"{folder}: the manifest holds the digest of another model than {home}"
         )
-    theirs = {f.name for f in home.iterdir() if is_copied(f.name) and f.is_file()}
+    theirs = copied_files(home)
     ours = set(filter(is_copied, manifest["files"]))
     for name in sorted((ours | theirs) - {CONFIG}):
         if name not in ours & theirs or sha256(folder / name) != sha256(home / name):
