@@ -142,8 +142,7 @@ def _convert(gguf_folder: Path, output: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from maskopt.model.loading import quietly
-    from maskopt.model.transformers_adapter import forget_quantisation, without_gguf_bar
+    from maskopt.model.transformers_adapter import forget_quantisation, quietly, without_gguf_bar
 
     with quietly(), without_gguf_bar():
         source = {"gguf_file": "model.gguf", "local_files_only": True}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskopt.errors import ModelError
 from maskopt.model.checkpoint import Checkpoint
 from maskopt.model.edits import Edits
-from maskopt.model.transformers_adapter import Conversion, initialise, tie
+from maskopt.model.transformers_adapter import Conversion, initialise, quietly, tie
 
 
 class Loader:
@@ -105,20 +105,6 @@ def return_memory() -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without the progress bars of transformers."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def real_buffers(model: Any, device: torch.device) -> None:

@@ -293,7 +293,7 @@ class MemoryRun:
         if self.work is None:
             return
         staging = self.work.staging
-        from maskopt.model.loading import quietly
+        from maskopt.model.transformers_adapter import quietly
 
         with quietly():
             self.source.model.save_pretrained(staging)  # type: ignore[operator]

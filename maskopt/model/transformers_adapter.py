@@ -165,6 +165,20 @@ def set_eager_experts(model: nn.Module) -> None:
 
 
 @contextmanager
+def quietly() -> Iterator[None]:
+    """Without the progress bars of transformers."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def without_gguf_bar() -> Iterator[None]:
     """Reading a GGUF file shows a progress bar of its own, which no switch of transformers turns off."""
     from transformers import modeling_gguf_pytorch_utils as gguf

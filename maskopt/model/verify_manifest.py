@@ -316,7 +316,7 @@ def check_names(manifest: Manifest, config_folder: Path, *, trust_remote_code: b
     Raises:
         VerificationError: a layer that is not there, is left out, has another shape or another place.
     """
-    model = _empty_model(config_folder, trust_remote_code=trust_remote_code)
+    model = empty_model(config_folder, trust_remote_code=trust_remote_code)
     options, (blocks, all_maps) = manifest.options, linear_maps(model)
     include, exclude = options["include"], options["exclude"]
     expected = {
@@ -372,7 +372,7 @@ def numbers(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split(".") if part.isdecimal())
 
 
-def _empty_model(folder: Path, *, trust_remote_code: bool) -> nn.Module:
+def empty_model(folder: Path, *, trust_remote_code: bool) -> nn.Module:
     """The model without any weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,8 +1,9 @@
 """Check what `maskopt shrink` wrote against its manifest and the original.
 
 Part of `maskopt.model.verify`; shares no code with what writes models. What it shows: every tensor is the
-original's, cut where and by what the manifest says, and the configuration is the original's but for the sizes
-that it names. What it cannot show, and calls claimed, is how good the choice is.
+original's, in its place, cut as the manifest's choice of what stays asks, and the configuration is the
+original's but for the sizes that follow from this choice. What it cannot show, and calls claimed, is how good
+the choice is.
 """
 
 from __future__ import annotations
@@ -26,22 +27,19 @@ from maskopt.model.verify_folder import (
     check_configuration,
     check_entries,
     is_copied,
-    read_json,
-    read_object,
     read_weights,
     same_bits,
     sha256,
     tensor,
 )
+from maskopt.model.verify_loading import Loading, check_loads
 from maskopt.model.verify_manifest import sound_record
 from maskopt.model.verify_original import copied_files
+from maskopt.model.verify_smaller_cuts import check_cuts
+from maskopt.model.verify_smaller_names import Blocks, Names, check_names
+from maskopt.model.verify_smaller_settings import check_settings
 
 FORMAT = "maskopt-smaller-1"
-#: settings that name blocks by their numbers
-_NUMBERED = {
-    *("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers"),
-    "moe_layers",
-}
 
 
 @dataclass(frozen=True)
@@ -94,20 +92,27 @@ def verify_smaller(
     weights = read_weights(folder)
     check_entries(folder, manifest["files"], weights, needed=(CONFIG,))
     shrunk = manifest["shrunk"]
-    names = _Names(shrunk.get("names", {}), shrunk.get("gone", []))
-    _check_experts(folder, shrunk, names, weights)
+    names = Names(shrunk.get("names", {}), shrunk.get("gone", []))
+    if "blocks" not in shrunk:
+        check_names(shrunk, names, weights)
     original = None if against is None else read_weights(Path(against))
     same: set[str] = set()
     if original is not None:
         same = _same_files(manifest, weights, original, names)
     check_configuration(folder, manifest["files"], compared=same)
-    _check_settings(folder, shrunk["settings"], shrunk.get("blocks", []), original)
+    ours, theirs = Loading(weights), None if original is None else Loading(original)
+    check_settings(shrunk, ours, theirs)
+    if theirs is not None and "blocks" in shrunk:
+        check_names(shrunk, names, weights, Blocks.of(shrunk, names, theirs))
+    check_loads(ours, theirs)
     count = 0
     for done, name in enumerate(sorted(weights.where), 1):
         count += _check_tensor(name, weights, original, shrunk, names)
         on_progress(done, len(weights.where))
     if odd := set(shrunk["tensors"]) - set(weights.where):
         raise VerificationError(f"{folder}: tensor {min(odd)!r} of the manifest is not there")
+    if theirs is not None:
+        check_cuts(shrunk, theirs)
     checked = ["files", "sizes"]
     claimed = ["errors", "bounds and statuses", "calibration"]
     if shrunk.get("blocks"):
@@ -129,23 +134,12 @@ def verify_smaller(
     )
 
 
-@dataclass(frozen=True)
-class _Names:
-    """What tensors are called in the original, where they are called otherwise, and those that are gone."""
-
-    renamed: Mapping[str, str]
-    gone: Sequence[str]
-
-    def before(self, name: str) -> str:
-        return self.renamed.get(name, name)
-
-
 def _check_tensor(
     name: str,
     weights: Weights,
     original: Weights | None,
     shrunk: Mapping[str, Any],
-    names: _Names,
+    names: Names,
 ) -> int:
     """One tensor of the folder; how many numbers it holds."""
     ours = tensor(weights.where[name], name)
@@ -193,7 +187,7 @@ def _inside(step: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Tenso
 
 
 def _same_files(
-    manifest: Mapping[str, Any], weights: Weights, original: Weights, names: _Names
+    manifest: Mapping[str, Any], weights: Weights, original: Weights, names: Names
 ) -> set[str]:
     """Names of the files beside the weights that are those of the original.
 
@@ -206,14 +200,6 @@ def _same_files(
         raise VerificationError(f"{folder}: tensor {min(odd)!r} is in only one of the two models")
     if len(known) != len(set(known)):
         raise VerificationError(f"{folder}: the manifest names a tensor of the original twice")
-    shrunk = manifest["shrunk"]
-    removed = shrunk.get("blocks", [])
-    for name in names.gone:
-        of_block = any(f".{index}." in f".{name}" for index in removed)
-        if not of_block and _without_experts(name, shrunk) is not None:
-            raise VerificationError(
-                f"{folder}: tensor {name!r} is gone, and is of no removed block or expert"
-            )
     shards = [name for name in original.files if name != INDEX]
     digests = {name: sha256(home / name) for name in (CONFIG, *shards)}
     whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
@@ -231,75 +217,6 @@ def _same_files(
     return (ours & theirs) - {CONFIG}
 
 
-def _check_experts(
-    folder: Path, shrunk: Mapping[str, Any], names: _Names, weights: Weights
-) -> None:
-    """Experts that are stored one by one are numbered as the kept ones follow one another, as are the rows of
-    their router.
-
-    Raises:
-        VerificationError: not so.
-    """
-    if not shrunk.get("experts"):
-        return
-    for name in (*map(names.before, weights.where), *names.gone):
-        new = _without_experts(name, shrunk)
-        if (new is None) != (name in names.gone) or (new is not None and names.before(new) != name):
-            raise VerificationError(
-                f"{folder}: tensor {name!r} of the original is not where the kept experts put it"
-            )
-
-
-def _without_experts(name: str, shrunk: Mapping[str, Any]) -> str | None:
-    """What a tensor of the original is called without the removed experts; None: it is of one of them."""
-    for home, mixture in shrunk.get("experts", {}).items():
-        number, _, rest = name.removeprefix(f"{home}.").partition(".")
-        if name.startswith(f"{home}.") and number.isdigit():
-            kept = shrunk["kept"][mixture]
-            return f"{home}.{kept.index(int(number))}.{rest}" if int(number) in kept else None
-    return name
-
-
-def _renumbered(numbers: Sequence[int], removed: Sequence[int]) -> list[int]:
-    """A list of blocks by their numbers, which those behind a removed one change."""
-    left = [number for number in numbers if number not in removed]
-    return [number - len([gone for gone in removed if gone < number]) for number in left]
-
-
-def _check_settings(
-    folder: Path, settings: Mapping[str, Any], removed: Sequence[int], original: Weights | None
-) -> None:
-    """The configuration says the sizes of the manifest, and beside them what the original's says.
-
-    Raises:
-        VerificationError: not so.
-    """
-    config = read_object(folder / CONFIG)
-    text = config if any(key in config for key in settings) else config.get("text_config", {})
-    for key, value in settings.items():
-        if text.get(key) != value:
-            raise VerificationError(f"{folder / CONFIG}: {key} is not the {value} of the manifest")
-    if original is not None:
-        before = read_json(original.folder / CONFIG)
-        nested = before if text is config else before.get("text_config", {})
-        for key, value in settings.items():
-            listed = nested.get(key)
-            left = _renumbered if key in _NUMBERED else _without
-            if isinstance(listed, list) and value != left(listed, removed):
-                raise VerificationError(
-                    f"{folder / CONFIG}: {key} is not the original's without the removed blocks"
-                )
-            nested[key] = value
-        if before != config:
-            raise VerificationError(
-                f"{folder / CONFIG}: differs from the original in more than the sizes"
-            )
-
-
-def _without(values: Sequence[Any], removed: Sequence[int]) -> list[Any]:
-    return [value for index, value in enumerate(values) if index not in removed]
-
-
 def _has_shape(manifest: Any) -> bool:
     """All keys, with values of the right kinds that fit one another."""
     shrunk, files = manifest["shrunk"], manifest["files"]
@@ -309,7 +226,9 @@ def _has_shape(manifest: Any) -> bool:
         and isinstance(manifest["fingerprint"], dict)
         and isinstance(shrunk["settings"], dict)
         and all(_count(v) or isinstance(v, list) for v in shrunk["settings"].values())
+        and not {"blocks", "experts"} <= set(shrunk)
         and all(_count(index) for index in shrunk.get("blocks", []))
+        and len(set(shrunk.get("blocks", []))) == len(shrunk.get("blocks", []))
         and all(isinstance(name, str) for name in shrunk.get("gone", []))
         and all(isinstance(name, str) for name in shrunk.get("names", {}).values())
         and all(mixture in kept for mixture in shrunk.get("experts", {}).values())
