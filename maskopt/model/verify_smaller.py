@@ -112,7 +112,7 @@ def verify_smaller(
     if odd := set(shrunk["tensors"]) - set(weights.where):
         raise VerificationError(f"{folder}: tensor {min(odd)!r} of the manifest is not there")
     if theirs is not None:
-        check_cuts(shrunk, theirs)
+        check_cuts(folder, shrunk, theirs)
     checked = ["files", "sizes"]
     claimed = ["errors", "bounds and statuses", "calibration"]
     if shrunk.get("blocks"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from maskopt.errors import VerificationError
@@ -91,7 +92,7 @@ def consumers(shrunk: Mapping[str, Any], theirs: Loading) -> dict[str, int]:
     return found
 
 
-def check_cuts(shrunk: Mapping[str, Any], theirs: Loading) -> None:
+def check_cuts(folder: Path, shrunk: Mapping[str, Any], theirs: Loading) -> None:
     """Every tensor is cut as what was removed asks, and no other; weights are set anew only where what takes
     the channels or heads makes good for them, in all blocks.
 
@@ -102,13 +103,14 @@ def check_cuts(shrunk: Mapping[str, Any], theirs: Loading) -> None:
     for name in sorted({*expected, *shrunk["tensors"]}):
         if expected.get(name) != shrunk["tensors"].get(name):
             raise VerificationError(
-                f"tensor {name!r} is not cut as what was removed asks; all that a block's channels, heads or "
-                "experts run through loses the same of them"
+                f"{folder}: tensor {name!r} is not cut as what was removed asks; all that a block's "
+                "channels, heads or experts run through loses the same of them"
             )
-    if odd := set(shrunk["set_anew"]) ^ (anew if shrunk["set_anew"] else set()):
+    said = set(shrunk["set_anew"])
+    if odd := said - anew or (anew - said if said else set()):
         raise VerificationError(
-            f"tensor {min(odd)!r} is set anew, or not, otherwise than refitting does: all layers that take "
-            "channels or heads, and no others"
+            f"{folder}: tensor {min(odd)!r} is set anew, or not, otherwise than refitting does: all layers "
+            "that take channels or heads, and no others"
         )
 
 
