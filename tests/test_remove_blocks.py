@@ -307,6 +307,22 @@ def test_code_of_the_models_own_is_refused_before_anything_heavy(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_buffers_that_are_stored_go_along_with_their_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The biases of routers, which differ between blocks."""
+    monkeypatch.setattr("maskopt.model.remove_blocks.choose", lambda *_: {frozenset({1}): 0.0})
+    model = tiny("deepseek_v3", layers=4)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_()
+    dense = save(model, tmp_path / "dense")
+    remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=1)
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logs(smaller, tokens(2)), logs(without(dense, {1}), tokens(2)))
+    verify_smaller(tmp_path / "out", dense)
+
+
 def test_a_family_that_cannot_say_it_is_refused(tmp_path: Path) -> None:
     """Its first block is dense by its number."""
     dense = save(tiny("deepseek_v3"), tmp_path / "dense")

@@ -215,9 +215,10 @@ def _renamed(source: FolderSource, removed: list[int]) -> list[tuple[str, str | 
 def _new_names(source: FolderSource, removed: list[int]) -> dict[str, str | None]:
     """The same of the tensors that the checkpoint stores, whose names may begin otherwise: only those that
     the blocks are made of, since a vision tower has blocks of that name, too."""
-    last, inside = source.blocks.name.rpartition(".")[2], f"{source.blocks.name}."
-    parameters = (name for name, _ in source.model.named_parameters() if name.startswith(inside))
-    of_blocks = {part for name in parameters for part in source.stored_parts(name)}
+    last, of_blocks = (
+        source.blocks.name.rpartition(".")[2],
+        source.stored_inside(source.blocks.name),
+    )
     return {
         name: _without(name, last, removed) if name in of_blocks else name
         for name in source.checkpoint.where

@@ -283,6 +283,11 @@ class FolderSource:
         """The checkpoint's tensors that a parameter is made of."""
         return self._loader.conversion.sources(parameter)
 
+    def stored_inside(self, module: str) -> set[str]:
+        """The checkpoint's tensors that a module's parameters and buffers are made of."""
+        names = [name for name in self.model.state_dict() if name.startswith(f"{module}.")]
+        return set(self._loader.conversion.needed(names))
+
     def block_memory(self) -> int:
         """A block is read in its stored dtype and converted; one tensor of it is held twice."""
         working = next(self.model.parameters()).dtype.itemsize
