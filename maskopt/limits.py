@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from maskopt.errors import OptionError
@@ -77,6 +78,10 @@ class Limits:
     deadline: float = math.inf
 
     def __post_init__(self) -> None:
+        for name in ("seconds", "memory", "threads", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
         if self.seconds is not None and not (_is_number(self.seconds) and self.seconds >= 0):
             raise OptionError(f"`time_limit` must be at least 0 seconds, not {self.seconds!r}")
         if isinstance(self.memory, str):

@@ -209,9 +209,9 @@ def solve(
     Args:
         problem: a layer, or one row (the Solution then has rows = 1).
         solver: a value such as `Tabu(moves=500)`, or a name out of `available_solvers()`.
-        start: a solver (value or name), or a bool mask [rows, n] with True = kept; None: the
-            backend's own default (`default_start` of its capabilities, where it needs one). The keyword
-            `warm_start` is the same. A solver that ignores a start is not given one, and none is made.
+        start: a solver (value or name), a bool mask [rows, n] with True = kept, or a Solution for its mask;
+            None: the backend's own default (`default_start` of its capabilities, where it needs one). The
+            keyword `warm_start` is the same. A solver that ignores a start is not given one, and none is made.
         limits: for start, search and bound together.
         options: of the solver, where it is named (unknown ones are refused with near names); and
             `time_limit` (seconds), `memory_limit` (bytes), `threads`, `seed`, `on_progress` in place
@@ -290,6 +290,8 @@ def _alike(layer: LayerProblem) -> list[LayerProblem]:
 
 def _start_mask(backend: Solver, layer: LayerProblem, start: Any, limits: Limits) -> Tensor | None:
     needs = backend.capabilities.start
+    if isinstance(start, Solution):
+        start = start.mask
     if needs == "ignored":
         _check_start(layer, start)
         return None

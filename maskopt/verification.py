@@ -86,6 +86,11 @@ def verify(
     if require not in ("claims", CHECKED):
         raise VerificationError(f"require must be 'claims' or 'checked', not {require!r}")
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    if not isinstance(solution, Solution):
+        raise VerificationError(
+            f"what is verified is a Solution, not a {type(solution).__name__}; of a mask alone make "
+            "Solution.of(problem, mask)"
+        )
     mask = _legal_mask(layer, solution)
     mass = _mass(layer, mask)
     _verify_objective(layer, mask, solution, mass)

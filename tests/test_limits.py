@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from clock import Clock
@@ -120,6 +121,16 @@ def test_what_is_no_amount_of_memory(text: str) -> None:
 def test_values_out_of_range(field: str, value: object, named: str) -> None:
     with pytest.raises(OptionError, match=named):
         Limits(**{field: value})  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    limits = Limits(
+        seconds=np.float32(1.5), memory=np.int64(7), threads=np.int32(2), seed=np.uint8(3)
+    )  # type: ignore[arg-type]
+    assert limits == Limits(seconds=1.5, memory=7, threads=2, seed=3)
+    assert [type(getattr(limits, name)) for name in ("seconds", "seed")] == [float, int]
+    with pytest.raises(OptionError, match="threads"):
+        Limits(threads=np.bool_(True))  # type: ignore[arg-type]
 
 
 def test_threads_are_as_before_afterwards() -> None:

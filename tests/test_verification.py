@@ -358,3 +358,12 @@ def test_bounds_at_the_ends_of_float64(power):
         solution = solve(scaled, solver)
         verify(scaled, solution)
         assert solution.status == solve(usual, solver).status
+
+
+def test_a_solution_is_a_start_and_a_mask_is_no_solution():
+    problem = LayerProblem(random_weight(3, 12, 1), random_gram(12, "full", 2), Unstructured(0.5))
+    start = solve(problem, "random")
+    found = solve(problem, "swap", start=start)
+    assert torch.equal(found.mask, solve(problem, "swap", start=start.mask).mask)
+    with pytest.raises(VerificationError, match=r"not a Tensor; of a mask alone make Solution\.of"):
+        verify(problem, found.mask)
