@@ -210,8 +210,8 @@ def solve(
         problem: a layer, or one row (the Solution then has rows = 1).
         solver: a value such as `Tabu(moves=500)`, or a name out of `available_solvers()`.
         start: a solver (value or name), a bool mask [rows, n] with True = kept, or a Solution for its mask;
-            None: the backend's own default (`default_start` of its capabilities, where it needs one). `warm_start`
-            is the same. A solver that ignores a start is not given one, and none is made.
+            None: the backend's own default (`default_start` of its capabilities, where it needs one). It may
+            be called `warm_start`. A solver that ignores a start is not given one, and none is made.
         limits: for start, search and bound together.
         options: of the solver, where it is named (unknown ones are refused with near names); and
             `time_limit` (seconds), `memory_limit` (bytes), `threads`, `seed`, `on_progress` in place
