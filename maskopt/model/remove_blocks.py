@@ -215,10 +215,8 @@ def _renamed(source: FolderSource, removed: list[int]) -> list[tuple[str, str | 
 def _new_names(source: FolderSource, removed: list[int]) -> dict[str, str | None]:
     """The same of the tensors that the checkpoint stores, whose names may begin otherwise: only those that
     the blocks are made of, since a vision tower has blocks of that name, too."""
-    last, of_blocks = (
-        source.blocks.name.rpartition(".")[2],
-        source.stored_inside(source.blocks.name),
-    )
+    last = source.blocks.name.rpartition(".")[2]
+    of_blocks = source.stored_inside(source.blocks.name)
     return {
         name: _without(name, last, removed) if name in of_blocks else name
         for name in source.checkpoint.where
