@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
+
 from maskopt.errors import OptionError, near
 
 #: what `_hints` has made, by class
@@ -93,7 +95,8 @@ def options_of(kind: type) -> tuple[Option, ...]:
 
 
 def check_options(value: Any, owner: str = "") -> None:
-    """Check type and range of every option of an instance; lists become tuples where those are meant.
+    """Check type and range of every option of an instance; lists become tuples where those are meant, and
+    NumPy's numbers those of Python, which a manifest can hold.
 
     Args:
         owner: named before the option; without one the option stands in backticks.
@@ -106,7 +109,9 @@ def check_options(value: Any, owner: str = "") -> None:
         given = getattr(value, known.name)
         if isinstance(given, list) and typing.get_origin(hints[known.name]) is tuple:
             given = tuple(given)
-            object.__setattr__(value, known.name, given)
+        elif isinstance(given, np.generic):
+            given = given.item()
+        object.__setattr__(value, known.name, given)
         if not _fits(given, hints[known.name]) or not _in_range(given, known):
             wanted = " ".join(part for part in (known.type, known.range) if part)
             name = f"{owner}: {known.name}" if owner else f"`{known.name}`"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+import numpy as np
 import pytest
 
 from maskopt import available_bounds, available_solvers
@@ -43,6 +44,10 @@ class Sample:
         ({"names": "x"}, "names must be a list of names"),
         ({"names": (1,)}, "names"),
         ({"loud": 1}, "loud must be true or false"),
+        ({"count": np.float64(3)}, "count must be a whole number or None ≥ 1, not 3.0"),
+        ({"count": np.bool_(True)}, "count"),
+        ({"above": np.float32("nan")}, "above"),
+        ({"above": np.ones(1)}, "above"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(given, message):
@@ -55,6 +60,14 @@ def test_what_fits_is_kept():
     assert (made.count, made.share, made.word, made.loud) == (None, 0, "b", True)
     assert made.names == ("y", "z")
     hash(made)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    given = {"count": np.int64(4), "share": np.float32(0.25), "loud": np.bool_(True)}
+    made = Sample(**given, word=np.str_("b"))
+    assert made == Sample(count=4, share=0.25, word="b", loud=True)
+    assert [type(getattr(made, name)) for name in given] == [int, float, bool]
+    assert make_solver("swap", max_swaps=np.arange(9)[3]).max_swaps == 3
 
 
 def test_unknown_options_get_near_names():
