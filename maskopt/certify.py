@@ -162,7 +162,8 @@ def certify_model(
         )
     original = manifest["fingerprint"].get("model")
     trusted = bool(shorthand.get("trust_remote_code"))
-    dense_model = open_checkpoint(resolve_model(model), trust_remote_code=trusted)
+    home = resolve_model(model, trust_remote_code=trusted)
+    dense_model = open_checkpoint(home, trust_remote_code=trusted)
     if original is not None and dense_model.digest != original:
         raise ModelError(f"{pruned}: was pruned from another model than {model}; name the original")
     pattern = pattern_from_dict(manifest["fingerprint"]["options"]["pattern"])

@@ -142,10 +142,11 @@ def _verify_model(
     from maskopt.model.checkpoint import resolve_model
     from maskopt.model.opening import choose_device
 
+    trusted = options["trust_remote_code"]
     with view() as shown:
         result = library.verify_output(
             folder,
-            None if against is None else resolve_model(against),
+            None if against is None else resolve_model(against, trust_remote_code=trusted),
             lambda done, total: shown.show("tensors", done, total),
             calibration=calibration,
             layers=options.pop("include"),

@@ -110,10 +110,11 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
     return Checkpoint(folder, config, shards, where)
 
 
-def resolve_model(model: str | Path) -> Path:
+def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
     """A local folder as it is, else a model of the Hugging Face hub, fetched or out of its cache.
 
-    Only configuration, tokenizer, safetensors files, card and licence are fetched.
+    Only configuration, tokenizer, safetensors files, card and licence are fetched, and the code that comes
+    with the model where that may run.
     """
     name = str(model)
     if not names_hub_model(name):
@@ -125,9 +126,12 @@ def resolve_model(model: str | Path) -> Path:
             snapshot_download(
                 name,
                 allow_patterns=[
-                    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"),
+                    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"),
                     *("*.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+                    *(("*.py",) if trust_remote_code else ()),
                 ],
+                # the weights once more, in the layout of other programs
+                ignore_patterns=["consolidated*.safetensors", "*/*.safetensors"],
             )
         )
     except Exception as error:  # the hub client raises whatever its layers raise

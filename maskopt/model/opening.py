@@ -45,7 +45,8 @@ def open_source(
         set_eager_experts(model)
         return MemorySource(model)
     target = choose_device(device)
-    checkpoint = open_checkpoint(resolve_model(model), trust_remote_code=trust_remote_code)
+    folder = resolve_model(model, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     if dtype == "auto":
         working = torch.float32 if target.type == "cpu" else stored_dtype(checkpoint)
     else:
