@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ Found = Mapping[Key, Record]
 Column = Callable[[Key, Record, Found], str]
 #: runs of a model below which a rank correlation says nothing
 _FEW = 8
+#: as they come one after the other
+_PATTERNS = ("50%", "60%", "70%", "2:4")
 
 
 def write(book: Book, page: Path) -> None:
@@ -129,16 +132,27 @@ Errors of layers are those of the final weights, on the inputs that the layers h
 """ + table(["figure", *columns], rows)
 
 
-def by_model(lines: Lines, study: str) -> Found:
-    """The measurements of a study by what follows its name, the models one after the other, and where it is
-    by numbers those as well."""
+def by_model(lines: Lines, study: str, *, best_first: bool = False) -> Found:
+    """The measurements of a study by what follows its name: the models one after the other, patterns and
+    numbers in their order, other words after these; then as they were measured, or by perplexity."""
     found = {tuple(k.split("/")): v for k, v in family(lines, study + "/").items()}
 
-    def place(item: tuple[Key, Record]) -> tuple[str, list[int]]:
-        (model, *rest), _ = item
-        return model, [int(word) if word.isdigit() else 0 for word in rest]
+    def place(item: tuple[Key, Record]) -> tuple[str, list[tuple[float, int]], float]:
+        (model, *rest), record = item
+        return model, [_rank(word) for word in rest], record["perplexity"] if best_first else 0.0
 
     return dict(sorted(found.items(), key=place))
+
+
+def _rank(word: str) -> tuple[float, int]:
+    """Of a part of a key: the place of a pattern (few windows first), a number's value, all else last."""
+    for place, pattern in enumerate(_PATTERNS):
+        if word.startswith(pattern):
+            return place, len(word)
+    try:
+        return float(word), 0
+    except ValueError:
+        return math.inf, 0
 
 
 @dataclass(frozen=True)
@@ -147,6 +161,7 @@ class Study:
 
     Attributes:
         of_lines: what is said of lines in whose keys a word is, if there are any.
+        best_first: lines of a pattern by their perplexity, else as they were measured.
     """
 
     name: str
@@ -154,10 +169,11 @@ class Study:
     words: str
     columns: Mapping[str, Column]
     of_lines: Mapping[str, str] = field(default_factory=dict)
+    best_first: bool = False
 
     def text(self, lines: Lines) -> str:
         """Nothing where nothing was measured."""
-        found = by_model(lines, self.name)
+        found = by_model(lines, self.name, best_first=self.best_first)
         if not found:
             return ""
         rows = [[c(k, record, found) for c in self.columns.values()] for k, record in found.items()]
@@ -270,6 +286,7 @@ STUDIES = (
             **ERRORS,
             "solving, min": minutes("solving"),
         },
+        best_first=True,
     ),
     Study(
         "draws",
@@ -287,6 +304,7 @@ STUDIES = (
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
         },
+        best_first=True,
     ),
     Study(
         "trained",
@@ -309,6 +327,7 @@ STUDIES = (
             "parts trained": f"*parts trained*: {OF_PARTS}.",
             "on F": "*on F*: masks and weights to begin with are those of `--weights refit`.",
         },
+        best_first=True,
     ),
     Study(
         "recipes",
@@ -327,6 +346,7 @@ STUDIES = (
             "KL to dense": figure("kl", ".3f"),
             "training, min": minutes("training"),
         },
+        best_first=True,
     ),
     Study(
         "budgets",
@@ -346,6 +366,7 @@ STUDIES = (
             "measured": "*measured*: by what the model's output loses where a block alone is pruned.",
             "±": "±: no row is further from its layer.",
         },
+        best_first=True,
     ),
     Study(
         "cells",
@@ -373,6 +394,7 @@ STUDIES = (
             "distilled": "distilled: then trained all together (`maskopt distill`), on the same windows.",
             "other windows": "other windows: on as many others of the same text.",
         },
+        best_first=True,
     ),
     Study(
         "rates",
