@@ -13,7 +13,7 @@ from forging import change_masks, check_forgery, copied, forge_manifest
 from pooled_layers import pool
 from test_model_allocate import refusal, squares
 from test_model_resume import contents, interrupted
-from tiny_models import FAMILIES, save, tiny, tokens
+from tiny_models import FAMILIES, loud, save, tiny, tokens
 
 from maskopt import NM, Unstructured, collect_problems, prune_model
 from maskopt.certify import certify_model
@@ -49,6 +49,20 @@ def test_rows_trade_and_the_layer_keeps_its_count(weights: str) -> None:
         if weights == "keep":  # else it is the damped error that trading lowers
             assert layer.error < other.error * (1 + 1e-6)
     assert sum(x.relative for x in report.layers) < 0.98 * sum(x.relative for x in alike.layers)
+
+
+@pytest.mark.parametrize("budget", ["layer", "both"])
+@pytest.mark.parametrize("importance", ["loss", "relative"])
+def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(
+    budget: str, importance: str, tmp_path: Path
+) -> None:
+    """What a row counts is not in the folder: `verify` could not tell whether the least were pruned."""
+    folder = save(loud("mixtral"), tmp_path / "model")
+    more = {"budget": budget, "importance": importance, "solver": "wanda", "min_tokens": 60}
+    report = prune_model(folder, tokens(8), output=tmp_path / "out", **{**OPTIONS, **more})
+    assert 0 < len(report.fallbacks) < len(report.layers)
+    verified = verify_output(tmp_path / "out", folder, calibration=tokens(8))
+    assert set(report.fallbacks) <= set(verified.checked_layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

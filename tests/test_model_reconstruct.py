@@ -199,6 +199,32 @@ def test_weights_that_are_decayed_become_smaller() -> None:
     assert sizes[1] < sizes[0]
 
 
+def test_experts_that_are_left_out_are_not_decayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are one parameter. The loss by which an epoch was chosen is of the weights that stay."""
+    told: list[tuple[float, float]] = []
+    real = training.train
+
+    def train(task: training.Task, pool: Any, *rest: Any) -> training.Trained:
+        found = real(task, pool, *rest)
+        if found.epoch:
+            told.append((found.after.held, training._mean(task, task.held, pool)))
+        return found
+
+    monkeypatch.setattr(reconstruct, "train", train)
+    how = {"epochs": 2, "learning_rate": 0.003, "weight_decay": 30.0}
+    more = {"include": ("*.experts.0.*", "self_attn"), "reconstruct": how}
+    prune_model(tiny("mixtral"), tokens(12), **{**OPTIONS, **more})
+    assert told
+    for said, true in told:
+        assert said == pytest.approx(true, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 2**62, 2**63 - 1])
+def test_every_seed_orders_windows(seed: int) -> None:
+    how = {"reconstruct": {"epochs": 1}, "seed": seed}
+    assert len(prune_model(tiny("llama"), tokens(8), **{**OPTIONS, **how}).parts) == 3
+
+
 def test_a_block_that_gives_what_it_should_has_not_diverged() -> None:
     """AdamW makes full steps of rounding."""
     model, alike = tiny("llama"), {"solver": "magnitude", "weights": "keep", "reconstruct": {}}
@@ -435,5 +461,7 @@ def test_the_command_trains_and_says_what_became_of_it(
     how = ["--reconstruct", "epochs=2", "--reconstruct", "batch=1"]
     said = run("prune", str(dense), *words, "--seq-len", "16", "--samples", "6", *how)
     assert "mean of 3 parts" in " ".join(said.split())
+    held = " ".join(run("verify", str(tmp_path / "out"), "--against", str(dense)).split())
+    assert "every weight that is neither pruned nor trained is that of" in held
     options = read_manifest(tmp_path / "out" / MANIFEST)["fingerprint"]["options"]
     assert options["reconstruct"]["batch"] == 1

@@ -233,6 +233,21 @@ def test_bad_samples_are_left_out_again(tmp_path: Path) -> None:
         verify_output(tmp_path / "out", dense, calibration=data)
 
 
+def test_samples_that_the_dense_model_left_out(tmp_path: Path) -> None:
+    """It walks along while blocks are trained, and not while they are checked."""
+    data = tokens(12)
+    token = int(data[3, 2])
+    model = patched(tiny("gpt2"), "transformer.wte.weight", lambda p: p[token].fill_(3e38))
+    dense = save(model, tmp_path / "dense")
+    options = {**SWAP, "skip_bad_samples": True, "holdout": 0.25}
+    more = {"weights": "reconstruct", "reconstruct": {"epochs": 1}}
+    report = prune_model(dense, data, output=tmp_path / "out", **options, **more)
+    assert {bad["layer"] for bad in report.bad_samples} == {"transformer.h.0 (dense)"}
+    verified = verify_output(tmp_path / "out", dense, calibration=data)
+    assert "errors" in verified.checked
+    assert "windows left out" in verified.claimed
+
+
 def test_other_text_is_refused(swapped: Path, dense_folder: Path) -> None:
     with pytest.raises(VerificationError, match="is not what the model was calibrated on"):
         verify_output(swapped, dense_folder, calibration=tokens(seed=1))

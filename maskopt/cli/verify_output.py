@@ -152,10 +152,11 @@ def _verify_model(
             layers=options.pop("include"),
             **options,
         )
+    anew = "trained" if "trained weights" in result.claimed else "refitted"
     kept = (
         "kept weight"
         if "kept weights" in result.checked
-        else "weight that is neither pruned nor refitted"
+        else f"weight that is neither pruned nor {anew}"
     )
     same = f", every {kept} is that of {against}" if against is not None else ""
     output.print(

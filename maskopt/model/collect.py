@@ -25,6 +25,9 @@ from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.threads import Threads
 from maskopt.model.watch import Seen, Watch, WatchedWeights
 
+#: after a block's name: seen in what it gives in the dense model
+IN_DENSE = " (dense)"
+
 
 @dataclass(frozen=True)
 class BadSample:

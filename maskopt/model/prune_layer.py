@@ -159,7 +159,9 @@ def solve_rows(
     def at(alpha: float) -> LayerProblem:
         moved = grams.moved(layer.name)
         problem = layer_problem(layer, dense, used, pattern, alpha, moved, refit)
-        return counting(problem, options.importance, job.gradients).take(rows)
+        if not fallback:
+            problem = counting(problem, options.importance, job.gradients)
+        return problem.take(rows)
 
     judge = held_problem(layer, dense, grams, pattern)
     judge = None if judge is None else judge.take(rows)

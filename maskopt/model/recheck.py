@@ -23,6 +23,7 @@ from maskopt.least_squares import Refit
 from maskopt.model.beginning import BOS, GIVEN, TEMPLATE
 from maskopt.model.blocks import choose, matrix
 from maskopt.model.checkpoint import open_checkpoint
+from maskopt.model.collect import IN_DENSE
 from maskopt.model.importance import IMPORTANCES, LOSS, counting
 from maskopt.model.job import Job, open_job
 from maskopt.model.mask_model import masks_as_model
@@ -389,6 +390,10 @@ def _walk(
         new: dict[str, Tensor] = {}
         vectors: dict[str, Tensor] = {}
         trained = run.weights == RECONSTRUCT
+        # the dense model does not walk along here
+        for sample in manifest.record["bad_samples"] if trained else ():
+            if sample["layer"] == block.opened.name + IN_DENSE:
+                block.opened.samples.leave_out(sample["sample"], sample["layer"])
         if result is not None:
             with result.open(block.index):
                 new = {x.name: matrix(result.model, x).clone() for x in block.layers}
@@ -410,7 +415,8 @@ def _walk(
                     held = held_problem(layer, dense, grams, pattern)
                     refit = None if damping is None else Refit(damping)
                     problem = layer_problem(layer, dense, known, pattern, alpha, moved, refit)
-                    problem = counting(problem, options.importance, job.gradients)
+                    if known is not None:
+                        problem = counting(problem, options.importance, job.gradients)
                     if trained:
                         own = said[layer.name]["chosen_for"] == "updated"
                         result_weight = None if own else _begun(problem, mask, result_weight)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from maskopt.errors import ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.blocks import Layer
-from maskopt.model.collect import OpenBlock
+from maskopt.model.collect import IN_DENSE, OpenBlock
 from maskopt.model.parts import Heard, Listener, Part, Recorded, called, parts_of
 from maskopt.model.report import PartReport
 from maskopt.model.training import (
@@ -92,7 +92,7 @@ class Targets:
         assert dense is not None
         for window, heard, output in self._passes(range(len(self.parts)), dense, tick):
             if not bool(torch.isfinite(output).all()):
-                self.block.samples.leave_out(window, self.block.name)
+                self.block.samples.leave_out(window, self.block.name + IN_DENSE)
                 continue
             for index, one in enumerate(heard):
                 self._wanted[index].put(window, one.output)
@@ -137,7 +137,7 @@ class Targets:
                     told=fitted,
                     how=self.how,
                 )
-                generator = torch.Generator().manual_seed(self._seed + number)
+                generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
                 tick = ticker(f"train {part.name}".rstrip(), self.how.epochs * len(fitted))
                 found = train(task, self.block.threads, generator, tick)
             if found.epoch:

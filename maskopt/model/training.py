@@ -203,6 +203,8 @@ def _epochs(
                 _set_rate(optimizer, _rate(step, how.epochs * per_epoch))
                 _set_gradients(task, weights, windows, pool)
                 optimizer.step()
+                if how.weight_decay:
+                    _give_back(task, weights, start)
                 place.step = step + 1
                 if keeper is not None and keeper.due():
                     keeper.keep(_progress(place, optimizer, named))
@@ -251,6 +253,12 @@ def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW
 def _set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * rate
+
+
+def _give_back(task: Task, weights: Sequence[nn.Parameter], start: Sequence[Tensor]) -> None:
+    """What is not free has what it had: the decay is of whole parameters, of which some experts may stay."""
+    for weight, free, value in zip(weights, task.free.values(), start, strict=True):
+        weight.data = torch.where(free, weight.data, value)
 
 
 def _losses_at_start(

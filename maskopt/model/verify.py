@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from maskopt.errors import VerificationError
+from maskopt.model.collect import IN_DENSE
 from maskopt.model.verify_folder import (
     INDEX,
     MASKS,
@@ -226,6 +227,8 @@ def _told_apart(
     )  # else only their errors are checked
     again_solved = every and solved
     bounds = not again or any(layer["lower_bound"] for layer in layers)
+    # whether the dense model gave NaN is not seen again
+    unseen = any(x["layer"].endswith(IN_DENSE) for x in manifest.record["bad_samples"])
     optima = again and any("optimal" in layer["statuses"] for layer in layers)
     facts = {
         "files": True,
@@ -245,6 +248,7 @@ def _told_apart(
         "errors": every and (solved or not trained),
         "statuses": every,
         **({"optima": False} if optima else {}),
+        **({"windows left out": False} if unseen else {}),
         **({"bounds": False} if bounds else {}),
         "start errors": False,
         "options": False,
