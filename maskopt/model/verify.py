@@ -38,6 +38,7 @@ from maskopt.model.verify_manifest import (
     read_manifest,
 )
 from maskopt.model.verify_original import same_files
+from maskopt.model.verify_parts import check_parts
 from maskopt.model.verify_tensors import Masks, check_tensors
 
 #: relative difference at which the stated error of a layer pruned by magnitude is wrong
@@ -121,6 +122,7 @@ def verify_output(
     same = _same_files(manifest, weights, original)
     check_configuration(folder, manifest.files, compared=same)
     check_layers(manifest)
+    check_parts(manifest)
     names_known = trust_remote_code or not asks_for_code(folder)
     if names_known:
         home = folder if original is None else original.folder

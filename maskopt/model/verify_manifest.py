@@ -199,8 +199,6 @@ def check_layers(manifest: Manifest) -> None:
         bounded = "error_kept" if refitted and layer["chosen_for"] == "kept" else "error"
         if layer["lower_bound"] > layer[bounded] * (1 + BOUND_ROUNDING):
             raise manifest.wrong(f"layer {name!r} has a lower bound above its error")
-    if manifest.record["parts"] and options.get("weights") != "reconstruct":
-        raise manifest.wrong("has trained parts, and its options train none")
     if manifest.record["fallbacks"] != [x["name"] for x in layers if x["fallback"]]:
         raise manifest.wrong("lists other fallbacks than its layers")
 

@@ -135,6 +135,8 @@ _SHAPE = {
         and _kind(dict, _count)(v["options"].get("counts", {}))
         and _maybe(_spread)(v["options"].get("spread"))
         and _text(v.get("model", ""))
+        and _text(v.get("dtype", ""))
+        and isinstance(v["options"].get("reconstruct", {}), dict)
     ),
     "sparsity": _amount,
     "layers": _kind(list, _LAYER),

@@ -17,6 +17,7 @@ from torch import Tensor
 from maskopt.errors import VerificationError
 from maskopt.model.verify_folder import Weights, opened, tensor
 from maskopt.model.verify_manifest import Manifest, Slice, called_like, numbers
+from maskopt.model.verify_parts import set_anew, trained_vectors
 
 #: elements compared at a time
 SLAB = 2**24
@@ -37,11 +38,8 @@ def check_tensors(
     """
     slices: list[Slice] = []
     by_magnitude = {(numbers(x["name"]), x["n"]) for x in manifest.layers if x["fallback"]}
-    changed = manifest.options.get("weights", "keep") != "keep"
-    refitted = {
-        (numbers(x["name"]), x["n"]) for x in manifest.layers if changed and not x["fallback"]
-    }
-    trained = _trained_blocks(manifest, masks)
+    refitted = {(numbers(x["name"]), x["n"]) for x in set_anew(manifest)}
+    trained = trained_vectors(manifest, masks.layout)
     for done, (name, path) in enumerate(sorted(weights.where.items())):
         found = tensor(path, name)
         kept = dense = None
@@ -68,16 +66,6 @@ def check_tensors(
         if on_progress is not None:
             on_progress(done + 1, len(weights.where))
     return slices
-
-
-def _trained_blocks(manifest: Manifest, masks: Masks) -> tuple[str, ...]:
-    """What names begin with in the blocks whose norms and biases may have been trained: those of the masked
-    tensors, up to their first number. (Another part of the model may number blocks of its own.)"""
-    if manifest.options.get("reconstruct", {}).get("train") != "all":
-        return ()
-    parts = (name.split(".") for name in masks.layout)
-    ends = ((part, next(i for i, x in enumerate(part) if x.isdecimal())) for part in parts)
-    return tuple({".".join(part[: end + 1]) + "." for part, end in ends})
 
 
 def _slices(
