@@ -86,6 +86,24 @@ def test_precision_and_seed_are_those_of_the_store(tmp_path: Path) -> None:
         verify_output(out, dense, calibration=tmp_path / "text.txt")
 
 
+def test_windows_kept_aside_are_those_of_the_store_on_the_command_line(tmp_path: Path) -> None:
+    dense, grams, out = (
+        save(tiny("llama"), tmp_path / "dense"),
+        tmp_path / "grams",
+        tmp_path / "out",
+    )
+    collect_grams(dense, tokens(6), output=grams, holdout=0.34)
+    more = ["--min-tokens", "1", "--solver", "wanda", "--shrink", "auto"]
+    run(
+        "prune", str(dense), "--grams", str(grams), "--sparsity", "0.5", *more, "--output", str(out)
+    )
+    options = json.loads((out / MANIFEST).read_text())["fingerprint"]["options"]
+    assert (options["shrink"], options["holdout"]) == ("auto", 0.34)
+    collect_grams(dense, tokens(6), output=tmp_path / "without")
+    with pytest.raises(ModelError, match="needs held-out windows"):
+        prune_model(dense, grams=tmp_path / "without", shrink="auto", **OPTIONS)
+
+
 def test_errors_are_checked_again_from_the_text(tmp_path: Path) -> None:
     dense = save(tiny("llama"), tmp_path / "dense")
     collect_grams(dense, tokens(6), output=tmp_path / "grams")

@@ -156,7 +156,11 @@ class GramStore:
             raise OptionError(
                 "`weights` reconstruct needs the text: give `calibration`, not `grams`"
             )
-        options = prune_options(options, shorthand if options else {**self.own, **shorthand})
+        own = self.own
+        usual = {field.name: field.default for field in dataclasses.fields(PruneOptions)}
+        # the command line says all of them
+        said = {k: v for k, v in shorthand.items() if k not in own or v != usual[k]}
+        options = prune_options(options, shorthand if options else {**own, **said})
         if options.moved or options.true_sequential:
             name = "target" if options.moved else "true_sequential"
             raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
@@ -165,8 +169,6 @@ class GramStore:
                 "rows or layers that trade by the model's loss need the text: give `calibration`, or "
                 "`budget` layer with `importance` alike or relative"
             )
-        own = self.own
-        usual = {field.name: field.default for field in dataclasses.fields(options)}
         for name in (*own, *_OF_TEXT):
             asked = getattr(options, name)
             if asked not in (usual[name], own.get(name, usual[name])):
