@@ -50,10 +50,9 @@ class Bound:
     omega: Float[Tensor, " rows"] | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"Bound({self.method}, rows={len(self.value)}, value={float(self.value.sum()):.6g} in all, "
-            f"{self.seconds:.3g} s)"
-        )
+        value = self.value if self.omega is None else self.omega.to(self.value) * self.value
+        total = float(value.sum())
+        return f"Bound({self.method}, rows={len(self.value)}, value={total:.6g} in all, {self.seconds:.3g} s)"
 
     def gap(self, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """(objective − bound)/objective per row; 0 where the objective is 0. Of rows that trade that of the

@@ -19,6 +19,7 @@ import numpy as np
 from joblib import delayed
 
 from maskopt.errors import DataError, MaskoptError, OptionError
+from maskopt.fields import holds_its_kinds
 from maskopt.files import atomic_write, check_writable
 from maskopt.formats import load_problem
 from maskopt.jobs import as_they_finish, job_key
@@ -309,10 +310,12 @@ def read_records(path: Path, kind: type[Any] = Record) -> dict[str, Any]:
             )
         if extra:
             own["trace"] = {name: data[name] for name in data if name in extra}
-        read = {k: math.nan if v is None else v for k, v in own.items()}
-        if math.isnan(read["gap"]):  # infinite ones were written so, too
-            read["gap"] = Posed.of(read["value"], read["value_bound"]).gap
-        found[data["key"]] = kind(**read)
+        record = kind(**{k: math.nan if v is None else v for k, v in own.items()})
+        if not holds_its_kinds(record):
+            raise DataError(f"{path}: line {number + 1} has a value of another kind; remove it")
+        if math.isnan(record.gap):  # infinite ones were written so, too
+            record = replace(record, gap=Posed.of(record.value, record.value_bound).gap)
+        found[record.key] = record
     return found
 
 

@@ -85,7 +85,8 @@ def save_problem(
         raise ProblemError(f"{path}: {ending} holds one set of given size, and weights as they are")
     text = _WRITERS[ending](problem)
     with atomic_write(Path(path)) as file:
-        file.write(text.encode())
+        # a name out of a file name may be no text
+        file.write(text.encode(errors="replace"))
     return None
 
 

@@ -92,6 +92,8 @@ class Limits:
             )
         if self.threads is not None:
             check_threads(self.threads)
+        if self.on_progress is not None and not callable(self.on_progress):
+            raise OptionError(f"`on_progress` is a function of Progress, not {self.on_progress!r}")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise OptionError(f"`seed` must be a whole number from 0 to 2⁶³ − 1, not {self.seed!r}")
 

@@ -25,6 +25,7 @@ minimised is Σᵣ ωᵣ fᵣ over the masks with that count in all, and a row h
 from __future__ import annotations
 
 import os
+import re
 from numbers import Integral
 from typing import Any
 
@@ -58,6 +59,9 @@ from maskopt.values import MOST_WHOLE, Values, values_of
 
 #: columns of G that are brought to float64 at a time when an objective is computed
 _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
+_POSED_REFIT = (
+    "somebody's quadratic objective has no weights that could be refitted; take `weights` keep"
+)
 
 
 class LayerProblem:
@@ -141,6 +145,8 @@ class LayerProblem:
         self.linear = None if linear is None else linear_part(linear, self.weight, label)
         self.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
         self.integral, self.units = integral, units
+        if refit is not None and units is not None:
+            raise ProblemError(_POSED_REFIT)
         if integral:
             check_integral(self.weight, self.gram, self.linear, label, refitted=refit is not None)
         if not assume_psd:
@@ -343,7 +349,9 @@ class LayerProblem:
         prunes as much of itself as the layer of its own."""
         if not -self.rows <= index < self.rows:
             raise ProblemError(f"row {index} of a layer with {self.rows} rows")
-        name = f"{self.name}[{index % self.rows}]"
+        # what was a row before is that row
+        same = self.rows == 1 and re.search(r"\[\d+\]$", self.name)
+        name = self.name if same else f"{self.name}[{index % self.rows}]"
         rows = slice(index % self.rows, index % self.rows + 1)
         return RowProblem._of(self._like(rows, name))
 
@@ -398,9 +406,7 @@ class LayerProblem:
             ProblemError: a damping that leaves G + λI indefinite.
         """
         if refit is not None and self.units is not None:
-            raise ProblemError(
-                "somebody's quadratic objective has no weights that could be refitted; take `weights` keep"
-            )
+            raise ProblemError(_POSED_REFIT)
         if refit is not None and self.integral:
             check_integral(self.weight, self.gram, self.linear, "", refitted=True)
         problem = self._like(slice(None), self.name)

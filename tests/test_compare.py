@@ -278,6 +278,34 @@ def test_infinite_gaps_come_back_out_of_the_file(tmp_path):
     assert again == first
 
 
+@pytest.mark.parametrize(
+    "change", [{"gap": "–"}, {"value": "0.5"}, {"seconds": "1,5"}, {"status": 5}, {"n": None}]
+)
+def test_a_value_of_another_kind_is_refused(change, layer, tmp_path):
+    out, rows = tmp_path / "out.jsonl", sample_rows([layer], 1, columns=6)
+    compare(rows, ["wanda"], output=out)
+    out.write_text(text := json.dumps({**json.loads(out.read_text()), **change}) + "\n")
+    with pytest.raises(DataError, match="line 1 has a value of another kind"):
+        compare(rows, ["wanda"], output=out)
+    assert out.read_text() == text
+
+
+def test_an_option_that_takes_a_function_is_none_of_a_command(layer, tmp_path):
+    layer.save(tmp_path / "layer.npz")
+    more = ["--solvers", "swap", "-o", "swap.on_progress=5"]
+    assert "`on_progress`" in run("compare", tmp_path / "layer.npz", *more, fails=OptionError)
+    more = ["--output", tmp_path / "out.npz", "-o", "on_progress=5"]
+    assert "`on_progress`" in run("solve", tmp_path / "layer.npz", *more, fails=OptionError)
+
+
+def test_a_row_keeps_its_name_through_files(layer, tmp_path):
+    layer.row(3).save(tmp_path / "0.npz")
+    for number in range(2):
+        said = run("extract", tmp_path / f"{number}.npz", tmp_path / f"{number + 1}.npz")
+        assert "RowProblem('q[3]'," in said
+    assert layer.take([3]).row(0).name != "q"
+
+
 @pytest.mark.parametrize("text", ["my precious notes", '{"name": "Ada', '{"instance": "x"}', "1"])
 def test_a_file_of_somebody_elses_is_left_as_it_is(text, layer, tmp_path):
     out = tmp_path / "out.jsonl"

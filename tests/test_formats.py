@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
+import pyscipopt
 import pytest
 import torch
 from commands import run
@@ -22,6 +24,7 @@ from maskopt import (
     Unstructured,
     load_problem,
     lower_bound,
+    make_solver,
     save_problem,
     solve,
     verify,
@@ -402,6 +405,9 @@ def test_an_objective_of_somebody_s_has_nothing_to_refit(tmp_path):
     with pytest.raises(ProblemError, match="no weights that could be refitted"):
         problem.refitting(Refit())
     assert problem.refitting(None).value(0.0) == problem.value(0.0)
+    units = problem.as_layer().units
+    with pytest.raises(ProblemError, match="no weights that could be refitted"):
+        RowProblem(problem.weight, problem.gram, problem.pattern, refit=Refit(), units=units)
     message = run(
         "compare", tmp_path / "a.dat", "--weights", "refit", "--solvers", "swap", "--output",
         tmp_path / "o.csv", fails=ProblemError,
@@ -418,6 +424,20 @@ def test_the_constant_of_a_row_that_prunes_nothing_is_written(tmp_path):
     save_problem(row, tmp_path / "z.qplib")
     again = load_problem(tmp_path / "z.qplib")
     assert again.value(float(solve(again, "swap").objective)) == 50
+    for form in ("lp", "cip"):
+        path = tmp_path / f"z.{form}"
+        make_solver("scip").write_instance(row, path, form=form, formulation="linear")
+        model = pyscipopt.Model()
+        model.hideOutput()
+        model.readProblem(str(path))
+        model.optimize()
+        assert model.getObjVal() == 50
+
+
+def test_a_name_that_is_no_text_is_written_as_near_as_can_be(tmp_path):
+    row = RowProblem(torch.ones(4), torch.eye(4), Unstructured(0.5), name=os.fsdecode(b"gr\xfcn"))
+    save_problem(row, tmp_path / "row.qplib")
+    assert load_problem(tmp_path / "row.qplib").n == 4
 
 
 def test_the_instance_is_not_overwritten_with_what_comes_of_it(tmp_path):

@@ -1,10 +1,12 @@
 """Rows of a layer that trade: one count for the layer, 1-swap optima across rows, and their checks."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 import torch
+from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pooled_layers import layer, pool, pooled, slack, total
@@ -385,3 +387,22 @@ def test_a_bound_of_whole_numbers_bounds_the_layer(method, seed):
         problem, optimum.mask, lower_bound=bound.value, certificate=bound.certificate
     )
     verify(problem, claimed)
+
+
+def test_what_is_told_of_all_rows_counts_each_as_it_is_minimised(tmp_path):
+    """Σ ω f: a sum of f alone is below the bound of another mask's."""
+    problem = layer(rows=3, n=6, omega=[100.0, 1.0, 0.01])
+    best, bound = solve(problem, "exhaustive"), lower_bound(problem, "box")
+    least = float(problem.shares @ best.objective)
+    assert float(bound.value.sum()) > least
+    said = re.search(r"value=(\S+) in all", repr(bound))
+    assert float(said[1]) == pytest.approx(float(problem.shares @ bound.value), rel=1e-5)
+    assert float(said[1]) <= least
+    problem.save(tmp_path / "layer.npz")
+    line = run(
+        "solve", tmp_path / "layer.npz", "--solver", "exhaustive", "--output", tmp_path / "s.npz"
+    )
+    assert f"{least:.6g}" in line
+    more = ["--method", "box", "--solver", "exhaustive"]
+    table = " ".join(run("bound", tmp_path / "layer.npz", *more).split())
+    assert "the bound of rows that trade is of their sum" in table

@@ -83,7 +83,8 @@ def check(
     problem, solution = load_problem(instance, select), Solution.load(proof)
     if solution.proof is None:
         raise VerificationError(
-            f"{proof} holds no proof; write one by `maskopt prove {instance} --output …`"
+            f"{proof} holds no proof, or none was found in the time that there was; write one by "
+            f"`maskopt prove {instance} --output …`"
         )
     began = time.perf_counter()
     result = verify(problem, solution, require="checked")

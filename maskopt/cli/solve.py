@@ -104,17 +104,20 @@ def check(instance: Path, solution: Path, require_checked: bool, select: int | N
 
 
 def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Table:
-    """Statuses, objective and bound, summed over the rows of each status; of a row that somebody posed, its
-    value in these units."""
+    """Statuses, objective and bound, summed over the rows of each status, each counting ω where they trade;
+    of a row that somebody posed, its value in these units."""
     if isinstance(problem, RowProblem) and problem.as_layer().units is not None:
         return _posed_table(problem, solution, "at most" if problem.maximised else "at least")
     table = Table(title=repr(problem), title_justify="left")
     for heading in ("status", "rows", "objective", "bound", "gap"):
         table.add_column(heading, justify="left" if heading == "status" else "right")
+    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    counts = layer.shares.to(solution.objective)
     for status in dict.fromkeys(solution.status):
         rows = [i for i, s in enumerate(solution.status) if s == status]
-        objective = float(solution.objective[rows].sum())
-        bound = float(solution.lower_bound[rows].sum())
+        objective, bound = (
+            float(counts[rows] @ x[rows]) for x in (solution.objective, solution.lower_bound)
+        )
         cells = [f"{bound:.6g}", f"{Posed.of(objective, bound).gap:.2%}"]
         known = is_bounded(objective, bound, status)
         table.add_row(

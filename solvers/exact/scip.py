@@ -138,7 +138,9 @@ class Scip(RowSolver):
         target = Path(path)
         with tempfile.TemporaryDirectory(dir=target.absolute().parent) as folder:
             whole = Path(folder) / f"row.{form}"
-            write_row(task, str(whole))
+            # Q has it in its entries, unless nothing is pruned
+            linear = layer.linear if layer.pruned == 0 else None
+            write_row(task, str(whole), 0.0 if linear is None else float(linear.constant[0]))
             os.replace(whole, target)
 
 

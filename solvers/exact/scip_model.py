@@ -290,6 +290,12 @@ def presolved(task: ScipTask) -> RowAnswer:
     )
 
 
-def write_row(task: ScipTask, path: str) -> None:
-    """Write the model of a row, unscaled, through SCIP; the format is the ending of the name."""
-    RowModel(task, scale=1.0).model.writeProblem(path, trans=False, verbose=False)
+def write_row(task: ScipTask, path: str, constant: float = 0.0) -> None:
+    """Write the model of a row, unscaled, through SCIP; the format is the ending of the name.
+
+    Args:
+        constant: of the objective, beside Q.
+    """
+    model = RowModel(task, scale=1.0).model
+    model.addObjoffset(constant)
+    model.writeProblem(path, trans=False, verbose=False)
