@@ -31,6 +31,8 @@ from maskopt.solver import Solver, make_solver, solve
 from maskopt.units import Posed, excess_of
 
 FORMATS = (".jsonl", ".csv", ".parquet")
+#: what tables of records begin with
+_BEGIN = {".csv": b"instance,", ".parquet": b"PAR1"}
 
 
 @dataclass(frozen=True)
@@ -259,10 +261,18 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
 
 
 def check_format(path: Path) -> None:
-    """Raise OptionError where the ending is no table format, or its package is missing."""
+    """Raise OptionError where the ending is no table format, or its package is missing, or a file that is none
+    of ours would be replaced. (A JSONL file grows, and is read first.)"""
     if path.suffix not in FORMATS:
         raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
     check_writable(path)
+    begin = _BEGIN.get(path.suffix, b"")
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            if file.read(len(begin)) != begin:
+                raise OptionError(
+                    f"{path}: is there, and no table of this command; name another file"
+                )
     if path.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401

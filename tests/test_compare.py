@@ -290,6 +290,21 @@ def test_a_value_of_another_kind_is_refused(change, layer, tmp_path):
     assert out.read_text() == text
 
 
+@pytest.mark.parametrize(
+    "command", [["compare", "--solvers", "swap"], ["bound", "--method", "box"]]
+)
+def test_a_table_of_somebody_elses_is_not_replaced(command, layer, tmp_path):
+    name, *more = command
+    layer.save(tmp_path / "layer.npz")
+    (out := tmp_path / "mine.csv").write_text("my,own,data\n")
+    said = run(name, tmp_path / "layer.npz", *more, "--output", out, fails=OptionError)
+    assert "no table of this command" in said
+    assert out.read_text() == "my,own,data\n"
+    for _ in range(2):
+        run(name, tmp_path / "layer.npz", *more, "--output", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text().startswith("instance,")
+
+
 def test_an_option_that_takes_a_function_is_none_of_a_command(layer, tmp_path):
     layer.save(tmp_path / "layer.npz")
     more = ["--solvers", "swap", "-o", "swap.on_progress=5"]
