@@ -261,8 +261,8 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
 
 
 def check_format(path: Path) -> None:
-    """Raise OptionError where the ending is no table format, or its package is missing, or a file that is none
-    of ours would be replaced. (A JSONL file grows, and is read first.)"""
+    """Raise OptionError where the ending is no table format, or its package is missing, or somebody else's
+    file would be replaced. (A JSONL file grows, and is read first.)"""
     if path.suffix not in FORMATS:
         raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
     check_writable(path)

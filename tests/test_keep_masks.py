@@ -149,6 +149,20 @@ def test_lora_that_is_merged_loses_none(
     assert "holds. All" in run("verify", tmp_path / "tuned", "--masks", folder)
 
 
+def test_lora_that_is_not_merged_inside_is_told_of(
+    pruned: Callable[[str], Path], recwarn: pytest.WarningsRecorder
+) -> None:
+    folder = pruned("llama")
+    for merges in (False, True):
+        model = peft.get_peft_model(loaded(folder), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        recwarn.clear()
+        with keep_masks(model, folder):
+            if merges:
+                model.merge_and_unload()
+        told = [str(one.message) for one in recwarn if "merge_and_unload" in str(one.message)]
+        assert bool(told) != merges
+
+
 def test_lora_without_it_loses_zeros(pruned: Callable[[str], Path], tmp_path: Path) -> None:
     folder = pruned("llama")
     model = peft.get_peft_model(loaded(folder), peft.LoraConfig(r=4, target_modules=["q_proj"]))

@@ -8,6 +8,7 @@ masked in the forward pass and where it is merged: what is trained is what the m
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ def keep_masks(
             trainer.train()
 
     Call it once the model is on its device and, with PEFT, once its adapters are there. Zeros are then held
-    through every `torch.optim.Optimizer` and through merging LoRA.
+    through every `torch.optim.Optimizer` and through merging LoRA, which comes before it is closed.
 
     Args:
         model: the pruned model, as transformers loads it, or PEFT's model around it.
@@ -76,7 +77,8 @@ def parameter_masks(
 
 
 class KeptMasks:
-    """The zeros of a model that are held. Leaving its `with`, or `close`, sets them once more and lets go.
+    """The zeros of a model that are held. Leaving its `with`, or `close`, sets them once more and lets go; it
+    warns where LoRA's product, which is masked no longer then, is not merged.
 
     A held mask takes a byte for each weight of the pruned layers, on their device; a step takes one pass over
     these weights more, and their gradients another. With LoRA the product of its two matrices is made in full
@@ -93,13 +95,13 @@ class KeptMasks:
                 f"{name!r} holds weights that its mask prunes ({lost} in all): give the pruned model, or "
                 "`maskopt apply` the masks to this one first"
             )
-        lora = LoraLayer.of(model, {id(p): kept for p, kept in self._held.values()})
+        self._lora = LoraLayer.of(model, {id(p): kept for p, kept in self._held.values()})
         self._undo: list[Callable[[], None]] = []
         for parameter, kept in self._held.values():
             if parameter.requires_grad:
                 self._undo.append(parameter.register_hook(_masked(kept)).remove)
         self._undo.append(register_optimizer_step_post_hook(self._after_step).remove)
-        self._undo += [layer.hold() for layer in lora]
+        self._undo += [layer.hold() for layer in self._lora]
 
     @property
     def bytes(self) -> int:
@@ -120,6 +122,12 @@ class KeptMasks:
     def close(self) -> None:
         """Set every pruned weight to zero, and hold none of them any longer."""
         self.apply()
+        if self._undo and not all(layer.merged for layer in self._lora):
+            warnings.warn(
+                "LoRA around pruned layers is not merged, and its product is masked no longer: it changes "
+                "pruned weights, too; call `merge_and_unload()` before the masks are let go",
+                stacklevel=2,
+            )
         while self._undo:
             self._undo.pop()()
 

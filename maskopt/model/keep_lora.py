@@ -66,6 +66,11 @@ class LoraLayer:
             found.append(cls(module, kept))
         return found
 
+    @property
+    def merged(self) -> bool:
+        """Whether no product stands beside the base layer's weight any more."""
+        return bool(self.module.merged) or not self.module.lora_A
+
     def hold(self) -> Callable[[], None]:
         """Mask the product from here on; a function that undoes it."""
         module, kept = self.module, self.kept
