@@ -157,8 +157,9 @@ def pruned(weight: Tensor, gram: Gram, options: PruneOptions) -> tuple[Tensor, f
         refit=options.refit,
         assume_psd=True,
     )
-    mask = solve_layer(problem, options).solution.mask
-    left = problem.weights(mask)
+    found = solve_layer(problem, options).solution
+    mask, own = found.mask, None if options.refit is None else found.weight
+    left = problem.weights(mask) if own is None else own
     return torch.where(mask, left.to(weight.dtype), 0), float(problem.error(left).sum())
 
 

@@ -242,7 +242,8 @@ def with_counts(folder: Path) -> tuple[Path, dict[str, int], Layer]:
 
 def test_counts_of_the_users_own(tmp_path: Path) -> None:
     dense, counts, one = with_counts(tmp_path)
-    report = prune_model(dense, tokens(), counts=counts, output=tmp_path / "out", **OPTIONS)
+    given = {name: np.int64(count) for name, count in counts.items()}
+    report = prune_model(dense, tokens(), counts=given, output=tmp_path / "out", **OPTIONS)
     assert {x.name: x.pruned // x.rows for x in report.layers} == counts
     problems = dict(collect_problems(dense, tokens(), counts=counts, **OPTIONS))
     assert problems[one.name].pruned_per_group == counts[one.name]

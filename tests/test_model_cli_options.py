@@ -13,7 +13,7 @@ import torch
 from commands import run
 from tiny_models import patched, save, tiny, tokens
 
-from maskopt.errors import ModelError
+from maskopt.errors import MaskoptError, ModelError
 from maskopt.model import plan as planning
 from maskopt.model.plan import plan_prune
 from maskopt.model.workspace import MANIFEST, MASKS
@@ -195,6 +195,24 @@ def test_a_plan_does_not_wait_for_a_search_without_end(
     assert "time, estimated: unknown" in run(*endless, "seed=1")
     layers = len(plan(dense).layers)
     assert f"solving about {0.25 * layers:.0f} s" in run(*endless, "time_limit=0.25")
+
+
+def test_a_plan_refuses_what_the_prune_would(dense: Path, data: Path, tmp_path: Path) -> None:
+    how = ["--sparsity", 0.5, "--solver", "wanda", "--min-tokens", 1]
+    run("gram", dense, "--calibration", data, "--output", tmp_path / "grams")
+    for more, said in (
+        (["--grams", tmp_path / "grams"], "name one of the two"),
+        (["--output", dense, "--overwrite"], "is the model itself"),
+        (
+            ["--budget", "model", "--importance", "measured", "--spread", 0.001],
+            "no step in common",
+        ),
+    ):
+        words = [dense, "--calibration", data, *how, *more]
+        assert said in run("plan", *words, fails=MaskoptError)
+        out = [] if "--output" in more else ["--output", tmp_path / "out"]
+        assert said.split()[-1] in run("prune", *words, *out, fails=MaskoptError)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_with_a_solver_that_takes_no_rows_as_wide_as_those_it_times(dense: Path) -> None:

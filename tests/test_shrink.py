@@ -292,6 +292,19 @@ def test_smaller_and_then_pruned(tmp_path: Path) -> None:
         verify_smaller(tmp_path / "twice", save(tiny("llama"), tmp_path / "other", shard="30KB"))
 
 
+@pytest.mark.parametrize("what", [{"channels": 0.25}, {"heads": 0.5}])
+def test_zeros_of_a_pruned_model_are_not_filled(what: dict[str, Any], tmp_path: Path) -> None:
+    dense, out = save(tiny("llama"), tmp_path / "dense"), tmp_path / "out"
+    prune_model(dense, tokens(6), output=out, sparsity=0.5, min_tokens=1, solver="wanda")
+    with pytest.raises(OptionError, match="least squares would fill its zeros"):
+        shrink_model(out, tokens(6), output=tmp_path / "small", **what)
+    assert not (tmp_path / "small").exists()
+    shrink_model(out, tokens(6), output=tmp_path / "small", weights="keep", **what)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    for layer in (small.model.layers[0].mlp.down_proj, small.model.layers[0].self_attn.o_proj):
+        assert float((layer.weight == 0).float().mean()) > 0.3
+
+
 @pytest.mark.parametrize("tensor", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
 def test_a_weight_that_is_not_the_original_s_is_found(tensor: str, tmp_path: Path) -> None:
     dense, out = shrunk("llama", tmp_path, channels=0.25)

@@ -60,7 +60,8 @@ def plan(
 
     if out is not None:
         check_output(out, overwrite=overwrite, resume=resume)
-    result = plan_prune(model, tokens_file(calibration), grams=grams, **options)
+    tokens = tokens_file(calibration) if grams is None else calibration
+    result = plan_prune(model, tokens, grams=grams, output=out, **options)
     output.print(layer_table(result))
     memory = result.memory
     output.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)

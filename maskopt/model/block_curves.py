@@ -42,7 +42,7 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
     weighting = ALIKE if options.weighting == GRADIENT else options.weighting
     walk = job.whole_again(replace(options, weighting=weighting), job.few()[:VARIANT_WINDOWS])
     windows = range(walk.count)
-    _check_moves(job, options)
+    check_moves(job, options)
     most = VARIANTS * len(job.source.blocks)
     folder = place(walk, most, Path(tempfile.gettempdir()))
     moves: dict[int, Moves] = {}
@@ -75,7 +75,7 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
     return found
 
 
-def _check_moves(job: Job, options: PruneOptions) -> None:
+def check_moves(job: Job, options: PruneOptions) -> None:
     """Raise OptionError where no block's layers can prune more or less together."""
     alike = {layer.name: options.pattern.pruned_per_group(layer.n) for layer in job.layers}
     moves = [

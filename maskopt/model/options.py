@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from maskopt.errors import ModelError, OptionError, PatternError, SolverError
 from maskopt.fields import build
 from maskopt.least_squares import Refit
@@ -136,7 +138,8 @@ class PruneOptions(WalkOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "solver_options", dict(self.solver_options))
-        object.__setattr__(self, "counts", dict(self.counts))
+        counts = {n: c.item() if isinstance(c, np.generic) else c for n, c in self.counts.items()}
+        object.__setattr__(self, "counts", counts)
         self._set_budget()
         self._set_reconstruction()
         _check_shrink(self.shrink, self.holdout)

@@ -15,10 +15,11 @@ from torch import nn
 
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.limits import torch_threads
+from maskopt.model.block_curves import check_moves
 from maskopt.model.blocks import Layer, vocabulary_size
 from maskopt.model.checkpoint import Checkpoint, resolve_model
 from maskopt.model.gram_store import GramStore
-from maskopt.model.importance import GRADIENT_WINDOWS, VARIANT_WINDOWS
+from maskopt.model.importance import GRADIENT_WINDOWS, MEASURED, VARIANT_WINDOWS
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import (
     Memory,
@@ -29,6 +30,7 @@ from maskopt.model.memory import (
     hidden_size,
 )
 from maskopt.model.options import KEEP, PruneOptions, prune_options
+from maskopt.model.output import check_not_the_model
 from maskopt.model.side_by_side import EVERY
 from maskopt.model.solving import solve_layer
 from maskopt.model.source import Source
@@ -94,6 +96,7 @@ def plan_prune(
     options: PruneOptions | None = None,
     *,
     grams: str | Path | None = None,
+    output: str | Path | None = None,
     **shorthand: Any,
 ) -> Plan:
     """What `prune_model` with the same options will take.
@@ -107,14 +110,23 @@ def plan_prune(
         options: as for `prune_model`.
         shorthand: likewise.
         grams: what `collect_grams` wrote, in place of text: no passes are needed.
+        output: the folder that the prune will write; left as it is.
 
     Raises:
         MaskoptError: what the prune itself would refuse, but for want of memory.
     """
     store = None if grams is None else GramStore(grams)
     options = (prune_options if store is None else store.options)(options, shorthand)
+    if store is not None and tokens is not None:
+        raise ModelError(
+            "pruning needs `calibration` text or tokens, or `grams`; name one of the two"
+        )
     job = open_job(model, tokens, replace(options, max_memory=None))
     job.source.blocks.check_unshared(job.layers)
+    if options.layers_trade and options.importance == MEASURED and not options.counts:
+        check_moves(job, options)
+    if output is not None and job.source.checkpoint is not None:
+        check_not_the_model(job.source.checkpoint.folder, Path(output))
     refusal = None
     if options.max_memory is not None:
         try:

@@ -166,6 +166,6 @@ def _others_there() -> Iterator[None]:
         yield
     except RuntimeError as error:  # what gloo and NCCL raise where a connection breaks
         raise LostRankError(
-            "another process of this run ended or does not answer; finished blocks are kept: start it "
-            "again with `resume`"
+            "another process of this run ended or does not answer; start all of them again, a prune with "
+            "`resume`, which goes on where its blocks are kept"
         ) from error

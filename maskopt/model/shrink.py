@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from maskopt.bounds import lower_bound
-from maskopt.errors import ModelError
+from maskopt.errors import ModelError, OptionError
 from maskopt.limits import Limits
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
@@ -42,6 +42,7 @@ from maskopt.model.structures import CHANNELS, Structures, channels_of, heads_of
 from maskopt.model.walk_block import Block
 from maskopt.model.walk_options import options_by_name
 from maskopt.model.windows import tokens_or_tokenizer
+from maskopt.model.workspace import MASKS
 from maskopt.problem import RowProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import solve
@@ -95,6 +96,11 @@ def shrink_model(
         raise ModelError("shrinking needs `calibration` text or tokens; name a source of text")
     whole = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
     source = rewritable(whole)
+    if options.how is not None and (source.checkpoint.folder / MASKS).exists():
+        raise OptionError(
+            f"{source.checkpoint.folder}: was pruned, and least squares would fill its zeros; shrink the "
+            "original and prune what comes of it, or take `weights` keep"
+        )
     every = find_structures(source, options)
     start = default_start(options.solver)
     for one in every:
