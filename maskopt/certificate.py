@@ -44,6 +44,8 @@ from maskopt.problem import LayerProblem, RowProblem
 
 #: unit roundoff of float64
 _U = 2.0**-53
+#: what several rows may lack together beyond G, in parts of what rounding may hide
+_ROUNDED = 128.0
 #: squares of weights below it are no longer exact
 _LEAST_SQUARE = 1e-300
 #: in place of an input of a cut: z_0; none
@@ -386,10 +388,7 @@ def cut_form(cuts: Cuts | None, n: int, like: Tensor) -> tuple[Tensor | None, Te
 
 def missing(a: Tensor) -> float:
     """θ ≥ 0 with A + θI ⪰ 0 for certain."""
-    n = len(a)
-    trace = float(a.diagonal().abs().sum())
-    gamma = (n + 2) * _U
-    rump = 2 * gamma / (1 - gamma) * trace + n * 1e-300
+    n, rump = len(a), _rump(a)
     for factor in (2.0, 1e2, 1e4):
         shift = factor * rump
         shifted = a.clone()
@@ -402,6 +401,13 @@ def missing(a: Tensor) -> float:
     except torch.linalg.LinAlgError:  # of entries near the end of float64's range
         return torch.inf
     return max(0.0, -least) + 16 * n * _U * _size(a) + 2 * rump
+
+
+def _rump(a: Float[Tensor, "n n"]) -> float:
+    """What rounding may hide from a Cholesky factorisation that succeeds."""
+    n, trace = len(a), float(a.diagonal().abs().sum())
+    gamma = (n + 2) * _U
+    return 2 * gamma / (1 - gamma) * trace + n * 1e-300
 
 
 def _size(a: Float[Tensor, "n n"]) -> float:
@@ -431,7 +437,8 @@ def _shared_slacks(certificate: Certificate, layer: LayerProblem) -> list[float 
 
 def _slack_of(lam: Tensor, layer: LayerProblem, rows: Tensor) -> float | None:
     """Where μ ≥ 0, ν = 0 and there are no cuts, A ⪰ diag(w)(G + diag(d))diag(w) with d_i the least
-    λ_i/w_i² over the rows: what is missing to that in units of w², if it is little."""
+    λ_i/w_i² over the rows: what is missing to that in units of w², if that is little, and nothing but
+    rounding and what G itself lacks. Where it is more, no row may lack it by itself."""
     square = layer.weight[rows].double().square()
     lam = lam.to(square)
     if bool((lam[square < _LEAST_SQUARE] < 0).any()):
@@ -443,9 +450,11 @@ def _slack_of(lam: Tensor, layer: LayerProblem, rows: Tensor) -> float | None:
     least = torch.where((square > 0).any(0), least, 0.0)
     g = layer.gram.double().clone()
     g.diagonal().add_(least - 8 * _U * (least.abs() + g.diagonal().abs()))
+    lack, rounding = missing(g), _ROUNDED * _rump(g)
     scale = float(layer.gram.diagonal().double().abs().mean())
-    lack = missing(g)
-    return lack if lack <= 1e-4 * scale else None
+    if lack > 1e-4 * scale or (lack > rounding and lack > missing(layer.gram.double()) + rounding):
+        return None
+    return lack
 
 
 def certificate_arrays(certificate: Certificate) -> dict[str, np.ndarray]:

@@ -10,7 +10,15 @@ import torch
 from certificates import PATTERNS, certificate, exact, formula, layer, triangles, unclamped
 from strategies import random_gram, random_weight
 
-from maskopt import Certificate, LayerProblem, Linear, lower_bound, solve
+from maskopt import (
+    Certificate,
+    LayerProblem,
+    Linear,
+    Status,
+    Unstructured,
+    lower_bound,
+    solve,
+)
 from maskopt.certificate import _check_row, _shared_slacks, missing
 
 #: signs under which sums cancel
@@ -369,3 +377,18 @@ def test_the_rows_of_a_certificate_are_taken_stacked_and_chosen():
         box,
         Certificate(*(torch.zeros(3, k).double() for k in (8, 2)), plain.point.float().double()),
     )
+
+
+def test_rows_that_lack_more_together_are_checked_one_by_one():
+    """The least λ/w² of an input is of another row for each: A of them all is further from semidefinite than
+    any row's own, and an optimum would be none beside other rows."""
+    gram = 4.742686817773039 * np.ones((3, 3))
+    weight = np.array([[2.0, 2, -1], [1, 2, 2], [-1, -1, 0]])
+    problem = LayerProblem(weight, gram, Unstructured(keep=1))
+    found = solve(problem, "branch")
+    assert found.status == (Status.OPTIMAL,) * 3
+    for row in range(3):
+        one, alone = found.certificate.take([row]), problem.take([row])
+        assert float(found.certificate.check(problem)[row]) == pytest.approx(
+            float(one.check(alone)[0]), rel=1e-9
+        )

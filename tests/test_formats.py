@@ -382,6 +382,20 @@ def test_what_is_called_optimal_is_so_in_the_units_of_the_problem(name, penalty)
         assert posed.gap <= 1e-6
 
 
+def test_one_element_that_must_not_be_chosen_hides_nothing():
+    """Of f, which has the penalty's rounding in it, every choice costs nothing to speak of."""
+    generator = np.random.default_rng(3)
+    u = generator.normal(size=(12, 12))
+    u = u @ u.T
+    u[0, 0] = 1e15
+    row = RowProblem.from_quadratic(u, select=4)
+    found = solve(row, "branch")
+    assert found.status == (Status.OPTIMAL,)
+    verify(row, found)
+    best = min(u[np.ix_(chosen, chosen)].sum() for chosen in itertools.combinations(range(12), 4))
+    assert row.value(float(found.objective)) == pytest.approx(best, rel=1e-6)
+
+
 def test_what_penalties_round_off_is_refused():
     with pytest.raises(ProblemError, match="scale penalties down to what they need"):
         penalised(1e11)

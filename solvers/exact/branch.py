@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from maskopt.solvers.exact.refit_tree import search_refitted
 from maskopt.solvers.exact.rows import RowAnswer, RowSolver
 from maskopt.solvers.exact.tree import BranchTask, Tree
 
-#: part of Σ Q_ii below which an incumbent costs nothing, and is optimal
+#: part of Σ Q_ii (of a posed problem over what is chosen) below which an incumbent costs nothing
 _NOTHING = 1e-13
 
 
@@ -75,7 +74,9 @@ def search_row(task: BranchTask) -> RowAnswer:
     proof = nothing_known(len(task.q)) if task.proof else None
     if task.pruned in (0, task.group):
         return RowAnswer(best, "optimal", bound=cost, root_bound=cost, proof=proof)
-    if cost <= _NOTHING * float(np.trace(task.q)):
+    # of somebody's objective a penalty on what is not chosen must not hide what the values differ by
+    counted = slice(None) if task.zero is None else task.start
+    if cost <= _NOTHING * float(task.q.diagonal()[counted].sum()):
         return RowAnswer(best, "optimal", proof=proof)
     if task.limits.expired:
         return RowAnswer(best, "timelimit")
