@@ -403,6 +403,8 @@ def test_what_is_told_of_all_rows_counts_each_as_it_is_minimised(tmp_path):
         "solve", tmp_path / "layer.npz", "--solver", "exhaustive", "--output", tmp_path / "s.npz"
     )
     assert f"{least:.6g}" in line
+    said = " ".join(run("compare", tmp_path / "layer.npz", "--solvers", "swap").split())
+    assert "each row is solved alone and trades with no other" in said
     more = ["--method", "box", "--solver", "exhaustive"]
     table = " ".join(run("bound", tmp_path / "layer.npz", *more).split())
     assert "the bound of rows that trade is of their sum" in table

@@ -57,6 +57,9 @@ def compare(
             on_progress=lambda done, total: shown.show("solving", done, total),
         )
     output.print(comparison_table(records))
+    if any(problem.pooled for problem in layers.problems):
+        said = "each row is solved alone and trades with no other: it prunes as much of itself as its layer"
+        output.print(said, soft_wrap=True)
     for record in records:
         if record.error:
             said = f"{record.instance}, {record.solver}: {record.error}"
