@@ -318,7 +318,7 @@ def test_a_row_keeps_its_name_through_files(layer, tmp_path):
     for number in range(2):
         said = run("extract", tmp_path / f"{number}.npz", tmp_path / f"{number + 1}.npz")
         assert "RowProblem('q[3]'," in said
-    assert layer.take([3]).row(0).name != "q"
+    assert layer.take([3]).row(0).name == "q[0]"
 
 
 @pytest.mark.parametrize("text", ["my precious notes", '{"name": "Ada', '{"instance": "x"}', "1"])

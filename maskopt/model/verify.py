@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from maskopt.errors import VerificationError
-from maskopt.model.collect import IN_DENSE
 from maskopt.model.verify_folder import (
     INDEX,
     MASKS,
@@ -38,7 +37,7 @@ from maskopt.model.verify_manifest import (
     read_manifest,
 )
 from maskopt.model.verify_original import same_files
-from maskopt.model.verify_parts import check_parts
+from maskopt.model.verify_parts import check_parts, seen_in_dense
 from maskopt.model.verify_tensors import Masks, check_tensors
 
 #: relative difference at which the stated error of a layer pruned by magnitude is wrong
@@ -230,7 +229,7 @@ def _told_apart(
     again_solved = every and solved
     bounds = not again or any(layer["lower_bound"] for layer in layers)
     # whether the dense model gave NaN is not seen again
-    unseen = any(x["layer"].endswith(IN_DENSE) for x in manifest.record["bad_samples"])
+    unseen = seen_in_dense(manifest)
     optima = again and any("optimal" in layer["statuses"] for layer in layers)
     facts = {
         "files": True,

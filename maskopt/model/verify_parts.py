@@ -12,6 +12,8 @@ from maskopt.model.verify_manifest import Manifest
 
 #: of how a run trained, what decides which weights differ, and what it may be
 _HOW = {"granularity": ("block", "part"), "train": ("weights", "all"), "begin": ("keep", "refit")}
+#: after a block's name, of a sample that it gave NaN of in the dense model
+_IN_DENSE = " (dense)"
 
 
 def check_parts(manifest: Manifest) -> None:
@@ -51,6 +53,11 @@ def set_anew(manifest: Manifest) -> list[dict[str, Any]]:
     if manifest.options.get("weights", "keep") == "keep":
         return []
     return [layer for layer in layers if how.get("begin") != "keep" or _bettered(manifest, layer)]
+
+
+def seen_in_dense(manifest: Manifest) -> bool:
+    """Whether samples were left out for what the dense model gave; it walks along while parts are trained."""
+    return any(x["layer"].endswith(_IN_DENSE) for x in manifest.record["bad_samples"])
 
 
 def trained_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str, ...]:
