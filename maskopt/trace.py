@@ -89,15 +89,16 @@ class SearchTrace(Trace):
     """Searches beyond one swap: tabu, memetic, kswap, portfolio.
 
     Attributes:
-        moves: made beyond 1-swap search (kswap: compounds of two); None for a portfolio.
+        moves: made beyond 1-swap search (kswap: compounds of two; memetic on refitted weights: swaps of the
+            children); None for a portfolio.
         swaps: of the 1-swap searches in between and at the end; None for a portfolio.
         rounds: of moves, generations, or members that were run.
         start_objective: float64, of the mask that the search began with.
         search_seconds, swap_seconds: the row's share of the wall-clock time that the moves, and the
             1-swap searches, took.
         history: float64 [rows, rounds], the best objective after each round (tabu, memetic: in float32
-            accuracy; memetic begins with the start and the first pool), each 1-swap search of kswap, or
-            each member of a portfolio.
+            accuracy, but of refitted weights; memetic begins with the start and the first pool), each 1-swap
+            search of kswap, or each member of a portfolio.
         winner: the member of a portfolio whose mask the row has, or `start`.
         stopped: whether the row was stopped by the time limit: `yes` or `no`; of a portfolio also
             `interrupted`, in a member that Ctrl-C ended.

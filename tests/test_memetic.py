@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from local_search import check_contract
-from strategies import problems, random_gram, random_weight
+from strategies import problems, random_gram, random_weight, refit_layer
 
 from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, solve, verify
-from maskopt.errors import OptionError, SolverError
+from maskopt.errors import OptionError
+from maskopt.least_squares import LEAST_DAMPING
 from maskopt.pattern import Pattern
 from maskopt.solution import Status
 from maskopt.solvers.search import memetic as module
@@ -39,6 +41,12 @@ def test_contract_in_float32_from_the_worst_start(problem: LayerProblem) -> None
     check_contract(problem, "memetic", start="worst", **SMALL)
 
 
+@given(problems(max_n=11, max_rows=3), st.sampled_from((0.0, 0.01, 0.3)))
+@settings(max_examples=12)
+def test_contract_of_refitted_weights(problem: LayerProblem, damping: float) -> None:
+    check_contract(problem.refitting(Refit(damping)), "memetic", start="worst", **SMALL)
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(keep=2, of=4), NM(3, 8)])
 def test_finds_the_optimum_of_small_rows(pattern: Pattern) -> None:
     problem = LayerProblem(random_weight(40, 16, 3), random_gram(16, "low-rank", 4), pattern)
@@ -47,6 +55,35 @@ def test_finds_the_optimum_of_small_rows(pattern: Pattern) -> None:
     found = solve(problem, plan, start="worst")
     verify(problem, found)
     torch.testing.assert_close(found.objective, best, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.5), NM(keep=2, of=4), NM(3, 8)])
+def test_finds_the_optimum_of_small_refitted_rows(pattern: Pattern) -> None:
+    problem = refit_layer(pattern, rows=40, kind="low-rank", seed=3)
+    best = solve(problem, "exhaustive").objective
+    found = solve(problem, Memetic(generations=10, children=4, pool=32), start="worst")
+    verify(problem, found)
+    torch.testing.assert_close(found.objective, best, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_finds_better_masks_for_refitted_weights_than_1_swap_search(pattern: Pattern) -> None:
+    problem = refit_layer(pattern, rows=8, n=96, seed=3)
+    start = solve(problem, "swap", start="admm")
+    found = solve(problem, "memetic", start=start.mask, generations=8, children=4, pool=6)
+    verify(problem, found)
+    assert set(found.status) == {Status.SWAP_OPTIMAL}
+    assert float(found.objective.sum()) < 0.995 * float(start.objective.sum())
+    trace = found.trace
+    assert trace.history.shape == (8, 10)
+    assert bool((trace.history.diff(dim=1) <= 0).all())
+    # swaps on F are float64 from the start to the end
+    torch.testing.assert_close(trace.history[:, 0], start.objective, rtol=1e-9, atol=0)
+    torch.testing.assert_close(trace.history[:, -1], found.objective, rtol=1e-9, atol=0)
+    assert bool((trace.moves > 0).all())
+    few = solve(problem, "memetic", start=start.mask, generations=8, children=4, pool=6, moves=1)
+    # every child of 8 generations, and the 6 masks of the first pool
+    assert bool((few.trace.moves <= 8 * 4 + 6).all())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -74,8 +111,9 @@ def test_finds_better_masks_than_as_many_moves_of_tabu(pattern: Pattern) -> None
     torch.testing.assert_close(longer.trace.history[:, :22], trace.history, rtol=0, atol=0)
 
 
-def test_a_row_does_not_depend_on_the_others_nor_on_threads() -> None:
-    problem = layer(module._TILE + 3)
+@pytest.mark.parametrize("refit", [None, Refit(0.01)])
+def test_a_row_does_not_depend_on_the_others_nor_on_threads(refit: Refit | None) -> None:
+    problem = layer(module._TILE + 3).refitting(refit)
     start = solve(problem, "wanda").mask
     whole = solve(problem, "memetic", start=start, threads=3, **SMALL)
     one = solve(problem, "memetic", start=start, threads=1, **SMALL)
@@ -86,51 +124,70 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads() -> None:
         assert torch.equal(alone.mask[0], whole.mask[row])
 
 
-def test_permutation_and_scaling() -> None:
+@pytest.mark.parametrize("refit", [None, Refit(0.01)])
+def test_permutation_and_scaling(refit: Refit | None) -> None:
     weight, gram = random_weight(4, 24, 1), random_gram(24, "full", 2)
     pattern = Unstructured(sparsity=0.5)
-    problem = LayerProblem(weight, gram, pattern)
+    problem = LayerProblem(weight, gram, pattern, refit=refit)
     plain = solve(problem, "memetic", start="wanda", **SMALL)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    turned = LayerProblem(weight[:, order], gram[order][:, order], pattern)
+    turned = LayerProblem(weight[:, order], gram[order][:, order], pattern, refit=refit)
     torch.testing.assert_close(
         solve(turned, "memetic", start="wanda", **SMALL).objective, plain.objective
     )
     for factor in (1e-20, 0.25, 3e15):
         other = solve(
-            LayerProblem(weight * factor, gram, pattern), "memetic", start="wanda", **SMALL
+            LayerProblem(weight * factor, gram, pattern, refit=refit),
+            "memetic",
+            start="wanda",
+            **SMALL,
         )
         torch.testing.assert_close(other.objective / factor**2, plain.objective)
         other = solve(
-            LayerProblem(weight, gram * factor, pattern), "memetic", start="wanda", **SMALL
+            LayerProblem(weight, gram * factor, pattern, refit=refit),
+            "memetic",
+            start="wanda",
+            **SMALL,
         )
         torch.testing.assert_close(other.objective / factor, plain.objective)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
 @pytest.mark.parametrize("n", [1, 2])
-def test_rows_with_nothing_to_choose(n: int, kept: int) -> None:
+@pytest.mark.parametrize("refit", [None, Refit(0.0)])
+def test_rows_with_nothing_to_choose(n: int, kept: int, refit: Refit | None) -> None:
     if kept > n:
         return
-    problem = LayerProblem(torch.ones(2, n), torch.eye(n), Unstructured(keep=kept))
+    problem = LayerProblem(torch.ones(2, n), torch.eye(n), Unstructured(keep=kept), refit=refit)
     found = solve(problem, "memetic", start="wanda", **SMALL)
     verify(problem, found)
-    torch.testing.assert_close(found.objective, torch.full((2,), float(n - kept)).double())
+    # with G + λI in place of G
+    ridge = 0.0 if refit is None else LEAST_DAMPING
+    expected = torch.full((2,), (n - kept) * (1.0 + ridge), dtype=torch.float64)
+    torch.testing.assert_close(found.objective, expected)
 
 
-def test_zero_rows_and_dead_inputs() -> None:
+@pytest.mark.parametrize("refit", [None, Refit(0.0)])
+def test_zero_rows_and_dead_inputs(refit: Refit | None) -> None:
     gram = random_gram(16, "full", 2)
     gram[:4] = gram[:, :4] = 0
     weight = random_weight(3, 16, 1)
     weight[1] = 0
-    problem = LayerProblem(weight, gram, Unstructured(keep=12))
+    problem = LayerProblem(weight, gram, Unstructured(keep=12), refit=refit)
     found = solve(problem, "memetic", **SMALL)
     verify(problem, found)
+    # λI costs what is pruned of dead inputs, too
+    ridge = 0.0 if refit is None else LEAST_DAMPING * float(gram.diagonal().mean())
+    assert bool((found.objective <= ridge * weight.square().sum(1)).all())
+    nothing = LayerProblem(weight, torch.zeros(16, 16), Unstructured(keep=12), refit=refit)
+    found = solve(nothing, "memetic", **SMALL)
+    verify(nothing, found)
     assert found.objective.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_time_limits() -> None:
-    problem = layer()
+@pytest.mark.parametrize("refit", [None, Refit(0.01)])
+def test_time_limits(refit: Refit | None) -> None:
+    problem = layer().refitting(refit)
     start = solve(problem, "wanda")
     none = solve(problem, "memetic", start=start.mask, time_limit=0)
     assert torch.equal(none.mask, start.mask)
@@ -147,16 +204,19 @@ def test_time_limits() -> None:
     assert (told[-1].done, told[-1].total) == (6, 6)
 
 
-def test_seeds_and_bad_options() -> None:
-    problem = layer(4, 128)
+@pytest.mark.parametrize("refit", [None, Refit(0.01)])
+def test_seeds(refit: Refit | None) -> None:
+    problem = layer(4, 128).refitting(refit)
     masks = [solve(problem, "memetic", seed=seed, **SMALL).mask for seed in (1, 1, 2, 2**63 - 1)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+def test_bad_options() -> None:
+    problem = layer(4, 128)
     for name, value in {"generations": -1, "children": 0, "pool": 1, "moves": 0}.items():
         with pytest.raises(OptionError, match=name):
             solve(problem, "memetic", **{name: value})
-    with pytest.raises(SolverError, match="for weights as they are"):
-        solve(problem.refitting(Refit(0.01)), "memetic")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

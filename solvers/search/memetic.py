@@ -1,14 +1,15 @@
-"""Memetic search: good masks of a row are crossed, and every child goes through tabu search.
+"""Memetic search: good masks of a row are crossed, and every child goes through a search of its own.
 
 A child keeps what both parents keep and prunes what both prune: what good masks agree on is mostly right. Of
-the inputs that they differ in it keeps as many as its pattern asks for, at random, and a short tabu search
-puts that right. A pool holds the best masks that are unlike each other, so that they do not all become one
-(Moscato 1989; for the choice of a set of given size Wu and Hao, "A hybrid metaheuristic approach to solving
-the maximum diversity problem", 2013).
+the inputs that they differ in it keeps as many as its pattern asks for, at random, and a short search puts
+that right: tabu search where weights stay as they are, 1-swap search on F where they are refitted. A pool
+holds the best masks that are unlike each other, so that they do not all become one (Moscato 1989; for the
+choice of a set of given size Wu and Hao, "A hybrid metaheuristic approach to solving the maximum diversity
+problem", 2013).
 
 Rows share the random numbers and nothing else: a row's mask does not depend on the others. The pool goes by
-the objectives that tabu search keeps, of float32 accuracy; the answer is compared in float64, and `swap` ends
-the run with its proof.
+the objectives that the search keeps, those of tabu search of float32 accuracy; the answer is compared in
+float64, and `swap` ends the run with its proof.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from maskopt.fields import option
@@ -39,7 +40,7 @@ _SHAKEN = 0.05, 1.0
 _CHANCE = 0.01
 #: masks of a pool differ in one exchange for so many inputs
 _INPUTS_APART = 50
-#: of the tabu search of a child
+#: of tabu search of a child
 _PATIENCE = 300
 #: share of a time limit that the search may use; `swap` has the rest
 _SEARCH_SHARE = 0.9
@@ -47,10 +48,12 @@ _SEARCH_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Memetic(Solver):
-    """Crossing of masks, tabu search of every child, then 1-swap search to a proven 1-swap optimum.
+    """Crossing of masks, a search of every child, then 1-swap search to a proven 1-swap optimum.
 
-    Never ends above its start. Runs on the CPU; a problem on another device is copied there and the mask
-    back. Tells a `SearchTrace` whose history has the best of the first pool and of every generation.
+    Never ends above its start. Of weights as they are children go through tabu search, on the CPU: a problem
+    on another device is copied there and the mask back. Of a problem with `refit` they go through 1-swap
+    search on F, where the problem is. Tells a `SearchTrace` whose history has the best of the first pool and
+    of every generation.
     """
 
     name: ClassVar[str] = "memetic"
@@ -58,13 +61,16 @@ class Memetic(Solver):
         start="needed",
         default_start="relax",
         proves="1-swap",
-        note="masks are crossed, each child through tabu search, on the CPU, then swap: the best masks",
+        refit=True,
+        note="masks are crossed, each child searched (tabu; refitted: 1-swap), then swap: the best masks",
     )
 
     generations: int = option(100, "of children", least=0, most=10**6)
     children: int = option(8, "of a generation", least=1, most=1000)
     pool: int = option(12, "masks that are kept to be crossed", least=2, most=1000)
-    moves: int = option(1000, "of tabu search, of every child", least=1, most=10**9)
+    moves: int = option(
+        1000, "of tabu search, or swaps of refitted weights, of every child", least=1, most=10**9
+    )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """Search every row; see `Solver.run`."""
@@ -95,7 +101,7 @@ class Memetic(Solver):
             search_seconds=shared_out(search_seconds, problem.rows),
             swap_seconds=seconds,
         )
-        return Solution.of(problem, refined.mask, status=refined.status, trace=trace)
+        return replace(refined, trace=trace)
 
     def _evolve(self, pool: _Pool, seed: int) -> Iterator[int]:
         """The main loop, of the rows of a tile at once; tells of every generation, 0 being the first pool."""
@@ -119,6 +125,46 @@ class Memetic(Solver):
             masks = pool.completed(one & two & ~chance, (one ^ two) | chance, keys)
 
 
+class _Found(NamedTuple):
+    """What became of children, on the CPU.
+
+    Attributes:
+        values: float64, their objectives.
+        moves: made.
+    """
+
+    masks: Bool[Tensor, "children n"]
+    values: Float[Tensor, " children"]
+    moves: Int[Tensor, " children"]
+
+
+class _Kept:
+    """Tabu search of children, whose weights stay as they are."""
+
+    def __init__(self, problem: LayerProblem, plan: Memetic) -> None:
+        self._scaled = Scaled.of(problem)
+        self._tabu = Tabu(moves=plan.moves, patience=_PATIENCE)
+
+    def __call__(self, problem: LayerProblem, start: Tensor, count: int, limits: Limits) -> _Found:
+        """Of `count` children of every row, which lie together."""
+        found = search(problem, start, self._tabu, limits, self._scaled.repeated(count))
+        values = found.history[:, -1] if found.history.shape[1] else found.start_objective.cpu()
+        return _Found(found.mask.cpu(), values, found.moves)
+
+
+class _Refitted:
+    """1-swap search of children on F."""
+
+    def __init__(self, problem: LayerProblem, plan: Memetic) -> None:
+        self._swap = Swap(max_swaps=plan.moves)
+
+    def __call__(self, problem: LayerProblem, start: Tensor, count: int, limits: Limits) -> _Found:
+        """See `_Kept`."""
+        found = self._swap.run(problem, start, limits)
+        assert isinstance(found.trace, SwapTrace)
+        return _Found(found.mask.cpu(), found.objective.cpu(), found.trace.swaps)
+
+
 class _Pool:
     """The best masks of the rows of a tile, unlike each other.
 
@@ -128,8 +174,8 @@ class _Pool:
 
     def __init__(self, problem: LayerProblem, start: Tensor, plan: Memetic, limits: Limits) -> None:
         self._problem, self._plan, self._limits = problem, plan, limits
-        self._scaled = Scaled.of(problem)
-        self._tabu = Tabu(moves=plan.moves, patience=_PATIENCE)
+        kept = problem.refit is None
+        self._search: _Kept | _Refitted = (_Kept if kept else _Refitted)(problem, plan)
         self.masks = start[:, None].expand(-1, plan.pool, -1)
         self._start_objective = problem.objective(start.to(problem.device)).cpu()
         self._values = self._start_objective[:, None].expand(-1, plan.pool)
@@ -161,9 +207,8 @@ class _Pool:
         problem = self._problem.take(torch.arange(rows).repeat_interleave(count))
         limits = replace(self._limits, seed=(self._limits.seed + generation - 1) % 2**63)
         start = masks.reshape(-1, n).to(problem.device)
-        found = search(problem, start, self._tabu, limits, self._scaled.repeated(count))
-        values = found.history[:, -1] if found.history.shape[1] else found.start_objective.cpu()
-        masks, values = found.mask.cpu().view(rows, count, n), values.view(rows, count)
+        found = self._search(problem, start, count, limits)
+        masks, values = found.masks.view(rows, count, n), found.values.view(rows, count)
         self._moves += found.moves.view(rows, count).sum(1)
         self._keep_best(torch.cat([self.masks, masks], 1), torch.cat([self._values, values], 1))
         self._history.append(self._values[:, 0].clone())
