@@ -51,6 +51,18 @@ class Trace:
                 found[field.name] = tuple(w for v in values for w in v) if words else first
         return type(self)(**found)
 
+    def taken(self, rows: Tensor) -> Self:
+        """Of some rows of a layer, by their indices, in their order."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                value = value[rows]
+            elif isinstance(value, tuple):
+                value = tuple(value[row] for row in rows.tolist())
+            found[field.name] = value
+        return type(self)(**found)
+
 
 def _of_one_width(parts: Sequence[Tensor]) -> list[Tensor]:
     """Histories of different lengths: each stays where it ended."""

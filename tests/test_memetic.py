@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_search import check_contract
+from pooled_layers import layer as pooled_layer
+from pooled_layers import pooled, slack, total
 from strategies import problems, random_gram, random_weight, refit_layer
 
 from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, solve, verify
@@ -210,6 +212,38 @@ def test_seeds(refit: Refit | None) -> None:
     masks = [solve(problem, "memetic", seed=seed, **SMALL).mask for seed in (1, 1, 2, 2**63 - 1)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+@given(pooled(max_n=8, max_rows=4))
+@settings(max_examples=12)
+def test_contract_of_rows_that_trade(problem: LayerProblem) -> None:
+    before = solve(problem, "worst")
+    found = solve(problem, "memetic", start=before.mask, **SMALL)
+    verify(problem, found)
+    assert set(found.status) == {Status.SWAP_OPTIMAL}
+    best = total(problem, solve(problem, "exhaustive"))
+    assert best - slack(problem) <= total(problem, found)
+    assert total(problem, found) <= total(problem, before) + slack(problem)
+    again = solve(problem, "memetic", start=before.mask, threads=1, **SMALL)
+    assert torch.equal(again.mask, found.mask)
+
+
+@pytest.mark.parametrize("refit", [None, Refit(0.01)])
+def test_rows_that_trade_are_searched_at_counts_of_their_own(refit: Refit | None) -> None:
+    problem = pooled_layer(rows=2 * module._TILE, n=64, refit=refit)
+    start = solve(problem, "swap")
+    assert len(set(start.mask.sum(1).tolist())) > 3
+    found = solve(problem, "memetic", start=start.mask, **SMALL)
+    verify(problem, found)
+    assert set(found.status) == {Status.SWAP_OPTIMAL}
+    assert total(problem, found) < 0.999 * total(problem, start)
+    # what is told of a row is of that row, in whichever order they were searched
+    torch.testing.assert_close(found.trace.start_objective, start.objective)
+    first = start.mask.sum(1) == start.mask[0].sum()
+    alike = problem.take(first).under(Unstructured(keep=int(start.mask[0].sum())))
+    alone = solve(alike, "memetic", start=start.mask[first], **SMALL)
+    assert torch.equal(alone.trace.moves, found.trace.moves[first])
+    torch.testing.assert_close(alone.trace.history, found.trace.history[first])
 
 
 def test_bad_options() -> None:

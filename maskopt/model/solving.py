@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: starts that serve whole layers better than the solvers' own, which also have to serve single rows
 DEFAULT_STARTS = {"swap": "relax"}
-REFIT_STARTS = {"swap": "admm"}
+REFIT_STARTS = {"swap": "admm", "memetic": "admm"}
 #: λ of `damping` auto
 DAMPING_GRID = (0.003, 0.01, 0.03, 0.1, 0.3)
 #: α of `shrink` auto

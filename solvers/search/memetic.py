@@ -7,7 +7,8 @@ holds the best masks that are unlike each other, so that they do not all become 
 choice of a set of given size Wu and Hao, "A hybrid metaheuristic approach to solving the maximum diversity
 problem", 2013).
 
-Rows share the random numbers and nothing else: a row's mask does not depend on the others. The pool goes by
+Rows share the random numbers and nothing else: a row's mask does not depend on the others. Where rows trade,
+each is searched at the count that it has in the start, and `swap` trades at the end. The pool goes by
 the objectives that the search keeps, those of tabu search of float32 accuracy; the answer is compared in
 float64, and `swap` ends the run with its proof.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from maskopt.fields import option
 from maskopt.limits import Limits
+from maskopt.pattern import Pattern, Unstructured
 from maskopt.problem import LayerProblem
 from maskopt.solution import Solution
 from maskopt.solver import Capabilities, Solver
@@ -62,6 +64,7 @@ class Memetic(Solver):
         default_start="relax",
         proves="1-swap",
         refit=True,
+        pooled=True,
         note="masks are crossed, each child searched (tabu; refitted: 1-swap), then swap: the best masks",
     )
 
@@ -76,17 +79,19 @@ class Memetic(Solver):
         """Search every row; see `Solver.run`."""
         assert start is not None
         began = time.monotonic()
-        tiles = torch.arange(problem.rows).split(_TILE)
-        share, pools = limits.share(_SEARCH_SHARE).quiet(), []
-        for done, tile in enumerate(tiles):
+        tiles = _tiles(problem, start)
+        share, pools, rows_done = limits.share(_SEARCH_SHARE).quiet(), [], 0
+        for done, (tile, pattern) in enumerate(tiles):
             own = share.share(1 / (len(tiles) - done))
-            pool = _Pool(problem.take(tile), start[tile].cpu(), self, own)
+            pool = _Pool(problem.take(tile).under(pattern), start[tile].cpu(), self, own)
             for generation in self._evolve(pool, own.seed):
                 step = "generations", generation, self.generations
-                limits.report(done * _TILE, problem.rows, *step)
+                limits.report(rows_done, problem.rows, *step)
+            rows_done += len(tile)
             pools.append(pool)
         limits.report(problem.rows, problem.rows)
-        found = torch.cat([pool.masks[:, 0] for pool in pools]).to(problem.device)
+        order = torch.cat([tile for tile, _ in tiles]).argsort()
+        found = torch.cat([pool.masks[:, 0] for pool in pools])[order].to(problem.device)
         start_objective = problem.objective(start)
         better = problem.objective(found) < start_objective
         mask = torch.where(better[:, None], found, start)
@@ -96,7 +101,7 @@ class Memetic(Solver):
         seconds = shared_out(time.monotonic() - began - search_seconds, problem.rows)
         traces = [pool.trace() for pool in pools]
         trace = replace(
-            traces[0].joined(traces),
+            traces[0].joined(traces).taken(order),
             swaps=refined.trace.swaps,
             search_seconds=shared_out(search_seconds, problem.rows),
             swap_seconds=seconds,
@@ -123,6 +128,19 @@ class Memetic(Solver):
             one, two = pool.masks[:, first], pool.masks[:, (first + apart) % self.pool]
             chance = torch.rand(self.children, n, generator=generator) < _CHANCE
             masks = pool.completed(one & two & ~chance, (one ^ two) | chance, keys)
+
+
+def _tiles(problem: LayerProblem, start: Tensor) -> list[tuple[Tensor, Pattern]]:
+    """Rows that prune as many, and the pattern of each alone."""
+    if not problem.pooled:
+        rows = torch.arange(problem.rows)
+        return [(tile, problem.pattern) for tile in rows.split(_TILE)]
+    counts = start.sum(1).cpu()
+    return [
+        (tile, Unstructured(keep=count))
+        for count in counts.unique().tolist()
+        for tile in (counts == count).nonzero()[:, 0].split(_TILE)
+    ]
 
 
 class _Found(NamedTuple):

@@ -33,9 +33,9 @@ DAMPING = {"q": 0.003, "down": 0.1}
 TOYS, TOY_ROWS = (24, 32, 48, 64), 4
 #: for the proof of a toy row
 TOY_SECONDS = 120
-#: the search beyond 1-swap optima, and rows of each layer that go through it
+#: the search beyond 1-swap optima, and of layers too wide to go through it whole so many rows
 BEYOND: dict[str, Any] = {"generations": 10, "children": 4, "pool": 6}
-BEYOND_ROWS = {"q": 1024, "down": 128}
+BEYOND_ROWS = 128
 #: rows of the plain loop that least squares are timed beside
 LOOP = 64
 EVERY = {**PATTERNS, **POOLED}
@@ -48,6 +48,7 @@ METHODS: dict[str, tuple[str, str | None, bool]] = {
     "ADMM": ("admm", None, True),
     "1-swap on F, from relax": ("swap", "relax", True),
     "1-swap on F, from ADMM": ("swap", "admm", True),
+    "memetic on F, from ADMM": ("memetic", "admm", True),
 }
 
 
@@ -64,22 +65,23 @@ def main() -> None:
     book.begin({"calibration": Path(args.calibration).name, "heldout": Path(args.heldout).name})
     book.check()
     wanted = {
-        layer: [f"{p}/{layer}/{m}" for p in args.patterns for m in methods(p)]
-        + [f"pace/{layer}", f"beyond/{layer}", *(f"toy/{n}/{layer}" for n in TOYS)]
+        layer: [f"{p}/{layer}/{m}" for p in args.patterns for m in methods(p, layer)]
+        + [f"pace/{layer}", *(f"toy/{n}/{layer}" for n in TOYS)]
+        + [f"beyond/{layer}" for _ in range(layer.endswith("down"))]
         for layer in args.layers
     }
     missing = [layer for layer in args.layers if any(key not in book for key in wanted[layer])]
     for layer, fitted, judge in problems(args, missing):
         for pattern in args.patterns:
-            for label in methods(pattern):
+            for label in methods(pattern, layer):
                 if (key := f"{pattern}/{layer}/{label}") not in book:
                     problem, aside = (x.under(EVERY[pattern]) for x in (fitted, judge))
                     book.put(key, measured(problem, aside, label, DAMPING[layer.split(".")[1]]))
         if (key := f"pace/{layer}") not in book:
             book.put(key, pace(fitted.refitting(Refit(DAMPING[layer.split(".")[1]]))))
         refitted = fitted.refitting(Refit(DAMPING[layer.split(".")[1]]))
-        if (key := f"beyond/{layer}") not in book:
-            book.put(key, beyond(refitted, judge, BEYOND_ROWS[layer.split(".")[1]]))
+        if (key := f"beyond/{layer}") in wanted[layer] and key not in book:
+            book.put(key, beyond(refitted, judge))
         for n in TOYS:
             if (key := f"toy/{n}/{layer}") not in book:
                 book.put(key, toys(refitted, n))
@@ -87,9 +89,11 @@ def main() -> None:
     print(f"wrote {args.page}")
 
 
-def methods(pattern: str) -> list[str]:
-    """Those that choose for it."""
-    return [m for m in METHODS if pattern not in POOLED or m not in ("SparseGPT's mask", "OBS")]
+def methods(pattern: str, layer: str) -> list[str]:
+    """Those that choose for it; the slowest at 50% and of rows that are not long."""
+    found = [m for m in METHODS if pattern not in POOLED or m not in ("SparseGPT's mask", "OBS")]
+    long = not pattern.startswith("50%") or layer.endswith("down")
+    return [m for m in found if not long or METHODS[m][0] != "memetic"]
 
 
 def problems(
@@ -116,14 +120,13 @@ def measured(
     problem: LayerProblem, judge: LayerProblem, label: str, damping: float
 ) -> dict[str, Any]:
     """One mask, with its weights kept and refitted: errors as parts of the outputs' energy."""
-    solver, start, for_refit = METHODS[label]
+    name, start, for_refit = METHODS[label]
+    solver = make_solver(name, **(BEYOND if name == "memetic" else {}))
     refitted = problem.refitting(Refit(damping))
     target = refitted if for_refit else problem
-    solve(
-        target.take(slice(0, 2)), make_solver(solver), start=start
-    )  # compiles what is to be compiled
+    solve(target.take(slice(0, 2)), solver, start=start)  # compiles what is to be compiled
     began = time.perf_counter()
-    solution = solve(target, make_solver(solver), start=start, limits=Limits(seed=0))
+    solution = solve(target, solver, start=start, limits=Limits(seed=0))
     seconds = time.perf_counter() - began
     weights = solution.weight if solution.weight is not None else refitted.weights(solution.mask)
     energy, aside = problem.output_energy().sum(), judge.output_energy().sum()
@@ -189,14 +192,14 @@ def toys(problem: LayerProblem, n: int) -> dict[str, Any]:
     return {**found, "seconds": seconds, "nodes": nodes, **taken}
 
 
-def beyond(problem: LayerProblem, judge: LayerProblem, most: int) -> dict[str, Any]:
-    """So many rows of a layer at 50%: masks of `memetic` beside the 1-swap optima that it begins with, by F
+def beyond(problem: LayerProblem, judge: LayerProblem) -> dict[str, Any]:
+    """Some rows of a layer at 50%: masks of `memetic` beside the 1-swap optima that it begins with, by F
     and held out.
 
     `held` is the quotient of the rows' held-out errors, all together, and `about` its standard error.
     """
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(problem.rows, generator=generator)[:most]
+    rows = torch.randperm(problem.rows, generator=generator)[:BEYOND_ROWS]
     some, aside = (x.take(rows).under(EVERY["50%"]) for x in (problem, judge))
     before = solve(some, "swap", start="admm")
     after = solve(some, "memetic", start=before.mask, **BEYOND)
