@@ -166,8 +166,8 @@ class GramStore:
             raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
         if options.layers_trade or (options.rows_trade and options.importance == LOSS):
             raise OptionError(
-                "rows or layers that trade by the model's loss need the text: give `calibration`, or "
-                "`budget` layer with `importance` alike or relative"
+                "layers that trade, and rows that trade by the model's loss, need the text: give "
+                "`calibration`, or `budget` layer with `importance` alike or relative"
             )
         for name in (*own, *_OF_TEXT):
             asked = getattr(options, name)

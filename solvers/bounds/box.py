@@ -51,7 +51,7 @@ class BoxBound(BoundMethod):
 
 @dataclass(frozen=True)
 class ShiftBound(BoundMethod):
-    """λ = −d⊙w² with G − diag(d) ⪰ 0 and Σ c_i d_i as large as a projected ascent makes it.
+    """λ = −d⊙w² with G − diag(d) ⪰ 0 and Σ c_i d_i as large as a barrier method makes it.
 
     `kind="uniform"` takes d = λ_min(G)·1. The weights c_i are the mean over the rows of
     w_i²x_i(1 − x_i) at the box relaxation: what a unit of d_i buys. One shift serves all rows on average;

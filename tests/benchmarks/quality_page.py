@@ -190,8 +190,9 @@ LEAD = """What to take from it, at 60% unless said otherwise:
    {ria} and {gpt}. SparseGPT chooses for weights that it goes on to change.
 7. **The interaction term is the point.** Without −2 w_u w_p G_up the search stops at worse masks; see
    below.
-8. **Certified gaps of full rows**: 1-swap from Wanda is within {gap} of the best possible, the best
-   mask found within {cut} where the bound has its cuts.
+8. **Certified gaps of full rows**: no mask's error is more than {gap} below that of 1-swap from
+   Wanda, nor more than {cut} below that of the best mask found, where the bound has its cuts (means of
+   two rows a layer).
 9. **Long tabu searches agree, and better masks exist**: of nine runs of 100,000 moves those from
    `relax` end within {apart} of the best, those from other starts within {others}, and `memetic`, which
    crosses masks, up to {crossed} below all of them. On the rows of all methods it leaves {memetic} in
