@@ -196,7 +196,7 @@ def _words(hint: Any) -> str:
         if kind is type(None):
             parts.append("None")
         elif typing.get_origin(kind) is tuple:
-            parts.append("a list of names")
+            parts.append('a list of names (on the command line NAME=["one","two"])')
         else:
             parts.append(names.get(kind, getattr(kind, "__name__", str(kind))))
     return " or ".join(parts)

@@ -163,6 +163,26 @@ def test_lora_that_is_not_merged_inside_is_told_of(
         assert bool(told) != merges
 
 
+def test_what_was_lost_inside_is_told_of(
+    pruned: Callable[[str], Path], recwarn: pytest.WarningsRecorder
+) -> None:
+    """By an adapter that came after the masks, and by an optimiser that none of them sees."""
+    folder = pruned("llama")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    with keep_masks(model := loaded(folder), folder) as held:
+        peft.get_peft_model(model, config).merge_and_unload()
+        lost = held.lost()
+        assert lost > 0
+    with keep_masks(model := loaded(folder), folder):
+        model(tokens(1), labels=tokens(1)).loss.backward()
+        model.model.layers[0].self_attn.q_proj.weight.data.add_(1.0)
+    with keep_masks(loaded(folder), folder):
+        pass
+    told = [str(one.message) for one in recwarn if "were not zero" in str(one.message)]
+    assert len(told) == 2
+    assert told[0].startswith(f"{lost} pruned weights were not zero")
+
+
 def test_lora_without_it_loses_zeros(pruned: Callable[[str], Path], tmp_path: Path) -> None:
     folder = pruned("llama")
     model = peft.get_peft_model(loaded(folder), peft.LoraConfig(r=4, target_modules=["q_proj"]))

@@ -14,7 +14,7 @@ from pooled_layers import layer as pooled_layer
 from pooled_layers import pooled, slack, total
 from strategies import problems, random_gram, random_weight, refit_layer
 
-from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, solve, verify
+from maskopt import NM, LayerProblem, Limits, Progress, Refit, Unstructured, solve, verify
 from maskopt.errors import OptionError
 from maskopt.least_squares import LEAST_DAMPING
 from maskopt.pattern import Pattern
@@ -120,6 +120,12 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads(refit: Refit | None)
     whole = solve(problem, "memetic", start=start, threads=3, **SMALL)
     one = solve(problem, "memetic", start=start, threads=1, **SMALL)
     assert torch.equal(whole.mask, one.mask)
+    told: list[Progress] = []
+    # of the bytes of two rows
+    limits = Limits(memory=2 * 64 * problem.n * 12, on_progress=told.append)
+    little = solve(problem, Memetic(**SMALL), start=start, limits=limits)
+    assert torch.equal(little.mask, one.mask)
+    assert {2, 4, 6} < {now.done for now in told}
     torch.testing.assert_close(whole.trace.history, one.trace.history, rtol=0, atol=0)
     for row in (0, module._TILE - 1, module._TILE):
         alone = solve(problem.row(row), "memetic", start=start[row], **SMALL)

@@ -200,6 +200,16 @@ def test_a_pattern_is_matched_as_a_whole_or_on_a_run_of_parts(pattern: str) -> N
             choose(layers, [pattern])
 
 
+@pytest.mark.parametrize("given", ["", ",", [""], [" , ", ""]])
+def test_a_filter_that_names_nothing_is_not_none(given: str | list[str]) -> None:
+    """As of a variable of the shell that is not set: all layers would be pruned."""
+    for name in ("include", "exclude"):
+        with pytest.raises(OptionError, match="must not be empty"):
+            WalkOptions(**{name: given})
+    assert WalkOptions(include=["q_proj,"]).include == ("q_proj",)
+    assert WalkOptions(include=[]).include == ()
+
+
 def test_lists_of_names_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Certificates and checks name every layer: thousands, of a mixture of experts."""
     layers = Blocks(tiny("llama")).all_layers()

@@ -14,7 +14,7 @@ import torch
 from commands import run
 from test_model_resume import contents
 from test_shrink import forge
-from tiny_models import FAMILIES, save, save_with_own_code, tiny, tokens
+from tiny_models import FAMILIES, loud, save, save_with_own_code, tiny, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
@@ -330,6 +330,26 @@ def test_a_family_that_cannot_say_it_is_refused(tmp_path: Path) -> None:
         assert isinstance(job.source, FolderSource)
         with pytest.raises(ModelError, match="cannot describe the smaller model"):
             removal._check_family(job.source, [0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_blocks_that_a_configuration_needs_stay(count: int, tmp_path: Path) -> None:
+    """The first block, dense by its number, is the cheapest to leave out, and cannot be."""
+    model = loud("deepseek_v3", layers=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers.0." in name and ("o_proj" in name or "down_proj" in name):
+                parameter.zero_()
+    dense = save(model, tmp_path / "dense")
+    report = remove_blocks(dense, tokens(2), count=count, output=tmp_path / "out", windows=1)
+    assert 0 in (~report.solution.mask[0]).nonzero()[:, 0] or count == 3
+    assert all(0 not in left for left in report.measured)
+    assert len(report.removed) == count
+    assert report.measured[frozenset(report.removed)] == min(report.measured.values())
+    if count <= 2:
+        others = [s for s in report.effects.kl if len(s) == count and 0 not in s]
+        assert frozenset(report.removed) == min(others, key=lambda s: report.effects.kl[s])
+    verify_smaller(tmp_path / "out", dense)
 
 
 @pytest.mark.parametrize("family", ["bamba", "qwen3_moe", "llama4"])

@@ -174,9 +174,9 @@ def tokens(samples: int = 6, length: int = 16, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (samples, length), generator=generator)
 
 
-def loud(family: str, dtype: torch.dtype = torch.float32) -> Any:
+def loud(family: str, dtype: torch.dtype = torch.float32, *, layers: int | None = None) -> Any:
     """A tiny model whose predictions are not all alike: initial weights are small."""
-    model = tiny(family, dtype=dtype)
+    model = tiny(family, layers=layers, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

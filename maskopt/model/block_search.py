@@ -13,7 +13,7 @@ from maskopt.model.block_effects import Effects, Left
 #: exchanges of a round that are measured, those of least cost by pairs
 EXCHANGES = 128
 
-#: the KL of sets, nats a token; may leave out those that look worse
+#: the KL of sets, nats a token; may leave out those that look worse, or cannot be
 Measure = Callable[[Sequence[Left]], Mapping[Left, float]]
 
 
@@ -29,7 +29,7 @@ def search_sets(measure: Measure, effects: Effects, first: Sequence[Left]) -> di
         tried |= set(near)
         found = measure(near)
         known |= found
-        if min(found.values()) >= known[least]:
+        if found and min(found.values()) >= known[least]:
             return known
 
 

@@ -121,6 +121,13 @@ class KeptMasks:
 
     def close(self) -> None:
         """Set every pruned weight to zero, and hold none of them any longer."""
+        if self._undo and (lost := self.lost()):
+            warnings.warn(
+                f"{lost} pruned weights were not zero when the masks were let go; the model with zeros "
+                "there is not the one that was trained: call `keep_masks` after all adapters are added, and "
+                "with an optimiser that is none of torch's take its `callback`",
+                stacklevel=2,
+            )
         self.apply()
         if self._undo and not all(layer.merged for layer in self._lora):
             warnings.warn(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,14 @@ def remove_blocks(
     if not 0 < count < len(source.blocks):
         raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
     _check_family(source, list(range(len(source.blocks) - count, len(source.blocks))))
+    sayable = _sayable(source)
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         check_disk(work.output, disk_needed(source.checkpoint))
         with job, torch.no_grad():
             pairs = len(source.blocks) * (len(source.blocks) + 1) // 2
             effects = measure_effects(job, place(job, pairs, work.hidden))
             best, solution = effects.best(count)
-            measured = choose(effects, best, _as_a_whole(job, options, work))
+            measured = choose(effects, best, _as_a_whole(job, options, work), sayable)
         least = min(measured, key=lambda left: measured[left])
         removed = sorted(least)
         change = Change(
@@ -154,18 +156,29 @@ def remove_blocks(
     return BlocksReport(removed, effects, solution, measured, target, seconds)
 
 
-def choose(effects: Effects, best: Sequence[int], measure: Measure) -> dict[Left, float]:
+def choose(
+    effects: Effects, best: Sequence[int], measure: Measure, sayable: Callable[[Left], bool]
+) -> dict[Left, float]:
     """KL of sets without which the model was looked at; that of the least is removed.
 
     Args:
         best: of least cost by pairs.
         measure: of sets of more than two.
+        sayable: whether a configuration can say what is left; that of the last blocks does.
     """
     count = len(best)
-    first = list(dict.fromkeys(map(Left, (best, *effects.yardsticks(count)))))
+    first = list(filter(sayable, dict.fromkeys(map(Left, (best, *effects.yardsticks(count))))))
     if count <= 2:
+        if Left(best) not in first:
+            ranked = sorted((s for s in effects.kl if len(s) == count), key=effects.kl.__getitem__)
+            first.append(next(filter(sayable, ranked)))
         return {left: effects.kl[left] for left in first}
-    return search_sets(measure, effects, first)
+
+    def known(sets: Sequence[Left]) -> Mapping[Left, float]:
+        some = list(filter(sayable, sets))
+        return measure(some) if some else {}
+
+    return search_sets(known, effects, first)
 
 
 def _as_a_whole(job: Job, options: WalkOptions, work: Workspace) -> Measure:
@@ -174,6 +187,22 @@ def _as_a_whole(job: Job, options: WalkOptions, work: Workspace) -> Measure:
             return measure_sets(walk, sets, place(job, len(sets), work.hidden), judged=JUDGED)
 
     return measure
+
+
+def _sayable(source: FolderSource) -> Callable[[Left], bool]:
+    """Whether the family's configuration can say what is left without some blocks. Where every single block
+    can go, any set of them is taken to; what is written is checked in any case."""
+
+    @cache
+    def can_go(left: Left) -> bool:
+        try:
+            _check_family(source, sorted(left))
+        except ModelError:
+            return False
+        return True
+
+    singles = [can_go(Left({index})) for index in range(len(source.blocks))]
+    return (lambda _: True) if all(singles) else can_go
 
 
 def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:

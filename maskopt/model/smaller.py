@@ -284,5 +284,5 @@ def _cannot_say(source: FolderSource, what: str) -> ModelError:
     family = getattr(source.model.config, "model_type", type(source.model).__name__)
     return ModelError(
         f"the configuration of {family} models cannot describe the smaller model: {what}; ask for "
-        "another share, or for other structures"
+        "another share or number, or for other structures"
     )

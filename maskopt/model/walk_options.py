@@ -233,9 +233,19 @@ def options_by_name(
 
 
 def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Patterns on layer names; each text may hold several, separated by commas."""
+    """Patterns on layer names; each text may hold several, separated by commas.
+
+    Raises:
+        OptionError: texts that hold none.
+    """
     texts = [given] if isinstance(given, str) else given or ()
-    return tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
+    found = tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
+    if texts and not found:
+        raise OptionError(
+            f"patterns on layer names must not be empty, as {', '.join(map(repr, texts))} is; leave the "
+            "option out for all layers"
+        )
+    return found
 
 
 def described(options: type[WalkOptions]) -> str:

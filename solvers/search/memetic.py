@@ -36,6 +36,9 @@ from maskopt.trace import SearchTrace, SwapTrace, shared_out
 
 #: rows at a time: with their children enough for many threads
 _TILE = 16
+#: bytes of an entry of a mask of a pool, or of a child with what its search has of it; for all, unless
+#: the caller sets a limit
+_ENTRY_BYTES, _MEMORY = 64, 2**30
 #: shares of the inputs that may change places, in the first masks of a pool
 _SHAKEN = 0.05, 1.0
 #: and, whatever the parents have, in a child
@@ -79,7 +82,9 @@ class Memetic(Solver):
         """Search every row; see `Solver.run`."""
         assert start is not None
         began = time.monotonic()
-        tiles = _tiles(problem, start)
+        masks = 2 * self.pool + max(self.children, self.pool)
+        fit = limits.bytes(_MEMORY) // (_ENTRY_BYTES * problem.n * masks)
+        tiles = _tiles(problem, start, max(1, min(_TILE, fit)))
         share, pools, rows_done = limits.share(_SEARCH_SHARE).quiet(), [], 0
         for done, (tile, pattern) in enumerate(tiles):
             own = share.share(1 / (len(tiles) - done))
@@ -130,16 +135,16 @@ class Memetic(Solver):
             masks = pool.completed(one & two & ~chance, (one ^ two) | chance, keys)
 
 
-def _tiles(problem: LayerProblem, start: Tensor) -> list[tuple[Tensor, Pattern]]:
-    """Rows that prune as many, and the pattern of each alone."""
+def _tiles(problem: LayerProblem, start: Tensor, most: int) -> list[tuple[Tensor, Pattern]]:
+    """So many rows at most that prune as many, and the pattern of each alone."""
     if not problem.pooled:
         rows = torch.arange(problem.rows)
-        return [(tile, problem.pattern) for tile in rows.split(_TILE)]
+        return [(tile, problem.pattern) for tile in rows.split(most)]
     counts = start.sum(1).cpu()
     return [
         (tile, Unstructured(keep=count))
         for count in counts.unique().tolist()
-        for tile in (counts == count).nonzero()[:, 0].split(_TILE)
+        for tile in (counts == count).nonzero()[:, 0].split(most)
     ]
 
 
