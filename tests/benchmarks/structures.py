@@ -269,9 +269,11 @@ def chosen_by(
             known.append(own[0](job, folder))
         return known[0]
 
-    def other(effects: Effects, best: Sequence[int], measure: Measure) -> dict[Left, float]:
+    def other(
+        effects: Effects, best: Sequence[int], measure: Measure, sayable: Callable[[Left], bool]
+    ) -> dict[Left, float]:
         if choice is None:
-            return own[1](effects, best, measure)
+            return own[1](effects, best, measure, sayable)
         blocks = choice(effects, len(best))
         return {Left(blocks): effects.cost(blocks)}
 
