@@ -25,6 +25,7 @@ from maskopt.model.evaluate import evaluate
 from maskopt.model.gram_store import INDEX, GramStore
 from maskopt.model.options import PruneOptions
 from maskopt.model.plan import plan_prune
+from maskopt.model.report import read_manifest
 from maskopt.model.sweep import sweep
 from maskopt.model.verify import verify_output
 from maskopt.model.walk_options import WalkOptions
@@ -252,6 +253,40 @@ def test_what_needs_a_walk_is_refused(
         prune_model(
             dense, grams=tmp_path / "grams", output=tmp_path / "out", **{**OPTIONS, **options}
         )
+
+
+def test_an_option_at_its_default_that_is_asked_for_is_refused(tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    grams = tmp_path / "grams"
+    collect_grams(dense, tokens(8), output=grams, holdout=0.25, seed=3)
+    how = {"grams": grams, "output": tmp_path / "out", **OPTIONS}
+    for name in ("seed", "holdout", "samples", "one_pass"):
+        usual = getattr(PruneOptions, name)
+        with pytest.raises(OptionError, match=f"`{name}` {usual} says nothing here"):
+            prune_model(dense, **how, **{name: usual})
+        flag = "--sequential" if name == "one_pass" else f"--{name} {usual}"
+        command = (
+            "prune",
+            dense,
+            "--grams",
+            grams,
+            "--sparsity",
+            0.5,
+            "--output",
+            tmp_path / "out",
+        )
+        assert f"{usual} says nothing here" in run(*command, *flag.split(), fails=OptionError)
+    prune_model(dense, **how, seed=3, holdout=0.25, samples=8, one_pass=True, dtype="auto")
+    # a file of options that --print-config wrote holds those at their defaults, too
+    path = tmp_path / "run.toml"
+    path.write_text(
+        run("prune", dense, "--grams", grams, "--sparsity", 0.5, "--min-tokens", 1, "--print-config",
+            "--output", tmp_path / "again")
+    )  # fmt: skip
+    assert "seed = 0" in path.read_text()
+    run("prune", "--config", path)
+    options = read_manifest(tmp_path / "again" / MANIFEST)["fingerprint"]["options"]
+    assert options["seed"] == 3
 
 
 def test_a_model_in_memory_is_not_pruned_from_a_store(tmp_path: Path) -> None:

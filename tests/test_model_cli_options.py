@@ -144,7 +144,7 @@ def test_resume_and_overwrite(dense: Path, data: Path, tmp_path: Path) -> None:
     assert manifest(out)["fingerprint"]["options"]["shrink"] == 1.0
 
 
-def plan(dense: Path, *, include: str = "", **options: Any) -> Any:
+def plan(dense: Path, *, include: str | None = None, **options: Any) -> Any:
     return plan_prune(
         dense, tokens(4, 16), sparsity=0.5, solver="wanda", include=include, threads=1, **options
     )

@@ -110,6 +110,18 @@ def drop_other_pattern(ctx: typer.Context, options: dict[str, Any]) -> None:
             options[of_file[0]] = None
 
 
+def said(ctx: typer.Context, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a command's options those of the command line, and those of the file that are not at their default:
+    `--print-config` writes them all."""
+    usual = {parameter.name: parameter.default for parameter in ctx.command.params}
+    sources = {name: getattr(ctx.get_parameter_source(name), "name", "") for name in options}
+    return {
+        name: value
+        for name, value in options.items()
+        if sources[name] != "DEFAULT" and (sources[name] != "DEFAULT_MAP" or value != usual[name])
+    }
+
+
 def _key(parameter: Any) -> str:
     """What the library calls it; of a parameter that is none of its options, its flag."""
     from maskopt.cli.parameters import FIELDS

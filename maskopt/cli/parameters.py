@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from maskopt.cli.config import Config, PrintConfig, config_text, drop_other_pattern
+from maskopt.cli.config import Config, PrintConfig, config_text, drop_other_pattern, said
 from maskopt.errors import OptionError
 from maskopt.model.options import PruneOptions, one_pattern
 from maskopt.model.walk_options import MACHINE, MASKS, TEXT, WalkOptions, name_patterns
@@ -166,6 +166,9 @@ def takes(
                     values = {**given, **_values(options)}
                     typer.echo(config_text(values, ctx.command.params), nl=False)
                     return
+                if given.get("grams") is not None:
+                    # which were made with options of their own
+                    options = said(ctx, options)
             command(options=_values(options), **given)
 
         ordered = sorted((*parameters, *added), key=_panel_place)

@@ -25,7 +25,7 @@ from maskopt.model.collect import BadSample, Grams
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import by_block
-from maskopt.model.options import LOSS, RECONSTRUCT, PruneOptions, prune_options
+from maskopt.model.options import AUTO, LOSS, RECONSTRUCT, PruneOptions, prune_options
 from maskopt.model.output import FinishedBlock, check_disk, check_not_the_model
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.ranks import ALONE, Ranks
@@ -158,9 +158,7 @@ class GramStore:
             )
         own = self.own
         usual = {field.name: field.default for field in dataclasses.fields(PruneOptions)}
-        # the command line says all of them
-        said = {k: v for k, v in shorthand.items() if k not in own or v != usual[k]}
-        options = prune_options(options, shorthand if options else {**own, **said})
+        options = prune_options(options, shorthand if options else {**own, **shorthand})
         if options.moved or options.true_sequential:
             name = "target" if options.moved else "true_sequential"
             raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
@@ -169,9 +167,12 @@ class GramStore:
                 "layers that trade, and rows that trade by the model's loss, need the text: give "
                 "`calibration`, or `budget` layer with `importance` alike or relative"
             )
-        for name in (*own, *_OF_TEXT):
-            asked = getattr(options, name)
-            if asked not in (usual[name], own.get(name, usual[name])):
+        made = {**own, "one_pass": True}
+        for name in (*made, *_OF_TEXT):
+            asked, here = getattr(options, name), made.get(name, usual[name])
+            # options that were made beforehand hold all of them, and ask for none that is at its default
+            said = name in shorthand and asked != AUTO
+            if asked != here and (said or asked != usual[name]):
                 raise OptionError(
                     f"`{name}` {asked} says nothing here: it is part of what {self.folder} was made of; "
                     "leave it out, or make others with `maskopt gram`"
