@@ -137,6 +137,20 @@ def test_what_holds_no_limits_is_a_start_of_what_does():
     verify(problem, solve(problem, "swap", start="sparsegpt"))
 
 
+@pytest.mark.parametrize("refit", [None, Refit(0.01)])
+@pytest.mark.parametrize("start", ["relax", "wanda"])
+def test_a_start_within_limits_is_no_worse_than_rows_alike(start, refit):
+    """Where rows count for very different amounts, limits bind on most of them."""
+    omega = torch.linspace(0, 6, 16, dtype=torch.float64).exp()
+    sums = []
+    for spread in (0.0, 0.05, 0.1, 0.2, None):
+        problem = layer(rows=16, n=64, refit=refit, omega=omega, spread=spread)
+        sums.append(total(problem, solve(problem, "swap", start=start)))
+    alike = problem.under(Unstructured(sparsity=0.5))
+    assert sums[0] <= 1.02 * float(omega @ solve(alike, "swap", start=start).objective)
+    assert sums == sorted(sums, reverse=True)
+
+
 def test_a_mask_is_legal_by_its_count_in_all():
     problem = layer(rows=2, n=4)
     uneven = torch.tensor([[True, True, True, True], [False, False, False, False]])
