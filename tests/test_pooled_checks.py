@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from certificates import claimed
@@ -92,10 +93,11 @@ def test_the_bound_of_a_diagonal_gram_is_tight():
     assert 0.99 * best <= proven <= best * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("spread", [None, 0.25, 0.0])
 @pytest.mark.parametrize("omega", [None, torch.tensor([1.0, 9.0, 0.1, 1.0, 2.0, 0.5])])
-def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega):
-    """min Σ ωᵣ fᵣ(xᵣ) over the box and one count, by SLSQP."""
-    problem = layer(rows=6, n=8, omega=omega)
+def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, spread):
+    """min Σ ωᵣ fᵣ(xᵣ) over the box, one count, and what a row may take of it, by SLSQP."""
+    problem = layer(rows=6, n=8, omega=omega, spread=spread)
     shape, share = problem.weight.shape, problem.shares[:, None].numpy()
     w, gram = problem.weight.numpy(), problem.gram.numpy()
 
@@ -107,19 +109,29 @@ def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega):
         return (2 * share * w * (w * x.reshape(shape) @ gram)).ravel()
 
     count = {"type": "eq", "fun": lambda x: x.sum() - problem.pruned, "jac": lambda x: x * 0 + 1}
-    size = w.size
+    size, (least, most) = w.size, problem.row_limits
+    rows = np.kron(np.eye(6), np.ones(8))
+    within = {
+        "type": "ineq",
+        "fun": lambda x: np.concatenate([rows @ x - least, most - rows @ x]),
+        "jac": lambda _: np.concatenate([rows, -rows]),
+    }
     found = minimize(
         value,
         [problem.pruned / size] * size,
         jac=slope,
         bounds=[(0, 1)] * size,
-        constraints=[count],
+        constraints=[count] if spread is None else [count, within],
         method="SLSQP",
         options={"ftol": 1e-12, "maxiter": 500},
     )
     assert found.success
     bound = lower_bound(problem, "box", steps=2000, tolerance=1e-6)
     assert float(problem.shares @ bound.value) == pytest.approx(found.fun, rel=1e-4)
+    sums = bound.certificate.point.sum(1)
+    assert float(sums.sum()) == pytest.approx(problem.pruned, abs=1e-3)
+    assert least - 1e-3 <= float(sums.min())
+    assert float(sums.max()) <= most + 1e-3
 
 
 def test_a_relaxed_start_counts_for_the_layer():
@@ -133,6 +145,20 @@ def test_a_relaxed_start_counts_for_the_layer():
     assert set(whole.status) == {Status.SWAP_OPTIMAL}
     assert float(whole.gap[0]) == pytest.approx(float(whole.gap[-1]))
     assert 0 < float(whole.lower_bound.sum()) < total(problem, whole)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.2])
+def test_a_relaxed_start_within_limits_counts_for_the_layer(spread):
+    """Where rows count for very different amounts, limits hold most of them."""
+    omega = torch.linspace(0, 6, 12, dtype=torch.float64).exp()
+    problem = layer(rows=12, n=32, omega=omega, spread=spread)
+    alike = solve(problem.under(problem.pattern.alike()), "relax", refine=False, max_iterations=0)
+    start = solve(problem, "relax", refine=False, max_iterations=0)
+    assert total(problem, start) <= (1.001 - 2 * spread) * total(problem, alike)
+    whole = solve(problem, "relax")
+    verify(problem, whole)
+    assert set(whole.status) == {Status.SWAP_OPTIMAL}
+    assert 0 < float(problem.shares @ whole.lower_bound) < total(problem, whole)
 
 
 @pytest.mark.parametrize("refine", [True, False])

@@ -15,7 +15,8 @@ growing μ bends the relaxed solution towards a mask. In the ADMM step the conca
 μ = θ·ρw²h/2 the projection of v becomes that of (v − θ/2)/(1 − θ). θ rises from 0 to `hardness`; near 1 the
 steps no longer settle. Its products may be bfloat16, with sums in float32, where that is much faster.
 
-**Rows that trade** have one sum for all of them: the projection is that of the whole layer.
+**Rows that trade** have one sum for all of them: the projection is that of the whole layer, and where a row
+has limits within them.
 
 **A shift.** With d where G − diag(d) is still semidefinite, f(x) = (w⊙x)ᵀ(G − diag(d))(w⊙x) + Σ dⱼwⱼ²xⱼ on
 masks, which relaxes to more. The linear term is linear in y too, as is that of the problem, where it has one:
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from maskopt.limits import Limits, one_thread_each
 from maskopt.problem import LayerProblem
-from maskopt.solvers.convex.box_step import CompiledStep, TorchStep, make_step
+from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep, make_step
 from maskopt.solvers.convex.linear_bound import linear_bound
 
 #: ρ in units of the mean eigenvalue of H, and the over-relaxation: the best of a grid on real layers
@@ -215,7 +216,7 @@ class _Tile:
             counts = (size * mean.double()).square() * problem.shares[:, None]
             counts = (counts / counts.mean().clamp(min=1e-300)).clamp(min=_FLOOR)
             metric = inverse / counts.to(inverse.dtype)
-            self.step = TorchStep(self.q, inverse, self.q.numel(), problem.pruned, metric)
+            self.step = PooledStep(self.q, inverse, problem.pruned, metric, problem.row_limits)
         else:
             sizes = problem.group_size, problem.pruned_per_group
             self.step = make_step(self.q, inverse, *sizes)

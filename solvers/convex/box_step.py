@@ -21,21 +21,21 @@ import torch
 from torch import Tensor
 
 from maskopt.solvers.compiled import loop
-from maskopt.solvers.convex.projection import FAST, project, project_row, project_side_by_side
+from maskopt.solvers.convex.projection import (
+    FAST,
+    Multipliers,
+    project,
+    project_row,
+    project_side_by_side,
+    project_within,
+)
 
 
 class TorchStep:
-    """On any device, and where rows trade: then the layer is one group.
+    """On any device."""
 
-    Args:
-        metric: 1 over what the entries count in the projection; None: `inverse`.
-    """
-
-    def __init__(
-        self, q: Tensor, inverse: Tensor, group: int, pruned: int, metric: Tensor | None = None
-    ) -> None:
+    def __init__(self, q: Tensor, inverse: Tensor, group: int, pruned: int) -> None:
         self.q, self.inverse, self.group, self.pruned = q, inverse, group, pruned
-        self.metric = inverse if metric is None else metric
         self.x = torch.full_like(q, pruned / group)
         self.u = torch.zeros_like(q)
         self.target = q * self.x
@@ -44,16 +44,42 @@ class TorchStep:
     def advance(self, product: Tensor, relaxation: float, theta: float) -> None:
         mixed = relaxation * product + (1 - relaxation) * self.q * self.x
         start = (mixed + self.u) * self.q * self.inverse
-        start = (start - theta / 2) / (1 - theta)
-        x, self.tau = project(
-            start.view(-1, self.group),
-            (self.metric / (1 - theta)).view(-1, self.group),
-            self.pruned,
-            self.tau,
-        )
-        self.x = x.view_as(self.q)
+        self.x = self._projected((start - theta / 2) / (1 - theta), 1 - theta)
         self.u += mixed - self.q * self.x
         self.target = self.q * self.x - self.u
+
+    def _projected(self, start: Tensor, less: float) -> Tensor:
+        shape = -1, self.group
+        inverse = (self.inverse / less).view(shape)
+        x, self.tau = project(start.view(shape), inverse, self.pruned, self.tau)
+        return x.view_as(self.q)
+
+
+class PooledStep(TorchStep):
+    """Where rows trade: the layer is one group, in a metric of what its rows count in the sum.
+
+    Args:
+        metric: 1 over what the entries count in the projection [rows, n].
+        limits: least and most of a row.
+    """
+
+    def __init__(
+        self, q: Tensor, inverse: Tensor, pruned: int, metric: Tensor, limits: tuple[int, int]
+    ) -> None:
+        super().__init__(q, inverse, q.numel(), pruned)
+        self.metric, self.limits = metric, limits
+        each = q.new_zeros(len(q), 1)
+        self.multipliers = Multipliers(self.tau, each, each)
+
+    def _projected(self, start: Tensor, less: float) -> Tensor:
+        inverse = self.metric / less
+        if self.limits == (0, self.q.shape[1]):
+            x, self.tau = project(start.view(1, -1), inverse.view(1, -1), self.pruned, self.tau)
+            return x.view_as(self.q)
+        x, self.multipliers = project_within(
+            start, inverse, self.pruned, self.limits, self.multipliers
+        )
+        return x
 
 
 class _Rows(NamedTuple):

@@ -2,10 +2,12 @@
 
 The sum falls with τ and is piecewise linear, so that Newton's step on τ is exact within a piece; a τ that is
 warm needs two or three. In torch for any device, and compiled for the CPU: a row as one group, or all
-groups of a row side by side.
+groups of a row side by side. And for rows that trade within limits, in torch.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -198,3 +200,49 @@ def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Te
             excess.abs() <= enough, tau, torch.where(inside, newton, (low + high) / 2)
         )
     return (start - tau * inverse).clamp(0, 1), tau
+
+
+class Multipliers(NamedTuple):
+    """τ of a layer whose rows trade within limits, and what holds it off in each row.
+
+    Attributes:
+        tau: [1, 1].
+        lowest, highest: [rows, 1], τ at which a row has the most that it may, and the least.
+    """
+
+    tau: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+
+def project_within(
+    start: Tensor, inverse: Tensor, total: int, limits: tuple[int, int], warm: Multipliers
+) -> tuple[Tensor, Multipliers]:
+    """clip(start − τᵣ·inverse, 0, 1) of sum `total`, whose row sums are within `limits`.
+
+    All rows have one τ, but for those at a limit, whose own takes them there: the conditions of Kuhn and
+    Tucker of the projection. So the sum is again one of τ alone, piecewise linear and falling.
+
+    Args:
+        start, inverse: [rows, n].
+        limits: least and most of a row.
+    """
+    least, most = limits
+    lowest = project(start, inverse, most, warm.lowest)[1]
+    highest = project(start, inverse, least, warm.highest)[1].maximum(lowest)
+    enough = max(_TOLERANCE * len(start), _RELATIVE * total)
+    low, high = lowest.amin(), highest.amax()
+    tau = warm.tau.clamp(min=low, max=high)
+    for _ in range(_NEWTON):
+        each = tau.clamp(min=lowest, max=highest)
+        moved = start - each * inverse
+        excess = moved.clamp(0, 1).sum() - total
+        if float(excess.abs()) <= enough:
+            break
+        low, high = (tau, high) if excess > 0 else (low, tau)
+        held = (each <= lowest) | (each >= highest)
+        inside = (moved > 0) & (moved < 1) & ~held
+        newton = tau + excess / torch.where(inside, inverse, 0.0).sum().clamp(min=1e-30)
+        tau = newton if low < newton < high else (low + high) / 2
+    each = tau.clamp(min=lowest, max=highest)
+    return (start - each * inverse).clamp(0, 1), Multipliers(tau, lowest, highest)

@@ -49,9 +49,6 @@ class Relax(Solver):
         start="optional",
         proves="1-swap",
         pooled=True,
-        # one multiplier for all rows saturates those that limits would hold, and what is cut to them then
-        # is far from good: rows that prune alike are a better start
-        limited=False,
         apart=True,
         note="relaxation by ADMM, hardened, rounded, then swap; gives a lower bound",
     )
