@@ -153,6 +153,7 @@ def test_a_whole_run_of_a_file(model: Path, tmp_path: Path) -> None:
         ("run.toml", "sampels = 3", OptionError, "did you mean 'samples'"),
         ("run.toml", 'config = "other.toml"', OptionError, "no option is called 'config'"),
         ("run.toml", "resume = true", OptionError, "no option is called 'resume'"),
+        ("run.toml", "seed = true", OptionError, "`seed` is no switch, to be true"),
         ("run.toml", "samples = ", OptionError, "is no TOML"),
         ("missing.toml", None, OptionError, "cannot be read"),
         ("manifest.json", "{}", ModelError, "not a manifest"),

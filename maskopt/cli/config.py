@@ -54,15 +54,19 @@ def read_config(path: Path, parameters: Sequence[Any]) -> dict[str, Any]:
     """Values for a command's parameters, by their names.
 
     Raises:
-        OptionError: no such file, not TOML, or a key that is no option.
+        OptionError: no such file, not TOML, a key that is no option, or true or false for one that is no
+            switch.
         ModelError: a manifest that was changed.
     """
     given = _of_manifest(path) if path.suffix == ".json" else _of_toml(path)
-    names = {_key(p): p.name for p in parameters if p.name not in _NOT_KEPT}
-    for key in given:
-        if key not in names:
-            raise OptionError(f"{path}: no option is called {key!r}{near(key, set(names))}")
-    return {names[key]: _as_given(key, value) for key, value in given.items()}
+    known = {_key(p): p for p in parameters if p.name not in _NOT_KEPT}
+    for key, value in given.items():
+        if key not in known:
+            raise OptionError(f"{path}: no option is called {key!r}{near(key, set(known))}")
+        # which would count as 1 where a number is asked for
+        if isinstance(value, bool) and not getattr(known[key], "is_flag", False):
+            raise OptionError(f"{path}: `{key}` is no switch, to be {str(value).lower()}")
+    return {known[key].name: _as_given(key, value) for key, value in given.items()}
 
 
 def config_text(values: Mapping[str, Any], parameters: Sequence[Any]) -> str:
