@@ -305,6 +305,20 @@ def test_rows_that_trade_alike_need_no_walk(tmp_path: Path) -> None:
     assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
 
 
+@pytest.mark.parametrize("budget", ["model", "both"])
+def test_layers_whose_counts_are_known_need_no_walk(budget: str, tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "dense")
+    how = {**OPTIONS, "budget": budget, "importance": "relative"}
+    report = prune_model(dense, tokens(6), output=tmp_path / "chosen", **how)
+    chosen = report.fingerprint["options"]["counts"]
+    assert any(layer.pruned * 2 != layer.rows * layer.n for layer in report.layers)
+    collect_grams(dense, tokens(6), output=tmp_path / "grams")
+    how["counts"] = chosen
+    prune_model(dense, grams=tmp_path / "grams", output=tmp_path / "stored", **how)
+    prune_model(dense, tokens(6), output=tmp_path / "walked", one_pass=True, **how)
+    assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
+
+
 def test_an_option_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no option is called 'sample'; did you mean 'samples'"):
         collect_grams(tmp_path, tokens(6), output=tmp_path / "grams", sample=4)

@@ -25,7 +25,7 @@ from maskopt.model.collect import BadSample, Grams
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import by_block
-from maskopt.model.options import AUTO, LOSS, RECONSTRUCT, PruneOptions, prune_options
+from maskopt.model.options import AUTO, RECONSTRUCT, PruneOptions, prune_options
 from maskopt.model.output import FinishedBlock, check_disk, check_not_the_model
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.ranks import ALONE, Ranks
@@ -162,10 +162,10 @@ class GramStore:
         if options.moved or options.true_sequential:
             name = "target" if options.moved else "true_sequential"
             raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
-        if options.layers_trade or (options.rows_trade and options.importance == LOSS):
+        if options.sensitive or (options.layers_trade and not options.counts):
             raise OptionError(
                 "layers that trade, and rows that trade by the model's loss, need the text: give "
-                "`calibration`, or `budget` layer with `importance` alike or relative"
+                "`calibration`, or `budget` layer with `importance` alike or relative, or the layers' `counts`"
             )
         made = {**own, "one_pass": True}
         for name in (*made, *_OF_TEXT):
