@@ -165,7 +165,7 @@ class GramStore:
         if options.sensitive or (options.layers_trade and not options.counts):
             raise OptionError(
                 "layers that trade, and rows that trade by the model's loss, need the text: give "
-                "`calibration`, or `budget` layer with `importance` alike or relative, or the layers' `counts`"
+                "`calibration`, or `budget` layer with `importance` alike or relative, or the `counts`"
             )
         made = {**own, "one_pass": True}
         for name in (*made, *_OF_TEXT):
