@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from commands import run
 from safetensors.torch import load_file, save_file
 from tiny_models import save, tiny, tokens
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from maskopt import keep_masks, prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
+from maskopt.model.keep import parameter_masks
+from maskopt.model.keep_lora import unwrapped
 from maskopt.model.verify_masks import verify_masks
 
 STEPS = 50
@@ -87,6 +90,44 @@ def test_no_zero_is_lost(
     found = verify_masks(tmp_path / "tuned", folder)
     assert found.sparsity == pytest.approx(0.5, abs=0.02)
     assert found.zeros >= found.pruned > 0
+
+
+def compiled(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone."""
+    meeting = f"file://{tmp_path / 'meeting'}"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("around", [compiled, DistributedDataParallel, nn.DataParallel])
+def test_what_torch_puts_around_a_model_changes_nothing(
+    around: Callable[[Any], Any],
+    adapters: bool,
+    pruned: Callable[[str], Path],
+    process_group: None,
+) -> None:
+    torch.manual_seed(0)
+    model = with_adapter()(loaded(pruned("llama"))) if adapters else loaded(pruned("llama"))
+    wrapped = around(model)
+    train(wrapped, OPTIMIZERS["SGD"](model.parameters()), 1)  # traced before anything is held
+    with torch.no_grad():
+        for name, kept in parameter_masks(unwrapped(model), pruned("llama")).items():
+            unwrapped(model).get_parameter(name).masked_fill_(~kept, 0)
+    with keep_masks(wrapped, pruned("llama")) as held:
+        before = [parameter.detach().clone() for parameter, _ in held._held.values()]
+        train(wrapped, OPTIMIZERS["AdamW"](model.parameters()), 10)
+        if adapters:
+            model.merge_and_unload()
+        assert held.lost() == 0
+        after = [parameter for parameter, _ in held._held.values()]
+    assert any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_without_it_zeros_are_lost_and_that_is_found(

@@ -43,7 +43,8 @@ def keep_masks(
     through every `torch.optim.Optimizer` and through merging LoRA, which comes before it is closed.
 
     Args:
-        model: the pruned model, as transformers loads it, or PEFT's model around it.
+        model: the pruned model, as transformers loads it, or PEFT's model around it; either one compiled,
+            or in DistributedDataParallel.
         masks: the folder that `maskopt prune` wrote; or bool [rows, n] by layer name, True = kept, as in
             `PruneReport.masks`.
         trust_remote_code: run code that comes with the folder to find the layers of its masks.

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from maskopt.errors import ModelError
@@ -22,9 +23,14 @@ _BASE = "base_layer"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model of transformers inside PEFT's; itself where there is none."""
+    """The model of transformers inside what `torch.compile`, data parallelism and PEFT put around it."""
+    if isinstance(model, DistributedDataParallel | nn.DataParallel):
+        return unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    if compiled is not None:
+        return unwrapped(compiled)
     inner = getattr(model, "get_base_model", None)
-    return model if inner is None else inner()
+    return model if inner is None else unwrapped(inner())
 
 
 def base_name(name: str) -> str:
