@@ -48,13 +48,20 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
     "SparseGPT": ("sparsegpt", None, "refit", "row", {"solver_options": {"update": True}}),
     "1-swap on F, λ = 0.1": ("swap", None, "refit", "row", {"damping": 0.1}),
     "ADMM, λ = 0.1": ("admm", None, "refit", "row", {"damping": 0.1}),
+    "1-swap on F, gradient": ("swap", None, "refit", "row", {"weighting": "gradient"}),
+    "ADMM, gradient": ("admm", None, "refit", "row", {"weighting": "gradient"}),
     "Wanda": ("wanda", None, "refit", "row", {}),
     "1-swap on F, rows trade": ("swap", None, "refit", "layer", {}),
     "1-swap, weights kept": ("swap", None, "keep", "row", {}),
     "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {}),
 }
-#: of WEIGHTS, those that are looked at where half is pruned, and nowhere else
-AT_HALF = ("1-swap on F, λ = 0.1", "ADMM, λ = 0.1")
+#: of WEIGHTS, those that are looked at with some patterns only
+ONLY = {
+    "1-swap on F, λ = 0.1": ("50%",),
+    "ADMM, λ = 0.1": ("50%",),
+    "1-swap on F, gradient": ("50%", "2:4"),
+    "ADMM, gradient": ("50%", "2:4"),
+}
 #: masks that are fitted to several draws of windows
 DRAWN = ("SparseGPT", "ADMM", "1-swap on F")
 #: seeds of the windows that masks are fitted to
@@ -197,8 +204,8 @@ def methods(name: str) -> Iterator[Case]:
 def weights(name: str) -> Iterator[Case]:
     for pattern, value in {**PATTERNS, "70%": Unstructured(sparsity=0.7)}.items():
         for label, (solver, start, after, budget, own) in WEIGHTS.items():
-            if (budget == "layer" and isinstance(value, NM)) or (
-                label in AT_HALF and pattern != "50%"
+            if pattern not in ONLY.get(label, (pattern,)) or (
+                budget == "layer" and isinstance(value, NM)
             ):
                 continue
             how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}

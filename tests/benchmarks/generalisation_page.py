@@ -286,6 +286,10 @@ STUDIES = (
             **ERRORS,
             "solving, min": minutes("solving"),
         },
+        {
+            "gradient": "*gradient*: tokens count by the norm of the loss's gradient "
+            "(`--weighting gradient`), in these errors, too."
+        },
         best_first=True,
     ),
     Study(
