@@ -384,7 +384,7 @@ def test_refitted_layers_trade_under_any_damping(budget: str, more: dict[str, An
             OptionError,
             "`importance` must be text alike or relative or loss",
         ),
-        ({"spread": 1.0}, OptionError, "`spread` must be"),
+        ({"spread": 1.5}, OptionError, "`spread` must be"),
         ({"skip_bad_samples": True}, OptionError, "`importance` loss needs every window's loss"),
         ({"budget": "row", "counts": {"a": 1}}, OptionError, "`counts` are those of layers that"),
         ({"counts": {"a": 1}}, OptionError, "no layer that is pruned is called 'a'"),

@@ -28,6 +28,7 @@ OPTIONS: dict[str, Any] = {
     "min_tokens": 1,
     "budget": "layer",
     "importance": "alike",
+    "spread": 1,
 }
 #: none trades
 ROWS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 1}
@@ -90,13 +91,15 @@ def test_pattern_and_budget_say_the_same() -> None:
     problems = [
         dict(collect_problems(tiny("llama"), calibration=tokens(), layers="layers.0.*", **given))
         for given in (
-            {"pattern": Unstructured(sparsity=0.5, per="layer")},
+            {"pattern": pool(0.5)},
+            {"sparsity": 0.5, "budget": "layer", "spread": 1},
+            {"pattern": pool(0.5, 0.1)},
             {"sparsity": 0.5, "budget": "layer"},
         )
     ]
-    for one, two in zip(*(found.values() for found in problems), strict=True):
-        assert one.pattern == two.pattern
-        assert one.pooled
+    for one, two, within, usual in zip(*(found.values() for found in problems), strict=True):
+        assert one.pattern == two.pattern == pool(0.5)
+        assert within.pattern == usual.pattern == pool(0.5, 0.1)
 
 
 @pytest.mark.parametrize("importance", ["relative", "loss"])
@@ -243,7 +246,11 @@ def test_a_trade_that_was_left_out_is_found(tmp_path: Path) -> None:
             "`budget` both is of a plain sparsity, such as 0.5, not of keep 3",
         ),
         ({"budget": "row", "spread": 0.1}, OptionError, "`spread` is of what trades"),
-        ({"budget": "row", "importance": "alike"}, OptionError, "`importance` is of what trades"),
+        (
+            {"budget": "row", "importance": "alike", "spread": None},
+            OptionError,
+            "`importance` is of what trades",
+        ),
         (
             {"sparsity": None, "pattern": pool(0.5, 0.2), "spread": 0.1},
             OptionError,

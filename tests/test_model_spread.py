@@ -16,6 +16,7 @@ from maskopt import Unstructured, collect_problems, prune_model
 from maskopt.certify import certify_model
 from maskopt.errors import ModelError, VerificationError
 from maskopt.model import plan as planning
+from maskopt.model.again import options_again
 from maskopt.model.plan import plan_prune
 from maskopt.model.report import read_manifest
 from maskopt.model.verify import verify_output
@@ -39,7 +40,7 @@ def row_counts(mask: torch.Tensor) -> list[int]:
 def test_no_row_is_further_from_its_layer(weights: str) -> None:
     given = {**LAYER, "weights": weights, "one_pass": True}
     report = prune_model(tiny("llama"), tokens(10), **given)
-    free = prune_model(tiny("llama"), tokens(10), **{**given, "spread": None})
+    free = prune_model(tiny("llama"), tokens(10), **{**given, "spread": 1})
     felt = []
     for layer, other in zip(report.layers, free.layers, strict=True):
         assert layer.pattern == "0.5 per layer ± 0.1"
@@ -143,6 +144,20 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_gaps_of_rows_that_trade_are_not_claimed(result: tuple[Path, Path]) -> None:
     with pytest.raises(ModelError, match="its rows trade, and bounds are of rows that prune alike"):
         certify_model(result[0], result[1], calibration=tokens(), rows_per_layer=1)
+
+
+@pytest.mark.parametrize("budget", ["layer", "both"])
+def test_limits_that_a_manifest_does_not_name_are_none(budget: str, tmp_path: Path) -> None:
+    dense = save(tiny("llama"), tmp_path / "model")
+    free = {**LAYER, "budget": budget, "spread": 1}
+    prune_model(dense, tokens(), output=tmp_path / "out", **free)
+    masks = prune_model(tiny("llama"), tokens(), **free).masks
+    assert any(max(row_counts(mask)) > 0.7 * mask.shape[1] for mask in masks.values())
+    out = tmp_path / "out"
+    forge_manifest(out, lambda m: m["fingerprint"]["options"].update(spread=None))
+    assert verify_output(out, dense, calibration=tokens()).checked_layers
+    again = options_again(read_manifest(out / MANIFEST)["fingerprint"], out)
+    assert again["spread"] == 1
 
 
 NAME = "model.layers.1.mlp.up_proj"

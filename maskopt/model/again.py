@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import OptionError, PatternError
-from maskopt.model.options import PruneOptions
+from maskopt.model.options import BOTH, LAYER, PruneOptions
 from maskopt.model.shrink_options import ShrinkOptions
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import Unstructured, parse_pattern, pattern_from_dict
@@ -36,6 +36,9 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
     else:
         if "channels" not in options:  # a model that was made smaller has no pattern
             options = {**_pattern(where, options.pop("pattern", None)), **options}
+            # a pattern without limits has none, where the command line's default would be some
+            if options["budget"] in (LAYER, BOTH) and options["spread"] is None:
+                options["spread"] = 1.0
         options |= {"samples": text["samples"], "seq_len": text["length"]}
     bos = text["beginning"]["bos"]
     if bos in ("auto", "always", "never"):

@@ -89,7 +89,7 @@ class Run:
                 budget=options["budget"],
                 counts=options["counts"],
                 # of rows alone the pattern has it, of layers alone the counts
-                spread=options["spread"] if options["budget"] == "both" else None,
+                spread=_any(options["spread"]) if options["budget"] == "both" else None,
                 importance=options["importance"],
                 one_pass=options["one_pass"],
                 true_sequential=options["true_sequential"],
@@ -134,6 +134,11 @@ class Run:
         if not sound:
             raise manifest.wrong("does not say how its run was calibrated")
         return run
+
+
+def _any(spread: float | None) -> float:
+    """As options say it that no limits are set."""
+    return 1.0 if spread is None else spread
 
 
 def _is_amount(value: Any) -> bool:

@@ -61,14 +61,12 @@ def check_solver(
     every row where the pattern's rows are to trade."""
     backend = make_solver(solver, **limits_of(None, options)[1])
     if pattern is not None and not trades_as_asked(backend, pattern):
-        lacks = (
-            "holds no `spread` of rows"
-            if backend.capabilities.pooled
-            else "prunes as much of every row"
-        )
+        lacks, other = "prunes as much of every row", ""
+        if backend.capabilities.pooled:
+            lacks, other = "holds no `spread` of rows", "; or set no limits, with `spread` 1"
         raise SolverError(
             f"solver {solver!r} {lacks}; where rows trade take one that does: swap, which may start from "
-            f"{solver!r}"
+            f"{solver!r}{other}"
         )
     if start is not None:
         make_solver(start)

@@ -72,8 +72,9 @@ class Manifest:
 
     @property
     def spread(self) -> float | None:
-        """Of rows that trade, how far the sparsity of one may be from its layer's."""
-        return self.rule.spread if self.rule.pooled else self.options.get("spread")
+        """Of rows that trade, how far the sparsity of one may be from its layer's; None: any."""
+        spread = self.rule.spread if self.rule.pooled else self.options.get("spread")
+        return None if spread == 1 else spread
 
     @cached_property
     def limits_at(self) -> dict[tuple[tuple[int, ...], int], set[tuple[int, int]]]:

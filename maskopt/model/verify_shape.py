@@ -133,7 +133,7 @@ _SHAPE = {
     "fingerprint": lambda v: (
         _fits(v, {"options": _OPTIONS})
         and _kind(dict, _count)(v["options"].get("counts", {}))
-        and _maybe(_spread)(v["options"].get("spread"))
+        and _maybe(lambda s: _spread(s) or s == 1)(v["options"].get("spread"))
         and _text(v.get("model", ""))
         and _text(v.get("dtype", ""))
         and isinstance(v["options"].get("reconstruct", {}), dict)

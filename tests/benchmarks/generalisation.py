@@ -51,9 +51,9 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
     "1-swap on F, gradient": ("swap", None, "refit", "row", {"weighting": "gradient"}),
     "ADMM, gradient": ("admm", None, "refit", "row", {"weighting": "gradient"}),
     "Wanda": ("wanda", None, "refit", "row", {}),
-    "1-swap on F, rows trade": ("swap", None, "refit", "layer", {}),
+    "1-swap on F, rows trade": ("swap", None, "refit", "layer", {"spread": 1}),
     "1-swap, weights kept": ("swap", None, "keep", "row", {}),
-    "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {}),
+    "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {"spread": 1}),
 }
 #: of WEIGHTS, those that are looked at with some patterns only
 ONLY = {
@@ -130,8 +130,8 @@ EVERYWHERE = ("ADMM, trained", "ADMM, refitted", "1-swap, kept")
 #: label → other options: who trades, and what errors count
 BUDGETS: dict[str, dict[str, Any]] = {
     "none": {},
-    "rows, alike": {"budget": "layer", "importance": "alike"},
-    "rows, loss": {"budget": "layer", "importance": "loss"},
+    "rows, alike": {"budget": "layer", "importance": "alike", "spread": 1},
+    "rows, loss": {"budget": "layer", "importance": "loss", "spread": 1},
     "layers, alike": {"budget": "model", "importance": "alike"},
     "layers, relative": {"budget": "model", "importance": "relative"},
     "layers, loss": {"budget": "model", "importance": "loss"},
@@ -245,8 +245,10 @@ def budgets(name: str) -> Iterator[Case]:
 
 def cells(name: str) -> Iterator[Case]:
     for label, pattern in TRADING.items():
-        for trade in ("layers, loss", "none", "rows, loss"):
+        for trade in ("layers, loss", "none", "rows, loss, ± 0.1"):
             yield from (cell(name, label, pattern, trade, weights) for weights in EVERYWHERE)
+    for weights in ("ADMM, refitted", "1-swap, kept"):
+        yield cell(name, "50%", TRADING["50%"], "rows, loss", weights)
     two = NM(keep=2, of=4)
     yield from (cell(name, "2:4", two, "none", weights) for weights in EVERYWHERE)
     yield cell(name, "50%", TRADING["50%"], "none", "Wanda, kept")

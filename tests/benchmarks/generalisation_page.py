@@ -249,6 +249,7 @@ FORETELLING: Mapping[str, Callable[[Record], float]] = {
 MODEL = part(0, TITLES)
 WITH = {"never": "without", "auto": "with"}
 ERRORS = {"error, fitted": figure("fitted"), "held out": figure("held")}
+LIMITED = "±: no row's sparsity is further than that from its layer's; without it any."
 OF_PARTS = "attention, then the MLP, by the error relative to every token"
 QUALITY = {"perplexity": figure("perplexity", ".1f"), "× dense": ratio}
 STUDIES = (
@@ -273,7 +274,8 @@ STUDIES = (
         "Weights that are refitted, and rows that trade",
         "32 windows. Kept weights are set anew by least squares, damping λ = 0.01, unless said otherwise;\n"
         "SparseGPT's are its own. *on F*: masks that are chosen for refitted weights. *rows trade*: the\n"
-        "count is that of a layer, not of each of its rows, ω by the loss. Errors after the least squares.\n"
+        "count is that of a layer, not of each of its rows, without limits, ω by the loss. Errors after the\n"
+        "least squares.\n"
         "Minutes are mostly those of one core, with other work on it now and then.",
         {
             "model": MODEL,
@@ -368,7 +370,7 @@ STUDIES = (
         },
         {
             "measured": "*measured*: by what the model's output loses where a block alone is pruned.",
-            "±": "±: no row is further from its layer.",
+            "±": LIMITED,
         },
         best_first=True,
     ),
@@ -394,6 +396,7 @@ STUDIES = (
         {
             "parts trained": f"parts trained: {OF_PARTS}.",
             "refitted": "refitted: the least squares alone.",
+            "±": LIMITED,
             "on F": "*on F*: masks are chosen for refitted weights, too.",
             "distilled": "distilled: then trained all together (`maskopt distill`), on the same windows.",
             "other windows": "other windows: on as many others of the same text.",
