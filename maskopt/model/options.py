@@ -39,7 +39,7 @@ TARGETS = ("pruned", "dense")
 KEEP, REFIT, RECONSTRUCT = WEIGHTS = ("keep", "refit", "reconstruct")
 #: of `budget`
 ROW, LAYER, MODEL, BOTH = BUDGETS = ("row", "layer", "model", "both")
-#: where none is given: of rows that trade, the best of ± 0.05, 0.1, 0.2 and any on both of the demo's models at
+#: where none is given: of rows that trade, the best of ± 0.05, 0.1, 0.2 and any on both demo models at
 #: 70% (tests/benchmarks/generalisation.py); of layers, whether their rows trade, too, or not
 ROW_SPREAD, LAYER_SPREAD = 0.1, 0.2
 
