@@ -158,6 +158,8 @@ def test_limits_that_a_manifest_does_not_name_are_none(budget: str, tmp_path: Pa
     assert verify_output(out, dense, calibration=tokens()).checked_layers
     again = options_again(read_manifest(out / MANIFEST)["fingerprint"], out)
     assert again["spread"] == 1
+    forge_manifest(out, lambda m: m["fingerprint"]["options"].pop("spread"))
+    assert options_again(read_manifest(out / MANIFEST)["fingerprint"], out)["spread"] == 1
 
 
 NAME = "model.layers.1.mlp.up_proj"

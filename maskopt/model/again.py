@@ -36,8 +36,8 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
     else:
         if "channels" not in options:  # a model that was made smaller has no pattern
             options = {**_pattern(where, options.pop("pattern", None)), **options}
-            # a pattern without limits has none, where the command line's default would be some
-            if options["budget"] in (LAYER, BOTH) and options["spread"] is None:
+            # rows whose limits are not named have none, where the command line's default would be some
+            if options.get("budget") in (LAYER, BOTH) and options.get("spread") is None:
                 options["spread"] = 1.0
         options |= {"samples": text["samples"], "seq_len": text["length"]}
     bos = text["beginning"]["bos"]
