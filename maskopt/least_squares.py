@@ -2,14 +2,15 @@
 
 For a row with the kept set S, of all v that are zero outside S the best is
 
-    v_S = A_SS⁻¹ b_S,     v = argmin (w−v)ᵀA(w−v) + 2gᵀ(w−v) + c,     A = G + λI,  b = Aw + g
+    v_S = A_SS⁻¹ b_S,     v = argmin (w−v)ᵀA(w−v) + 2gᵀ(w−v) + c,     A = G + λD,  b = Aw + g
 
-(g and c only where the problem has a linear part). The damping λ keeps v near w where the calibration inputs
+(g and c only where the problem has a linear part). The damping λD keeps v near w where the calibration inputs
 say little. What is reached is the second objective of a mask, F (see `maskopt.problem`).
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,26 +35,41 @@ _LEAF = 32
 #: relative residual in float64 at which a row is done, and steps of refinement at most; a factor in float32
 #: by which a row does not come there was not good enough
 _DONE, _REFINEMENTS = 1e-10, 12
+#: the greatest number
+_ANY = sys.float_info.max
 
 
 @dataclass(frozen=True)
 class Refit:
     """The objective F: the kept weights are set anew by least squares.
 
+    With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal: 0 is ridge regression of inputs as
+    they are, 1 that of inputs brought to one size, and what lies between weighs inputs by their size, and
+    less than their squares do: of activations, some inputs are a hundred times the others.
+
     Attributes:
-        damping: λ in units of the mean of G's diagonal; LEAST_DAMPING where it is below.
+        damping: λ; no input has less than LEAST_DAMPING·μ.
+        power: of an input's own part of the diagonal, 0 to 1.
 
     Raises:
-        OptionError: a damping below 0.
+        OptionError: a damping below 0, a power beyond 0 to 1.
     """
 
     damping: float = 0.01
+    power: float = 0.0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.damping, Real) and not isinstance(self.damping, bool)
-        if not number or not 0 <= self.damping < float("inf"):
-            raise OptionError(f"`damping` must be at least 0, not {self.damping!r}")
-        object.__setattr__(self, "damping", float(self.damping))
+        for name, most, says in (("damping", _ANY, "at least 0"), ("power", 1, "0 to 1")):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not number or not 0 <= float(value) <= most:
+                raise OptionError(f"`{name}` must be {says}, not {value!r}")
+            object.__setattr__(self, name, float(value))
+
+    def __repr__(self) -> str:
+        # what records are known by; of a power of 0 they say nothing
+        said = ", ".join(f"{name}={value!r}" for name, value in (refit_to_dict(self) or {}).items())
+        return f"Refit({said})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,22 +78,35 @@ class LeastSquares:
 
     Attributes:
         gram: G, in its dtype.
-        ridge: λ, in the units of G; 0 where G is 0.
+        ridge: λD, float64, in the units of G; 0 where G is 0.
     """
 
     gram: Float[Tensor, "n n"]
-    ridge: float
+    ridge: Float[Tensor, " n"]
 
     @classmethod
     def of(cls, gram: Float[Tensor, "n n"], refit: Refit) -> LeastSquares:
-        scale = float(gram.diagonal().double().mean())
-        return cls(gram, max(refit.damping, LEAST_DAMPING) * scale)
+        diagonal = gram.diagonal().double()
+        mean = diagonal.mean()
+        # by rounding an entry may be below 0; 0/0 where G is 0
+        parts = (diagonal / mean).nan_to_num().clamp(min=0.0) ** refit.power
+        ridge = refit.damping * mean * parts
+        return cls(gram, ridge.clamp(min=LEAST_DAMPING * mean))
+
+    @cached_property
+    def flat(self) -> bool:
+        """Is G 0, and every set as good as any?"""
+        return not bool(self.ridge.any())
+
+    @property
+    def _added(self) -> Float[Tensor, " n"]:
+        return torch.ones_like(self.ridge) if self.flat else self.ridge
 
     @cached_property
     def damped(self) -> Float[Tensor, "n n"]:
-        """A in float64; the identity where G is 0, and every set as good as any."""
+        """A in float64; the identity where G is 0."""
         exact = self.gram.double().clone()
-        exact.diagonal().add_(self.ridge or 1.0)
+        exact.diagonal().add_(self._added)
         return exact
 
     @cached_property
@@ -86,13 +115,14 @@ class LeastSquares:
         return torch.cholesky_inverse(torch.linalg.cholesky(self.damped))
 
     def check(self, label: str) -> None:
-        """Raise ProblemError where A is not safely definite, its least eigenvalue below λ/2: G has a negative
+        """Raise ProblemError where A is not safely definite, G + λD/2 not being it: G has a negative
         eigenvalue by rounding."""
         nearer = self.damped.clone()
-        nearer.diagonal().sub_((self.ridge or 1.0) / 2)
+        nearer.diagonal().sub_(self._added / 2)
         if int(torch.linalg.cholesky_ex(nearer).info):
             raise ProblemError(
-                f"{label}gram + {self.ridge:.3g}·I is not safely positive definite, so kept weights "
+                f"{label}gram is not safely positive definite with damping, of {float(self.ridge.min()):.3g} "
+                "and more on its diagonal, so kept weights "
                 "cannot be refitted; take a larger damping (0.01), or accumulate gram in float64"
             )
 
@@ -197,7 +227,7 @@ class LeastSquares:
             torch.index_select(source, 0, inputs, out=lines)
             torch.index_select(lines, 1, inputs, out=matrix[row])
         if source is self.gram:
-            matrix.diagonal(dim1=1, dim2=2).add_(self.ridge or 1.0)
+            matrix.diagonal(dim1=1, dim2=2).add_(self._added.to(matrix.dtype)[index])
         broken = ~_factorise(matrix)
         return (
             matrix.masked_fill_(broken[:, None, None], torch.nan) if bool(broken.any()) else matrix
@@ -270,11 +300,13 @@ def refit_from_dict(data: Any) -> Refit | None:
     """Inverse of `refit_to_dict`; raises ProblemError for anything else."""
     if data is None:
         return None
-    if isinstance(data, dict) and set(data) == {"damping"}:
-        return Refit(**data)
+    if isinstance(data, dict) and {"damping"} <= set(data) <= {"damping", "power"}:
+        return Refit(**{"power": 0.0, **data})
     raise ProblemError(f"{data!r} does not describe how kept weights are refitted")
 
 
 def refit_to_dict(refit: Refit | None) -> dict[str, Any] | None:
     """The JSON form."""
-    return None if refit is None else {"damping": refit.damping}
+    if refit is None:
+        return None
+    return {"damping": refit.damping} | ({"power": refit.power} if refit.power else {})

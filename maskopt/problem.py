@@ -11,7 +11,7 @@ True = kept; p is their complement. With `linear` the output had missed its targ
 (w⊙p)ᵀG(w⊙p) + 2 gᵀ(w⊙p) + c (see `maskopt.linear`).
 
 With `refit` a mask is judged by what it costs after least squares for the weights that it keeps: with
-P the pruned set, A = G + λI and H = A⁻¹,
+P the pruned set, A = G + λD (see `Refit`) and H = A⁻¹,
 
     F(p) = min over v, zero on P, of (w−v)ᵀA(w−v) [+ 2 gᵀ(w−v) + c]  =  w_Pᵀ (H_PP)⁻¹ w_P
 
@@ -92,7 +92,7 @@ class LayerProblem:
 
     Raises:
         ProblemError: wrong shapes, NaN or infinite values, indefinite G, a linear part that makes f
-            negative, a damping that leaves G + λI indefinite.
+            negative, a damping that leaves G + λD indefinite.
         PatternError: a pattern that does not fit n.
 
     Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
@@ -266,7 +266,7 @@ class LayerProblem:
         lost = self.weight.double() - weight
         squares = self.least_squares
         value = ((lost @ squares.damped) * lost).sum(1)
-        if squares.ridge == 0:
+        if squares.flat:
             value.zero_()  # G is 0, and A is not
         if self.linear is not None:
             value += self.linear.value(lost)
@@ -305,8 +305,10 @@ class LayerProblem:
     def diagonal_mass(self) -> Float[Tensor, " rows"]:
         """Σⱼ wⱼ²Gⱼⱼ (+ c) of every row in float64, with `refit` Σⱼ wⱼ²Aⱼⱼ: the scale against which rounding
         is measured."""
-        ridge = 0.0 if self.refit is None else self.least_squares.ridge
-        mass = self.weight.double().square() @ (self.gram.diagonal().double() + ridge)
+        diagonal = self.gram.diagonal().double()
+        if self.refit is not None:
+            diagonal = diagonal + self.least_squares.ridge
+        mass = self.weight.double().square() @ diagonal
         return mass if self.linear is None else mass + self.linear.constant
 
     def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -403,7 +405,7 @@ class LayerProblem:
         """The same rows under the other objective, None being f; shares all arrays.
 
         Raises:
-            ProblemError: a damping that leaves G + λI indefinite.
+            ProblemError: a damping that leaves G + λD indefinite.
         """
         if refit is not None and self.units is not None:
             raise ProblemError(_POSED_REFIT)

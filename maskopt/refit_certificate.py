@@ -1,6 +1,6 @@
 """Certified lower bounds of F, of refitted weights: what a certificate is, and how it is checked.
 
-With A = G + λI, b = Aw + g and C = wᵀAw + 2gᵀw + c, F(p) is the least of vᵀAv − 2bᵀv + C over v that is zero
+With A = G + λD, b = Aw + g and C = wᵀAw + 2gᵀw + c, F(p) is the least of vᵀAv − 2bᵀv + C over v that is zero
 where p prunes. Take d ≥ 0 with B = A − diag(d) ⪰ 0. On every legal set S of kept inputs and for any α,
 
     dⱼvⱼ² ≥ 2αⱼvⱼ − αⱼ²/dⱼ  for j in S,     dⱼvⱼ² = 0  elsewhere,
@@ -64,7 +64,7 @@ class RefitCertificate:
         if layer.refit is None:
             raise VerificationError("a certificate of refitted weights proves nothing of kept ones")
         self._check_shapes(layer)
-        if layer.least_squares.ridge == 0:  # a G of 0: A is the identity that stands in for it
+        if layer.least_squares.flat:  # a G of 0: A is the identity that stands in for it
             return torch.zeros(layer.rows, dtype=torch.float64, device=layer.device)
         parts = [_at_point(self, layer, row) for row in range(layer.rows)]
         offset, price = (torch.stack([part[i] for part in parts]) for i in (0, 1))

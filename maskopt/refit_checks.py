@@ -32,7 +32,7 @@ def improving_refit_swap(
     """(kept, pruned, delta) of the best swap of one row under F, where one improves; mask [n]."""
     row = _solved(layer, mask)
     kept, pruned, k, r = row.kept, row.pruned, row.k, row.r
-    if not len(kept) or not len(pruned) or layer.least_squares.ridge == 0:
+    if not len(kept) or not len(pruned) or layer.least_squares.flat:
         return None  # no pair, or a G of 0, where every mask costs the same
     mass = layer.diagonal_mass()[0] * row.scale * row.scale
     threshold = float(swap_threshold(row.objective, mass, tolerance, refit=True))
@@ -59,7 +59,7 @@ def refit_prices(layer: LayerProblem, mask: Tensor) -> tuple[Tensor, Tensor, Ten
     objective = row.objective / row.scale / row.scale
     cost = torch.full_like(layer.weight[0], torch.inf, dtype=torch.float64)
     gain = torch.full_like(cost, -torch.inf)
-    if layer.least_squares.ridge == 0:  # a G of 0, where every mask costs the same
+    if layer.least_squares.flat:  # every mask costs the same
         return cost.masked_fill(mask, 0.0), gain.masked_fill(~mask, 0.0), objective
     cost[row.kept] = (row.v / row.own.sqrt() / row.scale).square()
     gain[row.pruned] = (row.r / row.k.diagonal().sqrt() / row.scale).square()
@@ -91,7 +91,7 @@ def _solved(layer: LayerProblem, mask: Tensor) -> _Solved:
     cross = inverse[kept][:, pruned]
     pull = -cross @ k
     own = inverse.diagonal()[kept] + (pull * cross).sum(1)
-    lost = free[pruned] @ r if layer.least_squares.ridge else torch.zeros_like(constant)
+    lost = torch.zeros_like(constant) if layer.least_squares.flat else free[pruned] @ r
     objective = (lost + constant).clamp(min=0.0)
     return _Solved(kept, pruned, k, r, free[kept] - cross @ r, own, pull, objective, scale)
 
@@ -108,7 +108,7 @@ def refitted_cost(layer: LayerProblem, mask: Tensor, row: int) -> Float[Tensor, 
     if len(kept):
         lost[kept] -= torch.linalg.solve(damped[kept][:, kept], b[kept])
     # of a G of 0, A is the identity that stands in for it, and nothing is lost
-    total = lost @ (damped @ lost) if squares.ridge else torch.zeros_like(lost[:1]).sum()
+    total = torch.zeros_like(lost[:1]).sum() if squares.flat else lost @ (damped @ lost)
     if layer.linear is not None:
         total = total + 2 * lost @ layer.linear.correlation[row] + layer.linear.constant[row]
     return total.clamp(min=0.0)
@@ -120,7 +120,7 @@ def refitted_costs(layer: LayerProblem, row: int, p: Tensor) -> Float[Tensor, " 
     inverse, b, constant = inverse.cpu(), b.cpu(), constant.cpu()
     free = inverse @ b
     pruned = p.nonzero()[:, 1].view(len(p), -1)
-    if layer.least_squares.ridge == 0:
+    if layer.least_squares.flat:
         return torch.zeros(len(p), dtype=torch.float64) + constant / scale / scale
     costs = []
     for part in pruned.split(max(1, _AT_ONCE // max(1, pruned.shape[1] ** 2))):

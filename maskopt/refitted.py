@@ -34,25 +34,29 @@ def refit(
     mask: Bool[Tensor, "rows n"],
     *,
     damping: float | None = None,
+    power: float | None = None,
     limits: Limits | None = None,
 ) -> Refitted:
     """The best weights on what a mask keeps; every row's error is at most that of its own kept weights.
 
-    λ‖w − v‖² is least for the mask's own choice v_S = w_S: so the refitted row's error, without λ, is never
-    above f.
+    The damping is least for the mask's own choice v_S = w_S: so the refitted row's error, without it, is
+    never above f.
 
     Args:
         mask: legal, True = kept.
         damping: as in `Refit`; None: the problem's own, 0.01 where it has none.
+        power: likewise; 0 where it has none.
         limits: memory and threads.
 
     Raises:
-        OptionError: a damping below 0. ProblemError: a G that is not definite with it.
+        OptionError: a damping below 0, a power beyond 0 to 1. ProblemError: a G that is not definite with it.
         WarmStartError: a mask that is not legal.
     """
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     mask = layer.check_mask(mask)
-    layer = layer.refitting((layer.refit or Refit()) if damping is None else Refit(damping))
+    how = layer.refit or Refit()
+    damping = how.damping if damping is None else damping
+    layer = layer.refitting(Refit(damping, how.power if power is None else power))
     weight, own = layer.weights(mask, limits), torch.where(mask, layer.weight.double(), 0.0)
     error, own_error = layer.error(weight), layer.error(own)
     # rounding: of rows that least squares cannot better, the weights stay

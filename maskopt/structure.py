@@ -79,7 +79,7 @@ def refit_inputs(
     refit: Refit,
 ) -> Float[Tensor, "rows n"]:
     """The weights of the kept inputs by least squares, float64, zero for the others: V_S = A_SS⁻¹A_S:Wᵀ with
-    A = G + λI. All rows share one factorisation. Rows that it does not better stay as they were.
+    A = G + λD. All rows share one factorisation. Rows that it does not better stay as they were.
 
     Raises:
         ProblemError: a G that is not definite with the damping.

@@ -298,7 +298,7 @@ def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) 
         )
     costs = []
     for row, lost in enumerate(layer.weight.double() - weight):
-        cost = lost @ (gram @ lost) + layer.least_squares.ridge * (lost @ lost)
+        cost = lost @ (gram @ lost) + lost @ (layer.least_squares.ridge * lost)
         if layer.linear is not None:
             cost += 2 * lost @ layer.linear.correlation[row] + layer.linear.constant[row]
         costs.append(cost.clamp(min=0.0))

@@ -207,7 +207,7 @@ def test_an_eigenvalue_that_takes_away_half_of_the_damping_is_refused(least, ref
     gram = torch.eye(40, dtype=torch.float64)
     gram[0, 0] = least * 0.01 * (39 / (40 - least * 0.01))
     squares = LeastSquares.of(gram, Refit(0.01))
-    assert least * squares.ridge == pytest.approx(float(gram[0, 0]), rel=1e-3)
+    assert least * float(squares.ridge[0]) == pytest.approx(float(gram[0, 0]), rel=1e-3)
     if refused:
         with pytest.raises(ProblemError, match="take a larger damping"):
             squares.check("")

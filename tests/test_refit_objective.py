@@ -21,20 +21,31 @@ from maskopt import (
 )
 
 PATTERNS = (Unstructured(keep=9), NM(keep=2, of=4))
-DAMPINGS = (0.0, 0.01, 0.3)
+REFITS = (Refit(0.0), Refit(0.01), Refit(0.3), Refit(0.1, power=0.5), Refit(0.1, power=1))
 
 
-def layer(pattern=PATTERNS[0], rows=4, n=16, kind="full", damping=0.01, linear=False, seed=1):
+def layer(
+    pattern=PATTERNS[0],
+    rows=4,
+    n=16,
+    kind="full",
+    damping=0.01,
+    power=0.0,
+    linear=False,
+    seed=1,
+):
     weight, gram = random_weight(rows, n, seed), random_gram(n, kind, seed + 1)
     part = random_linear(weight, gram, seed + 2) if linear else None
-    return LayerProblem(weight, gram, pattern, linear=part, refit=Refit(damping))
+    return LayerProblem(weight, gram, pattern, linear=part, refit=Refit(damping, power))
 
 
 def metric(problem):
     """A in float64, from its definition."""
-    gram = problem.gram.double()
-    ridge = max(problem.refit.damping, 1e-6) * gram.diagonal().mean()
-    return gram + ridge * torch.eye(len(gram), dtype=torch.float64)
+    gram, refit = problem.gram.double(), problem.refit
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    own = mean ** (1 - refit.power) * diagonal.clamp(min=0.0) ** refit.power
+    return gram + torch.diag((refit.damping * own).clamp(min=1e-6 * mean))
 
 
 def dense(problem, mask):
@@ -47,7 +58,9 @@ def dense(problem, mask):
             g, c = problem.linear.correlation[row], problem.linear.constant[row]
         kept = mask[row].nonzero()[:, 0]
         values, vectors = torch.linalg.eigh(a[kept][:, kept])
-        best[row, kept] = vectors @ (vectors.T @ (a[kept] @ w + g[kept]) / values)
+        # 0/0 where G is 0
+        parts = (vectors.T @ (a[kept] @ w + g[kept]) / values).nan_to_num(nan=0.0)
+        best[row, kept] = vectors @ parts
         lost = w - best[row]
         value[row] = lost @ a @ lost + 2 * g @ lost + c
     return value, best
@@ -75,9 +88,9 @@ def permuted(problem, order):
     return LayerProblem(weight, gram, problem.pattern, linear=linear, refit=problem.refit)
 
 
-@given(problems(), st.sampled_from(DAMPINGS))
-def test_it_is_the_least_over_all_weights_on_what_is_kept(problem, damping):
-    problem = problem.refitting(Refit(damping))
+@given(problems(), st.sampled_from(REFITS))
+def test_it_is_the_least_over_all_weights_on_what_is_kept(problem, refit):
+    problem = problem.refitting(refit)
     mask = random_mask(problem)
     value, _ = dense(problem, mask)
     assert_equal_but_for_rounding(problem, problem.objective(mask), value.clamp(min=0.0))
@@ -87,11 +100,11 @@ def test_it_is_the_least_over_all_weights_on_what_is_kept(problem, damping):
         assert bool((problem.damped_error(other) >= value - rounding(problem)).all())
 
 
-@given(problems(linear=False), st.sampled_from(DAMPINGS))
-def test_it_is_the_optimal_brain_surgeons_price_of_the_pruned_set(problem, damping):
+@given(problems(linear=False), st.sampled_from(REFITS))
+def test_it_is_the_optimal_brain_surgeons_price_of_the_pruned_set(problem, refit):
     if not bool(problem.gram.any()):
         return
-    problem = problem.refitting(Refit(damping))
+    problem = problem.refitting(refit)
     mask = random_mask(problem)
     values, vectors = torch.linalg.eigh(metric(problem))
     inverse = vectors / values @ vectors.T
@@ -104,20 +117,18 @@ def test_it_is_the_optimal_brain_surgeons_price_of_the_pruned_set(problem, dampi
         assert abs(float(problem.objective(mask)[row] - price)) <= slack
 
 
-@given(problems(), st.sampled_from(DAMPINGS))
-def test_it_is_at_most_f_in_the_same_metric(problem, damping):
-    mask = random_mask(problem.refitting(Refit(damping)))
-    lost = torch.where(mask, 0.0, problem.weight).square().sum(1)
-    ridge = max(damping, 1e-6) * problem.gram.diagonal().mean()
-    f = problem.objective(mask) + ridge * lost
-    refitted = problem.refitting(Refit(damping)).objective(mask)
-    assert bool((refitted <= f * (1 + 1e-12)).all())
+@given(problems(), st.sampled_from(REFITS))
+def test_it_is_at_most_f_in_the_same_metric(problem, refit):
+    mask = random_mask(problem.refitting(refit))
+    lost, refitted = torch.where(mask, 0.0, problem.weight), problem.refitting(refit)
+    f = problem.objective(mask) + lost.square() @ (metric(refitted) - problem.gram).diagonal()
+    assert bool((refitted.objective(mask) <= f * (1 + 1e-12)).all())
 
 
-@given(problems(), st.sampled_from(DAMPINGS))
-def test_more_kept_never_costs_more(problem, damping):
+@given(problems(), st.sampled_from(REFITS))
+def test_more_kept_never_costs_more(problem, refit):
     """F of a set is at least F of any part of it: both are least over weights, and here over more."""
-    problem = problem.under(Unstructured(keep=problem.n)).refitting(Refit(damping))
+    problem = problem.under(Unstructured(keep=problem.n)).refitting(refit)
     mask = torch.ones(problem.rows, problem.n, dtype=torch.bool)
     before = problem.objective(mask)
     for column in torch.randperm(problem.n).tolist():
@@ -129,12 +140,10 @@ def test_more_kept_never_costs_more(problem, damping):
 
 @pytest.mark.parametrize("linear", [False, True], ids=["plain", "linear"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("refit", REFITS, ids=repr)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_weights_solve_the_normal_equations_and_cost_what_is_said(
-    kind, damping, pattern, linear
-):
-    problem = layer(pattern, kind=kind, damping=damping, linear=linear)
+def test_the_weights_solve_the_normal_equations_and_cost_what_is_said(kind, refit, pattern, linear):
+    problem = layer(pattern, kind=kind, linear=linear, **vars(refit))
     mask = random_mask(problem)
     weight = problem.weights(mask)
     assert weight.dtype == torch.float64
@@ -172,10 +181,10 @@ def test_an_input_that_is_indefinite_by_rounding_counts_as_it_is():
     verify(problem, solve(problem, "swap", start=mask))
 
 
-@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("refit", REFITS, ids=repr)
 @pytest.mark.parametrize("linear", [False, True], ids=["plain", "linear"])
-def test_nothing_kept_and_everything(damping, linear):
-    nothing = layer(Unstructured(keep=0), damping=damping, linear=linear)
+def test_nothing_kept_and_everything(refit, linear):
+    nothing = layer(Unstructured(keep=0), linear=linear, **vars(refit))
     mask = torch.zeros(4, 16, dtype=torch.bool)
     expected = (nothing.weight @ metric(nothing) * nothing.weight).sum(1)
     if linear:
@@ -183,7 +192,7 @@ def test_nothing_kept_and_everything(damping, linear):
         expected += nothing.linear.constant
     assert_equal_but_for_rounding(nothing, nothing.objective(mask), expected)
     assert not nothing.weights(mask).any()
-    everything = layer(Unstructured(keep=16), damping=damping, linear=linear)
+    everything = layer(Unstructured(keep=16), linear=linear, **vars(refit))
     objective, weights = everything.objective(~mask), everything.weights(~mask)
     if linear:
         g, inverse = everything.linear.correlation, torch.linalg.inv(metric(everything))
@@ -196,9 +205,9 @@ def test_nothing_kept_and_everything(damping, linear):
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["plain", "linear"])
-@pytest.mark.parametrize("damping", DAMPINGS)
-def test_other_orders_scales_and_batches_give_the_same(damping, linear):
-    problem = layer(damping=damping, linear=linear)
+@pytest.mark.parametrize("refit", REFITS, ids=repr)
+def test_other_orders_scales_and_batches_give_the_same(refit, linear):
+    problem = layer(linear=linear, **vars(refit))
     mask = random_mask(problem)
     whole = problem.objective(mask)
     order = torch.randperm(16)
@@ -212,7 +221,7 @@ def test_other_orders_scales_and_batches_give_the_same(damping, linear):
     if linear:
         part = replace(part, correlation=part.correlation * 32, constant=part.constant * 256)
     scaled = LayerProblem(
-        problem.weight * 8, problem.gram * 4, problem.pattern, linear=part, refit=Refit(damping)
+        problem.weight * 8, problem.gram * 4, problem.pattern, linear=part, refit=refit
     )
     torch.testing.assert_close(scaled.objective(mask), whole * 256, rtol=1e-9, atol=0)
 
@@ -275,9 +284,9 @@ def test_dampings_below_the_least_are_the_least():
 
 
 @settings(max_examples=20)
-@given(problems(max_n=10, max_rows=2), st.sampled_from(DAMPINGS))
-def test_enumeration_finds_the_least(problem, damping):
-    problem = problem.refitting(Refit(damping))
+@given(problems(max_n=10, max_rows=2), st.sampled_from(REFITS))
+def test_enumeration_finds_the_least(problem, refit):
+    problem = problem.refitting(refit)
     best = solve(problem, "exhaustive")
     verify(problem, best, require="checked")
     for seed in range(5):

@@ -18,11 +18,14 @@ from maskopt.problem import LayerProblem
 #: the options of a command whose source may be a model, and how few samples do there
 _SAMPLES, _SEQ_LEN = 32, 512
 takes_source = takes(
-    ("pattern", "weights", "damping", *WALK), panel="Of a model", samples=_SAMPLES, seq_len=_SEQ_LEN
+    ("pattern", "weights", "damping", "damping_power", *WALK),
+    panel="Of a model",
+    samples=_SAMPLES,
+    seq_len=_SEQ_LEN,
 )
 #: as they are where nobody gives them; and those that are of instances, too, or do nothing without a walk
 _HERE: dict[str, Any] = {"samples": _SAMPLES, "seq_len": _SEQ_LEN, "calibration": None}
-_OF_BOTH = ("weights", "damping", "activation_memory")
+_OF_BOTH = ("weights", "damping", "damping_power", "activation_memory")
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,11 @@ def load_layers(
             for layer in load_instances(source, select)
         ]
         if options["weights"] == REFIT:
-            refit = Refit(options["damping"])
+            refit = Refit(options["damping"], options["damping_power"])
             layers = [layer.refitting(refit) for layer in layers]
-        elif options["damping"] != Refit.damping:
-            raise OptionError("`damping` is of refitted weights: give `weights` refit, too")
+        for name, usual in (("damping", Refit.damping), ("damping_power", Refit.power)):
+            if options["weights"] != REFIT and options[name] != usual:
+                raise OptionError(f"`{name}` is of refitted weights: give `weights` refit, too")
         return Layers(layers, pattern, {})
     if len(source) > 1:
         raise OptionError(f"{models[0]} is a model folder: name it alone, or .npz instances")

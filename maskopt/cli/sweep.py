@@ -23,6 +23,7 @@ _OPTIONS = (
     "include",
     "exclude",
     "damping",
+    "damping_power",
     "shrink",
     "min_tokens",
     "warm_start",

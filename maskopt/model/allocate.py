@@ -49,6 +49,7 @@ def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
         weights=KEEP,
         reconstruct={},
         damping=Refit.damping,
+        damping_power=Refit.power,
         shrink=0.0,
     )
     if options.importance == MEASURED:

@@ -127,6 +127,14 @@ class PruneOptions(WalkOptions):
         "Of refitted weights, how strongly they stay where they were, in parts of G's mean diagonal; auto: "
         "per layer by the error on held-out windows.",
     )
+    damping_power: float = option_field(
+        Refit.power,
+        MASKS,
+        "Of `damping`, how far it goes with an input's own part of G's diagonal: 0, alike for all inputs; 1, "
+        "in proportion.",
+        least=0,
+        most=1,
+    )
     min_tokens: int = option_field(
         32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.", least=1
     )
@@ -145,8 +153,9 @@ class PruneOptions(WalkOptions):
         self._set_reconstruction()
         _check_shrink(self.shrink, self.holdout)
         _check_damping(self.damping, self.holdout)
-        if self.refit is None and self.damping != Refit.damping:
-            raise OptionError("`damping` is of refitted weights: give `weights` refit, too")
+        for name, usual in (("damping", Refit.damping), ("damping_power", Refit.power)):
+            if self.refit is None and getattr(self, name) != usual:
+                raise OptionError(f"`{name}` is of refitted weights: give `weights` refit, too")
         for name in ("one_pass", "true_sequential"):
             if self.moved and getattr(self, name):
                 raise OptionError(
@@ -235,7 +244,8 @@ class PruneOptions(WalkOptions):
         """How kept weights are refitted, `damping` auto counting as its default; None: they stay."""
         if self.weights == KEEP or self.reconstruct.get("begin") == KEEP:
             return None
-        return Refit() if self.damping == AUTO else Refit(float(self.damping))
+        damping = Refit.damping if self.damping == AUTO else float(self.damping)
+        return Refit(damping, self.damping_power)
 
     @property
     def beside(self) -> bool:

@@ -69,6 +69,7 @@ class Run:
     weighting: str
     weights: str
     damping: float | str
+    damping_power: float
     skip_bad_samples: bool
     seed: int
     samples: int
@@ -101,6 +102,8 @@ class Run:
                 weighting=options["weighting"],
                 weights=options["weights"],
                 damping=options["damping"],
+                # of before there was a choice
+                damping_power=options.get("damping_power", 0.0),
                 skip_bad_samples=options["skip_bad_samples"],
                 seed=options["seed"],
                 samples=data["samples"],
@@ -127,6 +130,8 @@ class Run:
             and run.weights in WEIGHTS
             and run.importance in IMPORTANCES
             and (run.damping == AUTO or _is_amount(run.damping))
+            and _is_amount(run.damping_power)
+            and run.damping_power <= 1
             and run.bos in (*BOS, GIVEN.bos, TEMPLATE.bos)
             and run.dtype in ERROR_TOLERANCES
             and run.device in ("cpu", "cuda")
@@ -418,7 +423,7 @@ def _walk(
                     dense, moved = weight.float(), grams.moved(layer.name)
                     pattern = options.pattern_of(layer)
                     held = held_problem(layer, dense, grams, pattern)
-                    refit = None if damping is None else Refit(damping)
+                    refit = None if damping is None else Refit(damping, run.damping_power)
                     problem = layer_problem(layer, dense, known, pattern, alpha, moved, refit)
                     if known is not None:
                         problem = counting(problem, options.importance, job.gradients)

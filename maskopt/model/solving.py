@@ -158,11 +158,10 @@ def damping_by_held_error(
     maker = options.start or options.solver
     mask = make_start(problem, maker, limits.share(0.5)).mask
 
-    def held_error(damping: float) -> float:
-        weights = problem.refitting(Refit(damping)).weights(mask)
-        return float(judge.error(weights).sum())
+    def held_error(refit: Refit) -> float:
+        return float(judge.error(problem.refitting(refit).weights(mask)).sum())
 
-    return Refit(min(DAMPING_GRID, key=held_error))
+    return min((Refit(x, options.damping_power) for x in DAMPING_GRID), key=held_error)
 
 
 def solve_by_magnitude(problem: LayerProblem) -> Solved:

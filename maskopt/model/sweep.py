@@ -146,5 +146,6 @@ def _cases(
     for pattern, solver, after in itertools.product(patterns, solvers, weights):
         how = {"pattern": pattern, "solver": solver, "weights": after, **shorthand}
         if after == KEEP and len(set(weights)) > 1:
-            how.pop("damping", None)  # it is of the others
+            for name in ("damping", "damping_power"):  # they are of the others
+                how.pop(name, None)
         yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", store.options(None, how)

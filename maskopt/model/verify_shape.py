@@ -134,6 +134,7 @@ _SHAPE = {
         _fits(v, {"options": _OPTIONS})
         and _kind(dict, _count)(v["options"].get("counts", {}))
         and _maybe(lambda s: _spread(s) or s == 1)(v["options"].get("spread"))
+        and _amount(v["options"].get("damping_power", 0.0))
         and _text(v.get("model", ""))
         and _text(v.get("dtype", ""))
         and isinstance(v["options"].get("reconstruct", {}), dict)

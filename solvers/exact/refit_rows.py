@@ -113,7 +113,7 @@ def solve_refitted(
             q=a,
             **solver.asked(problem, start[i], limits),
             target=(target[i] / size).numpy(),
-            constant=float(constant[i]) if squares.ridge else 0.0,
+            constant=0.0 if squares.flat else float(constant[i]),
             split=_safe(a, split[i]),
             certified=float(bound.value[i]),
             **own,

@@ -12,18 +12,29 @@ from maskopt.solver import Solver
 
 @dataclass(frozen=True)
 class Damped(Solver):
-    """Of a problem that keeps its weights the mask is that for weights refitted with `damping`."""
+    """Of a problem that keeps its weights the mask is that for weights refitted so."""
 
     damping: float = option(
-        0.01, "λ, of a problem that keeps its weights", unit="of G's mean diagonal", least=0
+        Refit.damping,
+        "λ, of a problem that keeps its weights",
+        unit="of G's mean diagonal",
+        least=0,
+    )
+    power: float = option(
+        Refit.power, "of an input's own part of G's diagonal in D, of the same", least=0, most=1
     )
 
     def refitted(self, problem: LayerProblem) -> LayerProblem:
         """The problem that the mask is chosen for."""
-        return problem if problem.refit is not None else problem.refitting(Refit(self.damping))
+        return (
+            problem
+            if problem.refit is not None
+            else problem.refitting(Refit(self.damping, self.power))
+        )
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
         """F of its mask is not asked for."""
         if layer.refit is None:
             return self, layer
-        return replace(self, damping=layer.refit.damping), layer.refitting(None)
+        how = {"damping": layer.refit.damping, "power": layer.refit.power}
+        return replace(self, **how), layer.refitting(None)

@@ -47,7 +47,7 @@ def _searched(
     squares = problem.least_squares
     metric = Metric(squares.damped, squares.inverse.diagonal().clone(), problem.group_size)
     target = squares.target(problem.weight, problem.correlation)
-    if squares.ridge == 0:
+    if squares.flat:
         target.zero_()  # G is 0: every mask costs the same, whatever A says
     cpu = problem.device.type == "cpu"
     kind, threads = (CompiledRow, torch.get_num_threads()) if cpu else (Row, 1)
@@ -68,7 +68,7 @@ def _searched(
         objective = problem.take(batch).damped_error(weights).tolist()
         for index, row, cost in zip(batch.tolist(), rows, objective, strict=True):
             found.append(refine(row, cost, mass[index], most, limits))
-            if problem.pooled and squares.ridge and found[-1].proven:
+            if problem.pooled and not squares.flat and found[-1].proven:
                 found[-1].offers = offers(row)
             done()
         return found
@@ -120,7 +120,7 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
     status = [Status.SWAP_OPTIMAL if row.proven else Status.FEASIBLE for row in rows]
     mask, weight = (torch.stack(one) for one in ([r.mask for r in rows], [r.weight for r in rows]))
     squares = problem.least_squares
-    if squares.ridge:
+    if not squares.flat:
         target = squares.target(problem.weight, problem.correlation)
         # a search that stopped may have left weights that are not quite those of its mask
         weight = squares.settled(weight, target, mask)

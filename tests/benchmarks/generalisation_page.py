@@ -289,8 +289,9 @@ STUDIES = (
             "solving, min": minutes("solving"),
         },
         {
+            "½": "*power ½*: inputs damped by the root of their size (`--damping-power 0.5`).",
             "gradient": "*gradient*: tokens count by the norm of the loss's gradient "
-            "(`--weighting gradient`), in these errors, too."
+            "(`--weighting gradient`), in these errors, too.",
         },
         best_first=True,
     ),

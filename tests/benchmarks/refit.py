@@ -27,8 +27,9 @@ from maskopt.solution import Status
 from maskopt.trace import SwapTrace
 
 LAYERS = ("2.q", "8.q", "14.q", "2.down", "8.down", "14.down")
-#: by kind, chosen on blocks 5 and 11 and on no layer of the page
-DAMPING = {"q": 0.003, "down": 0.1}
+#: λ by kind, for every power of D: chosen on blocks 5 and 11, and with a power on all odd blocks; on no
+#: layer of the page
+DAMPING = {0.0: {"q": 0.003, "down": 0.1}, 0.5: {"q": 0.02, "down": 0.1}}
 #: inputs of toy rows, which are proven; of each layer so many
 TOYS, TOY_ROWS = (24, 32, 48, 64), 4
 #: for the proof of a toy row
@@ -39,16 +40,17 @@ BEYOND_ROWS = 128
 #: rows of the plain loop that least squares are timed beside
 LOOP = 64
 EVERY = {**PATTERNS, **POOLED}
-#: label → solver that chooses, start, whether it chooses for refitted weights
-METHODS: dict[str, tuple[str, str | None, bool]] = {
-    "Wanda": ("wanda", None, False),
-    "1-swap from relax": ("swap", "relax", False),
-    "SparseGPT's mask": ("sparsegpt", None, False),
-    "OBS": ("obs", None, True),
-    "ADMM": ("admm", None, True),
-    "1-swap on F, from relax": ("swap", "relax", True),
-    "1-swap on F, from ADMM": ("swap", "admm", True),
-    "memetic on F, from ADMM": ("memetic", "admm", True),
+#: label → solver that chooses, start, whether it chooses for refitted weights, power of D
+METHODS: dict[str, tuple[str, str | None, bool, float]] = {
+    "Wanda": ("wanda", None, False, 0.0),
+    "1-swap from relax": ("swap", "relax", False, 0.0),
+    "SparseGPT's mask": ("sparsegpt", None, False, 0.0),
+    "OBS": ("obs", None, True, 0.0),
+    "ADMM": ("admm", None, True, 0.0),
+    "1-swap on F, from relax": ("swap", "relax", True, 0.0),
+    "1-swap on F, from ADMM": ("swap", "admm", True, 0.0),
+    "1-swap on F, from ADMM, power ½": ("swap", "admm", True, 0.5),
+    "memetic on F, from ADMM": ("memetic", "admm", True, 0.0),
 }
 
 
@@ -76,10 +78,10 @@ def main() -> None:
             for label in methods(pattern, layer):
                 if (key := f"{pattern}/{layer}/{label}") not in book:
                     problem, aside = (x.under(EVERY[pattern]) for x in (fitted, judge))
-                    book.put(key, measured(problem, aside, label, DAMPING[layer.split(".")[1]]))
+                    book.put(key, measured(problem, aside, label, damped(layer, METHODS[label][3])))
+        refitted = fitted.refitting(damped(layer))
         if (key := f"pace/{layer}") not in book:
-            book.put(key, pace(fitted.refitting(Refit(DAMPING[layer.split(".")[1]]))))
-        refitted = fitted.refitting(Refit(DAMPING[layer.split(".")[1]]))
+            book.put(key, pace(refitted))
         if (key := f"beyond/{layer}") in wanted[layer] and key not in book:
             book.put(key, beyond(refitted, judge))
         for n in TOYS:
@@ -87,6 +89,10 @@ def main() -> None:
                 book.put(key, toys(refitted, n))
     write(book, args.page)
     print(f"wrote {args.page}")
+
+
+def damped(layer: str, power: float = 0.0) -> Refit:
+    return Refit(DAMPING[power][layer.split(".")[1]], power)
 
 
 def methods(pattern: str, layer: str) -> list[str]:
@@ -117,12 +123,12 @@ def problems(
 
 
 def measured(
-    problem: LayerProblem, judge: LayerProblem, label: str, damping: float
+    problem: LayerProblem, judge: LayerProblem, label: str, refit: Refit
 ) -> dict[str, Any]:
     """One mask, with its weights kept and refitted: errors as parts of the outputs' energy."""
-    name, start, for_refit = METHODS[label]
+    name, start, for_refit, _ = METHODS[label]
     solver = make_solver(name, **(BEYOND if name == "memetic" else {}))
-    refitted = problem.refitting(Refit(damping))
+    refitted = problem.refitting(refit)
     target = refitted if for_refit else problem
     solve(target.take(slice(0, 2)), solver, start=start)  # compiles what is to be compiled
     began = time.perf_counter()
@@ -143,7 +149,8 @@ def measured(
         "formed": None if trace is None else float((trace.pairs / trace.scans / pairs).mean()),
         "seconds": seconds,
         "rows": problem.rows,
-        "damping": damping,
+        "damping": refit.damping,
+        "power": refit.power,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -14,15 +14,16 @@ def write(book: Book, page: Path) -> None:
     about = book.about
     measured = {k: r for k, r in book.lines.items() if "rows" in r}
     taken = sorted({f"{r['machine']}, {r['date']}" for r in measured.values()})
-    found = {(k.split("/")[1].split(".")[1], r["damping"]) for k, r in measured.items()}
-    dampings = ", ".join(f"{value} for {kind}" for kind, value in sorted(found))
+    plain, root = (_dampings(measured, power) for power in (0.0, 0.5))
     calibration, heldout = about["calibration"], about["heldout"]
     text = f"""# Refitted weights
 
 Written by `python tests/benchmarks/refit.py --calibration {calibration} --heldout {heldout}` (extra
 `demo`): whole layers of Gemma 3 270M, inputs of the dense model, {calibration} of which everything is fitted
 to and {heldout} on which it is judged. Errors are ‖(W−Ŵ)X‖²/‖WX‖² × 10⁴, fitted / held out, with the mask's
-weights refitted by least squares; λ in parts of G's mean diagonal: {dampings}, chosen on blocks 5 and 11.
+weights refitted by least squares; λ in parts of G's mean diagonal: {plain}, chosen on blocks 5 and 11.
+*power ½*: inputs damped by the root of their size in place of alike, `Refit(λ, power=0.5)`; λ: {root},
+chosen on the odd blocks.
 *kept*: the same mask with its weights as they were, held out. *on F*: chosen for refitted weights. *of B
 formed*: the part of B, which has an entry for each kept and each pruned input, that a scan needs. *per
 layer*: the count is that of the layer, and its rows trade, ω = 1; what is proven is that no trade improves,
@@ -61,6 +62,15 @@ not long.
             text += f"\n## {pattern}\n\n" + table(head, rows)
     figure = page.parent / "figures" / f"{page.stem}.png"
     page.write_text(text + plotted(book, figure) + toys(book) + beyond(book) + pace(book))
+
+
+def _dampings(measured: dict[str, Record], power: float) -> str:
+    found = {
+        (key.split("/")[1].split(".")[1], record["damping"])
+        for key, record in measured.items()
+        if record.get("power", 0.0) == power
+    }
+    return ", ".join(f"{value} for {kind}" for kind, value in sorted(found))
 
 
 def of_pattern(book: Book, pattern: str) -> dict[str, Record]:
