@@ -43,9 +43,9 @@ _ANY = sys.float_info.max
 class Refit:
     """The objective F: the kept weights are set anew by least squares.
 
-    With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal: 0 is ridge regression of inputs as
-    they are, 1 that of inputs brought to one size, and what lies between weighs inputs by their size, and
-    less than their squares do: of activations, some inputs are a hundred times the others.
+    With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal. A power of 0 is ridge regression
+    on the inputs as they are, where a few large ones make μ, and damp the small ones however well tokens
+    know them; 1 is ridge regression on inputs brought to one size.
 
     Attributes:
         damping: λ; no input has less than LEAST_DAMPING·μ.

@@ -26,11 +26,9 @@ class Damped(Solver):
 
     def refitted(self, problem: LayerProblem) -> LayerProblem:
         """The problem that the mask is chosen for."""
-        return (
-            problem
-            if problem.refit is not None
-            else problem.refitting(Refit(self.damping, self.power))
-        )
+        if problem.refit is not None:
+            return problem
+        return problem.refitting(Refit(self.damping, self.power))
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
         """F of its mask is not asked for."""

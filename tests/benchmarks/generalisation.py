@@ -48,7 +48,13 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
     "SparseGPT": ("sparsegpt", None, "refit", "row", {"solver_options": {"update": True}}),
     "1-swap on F, λ = 0.1": ("swap", None, "refit", "row", {"damping": 0.1}),
     "ADMM, λ = 0.1": ("admm", None, "refit", "row", {"damping": 0.1}),
-    "ADMM, power ½": ("admm", None, "refit", "row", {"damping_power": 0.5}),
+    "ADMM, λ = 0.1, power ½": (
+        "admm",
+        None,
+        "refit",
+        "row",
+        {"damping": 0.1, "damping_power": 0.5},
+    ),
     "1-swap on F, gradient": ("swap", None, "refit", "row", {"weighting": "gradient"}),
     "ADMM, gradient": ("admm", None, "refit", "row", {"weighting": "gradient"}),
     "Wanda": ("wanda", None, "refit", "row", {}),
@@ -60,7 +66,7 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
 ONLY = {
     "1-swap on F, λ = 0.1": ("50%",),
     "ADMM, λ = 0.1": ("50%",),
-    "ADMM, power ½": ("50%",),
+    "ADMM, λ = 0.1, power ½": ("50%", "2:4"),
     "1-swap on F, gradient": ("50%", "2:4"),
     "ADMM, gradient": ("50%", "2:4"),
 }
