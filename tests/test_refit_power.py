@@ -176,6 +176,10 @@ def test_models_are_refitted_and_checked_so(tmp_path):
     forge_manifest(forged, lambda m: m["fingerprint"]["options"].update(damping_power=0.0))
     with pytest.raises(VerificationError):
         verify_output(forged, dense, calibration=tokens())
+    # what no run has is no manifest, text or not
+    forge_manifest(forged, lambda m: m["fingerprint"]["options"].update(damping_power=1.5))
+    with pytest.raises(VerificationError, match="damaged or was changed"):
+        verify_output(forged)
 
 
 @pytest.mark.parametrize(

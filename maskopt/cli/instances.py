@@ -11,7 +11,7 @@ from maskopt.cli.view import view
 from maskopt.compare import load_instances
 from maskopt.errors import OptionError
 from maskopt.least_squares import Refit
-from maskopt.model.options import RECONSTRUCT, REFIT, WEIGHTS
+from maskopt.model.options import RECONSTRUCT, REFIT, WEIGHTS, check_undamped
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 
@@ -73,9 +73,8 @@ def load_layers(
         if options["weights"] == REFIT:
             refit = Refit(options["damping"], options["damping_power"])
             layers = [layer.refitting(refit) for layer in layers]
-        for name, usual in (("damping", Refit.damping), ("damping_power", Refit.power)):
-            if options["weights"] != REFIT and options[name] != usual:
-                raise OptionError(f"`{name}` is of refitted weights: give `weights` refit, too")
+        else:
+            check_undamped(options["damping"], options["damping_power"])
         return Layers(layers, pattern, {})
     if len(source) > 1:
         raise OptionError(f"{models[0]} is a model folder: name it alone, or .npz instances")

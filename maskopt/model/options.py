@@ -153,9 +153,8 @@ class PruneOptions(WalkOptions):
         self._set_reconstruction()
         _check_shrink(self.shrink, self.holdout)
         _check_damping(self.damping, self.holdout)
-        for name, usual in (("damping", Refit.damping), ("damping_power", Refit.power)):
-            if self.refit is None and getattr(self, name) != usual:
-                raise OptionError(f"`{name}` is of refitted weights: give `weights` refit, too")
+        if self.refit is None:
+            check_undamped(self.damping, self.damping_power)
         for name in ("one_pass", "true_sequential"):
             if self.moved and getattr(self, name):
                 raise OptionError(
@@ -386,6 +385,20 @@ def _check_shrink(shrink: float | str, holdout: float) -> None:
             raise ModelError("`shrink` auto needs held-out windows: give a `holdout` such as 0.2")
     elif isinstance(shrink, str) or not 0 <= shrink <= 1:
         raise ModelError(f"`shrink` must lie in [0, 1] or be auto, not {shrink!r}")
+
+
+def check_undamped(damping: float | str, damping_power: float) -> None:
+    """Weights that are not refitted are not damped.
+
+    Raises:
+        OptionError: one of the two is not as it is where nobody gives it.
+    """
+    for name, value, usual in (
+        ("damping", damping, Refit.damping),
+        ("damping_power", damping_power, Refit.power),
+    ):
+        if value != usual:
+            raise OptionError(f"`{name}` is of refitted weights: give `weights` refit, too")
 
 
 def _check_damping(damping: float | str, holdout: float) -> None:

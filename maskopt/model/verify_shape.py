@@ -62,7 +62,11 @@ def _pattern(value: Any) -> bool:
 
 
 def _spread(value: Any) -> bool:
-    return _amount(value) and value < 1
+    return _share(value) and value < 1
+
+
+def _share(value: Any) -> bool:
+    return _amount(value) and value <= 1
 
 
 def _maybe(check: Check) -> Check:
@@ -133,8 +137,8 @@ _SHAPE = {
     "fingerprint": lambda v: (
         _fits(v, {"options": _OPTIONS})
         and _kind(dict, _count)(v["options"].get("counts", {}))
-        and _maybe(lambda s: _spread(s) or s == 1)(v["options"].get("spread"))
-        and _amount(v["options"].get("damping_power", 0.0))
+        and _maybe(_share)(v["options"].get("spread"))
+        and _share(v["options"].get("damping_power", 0.0))
         and _text(v.get("model", ""))
         and _text(v.get("dtype", ""))
         and isinstance(v["options"].get("reconstruct", {}), dict)

@@ -21,7 +21,10 @@ class Damped(Solver):
         least=0,
     )
     power: float = option(
-        Refit.power, "of an input's own part of G's diagonal in D, of the same", least=0, most=1
+        Refit.power,
+        "of such a problem, how far λ goes with an input's own part of G's diagonal",
+        least=0,
+        most=1,
     )
 
     def refitted(self, problem: LayerProblem) -> LayerProblem:
