@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from maskopt.problem import LayerProblem
+
+#: of torch that take as long for a selection as numpy, which has one and vector instructions
+_THREADS = 6
 
 
 def keep_highest(problem: LayerProblem, score: Shaped[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
@@ -19,28 +23,41 @@ def keep_highest(problem: LayerProblem, score: Shaped[Tensor, "rows n"]) -> Bool
     Threshold rules (`score <= sorted[k]`) prune every tie; here those beyond the count stay.
     """
     if problem.pooled:
-        grouped, pruned = within_limits(problem, score).reshape(1, 1, -1), problem.pruned
+        gone = _least_of_layer(problem, score)
     else:
-        grouped, pruned = (
-            score.reshape(problem.rows, -1, problem.group_size),
-            problem.pruned_per_group,
-        )
-    if pruned == 0:
-        return torch.ones_like(score, dtype=torch.bool)
-    highest = grouped.kthvalue(pruned, dim=-1, keepdim=True).values  # of those that go
-    tied = grouped == highest
-    last = pruned - (grouped < highest).sum(-1, keepdim=True)
-    mask = (grouped > highest) | (tied & (tied.cumsum(-1) > last))
-    return mask.view(problem.rows, problem.n)
+        gone = _least(score.reshape(-1, problem.group_size), problem.pruned_per_group)
+    return ~gone.view(problem.rows, problem.n)
 
 
-def within_limits(
+def _least_of_layer(
     problem: LayerProblem, score: Shaped[Tensor, "rows n"]
-) -> Shaped[Tensor, "rows n"]:
-    """Of rows that trade: −∞ for the least scores of a row that its least count takes, of equals the lowest
-    index, and ∞ for those that are beyond its most."""
-    least, most = problem.row_limits
-    if (least, most) == (0, problem.n):
-        return score
-    rank = score.argsort(dim=1, stable=True).argsort(1)
-    return score.masked_fill(rank < least, -torch.inf).masked_fill(rank >= most, torch.inf)
+) -> Bool[Tensor, "rows n"]:
+    fewest, most = problem.row_limits
+    if (fewest, most) == (0, problem.n):
+        return _least(score.reshape(1, -1), problem.pruned)
+    gone = _least(score, fewest)
+    free = _least(score, most) & ~gone
+    gone[free] = _least(score[None, free], problem.pruned - fewest * problem.rows)[0]
+    return gone
+
+
+def _least(score: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor, "groups n"]:
+    """The `count` least of every group; of equals the lowest index."""
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    highest = _last_of(score, count)
+    within = score <= highest
+    if int(within.sum()) == count * len(score):
+        return within
+    tied = score == highest
+    left = count - (score < highest).sum(1, keepdim=True)
+    return within & ~(tied & (tied.cumsum(1) > left))
+
+
+def _last_of(score: Shaped[Tensor, "groups n"], count: int) -> Shaped[Tensor, "groups 1"]:
+    """Of each group's `count` least the highest."""
+    threads = min(len(score), torch.get_num_threads())
+    if score.device.type == "cpu" and threads <= _THREADS:
+        parted = np.partition(score.numpy(), count - 1, axis=1)
+        return torch.from_numpy(parted[:, count - 1 : count])
+    return score.kthvalue(count, dim=1, keepdim=True).values
