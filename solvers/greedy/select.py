@@ -9,7 +9,8 @@ from torch import Tensor
 
 from maskopt.problem import LayerProblem
 
-#: of torch that take as long for a selection as numpy, which has one and vector instructions
+#: up to so many of torch's threads, numpy's one is no slower: it partitions by vector instructions, in a
+#: fifth to a sixth of the time of one of torch's
 _THREADS = 6
 
 
