@@ -20,6 +20,10 @@ Found = Mapping[Key, Record]
 Column = Callable[[Key, Record, Found], str]
 #: runs of a model below which a rank correlation says nothing
 _FEW = 8
+#: of cells, who trades → in words
+_TRADING = {"none": "none", "rows, loss, ± 0.1": "rows, ± 0.1", "layers, loss": "layers"}
+#: of cells: what becomes of the weights → masks, weights
+_WEIGHTS = {"kept": "1-swap, kept", "refitted": "ADMM, refitted", "trained": "ADMM, trained"}
 #: as they come one after the other
 _PATTERNS = ("50%", "60%", "70%", "2:4")
 
@@ -162,6 +166,7 @@ class Study:
     Attributes:
         of_lines: what is said of lines in whose keys a word is, if there are any.
         best_first: lines of a pattern by their perplexity, else as they were measured.
+        more: what follows the table.
     """
 
     name: str
@@ -170,6 +175,7 @@ class Study:
     columns: Mapping[str, Column]
     of_lines: Mapping[str, str] = field(default_factory=dict)
     best_first: bool = False
+    more: Callable[[Found], str] = lambda found: ""
 
     def text(self, lines: Lines) -> str:
         """Nothing where nothing was measured."""
@@ -186,6 +192,7 @@ class Study:
             "\n".join([f"## {self.title}\n", self.words, *told])
             + "\n\n"
             + table(list(self.columns), rows)
+            + self.more(found)
         )
 
 
@@ -208,20 +215,46 @@ def ratio(key: Key, record: Record, found: Found) -> str:
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-def beside(last: str) -> Column:
-    """Perplexity as a multiple of that of another measurement, whose key ends so; its interval, paired by
-    window."""
+def beside(word: str, place: int = -1) -> Column:
+    """Perplexity as a multiple of that of the measurement whose key has this word in that place."""
 
     def cell(key: Key, record: Record, found: Found) -> str:
-        base = found.get((*key[:-1], last))
-        if base is None or base is record:
-            return ""
-        difference = torch.tensor(record["losses"]) - torch.tensor(base["losses"])
-        low, high = interval(difference)
-        middle = exponential(float(difference.double().mean()))
-        return f"{middle:.3f} ({exponential(low):.3f} to {exponential(high):.3f})"
+        other = list(key)
+        other[place] = word
+        return paired(record, found.get(tuple(other)))
 
     return cell
+
+
+def paired(record: Record | None, base: Record | None) -> str:
+    """Perplexity as a multiple of another's, its interval paired by window; nothing if one is wanting."""
+    if record is None or base is None or base is record:
+        return ""
+    difference = torch.tensor(record["losses"]) - torch.tensor(base["losses"])
+    low, high = interval(difference)
+    middle = exponential(float(difference.double().mean()))
+    return f"{middle:.3f} ({exponential(low):.3f} to {exponential(high):.3f})"
+
+
+def crossed(found: Found) -> str:
+    """Cells by who trades, down, and by what becomes of the weights, across."""
+    lines = dict.fromkeys(key[:3] for key in found if key[2] in _TRADING)
+    place = {trade: k for k, trade in enumerate(_TRADING)}
+    rows = []
+    for line in sorted(lines, key=lambda k: (k[0], _rank(k[1]), place[k[2]])):
+        after = [found.get((*line, weights)) for weights in _WEIGHTS.values()]
+        kept, refitted, trained = after
+        rows.append(
+            [
+                *(TITLES[line[0]], line[1], _TRADING[line[2]]),
+                *(f"{r['ratio'][0]:.3f}" if r else "" for r in after),
+                *(paired(refitted, kept), paired(trained, refitted)),
+            ]
+        )
+    head = ["model", "pattern", "trade", *_WEIGHTS, "refitted × kept", "trained × refitted"]
+    return "\nOf these, × dense by who trades and by what becomes of the weights:\n\n" + table(
+        head, rows
+    )
 
 
 def alpha(key: Key, record: Record, found: Found) -> str:
@@ -390,6 +423,7 @@ STUDIES = (
             "masks, weights": part(3),
             **QUALITY,
             "× 1-swap, kept": beside("1-swap, kept"),
+            "× where none do": beside("none", 2),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
             "minutes": minutes("seconds"),
@@ -403,6 +437,7 @@ STUDIES = (
             "other windows": "other windows: on as many others of the same text.",
         },
         best_first=True,
+        more=crossed,
     ),
     Study(
         "rates",
