@@ -41,7 +41,8 @@ def test_the_page_of_quality_is_what_its_measurements_make(benchmarks, tmp_path)
 
 def test_the_page_of_generalisation_is_what_its_measurements_make(benchmarks, tmp_path):
     from book import Book
-    from generalisation_page import STUDIES, write
+    from generalisation_page import write
+    from generalisation_studies import STUDIES
 
     book = Book(ROOT / "docs" / "figures" / "generalisation.jsonl")
     write(book, tmp_path / "generalisation.md")
@@ -72,7 +73,8 @@ def test_the_page_of_refitted_weights_is_what_its_measurements_make(benchmarks, 
 
 def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path):
     from book import Book
-    from generalisation_page import STUDIES, write
+    from generalisation_page import write
+    from generalisation_studies import STUDIES
 
     record = {
         "dense": 10.0,

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 from book import Book, Record, family, percent, table
-from generalisation_page import TITLES
+from generalisation_columns import TITLES
 
 ORDER = (
     "random", "magnitude", "diagonal of Q (Wanda-sp)", "FLAP's score", "swap", "tabu",
