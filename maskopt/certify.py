@@ -21,16 +21,7 @@ from joblib import delayed
 from torch import Tensor
 
 from maskopt.bounds import lower_bound, make_bound
-from maskopt.compare import (
-    append_record,
-    check_format,
-    check_rows,
-    draw_rows,
-    read_records,
-    resume_records,
-    without,
-    write_records,
-)
+from maskopt.compare import check_rows, draw_rows
 from maskopt.errors import ModelError
 from maskopt.jobs import BATCH, as_they_finish, digest_of, workers
 from maskopt.limits import torch_threads
@@ -43,6 +34,7 @@ from maskopt.model.walk_options import name_patterns
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import Unstructured, pattern_from_dict
 from maskopt.problem import LayerProblem
+from maskopt.record_file import RecordFile
 from maskopt.solution import Solution, is_bounded
 from maskopt.solver import limits_of, solve
 
@@ -269,11 +261,8 @@ def _certify(
     on_rows: OnRows,
 ) -> list[GapRecord]:
     make_bound(method, **limits_of(None, options)[1])
-    if output is not None:
-        check_format(output)
-    resumable = output is not None and output.suffix == ".jsonl"
-    held = resume_records(output, GapRecord) if resumable and output is not None else {}
-    finished = dict(held)
+    file = RecordFile(output, GapRecord) if output is not None else None
+    finished: dict[str, GapRecord] = file.held() if file is not None else {}
     order: list[str] = []
     apart = workers(jobs) > 1
     for together in _batches(parts, BATCH if apart else 1):
@@ -288,14 +277,13 @@ def _certify(
         for records in as_they_finish(calls, jobs):
             for record in records:
                 finished[record.key] = record
-                if resumable and output is not None:
-                    append_record(output, record)
+                if file is not None:
+                    file.append(record)
         order += [key for _, keys in keyed for key in keys]
         on_rows(len(order), together[-1].problem.name)
     records = [finished[key] for key in order]
-    if output is not None:
-        held = read_records(output, GapRecord) if resumable else {}  # as others left it meanwhile
-        write_records(output, [*without(held, set(order)), *records])
+    if file is not None:
+        file.finish(records)
     return records
 
 

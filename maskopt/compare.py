@@ -7,32 +7,25 @@ written at once, and a run that was interrupted skips what the file already hold
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from joblib import delayed
 
-from maskopt.errors import DataError, MaskoptError, OptionError
-from maskopt.fields import holds_its_kinds
-from maskopt.files import atomic_write, check_writable
+from maskopt.errors import MaskoptError, OptionError
 from maskopt.formats import load_problem
 from maskopt.jobs import as_they_finish, job_key
 from maskopt.limits import KEYWORDS, Limits
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem, RowProblem
+from maskopt.record_file import RecordFile
 from maskopt.solution import Status, is_bounded
 from maskopt.solver import Solver, make_solver, solve
-from maskopt.units import Posed, excess_of
-
-FORMATS = (".jsonl", ".csv", ".parquet")
-#: what tables of records begin with
-_BEGIN = {".csv": b"instance,", ".parquet": b"PAR1"}
+from maskopt.units import excess_of
 
 
 @dataclass(frozen=True)
@@ -156,17 +149,14 @@ def compare(
     jobs_by_name = _jobs_by_name(solvers, Limits(seconds=time_limit, seed=seed))
     if not jobs_by_name:
         raise OptionError("name at least one solver")
-    path = Path(output) if output is not None else None
-    if path is not None:
-        check_format(path)
+    file = RecordFile(output, Record) if output is not None else None
     jobs_wanted = [
         (job_key(row, name, job.solver, job.start, job.limits), row, name)
         for row in rows
         for name, job in jobs_by_name.items()
     ]
     wanted = {key: (row, name) for key, row, name in jobs_wanted}
-    resumable = path is not None and path.suffix == ".jsonl"
-    held = resume_records(path) if resumable and path is not None else {}
+    held: dict[str, Record] = file.held() if file is not None else {}
     finished = {key: r for key, r in held.items() if key in wanted and r.status != "failed"}
     missing = {key: job for key, job in wanted.items() if key not in finished}
     calls = [
@@ -174,14 +164,13 @@ def compare(
     ]
     for record in as_they_finish(calls, jobs):
         finished[record.key] = record
-        if resumable and path is not None:
-            append_record(path, record)
+        if file is not None:
+            file.append(record)
         if on_progress is not None:
             on_progress(len(finished), len(wanted))
     records = _with_excess([finished[key] for key, _, _ in jobs_wanted], len(jobs_by_name))
-    if path is not None:
-        held = read_records(path) if resumable else {}  # others may have written meanwhile
-        write_records(path, [*without(held, wanted), *records])
+    if file is not None:
+        file.finish(records)
     return records
 
 
@@ -260,127 +249,9 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
     return records
 
 
-def check_format(path: Path) -> None:
-    """Raise OptionError where the ending is no table format, or its package is missing, or somebody else's
-    file would be replaced. (A JSONL file grows, and is read first.)"""
-    if path.suffix not in FORMATS:
-        raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
-    check_writable(path)
-    begin = _BEGIN.get(path.suffix, b"")
-    if path.is_file() and path.stat().st_size:
-        with open(path, "rb") as file:
-            if file.read(len(begin)) != begin:
-                raise OptionError(
-                    f"{path}: is there, and no table of this command; name another file"
-                )
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise OptionError(
-                "Parquet needs the package pyarrow: pip install 'maskopt[parquet]', or name a .csv or .jsonl"
-            ) from None
-
-
-def append_record(path: Path, record: Any) -> None:
-    """One line at the end of a JSONL file, flushed to disk."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(_flat(record)) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_records(path: Path, kind: type[Any] = Record) -> dict[str, Any]:
-    """Finished jobs of a JSONL file by key; a last line that was cut off is left out.
-
-    Raises:
-        DataError: another line that is no JSON, or no record of this kind.
-    """
-    if not path.exists():
-        return {}
-    names = {field.name for field in fields(kind)}
-    found, begin = {}, f'{{"{fields(kind)[0].name}": '
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: holds no text; remove the file") from None
-    for number, line in enumerate(lines):
-        try:
-            data = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines) - 1 and (line.startswith(begin) or begin.startswith(line)):
-                continue  # cut off while it was written
-            raise DataError(f"{path}: line {number + 1} is not JSON; remove the file") from None
-        own = {k: v for k, v in data.items() if k in names} if isinstance(data, dict) else {}
-        extra = set(data) - names if isinstance(data, dict) else set()
-        sound = set(own) == names - {"trace"} and isinstance(own["key"], str)
-        if not sound or (extra and "trace" not in names):
-            raise DataError(
-                f"{path}: line {number + 1} is no record of this command; choose another file"
-            )
-        if extra:
-            own["trace"] = {name: data[name] for name in data if name in extra}
-        record = kind(**{k: math.nan if v is None else v for k, v in own.items()})
-        if not holds_its_kinds(record):
-            raise DataError(f"{path}: line {number + 1} has a value of another kind; remove it")
-        if math.isnan(record.gap):  # infinite ones were written so, too
-            record = replace(record, gap=Posed.of(record.value, record.value_bound).gap)
-        found[record.key] = record
-    return found
-
-
-def resume_records(path: Path, kind: type[Any] = Record) -> dict[str, Any]:
-    """What `read_records` finds, or raises, of a file that is to grow.
-
-    The file then ends with a whole line: `append_record` would write onto one that was cut off.
-    """
-    found = read_records(path, kind)
-    if path.exists():
-        write_records(path, list(found.values()))
-    return found
-
-
-def without(held: Mapping[str, Any], keys: Container[str]) -> list[Any]:
-    """The records of other runs that a file held beside those of `keys`."""
-    return [record for key, record in held.items() if key not in keys]
-
-
-def write_records(path: Path, records: Sequence[Any]) -> None:
-    """The table as a whole, in the format that the ending of the name says."""
-    rows = [_flat(record) for record in records]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with atomic_write(path) as file:
-        if path.suffix == ".jsonl":
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        elif path.suffix == ".csv":
-            import csv
-            import io
-
-            text = io.StringIO()
-            writer = csv.DictWriter(text, fieldnames=columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            file.write(text.getvalue().encode())
-        else:
-            import pyarrow
-            import pyarrow.parquet
-
-            whole = [{name: row.get(name) for name in columns} for row in rows]
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), file)
-
-
 def load_instances(
     paths: Iterable[str | os.PathLike[str]], select: int | None = None
 ) -> list[LayerProblem]:
     """Files of `maskopt.formats`, layers or rows, as layers."""
     found = [load_problem(path, select) for path in paths]
     return [p.as_layer() if isinstance(p, RowProblem) else p for p in found]
-
-
-def _flat(record: Any) -> dict[str, Any]:
-    """A record as one flat line: what its trace holds are columns; NaN and infinity are null."""
-    data = asdict(record)
-    data |= data.pop("trace", {})
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()
-    }

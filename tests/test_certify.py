@@ -20,8 +20,9 @@ from maskopt import (
     solve,
 )
 from maskopt.certify import GapRecord, bound_layers, by_kind, certify_model
-from maskopt.compare import read_records, sample_rows
+from maskopt.compare import sample_rows
 from maskopt.errors import MaskoptError, ModelError, OptionError
+from maskopt.record_file import read_records
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again " * 60
 

@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,12 +13,23 @@ import torch
 from commands import run
 from strategies import random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Limits, Refit, RowProblem, Unstructured, certify, make_solver
-from maskopt.compare import compare, read_records, sample_rows
+from maskopt import (
+    NM,
+    LayerProblem,
+    Limits,
+    Refit,
+    RowProblem,
+    Unstructured,
+    certify,
+    make_solver,
+    record_file,
+)
+from maskopt.compare import Record, compare, sample_rows
 from maskopt.errors import DataError, OptionError
 from maskopt.files import check_writable
 from maskopt.jobs import job_key
 from maskopt.prove import prove
+from maskopt.record_file import RecordFile, read_records
 from maskopt.solvers.exact import branch
 from maskopt.solvers.exact.rows import RowAnswer
 
@@ -82,7 +95,7 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(layer, tmp_path):
         rows, ["wanda", "exhaustive"], output=path, on_progress=lambda d, _: finished.append(d)
     )
     assert finished == [5, 6]
-    assert len(read_records(path)) == 6
+    assert len(read_records(path, Record)) == 6
     seconds = {json.loads(line)["key"]: json.loads(line)["seconds"] for line in kept}
     assert all(r.seconds == seconds[r.key] for r in records if r.key in seconds)
 
@@ -106,12 +119,12 @@ def test_a_run_may_be_interrupted_any_number_of_times(layer, tmp_path, ending):
     text = path.read_text()
     path.write_text(text[:-40] if ending == "cut off" else text[:-1])
     for finished in (2, 3):
-        left = len(read_records(path))
+        left = len(read_records(path, Record))
         with pytest.raises(KeyboardInterrupt):
             compare(rows, ["wanda"], output=path, on_progress=stop_at(left + 1))
-        assert len(read_records(path)) == left + 1 >= finished
+        assert len(read_records(path, Record)) == left + 1 >= finished
     compare(rows, ["wanda"], output=path)
-    assert len(read_records(path)) == len(path.read_text().splitlines()) == 4
+    assert len(read_records(path, Record)) == len(path.read_text().splitlines()) == 4
 
 
 def test_records_that_another_run_wrote_meanwhile_are_kept(layer, tmp_path):
@@ -123,8 +136,31 @@ def test_records_that_another_run_wrote_meanwhile_are_kept(layer, tmp_path):
             compare(rows, ["magnitude"], output=path)
 
     compare(rows, ["wanda"], output=path, on_progress=meanwhile)
-    solvers = sorted(record.solver for record in read_records(path).values())
+    solvers = sorted(record.solver for record in read_records(path, Record).values())
     assert solvers == ["magnitude"] * 2 + ["wanda"] * 2
+
+
+@pytest.mark.parametrize("when", ["held", "finish"])
+def test_a_record_that_another_run_appends_while_the_file_is_written_anew_is_kept(
+    when, layer, tmp_path, monkeypatch
+):
+    path = tmp_path / "out.jsonl"
+    own, other = compare(sample_rows([layer], 1, columns=10), ["wanda", "magnitude"])
+    file = RecordFile(path, Record)
+    file.append(own)
+    written, threads = record_file.write_records, []
+
+    def slowly(*args):
+        threads.append(threading.Thread(target=RecordFile(path, Record).append, args=[other]))
+        threads[0].start()
+        threads[0].join(0.3)  # long enough to append, were it not to wait
+        written(*args)
+
+    monkeypatch.setattr(record_file, "write_records", slowly)
+    file.held() if when == "held" else file.finish([own])
+    threads[0].join()
+    assert set(read_records(path, Record)) == {own.key, other.key}
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_records_of_other_runs_in_the_file_are_kept_and_not_counted(layer, tmp_path):
@@ -137,7 +173,7 @@ def test_records_of_other_runs_in_the_file_are_kept_and_not_counted(layer, tmp_p
     )
     assert counted == [(1, 2), (2, 2)]
     assert [r.solver for r in records] == ["magnitude"] * 2
-    held = read_records(path)
+    held = read_records(path, Record)
     assert [r.solver for r in held.values()] == ["wanda"] * 2 + ["magnitude"] * 2
     again = compare(rows, ["wanda", "magnitude"], output=path, on_progress=stop_at(1))
     assert [r.seconds for r in again] == [held[r.key].seconds for r in again]
@@ -151,7 +187,7 @@ def test_a_failed_record_of_another_run_is_kept_and_an_own_one_replaced(layer, t
     failed = {**done, "status": "failed", "objective": None}
     path.write_text("".join(json.dumps(r) + "\n" for r in (failed, {**failed, "key": "other"})))
     compare(row, ["wanda"], output=path)
-    assert {r.key: r.status for r in read_records(path).values()} == {
+    assert {r.key: r.status for r in read_records(path, Record).values()} == {
         "other": "failed", done["key"]: "feasible",
     }  # fmt: skip
 
@@ -227,7 +263,7 @@ def test_an_interrupted_search_is_no_record(tmp_path, monkeypatch):
     monkeypatch.setattr(branch, "search_row", stopped)
     with pytest.raises(KeyboardInterrupt):
         compare(rows, ["wanda", "branch"], output=tmp_path / "out.jsonl")
-    kept = read_records(tmp_path / "out.jsonl").values()
+    kept = read_records(tmp_path / "out.jsonl", Record).values()
     assert [record.solver for record in kept] == ["wanda"]
     with pytest.raises(KeyboardInterrupt):
         prove(rows[0], tmp_path / "proof.npz")

@@ -13,9 +13,10 @@ from maskopt.cli.console import errors, output
 from maskopt.cli.instances import load_layers, takes_source
 from maskopt.cli.parameters import Calibration, Out, Select, option_list, read_solver_options
 from maskopt.cli.view import view
-from maskopt.compare import Record, check_format, sample_rows
+from maskopt.compare import Record, sample_rows
 from maskopt.compare import compare as compare_rows
 from maskopt.errors import OptionError
+from maskopt.record_file import check_format
 
 
 @takes_source
