@@ -153,27 +153,28 @@ class LeastSquares:
         """v of every row, float64, zero where the mask prunes.
 
         Cholesky of every row's own A_SS, k³/3 operations a row of k kept weights: in float32 with
-        refinement in float64 where G is float32 and that does, else in float64.
+        refinement in float64 where G is float32 and that does, else in float64. Rows of like counts are
+        factorised together, as of one size: k is rounded up, whatever the other rows keep.
         """
         rows, n = mask.shape
-        counts = mask.sum(1)
-        kept = int(counts.max())
+        sizes = ((mask.sum(1) + _LEAF - 1) // _LEAF * _LEAF).clamp(max=n)
+        most_kept = int(sizes.max())
         limits = limits or Limits()
         threads = (limits.threads or torch.get_num_threads()) if mask.device.type == "cpu" else 1
-        row_bytes = 2 * self.gram.element_size() * max(kept, 1) ** 2 + 64 * n
+        row_bytes = 2 * self.gram.element_size() * max(most_kept, 1) ** 2 + 64 * n
         most = limits.bytes(threads * _MOST_BYTES) // threads // row_bytes
         tile = max(1, min(max(_TILE_BYTES // row_bytes, _TILE_ROWS), most, rows))
-        alike = [(counts == count).nonzero()[:, 0] for count in counts.unique()]
+        alike = [(sizes == size).nonzero()[:, 0] for size in sizes.unique()]
         parts = [part for rows in alike for part in rows.split(tile)]
         _ = self.damped  # made once, not by every thread
         own = threading.local()
 
         def some(part: int) -> Tensor:
             if not hasattr(own, "pages"):
-                own.pages = _Pages(tile, kept, n)
-            rows = mask[parts[part]]
-            index = rows.nonzero()[:, 1].view(len(rows), int(rows[0].sum()))
-            return self._some(target[parts[part]], index, own.pages)
+                own.pages = _Pages(tile, most_kept, n)
+            rows = parts[part]
+            kept = _Kept.of(mask[rows], int(sizes[rows[0]]))
+            return self._some(target[rows], kept, own.pages)
 
         with fast_products():
             found = torch.cat(one_thread_each(some, len(parts), threads))
@@ -188,29 +189,29 @@ class LeastSquares:
             weight = weight.index_copy(0, poor, self.solve(target[poor], mask[poor]))
         return weight
 
-    def _some(self, target: Tensor, index: Tensor, pages: _Pages) -> Tensor:
-        """v of some rows, of which the kept inputs are given."""
-        weight, residual = self._refined(target, index, self.gram.dtype, pages)
+    def _some(self, target: Tensor, kept: _Kept, pages: _Pages) -> Tensor:
+        """v of some rows."""
+        weight, residual = self._refined(target, kept, self.gram.dtype, pages)
         poor = (~(residual <= _DONE)).nonzero()[:, 0]
         if len(poor) and self.gram.dtype != torch.float64:
             weight[poor], residual[poor] = self._refined(
-                target[poor], index[poor], torch.float64, pages
+                target[poor], kept.take(poor), torch.float64, pages
             )
         return weight
 
     def _refined(
-        self, target: Tensor, index: Tensor, dtype: torch.dtype, pages: _Pages
+        self, target: Tensor, kept: _Kept, dtype: torch.dtype, pages: _Pages
     ) -> tuple[Tensor, Tensor]:
         """Factors in this dtype, refined in float64. ∞ where a factorisation breaks down."""
-        wanted = target.gather(1, index)
-        factor = self._factor(index, dtype, pages)
+        wanted = kept.of_rows(target)
+        factor = self._factor(kept, dtype, pages)
         full = torch.zeros_like(target)
         best, least = full.clone(), torch.full_like(target[:, 0], torch.inf)
         rest = wanted
         for _ in range(_REFINEMENTS):
             step = _substituted(factor, rest.to(dtype)).double()
-            full = full.scatter_add(1, index, step)
-            rest = wanted - (full @ self.damped).gather(1, index)
+            full = full.scatter_add(1, kept.index, step)
+            rest = wanted - kept.of_rows(full @ self.damped)
             residual = _relative(rest, wanted).nan_to_num(nan=torch.inf)
             better = residual < least
             best = torch.where(better[:, None], full, best)
@@ -219,19 +220,50 @@ class LeastSquares:
                 break
         return best, least
 
-    def _factor(self, index: Tensor, dtype: torch.dtype, pages: _Pages) -> Tensor:
-        """Cholesky factors [rows, k, k] of A_SS; NaN where it is not definite in this dtype."""
+    def _factor(self, kept: _Kept, dtype: torch.dtype, pages: _Pages) -> Tensor:
+        """Cholesky factors [rows, k, k] of A_SS, and of the identity for inputs that are none of S; NaN
+        where it is not definite in this dtype."""
         source = self.damped if dtype == torch.float64 else self.gram
-        matrix, lines = pages.of(index, source)
-        for row, inputs in enumerate(index):
+        matrix, lines = pages.of(kept.index, source)
+        for row, (inputs, count) in enumerate(zip(kept.index, kept.counts, strict=True)):
             torch.index_select(source, 0, inputs, out=lines)
             torch.index_select(lines, 1, inputs, out=matrix[row])
+            matrix[row, count:] = 0  # below the diagonal, which is all that is read
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
         if source is self.gram:
-            matrix.diagonal(dim1=1, dim2=2).add_(self._added.to(matrix.dtype)[index])
+            diagonal.add_(self._added.to(matrix.dtype)[kept.index])
+        diagonal.masked_fill_(~kept.real, 1)
         broken = ~_factorise(matrix)
         return (
             matrix.masked_fill_(broken[:, None, None], torch.nan) if bool(broken.any()) else matrix
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """The kept inputs of some rows, as many of each: where a row keeps fewer, pruned ones come last.
+
+    Attributes:
+        index: the inputs.
+        real: which of them are kept.
+        counts: how many are, of each row.
+    """
+
+    index: Tensor
+    real: Bool[Tensor, "rows k"]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, mask: Bool[Tensor, "rows n"], size: int) -> _Kept:
+        index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
+        return cls(index, mask.gather(1, index), mask.sum(1).tolist())
+
+    def take(self, rows: Tensor) -> _Kept:
+        return _Kept(self.index[rows], self.real[rows], [self.counts[row] for row in rows.tolist()])
+
+    def of_rows(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows k"]:
+        """Their entries of x; 0 of what is pruned."""
+        return x.gather(1, self.index).masked_fill_(~self.real, 0)
 
 
 def _relative(rest: Float[Tensor, "rows k"], wanted: Float[Tensor, "rows k"]) -> Tensor:

@@ -63,10 +63,10 @@ def test_a_row_that_float32_cannot_solve_does_not_spoil_those_beside_it(monkeypa
     target = squares.target(problem.weight, None)
     refined = LeastSquares._refined
 
-    def told(self, target, index, dtype, pages):
+    def told(self, target, kept, dtype, pages):
         if dtype == torch.float64:
-            again.extend(index.tolist())
-        return refined(self, target, index, dtype, pages)
+            again.extend(i[real].tolist() for i, real in zip(kept.index, kept.real, strict=True))
+        return refined(self, target, kept, dtype, pages)
 
     monkeypatch.setattr(LeastSquares, "_refined", told)
     found = squares.solve(target, mask)
@@ -97,6 +97,28 @@ def test_float32_is_refined_to_what_float64_gives(kind):
     expected = refit(wide, mask)
     torch.testing.assert_close(found.error, expected.error, rtol=1e-6, atol=1e-12)
     assert float(found.residual.max()) < 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_every_count_beside_each_other(dtype):
+    """Those of like counts are factorised together, and no row depends on who is beside it."""
+    n = 70
+    weight, gram = random_weight(n + 1, n, 1, dtype), random_gram(n, "full", 2, dtype)
+    problem = LayerProblem(weight, gram, Unstructured(keep=35), refit=Refit(0.01))
+    score = torch.rand(n + 1, n, generator=torch.Generator().manual_seed(3))
+    mask = score.argsort(1).argsort(1) < torch.arange(n + 1)[:, None]
+    assert mask.sum(1).tolist() == list(range(n + 1))
+    squares = problem.least_squares
+    target = squares.target(problem.weight, None)
+    found = squares.solve(target, mask)
+    torch.testing.assert_close(found, dense_solve(problem, mask, 0.01), rtol=1e-6, atol=1e-8)
+    assert float(squares.residual(found, target, mask).max()) < 1e-10
+    assert bool((found[~mask] == 0).all())
+    order = torch.randperm(n + 1, generator=torch.Generator().manual_seed(4))
+    for limits in (Limits(threads=1, memory=2**16), Limits(threads=3, memory=3 * 2**18)):
+        assert torch.equal(squares.solve(target[order], mask[order], limits), found[order])
+    alone = torch.cat([squares.solve(target[i : i + 1], mask[i : i + 1]) for i in range(n + 1)])
+    torch.testing.assert_close(alone, found, rtol=1e-9, atol=1e-12)
 
 
 def test_the_error_of_weights_is_that_of_their_outputs():
