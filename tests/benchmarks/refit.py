@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,10 @@ def measured(
 
 
 def pace(problem: LayerProblem) -> dict[str, Any]:
-    """Seconds a row that least squares take of Wanda's mask at 50%: all rows, and a plain loop over some."""
+    """Seconds a row that least squares take of Wanda's mask at 50%: all rows, likewise where they trade, and
+    a plain loop over some."""
     mask = solve(problem, "wanda").mask
+    traded = solve(problem.under(POOLED["50% per layer"]), "wanda").mask
     squares = problem.least_squares
     target = squares.target(problem.weight, None)
     damped = squares.damped
@@ -168,9 +171,15 @@ def pace(problem: LayerProblem) -> dict[str, Any]:
             kept = mask[row].nonzero()[:, 0]
             torch.linalg.solve(damped[kept][:, kept], target[row, kept])
 
-    ours, loop = (_seconds(work) for work in (lambda: squares.solve(target, mask), plain))
-    taken = {"machine": machine_now(), "date": time.strftime("%Y-%m-%d")}
-    return {"n": problem.n, "ours": ours / problem.rows, "loop": loop / LOOP, **taken}
+    ours, trading = (_seconds(partial(squares.solve, target, m)) for m in (mask, traded))
+    return {
+        "n": problem.n,
+        "ours": ours / problem.rows,
+        "trading": trading / problem.rows,
+        "loop": _seconds(plain) / LOOP,
+        "machine": machine_now(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def toys(problem: LayerProblem, n: int) -> dict[str, Any]:
