@@ -29,10 +29,12 @@ from maskopt.model.demo_model import MODELS, demo_model
 from maskopt.model.distill import distill_model
 from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.options import prune_options
+from maskopt.model.output import apply_masks
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.weighting import WEIGHTINGS
+from maskopt.model.workspace import MASKS
 from maskopt.pattern import Pattern
 
 #: label → solver, start
@@ -89,6 +91,13 @@ TRAINED: dict[str, dict[str, Any]] = {
         f"1-swap, {after}": {"solver": "swap", **AFTER[after]}
         for after in AFTER
         if after != "refitted"
+    },
+    # `swap` itself would choose for refitted weights
+    "1-swap, refitted": {
+        "solver": "portfolio",
+        "solver_options": {"members": ("swap",)},
+        "warm_start": "relax",
+        "weights": "refit",
     },
     "1-swap on F, refitted": {"solver": "swap", "weights": "refit"},
     "1-swap on F, trained": {
@@ -187,13 +196,15 @@ TOGETHER = 5
 class Case(NamedTuple):
     """A prune of a model, and how its evaluations are called, by what their windows begin with.
 
-    `shares` names another method, which says how much each block prunes; `distilled` has options of
-    `distill_model`, where kept weights are trained together afterwards.
+    `shares` names another method, which says how much each block prunes; `masks_alone` puts the masks onto
+    the dense model's weights afterwards; `distilled` has options of `distill_model`, where kept weights are
+    trained together afterwards.
     """
 
     options: dict[str, Any]
     keys: dict[str, str]
     shares: str | None = None
+    masks_alone: bool = False
     distilled: dict[str, Any] | None = None
 
 
@@ -233,6 +244,8 @@ def trained(name: str) -> Iterator[Case]:
     for label, own in TRAINED.items():
         how = {"sparsity": 0.5, **calibrated(32), **own}
         yield Case(how, {"auto": f"trained/{name}/{label}"})
+        if label == "1-swap on F, refitted":
+            yield Case(how, {"auto": f"trained/{name}/1-swap on F, kept"}, masks_alone=True)
 
 
 def recipes(name: str) -> Iterator[Case]:
@@ -398,7 +411,7 @@ def repeat(book: Book, name: str, study: str) -> None:
 def alike(one: Case, other: Case) -> bool:
     """The same prune, however its options are given."""
     same = prune_options(None, one.options) == prune_options(None, other.options)
-    return same and (one.shares, one.distilled) == (other.shares, other.distilled)
+    return same and one[2:] == other[2:]
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -420,9 +433,9 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
         pruned: list[tuple[Case, Path, PruneReport]] = []
         for number, case in enumerate(cases):
             judges = judging_layers(dense, args.calibration)
-            known = [x for x in pruned if alike(x[0]._replace(distilled=case.distilled), case)]
+            prune = case._replace(masks_alone=False, distilled=None)
+            known = [x for x in pruned if alike(x[0], prune)]
             if known:
-                # what follows the prune is another
                 _, out, report = known[0]
             else:
                 out, how = folder / str(number), dict(case.options)
@@ -431,8 +444,12 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
                 report = prune_model(
                     dense, calibration=args.calibration, output=out, seq_len=512, **how
                 )
-                pruned.append((case, out, report))
+                pruned.append((prune, out, report))
             facts = {"seconds": report.seconds, **errors(report)}
+            if case.masks_alone:
+                out = apply_masks(dense, out / MASKS, folder / f"{number}, masks alone")
+                # those reported are of other weights
+                del facts["fitted"], facts["held"]
             if case.distilled is not None:
                 after = folder / f"{number}, distilled"
                 better = distill_model(

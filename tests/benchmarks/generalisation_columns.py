@@ -56,6 +56,11 @@ def figure(name: str, form: str = ".4f") -> Column:
     return lambda key, record, found: format(record[name], form)
 
 
+def reported(name: str) -> Column:
+    """An error of the prune's own report; nothing where the weights are others."""
+    return lambda key, record, found: f"{record[name]:.4f}" if name in record else ""
+
+
 def minutes(name: str) -> Column:
     """Of seconds; nothing where they were not taken."""
     return lambda key, record, found: f"{record[name] / 60:.1f}" if name in record else ""

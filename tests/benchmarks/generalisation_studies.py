@@ -20,6 +20,7 @@ from generalisation_columns import (
     minutes,
     part,
     ratio,
+    reported,
 )
 
 
@@ -62,7 +63,7 @@ class Study:
 
 MODEL = part(0, TITLES)
 WITH = {"never": "without", "auto": "with"}
-ERRORS = {"error, fitted": figure("fitted"), "held out": figure("held")}
+ERRORS = {"error, fitted": reported("fitted"), "held out": reported("held")}
 LIMITED = "±: no row's sparsity is further than that from its layer's; without it any."
 OF_PARTS = "attention, then the MLP, by the error relative to every token"
 QUALITY = {"perplexity": figure("perplexity", ".1f"), "× dense": ratio}
@@ -146,7 +147,8 @@ STUDIES = (
         },
         {
             "parts trained": f"*parts trained*: {OF_PARTS}.",
-            "on F": "*on F*: masks and weights to begin with are those of `--weights refit`.",
+            "on F": "*on F*: masks and weights to begin with are those of `--weights refit`; *kept*: those "
+            "masks\nalone (`maskopt apply`). The other masks are chosen for weights as they are.",
         },
         best_first=True,
     ),
