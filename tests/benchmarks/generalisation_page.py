@@ -113,7 +113,11 @@ def foretold(lines: Lines) -> str:
 
     columns = {}
     for model, title in TITLES.items():
-        found = [r for k, r in lines.items() if k.split("/")[1:2] == [model] and "hidden" in r]
+        found = [
+            record
+            for key, record in lines.items()
+            if key.split("/")[1:2] == [model] and {"hidden", "held"} <= record.keys()
+        ]
         # two studies may have a run in common
         runs = list({(run["loss"], run["perplexity"]): run for run in found}.values())
         if len(runs) >= _FEW:
