@@ -147,6 +147,8 @@ STUDIES = (
         },
         {
             "parts trained": f"*parts trained*: {OF_PARTS}.",
+            "1-swap, refitted": "*1-swap, refitted*: `--solver portfolio --option 'members=[\"swap\"]' "
+            "--warm-start relax`.",
             "on F": "*on F*: masks and weights to begin with are those of `--weights refit`; *kept*: those "
             "masks\nalone (`maskopt apply`). The other masks are chosen for weights as they are.",
         },

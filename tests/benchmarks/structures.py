@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from book import ROOT, Book
-from generalisation import about, calibrated, judged
+from generalisation import about, judged
+from generalisation_cases import calibrated
 from machine import machine
 from structures_page import DEFAULT, write
 from torch import Tensor

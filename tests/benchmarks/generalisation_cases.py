@@ -1,0 +1,342 @@
+"""What generalisation.py measures: of every study the prunes of a model, and how each is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from book import PATTERNS
+
+from maskopt import NM, Unstructured
+from maskopt.model.weighting import WEIGHTINGS
+from maskopt.pattern import Pattern
+
+#: label → solver, start
+METHODS = {
+    "Wanda": ("wanda", None),
+    "1-swap from Wanda": ("swap", "wanda"),
+    "1-swap (default)": ("swap", None),
+}
+#: label → solver, start, `weights`, `budget`, other options
+WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
+    "1-swap on F": ("swap", None, "refit", "row", {}),
+    "ADMM": ("admm", None, "refit", "row", {}),
+    "SparseGPT": ("sparsegpt", None, "refit", "row", {"solver_options": {"update": True}}),
+    "1-swap on F, λ = 0.1": ("swap", None, "refit", "row", {"damping": 0.1}),
+    "ADMM, λ = 0.1": ("admm", None, "refit", "row", {"damping": 0.1}),
+    "ADMM, λ = 0.1, power ½": (
+        "admm",
+        None,
+        "refit",
+        "row",
+        {"damping": 0.1, "damping_power": 0.5},
+    ),
+    "1-swap on F, gradient": ("swap", None, "refit", "row", {"weighting": "gradient"}),
+    "ADMM, gradient": ("admm", None, "refit", "row", {"weighting": "gradient"}),
+    "Wanda": ("wanda", None, "refit", "row", {}),
+    "1-swap on F, rows trade": ("swap", None, "refit", "layer", {"spread": 1}),
+    "1-swap, weights kept": ("swap", None, "keep", "row", {}),
+    "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {"spread": 1}),
+}
+#: of WEIGHTS, those that are looked at with some patterns only
+ONLY = {
+    "1-swap on F, λ = 0.1": ("50%",),
+    "ADMM, λ = 0.1": ("50%",),
+    "ADMM, λ = 0.1, power ½": ("50%", "2:4"),
+    "1-swap on F, gradient": ("50%", "2:4"),
+    "ADMM, gradient": ("50%", "2:4"),
+}
+#: masks that are fitted to several draws of windows
+DRAWN = ("SparseGPT", "ADMM", "1-swap on F")
+#: seeds of the windows that masks are fitted to
+DRAWS = (0, 1, 2)
+#: of `reconstruct`: a block's attention and then its MLP, by every token's relative error
+PARTS = {"granularity": "part", "loss": "relative"}
+#: what becomes of kept weights → options
+AFTER: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "refitted": {"weights": "refit"},
+    "trained": {"weights": "reconstruct"},
+    "parts trained": {"weights": "reconstruct", "reconstruct": PARTS},
+}
+#: label → other options: the same mask before and after its kept weights are set anew
+TRAINED: dict[str, dict[str, Any]] = {
+    **{
+        f"1-swap, {after}": {"solver": "swap", **AFTER[after]}
+        for after in AFTER
+        if after != "refitted"
+    },
+    # `swap` itself would choose for refitted weights
+    "1-swap, refitted": {
+        "solver": "portfolio",
+        "solver_options": {"members": ("swap",)},
+        "warm_start": "relax",
+        "weights": "refit",
+    },
+    "1-swap on F, refitted": {"solver": "swap", "weights": "refit"},
+    "1-swap on F, trained": {
+        "solver": "swap",
+        "weights": "reconstruct",
+        "reconstruct": {"begin": "refit"},
+    },
+    **{
+        f"{label}, {after}": {"solver": solver, **own}
+        for label, solver in (("Wanda", "wanda"), ("magnitude", "magnitude"), ("random", "random"))
+        for after, own in AFTER.items()
+        if after != "parts trained" or solver != "random"
+    },
+}
+#: label → windows, options of `reconstruct`; windows times epochs are as many
+RECIPES: dict[str, tuple[int, dict[str, Any]]] = {
+    "default": (32, {}),
+    "default, once over 128 windows": (128, {"epochs": 1}),
+    "blocks, relative error": (32, {"loss": "relative"}),
+    "parts, relative error": (32, PARTS),
+    "parts, relative error, once over 128 windows": (128, {**PARTS, "epochs": 1}),
+    "blocks, squared error": (32, {"loss": "square"}),
+    "blocks, squared error, dense inputs, once over 128 windows": (
+        128,
+        {"loss": "square", "inputs": "dense", "epochs": 1},
+    ),
+}
+#: label → other options: masks, and what becomes of the kept weights
+CELLS: dict[str, dict[str, Any]] = {
+    "ADMM, trained": {
+        "solver": "admm",
+        "weights": "reconstruct",
+        "reconstruct": {"begin": "refit"},
+    },
+    "ADMM, refitted": {"solver": "admm", "weights": "refit"},
+    "1-swap, kept": {"solver": "swap"},
+    "SparseGPT": {"solver": "sparsegpt", "weights": "refit", "solver_options": {"update": True}},
+    "Wanda, kept": {"solver": "wanda"},
+    "ADMM, parts trained": {
+        "solver": "admm",
+        "weights": "reconstruct",
+        "reconstruct": {"begin": "refit", **PARTS},
+    },
+}
+#: of them, those of every pattern and budget
+EVERYWHERE = ("ADMM, trained", "ADMM, refitted", "1-swap, kept")
+#: label → other options: who trades, and what errors count
+BUDGETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "rows, alike": {"budget": "layer", "importance": "alike", "spread": 1},
+    "rows, loss": {"budget": "layer", "importance": "loss", "spread": 1},
+    "layers, alike": {"budget": "model", "importance": "alike"},
+    "layers, relative": {"budget": "model", "importance": "relative"},
+    "layers, loss": {"budget": "model", "importance": "loss"},
+    "rows, loss, ± 0.05": {"budget": "layer", "importance": "loss", "spread": 0.05},
+    "rows, loss, ± 0.1": {"budget": "layer", "importance": "loss", "spread": 0.1},
+    "rows, loss, ± 0.2": {"budget": "layer", "importance": "loss", "spread": 0.2},
+    "layers and rows, loss": {"budget": "both", "importance": "loss"},
+    "blocks, measured": {"budget": "model", "importance": "measured"},
+}
+#: other methods' shares of blocks that trade
+SHARES = ("OWL", "DLP")
+#: pattern → which of them
+TRADES: dict[str, tuple[str, ...]] = {
+    "50%": (
+        *("none", "rows, loss", "rows, loss, ± 0.1"),
+        *("layers, loss", "layers and rows, loss", "blocks, measured"),
+    ),
+    "60%": ("none", "layers, loss"),
+    "70%": tuple(BUDGETS),
+}
+TRADING = {
+    "50%": Unstructured(sparsity=0.5),
+    "60%": Unstructured(sparsity=0.6),
+    "70%": Unstructured(sparsity=0.7),
+}
+#: of `distill`
+RATES = (1e-4, 3e-4, 1e-3)
+SIZES = (4, 8, 16, 32, 64, 128, 256)
+SHRINK = (0.0, 0.1, 0.3)
+#: pattern and windows, where masks may be fitted too closely
+SCARCE: dict[str, tuple[Pattern, int]] = {
+    "70%": (Unstructured(sparsity=0.7), 16),
+    "2:4": (NM(keep=2, of=4), 16),
+    "50%, 4 windows": (Unstructured(sparsity=0.5), 4),
+    "50%, 32 windows": (Unstructured(sparsity=0.5), 32),
+}
+#: most swaps of a row
+STOPS = (0, 10, 40, 160, None)
+#: windows beside those that masks are fitted to, to tell held-out errors
+HELD = 8
+
+
+class Case(NamedTuple):
+    """A prune of a model, and how its evaluations are called, by what their windows begin with.
+
+    `shares` names another method, which says how much each block prunes; `masks_alone` puts the masks onto
+    the dense model's weights afterwards; `distilled` has options of `distill_model`, where kept weights are
+    trained together afterwards.
+    """
+
+    options: dict[str, Any]
+    keys: dict[str, str]
+    shares: str | None = None
+    masks_alone: bool = False
+    distilled: dict[str, Any] | None = None
+
+
+def calibrated(fitted: int) -> dict[str, Any]:
+    """On so many windows, HELD more kept aside."""
+    return {"samples": fitted + HELD, "holdout": (HELD + 0.5) / (fitted + HELD)}
+
+
+def methods(name: str) -> Iterator[Case]:
+    for pattern, value in PATTERNS.items():
+        for label, (solver, start) in METHODS.items():
+            how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
+            yield Case(how, {"auto": f"methods/{name}/{pattern}/{label}"})
+
+
+def weights(name: str) -> Iterator[Case]:
+    for pattern, value in {**PATTERNS, "70%": Unstructured(sparsity=0.7)}.items():
+        for label, (solver, start, after, budget, own) in WEIGHTS.items():
+            if pattern not in ONLY.get(label, (pattern,)) or (
+                budget == "layer" and isinstance(value, NM)
+            ):
+                continue
+            how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
+            how |= {"weights": after, "budget": budget, **own}
+            yield Case(how, {"auto": f"weights/{name}/{pattern}/{label}"})
+
+
+def draws(name: str) -> Iterator[Case]:
+    for seed in DRAWS:
+        for label in DRAWN:
+            solver, _, after, _, own = WEIGHTS[label]
+            how = {"sparsity": 0.5, **calibrated(32), "seed": seed, "solver": solver}
+            yield Case({**how, "weights": after, **own}, {"auto": f"draws/{name}/{seed}/{label}"})
+
+
+def trained(name: str) -> Iterator[Case]:
+    for label, own in TRAINED.items():
+        how = {"sparsity": 0.5, **calibrated(32), **own}
+        yield Case(how, {"auto": f"trained/{name}/{label}"})
+        # next to it: one prune does for both
+        if label == "1-swap on F, refitted":
+            yield Case(how, {"auto": f"trained/{name}/1-swap on F, kept"}, masks_alone=True)
+
+
+def recipes(name: str) -> Iterator[Case]:
+    for label, (fitted, own) in RECIPES.items():
+        how = {"sparsity": 0.5, **calibrated(fitted), "solver": "swap", "weights": "reconstruct"}
+        yield Case({**how, "reconstruct": own}, {"auto": f"recipes/{name}/{label}"})
+
+
+def budgets(name: str) -> Iterator[Case]:
+    for label, pattern in TRADING.items():
+        for trade in TRADES[label]:
+            how = {"pattern": pattern, **calibrated(32), **BUDGETS[trade]}
+            yield Case(how, {"auto": f"budgets/{name}/{label}/{trade}"})
+    for method in SHARES:
+        how = {"pattern": TRADING["70%"], **calibrated(32), "budget": "model"}
+        yield Case(how, {"auto": f"budgets/{name}/70%/blocks, {method}"}, method)
+
+
+def cells(name: str) -> Iterator[Case]:
+    for label, pattern in TRADING.items():
+        for trade in ("layers, loss", "none", "rows, loss, ± 0.1"):
+            yield from (cell(name, label, pattern, trade, weights) for weights in EVERYWHERE)
+    for weights in ("ADMM, refitted", "1-swap, kept"):
+        yield cell(name, "50%", TRADING["50%"], "rows, loss", weights)
+    two = NM(keep=2, of=4)
+    yield from (cell(name, "2:4", two, "none", weights) for weights in EVERYWHERE)
+    yield cell(name, "50%", TRADING["50%"], "none", "Wanda, kept")
+    others = cell(name, "50%", TRADING["50%"], "none", "SparseGPT")
+    yield from (others, distilled(others))
+    half = cell(name, "50%", TRADING["50%"], "none", "ADMM, trained")
+    yield distilled(half, ", other windows", seed=1)
+    best: dict[str, tuple[Pattern, str]] = {
+        "50%": (TRADING["50%"], "layers, loss"),
+        "2:4": (two, "none"),
+    }
+    for label, how in best.items():
+        yield distilled(cell(name, label, *how, "ADMM, trained"), ", other windows", seed=1)
+        by_parts = cell(name, label, *how, "ADMM, parts trained")
+        yield from (by_parts, distilled(by_parts, ", other windows", seed=1))
+        if label == "50%":
+            yield distilled(by_parts)
+
+
+def distilled(one: Case, windows: str = "", seed: int = 0) -> Case:
+    """The same, its kept weights trained together afterwards; on the same windows if `seed` is theirs."""
+    how = windows_of(one.options)
+    key = f"{one.keys['auto']}, distilled{windows}"
+    return Case(one.options, {"auto": key}, distilled={**how, "epochs": 2, "seed": seed})
+
+
+def windows_of(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("samples", "holdout")}
+
+
+def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
+    how = {"pattern": pattern, **calibrated(64), **BUDGETS[trade], **CELLS[weights]}
+    return Case(how, {"auto": f"cells/{name}/{label}/{trade}/{weights}"})
+
+
+def rates(name: str) -> Iterator[Case]:
+    """The same model, trained as a whole at several rates."""
+    blocks = {"sparsity": 0.5, **calibrated(32), **TRAINED["1-swap, trained"]}
+    for rate in RATES:
+        how = {**windows_of(blocks), "epochs": 2, "seed": 1, "learning_rate": rate}
+        yield Case(blocks, {"auto": f"rates/{name}/{rate}"}, distilled=how)
+
+
+def bos(name: str) -> Iterator[Case]:
+    for begin in ("never", "auto"):
+        keys = {judged: f"bos/{name}/{begin}/{judged}" for judged in ("never", "auto")}
+        yield Case({"sparsity": 0.5, **calibrated(32), "bos": begin}, keys)
+
+
+def target(name: str) -> Iterator[Case]:
+    for label in ("pruned", "dense"):
+        how = {"sparsity": 0.5, **calibrated(32), "target": label}
+        yield Case(how, {"auto": f"target/{name}/{label}"})
+
+
+def weighting(name: str) -> Iterator[Case]:
+    for label in WEIGHTINGS:
+        how = {"sparsity": 0.5, **calibrated(32), "weighting": label}
+        yield Case(how, {"auto": f"weighting/{name}/{label}"})
+
+
+def sizes(name: str) -> Iterator[Case]:
+    for size in SIZES:
+        how = {"sparsity": 0.5, **calibrated(size)}
+        yield Case(how, {"auto": f"sizes/{name}/{size}"})
+
+
+def shrink(name: str) -> Iterator[Case]:
+    for label, (pattern, size) in SCARCE.items():
+        for alpha in (*SHRINK, "auto"):
+            how = {"pattern": pattern, **calibrated(size), "shrink": alpha}
+            yield Case(how, {"auto": f"shrink/{name}/{label}/{alpha}"})
+
+
+def stopping(name: str) -> Iterator[Case]:
+    for most in STOPS:
+        how = {"sparsity": 0.5, **calibrated(16), "solver": "swap", "warm_start": "wanda"}
+        how |= {"solver_options": {"max_swaps": most}}
+        yield Case(how, {"auto": f"stopping/{name}/{'all' if most is None else most}"})
+
+
+STUDIES = {
+    "methods": methods,
+    "weights": weights,
+    "draws": draws,
+    "trained": trained,
+    "recipes": recipes,
+    "budgets": budgets,
+    "cells": cells,
+    "rates": rates,
+    "bos": bos,
+    "target": target,
+    "weighting": weighting,
+    "sizes": sizes,
+    "shrink": shrink,
+    "stopping": stopping,
+}
