@@ -18,10 +18,17 @@ from maskopt.errors import OptionError, ProblemError
 FORMAT = "maskopt-1"
 #: what the operating system says where a disk is full
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: weights, where there is a config.json; safetensors files are weights in any folder
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 
 
-def check_writable(path: Path) -> None:
-    """Raise OptionError where no file of that name can be written, before there is something to write."""
+def check_writable(path: Path, *, overwrite: bool | None, **inputs: Any) -> None:
+    """Raise OptionError where a file must not or cannot be written, before there is something to write.
+
+    Args:
+        overwrite: an existing file may be replaced, unless it belongs to a model. None: the file grows.
+        inputs: what the command reads, by what it is called. Only paths count.
+    """
     folder = path.absolute().parent
     if not folder.is_dir():
         raise OptionError(f"{path.parent}: no such folder")
@@ -29,6 +36,30 @@ def check_writable(path: Path) -> None:
         raise OptionError(f"{path}: is a folder; name a file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OptionError(f"{path.parent}: cannot be written to")
+    for name, given in inputs.items():
+        if isinstance(given, str | Path) and same_file(path, given):
+            raise OptionError(f"{path} is the {name} itself; name another file for the output")
+    if overwrite is None or not path.exists():
+        return
+    # of a link, where it lies and where it leads to: not every writer replaces the link itself
+    if any(map(_holds_model, {folder, Path(os.path.realpath(path)).parent})):
+        raise OptionError(f"{path}: is a file of a model folder; name a file in another folder")
+    if not overwrite:
+        raise OptionError(f"{path} exists; pass `overwrite` to replace it")
+
+
+def same_file(one: str | Path, other: str | Path) -> bool:
+    """Do two paths lead to the same file or folder? Links and bind mounts are noticed."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):  # one does not exist, or is no path
+        return False
+
+
+def _holds_model(folder: Path) -> bool:
+    names = os.listdir(folder)
+    weights = (".safetensors", *(_OTHER_WEIGHTS if "config.json" in names else ()))
+    return any(name.endswith(weights) for name in names)
 
 
 @contextmanager

@@ -129,7 +129,7 @@ class _Kept:
     """Rows that are done, each a file of its own, beside the file that all of them are for."""
 
     def __init__(self, output: Path) -> None:
-        check_writable(output)
+        check_writable(output, overwrite=True)
         self.output = output
         self.folder = output.with_name(output.name + ".rows")
 

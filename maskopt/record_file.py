@@ -40,7 +40,7 @@ class RecordFile:
         self.path = Path(path)
         self.kind = kind
         self.grows = self.path.suffix == ".jsonl"
-        check_format(self.path)
+        check_format(self.path, overwrite=True)
 
     def held(self) -> dict[str, Any]:
         """What a file that is to grow holds, by key; of a table nothing.
@@ -92,12 +92,11 @@ def _alone(path: Path) -> Iterator[None]:
                 lock.unlink(missing_ok=True)
 
 
-def check_format(path: Path) -> None:
+def check_format(path: Path, *, overwrite: bool) -> None:
     """Raise OptionError where the ending is no table format, or its package is missing, or somebody else's
     file would be replaced. (A JSONL file grows, and is read first.)"""
     if path.suffix not in FORMATS:
         raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
-    check_writable(path)
     begin = _BEGIN.get(path.suffix, b"")
     if path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:
@@ -105,6 +104,7 @@ def check_format(path: Path) -> None:
                 raise OptionError(
                     f"{path}: is there, and no table of this command; name another file"
                 )
+    check_writable(path, overwrite=None if path.suffix == ".jsonl" else overwrite)
     if path.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401

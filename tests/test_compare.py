@@ -279,7 +279,7 @@ def test_what_cannot_be_written_is_told_beforehand(name, layer, tmp_path):
     (tmp_path / "folder").mkdir()
     target = tmp_path / name
     with pytest.raises(OptionError, match=r"a folder; name a file|no such folder"):
-        check_writable(target)
+        check_writable(target, overwrite=False)
     rows = sample_rows([layer], 1, columns=6)
     with pytest.raises(OptionError, match=r"a folder; name a file|no such folder|write one of"):
         compare(rows, ["wanda"], output=target)
@@ -336,9 +336,40 @@ def test_a_table_of_somebody_elses_is_not_replaced(command, layer, tmp_path):
     said = run(name, tmp_path / "layer.npz", *more, "--output", out, fails=OptionError)
     assert "no table of this command" in said
     assert out.read_text() == "my,own,data\n"
-    for _ in range(2):
-        run(name, tmp_path / "layer.npz", *more, "--output", tmp_path / "out.csv")
+    words = [name, tmp_path / "layer.npz", *more, "--output", tmp_path / "out.csv"]
+    run(*words)
+    written = (tmp_path / "out.csv").read_bytes()
+    assert "exists; pass --overwrite" in run(*words, fails=OptionError)
+    assert (tmp_path / "out.csv").read_bytes() == written
+    run(*words, "--overwrite")
     assert (tmp_path / "out.csv").read_text().startswith("instance,")
+    for _ in range(2):  # such a file grows
+        run(*words[:-1], tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_files_of_a_model_are_never_replaced(weights, layer, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in (weights, "config.json", "t.csv"):
+        (model / name).write_text("instance,")
+    layer.save(tmp_path / "layer.npz")
+    (link := tmp_path / "link").symlink_to(model / weights)
+    for name in (weights, "config.json", "t.csv"):
+        for overwrite in (False, True):
+            for path in (model / name, link):
+                with pytest.raises(
+                    OptionError, match="is a file of a model folder; name a file in"
+                ):
+                    check_writable(path, overwrite=overwrite)
+    for command in ("solve", "prove"):
+        words = [command, tmp_path / "layer.npz", "--output", model / "config.json", "--overwrite"]
+        assert "is a file of a model folder" in run(*words, fails=OptionError)
+    words = ["compare", tmp_path / "layer.npz", "--solvers", "swap", "--output", model / "t.csv"]
+    assert "is a file of a model folder" in run(*words, "--overwrite", fails=OptionError)
+    assert (model / weights).read_text() == "instance,"
+    (model / weights).unlink()  # then it is no model
+    check_writable(model / "t.csv", overwrite=True)
 
 
 def test_an_option_that_takes_a_function_is_none_of_a_command(layer, tmp_path):

@@ -203,12 +203,19 @@ def test_figures_are_told_before_they_are_written(
         patch.setattr("maskopt.model.evaluate.evaluate", None)  # nothing is walked
         assert "is a folder; name a file" in run(*asked, tmp_path / "folder", fails=OptionError)
         assert "no such folder" in run(*asked, tmp_path / "none" / "a.json", fails=OptionError)
+        (tmp_path / "b.json").write_text("mine")
+        assert "exists; pass --overwrite" in run(*asked, tmp_path / "b.json", fails=OptionError)
+        for name in ("config.json", "model.safetensors"):
+            said = run(*asked, dense / name, "--overwrite", fails=OptionError)
+            assert "is a file of a model folder" in said
+        said = run(*asked, tmp_path / "t.npy", "--overwrite", fails=OptionError)
+        assert "is the text itself" in said
 
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("maskopt.cli.evaluate.atomic_write", full)
-    words = [str(word) for word in (*asked, tmp_path / "a.json")]
+    words = [str(word) for word in (*asked, tmp_path / "b.json", "--overwrite")]
     result = CliRunner().invoke(app, words)
     assert isinstance(result.exception, OSError)
     assert "perplexity" in result.output

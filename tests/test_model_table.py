@@ -366,6 +366,9 @@ def test_the_command(models: list[Path], texts: tuple[Path, Path], tmp_path: Pat
     assert len(output.read_text().splitlines()) == 3
     refused = CliRunner().invoke(app, [*map(str, command), "--page", str(tmp_path / "no" / "x.md")])
     assert isinstance(refused.exception, OptionError)
+    there = CliRunner().invoke(app, list(map(str, command)))
+    assert "table.md exists; pass --overwrite" in str(there.exception)
+    command.append("--overwrite")
     missing = CliRunner().invoke(app, [*map(str, command), "--methods", ""])
     assert "one of --patterns and one of --methods" in str(missing.exception)
 

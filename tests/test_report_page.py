@@ -42,7 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page(home: Path, out: Path, *arguments: object) -> str:
-    run("report", *arguments, "--output", out / "page.html")
+    run("report", *arguments, "--output", out / "page.html", "--overwrite")
     return (out / "page.html").read_text()
 
 
@@ -179,6 +179,27 @@ def test_what_is_none_is_refused(
 ) -> None:
     assert message in run("report", *(a.format(home=home) for a in arguments), fails=error)
     assert not (home / "report.html").exists()
+
+
+def test_files_are_replaced_where_that_is_said(home: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures"
+    words = ["report", home / "OUT", "--output", tmp_path / "page.html", "--figures", figures]
+    figures.mkdir()
+    (figures / "errors.svg").write_text("mine")
+    said = run(*words, fails=OptionError)
+    assert "errors.svg exists; pass --overwrite" in said
+    assert [file.name for file in figures.iterdir()] == ["errors.svg"]
+    (figures / "errors.svg").unlink()
+    run(*words)
+    assert "page.html exists; pass --overwrite" in run(*words, fails=OptionError)
+    run(*words, "--overwrite")
+    for name in ("model.safetensors", "README.md"):
+        words = ["report", home / "OUT", "--output", home / "OUT" / name, "--overwrite"]
+        assert "is a file of a model folder" in run(*words, fails=OptionError)
+    read = json.loads((home / "eval.json").read_text())
+    words = ["report", home / "OUT", "--eval", home / "eval.json", "--output", home / "eval.json"]
+    assert "is the evaluation itself" in run(*words, "--overwrite", fails=OptionError)
+    assert json.loads((home / "eval.json").read_text()) == read
 
 
 @pytest.mark.parametrize("bad", [{"error": "much"}, {"rows": None}, {"statuses": 3}, {"n": 1.5}])

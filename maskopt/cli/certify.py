@@ -12,8 +12,9 @@ from rich.table import Table
 from maskopt.cli.cells import bound_cells
 from maskopt.cli.console import output
 from maskopt.cli.instances import load_layers, takes_source
-from maskopt.cli.parameters import TEXT_SOURCES, WALK, Calibration, Out, Select, takes
+from maskopt.cli.parameters import TEXT_SOURCES, WALK, Calibration, Out, Overwrite, Select, takes
 from maskopt.cli.view import view
+from maskopt.record_file import check_format
 
 if TYPE_CHECKING:
     from maskopt.certify import GapRecord
@@ -53,10 +54,13 @@ def bound(
     jobs: Jobs = 1,
     select: Select = None,
     out: Out = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Certified lower bounds of rows, beside the masks of a solver."""
     from maskopt.certify import bound_layers
 
+    if out is not None:
+        check_format(out, overwrite=overwrite)
     layers = load_layers(source, options, calibration=calibration, seed=seed, select=select)
     with view() as shown:
         records = bound_layers(
@@ -97,10 +101,13 @@ def certify(
     seed: Annotated[int, typer.Option(min=0, help="Of the sampled rows and the windows.")] = 0,
     jobs: Jobs = 1,
     out: Out = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """How far the masks of a pruned model are from the best possible: certified, full width."""
     from maskopt.certify import certify_model
 
+    if out is not None:
+        check_format(out, overwrite=overwrite)
     if time_limit is None and method == "sdp":
         time_limit = SDP_SECONDS
     with view() as shown:

@@ -11,7 +11,14 @@ from rich.table import Table
 from maskopt.cli.cells import bound_cells
 from maskopt.cli.console import errors, output
 from maskopt.cli.instances import load_layers, takes_source
-from maskopt.cli.parameters import Calibration, Out, Select, option_list, read_solver_options
+from maskopt.cli.parameters import (
+    Calibration,
+    Out,
+    Overwrite,
+    Select,
+    option_list,
+    read_solver_options,
+)
 from maskopt.cli.view import view
 from maskopt.compare import Record, sample_rows
 from maskopt.compare import compare as compare_rows
@@ -40,10 +47,11 @@ def compare(
     seed: Annotated[int, typer.Option(min=0, help="Of the sample and of the solvers.")] = 0,
     select: Select = None,
     out: Out = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Solve the same rows with several solvers: objective, bound, gap, status, time."""
     if out is not None:
-        check_format(out)
+        check_format(out, overwrite=overwrite)
     chosen = with_options(option_list(solvers), option)
     layers = load_layers(source, options, calibration=calibration, seed=seed, select=select)
     sampled = sample_rows(layers.problems, rows, columns=columns, pattern=layers.pattern, seed=seed)

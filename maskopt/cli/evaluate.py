@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from maskopt.cli.console import output
-from maskopt.cli.parameters import TEXT_SOURCES, option_list, takes
+from maskopt.cli.parameters import TEXT_SOURCES, Overwrite, option_list, takes
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
 from maskopt.files import atomic_write, check_writable
@@ -56,6 +56,7 @@ def evaluate(
     file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures there, too.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Perplexity on consecutive windows, and tasks; of several models, on the same ones, and side by side.
 
@@ -67,11 +68,10 @@ def evaluate(
     if text is None and tasks is None:
         raise OptionError("name a `text` for the perplexity, or `tasks`, or both")
     if file is not None:
-        check_writable(file)
+        check_writable(file, overwrite=overwrite, text=text)
     walk = WalkOptions(**options)
-    asked = None
-    if tasks is not None:
-        asked = open_tasks(option_list(tasks), tasks_path, limit=task_limit, batch=task_batch)
+    how: dict[str, Any] = {"limit": task_limit, "batch": task_batch}
+    asked = None if tasks is None else open_tasks(option_list(tasks), tasks_path, **how)
     found = [] if text is None else _perplexities(models, text, walk, windows)
     scores = [] if asked is None else asked.evaluate(models, walk)
     for one in found:

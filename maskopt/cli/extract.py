@@ -11,8 +11,8 @@ import typer
 from maskopt.cli.console import output
 from maskopt.cli.instances import load_layers, takes_source
 from maskopt.cli.parameters import Calibration, Select, option_list
-from maskopt.cli.solve import check_output
 from maskopt.errors import OptionError, SolverError
+from maskopt.files import check_writable
 from maskopt.formats import save_problem
 from maskopt.model.walk_options import name_patterns
 from maskopt.solver import WritesInstances, make_solver
@@ -51,7 +51,7 @@ def extract(
     form = form or destination.suffix.lstrip(".").lower()
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}; one of {', '.join(FORMATS)}")
-    check_output(destination, overwrite, Path(source))
+    check_writable(destination, overwrite=overwrite, instance=source)
     options["include"] += name_patterns(layer)
     found = load_layers([source], options, calibration=calibration, seed=seed, select=select)
     if len(found.problems) != 1:

@@ -10,9 +10,10 @@ import typer
 
 from maskopt.cli.console import output
 from maskopt.cli.parameters import Overwrite, Select, read_solver_options
-from maskopt.cli.solve import check_output, solution_table
+from maskopt.cli.solve import solution_table
 from maskopt.cli.view import view
 from maskopt.errors import VerificationError
+from maskopt.files import check_writable
 from maskopt.formats import load_problem
 from maskopt.limits import Limits, Progress
 from maskopt.prove import prove as library
@@ -46,7 +47,7 @@ def prove(
     then. Rows that are proven are kept: after Ctrl-C the same command goes on. `maskopt check INSTANCE PROOF`
     checks every leaf by itself.
     """
-    check_output(out, overwrite, instance)
+    check_writable(out, overwrite=overwrite, instance=instance, start=start)
     problem = load_problem(instance, select)
     shared, own = limits_of(None, read_solver_options(option))
     begin = Solution.load(Path(start)).mask if start and Path(start).is_file() else start

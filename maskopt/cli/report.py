@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from maskopt.cli.console import output
+from maskopt.cli.parameters import Overwrite
 from maskopt.errors import OptionError
-from maskopt.files import check_writable
 
 
 def report(
@@ -32,6 +32,7 @@ def report(
     figures: Annotated[
         Path | None, typer.Option(help="A folder for the figures as .png and .svg, too.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """One self-contained HTML page: what was done, errors, improvements, a mask, and how to repeat it.
 
@@ -39,11 +40,16 @@ def report(
     """
     from maskopt.report.prune_page import write_report
 
-    check_writable(out)
     if figures is not None and figures.exists() and not figures.is_dir():
         raise OptionError(f"{figures}: is no folder")
     found = write_report(
-        out, folders, evaluation=evaluation, gaps=gaps, picture=picture, figures=figures
+        out,
+        folders,
+        evaluation=evaluation,
+        gaps=gaps,
+        picture=picture,
+        figures=figures,
+        overwrite=overwrite,
     )
     for path in found:
         output.print(f"written: {path}", soft_wrap=True)

@@ -13,7 +13,6 @@ from maskopt.cli.cells import NO_BOUND
 from maskopt.cli.console import INTERRUPTED, output
 from maskopt.cli.parameters import Overwrite, Select, read_solver_options
 from maskopt.cli.view import view
-from maskopt.errors import OptionError
 from maskopt.files import check_writable
 from maskopt.formats import load_problem
 from maskopt.limits import Limits, Progress, parse_bytes
@@ -53,7 +52,7 @@ def solve(
 
     `maskopt verify INSTANCE SOLUTION` re-checks the result.
     """
-    check_output(out, overwrite, instance)
+    check_writable(out, overwrite=overwrite, instance=instance)
     problem = load_problem(instance, select)
     shared, own = limits_of(None, read_solver_options(option))
     backend = make_solver(solver, **own)
@@ -66,15 +65,6 @@ def solve(
     output.print(f"written: {out}", soft_wrap=True)
     if solution.trace.interrupted:
         raise typer.Exit(INTERRUPTED)
-
-
-def check_output(out: Path, overwrite: bool, source: Path | None = None) -> None:
-    """Raise OptionError where nothing can, or should, be written there; never over the source."""
-    if source is not None and out.exists() and source.exists() and out.samefile(source):
-        raise OptionError(f"{out} is the instance itself; name another file for the output")
-    if out.exists() and not overwrite:
-        raise OptionError(f"{out} exists; pass --overwrite to replace it")
-    check_writable(out)
 
 
 def solve_shown(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from maskopt.cli.console import errors, output
-from maskopt.cli.parameters import ALL, TEXT_SOURCES, option_list, takes
+from maskopt.cli.parameters import ALL, TEXT_SOURCES, Overwrite, option_list, takes
 from maskopt.cli.view import view
 from maskopt.files import check_writable
 from maskopt.model.options import OF_A_CELL
@@ -33,6 +33,7 @@ def table(
     ] = None,
     windows: Annotated[int | None, typer.Option(help="Take only the first so many.")] = None,
     page: Annotated[Path | None, typer.Option(help="Write the tables there, as Markdown.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """The tables of the paper: perplexity, and errors below the start's, by kind of layer and block.
 
@@ -44,7 +45,7 @@ def table(
     from maskopt.report.paper import perplexity_tables, write_paper_page
 
     if page is not None:
-        check_writable(page)
+        check_writable(page, overwrite=overwrite, calibration=calibration, text=text)
     try:
         with view() as shown:
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError
+from maskopt.files import check_writable
 from maskopt.model.job import open_job
 from maskopt.model.journal import append_line, read_journal
 from maskopt.model.options import OF_A_CELL, PruneOptions
@@ -185,7 +186,7 @@ def make_table(
             and finished blocks of the one that was under way, are kept for the same call to go on with.
     """
     path = Path(output)
-    _check_place(path)
+    check_writable(path, overwrite=None, calibration=calibration, text=text)
     chosen = list(_choices(patterns, methods, options))
     evaluation = {name: value for name, value in options.items() if name in EVALUATION}
     wanted = [
@@ -383,13 +384,6 @@ def _cell(line: dict[str, Any], where: str) -> Cell:
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ModelError(f"{where}: no cell of a table that this version reads") from None
-
-
-def _check_place(path: Path) -> None:
-    if path.is_dir():
-        raise OptionError(f"{path}: is a folder; name a file of JSON lines")
-    if not path.absolute().parent.is_dir():
-        raise OptionError(f"{path.parent}: no such folder")
 
 
 def _teller(tell: OnCell, number: int, cells: int, name: str) -> Callable[[str, int, int], None]:

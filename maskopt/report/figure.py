@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskopt.errors import OptionError
+from maskopt.files import atomic_write
 from maskopt.report.table import Table
 
 if TYPE_CHECKING:
@@ -61,11 +62,16 @@ class Figure:
             f"<details><summary>The numbers</summary>{self.numbers.grid()}</details>"
         )
 
+    def files(self, folder: Path) -> list[Path]:
+        """What `save` writes."""
+        return [folder / f"{self.name}.{kind}" for kind in ("png", "svg")]
+
     def save(self, folder: Path) -> list[Path]:
         """As PNG and SVG, on white."""
-        paths = [folder / f"{self.name}.{kind}" for kind in ("png", "svg")]
+        paths = self.files(folder)
         for path in paths:
-            self._save(path, path.suffix[1:], transparent=False)
+            with atomic_write(path) as file:
+                self._save(file, path.suffix[1:], transparent=False)
         return paths
 
     def _save(self, target: Any, kind: str, *, transparent: bool) -> None:

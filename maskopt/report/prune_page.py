@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import OptionError
+from maskopt.files import check_writable
 from maskopt.model.again import command_again
 from maskopt.model.blocks import short
 from maskopt.model.maskfile import MaskFile
@@ -87,6 +88,7 @@ def write_report(
     gaps: Path | None = None,
     picture: str | None = None,
     figures: Path | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write the page, and the figures by themselves where a folder is named; all that was written.
 
@@ -97,8 +99,9 @@ def write_report(
         picture: name of the tensor whose mask is shown; default: the first one of the first folder.
 
     Raises:
-        MaskoptError: a file that is none of these; matplotlib is not there.
+        MaskoptError: a file that is none of these, or that must not be replaced; matplotlib is not there.
     """
+    check_writable(path, overwrite=overwrite, evaluation=evaluation, gaps=gaps)
     pruned = Pruned.open_all(outs)
     tables = [] if evaluation is None else [_perplexities(_records(evaluation, whole=True))]
     last = [] if gaps is None else [_gaps(_records(gaps, whole=False))]
@@ -107,7 +110,11 @@ def write_report(
     if figures is not None:
         with plain_errors(figures):
             figures.mkdir(parents=True, exist_ok=True)
-            files = [f for part in parts if isinstance(part, Figure) for f in part.save(figures)]
+        drawn = [part for part in parts if isinstance(part, Figure)]
+        for file in (file for part in drawn for file in part.files(figures)):
+            check_writable(file, overwrite=overwrite)
+        with plain_errors(figures):
+            files = [file for part in drawn for file in part.save(figures)]
     write_page(path, "What maskopt pruned: " + ", ".join(one.name for one in pruned), parts)
     return [path, *files]
 
