@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.compare import Record, compare, sample_rows
-from maskopt.errors import ModelError
 from maskopt.model.blocks import short
 from maskopt.model.demo_model import DemoModel, demo_model, find_demo_model
 from maskopt.model.demo_text import demo_text
@@ -22,6 +21,7 @@ from maskopt.model.problems import layer_problems
 from maskopt.model.progress import BlockProgress
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
+from maskopt.model.workspace import check_output
 from maskopt.report import Table, number, write_page
 from maskopt.report.page import Section
 from maskopt.report.prune_page import Pruned, report_parts
@@ -33,6 +33,9 @@ TOY_LAYERS = (
     "model.layers.4.mlp.down_proj",
 )
 TOY_SOLVERS = ("magnitude", "wanda", "ria", "swap", "scip")
+
+#: solver, start and folder of each prune
+_PRUNES = (("wanda", None, "wanda"), ("swap", "wanda", "model"))
 
 #: called with (what is going on, done, total)
 OnStage = Callable[[str, int, int], None]
@@ -74,13 +77,16 @@ def run_demo(
         time_limit: seconds that SCIP gets a toy row.
 
     Raises:
-        ModelError: output exists and is not empty (unless `overwrite`); the demo's packages miss.
+        ModelError: output holds something (unless `overwrite`, and the demo wrote it); the demo's packages
+            are missing.
     """
     began = time.perf_counter()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
-        raise ModelError(
-            f"{output} exists and is not empty; choose another `output`, or `overwrite`"
-        )
+    places = [place for _, _, place in _PRUNES]
+    report = output / "report.html"
+    ours = places if not (output / places[-1]).exists() else [*places, report.name]
+    check_output(output, overwrite=overwrite, resume=False, own=ours)
+    for place in places:
+        check_output(output / place, overwrite=overwrite, resume=False)
     about = find_demo_model(model)
     on_stage(f"converting {about.title} (once)", 0, 1)
     folder = demo_model(model)
@@ -90,7 +96,7 @@ def run_demo(
 
     values = {"dense": _perplexity("dense", folder, seq_len, windows, on_stage)}
     prunes: dict[str, PruneReport] = {}
-    for solver, start, place in (("wanda", None, "wanda"), ("swap", "wanda", "model")):
+    for solver, start, place in _PRUNES:
         prunes[solver] = prune_model(
             folder,
             sparsity=sparsity,
@@ -110,8 +116,8 @@ def run_demo(
         error_table(prunes["swap"], sparsity, blocks),
         perplexity_table(values, prunes, windows, seq_len),
     ]
-    _write_report(output / "report.html", about, output / "model", tables)
-    return DemoResult(tables, output / "report.html", output / "model", time.perf_counter() - began)
+    _write_report(report, about, output / "model", tables)
+    return DemoResult(tables, report, output / "model", time.perf_counter() - began)
 
 
 def _perplexity(name: str, model: Path, seq_len: int, windows: int, on_stage: OnStage) -> float:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import NM, prune_model
 from maskopt.certify import certify_model
-from maskopt.errors import VerificationError
+from maskopt.errors import ModelError, VerificationError
 from maskopt.model.card import hub_name
 from maskopt.model.pack import pack, unpack_folder
 from maskopt.model.verify import verify_output
@@ -149,13 +149,13 @@ def test_several_licences_are_all_named(tmp_path: Path) -> None:
     assert "Licence: that of the original holds: mit, apache-2.0." in ours.text
 
 
-def test_a_card_that_is_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+def test_a_card_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere.md").write_text(CARD)
     model = dense(tmp_path / "dense", None)
     (model / "README.md").symlink_to(tmp_path / "elsewhere.md")
-    out = pruned(model, tmp_path / "out")
-    assert "mine" not in (out / "README.md").read_text()
-    assert not (out / "README-original.md").exists()
+    with pytest.raises(ModelError, match=r"README\.md: is a link out of the model folder"):
+        pruned(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interruption_between_the_cards_and_the_end_leaves_the_same_bytes(

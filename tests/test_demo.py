@@ -71,7 +71,7 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
 def test_an_output_that_is_not_empty_is_refused_before_anything_starts(tmp_path):
     (tmp_path / "file").write_text("mine")
     stages = []
-    with pytest.raises(ModelError, match="overwrite"):
+    with pytest.raises(ModelError, match="is not empty"):
         run_demo(tmp_path, on_stage=lambda *stage: stages.append(stage))
     assert stages == []
     assert (tmp_path / "file").read_text() == "mine"

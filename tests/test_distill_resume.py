@@ -21,7 +21,7 @@ from maskopt.model import output, training
 from maskopt.model.distill_output import RECORD
 from maskopt.model.journal import Journal
 from maskopt.model.training_state import FolderKeeper
-from maskopt.model.workspace import HIDDEN, JOURNAL
+from maskopt.model.workspace import CARD, HIDDEN, JOURNAL, earlier_files
 
 #: 24 windows are fitted, so that an epoch has twelve steps
 WINDOWS = tokens(32)
@@ -213,6 +213,14 @@ def test_what_cannot_be_gone_on_with(given: Given, tmp_path: Path) -> None:
     distill_model(pruned, dense, WINDOWS, output=out, resume=True, **HOW)
     assert files(out) == whole
     refused(r"holds the result of another run: options\.batch was 2, is 3", batch=3)
+    assert earlier_files(out) == {file.name for file in out.iterdir()}
+    (weights, *_) = sorted(out.glob("*.safetensors"))
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-7])
+    refused(f"{weights.name} was changed since .*; `overwrite`")
+    weights.write_bytes(good)
+    (out / CARD).write_text("edited")
+    distill_model(pruned, dense, WINDOWS, output=out, resume=True, **HOW)
     edit_json(out / RECORD, lambda record: record.pop("after"))
     refused("is damaged; start over with `overwrite`")
 

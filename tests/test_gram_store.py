@@ -385,6 +385,12 @@ def test_a_sweep_is_its_prunes_and_goes_on_where_it_was(tmp_path: Path) -> None:
     again, _ = sweep(dense, tmp_path / "grams", tmp_path / "sweep", **how)
     assert [one.report.sparsity for one in again] == [one.report.sparsity for one in found]
     assert before == {p: p.stat().st_mtime_ns for p in before}
+    (weights,) = again[1].output.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(
+        ModelError, match=r"0\.5-swap-refit: .*safetensors was changed .*`overwrite`"
+    ):
+        sweep(dense, tmp_path / "grams", tmp_path / "sweep", **how)
     with pytest.raises(OptionError, match="nothing is swept"):
         sweep(dense, tmp_path / "grams", tmp_path / "none", patterns=[])
 

@@ -41,6 +41,11 @@ def test_prune_verify_eval_apply_extract(dense: Path, text: Path, tmp_path: Path
     assert "perplexity" in run("eval", out, "--text", text, "--seq-len", 32, "--windows", 3)
     masks = tmp_path / "masks.safetensors"
     assert "masks of 21 tensors" in run("extract-masks", out, "--output", masks)
+    words = ["extract-masks", out, "--output"]
+    assert "exists; pass --overwrite" in run(*words, text, fails=OptionError)
+    for name in ("maskopt-masks.bits", "config.json"):
+        said = run(*words, out / name, "--overwrite", fails=OptionError)
+        assert "is a file of a model folder" in said
     weights = {file.name for file in out.glob("*.safetensors")}
     assert weights == {file.name for file in dense.glob("*.safetensors")}  # servers load them all
     run("apply", dense, out / "maskopt-masks.bits", "--output", tmp_path / "again")

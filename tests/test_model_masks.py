@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import save, tiny
 
-from maskopt.errors import ModelError, VerificationError
+from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.model.maskfile import TensorMask, join_masks, read_masks, write_masks
 from maskopt.model.output import apply_masks, extract_masks
 from maskopt.model.verify import verify_output
@@ -53,17 +53,18 @@ def test_apply_makes_the_same_model(
 def test_masks_are_extracted_and_applied_again(
     dense_folder: Path, pruned_folder: Path, tmp_path: Path
 ) -> None:
-    sparsities = extract_masks(pruned_folder, tmp_path / "masks.safetensors")
+    sparsities = extract_masks(pruned_folder, tmp_path / "masks.bits")
     assert len(sparsities) == 21
     ours, theirs = (
         dict(read_masks(pruned_folder / MASKS)),
-        dict(read_masks(tmp_path / "masks.safetensors")),
+        dict(read_masks(tmp_path / "masks.bits")),
     )
     for name, mask in ours.items():
         assert torch.equal(mask.kept, theirs[name].kept)
         assert mask.input_axis == theirs[name].input_axis
-    with pytest.raises(ModelError, match="`overwrite`"):
-        extract_masks(pruned_folder, tmp_path / "masks.safetensors")
+    with pytest.raises(OptionError, match="`overwrite`"):
+        extract_masks(pruned_folder, tmp_path / "masks.bits")
+    extract_masks(pruned_folder, tmp_path / "masks.bits", overwrite=True)
 
 
 def test_masks_to_where_nothing_can_be_written(

@@ -1,4 +1,5 @@
-"""`overwrite` replaces: what is in the folder afterwards is the new result and nothing of the earlier one."""
+"""`overwrite` replaces an earlier result and nothing else: afterwards the folder holds the new result alone,
+and files that no run has written, or that a run reads, are never lost."""
 
 from __future__ import annotations
 
@@ -6,18 +7,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from commands import run
 from test_model_resume import contents
 from tiny_models import chat_tokenizer, save, tiny, tokens
 
 from maskopt import prune_model, shrink_model
-from maskopt.errors import ModelError
+from maskopt.demo import run_demo
+from maskopt.errors import MaskoptError, ModelError
 from maskopt.model.gram_store import collect_grams
 from maskopt.model.output import apply_masks
 from maskopt.model.pack import pack, unpack_folder
+from maskopt.model.remove_blocks import remove_blocks
 from maskopt.model.verify import verify_output
 from maskopt.model.verify_smaller import verify_smaller
-from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS
+from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS, check_inputs, earlier_files
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 
@@ -30,28 +35,210 @@ def models(home: Path) -> tuple[Path, Path]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def test_a_prune_over_that_of_another_model(tmp_path: Path) -> None:
     chatty, plain = models(tmp_path)
     prune_model(chatty, tokens(6), output=tmp_path / "out", **OPTIONS)
-    (tmp_path / "out" / "notes.md").write_text("mine")
     prune_model(plain, tokens(6), output=tmp_path / "out", overwrite=True, **OPTIONS)
     prune_model(plain, tokens(6), output=tmp_path / "fresh", **OPTIONS)
-    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
-    found = contents(tmp_path / "out")
-    assert found.keys() == {*contents(tmp_path / "fresh"), "notes.md"}
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "fresh").keys()
     verify_output(tmp_path / "out", plain)
 
 
-def test_over_a_model_that_has_no_manifest(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "adapter_config.json", "results.bits", "merges.txt", "maskopt-x", "x/y"],
+)
+def test_a_file_that_no_run_has_written_is_never_deleted(name: str, tmp_path: Path) -> None:
+    _, plain = models(tmp_path)
+    out = tmp_path / "out"
+    prune_model(plain, tokens(6), output=out, **OPTIONS)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    before = files(out)
+    with pytest.raises(
+        ModelError, match="does not list 1 of the files and folders there: "
+    ) as caught:
+        prune_model(plain, tokens(6), output=out, overwrite=True, **OPTIONS)
+    assert f": {name.split('/')[0]};" in str(caught.value)
+    assert files(out) == before
+
+
+def test_a_model_without_a_manifest_is_never_replaced(tmp_path: Path) -> None:
     chatty, plain = models(tmp_path)
-    (chatty / "notes.md").write_text("mine")
-    (chatty / "vocab.txt").write_text("of an older tokenizer")
-    prune_model(plain, tokens(6), output=chatty, overwrite=True, **OPTIONS)
-    prune_model(plain, tokens(6), output=tmp_path / "fresh", **OPTIONS)
-    assert contents(chatty).keys() == {*contents(tmp_path / "fresh"), "notes.md"}
+    before = files(chatty)
+    count = len(before)
+    with pytest.raises(
+        ModelError, match=rf"does not list {count} of .*: chat_template\.jinja,.*, …"
+    ):
+        prune_model(plain, tokens(6), output=chatty, overwrite=True, **OPTIONS)
+    for damaged in ("{", '{"files": [["config.json"]]}', "[]"):
+        (chatty / MANIFEST).write_text(damaged)
+        with pytest.raises(ModelError, match="does not list"):
+            prune_model(plain, tokens(6), output=chatty, overwrite=True, **OPTIONS)
+    (chatty / MANIFEST).unlink()
+    assert files(chatty) == before
+
+
+def test_every_command_knows_all_files_of_its_result(tmp_path: Path) -> None:
+    chatty, _ = models(tmp_path)
+    data, out = tokens(6), {name: tmp_path / f"of-{name}" for name in "abcdefgh"}
+    prune_model(chatty, data, output=out["a"], **OPTIONS)
+    prune_model(tiny("llama"), data, output=out["b"], **OPTIONS)
+    shrink_model(chatty, data, output=out["c"], channels=0.5, solver="wanda")
+    remove_blocks(chatty, data, output=out["d"], count=1, windows=2)
+    collect_grams(chatty, data, output=out["e"])
+    apply_masks(chatty, out["a"] / MASKS, out["f"])
+    pack(out["a"], out["g"])
+    unpack_folder(out["g"], out["h"])
+    for folder in out.values():
+        assert earlier_files(folder) == {file.name for file in folder.iterdir()}, folder
+    again = files(out["f"])
+    apply_masks(chatty, out["a"] / MASKS, out["f"], overwrite=True)
+    assert files(out["f"]) == again
+
+
+COMMANDS = [
+    ["prune", "{dense}", "--sparsity", "0.5", "--calibration", "{text}"],
+    ["shrink", "{dense}", "--channels", "0.5", "--calibration", "{text}"],
+    ["shrink", "{dense}", "--blocks", "1", "--calibration", "{text}"],
+    ["gram", "{dense}", "--calibration", "{text}"],
+    ["distill", "{pruned}", "--teacher", "{dense}", "--calibration", "{text}"],
+    ["apply", "{dense}", "{pruned}/maskopt-masks.bits"],
+    ["pack", "{pruned}"],
+    ["unpack", "{packed}"],
+    ["sweep", "{dense}", "--grams", "{grams}", "--sparsity", "0.5"],
+    ["demo"],
+]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the commands read; nobody may change it."""
+    home = tmp_path_factory.mktemp("given")
+    found = {name: home / name for name in ("dense", "pruned", "packed", "grams")}
+    save(tiny("llama"), found["dense"])
+    found["text"] = home / "text.npy"
+    np.save(found["text"], tokens(6).numpy())
+    prune_model(found["dense"], tokens(6), output=found["pruned"], **OPTIONS)
+    pack(found["pruned"], found["packed"])
+    collect_grams(found["dense"], tokens(6), output=found["grams"])
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: "-".join(command[::2][:2]))
+def test_the_current_and_the_home_folder_are_no_outputs(
+    command: list[str], given: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "work" / "here"
+    home.mkdir()
+    here.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.chdir(here)
+    (tmp_path / "link").symlink_to(here)
+    words = [word.format(**given) for word in command]
+    for output in ("", ".", str(here), "..", tmp_path / "link", home):
+        said = run(*words, "--output", output, "--overwrite", fails=ModelError)
+        assert "`output`" in said or "--output" in said
+        assert "is empty, or is the current folder, one above it or the home folder" in said
+    assert not [*here.iterdir(), *home.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["dense", "grams", "pruned"])
+def test_another_path_to_an_input_is_noticed(
+    name: str, given: dict[str, Path], tmp_path: Path
+) -> None:
+    """A link stands for a bind mount, too: both are other paths to the same device and inode."""
+    folder = given[name]
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "above").symlink_to(folder.parent)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (weights, *_) = [file for file in folder.iterdir() if file.stat().st_size > 2000]
+    (linked / "x").hardlink_to(weights)
+    outputs = [folder, tmp_path / "link", tmp_path / "above", tmp_path / "above" / name, linked]
+    outputs += [folder / "inside", tmp_path / "link" / "deep" / "inside"]
+    for output in outputs:
+        with pytest.raises(
+            ModelError, match=r"is the input itself, lies in it|of the input itself"
+        ):
+            check_inputs(output, other="hf:c4", tokens=tokens(), the_input=None, input=folder)
+    check_inputs(tmp_path / "out", input=folder)
+    check_inputs(folder.parent / "out", input=folder)
+
+
+@pytest.mark.parametrize(
+    ("command", "output", "what"),
+    [
+        (COMMANDS[0], "dense", "model"),
+        (COMMANDS[1], "dense", "model"),
+        (COMMANDS[2], "dense", "model"),
+        (COMMANDS[3], "dense", "model"),
+        (COMMANDS[4], "pruned", "model"),
+        (COMMANDS[4], "dense", "teacher"),
+        (COMMANDS[5], "dense", "model"),
+        (COMMANDS[5], "pruned", "mask file"),
+        (COMMANDS[6], "pruned", "model"),
+        (COMMANDS[7], "packed", "model"),
+        (["prune", "{dense}", "--sparsity", "0.5", "--grams", "{grams}"], "grams", "grams"),
+        (["plan", "{dense}", "--sparsity", "0.5", "--grams", "{grams}"], "grams", "grams"),
+        ([*COMMANDS[0], "--config", "{pruned}/maskopt-manifest.json"], "pruned", "config file"),
+        (["gram", "{dense}", "--calibration", "{pruned}/README.md"], "pruned", "calibration"),
+        (
+            ["prune", "{dense}", "--sparsity", "0.5", "--calibration", "{pruned}"],
+            "pruned",
+            "calibr",
+        ),
+    ],
+)
+def test_no_input_of_a_run_is_its_output(
+    command: list[str], output: str, what: str, given: dict[str, Path]
+) -> None:
+    before = files(given[output].parent)
+    words = [word.format(**given) for word in command]
+    said = run(*words, "--output", given[output], "--overwrite", fails=MaskoptError)
+    assert f"is the {what}" in said
+    assert "itself, lies in it or holds it" in said
+    assert files(given[output].parent) == before
+
+
+def test_a_sweep_is_not_written_over_its_input(given: dict[str, Path], tmp_path: Path) -> None:
+    before = files(given["dense"].parent)
+    (tmp_path / "0.5-swap-keep").symlink_to(given["grams"])
+    words = [word.format(**given) for word in COMMANDS[8]]
+    said = run(*words, "--output", tmp_path, "--overwrite", fails=ModelError)
+    assert "is the grams itself" in said
+    assert files(given["dense"].parent) == before
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "report.html", "notes.md"])
+def test_a_demo_replaces_what_a_demo_wrote(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ModelError, match=f"does not list 1 of .*: {Path(name).name}"):
+        run_demo(tmp_path, overwrite=True)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_file_that_appears_during_the_run_is_not_replaced(
+    given: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def meanwhile(event: Any) -> None:
+        (out / "README.md").write_text("mine")
+
+    with pytest.raises(ModelError, match=r"does not list 1 of .*: README\.md"):
+        prune_model(given["dense"], tokens(6), output=out, on_progress=meanwhile, **OPTIONS)
+    assert (out / "README.md").read_text() == "mine"
+    with pytest.raises(ModelError, match=r"does not list 1 of .*: README\.md"):
+        prune_model(given["dense"], tokens(6), output=out, resume=True, **OPTIONS)
+    (out / "README.md").unlink()
+    prune_model(given["dense"], tokens(6), output=out, resume=True, **OPTIONS)
+    assert contents(out).keys() == contents(given["pruned"]).keys()
 
 
 def test_other_kinds_of_results_over_a_prune(tmp_path: Path) -> None:

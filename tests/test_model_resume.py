@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from maskopt.model import workspace as workspace_module
 from maskopt.model.journal import Journal, read_journal
 from maskopt.model.progress import BlockProgress
 from maskopt.model.verify import verify_output
-from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS
+from maskopt.model.workspace import GONE, HIDDEN, MANIFEST, MASKS
 
 OPTIONS: dict[str, Any] = {
     "sparsity": 0.5,
@@ -364,15 +365,81 @@ def test_overwriting_leaves_no_old_weights(
     dense: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    save(tiny("llama"), out)  # one file, which would be loaded before any shards
-    (out / "notes.txt").write_text("mine")
+    # one file, which would be loaded before any shards
+    prune_model(save(tiny("llama"), tmp_path / "other"), tokens(), output=out, **OPTIONS)
     with pytest.raises(ModelError, match="not empty; `overwrite`"):
         prune_model(dense, tokens(), output=out, **OPTIONS)
     assert (out / "model.safetensors").exists()
     prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
-    assert (out / "notes.txt").read_text() == "mine"
-    (out / "notes.txt").unlink()
     assert contents(out) == whole
+
+
+def test_a_finished_result_that_was_damaged_is_not_finished(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prune_model(dense, tokens(), output=out, **OPTIONS)
+    shard = sorted(out.glob("*.safetensors"))[1]
+    for path in (shard, out / "config.json", out / MASKS):
+        right = path.read_bytes()
+        for wrong in (right[:-7], right[:-1] + bytes([right[-1] ^ 1]), right[:3]):
+            path.write_bytes(wrong)
+            with pytest.raises(ModelError, match=f"{path.name} was changed .*; `overwrite`"):
+                prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+        path.write_bytes(right)
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(ModelError, match=f"{shard.name} is a folder; `overwrite`"):
+        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+    with pytest.raises(ModelError, match=f"does not list 1 of .*: {shard.name}; choose"):
+        prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
+    shard.rmdir()
+    prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
+    prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+
+
+@pytest.mark.parametrize("where", ["", "out", "blocks"])
+def test_a_folder_in_the_place_of_a_file_is_named(
+    where: str, dense: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupted(dense, out, 2, "solve")
+    folder = out / HIDDEN / where if where else out
+    (first, *_) = sorted(folder.glob("*.safetensors")) or [out / "model-00001-of-00005.safetensors"]
+    first.unlink(missing_ok=True)
+    first.mkdir()
+    (first / "x").write_text("mine")
+    said = f"{first}: is a folder, which" if where else f"does not list 1 of .*: {first.name};"
+    began: list[Any] = []
+    with pytest.raises(ModelError, match=said):
+        prune_model(dense, tokens(), output=out, resume=True, on_progress=began.append, **OPTIONS)
+    assert not began
+    assert (first / "x").read_text() == "mine"
+    shutil.rmtree(first)
+    if where != "blocks":  # whose masks are gone
+        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+        assert contents(out) == whole
+
+
+def test_an_interrupted_commit_can_be_replaced(
+    dense: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that it has moved are known as such, also after another run that came to nothing."""
+    out, real = tmp_path / "out", os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        real(source, target)
+        if Path(target).parent == out:
+            raise _Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(workspace_module.os, "replace", replace)
+        with pytest.raises(_Stop):
+            prune_model(dense, tokens(), output=out, **OPTIONS)
+    assert len([*out.iterdir()]) == 2
+    for stage in ("calibrate", "solve"):
+        interrupted(dense, out, 0, stage, overwrite=True)
+    other = save(tiny("llama"), tmp_path / "other")
+    prune_model(other, tokens(), output=out, overwrite=True, **OPTIONS)
+    verify_output(out, against=other)
 
 
 def test_a_second_process_is_refused(dense: Path, tmp_path: Path) -> None:
@@ -402,7 +469,7 @@ def test_a_lock_that_was_moved_away_is_none(
     class Late(FileLock):
         def __init__(self, path: Path, *, on_acquired: Any, **options: Any) -> None:
             def after_others(handle: int) -> None:
-                os.replace(out / HIDDEN, out / "gone")
+                os.replace(out / HIDDEN, out / GONE)
                 if newcomer:
                     (out / HIDDEN).mkdir()
                     (out / HIDDEN / "lock").touch()

@@ -19,13 +19,16 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, tiny, tokens
 
 import maskopt
-from maskopt import prune_model
+from maskopt import prune_model, shrink_model
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.checkpoint import INDEX, plain_name
-from maskopt.model.opening import open_source
+from maskopt.model.opening import load_tokenizer, open_source
+from maskopt.model.output import apply_masks
+from maskopt.model.pack import pack
+from maskopt.model.remove_blocks import remove_blocks
 from maskopt.model.verify import verify_output
-from maskopt.model.workspace import check_output
+from maskopt.model.workspace import MASKS, check_output
 
 OPTIONS: dict[str, Any] = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 
@@ -198,16 +201,58 @@ def test_a_damaged_model_is_refused_in_one_line(damage: str, model: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_links_of_the_hubs_cache(dense_folder: Path, tmp_path: Path) -> None:
-    """snapshots/REVISION/… are links into blobs/ beside it, and are followed and copied."""
+def test_links_of_the_hubs_cache(dense: Path, tmp_path: Path) -> None:
+    """snapshots/REVISION/… are links into blobs/ beside it, and are followed and copied, as are links to
+    other files of the folder."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    shutil.copytree(dense_folder, blobs)
+    shutil.copytree(dense, blobs)
     snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
+    (snapshot / "vocab.json").symlink_to("tokenizer_config.json")
     prune_model(snapshot, tokens(), output=tmp_path / "out", **OPTIONS)
-    verify_output(tmp_path / "out", against=dense_folder)
+    verify_output(tmp_path / "out", against=snapshot)
     assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (dense / name).read_bytes()
+    assert (tmp_path / "out" / "vocab.json").is_file()
+    assert load_tokenizer(tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("../secret.json", "link out of the model folder, to .*secret.json; put the file itself"),
+        ("gone.json", "link to .*gone.json, which is no file; put the file itself there"),
+        ("folder", "link to .*folder, which is no file; put the file itself there"),
+    ],
+)
+@pytest.mark.parametrize("command", ["prune", "apply", "shrink", "remove", "pack"])
+def test_a_tokenizer_that_cannot_be_copied_is_refused(
+    command: str, target: str, said: str, dense: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    model = Path(shutil.copytree(dense, tmp_path / "model"))
+    (model / "folder").mkdir()
+    if command in ("apply", "pack"):
+        prune_model(dense, tokens(), output=tmp_path / "pruned", **OPTIONS)
+    if command == "pack":
+        model = tmp_path / "pruned"
+        (model / "folder").mkdir()
+    name = "vocab.json" if command == "pack" else "tokenizer.json"
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(target)
+    out = tmp_path / "out"
+    data: Any = (model, tokens())
+    with pytest.raises(ModelError, match=f"{name}: .*{said}"):
+        {
+            "prune": lambda: prune_model(*data, output=out, **OPTIONS),
+            "apply": lambda: apply_masks(model, tmp_path / "pruned" / MASKS, out),
+            "shrink": lambda: shrink_model(*data, output=out, channels=0.5, solver="wanda"),
+            "remove": lambda: remove_blocks(*data, output=out, count=1, windows=2),
+            "pack": lambda: pack(model, out),
+        }[command]()
+    assert not out.exists()
 
 
 def test_not_a_folder(tmp_path: Path) -> None:
@@ -222,20 +267,20 @@ def test_names_that_lead_elsewhere(name: Any) -> None:
     assert not plain_name(name)
 
 
-def test_code_and_links_out_of_the_folder_are_not_copied(model: Path, tmp_path: Path) -> None:
+def test_code_is_not_copied(model: Path, tmp_path: Path) -> None:
     (model / "modeling_x.py").write_text("print('hello')")
     (tmp_path / "secret.txt").write_text("secret")
-    (model / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    (model / "notes.pdf").symlink_to(tmp_path / "secret.txt")  # of no kind that is copied
     (model / "vocab.txt").write_text("a")
     prune_model(model, tokens(), output=tmp_path / "out", **OPTIONS)
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert "vocab.txt" in names
-    assert not names & {"modeling_x.py", "notes.txt"}
+    assert not names & {"modeling_x.py", "notes.pdf"}
 
 
 def test_library_errors_name_options_and_commands_their_flags(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "full" / "maskopt-apply.json").write_text('{"files": []}')
     for overwrite, resume, message in (
         (False, False, "exists and is not empty; `overwrite` replaces it"),
         (False, True, "nothing to resume there; start without `resume`"),

@@ -197,7 +197,27 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@pytest.mark.parametrize("name", ["../victim/model.safetensors", "/victim/model.safetensors", ".."])
+@pytest.mark.parametrize(
+    "name", [".bashrc", "evil.py", ".x.json", ".x.safetensors", "x.so", "Makefile", "autoexec.bat"]
+)
+def test_hidden_files_and_code_are_not_unpacked(name: str, packed: Path, tmp_path: Path) -> None:
+    for file in (name, name.replace(".safetensors", ".packed")):
+        (packed / file).write_text("evil")
+    forge_manifest(packed, lambda manifest: manifest["files"].update({name: digest("evil")}))
+    with pytest.raises(ModelError, match=f"lists '{name}', and packed folders hold no hidden"):
+        unpack_folder(packed, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    out = tmp_path / "out"
+    (out / name).write_text("evil")
+    forge_manifest(out, lambda manifest: manifest["files"].update({name: digest("evil")}))
+    with pytest.raises(ModelError, match=f"lists '{name}', and packed folders hold no hidden"):
+        pack(out, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../victim/model.safetensors", "C:x.json", "a\\b.json", "/victim/model.safetensors", ".."],
+)
 def test_nothing_is_written_outside_the_output(name: str, packed: Path, tmp_path: Path) -> None:
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "model.safetensors").write_text("of somebody")

@@ -160,12 +160,16 @@ def takes(
             options = {name: given.pop(name) for name in added_names}
             if config:
                 ctx, printed = given.pop("ctx"), given.pop("print_config")
-                del given["config"]
+                file = given.pop("config")
                 drop_other_pattern(ctx, options)
                 if printed:
                     values = {**given, **_values(options)}
                     typer.echo(config_text(values, ctx.command.params), nl=False)
                     return
+                if file is not None and given["out"] is not None:
+                    from maskopt.model.workspace import check_inputs
+
+                    check_inputs(given["out"], config_file=file)
                 if given.get("grams") is not None:
                     # which were made with options of their own
                     options = said(ctx, options)

@@ -59,7 +59,8 @@ def plan(
     from maskopt.model.workspace import check_output
 
     if out is not None:
-        check_output(out, overwrite=overwrite, resume=resume)
+        inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
+        check_output(out, overwrite=overwrite, resume=resume, **inputs)
     tokens = tokens_file(calibration) if grams is None else calibration
     result = plan_prune(model, tokens, grams=grams, output=out, **options)
     output.print(layer_table(result))

@@ -57,7 +57,8 @@ def prune(
     from maskopt.model.workspace import check_output
 
     here = ranks()
-    here.agreed(lambda: check_output(out, overwrite=overwrite, resume=resume))
+    inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
+    here.agreed(lambda: check_output(out, overwrite=overwrite, resume=resume, **inputs))
     with told_of_resume(out), view() as shown:
         # a part of it is done already, or several processes share it
         known = resume or grams is not None or here.size > 1

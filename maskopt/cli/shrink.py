@@ -98,7 +98,7 @@ def shrink(
         else:
             _remove_experts(model, experts, given)
         return
-    check_output(out, overwrite=overwrite, resume=resume)
+    check_output(out, overwrite=overwrite, resume=resume, model=model, calibration=calibration)
     with told_of_resume(out), view() as shown:
         report = shrink_model(
             model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -170,22 +170,37 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def stays_inside(file: Path) -> bool:
-    """Does a file lie in its folder, links followed? They may also lead into the hub's blob store
-    beside it (`models--…/snapshots/…` and `models--…/blobs`)."""
-    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
-    return home in real.parents or (
-        home.parent.name == "snapshots" and home.parent.parent / "blobs" in real.parents
-    )
+def damage(folder: Path, digests: Mapping[str, str]) -> str | None:
+    """Which of the files is not as its SHA-256 says, in words; None: all are.
+
+    What takes no reading comes first: that all are there, and as long as their headers say.
+    """
+    for name in sorted(digests):
+        if not (folder / name).is_file():
+            return f"{name} is {'a folder' if (folder / name).is_dir() else 'gone'}"
+    for name in sorted(digests):
+        if name.endswith(".safetensors"):
+            try:
+                open_safe(folder / name)
+            except ModelError as error:
+                return f"{name} was changed since ({error})"
+    changed = (n for n in sorted(digests) if file_digest(folder / n) != digests[n])
+    return next((f"{name} was changed since" for name in changed), None)
 
 
 def check_link(file: Path) -> None:
-    """Raise ModelError for a link that leads out of the model folder: what it holds would end up in
-    the output."""
-    if not stays_inside(file):
+    """Raise ModelError for a link that leads out of the model folder, since what it holds would end up in
+    the output, or to no file. Links may also lead into the hub's blob store
+    (`models--…/snapshots/…` and `models--…/blobs`)."""
+    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
+    in_cache = home.parent.name == "snapshots" and home.parent.parent / "blobs" in real.parents
+    if not (home in real.parents or in_cache):
         raise ModelError(
-            f"{file}: is a link out of the model folder, to {os.path.realpath(file)}; "
-            "put the file itself there"
+            f"{file}: is a link out of the model folder, to {real}; put the file itself there"
+        )
+    if file.is_symlink() and not file.is_file():
+        raise ModelError(
+            f"{file}: cannot be read: is a link to {real}, which is no file; put the file itself there"
         )
 
 

@@ -30,7 +30,7 @@ from maskopt.model.journal import Journal
 from maskopt.model.mask_model import layer_masks
 from maskopt.model.maskfile import MaskFile
 from maskopt.model.memory import check_memory
-from maskopt.model.output import check_disk, check_not_the_model
+from maskopt.model.output import check_disk
 from maskopt.model.perplexity import check_targets, walk_whole
 from maskopt.model.smaller import folder_source
 from maskopt.model.source import FolderSource
@@ -40,7 +40,7 @@ from maskopt.model.training_state import BYTES, FolderKeeper, Keeper
 from maskopt.model.unchanged import Unchanged
 from maskopt.model.walk_options import WalkOptions, options_by_name
 from maskopt.model.windows import held_out, tokens_or_tokenizer
-from maskopt.model.workspace import MASKS, Workspace, check_output, open_workspace
+from maskopt.model.workspace import MASKS, Workspace, check_inputs, check_output, open_workspace
 from maskopt.model.write import check_masks, disk_needed
 
 #: called with what goes on, how much of it is done, and of how much
@@ -108,7 +108,8 @@ def distill_model(
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise DataError("distillation needs `calibration` text or tokens; name a source of text")
-    check_output(target, overwrite=overwrite, resume=resume, complete=RECORD)
+    inputs: dict[str, Any] = {"model": pruned, "teacher": teacher, "calibration": calibration}
+    check_output(target, overwrite=overwrite, resume=resume, complete=RECORD, **inputs)
     student = open_job(pruned, text, replace(options, max_memory=None), tokenizer=tokenizer)
     if options.max_memory is not None:
         load = replace(student.load, together=True, recompute=options.recompute)
@@ -116,8 +117,7 @@ def distill_model(
     source, masks = _with_masks(student)
     dense = _teacher(teacher, student, options)
     taught_by = folder_source(dense.source).checkpoint
-    for folder in (source.checkpoint.folder, taught_by.folder):
-        check_not_the_model(folder, target)
+    check_inputs(target, model=source.checkpoint.folder, teacher=taught_by.folder)
     models = [Unchanged(checkpoint) for checkpoint in (source.checkpoint, taught_by)]
     fingerprint = {**fingerprint_of(student, options.record()), "teacher": taught_by.digest}
     if resume and (finished := finished_result(target, fingerprint)) is not None:

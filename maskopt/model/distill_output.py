@@ -12,7 +12,7 @@ from torch import Tensor
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
 from maskopt.model.blocks import Layer
-from maskopt.model.checkpoint import read_json
+from maskopt.model.checkpoint import damage, file_digest, read_json
 from maskopt.model.edits import Edits, write_values
 from maskopt.model.journal import differences, in_words
 from maskopt.model.maskfile import MaskFile
@@ -65,6 +65,7 @@ def write_distilled(
     before = card.read_text(encoding="utf-8") if card.exists() else f"# {work.output.name}"
     # of a folder that was trained so before it is there
     _write(card, before if _NOTE.strip() in before else before.rstrip() + _NOTE)
+    files |= {f.name: file_digest(f) for f in staging.iterdir() if f.name not in files}
     record = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -82,7 +83,7 @@ def finished_result(output: Path, fingerprint: Mapping[str, Any]) -> Trained | N
     """What a run that is complete recorded; None where there is something left to do.
 
     Raises:
-        ModelError: it is complete, but another run than this one, or its record is damaged.
+        ModelError: it is complete, but another run than this one, or its record or files are damaged.
     """
     if (output / HIDDEN).exists() or not (output / RECORD).exists():
         return None
@@ -94,9 +95,15 @@ def finished_result(output: Path, fingerprint: Mapping[str, Any]) -> Trained | N
         )
     try:
         before, after = (Losses(**record[name]) for name in ("before", "after"))
-        return Trained(before, after, record["epoch"], record["diverged"])
-    except (KeyError, TypeError):
+        trained = Trained(before, after, record["epoch"], record["diverged"])
+        files = {name: digest for name, digest in record["files"].items() if name != CARD}
+    except (KeyError, TypeError, AttributeError):
         raise ModelError(f"{output / RECORD}: is damaged; start over with `overwrite`") from None
+    if what := damage(output, files):
+        raise ModelError(
+            f"{output}: holds the result of this run, but {what}; `overwrite` writes it again"
+        )
+    return trained
 
 
 def _write(path: Path, text: str) -> None:

@@ -26,13 +26,13 @@ from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import by_block
 from maskopt.model.options import AUTO, RECONSTRUCT, PruneOptions, prune_options
-from maskopt.model.output import FinishedBlock, check_disk, check_not_the_model
+from maskopt.model.output import FinishedBlock, check_disk
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.safefile import DTYPES, open_safe, write_safe
 from maskopt.model.walk_options import WalkOptions, options_by_name
 from maskopt.model.windows import tokens_or_tokenizer
-from maskopt.model.workspace import Workspace, check_output, open_workspace
+from maskopt.model.workspace import Workspace, check_inputs, check_output, open_workspace
 
 FORMAT = "maskopt-grams-1"
 INDEX = "maskopt-grams.json"
@@ -75,20 +75,20 @@ def collect_grams(
     """
     options = options_by_name(WalkOptions, options, {**shorthand, "one_pass": True})
     target = Path(output)
-    ranks.agreed(lambda: check_output(target, overwrite=overwrite, resume=False))
+    inputs = {"model": model, "calibration": calibration}
+    ranks.agreed(lambda: check_output(target, overwrite=overwrite, resume=False, **inputs))
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     if job.source.checkpoint is None:
         raise ModelError("Gram matrices are stored of model folders; save the model first")
-    check_not_the_model(job.source.checkpoint.folder, target)
+    check_inputs(target, model=job.source.checkpoint.folder)
     files: dict[str, str] = {}
     bad: list[dict[str, Any]] = []
     written = open_workspace(target, overwrite=overwrite, resume=False)
     with written if ranks.leads else nullcontext(Workspace(target)) as work:
-        size = sum(4 * layer.n**2 for layer in job.layers)
-        ranks.agreed(lambda: check_disk(target, size))
+        ranks.agreed(lambda: check_disk(target, sum(4 * layer.n**2 for layer in job.layers)))
         with job, torch.no_grad():
             for block in job.blocks(folder=work.hidden):
                 if block.layers:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import ModelError
+from maskopt.files import check_writable
 from maskopt.model.blocks import Layer
 from maskopt.model.card import hub_name, write_card
-from maskopt.model.checkpoint import file_digest, open_checkpoint
+from maskopt.model.checkpoint import damage, file_digest, open_checkpoint
 from maskopt.model.edits import Edits, write_values
 from maskopt.model.journal import Journal, differences, in_words
 from maskopt.model.maskfile import MaskFile, MaskFiles, TensorMask, join_masks, write_masks
@@ -42,12 +43,16 @@ from maskopt.model.workspace import (
     MANIFEST,
     MASKS,
     Workspace,
+    check_inputs,
     check_output,
     open_workspace,
     plain_errors,
 )
-from maskopt.model.write import check_masks, copy_side_files, disk_needed, write_shard
+from maskopt.model.write import check_masks, copy_side_files, disk_needed, side_files, write_shard
 from maskopt.pattern import Pattern, pattern_to_dict
+
+#: lists the files of a folder that `apply_masks` wrote
+APPLIED = "maskopt-apply.json"
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class FolderRun:
         self.masks: dict[str, Tensor] = {}
         self.work: Workspace
         self.journal: Journal
-        check_not_the_model(source.checkpoint.folder, output)
+        check_inputs(output, model=source.checkpoint.folder)
         ranks.agreed(lambda: check_output(output, overwrite=overwrite, resume=resume))
         self.model = Unchanged(source.checkpoint)
 
@@ -327,9 +332,9 @@ def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport
         raise ModelError(
             f"{output}: holds the result of another run: {in_words(lines)}; `overwrite` replaces it"
         )
-    if missing := [name for name in manifest["files"] if not (output / name).is_file()]:
+    if what := damage(output, manifest["files"]):
         raise ModelError(
-            f"{output}: holds the result of this run, but {min(missing)} is gone; `overwrite` makes it anew"
+            f"{output}: holds the result of this run, but {what}; `overwrite` writes it again"
         )
     shutil.rmtree(output / GONE, ignore_errors=True)
     layers = read_layers(manifest["layers"], output / MANIFEST)
@@ -373,15 +378,17 @@ def apply_masks(
         ModelError: the masks do not belong to the model, or were changed.
     """
     checkpoint, target = open_checkpoint(model), Path(output)
+    check_output(target, overwrite=overwrite, resume=False, model=model, mask_file=masks)
     file = MaskFile(Path(masks))
     check_masks(checkpoint, file)
-    check_not_the_model(checkpoint.folder, target)
+    side_files(checkpoint.folder, checkpoint.shards)  # refuses links before anything is written
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         check_disk(target, disk_needed(checkpoint))
         join_masks(work.staging / MASKS, [Path(masks)])
         for shard in checkpoint.shards:
             write_shard(checkpoint, shard, Edits(file), work.staging / shard)
         copy_side_files(checkpoint, work.staging)
+        work.write_record(APPLIED)
         work.commit()
     return target
 
@@ -394,10 +401,7 @@ def extract_masks(
     Returns the share of zeros by tensor.
     """
     checkpoint, path = open_checkpoint(model), Path(output)
-    if path.exists() and not overwrite:
-        raise ModelError(f"{path}: exists; `overwrite` replaces it")
-    if not path.parent.is_dir():
-        raise ModelError(f"{path.parent}: no such folder")
+    check_writable(path, overwrite=overwrite)
     source = FolderSource(checkpoint, torch.device("cpu"), None)
     sparsities: dict[str, float] = {}
     with (
@@ -436,9 +440,3 @@ def _tensors(masks: MaskFile, pattern: Pattern) -> dict[str, Any]:
         name: {"input_axis": masks.layout[name]["input_axis"], "pattern": pattern_to_dict(pattern)}
         for name in masks.names
     }
-
-
-def check_not_the_model(model: Path, output: Path) -> None:
-    """Refuse to write a result over what it is made of."""
-    if model.resolve() == output.resolve():
-        raise ModelError(f"{output}: is the model itself; choose another output folder")

@@ -18,15 +18,18 @@ from maskopt.errors import ModelError
 from maskopt.files import atomic_write
 from maskopt.model.checkpoint import file_digest, open_checkpoint
 from maskopt.model.maskfile import MaskFile, unpack
-from maskopt.model.output import check_not_the_model
 from maskopt.model.report import read_manifest
 from maskopt.model.safefile import CHUNK, SafeFile, TensorEntry, open_safe, write_safe
-from maskopt.model.workspace import MANIFEST, MASKS, open_workspace
-from maskopt.model.write import check_masks, copy_file, side_files
+from maskopt.model.workspace import MANIFEST, MASKS, check_output, open_workspace
+from maskopt.model.write import check_masks, copy_file, is_side_file, side_files
 
 FORMAT = "maskopt-packed-1"
 #: in place of `.safetensors`: nothing takes it for weights
 SUFFIX = ".packed"
+#: lists the files of a packed folder: its manifest is that of the pruned one
+PACKED = "maskopt-pack.json"
+#: tokenizers that were saved from memory may have these, too
+_SAVED = (".bpe", ".codes", ".spm", ".vocab")
 _HEADER, _WHOLE, _KEPT = "header", "=", "~"
 #: elements at a time; a multiple of 8, so that masks are cut between bytes
 _STEP = CHUNK // 8
@@ -50,6 +53,7 @@ def pack(
             refuse; weights in pruned places that are not zero.
     """
     checkpoint, target = open_checkpoint(pruned), Path(output)
+    check_output(target, overwrite=overwrite, resume=False, model=checkpoint.folder)
     masks, manifest = _masks_and_manifest(checkpoint.folder)
     check_masks(checkpoint, masks)
     digests = read_manifest(manifest)["files"]
@@ -57,13 +61,13 @@ def pack(
         if digests.get(name) != digest:
             raise _changed(checkpoint.folder / name)
     beside = _beside(checkpoint.folder, digests, checkpoint.shards)
-    check_not_the_model(checkpoint.folder, target)
     with open_workspace(target, overwrite=overwrite, resume=False) as work:
         for name, shard in checkpoint.shards.items():
             with atomic_write(work.staging / _packed_name(name)) as file:
                 _pack_shard(shard, masks, file, tick)
         for name in beside:
             copy_file(checkpoint.folder / name, work.staging / name)
+        work.write_record(PACKED)
         work.commit()
     return target
 
@@ -81,9 +85,9 @@ def unpack_folder(
         ModelError: not what `pack` wrote, or changed since.
     """
     folder, target = Path(packed), Path(output)
+    check_output(target, overwrite=overwrite, resume=False, model=folder)
     masks, manifest = _masks_and_manifest(folder)
     digests = read_manifest(manifest)["files"]
-    check_not_the_model(folder, target)
     packed_shards = {_packed_name(n): n for n in digests if n.endswith(".safetensors")}
     missing = [name for name in packed_shards if not (folder / name).is_file()]
     if len(missing) == len(packed_shards):
@@ -128,8 +132,14 @@ def _beside(folder: Path, digests: dict[str, str], shards: Collection[str]) -> l
     copied had it been there.
 
     Raises:
-        ModelError: one is missing or is not as the manifest says.
+        ModelError: one is missing, is not as the manifest says, or is of a kind that no prune writes.
     """
+    for name in digests:
+        known = is_side_file(name) or name == MASKS or name.endswith((".safetensors", *_SAVED))
+        if name.startswith(".") or not known:
+            raise ModelError(
+                f"{folder / MANIFEST}: lists {name!r}, and packed folders hold no hidden files and no code"
+            )
     listed = [name for name in {**digests, MASKS: ""} if name not in shards]
     for name in listed:
         path = folder / name

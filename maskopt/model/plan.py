@@ -30,11 +30,11 @@ from maskopt.model.memory import (
     hidden_size,
 )
 from maskopt.model.options import KEEP, PruneOptions, prune_options
-from maskopt.model.output import check_not_the_model
 from maskopt.model.side_by_side import EVERY
 from maskopt.model.solving import solve_layer
 from maskopt.model.source import Source
 from maskopt.model.training import BLOCK
+from maskopt.model.workspace import check_inputs
 from maskopt.model.write import disk_needed
 from maskopt.problem import LayerProblem
 from maskopt.products import fast_products
@@ -126,7 +126,7 @@ def plan_prune(
     if options.layers_trade and options.importance == MEASURED and not options.counts:
         check_moves(job, options)
     if output is not None and job.source.checkpoint is not None:
-        check_not_the_model(job.source.checkpoint.folder, Path(output))
+        check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
     refusal = None
     if options.max_memory is not None:
         try:

@@ -39,6 +39,7 @@ from maskopt.model.report import LayerReport, PruneReport
 from maskopt.model.source import as_stored
 from maskopt.model.walk_block import Block
 from maskopt.model.windows import tokens_or_tokenizer
+from maskopt.model.workspace import check_inputs
 
 
 def prune_model(
@@ -97,6 +98,8 @@ def prune_model(
         raise ModelError("`grams` are of model folders; name the folder that they were made of")
     _check_ranks(ranks, options)
     target = None if output is None else Path(output)
+    if target is not None:
+        check_inputs(target, model=model, calibration=calibration, grams=grams)
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     job.source.blocks.check_unshared(job.layers)
     if store is not None:

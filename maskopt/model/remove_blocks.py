@@ -19,7 +19,7 @@ from maskopt.model.checkpoint import read_json
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.options import KEEP
-from maskopt.model.output import check_disk, check_not_the_model
+from maskopt.model.output import check_disk
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import PruneReport
@@ -30,7 +30,7 @@ from maskopt.model.source import FolderSource
 from maskopt.model.walk_block import Block
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.windows import tokens_or_tokenizer
-from maskopt.model.workspace import Workspace, check_output, open_workspace
+from maskopt.model.workspace import Workspace, check_inputs, check_output, open_workspace
 from maskopt.model.write import disk_needed
 from maskopt.solution import Solution
 
@@ -111,7 +111,7 @@ def remove_blocks(
                 f"`blocks` are chosen by the model's output on all tokens; leave out `{name}`"
             )
     target = Path(output)
-    check_output(target, overwrite=overwrite, resume=False)
+    check_output(target, overwrite=overwrite, resume=False, model=model, calibration=calibration)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError(
@@ -127,7 +127,7 @@ def remove_blocks(
         on_progress=on_progress,
     )
     source = rewritable(job)
-    check_not_the_model(source.checkpoint.folder, target)
+    check_inputs(target, model=source.checkpoint.folder)
     if not 0 < count < len(source.blocks):
         raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
     _check_family(source, list(range(len(source.blocks) - count, len(source.blocks))))

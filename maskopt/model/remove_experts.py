@@ -27,7 +27,7 @@ from maskopt.model.experts import Mixture, change_of, costs, cut, mixtures_of
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.options import KEEP
-from maskopt.model.output import check_disk, check_not_the_model
+from maskopt.model.output import check_disk
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.report import LayerReport, PruneReport
@@ -38,7 +38,7 @@ from maskopt.model.structures import Cut
 from maskopt.model.walk_block import Block
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.windows import tokens_or_tokenizer
-from maskopt.model.workspace import check_output, open_workspace
+from maskopt.model.workspace import check_inputs, check_output, open_workspace
 from maskopt.model.write import disk_needed
 from maskopt.pattern import Unstructured
 from maskopt.problem import RowProblem
@@ -95,13 +95,13 @@ def remove_experts(
                 f"`experts` are chosen block by block, by all windows; leave out `{name}`"
             )
     target = Path(output)
-    check_output(target, overwrite=overwrite, resume=False)
+    check_output(target, overwrite=overwrite, resume=False, model=model, calibration=calibration)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError("removing experts needs `calibration` text or tokens; name some")
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
     source = rewritable(job)
-    check_not_the_model(source.checkpoint.folder, target)
+    check_inputs(target, model=source.checkpoint.folder)
     mixtures = [m for index in range(len(source.blocks)) for m in mixtures_of(source.blocks, index)]
     left = _left(mixtures, share)
     settings = _check_family(source, mixtures, left)

@@ -22,7 +22,7 @@ from maskopt.model.source import FolderSource
 from maskopt.model.walk_block import Block
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST, Workspace
-from maskopt.model.write import copy_side_files
+from maskopt.model.write import copy_side_files, side_files
 
 #: relative difference of the last hidden states
 _SAME = 1e-2
@@ -78,6 +78,7 @@ def rewritable(job: Job) -> FolderSource:
             "and code is not copied: the smaller model could not be checked. Without auto_map transformers' "
             "own code runs"
         )
+    side_files(source.checkpoint.folder, source.checkpoint.shards)  # refuses links before the walk
     return source
 
 

@@ -42,7 +42,7 @@ from maskopt.model.structures import CHANNELS, Structures, channels_of, heads_of
 from maskopt.model.walk_block import Block
 from maskopt.model.walk_options import options_by_name
 from maskopt.model.windows import tokens_or_tokenizer
-from maskopt.model.workspace import MASKS
+from maskopt.model.workspace import MASKS, check_inputs
 from maskopt.problem import RowProblem
 from maskopt.solution import Solution, Status
 from maskopt.solver import solve
@@ -94,6 +94,7 @@ def shrink_model(
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError("shrinking needs `calibration` text or tokens; name a source of text")
+    check_inputs(Path(output), model=model, calibration=calibration)
     whole = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
     source = rewritable(whole)
     if options.how is not None and (source.checkpoint.folder / MASKS).exists():

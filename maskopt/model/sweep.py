@@ -18,7 +18,7 @@ from maskopt.model.progress import OnBlockProgress
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
 from maskopt.model.walk_options import WalkOptions
-from maskopt.model.workspace import MANIFEST, unfinished
+from maskopt.model.workspace import MANIFEST, check_output, check_place, unfinished
 from maskopt.pattern import Pattern
 
 #: of a prune's options, those that its judging takes over
@@ -84,10 +84,14 @@ def sweep(
     walk = walk or _judging(next(iter(cases.values())))
     if text is not None:
         _check_judging(open_job(model, text, walk, whole=True, limit=windows))
+    check_place(Path(output))
+    targets = [Path(output) / label for label in cases]
+    resumed = {target: not overwrite and _begun(target) for target in targets}
+    for target, resume in resumed.items():
+        inputs: dict[str, Any] = {"model": model, "grams": grams, "text": text}
+        check_output(target, overwrite=overwrite, resume=resume, **inputs)
     found = []
-    for label, options in cases.items():
-        target = Path(output) / label
-        there = unfinished(target) or (target / MANIFEST).exists()
+    for (label, options), target in zip(cases.items(), targets, strict=True):
         report = prune_model(
             model,
             None,
@@ -95,7 +99,7 @@ def sweep(
             grams=grams,
             output=target,
             overwrite=overwrite,
-            resume=there and not overwrite,
+            resume=resumed[target],
             on_progress=on_progress(label),
         )
         found.append(Swept(label, target, report))
@@ -107,6 +111,11 @@ def sweep(
         for one, other in zip(found, others, strict=True)
     ]
     return judged, dense
+
+
+def _begun(target: Path) -> bool:
+    """Is there a finished result, or one that could go on?"""
+    return unfinished(target) or (target / MANIFEST).exists()
 
 
 def _judging(options: PruneOptions) -> WalkOptions:

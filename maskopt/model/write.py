@@ -16,7 +16,7 @@ from typing import Any
 
 from maskopt.errors import ModelError
 from maskopt.files import atomic_write
-from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint, plain_name, stays_inside
+from maskopt.model.checkpoint import INDEX, SINGLE, Checkpoint, check_link, plain_name
 from maskopt.model.edits import Edits
 from maskopt.model.maskfile import MaskFile
 from maskopt.model.safefile import CHUNK, open_file
@@ -72,18 +72,23 @@ def write_shard(
 
 def side_files(folder: Path, shards: Container[str]) -> list[str]:
     """Names of the files that are copied beside the weights, which are `shards`: configuration, tokenizer
-    and licence."""
+    and licence. Raises ModelError for a link whose content cannot be copied."""
     names = []
     for file in sorted(folder.iterdir()):
-        legal = file.name.startswith(SIDE_NAMES) and file.suffix in LEGAL_SUFFIXES
-        wanted = (legal or file.suffix in SIDE_SUFFIXES) and plain_name(file.name)
-        if file.name.startswith(NOT_COPIED) or not wanted or not file.is_file():
+        if file.name.startswith(NOT_COPIED) or not is_side_file(file.name):
             continue
         if file.name.endswith(".index.json") and (file.name != INDEX or SINGLE in shards):
             continue  # of weights that are not copied
-        if stays_inside(file):
+        check_link(file)
+        if file.is_file():
             names.append(file.name)
     return names
+
+
+def is_side_file(name: str) -> bool:
+    """Is a file of that name configuration, tokenizer, template, card or licence?"""
+    legal = name.startswith(SIDE_NAMES) and Path(name).suffix in LEGAL_SUFFIXES
+    return (legal or Path(name).suffix in SIDE_SUFFIXES) and plain_name(name)
 
 
 def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
