@@ -73,7 +73,7 @@ def test_an_inequality_counts_in_p_as_a_certificate_has_it():
     base, c = np.zeros((n, n)), np.zeros(n)
     constant = subtract_cuts(base, c, pool)
     check_cuts(cuts_of(pool, n), n, 0)
-    matrix, linear, kappa, size = cut_form(cuts_of(pool, n), n, torch.zeros(1).double())
+    matrix, linear, kappa, size, _ = cut_form(cuts_of(pool, n), n, torch.zeros(1).double())
     terms = float(matrix.abs().sum() + linear.abs().sum()) + abs(kappa)
     assert terms <= 16 * size * n
     assert float(matrix.norm()) <= size

@@ -11,6 +11,7 @@ from maskopt.cli.console import output
 from maskopt.cli.parameters import FIELDS, TEXT_SOURCES, Select, takes
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
+from maskopt.verification import CHECKED, CLAIMS, EXACT
 
 if TYPE_CHECKING:
     from maskopt.model.verify import Verified
@@ -51,6 +52,14 @@ def verify(
             "--require-checked", help="Of an instance: refuse what rests on a solver's word."
         ),
     ] = False,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Of an instance: decide lower bounds and optima in rational arithmetic as well, without "
+            "rounding; rows of up to 200 inputs.",
+        ),
+    ] = False,
     select: Select = None,
     semi_structured: Annotated[
         bool | None,
@@ -74,6 +83,7 @@ def verify(
             against=against,
             calibration=calibration,
             require_checked=require_checked or None,
+            exact=exact or None,
             select=select,
             semi_structured=semi_structured,
             **options,
@@ -89,15 +99,16 @@ def verify(
             semi_structured=semi_structured,
             **of_a_model,
         )
-        check(folder, solution, require_checked, select)
+        check(folder, solution, EXACT if exact else CHECKED if require_checked else CLAIMS, select)
         return
     if folder.suffix == ".npz":
         raise OptionError(f"{folder} is an instance: name its solution, too")
     _refuse("an instance and its solution", select=select)
-    if require_checked:
+    if require_checked or exact:
+        option = "exact" if exact else "require_checked"
         raise OptionError(
-            f"`require_checked` is for an instance and its solution; of {folder}, what is checked and "
-            "what is claimed is printed"
+            f"`{option}` is for an instance and its solution; of {folder}, what is checked and what is "
+            "claimed is printed"
         )
     from maskopt.model.verify_smaller import is_smaller
 
