@@ -30,6 +30,28 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INFINITY = math.inf
 
 
+def linear_terms(x: Tensor, diagonal: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """a and b in float64: +inf where a column is not kept (a) or not pruned (b)."""
+    square = x.double().square() * diagonal.double()
+    linear = 2.0 * x.double() * c.double()
+    return (
+        (square + linear).masked_fill_(~kept, INFINITY),
+        (square - linear).masked_fill_(kept, INFINITY),
+    )
+
+
+def spans(reach: launch.Reach, x: Tensor) -> Tensor:
+    """|x_j| d_j, rounded up."""
+    return ((x.double().abs() * reach.d) * (1 + 2.0**-20)).to(x.dtype)
+
+
+def pessimistic(value: Tensor, e: Tensor, dtype: torch.dtype) -> Tensor:
+    """a or b less what rounding in `dtype` can add to it and to its pairs."""
+    margin = 4.0 * torch.finfo(dtype).eps
+    lower = value - margin * (value.abs() + e.double().square()) - 2.0**-80
+    return torch.where(value == INFINITY, INFINITY, lower).to(dtype)
+
+
 class Rows:
     """Scaled random rows, their masks, and everything of them in float64."""
 
@@ -52,11 +74,11 @@ class Rows:
         self.gram, self.x, self.kept = gram.to(DEVICE), x.to(dtype).to(DEVICE), kept.to(DEVICE)
         exact = self.x.double()
         self.c = exact.masked_fill(self.kept, 0.0) @ self.gram.double()
-        self.a, self.b = launch.linear_terms(self.x, self.gram.diagonal(), self.c, self.kept)
+        self.a, self.b = linear_terms(self.x, self.gram.diagonal(), self.c, self.kept)
         self.reach = launch.Reach.of(self.gram)
-        self.e = self.reach.e(self.x, dtype)
-        self.low_a = launch.pessimistic(self.a, self.e, dtype)
-        self.low_b = launch.pessimistic(self.b, self.e, dtype)
+        self.e = spans(self.reach, self.x)
+        self.low_a = pessimistic(self.a, self.e, dtype)
+        self.low_b = pessimistic(self.b, self.e, dtype)
         cross = 2 * exact[:, :, None] * exact[:, None, :] * self.gram.double()
         self.delta = self.a[:, :, None] + self.b[:, None, :] - cross
         if group is not None:
@@ -283,9 +305,9 @@ def test_scans_break_ties_by_lowest_index() -> None:
     kept[0, [70, 80]] = True
     x[0, [70, 80]] = 0.5
     c = x.masked_fill(kept, 0.0) @ gram
-    a, b = (side.float() for side in launch.linear_terms(x, gram.diagonal(), c, kept))
+    a, b = (side.float() for side in linear_terms(x, gram.diagonal(), c, kept))
     reach, limit = launch.Reach.of(gram), torch.zeros(1, device=DEVICE)
-    value, partner = launch.scan(gram, x, a, b, reach.e(x, x.dtype), reach, limit)
+    value, partner = launch.scan(gram, x, a, b, spans(reach, x), reach, limit)
     assert value[0, 70] == value[0, 80] == -0.75
     assert partner[0, 70] == partner[0, 80] == 0
     chosen = torch.tensor([[80, -1, 70]], device=DEVICE)

@@ -6,7 +6,7 @@ only where a count decides the size of a grid. Importing this module needs the p
 **Rounding.** With u = 2⁻²⁴ in float32, a scan computes fl(a + fl(b + h·fl(x_p g))). Rounding a, b,
 x and G to float32 included, its error is at most 2u|a_u| + 3u|b_p| + 6u·2|x_u x_p G_up|, to first
 order, and 2|x_u x_p G_up| ≤ D_u + D_p where D_j = x_j² d_j² with |G_ij| ≤ d_i d_j (`Reach`). The
-same holds for the bounds by which pairs are passed over. `pessimistic` therefore takes
+same holds for the bounds by which pairs are passed over. `column_terms` therefore takes
 8u(|a| + D) off a and 8u(|b| + D) off b: Δ' ≤ Δ for every pair, and least Δ' ≥ −limit proves that
 no pair gains more than the limit. That needs a and b themselves in float64, so c too.
 """
@@ -76,33 +76,6 @@ class Reach:
             rho_tile[first : first + rows] = ratio.amax((1, 3))
         return cls(d=d, rho=rho * _SLACK, rho_tile=rho_tile * _SLACK)
 
-    def e(self, x: Float[Tensor, "rows n"], dtype: torch.dtype) -> Float[Tensor, "rows n"]:
-        """|x_j| d_j, rounded up."""
-        return ((x.double().abs() * self.d) * _SLACK).to(dtype)
-
-
-def linear_terms(
-    x: Float[Tensor, "rows n"],
-    diagonal: Float[Tensor, " n"],
-    c: Float[Tensor, "rows n"],
-    kept: Bool[Tensor, "rows n"],
-) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-    """a and b in float64: +inf where a column is not kept (a) or not pruned (b)."""
-    square = x.double().square() * diagonal.double()
-    linear = 2.0 * x.double() * c.double()
-    a = (square + linear).masked_fill_(~kept, torch.inf)
-    b = (square - linear).masked_fill_(kept, torch.inf)
-    return a, b
-
-
-def pessimistic(
-    value: Float[Tensor, "rows n"], e: Float[Tensor, "rows n"], dtype: torch.dtype
-) -> Float[Tensor, "rows n"]:
-    """a or b less what rounding in `dtype` can add to it and to its pairs."""
-    margin = 4.0 * torch.finfo(dtype).eps
-    lower = value - margin * (value.abs() + e.double().square()) - 2.0**-80
-    return torch.where(value == torch.inf, torch.inf, lower).to(dtype)
-
 
 def column_terms(
     x: Float[Tensor, "all n"],
@@ -115,7 +88,10 @@ def column_terms(
     rows: Int[Tensor, " rows"] | None = None,
     lowered: bool = True,
 ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-    """`linear_terms`, `pessimistic` (if lowered) and `Reach.e` of some rows in one launch."""
+    """a and b, made pessimistic if `lowered`, and e = |x_j| d_j of some rows in one launch.
+
+    a is +inf where a column is not kept, b where it is not pruned; e is rounded up.
+    """
     rows = _all_rows(x) if rows is None else rows
     shape = (len(rows), x.shape[1])
     a, b, e = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(3))
@@ -289,9 +265,9 @@ def scan(
     """The best partner of every kept column, where the pair gains more than the limit.
 
     Args:
-        a, b: `linear_terms`, made `pessimistic` where the outcome is to be a proof; in the dtype
+        a, b: of `column_terms`, pessimistic where the outcome is to be a proof; in the dtype
             of x, +inf where a column is not kept (a) or not pruned (b).
-        e: `Reach.e` of x.
+        e: of `column_terms`.
         group: pairs stay inside groups of so many consecutive columns.
         tiled: look at all pairs, tile of G by tile of G, instead of at those that `discard` leaves.
         pairs: int64, written: the pairs of each row that `discard` leaves, groups not counted.
