@@ -63,8 +63,6 @@ class Variant:
     label: str
     constants: dict[str, Any]
     floating: str = "fp32"
-    aligned: bool = True
-    """n is a multiple of 16, as in every language model; torch's memory always is aligned."""
     warps: int = 4
 
 
@@ -74,7 +72,6 @@ def variants() -> Iterator[Variant]:
 
     from maskopt.solvers.swap.triton import launch, steps
 
-    tile = {"ROWS": launch.TILE_ROWS, "TILE": launch.TILE}
     for floating, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
 
         def variant(
@@ -89,13 +86,9 @@ def variants() -> Iterator[Variant]:
             yield replace(one, warps=launch.swap_block_warps(steps.WIDTH, dtype))
             sizes = {"BU": launch.BLOCK_U, "BP": launch.BLOCK_P, "GROUPED": grouped}
             yield variant("scan_survivors", sizes, label)
-        yield variant("scan_tiles", tile)
-        yield replace(variant("scan_tiles", tile, "any n"), aligned=False)
-        yield replace(variant("scan_tiles", {**tile, "rows": 1}, "one row"), aligned=False)
         yield variant("column_terms", {"BLOCK": launch.STRIP})
         yield variant("lower_envelope", {"T": launch.GRID, "BLOCK": 32})
         yield variant("list_finite", {"BLOCK": launch.STRIP})
-        yield variant("best_partners", {"K": steps.WIDTH // 2, "BLOCK": launch.STRIP})
         for size in (4, 32):
             together = launch.groups_together(size, dtype)
             yield variant("scan_groups", {"MP": size, "BG": together}, f"M={size}")
@@ -104,7 +97,7 @@ def variants() -> Iterator[Variant]:
 
 
 #: arguments that are not pointers to the kernel's floating dtype
-_INTEGERS = {"n", "most", "group", "rows", "tiles", "M", "groups"}
+_INTEGERS = {"n", "most", "group", "M", "groups"}
 _POINTERS = {
     "gram": "*fp32",
     "blocks": "*fp32",
@@ -114,7 +107,7 @@ _POINTERS = {
     **dict.fromkeys(("c", "d", "diagonal"), "*fp64"),
     **dict.fromkeys(
         (
-            "columns", "room", "pairs", "made", "count", "chosen", "partner", "kept_list", "kept_count",
+            "columns", "room", "pairs", "made", "count", "partner", "kept_list", "kept_count",
             "pruned_list", "pruned_count", "kept_best", "pruned_best",
         ),
         "*i32",
@@ -146,10 +139,11 @@ def compile_one(variant: Variant, architecture: int) -> Report:
         signature.update(dict.fromkeys({"gram", "blocks"} & signature.keys(), "*fp64"))
     if variant.kernel in {"swap_block", "column_terms"}:
         signature["x"] = "*fp64"
+    # torch's memory always is aligned, and n is a multiple of 16, as in every language model
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (name == "n" and variant.aligned)
+        if kind.startswith("*") or name == "n"
     }
     source = ASTSource(
         fn=function, signature=signature, constexprs=variant.constants, attrs=aligned

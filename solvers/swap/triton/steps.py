@@ -46,7 +46,6 @@ class TritonKernel:
         batch: rows of the layer; later calls may be about other rows of it.
         memory: bytes for temporaries.
         width: candidates of a block, a power of two from 16 to 128.
-        tiled: price tile of G by tile of G instead of by each row's surviving pairs.
         timed: add up the seconds of every stage in `seconds`; waits for the device after each.
     """
 
@@ -60,14 +59,12 @@ class TritonKernel:
         *,
         memory: int = 2**30,
         width: int = WIDTH,
-        tiled: bool = False,
         timed: bool = False,
     ) -> None:
         self.seconds: dict[str, float] = {}
         self._timed = timed
         self._memory = memory
         self._width = width
-        self._tiled = tiled
         self._chunk = max(1, memory // (_STEP_BYTES * batch.n))
         self.single = batch.single
         self._proposing = torch.float32 if batch.single else torch.float64
@@ -209,15 +206,12 @@ class TritonKernel:
                 looked = torch.zeros_like(rows)
                 value, partner = launch.scan(
                     batch.gram, x, a, b, e, self._reach, threshold,
-                    group=self._group, tiled=self._tiled, pairs=looked,
+                    group=self._group, pairs=looked,
                 )  # fmt: skip
                 batch.priced[rows] += looked
                 u = _least(value, self._width // 2)
                 value = value.gather(1, u.clamp(min=0)).masked_fill(u < 0, torch.inf)
-                if partner is None:
-                    p = launch.partners(batch.gram, x, a, b, u)
-                else:
-                    p = partner.gather(1, u.clamp(min=0))
+                p = partner.gather(1, u.clamp(min=0))
                 columns = self._padded(_distinct(torch.cat([u, p.masked_fill(u < 0, -1)], 1)))
             found = (value < torch.inf).any(1)
             # what was found, in float64
