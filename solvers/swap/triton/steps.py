@@ -26,6 +26,7 @@ from torch import Tensor
 
 from maskopt.solvers.swap import literal
 from maskopt.solvers.swap.batch import Batch
+from maskopt.solvers.swap.torch_kernel import distinct
 from maskopt.solvers.swap.triton import launch
 
 #: candidate columns of a block: half of them kept, half pruned
@@ -212,7 +213,7 @@ class TritonKernel:
                 u = _least(value, self._width // 2)
                 value = value.gather(1, u.clamp(min=0)).masked_fill(u < 0, torch.inf)
                 p = partner.gather(1, u.clamp(min=0))
-                columns = self._padded(_distinct(torch.cat([u, p.masked_fill(u < 0, -1)], 1)))
+                columns = self._padded(distinct(torch.cat([u, p.masked_fill(u < 0, -1)], 1)))
             found = (value < torch.inf).any(1)
             # what was found, in float64
             line, u, p = rows[:, None], u.clamp(min=0).long(), p.clamp(min=0).long()
@@ -271,11 +272,3 @@ def _least(values: Float[Tensor, "rows m"], many: int) -> Int[Tensor, "rows many
         order = values[tied].sort(dim=1, stable=True)
         found[tied], position[tied] = order.values[:, :many], order.indices[:, :many]
     return position.masked_fill(found == torch.inf, -1)
-
-
-def _distinct(columns: Int[Tensor, "rows N"]) -> Int[Tensor, "rows N"]:
-    """Ascending, every repetition replaced by −1."""
-    ordered = columns.sort(1).values
-    repeated = torch.zeros_like(ordered, dtype=torch.bool)
-    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    return ordered.masked_fill(repeated, -1)
