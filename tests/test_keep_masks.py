@@ -369,3 +369,23 @@ def test_options_of_other_checks_are_refused(pruned: Callable[[str], Path]) -> N
     folder = pruned("llama")
     arguments = ("verify", folder, "--masks", folder, "--against", folder)
     assert "--against is for a folder" in run(*arguments, fails=OptionError)
+
+
+def test_the_recipe_for_tools_of_pytorch(
+    pruned: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "after.md").read_text()
+    (recipe,) = (b.split("```")[0] for b in page.split("```python\n") if "FakeSparsity" in b)
+    (tmp_path / "OUT").symlink_to(pruned("gpt2"))
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(recipe, found)
+    model, before = found["model"].train(), loaded(Path("OUT"))
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), 5)
+    for name in parameter_masks(before, "OUT"):
+        owner, _, last = name.rpartition(".")
+        weight, old = getattr(model.get_submodule(owner), last), before.get_parameter(name)
+        assert bool((weight[old == 0] == 0).all()), name
+        assert not torch.equal(weight, old), name
+    with pytest.raises(ModelError, match="masks are on it already; remove those first"):
+        keep_masks(model, "OUT")

@@ -29,7 +29,6 @@ from maskopt.cli import (
     solve,
     solvers,
     sweep,
-    table,
     verify_output,
 )
 from maskopt.cli.console import INTERRUPTED, errors, insist_on_interrupts, show_compiling
@@ -63,7 +62,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "shrink": shrink.shrink,
     "plan": plan.plan,
     "eval": evaluate.evaluate,
-    "table": table.table,
     "verify": verify_output.verify,
     "report": report.report,
     "pack": pack.pack,
