@@ -1,4 +1,4 @@
-"""Certificates and trees decided in exact rational arithmetic, for rows of up to about a hundred inputs.
+"""Certificates and trees decided in exact rational arithmetic, for rows of up to MOST_INPUTS inputs.
 
 Every float64 is a dyadic rational, so the claims of `maskopt.certificate` and `maskopt.proof_check` can be
 decided without any rounding. Both are bounds by a convex quadratic
