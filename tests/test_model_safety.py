@@ -135,6 +135,20 @@ def any_entry(value: dict[str, Any]) -> dict[str, Any]:
     return next(v for k, v in value.items() if k != "__metadata__")
 
 
+def entries(**given: Any) -> Callable[[Path], None]:
+    return lambda model: edit_json(model / "config.json", lambda c: c.update(given))
+
+
+def twice(model: Path) -> None:
+    """A tensor, and the same parameter without the name of the base model."""
+    path = first_shard(model)
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.startswith("model.layers."))
+    tensors[name.removeprefix("model.")] = tensors[name] + 1
+    save_file(tensors, path)
+    edit_json(model / INDEX, lambda i: i["weight_map"].update({name[6:]: path.name}))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, "truncated"),
     "pickle": (disguised_pickle, "but a pickle"),
@@ -173,6 +187,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda m: edit_json(m / "config.json", lambda c: c.update(quantization_config={"a": 1})),
         "quantised",
     ),
+    "quantised in a part": (entries(text_config={"quantization_config": {"a": 1}}), "quantised"),
+    "kernel": (entries(_attn_implementation="owner/kernel"), "kernel from the hub .*`trust_remote"),
+    "blocks without end": (
+        entries(num_hidden_layers=10**12, layer_types=None),
+        "config.json: `num_hidden_layers` is 1000000000000, and the stored tensors have 3 blocks",
+    ),
+    "blocks of a part": (entries(vision_config={"depth": 10**5}), "`depth` is 100000"),
+    "experts without end": (
+        entries(num_local_experts=10**5),
+        "`num_local_experts` is 100000, and the stored tensors have 0 experts",
+    ),
+    "tensor twice": (twice, "are the same parameter; remove one of them"),
     "unknown architecture": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(model_type="nonsense")),
         "config.json|model type|ValueError",
