@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import edit_json, tiny, tokens
+from tiny_models import chat_tokenizer, edit_json, save, tiny, tokens
 
 import maskopt
 from maskopt import prune_model
-from maskopt.errors import MaskoptError, ModelError
+from maskopt.errors import DataError, MaskoptError, ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.checkpoint import INDEX, plain_name
 from maskopt.model.opening import open_source
@@ -291,3 +291,29 @@ def test_a_file_of_hidden_states_that_cannot_be(
     assert str(caught.value).startswith(f"{tmp_path}: ")
     assert os.strerror(number) in str(caught.value)
     assert "`activation_memory`" in str(caught.value)
+
+
+PANICS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "when it is loaded": lambda t: t.update(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": ""}
+    ),
+    "when it is used": lambda t: t["post_processor"].update(special_tokens={}),
+}
+
+
+@pytest.mark.parametrize(
+    ("when", "chat"),
+    [("when it is loaded", False), ("when it is loaded", True), ("when it is used", False)],
+)
+def test_a_tokenizer_that_panics_is_one_error(when: str, chat: bool, tmp_path: Path) -> None:
+    """Its library is written in Rust, and raises what is no Exception."""
+    model = save(tiny("llama"), tmp_path / "model")
+    chat_tokenizer().save_pretrained(model)
+    edit_json(model / "tokenizer.json", PANICS[when])
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "some words", "messages": [{"role": "user", "content": "words"}]}')
+    with pytest.raises(DataError, match=r"model/tokenizer\.json: the tokenizer's library stopped"):
+        prune_model(
+            model, calibration=text, output=tmp_path / "out", chat=chat, seq_len=4, **OPTIONS
+        )
+    assert not (tmp_path / "out").exists()
