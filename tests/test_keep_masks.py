@@ -484,7 +484,8 @@ def test_files_of_training_may_lie_there(pruned: Callable[[str], Path], tmp_path
     loaded(pruned("llama")).save_pretrained(tmp_path / "tuned")
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "trainer_state.json"):
         (tmp_path / "tuned" / name).write_text("{}")
-    (tmp_path / "tuned" / "checkpoint-5").mkdir()
+    for name in ("checkpoint-5", "additional_chat_templates"):
+        (tmp_path / "tuned" / name).mkdir()
     verify_masks(tmp_path / "tuned", pruned("llama"))
 
 

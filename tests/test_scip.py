@@ -92,6 +92,15 @@ def test_a_crash_costs_its_task_alone(monkeypatch):
     assert answers == {0: 9, 2: 25, 3: 36}
 
 
+def test_rows_whose_process_died_keep_their_start_and_that_is_said(monkeypatch, caplog):
+    died = [(0, WorkerCrash("the worker process died with exit status -9"))]
+    monkeypatch.setattr("maskopt.solvers.exact.rows._as_they_finish", lambda *_: iter(died))
+    problem = LayerProblem(random_weight(1, 8, 1), random_gram(8, "low-rank", 2), Unstructured(0.5))
+    found = solve(problem, "scip")
+    assert found.status == (Status.FEASIBLE,)
+    assert "1 rows keep their start: the worker process died with exit status -9" in caplog.text
+
+
 def test_a_killed_job_is_one_error(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
     calls = [joblib.delayed(die_on_seven)(task) for task in (7, 7)]

@@ -31,9 +31,10 @@ CONFIG = "config.json"
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 #: what `maskopt` itself writes beside the weights
 OWN = (MASKS, MANIFEST, "maskopt-distill.json")
-#: what transformers' Trainer leaves in a folder, and no loader takes for weights
-TRAINERS = re.compile(
-    r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|checkpoint-\d+|runs"
+#: what transformers' Trainer and tokenizers leave in a folder, and no loader takes for weights or code
+SAVED = re.compile(
+    r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|checkpoint-\d+|runs|"
+    r"additional_chat_templates"
 )
 #: what no loader reads; such files may also have come later
 HARMLESS_NAMES = ("README", "LICENSE", "NOTICE", "USE_POLICY", ".gitattributes", ".gitignore")

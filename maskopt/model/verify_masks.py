@@ -16,7 +16,7 @@ from maskopt.errors import VerificationError
 from maskopt.model.verify_folder import (
     MASKS,
     OWN,
-    TRAINERS,
+    SAVED,
     Weights,
     check_beside,
     check_configuration,
@@ -116,7 +116,7 @@ def verify_masks(
 
 def _is_of_a_model(name: str, weights: Weights) -> bool:
     """Is it a file of a model that was saved, or one that training leaves there?"""
-    return name in (*weights.files, *OWN) or is_copied(name) or bool(TRAINERS.fullmatch(name))
+    return name in (*weights.files, *OWN) or is_copied(name) or bool(SAVED.fullmatch(name))
 
 
 def _finite(weights: Weights, name: str) -> Tensor:
