@@ -167,8 +167,8 @@ def pairs(value: Any) -> Iterator[tuple[str, Any]]:
         value = waiting.pop()
         if isinstance(value, dict):
             yield from value.items()
-        waiting.extend(value.values() if isinstance(value, dict) else ())
-        waiting.extend(value if isinstance(value, list) else ())
+            value = list(value.values())
+        waiting += value if isinstance(value, list) else []
 
 
 def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:

@@ -181,7 +181,7 @@ def check_configuration(
     folder: Path,
     names: Iterable[str],
     compared: Collection[str],
-    remedy: str = "whether the original does, too, only a comparison with it (against) can tell",
+    remedy: str = "whether the original does, too, only a comparison with it (against) can show",
 ) -> None:
     """Refuse configuration that has a loader take other weights, or run code.
 
