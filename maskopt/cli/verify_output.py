@@ -77,6 +77,7 @@ def verify(
     What only the calibration text can show is called claimed.
     """
     if masks is not None:
+        trusted = options.pop("trust_remote_code")
         _refuse(
             f"a folder that `maskopt prune` wrote; of {folder}, the zeros are checked",
             solution=solution,
@@ -88,7 +89,7 @@ def verify(
             semi_structured=semi_structured,
             **options,
         )
-        _verify_masks(folder, masks)
+        _verify_masks(folder, masks, trusted)
         return
     if solution is not None:
         from maskopt.cli.solve import check
@@ -184,12 +185,17 @@ def _verify_model(
         output.print(f"PyTorch accepts all {len(converted)} layers as semi-structured 2:4")
 
 
-def _verify_masks(folder: Path, pruned: Path) -> None:
+def _verify_masks(folder: Path, pruned: Path, trusted: bool) -> None:
     """A model that was trained on after it was pruned."""
     from maskopt.model.verify_masks import verify_masks
 
     with view() as shown:
-        found = verify_masks(folder, pruned, lambda done, total: shown.show("tensors", done, total))
+        found = verify_masks(
+            folder,
+            pruned,
+            lambda done, total: shown.show("tensors", done, total),
+            trust_remote_code=trusted,
+        )
     others = f". Of {found.others} tensors without a mask, {found.changed} changed"
     output.print(
         f"{folder}: holds. All {found.pruned} weights that {pruned} prunes are zero, in {found.tensors} "

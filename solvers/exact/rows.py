@@ -233,6 +233,12 @@ def run_rows(
             answer if known else RowAnswer(answer.pruned, "interrupted")
             for answer, known in zip(answers, begun, strict=True)
         ]
+    if crashed := [answer.message for answer in answers if answer.ended == "crashed"]:
+        _log.warning(
+            "%d rows keep their start: %s; where memory was short, run fewer processes at a time (`workers`)",
+            len(crashed),
+            crashed[0],
+        )
     return answers
 
 
