@@ -38,8 +38,6 @@ _MODEL_SIDE = {
     "remove_blocks": "maskopt.model.remove_blocks",
     "remove_experts": "maskopt.model.remove_experts",
     "shrink_model": "maskopt.model.shrink",
-    "with_fake_sparsity": "maskopt.model.torch_masks",
-    "with_torch_prune": "maskopt.model.torch_masks",
 }
 
 
@@ -93,6 +91,4 @@ __all__ = [
     "solve",
     "structure_problem",
     "verify",
-    "with_fake_sparsity",
-    "with_torch_prune",
 ]

@@ -31,7 +31,7 @@ import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ class Certificate:
             raise VerificationError(
                 "a certificate bounds f, and proves nothing of refitted weights"
             )
-        self._check_shapes(layer)
+        self.check_shapes(layer)
         slacks = _shared_slacks(self, layer)
         gram = layer.gram.double()
         if layer.pooled:
@@ -199,7 +199,8 @@ class Certificate:
         zeros = self.diagonal.new_zeros(rows, self.penalty.shape[1], n)
         return Certificate(self.diagonal, self.penalty, self.point, zeros, self.cuts)
 
-    def _check_shapes(self, layer: LayerProblem) -> None:
+    def check_shapes(self, layer: LayerProblem) -> None:
+        """Raise VerificationError where arrays do not fit the layer, or hold what no certificate does."""
         rows, n, groups = layer.rows, layer.n, layer.n // layer.group_size
         shapes: dict[str, tuple[int, ...]] = {
             "diagonal": (rows, n),
@@ -303,7 +304,7 @@ def _at_point(
     gram_diagonal = gram.diagonal().clamp(min=0.0)
     reach = w.abs() * gram_diagonal.sqrt()  # |Q_ij| ≤ reach_i·reach_j, up to G's own rounding
 
-    cut_matrix, cut_linear, cut_constant, cut_size = cut_form(cuts, n, w)
+    cut = cut_form(cuts, n, w)
     # what is missing to A ⪰ 0, added to λ
     if shared is not None:
         slack = shared * w.square()
@@ -318,10 +319,10 @@ def _at_point(
             half = product.T.repeat_interleave(group, dim=1) / 2
             a += half + half.T
             parts += 2 * float(half.norm())
-        if cut_matrix is not None:
-            a -= cut_matrix
-            parts += cut_size
-        slack = torch.full_like(w, missing(a) + 8 * _U * parts)
+        if cut.matrix is not None:
+            a -= cut.matrix
+            parts += cut.size
+        slack = torch.full_like(w, missing(a) + 8 * _U * parts + cut.error)
     lam = diagonal + slack
 
     # g(p̂) and its gradient
@@ -334,9 +335,9 @@ def _at_point(
         inner = product @ point
         value = value + inner @ excess
         gradient = gradient + product.T @ excess + inner.repeat_interleave(group)
-    if cut_matrix is not None:
-        value = value - (point @ (cut_matrix @ point) + cut_linear @ point + cut_constant)
-        gradient = gradient - (2 * (cut_matrix @ point) + cut_linear)
+    if cut.matrix is not None:
+        value = value - (point @ (cut.matrix @ point) + cut.linear @ point + cut.constant)
+        gradient = gradient - (2 * (cut.matrix @ point) + cut.linear)
     if layer.linear is not None:
         pull = w * layer.linear.correlation[row].to(w)
         value = value + 2 * pull @ point + layer.linear.constant[row].to(w)
@@ -349,17 +350,36 @@ def _at_point(
     size = size + 4 * penalty.abs().sum() * widest**2
     if product is not None:
         size = size + 4 * (product.abs() @ far).sum() * widest
-    size = size + 16 * cut_size * n * far.max() ** 2
+    size = size + 16 * cut.size * n * far.max() ** 2
     if layer.linear is not None:
         size = size + 4 * (pull.abs() @ far) + 4 * layer.linear.constant[row].to(w)
-    return value - gradient @ point - terms * _U * size, gradient
+    # the form of the cuts enters g(p̂), its slope at p̂ and the least slope
+    off = 8 * cut.error * far.max() ** 2
+    return value - gradient @ point - terms * _U * size - off, gradient
 
 
-def cut_form(cuts: Cuts | None, n: int, like: Tensor) -> tuple[Tensor | None, Tensor, float, float]:
-    """Σ τ c_t(p) as pᵀKp + kᵀp + κ, and a bound on the size of its terms."""
+class CutForm(NamedTuple):
+    """Σ τ c_t(p) as pᵀKp + kᵀp + κ.
+
+    Attributes:
+        matrix: K, float64 [n, n]; None where there are no cuts.
+        size: a bound of the size of its terms.
+        error: what all entries of K, k and κ together may be off by: every one is a sum of floats, and there
+            may be many more cuts than inputs.
+    """
+
+    matrix: Tensor | None
+    linear: Tensor
+    constant: float
+    size: float
+    error: float
+
+
+def cut_form(cuts: Cuts | None, n: int, like: Tensor) -> CutForm:
+    """The quadratic form of the cuts of a row of n inputs, on the device of `like`."""
     linear = torch.zeros(n, dtype=torch.float64, device=like.device)
     if cuts is None or len(cuts.multiplier) == 0:
-        return None, linear, 0.0, 0.0
+        return CutForm(None, linear, 0.0, 0.0, 0.0)
     tau = cuts.multiplier.to(like)
     index = cuts.index.to(like.device).long()
     signs = torch.cat([torch.ones_like(tau)[:, None], cuts.sign.to(like)], 1)
@@ -382,8 +402,11 @@ def cut_form(cuts: Cuts | None, n: int, like: Tensor) -> tuple[Tensor | None, Te
         linear.index_add_(0, torch.maximum(i, j)[alone], 2 * weight[alone])
         constant = constant - weight[alone].sum()
     # of every pair of inputs; 16 τ of a triangle
-    size = 16 / 3 * float((tau * (inputs * (inputs - 1) // 2)).sum())
-    return matrix, linear, float(constant), size
+    pairs = inputs * (inputs - 1) // 2
+    size = 16 / 3 * float((tau * pairs).sum())
+    # no sum has more terms than there are pairs and cuts twice over; all terms of all sums are below 2·size
+    terms = 2 * int(pairs.sum()) + len(tau)
+    return CutForm(matrix, linear, float(constant), size, 2 * terms * _U * 2 * size)
 
 
 def missing(a: Tensor) -> float:

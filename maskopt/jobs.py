@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import current_process
 from typing import Any
 
@@ -21,7 +22,7 @@ from joblib import Parallel, effective_n_jobs
 from joblib.parallel import get_active_backend
 from torch import Tensor
 
-from maskopt.errors import OptionError
+from maskopt.errors import OptionError, SolverError
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.solver import Solver
@@ -45,8 +46,23 @@ def workers(jobs: int | None) -> int:
 
 
 def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
-    """What `joblib.delayed` calls return, in whatever order they end; errors as of `workers`."""
+    """What `joblib.delayed` calls return, in whatever order they end.
+
+    Raises:
+        OptionError: as `workers`.
+        SolverError: a worker process was killed.
+    """
     workers(jobs)
+    try:
+        yield from _as_they_finish(calls, jobs)
+    except BrokenProcessPool:
+        raise SolverError(
+            "a worker process was killed, in most cases for want of memory; run fewer of them at a time, "
+            "such as `jobs` 1"
+        ) from None
+
+
+def _as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
     here = os.getpid()
     calls = [(_job, (here, function, *given), named) for function, given, named in calls]
     backend, _ = get_active_backend()

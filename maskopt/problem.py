@@ -59,6 +59,8 @@ from maskopt.values import MOST_WHOLE, Values, values_of
 
 #: columns of G that are brought to float64 at a time when an objective is computed
 _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
+#: relative error of updated weights, solved for in float64
+_SOLVED = 1e-12
 _POSED_REFIT = (
     "somebody's quadratic objective has no weights that could be refitted; take `weights` keep"
 )
@@ -280,14 +282,19 @@ class LayerProblem:
     def _error(self, dropped: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         return self._form(dropped).clamp_(min=0.0)
 
-    def _form(self, dropped: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+    def _form(
+        self, dropped: Float[Tensor, "rows n"], *, size: bool = False
+    ) -> Float[Tensor, " rows"]:
+        """f of what is dropped; with `size` the sum of the absolute values of its terms."""
+        of = torch.abs if size else (lambda x: x)
         value = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         step = max(1, _OBJECTIVE_BLOCK_BYTES // (8 * self.n))
         for start in range(0, self.n, step):
             block = slice(start, start + step)
-            value += ((dropped @ self.gram[:, block].double()) * dropped[:, block]).sum(1)
+            value += ((dropped @ of(self.gram[:, block].double())) * dropped[:, block]).sum(1)
         if self.linear is not None:
-            value += self.linear.value(dropped)
+            part = Linear(of(self.linear.correlation), self.linear.constant)
+            value += part.value(dropped)
         return value
 
     def output_energy(self) -> Float[Tensor, " rows"]:
@@ -310,6 +317,25 @@ class LayerProblem:
             diagonal = diagonal + self.least_squares.ridge
         mass = self.weight.double().square() @ diagonal
         return mass if self.linear is None else mass + self.linear.constant
+
+    def rounding(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """The most that float64 can lose of the error of weights v [rows, n], float64 [rows].
+
+        γ (Σᵢⱼ |xᵢAᵢⱼxⱼ| + 2|x|ᵀ|g| + c) with x = w − v and γ = 4(n + 8)·2⁻⁵³ covers sums and products in any
+        order (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1); and the least number
+        of float64 for each of n terms. Only terms of the sum count: for v = w⊙m the pruned weights.
+        """
+        lost = self._size((self.weight.double() - weight).abs())
+        found = 4 * (self.n + 8) * 2.0**-53 * lost
+        if self.refit is not None:  # F is least there, so what the solve is off by counts squared
+            found += _SOLVED**2 * self._size(self.weight.double().abs())
+        # where the sizes leave float64, nothing is excused
+        return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074
+
+    def _size(self, lost: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """The absolute values of all terms of an error, summed."""
+        terms = self._form(lost, size=True)
+        return terms if self.refit is None else terms + lost.square() @ self.least_squares.ridge
 
     def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """The least that f can be where it is no less than a bound: of an integral problem the next of its

@@ -64,7 +64,7 @@ def check_proof(problem: LayerProblem | RowProblem, proof: Proof) -> Float[Tenso
         raise VerificationError(f"proof: {len(proof.rows)} trees for {layer.rows} rows")
     with np.errstate(all="ignore"):  # what is not finite is looked for, and proves nothing
         bounds = [
-            0.0 if tree is None else _Check(layer, row, tree).bound()
+            0.0 if tree is None else TreeCheck(layer, row, tree).bound()
             for row, tree in enumerate(proof.rows)
         ]
     return torch.tensor(bounds, dtype=torch.float64)
@@ -82,6 +82,8 @@ class _Form(NamedTuple):
     """λ and what is missing to A ⪰ 0, [n]; 0 where it is fixed."""
     size: float
     """Σ of the sizes of all terms of q and λ."""
+    off: float
+    """What a bound may be off by the sums that the form itself is made of."""
 
 
 class _Node(NamedTuple):
@@ -93,8 +95,8 @@ class _Node(NamedTuple):
     """Of the step above."""
 
 
-class _Check:
-    """The check of one row's tree."""
+class TreeCheck:
+    """The check of one row's tree: the walk through its steps, and their bounds in float64."""
 
     def __init__(self, layer: LayerProblem, row: int, tree: RowProof) -> None:
         self.row, self.tree, self.values = row, tree, layer.row(row).values()
@@ -172,17 +174,17 @@ class _Check:
         part = slice(*self.first_cut[number : number + 2])
         cuts = Cuts(*(torch.from_numpy(x[part]) for x in self._cuts()))
         check_cuts(cuts, self.n, self.row)
-        matrix, linear, constant, cut_size = cut_form(cuts, self.n, torch.zeros(1).double())
-        q = self.q if matrix is None else self.q - matrix.numpy()
+        cut = cut_form(cuts, self.n, torch.zeros(1).double())
+        q = self.q if cut.matrix is None else self.q - cut.matrix.numpy()
         own, penalty, group = self.tree.forms[number][free], self.tree.penalty, free // self.group
         a = q[np.ix_(free, free)] + penalty * (group[:, None] == group)
         a[np.diag_indices_from(a)] += own
-        size = self.size + cut_size * self.n + float(np.abs(own).sum())
-        lack = missing(torch.from_numpy(a)) + 8 * _U * (size + len(free) * abs(penalty))
+        size = self.size + cut.size * self.n + float(np.abs(own).sum())
+        lack = missing(torch.from_numpy(a)) + 8 * _U * (size + len(free) * abs(penalty)) + cut.error
         lam = np.zeros(self.n)
         lam[free] = own + lack
         size += len(free) * lack
-        return _Form(number, q, linear.numpy(), constant, lam, size)
+        return _Form(number, q, cut.linear.numpy(), cut.constant, lam, size, 8 * cut.error)
 
     def _cuts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.tree.cut_index, self.tree.cut_sign, self.tree.multiplier
@@ -197,8 +199,7 @@ class _Check:
         nothing = 0.0, np.zeros((2, len(free)))
         if form is None:
             return nothing
-        if len(point) != len(free) or not ((point >= 0) & (point <= 1)).all():
-            raise self._refused("a point is not one of its step's free entries")
+        self._check_point(point, free)
         p[free] = point
         product, lam = form.matrix @ p, form.lam[free]
         h = 2 * product[free] - form.linear[free] + lam * (2 * point - 1)
@@ -212,13 +213,17 @@ class _Check:
         value += ranked[np.arange(self.group) < left[:, None]].sum()
         excess = np.abs(p.reshape(-1, self.group).sum(1) - self.pruned) + 4 * self.n**2 * _U
         value -= abs(self.tree.penalty) * (excess @ excess)
-        value = self._rounded(float(value), form.size)
+        value = self._rounded(float(value), form.size) - form.off
         if not math.isfinite(value):
             return nothing
         # where a group has free inputs, 0 < left < their number: the last of the sort and the first beyond
         of = free // self.group
         rise = np.stack([h - ranked[of, left[of] - 1], ranked[of, left[of]] - h])
         return value, np.maximum(rise, 0.0) * (1 - 4 * _U)
+
+    def _check_point(self, point: np.ndarray, free: np.ndarray) -> None:
+        if len(point) != len(free) or not ((point >= 0) & (point <= 1)).all():
+            raise self._refused("a point is not one of its step's free entries")
 
     def _fix(
         self,
@@ -234,7 +239,7 @@ class _Check:
             raise self._refused("it fixes an input that is not free, or to no side")
         state[inputs] = side
         # the other side of a kept input is to prune it
-        return float(rise[side, np.searchsorted(free, inputs)].min())
+        return rise[side, np.searchsorted(free, inputs)].min()
 
     def _rounded(self, value: float, size: float) -> float:
         """Less all that rounding may have added to a sum of terms of this size."""

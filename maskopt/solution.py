@@ -25,8 +25,9 @@ class Status(StrEnum):
     """What is proven about one row's mask."""
 
     OPTIMAL = "optimal"
-    """No legal mask is better by more than OPTIMAL_TOLERANCE of the objective, or of the value that it has in
-    the units in which the problem was posed."""
+    """No legal mask is better by more than `optimal_slack`: OPTIMAL_TOLERANCE of the objective, or of the
+    value that it has in the units in which the problem was posed, and what float64 can lose of the sum. Of an
+    integral problem no legal mask is better at all."""
     SWAP_OPTIMAL = "swap-optimal"
     """No legal 1-swap lowers the objective by more than `swap_threshold`; and of rows that trade, no exchange
     between two of them the layer's sum by more than that of both."""
@@ -42,6 +43,8 @@ SWAP_FLOOR = 1e-13
 REFIT_FLOOR = 1e-10
 #: OPTIMAL holds up to this part of the row's objective (feasibility tolerances of exact solvers)
 OPTIMAL_TOLERANCE = 1e-6
+#: the rounding of an objective counts where the objective is at most this part of Σⱼ wⱼ²Gⱼⱼ
+_NOISE = 1e-6
 
 
 def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -55,14 +58,19 @@ def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Ten
 
 
 def optimal_slack(
-    layer: LayerProblem, objective: Float[Tensor, " rows"], floor: float = SWAP_FLOOR
+    layer: LayerProblem, mask: Bool[Tensor, "rows n"], objective: Float[Tensor, " rows"]
 ) -> Float[Tensor, " rows"]:
-    """What the bound of an OPTIMAL row may be below its objective, float64 [rows]: a part of its size, and
-    (of a problem that was not posed in other units) the rounding of its terms, `floor` of Σⱼ wⱼ²Gⱼⱼ."""
-    part = OPTIMAL_TOLERANCE * size_of(layer, objective)
-    if layer.units is not None:
-        return part
-    return part + floor * layer.diagonal_mass().to(objective)
+    """How far the bound of an OPTIMAL row may be below its objective, float64 [rows]: a part of its size, and
+    (where that is next to nothing) what float64 can lose of the mask's sum, `LayerProblem.rounding`. 0 for an
+    integral problem, whose sums are exact."""
+    if layer.integral:
+        return torch.zeros_like(objective)
+    slack = OPTIMAL_TOLERANCE * size_of(layer, objective)
+    small = objective <= _NOISE * layer.diagonal_mass().to(objective)
+    if layer.units is None and bool(small.any()):
+        some = layer.take(small.to(layer.device))
+        slack[small] += some.rounding(some.weights(mask[small.to(mask.device)])).to(slack)
+    return slack
 
 
 def swap_threshold(

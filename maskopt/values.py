@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -18,20 +20,24 @@ from torch import Tensor
 #: whole numbers below it, and their sums, are exact in float64
 MOST_WHOLE = 2.0**52
 
+_Real = TypeVar("_Real", float, Fraction)
+
 
 @dataclass(frozen=True)
 class Values:
     """offset + step·k for all whole k; step 0: the offset alone."""
 
-    offset: float
-    step: float
+    offset: int
+    step: int
 
-    def at_least(self, bound: float) -> float:
-        """The least value that is not below a bound; the bound itself where it is beyond whole numbers."""
-        if not abs(bound) < MOST_WHOLE or not self.step:
+    def at_least(self, bound: _Real) -> _Real:
+        """The least value that is not below a bound, exact for a Fraction; the bound itself where there is no
+        such value, or where it is beyond whole numbers."""
+        if not abs(bound) < MOST_WHOLE or (not self.step and bound > self.offset):
             return bound
-        # each operation is monotone: what is rounded never passes a value that the bound does not pass
-        return self.offset + self.step * math.ceil((bound - self.offset) / self.step)
+        # each operation is monotone: rounding never moves the bound past a value
+        steps = math.ceil((bound - self.offset) / self.step) if self.step else 0
+        return type(bound)(self.offset + self.step * steps)
 
 
 def values_of(q: Float[Tensor, "n n"], pruned: int) -> Values:
@@ -40,4 +46,4 @@ def values_of(q: Float[Tensor, "n n"], pruned: int) -> Values:
     diagonal = twice.diagonal() // 2
     step = np.gcd.reduce(twice[np.triu_indices(len(twice), 1)], initial=0)
     step = np.gcd.reduce(diagonal - diagonal[0], initial=int(step))
-    return Values(float(pruned * int(diagonal[0])), float(abs(int(step))))
+    return Values(pruned * int(diagonal[0]), abs(int(step)))

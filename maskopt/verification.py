@@ -8,13 +8,16 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from fractions import Fraction
+from operator import mul
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from maskopt.checks import PAIRS_AT_ONCE, improving_swap
 from maskopt.errors import MaskoptError, VerificationError
+from maskopt.exact_check import exact_bounds, exact_cost
 from maskopt.pooled_checks import Trade, least_sum
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.proof_check import check_proof
@@ -32,11 +35,12 @@ from maskopt.solution import (
 ENUMERATION_LIMIT = 20_000
 #: … and of refitted weights, where a mask costs s³ operations for s pruned, with so many of these at most
 REFIT_ENUMERATION_LIMIT = 10**10
-#: relative difference at which a stated objective is wrong
+#: relative difference at which a stated objective is wrong, unless float64 can lose so much of its sum
 OBJECTIVE_TOLERANCE = 1e-9
-#: … or so much of Σⱼ wⱼ²Gⱼⱼ, the rounding of float64 sums
-ROUNDING = 1e-12
-CHECKED = "checked"
+CLAIMS: Final = "claims"
+CHECKED: Final = "checked"
+EXACT: Final = "exact"
+Require = Literal["claims", "checked", "exact"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def verify(
     problem: LayerProblem | RowProblem,
     solution: Solution,
     *,
-    require: Literal["claims", "checked"] = "claims",
+    require: Require = CLAIMS,
 ) -> Verification:
     """Check everything that a solution claims, in float64.
 
@@ -78,13 +82,17 @@ def verify(
     (`Solution.vouched`); where enumeration confirms it, nothing is taken on that one's word.
 
     Args:
-        require: `checked` refuses rows that rest on the word of a backend.
+        require: `checked` refuses rows that rest on the word of a backend. `exact` decides lower bounds and
+            OPTIMAL in rational arithmetic as well (`maskopt.exact_check`), for rows of up to 200 inputs whose
+            weights are kept unchanged.
 
     Raises:
         VerificationError: with the reason and the row.
     """
-    if require not in ("claims", CHECKED):
-        raise VerificationError(f"require must be 'claims' or 'checked', not {require!r}")
+    if require not in get_args(Require):
+        raise VerificationError(
+            f"require must be one of: {', '.join(get_args(Require))}; not {require!r}"
+        )
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     if not isinstance(solution, Solution):
         raise VerificationError(
@@ -92,49 +100,53 @@ def verify(
             "Solution.of(problem, mask)"
         )
     mask = _legal_mask(layer, solution)
-    mass = _mass(layer, mask)
-    _verify_objective(layer, mask, solution, mass)
-    _verify_bound(layer, solution, mass)
+    rounding = _rounding(layer, mask, solution)
+    _verify_objective(layer, mask, solution, rounding)
+    _verify_bound(layer, solution, rounding)
     proven = _proven(layer, mask, solution)
     size = size_of(layer, proven)
     basis = []
     if layer.pooled:
-        enumerated = _verify_pooled(layer, mask, solution, mass)
+        enumerated = _verify_pooled(layer, mask, solution, rounding)
     else:
-        enumerated = _verify_rows(layer, mask, solution, mass)
+        enumerated = _verify_rows(layer, mask, solution, rounding)
     for index in range(layer.rows):
-        rounding = ROUNDING * float(mass[index])
         bound = float(solution.lower_bound[index])
-        slack = OBJECTIVE_TOLERANCE * float(size[index]) + rounding
+        slack = OBJECTIVE_TOLERANCE * float(size[index]) + float(rounding[index])
+        if (
+            layer.integral
+        ):  # the next value is reached, or it is not; a shared bound has been divided
+            slack = 4 * (layer.rows + 8) * 2.0**-53 * float(size[index]) if layer.pooled else 0.0
         if bound <= float(proven[index]) + slack:
             basis.append(CHECKED)
         else:
             word = _voucher(solution, index, float(proven[index]))
             basis.append(CHECKED if enumerated else _on_the_word(word, index, require))
+    if require == EXACT:
+        _verify_exactly(layer, mask, solution)
     return Verification(tuple(basis))
 
 
-def _mass(layer: LayerProblem, mask: Tensor) -> Tensor:
-    """What rounding is a part of, float64 [rows]: Σⱼ wⱼ²Gⱼⱼ. Of a problem that was posed in other units over
-    the pruned alone: a penalty on what is not chosen must not hide what the values differ by."""
-    if layer.units is None:
-        return layer.diagonal_mass()
-    terms = layer.weight.double().square() * layer.gram.diagonal().double()
-    return torch.where(mask, 0.0, terms).sum(1)
+def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
+    """The most that float64 can lose of every row's objective, float64 [rows]."""
+    weight = solution.weight
+    if solution.own and weight is not None and weight.shape == mask.shape:
+        return layer.rounding(weight.to(layer.device, torch.float64))
+    return layer.rounding(layer.weights(mask))
 
 
-def _verify_rows(layer: LayerProblem, mask: Tensor, solution: Solution, mass: Tensor) -> bool:
+def _verify_rows(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
     """Statuses and bounds, row by row; whether by enumeration, too."""
     every = _every_mask(layer)
+    slack = optimal_slack(layer, mask, solution.objective)
     for index, word in enumerate(solution.status):
-        status, rounding = Status(word), ROUNDING * float(mass[index])
-        _verify_status(layer, mask, solution, index, status, rounding)
+        _verify_status(layer, mask, solution, index, Status(word), float(slack[index]))
         if every is not None:
-            _verify_by_enumeration(layer, solution, index, status, every, rounding)
+            _verify_by_enumeration(layer, solution, index, every, float(rounding[index]))
     return every is not None
 
 
-def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, mass: Tensor) -> bool:
+def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
     """Status and bound of a layer whose rows trade; whether by enumeration, too."""
     status = Status(solution.status[0])
     if len(set(solution.status)) > 1:
@@ -152,15 +164,15 @@ def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, mass: 
     share = layer.shares
     cost = float(share @ solution.objective.to(share))
     bound = float(share @ solution.lower_bound.to(share))
-    rounding = ROUNDING * float(share @ mass)
-    if status is Status.OPTIMAL and cost - bound > OPTIMAL_TOLERANCE * cost + rounding:
+    slack = float(share @ optimal_slack(layer, mask, solution.objective).to(share))
+    if status is Status.OPTIMAL and cost - bound > slack:
         raise VerificationError(
             f"status: the rows claim {status} without proof: sum {cost:.9g}, lower bound {bound:.9g}"
         )
     if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
         return False
     optimum = least_sum(layer)
-    slack = OPTIMAL_TOLERANCE * optimum + rounding
+    slack = 0.0 if layer.integral else OPTIMAL_TOLERANCE * optimum + float(share @ rounding)
     if bound > optimum + slack:
         raise VerificationError(
             f"lower bound: the rows' sum to {bound:.12g}, but a mask of sum {optimum:.12g} exists"
@@ -170,6 +182,38 @@ def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, mass: 
             f"status: the rows claim {status}, but a mask of sum {optimum:.12g} exists"
         )
     return True
+
+
+def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> None:
+    """Lower bounds and OPTIMAL without any rounding; of rows that share a budget those of their sum."""
+    trees = None if solution.proof is None else solution.proof.rows
+    proven = exact_bounds(layer, solution.certificate, trees)
+    costs = [exact_cost(layer, mask[row], row) for row in range(layer.rows)]
+    stated = [Fraction(bound) for bound in solution.lower_bound.tolist()]
+    if layer.pooled:
+        shares = [Fraction(share) for share in layer.shares.tolist()]
+        costs, stated = ([sum(map(mul, shares, x), Fraction(0))] for x in (costs, stated))
+    elif layer.pruned_per_group in (0, layer.group_size):
+        proven = costs
+    zero = None if layer.units is None else Fraction(layer.units.zero(layer.pruned // layer.rows))
+    for row, (cost, bound, least) in enumerate(zip(costs, stated, proven, strict=True)):
+        size = cost if zero is None else min(cost, abs(cost - zero))
+        bound_slack, slack = (
+            Fraction(OBJECTIVE_TOLERANCE) * least,
+            Fraction(OPTIMAL_TOLERANCE) * size,
+        )
+        if layer.integral:
+            bound_slack = slack = Fraction(0)
+        if bound > least + bound_slack:
+            raise VerificationError(
+                f"lower bound: row {row} states {float(bound):.12g}; in exact arithmetic its proof gives "
+                f"{float(least):.12g}"
+            )
+        if solution.status[row] == Status.OPTIMAL and cost - least > slack:
+            raise VerificationError(
+                f"status: row {row} claims optimal; in exact arithmetic its objective is {float(cost):.12g} "
+                f"and its proof gives {float(least):.12g}"
+            )
 
 
 def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
@@ -232,7 +276,7 @@ def _voucher(solution: Solution, row: int, proven: float) -> str:
 
 
 def _on_the_word(word: str, row: int, require: str) -> str:
-    if require == CHECKED:
+    if require != CLAIMS:
         raise VerificationError(
             f"lower bound: row {row} rests on the word of {word}; only what can be checked is allowed"
         )
@@ -244,7 +288,9 @@ def _first(bad: Tensor) -> int | None:
     return int(rows[0]) if len(rows) else None
 
 
-def _verify_objective(layer: LayerProblem, mask: Tensor, solution: Solution, mass: Tensor) -> None:
+def _verify_objective(
+    layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor
+) -> None:
     if solution.own:
         if layer.refit is None or set(solution.status) != {Status.FEASIBLE}:
             raise VerificationError(
@@ -253,11 +299,7 @@ def _verify_objective(layer: LayerProblem, mask: Tensor, solution: Solution, mas
         true = _costs_of_weights(layer, mask, solution.weight)
     else:
         true = torch.stack([_objective(layer, mask, row) for row in range(layer.rows)])
-    slack = (
-        OBJECTIVE_TOLERANCE * size_of(layer, true)
-        + ROUNDING * mass
-        + layer.n * torch.finfo(true.dtype).tiny
-    )
+    slack = OBJECTIVE_TOLERANCE * size_of(layer, true) + rounding
 
     def compare(stated: Tensor, what: str) -> None:
         row = _first(~((stated - true).abs() <= slack))
@@ -305,12 +347,12 @@ def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) 
     return torch.stack(costs)
 
 
-def _verify_bound(layer: LayerProblem, solution: Solution, mass: Tensor) -> None:
+def _verify_bound(layer: LayerProblem, solution: Solution, rounding: Tensor) -> None:
     bound, objective = solution.lower_bound, solution.objective
     row = _first(~torch.isfinite(bound) | (bound < 0))
     if row is not None:
         raise VerificationError(f"lower bound: row {row} states {float(bound[row])}; f ≥ 0 always")
-    row = _first(bound > objective + ROUNDING * mass.to(objective))
+    row = _first(bound > objective + rounding.to(objective))
     if row is not None:
         raise VerificationError(
             f"lower bound: row {row} states {float(bound[row]):.12g}, above the objective "
@@ -324,7 +366,7 @@ def _verify_status(
     solution: Solution,
     index: int,
     status: Status,
-    rounding: float,
+    slack: float,
 ) -> None:
     row = layer.row(index)
     if status is Status.SWAP_OPTIMAL or status is Status.OPTIMAL:
@@ -337,7 +379,7 @@ def _verify_status(
             )
     if status is Status.OPTIMAL:
         objective, bound = float(solution.objective[index]), float(solution.lower_bound[index])
-        if objective - bound > float(optimal_slack(layer, solution.objective, ROUNDING)[index]):
+        if objective - bound > slack:
             raise VerificationError(
                 f"status: row {index} claims {status} without proof: objective {objective:.9g}, "
                 f"lower bound {bound:.9g}"
@@ -381,18 +423,23 @@ def _verify_by_enumeration(
     layer: LayerProblem,
     solution: Solution,
     index: int,
-    status: Status,
     p: Tensor,
     rounding: float,
 ) -> None:
-    optimum = float(_costs(layer, index, p).min())
-    least = torch.full((layer.rows,), optimum, dtype=torch.float64)
-    slack = float(optimal_slack(layer, least, 0.0)[index]) + rounding
+    """`rounding`: of the mask that is claimed; that of the best mask is added."""
+    costs = _costs(layer, index, p)
+    best = int(costs.argmin())
+    optimum, one = float(costs[best]), layer.take([index])
+    kept = (p[best : best + 1] == 0).to(one.device)
+    slack = float(optimal_slack(one, kept, costs[best : best + 1])) + rounding
+    if layer.integral:
+        slack = 0.0
     if float(solution.lower_bound[index]) > optimum + slack:
         raise VerificationError(
             f"lower bound: row {index} states {float(solution.lower_bound[index]):.12g}, but a mask "
             f"of objective {optimum:.12g} exists"
         )
+    status = Status(solution.status[index])
     if status is Status.OPTIMAL and float(solution.objective[index]) > optimum + slack:
         raise VerificationError(
             f"status: row {index} claims {status}, but a mask of objective {optimum:.12g} exists"

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from outputs import read_masks
 from safetensors.torch import load_file, save_file
 
 from maskopt.errors import VerificationError
-from maskopt.model.maskfile import MaskFile, TensorMask, read_masks, write_masks
+from maskopt.model.maskfile import MaskFile, TensorMask, write_masks
 from maskopt.model.report import manifest_digest
 from maskopt.model.safefile import open_safe
 from maskopt.model.verify import verify_output
@@ -58,7 +59,7 @@ def list_file(result: Path, *names: str) -> None:
 def change_masks(
     result: Path, change: Callable[[dict[str, TensorMask]], None]
 ) -> dict[str, TensorMask]:
-    masks = dict(read_masks(result / MASKS))
+    masks = read_masks(result / MASKS)
     change(masks)
     write_masks(result / MASKS, masks)
     forge_manifest(result)
@@ -85,7 +86,7 @@ def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 
 
 def change_weight(result: Path, where: str, value: float) -> None:
-    mask = dict(read_masks(result / MASKS))
+    mask = read_masks(result / MASKS)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         name = next(n for n in tensors if n in mask)
@@ -99,7 +100,7 @@ def prune_by(
     result: Path, dense: Path, kept_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> None:
     """Other masks, and weights that agree with them; `kept_of` takes the weight and its mask."""
-    masks = dict(read_masks(result / MASKS))
+    masks = read_masks(result / MASKS)
     for path in shards(result):
         original = load_file(dense / path.name)
         for name in set(original) & set(masks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from maskopt.model.maskfile import MaskFile, TensorMask
 from maskopt.model.workspace import HIDDEN, MANIFEST
 
 
@@ -18,3 +19,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     del manifest["sha256"], manifest["memory"]
     result[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()
     return result
+
+
+def read_masks(path: Path) -> dict[str, TensorMask]:
+    """All masks of a file, by the names of their tensors."""
+    masks = MaskFile(path)
+    return {name: masks.read(name) for name in masks.names}

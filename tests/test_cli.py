@@ -7,6 +7,7 @@ from io import StringIO
 
 import numpy as np
 import pytest
+import torch
 from commands import process, run
 from rich.console import Console
 from typer.testing import CliRunner
@@ -66,6 +67,33 @@ def test_an_error_is_printed_as_it_is(tmp_path):
     assert result.returncode == 1
     assert "[red]:M:.npz" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: np.empty(2**58),
+        lambda: torch.empty(2**55),
+        lambda: (_ for _ in ()).throw(MemoryError()),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.\nTried")),
+        lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: out of memory")),
+    ],
+)
+def test_too_little_memory_is_one_line(allocate, monkeypatch, capsys):
+    monkeypatch.setattr("maskopt.cli.app", lambda: list(allocate()))
+    monkeypatch.setattr("sys.argv", ["maskopt"])
+    with pytest.raises(SystemExit) as end:
+        maskopt.cli._run()
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is not enough memory")
+    assert said.count("\n") == 1
+
+
+def test_another_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("maskopt.cli.app", lambda: [][0:0].pop())
+    with pytest.raises(IndexError):
+        maskopt.cli._run()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits of files, and /dev/full")

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from commands import run
+from forging import forge_manifest
 from test_model_resume import contents
 from tiny_models import save, tiny, tokens
 
-from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
+from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, PatternError
 from maskopt.model.again import command_again, options_again
 from maskopt.model.report import read_manifest
 
@@ -153,6 +154,18 @@ def test_a_whole_run_of_a_file(model: Path, tmp_path: Path) -> None:
         ("run.toml", "sampels = 3", OptionError, "did you mean 'samples'"),
         ("run.toml", 'config = "other.toml"', OptionError, "no option is called 'config'"),
         ("run.toml", "resume = true", OptionError, "no option is called 'resume'"),
+        (
+            "run.toml",
+            "trust_remote_code = true",
+            OptionError,
+            "remove it, and give it on the command",
+        ),
+        (
+            "run.toml",
+            "trust_remote_code = false",
+            OptionError,
+            "remove it, and give it on the command",
+        ),
         ("run.toml", "seed = true", OptionError, "`seed` is no switch, to be true"),
         ("run.toml", "samples = ", OptionError, "is no TOML"),
         ("missing.toml", None, OptionError, "cannot be read"),
@@ -166,3 +179,48 @@ def test_files_that_say_nothing_are_refused(
     if text is not None:
         path.write_text(text)
     assert message in run("prune", *arguments(model, "--config", str(path)), fails=error)
+
+
+def test_no_file_holds_trust(model: Path, tmp_path: Path) -> None:
+    text = run("prune", *arguments(model, *ALL, "--trust-remote-code"), "--print-config")
+    assert "trust_remote_code" not in text
+    (tmp_path / "run.toml").write_text(text)
+    assert run("prune", "--config", tmp_path / "run.toml", "--print-config") == text
+
+
+def _adds(**options: Any) -> Any:
+    return lambda manifest: manifest["fingerprint"]["options"].update(options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_adds(trust_remote_code=True), "sets `trust_remote_code`, which a manifest cannot set"),
+        (_adds(model="other"), "sets `model`"),
+        (_adds(output="elsewhere"), "sets `output`"),
+        (_adds(calibration="/etc/passwd"), "sets `calibration`"),
+        (_adds(device="cuda"), "sets `device`"),
+        (_adds(overwrite=True), "sets `overwrite`"),
+        (_adds(counts="/etc/passwd"), "`counts` must be an object, not '/etc/passwd'"),
+        (lambda m: m["fingerprint"].pop("calibration"), "holds no options of a prune"),
+        (lambda m: m.update(fingerprint=[]), "holds no options of a prune"),
+    ],
+)
+def test_a_manifest_sets_nothing_but_what_decides_the_result(
+    change: Any, message: str, model: Path, tmp_path: Path
+) -> None:
+    run("prune", *arguments(model, "--sparsity", "0.5", "--solver", "wanda", "--min-tokens", "1"))
+    forge_manifest(tmp_path / "out", change)
+    path = tmp_path / "out" / "maskopt-manifest.json"
+    again = arguments(model, "--config", str(path), "--print-config", out="again")
+    assert message in run("prune", *again, fails=OptionError)
+
+
+def test_a_manifest_names_no_folder_as_a_data_set(model: Path, tmp_path: Path) -> None:
+    run("prune", *arguments(model, "--sparsity", "0.5", "--solver", "wanda", "--min-tokens", "1"))
+    forge_manifest(
+        tmp_path / "out", lambda m: m["fingerprint"]["calibration"].update(source="hf:../private")
+    )
+    path = tmp_path / "out" / "maskopt-manifest.json"
+    again = ["prune", model, "--config", path, "--output", tmp_path / "again"]
+    assert "not the name of a data set" in run(*again, fails=DataError)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import run
 from forging import change_tensors, copied
+from outputs import read_masks
 from safetensors.torch import load_file
 from tiny_models import loud, save, tokens
 from transformers import AutoModelForCausalLM
@@ -22,7 +23,7 @@ from maskopt.errors import DataError, MaskoptError, ModelError, OptionError
 from maskopt.model.distill_options import DistillOptions
 from maskopt.model.distill_output import RECORD
 from maskopt.model.job import open_job
-from maskopt.model.maskfile import MaskFile, TensorMask, read_masks, write_masks
+from maskopt.model.maskfile import MaskFile, TensorMask, write_masks
 from maskopt.model.memory import autograd_memory
 from maskopt.model.options import PruneOptions
 from maskopt.model.verify_masks import verify_masks
@@ -257,7 +258,7 @@ def test_what_cannot_be(made: Made, tmp_path: Path) -> None:
     refused(OptionError, "no option is called 'epoch'.*epochs", pruned, dense, epoch=2)
     refused(ModelError, "is the model", pruned, dense, output=pruned, overwrite=True)
     whole = copied(pruned, tmp_path / "whole")
-    masks = dict(read_masks(whole / MASKS))
+    masks = read_masks(whole / MASKS)
     all_kept = {
         name: TensorMask(torch.ones_like(x.kept), x.input_axis) for name, x in masks.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from commands import run
 from safetensors.torch import load_file, save_file
-from tiny_models import save, tiny, tokens
+from tiny_models import edit_json, save, save_with_own_code, tiny, tokens
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -369,3 +370,155 @@ def test_options_of_other_checks_are_refused(pruned: Callable[[str], Path]) -> N
     folder = pruned("llama")
     arguments = ("verify", folder, "--masks", folder, "--against", folder)
     assert "--against is for a folder" in run(*arguments, fails=OptionError)
+
+
+def test_the_recipe_for_tools_of_pytorch(
+    pruned: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "after.md").read_text()
+    (recipe,) = (b.split("```")[0] for b in page.split("```python\n") if "FakeSparsity" in b)
+    (tmp_path / "OUT").symlink_to(pruned("gpt2"))
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(recipe, found)
+    model, before = found["model"].train(), loaded(Path("OUT"))
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), 5)
+    for name in parameter_masks(before, "OUT"):
+        owner, _, last = name.rpartition(".")
+        weight, old = getattr(model.get_submodule(owner), last), before.get_parameter(name)
+        assert bool((weight[old == 0] == 0).all()), name
+        assert not torch.equal(weight, old), name
+    with pytest.raises(ModelError, match="masks are on it already; remove those first"):
+        keep_masks(model, "OUT")
+
+
+# What a loader makes of the folder ------------------------------------------------------------
+
+LAST = "model.layers.2."
+
+
+def added(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        change(found)
+        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return plant
+
+
+def configured(**entries: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", lambda c: c.update(entries))
+
+
+def another_block(folder: Path) -> None:
+    """A fourth block, dense, in weights and configuration."""
+
+    def copy(found: dict[str, torch.Tensor]) -> None:
+        block = {n: t for n, t in found.items() if n.startswith(LAST)}
+        found.update({n.replace(LAST, "model.layers.3."): t + 1 for n, t in block.items()})
+
+    added(copy)(folder)
+    edit_json(folder / "config.json", lambda c: c.update(num_hidden_layers=4))
+    edit_json(folder / "config.json", lambda c: c.pop("layer_types", None))
+
+
+def with_dense_weights(folder: Path) -> None:
+    """The configuration names other weights than those that are looked at."""
+    shutil.copy(folder / "model.safetensors", folder / "dense.safetensors")
+    configured(transformers_weights="dense.safetensors")(folder)
+
+
+def planted(name: str) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        if "safetensors" in name:
+            shutil.copy(folder / "model.safetensors", folder / name)
+        else:
+            (folder / name).write_text("{}")
+
+    return plant
+
+
+def fill(name: str, value: float) -> Callable[[Path], None]:
+    return added(lambda found: found[name].fill_(value))
+
+
+Q = f"{LAST}self_attn.q_proj.weight"
+MADE_OTHERWISE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "other weights": (with_dense_weights, "dense.safetensors: is not of the result"),
+    "weights by config": (configured(transformers_weights="x.safetensors"), "transformers_weights"),
+    "in a part of config": (configured(text_config={"transformers_weights": "x"}), "other weights"),
+    "quantised": (configured(quantization_config={"quant_method": "x"}), "quantization_config"),
+    "code": (configured(auto_map={"AutoModelForCausalLM": "m.M"}), r"run code \(auto_map\)"),
+    "kernel": (configured(attn_implementation="owner/kernel"), r"run code \(attn_implementation"),
+    "adapter": (planted("adapter_config.json"), "adapter_config.json: is not of the result"),
+    "adapter weights": (planted("adapter_model.safetensors"), "adapter_model.safetensors"),
+    "pickle": (planted("pytorch_model.bin"), "pytorch_model.bin: is not of the result"),
+    "source": (planted("modeling_own.py"), "modeling_own.py: is not of the result"),
+    "index": (planted("model.safetensors.index.json"), "a loader could take either"),
+    "dense block": (another_block, "parameter 'model.layers.3.* is only in one"),
+    "block of config alone": (configured(num_hidden_layers=2, layer_types=None), "is only in one"),
+    "blocks without end": (configured(num_hidden_layers=10**5), "`num_hidden_layers` is 100000"),
+    "unknown tensor": (
+        added(lambda found: found.update(odd=torch.ones(2))),
+        "takes no tensor 'odd'; remove the tensor",
+    ),
+    "block of weights alone": (
+        added(lambda f: f.update({Q.replace(LAST, "model.layers.9."): f[Q].clone()})),
+        "takes no tensor 'model.layers.9",
+    ),
+    "tensor twice": (
+        added(lambda found: found.update({Q.removeprefix("model."): found[Q] + 1})),
+        "are the same parameter; remove one",
+    ),
+    "NaN": (fill("model.norm.weight", float("nan")), "'model.norm.weight' holds NaN"),
+    "infinity in a mask": (fill(Q, float("inf")), "q_proj.weight' holds NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("how", MADE_OTHERWISE)
+def test_what_a_loader_makes_otherwise_is_refused(
+    how: str, packed: bool, pruned: Callable[[str], Path], tmp_path: Path
+) -> None:
+    masks = tmp_path / "packed" if packed else pruned("llama")
+    if packed:
+        run("pack", pruned("llama"), "--output", masks)
+    loaded(pruned("llama")).save_pretrained(tmp_path / "tuned")
+    verify_masks(tmp_path / "tuned", masks)
+    change, message = MADE_OTHERWISE[how]
+    change(tmp_path / "tuned")
+    with pytest.raises(VerificationError, match=message):
+        verify_masks(tmp_path / "tuned", masks)
+
+
+def test_a_packed_folder_is_not_built_without_end(
+    pruned: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run("pack", pruned("llama"), "--output", tmp_path / "packed")
+    configured(num_hidden_layers=10**5)(tmp_path / "packed")
+    with pytest.raises(VerificationError, match="`num_hidden_layers` is 100000"):
+        verify_masks(pruned("llama"), tmp_path / "packed")
+
+
+def test_files_of_training_may_lie_there(pruned: Callable[[str], Path], tmp_path: Path) -> None:
+    loaded(pruned("llama")).save_pretrained(tmp_path / "tuned")
+    for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "trainer_state.json"):
+        (tmp_path / "tuned" / name).write_text("{}")
+    for name in ("checkpoint-5", "additional_chat_templates"):
+        (tmp_path / "tuned" / name).mkdir()
+    verify_masks(tmp_path / "tuned", pruned("llama"))
+
+
+def test_a_model_with_code_of_its_own_needs_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    dense = save_with_own_code(tmp_path / "dense")
+    prune_model(dense, tokens(6), output=tmp_path / "out", trust_remote_code=True, **OPTIONS)
+    arguments = ("verify", tmp_path / "out", "--masks", tmp_path / "out")
+    assert "--trust-remote-code allows it" in run(*arguments, fails=VerificationError)
+    shutil.copy(dense / "modeling_own.py", tmp_path / "out")
+    assert "modeling_own.py" in run(*arguments, fails=VerificationError)
+    assert "holds. All" in run(*arguments, "--trust-remote-code")

@@ -397,3 +397,16 @@ def test_what_fails_leaves_nothing_behind(dense: Path, tmp_path: Path) -> None:
     said = run(*prune(dense, bad, tmp_path / "out", "--chat", "--bos", "never"), fails=DataError)
     assert "--bos is of plain text; with --chat" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_panic_of_the_tokenizer_names_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As that of Rust libraries, which cannot be imported."""
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("no entry")
+
+    tokenizer = chat_tokenizer()
+    monkeypatch.setattr(tokenizer, "apply_chat_template", panic)
+    with pytest.raises(DataError, match=r"tokenizer\.json: .* stopped on this file \(no entry\)"):
+        chat_evaluation_windows(TALKS, tokenizer, seq_len=30)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outputs import read_masks
 from tiny_models import save, tiny
 
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.model.maskfile import TensorMask, join_masks, read_masks, write_masks
+from maskopt.model.maskfile import TensorMask, join_masks, write_masks
 from maskopt.model.output import apply_masks, extract_masks
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MASKS
@@ -33,7 +34,7 @@ def test_masks_come_back(shape: list[int], seed: int, last: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.safetensors"
         write_masks(path, {"a.weight": TensorMask(kept, axis), "b": TensorMask(~kept, axis)})
-        back = dict(read_masks(path))
+        back = read_masks(path)
         assert torch.equal(back["a.weight"].kept, kept)
         assert torch.equal(back["b"].kept, ~kept)
         assert back["b"].input_axis == axis
@@ -56,8 +57,8 @@ def test_masks_are_extracted_and_applied_again(
     sparsities = extract_masks(pruned_folder, tmp_path / "masks.bits")
     assert len(sparsities) == 21
     ours, theirs = (
-        dict(read_masks(pruned_folder / MASKS)),
-        dict(read_masks(tmp_path / "masks.bits")),
+        read_masks(pruned_folder / MASKS),
+        read_masks(tmp_path / "masks.bits"),
     )
     for name, mask in ours.items():
         assert torch.equal(mask.kept, theirs[name].kept)

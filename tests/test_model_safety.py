@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import edit_json, tiny, tokens
+from tiny_models import chat_tokenizer, edit_json, save, tiny, tokens
 
 import maskopt
 from maskopt import prune_model, shrink_model
-from maskopt.errors import MaskoptError, ModelError
+from maskopt.errors import DataError, MaskoptError, ModelError
 from maskopt.model.activations import Activations
 from maskopt.model.checkpoint import INDEX, plain_name
 from maskopt.model.opening import load_tokenizer, open_source
@@ -138,6 +138,20 @@ def any_entry(value: dict[str, Any]) -> dict[str, Any]:
     return next(v for k, v in value.items() if k != "__metadata__")
 
 
+def entries(**given: Any) -> Callable[[Path], None]:
+    return lambda model: edit_json(model / "config.json", lambda c: c.update(given))
+
+
+def twice(model: Path) -> None:
+    """A tensor, and the same parameter without the name of the base model."""
+    path = first_shard(model)
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.startswith("model.layers."))
+    tensors[name.removeprefix("model.")] = tensors[name] + 1
+    save_file(tensors, path)
+    edit_json(model / INDEX, lambda i: i["weight_map"].update({name[6:]: path.name}))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, "truncated"),
     "pickle": (disguised_pickle, "but a pickle"),
@@ -176,6 +190,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda m: edit_json(m / "config.json", lambda c: c.update(quantization_config={"a": 1})),
         "quantised",
     ),
+    "quantised in a part": (entries(text_config={"quantization_config": {"a": 1}}), "quantised"),
+    "kernel": (entries(_attn_implementation="owner/kernel"), "kernel from the hub .*`trust_remote"),
+    "blocks without end": (
+        entries(num_hidden_layers=10**12, layer_types=None),
+        "config.json: `num_hidden_layers` is 1000000000000, and the stored tensors have 3 blocks",
+    ),
+    "blocks of a part": (entries(vision_config={"depth": 10**5}), "`depth` is 100000"),
+    "experts without end": (
+        entries(num_local_experts=10**5),
+        "`num_local_experts` is 100000, and the stored tensors have 0 experts",
+    ),
+    "tensor twice": (twice, "are the same parameter; remove one of them"),
     "unknown architecture": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(model_type="nonsense")),
         "config.json|model type|ValueError",
@@ -310,3 +336,29 @@ def test_a_file_of_hidden_states_that_cannot_be(
     assert str(caught.value).startswith(f"{tmp_path}: ")
     assert os.strerror(number) in str(caught.value)
     assert "`activation_memory`" in str(caught.value)
+
+
+PANICS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "when it is loaded": lambda t: t.update(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": ""}
+    ),
+    "when it is used": lambda t: t["post_processor"].update(special_tokens={}),
+}
+
+
+@pytest.mark.parametrize(
+    ("when", "chat"),
+    [("when it is loaded", False), ("when it is loaded", True), ("when it is used", False)],
+)
+def test_a_tokenizer_that_panics_is_one_error(when: str, chat: bool, tmp_path: Path) -> None:
+    """Its library is written in Rust, and raises what is no Exception."""
+    model = save(tiny("llama"), tmp_path / "model")
+    chat_tokenizer().save_pretrained(model)
+    edit_json(model / "tokenizer.json", PANICS[when])
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "some words", "messages": [{"role": "user", "content": "words"}]}')
+    with pytest.raises(DataError, match=r"model/tokenizer\.json: the tokenizer's library stopped"):
+        prune_model(
+            model, calibration=text, output=tmp_path / "out", chat=chat, seq_len=4, **OPTIONS
+        )
+    assert not (tmp_path / "out").exists()

@@ -54,7 +54,14 @@ def test_another_field(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         ("a.jsonl", b"{oops", "line 1: not JSON"),
         ("a.jsonl", b'{"txt": "x"}', "did you mean 'txt'"),
-        ("a.jsonl", b"[1]", "no text under"),
+        ("a.jsonl", b"[1]", "no text under 'text': the line is not a JSON object"),
+        ("a.jsonl", b'{"text": null}', "line 1: no text under 'text': the value is null$"),
+        ("a.jsonl", b'{"text": 3}', "line 1: no text under 'text': the value is int$"),
+        (
+            "a.jsonl",
+            b'{"text": ""}\n{"text": " "}',
+            "no text in it: 2 documents, all of them empty",
+        ),
         ("a.jsonl", b"", "no text"),
     ],
 )
@@ -78,6 +85,8 @@ def _fake_datasets(monkeypatch: pytest.MonkeyPatch, calls: list[tuple[object, ..
         calls.append((name, configuration, how))
         if name == "broken":
             raise FileNotFoundError("not on the hub")
+        if name == "numbers":
+            return {"text": [1, 2]}  # type: ignore[list-item]
         return {"text": ["one", "", "two"]}
 
     module.load_dataset = load_dataset  # type: ignore[attr-defined]
@@ -100,6 +109,9 @@ def test_data_sets_and_presets(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hf:broken", "not on the hub"),
         ("hf:c4:tset", "did you mean 'test'|no split"),
         ("hf:", "write hf:NAME"),
+        ("hf:numbers", "no value of the column 'text' is text"),
+        ("hf:../private", "'../private' is not the name of a data set on the hub"),
+        ("hf:/etc", "'/etc' is not the name of a data set on the hub"),
     ]:
         with pytest.raises(DataError, match=message):
             read_documents(name)

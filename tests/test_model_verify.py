@@ -10,11 +10,12 @@ import pytest
 import torch
 from commands import run
 from forging import change_weight, first_weight_shard, forge_manifest
+from outputs import read_masks
 from tiny_models import edit_json, save, tiny, tokens
 
 from maskopt import NM, prune_model
 from maskopt.errors import VerificationError
-from maskopt.model.maskfile import read_masks, write_masks
+from maskopt.model.maskfile import write_masks
 from maskopt.model.verify import semi_structured, verify_output
 from maskopt.model.workspace import MANIFEST, MASKS
 
@@ -57,7 +58,7 @@ def test_verify_catches_forgeries(dense_folder: Path, pruned_folder: Path, tmp_p
     with pytest.raises(VerificationError, match=r"either model\.safetensors or the shards"):
         verify_output(folder)
     folder = fresh()
-    masks = dict(read_masks(folder / MASKS))
+    masks = read_masks(folder / MASKS)
     name = next(iter(masks))
     masks[name].kept[0, 0] = ~masks[name].kept[0, 0]
     write_masks(folder / MASKS, masks)

@@ -532,7 +532,7 @@ def test_values_of_a_graph_are_two_apart():
     assert values.step == 2
     assert values.at_least(values.offset - 3.5) == values.offset - 2
     assert values_of(torch.full((4, 4), 3.0), 2).step == 6
-    assert values_of(torch.eye(4) * 3, 2).at_least(1.5) == 1.5  # f is 6 throughout
+    assert values_of(torch.eye(4) * 3, 2).at_least(1.5) == 6  # f is 6 throughout
 
 
 def test_what_is_not_whole_is_refused(tmp_path):

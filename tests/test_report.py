@@ -37,11 +37,3 @@ def test_the_same_cells_in_terminal_and_page(tmp_path):
     assert "see &lt;here&gt;" in page
     assert "<b>" not in page
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
-
-
-def test_a_table_as_markdown():
-    table = Table("Errors", ("kind | block", "a", "b"), note="in %")
-    table.add("q|k", "1", "2")
-    assert table.markdown() == (
-        "## Errors\n\n| kind \\| block | a | b |\n| --- | ---: | ---: |\n| q\\|k | 1 | 2 |\n\nin %\n"
-    )

@@ -1,6 +1,7 @@
 """SCIP against enumeration, and what a limit, a crash or an interrupt leaves."""
 
 import dataclasses
+import errno
 import os
 import select
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from pickle import PicklingError
 
+import joblib
 import numpy as np
 import pyscipopt
 import pytest
@@ -19,6 +21,7 @@ from strategies import problems, random_gram, random_weight
 from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
 from maskopt.bounds import lower_bound
 from maskopt.errors import OptionError, SolverError
+from maskopt.jobs import as_they_finish
 from maskopt.solver import WritesInstances, make_solver
 from maskopt.solvers import Scip
 from maskopt.solvers.exact.duals import qcr_duals
@@ -87,6 +90,31 @@ def test_a_crash_costs_its_task_alone(monkeypatch):
     answers = dict(run_tasks(die_on_seven, [3, 7, 5, 6], workers=2, recycle=2))
     assert isinstance(answers.pop(1), WorkerCrash)
     assert answers == {0: 9, 2: 25, 3: 36}
+
+
+def test_rows_whose_process_died_keep_their_start_and_that_is_said(monkeypatch, caplog):
+    died = [(0, WorkerCrash("the worker process died with exit status -9"))]
+    monkeypatch.setattr("maskopt.solvers.exact.rows._as_they_finish", lambda *_: iter(died))
+    problem = LayerProblem(random_weight(1, 8, 1), random_gram(8, "low-rank", 2), Unstructured(0.5))
+    found = solve(problem, "scip")
+    assert found.status == (Status.FEASIBLE,)
+    assert "1 rows keep their start: the worker process died with exit status -9" in caplog.text
+
+
+def test_a_killed_job_is_one_error(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    calls = [joblib.delayed(die_on_seven)(task) for task in (7, 7)]
+    with pytest.raises(SolverError, match=r"worker process was killed.*`jobs` 1"):
+        list(as_they_finish(calls, jobs=2))
+
+
+def test_a_process_that_cannot_be_started_is_one_error(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("maskopt.solvers.exact.workers.subprocess.Popen", refuse)
+    with pytest.raises(SolverError, match="cannot be started: Cannot allocate memory"):
+        list(run_tasks(die_on_seven, [3, 5], workers=2))
 
 
 def test_no_task_is_begun_after_the_deadline(monkeypatch):

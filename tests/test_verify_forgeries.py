@@ -242,7 +242,24 @@ def dense_copy(dense: Path, result: Path) -> Path:
     return Path(shutil.copytree(dense, result.parent / "dense-copy"))
 
 
+def same_parameter(result: Path, _: Path) -> None:
+    """A dense tensor without the name of the base model, which transformers would take."""
+    path, name = first_weight_shard(result), "layers.0.mlp.up_proj.weight"
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = torch.ones(48, 32)
+
+    change_tensors(path, add)
+    edit_json(result / INDEX, lambda i: i["weight_map"].update({name: path.name}))
+
+
 FILES: dict[str, tuple[Forge, str]] = {
+    "two tensors of a parameter": (same_parameter, "are the same parameter"),
+    "blocks without end": (
+        config(num_hidden_layers=10**5),
+        "`num_hidden_layers` is 100000, and the",
+    ),
+    "experts without end": (config(num_local_experts=10**5), "have 0 experts"),
     "index into a subfolder": (in_subfolder, "not the name of a"),
     "index beside a single file": (index_beside_a_single_file, "loader"),
     "tensor in two shards": (twice, "is in .* and in"),

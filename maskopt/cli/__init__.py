@@ -29,7 +29,6 @@ from maskopt.cli import (
     solve,
     solvers,
     sweep,
-    table,
     verify_output,
 )
 from maskopt.cli.console import INTERRUPTED, errors, insist_on_interrupts, show_compiling
@@ -63,7 +62,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "shrink": shrink.shrink,
     "plan": plan.plan,
     "eval": evaluate.evaluate,
-    "table": table.table,
     "verify": verify_output.verify,
     "report": report.report,
     "pack": pack.pack,
@@ -93,6 +91,10 @@ for _name, _command in COMMANDS.items():
     _example = f"Example: {EXAMPLES[_name]}"
     _shown = with_view(_command if _name in SHARED else _alone(_command))
     app.command(_name, cls=FlagCommand, epilog=_example)(_shown)
+
+
+#: in errors of torch on a GPU and on the CPU, for which it has no common class
+_NO_MEMORY = ("out of memory", "memory: you tried to allocate")
 
 
 def _version(asked: bool) -> None:
@@ -126,16 +128,29 @@ def main() -> None:
 def _run() -> None:
     try:
         app()
-    except (MaskoptError, OSError) as error:
-        if "--debug" in sys.argv:
+    except (MaskoptError, OSError, MemoryError, RuntimeError) as error:
+        known = isinstance(error, MaskoptError | OSError)
+        if "--debug" in sys.argv or not (known or _out_of_memory(error)):
             raise
         if speaks():
-            _tell(error)
+            _tell(error if known else MaskoptError(_memory_words(error)))
         sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED and speaks():
             errors.print("stopped")
         raise
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+
+
+def _memory_words(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0]
+    return (
+        f"there is not enough memory{f' ({line})' if line else ''}; free some, take fewer or shorter "
+        "windows, or run fewer processes at a time"
+    )
 
 
 def _tell(error: Exception) -> None:

@@ -17,8 +17,10 @@ import typer
 
 from maskopt.errors import OptionError, near
 
-#: values that are no options of a run
-_NOT_KEPT = ("config", "print_config", "overwrite", "resume")
+#: that a file must not set: whoever wrote it may be a stranger
+_TRUST = "trust_remote_code"
+#: values that are no options of a run, or that no file may set
+_NOT_KEPT = ("config", "print_config", "overwrite", "resume", _TRUST)
 
 
 def _load(ctx: typer.Context, value: Path | None) -> Path | None:
@@ -54,11 +56,15 @@ def read_config(path: Path, parameters: Sequence[Any]) -> dict[str, Any]:
     """Values for a command's parameters, by their names.
 
     Raises:
-        OptionError: no such file, not TOML, a key that is no option, or true or false for one that is no
-            switch.
+        OptionError: no such file, not TOML, a key that is no option, `trust_remote_code`, or true or false
+            for one that is no switch.
         ModelError: a manifest that was changed.
     """
     given = _of_manifest(path) if path.suffix == ".json" else _of_toml(path)
+    if _TRUST in given:
+        raise OptionError(
+            f"{path}: `{_TRUST}` cannot be set in a file; remove it, and give it on the command line"
+        )
     known = {_key(p): p for p in parameters if p.name not in _NOT_KEPT}
     for key, value in given.items():
         if key not in known:
@@ -149,7 +155,13 @@ def _of_manifest(path: Path) -> dict[str, Any]:
     from maskopt.model.again import options_again
     from maskopt.model.report import read_manifest
 
-    return options_again(read_manifest(path, smaller=True)["fingerprint"], path)
+    manifest = read_manifest(path, smaller=True)
+    try:
+        return options_again(manifest["fingerprint"], path)
+    except OptionError:  # which is a TypeError, too
+        raise
+    except (KeyError, TypeError, AttributeError):
+        raise OptionError(f"{path}: holds no options of a prune or a shrink") from None
 
 
 def _as_given(key: str, value: Any) -> Any:

@@ -19,7 +19,6 @@ EXAMPLES = {
     "shrink": "maskopt shrink MODEL --channels 0.25 --calibration text.txt --output SMALLER",
     "plan": "maskopt plan MODEL --pattern 2:4 --samples 64",
     "eval": "maskopt eval MODEL OUT --text test.txt --windows 64",
-    "table": "maskopt table MODEL --calibration text.txt --text test.txt --output cells.jsonl",
     "verify": "maskopt verify OUT --against MODEL",
     "report": "maskopt report OUT --output report.html",
     "pack": "maskopt pack OUT --output PACKED",

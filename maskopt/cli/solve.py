@@ -21,7 +21,7 @@ from maskopt.solution import Solution, is_bounded
 from maskopt.solver import Solver, limits_of, make_solver
 from maskopt.solver import solve as library
 from maskopt.units import Posed
-from maskopt.verification import verify
+from maskopt.verification import EXACT, Require, verify
 
 
 def solve(
@@ -80,7 +80,7 @@ def solve_shown(
         return library(problem, backend, start=start, limits=limits)
 
 
-def check(instance: Path, solution: Path, require_checked: bool, select: int | None = None) -> None:
+def check(instance: Path, solution: Path, require: Require, select: int | None = None) -> None:
     """What `maskopt verify INSTANCE SOLUTION` does and prints.
 
     Raises:
@@ -88,9 +88,10 @@ def check(instance: Path, solution: Path, require_checked: bool, select: int | N
             only checked ones are allowed.
     """
     problem, found = load_problem(instance, select), Solution.load(solution)
-    result = verify(problem, found, require="checked" if require_checked else "claims")
+    result = verify(problem, found, require=require)
     output.print(solution_table(problem, found))
-    output.print(f"{solution}: holds: {result}", soft_wrap=True)
+    exactly = ", decided in exact arithmetic" if require == EXACT else ""
+    output.print(f"{solution}: holds: {result}{exactly}", soft_wrap=True)
 
 
 def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Table:

@@ -11,6 +11,7 @@ from maskopt.cli.console import output
 from maskopt.cli.parameters import FIELDS, TEXT_SOURCES, Select, takes
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
+from maskopt.verification import CHECKED, CLAIMS, EXACT
 
 if TYPE_CHECKING:
     from maskopt.model.verify import Verified
@@ -51,6 +52,14 @@ def verify(
             "--require-checked", help="Of an instance: refuse what rests on a solver's word."
         ),
     ] = False,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Of an instance: decide lower bounds and optima in rational arithmetic as well, without "
+            "rounding; rows of up to 200 inputs.",
+        ),
+    ] = False,
     select: Select = None,
     semi_structured: Annotated[
         bool | None,
@@ -68,17 +77,19 @@ def verify(
     What only the calibration text can show is called claimed.
     """
     if masks is not None:
+        trusted = options.pop("trust_remote_code")
         _refuse(
             f"a folder that `maskopt prune` wrote; of {folder}, the zeros are checked",
             solution=solution,
             against=against,
             calibration=calibration,
             require_checked=require_checked or None,
+            exact=exact or None,
             select=select,
             semi_structured=semi_structured,
             **options,
         )
-        _verify_masks(folder, masks)
+        _verify_masks(folder, masks, trusted)
         return
     if solution is not None:
         from maskopt.cli.solve import check
@@ -89,15 +100,16 @@ def verify(
             semi_structured=semi_structured,
             **of_a_model,
         )
-        check(folder, solution, require_checked, select)
+        check(folder, solution, EXACT if exact else CHECKED if require_checked else CLAIMS, select)
         return
     if folder.suffix == ".npz":
         raise OptionError(f"{folder} is an instance: name its solution, too")
     _refuse("an instance and its solution", select=select)
-    if require_checked:
+    if require_checked or exact:
+        option = "exact" if exact else "require_checked"
         raise OptionError(
-            f"`require_checked` is for an instance and its solution; of {folder}, what is checked and "
-            "what is claimed is printed"
+            f"`{option}` is for an instance and its solution; of {folder}, what is checked and what is "
+            "claimed is printed"
         )
     from maskopt.model.verify_smaller import is_smaller
 
@@ -173,12 +185,17 @@ def _verify_model(
         output.print(f"PyTorch accepts all {len(converted)} layers as semi-structured 2:4")
 
 
-def _verify_masks(folder: Path, pruned: Path) -> None:
+def _verify_masks(folder: Path, pruned: Path, trusted: bool) -> None:
     """A model that was trained on after it was pruned."""
     from maskopt.model.verify_masks import verify_masks
 
     with view() as shown:
-        found = verify_masks(folder, pruned, lambda done, total: shown.show("tensors", done, total))
+        found = verify_masks(
+            folder,
+            pruned,
+            lambda done, total: shown.show("tensors", done, total),
+            trust_remote_code=trusted,
+        )
     others = f". Of {found.others} tensors without a mask, {found.changed} changed"
     output.print(
         f"{folder}: holds. All {found.pruned} weights that {pruned} prunes are zero, in {found.tensors} "

@@ -12,11 +12,19 @@ from typing import Any
 from maskopt.errors import OptionError, PatternError
 from maskopt.model.options import BOTH, LAYER, PruneOptions
 from maskopt.model.shrink_options import ShrinkOptions
+from maskopt.model.walk_options import MASKS
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import Unstructured, parse_pattern, pattern_from_dict
 
 #: options that are repeated NAME=VALUE, by their flags
 _REPEATED = {"solver_options": "option", "reconstruct": "reconstruct"}
+#: options that a fingerprint records. Anybody can write a manifest: it must not grant trust or name a path
+_RECORDED = {"removed", "experts"} | {
+    f.name
+    for kind in (PruneOptions, ShrinkOptions)
+    for f in dataclasses.fields(kind)
+    if f.metadata["decides"] == MASKS
+}
 
 
 def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
@@ -24,9 +32,15 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
     one of the hub's.
 
     Raises:
-        OptionError: a pattern that the command line cannot say.
+        OptionError: a pattern that the command line cannot say, or an option that no fingerprint records.
     """
     options, text = dict(fingerprint["options"]), fingerprint["calibration"]
+    if odd := set(options) - _RECORDED:
+        raise OptionError(
+            f"{where}: sets `{min(odd)}`, which a manifest cannot set; give it on the command line"
+        )
+    if not isinstance(options.get("counts", {}), Mapping):  # the command line would read a file
+        raise OptionError(f"{where}: `counts` must be an object, not {options['counts']!r:.60}")
     if "removed" in options:  # whole blocks: how many, on as many windows
         blocks = len(options["removed"])
         options = {"blocks": blocks, "windows": text["samples"], "seq_len": text["length"]}

@@ -6,8 +6,10 @@ without it as something that it was never trained on. Asked of the tokenizer, ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from maskopt.errors import DataError
@@ -96,12 +98,32 @@ def check_bos(bos: str) -> None:
 
 def plain_tokens(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text alone, without anything that the tokenizer puts around it."""
-    return [int(t) for t in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    with no_panic(getattr(tokenizer, "name_or_path", "")):
+        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [int(t) for t in found]
 
 
 def whole_tokens(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, with what the tokenizer puts around it."""
-    return [int(t) for t in tokenizer(text, verbose=False)["input_ids"]]
+    with no_panic(getattr(tokenizer, "name_or_path", "")):
+        found = tokenizer(text, verbose=False)["input_ids"]
+    return [int(t) for t in found]
+
+
+@contextmanager
+def no_panic(folder: str | Path) -> Iterator[None]:
+    """Raise DataError where a tokenizer of a folder panics. Its library is written in Rust, and a panic is a
+    BaseException, which no `except Exception` catches."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        line = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"{Path(folder) / 'tokenizer.json'}: the tokenizer's library stopped on this file ({line}); "
+            "replace it by that of the original model"
+        ) from None
 
 
 def _put_before(tokenizer: Any) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from maskopt.errors import DataError
-from maskopt.model.beginning import TEMPLATE
+from maskopt.model.beginning import TEMPLATE, no_panic
 from maskopt.model.text import json_records
 from maskopt.model.tokens import Windows, are_tokens, check_count
 
@@ -193,14 +193,17 @@ class _Chats:
     def _applied(self, conversation: Conversation) -> list[int]:
         """What begins a conversation is the template's affair: the tokenizer puts nothing before it."""
         try:
-            ids = self._tokenizer.apply_chat_template(
-                conversation.messages,
-                chat_template=self._template,
-                add_generation_prompt=False,
-                tokenize=True,
-                return_dict=False,
-                tokenizer_kwargs={"verbose": False},
-            )
+            with no_panic(getattr(self._tokenizer, "name_or_path", "")):
+                ids = self._tokenizer.apply_chat_template(
+                    conversation.messages,
+                    chat_template=self._template,
+                    add_generation_prompt=False,
+                    tokenize=True,
+                    return_dict=False,
+                    tokenizer_kwargs={"verbose": False},
+                )
+        except DataError:
+            raise
         except Exception as error:  # a template is a program of the model's: it may raise anything
             raise DataError(
                 f"{conversation.where}: the model's chat template refuses it ({_reason(error)})"

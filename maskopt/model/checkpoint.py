@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,10 @@ from maskopt.model.safefile import SafeFile, TensorEntry, open_file, open_safe
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 256 * 2**20
+#: entries of config.json that count blocks or experts
+_COUNTS = re.compile(r"(.*_)?(n|num)_(.*_)?(layers?|blocks|experts)|(en|de)coder_layers|depth")
+#: so many of them are built in seconds
+_FEW = 1024
 
 
 @dataclass(frozen=True)
@@ -74,25 +79,11 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
         raise ModelError(f"{folder}: no such model folder")
     check_link(folder / "config.json")
     config = read_json(folder / "config.json", "a model folder needs one")
-    if config.get("auto_map") and not trust_remote_code:
-        raise ModelError(
-            f"{folder}: config.json asks to run code that comes with the model (auto_map), which is "
-            "not run unless `trust_remote_code` says so; without auto_map transformers' own code runs"
-        )
-    if config.get("quantization_config"):
-        raise ModelError(
-            f"{folder}: the weights are quantised (quantization_config in config.json); "
-            "prune the original weights"
-        )
+    _check_config(folder, config, trust_remote_code)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder}: holds an adapter (adapter_config.json), which loaders put onto other weights; "
             "merge it into its model first"
-        )
-    if config.get("transformers_weights"):
-        raise ModelError(
-            f"{folder}: config.json has transformers load {config['transformers_weights']!r} "
-            f"(transformers_weights) in place of {SINGLE}; rename the weights and leave that out"
         )
     names, weight_map = _shard_names(folder)
     for name in names:
@@ -107,7 +98,77 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
     for tensor, name in weight_map.items():
         if where.get(tensor) != name:
             raise ModelError(f"{folder}: {INDEX} says that {tensor!r} is in {name}; it is not")
+    _check_counts(folder, config, [shards[name].entries[key] for key, name in where.items()])
     return Checkpoint(folder, config, shards, where)
+
+
+def _check_config(folder: Path, config: Any, trust_remote_code: bool) -> None:
+    """Refuse entries, of the parts of a configuration, too, that run code or have other weights loaded.
+
+    Raises:
+        ModelError: names the entry.
+    """
+    for key, value in pairs(config):
+        if not value:
+            continue
+        if key == "auto_map" and not trust_remote_code:
+            raise ModelError(
+                f"{folder}: config.json asks to run code that comes with the model (auto_map), which is "
+                "not run unless `trust_remote_code` says so; without auto_map transformers' own code runs"
+            )
+        if "implementation" in key and "/" in json.dumps(value) and not trust_remote_code:
+            raise ModelError(
+                f"{folder}: config.json asks to run a kernel from the hub ({key}), which is not run unless "
+                f"`trust_remote_code` says so; without {key} transformers' own code runs"
+            )
+        if key == "quantization_config":
+            raise ModelError(
+                f"{folder}: the weights are quantised (quantization_config in config.json); "
+                "prune the original weights"
+            )
+        if key == "transformers_weights":
+            raise ModelError(
+                f"{folder}: config.json has transformers load {value!r} (transformers_weights) in place "
+                f"of {SINGLE}; rename the weights and leave that out"
+            )
+
+
+def _check_counts(folder: Path, config: Any, entries: Iterable[TensorEntry]) -> None:
+    """Refuse a configuration of far more blocks or experts than are stored: to build such a model takes
+    hours, even without its weights. Some families count a block twice.
+
+    Raises:
+        ModelError: names the entry of config.json.
+    """
+    blocks, experts, each = set(), set(), 0
+    for entry in entries:
+        numbers = [part for part in entry.name.split(".") if part.isdecimal()]
+        blocks.update(numbers[:1])
+        experts.update(numbers[1:])
+        if len(entry.shape) == 3 and entry.size:
+            each = max(each, entry.shape[0])
+    for key, value in pairs(config):
+        if type(value) is not int or not _COUNTS.fullmatch(key):
+            continue
+        what, stored = "blocks", len(blocks)
+        if "expert" in key:
+            what, stored = "experts", max(len(experts), each)
+        if value > max(2 * stored, _FEW):
+            raise ModelError(
+                f"{folder / 'config.json'}: `{key}` is {value}, and the stored tensors have {stored} {what}; "
+                f"correct `{key}`"
+            )
+
+
+def pairs(value: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values of all objects inside a JSON value."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            value = list(value.values())
+        waiting += value if isinstance(value, list) else []
 
 
 def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:

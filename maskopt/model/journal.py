@@ -79,25 +79,19 @@ class Journal:
             raise ModelError(f"{self.path}, line {number}: not a journal of maskopt")
 
     def _append(self, record: dict[str, Any]) -> None:
-        append_line(self.path, record)
+        """A record with its digest, in place of a last line that a crash cut off."""
+        line = json.dumps({**record, "sha256": _digest(record)}, sort_keys=True) + "\n"
+        with open(self.path, "ab") as file:
+            complete = _complete_length(self.path)
+            if file.tell() != complete:
+                file.truncate(complete)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """A record with its digest, in place of a last line that a crash cut off."""
-    line = json.dumps({**record, "sha256": _digest(record)}, sort_keys=True) + "\n"
-    with open(path, "ab") as file:
-        complete = _complete_length(path)
-        if file.tell() != complete:
-            file.truncate(complete)
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_journal(
-    path: Path, damaged: str = "the journal is damaged; start over with `overwrite`"
-) -> list[dict[str, Any]]:
-    """All complete records; `damaged` is what to say of a line that is none.
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All complete records.
 
     Raises:
         ModelError: unreadable, or a line that does not match its digest.
@@ -118,7 +112,9 @@ def read_journal(
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             sound = False
         if not sound:
-            raise ModelError(f"{path}, line {number}: {damaged}")
+            raise ModelError(
+                f"{path}, line {number}: the journal is damaged; start over with `overwrite`"
+            )
         records.append(record)
     return records
 
@@ -134,10 +130,10 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
-def in_words(lines: Sequence[str], limit: int = 5) -> str:
+def in_words(lines: Sequence[str]) -> str:
     """The first differences, and how many more there are."""
-    more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
-    return "; ".join(lines[:limit]) + more
+    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return "; ".join(lines[:5]) + more
 
 
 def _is_block(record: dict[str, Any]) -> bool:

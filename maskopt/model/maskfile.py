@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,12 +145,6 @@ def join_masks(path: Path, parts: Iterable[Path]) -> None:
             for name in part.names:
                 for chunk in part.file.chunks(part.file.entries[name], CHUNK):
                     file.write(chunk.data)
-
-
-def read_masks(path: Path) -> Iterator[tuple[str, TensorMask]]:
-    masks = MaskFile(path)
-    for name in masks.names:
-        yield name, masks.read(name)
 
 
 def _metadata(layout: dict[str, dict[str, Any]]) -> dict[str, str]:

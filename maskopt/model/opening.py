@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskopt.errors import ModelError
+from maskopt.errors import DataError, ModelError
+from maskopt.model.beginning import no_panic
 from maskopt.model.checkpoint import open_checkpoint, resolve_model
 from maskopt.model.source import FolderSource, MemorySource, Source, stored_dtype
 from maskopt.model.transformers_adapter import set_eager_experts
@@ -80,9 +81,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        with no_panic(folder):
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except DataError:
+        raise
     except Exception as error:  # tokenizers fail in as many ways as there are of them
         line = (str(error).splitlines() or [""])[0]
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {line}") from error

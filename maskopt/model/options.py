@@ -347,10 +347,6 @@ class PruneOptions(WalkOptions):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-#: what a cell of a table (`maskopt.model.table`) decides by itself
-OF_A_CELL = ("pattern", "solver", "warm_start", "solver_options")
-
-
 def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
     """The options, with single ones set by name; `sparsity=0.5` is short for its pattern.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,6 @@ def write_smaller_shard(
     cuts: Mapping[str, StoredCut],
     kept: Mapping[str, Bool[Tensor, " m"]],
     target: Path,
-    tick: Callable[[int], None] = lambda _: None,
 ) -> str:
     """One shard with its edits, cut; the digest of what was written."""
     file = checkpoint.shards[shard]
@@ -177,7 +176,6 @@ def write_smaller_shard(
         for entry in file.entries.values():
             for chunk in _left(file, entry, edits, cuts.get(entry.name), kept):
                 output.write(chunk)
-            tick(entry.size)
     return file_digest(target)
 
 

@@ -45,10 +45,11 @@ def read_documents(source: str | Path, *, field: str = "text") -> list[str]:
         documents = _hub_documents(name, field)
     else:
         documents = _path_documents(Path(source), field)
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise DataError(f"{name}: there is no text in it")
-    return documents
+    filled = [document for document in documents if document.strip()]
+    if not filled:
+        count = f": {len(documents)} documents, all of them empty" if len(documents) > 1 else ""
+        raise DataError(f"{name}: there is no text in it{count}")
+    return filled
 
 
 def _path_documents(path: Path, field: str) -> list[str]:
@@ -96,20 +97,33 @@ def json_records(path: Path) -> Iterator[tuple[str, Any]]:
 def _json_lines(path: Path, field: str) -> list[str]:
     documents = []
     for where, record in json_records(path):
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            hint = near(field, record) if isinstance(record, dict) else ""
-            if isinstance(record, dict) and isinstance(record.get("messages"), list):
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: no text under {field!r}: the line is not a JSON object")
+        text = record.get(field)
+        if not isinstance(text, str):
+            kind = "null" if text is None else type(text).__name__
+            hint = f": the value is {kind}" if field in record else near(field, record)
+            if isinstance(record.get("messages"), list):
                 hint = "; it has messages: give `chat`"
             raise DataError(f"{where}: no text under {field!r}{hint}")
-        documents.append(record[field])
+        documents.append(text)
     return documents
 
 
 def _hub_documents(name: str, field: str) -> list[str]:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     _, dataset, *rest = name.split(":")
     if not dataset or len(rest) > 1:
         raise DataError(f"{name!r}: write hf:NAME or hf:NAME:SPLIT; presets: {', '.join(PRESETS)}")
     split = rest[0] if rest else "train"
+    try:
+        validate_repo_id(dataset)  # `datasets` reads a folder where the name is a path
+    except HFValidationError:
+        raise DataError(
+            f"{name}: {dataset!r} is not the name of a data set on the hub; give a file or a folder "
+            "without hf:"
+        ) from None
     try:
         import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -129,5 +143,7 @@ def _hub_documents(name: str, field: str) -> list[str]:
         line = (str(error).splitlines() or [""])[0]
         raise DataError(f"{name}: {type(error).__name__}: {line}") from error
     documents = [document for document in column if isinstance(document, str)]
+    if not documents:
+        raise DataError(f"{name}: no value of the column {field!r} is text")
     # WikiText-2 comes a line per record; its convention is one text, joined by blank lines
     return ["\n\n".join(documents)] if dataset == "wikitext2" else documents

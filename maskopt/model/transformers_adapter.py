@@ -58,6 +58,10 @@ class Conversion:
 
     Attributes:
         converted: parameters that the checkpoint stores otherwise (experts one by one, say).
+
+    Raises:
+        ModelError: two tensors are the same parameter, such as with and without the name of the base model;
+            which of them is loaded is a matter of their order.
     """
 
     def __init__(self, model: Any, keys: Iterable[str], place: str) -> None:
@@ -81,12 +85,18 @@ class Conversion:
         #: parameter → the one that stands for all that are made of the same tensors
         self._first: dict[str, str] = {}
         self.converted: set[str] = set()
+        seen: dict[tuple[str, str], str] = {}
         for key in sorted(keys):
             name, pattern = rename_source_key(key, renamings, converters, prefix, empty)
             if name not in empty and key in empty:
                 name, pattern = rename_source_key(key, [], [], prefix, empty)
             if name not in empty:
                 continue
+            part = "" if pattern is None else key.removeprefix(f"{prefix}.")
+            if (other := seen.setdefault((name, part), key)) != key:
+                raise ModelError(
+                    f"{place}: the tensors {other!r} and {key!r} are the same parameter; remove one of them"
+                )
             self._sources.setdefault(name, []).append(key)
             if pattern is None:
                 self._first[name] = name

@@ -27,6 +27,7 @@ from maskopt.model.verify_folder import (
     read_weights,
     tensor,
 )
+from maskopt.model.verify_loading import Loading, check_loads
 from maskopt.model.verify_manifest import (
     Manifest,
     Slice,
@@ -124,8 +125,10 @@ def verify_output(
     check_parts(manifest)
     names_known = trust_remote_code or not asks_for_code(folder)
     if names_known:
-        home = folder if original is None else original.folder
-        check_names(manifest, home, trust_remote_code=trust_remote_code)
+        loading = Loading(original or weights, trust_remote_code=trust_remote_code)
+        if original is None:  # which has the same tensors and configuration
+            check_loads(loading, None)
+        check_names(manifest, loading.model)
     slices = check_tensors(manifest, weights, masks, original, on_progress)
     rows, sparsity = check_counts(manifest, slices)
     recomputed, tolerance = _recompute(

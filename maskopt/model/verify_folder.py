@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maskopt.errors import VerificationError
+from maskopt.model.verify_shape import pairs, too_many
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,13 +29,20 @@ MANIFEST = "maskopt-manifest.json"
 CONFIG = "config.json"
 #: what a prune copies beside the weights: configuration, tokenizer, templates
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+#: what `maskopt` itself writes beside the weights
+OWN = (MASKS, MANIFEST, "maskopt-distill.json")
+#: what transformers' Trainer and tokenizers leave in a folder, and no loader takes for weights or code
+SAVED = re.compile(
+    r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|checkpoint-\d+|runs|"
+    r"additional_chat_templates"
+)
 #: what no loader reads; such files may also have come later
 HARMLESS_NAMES = ("README", "LICENSE", "NOTICE", "USE_POLICY", ".gitattributes", ".gitignore")
 HARMLESS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf", ".html")
 #: keys of JSON files that make transformers run code that it does not hold itself
 CODE_KEYS = ("auto_map", "custom_pipelines")
-#: keys whose value may name a kernel of the hub, `owner/name`
-KERNEL_KEYS = ("attn_implementation", "experts_implementation", "_attn_implementation")
+#: part of keys whose value may name a kernel of the hub, `owner/name`
+KERNEL_KEYS = "implementation"
 #: keys of config.json that have other weights loaded, or these otherwise
 WEIGHT_KEYS = ("transformers_weights", "quantization_config")
 
@@ -59,8 +68,29 @@ def read_weights(folder: Path) -> Weights:
 
     Raises:
         VerificationError: no safetensors weights, an index that leads out of the folder or names a
-            tensor that is not there, a tensor in two shards.
+            tensor that is not there, a tensor in two shards; a configuration of far more blocks or experts.
     """
+    weights = _found(folder)
+    if os.path.lexists(folder / CONFIG):
+        check_counts(folder, weights)
+    return weights
+
+
+def check_counts(folder: Path, weights: Weights) -> None:
+    """Raise VerificationError where a folder's configuration has far more blocks or experts than there are
+    tensors for: nobody can wait until such a model is built."""
+    if wrong := too_many(read_object(folder / CONFIG), lambda: shapes(weights)):
+        raise VerificationError(f"{folder / CONFIG}: {wrong}")
+
+
+def shapes(weights: Weights) -> Iterator[tuple[str, list[int]]]:
+    """Names and shapes of the tensors; no weight is read."""
+    for path in sorted(set(weights.where.values())):
+        with opened(path) as file:
+            yield from ((name, file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def _found(folder: Path) -> Weights:
     single = folder / SINGLE
     if single.is_file():
         with opened(single) as file:
@@ -112,11 +142,7 @@ def check_entries(
     Raises:
         VerificationError: a file that is missing, changed, unknown, or a link out of the folder.
     """
-    if SINGLE in weights.files and os.path.lexists(folder / INDEX):
-        raise VerificationError(
-            f"{folder}: a loader could take either {SINGLE} or the shards of {INDEX}; "
-            "a result holds one of them"
-        )
+    check_beside(weights, lambda name: name in listed or name == MANIFEST)
     for name, digest in sorted(listed.items()):
         if not is_plain(name) or not os.path.lexists(folder / name):
             raise VerificationError(f"{folder}: file {name[:200]!r} of the manifest is not there")
@@ -128,35 +154,54 @@ def check_entries(
     for name in (*weights.files, *needed):
         if name not in listed:
             raise VerificationError(f"{folder / name}: the manifest does not know this file")
+
+
+def check_beside(weights: Weights, is_known: Callable[[str], bool]) -> None:
+    """Refuse all in the folder of weights, but for the known files, that a loader could take for weights,
+    configuration or code.
+
+    Raises:
+        VerificationError: such a file, or a link out of the folder.
+    """
+    folder = weights.folder
+    if SINGLE in weights.files and os.path.lexists(folder / INDEX):
+        raise VerificationError(
+            f"{folder}: a loader could take either {SINGLE} or the shards of {INDEX}; "
+            "a result holds one of them"
+        )
     for entry in sorted(folder.iterdir()):
-        known = entry.name in listed or entry.name == MANIFEST
+        known = is_known(entry.name)
         if not known and (entry.is_dir() or not _is_harmless(entry.name)):
             raise _could_be_taken(entry)
-        check_regular(entry)
+        if not entry.is_dir():
+            check_regular(entry)
 
 
-def check_configuration(folder: Path, listed: Mapping[str, str], compared: Collection[str]) -> None:
+def check_configuration(
+    folder: Path,
+    names: Iterable[str],
+    compared: Collection[str],
+    remedy: str = "whether the original does, too, only a comparison with it (against) can show",
+) -> None:
     """Refuse configuration that has a loader take other weights, or run code.
 
     Args:
+        names: of the files in the folder.
         compared: files that are the original's, so that code which they ask for is the original's, too.
     """
-    for name in sorted(listed):
+    for name in sorted(names):
         if not name.endswith(".json") or name in (INDEX, MANIFEST):
             continue
-        for key, value in _pairs(read_json(folder / name)):
+        for key, value in pairs(read_json(folder / name)):
             if name == CONFIG and key in WEIGHT_KEYS and value:
                 raise VerificationError(
                     f"{folder / name}: has a loader take other weights than those of the result "
                     f"({key})"
                 )
             named = key in CODE_KEYS and isinstance(value, dict | list | str) and bool(value)
-            kernel = key in KERNEL_KEYS and "/" in json.dumps(value)
+            kernel = KERNEL_KEYS in key and "/" in json.dumps(value)
             if (named or kernel) and name not in compared:
-                raise VerificationError(
-                    f"{folder / name}: asks to run code ({key}); whether the original does, too, "
-                    "only a comparison with it (against) can tell"
-                )
+                raise VerificationError(f"{folder / name}: asks to run code ({key}); {remedy}")
     read_object(folder / CONFIG)
 
 
@@ -248,15 +293,3 @@ def _could_be_taken(path: Path) -> VerificationError:
         f"{path}: is not of the result, and a loader could take it for weights, configuration or code; "
         "move it elsewhere"
     )
-
-
-def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values of all objects inside a JSON value."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            yield from value.items()
-            waiting.extend(value.values())
-        elif isinstance(value, list):
-            waiting.extend(value)

@@ -13,11 +13,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from maskopt.errors import ModelError, VerificationError
 from maskopt.model.transformers_adapter import Conversion, quietly
-from maskopt.model.verify_folder import CONFIG, Weights, opened
+from maskopt.model.verify_folder import CONFIG, Weights, shapes
 from maskopt.model.verify_manifest import empty_model
 
 
@@ -25,22 +24,24 @@ class Loading:
     """The model that a folder's configuration describes, and what becomes of the folder's tensors in it.
 
     Attributes:
+        model: without weights.
         shapes: of the parameters, by name.
 
     Raises:
-        VerificationError: the configuration describes no model.
+        VerificationError: the configuration describes no model, or two tensors are the same parameter.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, *, trust_remote_code: bool = False) -> None:
         self.weights = weights
-        self._model: Any = empty_model(weights.folder, trust_remote_code=False)
-        self.shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
-        self._conversion = Conversion(self._model, weights.where, str(weights.folder))
+        self.model: Any = empty_model(weights.folder, trust_remote_code=trust_remote_code)
+        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+        with _refusing():
+            self._conversion = Conversion(self.model, weights.where, str(weights.folder))
 
     @property
     def settings(self) -> Any:
         """The configuration of the language model, defaults filled in."""
-        return self._model.config.get_text_config()
+        return self.model.config.get_text_config()
 
     def parts(self, parameter: str) -> list[str]:
         """The tensors that a parameter is made of; none where nothing is stored for it."""
@@ -57,13 +58,13 @@ class Loading:
     @cached_property
     def unused(self) -> frozenset[str]:
         """Tensors that no parameter or buffer is made of."""
-        return frozenset(self.weights.where) - {*self._conversion.needed(self._model.state_dict())}
+        return frozenset(self.weights.where) - {*self._conversion.needed(self.model.state_dict())}
 
     def check_shapes(self) -> None:
         """Raise VerificationError where a tensor has another shape than the configuration says."""
-        shapes = {name: _empty(self.weights, name) for name in self.weights.where}
+        empty = {n: torch.empty(shape, device="meta") for n, shape in shapes(self.weights)}
         with _refusing(), quietly():
-            self._conversion.load(shapes, torch.device("meta"))
+            self._conversion.load(empty, torch.device("meta"))
 
 
 def check_loads(ours: Loading, theirs: Loading | None) -> None:
@@ -83,15 +84,11 @@ def check_loads(ours: Loading, theirs: Loading | None) -> None:
         )
     if theirs is not None and (odd := ours.unused - theirs.unused):
         raise VerificationError(
-            f"{where}: describes a model that leaves out tensor {min(odd)!r}; the original's takes it"
+            f"{where}: describes a model that takes no tensor {min(odd)!r}; remove the tensor"
+            if min(odd) not in theirs.weights.where
+            else f"{where}: describes a model that leaves out tensor {min(odd)!r}; the original's takes it"
         )
     ours.check_shapes()
-
-
-def _empty(weights: Weights, name: str) -> Tensor:
-    """Of the shape of a tensor, without its data."""
-    with opened(weights.where[name]) as file:
-        return torch.empty(file.get_slice(name).get_shape(), device="meta")
 
 
 @contextmanager

@@ -308,14 +308,13 @@ def check_fallbacks(manifest: Manifest, slices: Sequence[Slice], tolerance: floa
     return checked
 
 
-def check_names(manifest: Manifest, config_folder: Path, *, trust_remote_code: bool) -> None:
-    """Compare the layers with those of the model that transformers builds from a configuration, as
+def check_names(manifest: Manifest, model: nn.Module) -> None:
+    """Compare the layers with those of the model that transformers builds from the configuration, as
     the manifest's include and exclude choose them, in the order of the model.
 
     Raises:
         VerificationError: a layer that is not there, is left out, has another shape or another place.
     """
-    model = empty_model(config_folder, trust_remote_code=trust_remote_code)
     options, (blocks, all_maps) = manifest.options, linear_maps(model)
     include, exclude = options["include"], options["exclude"]
     expected = {
@@ -380,8 +379,9 @@ def empty_model(folder: Path, *, trust_remote_code: bool) -> nn.Module:
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
         with torch.device("meta"):
+            # a configuration may name another attention, a kernel that would be fetched and run
             model: nn.Module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
+                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
             )
     except Exception as error:  # configurations fail in as many ways as there are models
         line = (str(error).splitlines() or [type(error).__name__])[0]

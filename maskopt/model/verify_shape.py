@@ -1,4 +1,5 @@
-"""The shape of a manifest: its keys, and kinds of values. Whether they are true is another matter.
+"""The shape of a manifest: its keys, and kinds of values; and the counts in a configuration. Whether they are
+true is another matter.
 
 Part of `maskopt.model.verify`; shares no code with what writes manifests.
 """
@@ -6,10 +7,15 @@ Part of `maskopt.model.verify`; shares no code with what writes manifests.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 FORMAT = "maskopt-manifest-1"
+#: entries of a configuration that count blocks or experts
+COUNTS = re.compile(r"(.*_)?(n|num)_(.*_)?(layers?|blocks|experts)|(en|de)coder_layers|depth")
+#: so many blocks or experts are built in seconds
+FEW = 1024
 STATUSES = ("optimal", "swap-optimal", "feasible")
 
 Check = Callable[[Any], bool]
@@ -18,6 +24,37 @@ Check = Callable[[Any], bool]
 def no_number(constant: str) -> float:
     """For `json.loads`: NaN and infinities are no numbers."""
     raise ValueError(constant)
+
+
+def pairs(value: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values of all objects inside a JSON value."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+
+
+def too_many(config: Any, tensors: Callable[[], Iterable[tuple[str, list[int]]]]) -> str | None:
+    """The entry of a configuration that counts far more blocks or experts than the tensors (name, shape)
+    have, in words. Such a model takes hours to build, even without its weights."""
+    for key, value in pairs(config):
+        if type(value) is not int or value <= FEW or not COUNTS.fullmatch(key):
+            continue
+        names: set[str] = set()
+        stored, part = 0, slice(1, None) if "expert" in key else slice(1)
+        for name, shape in tensors():
+            names.update([piece for piece in name.split(".") if piece.isdecimal()][part])
+            if part.start and len(shape) == 3 and min(shape):
+                stored = max(stored, shape[0])
+        stored = max(stored, len(names))
+        if value > 2 * stored:  # some families count a block twice
+            what = "experts" if part.start else "blocks"
+            return f"`{key}` is {value}, and the stored tensors have {stored} {what}"
+    return None
 
 
 def _text(value: Any) -> bool:

@@ -49,17 +49,6 @@ class Table:
             table.add_row(*map(Text, row))
         return table
 
-    def markdown(self) -> str:
-        """A heading, the table, and its note below."""
-
-        def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-        figures = len(self.headings) - self.text_columns
-        rule = line(["---"] * self.text_columns + ["---:"] * figures)
-        table = "\n".join([line(self.headings), rule, *map(line, self.rows)])
-        return f"## {self.title}\n\n{table}\n" + (f"\n{self.note}\n" if self.note else "")
-
     def html(self) -> str:
         """Its heading, and an escaped `<table>`."""
         return f"<h2>{html.escape(self.title)}</h2>\n{self.grid()}"

@@ -23,7 +23,7 @@ from maskopt.solvers.exact.refit_tree import search_refitted
 from maskopt.solvers.exact.rows import RowAnswer, RowSolver
 from maskopt.solvers.exact.tree import BranchTask, Tree
 
-#: part of Σ Q_ii (of a posed problem over what is chosen) below which an incumbent costs nothing
+#: part of Σ Q_ii (of a posed problem over what is chosen) below which nodes prove nothing of an incumbent
 _NOTHING = 1e-13
 
 
@@ -77,7 +77,9 @@ def search_row(task: BranchTask) -> RowAnswer:
     # of somebody's objective a penalty on what is not chosen must not hide what the values differ by
     counted = slice(None) if task.zero is None else task.start
     if cost <= _NOTHING * float(task.q.diagonal()[counted].sum()):
-        return RowAnswer(best, "optimal", proof=proof)
+        # the sums of a node lose more than the cost; only one that is itself rounding is proven
+        ended = "optimal" if cost <= task.rounding(best) else "precision"
+        return RowAnswer(best, ended, proof=proof)
     if task.limits.expired:
         return RowAnswer(best, "timelimit")
     duals = qcr_duals(task)

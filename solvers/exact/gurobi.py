@@ -119,12 +119,13 @@ def _optimized(task: RowTask, model):  # type: ignore[no-untyped-def]  # gurobip
     ended = _ended(task, model, _CLOSED)
     pruned = np.asarray(p.X) > 0.5 if model.SolCount > 0 else task.start
     bound = float(model.ObjBound) / scale
+    # a p_i off by the tolerance moves f by that part of its slope, 2(Qp)_i
+    slack = _INTEGRALITY * 2 * float(np.abs(task.q).sum())
     return RowAnswer(
         pruned=pruned if task.is_legal(pruned) else task.start,
         ended=ended,
-        bound=bound if np.isfinite(bound) else 0.0,
-        # a p_i off by the tolerance moves f by that part of its slope, 2(Qp)_i
-        slack=_INTEGRALITY * 2 * float(np.abs(task.q).sum()),
+        bound=task.raised(bound, slack) if np.isfinite(bound) else 0.0,
+        slack=slack,
         nodes=int(model.NodeCount),
     )
 

@@ -90,12 +90,13 @@ def search_row(task: RowTask) -> RowAnswer:
         ended = "gaplimit"
     pruned = np.asarray(model.getSolution().col_value[: len(task.q)]) > 0.5
     bound = float(info.mip_dual_bound) / scale
+    # p_i and z_ij off by the tolerance move f by that part of their coefficients
+    slack = _FEASIBILITY * float(np.abs(task.q).sum())
     return RowAnswer(
         pruned=pruned if task.is_legal(pruned) else task.start,
         ended=ended,
-        bound=bound if np.isfinite(bound) else 0.0,
-        # p_i and z_ij off by the tolerance move f by that part of their coefficients
-        slack=_FEASIBILITY * float(np.abs(task.q).sum()),
+        bound=task.raised(bound, slack) if np.isfinite(bound) else 0.0,
+        slack=slack,
         nodes=int(info.mip_node_count),
     )
 

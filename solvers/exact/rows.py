@@ -92,6 +92,16 @@ class RowTask:
             return False
         return bool((pruned.reshape(-1, self.group).sum(1) == self.pruned).all())
 
+    def raised(self, bound: float, slack: float = 0.0) -> float:
+        """A bound: less its slack and raised to the next value that f can take, where these are known."""
+        return bound if self.values is None else self.values.at_least(bound - slack)
+
+    def rounding(self, pruned: np.ndarray) -> float:
+        """The most that float64 can lose of f of a mask."""
+        return (
+            4 * (len(self.q) + 8) * 2.0**-53 * float(np.abs(self.q[np.ix_(pruned, pruned)]).sum())
+        )
+
     @property
     def noise(self) -> float:
         """An objective below this is nothing but rounding."""
@@ -223,6 +233,12 @@ def run_rows(
             answer if known else RowAnswer(answer.pruned, "interrupted")
             for answer, known in zip(answers, begun, strict=True)
         ]
+    if crashed := [answer.message for answer in answers if answer.ended == "crashed"]:
+        _log.warning(
+            "%d rows keep their start: %s; where memory was short, run fewer processes at a time (`workers`)",
+            len(crashed),
+            crashed[0],
+        )
     return answers
 
 
@@ -270,7 +286,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
     """The Solution: no status better than the backend's own, no bound that contradicts a mask."""
     mask = torch.from_numpy(~np.stack([answer.pruned for answer in answers]))
     objective = problem.objective(mask)
-    floor, slack = SWAP_FLOOR * problem.diagonal_mass(), optimal_slack(problem, objective)
+    floor, slack = SWAP_FLOOR * problem.diagonal_mass(), optimal_slack(problem, mask, objective)
     answers = [
         _consistent(answer, row, float(objective[row]), float(floor[row]), word)
         for row, answer in enumerate(answers)

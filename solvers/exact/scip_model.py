@@ -253,12 +253,9 @@ def read_answer(row: RowModel) -> RowAnswer:
     def true_bound(value: float) -> float:
         known = max(certified, value / row.scale if abs(value) < INFINITE else 0.0)
         if task.probed is None:
-            if task.values is None:
-                return known
-            return max(known, task.values.at_least(max(certified, known - slack)))
+            return max(known, task.raised(known, slack), task.raised(certified))
         # what is fixed holds below the cutoff alone
-        bound = min(task.probed.cutoff, max(known, task.probed.bound))
-        return bound if task.values is None else task.values.at_least(bound)
+        return task.raised(min(task.probed.cutoff, max(known, task.probed.bound)))
 
     if task.probed is not None and ended == "infeasible":  # nothing is left below the cutoff
         return presolved(task)
@@ -278,8 +275,8 @@ def presolved(task: ScipTask) -> RowAnswer:
     """The start, below whose cutoff the presolve has left nothing."""
     assert task.duals is not None
     assert task.probed is not None
-    cutoff, certified = task.probed.cutoff, task.duals.certified
-    bound = max(certified, cutoff if task.values is None else task.values.at_least(cutoff))
+    certified = task.duals.certified
+    bound = max(certified, task.raised(task.probed.cutoff))
     return RowAnswer(
         pruned=task.start,
         ended="presolved",

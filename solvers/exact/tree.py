@@ -144,13 +144,10 @@ class Tree:
     def cutoff(self) -> float:
         """A node of at least this bound holds nothing better than the incumbent."""
         values, worth = self.task.values, _WORTH * self.task.size(self.cost)
-        if values is None:
+        if values is None or not values.step:
             return self.cost - worth
-        return min(self.cost - worth, self.cost - values.step * (1 - _ROOM) + worth)
-
-    def _raised(self, value: float) -> float:
-        """A bound of f, raised to the next value that f can take."""
-        return value if self.task.values is None else self.task.values.at_least(value)
+        # above the value below by what a node's bound may be off, and well below the cost
+        return self.cost - values.step * (1 - _ROOM) + min(worth, values.step / 4)
 
     def bound(self, state: np.ndarray, form: Relaxed) -> tuple[float, np.ndarray, Step | None]:
         """The node's bound and relaxed point, and its step of the proof; fixes inputs of `state` in place."""
@@ -254,7 +251,7 @@ class Tree:
             pruned=self.best,
             ended=ended,
             # what the closed tree proves, or the least open bound
-            bound=self._raised(max(min(least_open, self.cutoff), self.proven)),
+            bound=self.task.raised(max(min(least_open, self.cutoff), self.proven)),
             slack=self._margin(self.start.form.relaxed),
             nodes=nodes,
             root_bound=max(min(self.start.bound, self.cutoff), self.proven),

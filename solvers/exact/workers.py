@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
+from maskopt.errors import SolverError
+
 #: until it can hand back an incumbent, an interrupt ends it at once and in silence
 _MAIN = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
@@ -139,7 +141,12 @@ class _Crew:
                 break
             if process is None or served >= self._recycle:
                 _close(process)
-                process, served = _start(), 0
+                try:
+                    process, served = _start(), 0
+                except OSError as error:
+                    process = None
+                    self.done.put((index, _no_process(error)))
+                    break
                 self._processes[slot] = process
                 if self.stop.is_set():  # while it was being started: nobody has interrupted it
                     break
@@ -161,6 +168,13 @@ class _Crew:
             self.done.put((index, answer))
         _close(process)
         self.done.put((-1, None))
+
+
+def _no_process(error: OSError) -> SolverError:
+    return SolverError(
+        f"a worker process cannot be started: {error.strerror}; free some memory, or run fewer of them at "
+        "a time (`workers`)"
+    )
 
 
 def _start() -> subprocess.Popen[bytes]:

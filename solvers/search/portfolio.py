@@ -113,7 +113,8 @@ def merge(
     objective = torch.where(better, other.objective, one.objective)
     higher = _rather(one, other)
     bound = torch.where(higher, other.lower_bound, one.lower_bound)
-    closed = objective - bound <= optimal_slack(problem, objective)
+    mask = torch.where(better[:, None], other.mask, one.mask)
+    closed = objective - bound <= optimal_slack(problem, mask, objective)
     # what a bound is above the better mask by is rounding
     bound = torch.where(closed, bound.minimum(objective), bound)
     status = [
@@ -123,7 +124,7 @@ def merge(
         )
     ]
     merged = Solution(
-        mask=torch.where(better[:, None], other.mask, one.mask),
+        mask=mask,
         objective=objective,
         lower_bound=bound,
         status=tuple(status),

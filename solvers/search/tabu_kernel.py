@@ -16,10 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from maskopt.solvers.compiled import loop, part
+from maskopt.solvers.swap.numba_common import minimum
 
 #: stands for "not allowed"; far above any Δ of a row scaled to Σ x²G_jj ≈ 1
 FORBIDDEN = np.float32(1e30)
@@ -38,21 +37,6 @@ _FLAGS = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 _fast = part(fastmath=_FLAGS, error_model="numpy", _nrt=False)
 
 
-@intrinsic
-def _less(typing: Any, left: Any, right: Any) -> Any:
-    """min of two float32 as an instruction that LLVM takes for a reduction and vectorises.
-
-    Numba puts no fast-math flags on comparisons, and without them a float minimum stays scalar.
-    """
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        flags = ("nnan", "nsz")
-        smaller = builder.fcmp_ordered("<", args[0], args[1], flags=flags)
-        return builder.select(smaller, args[0], args[1], flags=flags)
-
-    return types.float32(types.float32, types.float32), build
-
-
 @_fast
 def _where(values: np.ndarray, least: Any) -> Any:
     """The lowest index of that value. No early exit: a reduction is vectorised, a search is not."""
@@ -69,7 +53,7 @@ def _price(bar: np.ndarray, slope: np.ndarray, sign: Any, out: np.ndarray) -> in
     for j in range(len(out)):
         value = bar[j] + sign * slope[j]
         out[j] = value
-        least = _less(value, least)  # type: ignore[call-arg]
+        least = minimum(value, least)
     return _where(out, least)
 
 
@@ -82,7 +66,7 @@ def _partner(
     for j in range(len(out)):
         value = own[j] - weight * (twice[j] * line[j])
         out[j] = value
-        least = _less(value, least)  # type: ignore[call-arg]
+        least = minimum(value, least)
     return _where(out, least)
 
 

@@ -67,9 +67,9 @@ class TorchKernel:
         own = _least(gain, half)
         harvest = torch.cat([own, partner.gather(1, own.clamp(min=0)).masked_fill(own < 0, -1)], 1)
         if not fill:
-            return _distinct(harvest)
+            return distinct(harvest)
         columns = torch.cat([harvest, _least(a, half), _least(b, half)], 1)
-        return _distinct(columns)
+        return distinct(columns)
 
     def _exchange(self, batch: Batch, rows: Tensor, columns: Tensor, most: int) -> Tensor:
         """Best swaps among the candidates until none improves; float64. Returns swaps a row."""
@@ -244,7 +244,7 @@ def _least(values: Tensor, many: int) -> Tensor:
     return found.indices[:, :most].masked_fill(found.values[:, :most] == torch.inf, -1)
 
 
-def _distinct(columns: Tensor) -> Tensor:
+def distinct(columns: Tensor) -> Tensor:
     """Ascending, every repetition replaced by −1."""
     ordered = columns.sort(1).values
     again = torch.zeros_like(ordered, dtype=torch.bool)

@@ -6,7 +6,7 @@ only where a count decides the size of a grid. Importing this module needs the p
 **Rounding.** With u = 2⁻²⁴ in float32, a scan computes fl(a + fl(b + h·fl(x_p g))). Rounding a, b,
 x and G to float32 included, its error is at most 2u|a_u| + 3u|b_p| + 6u·2|x_u x_p G_up|, to first
 order, and 2|x_u x_p G_up| ≤ D_u + D_p where D_j = x_j² d_j² with |G_ij| ≤ d_i d_j (`Reach`). The
-same holds for the bounds by which pairs are passed over. `pessimistic` therefore takes
+same holds for the bounds by which pairs are passed over. `column_terms` therefore takes
 8u(|a| + D) off a and 8u(|b| + D) off b: Δ' ≤ Δ for every pair, and least Δ' ≥ −limit proves that
 no pair gains more than the limit. That needs a and b themselves in float64, so c too.
 """
@@ -22,8 +22,6 @@ from torch import Tensor
 
 from maskopt.solvers.swap.triton import kernels
 
-#: side of a tile of G in the tiled scan, and the rows that share it
-TILE, TILE_ROWS = 64, 128
 #: values of the grid of `discard`: grid_k = top · 2^(−k/8), over a range of 2¹⁶
 GRID = 128
 #: kept columns × pruned columns that a program of the scan of survivors holds
@@ -45,8 +43,6 @@ class Reach:
     """float64; √G_jj, or √max_i|G_ij| for all j where G is not quite positive semidefinite."""
     rho: Float[Tensor, " n"]
     """float64, rounded up, at most about 1."""
-    rho_tile: Float[Tensor, "tiles tiles"]
-    """float64: the same for tiles of TILE × TILE entries."""
 
     @classmethod
     def of(cls, gram: Float[Tensor, "n n"]) -> Reach:
@@ -59,49 +55,15 @@ class Reach:
     @classmethod
     def _with(cls, gram: Tensor, d: Tensor) -> Reach:
         n = len(d)
-        tiles = -(-n // TILE)
         rho = torch.zeros(n, dtype=torch.float64, device=gram.device)
-        rho_tile = torch.zeros(tiles, tiles, dtype=torch.float64, device=gram.device)
-        step = max(1, _BLOCK_BYTES // (8 * n * TILE)) * TILE
+        step = max(1, _BLOCK_BYTES // (8 * n))
         for start in range(0, n, step):
             block = gram[start : start + step].double().abs()
             ratio = block / (d[start : start + step, None] * d)
             ratio = torch.where(block == 0, 0.0, ratio)
             ratio.diagonal(start).zero_()
             rho[start : start + step] = ratio.amax(1)
-            rows = -(-len(block) // TILE)
-            padding = (0, tiles * TILE - n, 0, rows * TILE - len(block))
-            ratio = torch.nn.functional.pad(ratio, padding).view(rows, TILE, tiles, TILE)
-            first = start // TILE
-            rho_tile[first : first + rows] = ratio.amax((1, 3))
-        return cls(d=d, rho=rho * _SLACK, rho_tile=rho_tile * _SLACK)
-
-    def e(self, x: Float[Tensor, "rows n"], dtype: torch.dtype) -> Float[Tensor, "rows n"]:
-        """|x_j| d_j, rounded up."""
-        return ((x.double().abs() * self.d) * _SLACK).to(dtype)
-
-
-def linear_terms(
-    x: Float[Tensor, "rows n"],
-    diagonal: Float[Tensor, " n"],
-    c: Float[Tensor, "rows n"],
-    kept: Bool[Tensor, "rows n"],
-) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-    """a and b in float64: +inf where a column is not kept (a) or not pruned (b)."""
-    square = x.double().square() * diagonal.double()
-    linear = 2.0 * x.double() * c.double()
-    a = (square + linear).masked_fill_(~kept, torch.inf)
-    b = (square - linear).masked_fill_(kept, torch.inf)
-    return a, b
-
-
-def pessimistic(
-    value: Float[Tensor, "rows n"], e: Float[Tensor, "rows n"], dtype: torch.dtype
-) -> Float[Tensor, "rows n"]:
-    """a or b less what rounding in `dtype` can add to it and to its pairs."""
-    margin = 4.0 * torch.finfo(dtype).eps
-    lower = value - margin * (value.abs() + e.double().square()) - 2.0**-80
-    return torch.where(value == torch.inf, torch.inf, lower).to(dtype)
+        return cls(d=d, rho=rho * _SLACK)
 
 
 def column_terms(
@@ -115,7 +77,10 @@ def column_terms(
     rows: Int[Tensor, " rows"] | None = None,
     lowered: bool = True,
 ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-    """`linear_terms`, `pessimistic` (if lowered) and `Reach.e` of some rows in one launch."""
+    """a and b, made pessimistic if `lowered`, and e = |x_j| d_j of some rows in one launch.
+
+    a is +inf where a column is not kept, b where it is not pruned; e is rounded up.
+    """
     rows = _all_rows(x) if rows is None else rows
     shape = (len(rows), x.shape[1])
     a, b, e = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(3))
@@ -283,24 +248,20 @@ def scan(
     limit: Float[Tensor, " rows"],
     *,
     group: int | None = None,
-    tiled: bool = False,
     pairs: Int[Tensor, " rows"] | None = None,
-) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"] | None]:
+) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:
     """The best partner of every kept column, where the pair gains more than the limit.
 
     Args:
-        a, b: `linear_terms`, made `pessimistic` where the outcome is to be a proof; in the dtype
+        a, b: of `column_terms`, pessimistic where the outcome is to be a proof; in the dtype
             of x, +inf where a column is not kept (a) or not pruned (b).
-        e: `Reach.e` of x.
+        e: of `column_terms`.
         group: pairs stay inside groups of so many consecutive columns.
-        tiled: look at all pairs, tile of G by tile of G, instead of at those that `discard` leaves.
         pairs: int64, written: the pairs of each row that `discard` leaves, groups not counted.
 
     Returns:
         value [rows, n]: least Δ of the kept column u, +inf where it is not below −limit.
-        partner [rows, n] int32: its p, the lowest if several; None if tiled (see `partners`).
-
-    Both ways give the same values, bit for bit.
+        partner [rows, n] int32: its p, the lowest if several.
     """
     rows, n = x.shape
     value = torch.full_like(x, torch.inf)
@@ -312,11 +273,6 @@ def scan(
     fewer_a, fewer_b = discard(a, b, e, rho, limit)
     if pairs is not None:
         pairs.copy_((fewer_a < torch.inf).sum(1) * (fewer_b < torch.inf).sum(1))
-    if tiled:
-        if group is not None and group < n:
-            raise ValueError("the tiled scan knows no groups")
-        _scan_tiles(gram, x, fewer_a, fewer_b, e, reach, limit, value)
-        return value, None
     lists = []
     for values in (fewer_a, fewer_b):
         columns = torch.empty(x.shape, dtype=torch.int32, device=x.device)
@@ -345,71 +301,6 @@ def scan(
         num_warps=4,
     )
     return value, partner
-
-
-def _scan_tiles(
-    gram: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    e: Tensor,
-    reach: Reach,
-    limit: Tensor,
-    value: Tensor,
-) -> None:
-    rows, n = x.shape
-    tiles = triton.cdiv(n, TILE)
-
-    def per_tile(values: Tensor, padding: float, least: bool) -> Tensor:
-        padded = torch.nn.functional.pad(values, (0, tiles * TILE - n), value=padding)
-        padded = padded.view(rows, tiles, TILE)
-        return (padded.amin(2) if least else padded.amax(2)).contiguous()
-
-    kernels.scan_tiles[(triton.cdiv(rows, TILE_ROWS), tiles)](
-        gram,
-        x,
-        a.contiguous(),
-        b.contiguous(),
-        per_tile(a, torch.inf, True),
-        per_tile(b, torch.inf, True),
-        per_tile(e.masked_fill(a == torch.inf, 0.0), 0.0, False),
-        per_tile(e.masked_fill(b == torch.inf, 0.0), 0.0, False),
-        (reach.rho_tile * _SLACK).to(x.dtype),
-        limit,
-        value,
-        rows,
-        n,
-        tiles,
-        ROWS=TILE_ROWS,
-        TILE=TILE,
-        num_warps=4,
-    )
-
-
-def partners(
-    gram: Float[Tensor, "n n"],
-    x: Float[Tensor, "rows n"],
-    a: Float[Tensor, "rows n"],
-    b: Float[Tensor, "rows n"],
-    chosen: Int[Tensor, "rows K"],
-) -> Int[Tensor, "rows K"]:
-    """The best partner of each chosen kept column (−1: none asked for, none given), int32."""
-    rows, n = x.shape
-    partner = torch.full(chosen.shape, -1, dtype=torch.int32, device=x.device)
-    if rows and chosen.shape[1]:
-        kernels.best_partners[(rows, chosen.shape[1])](
-            gram,
-            x,
-            a.contiguous(),
-            b.contiguous(),
-            chosen.to(torch.int32).contiguous(),
-            partner,
-            n,
-            K=chosen.shape[1],
-            BLOCK=STRIP,
-            num_warps=4,
-        )
-    return partner
 
 
 def scan_groups(

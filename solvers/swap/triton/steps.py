@@ -26,6 +26,7 @@ from torch import Tensor
 
 from maskopt.solvers.swap import literal
 from maskopt.solvers.swap.batch import Batch
+from maskopt.solvers.swap.torch_kernel import distinct
 from maskopt.solvers.swap.triton import launch
 
 #: candidate columns of a block: half of them kept, half pruned
@@ -46,7 +47,6 @@ class TritonKernel:
         batch: rows of the layer; later calls may be about other rows of it.
         memory: bytes for temporaries.
         width: candidates of a block, a power of two from 16 to 128.
-        tiled: price tile of G by tile of G instead of by each row's surviving pairs.
         timed: add up the seconds of every stage in `seconds`; waits for the device after each.
     """
 
@@ -60,14 +60,12 @@ class TritonKernel:
         *,
         memory: int = 2**30,
         width: int = WIDTH,
-        tiled: bool = False,
         timed: bool = False,
     ) -> None:
         self.seconds: dict[str, float] = {}
         self._timed = timed
         self._memory = memory
         self._width = width
-        self._tiled = tiled
         self._chunk = max(1, memory // (_STEP_BYTES * batch.n))
         self.single = batch.single
         self._proposing = torch.float32 if batch.single else torch.float64
@@ -209,16 +207,13 @@ class TritonKernel:
                 looked = torch.zeros_like(rows)
                 value, partner = launch.scan(
                     batch.gram, x, a, b, e, self._reach, threshold,
-                    group=self._group, tiled=self._tiled, pairs=looked,
+                    group=self._group, pairs=looked,
                 )  # fmt: skip
                 batch.priced[rows] += looked
                 u = _least(value, self._width // 2)
                 value = value.gather(1, u.clamp(min=0)).masked_fill(u < 0, torch.inf)
-                if partner is None:
-                    p = launch.partners(batch.gram, x, a, b, u)
-                else:
-                    p = partner.gather(1, u.clamp(min=0))
-                columns = self._padded(_distinct(torch.cat([u, p.masked_fill(u < 0, -1)], 1)))
+                p = partner.gather(1, u.clamp(min=0))
+                columns = self._padded(distinct(torch.cat([u, p.masked_fill(u < 0, -1)], 1)))
             found = (value < torch.inf).any(1)
             # what was found, in float64
             line, u, p = rows[:, None], u.clamp(min=0).long(), p.clamp(min=0).long()
@@ -277,11 +272,3 @@ def _least(values: Float[Tensor, "rows m"], many: int) -> Int[Tensor, "rows many
         order = values[tied].sort(dim=1, stable=True)
         found[tied], position[tied] = order.values[:, :many], order.indices[:, :many]
     return position.masked_fill(found == torch.inf, -1)
-
-
-def _distinct(columns: Int[Tensor, "rows N"]) -> Int[Tensor, "rows N"]:
-    """Ascending, every repetition replaced by −1."""
-    ordered = columns.sort(1).values
-    repeated = torch.zeros_like(ordered, dtype=torch.bool)
-    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    return ordered.masked_fill(repeated, -1)

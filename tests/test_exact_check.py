@@ -1,0 +1,237 @@
+"""Certificates and trees with many, repeated and tiny cuts, judged in exact rational arithmetic."""
+
+import functools
+import itertools
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from certificates import certificate, exact, layer
+from commands import run
+from strategies import random_gram, random_linear, random_weight
+
+from maskopt import (
+    NM,
+    Certificate,
+    LayerProblem,
+    Refit,
+    Solution,
+    Unstructured,
+    lower_bound,
+    solve,
+    verify,
+)
+from maskopt.certificate import Cuts
+from maskopt.errors import OptionError, VerificationError
+from maskopt.exact_check import exact_bounds, exact_cost, rational, semidefinite
+from maskopt.proof import KINDS, LEAF, Proof, RowProof
+from maskopt.proof_check import check_proof
+from maskopt.solution import Status
+
+ONE_OF_TWO = NM(keep=1, of=2)
+
+
+def many_cuts(groups, size, copies, part=0.99):
+    """Of every pair (2g, 2g + 1) the cut 4pᵢpⱼ ≥ 0, which 1:2 masks meet with equality: once with the
+    multiplier `size`, then many times with less than half a unit in its last place.
+
+    Added one after the other to 2·size, the linear terms of the copies are lost, and those that cancel them
+    are not: by rounding alone Σ τ c(p) is 2·copies·τ too small wherever pᵢ + pⱼ = 1.
+    """
+    index, sign, multiplier = [], [], []
+    for group in groups:
+        index.append(torch.tensor([[-1, 2 * group, 2 * group + 1]]).expand(copies + 1, 3))
+        sign.append(torch.ones(copies + 1, 2, dtype=torch.int8))
+        tau = torch.full((copies + 1,), part * size * 2.0**-53, dtype=torch.float64)
+        tau[0] = size
+        multiplier.append(tau)
+    return Cuts(torch.cat(index).int(), torch.cat(sign), torch.cat(multiplier))
+
+
+def forged_certificate(problem, honest, groups, size, copies, part=0.99):
+    """An honest certificate, and cuts that μ and λ cancel: μ = 2τ takes the products, λ = −2τ the squares."""
+    diagonal, penalty = honest.diagonal.clone(), honest.penalty.clone()
+    for group in groups:
+        penalty[:, group] += 2 * size
+        diagonal[:, 2 * group : 2 * group + 2] -= 2 * size
+    cuts = [many_cuts(groups, size, copies, part)] * problem.rows
+    return Certificate(diagonal, penalty, honest.point, cuts=cuts)
+
+
+def forged_tree(problem, honest, size, copies, part=0.99):
+    """The same as a tree of one leaf, whose μ holds for all groups."""
+    n = problem.n
+    cuts = many_cuts(range(n // 2), size, copies, part)
+    parts = {
+        "forms": np.full((1, n), -2 * size),
+        "cuts": [len(cuts.multiplier)],
+        "cut_index": cuts.index.numpy(),
+        "cut_sign": cuts.sign.numpy(),
+        "multiplier": cuts.multiplier.numpy(),
+        "form": [0],
+        "branch": [LEAF],
+        "fixes": [0],
+        "fixed": [],
+        "side": [],
+        "points": honest.point[0].numpy(),
+    }
+    arrays = {k: np.asarray(parts[k], dtype=KINDS[k]) for k in KINDS}
+    return RowProof(penalty=2 * size, **arrays)
+
+
+def one_of_two(n=8, seed=0, rows=1, **more):
+    weight, gram = random_weight(rows, n, seed, torch.float64), random_gram(n, "full", seed + 1)
+    return LayerProblem(weight, gram, ONE_OF_TWO, **more)
+
+
+def least_cost(problem, row=0):
+    """The exact optimum of a row, over all masks."""
+    group, pruned = problem.group_size, problem.pruned_per_group
+    choices = [
+        list(itertools.combinations(range(first, first + group), pruned))
+        for first in range(0, problem.n, group)
+    ]
+    costs = []
+    for parts in itertools.product(*choices):
+        mask = torch.ones(problem.n, dtype=torch.bool)
+        mask[[i for part in parts for i in part]] = False
+        costs.append(exact_cost(problem, mask, row))
+    return min(costs)
+
+
+def test_rounding_of_many_cuts_proves_nothing_for_a_certificate():
+    problem = one_of_two(32, seed=4)
+    best = solve(problem, "branch", workers=0)
+    starts = (solve(problem, "random", seed=seed).mask for seed in range(12))
+    found = (solve(problem, "swap", start=start) for start in starts)
+    other = next(s for s in found if float(s.objective) > 1.01 * float(best.objective))
+    honest = lower_bound(problem, "box").certificate
+    forged = forged_certificate(problem, honest, [0], 2.0**36, 1_000_000)
+    claim = Solution.of(
+        problem, other.mask, status=Status.OPTIMAL, lower_bound=other.objective, certificate=forged
+    )
+    for require in ("claims", "exact"):
+        with pytest.raises(VerificationError, match="lower bound: row 0 states"):
+            verify(problem, claim, require=require)
+    assert bool((forged.check(problem) <= best.objective).all())
+
+
+def test_rounding_of_many_cuts_proves_nothing_for_a_tree():
+    problem, honest, optimum = toy(8, 4)
+    tree = forged_tree(problem, honest, 2.0**40, 100_000)
+    assert Fraction(float(check_proof(problem, Proof([tree])))) <= optimum
+    assert exact_bounds(problem, trees=[tree])[0] <= optimum
+
+
+@functools.cache
+def toy(n, seed):
+    """A 1:2 row, its box certificate and its optimum."""
+    problem = one_of_two(n, seed)
+    return problem, lower_bound(problem, "box").certificate, least_cost(problem)
+
+
+@pytest.mark.parametrize("first", range(0, 1000, 100))
+def test_forged_certificates_and_trees_are_refused(first):
+    """1,000 of them; nothing that the float64 checks prove is above the optimum, or above the exact bound."""
+    for seed in range(first, first + 100):
+        generator = np.random.default_rng(seed)
+        problem, honest, optimum = toy(int(generator.choice([4, 6, 8])), 1 + seed % 5)
+        size = 2.0 ** generator.integers(0, 60)
+        copies = int(generator.choice([3, 40, 500] if seed % 50 else [60_000]))
+        part = float(generator.choice([0.99, 0.5, 1.01, 1e-3]))
+        groups = generator.permutation(problem.n // 2)[: generator.integers(1, problem.n // 2 + 1)]
+        forged = forged_certificate(problem, honest, groups.tolist(), size, copies, part)
+        tree = forged_tree(problem, honest, size, copies, part)
+        for claim, judge in (
+            (forged.check(problem), exact_bounds(problem, forged)),
+            (check_proof(problem, Proof([tree])), exact_bounds(problem, trees=[tree])),
+        ):
+            assert judge[0] <= optimum, seed
+            assert Fraction(float(claim)) <= judge[0] + optimum / 10**6, seed
+            assert Fraction(float(claim)) <= optimum, seed
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("product", [False, True])
+@pytest.mark.parametrize("pattern", [NM(keep=2, of=4), Unstructured(keep=4)], ids=str)
+def test_certificates_prove_what_their_definition_says(pattern, product, linear):
+    problem = layer(pattern, linear=linear)
+    given = certificate(problem, product=product, cuts=True)
+    for row, bound in enumerate(exact_bounds(problem, given)):
+        truth = max(exact(given, problem, row), Fraction(0))
+        assert 0 <= truth - bound <= max(truth, 1) / 10**9  # θ is rounding alone
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(keep=2, of=4)], ids=str)
+@pytest.mark.parametrize("linear", [False, True])
+def test_trees_and_certificates_of_searches_hold_exactly(pattern, linear):
+    weight, gram = random_weight(2, 16, 5, torch.float64), random_gram(16, "full", 6)
+    part = random_linear(weight, gram, 7) if linear else None
+    problem = LayerProblem(weight, gram, pattern, linear=part)
+    optimum = solve(problem, "branch", proof=True, workers=0)
+    assert verify(problem, optimum, require="exact").checked
+    bound = lower_bound(problem, "sdp")
+    claim = Solution.of(
+        problem, optimum.mask, lower_bound=bound.value, certificate=bound.certificate
+    )
+    assert verify(problem, claim, require="exact").checked
+    for wrong in (replace(claim, lower_bound=1.001 * claim.lower_bound),
+                  replace(optimum, proof=None, vouched=("SCIP 10.0.0",) * 2)):  # fmt: skip
+        with pytest.raises(VerificationError):
+            verify(problem, wrong, require="exact")
+
+
+def test_a_shared_budget_has_one_exact_bound():
+    weight, gram = random_weight(3, 8, 5, torch.float64), random_gram(8, "full", 6)
+    problem = LayerProblem(weight, gram, Unstructured(0.5, per="layer"))
+    problem = problem.counting(torch.tensor([1.0, 2.0, 0.5]))
+    bound = lower_bound(problem, "box")
+    mask = solve(problem, "exhaustive").mask
+    claim = Solution.of(problem, mask, lower_bound=bound.value, certificate=bound.certificate)
+    verify(problem, claim, require="exact")
+    (exactly,) = exact_bounds(problem, bound.certificate)
+    assert float(exactly) == pytest.approx(float(problem.shares @ bound.value), rel=1e-9)
+    assert float(exactly) <= float(problem.shares @ problem.objective(mask))
+
+
+def test_updated_weights_and_long_rows_are_refused_by_name():
+    small = layer()
+    with pytest.raises(VerificationError, match="weights are kept unchanged"):
+        exact_bounds(small.refitting(Refit(0.1)))
+    wide = LayerProblem(torch.ones(1, 256), torch.eye(256), Unstructured(0.5))
+    with pytest.raises(VerificationError, match="at most 200 inputs, not 256"):
+        verify(wide, solve(wide, "wanda"), require="exact")
+
+
+def test_semidefinite_is_decided_without_rounding():
+    tiny = Fraction(1, 2**200)
+    one = np.array([[Fraction(1)] * 3] * 3)
+    assert semidefinite(one)
+    for i in range(3):
+        less, more = one.copy(), one.copy()
+        less[i, i] -= tiny
+        more[i, i] += tiny
+        assert semidefinite(more)
+        assert not semidefinite(less)
+    assert semidefinite(rational(np.zeros((2, 2))))
+    assert not semidefinite(rational(np.array([[0.0, 1.0], [1.0, 5.0]])))
+    for seed in range(20):
+        x = np.random.default_rng(seed).integers(-3, 4, (6, 4)).astype(float)
+        assert semidefinite(rational(x @ x.T))
+        assert not semidefinite(rational(x @ x.T - 2.0**-40 * np.eye(6)))
+
+
+def test_the_command_line_decides_exactly(tmp_path):
+    problem = one_of_two(32, seed=4)
+    problem.save(tmp_path / "row.npz")
+    best = solve(problem, "branch", proof=True, workers=0)
+    best.save(tmp_path / "best.npz")
+    said = run("verify", tmp_path / "row.npz", tmp_path / "best.npz", "--exact")
+    assert "holds: 1 row checked, decided in exact arithmetic" in said
+    # a bound above what the tree proves
+    off = replace(best, status=(Status.FEASIBLE,), lower_bound=best.lower_bound * (1 + 1e-8))
+    off.save(tmp_path / "off.npz")
+    run("verify", tmp_path / "row.npz", tmp_path / "off.npz", "--exact", fails=VerificationError)
+    run("verify", tmp_path, "--exact", fails=OptionError)
