@@ -220,6 +220,18 @@ class Solution:
             proof=Proof(trees) if any(tree is not None for tree in trees) else None,
         )
 
+    def take(self, rows: Sequence[int]) -> Solution:
+        """Mask, objective, bound, status and certificate of some rows only."""
+        return Solution(
+            mask=self.mask[list(rows)],
+            objective=self.objective[list(rows)],
+            lower_bound=self.lower_bound[list(rows)],
+            status=tuple(self.status[row] for row in rows),
+            solver=self.solver,
+            seconds=self.seconds,
+            certificate=None if self.certificate is None else self.certificate.take(rows),
+        )
+
     def uninterrupted(self) -> Solution:
         """Itself, for those that go on from it.
 
@@ -298,6 +310,11 @@ class Solution:
             certificate, proof = under("certificate."), under("proof.")
             seconds = header["seconds"]
             tensors = {k: torch.from_numpy(v) for k, v in under("trace.").items()}
+            trace = trace_from(header["trace"], tensors)
+            if {len(v) for v in trace.columns(len(arrays["mask"])).values()} - {
+                len(arrays["mask"])
+            }:
+                raise ValueError("its trace is one of other rows")
             return cls(
                 mask=torch.from_numpy(arrays["mask"]),
                 objective=torch.from_numpy(arrays["objective"]),
@@ -305,7 +322,7 @@ class Solution:
                 status=tuple(Status(word) for word in header["status"]),
                 solver=str(header["solver"]),
                 seconds=math.nan if seconds is None else float(seconds),
-                trace=trace_from(header["trace"], tensors),
+                trace=trace,
                 certificate=restored(certificate, str(path)) if certificate else None,
                 vouched=tuple(str(word) for word in header["vouched"]),
                 weight=torch.from_numpy(arrays["weight"]) if "weight" in arrays else None,

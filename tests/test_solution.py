@@ -98,6 +98,7 @@ def test_what_is_unknown_is_null_in_a_file(tmp_path):
         {"seconds": 10**400}, {"seconds": "long"}, {"seconds": []},
         {"status": None}, {"status": ["feasible", "perfect"]},
         {"vouched": 3}, {"trace": []}, {"trace": None}, {"trace": {"kind": "TreeTrace"}},
+        {"trace": {"kind": "SearchTrace", "winner": []}},
     ],
     ids=lambda changes: str(changes)[:30],
 )  # fmt: skip
