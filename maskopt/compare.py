@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from joblib import delayed
@@ -38,7 +38,7 @@ class Record:
     in the units of whoever posed it (`RowProblem.posed`), of which `gap` and `excess` are parts. `gap` is by
     the solver's own bound; `excess` is how much worse than the optimum where some solver of the comparison
     proved it, else NaN;
-    `vouched` is the backend on whose word the bound is taken, empty where it can be checked;
+    `trusted` is the exact solver whose bound nothing proves here, empty where the bound can be checked;
     `trace` is what else the solver has to tell (`maskopt.trace`), columns of their own in a file.
     """
 
@@ -53,7 +53,7 @@ class Record:
     gap: float
     excess: float
     status: str
-    vouched: str
+    trusted: str
     seconds: float
     seed: int
     key: str
@@ -164,7 +164,7 @@ def compare(
     held = file.held() if file is not None else {}
     for key in wanted.keys() & held.keys():
         row, name = wanted[key]
-        solution = kept.read(key, row)
+        solution = kept.read(key, row, _required(jobs_by_name[name].solver))
         if solution is not None:
             finished[key] = _record(row, name, jobs_by_name[name], key, solution)
     missing = {key: job for key, job in wanted.items() if key not in finished}
@@ -226,6 +226,11 @@ def _solved(row: RowProblem, name: str, job: _Job, key: str) -> tuple[Record, So
     return _record(row, name, job, key, solution), solution
 
 
+def _required(solver: Solver) -> Literal["claims", "checked"]:
+    """What a solution of an earlier run must hold: only exact solvers have bounds that nothing proves."""
+    return "claims" if solver.capabilities.trusted else "checked"
+
+
 def _record(
     row: RowProblem, name: str, job: _Job, key: str, answer: Solution | MaskoptError
 ) -> Record:
@@ -243,7 +248,7 @@ def _record(
         nothing: dict[str, Any] = dict.fromkeys(
             ("objective", "lower_bound", "value", "value_bound", "gap", "seconds"), math.nan
         )
-        return Record(**base, **nothing, status="failed", vouched="", error=str(answer))
+        return Record(**base, **nothing, status="failed", trusted="", error=str(answer))
     columns = {name: values[0] for name, values in answer.columns().items()}
     posed = row.posed(columns["objective"], columns["lower_bound"])
     columns |= {"value": posed.value, "value_bound": posed.bound, "gap": posed.gap}

@@ -165,7 +165,7 @@ def test_forged_rows_of_an_interrupted_proof_are_proven_again(tmp_path: Path) ->
         found = Solution.load(kept)
         mask = found.mask.flip(1)
         forged = Solution.of(layer().row(0), mask, status=found.status)
-        bound = {"lower_bound": found.objective, "vouched": ("branch of maskopt 0.2.0",)}
+        bound = {"lower_bound": found.objective, "trusted": ("branch of maskopt 0.2.0",)}
         replace(forged, objective=found.objective, **bound).save(kept)
     zero = int((layer().weight == 0).all(1).sum())  # rows of which every mask is optimal
     proof = prove(layer(), path, on_progress=lambda done, rows: again.append(done))

@@ -58,12 +58,12 @@ def test_records_tell_the_distance_to_the_proven_optimum(layer):
     assert math.isnan(alone[0].excess)
 
 
-def test_a_record_names_who_vouches_and_what_the_tree_did(layer):
+def test_a_record_names_who_is_trusted_and_what_the_tree_did(layer):
     rows = sample_rows([layer], 1, columns=16)
     wanda, branch, scip = compare(rows, ["wanda", "branch", "scip"])
-    assert wanda.vouched == ""
-    assert branch.vouched.startswith("branch of maskopt ")
-    assert scip.vouched.startswith("SCIP ")
+    assert wanda.trusted == ""
+    assert branch.trusted.startswith("branch of maskopt ")
+    assert scip.trusted.startswith("presolve of maskopt and SCIP ")
     assert branch.trace["ended"] == "optimal"
     assert branch.trace["nodes"] >= 1
     # its presolve leaves nothing of a row this small

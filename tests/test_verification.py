@@ -84,7 +84,7 @@ def test_or_by_1e_12_of_the_diagonal(unit):
 def test_a_bound_may_be_above_the_objective_by_1e_12_of_the_diagonal(unit):
     problem = large(unit)
     honest, off = solve(problem, "swap"), 1e-12 * problem.diagonal_mass()
-    honest = replace(honest, vouched=WORDS)
+    honest = replace(honest, trusted=WORDS)
     verify(problem, replace(honest, lower_bound=honest.objective))
     verify(problem, replace(honest, lower_bound=honest.objective + WITHIN * off))
     assert_refused(
@@ -130,7 +130,7 @@ def test_a_bound_that_nothing_proves_may_be_rounding(unit):
 def test_optimal_needs_a_gap_closed_to_1e_6_of_the_objective(unit):
     problem = large(unit)
     best = solve(problem, "swap")
-    optimal = replace(best, status=(Status.FEASIBLE, Status.OPTIMAL), vouched=WORDS)
+    optimal = replace(best, status=(Status.FEASIBLE, Status.OPTIMAL), trusted=WORDS)
     off = torch.tensor([0.5, WITHIN * 1e-6], dtype=torch.float64)
     verify(problem, replace(optimal, lower_bound=best.objective * (1 - off)))
     off[1] = BEYOND * 1e-6
@@ -168,11 +168,11 @@ def test_swap_optimal_leaves_no_swap_above_1e_6_of_the_objective(unit):
 
 
 def test_optimal_implies_swap_optimal():
-    """Whoever vouches for the bound: where a swap improves, the claim is refuted."""
+    """Whoever is trusted with the bound: where a swap improves, the claim is refuted."""
     problem = large(1.0)
     start = solve(problem, "worst")
     forged = replace(
-        start, lower_bound=start.objective, status=(Status.OPTIMAL,) * 2, vouched=WORDS
+        start, lower_bound=start.objective, status=(Status.OPTIMAL,) * 2, trusted=WORDS
     )
     assert_refused(problem, forged, "row 0 claims optimal, yet keeping input")
 
@@ -181,7 +181,7 @@ def test_optimal_implies_swap_optimal():
 def test_a_bound_may_be_above_the_best_of_all_masks_by_1e_6_of_it(unit):
     problem = small(unit)
     optimum = solve(problem, "exhaustive").objective
-    worst = replace(solve(problem, "worst"), vouched=WORDS)
+    worst = replace(solve(problem, "worst"), trusted=WORDS)
     verify(problem, replace(worst, lower_bound=optimum * (1 + WITHIN * 1e-6)))
     assert_refused(
         problem,
@@ -206,7 +206,7 @@ def test_a_second_best_mask_that_no_swap_leaves_is_not_optimal(unit):
             mask,
             status=Status.OPTIMAL,
             lower_bound=best * (1 + min(off, 0.9) * 1e-6),
-            vouched=("SCIP 10.0",),
+            trusted=("SCIP 10.0",),
         )
         if passes:
             verify(problem, claimed)
@@ -223,7 +223,7 @@ def test_enumeration_allows_for_rounding_where_the_best_mask_costs_nothing(unit)
     off = 1e-12 * problem.diagonal_mass()
     claimed = Solution.of(problem, mask, status=Status.OPTIMAL)
     verify(problem, replace(claimed, objective=WITHIN * off, lower_bound=WITHIN * off))
-    worse = replace(Solution.of(problem, mask.flip(1)), lower_bound=BEYOND * off, vouched=WORDS)
+    worse = replace(Solution.of(problem, mask.flip(1)), lower_bound=BEYOND * off, trusted=WORDS)
     assert_refused(problem, worse, "row 0 .* a mask of objective")
 
 
@@ -236,7 +236,7 @@ def test_rows_of_one_mask_are_optimal(pattern):
         mask,
         status=Status.OPTIMAL,
         lower_bound=problem.objective(mask),
-        vouched=WORDS,
+        trusted=WORDS,
     )
     assert verify(problem, only, require="checked").checked
 

@@ -112,11 +112,11 @@ def told_of_resume(
     except (KeyboardInterrupt, LostRankError):
         if speaks():
             told = (
-                f"{out}: {kept} kept; go on with\n{again('--resume')}"
+                [f"{out}: {kept} kept; go on with", again("--resume")]
                 if unfinished(out)
-                else f"{out}: {none}; nothing of this run is kept"
+                else [f"{out}: {none}; nothing of this run is kept"]
             )
-            errors.print(told, soft_wrap=True, markup=False, emoji=False, highlight=False)
+            errors.print(*told, sep="\n", soft_wrap=True, markup=False, emoji=False)
         raise
 
 

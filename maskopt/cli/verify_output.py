@@ -48,7 +48,7 @@ def verify(
     require_checked: Annotated[
         bool,
         typer.Option(
-            "--require-checked", help="Of an instance: refuse what rests on a solver's word."
+            "--require-checked", help="Of an instance: refuse bounds that a solver is trusted with."
         ),
     ] = False,
     select: Select = None,
