@@ -355,6 +355,15 @@ def test_infinite_gaps_come_back_out_of_the_file(tmp_path):
     assert again == first
 
 
+def test_half_a_character_in_a_line_is_named(layer, tmp_path):
+    out, rows = tmp_path / "out.jsonl", sample_rows([layer], 1, columns=6)
+    compare(rows, ["wanda"], output=out)
+    out.write_text(text := json.dumps({**json.loads(out.read_text()), "instance": "\ud800"}) + "\n")
+    with pytest.raises(DataError, match=r"out\.jsonl: line 1 is not JSON \('\\ud800' is half of"):
+        compare(rows, ["wanda"], output=out)
+    assert out.read_text() == text
+
+
 @pytest.mark.parametrize(
     "change", [{"gap": "–"}, {"value": "0.5"}, {"seconds": "1,5"}, {"status": 5}, {"n": None}]
 )

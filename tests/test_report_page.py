@@ -38,6 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("certify", dense, folder / "OUT", *both)
     text = ["--text", folder / "tokens.npy", "--json", folder / "eval.json"]
     run("eval", dense, folder / "OUT", *text)
+    (folder / "half.json").write_text(r'[{"model": "\ud800"}]')
     return folder
 
 
@@ -170,6 +171,7 @@ def test_what_has_no_start_or_too_few_tokens_is_left_out(home: Path, tmp_path: P
         (["{home}/OUT", "--eval", "{home}/gaps.jsonl"], OptionError, "holds no records"),
         (["{home}/OUT", "--gaps", "{home}/eval.json"], OptionError, "holds no records"),
         (["{home}/OUT", "--eval", "{home}/missing"], OptionError, "cannot be read"),
+        (["{home}/OUT", "--eval", "{home}/half.json"], OptionError, "holds no records"),
         (["{home}/OUT", "--output", "{home}/no/page.html"], OptionError, "no such folder"),
         (["{home}/OUT", "--figures", "{home}/eval.json/figures"], ModelError, "Not a directory"),
     ],

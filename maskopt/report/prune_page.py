@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import OptionError
+from maskopt.files import from_json
 from maskopt.model.again import command_again
 from maskopt.model.blocks import short
 from maskopt.model.maskfile import MaskFile
@@ -404,7 +404,7 @@ def _records(path: Path, *, whole: bool) -> list[Mapping[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if whole else [json.loads(line) for line in text.splitlines()]
+        found = from_json(text) if whole else [from_json(line) for line in text.splitlines()]
     except OSError as error:
         raise OptionError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError:
