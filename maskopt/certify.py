@@ -228,7 +228,7 @@ class _Rows:
         return [_short(json.dumps([at, own, counts])) for at in range(len(own))]
 
     def parts(self) -> list[list[int]]:
-        """The rows by the bounds that they have: one each, or where they trade, one of all."""
+        """The rows by the bounds that they have: one each, or one of all rows of a pooled layer."""
         every = list(range(self.problem.rows))
         return [every] if self.problem.pooled else [[row] for row in every]
 
@@ -339,8 +339,8 @@ def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
 def _bounded(
     rows: _Rows, keys: Sequence[str], method: str, options: Mapping[str, Any], seed: int
 ) -> list[tuple[list[GapRecord], Solution]]:
-    """Rows of a layer together, each with its bound and its solution; of rows that trade the layer's, in such
-    parts that each row has the layer's gap."""
+    """Rows of a layer together, each with its bound and its solution. The one bound of a pooled layer is shared
+    out, so that each row has the layer's gap."""
     problem = rows.problem
     bound = lower_bound(problem, method, **options)
     value = bound.value

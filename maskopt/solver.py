@@ -34,7 +34,7 @@ from maskopt.registry import Registry
 from maskopt.solution import Solution
 
 ENTRY_POINT_GROUP = "maskopt.solvers"
-#: of a trusted solver, as its package tells it
+#: of a trusted solver, as its package states it
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+-]{0,39}")
 
 

@@ -182,11 +182,11 @@ def test_records_of_other_runs_in_the_file_are_kept_and_not_counted(layer, tmp_p
     assert [r.seconds for r in again] == [held[r.key].seconds for r in again]
 
 
-@pytest.mark.parametrize("claim", ["objective", "optimal", "bound", "cut off"])
+@pytest.mark.parametrize("claim", ["objective", "optimal", "bound", "trusted", "cut off"])
 def test_a_forged_solution_and_a_forged_line_do_not_survive_a_resume(
     claim, layer, tmp_path, caplog
 ):
-    rows, path = sample_rows([layer], 1, columns=10), tmp_path / "out.jsonl"
+    rows, path = sample_rows([layer], 1), tmp_path / "out.jsonl"
     (honest,) = compare(rows, ["wanda"], output=path)
     (kept,) = (tmp_path / "out.jsonl.rows").iterdir()
     found = Solution.load(kept)
@@ -194,6 +194,7 @@ def test_a_forged_solution_and_a_forged_line_do_not_survive_a_resume(
         "objective": replace(found, objective=found.objective / 2),
         "optimal": replace(found, status=(Status.OPTIMAL,)),
         "bound": replace(found, lower_bound=found.objective, status=(Status.OPTIMAL,)),
+        "trusted": replace(found, lower_bound=found.objective / 2, trusted=("SCIP 10.0",)),
         "cut off": found,
     }[claim]
     forged.save(kept)

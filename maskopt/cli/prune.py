@@ -111,12 +111,12 @@ def told_of_resume(
         yield
     except (KeyboardInterrupt, LostRankError):
         if speaks():
-            told = (
+            lines = (
                 [f"{out}: {kept} kept; go on with", again("--resume")]
                 if unfinished(out)
                 else [f"{out}: {none}; nothing of this run is kept"]
             )
-            errors.print(*told, sep="\n", soft_wrap=True, markup=False, emoji=False)
+            errors.print(*lines, sep="\n", soft_wrap=True, markup=False, emoji=False)
         raise
 
 
