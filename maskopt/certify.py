@@ -339,8 +339,8 @@ def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
 def _bounded(
     rows: _Rows, keys: Sequence[str], method: str, options: Mapping[str, Any], seed: int
 ) -> list[tuple[list[GapRecord], Solution]]:
-    """Rows of a layer together, each with its bound and its solution. The one bound of a pooled layer is shared
-    out, so that each row has the layer's gap."""
+    """Rows of a layer together, each with its bound and its solution. The one bound of a pooled layer is
+    shared out, so that each row has the layer's gap."""
     problem = rows.problem
     bound = lower_bound(problem, method, **options)
     value = bound.value
