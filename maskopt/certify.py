@@ -2,7 +2,8 @@
 
 `bound_layers` bounds rows of layer problems beside a solver's masks; `certify_model` does the same for the
 masks of a model that is already pruned. Every bound is re-checked from its certificate by
-`maskopt.bounds` before it is reported.
+`maskopt.bounds` before it is reported, and once more where a later run reads it from the folder
+`<output>.rows`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from torch import Tensor
 
 from maskopt.bounds import lower_bound, make_bound
 from maskopt.compare import check_rows, draw_rows
-from maskopt.errors import ModelError
+from maskopt.errors import DataError, ModelError
 from maskopt.jobs import BATCH, as_they_finish, digest_of, workers
+from maskopt.kept import Kept
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer, choose
 from maskopt.model.checkpoint import open_checkpoint, resolve_model
 from maskopt.model.options import BOTH, KEEP
 from maskopt.model.problems import layer_problems
-from maskopt.model.report import read_layers, read_manifest
+from maskopt.model.report import read_layers, read_manifest, result_digest
 from maskopt.model.walk_options import name_patterns
 from maskopt.model.workspace import MANIFEST
 from maskopt.pattern import Unstructured, pattern_from_dict
@@ -48,6 +50,7 @@ class GapRecord:
 
     `value`, `value_bound` and `gap` are those of `maskopt.compare.Record`.
     `kind` is the layer's kind where the row is one of a model's (`self_attn.q_proj`), else its name.
+    `model` is `result_digest` of the pruned model that the row belongs to; empty where it belongs to none.
     `seconds` is the bound's share of the time that its batch of rows took.
     """
 
@@ -65,6 +68,7 @@ class GapRecord:
     seconds: float
     seed: int
     key: str
+    model: str = ""
 
     @property
     def bounded(self) -> bool:
@@ -95,7 +99,8 @@ def bound_layers(
         jobs: as for `maskopt.compare.compare`. One at a time bounds the rows of a layer together; several,
             each row by itself, with its share of a layer's time limit.
         output: `.jsonl` grows as layers finish and makes the run resumable (what else the file holds
-            stays in it); `.csv` and `.parquet` are written at the end.
+            stays in it). Certificates lie in the folder `<output>.rows`, and only a row whose certificate
+            holds is skipped. `.csv` and `.parquet` are written at the end.
     """
     check_rows(rows)
     options = dict(method_options or {})
@@ -143,6 +148,7 @@ def certify_model(
 
     Raises:
         ModelError: the folders do not belong together, or weights were set anew, or rows trade.
+        DataError: an `output` with gaps of another model.
         MaskoptError: of what is called.
     """
     check_rows(rows_per_layer)
@@ -180,7 +186,9 @@ def certify_model(
         sparse = walks.enter_context(closing(layer_problems(pruned, **common)))
         counts = manifest["fingerprint"]["options"].get("counts", {})
         parts = _model_rows(dense, sparse, counts, rows_per_layer, seed)
-        return _certify(parts, method, dict(method_options or {}), seed, jobs, output, on_rows)
+        options = dict(method_options or {})
+        model_digest = result_digest(manifest)
+        return _certify(parts, method, options, seed, jobs, output, on_rows, model_digest)
 
 
 def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, float]]:
@@ -218,6 +226,24 @@ class _Rows:
             return own
         counts = self.problem.shares.tolist()
         return [_short(json.dumps([at, own, counts])) for at in range(len(own))]
+
+    def parts(self) -> list[list[int]]:
+        """The rows by the bounds that they have: one each, or one of all rows of a pooled layer."""
+        every = list(range(self.problem.rows))
+        return [every] if self.problem.pooled else [[row] for row in every]
+
+    def resumed(
+        self, kept: Kept, keys: Sequence[str], held: Container[str]
+    ) -> Iterator[tuple[_Rows, list[str], Solution]]:
+        """What an earlier run bounded: rows with their keys, out of `held`, and a solution that holds."""
+        for part in self.parts():
+            own = [keys[row] for row in part]
+            if not all(key in held for key in own):
+                continue
+            rows = self if self.problem.pooled else self.take(part)
+            solution = kept.read(own[0], rows.problem, "checked")
+            if solution is not None and torch.equal(solution.mask, rows.mask.cpu()):
+                yield rows, own, solution
 
     def take(self, rows: list[int]) -> _Rows:
         """Some of them."""
@@ -259,14 +285,23 @@ def _certify(
     jobs: int | None,
     output: Path | None,
     on_rows: OnRows,
+    model: str = "",
 ) -> list[GapRecord]:
     make_bound(method, **limits_of(None, options)[1])
     file = RecordFile(output, GapRecord) if output is not None else None
-    finished: dict[str, GapRecord] = file.held() if file is not None else {}
+    held: dict[str, GapRecord] = file.held() if file is not None else {}
+    if any(record.model != model for record in held.values()):
+        raise DataError(f"{output}: holds gaps of another model; name another file")
+    kept = Kept(file.path if file is not None and file.grows else None)
+    finished: dict[str, GapRecord] = {}
     order: list[str] = []
     apart = workers(jobs) > 1
     for together in _batches(parts, BATCH if apart else 1):
         keyed = [(rows, rows.keys(method, options)) for rows in together]
+        for rows, keys in keyed:
+            for some, own, solution in rows.resumed(kept, keys, held):
+                for record in _records(some, own, solution, method, seed):
+                    finished[record.key] = replace(record, model=model)
         calls = [
             call
             for rows, keys in keyed
@@ -274,11 +309,13 @@ def _certify(
         ]
         if calls:
             on_rows(len(order), together[0].problem.name)
-        for records in as_they_finish(calls, jobs):
-            for record in records:
-                finished[record.key] = record
-                if file is not None:
-                    file.append(record)
+        for bounded in as_they_finish(calls, jobs):
+            for records, solution in bounded:
+                kept.write(records[0].key, solution)
+                for record in records:
+                    finished[record.key] = of_model = replace(record, model=model)
+                    if file is not None:
+                        file.append(of_model)
         order += [key for _, keys in keyed for key in keys]
         on_rows(len(order), together[-1].problem.name)
     records = [finished[key] for key in order]
@@ -301,9 +338,9 @@ def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
 
 def _bounded(
     rows: _Rows, keys: Sequence[str], method: str, options: Mapping[str, Any], seed: int
-) -> list[GapRecord]:
-    """Rows of a layer together, each with its bound; of rows that trade the layer's, in such parts that each
-    row has the layer's gap."""
+) -> list[tuple[list[GapRecord], Solution]]:
+    """Rows of a layer together, each with its bound and its solution. The one bound of a pooled layer is
+    shared out, so that each row has the layer's gap."""
     problem = rows.problem
     bound = lower_bound(problem, method, **options)
     value = bound.value
@@ -311,7 +348,19 @@ def _bounded(
         objective, counts = problem.objective(rows.mask), problem.shares
         total = float((counts * objective).sum())
         value = objective * (float((counts * value).sum()) / total if total else 0.0)
-    solution = Solution.of(problem, rows.mask, lower_bound=value)
+    solution = Solution.of(problem, rows.mask, lower_bound=value, certificate=bound.certificate)
+    solution = replace(solution, seconds=bound.seconds / problem.rows)
+    records = _records(rows, keys, solution, method, seed)
+    return [
+        ([records[row] for row in part], solution if problem.pooled else solution.take(part))
+        for part in rows.parts()
+    ]
+
+
+def _records(
+    rows: _Rows, keys: Sequence[str], solution: Solution, method: str, seed: int
+) -> list[GapRecord]:
+    problem = rows.problem
     posed = [
         problem.row(i).posed(float(solution.objective[i]), float(solution.lower_bound[i]))
         for i in range(problem.rows)
@@ -329,7 +378,7 @@ def _bounded(
             value=posed[i].value,
             value_bound=posed[i].bound,
             gap=posed[i].gap,
-            seconds=bound.seconds / problem.rows,
+            seconds=solution.seconds,
             seed=seed,
             key=key,
         )

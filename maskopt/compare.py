@@ -2,7 +2,8 @@
 
 A job is one row through one solver. Jobs run under joblib, so `joblib.parallel_config` sends them to
 threads, processes, Dask or Ray unchanged. With an `output` file (JSON lines) every finished job is
-written at once, and a run that was interrupted skips what the file already holds.
+written at once, its solution into the folder `<output>.rows`. A later run verifies that solution and skips
+the job; a job whose solution is missing, or does not hold, runs again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from joblib import delayed
@@ -19,11 +20,12 @@ from joblib import delayed
 from maskopt.errors import MaskoptError, OptionError
 from maskopt.formats import load_problem
 from maskopt.jobs import as_they_finish, job_key
+from maskopt.kept import Kept
 from maskopt.limits import KEYWORDS, Limits
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.record_file import RecordFile
-from maskopt.solution import Status, is_bounded
+from maskopt.solution import Solution, Status, is_bounded
 from maskopt.solver import Solver, make_solver, solve
 from maskopt.units import excess_of
 
@@ -36,7 +38,7 @@ class Record:
     in the units of whoever posed it (`RowProblem.posed`), of which `gap` and `excess` are parts. `gap` is by
     the solver's own bound; `excess` is how much worse than the optimum where some solver of the comparison
     proved it, else NaN;
-    `vouched` is the backend on whose word the bound is taken, empty where it can be checked;
+    `trusted` is the exact solver whose bound nothing proves here, empty where the bound can be checked;
     `trace` is what else the solver has to tell (`maskopt.trace`), columns of their own in a file.
     """
 
@@ -51,7 +53,7 @@ class Record:
     gap: float
     excess: float
     status: str
-    vouched: str
+    trusted: str
     seconds: float
     seed: int
     key: str
@@ -135,7 +137,8 @@ def compare(
         jobs: joblib's n_jobs, as many rows at a time; None: what a `joblib.parallel_config` around the call
             says, which may name a cluster's backend (Dask, Ray), else one.
         output: `.jsonl` grows as jobs finish and makes the run resumable (jobs are known by their
-            data, solver and options; what else the file holds stays in it); `.csv` and `.parquet` are
+            data, solver and options; what else the file holds stays in it). The solutions lie in the
+            folder `<output>.rows`, and only a verified one spares its job. `.csv` and `.parquet` are
             written at the end.
         on_progress: called with (finished jobs, jobs).
 
@@ -156,14 +159,22 @@ def compare(
         for name, job in jobs_by_name.items()
     ]
     wanted = {key: (row, name) for key, row, name in jobs_wanted}
-    held: dict[str, Record] = file.held() if file is not None else {}
-    finished = {key: r for key, r in held.items() if key in wanted and r.status != "failed"}
+    kept = Kept(file.path if file is not None and file.grows else None)
+    finished: dict[str, Record] = {}
+    held = file.held() if file is not None else {}
+    for key in wanted.keys() & held.keys():
+        row, name = wanted[key]
+        solution = kept.read(key, row, _required(jobs_by_name[name].solver))
+        if solution is not None:
+            finished[key] = _record(row, name, jobs_by_name[name], key, solution)
     missing = {key: job for key, job in wanted.items() if key not in finished}
     calls = [
         delayed(_solved)(row, name, jobs_by_name[name], key) for key, (row, name) in missing.items()
     ]
-    for record in as_they_finish(calls, jobs):
+    for record, solution in as_they_finish(calls, jobs):
         finished[record.key] = record
+        if solution is not None:
+            kept.write(record.key, solution)
         if file is not None:
             file.append(record)
         if on_progress is not None:
@@ -207,7 +218,23 @@ def _jobs_by_name(
     return jobs
 
 
-def _solved(row: RowProblem, name: str, job: _Job, key: str) -> Record:
+def _solved(row: RowProblem, name: str, job: _Job, key: str) -> tuple[Record, Solution | None]:
+    try:
+        solution = solve(row, job.solver, start=job.start, limits=job.limits).uninterrupted()
+    except MaskoptError as error:
+        return _record(row, name, job, key, error), None
+    return _record(row, name, job, key, solution), solution
+
+
+def _required(solver: Solver) -> Literal["claims", "checked"]:
+    """What a solution of an earlier run must hold: only exact solvers have bounds that nothing proves."""
+    return "claims" if solver.capabilities.trusted else "checked"
+
+
+def _record(
+    row: RowProblem, name: str, job: _Job, key: str, answer: Solution | MaskoptError
+) -> Record:
+    """What a solution, or the error in place of one, says of a row."""
     base: dict[str, Any] = {
         "instance": row.name,
         "n": row.n,
@@ -217,21 +244,19 @@ def _solved(row: RowProblem, name: str, job: _Job, key: str) -> Record:
         "seed": job.limits.seed,
         "key": key,
     }
-    try:
-        solution = solve(row, job.solver, start=job.start, limits=job.limits).uninterrupted()
-    except MaskoptError as error:
+    if isinstance(answer, MaskoptError):
         nothing: dict[str, Any] = dict.fromkeys(
             ("objective", "lower_bound", "value", "value_bound", "gap", "seconds"), math.nan
         )
-        return Record(**base, **nothing, status="failed", vouched="", error=str(error))
-    columns = {name: values[0] for name, values in solution.columns().items()}
+        return Record(**base, **nothing, status="failed", trusted="", error=str(answer))
+    columns = {name: values[0] for name, values in answer.columns().items()}
     posed = row.posed(columns["objective"], columns["lower_bound"])
     columns |= {"value": posed.value, "value_bound": posed.bound, "gap": posed.gap}
     known = {f.name for f in fields(Record)}
     return Record(
         **base,
         **{name: value for name, value in columns.items() if name in known},
-        seconds=solution.seconds,
+        seconds=answer.seconds,
         trace={name: value for name, value in columns.items() if name not in known},
     )
 

@@ -56,6 +56,12 @@ class DataError(MaskoptError, ValueError):
     """Calibration or evaluation text that cannot be used."""
 
 
+def printable(text: str) -> str:
+    r"""One line of text with everything invisible escaped, as in `\x1b` and `\n`: what a file says can then
+    neither steer a terminal nor forge a line of its own."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'swap'?` for a mistyped name, else `; known: …`."""
     known = sorted(known)

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from maskopt.errors import OptionError, ProblemError
 
 FORMAT = "maskopt-1"
+_PROBLEM = re.compile("weight|gram|mean|variance|omega|correlation|constant")
+#: the arrays of each kind of file
+_ARRAYS = {
+    "layer": _PROBLEM,
+    "row": _PROBLEM,
+    "solution": re.compile(
+        r"mask|objective|lower_bound|weight|trace\.\w+|certificate\.\w+|proof\.\d+\.\w+"
+    ),
+    "certificate": re.compile(r"diagonal|penalty|point|product|split|cut_\w+"),
+}
+#: truth values, whole and real numbers
+_NUMBERS = "biuf"
 #: what the operating system says where a disk is full
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: weights, where there is a config.json; safetensors files are weights in any folder
@@ -97,24 +113,79 @@ def read_arrays(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Header and arrays of what `write_arrays` wrote.
 
+    Nothing takes more memory than its file has bytes: an array is read once its name, its type and its shape
+    are known to be right.
+
     Raises:
         ProblemError: no such file, not ours, or another kind of thing.
     """
     try:
-        # EOFError, zipfile and zlib errors, and ValueError for pickles: all mean "not ours"
-        with np.load(path, allow_pickle=False) as archive:
-            header = json.loads(str(archive["header"]))
-            arrays = {name: archive[name] for name in archive.files if name != "header"}
+        with zipfile.ZipFile(path) as archive:
+            members = _members(archive, os.path.getsize(path))
+            header = from_json(str(_read(archive, members.pop("header"), "U")))
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
+                raise ProblemError("not a maskopt instance of a format that this version reads")
+            kind = header.get("kind")
+            if kind not in kinds:
+                raise ProblemError(f"holds a {kind}, not a {' or '.join(kinds)}")
+            for name in members:
+                if not _ARRAYS[kind].fullmatch(name):
+                    raise ProblemError(f"not a sound {kind}: it has no array {name!r}")
+            arrays = {name: _read(archive, info, _NUMBERS) for name, info in members.items()}
     except FileNotFoundError:
         raise ProblemError(f"{path}: no such file") from None
-    except Exception as error:
+    except ProblemError as error:
+        raise ProblemError(f"{path}: {error}") from None
+    except Exception as error:  # zipfile, JSON and NumPy: all mean "not ours"
         raise ProblemError(f"{path}: not a maskopt instance ({error})") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ProblemError(f"{path}: not a maskopt instance of a format that this version reads")
-    if header.get("kind") not in kinds:
-        wanted = " or ".join(kinds)
-        raise ProblemError(f"{path}: holds a {header.get('kind')}, not a {wanted}")
     return header, arrays
+
+
+def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The arrays of an archive by name. Raises ProblemError where they take more memory than its size."""
+    found = archive.infolist()
+    packed = any(info.compress_type != zipfile.ZIP_STORED for info in found)
+    if packed or sum(info.file_size for info in found) > size:
+        raise ProblemError("its arrays are compressed, or overlap; write them with numpy.savez")
+    return {info.filename.removesuffix(".npy"): info for info in found}
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> np.ndarray:
+    """An array, once its header says that it is of one of these kinds and as long as its member."""
+    with archive.open(info) as member:
+        version = npy.read_magic(member)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(member)
+        if dtype.hasobject:
+            raise ValueError(f"array {info.filename!r} is a pickle")
+        if dtype.kind not in kinds:
+            raise ProblemError(f"not a sound file: array {info.filename!r} is of type {dtype}")
+        if math.prod(shape) * dtype.itemsize != info.file_size - member.tell():
+            raise ProblemError(
+                f"not a sound file: array {info.filename!r} is no {dtype} {list(shape)}"
+            )
+        member.seek(0)
+        array: np.ndarray = npy.read_array(member, allow_pickle=False)
+    return array
+
+
+def from_json(text: str) -> Any:
+    """The value of JSON text.
+
+    Raises:
+        ValueError: it is none, or nests too deep; or one of its strings holds half of a surrogate pair, which
+            cannot be written to any file.
+    """
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{half} is half of a surrogate pair, and no character") from None
+    return value
 
 
 def _umask() -> int:

@@ -121,7 +121,7 @@ class Gram:
         """What `state` told, on a device.
 
         Raises:
-            ProblemError: it does not fit together.
+            ProblemError: it does not fit together, or is no sum of squares.
         """
         n = len(state["total"])
         if len(state["sum"]) != n * (n + 1) // 2 or state["between"].shape != state["total"].shape:
@@ -129,6 +129,11 @@ class Gram:
         gram = cls(n, device)
         rows, columns = torch.triu_indices(n, n, device=gram._sum.device)
         gram._sum[rows, columns] = state["sum"].to(gram._sum)
+        # nothing checks definiteness later: G is taken to be a sum of xxᵀ, and no rounding makes x² negative
+        if not bool(torch.isfinite(gram._sum).all() & (gram._sum.diagonal() >= 0).all()):
+            raise ProblemError(
+                "its diagonal is below 0, or values are not finite: no sum of squares is so"
+            )
         gram._total.copy_(state["total"])
         gram._between.copy_(state["between"])
         gram.tokens = int(state["tokens"])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from fractions import Fraction
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,6 +23,8 @@ from maskopt.errors import PatternError
 
 #: in what `str` makes of patterns
 _PER_LAYER, _WITHIN = " per layer", " ± "
+#: of fractions: two floats above one of them are less than 1 / (this · 10⁹ entries) away
+_LARGEST_DENOMINATOR = 10**6
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Unstructured:
     `spread` no row's sparsity is further than that from the layer's.
 
     Products are taken on decimal numbers as written, so that `Unstructured(sparsity=0.29)`
-    prunes 29 of 100 (in binary floating point 0.29·100 is 28.999…).
+    prunes 29 of 100 (in binary floating point 0.29·100 is 28.999…). A `Decimal` and a `Fraction` are exact:
+    `Unstructured(Fraction(1, 3))` prunes 4 of 12, where the float 1/3, written 0.3333333333333333, prunes 3.
     """
 
     sparsity: float | None = None
@@ -45,7 +49,7 @@ class Unstructured:
                 "Unstructured takes either sparsity=… or keep=…, exactly one of them"
             )
         if self.sparsity is not None:
-            if not (isinstance(self.sparsity, Real) and 0 <= self.sparsity < 1):
+            if not _is_share(self.sparsity):
                 raise PatternError(
                     f"sparsity {self.sparsity} is outside [0, 1); 0.6 prunes 60% of every row"
                 )
@@ -59,7 +63,7 @@ class Unstructured:
         if self.spread is not None:
             if not self.pooled:
                 raise PatternError("spread=… is of rows that trade; give per='layer', too")
-            if not (isinstance(self.spread, Real) and 0 <= self.spread < 1):
+            if not _is_share(self.spread):
                 raise PatternError(
                     f"spread {self.spread} is outside [0, 1); 0.1 keeps rows within 10% of n"
                 )
@@ -236,9 +240,25 @@ def pattern_from_dict(data: Any) -> Pattern:
     raise PatternError(f"{data!r} does not describe a pattern")
 
 
+def _is_share(number: Any) -> bool:
+    finite = number.is_finite() if isinstance(number, Decimal) else isinstance(number, Real)
+    return bool(finite and 0 <= number < 1)
+
+
 def _as_float(number: Any) -> float:
-    """The decimal number as written: 0.6 of numpy's float32 0.6."""
-    return float(str(number) if isinstance(number, np.floating) else number)
+    """The decimal number as written: 0.6 of numpy's float32 0.6. Of a fraction that is none, such as 1/3, the
+    next float above: that prunes as much of every layer as the fraction does.
+
+    Raises:
+        PatternError: no float does.
+    """
+    if not isinstance(number, Decimal | Rational):
+        return float(str(number) if isinstance(number, np.floating) else number)
+    exact = Fraction(number)
+    found = float(exact)
+    if as_written(found) != exact and exact.denominator > _LARGEST_DENOMINATOR:
+        raise PatternError(f"{number} has too many digits for a share; write 15 of them, or keep=…")
+    return math.nextafter(found, 1.0) if as_written(found) < exact else found
 
 
 def _shortly(number: float) -> str:

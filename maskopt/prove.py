@@ -1,13 +1,12 @@
 """Optima with their proofs, each row a job of its own: on this machine, or on as many as joblib reaches.
 
-Every row that is done is kept beside the output until all are, so an interrupted proof goes on where it was,
-and a worker that is lost costs its rows alone.
+Every proven row is kept in a file until all rows are done. An interrupted proof verifies these files and goes
+on with the other rows, and a lost worker costs its own rows alone.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 from joblib import delayed
 
 from maskopt.certificate import Certificate
-from maskopt.errors import OptionError, ProblemError
-from maskopt.files import check_writable
+from maskopt.errors import OptionError
 from maskopt.jobs import as_they_finish, job_key, workers
+from maskopt.kept import Kept
 from maskopt.limits import Limits
 from maskopt.problem import LayerProblem, RowProblem
 from maskopt.solution import Solution, Status
@@ -71,26 +70,31 @@ def prove(
     limits, jobs = limits or Limits(), 1 if layer.rows == 1 else jobs
     rows = [layer.row(index) for index in range(layer.rows)]
     starts = [_start_of(start, index) for index in range(layer.rows)]
-    kept = None if output is None else _Kept(Path(output))
+    kept = Kept(None if output is None else Path(output))
     # what is proven stays so, however long it may take and however many workers share the time
     untimed = replace(limits, seconds=None)
     keys = [job_key(r, BRANCH, backend, s, untimed) for r, s in zip(rows, starts, strict=True)]
     limits = _of_a_row(limits, layer.rows, jobs)
-    found = {} if kept is None else kept.read(keys)
+    found: dict[str, Solution] = {}
+    for key, row in zip(keys, rows, strict=True):
+        solution = kept.read(key, row, "checked")
+        if solution is not None and solution.status[0] is Status.OPTIMAL:
+            found[key] = solution
     wanted = {k: (r, s) for k, r, s in zip(keys, rows, starts, strict=True) if k not in found}
     calls = [
         delayed(_proven)(key, row, backend, begin, limits) for key, (row, begin) in wanted.items()
     ]
     for key, solution in as_they_finish(calls, jobs):
         found[key] = solution
-        if kept is not None and solution.status[0] is Status.OPTIMAL:
+        if solution.status[0] is Status.OPTIMAL:
             kept.write(key, solution)
         if on_progress is not None:
             on_progress(len(found), len(set(keys)))
     certificate = _certificate(layer, [found[key] for key in keys])
     joined = Solution.joined([found[key] for key in keys], certificate)
-    if kept is not None:
-        kept.finish(joined)
+    if output is not None:
+        joined.save(output)
+    kept.remove()
     return joined
 
 
@@ -123,30 +127,3 @@ def _proven(
     key: str, row: RowProblem, backend: Solver, start: Any, limits: Limits
 ) -> tuple[str, Solution]:
     return key, solve(row, backend, start=start, limits=limits).uninterrupted()
-
-
-class _Kept:
-    """Rows that are done, each a file of its own, beside the file that all of them are for."""
-
-    def __init__(self, output: Path) -> None:
-        check_writable(output, overwrite=True)
-        self.output = output
-        self.folder = output.with_name(output.name + ".rows")
-
-    def read(self, keys: list[str]) -> dict[str, Solution]:
-        """Those of the keys that are there; a file that was cut off is left out."""
-        found = {}
-        for key in keys:
-            try:
-                found[key] = Solution.load(self.folder / f"{key}.npz")
-            except ProblemError:
-                continue
-        return found
-
-    def write(self, key: str, solution: Solution) -> None:
-        self.folder.mkdir(exist_ok=True)
-        solution.save(self.folder / f"{key}.npz")
-
-    def finish(self, solution: Solution) -> None:
-        solution.save(self.output)
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from maskopt.errors import DataError, OptionError
 from maskopt.fields import holds_its_kinds
-from maskopt.files import atomic_write, check_writable
+from maskopt.files import atomic_write, check_writable, from_json
 from maskopt.units import Posed
 
 FORMATS = (".jsonl", ".csv", ".parquet")
@@ -130,11 +130,14 @@ def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
         raise DataError(f"{path}: holds no text; remove the file") from None
     for number, line in enumerate(lines):
         try:
-            data = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines) - 1 and (line.startswith(begin) or begin.startswith(line)):
-                continue  # cut off while it was written
-            raise DataError(f"{path}: line {number + 1} is not JSON; remove the file") from None
+            data = from_json(line)
+        except ValueError as error:
+            cut = number == len(lines) - 1 and isinstance(error, json.JSONDecodeError)
+            if cut and (line.startswith(begin) or begin.startswith(line)):
+                continue  # while it was written
+            raise DataError(
+                f"{path}: line {number + 1} is not JSON ({error}); remove the file"
+            ) from None
         own = {k: v for k, v in data.items() if k in names} if isinstance(data, dict) else {}
         extra = set(data) - names if isinstance(data, dict) else set()
         sound = set(own) == names - {"trace"} and isinstance(own["key"], str)

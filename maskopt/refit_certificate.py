@@ -18,6 +18,7 @@ computed, it costs tightness and never validity. What is missing to B ⪰ 0 is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +82,11 @@ class RefitCertificate:
             dearest = grouped.topk(kept, dim=2).values.sum((1, 2))
             value = offset - dearest * (1 + (layer.n + 8) * _U)
         return torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
+
+    def take(self, rows: Sequence[int]) -> RefitCertificate:
+        """The certificate of some rows only."""
+        index = torch.as_tensor(list(rows), device=self.split.device)
+        return RefitCertificate(self.split[index], self.point[index])
 
     def _check_shapes(self, layer: LayerProblem) -> None:
         for what in ("split", "point"):

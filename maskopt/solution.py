@@ -118,8 +118,8 @@ class Solution:
         trace: what the solver has to tell, per row (`maskopt.trace`).
         certificate: what proves the lower bounds to `verify`, where they can be re-checked.
         proof: the trees of an exact search, which prove lower bounds to `verify`, too.
-        vouched: per row the exact backend and version on whose word its bound is taken, such as
-            `SCIP 10.0`; an empty word where there is none. Empty altogether: no row has one.
+        trusted: per row the exact solver whose bound nothing here proves, and its version, such as
+            `SCIP 10.0`; an empty text where the bound is proven. Empty altogether: all are.
         weight: float64 [rows, n], the refitted weights where the solver has them at hand, which spares
             `problem.weights(mask)`; or its own. Saved only where they are its own.
         own: the weights are the solver's own.
@@ -133,7 +133,7 @@ class Solution:
     seconds: float = math.nan
     trace: Trace = field(default_factory=Trace)
     certificate: AnyCertificate | None = None
-    vouched: tuple[str, ...] = ()
+    trusted: tuple[str, ...] = ()
     weight: Float[Tensor, "rows n"] | None = None
     own: bool = False
     proof: Proof | None = None
@@ -154,7 +154,7 @@ class Solution:
         lower_bound: Float[Tensor, " rows"] | None = None,
         trace: Trace | None = None,
         certificate: AnyCertificate | None = None,
-        vouched: Sequence[str] = (),
+        trusted: Sequence[str] = (),
         weight: Float[Tensor, "rows n"] | None = None,
         proof: Proof | None = None,
     ) -> Solution:
@@ -193,7 +193,7 @@ class Solution:
             status=(status,) * layer.rows if isinstance(status, Status) else tuple(status),
             trace=trace if trace is not None else Trace(),
             certificate=certificate,
-            vouched=tuple(vouched),
+            trusted=tuple(trusted),
             weight=weight,
             own=own,
             proof=proof,
@@ -222,10 +222,22 @@ class Solution:
             seconds=sum(p.seconds for p in parts),
             trace=first.trace.joined([p.trace for p in parts]),
             certificate=certificate,
-            vouched=tuple(word for p in parts for word in p.vouched or [""] * len(p.status)),
+            trusted=tuple(word for p in parts for word in p.trusted or [""] * len(p.status)),
             weight=torch.cat(weights) if len(weights) == len(parts) else None,
             own=first.own,
             proof=Proof(trees) if any(tree is not None for tree in trees) else None,
+        )
+
+    def take(self, rows: Sequence[int]) -> Solution:
+        """Mask, objective, bound, status and certificate of some rows only."""
+        return Solution(
+            mask=self.mask[list(rows)],
+            objective=self.objective[list(rows)],
+            lower_bound=self.lower_bound[list(rows)],
+            status=tuple(self.status[row] for row in rows),
+            solver=self.solver,
+            seconds=self.seconds,
+            certificate=None if self.certificate is None else self.certificate.take(rows),
         )
 
     def uninterrupted(self) -> Solution:
@@ -239,15 +251,15 @@ class Solution:
         return self
 
     def columns(self) -> dict[str, list[Any]]:
-        """One list a column, one entry a row: objective, bound, gap, status, who vouches, and all of
-        the trace that is one value a row."""
+        """One list a column, one entry a row: objective, bound, gap, status, the trusted solver, and
+        all of the trace that is one value a row."""
         rows = len(self.status)
         return {
             "objective": self.objective.tolist(),
             "lower_bound": self.lower_bound.tolist(),
             "gap": self.gap.tolist(),
             "status": [str(status) for status in self.status],
-            "vouched": list(self.vouched) or [""] * rows,
+            "trusted": list(self.trusted) or [""] * rows,
             **self.trace.columns(rows),
         }
 
@@ -285,7 +297,7 @@ class Solution:
             "status": [str(status) for status in self.status],
             "solver": self.solver,
             "seconds": None if math.isnan(self.seconds) else self.seconds,
-            "vouched": list(self.vouched),
+            "trusted": list(self.trusted),
             "trace": words,
         }
         write_arrays(path, "solution", header, arrays)
@@ -306,6 +318,11 @@ class Solution:
             certificate, proof = under("certificate."), under("proof.")
             seconds = header["seconds"]
             tensors = {k: torch.from_numpy(v) for k, v in under("trace.").items()}
+            trace = trace_from(header["trace"], tensors)
+            if {len(v) for v in trace.columns(len(arrays["mask"])).values()} - {
+                len(arrays["mask"])
+            }:
+                raise ValueError("its trace is one of other rows")
             return cls(
                 mask=torch.from_numpy(arrays["mask"]),
                 objective=torch.from_numpy(arrays["objective"]),
@@ -313,9 +330,9 @@ class Solution:
                 status=tuple(Status(word) for word in header["status"]),
                 solver=str(header["solver"]),
                 seconds=math.nan if seconds is None else float(seconds),
-                trace=trace_from(header["trace"], tensors),
+                trace=trace,
                 certificate=restored(certificate, str(path)) if certificate else None,
-                vouched=tuple(str(word) for word in header["vouched"]),
+                trusted=tuple(str(word) for word in header["trusted"]),
                 weight=torch.from_numpy(arrays["weight"]) if "weight" in arrays else None,
                 own="weight" in arrays,
                 proof=Proof.restore(proof, len(arrays["mask"]), str(path)) if proof else None,

@@ -16,6 +16,7 @@ so another distribution can add one without touching this repository, and nothin
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ from maskopt.registry import Registry
 from maskopt.solution import Solution
 
 ENTRY_POINT_GROUP = "maskopt.solvers"
+#: of a trusted solver, as its package states it
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+-]{0,39}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Capabilities:
         limited: and such whose pattern has a `spread`, so that rows have limits.
         apart: unless rows trade, each row is answered as if it were alone, or with those of its tile of 128
             (of a part of that), whatever other rows there are.
+        trusted: of an exact solver, the names that `Solution.trusted` gives with a version for bounds that
+            nothing else proves: `SCIP` of `SCIP 10.0`.
         note: one line.
     """
 
@@ -64,6 +69,7 @@ class Capabilities:
     pooled: bool = False
     limited: bool = True
     apart: bool = False
+    trusted: tuple[str, ...] = ()
     note: str = ""
 
 
@@ -158,6 +164,21 @@ def available_solvers() -> dict[str, SolverInfo]:
         name: SolverInfo(name, kind, kind.capabilities if kind else Capabilities(), reason)
         for name, (kind, reason) in REGISTRY.reasons().items()
     }
+
+
+def is_trusted(text: str) -> bool:
+    """Is it a name that a registered solver is trusted under, and a version, such as `SCIP 10.0`?"""
+    name, _, version = text.rpartition(" ")
+    if not _VERSION.fullmatch(version):
+        return False
+    for member in REGISTRY.names():
+        try:
+            kind = REGISTRY.find(member)
+        except SolverError:  # one that cannot be loaded here
+            continue
+        if name in kind.capabilities.trusted:
+            return True
+    return False
 
 
 def make_solver(solver: Solver | str, **options: Any) -> Solver:

@@ -30,6 +30,7 @@ from maskopt.solution import (
     optimal_slack,
     size_of,
 )
+from maskopt.solver import is_trusted
 
 #: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds
 ENUMERATION_LIMIT = 20_000
@@ -48,15 +49,15 @@ class Verification:
     """What was verified. That the claims hold is certain; what they rest on differs from row to row.
 
     Attributes:
-        basis: per row `checked` (all that the row claims was computed anew), or `taken on the word of
-            SCIP 10.0`: its lower bound, and so its OPTIMAL, is the backend's own.
+        basis: per row `checked` (all that the row claims was computed again), or `trusted: SCIP 10.0`:
+            nothing proves its lower bound, and so its OPTIMAL, but that solver.
     """
 
     basis: tuple[str, ...]
 
     @property
     def checked(self) -> bool:
-        """Whether nothing had to be taken on anyone's word."""
+        """Whether no solver had to be trusted."""
         return all(basis == CHECKED for basis in self.basis)
 
     def __str__(self) -> str:
@@ -78,13 +79,13 @@ def verify(
     certificate or the tree of an exact search where there is one,
     SWAP_OPTIMAL by a scan over all swaps (where rows trade, between rows, too), OPTIMAL by a closed
     gap; and where there are at most ENUMERATION_LIMIT masks to see, OPTIMAL and the lower bound by
-    enumeration. A positive lower bound needs a certificate or a tree, or an exact backend that vouches for it
-    (`Solution.vouched`); where enumeration confirms it, nothing is taken on that one's word.
+    enumeration. A positive lower bound needs a certificate, a tree, or enumeration, or a registered exact
+    solver that is trusted with it (`Solution.trusted`).
 
     Args:
-        require: `checked` refuses rows that rest on the word of a backend. `exact` decides lower bounds and
-            OPTIMAL in rational arithmetic as well (`maskopt.exact_check`), for rows of up to 200 inputs whose
-            weights are kept unchanged.
+        require: `checked` refuses rows whose bound is a trusted solver's. `exact` also repeats the checks of
+            lower bounds and OPTIMAL in rational arithmetic (`maskopt.exact_check`), for rows of up to 200
+            inputs whose weights are kept unchanged.
 
     Raises:
         VerificationError: with the reason and the row.
@@ -120,8 +121,12 @@ def verify(
         if bound <= float(proven[index]) + slack:
             basis.append(CHECKED)
         else:
-            word = _voucher(solution, index, float(proven[index]))
-            basis.append(CHECKED if enumerated else _on_the_word(word, index, require))
+            solver = _trusted(solution, index, float(proven[index]))
+            if require != CLAIMS and not enumerated:
+                raise VerificationError(
+                    f"lower bound: row {index} is trusted ({solver}); only what can be checked is allowed"
+                )
+            basis.append(CHECKED if enumerated else f"trusted: {solver}")
     if require == EXACT:
         _verify_exactly(layer, mask, solution)
     return Verification(tuple(basis))
@@ -234,8 +239,13 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
             raise VerificationError(
                 f"status: row {row} claims {status!r}; there are {list(map(str, Status))}"
             )
-    if solution.vouched and len(solution.vouched) != layer.rows:
-        raise VerificationError(f"vouched: {len(solution.vouched)} words for {layer.rows} rows")
+    if solution.trusted and len(solution.trusted) != layer.rows:
+        raise VerificationError(f"trusted: {len(solution.trusted)} names for {layer.rows} rows")
+    for name in set(solution.trusted) - {""}:
+        if not is_trusted(name):
+            raise VerificationError(
+                f"trusted: {name!r} is no registered exact solver with its version, such as 'SCIP 10.0'"
+            )
     return mask
 
 
@@ -261,26 +271,17 @@ def _certified(layer: LayerProblem, solution: Solution) -> Tensor:
     return proven
 
 
-def _voucher(solution: Solution, row: int, proven: float) -> str:
-    """Who vouches for a bound that no certificate proves."""
-    word = solution.vouched[row] if solution.vouched else ""
-    if word:
-        return word
+def _trusted(solution: Solution, row: int, proven: float) -> str:
+    """The exact solver that is trusted with a bound which no certificate proves."""
+    if solution.trusted and solution.trusted[row]:
+        return solution.trusted[row]
     bound = f"lower bound: row {row} states {float(solution.lower_bound[row]):.12g}"
     if solution.certificate is not None or solution.proof is not None:
         what = "certificate" if solution.proof is None else "proof"
         raise VerificationError(f"{bound}, its {what} proves {proven:.12g}")
     raise VerificationError(
-        f"{bound}, positive without a certificate, and no exact backend vouches for it"
+        f"{bound}, positive without a certificate, and no exact solver is trusted with it"
     )
-
-
-def _on_the_word(word: str, row: int, require: str) -> str:
-    if require != CLAIMS:
-        raise VerificationError(
-            f"lower bound: row {row} rests on the word of {word}; only what can be checked is allowed"
-        )
-    return f"taken on the word of {word}"
 
 
 def _first(bad: Tensor) -> int | None:

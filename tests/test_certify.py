@@ -1,8 +1,10 @@
 """Certified gaps of rows of instances and of pruned models, through the library and the commands."""
 
 import csv
+import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tiny_models import save, save_tokenizer, tiny, tokens
 from maskopt import (
     NM,
     LayerProblem,
+    Solution,
     Unstructured,
     collect_problems,
     lower_bound,
@@ -21,7 +24,8 @@ from maskopt import (
 )
 from maskopt.certify import GapRecord, bound_layers, by_kind, certify_model
 from maskopt.compare import sample_rows
-from maskopt.errors import MaskoptError, ModelError, OptionError
+from maskopt.errors import DataError, MaskoptError, ModelError, OptionError
+from maskopt.model.report import read_manifest, result_digest
 from maskopt.record_file import read_records
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again " * 60
@@ -127,6 +131,50 @@ def test_records_of_other_runs_in_the_file_are_kept(layer, tmp_path):
     box = bound_layers([layer], rows=2, method="box", output=path)
     assert [r.method for r in box] == ["box"] * 2
     assert list(read_records(path, GapRecord).values()) == [*shift, *box]
+
+
+@pytest.mark.parametrize("per", ["row", "layer"])
+@pytest.mark.parametrize("forged", ["line", "solution", "another mask"])
+def test_forged_bounds_do_not_survive_a_resume(per, forged, layer, tmp_path, caplog):
+    layer = layer.under(Unstructured(sparsity=0.5, per=per))
+    path = tmp_path / "gaps.jsonl"
+    honest = bound_layers([layer], method="box", output=path)
+    if forged == "line":
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lies = [json.dumps({**r, "lower_bound": r["objective"], "gap": 0.0}) for r in lines]
+        path.write_text("\n".join(lies) + "\n")
+    for kept in (tmp_path / "gaps.jsonl.rows").iterdir() if forged != "line" else ():
+        found = Solution.load(kept)
+        if forged == "solution":
+            replace(found, lower_bound=found.objective).save(kept)
+        else:
+            rows = layer if per == "layer" else layer.row(0)
+            Solution.of(rows, found.mask.flip(1)).save(kept)
+    again = bound_layers([layer], method="box", output=path)
+    assert ("dropped" in caplog.text) == (
+        forged == "solution" or (forged, per) == ("another mask", "row")
+    )
+    assert [r.lower_bound for r in again] == pytest.approx([r.lower_bound for r in honest])
+    assert list(read_records(path, GapRecord).values()) == again
+
+
+def test_gaps_of_another_model_are_refused_before_the_models_are_read(models, layer, tmp_path):
+    path = tmp_path / "gaps.jsonl"
+    bound_layers([layer], method="box", output=path)
+    options = {"calibration": models / "text.txt", "method": "box", "samples": 4, "seq_len": 32}
+    with pytest.raises(DataError, match=r"gaps\.jsonl: holds gaps of another model; name another"):
+        certify_model(
+            models / "dense", models / "pruned", output=path, **options,
+            on_rows=lambda *event: pytest.fail("it began"),
+        )  # fmt: skip
+    path.unlink()
+    records = certify_model(
+        models / "dense", models / "pruned", output=path, layers="layers.0.mlp", **options
+    )
+    manifest = read_manifest(models / "pruned" / "maskopt-manifest.json")
+    assert {r.model for r in records} == {result_digest(manifest)}
+    with pytest.raises(DataError, match="another model"):
+        bound_layers([layer], method="box", output=path)
 
 
 @pytest.mark.parametrize("columns", [None, 10, 24])

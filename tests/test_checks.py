@@ -16,6 +16,7 @@ from maskopt import (
     Solution,
     Status,
     Unstructured,
+    available_solvers,
     improving_swap,
     lower_bound,
     solve,
@@ -23,6 +24,7 @@ from maskopt import (
 )
 from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.solution import SWAP_FLOOR, SWAP_TOLERANCE
+from maskopt.solver import is_trusted
 
 
 @given(problems(max_n=9, max_rows=2))
@@ -85,12 +87,12 @@ def test_verify_catches_every_forgery(problem):
         "objective: row 0": replace(honest, objective=honest.objective * 0.99),
         "objective must be float64": replace(honest, objective=honest.objective.float()),
         "f ≥ 0": replace(honest, lower_bound=honest.lower_bound - 1),
-        "above the objective": replace(honest, lower_bound=honest.objective * 1.01, vouched=WORDS),
+        "above the objective": replace(honest, lower_bound=honest.objective * 1.01, trusted=WORDS),
         "without a certificate": replace(honest, lower_bound=honest.objective * 0.1),
-        "no exact backend vouches": replace(
-            honest, lower_bound=honest.objective * 0.1, vouched=("", "", "")
+        "no exact solver is trusted with it": replace(
+            honest, lower_bound=honest.objective * 0.1, trusted=("", "", "")
         ),
-        "vouched: 2 words for 3 rows": replace(honest, vouched=WORDS[:2]),
+        "trusted: 2 names for 3 rows": replace(honest, trusted=WORDS[:2]),
         "statuses for": replace(honest, status=swap_optimal[:1]),
         "claims swap-optimal, yet": replace(honest, status=swap_optimal),
         "claims optimal": replace(honest, status=optimal),
@@ -98,7 +100,7 @@ def test_verify_catches_every_forgery(problem):
         "a mask of objective": replace(
             honest,
             lower_bound=(honest.objective + optimum.objective) / 2,
-            vouched=WORDS,
+            trusted=WORDS,
         ),
     }
     for reason, forged in forgeries.items():
@@ -125,7 +127,7 @@ def test_a_swap_optimum_forged_into_an_optimum_is_caught():
                 mask[None],
                 status=Status.OPTIMAL,
                 lower_bound=problem.objective(mask[None]),
-                vouched=("SCIP 10.0",),
+                trusted=("SCIP 10.0",),
             )
             with pytest.raises(VerificationError, match="exists"):
                 verify(problem, forged)
@@ -158,30 +160,59 @@ def test_a_bound_is_checked_or_taken_on_a_word_that_is_named():
     # row 1 claims more than its certificate proves
     higher = bound.value.clone()
     higher[1] = (higher[1] + start.objective[1]) / 2
-    vouched = replace(proven, lower_bound=higher, vouched=("", "SCIP 10.0", ""))
-    found = verify(problem, vouched)
-    assert found.basis == ("checked", "taken on the word of SCIP 10.0", "checked")
+    trusted = replace(proven, lower_bound=higher, trusted=("", "SCIP 10.0", ""))
+    found = verify(problem, trusted)
+    assert found.basis == ("checked", "trusted: SCIP 10.0", "checked")
     assert not found.checked
-    assert str(found) == "2 rows checked, 1 row taken on the word of SCIP 10.0"
-    with pytest.raises(VerificationError, match=r"row 1 rests on the word of SCIP 10\.0"):
-        verify(problem, vouched, require="checked")
+    assert str(found) == "2 rows checked, 1 row trusted: SCIP 10.0"
+    with pytest.raises(VerificationError, match=r"row 1 is trusted \(SCIP 10\.0\)"):
+        verify(problem, trusted, require="checked")
     with pytest.raises(VerificationError, match=r"row 1 .* its certificate proves"):
-        verify(problem, replace(vouched, vouched=()))
+        verify(problem, replace(trusted, trusted=()))
     with pytest.raises(VerificationError, match="require"):
         verify(problem, proven, require="proven")
 
 
 def test_a_forged_word_does_not_survive_enumeration(problem):
-    """Whoever vouches: where a row is small enough its bound is held against all masks."""
+    """Whoever is trusted: where a row is small enough its bound is held against all masks."""
     optimum = solve(problem, "exhaustive")
     assert verify(problem, optimum, require="checked").basis == ("checked",) * 3
     start = solve(problem, "worst")
-    forged = replace(start, lower_bound=start.objective, vouched=("a forger",) * 3)
+    forged = replace(start, lower_bound=start.objective, trusted=("SCIP 10.0",) * 3)
     with pytest.raises(VerificationError, match="a mask of objective"):
         verify(problem, forged)
     # a true bound under a forged word costs nothing: it was checked
-    true = replace(start, lower_bound=optimum.objective, vouched=("a forger",) * 3)
+    true = replace(start, lower_bound=optimum.objective, trusted=("SCIP 10.0",) * 3)
     assert verify(problem, true, require="checked").checked
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SCIP", "SCIP ten", "scip 10.0", "a forger 1.0", "SCIP 10.0\nspoof: holds: 1 row checked",
+        "SCIP 10.0 spoof: 1 row checked", "SCIP \x1b[2J10.0", "SCIP\n 10.0", "SCIP 10.0\n", " 10.0",
+    ],
+)  # fmt: skip
+def test_only_registered_exact_solvers_with_a_version_are_trusted(name, tmp_path):
+    problem = too_many_to_enumerate()
+    start = solve(problem, "wanda")
+    forged = replace(start, lower_bound=start.objective / 2, trusted=(name,) * 3)
+    forged.save(tmp_path / "s.npz")
+    with pytest.raises(
+        VerificationError, match="is no registered exact solver with its version"
+    ) as said:
+        verify(problem, Solution.load(tmp_path / "s.npz"))
+    assert str(said.value).isprintable()
+    with pytest.raises(VerificationError, match="is no registered exact solver"):
+        verify(problem, replace(start, trusted=(name, "", "")))  # whatever rests on it
+
+
+def test_exact_solvers_are_registered_with_the_names_that_they_are_trusted_under():
+    exact = [i.capabilities for i in available_solvers().values() if i.capabilities.trusted]
+    assert len(exact) == 5
+    for capabilities in exact:
+        assert capabilities.proves == "optimality"
+        assert all(is_trusted(f"{name} 1.0.1") for name in capabilities.trusted)
 
 
 def test_a_word_is_no_certificate_of_another_problem():
@@ -212,8 +243,8 @@ def test_a_solution_is_read_as_it_was_written(tmp_path):
         read = Solution.load(path)
         for what in ("mask", "objective", "lower_bound"):
             assert torch.equal(getattr(read, what), getattr(solution, what)), what
-        assert (read.status, read.solver, read.vouched) == (
-            solution.status, solution.solver, solution.vouched
+        assert (read.status, read.solver, read.trusted) == (
+            solution.status, solution.solver, solution.trusted
         )  # fmt: skip
         assert read.seconds == pytest.approx(solution.seconds, nan_ok=True)
         assert type(read.trace) is type(solution.trace)

@@ -10,16 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import process, run
 from rich.console import Console
 from tiny_models import save, tiny, tokens
 
+from maskopt import RowProblem, Unstructured
 from maskopt.cli import view as views
+from maskopt.cli.console import errors
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import JsonView, LiveView, PlainView, Step, View, clock
 from maskopt.errors import OptionError
 from maskopt.model.progress import BlockProgress
 from maskopt.model.report import LayerReport
+from maskopt.report.table import Table
 
 LONG = "block 152 of 152: solve model.language_model.layers.151.self_attn.q_proj"
 
@@ -180,6 +184,51 @@ def test_an_interrupted_run_says_what_is_left_of_it(
         raise KeyboardInterrupt
     said = "go on with" if kept else "no block was finished; nothing of this run is kept"
     assert said in stream.getvalue()
+
+
+ODD = "a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
+ESCAPED = r"a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
+
+
+def test_names_out_of_files_are_printed_without_control_characters_and_markup(
+    tmp_path: Path,
+) -> None:
+    weight = torch.arange(1.0, 9.0)
+    RowProblem(weight, torch.eye(8), Unstructured(0.5), name=ODD[:-1]).save(tmp_path / "row.npz")
+    shown = run("compare", tmp_path / "row.npz", "--solvers", "wanda")
+    shown += run("bound", tmp_path / "row.npz", "--method", "box")
+    assert "".join(c for c in shown if not c.isprintable()).replace("\n", "") == ""
+    assert not any(line.lstrip(" │").startswith("spoof") for line in shown.splitlines())
+    assert "[red]b[/red]" in shown
+
+
+def test_an_error_is_one_line_whatever_it_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "no\x1b[2J\nspoof.npz"
+    said = process("solve", str(path), "--output", str(tmp_path / "s.npz")).stderr
+    assert said == f"error: {tmp_path}/no\\x1b[2J\\nspoof.npz: no such file\n"
+
+
+@pytest.mark.parametrize("kind", [LiveView, PlainView])
+def test_what_goes_on_is_shown_without_control_characters(
+    kind: type[View], monkeypatch: pytest.MonkeyPatch, still: Still
+) -> None:
+    stream = io.StringIO()
+    console = type(errors)(file=stream, width=200, force_terminal=False)
+    monkeypatch.setattr(views, "errors", console)
+    with kind() as view:
+        still.now += 60
+        view.show(ODD, 1, 2, note=ODD)
+        view.say(ODD)
+    assert ESCAPED in stream.getvalue()
+    assert "\x1b[2J" not in stream.getvalue()
+    assert "\nspoof" not in stream.getvalue()
+
+
+def test_a_table_for_pages_has_no_control_characters_on_the_screen() -> None:
+    table = Table(ODD, (ODD,), [(ODD,)], note=ODD)
+    stream = io.StringIO()
+    Console(file=stream, width=300).print(table.rich())
+    assert stream.getvalue().count(ESCAPED) == 4
 
 
 def test_times_are_short() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,28 @@ def test_an_interrupted_proof_keeps_its_rows(tmp_path: Path) -> None:
     assert seen == list(range(5, 13))  # four were kept
     verify(layer(), proof, require="checked")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["proof.npz"]
+
+
+def test_forged_rows_of_an_interrupted_proof_are_proven_again(tmp_path: Path) -> None:
+    """Masks that are legal and claimed to be optimal: nothing proves that."""
+    path, again = tmp_path / "proof.npz", []
+
+    def stop(done: int, rows: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prove(layer(), path, on_progress=stop)
+    for kept in (tmp_path / "proof.npz.rows").iterdir():
+        found = Solution.load(kept)
+        mask = found.mask.flip(1)
+        forged = Solution.of(layer().row(0), mask, status=found.status)
+        bound = {"lower_bound": found.objective, "trusted": ("branch of maskopt 0.2.0",)}
+        replace(forged, objective=found.objective, **bound).save(kept)
+    zero = int((layer().weight == 0).all(1).sum())  # rows of which every mask is optimal
+    proof = prove(layer(), path, on_progress=lambda done, rows: again.append(done))
+    assert again == list(range(1 + zero, 13))
+    assert torch.equal(proof.objective, prove(layer()).objective)
 
 
 def test_what_is_proven_is_kept_whatever_the_time_and_the_workers(tmp_path: Path) -> None:

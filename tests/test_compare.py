@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from maskopt import (
     Limits,
     Refit,
     RowProblem,
+    Solution,
+    Status,
     Unstructured,
     certify,
     make_solver,
@@ -55,12 +58,12 @@ def test_records_tell_the_distance_to_the_proven_optimum(layer):
     assert math.isnan(alone[0].excess)
 
 
-def test_a_record_names_who_vouches_and_what_the_tree_did(layer):
+def test_a_record_names_who_is_trusted_and_what_the_tree_did(layer):
     rows = sample_rows([layer], 1, columns=16)
     wanda, branch, scip = compare(rows, ["wanda", "branch", "scip"])
-    assert wanda.vouched == ""
-    assert branch.vouched.startswith("branch of maskopt ")
-    assert scip.vouched.startswith("SCIP ")
+    assert wanda.trusted == ""
+    assert branch.trusted.startswith("branch of maskopt ")
+    assert scip.trusted.startswith("presolve of maskopt and SCIP ")
     assert branch.trace["ended"] == "optimal"
     assert branch.trace["nodes"] >= 1
     # its presolve leaves nothing of a row this small
@@ -177,6 +180,45 @@ def test_records_of_other_runs_in_the_file_are_kept_and_not_counted(layer, tmp_p
     assert [r.solver for r in held.values()] == ["wanda"] * 2 + ["magnitude"] * 2
     again = compare(rows, ["wanda", "magnitude"], output=path, on_progress=stop_at(1))
     assert [r.seconds for r in again] == [held[r.key].seconds for r in again]
+
+
+@pytest.mark.parametrize("claim", ["objective", "optimal", "bound", "trusted", "cut off"])
+def test_a_forged_solution_and_a_forged_line_do_not_survive_a_resume(
+    claim, layer, tmp_path, caplog
+):
+    rows, path = sample_rows([layer], 1), tmp_path / "out.jsonl"
+    (honest,) = compare(rows, ["wanda"], output=path)
+    (kept,) = (tmp_path / "out.jsonl.rows").iterdir()
+    found = Solution.load(kept)
+    forged = {
+        "objective": replace(found, objective=found.objective / 2),
+        "optimal": replace(found, status=(Status.OPTIMAL,)),
+        "bound": replace(found, lower_bound=found.objective, status=(Status.OPTIMAL,)),
+        "trusted": replace(found, lower_bound=found.objective / 2, trusted=("SCIP 10.0",)),
+        "cut off": found,
+    }[claim]
+    forged.save(kept)
+    if claim == "cut off":
+        kept.write_bytes(kept.read_bytes()[:100])
+    line = json.loads(path.read_text())
+    lie = {"objective": 0.1, "value": 0.1, "status": "optimal", "lower_bound": 0.1, "gap": 0.0}
+    path.write_text(json.dumps({**line, **lie}) + "\n")
+    done = []
+    (again,) = compare(rows, ["wanda"], output=path, on_progress=lambda *event: done.append(event))
+    assert done == [(1, 1)]
+    assert "dropped and solved again" in caplog.text
+    assert replace(again, seconds=0.0) == replace(honest, seconds=0.0)
+    (written,) = read_records(path, Record).values()
+    assert written == again
+
+
+def test_a_forged_line_is_replaced_by_what_its_solution_says(layer, tmp_path):
+    rows, path = sample_rows([layer], 1, columns=10), tmp_path / "out.jsonl"
+    honest = compare(rows, ["relax"], output=path)
+    path.write_text(path.read_text().replace('"status": "swap-optimal"', '"status": "optimal"'))
+    assert read_records(path, Record)[honest[0].key].status == "optimal"
+    assert compare(rows, ["relax"], output=path, on_progress=stop_at(1)) == honest
+    assert read_records(path, Record)[honest[0].key] == honest[0]
 
 
 def test_a_failed_record_of_another_run_is_kept_and_an_own_one_replaced(layer, tmp_path):
@@ -312,6 +354,15 @@ def test_infinite_gaps_come_back_out_of_the_file(tmp_path):
     first, again = (compare([row], ["tabu"], output=tmp_path / "out.jsonl") for _ in range(2))
     assert (first[0].value, first[0].gap) == (0.0, math.inf)
     assert again == first
+
+
+def test_half_a_character_in_a_line_is_named(layer, tmp_path):
+    out, rows = tmp_path / "out.jsonl", sample_rows([layer], 1, columns=6)
+    compare(rows, ["wanda"], output=out)
+    out.write_text(text := json.dumps({**json.loads(out.read_text()), "instance": "\ud800"}) + "\n")
+    with pytest.raises(DataError, match=r"out\.jsonl: line 1 is not JSON \('\\ud800' is half of"):
+        compare(rows, ["wanda"], output=out)
+    assert out.read_text() == text
 
 
 @pytest.mark.parametrize(

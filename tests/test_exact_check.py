@@ -178,7 +178,7 @@ def test_trees_and_certificates_of_searches_hold_exactly(pattern, linear):
     )
     assert verify(problem, claim, require="exact").checked
     for wrong in (replace(claim, lower_bound=1.001 * claim.lower_bound),
-                  replace(optimum, proof=None, vouched=("SCIP 10.0.0",) * 2)):  # fmt: skip
+                  replace(optimum, proof=None, trusted=("SCIP 10.0.0",) * 2)):  # fmt: skip
         with pytest.raises(VerificationError):
             verify(problem, wrong, require="exact")
 

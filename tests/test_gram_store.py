@@ -26,6 +26,7 @@ from maskopt.model.gram_store import INDEX, GramStore
 from maskopt.model.options import PruneOptions
 from maskopt.model.plan import plan_prune
 from maskopt.model.report import read_manifest
+from maskopt.model.safefile import open_safe
 from maskopt.model.sweep import sweep
 from maskopt.model.verify import verify_output
 from maskopt.model.walk_options import WalkOptions
@@ -58,6 +59,9 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     state = Gram(3).state()
     with pytest.raises(ProblemError, match="does not fit"):
         Gram.restored({**state, "sum": state["sum"][:-1]})
+    for bad in (-1e-300, float("nan"), float("inf")):
+        with pytest.raises(ProblemError, match="its diagonal is below 0, or values are not finite"):
+            Gram.restored({**state, "sum": torch.tensor([0.0] * 5 + [bad], dtype=torch.float64)})
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral", "qwen3_moe"])
@@ -202,9 +206,28 @@ def rename(home: Path) -> None:
     path.write_text(json.dumps(index))
 
 
+def negate(home: Path) -> None:
+    """Right digests of negative Gram matrices, of which every mask would cost nothing."""
+    index = json.loads((home / "grams" / INDEX).read_text())
+    for name in index["files"]:
+        path = home / "grams" / name
+        stored = open_safe(path)
+        with open(path, "r+b") as file:
+            for entry in stored.entries.values():
+                if entry.name.endswith("/sum"):
+                    file.seek(entry.start)
+                    file.write((-stored.read(entry.name)).numpy().tobytes())
+        index["files"][name] = file_digest(path)
+    (home / "grams" / INDEX).write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (
+            negate,
+            r"layer 'model\.layers\.0\.\S+': its Gram matrix was changed: its diagonal is below 0",
+        ),
         (other_model, "of another model"),
         (flip, "was changed"),
         (damage, "not an index of format"),

@@ -177,7 +177,10 @@ SHAREGPT = [{"from": "human", "value": "hello"}]
             "line 2: the model's chat template refuses it .TemplateError: roles must alternate",
         ),
         ('[{"role": "system", "content": "x"}]', "line 2: the model's chat template refuses it"),
-        ('[{"role": "user", "content": "\\ud800"}]', "line 2: the model's chat template refuses"),
+        (
+            '[{"role": "user", "content": "\\ud800"}]',
+            "line 2: not JSON .* is half of a surrogate pair",
+        ),
     ],
 )
 def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:

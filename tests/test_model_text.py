@@ -62,6 +62,17 @@ def test_another_field(tmp_path: Path) -> None:
             b'{"text": ""}\n{"text": " "}',
             "no text in it: 2 documents, all of them empty",
         ),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "\\ud800"}',
+            r"a\.jsonl, line 2: not JSON \('\\ud800' is half",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x", "\\udc80": 1}',
+            r"a\.jsonl, line 1: not JSON \('\\udc80' is half",
+        ),
+        ("a.jsonl", b"[" * 10**5, "line 1: not JSON"),
         ("a.jsonl", b"", "no text"),
     ],
 )
@@ -69,6 +80,11 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_documents(tmp_path / name)
+
+
+def test_a_surrogate_pair_is_a_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "\ud83d\ude00 \u00e4"}')
+    assert read_documents(tmp_path / "a.jsonl") == ["😀 ä"]
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -217,6 +233,16 @@ def test_arrays_that_hold_no_tokens(kind: Any, tmp_path: Path) -> None:
     for make in (calibration_windows, evaluation_windows):
         with pytest.raises(DataError, match=r"t\.npy: tokens must be whole numbers, not "):
             make(tmp_path / "t.npy", None)
+
+
+def test_an_array_that_says_to_be_longer_than_memory(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.zeros((3, 4), dtype=int))
+    data = (tmp_path / "t.npy").read_bytes()
+    (tmp_path / "t.npy").write_bytes(
+        data.replace(b"(3, 4), }" + b" " * 13, b"(3, 40000000000000), }")
+    )
+    with pytest.raises(DataError, match=r"t\.npy: not a NumPy array file"):
+        calibration_windows(tmp_path / "t.npy")
 
 
 def test_an_archive_by_the_name_of_an_array(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Exact counts: what a pattern prunes, and which masks it accepts."""
 
 import dataclasses
+import json
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -24,6 +26,50 @@ def test_sparsity_prunes_exactly_the_floor_of_the_decimal_product(thousandths, n
 def test_binary_rounding_does_not_lose_a_weight():
     assert 0.29 * 100 < 29
     assert Unstructured(sparsity=0.29).pruned_per_group(100) == 29
+
+
+@given(st.fractions(0, 1, max_denominator=10**6).filter(lambda f: f < 1), st.integers(1, 10**9))
+def test_fractions_prune_the_floor_of_the_exact_product(share, n):
+    pattern = Unstructured(share)
+    assert pattern.pruned_per_group(n) == math.floor(share * n)
+    whole = (
+        n * share.denominator % 10**9 // share.denominator * share.denominator or share.denominator
+    )
+    assert pattern.pruned_per_group(whole) == share * whole
+    assert pattern_from_dict(json.loads(json.dumps(pattern_to_dict(pattern)))) == pattern
+    layer = Unstructured(share, per="layer", spread=share)
+    assert layer.pruned_in(3, 400) == math.floor(share * 1200)
+
+
+@given(st.decimals(0, 1, places=15).filter(lambda d: d < 1), st.integers(1, 10**9))
+def test_decimals_prune_the_floor_of_the_exact_product(share, n):
+    assert Unstructured(share).pruned_per_group(n) == math.floor(Fraction(share) * n)
+
+
+def test_a_third_is_a_third():
+    assert [Unstructured(Fraction(1, 3)).pruned_per_group(n) for n in (2, 3, 12, 3000)] == [
+        0,
+        1,
+        4,
+        1000,
+    ]
+    assert Unstructured(Fraction(29, 100)) == Unstructured(Decimal("0.29")) == Unstructured(0.29)
+    assert Unstructured(1 / 3).pruned_per_group(12) == 3  # of the decimal 0.3333333333333333
+
+
+@pytest.mark.parametrize("share", [Fraction(1, 10**7 + 1), Decimal("0.3333333333333333333333")])
+def test_a_share_that_no_float_can_stand_for_is_refused(share):
+    with pytest.raises(PatternError, match="too many digits for a share"):
+        Unstructured(share)
+
+
+@pytest.mark.parametrize(
+    "sparsity",
+    [Decimal("NaN"), Decimal("sNaN"), Decimal("Infinity"), Decimal(-1), Fraction(3, 2), 1j],
+)
+def test_other_impossible_sparsities(sparsity):
+    with pytest.raises(PatternError, match=r"outside \[0, 1\)"):
+        Unstructured(sparsity)
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1, 1.0, 1.5, float("nan"), float("inf"), "0.5", None])
@@ -147,5 +193,7 @@ def test_what_a_pattern_is_called_is_the_pattern(share):
 
 def test_numbers_of_numpy_are_numbers():
     assert Unstructured(np.float32(0.6)) == Unstructured(0.6)
+    assert Unstructured(np.int64(0)) == Unstructured(0)
+    assert Unstructured(np.longdouble("0.29")) == Unstructured(0.29)
     assert Unstructured(keep=np.int64(3)) == Unstructured(keep=3)
     assert NM(np.int32(2), np.int64(4)) == NM(2, 4)

@@ -256,11 +256,11 @@ def test_claims_that_do_not_hold_are_refused():
     assert "proven together" in claim(best, status=mixed)
     optimal = (Status.OPTIMAL,) * 3
     assert "changes the sum" in claim(
-        worse, status=optimal, lower_bound=worse.objective, vouched=("me",) * 3
+        worse, status=optimal, lower_bound=worse.objective, trusted=("SCIP 10.0",) * 3
     )
     assert "without proof" in claim(best, lower_bound=torch.zeros(3, dtype=torch.float64))
-    assert "a mask of sum" in claim(worse, lower_bound=worse.objective, vouched=("me",) * 3)
+    assert "a mask of sum" in claim(worse, lower_bound=worse.objective, trusted=("SCIP 10.0",) * 3)
     swapped = best.mask.clone()
     swapped[0, int(swapped[0].nonzero()[0])] = False
     assert "asks for exactly" in claim(best, mask=swapped)
-    assert "no exact backend vouches" in claim(best, vouched=())
+    assert "no exact solver is trusted with it" in claim(best, trusted=())

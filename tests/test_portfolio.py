@@ -78,12 +78,12 @@ def test_a_bound_within_the_tolerance_of_optimal_keeps_it():
         found.mask,
         status=Status.OPTIMAL,
         lower_bound=found.objective * (1 - 0.9e-6),
-        vouched=("an exact backend 1.0",) * 4,
+        trusted=("SCIP 10.0",) * 4,
     )
     for pair in ((optimal, solve(problem, "wanda")), (solve(problem, "wanda"), optimal)):
         merged, _ = merge(problem, *pair)
         assert set(merged.status) == {Status.OPTIMAL}
-        assert merged.vouched == optimal.vouched
+        assert merged.trusted == optimal.trusted
     wide = replace(optimal, lower_bound=found.objective * (1 - 2e-6), status=found.status)
     assert Status.OPTIMAL not in merge(problem, wide, solve(problem, "wanda"))[0].status
 
@@ -112,15 +112,15 @@ def test_every_row_has_the_higher_bound_with_its_proof():
         merged, _ = merge(problem, *pair)
         assert torch.equal(merged.lower_bound, one.lower_bound.maximum(other.lower_bound))
         assert verify(problem, merged, require="checked").checked
-    word = ("", "an exact backend 1.0", "", "")
+    word = ("", "SCIP 10.0", "", "")
     high = torch.where(torch.tensor([False, True, False, False]), relaxed.objective * 0.99, 0.0)
-    exact = Solution.of(problem, relaxed.mask, lower_bound=high, vouched=word)
+    exact = Solution.of(problem, relaxed.mask, lower_bound=high, trusted=word)
     for pair in ((one, exact), (exact, one)):
         merged, _ = merge(problem, *pair)
         assert torch.equal(merged.lower_bound, one.lower_bound.maximum(high))
-        assert merged.vouched == word
+        assert merged.trusted == word
         basis = verify(problem, merged).basis
-        assert basis == ("checked", f"taken on the word of {word[1]}", "checked", "checked")
+        assert basis == ("checked", f"trusted: {word[1]}", "checked", "checked")
 
 
 def test_of_equal_bounds_the_one_that_can_be_checked_is_taken():
@@ -129,11 +129,11 @@ def test_of_equal_bounds_the_one_that_can_be_checked_is_taken():
     )
     relaxed = solve(problem, "relax")
     word = Solution.of(
-        problem, relaxed.mask, lower_bound=relaxed.lower_bound, vouched=("an oracle",) * 2
+        problem, relaxed.mask, lower_bound=relaxed.lower_bound, trusted=("an oracle",) * 2
     )
     for pair in ((relaxed, word), (word, relaxed)):
         merged, _ = merge(problem, *pair)
-        assert merged.vouched == ()
+        assert merged.trusted == ()
         assert verify(problem, merged, require="checked").checked
 
 
@@ -147,7 +147,7 @@ def test_mask_of_one_and_bound_of_another_can_be_optimal_together():
         problem,
         solve(problem, "worst").mask,
         lower_bound=optimum,
-        vouched=("enumeration",) * 5,
+        trusted=("enumeration of maskopt 0.2.0",) * 5,
     )
     merged, _ = merge(problem, mask, bound_only)
     reached = mask.objective <= optimum * (1 + 1e-9)
@@ -166,12 +166,12 @@ def test_a_bound_that_the_better_mask_refutes_is_dropped(caplog):
         worse,
         lower_bound=worse.objective,
         status=(Status.OPTIMAL,) * 2,
-        vouched=("an oracle",) * 2,
+        trusted=("an oracle",) * 2,
     )
     for pair in ((found, wrong), (wrong, found)):
         merged, _ = merge(problem, *pair)
         assert merged.status == found.status
-        assert merged.vouched == ()
+        assert merged.trusted == ()
         assert merged.lower_bound.tolist() == found.lower_bound.tolist()
         assert verify(problem, merged, require="checked").checked
     assert "an oracle" in caplog.text

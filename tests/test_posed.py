@@ -144,7 +144,7 @@ def test_a_worse_mask_is_not_optimal_however_large_the_penalties_are():
     claim = Solution.of(layer, costs[worse], status=Status.OPTIMAL, lower_bound=best.lower_bound)
     with pytest.raises(VerificationError, match="claims optimal without proof"):
         verify(problem, claim)
-    word = replace(claim, lower_bound=claim.objective, vouched=("somebody",))
+    word = replace(claim, lower_bound=claim.objective, trusted=("SCIP 10.0",))
     with pytest.raises(VerificationError, match="a mask of objective"):
         verify(problem, word)
     low = replace(best, objective=best.objective - 1e-3, status=(Status.FEASIBLE,))

@@ -121,7 +121,7 @@ def test_scip_has_what_is_left(monkeypatch, misleading):
     assert 0 < (task.probed.state < 0).sum() < problem.n
     assert task.probed.allows(task.start) is not misleading
     assert solution.status == (Status.OPTIMAL,)
-    assert solution.vouched[0].endswith("after a presolve of maskopt")
+    assert solution.trusted[0].startswith("presolve of maskopt and SCIP ")
     torch.testing.assert_close(solution.objective, solve(problem, "branch").objective)
 
 

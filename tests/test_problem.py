@@ -1,6 +1,9 @@
 """LayerProblem and RowProblem: the objective, the checks at the door, save and load."""
 
+import copy
+import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -8,8 +11,9 @@ import torch
 from hypothesis import given
 from strategies import problems, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, solve
+from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, files, solve
 from maskopt.errors import MaskoptError, PatternError, ProblemError, WarmStartError
+from maskopt.formats import load_problem
 
 HALF = Unstructured(sparsity=0.5)
 
@@ -254,6 +258,58 @@ def test_load_refuses_what_it_would_misread(tmp_path):
     np.savez(path, **{**parts, "header": np.array("[]")})
     with pytest.raises(ProblemError, match="not a maskopt instance of a format"):
         RowProblem.load(path)
+
+
+def forged(path, case):
+    """A layer's file with zeros for 590 MB in it, in a few kB; or one that lies of what it holds."""
+    LayerProblem(torch.ones(2, 4), torch.eye(4), HALF).save(path)
+    with np.load(path) as archive:
+        parts = dict(archive)
+    if case == "unknown":
+        np.savez(path, **parts, extra=np.zeros(3))
+    elif case == "text":
+        np.savez(path, **{**parts, "gram": np.array([["x"] * 4] * 4)})
+    elif case == "compressed":
+        np.savez_compressed(path, **parts, extra=np.zeros(2**20))
+    else:
+        members = {name: io.BytesIO() for name in parts}
+        for name, array in parts.items():
+            np.save(members[name], array)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, member in members.items():
+                data = member.getvalue()
+                if case == "shape" and name == "gram":
+                    data = data.replace(b"(4, 4), }    ", b"(4, 99999), }")
+                archive.writestr(f"{name}.npy", data)
+    if case == "overlap":  # the same bytes, named once more
+        with zipfile.ZipFile(path, "a") as archive:
+            again = copy.copy(archive.getinfo("gram.npy"))
+            archive.filelist += [again] * 100
+            archive._didModify = True
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("unknown", "x.npz: not a sound layer: it has no array 'extra'"),
+        ("text", r"x.npz: not a sound file: array 'gram.npy' is of type <U1"),
+        ("compressed", "x.npz: its arrays are compressed, or overlap; write them with numpy.savez"),
+        ("overlap", "x.npz: its arrays are compressed, or overlap"),
+        ("shape", r"x.npz: not a sound file: array 'gram.npy' is no float32 \[4, 99999\]"),
+    ],
+)
+def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monkeypatch):
+    forged(tmp_path / "x.npz", case)
+    read, sizes = files.npy.read_array, []
+
+    def watched(*args, **options):
+        sizes.append((found := read(*args, **options)).nbytes)
+        return found
+
+    monkeypatch.setattr(files.npy, "read_array", watched)
+    with pytest.raises(ProblemError, match=message):
+        load_problem(tmp_path / "x.npz")
+    assert sum(sizes) < 4096
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):

@@ -112,11 +112,11 @@ def test_trees_beyond_enumeration_are_checked(pattern, linear):
     problem = layer(32, pattern, rows=2, linear=linear)
     solution = proven(problem)
     assert solution.status == (Status.OPTIMAL,) * 2
-    assert solution.vouched == ("", "")
+    assert solution.trusted == ("", "")
     assert verify(problem, solution, require="checked").basis == ("checked",) * 2
     plain = solve(problem, "branch", workers=0)
     assert torch.equal(plain.mask, solution.mask)
-    with pytest.raises(VerificationError, match="rests on the word of branch"):
+    with pytest.raises(VerificationError, match=r"is trusted \(branch of maskopt"):
         verify(problem, plain, require="checked")
 
 

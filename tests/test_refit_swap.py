@@ -321,13 +321,13 @@ def test_enumeration_catches_what_exact_solvers_claim_wrongly(wrong):
     problem = layer(Unstructured(keep=4), n=9, rows=2)
     best = solve(problem, "exhaustive")
     poor = solve(problem, "random")
-    word = ("enumeration",) * 2
+    word = ("enumeration of maskopt 0.2.0",) * 2
     if wrong == "bound":
         bound = best.objective + 0.5 * (poor.objective - best.objective)
-        forged = replace(poor, lower_bound=bound, vouched=word)
+        forged = replace(poor, lower_bound=bound, trusted=word)
     else:
         forged = replace(
-            poor, lower_bound=poor.objective, vouched=word, status=(Status.OPTIMAL,) * 2
+            poor, lower_bound=poor.objective, trusted=word, status=(Status.OPTIMAL,) * 2
         )
     with pytest.raises(VerificationError, match=r"a mask of objective|claims optimal, yet keeping"):
         verify(problem, forged)

@@ -38,6 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("certify", dense, folder / "OUT", *both)
     text = ["--text", folder / "tokens.npy", "--json", folder / "eval.json"]
     run("eval", dense, folder / "OUT", *text)
+    (folder / "half.json").write_text(r'[{"model": "\ud800"}]')
     return folder
 
 
@@ -59,7 +60,7 @@ def test_everything_is_on_one_page(home: Path, tmp_path: Path) -> None:
     assert "swap from relax pruned 50.0% of 23,040 weights in 21 layers of 3 blocks" in found
     perplexity = json.loads((home / "eval.json").read_text())[1]["perplexity"]["value"]
     assert f"{perplexity:.2f} (" in found
-    assert "Certified of sampled rows" in found
+    assert "As gaps.jsonl states of sampled rows" in found
     assert "maskopt prune MODEL --config" in found
     peak = manifest["memory"]["process"]
     assert (peak is None) == (not Path("/proc/self/status").exists())
@@ -170,6 +171,7 @@ def test_what_has_no_start_or_too_few_tokens_is_left_out(home: Path, tmp_path: P
         (["{home}/OUT", "--eval", "{home}/gaps.jsonl"], OptionError, "holds no records"),
         (["{home}/OUT", "--gaps", "{home}/eval.json"], OptionError, "holds no records"),
         (["{home}/OUT", "--eval", "{home}/missing"], OptionError, "cannot be read"),
+        (["{home}/OUT", "--eval", "{home}/half.json"], OptionError, "holds no records"),
         (["{home}/OUT", "--output", "{home}/no/page.html"], OptionError, "no such folder"),
         (["{home}/OUT", "--figures", "{home}/eval.json/figures"], ModelError, "Not a directory"),
     ],
@@ -200,6 +202,13 @@ def test_files_are_replaced_where_that_is_said(home: Path, tmp_path: Path) -> No
     words = ["report", home / "OUT", "--eval", home / "eval.json", "--output", home / "eval.json"]
     assert "is the evaluation itself" in run(*words, "--overwrite", fails=OptionError)
     assert json.loads((home / "eval.json").read_text()) == read
+
+
+def test_gaps_of_another_model_are_refused(home: Path, tmp_path: Path) -> None:
+    wrong = ["--gaps", home / "gaps.jsonl", "--output", tmp_path / "page.html"]
+    said = run("report", home / "TRAINED", home / "OUT", *wrong, fails=OptionError)
+    assert f"is of another model than {home / 'TRAINED'}" in said
+    assert not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize("bad", [{"error": "much"}, {"rows": None}, {"statuses": 3}, {"n": 1.5}])

@@ -233,18 +233,18 @@ def test_qcr_starts_from_the_semidefinite_bound():
 
 
 def test_the_bound_of_the_relaxation_is_checked_where_the_tree_had_no_time():
-    """The word of SCIP is needed only for what SCIP itself added."""
+    """SCIP is trusted only for what SCIP itself added."""
     problem = hard(40)
     first = solve(problem, "scip", node_limit=1, presolve=False)
-    assert first.vouched == (f"SCIP {pyscipopt.Model().version()}",)
-    assert verify(problem, first).basis == (f"taken on the word of {first.vouched[0]}",)
+    assert first.trusted == (f"SCIP {pyscipopt.Model().version()}",)
+    assert verify(problem, first).basis == (f"trusted: {first.trusted[0]}",)
     task = dataclasses.replace(row_task(problem), duals=(duals := qcr_duals(row_task(problem))))
     answer = RowAnswer(
         task.start, "timelimit", duals.certified, certificate=duals.certificate,
         certified=duals.certified,
     )  # fmt: skip
-    solution = assemble(problem, [answer], "SCIP")
-    assert solution.vouched == ("",)
+    solution = assemble(problem, [answer], "SCIP 10.0")
+    assert solution.trusted == ("",)
     assert float(solution.lower_bound[0]) == pytest.approx(duals.certified, rel=1e-9)
     assert verify(problem, solution, require="checked").checked
 
@@ -269,10 +269,10 @@ def test_rows_that_rest_on_a_certificate_lie_beside_rows_that_do_not():
         answers[1], bound=duals.certified, certificate=duals.certificate, certified=duals.certified
     )
     answers[2] = dataclasses.replace(answers[2], bound=0.01 * tasks[2].cost(tasks[2].start))
-    solution = assemble(problem, answers, "SCIP")
-    assert solution.vouched == ("", "", "SCIP")
+    solution = assemble(problem, answers, "SCIP 10.0")
+    assert solution.trusted == ("", "", "SCIP 10.0")
     assert solution.lower_bound[0] == 0
-    assert verify(problem, solution).basis == ("checked", "checked", "taken on the word of SCIP")
+    assert verify(problem, solution).basis == ("checked", "checked", "trusted: SCIP 10.0")
 
 
 def test_an_instance_of_another_kind_is_refused(tmp_path):

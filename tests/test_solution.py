@@ -70,11 +70,11 @@ def test_columns_and_traces_are_those_that_were_given():
     layer = problem()
     trace = solve(layer, "swap").trace
     mask = solve(layer, "wanda").mask
-    solution = Solution.of(layer, mask, trace=trace, vouched=("", "SCIP 10.0"))
+    solution = Solution.of(layer, mask, trace=trace, trusted=("", "SCIP 10.0"))
     assert solution.trace is trace
-    assert solution.columns()["vouched"] == ["", "SCIP 10.0"]
+    assert solution.columns()["trusted"] == ["", "SCIP 10.0"]
     plain = Solution.of(layer, mask)
-    assert plain.columns()["vouched"] == ["", ""]
+    assert plain.columns()["trusted"] == ["", ""]
     assert len(plain.columns()) == 5
 
 
@@ -97,7 +97,8 @@ def test_what_is_unknown_is_null_in_a_file(tmp_path):
     [
         {"seconds": 10**400}, {"seconds": "long"}, {"seconds": []},
         {"status": None}, {"status": ["feasible", "perfect"]},
-        {"vouched": 3}, {"trace": []}, {"trace": None}, {"trace": {"kind": "TreeTrace"}},
+        {"trusted": 3}, {"trace": []}, {"trace": None}, {"trace": {"kind": "TreeTrace"}},
+        {"trace": {"kind": "SearchTrace", "winner": []}},
     ],
     ids=lambda changes: str(changes)[:30],
 )  # fmt: skip

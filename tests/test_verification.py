@@ -100,7 +100,7 @@ def test_weights_that_are_kept_excuse_no_objective_and_no_optimum(large):
     assert_refused(problem, replace(best, objective=best.objective * 1.01), "objective: row 0")
     for bound in (0.0, 0.9):
         claimed = replace(best, status=(Status.OPTIMAL,), lower_bound=bound * best.objective)
-        assert_refused(problem, replace(claimed, vouched=WORDS[:1]), "optimal without proof")
+        assert_refused(problem, replace(claimed, trusted=WORDS[:1]), "optimal without proof")
 
 
 def test_costs_below_the_normal_numbers_are_not_zero():
@@ -128,7 +128,7 @@ def test_a_weight_of_a_row_that_prunes_nothing_excuses_no_sum_of_rows():
 @UNITS
 def test_a_bound_may_be_above_the_objective_by_what_float64_can_lose(unit):
     problem = large(unit)
-    honest = replace(solve(problem, "swap"), vouched=WORDS)
+    honest = replace(solve(problem, "swap"), trusted=WORDS)
     off = rounding(problem, honest.mask)
     verify(problem, replace(honest, lower_bound=honest.objective))
     verify(problem, replace(honest, lower_bound=honest.objective + WITHIN * off))
@@ -176,7 +176,7 @@ def test_a_bound_that_nothing_proves_may_be_rounding(unit):
 def test_optimal_needs_a_gap_closed_to_1e_6_of_the_objective(unit):
     problem = large(unit)
     best = solve(problem, "swap")
-    optimal = replace(best, status=(Status.FEASIBLE, Status.OPTIMAL), vouched=WORDS)
+    optimal = replace(best, status=(Status.FEASIBLE, Status.OPTIMAL), trusted=WORDS)
     off = torch.tensor([0.5, WITHIN * 1e-6], dtype=torch.float64)
     verify(problem, replace(optimal, lower_bound=best.objective * (1 - off)))
     off[1] = BEYOND * 1e-6
@@ -208,11 +208,11 @@ def test_swap_optimal_leaves_no_swap_above_1e_6_of_the_objective(unit):
 
 
 def test_optimal_implies_swap_optimal():
-    """Whoever vouches for the bound: where a swap improves, the claim is refuted."""
+    """Whoever is trusted with the bound: where a swap improves, the claim is refuted."""
     problem = large(1.0)
     start = solve(problem, "worst")
     forged = replace(
-        start, lower_bound=start.objective, status=(Status.OPTIMAL,) * 2, vouched=WORDS
+        start, lower_bound=start.objective, status=(Status.OPTIMAL,) * 2, trusted=WORDS
     )
     assert_refused(problem, forged, "row 0 claims optimal, yet keeping input")
 
@@ -221,7 +221,7 @@ def test_optimal_implies_swap_optimal():
 def test_a_bound_may_be_above_the_best_of_all_masks_by_1e_6_of_it(unit):
     problem = small(unit)
     optimum = solve(problem, "exhaustive").objective
-    worst = replace(solve(problem, "worst"), vouched=WORDS)
+    worst = replace(solve(problem, "worst"), trusted=WORDS)
     verify(problem, replace(worst, lower_bound=optimum * (1 + WITHIN * 1e-6)))
     assert_refused(
         problem,
@@ -246,7 +246,7 @@ def test_a_second_best_mask_that_no_swap_leaves_is_not_optimal(unit):
             mask,
             status=Status.OPTIMAL,
             lower_bound=best * (1 + min(off, 0.9) * 1e-6),
-            vouched=("SCIP 10.0",),
+            trusted=("SCIP 10.0",),
         )
         if passes:
             verify(problem, claimed)
@@ -262,7 +262,7 @@ def test_enumeration_allows_for_rounding_where_the_best_mask_costs_nothing(unit)
     verify(problem, replace(claimed, objective=off, lower_bound=off))
     other = Solution.of(problem, best.mask.flip(1))
     off = 10 * (rounding(problem, best.mask) + rounding(problem, other.mask))
-    worse = replace(other, lower_bound=off, vouched=WORDS)
+    worse = replace(other, lower_bound=off, trusted=WORDS)
     assert_refused(problem, worse, "row 0 .* a mask of objective")
 
 
@@ -275,7 +275,7 @@ def test_rows_of_one_mask_are_optimal(pattern):
         mask,
         status=Status.OPTIMAL,
         lower_bound=problem.objective(mask),
-        vouched=WORDS,
+        trusted=WORDS,
     )
     assert verify(problem, only, require="checked").checked
 
@@ -399,7 +399,7 @@ def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before
     assert_refused(problem, forged, "row 0 claims optimal without proof")
     forged = replace(forged, lower_bound=other.objective)
     assert_refused(problem, forged, "row 0 .* a mask of objective")
-    short = replace(best, lower_bound=best.objective - 4, vouched=("SCIP 10.0.0",), proof=None)
+    short = replace(best, lower_bound=best.objective - 4, trusted=("SCIP 10.0.0",), proof=None)
     assert_refused(problem, short, "row 0 claims optimal without proof")
     for solver in ("scip", "gurobi", "highs"):  # their tolerances are many values wide
         solution = solve(problem, solver)

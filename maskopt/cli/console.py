@@ -6,25 +6,39 @@ import _thread
 import logging
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
+
+from maskopt.errors import printable
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 #: status after Ctrl-C
 INTERRUPTED = 130
-#: a pipe or a file has no width: wide enough there for every table. Names and paths are printed as they are.
+#: nothing in a name or a path is markup
 _PLAIN = {"markup": False, "emoji": False}
+
+
+class _Printable(Console):
+    """A console that escapes control characters and line breaks in every text and cell that it prints: these
+    hold names, paths and messages out of files."""
+
+    def render_str(self, text: str, **given: Any) -> Text:
+        return super().render_str(printable(text), **given)
+
+
+#: a pipe or a file has no width: wide enough there for every table
 _at_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed
-output = Console(**_PLAIN) if _at_terminal else Console(width=120, **_PLAIN)  # type: ignore[arg-type]
-errors = Console(stderr=True, highlight=False)
+output = _Printable(width=None if _at_terminal else 120, **_PLAIN)  # type: ignore[arg-type]
+errors = _Printable(stderr=True, highlight=False)
 
 
 class _Notice(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        errors.print(record.getMessage(), style="dim")
+        errors.print(record.getMessage(), style="dim", markup=False)
 
 
 def show_compiling() -> None:

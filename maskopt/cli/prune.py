@@ -112,12 +112,12 @@ def told_of_resume(
         yield
     except (KeyboardInterrupt, LostRankError):
         if speaks():
-            told = (
-                f"{out}: {kept} kept; go on with\n{again('--resume')}"
+            lines = (
+                [f"{out}: {kept} kept; go on with", again("--resume")]
                 if unfinished(out)
-                else f"{out}: {none}; nothing of this run is kept"
+                else [f"{out}: {none}; nothing of this run is kept"]
             )
-            errors.print(told, soft_wrap=True, markup=False, emoji=False, highlight=False)
+            errors.print(*lines, sep="\n", soft_wrap=True, markup=False, emoji=False)
         raise
 
 

@@ -84,8 +84,8 @@ def check(instance: Path, solution: Path, require: Require, select: int | None =
     """What `maskopt verify INSTANCE SOLUTION` does and prints.
 
     Raises:
-        VerificationError: a claim that does not hold, or one that rests on a backend's word where
-            only checked ones are allowed.
+        VerificationError: a claim that does not hold, or one of a trusted solver where only checked
+            ones are allowed.
     """
     problem, found = load_problem(instance, select), Solution.load(solution)
     result = verify(problem, found, require=require)

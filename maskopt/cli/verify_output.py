@@ -49,15 +49,16 @@ def verify(
     require_checked: Annotated[
         bool,
         typer.Option(
-            "--require-checked", help="Of an instance: refuse what rests on a solver's word."
+            "--require-checked",
+            help="Of an instance: fail if a lower bound is only trusted to a solver.",
         ),
     ] = False,
     exact: Annotated[
         bool,
         typer.Option(
             "--exact",
-            help="Of an instance: decide lower bounds and optima in rational arithmetic as well, without "
-            "rounding; rows of up to 200 inputs.",
+            help="Of an instance: repeat the checks of lower bounds and optima in rational arithmetic. Needs "
+            "certificates or trees, unchanged weights and at most 200 inputs a row.",
         ),
     ] = False,
     select: Select = None,

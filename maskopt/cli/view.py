@@ -19,7 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 from maskopt.cli.console import errors, hush_compiling
-from maskopt.errors import OptionError
+from maskopt.errors import OptionError, printable
 
 LIVE, PLAIN, JSON, QUIET = "live", "plain", "json", "quiet"
 #: seconds before plain lines begin, and between two of them; where nothing is finished meanwhile, more
@@ -115,6 +115,7 @@ class LiveView(View):
         self._bars = Progress(
             TextColumn(
                 "{task.description}",
+                markup=False,
                 table_column=Column(ratio=3, no_wrap=True, overflow="ellipsis"),
             ),
             BarColumn(bar_width=None, table_column=Column(ratio=2)),
@@ -131,13 +132,13 @@ class LiveView(View):
     def take(self, step: Step) -> None:
         self._bars.update(
             self._task,
-            description=step.what,
+            description=printable(step.what),
             completed=step.done,
             total=step.total,
             share=f"{step.done / step.total:.0%}" if step.total else "",
             left="" if step.left is None else f"{clock(step.left)} left",
         )
-        self._note.plain = step.note
+        self._note.plain = printable(step.note)
 
     def say(self, line: str, **facts: Any) -> None:
         _print(line)

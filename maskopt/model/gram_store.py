@@ -205,20 +205,27 @@ class GramStore:
             for key in file.entries:
                 kind, leader, part = key.split("/")
                 states[kind].setdefault(leader, {})[part] = file.read(key)
-            restored = {
-                kind: {leader: Gram.restored(state, device) for leader, state in found.items()}
-                for kind, found in states.items()
-            }
+            restored: dict[str, dict[str, Gram]] = {_HELD: {}, "": {}}
+            for kind, found in states.items():
+                for leader, state in found.items():
+                    restored[kind][leader] = _restored(state, device, f"{path}: layer {leader!r}")
             held = None
             if _HELD in every:
                 held = Grams.restored(device, every[_HELD], restored[_HELD])
             return Grams.restored(device, every[""], restored[""], held)
-        except (KeyError, ValueError, ProblemError) as error:
+        except (KeyError, ValueError) as error:
             raise ModelError(f"{path}: holds no Gram matrices of format {FORMAT}") from error
 
     def bad(self, block: int) -> list[BadSample]:
         """The samples that were left out in a block."""
         return [BadSample(x["sample"], x["layer"]) for x in self._bad if x["block"] == block]
+
+
+def _restored(state: Mapping[str, torch.Tensor], device: torch.device, what: str) -> Gram:
+    try:
+        return Gram.restored(state, device)
+    except ProblemError as error:
+        raise ModelError(f"{what}: its Gram matrix was changed: {error}") from None
 
 
 def _is_whole(index: dict[str, Any]) -> bool:

@@ -318,6 +318,11 @@ def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
     return manifest
 
 
+def result_digest(manifest: Mapping[str, Any]) -> str:
+    """Of the files of a pruned model and of all that decided them: the same for every run that made them."""
+    return manifest_digest({name: manifest[name] for name in ("fingerprint", "files")})
+
+
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

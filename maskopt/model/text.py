@@ -6,12 +6,12 @@ perplexity) is in `maskopt.model.tokens`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from maskopt.errors import DataError, near
+from maskopt.files import from_json
 
 #: name → (dataset, configuration, data files by split, text column): the conventions of the field
 PRESETS: dict[str, tuple[str, str | None, dict[str, str] | None, str]] = {
@@ -81,15 +81,15 @@ def json_records(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of every line of a file of JSON lines that is not blank; `where` names file and line.
 
     Raises:
-        DataError: no such file, not UTF-8, or not JSON.
+        DataError: no such file, not UTF-8, not JSON, or half a character in its text.
     """
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = from_json(line)
+        except ValueError as error:
             raise DataError(f"{where}: not JSON ({error})") from None
         yield where, value
 

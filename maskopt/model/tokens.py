@@ -217,7 +217,7 @@ def _load_npy(path: Path) -> np.ndarray:
         found = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise DataError(f"{path}: not a NumPy array file ({error})") from None
     if not isinstance(found, np.ndarray):
         found.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import OptionError
-from maskopt.files import check_writable
+from maskopt.files import check_writable, from_json
 from maskopt.model.again import command_again
 from maskopt.model.blocks import short
 from maskopt.model.maskfile import MaskFile
@@ -21,6 +20,7 @@ from maskopt.model.report import (
     read_layers,
     read_manifest,
     read_parts,
+    result_digest,
     what_was_done,
 )
 from maskopt.model.workspace import MANIFEST, MASKS, plain_errors
@@ -41,6 +41,7 @@ class Pruned:
     parts: Sequence[PartReport]
     sparsity: float
     memory: Mapping[str, int | None]
+    digest: str
 
     @classmethod
     def open_all(cls, folders: Sequence[Path]) -> list[Pruned]:
@@ -61,7 +62,8 @@ class Pruned:
         parts = read_parts(manifest["parts"], path)
         sparsity = float(manifest["sparsity"])
         memory = manifest.get("memory", {})  # of folders of earlier versions nothing is known
-        return cls(folder, name, manifest["fingerprint"], layers, parts, sparsity, memory)
+        digest = result_digest(manifest)
+        return cls(folder, name, manifest["fingerprint"], layers, parts, sparsity, memory, digest)
 
     @property
     def solved(self) -> list[LayerReport]:
@@ -104,7 +106,7 @@ def write_report(
     check_writable(path, overwrite=overwrite, evaluation=evaluation, gaps=gaps)
     pruned = Pruned.open_all(outs)
     tables = [] if evaluation is None else [_perplexities(_records(evaluation, whole=True))]
-    last = [] if gaps is None else [_gaps(_records(gaps, whole=False))]
+    last = [] if gaps is None else [_gaps(gaps, pruned[0])]
     parts = report_parts(pruned, tables=tables, after=last, picture=picture)
     files = []
     if figures is not None:
@@ -372,21 +374,28 @@ def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _gaps(records: Sequence[Mapping[str, Any]]) -> Table:
+def _gaps(path: Path, one: Pruned) -> Table:
+    """Raises OptionError: no records of gaps, or those of another model."""
     table = Table(
         "How far from the best possible",
         ("layers", "rows", "median gap", "worst gap"),
-        note="Certified of sampled rows: no mask can lower a row's error by more than its gap.",
+        note=f"As {path.name} states of sampled rows: no mask can lower a row's error by more than its gap.",
     )
     kinds: dict[str, list[float]] = {}
+    records, models = _records(path, whole=False), set()
     try:
         for record in records:
+            models.add(record["model"])
             gap = math.inf if record["gap"] is None else float(record["gap"])
             kinds.setdefault(str(record["kind"]), []).append(gap)
     except (KeyError, TypeError, ValueError):
         raise OptionError(
             "`gaps`: is not what `maskopt certify --output FILE.jsonl` writes"
         ) from None
+    if models - {one.digest}:
+        raise OptionError(
+            f"`gaps`: {path} is of another model than {one.folder}; run `maskopt certify` on that folder"
+        )
     for kind, found in kinds.items():
         median, worst = statistics.median(found), max(found)
         table.add(short(kind), str(len(found)), f"{median:.1%}", f"{worst:.1%}")
@@ -401,7 +410,7 @@ def _records(path: Path, *, whole: bool) -> list[Mapping[str, Any]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if whole else [json.loads(line) for line in text.splitlines()]
+        found = from_json(text) if whole else [from_json(line) for line in text.splitlines()]
     except OSError as error:
         raise OptionError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError:

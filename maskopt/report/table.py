@@ -10,6 +10,13 @@ from dataclasses import dataclass, field
 import rich.table
 from rich.text import Text
 
+from maskopt.errors import printable
+
+
+def _text(cell: str) -> Text:
+    """No markup, and no control characters."""
+    return Text(printable(cell))
+
 
 def number(value: float | None, digits: int = 4) -> str:
     """`12.35`, `0.004021`, `1.2e+05`; `–` where there is nothing to say."""
@@ -38,15 +45,15 @@ class Table:
     def rich(self) -> rich.table.Table:
         """For `rich.print`."""
         table = rich.table.Table(
-            title=Text(self.title),
+            title=_text(self.title),
             title_justify="left",
-            caption=Text(self.note) if self.note else None,
+            caption=_text(self.note) if self.note else None,
         )
         for index, heading in enumerate(self.headings):
             justify = "left" if index < self.text_columns else "right"
-            table.add_column(Text(heading), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            table.add_column(_text(heading), justify=justify, no_wrap=True)  # type: ignore[arg-type]
         for row in self.rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*map(_text, row))
         return table
 
     def html(self) -> str:

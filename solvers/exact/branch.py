@@ -40,6 +40,7 @@ class Branch(RowSolver):
         start="needed",
         default_start="wanda",
         proves="optimality",
+        trusted=("branch of maskopt",),
         largest_n=512,
         refit=True,
         note="branch and bound on the QCR form of the SDP bound; proves up to about 256 inputs, of "
@@ -56,7 +57,7 @@ class Branch(RowSolver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
         assert start is not None
-        word = f"branch of maskopt {maskopt.__version__}"
+        word = f"{self.capabilities.trusted[0]} {maskopt.__version__}"
         if problem.refit is not None:
             if self.proof:
                 raise OptionError(

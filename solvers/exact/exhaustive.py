@@ -44,6 +44,7 @@ class Exhaustive(Solver):
         devices=("cpu",),
         start="ignored",
         proves="optimality",
+        trusted=("enumeration of maskopt",),
         refit=True,
         pooled=True,
         note=f"enumerates, up to {COMBINATION_LIMIT:,} masks a row",
@@ -89,13 +90,13 @@ def _solution(
 ) -> Solution:
     """Rows of which all masks were seen are optimal."""
     done, cost = complete.tolist(), problem.objective(mask)
-    word = f"enumeration of maskopt {maskopt.__version__}"
+    word = f"{Exhaustive.capabilities.trusted[0]} {maskopt.__version__}"
     return Solution.of(
         problem,
         mask,
         status=[Status.OPTIMAL if row else Status.FEASIBLE for row in done],
         lower_bound=torch.where(complete, cost, 0.0),
-        vouched=[word if row and c > 0 else "" for row, c in zip(done, cost.tolist(), strict=True)],
+        trusted=[word if row and c > 0 else "" for row, c in zip(done, cost.tolist(), strict=True)],
         trace=TreeTrace(
             ended=tuple("optimal" if row else "timelimit" for row in done),
             nodes=seen,

@@ -49,6 +49,7 @@ class Gurobi(RowSolver):
         start="needed",
         default_start="wanda",
         proves="optimality",
+        trusted=("Gurobi",),
         largest_n=512,
         refit=True,
         note="optional gurobipy; proves up to about 96 inputs, of refitted weights 20",
@@ -72,7 +73,7 @@ class Gurobi(RowSolver):
         import gurobipy
 
         assert start is not None
-        word = f"Gurobi {'.'.join(map(str, gurobipy.gurobi.version()))}"
+        word = f"{self.capabilities.trusted[0]} {'.'.join(map(str, gurobipy.gurobi.version()))}"
         if problem.refit is not None:
             return solve_refitted(self, problem, start, limits, search_refitted, word)
         return self.solve_rows(problem, start, limits, search_row, word)

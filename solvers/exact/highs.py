@@ -41,6 +41,7 @@ class Highs(RowSolver):
         start="needed",
         default_start="wanda",
         proves="optimality",
+        trusted=("HiGHS",),
         # the n²/2 products are too many for a simplex beyond
         largest_n=128,
         note="optional highspy, linearised; proves up to about 48 inputs",
@@ -61,7 +62,7 @@ class Highs(RowSolver):
             highspy.HIGHS_VERSION_MINOR,
             highspy.HIGHS_VERSION_PATCH,
         )
-        word = "HiGHS " + ".".join(map(str, version))
+        word = f"{self.capabilities.trusted[0]} {'.'.join(map(str, version))}"
         return self.solve_rows(problem, start, limits, search_row, word)
 
 

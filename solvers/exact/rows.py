@@ -181,7 +181,7 @@ class RowSolver(Solver):
 
         Args:
             search: of one row; importable by its qualified name, for worker processes.
-            word: who vouches for its bounds, such as `SCIP 10.0`.
+            word: name and version of the solver that is trusted with its bounds, such as `SCIP 10.0`.
             kind: of the tasks, with fields of its own.
         """
         tasks = [
@@ -294,7 +294,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
     certificate, proven = _certified(problem, answers)
     proof, by_tree = _proofs(problem, answers)
     proven = proven.maximum(by_tree)
-    bound, status, vouched = [], [], []
+    bound, status, trusted = [], [], []
     for row, answer in enumerate(answers):
         cost = float(objective[row])
         checked = answer.proof is not None or _rests_on_certificate(answer)
@@ -309,7 +309,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
         optimal = closed and answer.ended in ("optimal", "presolved")
         bound.append(value)
         status.append(Status.OPTIMAL if optimal else Status.FEASIBLE)
-        vouched.append("" if checked or value <= 0 else word)
+        trusted.append("" if checked or value <= 0 else word)
     return Solution.of(
         problem,
         mask,
@@ -318,7 +318,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
         trace=_trace(answers),
         certificate=certificate,
         proof=proof,
-        vouched=vouched,
+        trusted=trusted,
     )
 
 

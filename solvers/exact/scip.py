@@ -54,6 +54,7 @@ class Scip(RowSolver):
         start="needed",
         default_start="wanda",
         proves="optimality",
+        trusted=("SCIP", "presolve of maskopt and SCIP"),
         largest_n=512,
         refit=True,
         note="integer programming; proves up to about 128 inputs, beyond that a gap; of refitted weights 20",
@@ -84,24 +85,26 @@ class Scip(RowSolver):
                 start,
                 limits,
                 search_refitted,
-                _version(),
+                self._word(),
                 ScipRefitTask,
                 verbose=self.verbose,
             )
-        word = _version()
-        if self.presolve and self.formulation == "qcr":
-            word += " after a presolve of maskopt"
         return self.solve_rows(
             problem,
             start,
             limits,
             search_row,
-            word,
+            self._word(presolved=self.presolve and self.formulation == "qcr"),
             ScipTask,
             formulation=self.formulation,
             presolve=self.presolve,
             verbose=self.verbose,
         )
+
+    def _word(self, *, presolved: bool = False) -> str:
+        from pyscipopt import Model
+
+        return f"{self.capabilities.trusted[presolved]} {Model().version()}"
 
     def write_instance(
         self,
@@ -199,9 +202,3 @@ def _separable(task: ScipTask) -> RowAnswer | None:
     return RowAnswer(
         pruned, "presolved", bound=cost, root_bound=cost, certificate=certificate, certified=cost
     )
-
-
-def _version() -> str:
-    from pyscipopt import Model
-
-    return f"SCIP {Model().version()}"

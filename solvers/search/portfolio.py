@@ -129,7 +129,7 @@ def merge(
         lower_bound=bound,
         status=tuple(status),
         certificate=_certificate(one, other, higher),
-        vouched=_words(one, other, higher),
+        trusted=_names(one, other, higher),
     )
     return merged, better
 
@@ -139,12 +139,12 @@ def _unrefuted(solution: Solution, most: Float[Tensor, " rows"]) -> Solution:
     refuted = (solution.lower_bound > most).tolist()
     if not any(refuted):
         return solution
-    words = _vouched(solution)
+    names = _trusted(solution)
     for row, wrong in enumerate(refuted):
         if wrong:
             _log.warning(
                 "row %d: a lower bound of %.9g (%s) is above the cost %.9g of a mask; it is dropped",
-                row, float(solution.lower_bound[row]), words[row] or "certified", float(most[row]),
+                row, float(solution.lower_bound[row]), names[row] or "certified", float(most[row]),
             )  # fmt: skip
     return replace(
         solution,
@@ -153,35 +153,35 @@ def _unrefuted(solution: Solution, most: Float[Tensor, " rows"]) -> Solution:
             Status.FEASIBLE if wrong and status is Status.OPTIMAL else status
             for wrong, status in zip(refuted, solution.status, strict=True)
         ),
-        vouched=tuple("" if wrong else word for wrong, word in zip(refuted, words, strict=True)),
+        trusted=tuple("" if wrong else name for wrong, name in zip(refuted, names, strict=True)),
     )
 
 
-def _vouched(solution: Solution) -> tuple[str, ...]:
-    return solution.vouched or ("",) * len(solution.status)
+def _trusted(solution: Solution) -> tuple[str, ...]:
+    return solution.trusted or ("",) * len(solution.status)
 
 
 def _rather(one: Solution, other: Solution) -> Bool[Tensor, " rows"]:
-    """Where the other's bound is the higher one, or as high and not on anybody's word."""
-    words = zip(_vouched(one), _vouched(other), strict=True)
-    sounder = torch.tensor([bool(a) and not b for a, b in words], device=one.mask.device)
+    """Where the other's bound is the higher one, or as high and proven while this one's is trusted."""
+    names = zip(_trusted(one), _trusted(other), strict=True)
+    sounder = torch.tensor([bool(a) and not b for a, b in names], device=one.mask.device)
     equal = other.lower_bound == one.lower_bound
     return (other.lower_bound > one.lower_bound) | (equal & sounder)
 
 
 def _certificate(one: Solution, other: Solution, higher: Tensor) -> Certificate | None:
     """Of every row that of its bound. Where only one of the two has any, it is kept throughout: a row
-    whose bound is the other's rests on that one's word, and what the certificate proves of it is less."""
+    whose bound is the other's trusts that solver, and what the certificate proves of it is less."""
     found = [c for c in (one.certificate, other.certificate) if isinstance(c, Certificate)]
     if len(found) < 2:
         return found[0] if found else None
     return Certificate.choose(higher, *found)
 
 
-def _words(one: Solution, other: Solution, higher: Tensor) -> tuple[str, ...]:
-    """Per row who vouches for its bound; empty where nobody does for any."""
-    words = tuple(
+def _names(one: Solution, other: Solution, higher: Tensor) -> tuple[str, ...]:
+    """Per row the solver that is trusted with its bound; empty where none is with any."""
+    names = tuple(
         b if h else a
-        for h, a, b in zip(higher.tolist(), _vouched(one), _vouched(other), strict=True)
+        for h, a, b in zip(higher.tolist(), _trusted(one), _trusted(other), strict=True)
     )
-    return words if any(words) else ()
+    return names if any(names) else ()
