@@ -37,8 +37,8 @@ def many_cuts(groups, size, copies, part=0.99):
     """Of every pair (2g, 2g + 1) the cut 4pᵢpⱼ ≥ 0, which 1:2 masks meet with equality: once with the
     multiplier `size`, then many times with less than half a unit in its last place.
 
-    Added one after the other to 2·size, the linear terms of the copies are lost, and those that cancel them
-    are not: by rounding alone Σ τ c(p) is 2·copies·τ too small wherever pᵢ + pⱼ = 1.
+    Added one after the other to 2·size, the linear terms of the copies are lost, and the terms that cancel
+    them are not: by rounding alone Σ τ c(p) is 2·copies·τ too small wherever pᵢ + pⱼ = 1.
     """
     index, sign, multiplier = [], [], []
     for group in groups:

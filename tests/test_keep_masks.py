@@ -423,7 +423,7 @@ def another_block(folder: Path) -> None:
 
 
 def with_dense_weights(folder: Path) -> None:
-    """The configuration names other weights than those that are looked at."""
+    """The configuration names other weights than the files that were checked."""
     shutil.copy(folder / "model.safetensors", folder / "dense.safetensors")
     configured(transformers_weights="dense.safetensors")(folder)
 
