@@ -70,12 +70,18 @@ def verify(
         ),
     ] = None,
 ) -> None:
-    """Check a pruned model: files, exact counts of every row, zeros, bit-identity to the original; or one
-    that was made smaller: what was cut, and that nothing else was changed. Or, with
-    --masks, a pruned model that was trained on: its zeros. Or an instance and its solution: everything that
-    is claimed of the masks.
+    """Check a pruned model, a solution of an instance, or a pruned model that was trained further.
 
-    What only the calibration text can show is called claimed.
+    A pruned model: files, the counts of every row, zeros, and with --against
+    that kept weights equal the original's; of a smaller model what was cut.
+    What needs a calibration text and has none is reported as claimed.
+
+    An instance and its solution: objectives, statuses and lower bounds.
+    Bounds that a solver is only trusted with are named.
+
+    With --masks: the zeros of a model that was trained further.
+
+    The exit status is 1 where something does not hold.
     """
     if masks is not None:
         trusted = options.pop("trust_remote_code")
