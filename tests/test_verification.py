@@ -103,6 +103,19 @@ def test_weights_that_are_kept_excuse_no_objective_and_no_optimum(large):
         assert_refused(problem, replace(claimed, trusted=WORDS[:1]), "optimal without proof")
 
 
+def test_weights_that_nearly_cancel_are_not_optimal_without_a_bound():
+    """What is left of the sum is small, and far above what float64 can lose of it."""
+    problem, _ = cancelling(1.0)
+    weight = problem.weight.clone()
+    weight[:, 1::4] *= 1 + 1e-6
+    problem = LayerProblem(weight, problem.gram, problem.pattern)
+    best = solve(problem, "swap", start=(torch.arange(40) % 4 > 1).expand(2, 40))
+    assert bool((best.objective < 1e-12 * problem.diagonal_mass()).all())
+    assert bool((best.objective > 2 * rounding(problem, best.mask)).all())
+    claimed = replace(best, status=(Status.OPTIMAL,) * 2)
+    assert_refused(problem, claimed, "claims optimal without proof")
+
+
 def test_costs_below_the_normal_numbers_are_not_zero():
     weight = random_weight(1, 24, 3, torch.float64) * 1e-156
     problem = LayerProblem(weight, random_gram(24, "full", 7), Unstructured(keep=12))
