@@ -322,15 +322,15 @@ class LayerProblem:
         """The most that float64 can lose of the error of weights v [rows, n], float64 [rows].
 
         γ (Σᵢⱼ |xᵢAᵢⱼxⱼ| + 2|x|ᵀ|g| + c) with x = w − v and γ = 4(n + 8)·2⁻⁵³ covers sums and products in any
-        order (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1); and the least number
-        of float64 for each of n terms. Only terms of the sum count: for v = w⊙m the pruned weights.
+        order (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1); n·2⁻¹⁰⁷⁴(1 + Σ|xᵢ|)
+        covers underflow. Only terms of the sum count: for v = w⊙m the pruned weights.
         """
-        lost = self._size((self.weight.double() - weight).abs())
-        found = 4 * (self.n + 8) * 2.0**-53 * lost
+        lost = (self.weight.double() - weight).abs()
+        found = 4 * (self.n + 8) * 2.0**-53 * self._size(lost)
         if self.refit is not None:  # F is least there, so what the solve is off by counts squared
             found += _SOLVED**2 * self._size(self.weight.double().abs())
         # where the sizes leave float64, nothing is excused
-        return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074
+        return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074 * (1 + lost.sum(1))
 
     def _size(self, lost: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         """The absolute values of all terms of an error, summed."""

@@ -412,6 +412,8 @@ def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before
     assert_refused(problem, forged, "row 0 claims optimal without proof")
     forged = replace(forged, lower_bound=other.objective)
     assert_refused(problem, forged, "row 0 .* a mask of objective")
+    low = replace(best, objective=best.objective - 4, lower_bound=best.objective - 4)
+    assert_refused(problem, low, "objective: row 0")
     short = replace(best, lower_bound=best.objective - 4, trusted=("SCIP 10.0.0",), proof=None)
     assert_refused(problem, short, "row 0 claims optimal without proof")
     for solver in ("scip", "gurobi", "highs"):  # their tolerances are many values wide
