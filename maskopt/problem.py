@@ -59,8 +59,8 @@ from maskopt.values import MOST_WHOLE, Values, values_of
 
 #: columns of G that are brought to float64 at a time when an objective is computed
 _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
-#: relative error of updated weights, solved for in float64
-_SOLVED = 1e-12
+#: relative error of updated weights that a solve in float64 may leave
+_SOLVED = 1e-8
 _POSED_REFIT = (
     "somebody's quadratic objective has no weights that could be refitted; take `weights` keep"
 )

@@ -13,19 +13,24 @@ from safetensors.torch import load_file
 from tiny_models import edit_json, save, tiny, tokens
 
 from maskopt import remove_blocks, remove_experts, shrink_model
-from maskopt.errors import VerificationError
+from maskopt.errors import ModelError, VerificationError
 from maskopt.model import remove_blocks as removal
 from maskopt.model.verify_smaller import verify_smaller
 from maskopt.model.workspace import MANIFEST
 
 
 def test_a_link_out_of_the_original_is_no_file_of_it(tmp_path: Path) -> None:
-    """It is not copied, as `maskopt prune` copies none."""
+    """No run copies it, and none begins with it there."""
     dense = save(tiny("llama"), tmp_path / "dense")
     (tmp_path / "vocab.txt").write_text("elsewhere")
+    options = {"output": tmp_path / "out", "channels": 0.25, "solver": "wanda"}
     (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
-    shrink_model(dense, tokens(6), output=tmp_path / "out", channels=0.25, solver="wanda")
-    assert not (tmp_path / "out" / "vocab.txt").exists()
+    with pytest.raises(ModelError, match=r"vocab\.txt: is a link out of the model folder"):
+        shrink_model(dense, tokens(6), **options)
+    assert not (tmp_path / "out").exists()
+    (dense / "vocab.txt").unlink()
+    shrink_model(dense, tokens(6), **options)
+    (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
     assert "other tensors" in verify_smaller(tmp_path / "out", dense).checked
 
 
