@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.certificate import NO_INPUT, OF_Z0, Certificate, Cuts, check_cuts
+from maskopt.certificate import NO_INPUT, OF_Z0, Certificate, Cuts
 from maskopt.errors import VerificationError
 from maskopt.problem import LayerProblem
-from maskopt.proof import NO_FORM, RowProof
+from maskopt.proof import RowProof
 from maskopt.proof_check import TreeCheck
 
 #: entries of a matrix up to which n³/3 operations on growing integers end within minutes
@@ -264,15 +264,8 @@ class ExactTreeCheck(TreeCheck):
                 return False
         return True
 
-    def _form(self, number: int, above: Any, free: np.ndarray) -> Any:
-        """As `TreeCheck._form`."""
-        if number == NO_FORM or len(free) == 0:
-            return None
-        if above is not None and above.number == number:
-            return above
-        part = slice(*self.first_cut[number : number + 2])
-        cuts = Cuts(*(torch.from_numpy(x[part]) for x in self._cuts()))
-        check_cuts(cuts, self.n, self.row)
+    def _made(self, number: int, free: np.ndarray, cuts: Cuts) -> Any:
+        """As `TreeCheck._made`."""
         form = _without(self.f, cuts)
         lam, mu = rational(self.tree.forms[number]), Fraction(self.tree.penalty)
         matrix, linear = form.matrix.copy(), form.linear.copy()

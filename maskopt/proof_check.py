@@ -31,7 +31,7 @@ Nothing here is shared with the search (`maskopt.solvers.exact.branch`) that mak
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -165,7 +165,7 @@ class TreeCheck:
             groups[(ones + free == self.pruned)[:, None] & (groups < 0)] = 1
         return True
 
-    def _form(self, number: int, above: _Form | None, free: np.ndarray) -> _Form | None:
+    def _form(self, number: int, above: Any, free: np.ndarray) -> Any:
         """A form where `free` are free. What is semidefinite at a node is so below it."""
         if number == NO_FORM or len(free) == 0:
             return None
@@ -174,6 +174,10 @@ class TreeCheck:
         part = slice(*self.first_cut[number : number + 2])
         cuts = Cuts(*(torch.from_numpy(x[part]) for x in self._cuts()))
         check_cuts(cuts, self.n, self.row)
+        return self._made(number, free, cuts)
+
+    def _made(self, number: int, free: np.ndarray, cuts: Cuts) -> Any:
+        """The form, in this checker's arithmetic."""
         cut = cut_form(cuts, self.n, torch.zeros(1).double())
         q = self.q if cut.matrix is None else self.q - cut.matrix.numpy()
         own, penalty, group = self.tree.forms[number][free], self.tree.penalty, free // self.group
