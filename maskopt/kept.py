@@ -19,8 +19,8 @@ _log = logging.getLogger("maskopt.kept")
 class Kept:
     """The folder `<output>.rows`, which holds a solution for the key of every finished job.
 
-    Anybody can write into that folder, so nothing in it is trusted: a solution that `verify` refuses is
-    dropped, and its job runs again. Without an output it keeps nothing.
+    Anybody can write into that folder, so a solution that `verify` refuses is dropped, and its job runs
+    again. A bound that nothing proves stays named as trusted. Without an output it keeps nothing.
     """
 
     def __init__(self, output: Path | None) -> None:
