@@ -11,6 +11,14 @@ from typer.testing import CliRunner
 
 from maskopt.cli import app
 
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+
+def import_path(file: str) -> str:
+    """PYTHONPATH of a worker process that imports what this test file defines."""
+    return os.pathsep.join([os.path.dirname(file), str(TESTS)])
+
 
 def run(*arguments: object, fails: type[Exception] | None = None) -> str:
     """What the command prints, or says of the exception that it must end with."""

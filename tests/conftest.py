@@ -12,6 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when torch loads OpenMP: the threads of two test workers that spin at each other's barriers on
 # the same cores made batched factorisations 25 times slower than threads that sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# the models and rows of tests are too small for more; as many workers as cores use the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -33,19 +35,29 @@ _COMMON: dict[str, Any] = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 #: the same cases every time: a change fails by its own fault alone
-settings.register_profile("suite", max_examples=60, derandomize=True, **_COMMON)
+settings.register_profile("suite", max_examples=20, derandomize=True, **_COMMON)
+settings.register_profile("slow", max_examples=60, derandomize=True, **_COMMON)
 #: fresh cases, and how to draw a failing one again: pytest -m hypothesis --hypothesis-profile=explore
 settings.register_profile(
     "explore", max_examples=300, derandomize=False, print_blob=True, **_COMMON
 )
-settings.load_profile("suite")
 
 
-#: files that take minutes
-LONG = {
-    "test_model_resume", "test_notebooks", "test_proof", "test_ranks", "test_refit_bound",
-    "test_solver_values", "test_triton_compile",
-}  # fmt: skip
+#: files that take longest
+LONG = {"test_model_resume", "test_notebooks", "test_proof", "test_ranks", "test_refit_bound"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow",
+        action="store_true",
+        help="run the tests marked slow as well, and 60 examples of each property in place of 20",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--hypothesis-profile"):
+        settings.load_profile("slow" if config.getoption("--slow") else "suite")
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +119,11 @@ def pruned_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     # left for the end, one of these would keep a single worker busy
     items.sort(key=lambda item: item.path.stem not in LONG)
     if torch.cuda.is_available():

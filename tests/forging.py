@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,21 @@ from maskopt.model.safefile import open_safe
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST, MASKS
 
+TELLING: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    10**20,
+    1.5,
+    "",
+    "../../x",
+    "nm",
+    [],
+    {},
+    ["x"],
+    {"kind": "block"},
+)
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -110,3 +127,23 @@ def prune_by(
         save_file(original, path, metadata={"format": "pt"})
     write_masks(result / MASKS, masks)
     forge_manifest(result)
+
+
+def forged(value: Any, generator: random.Random) -> Any:
+    """The JSON value with one thing in it, at any depth, replaced by a telling one or left out."""
+    if not isinstance(value, dict | list) or not value or generator.random() < 0.1:
+        return copy.deepcopy(generator.choice(TELLING))
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    changed, key = copy.copy(value), generator.choice(keys)
+    if generator.random() < 0.1:
+        del changed[key]
+    else:
+        changed[key] = forged(value[key], generator)
+    return changed
+
+
+def signed(record: Any) -> dict[str, Any]:
+    """The digests of journals and manifests are no secret."""
+    rest = {k: v for k, v in record.items() if k != "sha256"} if isinstance(record, dict) else {}
+    text = json.dumps(rest, sort_keys=True).encode()
+    return {**rest, "sha256": hashlib.sha256(text).hexdigest()}

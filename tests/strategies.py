@@ -6,11 +6,19 @@ columns), with duplicate inputs, diagonal, and badly scaled by outlier features.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskopt import NM, LayerProblem, Linear, Refit, Unstructured
+from maskopt import (
+    NM,
+    LayerProblem,
+    Linear,
+    Refit,
+    RowProblem,
+    Unstructured,
+)
 from maskopt.pattern import Pattern
 
 HALF = Unstructured(sparsity=0.5)
@@ -96,3 +104,14 @@ def problems(
     weight, pattern = random_weight(rows, n, seed + 1, dtype), draw(patterns(n))
     part = random_linear(weight, gram, seed + 2) if linear and draw(st.booleans()) else None
     return LayerProblem(weight, gram, pattern, linear=part)
+
+
+def graph(
+    n: int = 14, chance: float = 0.5, keep: int = 7, seed: int = 0, integral: bool = True
+) -> LayerProblem:
+    """Densest subgraph: the pruned vertices are those of the cluster."""
+    upper = np.triu(np.random.default_rng(seed).random((n, n)) < chance, 1)
+    adjacent = (upper | upper.T).astype(float)
+    shift = np.ceil(np.linalg.eigvalsh(adjacent)[-1])
+    gram = shift * np.eye(n) - adjacent
+    return RowProblem(np.ones(n), gram, Unstructured(keep=keep), integral=integral).as_layer()

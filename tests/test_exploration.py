@@ -4,11 +4,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from commands import TESTS
 
-TESTS = Path(__file__).parent
 SUITE = """
 from hypothesis import given, settings, strategies
 
@@ -27,8 +26,10 @@ def test_draws(number):
 """
 
 
-@pytest.mark.parametrize("options", [(), ("--hypothesis-profile=explore",)])
-def test_the_profile_decides_which_cases_are_drawn(options, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "examples"), [((), 20), (("--slow",), 60), (("--hypothesis-profile=explore",), 300)]
+)
+def test_the_profile_decides_which_cases_are_drawn(options, examples, tmp_path):
     (tmp_path / "test_case.py").write_text(SUITE)
     environment = {
         **os.environ,
@@ -38,8 +39,8 @@ def test_the_profile_decides_which_cases_are_drawn(options, tmp_path):
     command = [sys.executable, "-m", "pytest", "-s", "-p", "conftest", *options, "test_case.py"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "1 failed, 1 passed" in result.stdout, result.stdout + result.stderr
-    explores = bool(options)
-    assert f"derandomize {not explores} {300 if explores else 60}" in result.stdout
+    explores = examples == 300
+    assert f"derandomize {not explores} {examples}" in result.stdout
     assert len(re.findall("drawn", result.stdout)) > 1
     if explores:
         assert "@reproduce_failure(" in result.stdout

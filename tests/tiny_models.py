@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+
+from maskopt.model.side_by_side import EVERY
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -264,3 +267,22 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def logs(model: nn.Module, ids: torch.Tensor, every: int = EVERY) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(ids).logits
+    return torch.log_softmax(logits[:, every - 1 :: every].double(), -1)
+
+
+def inputs_of(model: Any, name: str, data: Tensor) -> Tensor:
+    """What a linear layer is given, [tokens, n], float64."""
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda _, args, out: seen.append(args[0].detach().flatten(0, 1))
+    )
+    with torch.no_grad():
+        for window in data:
+            model(window[None])
+    hook.remove()
+    return torch.cat(seen).double()

@@ -1,0 +1,32 @@
+"""Runs that are interrupted on purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tokens
+
+from maskopt import prune_model
+from maskopt.model.progress import BlockProgress
+
+OPTIONS: dict[str, Any] = {
+    "sparsity": 0.5,
+    "solver": "elimination",
+    "warm_start": "wanda",
+    "min_tokens": 1,
+}
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupted(dense: Path, out: Path, block: int, stage: str, **options: Any) -> None:
+    def stop(event: BlockProgress) -> None:
+        if (event.block, event.stage) == (block, stage) and event.done:
+            raise Stop
+
+    with pytest.raises(Stop):
+        prune_model(dense, tokens(), output=out, on_progress=stop, **{**OPTIONS, **options})
