@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from maskopt.model.report import (
     read_parts,
     write_manifest,
 )
-from maskopt.model.source import FolderSource, MemorySource
+from maskopt.model.source import FolderSource, MemorySource, Source
 from maskopt.model.unchanged import Unchanged
 from maskopt.model.workspace import (
     CARD,
@@ -63,39 +63,6 @@ class FinishedBlock:
     parts: list[PartReport]
     bad: list[dict[str, Any]]
     edits: Edits
-
-
-class Run(Protocol):
-    """Takes the masks and the new weights of each block and, at the end, makes the result."""
-
-    masks: dict[str, Tensor]
-
-    def opened(self, fingerprint: Mapping[str, Any]) -> Any: ...
-
-    def activation_folder(self) -> Path | None: ...
-
-    def done(self, index: int) -> FinishedBlock | None: ...
-
-    def add(
-        self,
-        index: int,
-        layers: Sequence[LayerReport],
-        parts: Sequence[PartReport],
-        bad: Sequence[dict[str, Any]],
-        masks: Mapping[str, tuple[Layer, Tensor]],
-        weights: Mapping[str, tuple[Layer, Tensor]],
-        vectors: Mapping[str, Tensor],
-    ) -> None:
-        """Layers of a block that is done.
-
-        Args:
-            masks: bool [rows, n] by name, True = kept.
-            weights: float64 [rows, n] of those that were refitted or trained, zero where pruned.
-            vectors: norms and biases that were trained, by the tensor's name, as it is stored.
-        """
-        ...
-
-    def finish(self, report: PruneReport, pattern: Pattern) -> None: ...
 
 
 class FolderRun:
@@ -189,6 +156,13 @@ class FolderRun:
         weights: Mapping[str, tuple[Layer, Tensor]],
         vectors: Mapping[str, Tensor],
     ) -> None:
+        """Keep what was found of a block.
+
+        Args:
+            masks: bool [rows, n] by name, True = kept.
+            weights: float64 [rows, n] of those that were refitted or trained, zero where pruned.
+            vectors: norms and biases that were trained, by the tensor's name, as it is stored.
+        """
         self.model.check()
         path = self._path(index, "masks")
         write_masks(path, self.source.stored(index, masks))
@@ -316,6 +290,37 @@ class MemoryRun:
         files = {file.name: file_digest(file) for file in listed}
         write_manifest(staging / MANIFEST, report, files, _tensors(masks, pattern))
         self.work.commit()
+
+
+#: takes the masks and the new weights of each block and, at the end, makes the result
+Run = FolderRun | MemoryRun
+
+
+def start_run(
+    source: Source,
+    layers: Sequence[Layer],
+    output: Path | None,
+    *,
+    tokenizer: Any,
+    overwrite: bool,
+    resume: bool,
+    ranks: Ranks,
+) -> Run:
+    """Where the masks of a prune go.
+
+    Raises:
+        ModelError: such a model cannot be written there, or not be resumed.
+    """
+    if isinstance(source, FolderSource):
+        if output is None:
+            raise ModelError("pruning a model folder needs an output folder: name `output`")
+        return FolderRun(source, layers, output, overwrite=overwrite, resume=resume, ranks=ranks)
+    assert isinstance(source, MemorySource)
+    if resume:
+        raise ModelError("`resume` needs a model folder; a model in memory is pruned in one go")
+    if ranks.size > 1:
+        raise ModelError("several processes prune a model folder; save the model first")
+    return MemoryRun(source, output, tokenizer, overwrite)
 
 
 def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport | None:

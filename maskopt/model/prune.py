@@ -29,7 +29,7 @@ from maskopt.model.importance import MEASURED
 from maskopt.model.job import Job, open_job
 from maskopt.model.journal import differences, in_words
 from maskopt.model.options import RECONSTRUCT, PruneOptions, prune_options
-from maskopt.model.output import Run, finished_report, recorded_counts
+from maskopt.model.output import Run, finished_report, recorded_counts, start_run
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.prune_layer import prune_layers
@@ -104,8 +104,14 @@ def prune_model(
     job.source.blocks.check_unshared(job.layers)
     if store is not None:
         store.check_model(job)
-    run = job.source.start_run(
-        job.layers, target, tokenizer=tokenizer, overwrite=overwrite, resume=resume, ranks=ranks
+    run = start_run(
+        job.source,
+        job.layers,
+        target,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        resume=resume,
+        ranks=ranks,
     )
     if options.layers_trade and not options.counts:
         options = _with_counts(job, options, target if resume else None)

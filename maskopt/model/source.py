@@ -6,10 +6,9 @@ inside which the weights of one block are. The rest of the pipeline knows only t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +27,8 @@ from maskopt.model.loading import (
     share_equal,
 )
 from maskopt.model.maskfile import TensorMask
-from maskopt.model.ranks import Ranks
 from maskopt.model.stored_masks import stored_masks, stored_values
 from maskopt.model.transformers_adapter import set_eager_experts
-
-if TYPE_CHECKING:
-    from maskopt.model.output import Run
 
 
 class Source(Protocol):
@@ -91,23 +86,6 @@ class Source(Protocol):
         """Bytes of the blocks' weights that are in memory at the peak."""
         ...
 
-    def start_run(
-        self,
-        layers: Sequence[Layer],
-        output: Path | None,
-        *,
-        tokenizer: Any,
-        overwrite: bool,
-        resume: bool,
-        ranks: Ranks,
-    ) -> Run:
-        """Where the masks of a prune go.
-
-        Raises:
-            ModelError: such a model cannot be written there, or not be resumed.
-        """
-        ...
-
 
 class MemorySource:
     """A model that is in memory as a whole; pruning changes it in place."""
@@ -157,24 +135,6 @@ class MemorySource:
 
     def block_memory(self) -> int:
         return sum(p.nbytes for block in self.blocks.modules for p in block.parameters())
-
-    def start_run(
-        self,
-        layers: Sequence[Layer],
-        output: Path | None,
-        *,
-        tokenizer: Any,
-        overwrite: bool,
-        resume: bool,
-        ranks: Ranks,
-    ) -> Run:
-        from maskopt.model.output import MemoryRun
-
-        if resume:
-            raise ModelError("`resume` needs a model folder; a model in memory is pruned in one go")
-        if ranks.size > 1:
-            raise ModelError("several processes prune a model folder; save the model first")
-        return MemoryRun(self, output, tokenizer, overwrite)
 
 
 class FolderSource:
@@ -296,22 +256,6 @@ class FolderSource:
             sum(p.numel() for p in block.parameters()) * working for block in self.blocks.modules
         )
         return largest + (largest * stored // working if stored != working else 0)
-
-    def start_run(
-        self,
-        layers: Sequence[Layer],
-        output: Path | None,
-        *,
-        tokenizer: Any,
-        overwrite: bool,
-        resume: bool,
-        ranks: Ranks,
-    ) -> Run:
-        from maskopt.model.output import FolderRun
-
-        if output is None:
-            raise ModelError("pruning a model folder needs an output folder: name `output`")
-        return FolderRun(self, layers, output, overwrite=overwrite, resume=resume, ranks=ranks)
 
 
 def as_stored(source: Source, layer: Layer, weight: Tensor) -> Tensor:

@@ -82,12 +82,7 @@ def calibration_windows(
         return token_windows(source, "token tensor")
     if _is_npy(source):
         return token_windows(_load_npy(Path(source)), Path(source).name)
-    if isinstance(source, str | Path):
-        documents, words = read_documents(source, field=field), _describe(source)
-    else:
-        documents, words = [text for text in source if text.strip()], "given documents"
-        if not documents:
-            raise DataError("calibration: there is no text in the given documents")
+    documents, words = _documents("calibration", source, field)
     begin, length = _room(tokenizer, bos, seq_len)
     tokenize = whole_tokens if bos == "never" else plain_tokens
     generator = random.Random(seed)
@@ -112,6 +107,16 @@ def calibration_windows(
         words += ", documents joined"
         crops = [_crop(ids, length, generator) for _ in range(samples)]
     return _begun(crops, words, begin)
+
+
+def _documents(use: str, source: Any, field: str) -> tuple[list[str], str]:
+    """The texts, and what they are called in messages."""
+    if isinstance(source, str | Path):
+        return read_documents(source, field=field), _describe(source)
+    documents = [text for text in source if text.strip()]
+    if not documents:
+        raise DataError(f"{use}: there is no text in the given documents")
+    return documents, "given documents"
 
 
 def _room(tokenizer: Any, bos: str, seq_len: int) -> tuple[Beginning, int]:
@@ -163,12 +168,7 @@ def evaluation_windows(
     check_count("seq_len", seq_len, least=2)
     if _is_npy(source):
         return token_windows(_load_npy(Path(source)), Path(source).name).take(slice(limit))
-    if isinstance(source, str | Path):
-        documents, words = read_documents(source, field=field), _describe(source)
-    else:
-        documents, words = [text for text in source if text.strip()], "given documents"
-        if not documents:
-            raise DataError("evaluation: there is no text in the given documents")
+    documents, words = _documents("evaluation", source, field)
     begin, length = _room(tokenizer, bos, seq_len)
     tokenize = whole_tokens if bos == "never" else plain_tokens
     ids = tokenize(tokenizer, JOIN.join(documents))

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Callable, Container
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,7 @@ def check_masks(checkpoint: Checkpoint, masks: MaskFile) -> None:
             )
 
 
-def write_shard(
-    checkpoint: Checkpoint,
-    shard: str,
-    edits: Edits,
-    target: Path,
-    tick: Callable[[int], None] = lambda _: None,
-) -> str:
+def write_shard(checkpoint: Checkpoint, shard: str, edits: Edits, target: Path) -> str:
     """One shard with its edits; the digest of what was written."""
     source = checkpoint.shards[shard]
     digest = hashlib.sha256()
@@ -66,7 +60,6 @@ def write_shard(
         for entry in source.entries.values():
             for chunk in edits.chunks(entry, source, CHUNK):
                 put(chunk)
-            tick(entry.size)
     return digest.hexdigest()
 
 
