@@ -6,7 +6,6 @@ As a script, what every one of torchrun's does: `torchrun … test_ranks.py MODE
 import json
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -133,23 +132,22 @@ class Forked:
     """Processes of a run of this many, each of which calls the function."""
 
     def __init__(self, size, home, function, *arguments):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
-        sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "COLUMNS": "200"}
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
+        given |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "COLUMNS": 200}
 
         def one(rank):
-            os.environ.update(shared | sizes, RANK=str(rank), LOCAL_RANK=str(rank))
-            for name, number in (("stdout", 1), ("stderr", 2)):
+            mine = {**given, "RANK": rank, "LOCAL_RANK": rank}
+            os.environ.update({name: str(value) for name, value in mine.items()})
+            for number, name in ((1, "stdout"), (2, "stderr")):
                 file = open(home / f"{name}.{rank}", "w", buffering=1)  # noqa: SIM115
                 os.dup2(file.fileno(), number)
                 setattr(sys, name, file)
                 setattr(sys, f"__{name}__", file)
             function(*arguments)
 
-        fork = multiprocessing.get_context("fork")
-        self.home = home
+        self.home, fork = home, multiprocessing.get_context("fork")
         self.processes = [fork.Process(target=one, args=(rank,)) for rank in range(size)]
         for process in self.processes:
             process.start()
@@ -159,10 +157,8 @@ class Forked:
         for process in self.processes:
             process.join(PATIENCE)
             process.kill()
-        said = (
-            "".join(p.read_text() for p in self.home.glob(f"{n}.*")) for n in ("stdout", "stderr")
-        )
-        return [process.exitcode for process in self.processes], *said
+        said = ([p.read_text() for p in self.home.glob(f"{n}.*")] for n in ("stdout", "stderr"))
+        return [process.exitcode for process in self.processes], *map("".join, said)
 
 
 def call(*words):
@@ -189,16 +185,10 @@ def ended(process):
 
 def process_of(rank, launcher):
     """The process that the launcher started for a rank."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = re.search(r"^PPid:\t(\d+)", (entry / "status").read_text(), re.M)
-                environment = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue  # it has ended, or is not ours
-            if parent and int(parent[1]) == launcher.pid and f"RANK={rank}".encode() in environment:
-                return int(entry.name)
-    raise AssertionError(f"no process of rank {rank}")
+    tasks = Path(f"/proc/{launcher.pid}/task").glob("*/children")
+    started = [f"/proc/{child}/environ" for task in tasks for child in task.read_text().split()]
+    (found,) = (x for x in started if f"\0RANK={rank}\0" in Path(x).read_text())
+    return int(found.split("/")[2])
 
 
 # The result ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ FREE = {"budget": "layer", "importance": "alike", "spread": 1}
 #: options, and the block and stage that is the last to be done
 RUNS = [
     ({"budget": "model", "weights": "refit"}, 2, "solve"),
-    ({"budget": "model", "target": "dense"}, 1, "calibrate"),
+    ({"budget": "model", "target": "dense"}, 1, "solve"),
     (MEASURED, 2, "solve"),
     ({**FREE, "solver": "swap"}, 1, "solve"),
     ({**FREE, "weights": "refit"}, 2, "solve"),
