@@ -17,15 +17,15 @@ SHAPE = torch.Size((1, 3, 4))
 class Event:
     """A copy that happens at the latest when something waits for it."""
 
-    def __init__(self, happen, at_once):
-        self.happen = happen
-        if at_once:
-            self.wait()
+    def __init__(self, source, target, after):
+        self.ahead = [(source, target, after)]
 
     def wait(self):
-        happen, self.happen = self.happen, None
-        if happen is not None:
-            happen()
+        while self.ahead:
+            source, target, after = self.ahead.pop()
+            if after is not None:
+                after.wait()
+            target.copy_(source)
 
 
 class Late(Lanes):
@@ -55,12 +55,10 @@ class Late(Lanes):
         event.wait()
 
     def copy(self, source, target, after):
-        def happen():
-            if after is not None:
-                after.wait()
-            target.copy_(source)
-
-        return Event(happen, self.at_once)
+        event = Event(source, target, after)
+        if self.at_once:
+            event.wait()
+        return event
 
 
 @pytest.mark.parametrize("at_once", [False, True])

@@ -1,4 +1,4 @@
-"""Several processes that prune one model together: forked ones, and those that torchrun starts.
+"""Several processes that prune one model together: forked, and as torchrun starts them.
 
 As a script, what every one of torchrun's does: `torchrun … test_ranks.py MODELS OUT`.
 """
@@ -45,7 +45,7 @@ COMMON = {"pattern": Unstructured(sparsity=0.5), "min_tokens": 1, "threads": 1}
 WANDA, REFIT = {"solver": "wanda"}, {"weights": "refit"}
 POOL = {"pattern": Unstructured(sparsity=0.5, per="layer"), "importance": "loss"}
 DENSE = {"target": "dense", "weighting": "gradient", "holdout": 0.3, "solver": "elimination"}
-#: name → model, options: the rows of `tall` are shared out, tile by tile; those that differ are not
+#: name → model, options: the rows of `tall` are shared out by tiles, but where they differ
 CASES = {
     "kept": ("tall", {}),
     "refitted": ("tall", {**REFIT, "solver": "admm"}),

@@ -33,7 +33,7 @@ def cross_entropy(model, data):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The folders that are walked, as they are opened."""
+    """The folders that are walked, once they are open."""
     found = []
 
     class Watched(FolderSource):

@@ -278,8 +278,10 @@ def test_layers_differ_and_the_model_keeps_its_count(importance):
     assert report.fingerprint["options"]["counts"] == counts
 
 
-@pytest.mark.parametrize("more", [{"damping": 0.1}, {"damping": "auto", "holdout": 0.3}])
-@pytest.mark.parametrize("budget", ["model", "both"])
+@pytest.mark.parametrize(
+    ("budget", "more"),
+    [("model", {"damping": 0.1}), ("both", {"damping": "auto", "holdout": 0.3})],
+)
 def test_refitted_layers_differ_under_any_damping(budget, more):
     given = {**OPTIONS, "budget": budget, "weights": "refit", **more}
     report = prune_model(tiny("llama", layers=2), tokens(), **given)

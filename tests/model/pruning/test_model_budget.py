@@ -22,6 +22,10 @@ LAYER = {**FREE, "spread": 0.1}
 BOTH = {**LAYER, "budget": "both"}
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def row_counts(mask):
     return (~mask).sum(1).tolist()
 
@@ -31,7 +35,7 @@ def pruned(**options):
     return prune_model(tiny("llama", layers=2), tokens(10), one_pass=True, **options)
 
 
-@pytest.mark.parametrize("weights", ["keep", "refit"])
+@pytest.mark.parametrize("weights", ["keep", slow("refit")])
 def test_rows_differ_within_limits_and_the_layer_keeps_its_count(weights):
     free, near, equal = (pruned(**given, weights=weights) for given in (FREE, LAYER, EQUAL))
     felt = []
@@ -56,7 +60,7 @@ def test_rows_differ_within_limits_and_the_layer_keeps_its_count(weights):
     assert one < 0.98 * three
 
 
-@pytest.mark.parametrize("weights", ["keep", "refit"])
+@pytest.mark.parametrize("weights", ["keep", slow("refit")])
 def test_layers_differ_and_then_their_rows(weights):
     given = {**BOTH, "importance": "relative", "weights": weights}
     both, model = pruned(**given), pruned(**{**given, "budget": "model"})
@@ -94,25 +98,23 @@ def test_layers_that_saw_too_few_tokens_differ_by_magnitude_within_limits(dense_
     verify_output(tmp_path / "out", dense_folder)
 
 
-def test_pattern_and_budget_say_the_same():
+def test_problems_have_the_patterns_of_their_budgets():
+    def found(**given):
+        return dict(collect_problems(tiny("llama"), tokens(), layers="layers.0.*", **given))
+
     def patterns(**given):
-        model = tiny("llama")
-        found = collect_problems(model, calibration=tokens(), layers="layers.0.*", **given)
-        return {problem.pattern for _, problem in found}
+        return {problem.pattern for problem in found(**given).values()}
 
     given = {"sparsity": 0.5, "budget": "layer"}
     assert patterns(pattern=pool(0.5)) == patterns(**given, spread=1) == {pool(0.5)}
     assert patterns(pattern=pool(0.5, 0.1)) == patterns(**given) == {pool(0.5, 0.1)}
-
-
-def test_problems_have_the_patterns_of_their_layers():
-    problems = dict(collect_problems(tiny("llama"), tokens(), **LAYER))
-    counts = {name: problem.n // 2 for name, problem in problems.items()}
-    for name, problem in collect_problems(tiny("llama"), tokens(), **BOTH, counts=counts):
+    layer = found(**LAYER)
+    counts = {name: problem.n // 2 for name, problem in layer.items()}
+    for name, problem in found(**BOTH, counts=counts).items():
         keep = problem.n - counts[name]
         assert problem.pattern == Unstructured(keep=keep, per="layer", spread=0.1)
-        assert problem.pruned == problems[name].pruned
-        assert problem.row_limits == problems[name].row_limits
+        assert problem.pruned == layer[name].pruned
+        assert problem.row_limits == layer[name].row_limits
 
 
 @pytest.mark.parametrize("options", [{}, {"budget": "layer", "spread": 1 / 7}, {"budget": "model"}])
@@ -240,7 +242,7 @@ def test_rows_said_to_be_optimal_together_are_compared(folders, dense_folder, tm
         verify_output(out, dense_folder, calibration=tokens())
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", slow("mixtral")])
 def test_rows_that_count_differently_are_proven_together(family, tmp_path):
     dense = save(tiny(family, layers=2), tmp_path / "model")
     given = {**FREE, "importance": "loss"}
@@ -253,7 +255,7 @@ def test_rows_that_count_differently_are_proven_together(family, tmp_path):
         verify_output(tmp_path / "out", dense, calibration=tokens())
 
 
-@pytest.mark.parametrize("budget", ["layer", "both"])
+@pytest.mark.parametrize("budget", ["both", slow("layer")])
 def test_limits_that_a_manifest_does_not_name_are_none(budget, dense_folder, tmp_path):
     out, free = tmp_path / "out", {**FREE, "budget": budget, "solver": "wanda"}
     masks = prune_model(dense_folder, tokens(), output=out, **free).masks

@@ -70,7 +70,7 @@ def test_every_family_streamed_and_in_memory(family, tmp_path):
             assert torch.equal(weight, model.state_dict()[key]), key
 
 
-#: options by pairs: those that every family meets, and those that one does
+#: options by pairs: for every family, and for one
 EVERY = {
     "layers and rows by the loss, refitted": {"budget": "both", "weights": "refit"},
     "layers as measured": {"budget": "model", "importance": "measured", "one_pass": True},

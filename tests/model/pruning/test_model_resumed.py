@@ -8,7 +8,7 @@ from tiny_models import save, tiny, tokens
 
 from maskopt import prune_model
 from maskopt.errors import ModelError
-from maskopt.model import allocate, prune
+from maskopt.model import prune
 from maskopt.model.verify import verify_output
 
 COMMON = {"sparsity": 0.5, "min_tokens": 1, "solver": "wanda", "warm_start": None}
@@ -18,13 +18,16 @@ MEASURED = {"budget": "model", "importance": "measured", "weighting": "gradient"
 FREE = {"budget": "layer", "importance": "alike", "spread": 1}
 #: options, and the block and stage that is the last to be done
 RUNS = [
+    ({**FREE, "weights": "refit"}, 2, "solve"),
+    ({"budget": "both", "importance": "loss"}, 2, "solve"),
+    (MEASURED, 2, "solve"),
+    ({"weights": "refit", **HELD, "dtype": torch.bfloat16}, 1, "calibrate"),
+]
+MORE = [
     ({"budget": "model", "weights": "refit"}, 2, "solve"),
     ({"budget": "model", "target": "dense"}, 1, "solve"),
-    (MEASURED, 2, "solve"),
     ({**FREE, "solver": "swap"}, 1, "solve"),
-    ({**FREE, "weights": "refit"}, 2, "solve"),
     ({"budget": "layer", "importance": "loss"}, 2, "calibrate"),
-    ({"budget": "both", "importance": "loss"}, 2, "solve"),
     ({**REFIT, **HELD}, 2, "calibrate"),
     ({**REFIT, **HELD, "dtype": torch.bfloat16}, 1, "solve"),
     ({"target": "dense", **HELD}, 2, "solve"),
@@ -32,19 +35,17 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "block", "stage"), RUNS)
+@pytest.mark.parametrize(
+    ("options", "block", "stage"),
+    [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in MORE)],
+)
 def test_resumed_runs_write_the_same_bytes(options, block, stage, tmp_path, monkeypatch):
     more = {**COMMON, **options}
     model = tiny("llama", dtype=more.pop("dtype", torch.float32))
-    dense, whole, out = (
-        save(model, tmp_path / "model", shard="20KB"),
-        tmp_path / "w",
-        tmp_path / "o",
-    )
+    dense = save(model, tmp_path / "model", shard="20KB")
+    whole, out = tmp_path / "whole", tmp_path / "out"
     prune_model(dense, tokens(), output=whole, **more)
     interrupted(dense, out, block, stage, **more)
-    # neither measured nor chosen a second time
-    monkeypatch.setattr(allocate, "measured_curves", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(prune, "allocate", lambda *_, **__: pytest.fail("chosen a second time"))
     for _ in range(2):  # unfinished, and finished
         prune_model(dense, tokens(), output=out, resume=True, **more)
