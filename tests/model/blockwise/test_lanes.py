@@ -1,16 +1,9 @@
-"""Hidden states that go to a device and back beside the computing: the same, whenever copies happen."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from itertools import count
-from pathlib import Path
-from typing import Any
+"""Hidden states that go to a device and back during the computing: the same, whenever copies happen."""
 
 import pytest
 import torch
 from outputs import contents
-from tiny_models import save, tiny, tokens
+from tiny_models import tokens
 
 from maskopt import prune_model
 from maskopt.model import forward, job
@@ -24,56 +17,45 @@ SHAPE = torch.Size((1, 3, 4))
 class Event:
     """A copy that happens at the latest when something waits for it."""
 
-    def __init__(self, happen: Callable[[], Any]) -> None:
-        self._happen: Callable[[], Any] | None = happen
+    def __init__(self, source, target, after):
+        self.ahead = [(source, target, after)]
 
-    def wait(self) -> None:
-        happen, self._happen = self._happen, None
-        if happen is not None:
-            happen()
+    def wait(self):
+        while self.ahead:
+            source, target, after = self.ahead.pop()
+            if after is not None:
+                after.wait()
+            target.copy_(source)
 
 
 class Late(Lanes):
     """A processor that plays a device: every copy waits until something waits for it, and what nothing waits
-    for is seen as NaN, or as it was."""
+    for is seen as NaN, or with its old values."""
 
-    def __init__(self, device: torch.device = CPU, *, at_once: bool = False) -> None:
-        self.device, self.at_once = device, at_once
-        self.sent = 0
+    def __init__(self, device=CPU, *, at_once=False):
+        self.device, self.at_once, self.sent = device, at_once, 0
 
-    def buffer(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def buffer(self, shape, dtype):
         return torch.full(shape, torch.nan, dtype=dtype)
 
-    def up(self, host: torch.Tensor, after: Any | None) -> Upload:
+    def up(self, host, after):
         there = torch.full_like(host, torch.nan)
         self.sent += 1
+        return Upload(there, self.copy(host, there, after))
 
-        def happen() -> None:
-            if after is not None:
-                after.wait()
-            there.copy_(host)
-
-        return Upload(there, self._event(happen))
-
-    def take(self, upload: Upload) -> torch.Tensor:
+    def take(self, upload):
         upload.arrived.wait()
         return upload.there
 
-    def down(self, state: torch.Tensor, host: torch.Tensor, after: Any | None) -> Any:
-        now = state.clone()  # what is on the device is not changed before it has been read
+    def down(self, state, host, after):
+        # what is on the device is not changed before it has been read
+        return self.copy(state.clone(), host, after)
 
-        def happen() -> None:
-            if after is not None:
-                after.wait()
-            host.copy_(now)
-
-        return self._event(happen)
-
-    def wait(self, event: Any) -> None:
+    def wait(self, event):
         event.wait()
 
-    def _event(self, happen: Callable[[], Any]) -> Event:
-        event = Event(happen)
+    def copy(self, source, target, after):
+        event = Event(source, target, after)
         if self.at_once:
             event.wait()
         return event
@@ -81,7 +63,7 @@ class Late(Lanes):
 
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("dropped", [(), (0,), (1, 2), (4,)])
-def test_every_pass_sees_what_the_last_one_left(dropped: tuple[int, ...], at_once: bool) -> None:
+def test_every_pass_sees_what_the_last_one_left(dropped, at_once):
     lanes = Late(at_once=at_once)
     states = Activations(range(5), SHAPE, torch.float32, lanes=lanes)
     for sample in range(5):
@@ -97,7 +79,7 @@ def test_every_pass_sees_what_the_last_one_left(dropped: tuple[int, ...], at_onc
             assert torch.equal(states[sample], torch.full(SHAPE, float(expected)))
 
 
-def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_old_one() -> None:
+def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_old_one():
     lanes = Late()
     states = Activations([3, 5], SHAPE, torch.float32, lanes=lanes)
     states[3], states[5] = torch.zeros(SHAPE), torch.ones(SHAPE)
@@ -110,7 +92,7 @@ def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_ol
     assert torch.equal(states[5], torch.full(SHAPE, 7.0))
 
 
-def test_states_in_a_file_go_there_as_they_are_needed(tmp_path: Path) -> None:
+def test_states_in_a_file_go_there_as_they_are_needed(tmp_path):
     lanes = Late()
     with Activations([0], SHAPE, torch.float32, tmp_path, lanes) as states:
         states[0] = torch.ones(SHAPE)
@@ -118,42 +100,28 @@ def test_states_in_a_file_go_there_as_they_are_needed(tmp_path: Path) -> None:
     assert lanes.sent == 0
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"target": "dense", "weights": "refit"}, {"one_pass": True}]
-)
-def test_a_prune_writes_the_same_bytes(
-    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense, numbers = save(tiny("llama"), tmp_path / "dense"), count()
+@pytest.mark.parametrize("options", [{"target": "dense", "weights": "refit"}, {"one_pass": True}])
+def test_a_prune_writes_the_same_bytes(options, dense_folder, tmp_path, monkeypatch):
+    given = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "threads": 1, **options}
 
-    def pruned() -> dict[str, bytes]:
-        out = tmp_path / str(next(numbers))
-        prune_model(
-            dense,
-            tokens(5),
-            output=out,
-            sparsity=0.5,
-            solver="wanda",
-            min_tokens=1,
-            threads=1,
-            **options,
-        )
-        return contents(out)
+    def pruned(name):
+        prune_model(dense_folder, tokens(5), output=tmp_path / name, **given)
+        return contents(tmp_path / name)
 
-    without, used = pruned(), list[Late]()
-
-    def late(device: torch.device) -> Late:
+    def late(device):
         used.append(Late(device))
         return used[-1]
 
+    without, used = pruned("without"), []
     for module in (forward, job):
         monkeypatch.setattr(module, "lanes_to", late)
-    assert pruned() == without
-    assert used and all(lanes.sent for lanes in used)  # noqa: PT018
+    assert pruned("with") == without
+    assert used
+    assert all(lanes.sent for lanes in used)
 
 
 @pytest.mark.cuda
-def test_on_a_device() -> None:
+def test_on_a_device():
     device = torch.device("cuda")
     lanes = lanes_to(device)
     shape = torch.Size((1, 2048, 4096))
@@ -167,5 +135,5 @@ def test_on_a_device() -> None:
         assert torch.equal(states[sample], torch.full(shape, sample + 20.0, dtype=torch.bfloat16))
 
 
-def test_the_processor_needs_no_lanes() -> None:
+def test_the_processor_needs_no_lanes():
     assert lanes_to(CPU) is None

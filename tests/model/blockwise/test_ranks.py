@@ -1,183 +1,271 @@
-"""Several processes that prune one model together: real ones, started by torchrun."""
+"""Several processes that prune one model together: forked, and as torchrun starts them.
 
-from __future__ import annotations
+As a script, what every one of torchrun's does: `torchrun … test_ranks.py MODELS OUT`.
+"""
 
 import json
+import multiprocessing
 import os
-import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
-import rank_prunes
 import torch
+import transformers
 from commands import TESTS, run
 from hypothesis import given
 from hypothesis import strategies as st
 from outputs import contents
 from strategies import random_gram, random_weight
-from tiny_models import save, tiny, tokens
+from tiny_models import SHARED, patched, save, tiny, tokens
 
-from maskopt import LayerProblem, Refit, Unstructured, available_solvers, solve
+from maskopt import NM, LayerProblem, Refit, Unstructured, available_solvers, prune_model, solve
+from maskopt.cli import main
 from maskopt.cli import ranks as cli_ranks
 from maskopt.cli.prune import told_of_resume
-from maskopt.model.ranks import ROWS, LostRankError, Ranks
+from maskopt.model.gram_store import collect_grams
+from maskopt.model.ranks import ALONE, ROWS, LostRankError, Ranks, joined
 from maskopt.model.workspace import HIDDEN, JOURNAL
 from maskopt.solver import make_solver
 
 #: seconds after which a process that should have ended counts as one that hangs
-PATIENCE = 240
+PATIENCE = 600
 
 pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or sys.platform != "linux",
-    reason="needs torch.distributed, and /proc to find the processes",
+    not torch.distributed.is_available() or sys.platform != "linux" or torch.cuda.is_available(),
+    reason="needs torch.distributed, /proc to find the processes, and a GPU for each if there are any",
 )
 
+COMMON = {"pattern": Unstructured(sparsity=0.5), "min_tokens": 1, "threads": 1}
+WANDA, REFIT = {"solver": "wanda"}, {"weights": "refit"}
+POOL = {"pattern": Unstructured(sparsity=0.5, per="layer"), "importance": "loss"}
+DENSE = {"target": "dense", "weighting": "gradient", "holdout": 0.3, "solver": "elimination"}
+#: name → model, options: the rows of `tall` are shared out by tiles, but where they differ
+CASES = {
+    "kept": ("tall", {}),
+    "refitted": ("tall", {**REFIT, "solver": "admm"}),
+    "refitted, swapped": ("tall", {**REFIT, "include": "q_proj,down_proj"}),
+    "2:4, in files": ("tall", {**WANDA, "pattern": NM(keep=2, of=4), "activation_memory": 0}),
+    "rows differ": ("tall", POOL),
+    "layers differ": ("tall", {**WANDA, "budget": "model", "importance": "loss"}),
+    "to the dense output": ("tall", DENSE),
+    "held out": ("tall", {**WANDA, "holdout": 0.3, "shrink": "auto"}),
+    "one after the other": ("tall", {**WANDA, "true_sequential": True}),
+    "experts": ("mixtral", {"all_experts": True}),
+    "a bad sample": ("bad", {**WANDA, "skip_bad_samples": True, "include": ("q_proj",)}),
+}
+QUICK = ("held out", "layers differ", "a bad sample")
 
-def launched(processes: int, *command: object) -> subprocess.Popen[str]:
+
+def windows():
+    """As many as are divided by no number of processes; the second overflows in the bad model."""
+    data = tokens(7)
+    data[data == 5] = 6
+    data[1, 2] = 5
+    return data
+
+
+def tall(layers):
+    torch.manual_seed(1)
+    size = {"hidden_size": 144, "intermediate_size": 300, "num_hidden_layers": layers}
+    config = transformers.LlamaConfig(**{**SHARED, **size})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def overflowing():
+    """Token 5 alone reaches the first input of an enormous weight."""
+
+    def reach(table):
+        table[:, 0] = 0
+        table[5, 0] = 10
+
+    model = patched(tiny("llama"), "model.embed_tokens.weight", reach)
+    patched(model, "model.layers.0.self_attn.o_proj.weight", lambda p: p[0].zero_())
+    return patched(model, "model.layers.0.mlp.up_proj.weight", lambda p: p[0, 0].fill_(3e38))
+
+
+def prune_all(models, out, names, ranks=ALONE):
+    """Every case in a folder of its own, and the Gram matrices of one model with a prune from them."""
+    for name in names:
+        model, options = CASES[name]
+        given = {**COMMON, **options, "output": out / name, "ranks": ranks}
+        prune_model(models / model, windows(), **given)
+    dense, grams = models / "tall", out / "grams"
+    collect_grams(dense, windows(), output=grams, holdout=0.3, threads=1, ranks=ranks)
+    prune_model(dense, grams=grams, output=out / "from grams", ranks=ranks, **COMMON, **WANDA)
+
+
+def threads_named(word):
+    """Of this process, as Linux lists them."""
+    found = 0
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            found += word in (thread / "comm").read_text()
+        except OSError:
+            continue  # it has ended meanwhile
+    return found
+
+
+def prune_as_one_of(models, out, names):
+    with joined() as all_of_us:
+        prune_all(models, out, names, all_of_us)
+        assert threads_named("gloo")
+    patience = time.monotonic() + 30  # a thread that was joined may be listed a moment longer
+    while threads_named("gloo"):
+        assert time.monotonic() < patience, "gloo's threads outlive the group"
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    prune_as_one_of(Path(sys.argv[1]), Path(sys.argv[2]), QUICK)
+
+
+# How they are started -----------------------------------------------------------------------------
+
+
+class Forked:
+    """Processes of a run of this many, each of which calls the function."""
+
+    def __init__(self, size, home, function, *arguments):
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
+        given |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "COLUMNS": 200}
+
+        def one(rank):
+            mine = {**given, "RANK": rank, "LOCAL_RANK": rank}
+            os.environ.update({name: str(value) for name, value in mine.items()})
+            for number, name in ((1, "stdout"), (2, "stderr")):
+                file = open(home / f"{name}.{rank}", "w", buffering=1)  # noqa: SIM115
+                os.dup2(file.fileno(), number)
+                setattr(sys, name, file)
+                setattr(sys, f"__{name}__", file)
+            function(*arguments)
+
+        self.home, fork = home, multiprocessing.get_context("fork")
+        self.processes = [fork.Process(target=one, args=(rank,)) for rank in range(size)]
+        for process in self.processes:
+            process.start()
+
+    def ended(self):
+        """The statuses, and what all of them said."""
+        for process in self.processes:
+            process.join(PATIENCE)
+            process.kill()
+        said = ([p.read_text() for p in self.home.glob(f"{n}.*")] for n in ("stdout", "stderr"))
+        return [process.exitcode for process in self.processes], *map("".join, said)
+
+
+def call(*words):
+    sys.argv = ["maskopt", *map(str, words)]
+    main()
+
+
+def launched(processes, *command):
     """`torchrun --nproc-per-node … command`, with its own standard error to be read."""
     words = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, *command]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "COLUMNS": "200"}
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", *map(str, words)], env=env, **pipes)
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def ended(process):
     """Its status, and what it and all that it started said."""
     try:
-        said, told = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
+        said = process.communicate(timeout=PATIENCE)
+    finally:
         process.kill()
-        raise
-    return process.returncode, said, told
+    return process.returncode, *said
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    rank_prunes.save_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes of every case."""
-    out = tmp_path_factory.mktemp("alone")
-    rank_prunes.pruned(models, out)
-    return out
-
-
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_result_does_not_depend_on_how_many_processes_there_are(
-    models: Path, alone: Path, tmp_path: Path, processes: int
-) -> None:
-    script = TESTS / "rank_prunes.py"
-    status, _, told = ended(launched(processes, script, models, tmp_path))
-    assert status == 0, told
-    for name in (*rank_prunes.CASES, "from grams"):
-        expected, found = contents(alone / name), contents(tmp_path / name)
-        assert found.keys() == expected.keys()
-        for file in expected:
-            assert found[file] == expected[file], (name, file)
-    grams = sorted((alone / "grams").glob("*.bits"))
-    assert [(tmp_path / "grams" / one.name).read_bytes() == one.read_bytes() for one in grams] == (
-        [True] * len(grams)
-    )
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of many blocks, tokens for it, and what one process makes of it."""
-    folder = tmp_path_factory.mktemp("deep")
-    rank_prunes.FAMILIES["deep"] = (
-        "LlamaConfig",
-        {**rank_prunes.FAMILIES["tall"][1], "num_hidden_layers": 8},
-    )
-    save(tiny("deep"), folder / "model", shard="200KB")
-    np.save(folder / "tokens.npy", tokens(5).numpy())
-    run(*command(folder, folder / "whole"))
-    return folder
-
-
-def command(folder: Path, out: Path) -> list[str]:
-    words = f"prune {folder / 'model'} --calibration {folder / 'tokens.npy'} --output {out}"
-    return [
-        *words.split(),
-        "--sparsity",
-        "0.5",
-        "--min-tokens",
-        "1",
-        "--solver",
-        "elimination",
-        "--threads",
-        "1",
-    ]
-
-
-def process_of(rank: int, launcher: subprocess.Popen[str]) -> int:
+def process_of(rank, launcher):
     """The process that the launcher started for a rank."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = re.search(r"^PPid:\t(\d+)", (entry / "status").read_text(), re.M)
-                environment = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue  # it has ended, or is not ours
-            if parent and int(parent[1]) == launcher.pid and f"RANK={rank}".encode() in environment:
-                return int(entry.name)
-    raise AssertionError(f"no process of rank {rank}")
+    tasks = Path(f"/proc/{launcher.pid}/task").glob("*/children")
+    started = [f"/proc/{child}/environ" for task in tasks for child in task.read_text().split()]
+    (found,) = (x for x in started if f"\0RANK={rank}\0" in Path(x).read_text())
+    return int(found.split("/")[2])
+
+
+# The result ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for name, model in (("tall", tall(2)), ("mixtral", tiny("mixtral")), ("bad", overflowing())):
+        save(model, folder / name, shard="200KB")
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("processes", "killed", "blocks", "afterwards"), [(2, 1, 1, 4), (4, 0, 2, 1), (2, 1, 4, 2)]
+    ("processes", "names"),
+    [
+        (2, QUICK),
+        pytest.param(4, tuple(CASES), marks=pytest.mark.slow),
+        pytest.param("torchrun", QUICK, marks=pytest.mark.slow),
+    ],
 )
-def test_a_killed_process_costs_nothing_that_was_finished(
-    deep: Path, tmp_path: Path, processes: int, killed: int, blocks: int, afterwards: int
-) -> None:
+def test_the_result_does_not_depend_on_how_many_processes_there_are(
+    processes, names, models, tmp_path
+):
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    if processes == "torchrun":
+        status, _, said = ended(launched(2, __file__, models, out))
+    else:
+        status, _, said = Forked(processes, tmp_path, prune_as_one_of, models, out, names).ended()
+    assert status == 0 or set(status) == {0}, said
+    prune_all(models, alone, names)
+    for name in (*names, "from grams"):
+        expected, found = contents(alone / name), contents(out / name)
+        assert found.keys() == expected.keys()
+        for file in expected:
+            assert found[file] == expected[file], (name, file)
+    for one in (alone / "grams").glob("*.bits"):
+        assert (out / "grams" / one.name).read_bytes() == one.read_bytes()
+
+
+def command(folder, out):
+    words = f"prune {folder / 'model'} --calibration {folder / 'tokens.npy'} --output {out}"
+    return f"{words} --sparsity 0.5 --min-tokens 1 --solver elimination --threads 1".split()
+
+
+@pytest.mark.slow
+def test_a_killed_process_costs_nothing_that_was_finished(tmp_path):
     """All end, the folder looks unfinished, and any number of processes goes on from there."""
-    out = tmp_path / "out"
-    launcher = launched(processes, "-m", "maskopt", *command(deep, out))
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    save(tall(8), tmp_path / "model", shard="200KB")
+    np.save(tmp_path / "tokens.npy", tokens(5).numpy())
+    run(*command(tmp_path, whole))
+    launcher = launched(2, "-m", "maskopt", *command(tmp_path, out))
     journal = out / HIDDEN / JOURNAL
     while launcher.poll() is None and (
-        not journal.exists() or journal.read_bytes().count(b'"kind": "block"') < blocks
+        not journal.exists() or journal.read_bytes().count(b'"kind": "block"') < 2
     ):
         time.sleep(0.02)
-    os.kill(process_of(killed, launcher), signal.SIGKILL)
-    status, _, told = ended(launcher)
+    os.kill(process_of(0, launcher), signal.SIGKILL)
+    status, _, said = ended(launcher)
     assert status != 0
     assert [entry.name for entry in out.iterdir()] == [HIDDEN]
-    assert told.count("finished blocks are kept; go on with") == 1, told
-    assert f"torchrun --nproc-per-node {processes} -m maskopt prune" in told
-    again = [*command(deep, out), "--resume"]
-    if afterwards == 1:
-        run(*again)
-    else:
-        status, said, told = ended(launched(afterwards, "-m", "maskopt", *again))
-        assert status == 0, told
-        assert said.count("sparsity of these layers: 0.5000") == 1  # one of them speaks
-    assert contents(out) == contents(deep / "whole")
+    assert said.count("finished blocks are kept; go on with") == 1, said
+    assert "torchrun --nproc-per-node 2 -m maskopt prune" in said
+    status, shown, said = Forked(3, tmp_path, call, *command(tmp_path, out), "--resume").ended()
+    assert status == [0, 0, 0], said
+    assert shown.count("sparsity of these layers: 0.5000") == 1  # one of them speaks
+    assert contents(out) == contents(whole)
 
 
-def test_a_signal_while_the_end_is_told_does_not_silence_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_while_the_end_is_said_does_not_silence_it(tmp_path, monkeypatch):
     """torchrun sends it to all that are left, when one of them may have noticed already."""
     said = []
 
-    def interrupted(told: str, **_: object) -> None:
+    def interrupted(text, **_):
         signal.raise_signal(signal.SIGTERM)
-        said.append(told)
+        said.append(text)
 
     monkeypatch.setattr(cli_ranks, "_ending", False)
     monkeypatch.setattr("maskopt.cli.prune.errors.print", interrupted)
@@ -192,46 +280,42 @@ def test_a_signal_while_the_end_is_told_does_not_silence_it(
     assert len(said) == 1
 
 
+TRAINED = ("--weights", "reconstruct", "--holdout", 0.5, "--solver", "wanda")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--sparsity", "1.5"], "sparsity 1.5 is outside"),
-        (
-            ["--weights", "reconstruct", "--holdout", "0.5", "--solver", "wanda"],
-            "start it without torchrun",
-        ),
-        (["--calibration", "nowhere.txt"], "nowhere.txt"),
+        (("--sparsity", 1.5), "sparsity 1.5 is outside"),
+        (("--sparsity", 0.5, *TRAINED), "start it without torchrun"),
+        (("--sparsity", 0.5, "--calibration", "nowhere.txt"), "nowhere.txt"),
+        (None, "start this command without torchrun"),
     ],
 )
-def test_what_is_wrong_is_said_once(
-    deep: Path, tmp_path: Path, words: Sequence[str], message: str
-) -> None:
-    launcher = launched(2, "-m", "maskopt", *command(deep, tmp_path / "out"), *words)
-    status, _, told = ended(launcher)
-    assert status != 0
-    assert told.count(message) == 1, told
-    assert not (tmp_path / "out").exists()
+def test_what_is_wrong_is_said_once(words, message, dense_folder, data, tmp_path):
+    out = tmp_path / "out"
+    given = ["plan", dense_folder, "--sparsity", 0.5]
+    if words is not None:
+        given = ["prune", dense_folder, "--output", out, "--calibration", data, *words]
+    status, _, said = Forked(2, tmp_path, call, *given).ended()
+    assert all(status)
+    assert said.count(message) == 1, said
+    assert not out.exists()
 
 
-def test_other_commands_say_that_they_run_alone(deep: Path) -> None:
-    launcher = launched(2, "-m", "maskopt", "plan", deep / "model", "--sparsity", "0.5")
-    status, _, told = ended(launcher)
-    assert status != 0
-    assert told.count("start this command without torchrun") == 1, told
-
+# How work is shared out ---------------------------------------------------------------------------
 
 APART = [name for name, info in available_solvers().items() if info.capabilities.apart]
 
 
 @pytest.mark.parametrize("name", APART)
 @pytest.mark.parametrize("refit", [None, Refit(0.01)])
-def test_rows_that_are_solved_apart_are_solved_alike(name: str, refit: Refit | None) -> None:
+def test_rows_that_are_solved_apart_are_solved_as_together(name, refit):
     if refit is not None and not make_solver(name).capabilities.refit:
-        pytest.skip("chooses for weights as they are")
+        pytest.skip("chooses for kept weights")
     rows, n = 2 * ROWS + 44, 24
-    layer = LayerProblem(
-        random_weight(rows, n, 1), random_gram(n, "outliers", 2), Unstructured(0.5), refit=refit
-    )
+    weight, gram = random_weight(rows, n, 1), random_gram(n, "outliers", 2)
+    layer = LayerProblem(weight, gram, Unstructured(0.5), refit=refit)
     whole = solve(layer, name)
     for part in Ranks(0, 3).parts(rows):
         found = solve(layer.take(part), name)
@@ -240,11 +324,8 @@ def test_rows_that_are_solved_apart_are_solved_alike(name: str, refit: Refit | N
 
 
 @given(st.integers(1, 9), st.integers(1, 40 * ROWS), st.randoms())
-def test_every_row_is_solved_once_in_the_tiles_of_a_single_process(
-    size: int, rows: int, random: Random
-) -> None:
-    order = random.sample(range(size), size)
-    parts = Ranks(0, size).parts(rows, order)
+def test_every_row_is_solved_once_in_the_tiles_of_a_single_process(size, rows, random):
+    parts = Ranks(0, size).parts(rows, random.sample(range(size), size))
     assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
     assert all(part.start % ROWS == 0 for part in parts if part.start < part.stop)
     tiles = [-(-(part.stop - part.start) // ROWS) for part in parts]
@@ -252,11 +333,10 @@ def test_every_row_is_solved_once_in_the_tiles_of_a_single_process(
 
 
 @given(st.integers(1, 9), st.integers(0, 50), st.integers(1, 4))
-def test_every_window_walks_once(size: int, count: int, threads: int) -> None:
+def test_every_window_walks_once(size, count, threads):
     everybody = [Ranks(rank, size) for rank in range(size)]
     windows = [2 * number for number in range(count)]  # some may have been left out
-    owned = sorted(window for ranks in everybody for window in ranks.own(windows))
-    assert owned == windows
+    assert sorted(window for ranks in everybody for window in ranks.own(windows)) == windows
     waves = list(everybody[0].waves(windows, threads))
     assert [window for wave in waves for window in wave] == windows
     assert json.dumps(waves) == json.dumps(list(everybody[-1].waves(windows, threads)))

@@ -1,0 +1,293 @@
+"""Every family evaluated and pruned: streamed from a folder, in memory, and against the definition."""
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+from tiny_models import FAMILIES, inputs_of, save, tiny, tokens
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import maskopt
+from maskopt import NM, prune_model
+from maskopt.errors import ModelError
+from maskopt.model.blocks import Blocks, matrix
+from maskopt.model.verify import verify_output
+
+WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
+
+
+def reload(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+
+
+def same(one, two):
+    a, b = one.state_dict(), two.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def logits_of(model, data):
+    """One forward pass of the whole model."""
+    with torch.no_grad():
+        return model(data, use_cache=False).logits
+
+
+def cross_entropy(model, data):
+    logits = logits_of(model, data)[:, :-1].double()
+    return float(nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_streamed_and_in_memory(family, tmp_path):
+    model, data, out = tiny(family), tokens(5, 12), tmp_path / "out"
+    expected = cross_entropy(model, data)
+    dense = save(model, tmp_path / "dense", shard="40KB")
+    streamed = maskopt.perplexity(dense, data, threads=2)
+    assert streamed.cross_entropy == pytest.approx(expected, rel=1e-5)
+    assert streamed.value == pytest.approx(math.exp(expected), rel=1e-4)
+    assert streamed == maskopt.perplexity(model, data, threads=1)
+    assert streamed == maskopt.perplexity(dense, data, threads=3, activation_memory=0)
+    assert cross_entropy(model, data) == pytest.approx(expected, rel=1e-6)  # runs as before
+
+    report = prune_model(dense, tokens(), output=out, threads=2, **WANDA)
+    original = copy.deepcopy(model.state_dict())
+    in_memory = prune_model(model, tokens(), threads=1, **WANDA)
+    assert same(reload(out), model)
+    assert report.sparsity == in_memory.sparsity
+    assert [layer.error for layer in report.layers] == [layer.error for layer in in_memory.layers]
+    verified = verify_output(out, against=dense, calibration=tokens())
+    assert verified.sparsity == pytest.approx(0.5, abs=0.02)
+    assert len(verified.checked_layers) == len(report.layers)
+    blocks = Blocks(model)
+    for layer in blocks.all_layers():
+        zeros = (matrix(model, layer) == 0).sum(1)
+        assert bool((zeros >= layer.n // 2).all()), layer.name
+        assert in_memory.masks[layer.name].shape == (layer.rows, layer.n)
+    for key, weight in original.items():
+        if not key.startswith(blocks.name):
+            assert torch.equal(weight, model.state_dict()[key]), key
+
+
+#: options by pairs: for every family, and for one
+EVERY = {
+    "layers and rows by the loss, refitted": {"budget": "both", "weights": "refit"},
+    "layers as measured": {"budget": "model", "importance": "measured", "one_pass": True},
+}
+ONE = {
+    ("llama", "trained"): {
+        "weights": "reconstruct", "holdout": 0.34, "reconstruct": {"epochs": 1},
+    },
+    ("llama", "rows without limits, refitted"): {
+        "budget": "layer", "spread": 1, "importance": "relative", "weights": "refit",
+        "holdout": 0.4, "damping": "auto",
+    },
+    ("llama", "layers by the loss, to the dense output"): {
+        "budget": "model", "target": "dense", "weights": "refit",
+    },
+    ("mixtral", "rows by the loss, to the dense output"): {
+        "budget": "layer", "importance": "loss", "target": "dense", "all_experts": True,
+    },
+    ("mixtral", "layers and rows in one pass"): {
+        "budget": "both", "importance": "alike", "one_pass": True, "activation_memory": 0,
+    },
+    ("mixtral", "2:4, refitted, one after the other"): {
+        "sparsity": None, "pattern": NM(2, 4), "weights": "refit", "true_sequential": True,
+    },
+    ("gpt2", "layers one after the other"): {
+        "budget": "model", "importance": "relative", "true_sequential": True, "shrink": 0.1,
+    },
+    ("gpt2", "swapped, to the dense output"): {
+        "solver": "swap", "warm_start": "wanda", "target": "dense",
+    },
+}  # fmt: skip
+PAIRS = [
+    *(
+        pytest.param(family, options, id=f"{family}-{name}")
+        for (family, name), options in ONE.items()
+    ),
+    *(
+        pytest.param(family, options, id=f"{family}-{name}", marks=() if family == first else slow)
+        for slow in [pytest.mark.slow]
+        for first, (name, options) in zip(("gpt2", "mixtral"), EVERY.items(), strict=True)
+        for family in FAMILIES
+        if (family, name) != ("mamba", "layers as measured")  # refused
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), PAIRS)
+def test_options_are_written_as_in_memory_and_verified(family, options, tmp_path):
+    """The same logits (experts are called in another order there), and nothing that verify finds."""
+    options, model = {**WANDA, "min_tokens": 8, **options}, tiny(family)
+    weights = options.get("weights", "keep")
+    folder = save(model, tmp_path / "model")
+    prune_model(folder, tokens(), output=tmp_path / "out", **options)
+    verified = verify_output(tmp_path / "out", folder, calibration=tokens())
+    assert len(verified.checked_layers) == verified.layers
+    assert ("refitted weights" in verified.checked) == (weights == "refit")
+    assert ("kept weights" in {*verified.checked, *verified.claimed}) == (weights != "refit")
+    prune_model(model, tokens(), **options)
+    found, expected = (logits_of(m, tokens()[:2]) for m in (reload(tmp_path / "out"), model))
+    torch.testing.assert_close(expected, found, rtol=1e-5, atol=1e-6)
+
+
+# What layers are given ----------------------------------------------------------------------------
+
+
+def lost(model, name, weight, data):
+    """Mean square of what these weights of a layer add to its output in the model, over the tokens."""
+    x = inputs_of(model, name, data)
+    return pytest.approx(float((weight.double() @ x.T).square().sum() / len(x)), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "falcon"])
+def test_gram_matrices_are_those_of_the_pruned_prefix(family):
+    """Errors equal the change of each layer's output, measured by hooks."""
+    half, pruned, data = tiny(family), tiny(family), tokens(3, 16)
+    report = prune_model(pruned, data, **WANDA)
+    blocks = Blocks(half)
+    last = blocks.prefix(2)  # which alone stays dense
+    done = {k: v for k, v in pruned.state_dict().items() if not k.startswith(last)}
+    half.load_state_dict({**half.state_dict(), **done})
+    errors = {layer.name: layer.error for layer in report.layers}
+    for place in blocks.layers(2):
+        gone = matrix(half, place) * ~report.masks[place.name]
+        assert errors[place.name] == lost(half, place.name, gone, data)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_gram_matrices_inside_a_block(family):
+    """True-sequential: each layer sees what the pruned layers before it in the block produce."""
+    model, data = tiny(family, layers=1), tokens(4, 16)
+    inside = copy.deepcopy(model)
+    usual = prune_model(copy.deepcopy(model), data, **WANDA)
+    careful = prune_model(inside, data, true_sequential=True, **WANDA)
+    errors = {layer.name: layer.error for layer in careful.layers}
+    first, output = (
+        next(name for name in errors if name.endswith(end)) for end in ("q_proj", "o_proj")
+    )
+    assert torch.equal(usual.masks[first], careful.masks[first])
+    assert any(a.error != errors[a.name] for a in usual.layers if a.name != first)
+    gone = model.get_parameter(output + ".weight") * ~careful.masks[output]
+    assert errors[output] == lost(inside, output, gone, data)
+
+
+def test_a_pass_that_collects_ends_with_the_last_inputs():
+    """The last product is computed once, to learn that it is the last; where there are experts, always."""
+    for family, name, expected in [("llama", "mlp", 1), ("mixtral", "mlp", 6), ("opt", "fc2", 1)]:
+        model, count = tiny(family, layers=1), [0, 0]
+        module = Blocks(model).modules[0].get_submodule(name)
+        module.register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
+        module.register_forward_hook(lambda *_, c=count: c.__setitem__(1, c[1] + 1))
+        prune_model(model, tokens(6, 16), threads=1, **WANDA)
+        assert count == [6, expected]
+
+
+def test_a_weight_may_stand_on_the_left():
+    """Mamba multiplies Δ's projection as W xᵀ: its inputs are seen all the same."""
+    model, data = tiny("mamba"), tokens(3, 16)
+    report = prune_model(copy.deepcopy(model), data, **WANDA)
+    assert [x.kind for x in report.layers if x.kind.endswith("dt_proj")] == ["mixer.dt_proj"] * 3
+    assert all(x.tokens == data.numel() for x in report.layers)
+    problems = dict(maskopt.collect_problems(model, data, sparsity=0.5))
+    mixer, seen = model.backbone.layers[0].mixer, []
+    mixer.x_proj.register_forward_hook(lambda _, args, output: seen.append(output))
+    for row in data:
+        logits_of(model, row[None])
+    x = torch.cat(seen).flatten(0, 1)[:, : mixer.dt_proj.in_features].double()
+    gram = problems["backbone.layers.0.mixer.dt_proj"].gram
+    assert torch.allclose(gram.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-7)
+
+
+# Mixture of experts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_each_expert_sees_the_tokens_routed_to_it(family):
+    model, data = tiny(family, layers=1), tokens(4, 16)
+    routed = dict(maskopt.collect_problems(model, data, sparsity=0.5))
+    report = prune_model(copy.deepcopy(model), data, **WANDA)
+    first = [x for x in report.layers if "gate_up" in x.name and ".layers.0." in x.name]
+    assert sum(x.tokens for x in first) == 2 * data.numel()  # two experts a token
+    everything = prune_model(copy.deepcopy(model), data, all_experts=True, **WANDA)
+    assert all(layer.tokens == data.numel() for layer in everything.layers)
+    errors = {layer.name: layer.error for layer in report.layers}
+    attention = next(x for x in everything.layers if x.name.endswith("q_proj"))
+    assert attention.error == errors[attention.name]  # what the block computes is the same
+    assert set(routed) == {layer.name for layer in report.layers if layer.tokens}
+
+
+def test_experts_with_too_few_tokens_are_pruned_by_magnitude():
+    dense = tiny("mixtral", layers=1)
+    options = {**WANDA, "min_tokens": 10_000}
+    report = prune_model(copy.deepcopy(dense), tokens(4, 16), **options)
+    assert report.fallbacks == [layer.name for layer in report.layers]
+    place = next(x for x in Blocks(dense).all_layers() if "down_proj" in x.name)
+    weight = matrix(dense, place).abs()
+    threshold = weight.sort(1).values[:, place.n // 2]
+    assert torch.equal(report.masks[place.name], weight >= threshold[:, None])
+
+
+def test_experts_that_cannot_be_shown_all_tokens():
+    said = "Llama4TextExperts is not given a routing .* leave out `all_experts`"
+    with pytest.raises(ModelError, match=said):
+        prune_model(tiny("llama4"), tokens(), all_experts=True, **WANDA)
+
+
+def test_a_table_is_not_taken_for_experts():
+    model = tiny("llama", layers=1)
+    model.model.layers[0].table = nn.Module()
+    model.model.layers[0].table.bias = nn.Parameter(torch.ones(3, 4, 4))
+    said = "'model.layers.0.table.bias' looks like experts, but no token was multiplied"
+    with pytest.raises(ModelError, match=re.escape(said)) as caught:
+        prune_model(model, tokens(), **WANDA)
+    pattern = str(caught.value).rsplit("`exclude` ", 1)[1].strip("'")
+    assert len(prune_model(model, tokens(), exclude=[pattern], **WANDA).layers) == 7
+
+
+class ListExperts(nn.Module):
+    """A hand-made block whose experts are a module list."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(16, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x, **_):
+        flat = x.reshape(-1, 16)
+        choice = self.gate(flat).argmax(-1)
+        result = torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            if bool((choice == index).any()):
+                result[choice == index] = expert(flat[choice == index])
+        return x + result.view_as(x)
+
+
+class ListModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(96, 16)
+        self.blocks = nn.ModuleList(ListExperts() for _ in range(2))
+        self.head = nn.Linear(16, 96)
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, use_cache=False):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_experts_as_a_module_list():
+    model, data = ListModel(), tokens(4, 16)
+    report = prune_model(copy.deepcopy(model), data, **WANDA)
+    experts = [x for x in report.layers if x.name.startswith("blocks.0.experts")]
+    assert sum(x.tokens for x in experts) == data.numel()
+    everything = prune_model(model, data, all_experts=True, **WANDA)
+    assert all(x.tokens == data.numel() for x in everything.layers)
+    one, two = ({x.name: x.error for x in r.layers}["blocks.0.gate"] for r in (report, everything))
+    assert one == two
