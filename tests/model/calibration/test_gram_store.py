@@ -101,25 +101,27 @@ def test_a_state_that_does_not_fit_is_refused():
     ],
 )
 def test_the_same_bytes_as_in_one_pass(family, weights, holdout, tmp_path):
-    dense = save(tiny(family), tmp_path / "dense", shard="30KB")
+    dense = save(tiny(family, layers=2), tmp_path / "dense", shard="30KB")
     how = {"weights": weights, "holdout": holdout}
     prune(dense, tokens(), output=tmp_path / "walked", one_pass=True, **how)
     collect_grams(dense, tokens(), output=tmp_path / "grams", holdout=holdout)
     prune(dense, grams=tmp_path / "grams", output=tmp_path / "stored", **how)
     assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
-    verify_output(tmp_path / "stored", dense, calibration=tokens())
+    found = verify_output(tmp_path / "stored", dense, calibration=None if holdout else tokens())
+    assert len(found.checked_layers) == (0 if holdout else 14)
 
 
 def test_precision_and_seed_are_those_of_the_store(dense, tmp_path):
     text, grams = tmp_path / "text.txt", tmp_path / "grams"
     text.write_text("one two, three and four. " * 40)
     said = {"dtype": "bfloat16", "seed": 5}
-    walk = {"calibration": text, "samples": 6, "seq_len": 16, **said}
+    first = {"include": "layers.0.*"}
+    walk = {"calibration": text, "samples": 6, "seq_len": 16, **said, **first}
     prune(dense, output=tmp_path / "walked", one_pass=True, **walk)
     collect_grams(dense, output=grams, **walk)
     for label, more in (("silent", {}), ("spoken", said)):
         out = tmp_path / label
-        prune(dense, grams=grams, output=out, **more)
+        prune(dense, grams=grams, output=out, **more, **first)
         assert contents(out) == contents(tmp_path / "walked")
     verify_output(out, dense, calibration=text)
 
@@ -132,7 +134,7 @@ def test_held_out_windows_are_those_of_the_store(home, model, grams, tmp_path):
     assert (options["shrink"], options["holdout"]) == ("auto", 0.34)
     with pytest.raises(ModelError, match="needs held-out windows"):
         prune(model, grams=grams, shrink="auto")
-    how = {"weights": "refit", "damping": "auto", "shrink": "auto"}
+    how = {"weights": "refit", "damping": "auto", "shrink": "auto", "include": "layers.1.*"}
     report = prune(model, grams=held, output=tmp_path / "refit", **how)
     assert all(layer.error_held is not None for layer in report.layers)
     swept = {**how, "weights": ["refit"], "min_tokens": 1}
