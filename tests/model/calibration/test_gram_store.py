@@ -316,6 +316,7 @@ def test_what_a_store_is_of_goes_before_what_is_asked(model, tmp_path):
 
 def test_a_sweep_is_its_prunes_and_goes_on_where_it_was(model, grams, tmp_path):
     out, how = tmp_path / "sweep", {"min_tokens": 1, "damping": 0.02}  # of the refitted ones
+    how["include"] = "layers.1.*"
     swept = {"patterns": [*HALF, NM(keep=2, of=4)], "weights": ["keep", "refit"], **how}
     found, dense_too = sweep(model, grams, out, text=tokens(3), **swept)
     labels = ["0.5-swap-keep", "0.5-swap-refit", "2of4-swap-keep", "2of4-swap-refit"]
@@ -392,8 +393,8 @@ def test_the_commands(model, tmp_path):
     text, grams, out, swept = (tmp_path / n for n in ("t.npy", "grams", "out", "sweep"))
     np.save(text, tokens().numpy())
     assert "Gram matrices" in run("gram", model, "--calibration", text, "--output", grams)
-    more = [model, "--grams", grams, "--min-tokens", 1, "--solver", "wanda"]
-    half = ["--sparsity", 0.5]
+    half, more = ["--sparsity", 0.5], [model, "--grams", grams, "--min-tokens", 1]
+    more += ["--solver", "wanda", "--include", "layers.1.*"]
     run("prune", *more, *half, "--output", out)
     assert "holds" in run("verify", out, "--against", model)
     planned = run("plan", *more, *half)
@@ -414,6 +415,6 @@ def test_the_commands(model, tmp_path):
     assert "another run: options.shrink was 0.0, is 0.1; --overwrite replaces it" in said
     assert contents(swept / "0.5-wanda-keep") == before
     run("sweep", *other, "--overwrite")
-    how = {"output": tmp_path / "alone", "solver": "wanda", "shrink": 0.1}
+    how = {"output": tmp_path / "alone", "solver": "wanda", "shrink": 0.1, "include": "layers.1.*"}
     prune(model, grams=grams, **how)
     assert contents(swept / "0.5-wanda-keep") == contents(tmp_path / "alone")
