@@ -21,6 +21,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return result
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """All files by their path in the folder."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
 def read_masks(path: Path) -> dict[str, TensorMask]:
     """All masks of a file, by the names of their tensors."""
     masks = MaskFile(path)

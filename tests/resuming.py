@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tiny_models import tokens
+from torch import Tensor
 
 from maskopt import prune_model
 from maskopt.model.progress import BlockProgress
@@ -23,10 +24,13 @@ class Stop(Exception):
     pass
 
 
-def interrupted(dense: Path, out: Path, block: int, stage: str, **options: Any) -> None:
+def interrupted(
+    dense: Path, out: Path, block: int, stage: str, data: Tensor | None = None, **options: Any
+) -> None:
     def stop(event: BlockProgress) -> None:
         if (event.block, event.stage) == (block, stage) and event.done:
             raise Stop
 
+    data = tokens() if data is None else data
     with pytest.raises(Stop):
-        prune_model(dense, tokens(), output=out, on_progress=stop, **{**OPTIONS, **options})
+        prune_model(dense, data, output=out, on_progress=stop, **{**OPTIONS, **options})

@@ -1,7 +1,5 @@
 """What windows begin with: what the tokenizer puts before a text, counted as nobody's target."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 
@@ -41,42 +39,37 @@ CLOSING = Tokenizer(after=(2,), bos=1)
 QWEN = Tokenizer()
 GPT2 = Tokenizer(bos=2)  # its BOS is its EOS, and it puts none before a text
 OPT = Tokenizer(before=(2,), bos=2)  # its BOS is its EOS, and it puts that before a text
-BERT = Tokenizer(
-    before=(1,), after=(2,), bos=None
-)  # something before a text that it does not call BOS
+BERT = Tokenizer(before=(1,), after=(2,))  # something before a text that it does not call BOS
 AROUND = Tokenizer(before=(2,), after=(2,), bos=2)
 TWO = Tokenizer(before=(3, 4), bos=3)
+OUTSIDE = Tokenizer(before=(500,), bos=500)
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "bos", "ids"),
+    ("tokenizer", "expected"),
     [
-        (LLAMA, "auto", (1,)),
-        (LLAMA, "always", (1,)),
-        (LLAMA, "never", ()),
-        (CLOSING, "auto", ()),
-        (CLOSING, "always", (1,)),
-        (QWEN, "auto", ()),
-        (GPT2, "auto", ()),
-        (GPT2, "always", (2,)),
-        (OPT, "auto", (2,)),
-        (OPT, "always", (2,)),
-        (OPT, "never", ()),
-        (BERT, "always", (1,)),
-        (AROUND, "auto", (2,)),
-        (TWO, "auto", (3, 4)),
+        (LLAMA, {"auto": (1,), "always": (1,), "never": ()}),
+        (CLOSING, {"auto": (), "always": (1,)}),
+        (QWEN, {"auto": ()}),
+        (GPT2, {"auto": (), "always": (2,)}),
+        (OPT, {"auto": (2,), "always": (2,), "never": ()}),
+        (BERT, {"always": (1,)}),
+        (AROUND, {"auto": (2,)}),
+        (TWO, {"auto": (3, 4)}),
         # one that is never put anywhere does not matter
-        (Tokenizer(bos=500), "auto", ()),
-        (Tokenizer(before=(500,), bos=500), "never", ()),
+        (Tokenizer(bos=500), {"auto": ()}),
+        (OUTSIDE, {"never": ()}),
         # the last id of the vocabulary is in it
-        (Tokenizer(bos=199), "always", (199,)),
+        (Tokenizer(bos=199), {"always": (199,)}),
     ],
 )
-def test_it_is_asked_of_the_tokenizer(tokenizer, bos, ids):
-    begin = beginning_of(tokenizer, bos)
-    assert begin == Beginning(bos, ids)
-    assert begin.first_target == max(1, len(ids))
-    assert ("token" in str(begin)) or not ids
+def test_a_beginning_is_that_of_the_tokenizer(tokenizer, expected):
+    for bos, ids in expected.items():
+        begin = beginning_of(tokenizer, bos)
+        assert begin == Beginning(bos, ids)
+        assert begin.first_target == max(1, len(ids))
+        assert ("token" in str(begin)) or not ids
+        assert Beginning.from_record(json.loads(json.dumps(begin.record()))) == begin
 
 
 @pytest.mark.parametrize(
@@ -84,7 +77,7 @@ def test_it_is_asked_of_the_tokenizer(tokenizer, bos, ids):
     [
         (QWEN, "always", "no beginning-of-sequence token; use `bos` auto or never"),
         (QWEN, "sometimes", "`bos` must be auto, always or never"),
-        (Tokenizer(before=(500,), bos=500), "auto", "500 is outside its vocabulary of 200"),
+        (OUTSIDE, "auto", "500 is outside its vocabulary of 200"),
         (Tokenizer(bos=200), "always", "200 is outside its vocabulary of 200"),
         (Tokenizer(bos=-1), "always", "outside its vocabulary"),
     ],
@@ -126,7 +119,7 @@ def test_never_is_the_convention_of_one_long_text():
     assert windows.beginning.first_target == 1
 
 
-def test_tokens_that_are_given_stay_as_they_are():
+def test_tokens_that_are_given_have_no_beginning():
     windows = token_windows(torch.ones(2, 5, dtype=torch.long), "mine")
     assert str(windows.beginning) == "as given"
     assert windows.take([1]).beginning == windows.beginning
@@ -151,9 +144,8 @@ def test_a_beginning_that_the_model_does_not_know(bos):
         job = open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
         assert int(job.windows.tokens.max()) < VOCABULARY
         return
-    with pytest.raises(
-        DataError, match="token id 96 does not exist in the model's vocabulary of 96"
-    ):
+    message = "token id 96 does not exist in the model's vocabulary of 96"
+    with pytest.raises(DataError, match=message):
         open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
 
 
@@ -166,8 +158,3 @@ def test_a_tokenizer_on_disk_without_a_beginning(tmp_path):
     assert int(windows.tokens.min()) >= ord("a") - 31
     with pytest.raises(DataError, match="no beginning-of-sequence token; use `bos` auto or never"):
         open_job(model, [TEXT], dataclasses.replace(options, bos="always"))
-
-
-def test_a_record_gives_the_beginning_back() -> None:
-    for begin in (Beginning("auto", (2, 5)), Beginning("never")):
-        assert Beginning.from_record(json.loads(json.dumps(begin.record()))) == begin

@@ -1,6 +1,4 @@
-"""Windows kept aside: what is fitted never sees them, and errors are told on both."""
-
-from __future__ import annotations
+"""Held-out windows: what is fitted never sees them, and errors are given on both."""
 
 import pytest
 import torch
@@ -12,9 +10,17 @@ from maskopt.model.plan import plan_prune
 from maskopt.model.solving import SHRINK_GRID, SHRINK_TOLERANCE
 from maskopt.model.windows import held_out
 
+FIRST = ("layers.0.*",)  # of the first block, whose inputs no pruning has changed
+
 
 def prune(data, **options):
     return maskopt.prune_model(tiny("llama"), data, sparsity=0.5, min_tokens=1, **options)
+
+
+def problems(data, **options):
+    return dict(
+        maskopt.collect_problems(tiny("llama"), data, sparsity=0.5, layers=FIRST, **options)
+    )
 
 
 def test_masks_are_those_of_the_windows_that_are_left():
@@ -32,41 +38,29 @@ def test_masks_are_those_of_the_windows_that_are_left():
 
 
 def test_held_out_errors_are_errors_on_those_windows():
-    """Of the first block, whose inputs no pruning has changed."""
     data = tokens(10)
-    report = prune(data, holdout=0.4, include=("layers.0.*",))
-    found = maskopt.collect_problems(tiny("llama"), data[6:], sparsity=0.5, layers=("layers.0.*",))
-    problems = dict(found)
+    report = prune(data, holdout=0.4, include=FIRST)
+    found = problems(data[6:])
     for layer in report.layers:
-        judged = problems[layer.name].objective(report.masks[layer.name]).sum()
+        judged = found[layer.name].objective(report.masks[layer.name]).sum()
         assert layer.error_held == pytest.approx(float(judged), rel=1e-5)
-        energy = problems[layer.name].output_energy().sum()
+        energy = found[layer.name].output_energy().sum()
         assert layer.energy_held == pytest.approx(float(energy), rel=1e-5)
 
 
 def test_auto_shrinkage_is_the_greatest_that_is_nearly_the_best_on_the_held_out_windows():
-    data = tokens(8)
-    first = {"include": ("layers.0.*",), "holdout": 0.5, "solver": "wanda"}
-    auto = prune(data, shrink="auto", **first)
-    fixed = [prune(data, shrink=alpha, **first) for alpha in SHRINK_GRID]
+    """Wanda's mask does not change with α, which keeps its diagonal, but the error does: that of the
+    start is on the same matrix as that of the end."""
+    first = {"include": FIRST, "holdout": 0.5, "solver": "swap", "warm_start": "wanda"}
+    auto = prune(tokens(2), shrink="auto", **first)
+    fixed = [prune(tokens(2), shrink=alpha, **first) for alpha in SHRINK_GRID]
     for index, layer in enumerate(auto.layers):
-        errors = [one.layers[index].error_held for one in fixed]
-        near = [
-            alpha
-            for alpha, error in zip(SHRINK_GRID, errors, strict=True)
-            if error <= min(errors) * (1 + SHRINK_TOLERANCE)
-        ]
-        assert layer.shrink == near[-1]
-        assert layer.error_held == pytest.approx(errors[SHRINK_GRID.index(near[-1])], rel=1e-9)
-
-
-def test_the_error_of_the_start_is_on_the_same_matrix_as_that_of_the_end():
-    """Wanda's mask does not change with α: its diagonal is kept."""
-    more = {"include": ("layers.0.*",), "holdout": 0.5, "warm_start": "wanda"}
-    auto = prune(tokens(2), shrink="auto", **more)
-    fixed = {alpha: prune(tokens(2), shrink=alpha, **more).layers for alpha in SHRINK_GRID}
-    for index, layer in enumerate(auto.layers):
-        assert layer.error_start == fixed[layer.shrink][index].error_start
+        layers = [one.layers[index] for one in fixed]
+        best = min(one.error_held for one in layers) * (1 + SHRINK_TOLERANCE)
+        near = [i for i, one in enumerate(layers) if one.error_held <= best][-1]
+        assert layer.shrink == SHRINK_GRID[near]
+        assert layer.error_held == pytest.approx(layers[near].error_held, rel=1e-9)
+        assert layer.error_start == layers[near].error_start
     assert {layer.shrink for layer in auto.layers} != {0.0}
 
 
@@ -91,30 +85,25 @@ def test_output_energy_is_the_mean_square_of_the_dense_output():
 def test_bad_input_gets_one_line(options, error, message):
     with pytest.raises(error, match=message):
         prune(tokens(4), **options)
-    assert held_out(10, 0.0) == frozenset()
 
 
 def test_the_share_is_taken_as_written():
     """0.29 · 100 is 28.999… in binary floating point."""
-    assert [len(held_out(100, share / 100)) for share in range(1, 100)] == list(range(1, 100))
+    assert [len(held_out(100, share / 100)) for share in range(100)] == list(range(100))
+    assert held_out(10, 0.0) == frozenset()
 
 
-def test_an_error_and_its_energy_are_of_the_same_gram_matrix():
-    """Of the first block, whose inputs no pruning has changed."""
-    for shrink in (0.0, 0.5, 1.0):
-        report = prune(tokens(4), shrink=shrink, include=("layers.0.*",))
-        found = dict(
-            maskopt.collect_problems(
-                tiny("llama"), tokens(4), sparsity=0.5, shrink=shrink, layers=("layers.0.*",)
-            )
-        )
-        for layer in report.layers:
-            energy = found[layer.name].output_energy().sum()
-            assert layer.energy == pytest.approx(float(energy), rel=1e-5)
+@pytest.mark.parametrize("shrink", [0.0, 0.5, 1.0])
+def test_an_error_and_its_energy_are_of_the_same_gram_matrix(shrink):
+    report = prune(tokens(4), shrink=shrink, include=FIRST, solver="wanda")
+    found = problems(tokens(4), shrink=shrink)
+    for layer in report.layers:
+        energy = found[layer.name].output_energy().sum()
+        assert layer.energy == pytest.approx(float(energy), rel=1e-5)
 
 
 @pytest.mark.parametrize("part", ["grams", "solving"])
-def test_memory_of_windows_kept_aside(part):
+def test_memory_of_held_out_windows(part):
     """Their Gram matrices are a second set; and a layer is judged by its own of them."""
     data, options = tokens(4), {"sparsity": 0.5, "solver": "wanda", "threads": 1}
     without = getattr(plan_prune(tiny("llama"), data, **options).memory, part)

@@ -1,12 +1,7 @@
 """Text sources, windows, the demo's text."""
 
-from __future__ import annotations
-
-import json
 import sys
 import types
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,23 +23,20 @@ from maskopt.model.tokens import (
 TOKENIZER = WordTokenizer()
 
 
-def test_a_file_is_one_document(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\n\ntwo")
-    assert read_documents(tmp_path / "a.txt") == ["one\n\ntwo"]
+def ids(text):
+    return TOKENIZER(text)["input_ids"]
 
 
-def test_a_folder_is_read_in_order(tmp_path: Path) -> None:
+def test_files_and_folders(tmp_path):
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "x.txt").write_text("second")
+    (tmp_path / "b" / "x.txt").write_text("second\n\nof it")
     (tmp_path / "a.md").write_text("first")
-    (tmp_path / "c.jsonl").write_text('{"text": "third"}\n\n{"text": "fourth"}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "third", "body": "x"}\n\n{"text": "fourth"}\n')
     (tmp_path / "d.bin").write_bytes(b"\0")
-    assert read_documents(tmp_path) == ["first", "second", "third", "fourth"]
-
-
-def test_another_field(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "x", "text": "y"}))
-    assert read_documents(tmp_path / "a.jsonl", field="body") == ["x"]
+    (tmp_path / "e.jsonl").write_text(r'{"body": "\ud83d\ude00 \u00e4", "text": "y"}')
+    assert read_documents(tmp_path / "b" / "x.txt") == ["second\n\nof it"]
+    assert read_documents(tmp_path) == ["first", "second\n\nof it", "third", "fourth", "y"]
+    assert read_documents(tmp_path / "e.jsonl", field="body") == ["😀 ä"]
 
 
 @pytest.mark.parametrize(
@@ -74,185 +66,158 @@ def test_another_field(tmp_path: Path) -> None:
         ),
         ("a.jsonl", b"[" * 10**5, "line 1: not JSON"),
         ("a.jsonl", b"", "no text"),
+        ("a.bin", b"", "no such file"),
+        ("", b"", "holds no text file"),
     ],
 )
-def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
+def test_bad_files(name, content, message, tmp_path):
+    if name not in ("", "a.bin"):
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_documents(tmp_path / name)
+        read_documents(tmp_path / (name or "."))
 
 
-def test_a_surrogate_pair_is_a_character(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(r'{"text": "\ud83d\ude00 \u00e4"}')
-    assert read_documents(tmp_path / "a.jsonl") == ["😀 ä"]
+def test_data_sets_and_presets(monkeypatch):
+    calls, module = [], types.ModuleType("datasets")
 
-
-def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file"):
-        read_documents(tmp_path / "none.txt")
-    with pytest.raises(DataError, match="holds no text file"):
-        read_documents(tmp_path)
-
-
-def _fake_datasets(monkeypatch: pytest.MonkeyPatch, calls: list[tuple[object, ...]]) -> None:
-    module = types.ModuleType("datasets")
-
-    def load_dataset(name: str, configuration: str | None, **how: object) -> dict[str, list[str]]:
+    def load_dataset(name, configuration, **how):
         calls.append((name, configuration, how))
         if name == "broken":
             raise FileNotFoundError("not on the hub")
-        if name == "numbers":
-            return {"text": [1, 2]}  # type: ignore[list-item]
-        return {"text": ["one", "", "two"]}
+        return {"text": [1, 2] if name == "numbers" else ["one", "", "two"]}
 
-    module.load_dataset = load_dataset  # type: ignore[attr-defined]
+    module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
-
-
-def test_data_sets_and_presets(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[object, ...]] = []
-    _fake_datasets(monkeypatch, calls)
     assert read_documents("hf:c4") == ["one", "two"]
     assert read_documents("hf:wikitext2:test") == ["one\n\n\n\ntwo"]
     assert read_documents("hf:me/mine:validation") == ["one", "two"]
+    first = {"train": "en/c4-train.00000-of-01024.json.gz"}
     assert calls[0][0] == "allenai/c4"
-    assert calls[0][2] == {
-        "split": "train",
-        "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},
-    }
+    assert calls[0][2] == {"split": "train", "data_files": first}
     assert calls[1][:2] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
-    for name, message in [
+    for name, message in (
         ("hf:broken", "not on the hub"),
         ("hf:c4:tset", "did you mean 'test'|no split"),
         ("hf:", "write hf:NAME"),
         ("hf:numbers", "no value of the column 'text' is text"),
         ("hf:../private", "'../private' is not the name of a data set on the hub"),
         ("hf:/etc", "'/etc' is not the name of a data set on the hub"),
-    ]:
+    ):
         with pytest.raises(DataError, match=message):
             read_documents(name)
-
-
-def test_data_sets_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install .*maskopt\[data\]"):
         read_documents("hf:c4")
 
 
 @given(seed=st.integers(0, 100), samples=st.integers(1, 6), length=st.integers(1, 20))
-def test_crops_are_pieces_of_one_document(seed: int, samples: int, length: int) -> None:
+def test_crops_are_pieces_of_one_document(seed, samples, length):
     documents = ["abcdefghijklmnopqrstuvwxyz", "short", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
-    one = calibration_windows(documents, TOKENIZER, samples=samples, seq_len=length, seed=seed)
-    two = calibration_windows(documents, TOKENIZER, samples=samples, seq_len=length, seed=seed)
+    one, two = (
+        calibration_windows(documents, TOKENIZER, samples=samples, seq_len=length, seed=seed)
+        for _ in range(2)
+    )
     assert torch.equal(one.tokens, two.tokens)
     assert one.digest == two.digest
-    encoded = [TOKENIZER(d)["input_ids"] for d in documents]
-    for row in one.tokens.tolist():
-        assert any(
-            row == ids[start : start + length]
-            for ids in encoded
-            for start in range(len(ids) - length + 1)
-        )
+    pieces = [ids(d)[i : i + length] for d in documents for i in range(len(d) - length + 1)]
+    assert all(row in pieces for row in one.tokens.tolist())
 
 
-def test_short_documents_are_joined() -> None:
+def test_short_documents_are_joined():
     windows = calibration_windows(["abc", "def"], TOKENIZER, samples=2, seq_len=8, seed=0)
-    assert windows.tokens[0].tolist() == TOKENIZER("abc\n\ndef")["input_ids"]
+    assert windows.tokens[0].tolist() == ids("abc\n\ndef")
     assert "joined" in windows.source
 
 
-def test_other_seeds_give_other_crops() -> None:
+def test_other_seeds_give_other_crops():
     text = ["".join(chr(32 + i % 90) for i in range(500))]
-    one = calibration_windows(text, TOKENIZER, samples=8, seq_len=16, seed=0)
-    two = calibration_windows(text, TOKENIZER, samples=8, seq_len=16, seed=1)
+    one, two = (
+        calibration_windows(text, TOKENIZER, samples=8, seq_len=16, seed=seed) for seed in (0, 1)
+    )
     assert one.digest != two.digest
 
 
-def test_windows_do_not_overlap_and_the_tail_is_dropped() -> None:
+def test_windows_do_not_overlap_and_the_tail_is_dropped():
     windows = evaluation_windows(["abcde", "fghij"], TOKENIZER, seq_len=5)
-    joined = TOKENIZER("abcde\n\nfghij")["input_ids"]
+    joined = ids("abcde\n\nfghij")
     assert windows.tokens.tolist() == [joined[:5], joined[5:10]]
     assert len(evaluation_windows(["a" * 50], TOKENIZER, seq_len=5, limit=3)) == 3
 
 
 @pytest.mark.parametrize("make", [calibration_windows, evaluation_windows])
-def test_too_little_text(make: object) -> None:
-    with pytest.raises(DataError, match="less than one window of 20"):
-        make(["abc"], TOKENIZER, seq_len=20)  # type: ignore[operator]
-    with pytest.raises(DataError, match="no text"):
-        make([" "], TOKENIZER, seq_len=20)  # type: ignore[operator]
-    with pytest.raises(DataError, match="tokenizer"):
-        make(["abc" * 20], None, seq_len=20)  # type: ignore[operator]
-    with pytest.raises(OptionError, match="`seq_len` must be a whole number"):
-        make(["abc"], TOKENIZER, seq_len=0)  # type: ignore[operator]
+@pytest.mark.parametrize(
+    ("text", "tokenizer", "length", "error", "message"),
+    [
+        ("abc", TOKENIZER, 20, DataError, "less than one window of 20"),
+        (" ", TOKENIZER, 20, DataError, "no text"),
+        ("abc" * 20, None, 20, DataError, "tokenizer"),
+        ("abc", TOKENIZER, 0, OptionError, "`seq_len` must be a whole number"),
+    ],
+)
+def test_too_little_text(make, text, tokenizer, length, error, message):
+    with pytest.raises(error, match=message):
+        make([text], tokenizer, seq_len=length)
 
 
-def test_tokens_as_they_are(tmp_path: Path) -> None:
-    np.save(tmp_path / "t.npy", np.arange(12).reshape(3, 4))
-    windows = calibration_windows(tmp_path / "t.npy")
-    assert windows.tokens.tolist() == torch.arange(12).view(3, 4).tolist()
-    evaluated = evaluation_windows(tmp_path / "t.npy", None, limit=2)
-    assert torch.equal(evaluated.tokens, windows.tokens[:2])
-    np.save(tmp_path / "one.npy", np.arange(12))
-    assert evaluation_windows(tmp_path / "one.npy", None, limit=2).tokens.shape == (1, 12)
-    np.save(tmp_path / "none.npy", np.array(3))
-    for make in (calibration_windows, evaluation_windows):
-        with pytest.raises(
-            DataError, match=r"none.npy: tokens must be \[samples, length\], not \[\]"
-        ):
-            make(tmp_path / "none.npy", None)
+@pytest.mark.parametrize("make", [calibration_windows, evaluation_windows])
+def test_files_of_tokens(make, tmp_path):
+    path, values = tmp_path / "t.npy", np.arange(12).reshape(3, 4)
+    for kind in (">i4", "<i4", ">u2", "u8", "i1"):
+        np.save(path, values.astype(kind))
+        assert torch.equal(make(path, None).tokens, torch.from_numpy(values))
+    assert torch.equal(evaluation_windows(path, None, limit=2).tokens, torch.from_numpy(values[:2]))
+    np.save(path, np.arange(12))
+    assert evaluation_windows(path, None, limit=2).tokens.shape == (1, 12)
+    for kind in ("U1", "f4", "c8", "?", "datetime64[s]", [("a", "i4")]):
+        np.save(path, np.zeros((3, 4), dtype=kind))
+        with pytest.raises(DataError, match=r"t\.npy: tokens must be whole numbers, not "):
+            make(path, None)
+
+
+def archive(path):
+    with path.open("wb") as file:
+        np.savez(file, tokens=np.zeros((3, 4), dtype=int))
+
+
+def longer_than_memory(path):
+    np.save(path, np.zeros((3, 4), dtype=int))
+    header, longer = b"(3, 4), }" + b" " * 13, b"(3, 40000000000000), }"
+    path.write_bytes(path.read_bytes().replace(header, longer))
+
+
+@pytest.mark.parametrize("make", [calibration_windows, evaluation_windows])
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: np.save(path, np.array(3)), r"tokens must be \[samples, length\], not \[\]"),
+        (lambda path: path.write_bytes(b"\x80\x04pickle"), "not a NumPy array"),
+        (lambda path: None, "no such file"),
+        (longer_than_memory, "not a NumPy array file"),
+        (archive, "an archive of arrays"),
+    ],
+)
+def test_files_that_hold_no_tokens(make, write, message, tmp_path):
+    write(tmp_path / "t.npy")
+    with pytest.raises(DataError, match=rf"t\.npy: {message}"):
+        make(tmp_path / "t.npy", None)
+
+
+def test_tokens_that_are_none():
+    windows = token_windows(torch.arange(12).view(3, 4), "given")
     check_vocabulary(windows, 12)
     with pytest.raises(DataError, match="token id 11"):
         check_vocabulary(windows, 11)
-    (tmp_path / "bad.npy").write_bytes(b"\x80\x04pickle")
-    with pytest.raises(DataError, match="not a NumPy array"):
-        calibration_windows(tmp_path / "bad.npy")
-    with pytest.raises(DataError, match="no such file"):
-        calibration_windows(tmp_path / "nowhere.npy")
-    for bad, message in [
+    for bad, message in (
         (torch.zeros(2, 3), "whole numbers"),
         (torch.zeros(2, 3, 4, dtype=torch.int64), r"\[samples, length\]"),
         (torch.tensor([[-1]]), "negative"),
         (torch.zeros(0, 3, dtype=torch.int64), r"\[samples, length\]"),
-    ]:
+    ):
         with pytest.raises(DataError, match=message):
             token_windows(bad, "given")
 
 
-@pytest.mark.parametrize("kind", [">i4", "<i4", ">u2", "u8", "i1"])
-def test_tokens_of_any_whole_numbers(kind: str, tmp_path: Path) -> None:
-    np.save(tmp_path / "t.npy", np.arange(12, dtype=kind).reshape(3, 4))
-    for make in (calibration_windows, evaluation_windows):
-        found = make(tmp_path / "t.npy", None)
-        assert torch.equal(found.tokens, torch.arange(12).view(3, 4))
-
-
-@pytest.mark.parametrize("kind", ["U1", "f4", "c8", "?", "datetime64[s]", [("a", "i4")]])
-def test_arrays_that_hold_no_tokens(kind: Any, tmp_path: Path) -> None:
-    np.save(tmp_path / "t.npy", np.zeros((3, 4), dtype=kind))
-    for make in (calibration_windows, evaluation_windows):
-        with pytest.raises(DataError, match=r"t\.npy: tokens must be whole numbers, not "):
-            make(tmp_path / "t.npy", None)
-
-
-def test_an_array_that_says_to_be_longer_than_memory(tmp_path: Path) -> None:
-    np.save(tmp_path / "t.npy", np.zeros((3, 4), dtype=int))
-    data = (tmp_path / "t.npy").read_bytes()
-    (tmp_path / "t.npy").write_bytes(
-        data.replace(b"(3, 4), }" + b" " * 13, b"(3, 40000000000000), }")
-    )
-    with pytest.raises(DataError, match=r"t\.npy: not a NumPy array file"):
-        calibration_windows(tmp_path / "t.npy")
-
-
-def test_an_archive_by_the_name_of_an_array(tmp_path: Path) -> None:
-    np.savez(tmp_path / "t.npz", tokens=np.zeros((3, 4), dtype=int))
-    (tmp_path / "t.npz").rename(tmp_path / "t.npy")
-    with pytest.raises(DataError, match=r"t\.npy: an archive of arrays"):
-        calibration_windows(tmp_path / "t.npy")
-
-
-def test_the_demo_text_does_not_overlap() -> None:
+def test_the_demo_text_does_not_overlap():
     text = demo_text()
     assert not set(text.calibration) & set(text.evaluation)
     calibration = sum(map(len, text.calibration))

@@ -1,24 +1,22 @@
 """The model card of a pruned folder: what the hub reads in it, what it takes over, what it refuses to."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from outputs import contents
-from safetensors.torch import load_file
-from tiny_models import save, save_with_own_code, tiny, tokens
+from tiny_models import save_with_own_code, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from maskopt import NM, prune_model
 from maskopt.certify import certify_model
 from maskopt.errors import ModelError, VerificationError
-from maskopt.model.card import hub_name
+from maskopt.model import output as output_module
+from maskopt.model.card import hub_name, write_card
 from maskopt.model.pack import pack, unpack_folder
+from maskopt.model.report import PruneReport
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST
 
@@ -36,27 +34,37 @@ tags: [chat]
 
 Its text.
 """
+OURS = {"library_name": "transformers", "tags": ["maskopt", "pruned", "sparse"]}
+CODE = "put those files beside it"
 
 
-def dense(home: Path, card: str | bytes | None = CARD) -> Path:
-    folder = save(tiny("llama"), home)
-    if card is not None:
-        (folder / "README.md").write_bytes(card.encode() if isinstance(card, str) else card)
-    return folder
-
-
-def pruned(model: Path, out: Path, **options: Any) -> Path:
+def prune(model, out, **options) -> PruneReport:
     chosen = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, **options}
-    prune_model(model, tokens(6), output=out, **chosen)
-    return out
+    return prune_model(model, tokens(), output=out, **chosen)
+
+
+@pytest.fixture(scope="module")
+def snapshot(dense_folder, tmp_path_factory):
+    """A model with a card where the hub's cache would have it."""
+    home = tmp_path_factory.mktemp("hub") / "models--owner--name" / "snapshots" / "0123"
+    shutil.copytree(dense_folder, home)
+    (home / "README.md").write_text(CARD)
+    return home
+
+
+@pytest.fixture(scope="module")
+def report(snapshot, tmp_path_factory):
+    return prune(snapshot, tmp_path_factory.mktemp("pruned") / "out")
+
+
+@pytest.fixture
+def out(report, tmp_path):
+    return Path(shutil.copytree(report.output, tmp_path / "out"))
 
 
 def test_it_inherits_what_holds_for_the_pruned_model_too_and_keeps_the_original(
-    tmp_path: Path,
-) -> None:
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    out = pruned(dense(snapshot), tmp_path / "out")
+    snapshot, report, out
+):
     card = ModelCard.load(out / "README.md")
     assert card.data.to_dict() == {
         "license": "other",
@@ -65,21 +73,23 @@ def test_it_inherits_what_holds_for_the_pruned_model_too_and_keeps_the_original(
         "language": ["en", "de"],
         "pipeline_tag": "text-generation",
         "base_model": "owner/name",
-        "library_name": "transformers",
-        "tags": ["maskopt", "pruned", "sparse"],
+        **OURS,
     }
-    assert "owner/name, pruned to 50% zeros by maskopt" in card.text
-    assert "wanda pruned 50.0% of" in card.text
-    assert "$ maskopt prune MODEL --config" in card.text
-    assert "$ maskopt prune MODEL --sparsity 0.5 --solver wanda --min-tokens 1" in card.text
-    assert "that of the original holds: mine" in card.text
-    manifest = json.loads((out / "maskopt-manifest.json").read_text())
-    for digest in (
-        manifest["fingerprint"]["model"],
-        manifest["fingerprint"]["calibration"]["sha256"],
+    manifest = json.loads((out / MANIFEST).read_text())
+    fingerprint = manifest["fingerprint"]
+    for text in (
+        "owner/name, pruned to 50% zeros by maskopt",
+        "wanda pruned 50.0% of",
+        "$ maskopt prune MODEL --config",
+        "$ maskopt prune MODEL --sparsity 0.5 --solver wanda --min-tokens 1",
+        "that of the original holds: mine",
+        fingerprint["model"],
+        fingerprint["calibration"]["sha256"],
     ):
-        assert digest in card.text
-    assert str(tmp_path) not in card.content  # a folder's path is nobody's business
+        assert text in card.text
+    assert CODE not in card.text
+    for folder in (snapshot.parents[2], Path(report.output).parent):  # are nobody's business
+        assert str(folder) not in card.content
     assert (out / "README-original.md").read_text() == CARD
     assert "README-original.md" in manifest["files"]
     verify_output(out, snapshot)
@@ -90,12 +100,10 @@ def test_it_inherits_what_holds_for_the_pruned_model_too_and_keeps_the_original(
         verify_output(out, snapshot)
 
 
-def test_the_figures_are_those_of_the_report(tmp_path: Path) -> None:
-    model = dense(tmp_path / "dense")
-    report = prune_model(
-        model, tokens(6), output=tmp_path / "out", pattern=NM(keep=2, of=4), min_tokens=1,
-        solver="swap", holdout=0.34,
-    )  # fmt: skip
+def test_the_figures_are_those_of_the_report(snapshot, tmp_path):
+    model = Path(shutil.copytree(snapshot, tmp_path / "dense"))
+    how = {"sparsity": None, "pattern": NM(keep=2, of=4), "solver": "swap", "holdout": 0.34}
+    report = prune(model, tmp_path / "out", **how)
     text = (tmp_path / "out" / "README.md").read_text()
     for name in ("relative", "relative_held"):
         mean = sum(getattr(layer, name) for layer in report.layers) / len(report.layers)
@@ -105,98 +113,93 @@ def test_the_figures_are_those_of_the_report(tmp_path: Path) -> None:
     assert "base_model: someone/below" in text  # of a folder without a name, its own card's
 
 
-def test_a_pruned_model_that_is_pruned_again_keeps_every_card(tmp_path: Path) -> None:
-    once = pruned(dense(tmp_path / "dense"), tmp_path / "once")
-    twice = pruned(once, tmp_path / "twice", sparsity=0.75)
+def test_a_pruned_model_that_is_pruned_again_keeps_every_card(out, tmp_path):
+    twice = tmp_path / "twice"
+    prune(out, twice, sparsity=0.75)
     assert (twice / "README-original.md").read_text() == CARD
-    assert (twice / "README-original-2.md").read_text() == (once / "README.md").read_text()
-    verify_output(twice, once)
+    assert (twice / "README-original-2.md").read_text() == (out / "README.md").read_text()
+    verify_output(twice, out)
 
 
 @pytest.mark.parametrize(
-    "card",
+    ("card", "licences"),
     [
-        None,
-        "no metadata",
-        "---\nlicense: [\n---\n",
-        "---\n- a\n- list\n---\n",
-        b"\xff\xfe\x00",
-        "---\nlicense: " + "m" * 500 + "\n---\n",
-        "---\nlicense_name: 'mine\n\n  # of all others'\n---\n",
-        "---\nlicense: {a: 1}\nlanguage: [1, 2]\nbase_model: 3\n---\n",
-        "---\nlicense: mit\n---\n" + "x" * 2**20,
-        "---\neval_results: 7\nmodel-index: [{results: broken}]\n---\n",
+        (None, None),
+        (b"no metadata", None),
+        (b"---\nlicense: [\n---\n", None),
+        (b"---\n- a\n- list\n---\n", None),
+        (b"\xff\xfe\x00", None),
+        (b"---\nlicense: " + b"m" * 500 + b"\n---\n", None),
+        (b"---\nlicense_name: 'mine\n\n  # of all others'\n---\n", None),
+        (b"---\nlicense: {a: 1}\nlanguage: [1, 2]\nbase_model: 3\n---\n", None),
+        (b"---\nlicense: mit\n---\n" + b"x" * 2**20, None),
+        (b"---\neval_results: 7\nmodel-index: [{results: broken}]\n---\n", None),
+        (b"---\nlicense: [mit, apache-2.0]\n---\n", ["mit", "apache-2.0"]),
     ],
 )
 def test_of_a_card_that_cannot_be_used_nothing_is_taken_over(
-    card: str | bytes | None, tmp_path: Path
-) -> None:
-    out = pruned(dense(tmp_path / "dense", card), tmp_path / "out")
-    ours = ModelCard.load(out / "README.md")
-    assert ours.data.to_dict() == {
-        "library_name": "transformers",
-        "tags": ["maskopt", "pruned", "sparse"],
-    }
-    assert "its card names none" in ours.text
-    assert (out / "README-original.md").exists() == (card is not None)
-    verify_output(out, tmp_path / "dense")
+    card, licences, snapshot, report, tmp_path
+):
+    shutil.copy(snapshot / "config.json", tmp_path)
+    there = [] if card is None else ["README.md"]
+    if there:
+        (tmp_path / "README.md").write_bytes(card)
+    files = write_card(tmp_path, report, None, "dense", ["LICENSE", *there])
+    ours = ModelCard.load(tmp_path / "README.md")
+    assert ours.data.to_dict() == ({"license": licences} if licences else {}) | OURS
+    said = ", ".join(licences) if licences else "its card names none"
+    assert (f"that of the original holds: {said}." if licences else said) in ours.text
+    assert files == ["LICENSE", *(["README-original.md"] if there else [])]
+    if there:
+        assert (tmp_path / "README-original.md").read_bytes() == card
 
 
-def test_several_licences_are_all_named(tmp_path: Path) -> None:
-    folder = dense(tmp_path / "dense", "---\nlicense: [mit, apache-2.0]\n---\n")
-    ours = ModelCard.load(pruned(folder, tmp_path / "out") / "README.md")
-    assert ours.data["license"] == ["mit", "apache-2.0"]
-    assert "Licence: that of the original holds: mit, apache-2.0." in ours.text
+def test_a_card_that_cannot_be_read_does_not_stop_a_prune(dense_folder, tmp_path):
+    model = Path(shutil.copytree(dense_folder, tmp_path / "dense"))
+    (model / "README.md").write_bytes(b"\xff\xfe\x00")
+    prune(model, tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.to_dict() == OURS
+    verify_output(tmp_path / "out", model)
 
 
-def test_a_card_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere.md").write_text(CARD)
-    model = dense(tmp_path / "dense", None)
-    (model / "README.md").symlink_to(tmp_path / "elsewhere.md")
+def test_a_card_that_is_a_link_out_of_the_folder_is_refused(dense_folder, snapshot, tmp_path):
+    model = Path(shutil.copytree(dense_folder, tmp_path / "dense"))
+    (model / "README.md").symlink_to(snapshot / "README.md")
     with pytest.raises(ModelError, match=r"README\.md: is a link out of the model folder"):
-        pruned(model, tmp_path / "out")
+        prune(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_interruption_between_the_cards_and_the_end_leaves_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from maskopt.model import output
-
-    model = dense(tmp_path / "dense")
-    whole = pruned(model, tmp_path / "whole")
-
-    def stop(*_: Any) -> None:
+    snapshot, out, tmp_path, monkeypatch
+):
+    def stop(*_):
         raise KeyboardInterrupt
 
+    again = tmp_path / "again"
     with monkeypatch.context() as patched:
-        patched.setattr(output, "write_manifest", stop)
+        patched.setattr(output_module, "write_manifest", stop)
         with pytest.raises(KeyboardInterrupt):
-            pruned(model, tmp_path / "out")
-    staging = next(path.parent for path in (tmp_path / "out").rglob("README-original.md"))
+            prune(snapshot, again)
+    staging = next(path.parent for path in again.rglob("README-original.md"))
     assert (staging / "README.md").exists()
-    pruned(model, tmp_path / "out", resume=True)
-    assert contents(tmp_path / "out") == contents(whole)
+    prune(snapshot, again, resume=True)
+    assert contents(again) == contents(out)
 
 
-def test_a_model_in_memory_has_a_card_as_well(tmp_path: Path) -> None:
+def test_a_model_in_memory_has_a_card_as_well(tmp_path):
     model = tiny("llama")
     model.config._name_or_path = "owner/name"
-    prune_model(
-        model, tokens(6), output=tmp_path / "out", sparsity=0.5, solver="wanda", min_tokens=1
-    )
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.base_model == "owner/name"
+    prune(model, tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "owner/name"
     verify_output(tmp_path / "out")
 
 
-def test_packing_keeps_the_cards(tmp_path: Path) -> None:
-    out = pruned(dense(tmp_path / "dense"), tmp_path / "out")
+def test_packing_keeps_the_cards(out, tmp_path):
     pack(out, tmp_path / "packed")
     assert (tmp_path / "packed" / "README.md").read_bytes() == (out / "README.md").read_bytes()
     unpack_folder(tmp_path / "packed", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(out)
-    assert load_file(tmp_path / "again" / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -211,23 +214,18 @@ def test_packing_keeps_the_cards(tmp_path: Path) -> None:
         ("/x/models--alone/snapshots/abc", None),
     ],
 )
-def test_names_on_the_hub(path: str, name: str | None) -> None:
+def test_names_on_the_hub(path, name):
     assert hub_name(path) == name
 
 
-def test_a_model_with_code_of_its_own_says_what_it_needs(tmp_path: Path) -> None:
+def test_a_model_with_code_of_its_own_says_what_it_needs(tmp_path):
     """Of a folder the code is not copied; a model in memory is saved with it, and opened with nothing run."""
     dense, out = save_with_own_code(tmp_path / "dense"), tmp_path / "out"
-    options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "trust_remote_code": True}
-    prune_model(dense, tokens(6), output=out, **options)  # type: ignore[arg-type]
-    assert "put those files beside it" in (out / "README.md").read_text()
+    prune(dense, out, trust_remote_code=True)
+    assert CODE in (out / "README.md").read_text()
     shutil.copy(dense / "modeling_own.py", out)
-    assert certify_model(
-        dense, out, calibration=tokens(6), method="box", rows_per_layer=1, trust_remote_code=True
-    )
+    how = {"method": "box", "rows_per_layer": 1, "trust_remote_code": True}
+    assert certify_model(dense, out, calibration=tokens(), **how)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-    prune_model(model, tokens(6), output=tmp_path / "again", **options)  # type: ignore[arg-type]
+    prune(model, tmp_path / "again", trust_remote_code=True)
     assert (tmp_path / "again" / MANIFEST).exists()
-    plain = save(tiny("llama"), tmp_path / "plain")
-    prune_model(plain, tokens(6), output=tmp_path / "other", sparsity=0.5, solver="wanda")
-    assert "put those files" not in (tmp_path / "other" / "README.md").read_text()

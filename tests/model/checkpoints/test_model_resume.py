@@ -1,112 +1,111 @@
-"""Interrupted prunes: killed, out of disk, two at once. Resumed output is bit-identical."""
+"""Interrupted prunes: killed, out of disk, two at once, of a model that changes meanwhile. Resumed output
+is bit-identical."""
 
-from __future__ import annotations
-
-import hashlib
 import json
 import multiprocessing
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from commands import TESTS
 from filelock import FileLock
-from outputs import contents
+from forging import change_tensors, shard_of, signed
+from outputs import contents, files
 from resuming import OPTIONS, Stop, interrupted
-from tiny_models import save, tiny, tokens
+from tiny_models import edit_json, save, save_tokenizer, tiny, tokens
 
 from maskopt import prune_model
 from maskopt.errors import ModelError
 from maskopt.model import output as output_module
 from maskopt.model import workspace as workspace_module
+from maskopt.model.checkpoint import INDEX, open_checkpoint
 from maskopt.model.journal import Journal, read_journal
-from maskopt.model.progress import BlockProgress
+from maskopt.model.unchanged import Unchanged
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import GONE, HIDDEN, MANIFEST, MASKS
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+JOURNAL = f"{HIDDEN}/journal.jsonl"
+
+
+def prune(dense, out, data=None, **options):
+    data = tokens() if data is None else data
+    return prune_model(dense, data, output=out, **{**OPTIONS, **options})
+
+
+def refused(message, dense, out, data=None, *, resume=True, **options):
+    """The run ends before its first block, with this message in one line."""
+    began = []
+    with pytest.raises(ModelError, match=message) as caught:
+        prune(dense, out, data, resume=resume, on_progress=began.append, **options)
+    assert "\n" not in str(caught.value)
+    assert not began
 
 
 @pytest.fixture(scope="module")
-def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole_folder(dense, tmp_path_factory):
     """What an uninterrupted run writes."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    prune_model(dense, tokens(), output=out, **OPTIONS)
-    return contents(out)
+    prune(dense, out)
+    return out
 
 
-def test_the_same_bytes_twice_and_with_any_number_of_threads(
-    dense: Path, whole: dict[str, bytes], tmp_path: Path
-) -> None:
-    for threads in (1, 2, 5):
-        out = tmp_path / str(threads)
-        prune_model(dense, tokens(), output=out, threads=threads, **OPTIONS)
-        assert contents(out) == whole
+@pytest.fixture(scope="module")
+def whole(whole_folder):
+    return contents(whole_folder)
 
 
-def test_activations_in_a_file_give_the_same_bytes(
-    dense: Path, whole: dict[str, bytes], tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def unfinished(dense, tmp_path_factory):
+    """What the same run leaves when it is stopped in its last block."""
+    out = tmp_path_factory.mktemp("unfinished") / "out"
+    interrupted(dense, out, 2, "solve")
+    return out
+
+
+@pytest.fixture
+def stopped(unfinished, tmp_path):
+    return Path(shutil.copytree(unfinished, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "more", [{"threads": 1}, {"threads": 5}, {"activation_memory": 0}, {"max_memory": 2**33}]
+)
+def test_the_same_bytes_with_any_threads_and_memory(more, dense, whole, tmp_path):
+    prune(dense, tmp_path / "out", **more)
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "block", "stage"),
+    [
+        ({}, 1, "calibrate"),
+        ({}, 1, "solve"),
+        ({}, 2, "calibrate"),
+        ({"one_pass": True}, 1, "solve"),
+        ({"true_sequential": True}, 1, "solve"),
+        ({"weighting": "gradient"}, 1, "solve"),
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(options, block, stage, dense, whole, tmp_path):
     out = tmp_path / "out"
-    prune_model(dense, tokens(), output=out, activation_memory=0, **OPTIONS)
-    assert contents(out) == whole
-
-
-@pytest.mark.parametrize("block", [1, 2])
-@pytest.mark.parametrize("stage", ["calibrate", "solve"])
-def test_an_error_in_the_middle(
-    dense: Path, whole: dict[str, bytes], tmp_path: Path, block: int, stage: str
-) -> None:
-    out = tmp_path / "out"
-    interrupted(dense, out, block, stage)
+    if options:
+        prune(dense, tmp_path / "whole", **options)
+        whole = contents(tmp_path / "whole")
+    interrupted(dense, out, block, stage, **options)
     assert [entry.name for entry in out.iterdir()] == [HIDDEN]
-    with pytest.raises(ModelError, match="unfinished run; go on with `resume`"):
-        prune_model(dense, tokens(), output=out, **OPTIONS)
-    prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+    refused("unfinished run; go on with `resume`", dense, out, resume=False, **options)
+    prune(dense, out, resume=True, **options)
     assert contents(out) == whole
-    again = prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)  # nothing left to do
+    again = prune(dense, out, resume=True, **options)  # nothing left to do
     assert len(again.layers) == 21
     assert contents(out) == whole
 
 
-def test_shards_are_written_as_they_are_done(
-    dense: Path, whole: dict[str, bytes], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    interrupted(dense, out, 2, "solve")
-    written = list((out / HIDDEN / "out").glob("model-*.safetensors"))
-    assert 0 < len(written) < len([name for name in whole if name.startswith("model-")])
-    for shard in written:
-        assert shard.read_bytes() == whole[shard.name]
-    done = set(Journal(out / HIDDEN / "journal.jsonl").shards)
-    assert done == {shard.name for shard in written}
-
-
-@pytest.mark.parametrize(
-    "options", [{"one_pass": True}, {"true_sequential": True}, {"weighting": "gradient"}]
-)
-def test_other_orders_resume_too(dense: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-    prune_model(dense, tokens(), output=tmp_path / "whole", **OPTIONS, **options)
-    interrupted(dense, tmp_path / "out", 1, "solve", **options)
-    prune_model(dense, tokens(), output=tmp_path / "out", resume=True, **OPTIONS, **options)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_an_error_before_the_first_block_leaves_nothing(dense: Path, tmp_path: Path) -> None:
-    interrupted(dense, tmp_path / "deep" / "out", 0, "calibrate")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ModelError, match="nothing to resume"):
-        prune_model(dense, tokens(), output=tmp_path / "out", resume=True, **OPTIONS)
-
-
-def test_skipped_samples_stay_skipped(tmp_path: Path) -> None:
+def test_skipped_samples_stay_skipped(tmp_path):
     model = tiny("llama")
     with torch.no_grad():  # only token 5 reaches the first input of an enormous weight
         model.model.embed_tokens.weight[:, 0] = 0
@@ -116,171 +115,173 @@ def test_skipped_samples_stay_skipped(tmp_path: Path) -> None:
     dense, data = save(model, tmp_path / "dense"), tokens()
     data[data == 5] = 6
     data[1, 2] = 5
-    options = {**OPTIONS, "skip_bad_samples": True, "include": ["q_proj"]}
-    prune_model(dense, data, output=tmp_path / "whole", **options)
-
-    def stop(event: BlockProgress) -> None:
-        if event.block == 1 and event.stage == "solve":
-            raise Stop
-
-    with pytest.raises(Stop):
-        prune_model(dense, data, output=tmp_path / "out", on_progress=stop, **options)
-    report = prune_model(dense, data, output=tmp_path / "out", resume=True, **options)
+    options = {"skip_bad_samples": True, "include": ["q_proj"]}
+    prune(dense, tmp_path / "whole", data, **options)
+    interrupted(dense, tmp_path / "out", 1, "solve", data=data, **options)
+    report = prune(dense, tmp_path / "out", data, resume=True, **options)
     assert [item["sample"] for item in report.bad_samples] == [1]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_an_error_before_the_first_block_leaves_nothing(dense, tmp_path):
+    interrupted(dense, tmp_path / "deep" / "out", 0, "calibrate")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_are_written_as_they_are_done_and_again_if_lost(dense, whole, stopped):
+    first, second, *_ = written = sorted((stopped / HIDDEN / "out").glob("model-*.safetensors"))
+    assert len(written) < len([name for name in whole if name.startswith("model-")])
+    assert all(shard.read_bytes() == whole[shard.name] for shard in written)
+    assert set(Journal(stopped / JOURNAL).shards) == {shard.name for shard in written}
+    first.unlink()
+    flip(f"out/{second.name}", -1)(stopped)
+    prune(dense, stopped, resume=True)
+    assert contents(stopped) == whole
+
+
+def test_a_journal_of_another_run_is_refused(dense, stopped, tmp_path, monkeypatch):
+    before = (stopped / JOURNAL).read_bytes()
+    for change, message in (
         ({"seed": 1}, "options.seed was 0, is 1"),
         ({"sparsity": 0.6}, r"options.pattern.sparsity was 0.5, is 0.6"),
         ({"solver": "wanda", "warm_start": None}, "options.solver was 'elimination'"),
         ({"exclude": ["k_proj"]}, "options.exclude"),
         ({"dtype": "float64"}, "dtype was 'float32', is 'float64'"),
-    ],
-)
-def test_a_journal_of_other_options_is_refused(
-    dense: Path, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    interrupted(dense, tmp_path / "out", 1, "solve")
-    before = (tmp_path / "out" / HIDDEN / "journal.jsonl").read_bytes()
-    with pytest.raises(ModelError, match=message):
-        prune_model(dense, tokens(), output=tmp_path / "out", resume=True, **{**OPTIONS, **change})
-    assert (tmp_path / "out" / HIDDEN / "journal.jsonl").read_bytes() == before
-
-
-def test_a_journal_of_another_model_data_or_version_is_refused(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    interrupted(dense, out, 1, "solve")
+        ({"data": tokens(seed=9)}, r"calibration\.sha256 was"),
+    ):
+        refused(message, dense, stopped, **change)
+        assert (stopped / JOURNAL).read_bytes() == before
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
-    other = save(model, tmp_path / "other", shard="30KB")
-    with pytest.raises(ModelError, match="model was"):
-        prune_model(other, tokens(), output=out, resume=True, **OPTIONS)
-    with pytest.raises(ModelError, match=r"calibration\.sha256 was"):
-        prune_model(dense, tokens(seed=9), output=out, resume=True, **OPTIONS)
+    refused("model was", save(model, tmp_path / "other", shard="30KB"), stopped)
     monkeypatch.setattr("maskopt.__version__", "99")
-    with pytest.raises(ModelError, match=r"versions.maskopt was .*, is '99'"):
-        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+    refused(r"versions.maskopt was .*, is '99'", dense, stopped)
 
 
-def test_damage_is_noticed(dense: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    interrupted(dense, out, 2, "solve")
-    journal = out / HIDDEN / "journal.jsonl"
-    good = journal.read_bytes()
-    masks = out / HIDDEN / "blocks" / "00001.safetensors"
-    good_masks = masks.read_bytes()
-    generator = random.Random(0)
+def flip(name, place=-3):
+    def spoil(out):
+        data = bytearray((out / HIDDEN / name).read_bytes())
+        data[place] ^= 4
+        (out / HIDDEN / name).write_bytes(bytes(data))
+
+    return spoil
+
+
+def another_form(out):
+    """The same number in a record."""
+    data = (out / JOURNAL).read_bytes()
+    place = data.upper().index(b"E-0")
+    (out / JOURNAL).write_bytes(data[:place] + b"E" + data[place + 1 :])
+
+
+def forge(**change):
+    """The digests of a journal are no secret: whoever changes a line can make them right."""
+
+    def spoil(out):
+        records = [r | change if r["kind"] == "block" else r for r in read_journal(out / JOURNAL)]
+        lines = [json.dumps(signed(record), sort_keys=True) + "\n" for record in records]
+        (out / JOURNAL).write_text("".join(lines))
+
+    return spoil
+
+
+def folder(name):
+    """A folder with a file in the place of a file."""
+
+    def spoil(out):
+        (out / name).unlink(missing_ok=True)
+        (out / name).mkdir()
+        (out / name / "x").write_text("mine")
+
+    return spoil
+
+
+def link(name):
+    def spoil(out):
+        target, place = out.parent / "elsewhere", out / HIDDEN / name
+        target.mkdir()
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        place.symlink_to(target / "new" if name in ("journal.jsonl", "lock") else target)
+
+    return spoil
+
+
+SHARD, BLOCK = "model-00001-of-00005.safetensors", "blocks/00001.safetensors"
+A_LINK = "is a link, which maskopt never makes there"
+SPOILED = {
+    "journal": (flip("journal.jsonl", 99), "damaged"),
+    "another form": (another_form, "damaged"),
+    "masks": (flip(BLOCK), "does not match the journal"),
+    "forged masks": (forge(masks=3), "not a journal"),
+    "forged layers": (forge(layers=0), "not a journal"),
+    "forged samples": (forge(bad=[1]), "not a journal"),
+    "forged index": (forge(index=-1), "not a journal"),
+    "folder": (folder(SHARD), f"does not list 1 of .*: {SHARD};"),
+    "folder of out": (folder(f"{HIDDEN}/out/{SHARD}"), f"{SHARD}: is a folder, which"),
+    "folder of blocks": (folder(f"{HIDDEN}/{BLOCK}"), f"{BLOCK}: is a folder, which"),
+    **{f"link {name}": (link(name), A_LINK) for name in ("", "out", "blocks", "lock")},
+    "link journal": (link("journal.jsonl"), A_LINK),
+}
+
+
+@posix
+@pytest.mark.parametrize("name", SPOILED)
+def test_an_unfinished_run_that_was_changed_is_refused(name, dense, stopped, tmp_path):
+    spoil, message = SPOILED[name]
+    spoil(stopped)
+    before = files(tmp_path)
+    refused(message, dense, stopped)
+    if "link" in name:
+        refused(message, dense, stopped, resume=False, overwrite=True)
+    assert files(tmp_path) == before
+
+
+def test_what_was_put_right_goes_on(dense, whole, stopped, tmp_path):
+    journal = stopped / JOURNAL
+    good, generator = journal.read_bytes(), random.Random(0)
     for _ in range(30):
         place, bit = generator.randrange(len(good) - 1), generator.randrange(8)
         flipped = bytearray(good)
         flipped[place] ^= 1 << bit
         journal.write_bytes(bytes(flipped))
         with pytest.raises(ModelError, match=r"damaged|not a journal"):
-            prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-    exponent = good.upper().index(b"E-0")
-    journal.write_bytes(good[:exponent] + b"E" + good[exponent + 1 :])  # the same number
-    with pytest.raises(ModelError, match="damaged"):
-        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-    journal.write_bytes(good)
-    flipped = bytearray(good_masks)
-    flipped[-3] ^= 4
-    masks.write_bytes(bytes(flipped))
-    with pytest.raises(ModelError, match="does not match the journal"):
-        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-    masks.write_bytes(good_masks)
+            Journal(journal)
     journal.write_bytes(good + b'{"kind": "block", "ind')  # cut off by a crash: dropped
-    prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-    assert contents(out) == whole
-
-
-def test_a_finished_shard_that_is_lost_or_damaged_is_written_again(
-    dense: Path, whole: dict[str, bytes], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    interrupted(dense, out, 2, "solve")
-    first, second = sorted((out / HIDDEN / "out").glob("model-*.safetensors"))[:2]
-    first.unlink()
-    data = bytearray(second.read_bytes())
-    data[-1] ^= 1
-    second.write_bytes(bytes(data))
-    prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-    assert contents(out) == whole
-
-
-def signed(record: dict[str, Any]) -> bytes:
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**record, "sha256": digest}, sort_keys=True).encode() + b"\n"
-
-
-def test_a_finished_result_of_which_something_is_gone_is_not_finished(
-    dense: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    prune_model(dense, tokens(), output=out, **OPTIONS)
-    (out / MASKS).unlink()
-    with pytest.raises(ModelError, match=f"{MASKS} is gone; `overwrite`"):
-        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-
-
-@pytest.mark.parametrize("change", [{"masks": 3}, {"layers": 0}, {"bad": [1]}, {"index": -1}])
-def test_a_forged_journal_is_refused_in_one_line(
-    dense: Path, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    """Its digests are no secret: whoever changes a line can make them right."""
-    out = tmp_path / "out"
-    interrupted(dense, out, 1, "solve")
-    path = out / HIDDEN / "journal.jsonl"
-    records = read_journal(path)
-    for record in records:
-        if record["kind"] == "block":
-            record.update(change)
-    path.write_bytes(b"".join(map(signed, records)))
-    with pytest.raises(ModelError, match="not a journal") as caught:
-        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-    assert "\n" not in str(caught.value)
-
-
-@posix
-@pytest.mark.parametrize("name", ["", "out", "blocks", "journal.jsonl", "lock"])
-def test_links_in_the_hidden_folder_are_not_followed(
-    dense: Path, tmp_path: Path, name: str
-) -> None:
-    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    hidden = out / HIDDEN
-    hidden.mkdir(parents=True)
-    if not name:
-        hidden.rmdir()
-    target = elsewhere / "new" if "l" in name and name != "blocks" else elsewhere
-    (hidden / name if name else hidden).symlink_to(target)
-    for how in ({"resume": True}, {"overwrite": True}):
-        with pytest.raises(ModelError, match="is a link, which maskopt never makes there"):
-            prune_model(dense, tokens(), output=out, **how, **OPTIONS)
-    assert list(elsewhere.iterdir()) == []
-
-
-def test_a_forged_commit_moves_nothing(dense: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    interrupted(dense, out, 2, "solve")
     (tmp_path / "mine.txt").write_text("mine")
-    (out / HIDDEN / "committed").write_text("../../../mine.txt\nconfig.json")
+    committed = stopped / HIDDEN / "committed"
+    committed.write_text("../../../mine.txt\nconfig.json")
     with pytest.raises(ModelError, match="committed: is damaged; start over with `overwrite`"):
-        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+        prune(dense, stopped, resume=True)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+    committed.unlink()
+    prune(dense, stopped, resume=True)
+    assert contents(stopped) == whole
 
 
-def test_killed_while_it_clears_up(
-    dense: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
+def test_a_finished_result_that_was_damaged_is_not_finished(dense, whole_folder, tmp_path):
+    finished = Path(shutil.copytree(whole_folder, tmp_path / "out"))
+    shard = sorted(finished.glob("*.safetensors"))[1]
+    for path in (shard, finished / "config.json", finished / MASKS):
+        right = path.read_bytes()
+        for wrong in (right[:-7], right[:-1] + bytes([right[-1] ^ 1]), right[:3]):
+            path.write_bytes(wrong)
+            refused(f"{path.name} was changed .*; `overwrite`", dense, finished)
+        path.unlink()
+        refused(f"{path.name} is gone; `overwrite`", dense, finished)
+        path.write_bytes(right)
+    shard.unlink()
+    shard.mkdir()
+    refused(f"{shard.name} is a folder; `overwrite`", dense, finished)
+    message = f"does not list 1 of .*: {shard.name}; choose"
+    refused(message, dense, finished, resume=False, overwrite=True)
+    shard.rmdir()
+    prune(dense, finished, overwrite=True)
+    prune(dense, finished, resume=True)
 
-    def stop(path: Path, **_: Any) -> None:
+
+def test_killed_while_it_clears_up(dense, whole, stopped, monkeypatch):
+    def stop(path, **_):
         if Path(path).name.startswith(HIDDEN) and Path(path).exists():
             (Path(path) / "journal.jsonl").unlink()
             raise Stop
@@ -288,170 +289,99 @@ def test_killed_while_it_clears_up(
     with monkeypatch.context() as patched:
         patched.setattr(workspace_module.shutil, "rmtree", stop)
         with pytest.raises(Stop):
-            prune_model(dense, tokens(), output=out, **OPTIONS)
+            prune(dense, stopped, resume=True)
     began = []
-    prune_model(dense, tokens(), output=out, resume=True, on_progress=began.append, **OPTIONS)
+    prune(dense, stopped, resume=True, on_progress=began.append)
     assert not began  # nothing is done again
-    assert contents(out) == whole
+    assert contents(stopped) == whole
 
 
-def test_no_room_for_hidden_states(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    for where in ({"output": tmp_path / "out"}, {}):
-        model = dense if where else tiny("llama")
-        with pytest.raises(ModelError, match=r"no room for 0\.00 GiB of hidden states"):
-            prune_model(model, tokens(), activation_memory=0, **where, **OPTIONS)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_journal_survives_a_torn_line(tmp_path: Path) -> None:
+def test_a_journal_survives_a_torn_line(tmp_path):
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)
     journal.begin({"a": 1})
     path.write_bytes(path.read_bytes() + b"torn")
-    again = Journal(path)
-    again.add_block(0, {"layers": []})
+    Journal(path).add_block(0, {"layers": []})
     assert [record["kind"] for record in read_journal(path)] == ["header", "block"]
 
 
-def test_an_interrupted_commit_is_finished(
-    dense: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    real = os.replace
-    for stop_at in (1, 3, 5):
-        count = 0
+def commit_until(move, monkeypatch, dense, out, **how):
+    """A run that is stopped before its move number `move` into the output folder."""
+    real, count = os.replace, 0
 
-        def replace(source: Any, target: Any, stop_at: int = stop_at) -> None:
-            nonlocal count
-            if Path(target).parent == out:
-                count += 1
-                if count == stop_at:
-                    raise Stop
-            real(source, target)
-
-        monkeypatch.setattr(workspace_module.os, "replace", replace)
-        with pytest.raises(Stop):
-            prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
-        monkeypatch.setattr(workspace_module.os, "replace", real)
-        assert not (out / MANIFEST).exists() or stop_at > 1
-        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-        assert contents(out) == whole
-
-
-def test_overwriting_leaves_no_old_weights(
-    dense: Path, whole: dict[str, bytes], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    # one file, which would be loaded before any shards
-    prune_model(save(tiny("llama"), tmp_path / "other"), tokens(), output=out, **OPTIONS)
-    with pytest.raises(ModelError, match="not empty; `overwrite`"):
-        prune_model(dense, tokens(), output=out, **OPTIONS)
-    assert (out / "model.safetensors").exists()
-    prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
-    assert contents(out) == whole
-
-
-def test_a_finished_result_that_was_damaged_is_not_finished(dense: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    prune_model(dense, tokens(), output=out, **OPTIONS)
-    shard = sorted(out.glob("*.safetensors"))[1]
-    for path in (shard, out / "config.json", out / MASKS):
-        right = path.read_bytes()
-        for wrong in (right[:-7], right[:-1] + bytes([right[-1] ^ 1]), right[:3]):
-            path.write_bytes(wrong)
-            with pytest.raises(ModelError, match=f"{path.name} was changed .*; `overwrite`"):
-                prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-        path.write_bytes(right)
-    shard.unlink()
-    shard.mkdir()
-    with pytest.raises(ModelError, match=f"{shard.name} is a folder; `overwrite`"):
-        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-    with pytest.raises(ModelError, match=f"does not list 1 of .*: {shard.name}; choose"):
-        prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
-    shard.rmdir()
-    prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
-    prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-
-
-@pytest.mark.parametrize("where", ["", "out", "blocks"])
-def test_a_folder_in_the_place_of_a_file_is_named(
-    where: str, dense: Path, whole: dict[str, bytes], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    interrupted(dense, out, 2, "solve")
-    folder = out / HIDDEN / where if where else out
-    (first, *_) = sorted(folder.glob("*.safetensors")) or [out / "model-00001-of-00005.safetensors"]
-    first.unlink(missing_ok=True)
-    first.mkdir()
-    (first / "x").write_text("mine")
-    said = f"{first}: is a folder, which" if where else f"does not list 1 of .*: {first.name};"
-    began: list[Any] = []
-    with pytest.raises(ModelError, match=said):
-        prune_model(dense, tokens(), output=out, resume=True, on_progress=began.append, **OPTIONS)
-    assert not began
-    assert (first / "x").read_text() == "mine"
-    shutil.rmtree(first)
-    if where != "blocks":  # whose masks are gone
-        prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
-        assert contents(out) == whole
-
-
-def test_an_interrupted_commit_can_be_replaced(
-    dense: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Files that it has moved are known as such, also after another run that came to nothing."""
-    out, real = tmp_path / "out", os.replace
-
-    def replace(source: Any, target: Any) -> None:
-        real(source, target)
+    def replace(source, target):
+        nonlocal count
         if Path(target).parent == out:
-            raise Stop
+            count += 1
+            if count == move:
+                raise Stop
+        real(source, target)
 
     with monkeypatch.context() as patched:
         patched.setattr(workspace_module.os, "replace", replace)
         with pytest.raises(Stop):
-            prune_model(dense, tokens(), output=out, **OPTIONS)
-    assert len([*out.iterdir()]) == 2
+            prune(dense, out, **how)
+
+
+@pytest.mark.parametrize("move", [1, 3, 5])
+@pytest.mark.parametrize("over", [False, True])
+def test_an_interrupted_commit_is_finished(
+    over, move, dense, whole, whole_folder, stopped, monkeypatch
+):
+    if over:
+        shutil.copytree(whole_folder, stopped, dirs_exist_ok=True)
+    commit_until(move, monkeypatch, dense, stopped, resume=True)
+    assert over or not (stopped / MANIFEST).exists()
+    prune(dense, stopped, resume=True)
+    assert contents(stopped) == whole
+
+
+def test_an_interrupted_commit_can_be_replaced(dense, stopped, tmp_path, monkeypatch):
+    """Files that it has moved are known as such, also after another run that came to nothing."""
+    commit_until(2, monkeypatch, dense, stopped, resume=True)
+    assert len([*stopped.iterdir()]) == 2
     for stage in ("calibrate", "solve"):
-        interrupted(dense, out, 0, stage, overwrite=True)
+        interrupted(dense, stopped, 0, stage, overwrite=True)
     other = save(tiny("llama"), tmp_path / "other")
-    prune_model(other, tokens(), output=out, overwrite=True, **OPTIONS)
-    verify_output(out, against=other)
+    prune(other, stopped, overwrite=True)
+    verify_output(stopped, against=other)
 
 
-def test_a_second_process_is_refused(dense: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    tried = []
+def attempts(dense, out):
+    """What is said to those who overwrite and to those who resume."""
+    said = []
+    for how in ({"overwrite": True}, {"resume": True}):
+        try:
+            prune(dense, out, **how)
+        except ModelError as error:
+            said.append(str(error))
+    return said
 
-    def meanwhile(event: BlockProgress) -> None:
-        if event.stage == "solve" and event.block == 0 and not tried:
-            tried.append(_in_another_process(dense, out, {"overwrite": True}))
-            tried.append(_in_another_process(dense, out, {"resume": True}))
 
-    prune_model(dense, tokens(), output=out, on_progress=meanwhile, **OPTIONS)
-    assert all("another process is at work" in message for message in tried), tried
-    assert len(tried) == 2
+def test_a_second_process_is_refused(dense, tmp_path):
+    out, said = tmp_path / "out", []
+    context = multiprocessing.get_context("fork" if os.name == "posix" else "spawn")
+
+    def meanwhile(event):
+        if event.stage == "solve" and event.block == 0 and not said:
+            with context.Pool(1) as pool:
+                said.extend(pool.apply(attempts, (dense, out)))
+
+    prune(dense, out, on_progress=meanwhile)
+    assert ["another process is at work" in message for message in said] == [True, True], said
     verify_output(out, against=dense)
 
 
 @posix
 @pytest.mark.parametrize("newcomer", [False, True])
-def test_a_lock_that_was_moved_away_is_none(
-    dense: Path, tmp_path: Path, newcomer: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_that_was_moved_away_is_none(newcomer, dense, tmp_path, monkeypatch):
     """Between our opening of the lock file and our lock, the process before finishes (and moves the
     hidden folder away), and perhaps a third one begins anew."""
     out = tmp_path / "out"
 
     class Late(FileLock):
-        def __init__(self, path: Path, *, on_acquired: Any, **options: Any) -> None:
-            def after_others(handle: int) -> None:
+        def __init__(self, path, *, on_acquired, **options):
+            def after_others(handle):
                 os.replace(out / HIDDEN, out / GONE)
                 if newcomer:
                     (out / HIDDEN).mkdir()
@@ -462,139 +392,202 @@ def test_a_lock_that_was_moved_away_is_none(
 
     with monkeypatch.context() as patch:
         patch.setattr("maskopt.model.workspace.FileLock", Late)
-        with pytest.raises(ModelError, match="another process is at work"):
-            prune_model(dense, tokens(), output=out, **OPTIONS)
+        refused("another process is at work", dense, out, resume=False)
     assert (out / HIDDEN).exists() == newcomer
-    prune_model(dense, tokens(), output=out, overwrite=True, **OPTIONS)
+    prune(dense, out, overwrite=True)
 
 
-def _in_another_process(dense: Path, out: Path, options: dict[str, Any]) -> str:
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_attempt, (dense, out, options))
-
-
-def _attempt(dense: Path, out: Path, options: dict[str, Any]) -> str:
-    try:
-        prune_model(dense, tokens(), output=out, **OPTIONS, **options)
-    except ModelError as error:
-        return str(error)
-    return "done"
+def slow_prune(dense, out, resume):
+    torch.set_num_threads(1)
+    how = {"resume": resume, "overwrite": not resume, "threads": 1, "activation_memory": 0}
+    prune(dense, out, **how)
 
 
 @posix
-def test_killed_at_twenty_random_moments(
-    dense: Path, whole: dict[str, bytes], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(dense, whole, tmp_path):
     """kill -9 a child at random moments of a prune, from its start to its end, then resume."""
-    generator = random.Random(7)
-    context = multiprocessing.get_context("fork")
+    generator, context = random.Random(7), multiprocessing.get_context("fork")
     began = time.perf_counter()
-    _slow_prune(dense, tmp_path / "timing", False)
-    length = time.perf_counter() - began
-    alive = 0
+    slow_prune(dense, tmp_path / "timing", False)
+    length, alive = time.perf_counter() - began, 0
     for trial in range(20):
         out = tmp_path / str(trial)
-        child = context.Process(target=_slow_prune, args=(dense, out, False))
+        child = context.Process(target=slow_prune, args=(dense, out, False))
         child.start()
         time.sleep(generator.random() * length)
         alive += child.is_alive()
         child.kill()  # SIGKILL; a child that has ended meanwhile is no error
         child.join()
-        left_early = not out.exists() or not any(out.iterdir())
-        _slow_prune(dense, out, not left_early and _resumable(out))
+        slow_prune(dense, out, (out / MANIFEST).exists() or (out / HIDDEN).exists())
         assert contents(out) == whole, trial
         assert not [p for p in out.rglob("*") if p.suffix == ".tmp" or "activations" in p.name]
     assert alive >= 10
 
 
-def _resumable(out: Path) -> bool:
-    return (out / MANIFEST).exists() or (out / HIDDEN).exists()
-
-
-def _slow_prune(dense: Path, out: Path, resume: bool) -> None:
-    torch.set_num_threads(1)
-    prune_model(
-        dense, tokens(), output=out, resume=resume, overwrite=not resume,
-        threads=1, activation_memory=0, **OPTIONS,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def limited() -> Any:
-    """Run a prune in a child process whose files may not grow beyond some bytes."""
-
-    def run(dense: Path, out: Path, limit: int) -> subprocess.CompletedProcess[str]:
-        code = (
-            "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "sys.path.insert(0, sys.argv[4])\n"
-            "from test_model_resume import *\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)\n"
-            "try: prune_model(Path(sys.argv[1]), tokens(), output=Path(sys.argv[2]), **OPTIONS)\n"
-            "except ModelError as error: print(error); sys.exit(3)\n"
-        )
-        arguments = [str(dense), str(out), str(limit), str(TESTS)]
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-        )
-
-    return run
-
-
 @posix
-def test_a_full_disk(dense: Path, whole: dict[str, bytes], tmp_path: Path, limited: Any) -> None:
-    out = tmp_path / "out"
-    result = limited(dense, out, 20_000)
-    assert result.returncode == 3, result.stderr
-    assert "no space left" in result.stdout
-    assert "go on with `resume`" in result.stdout
-    assert result.stdout.count("\n") == 1
+def test_a_full_disk(dense, whole, tmp_path):
+    """Of files that may not grow beyond some bytes."""
+    import resource
+
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(ModelError) as caught:
+            prune(dense, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "no space left" in str(caught.value)
+    assert "go on with `resume`" in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert [entry.name for entry in out.iterdir()] == [HIDDEN]
-    prune_model(dense, tokens(), output=out, resume=True, **OPTIONS)
+    prune(dense, out, resume=True)
     assert contents(out) == whole
 
 
-def test_a_disk_that_is_too_small_is_refused_up_front(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(output_module, "disk_needed", lambda *_: 2**60)
-    with pytest.raises(ModelError, match=r"takes 1073741824\.00 GiB"):
-        prune_model(dense, tokens(), output=tmp_path / "out", **OPTIONS)
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("patch", "options", "message"),
+    [
+        ((output_module, "disk_needed", lambda *_: 2**60), {}, r"takes 1073741824\.00 GiB"),
+        (
+            (Path, "mkdir", failing(PermissionError(13, "Permission denied"))),
+            {},
+            "cannot be written: Permission denied",
+        ),
+        (
+            (os, "posix_fallocate", failing(OSError(28, "No space left on device"))),
+            {"activation_memory": 0},
+            r"no room for 0\.00 GiB of hidden states",
+        ),
+        (
+            (os, "name", os.name),  # nothing
+            {"max_memory": int(0.1 * 2**30)},
+            r"estimated .* GiB are needed, `max_memory` allows 0\.10",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_up_front(
+    patch, options, message, dense, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(*patch)
+    refused(message, dense, tmp_path / "out", resume=False, **options)
     assert list(tmp_path.iterdir()) == []
+    if "activation_memory" in options:
+        refused(message, tiny("llama"), None, resume=False, **options)
 
 
-def test_a_folder_that_cannot_be_written(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(ModelError, match="cannot be written: Permission denied"):
-        prune_model(dense, tokens(), output=tmp_path / "out", **OPTIONS)
-
-
-def test_outputs_that_cannot_be(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="choose one"):
-        prune_model(dense, tokens(), output=dense, overwrite=True, resume=True, **OPTIONS)
+def test_outputs_that_cannot_be(dense, tmp_path):
     (tmp_path / "file").write_text("x")
-    for out, message in [
-        (tmp_path / "file", "not a folder"),
-        (dense, "not empty|the model itself"),
-        (tmp_path / "file" / "below", "Not a directory|no such"),
-    ]:
-        with pytest.raises(ModelError, match=message):
-            prune_model(dense, tokens(), output=out, **OPTIONS)
-    with pytest.raises(ModelError, match="the model itself"):
-        prune_model(dense, tokens(), output=dense, overwrite=True, **OPTIONS)
-    with pytest.raises(ModelError, match="needs an output folder"):
-        prune_model(dense, tokens(), **OPTIONS)
+    for out, how, message in (
+        (dense, {"overwrite": True}, "choose one"),
+        (tmp_path / "file", {"resume": False}, "not a folder"),
+        (dense, {"resume": False}, "not empty|the model itself"),
+        (tmp_path / "file" / "below", {"resume": False}, "Not a directory|no such"),
+        (dense, {"resume": False, "overwrite": True}, "the model itself"),
+        (None, {"resume": False}, "needs an output folder"),
+        (tmp_path / "out", {}, "nothing to resume"),
+    ):
+        refused(message, dense, out, **how)
 
 
-def test_memory_is_refused_up_front_with_the_numbers(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"estimated .* GiB are needed, `max_memory` allows 0\.10"):
-        prune_model(
-            dense, tokens(), output=tmp_path / "out", max_memory=int(0.1 * 2**30), **OPTIONS
-        )
-    prune_model(dense, tokens(), output=tmp_path / "out", max_memory=2**33, **OPTIONS)
-    assert (tmp_path / "out" / MASKS).exists()
+@pytest.fixture
+def model(dense, tmp_path):
+    return Path(shutil.copytree(dense, tmp_path / "model"))
+
+
+def add_one(model, tensor):
+    path = shard_of(model, tensor)
+    times = path.stat()
+    change_tensors(path, lambda t: t.update({tensor: t[tensor] + 1}))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as copies with their times do
+
+
+UP = "mlp.up_proj.weight"
+CHANGES = {
+    "weights to come": (lambda m: add_one(m, f"model.layers.2.{UP}"), "model-0"),
+    "weights done": (lambda m: add_one(m, f"model.layers.0.{UP}"), "model-0"),
+    "embedding": (lambda m: add_one(m, "model.embed_tokens.weight"), "model-0"),
+    "a shard is gone": (lambda m: shard_of(m, "lm_head.weight").unlink(), "lm_head|model-0"),
+    "config": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(rope_theta=1.0)),
+        r"config\.json",
+    ),
+    "index": (lambda m: edit_json(m / INDEX, lambda i: i.update(metadata={})), INDEX),
+    "a new tokenizer": (lambda m: (m / "vocab.txt").write_text("a"), r"vocab\.txt"),
+    "a file is gone": (
+        lambda m: (m / "generation_config.json").unlink(),
+        r"generation_config\.json",
+    ),
+}
+
+
+def changing(model, out, change, block=1):
+    """Prune, with a change of the model in the middle of a block."""
+    done = []
+
+    def meanwhile(event):
+        if (event.block, event.stage) == (block, "solve") and not done:
+            done.append(1)
+            change(model)
+
+    prune(model, out, on_progress=meanwhile)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_noticed_by_the_run(name, model, dense, whole, tmp_path):
+    change, message = CHANGES[name]
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match=f"{message}.*changed while the run was under way"):
+        changing(model, out, change)
+    assert [entry.name for entry in out.iterdir()] == [HIDDEN]
+    if name == "weights done":
+        refused("model", model, out)
+    shutil.rmtree(model)
+    shutil.copytree(dense, model)
+    prune(model, out, resume=True)
+    assert contents(out) == whole
+    verify_output(out, against=dense)
+
+
+def test_before_the_first_block_is_done_nothing_is_left(model, tmp_path):
+    with pytest.raises(ModelError, match="changed while the run was under way"):
+        changing(model, tmp_path / "out", CHANGES["embedding"][0], block=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_only_touched_or_not_copied_may_change(model, dense, whole, tmp_path):
+    def touch(folder):
+        for file in folder.iterdir():
+            shutil.copy(file, tmp_path / "copy")
+            os.replace(tmp_path / "copy", file)
+        (folder / "notes.py").write_text("x")
+
+    changing(model, tmp_path / "out", touch)
+    assert contents(tmp_path / "out") == whole
+    verify_output(tmp_path / "out", against=model)
+
+
+def test_a_change_between_opening_and_beginning(model):
+    checkpoint = open_checkpoint(model)
+    Unchanged(checkpoint).check()
+    change_tensors(shard_of(model, "lm_head.weight"), lambda t: t.update(more=torch.ones(3)))
+    with pytest.raises(ModelError, match="changed while"):
+        Unchanged(checkpoint)
+
+
+def test_indices_of_other_weights_are_not_copied(tmp_path):
+    """A loader would look for what they name."""
+    model = save(tiny("llama"), tmp_path / "model")
+    save_tokenizer(model)
+    for name in ("pytorch_model.bin.index.json", "model.fp16.safetensors.index.json", INDEX):
+        (model / name).write_text('{"metadata": {}, "weight_map": {}}')
+    prune(model, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.index.json"))
+    verify_output(tmp_path / "out", against=model)

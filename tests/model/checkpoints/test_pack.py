@@ -1,15 +1,13 @@
 """A pruned folder without its zeros, and back: every byte as it was."""
 
-from __future__ import annotations
-
 import hashlib
+import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from commands import run
-from forging import change_tensors, copied, forge_manifest
+from forging import change_tensors, forge_manifest, shard_of
 from outputs import contents
 from safetensors.torch import load_file
 from tiny_models import save, tiny, tokens
@@ -22,68 +20,82 @@ from maskopt.model.pack import pack, unpack_folder
 from maskopt.model.safefile import DTYPES, open_safe, write_safe
 from maskopt.model.verify import verify_output
 
-OPTIONS: dict[str, Any] = {"solver": "wanda", "min_tokens": 1}
 
-
-def pruned(family: str, home: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+def pruned(family, home, *, dtype=torch.float32, sparsity=0.5):
     dense = save(tiny(family, dtype=dtype), home / "dense", shard="30KB")
     (dense / "LICENSE").write_text("yours")
-    prune_model(dense, tokens(6), output=home / "out", **{"sparsity": 0.5, **OPTIONS, **options})
+    how = {"sparsity": sparsity, "solver": "wanda", "min_tokens": 1}
+    prune_model(dense, tokens(), output=home / "out", **how)
     return home / "out"
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_there_and_back_every_byte_is_the_same(
-    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    home = tmp_path_factory.mktemp("made")
+    pack(pruned("llama", home), home / "packed")
+    return home
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    return Path(shutil.copytree(made / "out", tmp_path / "out"))
+
+
+@pytest.fixture
+def packed(made, tmp_path):
+    return Path(shutil.copytree(made / "packed", tmp_path / "packed"))
+
+
+def case(family, dtype, *marks):
+    return pytest.param(family, dtype, marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        case("llama", torch.bfloat16),
+        case("gpt2", torch.float32),
+        case("gemma3", torch.float32),
+        case("gpt_oss", torch.bfloat16),
+        case("llama", torch.float32, pytest.mark.slow),
+        case("gemma3", torch.bfloat16, pytest.mark.slow),
+        case("gpt2", torch.bfloat16, pytest.mark.slow),
+        case("mixtral", torch.float32, pytest.mark.slow),
+        case("mixtral", torch.bfloat16, pytest.mark.slow),
+        case("gpt_oss", torch.float32, pytest.mark.slow),
+    ],
+)
+def test_there_and_back_every_byte_is_the_same(family, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "_STEP", 64)  # tensors are cut in many places
-    out = pruned(family, tmp_path, dtype=dtype)
-    pack(out, tmp_path / "packed")
-    assert not list((tmp_path / "packed").glob("*.safetensors"))
-    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    out, packed = pruned(family, tmp_path, dtype=dtype), tmp_path / "packed"
+    pack(out, packed)
+    assert not list(packed.glob("*.safetensors"))
+    found = load_packed(packed).state_dict()
+    whole = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in whole.items())
+    unpack_folder(packed, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(out)
     verify_output(tmp_path / "again", tmp_path / "dense")
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.75])
-def test_it_takes_what_is_kept_and_a_bit_a_weight(sparsity: float, tmp_path: Path) -> None:
-    out = pruned("llama", tmp_path, dtype=torch.bfloat16, sparsity=sparsity)
-    said = run("pack", out, "--output", tmp_path / "packed")
-    masked = sum(
-        t.numel()
-        for f in out.glob("model*.safetensors")
-        for n, t in load_file(f).items()
-        if "proj" in n
-    )
-    saved = sum(f.stat().st_size for f in out.glob("model*.safetensors")) - sum(
-        f.stat().st_size for f in (tmp_path / "packed").glob("*.packed")
-    )
+def test_it_takes_what_is_kept_and_a_bit_a_weight(tmp_path):
+    out, packed = pruned("llama", tmp_path, dtype=torch.bfloat16, sparsity=0.75), tmp_path / "p"
+    assert "MB of" in run("pack", out, "--output", packed)
+    shards = [*out.glob("model*.safetensors")]
+    stored = [(n, t.numel()) for f in shards for n, t in load_file(f).items()]
+    masked = sum(size for name, size in stored if "proj" in name)
+    saved = sum(f.stat().st_size for f in shards)
+    saved -= sum(f.stat().st_size for f in packed.glob("*.packed"))
     # headers are kept twice; the masks' bits lie in both folders
-    assert saved == pytest.approx(2 * masked * sparsity, rel=0.25)
-    assert "MB of" in said
-    assert "unpacked" in run("unpack", tmp_path / "packed", "--output", tmp_path / "again")
+    assert saved == pytest.approx(2 * masked * 0.75, rel=0.25)
+    assert "unpacked" in run("unpack", packed, "--output", tmp_path / "again")
 
 
-def test_it_is_loaded_as_it_was(tmp_path: Path) -> None:
-    out = pruned("gemma3", tmp_path)
-    pack(out, tmp_path / "packed")
-    found = load_packed(tmp_path / "packed")
-    whole = AutoModelForCausalLM.from_pretrained(out)
-    after = found.state_dict()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in whole.state_dict().items())
-
-
-def test_what_is_not_zero_is_not_dropped(tmp_path: Path) -> None:
-    out = pruned("llama", tmp_path)
-    shard = next(
-        f for f in out.glob("model*.safetensors") if any("q_proj" in n for n in load_file(f))
-    )
-    name = next(n for n in load_file(shard) if "q_proj" in n)
-    change_tensors(shard, lambda tensors: tensors[name].fill_(1.0))
-    with pytest.raises(
-        ModelError, match="was changed since the prune, and could not be packed and unpacked"
-    ):
+def test_what_is_not_zero_is_not_dropped(out, tmp_path):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change_tensors(shard_of(out, name), lambda tensors: tensors[name].fill_(1.0))
+    message = "was changed since the prune, and could not be packed and unpacked"
+    with pytest.raises(ModelError, match=message):
         pack(out, tmp_path / "packed")
     forge_manifest(out)
     with pytest.raises(ModelError, match="holds weights that its mask prunes"):
@@ -91,22 +103,7 @@ def test_what_is_not_zero_is_not_dropped(tmp_path: Path) -> None:
     assert not (tmp_path / "packed").exists()
 
 
-@pytest.fixture
-def packed(tmp_path: Path) -> Path:
-    return pack(pruned("llama", tmp_path), tmp_path / "packed")
-
-
-def test_what_was_changed_is_refused(packed: Path, tmp_path: Path) -> None:
-    file = sorted(packed.glob("*.packed"))[-1]
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(ModelError, match="does not give the file of the manifest"):
-        unpack_folder(packed, tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
-def forged(file: Path, change: Any) -> None:
+def forge(file, change):
     """Tensors in the order in which they are."""
     there = open_safe(file)
     tensors = {name: there.read(name) for name in there.entries}
@@ -119,54 +116,48 @@ def forged(file: Path, change: Any) -> None:
             target.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 
 
+UNKNOWN = "is not what `maskopt pack` writes"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("shorter", "ends too early"),
-        ("longer", "holds another number of values than its mask"),
-        ("renamed", "'nothing' has no mask"),
-        ("unknown", "is not what `maskopt pack` writes"),
-        ("nothing", "is not what `maskopt pack` writes"),
+        (lambda t, name: t.update({name: t[name][:-1].clone()}), "ends too early"),
+        (
+            lambda t, name: t.update({name: t[name].repeat(2)}),
+            "holds another number of values than its mask",
+        ),
+        (lambda t, name: t.update({"~nothing": t.pop(name)}), "'nothing' has no mask"),
+        (lambda t, name: t.update({"?other": t.pop(name)}), UNKNOWN),
+        (lambda t, name: t.clear(), UNKNOWN),
+        (None, "does not give the file of the manifest"),
     ],
 )
-def test_files_that_were_not_packed_are_refused(
-    change: str, message: str, packed: Path, tmp_path: Path
-) -> None:
+def test_files_that_were_not_packed_are_refused(change, message, packed, tmp_path):
     file = next(f for f in packed.glob("*.packed") if any("~" in n for n in load_file(f)))
-
-    def alter(tensors: dict[str, torch.Tensor]) -> None:
-        name = next(n for n in tensors if n.startswith("~"))
-        values = tensors[name]
-        if change == "shorter":
-            tensors[name] = values[:-1].clone()
-        elif change == "longer":
-            tensors[name] = torch.cat([values, values])
-        elif change == "nothing":
-            tensors.clear()
-        else:
-            tensors[{"renamed": "~nothing", "unknown": "?other"}[change]] = tensors.pop(name)
-
-    forged(file, alter)
+    if change:
+        forge(file, lambda t: change(t, next(n for n in t if n.startswith("~"))))
+    else:
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(ModelError, match=message):
         unpack_folder(packed, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
-def test_folders_that_are_none(packed: Path, tmp_path: Path) -> None:
+def test_folders_that_are_none(made, packed, tmp_path):
     with pytest.raises(ModelError, match="no file that `maskopt pack` wrote"):
-        unpack_folder(tmp_path / "out", tmp_path / "again")
+        unpack_folder(made / "out", tmp_path / "again")
     with pytest.raises(ModelError, match="no such file"):
-        pack(tmp_path / "dense", tmp_path / "again")
+        pack(made / "dense", tmp_path / "again")
     with pytest.raises(ModelError, match="is not empty"):
-        pack(tmp_path / "out", packed)
-    again = copied(packed, tmp_path / "copy")
-    (again / "config.json").unlink()
+        pack(made / "out", packed)
+    (packed / "config.json").unlink()
     with pytest.raises(ModelError, match="is missing"):
-        unpack_folder(again, tmp_path / "again")
+        unpack_folder(packed, tmp_path / "again")
 
 
-def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(tmp_path: Path) -> None:
-    out = pruned("llama", tmp_path)
+def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(out, tmp_path):
     (out / "NOTICE").write_text("ours")
     (out / "chat_template.jinja").write_text("{{ messages }}")
     packed = pack(out, tmp_path / "packed")
@@ -174,18 +165,23 @@ def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(tmp_pat
     assert contents(tmp_path / "again") == contents(out)
     for name in ("generation_config.json", "maskopt-masks.bits"):
         for source, write in ((out, pack), (packed, unpack_folder)):
-            other = copied(source, tmp_path / f"{source.name}-{name}")
-            data = (other / name).read_bytes()
-            (other / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            data = (source / name).read_bytes()
+            (source / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
             with pytest.raises(ModelError, match=rf"{name}: was changed since"):
-                write(other, tmp_path / "none")
+                write(source, tmp_path / "none")
+            (source / name).write_bytes(data)
     assert not (tmp_path / "none").exists()
 
 
-def test_every_file_of_the_manifest_is_packed(tmp_path: Path) -> None:
-    out = pruned("llama", tmp_path)
-    (out / "vocab.bpe").write_text("a b")
-    forge_manifest(out, lambda manifest: manifest["files"].update({"vocab.bpe": digest("a b")}))
+def list_file(folder, name, text):
+    """Enter a file into the manifest as if the prune had written it."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / name).write_text(text)
+    forge_manifest(folder, lambda manifest: manifest["files"].update({name: digest}))
+
+
+def test_every_file_of_the_manifest_is_packed(out, tmp_path):
+    list_file(out, "vocab.bpe", "a b")
     unpack_folder(pack(out, tmp_path / "packed"), tmp_path / "again")
     assert contents(tmp_path / "again") == contents(out)
     (out / "vocab.bpe").unlink()
@@ -193,45 +189,34 @@ def test_every_file_of_the_manifest_is_packed(tmp_path: Path) -> None:
         pack(out, tmp_path / "none")
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 @pytest.mark.parametrize(
     "name", [".bashrc", "evil.py", ".x.json", ".x.safetensors", "x.so", "Makefile", "autoexec.bat"]
 )
-def test_hidden_files_and_code_are_not_unpacked(name: str, packed: Path, tmp_path: Path) -> None:
-    for file in (name, name.replace(".safetensors", ".packed")):
-        (packed / file).write_text("evil")
-    forge_manifest(packed, lambda manifest: manifest["files"].update({name: digest("evil")}))
-    with pytest.raises(ModelError, match=f"lists '{name}', and packed folders hold no hidden"):
-        unpack_folder(packed, tmp_path / "again")
+def test_hidden_files_and_code_are_not_packed_and_not_unpacked(name, out, packed, tmp_path):
+    (packed / name.replace(".safetensors", ".packed")).write_text("evil")
+    for folder, write in ((packed, unpack_folder), (out, pack)):
+        list_file(folder, name, "evil")
+        with pytest.raises(ModelError, match=f"lists '{name}', and packed folders hold no hidden"):
+            write(folder, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    out = tmp_path / "out"
-    (out / name).write_text("evil")
-    forge_manifest(out, lambda manifest: manifest["files"].update({name: digest("evil")}))
-    with pytest.raises(ModelError, match=f"lists '{name}', and packed folders hold no hidden"):
-        pack(out, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
     "name",
     ["../victim/model.safetensors", "C:x.json", "a\\b.json", "/victim/model.safetensors", ".."],
 )
-def test_nothing_is_written_outside_the_output(name: str, packed: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_outside_the_output(name, packed, tmp_path):
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "model.safetensors").write_text("of somebody")
     (shard, *_) = packed.glob("*.packed")
     (tmp_path / "victim" / "model.packed").write_bytes(shard.read_bytes())
 
-    def lead_out(manifest: dict[str, Any]) -> None:
+    def lead_out(manifest):
         files = manifest["files"]
         files[name] = files.pop(next(n for n in files if n.endswith(".safetensors")))
 
-    forge_manifest(packed, lead_out)
-    with pytest.raises(ModelError, match="`files` must have names without a path"):
-        unpack_folder(packed, tmp_path / "again")
-    forge_manifest(packed, lambda manifest: manifest.update(files=["model.safetensors"]))
-    with pytest.raises(ModelError, match="`files` must have names without a path"):
-        unpack_folder(packed, tmp_path / "again")
+    for change in (lead_out, lambda manifest: manifest.update(files=["model.safetensors"])):
+        forge_manifest(packed, change)
+        with pytest.raises(ModelError, match="`files` must have names without a path"):
+            unpack_folder(packed, tmp_path / "again")
     assert (tmp_path / "victim" / "model.safetensors").read_text() == "of somebody"

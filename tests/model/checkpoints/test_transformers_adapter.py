@@ -1,12 +1,9 @@
 """What maskopt uses of transformers beyond its documented interface sits in one file."""
 
-from __future__ import annotations
-
 import ast
 import re
 import tomllib
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +16,10 @@ PACKAGE = Path(maskopt.__file__).parent
 ADAPTER = PACKAGE / "model" / "transformers_adapter.py"
 #: documented, so every file may import from them
 PUBLIC = {"transformers", "transformers.utils", "transformers.pytorch_utils"}
+PRIVATE = {"_init_weights", "_weight_conversions", "_experts_implementation", "hf_quantizer"}
 
 
-def private_uses(source: str) -> Iterator[str]:
+def private_uses(source):
     """Imports from transformers' undocumented modules, and its private attributes."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
@@ -30,16 +28,11 @@ def private_uses(source: str) -> Iterator[str]:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
             yield from (n for n in names if n.startswith("transformers.") and n not in PUBLIC)
-        elif isinstance(node, ast.Attribute) and node.attr in {
-            "_init_weights",
-            "_weight_conversions",
-            "_experts_implementation",
-            "hf_quantizer",
-        }:
+        elif isinstance(node, ast.Attribute) and node.attr in PRIVATE:
             yield node.attr
 
 
-def test_only_the_adapter_knows_private_parts() -> None:
+def test_only_the_adapter_knows_private_parts():
     assert set(private_uses(ADAPTER.read_text())) >= {
         "transformers.core_model_loading",
         "transformers.conversion_mapping",
@@ -54,7 +47,7 @@ def test_only_the_adapter_knows_private_parts() -> None:
     assert found == {}
 
 
-def test_the_range_is_the_one_that_is_installed() -> None:
+def test_the_range_is_the_one_that_is_installed():
     """pip enforces what the adapter says."""
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     entry = next(d for d in project["dependencies"] if d.startswith("transformers"))
@@ -63,13 +56,13 @@ def test_the_range_is_the_one_that_is_installed() -> None:
 
 
 @pytest.mark.parametrize("version", ["5.5.4", "4.57.6", "5.0.0rc1"])
-def test_an_older_transformers_is_refused(version: str) -> None:
+def test_an_older_transformers_is_refused(version):
     with pytest.raises(ModelError, match=rf"transformers {re.escape(version)} is too old.*>=5\.6"):
         check_version(version)
 
 
 @pytest.mark.parametrize("version", ["5.25.0", "5.100.0.dev0", "6.0.0"])
-def test_a_newer_transformers_is_warned_of(version: str) -> None:
+def test_a_newer_transformers_is_warned_of(version):
     check_version.cache_clear()
     with pytest.warns(UserWarning, match=rf"{re.escape(version)} is newer than maskopt was tested"):
         check_version(version)
@@ -78,7 +71,7 @@ def test_a_newer_transformers_is_warned_of(version: str) -> None:
         check_version(version)  # says it once
 
 
-def test_both_ends_of_the_range_are_supported() -> None:
+def test_both_ends_of_the_range_are_supported():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for version in SUPPORTED:
