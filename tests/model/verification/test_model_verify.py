@@ -118,7 +118,7 @@ def test_a_result_in_the_hubs_cache(dense_folder, pruned_folder, tmp_path):
     verify_output(snapshot, against=dense_folder)
 
 
-@pytest.mark.parametrize("weights", ["refit", pytest.param("reconstruct", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weights", ["refit", "reconstruct"])
 def test_bounds_of_masks_that_were_found_for_kept_weights(weights, dense_folder, tmp_path):
     """New weights cost less than any mask could whose weights are kept."""
     out, more = tmp_path / "out", {**WANDA, "solver": "sdp", "weights": weights}
