@@ -45,7 +45,7 @@ def test_effects_are_divergences_of_models_without_blocks(tmp_path):
     assert verify(report.effects.problem(2), report.solution).checked
 
 
-@pytest.mark.parametrize("judged", [16, 3])
+@pytest.mark.parametrize("judged", [16, pytest.param(3, marks=pytest.mark.slow)])
 def test_sets_of_three_are_searched_and_measured_on_all_tokens(judged, tmp_path, monkeypatch):
     """Of many that a round leaves out, those that look best on some tokens."""
     monkeypatch.setattr(removal, "JUDGED", judged)
@@ -193,7 +193,7 @@ def test_a_vision_tower_keeps_its_blocks(tmp_path):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_blocks_that_a_configuration_needs_stay(count, tmp_path):
     """The first block, dense by its number, is the cheapest to leave out, and cannot be."""
     model = loud("deepseek_v3", layers=5)

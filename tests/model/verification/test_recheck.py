@@ -63,7 +63,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+FIRST = ("true sequential", "2:4", "some layers")
+
+
+@pytest.mark.parametrize(
+    "name", [x if x in FIRST else pytest.param(x, marks=pytest.mark.slow) for x in OPTIONS]
+)
 def test_under_every_option(name, dense_folder, tmp_path):
     prune_model(dense_folder, tokens(), output=tmp_path / "out", **{**SWAP, **OPTIONS[name]})
     check(tmp_path / "out", dense_folder, threads=2)
