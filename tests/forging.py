@@ -23,21 +23,10 @@ from maskopt.model.safefile import open_safe
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST, MASKS
 
-TELLING: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    10**20,
-    1.5,
-    "",
-    "../../x",
-    "nm",
-    [],
-    {},
-    ["x"],
-    {"kind": "block"},
-)
+#: what a field could be given
+VALUES: tuple[Any, ...] = (
+    None, True, -1, 0, 10**20, 1.5, "", "../../x", "nm", [], {}, ["x"], {"kind": "block"},
+)  # fmt: skip
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -130,9 +119,9 @@ def prune_by(
 
 
 def forged(value: Any, generator: random.Random) -> Any:
-    """The JSON value with one thing in it, at any depth, replaced by a telling one or left out."""
+    """The JSON value with one thing in it, at any depth, replaced by another value or left out."""
     if not isinstance(value, dict | list) or not value or generator.random() < 0.1:
-        return copy.deepcopy(generator.choice(TELLING))
+        return copy.deepcopy(generator.choice(VALUES))
     keys = list(value) if isinstance(value, dict) else range(len(value))
     changed, key = copy.copy(value), generator.choice(keys)
     if generator.random() < 0.1:
@@ -147,3 +136,30 @@ def signed(record: Any) -> dict[str, Any]:
     rest = {k: v for k, v in record.items() if k != "sha256"} if isinstance(record, dict) else {}
     text = json.dumps(rest, sort_keys=True).encode()
     return {**rest, "sha256": hashlib.sha256(text).hexdigest()}
+
+
+def says(change: Change) -> Callable[..., None]:
+    """A forgery of the manifest alone."""
+    return lambda result, *_: forge_manifest(result, change)
+
+
+def edit(*path: Any, to: Any) -> Change:
+    """The change that sets what lies at a path of keys and indices, to a value or by a function of it."""
+
+    def change(value: Any) -> None:
+        for key in path[:-1]:
+            value = value[key]
+        value[path[-1]] = to(value[path[-1]]) if callable(to) else to
+
+    return change
+
+
+def shuffled(_: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Random masks of as many kept weights a row."""
+    return torch.stack([row[torch.randperm(len(row))] for row in kept])
+
+
+def redraw(result: Path, *names: str) -> None:
+    """Other weights for some tensors."""
+    for name in names:
+        change_tensors(shard_of(result, name), lambda tensors, n=name: tensors[n].normal_())

@@ -172,6 +172,21 @@ def tiny(family: str, *, layers: int | None = None, dtype: torch.dtype | None = 
     return model.to(dtype or torch.float32).eval()
 
 
+def tiny_vision(layers: int = 4) -> Any:
+    """A Gemma 3 whose vision tower numbers as many blocks of its own."""
+    text = {**FAMILIES["gemma3"][1], "num_hidden_layers": layers}
+    text["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "image_size": 28,
+        "num_attention_heads": 2, "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95,
+        boi_token_index=94, eoi_token_index=93,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
 def tokens(samples: int = 6, length: int = 16, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCABULARY, (samples, length), generator=generator)

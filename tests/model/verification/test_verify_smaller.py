@@ -1,14 +1,13 @@
 """Folders of smaller models that say of themselves what is not so, every digest being right."""
 
-from __future__ import annotations
-
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from forging import change_tensors, copied, forge_manifest
+from forging import change_tensors, copied, edit, forge_manifest, redraw, says, shard_of, signed
 from safetensors.torch import load_file
 from tiny_models import edit_json, save, tiny, tokens
 
@@ -18,206 +17,254 @@ from maskopt.model import remove_blocks as removal
 from maskopt.model.verify_smaller import verify_smaller
 from maskopt.model.workspace import MANIFEST
 
-
-def test_a_link_out_of_the_original_is_no_file_of_it(tmp_path: Path) -> None:
-    """No run copies it, and none begins with it there."""
-    dense = save(tiny("llama"), tmp_path / "dense")
-    (tmp_path / "vocab.txt").write_text("elsewhere")
-    options = {"output": tmp_path / "out", "channels": 0.25, "solver": "wanda"}
-    (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
-    with pytest.raises(ModelError, match=r"vocab\.txt: is a link out of the model folder"):
-        shrink_model(dense, tokens(6), **options)
-    assert not (tmp_path / "out").exists()
-    (dense / "vocab.txt").unlink()
-    shrink_model(dense, tokens(6), **options)
-    (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
-    assert "other tensors" in verify_smaller(tmp_path / "out", dense).checked
+Forge = Callable[[Path, Path], Any]
+CHANNELS = {"channels": 0.25, "solver": "wanda"}
 
 
-@pytest.fixture(scope="module")
-def mistral(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model, and the same with fewer channels and heads."""
-    home = tmp_path_factory.mktemp("mistral")
-    dense = save(tiny("mistral"), home / "dense")
-    options = {"channels": 0.25, "heads": 0.5, "solver": "wanda", "weights": "keep"}
-    shrink_model(dense, tokens(6), output=home / "out", **options)
-    return dense, home / "out"
-
-
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model with two kinds of blocks, and the same without its first."""
-    home = tmp_path_factory.mktemp("shallow")
-    dense = save(tiny("gemma3"), home / "dense")
+def without_first(dense: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(removal, "choose", lambda *_: {frozenset({0}): 0.0})
-        remove_blocks(dense, tokens(2), count=1, output=home / "out", windows=1)
-    return dense, home / "out"
+        remove_blocks(dense, tokens(2), count=1, output=out, windows=1)
 
 
-def forged(
-    models: tuple[Path, Path], to: Path, *, settings: Any = None, change: Any = None
-) -> Path:
-    """A copy of what holds, whose configuration and manifest have other settings, and which was changed."""
-    dense, out = models[0], copied(models[1], to)
-    verify_smaller(out, dense)
-    for key, value in (settings or {}).items():
-        edit_json(out / "config.json", lambda c, k=key, v=value: c.update({k: v}))
-    forge_manifest(out, lambda m: m["shrunk"]["settings"].update(settings or {}))
-    if change is not None:
-        change(out)
-    return out
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"sliding_window": 1}, "sliding_window is no size of what was removed"),
-        ({"mlp_only_layers": [0]}, "mlp_only_layers is no size"),
-        ({"num_hidden_layers": 2}, "num_hidden_layers is no size"),
-        ({"rms_norm_eps": 100}, "rms_norm_eps"),
-        ({"intermediate_size": 20}, "intermediate_size is not the original's .* 36"),
-        # as many columns in all, of other heads
-        ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}, "is not the original's"),
-    ],
-)  # fmt: skip
-def test_settings_that_follow_from_nothing_removed(
-    settings: dict[str, Any], said: str, mistral: tuple[Path, Path], tmp_path: Path
-) -> None:
-    out = forged(mistral, tmp_path, settings=settings)
-    with pytest.raises(VerificationError, match=said):
-        verify_smaller(out, mistral[0])
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"sliding_window": 1}, "sliding_window is no size"),
-        (
-            {"layer_types": ["sliding_attention", "full_attention"]},
-            "layer_types is not the original's",
-        ),
-        (
-            {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
-            "num_hidden_layers is not the original's",
-        ),
-    ],
-)
-def test_settings_of_blocks_that_follow_from_nothing_removed(
-    settings: dict[str, Any], said: str, shallow: tuple[Path, Path], tmp_path: Path
-) -> None:
-    out = forged(shallow, tmp_path, settings=settings)
-    with pytest.raises(VerificationError, match=said):
-        verify_smaller(out, shallow[0])
-
-
-def test_a_configuration_of_other_shapes_is_refused_without_the_original(
-    mistral: tuple[Path, Path], tmp_path: Path
-) -> None:
-    out = copied(mistral[1], tmp_path)
-    edit_json(out / "config.json", lambda c: c.update(intermediate_size=20))
-    forge_manifest(out, lambda m: m["shrunk"]["settings"].update(intermediate_size=20))
-    with pytest.raises(VerificationError, match=r"in the shards, .* by config\.json"):
-        verify_smaller(out)
-
-
-def test_lists_that_the_original_leaves_to_transformers_are_compared_too(tmp_path: Path) -> None:
-    dense = save(tiny("gemma3"), tmp_path / "dense")
-    config = {"layer_types": None, "sliding_window_pattern": 2}
-    edit_json(dense / "config.json", lambda c: c.update(config))
+def by_pattern(dense: Path, out: Path) -> None:
+    """The original leaves the list of its layers' types to transformers."""
+    edit_json(dense / "config.json", lambda c: c.update(sliding_window_pattern=2))
     edit_json(dense / "config.json", lambda c: c.pop("layer_types"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(removal, "choose", lambda *_: {frozenset({0}): 0.0})
-        remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=1)
-    settings = {"layer_types": ["sliding_attention", "full_attention"]}
-    out = forged((dense, tmp_path / "out"), tmp_path / "to", settings=settings)
-    with pytest.raises(VerificationError, match="layer_types is not"):
+    without_first(dense, out)
+
+
+def shrunk(**options: Any) -> Callable[[Path, Path], Any]:
+    return lambda dense, out: shrink_model(dense, tokens(6), output=out, **options)
+
+
+def fewer_experts(share: float) -> Callable[[Path, Path], Any]:
+    return lambda dense, out: remove_experts(dense, tokens(6), share=share, output=out)
+
+
+#: name → (family, size of a shard, how it was made smaller)
+MADE: dict[str, tuple[str, str, Callable[[Path, Path], Any]]] = {
+    "narrow": ("llama", "30KB", shrunk(channels=0.25)),
+    "mistral": ("mistral", "5GB", shrunk(**CHANNELS, heads=0.5, weights="keep")),
+    "shallow": ("gemma3", "5GB", without_first),
+    "by pattern": ("gemma3", "5GB", by_pattern),
+    "blocks": ("llama", "5GB", without_first),
+    "experts": ("mixtral", "30KB", fewer_experts(0.5)),
+    "gpt_oss": ("gpt_oss", "5GB", fewer_experts(0.25)),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Smaller models with their originals, by name; nobody may change them."""
+    home = tmp_path_factory.mktemp("smaller")
+
+    @functools.cache
+    def pair(name: str) -> tuple[Path, Path]:
+        family, shard, make = MADE[name]
+        dense, out = save(tiny(family), home / name / "dense", shard=shard), home / name / "out"
+        make(dense, out)
         verify_smaller(out, dense)
+        return dense, out
+
+    return pair
 
 
+def record_of(out: Path) -> Any:
+    return json.loads((out / MANIFEST).read_text())["shrunk"]
+
+
+def shrunk_says(*path: Any, to: Any) -> Forge:
+    return says(edit("shrunk", *path, to=to))
+
+
+def lacks(*path: Any) -> Forge:
+    *path, last = path
+    return says(edit("shrunk", *path, to=lambda x: x.pop(last) and x))
+
+
+def settings(**changes: Any) -> Forge:
+    """The configuration and the manifest have other settings."""
+
+    def forge(out: Path, _: Path) -> None:
+        edit_json(out / "config.json", lambda c: c.update(changes))
+        forge_manifest(out, lambda m: m["shrunk"]["settings"].update(changes))
+
+    return forge
+
+
+DOWN = "model.layers.{}.mlp.down_proj"
+UP, GATE = (f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate"))
 K, V = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
-UP, GATE = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+NORM, ROUTER = "model.norm.weight", "model.layers.0.mlp.router.weight"
 
 
-def exchange(out: Path) -> None:
+def exchange(out: Path, _: Path) -> None:
     """Two tensors of one shape, and what the manifest says that they were called."""
-
-    def both(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[K], tensors[V] = tensors[V], tensors[K]
 
     def rename(manifest: dict[str, Any]) -> None:
         names = manifest["shrunk"].setdefault("names", {})
         names[K], names[V] = names.get(V, V), names.get(K, K)
 
-    change_tensors(out / "model.safetensors", both)
+    change_tensors(out / "model.safetensors", lambda t: t.update({K: t[V], V: t[K]}))
     forge_manifest(out, rename)
 
 
-def test_tensors_in_each_others_place(mistral: Any, shallow: Any, tmp_path: Path) -> None:
-    for index, models in enumerate((mistral, shallow)):
-        out = forged(models, tmp_path / str(index), change=exchange)
-        with pytest.raises(VerificationError, match="is not where the kept blocks"):
-            verify_smaller(out, models[0])
+def cut_by(tensor: str, by: str) -> Forge:
+    """A tensor cut by what another block keeps."""
+
+    def forge(out: Path, dense: Path) -> None:
+        cut = load_file(dense / "model.safetensors")[tensor][record_of(out)["kept"][by]]
+        change_tensors(out / "model.safetensors", lambda t: t.update({tensor: cut}))
+        forge_manifest(out, edit("shrunk", "tensors", tensor, 0, "by", to=by))
+
+    return forge
 
 
-def test_channels_of_another_block(mistral: tuple[Path, Path], tmp_path: Path) -> None:
-    """One layer of an MLP cut by other channels than the next takes."""
-    whole = load_file(mistral[0] / "model.safetensors")[UP]
-    by = "model.layers.1.mlp.down_proj"
+def refitted(tensor: str) -> Forge:
+    def forge(out: Path, _: Path) -> None:
+        redraw(out, tensor)
+        forge_manifest(out, edit("shrunk", "set_anew", to=[tensor]))
 
-    def change(out: Path) -> None:
-        kept = json.loads((out / MANIFEST).read_text())["shrunk"]["kept"][by]
-        change_tensors(out / "model.safetensors", lambda t: t.update({UP: whole[kept]}))
-        forge_manifest(out, lambda m: m["shrunk"]["tensors"][UP][0].update(by=by))
-
-    out = forged(mistral, tmp_path, change=change)
-    with pytest.raises(VerificationError, match=r"up_proj.* is not cut as what was removed asks"):
-        verify_smaller(out, mistral[0])
+    return forge
 
 
-@pytest.mark.parametrize("home", ["self_attn.dense", "self_attn.q_proj", "mlp.up_proj"])
-def test_channels_and_heads_of_layers_that_take_none(
-    home: str, mistral: tuple[Path, Path], tmp_path: Path
-) -> None:
-    def change(out: Path) -> None:
-        more = {f"model.layers.0.{home}": [0]}
-        forge_manifest(out, lambda m: m["shrunk"]["kept"].update(more))
-
-    out = forged(mistral, tmp_path, change=change)
-    with pytest.raises(VerificationError, match="is not a layer that takes channels or heads"):
-        verify_smaller(out, mistral[0])
+def one_more(tensor: str) -> Forge:
+    return lambda out, _: change_tensors(
+        shard_of(out, tensor), lambda t: t[tensor].view(-1)[0].add_(1)
+    )
 
 
-@pytest.mark.parametrize("anew", [[GATE], ["model.layers.0.mlp.down_proj.weight"]])
-def test_weights_set_anew_that_refitting_leaves(
-    anew: list[str], mistral: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """Refitting sets those of all blocks, and of what takes the channels alone."""
-
-    def change(out: Path) -> None:
-        redraw = {name: lambda t, n=name: t[n].normal_() for name in anew}
-        for name in anew:
-            change_tensors(out / "model.safetensors", redraw[name])
-        forge_manifest(out, lambda m: m["shrunk"].update(set_anew=anew))
-
-    out = forged(mistral, tmp_path, change=change)
-    with pytest.raises(VerificationError, match="is set anew, or not, otherwise than refitting"):
-        verify_smaller(out, mistral[0])
+def other_channels(out: Path, _: Path) -> None:
+    kept = record_of(out)["kept"][DOWN.format(1)]
+    gone = next(i for i in range(48) if i not in kept)
+    forge_manifest(out, edit("shrunk", "kept", DOWN.format(1), to=sorted({*kept[1:], gone})))
 
 
-def test_experts_by_the_choice_of_another_block(tmp_path: Path) -> None:
-    """The experts of a block and the rows of its router, cut by what two different blocks keep."""
-    dense = save(tiny("gpt_oss"), tmp_path / "dense")
-    remove_experts(dense, tokens(6), share=0.25, output=tmp_path / "out")
-    router = "model.layers.0.mlp.router.weight"
-    whole = load_file(dense / "model.safetensors")[router]
-    by = "model.layers.1.mlp.experts"
+def first_experts(out: Path, _: Path) -> None:
+    kept = record_of(out)["kept"]
+    assert kept[min(kept)] != [0, 1]
+    forge_manifest(out, edit("shrunk", "kept", min(kept), to=[0, 1]))
 
-    def change(out: Path) -> None:
-        kept = json.loads((out / MANIFEST).read_text())["shrunk"]["kept"][by]
-        change_tensors(out / "model.safetensors", lambda t: t.update({router: whole[kept]}))
-        forge_manifest(out, lambda m: m["shrunk"]["tensors"][router][0].update(by=by))
 
-    out = forged((dense, tmp_path / "out"), tmp_path / "to", change=change)
-    with pytest.raises(VerificationError, match=r"router.* is not cut as what was removed"):
+def expert_gone(manifest: dict[str, Any]) -> None:
+    names = manifest["shrunk"]["names"]
+    manifest["shrunk"]["gone"].append(names.pop(max(names)))
+
+
+CUT_OF_NOTHING = [{"axis": 0, "by": DOWN.format(0), "parts": [[48, 1]]}]
+TYPES = (
+    settings(layer_types=["sliding_attention", "full_attention"]), "layer_types is not the original's",
+)  # fmt: skip
+EXCHANGED, REFITTED = (
+    (exchange, "is not where the kept blocks"),
+    "is set anew, or not, otherwise than refitting",
+)
+#: smaller model → name → (how to forge, what is said)
+FORGED: dict[str, dict[str, tuple[Forge, str]]] = {
+    "narrow": {
+        "a channel that is not there": (shrunk_says("kept", DOWN.format(0), 0, to=40), "damaged"),
+        "a channel less": (lacks("kept", DOWN.format(0), -1), "leaves"),
+        "other channels": (other_channels, "is not the original's, cut as"),
+        "no cut": (lacks("tensors", UP), "shape"),
+        "another size": (shrunk_says("settings", "intermediate_size", to=37), "is not the 37"),
+        "no size": (lacks("settings", "intermediate_size"), "in more than the sizes"),
+        "nothing kept": (says(lambda m: m["shrunk"].pop("kept")), "damaged"),
+        "another model": (says(edit("fingerprint", "model", to="0")), "another model"),
+        "parts of another length": (
+            shrunk_says("tensors", UP, 0, "parts", 0, to=[36, 1]), "otherwise than it is long|damaged",
+        ),
+        "a norm refitted": (says(lambda m: m["shrunk"]["set_anew"].append(NORM)), "damaged"),
+        "a cut of nothing": (shrunk_says("tensors", "no", to=CUT_OF_NOTHING), "not there"),
+        "one more in a layer": (one_more(UP), "is not the original's"),
+        "one more in a norm": (one_more(NORM), "is not the original's"),
+    },
+    "mistral": {
+        "window": (settings(sliding_window=1), "sliding_window is no size of what was removed"),
+        "list": (settings(mlp_only_layers=[0]), "mlp_only_layers is no size"),
+        "blocks": (settings(num_hidden_layers=2), "num_hidden_layers is no size"),
+        "epsilon": (settings(rms_norm_eps=100), "rms_norm_eps"),
+        "channels": (settings(intermediate_size=20), "intermediate_size is not the original's .* 36"),
+        "as many columns of other heads": (
+            settings(num_attention_heads=4, num_key_value_heads=2, head_dim=4), "is not the original's",
+        ),
+        "exchanged": EXCHANGED,
+        "channels of another block": (
+            cut_by(UP, DOWN.format(1)), r"up_proj.* is not cut as what was removed asks",
+        ),
+        **{
+            f"channels of {home}": (
+                shrunk_says("kept", f"model.layers.0.{home}", to=[0]),
+                "is not a layer that takes channels or heads",
+            )
+            for home in ("self_attn.dense", "self_attn.q_proj", "mlp.up_proj")
+        },
+        # refitting sets those of all blocks, and of what takes the channels alone
+        "refitted what gives channels": (refitted(GATE), REFITTED),
+        "refitted in one block": (refitted(DOWN.format(0) + ".weight"), REFITTED),
+    },
+    "shallow": {
+        "window": (settings(sliding_window=1), "sliding_window is no size"),
+        "types of blocks": TYPES,
+        "fewer blocks": (
+            settings(num_hidden_layers=1, layer_types=["full_attention"]),
+            "num_hidden_layers is not the original's",
+        ),
+        "exchanged": EXCHANGED,
+    },
+    "by pattern": {"types of blocks": TYPES},
+    "blocks": {
+        "another block": (shrunk_says("blocks", 0, to=2), "is of no removed block|not the original's"),
+        "a tensor not gone": (lacks("gone", -1), "in only one of the two"),
+        "no names": (shrunk_says("names", to={}), "in only one of the two|twice"),
+        "another count": (shrunk_says("settings", "num_hidden_layers", to=1), "is not the 1"),
+        "no settings": (shrunk_says("settings", to={}), "in more than the sizes"),
+    },
+    "experts": {
+        "an expert gone": (says(expert_gone), "only one of|where the kept"),
+        "the first experts": (first_experts, "where the kept|cut as"),
+        "no experts": (says(lambda m: m["shrunk"].pop("experts")), "no removed block or expert"),
+        "another number": (shrunk_says("settings", "num_local_experts", to=3), "is not the 3"),
+    },
+    "gpt_oss": {
+        "experts of another block": (
+            cut_by(ROUTER, "model.layers.1.mlp.experts"), r"router.* is not cut as what was removed",
+        ),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("of", "name"), [(of, name) for of in FORGED for name in FORGED[of]])
+def test_a_forged_smaller_model_is_refused(of, name, models, tmp_path):
+    (forge, said), dense, out = FORGED[of][name], models(of)[0], copied(models(of)[1], tmp_path)
+    forge(out, dense)
+    forge_manifest(out)
+    with pytest.raises(VerificationError, match=said):
         verify_smaller(out, dense)
+
+
+def test_what_the_folder_alone_shows(models, tmp_path):
+    out = copied(models("mistral")[1], tmp_path / "shape")
+    settings(intermediate_size=20)(out, out)
+    forge_manifest(out)
+    with pytest.raises(VerificationError, match=r"in the shards, .* by config\.json"):
+        verify_smaller(out)
+    out = copied(models("narrow")[1], tmp_path / "digest")
+    edit_json(out / MANIFEST, edit("files", "config.json", to="0" * 64))
+    edit_json(out / MANIFEST, lambda m: m.update(signed(m)))
+    with pytest.raises(VerificationError, match="was changed"):
+        verify_smaller(out, models("narrow")[0])
+
+
+def test_a_link_out_of_the_original_is_no_file_of_it(tmp_path):
+    """No run copies it, and none begins with it there."""
+    dense = save(tiny("llama"), tmp_path / "dense")
+    (tmp_path / "vocab.txt").write_text("elsewhere")
+    (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
+    with pytest.raises(ModelError, match=r"vocab\.txt: is a link out of the model folder"):
+        shrink_model(dense, tokens(6), output=tmp_path / "out", **CHANNELS)
+    assert not (tmp_path / "out").exists()
+    (dense / "vocab.txt").unlink()
+    shrink_model(dense, tokens(6), output=tmp_path / "out", **CHANNELS)
+    (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
+    assert "other tensors" in verify_smaller(tmp_path / "out", dense).checked
