@@ -261,6 +261,7 @@ def test_a_plan_counts_passes(dense, monkeypatch):
     assert whole.seconds > sum(added)
 
 
+@pytest.mark.slow
 def test_a_plan_does_not_wait_for_a_search_without_end(dense, monkeypatch):
     monkeypatch.setattr("maskopt.model.plan.PROBE_LIMIT", 0.5)
     command = ["plan", dense, "--sparsity", 0.5, "--solver"]
