@@ -52,9 +52,8 @@ def slow(*values):
     [
         ("llama", {}),
         ("llama", {"dtype": torch.bfloat16}),
-        ("gpt2", {}),
         ("mixtral", {"exclude": ("experts.1.*",)}),
-        *(slow(family, {}) for family in ("gemma3", "bloom", "gpt_neox", "mixtral")),
+        *(slow(family, {}) for family in ("gemma3", "gpt2", "bloom", "gpt_neox", "mixtral")),
     ],
 )
 def test_it_comes_nearer_to_the_dense_model(family, more, made, tmp_path):

@@ -31,7 +31,9 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2-bfloat16"])
+@pytest.fixture(
+    scope="module", params=["llama", pytest.param("gpt2-bfloat16", marks=pytest.mark.slow)]
+)
 def given(request, made, text, tmp_path_factory):
     """A run, and what it makes when nothing interrupts it."""
     family, _, dtype = request.param.partition("-")
