@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
-from maskopt.cli import app
+from maskopt.cli import app, main
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -30,12 +34,22 @@ def run(*arguments: object, fails: type[Exception] | None = None) -> str:
     return result.output
 
 
-def process(
-    *arguments: str, cwd: Path | None = None, columns: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """As from a shell of so many columns: a process of its own, with its status and what it says."""
+def process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """As from a shell: a process of its own, with its status and what it says."""
     command = [sys.executable, "-c", "from maskopt.cli import main; main()", *arguments]
-    wide = {} if columns is None else {"COLUMNS": str(columns), "TERMINAL_WIDTH": str(columns)}
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **wide}
-    )
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def ended(*arguments: object, columns: int | None = None) -> subprocess.CompletedProcess[str]:
+    """What `process` gives, without the seconds that a process of its own takes to import all packages."""
+    words, status, out, err = [str(a) for a in arguments], 0, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["maskopt", *words])
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        patch.setattr(logging.getLogger("maskopt.compile"), "handlers", [])
+        patch.setattr("typer.rich_utils.MAX_WIDTH", columns)
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else end.code is not None
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())

@@ -1,6 +1,8 @@
-"""The command line as a user meets it: one clear line for an expected error, no traceback."""
+"""The command line as a user meets it: helps and statuses, examples that it takes, and one clear line for
+an expected error."""
 
 import re
+import shlex
 import subprocess
 import sys
 from io import StringIO
@@ -8,13 +10,16 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
-from commands import process, run
+import typer
+from commands import ROOT, ended, process, run
 from rich.console import Console
-from typer.testing import CliRunner
 
 import maskopt
 from maskopt import RowProblem, Unstructured, available_solvers
-from maskopt.cli import app, solvers
+from maskopt.cli import COMMANDS, app, config, solvers
+from maskopt.cli.examples import EXAMPLES
+
+NAMES = [command.name for command in app.registered_commands]
 
 
 def test_a_narrow_terminal_has_names_and_reasons(monkeypatch):
@@ -30,43 +35,49 @@ def test_a_narrow_terminal_has_names_and_reasons(monkeypatch):
     assert shown.getvalue().count("optimality") >= 5
 
 
-def test_solvers_lists_every_backend():
+def test_a_process_of_its_own_lists_every_backend():
     result = process("solvers")
     assert result.returncode == 0, result.stderr
     for name in available_solvers():
         assert f" {name} " in result.stdout
 
 
-def test_help_names_every_command():
-    result = process("--help")
+def test_help_names_every_command_and_the_statuses():
+    result = ended("--help", columns=120)
     assert result.returncode == 0, result.stderr
-    names = [command.name for command in app.registered_commands]
-    assert len(names) > 1
+    assert len(NAMES) > 1
     listed = re.findall(r"^│ (\S+) ", result.stdout, re.MULTILINE)
-    assert [name for name in listed if not name.startswith("-")] == names
+    assert [name for name in listed if not name.startswith("-")] == NAMES
+    assert "Exit status: 0 done" in result.stdout
+    assert run("--version") == f"maskopt {maskopt.__version__}\n"
+    for name in NAMES:
+        assert f"maskopt {name} [OPTIONS]" in ended(name, "--help").stdout
 
 
-@pytest.mark.parametrize("command", [command.name for command in app.registered_commands])
-def test_every_command_explains_itself(command):
-    result = CliRunner().invoke(app, [command, "--help"])
-    assert result.exit_code == 0
-    assert f"maskopt {command} [OPTIONS]" in result.output
+def test_the_help_fits_eighty_columns_and_is_in_panels():
+    lines = (shown := ended("prune", "--help", columns=80).stdout).splitlines()
+    assert max(map(len, lines)) <= 80
+    panels = [line.split("─")[1].strip() for line in lines if line.startswith("╭")]
+    assert panels == [
+        "Arguments", "Options", "What is pruned", "How", "Calibration", "Machine", "Output",
+    ]  # fmt: skip
+    assert "Example: maskopt prune" in shown
+    assert "resume" in shown
 
 
-@pytest.mark.parametrize("arguments", [("no-such-command",), ("solvers", "--no-such-option")])
-def test_usage_errors_exit_with_2_and_no_traceback(arguments):
-    result = process(*arguments)
-    assert result.returncode == 2
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("no-such-command",), 2, "No such"),
+        (("solvers", "--no-such-option"), 2, "No such"),
+        (("bound", "no/[red]:M:.npz"), 1, "[red]:M:.npz"),  # brackets and colons are no markup
+    ],
+)
+def test_errors_have_a_status_and_no_traceback(words, status, said):
+    result = ended(*words)
+    assert result.returncode == status
     assert "Traceback" not in result.stderr
-    assert "No such" in result.stderr
-
-
-def test_an_error_is_printed_as_it_is(tmp_path):
-    """Brackets and colons are no markup."""
-    result = process("bound", str(tmp_path / "[red]:M:.npz"))
-    assert result.returncode == 1
-    assert "[red]:M:.npz" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert said in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -79,49 +90,75 @@ def test_an_error_is_printed_as_it_is(tmp_path):
         lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: out of memory")),
     ],
 )
-def test_too_little_memory_is_one_line(allocate, monkeypatch, capsys):
+def test_too_little_memory_is_one_line(allocate, monkeypatch):
     monkeypatch.setattr("maskopt.cli.app", lambda: list(allocate()))
-    monkeypatch.setattr("sys.argv", ["maskopt"])
-    with pytest.raises(SystemExit) as end:
-        maskopt.cli._run()
-    assert end.value.code == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: there is not enough memory")
-    assert said.count("\n") == 1
+    result = ended()
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: there is not enough memory")
+    assert result.stderr.count("\n") == 1
 
 
 def test_another_error_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("maskopt.cli.app", lambda: [][0:0].pop())
     with pytest.raises(IndexError):
-        maskopt.cli._run()
+        ended()
 
 
+SOLVE = f"exec {sys.executable} -m maskopt solve row.npz --solver wanda --output s.npz"
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits of files, and /dev/full")
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    row = RowProblem(np.ones(40), np.eye(40), Unstructured(0.5))
-    row.save(tmp_path / "row.npz")
-    command = f"{sys.executable} -m maskopt solve row.npz --solver wanda --output found.npz"
-    for shell, said in (
-        (f"ulimit -f 1; exec {command}", "File too large: 'found.npz'"),
-        (f"exec {command} > /dev/full", "No space left on device"),
-    ):
-        result = subprocess.run(
-            ["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=120
-        )
-        assert result.returncode == 1
-        assert said in result.stderr
-        assert "Traceback" not in result.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"row.npz", "found.npz"}
+@pytest.mark.parametrize(
+    ("shell", "said", "left"),
+    [
+        (f"ulimit -f 1; {SOLVE}", "error: File too large: 's.npz'", set()),
+        (f"{SOLVE} > /dev/full", "No space left on device", {"s.npz"}),
+        (f"{SOLVE} >&-", "", {"s.npz"}),  # nobody need listen
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(shell, said, left, tmp_path):
+    RowProblem(np.ones(40), np.eye(40), Unstructured(0.5)).save(tmp_path / "row.npz")
+    result = subprocess.run(
+        ["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == bool(said), result.stderr
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"row.npz", *left}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a shell")
-def test_nobody_need_listen(tmp_path):
-    RowProblem(np.ones(8), np.eye(8), Unstructured(0.5)).save(tmp_path / "row.npz")
-    command = f"exec {sys.executable} -m maskopt solve row.npz --solver wanda --output s.npz >&-"
-    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "s.npz").exists()
+# Lines that the documents show, and examples of the helps -------------------------------------
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: what a file of --config stands for here
+GIVEN = {"model": "MODEL", "calibration": "text.txt", "out": "OUT", "sparsity": 0.5}
 
 
-def test_the_version():
-    assert run("--version") == f"maskopt {maskopt.__version__}\n"
+def in_blocks(page):
+    """Lines that begin with the program, in blocks of code: `$ maskopt …`, or indented."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^(?:\$ |    )(maskopt .*)$", text, re.MULTILINE)
+    parts = [p for line in lines for p in re.split(r" && | \| | > ", line.split("  #")[0])]
+    return {part.strip() for part in parts if part.startswith("maskopt ") and "…" not in part}
+
+
+LINES = sorted({line for page in PAGES for line in in_blocks(page)} | set(EXAMPLES.values()))
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_line_is_taken(line, monkeypatch):
+    monkeypatch.setattr(config, "read_config", lambda path, parameters: GIVEN)
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    command = typer.main.get_command(app).commands[name]
+    with command.make_context(name, arguments) as context:
+        assert context.args == []  # nothing is left over
+        source = {p.name: context.get_parameter_source(p.name).name for p in command.params}
+    flags = [word for word in arguments if word.startswith("-") and len(word) > 1]
+    known = {flag: p.name for p in command.params for flag in (*p.opts, *p.secondary_opts)}
+    assert {source[known[flag]] for flag in flags} <= {"COMMANDLINE"}
+
+
+def test_every_command_has_an_example():
+    assert set(EXAMPLES) == set(COMMANDS)
+    assert len(LINES) >= 40

@@ -1,26 +1,23 @@
 """What a command shows while it works: in a terminal of any width, in a pipe, as JSON, and not at all."""
 
-from __future__ import annotations
-
 import io
 import json
 import time
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from commands import process, run
+from commands import ended, run
 from rich.console import Console
-from tiny_models import save, tiny, tokens
 
 from maskopt import RowProblem, Unstructured
+from maskopt.cli import prune
 from maskopt.cli import view as views
 from maskopt.cli.console import errors
 from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import JsonView, LiveView, PlainView, Step, View, clock
+from maskopt.cli.view import JsonView, LiveView, PlainView, View, clock
 from maskopt.errors import OptionError
+from maskopt.model import plan
 from maskopt.model.progress import BlockProgress
 from maskopt.model.report import LayerReport
 from maskopt.report.table import Table
@@ -28,44 +25,35 @@ from maskopt.report.table import Table
 LONG = "block 152 of 152: solve model.language_model.layers.151.self_attn.q_proj"
 
 
-class Still:
-    """Time stands where it is put."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def still(monkeypatch: pytest.MonkeyPatch) -> Still:
-    found = Still()
-    monkeypatch.setattr(time, "monotonic", found)
+def still(monkeypatch):
+    """Time stands where `now` puts it."""
+    found = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: found.now)
     return found
 
 
 @pytest.fixture
-def screen(monkeypatch: pytest.MonkeyPatch) -> Any:
+def screen(monkeypatch):
     """A console of a width, in place of stderr; what is on it."""
 
-    def make(width: int, *, terminal: bool) -> io.StringIO:
+    def make(width, *, terminal=False):
         stream = io.StringIO()
-        console = Console(file=stream, width=width, height=10, force_terminal=terminal)
-        monkeypatch.setattr(views, "errors", console)
+        console = type(errors)(file=stream, width=width, height=10, force_terminal=terminal)
+        for module in (views, prune):
+            monkeypatch.setattr(module, "errors", console)
         return stream
 
     return make
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(
-    width: int, screen: Any, still: Still
-) -> None:
+def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(width, screen, still):
     screen(width, terminal=True)
     live = LiveView()
     live.show(LONG, 0, 124_416, part=0.0)
     still.now += 7200
-    live.show(LONG, 124_416, 124_416, part=0.66, note="error 0.512 of the start's")
+    live.show(LONG, 124_416, 124_416, part=0.66, note="error 0.512 of the whole")
     page = Console(width=width, file=io.StringIO(), record=True)
     page.print(live._live.renderable)
     line, note = page.export_text().splitlines()
@@ -73,11 +61,11 @@ def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(
     assert line.startswith("block 152 of 152")
     assert "100%" in line
     assert line.endswith("1:01:49 left")
-    assert note == "error 0.512 of the start's"
+    assert note == "error 0.512 of the whole"
 
 
-def test_plain_lines_are_few_and_say_what_is_done(screen: Any, still: Still) -> None:
-    stream = screen(80, terminal=False)
+def test_plain_lines_are_few_and_say_what_is_done(screen, still):
+    stream = screen(80)
     with PlainView() as plain:
         for second in range(200):
             still.now += 1
@@ -89,11 +77,11 @@ def test_plain_lines_are_few_and_say_what_is_done(screen: Any, still: Still) -> 
     assert len(lines) == 8
 
 
-def test_the_time_left_is_by_the_pace_since_work_began(still: Still) -> None:
-    class Steps(View):
-        left: float | None = None
+def test_the_time_left_is_by_the_pace_since_work_began(still):
+    assert [clock(x) for x in (7, 200, 3723)] == ["0:07", "3:20", "1:02:03"]
 
-        def take(self, step: Step) -> None:
+    class Steps(View):
+        def take(self, step):
             self.left = step.left
 
     shown = Steps()
@@ -109,8 +97,8 @@ def test_the_time_left_is_by_the_pace_since_work_began(still: Still) -> None:
     assert shown.left == pytest.approx(32)
 
 
-def test_json_lines(screen: Any, still: Still) -> None:
-    stream = screen(80, terminal=False)
+def test_json_lines(screen, still):
+    stream = screen(80)
     with JsonView() as view:
         for step in range(5):
             still.now += 0.3
@@ -121,78 +109,63 @@ def test_json_lines(screen: Any, still: Still) -> None:
     assert {"seconds", "left"} <= set(found[0])
 
 
-class Told(View):
+class Kept(View):
     """Keeps what it is shown."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[dict[str, Any]] = []
+    seen = ()
 
-    def show(self, what: str, done: float, total: float | None, **more: Any) -> None:
-        self.seen.append({"what": what, "done": done, "total": total, **more})
+    def show(self, what, done, total, **more):
+        self.seen = (*self.seen, {"what": what, "done": done, "total": total, **more})
 
 
-def layer(error: float, proven: int) -> LayerReport:
+def layer(error, proven):
+    statuses = {"swap_optimal": proven, "feasible": 4 - proven}
     return LayerReport(
-        "q", 0, "q", 4, 8, "0.5", 16, 2.0, error, 0.0,
-        {"swap_optimal": proven, "feasible": 4 - proven}, 99, False, 1.0, energy=10.0,
-    )  # fmt: skip
+        *("q", 0, "q", 4, 8, "0.5", 16, 2.0, error, 0.0, statuses, 99, False, 1.0), energy=10.0
+    )
 
 
-def test_a_prune_tells_how_far_it_is_and_what_it_has_reached(still: Still) -> None:
-    told = Told()
-    show = PruneView(told)
+def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
+    kept = Kept()
+    show = PruneView(kept)
     for block in range(4):
         show(BlockProgress(block, 4, "solve", 0, 2))
         still.now += 10
         show(BlockProgress(block, 4, "solve", 1, 2, layer(1.0, 4 - block)))
-    assert told.seen[0]["part"] == 0.0
-    assert told.seen[0]["note"] == ""
-    assert told.seen[4]["part"] == pytest.approx(2 / 4)
-    assert told.seen[5]["part"] == pytest.approx((2 + 0.98) / 4)
-    assert told.seen[-1]["what"] == "block 4 of 4: solve"
-    assert told.seen[-1]["note"].startswith("error 0.500 of the start's; 10 of 16 rows proven")
-    assert told.seen[-1]["layer"]["rows"] == 4
+    assert kept.seen[0]["part"] == 0.0
+    assert kept.seen[0]["note"] == ""
+    assert kept.seen[4]["part"] == pytest.approx(2 / 4)
+    assert kept.seen[5]["part"] == pytest.approx((2 + 0.98) / 4)
+    assert kept.seen[-1]["what"] == "block 4 of 4: solve"
+    assert kept.seen[-1]["note"].startswith("error 0.500 of the start's; 10 of 16 rows proven")
+    assert kept.seen[-1]["layer"]["rows"] == 4
 
 
-def test_before_a_block_is_done_the_time_left_is_by_what_was_expected(still: Still) -> None:
-    told = Told()
-    show = PruneView(told, expected=100.0)
+def test_before_a_block_is_done_the_time_left_is_by_what_was_expected(still):
+    kept = Kept()
+    show = PruneView(kept, expected=100.0)
     still.now += 25
     show(BlockProgress(0, 4, "solve", 0, 2))
-    assert told.seen[-1]["part"] == pytest.approx(0.25)
+    assert kept.seen[-1]["part"] == pytest.approx(0.25)
     still.now += 500
     show(BlockProgress(0, 4, "solve", 1, 2))
-    assert told.seen[-1]["part"] == 0.98
+    assert kept.seen[-1]["part"] == 0.98
     show(BlockProgress(1, 4, "solve", 0, 2))
-    assert told.seen[-1]["part"] == pytest.approx(1 / 4)
+    assert kept.seen[-1]["part"] == pytest.approx(1 / 4)
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_an_interrupted_run_says_what_is_left_of_it(
-    kept: bool, tmp_path: Path, screen: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from maskopt.cli import prune
-    from maskopt.model.workspace import HIDDEN, JOURNAL
-
-    stream = screen(80, terminal=False)
-    monkeypatch.setattr(prune, "errors", views.errors)
-    if kept:
-        (tmp_path / HIDDEN).mkdir()
-        (tmp_path / HIDDEN / JOURNAL).touch()
+def test_an_interrupted_run_says_that_nothing_is_left_of_it(tmp_path, screen):
+    stream = screen(80)
     with pytest.raises(KeyboardInterrupt), prune.told_of_resume(tmp_path):
         raise KeyboardInterrupt
-    said = "go on with" if kept else "no block was finished; nothing of this run is kept"
-    assert said in stream.getvalue()
+    assert "no block was finished; nothing of this run is kept" in stream.getvalue()
 
 
 ODD = "a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
 ESCAPED = r"a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
 
 
-def test_names_out_of_files_are_printed_without_control_characters_and_markup(
-    tmp_path: Path,
-) -> None:
+def test_names_out_of_files_are_printed_without_control_characters_and_markup(tmp_path):
     weight = torch.arange(1.0, 9.0)
     RowProblem(weight, torch.eye(8), Unstructured(0.5), name=ODD[:-1]).save(tmp_path / "row.npz")
     shown = run("compare", tmp_path / "row.npz", "--solvers", "wanda")
@@ -202,19 +175,14 @@ def test_names_out_of_files_are_printed_without_control_characters_and_markup(
     assert "[red]b[/red]" in shown
 
 
-def test_an_error_is_one_line_whatever_it_quotes(tmp_path: Path) -> None:
-    path = tmp_path / "no\x1b[2J\nspoof.npz"
-    said = process("solve", str(path), "--output", str(tmp_path / "s.npz")).stderr
+def test_an_error_is_one_line_whatever_it_quotes(tmp_path):
+    said = ended("solve", tmp_path / "no\x1b[2J\nspoof.npz", "--output", tmp_path / "s.npz").stderr
     assert said == f"error: {tmp_path}/no\\x1b[2J\\nspoof.npz: no such file\n"
 
 
 @pytest.mark.parametrize("kind", [LiveView, PlainView])
-def test_what_goes_on_is_shown_without_control_characters(
-    kind: type[View], monkeypatch: pytest.MonkeyPatch, still: Still
-) -> None:
-    stream = io.StringIO()
-    console = type(errors)(file=stream, width=200, force_terminal=False)
-    monkeypatch.setattr(views, "errors", console)
+def test_what_goes_on_is_shown_without_control_characters(kind, screen, still):
+    stream = screen(200)
     with kind() as view:
         still.now += 60
         view.show(ODD, 1, 2, note=ODD)
@@ -224,56 +192,35 @@ def test_what_goes_on_is_shown_without_control_characters(
     assert "\nspoof" not in stream.getvalue()
 
 
-def test_a_table_for_pages_has_no_control_characters_on_the_screen() -> None:
-    table = Table(ODD, (ODD,), [(ODD,)], note=ODD)
+def test_a_table_for_pages_has_no_control_characters_on_the_screen():
     stream = io.StringIO()
-    Console(file=stream, width=300).print(table.rich())
+    Console(file=stream, width=300).print(Table(ODD, (ODD,), [(ODD,)], note=ODD).rich())
     assert stream.getvalue().count(ESCAPED) == 4
 
 
-def test_times_are_short() -> None:
-    assert [clock(x) for x in (7, 200, 3723)] == ["0:07", "3:20", "1:02:03"]
+@pytest.fixture
+def given(dense_folder, data, tmp_path):
+    def words(out, *more):
+        how = ["--calibration", data, "--sparsity", 0.5, "--solver", "wanda", "--min-tokens", 1]
+        return ["prune", dense_folder, *how, "--output", tmp_path / out, *more]
+
+    return words
 
 
-@pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    home = tmp_path_factory.mktemp("view")
-    np.save(home / "tokens.npy", tokens(4).numpy())
-    dense = save(tiny("llama"), home / "dense")
-    options = ["--sparsity", "0.5", "--solver", "wanda", "--min-tokens", "1"]
-    return ["prune", str(dense), "--calibration", str(home / "tokens.npy"), *options]
-
-
-def test_a_prune_says_beforehand_what_it_takes(
-    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from maskopt.model import plan
-
-    assert "estimated" not in run(*given, "--output", tmp_path / "small")
+def test_a_prune_says_beforehand_what_it_takes(given, monkeypatch):
+    assert "estimated" not in run(*given("small"))
     monkeypatch.setattr(plan, "SMALL", 0)
-    assert run(*given, "--output", tmp_path / "plain").startswith("time, estimated: about 0:")
-    assert "estimated" not in run(*given, "--output", tmp_path / "quiet", "--quiet")
-    facts = json.loads(run(*given, "--output", tmp_path / "json", "--log-json").splitlines()[0])
+    assert run(*given("plain")).startswith("time, estimated: about 0:")
+    quiet = ended(*given("quiet", "--quiet"))
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert "estimated" not in quiet.stdout
+    assert "sparsity of these layers: 0.5" in quiet.stdout
+    result = ended(*given("json", "--log-json"))
+    assert result.returncode == 0
+    facts, *lines = [json.loads(line) for line in result.stderr.splitlines()]
     assert facts["expected_seconds"] > 0
     assert facts["expected_gib"] > 0
-
-
-def test_every_layer_is_a_json_line(given: list[str], tmp_path: Path) -> None:
-    ended = process(*given, "--output", str(tmp_path / "out"), "--log-json")
-    assert ended.returncode == 0
-    lines = [json.loads(line) for line in ended.stderr.splitlines()]
     layers = [line["layer"] for line in lines if "layer" in line]
     assert len(layers) == 21
     assert {"name", "error", "rows", "statuses"} <= set(layers[0])
-
-
-def test_quiet_says_nothing_on_the_way(given: list[str], tmp_path: Path) -> None:
-    ended = process(*given, "--output", str(tmp_path / "out"), "--quiet")
-    assert ended.returncode == 0
-    assert ended.stderr == ""
-    assert "sparsity of these layers: 0.5" in ended.stdout
-
-
-def test_both_at_once_are_refused(given: list[str], tmp_path: Path) -> None:
-    arguments = [*given, "--output", str(tmp_path / "out"), "--quiet", "--log-json"]
-    assert "exclude each other" in run(*arguments, fails=OptionError)
+    assert "exclude each other" in run(*given("out", "--quiet", "--log-json"), fails=OptionError)

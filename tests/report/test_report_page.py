@@ -1,36 +1,67 @@
-"""The page of `maskopt report`: its numbers are the manifest's, and it needs nothing but itself."""
+"""Tables and the page of `maskopt report`: its numbers are the manifest's, it needs nothing but itself, and
+nothing that is shown can break out of it."""
 
-from __future__ import annotations
-
+import base64
 import html
+import io
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from commands import run
 from forging import copied, forge_manifest
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
 from tiny_models import save, tiny, tokens
 
 from maskopt import prune_model
-from maskopt.errors import MaskoptError, ModelError, OptionError
+from maskopt.errors import ModelError, OptionError
+from maskopt.report import Table, number, write_page
 from maskopt.report.prune_page import Pruned, summary
 
-OPTIONS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 1, "holdout": 0.25}
+OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "holdout": 0.25}
 TRAINED = {"weights": "reconstruct", "reconstruct": {"epochs": 1, "begin": "refit"}}
 
 
+def test_numbers_are_short_and_never_lose_their_size():
+    cases = {
+        12.3456: "12.35", 0.00402134: "0.004021", 123456.0: "123,456", 1.2e9: "1.2e+09", 0.0: "0",
+        1e-7: "1e-07", 999.96: "1000",
+    }  # fmt: skip
+    assert [number(value) for value in cases] == list(cases.values())
+    assert number(None) == number(math.nan) == "–"
+
+
+def test_the_same_cells_in_terminal_and_page(tmp_path):
+    table = Table("A [bold]title[/bold] <b>", ("solver", "objective"), note="see <here>")
+    table.add("swap", "1.5")
+    with pytest.raises(ValueError, match="1 cells for 2"):
+        table.add("swap")
+    stream = io.StringIO()
+    Console(file=stream, width=60).print(table.rich())
+    for shown in ("[bold]title[/bold]", "swap", "1.5", "objective", "see <here>"):
+        assert shown in stream.getvalue()
+    write_page(tmp_path / "r.html", "T & U", ["a < b", table])
+    found = (tmp_path / "r.html").read_text()
+    for shown in ("a &lt; b", "T &amp; U", '<td class="figure">1.5</td>', "see &lt;here&gt;"):
+        assert shown in found
+    assert "<b>" not in found
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+
+
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory):
     """A dense model, two pruned ones and what `eval` and `certify` say of them; nobody may change them."""
     folder = tmp_path_factory.mktemp("report")
-    dense = save(tiny("llama"), folder / "dense")
+    dense = save(tiny("llama", layers=2), folder / "dense")
     prune_model(dense, tokens(8), output=folder / "OUT", **OPTIONS)
     prune_model(dense, tokens(8), output=folder / "TRAINED", **OPTIONS, **TRAINED)
     np.save(folder / "tokens.npy", tokens(4).numpy())
@@ -42,14 +73,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def page(home: Path, out: Path, *arguments: object) -> str:
+def page(out, *arguments):
     run("report", *arguments, "--output", out / "page.html", "--overwrite")
     return (out / "page.html").read_text()
 
 
-def test_everything_is_on_one_page(home: Path, tmp_path: Path) -> None:
+def test_everything_is_on_one_page(home, tmp_path):
     more = ["--eval", home / "eval.json", "--gaps", home / "gaps.jsonl"]
-    found = page(home, tmp_path, home / "OUT", *more, "--figures", tmp_path / "figures")
+    words = [home / "OUT", *more, "--figures", tmp_path / "figures"]
+    found = page(tmp_path, *words)
     manifest = json.loads((home / "OUT" / "maskopt-manifest.json").read_text())
     layers = manifest["layers"]
     mean = sum(layer["error"] / layer["energy"] for layer in layers) / len(layers)
@@ -57,7 +89,7 @@ def test_everything_is_on_one_page(home: Path, tmp_path: Path) -> None:
     swaps = sum(x["swaps"] for x in layers if x["kind"] == "mlp.up_proj")
     rows = sum(x["rows"] for x in layers if x["kind"] == "mlp.up_proj")
     assert f">{swaps / rows:.4g}</td>" in found
-    assert "swap from relax pruned 50.0% of 23,040 weights in 21 layers of 3 blocks" in found
+    assert "swap from relax pruned 50.0% of 15,360 weights in 14 layers of 2 blocks" in found
     perplexity = json.loads((home / "eval.json").read_text())[1]["perplexity"]["value"]
     assert f"{perplexity:.2f} (" in found
     assert "As gaps.jsonl states of sampled rows" in found
@@ -67,25 +99,25 @@ def test_everything_is_on_one_page(home: Path, tmp_path: Path) -> None:
     assert f">{'–' if peak is None else f'{peak / 2**30:.2f} GiB'}</td>" in found
     names = sorted(file.name for file in (tmp_path / "figures").iterdir())
     assert names == ["errors.png", "errors.svg", "improvements-1.png", "improvements-1.svg"]
-
-
-def test_of_folders_of_earlier_versions_the_memory_is_not_known(home: Path, tmp_path: Path) -> None:
-    old = copied(home / "OUT", tmp_path / "old")
-    forge_manifest(old, lambda manifest: manifest.pop("memory"))
+    # of folders of earlier versions the memory is not known
+    forge_manifest(old := copied(home / "OUT", tmp_path), lambda manifest: manifest.pop("memory"))
     assert summary(Pruned.open_all([old])).rows[0][-1] == "–"
 
 
-def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_told_in_words(
-    home: Path, tmp_path: Path
-) -> None:
-    found = page(home, tmp_path, home / "OUT", home / "TRAINED")
+def unique_ids(found):
+    """Drawings do not mix."""
+    ids = re.findall(r' id="([^"]*)"', found)
+    assert len(ids) == len(set(ids))
+    return set(ids)
+
+
+def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_in_words_too(home, tmp_path):
+    found = page(tmp_path, home / "OUT", home / "TRAINED")
     assert "<script" not in found
     links = re.findall(r'(?:src|href|xlink:href)="([^"]*)"', found)
     assert links
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
-    ids = re.findall(r' id="([^"]*)"', found)
-    assert len(ids) == len(set(ids))  # drawings do not mix
-    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
+    assert {link[1:] for link in links if link.startswith("#")} <= unique_ids(found)
     assert found.count('role="img" aria-label=') == found.count("<svg") == 3
     assert len(re.findall(r"<img [^>]*alt=\"Mask of [^\"]+\"", found)) == 1
     assert found.count("<summary>The numbers</summary>") == 3
@@ -94,96 +126,86 @@ def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_told_in_words(
     assert "Trained weights, TRAINED" in found
 
 
-def test_the_same_bytes_every_time(home: Path, tmp_path: Path) -> None:
-    assert page(home, tmp_path, home / "OUT") == page(home, tmp_path, home / "OUT")
-
-
-def test_the_picture_is_the_mask(home: Path, tmp_path: Path) -> None:
-    import base64
-    import io
-
-    from PIL import Image
-    from safetensors.torch import load_file
-
+def test_the_picture_is_the_mask_and_the_same_bytes_every_time(home, tmp_path):
     name = "model.layers.1.mlp.down_proj.weight"
-    found = page(home, tmp_path, home / "OUT", "--picture", name)
+    found = page(tmp_path, home / "OUT", "--picture", name)
+    assert page(tmp_path, home / "OUT", "--picture", name) == found
     data = re.search(r"data:image/png;base64,([^\"]*)", found)
-    assert data is not None
     image = np.array(Image.open(io.BytesIO(base64.b64decode(data[1]))))
     kept = load_file(home / "OUT" / "model.safetensors")[name].numpy() != 0
     assert np.array_equal(image == 0, kept)
     assert f"Mask of {name}: {kept.shape[0]} outputs (down) by {kept.shape[1]} inputs" in found
 
 
-def test_names_cannot_break_out_of_the_page(home: Path, tmp_path: Path) -> None:
+def test_names_cannot_break_out_of_the_page_and_do_not_mix(home, tmp_path):
     bad = '<script>alert("$x$")</script>'
-    folder = copied(home / "OUT", tmp_path)
 
-    def change(manifest: dict[str, Any]) -> None:
+    def change(manifest):
         manifest["fingerprint"]["calibration"]["source"] = bad
         manifest["fingerprint"]["options"]["solver"] = bad
         for layer in manifest["layers"]:
             layer["kind"] = bad
 
-    forge_manifest(folder, change)
-    found = page(home, tmp_path, folder)
+    forge_manifest(folder := copied(home / "OUT", tmp_path), change)
+    found = page(tmp_path, folder)
     assert "<script" not in found
     assert html.escape(bad) in found
-
-
-def test_folders_of_the_same_name_do_not_mix(home: Path, tmp_path: Path) -> None:
+    # folders and evaluated models of the same name
     other = copied(home / "TRAINED", tmp_path / '<b>"x"')
     other = other.rename(other.with_name("OUT"))
-    found = page(home, tmp_path, home / "OUT", other)
+    records = json.loads((home / "eval.json").read_text())
+    for place, record in enumerate(records):
+        record["model"] = f"folder{place}/OUT"
+    (tmp_path / "eval.json").write_text(json.dumps(records))
+    found = page(tmp_path, home / "OUT", other, "--eval", tmp_path / "eval.json")
     for folder in (home / "OUT", other):
         assert f"Rows, {html.escape(str(folder))}" in found
     assert "<b>" not in found
-    ids = re.findall(r' id="([^"]*)"', found)
-    assert len(ids) == len(set(ids))
-
-
-def test_evaluated_models_of_the_same_name_are_told_apart(home: Path, tmp_path: Path) -> None:
-    records = json.loads((home / "eval.json").read_text())
-    for number, record in enumerate(records):
-        record["model"] = f"folder{number}/OUT"
-    (tmp_path / "eval.json").write_text(json.dumps(records))
-    found = page(home, tmp_path, home / "OUT", "--eval", tmp_path / "eval.json")
     assert "folder0/OUT" in found
     assert "folder1/OUT" in found
+    unique_ids(found)
 
 
-def test_what_has_no_start_or_too_few_tokens_is_left_out(home: Path, tmp_path: Path) -> None:
+def test_what_has_no_start_or_too_few_tokens_is_left_out(home, tmp_path):
     options = {**OPTIONS, "solver": "wanda", "holdout": 0.0}
     prune_model(home / "dense", tokens(2), output=tmp_path / "out", **options)
-    found = page(home, tmp_path, tmp_path / "out")
-    assert "Rows, out" not in found
+    assert "Rows, out" not in page(tmp_path, tmp_path / "out")
     assert summary([Pruned.open(tmp_path / "out", "out")]).rows[0][4] == "–"
     prune_model(home / "dense", tokens(2), output=tmp_path / "few", sparsity=0.5, min_tokens=999)
-    assert "In short" in page(home, tmp_path, tmp_path / "few")
+    assert "In short" in page(tmp_path, tmp_path / "few")
     assert summary([Pruned.open(tmp_path / "few", "few")]).rows[0][3:6] == ("–",) * 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (["{home}/dense"], ModelError, "the folder was not written by maskopt prune"),
-        (["{home}/OUT", "--picture", "nothing"], OptionError, "has no mask of such a tensor"),
-        (["{home}/OUT", "--eval", "{home}/gaps.jsonl"], OptionError, "holds no records"),
-        (["{home}/OUT", "--gaps", "{home}/eval.json"], OptionError, "holds no records"),
-        (["{home}/OUT", "--eval", "{home}/missing"], OptionError, "cannot be read"),
-        (["{home}/OUT", "--eval", "{home}/half.json"], OptionError, "holds no records"),
-        (["{home}/OUT", "--output", "{home}/no/page.html"], OptionError, "no such folder"),
-        (["{home}/OUT", "--figures", "{home}/eval.json/figures"], ModelError, "Not a directory"),
+        ("dense", ModelError, "the folder was not written by maskopt prune"),
+        ("OUT --picture nothing", OptionError, "has no mask of such a tensor"),
+        ("OUT --eval gaps.jsonl", OptionError, "holds no records"),
+        ("OUT --gaps eval.json", OptionError, "holds no records"),
+        ("OUT --eval missing", OptionError, "cannot be read"),
+        ("OUT --eval half.json", OptionError, "holds no records"),
+        ("OUT --output no/page.html", OptionError, "no such folder"),
+        ("OUT --figures eval.json/figures", ModelError, "Not a directory"),
+        ("TRAINED OUT --gaps gaps.jsonl", OptionError, "is of another model than TRAINED"),
+        ("OUT --output OUT/README.md --overwrite", OptionError, "is a file of a model folder"),
+        ("OUT --output OUT/model.safetensors --overwrite", OptionError, "is a file of a model"),
+        (
+            "OUT --eval eval.json --output eval.json --overwrite",
+            OptionError,
+            "is the evaluation itself",
+        ),
     ],
 )
-def test_what_is_none_is_refused(
-    arguments: list[str], error: type[MaskoptError], message: str, home: Path
-) -> None:
-    assert message in run("report", *(a.format(home=home) for a in arguments), fails=error)
+def test_what_is_none_is_refused(arguments, error, message, home, monkeypatch):
+    monkeypatch.chdir(home)
+    before = (home / "eval.json").read_bytes()
+    assert message in run("report", *arguments.split(), fails=error)
     assert not (home / "report.html").exists()
+    assert (home / "eval.json").read_bytes() == before
 
 
-def test_files_are_replaced_where_that_is_said(home: Path, tmp_path: Path) -> None:
+def test_files_are_replaced_where_that_is_said(home, tmp_path):
     figures = tmp_path / "figures"
     words = ["report", home / "OUT", "--output", tmp_path / "page.html", "--figures", figures]
     figures.mkdir()
@@ -195,24 +217,10 @@ def test_files_are_replaced_where_that_is_said(home: Path, tmp_path: Path) -> No
     run(*words)
     assert "page.html exists; pass --overwrite" in run(*words, fails=OptionError)
     run(*words, "--overwrite")
-    for name in ("model.safetensors", "README.md"):
-        words = ["report", home / "OUT", "--output", home / "OUT" / name, "--overwrite"]
-        assert "is a file of a model folder" in run(*words, fails=OptionError)
-    read = json.loads((home / "eval.json").read_text())
-    words = ["report", home / "OUT", "--eval", home / "eval.json", "--output", home / "eval.json"]
-    assert "is the evaluation itself" in run(*words, "--overwrite", fails=OptionError)
-    assert json.loads((home / "eval.json").read_text()) == read
-
-
-def test_gaps_of_another_model_are_refused(home: Path, tmp_path: Path) -> None:
-    wrong = ["--gaps", home / "gaps.jsonl", "--output", tmp_path / "page.html"]
-    said = run("report", home / "TRAINED", home / "OUT", *wrong, fails=OptionError)
-    assert f"is of another model than {home / 'TRAINED'}" in said
-    assert not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize("bad", [{"error": "much"}, {"rows": None}, {"statuses": 3}, {"n": 1.5}])
-def test_layers_that_are_none_are_refused(bad: dict[str, Any], home: Path, tmp_path: Path) -> None:
+def test_layers_that_are_none_are_refused(bad, home, tmp_path):
     folder = copied(home / "OUT", tmp_path)
     forge_manifest(folder, lambda manifest: manifest["layers"][0].update(bad))
     said = run("report", folder, fails=ModelError)
@@ -238,12 +246,11 @@ app.exec()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("PySide6") is None, reason="no Chromium: pip install PySide6")
 @pytest.mark.parametrize("width", [390, 1200])
-def test_in_chromium_the_page_is_as_wide_as_the_screen(
-    width: int, home: Path, tmp_path: Path
-) -> None:
-    page(home, tmp_path, home / "OUT", home / "TRAINED")
+def test_in_chromium_the_page_is_as_wide_as_the_screen(width, home, tmp_path):
+    page(tmp_path, home / "OUT", home / "TRAINED")
     surroundings = {
         "QT_QPA_PLATFORM": "offscreen",
         "QTWEBENGINE_CHROMIUM_FLAGS": "--no-sandbox --disable-gpu",
