@@ -60,14 +60,11 @@ def test_what_fits_is_kept_and_numbers_of_numpy_become_those_of_python():
     assert make_solver("swap", max_swaps=np.arange(9)[3]).max_swaps == 3
 
 
-def test_unknown_options_get_near_names():
+def test_options_are_listed_with_their_ranges_and_unknown_ones_get_near_names():
     near = r"thing 'sample' has no option 'shar'; did you mean 'share'"
     for kind, given, message in ((Sample, "shar", near), (object, "x", "it has none")):
         with pytest.raises(OptionError, match=message):
             build(kind, "sample", {given: 1}, "thing")
-
-
-def test_options_are_listed_with_their_ranges():
     assert [(o.name, o.range) for o in options_of(Sample)] == [
         ("count", "≥ 1"), ("share", "[0, 1)"), ("word", "a or b"), ("names", ""), ("loud", ""),
         ("above", "≥ 0"),
@@ -87,7 +84,9 @@ def test_every_backend_documents_every_option_in_one_line(registry):
             assert not numeric or known.range or known.unit, (name, known.name, "unit or range")
 
 
-def test_a_backend_that_cannot_say_whether_it_runs_hides_no_other(monkeypatch):
+def test_a_backend_is_asked_once_whether_it_runs_and_where_it_cannot_say_hides_no_other(
+    monkeypatch,
+):
     def broken():
         raise OSError("licence server is silent")
 
@@ -98,9 +97,6 @@ def test_a_backend_that_cannot_say_whether_it_runs_hides_no_other(monkeypatch):
     assert found["gurobi"].unavailable == "OSError: licence server is silent"
     assert found["swap"].available
     assert all(info.available == (info.unavailable is None) for info in found.values())
-
-
-def test_a_backend_is_asked_once_whether_it_runs(monkeypatch):
     asked = []
     unavailable = staticmethod(lambda: asked.append(1))
     monkeypatch.setattr("maskopt.solvers.swap.solver.Swap.unavailable", unavailable)

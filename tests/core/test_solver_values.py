@@ -9,7 +9,6 @@ from strategies import random_gram, random_weight
 
 from maskopt import LayerProblem, Limits, Refit, Solution, Unstructured, available_solvers, solve
 from maskopt.errors import MaskoptError, OptionError, PatternError, SolverError, WarmStartError
-from maskopt.fields import option
 from maskopt.limits import Progress
 from maskopt.solver import Capabilities, Solver, make_solver, make_start
 from maskopt.solvers import DSnoT, Relax, Ria, Swap, Tabu, Wanda
@@ -26,10 +25,6 @@ class Spy(Solver):
     name: ClassVar[str] = "spy"
     capabilities: ClassVar[Capabilities] = Capabilities(start="needed", default_start="wanda")
     given: ClassVar[list] = []
-
-    needs: str = option(
-        "needed", "how it declares itself", choices=("needed", "optional", "ignored")
-    )
 
     def run(self, problem, start, limits):
         self.given.append((start, limits))
@@ -48,7 +43,7 @@ def answering(answer):
     return type("Answers", (Spy,), {"name": "answers", "run": lambda self, problem, *_: answer})()
 
 
-def test_by_value_and_by_name_are_the_same():
+def test_by_value_and_by_name_are_the_same_and_values_are_frozen_equal_and_hashable():
     limits = Limits(seconds=600, seed=4, threads=2)
     by_value = solve(PROBLEM, Tabu(moves=50), start=Relax(), limits=limits)
     words = {"moves": 50, "time_limit": 600, "seed": 4, "threads": 2}
@@ -57,9 +52,6 @@ def test_by_value_and_by_name_are_the_same():
     assert by_value.solver == by_name.solver == "tabu"
     swapped = solve(PROBLEM, Swap(), start="ria")
     assert swapped.objective.equal(solve(PROBLEM, "swap", start=Ria()).objective)
-
-
-def test_values_are_frozen_equal_and_hashable():
     assert Tabu(moves=5) == make_solver("tabu", moves=5)
     assert hash(Tabu(moves=5)) == hash(Tabu(moves=5))
     with pytest.raises(AttributeError):

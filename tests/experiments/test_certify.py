@@ -68,47 +68,34 @@ def test_gaps_are_what_objective_and_bound_say(layer):
     assert [r.row for r in bound_layers([same], method="box")] == [0, 1, 2]
 
 
-def test_an_interrupted_run_keeps_its_rows_and_records_of_other_runs(layer, tmp_path, monkeypatch):
-    path = tmp_path / "gaps.jsonl"
+@pytest.mark.parametrize(
+    ("columns", "missing", "sizes"), [(None, [2], [4, 6]), (12, [1, 1], [4, 4, 4, 5, 5, 6])]
+)
+def test_an_interrupted_run_goes_on_and_keeps_records_of_other_runs(
+    columns, missing, sizes, layer, tmp_path, monkeypatch
+):
+    """All rows that are missing are bounded together; where each has columns of its own, one by one."""
+    path, bounded, held, original = tmp_path / "gaps.jsonl", [], [], certify.lower_bound
+    words = {"rows": 4, "columns": columns, "method": "box", "output": path}
     shift = bound_layers([layer], rows=2, method="shift", output=path)
-    whole = bound_layers([layer], rows=4, method="box", output=path)
+    whole = bound_layers([layer], **words)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:4], lines[4][:20]]))
-    bounded, original = [], certify.lower_bound
 
     def counting(problem, *args, **options):
         bounded.append(problem.rows)
         return original(problem, *args, **options)
 
     monkeypatch.setattr(certify, "lower_bound", counting)
-    again = bound_layers([layer], rows=4, method="box", output=path)
-    assert bounded == [2]
+    # the file grows before the next rows begin
+    listen = {"on_rows": lambda *event: held.append(len(read_records(path, GapRecord)))}
+    again = bound_layers([layer], **words, **listen)
+    assert (bounded, held) == (missing, sizes)
     assert [r.key for r in again] == [r.key for r in whole]
     assert list(read_records(path, GapRecord).values()) == [*shift, *again]
     # a matrix product may sum in another order when fewer rows are left
     expected = [r.objective for r in whole]
     assert [r.objective for r in again] == pytest.approx(expected, rel=1e-12)
-
-
-def test_a_run_may_be_interrupted_twice(layer, tmp_path):
-    path = tmp_path / "gaps.jsonl"
-
-    def run_until(count):
-        """Bounds rows one by one (columns make each a part of its own) up to an interrupt."""
-
-        def stop(done, name):
-            if done == count:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt) if count else nullcontext():
-            bound_layers([layer], rows=4, columns=12, method="box", output=path, on_rows=stop)
-        return len(read_records(path, GapRecord))
-
-    run_until(2)
-    path.write_text(path.read_text()[:-40])
-    assert [run_until(count) for count in (2, 3)] == [2, 3]
-    run_until(None)
-    assert len(path.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("per", ["row", "layer"])
@@ -187,7 +174,7 @@ def test_the_masks_of_a_pruned_model_are_the_ones_judged(models):
 
 def test_experts_that_see_tokens_in_one_of_the_two_models_alone(tmp_path):
     dense, odd = save(tiny("mixtral"), tmp_path / "dense"), 0
-    for seed in range(6):
+    for seed in range(2):  # with seed 0 some are seen in the pruned model alone
         text, out = tokens(2, 4, seed), tmp_path / str(seed)
         prune_model(dense, text, output=out, sparsity=0.7, solver="magnitude", min_tokens=1)
         one, other = (
