@@ -92,13 +92,11 @@ def test_amounts_of_memory(text, size):
         ("seed", "seed", [-1, 2**63, 0.5]),
     ],
 )
-def test_values_out_of_range(field, named, values):
+def test_values_in_and_out_of_range(field, named, values):
     for value in values:
         with pytest.raises(OptionError, match=named):
             Limits(**{field: value})
-
-
-def test_numbers_of_numpy_are_numbers():
+    # numbers of numpy are numbers
     given = {"seconds": np.float32(1.5), "memory": np.int64(7), "threads": np.int32(2)}
     limits = Limits(**given, seed=np.uint8(3))
     assert limits == Limits(seconds=1.5, memory=7, threads=2, seed=3)
@@ -184,15 +182,12 @@ def test_in_little_time_there_are_few_steps(name, seconds, clock, starts):
             assert count is None or int(count.sum()) == 0, counter
 
 
-def test_the_time_of_a_start_is_taken_from_that_of_the_search(clock):
+def test_the_time_of_a_start_is_taken_from_that_of_the_search_in_a_model_too(clock):
     """`kswap` from `swap`, whose first round uses all of the time, makes no round of its own."""
     solution = solve(layer(n=40), "kswap", start="swap", limits=Limits(seconds=1))
     assert int(solution.trace.rounds.sum()) == 0
     assert set(solution.trace.stopped) == {"yes"}
-
-
-def test_in_a_model_too(clock):
-    """Of a layer's time the start takes its part, and no more than all."""
+    # of a layer's time the start takes its part, and no more than all
     limited = {"solver_options": {"time_limit": 1}}
     solved = solve_layer(layer(n=40), PruneOptions(HALF, "kswap", "swap", **limited))
     assert solved.start is not None

@@ -134,29 +134,22 @@ def test_text_and_json_forms(text, pattern):
     assert str(Unstructured(keep=3)) == "keep 3"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "half", "2:4:8", "4:2", "1.0", "a:b", "0.5 per layer 0.1", "0.5 per layer ± 1"]
-)
-def test_text_that_is_no_pattern(text):
-    with pytest.raises(PatternError):
-        parse_pattern(text)
-
-
 ROW = {"kind": "unstructured", "sparsity": 0.5, "keep": None}
 
 
 @pytest.mark.parametrize(
-    "data",
+    "given",
     [
+        "", "half", "2:4:8", "4:2", "1.0", "a:b", "0.5 per layer 0.1", "0.5 per layer ± 1",
         None, [], {}, {"kind": "nm", "keep": 2}, {"kind": "x"}, {"kind": "x", "keep": 2, "of": 4},
         {**ROW, "kind": "x"}, {"kind": "unstructured", "sparsity": 0.5},
         {"kind": "nm", "keep": 2, "of": 4, "more": 1}, {**ROW, "spread": 0.1},
         {**ROW, "per": "layer", "spread": "a"},
     ],
 )  # fmt: skip
-def test_json_that_is_no_pattern(data):
+def test_text_and_json_that_is_no_pattern(given):
     with pytest.raises(PatternError):
-        pattern_from_dict(data)
+        (parse_pattern if isinstance(given, str) else pattern_from_dict)(given)
 
 
 def test_numbers_of_other_kinds_are_numbers():

@@ -69,7 +69,7 @@ def test_a_gap_is_relative_and_0_where_there_is_nothing_to_gain():
     assert is_bounded(1e-300, 0.0, Status.OPTIMAL)
 
 
-def test_columns_and_traces_are_the_given_ones():
+def test_columns_traces_and_what_solutions_and_bounds_say():
     trace, mask = solve(LAYER, "swap").trace, solve(LAYER, "wanda").mask
     solution = Solution.of(LAYER, mask, trace=trace, trusted=("", "SCIP 10.0"))
     assert solution.trace is trace
@@ -77,6 +77,11 @@ def test_columns_and_traces_are_the_given_ones():
     plain = Solution.of(LAYER, mask)
     assert plain.columns()["trusted"] == ["", ""]
     assert len(plain.columns()) == 5
+    problem = LayerProblem(torch.ones(2, 3), torch.eye(3), Unstructured(keep=2))
+    found = Solution.of(problem, torch.tensor([[True, True, False]] * 2))
+    assert repr(found) == "Solution(rows=2, objective=2, lower_bound=0, 2 feasible)"
+    bound = repr(lower_bound(problem, "box"))
+    assert bound.startswith("Bound(box, rows=2, value=0.666667 in all, ")
 
 
 def test_what_is_unknown_is_null_in_a_file(tmp_path):
@@ -141,11 +146,3 @@ def test_parts_of_a_layer_are_joined_with_what_they_found():
     ends = torch.cat([part.trace.history[:, -1] for part in parts])
     assert torch.equal(joined.trace.history[:, -1], ends)
     verify(problem, joined)
-
-
-def test_solutions_and_bounds_say_what_there_is_to_say():
-    problem = LayerProblem(torch.ones(2, 3), torch.eye(3), Unstructured(keep=2))
-    found = Solution.of(problem, torch.tensor([[True, True, False]] * 2))
-    assert repr(found) == "Solution(rows=2, objective=2, lower_bound=0, 2 feasible)"
-    bound = repr(lower_bound(problem, "box"))
-    assert bound.startswith("Bound(box, rows=2, value=0.666667 in all, ")

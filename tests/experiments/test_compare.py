@@ -58,7 +58,7 @@ def test_records_have_the_distance_to_the_proven_optimum():
     assert math.isnan(compare(rows[:1], ["worst"])[0].excess)
 
 
-def test_a_record_names_who_is_trusted_and_what_the_tree_did():
+def test_a_record_names_who_is_trusted_what_the_tree_did_and_what_failed():
     wanda, branch, scip = compare(some(1, 16), ["wanda", "branch", "scip"])
     assert wanda.trusted == ""
     assert branch.trusted.startswith("branch of maskopt ")
@@ -67,6 +67,11 @@ def test_a_record_names_who_is_trusted_and_what_the_tree_did():
     assert branch.trace["nodes"] >= 1
     # its presolve leaves nothing of a row this small
     assert (scip.status, scip.trace["ended"], scip.trace["nodes"]) == ("optimal", "presolved", 0)
+    # a failed job is a record, too
+    big = LayerProblem(random_weight(1, 32, 1), random_gram(32, "full", 2), HALF)
+    record = compare(sample_rows([big], 1), ["exhaustive"], time_limit=3)[0]
+    assert record.status == "failed"
+    assert "masks" in record.error
 
 
 def test_samples_depend_on_the_seed_alone():
@@ -410,13 +415,6 @@ def test_a_row_keeps_its_name_through_files(tmp_path):
         said = run("extract", tmp_path / f"{number}.npz", tmp_path / f"{number + 1}.npz")
         assert "RowProblem('q[3]'," in said
     assert LAYER.take([3]).row(0).name == "q[0]"
-
-
-def test_a_failed_job_is_a_record():
-    big = LayerProblem(random_weight(1, 32, 1), random_gram(32, "full", 2), HALF)
-    record = compare(sample_rows([big], 1), ["exhaustive"], time_limit=3)[0]
-    assert record.status == "failed"
-    assert "masks" in record.error
 
 
 def test_compare_command(saved, tmp_path):

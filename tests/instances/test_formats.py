@@ -268,17 +268,13 @@ def test_every_command_speaks_of_the_graph_and_not_of_the_shift(tmp_path):
     assert "holds: 1 row" in of_graph("verify", tmp_path / "s.npz")
 
 
-def test_a_bound_of_whole_numbers_is_one_of_them(tmp_path):
+def test_a_bound_of_whole_numbers_is_one_of_them_and_nothing_can_be_refitted(tmp_path):
     problem = read(tmp_path, "a.dat", CLUSTER)
     bound = lower_bound(problem, "box")
     value = problem.value(float(bound.value))
     assert value == round(value) >= 3
     solution = solve(problem, "swap")
     verify(problem, replace(solution, lower_bound=bound.value, certificate=bound.certificate))
-
-
-def test_an_objective_of_somebody_s_has_nothing_to_refit(tmp_path):
-    problem = read(tmp_path, "a.dat", CLUSTER)
     message = "no weights that could be refitted"
     with pytest.raises(ProblemError, match=message):
         problem.refitting(Refit())
