@@ -50,8 +50,8 @@ def certified(models, dense="dense", pruned="pruned", **options):
 
 def test_gaps_are_what_objective_and_bound_say(layer):
     seen = []
-    told = {"on_rows": lambda *event: seen.append(event)}
-    records = bound_layers([layer], rows=3, method="box", solver="swap", **told)
+    listen = {"on_rows": lambda *event: seen.append(event)}
+    records = bound_layers([layer], rows=3, method="box", solver="swap", **listen)
     assert seen == [(0, "a.0.q_proj"), (3, "a.0.q_proj")]  # before it is bounded, and after
     assert len({r.row for r in records}) == 3
     for record in records:
