@@ -13,7 +13,12 @@ from maskopt.linear import Linear
 from maskopt.problem import RowProblem
 from maskopt.solution import Solution, Status
 
-SCALES = (1e-170, 1e-165, 1e-100, 1e100, 1e160)
+HALF = Unstructured(0.5)
+
+
+def layer(weight_scale=1.0, gram_scale=1.0, refit=None, n=8):
+    weight, gram = random_weight(2, n, 3) * weight_scale, random_gram(n, "full", 4) * gram_scale
+    return LayerProblem(weight, gram, HALF, refit=refit)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -35,18 +40,14 @@ def test_optima_of_refitted_rows_with_a_linear_part_and_hardly_any_damping(seed)
     x = torch.randn(4, 8, generator=generator, dtype=torch.float64)
     other = torch.randn(4, 2, generator=generator, dtype=torch.float64) * 10
     linear = Linear(other.T @ x / 4, other.square().mean(0) * (1 + 1e-9))
-    problem = LayerProblem(
-        random_weight(2, 8, seed), x.T @ x / 4, Unstructured(0.5), linear=linear, refit=Refit(0.0)
-    )
+    weight = random_weight(2, 8, seed)
+    problem = LayerProblem(weight, x.T @ x / 4, HALF, linear=linear, refit=Refit(0.0))
     verify(problem, solve(problem, "exhaustive"))
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", [1e-170, 1e-165, 1e-100, 1e100, 1e160])
 def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
-    problem = LayerProblem(
-        random_weight(2, 8, 3), random_gram(8, "full", 4).double() * scale, Unstructured(0.5),
-        refit=Refit(),
-    )  # fmt: skip
+    problem = layer(gram_scale=scale, refit=Refit())
     found, best = solve(problem, "swap"), solve(problem, "exhaustive")
     verify(problem, found)
     verify(problem, best)
@@ -55,8 +56,7 @@ def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
     assert bool((bound > 0.1 * best.objective).all())
     worst = solve(problem, "random", seed=1).mask
     for row in range(2):
-        one = problem.row(row)
-        mask = worst[row : row + 1]
+        one, mask = problem.row(row), worst[row : row + 1]
         if float(one.objective(mask)) > 1.01 * float(found.objective[row]):
             claim = Solution.of(one.as_layer(), mask, status=Status.SWAP_OPTIMAL)
             with pytest.raises(VerificationError):
@@ -65,63 +65,52 @@ def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
 
 def test_gram_matrices_of_subnormal_numbers_are_refused():
     with pytest.raises(ProblemError, match=r"float64 has few digits; scale it"):
-        LayerProblem(
-            torch.ones(1, 4), torch.eye(4, dtype=torch.float64) * 1e-315, Unstructured(0.5)
-        )
+        LayerProblem(torch.ones(1, 4), torch.eye(4, dtype=torch.float64) * 1e-315, HALF)
 
 
 @pytest.mark.parametrize("scale", [1e-310, 1e-200, 1e-160, 1e-155, 1e-150, 1e140])
 @pytest.mark.parametrize("refit", [None, Refit()])
 def test_rows_of_any_scale(scale, refit):
-    problem = LayerProblem(
-        random_weight(2, 8, 3).double() * scale, random_gram(8, "full", 4).double(),
-        Unstructured(0.5), refit=refit,
-    )  # fmt: skip
+    problem = layer(scale, refit=refit)
     verify(problem, solve(problem, "swap"))
 
 
-@pytest.mark.parametrize("wrong", [1e6, float("nan"), 0.0])
-def test_refitted_weights_of_a_solution_are_checked(wrong):
-    problem = LayerProblem(
-        random_weight(2, 8, 3), random_gram(8, "full", 4), Unstructured(0.5), refit=Refit()
-    )
+def test_refitted_weights_of_a_solution_are_checked():
+    problem = layer(refit=Refit())
     found = solve(problem, "swap")
     verify(problem, found)
-    with pytest.raises(VerificationError, match="weights"):
-        verify(problem, dataclasses.replace(found, weight=torch.full_like(found.weight, wrong)))
+    for wrong in (1e6, float("nan"), 0.0):
+        with pytest.raises(VerificationError, match="weights"):
+            verify(problem, dataclasses.replace(found, weight=torch.full_like(found.weight, wrong)))
 
 
 def test_a_certificate_of_many_rows_whose_weights_squared_are_subnormal():
     """λ/w² would be understated, if squares were."""
-    weight = random_weight(2, 24, 3).double().abs() + 0.5
-    gram = random_gram(24, "full", 4).double()
-    problem = LayerProblem(weight * 1e-151, gram * 1e3, Unstructured(0.5))
+    weight, gram = random_weight(2, 24, 3).abs() + 0.5, random_gram(24, "full", 4)
+    problem = LayerProblem(weight * 1e-151, gram * 1e3, HALF)
     size = 1e3 * float(torch.linalg.eigvalsh(gram)[-1])
     best = solve(problem, "swap").objective
+    zeros, halves = torch.zeros(2, 1).double(), torch.full((2, 24), 0.5).double()
     for share in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
-        certificate = Certificate(
-            -share * size * problem.weight**2,
-            torch.zeros(2, 1, dtype=torch.float64),
-            torch.full((2, 24), 0.5, dtype=torch.float64),
-        )
+        certificate = Certificate(-share * size * problem.weight**2, zeros, halves)
         assert bool((certificate.check(problem) <= best * (1 + 1e-9)).all())
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(2 / 3), Unstructured(0.6667)])
-def test_a_row_keeps_the_count_that_its_pattern_says(pattern):
-    row = RowProblem(random_weight(1, 24, 3)[0], random_gram(24, "full", 4), pattern)
-    assert row.as_layer().pruned == (16 if pattern.sparsity == 0.6667 else 15)
+def test_a_row_keeps_the_count_that_its_pattern_says():
+    for share, pruned in ((2 / 3, 15), (0.6667, 16)):
+        weight, gram = random_weight(1, 24, 3)[0], random_gram(24, "full", 4)
+        assert RowProblem(weight, gram, Unstructured(share)).as_layer().pruned == pruned
 
 
 @pytest.mark.parametrize(
     ("name", "options"), [("relax", {}), ("relax", {"max_iterations": 0}), ("admm", {})]
 )
 @pytest.mark.parametrize("scale", [1e-60, 1e30, 1e60])
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, per="layer"), NM(2, 4)])
+@pytest.mark.parametrize("pattern", [HALF, Unstructured(0.5, per="layer"), NM(2, 4)])
 def test_weights_beyond_float32_are_pruned_as_others_are(name, options, scale, pattern):
     """Scaled by a power of ten: the same masks but for the last bits, so the same objective within them."""
     refit = Refit() if name == "admm" else None
-    weight, gram = random_weight(3, 48, 3).double(), random_gram(48, "full", 4).float()
+    weight, gram = random_weight(3, 48, 3), random_gram(48, "full", 4).float()
     plain, scaled = (LayerProblem(weight * by, gram, pattern, refit=refit) for by in (1.0, scale))
     found = solve(scaled, name, **options)
     verify(scaled, found)

@@ -28,41 +28,31 @@ class Sample:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("name", "value", "message"),
     [
-        ({"count": 0}, "count must be a whole number or None ≥ 1, not 0"),
-        ({"count": 1.5}, "count"),
-        ({"count": True}, "count"),
-        ({"count": "3"}, "count"),
-        ({"share": 1.0}, r"share must be a number \[0, 1\), not 1.0"),
-        ({"share": -0.1}, "share"),
-        ({"share": float("nan")}, "share"),
-        ({"share": None}, "share"),
-        ({"above": float("inf")}, "above must be a number ≥ 0, not inf"),
-        ({"word": "c"}, "word must be text a or b, not 'c'"),
-        ({"word": 1}, "word"),
-        ({"names": "x"}, "names must be a list of names"),
-        ({"names": (1,)}, "names"),
-        ({"loud": 1}, "loud must be true or false"),
-        ({"count": np.float64(3)}, "count must be a whole number or None ≥ 1, not 3.0"),
-        ({"count": np.bool_(True)}, "count"),
-        ({"above": np.float32("nan")}, "above"),
-        ({"above": np.ones(1)}, "above"),
+        ("count", 0, " must be a whole number or None ≥ 1, not 0"),
+        ("count", np.float64(3), " must be a whole number or None ≥ 1, not 3.0"),
+        ("share", 1.0, r" must be a number \[0, 1\), not 1.0"),
+        ("above", float("inf"), " must be a number ≥ 0, not inf"),
+        ("word", "c", " must be text a or b, not 'c'"),
+        ("names", "x", " must be a list of names"),
+        ("loud", 1, " must be true or false"),
+        ("count", 1.5, ""), ("count", True, ""), ("count", "3", ""), ("count", np.bool_(True), ""),
+        ("share", -0.1, ""), ("share", float("nan"), ""), ("share", None, ""),
+        ("word", 1, ""), ("names", (1,), ""),
+        ("above", np.float32("nan"), ""), ("above", np.ones(1), ""),
     ],
-)
-def test_what_does_not_fit_is_refused_by_name(given, message):
-    with pytest.raises(OptionError, match=message):
-        Sample(**given)
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(name, value, message):
+    with pytest.raises(OptionError, match=name + message):
+        Sample(**{name: value})
 
 
-def test_what_fits_is_kept():
-    made = Sample(count=None, share=0, word="b", names=["y", "z"], loud=True)
+def test_what_fits_is_kept_and_numbers_of_numpy_become_those_of_python():
+    made = Sample(count=None, share=0, word="b", names=["y", "z"], loud=True, plain="anything")
     assert (made.count, made.share, made.word, made.loud) == (None, 0, "b", True)
-    assert made.names == ("y", "z")
+    assert (made.names, made.plain) == (("y", "z"), "anything")
     hash(made)
-
-
-def test_numbers_of_numpy_become_those_of_python():
     given = {"count": np.int64(4), "share": np.float32(0.25), "loud": np.bool_(True)}
     made = Sample(**given, word=np.str_("b"))
     assert made == Sample(count=4, share=0.25, word="b", loud=True)
@@ -70,26 +60,15 @@ def test_numbers_of_numpy_become_those_of_python():
     assert make_solver("swap", max_swaps=np.arange(9)[3]).max_swaps == 3
 
 
-def test_unknown_options_get_near_names():
-    with pytest.raises(
-        OptionError, match=r"thing 'sample' has no option 'shar'; did you mean 'share'"
-    ):
-        build(Sample, "sample", {"shar": 1}, "thing")
-    with pytest.raises(OptionError, match="it has none"):
-        build(object, "nothing", {"x": 1}, "thing")
-
-
-def test_fields_that_are_no_options_are_left_alone():
-    assert [o.name for o in options_of(Sample)] == [
-        "count",
-        "share",
-        "word",
-        "names",
-        "loud",
-        "above",
-    ]
-    assert [o.range for o in options_of(Sample)] == ["≥ 1", "[0, 1)", "a or b", "", "", "≥ 0"]
-    assert Sample(plain="anything").plain == "anything"
+def test_options_are_listed_with_their_ranges_and_unknown_ones_get_near_names():
+    near = r"thing 'sample' has no option 'shar'; did you mean 'share'"
+    for kind, given, message in ((Sample, "shar", near), (object, "x", "it has none")):
+        with pytest.raises(OptionError, match=message):
+            build(kind, "sample", {given: 1}, "thing")
+    assert [(o.name, o.range) for o in options_of(Sample)] == [
+        ("count", "≥ 1"), ("share", "[0, 1)"), ("word", "a or b"), ("names", ""), ("loud", ""),
+        ("above", "≥ 0"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("registry", [SOLVERS, BOUNDS], ids=["solvers", "bounds"])
@@ -105,27 +84,21 @@ def test_every_backend_documents_every_option_in_one_line(registry):
             assert not numeric or known.range or known.unit, (name, known.name, "unit or range")
 
 
-def test_lists_tell_what_cannot_run():
-    assert {"swap", "scip"} <= set(available_solvers())
-    assert {"sdp", "box"} <= set(available_bounds())
-    for info in available_solvers().values():
-        assert info.available == (info.unavailable is None)
-
-
-def test_a_backend_that_cannot_say_whether_it_runs_hides_no_other(monkeypatch):
+def test_a_backend_is_asked_once_whether_it_runs_and_where_it_cannot_say_hides_no_other(
+    monkeypatch,
+):
     def broken():
         raise OSError("licence server is silent")
 
+    assert {"swap", "scip"} <= set(available_solvers())
+    assert {"sdp", "box"} <= set(available_bounds())
     monkeypatch.setattr("maskopt.solvers.exact.gurobi.Gurobi.unavailable", staticmethod(broken))
     found = available_solvers()
     assert found["gurobi"].unavailable == "OSError: licence server is silent"
     assert found["swap"].available
-
-
-def test_a_backend_is_asked_once_whether_it_runs(monkeypatch):
+    assert all(info.available == (info.unavailable is None) for info in found.values())
     asked = []
-    monkeypatch.setattr(
-        "maskopt.solvers.swap.solver.Swap.unavailable", staticmethod(lambda: asked.append(1))
-    )
+    unavailable = staticmethod(lambda: asked.append(1))
+    monkeypatch.setattr("maskopt.solvers.swap.solver.Swap.unavailable", unavailable)
     make_solver("swap")
     assert asked == [1]

@@ -1,53 +1,40 @@
 """Limits: what they hold, and that every solver keeps to them, its start included."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pytest
 import torch
-from clock import Clock
-from strategies import random_gram, random_weight
+from strategies import HALF, random_gram, random_weight
 
-from maskopt import LayerProblem, Limits, Progress, Status, Unstructured, solve, verify
+from maskopt import LayerProblem, Limits, Progress, Status, Unstructured, solve, solver, verify
 from maskopt.errors import OptionError
 from maskopt.limits import one_thread_pool, parse_bytes, torch_threads
 from maskopt.model.options import PruneOptions
 from maskopt.model.solving import solve_layer
-from maskopt.solver import available_solvers
-from maskopt.trace import (
-    CycleTrace,
-    EliminationTrace,
-    RelaxTrace,
-    SearchTrace,
-    SplittingTrace,
-    SwapTrace,
-    Trace,
-    TreeTrace,
-)
+from maskopt.trace import Trace
 
-SOLVERS = {name: info for name, info in available_solvers().items() if info.available}
+SOLVERS = {name: info for name, info in solver.available_solvers().items() if info.available}
+ENGINES = ("gurobi", "highs", "scip")
 #: solvers without steps that could be counted
 ONE_PASS = ("magnitude", "wanda", "ria", "random", "worst", "elimination", "sparsegpt")
 STEPPING = [name for name in SOLVERS if name not in ONE_PASS]
+#: what counts the steps of a trace: each of them comes after a look at the clock
+COUNTERS = {
+    "SwapTrace": "scans", "SearchTrace": "rounds", "RelaxTrace": "iterations", "TreeTrace": "nodes",
+    "SplittingTrace": "iterations", "EliminationTrace": "rounds", "CycleTrace": "swaps",
+}  # fmt: skip
+#: between two looks at the clock: passes of the mixing method, masks that enumeration takes together
+BETWEEN = {("sdp", "RelaxTrace"): 20, ("exhaustive", "TreeTrace"): 2**16}
 
 
-def layer(rows: int = 5, n: int = 12) -> LayerProblem:
+def layer(rows=5, n=12):
     gram = random_gram(n, "low-rank", 2)
     mean = torch.linspace(-1, 1, n, dtype=torch.float64) * gram.diagonal().sqrt() / 2
     return LayerProblem(random_weight(rows, n, 1), gram, Unstructured(keep=n // 2), mean=mean)
 
 
-def test_without_seconds_nothing_ends(clock: Clock) -> None:
-    limits = Limits().begin()
-    assert not limits.timed
-    assert not limits.expired
-    assert limits.left == math.inf
-    assert limits.share(0.5) is limits
-
-
-def test_the_clock_runs_from_begin_and_is_never_set_back(clock: Clock) -> None:
+def test_the_clock_runs_from_begin_and_is_never_set_back(clock):
     limits = Limits(seconds=10)
     assert not limits.timed
     begun = limits.begin()
@@ -58,82 +45,65 @@ def test_the_clock_runs_from_begin_and_is_never_set_back(clock: Clock) -> None:
     assert begun.expired
     assert begun.left == 0.0
     assert Limits(seconds=0).begin().expired
-
-
-def test_a_share_is_of_what_is_left_and_never_longer(clock: Clock) -> None:
+    # a share is of what is left, and never longer
     begun = Limits(seconds=100).begin()
-    half = begun.share(0.5)
-    assert begun.deadline - 60 < half.deadline < begun.deadline - 40
+    assert begun.deadline - 60 < begun.share(0.5).deadline < begun.deadline - 40
     clock.now = begun.deadline + 5
     assert begun.share(0.5).expired
+    endless = Limits().begin()
+    assert not endless.timed
+    assert not endless.expired
+    assert endless.left == math.inf
+    assert endless.share(0.5) is endless
 
 
-def test_what_a_listener_is_told() -> None:
-    told: list[Progress] = []
-    limits = Limits(on_progress=told.append)
+def test_what_a_listener_hears():
+    heard = []
+    limits = Limits(on_progress=heard.append)
     limits.report(1, 3, "moves", 5, 10)
     limits.quiet().report(2, 3)
     limits.report(3, 3)
-    assert told == [Progress(1, 3, "moves", 5, 10), Progress(3, 3)]
+    assert heard == [Progress(1, 3, "moves", 5, 10), Progress(3, 3)]
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("8GiB", 8 * 2**30),
-        ("500MB", 500 * 10**6),
-        ("1.5g", 1_500_000_000),
-        (" 3 KiB ", 3072),
-        ("17", 17),
-        ("17b", 17),
+        ("8GiB", 8 * 2**30), ("500MB", 500 * 10**6), ("1.5g", 1_500_000_000), (" 3 KiB ", 3072),
+        ("17", 17), ("17b", 17),
+        *((text, None) for text in ("", "GiB", "-1GiB", "8GiBB", "1e400", "nan", "eight")),
     ],
-)
-def test_amounts_of_memory(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
-    assert Limits(memory=text).bytes(5) == size
-    assert Limits().bytes(5) == 5
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "8GiBB", "1e400", "nan", "eight"])
-def test_what_is_no_amount_of_memory(text: str) -> None:
-    with pytest.raises(OptionError, match="no amount of memory"):
-        parse_bytes(text)
+)  # fmt: skip
+def test_amounts_of_memory(text, size):
+    if size is None:
+        with pytest.raises(OptionError, match="no amount of memory"):
+            parse_bytes(text)
+    else:
+        assert parse_bytes(text) == Limits(memory=text).bytes(5) == size
+        assert Limits().bytes(5) == 5
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "named"),
+    ("field", "named", "values"),
     [
-        ("seconds", -1.0, "time_limit"),
-        ("seconds", math.nan, "time_limit"),
-        ("seconds", True, "time_limit"),
-        ("seconds", "1", "time_limit"),
-        ("memory", 0, "memory_limit"),
-        ("memory", "0", "memory_limit"),
-        ("memory", 1.5, "memory_limit"),
-        ("threads", 0, "threads"),
-        ("threads", 10**6, "threads"),
-        ("threads", True, "threads"),
-        ("seed", -1, "seed"),
-        ("seed", 2**63, "seed"),
-        ("seed", 0.5, "seed"),
+        ("seconds", "time_limit", [-1.0, math.nan, True, "1"]),
+        ("memory", "memory_limit", [0, "0", 1.5]),
+        ("threads", "threads", [0, 10**6, True, np.bool_(True)]),
+        ("seed", "seed", [-1, 2**63, 0.5]),
     ],
 )
-def test_values_out_of_range(field: str, value: object, named: str) -> None:
-    with pytest.raises(OptionError, match=named):
-        Limits(**{field: value})  # type: ignore[arg-type]
-
-
-def test_numbers_of_numpy_are_numbers() -> None:
-    limits = Limits(
-        seconds=np.float32(1.5), memory=np.int64(7), threads=np.int32(2), seed=np.uint8(3)
-    )  # type: ignore[arg-type]
+def test_values_in_and_out_of_range(field, named, values):
+    for value in values:
+        with pytest.raises(OptionError, match=named):
+            Limits(**{field: value})
+    # numbers of numpy are numbers
+    given = {"seconds": np.float32(1.5), "memory": np.int64(7), "threads": np.int32(2)}
+    limits = Limits(**given, seed=np.uint8(3))
     assert limits == Limits(seconds=1.5, memory=7, threads=2, seed=3)
     assert [type(getattr(limits, name)) for name in ("seconds", "seed")] == [float, int]
-    with pytest.raises(OptionError, match="threads"):
-        Limits(threads=np.bool_(True))  # type: ignore[arg-type]
 
 
-def test_threads_are_as_before_afterwards() -> None:
+def test_threads_are_as_before_afterwards():
     before = torch.get_num_threads()
     with torch_threads(before + 1) as threads:
         assert threads == torch.get_num_threads() == before + 1
@@ -143,7 +113,7 @@ def test_threads_are_as_before_afterwards() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_a_thread_of_a_pool_has_one_inside_torch_whatever_is_set_elsewhere() -> None:
+def test_a_thread_of_a_pool_has_one_inside_torch_whatever_is_set_elsewhere():
     before = torch.get_num_threads()
     with one_thread_pool(1) as pool, torch_threads(before + 1):
         pool.submit(int).result()  # the thread is there
@@ -152,64 +122,27 @@ def test_a_thread_of_a_pool_has_one_inside_torch_whatever_is_set_elsewhere() -> 
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_no_solver_leaves_torch_with_other_threads(name: str) -> None:
+def test_a_solver_leaves_torch_its_threads_and_counts_its_steps(name):
     """Asked of the solver itself: `solve` would put the number back."""
     problem = layer()
     before = torch.get_num_threads()
-    can = SOLVERS[name].capabilities
-    start = solve(problem, "wanda").mask if can.start == "needed" else None
+    needed = SOLVERS[name].capabilities.start == "needed"
+    start = solve(problem, "wanda").mask if needed else None
     try:
         torch.set_num_threads(before + 1)
-        SOLVERS[name].kind().run(problem, start, Limits().begin())  # type: ignore[misc]
+        found = SOLVERS[name].kind().run(problem, start, Limits().begin())
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
-
-
-#: passes of the mixing method between two looks at the clock
-SWEEPS = 20
-#: masks that enumeration looks at together
-MASKS = 2**16
-
-
-def steps(name: str, trace: Trace) -> int:
-    """The most steps that any row went: each of them comes after a look at the clock.
-
-    0 where one pass makes the masks, as those of most starts.
-    """
-    if isinstance(trace, SwapTrace):
-        return int(trace.scans.max())
-    if isinstance(trace, SearchTrace):
-        assert trace.rounds is not None
-        return int(trace.rounds.max())
-    if isinstance(trace, RelaxTrace):
-        return -(-int(trace.iterations.max()) // (SWEEPS if name == "sdp" else 1))
-    if isinstance(trace, SplittingTrace):
-        return int(trace.iterations.max())
-    if isinstance(trace, EliminationTrace):
-        return int(trace.rounds.max())
-    if isinstance(trace, CycleTrace):
-        return int(trace.swaps.max())
-    if isinstance(trace, TreeTrace):
-        return -(-int(trace.nodes.max()) // (MASKS if name == "exhaustive" else 1))
-    assert type(trace) is Trace, f"steps of a {type(trace).__name__} are not counted"
-    return 0
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_all_solvers_but_those_of_one_pass_tell_their_steps(name: str) -> None:
-    assert (type(solve(layer(), name).trace) is Trace) == (name in ONE_PASS)
+    assert (type(found.trace) is Trace) == (name in ONE_PASS)
 
 
 @pytest.fixture
-def starts(monkeypatch: pytest.MonkeyPatch) -> list[Trace]:
+def starts(monkeypatch):
     """The traces of the starts that are made."""
-    from maskopt import solver
+    made, make = [], solver.make_start
 
-    made: list[Trace] = []
-    make = solver.make_start
-
-    def taken_down(*arguments, **named):  # type: ignore[no-untyped-def]
+    def taken_down(*arguments, **named):
         found = make(*arguments, **named)
         made.append(found.trace)
         return found
@@ -218,52 +151,45 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[Trace]:
     return made
 
 
-@pytest.mark.parametrize("name", STEPPING)
-def test_without_time_there_is_one_step_at_most(
-    name: str, clock: Clock, starts: list[Trace]
-) -> None:
-    problem = layer()
-    solution = solve(problem, name, limits=Limits(seconds=0))
-    verify(problem, solution)
-    for trace in (solution.trace, *starts):
-        assert steps(name, trace) <= 1, trace
-        for counter in ("swaps", "moves", "scans"):
-            count = getattr(trace, counter, None)
-            if count is not None:
-                assert int(count.sum()) == 0, counter
+def steps(name, found):
+    """The most steps that any row went; 0 where one pass makes the masks."""
+    kind = type(found).__name__
+    most = 0 if kind == "Trace" else int(getattr(found, COUNTERS[kind]).max())
+    return -(-most // BETWEEN.get((name, kind), 1))
 
 
-@pytest.mark.parametrize("seconds", [2, 5, 11])
-@pytest.mark.parametrize("name", STEPPING)
-def test_in_little_time_there_are_few_steps(
-    name: str, seconds: int, clock: Clock, starts: list[Trace]
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [
+        pytest.param(n, s, marks=[pytest.mark.slow] * (s == 5 or (s > 2 and n in ENGINES)))
+        for n in STEPPING
+        for s in (0, 2, 5, 11)
+    ],
+)
+def test_in_little_time_there_are_few_steps(name, seconds, clock, starts):
     """The clock goes on by a second at each look, so that no more steps than seconds can begin."""
-    small = SOLVERS[name].capabilities.largest_n is not None or name == "exhaustive"
+    can = SOLVERS[name].capabilities
+    small = seconds == 0 or can.largest_n is not None or name == "exhaustive"
     problem = layer() if small else layer(n=40)
     # engines of others look at a clock of their own: here at whether there is time to begin
-    apart = {"workers": 1} if name in ("gurobi", "highs", "scip") else {}
+    apart = {"workers": 1} if seconds and name in ENGINES else {}
     solution = solve(problem, name, limits=Limits(seconds=seconds), **apart)
     verify(problem, solution)
-    for trace in (solution.trace, *starts):
-        assert steps(name, trace) <= seconds + 1, trace
+    for found in (solution.trace, *starts):
+        assert steps(name, found) <= seconds + 1, found
+        for counter in ("swaps", "moves", "scans") if seconds == 0 else ():
+            count = getattr(found, counter, None)
+            assert count is None or int(count.sum()) == 0, counter
 
 
-def test_the_time_of_a_start_is_taken_from_that_of_the_search(clock: Clock) -> None:
+def test_the_time_of_a_start_is_taken_from_that_of_the_search_in_a_model_too(clock):
     """`kswap` from `swap`, whose first round uses all of the time, makes no round of its own."""
-    problem = layer(n=40)
-    solution = solve(problem, "kswap", start="swap", limits=Limits(seconds=1))
-    assert isinstance(solution.trace, SearchTrace)
-    assert solution.trace.rounds is not None
+    solution = solve(layer(n=40), "kswap", start="swap", limits=Limits(seconds=1))
     assert int(solution.trace.rounds.sum()) == 0
-    assert set(solution.trace.stopped or ()) == {"yes"}
-
-
-def test_in_a_model_too(clock: Clock) -> None:
-    """Of a layer's time the start takes its part, and no more than all."""
-    pattern = Unstructured(0.5)
-    options = PruneOptions(pattern, "kswap", "swap", solver_options={"time_limit": 1})
-    solved = solve_layer(layer(n=40), options)
+    assert set(solution.trace.stopped) == {"yes"}
+    # of a layer's time the start takes its part, and no more than all
+    limited = {"solver_options": {"time_limit": 1}}
+    solved = solve_layer(layer(n=40), PruneOptions(HALF, "kswap", "swap", **limited))
     assert solved.start is not None
     assert Status.SWAP_OPTIMAL not in solved.start.status
     assert Status.SWAP_OPTIMAL not in solved.solution.status

@@ -1,9 +1,5 @@
 """float32 products by the faster library: as precise, and the setting is as before afterwards."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,14 +11,14 @@ setting = torch.get_float32_matmul_precision
 
 
 @pytest.fixture
-def fresh() -> Iterator[None]:
+def fresh():
     """What a product said of this processor is asked for again, before and after."""
     products._precise.cache_clear()
     yield
     products._precise.cache_clear()
 
 
-def error() -> float:
+def error():
     """Of a product that is large enough for either library."""
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(300, 300, generator=generator) for _ in range(2))
@@ -30,7 +26,7 @@ def error() -> float:
     return float((left @ right - exact).norm() / exact.norm())
 
 
-def check_left_alone() -> None:
+def check_left_alone():
     """The setting is as before inside, too."""
     before = setting()
     with fast_products():
@@ -38,7 +34,7 @@ def check_left_alone() -> None:
     assert not products._precise()
 
 
-def test_products_are_of_float32_inside_and_on_the_threads() -> None:
+def test_products_are_of_float32_inside_and_on_the_threads():
     with fast_products():
         assert error() < 1e-6
     with Threads(torch.device("cpu"), 2) as threads:
@@ -46,9 +42,7 @@ def test_products_are_of_float32_inside_and_on_the_threads() -> None:
 
 
 @pytest.mark.parametrize("before", ["highest", "high"])
-def test_the_setting_is_as_before_when_all_are_out(
-    before: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_setting_is_as_before_when_all_are_out(before, monkeypatch):
     monkeypatch.setattr(products, "_precise", lambda: True)
     usual = setting()
     torch.set_float32_matmul_precision(before)
@@ -66,12 +60,10 @@ def test_the_setting_is_as_before_when_all_are_out(
 
 
 @pytest.mark.parametrize("usual", [torch.float32, torch.float64])
-def test_a_processor_that_rounds_is_left_alone(
-    usual: torch.dtype, fresh: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_processor_that_rounds_is_left_alone(usual, fresh, monkeypatch):
     exact = torch.Tensor.__matmul__
 
-    def rounded(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def rounded(left, right):
         if left.dtype == torch.float32 and setting() == "medium":
             return exact(left.bfloat16(), right.bfloat16()).float()
         return exact(left, right)
@@ -85,24 +77,18 @@ def test_a_processor_that_rounds_is_left_alone(
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_machine_with_an_accelerator_is_left_alone(
-    fresh: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    check_left_alone()
-
-
-def test_a_setting_by_other_means_is_left_alone(
-    fresh: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def mixed() -> str:
+def test_accelerators_and_settings_by_other_means_are_left_alone(fresh, monkeypatch):
+    def mixed():
         raise RuntimeError("mix of the legacy and new APIs")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        check_left_alone()
+    products._precise.cache_clear()
     monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
     with fast_products():
         assert error() < 1e-6
     assert not products._precise()
-    # it was told before
-    monkeypatch.setattr(products, "_precise", lambda: True)
+    monkeypatch.setattr(products, "_precise", lambda: True)  # as found out before
     with fast_products():
         assert error() < 1e-6

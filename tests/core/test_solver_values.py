@@ -7,22 +7,15 @@ import pytest
 import torch
 from strategies import random_gram, random_weight
 
-from maskopt import (
-    LayerProblem,
-    Limits,
-    Refit,
-    Solution,
-    Unstructured,
-    available_solvers,
-    solve,
-)
+from maskopt import LayerProblem, Limits, Refit, Solution, Unstructured, available_solvers, solve
 from maskopt.errors import MaskoptError, OptionError, PatternError, SolverError, WarmStartError
-from maskopt.fields import option
 from maskopt.limits import Progress
 from maskopt.solver import Capabilities, Solver, make_solver, make_start
 from maskopt.solvers import DSnoT, Relax, Ria, Swap, Tabu, Wanda
 
 PROBLEM = LayerProblem(random_weight(3, 24, 1), random_gram(24, "full", 2), Unstructured(keep=10))
+EVERYTHING = torch.ones(3, 24).bool()
+AVAILABLE = {name: info for name, info in available_solvers().items() if info.available}
 
 
 @dataclass(frozen=True)
@@ -32,10 +25,6 @@ class Spy(Solver):
     name: ClassVar[str] = "spy"
     capabilities: ClassVar[Capabilities] = Capabilities(start="needed", default_start="wanda")
     given: ClassVar[list] = []
-
-    needs: str = option(
-        "needed", "how it declares itself", choices=("needed", "optional", "ignored")
-    )
 
     def run(self, problem, start, limits):
         self.given.append((start, limits))
@@ -49,74 +38,83 @@ def spy(needs, default=None, name="spy"):
     return type("Spy", (Spy,), {"capabilities": can, "name": name})()
 
 
-def test_by_value_and_by_name_are_the_same():
-    by_value = solve(
-        PROBLEM, Tabu(moves=50), start=Relax(), limits=Limits(seconds=600, seed=4, threads=2)
-    )
-    by_name = solve(
-        PROBLEM, "tabu", warm_start="relax", moves=50, time_limit=600, seed=4, threads=2
-    )
+def answering(answer):
+    """A solver whose `run` returns this."""
+    return type("Answers", (Spy,), {"name": "answers", "run": lambda self, problem, *_: answer})()
+
+
+def test_by_value_and_by_name_are_the_same_and_values_are_frozen_equal_and_hashable():
+    limits = Limits(seconds=600, seed=4, threads=2)
+    by_value = solve(PROBLEM, Tabu(moves=50), start=Relax(), limits=limits)
+    words = {"moves": 50, "time_limit": 600, "seed": 4, "threads": 2}
+    by_name = solve(PROBLEM, "tabu", warm_start="relax", **words)
     assert torch.equal(by_value.mask, by_name.mask)
     assert by_value.solver == by_name.solver == "tabu"
-    assert solve(PROBLEM, Swap(), start="ria").objective.equal(
-        solve(PROBLEM, "swap", start=Ria()).objective
-    )
-
-
-def test_values_are_frozen_equal_and_hashable():
+    swapped = solve(PROBLEM, Swap(), start="ria")
+    assert swapped.objective.equal(solve(PROBLEM, "swap", start=Ria()).objective)
     assert Tabu(moves=5) == make_solver("tabu", moves=5)
     assert hash(Tabu(moves=5)) == hash(Tabu(moves=5))
     with pytest.raises(AttributeError):
         Tabu().moves = 3
 
 
+ILLEGAL = answering(Solution.of(PROBLEM, EVERYTHING))
+ILLEGAL_MASK = r"'answers' answered with an illegal mask: its mask: row 0 prunes 0"
+
+
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("solver", "options", "error", "message"),
     [
-        (lambda: solve(PROBLEM, Swap(), max_swaps=3), "given as a value"),
-        (lambda: solve(PROBLEM, "swap", max_swap=3), "did you mean 'max_swaps'"),
-        (lambda: solve(PROBLEM, "swap", limits=Limits(), time_limit=3), "not both"),
-        (lambda: solve(PROBLEM, "swap", start="wanda", warm_start="ria"), "give one of them"),
-        (lambda: solve(PROBLEM, 7), "is no solver"),
-        (lambda: solve(PROBLEM, "swap", start="swap"), "its own start"),
-        (lambda: solve(PROBLEM, "swap", start=Swap(max_swaps=1)), "its own start"),
-        (lambda: solve(PROBLEM, "swap", start="wandaa"), "did you mean 'wanda'"),
-        (lambda: solve(PROBLEM, "swap", start=torch.ones(2, 24).bool()), "start has shape"),
-        (lambda: solve(PROBLEM, "swap", time_limit="abc"), "time_limit"),
-        (lambda: solve(PROBLEM, "swap", memory_limit="2 apples"), "no amount of memory"),
-        (lambda: solve(PROBLEM, "swap", seed=-1), "seed"),
-        (lambda: solve(PROBLEM, spy("needed")), "needs a start"),
+        (Swap(), {"max_swaps": 3}, MaskoptError, "given as a value"),
+        ("swap", {"max_swap": 3}, MaskoptError, "did you mean 'max_swaps'"),
+        ("swap", {"limits": Limits(), "time_limit": 3}, MaskoptError, "not both"),
+        ("swap", {"start": "wanda", "warm_start": "ria"}, MaskoptError, "give one of them"),
+        (7, {}, MaskoptError, "is no solver"),
+        ("swap", {"start": "swap"}, MaskoptError, "its own start"),
+        ("swap", {"start": Swap(max_swaps=1)}, MaskoptError, "its own start"),
+        ("swap", {"start": "wandaa"}, MaskoptError, "did you mean 'wanda'"),
+        ("swap", {"start": EVERYTHING[:2]}, MaskoptError, "start has shape"),
+        ("swap", {"start": 3.5}, WarmStartError, None),
+        ("swap", {"time_limit": "abc"}, MaskoptError, "time_limit"),
+        ("swap", {"memory_limit": "2 apples"}, MaskoptError, "no amount of memory"),
+        ("swap", {"seed": -1}, MaskoptError, "seed"),
+        (spy("needed"), {}, MaskoptError, "needs a start"),
+        # of no use, and wrong all the same
+        (spy("ignored"), {"start": "no-such-solver"}, MaskoptError, "unknown solver"),
+        (ILLEGAL, {}, SolverError, ILLEGAL_MASK),
+        ("swap", {"start": ILLEGAL}, SolverError, ILLEGAL_MASK),
+        (answering(EVERYTHING), {}, SolverError, "returned Tensor; return Solution"),
+        (Swap, {}, SolverError, r"write Swap\(\)"),
     ],
 )
-def test_bad_calls_get_one_clear_line(call, message):
-    with pytest.raises(MaskoptError, match=message) as found:
-        call()
+def test_bad_calls_get_one_clear_line(solver, options, error, message):
+    with pytest.raises(error, match=message) as found:
+        solve(PROBLEM, solver, **options)
     assert "\n" not in str(found.value)
+
+
+def test_what_is_no_solver_and_no_pattern_is_refused():
+    with pytest.raises(OptionError, match="is no solver"):
+        make_solver(object())
+    with pytest.raises(PatternError, match="not '2:4'"):
+        LayerProblem(PROBLEM.weight, PROBLEM.gram, "2:4")
 
 
 def test_a_start_is_made_only_where_it_is_used():
     solve(PROBLEM, spy("needed", "wanda"))
     assert torch.equal(Spy.given[0][0], solve(PROBLEM, Wanda()).mask)
-    for needs in ("optional", "ignored"):
-        solve(PROBLEM, spy(needs))
-        assert Spy.given[0][0] is None
-    solve(PROBLEM, spy("optional"), start="wanda")
-    assert Spy.given[0][0] is not None
-    solve(PROBLEM, spy("ignored"), start="wanda")
-    assert Spy.given[0][0] is None
-    with pytest.raises(MaskoptError, match="unknown solver"):  # of no use, and wrong all the same
-        solve(PROBLEM, spy("ignored"), start="no-such-solver")
+    for needs, start, used in (
+        ("optional", None, False), ("ignored", None, False), ("optional", "wanda", True),
+        ("ignored", "wanda", False),
+    ):  # fmt: skip
+        solve(PROBLEM, spy(needs), start=start)
+        assert (Spy.given[0][0] is not None) == used
 
 
 def test_start_and_solver_share_one_clock_and_only_the_solver_is_heard():
     heard = []
-    solve(
-        PROBLEM,
-        spy("needed"),
-        start=spy("needed", "wanda", "other"),
-        time_limit=60,
-        on_progress=heard.append,
-    )
+    inner, outer = spy("needed", "wanda", "other"), spy("needed")
+    solve(PROBLEM, outer, start=inner, time_limit=60, on_progress=heard.append)
     (_, inner), (_, outer) = Spy.given
     assert inner.deadline == outer.deadline < float("inf")
     assert inner.on_progress is None
@@ -131,27 +129,22 @@ def in_process(name):
     return {"workers": 0} if "workers" in {f.name for f in fields(make_solver(name))} else {}
 
 
-def test_declared_starts_hold_for_every_backend():
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_declared_starts_hold(name):
     """Needed: one is made by default. Optional: never worse than it. Ignored: changes nothing."""
-    small = LayerProblem(
-        random_weight(2, 8, 3),
-        random_gram(8, "full", 4),
-        Unstructured(keep=4),
-        mean=torch.ones(8, dtype=torch.float64) / 9,
-    )
-    for name, info in available_solvers().items():
-        if not info.available:
-            continue
-        can = info.capabilities
-        assert (can.default_start is not None) == (can.start == "needed"), name
-        given = solve(small, "random", seed=1).mask
-        how = in_process(name)
-        with_start, without = solve(small, name, start=given, **how), solve(small, name, **how)
-        if can.start == "ignored":
-            assert torch.equal(with_start.mask, without.mask), name
-        elif name != "dsnot":  # looks at mean outputs, and can raise the objective
-            slack = 1e-12 * small.diagonal_mass()
-            assert bool((with_start.objective <= small.objective(given) + slack).all()), name
+    mean = torch.ones(8, dtype=torch.float64) / 9
+    weight, gram = random_weight(2, 8, 3), random_gram(8, "full", 4)
+    small = LayerProblem(weight, gram, Unstructured(keep=4), mean=mean)
+    can = AVAILABLE[name].capabilities
+    assert (can.default_start is not None) == (can.start == "needed")
+    given = solve(small, "random", seed=1).mask
+    how = in_process(name)
+    with_start, without = solve(small, name, start=given, **how), solve(small, name, **how)
+    if can.start == "ignored":
+        assert torch.equal(with_start.mask, without.mask)
+    elif name != "dsnot":  # looks at mean outputs, and can raise the objective
+        slack = 1e-12 * small.diagonal_mass()
+        assert bool((with_start.objective <= small.objective(given) + slack).all())
 
 
 def test_make_start_leaves_out_what_the_next_solver_does_anyway():
@@ -172,26 +165,15 @@ def test_a_start_is_the_mask_that_the_solver_makes_by_itself(name):
     assert torch.equal(start.objective, kept) == (name != "swap")
 
 
-def test_a_third_party_that_is_no_solver_is_refused():
-    with pytest.raises(OptionError, match="is no solver"):
-        make_solver(object())
-    with pytest.raises(WarmStartError):
-        solve(PROBLEM, "swap", start=3.5)
-
-
-@pytest.mark.parametrize("name", [n for n, info in available_solvers().items() if info.available])
+@pytest.mark.parametrize("name", AVAILABLE)
 def test_a_view_with_other_strides_is_the_same_problem(name):
     """As of the transposed weights of GPT-2 and of fused experts; starts may be views, too."""
-    gram = random_gram(12, "low-rank", 2)
+    gram, pattern = random_gram(12, "low-rank", 2), Unstructured(keep=6)
     mean = gram.diagonal().sqrt() / 2
-    problem = LayerProblem(random_weight(4, 12, 1), gram, Unstructured(keep=6), mean=mean)
-    view = LayerProblem(
-        problem.weight.t().contiguous().t(),
-        gram.repeat_interleave(2, 1)[:, ::2],
-        problem.pattern,
-        mean=mean.repeat_interleave(2)[::2],
-    )
-    starts = available_solvers()[name].capabilities.start != "ignored"
+    problem = LayerProblem(random_weight(4, 12, 1), gram, pattern, mean=mean)
+    weight, wide = problem.weight.t().contiguous().t(), gram.repeat_interleave(2, 1)[:, ::2]
+    view = LayerProblem(weight, wide, pattern, mean=mean.repeat_interleave(2)[::2])
+    starts = AVAILABLE[name].capabilities.start != "ignored"
     start = solve(problem, "wanda").mask if starts else None
     strided = None if start is None else start.t().contiguous().t()
     expected = solve(problem, name, start=start, **in_process(name))
@@ -199,27 +181,3 @@ def test_a_view_with_other_strides_is_the_same_problem(name):
     assert torch.equal(found.mask, expected.mask)
     assert torch.equal(found.objective, expected.objective)
     assert str(found.lower_bound) == str(expected.lower_bound)
-
-
-def answering(answer):
-    """A solver whose `run` returns this."""
-    return type("Answers", (Spy,), {"name": "answers", "run": lambda self, problem, *_: answer})()
-
-
-def test_an_answer_that_is_none_is_refused_even_as_a_start() -> None:
-    everything = torch.ones_like(PROBLEM.weight, dtype=torch.bool)
-    illegal = answering(Solution.of(PROBLEM, everything))
-    for call in (lambda: solve(PROBLEM, illegal), lambda: solve(PROBLEM, "swap", start=illegal)):
-        with pytest.raises(
-            SolverError, match=r"'answers' answered with an illegal mask: its mask: row 0 prunes 0"
-        ):
-            call()
-    with pytest.raises(SolverError, match="returned Tensor; return Solution"):
-        solve(PROBLEM, answering(everything))
-    with pytest.raises(SolverError, match=r"write Swap\(\)"):
-        solve(PROBLEM, Swap)
-
-
-def test_a_pattern_in_words_is_refused() -> None:
-    with pytest.raises(PatternError, match="not '2:4'"):
-        LayerProblem(PROBLEM.weight, PROBLEM.gram, "2:4")

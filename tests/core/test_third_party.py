@@ -5,37 +5,34 @@ import re
 import subprocess
 import sys
 
+import pytest
 from commands import ROOT
 
 PAGE = ROOT / "docs" / "adding-a-solver.md"
 
 
+@pytest.mark.slow
 def test_a_backend_of_another_distribution(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+
+    def python(*words):
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(site)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     blocks = re.findall(r'```\w+ title="(\S+)"\n(.*?)```', PAGE.read_text(), re.DOTALL)
-    source = tmp_path / "source"
     for name, text in blocks:
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
-    lines = (source / "exchange" / "__init__.py").read_text().strip().splitlines()
-    assert len(lines) <= 45
-    site = tmp_path / "site"
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    assert len((source / "exchange" / "__init__.py").read_text().strip().splitlines()) <= 45
     # nothing is fetched: setuptools is that of the tests
     offline = ["--no-index", "--no-deps", "--no-build-isolation"]
-    install = [sys.executable, "-m", "pip", "install", "-q", *offline, "--target", str(site)]
-    done = subprocess.run([*install, str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    used = subprocess.run(
-        [sys.executable, str(source / "use.py")],
-        capture_output=True, text=True, env=environment, cwd=tmp_path,
-    )  # fmt: skip
-    assert used.returncode == 0, used.stderr
-    assert "8 rows checked" in used.stdout
-    assert "random_exchange" in used.stdout
-    command = [sys.executable, "-c", "from maskopt.cli import main; main()"]
-    listed = subprocess.run(
-        [*command, "solvers", "random_exchange"], capture_output=True, text=True, env=environment
-    )
-    assert listed.returncode == 0, listed.stderr
-    assert "tries" in listed.stdout
+    python("-m", "pip", "install", "-q", *offline, "--target", site, source)
+    used = python(source / "use.py")
+    assert "8 rows checked" in used
+    assert "random_exchange" in used
+    main = "from maskopt.cli import main; main()"
+    assert "tries" in python("-c", main, "solvers", "random_exchange")

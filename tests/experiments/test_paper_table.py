@@ -1,7 +1,5 @@
 """The script of the paper's tables, on a tiny model."""
 
-from __future__ import annotations
-
 import json
 
 from tiny_models import save, save_tokenizer, tiny
@@ -14,9 +12,8 @@ def test_the_table_holds_every_cell_and_goes_on(benchmarks, tmp_path, monkeypatc
 
     model = save(tiny("llama", layers=2), tmp_path / "llama")
     save_tokenizer(model)
-    text = tmp_path / "text.txt"
+    text, data, page = (tmp_path / name for name in ("text.txt", "table.jsonl", "table.md"))
     text.write_text("Pack my box with five dozen liquor jugs. " * 20)
-    data, page = tmp_path / "table.jsonl", tmp_path / "table.md"
     command = [
         "paper_table.py", model, "--calibration", text, "--text", text, "--patterns", "50%", "2:4",
         "--methods", "Wanda", "1-swap, T = 2", "--samples", 4, "--seq-len", 16, "--windows", 3,
@@ -33,9 +30,8 @@ def test_the_table_holds_every_cell_and_goes_on(benchmarks, tmp_path, monkeypatc
     paper_table.main()
     assert pruned == [(solver, p) for p in ("0.5", "2:4") for solver in ("wanda", "swap")]
     lines = data.read_text().splitlines(keepends=True)
-    assert [json.loads(line)["key"] for line in lines[1:]] == [
-        str(model), *(f"{model}/{p}/{m}" for p in ("50%", "2:4") for m in ("Wanda", "1-swap, T = 2"))
-    ]  # fmt: skip
+    cells = [f"{model}/{p}/{m}" for p in ("50%", "2:4") for m in ("Wanda", "1-swap, T = 2")]
+    assert [json.loads(line)["key"] for line in lines[1:]] == [str(model), *cells]
     assert len(json.loads(lines[3])["below"]) == 14
     made = page.read_text()
     assert "| method        | 50%" in made
@@ -45,6 +41,4 @@ def test_the_table_holds_every_cell_and_goes_on(benchmarks, tmp_path, monkeypatc
     paper_table.main()
     assert len(pruned) == 5
     assert page.read_text() == made
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "llama", "table.jsonl", "table.md", "text.txt"
-    ]  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in (model, text, data, page)}
