@@ -200,7 +200,9 @@ def tree_with(tree, form, branch, **more):
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(keep=5), NM(keep=1, of=3)], ids=str)
-@pytest.mark.parametrize("kind", ["full", "low-rank", "outliers"])
+@pytest.mark.parametrize(
+    "kind", ["full", "outliers", pytest.param("low-rank", marks=pytest.mark.slow)]
+)
 def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
     """λ and μ of both signs, at the root and at a node: valid, and often worth something."""
     random = np.random.default_rng(4)
@@ -510,7 +512,7 @@ def test_prove_and_check(tmp_path):
     assert "holds: 2 rows checked" in text
     assert "leaves" in text
     assert "pass --overwrite" in run("prove", instance, "--output", out, fails=OptionError)
-    run("prove", instance, "--output", again, "--start", out)
+    run("prove", instance, "--output", again, "--start", out, "--jobs", 1)
     assert torch.equal(Solution.load(again).mask, Solution.load(out).mask)
 
 

@@ -17,6 +17,8 @@ from maskopt.solvers.exact.reconvex import multipliers, start_vectors
 from maskopt.solvers.exact.relaxation import Plan, Relaxed
 from maskopt.solvers.exact.tree import BranchTask, Tree
 
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("low-rank", "duplicates")]
+
 
 def layer(n, seed=1):
     return LayerProblem(random_weight(1, n, seed), random_gram(n, "full", 2), Unstructured(0.6))
@@ -59,7 +61,7 @@ def test_multipliers_beyond_float32_are_none():
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)], ids=str)
-@pytest.mark.parametrize("kind", ["full", "low-rank", "duplicates", "outliers"])
+@pytest.mark.parametrize("kind", ["full", "outliers", *SLOW])
 def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     """Against all masks below random nodes, with the multipliers of the root and with the node's own."""
     n = 12

@@ -125,7 +125,14 @@ def start_again(task):
 
 
 @pytest.mark.parametrize(
-    ("n", "workers", "here"), [(8, None, 2), (40, None, 0), (8, 1, 0), (8, 0, 4), (40, 0, 4)]
+    ("n", "workers", "here"),
+    [
+        (8, None, 2),
+        (40, None, 0),
+        pytest.param(8, 1, 0, marks=pytest.mark.slow),
+        (8, 0, 4),
+        (40, 0, 4),
+    ],
 )
 def test_small_rows_begin_in_this_process(n, workers, here, monkeypatch):
     """By a clock that goes on by a second whenever it is looked at; three are what it takes to find a second
@@ -263,12 +270,6 @@ def test_enumeration_is_trusted_with_positive_bounds_alone():
     weight = problem.weight[:1] * torch.tensor([[1.0], [0.0]])
     solution = solve(LayerProblem(weight, problem.gram, problem.pattern), "exhaustive")
     assert solution.trusted == (f"enumeration of maskopt {maskopt.__version__}", "")
-
-
-def test_progress_counts_rows(name):
-    seen = []
-    solve(layer(), name, workers=0, on_progress=seen.append)
-    assert [(progress.done, progress.total) for progress in seen] == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_what_is_beyond_a_solver_is_refused(name):

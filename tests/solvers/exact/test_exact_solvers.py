@@ -179,18 +179,24 @@ def test_gap_limits_are_kept(case, limit):
         verify(problem, solution)
 
 
+PROCESSES = [("scip", False)]
+PROCESSES += [
+    pytest.param((name, True), marks=pytest.mark.slow) for name in ("branch", "scip", "gurobi")
+]
+
+
+@pytest.mark.parametrize("case", PROCESSES, ids=case_id, indirect=True)
 def test_workers_threads_and_a_row_alone_change_nothing(case):
     name, seen = case[0], []
     problem = refit_layer(rows=3, n=10, damping=0.1) if case[1] else layer(12, 3, pattern=TWO_FOUR)
-    found = solve(problem, name, workers=0)
     more = {"on_progress": lambda progress: seen.append((progress.done, progress.total))}
-    others = [solve(problem, name, workers=2, **more)]
+    found, *others = (solve(problem, name, workers=workers, **more) for workers in (0, 2))
     if name == "branch":
         others.append(solve(problem, name, threads=2))
     for other in others:
         assert torch.equal(other.mask, found.mask)
         assert torch.equal(other.lower_bound, found.lower_bound)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(1, 3), (2, 3), (3, 3)] * 2
     for row in range(3):
         assert torch.equal(solve(problem.row(row), name, workers=0).mask[0], found.mask[row])
 
