@@ -1,13 +1,14 @@
 """What a certificate proves as it is defined, in rational numbers, and certificates to try that on."""
 
-import itertools
 from fractions import Fraction
 
+import numpy as np
 import torch
 from strategies import random_gram, random_linear, random_weight
 
 from maskopt import NM, Certificate, LayerProblem, Solution, Unstructured, verify
 from maskopt.certificate import Cuts, _check_row
+from maskopt.proof import KINDS, LEAF, RowProof
 
 PATTERNS = (Unstructured(keep=4), NM(keep=1, of=4), NM(keep=2, of=4), Unstructured(keep=8))
 
@@ -48,38 +49,31 @@ def certificate(problem, *, product=False, cuts=False):
     )
 
 
+fractions = np.vectorize(lambda x: Fraction(float(x)), otypes=[object])
+
+
 def formula(certificate, problem, row):
     """g of one row as it is defined, in rational numbers."""
-    w = [Fraction(float(x)) for x in problem.weight[row]]
-    gram = [[Fraction(float(x)) for x in line] for line in problem.gram]
-    lam = [Fraction(float(x)) for x in certificate.diagonal[row]]
-    mu = [Fraction(float(x)) for x in certificate.penalty[row]]
-    n, size, s = problem.n, problem.group_size, problem.pruned_per_group
-    groups = [range(first, first + size) for first in range(0, n, size)]
+    w, gram, linear = fractions(problem.weight[row]), fractions(problem.gram), problem.linear
+    q = w[:, None] * gram * w
+    lam, mu = fractions(certificate.diagonal[row]), fractions(certificate.penalty[row])
     cuts = certificate.cuts[row] if certificate.cuts else None
 
     def g(p):
-        value = sum(
-            w[i] * gram[i][j] * w[j] * p[i] * p[j] for i, j in itertools.product(range(n), repeat=2)
-        )
-        value += sum(lam[i] * (p[i] ** 2 - p[i]) for i in range(n))
-        if problem.linear is not None:
-            slope, constant = problem.linear.correlation[row], problem.linear.constant[row]
-            value += 2 * sum(Fraction(float(slope[i])) * w[i] * p[i] for i in range(n))
-            value += Fraction(float(constant))
-        for group, members in enumerate(groups):
-            excess = sum(p[i] for i in members) - s
-            value += mu[group] * excess**2
-            if certificate.product is not None:
-                nu = [Fraction(float(x)) for x in certificate.product[row, group]]
-                value += sum(nu[i] * p[i] for i in range(n)) * excess
+        p = np.array(p)
+        value = p @ q @ p + lam @ (p * p - p)
+        if linear is not None:
+            value += 2 * (fractions(linear.correlation[row]) * w) @ p
+            value += Fraction(float(linear.constant[row]))
+        excess = p.reshape(-1, problem.group_size).sum(1) - problem.pruned_per_group
+        value += mu @ (excess * excess)
+        if certificate.product is not None:
+            value += excess @ (fractions(certificate.product[row]) @ p)
         if cuts is not None:
-            z = [*(2 * x - 1 for x in p), Fraction(1)]  # index −1 is z_0
-            for (i, j, k), (a, b), tau in zip(
-                cuts.index.tolist(), cuts.sign.tolist(), cuts.multiplier.tolist(), strict=True
-            ):
-                cut = a * z[i] * z[j] + b * z[i] * z[k] + a * b * z[j] * z[k] + 1
-                value -= Fraction(tau) * cut
+            z = [*(2 * p - 1), Fraction(1)]  # index −1 is z_0
+            tau = fractions(cuts.multiplier)
+            for (i, j, k), (a, b), t in zip(cuts.index, cuts.sign.tolist(), tau, strict=True):
+                value -= t * (a * z[i] * z[j] + b * z[i] * z[k] + a * b * z[j] * z[k] + 1)
         return value
 
     return g
@@ -87,19 +81,21 @@ def formula(certificate, problem, row):
 
 def exact(certificate, problem, row):
     """The bound as it is defined: g at p̂, and its slope over all legal masks."""
-    g = formula(certificate, problem, row)
-    n, size, s = problem.n, problem.group_size, problem.pruned_per_group
-    point = [Fraction(float(x)) for x in certificate.point[row]]
+    g, point = formula(certificate, problem, row), fractions(certificate.point[row])
     # g is a quadratic: central differences are its gradient exactly
-    half = Fraction(1, 2)
-    gradient = []
-    for i in range(n):
-        up, down = list(point), list(point)
-        up[i], down[i] = up[i] + half, down[i] - half
-        gradient.append(g(up) - g(down))
-    least = sum(sum(sorted(gradient[first : first + size])[:s]) for first in range(0, n, size))
-    slope = least - sum(x * y for x, y in zip(gradient, point, strict=True))
-    return g(point) + slope
+    gradient = np.array([g(point + e) - g(point - e) for e in fractions(np.eye(problem.n) / 2)])
+    ranked = np.sort(gradient.reshape(-1, problem.group_size), axis=1)
+    return g(point) + ranked[:, : problem.pruned_per_group].sum() - gradient @ point
+
+
+def single(lam, mu, point, cuts=None) -> RowProof:
+    """A tree of one step."""
+    if cuts is None:
+        cuts = Cuts(torch.zeros(0, 3), torch.zeros(0, 2), torch.zeros(0))
+    parts = {"forms": np.atleast_2d(lam), "points": point, "cuts": [len(cuts.multiplier)]}
+    parts |= {"cut_index": cuts.index, "cut_sign": cuts.sign, "multiplier": cuts.multiplier}
+    parts |= {"form": [0], "branch": [LEAF], "fixes": [0], "fixed": [], "side": []}
+    return RowProof(penalty=mu, **{k: np.asarray(parts[k], dtype=KINDS[k]) for k in KINDS})
 
 
 def unclamped(certificate, problem, row):

@@ -1,4 +1,4 @@
-"""What a certificate proves is the formula's value less a margin for rounding."""
+"""What a certificate proves is the formula's value less a margin for rounding; a forged one is refused."""
 
 import itertools
 from dataclasses import replace
@@ -10,20 +10,25 @@ import torch
 from certificates import PATTERNS, certificate, exact, formula, layer, triangles, unclamped
 from strategies import random_gram, random_weight
 
-from maskopt import (
-    Certificate,
-    LayerProblem,
-    Linear,
-    Status,
-    Unstructured,
-    lower_bound,
-    solve,
-)
-from maskopt.certificate import _check_row, _shared_slacks, missing
+from maskopt import LayerProblem, Status, Unstructured, lower_bound, solve
+from maskopt.certificate import Certificate, Cuts, _check_row, _shared_slacks, missing
+from maskopt.errors import ProblemError, VerificationError
+from maskopt.files import write_arrays
+from maskopt.linear import Linear
 
+U = 2.0**-53
 #: signs under which sums cancel
 ALTERNATING = 1 - 2.0 * (torch.arange(8) % 2)
-U = 2.0**-53
+EYE = torch.eye(8, dtype=torch.float64)
+GROUPS = pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
+
+
+def ones(*shape):
+    return torch.ones(*shape, dtype=torch.float64)
+
+
+def rand(*shape):
+    return torch.rand(*shape, dtype=torch.float64)
 
 
 def least_eigenvalue(certificate, problem, row):
@@ -38,23 +43,22 @@ def least_eigenvalue(certificate, problem, row):
     return float(np.linalg.eigvalsh(np.array(a))[0])
 
 
-def sizes(certificate, problem, row):
-    """Σ|term| of each part of g(p̂), every product written out: what float64 sums may lose a part of."""
-    w, point = problem.weight[row].double().abs(), certificate.point[row].abs()
+def sizes(certificate, problem):
+    """Σ|term| of g(p̂) of a row, every product written out: what float64 sums may lose a part of."""
+    w, point = problem.weight[0].double().abs(), certificate.point[0].abs()
     reach = point.view(-1, problem.group_size).sum(1) + problem.pruned_per_group
-    wide = problem.gram.double().abs()
-    parts = {
-        "weight": (w * point) @ wide @ (w * point),
-        "diagonal": certificate.diagonal[row].abs() @ (point.square() + point),
-        "penalty": certificate.penalty[row].abs() @ reach.square(),
-        "linear": torch.zeros(()),
-        "product": (certificate.product[row].abs() @ point) @ reach,
-        "cuts": certificate.cuts[row].multiplier.sum() * (3 * (2 * point.max() + 1) ** 2 + 1),
-    }
+    size = (w * point) @ problem.gram.double().abs() @ (w * point)
+    size += certificate.diagonal[0].abs() @ (point.square() + point)
+    size += certificate.penalty[0].abs() @ reach.square()
+    size += (certificate.product[0].abs() @ point) @ reach
+    size += certificate.cuts[0].multiplier.sum() * (3 * (2 * point.max() + 1) ** 2 + 1)
     if problem.linear is not None:
-        slope = problem.linear.correlation[row].abs() * w
-        parts["linear"] = 2 * slope @ point + problem.linear.constant[row]
-    return {name: float(size) for name, size in parts.items()}
+        size += 2 * (problem.linear.correlation[0].abs() * w) @ point + problem.linear.constant[0]
+    return float(size)
+
+
+def lost(certificate, problem, row=0):
+    return float(exact(certificate, problem, row) - Fraction(unclamped(certificate, problem, row)))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -65,8 +69,7 @@ def test_the_value_is_the_formulas(pattern, product, cuts, linear):
     problem = layer(pattern, linear=linear)
     given = certificate(problem, product=product, cuts=cuts)
     for row in range(problem.rows):
-        true = float(exact(given, problem, row))
-        found = unclamped(given, problem, row)
+        true, found = float(exact(given, problem, row)), unclamped(given, problem, row)
         assert found == pytest.approx(true, rel=1e-11)
         assert found <= true
 
@@ -78,14 +81,9 @@ def test_the_value_is_the_formulas(pattern, product, cuts, linear):
 )
 def test_the_margin_covers_the_rounding_of_every_part(part, far, pattern):
     """n + n terms in a row lose up to 2n·u of their sizes, whichever part is the large one."""
-    problem = layer(pattern, rows=1)
-    given = replace(
-        certificate(problem, product=True, cuts=True), diagonal=torch.ones(1, 8).double()
-    )
-    given = replace(
-        given, point=far * torch.rand(1, 8, dtype=torch.float64), penalty=given.penalty.abs()
-    )
-    large = 1e6
+    problem, large = layer(pattern, rows=1), 1e6
+    given = certificate(problem, product=True, cuts=True)
+    given = replace(given, diagonal=ones(1, 8), point=far * rand(1, 8), penalty=given.penalty.abs())
     weight, gram = problem.weight, problem.gram
     if part == "weight":
         problem = LayerProblem(large * weight.abs() * ALTERNATING, gram, pattern)
@@ -94,85 +92,64 @@ def test_the_margin_covers_the_rounding_of_every_part(part, far, pattern):
     elif part == "small gram":
         problem = LayerProblem(large * weight, gram / large, pattern)
     elif part == "linear":
-        slope = large * (1 + torch.rand(1, 8).double()) * ALTERNATING
-        linear = Linear(slope, large * torch.ones(1).double())
+        linear = Linear(large * (1 + rand(1, 8)) * ALTERNATING, large * ones(1))
         problem = LayerProblem(weight, gram, pattern, linear=linear, assume_psd=True)
-    elif part == "cuts":
-        given = replace(given, cuts=[triangles(large)], diagonal=given.diagonal * 20 * large)
     else:
-        given = replace(given, **{part: large * getattr(given, part)})
-        if part == "product":  # the matrix of such a product is indefinite
-            given = replace(given, diagonal=given.diagonal * 20 * large)
-    size = sum(sizes(given, problem, 0).values())
-    lost = float(exact(given, problem, 0) - Fraction(unclamped(given, problem, 0)))
-    terms = 2 * problem.n + 8
-    assert terms * U * size <= lost <= 500 * terms * U * size
+        many = [triangles(large)] if part == "cuts" else large * getattr(given, part)
+        given = replace(given, **{part: many})
+    if part in ("cuts", "product"):  # the matrix of such a part is indefinite
+        given = replace(given, diagonal=given.diagonal * 20 * large)
+    size, terms = sizes(given, problem), 2 * problem.n + 8
+    assert terms * U * size <= lost(given, problem) <= 500 * terms * U * size
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
+@GROUPS
 @pytest.mark.parametrize("cuts", [False, True])
 def test_a_certificate_of_a_rows_own_form_proves_as_much_of_the_row(pattern, cuts):
-    """Where the linear part is within Q, and where it stands beside it, by the formula of each."""
+    """Where the linear part is within Q, and where it is apart from it, by the formula of each."""
     problem = layer(pattern, rows=1, linear=True)
-    form = LayerProblem(torch.ones(1, 8).double(), problem.row(0).q(), pattern, assume_psd=True)
+    form = LayerProblem(ones(1, 8), problem.row(0).q(), pattern, assume_psd=True)
     given = certificate(form, cuts=cuts)
-    beside = given.of_linear(problem)
-    within = float(exact(given, form, 0))
-    assert float(exact(beside, problem, 0)) == pytest.approx(within, rel=1e-10)
-    assert unclamped(beside, problem, 0) == pytest.approx(within, rel=1e-9)
-    plain = layer(pattern)
-    assert given.of_linear(plain) is given
+    apart, within = given.of_linear(problem), float(exact(given, form, 0))
+    assert float(exact(apart, problem, 0)) == pytest.approx(within, rel=1e-10)
+    assert unclamped(apart, problem, 0) == pytest.approx(within, rel=1e-9)
+    assert given.of_linear(layer(pattern)) is given
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
+@GROUPS
 @pytest.mark.parametrize("part", ["weight", "penalty"])
 def test_the_margin_stands_alone_where_p_is_the_best_mask(part, pattern):
     """There more of every λ costs nothing, so that nothing but the margin is lost."""
-    point = torch.zeros(1, 8, dtype=torch.float64)
-    point.view(-1, 8 // pattern.group_size(8), pattern.group_size(8))[
-        ..., : pattern.pruned_per_group(8)
-    ] = 1.0
+    size, pruned = pattern.group_size(8), pattern.pruned_per_group(8)
+    point = (torch.arange(8) % size < pruned).double()[None]
     weight = (10.0 - 9.0 * point) * (1e6 if part == "weight" else 1.0)
-    problem = LayerProblem(weight, torch.eye(8, dtype=torch.float64), pattern)
-    zero = torch.zeros(1, 8 // problem.group_size, 8, dtype=torch.float64)
-    given = Certificate(
-        -0.5 * weight.square(),
-        zero[..., 0] + (1e6 if part == "penalty" else 0.0),
-        point,
-        zero,
-        [triangles(0.0)],
-    )
-    best = Fraction(float(problem.objective(point == 0)))
-    assert exact(given, problem, 0) == best
-    lost = float(best - Fraction(unclamped(given, problem, 0)))
-    size, terms = sum(sizes(given, problem, 0).values()), 2 * problem.n + 8
-    assert terms * U * size <= lost <= 5000 * terms * U * size
+    problem = LayerProblem(weight, EYE, pattern)
+    zero = 0 * ones(1, 8 // size, 8)
+    penalty = zero[..., 0] + (1e6 if part == "penalty" else 0.0)
+    given = Certificate(-0.5 * weight.square(), penalty, point, zero, [triangles(0.0)])
+    assert exact(given, problem, 0) == Fraction(float(problem.objective(point == 0)))
+    size, terms = sizes(given, problem), 2 * problem.n + 8
+    assert terms * U * size <= lost(given, problem) <= 5000 * terms * U * size
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
+@GROUPS
 @pytest.mark.parametrize("part", ["gram", "diagonal", "penalty", "product", "cuts"])
 def test_what_a_matrix_lacks_is_paid_for(part, pattern):
     """At p̂ = ½ a θ more of every λ costs θ·n/4; whichever part makes A indefinite."""
     problem = layer(pattern, rows=1)
-    size = {"diagonal": -1.0, "penalty": -1.0}.get(part, 1.0)
     if part == "gram":
-        lower = problem.gram - 3 * torch.eye(8, dtype=torch.float64)
-        problem = LayerProblem(problem.weight, lower, pattern, assume_psd=True)
-    zeros = {"diagonal": (1, 8), "penalty": (1, 8 // problem.group_size)}
-    zeros["product"] = (1, 8 // problem.group_size, 8)
-    parts = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in zeros.items()}
-    if part in parts:
-        parts[part] += size + torch.rand(parts[part].shape, dtype=torch.float64)
-        if size < 0:
-            parts[part] *= 30
-    given = Certificate(
-        point=torch.full((1, 8), 0.5, dtype=torch.float64),
-        cuts=[triangles()] if part != "cuts" else [triangles(30.0)],
-        **parts,
-    )
-    lacks = -least_eigenvalue(given, problem, 0)
+        problem = LayerProblem(problem.weight, problem.gram - 3 * EYE, pattern, assume_psd=True)
+    groups = 8 // problem.group_size
+    parts = {"diagonal": 0 * ones(1, 8), "penalty": 0 * ones(1, groups)}
+    parts["product"] = 0 * ones(1, groups, 8)
+    if part == "product":
+        parts[part] += 1 + rand(1, groups, 8)
+    elif part in parts:
+        parts[part] = 30 * (rand(*parts[part].shape) - 1)
+    cuts = [triangles(30.0) if part == "cuts" else triangles()]
+    given = Certificate(point=0.5 * ones(1, 8), cuts=cuts, **parts)
+    lacks, paid = -least_eigenvalue(given, problem, 0), lost(given, problem) / (8 / 4)
     assert lacks > 0.01
-    paid = float(exact(given, problem, 0) - Fraction(unclamped(given, problem, 0))) / (8 / 4)
     assert lacks * (1 - 1e-12) <= paid
     assert paid == pytest.approx(lacks, rel=1e-9)
 
@@ -181,18 +158,11 @@ def test_what_a_matrix_lacks_is_paid_for(part, pattern):
 @pytest.mark.parametrize("n", [1, 6, 40])
 def test_what_is_missing_to_semidefinite_is_added_with_its_margin(n, kind):
     """The Cholesky factorisation of Rump, or the least eigenvalue; and hardly more than is needed."""
-    x = torch.randn(n, max(1, n // 2), dtype=torch.float64)
-    eye = torch.eye(n, dtype=torch.float64)
-    a = {
-        "zero": 0 * eye,
-        "singular": x @ x.T,
-        "barely": x @ x.T - 1e-10 * eye,
-        "indefinite": x @ x.T - eye,
-        "negative": -eye,
-    }[kind]
+    x, eye = torch.randn(n, max(1, n // 2), dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    less = {"zero": 0.0, "singular": 0.0, "barely": 1e-10, "indefinite": 1.0, "negative": 1.0}[kind]
+    a = (0 if kind in ("zero", "negative") else x @ x.T) - less * eye
     a = (a + a.T) / 2
-    added = missing(a)
-    least = float(torch.linalg.eigvalsh(a)[0])
+    added, least = missing(a), float(torch.linalg.eigvalsh(a)[0])
     trace, gamma = float(a.diagonal().abs().sum()), (n + 2) * U
     # a completed factorisation of the shifted matrix proves no more than −γ/(1−γ)·tr
     assert added >= max(0.0, -least) + gamma / (1 - gamma) * trace
@@ -200,8 +170,7 @@ def test_what_is_missing_to_semidefinite_is_added_with_its_margin(n, kind):
     # the shifts that are tried lie a factor of 100 apart, up to where an eigenvalue takes over
     often = 100 if kind == "barely" else 1.01
     assert added <= often * max(0.0, -least) + 50 * n * U * (trace + norm) + 1e-250
-    shifted = a + added * eye
-    assert positive_definite([[Fraction(float(v)) for v in line] for line in shifted]) or n > 6
+    assert n > 6 or positive_definite([[Fraction(float(v)) for v in r] for r in a + added * eye])
 
 
 def positive_definite(a):
@@ -210,18 +179,15 @@ def positive_definite(a):
         pivot, *rest = a[0]
         if pivot < 0 or (pivot == 0 and any(rest)):
             return False
-        if pivot == 0:
-            a = [line[1:] for line in a[1:]]
-            continue
         a = [
-            [v - line[0] * head / pivot for v, head in zip(line[1:], rest, strict=True)]
+            [v - line[0] * r / (pivot or 1) for v, r in zip(line[1:], rest, strict=True)]
             for line in a[1:]
         ]
     return True
 
 
 @pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
+@GROUPS
 def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern, zero):
     problem = layer(pattern, rows=4)
     weight = problem.weight.clone()
@@ -230,11 +196,9 @@ def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern, z
         weight[:, 3] = 0
         weight[2, 5] = 0
     problem = LayerProblem(weight, problem.gram, pattern)
-    given = Certificate(
-        0.2 * weight.square() * torch.rand(4, 8, dtype=torch.float64),
-        0.1 * torch.rand(4, 8 // problem.group_size, dtype=torch.float64),
-        lower_bound(problem, "box").certificate.point,
-    )
+    diagonal, penalty = weight.square() * rand(4, 8), rand(4, 8 // problem.group_size)
+    point = lower_bound(problem, "box").certificate.point
+    given = Certificate(0.2 * diagonal, 0.1 * penalty, point)
     shared = _shared_slacks(given, problem)[0]
     assert shared is not None
     together = given.check(problem)
@@ -246,34 +210,31 @@ def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern, z
         assert float(together[row]) == max(0.0, value)
 
 
-@pytest.mark.parametrize("beside", [{}, {"product": True, "cuts": True}], ids=["plain", "all"])
-def test_rows_that_add_nothing_negative_share_a_factorisation_beside_others(beside, monkeypatch):
+@pytest.mark.parametrize("parts", [{}, {"product": True, "cuts": True}], ids=["plain", "all"])
+def test_rows_that_add_nothing_negative_share_a_factorisation(parts, monkeypatch):
+    """In a certificate in which other rows do not."""
     problem = layer(rows=6)
-    own = certificate(problem, **beside)
+    own = certificate(problem, **parts)
     negative = replace(own, diagonal=own.diagonal - 0.1 * problem.weight.square())
     box = lower_bound(problem, "box").certificate
     given = Certificate.choose(torch.arange(6) < 2, box, negative)
-    slacks = _shared_slacks(given, problem)
-    assert [slack is None for slack in slacks] == [True] * 2 + [False] * 4
+    assert [slack is None for slack in _shared_slacks(given, problem)] == [True] * 2 + [False] * 4
     counted = []
     monkeypatch.setattr("maskopt.certificate.missing", lambda a: counted.append(a) or missing(a))
     found = given.check(problem)
     assert len(counted) <= 4  # two rows of their own, the others, and perhaps a try with all
     for row in range(6):
-        true = max(0.0, float(exact(given, problem, row)))
-        assert float(found[row]) <= true
+        assert float(found[row]) <= max(0.0, float(exact(given, problem, row)))
         alone = float(given.take([row]).check(problem.take([row]))[0])
         assert float(found[row]) == pytest.approx(alone, rel=1e-9, abs=1e-12)
 
 
 def test_what_all_rows_lack_is_paid_for_by_their_weights():
     """A Gram matrix that is semidefinite up to its rounding only; rows of any scale."""
-    gram = random_gram(8, "low-rank", 2)
-    gram = gram - 1e-9 * torch.eye(8, dtype=torch.float64)
+    gram = random_gram(8, "low-rank", 2) - 1e-9 * EYE
     weight = random_weight(3, 8, 1) * torch.tensor([[1e-2], [1.0], [1e2]])
     problem = LayerProblem(weight, gram, PATTERNS[2])
-    none = torch.zeros(3, 8, dtype=torch.float64)
-    given = Certificate(none, none[:, :2], none + 0.5)
+    given = Certificate(0 * ones(3, 8), 0 * ones(3, 2), 0.5 * ones(3, 8))
     shared = _shared_slacks(given, problem)[0]
     assert 1e-9 <= shared <= 1e-7
     for row in range(3):
@@ -286,79 +247,52 @@ def test_weights_and_gram_of_float32_are_widened():
     wide = layer(rows=2)
     narrow = LayerProblem(wide.weight.float(), wide.gram.float(), wide.pattern)
     wide = LayerProblem(narrow.weight.double(), narrow.gram.double(), wide.pattern)
-    for options in ({}, {"product": True, "cuts": True}):
-        given = certificate(wide, **options)
+    plain, full = certificate(wide), certificate(wide, product=True, cuts=True)
+    point = lower_bound(wide, "box").certificate.point
+    near = Certificate(0.01 * full.diagonal, full.penalty.abs(), point)
+    assert bool((near.check(wide) > 0).any())
+    for given in (plain, full, near):
         assert torch.equal(given.check(narrow), given.check(wide))
         for row in range(2):
             assert unclamped(given, narrow, row) == unclamped(given, wide, row)
-    shared = replace(given, product=None, cuts=None, penalty=given.penalty.abs())
-    near = replace(
-        shared, point=lower_bound(wide, "box").certificate.point, diagonal=0.01 * shared.diagonal
-    )
-    assert bool((near.check(wide) > 0).any())
-    assert torch.equal(near.check(narrow), near.check(wide))
-    for row in range(2):
-        assert torch.equal(
-            near.take([row]).check(wide.row(row)), near.take([row]).check(wide.take([row]))
-        )
+            one = given.take([row])
+            assert torch.equal(one.check(wide.row(row)), one.check(wide.take([row])))
 
 
-def lopsided():
-    """Two rows at the same point whose certificates one factorisation must not speak for."""
-    problem = LayerProblem(
-        torch.ones(2, 8, dtype=torch.float64), random_gram(8, "full", 2), PATTERNS[2]
-    )
-    point = torch.full((2, 8), 0.5, dtype=torch.float64)
-    none = Certificate(torch.zeros(2, 8).double(), torch.zeros(2, 2).double(), point)
-    return problem, none
-
-
-def test_duals_that_lift_the_bound_above_the_optimum_pay_for_it():
+@pytest.mark.parametrize("part", ["one row's diagonal", "a penalty", "no weight", "a product"])
+def test_duals_that_lift_the_bound_above_the_optimum_pay_for_it(part):
     """Each would prove too much if its matrix were taken for semidefinite."""
-    problem, none = lopsided()
-    best = solve(problem, "exhaustive").objective
-    down = torch.zeros(2, 8, dtype=torch.float64)
-    down[1] = -50.0
-    fifth = torch.zeros(2, 8, dtype=torch.float64)
-    fifth[:, 5] = -50.0
-    off = none.point.clone()
-    off[:, :4] = 0.9
-    weightless = LayerProblem(
-        problem.weight * (torch.arange(8) != 5), problem.gram, problem.pattern
-    )
-    cases = {
-        "one row's diagonal": (problem, replace(none, diagonal=down)),
-        "a penalty": (problem, replace(none, penalty=-50 * torch.ones(2, 2).double(), point=off)),
-        "no weight": (weightless, replace(none, diagonal=fifth)),
-        "a product": (problem, replace(none, product=50 * torch.ones(2, 2, 8).double(), point=off)),
-    }  # fmt: skip
-    for name, (of, given) in cases.items():
-        optimum = best if of is problem else solve(of, "exhaustive").objective
-        assert bool((given.check(of) <= optimum).all()), name
+    weight = ones(2, 8) * (torch.arange(8) != (5 if part == "no weight" else -1))
+    problem = LayerProblem(weight, random_gram(8, "full", 2), PATTERNS[2])
+    given = Certificate(0 * ones(2, 8), 0 * ones(2, 2), 0.5 * ones(2, 8))
+    if part == "one row's diagonal":
+        given.diagonal[1] = -50.0
+    elif part == "no weight":
+        given.diagonal[:, 5] = -50.0
+    else:
+        given.point[:, :4] = 0.9
+        more = {"penalty": -50 * ones(2, 2)} if part == "a penalty" else {}
+        given = replace(given, product=None if more else 50 * ones(2, 2, 8), **more)
+    assert bool((given.check(problem) <= solve(problem, "exhaustive").objective).all())
+
+
+def same(a, b):
+    for what in ("diagonal", "penalty", "point"):
+        assert torch.equal(getattr(a, what), getattr(b, what))
+    one, two = (0 * ones(3, 2, 8) if c.product is None else c.product for c in (a, b))
+    assert torch.equal(one, two)
+    assert list(a.cuts or [None] * 3) == list(b.cuts or [None] * 3)
 
 
 def test_the_rows_of_a_certificate_are_taken_stacked_and_chosen():
     problem = layer(rows=3)
-    full = certificate(problem, product=True, cuts=True)
-    plain = certificate(problem)
+    full, plain = certificate(problem, product=True, cuts=True), certificate(problem)
     cut = replace(full, product=None)
-
-    def same(a, b):
-        for what in ("diagonal", "penalty", "point"):
-            assert torch.equal(getattr(a, what), getattr(b, what))
-        none = torch.zeros(3, 2, 8, dtype=torch.float64)
-        one, two = (none if c.product is None else c.product for c in (a, b))
-        assert torch.equal(one, two)
-        assert list(a.cuts or [None] * 3) == list(b.cuts or [None] * 3)
-
     for whole in (full, plain, cut):
         same(Certificate.stack([whole.take([0]), whole.take([1, 2])]), whole)
-        reordered = whole.take([2, 0])
-        assert torch.equal(reordered.point, whole.point[[2, 0]])
-        assert (
-            torch.equal(reordered.check(problem.take([2, 0])), whole.check(problem)[[2, 0]])
-            or whole is plain
-        )
+        assert torch.equal(whole.take([2, 0]).point, whole.point[[2, 0]])
+        found = whole.take([2, 0]).check(problem.take([2, 0]))
+        assert whole is plain or torch.equal(found, whole.check(problem)[[2, 0]])
     mixed = Certificate.stack([plain.take([1, 2]), full.take([0])])
     assert mixed.cuts[:2] == [None, None]
     assert mixed.cuts[2] is full.cuts[0]
@@ -368,27 +302,165 @@ def test_the_rows_of_a_certificate_are_taken_stacked_and_chosen():
         mixed = Certificate.choose(torch.tensor([True, False, True]), one, two)
         for row, source in enumerate((two, one, two)):
             assert torch.equal(mixed.point[row], source.point[row])
-            assert unclamped(mixed, problem, row) == pytest.approx(
-                unclamped(source, problem, row), rel=1e-12
-            )
-    box = Certificate.box(problem, plain.point.float())
-    assert box.point.dtype == torch.float64
+            known = unclamped(source, problem, row)
+            assert unclamped(mixed, problem, row) == pytest.approx(known, rel=1e-12)
+    point = plain.point.float()
     same(
-        box,
-        Certificate(*(torch.zeros(3, k).double() for k in (8, 2)), plain.point.float().double()),
+        Certificate.box(problem, point),
+        Certificate(0 * ones(3, 8), 0 * ones(3, 2), point.double()),
     )
 
 
 def test_rows_that_lack_more_together_are_checked_one_by_one():
     """The least λ/w² of an input is of another row for each: A of them all is further from semidefinite than
-    any row's own, and an optimum would be none beside other rows."""
-    gram = 4.742686817773039 * np.ones((3, 3))
+    any row's own, and no row would be optimal in a layer with others."""
     weight = np.array([[2.0, 2, -1], [1, 2, 2], [-1, -1, 0]])
-    problem = LayerProblem(weight, gram, Unstructured(keep=1))
+    problem = LayerProblem(weight, 4.742686817773039 * np.ones((3, 3)), Unstructured(keep=1))
     found = solve(problem, "branch")
     assert found.status == (Status.OPTIMAL,) * 3
     for row in range(3):
-        one, alone = found.certificate.take([row]), problem.take([row])
-        assert float(found.certificate.check(problem)[row]) == pytest.approx(
-            float(one.check(alone)[0]), rel=1e-9
-        )
+        alone = float(found.certificate.take([row]).check(problem.take([row]))[0])
+        assert float(found.certificate.check(problem)[row]) == pytest.approx(alone, rel=1e-9)
+
+
+# forgeries
+
+TAU = ones(2)
+GOOD = Cuts(torch.tensor([[-1, 0, 7], [3, 2, 1]]), torch.tensor([[1, -1], [-1, -1]]), TAU)
+
+
+def index(*first, then=(3, 2, 1)):
+    return {"index": torch.tensor([first, then])}
+
+
+def five(*then, sign=(1, 1, 1, -1)):
+    return {
+        "index": torch.tensor([[0, 1, 2, 3, 4], then]),
+        "sign": torch.tensor([[1, -1, 1, 1], sign]),
+    }
+
+
+FORGED = [
+    ("diagonal", lambda c: c.diagonal.float(), "diagonal must be float64"),
+    ("diagonal", lambda c: c.diagonal[:1], "diagonal must be float64"),
+    ("diagonal", lambda c: c.diagonal[:, :7], "diagonal must be float64"),
+    ("penalty", lambda c: c.penalty.float(), "penalty must be float64"),
+    ("penalty", lambda c: c.penalty[:, :1], "penalty must be float64"),
+    ("point", lambda c: c.point[:, :1], "point must be float64"),
+    ("point", lambda c: c.point / (torch.arange(8) != 3), "point holds NaN or infinite"),
+    ("penalty", lambda c: c.penalty / torch.tensor([0.0, 1.0]), "penalty holds NaN or inf"),
+    ("product", lambda c: 0 * ones(2, 8, 2), "product must be float64"),
+    ("product", lambda c: torch.zeros(2, 2, 8), "product must be float64"),
+    ("product", lambda c: torch.nan * ones(2, 2, 8), "product holds NaN"),
+    ("cuts", lambda c: [GOOD], "1 cut lists for 2 rows"),
+    ("cuts", lambda c: [None, GOOD, GOOD], "3 cut lists for 2 rows"),
+]
+#: cuts that are no inequalities of all masks
+FORGED_CUTS = {
+    "wrong shape or type": [
+        {"multiplier": TAU.float()}, {"multiplier": TAU[:1]}, {"multiplier": TAU[:, None]},
+        {"multiplier": TAU[0]}, {"index": GOOD.index[:, :2]}, {"index": GOOD.index.flatten()},
+        {"sign": GOOD.sign[:, :1]}, {"sign": GOOD.sign[:1]},
+    ],
+    "not whole numbers": [{"index": GOOD.index.float()}, {"sign": GOOD.sign.float()}],
+    "outside the row": [index(-3, 0, 7), index(-1, 0, 7, then=(3, 2, 8))],
+    "no odd number of inputs, or one": [
+        index(-2, 0, 7), index(-2, -2, 7), index(-2, -2, -2),
+        {**index(0, 1, 2, 3, then=(3, 2, 1, 0)), "sign": GOOD.sign[:, [0, 1, 1]]},
+        {**index(0, 1, 2, 0, then=(3, 2, 1, -2)), "sign": GOOD.sign[:, [0, 1, 1]]},
+    ],
+    "twice": [
+        {**five(3, 2, 1, 0, -1), **index(0, 1, 2, 3, 0, then=(3, 2, 1, 0, -1))},
+        index(1, 1, 7), index(7, 1, 7), index(-1, 1, 7, then=(3, 2, 2)), index(-1, -1, 7),
+    ],
+    "not ±1": [
+        five(3, 2, 1, 0, -1, sign=(1, 1, 1, 0)), five(3, 2, 1, 0, -1, sign=(1, 1, 1, 3)),
+        {"sign": torch.tensor([[1, 0], [1, 1]])}, {"sign": torch.tensor([[1, -1], [-2, 1]])},
+    ],
+    "negative multiplier": [
+        {"multiplier": TAU * torch.tensor([1.0, -1e-9])}, {"multiplier": TAU * torch.nan},
+        {"multiplier": TAU * torch.tensor([1.0, torch.inf])},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "forge", "message"), FORGED)
+def test_tensors_that_do_not_fit_are_named(part, forge, message):
+    problem = layer()
+    given = certificate(problem)
+    with pytest.raises(VerificationError, match=message):
+        replace(given, **{part: forge(given)}).check(problem)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [(c, message) for message, cs in FORGED_CUTS.items() for c in cs]
+)
+@pytest.mark.parametrize("row", [0, 1])
+def test_cuts_that_are_no_inequalities_of_all_masks_are_refused(changes, message, row):
+    problem, cuts = layer(), [None, None]
+    cuts[row] = replace(GOOD, **changes)
+    with pytest.raises(VerificationError, match=rf"row {row} .*{message}"):
+        replace(certificate(problem), cuts=cuts).check(problem)
+
+
+def test_every_whole_number_and_a_multiplier_of_zero_make_a_cut():
+    problem = layer()
+    given = certificate(problem)
+    lists = [[Cuts(GOOD.index[:0], GOOD.sign[:0], TAU[:0])] * 2]
+    for kind in (torch.int8, torch.int16, torch.int32, torch.int64):
+        lists.append([Cuts(GOOD.index.to(kind), GOOD.sign.to(kind), 0 * TAU), None])
+    for cuts in lists:
+        torch.testing.assert_close(replace(given, cuts=cuts).check(problem), given.check(problem))
+
+
+@pytest.mark.parametrize("size", [1e100, 1e160, 1e300])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("part", ["diagonal", "penalty", "point", "product", "cuts"])
+def test_numbers_near_the_end_of_float64_prove_nothing_and_break_nothing(part, sign, size):
+    problem = layer()
+    given = certificate(problem, product=True)
+    if part == "cuts":
+        huge = [replace(GOOD, multiplier=TAU * size), None]
+    else:
+        huge = torch.full_like(getattr(given, part), sign * size)
+    value = replace(given, **{part: huge}).check(problem)
+    assert bool((value <= solve(problem, "exhaustive").objective).all())
+    assert bool((value >= 0).all())
+
+
+@pytest.mark.parametrize("cuts", ["none", "absent", "some", "empty"])
+def test_a_certificate_comes_back_from_disk_and_proves_the_same(cuts, tmp_path):
+    problem = layer(rows=3)
+    nothing = Cuts(GOOD.index[:0], GOOD.sign[:0], TAU[:0])
+    lists = {"absent": [None] * 3, "some": [None, triangles(), GOOD], "empty": [nothing] * 3}
+    given = replace(certificate(problem, product=True), cuts=lists.get(cuts))
+    given.save(tmp_path / "c.npz")
+    read = Certificate.load(tmp_path / "c.npz")
+    assert torch.equal(read.product, given.product)
+    for row in range(3):
+        assert unclamped(read, problem, row) == unclamped(given, problem, row)
+    assert torch.equal(read.check(problem), given.check(problem))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"diagonal": np.array(["a"])},
+        {"diagonal": np.zeros((2, 8), ">f8")},
+        {"cut_count": np.array([1, 1]), "cut_index": None},
+        *(
+            {"cut_count": np.array(x)}
+            for x in (["1", "1"], [3, -1], [[1], [1]], [1.0, 1.0], [1, 7])
+        ),
+    ],
+    ids=str,
+)
+def test_a_file_of_another_making_is_named(changes, tmp_path):
+    arrays = {"diagonal": np.zeros((2, 8)), "penalty": np.zeros((2, 2)), "point": np.zeros((2, 8))}
+    if "cut_count" in changes and "cut_index" not in changes:
+        for name, array in vars(GOOD).items():
+            arrays[f"cut_{name}"] = array.numpy()
+    arrays |= {name: array for name, array in changes.items() if array is not None}
+    write_arrays(tmp_path / "c.npz", "certificate", {}, arrays)
+    with pytest.raises(ProblemError, match=r"c\.npz: not a sound (certificate|file)"):
+        Certificate.load(tmp_path / "c.npz")

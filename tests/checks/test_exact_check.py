@@ -8,30 +8,19 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from certificates import certificate, exact, layer
+from certificates import certificate, exact, layer, single
 from commands import run
 from strategies import random_gram, random_linear, random_weight
 
-from maskopt import (
-    NM,
-    Certificate,
-    LayerProblem,
-    Refit,
-    Solution,
-    Unstructured,
-    lower_bound,
-    solve,
-    verification,
-    verify,
-)
-from maskopt.certificate import Cuts
+from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
+from maskopt.certificate import Certificate, Cuts
 from maskopt.errors import OptionError, VerificationError
 from maskopt.exact_check import exact_bounds, exact_cost, rational, semidefinite
-from maskopt.proof import KINDS, LEAF, Proof, RowProof
+from maskopt.least_squares import Refit
+from maskopt.proof import Proof
 from maskopt.proof_check import check_proof
-from maskopt.solution import Status
 
-ONE_OF_TWO = NM(keep=1, of=2)
+PATTERNS = pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(keep=2, of=4)], ids=str)
 
 
 def many_cuts(groups, size, copies, part=0.99):
@@ -41,14 +30,11 @@ def many_cuts(groups, size, copies, part=0.99):
     Added one after the other to 2·size, the linear terms of the copies are lost, and the terms that cancel
     them are not: by rounding alone Σ τ c(p) is 2·copies·τ too small wherever pᵢ + pⱼ = 1.
     """
-    index, sign, multiplier = [], [], []
-    for group in groups:
-        index.append(torch.tensor([[-1, 2 * group, 2 * group + 1]]).expand(copies + 1, 3))
-        sign.append(torch.ones(copies + 1, 2, dtype=torch.int8))
-        tau = torch.full((copies + 1,), part * size * 2.0**-53, dtype=torch.float64)
-        tau[0] = size
-        multiplier.append(tau)
-    return Cuts(torch.cat(index).int(), torch.cat(sign), torch.cat(multiplier))
+    pairs = torch.tensor([[-1, 2 * group, 2 * group + 1] for group in groups], dtype=torch.int32)
+    tau = torch.full((len(pairs), copies + 1), part * size * 2.0**-53, dtype=torch.float64)
+    tau[:, 0] = size
+    sign = torch.ones(tau.numel(), 2, dtype=torch.int8)
+    return Cuts(pairs.repeat_interleave(copies + 1, 0), sign, tau.flatten())
 
 
 def forged_certificate(problem, honest, groups, size, copies, part=0.99):
@@ -63,28 +49,13 @@ def forged_certificate(problem, honest, groups, size, copies, part=0.99):
 
 def forged_tree(problem, honest, size, copies, part=0.99):
     """The same as a tree of one leaf, whose μ holds for all groups."""
-    n = problem.n
-    cuts = many_cuts(range(n // 2), size, copies, part)
-    parts = {
-        "forms": np.full((1, n), -2 * size),
-        "cuts": [len(cuts.multiplier)],
-        "cut_index": cuts.index.numpy(),
-        "cut_sign": cuts.sign.numpy(),
-        "multiplier": cuts.multiplier.numpy(),
-        "form": [0],
-        "branch": [LEAF],
-        "fixes": [0],
-        "fixed": [],
-        "side": [],
-        "points": honest.point[0].numpy(),
-    }
-    arrays = {k: np.asarray(parts[k], dtype=KINDS[k]) for k in KINDS}
-    return RowProof(penalty=2 * size, **arrays)
+    cuts = many_cuts(range(problem.n // 2), size, copies, part)
+    return single(np.full(problem.n, -2 * size), 2 * size, honest.point[0].numpy(), cuts)
 
 
-def one_of_two(n=8, seed=0, rows=1, **more):
-    weight, gram = random_weight(rows, n, seed, torch.float64), random_gram(n, "full", seed + 1)
-    return LayerProblem(weight, gram, ONE_OF_TWO, **more)
+def one_of_two(n=8, seed=0):
+    weight, gram = random_weight(1, n, seed, torch.float64), random_gram(n, "full", seed + 1)
+    return LayerProblem(weight, gram, NM(keep=1, of=2))
 
 
 @functools.cache
@@ -100,6 +71,7 @@ def toy(n, seed):
     return problem, honest, min(costs), Solution.of(problem, costs[max(costs)])
 
 
+@pytest.mark.slow
 def test_rounding_of_many_cuts_proves_nothing_for_a_certificate():
     problem = one_of_two(32, seed=4)
     best = solve(problem, "branch", workers=0)
@@ -108,9 +80,8 @@ def test_rounding_of_many_cuts_proves_nothing_for_a_certificate():
     other = next(s for s in found if float(s.objective) > 1.01 * float(best.objective))
     honest = lower_bound(problem, "box").certificate
     forged = forged_certificate(problem, honest, [0], 2.0**36, 1_000_000)
-    claim = Solution.of(
-        problem, other.mask, status=Status.OPTIMAL, lower_bound=other.objective, certificate=forged
-    )
+    more = {"lower_bound": other.objective, "certificate": forged}
+    claim = Solution.of(problem, other.mask, status=Status.OPTIMAL, **more)
     for require in ("claims", "exact"):
         with pytest.raises(VerificationError, match="lower bound: row 0 states"):
             verify(problem, claim, require=require)
@@ -124,11 +95,13 @@ def test_rounding_of_many_cuts_proves_nothing_for_a_tree():
     assert exact_bounds(problem, trees=[tree])[0] <= optimum
 
 
-@pytest.mark.parametrize("first", range(0, 1000, 100))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(100, 1000, 100))]
+)
 def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
     """1,000 of them: none proves more than the optimum, or than what it proves in exact arithmetic."""
     # else verify tries all masks of a toy
-    monkeypatch.setattr(verification, "ENUMERATION_LIMIT", 0)
+    monkeypatch.setattr("maskopt.verification.ENUMERATION_LIMIT", 0)
     for seed in range(first, first + 100):
         generator = np.random.default_rng(seed)
         problem, honest, optimum, poor = toy(int(generator.choice([4, 6, 8])), 1 + seed % 4)
@@ -151,9 +124,9 @@ def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
             assert judge[0] <= optimum, seed
 
 
+@PATTERNS
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("product", [False, True])
-@pytest.mark.parametrize("pattern", [NM(keep=2, of=4), Unstructured(keep=4)], ids=str)
 def test_certificates_prove_what_their_definition_says(pattern, product, linear):
     problem = layer(pattern, linear=linear)
     given = certificate(problem, product=product, cuts=True)
@@ -162,7 +135,7 @@ def test_certificates_prove_what_their_definition_says(pattern, product, linear)
         assert 0 <= truth - bound <= max(truth, 1) / 10**9  # θ is rounding alone
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(keep=2, of=4)], ids=str)
+@PATTERNS
 @pytest.mark.parametrize("linear", [False, True])
 def test_trees_and_certificates_of_searches_hold_exactly(pattern, linear):
     weight, gram = random_weight(2, 16, 5, torch.float64), random_gram(16, "full", 6)
@@ -171,12 +144,11 @@ def test_trees_and_certificates_of_searches_hold_exactly(pattern, linear):
     optimum = solve(problem, "branch", proof=True, workers=0)
     assert verify(problem, optimum, require="exact").checked
     bound = lower_bound(problem, "sdp")
-    claim = Solution.of(
-        problem, optimum.mask, lower_bound=bound.value, certificate=bound.certificate
-    )
+    more = {"lower_bound": bound.value, "certificate": bound.certificate}
+    claim = Solution.of(problem, optimum.mask, **more)
     assert verify(problem, claim, require="exact").checked
-    for wrong in (replace(claim, lower_bound=1.001 * claim.lower_bound),
-                  replace(optimum, proof=None, trusted=("SCIP 10.0.0",) * 2)):  # fmt: skip
+    higher = replace(claim, lower_bound=1.001 * claim.lower_bound)
+    for wrong in (higher, replace(optimum, proof=None, trusted=("SCIP 10.0.0",) * 2)):
         with pytest.raises(VerificationError):
             verify(problem, wrong, require="exact")
 
@@ -185,19 +157,17 @@ def test_a_shared_budget_has_one_exact_bound():
     weight, gram = random_weight(3, 8, 5, torch.float64), random_gram(8, "full", 6)
     problem = LayerProblem(weight, gram, Unstructured(0.5, per="layer"))
     problem = problem.counting(torch.tensor([1.0, 2.0, 0.5]))
-    bound = lower_bound(problem, "box")
-    mask = solve(problem, "exhaustive").mask
-    claim = Solution.of(problem, mask, lower_bound=bound.value, certificate=bound.certificate)
-    verify(problem, claim, require="exact")
+    bound, mask = lower_bound(problem, "box"), solve(problem, "exhaustive").mask
+    more = {"lower_bound": bound.value, "certificate": bound.certificate}
+    verify(problem, Solution.of(problem, mask, **more), require="exact")
     (exactly,) = exact_bounds(problem, bound.certificate)
     assert float(exactly) == pytest.approx(float(problem.shares @ bound.value), rel=1e-9)
     assert float(exactly) <= float(problem.shares @ problem.objective(mask))
 
 
 def test_updated_weights_and_long_rows_are_refused_by_name():
-    small = layer()
     with pytest.raises(VerificationError, match="weights are kept unchanged"):
-        exact_bounds(small.refitting(Refit(0.1)))
+        exact_bounds(layer().refitting(Refit(0.1)))
     wide = LayerProblem(torch.ones(1, 256), torch.eye(256), Unstructured(0.5))
     with pytest.raises(VerificationError, match="at most 200 inputs, not 256"):
         verify(wide, solve(wide, "wanda"), require="exact")
@@ -222,14 +192,14 @@ def test_semidefinite_is_decided_without_rounding():
 
 
 def test_the_command_line_decides_exactly(tmp_path):
-    problem = one_of_two(32, seed=4)
-    problem.save(tmp_path / "row.npz")
+    problem, instance = one_of_two(32, seed=4), tmp_path / "row.npz"
+    problem.save(instance)
     best = solve(problem, "branch", proof=True, workers=0)
     best.save(tmp_path / "best.npz")
-    said = run("verify", tmp_path / "row.npz", tmp_path / "best.npz", "--exact")
+    said = run("verify", instance, tmp_path / "best.npz", "--exact")
     assert "holds: 1 row checked, decided in exact arithmetic" in said
     # a bound above what the tree proves
     off = replace(best, status=(Status.FEASIBLE,), lower_bound=best.lower_bound * (1 + 1e-8))
     off.save(tmp_path / "off.npz")
-    run("verify", tmp_path / "row.npz", tmp_path / "off.npz", "--exact", fails=VerificationError)
+    run("verify", instance, tmp_path / "off.npz", "--exact", fails=VerificationError)
     run("verify", tmp_path, "--exact", fails=OptionError)

@@ -6,49 +6,35 @@ import numpy as np
 import pytest
 import torch
 from certificates import claimed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pooled_layers import layer, pooled, slack, total
 from scipy.optimize import minimize
 
-from maskopt import (
-    Refit,
-    Solution,
-    Status,
-    improving_swap,
-    lower_bound,
-    solve,
-    verify,
-)
+from maskopt import Refit, Solution, Status, improving_swap, lower_bound, solve, verify
 from maskopt.errors import SolverError, VerificationError
 from maskopt.refit_certificate import RefitCertificate
 
-# --- the relaxation of a layer, and what it proves -----------------------------------------------------
+# --- the relaxation of a layer, and what it proves ---------------------------------------------------
 
 
-@settings(max_examples=30)
-@given(pooled(max_n=8, max_rows=4), st.sampled_from(("box", "shift")))
-def test_bounds_are_below_the_optimum(problem, method):
-    problem = problem.refitting(None)
-    bound = lower_bound(problem, method)
+@pytest.mark.parametrize("refit", [False, True])
+@given(data=st.data())
+def test_bounds_are_below_the_optimum(refit, data):
+    problem = data.draw(pooled(max_n=7 if refit else 8, max_rows=4))
+    if refit:
+        problem = problem.refitting(Refit(data.draw(st.sampled_from((0.01, 0.3)))))
+        splits = data.draw(st.integers(0, 3))
+        bound = lower_bound(problem, "perspective", turns=20, splits=splits)
+    else:
+        problem = problem.refitting(None)
+        bound = lower_bound(problem, data.draw(st.sampled_from(("box", "shift"))))
     best = solve(problem, "exhaustive")
     assert float(problem.shares @ bound.value) <= total(problem, best) + slack(problem)
     gaps = bound.gap(best.objective)
-    assert bool((gaps == gaps[0]).all())
-    assert bool((gaps >= -1e-9).all())
-
-
-@settings(max_examples=40)
-@given(pooled(max_n=7, max_rows=4), st.sampled_from((0.01, 0.3)), st.integers(0, 3))
-def test_bounds_of_refitted_rows_are_below_the_optimum(problem, damping, splits):
-    problem = problem.refitting(Refit(damping))
-    bound = lower_bound(problem, "perspective", turns=20, splits=splits)
-    best = solve(problem, "exhaustive")
-    assert float(problem.shares @ bound.value) <= total(problem, best) + slack(problem)
-    verify(
-        problem,
-        Solution.of(problem, best.mask, lower_bound=bound.value, certificate=bound.certificate),
-    )
+    assert refit or (bool((gaps == gaps[0]).all()) and bool((gaps >= -1e-9).all()))
+    more = {"lower_bound": bound.value, "certificate": bound.certificate}
+    verify(problem, Solution.of(problem, best.mask, **more))
 
 
 @pytest.mark.parametrize("omega", [None, torch.tensor([1.0, 9.0, 0.1, 1.0])])
@@ -72,21 +58,19 @@ def test_any_point_and_split_of_refitted_rows_prove_what_the_formula_says(omega)
         assert proven <= best + slack(problem)
 
 
-def test_the_bound_of_refitted_rows_that_trade_is_worth_something():
+def test_bounds_are_worth_something():
     problem = layer(rows=5, n=16, refit=Refit(0.1), omega=torch.tensor([1.0, 3.0, 0.5, 1.0, 2.0]))
     found = total(problem, solve(problem, "swap"))
-    proven = float(problem.shares @ lower_bound(problem, "perspective").value)
-    unsplit = float(problem.shares @ lower_bound(problem, "perspective", splits=0).value)
+    proven, unsplit, other = (
+        float(problem.shares @ lower_bound(problem, "perspective", **options).value)
+        for options in ({}, {"splits": 0}, {"threads": 2})
+    )
     assert 0.6 * found <= proven <= found * (1 + 1e-9)
     assert unsplit < proven
-    other = lower_bound(problem, "perspective", threads=2)
-    assert float(problem.shares @ other.value) == proven
+    assert other == proven
     alone = layer(rows=1, n=16, refit=Refit(0.1))
     counted = lower_bound(alone.under(alone.pattern.alike()), "perspective").value
     torch.testing.assert_close(lower_bound(alone, "perspective").value, counted, rtol=0.05, atol=0)
-
-
-def test_the_bound_of_a_diagonal_gram_is_tight():
     problem = layer(rows=4, n=9, kind="diagonal", omega=torch.tensor([1.0, 3.0, 0.5, 1.0]))
     best = total(problem, solve(problem, "swap"))
     proven = float(problem.shares @ lower_bound(problem, "shift").value)
@@ -98,17 +82,15 @@ def test_the_bound_of_a_diagonal_gram_is_tight():
 def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, spread):
     """min Σ ωᵣ fᵣ(xᵣ) over the box, one count, and what a row may take of it, by SLSQP."""
     problem = layer(rows=6, n=8, omega=omega, spread=spread)
-    shape, share = problem.weight.shape, problem.shares[:, None].numpy()
-    w, gram = problem.weight.numpy(), problem.gram.numpy()
+    share, w, gram = problem.shares[:, None].numpy(), problem.weight.numpy(), problem.gram.numpy()
 
     def value(x):
-        dropped = w * x.reshape(shape)
+        dropped = w * x.reshape(w.shape)
         return float((share * dropped * (dropped @ gram)).sum())
 
     def slope(x):
-        return (2 * share * w * (w * x.reshape(shape) @ gram)).ravel()
+        return (2 * share * w * (w * x.reshape(w.shape) @ gram)).ravel()
 
-    count = {"type": "eq", "fun": lambda x: x.sum() - problem.pruned, "jac": lambda x: x * 0 + 1}
     size, (least, most) = w.size, problem.row_limits
     rows = np.kron(np.eye(6), np.ones(8))
     within = {
@@ -121,7 +103,10 @@ def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, spread)
         [problem.pruned / size] * size,
         jac=slope,
         bounds=[(0, 1)] * size,
-        constraints=[count] if spread is None else [count, within],
+        constraints=[
+            {"type": "eq", "fun": lambda x: x.sum() - problem.pruned, "jac": lambda x: x * 0 + 1},
+            *([] if spread is None else [within]),
+        ],
         method="SLSQP",
         options={"ftol": 1e-12, "maxiter": 500},
     )
@@ -134,30 +119,22 @@ def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, spread)
     assert float(sums.max()) <= most + 1e-3
 
 
-def test_a_relaxed_start_counts_for_the_layer():
-    """Where rows differ much, equal counts are far from any good mask of the layer."""
-    problem = layer(rows=12, n=32, sparsity=0.6, seed=5)
-    alike = solve(problem.under(problem.pattern.alike()), "relax", refine=False, max_iterations=0)
-    start = solve(problem, "relax", refine=False, max_iterations=0)
-    assert total(problem, start) < 0.9 * total(problem, alike)
+@pytest.mark.parametrize(
+    ("spread", "part"), [(None, 0.9), (0.0, 1.001), (0.1, 0.801), (0.2, 0.601)]
+)
+def test_a_relaxed_start_counts_for_the_layer(spread, part):
+    """Where rows differ much, equal counts are far from any good mask of the layer; where they count for very
+    different amounts, limits hold most of them."""
+    omega = None if spread is None else torch.linspace(0, 6, 12, dtype=torch.float64).exp()
+    more = {"sparsity": 0.6, "seed": 5} if spread is None else {"omega": omega, "spread": spread}
+    problem = layer(rows=12, n=32, **more)
+    equal = problem.under(problem.pattern.alike())
+    begun, start = (solve(p, "relax", refine=False, max_iterations=0) for p in (equal, problem))
+    assert total(problem, start) <= part * total(problem, begun)
     whole = solve(problem, "relax")
     verify(problem, whole)
     assert set(whole.status) == {Status.SWAP_OPTIMAL}
     assert float(whole.gap[0]) == pytest.approx(float(whole.gap[-1]))
-    assert 0 < float(whole.lower_bound.sum()) < total(problem, whole)
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.1, 0.2])
-def test_a_relaxed_start_within_limits_counts_for_the_layer(spread):
-    """Where rows count for very different amounts, limits hold most of them."""
-    omega = torch.linspace(0, 6, 12, dtype=torch.float64).exp()
-    problem = layer(rows=12, n=32, omega=omega, spread=spread)
-    alike = solve(problem.under(problem.pattern.alike()), "relax", refine=False, max_iterations=0)
-    start = solve(problem, "relax", refine=False, max_iterations=0)
-    assert total(problem, start) <= (1.001 - 2 * spread) * total(problem, alike)
-    whole = solve(problem, "relax")
-    verify(problem, whole)
-    assert set(whole.status) == {Status.SWAP_OPTIMAL}
     assert 0 < float(problem.shares @ whole.lower_bound) < total(problem, whole)
 
 
@@ -171,8 +148,7 @@ def test_relaxing_is_never_worse_than_its_start(refine):
 
 def test_certificates_of_a_layer_are_checked():
     problem = layer(rows=3, n=8)
-    bound = lower_bound(problem, "box")
-    found = solve(problem, "swap")
+    bound, found = lower_bound(problem, "box"), solve(problem, "swap")
     assert claimed(problem, found, bound).checked
     with pytest.raises(VerificationError, match="its certificate proves"):
         claimed(problem, found, bound, 1.01)
@@ -181,15 +157,13 @@ def test_certificates_of_a_layer_are_checked():
         claimed(problem, found, bound, certificate=own_counts)
     moved = replace(bound.certificate, point=torch.full((3, 8), 0.3, dtype=torch.float64))
     assert float(moved.check(problem).sum()) <= float(bound.value.sum())
-    # of rows that prune alike the same point proves another thing
-    alike = problem.under(problem.pattern.alike())
-    assert float(bound.certificate.check(alike).sum()) >= float(bound.value.sum()) * (1 - 1e-12)
+    # of rows with equal counts the same point proves another thing
+    equal = problem.under(problem.pattern.alike())
+    assert float(bound.certificate.check(equal).sum()) >= float(bound.value.sum()) * (1 - 1e-12)
 
 
-def test_bounds_of_rows_that_prune_alike_are_refused():
-    with pytest.raises(
-        SolverError, match="whose rows trade and keep their weights take method 'box'"
-    ):
+def test_bounds_of_other_rows_are_refused():
+    with pytest.raises(SolverError, match="rows trade and keep their weights take method 'box'"):
         lower_bound(layer(rows=2, n=4), "sdp")
     with pytest.raises(SolverError, match=r"'box' is of weights as they are; .* 'perspective'"):
         lower_bound(layer(rows=2, n=4, refit=Refit(0.01)), "box")
@@ -198,21 +172,24 @@ def test_bounds_of_rows_that_prune_alike_are_refused():
 # --- what is claimed falsely -------------------------------------------------------------------------
 
 
+def exchanged(mask, i, u, j, p):
+    other = mask.clone()
+    other[i, u], other[j, p] = False, True
+    return other
+
+
 @pytest.mark.parametrize("refit", [None, Refit(0.01)])
 def test_a_trade_that_improves_is_found(refit):
     problem = layer(refit=refit)
-    alike = problem.under(problem.pattern.alike())
-    mask = solve(alike, "swap").mask
+    mask = solve(problem.under(problem.pattern.alike()), "swap").mask
     trade = improving_swap(problem, mask)
     assert trade is not None
     assert trade.row != trade.other
-    better = mask.clone()
-    better[trade.row, trade.kept] = False
-    better[trade.other, trade.pruned] = True
-    change = problem.shares @ (problem.objective(better) - problem.objective(mask))
+    better = problem.objective(exchanged(mask, trade.row, trade.kept, trade.other, trade.pruned))
+    change = problem.shares @ (better - problem.objective(mask))
     assert float(change) == pytest.approx(trade.delta, rel=1e-9)
     best = min(
-        float(problem.objective(_traded(mask, i, u, j, p)).sum())
+        float(problem.objective(exchanged(mask, i, u, j, p)).sum())
         for i in range(problem.rows)
         for j in range(problem.rows)
         if i != j
@@ -220,47 +197,35 @@ def test_a_trade_that_improves_is_found(refit):
         for p in [*(~mask[j]).nonzero()[:3, 0].tolist(), trade.pruned]
         if mask[i, u] and not mask[j, p]
     )
-    assert best == pytest.approx(float(problem.objective(better).sum()))
-    claimed = replace(Solution.of(problem, mask), status=(Status.SWAP_OPTIMAL,) * problem.rows)
+    assert best == pytest.approx(float(better.sum()))
+    claim = replace(Solution.of(problem, mask), status=(Status.SWAP_OPTIMAL,) * problem.rows)
     with pytest.raises(VerificationError, match=r"of row \d instead of \d+ of row"):
-        verify(problem, claimed)
-
-
-def _traded(mask, i, u, j, p):
-    other = mask.clone()
-    other[i, u], other[j, p] = False, True
-    return other
+        verify(problem, claim)
 
 
 def test_a_swap_inside_a_row_is_found():
     problem = layer()
-    found = solve(problem, "swap")
-    mask = found.mask.clone()
+    mask = solve(problem, "swap").mask.clone()
     row = int(((mask.sum(1) > 0) & (mask.sum(1) < problem.n)).nonzero()[0])
     u, p = mask[row].nonzero()[0, 0], (~mask[row]).nonzero()[0, 0]
-    mask[row, u], mask[row, p] = False, True
-    assert improving_swap(problem, mask) is not None
+    assert improving_swap(problem, exchanged(mask, row, u, row, p)) is not None
 
 
 def test_claims_that_do_not_hold_are_refused():
     problem = layer(rows=3, n=6)
-    best = solve(problem, "exhaustive")
-    worse = solve(problem, "random")
-
-    def claim(base, **changes):
-        with pytest.raises(VerificationError) as caught:
-            verify(problem, replace(base, **changes))
-        return str(caught.value)
-
+    best, worse = solve(problem, "exhaustive"), solve(problem, "random")
+    words, optimal = ("SCIP 10.0",) * 3, (Status.OPTIMAL,) * 3
     mixed = (Status.OPTIMAL, Status.SWAP_OPTIMAL, Status.OPTIMAL)
-    assert "proven together" in claim(best, status=mixed)
-    optimal = (Status.OPTIMAL,) * 3
-    assert "changes the sum" in claim(
-        worse, status=optimal, lower_bound=worse.objective, trusted=("SCIP 10.0",) * 3
-    )
-    assert "without proof" in claim(best, lower_bound=torch.zeros(3, dtype=torch.float64))
-    assert "a mask of sum" in claim(worse, lower_bound=worse.objective, trusted=("SCIP 10.0",) * 3)
-    swapped = best.mask.clone()
-    swapped[0, int(swapped[0].nonzero()[0])] = False
-    assert "asks for exactly" in claim(best, mask=swapped)
-    assert "no exact solver is trusted with it" in claim(best, trusted=())
+    fewer = best.mask.clone()
+    fewer[0, int(fewer[0].nonzero()[0])] = False
+    high = {"lower_bound": worse.objective, "trusted": words}
+    for message, base, changes in (
+        ("proven together", best, {"status": mixed}),
+        ("changes the sum", worse, {"status": optimal, **high}),
+        ("without proof", best, {"lower_bound": 0 * best.objective}),
+        ("a mask of sum", worse, high),
+        ("asks for exactly", best, {"mask": fewer}),
+        ("no exact solver is trusted with it", best, {"trusted": ()}),
+    ):
+        with pytest.raises(VerificationError, match=message):
+            verify(problem, replace(base, **changes))

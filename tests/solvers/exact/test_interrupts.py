@@ -1,11 +1,8 @@
-"""Ctrl-C ends what goes on from a search: the best by then is nobody's answer."""
+"""Ctrl-C leaves the incumbent and the bound of all open nodes, and ends what goes on from a search."""
 
-from __future__ import annotations
-
+import heapq
 import itertools
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 from commands import import_path
@@ -14,77 +11,97 @@ from strategies import random_gram, random_weight
 from test_scip import die_on_seven
 from tiny_models import save, tiny, tokens
 
-from maskopt import LayerProblem, Unstructured, prune_model, solve
+from maskopt import LayerProblem, Status, Unstructured, prune_model, solve, verify
 from maskopt.certify import bound_layers
 from maskopt.model.options import PruneOptions
 from maskopt.model.solving import solve_layer
-from maskopt.solvers.exact import tree, workers
-from maskopt.trace import SearchTrace
+from maskopt.solvers.exact import branch, tree, workers
+
+SIXTY = Unstructured(0.6)
+LAYER = LayerProblem(random_weight(1, 64, 1), random_gram(64, "full", 2), SIXTY)
 
 
-def layer(rows: int = 1, n: int = 64) -> LayerProblem:
-    return LayerProblem(random_weight(rows, n, 1), random_gram(n, "full", 2), Unstructured(0.6))
+def interrupt(monkeypatch, owner, name, after, before=lambda *_: None):
+    """A call after so many is Ctrl-C."""
+    calls, original = itertools.count(), getattr(owner, name)
 
-
-@pytest.fixture
-def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tenth node of `branch` is Ctrl-C."""
-    calls, original = itertools.count(), tree.bound_node
-
-    def bound(*args: Any) -> Any:
-        if next(calls) == 9:
+    def interrupted(*args):
+        if next(calls) == after:
+            before(*args)
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(tree, "bound_node", bound)
+    monkeypatch.setattr(owner, name, interrupted)
 
 
-@pytest.mark.usefixtures("interrupted")
-def test_an_interrupted_start_is_none() -> None:
+@pytest.fixture(params=["a bound", "a node that was taken", "the duals"])
+def ended(request, monkeypatch):
+    """Where `branch` is interrupted."""
+    if request.param == "a bound":
+        interrupt(monkeypatch, tree, "bound_node", 9)
+    elif request.param == "the duals":
+        interrupt(monkeypatch, branch, "qcr_duals", 0)
+    else:
+        calls, take = itertools.count(), heapq.heappop
+
+        def taken(nodes):
+            node = take(nodes)
+            if next(calls) == 9:
+                nodes.clear()  # as if all others were being branched on, too
+                raise KeyboardInterrupt
+            return node
+
+        monkeypatch.setattr(tree.heapq, "heappop", taken)
+    return request.param
+
+
+def test_the_incumbent_and_the_least_open_bound_are_returned(ended, monkeypatch):
+    solution = solve(LAYER, "branch")
+    monkeypatch.undo()
+    best = solve(LAYER, "branch").objective
+    assert solution.trace.ended == ("userinterrupt",)
+    assert solution.status == (Status.FEASIBLE,)
+    assert bool((solution.objective <= solve(LAYER, "wanda").objective).all())
+    if ended == "the duals":
+        assert solution.lower_bound.tolist() == [0.0]
+    else:
+        assert bool((solution.lower_bound > 0.8 * best).all())
+        assert bool((solution.lower_bound < best * (1 - 1e-4)).all())  # nodes are still open
+    verify(LAYER, solution)
+
+
+@pytest.mark.parametrize(
+    "goes_on",
+    [
+        lambda: solve(LAYER, "swap", start="branch"),
+        lambda: solve_layer(LAYER, PruneOptions(SIXTY, "branch")),
+        lambda: bound_layers([LAYER], method="box", solver="branch"),
+    ],
+    ids=["a start", "a layer of a model", "a gap"],
+)
+def test_what_goes_on_from_a_search_ends_with_it(goes_on, monkeypatch):
+    interrupt(monkeypatch, tree, "bound_node", 9)
     with pytest.raises(KeyboardInterrupt):
-        solve(layer(), "swap", start="branch")
+        goes_on()
 
 
-@pytest.mark.usefixtures("interrupted")
-def test_an_interrupted_layer_of_a_model_is_not_done() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        solve_layer(layer(), PruneOptions(Unstructured(0.6), "branch"))
-
-
-@pytest.mark.usefixtures("interrupted")
-def test_an_interrupted_mask_has_no_gap() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        bound_layers([layer()], method="box", solver="branch")
-
-
-@pytest.mark.usefixtures("interrupted")
-def test_a_portfolio_ends_with_its_member_and_keeps_what_that_has() -> None:
-    found = solve(layer(), "portfolio", members=("branch", "swap", "tabu"))
-    assert isinstance(found.trace, SearchTrace)
+def test_a_portfolio_ends_with_its_member_and_keeps_what_that_has(monkeypatch):
+    interrupt(monkeypatch, tree, "bound_node", 9)
+    found = solve(LAYER, "portfolio", members=("branch", "swap", "tabu"))
     assert found.trace.interrupted
     assert found.trace.stopped == ("interrupted",)
-    assert found.trace.rounds is not None
     assert found.trace.rounds.tolist() == [1]
     assert bool((found.lower_bound > 0).all())
-    assert not solve(layer(), "portfolio", members=("swap",)).trace.interrupted
+    assert not solve(LAYER, "portfolio", members=("swap",)).trace.interrupted
 
 
-def test_a_prune_goes_on_after_the_layers_that_were_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prune_goes_on_after_the_layers_that_were_done(tmp_path, monkeypatch):
     dense = save(tiny("llama"), tmp_path / "dense")
-    how: dict[str, Any] = {"sparsity": 0.9, "solver": "branch", "min_tokens": 1}
+    how = {"sparsity": 0.9, "solver": "branch", "min_tokens": 1}
     how |= {"include": "self_attn.k_proj", "solver_options": {"workers": 0}}
     prune_model(dense, tokens(6), output=tmp_path / "whole", **how)
-    calls, original = itertools.count(), tree.Tree.search
-
-    def search(self: tree.Tree, threads: int) -> Any:
-        if next(calls) == 20:  # in the second layer
-            raise KeyboardInterrupt
-        return original(self, threads)
-
     with monkeypatch.context() as patched:
-        patched.setattr(tree.Tree, "search", search)
+        interrupt(patched, tree.Tree, "search", 20)  # in the second layer
         with pytest.raises(KeyboardInterrupt):
             prune_model(dense, tokens(6), output=tmp_path / "out", **how)
     prune_model(dense, tokens(6), output=tmp_path / "out", resume=True, **how)
@@ -92,15 +109,13 @@ def test_a_prune_goes_on_after_the_layers_that_were_done(
 
 
 @pytest.mark.parametrize("when", ["_start", "_receive"])
-def test_a_worker_that_an_interrupt_ends_has_not_crashed(
-    when: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_an_interrupt_ends_has_not_crashed(when, monkeypatch):
     """It comes while the process is started, or before that can hand back anything."""
     monkeypatch.setenv("PYTHONPATH", import_path(__file__))
     crew = workers._Crew(die_on_seven, [7, 3], 512, math.inf)
     original = getattr(workers, when)
 
-    def interrupted(*given: Any) -> Any:
+    def interrupted(*given):
         crew.stop.set()
         return original(*given)
 
