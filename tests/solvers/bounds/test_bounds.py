@@ -57,7 +57,7 @@ def test_random_duals_and_points_are_valid(problem, seed, size):
     def noise(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    for _ in range(5):
+    for _ in range(2):
         cuts, product = None, None
         if n >= 3:
             index = [torch.randperm(n + 1, generator=generator)[:3] - 1 for _ in range(5)]
@@ -83,7 +83,7 @@ def test_a_deliberately_crude_solve_is_valid(problem, sweeps, seed, more):
 
 
 @pytest.mark.parametrize(
-    ("times", "rows", "n"), [(1, 4, 8), pytest.param(2, 25, 12, marks=pytest.mark.slow)]
+    ("times", "rows", "n"), [(1, 3, 8), pytest.param(2, 25, 12, marks=pytest.mark.slow)]
 )
 def test_hundreds_of_small_rows(times, rows, n):
     """Both patterns, every kind of Gram matrix; the bounds are worth something, and cuts more."""
@@ -118,11 +118,7 @@ SETTLING = list(itertools.product(["full", "low-rank", "outliers"], PATTERNS))
 
 @pytest.mark.parametrize(
     ("kind", "pattern"),
-    [
-        SETTLING[1],
-        SETTLING[4],
-        *(pytest.param(*SETTLING[i], marks=pytest.mark.slow) for i in (0, 2, 3, 5)),
-    ],
+    [SETTLING[4], *(pytest.param(*SETTLING[i], marks=pytest.mark.slow) for i in (0, 1, 2, 3, 5))],
     ids=str,
 )
 def test_the_default_sweeps_settle(kind, pattern):
@@ -136,7 +132,7 @@ def test_the_default_sweeps_settle(kind, pattern):
 @pytest.mark.parametrize("kind", ["full", "outliers"])
 def test_an_outlier_input_does_not_slow_the_rest(kind):
     """An input that no good mask prunes may weigh anything: the bound hardly moves."""
-    problem = layer(1, 128, kind=kind)
+    problem = layer(1, 64, kind=kind)
     best = solve(problem, "swap").mask[0]
     heavy = problem.weight.clone()
     heavy[0, int(best.nonzero()[0])] = 100 * float(heavy.abs().max())
@@ -178,7 +174,7 @@ def test_the_relaxation_beats_the_box(pattern):
 
 
 def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
-    problem = layer(2, 48)
+    problem = layer(1, 32)
     row = ScaledRow.of(problem, problem.gram.numpy(), 0, float(Mixing(problem, 10, 0).scale[0]))
     values = []
     for sweeps, name in ((1, "sweep"), (600, "sweep_torch")):
@@ -278,10 +274,12 @@ def test_bad_input_is_named(problem, method, options, kind, message):
     assert ENTRY_POINT_GROUP == "maskopt.bounds"
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    "pattern", [SPARSE, pytest.param(NM(2, 4), marks=pytest.mark.slow)], ids=str
+)
 def test_the_conic_solver_and_the_low_rank_method_agree(pattern):
     pytest.importorskip("scs")
-    problem = layer(2, 24, pattern)
+    problem = layer(2, 16, pattern)
     conic, low_rank = lower_bound(problem, "sdp-conic"), lower_bound(problem, "sdp", sweeps=3000)
     torch.testing.assert_close(conic.value, low_rank.value, rtol=0.005, atol=0)
     best = solve(problem, "branch", workers=0).objective

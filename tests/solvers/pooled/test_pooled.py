@@ -142,7 +142,7 @@ def test_a_start_within_limits_is_no_worse_than_equal_counts(start, refit):
     omega = torch.linspace(0, 6, 16, dtype=torch.float64).exp()
     sums = []
     for spread in (0.0, 0.05, 0.1, 0.2, None):
-        problem = layer(rows=16, n=64, refit=refit, omega=omega, spread=spread)
+        problem = layer(rows=16, n=32, refit=refit, omega=omega, spread=spread)
         sums.append(total(problem, solve(problem, "swap", start=start)))
     equal = problem.under(Unstructured(sparsity=0.5))
     assert sums[0] <= 1.02 * float(omega @ solve(equal, "swap", start=start).objective)
@@ -292,7 +292,7 @@ def test_a_layer_of_one_row_is_that_row(refit):
 
 @BOTH
 def test_threads_and_memory_change_nothing(refit):
-    problem = layer(rows=80, n=16, refit=refit)
+    problem = layer(rows=40, n=12, refit=refit)
     for solver in ("admm", "swap"):
         found = [
             solve(problem, solver, threads=threads, memory_limit=memory).mask

@@ -32,7 +32,7 @@ from maskopt.refit_certificate import RefitCertificate
 PATTERNS = (HALF, NM(keep=2, of=4), NM(keep=1, of=4))
 
 
-@given(problems(max_n=10, max_rows=3), st.sampled_from((Refit(0.001), *REFITS)), st.integers(0, 4))
+@given(problems(max_n=8, max_rows=2), st.sampled_from((Refit(0.001), *REFITS)), st.integers(0, 4))
 def test_no_mask_costs_less(problem, how, splits):
     problem = problem.refitting(how)
     bound = lower_bound(problem, "perspective", splits=splits, turns=20)
@@ -51,11 +51,12 @@ def seeds(few, many):
     return pytest.mark.parametrize("seed", [*range(few), *slow])
 
 
-@seeds(1, 8)
+@seeds(1, 9)
 @pytest.mark.parametrize("kind", KINDS)
 def test_thousands_of_rows_are_bounded_by_their_optimum(kind, seed):
-    problem = refit_layer(rows=32, n=6, kind=kind, seed=seed, damping=(0.01, 0.1)[seed % 2])
-    bound = lower_bound(problem, "perspective", splits=1, turns=5)
+    rows, damping = 32 if seed else 8, (0.01, 0.1)[seed % 2]
+    problem = refit_layer(rows=rows, n=6, kind=kind, seed=seed, damping=damping)
+    bound = lower_bound(problem, "perspective", splits=1 - seed % 2, turns=5)
     best = solve(problem, "exhaustive").objective
     assert bool((bound.value <= best + floor(problem)).all())
 
@@ -106,7 +107,7 @@ def test_it_is_tight_where_inputs_are_not_correlated():
 
 @pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
 def test_better_splits_and_turns_only_help(pattern):
-    problem = refit_layer(pattern, rows=4, n=24, damping=0.05)
+    problem = refit_layer(pattern, rows=2, n=16, damping=0.05)
     found = solve(problem, "swap").objective
     gaps = [
         float(lower_bound(problem, "perspective", splits=splits).gap(found).mean())
@@ -153,7 +154,7 @@ def test_inputs_that_say_the_same_are_bounded_too(per, seed):
         pattern = Unstructured(sparsity=0.5, per=per)
         problem = LayerProblem(weight, x.T @ x, pattern, refit=Refit(damping))
         best = solve(problem, "exhaustive")
-        bound = lower_bound(problem, "perspective")
+        bound = lower_bound(problem, "perspective", splits=4)
         room = 1e-9 * problem.diagonal_mass().sum()
         assert float(bound.value.sum()) <= float(best.objective.sum() + room)
         if per == "row":

@@ -57,7 +57,7 @@ def test_masks_are_legal_and_never_below_the_optimum(problem, how, panel):
         assert bool((found.objective >= best.objective - slack(problem)).all())
         assert set(found.status) == {Status.FEASIBLE}
         assert found.lower_bound.tolist() == [0.0] * problem.rows
-    found = solve(problem, "memetic")
+    found = solve(problem, "memetic", generations=2, children=2, pool=4)
     assert_proven(problem, found)
     assert bool((found.objective >= best.objective - slack(problem)).all())
 
@@ -65,8 +65,7 @@ def test_masks_are_legal_and_never_below_the_optimum(problem, how, panel):
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("pattern", LARGE, ids=str)
 @pytest.mark.parametrize(
-    ("kind", "linear"),
-    [("full", False), ("full", True), ("low-rank", True), ("low-rank", False), ("outliers", False)],
+    ("kind", "linear"), [("full", True), ("low-rank", False), ("outliers", False)]
 )
 def test_threads_and_the_other_rows_change_nothing(solver, kind, linear, pattern):
     problem = layer(pattern, n=80, kind=kind, linear=linear)
