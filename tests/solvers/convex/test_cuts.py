@@ -115,7 +115,7 @@ def test_a_pool_has_a_triangle_once():
     assert both.tau.tolist() == [1.0] * 30 + [0.0] * 20
 
 
-@given(problems(max_n=10, max_rows=6))
+@given(problems(max_n=10, max_rows=3))
 def test_never_above_the_optimum_and_never_below_the_plain_bound(problem):
     plain = lower_bound(problem, "sdp")
     bound = lower_bound(problem, "sdp", cuts=2)
@@ -138,7 +138,7 @@ def test_cuts_close_a_good_part_of_the_gap(pattern):
 
 
 def test_rows_do_not_depend_on_each_other_and_runs_repeat():
-    problem = layer(3, 32)
+    problem = layer(3, 24)
     together, _ = cut_certificate(problem, 16, 3, Limits())
     again, _ = cut_certificate(problem, 16, 3, Limits())
     alone, _ = cut_certificate(problem.take([1]), 16, 3, Limits())

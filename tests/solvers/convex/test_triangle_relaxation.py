@@ -193,6 +193,7 @@ def test_a_singular_form_from_above_is_as_good_a_start_as_another():
     assert values[0] == pytest.approx(values[1], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_trees_of_graphs_are_small_and_checked(monkeypatch):
     problem = graph(40, 0.75, keep=30, seed=4)
     tight, cuts = proven(problem)
@@ -213,7 +214,7 @@ def loose(monkeypatch):
 def test_nodes_open_together_make_the_same_tree_on_any_number_of_threads(loose):
     problem = graph(50, 0.75, keep=34, seed=2)
     proofs = []
-    for threads in (1, 2, 5):
+    for threads in (1, 5):
         solution, _ = proven(problem, threads=threads)
         proofs.append((solution.trace.nodes, solution.proof.arrays()))
     assert int(proofs[0][0]) > 4  # some of them are open together
@@ -251,6 +252,7 @@ def test_triangles_are_tried_where_a_row_is_hard(monkeypatch):
     torch.testing.assert_close(found.objective, plain.objective)
 
 
+@pytest.mark.slow
 def test_triangles_are_tried_again_where_the_tree_becomes_too_large(monkeypatch):
     """Whatever the root then lacks, as long as it proves more than all that was branched."""
     kept = []
@@ -281,7 +283,7 @@ def test_a_root_that_proves_less_than_its_tree_is_not_kept(monkeypatch, near, va
     ids=["early", "again"],
 )
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(i, marks=pytest.mark.slow) for i in range(2, 6))]
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3, 4, 5))]
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, values, kind, seed):

@@ -158,7 +158,8 @@ def test_inputs_that_say_the_same_are_bounded_too(per, seed):
         room = 1e-9 * problem.diagonal_mass().sum()
         assert float(bound.value.sum()) <= float(best.objective.sum() + room)
         if per == "row":
-            verify(problem, solve(problem, "branch"))
+            one = problem.take([seed % 3])
+            verify(one, solve(one, "branch"))
 
 
 def test_no_time_leaves_a_bound_that_holds():
