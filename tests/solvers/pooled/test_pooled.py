@@ -41,6 +41,11 @@ EQUAL = sorted(
 BOTH = pytest.mark.parametrize("refit", [None, Refit(0.01)])
 
 
+def scaled(problem, w, g, omega=None):
+    weight, gram = w * problem.weight, g * problem.gram
+    return LayerProblem(weight, gram, problem.pattern, refit=problem.refit, omega=omega)
+
+
 def assert_optimal(problem, found):
     assert set(found.status) == {Status.SWAP_OPTIMAL}
     assert verify(problem, found).checked
@@ -229,10 +234,8 @@ def test_enumeration_is_the_optimum_and_swaps_never_below(problem):
     assert verify(problem, best).checked
     found = solve(problem, "swap")
     assert total(problem, best) <= total(problem, found) + slack(problem)
-    left = solve(problem, "swap", start=best.mask)
-    assert total(problem, left) >= total(problem, best) - 1e-6 * total(problem, best) - slack(
-        problem
-    )
+    left, least = solve(problem, "swap", start=best.mask), total(problem, best)
+    assert total(problem, left) >= least - 1e-6 * least - slack(problem)
 
 
 def test_on_a_diagonal_gram_swaps_are_optimal():
@@ -266,20 +269,12 @@ def test_order_and_units_change_nothing(refit):
     found = solve(problem, "swap", start="wanda")
     generator = torch.Generator().manual_seed(0)
     rows, columns = (torch.randperm(size, generator=generator) for size in (5, 16))
-    moved = LayerProblem(
-        problem.weight[rows][:, columns],
-        problem.gram[columns][:, columns],
-        problem.pattern,
-        refit=refit,
-    )
+    weight, gram = problem.weight[rows][:, columns], problem.gram[columns][:, columns]
+    moved = LayerProblem(weight, gram, problem.pattern, refit=refit)
     assert torch.equal(solve(moved, "swap", start="wanda").mask, found.mask[rows][:, columns])
-    for w, g in ((2.0**20, 1.0), (2.0**-30, 2.0**10), (-1.0, 1.0)):
-        scaled = LayerProblem(w * problem.weight, g * problem.gram, problem.pattern, refit=refit)
-        assert torch.equal(solve(scaled, "swap", start="wanda").mask, found.mask)
-    counted = LayerProblem(
-        problem.weight, problem.gram, problem.pattern, refit=refit, omega=torch.full((5,), 8.0)
-    )
-    assert torch.equal(solve(counted, "swap", start="wanda").mask, found.mask)
+    for w, g, omega in ((2.0**20, 1, 1), (2.0**-30, 2.0**10, 1), (-1, 1, 1), (1, 1, 8)):
+        same = scaled(problem, w, g, omega=torch.full((5,), float(omega)))
+        assert torch.equal(solve(same, "swap", start="wanda").mask, found.mask)
 
 
 @BOTH
@@ -312,9 +307,7 @@ def test_rows_may_keep_all_or_nothing(refit):
 @BOTH
 def test_dead_layers_are_proven_at_once(refit):
     for weight, gram in ((0.0, 1.0), (1.0, 0.0)):
-        problem = LayerProblem(
-            weight * torch.ones(3, 6), gram * random_gram(6, "full", 1), pool(), refit=refit
-        )
+        problem = scaled(layer(rows=3, n=6, refit=refit), weight, gram)
         found = solve(problem, "swap", start="random")
         assert_optimal(problem, found)
         assert not int(found.trace.trades.sum())
@@ -386,13 +379,10 @@ def test_what_is_said_of_all_rows_counts_each_as_it_is_minimised(tmp_path):
     said = re.search(r"value=(\S+) in all", repr(bound))
     assert float(said[1]) == pytest.approx(float(problem.shares @ bound.value), rel=1e-5)
     assert float(said[1]) <= least
-    problem.save(tmp_path / "layer.npz")
-    line = run(
-        "solve", tmp_path / "layer.npz", "--solver", "exhaustive", "--output", tmp_path / "s.npz"
-    )
-    assert f"{least:.6g}" in line
-    said = " ".join(run("compare", tmp_path / "layer.npz", "--solvers", "swap").split())
+    problem.save(path := tmp_path / "layer.npz")
+    more = ["--solver", "exhaustive"]
+    assert f"{least:.6g}" in run("solve", path, *more, "--output", tmp_path / "s.npz")
+    said = " ".join(run("compare", path, "--solvers", "swap").split())
     assert "each row is solved alone and trades with no other" in said
-    more = ["--method", "box", "--solver", "exhaustive"]
-    table = " ".join(run("bound", tmp_path / "layer.npz", *more).split())
+    table = " ".join(run("bound", path, "--method", "box", *more).split())
     assert "the bound of rows that trade is of their sum" in table

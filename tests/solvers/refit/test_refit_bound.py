@@ -99,7 +99,7 @@ def test_the_value_is_the_formulas(pattern):
 
 def test_it_is_tight_where_inputs_are_not_correlated():
     for damping in (0.01, 1.0):
-        problem = refit_layer(kind="diagonal", rows=4, n=12, damping=damping)
+        problem = refit_layer(kind="diagonal", rows=3, n=8, damping=damping)
         best = solve(problem, "swap").objective
         bound = lower_bound(problem, "perspective").value
         torch.testing.assert_close(bound, best, rtol=5e-3, atol=1e-12)
@@ -118,7 +118,7 @@ def test_better_splits_and_turns_only_help(pattern):
 
 
 def test_order_units_threads_and_a_row_alone_change_nothing():
-    problem = refit_layer(rows=3, n=12)
+    problem = refit_layer(rows=3, n=8)
     bound = lower_bound(problem, "perspective", threads=1).value
     assert torch.equal(lower_bound(problem, "perspective", threads=2).value, bound)
     for row in range(3):
