@@ -1,4 +1,4 @@
-"""Layers whose rows trade, for tests."""
+"""Layers whose rows share one count, for tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pool(sparsity=0.5, spread=None):
 def layer(
     rows=6, n=24, kind="full", sparsity=0.5, refit=None, seed=1, omega=None, spread=None, **more
 ):
-    """Rows of very different size, so that much is to be traded; no weight is 0, so that nothing ties."""
+    """Rows of very different size, so that their counts differ; no weight is 0, so that nothing ties."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, n, generator=generator, dtype=torch.float64)
     weight *= torch.rand(rows, 1, generator=generator, dtype=torch.float64) + 0.2
@@ -41,7 +41,7 @@ def pooled(draw, max_n=12, max_rows=5):
             draw(st.sampled_from((None, None, 0.0, 0.05, 0.1, 0.3))),
         ),
         linear=random_linear(weight, gram, seed + 2) if draw(st.booleans()) else None,
-        refit=draw(st.sampled_from((None, Refit(0.01), Refit(0.3)))),
+        refit=draw(st.sampled_from((None, Refit(0.01), Refit(0.3), Refit(0.1, power=0.5)))),
         omega=shares if draw(st.booleans()) else None,
     )
 

@@ -5,22 +5,21 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from certificates import claimed
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KINDS, problems, random_gram, random_weight
+from strategies import problems, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Solution, Unstructured, lower_bound, solve, verify
-from maskopt.errors import OptionError
+from maskopt import NM, LayerProblem, Solution, Unstructured, lower_bound, solve
 from maskopt.limits import Limits
 from maskopt.solvers.bounds.cuts import cut_certificate
 from maskopt.solvers.convex.triangles import Incidence, Pool, separate
 
+SPARSE = Unstructured(sparsity=0.6)
 
-def assert_below(bound, problem):
-    exact = solve(problem, "exhaustive").objective
-    noise = 1e-13 * problem.diagonal_mass()
-    assert bool((bound.value <= exact + noise).all()), (bound.value - exact).max()
-    return exact
+
+def layer(rows, n, pattern=SPARSE, kind="full", seed=1):
+    return LayerProblem(random_weight(rows, n, seed), random_gram(n, kind, seed + 1), pattern)
 
 
 def unit_gram(n, rank, seed):
@@ -56,12 +55,13 @@ def test_separation_is_brute_force(rank):
     assert set(expected) - edge <= set(found)
     assert set(found) <= set(brute_force(inner, 0.02 - 1e-5))
     np.testing.assert_allclose(violation, [expected.get(f, 0.02) for f in found], atol=2e-5)
+    assert len(separate(inner, 0)[0]) == 0
     some, _, _ = separate(inner, len(found) // 3)
     assert some.tolist() == index[: len(found) // 3].tolist()
 
 
 def test_among_many_vectors_about_the_most_violated_are_found():
-    """Their number is told from a sample: a few less than asked may be found, and never others."""
+    """Their number is estimated from a sample: a few less than asked may be found, and never others."""
     n, most = 420, 3000
     inner = unit_gram(n, 24, 3)
     index, sign, violation = separate(inner, most)
@@ -83,27 +83,7 @@ def test_among_many_vectors_about_the_most_violated_are_found():
     assert above <= len(index)
 
 
-@given(st.integers(0, 10**6), st.integers(3, 30))
-@settings(max_examples=50)
-def test_a_planted_triangle_is_found_first(seed, n):
-    """Three vectors at 120° violate by a half, up to signs; the rest are nearly orthogonal."""
-    generator = np.random.default_rng(seed)
-    chosen = np.sort(generator.choice(n, 3, replace=False))
-    v = np.zeros((n, n + 2))
-    v[np.arange(n), np.arange(n)] = 1
-    angle = 2 * np.pi * np.arange(3) / 3
-    signs = generator.choice([-1, 1], 3)
-    v[chosen] = 0
-    v[chosen, n], v[chosen, n + 1] = signs * np.cos(angle), signs * np.sin(angle)
-    index, sign, violation = separate(v @ v.T, 5)
-    assert index[0].tolist() == chosen.tolist()
-    assert sign[0].tolist() == [signs[0] * signs[1], signs[0] * signs[2]]
-    assert violation[0] == pytest.approx(0.5, abs=1e-5)
-    assert len(index) == 1
-
-
 @given(st.integers(0, 10**6), st.integers(3, 12), st.integers(0, 40))
-@settings(max_examples=50)
 def test_the_pairs_of_triangles_and_their_sparse_matrix(seed, n, most):
     """Against sets: every distinct pair once and in order, and both of its entries, but none of v_0's row."""
     random = np.random.default_rng(seed)
@@ -135,45 +115,19 @@ def test_a_pool_has_a_triangle_once():
     assert both.tau.tolist() == [1.0] * 30 + [0.0] * 20
 
 
-@given(problems(max_n=10, max_rows=6))
-@settings(max_examples=30)
+@given(problems(max_n=10, max_rows=3))
 def test_never_above_the_optimum_and_never_below_the_plain_bound(problem):
     plain = lower_bound(problem, "sdp")
     bound = lower_bound(problem, "sdp", cuts=2)
-    assert_below(bound, problem)
     assert bool((bound.value >= plain.value * (1 - 1e-9)).all())
-    solution = Solution.of(
-        problem,
-        solve(problem, "wanda").mask,
-        lower_bound=bound.value,
-        certificate=bound.certificate,
-    )
-    verify(problem, solution)
+    exact = solve(problem, "exhaustive")
+    assert bool((bound.value <= exact.objective + 1e-13 * problem.diagonal_mass()).all())
+    claimed(problem, Solution.of(problem, exact.mask), bound)
 
 
-@given(problems(max_n=10, max_rows=4), st.integers(1, 3), st.integers(0, 100))
-@settings(max_examples=30)
-def test_a_deliberately_crude_solve_is_valid(problem, sweeps, seed):
-    bound = lower_bound(problem, "sdp", sweeps=sweeps, rank=2, cuts=1, seed=seed)
-    assert_below(bound, problem)
-
-
-def test_hundreds_of_small_rows():
-    """600 rows, both patterns, every kind of Gram matrix."""
-    for seed, kind in enumerate(KINDS):
-        for pattern in (Unstructured(sparsity=0.5), NM(keep=2, of=4)):
-            problem = LayerProblem(
-                random_weight(50, 12, seed), random_gram(12, kind, seed + 50), pattern
-            )
-            bound = lower_bound(problem, "sdp", cuts=3)
-            exact = assert_below(bound, problem)
-            plain = lower_bound(problem, "sdp").gap(exact)
-            assert bool((bound.gap(exact) <= plain + 1e-9).all())
-
-
-@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)])
+@pytest.mark.parametrize("pattern", [SPARSE, NM(keep=2, of=4)])
 def test_cuts_close_a_good_part_of_the_gap(pattern):
-    problem = LayerProblem(random_weight(8, 20, 3), random_gram(20, "low-rank", 4), pattern)
+    problem = layer(8, 20, pattern, "low-rank", 3)
     exact = solve(problem, "exhaustive").objective
     plain = lower_bound(problem, "sdp")
     bound = lower_bound(problem, "sdp", cuts=8)
@@ -184,9 +138,7 @@ def test_cuts_close_a_good_part_of_the_gap(pattern):
 
 
 def test_rows_do_not_depend_on_each_other_and_runs_repeat():
-    problem = LayerProblem(
-        random_weight(3, 32, 1), random_gram(32, "full", 2), Unstructured(sparsity=0.6)
-    )
+    problem = layer(3, 24)
     together, _ = cut_certificate(problem, 16, 3, Limits())
     again, _ = cut_certificate(problem, 16, 3, Limits())
     alone, _ = cut_certificate(problem.take([1]), 16, 3, Limits())
@@ -198,24 +150,8 @@ def test_rows_do_not_depend_on_each_other_and_runs_repeat():
 
 
 def test_an_early_end_is_valid():
-    problem = LayerProblem(
-        random_weight(4, 64, 1), random_gram(64, "full", 2), Unstructured(sparsity=0.6)
-    )
-    bound = lower_bound(problem, "sdp", cuts=50, time_limit=1e-3)
-    verify(
-        problem,
-        Solution.of(
-            problem,
-            solve(problem, "swap").mask,
-            lower_bound=bound.value,
-            certificate=bound.certificate,
-        ),
-    )
+    problem = layer(4, 64)
+    found = solve(problem, "swap")
+    claimed(problem, found, lower_bound(problem, "sdp", cuts=50, time_limit=1e-3))
     early, _ = cut_certificate(problem, 16, 50, Limits(seconds=0).begin())
-    assert bool((early.check(problem) <= solve(problem, "tabu").objective).all())
-
-
-def test_negative_rounds_are_refused():
-    problem = LayerProblem(random_weight(1, 8, 1), random_gram(8, "full", 2), NM(keep=2, of=4))
-    with pytest.raises(OptionError, match="cuts must be a whole number ≥ 0"):
-        lower_bound(problem, "sdp", cuts=-1)
+    assert bool((early.check(problem) <= found.objective).all())

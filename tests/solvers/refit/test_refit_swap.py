@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KINDS, problems, random_gram, random_linear, random_weight
+from refit_layers import LARGE, LINEAR, PATTERNS, REFITS, assert_proven, layer, slack
+from strategies import HALF, problems, random_gram, random_weight, refit_layer
 
 from maskopt import (
     NM,
@@ -25,33 +26,10 @@ from maskopt.errors import SolverError, VerificationError
 from maskopt.solvers.refit.search import CANDIDATES, OF_GROUPS
 
 STARTS = ("wanda", "random", "worst")
-DAMPINGS = (0.0, 0.01, 0.3)
-PATTERNS = (Unstructured(sparsity=0.5), NM(keep=2, of=4))
-LARGE = (Unstructured(sparsity=0.6), NM(keep=2, of=4), NM(keep=4, of=8))
-
-
-def layer(pattern=PATTERNS[0], rows=4, n=32, kind="full", damping=0.01, seed=1, dtype=None):
-    """Weights none of which is 0, so that there are no ties."""
-    dtype = dtype or torch.float64
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, n, generator=generator, dtype=torch.float64).to(dtype)
-    gram = random_gram(n, kind, seed + 1, dtype)
-    return LayerProblem(weight, gram, pattern, refit=Refit(damping))
-
-
-def slack(problem):
-    return 1e-9 * problem.diagonal_mass() + 1e-300
-
-
-def assert_proven(problem, solution):
-    assert set(solution.status) == {Status.SWAP_OPTIMAL}
-    verify(problem, solution)
-    for i in range(problem.rows):
-        assert improving_swap(problem.row(i), solution.mask[i]) is None
 
 
 def assert_history(problem, start, solution):
-    """From the start's objective, never up, to the solution's."""
+    """From the objective of the start, never up, to that of the solution."""
     history = solution.trace.history
     off = 1e-6 * start + slack(problem)
     assert history.shape[0] == problem.rows
@@ -60,10 +38,9 @@ def assert_history(problem, start, solution):
     assert bool(((history[:, -1] - solution.objective).abs() <= off).all())
 
 
-@settings(max_examples=30)
-@given(problems(), st.sampled_from(DAMPINGS), st.sampled_from(STARTS))
-def test_every_row_ends_at_a_proven_one_swap_optimum(problem, damping, start):
-    problem = problem.refitting(Refit(damping))
+@given(problems(), st.sampled_from(REFITS), st.sampled_from(STARTS))
+def test_every_row_ends_at_a_proven_one_swap_optimum(problem, how, start):
+    problem = problem.refitting(how)
     before = solve(problem, start)
     solution = solve(problem, "swap", start=start)
     assert bool(problem.pattern.is_legal(solution.mask).all())
@@ -73,12 +50,16 @@ def test_every_row_ends_at_a_proven_one_swap_optimum(problem, damping, start):
     again = solve(problem, "swap", start=solution.mask)
     assert torch.equal(again.mask, solution.mask)
     assert again.trace.swaps.tolist() == [0] * problem.rows
+    # no time leaves the start and claims nothing
+    none = solve(problem, "swap", start=start, time_limit=0.0)
+    verify(problem, none)
+    assert torch.equal(none.mask, before.mask)
+    assert set(none.status) == {Status.FEASIBLE}
 
 
-@settings(max_examples=20)
-@given(problems(max_n=11, max_rows=3), st.sampled_from(DAMPINGS), st.sampled_from(STARTS))
-def test_never_below_the_optimum_which_is_left_alone(problem, damping, start):
-    problem = problem.refitting(Refit(damping))
+@given(problems(max_n=11, max_rows=3), st.sampled_from(REFITS), st.sampled_from(STARTS))
+def test_never_below_the_optimum_which_is_left_alone(problem, how, start):
+    problem = problem.refitting(how)
     best = solve(problem, "exhaustive")
     verify(problem, best, require="checked")
     assert set(best.status) == {Status.OPTIMAL}
@@ -93,20 +74,26 @@ def test_never_below_the_optimum_which_is_left_alone(problem, damping, start):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("most", [0, 1, 2, 5, 1000])
-def test_stopped_by_max_swaps_goes_on_from_there(pattern, most):
-    problem = layer(pattern)
+def test_stopped_by_max_swaps_goes_on_from_there(pattern):
+    problem = layer(pattern, n=32)
     start = solve(problem, "worst")
-    stopped = solve(problem, "swap", start="worst", max_swaps=most)
-    verify(problem, stopped)
-    assert stopped.trace.swaps.tolist() == [most] * 4 or most == 1000
-    assert bool((stopped.objective <= start.objective + slack(problem)).all())
-    assert set(stopped.status) == {Status.SWAP_OPTIMAL if most == 1000 else Status.FEASIBLE}
-    moved = (stopped.mask & ~start.mask).sum(1)
-    assert bool((moved <= stopped.trace.swaps).all())
-    if most == 0:
-        assert torch.equal(stopped.mask, start.mask)
-    assert_proven(problem, solve(problem, "swap", start=stopped.mask))
+    for most in (0, 1, 2, 5, 1000):
+        stopped = solve(problem, "swap", start="worst", max_swaps=most)
+        verify(problem, stopped)
+        assert stopped.trace.swaps.tolist() == [most] * 4 or most == 1000
+        assert bool((stopped.objective <= start.objective + slack(problem)).all())
+        assert set(stopped.status) == {Status.SWAP_OPTIMAL if most == 1000 else Status.FEASIBLE}
+        moved = (stopped.mask & ~start.mask).sum(1)
+        assert bool((moved <= stopped.trace.swaps).all())
+        if most == 0:
+            assert torch.equal(stopped.mask, start.mask)
+        assert_proven(problem, solve(problem, "swap", start=stopped.mask))
+    # a row that needs no swap is proven without any
+    mask = start.mask.clone()
+    mask[0] = solve(problem, "swap").mask[0]
+    stopped = solve(problem, "swap", start=mask, max_swaps=0)
+    assert stopped.status == (Status.SWAP_OPTIMAL,) + (Status.FEASIBLE,) * 3
+    assert torch.equal(stopped.mask, mask)
 
 
 def test_the_swaps_of_all_rounds_are_counted():
@@ -118,27 +105,6 @@ def test_the_swaps_of_all_rounds_are_counted():
     assert stopped.trace.swaps.tolist() == [most, most]
     assert set(stopped.status) == {Status.FEASIBLE}
     assert bool((stopped.objective >= whole.objective).all())
-
-
-def test_a_row_that_needs_no_swap_is_proven_without_any():
-    problem = layer()
-    best = solve(problem, "swap")
-    mask = best.mask.clone()
-    mask[1:] = solve(problem, "worst").mask[1:]
-    stopped = solve(problem, "swap", start=mask, max_swaps=0)
-    assert stopped.status == (Status.SWAP_OPTIMAL,) + (Status.FEASIBLE,) * 3
-    assert torch.equal(stopped.mask, mask)
-
-
-@settings(max_examples=15)
-@given(problems(), st.sampled_from(STARTS))
-def test_no_time_leaves_the_start_and_claims_nothing(problem, start):
-    problem = problem.refitting(Refit(0.01))
-    before = solve(problem, start)
-    solution = solve(problem, "swap", start=start, time_limit=0.0)
-    verify(problem, solution)
-    assert torch.equal(solution.mask, before.mask)
-    assert set(solution.status) == {Status.FEASIBLE}
 
 
 def test_a_limit_on_the_way_keeps_what_was_reached(clock):
@@ -155,71 +121,6 @@ def test_a_limit_on_the_way_keeps_what_was_reached(clock):
     done = torch.tensor([status is Status.SWAP_OPTIMAL for status in part.status])
     assert torch.equal(part.mask[done], whole.mask[done])
     assert torch.equal(part.mask[-1], start.mask[-1])
-
-
-@pytest.mark.parametrize("pattern", LARGE, ids=str)
-def test_threads_change_nothing(pattern):
-    problem = layer(pattern, rows=9, n=96, kind="low-rank", dtype=torch.float32)
-    threads = torch.get_num_threads()
-    one = solve(problem, "swap", threads=1)
-    three = solve(problem, "swap", threads=3)
-    assert torch.equal(one.mask, three.mask)
-    assert torch.equal(one.objective, three.objective)
-    assert torch.equal(one.trace.swaps, three.trace.swaps)
-    assert torch.get_num_threads() == threads
-
-
-@pytest.mark.parametrize("pattern", LARGE, ids=str)
-@pytest.mark.parametrize("kind", ["full", "low-rank", "outliers"])
-def test_a_row_alone_is_what_it_is_in_its_layer(pattern, kind):
-    problem = layer(pattern, n=80, kind=kind)
-    whole = solve(problem, "swap")
-    for i in range(problem.rows):
-        alone = solve(problem.row(i), "swap")
-        assert torch.equal(alone.mask[0], whole.mask[i])
-        assert float(alone.objective) == pytest.approx(float(whole.objective[i]), rel=1e-9)
-    some = solve(problem.take([2, 0]), "swap")
-    assert torch.equal(some.mask, whole.mask[[2, 0]])
-
-
-@settings(max_examples=12)
-@given(st.integers(0, 1000), st.sampled_from(DAMPINGS[1:]), st.sampled_from(PATTERNS))
-def test_equivariant_under_permutations(seed, damping, pattern):
-    """Of whole groups, where there are some."""
-    problem = layer(pattern, n=24, damping=damping, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(pattern, NM):
-        groups = torch.randperm(6, generator=generator)
-        order = (4 * groups[:, None] + torch.randperm(4, generator=generator)).flatten()
-    else:
-        order = torch.randperm(24, generator=generator)
-    plain = solve(problem, "swap")
-    gram = problem.gram[order][:, order]
-    moved = LayerProblem(problem.weight[:, order], gram, problem.pattern, refit=problem.refit)
-    found = solve(moved, "swap")
-    assert torch.equal(found.mask, plain.mask[:, order])
-    torch.testing.assert_close(found.objective, plain.objective, rtol=1e-9, atol=0)
-
-
-@settings(max_examples=20)
-@given(
-    seed=st.integers(0, 1000),
-    weight_power=st.integers(-20, 20),
-    gram_power=st.integers(-20, 20),
-    pattern=st.sampled_from(PATTERNS),
-    linear=st.booleans(),
-)
-def test_scales_change_nothing(seed, weight_power, gram_power, pattern, linear):
-    w, g = 2.0**weight_power, 4.0**gram_power
-    weight, gram = random_weight(2, 16, seed), random_gram(16, "full", seed)
-    part = random_linear(weight, gram, seed) if linear else None
-    scaled = part and replace(
-        part, correlation=part.correlation * w * g, constant=part.constant * w * w * g
-    )
-    refit = Refit(0.01)
-    plain = solve(LayerProblem(weight, gram, pattern, linear=part, refit=refit), "swap")
-    other = LayerProblem(weight * w, gram * g, pattern, linear=scaled, refit=refit)
-    assert torch.equal(solve(other, "swap").mask, plain.mask)
 
 
 @pytest.mark.parametrize("start", ["wanda", "worst"])
@@ -242,13 +143,11 @@ def test_rows_of_more_inputs_than_candidates(kind, n, pattern, start):
 
 
 @pytest.mark.parametrize("pattern", LARGE, ids=str)
-@pytest.mark.parametrize("linear", [False, True], ids=["plain", "linear"])
+@pytest.mark.parametrize(**LINEAR)
 def test_where_the_inputs_say_nearly_nothing(pattern, linear):
     """Inverses of condition 1e8 drift with every exchange, and would promise gains without end."""
     for seed in range(3):
-        weight, gram = random_weight(3, 96, seed), random_gram(96, "low-rank", seed + 1)
-        part = random_linear(weight, gram, seed) if linear else None
-        problem = LayerProblem(weight, gram, pattern, linear=part, refit=Refit(0.0))
+        problem = layer(pattern, 3, 96, "low-rank", REFITS[0], linear, seed)
         before = solve(problem, "worst")
         solution = solve(problem, "swap", start="worst", max_swaps=5000)
         assert_proven(problem, solution)
@@ -266,23 +165,9 @@ def test_exchanges_that_do_not_pay_do_not_follow_each_other_for_ever():
     assert int(solution.trace.swaps) < 500
 
 
-@pytest.mark.parametrize("linear", [False, True], ids=["plain", "linear"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_refitted_optimum_beats_the_refitted_optimum_of_weights_as_they_are(kind, linear):
-    weight, gram = random_weight(6, 48, 3), random_gram(48, kind, 4)
-    part = random_linear(weight, gram, 5) if linear else None
-    problem = LayerProblem(weight, gram, Unstructured(0.6), linear=part, refit=Refit(0.01))
-    kept = solve(problem.refitting(None), "swap")
-    from_there = solve(problem, "swap", start=kept.mask)
-    before = problem.objective(kept.mask)
-    assert bool((from_there.objective <= before + slack(problem)).all())
-    if kind != "diagonal":
-        assert float(from_there.objective.sum()) < 0.98 * float(before.sum())
-
-
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_a_claim_that_does_not_hold_is_caught(pattern):
-    problem = layer(pattern)
+    problem = layer(pattern, n=32)
     whole = solve(problem, "swap", start="worst")
     one = int(whole.trace.swaps[2]) - 1
     stopped = solve(problem, "swap", start="worst", max_swaps=one).mask[2]
@@ -304,7 +189,7 @@ def test_a_claim_that_does_not_hold_is_caught(pattern):
 
 
 def test_a_claim_of_a_better_objective_is_caught():
-    problem = layer()
+    problem = layer(n=32)
     solution = solve(problem, "swap")
     off = solution.objective.clone()
     off[3] *= 1 - 3e-9
@@ -316,21 +201,17 @@ def test_a_claim_of_a_better_objective_is_caught():
         verify(problem, replace(solution, lower_bound=bound))
 
 
-@pytest.mark.parametrize("wrong", ["bound", "optimal"])
-def test_enumeration_catches_what_exact_solvers_claim_wrongly(wrong):
+def test_enumeration_catches_what_exact_solvers_claim_wrongly():
     problem = layer(Unstructured(keep=4), n=9, rows=2)
-    best = solve(problem, "exhaustive")
-    poor = solve(problem, "random")
+    best, poor = solve(problem, "exhaustive"), solve(problem, "random")
     word = ("enumeration of maskopt 0.2.0",) * 2
-    if wrong == "bound":
-        bound = best.objective + 0.5 * (poor.objective - best.objective)
-        forged = replace(poor, lower_bound=bound, trusted=word)
-    else:
-        forged = replace(
-            poor, lower_bound=poor.objective, trusted=word, status=(Status.OPTIMAL,) * 2
-        )
-    with pytest.raises(VerificationError, match=r"a mask of objective|claims optimal, yet keeping"):
-        verify(problem, forged)
+    bound = best.objective + 0.5 * (poor.objective - best.objective)
+    optimal = {"lower_bound": poor.objective, "status": (Status.OPTIMAL,) * 2}
+    for forged in ({"lower_bound": bound}, optimal):
+        with pytest.raises(
+            VerificationError, match=r"a mask of objective|claims optimal, yet keeping"
+        ):
+            verify(problem, replace(poor, trusted=word, **forged))
 
 
 def test_one_kept_input_of_many_is_enumerated_without_waiting():
@@ -343,16 +224,17 @@ def test_one_kept_input_of_many_is_enumerated_without_waiting():
 
 
 @pytest.mark.parametrize("kernel", ["literal", "torch", "numba", "triton"])
-def test_kernels_for_weights_as_they_are_are_refused(kernel):
+def test_kernels_for_kept_weights_are_refused(kernel):
     with pytest.raises(SolverError, match=f"kernel '{kernel}' is for weights as they are"):
         solve(layer(), "swap", kernel=kernel)
     assert solve(layer(), "swap", kernel="auto").trace.kernel == "least squares"
 
 
 @pytest.mark.parametrize("start", STARTS)
-@pytest.mark.parametrize("keep", [0, 1, 2, 58, 59, 60])
+@pytest.mark.parametrize("keep", [0, 1, 57, 58, 59, 60])
 def test_fewer_entries_than_candidates(keep, start):
-    problem = layer(Unstructured(keep=keep), n=60, kind="zero-columns", dtype=torch.float32)
+    pattern = Unstructured(keep=keep)
+    problem = refit_layer(pattern, rows=4, n=60, kind="zero-columns", dtype=torch.float32)
     solution = solve(problem, "swap", start=start)
     assert_proven(problem, solution)
     assert (int(solution.trace.scans.sum()) == 0) == (keep in (0, 60))
@@ -369,7 +251,7 @@ def test_all_group_sizes(of):
 def test_extreme_scales(weight_scale, gram_scale):
     weight = (random_weight(3, 24, 7) * weight_scale).float()
     gram = (random_gram(24, "outliers", 8) * gram_scale).float()
-    problem = LayerProblem(weight, gram, Unstructured(sparsity=0.5), refit=Refit(0.01))
+    problem = LayerProblem(weight, gram, HALF, refit=Refit(0.01))
     assert_proven(problem, solve(problem, "swap"))
 
 
@@ -378,33 +260,14 @@ def test_outliers_of_a_million_times_the_median():
     size[::7] = 1e6
     gram = (size[:, None] * gram * size).float()
     weight = random_weight(4, 48, 7, torch.float32)
-    for damping in (0.0, 0.01):
-        problem = LayerProblem(weight, gram, Unstructured(0.6), refit=Refit(damping))
+    for how in (*REFITS[:2], REFITS[3]):
+        problem = LayerProblem(weight, gram, Unstructured(0.6), refit=how)
         for start in ("wanda", "worst"):
             assert_proven(problem, solve(problem, "swap", start=start))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights(dtype):
-    weight, gram = random_weight(3, 24, 7).to(dtype), random_gram(24, "full", 8).float()
-    problem = LayerProblem(weight, gram, NM(2, 4), refit=Refit(0.01))
-    solution = solve(problem, "swap")
-    assert_proven(problem, solution)
-    wide = LayerProblem(weight.double(), gram.double(), NM(2, 4), refit=Refit(0.01))
-    assert torch.equal(solve(wide, "swap").mask, solution.mask)
-
-
-def test_what_was_in_memory_before_changes_nothing():
-    """Rows work in the memory of those before them: many small ones after a large one, and alone."""
-    for pattern in PATTERNS:
-        problem = layer(pattern, rows=12, n=64)
-        whole = solve(problem, "swap", threads=1)
-        turned = solve(problem.take(list(range(11, -1, -1))), "swap", threads=1)
-        assert torch.equal(whole.mask, turned.mask.flip(0))
-
-
-def test_the_trace_and_the_progress_tell_what_was_done():
-    problem, seen = layer(rows=5), []
+def test_the_trace_and_the_progress_say_what_was_done(tmp_path):
+    problem, seen = layer(rows=5, n=32), []
     solution = solve(problem, "swap", start="random", on_progress=seen.append)
     assert sorted(p.done for p in seen) == [1, 2, 3, 4, 5]
     assert seen[-1] == Progress(5, 5)
@@ -414,26 +277,21 @@ def test_the_trace_and_the_progress_tell_what_was_done():
     start = solve(problem, "random").mask
     assert bool((trace.swaps >= (solution.mask & ~start).sum(1)).all())
     assert_history(problem, problem.objective(start), solution)
-
-
-def test_a_solution_is_read_as_it_was_written(tmp_path):
-    problem = layer()
-    solution = solve(problem, "swap")
+    # and are read as they were written
     solution.save(tmp_path / "solution.npz")
     problem.save(tmp_path / "problem.npz")
     read = Solution.load(tmp_path / "solution.npz")
     verify(LayerProblem.load(tmp_path / "problem.npz"), read)
-    assert torch.equal(read.trace.history, solution.trace.history)
+    assert torch.equal(read.trace.history, trace.history)
 
 
-@pytest.mark.parametrize(("n", "rank", "damping"), [(128, 1, 0.0), (400, 1, 2e-6), (640, 1, 0.0)])
-def test_a_gram_matrix_that_is_all_but_singular(n, rank, damping):
+@pytest.mark.parametrize(("n", "damping"), [(128, 0.0), (400, 2e-6), (640, 0.0)])
+def test_a_gram_matrix_that_is_all_but_singular(n, damping):
     """Inverting by halves loses it, and swaps leave weights that are not quite those of their mask."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(rank, n, generator=generator, dtype=torch.float64)
+    x = torch.randn(1, n, generator=generator, dtype=torch.float64)
     weight = torch.randn(4, n, generator=generator, dtype=torch.float64)
-    pattern = Unstructured(sparsity=0.6)
-    problem = LayerProblem(weight, x.T @ x / rank, pattern, refit=Refit(damping))
+    problem = LayerProblem(weight, x.T @ x, Unstructured(sparsity=0.6), refit=Refit(damping))
     found = solve(problem, "swap")
     verify(problem, found)
     _, best = problem.refitted(found.mask)

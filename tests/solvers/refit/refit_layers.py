@@ -1,0 +1,111 @@
+"""Layers whose kept weights are refitted, and their objective F by its definition."""
+
+import torch
+from strategies import HALF, random_gram, random_linear
+
+from maskopt import NM, LayerProblem, Refit, Status, Unstructured, improving_swap, solve, verify
+
+PATTERNS = (HALF, NM(keep=2, of=4))
+#: for rows of more inputs than a search has candidates
+LARGE = (Unstructured(sparsity=0.6), NM(keep=2, of=4), NM(keep=4, of=8))
+REFITS = (Refit(0.0), Refit(0.01), Refit(0.3), Refit(0.1, power=0.5), Refit(0.1, power=1))
+LINEAR = {"argnames": "linear", "argvalues": [False, True], "ids": ["plain", "linear"]}
+
+
+def layer(
+    pattern=HALF,
+    rows=4,
+    n=16,
+    kind="full",
+    how=REFITS[1],
+    linear=False,
+    seed=1,
+    dtype=torch.float64,
+):
+    """Weights none of which is 0, so that there are no ties."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, n, generator=generator, dtype=torch.float64).to(dtype)
+    gram = random_gram(n, kind, seed + 1, dtype)
+    part = random_linear(weight, gram, seed + 2) if linear else None
+    return LayerProblem(weight, gram, pattern, linear=part, refit=how)
+
+
+def wide(problem):
+    """The same numbers in float64."""
+    weight, gram = problem.weight.double(), problem.gram.double()
+    return LayerProblem(
+        weight, gram, problem.pattern, linear=problem.linear, refit=problem.refit, assume_psd=True
+    )
+
+
+def changed(problem, w=1.0, g=1.0, columns=None):
+    """Weights times w and the Gram matrix times g, its inputs in another order."""
+    at = torch.arange(problem.n) if columns is None else columns
+    linear = problem.linear
+    if linear is not None:
+        linear = type(linear)(linear.correlation[:, at] * w * g, linear.constant * w * w * g)
+    weight, gram = problem.weight[:, at] * w, problem.gram[at][:, at] * g
+    return LayerProblem(weight, gram, problem.pattern, linear=linear, refit=problem.refit)
+
+
+def shuffled(problem, seed=0):
+    """An order of the inputs under which groups stay groups."""
+    size, generator = problem.group_size, torch.Generator().manual_seed(seed)
+    groups = torch.randperm(problem.n // size, generator=generator)
+    return (size * groups[:, None] + torch.randperm(size, generator=generator)).flatten()
+
+
+def metric(problem):
+    """A in float64, from its definition."""
+    gram, refit = problem.gram.double(), problem.refit
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    own = mean ** (1 - refit.power) * diagonal.clamp(min=0.0) ** refit.power
+    return gram + torch.diag((refit.damping * own).clamp(min=1e-6 * mean))
+
+
+def dense(problem, mask, a=None):
+    """F and v of every row by the eigenvectors of A_SS, where A is singular by its pseudo-inverse."""
+    a, weight = metric(problem) if a is None else a, problem.weight.double()
+    value, best = torch.zeros(problem.rows, dtype=torch.float64), torch.zeros_like(weight)
+    for row, w in enumerate(weight):
+        g, c = torch.zeros_like(w), 0.0
+        if problem.linear is not None:
+            g, c = problem.linear.correlation[row], problem.linear.constant[row]
+        kept = mask[row].nonzero()[:, 0]
+        values, vectors = torch.linalg.eigh(a[kept][:, kept])
+        real = values > 2.3e-16 * len(a) * values.abs().max() if len(kept) else values > 0
+        parts = (vectors.T @ (a[kept] @ w + g[kept]) / values).where(real, 0.0)
+        best[row, kept] = vectors @ parts
+        lost = w - best[row]
+        value[row] = lost @ a @ lost + 2 * g @ lost + c
+    return value, best
+
+
+def rounding(problem):
+    return 1e-12 * float(problem.diagonal_mass().max()) + 1e-300
+
+
+def slack(problem):
+    return 1e-9 * problem.diagonal_mass() + 1e-300
+
+
+def random_mask(problem, seed=0):
+    return solve(problem.refitting(None), "random", seed=seed).mask
+
+
+def assert_equal_but_for_rounding(problem, found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=rounding(problem))
+
+
+def assert_proven(problem, solution):
+    assert set(solution.status) == {Status.SWAP_OPTIMAL}
+    verify(problem, solution)
+    for i in range(problem.rows):
+        assert improving_swap(problem.row(i), solution.mask[i]) is None
+
+
+def refused(error):
+    """In one line."""
+    text = str(error.value)
+    return len(text) < 250 and "\n" not in text
