@@ -19,6 +19,7 @@ from maskopt.solvers.search.memetic import Memetic
 
 OPTIONS = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
 PATTERNS = [Unstructured(sparsity=0.6), NM(keep=2, of=4), NM(keep=12, of=32)]
+ONE_AND_SLOW = [PATTERNS[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PATTERNS[1:])]
 REFITS = pytest.mark.parametrize("refit", [None, Refit(0.01)])
 
 
@@ -26,7 +27,7 @@ def layer(rows=6, n=96, pattern=PATTERNS[0]):
     return drawn(rows, n, "low-rank", pattern, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ONE_AND_SLOW)
 def test_finds_better_masks_for_refitted_weights_than_1_swap_search(pattern):
     problem = refit_layer(pattern, rows=8, n=96, seed=3)
     start = solve(problem, "swap", start="admm")
@@ -47,7 +48,7 @@ def test_finds_better_masks_for_refitted_weights_than_1_swap_search(pattern):
     assert bool((few.trace.moves <= 8 * 4 + 6).all())
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", ONE_AND_SLOW)
 def test_finds_better_masks_than_as_many_moves_of_tabu(pattern):
     problem = layer(8, 256 if isinstance(pattern, Unstructured) else 128, pattern)
     start = solve(problem, "relax").mask
@@ -74,7 +75,7 @@ def test_finds_better_masks_than_as_many_moves_of_tabu(pattern):
 
 @REFITS
 def test_a_row_does_not_depend_on_the_others_nor_on_threads(refit):
-    problem = layer(module._TILE + 3, 96 if refit is None else 48).refitting(refit)
+    problem = layer(module._TILE + 3, 96 if refit is None else 32).refitting(refit)
     start = solve(problem, "wanda").mask
     whole = solve(problem, "memetic", start=start, threads=3, **OPTIONS)
     one = solve(problem, "memetic", start=start, threads=1, **OPTIONS)

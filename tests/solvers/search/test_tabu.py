@@ -31,12 +31,6 @@ def test_beats_one_swap_on_larger_rows(pattern):
     assert float(trace.search_seconds.sum() + trace.swap_seconds.sum()) <= longer.seconds
 
 
-def test_seeds():
-    problem = drawn(4, 96)
-    one, same = (solve(problem, "tabu", warm_start="wanda", seed=1).mask for _ in range(2))
-    assert torch.equal(one, same)
-
-
 def test_the_search_keeps_count_of_its_objective():
     """Beyond the moves after which everything is computed anew, restarts included."""
     problem = drawn(5, 48, "outliers", dtype=torch.float32)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from commands import TESTS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -375,6 +375,7 @@ def test_search_ends_at_proven_optima(rows, n, kind, pattern, dtype):
     assert torch.equal(literal.swaps > 0, batch.swaps > 0)
 
 
+@settings(max_examples=10)
 @given(problem=problems(max_n=12, max_rows=3))
 def test_search_is_right_on_small_problems_of_every_kind(problem):
     problem = LayerProblem(
