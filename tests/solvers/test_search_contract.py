@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_search import check_contract, drawn, floor
 from strategies import HALF, problems, refit_layer
@@ -25,10 +25,13 @@ SEARCHES = KERNELS | {
     "portfolio": ("portfolio", {"members": ("elimination", "swap")}),
 }
 COSTLY = ("memetic", "sdp")
+CASES = [(name, torch.float64) for name in SEARCHES] + [
+    pytest.param(name, torch.float32, marks=() if name in KERNELS else pytest.mark.slow)
+    for name in SEARCHES
+]
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 @given(data=st.data())
 def test_contract(name, dtype, data):
     solver, options = SEARCHES[name]
@@ -39,6 +42,7 @@ def test_contract(name, dtype, data):
     check_contract(problem, solver, start, proves=proves, **options)
 
 
+@settings(max_examples=10)
 @given(problems(max_n=11, max_rows=3), st.sampled_from((0.0, 0.01, 0.3)))
 def test_contract_of_refitted_weights(problem, damping):
     check_contract(problem.refitting(Refit(damping)), "memetic", start="worst", **MEMETIC)

@@ -144,7 +144,7 @@ def test_seeds(refit):
 
 
 @given(pooled(max_n=8, max_rows=4))
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_contract_of_rows_that_share_a_count(problem):
     before = solve(problem, "worst")
     found = solve(problem, "memetic", start=before.mask, **OPTIONS)

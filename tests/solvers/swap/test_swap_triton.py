@@ -357,7 +357,7 @@ def _layer(rows, n, kind, pattern, dtype=torch.float32):
         (2, 1, "full", Unstructured(keep=1), torch.float32),
         (2, 64, "low-rank", NM(2, 4), torch.float32),
         (2, 60, "full", NM(2, 5), torch.float64),
-        (2, 96, "low-rank", NM(20, 48), torch.float32),
+        pytest.param(2, 96, "low-rank", NM(20, 48), torch.float32, marks=pytest.mark.slow),
         (2, 64, "full", NM(8, 32), torch.float32),
     ],
 )
