@@ -31,7 +31,7 @@ CASES = [(name, torch.float64) for name in SEARCHES] + [
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 @given(data=st.data())
 def test_contract(name, dtype, data):
     solver, options = SEARCHES[name]
