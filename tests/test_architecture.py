@@ -12,8 +12,10 @@ from maskopt.model.demo_model import MODELS
 from maskopt.solver import ENTRY_POINT_GROUP, Solver
 
 ROOT = Path(__file__).parents[1]
-#: extras that no module imports from
-TOOLS = ("test", "docs")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+#: but for those that no module imports from
+EXTRAS = PROJECT["optional-dependencies"]
+EXTRAS = {extra: EXTRAS[extra] for extra in EXTRAS if extra not in ("test", "docs")}
 
 
 def test_import_contracts_hold():
@@ -24,8 +26,7 @@ def test_import_contracts_hold():
 
 def test_every_entry_point_loads_and_is_a_solver():
     points = entry_points(group=ENTRY_POINT_GROUP)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = project["entry-points"][ENTRY_POINT_GROUP]
+    declared = PROJECT["entry-points"][ENTRY_POINT_GROUP]
     assert {point.name: point.value for point in points} == declared, "install maskopt again"
     for point in points:
         solver = point.load()()
@@ -33,33 +34,22 @@ def test_every_entry_point_loads_and_is_a_solver():
         assert solver.name == point.name
 
 
-def test_importing_maskopt_loads_no_backend():
-    code = "import sys, maskopt; print([m for m in sys.modules if m.startswith('maskopt.solvers')])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
-
-
-def test_the_command_line_starts_without_transformers():
-    """It takes as long to import as torch, and `--help`, `solve` and `certify` have no use for it."""
-    code = "import sys, maskopt.cli; print('transformers' in sys.modules, 'torch' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.split() == ["False", "True"]
+def test_what_importing_leaves_out():
+    """No solver is loaded before it is asked for; nor is transformers, which takes as long to import as
+    torch, and `--help`, `solve` and `certify` have no use for it."""
+    code = """import sys, maskopt
+    print([name for name in sys.modules if name.startswith("maskopt.solvers")])
+    import maskopt.cli
+    print("transformers" in sys.modules, "torch" in sys.modules)"""
+    command = [sys.executable, "-c", "\n".join(map(str.strip, code.splitlines()))]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["[]", "False True"]
 
 
 def test_every_import_is_declared_and_every_dependency_imported():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    declared = set()
-    for name in (
-        *project["dependencies"],
-        *(d for e in extras if e not in TOOLS for d in extras[e]),
-    ):
-        package = re.match(r"[\w-]+", name)[0].replace("-", "_")
-        declared.add({"pillow": "PIL"}.get(package, package))
+    names = sum(EXTRAS.values(), PROJECT["dependencies"])
+    declared = {re.match(r"[\w-]+", name)[0].replace("-", "_") for name in names}
+    declared = {{"pillow": "PIL"}.get(package, package) for package in declared}
     imported = set()
     for file in (*ROOT.glob("maskopt/**/*.py"), *ROOT.glob("solvers/**/*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -81,16 +71,15 @@ def rows_of(page, heading):
 
 
 def test_the_page_of_dependencies_is_what_is_declared():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     page = (ROOT / "docs" / "dependencies.md").read_text()
-    told = set()
+    named = set()
     for packages, ranges, _ in rows_of(page, "Always installed"):
         names, limits = packages.split(", "), ranges.replace("≥ ", ">=").replace("< ", "<")
         if len(names) == 1:
-            told.add(names[0] + limits.replace(", ", ","))
+            named.add(names[0] + limits.replace(", ", ","))
         else:
-            told |= {n + limit for n, limit in zip(names, limits.split(", "), strict=True)}
-    assert told == set(project["dependencies"])
+            named |= {n + limit for n, limit in zip(names, limits.split(", "), strict=True)}
+    assert named == set(PROJECT["dependencies"])
     extras = {}
     for names, packages, _ in rows_of(page, "Extras"):
         extra, *others = names.replace("`", "").split(", ")
@@ -99,11 +88,9 @@ def test_the_page_of_dependencies_is_what_is_declared():
         elif packages:  # one row for several extras: one package each
             each = zip((extra, *others), packages.split(", "), strict=True)
             extras |= {name: [package] for name, package in each}
-    declared = project["optional-dependencies"]
     assert extras == {
         extra: [re.match(r"[\w-]+", package)[0] for package in packages]
-        for extra, packages in declared.items()
-        if extra not in TOOLS
+        for extra, packages in EXTRAS.items()
     }
 
 
@@ -130,8 +117,7 @@ def test_the_page_of_architecture_names_every_module():
 def test_one_version_everywhere():
     import maskopt
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert cited is not None
-    assert {project["version"], cited[1]} == {maskopt.__version__}
+    assert {PROJECT["version"], cited[1]} == {maskopt.__version__}
     assert f"## {maskopt.__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -26,16 +26,14 @@ def test_draws(number):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "examples"), [((), 20), (("--slow",), 60), (("--hypothesis-profile=explore",), 300)]
 )
 def test_the_profile_decides_which_cases_are_drawn(options, examples, tmp_path):
     (tmp_path / "test_case.py").write_text(SUITE)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(TESTS),
-        "CI": "true",
-    }  # CI: derandomised by default
+    # CI: derandomised by default
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "CI": "true"}
     command = [sys.executable, "-m", "pytest", "-s", "-p", "conftest", *options, "test_case.py"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "1 failed, 1 passed" in result.stdout, result.stdout + result.stderr

@@ -1,17 +1,15 @@
 """Where machine code is kept, and when there is something to wait for."""
 
-from __future__ import annotations
-
 import json
+import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from maskopt.cli.console import show_compiling
 from maskopt.solvers import compiled
 
 LOOP = """
@@ -37,23 +35,22 @@ print(json.dumps({"said": said, "hits": sum(hits.values())}))
 """
 
 
-def run(folder: Path, *dtypes: str, **environment: str) -> dict[str, object]:
-    given = {**os.environ, "NUMBA_CACHE_DIR": str(folder), **environment}
+def run(folder, *dtypes):
+    given = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
     command = [sys.executable, "-c", LOOP, str(folder), *dtypes]
     done = subprocess.run(command, capture_output=True, text=True, env=given)
     assert done.returncode == 0, done.stderr
-    found: dict[str, object] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
-def test_the_first_compilation_is_told_once_and_what_is_kept_is_loaded_silently(
-    tmp_path: Path,
-) -> None:
+@pytest.mark.slow
+def test_the_first_compilation_is_named_once_and_what_is_kept_is_loaded_silently(tmp_path):
     assert run(tmp_path, "float64", "float32") == {"said": [compiled.NOTICE], "hits": 0}
     assert run(tmp_path, "float64", "float32") == {"said": [], "hits": 2}
 
 
-def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     found = run(blocked, "float64")
@@ -61,17 +58,18 @@ def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(tmp_path: Pat
     assert found["said"] == [compiled.NOTICE] or found["hits"]
 
 
-def test_the_command_line_says_that_it_compiles(tmp_path: Path) -> None:
-    code = "import sys, logging; from maskopt.cli.console import show_compiling; show_compiling();"
-    code += "logging.getLogger('maskopt.compile').info('compiling once …')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == ""
-    assert "compiling once …" in done.stderr
+def test_the_command_line_says_that_it_compiles(capsys, monkeypatch):
+    log = logging.getLogger("maskopt.compile")
+    monkeypatch.setattr(log, "handlers", [])
+    monkeypatch.setattr(log, "level", log.level)
+    show_compiling()
+    log.info("compiling once …")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "compiling once …" in err
 
 
-def test_the_key_goes_by_the_source_and_what_it_imports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_key_goes_by_the_source_and_what_it_imports(tmp_path, monkeypatch):
     """Not by the place: another installation of the same source has the same key."""
     keys = {}
     for name, constant in (("one", 1), ("two", 1), ("three", 2)):
@@ -85,12 +83,12 @@ def test_the_key_goes_by_the_source_and_what_it_imports(
     assert keys["one"] == keys["two"] != keys["three"]
 
 
-def test_ctrl_c_inside_a_loop_is_no_system_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_inside_a_loop_is_no_system_error(monkeypatch):
     """Numba looks up a tuple's type in Python; what is raised there passes two layers of C."""
     from maskopt.solvers.exact.node import _gather
 
-    class Interrupted(dict[Any, Any]):
-        def __getitem__(self, key: Any) -> Any:
+    class Interrupted(dict):
+        def __getitem__(self, key):
             raise KeyboardInterrupt
 
     matrix, row, state = np.eye(4), np.ones(4), np.full(4, -1, dtype=np.int8)
@@ -100,7 +98,7 @@ def test_ctrl_c_inside_a_loop_is_no_system_error(monkeypatch: pytest.MonkeyPatch
         _gather(matrix, row, row, 0.0, state, np.arange(4))
 
 
-def test_a_part_cannot_be_called_from_python() -> None:
+def test_a_part_cannot_be_called_from_python():
     from maskopt.solvers.swap.numba_common import sort
 
     with pytest.raises(TypeError, match="part of compiled loops"):

@@ -6,14 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import problems, random_gram, random_weight, refit_layer
+from local_search import drawn
+from strategies import HALF, problems, refit_layer
 
 from maskopt import NM, LayerProblem, Refit, Solution, Status, Unstructured, solve, verify
-from maskopt.errors import OptionError, SolverError, VerificationError
+from maskopt.errors import SolverError, VerificationError
 from maskopt.solvers.greedy.sparsegpt import SparseGPT
 
 
-def literal(problem: LayerProblem, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+def literal(problem, damping):
     """One column at a time, the inverse Hessian downdated by elimination instead of a factor: the mask, and
     the weights."""
     gram = problem.gram.double().clone()
@@ -37,27 +38,21 @@ def literal(problem: LayerProblem, damping: float) -> tuple[torch.Tensor, torch.
                 order = score.flatten().argsort(stable=True)[: problem.pruned]
                 kept.view(-1)[order] = False
             else:
-                for row in range(problem.rows):
-                    kept[row, j + score[row].argsort(stable=True)[: problem.pruned_per_group]] = (
-                        False
-                    )
+                order = score.argsort(dim=1, stable=True)[:, : problem.pruned_per_group]
+                kept.scatter_(1, j + order, False)
         lost = torch.where(kept[:, j], 0.0, w[:, j])
         w[:, j:] -= lost[:, None] / current[j, j] * current[j, j:]
         current = current - current[:, j, None] * current[None, j] / current[j, j]
     return kept, torch.where(kept, w, 0.0)
 
 
-PATTERNS = [
-    Unstructured(sparsity=0.5),
-    NM(keep=2, of=4),
-    Unstructured(sparsity=0.5, per="layer"),
-]
+PATTERNS = [HALF, NM(keep=2, of=4), Unstructured(sparsity=0.5, per="layer")]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("kind", ["full", "zero-columns"])
 def test_equals_the_literal_algorithm(pattern, kind):
-    problem = LayerProblem(random_weight(4, 24, 1), random_gram(24, kind, 2), pattern)
+    problem = drawn(4, 24, kind, pattern)
     mask, weight = literal(problem, 0.01)
     assert torch.equal(solve(problem, "sparsegpt").mask, mask)
     updated = solve(problem.refitting(Refit(0.02)), "sparsegpt", update=True)
@@ -65,14 +60,9 @@ def test_equals_the_literal_algorithm(pattern, kind):
     torch.testing.assert_close(updated.weight, weight, rtol=1e-8, atol=1e-9)
 
 
-@given(problems())
-def test_legal_and_verified_on_anything(problem):
-    verify(problem, solve(problem, "sparsegpt"))
-
-
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=1, of=3)], ids=str)
 def test_counts_are_exact_over_many_blocks(pattern):
-    problem = LayerProblem(random_weight(3, 300, 1), random_gram(300, "full", 0), pattern)
+    problem = drawn(3, 300, pattern=pattern)
     solution = solve(problem, "sparsegpt")
     verify(problem, solution)
     scaled = LayerProblem(problem.weight * 1024, problem.gram / 4096, pattern)
@@ -93,7 +83,7 @@ def test_its_own_weights_are_verified_and_never_better_than_least_squares(proble
     assert bool((solution.objective >= best * (1 - 1e-9) - 1e-12 * problem.diagonal_mass()).all())
 
 
-def test_over_many_blocks_the_walk_goes_on_and_rows_that_trade_have_the_layers_count():
+def test_over_many_blocks_the_walk_goes_on_and_pooled_rows_have_the_layers_count():
     problem = refit_layer(Unstructured(sparsity=0.6, per="layer"), rows=5, n=300)
     solution = solve(problem, "sparsegpt", update=True)
     verify(problem, solution)
@@ -111,19 +101,17 @@ def test_weights_that_are_not_what_they_are_said_to_be_are_found(tmp_path):
     solution.save(tmp_path / "own.npz")
     verify(problem, Solution.load(tmp_path / "own.npz"))
     weight = solution.weight
-    kept = tuple(solution.mask.nonzero()[0])
-    pruned = tuple((~solution.mask).nonzero()[0])
+    kept, pruned = (tuple(mask.nonzero()[0]) for mask in (solution.mask, ~solution.mask))
 
-    def forged(**changes):
-        where, value = changes.pop("where"), changes.pop("value")
+    def forged(where, value):
         other = weight.clone()
         other[where] = value
-        return replace(solution, weight=other, **changes)
+        return replace(solution, weight=other)
 
     for solution_, message in [
-        (forged(where=kept, value=9.0), "objective: row 0 states"),
-        (forged(where=kept, value=torch.nan), "those of row 0 are not finite"),
-        (forged(where=pruned, value=0.1), "not 0 where it prunes"),
+        (forged(kept, 9.0), "objective: row 0 states"),
+        (forged(kept, torch.nan), "those of row 0 are not finite"),
+        (forged(pruned, 0.1), "not 0 where it prunes"),
         (replace(solution, weight=None), "must be float64"),
         (replace(solution, weight=weight.float()), "must be float64"),
         (replace(solution, own=False), "objective: row 0 states"),
@@ -141,9 +129,3 @@ def test_weights_that_are_kept_are_not_updated():
         solve(problem.refitting(None), "sparsegpt", update=True)
     start = solve(problem, "swap", start=SparseGPT(update=True))
     assert torch.equal(start.mask, solve(problem, "swap", start="sparsegpt").mask)
-
-
-def test_damping_must_be_positive():
-    problem = LayerProblem(torch.ones(1, 4), torch.eye(4), Unstructured(sparsity=0.5))
-    with pytest.raises(OptionError, match="damping"):
-        solve(problem, "sparsegpt", damping=0.0)

@@ -1,0 +1,222 @@
+"""What every search from a start promises: one table of solvers, and what each row of it must hold."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from local_search import check_contract, drawn, floor
+from strategies import HALF, problems, refit_layer
+
+from maskopt import NM, LayerProblem, Progress, Refit, Unstructured, solve, verify
+from maskopt.errors import MaskoptError, OptionError, WarmStartError
+from maskopt.solution import Status
+from maskopt.solver import make_start
+
+#: solver and options
+KERNELS = {f"swap-{k}": ("swap", {"kernel": k}) for k in ("literal", "torch", "numba")}
+MEMETIC = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
+SEARCHES = KERNELS | {
+    "kswap": ("kswap", {}),
+    "tabu": ("tabu", {"moves": 60}),
+    "memetic": ("memetic", MEMETIC),
+    "relax": ("relax", {}),
+    "sdp": ("sdp", {"sweeps": 60}),
+    "frank_wolfe": ("frank_wolfe", {"iterations": 30}),
+    "portfolio": ("portfolio", {"members": ("elimination", "swap")}),
+}
+COSTLY = ("memetic", "sdp")
+CASES = [(name, torch.float64) for name in SEARCHES] + [
+    pytest.param(name, torch.float32, marks=() if name in KERNELS else pytest.mark.slow)
+    for name in SEARCHES
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+@given(data=st.data())
+def test_contract(name, dtype, data):
+    solver, options = SEARCHES[name]
+    sizes = {"max_n": 10, "max_rows": 3} if name in COSTLY else {"max_n": 12}
+    problem = data.draw(problems(**sizes, dtype=dtype))
+    start = data.draw(st.sampled_from(["wanda", "random", "worst"]))
+    proves = solver not in ("frank_wolfe", "portfolio")
+    check_contract(problem, solver, start, proves=proves, **options)
+
+
+@settings(max_examples=10)
+@given(problems(max_n=11, max_rows=3), st.sampled_from((0.0, 0.01, 0.3)))
+def test_contract_of_refitted_weights(problem, damping):
+    check_contract(problem.refitting(Refit(damping)), "memetic", start="worst", **MEMETIC)
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=str)
+@pytest.mark.parametrize("name", [*SEARCHES, "memetic, refitted"])
+def test_permutations_scales_and_rows_by_themselves(name, pattern):
+    solver, options = SEARCHES[name.split(",")[0]]
+    refit = Refit(0.01) if "refitted" in name else None
+    kind = "outliers" if isinstance(pattern, NM) else "full"
+    for seed in range(5 if name in ("swap-torch", "swap-numba") else 1):
+        problem = drawn(4, 24, kind, pattern, (seed + 1, seed + 2)).refitting(refit)
+
+        def solved(weight, gram, pattern=pattern, refit=refit):
+            layer = LayerProblem(weight, gram, pattern, refit=refit)
+            return solve(layer, solver, start="wanda", **options)
+
+        w, gram = problem.weight, problem.gram
+        plain = solved(w, gram)
+        for factor, by in ((2.0**20, 1), (1, 2.0**-30), (1e-20, 0.25), (3e15, 1e-20)):
+            scaled = solved(w * factor, gram * by)
+            torch.testing.assert_close(scaled.objective / factor**2 / by, plain.objective)
+            if "swap" in name or name == "frank_wolfe":
+                assert torch.equal(scaled.mask, plain.mask)
+        if isinstance(pattern, Unstructured) and name != "sdp":
+            order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))
+            turned = solved(w[:, order], gram[order][:, order])
+            torch.testing.assert_close(turned.objective, plain.objective)
+        for i in range(4):
+            alone = solve(problem.row(i), solver, start="wanda", **options)
+            assert torch.equal(alone.mask[0], plain.mask[i])
+
+
+@pytest.mark.parametrize("refit", [None, Refit(0.01)])
+@pytest.mark.parametrize("name", [*KERNELS, "kswap", "tabu", "memetic"])
+def test_without_time_the_start_comes_back(name, refit):
+    solver, options = SEARCHES[name]
+    if refit is not None and solver != "memetic":
+        return
+    problem = drawn(4, 32).refitting(refit)
+    start = solve(problem, "worst").mask
+    stopped = solve(problem, solver, start=start, time_limit=0.0, **options)
+    verify(problem, stopped)
+    assert torch.equal(stopped.mask, start)
+    assert set(stopped.status) == {Status.FEASIBLE}
+    if solver != "swap":
+        assert set(stopped.trace.stopped) == {"yes"}
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4), NM(3, 8)], ids=str)
+def test_optimum_of_small_rows(pattern):
+    """Where 1-swap search alone does not find it."""
+    problem = drawn(40, 16, "low-rank", pattern, (3, 4))
+    best = solve(problem, "exhaustive").objective
+    reached = {}
+    for name in ("swap", "tabu"):
+        found = solve(problem, name, warm_start="wanda").objective
+        reached[name] = int((found <= best * (1 + 1e-6) + 1e-12).sum())
+    assert reached["tabu"] >= 38
+    assert reached["tabu"] > reached["swap"]
+    refitted = refit_layer(pattern, rows=12, kind="low-rank", seed=3)
+    plans = {"generations": 30, "pool": 8, "moves": 100}, {"generations": 10, "pool": 32}
+    for layer, plan in zip((problem.take(slice(12)), refitted), plans, strict=True):
+        found = solve(layer, "memetic", start="worst", children=4, **plan)
+        verify(layer, found)
+        best = solve(layer, "exhaustive").objective
+        torch.testing.assert_close(found.objective, best, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["relax", "sdp"])
+def test_a_relaxation_starts_every_local_search(name):
+    problem = drawn(3, 24)
+    start = make_start(problem, name)
+    if name == "relax":
+        hardened = solve(problem, "relax", max_iterations=0, refine=False)
+        assert torch.equal(start.mask, hardened.mask)
+        assert bool((start.lower_bound == 0).all())
+        assert torch.equal(solve(problem, "tabu").mask, solve(problem, "tabu", start=name).mask)
+    for solver in ("swap", "kswap", "tabu"):
+        solution = solve(problem, solver, start=name)
+        assert bool((solution.objective <= start.objective + floor(problem)).all())
+        assert torch.equal(solution.mask, solve(problem, solver, start=start.mask).mask)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("name", [*KERNELS, "tabu", "relax"])
+def test_neither_threads_nor_memory_change_a_bit(name, pattern, monkeypatch):
+    solver, options = SEARCHES[name]
+    rows, n = (40, 64) if name in ("swap-numba", "tabu") else (7, 40)
+    problem = drawn(rows, n, "low-rank", pattern, (3, 4), torch.float32)
+    plain = solve(problem, solver, start="wanda", **options)
+    monkeypatch.setattr("maskopt.solvers.search.tabu._TILE", 2)
+    for threads, memory in ((3, None), (1, 1), (3, 10_000)):
+        limits = {"threads": threads, "memory_limit": memory}
+        other = solve(problem, solver, start="wanda", **limits, **options)
+        assert torch.equal(other.mask, plain.mask)
+        assert solver != "swap" or torch.equal(other.trace.swaps, plain.trace.swaps)
+
+
+@pytest.mark.parametrize("name", [*KERNELS, "kswap"])
+def test_the_trace_says_what_was_done(name):
+    solver, options = SEARCHES[name]
+    problem = drawn(4, 40, "low-rank", seeds=(6, 1))
+    solution = solve(problem, solver, start="wanda", **options)
+    trace = solution.trace
+    begun = solve(problem, "wanda").objective
+    torch.testing.assert_close(trace.history[:, -1], solution.objective, rtol=1e-9, atol=0)
+    assert bool((trace.history.diff(dim=1) <= 1e-12 * trace.history[:, :1]).all())
+    assert int(trace.swaps.sum()) > 0
+    if solver == "swap":
+        assert trace.kernel == options["kernel"]
+        torch.testing.assert_close(trace.history[:, 0], begun, rtol=1e-9, atol=0)
+        assert int(trace.scans.min()) >= 1
+    else:
+        torch.testing.assert_close(trace.start_objective, begun)
+        assert trace.history.shape == (4, int(trace.rounds.max()) + 1)
+        assert bool(((trace.moves > 0) == (trace.rounds > 1)).all())
+        assert int(trace.moves.sum()) > 0
+        assert set(trace.stopped) == {"no"}
+
+
+BAD_OPTIONS = [
+    ("swap", {"kernel": "fast", "max_swaps": -1, "time_limit": float("nan"), "memory_limit": 0}),
+    ("kswap", {"candidates": 1}),
+    ("tabu", {"moves": -1, "tenure": 0, "patience": -1, "time_limit": -1.0}),
+    ("memetic", {"generations": -1, "children": 0, "pool": 1, "moves": 0}),
+    ("relax", {"hardness": 1.0, "harden": -1, "tolerance": -1.0, "max_iterations": -1}),
+    ("relax", {"time_limit": -1.0}),
+    ("frank_wolfe", {"alpha": 1.5, "iterations": -1}),
+    ("sparsegpt", {"damping": 0.0}),
+    ("ria", {"a": -1.0}),
+    ("dsnot", {"cycles": -1}),
+]
+
+
+@pytest.mark.parametrize(("solver", "options"), BAD_OPTIONS)
+def test_bad_options_are_named(solver, options):
+    problem = LayerProblem(torch.ones(2, 8), torch.eye(8), NM(2, 4), mean=torch.ones(8))
+    for option, value in options.items():
+        with pytest.raises(
+            OptionError, match=option if "limit" in option else f"{solver}.*{option}"
+        ):
+            solve(problem, solver, **{option: value})
+
+
+def test_bad_starts_and_members_have_a_clear_error():
+    problem = drawn(2, 8, pattern=NM(2, 4))
+    with pytest.raises(WarmStartError, match="row 0 prunes 8 of 8"):
+        solve(problem, "swap", warm_start=torch.zeros(2, 8, dtype=torch.bool))
+    with pytest.raises(WarmStartError, match="shape"):
+        solve(problem, "swap", warm_start=torch.ones(2, 7, dtype=torch.bool))
+    with pytest.raises(OptionError, match="relax"):
+        solve(problem, "relax", max_iterations=0, harden=0)
+    with pytest.raises(OptionError, match="no option 'sed'; did you mean 'seed'"):
+        solve(problem, "random", sed=1)
+    for members in (("swpa",), ("portfolio",), ()):
+        with pytest.raises(MaskoptError):
+            solve(problem, "portfolio", members=members)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "expected"),
+    [
+        ("swap", {}, [Progress(4, 4)]),
+        ("portfolio", {"members": ("swap",)}, [Progress(0, 4, "swap", 0, 1), Progress(4, 4)]),
+        (
+            "frank_wolfe",
+            {"iterations": 100},
+            [Progress(0, 4, "Frank–Wolfe steps", done, 100) for done in (50, 100)],
+        ),
+    ],
+)
+def test_progress_is_reported(solver, options, expected):
+    seen = []
+    solve(drawn(4, 24, pattern=NM(2, 4)), solver, on_progress=seen.append, **options)
+    assert seen[-len(expected) :] == expected
