@@ -171,6 +171,8 @@ def test_the_relaxation_beats_the_box(pattern):
     problem = layer(4, 32, pattern)
     box, found = lower_bound(problem, "box"), lower_bound(problem, "sdp")
     assert bool((found.value >= box.value).all())
+    alone = torch.cat([lower_bound(problem.row(row), "sdp").value for row in range(4)])
+    torch.testing.assert_close(found.value, alone, rtol=1e-3, atol=0)
 
 
 def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from refit_layers import LARGE, LINEAR, PATTERNS, REFITS, assert_proven, layer, slack
-from strategies import HALF, problems, random_gram, random_weight, refit_layer
+from strategies import HALF, KINDS, problems, random_gram, random_linear, random_weight, refit_layer
 
 from maskopt import (
     NM,
@@ -296,3 +296,17 @@ def test_a_gram_matrix_that_is_all_but_singular(n, damping):
     verify(problem, found)
     _, best = problem.refitted(found.mask)
     torch.testing.assert_close(found.objective, best, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize(**LINEAR)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refitted_optimum_beats_the_refitted_optimum_of_kept_weights(kind, linear):
+    weight, gram = random_weight(6, 48, 3), random_gram(48, kind, 4)
+    part = random_linear(weight, gram, 5) if linear else None
+    problem = LayerProblem(weight, gram, Unstructured(0.6), linear=part, refit=Refit(0.01))
+    kept = solve(problem.refitting(None), "swap")
+    found = solve(problem, "swap", start=kept.mask)
+    before = problem.objective(kept.mask)
+    assert bool((found.objective <= before + slack(problem)).all())
+    if kind != "diagonal":
+        assert float(found.objective.sum()) < 0.98 * float(before.sum())
