@@ -1,4 +1,4 @@
-"""Rows of a layer that trade: what bounds prove of their sum, and claims that do not hold."""
+"""Rows that share a budget: what bounds prove of their sum, and claims that do not hold."""
 
 from dataclasses import replace
 
@@ -179,22 +179,22 @@ def exchanged(mask, i, u, j, p):
 
 
 @pytest.mark.parametrize("refit", [None, Refit(0.01)])
-def test_a_trade_that_improves_is_found(refit):
+def test_a_swap_between_rows_that_improves_is_found(refit):
     problem = layer(refit=refit)
     mask = solve(problem.under(problem.pattern.alike()), "swap").mask
-    trade = improving_swap(problem, mask)
-    assert trade is not None
-    assert trade.row != trade.other
-    better = problem.objective(exchanged(mask, trade.row, trade.kept, trade.other, trade.pruned))
+    swap = improving_swap(problem, mask)
+    assert swap is not None
+    assert swap.row != swap.other
+    better = problem.objective(exchanged(mask, swap.row, swap.kept, swap.other, swap.pruned))
     change = problem.shares @ (better - problem.objective(mask))
-    assert float(change) == pytest.approx(trade.delta, rel=1e-9)
+    assert float(change) == pytest.approx(swap.delta, rel=1e-9)
     best = min(
         float(problem.objective(exchanged(mask, i, u, j, p)).sum())
         for i in range(problem.rows)
         for j in range(problem.rows)
         if i != j
-        for u in [*mask[i].nonzero()[:3, 0].tolist(), trade.kept]
-        for p in [*(~mask[j]).nonzero()[:3, 0].tolist(), trade.pruned]
+        for u in [*mask[i].nonzero()[:3, 0].tolist(), swap.kept]
+        for p in [*(~mask[j]).nonzero()[:3, 0].tolist(), swap.pruned]
         if mask[i, u] and not mask[j, p]
     )
     assert best == pytest.approx(float(better.sum()))

@@ -128,7 +128,7 @@ def test_an_answer_of_scip_becomes_a_checked_one():
     assert verify(problem, ours, require="checked").checked
 
 
-def test_refitted_weights_and_rows_that_trade_have_no_tree():
+def test_refitted_weights_and_rows_of_a_shared_budget_have_no_tree():
     problem = layer(8)
     refitted = problem.refitting(Refit(0.1))
     with pytest.raises(OptionError, match="refitted weights is not kept"):

@@ -1,4 +1,4 @@
-"""Solutions and certificates are read as they were written, and no damaged file is read."""
+"""Solutions and certificates come back from files unchanged, and no damaged file is read."""
 
 import sys
 from dataclasses import replace
@@ -22,7 +22,7 @@ def relaxed():
 
 
 @pytest.mark.parametrize("kind", ["swap", "relax", "branch", "cuts"])
-def test_a_solution_and_its_certificate_are_read_as_they_were_written(kind, tmp_path):
+def test_a_solution_and_its_certificate_are_read_as_written(kind, tmp_path):
     problem, path = LAYER.take([0]) if kind == "branch" else LAYER, tmp_path / "s.npz"
     if kind == "cuts":
         cuts, mask = lower_bound(problem, "sdp", cuts=1), solve(problem, "wanda").mask
