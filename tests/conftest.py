@@ -44,7 +44,7 @@ settings.register_profile(
 
 
 #: files that take longest
-LONG = {"test_model_resume", "test_notebooks", "test_proof", "test_ranks", "test_refit_bound"}
+LONG = {"test_model_families", "test_model_resume", "test_notebooks", "test_proof", "test_ranks"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
