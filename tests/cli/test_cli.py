@@ -112,7 +112,7 @@ SOLVE = f"exec {sys.executable} -m maskopt solve row.npz --solver wanda --output
 @pytest.mark.parametrize(
     ("shell", "said", "left"),
     [
-        (f"ulimit -f 1; {SOLVE}", "error: File too large: 's.npz'", set()),
+        (f"ulimit -f 1; {SOLVE}", "File too large: 's.npz'", set()),
         (f"{SOLVE} > /dev/full", "No space left on device", {"s.npz"}),
         (f"{SOLVE} >&-", "", {"s.npz"}),  # nobody need listen
     ],
