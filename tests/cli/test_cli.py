@@ -112,16 +112,14 @@ SOLVE = f"exec {sys.executable} -m maskopt solve row.npz --solver wanda --output
 @pytest.mark.parametrize(
     ("shell", "said", "left"),
     [
-        (f"ulimit -f 1; {SOLVE}", "error: File too large: 's.npz'", set()),
+        (f"ulimit -f 1; {SOLVE}", "File too large: 's.npz'", set()),
         (f"{SOLVE} > /dev/full", "No space left on device", {"s.npz"}),
         (f"{SOLVE} >&-", "", {"s.npz"}),  # nobody need listen
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(shell, said, left, tmp_path):
     RowProblem(np.ones(40), np.eye(40), Unstructured(0.5)).save(tmp_path / "row.npz")
-    result = subprocess.run(
-        ["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == bool(said), result.stderr
     assert said in result.stderr
     assert "Traceback" not in result.stderr

@@ -112,12 +112,8 @@ def process_group(tmp_path):
 @pytest.mark.parametrize(
     ("around", "adapters"),
     [
-        *((compiled, True), (DistributedDataParallel, True), (nn.DataParallel, True)),
-        *(
-            slow(compiled, False),
-            slow(DistributedDataParallel, False),
-            slow(nn.DataParallel, False),
-        ),
+        *((DistributedDataParallel, True), (nn.DataParallel, False), slow(nn.DataParallel, True)),
+        *(slow(compiled, True), slow(compiled, False), slow(DistributedDataParallel, False)),
     ],
 )
 def test_what_torch_puts_around_a_model_changes_nothing(around, adapters, pruned, process_group):
