@@ -406,7 +406,7 @@ def test_a_penalty_on_what_is_not_chosen_hides_nothing(penalty):
         cost = problem.as_layer().objective(mask)
         if float(cost) != float(honest.objective):
             more = {"objective": cost, "lower_bound": cost, "status": OPTIMAL[:1]}
-            assert_refused(problem, replace(honest, mask=mask, **more), "", require="checked")
+            assert_refused(problem, replace(honest, mask=mask, **more), "row 0", require="checked")
 
 
 @pytest.mark.parametrize(
