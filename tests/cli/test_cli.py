@@ -1,6 +1,7 @@
 """The command line as a user meets it: helps and statuses, examples that it takes, and one clear line for
 an expected error."""
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ import maskopt
 from maskopt import RowProblem, Unstructured, available_solvers
 from maskopt.cli import COMMANDS, app, config, solvers
 from maskopt.cli.examples import EXAMPLES
+from maskopt.solvers import Swap
 
 NAMES = [command.name for command in app.registered_commands]
 
@@ -40,6 +42,12 @@ def test_a_process_of_its_own_lists_every_backend():
     assert result.returncode == 0, result.stderr
     for name in available_solvers():
         assert f" {name} " in result.stdout
+
+
+def test_the_options_of_a_solver_are_listed():
+    shown = run("solvers", "swap")
+    assert "swap: options" in shown
+    assert all(field.name in shown for field in dataclasses.fields(Swap))
 
 
 def test_help_names_every_command_and_the_statuses():

@@ -288,11 +288,12 @@ def test_a_root_that_proves_less_than_its_tree_is_not_kept(monkeypatch, near, va
 @pytest.mark.parametrize("kind", KINDS)
 def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, values, kind, seed):
     patched(monkeypatch, near, **values)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(7)
+    for number in range(seed + 1):
+        size, spread = 10.0 ** random.integers(-9, 9), random.integers(-3 * (number % 2), 1, 12)
     for pattern in (Unstructured(keep=5), NM(keep=1, of=4)):
-        weight = random_weight(2, 12, seed) * 10.0 ** random.integers(-9, 9)
-        spread = torch.tensor(10.0 ** random.integers(-3 * (seed % 2), 1, 12))
-        problem = LayerProblem(weight * spread, random_gram(12, kind, seed), pattern)
+        weight = random_weight(2, 12, seed) * size * torch.tensor(10.0**spread)
+        problem = LayerProblem(weight, random_gram(12, kind, seed), pattern)
         solution = solve(problem, "branch", workers=0, proof=True)
         exact = solve(problem, "exhaustive").objective
         slack = 1e-6 * exact + 1e-10 * problem.diagonal_mass()

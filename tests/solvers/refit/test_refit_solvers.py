@@ -1,5 +1,6 @@
 """What holds of every solver of refitted weights; and what ADMM and greedy elimination promise alone."""
 
+import pooled_layers
 import pytest
 import torch
 from forging import copied, forge_manifest
@@ -83,6 +84,13 @@ def test_threads_and_the_other_rows_change_nothing(solver, kind, linear, pattern
     many = [3, 1, 2, 0, *list(range(4)) * 24] if solver == "admm" else [3, 2, 1, 0]
     found = solve(problem.take(many), solver, threads=3)
     assert torch.equal(found.mask, whole.mask[many])
+
+
+def test_rows_of_one_budget_in_several_tiles():
+    problem = pooled_layers.layer(rows=70, n=16, refit=REFITS[1])
+    one, three = (solve(problem, "admm", threads=threads) for threads in (1, 3))
+    assert torch.equal(one.mask, three.mask)
+    verify(problem, three)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
