@@ -91,8 +91,10 @@ TRAINED = [
     [
         ["--pattern", "2:4", "--solver", "magnitude", "--layers", "mlp"],
         ["--sparsity", 0.5, "--budget", "model", "--importance", "alike", "--seed", 3],
-        ["--pattern", "0.5 per layer", "--importance", "alike"],
         TRAINED,
+        pytest.param(
+            ["--pattern", "0.5 per layer", "--importance", "alike"], marks=pytest.mark.slow
+        ),
         pytest.param(["--sparsity", 0.5], marks=pytest.mark.slow),
         pytest.param(["--sparsity", 0.5, "--dtype", "bfloat16"], marks=pytest.mark.slow),
     ],
