@@ -61,6 +61,9 @@ def insist_on_interrupts() -> None:
 
 def _interrupt_again(dropped: UnraisableHookArgs) -> None:
     if isinstance(dropped.exc_value, KeyboardInterrupt):
-        threading.Timer(0.01, _thread.interrupt_main).start()  # when the callback is through
+        try:
+            threading.Timer(0.01, _thread.interrupt_main).start()  # when the callback is through
+        except KeyboardInterrupt:  # the timer ended before this call did
+            _interrupt_again(dropped)
     else:
         sys.__unraisablehook__(dropped)

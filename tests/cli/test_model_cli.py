@@ -3,7 +3,9 @@
 import json
 import shlex
 import signal
+import subprocess
 import sys
+import threading
 import time
 import types
 import weakref
@@ -15,13 +17,14 @@ from commands import ended, run
 from tiny_models import patched, save, save_tokenizer, tiny, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskopt.cli import console
 from maskopt.cli.console import insist_on_interrupts
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
 from maskopt.model import plan as planning
 from maskopt.model.demo_model import MODELS, cache_directory, demo_model
 from maskopt.model.journal import Journal
 from maskopt.model.plan import plan_prune
-from maskopt.model.workspace import MANIFEST
+from maskopt.model.workspace import HIDDEN, JOURNAL, MANIFEST
 
 TEXT = "Pack my box with five dozen liquor jugs. "
 WANDA = ["--sparsity", 0.5, "--solver", "wanda"]
@@ -135,6 +138,30 @@ def test_ctrl_c_says_how_to_go_on(dense, data, tmp_path, monkeypatch):
     assert manifest(out)["fingerprint"]["options"]["shrink"] == 1.0
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_a_signal_stops_a_process_that_prunes(dense, text, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from maskopt.cli import main; main()"
+    )
+    words = ["prune", dense, "--sparsity", 0.5, "--solver", "elimination", "--output", out]
+    words += ["--calibration", text, "--samples", 1000, "--seq-len", 64]
+    command = [sys.executable, "-c", code, *map(str, words)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    journal = out / HIDDEN / JOURNAL
+    while child.poll() is None and not (journal.exists() and b'"block"' in journal.read_bytes()):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate()[1]
+    assert child.returncode == 130, said
+    assert "Traceback" not in said
+    assert said.endswith("\nstopped\n")
+    run(*words, "--resume")
+    assert "holds" in run("verify", out, "--against", dense)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_counts_inside_a_callback_too(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
@@ -149,6 +176,19 @@ def test_ctrl_c_counts_inside_a_callback_too(monkeypatch):
             [time.sleep(0.01) for _ in range(6000)]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_that_comes_too_early_comes_again(monkeypatch):
+    started = []
+
+    def start(_):
+        started.append(True)
+        if len(started) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Timer, "start", start)
+    console._interrupt_again(types.SimpleNamespace(exc_value=KeyboardInterrupt()))
+    assert len(started) == 2
 
 
 def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
