@@ -123,7 +123,7 @@ def test_a_tree_is_the_same_every_time_and_survives_a_file(tmp_path):
 
 def test_an_answer_of_scip_becomes_a_checked_one():
     problem = layer(20)
-    theirs = solve(problem, "scip", time_limit=60)
+    theirs = solve(problem, "scip")
     assert verify(problem, theirs).basis != ("checked",)
     ours = proven(problem, start=theirs.mask)
     assert torch.equal(ours.mask, theirs.mask)

@@ -163,7 +163,7 @@ def test_symmetric_and_separable_rows_are_presolved():
     few = random_gram(3, "full", 5)
     copies = few.repeat_interleave(10, 0).repeat_interleave(10, 1)
     twins = LayerProblem(torch.ones(1, 30, dtype=torch.float64), copies, HALF)
-    solution = solve(twins, "scip", time_limit=60)
+    solution = solve(twins, "scip")
     assert solution.status == (Status.OPTIMAL,)
     counts = [(a, b, 15 - a - b) for a in range(11) for b in range(11) if 0 <= 15 - a - b <= 10]
     best = min(float(torch.tensor(k).double() @ few @ torch.tensor(k).double()) for k in counts)
@@ -172,8 +172,8 @@ def test_symmetric_and_separable_rows_are_presolved():
 
 def test_qcr_starts_from_the_semidefinite_bound():
     problem = LayerProblem(random_weight(1, 30, 2), random_gram(30, "low-rank", 3), SIXTY)
-    plain = solve(problem, "scip", formulation="factored", time_limit=60)
-    convexified = solve(problem, "scip", time_limit=60)
+    plain = solve(problem, "scip", formulation="factored")
+    convexified = solve(problem, "scip")
     assert convexified.status == plain.status == (Status.OPTIMAL,)
     assert float(convexified.objective[0]) == pytest.approx(float(plain.objective[0]), rel=1e-6)
     certified = float(lower_bound(problem, "sdp").value[0])
