@@ -1,14 +1,18 @@
-"""Streaming Gram accumulation against the definition."""
+"""Streaming Gram accumulation against the definition; and float32 products by the faster library: as precise,
+and the setting is as before afterwards."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskopt import products
 from maskopt.errors import ProblemError
 from maskopt.gram import CHUNK, TILE, Gram
+from maskopt.model.threads import Threads
+from maskopt.products import fast_products
 
-close = torch.testing.assert_close
+close, setting = torch.testing.assert_close, torch.get_float32_matmul_precision
 
 
 def summed(*parts):
@@ -19,9 +23,7 @@ def summed(*parts):
 
 
 @given(
-    n=st.integers(1, 40),
-    batches=st.lists(st.integers(1, 30), min_size=1, max_size=5),
-    seed=st.integers(0, 1000),
+    st.integers(1, 40), st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 1000)
 )
 def test_the_mean_of_outer_products(n, batches, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -46,20 +48,14 @@ def test_larger_than_a_tile_and_a_chunk_and_in_pieces_of_any_order():
     assert torch.equal(summed(x).value(), other.value())
 
 
-def test_float64_accumulation_does_not_drift():
+def test_sums_do_not_drift_and_shrinking_keeps_the_diagonal():
     part = torch.full((1000, 1), 0.1)
     one, many = (float(summed(*[part] * k).value(dtype=torch.float64)) for k in (1, 2000))
     # a chunk's own sum, in whatever order it is taken
     assert abs(one / 0.01 - 1) < CHUNK * 2**-24
     assert abs(many / one - 1) < 1e-12
-
-
-def test_half_precision_is_summed_in_float32():
-    x = torch.randn(64, 8).to(torch.bfloat16)
+    x = torch.randn(64, 8).to(torch.bfloat16)  # half precision is summed in float32
     close(summed(x).value(), (x.float().T @ x.float()) / 64)
-
-
-def test_shrinking_keeps_the_diagonal():
     gram = summed(torch.randn(20, 5))
     plain, shrunk = gram.value(), gram.value(shrink=0.25)
     close(shrunk.diagonal(), plain.diagonal())
@@ -71,14 +67,95 @@ def test_shrinking_keeps_the_diagonal():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Gram(5).add(torch.zeros(3, 4)), "must be floating point"),
-        (lambda: Gram(5).add(torch.zeros(5)), "must be floating point"),
-        (lambda: Gram(5).add(torch.zeros(3, 5, dtype=torch.int64)), "must be floating point"),
+        *((lambda x=x: Gram(5).add(x), "must be floating point")
+          for x in (torch.zeros(3, 4), torch.zeros(5), torch.zeros(3, 5, dtype=torch.int64))),
         (lambda: Gram(5).add(torch.full((3, 5), float("nan"))), "NaN or infinite"),
         (lambda: Gram(5).value(shrink=1.5), "shrink"),
         (lambda: Gram(0), "at least one"),
     ],
-)
+)  # fmt: skip
 def test_what_is_refused(call, message):
     with pytest.raises(ProblemError, match=message):
         call()
+
+
+def error():
+    """Of a product that is large enough for either library."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(300, 300, generator=generator) for _ in range(2))
+    exact = left.double() @ right.double()
+    return float((left @ right - exact).norm() / exact.norm())
+
+
+@pytest.fixture
+def fresh():
+    """What a product said of this processor is asked for again, before and after."""
+    products._precise.cache_clear()
+    yield
+    products._precise.cache_clear()
+
+
+def check_left_alone():
+    """The setting is as before inside, too."""
+    products._precise.cache_clear()
+    before = setting()
+    with fast_products():
+        assert setting() == before
+    assert not products._precise()
+
+
+def test_products_are_of_float32_inside_and_on_the_threads_and_as_before_outside(monkeypatch):
+    with fast_products():
+        assert error() < 1e-6
+    with Threads(torch.device("cpu"), 2) as threads:
+        assert max(threads.run([error, error, error])) < 1e-6
+    monkeypatch.setattr(products, "_precise", lambda: True)
+    usual = setting()
+    try:
+        for before in ("highest", "high"):
+            torch.set_float32_matmul_precision(before)
+            with fast_products():
+                with fast_products():
+                    assert setting() == "medium"
+                assert setting() == "medium"
+            assert setting() == before
+            with pytest.raises(ZeroDivisionError), fast_products():
+                raise ZeroDivisionError
+            assert setting() == before
+    finally:
+        torch.set_float32_matmul_precision(usual)
+
+
+@pytest.mark.parametrize("usual", [torch.float32, torch.float64])
+def test_a_processor_that_rounds_is_left_alone(usual, fresh, monkeypatch):
+    exact = torch.Tensor.__matmul__
+
+    def rounded(left, right):
+        if left.dtype == torch.float32 and setting() == "medium":
+            return exact(left.bfloat16(), right.bfloat16()).float()
+        return exact(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    # of what torch makes numbers of where nothing is said
+    torch.set_default_dtype(usual)
+    try:
+        check_left_alone()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_accelerators_and_settings_by_other_means_are_left_alone(fresh, monkeypatch):
+    def mixed():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        check_left_alone()
+    products._precise.cache_clear()
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    with fast_products():
+        assert error() < 1e-6
+    assert not products._precise()
+    monkeypatch.setattr(products, "_precise", lambda: True)  # as found out before
+    with fast_products():
+        assert error() < 1e-6

@@ -20,26 +20,24 @@ NAN, INF = float("nan"), float("inf")
 RANGE = r"outside \[0, 1\)"
 
 
-@given(st.integers(0, 999), st.integers(1, 5000))
-def test_sparsity_prunes_exactly_the_floor_of_the_decimal_product(thousandths, n):
-    pattern = Unstructured(sparsity=thousandths / 1000)
-    assert pattern.pruned_per_group(n) == math.floor(Fraction(thousandths, 1000) * n)
-
-
-@given(st.fractions(0, 1, max_denominator=10**6).filter(lambda f: f < 1), st.integers(1, 10**9))
-def test_fractions_prune_the_floor_of_the_exact_product(share, n):
+@given(
+    st.integers(0, 999),
+    st.fractions(0, 1, max_denominator=10**6).filter(lambda f: f < 1),
+    st.decimals(0, 1, places=15).filter(lambda d: d < 1),
+    st.one_of(st.integers(1, 5000), st.integers(1, 10**9)),
+)
+def test_a_share_prunes_the_floor_of_the_exact_product(thousandths, share, digits, n):
+    """Of a float that of its decimal."""
+    for given_share, exact in (
+        (thousandths / 1000, Fraction(thousandths, 1000)), (share, share), (digits, Fraction(digits)),
+    ):  # fmt: skip
+        assert Unstructured(given_share).pruned_per_group(n) == math.floor(exact * n)
     pattern, below = Unstructured(share), share.denominator
-    assert pattern.pruned_per_group(n) == math.floor(share * n)
     whole = n * below % 10**9 // below * below or below
     assert pattern.pruned_per_group(whole) == share * whole
     assert pattern_from_dict(json.loads(json.dumps(pattern_to_dict(pattern)))) == pattern
     layer = Unstructured(share, per="layer", spread=share)
     assert layer.pruned_in(3, 400) == math.floor(share * 1200)
-
-
-@given(st.decimals(0, 1, places=15).filter(lambda d: d < 1), st.integers(1, 10**9))
-def test_decimals_prune_the_floor_of_the_exact_product(share, n):
-    assert Unstructured(share).pruned_per_group(n) == math.floor(Fraction(share) * n)
 
 
 @pytest.mark.parametrize(
@@ -48,18 +46,19 @@ def test_decimals_prune_the_floor_of_the_exact_product(share, n):
         (Unstructured(sparsity=0.29), {100: 29}),  # 0.29 * 100 < 29 in binary
         (Unstructured(Fraction(1, 3)), {2: 0, 3: 1, 12: 4, 3000: 1000}),
         (Unstructured(1 / 3), {12: 3}),  # of the decimal 0.3333333333333333
-        (Unstructured(keep=0), {3: 3}),
-        (Unstructured(keep=3), {3: 0}),
+        (Unstructured(keep=0), {3: 3}), (Unstructured(keep=3), {3: 0}),
         (Unstructured(sparsity=0.0), {1: 0}),
-        (NM(0, 4), {4: 4}),
-        (NM(4, 4), {4: 0}),
-        (NM(1, 1), {1: 0, 4: 0}),
+        (NM(0, 4), {4: 4}), (NM(4, 4), {4: 0}), (NM(1, 1), {1: 0, 4: 0}),
     ],
-)
+)  # fmt: skip
 def test_counts(pattern, counts):
     for n, pruned in counts.items():
         pattern.check(n)
         assert pattern.pruned_per_group(n) == pruned
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0, 0, 0]], dtype=torch.bool)
+    assert NM(keep=2, of=4).is_legal(mask).tolist() == [True, False]
+    assert Unstructured(keep=4).is_legal(mask).tolist() == [True, True]
+    assert Unstructured(sparsity=0.25).is_legal(mask).tolist() == [False, False]
 
 
 @pytest.mark.parametrize(
@@ -68,48 +67,23 @@ def test_counts(pattern, counts):
         *(({"sparsity": x}, RANGE) for x in (-0.1, 1, 1.0, 1.5, NAN, INF, "0.5", 1j)),
         *(({"sparsity": Decimal(x)}, RANGE) for x in ("NaN", "sNaN", "Infinity", -1)),
         ({"sparsity": Fraction(3, 2)}, RANGE),
-        *(
-            ({"sparsity": x}, "too many digits for a share")
-            for x in (Fraction(1, 10**7 + 1), Decimal("0.3333333333333333333333"))
-        ),
+        *(({"sparsity": x}, "too many digits for a share")
+          for x in (Fraction(1, 10**7 + 1), Decimal("0.3333333333333333333333"))),
         *(({"keep": x}, "keep must be a whole number of at least 0") for x in (-1, 2.0, True, "3")),
         ({"sparsity": None}, "exactly one"),
         ({"sparsity": 0.5, "keep": 3}, "exactly one"),
         *(({"keep": keep, "of": of}, "impossible") for keep, of in ((5, 4), (-1, 4), (2, 0), (0, 0))),
         *(({"keep": keep, "of": 4}, "takes whole numbers") for keep in (2.0, True)),
+        # and patterns that do not fit
+        *(((pattern, 0), "at least one input") for pattern in (Unstructured(0.5), NM(1, 1))),
+        ((Unstructured(keep=9), 8), "keep=9 is more than the 8 inputs"),
+        ((NM(keep=2, of=4), 10), "10 inputs do not divide into groups of 4"),
     ],
 )  # fmt: skip
 def test_impossible_patterns(options, message):
+    pattern, n = options if isinstance(options, tuple) else (None, None)
     with pytest.raises(PatternError, match=message):
-        (NM if "of" in options else Unstructured)(**options)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "n", "message"),
-    [
-        (Unstructured(sparsity=0.5), 0, "at least one input"),
-        (NM(keep=1, of=1), 0, "at least one input"),
-        (Unstructured(keep=9), 8, r"keep=9 is more than the 8 inputs"),
-        (NM(keep=2, of=4), 10, r"10 inputs do not divide into groups of 4"),
-    ],
-)
-def test_patterns_that_do_not_fit(pattern, n, message):
-    with pytest.raises(PatternError, match=message):
-        pattern.check(n)
-
-
-def test_patterns_are_values():
-    assert len({NM(2, 4), NM(keep=2, of=4), Unstructured(0.5), Unstructured(sparsity=0.5)}) == 2
-    for pattern, name in ((NM(2, 4), "keep"), (Unstructured(0.5), "sparsity")):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(pattern, name, 1)
-
-
-def test_legality_counts_per_group():
-    mask = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0, 0, 0]], dtype=torch.bool)
-    assert NM(keep=2, of=4).is_legal(mask).tolist() == [True, False]
-    assert Unstructured(keep=4).is_legal(mask).tolist() == [True, True]
-    assert Unstructured(sparsity=0.25).is_legal(mask).tolist() == [False, False]
+        pattern.check(n) if pattern else (NM if "of" in options else Unstructured)(**options)
 
 
 @pytest.mark.parametrize(
@@ -120,16 +94,12 @@ def test_legality_counts_per_group():
         ("2:4", NM(keep=2, of=4)),
         ("0.6 per layer", Unstructured(sparsity=0.6, per="layer")),
         ("0.6 per layer ± 0.05", Unstructured(sparsity=0.6, per="layer", spread=0.05)),
-        *(
-            (None, Unstructured(share, **more))
-            for share in (0.5, 2 / 3, 0.99996, 1e-7, 0.1 + 0.2)
-            for more in ({}, {"per": "layer", "spread": 1 / 7})
-        ),
+        *((None, Unstructured(share, **more)) for share in (0.5, 2 / 3, 0.99996, 1e-7, 0.1 + 0.2)
+          for more in ({}, {"per": "layer", "spread": 1 / 7})),
     ],
-)
+)  # fmt: skip
 def test_text_and_json_forms(text, pattern):
-    assert str(pattern) == (text or str(pattern))
-    assert parse_pattern(str(pattern)) == pattern
+    assert (str(pattern), parse_pattern(str(pattern))) == (text or str(pattern), pattern)
     assert pattern_from_dict(pattern_to_dict(pattern)) == pattern
     assert str(Unstructured(keep=3)) == "keep 3"
 
@@ -152,10 +122,14 @@ def test_text_and_json_that_is_no_pattern(given):
         (parse_pattern if isinstance(given, str) else pattern_from_dict)(given)
 
 
-def test_numbers_of_other_kinds_are_numbers():
+def test_patterns_are_values_and_numbers_of_other_kinds_are_numbers():
     assert Unstructured(Fraction(29, 100)) == Unstructured(Decimal("0.29")) == Unstructured(0.29)
     assert Unstructured(np.float32(0.6)) == Unstructured(0.6)
     assert Unstructured(np.int64(0)) == Unstructured(0)
     assert Unstructured(np.longdouble("0.29")) == Unstructured(0.29)
     assert Unstructured(keep=np.int64(3)) == Unstructured(keep=3)
     assert NM(np.int32(2), np.int64(4)) == NM(2, 4)
+    assert len({NM(2, 4), NM(keep=2, of=4), Unstructured(0.5), Unstructured(sparsity=0.5)}) == 2
+    for pattern, name in ((NM(2, 4), "keep"), (Unstructured(0.5), "sparsity")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(pattern, name, 1)

@@ -1,8 +1,12 @@
-"""LayerProblem and RowProblem: the objective, the checks at the door, save and load."""
+"""LayerProblem and RowProblem: the objective, with a linear part and without, the checks at the door, files;
+and the edges of float64, where nothing overflows."""
 
 import copy
+import itertools
 import json
 import zipfile
+from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,17 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HALF, problems, random_gram, random_linear, random_weight
 
-from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, files, load_problem, solve
-from maskopt.errors import MaskoptError, PatternError, ProblemError, WarmStartError
+from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, errors, files, solve, verify
+from maskopt.bounds import available_bounds, lower_bound
+from maskopt.certificate import Certificate
+from maskopt.errors import MaskoptError, PatternError, ProblemError, VerificationError
+from maskopt.formats import load_problem
+from maskopt.linear import Linear
+from maskopt.solution import Solution, Status
+from maskopt.solver import available_solvers
+from maskopt.solvers import Relax
 
 EYE, ONES, ALL = torch.eye(4), torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool)
 PLAIN = LayerProblem(ONES, EYE, HALF)
 FORM = "not a maskopt instance"
 close = torch.testing.assert_close
-
-
-def with_least(eigenvalue):
-    return torch.diag(torch.tensor([1.0, 1.0, 2.0, eigenvalue], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -38,92 +45,74 @@ def test_objective_is_the_mean_squared_change_of_the_output(linear, data):
         assert float(torch.linalg.eigvalsh(q)[0]) >= -1e-9 * float(q.trace()) - 1e-300
 
 
-def test_objective_in_blocks_equals_objective_at_once(monkeypatch):
-    problem = LayerProblem(random_weight(3, 40, 1), random_gram(40, "full", 0), HALF)
-    mask = solve(problem, "wanda").mask
-    whole = problem.objective(mask)
-    monkeypatch.setattr("maskopt.problem._OBJECTIVE_BLOCK_BYTES", 8 * 40 * 7)
-    close(problem.objective(mask), whole, rtol=1e-12, atol=0)
+def refuses(error, message, call, *arguments, **named):
+    with pytest.raises(error, match=message):
+        call(*arguments, **named)
 
 
-def test_numpy_and_half_precision_are_accepted():
+def test_arrays_lists_and_half_precision_are_accepted():
     kinds = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
     arrays = [np.ones((2, 4), dtype=kind) for kind in (">f8", np.float16, np.longdouble)]
     for weight in (*arrays, *(ONES.to(kind) for kind in kinds)):
         assert LayerProblem(weight, EYE.numpy(), HALF).objective(ALL).dtype == torch.float64
     for dtype, kept in ((torch.float16, torch.float32), (torch.float64, torch.float64)):
         assert LayerProblem(ONES, EYE.to(dtype), HALF).gram.dtype == kept
+    problem = LayerProblem([[1, 2.0, 3], [3, 2, 1]], [[2.0, 0, 0], [0, 1, 0], [0, 0, 1]], HALF)
+    assert problem.weight.dtype == torch.float64
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    for cost in (problem.objective, problem.weights, problem.refitting(Refit(0.01)).objective):
+        assert torch.equal(cost(mask.numpy()), cost(mask))
+    legal = torch.tensor([[True, False, True, False]])
+    for given_mask in (legal, legal[0], legal.tolist()):  # one row needs no second axis
+        assert torch.equal(PLAIN.take([0]).check_mask(given_mask), legal)
 
 
-def test_under_another_pattern_it_is_the_same_problem():
-    gram = random_gram(8, "full", 0)
-    problem = LayerProblem(random_weight(3, 8, 1), gram, HALF, name="up", mean=gram[0])
+def test_a_problem_shows_its_name_and_is_the_same_under_another_pattern(monkeypatch):
+    gram = random_gram(40, "full", 0)
+    problem = LayerProblem(random_weight(3, 40, 1), gram, HALF, name="up", mean=gram[0])
     other = problem.under(NM(keep=2, of=4))
     assert (other.pattern, other.name, problem.pattern) == (NM(keep=2, of=4), "up", HALF)
     for name in ("weight", "gram", "mean"):
         assert getattr(other, name).data_ptr() == getattr(problem, name).data_ptr()
-    with pytest.raises(PatternError, match="layer 'up'"):
-        problem.under(NM(keep=1, of=3))
-
-
-def test_costs_beyond_float64_are_refused():
-    weight = ONES.double()
-    weight[1, 2] = 1e160
-    message = r"a weight of 1e\+160 squared.*scale weight or gram down"
-    with pytest.raises(ProblemError, match=message):
-        LayerProblem(weight, EYE, HALF)
-    weight[1, 2] = 1e150
-    problem = LayerProblem(weight, EYE, HALF)
-    for name in ("swap", "sdp", "branch"):
-        assert bool(torch.isfinite(solve(problem, name).objective).all())
-
-
-def test_definiteness():
-    """The least eigenvalue may be −2⁻²³ of the trace, as sums in float32 leave it, or is not asked for."""
-    LayerProblem(ONES, with_least(-0.9 * 4 * 2.0**-23), HALF)
-    for least in (-1.1 * 4 * 2.0**-23, -1.0):
-        with pytest.raises(ProblemError, match="not positive semidefinite"):
-            LayerProblem(ONES, with_least(least), HALF)
-    trusted = LayerProblem(ONES, with_least(-1.0), HALF, assume_psd=True)
-    assert torch.equal(trusted.gram, with_least(-1.0))
-
-
-def test_a_problem_shows_its_name_and_size():
-    problem = LayerProblem(ONES, EYE, HALF, name="q")
-    assert repr(problem) == "LayerProblem('q', rows=2, n=4, pattern=0.5)"
-    assert repr(problem.row(-1)) == "RowProblem('q[1]', n=4, pattern=0.5)"
+    refuses(PatternError, "layer 'up'", problem.under, NM(keep=1, of=3))
+    assert repr(problem) == "LayerProblem('up', rows=3, n=40, pattern=0.5)"
+    assert repr(problem.row(-1)) == "RowProblem('up[2]', n=40, pattern=0.5)"
     assert repr(PLAIN.under(NM(2, 4))) == "LayerProblem(rows=2, n=4, pattern=2:4)"
     assert repr(RowProblem(torch.ones(4), EYE, HALF)) == "RowProblem(n=4, pattern=0.5)"
+    # its objective in blocks is that at once
+    mask = solve(problem, "wanda").mask
+    whole = problem.objective(mask)
+    monkeypatch.setattr("maskopt.problem._OBJECTIVE_BLOCK_BYTES", 8 * 40 * 7)
+    close(problem.objective(mask), whole, rtol=1e-12, atol=0)
 
 
-def test_a_legal_mask_is_handed_back():
-    legal = torch.tensor([[True, False, True, False]])
-    layer = PLAIN.take([0])
-    for given_mask in (legal, legal[0], legal.tolist()):  # one row needs no second axis
-        assert torch.equal(layer.check_mask(given_mask), legal)
-    with pytest.raises(WarmStartError, match=r"shape \[4\], the problem \[2, 4\]"):
-        PLAIN.check_mask(legal[0])
+def test_a_gram_matrix_is_symmetric_and_definite_but_for_rounding():
+    """The least eigenvalue may be −2⁻²³ of the trace, as sums in float32 leave it, or is not asked for."""
 
+    def with_least(eigenvalue, **more):
+        gram = torch.diag(torch.tensor([1.0, 1.0, 2.0, eigenvalue], dtype=torch.float64))
+        return LayerProblem(ONES, gram, HALF, **more)
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
-@pytest.mark.parametrize("kind", ["low-rank", "zero-columns", "duplicates", "outliers"])
-def test_singular_grams_of_any_scale_are_ordinary(kind, scale):
-    gram = (random_gram(12, kind, 3) * scale).float()
-    assert LayerProblem(torch.ones(1, 12), gram, HALF).n == 12
-    zero = LayerProblem(0 * ONES, 0 * EYE, HALF)
-    assert zero.objective(solve(zero, "wanda").mask).tolist() == [0, 0]
-
-
-def test_slight_asymmetry_is_rounded_away_and_a_large_one_refused():
-    gram = random_gram(6, "full", 0)
+    with_least(-0.9 * 4 * 2.0**-23)
+    for least in (-1.1 * 4 * 2.0**-23, -1.0):
+        refuses(ProblemError, "not positive semidefinite", with_least, least)
+    trusted = with_least(-1.0, assume_psd=True)
+    assert torch.equal(trusted.gram, torch.diag(torch.tensor([1.0, 1.0, 2.0, -1.0]).double()))
+    gram, one = random_gram(6, "full", 0), torch.ones(1, 6)
     noisy = gram.clone()
     noisy[0, 1] += 1e-9
-    problem = LayerProblem(torch.ones(1, 6), noisy, HALF)
+    problem = LayerProblem(one, noisy, HALF)
     assert torch.equal(problem.gram, problem.gram.T)
     assert torch.equal(problem.gram, (noisy + noisy.T) / 2)
     gram[0, 1] += 100
-    with pytest.raises(ProblemError, match="not symmetric"):
-        LayerProblem(torch.ones(1, 6), gram, HALF)
+    refuses(ProblemError, "not symmetric", LayerProblem, one, gram, HALF)
+    # singular ones of any scale are ordinary
+    for kind in ("low-rank", "zero-columns", "duplicates", "outliers"):
+        for scale in (1e-30, 1e-12, 1.0, 1e12, 1e30):
+            gram = (random_gram(12, kind, 3) * scale).float()
+            assert LayerProblem(torch.ones(1, 12), gram, HALF).n == 12
+    zero = LayerProblem(0 * ONES, 0 * EYE, HALF)
+    assert zero.objective(solve(zero, "wanda").mask).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -143,35 +132,23 @@ def test_slight_asymmetry_is_rounded_away_and_a_large_one_refused():
     ],
 )
 def test_bad_input_names_the_thing(weight, gram, message):
-    with pytest.raises(ProblemError, match=message):
-        LayerProblem(weight, gram, HALF, name="q_proj")
+    refuses(ProblemError, message, LayerProblem, weight, gram, HALF, name="q_proj")
 
 
-def test_other_bad_input_names_the_thing():
-    with pytest.raises(PatternError, match="q_proj"):
-        LayerProblem(ONES, EYE, NM(keep=2, of=3), name="q_proj")
-    with pytest.raises(ProblemError, match=r"layer 'q': mean must be \[4\], not \[3\]"):
-        LayerProblem(ONES, EYE, HALF, name="q", mean=torch.ones(3))
-    with pytest.raises(ProblemError, match=r"a row's weight must be \[n\], not \[1, 4\]"):
-        RowProblem(torch.ones(1, 4), EYE, HALF)
-
-
-def test_rows_are_taken_by_lists_and_tensors_of_indices():
+def test_bad_patterns_means_rows_and_columns_name_the_thing():
+    refuses(PatternError, "q_proj", LayerProblem, ONES, EYE, NM(keep=2, of=3), name="q_proj")
+    message = r"layer 'q': mean must be \[4\], not \[3\]"
+    refuses(ProblemError, message, LayerProblem, ONES, EYE, HALF, name="q", mean=torch.ones(3))
+    message = r"a row's weight must be \[n\], not \[1, 4\]"
+    refuses(ProblemError, message, RowProblem, torch.ones(1, 4), EYE, HALF)
     layer = LayerProblem(torch.ones(3, 4), EYE, HALF)
-    for rows, count in (
-        ([-1, 0], 2),
-        (torch.tensor([1]), 1),
-        (torch.tensor([True, False, True]), 2),
-    ):
-        assert layer.take(rows).rows == count
+    for rows in ([-1, 0], torch.tensor([True, False, True]), torch.tensor([1])):
+        assert layer.take(rows).rows == 2 - (len(rows) == 1)
     lists = ([], [3], [-4], [0.5], [True, False, True], [0, 5])
     tensors = [torch.tensor(rows) for rows in (0, [3], [0.0], [True, False], [[0]])]
     for bad in (*lists, *tensors, 0, (1,)):
-        with pytest.raises(ProblemError, match=r"rows must be a list of indices within 0 … 2"):
-            layer.take(bad)
-
-
-def test_row_restrict_takes_the_columns_in_order():
+        message = r"rows must be a list of indices within 0 … 2"
+        refuses(ProblemError, message, layer.take, bad)
     problem = LayerProblem(random_weight(2, 8, 1), random_gram(8, "full", 0), HALF)
     row = problem.row(1)
     sub = row.restrict([5, 2, 7])
@@ -180,12 +157,9 @@ def test_row_restrict_takes_the_columns_in_order():
     assert sub.as_layer().pruned_per_group == 1
     assert row.restrict([0, 1, 2, 3], NM(keep=1, of=2)).pattern == NM(keep=1, of=2)
     for columns in ([], [1, 1], [8], [-1], [[1]], [0.5, 2], [True, False]):
-        with pytest.raises(ProblemError):
-            row.restrict(columns)
-    with pytest.raises(PatternError):
-        row.restrict([0, 1], Unstructured(keep=3))
-    with pytest.raises(ProblemError):
-        problem.row(2)
+        refuses(ProblemError, None, row.restrict, columns)
+    refuses(PatternError, None, row.restrict, [0, 1], Unstructured(keep=3))
+    refuses(ProblemError, None, problem.row, 2)
 
 
 @pytest.mark.parametrize("pattern", [HALF, Unstructured(keep=3), NM(keep=2, of=4)])
@@ -198,26 +172,18 @@ def test_save_and_load_round_trip(tmp_path, pattern):
     problem.save(tmp_path / "layer.npz")
     problem.row(1).save(tmp_path / "row.npz")
     back, row = LayerProblem.load(tmp_path / "layer.npz"), RowProblem.load(tmp_path / "row.npz")
-    pairs = [
-        (getattr(back, x), getattr(problem, x)) for x in ("weight", "gram", "mean", "variance")
-    ]
-    pairs += [(row.weight, problem.weight[1])]
+    names = ("weight", "gram", "mean", "variance")
+    pairs = [(getattr(back, x), getattr(problem, x)) for x in names]
+    pairs.append((row.weight, problem.weight[1]))
     if pattern is HALF:
-        pairs += [
-            (getattr(back.linear, x), getattr(linear, x)) for x in ("correlation", "constant")
-        ]
-        pairs += [(row.linear.correlation, linear.correlation[1:2])]
+        pairs.append((back.linear.correlation, linear.correlation))
+        pairs.append((back.linear.constant, linear.constant))
+        pairs.append((row.linear.correlation, linear.correlation[1:2]))
     for one, other in pairs:
         assert one is other is None or torch.equal(one, other)
     assert (back.pattern, back.name) == (pattern, "a.b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["layer.npz", "row.npz"]
-    with pytest.raises(ProblemError, match="holds a row, not a layer"):
-        LayerProblem.load(tmp_path / "row.npz")
-
-
-def refused(path, message):
-    with pytest.raises(ProblemError, match=message):
-        RowProblem.load(path)
+    refuses(ProblemError, "a row, not a layer", LayerProblem.load, tmp_path / "row.npz")
 
 
 def saved(path):
@@ -227,22 +193,29 @@ def saved(path):
         return dict(archive)
 
 
-def test_load_refuses_rubbish_and_what_it_would_misread(tmp_path):
+def test_load_refuses_rubbish_and_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", Mock(side_effect=OSError("No space left on device")))
+        refuses(OSError, "No space", PLAIN.row(0).save, tmp_path / "row.npz")
+    assert list(tmp_path.iterdir()) == []
     path = tmp_path / "x.npz"
-    refused(path, "no such file")
-    np.savez(path, header=np.array({"a": 1}, dtype=object))  # a pickle
-    refused(path, FORM)
-    path.write_bytes(b"rubbish")
-    refused(path, FORM)
     parts = saved(path)
     header = json.loads(str(parts["header"]))
-    for changed, message in (
-        ({**header, "format": "maskopt-9"}, f"{FORM} of a format"),
-        ({**header, "kind": "row"}, r"a row's weight must be \[1, n\], not \[2, 4\]"),
-        ([], f"{FORM} of a format"),
+    for content, message in (
+        (None, "no such file"),
+        ({"a": 1}, FORM),  # a pickle
+        (b"rubbish", FORM),
+        (json.dumps({**header, "format": "maskopt-9"}), f"{FORM} of a format"),
+        (json.dumps({**header, "kind": "row"}), r"a row's weight must be \[1, n\], not \[2, 4\]"),
+        ("[]", f"{FORM} of a format"),
     ):
-        np.savez(path, **{**parts, "header": np.array(json.dumps(changed))})
-        refused(path, message)
+        path.unlink(missing_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            arrays = parts if isinstance(content, str) else {}
+            np.savez(path, **{**arrays, "header": np.array(content)})
+        refuses(ProblemError, message, RowProblem.load, path)
 
 
 def forged(path, case):
@@ -283,28 +256,8 @@ def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monk
         return found
 
     monkeypatch.setattr(files.npy, "read_array", watched)
-    with pytest.raises(ProblemError, match=f"x.npz: {message}"):
-        load_problem(tmp_path / "x.npz")
+    refuses(ProblemError, f"x.npz: {message}", load_problem, tmp_path / "x.npz")
     assert sum(sizes) < 4096
-
-
-def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
-    def full_disk(*args, **kwargs):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(np, "savez", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        PLAIN.row(0).save(tmp_path / "row.npz")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_masks_may_be_arrays_and_weights_nested_lists():
-    problem = LayerProblem([[1, 2.0, 3], [3, 2, 1]], [[2.0, 0, 0], [0, 1, 0], [0, 0, 1]], HALF)
-    assert problem.weight.dtype == torch.float64
-    mask = torch.tensor([[False, True, True], [True, True, False]])
-    refit = problem.refitting(Refit(0.01))
-    for cost in (problem.objective, problem.weights, refit.objective):
-        assert torch.equal(cost(mask.numpy()), cost(mask))
 
 
 @pytest.mark.parametrize(
@@ -318,12 +271,219 @@ def test_masks_may_be_arrays_and_weights_nested_lists():
     ],
 )
 def test_bad_masks(mask, message):
-    with pytest.raises(MaskoptError, match=message):
-        solve(PLAIN, "elimination", warm_start=mask)
+    wrong = errors.WarmStartError
+    refuses(wrong, r"shape \[4\], the problem \[2, 4\]", PLAIN.check_mask, ALL[0])
+    refuses(MaskoptError, message, solve, PLAIN, "elimination", warm_start=mask)
     if not isinstance(mask, str):
-        with pytest.raises(WarmStartError):
-            PLAIN.check_mask(mask)
+        refuses(wrong, None, PLAIN.check_mask, mask)
     if "shape" in message or "bool" in message:  # no cost can be named
         for cost in (PLAIN.objective, PLAIN.weights, PLAIN.refitting(Refit(0.01)).refitted):
-            with pytest.raises(ProblemError, match=f"mask {message}"):
-                cost(mask)
+            refuses(ProblemError, f"mask {message}", cost, mask)
+
+
+# --- with a linear part: the same promises, kept by every solver and every bound
+SOLVERS = [name for name, info in available_solvers().items() if info.available]
+EXACT = ("branch", "exhaustive", "gurobi", "highs", "scip")
+#: but that of refitted weights
+BOUNDS = [n for n, i in available_bounds().items() if i.unavailable is None and n != "perspective"]
+PATTERNS = (Unstructured(keep=4), NM(keep=2, of=4))
+
+
+def linear_layer(pattern, rows=3, n=8, kind="full", seed=1, dtype=torch.float64):
+    weight, gram = random_weight(rows, n, seed, dtype), random_gram(n, kind, seed, dtype)
+    mean = gram.diagonal().sqrt() / 2
+    return LayerProblem(weight, gram, pattern, mean=mean, linear=random_linear(weight, gram, seed))
+
+
+def test_the_objective_is_the_error_of_the_outputs_against_their_targets():
+    generator = torch.Generator().manual_seed(0)
+    x, target = torch.randn(2, 50, 8, generator=generator, dtype=torch.float64)
+    weight, moved = random_weight(3, 8, 1), target - x
+    linear = Linear.of_inputs(weight, x.T @ moved / 50, moved.T @ moved / 50)
+    problem = LayerProblem(weight, x.T @ x / 50, Unstructured(keep=4), linear=linear)
+    mask = solve(problem, "random").mask
+    expected = (target @ weight.T - x @ (weight * mask).T).square().mean(0)
+    close(problem.objective(mask), expected, rtol=1e-12, atol=0)
+    energy = (target @ weight.T).square().mean(0)
+    close(problem.output_energy(), energy, rtol=1e-6, atol=0)
+    # of inputs 0 and 1, which cost the same by themselves, 0 brings the output nearer to its target
+    linear = Linear(torch.tensor([[-0.5, 0.5, 0.0]]), torch.tensor([1.0]))
+    problem = LayerProblem(torch.ones(1, 3), torch.eye(3), Unstructured(keep=2), linear=linear)
+    found = solve(problem, "elimination")
+    assert found.mask.tolist() == [[False, True, True]]
+    assert float(found.objective) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_answers_for_the_whole_objective(name):
+    for problem in map(linear_layer, PATTERNS):
+        best = solve(problem, "exhaustive").objective
+        solution = solve(problem, name)
+        verify(problem, solution)
+        assert bool((solution.objective >= best * (1 - 1e-9)).all())
+        if name in EXACT:
+            assert solution.status == (Status.OPTIMAL,) * 3
+            close(solution.objective, best, rtol=1e-6, atol=1e-12)
+    for keep in (8, 0):  # nothing to prune, and everything
+        one = linear_layer(Unstructured(keep=keep), rows=1)
+        solution = solve(one, name)
+        verify(one, solution)
+        assert int(solution.mask.sum()) == keep
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("kind", ["full", "low-rank", "outliers"])
+def test_no_bound_is_above_the_optimum(name, kind):
+    reached = []
+    for pattern, seed in itertools.product(PATTERNS, range(1, 4)):
+        problem = linear_layer(pattern, kind=kind, seed=seed)
+        best = solve(problem, "exhaustive").objective
+        value = lower_bound(problem, name).value
+        assert bool((value <= best * (1 + 1e-9) + 1e-12).all())
+        reached += (value / best.clamp(min=1e-300))[best > 0].tolist()
+    assert np.median(reached) > (0.9 if name.startswith("sdp") else 0.5)
+
+
+SAME = ("swap", "relax", "tabu", "memetic", "kswap", "frank_wolfe", "elimination", "sdp")
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_part_of_zeros_changes_nothing(name):
+    weight, gram = random_weight(4, 24, 1), random_gram(24, "full", 2)
+    zeros = Linear(torch.zeros(4, 24), torch.zeros(4))
+    options = {"frank_wolfe": {"iterations": 50}, "memetic": {"generations": 4}}.get(name, {})
+    both = (LayerProblem(weight, gram, HALF, linear=part) for part in (None, zeros))
+    expected, found = (solve(problem, name, **options) for problem in both)
+    assert torch.equal(expected.mask, found.mask)
+    assert torch.equal(expected.objective, found.objective)
+    close(found.lower_bound, expected.lower_bound, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_permuted_scaled_and_restricted(pattern):
+    problem = linear_layer(pattern)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    if isinstance(pattern, NM):
+        order = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])
+    linear = Linear(problem.linear.correlation[:, order] * 64, problem.linear.constant * 256)
+    weight, gram = problem.weight[:, order] * 4, problem.gram[order][:, order] * 16
+    moved = LayerProblem(weight, gram, pattern, linear=linear)
+    wanda = solve(problem, "wanda").mask
+    for name in ("swap", "elimination", "exhaustive"):
+        start, other = (wanda, wanda[:, order]) if name == "swap" else (None, None)
+        expected, found = solve(problem, name, start=start), solve(moved, name, start=other)
+        close(found.objective, expected.objective * 256, rtol=1e-9, atol=0)
+    row, columns = problem.row(1), [1, 3, 4, 6]
+    part = row.restrict(columns)
+    mask, full = solve(part, "wanda").mask[0], torch.ones(8, dtype=torch.bool)
+    full[columns] = mask
+    assert part.objective(mask) == pytest.approx(row.objective(full), rel=1e-12)
+    assert problem.take([2, 0]).linear.constant.tolist() == problem.linear.constant[[2, 0]].tolist()
+    bare = LayerProblem(problem.weight, problem.gram, pattern)
+    for name in ("swap", "branch"):  # claims for the quadratic part alone
+        refuses(VerificationError, None, verify, problem, solve(bare, name))
+
+
+@pytest.mark.parametrize(
+    ("correlation", "constant", "message"),
+    [
+        (torch.zeros(2, 7), torch.zeros(2), r"linear: correlation must be \[2, 8\]"),
+        (torch.zeros(2, 8), torch.zeros(3), r"linear: constant must be \[2\]"),
+        (torch.zeros(2, 8), torch.tensor([0.0, -1.0]), "not below 0"),
+        (torch.full((2, 8), torch.nan), torch.zeros(2), "NaN"),
+        (torch.ones(2, 8), torch.tensor([100.0, 0.01]), "constant of row 1 .* same r"),
+    ],
+)
+def test_what_is_no_linear_part(correlation, constant, message):
+    linear = Linear(correlation, constant)
+    with pytest.raises(ProblemError, match=message):
+        LayerProblem(random_weight(2, 8, 1), torch.eye(8), HALF, linear=linear)
+
+
+# --- at the edges of float64
+def scaled(weight_scale=1.0, gram_scale=1.0, refit=None, n=8):
+    weight, gram = random_weight(2, n, 3) * weight_scale, random_gram(n, "full", 4) * gram_scale
+    return LayerProblem(weight, gram, HALF, refit=refit)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_grams_that_are_indefinite_by_rounding_and_hardly_damped(seed):
+    """Masks exist whose sum is below 0, where objectives are 0; and a linear part with hardly any damping."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 6, generator=generator)
+    x[:, 1] = -0.3 * x[:, 0]
+    weight = torch.randn(1, 6, generator=generator)
+    weight[0, 1] = weight[0, 0] / 0.3
+    problem = LayerProblem(weight, x.T @ x / 3, Unstructured(keep=4))
+    for name in ("magnitude", "swap", "exhaustive"):
+        verify(problem, solve(problem, name))
+    x = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    other = torch.randn(4, 2, generator=generator, dtype=torch.float64) * 10
+    linear = Linear(other.T @ x / 4, other.square().mean(0) * (1 + 1e-9))
+    weight = random_weight(2, 8, seed)
+    problem = LayerProblem(weight, x.T @ x / 4, HALF, linear=linear, refit=Refit(0.0))
+    verify(problem, solve(problem, "exhaustive"))
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e-165, 1e-100, 1.0, 1e100, 1e160])
+def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
+    problem = scaled(gram_scale=scale, refit=Refit())
+    found, best = solve(problem, "swap"), solve(problem, "exhaustive")
+    verify(problem, found)
+    verify(problem, best)
+    bound = lower_bound(problem, "perspective").value
+    assert bool((bound <= best.objective * (1 + 1e-9)).all())
+    assert bool((bound > 0.1 * best.objective).all())
+    worst = solve(problem, "random", seed=1).mask
+    for row in range(2):
+        one, mask = problem.row(row), worst[row : row + 1]
+        if float(one.objective(mask)) > 1.01 * float(found.objective[row]):
+            claim = Solution.of(one.as_layer(), mask, status=Status.SWAP_OPTIMAL)
+            refuses(VerificationError, None, verify, one, claim)
+    for wrong in (1e6, float("nan"), 0.0):
+        with pytest.raises(VerificationError, match="weights"):
+            verify(problem, replace(found, weight=torch.full_like(found.weight, wrong)))
+
+
+def test_rows_of_any_scale_but_no_costs_beyond_float64_and_no_subnormal_gram_matrix():
+    for refit in (None, Refit()):
+        for scale in (1e-310, 1e-200, 1e-160, 1e-155, 1e-150, 1e140):
+            problem = scaled(scale, refit=refit)
+            verify(problem, solve(problem, "swap"))
+    tiny = torch.eye(4, dtype=torch.float64) * 1e-315
+    message = r"float64 has few digits; scale it"
+    refuses(ProblemError, message, LayerProblem, torch.ones(1, 4), tiny, HALF)
+    weight, message = ONES.double(), r"a weight of 1e\+160 squared.*scale weight or gram"
+    weight[1, 2] = 1e160
+    refuses(ProblemError, message, LayerProblem, weight, EYE, HALF)
+    weight[1, 2] = 1e150
+    problem = LayerProblem(weight, EYE, HALF)
+    for name in ("swap", "sdp", "branch"):
+        assert bool(torch.isfinite(solve(problem, name).objective).all())
+
+
+def test_a_certificate_of_many_rows_whose_weights_squared_are_subnormal():
+    """λ/w² would be understated, if squares were."""
+    weight, gram = random_weight(2, 24, 3).abs() + 0.5, random_gram(24, "full", 4)
+    problem = LayerProblem(weight * 1e-151, gram * 1e3, HALF)
+    size = 1e3 * float(torch.linalg.eigvalsh(gram)[-1])
+    best = solve(problem, "swap").objective
+    zeros, halves = torch.zeros(2, 1).double(), torch.full((2, 24), 0.5).double()
+    for share in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
+        certificate = Certificate(-share * size * problem.weight**2, zeros, halves)
+        assert bool((certificate.check(problem) <= best * (1 + 1e-9)).all())
+
+
+@pytest.mark.parametrize("solver", [Relax(), Relax(max_iterations=0), "admm"], ids=str)
+@pytest.mark.parametrize("pattern", [HALF, Unstructured(0.5, per="layer"), NM(2, 4)])
+def test_weights_beyond_float32_are_pruned_as_others_are(solver, pattern):
+    """Scaled by a power of ten: the same masks but for the last bits, so the same objective within them."""
+    weight, gram = random_weight(3, 48, 3), random_gram(48, "full", 4).float()
+    objectives = []
+    for scale in (1.0, 1e-60, 1e30, 1e60):
+        refit = Refit() if solver == "admm" else None
+        problem = LayerProblem(weight * scale, gram, pattern, refit=refit)
+        found = solve(problem, solver)
+        verify(problem, found)
+        objectives.append(float(found.objective.sum()) / scale**2)
+    assert objectives == [pytest.approx(objectives[0], rel=1e-3)] * 4

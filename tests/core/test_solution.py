@@ -17,8 +17,8 @@ from maskopt.solution import is_bounded, relative_gap
 from maskopt.solvers.bounds.conic import ConicBound
 
 
-def problem(unit=1.0, rows=2):
-    weight = random_weight(rows, 8, 1) * unit
+def problem(unit=1.0):
+    weight = random_weight(2, 8, 1) * unit
     return LayerProblem(weight, random_gram(8, "full", 2), Unstructured(keep=4))
 
 
@@ -48,40 +48,33 @@ def test_a_bound_above_the_objective_by_rounding_is_cut_back_and_no_other(unit):
     assert single.lower_bound.dtype == torch.float64
 
 
-def test_a_row_is_answered_as_a_layer_of_one():
+def test_a_row_is_answered_as_a_layer_of_one_and_traces_columns_and_words():
     row = LAYER.row(1)
     mask = solve(row, "wanda").mask[0]
     solution = Solution.of(row, mask, status=[Status.SWAP_OPTIMAL])
-    assert solution.mask.shape == (1, 8)
-    assert solution.status == (Status.SWAP_OPTIMAL,)
+    assert (solution.mask.shape, solution.status) == ((1, 8), (Status.SWAP_OPTIMAL,))
     assert float(solution.objective) == row.objective(mask)
     began = time.perf_counter()
     bound = lower_bound(row, "box")
     assert 0 < bound.seconds <= time.perf_counter() - began
     assert torch.equal(bound.value, bound.certificate.check(row))
-
-
-def test_a_gap_is_relative_and_0_where_there_is_nothing_to_gain():
-    objective = torch.tensor([0.0, 0.0, 0.5, 2.0], dtype=torch.float64)
-    bound = torch.tensor([0.0, 1e-13, 0.125, 1.0], dtype=torch.float64)
-    assert relative_gap(objective, bound).tolist() == [0.0, 0.0, 0.75, 0.5]
-    assert [is_bounded(2.0, 0.0), is_bounded(0.0, 0.0), is_bounded(2.0, 1.0)] == [False, True, True]
-    assert is_bounded(1e-300, 0.0, Status.OPTIMAL)
-
-
-def test_columns_traces_and_what_solutions_and_bounds_say():
     trace, mask = solve(LAYER, "swap").trace, solve(LAYER, "wanda").mask
     solution = Solution.of(LAYER, mask, trace=trace, trusted=("", "SCIP 10.0"))
     assert solution.trace is trace
     assert solution.columns()["trusted"] == ["", "SCIP 10.0"]
     plain = Solution.of(LAYER, mask)
-    assert plain.columns()["trusted"] == ["", ""]
-    assert len(plain.columns()) == 5
+    assert (plain.columns()["trusted"], len(plain.columns())) == (["", ""], 5)
     problem = LayerProblem(torch.ones(2, 3), torch.eye(3), Unstructured(keep=2))
     found = Solution.of(problem, torch.tensor([[True, True, False]] * 2))
     assert repr(found) == "Solution(rows=2, objective=2, lower_bound=0, 2 feasible)"
     bound = repr(lower_bound(problem, "box"))
     assert bound.startswith("Bound(box, rows=2, value=0.666667 in all, ")
+    # a gap is relative, and 0 where there is nothing to gain
+    objective = torch.tensor([0.0, 0.0, 0.5, 2.0], dtype=torch.float64)
+    bound = torch.tensor([0.0, 1e-13, 0.125, 1.0], dtype=torch.float64)
+    assert relative_gap(objective, bound).tolist() == [0.0, 0.0, 0.75, 0.5]
+    assert [is_bounded(2.0, 0.0), is_bounded(0.0, 0.0), is_bounded(2.0, 1.0)] == [False, True, True]
+    assert is_bounded(1e-300, 0.0, Status.OPTIMAL)
 
 
 def test_what_is_unknown_is_null_in_a_file(tmp_path):
@@ -105,11 +98,8 @@ def test_what_is_unknown_is_null_in_a_file(tmp_path):
         ({"status": None}, {}), ({"status": ["feasible", "perfect"]}, {}), ({"trusted": 3}, {}),
         ({"trace": []}, {}), ({"trace": None}, {}), ({"trace": {"kind": "TreeTrace"}}, {}),
         ({"trace": {"kind": "SearchTrace", "winner": []}}, {}),
-        *(
-            ({}, {what: kind})
-            for what in ("mask", "objective", "lower_bound", "certificate.point")
-            for kind in (">f8", "U1")
-        ),
+        *(({}, {what: kind}) for kind in (">f8", "U1")
+          for what in ("mask", "objective", "lower_bound", "certificate.point")),
     ],
     ids=lambda changes: str(changes)[:40],
 )  # fmt: skip
@@ -124,16 +114,16 @@ def test_a_forged_file_is_named(changes, kinds, tmp_path):
 
 
 def test_a_bound_takes_as_many_inputs_as_it_says(monkeypatch):
-    monkeypatch.setattr(ConicBound, "largest_n", 7)
     monkeypatch.setattr(ConicBound, "unavailable", classmethod(lambda cls: None))
     box = lower_bound(LAYER, "box")
     monkeypatch.setattr(ConicBound, "certify", lambda *_: (box.certificate, box.trace))
-    with pytest.raises(SolverError, match="takes at most 7 inputs, the row has 8"):
-        lower_bound(LAYER, "sdp-conic")
     monkeypatch.setattr(ConicBound, "largest_n", 8)
     assert torch.equal(lower_bound(LAYER, "sdp-conic").value, box.value)
     gap = box.gap(LAYER.objective(solve(LAYER, "wanda").mask).float())
     assert gap.dtype == torch.float64
+    monkeypatch.setattr(ConicBound, "largest_n", 7)
+    with pytest.raises(SolverError, match="takes at most 7 inputs, the row has 8"):
+        lower_bound(LAYER, "sdp-conic")
 
 
 def test_parts_of_a_layer_are_joined_with_what_they_found():

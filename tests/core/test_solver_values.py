@@ -1,15 +1,27 @@
-"""A solver is a value: by value or by name the same, starts as declared, one clock for everything."""
+"""A solver is a value: by value or by name the same, starts as declared, one clock for everything; options
+are fields, of which every bad value is refused by name; and the package of docs/adding-a-solver.md, built and
+installed as it stands there, and used."""
 
+import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from commands import ROOT
 from strategies import random_gram, random_weight
 
 from maskopt import LayerProblem, Limits, Refit, Solution, Unstructured, available_solvers, solve
+from maskopt.bounds import REGISTRY as BOUNDS
+from maskopt.bounds import available_bounds
 from maskopt.errors import MaskoptError, OptionError, PatternError, SolverError, WarmStartError
+from maskopt.fields import build, check_options, option, options_of
 from maskopt.limits import Progress
+from maskopt.solver import REGISTRY as SOLVERS
 from maskopt.solver import Capabilities, Solver, make_solver, make_start
 from maskopt.solvers import DSnoT, Relax, Ria, Swap, Tabu, Wanda
 
@@ -91,16 +103,13 @@ def test_bad_calls_get_one_clear_line(solver, options, error, message):
     with pytest.raises(error, match=message) as found:
         solve(PROBLEM, solver, **options)
     assert "\n" not in str(found.value)
-
-
-def test_what_is_no_solver_and_no_pattern_is_refused():
     with pytest.raises(OptionError, match="is no solver"):
         make_solver(object())
     with pytest.raises(PatternError, match="not '2:4'"):
         LayerProblem(PROBLEM.weight, PROBLEM.gram, "2:4")
 
 
-def test_a_start_is_made_only_where_it_is_used():
+def test_a_start_is_made_where_it_is_used_shares_one_clock_and_is_not_heard():
     solve(PROBLEM, spy("needed", "wanda"))
     assert torch.equal(Spy.given[0][0], solve(PROBLEM, Wanda()).mask)
     for needs, start, used in (
@@ -109,9 +118,6 @@ def test_a_start_is_made_only_where_it_is_used():
     ):  # fmt: skip
         solve(PROBLEM, spy(needs), start=start)
         assert (Spy.given[0][0] is not None) == used
-
-
-def test_start_and_solver_share_one_clock_and_only_the_solver_is_heard():
     heard = []
     inner, outer = spy("needed", "wanda", "other"), spy("needed")
     solve(PROBLEM, outer, start=inner, time_limit=60, on_progress=heard.append)
@@ -124,27 +130,30 @@ def test_start_and_solver_share_one_clock_and_only_the_solver_is_heard():
     assert all(isinstance(event, Progress) and event.total == 3 for event in heard)
 
 
-def in_process(name):
-    """Options with which an exact solver starts no worker processes, for a few tiny rows."""
-    return {"workers": 0} if "workers" in {f.name for f in fields(make_solver(name))} else {}
-
-
 @pytest.mark.parametrize("name", AVAILABLE)
-def test_declared_starts_hold(name):
-    """Needed: one is made by default. Optional: never worse than it. Ignored: changes nothing."""
-    mean = torch.ones(8, dtype=torch.float64) / 9
-    weight, gram = random_weight(2, 8, 3), random_gram(8, "full", 4)
-    small = LayerProblem(weight, gram, Unstructured(keep=4), mean=mean)
+def test_starts_are_as_declared_and_a_view_with_other_strides_is_the_same_problem(name):
+    """Needed: one is made by default. Optional: never worse than it. Ignored: changes nothing. Views: as of
+    the transposed weights of GPT-2 and of fused experts."""
+    gram, pattern = random_gram(8, "full", 2), Unstructured(keep=4)
+    mean = gram.diagonal().sqrt() / 2
+    problem = LayerProblem(random_weight(3, 8, 1), gram, pattern, mean=mean)
     can = AVAILABLE[name].capabilities
     assert (can.default_start is not None) == (can.start == "needed")
-    given = solve(small, "random", seed=1).mask
-    how = in_process(name)
-    with_start, without = solve(small, name, start=given, **how), solve(small, name, **how)
+    start = solve(problem, "random", seed=1).mask
+    # exact solvers of a few tiny rows start no worker processes
+    how = {"workers": 0} if "workers" in {f.name for f in fields(make_solver(name))} else {}
+    found, without = solve(problem, name, start=start, **how), solve(problem, name, **how)
     if can.start == "ignored":
-        assert torch.equal(with_start.mask, without.mask)
+        assert torch.equal(found.mask, without.mask)
     elif name != "dsnot":  # looks at mean outputs, and can raise the objective
-        slack = 1e-12 * small.diagonal_mass()
-        assert bool((with_start.objective <= small.objective(given) + slack).all())
+        slack = 1e-12 * problem.diagonal_mass()
+        assert bool((found.objective <= problem.objective(start) + slack).all())
+    weight, wide = problem.weight.t().contiguous().t(), gram.repeat_interleave(2, 1)[:, ::2]
+    view = LayerProblem(weight, wide, pattern, mean=mean.repeat_interleave(2)[::2])
+    strided = solve(view, name, start=start.t().contiguous().t(), **how)
+    assert torch.equal(strided.mask, found.mask)
+    assert torch.equal(strided.objective, found.objective)
+    assert str(strided.lower_bound) == str(found.lower_bound)
 
 
 def test_make_start_leaves_out_what_the_next_solver_does_anyway():
@@ -154,30 +163,124 @@ def test_make_start_leaves_out_what_the_next_solver_does_anyway():
     assert Relax(max_iterations=60).as_start(PROBLEM)[0].max_iterations == 60
     assert not Relax().as_start(PROBLEM)[0].refine
     assert DSnoT().as_start(PROBLEM)[0] == DSnoT()
-
-
-@pytest.mark.parametrize("name", ["admm", "obs", "sparsegpt", "wanda", "swap"])
-def test_a_start_is_the_mask_that_the_solver_makes_by_itself(name):
+    # and is the mask that the solver makes by itself
     problem = PROBLEM.refitting(Refit(0.2))
-    start = make_start(problem, name)
-    assert torch.equal(start.mask, solve(problem, name).mask)
-    kept = PROBLEM.objective(start.mask)
-    assert torch.equal(start.objective, kept) == (name != "swap")
+    for name in ("admm", "obs", "sparsegpt", "wanda", "swap"):
+        start = make_start(problem, name)
+        assert torch.equal(start.mask, solve(problem, name).mask)
+        kept = PROBLEM.objective(start.mask)
+        assert torch.equal(start.objective, kept) == (name != "swap")
 
 
-@pytest.mark.parametrize("name", AVAILABLE)
-def test_a_view_with_other_strides_is_the_same_problem(name):
-    """As of the transposed weights of GPT-2 and of fused experts; starts may be views, too."""
-    gram, pattern = random_gram(12, "low-rank", 2), Unstructured(keep=6)
-    mean = gram.diagonal().sqrt() / 2
-    problem = LayerProblem(random_weight(4, 12, 1), gram, pattern, mean=mean)
-    weight, wide = problem.weight.t().contiguous().t(), gram.repeat_interleave(2, 1)[:, ::2]
-    view = LayerProblem(weight, wide, pattern, mean=mean.repeat_interleave(2)[::2])
-    starts = AVAILABLE[name].capabilities.start != "ignored"
-    start = solve(problem, "wanda").mask if starts else None
-    strided = None if start is None else start.t().contiguous().t()
-    expected = solve(problem, name, start=start, **in_process(name))
-    found = solve(view, name, start=strided, **in_process(name))
-    assert torch.equal(found.mask, expected.mask)
-    assert torch.equal(found.objective, expected.objective)
-    assert str(found.lower_bound) == str(expected.lower_bound)
+# --- options
+@dataclass(frozen=True)
+class Sample:
+    count: int | None = option(3, "how many", unit="pieces", least=1)
+    share: float = option(0.5, "which part", least=0, below=1)
+    word: str = option("a", "which", choices=("a", "b"))
+    names: tuple[str, ...] = option(("x",), "whose")
+    loud: bool = option(False, "whether")
+    above: float = option(1.0, "how much", least=0)
+    plain: int = 7
+
+    def __post_init__(self) -> None:
+        check_options(self, "sample")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("count", 0, " must be a whole number or None ≥ 1, not 0"),
+        ("count", np.float64(3), " must be a whole number or None ≥ 1, not 3.0"),
+        ("share", 1.0, r" must be a number \[0, 1\), not 1.0"),
+        ("above", float("inf"), " must be a number ≥ 0, not inf"),
+        ("word", "c", " must be text a or b, not 'c'"),
+        ("names", "x", " must be a list of names"),
+        ("loud", 1, " must be true or false"),
+        *(("count", bad, "") for bad in (1.5, True, "3", np.bool_(True))),
+        *(("share", bad, "") for bad in (-0.1, float("nan"), None)),
+        ("word", 1, ""), ("names", (1,), ""),
+        ("above", np.float32("nan"), ""), ("above", np.ones(1), ""),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(name, value, message):
+    with pytest.raises(OptionError, match=name + message):
+        Sample(**{name: value})
+
+
+def test_what_fits_is_kept_numbers_of_numpy_become_those_of_python_and_options_are_listed():
+    made = Sample(count=None, share=0, word="b", names=["y", "z"], loud=True, plain="anything")
+    assert (made.count, made.share, made.word, made.loud) == (None, 0, "b", True)
+    assert (made.names, made.plain) == (("y", "z"), "anything")
+    hash(made)
+    given = {"count": np.int64(4), "share": np.float32(0.25), "loud": np.bool_(True)}
+    made = Sample(**given, word=np.str_("b"))
+    assert made == Sample(count=4, share=0.25, word="b", loud=True)
+    assert [type(getattr(made, name)) for name in given] == [int, float, bool]
+    assert make_solver("swap", max_swaps=np.arange(9)[3]).max_swaps == 3
+    near = r"thing 'sample' has no option 'shar'; did you mean 'share'"
+    for kind, wrong, message in ((Sample, "shar", near), (object, "x", "it has none")):
+        with pytest.raises(OptionError, match=message):
+            build(kind, "sample", {wrong: 1}, "thing")
+    assert [(o.name, o.range) for o in options_of(Sample)] == [
+        ("count", "≥ 1"), ("share", "[0, 1)"), ("word", "a or b"), ("names", ""), ("loud", ""),
+        ("above", "≥ 0"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("registry", [SOLVERS, BOUNDS], ids=["solvers", "bounds"])
+def test_every_backend_documents_every_option_in_one_line(registry):
+    for name in registry.names():
+        kind = registry.find(name)
+        assert kind.__doc__, name
+        assert [o.name for o in options_of(kind)] == [f.name for f in fields(kind)], name
+        for known in options_of(kind):
+            assert 3 <= len(known.help) <= 160, (name, known)
+            assert "\n" not in known.help, (name, known)
+            numeric = "number" in known.type
+            assert not numeric or known.range or known.unit, (name, known.name, "unit or range")
+
+
+def test_a_backend_is_asked_once_whether_it_runs_and_hides_no_other(monkeypatch):
+    def broken():
+        raise OSError("licence server is silent")
+
+    assert {"swap", "scip"} <= set(available_solvers())
+    assert {"sdp", "box"} <= set(available_bounds())
+    monkeypatch.setattr("maskopt.solvers.exact.gurobi.Gurobi.unavailable", staticmethod(broken))
+    found = available_solvers()
+    assert found["gurobi"].unavailable == "OSError: licence server is silent"
+    assert found["swap"].available
+    assert all(info.available == (info.unavailable is None) for info in found.values())
+    asked = []
+    unavailable = staticmethod(lambda: asked.append(1))
+    monkeypatch.setattr("maskopt.solvers.swap.solver.Swap.unavailable", unavailable)
+    make_solver("swap")
+    assert asked == [1]
+
+
+# --- another distribution
+@pytest.mark.slow
+def test_a_backend_of_another_distribution(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+
+    def python(*words):
+        command = [sys.executable, *map(str, words)]
+        more = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(site)}}
+        done = subprocess.run(command, capture_output=True, text=True, **more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    page = (ROOT / "docs" / "adding-a-solver.md").read_text()
+    for name, text in re.findall(r'```\w+ title="(\S+)"\n(.*?)```', page, re.DOTALL):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    assert len((source / "exchange" / "__init__.py").read_text().strip().splitlines()) <= 45
+    # nothing is fetched: setuptools is that of the tests
+    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
+    python("-m", "pip", "install", "-q", *offline, "--target", site, source)
+    used = python(source / "use.py")
+    assert "8 rows checked" in used
+    assert "random_exchange" in used
+    main = "from maskopt.cli import main; main()"
+    assert "tries" in python("-c", main, "solvers", "random_exchange")
