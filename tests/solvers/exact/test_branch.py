@@ -1,14 +1,18 @@
-"""Branch and bound of our own, of kept and of refitted weights: what a node bounds and fixes."""
+"""Branch and bound of our own, of kept and of refitted weights: what a node bounds and fixes; and inputs that
+may be exchanged, of which a tree looks at one order, and the check of its proof knows why."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from local_search import floor
-from strategies import random_gram, random_weight, refit_layer
+from strategies import problems, random_gram, random_weight, refit_layer
 
-from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
+from maskopt import NM, LayerProblem, RowProblem, Status, Unstructured, solve, verify
+from maskopt.errors import VerificationError
+from maskopt.proof_check import check_proof
 from maskopt.solvers.convex.triangles import Pool
 from maskopt.solvers.exact import refit_rows, refit_tree
 from maskopt.solvers.exact.duals import qcr_duals
@@ -16,6 +20,7 @@ from maskopt.solvers.exact.pentagons import PLACES
 from maskopt.solvers.exact.reconvex import multipliers, start_vectors
 from maskopt.solvers.exact.relaxation import Plan, Relaxed
 from maskopt.solvers.exact.tree import BranchTask, Tree
+from maskopt.solvers.exact.twins import in_order, put_in_order, twins_of
 
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("low-rank", "duplicates")]
 
@@ -45,10 +50,7 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     optimum = float(solve(problem, "branch").objective)
     assert values[0] < values[1] < values[2] <= optimum * 1.2
     assert lam[state >= 0].tolist() == [0, 0, 0]
-
-
-def test_multipliers_beyond_float32_are_none():
-    """An input that was fixed can outweigh the free ones by more than the sweeps can hold."""
+    # beyond float32 there are none: a fixed input can outweigh the free ones by more than sweeps can hold
     n = 8
     w = np.where(np.arange(n) == 0, 1e22, 1.0)
     q = np.outer(w, w) + np.diag(w**2)
@@ -104,16 +106,9 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     assert tight > 10
 
 
-def test_the_tree_does_not_depend_on_the_run():
-    problem = layer(56, seed=3)
-    one, two = (solve(problem, "branch", node_limit=40) for _ in range(2))
-    assert torch.equal(one.trace.nodes, two.trace.nodes)
-    assert torch.equal(one.lower_bound, two.lower_bound)
-    assert torch.equal(one.mask, two.mask)
-
-
+@pytest.mark.slow
 def test_beyond_enumeration_refitted_rows_rest_on_it_and_are_never_above_swap():
-    problem = refit_layer(rows=2, n=32, damping=0.1)
+    problem = refit_layer(rows=2, n=28, damping=0.1)
     swapped = solve(problem, "swap", start="admm")
     found = solve(problem, "branch", start="admm", workers=0)
     assert set(found.status) == {Status.OPTIMAL}
@@ -121,21 +116,21 @@ def test_beyond_enumeration_refitted_rows_rest_on_it_and_are_never_above_swap():
     assert "branch of maskopt" in str(verify(problem, found))
 
 
-@pytest.mark.parametrize("case", ["float32", "turns that end early"])
-def test_refitted_rows_are_proven_all_the_same(case, monkeypatch):
-    """Turns that end early cost nodes and no proof."""
-    if case == "float32":
-        problem = refit_layer(rows=2, n=14, dtype=torch.float32)
-    else:
-        problem = refit_layer(rows=3, n=14, damping=0.03)
+def test_float32_and_turns_that_end_early_cost_no_proof(monkeypatch):
+    for how in ({"dtype": torch.float32}, {"damping": 0.03}):
+        problem = refit_layer(rows=2, n=14, **how)
+        found, best = solve(problem, "branch", workers=0), solve(problem, "exhaustive")
+        assert set(found.status) == {Status.OPTIMAL}
+        torch.testing.assert_close(found.objective, best.objective, rtol=1e-6, atol=1e-12)
         monkeypatch.setattr(refit_tree, "_TURNS", 1)
-    found, best = solve(problem, "branch", workers=0), solve(problem, "exhaustive")
-    assert set(found.status) == {Status.OPTIMAL}
-    torch.testing.assert_close(found.objective, best.objective, rtol=1e-6, atol=1e-12)
 
 
-def test_what_is_fixed_at_a_node_does_not_depend_on_its_parents_bound(monkeypatch):
-    """Its prices speak of its own bound, which may lie below that of its parent."""
+def test_neither_runs_nor_a_parents_bound_change_what_is_fixed(monkeypatch):
+    """The prices of a node speak of its own bound, which may lie below that of its parent."""
+    one, two = (solve(layer(56, seed=3), "branch", node_limit=40) for _ in range(2))
+    assert torch.equal(one.trace.nodes, two.trace.nodes)
+    assert torch.equal(one.lower_bound, two.lower_bound)
+    assert torch.equal(one.mask, two.mask)
     tasks = []
     monkeypatch.setattr(refit_rows, "run_rows", lambda search, given, *rest: tasks.extend(given))
     monkeypatch.setattr(refit_rows, "assemble", lambda *rest: solve(rest[0], "wanda"))
@@ -148,3 +143,71 @@ def test_what_is_fixed_at_a_node_does_not_depend_on_its_parents_bound(monkeypatc
             tree._add(np.zeros(20, dtype=np.int8), np.full(20, 0.5), least)
             fixed.append(tree.open[0][2].tolist() if tree.open else [])
         assert fixed[0] == fixed[1]
+
+
+# --- twins
+def parts(sizes):
+    """The complete graph between parts of so many vertices: those of a part are twins."""
+    part = np.repeat(np.arange(len(sizes)), sizes)
+    return (part[:, None] != part[None, :]).astype(float)
+
+
+@given(problems(max_n=12, max_rows=1))
+def test_sets_are_those_whose_exchange_leaves_q_unchanged(problem):
+    q, group = problem.row(0).q().numpy(), problem.group_size
+    sets = twins_of(q, group)
+    together = {pair for known in sets for pair in itertools.combinations(known.tolist(), 2)}
+    for i, j in itertools.combinations(range(problem.n), 2):
+        order = np.arange(problem.n)
+        order[[i, j]] = j, i
+        same = i // group == j // group and bool((q[order][:, order] == q).all())
+        assert ((i, j) in together) is same
+    # the first ones are pruned
+    state = np.array([-1, 0, -1, -1, -1, 1, -1, -1], np.int8)
+    assert in_order(state, [np.array([1, 3, 6]), np.array([0, 2, 5, 7])])
+    assert state.tolist() == [1, 0, 1, 0, -1, 1, 0, -1]
+    assert not in_order(np.array([0, 1, -1], np.int8), [np.array([0, 1, 2])])
+    mask = put_in_order(np.array([0, 1, 0, 1, 1]), [np.array([0, 1, 4])])
+    assert mask.tolist() == [True, True, False, True, False]
+
+
+@pytest.mark.parametrize("select", [5, 9, 14])
+def test_graphs_of_twins_take_few_nodes_and_are_checked(select):
+    """27 vertices in four parts; which masks cost least follows from the counts of the parts alone."""
+    sizes = (10, 8, 6, 3)
+    problem = RowProblem.from_quadratic(parts(sizes), select=select)
+    solution = solve(problem, "branch", proof=True)
+    assert solution.status == (Status.OPTIMAL,)
+    assert verify(problem, solution, require="checked").checked
+    counts = itertools.product(*(range(size + 1) for size in sizes))
+    best = min(select**2 - sum(k * k for k in c) for c in counts if sum(c) == select)
+    assert problem.value(float(solution.objective[0])) == pytest.approx(best)
+    assert int(solution.trace.nodes[0]) < 30
+
+
+def test_copies_of_inputs_on_both_patterns():
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = x.repeat_interleave(2, 1)
+    weight = torch.ones(1, 16, dtype=torch.float64)
+    for pattern in (Unstructured(sparsity=0.5), NM(2, 4)):
+        problem = LayerProblem(weight, x.T @ x, pattern)
+        solution = solve(problem, "branch", proof=True)
+        exact = solve(problem, "exhaustive").objective
+        torch.testing.assert_close(solution.objective, exact)
+        assert verify(problem, solution, require="checked").checked
+
+
+def test_a_tree_of_twins_does_not_serve_a_row_whose_inputs_are_none():
+    graph = parts((5, 4, 3))
+    problem = RowProblem.from_quadratic(graph, select=6)
+    solution = solve(problem, "branch", proof=True)
+    other = graph.copy()
+    other[4, 11] = other[11, 4] = 0  # the last of the first part has one neighbour less
+    changed = RowProblem.from_quadratic(other, select=6)
+    best = float(solve(changed, "branch").objective[0])
+    assert best < float(solution.objective[0])
+    try:
+        proven = float(check_proof(changed, solution.proof)[0])
+    except VerificationError:
+        proven = 0.0
+    assert proven <= best

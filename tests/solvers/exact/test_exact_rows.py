@@ -1,30 +1,51 @@
-"""What all exact solvers share: one deadline for all rows, and no belief in a self-contradiction."""
+"""What all exact solvers share: one deadline for all rows, and no belief in a self-contradiction; what the
+crash of a worker process costs; and that an interrupt leaves the incumbent and the bound of all open nodes,
+and ends what goes on from a search."""
 
+import errno
+import heapq
 import itertools
 import logging
+import math
 import os
+import select
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from importlib import import_module
+from pickle import PicklingError
 from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pytest
 import torch
 from commands import import_path
+from outputs import contents
 from strategies import random_gram, random_weight
+from tiny_models import tokens
+from worker_tasks import die_on_seven, lie
 
 import maskopt
-from maskopt import LayerProblem, Limits, Status, Unstructured, available_solvers, solve, verify
+from maskopt import LayerProblem, Limits, Status, Unstructured, prune_model, solve, verify
+from maskopt.certify import bound_layers
 from maskopt.errors import OptionError, SolverError
-from maskopt.solver import make_solver
-from maskopt.solvers.exact import branch, exhaustive, gurobi, highs, incumbent, rows, scip, tree
+from maskopt.jobs import as_they_finish
+from maskopt.model.options import PruneOptions
+from maskopt.model.solving import solve_layer
+from maskopt.solver import available_solvers, make_solver
+from maskopt.solvers.exact import exhaustive, incumbent, rows, tree, workers
 from maskopt.solvers.exact.rows import RowAnswer, RowTask, assemble, run_rows
+from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 
-MODULES = {"branch": branch, "scip": scip, "gurobi": gurobi, "highs": highs}
+NAMES = ("branch", "scip", "gurobi", "highs")
+MODULES = {name: import_module(f"maskopt.solvers.exact.{name}") for name in NAMES}
 FEASIBLE, LATE = (Status.FEASIBLE,) * 3, ("timelimit",) * 3
+TREES = pytest.mark.parametrize("solver", ["branch", "scip"])
 
 
-@pytest.fixture(params=MODULES)
+@pytest.fixture(params=NAMES)
 def name(request):
     info = available_solvers()[request.param]
     if not info.available:
@@ -32,66 +53,48 @@ def name(request):
     return request.param
 
 
-def layer(n=14, rows=3, kind="full"):
-    return LayerProblem(random_weight(rows, n, 1), random_gram(n, kind, 2), Unstructured(0.5))
+def layer(n=14, rows=3, kind="full", sparsity=0.5):
+    return LayerProblem(random_weight(rows, n, 1), random_gram(n, kind, 2), Unstructured(sparsity))
 
 
-def solved(problem, name, **options):
-    """A solution that holds, found in this process."""
-    solution = solve(problem, name, workers=0, **options)
-    verify(problem, solution)
-    return solution
+HARD = layer(64, 1, sparsity=0.6)
 
 
 def tasks_of(problem):
-    start = (~solve(problem, "wanda").mask).numpy()
-    group, pruned = problem.group_size, problem.pruned_per_group
-    return [
-        RowTask(
-            q=problem.row(i).q().numpy(),
-            group=group,
-            pruned=pruned,
-            start=start[i],
-            limits=Limits(),
-        )
-        for i in range(problem.rows)
-    ]
-
-
-def lying(search, by):
-    """The backend's own search, with a bound above the cost of its own mask."""
-
-    def lie(task):
-        answer = search(task)
-        cost = task.cost(answer.pruned)
-        return replace(answer, bound=cost + answer.slack + by * cost)
-
-    return lie
+    starts = (~solve(problem, "wanda").mask).numpy()
+    size = {"group": problem.group_size, "pruned": problem.pruned_per_group, "limits": Limits()}
+    return [RowTask(problem.row(i).q().numpy(), start=x, **size) for i, x in enumerate(starts)]
 
 
 def test_a_bound_above_its_own_mask_is_not_believed(name, monkeypatch, caplog):
-    monkeypatch.setattr(MODULES[name], "search_row", lying(MODULES[name].search_row, 0.01))
+    search, part = MODULES[name].search_row, 0.01
+
+    def lying(task):
+        """The backend's own search, with a bound above the cost of its own mask."""
+        answer = search(task)
+        cost = task.cost(answer.pruned)
+        return replace(answer, bound=cost + answer.slack + part * cost)
+
+    monkeypatch.setattr(MODULES[name], "search_row", lying)
     with caplog.at_level(logging.WARNING, "maskopt.exact"):
-        solution = solved(layer(), name)
-    assert solution.status == FEASIBLE
-    assert solution.lower_bound.tolist() == [0.0] * 3
-    assert solution.trusted == ("",) * 3
-    assert solution.trace.ended == ("contradiction",) * 3
+        solution = solve(layer(), name, workers=0)
+    assert (solution.status, solution.lower_bound.tolist()) == (FEASIBLE, [0.0] * 3)
+    assert (solution.trusted, solution.trace.ended) == (("",) * 3, ("contradiction",) * 3)
     for row, message in enumerate(solution.trace.message):
         assert f"row {row}" in message
         assert f"process {os.getpid()}" in message
         assert message in caplog.text
     verify(layer(), solution, require="checked")
-
-
-def test_a_bound_within_the_tolerance_of_its_backend_is_cut_to_the_mask(name, monkeypatch):
-    monkeypatch.setattr(MODULES[name], "search_row", lying(MODULES[name].search_row, 1e-9))
+    part = 1e-9  # within the tolerance of its backend it is cut to the mask
     solution = solve(layer(), name, workers=0)
     assert solution.status == (Status.OPTIMAL,) * 3
     assert torch.equal(solution.lower_bound, solution.objective)
+    word, _, version = solution.trusted[0].rpartition(" ")
+    assert word in available_solvers()[name].capabilities.trusted
+    assert any(character.isdigit() for character in version)
 
 
-def test_a_tree_whose_root_contradicts_its_incumbent_says_so(monkeypatch):
+def test_wrong_roots_and_worse_masks_are_not_believed(monkeypatch):
     """`branch` must not call a row optimal because its own root bound is wrong."""
     original = tree.bound_node
 
@@ -101,18 +104,23 @@ def test_a_tree_whose_root_contradicts_its_incumbent_says_so(monkeypatch):
 
     monkeypatch.setattr(tree, "bound_node", wrong)
     solution = solve(layer(), "branch", workers=0)
-    assert solution.status == FEASIBLE
-    assert solution.trace.ended == ("contradiction",) * 3
+    assert (solution.status, solution.trace.ended) == (FEASIBLE, ("contradiction",) * 3)
+
+    def worse(task):
+        pruned = np.zeros(len(task.q), bool)
+        pruned[np.argsort(-np.diagonal(task.q))[: task.pruned]] = True
+        return RowAnswer(pruned, "timelimit")
+
+    (task,) = tasks_of(layer(kind="diagonal", rows=1))
+    (answer,) = run_rows(worse, [task], Limits(), workers=0)
+    assert np.array_equal(answer.pruned, task.start)
 
 
-def lie_in_a_worker(task):
-    return RowAnswer(task.start, "optimal", bound=2 * task.cost(task.start))
-
-
+@pytest.mark.slow
 def test_the_process_that_contradicted_itself_is_named(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", import_path(__file__))
-    problem = layer(rows=2)
-    answers = run_rows(lie_in_a_worker, tasks_of(problem), Limits(), workers=1)
+    problem = layer(8, rows=2)
+    answers = run_rows(lie, tasks_of(problem), Limits(), workers=1)
     assert len({answer.pid for answer in answers}) == 1
     assert answers[0].pid != os.getpid()
     solution = assemble(problem, answers, "a liar")
@@ -120,62 +128,36 @@ def test_the_process_that_contradicted_itself_is_named(monkeypatch):
     assert solution.lower_bound.tolist() == [0.0, 0.0]
 
 
-def start_again(task):
-    return RowAnswer(task.start, "optimal")
-
-
 @pytest.mark.parametrize(
-    ("n", "workers", "here"),
-    [
-        (8, None, 2),
-        (40, None, 0),
-        pytest.param(8, 1, 0, marks=pytest.mark.slow),
-        (8, 0, 4),
-        (40, 0, 4),
-    ],
+    ("n", "workers", "here"), [(8, None, 2), (40, None, 0), (8, 1, 0), (8, 0, 4), (40, 0, 4)]
 )
 def test_small_rows_begin_in_this_process(n, workers, here, monkeypatch):
     """By a clock that goes on by a second whenever it is looked at; three are what it takes to find a second
     row late."""
-    monkeypatch.setenv("PYTHONPATH", import_path(__file__))
+    handed, seconds = [], itertools.count()
+
+    def run_tasks(answer, jobs, *, workers, deadline):
+        handed.extend((task.limits.threads, workers, deadline) for _, task in jobs)
+        return ((i, replace(answer(job), message="there")) for i, job in enumerate(jobs))
+
     monkeypatch.setattr(rows, "_HERE", 5.0)
-    seconds = itertools.count()
+    monkeypatch.setattr(rows, "run_tasks", run_tasks)
     monkeypatch.setattr(rows, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
-    answers = run_rows(start_again, tasks_of(layer(n, 4)), Limits(threads=2), workers)
+    limits, tasks = replace(Limits(threads=2), deadline=1e9), tasks_of(layer(n, 4))
+    answers = run_rows(lambda task: RowAnswer(task.start, "optimal"), tasks, limits, workers)
     assert [answer.ended for answer in answers] == ["optimal"] * 4
-    mine = [answer.pid == os.getpid() for answer in answers]
-    assert mine == [True] * here + [False] * (4 - here)
+    assert [answer.message for answer in answers] == [""] * here + ["there"] * (4 - here)
+    assert handed == [(1, workers or 2, 1e9)] * (4 - here)
 
 
-def worse(task):
-    pruned = np.zeros(len(task.q), bool)
-    pruned[np.argsort(-np.diagonal(task.q))[: task.pruned]] = True
-    return RowAnswer(pruned, "timelimit")
-
-
-def test_a_backend_never_answers_worse_than_the_start():
-    (task,) = tasks_of(layer(kind="diagonal", rows=1))
-    (answer,) = run_rows(worse, [task], Limits(), workers=0)
-    assert np.array_equal(answer.pruned, task.start)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"time_limit": 0, "workers": 0},
-        {"time_limit": 0, "workers": 1},
-        {"row_seconds": 0.0, "workers": 0},
-    ],
-    ids=str,
-)
-def test_no_time_at_all_leaves_the_start(name, options):
+def test_no_time_at_all_leaves_the_start(name):
     problem = layer(n=30)
-    solution = solve(problem, name, **options)
-    assert torch.equal(solution.mask, solve(problem, "wanda").mask)
-    assert solution.status == FEASIBLE
-    assert solution.trace.nodes.tolist() == [0] * 3
-    assert solution.trace.ended == LATE
-    verify(problem, solution, require="checked")
+    for options in ({"time_limit": 0}, {"time_limit": 0, "workers": 1}, {"row_seconds": 0.0}):
+        solution = solve(problem, name, **{"workers": 0, **options})
+        assert torch.equal(solution.mask, solve(problem, "wanda").mask)
+        assert (solution.status, solution.trace.nodes.tolist()) == (FEASIBLE, [0] * 3)
+        assert solution.trace.ended == LATE
+        verify(problem, solution, require="checked")
 
 
 @pytest.fixture
@@ -204,9 +186,9 @@ def test_rows_share_one_deadline(name, monkeypatch, clock):
     """The first row takes all of the time; the others are not begun."""
     begun = delayed(clock, MODULES[name], "search_row", monkeypatch, 10, lambda t: t.limits.left)
     problem = layer()
-    solution = solved(problem, name, time_limit=10)
-    assert begun == [10]
-    assert solution.status == (Status.OPTIMAL, *FEASIBLE[1:])
+    solution = solve(problem, name, workers=0, time_limit=10)
+    verify(problem, solution)
+    assert (begun, solution.status) == ([10], (Status.OPTIMAL, *FEASIBLE[1:]))
     assert solution.trace.nodes.tolist()[1:] == [0, 0]
     assert torch.equal(solution.mask[1:], solve(problem, "wanda").mask[1:])
     both = solve(problem, name, workers=0, time_limit=25, row_seconds=8)
@@ -214,65 +196,45 @@ def test_rows_share_one_deadline(name, monkeypatch, clock):
     assert set(both.status) == {Status.OPTIMAL}
 
 
-@pytest.mark.parametrize("solver", ["branch", "scip"])
-def test_the_incumbent_of_a_tree_stops_at_the_deadline(solver, clock, monkeypatch):
-    calls = delayed(clock, incumbent, "_moves", monkeypatch)
-    monkeypatch.setattr(MODULES[solver], "qcr_duals", None)  # must not be called any more
-    solution = solve(layer(n=40, rows=2), solver, workers=0, time_limit=1)
+@TREES
+def test_incumbents_and_duals_stop_at_the_deadline(solver, clock, monkeypatch):
+    with monkeypatch.context() as patched:
+        calls = delayed(clock, incumbent, "_moves", patched)
+        patched.setattr(MODULES[solver], "qcr_duals", None)  # must not be called any more
+        solution = solve(layer(n=40, rows=2), solver, workers=0, time_limit=1)
     assert len(calls) == 1  # one piece of the first row's search, and nothing of the second
-    assert solution.trace.nodes.tolist() == [0, 0]
-    assert solution.trace.ended == LATE[:2]
-
-
-@pytest.mark.parametrize("solver", ["branch", "scip"])
-def test_duals_are_the_last_thing_where_they_take_the_time(solver, clock, monkeypatch):
+    assert (solution.trace.nodes.tolist(), solution.trace.ended) == ([0, 0], LATE[:2])
+    # duals are the last thing where they take the time
     delayed(clock, MODULES[solver], "qcr_duals", monkeypatch)
     problem = layer(n=30, rows=2)
     solution = solve(problem, solver, workers=0, time_limit=1)
     assert solution.trace.nodes.tolist() == [0, 0]
     # and what they prove is handed over with its certificate
     assert float(solution.lower_bound[0]) > 0
-    assert solution.lower_bound[1] == 0
-    assert solution.trusted == ("", "")
+    assert (solution.lower_bound[1], solution.trusted) == (0, ("", ""))
     verify(problem, solution, require="checked")
 
 
-def test_the_tree_of_branch_stops_after_the_node_of_the_deadline(clock, monkeypatch):
-    nodes = delayed(clock, branch.Tree, "_branch", monkeypatch)
-    problem = LayerProblem(random_weight(1, 64, 1), random_gram(64, "full", 2), Unstructured(0.6))
-    solution = solve(problem, "branch", time_limit=2)
-    assert len(nodes) == 2
-    assert solution.trace.ended == LATE[:1]
+def test_trees_and_enumeration_stop_at_the_deadline(clock, monkeypatch):
+    nodes = delayed(clock, tree.Tree, "_branch", monkeypatch)
+    solution = solve(HARD, "branch", time_limit=2)
+    assert (len(nodes), solution.trace.ended) == (2, LATE[:1])
     assert 0 < float(solution.lower_bound[0]) <= float(solution.objective[0])
-
-
-def test_enumeration_stops_at_the_deadline(monkeypatch):
     monkeypatch.setattr(exhaustive, "_CHUNK", 10)
     problem = layer(n=8, rows=2)  # 70 masks
     solution = solve(problem, "exhaustive", time_limit=0)
-    assert solution.trace.nodes.tolist() == [10, 0]
-    assert solution.status == FEASIBLE[:2]
+    assert (solution.trace.nodes.tolist(), solution.status) == ([10, 0], FEASIBLE[:2])
     assert solution.trace.ended == LATE[:2]
     verify(problem, solution, require="checked")
     whole = solve(problem, "exhaustive")
     assert whole.trace.nodes.tolist() == [70, 70]
     assert bool((whole.objective <= solution.objective).all())
-
-
-def test_who_is_trusted_is_named_with_its_version(name):
-    word = solve(layer(n=24, rows=1), name).trusted[0]
-    assert word.rpartition(" ")[0] in available_solvers()[name].capabilities.trusted
-    assert any(character.isdigit() for character in word)
-
-
-def test_enumeration_is_trusted_with_positive_bounds_alone():
-    problem = layer(rows=2)
-    weight = problem.weight[:1] * torch.tensor([[1.0], [0.0]])
+    weight = problem.weight[:1] * torch.tensor([[1.0], [0.0]])  # positive bounds alone are trusted
     solution = solve(LayerProblem(weight, problem.gram, problem.pattern), "exhaustive")
     assert solution.trusted == (f"enumeration of maskopt {maskopt.__version__}", "")
 
 
-def test_what_is_beyond_a_solver_is_refused(name):
+def test_sizes_and_options_out_of_range_are_refused(name):
     most = make_solver(name).capabilities.largest_n
     problem = LayerProblem(torch.ones(1, most + 1), torch.eye(most + 1), Unstructured(0.5))
     with pytest.raises(SolverError, match=f"at most {most}.*lower_bound"):
@@ -280,9 +242,6 @@ def test_what_is_beyond_a_solver_is_refused(name):
     assert make_solver("exhaustive").capabilities.largest_n is None
     with pytest.raises(SolverError, match="masks"):
         solve(layer(n=60), "exhaustive")
-
-
-def test_options_are_checked_when_a_solver_is_made(name):
     bad = {"gap_limit": 1, "node_limit": 0, "row_seconds": -1, "workers": -1}
     bad |= {"branch": {"candidates": 0}, "scip": {"formulation": "magic"}}.get(name, {})
     for option, value in bad.items():
@@ -290,3 +249,170 @@ def test_options_are_checked_when_a_solver_is_made(name):
             make_solver(name, **{option: value})
     with pytest.raises(OptionError, match="time_limit"):
         solve(layer(), name, time_limit=-1.0)
+
+
+# --- worker processes and interrupts
+@pytest.fixture
+def importable(monkeypatch):
+    """Worker processes import what is defined next to this file."""
+    monkeypatch.setenv("PYTHONPATH", import_path(__file__))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("importable")
+def test_a_crash_costs_its_task_alone():
+    found = dict(run_tasks(die_on_seven, [7, 3, 5, 6], workers=1, recycle=2))
+    assert isinstance(found.pop(0), WorkerCrash)
+    squares, (first, again, last) = zip(*(found[i] for i in (1, 2, 3)), strict=True)
+    assert squares == (9, 25, 36)
+    assert first == again != last
+    # and no task is begun after the deadline
+    assert list(run_tasks(die_on_seven, [3, 7], workers=1, deadline=time.monotonic())) == []
+    calls = [joblib.delayed(die_on_seven)(task) for task in (7, 7)]
+    with pytest.raises(SolverError, match=r"worker process was killed.*`jobs` 1"):
+        list(as_they_finish(calls, jobs=2))
+
+
+def test_what_cannot_be_started_or_pickled_is_one_error_and_no_hang(monkeypatch, caplog):
+    monkeypatch.setattr(workers, "_MAIN", "input()")
+    with pytest.raises((AttributeError, PicklingError, TypeError)):
+        list(run_tasks(lambda task: task, [1], workers=1))
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(workers.subprocess, "Popen", refuse)
+    with pytest.raises(SolverError, match="cannot be started: Cannot allocate memory"):
+        list(run_tasks(die_on_seven, [3, 5], workers=2))
+    # rows whose process died keep their start
+    died = [(0, WorkerCrash("the worker process died with exit status -9"))]
+    monkeypatch.setattr(rows, "_as_they_finish", lambda *_: iter(died))
+    assert solve(layer(8, 1), "scip").status == FEASIBLE[:1]
+    assert "1 rows keep their start: the worker process died with exit status -9" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(select, "poll"), reason="needs poll(), which Windows lacks")
+@pytest.mark.usefixtures("importable")
+def test_workers_end_with_their_parent_however_that_ended():
+    code = (
+        "import joblib, threading; from worker_tasks import say_so_and_stay as stay\n"
+        "from maskopt import jobs; from maskopt.solvers.exact import workers\n"
+        "rows = lambda: list(workers.run_tasks(stay, [1], workers=1))\n"
+        "threading.Thread(target=rows, daemon=True).start()\n"
+        "list(jobs.as_they_finish([joblib.delayed(stay)(1) for _ in range(2)], jobs=2))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    for _ in range(3):
+        assert os.read(parent.stderr.fileno(), 7) == b"at work"
+    parent.kill()
+    parent.communicate(timeout=60)  # a worker holds it open as long as it lives
+
+
+@pytest.mark.slow
+def test_ctrl_c_returns_the_incumbent(tmp_path):
+    layer(80, 1, sparsity=0.6).save(tmp_path / "hard.npz")
+    code = (
+        "import os, signal, sys, threading; from maskopt import LayerProblem, solve, verify\n"
+        "from maskopt.solvers.exact import scip_model; begin = scip_model.set_time\n"
+        "def begun(*given):\n"
+        "    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "    begin(*given)\n"
+        "scip_model.set_time = begun; problem = LayerProblem.load(sys.argv[1])\n"
+        "solution = solve(problem, 'scip', formulation='epigraph', time_limit=100)\n"
+        "verify(problem, solution); print(solution.trace.ended, solution.status)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "hard.npz")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "('userinterrupt',)" in result.stdout, result.stdout + result.stderr
+    assert "FEASIBLE" in result.stdout
+
+
+@pytest.mark.parametrize("when", ["_start", "_receive"])
+def test_a_worker_that_an_interrupt_ends_has_not_crashed(when, monkeypatch):
+    """It comes while the process is started, or before that can hand back anything."""
+    monkeypatch.setattr(workers, "_MAIN", "import sys; sys.stdin.buffer.read(8)")
+    crew = workers._Crew(abs, [7, 3], 512, math.inf)
+    original = getattr(workers, when)
+
+    def interrupted(*given):
+        crew.stop.set()
+        return original(*given)
+
+    monkeypatch.setattr(workers, when, interrupted)
+    crew.start(1)
+    assert crew.done.get(timeout=120) == (-1, None)
+
+
+def interrupt(monkeypatch, owner, name, after):
+    """A call after so many is Ctrl-C."""
+    calls, original = itertools.count(), getattr(owner, name)
+
+    def interrupted(*args):
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("where", ["a bound", "a node that was taken", "the duals"])
+def test_the_incumbent_and_the_least_open_bound_are_returned(where, monkeypatch):
+    """Where `branch` is interrupted."""
+    if where == "a bound":
+        interrupt(monkeypatch, tree, "bound_node", 9)
+    elif where == "the duals":
+        interrupt(monkeypatch, MODULES["branch"], "qcr_duals", 0)
+    else:
+        calls, take = itertools.count(), heapq.heappop
+
+        def taken(nodes):
+            node = take(nodes)
+            if next(calls) == 9:
+                nodes.clear()  # as if all others were being branched on, too
+                raise KeyboardInterrupt
+            return node
+
+        monkeypatch.setattr(tree.heapq, "heappop", taken)
+    solution = solve(HARD, "branch")
+    monkeypatch.undo()
+    best = solve(HARD, "branch").objective
+    assert (solution.trace.ended, solution.status) == (("userinterrupt",), (Status.FEASIBLE,))
+    assert bool((solution.objective <= solve(HARD, "wanda").objective).all())
+    if where == "the duals":
+        assert solution.lower_bound.tolist() == [0.0]
+    else:
+        assert bool((solution.lower_bound > 0.8 * best).all())
+        assert bool((solution.lower_bound < best * (1 - 1e-4)).all())  # nodes are still open
+    verify(HARD, solution)
+
+
+def test_what_goes_on_from_a_search_ends_with_it(monkeypatch):
+    for goes_on in (
+        lambda: solve(HARD, "swap", start="branch"),
+        lambda: solve_layer(HARD, PruneOptions(HARD.pattern, "branch")),
+        lambda: bound_layers([HARD], method="box", solver="branch"),
+    ):
+        with monkeypatch.context() as patched:
+            interrupt(patched, tree, "bound_node", 9)
+            with pytest.raises(KeyboardInterrupt):
+                goes_on()
+    # a portfolio keeps what its member has
+    interrupt(monkeypatch, tree, "bound_node", 9)
+    found = solve(HARD, "portfolio", members=("branch", "swap", "tabu"))
+    assert found.trace.interrupted
+    assert (found.trace.stopped, found.trace.rounds.tolist()) == (("interrupted",), [1])
+    assert bool((found.lower_bound > 0).all())
+    assert not solve(HARD, "portfolio", members=("swap",)).trace.interrupted
+
+
+def test_a_prune_goes_on_after_the_layers_that_were_done(tmp_path, dense_folder, monkeypatch):
+    how = {"sparsity": 0.9, "solver": "branch", "min_tokens": 1}
+    how |= {"include": "self_attn.k_proj", "solver_options": {"workers": 0}}
+    prune_model(dense_folder, tokens(6), output=tmp_path / "whole", **how)
+    with monkeypatch.context() as patched:
+        interrupt(patched, tree.Tree, "search", 20)  # in the second layer
+        with pytest.raises(KeyboardInterrupt):
+            prune_model(dense_folder, tokens(6), output=tmp_path / "out", **how)
+    prune_model(dense_folder, tokens(6), output=tmp_path / "out", resume=True, **how)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
