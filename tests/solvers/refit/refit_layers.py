@@ -10,21 +10,15 @@ PATTERNS = (HALF, NM(keep=2, of=4))
 LARGE = (Unstructured(sparsity=0.6), NM(keep=2, of=4), NM(keep=4, of=8))
 REFITS = (Refit(0.0), Refit(0.01), Refit(0.3), Refit(0.1, power=0.5), Refit(0.1, power=1))
 LINEAR = {"argnames": "linear", "argvalues": [False, True], "ids": ["plain", "linear"]}
+F64 = torch.float64
 
 
 def layer(
-    pattern=HALF,
-    rows=4,
-    n=16,
-    kind="full",
-    how=REFITS[1],
-    linear=False,
-    seed=1,
-    dtype=torch.float64,
-):
+    pattern=HALF, rows=4, n=16, kind="full", how=REFITS[1], linear=False, seed=1, dtype=F64
+):  # fmt: skip
     """Weights none of which is 0, so that there are no ties."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, n, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(rows, n, generator=generator, dtype=F64).to(dtype)
     gram = random_gram(n, kind, seed + 1, dtype)
     part = random_linear(weight, gram, seed + 2) if linear else None
     return LayerProblem(weight, gram, pattern, linear=part, refit=how)
@@ -32,16 +26,13 @@ def layer(
 
 def wide(problem):
     """The same numbers in float64."""
-    weight, gram = problem.weight.double(), problem.gram.double()
-    return LayerProblem(
-        weight, gram, problem.pattern, linear=problem.linear, refit=problem.refit, assume_psd=True
-    )
+    same = {"linear": problem.linear, "refit": problem.refit, "assume_psd": True}
+    return LayerProblem(problem.weight.double(), problem.gram.double(), problem.pattern, **same)
 
 
 def changed(problem, w=1.0, g=1.0, columns=None):
     """Weights times w and the Gram matrix times g, its inputs in another order."""
-    at = torch.arange(problem.n) if columns is None else columns
-    linear = problem.linear
+    at, linear = torch.arange(problem.n) if columns is None else columns, problem.linear
     if linear is not None:
         linear = type(linear)(linear.correlation[:, at] * w * g, linear.constant * w * w * g)
     weight, gram = problem.weight[:, at] * w, problem.gram[at][:, at] * g
@@ -58,16 +49,15 @@ def shuffled(problem, seed=0):
 def metric(problem):
     """A in float64, from its definition."""
     gram, refit = problem.gram.double(), problem.refit
-    diagonal = gram.diagonal()
-    mean = diagonal.mean()
-    own = mean ** (1 - refit.power) * diagonal.clamp(min=0.0) ** refit.power
+    mean = gram.diagonal().mean()
+    own = mean ** (1 - refit.power) * gram.diagonal().clamp(min=0.0) ** refit.power
     return gram + torch.diag((refit.damping * own).clamp(min=1e-6 * mean))
 
 
 def dense(problem, mask, a=None):
     """F and v of every row by the eigenvectors of A_SS, where A is singular by its pseudo-inverse."""
     a, weight = metric(problem) if a is None else a, problem.weight.double()
-    value, best = torch.zeros(problem.rows, dtype=torch.float64), torch.zeros_like(weight)
+    value, best = torch.zeros(problem.rows, dtype=F64), torch.zeros_like(weight)
     for row, w in enumerate(weight):
         g, c = torch.zeros_like(w), 0.0
         if problem.linear is not None:
@@ -103,9 +93,3 @@ def assert_proven(problem, solution):
     verify(problem, solution)
     for i in range(problem.rows):
         assert improving_swap(problem.row(i), solution.mask[i]) is None
-
-
-def refused(error):
-    """In one line."""
-    text = str(error.value)
-    return len(text) < 250 and "\n" not in text

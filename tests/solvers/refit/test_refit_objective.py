@@ -5,180 +5,121 @@ import itertools
 
 import numpy as np
 import pytest
+import refit_layers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from refit_layers import (
-    LINEAR,
-    PATTERNS,
-    REFITS,
-    assert_equal_but_for_rounding,
-    changed,
-    dense,
-    layer,
-    metric,
-    random_mask,
-    refused,
-    rounding,
-    shuffled,
-    slack,
-    wide,
-)
+from refit_layers import PATTERNS, REFITS, changed, dense, layer, metric, random_mask, shuffled
 from strategies import HALF, KINDS, problems, random_weight
 
-from maskopt import (
-    NM,
-    Certificate,
-    LayerProblem,
-    Refit,
-    RowProblem,
-    Solution,
-    Unstructured,
-    available_bounds,
-    available_solvers,
-    improving_swap,
-    load_problem,
-    lower_bound,
-    refit,
-    solve,
-    verify,
-)
+from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, errors, refit, solve, verify
+from maskopt.bounds import available_bounds, lower_bound
+from maskopt.certificate import Certificate
+from maskopt.checks import improving_swap
 from maskopt.compare import compare
-from maskopt.errors import (
-    MaskoptError,
-    OptionError,
-    ProblemError,
-    SolverError,
-    VerificationError,
-    WarmStartError,
-)
+from maskopt.errors import OptionError, ProblemError, SolverError, VerificationError
 from maskopt.files import read_arrays, write_arrays
+from maskopt.formats import load_problem
 from maskopt.least_squares import LeastSquares
 from maskopt.limits import Limits
-from maskopt.solver import make_start
+from maskopt.solution import Solution
+from maskopt.solver import available_solvers, make_start
 
-ROOT, ALL = REFITS[3], Unstructured(keep=16)
+ROOT, ALL, F32, F64 = REFITS[3], Unstructured(keep=16), torch.float32, torch.float64
 KEEPING = [name for name, info in available_solvers().items() if not info.capabilities.refit]
 BOUNDS = sorted({*available_bounds()} - {"perspective"})
+LINEAR = pytest.mark.parametrize(**refit_layers.LINEAR)
+close, same = torch.testing.assert_close, refit_layers.assert_equal_but_for_rounding
 
 
-# --- what it is --------------------------------------------------------------------------------------
+def in_one_line(error):
+    text = str(error.value)
+    return len(text) < 250 and "\n" not in text
 
 
+# --- what it is
 @given(problems(), st.sampled_from(REFITS))
 def test_it_is_the_least_over_all_weights_on_what_is_kept(problem, how):
     kept, problem = problem, problem.refitting(how)
-    mask = random_mask(problem)
+    mask, a, squares = random_mask(problem), metric(problem), problem.least_squares
+    close(squares.damped, a)
     value, _ = dense(problem, mask)
-    assert_equal_but_for_rounding(problem, problem.objective(mask), value.clamp(min=0.0))
+    same(problem, problem.objective(mask), value.clamp(min=0.0))
     best = problem.weights(mask)
+    assert best.dtype == torch.float64
+    assert bool((best[~mask] == 0).all())
     for size in (1e-3, 1.0):
         other = best + size * torch.where(mask, torch.randn_like(best), 0.0)
-        assert bool((problem.damped_error(other) >= value - rounding(problem)).all())
+        least = value - refit_layers.rounding(problem)
+        assert bool((problem.damped_error(other) >= least).all())
     # and so at most f in the same metric
-    lost = problem.weight * ~mask
-    f = kept.objective(mask) + lost.square() @ (metric(problem) - problem.gram).diagonal()
+    f = kept.objective(mask) + (problem.weight * ~mask).square() @ (a - problem.gram).diagonal()
     assert bool((problem.objective(mask) <= f * (1 + 1e-12)).all())
     # no row gets worse without the damping, and none better than by least squares
     found, (least, _) = refit(problem, mask), dense(problem, mask, problem.gram)
     assert bool((found.error <= kept.objective(mask)).all())
-    assert bool((found.error >= least - slack(problem)).all())
+    assert bool((found.error >= least - refit_layers.slack(problem)).all())
     assert bool((found.weight[~mask] == 0).all())
     assert torch.equal(kept.error(problem.weight * mask), kept.objective(mask))
 
 
 @pytest.mark.parametrize("how", REFITS, ids=repr)
-@pytest.mark.parametrize(
-    ("kind", "pattern"),
-    [*itertools.product(KINDS, PATTERNS), ("full", Unstructured(keep=0)), ("full", ALL)],
-    ids=str,
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, Unstructured(keep=0), ALL], ids=str)
 def test_the_weights_solve_the_normal_equations_and_cost_what_is_said(kind, how, pattern):
     linear = (KINDS.index(kind) + REFITS.index(how)) % 2 == 0
     problem = layer(pattern, kind=kind, how=how, linear=linear)
-    squares = problem.least_squares
-    torch.testing.assert_close(squares.damped, metric(problem))
-    mask = random_mask(problem)
+    squares, mask, a = problem.least_squares, random_mask(problem), metric(problem)
     weight = problem.weights(mask)
-    assert weight.dtype == torch.float64
-    assert bool((weight[~mask] == 0).all())
     assert torch.equal(problem.damped_error(weight), problem.objective(mask))
-    g = 0.0 if problem.linear is None else problem.linear.correlation
-    target = problem.weight @ metric(problem) + g
+    target = problem.weight @ a + (problem.linear.correlation if linear else 0.0)
 
     def rest(weight):
-        off = torch.where(mask, target - weight @ metric(problem), 0.0)
+        off = torch.where(mask, target - weight @ a, 0.0)
         return off.norm(dim=1) / torch.where(mask, target, 0.0).norm(dim=1).clamp(min=1e-300)
 
     assert float(rest(weight).max()) <= 1e-9
     # refitted whatever the mask was chosen for
-    kept, options = problem.refitting(None), vars(how)
-    found = refit(kept, mask, **options)
-    torch.testing.assert_close(found.weight, weight, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(refit(problem, mask).weight, weight, rtol=1e-9, atol=1e-12)
+    found = refit(problem.refitting(None), mask, **vars(how))
+    for other in (found, refit(problem, mask)):
+        close(other.weight, weight, rtol=1e-9, atol=1e-12)
     if kind == "full":
-        torch.testing.assert_close(weight, dense(problem, mask)[1], rtol=1e-7, atol=1e-9)
+        close(weight, dense(problem, mask)[1], rtol=1e-7, atol=1e-9)
     price = found.error + (problem.weight - weight).square() @ squares.ridge
-    atol = 0 if pattern != ALL else rounding(problem)
-    torch.testing.assert_close(problem.objective(mask), price, rtol=1e-9, atol=atol)
+    atol = 0 if pattern != ALL else refit_layers.rounding(problem)
+    close(problem.objective(mask), price, rtol=1e-9, atol=atol)
     assert float(found.residual.max()) < 1e-10
-    other = problem.weight * mask
-    torch.testing.assert_close(squares.residual(other, target, mask), rest(other))
+    close(squares.residual(problem.weight * mask, target, mask), rest(problem.weight * mask))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", [*REFITS[:2], ROOT], ids=repr)
-def test_float32_inputs_are_refitted_in_float64(kind, how):
-    narrow = layer(n=64, kind=kind, how=how, dtype=torch.float32)
-    exact, found = wide(narrow), solve(narrow, "random")
-    verify(narrow, found)
-    value = exact.objective(found.mask)
-    assert_equal_but_for_rounding(exact, narrow.objective(found.mask), value)
-    one, other = refit(narrow, found.mask), refit(exact, found.mask)
-    if how.damping:
-        torch.testing.assert_close(one.error, other.error, rtol=1e-6, atol=1e-12)
-    assert float(one.residual.max()) < 1e-7
-
-
-# --- hard inputs -------------------------------------------------------------------------------------
-
-
-def test_an_input_that_is_indefinite_by_rounding_counts_as_it_is():
-    """G of float32 has negative eigenvalues of 1e-7 of its trace; A has not, and F is a form of A alone."""
-    x = torch.randn(4, 12, dtype=torch.float64)
-    gram = x.T @ x / 4
-    gram -= 0.4e-6 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
-    problem = LayerProblem(random_weight(6, 12, 1), gram, Unstructured(keep=6), refit=Refit(0))
-    mask = random_mask(problem)
-    value, best = dense(problem, mask)
-    lost = problem.weight - best
-    assert bool(((lost @ gram * lost).sum(1) < 0).any())
-    torch.testing.assert_close(problem.objective(mask), value, rtol=1e-6, atol=0)
-    verify(problem, solve(problem, "swap", start=mask))
-
-
-@pytest.mark.parametrize(**LINEAR)
+@LINEAR
 @pytest.mark.parametrize("how", REFITS, ids=repr)
-def test_other_orders_scales_and_batches_give_the_same(how, linear):
+def test_other_orders_scales_and_batches_give_the_same_and_float32_does(how, linear):
     problem = layer(linear=linear, how=how)
     mask, order = random_mask(problem), shuffled(problem)
-    whole, weights, error = (
-        problem.objective(mask),
-        problem.weights(mask),
-        refit(problem, mask).error,
-    )
+    whole, weights = problem.objective(mask), problem.weights(mask)
     moved = changed(problem, 8, 4, order)
-    torch.testing.assert_close(moved.objective(mask[:, order]), whole * 256, rtol=1e-9, atol=0)
+    close(moved.objective(mask[:, order]), whole * 256, rtol=1e-9, atol=0)
     found = refit(moved, mask[:, order])
-    torch.testing.assert_close(found.weight, weights[:, order] * 8, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(found.error, error * 256, rtol=1e-9, atol=1e-14)
+    close(found.weight, weights[:, order] * 8, rtol=1e-9, atol=1e-11)
+    close(found.error, refit(problem, mask).error * 256, rtol=1e-9, atol=1e-14)
     for i in range(problem.rows):
         assert problem.row(i).objective(mask[i]) == pytest.approx(float(whole[i]), rel=1e-12)
         alone = problem.row(i).weights(mask[i])
-        torch.testing.assert_close(alone, weights[i], rtol=1e-9, atol=1e-12)
+        close(alone, weights[i], rtol=1e-9, atol=1e-12)
         assert torch.equal(refit(problem.row(i), mask[i]).weight[0], alone)
+    for kind in () if linear else KINDS:
+        narrow = layer(n=64, kind=kind, how=how, dtype=torch.float32)
+        exact, found = refit_layers.wide(narrow), solve(narrow, "random")
+        verify(narrow, found)
+        same(exact, narrow.objective(found.mask), exact.objective(found.mask))
+        one, other = refit(narrow, found.mask), refit(exact, found.mask)
+        if how.damping:
+            close(one.error, other.error, rtol=1e-6, atol=1e-12)
+        assert float(one.residual.max()) < 1e-7
 
 
+# --- hard inputs
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_inputs_without_anything_make_every_mask_as_good_as_any(pattern):
     gram = torch.zeros(16, 16, dtype=torch.float64)
@@ -219,7 +160,7 @@ def test_a_row_that_float32_cannot_solve_does_not_spoil_the_others(monkeypatch):
     assert again == [mask[0].nonzero()[:, 0].tolist()]
     assert float(squares.residual(found, target, mask).max()) < 1e-8
     alone = torch.cat([squares.solve(target[i : i + 1], mask[i : i + 1]) for i in range(6)])
-    torch.testing.assert_close(found, alone, rtol=1e-7, atol=1e-9)
+    close(found, alone, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -233,7 +174,7 @@ def test_rows_of_every_count_in_one_layer(dtype):
     squares = problem.least_squares
     target = squares.target(problem.weight, None)
     found = squares.solve(target, mask)
-    torch.testing.assert_close(found, dense(wide(problem), mask)[1], rtol=1e-6, atol=1e-8)
+    close(found, dense(refit_layers.wide(problem), mask)[1], rtol=1e-6, atol=1e-8)
     assert float(squares.residual(found, target, mask).max()) < 1e-10
     assert bool((found[~mask] == 0).all())
     order = torch.randperm(n + 1, generator=torch.Generator().manual_seed(4))
@@ -241,37 +182,51 @@ def test_rows_of_every_count_in_one_layer(dtype):
         assert torch.equal(squares.solve(target[order], mask[order], limits), found[order])
     assert torch.get_num_threads() == threads
     alone = torch.cat([squares.solve(target[i : i + 1], mask[i : i + 1]) for i in range(n + 1)])
-    torch.testing.assert_close(alone, found, rtol=1e-9, atol=1e-12)
+    close(alone, found, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "damping"), [(128, 3e-6), (256, 1e-5), (512, 1e-4)])
-def test_a_gram_matrix_with_one_large_direction(n, damping):
-    """By it a float32 factor leaves a small residual, and an error that is not the least."""
+@pytest.mark.parametrize(
+    ("n", "damping", "dtype", "solver", "rtol"),
+    [
+        *((*case, F32, "wanda", 1e-6) for case in ((128, 3e-6), (256, 1e-5), (512, 1e-4))),
+        *((*case, F64, "swap", 1e-8) for case in ((128, 0.0), (400, 2e-6), (640, 0.0))),
+    ],
+)
+def test_a_gram_matrix_with_one_large_direction(n, damping, dtype, solver, rtol):
+    """By it a float32 factor leaves a small residual, and an error that is not the least; inverting by halves
+    loses it, and swaps leave weights that are not quite those of their mask."""
     generator = torch.Generator().manual_seed(1)
-    x, weight = torch.randn(1, n, generator=generator), torch.randn(4, n, generator=generator)
-    problem = LayerProblem(weight, x.T @ x, HALF, refit=Refit(damping))
-    found = solve(problem, "wanda")
-    _, best = wide(problem).refitted(found.mask)
-    torch.testing.assert_close(found.objective, best, rtol=1e-6, atol=0)
+    x, weight = (torch.randn(k, n, generator=generator, dtype=dtype) for k in (1, 4))
+    problem = LayerProblem(weight, x.T @ x, Unstructured(0.6), refit=Refit(damping))
+    found = solve(problem, solver)
+    _, best = refit_layers.wide(problem).refitted(found.mask)
+    close(found.objective, best, rtol=rtol, atol=0)
     verify(problem, found)
 
 
-@pytest.mark.parametrize(("least", "sound"), [(-0.6, False), (-0.4, True)])
-def test_an_eigenvalue_that_takes_away_half_of_the_damping_is_refused(least, sound):
-    """It is rounding, and what F is would be rounding, too."""
-    gram = torch.eye(40, dtype=torch.float64)
-    gram[0, 0] = least * 0.01 * (39 / (40 - least * 0.01))
-    squares = LeastSquares.of(gram, Refit(0.01))
-    assert least * float(squares.ridge[0]) == pytest.approx(float(gram[0, 0]), rel=1e-3)
-    if sound:
-        squares.check("")
-    else:
-        with pytest.raises(ProblemError, match="take a larger damping"):
+def test_inputs_that_are_indefinite_by_rounding_count_as_they_are_and_worse_ones_are_refused():
+    """G of float32 has negative eigenvalues of 1e-7 of its trace; A has not, and F is a form of A alone."""
+    x = torch.randn(4, 12, dtype=torch.float64)
+    gram = x.T @ x / 4
+    gram -= 0.4e-6 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    problem = LayerProblem(random_weight(6, 12, 1), gram, Unstructured(keep=6), refit=Refit(0))
+    mask = random_mask(problem)
+    value, best = dense(problem, mask)
+    lost = problem.weight - best
+    assert bool(((lost @ gram * lost).sum(1) < 0).any())
+    close(problem.objective(mask), value, rtol=1e-6, atol=0)
+    verify(problem, solve(problem, "swap", start=mask))
+    # an eigenvalue that takes away half of the damping: what F is would be rounding, too
+    for least in (-0.4, -0.6):
+        gram = torch.eye(40, dtype=torch.float64)
+        gram[0, 0] = least * 0.01 * (39 / (40 - least * 0.01))
+        squares = LeastSquares.of(gram, Refit(0.01))
+        assert least * float(squares.ridge[0]) == pytest.approx(float(gram[0, 0]), rel=1e-3)
+        if least == -0.4:
             squares.check("")
-
-
-def test_a_damping_that_leaves_the_inputs_indefinite_is_refused():
-    """A float32 G of few tokens, whose rounding is above 1e-6 of the mean of its diagonal."""
+    with pytest.raises(ProblemError, match="take a larger damping"):
+        squares.check("")
+    # a float32 G of few tokens, whose rounding is above 1e-6 of the mean of its diagonal
     x = torch.randn(8, 64, dtype=torch.float64)
     gram = x.T @ x / 8
     gram -= 3e-6 * gram.diagonal().mean() * torch.eye(64, dtype=torch.float64)
@@ -282,7 +237,7 @@ def test_a_damping_that_leaves_the_inputs_indefinite_is_refused():
     ):
         with pytest.raises(ProblemError, match=r"layer 'q': .* take a larger damping") as error:
             make(Refit(0.0))
-        assert refused(error)
+        assert in_one_line(error)
         problem = make(Refit(0.01))
         verify(problem, solve(problem, "swap"))
     assert RowProblem(weight[1], gram, HALF, refit=Refit(0.01)).refit == Refit(0.01)
@@ -290,53 +245,41 @@ def test_a_damping_that_leaves_the_inputs_indefinite_is_refused():
         RowProblem(weight[1], gram, HALF, refit=Refit(0))
 
 
-# --- the problem object ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(**LINEAR)
+# --- the problem object
+@LINEAR
 @pytest.mark.parametrize("how", [Refit(0.03), ROOT], ids=repr)
-def test_a_file_holds_it(tmp_path, how, linear):
+def test_a_file_holds_it_and_one_that_says_it_wrongly_is_refused(tmp_path, how, linear):
     problem = layer(PATTERNS[linear], how=how, linear=linear)
     mask = random_mask(problem)
     problem.save(tmp_path / "layer.npz")
     problem.row(2).save(tmp_path / "row.npz")
-    for read in (LayerProblem.load, load_problem):
-        whole = read(tmp_path / "layer.npz")
+    for load in (LayerProblem.load, load_problem):
+        whole = load(tmp_path / "layer.npz")
         assert whole.refit == how
         assert torch.equal(whole.objective(mask), problem.objective(mask))
-    for read in (RowProblem.load, load_problem):
-        row = read(tmp_path / "row.npz")
-        assert row.refit == how
-        assert row.objective(mask[2]) == problem.row(2).objective(mask[2])
+    for load in (RowProblem.load, load_problem):
+        row = load(tmp_path / "row.npz")
+        assert (row.refit, row.objective(mask[2])) == (how, problem.row(2).objective(mask[2]))
     problem.refitting(None).save(tmp_path / "kept.npz")
     assert LayerProblem.load(tmp_path / "kept.npz").refit is None
-    header, _ = read_arrays(tmp_path / "layer.npz", "layer")
     # of a power of 0 neither files nor names say anything
+    header, arrays = read_arrays(tmp_path / "layer.npz", "layer")
     assert header["refit"] == {"damping": how.damping} | ({"power": 0.5} if how.power else {})
     said = "Refit(damping=0.1, power=0.5)" if how.power else "Refit(damping=0.03)"
     assert repr(how) == said
     assert said in repr(problem)
     assert said in repr(problem.row(0))
     assert "Refit" not in repr(problem.refitting(None))
-
-
-@pytest.mark.parametrize(
-    "words",
-    [{"damping": -1.0}, {"damping": "x"}, {}, {"damping": 0.1, "more": 1}, 0.01, [0.01], None],
-)
-def test_a_file_that_says_it_wrongly_is_refused(tmp_path, words):
-    """None: a file from before there was a choice, which keeps its weights."""
-    layer().save(tmp_path / "layer.npz")
-    header, arrays = read_arrays(tmp_path / "layer.npz", "layer")
-    rest = {k: v for k, v in header.items() if k not in ("format", "kind", "refit")}
-    arrays = {k: v for k, v in arrays.items() if k != "header"}
-    more = {} if words is None else {"refit": words}
-    write_arrays(tmp_path / "forged.npz", "layer", rest | more, arrays)
-    if words is None:
-        assert load_problem(tmp_path / "forged.npz").refit is None
-        return
-    with pytest.raises(MaskoptError, match=r"damping|kept weights are refitted"):
-        load_problem(tmp_path / "forged.npz")
+    header = {k: v for k, v in header.items() if k not in ("format", "kind", "refit")}
+    arrays.pop("header", None)
+    more = {"damping": 0.1, "more": 1}
+    for words in ({"damping": -1.0}, {"damping": "x"}, {}, more, 0.01, [0.01]):
+        write_arrays(tmp_path / "forged.npz", "layer", {**header, "refit": words}, arrays)
+        with pytest.raises(errors.MaskoptError, match=r"damping|kept weights are refitted"):
+            load_problem(tmp_path / "forged.npz")
+    # of before there was a choice
+    write_arrays(tmp_path / "forged.npz", "layer", header, arrays)
+    assert load_problem(tmp_path / "forged.npz").refit is None
 
 
 def test_rows_parts_other_patterns_and_the_other_objective():
@@ -344,25 +287,39 @@ def test_rows_parts_other_patterns_and_the_other_objective():
     mask = random_mask(problem)
     some = problem.take([0, 2])
     assert problem.row(1).refit == some.refit == Refit(0.1)
-    torch.testing.assert_close(some.objective(mask[[0, 2]]), problem.objective(mask)[[0, 2]])
+    close(some.objective(mask[[0, 2]]), problem.objective(mask)[[0, 2]])
     other = problem.under(NM(keep=1, of=2))
     assert other.refit == Refit(0.1)
     assert torch.equal(other.objective(mask), problem.objective(mask))
     problem = layer()
     kept = problem.refitting(None)
     f = ((problem.weight * ~mask) @ problem.gram * (problem.weight * ~mask)).sum(1)
-    torch.testing.assert_close(kept.objective(mask), f, rtol=1e-12, atol=0)
+    close(kept.objective(mask), f, rtol=1e-12, atol=0)
     assert torch.equal(kept.weights(mask), problem.weight * mask)
     assert kept.gram.data_ptr() == problem.gram.data_ptr()
     more = problem.refitting(Refit(0.3))
-    assert_equal_but_for_rounding(more, more.objective(mask), dense(more, mask)[0])
+    same(more, more.objective(mask), dense(more, mask)[0])
     assert problem.refit == Refit(0.01)
-    assert_equal_but_for_rounding(problem, problem.objective(mask), dense(problem, mask)[0])
+    same(problem, problem.objective(mask), dense(problem, mask)[0])
     with pytest.raises(ProblemError, match=r"refit=Refit\(damping\)"):
         _ = kept.least_squares
     row = problem.row(0)
     assert row.refitting(None).refit is None
     assert row.refitting(None).refitting(Refit(0.1)).refit == Refit(0.1)
+    # the two objectives are not taken for each other
+    one, other = solve(kept, "random"), solve(problem, "random")
+    assert torch.equal(one.mask, other.mask)
+    verify(problem, other)
+    verify(kept, one)
+    for wrong, solution in ((problem, one), (kept, other)):
+        with pytest.raises(VerificationError, match="objective: row 0"):
+            verify(wrong, solution)
+    # and a comparison knows its own
+    rows = [p.row(0) for p in (problem, more, kept)]
+    records = compare(rows, ["wanda"])
+    assert len({record.key for record in records}) == 3
+    mask = solve(row, "wanda").mask[0]
+    assert [r.objective for r in records] == [row.objective(mask) for row in rows]
 
 
 def test_a_restricted_row_is_damped_by_the_inputs_that_are_left():
@@ -383,81 +340,54 @@ def test_a_restricted_row_is_damped_by_the_inputs_that_are_left():
         row.restrict([1, 2, 3, 4])
 
 
-def test_the_two_objectives_are_not_taken_for_each_other():
-    problem = layer()
-    kept = problem.refitting(None)
-    one, other = solve(kept, "random"), solve(problem, "random")
-    assert torch.equal(one.mask, other.mask)
-    verify(problem, other)
-    verify(kept, one)
-    for wrong, solution in ((problem, one), (kept, other)):
-        with pytest.raises(VerificationError, match="objective: row 0"):
-            verify(wrong, solution)
-
-
-@pytest.mark.parametrize("how", [*KEEPING, *BOUNDS, "certificate", "q"])
-def test_what_knows_kept_weights_alone_refuses(how):
+def test_what_knows_kept_weights_alone_refuses_but_makes_a_start():
     assert {"tabu", "highs", "relax"} <= set(KEEPING)
     assert {"swap", "admm", "obs", "branch", "scip", "exhaustive", "wanda"}.isdisjoint(KEEPING)
     problem = layer(Unstructured(keep=4), rows=1, n=8)
     kept = problem.refitting(None)
     certificate = Certificate.box(kept, torch.zeros(1, 8))
     assert bool((certificate.check(kept) >= 0).all())
-    asked, kind, message = {
-        "certificate": (certificate.check, VerificationError, "proves nothing of refitted weights"),
-        "q": (lambda p: p.row(0).q(), ProblemError, "no quadratic form of the mask"),
-        **{
-            x: (lambda p: lower_bound(p, how), SolverError, f"'{x}' is of weights as they are")
-            for x in BOUNDS
-        },
-    }.get(how, (lambda p: solve(p, how), SolverError, f"'{how}' chooses for weights as they are"))
-    with pytest.raises(kind, match=message) as error:
-        asked(problem)
-    assert refused(error)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("maker", ["relax", "elimination"])
-def test_a_solver_that_knows_f_alone_makes_a_start_all_the_same(pattern, maker):
-    problem = layer(pattern)
-    start = make_start(problem.refitting(None), maker).mask
-    stopped = solve(problem, "swap", start=maker, max_swaps=0)
-    assert torch.equal(stopped.mask, start)
-    assert torch.equal(solve(problem, "swap", start=maker).mask, solve(problem, start=start).mask)
-
-
-@pytest.mark.parametrize("bad", [-1, -1e-9, np.nan, np.inf, True, "x", None, [1]], ids=repr)
-def test_bad_dampings_and_powers_are_refused(bad):
-    problem = layer()
-    mask = random_mask(problem)
-    with pytest.raises(OptionError, match="`damping` must be at least 0"):
-        Refit(bad)
-    for power in (bad, 1.1):
-        with pytest.raises(OptionError, match="`power` must be 0 to 1"):
-            Refit(0.1, power)
-    if bad is not None:
-        with pytest.raises(OptionError, match="`damping` must be at least 0"):
-            refit(problem, mask, damping=bad)
-    with pytest.raises(WarmStartError, match="row 0 prunes"):
-        refit(problem, torch.ones_like(mask))
-    for number in (np.float32(0.25), np.float64(0.25), np.int64(1), 1):
-        assert type(Refit(number).damping) is float
-        assert Refit(number).damping == number
-
-
-def test_a_comparison_knows_its_objective():
-    problem = layer(rows=1)
-    rows = [p.row(0) for p in (problem, problem.refitting(Refit(0.3)), problem.refitting(None))]
-    records = compare(rows, ["wanda"])
-    assert len({record.key for record in records}) == 3
-    mask = solve(problem, "wanda").mask[0]
-    assert [r.objective for r in records] == [row.objective(mask) for row in rows]
-
-
-def test_masks_that_are_dear_to_judge_are_not_enumerated():
-    """2 of 160 kept: 12,720 masks, each a system of 158 pruned inputs."""
+    for call, kind, message in (
+        (lambda: certificate.check(problem), VerificationError, "proves nothing of refitted"),
+        (lambda: problem.row(0).q(), ProblemError, "no quadratic form of the mask"),
+        *((lambda x=x: lower_bound(problem, x), SolverError, f"'{x}' is of weights as they are")
+          for x in BOUNDS),
+        *((lambda x=x: solve(problem, x), SolverError, f"'{x}' chooses for weights as they are")
+          for x in KEEPING),
+        *((lambda x=x: solve(problem, "swap", kernel=x), SolverError, f"kernel '{x}' is for weights")
+          for x in ("literal", "torch", "numba", "triton")),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=message) as error:
+            call()
+        assert in_one_line(error)
+    assert solve(problem, "swap", kernel="auto").trace.kernel == "least squares"
+    # but makes a start all the same
+    for maker, problem in itertools.product(("relax", "elimination"), map(layer, PATTERNS)):
+        start = make_start(problem.refitting(None), maker).mask
+        stopped, swapped = (solve(problem, "swap", start=maker, max_swaps=k) for k in (0, 999))
+        assert torch.equal(stopped.mask, start)
+        assert torch.equal(swapped.mask, solve(problem, start=start).mask)
+    # and 2 of 160 kept are 12,720 masks, each a system of 158 pruned inputs: too dear to be enumerated
     problem = layer(Unstructured(keep=2), rows=1, n=160)
     found = solve(problem, "swap")
     assert verify(problem, found).checked
     word = Solution.of(problem, found.mask, lower_bound=found.objective / 2, trusted=["SCIP 10.0"])
     assert "SCIP 10.0" in str(verify(problem, word))
+
+
+@pytest.mark.parametrize("bad", [-1, -1e-9, np.nan, np.inf, True, "x", None, [1]], ids=repr)
+def test_bad_dampings_and_powers_are_refused(bad):
+    problem, message = layer(), "`damping` must be at least 0"
+    with pytest.raises(OptionError, match=message):
+        Refit(bad)
+    for power in (bad, 1.1):
+        with pytest.raises(OptionError, match="`power` must be 0 to 1"):
+            Refit(0.1, power)
+    if bad is not None:
+        with pytest.raises(OptionError, match=message):
+            refit(problem, random_mask(problem), damping=bad)
+    with pytest.raises(errors.WarmStartError, match="row 0 prunes"):
+        refit(problem, torch.ones(4, 16, dtype=torch.bool))
+    for number in (np.float32(0.25), np.float64(0.25), np.int64(1), 1):
+        assert type(Refit(number).damping) is float
+        assert Refit(number).damping == number
