@@ -95,12 +95,12 @@ def rows_of(case, kind):
             weight[0, 0] = 1e4
             yield LayerProblem(weight, gram, HALF), "worst"
     else:
-        rows, damping, patterns = 1, 0.1, (TWO_FOUR if kind == "duplicates" else HALF,)
+        damping, patterns = 0.1, (TWO_FOUR if kind == "duplicates" else HALF,)
         if name == "branch":
-            rows, damping = 2, 0.03
+            damping = 0.03
             patterns = (TWO_FOUR if kind in ("full", "low-rank") else HALF, NM(keep=1, of=4))
         for pattern in patterns:
-            weight, gram = random_weight(rows, 12, 1), random_gram(12, kind, 2)
+            weight, gram = random_weight(2, 12, 1), random_gram(12, kind, 2)
             linear = random_linear(weight, gram, 3) if kind == "full" else None
             power = 0.5 if pattern == TWO_FOUR or kind == "zero-columns" else 0.0
             how = {"linear": linear, "refit": Refit(damping, power)}
