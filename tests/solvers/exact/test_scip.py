@@ -27,7 +27,7 @@ from maskopt.solvers.exact.twins import in_order
 
 HALF, SIXTY = Unstructured(sparsity=0.5), Unstructured(sparsity=0.6)
 OPTIMAL = (Status.OPTIMAL,)
-PATTERNS = pytest.mark.parametrize("pattern", [HALF, NM(keep=2, of=4)], ids=str)
+TWO_FOUR = pytest.param(NM(keep=2, of=4), marks=pytest.mark.slow)
 close = torch.testing.assert_close
 
 
@@ -36,7 +36,7 @@ def hard(n=60, rows=1, pattern=SIXTY, seed=2):
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
-@PATTERNS
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
 def test_every_formulation_proves_the_same_optimum(formulation, pattern):
     for kind in ("full", "duplicates"):
         problem = LayerProblem(random_weight(1, 12, 4), random_gram(12, kind, 3), pattern)

@@ -26,6 +26,7 @@ from maskopt.solution import Solution
 from maskopt.solver import available_solvers, make_start
 
 ROOT, ALL, F32, F64 = REFITS[3], Unstructured(keep=16), torch.float32, torch.float64
+CASES = [*itertools.product(KINDS, PATTERNS), ("full", Unstructured(keep=0)), ("full", ALL)]
 KEEPING = [name for name, info in available_solvers().items() if not info.capabilities.refit]
 BOUNDS = sorted({*available_bounds()} - {"perspective"})
 LINEAR = pytest.mark.parametrize(**refit_layers.LINEAR)
@@ -63,8 +64,7 @@ def test_it_is_the_least_over_all_weights_on_what_is_kept(problem, how):
 
 
 @pytest.mark.parametrize("how", REFITS, ids=repr)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("pattern", [*PATTERNS, Unstructured(keep=0), ALL], ids=str)
+@pytest.mark.parametrize(("kind", "pattern"), CASES, ids=str)
 def test_the_weights_solve_the_normal_equations_and_cost_what_is_said(kind, how, pattern):
     linear = (KINDS.index(kind) + REFITS.index(how)) % 2 == 0
     problem = layer(pattern, kind=kind, how=how, linear=linear)

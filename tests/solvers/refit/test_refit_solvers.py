@@ -87,7 +87,9 @@ def test_threads_and_the_other_rows_change_nothing(solver, kind, pattern):
     many = [3, 1, 2, 0, *list(range(4)) * 24] if solver == "admm" else [3, 2, 1, 0]
     found = solve(problem.take(many), solver, threads=3)
     assert torch.equal(found.mask, whole.mask[many])
-    if solver == "admm":  # also where they share one budget
+    if (
+        solver == "admm" and kind == "full" and pattern is LARGE[0]
+    ):  # also where they share one budget
         problem = pooled_layers.layer(rows=70, n=16, refit=REFITS[1])
         one, three = (solve(problem, "admm", threads=threads) for threads in (1, 3))
         assert torch.equal(one.mask, three.mask)
@@ -498,7 +500,9 @@ def test_it_removes_what_costs_least_one_by_one(pattern, linear):
     expected = torch.stack([one_by_one(problem, row) for row in range(3)])
     for panel in (1, 3, 64):
         assert torch.equal(solve(problem, "obs", panel=panel).mask, expected)
-    problem = layer(pattern, rows=6, n=96, how=Refit(0.02), linear=linear)
+    if linear or pattern is not HALF:
+        return
+    problem = layer(rows=6, n=96, how=Refit(0.02))
     assert total(problem, "obs", panel=8) <= 1.02 * total(problem, "obs", panel=1)
     hurried = solve(problem, "obs", time_limit=0.0)
     verify(problem, hurried)
@@ -509,6 +513,7 @@ def test_it_removes_what_costs_least_one_by_one(pattern, linear):
 OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "weights": "refit", "damping": 0.1}
 
 
+@pytest.mark.slow
 def test_models_are_refitted_and_checked_so(tmp_path, dense_folder):
     out, plain, given = tmp_path / "out", tmp_path / "plain", tokens()
     report = prune_model(dense_folder, given, output=out, damping_power=0.5, **OPTIONS)
