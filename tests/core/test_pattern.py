@@ -55,6 +55,7 @@ def test_counts(pattern, counts):
     for n, pruned in counts.items():
         pattern.check(n)
         assert pattern.pruned_per_group(n) == pruned
+    assert (NM(2, 4).pruned_in(3, 8), Unstructured(0.5).pruned_in(3, 8)) == (12, 12)
     mask = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0, 0, 0]], dtype=torch.bool)
     assert NM(keep=2, of=4).is_legal(mask).tolist() == [True, False]
     assert Unstructured(keep=4).is_legal(mask).tolist() == [True, True]
