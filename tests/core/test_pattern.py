@@ -26,10 +26,10 @@ RANGE = r"outside \[0, 1\)"
     st.decimals(0, 1, places=15).filter(lambda d: d < 1),
     st.one_of(st.integers(1, 5000), st.integers(1, 10**9)),
 )
-def test_a_share_prunes_the_floor_of_the_exact_product(thousandths, share, digits, n):
+def test_a_share_prunes_the_floor_of_the_exact_product(mille, share, digits, n):
     """Of a float that of its decimal."""
     for given_share, exact in (
-        (thousandths / 1000, Fraction(thousandths, 1000)), (share, share), (digits, Fraction(digits)),
+        (mille / 1000, Fraction(mille, 1000)), (share, share), (digits, Fraction(digits)),
     ):  # fmt: skip
         assert Unstructured(given_share).pruned_per_group(n) == math.floor(exact * n)
     pattern, below = Unstructured(share), share.denominator
@@ -73,7 +73,7 @@ def test_counts(pattern, counts):
         *(({"keep": x}, "keep must be a whole number of at least 0") for x in (-1, 2.0, True, "3")),
         ({"sparsity": None}, "exactly one"),
         ({"sparsity": 0.5, "keep": 3}, "exactly one"),
-        *(({"keep": keep, "of": of}, "impossible") for keep, of in ((5, 4), (-1, 4), (2, 0), (0, 0))),
+        *(({"keep": k, "of": of}, "impossible") for k, of in ((5, 4), (-1, 4), (2, 0), (0, 0))),
         *(({"keep": keep, "of": 4}, "takes whole numbers") for keep in (2.0, True)),
         # and patterns that do not fit
         *(((pattern, 0), "at least one input") for pattern in (Unstructured(0.5), NM(1, 1))),
