@@ -34,7 +34,7 @@ def test_the_objective_is_the_change_of_the_outputs(kind, seed, rows, width):
         assert problem.objective(mask) == pytest.approx(expected, rel=1e-9, abs=1e-12 * scale)
 
 
-def test_groups_may_lie_anywhere_and_of_any_size():
+def test_groups_may_lie_anywhere_and_scaling_and_order_do_not_matter():
     weight, gram = random_weight(3, 8, 1), random_gram(8, "full", 2)
     groups = torch.tensor([2, 0, 1, 2, 2, 0, 1, 1])
     problem = structure_problem(weight, gram, Unstructured(keep=2), groups=groups)
@@ -42,9 +42,16 @@ def test_groups_may_lie_anywhere_and_of_any_size():
     costs = [removed(weight, gram, groups != gone) for gone in range(3)]
     assert int((~best.mask[0]).nonzero()) == costs.index(min(costs))
     assert float(best.objective) == pytest.approx(min(costs))
-
-
-def test_a_layer_of_one_row_is_the_row():
+    weight, gram = random_weight(5, 12, 7), random_gram(12, "full", 8)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    turned = weight[:, order], gram[order][:, order]
+    masks = [
+        solve(structure_problem(w, g, Unstructured(keep=6)), "exhaustive").mask[0]
+        for w, g in ((weight, gram), (8 * weight, gram / 4), turned)
+    ]
+    assert torch.equal(masks[1], masks[0])
+    assert torch.equal(masks[2], masks[0][order])
+    # a layer of one row is the row
     weight, gram = random_weight(1, 10, 5), random_gram(10, "outliers", 6)
     one = structure_problem(weight, gram, Unstructured(keep=4))
     row = LayerProblem(weight, gram, Unstructured(keep=4)).row(0)
@@ -79,19 +86,6 @@ def test_refitted_inputs_solve_the_least_squares_of_every_row(kind, seed, dampin
     floor = 1e-12 * float(gram.double().trace()) * weight.double().square().sum(1)
     assert bool((change(new, weight, gram) <= own + floor).all())
     assert bool((change(new, weight, gram) <= expected + 1e-6 * own + floor).all())
-
-
-def test_scaling_and_order_do_not_matter():
-    weight, gram = random_weight(5, 12, 7), random_gram(12, "full", 8)
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    mask, scaled, turned = (
-        solve(structure_problem(w, g, Unstructured(keep=6)), "exhaustive").mask[0]
-        for w, g in (
-            (weight, gram), (8 * weight, gram / 4), (weight[:, order], gram[order][:, order]),
-        )
-    )  # fmt: skip
-    assert torch.equal(scaled, mask)
-    assert torch.equal(turned, mask[order])
 
 
 @pytest.mark.parametrize(
