@@ -18,19 +18,11 @@ from maskopt.certificate import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
 from maskopt.limits import Limits
 from maskopt.solvers.bounds.cuts import cut_certificate
 from maskopt.solvers.convex.triangles import ABSENT, Incidence, Pool, dense, separate
-from maskopt.solvers.exact import tree, trials
+from maskopt.solvers.exact import relaxation, tree, trials
 from maskopt.solvers.exact.free_part import free_part
 from maskopt.solvers.exact.pentagons import PLACES, pentagons
 from maskopt.solvers.exact.quasi_newton import QuasiNewton
-from maskopt.solvers.exact.relaxation import (
-    Goal,
-    Plan,
-    Relaxed,
-    _below,
-    _Dual,
-    relax_node,
-    subtract_cuts,
-)
+from maskopt.solvers.exact.relaxation import Goal, Plan, Relaxed, _below, _Dual, relax_node
 from maskopt.solvers.exact.trials import Plans
 
 SPARSE = Unstructured(sparsity=0.6)
@@ -164,9 +156,6 @@ def test_cuts_of_rows_do_not_depend_on_each_other_repeat_and_may_end_early():
     assert bool((early.check(problem) <= found.objective).all())
 
 
-# --- the relaxation of a node ------------------------------------------------------------------------
-
-
 def some_pool(n, count=40, seed=0, inputs=(3, 5)):
     """Inequalities of any inputs and z_0, with multipliers."""
     random = np.random.default_rng(seed)
@@ -207,7 +196,7 @@ def test_an_inequality_counts_in_p_as_a_certificate_has_it():
     n = 9
     pool = some_pool(n)
     base, c = np.zeros((n, n)), np.zeros(n)
-    constant = subtract_cuts(base, c, pool)
+    constant = relaxation.subtract_cuts(base, c, pool)
     check_cuts(cuts_of(pool, n), n, 0)
     matrix, linear, kappa, size, _ = cut_form(cuts_of(pool, n), n, torch.zeros(1).double())
     assert float(matrix.abs().sum() + linear.abs().sum()) + abs(kappa) <= 16 * size * n
@@ -340,9 +329,6 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
     assert len(pentagons(correlations(9, 4, 0), EMPTY, 10)[0]) == 0
 
 
-# --- trees -------------------------------------------------------------------------------------------
-
-
 def patched(monkeypatch, near, **values):
     monkeypatch.setattr(tree, "_NEAR", near)
     for name, value in values.items():
@@ -357,20 +343,11 @@ def proven(problem, **options):
     return solution, solution.proof.rows[0].cuts.sum()
 
 
-@pytest.mark.slow
-def test_trees_of_graphs_are_small_and_checked(monkeypatch):
-    problem = graph(28, 0.75, keep=21, seed=0)
-    tight, cuts = proven(problem)
-    monkeypatch.setattr(tree.Tree, "_with_triangles", lambda self, plans, least_open: [])
-    plain, none = proven(problem)
-    assert float(tight.objective) == float(plain.objective)
-    assert int(tight.trace.nodes[0]) * 5 < int(plain.trace.nodes[0])
-    assert cuts > 0 == none
-
-
-def test_trees_with_pentagonal_inequalities_are_smaller(monkeypatch):
+def test_trees_of_graphs_are_small_and_smaller_with_pentagonal_inequalities(monkeypatch):
     problem = graph(60, 0.75, keep=40, seed=2)
     five, _ = proven(problem)
+    small = graph(28, 0.75, keep=21, seed=0)
+    tight, cuts = proven(small)
     without = (plan._replace(pentagons=0) for plan in trials.CLOSE[:2])
     monkeypatch.setattr(trials, "CLOSE", Plans(*without))
     three, _ = proven(problem)
@@ -378,6 +355,11 @@ def test_trees_with_pentagonal_inequalities_are_smaller(monkeypatch):
         assert solution.proof.rows[0].cut_index.shape[1] == places
     assert float(five.objective) == float(three.objective)
     assert int(five.trace.nodes[0]) < int(three.trace.nodes[0])
+    monkeypatch.setattr(tree.Tree, "_with_triangles", lambda self, plans, least_open: [])
+    plain, none = proven(small)
+    assert float(tight.objective) == float(plain.objective)
+    assert int(tight.trace.nodes[0]) * 5 < int(plain.trace.nodes[0])
+    assert cuts > 0 == none
 
 
 def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(monkeypatch):
@@ -459,9 +441,6 @@ def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, v
         assert bool((solution.gap < 1e-5).all())
         assert bool(((solution.objective - exact).abs() <= slack).all())
         verify(problem, solution, require="checked")
-
-
-# --- the quasi-Newton method -------------------------------------------------------------------------
 
 
 def quadratic(n, seed=0, rank=None):

@@ -39,9 +39,6 @@ def assert_optimal(problem, found):
     assert verify(problem, found).checked
 
 
-# --- the pattern and the problem ---------------------------------------------------------------------
-
-
 def test_the_count_is_that_of_the_layer():
     for rows, n, sparsity in ((3, 7, 0.5), (1, 5, 0.29), (100, 1, 0.29)):
         pattern = pool(sparsity)
@@ -162,35 +159,35 @@ def test_a_mask_is_legal_by_its_count_in_all():
             layer(rows=2, omega=torch.tensor(omega))
 
 
-def test_an_instance_on_disk_keeps_its_count(tmp_path):
+def test_an_instance_on_disk_keeps_its_count_and_its_rows_their_weights(tmp_path):
     problem = layer(omega=torch.arange(1.0, 7.0), refit=Refit(0.02))
     problem.save(tmp_path / "layer.npz")
     loaded = LayerProblem.load(tmp_path / "layer.npz")
     assert loaded.pattern == problem.pattern
     assert loaded.pooled
     assert torch.equal(loaded.shares, problem.shares)
-    assert total(loaded, solve(loaded)) == total(problem, solve(problem))
+    found = solve(problem)
+    assert total(loaded, solve(loaded)) == total(problem, found)
+    weights = problem.weights(found.mask)
+    torch.testing.assert_close(weights, found.weight, rtol=1e-8, atol=1e-10)
+    for row, mask in enumerate(found.mask):
+        alone = problem.at_count_of(found.mask, row)
+        torch.testing.assert_close(alone.weights(mask), weights[row])
 
 
-# --- solvers -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", EQUAL)
-def test_what_prunes_rows_equally_says_so(name):
-    with pytest.raises(SolverError, match="prunes as much of every row"):
-        solve(layer(rows=2, n=4), name)
-
-
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "ria", "random", "worst"])
 @pytest.mark.parametrize("omega", [None, torch.tensor([4.0, 1.0, 0.25])])
-def test_scores_rank_the_layer(name, omega):
+def test_scores_rank_the_layer_and_what_prunes_rows_equally_says_so(omega):
     problem = layer(rows=3, n=8, omega=omega)
-    found = solve(problem, name, seed=3)
-    assert int((~found.mask).sum()) == problem.pruned
-    if name == "wanda":
-        score = problem.weight.abs() * problem.gram.diagonal().sqrt()
-        score = score * problem.shares.sqrt()[:, None]
-        assert float(score[found.mask].min()) > float(score[~found.mask].max())
+    for name in ("magnitude", "wanda", "ria", "random", "worst"):
+        found = solve(problem, name, seed=3)
+        assert int((~found.mask).sum()) == problem.pruned, name
+        if name == "wanda":
+            score = problem.weight.abs() * problem.gram.diagonal().sqrt()
+            score = score * problem.shares.sqrt()[:, None]
+            assert float(score[found.mask].min()) > float(score[~found.mask].max())
+    for name in EQUAL:
+        with pytest.raises(SolverError, match="prunes as much of every row"):
+            solve(problem, name)
 
 
 @settings(max_examples=40)
@@ -276,6 +273,9 @@ def test_rows_that_keep_all_or_nothing_dead_and_float32_layers_come_to_a_proof(r
     wide = layer(rows=40, n=64)
     problem = LayerProblem(wide.weight.float(), wide.gram.float(), wide.pattern, refit=refit)
     assert_optimal(problem, solve(problem, "swap", start="wanda"))
+    for kernel, seed in itertools.product(("torch", "literal"), range(0 if refit else 3)):
+        problem = LayerProblem(random_weight(4, 20, seed), random_gram(20, "full", seed), pool())
+        assert_optimal(problem, solve(problem, "swap", start="wanda", kernel=kernel))
 
 
 @BOTH
@@ -293,23 +293,6 @@ def test_a_start_of_equal_rows_has_the_count_of_the_layer():
     problem = layer(rows=3, n=7, sparsity=0.5)  # 10 of 21: 4, 3 and 3
     found = solve(problem, "swap", start="elimination", max_swaps=0)
     assert (~found.mask).sum(1).tolist() == [4, 3, 3]
-
-
-def test_refitted_weights_of_rows_with_counts_of_their_own():
-    problem = layer(rows=5, n=12, refit=Refit(0.05))
-    found = solve(problem, "swap")
-    weights = problem.weights(found.mask)
-    torch.testing.assert_close(weights, found.weight, rtol=1e-8, atol=1e-10)
-    for row in range(problem.rows):
-        alone = problem.at_count_of(found.mask, row)
-        torch.testing.assert_close(alone.weights(found.mask[row]), weights[row])
-
-
-@pytest.mark.parametrize("kernel", ["torch", "literal"])
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_that_keep_different_numbers_go_through_every_kernel(kernel, seed):
-    problem = LayerProblem(random_weight(4, 20, seed), random_gram(20, "full", seed), pool())
-    assert_optimal(problem, solve(problem, "swap", start="wanda", kernel=kernel))
 
 
 @pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 20), marks=pytest.mark.slow)])

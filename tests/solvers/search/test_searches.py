@@ -63,9 +63,6 @@ def test_exchanges_of_two_find_better_masks_than_single_ones():
     assert better >= 20  # of 80 rows
 
 
-# --- tabu --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR])
 def test_tabu_beats_one_swap_on_larger_rows(pattern):
     problem = drawn(16, 256, "low-rank", pattern, dtype=SINGLE)
@@ -144,9 +141,6 @@ def test_a_descent_past_an_outlier_ends(start, big):
         solution = solve(problem, "tabu", start=start, moves=100)
         assert bool((solution.objective <= solve(problem, start).objective * (1 + 1e-9)).all())
         verify(problem, solution)
-
-
-# --- memetic -----------------------------------------------------------------------------------------
 
 
 def layer(rows=6, n=96, pattern=SIXTY):
@@ -328,9 +322,6 @@ def test_a_pool_holds_the_best_that_are_unlike_each_other():
     assert pool._values.tolist() == [[1.0, 1.1, 1.3], [1.0, 2.0, 5.0]]
 
 
-# --- portfolio ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR], ids=str)
 def test_no_member_is_better(pattern):
     problem = drawn(4, 40, "low-rank", pattern)
@@ -410,7 +401,7 @@ def test_every_row_has_the_higher_bound_with_its_proof():
         assert verify(problem, merged, require="checked").checked
 
 
-def test_mask_of_one_and_bound_of_another_can_be_optimal_together():
+def test_mask_of_one_and_bound_of_another_can_be_optimal_together(caplog):
     problem = drawn(5, 10)
     mask, worst = solve(problem, "kswap", candidates=2), solve(problem, "worst").mask
     optimum = solve(problem, "exhaustive").objective
@@ -420,9 +411,7 @@ def test_mask_of_one_and_bound_of_another_can_be_optimal_together():
     assert bool(reached.any())
     assert [status is Status.OPTIMAL for status in merged.status] == reached.tolist()
     verify(problem, merged)
-
-
-def test_a_bound_that_the_better_mask_refutes_is_dropped(caplog):
+    # a bound that the better mask refutes is dropped
     problem = drawn(2, 24)
     found, worse = solve(problem, "relax"), solve(problem, "worst")
     claims = {"status": (Status.OPTIMAL,) * 2, "trusted": ("an oracle",) * 2}

@@ -92,8 +92,9 @@ def test_stopped_by_max_swaps_goes_on_from_there(kernel, pattern):
     verify(problem, rest)
 
 
-def test_what_memory_held_before_changes_nothing():
-    """Workspaces are not cleared: whatever a row reads of them it must have written."""
+def test_what_memory_held_before_changes_nothing_and_kernels_end_near_each_other():
+    """Workspaces are not cleared: whatever a row reads of them it must have written. Other proposals make
+    other optima, of the same quality and the same promise."""
     problem = drawn(40, 64, "low-rank", SIXTY, (3, 4), SINGLE)
     masks = []
     for dirt in (0.0, -1e38, float("nan")):
@@ -102,16 +103,12 @@ def test_what_memory_held_before_changes_nothing():
             del arrays
         masks.append(solve(problem, "swap", kernel="numba").mask)
         assert torch.equal(masks[0], masks[-1])
-
-
-def test_kernels_end_near_each_other_on_a_layer():
-    """Different proposals, hence different optima; the same quality and the same promise."""
     problem = drawn(8, 160, "low-rank", SIXTY, (11, 12), SINGLE)
-    literal = solve(problem, "swap", kernel="literal")
+    most = 1.1 * float(solve(problem, "swap", kernel="literal").objective.sum())
     for kernel in ("numba", "torch"):
         other = solve(problem, "swap", kernel=kernel)
         verify(problem, other)
-        assert float(other.objective.sum()) < 1.1 * float(literal.objective.sum())
+        assert float(other.objective.sum()) < most
 
 
 def test_running_out_of_memory_halves_the_tile_and_goes_on(monkeypatch, caplog):

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -99,10 +100,8 @@ def best_swaps_one_by_one(rows, row, columns, limit, most, group):
     made = []
     while len(made) < most:
         best, pair = -limit, None
-        for u in columns:
-            for p in columns:
-                if not kept[u] or kept[p] or u // group != p // group:
-                    continue
+        for u, p in product(columns, columns):
+            if kept[u] and not kept[p] and u // group == p // group:
                 delta = float(
                     x[u] ** 2 * gram[u, u] + 2 * x[u] * c[u] + x[p] ** 2 * gram[p, p]
                     - 2 * x[p] * c[p] - 2 * x[u] * x[p] * gram[u, p]

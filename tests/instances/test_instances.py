@@ -1,5 +1,5 @@
-"""Instances of others: any quadratic objective, maximum diversity, and files of other libraries; read,
-written, solved and proven in their own units, on the command line too."""
+"""Instances of others: any quadratic objective, maximum diversity, files of other libraries and whole inputs
+of a layer; read, written, solved and proven in their own units, on the command line too."""
 
 import itertools
 import json
@@ -14,13 +14,14 @@ from commands import run
 from diversity import RECIPES, diversity
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import random_gram, random_weight
+from strategies import KINDS, random_gram, random_weight
 
-from maskopt import NM, Linear, Refit, RowProblem, Unstructured, lower_bound, verify
-from maskopt.errors import OptionError, ProblemError, VerificationError
+from maskopt import NM, LayerProblem, Linear, Refit, RowProblem, Unstructured, lower_bound, verify
+from maskopt.errors import OptionError, PatternError, ProblemError, VerificationError
 from maskopt.formats import load_problem, save_problem
 from maskopt.solution import Solution, Status
 from maskopt.solver import make_solver, solve
+from maskopt.structure import change, refit_inputs, structure_problem
 from maskopt.units import units_from_dict
 
 
@@ -146,8 +147,6 @@ def test_the_farthest_elements_are_found_bounded_from_above_written_and_read(rec
     value = again.value(float(solve(again, "tabu").objective[0]))
     assert value == pytest.approx(best, rel=1e-9)
 
-
-# --- files -------------------------------------------------------------------------------------------
 
 CLUSTER = "5 3 4\n1 2 0.500000\n2 3 0.5\n1 3 0.5\n4 5 0.5\n"
 RUDY = "4 3\n1 2 3\n2 3 -1\n3 4 2.5\n"
@@ -436,3 +435,94 @@ def test_the_constant_of_a_row_that_prunes_nothing_is_written(tmp_path):
         model.readProblem(str(path))
         model.optimize()
         assert model.getObjVal() == 50
+
+
+def removed(weight, gram, kept):
+    """By the definition: the mean squared change of all outputs together."""
+    return float(change(torch.where(kept, weight.double(), 0.0), weight, gram).sum())
+
+
+@given(st.sampled_from(KINDS), st.integers(0, 10**6), st.integers(1, 5), st.sampled_from([1, 2, 3]))
+def test_the_objective_is_the_change_of_the_outputs(kind, seed, rows, width):
+    n = 6 * width
+    weight, gram = random_weight(rows, n, seed), random_gram(n, kind, seed + 1)
+    groups = torch.arange(n) // width
+    problem = structure_problem(weight, gram, Unstructured(keep=3), groups=groups)
+    assert problem.n == 6
+    assert float(torch.linalg.eigvalsh(problem.gram)[0]) >= -1e-9 * float(problem.gram.trace())
+    scale = float(gram.double().trace() * weight.double().square().sum())
+    for kept in itertools.combinations(range(6), 3):
+        mask = torch.zeros(6, dtype=torch.bool)
+        mask[list(kept)] = True
+        expected = removed(weight, gram, mask[groups])
+        assert problem.objective(mask) == pytest.approx(expected, rel=1e-9, abs=1e-12 * scale)
+
+
+def test_groups_may_lie_anywhere_and_scaling_and_order_do_not_matter():
+    weight, gram = random_weight(3, 8, 1), random_gram(8, "full", 2)
+    groups = torch.tensor([2, 0, 1, 2, 2, 0, 1, 1])
+    problem = structure_problem(weight, gram, Unstructured(keep=2), groups=groups)
+    best = solve(problem, "exhaustive")
+    costs = [removed(weight, gram, groups != gone) for gone in range(3)]
+    assert int((~best.mask[0]).nonzero()) == costs.index(min(costs))
+    assert float(best.objective) == pytest.approx(min(costs))
+    weight, gram = random_weight(5, 12, 7), random_gram(12, "full", 8)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    turned = weight[:, order], gram[order][:, order]
+    masks = [
+        solve(structure_problem(w, g, Unstructured(keep=6)), "exhaustive").mask[0]
+        for w, g in ((weight, gram), (8 * weight, gram / 4), turned)
+    ]
+    assert torch.equal(masks[1], masks[0])
+    assert torch.equal(masks[2], masks[0][order])
+    # a layer of one row is the row
+    weight, gram = random_weight(1, 10, 5), random_gram(10, "outliers", 6)
+    one = structure_problem(weight, gram, Unstructured(keep=4))
+    row = LayerProblem(weight, gram, Unstructured(keep=4)).row(0)
+    torch.testing.assert_close(one.q(), row.q().double())
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(keep=6), NM(keep=2, of=4)], ids=str)
+def test_everything_that_solves_and_proves_rows_does_so_here(pattern):
+    weight, gram = random_weight(20, 24, 3), random_gram(24, "low-rank", 4)
+    problem = structure_problem(weight, gram, pattern, groups=torch.arange(24) // 2)
+    best = solve(problem, "exhaustive")
+    proven = solve(problem, "branch", proof=True)
+    assert proven.status == (Status.OPTIMAL,)
+    assert verify(problem, proven, require="checked").checked
+    torch.testing.assert_close(proven.objective, best.objective)
+    swap = solve(problem, "swap", start="wanda")
+    assert verify(problem, swap).checked
+    assert float(swap.objective) >= float(best.objective) - 1e-12
+    assert float(lower_bound(problem, "sdp").value) <= float(best.objective) * (1 + 1e-9)
+
+
+@given(st.sampled_from(KINDS), st.integers(0, 10**6), st.sampled_from([0.0, 0.01, 0.3]))
+def test_refitted_inputs_solve_the_least_squares_of_every_row(kind, seed, damping):
+    weight, gram = random_weight(4, 9, seed), random_gram(9, kind, seed + 1)
+    kept = torch.rand(9, generator=torch.Generator().manual_seed(seed)) < 0.6
+    kept[0] = True
+    new = refit_inputs(weight, gram, kept, Refit(damping))
+    problem = LayerProblem(weight, gram, Unstructured(keep=int(kept.sum())), refit=Refit(damping))
+    expected = change(problem.weights(kept.expand(4, 9)), weight, gram)
+    assert bool((new[:, ~kept] == 0).all())
+    own = change(torch.where(kept, weight.double(), 0.0), weight, gram)
+    floor = 1e-12 * float(gram.double().trace()) * weight.double().square().sum(1)
+    assert bool((change(new, weight, gram) <= own + floor).all())
+    assert bool((change(new, weight, gram) <= expected + 1e-6 * own + floor).all())
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "keep", "error", "said"),
+    [
+        ((3, 4), [0, 1, 2, 3], 9, PatternError, "keep=9"),
+        ((3, 4), [0, 1, 3, 3], 1, ProblemError, "without a gap"),
+        ((3, 4), [0, 1, -1, 1], 1, ProblemError, "whole numbers"),
+        ((3, 4), [0, 1], 1, ProblemError, "each of the 4 inputs"),
+        ((3, 5), None, 1, ProblemError, "must be"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shape, groups, keep, error, said):
+    index, pattern = groups and torch.tensor(groups), Unstructured(keep=keep)
+    with pytest.raises(error, match=said):
+        structure_problem(torch.ones(shape), torch.eye(4), pattern, groups=index)
