@@ -48,10 +48,13 @@ def assert_below(value, problem):
 @settings(max_examples=40)
 @given(problems(max_n=10, max_rows=6), st.integers(1, 3), st.integers(0, 100), st.integers(0, 1))
 def test_no_bound_is_above_the_optimum(problem, sweeps, seed, cuts):
-    """However crude the solve."""
+    """However crude the solve; and none with cuts is below the plain one."""
     bounds = [lower_bound(problem, method) for method in METHODS]
+    cut = lower_bound(problem, "sdp", cuts=2)
     crude = lower_bound(problem, "sdp", sweeps=sweeps, rank=2, seed=seed, cuts=cuts)
-    assert_below(torch.stack([bound.value for bound in (*bounds, crude)]), problem)
+    assert_below(torch.stack([bound.value for bound in (*bounds, cut, crude)]), problem)
+    assert bool((cut.value >= bounds[-1].value * (1 - 1e-9)).all())
+    claimed(problem, solve(problem, "wanda"), cut)
 
 
 @given(problems(max_n=9, max_rows=8), st.integers(0, 2**31), st.floats(-6, 6))
@@ -80,15 +83,13 @@ def test_random_duals_and_points_are_valid(problem, seed, size):
     assert_below(torch.stack(found), problem)
 
 
-@pytest.mark.parametrize("rows", [3, pytest.param(17, marks=SLOW)])
-def test_hundreds_of_small_rows(rows):
-    """Both patterns, every kind of Gram matrix; the bounds are worth something, and cuts more."""
+def test_bounds_are_worth_something_and_cuts_more():
+    """Both patterns, every kind of Gram matrix."""
     tight = []
     for (seed, kind), pattern in itertools.product(enumerate(KINDS), PATTERNS):
-        problem = drawn(rows, 8 if rows == 3 else 12, kind, pattern, (seed + 1, seed))
-        bound, cut = lower_bound(problem, "sdp"), lower_bound(problem, "sdp", cuts=3)
-        box = lower_bound(problem, "box")
-        exact = assert_below(torch.stack([x.value for x in (bound, cut, box)]), problem)
+        problem = drawn(5, 8 + seed % 2 * 4, kind, pattern, (seed + 1, seed))
+        bound, cut = (lower_bound(problem, "sdp", cuts=cuts) for cuts in (0, 3))
+        exact = assert_below(cut.value, problem)
         assert bool((cut.gap(exact) <= bound.gap(exact) + 1e-9).all())
         good = exact > 1e-9 * problem.diagonal_mass()
         tight.append((bound.value / exact)[good])

@@ -262,16 +262,6 @@ def test_sparsegpt_equals_the_literal_algorithm(pattern, kind):
     torch.testing.assert_close(updated.weight, weight, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("pattern", [SIXTY, NM(keep=1, of=3)], ids=str)
-def test_counts_are_exact_over_many_blocks(pattern):
-    problem = drawn(3, 300, pattern=pattern)
-    solution = solve(problem, "sparsegpt")
-    verify(problem, solution)
-    scaled = LayerProblem(problem.weight * 1024, problem.gram / 4096, pattern)
-    assert torch.equal(solve(scaled, "sparsegpt").mask, solution.mask)
-    assert torch.equal(solve(problem.row(1), "sparsegpt").mask[0], solution.mask[1])
-
-
 @given(problems(), st.booleans())
 def test_its_own_weights_are_verified_and_never_better_than_least_squares(problem, float32):
     if float32:
@@ -284,13 +274,19 @@ def test_its_own_weights_are_verified_and_never_better_than_least_squares(proble
     assert bool((solution.objective >= best * (1 - 1e-9) - 1e-12 * problem.diagonal_mass()).all())
 
 
-def test_over_many_blocks_the_walk_goes_on_and_pooled_rows_have_the_layers_count():
+@pytest.mark.parametrize("pattern", [SIXTY, NM(keep=1, of=3)], ids=str)
+def test_over_many_blocks_counts_are_exact_and_pooled_rows_have_the_layers(pattern):
+    problem = drawn(3, 300, pattern=pattern)
+    solution = solve(problem, "sparsegpt")
+    verify(problem, solution)
+    scaled = LayerProblem(problem.weight * 1024, problem.gram / 4096, pattern)
+    assert torch.equal(solve(scaled, "sparsegpt").mask, solution.mask)
+    assert torch.equal(solve(problem.row(1), "sparsegpt").mask[0], solution.mask[1])
     problem = refit_layer(Unstructured(sparsity=0.6, per="layer"), rows=5, n=300)
     solution = solve(problem, "sparsegpt", update=True)
     verify(problem, solution)
     assert len(set((~solution.mask).sum(1).tolist())) > 1
-    first = (~solution.mask[:, :128]).sum()
-    assert int(first) == problem.pruned * 128 // 300
+    assert int((~solution.mask[:, :128]).sum()) == problem.pruned * 128 // 300
     alone = problem.under(problem.pattern.alike())
     row = solve(alone.row(2), "sparsegpt", update=True)
     torch.testing.assert_close(row.weight[0], solve(alone, "sparsegpt", update=True).weight[2])
