@@ -63,22 +63,6 @@ def test_the_count_is_that_of_the_layer():
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"spread": 0.1}, "give per='layer', too"),
-        *(
-            ({"per": "layer", "spread": spread}, r"spread .* is outside")
-            for spread in (-0.1, 1, float("nan"), "0.1")
-        ),
-        ({"per": "block"}, "per must be"),
-    ],
-)
-def test_what_a_pooled_pattern_cannot_be(more, message):
-    with pytest.raises(PatternError, match=message):
-        Unstructured(sparsity=0.5, **more)
-
-
-@pytest.mark.parametrize(
     ("pattern", "limits"),
     [
         (pool(0.5, 0.1), (4, 6)), (pool(0.5, 0.0), (5, 5)), (pool(0.45, 0.0), (4, 5)),
@@ -143,18 +127,30 @@ def test_a_start_within_limits_is_no_worse_than_equal_counts(start, refit):
     assert sums == sorted(sums, reverse=True)
 
 
-def test_a_mask_is_legal_by_its_count_in_all():
+SPREADS = (-0.1, 1, float("nan"), "0.1")
+NO_PATTERNS = [
+    ({"spread": 0.1}, "give per='layer', too"),
+    *(({"per": "layer", "spread": spread}, r"spread .* is outside") for spread in SPREADS),
+    ({"per": "block"}, "per must be"),
+]
+NO_SHARES = [
+    ([1.0, 0.0], "omega must be more than 0"),
+    ([1.0, 1.0, 1.0], r"omega must be \[2\]"),
+    ([1.0, torch.nan], "omega holds 1 NaN"),
+]
+
+
+def test_what_a_pattern_and_its_masks_and_shares_cannot_be():
     problem = layer(rows=2, n=4)
     uneven = torch.tensor([[True] * 4, [False] * 4])
     assert problem.pattern.is_legal(uneven).tolist() == [True, True]
     assert torch.equal(problem.check_mask(uneven), uneven)
     with pytest.raises(WarmStartError, match=r"prunes 3 of 8; the pattern .* asks for exactly 4"):
         problem.check_mask(~torch.tensor([[True, True, True, False], [False] * 4]))
-    for omega, message in (
-        ([1.0, 0.0], "omega must be more than 0"),
-        ([1.0, 1.0, 1.0], r"omega must be \[2\]"),
-        ([1.0, torch.nan], "omega holds 1 NaN"),
-    ):
+    for more, message in NO_PATTERNS:
+        with pytest.raises(PatternError, match=message):
+            Unstructured(sparsity=0.5, **more)
+    for omega, message in NO_SHARES:
         with pytest.raises(ProblemError, match=message):
             layer(rows=2, omega=torch.tensor(omega))
 
@@ -287,11 +283,8 @@ def test_a_limit_leaves_a_legal_mask_and_claims_nothing(refit):
         assert set(found.status) == {Status.FEASIBLE}
         assert total(problem, found) <= total(problem, start) + slack(problem)
         verify(problem, found)
-
-
-def test_a_start_of_equal_rows_has_the_count_of_the_layer():
-    problem = layer(rows=3, n=7, sparsity=0.5)  # 10 of 21: 4, 3 and 3
-    found = solve(problem, "swap", start="elimination", max_swaps=0)
+    # a start of equal rows has the count of the layer: 10 of 21
+    found = solve(layer(rows=3, n=7, refit=refit), "swap", start="elimination", max_swaps=0)
     assert (~found.mask).sum(1).tolist() == [4, 3, 3]
 
 
