@@ -302,8 +302,11 @@ def random_extra(n, rows, seed):
     [
         (1, Unstructured(0.0), 2), (5, SPARSE, 3), (8, NM(2, 4), 16), (37, SPARSE, 9),
         (40, NM(2, 4), 17), (60, NM(5, 20), 48),
-        (259, HALF, 23), (264, NM(4, 8), 16),  # float32
-        (30, SPARSE, 80), (264, SPARSE, 130),  # more accumulators than are summed together
+        (30, SPARSE, 80),  # more accumulators than are summed together
+        *(  # in float32
+            pytest.param(*case, marks=SLOW)
+            for case in ((259, HALF, 23), (264, NM(4, 8), 16), (264, SPARSE, 130))
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("with_extra", [False, True])
@@ -323,7 +326,7 @@ def test_the_sweep_is_plain_gauss_seidel(n, pattern, rank, with_extra):
     assert not state.v[:, :, rank:].any()
 
 
-@pytest.mark.parametrize("n", [48, 264])
+@pytest.mark.parametrize("n", [48, pytest.param(264, marks=SLOW)])
 def test_no_bit_depends_on_threads_or_on_the_rows_beside(n):
     problem = drawn(4, n, pattern=SPARSE, seeds=(1, 0))
     _, extra = random_extra(n, 4, 3)

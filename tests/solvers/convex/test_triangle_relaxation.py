@@ -139,7 +139,7 @@ def test_cuts_of_rows_do_not_depend_on_each_other_repeat_and_may_end_early():
     assert torch.equal(together.cuts[1].index, alone.cuts[0].index)
     torch.testing.assert_close(together.cuts[1].multiplier, alone.cuts[0].multiplier)
     torch.testing.assert_close(together.diagonal[1], alone.diagonal[0])
-    problem = drawn(4, 64, pattern=SPARSE)
+    problem = drawn(2, 48, pattern=SPARSE)
     found = solve(problem, "swap")
     claimed(problem, found, lower_bound(problem, "sdp", cuts=50, time_limit=1e-3))
     early, _ = cut_certificate(problem, 16, 50, Limits(seconds=0).begin())
@@ -326,6 +326,7 @@ def proven(problem, **options):
     return solution, solution.proof.rows[0].cuts.sum()
 
 
+@pytest.mark.slow
 def test_trees_of_graphs_are_small_and_smaller_with_pentagonal_inequalities(monkeypatch):
     problem = graph(60, 0.75, keep=40, seed=2)
     five, _ = proven(problem)

@@ -29,6 +29,9 @@ PATTERNS = [SIXTY, TWO_FOUR, NM(keep=12, of=32)]
 ONE_AND_SLOW = [SIXTY, *(pytest.param(p, marks=pytest.mark.slow) for p in PATTERNS[1:])]
 OPTIONS = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
 REFITS = pytest.mark.parametrize("refit", [None, Refit(0.01)])
+REFITS_SLOW = pytest.mark.parametrize(
+    "refit", [None, pytest.param(Refit(0.01), marks=pytest.mark.slow)]
+)
 
 
 @settings(max_examples=40)
@@ -193,7 +196,7 @@ def test_memetic_finds_better_masks_than_as_many_moves_of_tabu(pattern):
     torch.testing.assert_close(shorter.trace.history, trace.history[:, :12], rtol=0, atol=0)
 
 
-@REFITS
+@REFITS_SLOW
 def test_a_row_does_not_depend_on_the_others_threads_or_memory_but_on_the_seed(refit):
     problem = layer(module._TILE + 3, 96 if refit is None else 32).refitting(refit)
     start = solve(problem, "wanda").mask
@@ -264,7 +267,7 @@ def test_contract_of_rows_that_share_a_count(problem):
     assert torch.equal(again.mask, found.mask)
 
 
-@REFITS
+@REFITS_SLOW
 def test_rows_that_share_a_count_are_searched_at_counts_of_their_own(refit):
     n = 64 if refit is None else 32
     problem = pooled_layer(rows=2 * module._TILE, n=n, refit=refit)

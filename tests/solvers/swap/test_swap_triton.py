@@ -228,8 +228,9 @@ def test_reach_bounds_every_entry():
 
 SHAPES = [
     (1, 1, "full", 1), (1, 2, "full", 1), (3, 7, "outliers", 3), (1, 65, "zero-columns", 26),
-    (2, 65, "full", 65), (2, 65, "full", 1), (2, 65, "low-rank", 64), (3, 193, "low-rank", 77),
-    (2, 128, "full", 51), pytest.param(33, 9, "duplicates", 4, marks=SLOW),
+    (2, 65, "full", 65), (2, 65, "full", 1), (2, 65, "low-rank", 64),
+    pytest.param(3, 193, "low-rank", 77, marks=SLOW), (1, 128, "full", 51),
+    pytest.param(33, 9, "duplicates", 4, marks=SLOW),
 ]  # fmt: skip
 
 
@@ -277,7 +278,7 @@ def test_scans_of_groups_stay_inside_and_find_the_best_swap_of_each(n, group):
         torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.integers(2, 40), st.sampled_from(KINDS), st.integers(0, 10**6), st.integers(-12, 12))
 def test_a_single_precision_scan_is_a_proof(n, kind, seed, power):
     assert Rows(2, n, kind, seed=seed, keep=n // 2).proves(10.0**power)
@@ -307,15 +308,15 @@ def _layer(rows, n, kind, pattern, dtype=torch.float32):
     [
         pytest.param(1, 150, "low-rank", SIXTY, torch.float32, marks=SLOW),
         (1, 65, "outliers", SIXTY, torch.float64),
-        (2, 64, "duplicates", HALF, torch.float32),
+        (1, 64, "duplicates", HALF, torch.float32),
         (2, 33, "full", Unstructured(keep=33), torch.float32),
         (2, 33, "full", Unstructured(keep=0), torch.float32),
         (2, 33, "full", Unstructured(keep=1), torch.float32),
         (2, 1, "full", Unstructured(keep=1), torch.float32),
-        (2, 64, "low-rank", NM(2, 4), torch.float32),
-        (2, 40, "full", NM(2, 5), torch.float64),
+        (1, 64, "low-rank", NM(2, 4), torch.float32),
+        (1, 40, "full", NM(2, 5), torch.float64),
         pytest.param(1, 96, "low-rank", NM(20, 48), torch.float32, marks=SLOW),
-        (2, 64, "full", NM(8, 32), torch.float32),
+        (1, 64, "full", NM(8, 32), torch.float32),
     ],
 )
 def test_search_ends_at_proven_optima(rows, n, kind, pattern, dtype):
@@ -332,7 +333,7 @@ def test_search_ends_at_proven_optima(rows, n, kind, pattern, dtype):
     assert torch.equal(literal.swaps > 0, batch.swaps > 0)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(problem=problems(max_n=12, max_rows=2))
 def test_search_is_right_on_small_problems_of_every_kind(problem):
     weight, gram = problem.weight.to(DEVICE), problem.gram.to(DEVICE)
