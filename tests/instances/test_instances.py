@@ -1,5 +1,5 @@
-"""Instances of others: any quadratic objective, maximum diversity, files of other libraries and whole inputs
-of a layer; read, written, solved and proven in their own units, on the command line too."""
+"""Any quadratic objective, maximum diversity, files of other libraries and whole inputs of a layer:
+read, written, solved and proven in their own units, on the command line too."""
 
 import itertools
 import json
@@ -315,8 +315,8 @@ def pose(u, **more):
 
 EYE = np.eye(3)
 NO_MATRICES = (
-    EYE * 1j, torch.eye(3) * 1j, EYE * 1e308, [[1, 2], [3]], "x", [["a"]], [[10**400]], [[None]], [],
-    np.ones((2, 3)), [[float("nan")]],
+    EYE * 1j, torch.eye(3) * 1j, EYE * 1e308, [[1, 2], [3]], "x", [["a"]], [[10**400]], [[None]],
+    [], np.ones((2, 3)), [[float("nan")]],
 )  # fmt: skip
 NO_UNITS = (
     3,

@@ -1,4 +1,4 @@
-"""What every search from a start promises: one table of solvers, and what each row of it must hold."""
+"""What every search from a start promises: one table of solvers, and what each must hold."""
 
 import pytest
 import torch

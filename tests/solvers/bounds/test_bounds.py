@@ -1,4 +1,4 @@
-"""No bound is ever above the optimum: against enumeration, with crude, random and forged duals; and the
+"""No bound is ever above the optimum: against enumeration, with crude, random and forged duals; the
 blocked sweep of the mixing method is the plain Gauss–Seidel sweep, however it is run."""
 
 import itertools
@@ -210,8 +210,7 @@ def test_verify_takes_a_certificate_and_refuses_more_than_it_proves(problem):
 
 
 def test_out_of_time(problem, monkeypatch):
-    """A shift counts its steps once; one chunk of sweeps for a few rows, one certification, and the box
-    relaxation for the others."""
+    """A shift counts its steps once; a chunk of sweeps for a few rows, and the box for the others."""
     box, shifted, semidefinite = (lower_bound(problem, m, time_limit=0) for m in METHODS)
     assert shifted.trace.iterations.tolist() == box.trace.iterations.tolist()
     assert shifted.trace.shifted == ("no", "no")

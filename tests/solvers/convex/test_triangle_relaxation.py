@@ -1,5 +1,5 @@
-"""Triangle cuts and pentagonal inequalities: what separation finds, bounds, relaxations and trees that they
-tighten, and the quasi-Newton method that solves those."""
+"""Triangle cuts and pentagonal inequalities: what separation finds; bounds, relaxations and trees
+that they tighten; and the quasi-Newton method that solves those."""
 
 from functools import cache
 from itertools import combinations, product
@@ -78,7 +78,7 @@ def test_separation_is_brute_force_and_a_pool_has_a_triangle_once(rank):
 
 
 def test_among_many_vectors_about_the_most_violated_are_found():
-    """Their number is estimated from a sample: a few less than asked may be found, and never others."""
+    """Their number is estimated from a sample: a few less may be found, and never others."""
     n, most = 420, 3000
     inner = correlations(n, 24, 3).astype(np.float32)
     index, sign, violation = separate(inner, most)
@@ -102,7 +102,7 @@ def test_among_many_vectors_about_the_most_violated_are_found():
 
 @given(st.integers(0, 10**6), st.integers(3, 12), st.integers(0, 40))
 def test_the_pairs_of_triangles_and_their_sparse_matrix(seed, n, most):
-    """Against sets: every distinct pair once and in order, and both of its entries, but none of v_0's row."""
+    """Against sets: every pair once and in order, and both its entries, but none of v_0's row."""
     random = np.random.default_rng(seed)
     every = np.array(list(combinations(range(n + 1), 3)))
     index = every[random.permutation(len(every))[:most]]
@@ -348,7 +348,7 @@ def test_trees_of_graphs_are_small_and_smaller_with_pentagonal_inequalities(monk
 
 
 def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(monkeypatch):
-    """Relaxations that are solved so roughly that even small graphs have several nodes open together."""
+    """Solved so roughly that even small graphs have several nodes open together."""
     rough = Plan((10.0, 1.0), (8,), pentagons=1)
     monkeypatch.setattr(trials, "CLOSE", Plans(rough, rough))
     problem = graph(50, 0.75, keep=34, seed=2)

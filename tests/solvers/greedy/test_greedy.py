@@ -1,4 +1,4 @@
-"""The solvers without a search: scores, elimination and exhaustive; DSnoT and SparseGPT against literal
+"""The solvers without a search: scores, elimination, exhaustive; DSnoT and SparseGPT against literal
 transcriptions of their papers."""
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Relax (box, semidefinite or by Frank–Wolfe), harden, round, swap: beyond the contract of every search."""
+"""Relax (box, semidefinite, Frank–Wolfe), harden, round, swap: beyond the contract of searches."""
 
 import time
 

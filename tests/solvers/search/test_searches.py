@@ -1,4 +1,4 @@
-"""Tabu search, exchanges of two, memetic search and the portfolio, beyond the contract of every search."""
+"""Tabu, memetic and 2-exchange search and the portfolio, beyond the contract of every search."""
 
 import itertools
 from dataclasses import replace

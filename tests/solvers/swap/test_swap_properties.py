@@ -1,4 +1,4 @@
-"""What 1-swap search promises beyond the contract of every search, for every kernel that runs here."""
+"""What 1-swap search promises beyond the contract of every search, with every kernel."""
 
 from functools import partial
 from itertools import product
@@ -103,8 +103,7 @@ def test_stopped_by_max_swaps_goes_on_from_there(kernel, pattern):
 
 
 def test_what_memory_held_before_changes_nothing_and_kernels_end_near_each_other():
-    """Workspaces are not cleared: whatever a row reads of them it must have written. Other proposals make
-    other optima, of the same quality and the same promise."""
+    """Workspaces are not cleared: whatever a row reads of them it must have written."""
     problem = drawn(40, 64, "low-rank", SIXTY, (3, 4), SINGLE)
     masks = []
     for dirt in (0.0, -1e38, float("nan")):

@@ -1,4 +1,4 @@
-"""The Triton kernels against plain float64 torch: on a CUDA device, else in Triton's interpreter."""
+"""The Triton kernels against float64 torch: on a CUDA device, else in Triton's interpreter."""
 
 import math
 import os
@@ -285,7 +285,7 @@ def test_a_single_precision_scan_is_a_proof(n, kind, seed, power):
 
 
 def _refine(problem, mask, *, memory=2**24, timed=False, **limits):
-    """Searched by the kernel, and verified: the solution, the state behind it and the kernel's seconds."""
+    """Searched by the kernel, and verified: the solution, its state and the kernel's seconds."""
     batch = Batch.of(problem, mask)
     kernel = TritonKernel(batch, memory=memory, timed=timed)
     proven = engine.refine(batch, kernel, **limits).proven
