@@ -31,7 +31,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", [*SEARCHES, pytest.param("kswap, single", marks=SLOW)])
-@settings(max_examples=30)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(data=st.data())
 def test_contract(name, data):
     solver, options = SEARCHES[name.split(",")[0]]

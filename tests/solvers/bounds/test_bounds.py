@@ -45,7 +45,7 @@ def assert_below(value, problem):
     return exact
 
 
-@settings(max_examples=30)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(problems(max_n=10, max_rows=6), st.integers(1, 3), st.integers(0, 100), st.integers(0, 1))
 def test_no_bound_is_above_the_optimum(problem, sweeps, seed, cuts):
     """However crude the solve; and none with cuts is below the plain one."""

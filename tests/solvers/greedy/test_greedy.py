@@ -22,7 +22,7 @@ OF_LAYERS = ("ria", "random", "sparsegpt")
 SIXTY, TWO_FOUR = Unstructured(sparsity=0.6), NM(keep=2, of=4)
 
 
-@settings(max_examples=40)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(problems())
 def test_every_mask_is_legal_verified_the_one_of_each_row_and_never_below_the_optimum(problem):
     best = solve(problem, "exhaustive").objective

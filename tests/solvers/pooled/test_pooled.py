@@ -203,7 +203,7 @@ def test_a_search_ends_at_a_proven_optimum_across_rows(problem, start):
     assert not int(again.trace.trades.sum())
 
 
-@settings(max_examples=40)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(pooled(max_n=8, max_rows=4))
 def test_enumeration_is_the_optimum_and_swaps_never_below(problem):
     best = solve(problem, "exhaustive")

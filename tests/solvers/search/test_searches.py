@@ -34,7 +34,7 @@ REFITS_SLOW = pytest.mark.parametrize(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(problems(max_n=7, max_rows=2))
 def test_no_exchange_of_two_for_two_is_left_when_all_inputs_are_candidates(problem):
     solution = solve(problem, "kswap", warm_start="random", candidates=16)
