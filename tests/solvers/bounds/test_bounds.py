@@ -1,29 +1,34 @@
-"""No bound is ever above the optimum: against enumeration, with crude, random and forged duals."""
+"""No bound is ever above the optimum: against enumeration, with crude, random and forged duals; the
+blocked sweep of the mixing method is the plain Gauss–Seidel sweep, however it is run."""
 
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from certificates import claimed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_search import drawn
 from strategies import HALF, KINDS, problems, random_gram, random_weight
 
 from maskopt import NM, Certificate, LayerProblem, Unstructured, lower_bound, solve
 from maskopt.bounds import ENTRY_POINT_GROUP, available_bounds
 from maskopt.certificate import Cuts
 from maskopt.errors import OptionError, SolverError, UnknownSolverError, VerificationError
+from maskopt.limits import torch_threads
 from maskopt.solvers.bounds import sdp
 from maskopt.solvers.convex.duals import ScaledRow, certify_row
-from maskopt.solvers.convex.mixing import Mixing
+from maskopt.solvers.convex.mixing import Extra, Mixing
 
 METHODS = ("box", "shift", "sdp")
 SPARSE, PATTERNS = Unstructured(0.6), (Unstructured(0.6), NM(2, 4))
+SLOW = pytest.mark.slow
 
 
 def layer(rows, n, pattern=SPARSE, kind="full", dtype=torch.float64):
-    return LayerProblem(random_weight(rows, n, 1, dtype), random_gram(n, kind, 2, dtype), pattern)
+    return drawn(rows, n, kind, pattern, dtype=dtype)
 
 
 @pytest.fixture
@@ -40,10 +45,16 @@ def assert_below(value, problem):
     return exact
 
 
-@pytest.mark.parametrize("method", METHODS)
-@given(problems(max_n=10, max_rows=6))
-def test_no_bound_is_above_the_optimum(method, problem):
-    assert_below(lower_bound(problem, method).value, problem)
+@settings(max_examples=settings.default.max_examples // 2)
+@given(problems(max_n=10, max_rows=6), st.integers(1, 3), st.integers(0, 100), st.integers(0, 1))
+def test_no_bound_is_above_the_optimum(problem, sweeps, seed, cuts):
+    """However crude the solve; and none with cuts is below the plain one."""
+    bounds = [lower_bound(problem, method) for method in METHODS]
+    cut = lower_bound(problem, "sdp", cuts=2)
+    crude = lower_bound(problem, "sdp", sweeps=sweeps, rank=2, seed=seed, cuts=cuts)
+    assert_below(torch.stack([bound.value for bound in (*bounds, cut, crude)]), problem)
+    assert bool((cut.value >= bounds[-1].value * (1 - 1e-9)).all())
+    claimed(problem, solve(problem, "wanda"), cut)
 
 
 @given(problems(max_n=9, max_rows=8), st.integers(0, 2**31), st.floats(-6, 6))
@@ -57,6 +68,7 @@ def test_random_duals_and_points_are_valid(problem, seed, size):
     def noise(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+    found = []
     for _ in range(2):
         cuts, product = None, None
         if n >= 3:
@@ -67,42 +79,24 @@ def test_random_duals_and_points_are_valid(problem, seed, size):
         if seed % 3 == 0:
             product = noise(rows, groups, n) * unit[..., None]
         duals = noise(rows, n) * unit, noise(rows, groups) * unit, noise(rows, n)
-        for some in (None, cuts):
-            assert_below(Certificate(*duals, product, some).check(problem), problem)
+        found += [Certificate(*duals, product, some).check(problem) for some in (None, cuts)]
+    assert_below(torch.stack(found), problem)
 
 
-@given(
-    problems(max_n=10, max_rows=4),
-    st.integers(1, 3),
-    st.integers(0, 100),
-    st.sampled_from([{}, {"cuts": 1}]),
-)
-def test_a_deliberately_crude_solve_is_valid(problem, sweeps, seed, more):
-    bound = lower_bound(problem, "sdp", sweeps=sweeps, rank=2, seed=seed, **more)
-    assert_below(bound.value, problem)
-
-
-@pytest.mark.parametrize(
-    ("times", "rows", "n"), [(1, 3, 8), pytest.param(2, 25, 12, marks=pytest.mark.slow)]
-)
-def test_hundreds_of_small_rows(times, rows, n):
-    """Both patterns, every kind of Gram matrix; the bounds are worth something, and cuts more."""
+def test_bounds_are_worth_something_and_cuts_more():
+    """Both patterns, every kind of Gram matrix."""
     tight = []
-    for (seed, kind), pattern in itertools.product(enumerate(KINDS * times), PATTERNS):
-        weight, gram = random_weight(rows, n, seed + 1), random_gram(n, kind, seed)
-        problem = LayerProblem(weight, gram, pattern)
-        bound = lower_bound(problem, "sdp")
-        exact = assert_below(bound.value, problem)
-        assert_below(lower_bound(problem, "box").value, problem)
-        cut = lower_bound(problem, "sdp", cuts=3)
-        assert_below(cut.value, problem)
+    for (seed, kind), pattern in itertools.product(enumerate(KINDS), PATTERNS):
+        problem = drawn(5, 8 + seed % 2 * 4, kind, pattern, (seed + 1, seed))
+        bound, cut = (lower_bound(problem, "sdp", cuts=cuts) for cuts in (0, 3))
+        exact = assert_below(cut.value, problem)
         assert bool((cut.gap(exact) <= bound.gap(exact) + 1e-9).all())
         good = exact > 1e-9 * problem.diagonal_mass()
         tight.append((bound.value / exact)[good])
     assert float(torch.cat(tight).median()) > 0.8
 
 
-def test_bounds_of_singular_and_badly_scaled_rows_are_positive_where_they_can_be():
+def test_bounds_of_singular_indefinite_and_badly_scaled_rows():
     scale = torch.logspace(-1.5, 1.5, 16, dtype=torch.float64)
     gram = random_gram(16, "full", 3) * scale.outer(scale)
     problem = LayerProblem(random_weight(4, 16, 7), gram, SPARSE)
@@ -111,6 +105,18 @@ def test_bounds_of_singular_and_badly_scaled_rows_are_positive_where_they_can_be
     zero = LayerProblem(torch.zeros(2, 8), torch.zeros(8, 8), HALF)
     for method in METHODS:
         assert lower_bound(zero, method).value.tolist() == [0.0, 0.0]
+    # an indefinite G that was never checked
+    gram = random_gram(8, "full", 1) - 0.8 * torch.eye(8, dtype=torch.float64)
+    problem = LayerProblem(random_weight(3, 8, 1), gram, HALF, assume_psd=True)
+    true = solve(problem, "exhaustive").objective
+    assert bool((true == 0).any())
+    for method in METHODS[::2]:
+        assert bool((lower_bound(problem, method).value <= true + 1e-12).all())
+    # semidefinite up to the rounding of float32 only, G can still be shifted (by nothing)
+    problem = layer(4, 128, kind="low-rank", dtype=torch.float32)
+    box, shift = lower_bound(problem, "box").value, lower_bound(problem, "shift").value
+    assert bool((shift >= 0.99 * box).all())
+    assert bool((shift <= solve(problem, "swap").objective).all())
 
 
 SETTLING = list(itertools.product(["full", "low-rank", "outliers"], PATTERNS))
@@ -118,136 +124,98 @@ SETTLING = list(itertools.product(["full", "low-rank", "outliers"], PATTERNS))
 
 @pytest.mark.parametrize(
     ("kind", "pattern"),
-    [SETTLING[4], *(pytest.param(*SETTLING[i], marks=pytest.mark.slow) for i in (0, 1, 2, 3, 5))],
+    [SETTLING[4], *(pytest.param(*SETTLING[i], marks=SLOW) for i in (0, 1, 2, 3, 5))],
     ids=str,
 )
 def test_the_default_sweeps_settle(kind, pattern):
     """Near what far more reach, whatever the layer: the penalty must not make them crawl."""
     problem = layer(1, 256, pattern, kind)
-    bound, limit = lower_bound(problem, "sdp"), lower_bound(problem, "sdp", sweeps=10_000)
+    bound, limit = lower_bound(problem, "sdp"), lower_bound(problem, "sdp", sweeps=5_000)
     assert float(bound.value) >= 0.985 * float(limit.value)
     assert max(bound.trace.correction.tolist()) <= 0.02
+
+
+def heavy(problem, size):
+    """An input that a good mask keeps, and its weight, so large; and that mask."""
+    best = solve(problem, "swap")
+    weight = problem.weight.clone()
+    weight[0, int(best.mask[0].nonzero()[0])] = size
+    return LayerProblem(weight, problem.gram, problem.pattern), best
+
+
+@pytest.mark.parametrize("n", [24, pytest.param(260, marks=SLOW)])
+@pytest.mark.parametrize("size", [1e6, 1e20, 1e100])
+def test_a_weight_of_any_size_leaves_a_bound(n, size):
+    other, best = heavy(layer(1, n), size)
+    for method in METHODS:
+        value = float(lower_bound(other, method).value)
+        assert 0 <= value <= float(best.objective) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("kind", ["full", "outliers"])
 def test_an_outlier_input_does_not_slow_the_rest(kind):
     """An input that no good mask prunes may weigh anything: the bound hardly moves."""
     problem = layer(1, 64, kind=kind)
-    best = solve(problem, "swap").mask[0]
-    heavy = problem.weight.clone()
-    heavy[0, int(best.nonzero()[0])] = 100 * float(heavy.abs().max())
-    bound = lower_bound(LayerProblem(heavy, problem.gram, problem.pattern), "sdp")
-    assert float(bound.value) >= 0.95 * float(lower_bound(problem, "sdp").value)
+    other, _ = heavy(problem, 100 * float(problem.weight.abs().max()))
+    plain, bound = (float(lower_bound(x, "sdp").value) for x in (problem, other))
+    assert bound >= 0.95 * plain
 
 
-@pytest.mark.parametrize(
-    ("n", "size"),
-    [
-        *((24, size) for size in (1e6, 1e20, 1e100)),
-        (260, 1e20),
-        *(pytest.param(260, size, marks=pytest.mark.slow) for size in (1e6, 1e100)),
-    ],
-)
-def test_a_weight_of_any_size_leaves_a_bound(n, size):
-    problem = layer(1, n)
-    best = solve(problem, "swap")
-    weight = problem.weight.clone()
-    weight[0, int(best.mask[0].nonzero()[0])] = size
-    heavy = LayerProblem(weight, problem.gram, problem.pattern)
-    for method in METHODS:
-        value = float(lower_bound(heavy, method).value)
-        assert 0 <= value <= float(best.objective) * (1 + 1e-9)
-
-
-def test_duals_worth_nothing_leave_the_relaxation(monkeypatch):
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_relaxation_beats_the_box(pattern, monkeypatch):
+    problem = layer(4, 32, pattern)
+    box, found = lower_bound(problem, "box"), lower_bound(problem, "sdp")
+    assert bool((found.value >= box.value).all())
+    alone = torch.cat([lower_bound(problem.row(row), "sdp").value for row in range(4)])
+    torch.testing.assert_close(found.value, alone, rtol=1e-3, atol=0)
+    # duals that are worth nothing leave the relaxation
     problem = layer(2, 24)
     box = lower_bound(problem, "box", steps=2000).value
     monkeypatch.setattr(sdp, "certify_row", lambda row, y, *more: certify_row(row, 0.02 * y, *more))
     assert bool((lower_bound(problem, "sdp").value >= box * 0.999).all())
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_the_relaxation_beats_the_box(pattern):
-    problem = layer(4, 32, pattern)
-    box, found = lower_bound(problem, "box"), lower_bound(problem, "sdp")
-    assert bool((found.value >= box.value).all())
-    alone = torch.cat([lower_bound(problem.row(row), "sdp").value for row in range(4)])
-    torch.testing.assert_close(found.value, alone, rtol=1e-3, atol=0)
-
-
-def test_the_torch_sweep_reaches_the_bound_of_the_compiled_one():
-    problem = layer(1, 32)
-    row = ScaledRow.of(problem, problem.gram.numpy(), 0, float(Mixing(problem, 10, 0).scale[0]))
-    values = []
-    for sweeps, name in ((1, "sweep"), (600, "sweep_torch")):
-        state, rho = Mixing(problem, 10, 0), 0.2
-        for _ in range(sweeps):
-            getattr(state, name)(*((600, rho) if sweeps == 1 else (rho,)))
-        values.append(
-            certify_row(row, state.duals[0].double().numpy(), state.inner()[0], rho).value
-        )
-    assert values[1] == pytest.approx(values[0], rel=0.02)
+@pytest.mark.parametrize("kind", ["diagonal", "uniform"])
+def test_no_row_is_bounded_worse_with_the_shift(kind):
+    """Some entries of the best shift are negative here."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        inputs, more = (torch.randn(m, 24, generator=generator) for m in (100, 24))
+        weight, inputs = torch.randn(6, 24, generator=generator), inputs @ more
+        problem = LayerProblem(weight, inputs.T @ inputs / 100, HALF)
+        box, shift = lower_bound(problem, "box"), lower_bound(problem, "shift", kind=kind)
+        assert bool((shift.value >= box.value * (1 - 1e-9)).all()), seed
 
 
 def test_verify_takes_a_certificate_and_refuses_more_than_it_proves(problem):
     found, bound = solve(problem, "elimination"), lower_bound(problem, "sdp")
     claimed(problem, found, bound)
     c = bound.certificate
-    with pytest.raises(VerificationError, match="its certificate proves"):
-        claimed(problem, found, bound, 1.001)
     # duals that promise more than they are worth: A is no longer semidefinite
-    with pytest.raises(VerificationError, match="its certificate proves"):
-        claimed(problem, found, bound, certificate=replace(c, diagonal=c.diagonal * 1.2))
-
-
-def test_no_fraction_of_a_sign_or_an_input_is_cut_off(problem):
-    """A cut of 1.9·z_i z_j is no triangle inequality, and proves whatever one likes."""
-    c = lower_bound(problem, "sdp").certificate
+    for more in ((1.001,), (1.0, replace(c, diagonal=c.diagonal * 1.2))):
+        with pytest.raises(VerificationError, match="its certificate proves"):
+            claimed(problem, found, bound, *more)
+    # a cut of 1.9·z_i z_j is no triangle inequality, and proves whatever one likes
     index, tau = torch.tensor([[-1, 0, 1], [-1, 2, 3]]), torch.ones(2, dtype=torch.float64)
     whole = Cuts(index, torch.tensor([[1, -1], [-1, -1]]), tau)
     assert bool((replace(c, cuts=[whole, None]).check(problem) >= 0).all())
     for bad in (
-        replace(whole, sign=whole.sign * 1.9),
-        replace(whole, sign=whole.sign.double()),
-        replace(whole, index=whole.index + 0.5),
-        replace(whole, sign=whole.sign * 1j),
+        {"sign": whole.sign * 1.9},
+        {"sign": whole.sign.double()},
+        {"index": whole.index + 0.5},
+        {"sign": whole.sign * 1j},
     ):
         with pytest.raises(VerificationError, match="not whole numbers"):
-            replace(c, cuts=[bad, None]).check(problem)
+            replace(c, cuts=[replace(whole, **bad), None]).check(problem)
 
 
-def test_a_shift_out_of_time_counts_its_steps_once(problem):
-    plain, shifted = (lower_bound(problem, m, time_limit=0) for m in ("box", "shift"))
-    assert shifted.trace.iterations.tolist() == plain.trace.iterations.tolist()
+def test_out_of_time(problem, monkeypatch):
+    """A shift counts its steps once; a chunk of sweeps for a few rows, and the box for the others."""
+    box, shifted, semidefinite = (lower_bound(problem, m, time_limit=0) for m in METHODS)
+    assert shifted.trace.iterations.tolist() == box.trace.iterations.tolist()
     assert shifted.trace.shifted == ("no", "no")
-    assert shifted.value.tolist() == plain.value.tolist()
-    for method in METHODS:
-        assert_below(lower_bound(problem, method, time_limit=0).value, problem)
-
-
-def test_an_indefinite_gram_that_was_never_checked_is_still_bounded_validly():
-    gram = random_gram(8, "full", 1) - 0.8 * torch.eye(8, dtype=torch.float64)
-    problem = LayerProblem(random_weight(3, 8, 1), gram, HALF, assume_psd=True)
-    q = torch.stack([problem.row(i).q() for i in range(3)])
-    sets = torch.zeros(70, 8, dtype=torch.float64)
-    for row, chosen in enumerate(itertools.combinations(range(8), 4)):
-        sets[row, list(chosen)] = 1
-    true = torch.einsum("si,rij,sj->rs", sets, q, sets).min(1).values
-    for method in METHODS[::2]:
-        value = lower_bound(problem, method).value
-        assert bool((value <= true.clamp(min=0) + 1e-12).all())
-
-
-def test_a_shift_of_a_singular_gram_in_float32():
-    """It is semidefinite up to its rounding only, and still can be shifted (by nothing)."""
-    problem = layer(4, 128, kind="low-rank", dtype=torch.float32)
-    box, shift = lower_bound(problem, "box").value, lower_bound(problem, "shift").value
-    assert bool((shift >= 0.99 * box).all())
-    assert bool((shift <= solve(problem, "swap").objective).all())
-
-
-def test_rows_that_no_time_is_left_for_are_relaxed(monkeypatch):
-    """One chunk of sweeps for a few rows, one certification, and the box relaxation for the others."""
+    assert shifted.value.tolist() == box.value.tolist()
+    assert_below(torch.stack([box.value, semidefinite.value]), problem)
     problem, certified = layer(60, 24, HALF), []
     monkeypatch.setattr(sdp, "certify_row", lambda *x: certified.append(x) or certify_row(*x))
     bound = lower_bound(problem, "sdp", time_limit=0)
@@ -276,30 +244,146 @@ def test_bad_input_is_named(problem, method, options, kind, message):
     assert ENTRY_POINT_GROUP == "maskopt.bounds"
 
 
-@pytest.mark.parametrize(
-    "pattern", [SPARSE, pytest.param(NM(2, 4), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("pattern", [SPARSE, pytest.param(NM(2, 4), marks=SLOW)], ids=str)
 def test_the_conic_solver_and_the_low_rank_method_agree(pattern):
     pytest.importorskip("scs")
     problem = layer(2, 16, pattern)
     conic, low_rank = lower_bound(problem, "sdp-conic"), lower_bound(problem, "sdp", sweeps=3000)
     torch.testing.assert_close(conic.value, low_rank.value, rtol=0.005, atol=0)
     best = solve(problem, "branch", workers=0).objective
-    assert bool((conic.value <= best).all())
     crude = lower_bound(problem, "sdp-conic", tolerance=0.1, max_iterations=3)
-    assert bool((crude.value <= best).all())
+    assert bool((conic.value.maximum(crude.value) <= best).all())
     big = LayerProblem(torch.ones(1, 300), torch.eye(300), HALF)
     with pytest.raises(SolverError, match="at most 200"):
         lower_bound(big, "sdp-conic")
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "uniform"])
-@pytest.mark.parametrize("seed", range(4))
-def test_no_row_is_bounded_worse_with_the_shift(kind, seed):
-    """Some entries of the best shift are negative here."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(100, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
-    weight = torch.randn(6, 24, generator=generator)
-    problem = LayerProblem(weight, inputs.T @ inputs / 100, HALF)
-    box, shift = lower_bound(problem, "box"), lower_bound(problem, "shift", kind=kind)
-    assert bool((shift.value >= box.value * (1 - 1e-9)).all())
+def plain_sweep(state, row, rho, extra=None):
+    """One pass over one row, coordinate by coordinate, from the definition."""
+    n, group = len(state.w[row]), state.group
+    w, v = state.w[row].double().numpy(), state.v[row].double().numpy().copy()
+    label = np.arange(n) // group
+    c = w[:, None] * state.gram.double().numpy() * w[None, :] / 4
+    c += rho / 4 * (label[:, None] == label[None, :])
+    fixed = state.linear[row].double().numpy() + rho * (group - 2 * state.pruned) / 4
+    if extra is not None:
+        c += extra[:, :n]
+        fixed = fixed + extra[:, n]
+    np.fill_diagonal(c, 0)
+    y = np.zeros(n)
+    for i in range(n):
+        g = c[i] @ v
+        g[0] += fixed[i]
+        y[i] = np.linalg.norm(g)
+        v[i] = -g / y[i]
+    return v, y
+
+
+def random_extra(n, rows, seed):
+    """Dense [rows, n, n + 1] and the same as `Extra`."""
+    random = np.random.default_rng(seed)
+    dense = np.zeros((rows, n, n + 1))
+    for row in range(rows):
+        full = random.normal(size=(n + 1, n + 1))
+        full *= random.random((n + 1, n + 1)) < 0.1 + 0.1 * row
+        full = full + full.T
+        np.fill_diagonal(full, 0)
+        dense[row] = full[:n]
+    counts = (dense != 0).sum(2)
+    ends = np.cumsum(counts).reshape(rows, n)
+    starts = np.concatenate([ends[:, :1] - counts[:, :1], ends], axis=1)
+    _, _, column = np.nonzero(dense)
+    return dense, Extra(starts, column.astype(np.int32), dense[dense != 0])
+
+
+@pytest.mark.parametrize(
+    ("n", "pattern", "rank"),
+    [
+        (1, Unstructured(0.0), 2), (5, SPARSE, 3), (8, NM(2, 4), 16), (37, SPARSE, 9),
+        (40, NM(2, 4), 17), (60, NM(5, 20), 48),
+        (30, SPARSE, 80),  # more accumulators than are summed together
+        *(  # in float32
+            pytest.param(*case, marks=SLOW)
+            for case in ((259, HALF, 23), (264, NM(4, 8), 16), (264, SPARSE, 130))
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("with_extra", [False, True])
+def test_the_sweep_is_plain_gauss_seidel(n, pattern, rank, with_extra):
+    state = Mixing(drawn(3, n, pattern=pattern, seeds=(1, 0)), rank, 0)
+    assert state.v.shape[2] % 16 == 0
+    dense, sparse = random_extra(n, 3, 5)
+    if with_extra:
+        state.extra = sparse
+    state.sweep(2, 0.3)  # away from the start
+    expected = [plain_sweep(state, r, 0.7, dense[r] if with_extra else None) for r in range(3)]
+    state.sweep(1, 0.7)
+    tolerance = 1e-10 if n <= 256 else 2e-4
+    for row, (v, y) in enumerate(expected):
+        np.testing.assert_allclose(state.v[row].numpy(), v, atol=tolerance)
+        np.testing.assert_allclose(state.duals[row].numpy(), y, rtol=tolerance, atol=tolerance)
+    assert not state.v[:, :, rank:].any()
+
+
+@pytest.mark.parametrize("n", [48, pytest.param(264, marks=SLOW)])
+def test_no_bit_depends_on_threads_or_on_the_rows_beside(n):
+    problem = drawn(4, n, pattern=SPARSE, seeds=(1, 0))
+    _, extra = random_extra(n, 4, 3)
+
+    def run(rows, threads):
+        with torch_threads(threads):
+            state = Mixing(problem.take(rows), 16, 0)
+            state.extra = extra.take(rows)
+            state.sweep(30, 0.5)
+        return state.v, state.duals
+
+    v, duals = run([0, 1, 2, 3], 4)
+    for rows, threads in (([0, 1, 2, 3], 1), ([2], 1), ([3, 1], 2)):
+        again, again_duals = run(rows, threads)
+        assert torch.equal(again, v[rows])
+        assert torch.equal(again_duals, duals[rows])
+    # rows that are kept keep their extra terms
+    whole, some = Mixing(problem, 8, 0), Mixing(problem, 8, 0)
+    whole.extra = some.extra = extra
+    for state in (whole, some):
+        state.sweep(3, 0.2)
+    some.keep([2, 0])
+    for state in (whole, some):
+        state.sweep(4, 0.2)
+    assert torch.equal(some.v, whole.v[[2, 0]])
+    np.testing.assert_array_equal(some.inner(), whole.inner()[[2, 0]])
+
+
+def test_the_torch_sweep_is_the_compiled_one():
+    """At the fixed point of one the other stays, with extra terms; and they reach one bound."""
+    _, extra = random_extra(24, 2, 2)
+    state = Mixing(drawn(2, 24, pattern=SPARSE, seeds=(1, 0)), 12, 0)
+    state.extra = Extra(extra.starts, extra.index, 0.05 * extra.value)
+    state.sweep(5000, 1.0)
+    v, duals = state.v.clone(), state.duals.clone()
+    state.sweep_torch(1.0)
+    torch.testing.assert_close(state.v, v, atol=1e-5, rtol=0)
+    torch.testing.assert_close(state.duals, duals, atol=1e-5, rtol=1e-5)
+    problem, rho = layer(1, 32), 0.2
+    one, other = Mixing(problem, 10, 0), Mixing(problem, 10, 0)
+    one.sweep(600, rho)
+    for _ in range(300):
+        other.sweep_torch(rho)
+    row = ScaledRow.of(problem, problem.gram.numpy(), 0, float(one.scale[0]))
+    values = [
+        certify_row(row, x.duals[0].double().numpy(), x.inner()[0], rho).value for x in (one, other)
+    ]
+    assert values[1] == pytest.approx(values[0], rel=0.02)
+
+
+def test_bounds_do_not_depend_on_the_tile(monkeypatch):
+    problem = drawn(5, 40, pattern=SPARSE, seeds=(1, 0))
+    whole = lower_bound(problem, "sdp", sweeps=50)
+    monkeypatch.setattr("maskopt.solvers.bounds.sdp._TILE_ENTRIES", 2 * 40 * 16)
+    tiles = lower_bound(problem, "sdp", sweeps=50)
+    alone = [lower_bound(problem.row(r), "sdp", sweeps=50) for r in range(5)]
+    assert bool((whole.value > 0).all())
+    for name in ("diagonal", "penalty", "point"):
+        of_whole = getattr(whole.certificate, name)
+        assert torch.equal(of_whole, getattr(tiles.certificate, name))
+        assert torch.equal(of_whole, torch.cat([getattr(b.certificate, name) for b in alone]))

@@ -1,4 +1,4 @@
-"""Relax (box or semidefinite), harden, round, swap: beyond the contract of every search."""
+"""Relax (box, semidefinite, Frank–Wolfe), harden, round, swap: beyond the contract of searches."""
 
 import time
 
@@ -6,20 +6,28 @@ import pytest
 import scipy.optimize
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from local_search import drawn, floor
-from strategies import problems, random_gram, random_weight
+from strategies import HALF, problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Unstructured, solve, verify
 from maskopt.limits import Limits
 from maskopt.solution import Status
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 from maskopt.solvers.convex.box_step import CompiledStep, TorchStep
+from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.convex.projection import project
 from maskopt.solvers.rounding import relax as module
 from maskopt.solvers.rounding.frank_wolfe import FrankWolfe
 
 SINGLE = torch.float32
-PATTERNS = pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)])
+SIXTY, TWO_FOUR = Unstructured(sparsity=0.6), NM(keep=2, of=4)
+PATTERNS = pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def summed(solution):
+    return float(solution.objective.sum())
 
 
 @given(problems(max_n=10, kinds=("full", "low-rank", "duplicates", "zero-columns")))
@@ -38,20 +46,17 @@ def test_the_relaxation_converges_to_a_bound_below_the_optimum(problem):
 def test_the_relaxed_value_is_the_one_of_a_general_solver(pattern):
     problem = drawn(3, 20, pattern=pattern)
     box = relax_box(problem, BoxPlan(1e-5, 3000), Limits())
-    groups = 20 // problem.group_size
+    group, pruned = problem.group_size, problem.pruned_per_group
+    inside = torch.eye(20 // group).repeat_interleave(group, 1).numpy()
+    sums = {"type": "eq", "fun": lambda p: inside @ p - pruned, "jac": lambda p: inside}
     for row in range(3):
         q = problem.row(row).q().numpy()
-        inside = torch.eye(groups).repeat_interleave(problem.group_size, 1).numpy()
         answer = scipy.optimize.minimize(
-            lambda p, q=q: p @ q @ p,
-            torch.full((20,), problem.pruned_per_group / problem.group_size).numpy(),
-            jac=lambda p, q=q: 2 * q @ p,
+            lambda p, q=q: (p @ q @ p, 2 * q @ p),
+            torch.full((20,), pruned / group).numpy(),
+            jac=True,
             bounds=[(0, 1)] * 20,
-            constraints={
-                "type": "eq",
-                "fun": lambda p, a=inside: a @ p - problem.pruned_per_group,
-                "jac": lambda p, a=inside: a,
-            },
+            constraints=sums,
             method="SLSQP",
             options={"maxiter": 1000, "ftol": 1e-12},
         )
@@ -59,22 +64,22 @@ def test_the_relaxed_value_is_the_one_of_a_general_solver(pattern):
         assert float(box.value[row]) == pytest.approx(answer.fun, rel=1e-3)
 
 
-@pytest.mark.parametrize(("group", "pruned"), [(24, 10), (4, 2), (8, 0), (8, 8), (1, 0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_compiled_step_is_the_torch_step(group, pruned, dtype):
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(5, 24, generator=generator, dtype=dtype)
-    inverse = 1 / (q.square() + 1e-3)
-    steps = [kind(q, inverse, group, pruned) for kind in (TorchStep, CompiledStep)]
-    for theta in (0.0, 0.0, 0.3, 0.6):
-        product = torch.randn(5, 24, generator=generator, dtype=dtype)
-        for step in steps:
-            step.advance(product, 1.6, theta)
-        torch.testing.assert_close(steps[0].x, steps[1].x, rtol=1e-2, atol=3e-3)
-        torch.testing.assert_close(steps[0].target, steps[1].target, rtol=1e-2, atol=1e-2)
+@DTYPES
+def test_the_compiled_step_is_the_torch_step(dtype):
+    for group, pruned in ((24, 10), (4, 2), (8, 0), (8, 8), (1, 0)):
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(5, 24, generator=generator, dtype=dtype)
+        inverse = 1 / (q.square() + 1e-3)
+        steps = [kind(q, inverse, group, pruned) for kind in (TorchStep, CompiledStep)]
+        for theta in (0.0, 0.0, 0.3, 0.6):
+            product = torch.randn(5, 24, generator=generator, dtype=dtype)
+            for step in steps:
+                step.advance(product, 1.6, theta)
+            torch.testing.assert_close(steps[0].x, steps[1].x, rtol=1e-2, atol=3e-3)
+            torch.testing.assert_close(steps[0].target, steps[1].target, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@DTYPES
 def test_sums_hold_where_all_inputs_of_a_group_sit_at_their_bounds(dtype):
     """Hardened to the end, with weights that barely count: no slope leads τ on."""
     generator = torch.Generator().manual_seed(0)
@@ -107,20 +112,18 @@ def test_hardening_rounds_better_and_swap_ends_better_than_from_wanda(pattern):
     problem = drawn(32, 256, "full", pattern, dtype=SINGLE)
     soft = solve(problem, "relax", harden=0, refine=False)
     hard = solve(problem, "relax", refine=False)
-    assert float(hard.objective.sum()) < float(soft.objective.sum())
+    assert summed(hard) < summed(soft)
     assert set(hard.status) == {Status.FEASIBLE}
     done = solve(problem, "relax")
     verify(problem, done)
-    assert float(done.objective.sum()) < float(
-        solve(problem, "swap", warm_start="wanda").objective.sum()
-    )
+    assert summed(done) < summed(solve(problem, "swap", warm_start="wanda"))
     assert bool((done.lower_bound > 0).all())
 
 
 @pytest.mark.parametrize("options", [{}, {"max_iterations": 0}])
 def test_no_bit_depends_on_threads_or_memory(options):
     # three tiles; n is large enough for bfloat16 products where the CPU has them
-    problem = drawn(300, 272, "full", NM(keep=2, of=4), dtype=SINGLE)
+    problem = drawn(300, 272, "full", TWO_FOUR, dtype=SINGLE)
     before = torch.get_num_threads()
     try:
         answers = []
@@ -130,20 +133,26 @@ def test_no_bit_depends_on_threads_or_memory(options):
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a.mask, answers[0].mask) for a in answers)
-    assert all(torch.equal(a.lower_bound, answers[0].lower_bound) for a in answers)
+    for answer in answers:
+        assert torch.equal(answer.mask, answers[0].mask)
+        assert torch.equal(answer.lower_bound, answers[0].lower_bound)
     assert bool((answers[0].lower_bound > 0).all()) != bool(options)
 
 
 def test_hardening_at_once_ends_as_low_as_after_the_relaxation():
-    problem = drawn(64, 256, "outliers", Unstructured(sparsity=0.6), dtype=SINGLE)
-    first = solve(problem, "relax")
-    at_once = solve(problem, "relax", max_iterations=0)
+    problem = drawn(64, 256, "outliers", SIXTY, dtype=SINGLE)
+    first, at_once = solve(problem, "relax"), solve(problem, "relax", max_iterations=0)
     verify(problem, at_once)
     assert at_once.certificate is None
-    wanda = solve(problem, "swap", warm_start="wanda").objective.sum()
-    assert float(at_once.objective.sum()) < float(wanda)
-    assert float(at_once.objective.sum()) < 1.01 * float(first.objective.sum())
+    assert bool(at_once.trace.relaxed_objective.isnan().all())
+    assert bool(at_once.trace.relaxed_gap.isnan().all())
+    assert summed(at_once) < summed(solve(problem, "swap", warm_start="wanda"))
+    assert summed(at_once) < 1.01 * summed(first)
+    trace = first.trace
+    gap = 1 - first.lower_bound / trace.relaxed_objective
+    torch.testing.assert_close(trace.relaxed_gap, gap, rtol=0, atol=1e-6)
+    assert trace.iterations.shape == trace.relax_seconds.shape == trace.swap_seconds.shape == (64,)
+    assert float(trace.relax_seconds.sum() + trace.swap_seconds.sum()) <= first.seconds
 
 
 @pytest.mark.parametrize("limit", [0.0, 1e-4])
@@ -153,35 +162,30 @@ def test_a_limit_is_passed_by_no_more_than_a_step(limit, start, clock):
     problem = drawn(300, 24)
     hurried = solve(problem, "relax", start=start, time_limit=limit)
     verify(problem, hurried)
-    assert hurried.trace.iterations.tolist() == [1] * 300
-    assert int(hurried.trace.swaps.sum()) == 0
     at_once = solve(problem, "relax", start=start, time_limit=limit, max_iterations=0)
-    assert at_once.trace.iterations.tolist() == [0] * 300
-    assert int(at_once.trace.swaps.sum()) == 0
+    for solution, steps in ((hurried, 1), (at_once, 0)):
+        assert solution.trace.iterations.tolist() == [steps] * 300
+        assert int(solution.trace.swaps.sum()) == 0
     one_step = solve(problem, "relax", max_iterations=0, harden=1, hardness=0.85 / 20, refine=False)
-    assert torch.equal(keep_of(at_once, start, problem), keep_of(one_step, start, problem))
-
-
-def keep_of(solution, start, problem):
-    """The mask, or the start's where that costs less."""
-    if start is None:
-        return solution.mask
-    other = solve(problem, start)
-    better = other.objective < solution.objective
-    return torch.where(better[:, None], other.mask, solution.mask)
+    # the mask, or the start's where that costs less
+    kept, expected = at_once.mask, one_step.mask
+    if start is not None:
+        other = solve(problem, start)
+        kept, expected = (
+            torch.where((other.objective < x.objective)[:, None], other.mask, x.mask)
+            for x in (at_once, one_step)
+        )
+    assert torch.equal(kept, expected)
 
 
 def test_the_swaps_have_what_the_relaxation_leaves(monkeypatch):
     """One deadline: however much the relaxation takes, the end does not move."""
-    problem = drawn(3, 24)
-    seen = []
+    seen, original = [], module.relax_box
 
     class Spy(module.Swap):
         def run(self, problem, start, limits):
             seen.append(limits.deadline)
             return super().run(problem, start, limits)
-
-    original = module.relax_box
 
     def relax_box(problem, plan, limits):
         seen.append(limits.deadline)
@@ -190,24 +194,10 @@ def test_the_swaps_have_what_the_relaxation_leaves(monkeypatch):
     monkeypatch.setattr(module, "Swap", Spy)
     monkeypatch.setattr(module, "relax_box", relax_box)
     began = time.monotonic()
-    solve(problem, "relax", start="wanda", time_limit=50)
+    solve(drawn(3, 24), "relax", start="wanda", time_limit=50)
     assert len(seen) >= 2
     assert len(set(seen)) == 1
     assert began + 50 <= seen[0] <= time.monotonic() + 50
-
-
-def test_the_trace_is_per_row_and_nan_where_nothing_was_relaxed():
-    problem = drawn(3, 24)
-    at_once = solve(problem, "relax", max_iterations=0).trace
-    assert bool(at_once.relaxed_objective.isnan().all())
-    assert bool(at_once.relaxed_gap.isnan().all())
-    whole = solve(problem, "relax")
-    trace = whole.trace
-    torch.testing.assert_close(
-        trace.relaxed_gap, 1 - whole.lower_bound / trace.relaxed_objective, rtol=0, atol=1e-6
-    )
-    assert trace.iterations.shape == trace.relax_seconds.shape == trace.swap_seconds.shape == (3,)
-    assert float(trace.relax_seconds.sum() + trace.swap_seconds.sum()) <= whole.seconds
 
 
 @pytest.mark.parametrize("solver", ["relax", FrankWolfe(iterations=500)], ids=str)
@@ -220,20 +210,22 @@ def test_no_claim_on_a_float32_gram_is_above_its_certificate(solver, scale):
         weight[:, :2] *= scale
         gram[1], gram[:, 1] = gram[0].clone(), gram[:, 0].clone()  # twins of large weight
         gram[1, 1] = gram[0, 0] * (1 - 1e-7)
-        for pattern in (Unstructured(0.5), NM(keep=2, of=4)):
+        for pattern in (HALF, TWO_FOUR):
             problem = LayerProblem(weight, gram, pattern)
             solution = solve(problem, solver)
             verify(problem, solution)
             proven = solution.certificate.check(problem)
             assert bool((solution.lower_bound <= proven).all())
-
-
-@pytest.mark.parametrize("solver", ["relax", "frank_wolfe"])
-def test_inputs_without_any_weight_cost_no_proof(solver):
-    """What pruned heads and dead channels look like."""
+    # an indefinite G that was never checked is relaxed all the same
+    gram = random_gram(16, "full", 1) - 0.9 * torch.eye(16, dtype=torch.float64)
+    assert float(torch.linalg.eigvalsh(gram)[0]) < -0.8
+    problem = LayerProblem(random_weight(3, 16, 1), gram, HALF, assume_psd=True)
+    solution = solve(problem, solver)
+    assert bool((solution.lower_bound <= solution.certificate.check(problem)).all())
+    # inputs without any weight, as in pruned heads and dead channels, cost no proof
     weight = random_weight(4, 256, 1)
     weight[:, [3, 100]] = 0
-    problem = LayerProblem(weight, random_gram(256, "low-rank", 2), Unstructured(0.5))
+    problem = LayerProblem(weight * scale, random_gram(256, "low-rank", 2), HALF)
     verify(problem, solve(problem, solver), require="checked")
 
 
@@ -244,23 +236,13 @@ def test_rows_whose_start_is_better_are_swapped_from_there():
     start[[1, 4]] = best.mask[[1, 4]]
     worst = solve(problem, "worst").mask
     mask, status, swaps = module.swapped(problem, worst, start, Limits())
-    alone = solve(problem, "swap", start=start)
-    from_worst = solve(problem, "swap", start=worst)
+    alone, from_worst = (solve(problem, "swap", start=x) for x in (start, worst))
     taken = (problem.objective(start) < from_worst.objective).tolist()
-    assert taken[1]
-    assert taken[4]
+    assert [taken[1], taken[4]] == [True, True]
     for row, other in enumerate(taken):
         source = alone if other else from_worst
         assert bool((mask[row] == source.mask[row]).all())
         assert (status[row], int(swaps[row])) == (source.status[row], int(source.trace.swaps[row]))
-
-
-def test_an_indefinite_gram_that_was_never_checked_is_relaxed_all_the_same():
-    gram = random_gram(16, "full", 1) - 0.9 * torch.eye(16, dtype=torch.float64)
-    assert float(torch.linalg.eigvalsh(gram)[0]) < -0.8
-    problem = LayerProblem(random_weight(3, 16, 1), gram, Unstructured(0.5), assume_psd=True)
-    solution = solve(problem, "relax")
-    assert bool((solution.lower_bound <= solution.certificate.check(problem)).all())
 
 
 @PATTERNS
@@ -273,3 +255,46 @@ def test_semidefinite_mask_and_certificate_in_one(pattern):
     rounded = solve(problem, "sdp", refine=False)
     assert set(rounded.status) == {Status.FEASIBLE}
     torch.testing.assert_close(rounded.objective, solution.trace.rounded_objective)
+
+
+@given(problems(max_n=9, max_rows=2), st.floats(0, 1))
+def test_the_bound_holds_at_any_point_and_under_any_shift_of_the_diagonal(problem, part):
+    """λ = −d⊙w² with d up to λ_min(G): on masks the value is the same."""
+    least = float(torch.linalg.eigvalsh(problem.gram.double())[0].clamp(min=0.0))
+    lam = -part * least * problem.weight.double().square()
+    best, slack = solve(problem, "exhaustive"), floor(problem)
+    pruned, random = (~best.mask).double(), torch.rand(2, problem.rows, problem.n)
+    value, _ = linear_bound(problem, pruned, lam)
+    assert bool(((value - best.objective).abs() <= slack).all())
+    for x in (pruned, random[0], -3 * random[1]):
+        for shift in ((), (lam,)):
+            bound = linear_bound(problem, x, *shift)[1]
+            assert bool((bound <= best.objective + slack).all())
+
+
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
+def test_it_converges_to_the_relaxations_optimum(pattern):
+    problem = drawn(4, 32, pattern=pattern)
+    solution = solve(problem, "frank_wolfe", iterations=3000)
+    relaxed = solution.trace.relaxed_objective
+    assert bool((relaxed <= solution.objective * (1 + 1e-9)).all())
+    # gap ≤ 2·curvature/(T + 2): after 3000 steps the bound is close below the relaxed value
+    assert bool((solution.lower_bound >= 0.95 * relaxed).all())
+    worse = solve(problem, "frank_wolfe", iterations=3).trace.relaxed_objective
+    assert bool((relaxed < worse).all())
+    hurried = solve(problem, "frank_wolfe", time_limit=0.0)
+    assert hurried.trace.iterations.tolist() == [0] * 4
+
+
+def test_alpha_keeps_the_top_wanda_weights():
+    problem = drawn(3, 20, seeds=(1, 4))
+    score = problem.weight.abs() * problem.gram.diagonal().sqrt()
+    half, whole = (
+        solve(problem, FrankWolfe(alpha=alpha, iterations=50), start="worst")
+        for alpha in (0.5, 1.0)
+    )
+    verify(problem, half)
+    assert bool((half.objective < solve(problem, "worst").objective).all())
+    top = score.argsort(1, descending=True)[:, :5]
+    assert bool(half.mask.gather(1, top).all())
+    assert torch.equal(whole.mask, solve(problem, "wanda").mask)

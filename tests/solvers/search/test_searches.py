@@ -1,0 +1,466 @@
+"""Tabu, memetic and 2-exchange search and the portfolio, beyond the contract of every search."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from local_search import drawn
+from pooled_layers import layer as pooled_layer
+from pooled_layers import pooled, slack, total
+from strategies import HALF, problems, random_gram, random_weight, refit_layer
+
+from maskopt import NM, Certificate, LayerProblem, Limits, Refit, Unstructured, lower_bound, solve
+from maskopt.errors import MaskoptError
+from maskopt.least_squares import LEAST_DAMPING
+from maskopt.solution import Solution, Status
+from maskopt.solvers.search import memetic as module
+from maskopt.solvers.search import portfolio
+from maskopt.solvers.search.memetic import Memetic
+from maskopt.solvers.search.portfolio import merge
+from maskopt.solvers.search.tabu import SCRATCH, Tabu, search
+from maskopt.solvers.search.tabu_kernel import SMALL
+from maskopt.verification import verify
+
+SINGLE = torch.float32
+SIXTY, TWO_FOUR = Unstructured(sparsity=0.6), NM(keep=2, of=4)
+PATTERNS = [SIXTY, TWO_FOUR, NM(keep=12, of=32)]
+ONE_AND_SLOW = [SIXTY, *(pytest.param(p, marks=pytest.mark.slow) for p in PATTERNS[1:])]
+OPTIONS = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
+REFITS = pytest.mark.parametrize("refit", [None, Refit(0.01)])
+REFITS_SLOW = pytest.mark.parametrize(
+    "refit", [None, pytest.param(Refit(0.01), marks=pytest.mark.slow)]
+)
+
+
+@settings(max_examples=settings.default.max_examples // 2)
+@given(problems(max_n=7, max_rows=2))
+def test_no_exchange_of_two_for_two_is_left_when_all_inputs_are_candidates(problem):
+    solution = solve(problem, "kswap", warm_start="random", candidates=16)
+    group, inputs = problem.group_size, range(problem.n)
+    for i, mask in enumerate(solution.mask):
+        q, value = problem.row(i).q(), float(solution.objective[i])
+        steps = [
+            (u, p)
+            for u, p in itertools.product(inputs, inputs)
+            if mask[u] and not mask[p] and u // group == p // group
+        ]
+        slack = 1e-6 * value + 1e-12 * float(q.diagonal().sum())
+        for (u, p), (v, r) in itertools.combinations(steps, 2):
+            if u != v and p != r:
+                other = mask.clone()
+                other[[u, v]], other[[p, r]] = False, True
+                pruned = (~other).double()
+                assert float(pruned @ q @ pruned) >= value - slack
+
+
+def test_exchanges_of_two_find_better_masks_than_single_ones():
+    better = 0
+    for seed in range(1, 21):
+        problem = drawn(4, 40, "low-rank", seeds=(seed * 5 + 1, seed))
+        one, two = solve(problem, "swap"), solve(problem, "kswap")
+        verify(problem, two)
+        assert bool((two.objective <= one.objective * (1 + 1e-9)).all())
+        better += int((two.objective < one.objective * (1 - 1e-3)).sum())
+    assert better >= 20  # of 80 rows
+
+
+@pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR])
+def test_tabu_beats_one_swap_on_larger_rows(pattern):
+    problem = drawn(16, 256, "low-rank", pattern, dtype=SINGLE)
+    swap = solve(problem, "swap", warm_start="wanda")
+    tabu = solve(problem, "tabu", warm_start=swap.mask, moves=500)
+    verify(problem, tabu)
+    assert bool((tabu.objective <= swap.objective * (1 + 1e-9)).all())
+    assert float(tabu.objective.sum()) < 0.99 * float(swap.objective.sum())
+    longer = solve(problem, "tabu", warm_start=swap.mask, moves=1500)
+    assert float(longer.objective.sum()) <= 1.001 * float(tabu.objective.sum())
+    trace = longer.trace
+    assert trace.history.shape == (16, 6)
+    # computed from scratch now and then, a best objective may move in its last float32 digits
+    assert bool((trace.history.diff(dim=1) <= 1e-6 * trace.history[:, :1]).all())
+    torch.testing.assert_close(trace.start_objective, swap.objective)
+    assert trace.rounds.tolist() == [6] * 16
+    assert trace.moves.tolist() == [1500] * 16
+    assert set(trace.stopped) == {"no"}
+    assert float(trace.search_seconds.sum() + trace.swap_seconds.sum()) <= longer.seconds
+
+
+def test_tabu_keeps_count_of_its_objective():
+    """Beyond the moves after which everything is computed anew, restarts included."""
+    problem = drawn(5, 48, "outliers", dtype=SINGLE)
+    start = solve(problem, "swap", warm_start="wanda").mask
+    found = search(problem, start, Tabu(moves=SCRATCH + 300, tenure=4, patience=50), Limits())
+    assert found.moves.tolist() == [SCRATCH + 300] * 5
+    value = problem.objective(found.mask)
+    torch.testing.assert_close(found.history[:, -1], value, rtol=5e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(keep=12, of=24), TWO_FOUR])
+def test_a_move_is_the_best_of_those_it_looks_at(pattern):
+    """All pairs in small groups; else the least a and the least b of each group with all partners."""
+    problem = drawn(6, 48, pattern=pattern, dtype=SINGLE)
+    start = solve(problem, "wanda").mask
+    still, descended = (
+        search(problem, start, Tabu(moves=moves, tenure=4, patience=0), Limits())
+        for moves in (0, 1)
+    )
+    assert torch.equal(still.mask, start)
+    assert still.history.shape == (6, 0)
+    for row in range(problem.rows):
+        best = _descend(problem.row(row).q(), ~start[row], problem.group_size)
+        assert torch.equal(~descended.mask[row], best)
+
+
+def _descend(q, pruned, group):
+    """Where the moves that a search looks at end improving, by the definition."""
+    pruned = pruned.clone()
+    while True:
+        c, moves = q @ pruned.double(), []
+        for first in range(0, len(q), group):
+            inside = range(first, first + group)
+            a = {u: float(q[u, u] + 2 * c[u]) for u in inside if not pruned[u]}
+            b = {p: float(q[p, p] - 2 * c[p]) for p in inside if pruned[p]}
+            few = group <= SMALL
+            for u, p in itertools.product(a, b):
+                if few or u == min(a, key=a.__getitem__) or p == min(b, key=b.__getitem__):
+                    moves.append((a[u] + b[p] - 2 * float(q[u, p]), u, p))
+        delta, u, p = min(moves)
+        if delta >= -1e-6 * float(pruned.double() @ c):
+            return pruned
+        pruned[u], pruned[p] = True, False
+
+
+@pytest.mark.parametrize("big", [1e4, 1e6, 1e8])
+@pytest.mark.parametrize("start", ["magnitude", "worst"])
+def test_a_descent_past_an_outlier_ends(start, big):
+    """Once an input is kept that was nearly all of the cost, what is left is rounding of float32."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(256, 64, generator=generator)
+        x[:, 0] *= big
+        problem = LayerProblem(torch.randn(4, 64, generator=generator), x.T @ x / 256, HALF)
+        solution = solve(problem, "tabu", start=start, moves=100)
+        assert bool((solution.objective <= solve(problem, start).objective * (1 + 1e-9)).all())
+        verify(problem, solution)
+
+
+def layer(rows=6, n=96, pattern=SIXTY):
+    return drawn(rows, n, "low-rank", pattern, dtype=SINGLE)
+
+
+@pytest.mark.parametrize("pattern", ONE_AND_SLOW)
+def test_memetic_finds_better_masks_for_refitted_weights_than_1_swap_search(pattern):
+    problem = refit_layer(pattern, rows=8, n=96, seed=3)
+    start = solve(problem, "swap", start="admm")
+    plan = Memetic(generations=8, children=4, pool=6)
+    found = solve(problem, plan, start=start.mask)
+    verify(problem, found)
+    assert set(found.status) == {Status.SWAP_OPTIMAL}
+    assert float(found.objective.sum()) < 0.995 * float(start.objective.sum())
+    trace = found.trace
+    assert trace.history.shape == (8, 10)
+    assert bool((trace.history.diff(dim=1) <= 0).all())
+    # swaps on F are float64 from the start to the end
+    torch.testing.assert_close(trace.history[:, 0], start.objective, rtol=1e-9, atol=0)
+    torch.testing.assert_close(trace.history[:, -1], found.objective, rtol=1e-9, atol=0)
+    assert bool((trace.moves > 0).all())
+    few = solve(problem, replace(plan, moves=1), start=start.mask)
+    # every child of 8 generations, and the 6 masks of the first pool
+    assert bool((few.trace.moves <= 8 * 4 + 6).all())
+
+
+@pytest.mark.parametrize("pattern", ONE_AND_SLOW)
+def test_memetic_finds_better_masks_than_as_many_moves_of_tabu(pattern):
+    problem = layer(4, 256 if isinstance(pattern, Unstructured) else 128, pattern)
+    start = solve(problem, "relax").mask
+    plan = Memetic(generations=20, children=4, pool=12, moves=500)
+    found = solve(problem, plan, start=start)
+    verify(problem, found)
+    moves = 500 * (12 + 20 * 4)
+    tabu = solve(problem, "tabu", start=start, moves=moves)
+    assert float(found.objective.sum()) < 0.99 * float(tabu.objective.sum())
+    trace = found.trace
+    assert trace.moves.tolist() == [moves] * 4
+    assert trace.rounds.tolist() == [20] * 4
+    assert trace.history.shape == (4, 22)
+    assert bool((trace.history.diff(dim=1) <= 0).all())
+    torch.testing.assert_close(trace.start_objective, problem.objective(start))
+    torch.testing.assert_close(trace.history[:, 0], trace.start_objective)
+    # the search's own count, and the swaps at the end
+    assert bool((found.objective <= trace.history[:, -1] * (1 + 1e-5)).all())
+    assert set(trace.stopped) == {"no"}
+    shorter = solve(problem, replace(plan, generations=10), start=start)
+    # the same generations, and fewer of them
+    torch.testing.assert_close(shorter.trace.history, trace.history[:, :12], rtol=0, atol=0)
+
+
+@REFITS_SLOW
+def test_a_row_does_not_depend_on_the_others_threads_or_memory_but_on_the_seed(refit):
+    problem = layer(module._TILE + 3, 96 if refit is None else 32).refitting(refit)
+    start = solve(problem, "wanda").mask
+    one, whole = (solve(problem, "memetic", start=start, threads=t, **OPTIONS) for t in (1, 3))
+    assert torch.equal(whole.mask, one.mask)
+    torch.testing.assert_close(whole.trace.history, one.trace.history, rtol=0, atol=0)
+    seen = []
+    # of the bytes of two rows
+    limits = Limits(memory=2 * 64 * problem.n * 12, on_progress=seen.append)
+    little = solve(problem, Memetic(**OPTIONS), start=start, limits=limits)
+    assert torch.equal(little.mask, one.mask)
+    assert {2, 4, 6} < {now.done for now in seen}
+    for row in (0, module._TILE - 1, module._TILE):
+        alone = solve(problem.row(row), "memetic", start=start[row], **OPTIONS)
+        assert torch.equal(alone.mask[0], whole.mask[row])
+    problem = layer(4, 128 if refit is None else 48).refitting(refit)
+    masks = [solve(problem, "memetic", seed=seed, **OPTIONS).mask for seed in (1, 1, 2, 2**63 - 1)]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("refit", [None, Refit(0.0)])
+def test_rows_with_nothing_to_choose_zero_rows_and_dead_inputs(refit):
+    # with G + λI in place of G; λI costs what is pruned of dead inputs, too
+    ridge = 0.0 if refit is None else LEAST_DAMPING
+    for n, kept in ((1, 0), (1, 1), (2, 0), (2, 1), (2, 2)):
+        problem = LayerProblem(torch.ones(2, n), torch.eye(n), Unstructured(keep=kept), refit=refit)
+        found = solve(problem, "memetic", start="wanda", **OPTIONS)
+        verify(problem, found)
+        expected = torch.full((2,), (n - kept) * (1.0 + ridge), dtype=torch.float64)
+        torch.testing.assert_close(found.objective, expected)
+    gram = random_gram(16, "full", 2)
+    gram[:4] = gram[:, :4] = 0
+    weight = random_weight(3, 16, 1)
+    weight[1] = 0
+    for g in (gram, torch.zeros(16, 16)):
+        problem = LayerProblem(weight, g, Unstructured(keep=12), refit=refit)
+        found = solve(problem, "memetic", **OPTIONS)
+        verify(problem, found)
+        most = ridge * float(g.diagonal().mean()) * weight.square().sum(1)
+        assert bool((found.objective <= most).all())
+
+
+@REFITS
+def test_memetic_under_time_limits(refit, clock):
+    problem = layer().refitting(refit)
+    start, seen = solve(problem, "wanda"), []
+    limits = Limits(seconds=40, on_progress=seen.append)
+    plan = Memetic(**OPTIONS | {"generations": 10**6})
+    some = solve(problem, plan, start=start.mask, limits=limits)
+    verify(problem, some)
+    assert bool((some.objective <= start.objective).all())
+    assert float(some.objective.sum()) < float(start.objective.sum())
+    assert set(some.trace.stopped) == {"yes"}
+    assert (seen[-1].done, seen[-1].total) == (6, 6)
+
+
+@given(pooled(max_n=8, max_rows=4))
+@settings(max_examples=8)
+def test_contract_of_rows_that_share_a_count(problem):
+    before = solve(problem, "worst")
+    found = solve(problem, "memetic", start=before.mask, **OPTIONS)
+    verify(problem, found)
+    assert set(found.status) == {Status.SWAP_OPTIMAL}
+    best, most = (total(problem, x) for x in (solve(problem, "exhaustive"), before))
+    assert best - slack(problem) <= total(problem, found) <= most + slack(problem)
+    again = solve(problem, "memetic", start=before.mask, threads=1, **OPTIONS)
+    assert torch.equal(again.mask, found.mask)
+
+
+@REFITS_SLOW
+def test_rows_that_share_a_count_are_searched_at_counts_of_their_own(refit):
+    n = 64 if refit is None else 32
+    problem = pooled_layer(rows=2 * module._TILE, n=n, refit=refit)
+    start = solve(problem, "swap")
+    assert len(set(start.mask.sum(1).tolist())) > 3
+    found = solve(problem, "memetic", start=start.mask, **OPTIONS)
+    verify(problem, found)
+    assert set(found.status) == {Status.SWAP_OPTIMAL}
+    assert total(problem, found) < 0.999 * total(problem, start)
+    # the trace of a row is of that row, in whichever order they were searched
+    torch.testing.assert_close(found.trace.start_objective, start.objective)
+    first = start.mask.sum(1) == start.mask[0].sum()
+    equal = problem.take(first).under(Unstructured(keep=int(start.mask[0].sum())))
+    alone = solve(equal, "memetic", start=start.mask[first], **OPTIONS)
+    assert torch.equal(alone.trace.moves, found.trace.moves[first])
+    torch.testing.assert_close(alone.trace.history, found.trace.history[first])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_children_keep_what_both_parents_keep(pattern):
+    problem = layer(3, 96, pattern)
+    start, other = solve(problem, "wanda").mask, solve(problem, "random", seed=3).mask
+    pool = module._Pool(problem, start, Memetic(pool=4), Limits())
+    one, two = start[:, None].expand(-1, 5, -1), other[:, None].expand(-1, 5, -1)
+    keys = torch.rand(5, problem.n, generator=torch.Generator().manual_seed(0))
+    children = pool.completed(one & two, one ^ two, keys)
+    for child in children.unbind(1):
+        problem.check_mask(child, "child")
+        assert bool((child >= (start & other)).all())
+        assert bool((child <= (start | other)).all())
+    assert not torch.equal(children[:, 0], children[:, 1])
+
+
+def test_a_pool_holds_the_best_that_are_unlike_each_other():
+    problem = layer(2, 100, Unstructured(keep=50))
+    pool = module._Pool(problem, solve(problem, "wanda").mask, Memetic(pool=3), Limits())
+    near = 100 // module._INPUTS_APART - 1
+
+    def moved(*counts):
+        """So many inputs kept in place of others."""
+        masks = (torch.arange(100) < 50).repeat(len(counts), 1)
+        for mask, by in zip(masks, counts, strict=True):
+            mask[:by], mask[50 : 50 + by] = False, True
+        return masks
+
+    masks = moved(0, near, 20, 21, 40)[None].expand(2, -1, -1)
+    values = [[1.0, 1.1, 1.3, 1.2, 2.0], [5.0, 1.0, 2.0, 4.0, 3.0]]
+    values = torch.tensor(values, dtype=torch.float64)
+    pool._keep_best(masks, values)
+    assert pool._values.tolist() == [[1.0, 1.2, 2.0], [1.0, 2.0, 3.0]]
+    assert torch.equal(pool.masks[0], moved(0, 21, 40))
+    assert torch.equal(pool.masks[1], moved(near, 20, 40))
+    # where too few are, the best of the rest
+    pool._keep_best(masks[:, :3], values[:, :3])
+    assert pool._values.tolist() == [[1.0, 1.1, 1.3], [1.0, 2.0, 5.0]]
+
+
+@pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR], ids=str)
+def test_no_member_is_better(pattern):
+    problem = drawn(4, 40, "low-rank", pattern)
+    solution = solve(problem, "portfolio")
+    verify(problem, solution)
+    for member in ("swap", "relax"):
+        objective = solve(problem, member).objective
+        assert bool((solution.objective <= objective * (1 + 1e-12)).all())
+    assert set(solution.status) <= {Status.SWAP_OPTIMAL, Status.OPTIMAL}
+    trace = solution.trace
+    assert set(trace.winner) <= {"start", "swap", "relax", "tabu"}
+    torch.testing.assert_close(trace.start_objective, solve(problem, "wanda").objective)
+    assert trace.history.shape == (4, 3)
+    assert bool((trace.history.diff(dim=1) <= 0).all())
+    assert torch.equal(trace.history[:, -1], solution.objective)
+    bounded = solve(problem, "portfolio", members=("frank_wolfe", "swap"))
+    assert bool((bounded.lower_bound > 0).any())
+    verify(problem, bounded)
+
+
+def merged_both_ways(problem, one, two):
+    return [merge(problem, *pair)[0] for pair in ((one, two), (two, one))]
+
+
+def test_merge_takes_the_better_mask_and_keeps_optimal_within_the_tolerance():
+    """An exact backend's bound is as much as 1e-6 below the objective."""
+    problem = drawn(6, 12, pattern=Unstructured(keep=5))
+    random, wanda = solve(problem, "random"), solve(problem, "wanda")
+    merged, better = merge(problem, random, wanda)
+    assert torch.equal(merged.objective, random.objective.minimum(wanda.objective))
+    assert torch.equal(better, wanda.objective < random.objective)
+    verify(problem, merged)
+    found, word = solve(problem, "kswap"), ("SCIP 10.0",) * 6
+    optimal, wide = (
+        Solution.of(problem, found.mask, status=status, lower_bound=bound, trusted=word)
+        for status, bound in (
+            (Status.OPTIMAL, found.objective * (1 - 0.9e-6)),
+            (found.status, found.objective * (1 - 2e-6)),
+        )
+    )
+    for merged in merged_both_ways(problem, optimal, wanda):
+        assert set(merged.status) == {Status.OPTIMAL}
+        assert merged.trusted == word
+    assert Status.OPTIMAL not in merge(problem, wide, wanda)[0].status
+
+
+def test_every_row_has_the_higher_bound_with_its_proof():
+    """Certificates, words and nothing at all, in one solution."""
+    problem = drawn(4, 24)
+    relaxed, rough = solve(problem, "relax"), lower_bound(problem, "shift")
+    stronger = torch.tensor([True, False, True, False])
+    nothing = Certificate.box(problem, torch.zeros(4, 24, dtype=torch.float64))
+    one = replace(
+        relaxed,
+        lower_bound=torch.where(stronger, relaxed.lower_bound, 0.0),
+        certificate=Certificate.choose(~stronger, relaxed.certificate, nothing),
+    )
+
+    def bounded(bound, **more):
+        return Solution.of(problem, relaxed.mask, lower_bound=bound, **more)
+
+    other = bounded(rough.value * 0.5, certificate=rough.certificate)
+    for merged in merged_both_ways(problem, one, other):
+        assert torch.equal(merged.lower_bound, one.lower_bound.maximum(other.lower_bound))
+        assert verify(problem, merged, require="checked").checked
+    word = ("", "SCIP 10.0", "", "")
+    high = torch.where(torch.tensor([False, True, False, False]), relaxed.objective * 0.99, 0.0)
+    for merged in merged_both_ways(problem, one, bounded(high, trusted=word)):
+        assert torch.equal(merged.lower_bound, one.lower_bound.maximum(high))
+        assert merged.trusted == word
+        basis = verify(problem, merged).basis
+        assert basis == ("checked", f"trusted: {word[1]}", "checked", "checked")
+    # of equal bounds the one that can be checked is taken
+    words = bounded(relaxed.lower_bound, trusted=("an oracle",) * 4)
+    for merged in merged_both_ways(problem, relaxed, words):
+        assert merged.trusted == ()
+        assert verify(problem, merged, require="checked").checked
+
+
+def test_mask_of_one_and_bound_of_another_can_be_optimal_together(caplog):
+    problem = drawn(5, 10)
+    mask, worst = solve(problem, "kswap", candidates=2), solve(problem, "worst").mask
+    optimum = solve(problem, "exhaustive").objective
+    word = ("enumeration of maskopt 0.2.0",) * 5
+    merged, _ = merge(problem, mask, Solution.of(problem, worst, lower_bound=optimum, trusted=word))
+    reached = mask.objective <= optimum * (1 + 1e-9)
+    assert bool(reached.any())
+    assert [status is Status.OPTIMAL for status in merged.status] == reached.tolist()
+    verify(problem, merged)
+    # a bound that the better mask refutes is dropped
+    problem = drawn(2, 24)
+    found, worse = solve(problem, "relax"), solve(problem, "worst")
+    claims = {"status": (Status.OPTIMAL,) * 2, "trusted": ("an oracle",) * 2}
+    wrong = replace(worse, lower_bound=worse.objective, **claims)
+    for merged in merged_both_ways(problem, found, wrong):
+        assert merged.status == found.status
+        assert merged.trusted == ()
+        assert merged.lower_bound.tolist() == found.lower_bound.tolist()
+        assert verify(problem, merged, require="checked").checked
+    assert "an oracle" in caplog.text
+
+
+def test_members_start_from_the_best_mask_so_far(
+    monkeypatch,
+):
+    problem = drawn(3, 20, pattern=Unstructured(keep=8))
+    nothing = solve(problem, "portfolio", time_limit=0.0)
+    assert torch.equal(nothing.mask, solve(problem, "wanda").mask)
+    assert nothing.trace.history.shape == (3, 0)
+    assert set(nothing.trace.stopped) == {"yes"}
+    started = {}
+
+    def listening(layer, solver, *, start, limits):
+        started[solver.name] = start
+        return solve(layer, solver, start=start, limits=limits)
+
+    monkeypatch.setattr(portfolio, "solve", listening)
+    for member in ("relax", "sdp", "frank_wolfe", "tabu"):
+        solve(problem, "portfolio", members=("swap", member), start="random")
+        assert torch.equal(started.pop("swap"), solve(problem, "random").mask)
+        assert torch.equal(started[member], solve(problem, "swap", start="random").mask)
+    started.clear()
+    with pytest.raises(MaskoptError, match="branch: a row of 520 inputs is beyond it"):
+        solve(drawn(1, 520), "portfolio", members=("swap", "branch"))
+    assert not started
+
+
+@pytest.mark.parametrize("member", ["relax", "sdp"])
+def test_a_start_does_not_keep_a_relaxation_from_its_own_mask(member):
+    """Its rounded mask costs more than a 1-swap optimum, and may still lead to a better one."""
+    better = 0
+    for seed in range(6 if member == "relax" else 3):
+        problem = drawn(4, 40, "low-rank", HALF, (seed * 5 + 1, seed))
+        swap, alone = solve(problem, "swap"), solve(problem, member)
+        together = solve(problem, member, start=swap.mask)
+        best = swap.objective.minimum(alone.objective)
+        assert bool((together.objective <= best * (1 + 1e-9)).all())
+        better += int((alone.objective < swap.objective * (1 - 1e-6)).sum())
+    assert better > 0
