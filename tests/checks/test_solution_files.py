@@ -47,41 +47,38 @@ def test_a_solution_and_its_certificate_are_read_as_written(kind, tmp_path):
         assert torch.equal(Certificate.load(path).check(problem), known)
 
 
-def test_what_was_tampered_with_on_disk_is_caught(relaxed, tmp_path):
-    replace(relaxed, lower_bound=relaxed.objective).save(tmp_path / "s.npz")
+def test_files_that_are_damaged_or_lack_a_part_are_named(relaxed, tmp_path):
+    path = tmp_path / "s.npz"
+    for kind, whole, other in (
+        (Solution, relaxed, relaxed.certificate),
+        (Certificate, relaxed.certificate, relaxed),
+    ):
+        whole.save(path)
+        other.save(tmp_path / "other.npz")
+        data = path.read_bytes()
+        damaged = {
+            "cut": data[: len(data) // 2],
+            "empty": b"",
+            "text": b"not a file of this kind",
+            "flipped": bytes([*data[:-200], *(byte ^ 255 for byte in data[-200:])]),
+        }
+        refused = {name: name for name in damaged}
+        for name, content in damaged.items():
+            (tmp_path / name).write_bytes(content)
+        refused |= {"nowhere.npz": "no such file", "other.npz": f"not a {kind.__name__.lower()}"}
+        for name, message in refused.items():
+            with pytest.raises(ProblemError, match=message):
+                kind.load(tmp_path / name)
+    relaxed.save(path)
+    for missing in ("mask", "lower_bound", "certificate.point"):
+        with np.load(path) as archive:
+            parts = {name: archive[name] for name in archive.files if name != missing}
+        np.savez(tmp_path / "less.npz", **parts)
+        with pytest.raises(ProblemError, match="not a sound"):
+            Solution.load(tmp_path / "less.npz")
+    replace(relaxed, lower_bound=relaxed.objective).save(path)  # sound, and not true
     with pytest.raises(VerificationError, match="its certificate proves"):
-        verify(LAYER, Solution.load(tmp_path / "s.npz"))
-
-
-@pytest.mark.parametrize("kind", [Solution, Certificate])
-def test_damaged_files_are_named(kind, relaxed, tmp_path):
-    whole, other = (relaxed, relaxed.certificate)[:: 1 if kind is Solution else -1]
-    whole.save(tmp_path / "whole.npz")
-    other.save(tmp_path / "other.npz")
-    data = (tmp_path / "whole.npz").read_bytes()
-    damaged = {
-        "cut": data[: len(data) // 2],
-        "empty": b"",
-        "text": b"not a file of this kind",
-        "flipped": bytes([*data[:-200], *(byte ^ 255 for byte in data[-200:])]),
-    }
-    refused = {name: name for name in damaged}
-    for name, content in damaged.items():
-        (tmp_path / name).write_bytes(content)
-    refused |= {"nowhere.npz": "no such file", "other.npz": f"not a {kind.__name__.lower()}"}
-    for name, message in refused.items():
-        with pytest.raises(ProblemError, match=message):
-            kind.load(tmp_path / name)
-
-
-@pytest.mark.parametrize("missing", ["mask", "lower_bound", "certificate.point"])
-def test_a_file_that_lacks_a_part_is_refused(missing, relaxed, tmp_path):
-    relaxed.save(tmp_path / "s.npz")
-    with np.load(tmp_path / "s.npz") as archive:
-        parts = {name: archive[name] for name in archive.files if name != missing}
-    np.savez(tmp_path / "less.npz", **parts)
-    with pytest.raises(ProblemError, match="not a sound"):
-        Solution.load(tmp_path / "less.npz")
+        verify(LAYER, Solution.load(path))
 
 
 def test_columns_and_frames_have_a_line_a_row(monkeypatch):
