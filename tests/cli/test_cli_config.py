@@ -5,7 +5,7 @@ import tomllib
 
 import pytest
 from commands import run
-from forging import copied, forge_manifest
+from forging import copied, edit, forge_manifest
 from outputs import contents
 
 from maskopt.errors import DataError, ModelError, OptionError, PatternError
@@ -13,13 +13,11 @@ from maskopt.model.again import command_again, options_again
 from maskopt.model.report import read_manifest
 from maskopt.model.workspace import MANIFEST
 
-ALL = [
-    "--sparsity", "0.5", "--solver", "wanda", "--include", "q_proj,k_proj", "--samples", "7",
-    "--seq-len", "9",
-    "--weights", "reconstruct", "--reconstruct", "epochs=2", "--reconstruct", "begin=refit",
-    "--holdout", "0.3", "--shrink", "auto", "--one-pass", "--max-memory", "3GiB", "--damping", "0.5",
-]  # fmt: skip
-WANDA = ["--sparsity", 0.5, "--solver", "wanda", "--min-tokens", 1]
+ALL = shlex.split(
+    "--sparsity 0.5 --solver wanda --include q_proj,k_proj --samples 7 --seq-len 9 --damping 0.5 "
+    "--weights reconstruct --reconstruct epochs=2 --reconstruct begin=refit --holdout 0.3 "
+    "--shrink auto --one-pass --max-memory 3GiB"
+)
 
 
 @pytest.fixture
@@ -49,9 +47,7 @@ def test_what_is_printed_is_read_again(given, dense_folder, tmp_path):
     (tmp_path / "run.toml").write_text(text)
     for command in ("prune", "plan"):
         assert run(command, "--config", tmp_path / "run.toml", "--print-config") == text
-
-
-def test_what_toml_cannot_say_is_refused(given):
+    # what TOML cannot say is refused
     for value in ("null", "[1, null]", '{"a": null}'):
         words = given("--sparsity", 0.5, "--option", f"moves={value}", "--print-config")
         said = run(*words, fails=OptionError)
@@ -74,35 +70,20 @@ def test_the_command_line_goes_before_the_file(given, tmp_path):
     assert "exactly one" in run(*wrong, fails=PatternError)
 
 
-TRAINED = [
-    "--sparsity",
-    0.5,
-    "--weights",
-    "reconstruct",
-    "--reconstruct",
-    "epochs=1",
-    "--holdout",
-    0.2,
-]
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        ["--pattern", "2:4", "--solver", "magnitude", "--layers", "mlp"],
-        ["--sparsity", 0.5, "--budget", "model", "--importance", "alike", "--seed", 3],
-        TRAINED,
-        pytest.param(
-            ["--pattern", "0.5 per layer", "--importance", "alike"], marks=pytest.mark.slow
-        ),
-        pytest.param(["--sparsity", 0.5], marks=pytest.mark.slow),
-        pytest.param(["--sparsity", 0.5, "--dtype", "bfloat16"], marks=pytest.mark.slow),
+        "--pattern 2:4 --solver magnitude --layers mlp",
+        "--sparsity 0.5 --budget model --importance alike --seed 3",
+        "--sparsity 0.5 --weights reconstruct --reconstruct epochs=1 --holdout 0.2",
+        pytest.param("--pattern '0.5 per layer' --importance alike", marks=pytest.mark.slow),
+        pytest.param("--sparsity 0.5 --dtype bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_a_manifest_repeats_its_run(options, given, dense_folder, data, tmp_path):
     few = ["--min-tokens", 1, "--samples", 6]
     few += [] if "--solver" in options else ["--solver", "swap", "--warm-start", "wanda"]
-    run(*given(*options, *few))
+    run(*given(*shlex.split(options), *few))
     run(*given("--config", tmp_path / "out" / MANIFEST, out="again"))
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     manifest = read_manifest(tmp_path / "out" / MANIFEST)
@@ -155,40 +136,29 @@ def test_files_that_say_nothing_are_refused(given, tmp_path):
         assert message in run(*given("--config", tmp_path / name), fails=error)
 
 
-@pytest.fixture(scope="module")
-def result(dense_folder, data, tmp_path_factory):
-    """What the command prunes; nobody may change it."""
-    out = tmp_path_factory.mktemp("result") / "out"
-    run("prune", dense_folder, "--calibration", data, "--output", out, *WANDA)
-    return out
-
-
-def _adds(**options):
+def adds(**options):
     return lambda manifest: manifest["fingerprint"]["options"].update(options)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_adds(trust_remote_code=True), "sets `trust_remote_code`, which a manifest cannot set"),
-        (_adds(model="other"), "sets `model`"),
-        (_adds(output="elsewhere"), "sets `output`"),
-        (_adds(calibration="/etc/passwd"), "sets `calibration`"),
-        (_adds(device="cuda"), "sets `device`"),
-        (_adds(overwrite=True), "sets `overwrite`"),
-        (_adds(counts="/etc/passwd"), "`counts` must be an object, not '/etc/passwd'"),
+        (adds(trust_remote_code=True), "sets `trust_remote_code`, which a manifest cannot set"),
+        (adds(model="other"), "sets `model`"),
+        (adds(output="elsewhere"), "sets `output`"),
+        (adds(calibration="/etc/passwd"), "sets `calibration`"),
+        (adds(device="cuda"), "sets `device`"),
+        (adds(overwrite=True), "sets `overwrite`"),
+        (adds(counts="/etc/passwd"), "`counts` must be an object, not '/etc/passwd'"),
         (lambda m: m["fingerprint"].pop("calibration"), "holds no options of a prune"),
-        (lambda m: m.update(fingerprint=[]), "holds no options of a prune"),
-        (
-            lambda m: m["fingerprint"]["calibration"].update(source="hf:../private"),
-            "not the name of a data set",
-        ),
+        (edit("fingerprint", to=[]), "holds no options of a prune"),
+        (edit("fingerprint", "calibration", "source", to="hf:../private"), "not the name of a data set"),
     ],
-)
+)  # fmt: skip
 def test_a_manifest_sets_nothing_but_what_decides_the_result(
-    change, message, given, result, dense_folder, tmp_path
+    change, message, given, pruned_folder, dense_folder, tmp_path
 ):
-    forge_manifest(forged := copied(result, tmp_path), change)
+    forge_manifest(forged := copied(pruned_folder, tmp_path), change)
     words = given("--config", forged / MANIFEST, "--print-config", out="again")
     if "data set" in message:  # which is read when no other calibration is given
         words = ["prune", dense_folder, *words[4:-1]]
