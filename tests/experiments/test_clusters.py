@@ -17,7 +17,7 @@ from maskopt.errors import OptionError, UnknownSolverError, WarmStartError
 from maskopt.prove import prove
 
 slow = pytest.mark.slow
-ROWS, KILLED_AFTER = 500, 60
+ROWS, KILLED_AFTER = 200, 40
 LAYER = LayerProblem(random_weight(12, 20, 5), random_gram(20, "outliers", 6), HALF)
 
 
