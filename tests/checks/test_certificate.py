@@ -1,19 +1,21 @@
-"""What a certificate proves is the formula's value less a margin for rounding; a forged one is refused."""
+"""What a certificate proves is the formula's value less a margin for rounding; a forged one is refused; and
+files of certificates and solutions."""
 
 import itertools
+import sys
 from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from certificates import PATTERNS, certificate, exact, formula, layer, triangles, unclamped
+from certificates import PATTERNS, certificate, exact, layer, triangles, unclamped
 from strategies import random_gram, random_weight
 
-from maskopt import LayerProblem, Status, Unstructured, lower_bound, solve
+from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
 from maskopt.certificate import Certificate, Cuts, _check_row, _shared_slacks, missing
-from maskopt.errors import ProblemError, VerificationError
-from maskopt.exact_check import exact_bounds
+from maskopt.errors import OptionError, ProblemError, VerificationError
+from maskopt.exact_check import _form, exact_bounds, rational, semidefinite
 from maskopt.files import write_arrays
 from maskopt.linear import Linear
 
@@ -30,18 +32,6 @@ def ones(*shape):
 
 def rand(*shape):
     return torch.rand(*shape, dtype=torch.float64)
-
-
-def least_eigenvalue(certificate, problem):
-    """Of the matrix of g's quadratic form, for the first row."""
-    g, n = formula(certificate, problem, 0), problem.n
-
-    def at(*chosen):
-        return g([Fraction(chosen.count(i)) for i in range(n)])
-
-    single = [at(i) - at() for i in range(n)]
-    a = [[float(at(i, j) - at() - single[i] - single[j]) / 2 for j in range(n)] for i in range(n)]
-    return float(np.linalg.eigvalsh(np.array(a))[0])
 
 
 def lost(certificate, problem):
@@ -147,7 +137,8 @@ def test_what_a_matrix_lacks_is_paid_for(part):
             parts[part] = 30 * (rand(*parts[part].shape) - 1)
         cuts = [triangles(30.0) if part == "cuts" else triangles()]
         given = Certificate(point=0.5 * ones(1, 8), cuts=cuts, **parts)
-        lacks, paid = -least_eigenvalue(given, problem), lost(given, problem) / (8 / 4)
+        matrix, paid = _form(given, problem, 0).matrix, lost(given, problem) / (8 / 4)
+        lacks = -float(np.linalg.eigvalsh(matrix.astype(float))[0])
         assert lacks > 0.01
         assert lacks * (1 - 1e-12) <= paid
         assert paid == pytest.approx(lacks, rel=1e-9)
@@ -169,20 +160,7 @@ def test_what_is_missing_to_semidefinite_is_added_with_its_margin(n, kind):
     # the shifts that are tried lie a factor of 100 apart, up to where an eigenvalue takes over
     often = 100 if kind == "barely" else 1.01
     assert added <= often * max(0.0, -least) + 50 * n * U * (trace + norm) + 1e-250
-    assert n > 6 or positive_definite([[Fraction(float(v)) for v in r] for r in a + added * eye])
-
-
-def positive_definite(a):
-    """LDLᵀ in rational numbers (semidefinite where a pivot and its column are 0)."""
-    while a:
-        pivot, *rest = a[0]
-        if pivot < 0 or (pivot == 0 and any(rest)):
-            return False
-        a = [
-            [v - line[0] * r / (pivot or 1) for v, r in zip(line[1:], rest, strict=True)]
-            for line in a[1:]
-        ]
-    return True
+    assert n > 6 or semidefinite(rational(a + added * eye))
 
 
 @GROUPS
@@ -327,21 +305,6 @@ def five(*then, sign=(1, 1, 1, -1)):
     return {"index": cut, "sign": torch.tensor([[1, -1, 1, 1], sign])}
 
 
-FORGED = [
-    ("diagonal", lambda c: c.diagonal.float(), "diagonal must be float64"),
-    ("diagonal", lambda c: c.diagonal[:1], "diagonal must be float64"),
-    ("diagonal", lambda c: c.diagonal[:, :7], "diagonal must be float64"),
-    ("penalty", lambda c: c.penalty.float(), "penalty must be float64"),
-    ("penalty", lambda c: c.penalty[:, :1], "penalty must be float64"),
-    ("point", lambda c: c.point[:, :1], "point must be float64"),
-    ("point", lambda c: c.point / (torch.arange(8) != 3), "point holds NaN or infinite"),
-    ("penalty", lambda c: c.penalty / torch.tensor([0.0, 1.0]), "penalty holds NaN or inf"),
-    ("product", lambda c: 0 * ones(2, 8, 2), "product must be float64"),
-    ("product", lambda c: torch.zeros(2, 2, 8), "product must be float64"),
-    ("product", lambda c: torch.nan * ones(2, 2, 8), "product holds NaN"),
-    ("cuts", lambda c: [GOOD], "1 cut lists for 2 rows"),
-    ("cuts", lambda c: [None, GOOD, GOOD], "3 cut lists for 2 rows"),
-]
 #: cuts that are no inequalities of all masks
 FORGED_CUTS = {
     "wrong shape or type": [
@@ -374,11 +337,26 @@ FORGED_CUTS = {
 def test_tensors_and_cuts_that_do_not_fit_are_named():
     problem = layer()
     given = certificate(problem)
-    refused = [({part: forge(given)}, message) for part, forge, message in FORGED]
+    d, mu, p = given.diagonal, given.penalty, given.point
+    bad = {
+        "diagonal must be float64": [{"diagonal": x} for x in (d.float(), d[:1], d[:, :7])],
+        "penalty must be float64": [{"penalty": x} for x in (mu.float(), mu[:, :1])],
+        "point must be float64": [{"point": p[:, :1]}],
+        "point holds NaN or infinite": [{"point": p / (torch.arange(8) != 3)}],
+        "penalty holds NaN or inf": [{"penalty": mu / torch.tensor([0.0, 1.0])}],
+        "product must be float64": [
+            {"product": 0 * ones(2, 8, 2)},
+            {"product": torch.zeros(2, 2, 8)},
+        ],
+        "product holds NaN": [{"product": torch.nan * ones(2, 2, 8)}],
+        "1 cut lists for 2 rows": [{"cuts": [GOOD]}],
+        "3 cut lists for 2 rows": [{"cuts": [None, GOOD, GOOD]}],
+    }
+    refused = [(changes, message) for message, every in bad.items() for changes in every]
     for message, every in FORGED_CUTS.items():
-        bad = [replace(GOOD, **changes) for changes in every]
-        refused += [({"cuts": [cuts, None]}, f"row 0 .*{message}") for cuts in bad]
-        refused += [({"cuts": [None, cuts]}, f"row 1 .*{message}") for cuts in bad]
+        for cuts in (replace(GOOD, **changes) for changes in every):
+            refused.append(({"cuts": [cuts, None]}, f"row 0 .*{message}"))
+            refused.append(({"cuts": [None, cuts]}, f"row 1 .*{message}"))
     for changes, message in refused:
         with pytest.raises(VerificationError, match=message):
             replace(given, **changes).check(problem)
@@ -402,6 +380,94 @@ def test_numbers_near_the_end_of_float64_prove_nothing_and_break_nothing():
             assert bool(((value >= 0) & (value <= best)).all()), (part, size, sign)
 
 
+# files
+
+#: too many masks to enumerate
+LAYER = LayerProblem(random_weight(3, 40, 1), random_gram(40, "full", 7), NM(keep=2, of=4))
+
+
+@pytest.fixture(scope="module")
+def relaxed():
+    return solve(LAYER, "relax")
+
+
+@pytest.mark.parametrize("kind", ["swap", "relax", "branch", "cuts"])
+def test_a_solution_and_its_certificate_are_read_as_written(kind, tmp_path):
+    problem, path = LAYER.take([0]) if kind == "branch" else LAYER, tmp_path / "s.npz"
+    if kind == "cuts":
+        cuts, mask = lower_bound(problem, "sdp", cuts=1), solve(problem, "wanda").mask
+        more = {"lower_bound": cuts.value, "certificate": cuts.certificate}
+        solution = Solution.of(problem, mask, **more)
+    else:
+        solution = solve(problem, kind, **({"node_limit": 1} if kind == "branch" else {}))
+    solution.save(path)
+    read = Solution.load(path)
+    for what in ("mask", "objective", "lower_bound"):
+        assert torch.equal(getattr(read, what), getattr(solution, what)), what
+    for what in ("status", "solver", "trusted"):
+        assert getattr(read, what) == getattr(solution, what), what
+    assert read.seconds == pytest.approx(solution.seconds, nan_ok=True)
+    assert type(read.trace) is type(solution.trace)
+    assert read.columns().keys() == solution.columns().keys()
+    assert str(read.columns()) == str(solution.columns())  # NaN is not equal to itself
+    assert verify(problem, read).basis == verify(problem, solution).basis
+    if kind in ("relax", "cuts"):
+        solution.certificate.save(path)
+        known = solution.certificate.check(problem)
+        assert torch.equal(Certificate.load(path).check(problem), known)
+
+
+def test_files_that_are_damaged_or_lack_a_part_are_named(relaxed, tmp_path):
+    path = tmp_path / "s.npz"
+    for kind, whole, other in (
+        (Solution, relaxed, relaxed.certificate),
+        (Certificate, relaxed.certificate, relaxed),
+    ):
+        whole.save(path)
+        other.save(tmp_path / "other.npz")
+        data = path.read_bytes()
+        damaged = {
+            "cut": data[: len(data) // 2],
+            "empty": b"",
+            "text": b"not a file of this kind",
+            "flipped": bytes([*data[:-200], *(byte ^ 255 for byte in data[-200:])]),
+        }
+        refused = {name: name for name in damaged}
+        for name, content in damaged.items():
+            (tmp_path / name).write_bytes(content)
+        refused |= {"nowhere.npz": "no such file", "other.npz": f"not a {kind.__name__.lower()}"}
+        for name, message in refused.items():
+            with pytest.raises(ProblemError, match=message):
+                kind.load(tmp_path / name)
+    relaxed.save(path)
+    for part in ("mask", "lower_bound", "certificate.point"):
+        with np.load(path) as archive:
+            parts = {name: archive[name] for name in archive.files if name != part}
+        np.savez(tmp_path / "less.npz", **parts)
+        with pytest.raises(ProblemError, match="not a sound"):
+            Solution.load(tmp_path / "less.npz")
+    replace(relaxed, lower_bound=relaxed.objective).save(path)  # sound, and not true
+    with pytest.raises(VerificationError, match="its certificate proves"):
+        verify(LAYER, Solution.load(path))
+
+
+def test_columns_and_frames_have_a_line_a_row(monkeypatch):
+    solution = solve(LAYER, "swap")
+    columns = solution.columns()
+    assert {len(column) for column in columns.values()} == {3}
+    assert columns["status"] == ["swap-optimal"] * 3
+    assert columns["swaps"] == solution.trace.swaps.tolist()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(OptionError, match="pandas"):
+        solution.to_frame()
+    monkeypatch.undo()
+    pandas = pytest.importorskip("pandas")
+    frame = solution.to_frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame.columns) == list(columns)
+    assert frame["objective"].tolist() == solution.objective.tolist()
+
+
 def test_a_certificate_comes_back_from_disk_and_proves_the_same(tmp_path):
     problem = layer(rows=3)
     for cuts in (None, [None] * 3, [None, triangles(), GOOD], [NO_CUTS] * 3):
@@ -414,25 +480,16 @@ def test_a_certificate_comes_back_from_disk_and_proves_the_same(tmp_path):
         assert torch.equal(read.check(problem), given.check(problem))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_a_file_of_another_making_is_named(tmp_path):
+    parts = {"diagonal": np.zeros((2, 8)), "penalty": np.zeros((2, 2)), "point": np.zeros((2, 8))}
+    cuts = {f"cut_{name}": array.numpy() for name, array in vars(GOOD).items()}
+    counts = (["1", "1"], [3, -1], [[1], [1]], [1.0, 1.0], [1, 7])
+    for changes in (
         {"diagonal": np.array(["a"])},
         {"diagonal": np.zeros((2, 8), ">f8")},
-        {"cut_count": np.array([1, 1]), "cut_index": None},
-        *(
-            {"cut_count": np.array(x)}
-            for x in (["1", "1"], [3, -1], [[1], [1]], [1.0, 1.0], [1, 7])
-        ),
-    ],
-    ids=str,
-)
-def test_a_file_of_another_making_is_named(changes, tmp_path):
-    arrays = {"diagonal": np.zeros((2, 8)), "penalty": np.zeros((2, 2)), "point": np.zeros((2, 8))}
-    if "cut_count" in changes and "cut_index" not in changes:
-        for name, array in vars(GOOD).items():
-            arrays[f"cut_{name}"] = array.numpy()
-    arrays |= {name: array for name, array in changes.items() if array is not None}
-    write_arrays(tmp_path / "c.npz", "certificate", {}, arrays)
-    with pytest.raises(ProblemError, match=r"c\.npz: not a sound (certificate|file)"):
-        Certificate.load(tmp_path / "c.npz")
+        {"cut_count": np.array([1, 1])},
+        *({**cuts, "cut_count": np.array(count)} for count in counts),
+    ):
+        write_arrays(tmp_path / "c.npz", "certificate", {}, parts | changes)
+        with pytest.raises(ProblemError, match=r"c\.npz: not a sound (certificate|file)"):
+            Certificate.load(tmp_path / "c.npz")

@@ -22,7 +22,7 @@ from maskopt.least_squares import Refit
 from maskopt.limits import Limits
 from maskopt.linear import Linear
 from maskopt.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
-from maskopt.proof_check import check_proof
+from maskopt.proof_check import TreeCheck, check_proof
 from maskopt.solvers.bounds.cuts import cut_certificate
 from maskopt.values import values_of
 
@@ -37,11 +37,10 @@ def layer(n=16, pattern=HALF, kind="full", rows=1, linear=False, seed=1):
 
 def costs(problem):
     """The legal masks of a row, and their objectives."""
-    group, pruned = problem.group_size, problem.pruned_per_group
-    sides = [torch.isin(torch.arange(group), torch.tensor(chosen, dtype=torch.long))
-             for chosen in itertools.combinations(range(group), pruned)]  # fmt: skip
-    every = itertools.product(sides, repeat=problem.n // group)
-    masks = ~torch.stack([torch.cat(parts) for parts in every])
+    group, groups = problem.group_size, problem.n // problem.group_size
+    chosen = itertools.combinations(range(group), problem.pruned_per_group)
+    sides = [[i not in one for i in range(group)] for one in chosen]
+    masks = torch.tensor([[*itertools.chain(*p)] for p in itertools.product(sides, repeat=groups)])
     return masks, problem.take([0] * len(masks)).objective(masks)
 
 
@@ -128,54 +127,21 @@ def test_a_tree_is_the_same_every_time_and_survives_a_file(tmp_path):
 # what a step proves, without any search
 
 
-def exchangeable(problem):
-    """Pairs i < j of inputs of a group that may be exchanged."""
-    q = problem.row(0).q().numpy()
-    for i, j in itertools.combinations(range(problem.n), 2):
-        order = np.arange(problem.n)
-        order[[i, j]] = j, i
-        if i // problem.group_size == j // problem.group_size and (q[order][:, order] == q).all():
-            yield i, j
-
-
-def settled(problem, pairs, state):
-    """The state with counts settled and the first of exchangeable inputs pruned; None: no mask is left."""
-    state, before = np.array(state), None
-    while before != (before := state.tolist()):
-        for one in state.reshape(-1, problem.group_size):
-            ones, free = (one == 1).sum(), (one < 0).sum()
-            if not ones <= problem.pruned_per_group <= ones + free:
-                return None
-            if ones == problem.pruned_per_group:
-                one[one < 0] = 0
-            elif ones + free == problem.pruned_per_group:
-                one[one < 0] = 1
-        for i, j in pairs:
-            if (state[i], state[j]) == (0, 1):
-                return None
-            if state[j] == 1:
-                state[i] = 1
-            elif state[i] == 0:
-                state[j] = 0
-    return state
-
-
-def every_mask_below(problem, pairs, state):
+def every_mask_below(check, state):
     """The `branch` of steps without forms that split a node down to single masks."""
-    state = settled(problem, pairs, state)
-    if state is None or (state >= 0).all():
+    if not check._settle(state) or (state >= 0).all():
         return [LEAF]
-    first = int(np.flatnonzero(state < 0)[0])
-    found = [first]
+    first, found = int(np.flatnonzero(state < 0)[0]), []
     for side in (1, 0):
-        state[first] = side
-        found += every_mask_below(problem, pairs, state)
-    return found
+        below = state.copy()
+        below[first] = side
+        found += every_mask_below(check, below)
+    return [first, *found]
 
 
 def but_for(n, i, side):
     """All free, and one that is not."""
-    state = np.full(n, -1)
+    state = np.full(n, -1, dtype=np.int8)
     state[i] = side
     return state
 
@@ -205,10 +171,9 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
         assert bound <= float(every.min()) + rounding
         positive += bound > 0
         # an input pruned: bounded; kept: all masks looked at
-        i, pairs = int(random.integers(9)), list(exchangeable(problem))
-        rest = every_mask_below(problem, pairs, but_for(9, i, 0))
-        node_state = settled(problem, pairs, but_for(9, i, 1))
-        points = random.random(0 if node_state is None else (node_state < 0).sum())
+        i, check = int(random.integers(9)), TreeCheck(problem, 0, tree)
+        rest, node = every_mask_below(check, but_for(9, i, 0)), but_for(9, i, 1)
+        points = random.random((node < 0).sum() if check._settle(node) else 0)
         steps = [NO_FORM, 0, *[NO_FORM] * len(rest)], [i, LEAF, *rest]
         bound = bound_of(problem, tree_with(tree, *steps, points=points))
         assert bound <= float(every.min()) + rounding
@@ -222,12 +187,12 @@ def test_fixings_are_held_to_their_other_side():
     problem = layer(7, FOUR, kind="diagonal")
     masks, every = costs(problem)
     lam = -problem.row(0).q().diagonal().numpy() * (1 - 1e-9)
-    pairs, decisive = list(exchangeable(problem)), 0
+    root, decisive = single(lam, 0.0, np.full(7, 0.5)), 0
     for i, side in itertools.product(range(7), (0, 1)):
-        rest = every_mask_below(problem, pairs, but_for(7, i, side))
+        rest = every_mask_below(TreeCheck(problem, 0, root), but_for(7, i, side))
         steps = [0, *[NO_FORM] * len(rest)], [AGAIN, *rest]
         fixing = {"fixes": [1, *[0] * len(rest)], "fixed": [i], "side": [side]}
-        tree = tree_with(single(lam, 0.0, np.full(7, 0.5)), *steps, **fixing)
+        tree = tree_with(root, *steps, **fixing)
         own, other = (float(every[masks[:, i] == (s == 0)].min()) for s in (side, 1 - side))
         assert bound_of(problem, tree) == pytest.approx(min(own, other), rel=1e-6)
         decisive += other < 0.99 * own
@@ -416,12 +381,12 @@ def test_trees_of_other_rows_prove_less_and_the_claim_is_refused():
 
 @pytest.mark.parametrize("chance", [0.25, 0.75])
 def test_graphs_are_proven_with_fewer_nodes_where_they_are_whole(chance):
-    problem = graph(24, chance, keep=16)
+    problem = graph(20, chance, keep=13)
     solution = proven(problem)
     assert solution.status == (Status.OPTIMAL,)
     assert float(solution.lower_bound) == float(solution.objective)
     assert verify(problem, solution, require="checked").checked
-    plain = proven(graph(24, chance, keep=16, integral=False))
+    plain = proven(graph(20, chance, keep=13, integral=False))
     assert float(plain.objective) == float(solution.objective)
     assert int(solution.trace.nodes[0]) < int(plain.trace.nodes[0])
 
