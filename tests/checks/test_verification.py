@@ -62,52 +62,51 @@ def assert_refused(problem, solution, message, **options):
         verify(problem, solution, **options)
 
 
-# what is refused: (message, what is changed of a poor solution w where the optimum is o)
-
-SHAPES = [lambda x: x.float(), lambda x: x[:1], lambda x: x[:, None], lambda x: x.sum()]
-FORGERIES = [
-    ("pattern: mask: row 1", lambda w, o: {"mask": second(w.mask[1] ^ (torch.arange(8) < 1), w.mask)}),
-    ("pattern: mask has shape", lambda w, o: {"mask": w.mask[:1]}),
-    ("objective: row 0", lambda w, o: {"objective": w.objective * 0.99}),
-    ("above the objective", lambda w, o: {"lower_bound": w.objective * 1.01, "trusted": WORDS}),
-    ("row 0 .* f ≥ 0", lambda w, o: {"lower_bound": w.lower_bound - 1}),
-    *(("lower bound: row 1 .* f ≥ 0 always",
-       lambda w, o, bad=bad: {"lower_bound": second(bad, 0 * w.objective)})
-      for bad in (torch.nan, torch.inf, -1e-300)),
-    ("without a certificate", lambda w, o: {"lower_bound": o.objective * 0.1}),
-    ("no exact solver is trusted with it",
-     lambda w, o: {"lower_bound": o.objective * 0.1, "trusted": ("", "")}),
-    ("trusted: 1 names for 2 rows", lambda w, o: {"trusted": WORDS[:1]}),
-    ("statuses for", lambda w, o: {"status": (Status.SWAP_OPTIMAL,)}),
-    ("row 1 claims 'perfect'", lambda w, o: {"status": ("feasible", "perfect")}),
-    ("claims swap-optimal, yet", lambda w, o: {"status": (Status.SWAP_OPTIMAL,) * 2}),
-    ("claims optimal", lambda w, o: {"status": OPTIMAL}),
-    # whoever is trusted with the bound: a swap improves
-    ("row 0 claims optimal, yet keeping input",
-     lambda w, o: {"lower_bound": w.objective, "status": OPTIMAL, "trusted": WORDS}),
-    ("claims optimal without proof", lambda w, o: {**vars(o), "lower_bound": o.objective * 0.9}),
-    ("a mask of objective",
-     lambda w, o: {"lower_bound": (w.objective + o.objective) / 2, "trusted": WORDS}),
-    ("a mask of objective", lambda w, o: {"lower_bound": w.objective, "trusted": WORDS}),
-    *((rf"{what} must be float64 \[2\]", lambda w, o, what=what, bad=bad: {what: bad(getattr(w, what))})
-      for what in ("objective", "lower_bound") for bad in SHAPES),
-]  # fmt: skip
+def forgeries(w, o):
+    """What is refused, and what is changed of a poor solution w where the optimum is o."""
+    zero, high = 0 * w.objective, {"lower_bound": w.objective, "trusted": WORDS}
+    low, between = {"lower_bound": o.objective * 0.1}, (w.objective + o.objective) / 2
+    shapes = (lambda x: x.float(), lambda x: x[:1], lambda x: x[:, None], lambda x: x.sum())
+    bad = [
+        (name, shape(getattr(w, name))) for name in ("objective", "lower_bound") for shape in shapes
+    ]
+    return [
+        ("pattern: mask: row 1", {"mask": second(w.mask[1] ^ (torch.arange(8) < 1), w.mask)}),
+        ("pattern: mask has shape", {"mask": w.mask[:1]}),
+        ("objective: row 0", {"objective": w.objective * 0.99}),
+        ("above the objective", {**high, "lower_bound": w.objective * 1.01}),
+        ("row 0 .* f ≥ 0", {"lower_bound": w.lower_bound - 1}),
+        *(("lower bound: row 1 .* f ≥ 0 always", {"lower_bound": second(odd, zero)})
+          for odd in (torch.nan, torch.inf, -1e-300)),
+        ("without a certificate", low),
+        ("no exact solver is trusted with it", {**low, "trusted": ("", "")}),
+        ("trusted: 1 names for 2 rows", {"trusted": WORDS[:1]}),
+        ("statuses for", {"status": (Status.SWAP_OPTIMAL,)}),
+        ("row 1 claims 'perfect'", {"status": ("feasible", "perfect")}),
+        ("claims swap-optimal, yet", {"status": (Status.SWAP_OPTIMAL,) * 2}),
+        ("claims optimal", {"status": OPTIMAL}),
+        # whoever is trusted with the bound: a swap improves
+        ("row 0 claims optimal, yet keeping input", {**high, "status": OPTIMAL}),
+        ("claims optimal without proof", {**vars(o), "lower_bound": o.objective * 0.9}),
+        ("a mask of objective", {**high, "lower_bound": between}),
+        ("a mask of objective", high),
+        *((rf"{name} must be float64 \[2\]", {name: value}) for name, value in bad),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", [THREE, TWO_FOUR], ids=str)
 def test_forgeries_are_refused(pattern):
     problem = small(pattern=pattern)
     worst, optimum = solve(problem, "worst"), solve(problem, "exhaustive")
-    for message, forge in FORGERIES:
-        assert_refused(problem, replace(worst, **forge(worst, optimum)), message)
     verify(problem, worst)
+    for message, changes in forgeries(worst, optimum):
+        assert_refused(problem, replace(worst, **changes), message)
+    a_mask = r"not a Tensor; of a mask alone make Solution\.of"
+    assert_refused(problem, worst.mask, a_mask)
 
 
 def test_what_enumeration_confirms_is_checked():
     problem = small()
-    assert_refused(
-        problem, torch.ones(2, 8) > 0, r"not a Tensor; of a mask alone make Solution\.of"
-    )
     worst, optimum = solve(problem, "worst"), solve(problem, "exhaustive")
     assert verify(problem, optimum, require="checked").basis == ("checked",) * 2
     # a true bound under a forged word costs nothing: it was checked
