@@ -9,7 +9,7 @@ from certificates import claimed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pooled_layers import layer, pooled, slack, total
-from scipy.optimize import minimize
+from scipy.optimize import LinearConstraint, minimize
 
 from maskopt import Refit, Solution, Status, improving_swap, lower_bound, solve, verify
 from maskopt.errors import SolverError, VerificationError
@@ -87,30 +87,16 @@ def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, spread)
 
     def value(x):
         dropped = w * x.reshape(w.shape)
-        return float((share * dropped * (dropped @ gram)).sum())
+        product = share * (dropped @ gram)
+        return float((product * dropped).sum()), (2 * product * w).ravel()
 
-    def slope(x):
-        return (2 * share * w * (w * x.reshape(w.shape) @ gram)).ravel()
-
-    size, (least, most) = w.size, problem.row_limits
-    rows = np.kron(np.eye(6), np.ones(8))
-    within = {
-        "type": "ineq",
-        "fun": lambda x: np.concatenate([rows @ x - least, most - rows @ x]),
-        "jac": lambda _: np.concatenate([rows, -rows]),
-    }
-    found = minimize(
-        value,
-        [problem.pruned / size] * size,
-        jac=slope,
-        bounds=[(0, 1)] * size,
-        constraints=[
-            {"type": "eq", "fun": lambda x: x.sum() - problem.pruned, "jac": lambda x: x * 0 + 1},
-            *([] if spread is None else [within]),
-        ],
-        method="SLSQP",
-        options={"ftol": 1e-12, "maxiter": 500},
-    )
+    size, (least, most), pruned = w.size, problem.row_limits, problem.pruned
+    counts = (np.ones(size), pruned, pruned), (np.kron(np.eye(6), np.ones(8)), least, most)
+    # equal counts of rows say what the count of all is, and SLSQP takes nothing twice
+    limits = [LinearConstraint(*parts) for parts in counts[int(least == most) :]]
+    how = {"method": "SLSQP", "options": {"ftol": 1e-12, "maxiter": 500}}
+    start, bounds = [pruned / size] * size, [(0, 1)] * size
+    found = minimize(value, start, jac=True, bounds=bounds, constraints=limits, **how)
     assert found.success
     bound = lower_bound(problem, "box", steps=2000, tolerance=1e-6)
     assert float(problem.shares @ bound.value) == pytest.approx(found.fun, rel=1e-4)

@@ -1,5 +1,6 @@
 """Options of a prune from a file: what is printed is read again, and a manifest repeats its run."""
 
+import functools
 import shlex
 import tomllib
 
@@ -54,7 +55,7 @@ def test_what_is_printed_is_read_again(given, dense_folder, tmp_path):
         assert "`solver_options` moves: null cannot be said in TOML" in said
 
 
-def test_the_command_line_goes_before_the_file(given, tmp_path):
+def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, tmp_path):
     (tmp_path / "run.toml").write_text("sparsity = 0.5\nsamples = 3\none_pass = true\nseed = 4\n")
     both = given("--config", tmp_path / "run.toml")
     found = printed(*both, "--samples", 9, "--sequential", "--pattern", "2:4")
@@ -68,6 +69,27 @@ def test_the_command_line_goes_before_the_file(given, tmp_path):
     assert [x.get("true_sequential", False) for x in found] == [False, False, False, True]
     wrong = given("--sparsity", 0.5, "--pattern", "2:4", out="x")
     assert "exactly one" in run(*wrong, fails=PatternError)
+    (tmp_path / "run.toml").write_text(
+        f'model = "{dense_folder}"\ncalibration = "{data}"\noutput = "{tmp_path / "out"}"\n'
+        'sparsity = 0.5\nsolver = "tabu"\nmin_tokens = 1\n[solver_options]\nmoves = 3\n'
+    )
+    run("prune", "--config", tmp_path / "run.toml")
+    run("verify", tmp_path / "out", "--against", dense_folder)
+    trust = "remove it, and give it on the command"
+    for name, content, error, message in (
+        ("none.toml", None, OptionError, "cannot be read"),
+        ("run.toml", "sampels = 3", OptionError, "did you mean 'samples'"),
+        ("run.toml", 'config = "other.toml"', OptionError, "no option is called 'config'"),
+        ("run.toml", "resume = true", OptionError, "no option is called 'resume'"),
+        ("run.toml", "trust_remote_code = true", OptionError, trust),
+        ("run.toml", "trust_remote_code = false", OptionError, trust),
+        ("run.toml", "seed = true", OptionError, "`seed` is no switch, to be true"),
+        ("run.toml", "samples = ", OptionError, "is no TOML"),
+        ("manifest.json", "{}", ModelError, "not a manifest"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        assert message in run(*given("--config", tmp_path / name), fails=error)
 
 
 @pytest.mark.parametrize(
@@ -99,57 +121,31 @@ def test_a_manifest_repeats_its_run(options, given, dense_folder, data, tmp_path
 def test_a_precision_is_repeated_unless_it_goes_without_saying():
     text = {"samples": 1, "length": 8, "beginning": {"bos": "auto"}, "source": "text.txt"}
     for device, dtype, said in (
-        ("cpu", "float32", None),
-        ("cuda", "float32", "float32"),
-        ("cpu", "bfloat16", "bfloat16"),
-    ):
-        found = {"options": {"channels": 0.25}, "calibration": text}
-        found |= {"device": device, "dtype": dtype}
+        ("cpu", "float32", None), ("cuda", "float32", "float32"), ("cpu", "bfloat16", "bfloat16"),
+    ):  # fmt: skip
+        found = {
+            "options": {"channels": 0.25},
+            "calibration": text,
+            "device": device,
+            "dtype": dtype,
+        }
         assert options_again(found, "out").get("dtype") == said
         assert ("--dtype" in command_again(found, "out")[1]) == (said is not None)
 
 
-def test_a_whole_run_of_a_file(dense_folder, data, tmp_path):
-    (tmp_path / "run.toml").write_text(
-        f'model = "{dense_folder}"\ncalibration = "{data}"\noutput = "{tmp_path / "out"}"\n'
-        'sparsity = 0.5\nsolver = "tabu"\nmin_tokens = 1\n[solver_options]\nmoves = 3\n'
-    )
-    run("prune", "--config", tmp_path / "run.toml")
-    run("verify", tmp_path / "out", "--against", dense_folder)
-
-
-def test_files_that_say_nothing_are_refused(given, tmp_path):
-    trust = "remove it, and give it on the command"
-    for name, text, error, message in (
-        ("run.toml", None, OptionError, "cannot be read"),
-        ("run.toml", "sampels = 3", OptionError, "did you mean 'samples'"),
-        ("run.toml", 'config = "other.toml"', OptionError, "no option is called 'config'"),
-        ("run.toml", "resume = true", OptionError, "no option is called 'resume'"),
-        ("run.toml", "trust_remote_code = true", OptionError, trust),
-        ("run.toml", "trust_remote_code = false", OptionError, trust),
-        ("run.toml", "seed = true", OptionError, "`seed` is no switch, to be true"),
-        ("run.toml", "samples = ", OptionError, "is no TOML"),
-        ("manifest.json", "{}", ModelError, "not a manifest"),
-    ):
-        if text is not None:
-            (tmp_path / name).write_text(text)
-        assert message in run(*given("--config", tmp_path / name), fails=error)
-
-
-def adds(**options):
-    return lambda manifest: manifest["fingerprint"]["options"].update(options)
+option = functools.partial(edit, "fingerprint", "options")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (adds(trust_remote_code=True), "sets `trust_remote_code`, which a manifest cannot set"),
-        (adds(model="other"), "sets `model`"),
-        (adds(output="elsewhere"), "sets `output`"),
-        (adds(calibration="/etc/passwd"), "sets `calibration`"),
-        (adds(device="cuda"), "sets `device`"),
-        (adds(overwrite=True), "sets `overwrite`"),
-        (adds(counts="/etc/passwd"), "`counts` must be an object, not '/etc/passwd'"),
+        (option("trust_remote_code", to=True), "sets `trust_remote_code`, which a manifest cannot set"),
+        (option("model", to="other"), "sets `model`"),
+        (option("output", to="elsewhere"), "sets `output`"),
+        (option("calibration", to="/etc/passwd"), "sets `calibration`"),
+        (option("device", to="cuda"), "sets `device`"),
+        (option("overwrite", to=True), "sets `overwrite`"),
+        (option("counts", to="/etc/passwd"), "`counts` must be an object, not '/etc/passwd'"),
         (lambda m: m["fingerprint"].pop("calibration"), "holds no options of a prune"),
         (edit("fingerprint", to=[]), "holds no options of a prune"),
         (edit("fingerprint", "calibration", "source", to="hf:../private"), "not the name of a data set"),

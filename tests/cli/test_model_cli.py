@@ -32,14 +32,13 @@ WANDA = ["--sparsity", 0.5, "--solver", "wanda"]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 40)
+    (path := tmp_path_factory.mktemp("text") / "text.txt").write_text(TEXT * 40)
     return path
 
 
-def prune(dense, data, out, *more, fails=None):
+def prune(dense, data, out, *more, **fails):
     words = ["prune", dense, *WANDA, "--min-tokens", 1, "--calibration", data, "--output", out]
-    return run(*words, *more, fails=fails)
+    return run(*words, *more, **fails)
 
 
 def manifest(out):
@@ -84,24 +83,29 @@ def test_fallbacks_are_listed_apart(text, tmp_path):
 
 
 def test_what_goes_wrong(dense, data, tmp_path):
-    out = tmp_path / "out"
+    out, short, half = tmp_path / "out", tmp_path / "short.txt", ["--sparsity", 0.5]
     base = ["prune", dense, "--calibration", data, "--output", out, "--solver", "wanda"]
-    half = ["--sparsity", 0.5]
-    for more, error, said in (
-        ([], PatternError, "exactly one"),
-        ([*half, "--pattern", "2:4"], PatternError, "exactly one"),
-        (["--pattern", "2of4"], PatternError, "no pattern"),
-        ([*half, "-o", "x"], OptionError, "NAME=VALUE"),
-        ([*half, "-o", "time-limits=3"], OptionError, "has no option"),
-        ([*half, "--max-memory", "lots"], OptionError, "no amount of memory"),
-        ([*half, "--max-memory", "100MiB"], ModelError, "--max-memory allows 0.10 (base 1.00"),
+    for words, error, said in (
+        (base, PatternError, "exactly one"),
+        ([*base, *half, "--pattern", "2:4"], PatternError, "exactly one"),
+        ([*base, "--pattern", "2of4"], PatternError, "no pattern"),
+        ([*base, *half, "-o", "x"], OptionError, "NAME=VALUE"),
+        ([*base, *half, "-o", "time-limits=3"], OptionError, "has no option"),
+        ([*base, *half, "--max-memory", "lots"], OptionError, "no amount of memory"),
+        (
+            [*base, *half, "--max-memory", "100MiB"],
+            ModelError,
+            "--max-memory allows 0.10 (base 1.00",
+        ),
+        (
+            ["eval", dense, "--text", data, "--windows", 0],
+            MaskoptError,
+            "--windows must be a whole",
+        ),
     ):
-        assert said in run(*base, *more, fails=error)
-    said = run("eval", dense, "--text", data, "--windows", 0, fails=MaskoptError)
-    assert "--windows must be a whole number" in said
-    (tmp_path / "short.txt").write_text("short")
-    short = ["--calibration", tmp_path / "short.txt", "--output", out]
-    result = ended("prune", dense, *WANDA, *short)
+        assert said in run(*words, fails=error)
+    short.write_text("short")
+    result = ended("prune", dense, *WANDA, "--calibration", short, "--output", out)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.split("\n") if "error:" in line]
     assert "less than one window" in line
@@ -142,10 +146,8 @@ def test_ctrl_c_says_how_to_go_on(dense, data, tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_a_signal_stops_a_process_that_prunes(dense, text, tmp_path):
     out = tmp_path / "out"
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from maskopt.cli import main; main()"
-    )
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from maskopt.cli import main; main()"
     words = ["prune", dense, "--sparsity", 0.5, "--solver", "elimination", "--output", out]
     words += ["--calibration", text, "--samples", 200, "--seq-len", 64]
     command = [sys.executable, "-c", code, *map(str, words)]
@@ -201,8 +203,7 @@ def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="did you mean 'smollm2'"):
         demo_model("smollm")
     for name, model in MODELS.items():
-        ready = tmp_path / "cache" / model.folder
-        ready.mkdir(parents=True)
+        (ready := tmp_path / "cache" / model.folder).mkdir(parents=True)
         (ready / "config.json").write_text("{}")
         assert demo_model(name) == ready
     if sys.platform == "linux":
@@ -233,14 +234,13 @@ def test_bad_samples(data, tmp_path):
 
 def test_sources_of_text(dense, tmp_path, monkeypatch):
     (tmp_path / "text.jsonl").write_text(json.dumps({"body": TEXT * 4, "id": 1}))
-    asked, fake = [], types.ModuleType("datasets")
+    asked = []
 
-    def load_dataset(name, configuration, **how):
-        asked.append((name, configuration, how["split"]))
+    def load_dataset(name, configuration, split, **how):
+        asked.append((name, configuration, split))
         return {"text": [TEXT * 4, "", TEXT]}
 
-    fake.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     for name, source, *more in (
         ("text.jsonl", tmp_path / "text.jsonl", "--text-field", "body"),
         ("hf:c4:validation", "hf:c4:validation"),
@@ -254,10 +254,8 @@ def test_sources_of_text(dense, tmp_path, monkeypatch):
     words = ["--seq-len", 32, "--activation-memory", 0, "--threads", 1]
     shown = run("eval", dense, "--text", "hf:wikitext2:test", *words)
     assert "windows of 32 tokens from hf:wikitext2:test" in shown
-    assert asked == [
-        ("allenai/c4", None, "validation"),
-        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
-    ]
+    wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+    assert asked == [("allenai/c4", None, "validation"), wikitext]
 
 
 # Plans ----------------------------------------------------------------------------------------

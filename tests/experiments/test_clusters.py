@@ -108,21 +108,18 @@ def stop_at(count):
 
 
 @slow
-def test_an_interrupted_comparison_goes_on_under_another_backend(tmp_path):
-    path = tmp_path / "found.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        compare(instances(), ["exhaustive"], output=path, on_progress=stop_at(KILLED_AFTER))
-    assert len(path.read_text().splitlines()) == KILLED_AFTER
-    with threads(2):
-        records = compare(instances(), ["exhaustive"], output=path)
-    check(records, path)
-
-
-@slow
 @pytest.mark.parametrize("backend", ["loky", "threading"])
 def test_processes_and_threads_of_this_machine(tmp_path, backend):
     with joblib.parallel_config(backend=backend, n_jobs=2):
         check_certificates_and_proofs(tmp_path)
+    # an interrupted comparison goes on under another backend
+    path = tmp_path / "found.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        compare(instances(), ["exhaustive"], output=path, on_progress=stop_at(KILLED_AFTER))
+    assert len(path.read_text().splitlines()) == KILLED_AFTER
+    with joblib.parallel_config(backend=backend, n_jobs=2):
+        records = compare(instances(), ["exhaustive"], output=path)
+    check(records, path)
 
 
 def interrupted(path, **options):
