@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import run
 from pyscipopt import Model
+from resuming import stop_at
 from strategies import HALF, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Limits, Refit, RowProblem, Solution, Status, Unstructured
@@ -74,16 +75,6 @@ def test_records_say_how_far_from_the_optimum_and_who_is_trusted():
     assert all((a.weight == b.weight).all() for a, b in zip(once, again, strict=True))
     assert any((a.weight != b.weight).any() for a, b in zip(once, other, strict=True))
     assert some(1, 8, pattern=NM(2, 4))[0].pattern == NM(2, 4)
-
-
-def stop_at(count):
-    """An `on_progress` that interrupts the run when so many jobs are finished."""
-
-    def stop(done, total):
-        if done == count:
-            raise KeyboardInterrupt
-
-    return stop
 
 
 def interrupted(rows, solvers, path, count):
@@ -154,24 +145,23 @@ def test_records_of_other_runs_in_the_file_are_kept_and_not_counted(path):
 
 @pytest.mark.parametrize("claim", ["objective", "optimal", "bound", "trusted", "cut off"])
 def test_a_forged_solution_and_a_forged_line_do_not_survive_a_resume(claim, path, caplog):
-    rows, optimal = some(1, None), {"status": (Status.OPTIMAL,)}
+    rows, done = some(1, None), []
     (honest,) = compare(rows, ["wanda"], output=path)
     (kept,) = (path.parent / "out.jsonl.rows").iterdir()
     found = Solution.load(kept)
+    value, optimal = found.objective, {"status": (Status.OPTIMAL,)}
     lies = {
-        "objective": {"objective": found.objective / 2},
+        "objective": {"objective": value / 2},
         "optimal": optimal,
-        "bound": {"lower_bound": found.objective, **optimal},
-        "trusted": {"lower_bound": found.objective / 2, "trusted": ("SCIP 10.0",)},
-        "cut off": {},
-    }[claim]
-    replace(found, **lies).save(kept)
+        "bound": {"lower_bound": value, **optimal},
+        "trusted": {"lower_bound": value / 2, "trusted": ("SCIP 10.0",)},
+    }
+    replace(found, **lies.get(claim, {})).save(kept)
     if claim == "cut off":
         kept.write_bytes(kept.read_bytes()[:100])
     line = json.loads(path.read_text())
     lie = {"objective": 0.1, "value": 0.1, "status": "optimal", "lower_bound": 0.1, "gap": 0.0}
     path.write_text(json.dumps({**line, **lie}) + "\n")
-    done = []
     (again,) = compare(rows, ["wanda"], output=path, on_progress=lambda *event: done.append(event))
     assert done == [(1, 1)]
     assert "dropped and solved again" in caplog.text
@@ -305,11 +295,9 @@ def test_infinite_gaps_are_no_json_numbers_and_come_back_out_of_the_file(path):
     assert again == first
 
 
-@pytest.mark.parametrize(
-    "command", [["compare", "--solvers", "swap"], ["bound", "--method", "box"]]
-)
+@pytest.mark.parametrize("command", ["compare --solvers swap", "bound --method box"])
 def test_a_table_of_somebody_elses_is_not_replaced(command, saved, tmp_path):
-    name, *more = command
+    name, *more = command.split()
     (out := tmp_path / "mine.csv").write_text("my,own,data\n")
     said = run(name, saved, *more, "--output", out, fails=OptionError)
     assert "no table of this command" in said
