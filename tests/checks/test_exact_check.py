@@ -74,9 +74,8 @@ def toy(n, seed):
 def test_rounding_of_many_cuts_proves_nothing(tmp_path):
     """By the library and by the command."""
     problem, honest, optimum, _ = toy(8, 4)
-    tree = forged_tree(problem, honest, 2.0**44, 10_000)
+    tree = forged_tree(problem, honest, 2.0**41, 40_000)
     assert Fraction(float(check_proof(problem, Proof([tree])))) <= optimum
-    assert exact_bounds(problem, trees=[tree])[0] <= optimum
     problem, instance = one_of_two(32, seed=4), tmp_path / "row.npz"
     problem.save(instance)
     best = solve(problem, "branch", proof=True, workers=0)
@@ -84,7 +83,7 @@ def test_rounding_of_many_cuts_proves_nothing(tmp_path):
     found = (solve(problem, "swap", start=start) for start in starts)
     other = next(s for s in found if float(s.objective) > 1.01 * float(best.objective))
     honest = lower_bound(problem, "box").certificate
-    forged = forged_certificate(problem, honest, [0], 2.0**44, 10_000)
+    forged = forged_certificate(problem, honest, [0], 2.0**37, 500_000)
     more = {"lower_bound": other.objective, "certificate": forged}
     claim = Solution.of(problem, other.mask, status=Status.OPTIMAL, **more)
     for require in ("claims", "exact"):
@@ -110,7 +109,7 @@ def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
         generator = np.random.default_rng(seed)
         problem, honest, optimum, poor = toy(int(generator.choice([4, 6, 8])), 1 + seed % 4)
         size = 2.0 ** generator.integers(0, 60)
-        copies = int(generator.choice([3, 40, 500] if seed % 50 else [10_000]))
+        copies = int(generator.choice([3, 40, 500] if seed % 50 else [30_000]))
         part = float(generator.choice([0.99, 0.5, 1.01, 1e-3]))
         groups = generator.permutation(problem.n // 2)[: generator.integers(1, problem.n // 2 + 1)]
         bad = forged_certificate(problem, honest, groups.tolist(), size, copies, part)
