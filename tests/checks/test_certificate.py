@@ -74,24 +74,24 @@ def test_the_margin_covers_the_rounding_of_every_part(part):
     for pattern, far in itertools.product(PATTERNS, (0.5, 30.0)):
         problem, large = layer(pattern, rows=1), 1e6
         given = certificate(problem, product=True, cuts=True)
-        given = replace(given, diagonal=ones(1, 8), penalty=given.penalty.abs())
-        given = replace(given, point=far * rand(1, 8))
-        weight, gram, more = problem.weight, problem.gram, {}
-        if part == "weight":
-            weight = large * weight.abs() * ALTERNATING
-        elif part == "gram":
-            gram = large * gram
-        elif part == "small gram":
-            weight, gram = large * weight, gram / large
-        elif part == "linear":
-            linear = Linear(large * (1 + rand(1, 8)) * ALTERNATING, large * ones(1))
-            more = {"linear": linear, "assume_psd": True}
-        else:
+        own = {"diagonal": ones(1, 8), "point": far * rand(1, 8), "penalty": given.penalty.abs()}
+        given = replace(given, **own)
+        weight, gram = problem.weight, problem.gram
+        linear = Linear(large * (1 + rand(1, 8)) * ALTERNATING, large * ones(1))
+        scaled = {
+            "weight": (large * weight.abs() * ALTERNATING, gram, None),
+            "gram": (weight, large * gram, None),
+            "small gram": (large * weight, gram / large, None),
+            "linear": (weight, gram, linear),
+        }
+        weight, gram, linear = scaled.get(part, (weight, gram, None))
+        if part not in scaled:
             many = [triangles(large)] if part == "cuts" else large * getattr(given, part)
             given = replace(given, **{part: many})
         if part in ("cuts", "product"):  # the matrix of such a part is indefinite
             given = replace(given, diagonal=given.diagonal * 20 * large)
-        assert 1 <= margin(given, LayerProblem(weight, gram, pattern, **more)) <= 500
+        problem = LayerProblem(weight, gram, pattern, linear=linear, assume_psd=part == "linear")
+        assert 1 <= margin(given, problem) <= 500
 
 
 @GROUPS

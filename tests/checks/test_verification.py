@@ -343,21 +343,21 @@ def test_a_penalty_on_what_is_not_chosen_hides_nothing(penalty):
             assert_refused(problem, replace(honest, mask=mask, **more), "row 0", require="checked")
 
 
-def test_whole_numbers_are_proven_where_the_best_is_nothing():
+def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before():
+    """Where the best is nothing; and within 1e-6 of 420 million, where there are a hundred values."""
     star = np.zeros((4, 4))
     star[0, 1:] = 1
-    problem = RowProblem.from_quadratic(star, select=2)
+    problem, scip = RowProblem.from_quadratic(star, select=2), {"presolve": False}
     for name, options in (
-        ("branch", {}), ("branch", {"proof": True}), ("scip", {}), ("scip", {"presolve": False}),
-    ):  # fmt: skip
+        ("branch", {}),
+        ("branch", {"proof": True}),
+        ("scip", {}),
+        ("scip", scip),
+    ):
         found = solve(problem, name, **options)
         verify(problem, found)
         assert found.status == (Status.OPTIMAL,)
         assert problem.posed(float(found.objective), float(found.lower_bound))[:2] == (0.0, 0.0)
-
-
-def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before():
-    """Within 1e-6 of 420 million there are a hundred values."""
     u = np.triu(np.random.default_rng(1).integers(0, 2, (14, 14)), 1) * 2.0
     problem = RowProblem.from_quadratic(u + u.T + np.diag(np.full(14, 6e7)), select=7)
     best, other = solve(problem, "branch", proof=True), solve(problem, "swap")

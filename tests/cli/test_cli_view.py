@@ -64,7 +64,7 @@ def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(width, screen, s
     assert note == "error 0.512 of the whole"
 
 
-def test_lines_are_few_and_say_what_is_done(screen, still):
+def test_lines_are_few_and_say_what_is_done(screen, still, tmp_path):
     stream = screen(80)
     with PlainView() as plain:
         for second in range(200):
@@ -84,6 +84,11 @@ def test_lines_are_few_and_say_what_is_done(screen, still):
     assert found[0]["what"] == "solve"
     assert found[-1]["done"] == found[-1]["total"] == 4
     assert {"seconds", "left"} <= set(found[0])
+    # an interrupted run says that nothing is left of it
+    stream = screen(80)
+    with pytest.raises(KeyboardInterrupt), prune.told_of_resume(tmp_path):
+        raise KeyboardInterrupt
+    assert "no block was finished; nothing of this run is kept" in stream.getvalue()
 
 
 def test_the_time_left_is_by_the_pace_since_work_began(still):
@@ -143,13 +148,6 @@ def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
         still.now += seconds
         show(BlockProgress(*step))
         assert kept.seen[-1]["part"] == pytest.approx(part)
-
-
-def test_an_interrupted_run_says_that_nothing_is_left_of_it(tmp_path, screen):
-    stream = screen(80)
-    with pytest.raises(KeyboardInterrupt), prune.told_of_resume(tmp_path):
-        raise KeyboardInterrupt
-    assert "no block was finished; nothing of this run is kept" in stream.getvalue()
 
 
 ODD = "a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
