@@ -1,4 +1,4 @@
-"""The command line, called from tests in their process: its result, or its status as from a shell."""
+"""The command line, called in the process of a test: its result, or status and words."""
 
 from __future__ import annotations
 

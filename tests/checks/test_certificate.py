@@ -1,5 +1,4 @@
-"""What a certificate proves is the formula's value less a margin for rounding; a forged one is refused; and
-files of certificates and solutions."""
+"""Certificates prove a formula's value less a margin for rounding; forged ones, and files."""
 
 import itertools
 import sys
@@ -40,7 +39,7 @@ def lost(certificate, problem):
 
 
 def margin(certificate, problem):
-    """What is lost, by 2n + 8 units of the last place of Σ|term| of g(p̂), every product written out."""
+    """What is lost, by 2n + 8 units in the last place of Σ|term| of g(p̂), in full."""
     w, point = problem.weight[0].double().abs(), certificate.point[0].abs()
     reach = point.view(-1, problem.group_size).sum(1) + problem.pruned_per_group
     size = (w * point) @ problem.gram.double().abs() @ (w * point)

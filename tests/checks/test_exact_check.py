@@ -102,7 +102,7 @@ def test_rounding_of_many_cuts_proves_nothing(tmp_path):
 
 @pytest.mark.parametrize("first", [0, *(pytest.param(k, marks=SLOW) for k in (50, 100, 150, 200))])
 def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
-    """250 of them: none proves more than the optimum, or than what it proves in exact arithmetic."""
+    """250 of them: none proves more than the optimum, or than it does in exact arithmetic."""
     # else verify tries all masks of a toy
     monkeypatch.setattr("maskopt.verification.ENUMERATION_LIMIT", 0)
     for seed in range(first, first + 50):

@@ -261,7 +261,7 @@ REFUSED = {
     "a leaf too many": (steps(LEAF, LEAF), "belongs to no node"),
     "an input that is fixed is branched on": (steps(3, 3, LEAF, LEAF, LEAF), "not free"),
     "a step where no mask is left": (
-        steps(AGAIN, 9, fixes=[8, 0], fixed=range(8), side=[1] * 8), "goes on where no mask is left",
+        steps(AGAIN, 9, fixes=[8, 0], fixed=range(8), side=[1] * 8), "goes on where no mask",
     ),
     "an input outside the row": (edit("branch", 0, to=14), "not free"),
     "no such sign for what follows": (edit("branch", 0, to=-3), "not free"),

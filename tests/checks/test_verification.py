@@ -1,4 +1,4 @@
-"""What verify refuses and which swaps improve, what an answer rests on, and how far a claim may be off."""
+"""What verify refuses, which swaps improve, what answers rest on, how far claims may be off."""
 
 import itertools
 from dataclasses import replace
@@ -171,7 +171,7 @@ def test_only_registered_exact_solvers_with_a_version_are_trusted(tmp_path):
 
 
 def claims(unit, off):
-    """Claims that are off by so much of their tolerance: what is refused of each, and its problem."""
+    """Claims that are off by so much of their tolerance: what is refused, and the problem."""
     problem, nothing = large(unit), cancelling(unit)
     worst, best = solve(problem, "worst"), solve(problem, "swap")
     lost = [rounding(problem, s.mask) for s in (worst, best)]
@@ -344,7 +344,7 @@ def test_a_penalty_on_what_is_not_chosen_hides_nothing(penalty):
 
 
 def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before():
-    """Where the best is nothing; and within 1e-6 of 420 million, where there are a hundred values."""
+    """Where the best is nothing; and within 1e-6 of 420 million, where a hundred values are."""
     star = np.zeros((4, 4))
     star[0, 1:] = 1
     problem, scip = RowProblem.from_quadratic(star, select=2), {"presolve": False}

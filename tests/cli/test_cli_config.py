@@ -139,7 +139,7 @@ option = functools.partial(edit, "fingerprint", "options")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (option("trust_remote_code", to=True), "sets `trust_remote_code`, which a manifest cannot set"),
+        (option("trust_remote_code", to=True), "`trust_remote_code`, which a manifest cannot set"),
         (option("model", to="other"), "sets `model`"),
         (option("output", to="elsewhere"), "sets `output`"),
         (option("calibration", to="/etc/passwd"), "sets `calibration`"),
@@ -148,7 +148,7 @@ option = functools.partial(edit, "fingerprint", "options")
         (option("counts", to="/etc/passwd"), "`counts` must be an object, not '/etc/passwd'"),
         (lambda m: m["fingerprint"].pop("calibration"), "holds no options of a prune"),
         (edit("fingerprint", to=[]), "holds no options of a prune"),
-        (edit("fingerprint", "calibration", "source", to="hf:../private"), "not the name of a data set"),
+        (edit("fingerprint", "calibration", "source", to="hf:../private"), "name of a data set"),
     ],
 )  # fmt: skip
 def test_a_manifest_sets_nothing_but_what_decides_the_result(

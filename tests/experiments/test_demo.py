@@ -1,4 +1,4 @@
-"""Tables of the demo, from hand-made records and from end to end, and those of the paper's script."""
+"""Tables of the demo, from hand-made records and end to end, and of the paper's script."""
 
 import json
 import math
