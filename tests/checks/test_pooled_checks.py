@@ -170,8 +170,8 @@ def test_a_swap_between_rows_that_improves_is_found(refit):
         for i in range(problem.rows)
         for j in range(problem.rows)
         if i != j
-        for u in [*mask[i].nonzero()[:3, 0].tolist(), swap.kept]
-        for p in [*(~mask[j]).nonzero()[:3, 0].tolist(), swap.pruned]
+        for u in [*mask[i].nonzero()[:2, 0].tolist(), swap.kept]
+        for p in [*(~mask[j]).nonzero()[:2, 0].tolist(), swap.pruned]
         if mask[i, u] and not mask[j, p]
     )
     assert best == pytest.approx(float(better.sum()))
