@@ -102,6 +102,9 @@ def test_rows_without_a_choice_have_a_tree_of_one_leaf(keep):
         assert not proof or [len(tree.form) for tree in found.proof.rows] == [1, 1]
     dead = LayerProblem(torch.zeros(1, 16), random_gram(16, "low-rank", 2), Unstructured(keep=15))
     assert proven(dead).status == (Status.OPTIMAL,)
+    # of twins, which all inputs are here, the first is pruned
+    check = TreeCheck(dead.under(Unstructured(keep=14)), 0, single(np.zeros(16), 0.0, np.zeros(16)))
+    assert [check._settle(but_for(16, i, 1)) for i in (1, 5)] == [True, False]
 
 
 def test_a_tree_is_the_same_every_time_and_survives_a_file(tmp_path):
