@@ -1,4 +1,4 @@
-"""The command line, called from tests: in this process, or as from a shell."""
+"""The command line, called in the process of a test: its result, or status and words."""
 
 from __future__ import annotations
 
@@ -34,14 +34,8 @@ def run(*arguments: object, fails: type[Exception] | None = None) -> str:
     return result.output
 
 
-def process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """As from a shell: a process of its own, with its status and what it says."""
-    command = [sys.executable, "-c", "from maskopt.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-
-
 def ended(*arguments: object, columns: int | None = None) -> subprocess.CompletedProcess[str]:
-    """What `process` gives, without the seconds that a process of its own takes to import all packages."""
+    """Status and words as from a shell, without the seconds of a process to import all packages."""
     words, status, out, err = [str(a) for a in arguments], 0, io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["maskopt", *words])

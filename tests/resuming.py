@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,13 @@ def interrupted(
     data = tokens() if data is None else data
     with pytest.raises(Stop):
         prune_model(dense, data, output=out, on_progress=stop, **{**OPTIONS, **options})
+
+
+def stop_at(count: int) -> Callable[[int, int], None]:
+    """An `on_progress` that interrupts the run when so many jobs are finished."""
+
+    def stop(done: int, total: int) -> None:
+        if done == count:
+            raise KeyboardInterrupt
+
+    return stop

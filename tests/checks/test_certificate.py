@@ -1,18 +1,20 @@
-"""What a certificate proves is the formula's value less a margin for rounding; a forged one is refused."""
+"""Certificates prove a formula's value less a margin for rounding; forged ones, and files."""
 
 import itertools
+import sys
 from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from certificates import PATTERNS, certificate, exact, formula, layer, triangles, unclamped
+from certificates import PATTERNS, certificate, exact, layer, triangles, unclamped
 from strategies import random_gram, random_weight
 
-from maskopt import LayerProblem, Status, Unstructured, lower_bound, solve
+from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
 from maskopt.certificate import Certificate, Cuts, _check_row, _shared_slacks, missing
-from maskopt.errors import ProblemError, VerificationError
+from maskopt.errors import OptionError, ProblemError, VerificationError
+from maskopt.exact_check import _form, exact_bounds, rational, semidefinite
 from maskopt.files import write_arrays
 from maskopt.linear import Linear
 
@@ -31,20 +33,13 @@ def rand(*shape):
     return torch.rand(*shape, dtype=torch.float64)
 
 
-def least_eigenvalue(certificate, problem, row):
-    """Of the matrix of g's quadratic form."""
-    g, n = formula(certificate, problem, row), problem.n
-
-    def at(*chosen):
-        return g([Fraction(chosen.count(i)) for i in range(n)])
-
-    single = [at(i) - at() for i in range(n)]
-    a = [[float(at(i, j) - at() - single[i] - single[j]) / 2 for j in range(n)] for i in range(n)]
-    return float(np.linalg.eigvalsh(np.array(a))[0])
+def lost(certificate, problem):
+    """Of the first row's bound, by margins and by what its matrix lacks."""
+    return float(exact(certificate, problem, 0) - Fraction(unclamped(certificate, problem, 0)))
 
 
-def sizes(certificate, problem):
-    """Σ|term| of g(p̂) of a row, every product written out: what float64 sums may lose a part of."""
+def margin(certificate, problem):
+    """What is lost, by 2n + 8 units in the last place of Σ|term| of g(p̂), in full."""
     w, point = problem.weight[0].double().abs(), certificate.point[0].abs()
     reach = point.view(-1, problem.group_size).sum(1) + problem.pruned_per_group
     size = (w * point) @ problem.gram.double().abs() @ (w * point)
@@ -54,104 +49,98 @@ def sizes(certificate, problem):
     size += certificate.cuts[0].multiplier.sum() * (3 * (2 * point.max() + 1) ** 2 + 1)
     if problem.linear is not None:
         size += 2 * (problem.linear.correlation[0].abs() * w) @ point + problem.linear.constant[0]
-    return float(size)
-
-
-def lost(certificate, problem, row=0):
-    return float(exact(certificate, problem, row) - Fraction(unclamped(certificate, problem, row)))
+    return lost(certificate, problem) / ((2 * problem.n + 8) * U * float(size))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("cuts", [False, True])
-@pytest.mark.parametrize("product", [False, True])
-@pytest.mark.parametrize("linear", [False, True])
-def test_the_value_is_the_formulas(pattern, product, cuts, linear):
-    problem = layer(pattern, linear=linear)
-    given = certificate(problem, product=product, cuts=cuts)
-    for row in range(problem.rows):
-        true, found = float(exact(given, problem, row)), unclamped(given, problem, row)
-        assert found == pytest.approx(true, rel=1e-11)
-        assert found <= true
+def test_the_value_is_the_formulas(pattern):
+    """In float64 less a margin, and in rational arithmetic but for a θ that is rounding alone."""
+    for product, cuts, linear in itertools.product((False, True), repeat=3):
+        problem = layer(pattern, linear=linear)
+        given = certificate(problem, product=product, cuts=cuts)
+        for row, decided in enumerate(exact_bounds(problem, given)):
+            true, found = exact(given, problem, row), unclamped(given, problem, row)
+            assert found == pytest.approx(float(true), rel=1e-11)
+            assert found <= true
+            assert 0 <= max(true, 0) - decided <= max(true, 1) / 10**9
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("far", [0.5, 30.0])
 @pytest.mark.parametrize(
     "part", ["weight", "gram", "small gram", "linear", "diagonal", "penalty", "product", "cuts"]
 )
-def test_the_margin_covers_the_rounding_of_every_part(part, far, pattern):
-    """n + n terms in a row lose up to 2n·u of their sizes, whichever part is the large one."""
-    problem, large = layer(pattern, rows=1), 1e6
-    given = certificate(problem, product=True, cuts=True)
-    given = replace(given, diagonal=ones(1, 8), point=far * rand(1, 8), penalty=given.penalty.abs())
-    weight, gram = problem.weight, problem.gram
-    if part == "weight":
-        problem = LayerProblem(large * weight.abs() * ALTERNATING, gram, pattern)
-    elif part == "gram":
-        problem = LayerProblem(weight, large * gram, pattern)
-    elif part == "small gram":
-        problem = LayerProblem(large * weight, gram / large, pattern)
-    elif part == "linear":
+def test_the_margin_covers_the_rounding_of_every_part(part):
+    """Whichever is the large one."""
+    for pattern, far in itertools.product(PATTERNS, (0.5, 30.0)):
+        problem, large = layer(pattern, rows=1), 1e6
+        given = certificate(problem, product=True, cuts=True)
+        own = {"diagonal": ones(1, 8), "point": far * rand(1, 8), "penalty": given.penalty.abs()}
+        given = replace(given, **own)
+        weight, gram = problem.weight, problem.gram
         linear = Linear(large * (1 + rand(1, 8)) * ALTERNATING, large * ones(1))
-        problem = LayerProblem(weight, gram, pattern, linear=linear, assume_psd=True)
-    else:
-        many = [triangles(large)] if part == "cuts" else large * getattr(given, part)
-        given = replace(given, **{part: many})
-    if part in ("cuts", "product"):  # the matrix of such a part is indefinite
-        given = replace(given, diagonal=given.diagonal * 20 * large)
-    size, terms = sizes(given, problem), 2 * problem.n + 8
-    assert terms * U * size <= lost(given, problem) <= 500 * terms * U * size
+        scaled = {
+            "weight": (large * weight.abs() * ALTERNATING, gram, None),
+            "gram": (weight, large * gram, None),
+            "small gram": (large * weight, gram / large, None),
+            "linear": (weight, gram, linear),
+        }
+        weight, gram, linear = scaled.get(part, (weight, gram, None))
+        if part not in scaled:
+            many = [triangles(large)] if part == "cuts" else large * getattr(given, part)
+            given = replace(given, **{part: many})
+        if part in ("cuts", "product"):  # the matrix of such a part is indefinite
+            given = replace(given, diagonal=given.diagonal * 20 * large)
+        problem = LayerProblem(weight, gram, pattern, linear=linear, assume_psd=part == "linear")
+        assert 1 <= margin(given, problem) <= 500
 
 
 @GROUPS
-@pytest.mark.parametrize("cuts", [False, True])
-def test_a_certificate_of_a_rows_own_form_proves_as_much_of_the_row(pattern, cuts):
+def test_a_certificate_of_a_rows_own_form_proves_as_much_of_the_row(pattern):
     """Where the linear part is within Q, and where it is apart from it, by the formula of each."""
     problem = layer(pattern, rows=1, linear=True)
     form = LayerProblem(ones(1, 8), problem.row(0).q(), pattern, assume_psd=True)
-    given = certificate(form, cuts=cuts)
-    apart, within = given.of_linear(problem), float(exact(given, form, 0))
-    assert float(exact(apart, problem, 0)) == pytest.approx(within, rel=1e-10)
-    assert unclamped(apart, problem, 0) == pytest.approx(within, rel=1e-9)
-    assert given.of_linear(layer(pattern)) is given
+    for cuts in (False, True):
+        given = certificate(form, cuts=cuts)
+        apart, within = given.of_linear(problem), float(exact(given, form, 0))
+        assert float(exact(apart, problem, 0)) == pytest.approx(within, rel=1e-10)
+        assert unclamped(apart, problem, 0) == pytest.approx(within, rel=1e-9)
+        assert given.of_linear(layer(pattern)) is given
 
 
 @GROUPS
-@pytest.mark.parametrize("part", ["weight", "penalty"])
-def test_the_margin_stands_alone_where_p_is_the_best_mask(part, pattern):
+def test_the_margin_stands_alone_where_p_is_the_best_mask(pattern):
     """There more of every λ costs nothing, so that nothing but the margin is lost."""
     size, pruned = pattern.group_size(8), pattern.pruned_per_group(8)
     point = (torch.arange(8) % size < pruned).double()[None]
-    weight = (10.0 - 9.0 * point) * (1e6 if part == "weight" else 1.0)
-    problem = LayerProblem(weight, EYE, pattern)
     zero = 0 * ones(1, 8 // size, 8)
-    penalty = zero[..., 0] + (1e6 if part == "penalty" else 0.0)
-    given = Certificate(-0.5 * weight.square(), penalty, point, zero, [triangles(0.0)])
-    assert exact(given, problem, 0) == Fraction(float(problem.objective(point == 0)))
-    size, terms = sizes(given, problem), 2 * problem.n + 8
-    assert terms * U * size <= lost(given, problem) <= 5000 * terms * U * size
+    for large_weight, large_penalty in ((1e6, 0.0), (1.0, 1e6)):
+        weight = (10.0 - 9.0 * point) * large_weight
+        problem, penalty = LayerProblem(weight, EYE, pattern), zero[..., 0] + large_penalty
+        given = Certificate(-0.5 * weight.square(), penalty, point, zero, [triangles(0.0)])
+        assert exact(given, problem, 0) == Fraction(float(problem.objective(point == 0)))
+        assert 1 <= margin(given, problem) <= 5000
 
 
-@GROUPS
 @pytest.mark.parametrize("part", ["gram", "diagonal", "penalty", "product", "cuts"])
-def test_what_a_matrix_lacks_is_paid_for(part, pattern):
+def test_what_a_matrix_lacks_is_paid_for(part):
     """At p̂ = ½ a θ more of every λ costs θ·n/4; whichever part makes A indefinite."""
-    problem = layer(pattern, rows=1)
-    if part == "gram":
-        problem = LayerProblem(problem.weight, problem.gram - 3 * EYE, pattern, assume_psd=True)
-    groups = 8 // problem.group_size
-    parts = {"diagonal": 0 * ones(1, 8), "penalty": 0 * ones(1, groups)}
-    parts["product"] = 0 * ones(1, groups, 8)
-    if part == "product":
-        parts[part] += 1 + rand(1, groups, 8)
-    elif part in parts:
-        parts[part] = 30 * (rand(*parts[part].shape) - 1)
-    cuts = [triangles(30.0) if part == "cuts" else triangles()]
-    given = Certificate(point=0.5 * ones(1, 8), cuts=cuts, **parts)
-    lacks, paid = -least_eigenvalue(given, problem, 0), lost(given, problem) / (8 / 4)
-    assert lacks > 0.01
-    assert lacks * (1 - 1e-12) <= paid
-    assert paid == pytest.approx(lacks, rel=1e-9)
+    for pattern in PATTERNS[:3]:
+        problem = layer(pattern, rows=1)
+        if part == "gram":
+            problem = LayerProblem(problem.weight, problem.gram - 3 * EYE, pattern, assume_psd=True)
+        groups = 8 // problem.group_size
+        shapes = {"diagonal": (1, 8), "penalty": (1, groups), "product": (1, groups, 8)}
+        parts = {name: 0 * ones(*shape) for name, shape in shapes.items()}
+        if part == "product":
+            parts[part] += 1 + rand(1, groups, 8)
+        elif part in parts:
+            parts[part] = 30 * (rand(*parts[part].shape) - 1)
+        cuts = [triangles(30.0) if part == "cuts" else triangles()]
+        given = Certificate(point=0.5 * ones(1, 8), cuts=cuts, **parts)
+        matrix, paid = _form(given, problem, 0).matrix, lost(given, problem) / (8 / 4)
+        lacks = -float(np.linalg.eigvalsh(matrix.astype(float))[0])
+        assert lacks > 0.01
+        assert lacks * (1 - 1e-12) <= paid
+        assert paid == pytest.approx(lacks, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["zero", "singular", "barely", "indefinite", "negative"])
@@ -170,44 +159,30 @@ def test_what_is_missing_to_semidefinite_is_added_with_its_margin(n, kind):
     # the shifts that are tried lie a factor of 100 apart, up to where an eigenvalue takes over
     often = 100 if kind == "barely" else 1.01
     assert added <= often * max(0.0, -least) + 50 * n * U * (trace + norm) + 1e-250
-    assert n > 6 or positive_definite([[Fraction(float(v)) for v in r] for r in a + added * eye])
+    assert n > 6 or semidefinite(rational(a + added * eye))
 
 
-def positive_definite(a):
-    """LDLᵀ in rational numbers (semidefinite where a pivot and its column are 0)."""
-    while a:
-        pivot, *rest = a[0]
-        if pivot < 0 or (pivot == 0 and any(rest)):
-            return False
-        a = [
-            [v - line[0] * r / (pivot or 1) for v, r in zip(line[1:], rest, strict=True)]
-            for line in a[1:]
-        ]
-    return True
-
-
-@pytest.mark.parametrize("zero", [False, True])
 @GROUPS
-def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern, zero):
+def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern):
     problem = layer(pattern, rows=4)
     weight = problem.weight.clone()
     weight[0, 0], weight[1] = 1e-3, weight[1] + 2
-    if zero:
-        weight[:, 3] = 0
-        weight[2, 5] = 0
-    problem = LayerProblem(weight, problem.gram, pattern)
-    diagonal, penalty = weight.square() * rand(4, 8), rand(4, 8 // problem.group_size)
-    point = lower_bound(problem, "box").certificate.point
-    given = Certificate(0.2 * diagonal, 0.1 * penalty, point)
-    shared = _shared_slacks(given, problem)[0]
-    assert shared is not None
-    together = given.check(problem)
-    for row in range(4):
-        value = float(_check_row(given, problem, problem.gram, row, shared))
-        true = float(exact(given, problem, row))
-        assert value == pytest.approx(true, rel=1e-9)
-        assert value <= true
-        assert float(together[row]) == max(0.0, value)
+    zero = weight.clone()
+    zero[:, 3] = zero[2, 5] = 0
+    for some in (weight, zero):
+        problem = LayerProblem(some, problem.gram, pattern)
+        diagonal, penalty = some.square() * rand(4, 8), rand(4, 8 // problem.group_size)
+        point = lower_bound(problem, "box").certificate.point
+        given = Certificate(0.2 * diagonal, 0.1 * penalty, point)
+        shared = _shared_slacks(given, problem)[0]
+        assert shared is not None
+        together = given.check(problem)
+        for row in range(4):
+            value = float(_check_row(given, problem, problem.gram, row, shared))
+            true = float(exact(given, problem, row))
+            assert value == pytest.approx(true, rel=1e-9)
+            assert value <= true
+            assert float(together[row]) == max(0.0, value)
 
 
 @pytest.mark.parametrize("parts", [{}, {"product": True, "cuts": True}], ids=["plain", "all"])
@@ -243,22 +218,6 @@ def test_what_all_rows_lack_is_paid_for_by_their_weights():
         assert paid == pytest.approx(shared * float(weight[row].square().sum()) / 4, rel=1e-3)
 
 
-def test_weights_and_gram_of_float32_are_widened():
-    wide = layer(rows=2)
-    narrow = LayerProblem(wide.weight.float(), wide.gram.float(), wide.pattern)
-    wide = LayerProblem(narrow.weight.double(), narrow.gram.double(), wide.pattern)
-    plain, full = certificate(wide), certificate(wide, product=True, cuts=True)
-    point = lower_bound(wide, "box").certificate.point
-    near = Certificate(0.01 * full.diagonal, full.penalty.abs(), point)
-    assert bool((near.check(wide) > 0).any())
-    for given in (plain, full, near):
-        assert torch.equal(given.check(narrow), given.check(wide))
-        for row in range(2):
-            assert unclamped(given, narrow, row) == unclamped(given, wide, row)
-            one = given.take([row])
-            assert torch.equal(one.check(wide.row(row)), one.check(wide.take([row])))
-
-
 @pytest.mark.parametrize("part", ["one row's diagonal", "a penalty", "no weight", "a product"])
 def test_duals_that_lift_the_bound_above_the_optimum_pay_for_it(part):
     """Each would prove too much if its matrix were taken for semidefinite."""
@@ -284,15 +243,24 @@ def same(a, b):
     assert list(a.cuts or [None] * 3) == list(b.cuts or [None] * 3)
 
 
-def test_the_rows_of_a_certificate_are_taken_stacked_and_chosen():
+def test_rows_are_taken_stacked_chosen_and_widened():
     problem = layer(rows=3)
+    narrow = LayerProblem(problem.weight.float(), problem.gram.float(), problem.pattern)
+    problem = LayerProblem(narrow.weight.double(), narrow.gram.double(), problem.pattern)
     full, plain = certificate(problem, product=True, cuts=True), certificate(problem)
-    cut = replace(full, product=None)
-    for whole in (full, plain, cut):
+    cut, point = replace(full, product=None), lower_bound(problem, "box").certificate.point
+    near = Certificate(0.01 * full.diagonal, full.penalty.abs(), point)
+    assert bool((near.check(problem) > 0).any())
+    for whole, shared in ((full, False), (plain, True), (cut, False), (near, True)):
         same(Certificate.stack([whole.take([0]), whole.take([1, 2])]), whole)
         assert torch.equal(whole.take([2, 0]).point, whole.point[[2, 0]])
-        found = whole.take([2, 0]).check(problem.take([2, 0]))
-        assert whole is plain or torch.equal(found, whole.check(problem)[[2, 0]])
+        found, every = whole.take([2, 0]).check(problem.take([2, 0])), whole.check(problem)
+        assert shared or torch.equal(found, every[[2, 0]])  # else by another factorisation
+        assert torch.equal(whole.check(narrow), every)
+        for row in range(3):
+            assert unclamped(whole, narrow, row) == unclamped(whole, problem, row)
+            one = whole.take([row])
+            assert torch.equal(one.check(problem.row(row)), one.check(problem.take([row])))
     mixed = Certificate.stack([plain.take([1, 2]), full.take([0])])
     assert mixed.cuts[:2] == [None, None]
     assert mixed.cuts[2] is full.cuts[0]
@@ -304,11 +272,8 @@ def test_the_rows_of_a_certificate_are_taken_stacked_and_chosen():
             assert torch.equal(mixed.point[row], source.point[row])
             known = unclamped(source, problem, row)
             assert unclamped(mixed, problem, row) == pytest.approx(known, rel=1e-12)
-    point = plain.point.float()
-    same(
-        Certificate.box(problem, point),
-        Certificate(0 * ones(3, 8), 0 * ones(3, 2), point.double()),
-    )
+    zero, point = 0 * ones(3, 8), point.float()
+    same(Certificate.box(problem, point), Certificate(zero, zero[:, :2], point.double()))
 
 
 def test_rows_that_lack_more_together_are_checked_one_by_one():
@@ -327,6 +292,7 @@ def test_rows_that_lack_more_together_are_checked_one_by_one():
 
 TAU = ones(2)
 GOOD = Cuts(torch.tensor([[-1, 0, 7], [3, 2, 1]]), torch.tensor([[1, -1], [-1, -1]]), TAU)
+NO_CUTS = Cuts(GOOD.index[:0], GOOD.sign[:0], TAU[:0])
 
 
 def index(*first, then=(3, 2, 1)):
@@ -334,27 +300,10 @@ def index(*first, then=(3, 2, 1)):
 
 
 def five(*then, sign=(1, 1, 1, -1)):
-    return {
-        "index": torch.tensor([[0, 1, 2, 3, 4], then]),
-        "sign": torch.tensor([[1, -1, 1, 1], sign]),
-    }
+    cut = torch.tensor([[0, 1, 2, 3, 4], then])
+    return {"index": cut, "sign": torch.tensor([[1, -1, 1, 1], sign])}
 
 
-FORGED = [
-    ("diagonal", lambda c: c.diagonal.float(), "diagonal must be float64"),
-    ("diagonal", lambda c: c.diagonal[:1], "diagonal must be float64"),
-    ("diagonal", lambda c: c.diagonal[:, :7], "diagonal must be float64"),
-    ("penalty", lambda c: c.penalty.float(), "penalty must be float64"),
-    ("penalty", lambda c: c.penalty[:, :1], "penalty must be float64"),
-    ("point", lambda c: c.point[:, :1], "point must be float64"),
-    ("point", lambda c: c.point / (torch.arange(8) != 3), "point holds NaN or infinite"),
-    ("penalty", lambda c: c.penalty / torch.tensor([0.0, 1.0]), "penalty holds NaN or inf"),
-    ("product", lambda c: 0 * ones(2, 8, 2), "product must be float64"),
-    ("product", lambda c: torch.zeros(2, 2, 8), "product must be float64"),
-    ("product", lambda c: torch.nan * ones(2, 2, 8), "product holds NaN"),
-    ("cuts", lambda c: [GOOD], "1 cut lists for 2 rows"),
-    ("cuts", lambda c: [None, GOOD, GOOD], "3 cut lists for 2 rows"),
-]
 #: cuts that are no inequalities of all masks
 FORGED_CUTS = {
     "wrong shape or type": [
@@ -384,83 +333,162 @@ FORGED_CUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("part", "forge", "message"), FORGED)
-def test_tensors_that_do_not_fit_are_named(part, forge, message):
+def test_tensors_and_cuts_that_do_not_fit_are_named():
     problem = layer()
     given = certificate(problem)
-    with pytest.raises(VerificationError, match=message):
-        replace(given, **{part: forge(given)}).check(problem)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"), [(c, message) for message, cs in FORGED_CUTS.items() for c in cs]
-)
-@pytest.mark.parametrize("row", [0, 1])
-def test_cuts_that_are_no_inequalities_of_all_masks_are_refused(changes, message, row):
-    problem, cuts = layer(), [None, None]
-    cuts[row] = replace(GOOD, **changes)
-    with pytest.raises(VerificationError, match=rf"row {row} .*{message}"):
-        replace(certificate(problem), cuts=cuts).check(problem)
-
-
-def test_every_whole_number_and_a_multiplier_of_zero_make_a_cut():
-    problem = layer()
-    given = certificate(problem)
-    lists = [[Cuts(GOOD.index[:0], GOOD.sign[:0], TAU[:0])] * 2]
+    d, mu, p = given.diagonal, given.penalty, given.point
+    bad = {
+        "diagonal must be float64": [{"diagonal": x} for x in (d.float(), d[:1], d[:, :7])],
+        "penalty must be float64": [{"penalty": x} for x in (mu.float(), mu[:, :1])],
+        "point must be float64": [{"point": p[:, :1]}],
+        "point holds NaN or infinite": [{"point": p / (torch.arange(8) != 3)}],
+        "penalty holds NaN or inf": [{"penalty": mu / torch.tensor([0.0, 1.0])}],
+        "product must be float64": [
+            {"product": 0 * ones(2, 8, 2)},
+            {"product": torch.zeros(2, 2, 8)},
+        ],
+        "product holds NaN": [{"product": torch.nan * ones(2, 2, 8)}],
+        "1 cut lists for 2 rows": [{"cuts": [GOOD]}],
+        "3 cut lists for 2 rows": [{"cuts": [None, GOOD, GOOD]}],
+    }
+    refused = [(changes, message) for message, every in bad.items() for changes in every]
+    for message, every in FORGED_CUTS.items():
+        for cuts in (replace(GOOD, **changes) for changes in every):
+            refused.append(({"cuts": [cuts, None]}, f"row 0 .*{message}"))
+            refused.append(({"cuts": [None, cuts]}, f"row 1 .*{message}"))
+    for changes, message in refused:
+        with pytest.raises(VerificationError, match=message):
+            replace(given, **changes).check(problem)
+    # every whole number and a multiplier of 0 make a cut
+    lists = [[NO_CUTS] * 2]
     for kind in (torch.int8, torch.int16, torch.int32, torch.int64):
         lists.append([Cuts(GOOD.index.to(kind), GOOD.sign.to(kind), 0 * TAU), None])
     for cuts in lists:
         torch.testing.assert_close(replace(given, cuts=cuts).check(problem), given.check(problem))
 
 
-@pytest.mark.parametrize("size", [1e100, 1e160, 1e300])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("part", ["diagonal", "penalty", "point", "product", "cuts"])
-def test_numbers_near_the_end_of_float64_prove_nothing_and_break_nothing(part, sign, size):
+def test_numbers_near_the_end_of_float64_prove_nothing_and_break_nothing():
     problem = layer()
-    given = certificate(problem, product=True)
-    if part == "cuts":
-        huge = [replace(GOOD, multiplier=TAU * size), None]
+    given, best = certificate(problem, product=True), solve(problem, "exhaustive").objective
+    for size, sign in itertools.product((1e100, 1e160, 1e300), (1.0, -1.0)):
+        parts = ("diagonal", "penalty", "point", "product")
+        huge = {part: torch.full_like(getattr(given, part), sign * size) for part in parts}
+        huge["cuts"] = [replace(GOOD, multiplier=TAU * size), None]
+        for part, array in huge.items():
+            value = replace(given, **{part: array}).check(problem)
+            assert bool(((value >= 0) & (value <= best)).all()), (part, size, sign)
+
+
+# files
+
+#: too many masks to enumerate
+LAYER = LayerProblem(random_weight(3, 40, 1), random_gram(40, "full", 7), NM(keep=2, of=4))
+
+
+@pytest.fixture(scope="module")
+def relaxed():
+    return solve(LAYER, "relax")
+
+
+@pytest.mark.parametrize("kind", ["swap", "relax", "branch", "cuts"])
+def test_a_solution_and_its_certificate_are_read_as_written(kind, tmp_path):
+    problem, path = LAYER.take([0]) if kind == "branch" else LAYER, tmp_path / "s.npz"
+    if kind == "cuts":
+        cuts, mask = lower_bound(problem, "sdp", cuts=1), solve(problem, "wanda").mask
+        more = {"lower_bound": cuts.value, "certificate": cuts.certificate}
+        solution = Solution.of(problem, mask, **more)
     else:
-        huge = torch.full_like(getattr(given, part), sign * size)
-    value = replace(given, **{part: huge}).check(problem)
-    assert bool((value <= solve(problem, "exhaustive").objective).all())
-    assert bool((value >= 0).all())
+        solution = solve(problem, kind, **({"node_limit": 1} if kind == "branch" else {}))
+    solution.save(path)
+    read = Solution.load(path)
+    for what in ("mask", "objective", "lower_bound"):
+        assert torch.equal(getattr(read, what), getattr(solution, what)), what
+    for what in ("status", "solver", "trusted"):
+        assert getattr(read, what) == getattr(solution, what), what
+    assert read.seconds == pytest.approx(solution.seconds, nan_ok=True)
+    assert type(read.trace) is type(solution.trace)
+    assert read.columns().keys() == solution.columns().keys()
+    assert str(read.columns()) == str(solution.columns())  # NaN is not equal to itself
+    assert verify(problem, read).basis == verify(problem, solution).basis
+    if kind in ("relax", "cuts"):
+        solution.certificate.save(path)
+        known = solution.certificate.check(problem)
+        assert torch.equal(Certificate.load(path).check(problem), known)
 
 
-@pytest.mark.parametrize("cuts", ["none", "absent", "some", "empty"])
-def test_a_certificate_comes_back_from_disk_and_proves_the_same(cuts, tmp_path):
+def test_files_that_are_damaged_or_lack_a_part_are_named(relaxed, tmp_path):
+    path = tmp_path / "s.npz"
+    for kind, whole, other in (
+        (Solution, relaxed, relaxed.certificate),
+        (Certificate, relaxed.certificate, relaxed),
+    ):
+        whole.save(path)
+        other.save(tmp_path / "other.npz")
+        data = path.read_bytes()
+        damaged = {
+            "cut": data[: len(data) // 2],
+            "empty": b"",
+            "text": b"not a file of this kind",
+            "flipped": bytes([*data[:-200], *(byte ^ 255 for byte in data[-200:])]),
+        }
+        refused = {name: name for name in damaged}
+        for name, content in damaged.items():
+            (tmp_path / name).write_bytes(content)
+        refused |= {"nowhere.npz": "no such file", "other.npz": f"not a {kind.__name__.lower()}"}
+        for name, message in refused.items():
+            with pytest.raises(ProblemError, match=message):
+                kind.load(tmp_path / name)
+    relaxed.save(path)
+    for part in ("mask", "lower_bound", "certificate.point"):
+        with np.load(path) as archive:
+            parts = {name: archive[name] for name in archive.files if name != part}
+        np.savez(tmp_path / "less.npz", **parts)
+        with pytest.raises(ProblemError, match="not a sound"):
+            Solution.load(tmp_path / "less.npz")
+    replace(relaxed, lower_bound=relaxed.objective).save(path)  # sound, and not true
+    with pytest.raises(VerificationError, match="its certificate proves"):
+        verify(LAYER, Solution.load(path))
+
+
+def test_columns_and_frames_have_a_line_a_row(monkeypatch):
+    solution = solve(LAYER, "swap")
+    columns = solution.columns()
+    assert {len(column) for column in columns.values()} == {3}
+    assert columns["status"] == ["swap-optimal"] * 3
+    assert columns["swaps"] == solution.trace.swaps.tolist()
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(OptionError, match="pandas"):
+        solution.to_frame()
+    monkeypatch.undo()
+    pandas = pytest.importorskip("pandas")
+    frame = solution.to_frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame.columns) == list(columns)
+    assert frame["objective"].tolist() == solution.objective.tolist()
+
+
+def test_a_certificate_comes_back_from_disk_and_proves_the_same(tmp_path):
     problem = layer(rows=3)
-    nothing = Cuts(GOOD.index[:0], GOOD.sign[:0], TAU[:0])
-    lists = {"absent": [None] * 3, "some": [None, triangles(), GOOD], "empty": [nothing] * 3}
-    given = replace(certificate(problem, product=True), cuts=lists.get(cuts))
-    given.save(tmp_path / "c.npz")
-    read = Certificate.load(tmp_path / "c.npz")
-    assert torch.equal(read.product, given.product)
-    for row in range(3):
-        assert unclamped(read, problem, row) == unclamped(given, problem, row)
-    assert torch.equal(read.check(problem), given.check(problem))
+    for cuts in (None, [None] * 3, [None, triangles(), GOOD], [NO_CUTS] * 3):
+        given = replace(certificate(problem, product=True), cuts=cuts)
+        given.save(tmp_path / "c.npz")
+        read = Certificate.load(tmp_path / "c.npz")
+        assert torch.equal(read.product, given.product)
+        for row in range(3):
+            assert unclamped(read, problem, row) == unclamped(given, problem, row)
+        assert torch.equal(read.check(problem), given.check(problem))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_a_file_of_another_making_is_named(tmp_path):
+    parts = {"diagonal": np.zeros((2, 8)), "penalty": np.zeros((2, 2)), "point": np.zeros((2, 8))}
+    cuts = {f"cut_{name}": array.numpy() for name, array in vars(GOOD).items()}
+    counts = (["1", "1"], [3, -1], [[1], [1]], [1.0, 1.0], [1, 7])
+    for changes in (
         {"diagonal": np.array(["a"])},
         {"diagonal": np.zeros((2, 8), ">f8")},
-        {"cut_count": np.array([1, 1]), "cut_index": None},
-        *(
-            {"cut_count": np.array(x)}
-            for x in (["1", "1"], [3, -1], [[1], [1]], [1.0, 1.0], [1, 7])
-        ),
-    ],
-    ids=str,
-)
-def test_a_file_of_another_making_is_named(changes, tmp_path):
-    arrays = {"diagonal": np.zeros((2, 8)), "penalty": np.zeros((2, 2)), "point": np.zeros((2, 8))}
-    if "cut_count" in changes and "cut_index" not in changes:
-        for name, array in vars(GOOD).items():
-            arrays[f"cut_{name}"] = array.numpy()
-    arrays |= {name: array for name, array in changes.items() if array is not None}
-    write_arrays(tmp_path / "c.npz", "certificate", {}, arrays)
-    with pytest.raises(ProblemError, match=r"c\.npz: not a sound (certificate|file)"):
-        Certificate.load(tmp_path / "c.npz")
+        {"cut_count": np.array([1, 1])},
+        *({**cuts, "cut_count": np.array(count)} for count in counts),
+    ):
+        write_arrays(tmp_path / "c.npz", "certificate", {}, parts | changes)
+        with pytest.raises(ProblemError, match=r"c\.npz: not a sound (certificate|file)"):
+            Certificate.load(tmp_path / "c.npz")

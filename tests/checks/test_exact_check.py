@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from certificates import certificate, exact, layer, single
+from certificates import layer, single
 from commands import run
 from strategies import random_gram, random_linear, random_weight
 
@@ -20,7 +20,7 @@ from maskopt.least_squares import Refit
 from maskopt.proof import Proof
 from maskopt.proof_check import check_proof
 
-PATTERNS = pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(keep=2, of=4)], ids=str)
+SLOW = pytest.mark.slow
 
 
 def many_cuts(groups, size, copies, part=0.99):
@@ -53,7 +53,7 @@ def forged_tree(problem, honest, size, copies, part=0.99):
     return single(np.full(problem.n, -2 * size), 2 * size, honest.point[0].numpy(), cuts)
 
 
-def one_of_two(n=8, seed=0):
+def one_of_two(n, seed):
     weight, gram = random_weight(1, n, seed, torch.float64), random_gram(n, "full", seed + 1)
     return LayerProblem(weight, gram, NM(keep=1, of=2))
 
@@ -71,42 +71,45 @@ def toy(n, seed):
     return problem, honest, min(costs), Solution.of(problem, costs[max(costs)])
 
 
-@pytest.mark.slow
-def test_rounding_of_many_cuts_proves_nothing_for_a_certificate():
-    problem = one_of_two(32, seed=4)
-    best = solve(problem, "branch", workers=0)
+def test_rounding_of_many_cuts_proves_nothing(tmp_path):
+    """By the library and by the command."""
+    problem, honest, optimum, _ = toy(8, 4)
+    tree = forged_tree(problem, honest, 2.0**41, 40_000)
+    assert Fraction(float(check_proof(problem, Proof([tree])))) <= optimum
+    problem, instance = one_of_two(32, seed=4), tmp_path / "row.npz"
+    problem.save(instance)
+    best = solve(problem, "branch", proof=True, workers=0)
     starts = (solve(problem, "random", seed=seed).mask for seed in range(12))
     found = (solve(problem, "swap", start=start) for start in starts)
     other = next(s for s in found if float(s.objective) > 1.01 * float(best.objective))
     honest = lower_bound(problem, "box").certificate
-    forged = forged_certificate(problem, honest, [0], 2.0**36, 1_000_000)
+    forged = forged_certificate(problem, honest, [0], 2.0**37, 500_000)
     more = {"lower_bound": other.objective, "certificate": forged}
     claim = Solution.of(problem, other.mask, status=Status.OPTIMAL, **more)
     for require in ("claims", "exact"):
         with pytest.raises(VerificationError, match="lower bound: row 0 states"):
             verify(problem, claim, require=require)
     assert bool((forged.check(problem) <= best.objective).all())
+    best.save(tmp_path / "best.npz")
+    said = run("verify", instance, tmp_path / "best.npz", "--exact")
+    assert "holds: 1 row checked, decided in exact arithmetic" in said
+    # a bound above what the tree proves
+    off = replace(best, status=(Status.FEASIBLE,), lower_bound=best.lower_bound * (1 + 1e-8))
+    off.save(tmp_path / "off.npz")
+    run("verify", instance, tmp_path / "off.npz", "--exact", fails=VerificationError)
+    run("verify", tmp_path, "--exact", fails=OptionError)
 
 
-def test_rounding_of_many_cuts_proves_nothing_for_a_tree():
-    problem, honest, optimum, _ = toy(8, 4)
-    tree = forged_tree(problem, honest, 2.0**40, 100_000)
-    assert Fraction(float(check_proof(problem, Proof([tree])))) <= optimum
-    assert exact_bounds(problem, trees=[tree])[0] <= optimum
-
-
-@pytest.mark.parametrize(
-    "first", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(100, 1000, 100))]
-)
+@pytest.mark.parametrize("first", [0, *(pytest.param(k, marks=SLOW) for k in (50, 100, 150, 200))])
 def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
-    """1,000 of them: none proves more than the optimum, or than what it proves in exact arithmetic."""
+    """250 of them: none proves more than the optimum, or than it does in exact arithmetic."""
     # else verify tries all masks of a toy
     monkeypatch.setattr("maskopt.verification.ENUMERATION_LIMIT", 0)
-    for seed in range(first, first + 100):
+    for seed in range(first, first + 50):
         generator = np.random.default_rng(seed)
         problem, honest, optimum, poor = toy(int(generator.choice([4, 6, 8])), 1 + seed % 4)
         size = 2.0 ** generator.integers(0, 60)
-        copies = int(generator.choice([3, 40, 500] if seed % 50 else [60_000]))
+        copies = int(generator.choice([3, 40, 500] if seed % 50 else [30_000]))
         part = float(generator.choice([0.99, 0.5, 1.01, 1e-3]))
         groups = generator.permutation(problem.n // 2)[: generator.integers(1, problem.n // 2 + 1)]
         bad = forged_certificate(problem, honest, groups.tolist(), size, copies, part)
@@ -124,21 +127,10 @@ def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
             assert judge[0] <= optimum, seed
 
 
-@PATTERNS
-@pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("product", [False, True])
-def test_certificates_prove_what_their_definition_says(pattern, product, linear):
-    problem = layer(pattern, linear=linear)
-    given = certificate(problem, product=product, cuts=True)
-    for row, bound in enumerate(exact_bounds(problem, given)):
-        truth = max(exact(given, problem, row), Fraction(0))
-        assert 0 <= truth - bound <= max(truth, 1) / 10**9  # θ is rounding alone
-
-
-@PATTERNS
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(keep=2, of=4)], ids=str)
 @pytest.mark.parametrize("linear", [False, True])
 def test_trees_and_certificates_of_searches_hold_exactly(pattern, linear):
-    weight, gram = random_weight(2, 16, 5, torch.float64), random_gram(16, "full", 6)
+    weight, gram = random_weight(2, 12, 5, torch.float64), random_gram(12, "full", 6)
     part = random_linear(weight, gram, 7) if linear else None
     problem = LayerProblem(weight, gram, pattern, linear=part)
     optimum = solve(problem, "branch", proof=True, workers=0)
@@ -163,9 +155,7 @@ def test_a_shared_budget_has_one_exact_bound():
     (exactly,) = exact_bounds(problem, bound.certificate)
     assert float(exactly) == pytest.approx(float(problem.shares @ bound.value), rel=1e-9)
     assert float(exactly) <= float(problem.shares @ problem.objective(mask))
-
-
-def test_updated_weights_and_long_rows_are_refused_by_name():
+    # and what has none is refused by name
     with pytest.raises(VerificationError, match="weights are kept unchanged"):
         exact_bounds(layer().refitting(Refit(0.1)))
     wide = LayerProblem(torch.ones(1, 256), torch.eye(256), Unstructured(0.5))
@@ -189,17 +179,3 @@ def test_semidefinite_is_decided_without_rounding():
         x = np.random.default_rng(seed).integers(-3, 4, (6, 4)).astype(float)
         assert semidefinite(rational(x @ x.T))
         assert not semidefinite(rational(x @ x.T - 2.0**-40 * np.eye(6)))
-
-
-def test_the_command_line_decides_exactly(tmp_path):
-    problem, instance = one_of_two(32, seed=4), tmp_path / "row.npz"
-    problem.save(instance)
-    best = solve(problem, "branch", proof=True, workers=0)
-    best.save(tmp_path / "best.npz")
-    said = run("verify", instance, tmp_path / "best.npz", "--exact")
-    assert "holds: 1 row checked, decided in exact arithmetic" in said
-    # a bound above what the tree proves
-    off = replace(best, status=(Status.FEASIBLE,), lower_bound=best.lower_bound * (1 + 1e-8))
-    off.save(tmp_path / "off.npz")
-    run("verify", instance, tmp_path / "off.npz", "--exact", fails=VerificationError)
-    run("verify", tmp_path, "--exact", fails=OptionError)

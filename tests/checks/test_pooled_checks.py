@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from certificates import claimed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pooled_layers import layer, pooled, slack, total
-from scipy.optimize import minimize
+from scipy.optimize import LinearConstraint, minimize
 
 from maskopt import Refit, Solution, Status, improving_swap, lower_bound, solve, verify
 from maskopt.errors import SolverError, VerificationError
@@ -19,13 +19,14 @@ from maskopt.refit_certificate import RefitCertificate
 
 
 @pytest.mark.parametrize("refit", [False, True])
+@settings(max_examples=20)
 @given(data=st.data())
 def test_bounds_are_below_the_optimum(refit, data):
-    problem = data.draw(pooled(max_n=7 if refit else 8, max_rows=4))
+    problem = data.draw(pooled(max_n=6 if refit else 8, max_rows=3 if refit else 4))
     if refit:
         problem = problem.refitting(Refit(data.draw(st.sampled_from((0.01, 0.3)))))
         splits = data.draw(st.integers(0, 3))
-        bound = lower_bound(problem, "perspective", turns=20, splits=splits)
+        bound = lower_bound(problem, "perspective", turns=10, splits=splits)
     else:
         problem = problem.refitting(None)
         bound = lower_bound(problem, data.draw(st.sampled_from(("box", "shift"))))
@@ -59,7 +60,7 @@ def test_any_point_and_split_of_refitted_rows_prove_what_the_formula_says(omega)
 
 
 def test_bounds_are_worth_something():
-    problem = layer(rows=5, n=16, refit=Refit(0.1), omega=torch.tensor([1.0, 3.0, 0.5, 1.0, 2.0]))
+    problem = layer(rows=4, n=12, refit=Refit(0.1), omega=torch.tensor([1.0, 3.0, 0.5, 2.0]))
     found = total(problem, solve(problem, "swap"))
     proven, unsplit, other = (
         float(problem.shares @ lower_bound(problem, "perspective", **options).value)
@@ -86,30 +87,16 @@ def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, spread)
 
     def value(x):
         dropped = w * x.reshape(w.shape)
-        return float((share * dropped * (dropped @ gram)).sum())
+        product = share * (dropped @ gram)
+        return float((product * dropped).sum()), (2 * product * w).ravel()
 
-    def slope(x):
-        return (2 * share * w * (w * x.reshape(w.shape) @ gram)).ravel()
-
-    size, (least, most) = w.size, problem.row_limits
-    rows = np.kron(np.eye(6), np.ones(8))
-    within = {
-        "type": "ineq",
-        "fun": lambda x: np.concatenate([rows @ x - least, most - rows @ x]),
-        "jac": lambda _: np.concatenate([rows, -rows]),
-    }
-    found = minimize(
-        value,
-        [problem.pruned / size] * size,
-        jac=slope,
-        bounds=[(0, 1)] * size,
-        constraints=[
-            {"type": "eq", "fun": lambda x: x.sum() - problem.pruned, "jac": lambda x: x * 0 + 1},
-            *([] if spread is None else [within]),
-        ],
-        method="SLSQP",
-        options={"ftol": 1e-12, "maxiter": 500},
-    )
+    size, (least, most), pruned = w.size, problem.row_limits, problem.pruned
+    counts = (np.ones(size), pruned, pruned), (np.kron(np.eye(6), np.ones(8)), least, most)
+    # equal counts of rows say what the count of all is, and SLSQP takes nothing twice
+    limits = [LinearConstraint(*parts) for parts in counts[int(least == most) :]]
+    how = {"method": "SLSQP", "options": {"ftol": 1e-12, "maxiter": 500}}
+    start, bounds = [pruned / size] * size, [(0, 1)] * size
+    found = minimize(value, start, jac=True, bounds=bounds, constraints=limits, **how)
     assert found.success
     bound = lower_bound(problem, "box", steps=2000, tolerance=1e-6)
     assert float(problem.shares @ bound.value) == pytest.approx(found.fun, rel=1e-4)
@@ -138,14 +125,6 @@ def test_a_relaxed_start_counts_for_the_layer(spread, part):
     assert 0 < float(problem.shares @ whole.lower_bound) < total(problem, whole)
 
 
-@pytest.mark.parametrize("refine", [True, False])
-def test_relaxing_is_never_worse_than_its_start(refine):
-    problem = layer(rows=4, n=10)
-    best = solve(problem, "exhaustive")
-    found = solve(problem, "relax", start=best.mask, refine=refine)
-    assert total(problem, found) == pytest.approx(total(problem, best))
-
-
 def test_certificates_of_a_layer_are_checked():
     problem = layer(rows=3, n=8)
     bound, found = lower_bound(problem, "box"), solve(problem, "swap")
@@ -160,9 +139,7 @@ def test_certificates_of_a_layer_are_checked():
     # of rows with equal counts the same point proves another thing
     equal = problem.under(problem.pattern.alike())
     assert float(bound.certificate.check(equal).sum()) >= float(bound.value.sum()) * (1 - 1e-12)
-
-
-def test_bounds_of_other_rows_are_refused():
+    # of other rows they are refused
     with pytest.raises(SolverError, match="rows trade and keep their weights take method 'box'"):
         lower_bound(layer(rows=2, n=4), "sdp")
     with pytest.raises(SolverError, match=r"'box' is of weights as they are; .* 'perspective'"):
@@ -193,19 +170,15 @@ def test_a_swap_between_rows_that_improves_is_found(refit):
         for i in range(problem.rows)
         for j in range(problem.rows)
         if i != j
-        for u in [*mask[i].nonzero()[:3, 0].tolist(), swap.kept]
-        for p in [*(~mask[j]).nonzero()[:3, 0].tolist(), swap.pruned]
+        for u in [*mask[i].nonzero()[:2, 0].tolist(), swap.kept]
+        for p in [*(~mask[j]).nonzero()[:2, 0].tolist(), swap.pruned]
         if mask[i, u] and not mask[j, p]
     )
     assert best == pytest.approx(float(better.sum()))
     claim = replace(Solution.of(problem, mask), status=(Status.SWAP_OPTIMAL,) * problem.rows)
     with pytest.raises(VerificationError, match=r"of row \d instead of \d+ of row"):
         verify(problem, claim)
-
-
-def test_a_swap_inside_a_row_is_found():
-    problem = layer()
-    mask = solve(problem, "swap").mask.clone()
+    mask = solve(problem, "swap").mask  # and inside of a row
     row = int(((mask.sum(1) > 0) & (mask.sum(1) < problem.n)).nonzero()[0])
     u, p = mask[row].nonzero()[0, 0], (~mask[row]).nonzero()[0, 0]
     assert improving_swap(problem, exchanged(mask, row, u, row, p)) is not None
@@ -229,3 +202,7 @@ def test_claims_that_do_not_hold_are_refused():
     ):
         with pytest.raises(VerificationError, match=message):
             verify(problem, replace(base, **changes))
+    # and relaxing is never worse than its start
+    for refine in (True, False):
+        found = solve(problem, "relax", start=best.mask, refine=refine)
+        assert total(problem, found) == pytest.approx(total(problem, best))

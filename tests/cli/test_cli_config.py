@@ -1,11 +1,12 @@
 """Options of a prune from a file: what is printed is read again, and a manifest repeats its run."""
 
+import functools
 import shlex
 import tomllib
 
 import pytest
 from commands import run
-from forging import copied, forge_manifest
+from forging import copied, edit, forge_manifest
 from outputs import contents
 
 from maskopt.errors import DataError, ModelError, OptionError, PatternError
@@ -13,13 +14,11 @@ from maskopt.model.again import command_again, options_again
 from maskopt.model.report import read_manifest
 from maskopt.model.workspace import MANIFEST
 
-ALL = [
-    "--sparsity", "0.5", "--solver", "wanda", "--include", "q_proj,k_proj", "--samples", "7",
-    "--seq-len", "9",
-    "--weights", "reconstruct", "--reconstruct", "epochs=2", "--reconstruct", "begin=refit",
-    "--holdout", "0.3", "--shrink", "auto", "--one-pass", "--max-memory", "3GiB", "--damping", "0.5",
-]  # fmt: skip
-WANDA = ["--sparsity", 0.5, "--solver", "wanda", "--min-tokens", 1]
+ALL = shlex.split(
+    "--sparsity 0.5 --solver wanda --include q_proj,k_proj --samples 7 --seq-len 9 --damping 0.5 "
+    "--weights reconstruct --reconstruct epochs=2 --reconstruct begin=refit --holdout 0.3 "
+    "--shrink auto --one-pass --max-memory 3GiB"
+)
 
 
 @pytest.fixture
@@ -49,16 +48,14 @@ def test_what_is_printed_is_read_again(given, dense_folder, tmp_path):
     (tmp_path / "run.toml").write_text(text)
     for command in ("prune", "plan"):
         assert run(command, "--config", tmp_path / "run.toml", "--print-config") == text
-
-
-def test_what_toml_cannot_say_is_refused(given):
+    # what TOML cannot say is refused
     for value in ("null", "[1, null]", '{"a": null}'):
         words = given("--sparsity", 0.5, "--option", f"moves={value}", "--print-config")
         said = run(*words, fails=OptionError)
         assert "`solver_options` moves: null cannot be said in TOML" in said
 
 
-def test_the_command_line_goes_before_the_file(given, tmp_path):
+def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, tmp_path):
     (tmp_path / "run.toml").write_text("sparsity = 0.5\nsamples = 3\none_pass = true\nseed = 4\n")
     both = given("--config", tmp_path / "run.toml")
     found = printed(*both, "--samples", 9, "--sequential", "--pattern", "2:4")
@@ -72,37 +69,43 @@ def test_the_command_line_goes_before_the_file(given, tmp_path):
     assert [x.get("true_sequential", False) for x in found] == [False, False, False, True]
     wrong = given("--sparsity", 0.5, "--pattern", "2:4", out="x")
     assert "exactly one" in run(*wrong, fails=PatternError)
-
-
-TRAINED = [
-    "--sparsity",
-    0.5,
-    "--weights",
-    "reconstruct",
-    "--reconstruct",
-    "epochs=1",
-    "--holdout",
-    0.2,
-]
+    (tmp_path / "run.toml").write_text(
+        f'model = "{dense_folder}"\ncalibration = "{data}"\noutput = "{tmp_path / "out"}"\n'
+        'sparsity = 0.5\nsolver = "tabu"\nmin_tokens = 1\n[solver_options]\nmoves = 3\n'
+    )
+    run("prune", "--config", tmp_path / "run.toml")
+    run("verify", tmp_path / "out", "--against", dense_folder)
+    trust = "remove it, and give it on the command"
+    for name, content, error, message in (
+        ("none.toml", None, OptionError, "cannot be read"),
+        ("run.toml", "sampels = 3", OptionError, "did you mean 'samples'"),
+        ("run.toml", 'config = "other.toml"', OptionError, "no option is called 'config'"),
+        ("run.toml", "resume = true", OptionError, "no option is called 'resume'"),
+        ("run.toml", "trust_remote_code = true", OptionError, trust),
+        ("run.toml", "trust_remote_code = false", OptionError, trust),
+        ("run.toml", "seed = true", OptionError, "`seed` is no switch, to be true"),
+        ("run.toml", "samples = ", OptionError, "is no TOML"),
+        ("manifest.json", "{}", ModelError, "not a manifest"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        assert message in run(*given("--config", tmp_path / name), fails=error)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        ["--pattern", "2:4", "--solver", "magnitude", "--layers", "mlp"],
-        ["--sparsity", 0.5, "--budget", "model", "--importance", "alike", "--seed", 3],
-        TRAINED,
-        pytest.param(
-            ["--pattern", "0.5 per layer", "--importance", "alike"], marks=pytest.mark.slow
-        ),
-        pytest.param(["--sparsity", 0.5], marks=pytest.mark.slow),
-        pytest.param(["--sparsity", 0.5, "--dtype", "bfloat16"], marks=pytest.mark.slow),
+        "--pattern 2:4 --solver magnitude --layers mlp",
+        "--sparsity 0.5 --budget model --importance alike --seed 3",
+        "--sparsity 0.5 --weights reconstruct --reconstruct epochs=1 --holdout 0.2",
+        pytest.param("--pattern '0.5 per layer' --importance alike", marks=pytest.mark.slow),
+        pytest.param("--sparsity 0.5 --dtype bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_a_manifest_repeats_its_run(options, given, dense_folder, data, tmp_path):
     few = ["--min-tokens", 1, "--samples", 6]
     few += [] if "--solver" in options else ["--solver", "swap", "--warm-start", "wanda"]
-    run(*given(*options, *few))
+    run(*given(*shlex.split(options), *few))
     run(*given("--config", tmp_path / "out" / MANIFEST, out="again"))
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     manifest = read_manifest(tmp_path / "out" / MANIFEST)
@@ -118,77 +121,40 @@ def test_a_manifest_repeats_its_run(options, given, dense_folder, data, tmp_path
 def test_a_precision_is_repeated_unless_it_goes_without_saying():
     text = {"samples": 1, "length": 8, "beginning": {"bos": "auto"}, "source": "text.txt"}
     for device, dtype, said in (
-        ("cpu", "float32", None),
-        ("cuda", "float32", "float32"),
-        ("cpu", "bfloat16", "bfloat16"),
-    ):
-        found = {"options": {"channels": 0.25}, "calibration": text}
-        found |= {"device": device, "dtype": dtype}
+        ("cpu", "float32", None), ("cuda", "float32", "float32"), ("cpu", "bfloat16", "bfloat16"),
+    ):  # fmt: skip
+        found = {
+            "options": {"channels": 0.25},
+            "calibration": text,
+            "device": device,
+            "dtype": dtype,
+        }
         assert options_again(found, "out").get("dtype") == said
         assert ("--dtype" in command_again(found, "out")[1]) == (said is not None)
 
 
-def test_a_whole_run_of_a_file(dense_folder, data, tmp_path):
-    (tmp_path / "run.toml").write_text(
-        f'model = "{dense_folder}"\ncalibration = "{data}"\noutput = "{tmp_path / "out"}"\n'
-        'sparsity = 0.5\nsolver = "tabu"\nmin_tokens = 1\n[solver_options]\nmoves = 3\n'
-    )
-    run("prune", "--config", tmp_path / "run.toml")
-    run("verify", tmp_path / "out", "--against", dense_folder)
-
-
-def test_files_that_say_nothing_are_refused(given, tmp_path):
-    trust = "remove it, and give it on the command"
-    for name, text, error, message in (
-        ("run.toml", None, OptionError, "cannot be read"),
-        ("run.toml", "sampels = 3", OptionError, "did you mean 'samples'"),
-        ("run.toml", 'config = "other.toml"', OptionError, "no option is called 'config'"),
-        ("run.toml", "resume = true", OptionError, "no option is called 'resume'"),
-        ("run.toml", "trust_remote_code = true", OptionError, trust),
-        ("run.toml", "trust_remote_code = false", OptionError, trust),
-        ("run.toml", "seed = true", OptionError, "`seed` is no switch, to be true"),
-        ("run.toml", "samples = ", OptionError, "is no TOML"),
-        ("manifest.json", "{}", ModelError, "not a manifest"),
-    ):
-        if text is not None:
-            (tmp_path / name).write_text(text)
-        assert message in run(*given("--config", tmp_path / name), fails=error)
-
-
-@pytest.fixture(scope="module")
-def result(dense_folder, data, tmp_path_factory):
-    """What the command prunes; nobody may change it."""
-    out = tmp_path_factory.mktemp("result") / "out"
-    run("prune", dense_folder, "--calibration", data, "--output", out, *WANDA)
-    return out
-
-
-def _adds(**options):
-    return lambda manifest: manifest["fingerprint"]["options"].update(options)
+option = functools.partial(edit, "fingerprint", "options")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_adds(trust_remote_code=True), "sets `trust_remote_code`, which a manifest cannot set"),
-        (_adds(model="other"), "sets `model`"),
-        (_adds(output="elsewhere"), "sets `output`"),
-        (_adds(calibration="/etc/passwd"), "sets `calibration`"),
-        (_adds(device="cuda"), "sets `device`"),
-        (_adds(overwrite=True), "sets `overwrite`"),
-        (_adds(counts="/etc/passwd"), "`counts` must be an object, not '/etc/passwd'"),
+        (option("trust_remote_code", to=True), "`trust_remote_code`, which a manifest cannot set"),
+        (option("model", to="other"), "sets `model`"),
+        (option("output", to="elsewhere"), "sets `output`"),
+        (option("calibration", to="/etc/passwd"), "sets `calibration`"),
+        (option("device", to="cuda"), "sets `device`"),
+        (option("overwrite", to=True), "sets `overwrite`"),
+        (option("counts", to="/etc/passwd"), "`counts` must be an object, not '/etc/passwd'"),
         (lambda m: m["fingerprint"].pop("calibration"), "holds no options of a prune"),
-        (lambda m: m.update(fingerprint=[]), "holds no options of a prune"),
-        (
-            lambda m: m["fingerprint"]["calibration"].update(source="hf:../private"),
-            "not the name of a data set",
-        ),
+        (edit("fingerprint", to=[]), "holds no options of a prune"),
+        (edit("fingerprint", "calibration", "source", to="hf:../private"), "name of a data set"),
     ],
-)
+)  # fmt: skip
 def test_a_manifest_sets_nothing_but_what_decides_the_result(
-    change, message, given, result, dense_folder, tmp_path
+    change, message, given, pruned_folder, dense_folder, tmp_path
 ):
-    forge_manifest(forged := copied(result, tmp_path), change)
+    forge_manifest(forged := copied(pruned_folder, tmp_path), change)
     words = given("--config", forged / MANIFEST, "--print-config", out="again")
     if "data set" in message:  # which is read when no other calibration is given
         words = ["prune", dense_folder, *words[4:-1]]

@@ -64,7 +64,7 @@ def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(width, screen, s
     assert note == "error 0.512 of the whole"
 
 
-def test_plain_lines_are_few_and_say_what_is_done(screen, still):
+def test_lines_are_few_and_say_what_is_done(screen, still, tmp_path):
     stream = screen(80)
     with PlainView() as plain:
         for second in range(200):
@@ -75,6 +75,20 @@ def test_plain_lines_are_few_and_say_what_is_done(screen, still):
     assert lines[1] == "rows 16%; 0 blocks; 2:48 left"
     assert next(line for line in lines if "1 blocks" in line).startswith("rows 50%")
     assert len(lines) == 8
+    stream = screen(80)
+    with JsonView() as view:
+        for step in range(5):
+            still.now += 0.3
+            view.show("solve", step, 4, part=step / 8, layer={"name": "q"} if step == 2 else None)
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert found[0]["what"] == "solve"
+    assert found[-1]["done"] == found[-1]["total"] == 4
+    assert {"seconds", "left"} <= set(found[0])
+    # an interrupted run says that nothing is left of it
+    stream = screen(80)
+    with pytest.raises(KeyboardInterrupt), prune.told_of_resume(tmp_path):
+        raise KeyboardInterrupt
+    assert "no block was finished; nothing of this run is kept" in stream.getvalue()
 
 
 def test_the_time_left_is_by_the_pace_since_work_began(still):
@@ -85,28 +99,14 @@ def test_the_time_left_is_by_the_pace_since_work_began(still):
             self.left = step.left
 
     shown = Steps()
-    still.now += 300  # a model is opened, which says nothing of the rest
-    shown.show("rows", 50, 100)  # a resumed run begins in the middle
-    assert shown.left is None
-    still.now += 10
-    shown.show("rows", 60, 100)
-    assert shown.left == pytest.approx(40)
-    shown.show("other rows", 0, 10)
-    still.now += 8
-    shown.show("other rows", 2, 10)
-    assert shown.left == pytest.approx(32)
-
-
-def test_json_lines(screen, still):
-    stream = screen(80)
-    with JsonView() as view:
-        for step in range(5):
-            still.now += 0.3
-            view.show("solve", step, 4, part=step / 8, layer={"name": "q"} if step == 2 else None)
-    found = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert found[0]["what"] == "solve"
-    assert found[-1]["done"] == found[-1]["total"] == 4
-    assert {"seconds", "left"} <= set(found[0])
+    # a model is opened, which says nothing of the rest; a resumed run begins in the middle
+    for seconds, step, left in (
+        (300, ("rows", 50, 100), None), (10, ("rows", 60, 100), 40),
+        (0, ("other rows", 0, 10), None), (8, ("other rows", 2, 10), 32),
+    ):  # fmt: skip
+        still.now += seconds
+        shown.show(*step)
+        assert shown.left == (None if left is None else pytest.approx(left))
 
 
 class Kept(View):
@@ -139,33 +139,23 @@ def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
     assert kept.seen[-1]["what"] == "block 4 of 4: solve"
     assert kept.seen[-1]["note"].startswith("error 0.500 of the start's; 10 of 16 rows proven")
     assert kept.seen[-1]["layer"]["rows"] == 4
-
-
-def test_before_a_block_is_done_the_time_left_is_by_what_was_expected(still):
-    kept = Kept()
-    show = PruneView(kept, expected=100.0)
-    still.now += 25
-    show(BlockProgress(0, 4, "solve", 0, 2))
-    assert kept.seen[-1]["part"] == pytest.approx(0.25)
-    still.now += 500
-    show(BlockProgress(0, 4, "solve", 1, 2))
-    assert kept.seen[-1]["part"] == 0.98
-    show(BlockProgress(1, 4, "solve", 0, 2))
-    assert kept.seen[-1]["part"] == pytest.approx(1 / 4)
-
-
-def test_an_interrupted_run_says_that_nothing_is_left_of_it(tmp_path, screen):
-    stream = screen(80)
-    with pytest.raises(KeyboardInterrupt), prune.told_of_resume(tmp_path):
-        raise KeyboardInterrupt
-    assert "no block was finished; nothing of this run is kept" in stream.getvalue()
+    # before a block is done, the time left is by what was expected
+    show = PruneView(kept := Kept(), expected=100.0)
+    for seconds, step, part in (
+        (25, (0, 4, "solve", 0, 2), 0.25), (500, (0, 4, "solve", 1, 2), 0.98),
+        (0, (1, 4, "solve", 0, 2), 1 / 4),
+    ):  # fmt: skip
+        still.now += seconds
+        show(BlockProgress(*step))
+        assert kept.seen[-1]["part"] == pytest.approx(part)
 
 
 ODD = "a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
 ESCAPED = r"a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
 
 
-def test_names_out_of_files_are_printed_without_control_characters_and_markup(tmp_path):
+def test_nothing_is_printed_with_control_characters_and_markup(tmp_path, screen, still):
+    """Names out of files, what an error quotes, and what goes on."""
     weight = torch.arange(1.0, 9.0)
     RowProblem(weight, torch.eye(8), Unstructured(0.5), name=ODD[:-1]).save(tmp_path / "row.npz")
     shown = run("compare", tmp_path / "row.npz", "--solvers", "wanda")
@@ -173,41 +163,28 @@ def test_names_out_of_files_are_printed_without_control_characters_and_markup(tm
     assert "".join(c for c in shown if not c.isprintable()).replace("\n", "") == ""
     assert not any(line.lstrip(" │").startswith("spoof") for line in shown.splitlines())
     assert "[red]b[/red]" in shown
-
-
-def test_an_error_is_one_line_whatever_it_quotes(tmp_path):
     said = ended("solve", tmp_path / "no\x1b[2J\nspoof.npz", "--output", tmp_path / "s.npz").stderr
     assert said == f"error: {tmp_path}/no\\x1b[2J\\nspoof.npz: no such file\n"
-
-
-@pytest.mark.parametrize("kind", [LiveView, PlainView])
-def test_what_goes_on_is_shown_without_control_characters(kind, screen, still):
-    stream = screen(200)
-    with kind() as view:
-        still.now += 60
-        view.show(ODD, 1, 2, note=ODD)
-        view.say(ODD)
-    assert ESCAPED in stream.getvalue()
-    assert "\x1b[2J" not in stream.getvalue()
-    assert "\nspoof" not in stream.getvalue()
-
-
-def test_a_table_for_pages_has_no_control_characters_on_the_screen():
+    for kind in (LiveView, PlainView):
+        stream = screen(200)
+        with kind() as view:
+            still.now += 60
+            view.show(ODD, 1, 2, note=ODD)
+            view.say(ODD)
+        assert ESCAPED in stream.getvalue()
+        assert "\x1b[2J" not in stream.getvalue()
+        assert "\nspoof" not in stream.getvalue()
     stream = io.StringIO()
     Console(file=stream, width=300).print(Table(ODD, (ODD,), [(ODD,)], note=ODD).rich())
     assert stream.getvalue().count(ESCAPED) == 4
 
 
-@pytest.fixture
-def given(dense_folder, data, tmp_path):
-    def words(out, *more):
+def test_a_prune_says_beforehand_what_it_takes(dense_folder, data, tmp_path, monkeypatch):
+    def given(out, *more):
         how = ["--calibration", data, "--sparsity", 0.5, "--solver", "wanda", "--min-tokens", 1]
         return ["prune", dense_folder, *how, "--output", tmp_path / out, *more]
 
-    return words
-
-
-def test_a_prune_says_beforehand_what_it_takes(given, monkeypatch):
+    monkeypatch.setattr(plan, "_speed", lambda *_: 1e9)
     assert "estimated" not in run(*given("small"))
     monkeypatch.setattr(plan, "SMALL", 0)
     assert run(*given("plain")).startswith("time, estimated: about 0:")

@@ -32,14 +32,13 @@ WANDA = ["--sparsity", 0.5, "--solver", "wanda"]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(TEXT * 40)
+    (path := tmp_path_factory.mktemp("text") / "text.txt").write_text(TEXT * 40)
     return path
 
 
-def prune(dense, data, out, *more, fails=None):
+def prune(dense, data, out, *more, **fails):
     words = ["prune", dense, *WANDA, "--min-tokens", 1, "--calibration", data, "--output", out]
-    return run(*words, *more, fails=fails)
+    return run(*words, *more, **fails)
 
 
 def manifest(out):
@@ -84,24 +83,29 @@ def test_fallbacks_are_listed_apart(text, tmp_path):
 
 
 def test_what_goes_wrong(dense, data, tmp_path):
-    out = tmp_path / "out"
+    out, short, half = tmp_path / "out", tmp_path / "short.txt", ["--sparsity", 0.5]
     base = ["prune", dense, "--calibration", data, "--output", out, "--solver", "wanda"]
-    half = ["--sparsity", 0.5]
-    for more, error, said in (
-        ([], PatternError, "exactly one"),
-        ([*half, "--pattern", "2:4"], PatternError, "exactly one"),
-        (["--pattern", "2of4"], PatternError, "no pattern"),
-        ([*half, "-o", "x"], OptionError, "NAME=VALUE"),
-        ([*half, "-o", "time-limits=3"], OptionError, "has no option"),
-        ([*half, "--max-memory", "lots"], OptionError, "no amount of memory"),
-        ([*half, "--max-memory", "100MiB"], ModelError, "--max-memory allows 0.10 (base 1.00"),
+    for words, error, said in (
+        (base, PatternError, "exactly one"),
+        ([*base, *half, "--pattern", "2:4"], PatternError, "exactly one"),
+        ([*base, "--pattern", "2of4"], PatternError, "no pattern"),
+        ([*base, *half, "-o", "x"], OptionError, "NAME=VALUE"),
+        ([*base, *half, "-o", "time-limits=3"], OptionError, "has no option"),
+        ([*base, *half, "--max-memory", "lots"], OptionError, "no amount of memory"),
+        (
+            [*base, *half, "--max-memory", "100MiB"],
+            ModelError,
+            "--max-memory allows 0.10 (base 1.00",
+        ),
+        (
+            ["eval", dense, "--text", data, "--windows", 0],
+            MaskoptError,
+            "--windows must be a whole",
+        ),
     ):
-        assert said in run(*base, *more, fails=error)
-    said = run("eval", dense, "--text", data, "--windows", 0, fails=MaskoptError)
-    assert "--windows must be a whole number" in said
-    (tmp_path / "short.txt").write_text("short")
-    short = ["--calibration", tmp_path / "short.txt", "--output", out]
-    result = ended("prune", dense, *WANDA, *short)
+        assert said in run(*words, fails=error)
+    short.write_text("short")
+    result = ended("prune", dense, *WANDA, "--calibration", short, "--output", out)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.split("\n") if "error:" in line]
     assert "less than one window" in line
@@ -142,12 +146,10 @@ def test_ctrl_c_says_how_to_go_on(dense, data, tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_a_signal_stops_a_process_that_prunes(dense, text, tmp_path):
     out = tmp_path / "out"
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from maskopt.cli import main; main()"
-    )
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from maskopt.cli import main; main()"
     words = ["prune", dense, "--sparsity", 0.5, "--solver", "elimination", "--output", out]
-    words += ["--calibration", text, "--samples", 1000, "--seq-len", 64]
+    words += ["--calibration", text, "--samples", 200, "--seq-len", 64]
     command = [sys.executable, "-c", code, *map(str, words)]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     journal = out / HIDDEN / JOURNAL
@@ -163,7 +165,7 @@ def test_a_signal_stops_a_process_that_prunes(dense, text, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_ctrl_c_counts_inside_a_callback_too(monkeypatch):
+def test_ctrl_c_counts_inside_a_callback_and_when_it_comes_too_early(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -176,14 +178,11 @@ def test_ctrl_c_counts_inside_a_callback_too(monkeypatch):
             [time.sleep(0.01) for _ in range(6000)]
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupt_that_comes_too_early_comes_again(monkeypatch):
     started = []
 
     def start(_):
         started.append(True)
-        if len(started) == 1:
+        if len(started) == 1:  # before the timer's start has returned
             raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Timer, "start", start)
@@ -204,8 +203,7 @@ def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="did you mean 'smollm2'"):
         demo_model("smollm")
     for name, model in MODELS.items():
-        ready = tmp_path / "cache" / model.folder
-        ready.mkdir(parents=True)
+        (ready := tmp_path / "cache" / model.folder).mkdir(parents=True)
         (ready / "config.json").write_text("{}")
         assert demo_model(name) == ready
     if sys.platform == "linux":
@@ -236,14 +234,13 @@ def test_bad_samples(data, tmp_path):
 
 def test_sources_of_text(dense, tmp_path, monkeypatch):
     (tmp_path / "text.jsonl").write_text(json.dumps({"body": TEXT * 4, "id": 1}))
-    asked, fake = [], types.ModuleType("datasets")
+    asked = []
 
-    def load_dataset(name, configuration, **how):
-        asked.append((name, configuration, how["split"]))
+    def load_dataset(name, configuration, split, **how):
+        asked.append((name, configuration, split))
         return {"text": [TEXT * 4, "", TEXT]}
 
-    fake.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     for name, source, *more in (
         ("text.jsonl", tmp_path / "text.jsonl", "--text-field", "body"),
         ("hf:c4:validation", "hf:c4:validation"),
@@ -257,10 +254,8 @@ def test_sources_of_text(dense, tmp_path, monkeypatch):
     words = ["--seq-len", 32, "--activation-memory", 0, "--threads", 1]
     shown = run("eval", dense, "--text", "hf:wikitext2:test", *words)
     assert "windows of 32 tokens from hf:wikitext2:test" in shown
-    assert asked == [
-        ("allenai/c4", None, "validation"),
-        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
-    ]
+    wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+    assert asked == [("allenai/c4", None, "validation"), wikitext]
 
 
 # Plans ----------------------------------------------------------------------------------------
@@ -303,20 +298,23 @@ def test_a_plan_counts_passes(dense, monkeypatch):
 
 @pytest.mark.slow
 def test_a_plan_does_not_wait_for_a_search_without_end(dense, monkeypatch):
-    monkeypatch.setattr("maskopt.model.plan.PROBE_LIMIT", 0.5)
+    monkeypatch.setattr(planning, "PROBE_LIMIT", 0.1)
+    monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)
     command = ["plan", dense, "--sparsity", 0.5, "--solver"]
     endless = [*command, "tabu", "--option", "moves=1000000000", "--option"]
     # highs takes no rows as wide as those that are timed
-    for words in ([*command, "branch"], [*command, "highs"], [*endless, "seed=1"]):
+    alone = "--option", "workers=0"
+    for words in ([*command, "branch", *alone], [*command, "highs"], [*endless, "seed=1"]):
         assert "time, estimated: unknown" in run(*words)
     layers = len(plan(dense).layers)
     assert f"solving about {0.25 * layers:.0f} s" in run(*endless, "time_limit=0.25")
 
 
-def test_a_plan_runs_nothing_and_refuses_what_the_prune_would(dense, data, tmp_path):
+def test_a_plan_runs_nothing_and_refuses_what_the_prune_would(dense, data, tmp_path, monkeypatch):
     shown = run("plan", dense, *WANDA, "--samples", 4)
     assert "memory at the peak" in shown
     assert "up_proj" in shown
+    monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)
     small = ["--pattern", "2:4", "--solver", "wanda", "--max-memory", "1MB"]
     assert "--max-memory allows 0.00 (base" in run("plan", dense, *small, fails=ModelError)
     run("gram", dense, "--calibration", data, "--output", tmp_path / "grams")

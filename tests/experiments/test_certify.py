@@ -3,9 +3,9 @@
 import csv
 import json
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 
+import joblib
 import pytest
 import torch
 from commands import run
@@ -26,20 +26,18 @@ TEXT = "the quick brown fox jumps over the lazy dog and runs away again " * 60
 
 @pytest.fixture
 def layer():
-    return LayerProblem(
-        random_weight(5, 24, 1), random_gram(24, "full", 2), HALF, name="a.0.q_proj"
-    )
+    weight, gram = random_weight(5, 24, 1), random_gram(24, "full", 2)
+    return LayerProblem(weight, gram, HALF, name="a.0.q_proj")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A tiny model, and what pruning made of it."""
+def models(dense, tmp_path_factory):
+    """A tiny model, what pruning made of it, and the text."""
     root = tmp_path_factory.mktemp("models")
-    save(tiny("llama"), root / "dense")
-    save_tokenizer(root / "dense")
     (root / "text.txt").write_text(TEXT)
     words = {"calibration": root / "text.txt", "samples": 8, "seq_len": 32}
-    prune_model(root / "dense", pattern=NM(keep=2, of=4), output=root / "pruned", **words)
+    prune_model(dense, pattern=NM(keep=2, of=4), output=root / "pruned", **words)
+    (root / "dense").symlink_to(dense)
     return root
 
 
@@ -48,22 +46,24 @@ def certified(models, dense="dense", pruned="pruned", **options):
     return certify_model(models / dense, models / pruned, **{**words, **options})
 
 
-def test_gaps_are_what_objective_and_bound_say(layer):
+@pytest.mark.parametrize("columns", [None, 10, 24])
+def test_gaps_are_what_objective_and_bound_say_of_rows_drawn_as_for_a_comparison(layer, columns):
     seen = []
+    layers = [layer, LayerProblem(2 * layer.weight, layer.gram, layer.pattern, name="b")]
+    words = {"columns": columns, "seed": 5}
+    sampled = sample_rows(layers, 3, **words)
     listen = {"on_rows": lambda *event: seen.append(event)}
-    records = bound_layers([layer], rows=3, method="box", solver="swap", **listen)
-    assert seen == [(0, "a.0.q_proj"), (3, "a.0.q_proj")]  # before it is bounded, and after
-    assert len({r.row for r in records}) == 3
-    for record in records:
-        objective = float(solve(layer.row(record.row), "swap").objective)
-        assert record.objective == pytest.approx(objective, rel=1e-9)
+    records = bound_layers(layers, rows=3, method="box", solver="swap", **words, **listen)
+    # before a layer is bounded, and after its rows; where each has columns of its own, after each
+    counts = [(0, "a.0.q_proj"), (3, "a.0.q_proj"), (3, "b"), (6, "b")]
+    assert columns is not None or seen == counts
+    assert [f"{r.instance}[{r.row}]" for r in records] == [row.name for row in sampled]
+    assert len({r.row for r in records[:3]}) == 3
+    for row, record in zip(sampled, records, strict=True):
+        assert row.n == record.n
+        assert record.objective == pytest.approx(float(solve(row, "swap").objective), rel=1e-9)
         assert 0 <= record.lower_bound <= record.objective
         assert record.gap == pytest.approx(1 - record.lower_bound / record.objective)
-    toy = bound_layers([layer], rows=2, columns=10, method="box")
-    assert [r.n for r in toy] == [10, 10]
-    assert all(record.lower_bound <= record.objective for record in toy)
-    with pytest.raises(MaskoptError, match="unknown bound"):
-        bound_layers([layer], method="bxo")
     same = LayerProblem(torch.ones(3, 8), random_gram(8, "full", 4), HALF)
     assert [r.row for r in bound_layers([same], method="box")] == [0, 1, 2]
 
@@ -122,8 +122,8 @@ def test_forged_bounds_do_not_survive_a_resume(per, forged, layer, tmp_path, cap
     assert list(read_records(path, GapRecord).values()) == again
 
 
-def test_gaps_of_another_model_are_refused_before_the_models_are_read(models, layer, tmp_path):
-    path = tmp_path / "gaps.jsonl"
+def test_what_will_not_do_is_refused_before_anything_is_read(models, layer, tmp_path):
+    path, other = tmp_path / "gaps.jsonl", tiny("llama")
     bound_layers([layer], method="box", output=path)
     with pytest.raises(DataError, match=r"gaps\.jsonl: holds gaps of another model; name another"):
         certified(models, output=path, on_rows=lambda *event: pytest.fail("it began"))
@@ -133,22 +133,11 @@ def test_gaps_of_another_model_are_refused_before_the_models_are_read(models, la
     assert {r.model for r in records} == {result_digest(manifest)}
     with pytest.raises(DataError, match="another model"):
         bound_layers([layer], method="box", output=path)
+    with pytest.raises(MaskoptError, match="unknown bound"):
+        bound_layers([layer], method="bxo")
 
-
-@pytest.mark.parametrize("columns", [None, 10, 24])
-def test_rows_and_inputs_are_drawn_as_for_a_comparison(layer, columns):
-    layers = [layer, LayerProblem(2 * layer.weight, layer.gram, layer.pattern, name="b")]
-    sampled = sample_rows(layers, 3, columns=columns, seed=5)
-    records = bound_layers(layers, rows=3, columns=columns, method="box", seed=5)
-    assert [f"{r.instance}[{r.row}]" for r in records] == [row.name for row in sampled]
-    for row, record in zip(sampled, records, strict=True):
-        assert row.n == record.n
-        assert record.objective == pytest.approx(float(solve(row, "swap").objective), rel=1e-9)
-
-
-def test_a_bad_number_of_rows_is_refused_before_any_layer_is_made(models):
     def layers():
-        raise AssertionError("not to be asked for")
+        pytest.fail("not to be asked for")
         yield
 
     for draw in (sample_rows, bound_layers):
@@ -156,9 +145,19 @@ def test_a_bad_number_of_rows_is_refused_before_any_layer_is_made(models):
             draw(layers(), rows=0)
     with pytest.raises(OptionError, match="rows"):
         certified(models, "no", "no", rows_per_layer=0)
+    # folders that do not belong together
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.01
+    save_tokenizer(save(other, tmp_path / "other"))
+    for wrong in (tmp_path / "other", "pruned"):
+        with pytest.raises(ModelError, match="was pruned from another model than"):
+            certified(models, wrong)
+    with pytest.raises(MaskoptError):
+        certified(models, pruned="dense")
 
 
-def test_the_masks_of_a_pruned_model_are_the_ones_judged(models):
+def test_the_masks_of_a_pruned_model_are_the_ones_judged(models, tmp_path):
     records = certified(models, rows_per_layer=2, samples=8)
     kinds = by_kind(records)
     assert {kind.split(".")[-1] for kind in kinds} == {
@@ -170,58 +169,7 @@ def test_the_masks_of_a_pruned_model_are_the_ones_judged(models):
         assert record.objective > 0
         assert 0 <= record.gap <= 1
         assert math.isfinite(record.seconds)
-
-
-def test_experts_that_see_tokens_in_one_of_the_two_models_alone(tmp_path):
-    dense, odd = save(tiny("mixtral"), tmp_path / "dense"), 0
-    for seed in range(2):  # with seed 0 some are seen in the pruned model alone
-        text, out = tokens(2, 4, seed), tmp_path / str(seed)
-        prune_model(dense, text, output=out, sparsity=0.7, solver="magnitude", min_tokens=1)
-        one, other = (
-            [name for name, _ in collect_problems(folder, text, sparsity=0.7)]
-            for folder in (dense, out)
-        )
-        odd += one != other
-        records = certify_model(dense, out, calibration=text, method="box", rows_per_layer=1)
-        assert [record.instance for record in records] == other
-    assert odd > 0
-
-
-def test_folders_that_do_not_belong_together_are_refused(models, tmp_path):
-    other = tiny("llama")
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter += 0.01
-    save(other, tmp_path / "other")
-    save_tokenizer(tmp_path / "other")
-    for wrong in (tmp_path / "other", "pruned"):
-        with pytest.raises(ModelError, match="was pruned from another model than"):
-            certified(models, wrong)
-    with pytest.raises(MaskoptError):
-        certified(models, pruned="dense")
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_rows_with_a_common_count_have_the_bound_of_their_layer(jobs, tmp_path):
-    """However many jobs there are; and every row the layer's gap."""
-    weight = random_weight(6, 24, 3) * 2.0 ** torch.arange(6.0)[:, None]
-    pattern = Unstructured(0.5, per="layer")
-    layer = LayerProblem(weight, random_gram(24, "full", 4), pattern, name="a")
-    words = {"method": "box", "output": tmp_path / "gaps.jsonl"}
-    records = bound_layers([layer], jobs=jobs, **words)
-    best = float(solve(layer, "swap").objective.sum())
-    assert [r.row for r in records] == list(range(6))
-    truth = float(lower_bound(layer, "box").value.sum())
-    assert sum(r.lower_bound for r in records) == pytest.approx(truth)
-    assert truth <= best * (1 + 1e-9)
-    assert [r.gap for r in records] == pytest.approx([1 - truth / best] * 6)
-    assert bound_layers([layer], jobs=3 - jobs, **words) == records
-    fewer = layer.take([0, 1, 2])
-    fewer.name = "a"
-    assert not {r.key for r in bound_layers([fewer], **words)} & {r.key for r in records}
-
-
-def test_layers_are_chosen_among_the_pruned_ones(models, tmp_path):
+    # layers are chosen among the pruned ones
     some = {"pattern": NM(keep=2, of=4), "include": ("layers.0",), "output": tmp_path / "some"}
     text = {"calibration": models / "text.txt", "samples": 4, "seq_len": 32}
     prune_model(models / "dense", **some, **text)
@@ -229,6 +177,39 @@ def test_layers_are_chosen_among_the_pruned_ones(models, tmp_path):
     assert [r.instance for r in records] == ["model.layers.0.self_attn.q_proj"]
     with pytest.raises(ModelError, match=r"no layer matches 'layers\.1'"):
         certified(models, pruned=tmp_path / "some", layers="layers.1")
+
+
+def test_experts_that_see_tokens_in_the_pruned_model_alone(tmp_path):
+    dense, out, text = save(tiny("mixtral"), tmp_path / "dense"), tmp_path / "out", tokens(2, 4)
+    prune_model(dense, text, output=out, sparsity=0.7, solver="magnitude", min_tokens=1)
+    one, other = (
+        [name for name, _ in collect_problems(folder, text, sparsity=0.7)]
+        for folder in (dense, out)
+    )
+    assert one != other
+    records = certify_model(dense, out, calibration=text, method="box", rows_per_layer=1)
+    assert [record.instance for record in records] == other
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_rows_with_a_common_count_have_the_bound_of_their_layer(jobs, tmp_path):
+    """However many threads there are; and every row the layer's gap."""
+    weight = random_weight(6, 24, 3) * 2.0 ** torch.arange(6.0)[:, None]
+    pattern = Unstructured(0.5, per="layer")
+    layer = LayerProblem(weight, random_gram(24, "full", 4), pattern, name="a")
+    words = {"method": "box", "output": tmp_path / "gaps.jsonl"}
+    with joblib.parallel_config(backend="threading"):
+        records = bound_layers([layer], jobs=jobs, **words)
+        assert bound_layers([layer], jobs=3 - jobs, **words) == records
+    best = float(solve(layer, "swap").objective.sum())
+    assert [r.row for r in records] == list(range(6))
+    truth = float(lower_bound(layer, "box").value.sum())
+    assert sum(r.lower_bound for r in records) == pytest.approx(truth)
+    assert truth <= best * (1 + 1e-9)
+    assert [r.gap for r in records] == pytest.approx([1 - truth / best] * 6)
+    fewer = layer.take([0, 1, 2])
+    fewer.name = "a"
+    assert not {r.key for r in bound_layers([fewer], **words)} & {r.key for r in records}
 
 
 def test_commands(models, layer, tmp_path):
@@ -245,10 +226,6 @@ def test_commands(models, layer, tmp_path):
         "--columns", 12, "--solvers", "wanda,swap,exhaustive", *common,
     )  # fmt: skip
     assert "--calibration" in run("bound", models / "dense", fails=MaskoptError)
-
-
-def test_cuts_on_the_command_line(layer, tmp_path):
-    layer.save(tmp_path / "layer.npz")
     gaps = []
     for extra in ((), ("--cuts", "3")):
         out = tmp_path / f"{len(extra)}.csv"
@@ -257,21 +234,16 @@ def test_cuts_on_the_command_line(layer, tmp_path):
             gaps.append([float(row["gap"]) for row in csv.DictReader(lines)])
     assert all(after <= before for before, after in zip(*gaps, strict=True))
     assert sum(gaps[1]) < sum(gaps[0])
-    words = ("--method", "box", "--cuts", "3")
-    refused = run("bound", tmp_path / "layer.npz", *words, fails=MaskoptError)
+    refused = run("bound", tmp_path / "layer.npz", *box, "--cuts", 3, fails=MaskoptError)
     assert "bound 'box' has no option 'cuts'" in refused
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_walks_leave_torch_the_threads_that_it_had(models, fails):
+def test_walks_leave_torch_the_threads_that_it_had(models):
     """Through to the end, and where it fails on the way."""
     before = torch.get_num_threads()
-
-    def fail(done, name):
-        if fails:
-            raise ZeroDivisionError
-
     some = {"rows_per_layer": 1, "samples": 2, "layers": "layers.0.mlp", "threads": before + 1}
-    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
-        certified(models, **some, on_rows=fail)
+    certified(models, **some)
+    assert torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError):
+        certified(models, **some, on_rows=lambda *event: 1 / 0)
     assert torch.get_num_threads() == before

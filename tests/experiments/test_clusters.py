@@ -8,6 +8,7 @@ from dataclasses import replace
 import joblib
 import pytest
 import torch
+from resuming import stop_at
 from strategies import HALF, random_gram, random_weight
 
 from maskopt import LayerProblem, Limits, Refit, Solution, Unstructured, verify
@@ -17,17 +18,13 @@ from maskopt.errors import OptionError, UnknownSolverError, WarmStartError
 from maskopt.prove import prove
 
 slow = pytest.mark.slow
-ROWS, KILLED_AFTER = 500, 60
+ROWS, KILLED_AFTER = 200, 40
 LAYER = LayerProblem(random_weight(12, 20, 5), random_gram(20, "outliers", 6), HALF)
 
 
 def instances():
     layer = LayerProblem(random_weight(ROWS, 24, 1), random_gram(24, "low-rank", 2), HALF)
     return sample_rows([layer], ROWS, columns=12, seed=3)
-
-
-def threads(count):
-    return joblib.parallel_config(backend="threading", n_jobs=count)
 
 
 def check_certificates_and_proofs(path):
@@ -97,32 +94,19 @@ def test_ray_workers(tmp_path):
     check(records, path)
 
 
-def stop_at(count):
-    """An `on_progress` that interrupts the run when so many jobs are finished."""
-
-    def stop(done, total):
-        if done == count:
-            raise KeyboardInterrupt
-
-    return stop
-
-
-@slow
-def test_an_interrupted_comparison_goes_on_under_another_backend(tmp_path):
-    path = tmp_path / "found.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        compare(instances(), ["exhaustive"], output=path, on_progress=stop_at(KILLED_AFTER))
-    assert len(path.read_text().splitlines()) == KILLED_AFTER
-    with threads(2):
-        records = compare(instances(), ["exhaustive"], output=path)
-    check(records, path)
-
-
 @slow
 @pytest.mark.parametrize("backend", ["loky", "threading"])
 def test_processes_and_threads_of_this_machine(tmp_path, backend):
     with joblib.parallel_config(backend=backend, n_jobs=2):
         check_certificates_and_proofs(tmp_path)
+    # an interrupted comparison goes on under another backend
+    path = tmp_path / "found.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        compare(instances(), ["exhaustive"], output=path, on_progress=stop_at(KILLED_AFTER))
+    assert len(path.read_text().splitlines()) == KILLED_AFTER
+    with joblib.parallel_config(backend=backend, n_jobs=2):
+        records = compare(instances(), ["exhaustive"], output=path)
+    check(records, path)
 
 
 def interrupted(path, **options):
@@ -139,7 +123,7 @@ def test_an_interrupted_proof_keeps_its_rows_whatever_the_time_and_the_workers(t
     path, seen = tmp_path / "proof.npz", []
     kept = interrupted(path, limits=Limits(seconds=600))
     kept[0].write_bytes(kept[0].read_bytes()[:100])  # cut off by a crash
-    with threads(2):
+    with joblib.parallel_config(backend="threading", n_jobs=2):
         listen = {"on_progress": lambda done, rows: seen.append(done)}
         proof = prove(LAYER, path, limits=Limits(seconds=900), **listen)
     assert seen == list(range(5, 13))  # four were kept

@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import run
 from pyscipopt import Model
+from resuming import stop_at
 from strategies import HALF, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Limits, Refit, RowProblem, Solution, Status, Unstructured
@@ -45,7 +46,7 @@ def saved(tmp_path):
     return tmp_path / "layer.npz"
 
 
-def test_records_have_the_distance_to_the_proven_optimum():
+def test_records_say_how_far_from_the_optimum_and_who_is_trusted():
     rows = some(3, 12, seed=4)
     assert [row.n for row in rows] == [12] * 3
     records = compare(rows, ["worst", "exhaustive"])
@@ -56,9 +57,6 @@ def test_records_have_the_distance_to_the_proven_optimum():
         assert poor.excess == pytest.approx(poor.objective / best.objective - 1)
         assert poor.excess > 0
     assert math.isnan(compare(rows[:1], ["worst"])[0].excess)
-
-
-def test_a_record_names_who_is_trusted_what_the_tree_did_and_what_failed():
     wanda, branch, scip = compare(some(1, 16), ["wanda", "branch", "scip"])
     assert wanda.trusted == ""
     assert branch.trusted.startswith("branch of maskopt ")
@@ -72,23 +70,11 @@ def test_a_record_names_who_is_trusted_what_the_tree_did_and_what_failed():
     record = compare(sample_rows([big], 1), ["exhaustive"], time_limit=3)[0]
     assert record.status == "failed"
     assert "masks" in record.error
-
-
-def test_samples_depend_on_the_seed_alone():
+    # samples depend on the seed alone
     once, again, other = some(2, 8), some(2, 8), some(2, 8, seed=1)
     assert all((a.weight == b.weight).all() for a, b in zip(once, again, strict=True))
     assert any((a.weight != b.weight).any() for a, b in zip(once, other, strict=True))
     assert some(1, 8, pattern=NM(2, 4))[0].pattern == NM(2, 4)
-
-
-def stop_at(count):
-    """An `on_progress` that interrupts the run when so many jobs are finished."""
-
-    def stop(done, total):
-        if done == count:
-            raise KeyboardInterrupt
-
-    return stop
 
 
 def interrupted(rows, solvers, path, count):
@@ -116,73 +102,66 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on_any_number_of_times(path,
     assert all(r.seconds == held[r.key].seconds for r in records if r.key in held)
 
 
-def test_records_that_another_run_wrote_meanwhile_are_kept(path):
-    rows = some(2)
-
-    def meanwhile(done, total):
-        if done == 1:
-            compare(rows, ["magnitude"], output=path)
-
-    compare(rows, ["wanda"], output=path, on_progress=meanwhile)
-    solvers = sorted(record.solver for record in read_records(path, Record).values())
-    assert solvers == ["magnitude"] * 2 + ["wanda"] * 2
-
-
-@pytest.mark.parametrize("when", ["held", "finish"])
-def test_a_record_that_another_run_appends_while_the_file_is_rewritten_is_kept(
-    when, path, monkeypatch
-):
+def test_a_record_that_another_run_appends_while_the_file_is_rewritten_is_kept(path, monkeypatch):
     own, other = compare(some(1), ["wanda", "magnitude"])
-    file = RecordFile(path, Record)
-    file.append(own)
     threads = []
 
     def slowly(*args):
         threads.append(threading.Thread(target=RecordFile(path, Record).append, args=[other]))
-        threads[0].start()
-        threads[0].join(0.3)  # long enough to append, were it not to wait
+        threads[-1].start()
+        threads[-1].join(0.3)  # long enough to append, were it not to wait
         write_records(*args)
 
     monkeypatch.setattr("maskopt.record_file.write_records", slowly)
-    file.held() if when == "held" else file.finish([own])
-    threads[0].join()
-    assert set(read_records(path, Record)) == {own.key, other.key}
-    assert os.listdir(path.parent) == [path.name]
+    for rewrite in (lambda file: file.held(), lambda file: file.finish([own])):
+        path.unlink(missing_ok=True)
+        file = RecordFile(path, Record)
+        file.append(own)
+        rewrite(file)
+        threads[-1].join()
+        assert set(read_records(path, Record)) == {own.key, other.key}
+        assert os.listdir(path.parent) == [path.name]
 
 
 def test_records_of_other_runs_in_the_file_are_kept_and_not_counted(path):
     rows, counted = some(2), []
+
+    def meanwhile(done, total):
+        counted.append((done, total))
+        if done == 1:
+            compare(rows, ["worst"], output=path)
+
     compare(rows, ["wanda"], output=path)
-    listen = {"on_progress": lambda *event: counted.append(event)}
-    records = compare(rows, ["magnitude"], output=path, **listen)
+    records = compare(rows, ["magnitude"], output=path, on_progress=meanwhile)
     assert counted == [(1, 2), (2, 2)]
     assert [r.solver for r in records] == ["magnitude"] * 2
     held = read_records(path, Record)
-    assert [r.solver for r in held.values()] == ["wanda"] * 2 + ["magnitude"] * 2
+    solvers = [r.solver for r in held.values()]
+    assert solvers[:2] == ["wanda"] * 2
+    assert sorted(solvers[2:]) == ["magnitude"] * 2 + ["worst"] * 2
     again = compare(rows, ["wanda", "magnitude"], output=path, on_progress=stop_at(1))
     assert [r.seconds for r in again] == [held[r.key].seconds for r in again]
 
 
 @pytest.mark.parametrize("claim", ["objective", "optimal", "bound", "trusted", "cut off"])
 def test_a_forged_solution_and_a_forged_line_do_not_survive_a_resume(claim, path, caplog):
-    rows, optimal = some(1, None), {"status": (Status.OPTIMAL,)}
+    rows, done = some(1, None), []
     (honest,) = compare(rows, ["wanda"], output=path)
     (kept,) = (path.parent / "out.jsonl.rows").iterdir()
     found = Solution.load(kept)
+    value, optimal = found.objective, {"status": (Status.OPTIMAL,)}
     lies = {
-        "objective": {"objective": found.objective / 2},
+        "objective": {"objective": value / 2},
         "optimal": optimal,
-        "bound": {"lower_bound": found.objective, **optimal},
-        "trusted": {"lower_bound": found.objective / 2, "trusted": ("SCIP 10.0",)},
-        "cut off": {},
-    }[claim]
-    replace(found, **lies).save(kept)
+        "bound": {"lower_bound": value, **optimal},
+        "trusted": {"lower_bound": value / 2, "trusted": ("SCIP 10.0",)},
+    }
+    replace(found, **lies.get(claim, {})).save(kept)
     if claim == "cut off":
         kept.write_bytes(kept.read_bytes()[:100])
     line = json.loads(path.read_text())
     lie = {"objective": 0.1, "value": 0.1, "status": "optimal", "lower_bound": 0.1, "gap": 0.0}
     path.write_text(json.dumps({**line, **lie}) + "\n")
-    done = []
     (again,) = compare(rows, ["wanda"], output=path, on_progress=lambda *event: done.append(event))
     assert done == [(1, 1)]
     assert "dropped and solved again" in caplog.text
@@ -191,33 +170,29 @@ def test_a_forged_solution_and_a_forged_line_do_not_survive_a_resume(claim, path
     assert written == again
 
 
-def test_a_forged_line_is_replaced_by_what_its_solution_says(path):
+def test_a_forged_line_and_a_failed_one_are_replaced(path):
+    """By what the solution says; a failed record of another run is kept."""
     rows = some(1)
     (honest,) = compare(rows, ["relax"], output=path)
     path.write_text(path.read_text().replace('"status": "swap-optimal"', '"status": "optimal"'))
     assert read_records(path, Record)[honest.key].status == "optimal"
     assert compare(rows, ["relax"], output=path, on_progress=stop_at(1)) == [honest]
     assert read_records(path, Record)[honest.key] == honest
-
-
-def test_a_failed_record_of_another_run_is_kept_and_an_own_one_replaced(path):
-    row = some(1)
-    compare(row, ["wanda"], output=path)
-    done = json.loads(path.read_text())
-    failed = {**done, "status": "failed", "objective": None}
+    failed = {**json.loads(path.read_text()), "status": "failed", "objective": None}
     path.write_text("".join(json.dumps(r) + "\n" for r in (failed, {**failed, "key": "other"})))
-    compare(row, ["wanda"], output=path)
+    compare(rows, ["relax"], output=path)
     found = {r.key: r.status for r in read_records(path, Record).values()}
-    assert found == {"other": "failed", done["key"]: "feasible"}
+    assert found == {"other": "failed", honest.key: "swap-optimal"}
 
 
-TWICE = ["wanda", make_solver("tabu", moves=1), make_solver("tabu", moves=500)]
-
-
-@pytest.mark.parametrize(
-    ("solvers", "options", "message"),
-    [
-        (TWICE, {}, r"'tabu' is given twice.*compare once for each"),
+def test_bad_calls_are_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for name in ("folder", "folder.csv"):
+        os.mkdir(name)
+    ran, twice = [], ["wanda", make_solver("tabu", moves=1), make_solver("tabu", moves=500)]
+    for solvers, options, message in (
+        (twice, {}, r"'tabu' is given twice.*compare once for each"),
         ({"random": {"seed": -1}}, {"seed": 5}, "seed"),
         (["wanda"], {"jobs": 0}, "`jobs` is at least 1"),
         ([], {}, "at least one solver"),
@@ -227,55 +202,39 @@ TWICE = ["wanda", make_solver("tabu", moves=1), make_solver("tabu", moves=500)]
         (["wanda"], {"output": "no/such.jsonl"}, "no such folder"),
         (["wanda"], {"output": "no/x.csv"}, "no such folder"),
         (["wanda"], {"output": "x.parquet"}, r"pyarrow.*maskopt\[parquet\]"),
-    ],
-)
-def test_bad_calls_are_refused_before_anything_runs(
-    solvers, options, message, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for name in ("folder", "folder.csv"):
-        os.mkdir(name)
-    ran = []
-    with pytest.raises(OptionError, match=message):
-        compare(some(1), solvers, **options, on_progress=lambda *event: ran.append(event))
+    ):
+        with pytest.raises(OptionError, match=message):
+            compare(some(1), solvers, **options, on_progress=lambda *event: ran.append(event))
     assert ran == []
     assert sorted(os.listdir()) == ["folder", "folder.csv"]
 
 
-def test_an_option_of_a_solver_goes_before_the_one_for_all():
-    rows = some(1)
+def test_the_same_jobs_have_the_same_keys_and_others_have_others():
+    rows, ones = some(1), torch.ones(24)
+    # an option of a solver goes before the one for all
     records = compare(rows, {"random": {"seed": 0}, "wanda": {}}, seed=5)
     assert [r.seed for r in records] == [0, 5]
     untimed = compare(rows, {"tabu": {"time_limit": None, "moves": 20}}, time_limit=0)
     timed = compare(rows, {"tabu": {"moves": 20}}, time_limit=0)
     assert untimed[0].key != timed[0].key
-
-
-@pytest.mark.parametrize("make", [torch.as_tensor, np.asarray])
-def test_long_masks_as_starts_are_distinguished(make):
-    n = 1200  # str() leaves out the middle of more than 1000 entries
-    row = RowProblem(random_weight(1, n, 1)[0], torch.eye(n), HALF)
-    masks = np.arange(n) % 2 == 0, np.arange(n) % 2 == 0
-    masks[1][600:602] = masks[1][601], masks[1][600]
-    one, other, same = (
-        compare([row], {"swap": {"start": make(mask), "time_limit": 0}})[0].key
-        for mask in (*masks, masks[0].copy())
-    )
-    assert one != other
-    assert one == same
-
-
-def test_named_starts_keep_their_keys():
-    """A file of an earlier version is taken up again."""
+    # a file of an earlier version is taken up again
     row = RowProblem(torch.arange(1.0, 5.0), torch.eye(4), HALF)
     records = compare([row], {"wanda": {}, "swap": {"start": "wanda"}}, time_limit=3, seed=1)
     assert [r.key for r in records] == ["1b1a2a150ba137dca410", "60844c35e7301a059de6"]
-
-
-def test_other_problems_have_other_keys():
-    """Patterns that differ by little, and all else that a row may have besides weights and Gram matrix."""
-    weight, gram, ones = torch.arange(1.0, 25.0), torch.eye(24), torch.ones(24)
+    # masks as starts: str() leaves out the middle of more than 1000 entries
+    row = RowProblem(random_weight(1, 1200, 1)[0], torch.eye(1200), HALF)
+    mask = np.arange(1200) % 2 == 0
+    other = mask.copy()
+    other[600:602] = other[601], other[600]
+    keys = [
+        compare([row], {"swap": {"start": make(start), "time_limit": 0}})[0].key
+        for make in (torch.as_tensor, np.asarray)
+        for start in (mask, mask.copy(), other)
+    ]
+    assert keys[0] == keys[1] != keys[2]
+    assert keys[3] == keys[4] != keys[5]
+    # patterns that differ by little, and all that a row may have besides weights and Gram matrix
+    weight, gram = torch.arange(1.0, 25.0), torch.eye(24)
     more = ({"mean": ones}, {"variance": ones}, {"refit": Refit()}, {"refit": Refit(0.5)},
             {"integral": True})  # fmt: skip
     rows = [RowProblem(weight, gram, Unstructured(s)) for s in (2 / 3, 0.6667, 0.6666)]
@@ -302,9 +261,11 @@ def test_an_interrupted_search_is_no_record(path, monkeypatch):
     assert not path.with_name("proof.npz").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_a_file_of_something_else_is_left_unchanged(path):
+    compare(rows := some(1, 6), ["wanda"], output=path)
+    line = json.loads(path.read_text())
+    odd = {"gap": "–", "value": "0.5", "seconds": "1,5", "status": 5, "n": None}
+    for content, message in (
         (b"\xff\xfe\x00", "holds no text"),
         (b'{"a": 1}\n', "no record of this command"),
         (b"1", "no record of this command"),
@@ -312,24 +273,14 @@ def test_an_interrupted_search_is_no_record(path, monkeypatch):
         (b"my precious notes", "is not JSON"),
         (b'{"name": "Ada', "is not JSON"),
         ({"instance": "\ud800"}, r"out\.jsonl: line 1 is not JSON \('\\ud800' is half of"),
-        *(
-            ({name: value}, "line 1 has a value of another kind")
-            for name, value in (
-                ("gap", "–"), ("value", "0.5"), ("seconds", "1,5"), ("status", 5), ("n", None),
-            )
-        ),
-    ],
-)  # fmt: skip
-def test_a_file_of_something_else_is_left_unchanged(content, message, path):
-    rows = some(1, 6)
-    if isinstance(content, dict):
-        compare(rows, ["wanda"], output=path)
-        line = {**json.loads(path.read_text()), **content}
-        content = (json.dumps(line) + "\n").encode()
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        compare(rows, ["wanda"], output=path)
-    assert path.read_bytes() == content
+        *(({name: value}, "line 1 has a value of another kind") for name, value in odd.items()),
+    ):
+        if isinstance(content, dict):
+            content = (json.dumps({**line, **content}) + "\n").encode()
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            compare(rows, ["wanda"], output=path)
+        assert path.read_bytes() == content
 
 
 def test_infinite_gaps_are_no_json_numbers_and_come_back_out_of_the_file(path):
@@ -344,11 +295,9 @@ def test_infinite_gaps_are_no_json_numbers_and_come_back_out_of_the_file(path):
     assert again == first
 
 
-@pytest.mark.parametrize(
-    "command", [["compare", "--solvers", "swap"], ["bound", "--method", "box"]]
-)
+@pytest.mark.parametrize("command", ["compare --solvers swap", "bound --method box"])
 def test_a_table_of_somebody_elses_is_not_replaced(command, saved, tmp_path):
-    name, *more = command
+    name, *more = command.split()
     (out := tmp_path / "mine.csv").write_text("my,own,data\n")
     said = run(name, saved, *more, "--output", out, fails=OptionError)
     assert "no table of this command" in said
@@ -386,38 +335,27 @@ def test_files_of_a_model_are_never_replaced(weights, saved, tmp_path):
     check_writable(model / "t.csv", overwrite=True)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_options_that_do_not_fit_are_refused(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    for words, message in (
         ("compare --solvers swap -o swap.on_progress=5", "`on_progress`"),
         ("solve --output out.npz -o on_progress=5", "`on_progress`"),
         ("compare --solvers wanda --weights refitt", "--weights is one of"),
-        *(
-            (f"compare --solvers wanda --{option}", "is for a model folder")
-            for option in ("calibration no.txt", "samples 3", "include q_proj", "bos never")
-        ),
+        ("compare --solvers wanda --calibration no.txt", "is for a model folder"),
+        ("compare --solvers wanda --samples 3", "is for a model folder"),
+        ("compare --solvers wanda --include q_proj", "is for a model folder"),
+        ("compare --solvers wanda --bos never", "is for a model folder"),
         ("extract r.xyz", "unknown format 'xyz'"),
-        *(
-            (f"extract none.npz --columns {columns}", "--columns is how many")
-            for columns in ("5,3000", "5,-1", "0", "-3")
-        ),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(words, message, saved, monkeypatch):
-    monkeypatch.chdir(saved.parent)
-    command, *more = words.split()
-    assert message in run(command, saved, *more, fails=OptionError)
+        ("extract none.npz --columns 5,3000", "--columns is how many"),
+        ("extract none.npz --columns 5,-1", "--columns is how many"),
+        ("extract none.npz --columns 0", "--columns is how many"),
+        ("extract none.npz --columns -3", "--columns is how many"),
+    ):
+        command, *more = words.split()
+        assert message in run(command, saved, *more, fails=OptionError)
 
 
-def test_a_row_keeps_its_name_through_files(tmp_path):
-    LAYER.row(3).save(tmp_path / "0.npz")
-    for number in range(2):
-        said = run("extract", tmp_path / f"{number}.npz", tmp_path / f"{number + 1}.npz")
-        assert "RowProblem('q[3]'," in said
-    assert LAYER.take([3]).row(0).name == "q[0]"
-
-
-def test_compare_command(saved, tmp_path):
+def test_commands_compare_and_extract_what_other_programs_read(saved, tmp_path):
     out, size = tmp_path / "t.csv", ("--rows", 2, "--columns", 10)
     said = run("compare", saved, "--solvers", "wanda,scip", *size, "--output", out)
     with out.open(newline="") as file:
@@ -425,9 +363,6 @@ def test_compare_command(saved, tmp_path):
     found = [(r["solver"], r["status"]) for r in records]
     assert found == [("wanda", "feasible"), ("scip", "optimal")] * 2
     assert all(record["status"] in said for record in records)
-
-
-def test_extract_command_writes_what_other_programs_read(saved, tmp_path):
     run("extract", saved, tmp_path / "r.npz", "--row", 3, "--columns", 10)
     row = RowProblem.load(tmp_path / "r.npz")
     assert row.n == 10
@@ -442,3 +377,9 @@ def test_extract_command_writes_what_other_programs_read(saved, tmp_path):
         model.optimize()
         assert model.getObjVal() == pytest.approx(best, rel=1e-4, abs=1e-5)
         assert "exists; pass --overwrite" in run(*words, fails=OptionError)
+    # a row keeps its name through files
+    LAYER.row(3).save(tmp_path / "0.npz")
+    for number in range(2):
+        said = run("extract", tmp_path / f"{number}.npz", tmp_path / f"{number + 1}.npz")
+        assert "RowProblem('q[3]'," in said
+    assert LAYER.take([3]).row(0).name == "q[0]"
