@@ -1,6 +1,7 @@
 """Windows of conversations: through the model's own template, from their beginning, and where they fail."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,8 +26,7 @@ TOKENIZER = chat_tokenizer()
 
 
 def talk(*contents):
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
 
 
 def tokens_of(messages):
@@ -61,12 +61,10 @@ def parts(window):
     return [window[a:b] for a, b in zip(starts, [*starts[1:], len(window)], strict=True)]
 
 
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=12),
-    st.integers(1, 8),
-    st.integers(2, 90),
-    st.integers(0, 20),
-)
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+@given(LENGTHS, st.integers(1, 8), st.integers(2, 90), st.integers(0, 20))
 def test_windows_are_conversations_from_their_beginning(lengths, samples, length, seed):
     talks = [talk(chr(65 + i) * n) for i, n in enumerate(lengths)]  # each of a letter of its own
     ids = [tokens_of(t) for t in talks]
@@ -89,18 +87,15 @@ def test_windows_are_conversations_from_their_beginning(lengths, samples, length
         assert len(set(heads)) == len(heads)
 
 
-def test_a_seed_decides_the_order():
+def test_orders_and_cuts():
+    # a seed decides the order
     assert len({calibration(TALKS, samples=4, seed=seed).digest for seed in range(4)}) == 4
-
-
-def test_a_long_conversation_is_cut_to_its_first_tokens():
+    # a long conversation is cut to its first tokens
     long = talk("abc" * 100, "def" * 100)
     windows = calibration([long], samples=2, seq_len=50)
     assert windows.tokens.tolist() == [tokens_of(long)[:50]] * 2
     assert windows.source == "given conversations, conversations used again"
-
-
-def test_evaluation_takes_them_in_their_order():
+    # evaluation takes them in their order
     expected, window = [], []
     for one in TALKS:
         window += tokens_of(one)
@@ -113,9 +108,7 @@ def test_evaluation_takes_them_in_their_order():
     assert evaluation(TALKS, seq_len=64, limit=2).tokens.tolist() == expected[:2]
     # of tokens that nothing stands before, none is predicted
     assert windows.beginning.first_target == 1
-
-
-def test_the_tokenizers_own_beginning_does_not_come_on_top():
+    # the tokenizer's own beginning does not come on top
     assert TOKENIZER("a")["input_ids"][0] == CHAT_BOS
     without = chat_tokenizer(CHAT_TEMPLATE.replace("{{ bos_token }}", ""))
     for tokenizer, count in ((TOKENIZER, 1), (without, 0)):
@@ -134,6 +127,8 @@ def test_forms_of_the_file(tmp_path):
 
 SHAREGPT = [{"from": "human", "value": "hello"}]
 REFUSES = "line 2: the model's chat template refuses it"
+PARTS = {"role": "assistant", "content": [{"type": "text"}]}
+SURROGATE = '[{"role": "user", "content": "\\ud800"}]'
 
 
 @pytest.mark.parametrize(
@@ -143,14 +138,8 @@ REFUSES = "line 2: the model's chat template refuses it"
         ("[" * 100_000, "line 2: not JSON"),
         (3, "line 2: no list under 'messages'; give objects with messages"),
         ({"text": "hello"}, "line 2: no list under 'messages'; give objects"),
-        (
-            {"conversations": SHAREGPT},
-            "line 2: no list under 'messages'; call 'conversations' so, with role and content",
-        ),
-        (
-            SHAREGPT,
-            "line 2, message 1: has from and value; call them role and content, and say user for human",
-        ),
+        ({"conversations": SHAREGPT}, "line 2: no list .*; call 'conversations' so, with role and"),
+        (SHAREGPT, "line 2, message 1: has from and value; .* role and content, .* user for human"),
         ([], "line 2: a conversation without messages"),
         (["hello"], "line 2, message 1: not an object with role and content"),
         ([{"content": "hello"}], ".*message 1: the role must be one of system, .*, not None"),
@@ -158,16 +147,10 @@ REFUSES = "line 2: the model's chat template refuses it"
         ([{"role": [], "content": "x"}], ".*message 1: the role must be one of"),
         ([{"role": "user"}], "line 2, message 1: no text under 'content'"),
         ([{"role": "user", "content": None}], ".*message 1: no text under 'content'"),
-        (
-            [*talk("hello"), {"role": "assistant", "content": [{"type": "text"}]}],
-            ".*message 2: no text under 'content'; join its parts",
-        ),
+        ([*talk("hello"), PARTS], ".*message 2: no text under 'content'; join its parts"),
         (talk("hello") * 2, f"{REFUSES} .TemplateError: roles must alternate"),
         ([{"role": "system", "content": "x"}], REFUSES),
-        (
-            '[{"role": "user", "content": "\\ud800"}]',
-            "line 2: not JSON .* is half of a surrogate pair",
-        ),
+        (SURROGATE, "line 2: not JSON .* is half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named(line, message, tmp_path):
@@ -198,8 +181,7 @@ def test_other_sources_are_refused(tmp_path):
         with pytest.raises(DataError, match=message):
             open_job(tiny("llama"), source, WalkOptions(chat=True), tokenizer=TOKENIZER)
     chats = write(tmp_path / "chats.jsonl", MESSAGES)
-    message = "line 1: no text under 'text'; it has messages: give `chat`"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match="no text under 'text'; it has messages: give `chat`"):
         open_job(tiny("llama"), chats, WalkOptions(), tokenizer=TOKENIZER)
     for given_ in ({"bos": "always"}, {"bos": "never"}, {"text_field": "body"}):
         with pytest.raises(DataError, match=f"`{next(iter(given_))}` is of plain text"):
@@ -229,10 +211,8 @@ def test_templates_with_names_in_results(tmp_path, caplog):
     several.save_pretrained(dense)
     options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "seq_len": 16}
     text, found = ["what is it that you say? " * 20], []
-    for name, model, tokenizer in (
-        ("folder", dense, None),
-        ("memory", AutoModelForCausalLM.from_pretrained(dense), several),
-    ):
+    loaded = AutoModelForCausalLM.from_pretrained(dense)
+    for name, model, tokenizer in (("folder", dense, None), ("memory", loaded, several)):
         out = tmp_path / name
         prune_model(model, tokenizer, calibration=text, output=out, **options)
         with (out / "README.md").open("a") as card:
@@ -262,15 +242,12 @@ def test_a_template_is_not_trusted(template, message):
 @pytest.mark.parametrize("before", ["", "\n", "  \n  ", "a\n"])
 def test_windows_do_not_depend_on_the_day(before):
     """A template that writes today's date writes a fixed one, and all else as it would."""
-    one, two = (
-        before + "{% if true %}\n  {{ 'Today: ' + " + day + " }}\n{% endif %}x"
-        for day in (
-            "strftime_now('%A, %d %B %Y, %Y-%m-%d, %d %b')",
-            "'Friday, 26 July 2024, 2024-07-26, 26 Jul'",
-        )
-    )
-    one, two = (evaluation(TALKS[:4], chat_tokenizer(t), seq_len=120) for t in (one, two))
-    assert one.digest == two.digest
+    asked = "strftime_now('%A, %d %B %Y, %Y-%m-%d, %d %b')"
+    digests = set()
+    for day in (asked, "'Friday, 26 July 2024, 2024-07-26, 26 Jul'"):
+        template = before + "{% if true %}\n  {{ 'Today: ' + " + day + " }}\n{% endif %}x"
+        digests.add(evaluation(TALKS[:4], chat_tokenizer(template), seq_len=120).digest)
+    assert len(digests) == 1
 
 
 def test_perplexity_of_chats():
@@ -307,7 +284,7 @@ HALF = ("--sparsity", 0.5)
 
 
 def prune(dense, text, out, *more):
-    how = [*HALF, "--warm-start", "wanda", *FEW, "--min-tokens", 8]
+    how = [*HALF, "--solver", "wanda", *FEW, "--min-tokens", 8]
     return ["prune", dense, *how, "--calibration", text, "--output", out, *more]
 
 
@@ -344,9 +321,9 @@ def test_other_chats_are_not_those_of_the_prune(paths, tmp_path):
         said = run(*prune(dense, source, out, *same, *more), fails=ModelError)
         assert "another run" in said
     tokens = calibration(chats, samples=4, seq_len=48, seed=3).tokens
-    options = {"sparsity": 0.5, "warm_start": "wanda", "min_tokens": 8, "seed": 3}
+    options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 8, "seed": 3, "samples": 4}
     with pytest.raises(ModelError, match="another run"):  # the same tokens are not the same run
-        prune_model(dense, tokens, output=out, resume=True, samples=4, seq_len=48, **options)
+        prune_model(dense, tokens, output=out, resume=True, seq_len=48, **options)
     run(*prune(dense, chats, out, *same, "--chat"))  # there is nothing left to do
 
 
@@ -376,13 +353,9 @@ def test_what_fails_leaves_nothing_behind(paths, tmp_path):
 
 
 def test_a_panic_of_the_tokenizer_names_its_file(monkeypatch):
-    class PanicException(BaseException):
-        """As that of Rust libraries, which cannot be imported."""
-
-    def panic(*_, **__):
-        raise PanicException("no entry")
-
+    """As that of Rust libraries, which cannot be imported."""
+    panic = type("PanicException", (BaseException,), {})
     tokenizer = chat_tokenizer()
-    monkeypatch.setattr(tokenizer, "apply_chat_template", panic)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", Mock(side_effect=panic("no entry")))
     with pytest.raises(DataError, match=r"tokenizer\.json: .* stopped on this file \(no entry\)"):
         evaluation(TALKS, tokenizer)

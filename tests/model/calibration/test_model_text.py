@@ -1,5 +1,7 @@
-"""Text sources, windows, the demo's text."""
+"""Text sources, windows and what they begin with, the demo's text."""
 
+import dataclasses
+import json
 import sys
 import types
 
@@ -8,9 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import WordTokenizer
+from tiny_models import VOCABULARY, WordTokenizer, chat_tokenizer, save, save_tokenizer, tiny
+from tokenizers import processors
 
+from maskopt import open_job
 from maskopt.errors import DataError, OptionError
+from maskopt.model.beginning import Beginning, beginning_of
 from maskopt.model.demo_text import demo_text
 from maskopt.model.text import read_documents
 from maskopt.model.tokens import (
@@ -19,6 +24,7 @@ from maskopt.model.tokens import (
     evaluation_windows,
     token_windows,
 )
+from maskopt.model.walk_options import WalkOptions
 
 TOKENIZER = WordTokenizer()
 
@@ -54,11 +60,7 @@ def test_files_and_folders(tmp_path):
             b'{"text": ""}\n{"text": " "}',
             "no text in it: 2 documents, all of them empty",
         ),
-        (
-            "a.jsonl",
-            b'{"text": "x"}\n{"text": "\\ud800"}',
-            r"a\.jsonl, line 2: not JSON \('\\ud800' is half",
-        ),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}', r"line 2: not JSON \('\\ud800' is half"),
         (
             "a.jsonl",
             b'{"text": "x", "\\udc80": 1}',
@@ -66,15 +68,15 @@ def test_files_and_folders(tmp_path):
         ),
         ("a.jsonl", b"[" * 10**5, "line 1: not JSON"),
         ("a.jsonl", b"", "no text"),
-        ("a.bin", b"", "no such file"),
         ("", b"", "holds no text file"),
+        (None, b"", "no such file"),
     ],
 )
 def test_bad_files(name, content, message, tmp_path):
-    if name not in ("", "a.bin"):
+    if name:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_documents(tmp_path / (name or "."))
+        read_documents(tmp_path / ("a.bin" if name is None else name))
 
 
 def test_data_sets_and_presets(monkeypatch):
@@ -123,28 +125,25 @@ def test_crops_are_pieces_of_one_document(seed, samples, length):
     assert all(row in pieces for row in one.tokens.tolist())
 
 
-def test_short_documents_are_joined():
+def test_windows_of_short_and_long_texts():
     windows = calibration_windows(["abc", "def"], TOKENIZER, samples=2, seq_len=8, seed=0)
     assert windows.tokens[0].tolist() == ids("abc\n\ndef")
     assert "joined" in windows.source
-
-
-def test_other_seeds_give_other_crops():
     text = ["".join(chr(32 + i % 90) for i in range(500))]
-    one, two = (
-        calibration_windows(text, TOKENIZER, samples=8, seq_len=16, seed=seed) for seed in (0, 1)
-    )
+    how = {"samples": 8, "seq_len": 16}
+    one, two = (calibration_windows(text, TOKENIZER, seed=seed, **how) for seed in (0, 1))
     assert one.digest != two.digest
-
-
-def test_windows_do_not_overlap_and_the_tail_is_dropped():
+    # no overlaps, and the tail is dropped
     windows = evaluation_windows(["abcde", "fghij"], TOKENIZER, seq_len=5)
     joined = ids("abcde\n\nfghij")
     assert windows.tokens.tolist() == [joined[:5], joined[5:10]]
     assert len(evaluation_windows(["a" * 50], TOKENIZER, seq_len=5, limit=3)) == 3
 
 
-@pytest.mark.parametrize("make", [calibration_windows, evaluation_windows])
+MAKERS = pytest.mark.parametrize("make", [calibration_windows, evaluation_windows])
+
+
+@MAKERS
 @pytest.mark.parametrize(
     ("text", "tokenizer", "length", "error", "message"),
     [
@@ -159,7 +158,7 @@ def test_too_little_text(make, text, tokenizer, length, error, message):
         make([text], tokenizer, seq_len=length)
 
 
-@pytest.mark.parametrize("make", [calibration_windows, evaluation_windows])
+@MAKERS
 def test_files_of_tokens(make, tmp_path):
     path, values = tmp_path / "t.npy", np.arange(12).reshape(3, 4)
     for kind in (">i4", "<i4", ">u2", "u8", "i1"):
@@ -185,7 +184,7 @@ def longer_than_memory(path):
     path.write_bytes(path.read_bytes().replace(header, longer))
 
 
-@pytest.mark.parametrize("make", [calibration_windows, evaluation_windows])
+@MAKERS
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -223,3 +222,140 @@ def test_the_demo_text_does_not_overlap():
     calibration = sum(map(len, text.calibration))
     evaluation = sum(map(len, text.evaluation))
     assert calibration > 2 * evaluation > 50_000
+
+
+# What windows begin with: what the tokenizer puts before a text, counted as nobody's target
+
+TEXT = "abcdefghijklmnopqrstuvwxyz" * 4
+
+
+class Tokenizer:
+    """A token a character from 10 on, with special tokens around a text."""
+
+    def __init__(self, before=(), after=(), bos=None, size=200):
+        self.before, self.after, self.bos_token_id, self.size = before, after, bos, size
+
+    def __len__(self):
+        return self.size
+
+    def __call__(self, text, add_special_tokens=True, **_):
+        plain = [10 + ord(c) % 100 for c in text]
+        whole = [*self.before, *plain, *self.after]
+        return {"input_ids": whole if add_special_tokens else plain}
+
+
+LLAMA = Tokenizer(before=(1,), bos=1)
+CLOSING = Tokenizer(after=(2,), bos=1)
+QWEN = Tokenizer()
+GPT2 = Tokenizer(bos=2)  # its BOS is its EOS, and it puts none before a text
+OPT = Tokenizer(before=(2,), bos=2)  # its BOS is its EOS, and it puts that before a text
+BERT = Tokenizer(before=(1,), after=(2,))  # something before a text that it does not call BOS
+AROUND = Tokenizer(before=(2,), after=(2,), bos=2)
+TWO = Tokenizer(before=(3, 4), bos=3)
+OUTSIDE = Tokenizer(before=(500,), bos=500)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [
+        (LLAMA, {"auto": (1,), "always": (1,), "never": ()}),
+        (CLOSING, {"auto": (), "always": (1,)}),
+        (QWEN, {"auto": ()}),
+        (GPT2, {"auto": (), "always": (2,)}),
+        (OPT, {"auto": (2,), "always": (2,), "never": ()}),
+        (BERT, {"always": (1,)}),
+        (AROUND, {"auto": (2,)}),
+        (TWO, {"auto": (3, 4)}),
+        # one that is never put anywhere does not matter
+        (Tokenizer(bos=500), {"auto": ()}),
+        (OUTSIDE, {"never": ()}),
+        # the last id of the vocabulary is in it
+        (Tokenizer(bos=199), {"always": (199,)}),
+    ],
+)
+def test_a_beginning_is_that_of_the_tokenizer(tokenizer, expected):
+    for bos, ids in expected.items():
+        begin = beginning_of(tokenizer, bos)
+        assert begin == Beginning(bos, ids)
+        assert begin.first_target == max(1, len(ids))
+        assert ("token" in str(begin)) or not ids
+        assert Beginning.from_record(json.loads(json.dumps(begin.record()))) == begin
+
+
+@MAKERS
+@pytest.mark.parametrize(
+    ("tokenizer", "bos", "message"),
+    [
+        (QWEN, "always", "no beginning-of-sequence token; use `bos` auto or never"),
+        (QWEN, "sometimes", "`bos` must be auto, always or never"),
+        (OUTSIDE, "auto", "500 is outside its vocabulary of 200"),
+        (Tokenizer(bos=200), "always", "200 is outside its vocabulary of 200"),
+        (Tokenizer(bos=-1), "always", "outside its vocabulary"),
+    ],
+)
+def test_beginnings_that_cannot_be(make, tokenizer, bos, message):
+    with pytest.raises(DataError, match=message):
+        make([TEXT], tokenizer, seq_len=8, bos=bos)
+
+
+FAMILIES = st.sampled_from([LLAMA, CLOSING, QWEN, GPT2, OPT, AROUND, TWO])
+
+
+@given(FAMILIES, st.integers(3, 20), st.integers(0, 50))
+def test_windows_are_beginnings_and_text(tokenizer, length, seed):
+    plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    ids = list(tokenizer.before)
+    crops = calibration_windows([TEXT], tokenizer, samples=3, seq_len=length, seed=seed)
+    text = evaluation_windows([TEXT], tokenizer, seq_len=length)
+    for windows in (crops, text):
+        assert windows.length == length
+        for window in windows.tokens.tolist():
+            assert window[: len(ids)] == ids
+            rest = window[len(ids) :]
+            assert any(plain[i : i + len(rest)] == rest for i in range(len(plain)))
+    # consecutive and without a gap
+    joined = torch.cat([w[len(ids) :] for w in text.tokens]).tolist()
+    assert joined == plain[: len(joined)]
+    assert len(plain) - len(joined) < length - len(ids)
+
+
+def test_never_is_the_convention_of_one_long_text():
+    """Tokenised once with whatever the tokenizer adds, then cut."""
+    windows = evaluation_windows([TEXT], LLAMA, seq_len=8, bos="never")
+    assert windows.tokens[0, 0] == 1
+    assert windows.tokens.view(-1).tolist() == LLAMA(TEXT)["input_ids"][: windows.tokens.numel()]
+    assert windows.beginning.first_target == 1
+    # tokens that are given have no beginning
+    windows = token_windows(torch.ones(2, 5, dtype=torch.long), "mine")
+    assert str(windows.beginning) == "as given"
+    assert windows.take([1]).beginning == windows.beginning
+    with pytest.raises(DataError, match="no room"):
+        calibration_windows([TEXT], TWO, samples=1, seq_len=2)
+
+
+def test_a_beginning_that_the_model_does_not_know():
+    """In the tokenizer's vocabulary, and not in the model's: as after adding tokens without resizing."""
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<added>"})
+    assert tokenizer.bos_token_id == VOCABULARY == len(tokenizer) - 1
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<added> $A", special_tokens=[("<added>", VOCABULARY)]
+    )
+    options = WalkOptions(samples=2, seq_len=8, bos="never")
+    job = open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
+    assert int(job.windows.tokens.max()) < VOCABULARY
+    for bos in ("auto", "always"):
+        options = WalkOptions(samples=2, seq_len=8, bos=bos)
+        with pytest.raises(DataError, match=r"token id 96 does not exist in .* vocabulary of 96"):
+            open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_on_disk_without_a_beginning(tmp_path):
+    model = save(tiny("llama"), tmp_path / "model")
+    save_tokenizer(model)
+    options = WalkOptions(samples=2, seq_len=8)
+    windows = open_job(model, [TEXT], options).windows
+    assert str(windows.beginning) == "without a beginning token"
+    assert int(windows.tokens.min()) >= ord("a") - 31
+    with pytest.raises(DataError, match="no beginning-of-sequence token; use `bos` auto or never"):
+        open_job(model, [TEXT], dataclasses.replace(options, bos="always"))

@@ -1,16 +1,26 @@
-"""How much the tokens of a window count: the Gram matrices are the weighted means."""
+"""What errors are measured on: tokens that count more or less, held-out windows, the dense target."""
 
 import pytest
 import torch
-from tiny_models import save, tiny, tokens
+from tiny_models import inputs_of, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from maskopt import collect_problems, prune_model
-from maskopt.errors import DataError, OptionError
+from maskopt import LayerProblem, Unstructured, collect_problems, prune_model
+from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.gram import CHUNK, Gram, Moved
+from maskopt.model.blocks import matrix
+from maskopt.model.job import open_job
+from maskopt.model.options import prune_options
+from maskopt.model.plan import _forward_operations, plan_prune
+from maskopt.model.problems import layer_problem
+from maskopt.model.solving import SHRINK_GRID, SHRINK_TOLERANCE
 from maskopt.model.verify import verify_output
+from maskopt.model.walk_block import Block
 from maskopt.model.weighting import GRADIENT, REST, WEIGHTINGS, token_weights
+from maskopt.model.windows import held_out
 
+HALF = {"sparsity": 0.5, "min_tokens": 1}
+FIRST = ("layers.0.*",)  # of the first block, whose inputs no pruning has changed
 NAME = "model.layers.1.mlp.up_proj"
 
 
@@ -100,55 +110,75 @@ def test_weights_have_a_mean_of_one_and_outlast_extreme_states():
     ],
 )
 def test_a_weighted_run_is_verified(more, dense_folder, tmp_path):
-    options = {"sparsity": 0.5, "min_tokens": 1, **more}
+    options = {**HALF, "include": "layers.1", **more}
     report = prune_model(dense_folder, tokens(), output=tmp_path / "out", **options)
     equal = prune_model(tiny("llama"), tokens(), **{**options, "weighting": "alike"})
     assert [layer.error for layer in report.layers] != [layer.error for layer in equal.layers]
     found = verify_output(tmp_path / "out", dense_folder, calibration=tokens())
-    assert len(found.checked_layers) == 21
+    assert len(found.checked_layers) == 7
 
 
-SINGLE = "windows of a single token"
+GRADIENT_BAD = {"weighting": "gradient", "skip_bad_samples": True}
 
 
 @pytest.mark.parametrize(
-    ("family", "weighting", "data", "more", "error", "message"),
+    ("family", "data", "options", "error", "message"),
     [
         (
-            "llama", "first", tokens(), {}, OptionError,
-            "`weighting` must be text alike or rest or relative or gradient",
+            "llama",
+            tokens(),
+            {"weighting": "first"},
+            OptionError,
+            "be text alike or rest or relative or",
         ),
-        ("mixtral", "rest", tokens(), {}, OptionError, "`weighting` rest needs `all_experts` there"),
-        ("llama", "rest", tokens(4, 1), {}, DataError, SINGLE),
-        ("llama", "gradient", tokens(4, 1), {}, DataError, SINGLE),
         (
-            "llama", "gradient", tokens(), {"skip_bad_samples": True}, OptionError,
-            "`skip_bad_samples` leaves windows out: choose one",
+            "mixtral",
+            tokens(),
+            {"weighting": "rest"},
+            OptionError,
+            "`weighting` rest needs `all_experts`",
+        ),
+        ("llama", tokens(4, 1), {"weighting": "rest"}, DataError, "windows of a single token"),
+        ("llama", tokens(4, 1), {"weighting": "gradient"}, DataError, "windows of a single token"),
+        (
+            "llama",
+            tokens(),
+            GRADIENT_BAD,
+            OptionError,
+            "`skip_bad_samples` leaves windows out: choose",
+        ),
+        ("llama", tokens(4), {"holdout": 1.0}, OptionError, "`holdout` must be a number"),
+        ("llama", tokens(4), {"holdout": -0.1}, OptionError, "`holdout` must be a number"),
+        ("llama", tokens(4), {"holdout": 0.1}, DataError, "keeps 0 aside"),
+        ("llama", tokens(4), {"shrink": "auto"}, ModelError, "needs held-out windows"),
+        ("llama", tokens(4), {"shrink": "some"}, ModelError, "or be auto"),
+        ("llama", tokens(4), {"shrink": 1.5}, ModelError, "must lie in"),
+    ],
+)
+def test_bad_input_gets_one_line(family, data, options, error, message):
+    with pytest.raises(error, match=message):
+        prune_model(tiny(family), data, **HALF, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((family, "float32") for family in ("llama", "gemma3", "gpt2", "mamba")),
+        *(pytest.param(f, "float32", marks=pytest.mark.slow) for f in ("bloom", "bamba")),
+        *(
+            pytest.param(f, "bfloat16", marks=pytest.mark.slow)
+            for f in ("llama", "gemma3", "gpt2", "mamba", "bloom", "bamba")
         ),
     ],
-)  # fmt: skip
-def test_bad_input_gets_one_line(family, weighting, data, more, error, message):
-    with pytest.raises(error, match=message):
-        prune_model(tiny(family), data, sparsity=0.5, weighting=weighting, **more)
-
-
-@pytest.mark.parametrize(
-    "family",
-    ["llama", "gemma3", "gpt2", "mamba"]
-    + [pytest.param(family, marks=pytest.mark.slow) for family in ("bloom", "bamba")],
-)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 )
 def test_gradients_of_a_folder_in_a_file_are_those_of_the_model_in_memory(family, dtype, tmp_path):
-    dense = save(tiny(family, dtype=dtype), tmp_path / "dense")
+    dense = save(tiny(family, dtype=getattr(torch, dtype)), tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
-    options = {"sparsity": 0.5, "min_tokens": 1, "weighting": "gradient"}
+    options, data = {**HALF, "weighting": "gradient"}, tokens(3, 10)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    kept = list(collect_problems(model, tokens(), **options))
+    kept = list(collect_problems(model, data, **options))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    options |= {"dtype": str(dtype).removeprefix("torch."), "activation_memory": 0}
-    streamed = list(collect_problems(dense, tokens(), **options))
+    streamed = list(collect_problems(dense, data, dtype=dtype, activation_memory=0, **options))
     for (name, one), (other, two) in zip(kept, streamed, strict=True):
         assert name == other
         torch.testing.assert_close(one.gram, two.gram, rtol=1e-5, atol=1e-6)
@@ -159,3 +189,158 @@ def test_masks_do_not_depend_on_threads():
     reports = [prune_model(tiny("llama"), tokens(), threads=n, **options) for n in (1, 2, 3)]
     errors = [[layer.error for layer in report.layers] for report in reports]
     assert errors[0] == errors[1] == errors[2]
+
+
+# Held-out windows: what is fitted never sees them, and errors are given on both ------------------
+
+
+def prune(data, **options):
+    return prune_model(tiny("llama"), data, **HALF, **options)
+
+
+def problems(data, **options):
+    return dict(collect_problems(tiny("llama"), data, sparsity=0.5, layers=FIRST, **options))
+
+
+def test_masks_are_those_of_the_windows_that_are_left():
+    data = tokens(10)
+    whole, part = prune(data, holdout=0.3), prune(data[:7])
+    for name, mask in part.masks.items():
+        assert torch.equal(mask, whole.masks[name])
+    for one, other in zip(whole.layers, part.layers, strict=True):
+        assert one.tokens == other.tokens
+        assert one.error == other.error
+        assert one.relative == pytest.approx(one.error / one.energy)
+        assert one.relative_held is not None
+        assert one.relative_held > 0
+        assert other.relative_held is None
+
+
+def test_held_out_errors_are_errors_on_those_windows():
+    data = tokens(10)
+    report = prune(data, holdout=0.4, include=FIRST)
+    found = problems(data[6:])
+    for layer in report.layers:
+        judged = found[layer.name].objective(report.masks[layer.name]).sum()
+        assert layer.error_held == pytest.approx(float(judged), rel=1e-5)
+        energy = found[layer.name].output_energy().sum()
+        assert layer.energy_held == pytest.approx(float(energy), rel=1e-5)
+
+
+def test_auto_shrinkage_is_the_greatest_that_is_nearly_the_best_on_the_held_out_windows():
+    """Wanda's mask does not change with α, which keeps its diagonal, but the error does: that of the
+    start is on the same matrix as that of the end."""
+    first = {"include": FIRST, "holdout": 0.5, "solver": "swap", "warm_start": "wanda"}
+    auto = prune(tokens(2), shrink="auto", **first)
+    fixed = [prune(tokens(2), shrink=alpha, **first) for alpha in SHRINK_GRID]
+    for index, layer in enumerate(auto.layers):
+        layers = [one.layers[index] for one in fixed]
+        best = min(one.error_held for one in layers) * (1 + SHRINK_TOLERANCE)
+        near = [i for i, one in enumerate(layers) if one.error_held <= best][-1]
+        assert layer.shrink == SHRINK_GRID[near]
+        assert layer.error_held == pytest.approx(layers[near].error_held, rel=1e-9)
+        assert layer.error_start == layers[near].error_start
+    assert {layer.shrink for layer in auto.layers} != {0.0}
+
+
+def test_output_energy_is_the_mean_square_of_the_dense_output():
+    x = torch.randn(50, 6, dtype=torch.float64)
+    weight = torch.randn(3, 6, dtype=torch.float64)
+    problem = LayerProblem(weight, x.T @ x / 50, Unstructured(keep=3))
+    torch.testing.assert_close(problem.output_energy(), (x @ weight.T).square().mean(0))
+
+
+def test_the_share_is_taken_as_written():
+    """0.29 · 100 is 28.999… in binary floating point."""
+    assert [len(held_out(100, share / 100)) for share in range(100)] == list(range(100))
+    assert held_out(10, 0.0) == frozenset()
+
+
+@pytest.mark.parametrize("shrink", [0.0, 0.5, 1.0])
+def test_an_error_and_its_energy_are_of_the_same_gram_matrix(shrink):
+    report = prune(tokens(4), shrink=shrink, include=FIRST, solver="wanda")
+    found = problems(tokens(4), shrink=shrink)
+    for layer in report.layers:
+        energy = found[layer.name].output_energy().sum()
+        assert layer.energy == pytest.approx(float(energy), rel=1e-5)
+
+
+def test_memory_of_held_out_windows():
+    """Their Gram matrices are a second set; and a layer is judged by its own of them."""
+    data, options = tokens(4), {"sparsity": 0.5, "solver": "wanda", "threads": 1}
+    without, held = (
+        plan_prune(tiny("llama"), data, holdout=share, **options).memory for share in (0.0, 0.5)
+    )
+    # inputs of q k v, of o, of gate and up, of down; the widest is that of down
+    assert held.grams - without.grams == 8 * (3 * 32**2 + 48**2)
+    assert held.solving - without.solving == 4 * 48**2
+
+
+# The dense target: a layer is to give on the pruned model's inputs what it gives in the dense model
+
+
+DENSE = {**HALF, "target": "dense"}
+
+
+@pytest.mark.parametrize("more", [{}, {"activation_memory": 0, "threads": 3}])
+def test_errors_are_those_of_the_outputs_in_the_dense_model(more):
+    data, original = tokens(10), tiny("llama", layers=2)
+    given = {**DENSE, "holdout": 0.4, "warm_start": "wanda"}
+    report = prune_model(tiny("llama", layers=2), data, **given, **more)
+    before = tiny("llama", layers=2)
+    prune_model(before, data, include=("layers.0.*",), **given)
+    second = [layer for layer in report.layers if layer.block == 1]
+    assert len(second) == 7
+    for layer in second:
+        weight = original.get_submodule(layer.name).weight.detach().double()
+        pruned = weight * report.masks[layer.name]
+        for windows, error, energy in (
+            (data[:6], layer.error, layer.energy),
+            (data[6:], layer.error_held, layer.energy_held),
+        ):
+            wanted = inputs_of(original, layer.name, windows) @ weight.T
+            there = inputs_of(before, layer.name, windows) @ pruned.T
+            assert error == pytest.approx(float((wanted - there).square().mean(0).sum()), rel=1e-4)
+            assert energy == pytest.approx(float(wanted.square().mean(0).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_where_nothing_before_is_pruned_both_targets_are_the_same(block):
+    """In the first block, and in the last if no layer of another is chosen."""
+    given = {**DENSE, "include": (f"layers.{block}.*",)}
+    one = prune_model(tiny("llama"), tokens(), **given)
+    other = prune_model(tiny("llama"), tokens(), **{**given, "target": "pruned"})
+    assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
+    for layer, same in zip(one.layers, other.layers, strict=True):
+        assert layer.error == pytest.approx(same.error, rel=1e-9)
+
+
+def test_the_moments_of_a_shrunk_problem_are_still_those_of_something(monkeypatch):
+    problems, rounds = [], Block.rounds
+
+    def look(block):
+        for layers, grams in rounds(block):
+            for layer in layers:
+                weight = matrix(block.job.source.model, layer).clone()
+                gram, moved = grams.of(layer.name), grams.moved(layer.name)
+                pattern = block.job.options.pattern
+                problems.append(layer_problem(layer, weight, gram, pattern, 0.3, moved))
+            yield layers, grams
+
+    monkeypatch.setattr(Block, "rounds", look)
+    prune_model(tiny("llama"), tokens(2), shrink=0.3, solver="wanda", **DENSE)
+    for problem in problems:
+        assert problem.linear is not None
+        gram = problem.gram.double()
+        problem.linear.check_moments(gram, 1e-6 * float(gram.trace()), "")
+    assert len(problems) == 21
+
+
+def test_plans_count_the_dense_model_that_goes_along(dense_folder):
+    """Its moments, its states and its passes."""
+    options = [prune_options(None, {**DENSE, "target": t}) for t in ("pruned", "dense")]
+    alone, both = (plan_prune(dense_folder, tokens(), how).memory for how in options)
+    assert both.grams == 3 * alone.grams
+    assert both.activations == 2 * alone.activations
+    alone, both = (_forward_operations(open_job(dense_folder, tokens(), x), x) for x in options)
+    assert 1.4 * alone < both < 2 * alone

@@ -132,7 +132,7 @@ def test_hostile_bytes_do_not_crash_the_loaders(
     work = tmp_path / "work"
     work.mkdir()
     for kind, data in examples(pruned_folder, work).items():
-        for seed in seeds:
+        for seed in seeds[:90] if kind == "forged result" else seeds:  # a whole verification each
             said = try_loaders(kind, hostile(kind, data, seed), work)
             assert said is None or (said and "\n" not in said), (kind, seed)
     assert {entry.name for entry in tmp_path.iterdir()} == {"work"}

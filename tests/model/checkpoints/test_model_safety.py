@@ -8,12 +8,15 @@ import re
 import shutil
 import struct
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from commands import run
 from forging import change_tensors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
-from tiny_models import chat_tokenizer, edit_json, tiny, tokens
+from tiny_models import chat_tokenizer, edit_json, save, save_with_own_code, tiny, tokens
 
 import maskopt
 from maskopt import prune_model, shrink_model
@@ -71,13 +74,7 @@ def lead_out(name):
 
 def in_place(make):
     """Something else in the place of the first shard."""
-
-    def damage(model):
-        path = shard(model)
-        path.unlink()
-        make(path)
-
-    return damage
+    return lambda model: (path := shard(model), path.unlink(), make(path))
 
 
 def data(change):
@@ -102,6 +99,10 @@ def config(**given):
     return lambda model: edit_json(model / "config.json", lambda c: c.update(given))
 
 
+def written(name, text):
+    return lambda model: (model / name).write_text(text)
+
+
 def weight_map(change):
     return lambda m: edit_json(m / INDEX, lambda i: change(i["weight_map"], shard(m).name))
 
@@ -119,15 +120,10 @@ def twice(model):
     weight_map(lambda places, first: places.update({name[6:]: first}))(model)
 
 
-def written(name, text):
-    return lambda model: (model / name).write_text(text)
-
-
-PICKLE = pickle.dumps({"weight": [1.0] * 50})
 NOT_A_NAME = "not the name of a safetensors file in the folder"
 DAMAGES = {
     "truncated": (data(lambda d: d[:-1]), "truncated"),
-    "pickle": (data(lambda _: PICKLE), "but a pickle"),
+    "pickle": (data(lambda _: pickle.dumps({"weight": [1.0] * 50})), "but a pickle"),
     "zip": (lambda m: torch.save({"weight": torch.ones(3)}, shard(m)), "but a pickle"),
     "only pickles": (only_pickles, "pickled weights only"),
     "path outside": (outside, NOT_A_NAME),
@@ -155,7 +151,7 @@ DAMAGES = {
     "kernel": (config(_attn_implementation="owner/kernel"), "kernel from the hub .*`trust_remote"),
     "blocks without end": (
         config(num_hidden_layers=10**12, layer_types=None),
-        "config.json: `num_hidden_layers` is 1000000000000, and the stored tensors have 3 blocks",
+        "config.json: `num_hidden_layers` is 10{12}, and the stored tensors have 3 blocks",
     ),
     "blocks of a part": (config(vision_config={"depth": 10**5}), "`depth` is 100000"),
     "experts without end": (
@@ -238,11 +234,23 @@ def test_a_tokenizer_that_cannot_be_copied_is_refused(
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["../a", "/a", "a/b", "a\\b", "..", ".", "", "C:a", "a\0b", "a\nb", 3, None, "x" * 300]
-)
-def test_names_that_lead_elsewhere(name):
-    assert not plain_name(name)
+def test_names_that_lead_elsewhere():
+    outside = [
+        "../a",
+        "/a",
+        "a/b",
+        "a\\b",
+        "..",
+        ".",
+        "",
+        "C:a",
+        "a\0b",
+        "a\nb",
+        3,
+        None,
+        "x" * 300,
+    ]
+    assert not [name for name in outside if plain_name(name)]
 
 
 def test_code_is_not_copied(model, tmp_path):
@@ -271,20 +279,17 @@ def test_library_errors_name_options_and_commands_their_flags(tmp_path):
         assert not re.search(r"--(overwrite|resume|dtype)", file.read_text()), file
 
 
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [(errno.ENOSPC, "no room for 0.00 GiB"), (errno.EACCES, "cannot be written")],
-)
-def test_a_file_of_hidden_states_that_cannot_be(number, said, tmp_path, monkeypatch):
-    def refuse(**_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
-    with pytest.raises(ModelError, match=said) as caught:
-        Activations(range(2), torch.Size((1, 3, 4)), torch.float32, tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path}: ")
-    assert os.strerror(number) in str(caught.value)
-    assert "`activation_memory`" in str(caught.value)
+def test_a_file_of_hidden_states_that_cannot_be(tmp_path, monkeypatch):
+    for number, said in (
+        (errno.ENOSPC, "no room for 0.00 GiB"),
+        (errno.EACCES, "cannot be written"),
+    ):
+        monkeypatch.setattr("tempfile.mkstemp", Mock(side_effect=OSError(number, "because of x")))
+        with pytest.raises(ModelError, match=said) as caught:
+            Activations(range(2), torch.Size((1, 3, 4)), torch.float32, tmp_path)
+        assert str(caught.value).startswith(f"{tmp_path}: ")
+        assert "because of x" in str(caught.value)
+        assert "`activation_memory`" in str(caught.value)
 
 
 NORMALIZER = {"type": "Precompiled", "precompiled_charsmap": ""}
@@ -308,3 +313,75 @@ def test_a_tokenizer_that_panics_is_one_error(panic, chat, model, tmp_path):
     with pytest.raises(DataError, match=r"model/tokenizer\.json: the tokenizer's library stopped"):
         prune_model(model, output=tmp_path / "out", **how)
     assert not (tmp_path / "out").exists()
+
+
+# Code that comes with a model runs only when asked for
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({marker!r}).write_text("yes")
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+CLASSES = {
+    "AutoConfig": "modeling_own.OwnConfig",
+    "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+}
+
+
+def test_remote_code(tmp_path, monkeypatch):
+    cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(cache, str(tmp_path / "modules"))
+    dense, marker = save(tiny("llama"), tmp_path / "dense"), tmp_path / "ran"
+    (dense / "modeling_own.py").write_text(CODE.format(marker=str(marker)))
+    edit_json(dense / "config.json", lambda c: c.update(model_type="own_llama", auto_map=CLASSES))
+    with pytest.raises(ModelError, match="not run unless `trust_remote_code`"):
+        prune_model(dense, tokens(), output=tmp_path / "out", **OPTIONS)
+    assert not marker.exists()
+    prune_model(dense, tokens(), output=tmp_path / "out", trust_remote_code=True, **OPTIONS)
+    assert marker.exists()
+    verify_output(tmp_path / "out", against=dense)
+
+
+@pytest.fixture
+def fetched(tmp_path, monkeypatch):
+    """Where a fetch from the hub copies what it asks for of the model `owner/own`."""
+    stored, fetched = save_with_own_code(tmp_path / "stored"), tmp_path / "fetched"
+    (stored / "fp16").mkdir()
+    for name in ("consolidated.safetensors", "fp16/model.safetensors"):
+        (stored / name).write_bytes(b"the same weights")
+    (stored / "qwen.tiktoken").write_text("IQ== 0")
+    (stored / "weights.bin").write_bytes(b"pickled")
+
+    def snapshot_download(name, **patterns):
+        assert name == "owner/own"
+        names = (str(f.relative_to(stored)) for f in stored.rglob("*") if f.is_file())
+        for file in filter_repo_objects(names, **patterns):
+            (fetched / file).parent.mkdir(exist_ok=True)
+            shutil.copy(stored / file, fetched / file)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return fetched
+
+
+def test_of_a_model_on_the_hub_code_is_fetched_only_when_asked_for(fetched, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match="not run unless `trust_remote_code`"):
+        prune_model("owner/own", tokens(), output=out, **OPTIONS)
+    found = {file.name for file in fetched.rglob("*")}
+    assert {"config.json", "model.safetensors", "qwen.tiktoken"} <= found
+    assert not found & {"modeling_own.py", "weights.bin", "consolidated.safetensors", "fp16"}
+    prune_model("owner/own", tokens(), output=out, trust_remote_code=True, **OPTIONS)
+    assert (fetched / "modeling_own.py").exists()
+    shutil.rmtree(fetched)
+    said = run("verify", out, "--against", "owner/own", "--trust-remote-code")
+    assert "every kept weight is that of owner/own" in " ".join(said.split())
