@@ -188,16 +188,28 @@ def test_other_sources_are_refused(tmp_path):
             PruneOptions(pattern=Unstructured(0.5), chat=True, **given_)
 
 
-def test_templates_that_are_not_there():
+def test_templates_that_are_not_there_or_not_trusted():
     several = chat_tokenizer(None)
     several.chat_template = {"rag": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE}
+    failing = "conversation 1: the model's chat template .*"
     for tokenizer, message in (
         (chat_tokenizer(None), r"the tokenizer has no chat template: .* leave `chat` out"),
         (None, "need the model's tokenizer"),
         (several, r"the tokenizer: .*multiple chat templates"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", f"{failing}SecurityError"),
+        ("{{ messages.append(1) }}", f"{failing}SecurityError"),
+        ("{{ open('/etc/passwd').read() }}", f"{failing}UndefinedError"),
+        ("{% for m in messages %}", f"{failing}TemplateSyntaxError"),
+        ("{{ 1 // 0 }}", f"{failing}ZeroDivisionError"),
+        (
+            "{{ raise_exception('\x1b[31mred' + 'x' * 500) }}",
+            failing + r"TemplateError: \[31mredx{190,}\)$",
+        ),
     ):
         with pytest.raises(DataError, match=message):
-            evaluation(TALKS, tokenizer)
+            evaluation(
+                TALKS, chat_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+            )
     several.chat_template = {"default": CHAT_TEMPLATE, "rag": "{{ nonsense() }}"}
     assert evaluation(TALKS, several).digest == evaluation(TALKS).digest
 
@@ -221,22 +233,6 @@ def test_templates_with_names_in_results(tmp_path, caplog):
         found.append(AutoTokenizer.from_pretrained(out).chat_template)
     assert found == [CHAT_TEMPLATE, several.chat_template]
     assert "additional_chat_templates: chat templates with names" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
-        ("{{ messages.append(1) }}", "SecurityError"),
-        ("{{ open('/etc/passwd').read() }}", "UndefinedError"),
-        ("{% for m in messages %}", "TemplateSyntaxError"),
-        ("{{ 1 // 0 }}", "ZeroDivisionError"),
-        ("{{ raise_exception('\x1b[31mred' + 'x' * 500) }}", r"TemplateError: \[31mredx{190,}\)$"),
-    ],
-)
-def test_a_template_is_not_trusted(template, message):
-    with pytest.raises(DataError, match=f"conversation 1: the model's chat template .*{message}"):
-        evaluation(TALKS, chat_tokenizer(template))
 
 
 @pytest.mark.parametrize("before", ["", "\n", "  \n  ", "a\n"])

@@ -88,9 +88,7 @@ def test_weights_over_several_chunks_and_with_other_inputs():
     torch.testing.assert_close(linear.correlation, residual.T @ part / len(x))
     constant = (residual.square() * weights[:, None]).mean(0)
     torch.testing.assert_close(linear.constant, constant)
-
-
-def test_weights_have_a_mean_of_one_and_outlast_extreme_states():
+    # weights have a mean of one and outlast extreme states
     state = torch.randn(1, 9, 4)
     state[0, 0] *= 1e4
     for weighting in ("rest", "relative"):
@@ -243,17 +241,16 @@ def test_auto_shrinkage_is_the_greatest_that_is_nearly_the_best_on_the_held_out_
     assert {layer.shrink for layer in auto.layers} != {0.0}
 
 
-def test_output_energy_is_the_mean_square_of_the_dense_output():
-    x = torch.randn(50, 6, dtype=torch.float64)
-    weight = torch.randn(3, 6, dtype=torch.float64)
-    problem = LayerProblem(weight, x.T @ x / 50, Unstructured(keep=3))
-    torch.testing.assert_close(problem.output_energy(), (x @ weight.T).square().mean(0))
-
-
 def test_the_share_is_taken_as_written():
     """0.29 · 100 is 28.999… in binary floating point."""
     assert [len(held_out(100, share / 100)) for share in range(100)] == list(range(100))
     assert held_out(10, 0.0) == frozenset()
+
+
+def test_output_energy_is_the_mean_square_of_the_dense_output():
+    x, weight = torch.randn(50, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    problem = LayerProblem(weight, x.T @ x / 50, Unstructured(keep=3))
+    torch.testing.assert_close(problem.output_energy(), (x @ weight.T).square().mean(0))
 
 
 @pytest.mark.parametrize("shrink", [0.0, 0.5, 1.0])

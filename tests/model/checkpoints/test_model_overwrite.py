@@ -194,13 +194,14 @@ def test_a_sweep_is_not_written_over_its_input(given, tmp_path):
     assert files(given["dense"].parent) == before
 
 
-@pytest.mark.parametrize("name", ["model/config.json", "report.html", "notes.md"])
-def test_a_demo_replaces_what_a_demo_wrote(name, tmp_path):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(ModelError, match=f"does not list 1 of .*: {Path(name).name}"):
-        run_demo(tmp_path, overwrite=True)
-    assert (tmp_path / name).read_text() == "mine"
+def test_a_demo_replaces_what_a_demo_wrote(tmp_path):
+    for name in ("model/config.json", "report.html", "notes.md"):
+        mine = tmp_path / Path(name).stem / name
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine")
+        with pytest.raises(ModelError, match=f"does not list 1 of .*: {mine.name}"):
+            run_demo(tmp_path / mine.stem, overwrite=True)
+        assert mine.read_text() == "mine"
 
 
 def test_a_file_that_appears_during_the_run_is_not_replaced(given, tmp_path):
@@ -233,9 +234,7 @@ def test_other_kinds_of_results_over_a_prune(given, tmp_path):
     prune(dense, grams, overwrite=True)
     assert contents(grams) == contents(given["pruned"])
     verify_output(grams, dense)
-
-
-def test_a_pack_over_another(given, tmp_path):
+    # and a pack over another
     packed, again, other = (tmp_path / name for name in ("packed", "again", "other"))
     pack(given["talked"], other)
     shutil.copytree(other, packed)

@@ -53,11 +53,10 @@ def outside(model):
     name = shard(model).name
     shutil.move(model / name, model.parent / name)
 
-    def lead_out(index):
-        places = index["weight_map"]
+    def lead_out(places, _):
         places.update({t: "../" + name for t, where in places.items() if where == name})
 
-    edit_json(model / INDEX, lead_out)
+    weight_map(lead_out)(model)
 
 
 def lead_out(name):
@@ -65,8 +64,7 @@ def lead_out(name):
 
     def damage(model):
         file = model / name if name else shard(model)
-        elsewhere = model.parent / f"elsewhere-{file.name}"
-        shutil.move(file, elsewhere)
+        elsewhere = shutil.move(file, model.parent / f"elsewhere-{file.name}")
         file.symlink_to(elsewhere)
 
     return damage
@@ -188,6 +186,9 @@ def test_links_of_the_hubs_cache(dense, tmp_path):
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
     (snapshot / "vocab.json").symlink_to("tokenizer_config.json")
+    (snapshot / "modeling_x.py").write_text("print('hello')")  # code is not copied
+    (tmp_path / "secret.txt").write_text("secret")
+    (snapshot / "notes.pdf").symlink_to(tmp_path / "secret.txt")  # of no kind that is copied
     out = tmp_path / "out"
     prune_model(snapshot, tokens(), output=out, **OPTIONS)
     verify_output(out, against=snapshot)
@@ -195,6 +196,8 @@ def test_links_of_the_hubs_cache(dense, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (dense / name).read_bytes()
     assert (out / "vocab.json").is_file()
+    assert not (out / "modeling_x.py").exists()
+    assert not (out / "notes.pdf").exists()
     assert load_tokenizer(out) is not None
 
 
@@ -251,17 +254,6 @@ def test_names_that_lead_elsewhere():
         "x" * 300,
     ]
     assert not [name for name in outside if plain_name(name)]
-
-
-def test_code_is_not_copied(model, tmp_path):
-    (model / "modeling_x.py").write_text("print('hello')")
-    (tmp_path / "secret.txt").write_text("secret")
-    (model / "notes.pdf").symlink_to(tmp_path / "secret.txt")  # of no kind that is copied
-    (model / "vocab.txt").write_text("a")
-    prune_model(model, tokens(), output=tmp_path / "out", **OPTIONS)
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert "vocab.txt" in names
-    assert not names & {"modeling_x.py", "notes.pdf"}
 
 
 def test_library_errors_name_options_and_commands_their_flags(tmp_path):
@@ -351,9 +343,8 @@ def test_remote_code(tmp_path, monkeypatch):
     verify_output(tmp_path / "out", against=dense)
 
 
-@pytest.fixture
-def fetched(tmp_path, monkeypatch):
-    """Where a fetch from the hub copies what it asks for of the model `owner/own`."""
+def test_of_a_model_on_the_hub_code_is_fetched_only_when_asked_for(tmp_path, monkeypatch):
+    """A fetch from the hub copies what it asks for of the model `owner/own`."""
     stored, fetched = save_with_own_code(tmp_path / "stored"), tmp_path / "fetched"
     (stored / "fp16").mkdir()
     for name in ("consolidated.safetensors", "fp16/model.safetensors"):
@@ -370,10 +361,6 @@ def fetched(tmp_path, monkeypatch):
         return str(fetched)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    return fetched
-
-
-def test_of_a_model_on_the_hub_code_is_fetched_only_when_asked_for(fetched, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ModelError, match="not run unless `trust_remote_code`"):
         prune_model("owner/own", tokens(), output=out, **OPTIONS)

@@ -243,15 +243,12 @@ def test_masks_come_back(shape, seed, last):
     assert back["b"].rows().shape[1] == shape[axis]
 
 
-def test_apply_makes_the_same_model(dense_folder, pruned_folder, tmp_path):
+def test_masks_are_applied_and_extracted(dense_folder, pruned_folder, tmp_path, monkeypatch):
     apply_masks(dense_folder, pruned_folder / MASKS, tmp_path / "out")
     for shard in pruned_folder.glob("model*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
     with pytest.raises(ModelError, match="not empty"):
         apply_masks(dense_folder, pruned_folder / MASKS, tmp_path / "out")
-
-
-def test_masks_are_extracted(pruned_folder, tmp_path, monkeypatch):
     path = tmp_path / "masks.bits"
     assert len(extract_masks(pruned_folder, path)) == 21
     theirs = read_masks(path)
@@ -261,35 +258,27 @@ def test_masks_are_extracted(pruned_folder, tmp_path, monkeypatch):
     with pytest.raises(OptionError, match="`overwrite`"):
         extract_masks(pruned_folder, path)
     extract_masks(pruned_folder, path, overwrite=True)
-
     refuse = Mock(side_effect=OSError(30, "Read-only file system"))
     monkeypatch.setattr("maskopt.files.tempfile.mkstemp", refuse)
     with pytest.raises(ModelError, match="cannot be written: Read-only file system"):
         extract_masks(pruned_folder, tmp_path / "masks.safetensors")
 
 
-def test_masks_of_another_model_are_refused(dense_folder, pruned_folder, tmp_path):
-    other = save(tiny("gpt2"), tmp_path / "gpt2")
-    with pytest.raises(ModelError, match="has no tensor"):
-        apply_masks(other, pruned_folder / MASKS, tmp_path / "out")
-    write_masks(tmp_path / "m.safetensors", {"model.layers.0.mlp.up_proj.weight": SMALL})
-    with pytest.raises(ModelError, match=r"is \[2, 2\]"):
-        apply_masks(dense_folder, tmp_path / "m.safetensors", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_flipped_bit_in_the_masks(dense_folder, pruned_folder, tmp_path):
+def test_masks_that_do_not_belong_to_the_model_are_refused(dense_folder, pruned_folder, tmp_path):
+    other, small = save(tiny("gpt2"), tmp_path / "gpt2"), tmp_path / "m.safetensors"
+    write_masks(small, {"model.layers.0.mlp.up_proj.weight": SMALL})
     result = copied(pruned_folder, tmp_path)
     flip(result / MASKS, -10)
-    with pytest.raises(ModelError, match="does not match its digest"):
-        apply_masks(dense_folder, result / MASKS, tmp_path / "applied")
+    for model, masks, message in (
+        (other, pruned_folder / MASKS, "has no tensor"),
+        (dense_folder, small, r"is \[2, 2\]"),
+        (dense_folder, result / MASKS, "does not match its digest"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            apply_masks(model, masks, tmp_path / "applied")
     assert not (tmp_path / "applied").exists()
     with pytest.raises(VerificationError, match="was changed"):
         verify_output(result)
-
-
-def test_parts_with_the_same_mask_are_not_joined(tmp_path):
-    part = tmp_path / "a.safetensors"
-    write_masks(part, {"x": SMALL})
+    write_masks(small, {"x": SMALL})
     with pytest.raises(ModelError, match="another part"):
-        join_masks(tmp_path / "b.safetensors", [part, part])
+        join_masks(tmp_path / "b.safetensors", [small, small])
