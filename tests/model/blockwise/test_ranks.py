@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from outputs import contents
 from strategies import random_gram, random_weight
-from tiny_models import SHARED, patched, save, tiny, tokens
+from tiny_models import SHARED, overflowing, save, tiny, tokens
 
 from maskopt import NM, LayerProblem, Refit, Unstructured, available_solvers, prune_model, solve
 from maskopt.cli import main
@@ -77,18 +77,6 @@ def tall(layers):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def overflowing():
-    """Token 5 alone reaches the first input of an enormous weight."""
-
-    def reach(table):
-        table[:, 0] = 0
-        table[5, 0] = 10
-
-    model = patched(tiny("llama"), "model.embed_tokens.weight", reach)
-    patched(model, "model.layers.0.self_attn.o_proj.weight", lambda p: p[0].zero_())
-    return patched(model, "model.layers.0.mlp.up_proj.weight", lambda p: p[0, 0].fill_(3e38))
-
-
 def prune_all(models, out, names, ranks=ALONE):
     """Every case in a folder of its own, and the Gram matrices of one model with a prune from them."""
     for name in names:
@@ -100,12 +88,12 @@ def prune_all(models, out, names, ranks=ALONE):
     prune_model(dense, grams=grams, output=out / "from grams", ranks=ranks, **COMMON, **WANDA)
 
 
-def threads_named(word):
+def gloo_threads():
     """Of this process, as Linux lists them."""
     found = 0
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            found += word in (thread / "comm").read_text()
+            found += "gloo" in (thread / "comm").read_text()
     return found
 
 
@@ -113,13 +101,12 @@ def prune_as_one_of(models, out, names):
     for module in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
         del sys.modules[module]
     with joined() as all_of_us:
-        importlib.import_module(
-            "torch.distributed.nn.functional"
-        )  # as transformers does in passing
+        # as transformers does in passing
+        importlib.import_module("torch.distributed.nn.functional")
         prune_all(models, out, names, all_of_us)
-        assert threads_named("gloo")
+        assert gloo_threads()
     patience = time.monotonic() + 30  # a thread that was joined may be listed a moment longer
-    while threads_named("gloo"):
+    while gloo_threads():
         assert time.monotonic() < patience, "gloo's threads outlive the group"
         time.sleep(0.01)
 

@@ -45,38 +45,33 @@ def test_files_and_folders(tmp_path):
     assert read_documents(tmp_path / "e.jsonl", field="body") == ["😀 ä"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"   \n", "no text"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
-        ("a.jsonl", b"{oops", "line 1: not JSON"),
-        ("a.jsonl", b'{"txt": "x"}', "did you mean 'txt'"),
-        ("a.jsonl", b"[1]", "no text under 'text': the line is not a JSON object"),
-        ("a.jsonl", b'{"text": null}', "line 1: no text under 'text': the value is null$"),
-        ("a.jsonl", b'{"text": 3}', "line 1: no text under 'text': the value is int$"),
-        (
-            "a.jsonl",
-            b'{"text": ""}\n{"text": " "}',
-            "no text in it: 2 documents, all of them empty",
-        ),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}', r"line 2: not JSON \('\\ud800' is half"),
-        (
-            "a.jsonl",
-            b'{"text": "x", "\\udc80": 1}',
-            r"a\.jsonl, line 1: not JSON \('\\udc80' is half",
-        ),
-        ("a.jsonl", b"[" * 10**5, "line 1: not JSON"),
-        ("a.jsonl", b"", "no text"),
-        ("", b"", "holds no text file"),
-        (None, b"", "no such file"),
-    ],
-)
-def test_bad_files(name, content, message, tmp_path):
-    if name:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_documents(tmp_path / ("a.bin" if name is None else name))
+BAD_FILES = {
+    "a.txt": {b"   \n": "no text", b"\xff\xfe": "not UTF-8"},
+    "a.jsonl": {
+        b"{oops": "line 1: not JSON",
+        b'{"txt": "x"}': "did you mean 'txt'",
+        b"[1]": "no text under 'text': the line is not a JSON object",
+        b'{"text": null}': "line 1: no text under 'text': the value is null$",
+        b'{"text": 3}': "line 1: no text under 'text': the value is int$",
+        b'{"text": ""}\n{"text": " "}': "no text in it: 2 documents, all of them empty",
+        b'{"text": "x"}\n{"text": "\\ud800"}': r"l, line 2: not JSON \('\\ud800' is half",
+        b'{"text": "x", "\\udc80": 1}': r"a\.jsonl, line 1: not JSON \('\\udc80' is half",
+        b"[" * 10**5: "line 1: not JSON",
+        b"": "no text",
+    },
+}
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(DataError, match="holds no text file"):
+        read_documents(tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        read_documents(tmp_path / "a.bin")
+    for name, cases in BAD_FILES.items():
+        for content, message in cases.items():
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(DataError, match=message):
+                read_documents(tmp_path / name)
 
 
 def test_data_sets_and_presets(monkeypatch):
@@ -115,10 +110,8 @@ def test_data_sets_and_presets(monkeypatch):
 @given(seed=st.integers(0, 100), samples=st.integers(1, 6), length=st.integers(1, 20))
 def test_crops_are_pieces_of_one_document(seed, samples, length):
     documents = ["abcdefghijklmnopqrstuvwxyz", "short", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
-    one, two = (
-        calibration_windows(documents, TOKENIZER, samples=samples, seq_len=length, seed=seed)
-        for _ in range(2)
-    )
+    how = {"samples": samples, "seq_len": length, "seed": seed}
+    one, two = (calibration_windows(documents, TOKENIZER, **how) for _ in range(2))
     assert torch.equal(one.tokens, two.tokens)
     assert one.digest == two.digest
     pieces = [ids(d)[i : i + length] for d in documents for i in range(len(d) - length + 1)]
@@ -144,18 +137,15 @@ MAKERS = pytest.mark.parametrize("make", [calibration_windows, evaluation_window
 
 
 @MAKERS
-@pytest.mark.parametrize(
-    ("text", "tokenizer", "length", "error", "message"),
-    [
+def test_too_little_text(make):
+    for text, tokenizer, length, error, message in (
         ("abc", TOKENIZER, 20, DataError, "less than one window of 20"),
         (" ", TOKENIZER, 20, DataError, "no text"),
         ("abc" * 20, None, 20, DataError, "tokenizer"),
         ("abc", TOKENIZER, 0, OptionError, "`seq_len` must be a whole number"),
-    ],
-)
-def test_too_little_text(make, text, tokenizer, length, error, message):
-    with pytest.raises(error, match=message):
-        make([text], tokenizer, seq_len=length)
+    ):
+        with pytest.raises(error, match=message):
+            make([text], tokenizer, seq_len=length)
 
 
 @MAKERS
@@ -219,9 +209,7 @@ def test_tokens_that_are_none():
 def test_the_demo_text_does_not_overlap():
     text = demo_text()
     assert not set(text.calibration) & set(text.evaluation)
-    calibration = sum(map(len, text.calibration))
-    evaluation = sum(map(len, text.evaluation))
-    assert calibration > 2 * evaluation > 50_000
+    assert sum(map(len, text.calibration)) > 2 * sum(map(len, text.evaluation)) > 50_000
 
 
 # What windows begin with: what the tokenizer puts before a text, counted as nobody's target
@@ -333,7 +321,7 @@ def test_never_is_the_convention_of_one_long_text():
         calibration_windows([TEXT], TWO, samples=1, seq_len=2)
 
 
-def test_a_beginning_that_the_model_does_not_know():
+def test_a_beginning_that_the_model_does_not_know(tmp_path):
     """In the tokenizer's vocabulary, and not in the model's: as after adding tokens without resizing."""
     tokenizer = chat_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<added>"})
@@ -348,9 +336,7 @@ def test_a_beginning_that_the_model_does_not_know():
         options = WalkOptions(samples=2, seq_len=8, bos=bos)
         with pytest.raises(DataError, match=r"token id 96 does not exist in .* vocabulary of 96"):
             open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
-
-
-def test_a_tokenizer_on_disk_without_a_beginning(tmp_path):
+    # a tokenizer on disk without one
     model = save(tiny("llama"), tmp_path / "model")
     save_tokenizer(model)
     options = WalkOptions(samples=2, seq_len=8)

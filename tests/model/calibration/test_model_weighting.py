@@ -24,22 +24,6 @@ FIRST = ("layers.0.*",)  # of the first block, whose inputs no pruning has chang
 NAME = "model.layers.1.mlp.up_proj"
 
 
-def inputs(model, data):
-    """Of the layer, and the hidden states that enter its block; [windows, length, …], float64."""
-    seen = {NAME: [], "model.layers.1": []}
-    for path, found in seen.items():
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, kwargs, found=found: found.append(
-                (*args, *kwargs.values())[0].detach()
-            ),
-            with_kwargs=True,
-        )
-    with torch.no_grad():
-        for window in data:
-            model(window[None])
-    return [torch.cat(found).double() for found in seen.values()]
-
-
 def gradients(model, data):
     """Norms of the loss's, by the hidden states that leave the layer's block; [windows, length]."""
     left, norms = [], []
@@ -55,8 +39,8 @@ def gradients(model, data):
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_a_gram_matrix_is_the_weighted_mean(weighting):
-    data = tokens(5)
-    x, state = inputs(tiny("llama"), data)
+    data, names = tokens(5), (NAME, "model.layers.1.input_layernorm")
+    x, state = (inputs_of(tiny("llama"), name, data).view(*data.shape, -1) for name in names)
     weights = torch.ones(x.shape[:2], dtype=torch.float64)
     if weighting == REST:
         weights[:, 0] = 0
@@ -116,59 +100,37 @@ def test_a_weighted_run_is_verified(more, dense_folder, tmp_path):
     assert len(found.checked_layers) == 7
 
 
-GRADIENT_BAD = {"weighting": "gradient", "skip_bad_samples": True}
+ONE = {"data": tokens(4, 1)}
 
 
 @pytest.mark.parametrize(
-    ("family", "data", "options", "error", "message"),
+    ("options", "error", "message"),
     [
-        (
-            "llama",
-            tokens(),
-            {"weighting": "first"},
-            OptionError,
-            "be text alike or rest or relative or",
-        ),
-        (
-            "mixtral",
-            tokens(),
-            {"weighting": "rest"},
-            OptionError,
-            "`weighting` rest needs `all_experts`",
-        ),
-        ("llama", tokens(4, 1), {"weighting": "rest"}, DataError, "windows of a single token"),
-        ("llama", tokens(4, 1), {"weighting": "gradient"}, DataError, "windows of a single token"),
-        (
-            "llama",
-            tokens(),
-            GRADIENT_BAD,
-            OptionError,
-            "`skip_bad_samples` leaves windows out: choose",
-        ),
-        ("llama", tokens(4), {"holdout": 1.0}, OptionError, "`holdout` must be a number"),
-        ("llama", tokens(4), {"holdout": -0.1}, OptionError, "`holdout` must be a number"),
-        ("llama", tokens(4), {"holdout": 0.1}, DataError, "keeps 0 aside"),
-        ("llama", tokens(4), {"shrink": "auto"}, ModelError, "needs held-out windows"),
-        ("llama", tokens(4), {"shrink": "some"}, ModelError, "or be auto"),
-        ("llama", tokens(4), {"shrink": 1.5}, ModelError, "must lie in"),
+        ({"weighting": "first"}, OptionError, "be text alike or rest or relative or gradient"),
+        ({"weighting": "rest", "model": "mixtral"}, OptionError, "rest needs `all_experts`"),
+        ({"weighting": "rest", **ONE}, DataError, "windows of a single token"),
+        ({"weighting": "gradient", **ONE}, DataError, "windows of a single token"),
+        ({"weighting": "gradient", "skip_bad_samples": True}, OptionError, "leaves windows out: c"),
+        ({"holdout": 1.0}, OptionError, "`holdout` must be a number"),
+        ({"holdout": -0.1}, OptionError, "`holdout` must be a number"),
+        ({"holdout": 0.1}, DataError, "keeps 0 aside"),
+        ({"shrink": "auto"}, ModelError, "needs held-out windows"),
+        ({"shrink": "some"}, ModelError, "or be auto"),
+        ({"shrink": 1.5}, ModelError, "must lie in"),
     ],
 )
-def test_bad_input_gets_one_line(family, data, options, error, message):
+def test_bad_input_gets_one_line(options, error, message):
+    how = {"data": tokens(4), "model": "llama", **HALF, **options}
     with pytest.raises(error, match=message):
-        prune_model(tiny(family), data, **HALF, **options)
+        prune_model(tiny(how.pop("model")), how.pop("data"), **how)
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),
-    [
-        *((family, "float32") for family in ("llama", "gemma3", "gpt2", "mamba")),
-        *(pytest.param(f, "float32", marks=pytest.mark.slow) for f in ("bloom", "bamba")),
-        *(
-            pytest.param(f, "bfloat16", marks=pytest.mark.slow)
-            for f in ("llama", "gemma3", "gpt2", "mamba", "bloom", "bamba")
-        ),
-    ],
+    "family",
+    ["llama", "gemma3", "gpt2", "mamba"]
+    + [pytest.param(family, marks=pytest.mark.slow) for family in ("bloom", "bamba")],
 )
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_gradients_of_a_folder_in_a_file_are_those_of_the_model_in_memory(family, dtype, tmp_path):
     dense = save(tiny(family, dtype=getattr(torch, dtype)), tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
@@ -214,7 +176,7 @@ def test_masks_are_those_of_the_windows_that_are_left():
         assert other.relative_held is None
 
 
-def test_held_out_errors_are_errors_on_those_windows():
+def test_errors_and_energies_are_those_of_the_windows_that_they_are_on():
     data = tokens(10)
     report = prune(data, holdout=0.4, include=FIRST)
     found = problems(data[6:])
@@ -223,6 +185,15 @@ def test_held_out_errors_are_errors_on_those_windows():
         assert layer.error_held == pytest.approx(float(judged), rel=1e-5)
         energy = found[layer.name].output_energy().sum()
         assert layer.energy_held == pytest.approx(float(energy), rel=1e-5)
+    for shrink in (0.0, 0.5, 1.0):  # an error and its energy are of the same Gram matrix
+        report = prune(tokens(4), shrink=shrink, include=FIRST, solver="wanda")
+        found = problems(tokens(4), shrink=shrink)
+        for layer in report.layers:
+            energy = found[layer.name].output_energy().sum()
+            assert layer.energy == pytest.approx(float(energy), rel=1e-5)
+    x, weight = torch.randn(50, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    problem = LayerProblem(weight, x.T @ x / 50, Unstructured(keep=3))
+    torch.testing.assert_close(problem.output_energy(), (x @ weight.T).square().mean(0))
 
 
 def test_auto_shrinkage_is_the_greatest_that_is_nearly_the_best_on_the_held_out_windows():
@@ -247,34 +218,7 @@ def test_the_share_is_taken_as_written():
     assert held_out(10, 0.0) == frozenset()
 
 
-def test_output_energy_is_the_mean_square_of_the_dense_output():
-    x, weight = torch.randn(50, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
-    problem = LayerProblem(weight, x.T @ x / 50, Unstructured(keep=3))
-    torch.testing.assert_close(problem.output_energy(), (x @ weight.T).square().mean(0))
-
-
-@pytest.mark.parametrize("shrink", [0.0, 0.5, 1.0])
-def test_an_error_and_its_energy_are_of_the_same_gram_matrix(shrink):
-    report = prune(tokens(4), shrink=shrink, include=FIRST, solver="wanda")
-    found = problems(tokens(4), shrink=shrink)
-    for layer in report.layers:
-        energy = found[layer.name].output_energy().sum()
-        assert layer.energy == pytest.approx(float(energy), rel=1e-5)
-
-
-def test_memory_of_held_out_windows():
-    """Their Gram matrices are a second set; and a layer is judged by its own of them."""
-    data, options = tokens(4), {"sparsity": 0.5, "solver": "wanda", "threads": 1}
-    without, held = (
-        plan_prune(tiny("llama"), data, holdout=share, **options).memory for share in (0.0, 0.5)
-    )
-    # inputs of q k v, of o, of gate and up, of down; the widest is that of down
-    assert held.grams - without.grams == 8 * (3 * 32**2 + 48**2)
-    assert held.solving - without.solving == 4 * 48**2
-
-
 # The dense target: a layer is to give on the pruned model's inputs what it gives in the dense model
-
 
 DENSE = {**HALF, "target": "dense"}
 
@@ -333,11 +277,17 @@ def test_the_moments_of_a_shrunk_problem_are_still_those_of_something(monkeypatc
     assert len(problems) == 21
 
 
-def test_plans_count_the_dense_model_that_goes_along(dense_folder):
-    """Its moments, its states and its passes."""
-    options = [prune_options(None, {**DENSE, "target": t}) for t in ("pruned", "dense")]
-    alone, both = (plan_prune(dense_folder, tokens(), how).memory for how in options)
+def test_plans_count_held_out_windows_and_the_dense_model_that_goes_along(dense_folder):
+    """Gram matrices of held-out windows are a second set, and a layer is judged by its own of them. Moments,
+    states and passes of the dense model."""
+    more = {"pruned": {}, "dense": {}, "held": {"target": "pruned", "holdout": 0.5}}
+    how = {**HALF, "solver": "wanda", "threads": 1}
+    given = [prune_options(None, {**how, "target": t, **o}) for t, o in more.items()]
+    alone, both, held = (plan_prune(dense_folder, tokens(), one).memory for one in given)
+    # inputs of q k v, of o, of gate and up, of down; the widest is that of down
+    assert held.grams - alone.grams == 8 * (3 * 32**2 + 48**2)
+    assert held.solving - alone.solving == 4 * 48**2
     assert both.grams == 3 * alone.grams
     assert both.activations == 2 * alone.activations
-    alone, both = (_forward_operations(open_job(dense_folder, tokens(), x), x) for x in options)
+    alone, both, _ = (_forward_operations(open_job(dense_folder, tokens(), x), x) for x in given)
     assert 1.4 * alone < both < 2 * alone
