@@ -91,15 +91,6 @@ def test_a_block_may_not_be_left_behind_nor_looked_at_afterwards(dense_folder):
             next(iter(job.blocks()))
 
 
-def test_rounds_of_a_true_sequential_walk(dense_folder):
-    rounds = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
-    with open_job(dense_folder, tokens(), WalkOptions(true_sequential=True)) as job:
-        for block in job.blocks():
-            kinds = [{layer.kind.split(".")[1] for layer in layers} for layers, _ in block.rounds()]
-            assert kinds == rounds
-            block.advance()
-
-
 def test_layers_know_block_and_kind():
     for family, kinds in (
         ("gpt2", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
@@ -115,7 +106,13 @@ def test_layers_know_block_and_kind():
                 assert layer.name.rsplit(".", 1)[0] == layer.parent
 
 
-def test_a_block_without_a_chosen_layer_and_the_end_of_the_last_block():
+def test_rounds_a_block_without_a_chosen_layer_and_the_end_of_the_last_block():
+    rounds = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    with open_job(tiny("llama"), tokens(), WalkOptions(true_sequential=True)) as job:
+        for block in job.blocks():
+            kinds = [{layer.kind.split(".")[1] for layer in layers} for layers, _ in block.rounds()]
+            assert kinds == rounds
+            block.advance()
     options = WalkOptions(include=("layers.1.mlp",))
     with open_job(tiny("llama"), tokens(), options) as job:
         for block in job.blocks():
@@ -178,6 +175,11 @@ def test_options_and_shorthand_are_the_same():
     assert one.fingerprint == two.fingerprint
     assert all(torch.equal(mask, two.masks[name]) for name, mask in one.masks.items())
     assert three.fingerprint["options"] == {**one.fingerprint["options"], "seed": 3}
+    # they have units, and one that is given twice changes alone
+    options = PruneOptions(Unstructured(0.5), max_memory="16GiB", activation_memory="500MB")
+    assert (options.max_memory, options.activation_memory) == (2**34, 500 * 10**6)
+    options = prune_options(PruneOptions(Unstructured(0.5), samples=7), {"sparsity": 0.25})
+    assert (options.pattern, options.samples) == (Unstructured(0.25), 7)
 
 
 def test_what_decides_the_masks_is_recorded_and_nothing_else():
@@ -222,13 +224,6 @@ def test_options_that_cannot_be(message, given):
             use(model, tokens(), **{**WANDA, **given})
         assert isinstance(caught.value, MaskoptError)
         assert message in str(caught.value)
-
-
-def test_options_have_units_and_one_that_is_given_twice_changes_alone():
-    options = PruneOptions(Unstructured(0.5), max_memory="16GiB", activation_memory="500MB")
-    assert (options.max_memory, options.activation_memory) == (2**34, 500 * 10**6)
-    options = prune_options(PruneOptions(Unstructured(0.5), samples=7), {"sparsity": 0.25})
-    assert (options.pattern, options.samples) == (Unstructured(0.25), 7)
 
 
 def parameters(name):

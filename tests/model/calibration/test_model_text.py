@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +34,10 @@ def ids(text):
     return TOKENIZER(text)["input_ids"]
 
 
-def test_files_and_folders(tmp_path):
+def test_files_folders_and_the_demo_text(tmp_path):
+    text = demo_text()
+    assert not set(text.calibration) & set(text.evaluation)
+    assert sum(map(len, text.calibration)) > 2 * sum(map(len, text.evaluation)) > 50_000
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x.txt").write_text("second\n\nof it")
     (tmp_path / "a.md").write_text("first")
@@ -137,18 +141,6 @@ MAKERS = pytest.mark.parametrize("make", [calibration_windows, evaluation_window
 
 
 @MAKERS
-def test_too_little_text(make):
-    for text, tokenizer, length, error, message in (
-        ("abc", TOKENIZER, 20, DataError, "less than one window of 20"),
-        (" ", TOKENIZER, 20, DataError, "no text"),
-        ("abc" * 20, None, 20, DataError, "tokenizer"),
-        ("abc", TOKENIZER, 0, OptionError, "`seq_len` must be a whole number"),
-    ):
-        with pytest.raises(error, match=message):
-            make([text], tokenizer, seq_len=length)
-
-
-@MAKERS
 def test_files_of_tokens(make, tmp_path):
     path, values = tmp_path / "t.npy", np.arange(12).reshape(3, 4)
     for kind in (">i4", "<i4", ">u2", "u8", "i1"):
@@ -174,21 +166,29 @@ def longer_than_memory(path):
     path.write_bytes(path.read_bytes().replace(header, longer))
 
 
-@MAKERS
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda path: np.save(path, np.array(3)), r"tokens must be \[samples, length\], not \[\]"),
-        (lambda path: path.write_bytes(b"\x80\x04pickle"), "not a NumPy array"),
-        (lambda path: None, "no such file"),
-        (longer_than_memory, "not a NumPy array file"),
-        (archive, "an archive of arrays"),
-    ],
+NO_TOKENS = (
+    (lambda path: np.save(path, np.array(3)), r"tokens must be \[samples, length\], not \[\]"),
+    (lambda path: path.write_bytes(b"\x80\x04pickle"), "not a NumPy array"),
+    (Path.unlink, "no such file"),
+    (longer_than_memory, "not a NumPy array file"),
+    (archive, "an archive of arrays"),
 )
-def test_files_that_hold_no_tokens(make, write, message, tmp_path):
-    write(tmp_path / "t.npy")
-    with pytest.raises(DataError, match=rf"t\.npy: {message}"):
-        make(tmp_path / "t.npy", None)
+
+
+@MAKERS
+def test_what_makes_no_windows(make, tmp_path):
+    for write, message in NO_TOKENS:
+        write(tmp_path / "t.npy")
+        with pytest.raises(DataError, match=rf"t\.npy: {message}"):
+            make(tmp_path / "t.npy", None)
+    for text, tokenizer, length, error, message in (
+        ("abc", TOKENIZER, 20, DataError, "less than one window of 20"),
+        (" ", TOKENIZER, 20, DataError, "no text"),
+        ("abc" * 20, None, 20, DataError, "tokenizer"),
+        ("abc", TOKENIZER, 0, OptionError, "`seq_len` must be a whole number"),
+    ):
+        with pytest.raises(error, match=message):
+            make([text], tokenizer, seq_len=length)
 
 
 def test_tokens_that_are_none():
@@ -204,12 +204,6 @@ def test_tokens_that_are_none():
     ):
         with pytest.raises(DataError, match=message):
             token_windows(bad, "given")
-
-
-def test_the_demo_text_does_not_overlap():
-    text = demo_text()
-    assert not set(text.calibration) & set(text.evaluation)
-    assert sum(map(len, text.calibration)) > 2 * sum(map(len, text.evaluation)) > 50_000
 
 
 # What windows begin with: what the tokenizer puts before a text, counted as nobody's target

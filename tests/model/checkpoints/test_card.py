@@ -182,15 +182,12 @@ def test_an_interruption_between_the_cards_and_the_end_leaves_the_same_bytes(
     assert contents(again) == contents(out)
 
 
-def test_a_model_in_memory_has_a_card_as_well(tmp_path):
+def test_a_model_in_memory_has_a_card_as_well_and_names_on_the_hub(tmp_path):
     model = tiny("llama")
     model.config._name_or_path = "owner/name"
     prune(model, tmp_path / "out")
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "owner/name"
     verify_output(tmp_path / "out")
-
-
-def test_names_on_the_hub():
     for path, name in (
         ("/x/models--google--gemma-3-270m/snapshots/abc", "google/gemma-3-270m"),
         ("google/gemma-3-270m", "google/gemma-3-270m"),
