@@ -207,10 +207,8 @@ def test_a_demo_replaces_what_a_demo_wrote(tmp_path):
 def test_a_file_that_appears_during_the_run_is_not_replaced(given, tmp_path):
     out = tmp_path / "out"
 
-    def meanwhile(event):
-        (out / "README.md").write_text("mine")
-
-    for how in ({"on_progress": meanwhile}, {"resume": True}):
+    late = {"on_progress": lambda event: (out / "README.md").write_text("mine")}
+    for how in (late, {"resume": True}):
         with pytest.raises(ModelError, match=r"does not list 1 of .*: README\.md"):
             prune(given["dense"], out, **how)
         assert (out / "README.md").read_text() == "mine"
