@@ -273,7 +273,7 @@ def test_an_option_at_its_default_that_is_asked_for_is_refused(model, tmp_path):
     assert read_manifest(again / MANIFEST)["fingerprint"]["options"]["seed"] == 3
 
 
-@pytest.mark.parametrize("budget", ["layer", "model", "both"])
+@pytest.mark.parametrize("budget", ["layer", pytest.param("model", marks=pytest.mark.slow), "both"])
 def test_budgets_whose_counts_are_known_need_no_walk(budget, model, grams, tmp_path):
     how = {"budget": budget, "importance": "relative"}
     if budget != "layer":  # whose rows need none

@@ -125,12 +125,14 @@ def test_the_current_and_the_home_folder_are_no_outputs(command, given, tmp_path
     home, here = tmp_path / "home", tmp_path / "work" / "here"
     for folder in (home, here):
         folder.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # of loops' machine code
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(home))
     monkeypatch.chdir(here)
     (tmp_path / "link").symlink_to(here)
     words = [word.format(**given) for word in command]
-    for output in ("", ".", str(here), "..", tmp_path / "link", home):
+    more = (".", str(here), "..", tmp_path / "link") if command is COMMANDS[0] else ()
+    for output in ("", home, *more):
         said = run(*words, "--output", output, "--overwrite", fails=ModelError)
         assert "`output`" in said or "--output" in said
         assert "is empty, or is the current folder, one above it or the home folder" in said
