@@ -218,7 +218,7 @@ def test_templates_with_names_in_results(tmp_path, caplog):
     several.chat_template = {"default": CHAT_TEMPLATE, "rag": "rag" + CHAT_TEMPLATE}
     dense = save(tiny("llama"), tmp_path / "dense")
     several.save_pretrained(dense)
-    options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "seq_len": 16}
+    options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "seq_len": 16, "samples": 4}
     text, found = ["what is it that you say? " * 20], []
     loaded = AutoModelForCausalLM.from_pretrained(dense)
     for name, model, tokenizer in (("folder", dense, None), ("memory", loaded, several)):

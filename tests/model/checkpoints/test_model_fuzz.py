@@ -124,7 +124,7 @@ def examples(pruned_folder: Path, folder: Path) -> dict[str, bytes]:
 
 # tests/benchmarks/fuzz_loaders.py runs the same with 100,000 inputs and more
 @pytest.mark.parametrize(
-    "seeds", [range(30), pytest.param(range(30, 300), marks=pytest.mark.slow)], ids=str
+    "seeds", [range(30), pytest.param(range(30, 180), marks=pytest.mark.slow)], ids=str
 )
 def test_hostile_bytes_do_not_crash_the_loaders(
     seeds: range, pruned_folder: Path, tmp_path: Path
