@@ -47,6 +47,13 @@ def copied(result: Path, to: Path) -> Path:
     return Path(shutil.copytree(result, to / "out"))
 
 
+def flip(path: Path, place: int = -1) -> None:
+    """Another bit in one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 def check_forgery(
     result: Path, to: Path, change: Change, message: str, original: Path | None = None
 ) -> None:

@@ -278,6 +278,17 @@ def patched(model: Any, name: str, change: Callable[[torch.Tensor], object]) -> 
     return model
 
 
+def overflowing() -> Any:
+    """A Llama in which token 5 alone reaches the first input of an enormous weight."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[5, 0] = 10
+        model.model.layers[0].self_attn.o_proj.weight[0] = 0
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 3e38
+    return model
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     value = json.loads(path.read_text())
     change(value)

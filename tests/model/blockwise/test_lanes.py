@@ -79,7 +79,7 @@ def test_every_pass_sees_what_the_last_one_left(dropped, at_once):
             assert torch.equal(states[sample], torch.full(SHAPE, float(expected)))
 
 
-def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_old_one():
+def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_old_one(tmp_path):
     lanes = Late()
     states = Activations([3, 5], SHAPE, torch.float32, lanes=lanes)
     states[3], states[5] = torch.zeros(SHAPE), torch.ones(SHAPE)
@@ -90,14 +90,12 @@ def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_ol
     assert torch.equal(states.on(CPU, 3), torch.zeros(SHAPE))
     states.on(CPU, 3)  # a pass that is repeated
     assert torch.equal(states[5], torch.full(SHAPE, 7.0))
-
-
-def test_states_in_a_file_go_there_as_they_are_needed(tmp_path):
     lanes = Late()
     with Activations([0], SHAPE, torch.float32, tmp_path, lanes) as states:
         states[0] = torch.ones(SHAPE)
         assert torch.equal(states.on(CPU, 0), torch.ones(SHAPE))
-    assert lanes.sent == 0
+    assert lanes.sent == 0  # states in a file go there as they are needed
+    assert lanes_to(CPU) is None  # the processor needs none
 
 
 @pytest.mark.parametrize("options", [{"target": "dense", "weights": "refit"}, {"one_pass": True}])
@@ -108,13 +106,11 @@ def test_a_prune_writes_the_same_bytes(options, dense_folder, tmp_path, monkeypa
         prune_model(dense_folder, tokens(5), output=tmp_path / name, **given)
         return contents(tmp_path / name)
 
-    def late(device):
-        used.append(Late(device))
-        return used[-1]
-
     without, used = pruned("without"), []
     for module in (forward, job):
-        monkeypatch.setattr(module, "lanes_to", late)
+        monkeypatch.setattr(
+            module, "lanes_to", lambda device: used.append(Late(device)) or used[-1]
+        )
     assert pruned("with") == without
     assert used
     assert all(lanes.sent for lanes in used)
@@ -133,7 +129,3 @@ def test_on_a_device():
             states[sample] = states.on(device, sample) + 1
     for sample in range(6):
         assert torch.equal(states[sample], torch.full(shape, sample + 20.0, dtype=torch.bfloat16))
-
-
-def test_the_processor_needs_no_lanes():
-    assert lanes_to(CPU) is None

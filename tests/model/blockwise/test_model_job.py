@@ -24,9 +24,6 @@ from maskopt.model.walk_options import WalkOptions
 WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 
 
-# The walk -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_user_from_outside_sums_gram_matrices(dense_folder, in_memory):
     """A use that the walk knows nothing of: traces by layer, and every block's weights doubled."""
@@ -78,7 +75,7 @@ def test_a_walk_ends_with_the_threads_that_it_found(dense_folder):
     assert all(p.is_meta for p in jobs[0].source.blocks.modules.parameters())
 
 
-def test_a_block_may_not_be_left_behind_nor_looked_at_afterwards():
+def test_a_block_may_not_be_left_behind_nor_looked_at_afterwards(dense_folder):
     walk = open_job(tiny("llama"), tokens(), WalkOptions()).blocks()
     next(walk)
     with pytest.raises(RuntimeError, match="without advance"):
@@ -87,51 +84,41 @@ def test_a_block_may_not_be_left_behind_nor_looked_at_afterwards():
     block.grams()
     with pytest.raises(RuntimeError, match="samples have left block 0"):
         block.grams()
-
-
-def test_a_job_without_text_shows_layers_and_walks_nowhere(dense_folder):
+    # a job without text shows layers and walks nowhere
     with open_job(dense_folder, None, WalkOptions(include=("mlp",))) as job:
         assert len(job.layers) == 9
         with pytest.raises(ModelError, match="no text"):
             next(iter(job.blocks()))
 
 
-def test_rounds_of_a_true_sequential_walk(dense_folder):
+def test_layers_know_block_and_kind():
+    for family, kinds in (
+        ("gpt2", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
+        ("gpt_oss", {"mlp.experts.*.gate_up_proj", "mlp.experts.*.down_proj"}),
+    ):
+        blocks = Blocks(tiny(family))
+        for index in range(len(blocks)):
+            layers = blocks.layers(index)
+            assert {layer.block for layer in layers} == {index}
+            assert {layer.kind for layer in layers} >= kinds
+            for layer in layers:
+                assert layer.name.startswith(blocks.prefix(index))
+                assert layer.name.rsplit(".", 1)[0] == layer.parent
+
+
+def test_rounds_a_block_without_a_chosen_layer_and_the_end_of_the_last_block():
     rounds = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
-    with open_job(dense_folder, tokens(), WalkOptions(true_sequential=True)) as job:
+    with open_job(tiny("llama"), tokens(), WalkOptions(true_sequential=True)) as job:
         for block in job.blocks():
             kinds = [{layer.kind.split(".")[1] for layer in layers} for layers, _ in block.rounds()]
             assert kinds == rounds
             block.advance()
-
-
-LAYERS = {
-    "gpt2": {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"},
-    "gpt_oss": {"mlp.experts.*.gate_up_proj", "mlp.experts.*.down_proj"},
-}
-
-
-@pytest.mark.parametrize("family", LAYERS)
-def test_layers_know_block_and_kind(family):
-    blocks = Blocks(tiny(family))
-    for index in range(len(blocks)):
-        layers = blocks.layers(index)
-        assert {layer.block for layer in layers} == {index}
-        assert {layer.kind for layer in layers} >= LAYERS[family]
-        for layer in layers:
-            assert layer.name.startswith(blocks.prefix(index))
-            assert layer.name.rsplit(".", 1)[0] == layer.parent
-
-
-def test_a_block_without_a_chosen_layer_has_no_gram_matrices():
     options = WalkOptions(include=("layers.1.mlp",))
     with open_job(tiny("llama"), tokens(), options) as job:
         for block in job.blocks():
             assert len(block.grams().order) == len(block.layers) == (3 if block.index == 1 else 0)
             block.advance()
-
-
-def test_the_last_block_of_one_pass_ends_where_its_last_layer_has_its_inputs():
+    # in one pass the last block ends where its last layer has its inputs
     model, ran = tiny("llama"), []
     for index, block in enumerate(Blocks(model).modules):
         block.mlp.act_fn.register_forward_hook(lambda *_, i=index: ran.append(i))
@@ -161,27 +148,21 @@ def test_a_pattern_is_matched_as_a_whole_or_on_a_run_of_parts(pattern):
             choose(layers, [pattern])
 
 
-@pytest.mark.parametrize("given", ["", ",", [""], [" , ", ""]])
-def test_a_filter_that_names_nothing_is_not_none(given):
-    """As of a variable of the shell that is not set: all layers would be pruned."""
-    for name in ("include", "exclude"):
-        with pytest.raises(OptionError, match="must not be empty"):
-            WalkOptions(**{name: given})
+def test_filters(monkeypatch):
+    """One that names nothing is not none, as of a variable of the shell that is not set: all layers would be
+    pruned. Lists of names, of thousands in a mixture of experts, are looked up."""
+    for nothing in ("", ",", [""], [" , ", ""]):
+        for name in ("include", "exclude"):
+            with pytest.raises(OptionError, match="must not be empty"):
+                WalkOptions(**{name: nothing})
     assert WalkOptions(include=["q_proj,"]).include == ("q_proj",)
     assert WalkOptions(include=[]).include == ()
-
-
-def test_lists_of_names_are_looked_up(monkeypatch):
-    """Certificates and checks name every layer: thousands, of a mixture of experts."""
     layers, asked = Blocks(tiny("llama")).all_layers(), []
     match = lambda name, pattern: (asked.append(pattern), fnmatchcase(name, pattern))[1]  # noqa: E731
     monkeypatch.setattr("maskopt.model.blocks.fnmatchcase", match)
     names = [layer.name for layer in layers]
     assert choose(layers, names[:-1], names[:3]) == layers[3:-1]
     assert asked == []
-
-
-# Options ------------------------------------------------------------------------------------------
 
 
 def test_options_and_shorthand_are_the_same():
@@ -194,6 +175,11 @@ def test_options_and_shorthand_are_the_same():
     assert one.fingerprint == two.fingerprint
     assert all(torch.equal(mask, two.masks[name]) for name, mask in one.masks.items())
     assert three.fingerprint["options"] == {**one.fingerprint["options"], "seed": 3}
+    # they have units, and one that is given twice changes alone
+    options = PruneOptions(Unstructured(0.5), max_memory="16GiB", activation_memory="500MB")
+    assert (options.max_memory, options.activation_memory) == (2**34, 500 * 10**6)
+    options = prune_options(PruneOptions(Unstructured(0.5), samples=7), {"sparsity": 0.25})
+    assert (options.pattern, options.samples) == (Unstructured(0.25), 7)
 
 
 def test_what_decides_the_masks_is_recorded_and_nothing_else():
@@ -212,9 +198,7 @@ REFUSED = [
     ("'solvr'; did you mean 'solver'", {"solvr": "swap"}),
     ("'sample'; did you mean 'samples'", {"sample": 3}),
     ("`threads` must be a whole number from 1 to 1024, not 0", {"threads": 0}),
-    ("not -2", {"threads": -2}),
-    ("not 100000", {"threads": 100_000}),
-    ("not 1.5", {"threads": 1.5}),
+    *((f"not {threads}", {"threads": threads}) for threads in (-2, 100000, 1.5)),
     ("`samples` must be a whole number ≥ 1, not 0", {"samples": 0}),
     ("`seq_len` must be a whole number ≥ 1, not -1", {"seq_len": -1}),
     ("`min_tokens` must be a whole number ≥ 1", {"min_tokens": 0}),
@@ -242,16 +226,6 @@ def test_options_that_cannot_be(message, given):
         assert message in str(caught.value)
 
 
-def test_options_have_units_and_one_that_is_given_twice_changes_alone():
-    options = PruneOptions(Unstructured(0.5), max_memory="16GiB", activation_memory="500MB")
-    assert (options.max_memory, options.activation_memory) == (2**34, 500 * 10**6)
-    options = prune_options(PruneOptions(Unstructured(0.5), samples=7), {"sparsity": 0.25})
-    assert (options.pattern, options.samples) == (Unstructured(0.25), 7)
-
-
-# The commands -------------------------------------------------------------------------------------
-
-
 def parameters(name):
     """Of a command: flags and kind by the parameter's name."""
     kinds = ("is_flag", "multiple", "nargs")
@@ -277,11 +251,20 @@ def test_one_dialect():
 
 def test_a_prune_command_with_plan_in_its_place(dense, data, tmp_path):
     out = tmp_path / "out"
-    rest = [
-        dense, "--pattern", "0.5", "--solver", "wanda", "--calibration", data, "--output", out,
-        "--text-field", "body", "--seed", 3, "--all-experts", "--min-tokens", 1, "--shrink", 0.1,
-        "--skip-bad-samples", "--overwrite", "--layers", "q_proj,mlp", "--exclude", "layers.1,up_proj",
-    ]  # fmt: skip
+    rest = [dense, "--calibration", data, "--output", out, "--overwrite"]
+    rest += [
+        "--pattern",
+        "0.5",
+        "--solver",
+        "wanda",
+        "--text-field",
+        "body",
+        "--seed",
+        "3",
+        "--all-experts",
+    ]
+    rest += ["--min-tokens", "1", "--shrink", "0.1", "--skip-bad-samples", "--layers", "q_proj,mlp"]
+    rest += ["--exclude", "layers.1,up_proj"]
     shown = run("plan", *rest)
     assert "self_attn.q_proj" in shown
     assert "up_proj" not in shown
@@ -293,11 +276,12 @@ def test_a_prune_command_with_plan_in_its_place(dense, data, tmp_path):
 
 def test_patterns_and_layers_are_read_in_one_way(dense, data, tmp_path):
     common, results = [dense, "--solvers", "wanda", "--rows", 1, "--calibration", data], set()
-    for number, words in enumerate((
+    asked = (
         ["--sparsity", "0.5", "--include", "q_proj", "--include", "layers.0.mlp.*"],
         ["--pattern", "0.5", "--include", "q_proj, layers.0.mlp.*"],
         ["--pattern", "0.5", "--layers", "q_proj,layers.0.mlp.*"],
-    )):  # fmt: skip
+    )
+    for number, words in enumerate(asked):
         out = tmp_path / f"{number}.csv"
         run("compare", *common, *words, "--output", out)
         lines = out.read_text().splitlines()

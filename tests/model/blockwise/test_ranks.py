@@ -1,8 +1,7 @@
-"""Several processes that prune one model together: forked, and as torchrun starts them.
+"""Several processes that prune one model together: forked, and as torchrun starts them."""
 
-As a script, what every one of torchrun's does: `torchrun … test_ranks.py MODELS OUT`.
-"""
-
+import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -22,12 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from outputs import contents
 from strategies import random_gram, random_weight
-from tiny_models import SHARED, patched, save, tiny, tokens
+from tiny_models import SHARED, overflowing, save, tiny, tokens
 
 from maskopt import NM, LayerProblem, Refit, Unstructured, available_solvers, prune_model, solve
 from maskopt.cli import main
 from maskopt.cli import ranks as cli_ranks
 from maskopt.cli.prune import told_of_resume
+from maskopt.errors import ModelError
 from maskopt.model.gram_store import collect_grams
 from maskopt.model.ranks import ALONE, ROWS, LostRankError, Ranks, joined
 from maskopt.model.workspace import HIDDEN, JOURNAL
@@ -44,22 +44,22 @@ pytestmark = pytest.mark.skipif(
 COMMON = {"pattern": Unstructured(sparsity=0.5), "min_tokens": 1, "threads": 1}
 WANDA, REFIT = {"solver": "wanda"}, {"weights": "refit"}
 POOL = {"pattern": Unstructured(sparsity=0.5, per="layer"), "importance": "loss"}
+FILES = {"pattern": NM(keep=2, of=4), "activation_memory": 0, "true_sequential": True}
+BUDGET = {"budget": "model", "importance": "loss", "holdout": 0.3, "shrink": "auto"}
 DENSE = {"target": "dense", "weighting": "gradient", "holdout": 0.3, "solver": "elimination"}
 #: name → model, options: the rows of `tall` are shared out by tiles, but where they differ
 CASES = {
     "kept": ("tall", {}),
-    "refitted": ("tall", {**REFIT, "solver": "admm"}),
-    "refitted, swapped": ("tall", {**REFIT, "include": "q_proj,down_proj"}),
-    "2:4, in files": ("tall", {**WANDA, "pattern": NM(keep=2, of=4), "activation_memory": 0}),
-    "rows differ": ("tall", POOL),
-    "layers differ": ("tall", {**WANDA, "budget": "model", "importance": "loss"}),
+    "refitted": ("tall", {**REFIT, "solver": "admm", "include": "self_attn,up_proj"}),
+    "refitted, swapped": ("tall", {**REFIT, "include": "layers.1.*.q_proj,layers.1.*.down_proj"}),
+    "2:4, in files, one after the other": ("tall", {**WANDA, **FILES}),
+    "rows differ": ("tall", {**POOL, "include": "layers.1"}),
+    "layers differ, held out": ("tall", {**WANDA, **BUDGET}),
     "to the dense output": ("tall", DENSE),
-    "held out": ("tall", {**WANDA, "holdout": 0.3, "shrink": "auto"}),
-    "one after the other": ("tall", {**WANDA, "true_sequential": True}),
-    "experts": ("mixtral", {"all_experts": True}),
+    "experts": ("mixtral", {**WANDA, "all_experts": True}),
     "a bad sample": ("bad", {**WANDA, "skip_bad_samples": True, "include": ("q_proj",)}),
 }
-QUICK = ("held out", "layers differ", "a bad sample")
+QUICK = ("layers differ, held out", "a bad sample")
 
 
 def windows():
@@ -77,18 +77,6 @@ def tall(layers):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def overflowing():
-    """Token 5 alone reaches the first input of an enormous weight."""
-
-    def reach(table):
-        table[:, 0] = 0
-        table[5, 0] = 10
-
-    model = patched(tiny("llama"), "model.embed_tokens.weight", reach)
-    patched(model, "model.layers.0.self_attn.o_proj.weight", lambda p: p[0].zero_())
-    return patched(model, "model.layers.0.mlp.up_proj.weight", lambda p: p[0, 0].fill_(3e38))
-
-
 def prune_all(models, out, names, ranks=ALONE):
     """Every case in a folder of its own, and the Gram matrices of one model with a prune from them."""
     for name in names:
@@ -100,38 +88,49 @@ def prune_all(models, out, names, ranks=ALONE):
     prune_model(dense, grams=grams, output=out / "from grams", ranks=ranks, **COMMON, **WANDA)
 
 
-def threads_named(word):
+def gloo_threads():
     """Of this process, as Linux lists them."""
     found = 0
     for thread in Path("/proc/self/task").iterdir():
-        try:
-            found += word in (thread / "comm").read_text()
-        except OSError:
-            continue  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += "gloo" in (thread / "comm").read_text()
     return found
 
 
 def prune_as_one_of(models, out, names):
+    for module in [name for name in sys.modules if name.startswith("torch.distributed.nn")]:
+        del sys.modules[module]
     with joined() as all_of_us:
+        # as transformers does in passing
+        importlib.import_module("torch.distributed.nn.functional")
         prune_all(models, out, names, all_of_us)
-        assert threads_named("gloo")
+        assert gloo_threads()
     patience = time.monotonic() + 30  # a thread that was joined may be listed a moment longer
-    while threads_named("gloo"):
+    while gloo_threads():
         assert time.monotonic() < patience, "gloo's threads outlive the group"
         time.sleep(0.01)
-
-
-if __name__ == "__main__":
-    prune_as_one_of(Path(sys.argv[1]), Path(sys.argv[2]), QUICK)
 
 
 # How they are started -----------------------------------------------------------------------------
 
 
-class Forked:
-    """Processes of a run of this many, each of which calls the function."""
+def said_into(home, function, *arguments):
+    """What each process runs: with its output in files, and its number with the system in one."""
+    rank = os.environ["RANK"]
+    (home / f"pid.{rank}").write_text(str(os.getpid()))
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = open(home / f"{name}.{rank}", "w", buffering=1)  # noqa: SIM115
+        os.dup2(file.fileno(), number)
+        setattr(sys, name, file)
+        setattr(sys, f"__{name}__", file)
+    function(*arguments)
 
-    def __init__(self, size, home, function, *arguments):
+
+class Forked:
+    """Processes of a run of this many, each of which calls the function; or the one that is their agent, as
+    `torchrun` is, which ends all when one has failed."""
+
+    def __init__(self, size, home, function, *arguments, agent=False):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "forked"}
@@ -140,15 +139,19 @@ class Forked:
         def one(rank):
             mine = {**given, "RANK": rank, "LOCAL_RANK": rank}
             os.environ.update({name: str(value) for name, value in mine.items()})
-            for number, name in ((1, "stdout"), (2, "stderr")):
-                file = open(home / f"{name}.{rank}", "w", buffering=1)  # noqa: SIM115
-                os.dup2(file.fileno(), number)
-                setattr(sys, name, file)
-                setattr(sys, f"__{name}__", file)
-            function(*arguments)
+            said_into(home, function, *arguments)
+
+        def launch():
+            from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+            config = LaunchConfig(1, 1, size, rdzv_endpoint="127.0.0.1:0", rdzv_backend="c10d")
+            config.run_id, config.start_method, config.max_restarts = "forked", "fork", 0
+            os.environ["COLUMNS"] = "200"
+            elastic_launch(config, said_into)(home, function, *arguments)
 
         self.home, fork = home, multiprocessing.get_context("fork")
-        self.processes = [fork.Process(target=one, args=(rank,)) for rank in range(size)]
+        started = [(launch, ())] if agent else [(one, (rank,)) for rank in range(size)]
+        self.processes = [fork.Process(target=call, args=words) for call, words in started]
         for process in self.processes:
             process.start()
 
@@ -166,31 +169,6 @@ def call(*words):
     main()
 
 
-def launched(processes, *command):
-    """`torchrun --nproc-per-node … command`, with its own standard error to be read."""
-    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, *command]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "COLUMNS": "200"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", *map(str, words)], env=env, **pipes)
-
-
-def ended(process):
-    """Its status, and what it and all that it started said."""
-    try:
-        said = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-    return process.returncode, *said
-
-
-def process_of(rank, launcher):
-    """The process that the launcher started for a rank."""
-    tasks = Path(f"/proc/{launcher.pid}/task").glob("*/children")
-    started = [f"/proc/{child}/environ" for task in tasks for child in task.read_text().split()]
-    (found,) = (x for x in started if f"\0RANK={rank}\0" in Path(x).read_text())
-    return int(found.split("/")[2])
-
-
 # The result ---------------------------------------------------------------------------------------
 
 
@@ -203,22 +181,14 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("processes", "names"),
-    [
-        (2, QUICK),
-        pytest.param(4, tuple(CASES), marks=pytest.mark.slow),
-        pytest.param("torchrun", QUICK, marks=pytest.mark.slow),
-    ],
+    ("processes", "names"), [(2, QUICK), pytest.param(4, CASES, marks=pytest.mark.slow)]
 )
 def test_the_result_does_not_depend_on_how_many_processes_there_are(
     processes, names, models, tmp_path
 ):
     alone, out = tmp_path / "alone", tmp_path / "out"
-    if processes == "torchrun":
-        status, _, said = ended(launched(2, __file__, models, out))
-    else:
-        status, _, said = Forked(processes, tmp_path, prune_as_one_of, models, out, names).ended()
-    assert status == 0 or set(status) == {0}, said
+    status, _, said = Forked(processes, tmp_path, prune_as_one_of, models, out, names).ended()
+    assert set(status) == {0}, said
     prune_all(models, alone, names)
     for name in (*names, "from grams"):
         expected, found = contents(alone / name), contents(out / name)
@@ -238,24 +208,27 @@ def command(folder, out):
 def test_a_killed_process_costs_nothing_that_was_finished(tmp_path):
     """All end, the folder looks unfinished, and any number of processes goes on from there."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    save(tall(8), tmp_path / "model", shard="200KB")
+    save(tall(6), tmp_path / "model", shard="200KB")
     np.save(tmp_path / "tokens.npy", tokens(5).numpy())
     run(*command(tmp_path, whole))
-    launcher = launched(2, "-m", "maskopt", *command(tmp_path, out))
+    killed = Forked(3, tmp_path, call, *command(tmp_path, out), agent=True)
     journal = out / HIDDEN / JOURNAL
-    while launcher.poll() is None and (
+    while killed.processes[0].is_alive() and (
         not journal.exists() or journal.read_bytes().count(b'"kind": "block"') < 2
     ):
         time.sleep(0.02)
-    os.kill(process_of(0, launcher), signal.SIGKILL)
-    status, _, said = ended(launcher)
+    os.kill(int((tmp_path / "pid.0").read_text()), signal.SIGKILL)
+    (status,), _, said = killed.ended()
     assert status != 0
     assert [entry.name for entry in out.iterdir()] == [HIDDEN]
     assert said.count("finished blocks are kept; go on with") == 1, said
-    assert "torchrun --nproc-per-node 2 -m maskopt prune" in said
-    status, shown, said = Forked(3, tmp_path, call, *command(tmp_path, out), "--resume").ended()
-    assert status == [0, 0, 0], said
-    assert shown.count("sparsity of these layers: 0.5000") == 1  # one of them speaks
+    assert "torchrun --nproc-per-node 3 -m maskopt prune" in said
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [*torchrun, "-m", "maskopt", *command(tmp_path, out), "--resume"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "COLUMNS": "200"}
+    ended = subprocess.run(words, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("sparsity of these layers: 0.5000") == 1  # one of them speaks
     assert contents(out) == contents(whole)
 
 
@@ -280,27 +253,30 @@ def test_a_signal_while_the_end_is_said_does_not_silence_it(tmp_path, monkeypatc
     assert len(said) == 1
 
 
-TRAINED = ("--weights", "reconstruct", "--holdout", 0.5, "--solver", "wanda")
+TRAINED = "prune --weights reconstruct --holdout 0.5 --solver wanda --sparsity 0.5"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--sparsity", 1.5), "sparsity 1.5 is outside"),
-        (("--sparsity", 0.5, *TRAINED), "start it without torchrun"),
-        (("--sparsity", 0.5, "--calibration", "nowhere.txt"), "nowhere.txt"),
-        (None, "start this command without torchrun"),
+        ("prune --sparsity 1.5", "sparsity 1.5 is outside"),
+        (TRAINED, "start it without torchrun"),
+        ("prune --sparsity 0.5 --calibration nowhere.txt", "nowhere.txt"),
+        ("plan --sparsity 0.5", "start this command without torchrun"),
     ],
 )
 def test_what_is_wrong_is_said_once(words, message, dense_folder, data, tmp_path):
-    out = tmp_path / "out"
-    given = ["plan", dense_folder, "--sparsity", 0.5]
-    if words is not None:
-        given = ["prune", dense_folder, "--output", out, "--calibration", data, *words]
+    out, (name, *words) = tmp_path / "out", words.split()
+    given = [name, dense_folder, "--output", out, "--calibration", data, *words]
     status, _, said = Forked(2, tmp_path, call, *given).ended()
     assert all(status)
     assert said.count(message) == 1, said
     assert not out.exists()
+
+
+def test_a_model_in_memory_is_pruned_by_one_process(tmp_path):
+    with pytest.raises(ModelError, match="several processes prune a model folder"):
+        prune_model(tiny("llama"), windows(), ranks=Ranks(0, 2), **COMMON)
 
 
 # How work is shared out ---------------------------------------------------------------------------
@@ -314,8 +290,8 @@ def test_rows_that_are_solved_apart_are_solved_as_together(name, refit):
     if refit is not None and not make_solver(name).capabilities.refit:
         pytest.skip("chooses for kept weights")
     rows, n = 2 * ROWS + 44, 24
-    weight, gram = random_weight(rows, n, 1), random_gram(n, "outliers", 2)
-    layer = LayerProblem(weight, gram, Unstructured(0.5), refit=refit)
+    gram = random_gram(n, "outliers", 2)
+    layer = LayerProblem(random_weight(rows, n, 1), gram, Unstructured(0.5), refit=refit)
     whole = solve(layer, name)
     for part in Ranks(0, 3).parts(rows):
         found = solve(layer.take(part), name)

@@ -1,6 +1,7 @@
 """Windows of conversations: through the model's own template, from their beginning, and where they fail."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,8 +26,7 @@ TOKENIZER = chat_tokenizer()
 
 
 def talk(*contents):
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
 
 
 def tokens_of(messages):
@@ -61,12 +61,10 @@ def parts(window):
     return [window[a:b] for a, b in zip(starts, [*starts[1:], len(window)], strict=True)]
 
 
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=12),
-    st.integers(1, 8),
-    st.integers(2, 90),
-    st.integers(0, 20),
-)
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+@given(LENGTHS, st.integers(1, 8), st.integers(2, 90), st.integers(0, 20))
 def test_windows_are_conversations_from_their_beginning(lengths, samples, length, seed):
     talks = [talk(chr(65 + i) * n) for i, n in enumerate(lengths)]  # each of a letter of its own
     ids = [tokens_of(t) for t in talks]
@@ -89,18 +87,15 @@ def test_windows_are_conversations_from_their_beginning(lengths, samples, length
         assert len(set(heads)) == len(heads)
 
 
-def test_a_seed_decides_the_order():
+def test_orders_and_cuts():
+    # a seed decides the order
     assert len({calibration(TALKS, samples=4, seed=seed).digest for seed in range(4)}) == 4
-
-
-def test_a_long_conversation_is_cut_to_its_first_tokens():
+    # a long conversation is cut to its first tokens
     long = talk("abc" * 100, "def" * 100)
     windows = calibration([long], samples=2, seq_len=50)
     assert windows.tokens.tolist() == [tokens_of(long)[:50]] * 2
     assert windows.source == "given conversations, conversations used again"
-
-
-def test_evaluation_takes_them_in_their_order():
+    # evaluation takes them in their order
     expected, window = [], []
     for one in TALKS:
         window += tokens_of(one)
@@ -113,9 +108,7 @@ def test_evaluation_takes_them_in_their_order():
     assert evaluation(TALKS, seq_len=64, limit=2).tokens.tolist() == expected[:2]
     # of tokens that nothing stands before, none is predicted
     assert windows.beginning.first_target == 1
-
-
-def test_the_tokenizers_own_beginning_does_not_come_on_top():
+    # the tokenizer's own beginning does not come on top
     assert TOKENIZER("a")["input_ids"][0] == CHAT_BOS
     without = chat_tokenizer(CHAT_TEMPLATE.replace("{{ bos_token }}", ""))
     for tokenizer, count in ((TOKENIZER, 1), (without, 0)):
@@ -123,17 +116,10 @@ def test_the_tokenizers_own_beginning_does_not_come_on_top():
         assert window.count(CHAT_BOS) == count
 
 
-def test_forms_of_the_file(tmp_path):
-    objects = write(tmp_path / "a.jsonl", MESSAGES)
-    lists = write(tmp_path / "b.JSONL", TALKS)
-    lists.write_text("\n" + lists.read_text() + " \n\n")
-    found = [calibration(source) for source in (objects, str(objects), lists, TALKS, MESSAGES)]
-    assert len({windows.digest for windows in found}) == 1
-    assert found[0].source == "a.jsonl"
-
-
 SHAREGPT = [{"from": "human", "value": "hello"}]
 REFUSES = "line 2: the model's chat template refuses it"
+PARTS = {"role": "assistant", "content": [{"type": "text"}]}
+SURROGATE = '[{"role": "user", "content": "\\ud800"}]'
 
 
 @pytest.mark.parametrize(
@@ -143,14 +129,8 @@ REFUSES = "line 2: the model's chat template refuses it"
         ("[" * 100_000, "line 2: not JSON"),
         (3, "line 2: no list under 'messages'; give objects with messages"),
         ({"text": "hello"}, "line 2: no list under 'messages'; give objects"),
-        (
-            {"conversations": SHAREGPT},
-            "line 2: no list under 'messages'; call 'conversations' so, with role and content",
-        ),
-        (
-            SHAREGPT,
-            "line 2, message 1: has from and value; call them role and content, and say user for human",
-        ),
+        ({"conversations": SHAREGPT}, "line 2: no list .*; call 'conversations' so, with role and"),
+        (SHAREGPT, "line 2, message 1: has from and value; .* role and content, .* user for human"),
         ([], "line 2: a conversation without messages"),
         (["hello"], "line 2, message 1: not an object with role and content"),
         ([{"content": "hello"}], ".*message 1: the role must be one of system, .*, not None"),
@@ -158,16 +138,10 @@ REFUSES = "line 2: the model's chat template refuses it"
         ([{"role": [], "content": "x"}], ".*message 1: the role must be one of"),
         ([{"role": "user"}], "line 2, message 1: no text under 'content'"),
         ([{"role": "user", "content": None}], ".*message 1: no text under 'content'"),
-        (
-            [*talk("hello"), {"role": "assistant", "content": [{"type": "text"}]}],
-            ".*message 2: no text under 'content'; join its parts",
-        ),
+        ([*talk("hello"), PARTS], ".*message 2: no text under 'content'; join its parts"),
         (talk("hello") * 2, f"{REFUSES} .TemplateError: roles must alternate"),
         ([{"role": "system", "content": "x"}], REFUSES),
-        (
-            '[{"role": "user", "content": "\\ud800"}]',
-            "line 2: not JSON .* is half of a surrogate pair",
-        ),
+        (SURROGATE, "line 2: not JSON .* is half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named(line, message, tmp_path):
@@ -177,7 +151,12 @@ def test_a_bad_line_is_named(line, message, tmp_path):
         calibration(tmp_path / "chats.jsonl", samples=1, seq_len=30)
 
 
-def test_other_sources_are_refused(tmp_path):
+def test_forms_of_the_file_and_other_sources(tmp_path):
+    chats, lists = write(tmp_path / "a.jsonl", MESSAGES), write(tmp_path / "b.JSONL", TALKS)
+    lists.write_text("\n" + lists.read_text() + " \n\n")
+    found = [calibration(source) for source in (chats, str(chats), lists, TALKS, MESSAGES)]
+    assert len({windows.digest for windows in found}) == 1
+    assert found[0].source == "a.jsonl"
     text, empty = tmp_path / "text.txt", tmp_path / "empty.jsonl"
     text.write_text("hello")
     empty.write_text("\n")
@@ -197,27 +176,39 @@ def test_other_sources_are_refused(tmp_path):
             read_conversations(source)
         with pytest.raises(DataError, match=message):
             open_job(tiny("llama"), source, WalkOptions(chat=True), tokenizer=TOKENIZER)
-    chats = write(tmp_path / "chats.jsonl", MESSAGES)
-    message = "line 1: no text under 'text'; it has messages: give `chat`"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match="no text under 'text'; it has messages: give `chat`"):
         open_job(tiny("llama"), chats, WalkOptions(), tokenizer=TOKENIZER)
     for given_ in ({"bos": "always"}, {"bos": "never"}, {"text_field": "body"}):
         with pytest.raises(DataError, match=f"`{next(iter(given_))}` is of plain text"):
             PruneOptions(pattern=Unstructured(0.5), chat=True, **given_)
 
 
-def test_templates_that_are_not_there():
+def test_templates_that_are_not_there_or_not_trusted(monkeypatch):
     several = chat_tokenizer(None)
     several.chat_template = {"rag": CHAT_TEMPLATE, "tool_use": CHAT_TEMPLATE}
+    red = "{{ raise_exception('\x1b[31mred' + 'x' * 500) }}"
+    failing = "conversation 1: the model's chat template .*"
     for tokenizer, message in (
         (chat_tokenizer(None), r"the tokenizer has no chat template: .* leave `chat` out"),
         (None, "need the model's tokenizer"),
         (several, r"the tokenizer: .*multiple chat templates"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", f"{failing}SecurityError"),
+        ("{{ messages.append(1) }}", f"{failing}SecurityError"),
+        ("{{ open('/etc/passwd').read() }}", f"{failing}UndefinedError"),
+        ("{% for m in messages %}", f"{failing}TemplateSyntaxError"),
+        ("{{ 1 // 0 }}", f"{failing}ZeroDivisionError"),
+        (red, failing + r"TemplateError: \[31mredx{190,}\)$"),
     ):
+        used = chat_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         with pytest.raises(DataError, match=message):
-            evaluation(TALKS, tokenizer)
+            evaluation(TALKS, used)
     several.chat_template = {"default": CHAT_TEMPLATE, "rag": "{{ nonsense() }}"}
     assert evaluation(TALKS, several).digest == evaluation(TALKS).digest
+    # a panic, as of Rust libraries, which cannot be imported
+    panic = Mock(side_effect=type("PanicException", (BaseException,), {})("no entry"))
+    monkeypatch.setattr(several, "apply_chat_template", panic)
+    with pytest.raises(DataError, match=r"tokenizer\.json: .* stopped on this file \(no entry\)"):
+        evaluation(TALKS, several)
 
 
 def test_templates_with_names_in_results(tmp_path, caplog):
@@ -227,12 +218,10 @@ def test_templates_with_names_in_results(tmp_path, caplog):
     several.chat_template = {"default": CHAT_TEMPLATE, "rag": "rag" + CHAT_TEMPLATE}
     dense = save(tiny("llama"), tmp_path / "dense")
     several.save_pretrained(dense)
-    options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "seq_len": 16}
+    options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "seq_len": 16, "samples": 4}
     text, found = ["what is it that you say? " * 20], []
-    for name, model, tokenizer in (
-        ("folder", dense, None),
-        ("memory", AutoModelForCausalLM.from_pretrained(dense), several),
-    ):
+    loaded = AutoModelForCausalLM.from_pretrained(dense)
+    for name, model, tokenizer in (("folder", dense, None), ("memory", loaded, several)):
         out = tmp_path / name
         prune_model(model, tokenizer, calibration=text, output=out, **options)
         with (out / "README.md").open("a") as card:
@@ -243,34 +232,18 @@ def test_templates_with_names_in_results(tmp_path, caplog):
     assert "additional_chat_templates: chat templates with names" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
-        ("{{ messages.append(1) }}", "SecurityError"),
-        ("{{ open('/etc/passwd').read() }}", "UndefinedError"),
-        ("{% for m in messages %}", "TemplateSyntaxError"),
-        ("{{ 1 // 0 }}", "ZeroDivisionError"),
-        ("{{ raise_exception('\x1b[31mred' + 'x' * 500) }}", r"TemplateError: \[31mredx{190,}\)$"),
-    ],
-)
-def test_a_template_is_not_trusted(template, message):
-    with pytest.raises(DataError, match=f"conversation 1: the model's chat template .*{message}"):
-        evaluation(TALKS, chat_tokenizer(template))
-
-
-@pytest.mark.parametrize("before", ["", "\n", "  \n  ", "a\n"])
-def test_windows_do_not_depend_on_the_day(before):
+def test_windows_do_not_depend_on_the_day():
     """A template that writes today's date writes a fixed one, and all else as it would."""
-    one, two = (
-        before + "{% if true %}\n  {{ 'Today: ' + " + day + " }}\n{% endif %}x"
-        for day in (
-            "strftime_now('%A, %d %B %Y, %Y-%m-%d, %d %b')",
-            "'Friday, 26 July 2024, 2024-07-26, 26 Jul'",
-        )
+    days = (
+        "strftime_now('%A, %d %B %Y, %Y-%m-%d, %d %b')",
+        "'Friday, 26 July 2024, 2024-07-26, 26 Jul'",
     )
-    one, two = (evaluation(TALKS[:4], chat_tokenizer(t), seq_len=120) for t in (one, two))
-    assert one.digest == two.digest
+    for before in ("", "\n", "  \n  ", "a\n"):
+        texts = [
+            before + "{% if true %}\n  {{ 'Today: ' + " + d + " }}\n{% endif %}x" for d in days
+        ]
+        one, two = (evaluation(TALKS[:4], chat_tokenizer(text), seq_len=120) for text in texts)
+        assert one.digest == two.digest
 
 
 def test_perplexity_of_chats():
@@ -286,29 +259,25 @@ def test_perplexity_of_chats():
     assert found.targets == 3 * 47
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A model with the tokenizer, chats, and what a prune with them makes; nobody may change them."""
-    home = tmp_path_factory.mktemp("home")
-    TOKENIZER.save_pretrained(save(tiny("llama"), home / "dense"))
-    write(home / "chats.jsonl", MESSAGES)
-    shown = run(*prune(home / "dense", home / "chats.jsonl", home / "out", "--chat", "--seed", 3))
-    assert "calibrated on 4 windows of 48 tokens, chats through the model's template" in shown
-    return home
-
-
-@pytest.fixture(scope="module")
-def paths(home):
-    return home / "dense", home / "chats.jsonl", home / "out"
-
-
 FEW = ("--samples", 4, "--seq-len", 48)
 HALF = ("--sparsity", 0.5)
+BLOCK = {"include": "layers.1"}
 
 
 def prune(dense, text, out, *more):
-    how = [*HALF, "--warm-start", "wanda", *FEW, "--min-tokens", 8]
+    how = [*HALF, "--solver", "wanda", *FEW, "--min-tokens", 8, "--include", BLOCK["include"]]
     return ["prune", dense, *how, "--calibration", text, "--output", out, *more]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """A model with the tokenizer, chats, and what a prune with them makes; nobody may change them."""
+    home = tmp_path_factory.mktemp("home")
+    dense, chats, out = home / "dense", write(home / "chats.jsonl", MESSAGES), home / "out"
+    TOKENIZER.save_pretrained(save(tiny("llama"), dense))
+    shown = run(*prune(dense, chats, out, "--chat", "--seed", 3))
+    assert "calibrated on 4 windows of 48 tokens, chats through the model's template" in shown
+    return dense, chats, out
 
 
 def test_prune_and_verify_from_the_command_line(paths, tmp_path):
@@ -319,11 +288,11 @@ def test_prune_and_verify_from_the_command_line(paths, tmp_path):
     assert record["sha256"] == windows.digest
     # the windows are made again, through the template of the original
     shown = run("verify", out, "--against", dense, "--calibration", chats)
-    assert "errors (to 1e-05) and statuses of 21 layers (checked)" in shown
+    assert "errors (to 1e-05) and statuses of 7 layers (checked)" in shown
     # their tokens may be given, too
     np.save(tmp_path / "windows.npy", windows.tokens.numpy())
     for source in (windows.tokens, tmp_path / "windows.npy"):
-        assert len(verify_output(out, dense, calibration=source).checked_layers) == 21
+        assert len(verify_output(out, dense, calibration=source).checked_layers) == 7
     # the result has the template, and is evaluated through it
     shown = run("eval", dense, out, "--text", chats, "--chat", "--seq-len", 48)
     assert "tokens from chats.jsonl, chats through the model's template" in shown
@@ -344,15 +313,22 @@ def test_other_chats_are_not_those_of_the_prune(paths, tmp_path):
         said = run(*prune(dense, source, out, *same, *more), fails=ModelError)
         assert "another run" in said
     tokens = calibration(chats, samples=4, seq_len=48, seed=3).tokens
-    options = {"sparsity": 0.5, "warm_start": "wanda", "min_tokens": 8, "seed": 3}
+    options = {
+        "sparsity": 0.5,
+        "solver": "wanda",
+        "min_tokens": 8,
+        "seed": 3,
+        "samples": 4,
+        **BLOCK,
+    }
     with pytest.raises(ModelError, match="another run"):  # the same tokens are not the same run
-        prune_model(dense, tokens, output=out, resume=True, samples=4, seq_len=48, **options)
+        prune_model(dense, tokens, output=out, resume=True, seq_len=48, **options)
     run(*prune(dense, chats, out, *same, "--chat"))  # there is nothing left to do
 
 
 def test_every_command_that_reads_text_takes_chats(paths, tmp_path):
     dense, chats, out = paths
-    layer = ("--include", "layers.0.self_attn.o_proj")
+    layer = ("--include", "layers.1.self_attn.o_proj")
     few = ("--calibration", chats, "--chat", *FEW)
     assert "o_proj" in run("certify", dense, out, *few, *layer, "--method", "box")
     assert "o_proj" in run("bound", dense, *few, *layer, *HALF, "--method", "box")
@@ -373,16 +349,3 @@ def test_what_fails_leaves_nothing_behind(paths, tmp_path):
     said = run(*command, "--bos", "never", fails=DataError)
     assert "--bos is of plain text; with --chat" in said
     assert not (tmp_path / "out").exists()
-
-
-def test_a_panic_of_the_tokenizer_names_its_file(monkeypatch):
-    class PanicException(BaseException):
-        """As that of Rust libraries, which cannot be imported."""
-
-    def panic(*_, **__):
-        raise PanicException("no entry")
-
-    tokenizer = chat_tokenizer()
-    monkeypatch.setattr(tokenizer, "apply_chat_template", panic)
-    with pytest.raises(DataError, match=r"tokenizer\.json: .* stopped on this file \(no entry\)"):
-        evaluation(TALKS, tokenizer)

@@ -124,7 +124,7 @@ def examples(pruned_folder: Path, folder: Path) -> dict[str, bytes]:
 
 # tests/benchmarks/fuzz_loaders.py runs the same with 100,000 inputs and more
 @pytest.mark.parametrize(
-    "seeds", [range(30), pytest.param(range(30, 300), marks=pytest.mark.slow)], ids=str
+    "seeds", [range(30), pytest.param(range(30, 180), marks=pytest.mark.slow)], ids=str
 )
 def test_hostile_bytes_do_not_crash_the_loaders(
     seeds: range, pruned_folder: Path, tmp_path: Path
@@ -132,7 +132,7 @@ def test_hostile_bytes_do_not_crash_the_loaders(
     work = tmp_path / "work"
     work.mkdir()
     for kind, data in examples(pruned_folder, work).items():
-        for seed in seeds:
+        for seed in seeds[:90] if kind == "forged result" else seeds:  # a whole verification each
             said = try_loaders(kind, hostile(kind, data, seed), work)
             assert said is None or (said and "\n" not in said), (kind, seed)
     assert {entry.name for entry in tmp_path.iterdir()} == {"work"}

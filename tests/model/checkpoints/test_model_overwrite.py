@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run
+from forging import copied
 from outputs import contents, files
 from tiny_models import chat_tokenizer, save, tiny, tokens
 
@@ -51,7 +52,7 @@ def given(tmp_path_factory):
 @pytest.fixture
 def out(given, tmp_path):
     """A result that may be changed."""
-    return Path(shutil.copytree(given["pruned"], tmp_path / "out"))
+    return copied(given["pruned"], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def out(given, tmp_path):
 )
 def test_a_prune_over_that_of_another_model(first, model, second, given, tmp_path):
     """One file, which would be loaded before any shards, and a tokenizer must not stay."""
-    out = Path(shutil.copytree(given[first], tmp_path / "out"))
+    out = copied(given[first], tmp_path)
     with pytest.raises(ModelError, match="not empty; `overwrite`"):
         prune(given[model], out)
     assert contents(out) == contents(given[first])
@@ -68,29 +69,26 @@ def test_a_prune_over_that_of_another_model(first, model, second, given, tmp_pat
     verify_output(out, given[model])
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["optimizer.pt", "adapter_config.json", "results.bits", "merges.txt", "maskopt-x", "x/y"],
-)
-def test_a_file_that_no_run_has_written_is_never_deleted(name, given, out):
-    (out / name).parent.mkdir(exist_ok=True)
-    (out / name).write_text("mine")
-    before = files(out)
-    message = rf"does not list 1 of the files and folders there: {name.split('/')[0]};"
-    with pytest.raises(ModelError, match=message):
-        prune(given["dense"], out, overwrite=True)
-    assert files(out) == before
-
-
-def test_a_model_without_a_manifest_is_never_replaced(given, tmp_path):
+def test_what_no_run_has_written_is_never_deleted(given, out, tmp_path):
+    mine = "optimizer.pt", "adapter_config.json", "results.bits", "merges.txt", "maskopt-x", "x/y"
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        before, entry = files(out), out / name.split("/")[0]
+        message = rf"does not list 1 of the files and folders there: {entry.name};"
+        with pytest.raises(ModelError, match=message):
+            prune(given["dense"], out, overwrite=True)
+        assert files(out) == before
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    # nor a model without a manifest
     chatty = Path(shutil.copytree(given["chatty"], tmp_path / "chatty"))
     before = files(chatty)
-    message = rf"does not list {len(before)} of .*: chat_template\.jinja,.*, …"
-    with pytest.raises(ModelError, match=message):
-        prune(given["dense"], chatty, overwrite=True)
-    for damaged in ("{", '{"files": [["config.json"]]}', "[]"):
-        (chatty / MANIFEST).write_text(damaged)
-        with pytest.raises(ModelError, match="does not list"):
+    for damaged in (None, "{", '{"files": [["config.json"]]}', "[]"):
+        message = rf"does not list {len(before)} of .*: chat_template\.jinja,.*, …"
+        if damaged is not None:
+            (chatty / MANIFEST).write_text(damaged)
+            message = "does not list"
+        with pytest.raises(ModelError, match=message):
             prune(given["dense"], chatty, overwrite=True)
     (chatty / MANIFEST).unlink()
     assert files(chatty) == before
@@ -125,14 +123,16 @@ STORED = ["{dense}", "--sparsity", "0.5", "--grams", "{grams}"]
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: "-".join(command[::2][:2]))
 def test_the_current_and_the_home_folder_are_no_outputs(command, given, tmp_path, monkeypatch):
     home, here = tmp_path / "home", tmp_path / "work" / "here"
-    home.mkdir()
-    here.mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("USERPROFILE", str(home))
+    for folder in (home, here):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # of loops' machine code
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(home))
     monkeypatch.chdir(here)
     (tmp_path / "link").symlink_to(here)
     words = [word.format(**given) for word in command]
-    for output in ("", ".", str(here), "..", tmp_path / "link", home):
+    more = (".", str(here), "..", tmp_path / "link") if command is COMMANDS[0] else ()
+    for output in ("", home, *more):
         said = run(*words, "--output", output, "--overwrite", fails=ModelError)
         assert "`output`" in said or "--output" in said
         assert "is empty, or is the current folder, one above it or the home folder" in said
@@ -152,9 +152,7 @@ def test_another_path_to_an_input_is_noticed(name, given, tmp_path):
     outputs = [folder, tmp_path / "link", tmp_path / "above", tmp_path / "above" / name, linked]
     outputs += [folder / "inside", tmp_path / "link" / "deep" / "inside"]
     for output in outputs:
-        with pytest.raises(
-            ModelError, match=r"is the input itself, lies in it|of the input itself"
-        ):
+        with pytest.raises(ModelError, match=r"is the input itself, lies|of the input itself"):
             check_inputs(output, other="hf:c4", tokens=tokens(), the_input=None, input=folder)
     check_inputs(tmp_path / "out", input=folder)
     check_inputs(folder.parent / "out", input=folder)
@@ -198,22 +196,21 @@ def test_a_sweep_is_not_written_over_its_input(given, tmp_path):
     assert files(given["dense"].parent) == before
 
 
-@pytest.mark.parametrize("name", ["model/config.json", "report.html", "notes.md"])
-def test_a_demo_replaces_what_a_demo_wrote(name, tmp_path):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(ModelError, match=f"does not list 1 of .*: {Path(name).name}"):
-        run_demo(tmp_path, overwrite=True)
-    assert (tmp_path / name).read_text() == "mine"
+def test_a_demo_replaces_what_a_demo_wrote(tmp_path):
+    for name in ("model/config.json", "report.html", "notes.md"):
+        mine = tmp_path / Path(name).stem / name
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine")
+        with pytest.raises(ModelError, match=f"does not list 1 of .*: {mine.name}"):
+            run_demo(tmp_path / mine.stem, overwrite=True)
+        assert mine.read_text() == "mine"
 
 
 def test_a_file_that_appears_during_the_run_is_not_replaced(given, tmp_path):
     out = tmp_path / "out"
 
-    def meanwhile(event):
-        (out / "README.md").write_text("mine")
-
-    for how in ({"on_progress": meanwhile}, {"resume": True}):
+    late = {"on_progress": lambda event: (out / "README.md").write_text("mine")}
+    for how in (late, {"resume": True}):
         with pytest.raises(ModelError, match=r"does not list 1 of .*: README\.md"):
             prune(given["dense"], out, **how)
         assert (out / "README.md").read_text() == "mine"
@@ -227,8 +224,7 @@ def test_other_kinds_of_results_over_a_prune(given, tmp_path):
     a, b, grams = (tmp_path / name for name in ("a", "b", "grams"))
     for out, old in ((a, "talked"), (b, "talked"), (grams, "grams")):
         shutil.copytree(given[old], out)
-    how = {"overwrite": True, "channels": 0.5, "solver": "wanda"}
-    shrink_model(dense, tokens(), output=a, **how)
+    shrink_model(dense, tokens(), output=a, overwrite=True, channels=0.5, solver="wanda")
     verify_smaller(a, dense)
     for _ in range(2):  # over a prune, and over the same
         apply_masks(chatty, masks, b, overwrite=True)
@@ -238,9 +234,7 @@ def test_other_kinds_of_results_over_a_prune(given, tmp_path):
     prune(dense, grams, overwrite=True)
     assert contents(grams) == contents(given["pruned"])
     verify_output(grams, dense)
-
-
-def test_a_pack_over_another(given, tmp_path):
+    # and a pack over another
     packed, again, other = (tmp_path / name for name in ("packed", "again", "other"))
     pack(given["talked"], other)
     shutil.copytree(other, packed)
@@ -248,8 +242,7 @@ def test_a_pack_over_another(given, tmp_path):
     unpack_folder(packed, again)
     assert contents(again) == contents(given["pruned"])
     # a file of another pack that someone put there is not of this one
-    (stray, *_) = other.glob("*.packed")
-    (packed / stray.name).write_bytes(stray.read_bytes())
+    shutil.copy(next(other.glob("*.packed")), packed)
     unpack_folder(packed, again, overwrite=True)
     assert contents(again) == contents(given["pruned"])
 

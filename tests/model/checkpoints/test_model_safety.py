@@ -8,12 +8,15 @@ import re
 import shutil
 import struct
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from commands import run
 from forging import change_tensors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
-from tiny_models import chat_tokenizer, edit_json, tiny, tokens
+from tiny_models import chat_tokenizer, edit_json, save, save_with_own_code, tiny, tokens
 
 import maskopt
 from maskopt import prune_model, shrink_model
@@ -50,11 +53,10 @@ def outside(model):
     name = shard(model).name
     shutil.move(model / name, model.parent / name)
 
-    def lead_out(index):
-        places = index["weight_map"]
+    def lead_out(places, _):
         places.update({t: "../" + name for t, where in places.items() if where == name})
 
-    edit_json(model / INDEX, lead_out)
+    weight_map(lead_out)(model)
 
 
 def lead_out(name):
@@ -62,8 +64,7 @@ def lead_out(name):
 
     def damage(model):
         file = model / name if name else shard(model)
-        elsewhere = model.parent / f"elsewhere-{file.name}"
-        shutil.move(file, elsewhere)
+        elsewhere = shutil.move(file, model.parent / f"elsewhere-{file.name}")
         file.symlink_to(elsewhere)
 
     return damage
@@ -71,13 +72,7 @@ def lead_out(name):
 
 def in_place(make):
     """Something else in the place of the first shard."""
-
-    def damage(model):
-        path = shard(model)
-        path.unlink()
-        make(path)
-
-    return damage
+    return lambda model: (path := shard(model), path.unlink(), make(path))
 
 
 def data(change):
@@ -102,6 +97,10 @@ def config(**given):
     return lambda model: edit_json(model / "config.json", lambda c: c.update(given))
 
 
+def written(name, text):
+    return lambda model: (model / name).write_text(text)
+
+
 def weight_map(change):
     return lambda m: edit_json(m / INDEX, lambda i: change(i["weight_map"], shard(m).name))
 
@@ -119,15 +118,11 @@ def twice(model):
     weight_map(lambda places, first: places.update({name[6:]: first}))(model)
 
 
-def written(name, text):
-    return lambda model: (model / name).write_text(text)
-
-
-PICKLE = pickle.dumps({"weight": [1.0] * 50})
+BLOCKS = config(num_hidden_layers=10**12, layer_types=None)
 NOT_A_NAME = "not the name of a safetensors file in the folder"
 DAMAGES = {
     "truncated": (data(lambda d: d[:-1]), "truncated"),
-    "pickle": (data(lambda _: PICKLE), "but a pickle"),
+    "pickle": (data(lambda _: pickle.dumps({"weight": [1.0] * 50})), "but a pickle"),
     "zip": (lambda m: torch.save({"weight": torch.ones(3)}, shard(m)), "but a pickle"),
     "only pickles": (only_pickles, "pickled weights only"),
     "path outside": (outside, NOT_A_NAME),
@@ -153,15 +148,12 @@ DAMAGES = {
     "quantised": (config(quantization_config={"a": 1}), "quantised"),
     "quantised in a part": (config(text_config={"quantization_config": {"a": 1}}), "quantised"),
     "kernel": (config(_attn_implementation="owner/kernel"), "kernel from the hub .*`trust_remote"),
-    "blocks without end": (
-        config(num_hidden_layers=10**12, layer_types=None),
-        "config.json: `num_hidden_layers` is 1000000000000, and the stored tensors have 3 blocks",
+    "blocks": (
+        BLOCKS,
+        "config.json: `num_hidden_layers` is 10{12}, .* stored tensors have 3 blocks",
     ),
     "blocks of a part": (config(vision_config={"depth": 10**5}), "`depth` is 100000"),
-    "experts without end": (
-        config(num_local_experts=10**5),
-        "`num_local_experts` is 100000, and the stored tensors have 0 experts",
-    ),
+    "experts": (config(num_local_experts=10**5), "is 100000, .* stored tensors have 0 experts"),
     "tensor twice": (twice, "are the same parameter; remove one of them"),
     "unknown architecture": (config(model_type="nonsense"), "config.json|model type|ValueError"),
     "other shape": (config(intermediate_size=40), "in the shards"),
@@ -192,6 +184,9 @@ def test_links_of_the_hubs_cache(dense, tmp_path):
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
     (snapshot / "vocab.json").symlink_to("tokenizer_config.json")
+    (snapshot / "modeling_x.py").write_text("print('hello')")  # code is not copied
+    (tmp_path / "secret.txt").write_text("secret")
+    (snapshot / "notes.pdf").symlink_to(tmp_path / "secret.txt")  # of no kind that is copied
     out = tmp_path / "out"
     prune_model(snapshot, tokens(), output=out, **OPTIONS)
     verify_output(out, against=snapshot)
@@ -199,6 +194,8 @@ def test_links_of_the_hubs_cache(dense, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (dense / name).read_bytes()
     assert (out / "vocab.json").is_file()
+    assert not (out / "modeling_x.py").exists()
+    assert not (out / "notes.pdf").exists()
     assert load_tokenizer(out) is not None
 
 
@@ -238,22 +235,23 @@ def test_a_tokenizer_that_cannot_be_copied_is_refused(
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["../a", "/a", "a/b", "a\\b", "..", ".", "", "C:a", "a\0b", "a\nb", 3, None, "x" * 300]
-)
-def test_names_that_lead_elsewhere(name):
-    assert not plain_name(name)
-
-
-def test_code_is_not_copied(model, tmp_path):
-    (model / "modeling_x.py").write_text("print('hello')")
-    (tmp_path / "secret.txt").write_text("secret")
-    (model / "notes.pdf").symlink_to(tmp_path / "secret.txt")  # of no kind that is copied
-    (model / "vocab.txt").write_text("a")
-    prune_model(model, tokens(), output=tmp_path / "out", **OPTIONS)
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert "vocab.txt" in names
-    assert not names & {"modeling_x.py", "notes.pdf"}
+def test_names_that_lead_elsewhere():
+    outside = [
+        "../a",
+        "/a",
+        "a/b",
+        "a\\b",
+        "..",
+        ".",
+        "",
+        "C:a",
+        "a\0b",
+        "a\nb",
+        3,
+        None,
+        "x" * 300,
+    ]
+    assert not [name for name in outside if plain_name(name)]
 
 
 def test_library_errors_name_options_and_commands_their_flags(tmp_path):
@@ -271,40 +269,104 @@ def test_library_errors_name_options_and_commands_their_flags(tmp_path):
         assert not re.search(r"--(overwrite|resume|dtype)", file.read_text()), file
 
 
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [(errno.ENOSPC, "no room for 0.00 GiB"), (errno.EACCES, "cannot be written")],
-)
-def test_a_file_of_hidden_states_that_cannot_be(number, said, tmp_path, monkeypatch):
-    def refuse(**_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
-    with pytest.raises(ModelError, match=said) as caught:
-        Activations(range(2), torch.Size((1, 3, 4)), torch.float32, tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path}: ")
-    assert os.strerror(number) in str(caught.value)
-    assert "`activation_memory`" in str(caught.value)
+def test_a_file_of_hidden_states_that_cannot_be(tmp_path, monkeypatch):
+    for number, said in (
+        (errno.ENOSPC, "no room for 0.00 GiB"),
+        (errno.EACCES, "cannot be written"),
+    ):
+        monkeypatch.setattr("tempfile.mkstemp", Mock(side_effect=OSError(number, "because of x")))
+        with pytest.raises(ModelError, match=said) as caught:
+            Activations(range(2), torch.Size((1, 3, 4)), torch.float32, tmp_path)
+        assert str(caught.value).startswith(f"{tmp_path}: ")
+        assert "because of x" in str(caught.value)
+        assert "`activation_memory`" in str(caught.value)
 
 
 NORMALIZER = {"type": "Precompiled", "precompiled_charsmap": ""}
 
 
-@pytest.mark.parametrize(
-    ("panic", "chat"),
-    [
-        (lambda t: t.update(normalizer=NORMALIZER), False),  # when it is loaded
-        (lambda t: t.update(normalizer=NORMALIZER), True),
-        (lambda t: t["post_processor"].update(special_tokens={}), False),  # when it is used
-    ],
-)
-def test_a_tokenizer_that_panics_is_one_error(panic, chat, model, tmp_path):
-    """Its library is written in Rust, and raises what is no Exception."""
+@pytest.mark.parametrize("chat", [False, True, None])
+def test_a_tokenizer_that_panics_is_one_error(chat, model, tmp_path):
+    """When it is loaded, or used: its library is written in Rust, and raises what is no Exception."""
+
+    def panic(tokenizer):
+        if chat is None:
+            tokenizer["post_processor"].update(special_tokens={})
+        else:
+            tokenizer.update(normalizer=NORMALIZER)
+
     chat_tokenizer().save_pretrained(model)
     edit_json(model / "tokenizer.json", panic)
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "some words", "messages": [{"role": "user", "content": "words"}]}')
-    how = {"calibration": text, "chat": chat, "seq_len": 4, **OPTIONS}
+    how = {"calibration": text, "chat": bool(chat), "seq_len": 4, **OPTIONS}
     with pytest.raises(DataError, match=r"model/tokenizer\.json: the tokenizer's library stopped"):
         prune_model(model, output=tmp_path / "out", **how)
     assert not (tmp_path / "out").exists()
+
+
+# Code that comes with a model runs only when asked for
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({marker!r}).write_text("yes")
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+CLASSES = {
+    "AutoConfig": "modeling_own.OwnConfig",
+    "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+}
+
+
+def test_remote_code(tmp_path, monkeypatch):
+    cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(cache, str(tmp_path / "modules"))
+    dense, marker = save(tiny("llama"), tmp_path / "dense"), tmp_path / "ran"
+    (dense / "modeling_own.py").write_text(CODE.format(marker=str(marker)))
+    edit_json(dense / "config.json", lambda c: c.update(model_type="own_llama", auto_map=CLASSES))
+    with pytest.raises(ModelError, match="not run unless `trust_remote_code`"):
+        prune_model(dense, tokens(), output=tmp_path / "out", **OPTIONS)
+    assert not marker.exists()
+    prune_model(dense, tokens(), output=tmp_path / "out", trust_remote_code=True, **OPTIONS)
+    assert marker.exists()
+    verify_output(tmp_path / "out", against=dense)
+
+
+def test_of_a_model_on_the_hub_code_is_fetched_only_when_asked_for(tmp_path, monkeypatch):
+    """A fetch from the hub copies what it asks for of the model `owner/own`."""
+    stored, fetched = save_with_own_code(tmp_path / "stored"), tmp_path / "fetched"
+    (stored / "fp16").mkdir()
+    for name in ("consolidated.safetensors", "fp16/model.safetensors"):
+        (stored / name).write_bytes(b"the same weights")
+    (stored / "qwen.tiktoken").write_text("IQ== 0")
+    (stored / "weights.bin").write_bytes(b"pickled")
+
+    def snapshot_download(name, **patterns):
+        assert name == "owner/own"
+        names = (str(f.relative_to(stored)) for f in stored.rglob("*") if f.is_file())
+        for file in filter_repo_objects(names, **patterns):
+            (fetched / file).parent.mkdir(exist_ok=True)
+            shutil.copy(stored / file, fetched / file)
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match="not run unless `trust_remote_code`"):
+        prune_model("owner/own", tokens(), output=out, **OPTIONS)
+    found = {file.name for file in fetched.rglob("*")}
+    assert {"config.json", "model.safetensors", "qwen.tiktoken"} <= found
+    assert not found & {"modeling_own.py", "weights.bin", "consolidated.safetensors", "fp16"}
+    prune_model("owner/own", tokens(), output=out, trust_remote_code=True, **OPTIONS)
+    assert (fetched / "modeling_own.py").exists()
+    shutil.rmtree(fetched)
+    said = run("verify", out, "--against", "owner/own", "--trust-remote-code")
+    assert "every kept weight is that of owner/own" in " ".join(said.split())

@@ -1,24 +1,32 @@
-"""A pruned folder without its zeros, and back: every byte as it was."""
+"""A pruned folder without its zeros, and back: every byte as it was. Mask files: read back, applied,
+extracted; damaged ones and those of other models refused."""
 
 import hashlib
 import shutil
+import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from commands import run
-from forging import change_tensors, forge_manifest, shard_of
-from outputs import contents
+from forging import change_tensors, copied, flip, forge_manifest, shard_of
+from hypothesis import given
+from hypothesis import strategies as st
+from outputs import contents, read_masks
 from safetensors.torch import load_file
 from tiny_models import save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from maskopt import load_packed, prune_model
-from maskopt.errors import ModelError
+from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.model import pack as packing
+from maskopt.model.maskfile import TensorMask, join_masks, write_masks
+from maskopt.model.output import apply_masks, extract_masks
 from maskopt.model.pack import pack, unpack_folder
 from maskopt.model.safefile import DTYPES, open_safe, write_safe
 from maskopt.model.verify import verify_output
+from maskopt.model.workspace import MASKS
 
 
 def pruned(family, home, *, dtype=torch.float32, sparsity=0.5):
@@ -38,7 +46,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def out(made, tmp_path):
-    return Path(shutil.copytree(made / "out", tmp_path / "out"))
+    return copied(made / "out", tmp_path)
 
 
 @pytest.fixture
@@ -46,23 +54,19 @@ def packed(made, tmp_path):
     return Path(shutil.copytree(made / "packed", tmp_path / "packed"))
 
 
-def case(family, dtype, *marks):
-    return pytest.param(family, dtype, marks=marks)
+def slow(*each):
+    return pytest.param(*each, marks=pytest.mark.slow)
+
+
+HALF, WHOLE = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
-        case("llama", torch.bfloat16),
-        case("gpt2", torch.float32),
-        case("gemma3", torch.float32),
-        case("gpt_oss", torch.bfloat16),
-        case("llama", torch.float32, pytest.mark.slow),
-        case("gemma3", torch.bfloat16, pytest.mark.slow),
-        case("gpt2", torch.bfloat16, pytest.mark.slow),
-        case("mixtral", torch.float32, pytest.mark.slow),
-        case("mixtral", torch.bfloat16, pytest.mark.slow),
-        case("gpt_oss", torch.float32, pytest.mark.slow),
+        *(("llama", HALF), ("gpt2", WHOLE), ("gemma3", WHOLE), ("gpt_oss", HALF)),
+        *(slow("llama", WHOLE), slow("gemma3", HALF), slow("gpt2", HALF), slow("gpt_oss", WHOLE)),
+        *(slow("mixtral", WHOLE), slow("mixtral", HALF)),
     ],
 )
 def test_there_and_back_every_byte_is_the_same(family, dtype, tmp_path, monkeypatch):
@@ -94,12 +98,10 @@ def test_it_takes_what_is_kept_and_a_bit_a_weight(tmp_path):
 def test_what_is_not_zero_is_not_dropped(out, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     change_tensors(shard_of(out, name), lambda tensors: tensors[name].fill_(1.0))
-    message = "was changed since the prune, and could not be packed and unpacked"
-    with pytest.raises(ModelError, match=message):
-        pack(out, tmp_path / "packed")
-    forge_manifest(out)
-    with pytest.raises(ModelError, match="holds weights that its mask prunes"):
-        pack(out, tmp_path / "packed")
+    for message in ("was changed since the prune, and could not be packed", "its mask prunes"):
+        with pytest.raises(ModelError, match=message):
+            pack(out, tmp_path / "packed")
+        forge_manifest(out)
     assert not (tmp_path / "packed").exists()
 
 
@@ -116,20 +118,14 @@ def forge(file, change):
             target.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-UNKNOWN = "is not what `maskopt pack` writes"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t, name: t.update({name: t[name][:-1].clone()}), "ends too early"),
-        (
-            lambda t, name: t.update({name: t[name].repeat(2)}),
-            "holds another number of values than its mask",
-        ),
+        (lambda t, name: t.update({name: t[name].repeat(2)}), "holds another number of values"),
         (lambda t, name: t.update({"~nothing": t.pop(name)}), "'nothing' has no mask"),
-        (lambda t, name: t.update({"?other": t.pop(name)}), UNKNOWN),
-        (lambda t, name: t.clear(), UNKNOWN),
+        (lambda t, name: t.update({"?other": t.pop(name)}), "is not what `maskopt pack` writes"),
+        (lambda t, name: t.clear(), "is not what `maskopt pack` writes"),
         (None, "does not give the file of the manifest"),
     ],
 )
@@ -138,39 +134,23 @@ def test_files_that_were_not_packed_are_refused(change, message, packed, tmp_pat
     if change:
         forge(file, lambda t: change(t, next(n for n in t if n.startswith("~"))))
     else:
-        data = file.read_bytes()
-        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        flip(file)
     with pytest.raises(ModelError, match=message):
         unpack_folder(packed, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
 def test_folders_that_are_none(made, packed, tmp_path):
-    with pytest.raises(ModelError, match="no file that `maskopt pack` wrote"):
-        unpack_folder(made / "out", tmp_path / "again")
-    with pytest.raises(ModelError, match="no such file"):
-        pack(made / "dense", tmp_path / "again")
-    with pytest.raises(ModelError, match="is not empty"):
-        pack(made / "out", packed)
+    again = tmp_path / "again"
     (packed / "config.json").unlink()
-    with pytest.raises(ModelError, match="is missing"):
-        unpack_folder(packed, tmp_path / "again")
-
-
-def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(out, tmp_path):
-    (out / "NOTICE").write_text("ours")
-    (out / "chat_template.jinja").write_text("{{ messages }}")
-    packed = pack(out, tmp_path / "packed")
-    unpack_folder(packed, tmp_path / "again")
-    assert contents(tmp_path / "again") == contents(out)
-    for name in ("generation_config.json", "maskopt-masks.bits"):
-        for source, write in ((out, pack), (packed, unpack_folder)):
-            data = (source / name).read_bytes()
-            (source / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-            with pytest.raises(ModelError, match=rf"{name}: was changed since"):
-                write(source, tmp_path / "none")
-            (source / name).write_bytes(data)
-    assert not (tmp_path / "none").exists()
+    for write, folder, to, message in (
+        (unpack_folder, made / "out", again, "no file that `maskopt pack` wrote"),
+        (pack, made / "dense", again, "no such file"),
+        (pack, made / "out", packed, "is not empty"),
+        (unpack_folder, packed, again, "is missing"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            write(folder, to)
 
 
 def list_file(folder, name, text):
@@ -180,13 +160,23 @@ def list_file(folder, name, text):
     forge_manifest(folder, lambda manifest: manifest["files"].update({name: digest}))
 
 
-def test_every_file_of_the_manifest_is_packed(out, tmp_path):
-    list_file(out, "vocab.bpe", "a b")
-    unpack_folder(pack(out, tmp_path / "packed"), tmp_path / "again")
+def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(out, tmp_path):
+    (out / "NOTICE").write_text("ours")
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    list_file(out, "vocab.bpe", "a b")  # every file of the manifest is packed
+    packed = pack(out, tmp_path / "packed")
+    unpack_folder(packed, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(out)
+    for name in ("generation_config.json", "maskopt-masks.bits"):
+        for source, write in ((out, pack), (packed, unpack_folder)):
+            flip(source / name)
+            with pytest.raises(ModelError, match=rf"{name}: was changed since"):
+                write(source, tmp_path / "none")
+            flip(source / name)
     (out / "vocab.bpe").unlink()
     with pytest.raises(ModelError, match=r"vocab\.bpe: is missing"):
         pack(out, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -208,8 +198,7 @@ def test_hidden_files_and_code_are_not_packed_and_not_unpacked(name, out, packed
 def test_nothing_is_written_outside_the_output(name, packed, tmp_path):
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "model.safetensors").write_text("of somebody")
-    (shard, *_) = packed.glob("*.packed")
-    (tmp_path / "victim" / "model.packed").write_bytes(shard.read_bytes())
+    shutil.copy(next(packed.glob("*.packed")), tmp_path / "victim" / "model.packed")
 
     def lead_out(manifest):
         files = manifest["files"]
@@ -220,3 +209,68 @@ def test_nothing_is_written_outside_the_output(name, packed, tmp_path):
         with pytest.raises(ModelError, match="`files` must have names without a path"):
             unpack_folder(packed, tmp_path / "again")
     assert (tmp_path / "victim" / "model.safetensors").read_text() == "of somebody"
+
+
+# Mask files
+
+SMALL = TensorMask(torch.ones(2, 2, dtype=torch.bool), 1)
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=3),
+    seed=st.integers(0, 99),
+    last=st.booleans(),
+)
+def test_masks_come_back(shape, seed, last):
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(shape, generator=generator) < 0.5
+    axis = len(shape) - (1 if last else 2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.safetensors"
+        write_masks(path, {"a.weight": TensorMask(kept, axis), "b": TensorMask(~kept, axis)})
+        back = read_masks(path)
+    assert torch.equal(back["a.weight"].kept, kept)
+    assert torch.equal(back["b"].kept, ~kept)
+    assert back["b"].input_axis == axis
+    assert back["b"].rows().shape[1] == shape[axis]
+
+
+def test_masks_are_applied_and_extracted(dense_folder, pruned_folder, tmp_path, monkeypatch):
+    apply_masks(dense_folder, pruned_folder / MASKS, tmp_path / "out")
+    for shard in pruned_folder.glob("model*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
+    with pytest.raises(ModelError, match="not empty"):
+        apply_masks(dense_folder, pruned_folder / MASKS, tmp_path / "out")
+    path = tmp_path / "masks.bits"
+    assert len(extract_masks(pruned_folder, path)) == 21
+    theirs = read_masks(path)
+    for name, mask in read_masks(pruned_folder / MASKS).items():
+        assert torch.equal(mask.kept, theirs[name].kept)
+        assert mask.input_axis == theirs[name].input_axis
+    with pytest.raises(OptionError, match="`overwrite`"):
+        extract_masks(pruned_folder, path)
+    extract_masks(pruned_folder, path, overwrite=True)
+    refuse = Mock(side_effect=OSError(30, "Read-only file system"))
+    monkeypatch.setattr("maskopt.files.tempfile.mkstemp", refuse)
+    with pytest.raises(ModelError, match="cannot be written: Read-only file system"):
+        extract_masks(pruned_folder, tmp_path / "masks.safetensors")
+
+
+def test_masks_that_do_not_belong_to_the_model_are_refused(dense_folder, pruned_folder, tmp_path):
+    other, small = save(tiny("gpt2"), tmp_path / "gpt2"), tmp_path / "m.safetensors"
+    write_masks(small, {"model.layers.0.mlp.up_proj.weight": SMALL})
+    result = copied(pruned_folder, tmp_path)
+    flip(result / MASKS, -10)
+    for model, masks, message in (
+        (other, pruned_folder / MASKS, "has no tensor"),
+        (dense_folder, small, r"is \[2, 2\]"),
+        (dense_folder, result / MASKS, "does not match its digest"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            apply_masks(model, masks, tmp_path / "applied")
+    assert not (tmp_path / "applied").exists()
+    with pytest.raises(VerificationError, match="was changed"):
+        verify_output(result)
+    write_masks(small, {"x": SMALL})
+    with pytest.raises(ModelError, match="another part"):
+        join_masks(tmp_path / "b.safetensors", [small, small])

@@ -1,6 +1,7 @@
 """Models evaluated block by block: what is in memory, what several have in common, what is refused."""
 
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,9 +21,6 @@ from maskopt.model.parts import first
 from maskopt.model.source import FolderSource
 from maskopt.model.walk_options import WalkOptions
 
-#: with a head of its own, and without
-HEADS = [("llama", "lm_head.weight"), ("gemma3", "model.embed_tokens.weight")]
-
 
 def cross_entropy(model, data):
     """By definition: one forward pass of the whole model, float64."""
@@ -31,60 +29,50 @@ def cross_entropy(model, data):
     return float(-logits[:, :-1].gather(-1, data[:, 1:, None]).mean())
 
 
-@pytest.fixture
-def opened(monkeypatch):
-    """The folders that are walked, once they are open."""
-    found = []
-
-    class Watched(FolderSource):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            found.append(self)
-
-    monkeypatch.setattr("maskopt.model.opening.FolderSource", Watched)
-    return found
-
-
-def watch(monkeypatch, look, owner, last):
-    """Look before each block that states pass, and before what is done with the last states."""
-    pass_on, real = walk_block.pass_on, getattr(owner, last)
-    monkeypatch.setattr(walk_block, "pass_on", lambda *a: (look(), pass_on(*a)))
-    monkeypatch.setattr(owner, last, lambda *a: (look(), real(*a))[1])
-
-
 def in_memory(source):
     return {name for name, p in source.model.named_parameters() if not p.is_meta}
 
 
-@pytest.mark.parametrize(("family", "head"), HEADS)
-def test_one_block_in_memory_at_a_time(family, head, opened, tmp_path, monkeypatch):
-    dense, resident = save(tiny(family), tmp_path / "dense"), []
-    look = lambda: resident.append(in_memory(opened[0]))  # noqa: E731
-    watch(monkeypatch, look, module, "cross_entropy")
-    maskopt.perplexity(dense, tokens(1, 8))
-    assert len(resident) == 4
-    for index, names in enumerate(resident[:3]):
-        assert {name.split(".")[2] for name in names if ".layers." in name} == {str(index)}
-        assert "model.embed_tokens.weight" in names
-        assert "lm_head.weight" not in names
-    assert resident[3] == {head, "model.norm.weight"}
-
-
-@pytest.mark.parametrize(("family", "head"), HEADS)
-def test_of_several_models_only_hidden_states_are_kept_and_equal_heads_once(
-    family, head, opened, tmp_path, monkeypatch
+@pytest.mark.parametrize(  # with a head of its own, and without
+    ("family", "head"), [("llama", "lm_head.weight"), ("gemma3", "model.embed_tokens.weight")]
+)
+def test_one_block_in_memory_at_a_time_and_of_several_models_equal_heads_once(
+    family, head, tmp_path, monkeypatch
 ):
     models = [save(tiny(family), tmp_path / name) for name in "ab"]
     other = patched(tiny(family), head, lambda p: p[3].mul_(1.5))
     models.append(save(other, tmp_path / "c"))
-    resident, heads = [], []
+    opened, resident, heads = [], [], []  # the folders that are walked, and what is in memory
+
+    class Watched(FolderSource):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            opened.append(self)
 
     def look():
         resident.append([in_memory(source) for source in opened])
         heads.append([source.model.get_parameter(head).data_ptr() for source in opened])
 
+    def watch(patch, owner, last):
+        """Look before each block that states pass, and before what is done with the last states."""
+        pass_on, real = walk_block.pass_on, getattr(owner, last)
+        patch.setattr(walk_block, "pass_on", lambda *a: (look(), pass_on(*a)))
+        patch.setattr(owner, last, lambda *a: (look(), real(*a))[1])
+        patch.setattr("maskopt.model.opening.FolderSource", Watched)
+
     with monkeypatch.context() as patch:
-        watch(patch, look, evaluation, "_compare")
+        watch(patch, module, "cross_entropy")
+        maskopt.perplexity(models[0], tokens(1, 8))
+    assert len(resident) == 4
+    for index, (names,) in enumerate(resident[:3]):
+        assert {name.split(".")[2] for name in names if ".layers." in name} == {str(index)}
+        assert "model.embed_tokens.weight" in names
+        assert "lm_head.weight" not in names
+    assert resident[3] == [{head, "model.norm.weight"}]
+    for found in (opened, resident, heads):
+        found.clear()
+    with monkeypatch.context() as patch:
+        watch(patch, evaluation, "_compare")
         found = evaluation.evaluate([str(m) for m in models], tokens(1, 8), WalkOptions(threads=1))
     walking = [0, 0, 0, 1, 1, 1, 2, 2, 2]  # three blocks of each, then two comparisons
     for number, held in zip(walking, resident[:-2], strict=True):
@@ -101,15 +89,15 @@ def test_of_several_models_only_hidden_states_are_kept_and_equal_heads_once(
     assert alone[0] == alone[1] != alone[2]
 
 
-@pytest.mark.parametrize("size", [{"vocab_size": 100}, {"hidden_size": 64}])
 def test_models_of_other_sizes_are_refused_before_they_are_walked(
-    size, dense_folder, tmp_path, monkeypatch
+    dense_folder, tmp_path, monkeypatch
 ):
-    other = AutoModelForCausalLM.from_config(LlamaConfig(**{**SHARED, **size}))
-    models = [dense_folder, save(other, tmp_path / "b")]
     monkeypatch.setattr(evaluation, "walk_whole", None)
-    with pytest.raises(DataError, match=f"differ in {next(iter(size))}"):
-        evaluation.evaluate(models, tokens(2, 8), WalkOptions())
+    for name, size in (("vocab_size", 100), ("hidden_size", 64)):
+        other = AutoModelForCausalLM.from_config(LlamaConfig(**{**SHARED, name: size}))
+        models = [dense_folder, save(other, tmp_path / name)]
+        with pytest.raises(DataError, match=f"differ in {name}"):
+            evaluation.evaluate(models, tokens(2, 8), WalkOptions())
 
 
 def test_progress_and_a_bad_model_of_several(dense_folder, tmp_path):
@@ -142,10 +130,7 @@ def test_how_far_the_last_hidden_states_have_moved(dense_folder, tmp_path):
     assert found.change is not None
     assert found.change.hidden_mean == pytest.approx(float(moved.mean()), rel=1e-4)
     assert found.change.hidden_median == pytest.approx(float(moved.median()), rel=1e-4)
-
-
-def test_a_change_beyond_all_numbers_is_infinite(dense_folder, tmp_path):
-    """Logits of a million make a cross-entropy of which no float64 is the exponential."""
+    # logits of a million make a cross-entropy of which no float64 is the exponential
     worse = patched(tiny("llama"), "lm_head.weight", lambda p: p.mul_(1e6))
     models = [dense_folder, save(worse, tmp_path / "worse")]
     _, found = evaluation.evaluate(models, tokens(2, 8), WalkOptions())
@@ -153,14 +138,17 @@ def test_a_change_beyond_all_numbers_is_infinite(dense_folder, tmp_path):
     assert found.perplexity.value == found.change.ratio == math.inf
 
 
-def test_windows_are_counted():
+def test_windows_are_counted_and_half_precision_in_training_stays_so():
     model, data, said = tiny("llama"), tokens(4, 12), []
-    result = maskopt.perplexity(
-        model, data, windows=2, threads=1, on_progress=lambda *event: said.append(event)
-    )
+    how = {"windows": 2, "threads": 1, "on_progress": lambda *event: said.append(event)}
+    result = maskopt.perplexity(model, data, **how)
     assert (result.windows, result.length, result.targets) == (2, 12, 22)
     assert said == [(i, 8) for i in range(1, 9)]  # three blocks and the head, two windows
     assert result.cross_entropy == pytest.approx(cross_entropy(model, data[:2]), rel=1e-5)
+    model = tiny("llama", dtype=torch.bfloat16).train()
+    result = maskopt.perplexity(model, data[:3])
+    assert model.training
+    assert result.cross_entropy == pytest.approx(cross_entropy(model, data[:3]), rel=1e-2)
 
 
 def test_figures_are_printed_before_they_are_written(dense_folder, tmp_path, monkeypatch):
@@ -170,37 +158,23 @@ def test_figures_are_printed_before_they_are_written(dense_folder, tmp_path, mon
     (tmp_path / "folder").mkdir()
     (tmp_path / "b.json").write_text("mine")
     asked = ["eval", dense_folder, "--text", text, "--json"]
+    weights, again = next(dense_folder.glob("*.safetensors")), "--overwrite"
     with monkeypatch.context() as patch:
         patch.setattr("maskopt.model.evaluate.evaluate", None)  # nothing is walked
         for message, *words in (
             ("is a folder; name a file", tmp_path / "folder"),
             ("no such folder", tmp_path / "none" / "a.json"),
             ("exists; pass --overwrite", tmp_path / "b.json"),
-            ("is a file of a model folder", dense_folder / "config.json", "--overwrite"),
-            (
-                "is a file of a model folder",
-                next(dense_folder.glob("*.safetensors")),
-                "--overwrite",
-            ),
-            ("is the text itself", text, "--overwrite"),
+            ("is a file of a model folder", dense_folder / "config.json", again),
+            ("is a file of a model folder", weights, again),
+            ("is the text itself", text, again),
         ):
             assert message in run(*asked, *words, fails=OptionError)
-
-    def full(path):
-        raise OSError(28, "No space left on device", str(path))
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("maskopt.cli.evaluate.atomic_write", full)
-    words = [str(word) for word in (*asked, tmp_path / "b.json", "--overwrite")]
-    result = CliRunner().invoke(app, words)
+    result = CliRunner().invoke(app, [str(word) for word in (*asked, tmp_path / "b.json", again)])
     assert isinstance(result.exception, OSError)
     assert "perplexity" in result.output
-
-
-def test_half_precision_in_training_stays_so():
-    model = tiny("llama", dtype=torch.bfloat16).train()
-    result = maskopt.perplexity(model, tokens(3, 12))
-    assert model.training
-    assert result.cross_entropy == pytest.approx(cross_entropy(model, tokens(3, 12)), rel=1e-2)
 
 
 def test_what_is_refused():
