@@ -11,14 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskopt import (
-    NM,
-    LayerProblem,
-    Linear,
-    Refit,
-    RowProblem,
-    Unstructured,
-)
+from maskopt import NM, LayerProblem, Linear, Refit, RowProblem, Unstructured
 from maskopt.pattern import Pattern
 
 HALF = Unstructured(sparsity=0.5)
