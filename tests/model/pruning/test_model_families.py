@@ -118,18 +118,18 @@ PAIRS = [
 def test_options_are_written_as_in_memory_and_verified(family, options, tmp_path):
     """The same logits (experts are called in another order there), and nothing that verify finds."""
     options, model = {**WANDA, "min_tokens": 8, **options}, tiny(family, layers=2)
-    weights = options.get("weights", "keep")
+    weights, data = options.get("weights", "keep"), tokens(5)
     folder, out = save(model, tmp_path / "model"), tmp_path / "out"
-    report = prune_model(folder, tokens(), output=out, **options)
+    report = prune_model(folder, data, output=out, **options)
     if "damping" in options:
         found = {layer.damping for layer in report.layers}
         assert found == {0.1} if options["damping"] == 0.1 else found <= {*DAMPING_GRID}
-    verified = verify_output(out, folder, calibration=tokens())
+    verified = verify_output(out, folder, calibration=data)
     assert len(verified.checked_layers) == verified.layers
     assert ("refitted weights" in verified.checked) == (weights == "refit")
     assert ("kept weights" in {*verified.checked, *verified.claimed}) == (weights != "refit")
-    prune_model(model, tokens(), **options)
-    found, expected = (logits_of(m, tokens()[:2]) for m in (reload(out), model))
+    prune_model(model, data, **options)
+    found, expected = (logits_of(m, data[:2]) for m in (reload(out), model))
     torch.testing.assert_close(expected, found, rtol=1e-5, atol=1e-6)
 
 

@@ -61,9 +61,9 @@ def test_weights_are_those_of_least_squares_on_the_layers_own_inputs(solver):
 
 def test_dampings_of_held_out_windows_and_of_experts_that_saw_too_little(tmp_path):
     given = {**OPTIONS, "holdout": 0.4, "include": ("layers.0.self_attn.*",)}
-    chosen = prune_model(tiny("llama"), tokens(10), damping="auto", **given)
+    chosen = prune_model(tiny("llama", layers=2), tokens(10), damping="auto", **given)
     assert {layer.damping for layer in chosen.layers} <= {*DAMPING_GRID}
-    fixed = prune_model(tiny("llama"), tokens(10), damping=0.003, **given)
+    fixed = prune_model(tiny("llama", layers=2), tokens(10), damping=0.003, **given)
     first = zip(chosen.layers[:3], fixed.layers[:3], strict=True)
     assert sum(a.error_held - b.error_held for a, b in first) < 0
     # experts that saw too little keep their weights; their tensor may hold others that are refitted
@@ -191,14 +191,18 @@ def test_what_is_not_so_is_found(forge, message, result, dense_folder, tmp_path)
         verify_output(out, dense_folder, calibration=tokens(10))
 
 
-def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(dense, tmp_path):
+def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
+    dense_folder, tmp_path
+):
     given, own = {**OPTIONS, "solver": "sparsegpt"}, tmp_path / "own"
     squares = prune_model(tiny("llama"), tokens(), **given)
-    report = prune_model(dense, tokens(), output=own, **given, solver_options={"update": True})
+    report = prune_model(
+        dense_folder, tokens(), output=own, **given, solver_options={"update": True}
+    )
     assert {x.chosen_for for x in report.layers} == {"updated"}
     first = [r.layers[0] for r in (squares, report)]
     assert first[0].error < first[1].error < first[1].error_kept
-    verified = verify_output(own, dense, calibration=tokens())
+    verified = verify_output(own, dense_folder, calibration=tokens())
     assert "errors" in verified.checked
     assert "refitted weights" in verified.claimed
 
@@ -208,7 +212,7 @@ def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(den
     for forge, said in ((moved, "states an error of"), (claims, "are not those of least squares")):
         forge(out := copied(own, tmp_path / said))
         with pytest.raises(VerificationError, match=said):
-            verify_output(out, dense, calibration=tokens())
+            verify_output(out, dense_folder, calibration=tokens())
 
 
 def test_options_of_nothing_in_an_older_manifest_are_passed_over(
