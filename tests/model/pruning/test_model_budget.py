@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run
-from forging import change_masks, check_forgery, copied, forge_manifest
+from forging import change_masks, check_forgery, copied, fails, forge_manifest
 from outputs import contents, read_masks
 from pooled_layers import pool
 from tiny_models import inputs_of, logs, loud, save, tiny, tokens
@@ -67,7 +67,6 @@ def squares(family, data):
 
 
 def walked(family, data, **options):
-    """The squares that a walk finds, and the layers."""
     model, how = tiny(family, layers=2), {"one_pass": True, **options}
     job = open_job(model, data, prune_options(WHOLE, how))
     with job, torch.no_grad():
@@ -163,33 +162,33 @@ def plain_layer(name, n):
 
 
 def test_counts_are_the_cheapest_of_all():
-    def cheapest(layers, made, spread, slack, **options):
-        how = dataclasses.replace(WHOLE, spread=spread, **options)
+    def check(layers, made, slack, **options):
+        how = dataclasses.replace(WHOLE, **options)
         counts = share_out(layers, made, how)
-        half = [how.pattern.pruned_per_group(x.n) for x in layers]
-        reach = [int(spread * x.n) for x in layers]
-        ranges = [range(h - r, h + r + 1) for h, r in zip(half, reach, strict=True)]
-        every = itertools.product(*ranges)
-        costs = [c.at([*r]) for c, r in zip(made, ranges, strict=True)]
+        mine, near = [counts[x.name] for x in layers], []
+        for x in layers:
+            half, reach = how.pattern.pruned_per_group(x.n), int(how.spread * x.n)
+            near.append(range(half - reach, half + reach + 1))
 
-        def of(numbers):
-            return sum(layer.rows * k for layer, k in zip(layers, numbers, strict=True))
+        def weights(numbers):
+            return sum(x.rows * k for x, k in zip(layers, numbers, strict=True))
 
         def cost(numbers):
-            where = zip(costs, numbers, ranges, strict=True)
-            return sum(float(c[k - r.start]) for c, k, r in where)
+            return sum(float(c.at([k])[0]) for c, k in zip(made, numbers, strict=True))
 
-        best = min(cost(numbers) for numbers in every if of(numbers) == of(half))
-        mine = [counts[x.name] for x in layers]
-        assert of(mine) == of(half)
+        total = weights(x.start + len(x) // 2 for x in near)
+        assert weights(mine) == total
+        best = min(
+            cost(numbers) for numbers in itertools.product(*near) if weights(numbers) == total
+        )
         assert cost(mine) <= slack * best
 
-    cheapest(*curves([1.0, 3.0, 0.2]), 0.1, 1 + 1e-6)
+    check(*curves([1.0, 3.0, 0.2]), 1 + 1e-6, spread=0.1)
     # layers that may prune nothing
     layers, made = [plain_layer(f"l{i}", 128) for i in range(3)], []
     for layer, cost in zip(layers, (1.0, 2.0, 8.0), strict=True):
         made.append(Curve((layer,), (0, 16, 32), (0.0, cost * 16**3, cost * 32**3)))
-    cheapest(layers, made, 0.125, 1.05, pattern=Unstructured(sparsity=0.125))
+    check(layers, made, 1.05, spread=0.125, pattern=Unstructured(sparsity=0.125))
     # a layer that counts more prunes less, one without a curve as the model
     alike, more = ([cost, 1.0, 1.0, 1.0] for cost in (1.0, 30.0))
     (layers, made), (_, more), (_, scaled) = map(curves, (alike, more, [7.0 * x for x in alike]))
@@ -265,8 +264,7 @@ def test_what_can_be_refused_is_refused_before_layers_are_compared(small, tmp_pa
     def refused(message, **more):
         with monkeypatch.context() as patch:
             patch.setattr(prune, "allocate", lambda *_: pytest.fail("began"))
-            with pytest.raises(ModelError, match=message):
-                pruned(**more)
+            fails(ModelError, message, pruned, **more)
 
     pruned(budget="row")
     refused("exists and is not empty")
@@ -402,13 +400,12 @@ def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(budget, importance, 
     """What a row counts is not in the folder: `verify` could not know whether the least were pruned."""
     folder, data = save(loud("mixtral", layers=2), tmp_path / "model"), tokens(8)
     more = {"budget": budget, "importance": importance, "solver": "wanda"}
-    for out, given in (("out", {**FREE, **more, "min_tokens": 60}), ("limits", LAYER)):
-        few = given["min_tokens"] if out == "out" else 10**6
-        given = {**given, "min_tokens": few}
-        report = prune_model(folder, data, output=tmp_path / out, **given)
-        assert 0 < len(report.fallbacks) <= len(report.layers)
-        assert (len(report.fallbacks) == len(report.layers)) == (few == 10**6)
-        verified = verify_output(tmp_path / out, folder, calibration=data)
+    runs = {"out": {**FREE, **more, "min_tokens": 60}, "all": {**LAYER, "min_tokens": 10**6}}
+    for name, given in runs.items():
+        report = prune_model(folder, data, output=tmp_path / name, **given)
+        few = len(report.fallbacks)
+        assert few == len(report.layers) if name == "all" else 0 < few < len(report.layers)
+        verified = verify_output(tmp_path / name, folder, calibration=data)
         assert set(report.fallbacks) <= set(verified.checked_layers)
 
 
@@ -441,7 +438,6 @@ TOGETHER = "its rows are swap-optimal together; keeping"
 
 @pytest.fixture(scope="module")
 def folders(small, tmp_path_factory):
-    """What each budget writes; nobody may change it."""
     home = tmp_path_factory.mktemp("budgets")
 
     @cache
@@ -517,8 +513,7 @@ def test_a_row_of_another_count_is_found(budget, more, message, folders, small, 
         row[(~row).nonzero()[:more]] = True
 
     change_masks(out := copied(folders(budget), tmp_path), keep)
-    with pytest.raises(VerificationError, match=message):
-        verify_output(out)
+    fails(VerificationError, message, verify_output, out)
     if budget != "model":
         with pytest.raises(
             ModelError, match="its rows trade, and bounds are of rows that prune alike"
@@ -539,8 +534,7 @@ def test_rows_that_count_differently_are_proven_together(family, tmp_path):
     assert [x.error for x in report.layers] != [x.error for x in equal.layers]
     verify_output(out, dense, calibration=tokens())
     forge_manifest(out, option(importance="alike"))
-    with pytest.raises(VerificationError, match=TOGETHER):
-        verify_output(out, dense, calibration=tokens())
+    fails(VerificationError, TOGETHER, verify_output, out, dense, calibration=tokens())
 
 
 @pytest.mark.parametrize("budget", ["both", pytest.param("layer", marks=pytest.mark.slow)])

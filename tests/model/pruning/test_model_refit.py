@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from commands import run
-from forging import change_tensors, copied, forge_manifest, shard_of
+from forging import change_tensors, copied, fails, forge_manifest, shard_of
 from tiny_models import inputs_of, save, tiny, tokens
 
 from maskopt import Refit, collect_problems, prune_model
@@ -141,8 +141,6 @@ def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(
 
 
 def weights(change):
-    """One tensor of a result changed, and every digest made right again."""
-
     def forge(out):
         change_tensors(shard_of(out, NAME), lambda tensors: change(tensors[NAME]))
         forge_manifest(out)
@@ -187,8 +185,7 @@ def test_what_is_not_so_is_found(forge, message, result, dense_folder, tmp_path)
     forge(out)
     if forge is moved:  # only the calibration text shows it
         verify_output(out, dense_folder)
-    with pytest.raises(VerificationError, match=message):
-        verify_output(out, dense_folder, calibration=tokens(10))
+    fails(VerificationError, message, verify_output, out, dense_folder, calibration=tokens(10))
 
 
 def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
@@ -211,8 +208,7 @@ def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
 
     for forge, said in ((moved, "states an error of"), (claims, "are not those of least squares")):
         forge(out := copied(own, tmp_path / said))
-        with pytest.raises(VerificationError, match=said):
-            verify_output(out, dense_folder, calibration=tokens())
+        fails(VerificationError, said, verify_output, out, dense_folder, calibration=tokens())
 
 
 def test_options_of_nothing_in_an_older_manifest_are_passed_over(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forging import fails
 from outputs import contents
 from resuming import interrupted
 from tiny_models import save, tiny, tokens
@@ -61,5 +62,4 @@ def test_a_changed_file_of_new_weights_is_not_gone_on_with(small, tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     said = r"00000\.weights\.safetensors: does not match the journal"
-    with pytest.raises(ModelError, match=said):
-        prune_model(small, tokens(), output=out, resume=True, **more)
+    fails(ModelError, said, prune_model, small, tokens(), output=out, resume=True, **more)

@@ -70,7 +70,6 @@ def test_sets_of_three_are_searched_and_measured_on_all_tokens(judged, tmp_path,
 
 
 def summing(costs):
-    """Blocks without interactions."""
     kl = {frozenset({i}): cost for i, cost in enumerate(costs)}
     pairs = itertools.combinations(range(len(costs)), 2)
     kl |= {frozenset(p): costs[p[0]] + costs[p[1]] for p in pairs}
@@ -236,7 +235,6 @@ def test_costs_are_what_the_outputs_miss():
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_the_choice_is_the_best_by_enumeration(family, tmp_path):
-    """By any number of threads."""
     dense = save(tiny(family, layers=2), tmp_path / "dense", shard="30KB")
     for threads in (1, 3):
         walk, out = WalkOptions(threads=threads), tmp_path / str(threads)

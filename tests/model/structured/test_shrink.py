@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from forging import fails
 from outputs import contents
 from safetensors.torch import load_file
 from tiny_models import inputs_of, save, tiny, tokens
@@ -81,8 +82,7 @@ def test_interrupted_runs_resume_to_the_same_bytes(dense_folder, tmp_path):
         assert contents(tmp_path / out) == contents(tmp_path / "whole")
     finished = shrink(out, resume=True)
     assert [x.error for x in finished.layers] == [x.error for x in report.layers]
-    with pytest.raises(ModelError, match="another run"):
-        shrink(out, resume=True, channels=0.5, heads=0.0)
+    fails(ModelError, "another run", shrink, out, resume=True, channels=0.5, heads=0.0)
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from commands import run
+from forging import fails
 from outputs import contents, files
 from tiny_models import SHARED, logs, save, save_with_own_code, tiny, tokens
 from transformers import AutoModelForCausalLM
@@ -52,7 +53,6 @@ def set_zeros(model, smaller, record):
 
 
 def pass_on(model, gone):
-    """Some blocks give what they are given."""
     for index in gone:
         model.model.layers[index].forward = lambda hidden_states, *_, **__: hidden_states
     return model
@@ -168,7 +168,6 @@ def test_buffers_that_are_stored_go_along_with_their_blocks(tmp_path, monkeypatc
 
 
 def one_group(family):
-    """A tiny model with one group of keys and values."""
     model = tiny(family)
     return type(model)(type(model.config)(**{**model.config.to_dict(), "num_key_value_heads": 1}))
 
@@ -227,8 +226,7 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_written(of, what, said
         save_with_own_code(dense)
     else:
         save(MODELS[of]() if of in MODELS else tiny(of), dense, shard="30KB")
-    with pytest.raises(ModelError, match=said):
-        make(dense, out, **what)
+    fails(ModelError, said, make, dense, out, **what)
     assert not (out / MANIFEST if "off by" in said or "run" in said else out).exists()
 
 
@@ -257,11 +255,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "error", "said"), OPTIONS)
 def test_options_that_cannot_be(options, error, said, dense_folder, tmp_path):
-    """And the model is never written over."""
     before = files(dense_folder)
     out = dense_folder if "overwrite" in options else tmp_path / "out"
-    with pytest.raises(error, match=said):
-        make(dense_folder, out, **options)
+    fails(error, said, make, dense_folder, out, **options)
     assert not (tmp_path / "out").exists()
     assert before == files(dense_folder)
 

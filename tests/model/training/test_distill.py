@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from commands import run
-from forging import change_tensors, copied
+from forging import change_tensors, copied, fails
 from outputs import files, read_masks
 from safetensors.torch import load_file
 from tiny_models import edit_json, tokens
@@ -277,7 +277,6 @@ def interrupted(distil, out, step, **how):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Grows by one with every step that is taken."""
     taken, plain = [], training._set_gradients
     monkeypatch.setattr(training, "_set_gradients", lambda *a: (taken.append(1), plain(*a)))
     return taken
@@ -303,8 +302,7 @@ def test_the_same_bytes(every, kills, taken, given, tmp_path, steps, monkeypatch
         assert [entry.name for entry in out.iterdir()] == [HIDDEN]
         (saved,) = (out / HIDDEN / "blocks").glob("step-*")
         assert saved.name == f"step-{kept:08}.safetensors"
-        with pytest.raises(ModelError, match="unfinished run; go on with `resume`"):
-            distil(output=out)
+        fails(ModelError, "unfinished run; go on with `resume`", distil, output=out)
     found = distil(output=out, resume=True)
     assert files(out) == whole
     assert len(steps) == taken
@@ -374,12 +372,10 @@ def test_what_is_not_saved_is_not_kept(given, tmp_path, monkeypatch):
     for every in (0.0, 10.0):
         interrupted(distil, out, STEPS + 1, save_every=every)
         assert not out.exists()
-        with pytest.raises(ModelError, match="nothing to resume"):
-            distil(output=out, resume=True)
+        fails(ModelError, "nothing to resume", distil, output=out, resume=True)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=2**20))
-    with pytest.raises(ModelError, match=r"free on the disk; `save_every` 0 takes less"):
-        distil(output=out)
+    fails(ModelError, r"free on the disk; `save_every` 0 takes less", distil, output=out)
     assert not out.exists()
 
 
@@ -389,8 +385,7 @@ def test_what_cannot_be_gone_on_with(given, tmp_path):
     interrupted(distil, out, 3)
 
     def refused(words, kind=ModelError, **more):
-        with pytest.raises(kind, match=words):
-            distil(output=out, resume=True, **more)
+        fails(kind, words, distil, output=out, resume=True, **more)
 
     refused(r"unfinished run is another one: options\.epochs was 3, is 2", epochs=2)
     refused(r"calibration\.sha256", calibration=tokens(16, seed=1))

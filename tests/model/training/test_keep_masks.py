@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from commands import ROOT, run
-from forging import change_tensors, copied
+from forging import change_tensors, copied, fails
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, save, save_with_own_code, tiny, tokens
 from torch import nn, optim
@@ -61,8 +61,6 @@ def with_adapter(**options):
 
 
 class Restless(optim.Optimizer):
-    """Moves every weight, with a gradient or without."""
-
     def __init__(self, model):
         super().__init__(model.parameters(), {})
 
@@ -98,7 +96,6 @@ def test_no_zero_is_lost(family, optimizer, pruned, tmp_path):
 
 @pytest.fixture
 def process_group(tmp_path):
-    """Of this process only."""
     meeting = f"file://{tmp_path / 'meeting'}"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     yield
@@ -255,12 +252,10 @@ def test_what_cannot_be_held_is_refused(pruned, dense_folder, tmp_path):
         (tiny("llama"), {name: torch.ones(32, 32)}, "must be bool"),
         (tiny("llama"), dense_folder, "holds no maskopt-masks"),
     ):
-        with pytest.raises(ModelError, match=message):
-            keep_masks(model, masks)
+        fails(ModelError, message, keep_masks, model, masks)
     keep_masks(tiny("llama"), {name: np.ones((32, 32), dtype=bool)})
     save(tiny("gpt2"), tmp_path / "gpt2")
-    with pytest.raises(VerificationError, match="has no tensor"):
-        verify_masks(tmp_path / "gpt2", llama)
+    fails(VerificationError, "has no tensor", verify_masks, tmp_path / "gpt2", llama)
     words = ("verify", llama, "--masks", llama, "--against", dense_folder)
     assert "--against is for a folder" in run(*words, fails=OptionError)
     # masks of a report are held too
@@ -288,8 +283,7 @@ def test_checkpoints_without_the_name_of_the_base_model(family, prefix, tmp_path
     assert found.pruned > 0
     assert 0 < found.changed <= found.others
     loaded(dense).save_pretrained(tmp_path / "regrown")
-    with pytest.raises(VerificationError, match="are not zero"):
-        verify_masks(tmp_path / "regrown", out)
+    fails(VerificationError, "are not zero", verify_masks, tmp_path / "regrown", out)
 
 
 def test_the_recipe_for_tools_of_pytorch(pruned, tmp_path, monkeypatch):
@@ -306,8 +300,7 @@ def test_the_recipe_for_tools_of_pytorch(pruned, tmp_path, monkeypatch):
         weight, old = getattr(model.get_submodule(owner), last), before.get_parameter(name)
         assert bool((weight[old == 0] == 0).all()), name
         assert not torch.equal(weight, old), name
-    with pytest.raises(ModelError, match="masks are on it already; remove those first"):
-        keep_masks(model, "OUT")
+    fails(ModelError, "masks are on it already; remove those first", keep_masks, model, "OUT")
 
 
 # What a loader makes of the folder ------------------------------------------------------------
@@ -324,8 +317,6 @@ def configured(**entries):
 
 
 def another_block(folder):
-    """A third block, dense, in weights and configuration."""
-
     def copy(found):
         block = {n: t for n, t in found.items() if n.startswith(LAST)}
         found.update({n.replace(LAST, "model.layers.2."): t + 1 for n, t in block.items()})
@@ -395,8 +386,7 @@ def folders(made, tmp_path_factory):
 def test_what_a_loader_makes_otherwise_is_refused(how, masks, folders, tmp_path):
     change, message = MADE_OTHERWISE[how]
     change(tuned := copied(folders["tuned"], tmp_path))
-    with pytest.raises(VerificationError, match=message):
-        verify_masks(tuned, folders[masks])
+    fails(VerificationError, message, verify_masks, tuned, folders[masks])
 
 
 def test_a_packed_folder_and_files_of_training(folders, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from commands import run
-from forging import change_tensors, forge_manifest
+from forging import change_tensors, fails, forge_manifest
 from outputs import contents
 from resuming import interrupted
 from safetensors.torch import load_file
@@ -109,7 +109,7 @@ def test_epochs_are_judged_as_their_weights_are_stored(family, begin, tmp_path, 
     assert all(part.held_after <= part.held_before for part in report.parts)
 
 
-def test_a_block_that_would_get_worse_keeps_its_weights():
+def test_what_training_did_not_better_keeps_its_weights(tmp_path):
     model, other = tiny("llama", layers=2), tiny("llama", layers=2)
     report = trained(model, how={"epochs": 2, "learning_rate": 1000.0})
     kept = trained(other, **KEEP)
@@ -124,10 +124,7 @@ def test_a_block_that_would_get_worse_keeps_its_weights():
     assert all(part.held_before < 1e-6 for part in report.parts)
     assert len(report.parts) == 2
     assert not any(part.diverged for part in report.parts)
-
-
-def test_what_training_did_not_better_stays_as_it_is_stored(tmp_path):
-    """Passes in bfloat16 do not round a float32 folder."""
+    # passes in bfloat16 do not round what a float32 folder stores
     how, model = {"epochs": 1, "learning_rate": 0.0}, tiny("llama", layers=2)
     dense = save(model, tmp_path / "dense")
     report = trained(dense, how={**how, "train": "all"}, dtype="bfloat16", output=tmp_path / "out")
@@ -182,7 +179,7 @@ def test_a_norm_that_blocks_share_is_left_alone():
     assert not torch.equal(layers[1].input_layernorm.weight, torch.ones(32))
 
 
-def test_weights_that_are_decayed_become_smaller():
+def test_weights_that_are_decayed_become_smaller(monkeypatch):
     sizes = []
     for decay, seed in ((0.0, 2**62), (3.0, 2**63 - 1)):  # every seed orders windows
         model, how = tiny("llama", layers=1), {"learning_rate": 0.003, "weight_decay": decay}
@@ -191,10 +188,8 @@ def test_weights_that_are_decayed_become_smaller():
         weights = [p.detach() for p in model.model.layers[0].parameters() if p.ndim == 2]
         sizes.append(sum(float(weight.square().sum()) for weight in weights))
     assert sizes[1] < sizes[0]
-
-
-def test_experts_that_are_left_out_are_not_decayed(monkeypatch):
-    """Experts are one parameter. The loss by which an epoch was chosen is of the weights that stay."""
+    # experts that are left out are not decayed, though all are one parameter: the loss by which an epoch was
+    # chosen is of the weights that stay
     losses, real = [], training.train
 
     def train(task, pool, *rest):
@@ -354,8 +349,7 @@ def test_norms_of_a_model_in_memory_are_trained_to_the_same_values(tmp_path):
     # and one outside the blocks is never trained
     change_tensors(out / "model.safetensors", lambda found: found["model.norm.weight"].add_(1))
     forge_manifest(out)
-    with pytest.raises(VerificationError, match="it is not pruned and differs"):
-        verify_output(out, dense)
+    fails(VerificationError, "it is not pruned and differs", verify_output, out, dense)
 
 
 def test_bad_input_gets_one_line(monkeypatch):

@@ -4,7 +4,17 @@ import functools
 import json
 
 import pytest
-from forging import change_tensors, copied, edit, forge_manifest, redraw, says, shard_of, signed
+from forging import (
+    change_tensors,
+    copied,
+    edit,
+    fails,
+    forge_manifest,
+    redraw,
+    says,
+    shard_of,
+    signed,
+)
 from safetensors.torch import load_file
 from tiny_models import edit_json, save, tiny, tokens
 
@@ -80,8 +90,6 @@ def lacks(*path):
 
 
 def settings(**changes):
-    """The configuration and the manifest have other settings."""
-
     def forge(out, _):
         edit_json(out / "config.json", lambda c: c.update(changes))
         forge_manifest(out, lambda m: m["shrunk"]["settings"].update(changes))
@@ -105,8 +113,6 @@ def exchange(out, _):
 
 
 def cut_by(tensor, by):
-    """A tensor cut by what another block keeps."""
-
     def forge(out, dense):
         cut = load_file(dense / "model.safetensors")[tensor][record_of(out)["kept"][by]]
         change_tensors(out / "model.safetensors", lambda t: t.update({tensor: cut}))
@@ -227,21 +233,18 @@ def test_a_forged_smaller_model_is_refused(of, forge, said, models, tmp_path):
     dense, out = models(of)[0], copied(models(of)[1], tmp_path)
     forge(out, dense)
     forge_manifest(out)
-    with pytest.raises(VerificationError, match=said):
-        verify_smaller(out, dense)
+    fails(VerificationError, said, verify_smaller, out, dense)
 
 
 def test_what_the_folder_alone_shows(models, tmp_path):
     out = copied(models("mistral")[1], tmp_path / "shape")
     settings(intermediate_size=20)(out, out)
     forge_manifest(out)
-    with pytest.raises(VerificationError, match=r"in the shards, .* by config\.json"):
-        verify_smaller(out)
+    fails(VerificationError, r"in the shards, .* by config\.json", verify_smaller, out)
     out = copied(models("narrow")[1], tmp_path / "digest")
     edit_json(out / MANIFEST, edit("files", "config.json", to="0" * 64))
     edit_json(out / MANIFEST, lambda m: m.update(signed(m)))
-    with pytest.raises(VerificationError, match="was changed"):
-        verify_smaller(out, models("narrow")[0])
+    fails(VerificationError, "was changed", verify_smaller, out, models("narrow")[0])
 
 
 def test_a_link_out_of_the_original_is_no_file_of_it(tmp_path):
