@@ -143,17 +143,8 @@ def test_refitted_weights_have_no_bound(dense_folder, tmp_path):
 
 #: by whole blocks where these have another name or form than Llama's
 WHOLE = {
-    "llama",
-    "mixtral",
-    "gpt2",
-    "opt",
-    "gpt_neox",
-    "falcon",
-    "bloom",
-    "mamba",
-    "bamba",
-    "gemma3",
-}
+    "llama", "mixtral", "gpt2", "opt", "gpt_neox", "falcon", "bloom", "mamba", "bamba", "gemma3",
+}  # fmt: skip
 #: LongCat's blocks have two attentions in one child
 PAIRS = [(x, "part" if x != "longcat_flash" else "block") for x in FAMILIES]
 PAIRS += [(x, "block") for x in FAMILIES if x in WHOLE]
