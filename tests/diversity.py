@@ -30,10 +30,8 @@ def mdg(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 RECIPES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
-    "GKD": gkd,
-    "SOM": som,
-    "MDG": mdg,
-}
+    "GKD": gkd, "SOM": som, "MDG": mdg,
+}  # fmt: skip
 
 
 def diversity(recipe: str, n: int, select: int, seed: int) -> RowProblem:

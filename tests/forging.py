@@ -42,6 +42,12 @@ def forge_manifest(result: Path, change: Change = lambda _: None) -> None:
     (result / MANIFEST).write_text(json.dumps(manifest))
 
 
+def fails(error: type[Exception], said: str | None, call: Any, *given: Any, **more: Any) -> None:
+    """The call is refused with this message."""
+    with pytest.raises(error, match=said):
+        call(*given, **more)
+
+
 def copied(result: Path, to: Path) -> Path:
     """A result that may be changed."""
     return Path(shutil.copytree(result, to / "out"))
@@ -60,8 +66,7 @@ def check_forgery(
     """A copy of the result with another manifest is refused with this message."""
     out = copied(result, to)
     forge_manifest(out, change)
-    with pytest.raises(VerificationError, match=message):
-        verify_output(out, original)
+    fails(VerificationError, message, verify_output, out, original)
 
 
 def list_file(result: Path, *names: str) -> None:

@@ -33,17 +33,12 @@ def pooled(draw, max_n=12, max_rows=5):
     weight = random_weight(rows, n, seed + 1)
     generator = torch.Generator().manual_seed(seed)
     shares = torch.rand(rows, generator=generator, dtype=torch.float64) + 0.1
-    return LayerProblem(
-        weight,
-        gram,
-        pool(
-            draw(st.sampled_from((0.0, 0.1, 0.37, 0.5, 0.8, 0.99))),
-            draw(st.sampled_from((None, None, 0.0, 0.05, 0.1, 0.3))),
-        ),
-        linear=random_linear(weight, gram, seed + 2) if draw(st.booleans()) else None,
-        refit=draw(st.sampled_from((None, Refit(0.01), Refit(0.3), Refit(0.1, power=0.5)))),
-        omega=shares if draw(st.booleans()) else None,
-    )
+    pruned = draw(st.sampled_from((0.0, 0.1, 0.37, 0.5, 0.8, 0.99)))
+    spread = draw(st.sampled_from((None, None, 0.0, 0.05, 0.1, 0.3)))
+    linear = random_linear(weight, gram, seed + 2) if draw(st.booleans()) else None
+    refit = draw(st.sampled_from((None, Refit(0.01), Refit(0.3), Refit(0.1, power=0.5))))
+    omega = shares if draw(st.booleans()) else None
+    return LayerProblem(weight, gram, pool(pruned, spread), linear=linear, refit=refit, omega=omega)
 
 
 def total(problem, solution):

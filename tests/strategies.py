@@ -11,14 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskopt import (
-    NM,
-    LayerProblem,
-    Linear,
-    Refit,
-    RowProblem,
-    Unstructured,
-)
+from maskopt import NM, LayerProblem, Linear, Refit, RowProblem, Unstructured
 from maskopt.pattern import Pattern
 
 HALF = Unstructured(sparsity=0.5)
@@ -63,14 +56,9 @@ def random_linear(weight: Tensor, gram: Tensor, seed: int) -> Linear:
 
 
 def refit_layer(
-    pattern: Pattern = HALF,
-    rows: int = 3,
-    n: int = 16,
-    kind: str = "full",
-    damping: float = 0.01,
-    seed: int = 1,
-    dtype: torch.dtype = torch.float64,
-) -> LayerProblem:
+    pattern: Pattern = HALF, rows: int = 3, n: int = 16, kind: str = "full",
+    damping: float = 0.01, seed: int = 1, dtype: torch.dtype = torch.float64,
+) -> LayerProblem:  # fmt: skip
     """A layer whose kept weights are refitted."""
     weight, gram = random_weight(rows, n, seed, dtype), random_gram(n, kind, seed + 1, dtype)
     return LayerProblem(weight, gram, pattern, refit=Refit(damping))
@@ -88,13 +76,9 @@ def patterns(draw: st.DrawFn, n: int) -> Pattern:
 
 @st.composite
 def problems(
-    draw: st.DrawFn,
-    max_n: int = 16,
-    max_rows: int = 5,
-    dtype: torch.dtype = torch.float64,
-    kinds: tuple[str, ...] = KINDS,
-    linear: bool = True,
-) -> LayerProblem:
+    draw: st.DrawFn, max_n: int = 16, max_rows: int = 5, dtype: torch.dtype = torch.float64,
+    kinds: tuple[str, ...] = KINDS, linear: bool = True,
+) -> LayerProblem:  # fmt: skip
     """A layer of up to max_rows rows and max_n inputs, any kind of Gram matrix, any pattern, and where
     `linear` allows it at times a linear part."""
     n = draw(st.integers(1, max_n))

@@ -8,6 +8,7 @@ import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import maskopt
 from maskopt.model.demo_model import MODELS
 from maskopt.solver import ENTRY_POINT_GROUP, Solver
 
@@ -18,10 +19,15 @@ EXTRAS = PROJECT["optional-dependencies"]
 EXTRAS = {extra: EXTRAS[extra] for extra in EXTRAS if extra not in ("test", "docs")}
 
 
-def test_import_contracts_hold():
-    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()"]
+def output_of(code):
+    command = [sys.executable, "-c", "\n".join(map(str.strip, code.splitlines()))]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.splitlines()
+
+
+def test_import_contracts_hold():
+    output_of("from importlinter.cli import lint_imports_command as c; c()")
 
 
 def test_every_entry_point_loads_and_is_a_solver():
@@ -41,9 +47,7 @@ def test_what_importing_leaves_out():
     print([name for name in sys.modules if name.startswith("maskopt.solvers")])
     import maskopt.cli
     print("transformers" in sys.modules, "torch" in sys.modules)"""
-    command = [sys.executable, "-c", "\n".join(map(str.strip, code.splitlines()))]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines() == ["[]", "False True"]
+    assert output_of(code) == ["[]", "False True"]
 
 
 def test_every_import_is_declared_and_every_dependency_imported():
@@ -75,10 +79,8 @@ def test_the_page_of_dependencies_is_what_is_declared():
     named = set()
     for packages, ranges, _ in rows_of(page, "Always installed"):
         names, limits = packages.split(", "), ranges.replace("≥ ", ">=").replace("< ", "<")
-        if len(names) == 1:
-            named.add(names[0] + limits.replace(", ", ","))
-        else:
-            named |= {n + limit for n, limit in zip(names, limits.split(", "), strict=True)}
+        limits = limits.split(", ") if len(names) > 1 else [limits.replace(", ", ",")]
+        named |= {n + limit for n, limit in zip(names, limits, strict=True)}
     assert named == set(PROJECT["dependencies"])
     extras = {}
     for names, packages, _ in rows_of(page, "Extras"):
@@ -88,10 +90,7 @@ def test_the_page_of_dependencies_is_what_is_declared():
         elif packages:  # one row for several extras: one package each
             each = zip((extra, *others), packages.split(", "), strict=True)
             extras |= {name: [package] for name, package in each}
-    assert extras == {
-        extra: [re.match(r"[\w-]+", package)[0] for package in packages]
-        for extra, packages in EXTRAS.items()
-    }
+    assert extras == {k: [re.match(r"[\w-]+", x)[0] for x in v] for k, v in EXTRAS.items()}
 
 
 def expanded(cell):
@@ -107,17 +106,13 @@ def test_the_page_of_architecture_names_every_module():
     there = set()
     for home in ("maskopt", "solvers"):
         for path in (ROOT / home).iterdir():
-            if path.suffix == ".py" and path.name != "__init__.py":
-                there.add(f"{home}/{path.name}")
-            elif (path / "__init__.py").exists() and not path.is_symlink():
-                there.add(f"{home}/{path.name}/")
+            folder = (path / "__init__.py").exists() and not path.is_symlink()
+            if folder or (path.suffix == ".py" and path.name != "__init__.py"):
+                there.add(f"{home}/{path.name}" + "/" * folder)
     assert sorted(named) == sorted(there)
 
 
 def test_one_version_everywhere():
-    import maskopt
-
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    assert cited is not None
     assert {PROJECT["version"], cited[1]} == {maskopt.__version__}
     assert f"## {maskopt.__version__}" in (ROOT / "CHANGELOG.md").read_text()

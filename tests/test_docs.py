@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+from maskopt.cli import app
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,12 +31,8 @@ def test_the_examples_run(page, tmp_path, monkeypatch):
     exec(compile("\n".join(blocks), page, "exec"), {"__name__": "example"})
 
 
-PAGES = {
-    "quality": ("quality", "quality-gaps", "quality-seconds"),
-    "generalisation": ("generalisation",),
-    "structures": ("structures",),
-    "refit": ("refit",),
-}
+PAGES = {name: (name,) for name in ("generalisation", "structures", "refit")}
+PAGES["quality"] = ("quality", "quality-gaps", "quality-seconds")
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -59,23 +58,18 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
 
     record = {"dense": 10.0, "ratio": [1.2, 1.1, 1.3], "kl": 0.1, "agreement": 0.9, "shrink": 0.05}
     record |= {"solving": 60.0, "seconds": 90.0, "machine": "some machine", "date": "some day"}
-    keys = """methods/gemma3/50%/Wanda, methods/gemma3/50%/1-swap (default), bos/gemma3/never/auto,
-    weights/gemma3/50%/ADMM, draws/gemma3/0/ADMM, trained/gemma3/1-swap; kept,
-    recipes/gemma3/default, budgets/gemma3/70%/none, cells/gemma3/50%/none/1-swap; kept,
-    rates/gemma3/0.0003, target/gemma3/dense, weighting/gemma3/rest, shrink/gemma3/2:4/auto,
-    stopping/gemma3/all"""
-    keys = [key.strip().replace(";", ",") for key in keys.split(",")]
+    keys = """methods 50%/Wanda, methods 50%/1-swap (default), bos never/auto, weights 50%/ADMM,
+    draws 0/ADMM, trained 1-swap; kept, recipes default, budgets 70%/none, cells 50%/none/1-swap; kept,
+    rates 0.0003, target dense, weighting rest, shrink 2:4/auto, stopping all"""
+    keys = [key.strip().replace(" ", "/gemma3/", 1).replace(";", ",") for key in keys.split(",")]
     keys += [f"sizes/gemma3/{2**k}" for k in range(2, 9)]
     book = Book(tmp_path / "some.jsonl")
     book.begin(dict.fromkeys(("calibration", "text", "corpus", "windows"), "x"))
     for number, key in enumerate(keys):
         error = 0.1 / (1 + number)
         more = {"fitted": error, "held": error, "perplexity": 20.0 - number, "losses": [1.0, 2.0]}
-        more |= dict.fromkeys(("raw", "relative", "rows", "kl"), error) | {
-            "loss": -error,
-            "hidden": [error] * 2,
-            "divergence": [0.2, 0.1],
-        }
+        more |= dict.fromkeys(("raw", "relative", "rows", "kl"), error)
+        more |= {"loss": -error, "hidden": [error] * 2, "divergence": [0.2, 0.1]}
         book.put(key, {**record, **more, "ratio": [2.0 - number / 10, 1.0, 3.0]})
     write(book, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
@@ -103,16 +97,15 @@ def test_a_page_from_a_busy_machine_has_the_seconds_of_an_idle_one(benchmarks):
 def test_measurements_that_were_taken_in_another_way_are_not_mixed(benchmarks, tmp_path):
     from book import Book
 
-    about = {"bos": "auto", "date": "today"}
     book = Book(tmp_path / "some.jsonl")
-    book.begin(about)
+    book.begin({"bos": "auto", "date": "today"})
     book.measure("one", lambda: {"error": 1})
     again = Book(tmp_path / "some.jsonl")
-    again.begin({**about, "bos": "never", "date": "tomorrow"})
+    again.begin({"bos": "never", "date": "tomorrow"})
     assert again.measure("one", lambda: {"error": 2}) == {"error": 1}
     with pytest.raises(SystemExit, match="measured with bos auto and now never: name another"):
         again.measure("two", lambda: {"error": 2})
-    again.begin({**about, "date": "tomorrow"})
+    again.begin({"bos": "auto", "date": "tomorrow"})
     again.measure("two", lambda: {"error": 2})
     after = Book(tmp_path / "some.jsonl")
     assert after.lines["two"] == {"date": "tomorrow", "error": 2}
@@ -120,10 +113,6 @@ def test_measurements_that_were_taken_in_another_way_are_not_mixed(benchmarks, t
 
 
 def test_every_option_of_every_command_is_on_a_page(monkeypatch):
-    import typer
-
-    from maskopt.cli import app
-
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     from _hook import on_page_markdown
 

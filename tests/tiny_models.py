@@ -19,56 +19,43 @@ transformers.logging.disable_progress_bar()
 
 VOCABULARY = 96
 SHARED = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 _NO_GQA = {**SHARED, "num_key_value_heads": 4}
 _OLD = {k: v for k, v in SHARED.items() if k != "num_key_value_heads"}
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 _MOE = {"num_experts_per_tok": 2}
+_HEAD = {**SHARED, "head_dim": 8}
+_PAD = {**SHARED, "pad_token_id": 0}
+_LATENT = {
+    **_NO_GQA, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "n_routed_experts": 4,
+}  # fmt: skip
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 #: name → (configuration class, arguments)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", SHARED),
     "qwen2": ("Qwen2Config", SHARED),
-    "qwen3": ("Qwen3Config", {**SHARED, "head_dim": 8}),
+    "qwen3": ("Qwen3Config", _HEAD),
     "mistral": ("MistralConfig", SHARED),
-    "gemma": ("GemmaConfig", {**SHARED, "head_dim": 8}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        {
-            **SHARED,
-            "head_dim": 8,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        },
-    ),
+    "gemma": ("GemmaConfig", _HEAD),
+    "gemma3": ("Gemma3TextConfig", {**_HEAD, "sliding_window": 8, "layer_types": _SLIDING}),
     "gpt2": ("GPT2Config", _GPT),
-    "opt": (
-        "OPTConfig",
-        {**_OLD, "ffn_dim": 48, "word_embed_proj_dim": 16, "intermediate_size": 48},
-    ),
+    "opt": ("OPTConfig", {**_OLD, "ffn_dim": 48, "word_embed_proj_dim": 16}),
     "phi": ("PhiConfig", _NO_GQA),
-    "phi3": ("Phi3Config", {**SHARED, "pad_token_id": 0}),
+    "phi3": ("Phi3Config", _PAD),
     "gpt_neox": ("GPTNeoXConfig", _OLD),
-    "falcon": (
-        "FalconConfig",
-        {**_OLD, "new_decoder_architecture": True, "num_kv_heads": 2},
-    ),
+    "falcon": ("FalconConfig", {**_OLD, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon_alibi": ("FalconConfig", {**_OLD, "alibi": True, "multi_query": True}),
     "bloom": (
-        "BloomConfig",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+        "BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4},
     ),
-    "cohere": ("CohereConfig", {**SHARED, "pad_token_id": 0}),
+    "cohere": ("CohereConfig", _PAD),
     "olmo2": ("Olmo2Config", SHARED),
     "stablelm": ("StableLmConfig", {**SHARED, "use_qkv_bias": True}),
-    "glm": ("GlmConfig", {**SHARED, "head_dim": 8, "pad_token_id": 0}),
+    "glm": ("GlmConfig", {**_HEAD, "pad_token_id": 0}),
     "mamba": (  # multiplies one weight from the left
         "MambaConfig",
         {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
@@ -76,93 +63,56 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba": (  # its blocks return two values
         "BambaConfig",
         {
-            **SHARED,
-            "attn_layer_indices": [1],
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "mamba_n_groups": 1,
-            "mamba_d_state": 8,
+            **SHARED, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8,
+            "mamba_n_groups": 1, "mamba_d_state": 8,
         },
     ),
     "mixtral": ("MixtralConfig", {**SHARED, **_MOE, "num_local_experts": 4}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
         {
-            **SHARED,
-            **_MOE,
-            "head_dim": 8,
-            "num_experts": 4,
-            "moe_intermediate_size": 16,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [1],
+            **_HEAD, **_MOE, "num_experts": 4, "moe_intermediate_size": 16,
+            "decoder_sparse_step": 1, "mlp_only_layers": [1],
         },
     ),
     "deepseek_v3": (  # latent attention, shared experts, a first block without experts
         "DeepseekV3Config",
         {
-            **_NO_GQA,
-            **_MOE,
-            "n_routed_experts": 4,
-            "moe_intermediate_size": 16,
-            "n_shared_experts": 1,
-            "first_k_dense_replace": 1,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "n_group": 1,
-            "topk_group": 1,
+            **_LATENT, **_MOE, "moe_intermediate_size": 16, "n_shared_experts": 1,
+            "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
         },
     ),
     "llama4": (  # all experts in one product
         "Llama4TextConfig",
         {
-            **SHARED,
-            "num_experts_per_tok": 1,
-            "num_local_experts": 4,
-            "intermediate_size_mlp": 48,
-            "head_dim": 8,
-            "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 8,
-            "pad_token_id": 0,
+            **_HEAD, "num_experts_per_tok": 1, "num_local_experts": 4, "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2, "attention_chunk_size": 8, "pad_token_id": 0,
         },
     ),
     "longcat_flash": (  # some experts pass their tokens on; two attentions in a block
         "LongcatFlashConfig",
         {
-            **_NO_GQA,
-            "num_layers": 2,
-            "ffn_hidden_size": 48,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "head_dim": 8,
-            "n_routed_experts": 4,
-            "zero_expert_num": 2,
-            "moe_topk": 2,
-            "expert_ffn_hidden_size": 16,
+            **_LATENT, "num_layers": 2, "ffn_hidden_size": 48, "head_dim": 8, "zero_expert_num": 2,
+            "moe_topk": 2, "expert_ffn_hidden_size": 16,
         },
     ),
     "jetmoe": (  # experts in attention, one 3-D parameter a module
-        "JetMoeConfig",
-        {**SHARED, **_MOE, "num_local_experts": 4, "kv_channels": 8},
+        "JetMoeConfig", {**SHARED, **_MOE, "num_local_experts": 4, "kv_channels": 8},
     ),
     "gpt_oss": (
-        "GptOssConfig",
-        {**SHARED, **_MOE, "head_dim": 8, "num_local_experts": 4, "sliding_window": 8},
+        "GptOssConfig", {**_HEAD, **_MOE, "num_local_experts": 4, "sliding_window": 8},
     ),
-}
+}  # fmt: skip
 
 
 def tiny(family: str, *, layers: int | None = None, dtype: torch.dtype | None = None) -> Any:
     """A random model of the family, always the same one."""
     name, arguments = FAMILIES[family]
     config = getattr(transformers, name)(**arguments)
-    if layers is not None:
+    if layers is not None and family != "longcat_flash":  # which has one
         config.num_hidden_layers = layers
+        if "layer_types" in vars(config):
+            config.layer_types = config.layer_types[:layers]
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # initial biases are zero; real ones are not
@@ -226,16 +176,22 @@ def save_with_own_code(folder: Path) -> Path:
     return folder
 
 
-def save_tokenizer(folder: Path) -> None:
-    """A real fast tokenizer of the tiny vocabulary, one token a character."""
+def _characters(special: dict[str, int]) -> tuple[Any, type[Any]]:
+    """Tokens of one character each and special ones, and what wraps them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    characters = [chr(c) for c in range(32, 32 + VOCABULARY - 1)]
-    vocabulary = {c: i + 1 for i, c in enumerate(characters)} | {"?unk": 0}
+    characters = [chr(c) for c in range(32, 31 + VOCABULARY - len(special))]
+    vocabulary = {c: i + 1 for i, c in enumerate(characters)} | {"?unk": 0} | special
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?unk"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?unk").save_pretrained(folder)
+    return inner, PreTrainedTokenizerFast
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A real fast tokenizer of the tiny vocabulary, one token a character."""
+    inner, kind = _characters({})
+    kind(tokenizer_object=inner, unk_token="?unk").save_pretrained(folder)
 
 
 #: BOS, then each message as "<role>content</s>"; user and assistant take turns
@@ -251,24 +207,16 @@ CHAT_BOS, CHAT_EOS = VOCABULARY - 2, VOCABULARY - 1
 
 def chat_tokenizer(template: str | None = CHAT_TEMPLATE) -> Any:
     """As that of `save_tokenizer`, with a chat template, and a BOS token that it puts before a text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import processors
 
-    characters = [chr(c) for c in range(32, 32 + VOCABULARY - 3)]
-    vocabulary = {c: i + 1 for i, c in enumerate(characters)} | {"?unk": 0}
-    vocabulary |= {"<s>": CHAT_BOS, "</s>": CHAT_EOS}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?unk"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner, kind = _characters({"<s>": CHAT_BOS, "</s>": CHAT_EOS})
     inner.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", CHAT_BOS)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        unk_token="?unk",
-        bos_token="<s>",
-        eos_token="</s>",
+    return kind(
+        tokenizer_object=inner, unk_token="?unk", bos_token="<s>", eos_token="</s>",
         chat_template=template,
-    )
+    )  # fmt: skip
 
 
 def patched(model: Any, name: str, change: Callable[[torch.Tensor], object]) -> Any:

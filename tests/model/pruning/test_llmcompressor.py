@@ -21,7 +21,6 @@ QUERIES = "model.layers.0.self_attn.q_proj"
 
 
 def pruned(recipe, home):
-    """Dense and pruned."""
     folder = save(tiny("llama"), home / "dense")
     save_tokenizer(folder)
     data = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in WINDOWS]

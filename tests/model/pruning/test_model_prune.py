@@ -22,8 +22,8 @@ def reload(folder):
     return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
 
 
-def test_one_pass_judges_on_the_dense_model():
-    model, data = tiny("llama"), tokens()
+def test_one_pass_judges_on_the_dense_model(tmp_path):
+    model, data = tiny("llama", layers=2), tokens()
     one = prune_model(copy.deepcopy(model), data, one_pass=True, **WANDA)
     problems = dict(maskopt.collect_problems(model, data, sparsity=0.5))
     for layer in one.layers:
@@ -31,23 +31,30 @@ def test_one_pass_judges_on_the_dense_model():
         mask = maskopt.solve(problem, "wanda").mask
         assert torch.equal(mask, one.masks[layer.name])
         assert float(problem.objective(mask).sum()) == pytest.approx(layer.error, rel=1e-9)
-    two = prune_model(copy.deepcopy(model), data, **WANDA)
+    two = prune_model(model, data, output=tmp_path / "out", **WANDA)
     assert one.layers[-1].error != two.layers[-1].error
+    # a model in memory is written
+    after, written = (m.state_dict() for m in (model, reload(tmp_path / "out")))
+    assert written.keys() == after.keys()
+    assert all(torch.equal(written[k], v) for k, v in after.items())
+    verify_output(tmp_path / "out")
 
 
 def test_swap_improves_on_its_start_in_every_layer():
-    report = prune_model(tiny("llama"), tokens(), sparsity=0.5, solver="swap", min_tokens=1)
+    report = prune_model(
+        tiny("llama", layers=2), tokens(), sparsity=0.5, solver="swap", min_tokens=1
+    )
     for layer in report.layers:
         assert layer.error <= layer.error_start
         assert layer.statuses == {"swap-optimal": layer.rows}
     assert sum(x.error for x in report.layers) < sum(x.error_start for x in report.layers)
-    again = prune_model(tiny("llama"), tokens(), sparsity=0.5, threads=1, min_tokens=1)
+    again = prune_model(tiny("llama", layers=2), tokens(), sparsity=0.5, threads=1, min_tokens=1)
     assert all(torch.equal(mask, again.masks[name]) for name, mask in report.masks.items())
     assert set(report.by_kind()) >= {"self_attn.q_proj", "mlp.down_proj"}
 
 
 def test_n_of_m_and_chosen_layers(tmp_path):
-    model = tiny("qwen3")
+    model = tiny("qwen3", layers=2)
     dense = save(model, tmp_path / "dense")
     report = prune_model(
         dense, tokens(), pattern=NM(keep=2, of=4), solver="wanda", output=tmp_path / "out",
@@ -55,21 +62,12 @@ def test_n_of_m_and_chosen_layers(tmp_path):
     )  # fmt: skip
     mlp = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
     assert {layer.kind for layer in report.layers} == {*mlp, "self_attn.q_proj"}
-    assert len(report.layers) == 8
+    assert len(report.layers) == 4
     assert all(layer.pattern == "2:4" for layer in report.layers)
     blocks, original = reload(tmp_path / "out").model.layers, model.model.layers
     assert torch.equal(blocks[1].mlp.up_proj.weight, original[1].mlp.up_proj.weight)
     assert bool(((blocks[0].mlp.up_proj.weight == 0).view(-1, 4).sum(1) == 2).all())
     verify_output(tmp_path / "out", against=dense)
-
-
-def test_a_model_in_memory_is_written(tmp_path):
-    model = tiny("gpt2")
-    prune_model(model, tokens(), output=tmp_path / "out", **WANDA)
-    written = reload(tmp_path / "out").state_dict()
-    assert written.keys() == model.state_dict().keys()
-    assert all(torch.equal(written[k], v) for k, v in model.state_dict().items())
-    verify_output(tmp_path / "out")
 
 
 def test_text_and_a_tokenizer_of_the_folder_or_given(dense, tmp_path):
@@ -81,14 +79,14 @@ def test_text_and_a_tokenizer_of_the_folder_or_given(dense, tmp_path):
     value = maskopt.perplexity(out, text=text, seq_len=32)
     assert (value.windows, value.targets) == (28, 28 * 31)
     given = {"calibration": ["some text " * 20], "samples": 3, "seq_len": 16, **WANDA}
-    report = prune_model(tiny("llama"), WordTokenizer(), **given)
+    report = prune_model(tiny("llama", layers=2), WordTokenizer(), **given)
     assert report.fingerprint["calibration"]["samples"] == 3
     assert report.output is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_dtype_and_its_bits(dtype, tmp_path):
-    dense = save(tiny("llama", dtype=dtype), tmp_path / "dense")
+    dense = save(tiny("llama", layers=1, dtype=dtype), tmp_path / "dense")
     prune_model(dense, tokens(), output=tmp_path / "a", **WANDA)
     prune_model(dense, tokens(), output=tmp_path / "b", dtype="bfloat16", **WANDA)
     for name in "ab":
@@ -110,14 +108,14 @@ def refusal(kind=e.MaskoptError, **options):
     return said
 
 
-WIDE = {"sparsity": None, "pattern": NM(2, 4)}
-KEEP = {"sparsity": None, "pattern": Unstructured(keep=3)}
-MODEL = {"budget": "model"}
+NAME, EMBEDDING = "model.layers.0.mlp.up_proj", "model.embed_tokens.weight"
+MODEL, MEASURED, WIDTH = {"budget": "model"}, {"importance": "measured"}, {"wide": True}
+PATTERN = {"sparsity": None}
+WIDE, KEEP = ({**PATTERN, "pattern": x} for x in (NM(2, 4), Unstructured(keep=3)))
+POOL = {**PATTERN, "pattern": pool(0.5)}
 ROWS = {"budget": "layer", "importance": "alike", "spread": 1, "solver": "swap"}
-MEASURED = {"importance": "measured"}
-REFIT = {"weights": "refit"}
-DENSE = {"target": "dense"}
-NAME = "model.layers.0.mlp.up_proj"
+REFIT, DENSE = {"weights": "refit"}, {"target": "dense"}
+ONES = torch.ones(1, 4)
 REFUSED = {
     e.MaskoptError: [
         ("did you mean 'wanda'", {"solver": "wnada"}),
@@ -130,16 +128,20 @@ REFUSED = {
         ("shrink", {"shrink": 2.0}),
         ("unknown device", {"device": "quantum"}),
         ("`calibration` text or tokens", {"data": None}),
-        ("token id", {"data": torch.full((1, 4), 96)}),
-        ("whole numbers", {"data": torch.full((1, 4), 0.5)}),
-        ("'tabu' prunes as much of every row; where rows trade take one that does: swap",
-         {**ROWS, "solver": "tabu"}),
-        ("'sparsegpt' holds no `spread` of rows; where rows trade take one that does: swap",
-         {**ROWS, "spread": 0.1, "solver": "sparsegpt"}),
+        ("token id", {"data": (96 * ONES).long()}),
+        ("whole numbers", {"data": 0.5 * ONES}),
+        ("'tabu' prunes as much .* take one that does: swap", {**ROWS, "solver": "tabu"}),
+        ("'sparsegpt' holds no `spread`.*: swap", {**ROWS, "spread": 0.1, "solver": "sparsegpt"}),
+    ],
+    e.SolverError: [
+        ("update=true sets", {**WIDTH, "solver": "sparsegpt", "solver_options": {"update": True}}),
+        (r"q_proj': exhaustive: a row of 32 .* 6\.01e\+8", {**WIDTH, "solver": "exhaustive"}),
+        ("exhaustive: .* that trades has", {**WIDTH, **ROWS, "warm_start": "exhaustive"}),
+        ("branch: a row of 520 inputs", {**WIDTH, "solver": "swap", "warm_start": "branch"}),
     ],
     e.PatternError: [
-        ("more than the 32", {"sparsity": None, "pattern": Unstructured(keep=33)}),
-        ("q_proj.*do not divide", {"sparsity": None, "pattern": NM(keep=2, of=5)}),
+        ("more than the 32", {**PATTERN, "pattern": Unstructured(keep=33)}),
+        ("q_proj.*do not divide", {**PATTERN, "pattern": NM(keep=2, of=5)}),
     ],
     e.ModelError: [
         ("did you mean 'q_proj'", {"include": ["q_porj"]}),
@@ -153,44 +155,39 @@ REFUSED = {
     ],
     e.DataError: [
         ("leave one of them out", {"calibration": "no such file"}),
-        ("`importance` loss leaves nothing of windows of a single", {**MODEL, "data": tokens(4, 1)}),
+        ("`importance` loss leaves nothing of windows", {**MODEL, "data": tokens(4, 1)}),
     ],
     e.OptionError: [
-        ("`budget` model is of a sparsity; 2:4 has a count in every group", {**MODEL, **WIDE}),
-        (r"of a plain sparsity, such as 0\.5, not of 0\.5 per layer",
-         {**MODEL, "sparsity": None, "pattern": pool(0.5)}),
-        (r"of a plain sparsity, such as 0\.5, not of keep 3", {**MODEL, **KEEP}),
+        ("`budget` model is of a sparsity; 2:4 has a count", {**MODEL, **WIDE}),
+        (r"plain sparsity, such as 0\.5, not of 0\.5 per layer", {**MODEL, **POOL}),
+        (r"plain sparsity, such as 0\.5, not of keep 3", {**MODEL, **KEEP}),
         ("`importance` must be text alike or relative or loss", {**MODEL, "importance": "size"}),
         ("`spread` must be", {**MODEL, "spread": 1.5}),
-        ("`importance` loss needs every window's loss", {**MODEL, "skip_bad_samples": True}),
+        ("loss needs every window's loss", {**MODEL, "skip_bad_samples": True}),
         ("`counts` are those of layers that", {"budget": "row", "counts": {"a": 1}}),
         ("no layer that is pruned is called 'a'", {**MODEL, "counts": {"a": 1}}),
-        ("must be a whole number of at least 0 and less than", {**MODEL, "counts": {NAME: 1}}),
+        ("must be a whole number of at least 0 and less", {**MODEL, "counts": {NAME: 1}}),
         ("`budget` must be text row or layer or model or both, not 'all'", {"budget": "all"}),
         ("2:4 has a count in every group", {**ROWS, **WIDE}),
-        ("`budget` both is of a plain sparsity, such as 0.5, not of keep 3",
-         {**ROWS, **KEEP, "budget": "both"}),
+        ("`budget` both is of a plain .* 0.5, not of keep 3", {**ROWS, **KEEP, "budget": "both"}),
         ("`spread` is of what trades", {"spread": 0.1}),
         ("`importance` is of what trades", {"importance": "alike"}),
-        ("`spread` 0.1 is not that of the pattern",
-         {**ROWS, "sparsity": None, "pattern": pool(0.5, 0.2), "spread": 0.1}),
-        ("`importance` loss needs every window's loss",
-         {**ROWS, "importance": "loss", "skip_bad_samples": True}),
-        *(("^`importance` measured is of whole blocks and says nothing of rows",
-           {**MEASURED, "budget": budget}) for budget in ("layer", "both")),
-        ("2, 32, 64 inputs have no step in common", {**MODEL, **MEASURED, "model": "mamba"}),
-        ("`weights` must be text keep or refit or reconstruct, not 'both'", {"weights": "both"}),
+        ("`spread` 0.1 is not that", {**POOL, **ROWS, "pattern": pool(0.5, 0.2), "spread": 0.1}),
+        ("every window's loss", {**ROWS, "importance": "loss", "skip_bad_samples": True}),
+        ("^`importance` measured .* says nothing of rows", {**MEASURED, "budget": "layer"}),
+        ("^`importance` measured .* says nothing of rows", {**MEASURED, "budget": "both"}),
+        ("2, 32, 64 inputs have no step", {**MODEL, **MEASURED, "model": "mamba"}),
+        ("`weights` must be text keep or refit or reconstruct", {"weights": "both"}),
         ("`damping` must be at least 0, not -1.0", {**REFIT, "damping": -1.0}),
         ("`damping` must be a number of at least 0 or auto", {**REFIT, "damping": "some"}),
         ("`damping` is of refitted weights", {"damping": 0.1}),
-        ("`damping` is of refitted weights",
-         {"weights": "reconstruct", "holdout": 0.2, "damping": 0.1}),
+        ("`damping` is", {"weights": "reconstruct", "holdout": 0.2, "damping": 0.1}),
         ("`target` must be text pruned or dense, not 'both'", {"target": "both"}),
-        ("`target` dense and `one_pass` exclude each other", {**DENSE, "one_pass": True}),
+        ("`target` dense and `one_pass` exclude", {**DENSE, "one_pass": True}),
         ("`target` dense and `true_sequential` exclude", {**DENSE, "true_sequential": True}),
         ("`target` dense needs `all_experts` there", {**DENSE, "model": "mixtral"}),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -198,33 +195,14 @@ REFUSED = {
     [(kind, *case) for kind, cases in REFUSED.items() for case in cases],
 )
 def test_bad_options(kind, message, options):
-    given = dict(options)
+    given, begun = dict(options), []
     if isinstance(given.get("model"), str):
         given["model"] = tiny(given["model"])
-    assert re.search(message, refusal(kind, **given))
-
-
-@pytest.mark.parametrize(
-    ("message", "options"),
-    [
-        ("update=true sets weights anew",
-         {"solver": "sparsegpt", "solver_options": {"update": True}}),
-        (r"q_proj': exhaustive: a row of 32 inputs at 0\.5 has 6\.01e\+8", {"solver": "exhaustive"}),
-        (r"exhaustive: .* that trades has", {"warm_start": "exhaustive", "budget": "both"}),
-        ("down_proj': branch: a row of 520 inputs is beyond it", {"warm_start": "branch"}),
-    ],
-)  # fmt: skip
-def test_what_a_solver_cannot_is_said_before_any_work(message, options):
-    config, said = transformers.LlamaConfig(**{**SHARED, "intermediate_size": 520}), []
-    given = {"solver": "swap", **options, "on_progress": said.append}
-    model = AutoModelForCausalLM.from_config(config)
-    assert re.search(message, refusal(e.SolverError, model=model, **given))
-    assert said == []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_cuda_device():
-    assert "no CUDA device" in refusal(device="cuda")
+    elif given.pop("wide", False):
+        config = transformers.LlamaConfig(**{**SHARED, "intermediate_size": 520})
+        given["model"] = AutoModelForCausalLM.from_config(config)
+    assert re.search(message, refusal(kind, on_progress=begun.append, **given))
+    assert kind != e.SolverError or begun == []
 
 
 def test_nan_weights_name_the_parameter(tmp_path):
@@ -238,7 +216,7 @@ def test_nan_weights_name_the_parameter(tmp_path):
 
 def test_infinite_activations_name_layer_and_sample():
     def overflowing():
-        return patched(tiny("llama"), "model.embed_tokens.weight", lambda p: p[5].fill_(torch.inf))
+        return patched(tiny("llama", layers=2), EMBEDDING, lambda p: p[5].fill_(torch.inf))
 
     data = tokens(4, 8)
     data[data == 5] = 6
@@ -246,23 +224,22 @@ def test_infinite_activations_name_layer_and_sample():
     assert re.search(r"q_proj'.*sample 2 has NaN", refusal(model=overflowing(), data=data))
     report = prune_model(overflowing(), data, skip_bad_samples=True, **WANDA)
     assert [item["sample"] for item in report.bad_samples] == [2]
-    kept = prune_model(tiny("llama"), data[[0, 1, 3]], **WANDA)
+    kept = prune_model(tiny("llama", layers=2), data[[0, 1, 3]], **WANDA)
     assert all(torch.equal(mask, report.masks[name]) for name, mask in kept.masks.items())
-    only = patched(tiny("llama"), "model.embed_tokens.weight", lambda p: p.fill_(torch.inf))
+    only = patched(tiny("llama"), EMBEDDING, lambda p: p.fill_(torch.inf))
     assert "no calibration sample" in refusal(model=only, skip_bad_samples=True)
 
 
-def test_shared_weights_are_refused():
-    model = tiny("llama")
+def test_weights_that_are_shared_and_models_that_do_not_fit():
+    model = tiny("llama", layers=2)
     one, other = model.model.layers[0].mlp, model.model.layers[1].mlp
     other.up_proj.weight = one.up_proj.weight
     names = [f"model.layers.{block}.mlp.up_proj" for block in (0, 1)]
     said = refusal(model=model)
     assert said.startswith(f"layer {names[0]!r} shares its weight with {names[1]!r}")
     prune_model(model, tokens(), exclude=names, **WANDA)
-
-
-def test_tokens_fit_the_model():
     longer = tiny("llama")
     longer.config.max_position_embeddings = 8
     assert "longer than the model's 8 positions" in refusal(e.DataError, model=longer)
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in refusal(device="cuda")

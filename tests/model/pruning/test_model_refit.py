@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from commands import run
-from forging import change_tensors, copied, forge_manifest, shard_of
+from forging import change_tensors, copied, fails, forge_manifest, shard_of
 from tiny_models import inputs_of, save, tiny, tokens
 
 from maskopt import Refit, collect_problems, prune_model
@@ -52,7 +52,6 @@ def test_weights_are_those_of_least_squares_on_the_layers_own_inputs(solver):
             kept = mask[row]
             best = torch.linalg.solve(damped[kept][:, kept], (damped @ w[row])[kept])
             torch.testing.assert_close(v[row, kept], best, rtol=1e-3, atol=1e-4)
-
         assert layer.error == pytest.approx(lost(w - v, x), rel=1e-4)
         assert layer.error_held == pytest.approx(lost(w - v, held), rel=1e-4)
         assert layer.error_kept == pytest.approx(lost(w * ~mask, x))
@@ -60,24 +59,21 @@ def test_weights_are_those_of_least_squares_on_the_layers_own_inputs(solver):
         assert layer.chosen_for == ("kept" if solver == "tabu" else "refitted")
 
 
-def test_experts_that_saw_too_little_keep_their_weights(tmp_path):
-    """Their tensor may hold others that are refitted."""
-    folder, out = save(tiny("mixtral"), tmp_path / "model"), tmp_path / "out"
+def test_dampings_of_held_out_windows_and_of_experts_that_saw_too_little(tmp_path):
+    given = {**OPTIONS, "holdout": 0.4, "include": ("layers.0.self_attn.*",)}
+    chosen = prune_model(tiny("llama", layers=2), tokens(10), damping="auto", **given)
+    assert {layer.damping for layer in chosen.layers} <= {*DAMPING_GRID}
+    fixed = prune_model(tiny("llama", layers=2), tokens(10), damping=0.003, **given)
+    first = zip(chosen.layers[:3], fixed.layers[:3], strict=True)
+    assert sum(a.error_held - b.error_held for a, b in first) < 0
+    # experts that saw too little keep their weights; their tensor may hold others that are refitted
     more = {**OPTIONS, "min_tokens": 45, "solver": "wanda"}
+    folder, out = save(tiny("mixtral", layers=2), tmp_path / "model"), tmp_path / "out"
     report = prune_model(folder, tokens(), output=out, **more)
+    verify_output(out, folder, calibration=tokens())
     few = [x for x in report.layers if x.fallback]
     assert 0 < len(few) < len(report.layers)
     assert all(x.damping is None and x.error_kept is None for x in few)
-    verify_output(out, folder, calibration=tokens())
-
-
-def test_damping_by_held_out_windows_is_one_of_the_grid():
-    given = {**OPTIONS, "holdout": 0.4, "include": ("layers.0.self_attn.*",)}
-    chosen = prune_model(tiny("llama"), tokens(10), damping="auto", **given)
-    assert {layer.damping for layer in chosen.layers} <= {*DAMPING_GRID}
-    fixed = prune_model(tiny("llama"), tokens(10), damping=0.003, **given)
-    first = zip(chosen.layers[:3], fixed.layers[:3], strict=True)
-    assert sum(a.error_held - b.error_held for a, b in first) < 0
 
 
 def test_refitted_rows_are_proven_for_what_they_cost_refitted(result):
@@ -100,10 +96,9 @@ def test_refitted_rows_are_proven_for_what_they_cost_refitted(result):
 
 def test_the_command_says_what_mask_and_refit_did(dense, data, tmp_path):
     out = tmp_path / "out"
-    words = ("--sparsity", 0.5, "--weights", "refit", "--damping", 0.03, "--solver", "wanda")
-    words = (*words, "--min-tokens", 8)
-    shown = run("prune", dense, *words, "--calibration", data, "--output", out)
-    assert "before" in shown
+    words = ["--sparsity", 0.5, "--weights", "refit", "--damping", 0.03, "--solver", "wanda"]
+    words += ["--min-tokens", 8]
+    assert "before" in run("prune", dense, *words, "--calibration", data, "--output", out)
     assert {layer["damping"] for layer in read_manifest(out / MANIFEST)["layers"]} == {0.03}
     shown = run("verify", out, "--against", dense)
     assert "every weight that is neither pruned nor refitted is that of" in shown
@@ -145,14 +140,7 @@ def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(
 # What checks them ---------------------------------------------------------------------------------
 
 
-def test_gaps_of_refitted_weights_are_not_claimed(result, dense_folder):
-    with pytest.raises(ModelError, match="its weights were set anew, and bounds are of weights as"):
-        certify_model(dense_folder, result[0], calibration=tokens(10), rows_per_layer=1)
-
-
 def weights(change):
-    """One tensor of a result changed, and every digest made right again."""
-
     def forge(out):
         change_tensors(shard_of(out, NAME), lambda tensors: change(tensors[NAME]))
         forge_manifest(out)
@@ -176,7 +164,7 @@ def keeps(out):
 moved = weights(lambda weight: weight[0].mul_(1.001))
 infinite = weights(lambda weight: weight.masked_fill_(weight == weight.max(), torch.inf))
 FORGED = [
-    (moved, r"row 0: its weights are not those of least squares"),
+    (moved, "row 0: its weights are not those of least squares"),
     (infinite, "holds NaN or infinite weights"),
     (keeps, "a kept weight differs from the original"),
     (layer(damping=0.02), "was refitted with another damping than the options say"),
@@ -186,36 +174,41 @@ FORGED = [
 ]
 
 
+def test_gaps_of_refitted_weights_are_not_claimed(result, dense_folder):
+    with pytest.raises(ModelError, match="and bounds are of weights as"):
+        certify_model(dense_folder, result[0], calibration=tokens(10), rows_per_layer=1)
+
+
 @pytest.mark.parametrize(("forge", "message"), FORGED)
 def test_what_is_not_so_is_found(forge, message, result, dense_folder, tmp_path):
     out = copied(result[0], tmp_path)
     forge(out)
     if forge is moved:  # only the calibration text shows it
         verify_output(out, dense_folder)
-    with pytest.raises(VerificationError, match=message):
-        verify_output(out, dense_folder, calibration=tokens(10))
+    fails(VerificationError, message, verify_output, out, dense_folder, calibration=tokens(10))
 
 
-def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(dense, tmp_path):
-    def prune(name, **more):
-        given = {**OPTIONS, "solver": "sparsegpt", **more}
-        return prune_model(dense, tokens(), output=tmp_path / name, **given)
-
-    report, squares = prune("own", solver_options={"update": True}), prune("squares")
+def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
+    dense_folder, tmp_path
+):
+    given, own = {**OPTIONS, "solver": "sparsegpt"}, tmp_path / "own"
+    squares = prune_model(tiny("llama"), tokens(), **given)
+    report = prune_model(
+        dense_folder, tokens(), output=own, **given, solver_options={"update": True}
+    )
     assert {x.chosen_for for x in report.layers} == {"updated"}
     first = [r.layers[0] for r in (squares, report)]
     assert first[0].error < first[1].error < first[1].error_kept
-    verified = verify_output(tmp_path / "own", dense, calibration=tokens())
+    verified = verify_output(own, dense_folder, calibration=tokens())
     assert "errors" in verified.checked
     assert "refitted weights" in verified.claimed
-    out = copied(tmp_path / "own", tmp_path / "moved")
-    moved(out)
-    with pytest.raises(VerificationError, match="states an error of"):
-        verify_output(out, dense, calibration=tokens())
-    out = copied(tmp_path / "own", tmp_path / "claims")
-    forge_manifest(out, lambda m: [x.update(chosen_for="refitted") for x in m["layers"]])
-    with pytest.raises(VerificationError, match="its weights are not those of least squares"):
-        verify_output(out, dense, calibration=tokens())
+
+    def claims(out):
+        forge_manifest(out, lambda m: [x.update(chosen_for="refitted") for x in m["layers"]])
+
+    for forge, said in ((moved, "states an error of"), (claims, "are not those of least squares")):
+        forge(out := copied(own, tmp_path / said))
+        fails(VerificationError, said, verify_output, out, dense_folder, calibration=tokens())
 
 
 def test_options_of_nothing_in_an_older_manifest_are_passed_over(

@@ -1,7 +1,5 @@
 """What other methods prune of each block, on blocks that are made for it."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

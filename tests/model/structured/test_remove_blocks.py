@@ -1,21 +1,24 @@
-"""Whole blocks left out: effects by definition, the exact choice and its search, and lists of settings."""
+"""Whole blocks and experts left out: costs by definition, the exact choice and its search, and settings."""
 
 import itertools
 import json
 
 import pytest
 import torch
-from test_structures import pass_on
+from outputs import contents
+from test_structures import pass_on, record_of
 from tiny_models import edit_json, logs, loud, save, tiny, tiny_vision, tokens
 from transformers import AutoModelForCausalLM
 
-from maskopt import open_job, remove_blocks, shrink_model, verify
+from maskopt import open_job, remove_blocks, remove_experts, shrink_model, verify
+from maskopt.errors import ModelError
 from maskopt.model import activations, block_search
 from maskopt.model import remove_blocks as removal
 from maskopt.model.activations import _make
 from maskopt.model.block_effects import Effects
 from maskopt.model.block_search import exchanges, search_sets
 from maskopt.model.checkpoint import open_checkpoint
+from maskopt.model.experts import costs, mixtures_of
 from maskopt.model.safefile import open_safe
 from maskopt.model.side_by_side import place
 from maskopt.model.verify_smaller import verify_smaller
@@ -67,19 +70,25 @@ def test_sets_of_three_are_searched_and_measured_on_all_tokens(judged, tmp_path,
 
 
 def summing(costs):
-    """Blocks without interactions."""
     kl = {frozenset({i}): cost for i, cost in enumerate(costs)}
     pairs = itertools.combinations(range(len(costs)), 2)
     kl |= {frozenset(p): costs[p[0]] + costs[p[1]] for p in pairs}
     return Effects(kl, [0.5] * len(costs))
 
 
-def test_exchanges_of_least_cost_by_pairs_come_first():
+def test_exchanges_of_least_cost_by_pairs_come_first_and_yardsticks():
     found = exchanges(summing([5.0, 1.0, 2.0, 9.0, 3.0, 4.0]), frozenset({1, 2, 4}))
     assert len(found) == len(set(found)) == 9
     assert all(len(left & {1, 2, 4}) == 2 for left in found)
     assert found[:2] == [frozenset({1, 2, 5}), frozenset({0, 1, 2})]
     assert found[-1] == frozenset({2, 3, 4})
+    kl = {frozenset({i}): 1.0 + i for i in range(4)}
+    kl |= {frozenset(p): 9.0 for p in itertools.combinations(range(4), 2)}
+    effects = Effects(kl, [0.1, 0.9, 0.5, 0.8])
+    assert effects.last(2) == [2, 3]
+    assert effects.most_alike(2) == [1, 3]
+    assert effects.cost([0, 1]) == pytest.approx(9.0)
+    assert effects.cost([2]) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -119,34 +128,20 @@ def test_a_round_of_a_search_may_answer_for_a_few(monkeypatch):
     assert len(set(every)) == len(every)
 
 
-def test_the_yardsticks():
-    kl = {frozenset({i}): 1.0 + i for i in range(4)}
-    kl |= {frozenset(p): 9.0 for p in itertools.combinations(range(4), 2)}
-    effects = Effects(kl, [0.1, 0.9, 0.5, 0.8])
-    assert effects.last(2) == [2, 3]
-    assert effects.most_alike(2) == [1, 3]
-    assert effects.cost([0, 1]) == pytest.approx(9.0)
-    assert effects.cost([2]) == pytest.approx(3.0)
-
-
 def test_states_may_lie_in_one_file(dense_folder, tmp_path, monkeypatch):
     """A file for each of hundreds of variants would be more than a process may open."""
     made = []
     monkeypatch.setattr(
         activations, "_make", lambda folder, size: made.append(folder) or _make(folder, size)
     )
-    walks = [WalkOptions(activation_memory=x, threads=1 + (x == 0)) for x in (0, 2**30)]
-    effects = [
-        remove_blocks(
-            dense_folder, tokens(3), count=1, output=tmp_path / str(i), windows=2, options=walk
-        ).effects.kl
-        for i, walk in enumerate(walks)
-    ]  # fmt: skip
+    effects = []
+    for memory, threads in ((0, 2), (2**30, 1)):
+        walk = WalkOptions(activation_memory=memory, threads=threads)
+        how = {"count": 1, "output": tmp_path / str(memory), "windows": 2, "options": walk}
+        effects.append(remove_blocks(dense_folder, tokens(3), **how).effects.kl)
     assert effects[0] == effects[1]
     assert set(made[:2]) == {tmp_path / "0" / HIDDEN}  # the model's, and those of all variants
-
-
-def test_variants_count_where_memory_is_limited(dense_folder, tmp_path):
+    # variants count where memory is limited
     with open_job(dense_folder, tokens(4), WalkOptions(max_memory="1200MB"), whole=True) as job:
         assert place(job, 10, tmp_path) is None
         assert place(job, 300_000, tmp_path) == tmp_path
@@ -211,3 +206,66 @@ def test_blocks_that_a_configuration_needs_stay(count, tmp_path):
         others = [s for s in report.effects.kl if len(s) == count and 0 not in s]
         assert frozenset(report.removed) == min(others, key=lambda s: report.effects.kl[s])
     verify_smaller(out, dense)
+
+
+# Experts ----------------------------------------------------------------------------------------
+
+
+def test_costs_are_what_the_outputs_miss():
+    """Against each mixture called with the weights of removed experts at zero."""
+    model = tiny("mixtral", layers=2)
+    with open_job(model, tokens(3), WalkOptions(threads=2)) as job, torch.no_grad():
+        for block in job.blocks():
+            (mixture,) = mixtures_of(job.source.blocks, block.index)
+            q, count = costs(block, mixture)
+            module, calls = model.get_submodule(mixture.name), []
+            handle = module.register_forward_hook(lambda *call, calls=calls: calls.append(call[1:]))
+            for sample in range(3):
+                block.opened.run(sample, block.opened.samples.states)
+            handle.remove()
+            assert count == sum(len(args[0]) for args, _ in calls)
+            for stays in itertools.product((0.0, 1.0), repeat=mixture.count):
+                p, missed = 1 - torch.tensor(stays, dtype=torch.float64), 0.0
+                for (hidden, index, weights), out in calls:
+                    left = torch.tensor(stays)[index] * weights
+                    missed += float((module(hidden, index, left) - out).double().square().sum())
+                assert float(p @ q @ p) == pytest.approx(missed / count, rel=1e-4, abs=1e-12)
+            block.advance()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_the_choice_is_the_best_by_enumeration(family, tmp_path):
+    dense = save(tiny(family, layers=2), tmp_path / "dense", shard="30KB")
+    for threads in (1, 3):
+        walk, out = WalkOptions(threads=threads), tmp_path / str(threads)
+        report = remove_experts(dense, tokens(6), output=out, share=0.5, options=walk)
+    assert contents(tmp_path / "1") == contents(out)
+    with open_job(dense, tokens(6), WalkOptions()) as job, torch.no_grad():
+        block = next(iter(job.blocks()))
+        (mixture,) = mixtures_of(job.source.blocks, 0)
+        q, _ = costs(block, mixture)
+    every = itertools.combinations(range(4), 2)
+    by_cost = {gone: float(q[list(gone)][:, list(gone)].sum()) for gone in every}
+    best = min(by_cost, key=by_cost.__getitem__)
+    assert record_of(out)["kept"][mixture.name] == sorted({0, 1, 2, 3} - set(best))
+    assert report.layers[0].error_kept == pytest.approx(by_cost[best], rel=1e-6)
+
+
+def test_samples_that_are_left_out_are_reported(tmp_path):
+    """Of one token alone the first experts' products are beyond float32."""
+    model = tiny("mixtral")
+    with torch.no_grad():
+        embedding, block = model.get_input_embeddings().weight, model.model.layers[0]
+        embedding[:, 0], embedding[5] = 0, 0
+        embedding[5, 0] = 1
+        block.self_attn.o_proj.weight[0] = 0
+        block.mlp.experts.gate_up_proj[:, :, 0] = 1e38
+    dense, data = save(model, tmp_path / "dense"), tokens(4)
+    data[data == 5] = 6
+    data[2, 3] = 5
+    skip = WalkOptions(skip_bad_samples=True)
+    report = remove_experts(dense, data, share=0.25, output=tmp_path / "out", options=skip)
+    assert [sample["sample"] for sample in report.bad_samples] == [2]
+    assert report.fingerprint["options"]["skip_bad_samples"]
+    with pytest.raises(ModelError, match="sample 2 has NaN"):
+        remove_experts(dense, data, share=0.25, output=tmp_path / "again")

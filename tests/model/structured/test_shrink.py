@@ -2,10 +2,10 @@
 
 import itertools
 import json
-from typing import Any
 
 import pytest
 import torch
+from forging import fails
 from outputs import contents
 from safetensors.torch import load_file
 from tiny_models import inputs_of, save, tiny, tokens
@@ -21,10 +21,7 @@ from maskopt.model.workspace import MANIFEST
 def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_folder, tmp_path):
     """By a layer's own objective, over all ways to remove one of its groups; and errors are as reported."""
     shrink_model(dense_folder, tokens(6), output=tmp_path / "out", heads=0.5, weights="keep")
-    model, name = (
-        AutoModelForCausalLM.from_pretrained(dense_folder),
-        "model.layers.0.self_attn.o_proj",
-    )
+    model, name = tiny("llama"), "model.layers.0.self_attn.o_proj"
     weight = model.get_submodule(name).weight.detach()
     n = weight.shape[1]
     gram = Gram(n)
@@ -39,41 +36,31 @@ def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_
     assert layer["lower_bound"] == pytest.approx(min(errors), rel=1e-6)
 
 
-def test_refitted_errors_are_lower_and_held_out_ones_are_reported(dense_folder, tmp_path):
-    more = {"channels": 0.5, "heads": 0.5, "holdout": 0.34}
-    report = shrink_model(dense_folder, tokens(12), output=tmp_path / "out", **more)
-    for layer in report.layers:
+def test_errors_bounds_and_counts_of_channels(dense_folder, tmp_path):
+    """Refitted errors are lower, held-out ones are reported, and a certified choice has a bound below it."""
+
+    def shrink(name, **options):
+        return shrink_model(dense_folder, tokens(12), output=tmp_path / name, **options).layers
+
+    layers = shrink("held", channels=0.5, heads=0.5, holdout=0.34)
+    for layer in layers:
         assert 0 < layer.error < layer.error_kept < layer.energy
         assert layer.relative_held is not None
-    assert any(layer.name.endswith("down_proj") for layer in report.layers)
-
-
-def test_a_certified_choice_has_a_bound_below_it(dense_folder, tmp_path):
-    more = {"channels": 0.5, "solver": "wanda", "certify": True}
-    report = shrink_model(dense_folder, tokens(6), output=tmp_path / "out", **more)
-    assert all(0 < layer.lower_bound <= layer.error_kept for layer in report.layers)
-
-
-def test_a_multiple_of_channels_stays(dense_folder, tmp_path):
-    out = tmp_path / "out"
-    shrink_model(dense_folder, tokens(6), output=out, channels=0.3, multiple=8)
-    assert json.loads((out / "config.json").read_text())["intermediate_size"] == 40
-
-
-def test_channels_by_a_better_solver_cost_no_more(dense_folder, tmp_path):
+    assert any(layer.name.endswith("down_proj") for layer in layers)
+    layers = shrink("certified", channels=0.5, solver="wanda", certify=True)
+    assert all(0 < layer.lower_bound <= layer.error_kept for layer in layers)
+    shrink("multiple", channels=0.3, multiple=8)
+    config = json.loads((tmp_path / "multiple" / "config.json").read_text())
+    assert config["intermediate_size"] == 40
     errors = [
-        shrink_model(
-            dense_folder, tokens(6), output=tmp_path / solver, channels=0.5, solver=solver, weights="keep"
-        ).layers[0].error
-        for solver in ("tabu", "swap", "wanda")
-    ]  # fmt: skip
-    assert all(one <= other * (1 + 1e-12) for one, other in itertools.pairwise(errors))
-    more = {"channels": 0.5, "solver": "magnitude", "weights": "keep"}
-    shrink_model(dense_folder, tokens(6), output=tmp_path / "magnitude", **more)
+        shrink(solver, channels=0.5, solver=solver, weights="keep")[0].error
+        for solver in ("tabu", "swap", "wanda", "magnitude")
+    ]
+    assert all(one <= other * (1 + 1e-12) for one, other in itertools.pairwise(errors[:3]))
 
 
 def test_interrupted_runs_resume_to_the_same_bytes(dense_folder, tmp_path):
-    def shrink(out: str, **options: Any) -> Any:
+    def shrink(out, **options):
         given = {"channels": 0.25, "heads": 0.5, **options}
         return shrink_model(dense_folder, tokens(6), output=tmp_path / out, **given)
 
@@ -95,8 +82,7 @@ def test_interrupted_runs_resume_to_the_same_bytes(dense_folder, tmp_path):
         assert contents(tmp_path / out) == contents(tmp_path / "whole")
     finished = shrink(out, resume=True)
     assert [x.error for x in finished.layers] == [x.error for x in report.layers]
-    with pytest.raises(ModelError, match="another run"):
-        shrink(out, resume=True, channels=0.5, heads=0.0)
+    fails(ModelError, "another run", shrink, out, resume=True, channels=0.5, heads=0.0)
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):

@@ -11,12 +11,13 @@ from maskopt import prune_model
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A tiny model of a family, and what Wanda makes of it at 50%; nobody may change them."""
+    """A tiny model of a family with two blocks, and what Wanda makes of it at 50%; nobody may change them."""
     home = tmp_path_factory.mktemp("made")
 
     @functools.cache
     def of(family, dtype=torch.float32, model=loud, **more):
-        dense = save(model(family, dtype=dtype), home / f"{len(list(home.iterdir()))}-{family}")
+        name = f"{len(list(home.iterdir()))}-{family}"
+        dense = save(model(family, dtype=dtype, layers=2), home / name)
         pruned = dense.with_name(f"{dense.name}-pruned")
         how = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, **more}
         prune_model(dense, tokens(6), output=pruned, **how)

@@ -1,5 +1,7 @@
 """Zeros of a pruned model while it is trained on: none is lost, whatever trains it."""
 
+import functools
+import itertools
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import peft
 import pytest
 import torch
 from commands import ROOT, run
-from forging import change_tensors, copied
+from forging import change_tensors, copied, fails
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, save, save_with_own_code, tiny, tokens
 from torch import nn, optim
@@ -58,13 +60,7 @@ def with_adapter(**options):
     return lambda model: peft.get_peft_model(model, config)
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 class Restless(optim.Optimizer):
-    """Moves every weight, with a gradient or without."""
-
     def __init__(self, model):
         super().__init__(model.parameters(), {})
 
@@ -74,12 +70,14 @@ class Restless(optim.Optimizer):
             parameter.add_(0.01)
 
 
+FIRST = [("llama", adamw), ("gpt2", Restless), ("mixtral", sgd)]
+
+
 @pytest.mark.parametrize(
     ("family", "optimizer"),
     [
-        *(("llama", adamw), ("gpt2", Restless), ("mixtral", sgd)),
-        *(slow(*x) for x in (("llama", Restless), ("gpt2", sgd), ("mixtral", adamw))),
-        *(slow(*x) for x in (("llama", sgd), ("gpt2", adamw), ("mixtral", Restless))),
+        pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in FIRST))
+        for pair in itertools.product(("llama", "gpt2", "mixtral"), (adamw, Restless, sgd))
     ],
 )
 def test_no_zero_is_lost(family, optimizer, pruned, tmp_path):
@@ -96,35 +94,37 @@ def test_no_zero_is_lost(family, optimizer, pruned, tmp_path):
     assert found.zeros >= found.pruned > 0
 
 
-def compiled(model):
-    return torch.compile(model, backend="eager")
-
-
 @pytest.fixture
 def process_group(tmp_path):
-    """Of this process only."""
     meeting = f"file://{tmp_path / 'meeting'}"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
+AROUND = {
+    "compiled": functools.partial(torch.compile, backend="eager"),
+    "distributed": DistributedDataParallel,
+    "parallel": nn.DataParallel,
+}
+
+
 @pytest.mark.parametrize(
     ("around", "adapters"),
     [
-        *((DistributedDataParallel, True), (nn.DataParallel, False), slow(nn.DataParallel, True)),
-        *(slow(compiled, True), slow(compiled, False), slow(DistributedDataParallel, False)),
+        pytest.param(x, adapters, marks=[pytest.mark.slow] * ((x, adapters) not in default))
+        for default in [(("distributed", True), ("parallel", False))]
+        for x, adapters in itertools.product(AROUND, (False, True))
     ],
 )
 def test_what_torch_puts_around_a_model_changes_nothing(around, adapters, pruned, process_group):
     torch.manual_seed(0)
     folder, model = pruned("llama"), loaded(pruned("llama"))
     model = with_adapter()(model) if adapters else model
-    wrapped = around(model)
+    wrapped = AROUND[around](model)
     train(wrapped, sgd(model), 1)  # traced before anything is held
-    with torch.no_grad():
-        for name, kept in parameter_masks(unwrapped(model), folder).items():
-            unwrapped(model).get_parameter(name).masked_fill_(~kept, 0)
+    for name, kept in parameter_masks(unwrapped(model), folder).items():
+        unwrapped(model).get_parameter(name).data.masked_fill_(~kept, 0)
     with keep_masks(wrapped, folder) as held:
         before = [parameter.detach().clone() for parameter, _ in held._held.values()]
         train(wrapped, adamw(model), 10)
@@ -169,11 +169,11 @@ def test_gradients_of_pruned_weights_are_zero_and_held_no_longer_than_asked(prun
 
 
 @pytest.mark.parametrize(
-    ("family", "dropout"), [("llama", 0.1), ("gpt2", 0.0), slow("llama", 0.0), slow("gpt2", 0.1)]
+    ("family", "dropout", "targets"),
+    [("llama", 0.1, ["q_proj", "down_proj"]), ("gpt2", 0.0, ["c_attn", "c_proj"])],
 )
-def test_lora_that_is_merged_loses_none(family, dropout, pruned, tmp_path):
+def test_lora_that_is_merged_loses_none(family, dropout, targets, pruned, tmp_path):
     folder = pruned(family)
-    targets = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}[family]
     how = {"lora_dropout": dropout, "fan_in_fan_out": family == "gpt2"}
     model = with_adapter(r=4, target_modules=targets, **how)(loaded(folder))
     with keep_masks(model, folder) as held:
@@ -232,36 +232,39 @@ def test_through_the_trainer_of_transformers(pruned, tmp_path):
     verify_masks(tmp_path / "trainer" / f"checkpoint-{STEPS}", folder)
 
 
-def test_masks_of_a_report_are_held_too():
-    model = tiny("llama")
-    report = prune_model(model, tokens(6), **OPTIONS)
-    model.train().requires_grad_(True)
-    with keep_masks(model, report.masks) as held:
-        train(model, adamw(model), 3)
-        assert held.lost() == 0
-
-
 @torch.no_grad()
 def regrown(model):
     model.model.layers[1].mlp.up_proj.weight.fill_(1.0)
     return model
 
 
-def test_what_cannot_be_held_is_refused(pruned):
+def test_what_cannot_be_held_is_refused(pruned, dense_folder, tmp_path):
     experts = with_adapter(target_parameters=["experts.down_proj"])
-    for family, change, message in (
-        (
-            "llama",
-            regrown,
-            "'model.layers.1.mlp.up_proj.weight' holds weights that its mask prunes",
-        ),
-        ("llama", with_adapter(use_dora=True), "adapter 'default' is a variant of LoRA"),
-        ("llama", with_adapter(feedforward_modules=[]), "masks are held through LoRA alone"),
+    name, llama = "model.layers.0.self_attn.q_proj", pruned("llama")
+    for model, masks, message in (
+        (regrown(loaded(llama)), llama, "layers.1.mlp.up_proj.weight' holds weights that its mask"),
+        (with_adapter(use_dora=True)(loaded(llama)), llama, "'default' is a variant of LoRA"),
+        (with_adapter(feedforward_modules=[])(loaded(llama)), llama, "held through LoRA alone"),
         # of experts that are one parameter; the adapters of the layers are held
-        ("mixtral", experts, "an adapter on 'down_proj', which is pruned"),
+        (experts(loaded(pruned("mixtral"))), pruned("mixtral"), "an adapter on 'down_proj', which"),
+        (tiny("gpt2"), llama, "the model has no layer"),
+        (tiny("llama"), {name: torch.ones(3, 4, dtype=torch.bool)}, "its mask 3 × 4"),
+        (tiny("llama"), {name: torch.ones(32, 32)}, "must be bool"),
+        (tiny("llama"), dense_folder, "holds no maskopt-masks"),
     ):
-        with pytest.raises(ModelError, match=message):
-            keep_masks(change(loaded(pruned(family))), pruned(family))
+        fails(ModelError, message, keep_masks, model, masks)
+    keep_masks(tiny("llama"), {name: np.ones((32, 32), dtype=bool)})
+    save(tiny("gpt2"), tmp_path / "gpt2")
+    fails(VerificationError, "has no tensor", verify_masks, tmp_path / "gpt2", llama)
+    words = ("verify", llama, "--masks", llama, "--against", dense_folder)
+    assert "--against is for a folder" in run(*words, fails=OptionError)
+    # masks of a report are held too
+    model = tiny("llama", layers=2)
+    report = prune_model(model, tokens(6), **OPTIONS)
+    model.train().requires_grad_(True)
+    with keep_masks(model, report.masks) as held:
+        train(model, adamw(model), 3)
+        assert held.lost() == 0
 
 
 @pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("opt", "model.")])
@@ -280,26 +283,7 @@ def test_checkpoints_without_the_name_of_the_base_model(family, prefix, tmp_path
     assert found.pruned > 0
     assert 0 < found.changed <= found.others
     loaded(dense).save_pretrained(tmp_path / "regrown")
-    with pytest.raises(VerificationError, match="are not zero"):
-        verify_masks(tmp_path / "regrown", out)
-
-
-def test_masks_that_are_of_another_model_are_refused(pruned, dense_folder, tmp_path):
-    name = "model.layers.0.self_attn.q_proj"
-    for model, masks, message in (
-        (tiny("gpt2"), pruned("llama"), "the model has no layer"),
-        (tiny("llama"), {name: torch.ones(3, 4, dtype=torch.bool)}, "its mask 3 × 4"),
-        (tiny("llama"), {name: torch.ones(32, 32)}, "must be bool"),
-        (tiny("llama"), dense_folder, "holds no maskopt-masks"),
-    ):
-        with pytest.raises(ModelError, match=message):
-            keep_masks(model, masks)
-    keep_masks(tiny("llama"), {name: np.ones((32, 32), dtype=bool)})
-    save(tiny("gpt2"), tmp_path / "gpt2")
-    with pytest.raises(VerificationError, match="has no tensor"):
-        verify_masks(tmp_path / "gpt2", pruned("llama"))
-    words = ("verify", pruned("llama"), "--masks", pruned("llama"), "--against", dense_folder)
-    assert "--against is for a folder" in run(*words, fails=OptionError)
+    fails(VerificationError, "are not zero", verify_masks, tmp_path / "regrown", out)
 
 
 def test_the_recipe_for_tools_of_pytorch(pruned, tmp_path, monkeypatch):
@@ -316,20 +300,16 @@ def test_the_recipe_for_tools_of_pytorch(pruned, tmp_path, monkeypatch):
         weight, old = getattr(model.get_submodule(owner), last), before.get_parameter(name)
         assert bool((weight[old == 0] == 0).all()), name
         assert not torch.equal(weight, old), name
-    with pytest.raises(ModelError, match="masks are on it already; remove those first"):
-        keep_masks(model, "OUT")
+    fails(ModelError, "masks are on it already; remove those first", keep_masks, model, "OUT")
 
 
 # What a loader makes of the folder ------------------------------------------------------------
 
-LAST = "model.layers.2."
+LAST = "model.layers.1."
 
 
 def added(change):
-    def plant(folder):
-        change_tensors(folder / "model.safetensors", change)
-
-    return plant
+    return lambda folder: change_tensors(folder / "model.safetensors", change)
 
 
 def configured(**entries):
@@ -337,14 +317,12 @@ def configured(**entries):
 
 
 def another_block(folder):
-    """A fourth block, dense, in weights and configuration."""
-
     def copy(found):
         block = {n: t for n, t in found.items() if n.startswith(LAST)}
-        found.update({n.replace(LAST, "model.layers.3."): t + 1 for n, t in block.items()})
+        found.update({n.replace(LAST, "model.layers.2."): t + 1 for n, t in block.items()})
 
     added(copy)(folder)
-    configured(num_hidden_layers=4)(folder)
+    configured(num_hidden_layers=3)(folder)
     edit_json(folder / "config.json", lambda c: c.pop("layer_types", None))
 
 
@@ -365,6 +343,7 @@ def fill(name, value):
 
 
 Q = f"{LAST}self_attn.q_proj.weight"
+NINTH = Q.replace(LAST, "model.layers.9.")
 MADE_OTHERWISE = {
     "other weights": (with_dense_weights, "dense.safetensors: is not of the result"),
     "weights by config": (configured(transformers_weights="x.safetensors"), "transformers_weights"),
@@ -377,24 +356,17 @@ MADE_OTHERWISE = {
     "pickle": (planted("pytorch_model.bin"), "pytorch_model.bin: is not of the result"),
     "source": (planted("modeling_own.py"), "modeling_own.py: is not of the result"),
     "index": (planted("model.safetensors.index.json"), "a loader could take either"),
-    "dense block": (another_block, "parameter 'model.layers.3.* is only in one"),
-    "block of config alone": (configured(num_hidden_layers=2, layer_types=None), "is only in one"),
+    "dense block": (another_block, "parameter 'model.layers.2.* is only in one"),
+    "block of config alone": (configured(num_hidden_layers=1, layer_types=None), "is only in one"),
     "blocks without end": (configured(num_hidden_layers=10**5), "`num_hidden_layers` is 100000"),
-    "unknown tensor": (
-        added(lambda found: found.update(odd=torch.ones(2))),
-        "takes no tensor 'odd'; remove the tensor",
-    ),
-    "block of weights alone": (
-        added(lambda f: f.update({Q.replace(LAST, "model.layers.9."): f[Q].clone()})),
-        "takes no tensor 'model.layers.9",
-    ),
+    "unknown tensor": (added(lambda f: f.update(odd=torch.ones(2))), "takes no tensor 'odd'; remove"),
+    "block of weights alone": (added(lambda f: f.update({NINTH: f[Q].clone()})), "no tensor 'model.layers.9"),
     "tensor twice": (
-        added(lambda found: found.update({Q.removeprefix("model."): found[Q] + 1})),
-        "are the same parameter; remove one",
+        added(lambda f: f.update({Q.removeprefix("model."): f[Q] + 1})), "are the same parameter; remove one",
     ),
     "NaN": (fill("model.norm.weight", float("nan")), "'model.norm.weight' holds NaN"),
     "infinity in a mask": (fill(Q, float("inf")), "q_proj.weight' holds NaN or infinite"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -414,21 +386,17 @@ def folders(made, tmp_path_factory):
 def test_what_a_loader_makes_otherwise_is_refused(how, masks, folders, tmp_path):
     change, message = MADE_OTHERWISE[how]
     change(tuned := copied(folders["tuned"], tmp_path))
-    with pytest.raises(VerificationError, match=message):
-        verify_masks(tuned, folders[masks])
+    fails(VerificationError, message, verify_masks, tuned, folders[masks])
 
 
-def test_against_a_packed_folder(folders, tmp_path):
-    """Which is not built without end."""
+def test_a_packed_folder_and_files_of_training(folders, tmp_path):
+    """No model of a packed one is built without end; what training leaves may lie there."""
     held = verify_masks(folders["plain"], folders["packed"])
     assert held.pruned > 0
     assert held.others == 0
-    configured(num_hidden_layers=10**5)(packed := copied(folders["packed"], tmp_path))
+    configured(num_hidden_layers=10**5)(packed := copied(folders["packed"], tmp_path / "packed"))
     with pytest.raises(VerificationError, match="`num_hidden_layers` is 100000"):
         verify_masks(folders["plain"], packed)
-
-
-def test_files_of_training_may_lie_there(folders, tmp_path):
     tuned = copied(folders["tuned"], tmp_path)
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "trainer_state.json"):
         (tuned / name).write_text("{}")

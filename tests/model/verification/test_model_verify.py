@@ -1,4 +1,4 @@
-"""What `maskopt verify` takes for right: honest folders of many kinds, and what of them is claimed."""
+"""What `maskopt verify` takes for right, what of it is claimed, and what the prune's text checks again."""
 
 import os
 import shutil
@@ -7,16 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
-from forging import copied, edit, forge_manifest, prune_by, shuffled
+from forging import copied, edit, fails, forge_manifest, prune_by, says, shuffled
 from test_verify_forgeries import TRAIN, WANDA
-from tiny_models import FAMILIES, edit_json, save, tiny, tokens
+from tiny_models import FAMILIES, SHARED, edit_json, patched, save, tiny, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from maskopt import NM, prune_model
-from maskopt.errors import VerificationError
+from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.model.report import read_manifest
 from maskopt.model.verify import semi_structured, verify_output
 from maskopt.model.workspace import MANIFEST
+
+SWAP = {**WANDA, "solver": "swap", "warm_start": "wanda"}
+TWO_FOUR = {"sparsity": None, "pattern": NM(keep=2, of=4)}
+slow = pytest.mark.slow
 
 
 def test_masks_of_another_run_are_claims(dense_folder, pruned_folder, tmp_path):
@@ -35,9 +39,8 @@ def test_masks_of_another_run_are_claims(dense_folder, pruned_folder, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_two_four_needs_a_gpu_to_be_converted(dense_folder, tmp_path):
     out = tmp_path / "out"
-    prune_model(dense_folder, tokens(), pattern=NM(keep=2, of=4), solver="wanda", output=out)
-    with pytest.raises(VerificationError, match="CUDA"):
-        semi_structured(out)
+    prune_model(dense_folder, tokens(), output=out, **{**WANDA, **TWO_FOUR})
+    fails(VerificationError, "CUDA", semi_structured, out)
     assert "skipped, there is no CUDA device" in run("verify", out)
     assert "skipped" not in run("verify", out, "--no-semi-structured")
     run("verify", out, "--semi-structured", fails=VerificationError)
@@ -45,12 +48,10 @@ def test_two_four_needs_a_gpu_to_be_converted(dense_folder, tmp_path):
 
 @pytest.mark.cuda
 def test_pytorch_accepts_two_four(tmp_path):
-    config = LlamaConfig(
-        vocab_size=96, hidden_size=128, intermediate_size=256, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
-    )  # fmt: skip
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    config = LlamaConfig(**{**SHARED, **wide})
     dense = save(LlamaForCausalLM(config), tmp_path / "dense")
-    prune_model(dense, tokens(), pattern=NM(keep=2, of=4), solver="wanda", output=tmp_path / "out")
+    prune_model(dense, tokens(), output=tmp_path / "out", **{**WANDA, **TWO_FOUR})
     assert len(semi_structured(tmp_path / "out")) == 7
 
 
@@ -80,16 +81,12 @@ def test_a_model_that_was_pruned_in_memory(dense, tmp_path):
     claimed = verify_output(out, against=original).claimed
     assert "configuration and tokenizer" in claimed
     assert "kept weights" not in claimed
-    for key, value in (
-        ("rope_theta", 3.0),
-        ("hidden_act", "gelu"),
-        ("auto_map", {"AutoModel": "x.Y"}),
-    ):
+    auto_map = {"AutoModel": "x.Y"}
+    for key, value in (("rope_theta", 3.0), ("hidden_act", "gelu"), ("auto_map", auto_map)):
         changed = copied(out, tmp_path / key)
         edit_json(changed / "config.json", edit(key, to=value))
         forge_manifest(changed)
-        with pytest.raises(VerificationError, match=r"config\.json"):
-            verify_output(changed, against=original)
+        fails(VerificationError, r"config\.json", verify_output, changed, against=original)
 
 
 def test_leaving_the_digest_out_hides_nothing(dense, tmp_path):
@@ -104,8 +101,7 @@ def test_leaving_the_digest_out_hides_nothing(dense, tmp_path):
     assert "configuration and tokenizer" in verify_output(out, against=dense).claimed
     edit_json(out / "tokenizer_config.json", lambda t: t.update(auto_map={"AutoTokenizer": "x"}))
     forge_manifest(out)
-    with pytest.raises(VerificationError, match="asks to run code"):
-        verify_output(out, against=dense)
+    fails(VerificationError, "asks to run code", verify_output, out, against=dense)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX links")
@@ -122,24 +118,22 @@ def test_a_result_in_the_hubs_cache(dense_folder, pruned_folder, tmp_path):
 def test_bounds_of_masks_that_were_found_for_kept_weights(weights, dense_folder, tmp_path):
     """New weights cost less than any mask could whose weights are kept."""
     out, more = tmp_path / "out", {**WANDA, "solver": "sdp", "weights": weights}
-    more["include"] = ["layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj"]
+    more["include"] = ["layers.0.self_attn.v_proj"]
     if weights == "reconstruct":
         more |= {"holdout": 0.34, "reconstruct": {"epochs": 1, "begin": "refit"}}
     report = prune_model(dense_folder, tokens(), output=out, **more)
     assert any(layer.lower_bound > layer.error for layer in report.layers)
     verify_output(out, dense_folder)
-    forge_manifest(
-        out, lambda m: m["layers"][0].update(lower_bound=1.1 * m["layers"][0]["error_kept"])
-    )
-    with pytest.raises(VerificationError, match="lower bound above its error"):
-        verify_output(out, dense_folder)
+    bound = 1.1 * report.layers[0].error_kept
+    forge_manifest(out, edit("layers", 0, "lower_bound", to=bound))
+    fails(VerificationError, "lower bound above its error", verify_output, out, dense_folder)
 
 
 def test_refitted_weights_have_no_bound(dense_folder, tmp_path):
     """It would be of the damped error, and the reported one is without the damping."""
     report = prune_model(
         dense_folder, tokens(), output=tmp_path / "out", solver="branch", weights="refit",
-        damping=1.0, include=["layers.0.self_attn.k_proj"], solver_options={"node_limit": 3},
+        damping=1.0, include=["layers.0.self_attn.k_proj"], solver_options={"node_limit": 1},
         sparsity=0.5, min_tokens=1,
     )  # fmt: skip
     assert {layer.chosen_for for layer in report.layers} == {"refitted"}
@@ -147,18 +141,251 @@ def test_refitted_weights_have_no_bound(dense_folder, tmp_path):
     verify_output(tmp_path / "out", dense_folder)
 
 
+#: by whole blocks where these have another name or form than Llama's
+WHOLE = {
+    "llama", "mixtral", "gpt2", "opt", "gpt_neox", "falcon", "bloom", "mamba", "bamba", "gemma3",
+}  # fmt: skip
 #: LongCat's blocks have two attentions in one child
-PAIRS = [(f, g) for f in FAMILIES for g in ("block", "part") if (f, g) != ("longcat_flash", "part")]
+PAIRS = [(x, "part" if x != "longcat_flash" else "block") for x in FAMILIES]
+PAIRS += [(x, "block") for x in FAMILIES if x in WHOLE]
 MAIN = [("llama", "block"), ("mixtral", "part"), ("gpt2", "part")]
 
 
 @pytest.mark.parametrize(
-    ("family", "granularity"),
-    [*MAIN, *(pytest.param(*x, marks=pytest.mark.slow) for x in PAIRS if x not in MAIN)],
+    ("family", "granularity"), [pytest.param(*x, marks=[slow] * (x not in MAIN)) for x in PAIRS]
 )
 def test_trained_folders_of_every_family_hold(family, granularity, tmp_path):
-    dense, out = save(tiny(family), tmp_path / "dense"), tmp_path / "out"
+    dense, out = save(tiny(family, layers=2), tmp_path / "dense"), tmp_path / "out"
     how = {"reconstruct": {**TRAIN, "granularity": granularity}, "weights": "reconstruct"}
-    prune_model(dense, tokens(8), output=out, **{**WANDA, "min_tokens": 8}, **how, holdout=0.25)
+    prune_model(dense, tokens(6), output=out, **{**WANDA, "min_tokens": 8}, **how, holdout=0.34)
     assert any(part["epoch"] for part in read_manifest(out / MANIFEST)["parts"])
     verify_output(out, dense)
+
+
+# Errors and statuses computed again from the text of the prune ---------------------------------
+
+
+def refused(out, dense, said="", data=None, **options):
+    with pytest.raises(VerificationError, match=said or None) as caught:
+        verify_output(out, dense, calibration=tokens() if data is None else data, **options)
+    return str(caught.value)
+
+
+def check(out, dense, data=None, **options):
+    data = tokens() if data is None else data
+    verified = verify_output(out, dense, calibration=data, **options)
+    assert len(verified.checked_layers) == verified.layers
+    return verified
+
+
+@pytest.fixture(scope="module")
+def swapped(dense_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("swapped") / "out"
+    prune_model(dense_folder, tokens(), output=out, **SWAP)
+    return out
+
+
+@pytest.fixture
+def result(swapped, tmp_path):
+    return copied(swapped, tmp_path)
+
+
+def test_what_a_run_states_holds(swapped, dense_folder):
+    verified = check(swapped, dense_folder)
+    assert verified.layers == 21
+    assert {"errors", "statuses"} <= set(verified.checked)
+    assert set(verified.claimed) == {"start errors", "options"}
+    other, data = tokens(seed=1), tokens()
+    refused(swapped, dense_folder, "is not what the model was calibrated on", other)
+    fails(VerificationError, "with the original", verify_output, swapped, calibration=data)
+    fails(VerificationError, "give both", verify_output, swapped, dense_folder, layers=["mlp"])
+    with pytest.raises(ModelError, match="no layer matches"):
+        verify_output(swapped, dense_folder, calibration=data, layers=["mpl"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**TWO_FOUR, "one_pass": True, "shrink": 0.1},
+        {"true_sequential": True, "dtype": "bfloat16", "threads": 1},
+        {"include": ["mlp"], "exclude": ["layers.1"]},
+    ],
+)
+def test_under_every_option(options, dense_folder, tmp_path):
+    prune_model(dense_folder, tokens(), output=tmp_path / "out", **{**SWAP, **options})
+    check(tmp_path / "out", dense_folder, threads=2)
+
+
+def test_training_that_began_from_the_weights_of_a_solver(tmp_path):
+    dense = save(tiny("llama", layers=2), tmp_path / "dense")
+    given = {
+        **WANDA, "solver": "sparsegpt", "solver_options": {"update": True},
+        "weights": "reconstruct", "holdout": 0.3, "reconstruct": {"epochs": 1, "begin": "refit"},
+    }  # fmt: skip
+    for name, more in (("blocks", {}), ("rounds", {"true_sequential": True})):
+        prune_model(dense, tokens(), output=tmp_path / name, **given, **more)
+    assert "errors" in check(tmp_path / "blocks", dense).claimed
+    refused(tmp_path / "rounds", dense, "it cannot be checked on text")
+    forge_manifest(tmp_path / "blocks", edit("layers", 3, "error_kept", to=1e-3))
+    refused(tmp_path / "blocks", dense, "before its weights were refitted")
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        *(("gpt2", "true_sequential"), ("llama4", "true_sequential"), ("mixtral", "all_experts")),
+        *(
+            pytest.param(x, "true_sequential", marks=slow)
+            for x in ("mixtral", "deepseek_v3", "bamba")
+        ),
+        pytest.param("deepseek_v3", "all_experts", marks=slow),
+    ],
+)
+def test_other_families(family, how, tmp_path):
+    """Fused, split and transposed experts; some layers saw too few tokens."""
+    dense = save(tiny(family, layers=2), tmp_path / "dense")
+    prune_model(dense, tokens(), output=tmp_path / "out", **{**WANDA, "min_tokens": 48, how: True})
+    check(tmp_path / "out", dense)
+
+
+def test_experts_that_are_excluded_or_pruned_by_magnitude(tmp_path):
+    dense, out = save(tiny("mixtral", layers=2), tmp_path / "dense"), tmp_path / "out"
+    prune_model(dense, tokens(), output=out, **WANDA, exclude=["experts.0"])
+    check(out, dense)
+    forge_manifest(out, edit("fingerprint", "options", "exclude", to=[]))
+    fails(VerificationError, r"experts\.0", verify_output, out, dense)
+    prune_model(dense, tokens(), output=out, overwrite=True, **{**WANDA, "min_tokens": 48})
+    layers = read_manifest(out / MANIFEST)["layers"]
+    fallbacks = [x["name"] for x in layers if x["fallback"]]
+    assert 0 < len(fallbacks) < len(layers)
+    assert sorted(verify_output(out, dense).checked_layers) == sorted(fallbacks)
+    assert verify_output(out).checked_layers == ()
+    first = next(i for i, x in enumerate(layers) if x["fallback"])
+    forge_manifest(out, edit("layers", first, "error", to=lambda x: 0.99 * x))
+    fails(VerificationError, "pruned by magnitude, states an error of", verify_output, out, dense)
+
+
+def test_a_status_that_does_not_hold(dense_folder, pruned_folder, tmp_path):
+    """Wanda's masks with their own errors, said to be 1-swap optimal."""
+    out = copied(pruned_folder, tmp_path)
+
+    def promote(manifest):
+        layer = next(x for x in manifest["layers"] if x["name"].endswith("1.mlp.up_proj"))
+        layer["statuses"] = {"swap-optimal": layer["rows"]}
+
+    forge_manifest(out, promote)
+    verify_output(out, dense_folder, calibration=tokens(), layers=["layers.0", "down_proj"])
+    said = refused(out, dense_folder, "keeping input", layers=["up_proj"])
+    assert "model.layers.1.mlp.up_proj" in said
+    assert "\n" not in said
+
+
+def test_optima_stay_claims_and_the_precision_decides_how_closely_errors_must_agree(
+    result, dense_folder
+):
+    """Half precision is believed of a forger, and the result says that it was."""
+    layer = read_manifest(result / MANIFEST)["layers"][0]
+    optimal = {"statuses": {"optimal": layer["rows"]}, "lower_bound": layer["error"]}
+    forge_manifest(result, edit("layers", 0, to={**layer, **optimal}))
+    verified = check(result, dense_folder)
+    assert {"bounds", "optima"} <= set(verified.claimed)
+    assert {"errors", "statuses"} <= set(verified.checked)
+    assert verified.tolerance == 1e-5
+    forge_manifest(result, edit("fingerprint", "dtype", to="bfloat16"))
+    assert check(result, dense_folder).tolerance == 1e-2
+
+
+#: how to forge, and what is said when errors are computed again
+FORGED = [
+    (lambda out, dense: prune_by(out, dense, shuffled), "states an error of"),
+    *(
+        (says(edit(*path, to=to)), "was on a GPU" if to == "cuda" else "")
+        for *path, to in (
+            ("fingerprint", "device", "cuda"),
+            ("fingerprint", "device", "tpu"),
+            ("fingerprint", "dtype", "float31"),
+            ("fingerprint", "options", "one_pass", True),
+            ("fingerprint", "options", "true_sequential", True),
+            ("fingerprint", "options", "shrink", 0.5),
+            ("fingerprint", "calibration", "length", "x"),
+            ("fingerprint", "calibration", "sha256", "0" * 64),
+            ("layers", 5, "error", 1e-3),
+            ("layers", 5, "error", lambda x: x * (1 + 3e-5)),
+            ("layers", 5, "energy", lambda x: 2 * x),
+            ("layers", 5, "energy_held", 1.0),
+            ("layers", 5, "tokens", 97),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("forge", "said"), FORGED)
+def test_a_forged_run_is_refused(forge, said, result, dense_folder):
+    if "GPU" in said and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    forge(result, dense_folder)
+    assert "errors" in verify_output(result, dense_folder).claimed
+    refused(result, dense_folder, said)
+
+
+def test_bad_samples_are_left_out_again(tmp_path):
+    """Gemma multiplies embeddings by the root of their width: token 7 becomes infinite."""
+    huge = patched(tiny("gemma", layers=2), "model.embed_tokens.weight", lambda p: p[7].fill_(3e38))
+    dense, out, data = save(huge, tmp_path / "dense"), tmp_path / "out", tokens()
+    data[data == 7] = 8
+    data[2, 3] = 7
+    report = prune_model(dense, data, output=out, **SWAP, skip_bad_samples=True)
+    assert [bad["sample"] for bad in report.bad_samples] == [2]
+    check(out, dense, data)
+    forge_manifest(out, edit("bad_samples", 0, "sample", to=3))
+    refused(out, dense, "other samples", data)
+
+
+def test_samples_that_the_dense_model_left_out(tmp_path):
+    """It walks along while blocks are trained, and not while they are checked."""
+    data, out = tokens(12), tmp_path / "out"
+    token = int(data[3, 2])
+    huge = patched(tiny("gpt2", layers=2), "transformer.wte.weight", lambda p: p[token].fill_(3e38))
+    dense = save(huge, tmp_path / "dense")
+    options = {**SWAP, "skip_bad_samples": True, "holdout": 0.25}
+    more = {"weights": "reconstruct", "reconstruct": {"epochs": 1}}
+    report = prune_model(dense, data, output=out, **options, **more)
+    assert {bad["layer"] for bad in report.bad_samples} == {"transformer.h.0 (dense)"}
+    verified = verify_output(out, dense, calibration=data)
+    assert "errors" in verified.checked
+    assert "windows left out" in verified.claimed
+
+
+def test_from_the_command_line(dense, tmp_path):
+    text, other, out = tmp_path / "text.txt", tmp_path / "other.txt", tmp_path / "out"
+    text.write_text("Pack my box with five dozen liquor jugs. " * 40)
+    other.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    run(
+        "prune", dense, "--sparsity", 0.5, "--warm-start", "wanda", "--calibration", text,
+        "--samples", 4, "--seq-len", 32, "--output", out, "--min-tokens", 8, "--seed", 3,
+    )  # fmt: skip
+    verify = ["verify", out, "--against", dense]
+    shown = run(*verify)
+    assert "sparsity 0.5000, every kept weight is that of" in shown
+    assert "(checked); errors, statuses, bounds, start errors, options: claimed" in shown
+    errors, on = "errors (to 1e-05) and statuses of", [*verify, "--calibration", text]
+    assert f"{errors} 21 layers (checked); start errors, options: claimed" in run(*on)
+    shown = run(*on, "--layers", "q_proj,layers.0.mlp")
+    assert f"{errors} 6 layers (checked); errors and statuses of" in shown
+    assert "of the other 15, start errors, options: claimed" in shown
+    shown = run(*on, "--include", "layers.0.mlp", "--include", "layers.1.mlp.up_proj,q_proj")
+    assert "of 7 layers (checked)" in shown
+    said = run("verify", out, "--include", "mlp", fails=MaskoptError)
+    assert "--layers chooses what --calibration" in said
+    said = run(*verify, "--calibration", other, fails=MaskoptError)
+    assert "other.txt: is not what the model was calibrated on" in said
+    said = run("verify", out, "--require-checked", fails=OptionError)
+    assert said.startswith("--require-checked is for an instance and its solution")
+    for given in (
+        "--against x", "--calibration x", "--include x", "--semi-structured",
+        "--no-semi-structured", "--threads 1", "--text-field x",
+    ):  # fmt: skip
+        flag, *value = given.split()
+        said = run("verify", "a.npz", "solution.npz", flag, *value, fails=OptionError)
+        flag = flag.replace("--no-", "--")
+        assert said == f"{flag} is for a pruned model; solution.npz is checked as a solution"
