@@ -26,7 +26,11 @@ def commands() -> str:
     from maskopt.cli.examples import EXAMPLES
 
     known: Any = typer.main.get_command(app)
-    return "\n".join(_command(n, command, EXAMPLES[n]) for n, command in known.commands.items())
+    found = {}
+    for name, command in known.commands.items():
+        parts = getattr(command, "commands", {"": command})
+        found.update({f"{name} {last}".strip(): part for last, part in parts.items()})
+    return "\n".join(_command(name, command, EXAMPLES[name]) for name, command in found.items())
 
 
 def _command(name: str, command: Any, example: str) -> str:

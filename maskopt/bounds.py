@@ -134,17 +134,17 @@ def lower_bound(
     maker = make_bound(method, **own)
     if layer.refit is not None and not maker.refit:
         raise SolverError(
-            f"bound {maker.name!r} is of weights as they are; of refitted ones take method 'perspective'"
+            f"bound {maker.name!r} is for unchanged weights; take method 'perspective' for updated ones"
         )
     if layer.refit is None and maker.refit:
         raise SolverError(
-            f"bound {maker.name!r} is of refitted weights, and the problem keeps its own; take method 'sdp', "
+            f"bound {maker.name!r} is for updated weights, and the problem keeps its own; take method 'sdp', "
             "or problem.refitting(Refit(damping))"
         )
     if layer.pooled and not maker.pooled:
         raise SolverError(
-            f"bound {maker.name!r} is of rows that prune alike; of a layer whose rows trade and keep their "
-            "weights take method 'box' or 'shift'"
+            f"bound {maker.name!r} needs an equal count in every row; take method 'box' or 'shift' for a "
+            "shared budget with unchanged weights"
         )
     if maker.largest_n is not None and layer.n > maker.largest_n:
         raise SolverError(

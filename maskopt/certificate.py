@@ -220,7 +220,7 @@ class Certificate:
                 raise VerificationError(f"certificate: {what} holds NaN or infinite values")
         if layer.pooled and (bool(self.penalty.any()) or self.product is not None):
             raise VerificationError(
-                "certificate: penalty and product speak of a row's own count, and these rows trade"
+                "certificate: penalty and product need a count of each row, and these rows share a budget"
             )
         if self.cuts is None:
             return

@@ -29,7 +29,7 @@ from maskopt.kept import Kept
 from maskopt.limits import torch_threads
 from maskopt.model.blocks import Layer, choose
 from maskopt.model.checkpoint import open_checkpoint, resolve_model
-from maskopt.model.options import BOTH, KEEP
+from maskopt.model.options import BOTH, NONE
 from maskopt.model.problems import layer_problems
 from maskopt.model.report import read_layers, read_manifest, result_digest
 from maskopt.model.walk_options import name_patterns
@@ -153,10 +153,9 @@ def certify_model(
     """
     check_rows(rows_per_layer)
     manifest = read_manifest(Path(pruned) / MANIFEST)
-    if manifest["fingerprint"]["options"].get("weights", KEEP) != KEEP:
+    if manifest["fingerprint"]["options"].get("update", NONE) != NONE:
         raise ModelError(
-            f"{pruned}: its weights were set anew, and bounds are of weights as they are; prune with "
-            "`weights` keep to have gaps"
+            f"{pruned}: its weights were updated, and bounds are for unchanged ones; prune with `update` none"
         )
     original = manifest["fingerprint"].get("model")
     trusted = bool(shorthand.get("trust_remote_code"))
@@ -164,18 +163,18 @@ def certify_model(
     dense_model = open_checkpoint(home, trust_remote_code=trusted)
     if original is not None and dense_model.digest != original:
         raise ModelError(f"{pruned}: was pruned from another model than {model}; name the original")
-    pattern = pattern_from_dict(manifest["fingerprint"]["options"]["pattern"])
-    if pattern.pooled or manifest["fingerprint"]["options"].get("budget") == BOTH:
+    pattern = pattern_from_dict(manifest["fingerprint"]["options"]["sparsity"])
+    if pattern.pooled or manifest["fingerprint"]["options"].get("allocation") == BOTH:
         raise ModelError(
-            f"{pruned}: its rows trade, and bounds are of rows that prune alike; prune with `budget` row to "
-            "have gaps"
+            f"{pruned}: its rows share a budget, and bounds need an equal count in every row; prune with "
+            "`allocation` uniform or layers"
         )
     wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
     done = choose(read_layers(manifest["layers"], Path(pruned) / MANIFEST), wanted)
     common: dict[str, Any] = {
         **shorthand,
         "include": tuple(layer.name for layer in done),
-        "pattern": pattern,
+        "sparsity": pattern,
         "calibration": calibration,
     }
     seed = int(shorthand.get("seed", 0))

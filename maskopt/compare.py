@@ -211,7 +211,7 @@ def _jobs_by_name(
     jobs = {}
     for name, options in solvers.items():
         given = dict(options)
-        start = given.pop("start", given.pop("warm_start", None))
+        start = given.pop("start", None)
         shared = {KEYWORDS[k]: v for k, v in given.items() if k in KEYWORDS}
         own = {k: v for k, v in given.items() if k not in KEYWORDS}
         jobs[name] = _Job(make_solver(name, **own), start, replace(limits, **shared))
@@ -275,8 +275,8 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
 
 
 def load_instances(
-    paths: Iterable[str | os.PathLike[str]], select: int | None = None
+    paths: Iterable[str | os.PathLike[str]], cardinality: int | None = None
 ) -> list[LayerProblem]:
     """Files of `maskopt.formats`, layers or rows, as layers."""
-    found = [load_problem(path, select) for path in paths]
+    found = [load_problem(path, cardinality) for path in paths]
     return [p.as_layer() if isinstance(p, RowProblem) else p for p in found]

@@ -101,7 +101,7 @@ def run_demo(
             folder,
             sparsity=sparsity,
             solver=solver,
-            warm_start=start,
+            start=start,
             samples=samples,
             output=output / place,
             overwrite=overwrite,

@@ -41,7 +41,7 @@ class OptionError(MaskoptError, TypeError):
 
 
 class WarmStartError(MaskoptError, ValueError):
-    """A warm start that is not a legal mask of the problem."""
+    """A start that is not a legal mask of the problem."""
 
 
 class VerificationError(MaskoptError, AssertionError):

@@ -3,7 +3,7 @@
 | ending | library | what is chosen |
 |---|---|---|
 | `.dat` | k-cluster | k vertices with the most edges between them |
-| `.mc`, `.rudy` | BiqMac, rudy | as many vertices as `select` says, of greatest weight between them |
+| `.mc`, `.rudy` | BiqMac, rudy | as many vertices as `cardinality` says, of greatest weight between them |
 | `.mdp`, `.txt` | MDPLIB | m elements of greatest distance |
 | `.qplib` | QPLIB | binary variables under one constraint on their sum |
 
@@ -32,12 +32,12 @@ _DIGITS = ".17g"
 
 
 def load_problem(
-    path: str | os.PathLike[str], select: int | None = None
+    path: str | os.PathLike[str], cardinality: int | None = None
 ) -> LayerProblem | RowProblem:
     """A layer or a row of an `.npz`, or a row out of another library's file, by its ending.
 
     Args:
-        select: how many are chosen, where the file does not say (`.mc`).
+        cardinality: how many are chosen, where the file does not say (`.mc`).
 
     Raises:
         ProblemError: no such file, not an instance, not a sound one, or one that is no choice of a set of
@@ -45,15 +45,17 @@ def load_problem(
     """
     ending = Path(path).suffix.lower()
     if ending not in _READERS:
-        if select is not None:
-            raise ProblemError(f"{path}: `select` is for graphs that name no number (.mc, .rudy)")
+        if cardinality is not None:
+            raise ProblemError(
+                f"{path}: `cardinality` is for graphs that name no number (.mc, .rudy)"
+            )
         if ending and ending != ".npz":
             known = ", ".join((".npz", *_READERS))
             raise ProblemError(f"{path}: no known format by its ending; one of {known}")
         layer = instance_kind(path) == "layer"
         return LayerProblem.load(path) if layer else RowProblem.load(path)
-    if select is not None and ending not in (".mc", ".rudy"):
-        raise ProblemError(f"{path}: the file says how many are chosen; leave `select` out")
+    if cardinality is not None and ending not in (".mc", ".rudy"):
+        raise ProblemError(f"{path}: the file says how many are chosen; leave `cardinality` out")
     try:
         # with a byte order mark or without
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -62,7 +64,7 @@ def load_problem(
     except (OSError, UnicodeDecodeError) as error:
         raise ProblemError(f"{path}: not a text file ({error})") from None
     try:
-        return _READERS[ending](text, Path(path).stem, select)
+        return _READERS[ending](text, Path(path).stem, cardinality)
     except ProblemError as error:
         raise ProblemError(f"{path}: {error}") from None
 
@@ -82,7 +84,7 @@ def save_problem(
         raise ProblemError(f"{path}: no known format; one of .npz, {', '.join(_WRITERS)}")
     pattern = problem.pattern
     if not isinstance(pattern, Unstructured) or problem.refit is not None:
-        raise ProblemError(f"{path}: {ending} holds one set of given size, and weights as they are")
+        raise ProblemError(f"{path}: {ending} holds one set of a given size, and unchanged weights")
     text = _WRITERS[ending](problem)
     with atomic_write(Path(path)) as file:
         # a name out of a file name may be no text
@@ -142,11 +144,11 @@ def _first(lines: Iterator[_Line]) -> _Line:
     return next(lines, _Line(1, []))
 
 
-def _heaviest(weight: np.ndarray, select: int, name: str) -> RowProblem:
+def _heaviest(weight: np.ndarray, cardinality: int, name: str) -> RowProblem:
     """Σ over chosen pairs of their weight, each once, is maximised."""
-    if not 0 <= select <= len(weight):
-        raise ProblemError(f"{select} of {len(weight)} cannot be chosen")
-    return RowProblem.from_quadratic(weight / 2, select=select, maximise=True, name=name)
+    if not 0 <= cardinality <= len(weight):
+        raise ProblemError(f"{cardinality} of {len(weight)} cannot be chosen")
+    return RowProblem.from_quadratic(weight / 2, cardinality=cardinality, maximise=True, name=name)
 
 
 def _read_cluster(text: str, name: str, _: int | None) -> RowProblem:
@@ -156,12 +158,12 @@ def _read_cluster(text: str, name: str, _: int | None) -> RowProblem:
     return _heaviest(2 * _edges(lines, int(n), 1, int(count)), int(k), name)
 
 
-def _read_rudy(text: str, name: str, select: int | None) -> RowProblem:
-    if select is None:
-        raise ProblemError("a graph does not say how many vertices are chosen; pass select")
+def _read_rudy(text: str, name: str, cardinality: int | None) -> RowProblem:
+    if cardinality is None:
+        raise ProblemError("a graph does not say how many vertices are chosen; pass cardinality")
     lines = _lines(text)
     n, count = _first(lines).numbers("ii")
-    return _heaviest(_edges(lines, int(n), 1, int(count)), select, name)
+    return _heaviest(_edges(lines, int(n), 1, int(count)), cardinality, name)
 
 
 def _read_diversity(text: str, name: str, _: int | None) -> RowProblem:

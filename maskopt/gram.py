@@ -149,16 +149,16 @@ class Gram:
         return (within.clamp(min=0.0) / max(self.tokens, 1)).to(dtype)
 
     def value(
-        self, *, shrink: float = 0.0, dtype: torch.dtype = torch.float32
+        self, *, shrinkage: float = 0.0, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "n n"]:
         """Mean over tokens; all zeros where no token was seen.
 
         Args:
-            shrink: α of G ← (1−α)·G + α·diag(G), in [0, 1]. Wanda's problem at 1.
+            shrinkage: α of G ← (1−α)·G + α·diag(G), in [0, 1]. Wanda's problem at 1.
             dtype: of the result.
         """
-        if not 0 <= shrink <= 1:
-            raise ProblemError(f"shrink must lie in [0, 1], not {shrink}")
+        if not 0 <= shrinkage <= 1:
+            raise ProblemError(f"shrinkage must lie in [0, 1], not {shrinkage}")
         result = torch.empty(self.n, self.n, dtype=dtype, device=self._sum.device)
         scale = 1.0 / max(self.tokens, 1)
         for start in range(0, self.n, TILE):
@@ -168,9 +168,9 @@ class Gram:
             rows[:, : stop - start] = square + square.triu(1).T
             result[start:stop, start:] = rows
             result[start:, start:stop] = rows.T
-        if shrink:
+        if shrinkage:
             diagonal = result.diagonal().clone()
-            result.mul_(1.0 - shrink).diagonal().copy_(diagonal)
+            result.mul_(1.0 - shrinkage).diagonal().copy_(diagonal)
         return result
 
 
@@ -220,16 +220,16 @@ class Moved:
                 left = left * weights[part, None].to(left)
             self._cross[rows] += left.T @ moved[part]
 
-    def linear(self, weight: Float[Tensor, "rows n"], *, shrink: float = 0.0) -> Linear:
+    def linear(self, weight: Float[Tensor, "rows n"], *, shrinkage: float = 0.0) -> Linear:
         """The linear part for a layer's weights.
 
         Args:
-            shrink: α of `Gram.value`. C and D are shrunk alike: the moments of (x, δ) then stay those of
+            shrinkage: α of `Gram.value`. C and D are shrunk alike: the moments of (x, δ) then stay those of
                 something, and f ≥ 0.
         """
         cross = self._cross / max(self.tokens, 1)
-        if shrink:
+        if shrinkage:
             diagonal = cross.diagonal().clone()
-            cross.mul_(1.0 - shrink).diagonal().copy_(diagonal)
-        moved = self._moved.value(shrink=shrink, dtype=torch.float64)
+            cross.mul_(1.0 - shrinkage).diagonal().copy_(diagonal)
+        moved = self._moved.value(shrinkage=shrinkage, dtype=torch.float64)
         return Linear.of_inputs(weight, cross, moved)

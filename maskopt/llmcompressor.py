@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from maskopt.errors import OptionError
 from maskopt.gram import Gram
-from maskopt.model.options import KEEP, REFIT, PruneOptions, prune_options
+from maskopt.model.options import LEAST_SQUARES, NONE, PruneOptions, prune_options
 from maskopt.model.solving import check_solver, solve_layer
 from maskopt.pattern import NM, Pattern, Unstructured
 from maskopt.problem import LayerProblem
@@ -41,10 +41,10 @@ class SparseSwapsModifier(SparsityModifierBase):
 
     Args:
         solver: any that `maskopt solvers` lists.
-        warm_start: a solver that makes the start; None: the default of `maskopt prune`.
-        weights: `keep` leaves kept weights as they are, `refit` sets them anew by least squares.
+        start: a solver that makes the start; None: the default of `maskopt prune`.
+        update: `none`, or `least-squares`: kept weights are updated.
         damping: λ of that, as a part of G's mean diagonal; None: the default of `maskopt prune`.
-        shrink: α, how far the Gram matrix is shrunk to its diagonal, 0 to 1.
+        gram_shrinkage: α, how far the Gram matrix is shrunk to its diagonal, 0 to 1.
         solver_options: of the solver.
         seed: of solvers that draw.
 
@@ -57,10 +57,10 @@ class SparseSwapsModifier(SparsityModifierBase):
     """
 
     solver: str = "swap"
-    warm_start: str | None = None
-    weights: str = "keep"
+    start: str | None = None
+    update: str = "none"
     damping: float | None = None
-    shrink: float = 0.0
+    gram_shrinkage: float = 0.0
     solver_options: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
 
@@ -71,11 +71,13 @@ class SparseSwapsModifier(SparsityModifierBase):
         """Refuse what could not be done, before anything runs."""
         if self.sparsity_profile is not None:
             raise OptionError("`sparsity_profile` is not for SparseSwapsModifier; leave it out")
-        if self.weights not in (KEEP, REFIT):
-            raise OptionError(f"`weights` must be {KEEP} or {REFIT} here, not {self.weights!r}")
+        if self.update not in (NONE, LEAST_SQUARES):
+            raise OptionError(
+                f"`update` must be {NONE} or {LEAST_SQUARES} here, not {self.update!r}"
+            )
         for sparsity in self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]:
             options = self._options(sparsity)
-            check_solver(options.solver, options.solver_options, options.start)
+            check_solver(options.solver, options.solver_options, options.start_solver)
         return self
 
     def calibrate_module(
@@ -119,11 +121,11 @@ class SparseSwapsModifier(SparsityModifierBase):
         return prune_options(
             None,
             {
-                "pattern": self._pattern(sparsity),
+                "sparsity": self._pattern(sparsity),
                 "solver": self.solver,
-                "warm_start": self.warm_start,
-                "weights": self.weights,
-                "shrink": self.shrink,
+                "start": self.start,
+                "update": self.update,
+                "gram_shrinkage": self.gram_shrinkage,
                 "solver_options": self.solver_options,
                 "seed": self.seed,
                 **refit,
@@ -148,7 +150,7 @@ def pruned(weight: Tensor, gram: Gram, options: PruneOptions) -> tuple[Tensor, f
     seen = gram.tokens > 0
     problem = LayerProblem(
         weight.detach().float(),
-        gram.value(shrink=float(options.shrink))
+        gram.value(shrinkage=float(options.gram_shrinkage))
         if seen
         else torch.eye(weight.shape[1]).to(weight.device),
         options.pattern,

@@ -22,7 +22,7 @@ from torch import Tensor
 from maskopt.errors import PatternError
 
 #: in what `str` makes of patterns
-_PER_LAYER, _WITHIN = " per layer", " ± "
+_KEEP, _PER_LAYER, _WITHIN = "keep ", " per layer", " ± "
 #: of fractions: two floats above one of them are less than 1 / (this · 10⁹ entries) away
 _LARGEST_DENOMINATOR = 10**6
 
@@ -31,7 +31,7 @@ _LARGEST_DENOMINATOR = 10**6
 class Unstructured:
     """Equal sparsity per row: ⌊sparsity·n⌋ entries of each row pruned, or `keep` entries kept. With
     `per="layer"` ⌊sparsity·rows·n⌋ of the layer pruned, or rows·`keep` kept, in whichever rows; with a
-    `spread` no row's sparsity is further than that from the layer's.
+    `max_deviation` no row's sparsity is further than that from the layer's.
 
     Products are taken on decimal numbers as written, so that `Unstructured(sparsity=0.29)`
     prunes 29 of 100 (in binary floating point 0.29·100 is 28.999…). A `Decimal` and a `Fraction` are exact:
@@ -41,7 +41,7 @@ class Unstructured:
     sparsity: float | None = None
     keep: int | None = None
     per: Literal["row", "layer"] = "row"
-    spread: float | None = None
+    max_deviation: float | None = None
 
     def __post_init__(self) -> None:
         if (self.sparsity is None) == (self.keep is None):
@@ -60,14 +60,14 @@ class Unstructured:
             object.__setattr__(self, "keep", int(self.keep))
         if self.per not in ("row", "layer"):
             raise PatternError(f"per must be 'row' or 'layer', not {self.per!r}")
-        if self.spread is not None:
+        if self.max_deviation is not None:
             if not self.pooled:
-                raise PatternError("spread=… is of rows that trade; give per='layer', too")
-            if not _is_share(self.spread):
+                raise PatternError("max_deviation=… needs per='layer'")
+            if not _is_share(self.max_deviation):
                 raise PatternError(
-                    f"spread {self.spread} is outside [0, 1); 0.1 keeps rows within 10% of n"
+                    f"max_deviation {self.max_deviation} is outside [0, 1); 0.1 keeps rows within 10% of n"
                 )
-            object.__setattr__(self, "spread", _as_float(self.spread))
+            object.__setattr__(self, "max_deviation", _as_float(self.max_deviation))
 
     @property
     def pooled(self) -> bool:
@@ -76,7 +76,7 @@ class Unstructured:
 
     def alike(self) -> Unstructured:
         """The same part of every row, where the rows would trade."""
-        return replace(self, per="row", spread=None)
+        return replace(self, per="row", max_deviation=None)
 
     def check(self, n: int) -> None:
         """Raise PatternError where the pattern does not fit rows of n inputs."""
@@ -108,9 +108,9 @@ class Unstructured:
         if not self.pooled:
             pruned = self.pruned_per_group(n)
             return pruned, pruned
-        if self.spread is None:
+        if self.max_deviation is None:
             return 0, n
-        total, reach = self.pruned_in(rows, n), as_written(self.spread) * n
+        total, reach = self.pruned_in(rows, n), as_written(self.max_deviation) * n
         mean = Fraction(total, rows)
         least, most = math.ceil(mean - reach), math.floor(mean + reach)
         return max(0, min(least, math.floor(mean))), min(n, max(most, math.ceil(mean)))
@@ -130,8 +130,8 @@ class Unstructured:
         return (pruned >= least) & (pruned <= most) & right
 
     def __str__(self) -> str:
-        share = f"keep {self.keep}" if self.keep is not None else _shortly(self.sparsity or 0.0)
-        within = "" if self.spread is None else f"{_WITHIN}{_shortly(self.spread)}"
+        share = f"{_KEEP}{self.keep}" if self.keep is not None else _shortly(self.sparsity or 0.0)
+        within = "" if self.max_deviation is None else f"{_WITHIN}{_shortly(self.max_deviation)}"
         return f"{share}{_PER_LAYER if self.pooled else ''}{within}"
 
 
@@ -143,7 +143,7 @@ class NM:
     of: int
     #: rows never trade
     pooled: ClassVar[bool] = False
-    spread: ClassVar[None] = None
+    max_deviation: ClassVar[None] = None
 
     def alike(self) -> NM:
         """Itself: rows never trade."""
@@ -197,23 +197,35 @@ class NM:
 Pattern = Unstructured | NM
 
 
-def parse_pattern(text: str) -> Pattern:
-    """`0.6` → Unstructured(sparsity=0.6), `2:4` → NM(keep=2, of=4), and what `str` makes of a pattern with
-    a sparsity: `0.6 per layer`, `0.6 per layer ± 0.1`."""
+def parse_sparsity(given: Pattern | float | str) -> Pattern:
+    """`0.6`, `"0.6"` and `"60%"` → Unstructured(sparsity=0.6), `"2:4"` → NM(keep=2, of=4), and what `str`
+    makes of a pattern: `"keep 3"`, `"0.6 per layer ± 0.1"`.
+
+    Raises:
+        PatternError: anything else.
+    """
+    if isinstance(given, Pattern):
+        return given
+    if not isinstance(given, str):
+        return Unstructured(sparsity=given)
+    share, limited, within = given.strip().partition(_WITHIN)
+    per: Literal["row", "layer"] = "layer" if share.endswith(_PER_LAYER) else "row"
+    share = share.removesuffix(_PER_LAYER)
     try:
-        share, limited, within = text.partition(_WITHIN)
-        if share.endswith(_PER_LAYER):
-            sparsity = float(share.removesuffix(_PER_LAYER))
-            spread = float(within) if limited else None
-            return Unstructured(sparsity=sparsity, per="layer", spread=spread)
-        if ":" in text:
-            keep, of = text.split(":")
+        max_deviation = float(within) if limited else None
+        if share.startswith(_KEEP):
+            return Unstructured(
+                keep=int(share.removeprefix(_KEEP)), per=per, max_deviation=max_deviation
+            )
+        if ":" in share and per == "row" and not limited:
+            keep, of = share.split(":")
             return NM(keep=int(keep), of=int(of))
-        return Unstructured(sparsity=float(text))
+        number = Decimal(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
+        return Unstructured(sparsity=float(number), per=per, max_deviation=max_deviation)
     except PatternError:
         raise
-    except ValueError:
-        raise PatternError(f"{text!r} is no pattern; write a sparsity (0.6) or N:M (2:4)") from None
+    except (ValueError, ArithmeticError):
+        raise PatternError(f"`sparsity` must be like 0.6, 60% or 2:4, not {given!r}") from None
 
 
 def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
@@ -223,7 +235,11 @@ def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
     record = {"kind": "unstructured", "sparsity": pattern.sparsity, "keep": pattern.keep}
     if pattern.pooled:
         record |= {"per": pattern.per}
-    return record if pattern.spread is None else record | {"spread": pattern.spread}
+    return (
+        record
+        if pattern.max_deviation is None
+        else record | {"max_deviation": pattern.max_deviation}
+    )
 
 
 def pattern_from_dict(data: Any) -> Pattern:
@@ -232,7 +248,7 @@ def pattern_from_dict(data: Any) -> Pattern:
         rest = {key: value for key, value in data.items() if key != "kind"}
         if data.get("kind") == "nm" and set(rest) == {"keep", "of"}:
             return NM(**rest)
-        if data.get("kind") == "unstructured" and set(rest) - {"per", "spread"} == {
+        if data.get("kind") == "unstructured" and set(rest) - {"per", "max_deviation"} == {
             "sparsity",
             "keep",
         }:

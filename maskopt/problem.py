@@ -62,7 +62,7 @@ _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
 #: relative error of updated weights that a solve in float64 may leave
 _SOLVED = 1e-8
 _POSED_REFIT = (
-    "somebody's quadratic objective has no weights that could be refitted; take `weights` keep"
+    "somebody's quadratic objective has no weights that could be refitted; take `update` none"
 )
 
 
@@ -495,30 +495,12 @@ class RowProblem:
         weight: ArrayLike,
         gram: ArrayLike,
         pattern: Pattern,
-        *,
-        name: str = "",
-        mean: ArrayLike | None = None,
-        variance: ArrayLike | None = None,
-        linear: Linear | None = None,
-        refit: Refit | None = None,
-        integral: bool = False,
-        units: Units | None = None,
+        **more: Any,
     ) -> None:
         tensor = as_tensor(weight, "weight")
         if tensor.ndim != 1:
             raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
-        layer = LayerProblem(
-            tensor[None],
-            gram,
-            pattern,
-            name=name,
-            mean=mean,
-            variance=variance,
-            linear=linear,
-            refit=refit,
-            integral=integral,
-            units=units,
-        )
+        layer = LayerProblem(tensor[None], gram, pattern, **more)
         self._layer: LayerProblem = RowProblem._of(layer).as_layer()
 
     @classmethod
@@ -526,36 +508,30 @@ class RowProblem:
         cls,
         quadratic: np.ndarray,
         *,
-        keep: int | None = None,
-        select: int | None = None,
+        cardinality: int,
         maximise: bool = False,
         constant: float = 0.0,
         name: str = "",
     ) -> RowProblem:
-        """Anybody's quadratic objective: min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with so many ones.
+        """A quadratic objective: min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones.
 
         The ones are what the mask prunes. An indefinite U is shifted along its diagonal, which changes every
         value alike; `value` takes the shift off again. A U of whole numbers makes an `integral` problem.
 
         Args:
             quadratic: U [n, n], brought to float64; its symmetric part counts.
-            keep: how many entries of p are 0, or
-            select: how many are 1; one of the two is given.
+            cardinality: how many entries of p are 1.
             maximise: rather than minimise.
             constant: a part of every value.
 
         Raises:
-            ProblemError: no square matrix of finite numbers; not one of keep and select.
+            ProblemError: no square matrix of finite numbers, or another cardinality than 0 … n.
         """
-        if (keep is None) == (select is None):
-            raise ProblemError("give one of keep (how many are 0) and select (how many are 1)")
-        if not isinstance(keep if select is None else select, Integral):
-            raise ProblemError("keep and select are whole numbers")
         gram, units, whole = semidefinite(quadratic, maximise, constant)
         n = len(gram)
-        if select is not None and not 0 <= select <= n:
-            raise ProblemError(f"select must be 0 … {n}, how many of the {n} are 1; not {select}")
-        pattern = Unstructured(keep=n - select if keep is None else keep)  # type: ignore[operator]
+        if not isinstance(cardinality, Integral) or not 0 <= cardinality <= n:
+            raise ProblemError(f"cardinality must be a whole number, 0 … {n}, not {cardinality!r}")
+        pattern = Unstructured(keep=n - int(cardinality))
         integral = whole and float(np.abs(gram).sum()) < MOST_WHOLE  # beyond, sums are not exact
         more: dict[str, Any] = {"name": name, "units": units, "integral": integral}
         return cls(np.ones(n), gram, pattern, **more)

@@ -57,8 +57,8 @@ def check_proof(problem: LayerProblem | RowProblem, proof: Proof) -> Float[Tenso
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     if layer.refit is not None or layer.pooled:
         raise VerificationError(
-            "proof: a tree bounds f of rows with a count of their own, and proves nothing of refitted "
-            "weights or of rows that trade"
+            "proof: a tree bounds rows with a count of their own and unchanged weights, not a shared budget "
+            "or updated weights"
         )
     if len(proof.rows) != layer.rows:
         raise VerificationError(f"proof: {len(proof.rows)} trees for {layer.rows} rows")

@@ -44,7 +44,7 @@ def prove(
             prove(LayerProblem.load("layer.npz"), "proof.npz")
 
     Args:
-        output: file for masks and trees, .npz, as `maskopt check` takes it; finished rows lie in the folder
+        output: file for masks and trees, .npz, as `maskopt verify` takes it; finished rows lie in the folder
             of that name with `.rows` at its end until all are there.
         start: as for `solve`: a solver, a mask [rows, n], or None.
         limits: the seconds are of all rows, each of which has its share of them. Its listener hears of a row
@@ -62,7 +62,7 @@ def prove(
     backend = make_solver(BRANCH, **{**options, "proof": True})
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     if layer.pooled or layer.refit is not None:
-        raise OptionError("only rows that prune alike and keep their weights have proofs")
+        raise OptionError("proofs are of rows with an equal count and unchanged weights")
     if isinstance(start, str | Solver):
         make_solver(start)
     elif start is not None:

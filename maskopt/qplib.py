@@ -56,7 +56,7 @@ def read_qplib(text: str, name: str) -> RowProblem:
         raise ProblemError("its constraint is not that a given number of all variables are 1")
     return RowProblem.from_quadratic(
         quadratic + np.diag(linear),
-        select=int(chosen),
+        cardinality=int(chosen),
         maximise=sense.lower() == "maximize",
         constant=constant,
         name=title or name,

@@ -51,7 +51,7 @@ class Capabilities:
         refit: it answers problems with `refit` too: by their objective F, or by a score that looks at no
             objective.
         pooled: it answers layers whose rows trade.
-        limited: and such whose pattern has a `spread`, so that rows have limits.
+        limited: and such whose pattern has a `max_deviation`, so that rows have limits.
         apart: unless rows trade, each row is answered as if it were alone, or with those of its tile of 128
             (of a part of that), whatever other rows there are.
         trusted: of an exact solver, the names that `Solution.trusted` gives with a version for bounds that
@@ -231,8 +231,8 @@ def solve(
         problem: a layer, or one row (the Solution then has rows = 1).
         solver: a value such as `Tabu(moves=500)`, or a name out of `available_solvers()`.
         start: a solver (value or name), a bool mask [rows, n] with True = kept, or a Solution for its mask;
-            None: the backend's own default (`default_start` of its capabilities, where it needs one). It may
-            be called `warm_start`. A solver that ignores a start is not given one, and none is made.
+            None: the backend's own default (`default_start` of its capabilities, where it needs one). A
+            solver that ignores a start gets none.
         limits: for start, search and bound together.
         options: of the solver, where it is named (unknown ones are refused with near names); and
             `time_limit` (seconds), `memory_limit` (bytes), `threads`, `seed`, `on_progress` in place
@@ -247,10 +247,6 @@ def solve(
             is no legal mask, a pattern, device or size that it does not do; a solver whose answer is none.
     """
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
-    if "warm_start" in options:
-        if start is not None:
-            raise OptionError("start and warm_start are the same; give one of them")
-        start = options.pop("warm_start")
     limits, own = limits_of(limits, options)
     backend = make_solver(solver, **own)
     check_fit(backend, layer)
@@ -295,7 +291,7 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
 def trades_as_asked(backend: Solver, pattern: Pattern) -> bool:
     """Whether rows trade in its answers, and within limits, where the pattern says so."""
     can = backend.capabilities
-    return not pattern.pooled or (can.pooled and (pattern.spread is None or can.limited))
+    return not pattern.pooled or (can.pooled and (pattern.max_deviation is None or can.limited))
 
 
 def _alike(layer: LayerProblem) -> list[LayerProblem]:
@@ -355,17 +351,17 @@ def check_fit(backend: Solver, layer: LayerProblem) -> None:
         )
     if layer.refit is not None and not can.refit:
         raise SolverError(
-            f"solver {backend.name!r} chooses for weights as they are, not for refitted ones; take "
+            f"solver {backend.name!r} chooses for unchanged weights, not for updated ones; take "
             "problem.refitting(None), or its mask as a start of solver 'swap'"
         )
     if layer.pooled and not can.pooled:
         raise SolverError(
-            f"solver {backend.name!r} prunes as much of every row; take "
-            "problem.under(problem.pattern.alike()), or it as a start of solver 'swap', whose rows trade"
+            f"solver {backend.name!r} needs an equal count in every row; take "
+            "problem.under(problem.pattern.alike()), or use it as a start of solver 'swap'"
         )
-    if layer.pattern.spread is not None and not can.limited:
+    if layer.pattern.max_deviation is not None and not can.limited:
         raise SolverError(
             f"solver {backend.name!r} holds no limits on what a row prunes; leave out the pattern's "
-            "`spread`, or take it as a start of solver 'swap'"
+            "`max_deviation`, or take it as a start of solver 'swap'"
         )
     backend.check_size(layer.n, layer.pattern, refit=layer.refit is not None)

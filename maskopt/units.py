@@ -111,7 +111,7 @@ def _check_shift(gram: np.ndarray, shift: float) -> None:
         sizes = np.abs(entries[entries != 0])
         if len(sizes) and 2.0**-52 * shift > _LOST * (least := float(np.quantile(sizes, share))):
             raise ProblemError(
-                f"a quadratic objective with entries of {least:.3g} that float64 does not hold beside its "
+                f"a quadratic objective with entries of {least:.3g} that float64 cannot hold next to its "
                 f"largest (a shift of {shift:.3g}); scale penalties down to what they need, set to 0 what "
                 "is but rounding"
             )

@@ -156,7 +156,7 @@ def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
     status = Status(solution.status[0])
     if len(set(solution.status)) > 1:
         raise VerificationError(
-            "status: rows that trade are proven together, yet some claim "
+            "status: rows of a shared budget are proven together, yet some claim "
             f"{' and some '.join(sorted(set(solution.status)))}"
         )
     if status is not Status.FEASIBLE:

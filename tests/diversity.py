@@ -34,11 +34,12 @@ RECIPES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
 }  # fmt: skip
 
 
-def diversity(recipe: str, n: int, select: int, seed: int) -> RowProblem:
+def diversity(recipe: str, n: int, cardinality: int, seed: int) -> RowProblem:
     """The problem of an instance: its value is the sum of the distances between the chosen, each once."""
     distance = RECIPES[recipe](n, np.random.default_rng([seed, n]))
+    name = f"{recipe} {n} of {cardinality}, {seed}"
     return RowProblem.from_quadratic(
-        distance / 2, select=select, maximise=True, name=f"{recipe} {n} of {select}, {seed}"
+        distance / 2, cardinality=cardinality, maximise=True, name=name
     )
 
 

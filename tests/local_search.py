@@ -28,21 +28,21 @@ def check_contract(
     """Legal, verified, never above the start, never below the exhaustive optimum, repeatable, and each row
     by itself."""
     begun = solve(problem, start)
-    solution = solve(problem, solver, warm_start=begun.mask, **options)
+    solution = solve(problem, solver, start=begun.mask, **options)
     verify(problem, solution)
     assert not proves or set(solution.status) == {Status.SWAP_OPTIMAL}
     assert bool((solution.objective <= begun.objective + floor(problem)).all())
     best = solve(problem, "exhaustive").objective
     assert bool((solution.objective >= best - floor(problem)).all())
     assert bool((solution.lower_bound <= best + floor(problem)).all())
-    again = solve(problem, solver, warm_start=begun.mask, **options)
+    again = solve(problem, solver, start=begun.mask, **options)
     assert torch.equal(again.mask, solution.mask)
     if solver in ("swap", "kswap"):  # which stop where nothing is left to gain
-        ended = solve(problem, solver, warm_start=solution.mask, **options)
+        ended = solve(problem, solver, start=solution.mask, **options)
         assert torch.equal(ended.mask, solution.mask)
         assert int(ended.trace.swaps.sum()) == 0
     for row in range(problem.rows):
-        alone = solve(problem.row(row), solver, warm_start=begun.mask[row], **options)
+        alone = solve(problem.row(row), solver, start=begun.mask[row], **options)
         assert solver != "swap" or torch.equal(alone.mask[0], solution.mask[row])
         torch.testing.assert_close(
             alone.objective[0], solution.objective[row], rtol=1e-6, atol=float(floor(problem)[row])

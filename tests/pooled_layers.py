@@ -9,19 +9,21 @@ from strategies import KINDS, random_gram, random_linear, random_weight
 from maskopt import LayerProblem, Refit, Unstructured
 
 
-def pool(sparsity=0.5, spread=None):
-    return Unstructured(sparsity=sparsity, per="layer", spread=spread)
+def pool(sparsity=0.5, max_deviation=None):
+    return Unstructured(sparsity=sparsity, per="layer", max_deviation=max_deviation)
 
 
 def layer(
-    rows=6, n=24, kind="full", sparsity=0.5, refit=None, seed=1, omega=None, spread=None, **more
-):
+    rows=6, n=24, kind="full", sparsity=0.5, refit=None, seed=1, omega=None, max_deviation=None, **more
+):  # fmt: skip
     """Rows of very different size, so that their counts differ; no weight is 0, so that nothing ties."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, n, generator=generator, dtype=torch.float64)
     weight *= torch.rand(rows, 1, generator=generator, dtype=torch.float64) + 0.2
     gram = random_gram(n, kind, seed + 1)
-    return LayerProblem(weight, gram, pool(sparsity, spread), refit=refit, omega=omega, **more)
+    return LayerProblem(
+        weight, gram, pool(sparsity, max_deviation), refit=refit, omega=omega, **more
+    )
 
 
 @st.composite
@@ -34,11 +36,13 @@ def pooled(draw, max_n=12, max_rows=5):
     generator = torch.Generator().manual_seed(seed)
     shares = torch.rand(rows, generator=generator, dtype=torch.float64) + 0.1
     pruned = draw(st.sampled_from((0.0, 0.1, 0.37, 0.5, 0.8, 0.99)))
-    spread = draw(st.sampled_from((None, None, 0.0, 0.05, 0.1, 0.3)))
+    max_deviation = draw(st.sampled_from((None, None, 0.0, 0.05, 0.1, 0.3)))
     linear = random_linear(weight, gram, seed + 2) if draw(st.booleans()) else None
     refit = draw(st.sampled_from((None, Refit(0.01), Refit(0.3), Refit(0.1, power=0.5))))
     omega = shares if draw(st.booleans()) else None
-    return LayerProblem(weight, gram, pool(pruned, spread), linear=linear, refit=refit, omega=omega)
+    return LayerProblem(
+        weight, gram, pool(pruned, max_deviation), linear=linear, refit=refit, omega=omega
+    )
 
 
 def total(problem, solution):

@@ -14,7 +14,7 @@ from maskopt import prune_model
 from maskopt.model.progress import BlockProgress
 
 OPTIONS: dict[str, Any] = {
-    "sparsity": 0.5, "solver": "elimination", "warm_start": "wanda", "min_tokens": 1,
+    "sparsity": 0.5, "solver": "elimination", "start": "wanda", "min_tokens": 1,
 }  # fmt: skip
 
 

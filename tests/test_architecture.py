@@ -42,7 +42,7 @@ def test_every_entry_point_loads_and_is_a_solver():
 
 def test_what_importing_leaves_out():
     """No solver is loaded before it is asked for; nor is transformers, which takes as long to import as
-    torch, and `--help`, `solve` and `certify` have no use for it."""
+    torch, and `--help`, `solve` and `bound` have no use for it."""
     code = """import sys, maskopt
     print([name for name in sys.modules if name.startswith("maskopt.solvers")])
     import maskopt.cli

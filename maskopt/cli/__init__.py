@@ -12,20 +12,17 @@ from rich.markup import escape
 
 from maskopt import __version__
 from maskopt.cli import (
-    apply,
-    certify,
+    bound,
     compare,
     demo,
     distill,
     evaluate,
-    extract,
+    export,
     gram,
-    pack,
-    plan,
-    prove,
+    masks,
     prune,
+    prune_structured,
     report,
-    shrink,
     solve,
     solvers,
     sweep,
@@ -45,29 +42,30 @@ app = typer.Typer(
     epilog=STATUSES,
     pretty_exceptions_enable=False,
 )
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo.demo,
-    "solvers": solvers.solvers,
-    "solve": solve.solve,
-    "prove": prove.prove,
-    "check": prove.check,
-    "compare": compare.compare,
-    "bound": certify.bound,
-    "certify": certify.certify,
-    "extract": extract.extract,
-    "prune": prune.prune,
-    "gram": gram.gram,
-    "sweep": sweep.sweep,
-    "distill": distill.distill,
-    "shrink": shrink.shrink,
-    "plan": plan.plan,
-    "eval": evaluate.evaluate,
-    "verify": verify_output.verify,
-    "report": report.report,
-    "pack": pack.pack,
-    "unpack": pack.unpack,
-    "apply": apply.apply,
-    "extract-masks": apply.extract_masks,
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+    "Models": {
+        "prune": prune.prune,
+        "prune-structured": prune_structured.prune_structured,
+        "distill": distill.distill,
+        "gram": gram.gram,
+        "sweep": sweep.sweep,
+        "eval": evaluate.evaluate,
+    },
+    "Matrices": {
+        "solve": solve.solve,
+        "compare": compare.compare,
+        "bound": bound.bound,
+        "export": export.export,
+    },
+    "Files": {
+        "verify": verify_output.verify,
+        "report": report.report,
+        "masks apply": masks.apply,
+        "masks export": masks.export,
+        "masks pack": masks.pack,
+        "masks unpack": masks.unpack,
+    },
+    "Information": {"demo": demo.demo, "solvers": solvers.solvers},
 }
 
 
@@ -85,12 +83,25 @@ def _alone(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-#: those that several processes can share
+#: commands that several processes can share
 SHARED = ("prune", "gram")
-for _name, _command in COMMANDS.items():
-    _example = f"Example: {EXAMPLES[_name]}"
-    _shown = with_view(_command if _name in SHARED else _alone(_command))
-    app.command(_name, cls=FlagCommand, epilog=_example)(_shown)
+_masks = typer.Typer(no_args_is_help=True)
+for _panel, _commands in COMMANDS.items():
+    for _name, _command in _commands.items():
+        _group, _, _last = _name.rpartition(" ")
+        _shown = with_view(_command if _name in SHARED else _alone(_command))
+        (_masks if _group else app).command(
+            _last,
+            cls=FlagCommand,
+            epilog=f"Example: {EXAMPLES[_name]}",
+            rich_help_panel=None if _group else _panel,
+        )(_shown)
+app.add_typer(
+    _masks,
+    name="masks",
+    help="Apply, export, pack and unpack masks.",
+    rich_help_panel="Files",
+)
 
 
 #: in errors of torch on a GPU and on the CPU, for which it has no common class

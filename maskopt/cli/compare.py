@@ -35,7 +35,9 @@ def compare(
     solvers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "wanda,swap,scip",
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", help="SOLVER.NAME=VALUE, an option of one of the solvers."),
+        typer.Option(
+            "--option", help="Option of one of the solvers, SOLVER.NAME=VALUE; may be repeated."
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows sampled from every layer.")] = 4,
     columns: Annotated[
@@ -43,9 +45,11 @@ def compare(
     ] = None,
     calibration: Calibration = None,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds a row.")] = None,
-    jobs: Annotated[int, typer.Option(help="Rows at a time; −1: one a core.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sample and of the solvers.")] = 0,
-    select: Select = None,
+    jobs: Annotated[int, typer.Option(help="Number of rows at a time; −1: one per core.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed of the sample and of the solvers.")
+    ] = 0,
+    cardinality: Select = None,
     out: Out = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -53,7 +57,9 @@ def compare(
     if out is not None:
         check_format(out, overwrite=overwrite)
     chosen = with_options(option_list(solvers), option)
-    layers = load_layers(source, options, calibration=calibration, seed=seed, select=select)
+    layers = load_layers(
+        source, options, calibration=calibration, seed=seed, cardinality=cardinality
+    )
     sampled = sample_rows(layers.problems, rows, columns=columns, pattern=layers.pattern, seed=seed)
     with view() as shown:
         records = compare_rows(
@@ -67,7 +73,7 @@ def compare(
         )
     output.print(comparison_table(records))
     if any(problem.pooled for problem in layers.problems):
-        said = "each row is solved alone and trades with no other: it prunes as much of itself as its layer"
+        said = "each row is solved alone, at the sparsity of its layer: no budget is shared"
         output.print(said, soft_wrap=True)
     for record in records:
         if record.error:

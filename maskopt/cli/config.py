@@ -20,7 +20,7 @@ from maskopt.errors import OptionError, near
 #: that a file must not set: whoever wrote it may be a stranger
 _TRUST = "trust_remote_code"
 #: values that are no options of a run, or that no file may set
-_NOT_KEPT = ("config", "print_config", "overwrite", "resume", _TRUST)
+_NOT_KEPT = ("config", "print_config", "overwrite", "resume", "dry", "help_all", _TRUST)
 
 
 def _load(ctx: typer.Context, value: Path | None) -> Path | None:
@@ -33,8 +33,8 @@ def _load(ctx: typer.Context, value: Path | None) -> Path | None:
 Config = Annotated[
     Path | None,
     typer.Option(
-        help="Options from a file, MODEL, --calibration and --output among them: TOML, as --print-config "
-        "writes it, or the manifest of an earlier run. What is on the command line goes before it.",
+        help="Read options (also MODEL, --calibration and --output) from a TOML file, as --print-config "
+        "writes it, or from a manifest. Options of the command line override it.",
         rich_help_panel="Output",
         metavar="…",
         is_eager=True,
@@ -45,7 +45,7 @@ PrintConfig = Annotated[
     bool,
     typer.Option(
         "--print-config",
-        help="Print all options as a file for --config, and end.",
+        help="Print all options as a file for --config and exit.",
         rich_help_panel="Output",
         metavar="",
     ),
@@ -110,16 +110,6 @@ def _check_no_null(key: str, given: Mapping[str, Any]) -> None:
             ) from None
 
 
-def drop_other_pattern(ctx: typer.Context, options: dict[str, Any]) -> None:
-    """Of `sparsity` and `pattern`, the one of the command line goes before that of the file."""
-    both = ("sparsity", "pattern")
-    if all(options.get(name) is not None for name in both):
-        sources = {name: getattr(ctx.get_parameter_source(name), "name", "") for name in both}
-        of_file = [name for name, source in sources.items() if source == "DEFAULT_MAP"]
-        if len(of_file) == 1:
-            options[of_file[0]] = None
-
-
 def said(ctx: typer.Context, options: Mapping[str, Any]) -> dict[str, Any]:
     """Of a command's options those of the command line, and those of the file that are not at their default:
     `--print-config` writes them all."""
@@ -161,7 +151,7 @@ def _of_manifest(path: Path) -> dict[str, Any]:
     except OptionError:  # which is a TypeError, too
         raise
     except (KeyError, TypeError, AttributeError):
-        raise OptionError(f"{path}: holds no options of a prune or a shrink") from None
+        raise OptionError(f"{path}: holds no options of a prune") from None
 
 
 def _as_given(key: str, value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from maskopt.cli.console import output
-from maskopt.cli.parameters import OUTPUT, Overwrite, Resume, Text, takes
+from maskopt.cli.parameters import Overwrite, Resume, Text, output_to, takes
 from maskopt.cli.prune import told_of_resume
 from maskopt.cli.view import view
 from maskopt.model.distill_options import NOT_HERE, DistillOptions
@@ -26,12 +26,7 @@ def distill(
         typer.Option(help="The dense model that it was made of: a folder, or a name on the hub."),
     ],
     calibration: Text,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--output", help="Folder for the trained model.", rich_help_panel=OUTPUT, metavar="…"
-        ),
-    ],
+    out: Annotated[Path, output_to("Folder for the trained model.")],
     options: dict[str, Any],
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -58,7 +53,7 @@ def distill(
         output.print("training diverged and was ended; give a smaller --learning-rate")
     before, after = found.before, found.after
     output.print(
-        f"KL to {teacher}, nats: {before.fitted:.4f} → {after.fitted:.4f}; on windows kept aside "
+        f"KL to {teacher}, nats: {before.fitted:.4f} → {after.fitted:.4f}; on held-out windows "
         f"{before.held:.4f} → {after.held:.4f} (epoch {found.epoch}), {found.seconds:.0f} s",
         soft_wrap=True,
     )

@@ -28,13 +28,13 @@ def evaluate(
     ],
     options: dict[str, Any],
     text: Annotated[str, typer.Option(help=f"For the perplexity. {TEXT_SOURCES}")],
-    windows: Annotated[int | None, typer.Option(help="Take only the first so many.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Number of windows; default: all.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures there, too.")
+        Path | None, typer.Option("--json", help="Also write the figures to this JSON file.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Perplexity on consecutive windows; of several models, on the same ones, and side by side.
+    """Perplexity of one or several models on the same consecutive windows.
 
     One block of one model is in memory at a time; at the end the output heads of all, those that are
     equal once.
@@ -77,7 +77,7 @@ def _line(one: Evaluation) -> str:
 
 
 def _table(found: Sequence[Evaluation]) -> Table:
-    table = Table(caption="ratio, KL and agreement beside the first model; intervals of 95%")
+    table = Table(caption="ratio, KL and agreement compared with the first model; intervals of 95%")
     table.add_column("model", overflow="fold")
     for heading in ("perplexity", "ratio", "KL, nats", "same top token"):
         table.add_column(heading, justify="right", no_wrap=True)

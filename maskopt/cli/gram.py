@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from maskopt.cli.console import output
 from maskopt.cli.parameters import (
-    OUTPUT,
     WALK,
     Model,
     Overwrite,
     Text,
+    output_to,
     takes,
 )
 from maskopt.cli.prune_view import PruneView
@@ -23,26 +21,21 @@ from maskopt.model.walk_options import WalkOptions
 
 
 @takes(
-    tuple(name for name in (*WALK, "seed", "holdout") if name != "shrink"),
+    tuple(name for name in (*WALK, "seed", "holdout") if name != "gram_shrinkage"),
     of=WalkOptions,
     config=True,
 )
 def gram(
     model: Model,
     calibration: Text,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--output", help="Folder for the Gram matrices.", rich_help_panel=OUTPUT, metavar="…"
-        ),
-    ],
+    out: Annotated[Path, output_to("Folder for the Gram matrices.")],
     options: dict[str, Any],
     overwrite: Overwrite = False,
 ) -> None:
     """Collect the Gram matrices of a dense model's layers once, for `maskopt prune --grams` and `sweep`.
 
-    A prune from them is a prune with --one-pass, to the same bytes; it needs neither the text nor a pass
-    through the model.
+    A prune from them gives the same bytes as one with --calibrate-on dense; it needs neither the text nor a
+    pass through the model.
     """
     from maskopt.model.gram_store import collect_grams
 

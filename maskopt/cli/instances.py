@@ -1,4 +1,4 @@
-"""What `compare`, `bound` and `extract` share: layers out of instances or out of a model."""
+"""What `compare`, `bound` and `export` share: layers out of instances or out of a model."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskopt.cli.parameters import FIELDS, WALK, optional_pattern, takes
+from maskopt.cli.parameters import FIELDS, WALK, takes
 from maskopt.cli.view import view
 from maskopt.compare import load_instances
 from maskopt.errors import OptionError
 from maskopt.least_squares import Refit
-from maskopt.model.options import RECONSTRUCT, REFIT, WEIGHTS, check_undamped
+from maskopt.model.options import BLOCKWISE, LEAST_SQUARES, UPDATES, check_undamped
 from maskopt.pattern import Pattern
 from maskopt.problem import LayerProblem
 
 #: the options of a command whose source may be a model, and how few samples do there
 _SAMPLES, _SEQ_LEN = 32, 512
 takes_source = takes(
-    ("pattern", "weights", "damping", "damping_power", *WALK),
+    ("sparsity", "update", "damping", "damping_exponent", *WALK),
     panel="Of a model",
     samples=_SAMPLES,
     seq_len=_SEQ_LEN,
 )
 #: as they are where nobody gives them; and those that are of instances, too, or do nothing without a walk
 _HERE: dict[str, Any] = {"samples": _SAMPLES, "seq_len": _SEQ_LEN, "calibration": None}
-_OF_BOTH = ("weights", "damping", "damping_power", "activation_memory")
+_OF_BOTH = ("update", "damping", "damping_exponent", "activation_memory")
 
 
 @dataclass(frozen=True)
@@ -48,49 +48,45 @@ def load_layers(
     *,
     calibration: str | None,
     seed: int,
-    select: int | None = None,
+    cardinality: int | None = None,
 ) -> Layers:
     """Layers of `.npz` instances, or of one model folder by running text through it; for refitted weights
-    where `weights` says so.
+    where `update` says so.
 
     Raises:
         OptionError: a model without calibration text or pattern, or among other sources.
     """
-    if options["weights"] not in WEIGHTS:
-        raise OptionError(f"`weights` is one of {', '.join(WEIGHTS)}, not {options['weights']!r}")
-    if options["weights"] == RECONSTRUCT:
-        raise OptionError(
-            "`weights` reconstruct trains whole blocks of a model; take `maskopt prune`"
-        )
-    pattern = optional_pattern(options)
+    if options["update"] not in UPDATES:
+        raise OptionError(f"`update` is one of {', '.join(UPDATES)}, not {options['update']!r}")
+    if options["update"] == BLOCKWISE:
+        raise OptionError("`update` blockwise trains whole blocks of a model; take `maskopt prune`")
+    pattern = options.pop("sparsity")
     models = [path for path in source if path.is_dir()]
     if not models:
         _refuse_of_models({**options, "calibration": calibration})
         layers = [
             layer if pattern is None else layer.under(pattern)
-            for layer in load_instances(source, select)
+            for layer in load_instances(source, cardinality)
         ]
-        if options["weights"] == REFIT:
-            refit = Refit(options["damping"], options["damping_power"])
+        if options["update"] == LEAST_SQUARES:
+            refit = Refit(options["damping"], options["damping_exponent"])
             layers = [layer.refitting(refit) for layer in layers]
         else:
-            check_undamped(options["damping"], options["damping_power"])
+            check_undamped(options["damping"], options["damping_exponent"])
         return Layers(layers, pattern, {})
     if len(source) > 1:
         raise OptionError(f"{models[0]} is a model folder: name it alone, or .npz instances")
     if calibration is None:
         raise OptionError(f"{models[0]} is a model: name text for its Gram matrices, --calibration")
     if pattern is None:
-        raise OptionError(
-            f"{models[0]} is a model: say what to prune, --sparsity 0.6 or --pattern 2:4"
-        )
+        raise OptionError(f"{models[0]} is a model: say what to prune, --sparsity 0.6 or 2:4")
     from maskopt.model.problems import layer_problems
 
     with view() as shown:
         found = list(
             layer_problems(
                 models[0],
-                pattern=pattern,
+                sparsity=pattern,
                 calibration=calibration,
                 seed=seed,
                 on_progress=lambda p: shown.show(

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -19,33 +20,43 @@ from typing import Annotated, Any
 
 import typer
 
-from maskopt.cli.config import Config, PrintConfig, config_text, drop_other_pattern, said
+from maskopt.cli.config import Config, PrintConfig, config_text, said
 from maskopt.errors import OptionError
-from maskopt.model.options import PruneOptions, one_pattern
+from maskopt.model.options import PruneOptions
 from maskopt.model.walk_options import MACHINE, MASKS, TEXT, WalkOptions, name_patterns
-from maskopt.pattern import Pattern, parse_pattern
+from maskopt.pattern import parse_sparsity
 
 TEXT_SOURCES = (
     "FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:c4, hf:wikitext2, hf:DATASET[:SPLIT]."
 )
+
+
+def output_to(words: str) -> Any:
+    """The option --output."""
+    return typer.Option("--output", "-o", help=words, rich_help_panel="Output", metavar="…")
+
+
 Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Replace what an earlier run left there.",
+        help="Replace existing output.",
         rich_help_panel="Output",
         metavar="",
     ),
 ]
 Select = Annotated[
     int | None,
-    typer.Option(min=0, help="Vertices to choose, of a graph that names no number (.mc, .rudy)."),
+    typer.Option(
+        min=0,
+        help="Number of vertices to select, for graph files that do not specify it (.mc, .rudy).",
+    ),
 ]
 Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on with an interrupted run of the same options.",
+        help="Continue an interrupted run of the same options.",
         rich_help_panel="Output",
         metavar="",
     ),
@@ -53,9 +64,12 @@ Resume = Annotated[
 Model = Annotated[str, typer.Argument(help="A model folder, or a name on the hub.")]
 #: of the model where a source may also be instances
 Calibration = Annotated[
-    str | None, typer.Option(help=f"Of a model: text. {TEXT_SOURCES}", rich_help_panel="Of a model")
+    str | None,
+    typer.Option(
+        help=f"Calibration text; required for a model. {TEXT_SOURCES}", rich_help_panel="Of a model"
+    ),
 ]
-Out = Annotated[Path | None, typer.Option("--output", help=".jsonl (resumable), .csv or .parquet.")]
+Out = Annotated[Path | None, output_to(".jsonl (resumable), .csv or .parquet.")]
 
 #: those of a prune alone first
 FIELDS = {
@@ -68,11 +82,11 @@ WALK = (
     "exclude",
     "samples",
     "seq_len",
-    "weighting",
+    "token_weights",
     "text_field",
     "chat",
     "bos",
-    "shrink",
+    "gram_shrinkage",
     "all_experts",
     "skip_bad_samples",
     *(name for name, field in FIELDS.items() if field.metadata["decides"] == MACHINE),
@@ -88,26 +102,30 @@ PANEL_OF = {
         (
             *(
                 "sparsity",
-                "pattern",
                 "include",
                 "exclude",
-                "budget",
-                "importance",
-                "spread",
+                "allocation",
+                "sensitivity",
+                "max_deviation",
                 "counts",
             ),
-            *("channels", "heads", "multiple"),
+            *("channels", "heads", "round_to"),
         ),
         WHAT,
     ),
-    **dict.fromkeys(("holdout", "weighting", "skip_bad_samples"), CALIBRATION),
+    **dict.fromkeys(("holdout", "token_weights", "skip_bad_samples"), CALIBRATION),
 }
+#: options that `--help` shows; `--help-all` shows the others, too
+FIRST = (
+    *("sparsity", "solver", "update", "allocation", "include", "samples", "seq_len", "device"),
+    *("channels", "heads", "epochs", "learning_rate"),
+)
 #: spellings other than the field's name
 FLAGS = {
     "include": ("--include", "--layers"),
-    "one_pass": ("--one-pass/--sequential",),
-    "solver_options": ("--option", "-o"),
-    "reconstruct": ("--reconstruct",),
+    "solver_options": ("--option",),
+    "counts": ("--allocation-file",),
+    "training": ("--training",),
 }
 #: mappings too long to be repeated options: a JSON file each
 FILES = ("counts",)
@@ -115,7 +133,7 @@ Text = Annotated[str, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATIO
 StoredGrams = Annotated[
     Path | None,
     typer.Option(
-        help="In place of text: what `maskopt gram` wrote.",
+        help="Gram matrices that `maskopt gram` wrote, in place of text.",
         rich_help_panel=CALIBRATION,
         metavar="…",
     ),
@@ -146,22 +164,20 @@ def takes(
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters
-        added = [_parameter(of, name, panel, defaults) for name in names if name != "pattern"]
-        if "pattern" in names:
-            added = [*_pattern_parameters(), *added]
+        added = [_parameter(of, name, panel, defaults) for name in names]
         added_names = {parameter.name for parameter in added}
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = [p.replace(kind=keyword) for name, p in own.items() if name != "options"]
-        if config:
-            parameters += _config_parameters()
+        parameters += [*_config_parameters()] if config else []
+        parameters.append(_HELP_ALL)
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
             options = {name: given.pop(name) for name in added_names}
+            del given["help_all"]
             if config:
                 ctx, printed = given.pop("ctx"), given.pop("print_config")
                 file = given.pop("config")
-                drop_other_pattern(ctx, options)
                 if printed:
                     values = {**given, **_values(options)}
                     typer.echo(config_text(values, ctx.command.params), nl=False)
@@ -181,12 +197,6 @@ def takes(
         return run
 
     return decorate
-
-
-def optional_pattern(options: dict[str, Any]) -> Pattern | None:
-    """The pattern that was asked for, taken out of the options, where one was."""
-    given = {name: options.pop(name) for name in ("sparsity", "pattern")}
-    return None if set(given.values()) == {None} else one_pattern(**given)
 
 
 def option_list(text: str | None) -> list[str]:
@@ -245,13 +255,13 @@ def _values(options: dict[str, Any]) -> dict[str, Any]:
         "include": name_patterns,
         "exclude": name_patterns,
         "solver_options": read_solver_options,
-        "reconstruct": read_solver_options,
+        "training": read_solver_options,
         "counts": read_counts,
-        "pattern": parse_pattern,
-        "shrink": _number_or_word,
+        "sparsity": parse_sparsity,
+        "gram_shrinkage": _number_or_word,
         "damping": _number_or_word,  # of a model that is made smaller it is a number already
     }
-    never_none = ("include", "exclude", "solver_options", "reconstruct", "counts")
+    never_none = ("include", "exclude", "solver_options", "training", "counts")
     return {
         name: readers[name](value)
         if name in readers and (value is not None or name in never_none)
@@ -270,14 +280,31 @@ def _config_parameters() -> list[inspect.Parameter]:
     ]
 
 
-def _pattern_parameters() -> list[inspect.Parameter]:
-    """A pattern has two spellings: a number as `--sparsity`, any of them as `--pattern`."""
-    words = FIELDS["pattern"].metadata["help"]
-    share = "Share of every row to prune, e.g. 0.6."
-    return [
-        _keyword("sparsity", float | None, None, share, panel=WHAT),
-        _keyword("pattern", str | None, None, words, panel=WHAT),
-    ]
+def _show_all(ctx: typer.Context, asked: bool) -> None:
+    if asked:
+        for one in ctx.command.params:
+            if one.param_type_name == "option":
+                one.hidden = False  # type: ignore[attr-defined]
+        typer.echo(ctx.get_help())
+        raise typer.Exit
+
+
+_HELP_ALL = inspect.Parameter(
+    "help_all",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option(
+            "--help-all",
+            help="Show all options and exit.",
+            is_eager=True,
+            callback=_show_all,
+            rich_help_panel="Output",
+            metavar="",
+        ),
+    ],
+)
 
 
 def _parameter(
@@ -290,7 +317,7 @@ def _parameter(
     if field.metadata["unit"] == "bytes":
         kind = str | None if type(None) in typing.get_args(kind) else str
         default = None if default is None else f"{default // 2**30}GiB"
-    elif name in FILES:
+    elif name in FILES or name == "sparsity":
         kind, default = str | None, None
     elif kind == float | str:
         kind, default = str, str(default)
@@ -298,21 +325,21 @@ def _parameter(
         kind, default = list[str] | None, None
     flags = FLAGS.get(name) or ((_flag(name),) if kind is bool else ())
     panel = panel or PANEL_OF.get(name) or PANELS.get(field.metadata["decides"])
-    return _keyword(name, kind, default, field.metadata["help"], flags, panel)
-
-
-def _keyword(
-    name: str,
-    kind: Any,
-    default: Any,
-    words: str,
-    flags: Sequence[str] = (),
-    panel: str | None = None,
-) -> inspect.Parameter:
-    option = typer.Option(*flags, help=words, rich_help_panel=panel, metavar=_metavar(kind))
+    option = typer.Option(
+        *flags,
+        help=re.sub(r"`(\w+)`", _as_flag, field.metadata["help"]),
+        rich_help_panel=panel,
+        metavar=_metavar(kind, field.metadata["choices"]),
+        hidden=name not in FIRST,
+    )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
     )
+
+
+def _as_flag(name: re.Match[str]) -> str:
+    """`seq_len` → --seq-len, where it is an option."""
+    return FLAGS.get(name[1], (_flag(name[1]),))[0] if name[1] in FIELDS else name[0]
 
 
 def _panel_place(parameter: inspect.Parameter) -> int:
@@ -323,8 +350,10 @@ def _panel_place(parameter: inspect.Parameter) -> int:
     return order.index(panel) if panel in order else -1
 
 
-def _metavar(kind: Any) -> str | None:
-    """Short, so that words have room at 80 columns."""
+def _metavar(kind: Any, choices: Sequence[str]) -> str | None:
+    """The choices, or a letter, so that words have room at 80 columns."""
+    if choices:
+        return f"[{'|'.join(choices)}]"
     letters = {int: "N", int | None: "N", float: "X", float | None: "X", bool: ""}
     return letters.get(kind, "…")
 

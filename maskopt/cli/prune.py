@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from maskopt.cli.console import errors, output
+from maskopt.cli.dry_run import dry_run
 from maskopt.cli.parameters import (
     ALL,
     CALIBRATION,
@@ -20,12 +21,14 @@ from maskopt.cli.parameters import (
     Overwrite,
     Resume,
     StoredGrams,
+    output_to,
     takes,
     tokens_file,
 )
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.ranks import again, ranks, speaks
 from maskopt.cli.view import View, clock, view
+from maskopt.errors import OptionError
 
 if TYPE_CHECKING:
     from maskopt.model.report import PartReport, PruneReport
@@ -34,31 +37,41 @@ if TYPE_CHECKING:
 @takes(ALL, config=True)
 def prune(
     model: Model,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--output", help="Folder for the pruned model.", rich_help_panel=OUTPUT, metavar="…"
-        ),
-    ],
     options: dict[str, Any],
+    out: Annotated[Path | None, output_to("Folder for the pruned model.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")
     ] = None,
     grams: StoredGrams = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
+    dry: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Estimate memory, disk and time; write nothing. --output and --calibration are optional.",
+            rich_help_panel=OUTPUT,
+            metavar="",
+        ),
+    ] = False,
 ) -> None:
     """Prune every linear layer in the decoder blocks of a causal language model.
 
-    The model is read block by block and stays as it is. `maskopt plan` says beforehand what that takes;
-    `maskopt verify OUT --against MODEL` checks the result.
+    The model is read block by block and not changed. `maskopt verify OUT --original MODEL` checks the result.
     """
     from maskopt.model.prune import prune_model
     from maskopt.model.workspace import check_output
 
     here = ranks()
     inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
-    here.agreed(lambda: check_output(out, overwrite=overwrite, resume=resume, **inputs))
+    if out is None and not dry:
+        raise OptionError("`output` is missing: name a folder for the pruned model")
+    if out is not None:
+        here.agreed(lambda: check_output(out, overwrite=overwrite, resume=resume, **inputs))
+    if dry:
+        dry_run(model, calibration, grams, out, options)
+        return
+    assert out is not None
     with told_of_resume(out), view() as shown:
         # a part of it is done already, or several processes share it
         known = resume or grams is not None or here.size > 1
@@ -128,14 +141,14 @@ def show_report(report: PruneReport) -> None:
     held = any(layer.relative_held is not None for layer in report.layers)
     table = Table(caption="errors are parts of the energy of the layers' outputs")
     refit = any(layer.error_kept is not None for layer in report.layers)
-    traded = any(layer.error_alike is not None for layer in report.layers)
+    traded = any(layer.error_uniform is not None for layer in report.layers)
     started = any(layer.error_start is not None for layer in report.layers)
     apart = len({layer.pattern for layer in report.layers}) > 1
     headings = [
         "layer kind",
         "layers",
         *(["pruned"] if apart else []),
-        *(["start, rows alike"] if traded else []),
+        *(["start, uniform"] if traded else []),
         *(["start error"] if started else []),
     ]
     headings += ["before refit"] if refit else []
@@ -155,7 +168,11 @@ def show_report(report: PruneReport) -> None:
             kind,
             str(len(all_layers)),
             *([_range([layer.sparsity for layer in all_layers])] if apart else []),
-            *([_part(sum(layer.error_alike or 0.0 for layer in layers), energy)] if traded else []),
+            *(
+                [_part(sum(layer.error_uniform or 0.0 for layer in layers), energy)]
+                if traded
+                else []
+            ),
             *([_part(begin, energy)] if started else []),
             *([_part(sum(layer.error_kept or 0.0 for layer in layers), energy)] if refit else []),
             _part(end, energy),
@@ -191,8 +208,8 @@ def trained_words(parts: Sequence[PartReport]) -> str:
     stayed = sum(part.epoch == 0 for part in parts)
     return (
         f"trained: loss {mean('fitted_before'):.4f} → {mean('fitted_after'):.4f} on its windows, "
-        f"{mean('held_before'):.4f} → {mean('held_after'):.4f} on those kept aside, mean of "
-        f"{len(parts)} parts" + (f"; {stayed} stayed as they were" if stayed else "")
+        f"{mean('held_before'):.4f} → {mean('held_after'):.4f} on held-out windows, mean of "
+        f"{len(parts)} parts" + (f"; {stayed} unchanged" if stayed else "")
     )
 
 

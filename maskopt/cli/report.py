@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from maskopt.cli.console import output
-from maskopt.cli.parameters import Overwrite
+from maskopt.cli.parameters import Overwrite, output_to
 from maskopt.errors import OptionError
 
 
@@ -16,15 +16,13 @@ def report(
     folders: Annotated[
         list[Path], typer.Argument(help="What `maskopt prune` wrote; several stand side by side.")
     ],
-    out: Annotated[Path, typer.Option("--output", help="The page, .html.")] = Path("report.html"),
+    out: Annotated[Path, output_to("The page, .html.")] = Path("report.html"),
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="What `maskopt eval … --json FILE` wrote.")
     ] = None,
     gaps: Annotated[
         Path | None,
-        typer.Option(
-            help="What `maskopt certify … --output FILE.jsonl` wrote of the first folder."
-        ),
+        typer.Option(help="What `maskopt bound … --output FILE.jsonl` wrote of the first folder."),
     ] = None,
     picture: Annotated[
         str | None, typer.Option(help="The tensor whose mask is shown; default: the first one.")

@@ -1,97 +1,156 @@
-"""`maskopt solve`: masks of an instance, with what proves them, in a file."""
+"""`maskopt solve`: masks of an instance in a file, with a proof of optimality where asked for."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from maskopt.cli.cells import NO_BOUND
 from maskopt.cli.console import INTERRUPTED, output
-from maskopt.cli.parameters import Overwrite, Select, read_solver_options
+from maskopt.cli.parameters import Overwrite, Select, output_to, read_solver_options
 from maskopt.cli.view import view
+from maskopt.errors import OptionError
 from maskopt.files import check_writable
 from maskopt.formats import load_problem
 from maskopt.limits import Limits, Progress, parse_bytes
 from maskopt.problem import LayerProblem, RowProblem
-from maskopt.solution import Solution, is_bounded
-from maskopt.solver import Solver, limits_of, make_solver
+from maskopt.prove import BRANCH
+from maskopt.prove import prove as prove_rows
+from maskopt.solution import Solution, Status, is_bounded
+from maskopt.solver import limits_of, make_solver
 from maskopt.solver import solve as library
 from maskopt.units import Posed
-from maskopt.verification import EXACT, Require, verify
+from maskopt.verification import CHECKED, CLAIMS, EXACT, Require, verify
 
 
 def solve(
     instance: Annotated[
-        Path, typer.Argument(help="A layer or a row, .npz; .dat, .mc, .mdp, .qplib.")
+        Path,
+        typer.Argument(
+            help="Instance: weights and Gram matrix of a layer or a row (.npz, see `maskopt "
+            "export`), or a quadratic problem (.dat, .mc, .mdp, .qplib)."
+        ),
     ],
-    out: Annotated[Path, typer.Option("--output", help="File for masks and proof, .npz.")],
-    solver: Annotated[str, typer.Option(help="See `maskopt solvers`.")] = "swap",
+    out: Annotated[
+        Path,
+        output_to("File for masks, bounds and certificates, with --prove also proof trees; .npz."),
+    ],
+    solver: Annotated[
+        str | None,
+        typer.Option(help="See `maskopt solvers`. Default: swap, and branch with --prove."),
+    ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--start", "--warm-start", help="The solver that makes the start."),
+        typer.Option(help="Initial mask: the name of a solver, or a solution .npz."),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", help="Of the solver, NAME=VALUE; may be repeated."),
+        typer.Option("--option", help="Solver option, NAME=VALUE; may be repeated."),
+    ] = None,
+    prove: Annotated[
+        bool,
+        typer.Option(
+            "--prove",
+            help="Prove the optimum of every row by branch and bound, and store the proof trees. Finished"
+            " rows are kept: after Ctrl-C the same command continues. The exit status is 1 if a row "
+            "is not proven.",
+        ),
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="With --prove, number of rows at a time; −1 (default): one per core."),
     ] = None,
     time_limit: Annotated[
-        float | None, typer.Option(min=0, help="Seconds, the start included.")
+        float | None, typer.Option(min=0, help="Seconds for all rows, the start included.")
     ] = None,
     memory_limit: Annotated[
-        str | None, typer.Option(help="Beyond the instance, e.g. 2GiB.")
+        str | None, typer.Option(help="Maximum memory in addition to the instance, e.g. 2GiB.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
-    select: Select = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    cardinality: Select = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Solve every row of an instance, and keep masks, bounds and certificate together.
+    """Solve every row of an instance; write masks, bounds and certificates to one file.
 
-    `maskopt verify INSTANCE SOLUTION` re-checks the result.
+    `maskopt verify INSTANCE SOLUTION` checks the result, including every leaf of each proof tree.
     """
-    check_writable(out, overwrite=overwrite, instance=instance)
-    problem = load_problem(instance, select)
+    check_writable(out, overwrite=overwrite, instance=instance, start=start)
+    if prove and solver not in (None, BRANCH):
+        raise OptionError(f"`prove` takes the solver {BRANCH}, not {solver}")
+    if jobs is not None and not prove:
+        raise OptionError("`jobs` is for `prove`")
+    problem = load_problem(instance, cardinality)
     shared, own = limits_of(None, read_solver_options(option))
-    backend = make_solver(solver, **own)
     memory = shared.memory if memory_limit is None else parse_bytes(memory_limit)
     seconds = shared.seconds if time_limit is None else time_limit
-    limits = Limits(seconds, memory, shared.threads, seed or shared.seed)
-    solution = solve_shown(problem, backend, start, limits)
-    solution.save(out)
-    output.print(solution_table(problem, solution))
-    output.print(f"written: {out}", soft_wrap=True)
-    if solution.trace.interrupted:
-        raise typer.Exit(INTERRUPTED)
-
-
-def solve_shown(
-    problem: LayerProblem | RowProblem, backend: Solver, start: Any, limits: Limits
-) -> Solution:
-    """Solve with a bar."""
+    begin = Solution.load(Path(start)).mask if start and Path(start).is_file() else start
     with view() as shown:
 
         def show(event: Progress) -> None:
             shown.show(event.step or "rows", event.done, event.total)
 
-        limits = replace(limits, on_progress=show)
-        return library(problem, backend, start=start, limits=limits)
+        limits = Limits(seconds, memory, shared.threads, seed or shared.seed, show)
+        if prove:
+            solution = prove_rows(
+                problem,
+                out,
+                start=begin,
+                limits=limits,
+                jobs=-1 if jobs is None else jobs,
+                on_progress=lambda done, total: shown.show("rows proven", done, total),
+                **own,
+            )
+        else:
+            solution = library(
+                problem, make_solver(solver or "swap", **own), start=begin, limits=limits
+            )
+            solution.save(out)
+    output.print(solution_table(problem, solution))
+    output.print(f"written: {out}{_trees(solution)}", soft_wrap=True)
+    if solution.trace.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if prove and any(status is not Status.OPTIMAL for status in solution.status):
+        raise typer.Exit(1)
 
 
-def check(instance: Path, solution: Path, require: Require, select: int | None = None) -> None:
-    """What `maskopt verify INSTANCE SOLUTION` does and prints.
+def check(instance: Path, solution: Path, require: Require, cardinality: int | None = None) -> None:
+    """What `maskopt verify INSTANCE SOLUTION` does and prints; every leaf of a
+    proof's trees is checked in float64, by code that no search shares, and nothing is trusted.
 
     Raises:
         VerificationError: a claim that does not hold, or one of a trusted solver where only checked
             ones are allowed.
     """
-    problem, found = load_problem(instance, select), Solution.load(solution)
+    problem, found = load_problem(instance, cardinality), Solution.load(solution)
+    if found.proof is not None and require == CLAIMS:
+        require = CHECKED
+    began = time.perf_counter()
     result = verify(problem, found, require=require)
+    seconds = time.perf_counter() - began
     output.print(solution_table(problem, found))
-    exactly = ", decided in exact arithmetic" if require == EXACT else ""
-    output.print(f"{solution}: holds: {result}{exactly}", soft_wrap=True)
+    exactly = " in exact arithmetic" if require == EXACT else ""
+    output.print(
+        f"{solution}: holds: {result}{_trees(found)}; checked{exactly} in {seconds:.3g} s, "
+        f"found in {found.seconds:.3g} s",
+        soft_wrap=True,
+    )
+
+
+def _trees(solution: Solution) -> str:
+    """How many rows are proven by trees, and how large these are; empty for a solution without trees."""
+    trees = [tree for tree in (solution.proof.rows if solution.proof else ()) if tree is not None]
+    leaves, size = sum(tree.leaves for tree in trees), sum(tree.nbytes for tree in trees)
+    proven = sum(status is Status.OPTIMAL for status in solution.status)
+    if not trees:
+        return ""
+    return (
+        f"; {proven} of {len(solution.status)} rows proven optimal; {len(trees)} trees, "
+        f"{leaves} leaves, {size / 1e6:.3g} MB"
+    )
 
 
 def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Table:

@@ -41,7 +41,7 @@ def _solvers() -> Table:
     for info in available_solvers().values():
         can = info.capabilities
         note = can.note if info.available else f"unavailable: {info.unavailable}"
-        also = (("refit", can.refit), ("trade", can.pooled))
+        also = (("update", can.refit), ("shared budget", can.pooled))
         values = (
             info.name,
             "all" if len(can.patterns) == 2 else can.patterns[0],

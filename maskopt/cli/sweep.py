@@ -9,11 +9,18 @@ import typer
 from rich.table import Table
 
 from maskopt.cli.console import output
-from maskopt.cli.parameters import CALIBRATION, OUTPUT, WHAT, Model, Overwrite, option_list, takes
+from maskopt.cli.parameters import (
+    CALIBRATION,
+    OUTPUT,
+    WHAT,
+    Model,
+    Overwrite,
+    option_list,
+    output_to,
+    takes,
+)
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
-from maskopt.errors import OptionError
-from maskopt.pattern import Pattern, Unstructured, parse_pattern
 
 if TYPE_CHECKING:
     from maskopt.model.evaluate import Evaluation
@@ -23,10 +30,10 @@ _OPTIONS = (
     "include",
     "exclude",
     "damping",
-    "damping_power",
-    "shrink",
+    "damping_exponent",
+    "gram_shrinkage",
     "min_tokens",
-    "warm_start",
+    "start",
     "solver_options",
     "threads",
     "device",
@@ -45,45 +52,38 @@ def sweep(
         ),
     ],
     out: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            help="A folder with one for each prune; what is finished there is kept.",
-            rich_help_panel=OUTPUT,
-            metavar="…",
-        ),
+        Path, output_to("Output folder with one subfolder per prune; finished prunes are reused.")
     ],
     options: dict[str, Any],
     sparsity: Annotated[
         str | None,
-        typer.Option(help="Several, e.g. 0.5,0.6,0.7.", rich_help_panel=WHAT, metavar="…"),
-    ] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="Several, e.g. 2:4,4:8.", rich_help_panel=WHAT, metavar="…")
+        typer.Option(help="Several, e.g. 0.5,60%,2:4.", rich_help_panel=WHAT, metavar="…"),
     ] = None,
     solver: Annotated[
         str, typer.Option(help="Several, e.g. swap,wanda.", rich_help_panel=WHAT, metavar="…")
     ] = "swap",
-    weights: Annotated[
-        str, typer.Option(help="keep, refit, or both.", rich_help_panel=WHAT, metavar="…")
-    ] = "keep",
+    update: Annotated[
+        str,
+        typer.Option(help="none, least-squares, or both.", rich_help_panel=WHAT, metavar="…"),
+    ] = "none",
     text: Annotated[
         str | None,
-        typer.Option(
-            help="Text that all models are judged on.", rich_help_panel=OUTPUT, metavar="…"
-        ),
+        typer.Option(help="Text to evaluate all models on.", rich_help_panel=OUTPUT, metavar="…"),
     ] = None,
     windows: Annotated[
         int | None,
         typer.Option(
-            help="Of 512 tokens of it; default: all.", rich_help_panel=OUTPUT, metavar="N", min=1
+            help="Number of 512-token windows of --text to evaluate; default: all.",
+            rich_help_panel=OUTPUT,
+            metavar="N",
+            min=1,
         ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Prune a model in every combination, each a folder, and print one table.
+    """Prune a model with every combination of sparsity, solver and update, and print one table.
 
-    All come from the same Gram matrices, so that no passes through the model are needed but those of --text.
+    All prunes use the same Gram matrices; forward passes are run only to evaluate --text.
     """
     from maskopt.model.sweep import sweep as library
 
@@ -92,9 +92,9 @@ def sweep(
             model,
             grams,
             out,
-            patterns=_patterns(sparsity, pattern),
+            sparsity=option_list(sparsity),
             solvers=option_list(solver),
-            weights=option_list(weights),
+            update=option_list(update),
             text=text,
             windows=windows,
             overwrite=overwrite,
@@ -103,17 +103,6 @@ def sweep(
         )
     output.print(swept_table(found, dense))
     output.print(f"pruned models, masks and manifests: {out}", soft_wrap=True)
-
-
-def _patterns(sparsity: str | None, pattern: str | None) -> list[Pattern]:
-    """Raises OptionError for a sparsity that is no number."""
-    found: list[Pattern] = []
-    for part in option_list(sparsity):
-        try:
-            found.append(Unstructured(sparsity=float(part)))
-        except ValueError as error:
-            raise OptionError(f"`sparsity` {part!r}: {error}") from None
-    return [*found, *map(parse_pattern, option_list(pattern))]
 
 
 def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:

@@ -19,38 +19,35 @@ if TYPE_CHECKING:
 
 @takes(("include", "text_field", "threads", "trust_remote_code"))
 def verify(
-    folder: Annotated[
-        Path, typer.Argument(help="What `maskopt prune` wrote, or an instance (.npz, .dat, …).")
-    ],
+    folder: Annotated[Path, typer.Argument(help="Pruned folder, or an instance (.npz, .dat, …).")],
     options: dict[str, Any],
     solution: Annotated[
-        Path | None, typer.Argument(help="Of an instance: what `maskopt solve` wrote.")
+        Path | None,
+        typer.Argument(help="Solution or proof of an instance, as `maskopt solve` wrote it."),
     ] = None,
-    against: Annotated[
+    original: Annotated[
         str | None,
         typer.Option(
-            help="The original, a folder or a name on the hub: kept weights are its bits."
+            help="Dense model, a folder or a name on the hub: weights that the prune did not update must "
+            "be bit-identical to it."
         ),
     ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="What the prune was given: errors and statuses are computed again, of the layers of "
-            f"--include. {TEXT_SOURCES}"
+            help=f"Calibration text of the prune: errors and statuses of the layers of --include are "
+            f"computed again. {TEXT_SOURCES}"
         ),
     ] = None,
     masks: Annotated[
         Path | None,
-        typer.Option(
-            help="Of a pruned model that was trained on: the folder of the prune, whose zeros it must have "
-            "kept."
-        ),
+        typer.Option(help="Folder of the prune: check that a fine-tuned model kept its zeros."),
     ] = None,
-    require_checked: Annotated[
+    strict: Annotated[
         bool,
         typer.Option(
-            "--require-checked",
-            help="Of an instance: fail if a lower bound is only trusted to a solver.",
+            "--strict",
+            help="Of an instance: fail if a lower bound is trusted, not checked.",
         ),
     ] = False,
     exact: Annotated[
@@ -61,89 +58,73 @@ def verify(
             "certificates or trees, unchanged weights and at most 200 inputs a row.",
         ),
     ] = False,
-    select: Select = None,
+    cardinality: Select = None,
     semi_structured: Annotated[
         bool | None,
         typer.Option(
             "--semi-structured/--no-semi-structured",
-            help="Convert every 2:4 layer by PyTorch; default: where there is a CUDA device.",
+            help="Check that PyTorch can convert each 2:4 layer to its semi-structured format. Default: "
+            "if a CUDA device is available.",
         ),
     ] = None,
 ) -> None:
     """Check a pruned model, a solution of an instance, or a pruned model that was trained further.
 
-    A pruned model: files, the counts of every row, zeros, and with --against
-    that kept weights equal the original's; of a smaller model what was cut.
-    What needs a calibration text and has none is reported as claimed.
+    A pruned model: file digests, the number of pruned weights per row, zeros,
+    and with --original the weights that were not updated; of a smaller model
+    also which parts were removed. Without --calibration, errors and statuses
+    are reported as claimed.
 
-    An instance and its solution: objectives, statuses and lower bounds.
-    Bounds that a solver is only trusted with are named.
+    An instance and its solution: objectives, statuses and lower bounds; every
+    leaf of a proof. Bounds that rest on a solver are listed as trusted.
 
-    With --masks: the zeros of a model that was trained further.
+    With --masks: the zeros of a model that was fine-tuned.
 
     The exit status is 1 where something does not hold.
     """
+    given = {
+        **options,
+        "original": original,
+        "calibration": calibration,
+        "semi_structured": semi_structured,
+        "strict": strict or None,
+        "exact": exact or None,
+        "cardinality": cardinality,
+    }
     if masks is not None:
-        trusted = options.pop("trust_remote_code")
-        _refuse(
-            f"a folder that `maskopt prune` wrote; of {folder}, the zeros are checked",
-            solution=solution,
-            against=against,
-            calibration=calibration,
-            require_checked=require_checked or None,
-            exact=exact or None,
-            select=select,
-            semi_structured=semi_structured,
-            **options,
-        )
-        _verify_masks(folder, masks, trusted)
+        _refuse("a model with --masks", {**given, "solution": solution}, "trust_remote_code")
+        _verify_masks(folder, masks, options["trust_remote_code"])
         return
     if solution is not None:
         from maskopt.cli.solve import check
 
-        of_a_model = {"against": against, "calibration": calibration, **options}
-        _refuse(
-            f"a pruned model; {solution} is checked as a solution",
-            semi_structured=semi_structured,
-            **of_a_model,
-        )
-        check(folder, solution, EXACT if exact else CHECKED if require_checked else CLAIMS, select)
+        _refuse("a solution", given, "strict", "exact", "cardinality")
+        check(folder, solution, EXACT if exact else CHECKED if strict else CLAIMS, cardinality)
         return
     if folder.suffix == ".npz":
         raise OptionError(f"{folder} is an instance: name its solution, too")
-    _refuse("an instance and its solution", select=select)
-    if require_checked or exact:
-        option = "exact" if exact else "require_checked"
-        raise OptionError(
-            f"`{option}` is for an instance and its solution; of {folder}, what is checked and what is "
-            "claimed is printed"
-        )
     from maskopt.model.verify_smaller import is_smaller
 
     if is_smaller(folder):
-        _refuse(
-            f"a pruned model; {folder} was made smaller",
-            calibration=calibration,
-            semi_structured=semi_structured,
-            **options,
-        )
-        _verify_smaller(folder, against)
+        _refuse("a smaller model", given, "original")
+        _verify_smaller(folder, original)
     else:
-        _verify_model(folder, against, calibration, semi_structured, options)
+        _refuse("a pruned model", given, "original", "calibration", "semi_structured", *options)
+        _verify_model(folder, original, calibration, semi_structured, options)
 
 
-def _verify_smaller(folder: Path, against: str | None) -> None:
-    """What `maskopt shrink` wrote."""
+def _verify_smaller(folder: Path, original: str | None) -> None:
+    """What `maskopt prune-structured` wrote."""
     from maskopt.model.checkpoint import resolve_model
     from maskopt.model.verify_smaller import verify_smaller
 
-    home = None if against is None else resolve_model(against)
+    home = None if original is None else resolve_model(original)
     with view() as shown:
         found = verify_smaller(folder, home, lambda done, total: shown.show("tensors", done, total))
-    same = f", every other weight is that of {against}" if against is not None else ""
+    same = f", every other weight is that of {original}" if original is not None else ""
     output.print(
         f"{folder}: holds. {found.tensors} tensors, of which {found.cut} are smaller and {found.set_anew} "
-        f"set anew, {found.files} files, {found.weights:,} weights{same} "
+        f"updated, {found.files} files, {found.weights:,} weights{same} "
         f"(checked: {', '.join(found.checked)}); {', '.join(found.claimed)}: claimed",
         soft_wrap=True,
     )
@@ -151,7 +132,7 @@ def _verify_smaller(folder: Path, against: str | None) -> None:
 
 def _verify_model(
     folder: Path,
-    against: str | None,
+    original: str | None,
     calibration: str | None,
     semi_structured: bool | None,
     options: dict[str, Any],
@@ -165,7 +146,7 @@ def _verify_model(
     with view() as shown:
         result = library.verify_output(
             folder,
-            None if against is None else resolve_model(against, trust_remote_code=trusted),
+            None if original is None else resolve_model(original, trust_remote_code=trusted),
             lambda done, total: shown.show("tensors", done, total),
             calibration=calibration,
             layers=options.pop("include"),
@@ -177,7 +158,7 @@ def _verify_model(
         if "kept weights" in result.checked
         else f"weight that is neither pruned nor {anew}"
     )
-    same = f", every {kept} is that of {against}" if against is not None else ""
+    same = f", every {kept} is that of {original}" if original is not None else ""
     output.print(
         f"{folder}: holds. {result.layers} layers, {result.rows} rows, {result.files} files, "
         f"sparsity {result.sparsity:.4f}{same} (checked); {_told_apart(result)}: claimed",
@@ -211,11 +192,12 @@ def _verify_masks(folder: Path, pruned: Path, trusted: bool) -> None:
     )
 
 
-def _refuse(belongs_to: str, **given: Any) -> None:
+def _refuse(what: str, given: dict[str, Any], *takes: str) -> None:
     """Raise OptionError for an option of another check."""
     for name, value in given.items():
-        if value != (FIELDS[name].default if name in FIELDS else None):
-            raise OptionError(f"`{name}` is for {belongs_to}")
+        usual = FIELDS[name].default if name in FIELDS else None
+        if name not in takes and value != usual:
+            raise OptionError(f"`{name}` does not apply to {what}")
 
 
 def _told_apart(result: Verified) -> str:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import OptionError, PatternError
-from maskopt.model.options import BOTH, LAYER, PruneOptions
+from maskopt.model.options import BOTH, ROWS, PruneOptions
 from maskopt.model.shrink_options import ShrinkOptions
 from maskopt.model.walk_options import MASKS
 from maskopt.model.workspace import MANIFEST
-from maskopt.pattern import Unstructured, parse_pattern, pattern_from_dict
+from maskopt.pattern import pattern_from_dict
 
 #: options that are repeated NAME=VALUE, by their flags
-_REPEATED = {"solver_options": "option", "reconstruct": "reconstruct"}
+_REPEATED = {"solver_options": "option", "training": "training"}
 #: options that a fingerprint records. Anybody can write a manifest: it must not grant trust or name a path
 _RECORDED = {"removed", "experts"} | {
     f.name
@@ -45,14 +45,14 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
         blocks = len(options["removed"])
         options = {"blocks": blocks, "windows": text["samples"], "seq_len": text["length"]}
     elif "experts" in options:
-        options = {name: value for name, value in options.items() if name != "weights"}
+        options = {name: value for name, value in options.items() if name != "update"}
         options |= {"samples": text["samples"], "seq_len": text["length"]}
     else:
         if "channels" not in options:  # a model that was made smaller has no pattern
-            options = {**_pattern(where, options.pop("pattern", None)), **options}
+            options["sparsity"] = _sparsity(where, options.get("sparsity"))
             # rows whose limits are not named have none, where the command line's default would be some
-            if options.get("budget") in (LAYER, BOTH) and options.get("spread") is None:
-                options["spread"] = 1.0
+            if options.get("allocation") in (ROWS, BOTH) and options.get("max_deviation") is None:
+                options["max_deviation"] = 1.0
         options |= {"samples": text["samples"], "seq_len": text["length"]}
     bos = text["beginning"]["bos"]
     if bos in ("auto", "always", "never"):
@@ -77,7 +77,7 @@ def command_again(fingerprint: Mapping[str, Any], folder: str | Path) -> list[st
         One that takes the options from the manifest, and one that spells out those that are not the default;
         without the latter where the command line cannot say them, or would hold the counts of all layers.
     """
-    command = "prune" if "pattern" in fingerprint["options"] else "shrink"
+    command = "prune" if "sparsity" in fingerprint["options"] else "prune-structured"
     begin, end = f"maskopt {command} MODEL", "--calibration TEXT --output AGAIN"
     lines = [f"{begin} --config {shlex.quote(str(Path(folder) / MANIFEST))} {end}"]
     try:
@@ -108,13 +108,9 @@ def _words(name: str, value: Any) -> list[str]:
     return [flag, ",".join(value) if isinstance(value, list) else str(value)]
 
 
-def _pattern(where: str | Path, record: Any) -> dict[str, Any]:
-    """A pattern as the command line says it."""
+def _sparsity(where: str | Path, record: Any) -> str:
+    """As the command line takes it."""
     try:
-        pattern = pattern_from_dict(record)
-        parse_pattern(str(pattern))  # what is written here is read again
+        return str(pattern_from_dict(record))
     except (KeyError, TypeError, PatternError):
-        raise OptionError(f"{where}: holds no pattern that the command line can say") from None
-    if isinstance(pattern, Unstructured):
-        return {"sparsity": pattern.sparsity}
-    return {"pattern": str(pattern)}
+        raise OptionError(f"{where}: holds no sparsity") from None

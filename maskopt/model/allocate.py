@@ -2,7 +2,7 @@
 
 The error of every layer is measured at a few sparsities around that of the model, on the dense model's inputs
 and with Wanda's masks, whose curves cost next to nothing and have the shape of better ones; it counts by
-`importance`. Where that is `measured`, the layers of a block prune more or less together, and what counts is
+`sensitivity`. Where that is `measured`, the layers of a block prune more or less together, and what counts is
 what the model's output loses where that block alone is pruned so (`block_curves`). From there on it is
 `share_out`.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 from maskopt.least_squares import Refit
 from maskopt.model.block_curves import measured_curves
 from maskopt.model.blocks import Layer, matrix
-from maskopt.model.importance import MEASURED, row_importance
 from maskopt.model.job import Job
-from maskopt.model.options import KEEP, PruneOptions
+from maskopt.model.options import NONE, PruneOptions
 from maskopt.model.problems import layer_problem
+from maskopt.model.sensitivity import KL, row_sensitivity
 from maskopt.model.share_out import Curve, ends, share_out
 from maskopt.model.walk_block import Block
 from maskopt.pattern import Unstructured
@@ -43,16 +43,16 @@ def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
     """
     dense = replace(
         options,
-        one_pass=options.importance != MEASURED,
+        calibrate_on="pruned" if options.sensitivity == KL else "dense",
         true_sequential=False,
         target="pruned",
-        weights=KEEP,
-        reconstruct={},
+        update=NONE,
+        training={},
         damping=Refit.damping,
-        damping_power=Refit.power,
-        shrink=0.0,
+        damping_exponent=Refit.power,
+        gram_shrinkage=0.0,
     )
-    if options.importance == MEASURED:
+    if options.sensitivity == KL:
         return share_out(job.layers, measured_curves(job, dense), options)
     walk = job.again(dense)
     with walk, torch.no_grad():
@@ -65,13 +65,13 @@ def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:
     samples = block.opened.samples
     samples.drop(set(samples.active) - set(job.few()))
     grams = block.grams()
-    tick = block.ticker("budget", len(block.layers))
+    tick = block.ticker("allocation", len(block.layers))
     for layer in block.layers:
         gram = grams.of(layer.name)
         if gram is not None and gram.tokens >= options.min_tokens:
             weight = matrix(job.source.model, layer).detach().float()
             problem = layer_problem(layer, weight, gram, options.pattern)
-            counts = row_importance(problem, options.importance, job.gradients, of_layer=True)
+            counts = row_sensitivity(problem, options.sensitivity, job.gradients, of_layer=True)
             found.append(_curve(layer, problem, counts, options))
         tick(1)
     block.advance()
@@ -80,7 +80,7 @@ def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:
 
 def _curve(layer: Layer, problem: LayerProblem, counts: Tensor, options: PruneOptions) -> Curve:
     middle = options.pattern.pruned_per_group(layer.n)
-    least, most = ends(layer.n, middle, options.layer_spread)
+    least, most = ends(layer.n, middle, options.layer_deviation)
     pruned = sorted({*np.linspace(least, most, _MEASURED).round().astype(int).tolist(), middle})
     costs = []
     for count in pruned:

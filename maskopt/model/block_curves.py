@@ -17,15 +17,15 @@ from torch import Tensor
 
 from maskopt.errors import OptionError
 from maskopt.model.blocks import Layer, matrix
-from maskopt.model.importance import VARIANT_WINDOWS, VARIANTS
 from maskopt.model.job import Job
 from maskopt.model.memory import by_block
 from maskopt.model.options import PruneOptions
 from maskopt.model.problems import layer_problem
+from maskopt.model.sensitivity import VARIANT_WINDOWS, VARIANTS
 from maskopt.model.share_out import Curve, Moves
 from maskopt.model.side_by_side import Variants, divergences, place, through
+from maskopt.model.token_weights import GRADIENT, UNIFORM
 from maskopt.model.walk_block import Block
-from maskopt.model.weighting import ALIKE, GRADIENT
 from maskopt.pattern import Unstructured
 from maskopt.problem import LayerProblem
 from maskopt.solver import solve
@@ -39,8 +39,10 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
         options: of the dense model's inputs; a block's samples stay while its Gram matrices are made.
     """
     # the gradients that count tokens are those of all windows, of another walk
-    weighting = ALIKE if options.weighting == GRADIENT else options.weighting
-    walk = job.whole_again(replace(options, weighting=weighting), job.few()[:VARIANT_WINDOWS])
+    token_weights = UNIFORM if options.token_weights == GRADIENT else options.token_weights
+    walk = job.whole_again(
+        replace(options, token_weights=token_weights), job.few()[:VARIANT_WINDOWS]
+    )
     windows = range(walk.count)
     check_moves(job, options)
     most = VARIANTS * len(job.source.blocks)
@@ -51,14 +53,14 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
         for block in walk.blocks():
             entered = block.opened.samples.states
             problems = _problems(walk, block, options)
-            tick = block.ticker("budget", len(held) + VARIANTS)
+            tick = block.ticker("allocation", len(held) + VARIANTS)
             for states in held.values():
                 through(block, states, windows)
                 tick(1)
             if problems:
                 chosen = [layer for layer, _ in problems]
                 alike = {x.name: options.pattern.pruned_per_group(x.n) for x in chosen}
-                move = moves[block.index] = Moves.of(chosen, alike, options.layer_spread)
+                move = moves[block.index] = Moves.of(chosen, alike, options.layer_deviation)
                 for level in _measured(move):
                     counts = [move.counts(index)[level] for index in range(len(chosen))]
                     key = block.index, move.counts(0)[level]
@@ -79,13 +81,13 @@ def check_moves(job: Job, options: PruneOptions) -> None:
     """Raise OptionError where no block's layers can prune more or less together."""
     alike = {layer.name: options.pattern.pruned_per_group(layer.n) for layer in job.layers}
     moves = [
-        Moves.of(layers, alike, options.layer_spread) for layers in by_block(job.layers).values()
+        Moves.of(layers, alike, options.layer_deviation) for layers in by_block(job.layers).values()
     ]
     if all(len(move.moves) == 1 for move in moves):
         widths = sorted({layer.n for layer in job.layers})
         raise OptionError(
-            f"`importance` measured: layers of {', '.join(map(str, widths))} inputs have no step in common "
-            "that is within `spread`; take a larger `spread`, or `importance` loss"
+            f"`sensitivity` kl: layers of {', '.join(map(str, widths))} inputs have no step in common "
+            "that is within `max_deviation`; take a larger one, or `sensitivity` fisher"
         )
 
 

@@ -63,7 +63,7 @@ class Effects:
 
     def problem(self, count: int) -> RowProblem:
         """Which `count` blocks to leave out, as a problem for any solver."""
-        return RowProblem.from_quadratic(self.quadratic().numpy(), select=count, name="blocks")
+        return RowProblem.from_quadratic(self.quadratic().numpy(), cardinality=count, name="blocks")
 
     def best(self, count: int) -> tuple[list[int], Solution]:
         """The set of least cost, and the solution that says whether it is proven."""

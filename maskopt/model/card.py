@@ -49,7 +49,7 @@ def write_card(
         os.replace(folder / CARD, folder / kept)
     inherited = _inherited(original)
     above = base or inherited.pop("base_model", None)
-    smaller = "pattern" not in report.fingerprint["options"]
+    smaller = "sparsity" not in report.fingerprint["options"]
     data = ModelCardData(
         **(inherited | ({"base_model": above} if above else {})),
         library_name="transformers",
@@ -117,9 +117,9 @@ def _free_name(there: Sequence[str]) -> str:
 
 def _made(report: PruneReport) -> str:
     options = report.fingerprint["options"]
-    if "pattern" not in options:
+    if "sparsity" not in options:
         return "made smaller"
-    pattern = pattern_from_dict(options["pattern"])
+    pattern = pattern_from_dict(options["sparsity"])
     return f"pruned to {pattern if isinstance(pattern, NM) else f'{report.sparsity:.0%} zeros'}"
 
 
@@ -146,7 +146,7 @@ def _use(smaller: bool, own_code: bool) -> str:
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
         "```\n\n"
-        "`maskopt verify FOLDER --against ORIGINAL` checks that nothing but the named weights differs"
+        "`maskopt verify FOLDER --original ORIGINAL` checks that nothing but the named weights differs"
         f"{zeros}."
     )
 
@@ -160,7 +160,7 @@ def _figures(report: PruneReport, smaller: bool) -> str:
         lines.append(f"| error of the layers' outputs, mean | {mean:.4g} |")
     held = [layer.relative_held for layer in solved if layer.relative_held is not None]
     if held:
-        lines.append(f"| the same on windows kept aside | {sum(held) / len(held):.4g} |")
+        lines.append(f"| the same on held-out windows | {sum(held) / len(held):.4g} |")
     rows = sum(layer.rows for layer in solved)
     proven = sum(n for x in solved for status, n in x.statuses.items() if status != "feasible")
     if rows and not smaller:
@@ -172,8 +172,8 @@ def _figures(report: PruneReport, smaller: bool) -> str:
             "## Figures",
             "\n".join(lines),
             "Errors are parts of the energy of a layer's output, on the inputs that the pruned blocks before "
-            "leave. `maskopt-manifest.json` has them layer by layer. They do not tell how well the model "
-            "writes: `maskopt eval` measures perplexity.",
+            "leave. `maskopt-manifest.json` has them layer by layer. They are not the quality of the "
+            "model: `maskopt eval` measures perplexity.",
         ]
     )
 

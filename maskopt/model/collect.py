@@ -329,7 +329,7 @@ def collect(
         all_experts: experts are observed on all tokens, not only on those routed to them; what
             the block computes stays as it is.
         weights: of a sample's tokens [length], while its state is what enters the block; None: all count
-            once. See `maskopt.model.weighting`.
+            once. See `maskopt.model.token_weights`.
 
     Raises:
         ModelError: a sample with NaN or infinite activations (unless those may be left out).

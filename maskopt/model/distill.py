@@ -260,7 +260,7 @@ def _kept(source: FolderSource, options: DistillOptions) -> dict[str, tuple[Laye
         if bool((matrix(source.model, layer).cpu()[~mask] != 0).any()):
             raise ModelError(
                 f"{checkpoint.folder}: layer {layer.name!r} holds weights that its mask prunes; "
-                "`maskopt apply` the masks to it first"
+                "`maskopt masks apply` the masks to it first"
             )
         if not bool(mask.all()):
             kept[layer.name] = layer, mask

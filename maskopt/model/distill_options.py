@@ -11,8 +11,8 @@ from maskopt.model.walk_options import MACHINE, MASKS, TEXT, WalkOptions, descri
 
 #: of the walk's options, those that say nothing of a model that is trained as a whole
 NOT_HERE = (
-    *("include", "exclude", "one_pass", "true_sequential", "all_experts"),
-    *("skip_bad_samples", "weighting", "dtype"),
+    *("include", "exclude", "calibrate_on", "true_sequential", "all_experts"),
+    *("skip_bad_samples", "token_weights", "dtype"),
 )
 
 
@@ -26,10 +26,13 @@ class DistillOptions(WalkOptions):
 
     # the fitted loss of windows that a prune trained its blocks on is low already, and teaches less
     seed: int = option_field(
-        1, MASKS, "Of the windows and their order; better not that of the prune, for other windows."
+        1,
+        MASKS,
+        "Random seed of the windows and their order; better not that of the prune, for other "
+        "windows.",
     )
-    epochs: int = option_field(2, MASKS, "Over the windows.", least=1)
-    batch: int = option_field(2, MASKS, "Windows of a step.", least=1)
+    epochs: int = option_field(2, MASKS, "Epochs over the windows.", least=1)
+    batch: int = option_field(2, MASKS, "Windows per step.", least=1)
     learning_rate: float = option_field(
         0.0003,
         MASKS,
@@ -40,7 +43,7 @@ class DistillOptions(WalkOptions):
     holdout: float = option_field(
         0.1,
         MASKS,
-        "Share of the windows that is kept aside, to judge every epoch.",
+        "Share of the windows that are held out to judge every epoch.",
         least=0,
         below=1,
     )

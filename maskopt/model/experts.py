@@ -91,7 +91,9 @@ def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
             if n.partition(".")[0] in _ROUTERS and b.ndim and b.shape[0] == count
         ]
         if not routers or kept:
-            what = f"keeps {kept[0]!r} beside its weights" if kept else "is of no known form"
+            what = (
+                f"keeps {kept[0]!r} in addition to its weights" if kept else "is of no known form"
+            )
             raise ModelError(f"{full}: its router {what}; leave out `experts`")
         each = _each(blocks.model, full)
         found.append(Mixture(full, name, index, count, each, (*parameters, *routers)))

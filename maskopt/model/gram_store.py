@@ -2,7 +2,7 @@
 
 A folder with a safetensors file for every block, in it the sums of every distinct Gram matrix (float64, upper
 triangles), and `maskopt-grams.json`: what they are of (model, text, options, versions), the files' digests.
-A prune from them gives the bytes of a prune with `one_pass` from the text.
+A prune from them gives the bytes of a prune with `calibrate_on` dense from the text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from maskopt.model.collect import BadSample, Grams
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import by_block
-from maskopt.model.options import AUTO, RECONSTRUCT, PruneOptions, prune_options
+from maskopt.model.options import AUTO, BLOCKWISE, PruneOptions, prune_options
 from maskopt.model.output import FinishedBlock, check_disk
 from maskopt.model.progress import OnBlockProgress, Tick, ticker
 from maskopt.model.ranks import ALONE, Ranks
@@ -37,7 +37,7 @@ from maskopt.model.workspace import Workspace, check_inputs, check_output, open_
 FORMAT = "maskopt-grams-1"
 INDEX = "maskopt-grams.json"
 #: options that decide Gram matrices, and are those of the store whatever is asked for later
-OF_STORE = ("weighting", "all_experts", "skip_bad_samples", "holdout", "seed")
+OF_STORE = ("token_weights", "all_experts", "skip_bad_samples", "holdout", "seed")
 #: options that say how text is read
 _OF_TEXT = ("bos", "chat", "text_field")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -73,7 +73,7 @@ def collect_grams(
     Raises:
         MaskoptError: as for `prune_model`.
     """
-    options = options_by_name(WalkOptions, options, {**shorthand, "one_pass": True})
+    options = options_by_name(WalkOptions, options, {**shorthand, "calibrate_on": "dense"})
     target = Path(output)
     inputs = {"model": model, "calibration": calibration}
     ranks.agreed(lambda: check_output(target, overwrite=overwrite, resume=False, **inputs))
@@ -152,10 +152,8 @@ class GramStore:
             OptionError: what needs a walk through the model, or is asked for in another way than it is here.
         """
         shorthand = dict(shorthand or {})
-        if RECONSTRUCT in (shorthand.get("weights"), getattr(options, "weights", None)):
-            raise OptionError(
-                "`weights` reconstruct needs the text: give `calibration`, not `grams`"
-            )
+        if BLOCKWISE in (shorthand.get("update"), getattr(options, "update", None)):
+            raise OptionError("`update` blockwise needs the text: give `calibration`, not `grams`")
         own = self.own
         usual = {field.name: field.default for field in dataclasses.fields(PruneOptions)}
         options = prune_options(options, shorthand if options else {**own, **shorthand})
@@ -164,10 +162,10 @@ class GramStore:
             raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
         if options.sensitive or (options.layers_trade and not options.counts):
             raise OptionError(
-                "layers that trade, and rows that trade by the model's loss, need the text: give "
-                "`calibration`, or `budget` layer with `importance` alike or relative, or the `counts`"
+                "`allocation` layers, and `sensitivity` fisher, need the text: give "
+                "`calibration`, or `sensitivity` uniform or relative with `allocation` rows, or the `counts`"
             )
-        made = {**own, "one_pass": True}
+        made = {**own, "calibrate_on": "dense"}
         for name in (*made, *_OF_TEXT):
             asked, here = getattr(options, name), made.get(name, usual[name])
             # options that were made beforehand hold all of them, and ask for none that is at its default
@@ -177,7 +175,7 @@ class GramStore:
                     f"`{name}` {asked} says nothing here: it is part of what {self.folder} was made of; "
                     "leave it out, or make others with `maskopt gram`"
                 )
-        return dataclasses.replace(options, one_pass=True, **own)
+        return dataclasses.replace(options, calibrate_on="dense", **own)
 
     def check_model(self, job: Job) -> None:
         """Raise ModelError where they are of another model, or not of all of these layers."""

@@ -30,21 +30,21 @@ from maskopt.model.blocks import Layer, choose, vocabulary_size
 from maskopt.model.collect import OpenBlock, Samples
 from maskopt.model.forward import Captured, capture, ending
 from maskopt.model.gradients import DenseModel, Gradients
-from maskopt.model.importance import GRADIENT_WINDOWS
 from maskopt.model.lanes import lanes_to
 from maskopt.model.memory import Load, by_block, check_memory, state_copies, trained_states
 from maskopt.model.opening import capped_length, open_source
 from maskopt.model.progress import OnBlockProgress, ticker
 from maskopt.model.ranks import ALONE, Ranks
+from maskopt.model.sensitivity import GRADIENT_WINDOWS
 from maskopt.model.source import Source
 from maskopt.model.threads import Threads
+from maskopt.model.token_weights import GRADIENT, SKIP_FIRST, UNIFORM, weights_of_tokens
 from maskopt.model.tokens import (
     Windows,
     check_vocabulary,
 )
 from maskopt.model.walk_block import Block
 from maskopt.model.walk_options import WalkOptions
-from maskopt.model.weighting import ALIKE, GRADIENT, REST, token_weights
 from maskopt.model.windows import held_out, windows_of
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def open_job(
     if text is not None:
         windows = windows_of(source, text, tokenizer, options, whole, limit)
         check_vocabulary(windows, vocabulary_size(source.model))
-        if windows.length < 2 and (options.weighting == REST or options.backward):
-            name = "importance" if options.sensitive else "weighting"
+        if windows.length < 2 and (options.token_weights == SKIP_FIRST or options.backward):
+            name = "sensitivity" if options.sensitive else "token_weights"
             raise DataError(
                 f"`{name}` {getattr(options, name)} leaves nothing of windows of a single token"
             )
@@ -377,7 +377,7 @@ class Job:
         assert self.windows is not None
         blocks, states = len(self.source.blocks), captured.states
         # where tokens are weighted by them, those of the windows kept aside are, too
-        weighted = self.options.weighting == GRADIENT
+        weighted = self.options.token_weights == GRADIENT
         chosen = list(range(len(self.windows))) if weighted else self.few()
         size = (
             (blocks + 1)
@@ -394,16 +394,16 @@ class Job:
         )
         return dense.gradients(layers, aside)
 
-    def token_weights(self, block: int, states: Activations) -> Callable[[int], Tensor] | None:
+    def weights_of_tokens(self, block: int, states: Activations) -> Callable[[int], Tensor] | None:
         """What each token of a window counts, `states` entering the block; None: all of them once."""
-        weighting = self.options.weighting
-        if weighting == ALIKE:
+        token_weights = self.options.token_weights
+        if token_weights == UNIFORM:
             return None
         norms = None if self.gradients is None else self.gradients.norms[block]
 
         def of(window: int) -> Tensor:
-            return token_weights(
-                states[window], weighting, None if norms is None else norms[window]
+            return weights_of_tokens(
+                states[window], token_weights, None if norms is None else norms[window]
             )
 
         return of

@@ -94,7 +94,7 @@ class KeptMasks:
             name = next(name for name, count in self._lost_by_name() if count)
             raise ModelError(
                 f"{name!r} holds weights that its mask prunes ({lost} in all): give the pruned model, or "
-                "`maskopt apply` the masks to this one first"
+                "`maskopt masks apply` the masks to this one first"
             )
         self._lora = LoraLayer.of(model, {id(p): kept for p, kept in self._held.values()})
         self._undo: list[Callable[[], None]] = []

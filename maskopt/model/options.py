@@ -15,7 +15,7 @@ import numpy as np
 from maskopt.errors import ModelError, OptionError, PatternError, SolverError
 from maskopt.fields import build
 from maskopt.least_squares import Refit
-from maskopt.model.importance import IMPORTANCES, LOSS, MEASURED, VARIANT_WINDOWS, VARIANTS
+from maskopt.model.sensitivity import FISHER, KL, SENSITIVITIES, VARIANT_WINDOWS, VARIANTS
 from maskopt.model.solving import check_size, check_solver, default_start
 from maskopt.model.training import Reconstruction
 from maskopt.model.walk_options import (
@@ -26,69 +26,73 @@ from maskopt.model.walk_options import (
     described,
     option_field,
 )
-from maskopt.pattern import NM, Pattern, Unstructured, pattern_to_dict
+from maskopt.pattern import NM, Pattern, Unstructured, parse_sparsity, pattern_to_dict
 
 if TYPE_CHECKING:
     from maskopt.model.blocks import Layer
 
-#: of `shrink`
+#: of `gram_shrinkage`
 AUTO = "auto"
 #: of `target`
 TARGETS = ("pruned", "dense")
-#: of `weights`
-KEEP, REFIT, RECONSTRUCT = WEIGHTS = ("keep", "refit", "reconstruct")
-#: of `budget`
-ROW, LAYER, MODEL, BOTH = BUDGETS = ("row", "layer", "model", "both")
+#: of `update`
+NONE, LEAST_SQUARES, BLOCKWISE = UPDATES = ("none", "least-squares", "blockwise")
+#: of `allocation`
+UNIFORM, ROWS, LAYERS, BOTH = ALLOCATIONS = ("uniform", "rows", "layers", "both")
 #: where none is given: of rows that trade, the best of ± 0.05, 0.1, 0.2 and any on both demo models at
 #: 70% (tests/benchmarks/generalisation.py); of layers, whether their rows trade, too, or not
-ROW_SPREAD, LAYER_SPREAD = 0.1, 0.2
+ROW_DEVIATION, LAYER_DEVIATION = 0.1, 0.2
 
 
 @dataclass(frozen=True)
 class PruneOptions(WalkOptions):
     """Everything but model, text and output that a prune can be told.
 
-    `PruneOptions(Unstructured(sparsity=0.5))`, `PruneOptions(NM(keep=2, of=4), "wanda", samples=64)`.
+    `PruneOptions(0.5)`, `PruneOptions("2:4", "wanda", samples=64)`.
 
     Raises:
         MaskoptError: a value that cannot be, an unknown solver, an option that it does not have.
     """
 
-    pattern: Pattern = field(
-        metadata=about(MASKS, "0.6, or 2:4, which keeps 2 of every 4 consecutive inputs.")
+    sparsity: Pattern | float | str = field(
+        metadata=about(
+            MASKS,
+            "Share of weights to prune in each row (0.6 or 60%; an average with `allocation`), or "
+            "N:M, which keeps N of every M consecutive inputs (2:4). Required.",
+        )
     )
     solver: str = option_field("swap", MASKS, "See `maskopt solvers`.")
-    warm_start: str | None = option_field(
+    start: str | None = option_field(
         None,
         MASKS,
-        "The solver that makes the start; default: for swap relax, or admm where weights are refitted; else "
-        "the solver's own.",
+        "Solver that computes the initial mask. Default with swap: relax (admm with `update` "
+        "least-squares); other solvers use their own.",
     )
     solver_options: Mapping[str, Any] = field(
         default_factory=dict,
-        metadata=about(MASKS, "An option of the solver, NAME=VALUE; may be repeated."),
+        metadata=about(MASKS, "Solver option, NAME=VALUE; may be repeated."),
     )
-    budget: str = option_field(
-        ROW,
+    allocation: str = option_field(
+        UNIFORM,
         MASKS,
-        "What has a count of its own. row: every row of a layer prunes as many weights, as do layers; layer: "
-        "only the layer, and its rows trade; model: only the model, and its layers trade, their rows alike; "
-        "both: as model, and then the rows of each layer trade.",
-        choices=BUDGETS,
+        "Where sparsity may differ. uniform: every row has the same sparsity; rows: rows of a layer may "
+        "differ; layers: layers may differ; both.",
+        choices=ALLOCATIONS,
     )
-    importance: str = option_field(
-        LOSS,
+    sensitivity: str = option_field(
+        FISHER,
         MASKS,
-        "Of what trades, what a row's or a layer's error counts. alike: as it is; relative: as "
-        "a part of its output; loss: by the squared gradient of the dense model's loss by each output; "
-        "measured: of the layers of a block together, by what the model's output loses (`budget` model).",
-        choices=IMPORTANCES,
+        "With `allocation`, how errors of rows or layers are weighted. uniform: equally; relative: by"
+        " the inverse of the output energy; fisher: by the squared gradient of the loss of the dense "
+        "model by each output; kl: one measurement per block, of the KL divergence of the model "
+        "output (`allocation` layers).",
+        choices=SENSITIVITIES,
     )
-    spread: float | None = option_field(
+    max_deviation: float | None = option_field(
         None,
         MASKS,
-        "Of what trades, how far a sparsity may be from the mean: a layer's from the model's, a row's from "
-        "its layer's. 1: any. Default: 0.1 where rows alone trade, else 0.2.",
+        "With `allocation`, how far a layer's sparsity may be from the model's, a row's from its layer's. "
+        "1: any. Default: 0.1 for rows alone, else 0.2.",
         least=0,
         most=1,
     )
@@ -96,155 +100,159 @@ class PruneOptions(WalkOptions):
         default_factory=dict,
         metadata=about(
             MASKS,
-            "Of layers that trade, how many inputs each row of a layer prunes (of `budget` both: in the "
-            "mean), by layer name; chosen by `importance` where none are given.",
+            "With `allocation` layers or both, number of inputs to prune per row (on average), by layer "
+            "name; on the command line a JSON file that is read.",
         ),
     )
     target: str = option_field(
         "pruned",
         MASKS,
-        "What a layer's output is to be like. pruned: the dense layer's on the inputs that it has in the "
-        "model pruned so far; dense: what it is in the dense model, which then goes along.",
+        "Output that a pruned layer should reproduce. pruned: the dense weights applied to the "
+        "activations of the model pruned so far; dense: the layer output of the dense model, which "
+        "runs along.",
         choices=TARGETS,
     )
-    weights: str = option_field(
-        KEEP,
+    update: str = option_field(
+        NONE,
         MASKS,
-        "Of what is kept. keep: as they are; refit: set anew by least squares, so that they take over from "
-        "the pruned ones, and masks are chosen for that; reconstruct: trained, block by block, to give what "
-        "the dense model gives.",
-        choices=WEIGHTS,
+        "How kept weights are updated. none: unchanged; least-squares: solved per row, and masks are "
+        "chosen for the error after the update; blockwise: trained per decoder block to match the "
+        "dense model.",
+        choices=UPDATES,
     )
-    reconstruct: Mapping[str, Any] = field(
+    training: Mapping[str, Any] = field(
         default_factory=dict,
         metadata=about(
-            MASKS, "Of `weights` reconstruct: how to train, NAME=VALUE; may be repeated."
+            MASKS, "With `update` blockwise, how to train, NAME=VALUE; may be repeated."
         ),
     )
     damping: float | str = option_field(
         Refit.damping,
         MASKS,
-        "Of refitted weights, how strongly they stay where they were, in parts of G's mean diagonal; auto: "
-        "per layer by the error on held-out windows.",
+        "With `update` least-squares, penalty that keeps weights near their values, relative to the "
+        "mean of diag(G); auto: per layer by the error on held-out windows.",
     )
-    damping_power: float = option_field(
+    damping_exponent: float = option_field(
         Refit.power,
         MASKS,
-        "Of `damping`, how far it goes with an input's own part of G's diagonal: 0, alike for all inputs; 1, "
-        "in proportion.",
+        "Exponent p: the damping of input i is scaled by G[i,i]^p. 0: the same for all inputs.",
         least=0,
         most=1,
     )
     min_tokens: int = option_field(
         32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.", least=1
     )
-    shrink: float | str = option_field(
+    gram_shrinkage: float | str = option_field(
         0.0,
         MASKS,
         "α of G ← (1−α)G + α·diag(G); auto: per layer by the error on held-out windows.",
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", parse_sparsity(self.sparsity))
         super().__post_init__()
         object.__setattr__(self, "solver_options", dict(self.solver_options))
         counts = {n: c.item() if isinstance(c, np.generic) else c for n, c in self.counts.items()}
         object.__setattr__(self, "counts", counts)
-        self._set_budget()
+        self._set_allocation()
         self._set_reconstruction()
-        _check_shrink(self.shrink, self.holdout)
+        _check_shrink(self.gram_shrinkage, self.holdout)
         _check_damping(self.damping, self.holdout)
         if self.refit is None:
-            check_undamped(self.damping, self.damping_power)
-        for name in ("one_pass", "true_sequential"):
-            if self.moved and getattr(self, name):
-                raise OptionError(
-                    f"`target` dense and `{name}` exclude each other: it takes whole blocks, and inputs "
-                    "from the model pruned so far"
-                )
-        check_solver(self.solver, self.solver_options, self.start, self._pattern_of(self.pattern))
+            check_undamped(self.damping, self.damping_exponent)
+        if self.moved and (self.one_pass or self.true_sequential):
+            other = "`calibrate_on` dense" if self.one_pass else "`true_sequential`"
+            raise OptionError(
+                f"`target` dense and {other} exclude each other: it takes whole blocks, and inputs from the "
+                "model pruned so far"
+            )
+        check_solver(
+            self.solver, self.solver_options, self.start_solver, self._pattern_of(self.pattern)
+        )
 
-    def _set_budget(self) -> None:
-        """Pattern and `budget` say the same; either is enough."""
+    def _set_allocation(self) -> None:
+        """Pattern and `allocation` say the same; either is enough."""
         if isinstance(self.pattern, Unstructured) and self.pattern.pooled and not self.layers_trade:
             self._trade_as(self.pattern)
-        elif self.budget != ROW:
+        elif self.allocation != UNIFORM:
             if isinstance(self.pattern, NM):
                 raise OptionError(
-                    f"`budget` {self.budget} is of a sparsity; {self.pattern} has a count in every group"
+                    f"`allocation` {self.allocation} needs a share such as 0.5, not {self.pattern}"
                 )
             if self.layers_trade and (self.pattern.pooled or self.pattern.sparsity is None):
                 raise OptionError(
-                    f"`budget` {self.budget} is of a plain sparsity, such as 0.5, not of {self.pattern}"
+                    f"`allocation` {self.allocation} needs a share such as 0.5, not {self.pattern}"
                 )
-            if self.rows_trade and self.spread is None:
-                usual = ROW_SPREAD if self.budget == LAYER else LAYER_SPREAD
-                object.__setattr__(self, "spread", usual)
-            if self.budget == LAYER:
-                object.__setattr__(self, "pattern", self._pattern_of(self.pattern))
-        elif self.spread is not None:
-            raise OptionError("`spread` is of what trades: give `budget` layer, model or both, too")
+            if self.rows_trade and self.max_deviation is None:
+                usual = ROW_DEVIATION if self.allocation == ROWS else LAYER_DEVIATION
+                object.__setattr__(self, "max_deviation", usual)
+            if self.allocation == ROWS:
+                object.__setattr__(self, "sparsity", self._pattern_of(self.pattern))
+        elif self.max_deviation is not None:
+            raise OptionError("`max_deviation` needs `allocation` rows, layers or both")
         if self.counts and not self.layers_trade:
-            raise OptionError("`counts` are those of layers that trade: give `budget` model, too")
-        if self.budget == ROW and self.importance != LOSS:
-            raise OptionError(
-                "`importance` is of what trades: give `budget` layer, model or both, too"
-            )
+            raise OptionError("`counts` need `allocation` layers or both")
+        if self.allocation == UNIFORM and self.sensitivity != FISHER:
+            raise OptionError("`sensitivity` needs `allocation` rows, layers or both")
         if self.sensitive:
-            self._check_every_window("`importance` loss")
-        if self.importance == MEASURED and self.rows_trade:
+            self._check_every_window("`sensitivity` fisher")
+        if self.sensitivity == KL and self.rows_trade:
             raise OptionError(
-                "`importance` measured is of whole blocks and says nothing of rows: with `budget` "
-                f"{self.budget} take loss, or `budget` model"
+                "`sensitivity` kl is of whole blocks, not of rows: take fisher, or `allocation` layers"
             )
 
     def _trade_as(self, pattern: Unstructured) -> None:
-        """Rows trade as this pattern says; its spread and the option's are one."""
-        said = 1.0 if self.spread is None else self.spread
-        spread = said if pattern.spread is None else pattern.spread
-        if self.spread not in (None, spread):
-            raise OptionError(f"`spread` {self.spread} is not that of the pattern ({pattern})")
-        object.__setattr__(self, "budget", LAYER)
-        object.__setattr__(self, "spread", spread)
-        object.__setattr__(self, "pattern", self._pattern_of(pattern))
+        """Rows differ as this pattern says; its `max_deviation` and the option's are one."""
+        said = 1.0 if self.max_deviation is None else self.max_deviation
+        max_deviation = said if pattern.max_deviation is None else pattern.max_deviation
+        if self.max_deviation not in (None, max_deviation):
+            raise OptionError(
+                f"`max_deviation` {self.max_deviation} is not that of the pattern ({pattern})"
+            )
+        object.__setattr__(self, "allocation", ROWS)
+        object.__setattr__(self, "max_deviation", max_deviation)
+        object.__setattr__(self, "sparsity", self._pattern_of(pattern))
 
     def _set_reconstruction(self) -> None:
         """Every setting is there, or none where nothing is trained."""
-        given = dict(self.reconstruct)
-        if self.weights != RECONSTRUCT:
+        given = dict(self.training)
+        if self.update != BLOCKWISE:
             if given:
-                raise OptionError(
-                    "`reconstruct` says how to train: give `weights` reconstruct, too"
-                )
+                raise OptionError("`training` needs `update` blockwise")
         else:
-            given = asdict(build(Reconstruction, "reconstruct", given, "option"))
+            given = asdict(build(Reconstruction, "training", given, "option"))
             if not self.holdout:
                 raise OptionError(
-                    "`weights` reconstruct needs windows that judge it: give a `holdout` such as 0.1"
+                    "`update` blockwise needs windows that judge it: give a `holdout` such as 0.1"
                 )
             if self.one_pass:
                 raise OptionError(
-                    "`weights` reconstruct and `one_pass` exclude each other: it trains on inputs from the "
-                    "model pruned so far"
+                    "`update` blockwise trains on inputs of the pruned model: not with `calibrate_on` dense"
                 )
-        object.__setattr__(self, "reconstruct", given)
+        object.__setattr__(self, "training", given)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The sparsity as a pattern."""
+        return parse_sparsity(self.sparsity)
 
     @property
     def reconstruction(self) -> Reconstruction | None:
         """How kept weights are trained; None: they are not."""
-        return Reconstruction(**self.reconstruct) if self.reconstruct else None
+        return Reconstruction(**self.training) if self.training else None
 
     @property
-    def start(self) -> str | None:
+    def start_solver(self) -> str | None:
         """The solver that makes the start: the one named, `relax` or `admm` for swap, or the solver's own."""
-        return self.warm_start or default_start(self.solver, refit=self.refit is not None)
+        return self.start or default_start(self.solver, refit=self.refit is not None)
 
     @property
     def refit(self) -> Refit | None:
         """How kept weights are refitted, `damping` auto counting as its default; None: they stay."""
-        if self.weights == KEEP or self.reconstruct.get("begin") == KEEP:
+        if self.update == NONE or self.training.get("begin") == NONE:
             return None
         damping = Refit.damping if self.damping == AUTO else float(self.damping)
-        return Refit(damping, self.damping_power)
+        return Refit(damping, self.damping_exponent)
 
     @property
     def beside(self) -> bool:
@@ -257,26 +265,26 @@ class PruneOptions(WalkOptions):
     @property
     def sensitive(self) -> bool:
         trades = self.rows_trade or (self.layers_trade and not self.counts)
-        return trades and self.importance == LOSS
+        return trades and self.sensitivity == FISHER
 
     def variant_windows(self, windows: int, blocks: int) -> int:
-        measured = self.layers_trade and self.importance == MEASURED and not self.counts
+        measured = self.layers_trade and self.sensitivity == KL and not self.counts
         return VARIANTS * blocks * min(VARIANT_WINDOWS, windows) if measured else 0
 
     @property
     def rows_trade(self) -> bool:
         """Whether those of a layer do."""
-        return self.budget in (LAYER, BOTH)
+        return self.allocation in (ROWS, BOTH)
 
     @property
     def layers_trade(self) -> bool:
         """Whether those of the model do."""
-        return self.budget in (MODEL, BOTH)
+        return self.allocation in (LAYERS, BOTH)
 
     @property
-    def layer_spread(self) -> float:
+    def layer_deviation(self) -> float:
         """How far a layer's sparsity may be from the model's."""
-        return LAYER_SPREAD if self.spread is None else self.spread
+        return LAYER_DEVIATION if self.max_deviation is None else self.max_deviation
 
     def pattern_of(self, layer: Layer) -> Pattern:
         """The layer's own where layers trade, once their counts are known; else that of all."""
@@ -288,7 +296,11 @@ class PruneOptions(WalkOptions):
         """Of a layer, from that of rows that prune alike."""
         if not self.rows_trade or isinstance(alike, NM):
             return alike
-        return replace(alike, per="layer", spread=None if self.spread == 1 else self.spread)
+        return replace(
+            alike,
+            per="layer",
+            max_deviation=None if self.max_deviation == 1 else self.max_deviation,
+        )
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         super().check_layers(layers)
@@ -301,7 +313,7 @@ class PruneOptions(WalkOptions):
                 self.pattern.check(layer.n)
                 pattern = self._pattern_of(self.pattern_of(layer))
                 check_size(
-                    self.solver, self.solver_options, self.start, layer.n, pattern,
+                    self.solver, self.solver_options, self.start_solver, layer.n, pattern,
                     refit=self.refit is not None,
                 )  # fmt: skip
             except (PatternError, SolverError) as error:
@@ -316,7 +328,7 @@ class PruneOptions(WalkOptions):
         """Raise OptionError where `counts` are not of these layers, or not as many in all as they would be
         alike."""
         check_names(self.counts, [layer.name for layer in layers], "layer that is pruned")
-        total, most = 0, 1.0 if self.spread is None else self.spread
+        total, most = 0, 1.0 if self.max_deviation is None else self.max_deviation
         for layer in layers:
             count = self.counts.get(layer.name)
             if type(count) is not int or not 0 <= count < layer.n:
@@ -327,7 +339,7 @@ class PruneOptions(WalkOptions):
             if abs(count - self.pattern.pruned_in(1, layer.n)) > most * layer.n + 1:  # rounded
                 raise OptionError(
                     f"`counts` of layer {layer.name!r} prune {count / layer.n:.1%}, further from "
-                    f"{self.pattern} than `spread` {self.spread:g}; give other counts, or `spread` 1 (any)"
+                    f"{self.pattern} than `max_deviation` {self.max_deviation:g}; give other counts"
                 )
             total += layer.rows * count
         alike = sum(self.pattern.pruned_in(layer.rows, layer.n) for layer in layers)
@@ -340,50 +352,39 @@ class PruneOptions(WalkOptions):
         """What decides the masks, as JSON values: for the manifest."""
         names = [f.name for f in dataclasses.fields(self) if f.metadata["decides"] == MASKS]
         values = {name: getattr(self, name) for name in names}
-        values["pattern"] = pattern_to_dict(self.pattern)
-        values["warm_start"] = self.start
+        values["sparsity"] = pattern_to_dict(self.pattern)
+        values["start"] = self.start_solver
         values["solver_options"] = dict(sorted(self.solver_options.items()))
         values["counts"] = dict(sorted(self.counts.items()))
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
-    """The options, with single ones set by name; `sparsity=0.5` is short for its pattern.
+    """The options, with single ones set by name.
 
     Raises:
         OptionError: a name that is no option (near names are given).
-        PatternError: no pattern, or two of them.
+        PatternError: no sparsity.
     """
-    check_names(shorthand, ["sparsity", *(f.name for f in dataclasses.fields(PruneOptions))])
-    given = dict(shorthand)
-    sparsity, pattern = given.pop("sparsity", None), given.pop("pattern", None)
-    if options is None or sparsity is not None or pattern is not None:
-        given["pattern"] = one_pattern(sparsity, pattern)
-    return PruneOptions(**given) if options is None else dataclasses.replace(options, **given)
+    check_names(shorthand, [f.name for f in dataclasses.fields(PruneOptions)])
+    if options is not None:
+        return dataclasses.replace(options, **shorthand)
+    if shorthand.get("sparsity") is None:
+        raise PatternError("`sparsity` is missing: give 0.5, 50% or 2:4")
+    return PruneOptions(**shorthand)
 
 
-def one_pattern(sparsity: float | None, pattern: Pattern | None) -> Pattern:
-    """Whichever of the two is given.
-
-    Raises:
-        PatternError: both or none.
-    """
-    if (sparsity is None) == (pattern is None):
-        raise PatternError(
-            "give either a `sparsity` (0.6) or a `pattern` (2:4), exactly one of them"
-        )
-    return Unstructured(sparsity=sparsity) if pattern is None else pattern
-
-
-def _check_shrink(shrink: float | str, holdout: float) -> None:
-    if shrink == AUTO:
+def _check_shrink(gram_shrinkage: float | str, holdout: float) -> None:
+    if gram_shrinkage == AUTO:
         if not holdout:
-            raise ModelError("`shrink` auto needs held-out windows: give a `holdout` such as 0.2")
-    elif isinstance(shrink, str) or not 0 <= shrink <= 1:
-        raise ModelError(f"`shrink` must lie in [0, 1] or be auto, not {shrink!r}")
+            raise ModelError(
+                "`gram_shrinkage` auto needs held-out windows: give a `holdout` such as 0.2"
+            )
+    elif isinstance(gram_shrinkage, str) or not 0 <= gram_shrinkage <= 1:
+        raise ModelError(f"`gram_shrinkage` must lie in [0, 1] or be auto, not {gram_shrinkage!r}")
 
 
-def check_undamped(damping: float | str, damping_power: float) -> None:
+def check_undamped(damping: float | str, damping_exponent: float) -> None:
     """Weights that are not refitted are not damped.
 
     Raises:
@@ -391,10 +392,10 @@ def check_undamped(damping: float | str, damping_power: float) -> None:
     """
     for name, value, usual in (
         ("damping", damping, Refit.damping),
-        ("damping_power", damping_power, Refit.power),
+        ("damping_exponent", damping_exponent, Refit.power),
     ):
         if value != usual:
-            raise OptionError(f"`{name}` is of refitted weights: give `weights` refit, too")
+            raise OptionError(f"`{name}` is of refitted weights: give `update` least-squares, too")
 
 
 def _check_damping(damping: float | str, holdout: float) -> None:

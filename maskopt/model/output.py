@@ -22,7 +22,7 @@ from maskopt.model.checkpoint import damage, file_digest, open_checkpoint
 from maskopt.model.edits import Edits, write_values
 from maskopt.model.journal import Journal, differences, in_words
 from maskopt.model.maskfile import MaskFile, MaskFiles, TensorMask, join_masks, write_masks
-from maskopt.model.options import KEEP
+from maskopt.model.options import NONE
 from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.report import (
     LayerReport,
@@ -110,7 +110,7 @@ class FolderRun:
         with open_workspace(self.output, overwrite=self.overwrite, resume=self.resume) as work:
             self.work = work
             there = sum(file.stat().st_size for file in work.hidden.rglob("*") if file.is_file())
-            anew = fingerprint["options"]["weights"] != KEEP
+            anew = fingerprint["options"]["update"] != NONE
             check_disk(work.output, disk_needed(self.source.checkpoint, anew) - there)
             self.journal = Journal(work.journal)
             self.journal.begin(dict(fingerprint))
@@ -377,7 +377,7 @@ def recorded_counts(output: Path, options: Mapping[str, Any]) -> dict[str, int] 
 def apply_masks(
     model: str | Path, masks: str | Path, output: str | Path, *, overwrite: bool = False
 ) -> Path:
-    """`maskopt apply`: a copy of a model folder with the masked entries set to zero.
+    """`maskopt masks apply`: a copy of a model folder with the masked entries set to zero.
 
     Raises:
         ModelError: the masks do not belong to the model, or were changed.
@@ -401,7 +401,7 @@ def apply_masks(
 def extract_masks(
     model: str | Path, output: str | Path, *, overwrite: bool = False
 ) -> dict[str, float]:
-    """`maskopt extract-masks`: what is not zero in the linear layers, as a mask file.
+    """`maskopt masks export`: what is not zero in the linear layers, as a mask file.
 
     Returns the share of zeros by tensor.
     """

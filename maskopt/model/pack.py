@@ -91,7 +91,7 @@ def unpack_folder(
     packed_shards = {_packed_name(n): n for n in digests if n.endswith(".safetensors")}
     missing = [name for name in packed_shards if not (folder / name).is_file()]
     if len(missing) == len(packed_shards):
-        raise ModelError(f"{folder}: holds no file that `maskopt pack` wrote")
+        raise ModelError(f"{folder}: holds no file that `maskopt masks pack` wrote")
     if missing:
         raise ModelError(f"{folder / missing[0]}: is missing")
     beside = _beside(folder, digests, packed_shards.values())
@@ -239,7 +239,7 @@ def _open_packed(path: Path) -> SafeFile:
     names = list(found.entries)
     right = found.metadata.get("format") == FORMAT and names and names[0] == _HEADER
     if not right or not all(name[0] in (_WHOLE, _KEPT) for name in names[1:]):
-        raise ModelError(f"{path}: is not what `maskopt pack` writes")
+        raise ModelError(f"{path}: is not what `maskopt masks pack` writes")
     return found
 
 

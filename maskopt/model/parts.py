@@ -96,7 +96,7 @@ class Listener:
             if len(calls.get(index, ())) != 1:
                 raise ModelError(
                     f"{part.name or 'a block'} is called {len(calls.get(index, ()))} times in a pass, and "
-                    "cannot be trained by itself; take `reconstruct` granularity=block"
+                    "cannot be trained by itself; take `training` granularity=block"
                 )
         found = []
         for index in range(len(self.parts)):
@@ -114,7 +114,7 @@ class Listener:
             if not isinstance(state, Tensor):
                 raise ModelError(
                     f"{type(module).__name__} is called without a hidden state, and cannot be trained by "
-                    "itself; take `reconstruct` granularity=block"
+                    "itself; take `training` granularity=block"
                 )
             # what the model itself is given may be changed in place on the way
             kept = state.clone()

@@ -19,7 +19,6 @@ from maskopt.model.block_curves import check_moves
 from maskopt.model.blocks import Layer, vocabulary_size
 from maskopt.model.checkpoint import Checkpoint, resolve_model
 from maskopt.model.gram_store import GramStore
-from maskopt.model.importance import GRADIENT_WINDOWS, MEASURED, VARIANT_WINDOWS
 from maskopt.model.job import Job, open_job
 from maskopt.model.memory import (
     Memory,
@@ -29,7 +28,8 @@ from maskopt.model.memory import (
     estimate_memory,
     hidden_size,
 )
-from maskopt.model.options import KEEP, PruneOptions, prune_options
+from maskopt.model.options import NONE, PruneOptions, prune_options
+from maskopt.model.sensitivity import GRADIENT_WINDOWS, KL, VARIANT_WINDOWS
 from maskopt.model.side_by_side import EVERY
 from maskopt.model.solving import solve_layer
 from maskopt.model.source import Source
@@ -123,7 +123,7 @@ def plan_prune(
         )
     job = open_job(model, tokens, replace(options, max_memory=None))
     job.source.blocks.check_unshared(job.layers)
-    if options.layers_trade and options.importance == MEASURED and not options.counts:
+    if options.layers_trade and options.sensitivity == KL and not options.counts:
         check_moves(job, options)
     if output is not None and job.source.checkpoint is not None:
         check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
@@ -142,7 +142,7 @@ def plan_prune(
             forward_seconds=0.0 if store is not None else _pass_seconds(job, options),
             solve_seconds=_solve_seconds(source, layers, options),
             file_seconds=0.0 if checkpoint is None else _file_seconds(checkpoint),
-            disk=0 if checkpoint is None else disk_needed(checkpoint, options.weights != KEEP),
+            disk=0 if checkpoint is None else disk_needed(checkpoint, options.update != NONE),
             refusal=refusal,
         )
 

@@ -14,10 +14,10 @@ from maskopt.gram import Gram, Moved
 from maskopt.least_squares import Refit
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
-from maskopt.model.importance import counting
 from maskopt.model.job import Job, open_job
 from maskopt.model.options import AUTO, PruneOptions, prune_options
 from maskopt.model.progress import OnBlockProgress
+from maskopt.model.sensitivity import counting
 from maskopt.model.walk_options import name_patterns
 from maskopt.model.windows import tokens_or_tokenizer
 from maskopt.pattern import Pattern
@@ -67,15 +67,17 @@ def layer_problems(
     token as well, whose inputs are then uncorrelated and alike."""
     if options is None:
         shorthand = {"samples": 32, "seq_len": 512, **shorthand}
-    dense = {"one_pass": True, "true_sequential": False}
+    dense = {"calibrate_on": "dense", "true_sequential": False}
     options = prune_options(options, {**shorthand, **dense})
-    if options.shrink == AUTO:
-        raise ModelError("`shrink` auto chooses by masks, and none are made here; give a number")
+    if options.gram_shrinkage == AUTO:
+        raise ModelError(
+            "`gram_shrinkage` auto chooses by masks, and none are made here; give a number"
+        )
     if options.damping == AUTO:
         raise ModelError("`damping` auto chooses by masks, and none are made here; give a number")
     if options.layers_trade and not options.counts:
         raise ModelError(
-            f"`budget` {options.budget} is shared out by a prune; give its `counts`, or another budget"
+            f"`allocation` {options.allocation} is computed by a prune; give its `counts`, or another one"
         )
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
@@ -87,7 +89,7 @@ def layer_problems(
 def _walked(
     job: Job, options: PruneOptions, *, unseen: bool
 ) -> Generator[tuple[Layer, LayerProblem], None, None]:
-    shrink = float(options.shrink)
+    gram_shrinkage = float(options.gram_shrinkage)
     with job:
         for block in job.blocks():
             grams = block.grams()
@@ -96,8 +98,10 @@ def _walked(
                 if gram is not None or unseen:
                     weight = matrix(job.source.model, layer).detach().float().clone()
                     pattern, refit = options.pattern_of(layer), options.refit
-                    problem = layer_problem(layer, weight, gram, pattern, shrink, refit=refit)
-                    yield layer, counting(problem, options.importance, job.gradients)
+                    problem = layer_problem(
+                        layer, weight, gram, pattern, gram_shrinkage, refit=refit
+                    )
+                    yield layer, counting(problem, options.sensitivity, job.gradients)
             block.advance()
 
 
@@ -118,7 +122,7 @@ def layer_problem(
     weight: Tensor,
     gram: Gram | None,
     pattern: Pattern,
-    shrink: float = 0.0,
+    gram_shrinkage: float = 0.0,
     moved: Moved | None = None,
     refit: Refit | None = None,
 ) -> LayerProblem:
@@ -133,8 +137,10 @@ def layer_problem(
     if gram is None:
         values, mean, variance = torch.eye(layer.n, device=weight.device), None, None
     else:
-        values, mean, variance = gram.value(shrink=shrink), gram.mean(), gram.variance()
-    linear = None if gram is None or moved is None else moved.linear(weight, shrink=shrink)
+        values, mean, variance = gram.value(shrinkage=gram_shrinkage), gram.mean(), gram.variance()
+    linear = (
+        None if gram is None or moved is None else moved.linear(weight, shrinkage=gram_shrinkage)
+    )
     return LayerProblem(
         weight,
         values,

@@ -25,10 +25,9 @@ from maskopt.model.allocate import allocate
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.gram_store import GramStore, StoredBlock, stored_blocks
-from maskopt.model.importance import MEASURED
 from maskopt.model.job import Job, open_job
 from maskopt.model.journal import differences, in_words
-from maskopt.model.options import RECONSTRUCT, PruneOptions, prune_options
+from maskopt.model.options import BLOCKWISE, PruneOptions, prune_options
 from maskopt.model.output import Run, finished_report, recorded_counts, start_run
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
@@ -36,6 +35,7 @@ from maskopt.model.prune_layer import prune_layers
 from maskopt.model.ranks import ALONE, Ranks
 from maskopt.model.reconstruct import PartReport, Targets
 from maskopt.model.report import LayerReport, PruneReport
+from maskopt.model.sensitivity import KL
 from maskopt.model.source import as_stored
 from maskopt.model.walk_block import Block
 from maskopt.model.windows import tokens_or_tokenizer
@@ -70,15 +70,14 @@ def prune_model(
         calibration: see `maskopt.model.text.read_documents`; a list of strings is taken as
             documents, a `.npy` file as tokens. With the option `chat`, conversations: see
             `maskopt.model.chat.read_conversations`.
-        grams: what `collect_grams` wrote of the model, in place of text: the result is that of `one_pass`.
+        grams: what `collect_grams` wrote of the model, in place of text; as with `calibrate_on` dense.
         output: folder for the pruned model, its masks and its manifest.
         overwrite: replace what is in the output folder.
         resume: go on with the unfinished run in it.
         on_progress: called with `BlockProgress`.
         ranks: the processes that prune together, each calling this function alike; see
             `maskopt.model.ranks.joined`.
-        shorthand: single options by name, with or without `options`; `sparsity=0.5` is short for
-            `pattern=Unstructured(sparsity=0.5)`.
+        shorthand: single options by name, with or without `options`, as in `sparsity="2:4"`.
 
     Raises:
         MaskoptError: with one line that names the thing and the remedy. A model in memory keeps
@@ -143,13 +142,11 @@ def _with_counts(job: Job, options: PruneOptions, resumed: Path | None) -> Prune
 
 def _check_ranks(ranks: Ranks, options: PruneOptions) -> None:
     """Raise for what several processes cannot do together."""
-    if ranks.size > 1 and options.weights == RECONSTRUCT:
+    if ranks.size > 1 and options.update == BLOCKWISE:
+        raise OptionError("`update` blockwise trains in one process: start it without torchrun")
+    if ranks.size > 1 and options.sensitivity == KL and not options.counts:
         raise OptionError(
-            "`weights` reconstruct trains in one process: start it without torchrun, or take `weights` refit"
-        )
-    if ranks.size > 1 and options.importance == MEASURED and not options.counts:
-        raise OptionError(
-            "`importance` measured measures in one process: start it without torchrun, or give its `counts`"
+            "`sensitivity` kl is measured in one process: start it without torchrun, or give its `counts`"
         )
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from maskopt.model.blocks import Layer, matrix
 from maskopt.model.collect import Grams
-from maskopt.model.importance import counting
 from maskopt.model.job import Job
 from maskopt.model.options import AUTO, PruneOptions
 from maskopt.model.problems import held_problem, layer_problem
 from maskopt.model.ranks import Ranks
 from maskopt.model.report import LayerReport
+from maskopt.model.sensitivity import counting
 from maskopt.model.solving import (
     Solved,
     damping_by_held_error,
@@ -138,8 +138,8 @@ def _deal(ranks: Ranks, layers: Sequence[Layer], *, apart: bool) -> list[list[sl
 
 def _apart(options: PruneOptions) -> bool:
     """Does a part of a layer, from a multiple of 128 rows on, get what it gets in the whole layer?"""
-    makers = [name for name in (options.solver, options.start) if name is not None]
-    by_all_rows = AUTO in (options.shrink, options.damping) or options.rows_trade
+    makers = [name for name in (options.solver, options.start_solver) if name is not None]
+    by_all_rows = AUTO in (options.gram_shrinkage, options.damping) or options.rows_trade
     timed = "time_limit" in options.solver_options
     return not (by_all_rows or timed) and all(make_solver(m).capabilities.apart for m in makers)
 
@@ -160,20 +160,20 @@ def solve_rows(
         moved = grams.moved(layer.name)
         problem = layer_problem(layer, dense, used, pattern, alpha, moved, refit)
         if not fallback:
-            problem = counting(problem, options.importance, job.gradients)
+            problem = counting(problem, options.sensitivity, job.gradients)
         return problem.take(rows)
 
     judge = held_problem(layer, dense, grams, pattern)
     judge = None if judge is None else judge.take(rows)
     began, limits = time.perf_counter(), layer_limits(options)
     if refit is not None and options.damping == AUTO and judge is not None:
-        refit = damping_by_held_error(at(_fixed(options.shrink)), judge, options, limits)
-    if options.shrink == AUTO and judge is not None and not fallback:
-        solved, shrink = solve_by_held_error(at, judge, options, limits)
-        fitted = at(shrink)
+        refit = damping_by_held_error(at(_fixed(options.gram_shrinkage)), judge, options, limits)
+    if options.gram_shrinkage == AUTO and judge is not None and not fallback:
+        solved, gram_shrinkage = solve_by_held_error(at, judge, options, limits)
+        fitted = at(gram_shrinkage)
     else:
-        shrink = 0.0 if fallback else _fixed(options.shrink)
-        fitted = at(shrink)
+        gram_shrinkage = 0.0 if fallback else _fixed(options.gram_shrinkage)
+        fitted = at(gram_shrinkage)
         solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options, limits)
     new = None
     if refit is not None:
@@ -181,8 +181,12 @@ def solve_rows(
         found = fitted.weights(solved.solution.mask) if found is None else found
         new = as_stored(job.source, layer, found)
     seconds = time.perf_counter() - began
-    facts: dict[str, Any] = {"tokens": tokens, "fallback": fallback, "shrink": shrink}
-    facts |= {"pattern": str(fitted.pattern), "chosen_for": _chosen_for(solved, new, options)}
+    facts: dict[str, Any] = {
+        "tokens": tokens,
+        "fallback": fallback,
+        "gram_shrinkage": gram_shrinkage,
+    }
+    facts |= {"pattern": str(fitted.pattern), "objective": _chosen_for(solved, new, options)}
     facts["damping"] = None if fitted.refit is None else fitted.refit.damping
     return SolvedRows(
         solved.solution.mask.cpu(),
@@ -194,9 +198,9 @@ def solve_rows(
     )
 
 
-def _fixed(shrink: float | str) -> float:
+def _fixed(gram_shrinkage: float | str) -> float:
     """α where it is a number; else that of an unshrunk G."""
-    return 0.0 if shrink == AUTO else float(shrink)
+    return 0.0 if gram_shrinkage == AUTO else float(gram_shrinkage)
 
 
 def _chosen_for(solved: Solved, new: Tensor | None, options: PruneOptions) -> str:
@@ -220,7 +224,7 @@ def _columns(
     solution, start, kept = solved.solution, solved.start, fitted.refitting(None)
     begun = None if start is None else start.objective
     alike = None if solved.alike is None else kept.objective(solved.alike.mask)
-    if start is not None and (options.shrink == AUTO or new is not None):
+    if start is not None and (options.gram_shrinkage == AUTO or new is not None):
         # it starts once for every α, on another G than that of the error; or is judged by refitted weights
         begun = kept.objective(start.mask)
     if new is None:
@@ -235,7 +239,7 @@ def _columns(
         bound = torch.zeros_like(bound)
     known = {
         "error_start": begun,
-        "error_alike": alike,
+        "error_uniform": alike,
         "error": error,
         "lower_bound": bound,
         "energy": fitted.output_energy(),
@@ -244,7 +248,9 @@ def _columns(
         "error_kept": error_kept,
         "swaps": _told(solution, "swaps"),
         "scans": _told(solution, "scans"),
-        "gained": None if fitted.pooled else _gained(solution, start, new is not None),
+        "improvement_quantiles": None
+        if fitted.pooled
+        else _gained(solution, start, new is not None),
     }
     nothing = torch.empty(0, dtype=torch.float64)
     return {name: nothing if rows is None else rows.double().cpu() for name, rows in known.items()}
@@ -276,8 +282,10 @@ def _report(layer: Layer, solved: SolvedRows) -> LayerReport:
     sums: dict[str, Any] = {name: float(rows.sum()) for name, rows in columns.items()}
     sums |= {name: int(sums[name]) for name in ("swaps", "scans") if name in sums}
     quantiles = None
-    if sums.pop("gained", None) is not None:
-        found = torch.quantile(columns["gained"], torch.tensor(_QUANTILES).double()).tolist()
+    if sums.pop("improvement_quantiles", None) is not None:
+        found = torch.quantile(
+            columns["improvement_quantiles"], torch.tensor(_QUANTILES).double()
+        ).tolist()
         quantiles = [round(value, 9) + 0.0 for value in found]  # no -0.0
     return LayerReport(
         name=layer.name,
@@ -288,7 +296,7 @@ def _report(layer: Layer, solved: SolvedRows) -> LayerReport:
         pruned=int((~solved.mask).sum()),
         statuses={s: solved.statuses.count(s) for s in sorted(set(solved.statuses))},
         seconds=solved.seconds,
-        gained=quantiles,
+        improvement_quantiles=quantiles,
         **{"error_start": None, **sums},
         **solved.facts,
     )

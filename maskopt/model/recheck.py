@@ -24,17 +24,17 @@ from maskopt.model.beginning import BOS, GIVEN, TEMPLATE
 from maskopt.model.blocks import choose, matrix
 from maskopt.model.checkpoint import open_checkpoint
 from maskopt.model.collect import IN_DENSE
-from maskopt.model.importance import IMPORTANCES, LOSS, counting
 from maskopt.model.job import Job, open_job
 from maskopt.model.mask_model import masks_as_model
-from maskopt.model.options import AUTO, KEEP, RECONSTRUCT, ROW, TARGETS, WEIGHTS, PruneOptions
+from maskopt.model.options import AUTO, BLOCKWISE, NONE, TARGETS, UNIFORM, UPDATES, PruneOptions
 from maskopt.model.problems import held_problem, layer_problem
+from maskopt.model.sensitivity import FISHER, SENSITIVITIES, counting
 from maskopt.model.source import FolderSource
 from maskopt.model.threads import Threads
+from maskopt.model.token_weights import TOKEN_WEIGHTS
 from maskopt.model.tokens import are_tokens
 from maskopt.model.verify_folder import MASKS
 from maskopt.model.verify_manifest import Manifest
-from maskopt.model.weighting import WEIGHTINGS
 from maskopt.pattern import Pattern, pattern_from_dict
 from maskopt.pooled_checks import improving_trade
 from maskopt.problem import LayerProblem
@@ -55,21 +55,21 @@ class Run:
     """How a manifest says that its run collected Gram matrices."""
 
     pattern: Pattern
-    budget: str
+    allocation: str
     counts: Mapping[str, int]
-    spread: float | None
-    importance: str
-    one_pass: bool
+    max_deviation: float | None
+    sensitivity: str
+    calibrate_on: str
     true_sequential: bool
     all_experts: bool
     min_tokens: int
-    shrink: float | str
+    gram_shrinkage: float | str
     holdout: float
     target: str
-    weighting: str
-    weights: str
+    token_weights: str
+    update: str
     damping: float | str
-    damping_power: float
+    damping_exponent: float
     skip_bad_samples: bool
     seed: int
     samples: int
@@ -86,24 +86,26 @@ class Run:
         try:
             options, data = fingerprint["options"], fingerprint["calibration"]
             run = cls(
-                pattern=pattern_from_dict(options["pattern"]),
-                budget=options["budget"],
+                pattern=pattern_from_dict(options["sparsity"]),
+                allocation=options["allocation"],
                 counts=options["counts"],
                 # of rows alone the pattern has it, of layers alone the counts
-                spread=_any(options["spread"]) if options["budget"] == "both" else None,
-                importance=options["importance"],
-                one_pass=options["one_pass"],
+                max_deviation=_any(options["max_deviation"])
+                if options["allocation"] == "both"
+                else None,
+                sensitivity=options["sensitivity"],
+                calibrate_on=options["calibrate_on"],
                 true_sequential=options["true_sequential"],
                 all_experts=options["all_experts"],
                 min_tokens=options["min_tokens"],
-                shrink=options["shrink"],
+                gram_shrinkage=options["gram_shrinkage"],
                 holdout=options["holdout"],
                 target=options["target"],
-                weighting=options["weighting"],
-                weights=options["weights"],
+                token_weights=options["token_weights"],
+                update=options["update"],
                 damping=options["damping"],
                 # of before there was a choice
-                damping_power=options.get("damping_power", 0.0),
+                damping_exponent=options.get("damping_exponent", 0.0),
                 skip_bad_samples=options["skip_bad_samples"],
                 seed=options["seed"],
                 samples=data["samples"],
@@ -115,23 +117,24 @@ class Run:
             )
         except (KeyError, TypeError, MaskoptError):
             raise manifest.wrong("does not say how its run was calibrated") from None
-        flags = (run.one_pass, run.true_sequential, run.all_experts, run.skip_bad_samples)
+        flags = (run.true_sequential, run.all_experts, run.skip_bad_samples)
         counts = (run.min_tokens, run.samples, run.length)
         sound = (
             all(type(flag) is bool for flag in flags)
             and all(type(count) is int and count > 0 for count in counts)
             and type(run.seed) is int
             and run.seed >= 0
-            and (type(run.shrink) in (int, float) or run.shrink == AUTO)
+            and (type(run.gram_shrinkage) in (int, float) or run.gram_shrinkage == AUTO)
             and type(run.holdout) in (int, float)
             and 0 <= run.holdout < 1
             and run.target in TARGETS
-            and run.weighting in WEIGHTINGS
-            and run.weights in WEIGHTS
-            and run.importance in IMPORTANCES
+            and run.calibrate_on in ("dense", "pruned")
+            and run.token_weights in TOKEN_WEIGHTS
+            and run.update in UPDATES
+            and run.sensitivity in SENSITIVITIES
             and (run.damping == AUTO or _is_amount(run.damping))
-            and _is_amount(run.damping_power)
-            and run.damping_power <= 1
+            and _is_amount(run.damping_exponent)
+            and run.damping_exponent <= 1
             and run.bos in (*BOS, GIVEN.bos, TEMPLATE.bos)
             and run.dtype in ERROR_TOLERANCES
             and run.device in ("cpu", "cuda")
@@ -141,9 +144,9 @@ class Run:
         return run
 
 
-def _any(spread: float | None) -> float:
+def _any(max_deviation: float | None) -> float:
     """As options say it that no limits are set."""
-    return 1.0 if spread is None else spread
+    return 1.0 if max_deviation is None else max_deviation
 
 
 def _is_amount(value: Any) -> bool:
@@ -189,22 +192,22 @@ def recheck_layers(
             f"{manifest.path}: its run was on a GPU, which rounds otherwise; check it on one"
         )
     said = {layer["name"]: layer for layer in manifest.layers}
-    own = any(layer["chosen_for"] == "updated" for layer in manifest.layers)
-    if run.weights == RECONSTRUCT and run.true_sequential and own:
+    own = any(layer["objective"] == "updated" for layer in manifest.layers)
+    if run.update == BLOCKWISE and run.true_sequential and own:
         raise VerificationError(
             f"{manifest.path}: later layers of a block saw its solver's own weights, which training has "
             "changed since: it cannot be checked on text"
         )
     options = PruneOptions(
-        pattern=run.pattern,
-        budget=run.budget,
+        sparsity=run.pattern,
+        allocation=run.allocation,
         counts=run.counts,
-        spread=run.spread,
-        importance=run.importance if run.budget != ROW else LOSS,
+        max_deviation=run.max_deviation,
+        sensitivity=run.sensitivity if run.allocation != UNIFORM else FISHER,
         solver="magnitude",
         include=tuple(said),
         seed=run.seed,
-        one_pass=run.one_pass,
+        calibrate_on=run.calibrate_on,
         true_sequential=run.true_sequential,
         all_experts=run.all_experts,
         skip_bad_samples=run.skip_bad_samples,
@@ -212,7 +215,7 @@ def recheck_layers(
         seq_len=run.length,
         holdout=run.holdout,
         target=run.target,
-        weighting=run.weighting,
+        token_weights=run.token_weights,
         bos=run.bos if run.bos in BOS else "auto",
         chat=run.bos == TEMPLATE.bos and not are_tokens(calibration),
         text_field=text_field,
@@ -234,7 +237,7 @@ def recheck_layers(
         job.source.checkpoint, output / MASKS, trust_remote_code=trust_remote_code
     )
     result = None
-    if run.weights != KEEP:
+    if run.update != NONE:
         cpu = torch.device("cpu")
         result = FolderSource(
             open_checkpoint(output), cpu, None, trust_remote_code=trust_remote_code
@@ -254,8 +257,8 @@ def _check_layer(
             f"layer {name!r} is said to have seen {said['tokens']} tokens; it sees {found.tokens}"
         )
     _check_energies(manifest, said, found, ERROR_TOLERANCES[run.dtype])
-    used = 0.0 if said["fallback"] else run.shrink
-    if used != AUTO and said["shrink"] != used:
+    used = 0.0 if said["fallback"] else run.gram_shrinkage
+    if used != AUTO and said["gram_shrinkage"] != used:
         raise manifest.wrong(f"layer {name!r} was shrunk by another α than the options say")
     if said["damping"] is not None and run.damping not in (AUTO, said["damping"]):
         raise manifest.wrong(
@@ -302,7 +305,7 @@ def _check_errors(
         new = found.result.to(problem.device).double()
         error = float(problem.error(new).sum())
         held = None if found.held is None else float(found.held.error(new).sum())
-        if said["chosen_for"] != "updated":
+        if said["objective"] != "updated":
             _check_least_squares(manifest, name, found, tolerance)
     if not math.isclose(said["error"], error, rel_tol=tolerance, abs_tol=floor):
         raise manifest.wrong(
@@ -321,7 +324,7 @@ def _check_statuses(
     manifest: Manifest, said: Mapping[str, Any], found: Found, tolerance: float, pool: Threads
 ) -> None:
     name, kept = said["name"], found.kept
-    problem = found.problem if said["chosen_for"] == "refitted" else found.problem.refitting(None)
+    problem = found.problem if said["objective"] == "refitted" else found.problem.refitting(None)
     count = sum(said["statuses"].get(s, 0) for s in (Status.SWAP_OPTIMAL, Status.OPTIMAL))
     if not count:
         return
@@ -399,7 +402,7 @@ def _walk(
             kept = {layer.name: matrix(masks.model, layer) != 0 for layer in block.layers}
         new: dict[str, Tensor] = {}
         vectors: dict[str, Tensor] = {}
-        trained = run.weights == RECONSTRUCT
+        trained = run.update == BLOCKWISE
         # the dense model does not walk along here
         for sample in manifest.record["bad_samples"] if trained else ():
             if sample["layer"] == block.opened.name + IN_DENSE:
@@ -419,16 +422,16 @@ def _walk(
                 seen = trained and run.true_sequential and damping is not None
                 if layer.name in chosen or seen:
                     known = None if tokens < run.min_tokens else gram
-                    alpha = float(said[layer.name]["shrink"])
+                    alpha = float(said[layer.name]["gram_shrinkage"])
                     dense, moved = weight.float(), grams.moved(layer.name)
                     pattern = options.pattern_of(layer)
                     held = held_problem(layer, dense, grams, pattern)
-                    refit = None if damping is None else Refit(damping, run.damping_power)
+                    refit = None if damping is None else Refit(damping, run.damping_exponent)
                     problem = layer_problem(layer, dense, known, pattern, alpha, moved, refit)
                     if known is not None:
-                        problem = counting(problem, options.importance, job.gradients)
+                        problem = counting(problem, options.sensitivity, job.gradients)
                     if trained:
-                        own = said[layer.name]["chosen_for"] == "updated"
+                        own = said[layer.name]["objective"] == "updated"
                         result_weight = None if own else _begun(problem, mask, result_weight)
                     if layer.name in chosen:
                         yield layer.name, Found(problem, mask, result_weight, tokens, held)

@@ -116,7 +116,7 @@ class Targets:
         held = [window for window in samples.active if window in samples.held]
         if not held:
             raise ModelError(
-                f"{self.block.name}: no window kept aside is left to judge what is trained; give a larger "
+                f"{self.block.name}: no held-out window is left to judge the training; give a larger "
                 "`holdout`"
             )
         for number, index in enumerate(self._order):

@@ -18,7 +18,7 @@ from maskopt.model.block_search import Measure, search_sets
 from maskopt.model.checkpoint import read_json
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
-from maskopt.model.options import KEEP
+from maskopt.model.options import NONE
 from maskopt.model.output import check_disk
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
@@ -40,7 +40,7 @@ WINDOWS = 4
 JUDGED = 16
 #: of the walk's options, those that mean nothing where whole models are held against each other
 _NOT_HERE = (
-    "include", "exclude", "weighting", "all_experts", "holdout", "one_pass", "true_sequential",
+    "include", "exclude", "token_weights", "all_experts", "holdout", "calibrate_on", "true_sequential",
     "skip_bad_samples", "samples", "seed",
 )  # fmt: skip
 #: lists of blocks by their index, where other lists have an entry a block
@@ -147,7 +147,7 @@ def remove_blocks(
             _leaving_out(removed),
             "blocks of this family depend on their numbers, and cannot be removed",
         )
-        record = {"removed": removed, "weights": KEEP, "seed": options.seed}
+        record = {"removed": removed, "update": NONE, "seed": options.seed}
         seconds, memory = time.perf_counter() - began, peaks(source.device)
         report = PruneReport([], fingerprint_of(job, record), (), {}, target, seconds, (), memory)
         found = _effects(removed, effects, solution, measured)

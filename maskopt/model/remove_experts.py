@@ -26,7 +26,7 @@ from maskopt.model.checkpoint import read_json
 from maskopt.model.experts import Mixture, change_of, costs, cut, mixtures_of
 from maskopt.model.fingerprint import fingerprint_of
 from maskopt.model.job import Job, open_job
-from maskopt.model.options import KEEP
+from maskopt.model.options import NONE
 from maskopt.model.output import check_disk
 from maskopt.model.peak import peaks
 from maskopt.model.progress import OnBlockProgress
@@ -53,7 +53,7 @@ _EXPERT = re.compile(r"(?P<home>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.*)")
 _SECONDS = 60.0
 #: of the walk's options, those that mean nothing where all tokens and all windows are looked at in order
 _NOT_HERE = (
-    "include", "exclude", "weighting", "all_experts", "holdout", "one_pass", "true_sequential",
+    "include", "exclude", "token_weights", "all_experts", "holdout", "calibrate_on", "true_sequential",
 )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def remove_experts(
         check_disk(work.output, disk_needed(source.checkpoint))
         kept, layers, bad = _choose(job, mixtures, left, work.hidden)
         change, homes = _change(source, mixtures, kept, settings)
-        record = {"experts": share, "weights": KEEP, "seed": options.seed}
+        record = {"experts": share, "update": NONE, "seed": options.seed}
         record["skip_bad_samples"] = options.skip_bad_samples
         seconds, memory = time.perf_counter() - began, peaks(source.device)
         report = PruneReport(
@@ -183,7 +183,9 @@ def _choose(
             for mixture in mine:
                 began = time.perf_counter()
                 quadratic, tokens = costs(block, mixture)
-                problem = RowProblem.from_quadratic(quadratic.numpy(), keep=left, name=mixture.name)
+                problem = RowProblem.from_quadratic(
+                    quadratic.numpy(), cardinality=len(quadratic) - left, name=mixture.name
+                )
                 solution = solve(problem, "branch", time_limit=_SECONDS).uninterrupted()
                 kept[mixture.name] = solution.mask[0]
                 model = job.source.model

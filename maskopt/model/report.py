@@ -30,17 +30,14 @@ class LayerReport:
     Attributes:
         block: index of its decoder block.
         kind: the name inside the block, numbers as stars: `self_attn.q_proj`.
-        error_start: objective of the warm start summed over rows, its weights kept; None where there was no
-            start.
-        error_alike: of rows that trade, the same of that start with as much pruned of every row: from it to
-            `error_start` is what the budget gained; None where rows do not trade or there was no start.
-        error: of the result summed over rows: with `shrink` 0 the mean squared change of the output, else
-            that of outputs whose inputs' G is shrunk as it was for the solver.
-        error_kept: of refitted weights, the same had the mask kept its weights as they were: `error_start` to
-            it is what the mask gained, from it to `error` what the new weights did; None where they stay.
-        chosen_for: `kept` weights, or `refitted` ones: which objective the statuses are of; or `updated`,
+        error_start: objective of the start summed over rows, with unchanged weights; None without a start.
+        error_uniform: with a shared budget, the same at an equal count in every row; else None.
+        error: of the result summed over rows: with `gram_shrinkage` 0 the mean squared change of the output,
+            else that of outputs whose inputs' G is shrunk as it was for the solver.
+        error_kept: error of the mask before its kept weights were updated; None without an update.
+        objective: which objective the statuses are of: of `kept` weights, or of `refitted` ones; `updated`
             where the weights are the solver's own, not those of least squares.
-        damping: that weights were refitted with; None where they stay.
+        damping: of the update; None without one.
         lower_bound: proven bound summed over rows, 0 where none is known: of `error`; of `error_kept` where
             weights were refitted after masks were chosen for kept ones.
         statuses: number of rows by status.
@@ -48,12 +45,12 @@ class LayerReport:
         fallback: too few tokens, so pruned by magnitude; its errors are then the pruned weights' squares.
         energy: mean square of the rows' targets with the same G, summed over rows (wᵀGw, or with `target`
             dense that of the dense model's output): what the error is a part of.
-        error_held, energy_held: the same on the windows kept aside, whose G is never shrunk; None where
+        error_held, energy_held: the same on the held-out windows, whose G is never shrunk; None where
             there are none.
-        shrink: α that the masks were chosen with.
+        gram_shrinkage: α that the masks were chosen with.
         swaps, scans: of a 1-swap search, of all rows together; None where the solver makes none.
-        gained: of the rows, how far the solver's objective is below its start's, as a part of that: least, a
-            tenth, median, nine tenths, most; None where there was no start, or where rows trade.
+        improvement_quantiles: of the rows, how far the solver's objective is below its start's, as a part
+            of that: least, a tenth, median, nine tenths, most; None without a start, or with a shared budget.
     """
 
     name: str
@@ -73,14 +70,14 @@ class LayerReport:
     energy: float = 0.0
     error_held: float | None = None
     energy_held: float | None = None
-    shrink: float = 0.0
+    gram_shrinkage: float = 0.0
     error_kept: float | None = None
-    chosen_for: str = "kept"
+    objective: str = "kept"
     damping: float | None = None
-    error_alike: float | None = None
+    error_uniform: float | None = None
     swaps: int | None = None
     scans: int | None = None
-    gained: Sequence[float] | None = None
+    improvement_quantiles: Sequence[float] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -184,10 +181,10 @@ def what_was_done(
         )
     blocks = len({layer.block for layer in layers})
     after = {
-        "keep": "kept weights stayed as they were",
-        "refit": "kept weights were set anew by least squares",
-        "reconstruct": "kept weights were trained towards the dense model's outputs",
-    }[options["weights"]]
+        "none": "kept weights are unchanged",
+        "least-squares": "kept weights were updated by least squares",
+        "blockwise": "kept weights were trained towards the dense model's outputs",
+    }[options["update"]]
     smaller = "channels" in options or "experts" in options
     what = _removed(layers) if smaller else _pruned(options, layers, sparsity)
     return f"{what} of {blocks} blocks{_pattern(options)}; {after}. {calibrated}"
@@ -200,21 +197,21 @@ def _removed(layers: Sequence[LayerReport]) -> str:
 
 
 def _pruned(options: Mapping[str, Any], layers: Sequence[LayerReport], sparsity: float) -> str:
-    start = f" from {options['warm_start']}" if options.get("warm_start") else ""
+    start = f" from {options['start']}" if options.get("start") else ""
     total = sum(layer.rows * layer.n for layer in layers)
     return f"{options['solver']}{start} pruned {sparsity:.1%} of {total:,} weights in {len(layers)} layers"
 
 
 def _pattern(options: Mapping[str, Any]) -> str:
-    if "pattern" not in options:
+    if "sparsity" not in options:
         return ""
     trades = {
-        "row": "",
-        "layer": ", rows of a layer trading",
-        "model": ", layers trading",
-        "both": ", layers and their rows trading",
+        "uniform": "",
+        "rows": ", rows of a layer may differ",
+        "layers": ", layers may differ",
+        "both": ", layers and their rows may differ",
     }
-    return f" (pattern {pattern_from_dict(options['pattern'])}{trades[options['budget']]})"
+    return f" (pattern {pattern_from_dict(options['sparsity'])}{trades[options['allocation']]})"
 
 
 def read_layers(records: Any, where: Path) -> list[LayerReport]:
@@ -306,7 +303,7 @@ def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
     found = manifest.get("format")
     if found == SMALLER_FORMAT and not smaller:
         raise ModelError(
-            f"{path}: the folder was written by maskopt shrink, and is a dense model without masks"
+            f"{path}: the folder was written by maskopt prune-structured, and is a dense model without masks"
         )
     if found not in (MANIFEST_FORMAT, SMALLER_FORMAT) or not manifest.keys() >= _PARTS:
         raise ModelError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")

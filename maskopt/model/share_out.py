@@ -37,11 +37,11 @@ class Moves:
     moves: range
 
     @classmethod
-    def of(cls, layers: Sequence[Layer], alike: Mapping[str, int], spread: float) -> Moves:
-        """All moves that leave every layer within the spread, and something of it."""
+    def of(cls, layers: Sequence[Layer], alike: Mapping[str, int], max_deviation: float) -> Moves:
+        """All moves that leave every layer within the deviation, and something of it."""
         middle = tuple(alike[layer.name] for layer in layers)
         step = _steps([layer.n for layer in layers])
-        sides = [ends(layer.n, m, spread) for layer, m in zip(layers, middle, strict=True)]
+        sides = [ends(layer.n, m, max_deviation) for layer, m in zip(layers, middle, strict=True)]
         below = min((m - low) // s for m, s, (low, _) in zip(middle, step, sides, strict=True))
         above = min((high - m) // s for m, s, (_, high) in zip(middle, step, sides, strict=True))
         return cls(tuple(layers), middle, step, range(-below, above + 1))
@@ -90,9 +90,9 @@ def _steps(inputs: Sequence[int]) -> tuple[int, ...]:
     return tuple(n // parts for n in inputs)
 
 
-def ends(n: int, middle: int, spread: float) -> tuple[int, int]:
+def ends(n: int, middle: int, max_deviation: float) -> tuple[int, int]:
     """Of the counts that a row may have; something always stays."""
-    reach = math.floor(spread * n)
+    reach = math.floor(max_deviation * n)
     return max(0, middle - reach), min(n - 1, middle + reach)
 
 
@@ -103,7 +103,7 @@ def share_out(
     alike = {layer.name: options.pattern.pruned_per_group(layer.n) for layer in layers}
     if not curves:
         return alike
-    moves = [Moves.of(curve.layers, alike, options.layer_spread) for curve in curves]
+    moves = [Moves.of(curve.layers, alike, options.layer_deviation) for curve in curves]
     choice = choose_levels(
         [move.sizes() for move in moves],
         [curve.at(move.counts(0)) for curve, move in zip(curves, moves, strict=True)],

@@ -100,7 +100,7 @@ def shrink_model(
     if options.how is not None and (source.checkpoint.folder / MASKS).exists():
         raise OptionError(
             f"{source.checkpoint.folder}: was pruned, and least squares would fill its zeros; shrink the "
-            "original and prune what comes of it, or take `weights` keep"
+            "original and prune what comes of it, or take `update` none"
         )
     every = find_structures(source, options)
     start = default_start(options.solver)
@@ -142,7 +142,7 @@ def find_structures(source: FolderSource, options: ShrinkOptions) -> list[Struct
         if options.heads:
             found.append(heads_of(source.blocks, index, options.heads))
         if options.channels:
-            found.append(channels_of(source.blocks, index, options.channels, options.multiple))
+            found.append(channels_of(source.blocks, index, options.channels, options.round_to))
     return found
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from maskopt.errors import OptionError
 from maskopt.least_squares import Refit
-from maskopt.model.options import KEEP, REFIT
+from maskopt.model.options import LEAST_SQUARES, NONE
 from maskopt.model.solving import check_solver
 from maskopt.model.walk_options import MASKS, WalkOptions, about, described, option_field
 
 #: of the walk's options, those that do not matter where all blocks are cut alike
-NOT_HERE = ("include", "exclude", "weighting", "all_experts")
+NOT_HERE = ("include", "exclude", "token_weights", "all_experts")
 
 
 @dataclass(frozen=True)
@@ -31,30 +31,31 @@ class ShrinkOptions(WalkOptions):
     heads: float = option_field(
         0.0, MASKS, "Share of every attention's heads to remove.", least=0, below=1
     )
-    multiple: int = option_field(
-        1, MASKS, "The channels that stay are a multiple of this; engines like 64.", least=1
+    round_to: int = option_field(
+        1, MASKS, "Keep a multiple of this number of channels; engines like 64.", least=1
     )
     solver: str = option_field("swap", MASKS, "Chooses channels; see `maskopt solvers`.")
     solver_options: Mapping[str, Any] = field(
         default_factory=dict,
-        metadata=about(MASKS, "An option of the solver, NAME=VALUE; may be repeated."),
+        metadata=about(MASKS, "Solver option, NAME=VALUE; may be repeated."),
     )
-    weights: str = option_field(
-        REFIT,
+    update: str = option_field(
+        LEAST_SQUARES,
         MASKS,
-        "Of the kept columns. refit: set anew by least squares; keep: as they are.",
-        choices=(KEEP, REFIT),
+        "How kept columns are updated. least-squares: solved again by least squares; none: unchanged.",
+        choices=(NONE, LEAST_SQUARES),
     )
     damping: float = option_field(
         Refit.damping,
         MASKS,
-        "Of refitted weights, how strongly they stay where they were, in parts of G's mean diagonal.",
+        "With `update` least-squares, penalty that keeps weights near their values, relative to the "
+        "mean of diag(G).",
         least=0,
     )
     certify: bool = option_field(
         False,
         MASKS,
-        "Say how far each choice of channels can be from the best, up to a minute each.",
+        "Bound how far each choice of channels is from the best; up to a minute each.",
     )
 
     def __post_init__(self) -> None:
@@ -64,21 +65,23 @@ class ShrinkOptions(WalkOptions):
             raise OptionError("nothing is to be removed; give `channels` or `heads`, such as 0.25")
         for name in NOT_HERE:
             if getattr(self, name) != getattr(WalkOptions, name):
-                raise OptionError(f"all blocks are cut alike, on all tokens; leave out `{name}`")
+                raise OptionError(
+                    f"all blocks are pruned in the same way, on all tokens; leave out `{name}`"
+                )
         if not self.channels:
-            for name in ("solver", "solver_options", "multiple", "certify"):
+            for name in ("solver", "solver_options", "round_to", "certify"):
                 if getattr(self, name) != _DEFAULTS.get(name, {}):
                     raise OptionError(
                         f"`{name}` is of channels, and heads are proven; give `channels`, or leave it out"
                     )
-        if self.weights == KEEP and self.damping != Refit.damping:
-            raise OptionError("`damping` is of refitted weights; leave it out with `weights` keep")
+        if self.update == NONE and self.damping != Refit.damping:
+            raise OptionError("`damping` is of refitted weights; leave it out with `update` none")
         check_solver(self.solver, self.solver_options, None)
 
     @property
     def how(self) -> Refit | None:
         """How kept columns are refitted, in one system for all rows; None: they stay."""
-        return Refit(self.damping) if self.weights == REFIT else None
+        return Refit(self.damping) if self.update == LEAST_SQUARES else None
 
     def record(self) -> dict[str, Any]:
         """What decides the choice, as JSON values: for the manifest."""

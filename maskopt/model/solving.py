@@ -23,7 +23,7 @@ DEFAULT_STARTS = {"swap": "relax"}
 REFIT_STARTS = {"swap": "admm", "memetic": "admm"}
 #: λ of `damping` auto
 DAMPING_GRID = (0.003, 0.01, 0.03, 0.1, 0.3)
-#: α of `shrink` auto
+#: α of `gram_shrinkage` auto
 SHRINK_GRID = (0.0, 0.05, 0.1, 0.2, 0.3)
 #: the greatest α whose held-out error is within this part of the least
 SHRINK_TOLERANCE = 0.05
@@ -61,18 +61,21 @@ def check_solver(
     every row where the pattern's rows are to trade."""
     backend = make_solver(solver, **limits_of(None, options)[1])
     if pattern is not None and not trades_as_asked(backend, pattern):
-        lacks, other = "prunes as much of every row", ""
+        lacks, other = "needs an equal count in every row", ""
         if backend.capabilities.pooled:
-            lacks, other = "holds no `spread` of rows", "; or set no limits, with `spread` 1"
+            lacks, other = (
+                "holds no `max_deviation` of rows",
+                "; or set no limits, with `max_deviation` 1",
+            )
         raise SolverError(
-            f"solver {solver!r} {lacks}; where rows trade take one that does: swap, which may start from "
+            f"solver {solver!r} {lacks}; for a shared budget take swap, which may start from "
             f"{solver!r}{other}"
         )
     if start is not None:
         make_solver(start)
     if start == solver:
         raise OptionError(
-            f"solver {solver!r} cannot be its own start; leave `warm_start` out, or name another solver"
+            f"solver {solver!r} cannot be its own start; leave `start` out, or name another solver"
         )
 
 
@@ -105,11 +108,11 @@ def solve_layer(
     if not make_solver(options.solver).capabilities.refit:
         problem = problem.refitting(None)
     start = alike = None
-    if options.start is not None:
-        start = make_start(problem, options.start, limits)
+    if options.start_solver is not None:
+        start = make_start(problem, options.start_solver, limits)
         if problem.pooled:
             same = problem.under(problem.pattern.alike())
-            alike = make_start(same, options.start, limits)
+            alike = make_start(same, options.start_solver, limits)
     solution = solve(
         problem,
         options.solver,
@@ -155,13 +158,13 @@ def damping_by_held_error(
 ) -> Refit:
     """The best of DAMPING_GRID by the error on held-out windows, with the mask of the start (or of the
     solver, where it needs none) refitted by each. The mask has half of the layer's time."""
-    maker = options.start or options.solver
+    maker = options.start_solver or options.solver
     mask = make_start(problem, maker, limits.share(0.5)).mask
 
     def held_error(refit: Refit) -> float:
         return float(judge.error(problem.refitting(refit).weights(mask)).sum())
 
-    return min((Refit(x, options.damping_power) for x in DAMPING_GRID), key=held_error)
+    return min((Refit(x, options.damping_exponent) for x in DAMPING_GRID), key=held_error)
 
 
 def solve_by_magnitude(problem: LayerProblem) -> Solved:

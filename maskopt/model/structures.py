@@ -112,7 +112,7 @@ class Attention:
     width: int
 
 
-def channels_of(blocks: Blocks, index: int, share: float, multiple: int) -> Structures:
+def channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Structures:
     """The channels of a block's MLP, of which `share` goes, rounded down so that what stays is a multiple.
 
     Raises:
@@ -120,11 +120,11 @@ def channels_of(blocks: Blocks, index: int, share: float, multiple: int) -> Stru
     """
     consumer, producers = _find(blocks, index, _MLPS, "MLP", CHANNELS)
     n = consumer.n
-    kept = -(-(n - Unstructured(sparsity=share).pruned_in(1, n)) // multiple) * multiple
+    kept = -(-(n - Unstructured(sparsity=share).pruned_in(1, n)) // round_to) * round_to
     if kept >= n:
         raise ModelError(
             f"layer {consumer.name!r}: a share of {share:g} of its {n} channels, what stays being a multiple "
-            f"of {multiple}, is none; take a larger `channels` or a smaller `multiple`"
+            f"of {round_to}, is none; take a larger `channels` or a smaller `round_to`"
         )
     cuts = {consumer.parameter: Cut(1, [(n, 1)])}
     for producer in producers:

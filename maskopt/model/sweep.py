@@ -12,14 +12,14 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.model.evaluate import Evaluation, evaluate
 from maskopt.model.gram_store import GramStore
 from maskopt.model.job import Job, open_job
-from maskopt.model.options import KEEP, PruneOptions
+from maskopt.model.options import NONE, PruneOptions
 from maskopt.model.perplexity import check_targets
 from maskopt.model.progress import OnBlockProgress
 from maskopt.model.prune import prune_model
 from maskopt.model.report import PruneReport
 from maskopt.model.walk_options import WalkOptions
 from maskopt.model.workspace import MANIFEST, check_output, check_place, unfinished
-from maskopt.pattern import Pattern
+from maskopt.pattern import Pattern, parse_sparsity
 
 #: of a prune's options, those that its judging takes over
 _OF_JUDGING = ("device", "threads", "activation_memory", "trust_remote_code")
@@ -30,7 +30,7 @@ class Swept:
     """One prune of a sweep.
 
     Attributes:
-        label: what its folder is called: `0.5-swap-keep`.
+        label: name of its folder: `0.5-swap-none`.
         evaluation: of its model, where there was text to judge it on.
     """
 
@@ -45,9 +45,9 @@ def sweep(
     grams: str | Path,
     output: str | Path,
     *,
-    patterns: Sequence[Pattern],
+    sparsity: Sequence[Pattern | float | str],
     solvers: Sequence[str] = ("swap",),
-    weights: Sequence[str] = (KEEP,),
+    update: Sequence[str] = (NONE,),
     text: Any = None,
     windows: int | None = None,
     walk: WalkOptions | None = None,
@@ -55,7 +55,7 @@ def sweep(
     on_progress: Callable[[str], OnBlockProgress | None] = lambda label: None,
     **shorthand: Any,
 ) -> tuple[list[Swept], Evaluation | None]:
-    """Prune a model in every combination of patterns, solvers and treatments of the kept weights.
+    """Prune a model in every combination of sparsities, solvers and treatments of the kept weights.
 
     What an earlier sweep finished is kept, what it left unfinished goes on, unless it is to be replaced.
 
@@ -77,9 +77,9 @@ def sweep(
         MaskoptError: as for `prune_model`, of any combination before the first of them begins.
     """
     store = GramStore(grams)
-    cases = dict(_cases(store, patterns, solvers, weights, shorthand))
+    cases = dict(_cases(store, sparsity, solvers, update, shorthand))
     if not cases:
-        raise OptionError("nothing is swept; give at least one `sparsity` or `pattern`")
+        raise OptionError("nothing is swept; give at least one `sparsity`")
     _check(model, store, list(cases.values()))
     walk = walk or _judging(next(iter(cases.values())))
     if text is not None:
@@ -147,14 +147,14 @@ def _check(model: str | Path, store: GramStore, options: Sequence[PruneOptions])
 
 def _cases(
     store: GramStore,
-    patterns: Sequence[Pattern],
+    sparsity: Sequence[Pattern | float | str],
     solvers: Sequence[str],
-    weights: Sequence[str],
+    update: Sequence[str],
     shorthand: dict[str, Any],
 ) -> Iterator[tuple[str, PruneOptions]]:
-    for pattern, solver, after in itertools.product(patterns, solvers, weights):
-        how = {"pattern": pattern, "solver": solver, "weights": after, **shorthand}
-        if after == KEEP and len(set(weights)) > 1:
-            for name in ("damping", "damping_power"):  # they are of the others
+    for pattern, solver, after in itertools.product(map(parse_sparsity, sparsity), solvers, update):
+        how = {"sparsity": pattern, "solver": solver, "update": after, **shorthand}
+        if after == NONE and len(set(update)) > 1:
+            for name in ("damping", "damping_exponent"):  # they are of the others
                 how.pop(name, None)
         yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", store.options(None, how)

@@ -82,7 +82,9 @@ class Reconstruction:
         "pruned", "what a part is given while it is trained", choices=("pruned", "dense")
     )
     begin: str = option(
-        "keep", "what training starts from; refit: least squares", choices=("keep", "refit")
+        "none",
+        "update of the kept weights that training starts from",
+        choices=("none", "least-squares"),
     )
     epochs: int = option(4, "over the windows", least=1)
     batch: int = option(2, "windows of a step", least=1)
@@ -95,7 +97,7 @@ class Reconstruction:
     weight_decay: float = option(0.0, "of AdamW, on matrices", least=0)
 
     def __post_init__(self) -> None:
-        check_options(self, "reconstruct")
+        check_options(self, "training")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Verified:
         two_four: how many of the tensors are 2:4.
         rows, sparsity: of the pruned layers.
         files: whose digests were compared.
-        against: the original that was compared with, if one was.
+        original: the original that was compared with, if one was.
         checked_layers: names of the layers whose errors and statuses were computed again.
         tolerance: relative difference up to which those errors had to agree; it depends on the precision
             that the manifest names. Statuses hold under the same change of the error.
@@ -68,7 +68,7 @@ class Verified:
     rows: int
     files: int
     sparsity: float
-    against: Path | None
+    original: Path | None
     checked_layers: tuple[str, ...] = ()
     tolerance: float | None = None
     checked: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class Verified:
 
 def verify_output(
     output: str | Path,
-    against: str | Path | None = None,
+    original: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     *,
     calibration: Any = None,
@@ -94,12 +94,12 @@ def verify_output(
     pattern and sparsity in the manifest are those of the masks and of the model's structure.
 
     Args:
-        against: the original model folder. It must have the manifest's digest, the same tensors, and bit
+        original: the original model folder. It must have the manifest's digest, the same tensors, and bit
             for bit the same kept weights (but those that were set anew), other tensors, configuration and
             tokenizer. Errors of layers pruned by magnitude are computed again.
         on_progress: called with tensors done and their number.
         calibration: the text (or tokens) that the prune was given, as for `prune_model`; needs
-            `against`. Errors and statuses of the chosen layers are computed again.
+            `original`. Errors and statuses of the chosen layers are computed again.
         layers: name patterns that choose them; all by default.
         text_field: where JSON lines hold their text.
         threads: for the passes through the model, on the CPU.
@@ -109,8 +109,10 @@ def verify_output(
         VerificationError: with the first thing that does not hold.
     """
     folder = Path(output)
-    if calibration is not None and against is None:
-        raise VerificationError("errors can only be computed again with the original, `against`")
+    if calibration is not None and original is None:
+        raise VerificationError(
+            "`calibration` needs `original`, the dense model that errors are computed with"
+        )
     if layers and calibration is None:
         raise VerificationError("`layers` chooses what `calibration` computes again; give both")
     manifest = read_manifest(folder)
@@ -118,26 +120,26 @@ def verify_output(
     check_entries(folder, manifest.files, weights)
     masks = Masks(folder / MASKS)
     masks.check_names(manifest, weights)
-    original = None if against is None else read_weights(Path(against))
-    same = _same_files(manifest, weights, original)
+    dense = None if original is None else read_weights(Path(original))
+    same = _same_files(manifest, weights, dense)
     check_configuration(folder, manifest.files, compared=same)
     check_layers(manifest)
     check_parts(manifest)
     names_known = trust_remote_code or not asks_for_code(folder)
     if names_known:
-        loading = Loading(original or weights, trust_remote_code=trust_remote_code)
-        if original is None:  # which has the same tensors and configuration
+        loading = Loading(dense or weights, trust_remote_code=trust_remote_code)
+        if dense is None:  # which has the same tensors and configuration
             check_loads(loading, None)
         check_names(manifest, loading.model)
-    slices = check_tensors(manifest, weights, masks, original, on_progress)
+    slices = check_tensors(manifest, weights, masks, dense, on_progress)
     rows, sparsity = check_counts(manifest, slices)
     recomputed, tolerance = _recompute(
-        manifest, slices, folder, against, calibration, layers=layers, text_field=text_field,
+        manifest, slices, folder, original, calibration, layers=layers, text_field=text_field,
         threads=threads, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     checked, claimed = _told_apart(
         manifest, same, len(recomputed),
-        compared=against is not None, names=names_known, again=calibration is not None,
+        compared=original is not None, names=names_known, again=calibration is not None,
     )  # fmt: skip
     return Verified(
         layers=len(manifest.layers),
@@ -146,7 +148,7 @@ def verify_output(
         rows=rows,
         files=len(manifest.files),
         sparsity=sparsity,
-        against=None if against is None else Path(against),
+        original=None if original is None else Path(original),
         checked_layers=tuple(recomputed),
         tolerance=tolerance,
         checked=checked,
@@ -185,10 +187,10 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     return converted
 
 
-def _same_files(manifest: Manifest, weights: Weights, original: Weights | None) -> set[str]:
+def _same_files(manifest: Manifest, weights: Weights, dense: Weights | None) -> set[str]:
     """Names of the files beside the weights that are those of the original; none without one."""
-    if original is not None:
-        return same_files(manifest, weights, original)
+    if dense is not None:
+        return same_files(manifest, weights, dense)
     if weights.unnamed:
         raise VerificationError(
             f"{weights.folder / INDEX}: the index does not name {min(weights.unnamed)!r}, "
@@ -201,19 +203,19 @@ def _recompute(
     manifest: Manifest,
     slices: Sequence[Slice],
     folder: Path,
-    against: str | Path | None,
+    original: str | Path | None,
     calibration: Any,
     **passes: Any,
 ) -> tuple[list[str], float | None]:
     """Names of the layers whose errors were computed again, and how far those may differ."""
-    if against is None:
+    if original is None:
         return [], None
     recomputed = check_fallbacks(manifest, slices, SUM_TOLERANCE)
     if calibration is None:
         return recomputed, SUM_TOLERANCE if recomputed else None
     from maskopt.model.recheck import recheck_layers
 
-    again, tolerance = recheck_layers(manifest, folder, Path(against), calibration, **passes)
+    again, tolerance = recheck_layers(manifest, folder, Path(original), calibration, **passes)
     known = {*recomputed, *again}
     return [layer["name"] for layer in manifest.layers if layer["name"] in known], tolerance
 
@@ -224,10 +226,10 @@ def _told_apart(
     """What is checked, and what is claimed."""
     layers = manifest.layers
     every = recomputed == len(layers)
-    trained = manifest.options.get("weights") == "reconstruct"
+    trained = manifest.options.get("update") == "blockwise"
     refit = not trained and any(layer["damping"] is not None for layer in layers)
     solved = all(
-        layer["chosen_for"] != "updated" for layer in layers
+        layer["objective"] != "updated" for layer in layers
     )  # else only their errors are checked
     again_solved = every and solved
     bounds = not again or any(layer["lower_bound"] for layer in layers)

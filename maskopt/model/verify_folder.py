@@ -181,7 +181,7 @@ def check_configuration(
     folder: Path,
     names: Iterable[str],
     compared: Collection[str],
-    remedy: str = "whether the original does, too, only a comparison with it (against) can show",
+    remedy: str = "whether the original does, too, only a comparison with it (`original`) can show",
 ) -> None:
     """Refuse configuration that has a loader take other weights, or run code.
 

@@ -68,20 +68,22 @@ class Manifest:
 
     @property
     def rows_trade(self) -> bool:
-        return self.rule.pooled or self.options.get("budget") == "both"
+        return self.rule.pooled or self.options.get("allocation") == "both"
 
     @property
-    def spread(self) -> float | None:
+    def max_deviation(self) -> float | None:
         """Of rows that trade, how far the sparsity of one may be from its layer's; None: any."""
-        spread = self.rule.spread if self.rule.pooled else self.options.get("spread")
-        return None if spread == 1 else spread
+        max_deviation = (
+            self.rule.max_deviation if self.rule.pooled else self.options.get("max_deviation")
+        )
+        return None if max_deviation == 1 else max_deviation
 
     @cached_property
     def limits_at(self) -> dict[tuple[tuple[int, ...], int], set[tuple[int, int]]]:
         """Of rows that trade, the least and the most that one prunes, keyed as `counts_at`."""
         found: dict[tuple[tuple[int, ...], int], set[tuple[int, int]]] = {}
         for layer in self.layers:
-            limits = row_limits(self.pruned(layer), layer["rows"], layer["n"], self.spread)
+            limits = row_limits(self.pruned(layer), layer["rows"], layer["n"], self.max_deviation)
             found.setdefault((numbers(layer["name"]), layer["n"]), set()).add(limits)
         return found
 
@@ -90,7 +92,7 @@ class Manifest:
         if not self.counts:
             return str(self.rule)
         kept = layer["n"] - self.counts[layer["name"]]
-        trades = {"per": "layer", "spread": self.spread} if self.rows_trade else {}
+        trades = {"per": "layer", "max_deviation": self.max_deviation} if self.rows_trade else {}
         return str(Rule({**self.rule.record, **trades, "keep": kept}))
 
     def pruned(self, layer: Mapping[str, Any]) -> int:
@@ -138,7 +140,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: no manifest; the folder was not written by maskopt prune"
         )
     manifest = sound_record(path, has_shape)
-    return Manifest(path, manifest, Rule(manifest["fingerprint"]["options"]["pattern"]))
+    return Manifest(path, manifest, Rule(manifest["fingerprint"]["options"]["sparsity"]))
 
 
 def sound_record(path: Path, fits: Callable[[Any], bool]) -> dict[str, Any]:
@@ -172,7 +174,7 @@ def check_layers(manifest: Manifest) -> None:
     names = [layer["name"] for layer in layers]
     if len(set(names)) != len(names):
         raise manifest.wrong(f"names a layer twice: {max(names, key=names.count)!r}")
-    _check_budget(manifest)
+    _check_allocation(manifest)
     for name, info in manifest.tensors.items():
         if info["pattern"] != manifest.rule.record:
             raise manifest.wrong(f"tensor {name!r} has another pattern than the options")
@@ -191,30 +193,41 @@ def check_layers(manifest: Manifest) -> None:
             raise manifest.wrong(
                 f"layer {name!r} is refitted, or not, otherwise than the options say"
             )
-        if layer["chosen_for"] != "kept" and not refitted:
+        if layer["objective"] != "kept" and not refitted:
             raise manifest.wrong(
                 f"layer {name!r} has statuses of refitted weights, and keeps its own"
             )
         if sum(layer["statuses"].values()) != layer["rows"]:
             raise manifest.wrong(f"layer {name!r} has statuses of another number of rows")
-        bounded = "error_kept" if refitted and layer["chosen_for"] == "kept" else "error"
+        bounded = "error_kept" if refitted and layer["objective"] == "kept" else "error"
         if layer["lower_bound"] > layer[bounded] * (1 + BOUND_ROUNDING):
             raise manifest.wrong(f"layer {name!r} has a lower bound above its error")
     if manifest.record["fallbacks"] != [x["name"] for x in layers if x["fallback"]]:
         raise manifest.wrong("lists other fallbacks than its layers")
 
 
-def _check_budget(manifest: Manifest) -> None:
+def _check_allocation(manifest: Manifest) -> None:
     """Who trades: as the pattern says; and where layers do, that they prune as many in all as if alike.
 
     Raises:
         VerificationError: not so.
     """
-    budget, counts, rule = manifest.options.get("budget", "row"), manifest.counts, manifest.rule
-    if (budget == "layer") != rule.pooled or budget not in ("row", "layer", "model", "both"):
-        raise manifest.wrong("has a budget that is not its pattern's")
-    if (budget in ("model", "both")) != bool(counts):
-        raise manifest.wrong("has counts of its layers, or none, otherwise than its budget says")
+    allocation, counts, rule = (
+        manifest.options.get("allocation", "uniform"),
+        manifest.counts,
+        manifest.rule,
+    )
+    if (allocation == "rows") != rule.pooled or allocation not in (
+        "uniform",
+        "rows",
+        "layers",
+        "both",
+    ):
+        raise manifest.wrong("has an allocation that is not its pattern's")
+    if (allocation in ("layers", "both")) != bool(counts):
+        raise manifest.wrong(
+            "has counts of its layers, or none, otherwise than its allocation says"
+        )
     if not counts:
         return
     if set(counts) != {layer["name"] for layer in manifest.layers}:
@@ -228,8 +241,8 @@ def _check_budget(manifest: Manifest) -> None:
 
 def _refitted(options: Mapping[str, Any]) -> bool:
     """Whether kept weights were set anew by least squares, if only to be trained from there on."""
-    begin = options.get("reconstruct", {}).get("begin")
-    return options.get("weights") == "refit" or begin == "refit"
+    begin = options.get("training", {}).get("begin")
+    return options.get("update") == "least-squares" or begin == "least-squares"
 
 
 def check_counts(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float]:

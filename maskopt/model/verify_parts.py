@@ -11,7 +11,11 @@ from typing import Any
 from maskopt.model.verify_manifest import Manifest
 
 #: of how a run trained, what decides which weights differ, and what it may be
-_HOW = {"granularity": ("block", "part"), "train": ("weights", "all"), "begin": ("keep", "refit")}
+_HOW = {
+    "granularity": ("block", "part"),
+    "train": ("weights", "all"),
+    "begin": ("none", "least-squares"),
+}
 #: after a block's name, of a sample that it gave NaN of in the dense model
 _IN_DENSE = " (dense)"
 
@@ -22,8 +26,8 @@ def check_parts(manifest: Manifest) -> None:
     Raises:
         VerificationError: with the first contradiction.
     """
-    parts, how = manifest.record["parts"], manifest.options.get("reconstruct", {})
-    if manifest.options.get("weights") != "reconstruct":
+    parts, how = manifest.record["parts"], manifest.options.get("training", {})
+    if manifest.options.get("update") != "blockwise":
         if parts or how:
             raise manifest.wrong("has trained parts, and its options train none")
         return
@@ -49,10 +53,10 @@ def check_parts(manifest: Manifest) -> None:
 def set_anew(manifest: Manifest) -> list[dict[str, Any]]:
     """Layers whose kept weights may differ from the original's: refitted, or of a part that became better."""
     layers = [layer for layer in manifest.layers if not layer["fallback"]]
-    how = manifest.options.get("reconstruct", {})
-    if manifest.options.get("weights", "keep") == "keep":
+    how = manifest.options.get("training", {})
+    if manifest.options.get("update", "none") == "none":
         return []
-    return [layer for layer in layers if how.get("begin") != "keep" or _bettered(manifest, layer)]
+    return [layer for layer in layers if how.get("begin") != "none" or _bettered(manifest, layer)]
 
 
 def seen_in_dense(manifest: Manifest) -> bool:
@@ -67,7 +71,7 @@ def trained_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str
         tensors: those with masks. Their names are those of the blocks up to the first number. (Another part
             of the model may number blocks of its own.)
     """
-    if manifest.options.get("reconstruct", {}).get("train") != "all":
+    if manifest.options.get("training", {}).get("train") != "all":
         return ()
     number_of = {layer["block"]: _split(layer["name"])[1] for layer in manifest.layers}
     found = set()

@@ -25,8 +25,8 @@ class Rule:
         return self.record.get("per") == "layer"
 
     @property
-    def spread(self) -> float | None:
-        return self.record.get("spread")
+    def max_deviation(self) -> float | None:
+        return self.record.get("max_deviation")
 
     def groups(self, n: int) -> tuple[int, int]:
         """Size of a group, and how many of it are pruned, where rows do not trade.
@@ -59,7 +59,7 @@ class Rule:
             return f"{self.record['keep']}:{self.record['of']}"
         keep = self.record["keep"]
         share = f"keep {keep}" if keep is not None else _decimal(float(self.record["sparsity"]))
-        within = "" if self.spread is None else f" ± {_decimal(float(self.spread))}"
+        within = "" if self.max_deviation is None else f" ± {_decimal(float(self.max_deviation))}"
         return f"{share}{' per layer' if self.pooled else ''}{within}"
 
     @property
@@ -73,11 +73,11 @@ def _decimal(number: float) -> str:
     return four if float(four) == number else repr(number)
 
 
-def row_limits(pruned: int, rows: int, n: int, spread: float | None) -> tuple[int, int]:
-    """Whole numbers no further from the mean than the spread, and those next to the mean in any case."""
-    if spread is None:
+def row_limits(pruned: int, rows: int, n: int, max_deviation: float | None) -> tuple[int, int]:
+    """Whole numbers no further from the mean than the deviation, and those next to the mean in any case."""
+    if max_deviation is None:
         return 0, n
-    mean, reach = Fraction(pruned, rows), Fraction(repr(float(spread))) * n
+    mean, reach = Fraction(pruned, rows), Fraction(repr(float(max_deviation))) * n
     least = min(math.ceil(mean - reach), math.floor(mean))
     most = max(math.floor(mean + reach), math.ceil(mean))
     return max(0, least), min(n, most)

@@ -87,18 +87,18 @@ def _pattern(value: Any) -> bool:
     keep = value.get("keep")
     if value.get("kind") == "nm" and set(value) == {"kind", "keep", "of"}:
         return _count(keep) and _size(value["of"]) and keep <= value["of"] < 2**31
-    of_rows = {"per", "spread"}
+    of_rows = {"per", "max_deviation"}
     if value.get("kind") != "unstructured" or set(value) - of_rows != {"kind", "sparsity", "keep"}:
         return False
     if "per" in value and value["per"] != "layer":
         return False
-    if "spread" in value and not ("per" in value and _spread(value["spread"])):
+    if "max_deviation" in value and not ("per" in value and _deviation(value["max_deviation"])):
         return False
     sparsity = value["sparsity"]
     return _count(keep) if sparsity is None else keep is None and _amount(sparsity) and sparsity < 1
 
 
-def _spread(value: Any) -> bool:
+def _deviation(value: Any) -> bool:
     return _share(value) and value < 1
 
 
@@ -155,11 +155,11 @@ _LAYER = {
     "error_start": _maybe(_amount), "error": _amount, "lower_bound": _amount,
     "statuses": _statuses, "tokens": _count, "fallback": lambda v: type(v) is bool,
     "seconds": _amount, "sparsity": _amount, "block": _count, "kind": _text, "energy": _amount,
-    "error_held": _maybe(_amount), "energy_held": _maybe(_amount), "shrink": _amount,
-    "error_kept": _maybe(_amount), "chosen_for": lambda v: v in ("kept", "refitted", "updated"),
-    "damping": _maybe(_amount), "error_alike": _maybe(_amount),
+    "error_held": _maybe(_amount), "energy_held": _maybe(_amount), "gram_shrinkage": _amount,
+    "error_kept": _maybe(_amount), "objective": lambda v: v in ("kept", "refitted", "updated"),
+    "damping": _maybe(_amount), "error_uniform": _maybe(_amount),
     "swaps": _Optional(_maybe(_count)), "scans": _Optional(_maybe(_count)),
-    "gained": _Optional(_maybe(lambda v: _kind(list, _number)(v) and len(v) == 5)),
+    "improvement_quantiles": _Optional(_maybe(lambda v: _kind(list, _number)(v) and len(v) == 5)),
 }  # fmt: skip
 _PART = {
     "block": _count, "part": _text, "fitted_before": _number, "fitted_after": _number,
@@ -167,18 +167,18 @@ _PART = {
     "diverged": lambda v: type(v) is bool, "seconds": _amount,
 }  # fmt: skip
 _OPTIONS = {
-    "pattern": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size,
+    "sparsity": _pattern, "include": _texts, "exclude": _texts, "min_tokens": _size,
 }  # fmt: skip
 _SHAPE = {
     "format": lambda v: v == FORMAT,
     "fingerprint": lambda v: (
         _fits(v, {"options": _OPTIONS})
         and _kind(dict, _count)(v["options"].get("counts", {}))
-        and _maybe(_share)(v["options"].get("spread"))
-        and _share(v["options"].get("damping_power", 0.0))
+        and _maybe(_share)(v["options"].get("max_deviation"))
+        and _share(v["options"].get("damping_exponent", 0.0))
         and _text(v.get("model", ""))
         and _text(v.get("dtype", ""))
-        and isinstance(v["options"].get("reconstruct", {}), dict)
+        and isinstance(v["options"].get("training", {}), dict)
     ),
     "sparsity": _amount,
     "layers": _kind(list, _LAYER),

@@ -1,4 +1,4 @@
-"""Check what `maskopt shrink` wrote against its manifest and the original.
+"""Check what `maskopt prune-structured` wrote against its manifest and the original.
 
 Part of `maskopt.model.verify`; shares no code with what writes models. What it shows: every tensor is the
 original's, in its place, cut as the manifest's choice of what stays asks, and the configuration is the
@@ -65,7 +65,7 @@ class VerifiedSmaller:
 
 
 def is_smaller(folder: Path) -> bool:
-    """Does a manifest say that `maskopt shrink` wrote the folder? Nothing else of it is looked at."""
+    """Does a manifest say that `maskopt prune-structured` wrote the folder? Nothing else is read."""
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -75,13 +75,13 @@ def is_smaller(folder: Path) -> bool:
 
 def verify_smaller(
     output: str | Path,
-    against: str | Path | None = None,
+    original: str | Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VerifiedSmaller:
     """Re-read a folder that `shrink_model` wrote.
 
     Args:
-        against: the original model folder: every weight is its bits, but those that were set anew.
+        original: the original model folder: every weight is its bits, but those that were set anew.
         on_progress: called with tensors done and their number.
 
     Raises:
@@ -95,19 +95,19 @@ def verify_smaller(
     names = Names(shrunk.get("names", {}), shrunk.get("gone", []))
     if "blocks" not in shrunk:
         check_names(shrunk, names, weights)
-    original = None if against is None else read_weights(Path(against))
+    dense = None if original is None else read_weights(Path(original))
     same: set[str] = set()
-    if original is not None:
-        same = _same_files(manifest, weights, original, names)
+    if dense is not None:
+        same = _same_files(manifest, weights, dense, names)
     check_configuration(folder, manifest["files"], compared=same)
-    ours, theirs = Loading(weights), None if original is None else Loading(original)
+    ours, theirs = Loading(weights), None if dense is None else Loading(dense)
     check_settings(shrunk, ours, theirs)
     if theirs is not None and "blocks" in shrunk:
         check_names(shrunk, names, weights, Blocks.of(shrunk, names, theirs))
     check_loads(ours, theirs)
     count = 0
     for done, name in enumerate(sorted(weights.where), 1):
-        count += _check_tensor(name, weights, original, shrunk, names)
+        count += _check_tensor(name, weights, dense, shrunk, names)
         on_progress(done, len(weights.where))
     if odd := set(shrunk["tensors"]) - set(weights.where):
         raise VerificationError(f"{folder}: tensor {min(odd)!r} of the manifest is not there")
@@ -117,12 +117,12 @@ def verify_smaller(
     claimed = ["errors", "bounds and statuses", "calibration"]
     if shrunk.get("blocks"):
         claimed = ["effects of blocks", "calibration"]
-    if original is None:
+    if dense is None:
         claimed = ["weights", *claimed]
     else:
         checked += ["kept weights", "other tensors", "configuration"]
     if shrunk["set_anew"]:
-        claimed = ["weights that were set anew", *claimed]
+        claimed = ["updated weights", *claimed]
     return VerifiedSmaller(
         tensors=len(weights.where),
         cut=len(shrunk["tensors"]),
@@ -137,7 +137,7 @@ def verify_smaller(
 def _check_tensor(
     name: str,
     weights: Weights,
-    original: Weights | None,
+    dense: Weights | None,
     shrunk: Mapping[str, Any],
     names: Names,
 ) -> int:
@@ -151,9 +151,9 @@ def _check_tensor(
                 f"{weights.folder}: tensor {name!r} is {list(ours.shape)}, and the manifest leaves {left} of "
                 f"axis {step['axis']}"
             )
-    if original is not None:
+    if dense is not None:
         before = names.before(name)
-        theirs = tensor(original.where[before], before)
+        theirs = tensor(dense.where[before], before)
         for step in steps:
             if theirs.shape[step["axis"]] != sum(length for length, _ in step["parts"]):
                 raise VerificationError(
@@ -187,20 +187,20 @@ def _inside(step: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Tenso
 
 
 def _same_files(
-    manifest: Mapping[str, Any], weights: Weights, original: Weights, names: Names
+    manifest: Mapping[str, Any], weights: Weights, dense: Weights, names: Names
 ) -> set[str]:
     """Names of the files beside the weights that are those of the original.
 
     Raises:
         VerificationError: another model, other tensors, a file that is another one.
     """
-    folder, home = weights.folder, original.folder
+    folder, home = weights.folder, dense.folder
     known = [names.before(name) for name in weights.where] + list(names.gone)
-    if odd := set(known) ^ set(original.where):
+    if odd := set(known) ^ set(dense.where):
         raise VerificationError(f"{folder}: tensor {min(odd)!r} is in only one of the two models")
     if len(known) != len(set(known)):
         raise VerificationError(f"{folder}: the manifest names a tensor of the original twice")
-    shards = [name for name in original.files if name != INDEX]
+    shards = [name for name in dense.files if name != INDEX]
     digests = {name: sha256(home / name) for name in (CONFIG, *shards)}
     whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     if whole != manifest["fingerprint"].get("model"):

@@ -109,8 +109,8 @@ def check_cuts(folder: Path, shrunk: Mapping[str, Any], theirs: Loading) -> None
     said = set(shrunk["set_anew"])
     if odd := said - anew or (anew - said if said else set()):
         raise VerificationError(
-            f"{folder}: tensor {min(odd)!r} is set anew, or not, otherwise than refitting does: all layers "
-            "that take channels or heads, and no others"
+            f"{folder}: tensor {min(odd)!r} is updated, or not, unlike a least-squares update of all "
+            "layers that take channels or heads"
         )
 
 

@@ -96,7 +96,7 @@ def _slices(
         if weights is not None and (place, n) in by_magnitude:
             weight = weights[index].to(_working_dtype(manifest)).double()
             part.square = float(weight.masked_fill(mask, 0).square().sum())
-            whole = manifest.rows_trade and manifest.spread is None
+            whole = manifest.rows_trade and manifest.max_deviation is None
             group = (
                 mask.numel() if whole else n if manifest.rows_trade else manifest.rule.groups(n)[0]
             )
@@ -160,7 +160,7 @@ def _check_limits(manifest: Manifest, part: Slice, kept: Tensor) -> None:
     for row, count in enumerate((~kept).sum(1).tolist()):
         if not any(least <= count <= most for least, most in there):
             raise VerificationError(
-                f"{part.tensor!r}, row {row}: {count} of {part.n} pruned, beyond the spread of its layer"
+                f"{part.tensor!r}, row {row}: {count} of {part.n} pruned, beyond the deviation of its layer"
             )
 
 

@@ -43,7 +43,7 @@ class Block:
     def grams(self, layers: Sequence[Layer] | None = None) -> Grams:
         """Gram matrices of the inputs of the layers (all chosen ones), the block being as it is now.
 
-        Where the job's options say `one_pass`, the samples move on with the same pass, as long as a
+        With `calibrate_on` dense, the samples move on with the same pass, as long as a
         block follows that needs them.
         """
         if self.advanced:
@@ -56,7 +56,7 @@ class Block:
                 advance=advance,
                 moved=self.job.options.moved,
                 all_experts=self.job.options.all_experts,
-                weights=self.job.token_weights(self.index, self.opened.samples.states),
+                weights=self.job.weights_of_tokens(self.index, self.opened.samples.states),
                 tick=self.ticker("calibrate", len(self.opened.samples.active)),
             )
         self.advanced = advance

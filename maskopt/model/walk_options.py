@@ -14,8 +14,8 @@ from maskopt.fields import check_options, option
 from maskopt.least_squares import Refit
 from maskopt.limits import Limits, parse_bytes
 from maskopt.model.beginning import check_bos
-from maskopt.model.importance import GRADIENT_WINDOWS
-from maskopt.model.weighting import ALIKE, GRADIENT, WEIGHTINGS
+from maskopt.model.sensitivity import GRADIENT_WINDOWS
+from maskopt.model.token_weights import GRADIENT, TOKEN_WEIGHTS, UNIFORM
 
 if TYPE_CHECKING:
     from maskopt.model.blocks import Layer
@@ -45,11 +45,13 @@ class WalkOptions:
     exclude: tuple[str, ...] = option_field(
         (), MASKS, "Not the layers that match; several by commas, or repeated."
     )
-    seed: int = option_field(0, MASKS, "Of calibration crops and of solvers.")
-    one_pass: bool = option_field(
-        False,
+    seed: int = option_field(0, MASKS, "Random seed for calibration windows and solvers.")
+    calibrate_on: str = option_field(
+        "pruned",
         MASKS,
-        "All Gram matrices from the dense model, or each from the model pruned so far.",
+        "Model whose activations are collected. dense: one pass for all layers; pruned: the model pruned so "
+        "far, block by block.",
+        choices=("dense", "pruned"),
     )
     true_sequential: bool = option_field(
         False, MASKS, "Inside a block, too, layers see what the pruned layers before them produce."
@@ -62,17 +64,18 @@ class WalkOptions:
     skip_bad_samples: bool = option_field(
         False, MASKS, "Leave out windows with NaN or infinite activations instead of stopping."
     )
-    weighting: str = option_field(
-        ALIKE,
+    token_weights: str = option_field(
+        UNIFORM,
         MASKS,
-        "Of a window's tokens. alike; rest: the first one not at all; relative: each by one over the mean "
-        "square of its hidden state; gradient: by how much the dense model's loss depends on it.",
-        choices=WEIGHTINGS,
+        "How tokens of a window are weighted. uniform; skip-first: all but the first; relative: by "
+        "the inverse mean square of the hidden state; gradient: by the norm of the loss gradient of "
+        "the dense model.",
+        choices=TOKEN_WEIGHTS,
     )
     holdout: float = option_field(
         0.0,
         MASKS,
-        "Share of the calibration windows that is kept aside; errors are then reported on them, too.",
+        "Share of the calibration windows that are held out; errors are then reported on them, too.",
         least=0,
         below=1,
     )
@@ -83,8 +86,8 @@ class WalkOptions:
     bos: str = option_field(
         "auto",
         TEXT,
-        "What windows begin with. auto: what the tokenizer puts before a text; always: its BOS "
-        "token; never: nothing, the convention of tables of LLaMA-1 and 2.",
+        "First token of a window. auto: what the tokenizer puts before a text; always: its BOS token;"
+        " never: none, as in published results of LLaMA 1 and 2.",
     )
     text_field: str = option_field("text", TEXT, "Where JSON lines hold their text.")
     chat: bool = option_field(
@@ -97,19 +100,19 @@ class WalkOptions:
         "auto", MACHINE, "Precision of the forward passes; auto: as stored, float32 on the CPU."
     )
     threads: int | None = option_field(
-        None, MACHINE, "On the CPU; the result does not depend on it. Default: all cores."
+        None, MACHINE, "Number of CPU threads; does not affect the result. Default: all cores."
     )
     activation_memory: int | str = option_field(
         4 * 2**30,
         MACHINE,
-        "Hidden states that take more go to a file, e.g. 500MB.",
+        "Store hidden states in a file above this size, e.g. 500MB.",
         unit="bytes",
         least=0,
     )
     max_memory: int | str | None = option_field(
         None,
         MACHINE,
-        "Refuse to start where the estimate of what it takes is higher, e.g. 16GiB.",
+        "Stop before anything is computed if the estimated memory exceeds this, e.g. 16GiB.",
         unit="bytes",
         least=0,
     )
@@ -125,7 +128,9 @@ class WalkOptions:
         check_options(self)
         check_bos(self.bos)
         if self.one_pass and self.true_sequential:
-            raise ModelError("`one_pass` and `true_sequential` exclude each other; choose one")
+            raise ModelError(
+                "`calibrate_on` dense and `true_sequential` exclude each other; choose one"
+            )
         if self.chat and (self.bos, self.text_field) != ("auto", "text"):
             name = "bos" if self.bos != "auto" else "text_field"
             raise DataError(
@@ -133,8 +138,8 @@ class WalkOptions:
                 "the template says: choose one"
             )
 
-        if self.weighting == GRADIENT:
-            self._check_every_window("`weighting` gradient")
+        if self.token_weights == GRADIENT:
+            self._check_every_window("`token_weights` gradient")
 
     def _check_every_window(self, what: str) -> None:
         if self.skip_bad_samples:
@@ -143,13 +148,18 @@ class WalkOptions:
             )
 
     @property
+    def one_pass(self) -> bool:
+        """Whether all Gram matrices are of the dense model's activations."""
+        return self.calibrate_on == "dense"
+
+    @property
     def backward(self) -> bool:
         """Whether gradients of the dense model's loss are needed."""
-        return self.weighting == GRADIENT or self.sensitive
+        return self.token_weights == GRADIENT or self.sensitive
 
     def gradient_windows(self, windows: int) -> int:
         """Of how many they are."""
-        if self.weighting == GRADIENT:
+        if self.token_weights == GRADIENT:
             return windows
         return min(windows, GRADIENT_WINDOWS) if self.sensitive else 0
 
@@ -184,8 +194,8 @@ class WalkOptions:
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         """Raise MaskoptError where these layers cannot be treated as the options say."""
-        if self.weighting != ALIKE:
-            self._check_in_order(layers, f"`weighting` {self.weighting}")
+        if self.token_weights != UNIFORM:
+            self._check_in_order(layers, f"`token_weights` {self.token_weights}")
 
     def _check_in_order(self, layers: Sequence[Layer], what: str) -> None:
         """Raise OptionError for a layer that is not given the tokens of a window one after the other."""

@@ -33,7 +33,7 @@ def tokens_or_tokenizer(given: Any, text: Any) -> tuple[Any, Any]:
     if not isinstance(given, Tensor | Windows):
         return text, given
     if text is not None:
-        raise DataError("there are tokens, and `calibration` beside them; leave one of them out")
+        raise DataError("there are both tokens and `calibration`; leave one of them out")
     return given, None
 
 

@@ -32,7 +32,7 @@ from maskopt.report.table import Table, number
 
 @dataclass(frozen=True)
 class Pruned:
-    """A folder that `maskopt prune` or `maskopt shrink` wrote, as its manifest tells."""
+    """A folder that `maskopt prune` or `maskopt prune-structured` wrote, as its manifest tells."""
 
     folder: Path
     name: str
@@ -73,7 +73,7 @@ class Pruned:
     @property
     def has_masks(self) -> bool:
         """What was made smaller has none."""
-        return "pattern" in self.fingerprint["options"]
+        return "sparsity" in self.fingerprint["options"]
 
     def kinds(self) -> dict[str, list[LayerReport]]:
         found: dict[str, list[LayerReport]] = {}
@@ -97,7 +97,7 @@ def write_report(
     Args:
         outs: folders that `maskopt prune` wrote; several stand side by side.
         evaluation: what `maskopt eval … --json` wrote.
-        gaps: what `maskopt certify … --output FILE.jsonl` wrote of the first of them.
+        gaps: what `maskopt bound … --output FILE.jsonl` wrote of the first of them.
         picture: name of the tensor whose mask is shown; default: the first one of the first folder.
 
     Raises:
@@ -266,7 +266,11 @@ def improvements(one: Pruned, index: int) -> Figure:
     """How far below the start's the rows' errors are, by kind of layer; `index` tells the drawings apart."""
     names, boxes = [], []
     for kind, layers in one.kinds().items():
-        told = [layer.gained for layer in layers if layer.gained is not None]
+        told = [
+            layer.improvement_quantiles
+            for layer in layers
+            if layer.improvement_quantiles is not None
+        ]
         if told:
             names.append(short(kind))
             boxes.append([_mean([quantiles[i] for quantiles in told]) for i in range(5)])
@@ -304,10 +308,10 @@ def trained_table(one: Pruned) -> Table:
             "after",
             "held out before",
             "after",
-            "as they were",
+            "unchanged",
             "time",
         ),
-        note="Mean losses towards the dense model, on the windows of training and on those kept aside.",
+        note="Mean losses towards the dense model, on training and on held-out windows.",
     )
     parts: dict[str, list[PartReport]] = {}
     for part in one.parts:
@@ -348,7 +352,7 @@ def _told_apart(paths: Sequence[Path]) -> list[str]:
 def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         "The models on text",
-        ("model", "perplexity", "beside the first", "KL, nats", "same top token"),
+        ("model", "perplexity", "compared with the first", "KL, nats", "same top token"),
     )
     try:
         names = _told_apart([Path(record["model"]) for record in records])
@@ -390,11 +394,11 @@ def _gaps(path: Path, one: Pruned) -> Table:
             kinds.setdefault(str(record["kind"]), []).append(gap)
     except (KeyError, TypeError, ValueError):
         raise OptionError(
-            "`gaps`: is not what `maskopt certify --output FILE.jsonl` writes"
+            "`gaps`: is not what `maskopt bound --output FILE.jsonl` writes"
         ) from None
     if models - {one.digest}:
         raise OptionError(
-            f"`gaps`: {path} is of another model than {one.folder}; run `maskopt certify` on that folder"
+            f"`gaps`: {path} is of another model than {one.folder}; run `maskopt bound` on that folder"
         )
     for kind, found in kinds.items():
         median, worst = statistics.median(found), max(found)
@@ -421,7 +425,7 @@ def _records(path: Path, *, whole: bool) -> list[Mapping[str, Any]]:
 
 
 def _improved(one: Pruned) -> bool:
-    return any(layer.gained is not None for layer in one.solved)
+    return any(layer.improvement_quantiles is not None for layer in one.solved)
 
 
 def _told(layers: Sequence[LayerReport], name: str) -> list[int]:

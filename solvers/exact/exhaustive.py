@@ -55,7 +55,7 @@ class Exhaustive(Solver):
         if isinstance(pattern, Unstructured) and pattern.pooled:
             if 2**n > COMBINATION_LIMIT:
                 raise SolverError(
-                    f"exhaustive: a row of {n} inputs that trades has {_about(2**n)} masks, more than "
+                    f"exhaustive: a row of {n} inputs of a shared budget has {_about(2**n)} masks, more than "
                     f"{COMBINATION_LIMIT:,}; take solver 'swap'"
                 )
         elif (masks := _masks(n, pattern)) > COMBINATION_LIMIT:

@@ -38,7 +38,7 @@ class Portfolio(Solver):
         start="needed",
         default_start="wanda",
         proves="optimality",
-        note="the best of several backends per row, weights as they are; proves what its members prove",
+        note="the best of several backends per row, for unchanged weights; proves what its members prove",
     )
 
     members: tuple[str, ...] = option(

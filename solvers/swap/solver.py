@@ -80,7 +80,7 @@ class Swap(Solver):
         if problem.refit is not None:
             if self.kernel != "auto":
                 raise SolverError(
-                    f"swap: kernel {self.kernel!r} is for weights as they are; refitted ones take 'auto'"
+                    f"swap: kernel {self.kernel!r} is for unchanged weights; updated ones take 'auto'"
                 )
             return swap_refitted(problem, start, self.max_swaps, limits)
         if not problem.pooled:

@@ -1,4 +1,4 @@
-"""What `maskopt plan` says of the time of a prune, beside what the prune takes: some blocks of a demo model.
+"""The time that `maskopt prune --dry-run` estimates, and what the prune takes: some blocks of a model.
 
 python tests/benchmarks/estimates.py --calibration valid.txt
 python tests/benchmarks/estimates.py --calibration valid.txt --model smollm2 --blocks 2
@@ -21,16 +21,16 @@ from maskopt.model.plan import plan_prune
 #: label → options of a prune
 CASES: dict[str, dict[str, Any]] = {
     "weights kept": {},
-    "2:4": {"pattern": "2:4"},
-    "refitted": {"weights": "refit"},
-    "refitted, ADMM": {"weights": "refit", "solver": "admm"},
-    "layers trade": {"budget": "model"},
-    "trained": {"weights": "reconstruct", "holdout": 0.2},
+    "2:4": {"sparsity": "2:4"},
+    "refitted": {"update": "least-squares"},
+    "refitted, ADMM": {"update": "least-squares", "solver": "admm"},
+    "layers trade": {"allocation": "layers"},
+    "trained": {"update": "blockwise", "holdout": 0.2},
     "refitted, then trained": {
         "solver": "admm",
-        "weights": "reconstruct",
+        "update": "blockwise",
         "holdout": 0.2,
-        "reconstruct": {"begin": "refit"},
+        "training": {"begin": "least-squares"},
     },
 }
 
@@ -45,10 +45,8 @@ def main() -> None:
     model = demo_model(args.model)
     print(machine_now())
     for label in args.only:
-        how = {"samples": 32, "seq_len": 512, **CASES[label]}
+        how = {"sparsity": 0.5, "samples": 32, "seq_len": 512, **CASES[label]}
         how["include"] = [f"layers.{block}" for block in range(args.blocks)]
-        pattern = how.pop("pattern", None)
-        how |= {"sparsity": 0.5} if pattern is None else {"pattern": _pattern(pattern)}
         said = plan_prune(model, **how)
         with tempfile.TemporaryDirectory(prefix="maskopt-estimates-") as home:
             began = time.perf_counter()
@@ -66,13 +64,6 @@ def main() -> None:
             f"{solving:.0f}, training {training:.0f}): {said.seconds / took:.2f}",
             flush=True,
         )
-
-
-def _pattern(written: str) -> Any:
-    from maskopt import NM
-
-    keep, of = written.split(":")
-    return NM(keep=int(keep), of=int(of))
 
 
 if __name__ == "__main__":

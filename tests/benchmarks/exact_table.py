@@ -35,7 +35,7 @@ from machine import machine_now
 from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
 from maskopt.compare import draw_rows, load_instances, sample_rows
 from maskopt.model.beginning import BOS
-from maskopt.pattern import parse_pattern
+from maskopt.pattern import parse_sparsity
 from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.exact.incumbent import tabu_row
@@ -46,15 +46,15 @@ def warm_up() -> None:
     """Compile before the clock runs."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 16, generator=generator, dtype=torch.float64)
-    tiny = LayerProblem(x[:2, :16], x.T @ x, parse_pattern("0.6"))
+    tiny = LayerProblem(x[:2, :16], x.T @ x, parse_sparsity("0.6"))
     solve(tiny.row(0), "branch")
     solve(tiny.row(0), "memetic")
-    single = LayerProblem(x[:1].float(), (x.T @ x).float(), parse_pattern("0.6"))
+    single = LayerProblem(x[:1].float(), (x.T @ x).float(), parse_sparsity("0.6"))
     for method in ("box", "sdp"):
         lower_bound(single, method)
         lower_bound(tiny, method)
     big = torch.randn(600, 300, generator=generator)
-    lower_bound(LayerProblem(big[:1], big.T @ big, parse_pattern("0.6")), "sdp", sweeps=2)
+    lower_bound(LayerProblem(big[:1], big.T @ big, parse_sparsity("0.6")), "sdp", sweeps=2)
 
 
 def searched(row: RowProblem, mask: torch.Tensor, moves: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ def exact(
     name = "scip" if part in SCIP_FORMULATIONS else part
     options: dict[str, Any] = {"formulation": SCIP_FORMULATIONS[part]} if name == "scip" else {}
     spent, cpu, gaps, nodes, roots, proven = [], [], [], [], [], 0
-    for row in sample_rows(layers, rows, columns=n, pattern=parse_pattern(pattern), seed=seed):
+    for row in sample_rows(layers, rows, columns=n, pattern=parse_sparsity(pattern), seed=seed):
         start = searched(row, solve(row, "elimination").mask[0], 3000)
         began = time.process_time()
         solution = solve(row, name, start=start, time_limit=seconds, gap_limit=gap_limit, **options)
@@ -144,7 +144,7 @@ def table(layers: list[LayerProblem], args: argparse.Namespace) -> None:
 
 def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
     """The drawn rows of a layer are one problem: they share the cores, and the time is that of them all."""
-    spent, gaps, pattern = [], [], parse_pattern(args.pattern)
+    spent, gaps, pattern = [], [], parse_sparsity(args.pattern)
     for position, whole in enumerate(layers):
         drawn = draw_rows(whole, args.rows, None, seed=[args.seed, position])
         chosen = [index for index, _ in drawn]
@@ -192,7 +192,7 @@ def small(layers: list[LayerProblem], args: argparse.Namespace) -> None:
     options: dict[str, dict[str, Any]] = {"sdp": {}, "sdp with cuts": {"cuts": args.cuts}}
     below: dict[str, list[float]] = {name: [] for name in options}
     for row in sample_rows(
-        layers, args.rows, columns=args.n, pattern=parse_pattern(args.pattern), seed=args.seed
+        layers, args.rows, columns=args.n, pattern=parse_sparsity(args.pattern), seed=args.seed
     ):
         optimum = solve(row, "branch", time_limit=args.seconds)
         for name, chosen in options.items():
@@ -206,7 +206,7 @@ def small(layers: list[LayerProblem], args: argparse.Namespace) -> None:
 
 def penalty(layers: list[LayerProblem], args: argparse.Namespace) -> None:
     """Bound and correction after so many sweeps from the same start, for each ρ."""
-    rows = sample_rows(layers, args.rows, pattern=parse_pattern(args.pattern), seed=args.seed)
+    rows = sample_rows(layers, args.rows, pattern=parse_sparsity(args.pattern), seed=args.seed)
     for row in rows:
         problem = row.as_layer()
         default = penalty_of(problem.group_size)

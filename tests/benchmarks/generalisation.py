@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
             else:
                 out, how = folder / str(number), dict(case.options)
                 if case.shares is not None:
-                    how["counts"] = shared_out(case.shares, judges, how["pattern"])
+                    how["counts"] = shared_out(case.shares, judges, how["sparsity"])
                 report = prune_model(
                     dense, calibration=args.calibration, output=out, seq_len=512, **how
                 )
@@ -165,7 +165,7 @@ def errors(report: PruneReport) -> dict[str, Any]:
     return {
         "fitted": sum(layer.relative for layer in layers) / len(layers),
         "held": sum(held) / len(held) if held else None,
-        "shrink": sum(layer.shrink for layer in layers) / len(layers),
+        "shrink": sum(layer.gram_shrinkage for layer in layers) / len(layers),
         "solving": sum(layer.seconds for layer in report.layers),
         "training": sum(part.seconds for part in report.parts),
     }

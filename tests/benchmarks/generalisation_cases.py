@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from book import PATTERNS
 
 from maskopt import NM, Unstructured
-from maskopt.model.weighting import WEIGHTINGS
+from maskopt.model.token_weights import TOKEN_WEIGHTS
 from maskopt.pattern import Pattern
 
 #: label → solver, start
@@ -17,26 +17,38 @@ METHODS = {
     "1-swap from Wanda": ("swap", "wanda"),
     "1-swap (default)": ("swap", None),
 }
-#: label → solver, start, `weights`, `budget`, other options
+#: label → solver, start, `update`, `allocation`, other options
 WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
-    "1-swap on F": ("swap", None, "refit", "row", {}),
-    "ADMM": ("admm", None, "refit", "row", {}),
-    "SparseGPT": ("sparsegpt", None, "refit", "row", {"solver_options": {"update": True}}),
-    "1-swap on F, λ = 0.1": ("swap", None, "refit", "row", {"damping": 0.1}),
-    "ADMM, λ = 0.1": ("admm", None, "refit", "row", {"damping": 0.1}),
+    "1-swap on F": ("swap", None, "least-squares", "uniform", {}),
+    "ADMM": ("admm", None, "least-squares", "uniform", {}),
+    "SparseGPT": (
+        "sparsegpt",
+        None,
+        "least-squares",
+        "uniform",
+        {"solver_options": {"update": True}},
+    ),
+    "1-swap on F, λ = 0.1": ("swap", None, "least-squares", "uniform", {"damping": 0.1}),
+    "ADMM, λ = 0.1": ("admm", None, "least-squares", "uniform", {"damping": 0.1}),
     "ADMM, λ = 0.1, power ½": (
         "admm",
         None,
-        "refit",
-        "row",
-        {"damping": 0.1, "damping_power": 0.5},
+        "least-squares",
+        "uniform",
+        {"damping": 0.1, "damping_exponent": 0.5},
     ),
-    "1-swap on F, gradient": ("swap", None, "refit", "row", {"weighting": "gradient"}),
-    "ADMM, gradient": ("admm", None, "refit", "row", {"weighting": "gradient"}),
-    "Wanda": ("wanda", None, "refit", "row", {}),
-    "1-swap on F, rows trade": ("swap", None, "refit", "layer", {"spread": 1}),
-    "1-swap, weights kept": ("swap", None, "keep", "row", {}),
-    "1-swap, rows trade, weights kept": ("swap", None, "keep", "layer", {"spread": 1}),
+    "1-swap on F, gradient": (
+        "swap",
+        None,
+        "least-squares",
+        "uniform",
+        {"token_weights": "gradient"},
+    ),
+    "ADMM, gradient": ("admm", None, "least-squares", "uniform", {"token_weights": "gradient"}),
+    "Wanda": ("wanda", None, "least-squares", "uniform", {}),
+    "1-swap on F, rows trade": ("swap", None, "least-squares", "rows", {"max_deviation": 1}),
+    "1-swap, weights kept": ("swap", None, "none", "uniform", {}),
+    "1-swap, rows trade, weights kept": ("swap", None, "none", "rows", {"max_deviation": 1}),
 }
 #: of WEIGHTS, those that are looked at with some patterns only
 ONLY = {
@@ -50,14 +62,14 @@ ONLY = {
 DRAWN = ("SparseGPT", "ADMM", "1-swap on F")
 #: seeds of the windows that masks are fitted to
 DRAWS = (0, 1, 2)
-#: of `reconstruct`: a block's attention and then its MLP, by every token's relative error
+#: of `training`: a block's attention and then its MLP, by every token's relative error
 PARTS = {"granularity": "part", "loss": "relative"}
 #: what becomes of kept weights → options
 AFTER: dict[str, dict[str, Any]] = {
     "kept": {},
-    "refitted": {"weights": "refit"},
-    "trained": {"weights": "reconstruct"},
-    "parts trained": {"weights": "reconstruct", "reconstruct": PARTS},
+    "refitted": {"update": "least-squares"},
+    "trained": {"update": "blockwise"},
+    "parts trained": {"update": "blockwise", "training": PARTS},
 }
 #: label → other options: the same mask before and after its kept weights are set anew
 TRAINED: dict[str, dict[str, Any]] = {
@@ -70,14 +82,14 @@ TRAINED: dict[str, dict[str, Any]] = {
     "1-swap, refitted": {
         "solver": "portfolio",
         "solver_options": {"members": ("swap",)},
-        "warm_start": "relax",
-        "weights": "refit",
+        "start": "relax",
+        "update": "least-squares",
     },
-    "1-swap on F, refitted": {"solver": "swap", "weights": "refit"},
+    "1-swap on F, refitted": {"solver": "swap", "update": "least-squares"},
     "1-swap on F, trained": {
         "solver": "swap",
-        "weights": "reconstruct",
-        "reconstruct": {"begin": "refit"},
+        "update": "blockwise",
+        "training": {"begin": "least-squares"},
     },
     **{
         f"{label}, {after}": {"solver": solver, **own}
@@ -86,7 +98,7 @@ TRAINED: dict[str, dict[str, Any]] = {
         if after != "parts trained" or solver != "random"
     },
 }
-#: label → windows, options of `reconstruct`; windows times epochs are as many
+#: label → windows, options of `training`; windows times epochs are as many
 RECIPES: dict[str, tuple[int, dict[str, Any]]] = {
     "default": (32, {}),
     "default, once over 128 windows": (128, {"epochs": 1}),
@@ -103,34 +115,38 @@ RECIPES: dict[str, tuple[int, dict[str, Any]]] = {
 CELLS: dict[str, dict[str, Any]] = {
     "ADMM, trained": {
         "solver": "admm",
-        "weights": "reconstruct",
-        "reconstruct": {"begin": "refit"},
+        "update": "blockwise",
+        "training": {"begin": "least-squares"},
     },
-    "ADMM, refitted": {"solver": "admm", "weights": "refit"},
+    "ADMM, refitted": {"solver": "admm", "update": "least-squares"},
     "1-swap, kept": {"solver": "swap"},
-    "SparseGPT": {"solver": "sparsegpt", "weights": "refit", "solver_options": {"update": True}},
+    "SparseGPT": {
+        "solver": "sparsegpt",
+        "update": "least-squares",
+        "solver_options": {"update": True},
+    },
     "Wanda, kept": {"solver": "wanda"},
     "ADMM, parts trained": {
         "solver": "admm",
-        "weights": "reconstruct",
-        "reconstruct": {"begin": "refit", **PARTS},
+        "update": "blockwise",
+        "training": {"begin": "least-squares", **PARTS},
     },
 }
 #: of them, those of every pattern and budget
 EVERYWHERE = ("ADMM, trained", "ADMM, refitted", "1-swap, kept")
 #: label → other options: who trades, and what errors count
-BUDGETS: dict[str, dict[str, Any]] = {
+ALLOCATIONS: dict[str, dict[str, Any]] = {
     "none": {},
-    "rows, alike": {"budget": "layer", "importance": "alike", "spread": 1},
-    "rows, loss": {"budget": "layer", "importance": "loss", "spread": 1},
-    "layers, alike": {"budget": "model", "importance": "alike"},
-    "layers, relative": {"budget": "model", "importance": "relative"},
-    "layers, loss": {"budget": "model", "importance": "loss"},
-    "rows, loss, ± 0.05": {"budget": "layer", "importance": "loss", "spread": 0.05},
-    "rows, loss, ± 0.1": {"budget": "layer", "importance": "loss", "spread": 0.1},
-    "rows, loss, ± 0.2": {"budget": "layer", "importance": "loss", "spread": 0.2},
-    "layers and rows, loss": {"budget": "both", "importance": "loss"},
-    "blocks, measured": {"budget": "model", "importance": "measured"},
+    "rows, alike": {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1},
+    "rows, loss": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 1},
+    "layers, alike": {"allocation": "layers", "sensitivity": "uniform"},
+    "layers, relative": {"allocation": "layers", "sensitivity": "relative"},
+    "layers, loss": {"allocation": "layers", "sensitivity": "fisher"},
+    "rows, loss, ± 0.05": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.05},
+    "rows, loss, ± 0.1": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.1},
+    "rows, loss, ± 0.2": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.2},
+    "layers and rows, loss": {"allocation": "both", "sensitivity": "fisher"},
+    "blocks, measured": {"allocation": "layers", "sensitivity": "kl"},
 }
 #: other methods' shares of blocks that trade
 SHARES = ("OWL", "DLP")
@@ -141,7 +157,7 @@ TRADES: dict[str, tuple[str, ...]] = {
         *("layers, loss", "layers and rows, loss", "blocks, measured"),
     ),
     "60%": ("none", "layers, loss"),
-    "70%": tuple(BUDGETS),
+    "70%": tuple(ALLOCATIONS),
 }
 TRADING = {
     "50%": Unstructured(sparsity=0.5),
@@ -188,7 +204,7 @@ def calibrated(fitted: int) -> dict[str, Any]:
 def methods(name: str) -> Iterator[Case]:
     for pattern, value in PATTERNS.items():
         for label, (solver, start) in METHODS.items():
-            how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
+            how = {"sparsity": value, "solver": solver, "start": start, **calibrated(32)}
             yield Case(how, {"auto": f"methods/{name}/{pattern}/{label}"})
 
 
@@ -196,11 +212,11 @@ def weights(name: str) -> Iterator[Case]:
     for pattern, value in {**PATTERNS, "70%": Unstructured(sparsity=0.7)}.items():
         for label, (solver, start, after, budget, own) in WEIGHTS.items():
             if pattern not in ONLY.get(label, (pattern,)) or (
-                budget == "layer" and isinstance(value, NM)
+                budget == "rows" and isinstance(value, NM)
             ):
                 continue
-            how = {"pattern": value, "solver": solver, "warm_start": start, **calibrated(32)}
-            how |= {"weights": after, "budget": budget, **own}
+            how = {"sparsity": value, "solver": solver, "start": start, **calibrated(32)}
+            how |= {"update": after, "allocation": budget, **own}
             yield Case(how, {"auto": f"weights/{name}/{pattern}/{label}"})
 
 
@@ -223,17 +239,17 @@ def trained(name: str) -> Iterator[Case]:
 
 def recipes(name: str) -> Iterator[Case]:
     for label, (fitted, own) in RECIPES.items():
-        how = {"sparsity": 0.5, **calibrated(fitted), "solver": "swap", "weights": "reconstruct"}
-        yield Case({**how, "reconstruct": own}, {"auto": f"recipes/{name}/{label}"})
+        how = {"sparsity": 0.5, **calibrated(fitted), "solver": "swap", "update": "blockwise"}
+        yield Case({**how, "training": own}, {"auto": f"recipes/{name}/{label}"})
 
 
 def budgets(name: str) -> Iterator[Case]:
     for label, pattern in TRADING.items():
         for trade in TRADES[label]:
-            how = {"pattern": pattern, **calibrated(32), **BUDGETS[trade]}
+            how = {"sparsity": pattern, **calibrated(32), **ALLOCATIONS[trade]}
             yield Case(how, {"auto": f"budgets/{name}/{label}/{trade}"})
     for method in SHARES:
-        how = {"pattern": TRADING["70%"], **calibrated(32), "budget": "model"}
+        how = {"sparsity": TRADING["70%"], **calibrated(32), "allocation": "layers"}
         yield Case(how, {"auto": f"budgets/{name}/70%/blocks, {method}"}, method)
 
 
@@ -274,7 +290,7 @@ def windows_of(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
-    how = {"pattern": pattern, **calibrated(64), **BUDGETS[trade], **CELLS[weights]}
+    how = {"sparsity": pattern, **calibrated(64), **ALLOCATIONS[trade], **CELLS[weights]}
     return Case(how, {"auto": f"cells/{name}/{label}/{trade}/{weights}"})
 
 
@@ -299,8 +315,8 @@ def target(name: str) -> Iterator[Case]:
 
 
 def weighting(name: str) -> Iterator[Case]:
-    for label in WEIGHTINGS:
-        how = {"sparsity": 0.5, **calibrated(32), "weighting": label}
+    for label in TOKEN_WEIGHTS:
+        how = {"sparsity": 0.5, **calibrated(32), "token_weights": label}
         yield Case(how, {"auto": f"weighting/{name}/{label}"})
 
 
@@ -313,13 +329,13 @@ def sizes(name: str) -> Iterator[Case]:
 def shrink(name: str) -> Iterator[Case]:
     for label, (pattern, size) in SCARCE.items():
         for alpha in (*SHRINK, "auto"):
-            how = {"pattern": pattern, **calibrated(size), "shrink": alpha}
+            how = {"sparsity": pattern, **calibrated(size), "gram_shrinkage": alpha}
             yield Case(how, {"auto": f"shrink/{name}/{label}/{alpha}"})
 
 
 def stopping(name: str) -> Iterator[Case]:
     for most in STOPS:
-        how = {"sparsity": 0.5, **calibrated(16), "solver": "swap", "warm_start": "wanda"}
+        how = {"sparsity": 0.5, **calibrated(16), "solver": "swap", "start": "wanda"}
         how |= {"solver_options": {"max_swaps": most}}
         yield Case(how, {"auto": f"stopping/{name}/{'all' if most is None else most}"})
 

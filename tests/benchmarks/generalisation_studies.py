@@ -104,9 +104,9 @@ STUDIES = (
             "solving, min": minutes("solving"),
         },
         {
-            "½": "*power ½*: inputs damped by the root of their size (`--damping-power 0.5`).",
+            "½": "*power ½*: inputs damped by the root of their size (`--damping-exponent 0.5`).",
             "gradient": "*gradient*: tokens count by the norm of the loss's gradient "
-            "(`--weighting gradient`), in these errors, too.",
+            "(`--token-weights gradient`), in these errors, too.",
         },
         best_first=True,
     ),
@@ -132,7 +132,7 @@ STUDIES = (
         "trained",
         "Weights that are trained",
         "50%, 32 windows. Kept weights as they are, refitted by least squares, or trained towards the\n"
-        "dense model with the defaults of `--weights reconstruct`; the windows kept aside choose the epoch.\n"
+        "dense model with the defaults of `--update blockwise`; the windows kept aside choose the epoch.\n"
         "Errors are those before weights are trained. Minutes were taken with other work on the same cores\n"
         "now and then.",
         {
@@ -148,9 +148,9 @@ STUDIES = (
         {
             "parts trained": f"*parts trained*: {OF_PARTS}.",
             "1-swap, refitted": "*1-swap, refitted*: `--solver portfolio --option 'members=[\"swap\"]' "
-            "--warm-start relax`.",
-            "on F": "*on F*: masks and weights to begin with are those of `--weights refit`; *kept*: those "
-            "masks\nalone (`maskopt apply`). The other masks are chosen for weights as they are.",
+            "--start relax`.",
+            "on F": "*on F*: masks and weights to begin with are those of `--update least-squares`; *kept*: "
+            "those masks\nalone (`maskopt masks apply`). The other masks are chosen for weights as they are.",
         },
         best_first=True,
     ),
@@ -176,7 +176,8 @@ STUDIES = (
     Study(
         "budgets",
         "Rows and layers that trade",
-        "32 windows. Who trades, and what an error counts (`budget`, `importance`): as it is; as a part of\n"
+        "32 windows. Who trades, and what an error counts (`allocation`, `sensitivity`): as it is; as a "
+        "part of\n"
         "the layer's output; or by the squared gradient of the dense model's loss by each output.",
         {
             "model": MODEL,
@@ -197,9 +198,10 @@ STUDIES = (
         "cells",
         "Masks, weights and budgets together",
         "64 windows unless said otherwise. kept: weights as they are; trained: refitted by least squares,\n"
-        "damping λ = 0.01, then trained towards the dense model with the defaults of `--weights\n"
-        "reconstruct`. SparseGPT's weights are its own; ADMM's masks are chosen for refitted weights.\n"
-        "Who trades: `budget` and `importance` as above. Errors are those before training. Minutes were\n"
+        "damping λ = 0.01, then trained towards the dense model with the defaults of `--update\n"
+        "blockwise`. SparseGPT's weights are its own; ADMM's masks are chosen for refitted weights.\n"
+        "Who trades: `allocation` and `sensitivity` as above. Errors are those before training. Minutes "
+        "were\n"
         "taken with other work on the same cores now and then.",
         {
             "model": MODEL,
@@ -227,8 +229,8 @@ STUDIES = (
     Study(
         "rates",
         "How fast a whole model is trained",
-        "50%, masks of the 1-swap search, blocks trained on 32 windows with the defaults of `--weights\n"
-        "reconstruct`; then all kept weights together on 32 others (`maskopt distill`), with several\n"
+        "50%, masks of the 1-swap search, blocks trained on 32 windows with the defaults of `--update\n"
+        "blockwise`; then all kept weights together on 32 others (`maskopt distill`), with several\n"
         "learning rates. Divergence: from the dense model, in nats a token, on windows of the calibration\n"
         "text that are kept aside; by it rates are chosen.",
         {

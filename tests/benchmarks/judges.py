@@ -14,9 +14,9 @@ from torch import Tensor
 
 from maskopt import PruneOptions, Unstructured
 from maskopt.model.blocks import Layer, matrix
-from maskopt.model.importance import LOSS, row_importance
 from maskopt.model.job import Job, open_job
 from maskopt.model.problems import layer_problem
+from maskopt.model.sensitivity import FISHER, row_sensitivity
 from maskopt.problem import LayerProblem
 
 #: of calibration text, cut with another seed than those that masks are fitted to
@@ -52,7 +52,7 @@ def judging_layers(dense: Path, calibration: str) -> Mapping[str, Judge]:
             for layer in block.layers:
                 weight = matrix(job.source.model, layer).detach().float().clone()
                 problem = layer_problem(layer, weight, grams.of(layer.name), _options().pattern)
-                loss = row_importance(problem, LOSS, job.gradients, of_layer=True)
+                loss = row_sensitivity(problem, FISHER, job.gradients, of_layer=True)
                 energy = problem.output_energy()
                 found[layer.name] = Judge(layer.block, problem, energy, loss)
             block.advance()
@@ -93,9 +93,9 @@ def weights_of(job: Job) -> Iterator[tuple[Layer, Tensor]]:
 def _options() -> PruneOptions:
     return PruneOptions(
         Unstructured(sparsity=0.5),
-        budget="layer",
-        importance=LOSS,
-        one_pass=True,
+        allocation="rows",
+        sensitivity=FISHER,
+        calibrate_on="dense",
         samples=WINDOWS,
         seq_len=512,
         seed=SEED,

@@ -32,7 +32,7 @@ def start(
     include = [x for i in range(arguments.blocks) for x in ("--include", f"layers.{i}.*")]
     command = [
         sys.executable, "-c", "from maskopt.cli import main; main()", "prune", str(demo_model()),
-        "--sparsity", "0.5", "--solver", arguments.solver, "--warm-start", arguments.warm_start,
+        "--sparsity", "0.5", "--solver", arguments.solver, "--start", arguments.start,
         "--calibration", str(text),
         "--samples", str(arguments.samples), "--seq-len", str(arguments.seq_len),
         "--output", str(out), "--threads", str(threads), *include, *more,
@@ -72,14 +72,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--solver", default="swap")
-    parser.add_argument("--warm-start", default="wanda", help="of a solver that takes one")
+    parser.add_argument("--start", default="wanda", help="of a solver that takes one")
     arguments = parser.parse_args()
     from maskopt.model.demo_text import demo_text
 
     print(machine_now(), flush=True)
     print(
         f"{arguments.blocks} blocks, {arguments.samples} windows of {arguments.seq_len} tokens, "
-        f"{arguments.solver} from {arguments.warm_start}",
+        f"{arguments.solver} from {arguments.start}",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as work:

@@ -66,8 +66,8 @@ def cell(args: argparse.Namespace, model: str, pattern: str, method: str) -> Rec
     solver, options, start = METHODS[method]
     with tempfile.TemporaryDirectory(prefix="table-", dir=args.data.absolute().parent) as home:
         report = prune_model(
-            model, calibration=args.calibration, output=Path(home, "out"), pattern=PATTERNS[pattern],
-            solver=solver, solver_options=options, warm_start=None if start == solver else start,
+            model, calibration=args.calibration, output=Path(home, "out"), sparsity=PATTERNS[pattern],
+            solver=solver, solver_options=options, start=None if start == solver else start,
             include=args.include or (), samples=args.samples, seq_len=args.seq_len, bos=args.bos,
             device=args.device,
         )  # fmt: skip

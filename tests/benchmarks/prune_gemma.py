@@ -2,12 +2,12 @@
 
     python tests/benchmarks/prune_gemma.py --solver wanda --solver swap
 
-    python tests/benchmarks/prune_gemma.py --solver swap --weights reconstruct --text valid.txt \\
+    python tests/benchmarks/prune_gemma.py --solver swap --update blockwise --text valid.txt \\
         --samples 72 --holdout 0.118
 
 Every prune runs in a process of its own, so that its peak resident size is its own. Calibration: the
 demo's text, 32 windows of 512 tokens. The ratio printed last is the second solver's wall time over the
-first one's. A solver that takes a start gets `--warm-start`, by default what `maskopt prune` gives it. Where
+first one's. A solver that takes a start gets `--start`, by default what `maskopt prune` gives it. Where
 weights are trained, `passes` are the seconds of `training` in forward and backward passes of what is trained
 at once, and `recorded` those of the passes through a block that tell what that is to make, which is no part
 of `training`, and by parts what it is given, which is.
@@ -74,7 +74,7 @@ def child(arguments: argparse.Namespace) -> None:
 
     starts_from = None
     if available_solvers()[arguments.child].capabilities.start == "needed":
-        starts_from = arguments.warm_start
+        starts_from = arguments.start
     transformers.logging.set_verbosity_error()
     include = [f"layers.{index}.*" for index in range(arguments.blocks)]
     text = arguments.text or demo_text().calibration
@@ -85,10 +85,10 @@ def child(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = prune_model(
             demo_model(), sparsity=arguments.sparsity, solver=arguments.child,
-            warm_start=starts_from,
+            start=starts_from,
             calibration=text, samples=arguments.samples, seq_len=512, holdout=arguments.holdout,
-            bos=arguments.bos, weights=arguments.weights,
-            reconstruct=read_solver_options(arguments.reconstruct),
+            bos=arguments.bos, update=arguments.update,
+            training=read_solver_options(arguments.training),
             include=include, output=Path(folder) / "out", threads=arguments.threads,
         )  # fmt: skip
     starts = [layer.error_start for layer in report.layers]
@@ -96,7 +96,7 @@ def child(arguments: argparse.Namespace) -> None:
         json.dumps(
             {
                 "solver": arguments.child,
-                "start": report.fingerprint["options"]["warm_start"],
+                "start": report.fingerprint["options"]["start"],
                 "wall": time.perf_counter() - began,
                 "cpu": time.process_time() - cpu,
                 "solving": sum(layer.seconds for layer in report.layers),
@@ -118,15 +118,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--solver", action="append")
     parser.add_argument("--child")
-    parser.add_argument("--warm-start", help="of a solver that takes one; default: as prune has it")
+    parser.add_argument("--start", help="of a solver that takes one; default: as prune has it")
     parser.add_argument("--blocks", type=int, default=18)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--text", help="calibration text; default: the demo's")
     parser.add_argument(
         "--holdout", type=float, default=0.0, help="part of the windows that judges"
     )
-    parser.add_argument("--weights", choices=("keep", "refit", "reconstruct"), default="keep")
-    parser.add_argument("--reconstruct", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--update", choices=("none", "least-squares", "blockwise"), default="none")
+    parser.add_argument("--training", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--bos", choices=BOS, default="auto", help="what windows begin with")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -141,9 +141,9 @@ def main() -> None:
             sys.executable, __file__, "--child", solver, "--blocks", str(arguments.blocks),
             "--samples", str(arguments.samples), "--sparsity", str(arguments.sparsity),
             "--threads", str(arguments.threads), "--bos", arguments.bos,
-            "--weights", arguments.weights, "--holdout", str(arguments.holdout),
-            *(word for how in arguments.reconstruct for word in ("--reconstruct", how)),
-            *(["--warm-start", arguments.warm_start] if arguments.warm_start else []),
+            "--update", arguments.update, "--holdout", str(arguments.holdout),
+            *(word for how in arguments.training for word in ("--training", how)),
+            *(["--start", arguments.start] if arguments.start else []),
             *(["--text", arguments.text] if arguments.text else []),
         ]  # fmt: skip
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -102,7 +102,7 @@ def warm_up() -> None:
     for pattern in PATTERNS.values():
         problem = LayerProblem(weight, factor @ factor.T / 40, pattern, mean=factor.mean(1))
         for solver, start, options in METHODS.values():
-            solve(problem, solver, warm_start=start, **options)
+            solve(problem, solver, start=start, **options)
 
 
 if __name__ == "__main__":

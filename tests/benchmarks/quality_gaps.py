@@ -103,7 +103,7 @@ def certified(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]
     masks = {
         "wanda": solve(problem, "wanda").objective,
         **{start: problem.objective(mask) for start, mask in starts.items()},
-        "tabu": solve(problem, "tabu", warm_start="swap").objective,
+        "tabu": solve(problem, "tabu", start="swap").objective,
         "best": best,
     }
     return {
@@ -124,7 +124,7 @@ def with_cuts(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]
 def begun(problem: LayerProblem, rounded: torch.Tensor) -> dict[str, torch.Tensor]:
     """What long searches start from; `rounded`: the mask of `sdp`."""
     return {
-        "1-swap": solve(problem, "swap", warm_start="wanda").mask,
+        "1-swap": solve(problem, "swap", start="wanda").mask,
         "relax": solve(problem, "relax").mask,
         "sdp": rounded,
     }
@@ -136,7 +136,7 @@ def long_searches(
     """Objectives of three runs of tabu search from each start."""
     return {
         f"{start} {seed}": solve(
-            problem, "tabu", warm_start=mask, moves=LONG_SEARCH, seed=seed
+            problem, "tabu", start=mask, moves=LONG_SEARCH, seed=seed
         ).objective
         for start, mask in starts.items()
         for seed in range(3)
@@ -167,7 +167,7 @@ def blame(book: Book, args: argparse.Namespace) -> None:
                 relaxed = solve(small, "relax")
                 return {
                     "status": str(exact.status[0]),
-                    "swap": float(solve(small, "swap", warm_start="wanda").objective) / optimum,
+                    "swap": float(solve(small, "swap", start="wanda").objective) / optimum,
                     "relax": float(relaxed.objective) / optimum,
                     "tabu": float(solve(small, "tabu").objective) / optimum,
                     "sdp": float(lower_bound(small, "sdp").value) / optimum,

@@ -72,7 +72,7 @@ def masks(book: Book, args: argparse.Namespace) -> None:
                     options: dict[str, Any] = options,
                     base: torch.Tensor = base,
                 ) -> dict[str, Any]:
-                    answer = solve(part, solver, warm_start=start, **options)
+                    answer = solve(part, solver, start=start, **options)
                     trace = answer.trace
                     swaps = getattr(trace, "swaps", None)
                     return {
@@ -104,7 +104,7 @@ def starts(book: Book, args: argparse.Namespace) -> None:
             ) -> dict[str, Any]:
                 raw: dict[str, Any] = {"refine": False} if start in ("relax", "sdp") else {}
                 begun = solve(part, start, **raw)
-                end = solve(part, "swap", warm_start=begun.mask)
+                end = solve(part, "swap", start=begun.mask)
                 return {
                     "rows": part.rows,
                     "start": ratio(begun.objective, base[: part.rows]),
@@ -123,7 +123,7 @@ def interaction(book: Book, args: argparse.Namespace) -> None:
         def run(problem: LayerProblem = problem) -> dict[str, Any]:
             start = solve(problem, "wanda")
             last, best, made = blind_swaps(problem, start.mask, 200)
-            full = solve(problem, "swap", warm_start="wanda").objective
+            full = solve(problem, "swap", start="wanda").objective
             return {
                 "error": ratio(last, start.objective),
                 "best": ratio(best, start.objective),
@@ -175,7 +175,7 @@ def sixteen(book: Book, args: argparse.Namespace) -> None:
                 ("tabu", "tabu", "swap"),
                 ("tabu relax", "tabu", "relax"),
             ):
-                answer = solve(problem, solver, warm_start=start)
+                answer = solve(problem, solver, start=start)
                 found[label] = float((answer.objective / base).mean())
                 found[f"{label} seconds"] = answer.seconds
                 found[f"{label} swaps"] = mean_swaps(answer)
@@ -190,11 +190,11 @@ def moves(book: Book, args: argparse.Namespace) -> None:
         problem = sample(whole, 64, args.seed)
 
         def run(problem: LayerProblem = problem) -> dict[str, Any]:
-            swap = solve(problem, "swap", warm_start="wanda").objective
+            swap = solve(problem, "swap", start="wanda").objective
             found: dict[str, Any] = {}
             for start in ("swap", "relax"):
                 for count in (0, *MOVES):
-                    answer = solve(problem, "tabu", warm_start=start, moves=count)
+                    answer = solve(problem, "tabu", start=start, moves=count)
                     found[f"{start} {count}"] = float((answer.objective / swap).mean())
                     found[f"{start} {count} seconds"] = answer.seconds / problem.rows
             return found
@@ -240,7 +240,7 @@ def model(book: Book, args: argparse.Namespace) -> None:
             base = solve(problem, "wanda").objective
             methods = {}
             for label, (solver, start, options) in WHOLE_MODEL.items():
-                answer = solve(problem, solver, warm_start=start, **options)
+                answer = solve(problem, solver, start=start, **options)
                 methods[label] = {
                     "seconds": answer.seconds,
                     "error": float((answer.objective / base).mean()),

@@ -130,7 +130,7 @@ def main() -> None:
     def verify() -> str:
         from maskopt.model.verify import verify_output
 
-        return f"{verify_output(out, against=model).rows} rows hold"
+        return f"{verify_output(out, original=model).rows} rows hold"
 
     def evaluate() -> str:
         from maskopt.model.perplexity import perplexity

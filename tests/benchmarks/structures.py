@@ -58,6 +58,10 @@ WINDOWS, TOGETHER = 32, 4
 PREFILL, DECODE, REPEATS = 512, 32, 7
 
 
+#: label of a line → `update`
+UPDATES = {"refit": "least-squares", "keep": "none"}
+
+
 class Case(NamedTuple):
     """A smaller model, and what its line is called."""
 
@@ -68,20 +72,20 @@ class Case(NamedTuple):
 def channels(name: str) -> Iterator[Case]:
     for label, share in sorted(CHANNELS.items(), key=lambda item: item[1] != 0.25):
         for method, solver in METHODS.items():
-            for weights in ("refit", "keep"):
+            for weights, update in UPDATES.items():
                 key = f"channels/{name}/{label}/{method}/{weights}"
-                yield Case(key, {"channels": share, "solver": solver, "weights": weights})
+                yield Case(key, {"channels": share, "solver": solver, "update": update})
 
 
 def heads(name: str) -> Iterator[Case]:
-    for weights in ("refit", "keep"):
-        yield Case(f"heads/{name}/{weights}", {"heads": HEADS[name], "weights": weights})
+    for weights, update in UPDATES.items():
+        yield Case(f"heads/{name}/{weights}", {"heads": HEADS[name], "update": update})
 
 
 def gaps(name: str) -> Iterator[Case]:
     """How far the choice of channels is from the best, and of heads, with seconds."""
     yield Case(
-        f"gaps/{name}", {"channels": 0.25, "heads": HEADS[name], "certify": True, "weights": "keep"}
+        f"gaps/{name}", {"channels": 0.25, "heads": HEADS[name], "certify": True, "update": "none"}
     )
 
 
@@ -293,7 +297,7 @@ def measure_speed(args: argparse.Namespace, book: Book, name: str) -> None:
     dense = demo_model(name)
     with tempfile.TemporaryDirectory(prefix="maskopt-structures-") as home:
         out = Path(home) / "out"
-        options = {"channels": 0.25, "heads": HEADS[name], "solver": "wanda", "weights": "keep"}
+        options = {"channels": 0.25, "heads": HEADS[name], "solver": "wanda", "update": "none"}
         smaller(dense, args.calibration, out, options)
         models = {"dense": load(dense), "smaller": load(out)}
         times: dict[str, dict[str, list[float]]] = {

@@ -11,7 +11,7 @@ from generalisation_columns import TITLES
 ORDER = (
     "random", "magnitude", "diagonal of Q (Wanda-sp)", "FLAP's score", "swap", "tabu",
 )  # fmt: skip
-#: what `maskopt shrink --blocks` does
+#: what `maskopt prune-structured --blocks` does
 DEFAULT = "least as a whole (default)"
 _TEXT = Path(__file__).with_name("structures.md")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from machine import machine_now
 
-from maskopt import Unstructured, collect_grams, prune_model
+from maskopt import collect_grams, prune_model
 from maskopt.model.demo_model import MODELS, demo_model
 from maskopt.model.sweep import sweep
 
@@ -46,7 +46,7 @@ def main() -> None:
         )  # fmt: skip
         began = time.perf_counter()
         prune_model(
-            model, output=folder / "one", one_pass=True, sparsity=0.5, solver=args.solver, **text,
+            model, output=folder / "one", calibrate_on="dense", sparsity=0.5, solver=args.solver, **text,
             **some,
         )  # fmt: skip
         one = time.perf_counter() - began
@@ -56,7 +56,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in (folder / "grams").iterdir())
         sweep(
             model, folder / "grams", folder / "sweep", solvers=[args.solver],
-            patterns=[Unstructured(sparsity=s) for s in SPARSITIES], **some,
+            sparsity=SPARSITIES, **some,
         )  # fmt: skip
         swept = time.perf_counter() - began
     print(machine_now())

@@ -157,7 +157,7 @@ def compare(
     wanda_seconds, wanda = timed(lambda: solve(problem, "wanda"), 3)
     start = wanda.mask
     gpt_seconds, gpt = timed(lambda: solve(problem, "sparsegpt"))
-    seconds, solution = timed(lambda: solve(problem, "swap", warm_start=start), 3)
+    seconds, solution = timed(lambda: solve(problem, "swap", start=start), 3)
     assert set(solution.status) == {Status.SWAP_OPTIMAL}
     total = float(solution.objective.sum())
     base = float(wanda.objective.sum())
@@ -176,11 +176,9 @@ def compare(
     part = problem.take(slice(literal_rows))
     part_start = start[:literal_rows]
     literal_seconds, literal = timed(
-        lambda: solve(
-            part, "swap", warm_start=part_start, kernel="literal", max_swaps=literal_swaps
-        )
+        lambda: solve(part, "swap", start=part_start, kernel="literal", max_swaps=literal_swaps)
     )
-    part_seconds, ours = timed(lambda: solve(part, "swap", warm_start=part_start), 3)
+    part_seconds, ours = timed(lambda: solve(part, "swap", start=part_start), 3)
     part_base = float(wanda.objective[:literal_rows].sum())
     limit = "" if literal_swaps is None else f", at most {literal_swaps} swaps"
     error = float(ours.objective.sum()) / part_base
@@ -211,7 +209,7 @@ def test_n4096_synthetic(say: Callable) -> None:
     problem = synthetic_layer(64, 4096)
     start = solve(problem, "wanda")
     solve(problem.take(slice(1)), "swap")
-    seconds, solution = timed(lambda: solve(problem, "swap", warm_start=start.mask), 3)
+    seconds, solution = timed(lambda: solve(problem, "swap", start=start.mask), 3)
     assert set(solution.status) == {Status.SWAP_OPTIMAL}
     say(f"64 rows, n = 4096, synthetic: {seconds}, {describe(solution)}")
     looked = solution.trace.pairs.double().mean() / (0.24 * 4096**2)
@@ -226,7 +224,7 @@ def test_growth(say: Callable) -> None:
     for n in sizes:
         problem = synthetic_layer(64, n)
         start = solve(problem, "wanda").mask
-        seconds, solution = timed(partial(solve, problem, "swap", warm_start=start), 2)
+        seconds, solution = timed(partial(solve, problem, "swap", start=start), 2)
         assert set(solution.status) == {Status.SWAP_OPTIMAL}
         times.append(seconds.cpu / problem.rows)
         say(f"  n = {n:5d}: {1e3 * times[-1]:9.3f} ms of processor a row, {describe(solution)}")
@@ -251,7 +249,7 @@ def test_gemma_model(model_folder: Path, bos: str, say: Callable) -> None:
         gpt = solve(problem, "sparsegpt")
         totals["sparsegpt"] += time.perf_counter() - began
         began = time.perf_counter()
-        solution = solve(problem, "swap", warm_start=wanda.mask)
+        solution = solve(problem, "swap", start=wanda.mask)
         seconds = time.perf_counter() - began
         assert set(solution.status) == {Status.SWAP_OPTIMAL}
         assert isinstance(solution.trace, SwapTrace)
@@ -289,7 +287,7 @@ def watch():
         seen.append(resident())
 thread = threading.Thread(target=watch)
 thread.start()
-solution = solve(problem, "swap", warm_start=start, memory_limit={limit})
+solution = solve(problem, "swap", start=start, memory_limit={limit})
 done.set()
 thread.join()
 print(solution.seconds, "/".join(sorted(set(solution.status))), max(seen) - seen[0])

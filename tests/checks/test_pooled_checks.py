@@ -78,11 +78,11 @@ def test_bounds_are_worth_something():
     assert 0.99 * best <= proven <= best * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("spread", [None, 0.25, 0.0])
+@pytest.mark.parametrize("max_deviation", [None, 0.25, 0.0])
 @pytest.mark.parametrize("omega", [None, torch.tensor([1.0, 9.0, 0.1, 1.0, 2.0, 0.5])])
-def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, spread):
+def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, max_deviation):
     """min Σ ωᵣ fᵣ(xᵣ) over the box, one count, and what a row may take of it, by SLSQP."""
-    problem = layer(rows=6, n=8, omega=omega, spread=spread)
+    problem = layer(rows=6, n=8, omega=omega, max_deviation=max_deviation)
     share, w, gram = problem.shares[:, None].numpy(), problem.weight.numpy(), problem.gram.numpy()
 
     def value(x):
@@ -107,13 +107,15 @@ def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, spread)
 
 
 @pytest.mark.parametrize(
-    ("spread", "part"), [(None, 0.9), (0.0, 1.001), (0.1, 0.801), (0.2, 0.601)]
+    ("max_deviation", "part"), [(None, 0.9), (0.0, 1.001), (0.1, 0.801), (0.2, 0.601)]
 )
-def test_a_relaxed_start_counts_for_the_layer(spread, part):
+def test_a_relaxed_start_counts_for_the_layer(max_deviation, part):
     """Where rows differ much, equal counts are far from any good mask of the layer; where they count for very
     different amounts, limits hold most of them."""
-    omega = None if spread is None else torch.linspace(0, 6, 12, dtype=torch.float64).exp()
-    more = {"sparsity": 0.6, "seed": 5} if spread is None else {"omega": omega, "spread": spread}
+    omega = torch.linspace(0, 6, 12, dtype=torch.float64).exp()
+    more = {"omega": omega, "max_deviation": max_deviation}
+    if max_deviation is None:
+        more = {"sparsity": 0.6, "seed": 5}
     problem = layer(rows=12, n=32, **more)
     equal = problem.under(problem.pattern.alike())
     begun, start = (solve(p, "relax", refine=False, max_iterations=0) for p in (equal, problem))
@@ -132,7 +134,7 @@ def test_certificates_of_a_layer_are_checked():
     with pytest.raises(VerificationError, match="its certificate proves"):
         claimed(problem, found, bound, 1.01)
     own_counts = replace(bound.certificate, penalty=torch.ones(3, 1, dtype=torch.float64))
-    with pytest.raises(VerificationError, match="speak of a row's own count"):
+    with pytest.raises(VerificationError, match="need a count of each row"):
         claimed(problem, found, bound, certificate=own_counts)
     moved = replace(bound.certificate, point=torch.full((3, 8), 0.3, dtype=torch.float64))
     assert float(moved.check(problem).sum()) <= float(bound.value.sum())
@@ -140,9 +142,11 @@ def test_certificates_of_a_layer_are_checked():
     equal = problem.under(problem.pattern.alike())
     assert float(bound.certificate.check(equal).sum()) >= float(bound.value.sum()) * (1 - 1e-12)
     # of other rows they are refused
-    with pytest.raises(SolverError, match="rows trade and keep their weights take method 'box'"):
+    with pytest.raises(
+        SolverError, match="'sdp' needs an equal count in every row; take method 'box'"
+    ):
         lower_bound(layer(rows=2, n=4), "sdp")
-    with pytest.raises(SolverError, match=r"'box' is of weights as they are; .* 'perspective'"):
+    with pytest.raises(SolverError, match=r"'box' is for unchanged weights; .* 'perspective'"):
         lower_bound(layer(rows=2, n=4, refit=Refit(0.01)), "box")
 
 

@@ -331,7 +331,7 @@ def test_a_penalty_on_what_is_not_chosen_hides_nothing(penalty):
     u = np.triu(np.random.default_rng(0).integers(0, 2, (12, 12)), 1).astype(float)
     u += u.T
     u[0, 0] = penalty
-    problem = RowProblem.from_quadratic(u, select=4)
+    problem = RowProblem.from_quadratic(u, cardinality=4)
     honest = solve(problem, "branch", proof=True, time_limit=20)
     assert verify(problem, honest).checked
     for chosen in list(itertools.combinations(range(1, 12), 4))[::30]:
@@ -347,7 +347,7 @@ def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before
     """Where the best is nothing; and within 1e-6 of 420 million, where a hundred values are."""
     star = np.zeros((4, 4))
     star[0, 1:] = 1
-    problem, scip = RowProblem.from_quadratic(star, select=2), {"presolve": False}
+    problem, scip = RowProblem.from_quadratic(star, cardinality=2), {"presolve": False}
     for name, options in (
         ("branch", {}),
         ("branch", {"proof": True}),
@@ -359,7 +359,7 @@ def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before
         assert found.status == (Status.OPTIMAL,)
         assert problem.posed(float(found.objective), float(found.lower_bound))[:2] == (0.0, 0.0)
     u = np.triu(np.random.default_rng(1).integers(0, 2, (14, 14)), 1) * 2.0
-    problem = RowProblem.from_quadratic(u + u.T + np.diag(np.full(14, 6e7)), select=7)
+    problem = RowProblem.from_quadratic(u + u.T + np.diag(np.full(14, 6e7)), cardinality=7)
     best, other = solve(problem, "branch", proof=True), solve(problem, "swap")
     assert best.status == (Status.OPTIMAL,)
     assert float(best.objective) == float(solve(problem, "exhaustive").objective)

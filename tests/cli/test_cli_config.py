@@ -9,15 +9,15 @@ from commands import run
 from forging import copied, edit, forge_manifest
 from outputs import contents
 
-from maskopt.errors import DataError, ModelError, OptionError, PatternError
+from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.model.again import command_again, options_again
 from maskopt.model.report import read_manifest
 from maskopt.model.workspace import MANIFEST
 
 ALL = shlex.split(
     "--sparsity 0.5 --solver wanda --include q_proj,k_proj --samples 7 --seq-len 9 --damping 0.5 "
-    "--weights reconstruct --reconstruct epochs=2 --reconstruct begin=refit --holdout 0.3 "
-    "--shrink auto --one-pass --max-memory 3GiB"
+    "--update blockwise --training epochs=2 --training begin=least-squares --holdout 0.3 "
+    "--gram-shrinkage auto --calibrate-on dense --max-memory 3GiB"
 )
 
 
@@ -42,12 +42,13 @@ def test_what_is_printed_is_read_again(given, dense_folder, tmp_path):
     assert found["model"] == str(dense_folder)
     assert found["output"] == str(tmp_path / "out")
     assert found["include"] == ["q_proj", "k_proj"]
-    assert found["reconstruct"] == {"epochs": 2, "begin": "refit"}
-    assert (found["shrink"], found["damping"], found["one_pass"]) == ("auto", 0.5, True)
+    assert found["training"] == {"epochs": 2, "begin": "least-squares"}
+    assert (found["gram_shrinkage"], found["damping"]) == ("auto", 0.5)
+    assert found["calibrate_on"] == "dense"
     assert "trust_remote_code" not in text  # no file holds trust
     (tmp_path / "run.toml").write_text(text)
-    for command in ("prune", "plan"):
-        assert run(command, "--config", tmp_path / "run.toml", "--print-config") == text
+    for dry in ([], ["--dry-run"]):
+        assert run("prune", *dry, "--config", tmp_path / "run.toml", "--print-config") == text
     # what TOML cannot say is refused
     for value in ("null", "[1, null]", '{"a": null}'):
         words = given("--sparsity", 0.5, "--option", f"moves={value}", "--print-config")
@@ -56,25 +57,22 @@ def test_what_is_printed_is_read_again(given, dense_folder, tmp_path):
 
 
 def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, tmp_path):
-    (tmp_path / "run.toml").write_text("sparsity = 0.5\nsamples = 3\none_pass = true\nseed = 4\n")
+    text = 'sparsity = 0.5\nsamples = 3\ncalibrate_on = "dense"\nseed = 4\n'
+    (tmp_path / "run.toml").write_text(text)
     both = given("--config", tmp_path / "run.toml")
-    found = printed(*both, "--samples", 9, "--sequential", "--pattern", "2:4")
-    assert (found["samples"], found["one_pass"], found["seed"]) == (9, False, 4)
-    assert found["pattern"] == "2:4"
-    assert "sparsity" not in found
-    assert printed(*both)["sparsity"] == 0.5
-    orders = ([], ["--sequential"], ["--one-pass"], ["--true-sequential"])
+    found = printed(*both, "--samples", 9, "--calibrate-on", "pruned", "--sparsity", "2:4")
+    assert (found["samples"], found["calibrate_on"], found["seed"]) == (9, "pruned", 4)
+    assert (found["sparsity"], printed(*both)["sparsity"]) == ("2:4", "0.5")
+    orders = ([], ["--calibrate-on", "pruned"], ["--calibrate-on", "dense"], ["--true-sequential"])
     found = [printed(*given("--sparsity", 0.5, *order)) for order in orders]
-    assert [x.get("one_pass", False) for x in found] == [False, False, True, False]
+    assert [x["calibrate_on"] for x in found] == ["pruned", "pruned", "dense", "pruned"]
     assert [x.get("true_sequential", False) for x in found] == [False, False, False, True]
-    wrong = given("--sparsity", 0.5, "--pattern", "2:4", out="x")
-    assert "exactly one" in run(*wrong, fails=PatternError)
     (tmp_path / "run.toml").write_text(
         f'model = "{dense_folder}"\ncalibration = "{data}"\noutput = "{tmp_path / "out"}"\n'
         'sparsity = 0.5\nsolver = "tabu"\nmin_tokens = 1\n[solver_options]\nmoves = 3\n'
     )
     run("prune", "--config", tmp_path / "run.toml")
-    run("verify", tmp_path / "out", "--against", dense_folder)
+    run("verify", tmp_path / "out", "--original", dense_folder)
     trust = "remove it, and give it on the command"
     for name, content, error, message in (
         ("none.toml", None, OptionError, "cannot be read"),
@@ -95,23 +93,24 @@ def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, 
 @pytest.mark.parametrize(
     "options",
     [
-        "--pattern 2:4 --solver magnitude --layers mlp",
-        "--sparsity 0.5 --budget model --importance alike --seed 3",
-        "--sparsity 0.5 --weights reconstruct --reconstruct epochs=1 --holdout 0.2",
-        pytest.param("--pattern '0.5 per layer' --importance alike", marks=pytest.mark.slow),
+        "--sparsity 2:4 --solver magnitude --layers mlp",
+        "--sparsity 0.5 --allocation layers --sensitivity uniform --seed 3",
+        "--sparsity 0.5 --update blockwise --training epochs=1 --holdout 0.2",
+        pytest.param("--sparsity '0.5 per layer' --sensitivity uniform", marks=pytest.mark.slow),
         pytest.param("--sparsity 0.5 --dtype bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_a_manifest_repeats_its_run(options, given, dense_folder, data, tmp_path):
     few = ["--min-tokens", 1, "--samples", 6]
-    few += [] if "--solver" in options else ["--solver", "swap", "--warm-start", "wanda"]
+    few += [] if "--solver" in options else ["--solver", "swap", "--start", "wanda"]
     run(*given(*shlex.split(options), *few))
     run(*given("--config", tmp_path / "out" / MANIFEST, out="again"))
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     manifest = read_manifest(tmp_path / "out" / MANIFEST)
     by_file, *rest = command_again(manifest["fingerprint"], tmp_path / "out")
     assert "--config" in by_file
-    assert bool(rest) == ("model" not in options)  # counts of all layers are too long for a line
+    # counts of all layers are too long for a line
+    assert bool(rest) == ("--allocation" not in options)
     places = {"MODEL": dense_folder, "TEXT": data, "AGAIN": "again"}
     taken = [printed(*(places.get(x, x) for x in shlex.split(y)[1:])) for y in (by_file, *rest)]
     assert not any("--config" in spelled for spelled in rest)

@@ -28,6 +28,7 @@ from maskopt.model.workspace import HIDDEN, JOURNAL, MANIFEST
 
 TEXT = "Pack my box with five dozen liquor jugs. "
 WANDA = ["--sparsity", 0.5, "--solver", "wanda"]
+DRY = ["prune", "--dry-run"]
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +46,14 @@ def manifest(out):
     return json.loads((out / MANIFEST).read_text())
 
 
-def test_prune_verify_eval_apply_extract(dense, text, tmp_path):
+def test_prune_verify_eval_and_masks(dense, text, tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"
     shown = prune(dense, text, out, "--samples", 4, "--seq-len", 32)
     assert "self_attn.q_proj" in shown
     assert "sparsity of these layers: 0.5000" in shown
-    assert "holds. 21 layers" in run("verify", out, "--against", dense)
+    assert "holds. 21 layers" in run("verify", out, "--original", dense)
     assert "perplexity" in run("eval", out, "--text", text, "--seq-len", 32, "--windows", 3)
-    words = ["extract-masks", out, "--output"]
+    words = ["masks", "export", out, "--output"]
     assert "masks of 21 tensors" in run(*words, tmp_path / "masks.safetensors")
     assert "exists; pass --overwrite" in run(*words, text, fails=OptionError)
     for name in ("maskopt-masks.bits", "config.json"):
@@ -60,7 +61,7 @@ def test_prune_verify_eval_apply_extract(dense, text, tmp_path):
         assert "is a file of a model folder" in said
     weights = {file.name for file in out.glob("*.safetensors")}
     assert weights == {file.name for file in dense.glob("*.safetensors")}  # servers load them all
-    run("apply", dense, out / "maskopt-masks.bits", "--output", again)
+    run("masks", "apply", dense, out / "maskopt-masks.bits", "--output", again)
     for name in weights:
         assert (out / name).read_bytes() == (again / name).read_bytes()
 
@@ -86,11 +87,10 @@ def test_what_goes_wrong(dense, data, tmp_path):
     out, short, half = tmp_path / "out", tmp_path / "short.txt", ["--sparsity", 0.5]
     base = ["prune", dense, "--calibration", data, "--output", out, "--solver", "wanda"]
     for words, error, said in (
-        (base, PatternError, "exactly one"),
-        ([*base, *half, "--pattern", "2:4"], PatternError, "exactly one"),
-        ([*base, "--pattern", "2of4"], PatternError, "no pattern"),
-        ([*base, *half, "-o", "x"], OptionError, "NAME=VALUE"),
-        ([*base, *half, "-o", "time-limits=3"], OptionError, "has no option"),
+        (base, PatternError, "--sparsity is missing: give 0.5, 50% or 2:4"),
+        ([*base, "--sparsity", "2of4"], PatternError, "--sparsity must be like 0.6, 60% or 2:4"),
+        ([*base, *half, "--option", "x"], OptionError, "NAME=VALUE"),
+        ([*base, *half, "--option", "time-limits=3"], OptionError, "has no option"),
         ([*base, *half, "--max-memory", "lots"], OptionError, "no amount of memory"),
         (
             [*base, *half, "--max-memory", "100MiB"],
@@ -133,13 +133,13 @@ def test_ctrl_c_says_how_to_go_on(dense, data, tmp_path, monkeypatch):
     again = shlex.split(again)[1:]
     for _ in range(2):  # for the second one there is nothing left to do
         run(*again)
-        assert "holds" in run("verify", out, "--against", dense)
+        assert "holds" in run("verify", out, "--original", dense)
     assert "not empty" in run(*command, fails=ModelError)
-    said = run(*again, "--shrink", 0.1, fails=ModelError)
+    said = run(*again, "--gram-shrinkage", 0.1, fails=ModelError)
     assert "another run" in said
-    assert "shrink" in said
-    run(*command, "--overwrite", "--shrink", 1.0)
-    assert manifest(out)["fingerprint"]["options"]["shrink"] == 1.0
+    assert "gram_shrinkage" in said
+    run(*command, "--overwrite", "--gram-shrinkage", 1.0)
+    assert manifest(out)["fingerprint"]["options"]["gram_shrinkage"] == 1.0
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_a_signal_stops_a_process_that_prunes(dense, text, tmp_path):
     assert "Traceback" not in said
     assert said.endswith("\nstopped\n")
     run(*words, "--resume")
-    assert "holds" in run("verify", out, "--against", dense)
+    assert "holds" in run("verify", out, "--original", dense)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -274,7 +274,7 @@ def test_a_plan_counts_passes(dense, monkeypatch):
     one = counter.get_total_flops() - head  # of all blocks, once
     monkeypatch.setattr(planning, "_speed", lambda *_: 1 / planning.SHARE)
     gram = 4 * 16 * 3 * (2 * 32**2 + 32**2 + 48**2)  # q k v, o, gate up, down
-    assert plan(dense, one_pass=True).forward_seconds == pytest.approx(one + gram, rel=0.02)
+    assert plan(dense, calibrate_on="dense").forward_seconds == pytest.approx(one + gram, rel=0.02)
     last = 3 * 2 * 4 * 16 * 32 * 48  # down projections of passes that only collect
     whole = plan(dense)
     assert whole.forward_seconds == pytest.approx(2 * one - last + gram, rel=0.02)
@@ -284,7 +284,7 @@ def test_a_plan_counts_passes(dense, monkeypatch):
     assert plan(dense, true_sequential=True).forward_seconds > whole.forward_seconds
     # forward and back over three windows of four, forward over the other one, epoch by epoch
     two, three, parts = (
-        plan(dense, weights="reconstruct", holdout=0.25, reconstruct=how).forward_seconds
+        plan(dense, update="blockwise", holdout=0.25, training=how).forward_seconds
         for how in ({"epochs": 2}, {"epochs": 3}, {"epochs": 3, "granularity": "part"})
     )
     share = planning.SHARE / planning.TRAINED_SHARE
@@ -297,10 +297,10 @@ def test_a_plan_counts_passes(dense, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_plan_does_not_wait_for_a_search_without_end(dense, monkeypatch):
+def test_a_dry_run_does_not_wait_for_a_search_without_end(dense, monkeypatch):
     monkeypatch.setattr(planning, "PROBE_LIMIT", 0.1)
     monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)
-    command = ["plan", dense, "--sparsity", 0.5, "--solver"]
+    command = [*DRY, dense, "--sparsity", 0.5, "--solver"]
     endless = [*command, "tabu", "--option", "moves=1000000000", "--option"]
     # highs takes no rows as wide as those that are timed
     alone = "--option", "workers=0"
@@ -310,21 +310,22 @@ def test_a_plan_does_not_wait_for_a_search_without_end(dense, monkeypatch):
     assert f"solving about {0.25 * layers:.0f} s" in run(*endless, "time_limit=0.25")
 
 
-def test_a_plan_runs_nothing_and_refuses_what_the_prune_would(dense, data, tmp_path, monkeypatch):
-    shown = run("plan", dense, *WANDA, "--samples", 4)
+def test_a_dry_run_refuses_what_the_prune_would(dense, data, tmp_path, monkeypatch):
+    shown = run(*DRY, dense, *WANDA, "--samples", 4)
     assert "memory at the peak" in shown
     assert "up_proj" in shown
     monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)
-    small = ["--pattern", "2:4", "--solver", "wanda", "--max-memory", "1MB"]
-    assert "--max-memory allows 0.00 (base" in run("plan", dense, *small, fails=ModelError)
+    small = ["--sparsity", "2:4", "--solver", "wanda", "--max-memory", "1MB"]
+    assert "--max-memory allows 0.00 (base" in run(*DRY, dense, *small, fails=ModelError)
     run("gram", dense, "--calibration", data, "--output", tmp_path / "grams")
+    far = ["--sensitivity", "kl", "--max-deviation", 0.001]
     for more, said in (
         (["--grams", tmp_path / "grams"], "name one of the two"),
         (["--output", dense, "--overwrite"], "is the model itself"),
-        (["--budget", "model", "--importance", "measured", "--spread", 0.001], "no step in common"),
+        (["--allocation", "layers", *far], "no step in common"),
     ):
         words = [dense, "--calibration", data, *WANDA, "--min-tokens", 1, *more]
-        assert said in run("plan", *words, fails=MaskoptError)
+        assert said in run(*DRY, *words, fails=MaskoptError)
         out = [] if "--output" in more else ["--output", tmp_path / "out"]
         assert said.split()[-1] in run("prune", *words, *out, fails=MaskoptError)
     assert not (tmp_path / "out").exists()

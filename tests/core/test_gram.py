@@ -57,7 +57,7 @@ def test_sums_do_not_drift_and_shrinking_keeps_the_diagonal():
     x = torch.randn(64, 8).to(torch.bfloat16)  # half precision is summed in float32
     close(summed(x).value(), (x.float().T @ x.float()) / 64)
     gram = summed(torch.randn(20, 5))
-    plain, shrunk = gram.value(), gram.value(shrink=0.25)
+    plain, shrunk = gram.value(), gram.value(shrinkage=0.25)
     close(shrunk.diagonal(), plain.diagonal())
     off = ~torch.eye(5, dtype=torch.bool)
     close(shrunk[off], 0.75 * plain[off])
@@ -70,7 +70,7 @@ def test_sums_do_not_drift_and_shrinking_keeps_the_diagonal():
         *((lambda x=x: Gram(5).add(x), "must be floating point")
           for x in (torch.zeros(3, 4), torch.zeros(5), torch.zeros(3, 5, dtype=torch.int64))),
         (lambda: Gram(5).add(torch.full((3, 5), float("nan"))), "NaN or infinite"),
-        (lambda: Gram(5).value(shrink=1.5), "shrink"),
+        (lambda: Gram(5).value(shrinkage=1.5), "shrinkage"),
         (lambda: Gram(0), "at least one"),
     ],
 )  # fmt: skip

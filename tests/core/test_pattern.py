@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from maskopt import NM, Unstructured
 from maskopt.errors import PatternError
-from maskopt.pattern import parse_pattern, pattern_from_dict, pattern_to_dict
+from maskopt.pattern import parse_sparsity, pattern_from_dict, pattern_to_dict
 
 NAN, INF = float("nan"), float("inf")
 RANGE = r"outside \[0, 1\)"
@@ -36,7 +36,7 @@ def test_a_share_prunes_the_floor_of_the_exact_product(mille, share, digits, n):
     whole = n * below % 10**9 // below * below or below
     assert pattern.pruned_per_group(whole) == share * whole
     assert pattern_from_dict(json.loads(json.dumps(pattern_to_dict(pattern)))) == pattern
-    layer = Unstructured(share, per="layer", spread=share)
+    layer = Unstructured(share, per="layer", max_deviation=share)
     assert layer.pruned_in(3, 400) == math.floor(share * 1200)
 
 
@@ -94,13 +94,13 @@ def test_impossible_patterns(options, message):
         ("0.6", Unstructured(sparsity=0.6)),
         ("2:4", NM(keep=2, of=4)),
         ("0.6 per layer", Unstructured(sparsity=0.6, per="layer")),
-        ("0.6 per layer ± 0.05", Unstructured(sparsity=0.6, per="layer", spread=0.05)),
+        ("0.6 per layer ± 0.05", Unstructured(sparsity=0.6, per="layer", max_deviation=0.05)),
         *((None, Unstructured(share, **more)) for share in (0.5, 2 / 3, 0.99996, 1e-7, 0.1 + 0.2)
-          for more in ({}, {"per": "layer", "spread": 1 / 7})),
+          for more in ({}, {"per": "layer", "max_deviation": 1 / 7})),
     ],
 )  # fmt: skip
 def test_text_and_json_forms(text, pattern):
-    assert (str(pattern), parse_pattern(str(pattern))) == (text or str(pattern), pattern)
+    assert (str(pattern), parse_sparsity(str(pattern))) == (text or str(pattern), pattern)
     assert pattern_from_dict(pattern_to_dict(pattern)) == pattern
     assert str(Unstructured(keep=3)) == "keep 3"
 
@@ -114,13 +114,13 @@ ROW = {"kind": "unstructured", "sparsity": 0.5, "keep": None}
         "", "half", "2:4:8", "4:2", "1.0", "a:b", "0.5 per layer 0.1", "0.5 per layer ± 1",
         None, [], {}, {"kind": "nm", "keep": 2}, {"kind": "x"}, {"kind": "x", "keep": 2, "of": 4},
         {**ROW, "kind": "x"}, {"kind": "unstructured", "sparsity": 0.5},
-        {"kind": "nm", "keep": 2, "of": 4, "more": 1}, {**ROW, "spread": 0.1},
-        {**ROW, "per": "layer", "spread": "a"},
+        {"kind": "nm", "keep": 2, "of": 4, "more": 1}, {**ROW, "max_deviation": 0.1},
+        {**ROW, "per": "layer", "max_deviation": "a"},
     ],
 )  # fmt: skip
 def test_text_and_json_that_is_no_pattern(given):
     with pytest.raises(PatternError):
-        (parse_pattern if isinstance(given, str) else pattern_from_dict)(given)
+        (parse_sparsity if isinstance(given, str) else pattern_from_dict)(given)
 
 
 def test_patterns_are_values_and_numbers_of_other_kinds_are_numbers():

@@ -273,7 +273,7 @@ def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monk
 def test_bad_masks(mask, message):
     wrong = errors.WarmStartError
     refuses(wrong, r"shape \[4\], the problem \[2, 4\]", PLAIN.check_mask, ALL[0])
-    refuses(MaskoptError, message, solve, PLAIN, "elimination", warm_start=mask)
+    refuses(MaskoptError, message, solve, PLAIN, "elimination", start=mask)
     if not isinstance(mask, str):
         refuses(wrong, None, PLAIN.check_mask, mask)
     if "shape" in message or "bool" in message:  # no cost can be named

@@ -59,7 +59,7 @@ def test_by_value_and_by_name_are_the_same_and_values_are_frozen_equal_and_hasha
     limits = Limits(seconds=600, seed=4, threads=2)
     by_value = solve(PROBLEM, Tabu(moves=50), start=Relax(), limits=limits)
     words = {"moves": 50, "time_limit": 600, "seed": 4, "threads": 2}
-    by_name = solve(PROBLEM, "tabu", warm_start="relax", **words)
+    by_name = solve(PROBLEM, "tabu", start="relax", **words)
     assert torch.equal(by_value.mask, by_name.mask)
     assert by_value.solver == by_name.solver == "tabu"
     swapped = solve(PROBLEM, Swap(), start="ria")
@@ -80,7 +80,6 @@ ILLEGAL_MASK = r"'answers' answered with an illegal mask: its mask: row 0 prunes
         (Swap(), {"max_swaps": 3}, MaskoptError, "given as a value"),
         ("swap", {"max_swap": 3}, MaskoptError, "did you mean 'max_swaps'"),
         ("swap", {"limits": Limits(), "time_limit": 3}, MaskoptError, "not both"),
-        ("swap", {"start": "wanda", "warm_start": "ria"}, MaskoptError, "give one of them"),
         (7, {}, MaskoptError, "is no solver"),
         ("swap", {"start": "swap"}, MaskoptError, "its own start"),
         ("swap", {"start": Swap(max_swaps=1)}, MaskoptError, "its own start"),

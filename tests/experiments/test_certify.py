@@ -36,7 +36,7 @@ def models(dense, tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     (root / "text.txt").write_text(TEXT)
     words = {"calibration": root / "text.txt", "samples": 8, "seq_len": 32}
-    prune_model(dense, pattern=NM(keep=2, of=4), output=root / "pruned", **words)
+    prune_model(dense, sparsity=NM(keep=2, of=4), output=root / "pruned", **words)
     (root / "dense").symlink_to(dense)
     return root
 
@@ -170,7 +170,7 @@ def test_the_masks_of_a_pruned_model_are_the_ones_judged(models, tmp_path):
         assert 0 <= record.gap <= 1
         assert math.isfinite(record.seconds)
     # layers are chosen among the pruned ones
-    some = {"pattern": NM(keep=2, of=4), "include": ("layers.0",), "output": tmp_path / "some"}
+    some = {"sparsity": NM(keep=2, of=4), "include": ("layers.0",), "output": tmp_path / "some"}
     text = {"calibration": models / "text.txt", "samples": 4, "seq_len": 32}
     prune_model(models / "dense", **some, **text)
     records = certified(models, pruned=tmp_path / "some", layers="q_proj", rows_per_layer=1)
@@ -218,11 +218,11 @@ def test_commands(models, layer, tmp_path):
     assert "q_proj" in run("bound", tmp_path / "layer.npz", *box, "--rows", 2, "--output", out)
     assert len(out.read_text().splitlines()) == 3
     common = ("--calibration", models / "text.txt", "--samples", 4, "--seq-len", 32)
-    folders = (models / "dense", models / "pruned")
-    words = ("--rows-per-layer", 1, "--layers", "*q_proj")
-    assert "q_proj" in run("certify", *folders, *box, *words, *common)
+    folders = (models / "pruned", "--original", models / "dense")
+    words = ("--rows", 1, "--layers", "*q_proj")
+    assert "q_proj" in run("bound", *folders, *box, *words, *common)
     assert "optimal" in run(
-        "compare", models / "dense", "--layers", "*0*q_proj", "--pattern", "0.5", "--rows", 1,
+        "compare", models / "dense", "--layers", "*0*q_proj", "--sparsity", "0.5", "--rows", 1,
         "--columns", 12, "--solvers", "wanda,swap,exhaustive", *common,
     )  # fmt: skip
     assert "--calibration" in run("bound", models / "dense", fails=MaskoptError)

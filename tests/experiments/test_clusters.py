@@ -152,8 +152,8 @@ def test_what_will_not_do_is_refused_before_anything_is_proven(tmp_path):
         (LAYER, nowhere, None, OptionError, "no such folder"),
         (LAYER, None, torch.ones(12, 20, dtype=torch.bool), WarmStartError, "row 0 prunes 0"),
         (LAYER, None, "swop", UnknownSolverError, "swop"),
-        (LAYER.refitting(Refit(0.1)), None, None, OptionError, "keep their weights"),
-        (pooled, None, None, OptionError, "prune alike"),
+        (LAYER.refitting(Refit(0.1)), None, None, OptionError, "unchanged weights"),
+        (pooled, None, None, OptionError, "an equal count"),
     ):
         with pytest.raises(error, match=message):
             prove(layer, path, start=start, on_progress=lambda *x: began.append(1))

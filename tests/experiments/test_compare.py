@@ -239,7 +239,8 @@ def test_the_same_jobs_have_the_same_keys_and_others_have_others():
             {"integral": True})  # fmt: skip
     rows = [RowProblem(weight, gram, Unstructured(s)) for s in (2 / 3, 0.6667, 0.6666)]
     rows += [RowProblem(weight, gram, Unstructured(0.6666), **part) for part in more]
-    rows += [RowProblem.from_quadratic(np.eye(24), keep=8, constant=c) for c in (0.0, 100.0)]
+    posed = (RowProblem.from_quadratic(np.eye(24), cardinality=16, constant=c) for c in (0.0, 1e2))
+    rows += posed
     wanda, mask = make_solver("wanda"), torch.ones(24, dtype=torch.bool)
     for keys in (
         {job_key(row, "wanda", wanda, None, Limits()) for row in rows},
@@ -284,12 +285,12 @@ def test_a_file_of_something_else_is_left_unchanged(path):
 
 
 def test_infinite_gaps_are_no_json_numbers_and_come_back_out_of_the_file(path):
-    row = RowProblem.from_quadratic(-np.eye(4), select=0, maximise=True)
+    row = RowProblem.from_quadratic(-np.eye(4), cardinality=0, maximise=True)
     compare([row], ["wanda"], output=path)
     assert "Infinity" not in path.read_text()
     line = np.zeros((6, 6))
     line[np.arange(5), np.arange(1, 6)] = -1
-    row = RowProblem.from_quadratic(line + line.T, select=3, maximise=True)
+    row = RowProblem.from_quadratic(line + line.T, cardinality=3, maximise=True)
     first, again = (compare([row], ["tabu"], output=path) for _ in range(2))
     assert (first[0].value, first[0].gap) == (0.0, math.inf)
     assert again == first
@@ -326,7 +327,7 @@ def test_files_of_a_model_are_never_replaced(weights, saved, tmp_path):
                 check_writable(path, overwrite=overwrite)
     for words in (
         ("solve", saved, "--output", model / "config.json"),
-        ("prove", saved, "--output", model / "config.json"),
+        ("solve", "--prove", saved, "--output", model / "config.json"),
         ("compare", saved, "--solvers", "swap", "--output", model / "t.csv"),
     ):
         assert message in run(*words, "--overwrite", fails=OptionError)
@@ -338,24 +339,24 @@ def test_files_of_a_model_are_never_replaced(weights, saved, tmp_path):
 def test_options_that_do_not_fit_are_refused(saved, monkeypatch):
     monkeypatch.chdir(saved.parent)
     for words, message in (
-        ("compare --solvers swap -o swap.on_progress=5", "`on_progress`"),
-        ("solve --output out.npz -o on_progress=5", "`on_progress`"),
-        ("compare --solvers wanda --weights refitt", "--weights is one of"),
+        ("compare --solvers swap --option swap.on_progress=5", "`on_progress`"),
+        ("solve --output out.npz --option on_progress=5", "`on_progress`"),
+        ("compare --solvers wanda --update refitt", "--update is one of"),
         ("compare --solvers wanda --calibration no.txt", "is for a model folder"),
         ("compare --solvers wanda --samples 3", "is for a model folder"),
         ("compare --solvers wanda --include q_proj", "is for a model folder"),
         ("compare --solvers wanda --bos never", "is for a model folder"),
-        ("extract r.xyz", "unknown format 'xyz'"),
-        ("extract none.npz --columns 5,3000", "--columns is how many"),
-        ("extract none.npz --columns 5,-1", "--columns is how many"),
-        ("extract none.npz --columns 0", "--columns is how many"),
-        ("extract none.npz --columns -3", "--columns is how many"),
+        ("export r.xyz", "unknown format 'xyz'"),
+        ("export none.npz --columns 5,3000", "--columns is how many"),
+        ("export none.npz --columns 5,-1", "--columns is how many"),
+        ("export none.npz --columns 0", "--columns is how many"),
+        ("export none.npz --columns -3", "--columns is how many"),
     ):
         command, *more = words.split()
         assert message in run(command, saved, *more, fails=OptionError)
 
 
-def test_commands_compare_and_extract_what_other_programs_read(saved, tmp_path):
+def test_commands_compare_and_export_what_other_programs_read(saved, tmp_path):
     out, size = tmp_path / "t.csv", ("--rows", 2, "--columns", 10)
     said = run("compare", saved, "--solvers", "wanda,scip", *size, "--output", out)
     with out.open(newline="") as file:
@@ -363,13 +364,13 @@ def test_commands_compare_and_extract_what_other_programs_read(saved, tmp_path):
     found = [(r["solver"], r["status"]) for r in records]
     assert found == [("wanda", "feasible"), ("scip", "optimal")] * 2
     assert all(record["status"] in said for record in records)
-    run("extract", saved, tmp_path / "r.npz", "--row", 3, "--columns", 10)
+    run("export", saved, tmp_path / "r.npz", "--row", 3, "--columns", 10)
     row = RowProblem.load(tmp_path / "r.npz")
     assert row.n == 10
     best = compare([row], ["exhaustive"])[0].objective
     for form, formulation in (("cip", "factored"), ("lp", "epigraph"), ("mps", "linear")):
         target = tmp_path / f"r.{form}"
-        words = ("extract", tmp_path / "r.npz", target, "--formulation", formulation)
+        words = ("export", tmp_path / "r.npz", target, "--formulation", formulation)
         run(*words)
         model = Model()
         model.hideOutput()
@@ -380,6 +381,6 @@ def test_commands_compare_and_extract_what_other_programs_read(saved, tmp_path):
     # a row keeps its name through files
     LAYER.row(3).save(tmp_path / "0.npz")
     for number in range(2):
-        said = run("extract", tmp_path / f"{number}.npz", tmp_path / f"{number + 1}.npz")
+        said = run("export", tmp_path / f"{number}.npz", tmp_path / f"{number + 1}.npz")
         assert "RowProblem('q[3]'," in said
     assert LAYER.take([3]).row(0).name == "q[0]"

@@ -84,7 +84,7 @@ def test_the_papers_table_holds_every_cell_and_goes_on(benchmarks, tmp_path, mon
     pruned = []
 
     def counted(*given, **options):
-        pruned.append((options["solver"], str(options["pattern"])))
+        pruned.append((options["solver"], str(options["sparsity"])))
         return prune_model(*given, **options, min_tokens=1)
 
     monkeypatch.setattr(paper_table, "prune_model", counted)

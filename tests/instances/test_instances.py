@@ -39,7 +39,7 @@ def test_any_quadratic_objective_is_solved_in_its_own_units(seed, maximise, whol
     if whole:
         u = random.integers(-9, 10, (n, n)).astype(float)
     count, constant = int(random.integers(0, n + 1)), float(random.normal())
-    problem = RowProblem.from_quadratic(u, select=count, maximise=maximise, constant=constant)
+    problem = RowProblem.from_quadratic(u, cardinality=count, maximise=maximise, constant=constant)
     best = (max if maximise else min)(values_of(u, count).values()) + constant
     solution = solve(problem, "branch", workers=0, proof=True)
     found = problem.value(float(solution.objective[0]))
@@ -55,15 +55,15 @@ def test_any_quadratic_objective_is_solved_in_its_own_units(seed, maximise, whol
 
 def test_a_quadratic_is_given_back_with_its_sense():
     u = np.array([[0.0, 2.0, 1.0], [2.0, 0.0, 3.0], [1.0, 3.0, 0.0]])
-    problem = RowProblem.from_quadratic(u, select=2, maximise=True, constant=1.0)
+    problem = RowProblem.from_quadratic(u, cardinality=2, maximise=True, constant=1.0)
     assert problem.maximised
     posed = problem.posed(problem.objective(np.array([True, False, False])), 0.0)
     assert posed.value == pytest.approx(7.0)
     assert posed.gap == pytest.approx((posed.bound - 7.0) / 7.0)
-    assert not RowProblem.from_quadratic(u, select=2).maximised
+    assert not RowProblem.from_quadratic(u, cardinality=2).maximised
     eye = torch.eye(3)
     for u in (eye.bfloat16(), eye.clone().requires_grad_(), np.eye(3, dtype=bool)):
-        assert RowProblem.from_quadratic(u, select=1).value(1.0) == 1.0
+        assert RowProblem.from_quadratic(u, cardinality=1).value(1.0) == 1.0
 
 
 def penalised(penalty):
@@ -71,7 +71,7 @@ def penalised(penalty):
     rng = np.random.default_rng(0)
     u = np.diag(rng.random(10))
     pairs = np.tril(rng.random((10, 10)) < 0.3, -1)
-    return RowProblem.from_quadratic(u + penalty * pairs, select=3)
+    return RowProblem.from_quadratic(u + penalty * pairs, cardinality=3)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1e3, 1e6, 1e9])
@@ -92,7 +92,7 @@ def test_one_element_that_must_not_be_chosen_hides_nothing():
     u = np.random.default_rng(3).normal(size=(12, 12))
     u = u @ u.T
     u[0, 0] = 1e15
-    row = RowProblem.from_quadratic(u, select=4)
+    row = RowProblem.from_quadratic(u, cardinality=4)
     found = solve(row, "branch")
     assert found.status == (Status.OPTIMAL,)
     verify(row, found)
@@ -100,7 +100,7 @@ def test_one_element_that_must_not_be_chosen_hides_nothing():
     assert row.value(float(found.objective)) == pytest.approx(least, rel=1e-6)
     whole = np.diag([1.0, 2, 3, 4])
     whole[1, 2] = 2e12  # whole numbers are exact however far apart
-    problem = RowProblem.from_quadratic(whole, select=2)
+    problem = RowProblem.from_quadratic(whole, cardinality=2)
     assert problem.value(float(solve(problem, "exhaustive").objective)) == 3
 
 
@@ -179,9 +179,9 @@ maximize
 TEXTS = {"dat": CLUSTER, "mc": RUDY, "mdp": DIVERSITY, "qplib": QPLIB}
 
 
-def read(tmp_path, name, text, select=None):
+def read(tmp_path, name, text, cardinality=None):
     (tmp_path / name).write_text(text)
-    return load_problem(tmp_path / name, select)
+    return load_problem(tmp_path / name, cardinality)
 
 
 def best(problem):
@@ -193,7 +193,7 @@ def best(problem):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "select", "value", "chosen"),
+    ("name", "text", "cardinality", "value", "chosen"),
     [
         ("graph.dat", CLUSTER, None, 3, (0, 1, 2)),
         ("graph.mc", RUDY, 2, 3, (0, 1)),
@@ -204,8 +204,8 @@ def best(problem):
         ("toy.qplib", QPLIB, None, 13.5, (1, 2)),
     ],
 )
-def test_the_library_s_own_value_is_found(tmp_path, name, text, select, value, chosen):
-    problem = read(tmp_path, name, text, select)
+def test_the_library_s_own_value_is_found(tmp_path, name, text, cardinality, value, chosen):
+    problem = read(tmp_path, name, text, cardinality)
     solution = solve(problem, "exhaustive")
     assert problem.value(float(solution.objective[0])) == pytest.approx(value, abs=1e-9)
     assert tuple((~solution.mask[0]).nonzero()[:, 0].tolist()) == chosen
@@ -241,8 +241,8 @@ def test_a_row_of_a_layer_is_written_for_qplib_alone(tmp_path):
     other = RowProblem(row.weight, row.gram, NM(keep=2, of=4))
     for problem, ending, message in (
         *((row, ending, "to be minimised") for ending in ("dat", "mc", "mdp")),
-        (other, "qplib", "one set of given size"),
-        (row.refitting(Refit(0.1)), "qplib", "one set of given size"),
+        (other, "qplib", "one set of a given size"),
+        (row.refitting(Refit(0.1)), "qplib", "one set of a given size"),
         (row, "xyz", "no known format"),
     ):
         with pytest.raises(ProblemError, match=message):
@@ -266,8 +266,8 @@ def qplib(old, new):
         *((cluster("4 5", bad), "no new pair") for bad in ("4 6", "2 1", "4 4")),
         (cluster("5 3 4", "5 7 4"), "7 of 5 cannot be chosen"),
         (cluster("4 5 0.5", "4 5 nan"), "must be finite"),
-        ((*cluster("", ""), 2), "leave `select` out"),
-        (("a.mc", RUDY), "pass select"),
+        ((*cluster("", ""), 2), "leave `cardinality` out"),
+        (("a.mc", RUDY), "pass cardinality"),
         (("a.mc", "# a\n3 2\n\n1 3 4\n1 2 x\n", 2), "line 5: expected 3 numbers, not '1 2 x'"),
         (("a.mc", "3 2\n1 3 4\n3 1 5\n", 2), "line 3: '3 1 5' is no new pair of two of 3"),
         (("a.mdp", "0 0\n"), "0 vertices"),
@@ -298,16 +298,16 @@ def test_what_does_not_map_is_refused_with_the_reason(tmp_path, file, reason):
 )
 def test_names_that_begin_comments_or_are_no_text_can_be_read_again(tmp_path, name):
     u = np.diag([3.0, 1.0, 2.0])
-    save_problem(RowProblem.from_quadratic(u, select=2, name=name), tmp_path / "a.qplib")
+    save_problem(RowProblem.from_quadratic(u, cardinality=2, name=name), tmp_path / "a.qplib")
     assert np.allclose(load_problem(tmp_path / "a.qplib").quadratic()[0], u)
     # a byte order mark is no part of the text
-    for name, text, select in (("a.mc", "3 1\n1 2 4\n", 2), ("a.dat", "3 2 1\n1 2\n", None)):
-        plain, marked = (read(tmp_path, name, mark + text, select) for mark in ("", "\ufeff"))
+    for name, text, cardinality in (("a.mc", "3 1\n1 2 4\n", 2), ("a.dat", "3 2 1\n1 2\n", None)):
+        plain, marked = (read(tmp_path, name, mark + text, cardinality) for mark in ("", "\ufeff"))
         assert np.array_equal(plain.quadratic()[0], marked.quadratic()[0])
 
 
 def pose(u, **more):
-    return lambda _: RowProblem.from_quadratic(u, **{"select": 1, **more})
+    return lambda _: RowProblem.from_quadratic(u, **{"cardinality": 1, **more})
 
 
 EYE = np.eye(3)
@@ -328,19 +328,17 @@ NO_UNITS = (
         (lambda path: load_problem(path / "none.dat"), "no such file"),
         (lambda path: load_problem(path / "bytes.dat"), "not a text file"),
         (lambda path: load_problem(path / "a.npz", 3), "graphs that name no number"),
-        (pose(EYE, select=None), "one of keep"),
-        (pose(EYE, keep=1), "one of keep"),
         (pose(np.ones((2, 3))), r"is \[n, n\]"),
         (pose(np.full((2, 2), np.inf)), "finite"),
         *((pose(u), "quadratic objective") for u in NO_MATRICES),
         *((pose(EYE, constant=bad), None) for bad in (None, [1.0, 2.0])),
-        *((pose(EYE, select=bad), None) for bad in ("1", 1.5)),
-        (pose(EYE, select=4), r"select must be 0 … 3, .* not 4"),
+        *((pose(EYE, cardinality=bad), f"cardinality must be a whole number, 0 … 3, not {bad!r}")
+          for bad in ("1", 1.5, None, 4)),
         # what penalties round off
         (lambda _: penalised(1e11), "scale penalties down to what they need"),
         *((lambda _, units=units: units_from_dict(units), "units") for units in NO_UNITS),
     ],
-)
+)  # fmt: skip
 def test_bad_calls_are_named(tmp_path, call, message):
     (tmp_path / "bytes.dat").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ProblemError, match=message):
@@ -350,23 +348,28 @@ def test_bad_calls_are_named(tmp_path, call, message):
 def test_a_graph_on_the_command_line(tmp_path):
     graph, proof = tmp_path / "graph.dat", tmp_path / "proof.npz"
     graph.write_text(CLUSTER)
-    text = run("prove", graph, "--output", proof)
+    text = run("solve", graph, "--prove", "--output", proof)
     for said in ("value", "at most", " 3 ", "1 of 1 rows proven"):
         assert said in text
-    assert "holds: 1 row checked" in run("check", graph, proof)
+    assert "holds: 1 row checked" in run("verify", graph, proof)
     (tmp_path / "graph.mc").write_text(RUDY)
-    run("extract", tmp_path / "graph.mc", tmp_path / "graph.npz", "--select", 2)
+    run("export", tmp_path / "graph.mc", tmp_path / "graph.npz", "--cardinality", 2)
     assert solve(load_problem(tmp_path / "graph.npz"), "branch").status == (Status.OPTIMAL,)
-    run("extract", tmp_path / "graph.npz", tmp_path / "out.qplib")
+    run("export", tmp_path / "graph.npz", tmp_path / "out.qplib")
     text = run("solve", tmp_path / "out.qplib", "--output", tmp_path / "s.npz", "--solver", "tabu")
     assert "at most" in text
     assert "tabu" in run("compare", graph, "--solvers", "wanda,tabu")
     # a model for other solvers says what its objective is
-    said = run("extract", graph, tmp_path / "a.lp")
+    said = run("export", graph, tmp_path / "a.lp")
     shift = load_problem(graph).as_layer().units.shift * 3
     assert f"value = −(objective − {shift:g}) + 0" in " ".join(said.split())
     # the instance is not overwritten with what comes of it
-    for words in (("solve", graph, "--output"), ("prove", graph, "--output"), ("extract", graph)):
+    written = (
+        ("solve", graph, "--output"),
+        ("solve", graph, "--prove", "--output"),
+        ("export", graph),
+    )
+    for words in written:
         message = run(*words, graph, "--overwrite", fails=OptionError)
         assert "is the instance itself" in message
     assert graph.read_text() == CLUSTER
@@ -379,7 +382,7 @@ def test_every_command_speaks_of_the_graph_and_not_of_the_shift(tmp_path):
     best = problem.value(float(solve(problem, "branch").objective[0]))
 
     def of_graph(command, *words):
-        return run(command, graph, "--select", 2, *words)
+        return run(command, graph, "--cardinality", 2, *words)
 
     of_graph("compare", "--solvers", "branch,wanda", "--output", table)
     branch, wanda = map(json.loads, table.read_text().splitlines())
@@ -413,7 +416,7 @@ def test_a_bound_of_whole_numbers_is_one_of_them_and_nothing_can_be_refitted(tmp
     units = problem.as_layer().units
     with pytest.raises(ProblemError, match=message):
         RowProblem(problem.weight, problem.gram, problem.pattern, refit=Refit(), units=units)
-    words = ("--weights", "refit", "--solvers", "swap", "--output", tmp_path / "o.csv")
+    words = ("--update", "least-squares", "--solvers", "swap", "--output", tmp_path / "o.csv")
     assert message in run("compare", tmp_path / "a.dat", *words, fails=ProblemError)
 
 

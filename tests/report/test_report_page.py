@@ -24,7 +24,7 @@ from maskopt.report import Table, number, write_page
 from maskopt.report.prune_page import Pruned, summary
 
 OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "holdout": 0.25}
-TRAINED = {"weights": "reconstruct", "reconstruct": {"epochs": 1, "begin": "refit"}}
+TRAINED = {"update": "blockwise", "training": {"epochs": 1, "begin": "least-squares"}}
 
 
 def test_numbers_are_short_and_cells_the_same_in_terminal_and_page(tmp_path):
@@ -51,14 +51,14 @@ def test_numbers_are_short_and_cells_the_same_in_terminal_and_page(tmp_path):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A dense model, two pruned ones and what `eval` and `certify` say of them; nobody may change them."""
+    """A dense model, two pruned ones and what `eval` and `bound` say of them; nobody may change them."""
     folder = tmp_path_factory.mktemp("report")
     dense = save(tiny("llama", layers=2), folder / "dense")
     prune_model(dense, tokens(8), output=folder / "OUT", **OPTIONS)
     prune_model(dense, tokens(8), output=folder / "TRAINED", **OPTIONS, **TRAINED)
     np.save(folder / "tokens.npy", tokens(4).numpy())
     both = ["--calibration", folder / "tokens.npy", "--output", folder / "gaps.jsonl"]
-    run("certify", dense, folder / "OUT", *both)
+    run("bound", folder / "OUT", "--original", dense, *both)
     text = ["--text", folder / "tokens.npy", "--json", folder / "eval.json"]
     run("eval", dense, folder / "OUT", *text)
     (folder / "half.json").write_text(r'[{"model": "\ud800"}]')

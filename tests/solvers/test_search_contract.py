@@ -100,7 +100,7 @@ def test_optimum_of_small_rows(pattern):
     best = solve(problem, "exhaustive").objective
     reached = {}
     for name in ("swap", "tabu"):
-        found = solve(problem, name, warm_start="wanda").objective
+        found = solve(problem, name, start="wanda").objective
         reached[name] = int((found <= best * (1 + 1e-6) + 1e-12).sum())
     assert reached["tabu"] >= 38
     assert reached["tabu"] > reached["swap"]
@@ -183,8 +183,8 @@ BAD_CALLS = [
         for name, options in BAD_OPTIONS
         for option, value in options.items()
     ),
-    ("swap", {"warm_start": torch.zeros(2, 8) > 0}, WarmStartError, "row 0 prunes 8 of 8"),
-    ("swap", {"warm_start": torch.ones(2, 7) > 0}, WarmStartError, "shape"),
+    ("swap", {"start": torch.zeros(2, 8) > 0}, WarmStartError, "row 0 prunes 8 of 8"),
+    ("swap", {"start": torch.ones(2, 7) > 0}, WarmStartError, "shape"),
     ("relax", {"max_iterations": 0, "harden": 0}, OptionError, "relax"),
     ("random", {"sed": 1}, OptionError, "no option 'sed'; did you mean 'seed'"),
     *(("portfolio", {"members": x}, MaskoptError, None) for x in (("swpa",), ("portfolio",), ())),

@@ -98,7 +98,9 @@ def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_ol
     assert lanes_to(CPU) is None  # the processor needs none
 
 
-@pytest.mark.parametrize("options", [{"target": "dense", "weights": "refit"}, {"one_pass": True}])
+@pytest.mark.parametrize(
+    "options", [{"target": "dense", "update": "least-squares"}, {"calibrate_on": "dense"}]
+)
 def test_a_prune_writes_the_same_bytes(options, dense_folder, tmp_path, monkeypatch):
     given = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "threads": 1, **options}
 

@@ -80,7 +80,7 @@ def test_a_block_may_not_be_left_behind_nor_looked_at_afterwards(dense_folder):
     next(walk)
     with pytest.raises(RuntimeError, match="without advance"):
         next(walk)
-    block = next(open_job(tiny("llama"), tokens(), WalkOptions(one_pass=True)).blocks())
+    block = next(open_job(tiny("llama"), tokens(), WalkOptions(calibrate_on="dense")).blocks())
     block.grams()
     with pytest.raises(RuntimeError, match="samples have left block 0"):
         block.grams()
@@ -122,7 +122,7 @@ def test_rounds_a_block_without_a_chosen_layer_and_the_end_of_the_last_block():
     model, ran = tiny("llama"), []
     for index, block in enumerate(Blocks(model).modules):
         block.mlp.act_fn.register_forward_hook(lambda *_, i=index: ran.append(i))
-    options = WalkOptions(include=("o_proj",), one_pass=True, threads=1)
+    options = WalkOptions(include=("o_proj",), calibrate_on="dense", threads=1)
     with open_job(model, tokens(3), options) as job:
         for block in job.blocks():
             block.grams()
@@ -166,7 +166,7 @@ def test_filters(monkeypatch):
 
 
 def test_options_and_shorthand_are_the_same():
-    given = {"pattern": NM(keep=2, of=4), "solver": "wanda", "min_tokens": 1, "include": "mlp"}
+    given = {"sparsity": NM(keep=2, of=4), "solver": "wanda", "min_tokens": 1, "include": "mlp"}
     options = PruneOptions(**{**given, "include": ["mlp"]})
     one, two, three = (
         prune_model(tiny("llama"), tokens(), *words, **named)
@@ -209,10 +209,9 @@ REFUSED = [
     ("'lots' is no amount of memory", {"max_memory": "lots"}),
     ("`max_memory` must be", {"max_memory": -1}),
     ("`activation_memory` must be", {"activation_memory": 1.5}),
-    ("`pattern` must be", {"sparsity": None, "pattern": "2:4"}),
+    ("`sparsity` must be like 0.6, 60% or 2:4", {"sparsity": "2/4"}),
+    ("`sparsity` is missing", {"sparsity": None}),
     ("`solver_options` must be", {"solver_options": "x"}),
-    ("exactly one", {"pattern": NM(keep=2, of=4)}),
-    ("exactly one", {"sparsity": None}),
 ]
 
 
@@ -220,7 +219,7 @@ REFUSED = [
 def test_options_that_cannot_be(message, given):
     model = tiny("llama", layers=1)
     for use in (prune_model, maskopt.collect_problems, plan_prune):
-        with pytest.raises(PatternError if message == "exactly one" else OptionError) as caught:
+        with pytest.raises(PatternError if "sparsity" in given else OptionError) as caught:
             use(model, tokens(), **{**WANDA, **given})
         assert isinstance(caught.value, MaskoptError)
         assert message in str(caught.value)
@@ -236,50 +235,41 @@ def parameters(name):
 
 
 def test_one_dialect():
-    """What two commands name by one word is read in one way; plan takes every option of prune."""
+    """What two commands name by one word is read in one way."""
     prune = parameters("prune")
-    assert parameters("plan") == prune
     assert {f.name for f in dataclasses.fields(PruneOptions)} <= prune.keys()
-    for name in ("compare", "bound", "extract", "certify", "eval"):
+    for name in ("compare", "bound", "export", "eval"):
         found = parameters(name)
         for shared in found.keys() & prune.keys() - {"out", "model", "calibration", "solver"}:
             assert found[shared] == prune[shared], (name, shared)
         assert {"bos", "seq_len", "text_field", "threads"} <= found.keys()
-        assert name == "eval" or {"include", "exclude"} <= found.keys()
-        assert name in ("eval", "certify") or {"sparsity", "pattern"} <= found.keys()
+        assert name == "eval" or {"include", "exclude", "sparsity"} <= found.keys()
 
 
-def test_a_prune_command_with_plan_in_its_place(dense, data, tmp_path):
+def test_a_prune_command_with_dry_run_added(dense, data, tmp_path):
     out = tmp_path / "out"
     rest = [dense, "--calibration", data, "--output", out, "--overwrite"]
-    rest += [
-        "--pattern",
-        "0.5",
-        "--solver",
-        "wanda",
-        "--text-field",
-        "body",
-        "--seed",
-        "3",
-        "--all-experts",
-    ]
-    rest += ["--min-tokens", "1", "--shrink", "0.1", "--skip-bad-samples", "--layers", "q_proj,mlp"]
-    rest += ["--exclude", "layers.1,up_proj"]
-    shown = run("plan", *rest)
+    options = (
+        "--sparsity 0.5 --solver wanda --text-field body --seed 3 --all-experts --min-tokens 1 "
+        "--gram-shrinkage 0.1 --skip-bad-samples --layers q_proj,mlp --exclude layers.1,up_proj"
+    )
+    rest += options.split()
+    shown = run("prune", "--dry-run", *rest)
     assert "self_attn.q_proj" in shown
     assert "up_proj" not in shown
     assert "1,536" in shown  # half of two gate projections of 48 × 32
     assert not out.exists()
     run("prune", *rest)
-    assert "not empty" in run("plan", *[x for x in rest if x != "--overwrite"], fails=ModelError)
+    rest.remove("--overwrite")
+    assert "not empty" in run("prune", "--dry-run", *rest, fails=ModelError)
 
 
 def test_patterns_and_layers_are_read_in_one_way(dense, data, tmp_path):
     common, results = [dense, "--solvers", "wanda", "--rows", 1, "--calibration", data], set()
     asked = (
         ["--sparsity", "0.5", "--include", "q_proj", "--include", "layers.0.mlp.*"],
-        ["--pattern", "0.5", "--include", "q_proj, layers.0.mlp.*"],
-        ["--pattern", "0.5", "--layers", "q_proj,layers.0.mlp.*"],
+        ["--sparsity", "50%", "--include", "q_proj, layers.0.mlp.*"],
+        ["--sparsity", "0.5", "--layers", "q_proj,layers.0.mlp.*"],
     )
     for number, words in enumerate(asked):
         out = tmp_path / f"{number}.csv"
@@ -288,8 +278,6 @@ def test_patterns_and_layers_are_read_in_one_way(dense, data, tmp_path):
         assert len(lines) == 1 + 3 + 3
         results.add(tuple(line.split(",")[0] for line in lines))
     assert len(results) == 1
-    said = run("compare", *common, "--sparsity", 0.5, "--pattern", "2:4", fails=PatternError)
-    assert "--sparsity (0.6) or a --pattern (2:4), exactly one" in said
 
 
 def test_errors_name_flags_that_the_command_has(dense, data):

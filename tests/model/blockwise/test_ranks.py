@@ -41,12 +41,12 @@ pytestmark = pytest.mark.skipif(
     reason="needs torch.distributed, /proc to find the processes, and a GPU for each if there are any",
 )
 
-COMMON = {"pattern": Unstructured(sparsity=0.5), "min_tokens": 1, "threads": 1}
-WANDA, REFIT = {"solver": "wanda"}, {"weights": "refit"}
-POOL = {"pattern": Unstructured(sparsity=0.5, per="layer"), "importance": "loss"}
-FILES = {"pattern": NM(keep=2, of=4), "activation_memory": 0, "true_sequential": True}
-BUDGET = {"budget": "model", "importance": "loss", "holdout": 0.3, "shrink": "auto"}
-DENSE = {"target": "dense", "weighting": "gradient", "holdout": 0.3, "solver": "elimination"}
+COMMON = {"sparsity": Unstructured(sparsity=0.5), "min_tokens": 1, "threads": 1}
+WANDA, REFIT = {"solver": "wanda"}, {"update": "least-squares"}
+POOL = {"sparsity": Unstructured(sparsity=0.5, per="layer"), "sensitivity": "fisher"}
+FILES = {"sparsity": NM(keep=2, of=4), "activation_memory": 0, "true_sequential": True}
+BUDGET = {"allocation": "layers", "sensitivity": "fisher", "holdout": 0.3, "gram_shrinkage": "auto"}
+DENSE = {"target": "dense", "token_weights": "gradient", "holdout": 0.3, "solver": "elimination"}
 #: name → model, options: the rows of `tall` are shared out by tiles, but where they differ
 CASES = {
     "kept": ("tall", {}),
@@ -253,7 +253,7 @@ def test_a_signal_while_the_end_is_said_does_not_silence_it(tmp_path, monkeypatc
     assert len(said) == 1
 
 
-TRAINED = "prune --weights reconstruct --holdout 0.5 --solver wanda --sparsity 0.5"
+TRAINED = "prune --update blockwise --holdout 0.5 --solver wanda --sparsity 0.5"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ TRAINED = "prune --weights reconstruct --holdout 0.5 --solver wanda --sparsity 0
         ("prune --sparsity 1.5", "sparsity 1.5 is outside"),
         (TRAINED, "start it without torchrun"),
         ("prune --sparsity 0.5 --calibration nowhere.txt", "nowhere.txt"),
-        ("plan --sparsity 0.5", "start this command without torchrun"),
+        ("bound --sparsity 0.5", "start this command without torchrun"),
     ],
 )
 def test_what_is_wrong_is_said_once(words, message, dense_folder, data, tmp_path):

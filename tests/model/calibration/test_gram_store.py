@@ -14,7 +14,7 @@ from tiny_models import edit_json, patched, save, save_with_own_code, tiny, toke
 
 from maskopt import collect_grams, prune_model
 from maskopt.cli.sweep import swept_table
-from maskopt.errors import MaskoptError, ModelError, OptionError, ProblemError
+from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError, ProblemError
 from maskopt.gram import Gram
 from maskopt.model.checkpoint import file_digest
 from maskopt.model.evaluate import evaluate
@@ -67,7 +67,7 @@ def test_a_gram_matrix_comes_back_to_the_bit(n, sequences, seed):
         gram.add(torch.randn(7, n, generator=generator))
     again = Gram.restored(gram.state())
     for shrink in (0.0, 0.3):
-        assert torch.equal(again.value(shrink=shrink), gram.value(shrink=shrink))
+        assert torch.equal(again.value(shrinkage=shrink), gram.value(shrinkage=shrink))
     assert torch.equal(again.mean(), gram.mean())
     assert torch.equal(again.variance(), gram.variance())
     assert again.tokens == gram.tokens
@@ -85,20 +85,24 @@ def test_a_gram_matrix_comes_back_to_the_bit(n, sequences, seed):
             Gram.restored(state)
 
 
-MORE = "llama-refit gpt2-keep mixtral-refit phi3-keep phi3-refit qwen3_moe-keep qwen3_moe-refit"
+NONE, REFIT = "none", "least-squares"
+OTHERS = (
+    *(("llama", REFIT), ("gpt2", NONE), ("mixtral", REFIT), ("phi3", NONE), ("phi3", REFIT)),
+    *(("qwen3_moe", NONE), ("qwen3_moe", REFIT)),
+)
 
 
 @pytest.mark.parametrize(
-    ("family", "weights", "holdout"),
+    ("family", "update", "holdout"),
     [
-        *(("llama", "keep", 0.0), ("mixtral", "keep", 0.34), ("gpt2", "refit", 0.34)),
-        *(pytest.param(*one.split("-"), 0.34, marks=pytest.mark.slow) for one in MORE.split()),
+        *(("llama", NONE, 0.0), ("mixtral", NONE, 0.34), ("gpt2", REFIT, 0.34)),
+        *(pytest.param(*one, 0.34, marks=pytest.mark.slow) for one in OTHERS),
     ],
 )
-def test_the_same_bytes_as_in_one_pass(family, weights, holdout, tmp_path):
+def test_the_same_bytes_as_in_one_pass(family, update, holdout, tmp_path):
     dense = save(tiny(family, layers=2), tmp_path / "dense", shard="30KB")
-    how = {"weights": weights, "holdout": holdout, "solver": "wanda" if holdout else "swap"}
-    prune(dense, tokens(), output=tmp_path / "walked", one_pass=True, **how)
+    how = {"update": update, "holdout": holdout, "solver": "wanda" if holdout else "swap"}
+    prune(dense, tokens(), output=tmp_path / "walked", calibrate_on="dense", **how)
     collect_grams(dense, tokens(), output=tmp_path / "grams", holdout=holdout)
     prune(dense, grams=tmp_path / "grams", output=tmp_path / "stored", **how)
     assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
@@ -111,7 +115,7 @@ def test_precision_and_seed_are_those_of_the_store(dense, tmp_path):
     text.write_text("one two, three and four. " * 40)
     said, first = {"dtype": "bfloat16", "seed": 5}, {"include": "layers.0.*"}
     walk = {"calibration": text, "samples": 6, "seq_len": 16, **said, **first}
-    prune(dense, output=tmp_path / "walked", one_pass=True, **walk)
+    prune(dense, output=tmp_path / "walked", calibrate_on="dense", **walk)
     collect_grams(dense, output=grams, **walk)
     for label, more in (("silent", {}), ("spoken", said)):
         out = tmp_path / label
@@ -122,17 +126,18 @@ def test_precision_and_seed_are_those_of_the_store(dense, tmp_path):
 
 def test_held_out_windows_are_those_of_the_store(home, model, grams, tmp_path):
     out, held = tmp_path / "out", home / "held"
-    more = ["--min-tokens", 1, "--solver", "wanda", "--shrink", "auto", "--output", out]
+    more = ["--min-tokens", 1, "--solver", "wanda", "--gram-shrinkage", "auto", "--output", out]
     run("prune", model, "--grams", held, "--sparsity", 0.5, *more)
     options = read_manifest(out / MANIFEST)["fingerprint"]["options"]
-    assert (options["shrink"], options["holdout"]) == ("auto", 0.34)
+    assert (options["gram_shrinkage"], options["holdout"]) == ("auto", 0.34)
     with pytest.raises(ModelError, match="needs held-out windows"):
-        prune(model, grams=grams, shrink="auto")
-    how = {"weights": "refit", "damping": "auto", "shrink": "auto", "include": "layers.1.*.o_proj"}
+        prune(model, grams=grams, gram_shrinkage="auto")
+    how = {"update": REFIT, "damping": "auto", "gram_shrinkage": "auto"}
+    how |= {"include": "layers.1.*.o_proj"}
     report = prune(model, grams=held, output=tmp_path / "refit", solver="swap", **how)
     assert [layer.error_held is not None for layer in report.layers] == [True]
-    swept = {**how, "weights": ["refit"], "min_tokens": 1}
-    found, _ = sweep(model, held, tmp_path / "sweep", patterns=HALF, **swept)
+    swept = {**how, "update": [REFIT], "min_tokens": 1}
+    found, _ = sweep(model, held, tmp_path / "sweep", sparsity=HALF, **swept)
     assert contents(found[0].output) == contents(tmp_path / "refit")
     plan = plan_prune(model, grams=held, sparsity=0.5, min_tokens=1, **how)
     assert plan.forward_seconds == 0.0
@@ -220,15 +225,15 @@ def test_what_was_changed_is_refused(spoil, said, home, tmp_path):
 
 
 def test_what_needs_a_walk_is_refused(home, model, grams, tmp_path):
-    asked = {"samples": 3, "bos": "never", "seq_len": 9, "holdout": 0.2, "weighting": "rest"}
-    asked |= {"dtype": "bfloat16", "seed": 5}
+    asked = {"samples": 3, "bos": "never", "seq_len": 9, "holdout": 0.2, "dtype": "bfloat16"}
+    asked |= {"token_weights": "skip-first", "seed": 5}
     for options, said in (
-        ({"weights": "reconstruct", "holdout": 0.3}, "reconstruct needs the text"),
-        ({"weights": "reconstruct", "grams": home / "held"}, "reconstruct needs the text"),
+        ({"update": "blockwise", "holdout": 0.3}, "`update` blockwise needs the text"),
+        ({"update": "blockwise", "grams": home / "held"}, "`update` blockwise needs the text"),
         ({"target": "dense"}, "`target` needs the text"),
         ({"true_sequential": True}, "`true_sequential` needs the text"),
-        ({"budget": "model"}, "need the text"),
-        ({"budget": "layer"}, "need the text"),
+        ({"allocation": "layers"}, "need the text"),
+        ({"allocation": "rows"}, "need the text"),
         *(({k: v}, f"`{k}` {v} says nothing here: .*grams was made of") for k, v in asked.items()),
     ):
         how = {"grams": grams, "output": tmp_path / "out", "solver": "swap", **options}
@@ -247,9 +252,9 @@ def test_models_and_options_that_do_not_go_with_a_store(model, grams, tmp_path):
         collect_grams(tmp_path, tokens(), output=tmp_path / "grams", sample=4)
     assert not (tmp_path / "grams").exists()
     # what a store is of goes before what is asked
-    collect_grams(model, tokens(), output=tmp_path / "grams", weighting="rest")
+    collect_grams(model, tokens(), output=tmp_path / "grams", token_weights="skip-first")
     options = GramStore(tmp_path / "grams").options(PruneOptions(Unstructured(sparsity=0.5)))
-    assert (options.weighting, options.one_pass, options.samples) == ("rest", True, 6)
+    assert (options.token_weights, options.one_pass, options.samples) == ("skip-first", True, 6)
 
 
 def test_an_option_at_its_default_that_is_asked_for_is_refused(model, tmp_path):
@@ -257,14 +262,14 @@ def test_an_option_at_its_default_that_is_asked_for_is_refused(model, tmp_path):
     collect_grams(model, tokens(8), output=grams, holdout=0.25, seed=3)
     how = {"grams": grams, "output": out}
     command = ["prune", model, "--grams", grams, "--sparsity", 0.5, "--solver", "wanda"]
-    for name in ("seed", "holdout", "samples", "one_pass"):
+    for name in ("seed", "holdout", "samples", "calibrate_on"):
         usual = getattr(PruneOptions, name)
         with pytest.raises(OptionError, match=f"`{name}` {usual} says nothing here"):
             prune(model, **how, **{name: usual})
-        flag = ["--sequential"] if name == "one_pass" else [f"--{name}", usual]
-        said = run(*command, "--output", out, *flag, fails=OptionError)
+        flag = f"--{name.replace('_', '-')}"
+        said = run(*command, "--output", out, flag, usual, fails=OptionError)
         assert f"{usual} says nothing here" in said
-    prune(model, **how, seed=3, holdout=0.25, samples=8, one_pass=True, dtype="auto")
+    prune(model, **how, seed=3, holdout=0.25, samples=8, calibrate_on="dense", dtype="auto")
     # a file of options that --print-config wrote holds those at their defaults, too
     path, again = tmp_path / "run.toml", tmp_path / "again"
     path.write_text(run(*command, "--min-tokens", 1, "--print-config", "--output", again))
@@ -273,39 +278,42 @@ def test_an_option_at_its_default_that_is_asked_for_is_refused(model, tmp_path):
     assert read_manifest(again / MANIFEST)["fingerprint"]["options"]["seed"] == 3
 
 
-@pytest.mark.parametrize("budget", ["layer", pytest.param("model", marks=pytest.mark.slow), "both"])
-def test_budgets_whose_counts_are_known_need_no_walk(budget, model, grams, tmp_path):
-    how = {"budget": budget, "importance": "relative"}
-    if budget != "layer":  # whose rows need none
+@pytest.mark.parametrize(
+    "allocation", ["rows", pytest.param("layers", marks=pytest.mark.slow), "both"]
+)
+def test_allocations_whose_counts_are_known_need_no_walk(allocation, model, grams, tmp_path):
+    how = {"allocation": allocation, "sensitivity": "relative"}
+    if allocation != "rows":  # whose rows need none
         report = prune(model, tokens(), output=tmp_path / "chosen", **how)
         assert any(layer.pruned * 2 != layer.rows * layer.n for layer in report.layers)
         how["counts"] = report.fingerprint["options"]["counts"]
     prune(model, grams=grams, output=tmp_path / "stored", **how)
-    prune(model, tokens(), output=tmp_path / "walked", one_pass=True, **how)
+    prune(model, tokens(), output=tmp_path / "walked", calibrate_on="dense", **how)
     assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
 
 
 def test_a_sweep_is_its_prunes_and_goes_on_where_it_was(model, grams, tmp_path):
     out, how = tmp_path / "sweep", {"damping": 0.02, **ATTENTION}  # damping of the refitted ones
-    swept = {"patterns": [*HALF, NM(keep=2, of=4)], "weights": ["keep", "refit"], "min_tokens": 1}
-    swept |= how
+    swept = {"sparsity": [*HALF, "2:4"], "update": [NONE, REFIT], "min_tokens": 1, **how}
     found, dense_too = sweep(model, grams, out, text=tokens(3), **swept)
-    labels = ["0.5-swap-keep", "0.5-swap-refit", "2of4-swap-keep", "2of4-swap-refit"]
+    labels = [f"{share}-swap-{update}" for share in ("0.5", "2of4") for update in (NONE, REFIT)]
     assert [one.label for one in found] == labels
     assert dense_too is not None
     assert all(one.evaluation is not None and one.evaluation.change for one in found)
-    prune(model, grams=grams, output=tmp_path / "alone", weights="refit", solver="swap", **how)
-    assert contents(tmp_path / "alone") == contents(out / "0.5-swap-refit")
+    prune(model, grams=grams, output=tmp_path / "alone", update=REFIT, solver="swap", **how)
+    assert contents(tmp_path / "alone") == contents(out / "0.5-swap-least-squares")
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
     again, _ = sweep(model, grams, out, **swept)
     assert [one.report.sparsity for one in again] == [one.report.sparsity for one in found]
     assert before == {p: p.stat().st_mtime_ns for p in before}
     (weights,) = again[1].output.glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-7])
-    with pytest.raises(ModelError, match=r"5-swap-refit: .*tensors was changed .*`overwrite`"):
+    with pytest.raises(
+        ModelError, match=r"5-swap-least-squares: .*tensors was changed .*`overwrite`"
+    ):
         sweep(model, grams, out, **swept)
     # of layers without tokens no error is shown
-    swept = {"patterns": HALF, "min_tokens": 10**6, "include": "q_proj"}
+    swept = {"sparsity": HALF, "min_tokens": 10**6, "include": "q_proj"}
     found, _ = sweep(model, grams, tmp_path / "none", **swept)
     columns = swept_table(found, None).columns[2:4]
     assert [list(column.cells) for column in columns] == [["–"], ["–"]]
@@ -313,16 +321,16 @@ def test_a_sweep_is_its_prunes_and_goes_on_where_it_was(model, grams, tmp_path):
 
 def test_a_sweep_is_refused_before_its_first_prune(model, grams, tmp_path):
     for more, said in (
-        ({"patterns": []}, "nothing is swept"),
+        ({"sparsity": []}, "nothing is swept"),
         ({"text": "nothere.txt"}, "no such file"),
         ({"text": tokens(3)[:, :1]}, "at least two tokens"),
-        ({"patterns": [NM(keep=2, of=4), NM(keep=3, of=5)]}, "do not divide into groups of 5"),
-        ({"patterns": [*HALF, Unstructured(0.5, per="layer")]}, "need the text"),
+        ({"sparsity": [NM(keep=2, of=4), NM(keep=3, of=5)]}, "do not divide into groups of 5"),
+        ({"sparsity": [*HALF, Unstructured(0.5, per="layer")]}, "need the text"),
         ({"solvers": ["swap", "nothing"]}, "unknown solver"),
         ({"holdout": 0.3}, "`holdout`"),
     ):
         with pytest.raises(MaskoptError, match=said):
-            sweep(model, grams, tmp_path / "out", **{"patterns": HALF, "min_tokens": 1, **more})
+            sweep(model, grams, tmp_path / "out", **{"sparsity": HALF, "min_tokens": 1, **more})
         assert not (tmp_path / "out").exists()
 
 
@@ -340,7 +348,7 @@ def test_a_sweep_judges_as_it_prunes_but_no_model_with_code_of_its_own(
         return evaluate(models, text, walk, **more)
 
     monkeypatch.setattr("maskopt.model.sweep.evaluate", recorded)
-    how = {"patterns": HALF, "solvers": ["wanda"], "min_tokens": 1, **here}
+    how = {"sparsity": HALF, "solvers": ["wanda"], "min_tokens": 1, **here}
     found, _ = sweep(model, tmp_path / "grams", tmp_path / "out", text=tokens(3), **how)
     assert [one.evaluation is not None for one in found] == [True]
     assert {name: getattr(walks[0], name) for name in here} == here
@@ -348,7 +356,7 @@ def test_a_sweep_judges_as_it_prunes_but_no_model_with_code_of_its_own(
         sweep(own, tmp_path / "own-grams", tmp_path / "of-own", text=tokens(3), **how)
     assert not (tmp_path / "of-own").exists()
     found, _ = sweep(own, tmp_path / "own-grams", tmp_path / "of-own", **how)
-    assert [one.label for one in found] == ["0.5-wanda-keep"]
+    assert [one.label for one in found] == ["0.5-wanda-none"]
 
 
 def test_the_commands(model, tmp_path):
@@ -358,22 +366,22 @@ def test_the_commands(model, tmp_path):
     half, more = ["--sparsity", 0.5], [model, "--grams", grams, "--min-tokens", 1]
     more += ["--solver", "wanda", "--include", ATTENTION["include"]]
     run("prune", *more, *half, "--output", out)
-    assert "holds" in run("verify", out, "--against", model)
-    planned = run("plan", *more, *half)
+    assert "holds" in run("verify", out, "--original", model)
+    planned = run("prune", "--dry-run", *more, *half)
     assert "forward passes and Gram matrices about 0 s" in " ".join(planned.split())
-    both = ["--sparsity", "0.5,0.75", "--pattern", "2:4", "--weights", "keep,refit"]
+    both = ["--sparsity", "0.5,0.75,2:4", "--update", "none,least-squares"]
     said = run("sweep", *more, *both, "--output", swept, "--text", text)
-    for label in ("0.5-wanda-keep", "0.75-wanda-refit", "2of4-wanda-keep", "perplexity"):
+    for label in ("0.5-wanda-none", "0.75-wanda-least-squares", "2of4-wanda-none", "perplexity"):
         assert label in said
     no = ["--output", tmp_path / "no"]
-    assert "could not convert" in run("sweep", *more, "--sparsity", "x", *no, fails=OptionError)
+    assert "must be like 0.6" in run("sweep", *more, "--sparsity", "x", *no, fails=PatternError)
     assert "name a source of text" in run("prune", model, *half, *no, fails=ModelError)
     # other options replace if asked to
-    before = contents(swept / "0.5-wanda-keep")
-    other = [*more, *half, "--shrink", 0.1, "--output", swept]
+    before = contents(swept / "0.5-wanda-none")
+    other = [*more, *half, "--gram-shrinkage", 0.1, "--output", swept]
     said = run("sweep", *other, fails=ModelError)
-    assert "another run: options.shrink was 0.0, is 0.1; --overwrite replaces it" in said
-    assert contents(swept / "0.5-wanda-keep") == before
+    assert "another run: options.gram_shrinkage was 0.0, is 0.1; --overwrite replaces it" in said
+    assert contents(swept / "0.5-wanda-none") == before
     run("sweep", *other, "--overwrite")
-    prune(model, grams=grams, output=tmp_path / "alone", shrink=0.1, **ATTENTION)
-    assert contents(swept / "0.5-wanda-keep") == contents(tmp_path / "alone")
+    prune(model, grams=grams, output=tmp_path / "alone", gram_shrinkage=0.1, **ATTENTION)
+    assert contents(swept / "0.5-wanda-none") == contents(tmp_path / "alone")

@@ -180,7 +180,7 @@ def test_forms_of_the_file_and_other_sources(tmp_path):
         open_job(tiny("llama"), chats, WalkOptions(), tokenizer=TOKENIZER)
     for given_ in ({"bos": "always"}, {"bos": "never"}, {"text_field": "body"}):
         with pytest.raises(DataError, match=f"`{next(iter(given_))}` is of plain text"):
-            PruneOptions(pattern=Unstructured(0.5), chat=True, **given_)
+            PruneOptions(Unstructured(0.5), chat=True, **given_)
 
 
 def test_templates_that_are_not_there_or_not_trusted(monkeypatch):
@@ -287,7 +287,7 @@ def test_prune_and_verify_from_the_command_line(paths, tmp_path):
     assert record["beginning"] == {"bos": "template", "ids": []}
     assert record["sha256"] == windows.digest
     # the windows are made again, through the template of the original
-    shown = run("verify", out, "--against", dense, "--calibration", chats)
+    shown = run("verify", out, "--original", dense, "--calibration", chats)
     assert "errors (to 1e-05) and statuses of 7 layers (checked)" in shown
     # their tokens may be given, too
     np.save(tmp_path / "windows.npy", windows.tokens.numpy())
@@ -307,22 +307,15 @@ def test_other_chats_are_not_those_of_the_prune(paths, tmp_path):
         (other, VerificationError, "is not what the model was calibrated on"),
         (text, DataError, "text.txt: `chat` takes JSON lines of messages"),
     ):
-        assert said in run("verify", out, "--against", dense, "--calibration", source, fails=error)
+        assert said in run("verify", out, "--original", dense, "--calibration", source, fails=error)
     same = ["--resume", "--seed", 3]
     for source, more in ((other, ["--chat"]), (text, []), (chats, ["--chat", "--seed", 1])):
         said = run(*prune(dense, source, out, *same, *more), fails=ModelError)
         assert "another run" in said
     tokens = calibration(chats, samples=4, seq_len=48, seed=3).tokens
-    options = {
-        "sparsity": 0.5,
-        "solver": "wanda",
-        "min_tokens": 8,
-        "seed": 3,
-        "samples": 4,
-        **BLOCK,
-    }
+    options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 8, "seed": 3, "samples": 4}
     with pytest.raises(ModelError, match="another run"):  # the same tokens are not the same run
-        prune_model(dense, tokens, output=out, resume=True, seq_len=48, **options)
+        prune_model(dense, tokens, output=out, resume=True, seq_len=48, **BLOCK, **options)
     run(*prune(dense, chats, out, *same, "--chat"))  # there is nothing left to do
 
 
@@ -330,12 +323,12 @@ def test_every_command_that_reads_text_takes_chats(paths, tmp_path):
     dense, chats, out = paths
     layer = ("--include", "layers.1.self_attn.o_proj")
     few = ("--calibration", chats, "--chat", *FEW)
-    assert "o_proj" in run("certify", dense, out, *few, *layer, "--method", "box")
+    assert "o_proj" in run("bound", out, "--original", dense, *few, *layer, "--method", "box")
     assert "o_proj" in run("bound", dense, *few, *layer, *HALF, "--method", "box")
     assert "wanda" in run("compare", dense, *few, *layer, *HALF, "--solvers", "wanda")
-    run("extract", dense, tmp_path / "layer.npz", *few, *layer, *HALF)
+    run("export", dense, tmp_path / "layer.npz", *few, *layer, *HALF)
     assert (tmp_path / "layer.npz").exists()
-    assert "memory" in run("plan", dense, *HALF, *few, "--solver", "wanda")
+    assert "memory" in run("prune", "--dry-run", dense, *HALF, *few, "--solver", "wanda")
     wrong = ("--calibration", tmp_path / "x.txt", *few[2:])
     assert "--chat takes JSON lines" in run("bound", dense, *wrong, *HALF, fails=DataError)
 

@@ -14,9 +14,16 @@ from maskopt.model.options import prune_options
 from maskopt.model.plan import _forward_operations, plan_prune
 from maskopt.model.problems import layer_problem
 from maskopt.model.solving import SHRINK_GRID, SHRINK_TOLERANCE
+from maskopt.model.token_weights import (
+    GRADIENT,
+    RELATIVE,
+    SKIP_FIRST,
+    TOKEN_WEIGHTS,
+    UNIFORM,
+    weights_of_tokens,
+)
 from maskopt.model.verify import verify_output
 from maskopt.model.walk_block import Block
-from maskopt.model.weighting import GRADIENT, REST, WEIGHTINGS, token_weights
 from maskopt.model.windows import held_out
 
 HALF = {"sparsity": 0.5, "min_tokens": 1}
@@ -37,20 +44,21 @@ def gradients(model, data):
     return torch.stack(norms).double()
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_a_gram_matrix_is_the_weighted_mean(weighting):
+@pytest.mark.parametrize("token_weights", TOKEN_WEIGHTS)
+def test_a_gram_matrix_is_the_weighted_mean(token_weights):
     data, names = tokens(5), (NAME, "model.layers.1.input_layernorm")
     x, state = (inputs_of(tiny("llama"), name, data).view(*data.shape, -1) for name in names)
     weights = torch.ones(x.shape[:2], dtype=torch.float64)
-    if weighting == REST:
+    if token_weights == SKIP_FIRST:
         weights[:, 0] = 0
-    elif weighting == GRADIENT:
+    elif token_weights == GRADIENT:
         weights = gradients(tiny("llama"), data)
-    elif weighting != "alike":
+    elif token_weights != UNIFORM:
         weights = 1 / state.square().mean(2)
     weights = weights / weights.mean(1, keepdim=True)
     expected = torch.einsum("wt,wti,wtj->ij", weights, x, x) / weights.numel()
-    found = collect_problems(tiny("llama"), data, sparsity=0.5, layers=(NAME,), weighting=weighting)
+    how = {"sparsity": 0.5, "layers": (NAME,), "token_weights": token_weights}
+    found = collect_problems(tiny("llama"), data, **how)
     (_, problem), *_ = list(found)
     torch.testing.assert_close(problem.gram.double(), expected, rtol=1e-4, atol=1e-6)
     assert problem.mean is not None
@@ -75,48 +83,49 @@ def test_weights_over_several_chunks_and_with_other_inputs():
     # weights have a mean of one and outlast extreme states
     state = torch.randn(1, 9, 4)
     state[0, 0] *= 1e4
-    for weighting in ("rest", "relative"):
-        weights = token_weights(state, weighting)
+    for token_weights in (SKIP_FIRST, RELATIVE):
+        weights = weights_of_tokens(state, token_weights)
         assert float(weights.mean()) == pytest.approx(1)
         assert float(weights[0]) < 1e-6
-    zeros = token_weights(torch.zeros(1, 3, 4), "relative")
+    zeros = weights_of_tokens(torch.zeros(1, 3, 4), RELATIVE)
     assert zeros.tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        {"weighting": "relative"},
-        {"weighting": "relative", "target": "dense", "holdout": 0.4},
-        {"weighting": "gradient"},
+        {"token_weights": "relative"},
+        {"token_weights": "relative", "target": "dense", "holdout": 0.4},
+        {"token_weights": "gradient"},
     ],
 )
 def test_a_weighted_run_is_verified(more, dense_folder, tmp_path):
     options = {**HALF, "include": "layers.1", **more}
     report = prune_model(dense_folder, tokens(), output=tmp_path / "out", **options)
-    equal = prune_model(tiny("llama"), tokens(), **{**options, "weighting": "alike"})
+    equal = prune_model(tiny("llama"), tokens(), **{**options, "token_weights": "uniform"})
     assert [layer.error for layer in report.layers] != [layer.error for layer in equal.layers]
     found = verify_output(tmp_path / "out", dense_folder, calibration=tokens())
     assert len(found.checked_layers) == 7
 
 
 ONE = {"data": tokens(4, 1)}
+SKIP, LOSS = {"token_weights": SKIP_FIRST}, {"token_weights": GRADIENT}
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"weighting": "first"}, OptionError, "be text alike or rest or relative or gradient"),
-        ({"weighting": "rest", "model": "mixtral"}, OptionError, "rest needs `all_experts`"),
-        ({"weighting": "rest", **ONE}, DataError, "windows of a single token"),
-        ({"weighting": "gradient", **ONE}, DataError, "windows of a single token"),
-        ({"weighting": "gradient", "skip_bad_samples": True}, OptionError, "leaves windows out: c"),
+        ({"token_weights": "first"}, OptionError, "uniform or skip-first or relative or gradient"),
+        ({**SKIP, "model": "mixtral"}, OptionError, "skip-first needs `all_experts`"),
+        ({**SKIP, **ONE}, DataError, "windows of a single token"),
+        ({**LOSS, **ONE}, DataError, "windows of a single token"),
+        ({**LOSS, "skip_bad_samples": True}, OptionError, "leaves windows out: c"),
         ({"holdout": 1.0}, OptionError, "`holdout` must be a number"),
         ({"holdout": -0.1}, OptionError, "`holdout` must be a number"),
         ({"holdout": 0.1}, DataError, "keeps 0 aside"),
-        ({"shrink": "auto"}, ModelError, "needs held-out windows"),
-        ({"shrink": "some"}, ModelError, "or be auto"),
-        ({"shrink": 1.5}, ModelError, "must lie in"),
+        ({"gram_shrinkage": "auto"}, ModelError, "needs held-out windows"),
+        ({"gram_shrinkage": "some"}, ModelError, "or be auto"),
+        ({"gram_shrinkage": 1.5}, ModelError, "must lie in"),
     ],
 )
 def test_bad_input_gets_one_line(options, error, message):
@@ -134,7 +143,7 @@ def test_bad_input_gets_one_line(options, error, message):
 def test_gradients_of_a_folder_in_a_file_are_those_of_the_model_in_memory(family, dtype, tmp_path):
     dense = save(tiny(family, dtype=getattr(torch, dtype)), tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
-    options, data = {**HALF, "weighting": "gradient"}, tokens(3, 10)
+    options, data = {**HALF, "token_weights": "gradient"}, tokens(3, 10)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kept = list(collect_problems(model, data, **options))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -145,7 +154,7 @@ def test_gradients_of_a_folder_in_a_file_are_those_of_the_model_in_memory(family
 
 
 def test_masks_do_not_depend_on_threads():
-    options = {"sparsity": 0.5, "weighting": "gradient", "include": "layers.1.*"}
+    options = {"sparsity": 0.5, "token_weights": "gradient", "include": "layers.1.*"}
     reports = [prune_model(tiny("llama"), tokens(), threads=n, **options) for n in (1, 2, 3)]
     errors = [[layer.error for layer in report.layers] for report in reports]
     assert errors[0] == errors[1] == errors[2]
@@ -186,8 +195,8 @@ def test_errors_and_energies_are_those_of_the_windows_that_they_are_on():
         energy = found[layer.name].output_energy().sum()
         assert layer.energy_held == pytest.approx(float(energy), rel=1e-5)
     for shrink in (0.0, 0.5, 1.0):  # an error and its energy are of the same Gram matrix
-        report = prune(tokens(4), shrink=shrink, include=FIRST, solver="wanda")
-        found = problems(tokens(4), shrink=shrink)
+        report = prune(tokens(4), gram_shrinkage=shrink, include=FIRST, solver="wanda")
+        found = problems(tokens(4), gram_shrinkage=shrink)
         for layer in report.layers:
             energy = found[layer.name].output_energy().sum()
             assert layer.energy == pytest.approx(float(energy), rel=1e-5)
@@ -199,17 +208,17 @@ def test_errors_and_energies_are_those_of_the_windows_that_they_are_on():
 def test_auto_shrinkage_is_the_greatest_that_is_nearly_the_best_on_the_held_out_windows():
     """Wanda's mask does not change with α, which keeps its diagonal, but the error does: that of the
     start is on the same matrix as that of the end."""
-    first = {"include": "layers.0.self_attn", "holdout": 0.5, "warm_start": "wanda"}
-    auto = prune(tokens(2), shrink="auto", **first)
-    fixed = [prune(tokens(2), shrink=alpha, **first) for alpha in SHRINK_GRID]
+    first = {"include": "layers.0.self_attn", "holdout": 0.5, "start": "wanda"}
+    auto = prune(tokens(2), gram_shrinkage="auto", **first)
+    fixed = [prune(tokens(2), gram_shrinkage=alpha, **first) for alpha in SHRINK_GRID]
     for index, layer in enumerate(auto.layers):
         layers = [one.layers[index] for one in fixed]
         best = min(one.error_held for one in layers) * (1 + SHRINK_TOLERANCE)
         near = [i for i, one in enumerate(layers) if one.error_held <= best][-1]
-        assert layer.shrink == SHRINK_GRID[near]
+        assert layer.gram_shrinkage == SHRINK_GRID[near]
         assert layer.error_held == pytest.approx(layers[near].error_held, rel=1e-9)
         assert layer.error_start == layers[near].error_start
-    assert {layer.shrink for layer in auto.layers} != {0.0}
+    assert {layer.gram_shrinkage for layer in auto.layers} != {0.0}
 
 
 def test_the_share_is_taken_as_written():
@@ -226,7 +235,7 @@ DENSE = {**HALF, "target": "dense"}
 @pytest.mark.parametrize("more", [{}, {"activation_memory": 0, "threads": 3}])
 def test_errors_are_those_of_the_outputs_in_the_dense_model(more):
     data, original = tokens(10), tiny("llama", layers=2)
-    given = {**DENSE, "holdout": 0.4, "warm_start": "wanda"}
+    given = {**DENSE, "holdout": 0.4, "start": "wanda"}
     report = prune_model(tiny("llama", layers=2), data, **given, **more)
     before = tiny("llama", layers=2)
     prune_model(before, data, include=("layers.0.*",), **given)
@@ -269,7 +278,7 @@ def test_the_moments_of_a_shrunk_problem_are_still_those_of_something(monkeypatc
             yield layers, grams
 
     monkeypatch.setattr(Block, "rounds", look)
-    prune_model(tiny("llama"), tokens(2), shrink=0.3, solver="wanda", **DENSE)
+    prune_model(tiny("llama"), tokens(2), gram_shrinkage=0.3, solver="wanda", **DENSE)
     for problem in problems:
         assert problem.linear is not None
         gram = problem.gram.double()

@@ -97,7 +97,7 @@ def test_it_inherits_what_holds_for_the_pruned_model_too_and_keeps_the_original(
 
 def test_the_figures_are_those_of_the_report(snapshot, tmp_path):
     model = shutil.copytree(snapshot, tmp_path / "dense")
-    how = {"sparsity": None, "pattern": NM(keep=2, of=4), "solver": "swap", "holdout": 0.34}
+    how = {"sparsity": NM(keep=2, of=4), "solver": "swap", "holdout": 0.34}
     report = prune(model, tmp_path / "out", include="layers.0", **how)
     text = (tmp_path / "out" / "README.md").read_text()
     for name in ("relative", "relative_held"):

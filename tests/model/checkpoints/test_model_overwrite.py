@@ -107,13 +107,13 @@ def test_every_command_knows_all_files_of_its_result(given, tmp_path):
 
 COMMANDS = [
     ["prune", "{dense}", "--sparsity", "0.5", "--calibration", "{text}"],
-    ["shrink", "{dense}", "--channels", "0.5", "--calibration", "{text}"],
-    ["shrink", "{dense}", "--blocks", "1", "--calibration", "{text}"],
+    ["prune-structured", "{dense}", "--channels", "0.5", "--calibration", "{text}"],
+    ["prune-structured", "{dense}", "--blocks", "1", "--calibration", "{text}"],
     ["gram", "{dense}", "--calibration", "{text}"],
     ["distill", "{pruned}", "--teacher", "{dense}", "--calibration", "{text}"],
-    ["apply", "{dense}", "{pruned}/maskopt-masks.bits"],
-    ["pack", "{pruned}"],
-    ["unpack", "{packed}"],
+    ["masks", "apply", "{dense}", "{pruned}/maskopt-masks.bits"],
+    ["masks", "pack", "{pruned}"],
+    ["masks", "unpack", "{packed}"],
     ["sweep", "{dense}", "--grams", "{grams}", "--sparsity", "0.5"],
     ["demo"],
 ]
@@ -172,7 +172,7 @@ def test_another_path_to_an_input_is_noticed(name, given, tmp_path):
         (COMMANDS[6], "pruned", "model"),
         (COMMANDS[7], "packed", "model"),
         (["prune", *STORED], "grams", "grams"),
-        (["plan", *STORED], "grams", "grams"),
+        (["prune", "--dry-run", *STORED], "grams", "grams"),
         ([*COMMANDS[0], "--config", "{pruned}/maskopt-manifest.json"], "pruned", "config file"),
         (["gram", "{dense}", "--calibration", "{pruned}/README.md"], "pruned", "calibration"),
         ([*COMMANDS[0][:-1], "{pruned}"], "pruned", "calibration"),
@@ -189,7 +189,7 @@ def test_no_input_of_a_run_is_its_output(command, output, what, given):
 
 def test_a_sweep_is_not_written_over_its_input(given, tmp_path):
     before = files(given["dense"].parent)
-    (tmp_path / "0.5-swap-keep").symlink_to(given["grams"])
+    (tmp_path / "0.5-swap-none").symlink_to(given["grams"])
     words = [word.format(**given) for word in COMMANDS[8]]
     said = run(*words, "--output", tmp_path, "--overwrite", fails=ModelError)
     assert "is the grams itself" in said

@@ -81,8 +81,8 @@ def test_the_same_bytes_with_any_threads_and_memory(more, dense, whole, tmp_path
         ({}, 1, "calibrate"),
         ({}, 1, "solve"),
         ({}, 2, "calibrate"),
-        ({"one_pass": True}, 1, "solve"),
-        ({"true_sequential": True, "weighting": "gradient"}, 1, "solve"),
+        ({"calibrate_on": "dense"}, 1, "solve"),
+        ({"true_sequential": True, "token_weights": "gradient"}, 1, "solve"),
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bytes(options, block, stage, dense, whole, tmp_path):
@@ -114,8 +114,8 @@ def test_a_journal_of_another_run_is_refused(dense, stopped, tmp_path, monkeypat
     before = (stopped / JOURNAL).read_bytes()
     for change, message in (
         ({"seed": 1}, "options.seed was 0, is 1"),
-        ({"sparsity": 0.6}, r"options.pattern.sparsity was 0.5, is 0.6"),
-        ({"solver": "wanda", "warm_start": None}, "options.solver was 'elimination'"),
+        ({"sparsity": 0.6}, r"options.sparsity.sparsity was 0.5, is 0.6"),
+        ({"solver": "wanda", "start": None}, "options.solver was 'elimination'"),
         ({"exclude": ["k_proj"]}, "options.exclude"),
         ({"dtype": "float64"}, "dtype was 'float32', is 'float64'"),
         ({"data": tokens(seed=9)}, r"calibration\.sha256 was"),
@@ -294,7 +294,7 @@ def test_an_interrupted_commit_can_be_replaced(dense, stopped, tmp_path, monkeyp
         interrupted(dense, stopped, 0, stage, overwrite=True)
     other = save(tiny("llama"), tmp_path / "other")
     prune(other, stopped, overwrite=True)
-    verify_output(stopped, against=other)
+    verify_output(stopped, original=other)
 
 
 def attempts(dense, out):
@@ -315,7 +315,7 @@ def test_a_second_process_is_refused(dense, tmp_path):
 
     prune(dense, out, on_progress=meanwhile)
     assert said
-    verify_output(out, against=dense)
+    verify_output(out, original=dense)
 
 
 @posix
@@ -484,7 +484,7 @@ def test_a_change_is_noticed_by_the_run(name, model, dense, whole, tmp_path):
     prune(model, out, resume=True)
     assert contents(out) == whole
     if name == "weights done":
-        verify_output(out, against=dense)
+        verify_output(out, original=dense)
 
 
 def test_before_the_first_block_is_done_nothing_is_left(model, dense, tmp_path):
@@ -503,7 +503,7 @@ def test_a_file_that_is_only_touched_or_not_copied_may_change(model, dense, whol
 
     changing(model, tmp_path / "out", touch)
     assert contents(tmp_path / "out") == whole
-    verify_output(tmp_path / "out", against=model)
+    verify_output(tmp_path / "out", original=model)
     # between opening and beginning nothing may
     checkpoint = open_checkpoint(model)
     Unchanged(checkpoint).check()
@@ -520,4 +520,4 @@ def test_indices_of_other_weights_are_not_copied(tmp_path):
         (model / name).write_text('{"metadata": {}, "weight_map": {}}')
     prune(model, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.index.json"))
-    verify_output(tmp_path / "out", against=model)
+    verify_output(tmp_path / "out", original=model)

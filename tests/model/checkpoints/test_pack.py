@@ -84,7 +84,7 @@ def test_there_and_back_every_byte_is_the_same(family, dtype, tmp_path, monkeypa
 
 def test_it_takes_what_is_kept_and_a_bit_a_weight(tmp_path):
     out, packed = pruned("llama", tmp_path, dtype=torch.bfloat16, sparsity=0.75), tmp_path / "p"
-    assert "MB of" in run("pack", out, "--output", packed)
+    assert "MB of" in run("masks", "pack", out, "--output", packed)
     shards = [*out.glob("model*.safetensors")]
     stored = [(n, t.numel()) for f in shards for n, t in load_file(f).items()]
     masked = sum(size for name, size in stored if "proj" in name)
@@ -92,7 +92,7 @@ def test_it_takes_what_is_kept_and_a_bit_a_weight(tmp_path):
     saved -= sum(f.stat().st_size for f in packed.glob("*.packed"))
     # headers are kept twice; the masks' bits lie in both folders
     assert saved == pytest.approx(2 * masked * 0.75, rel=0.25)
-    assert "unpacked" in run("unpack", packed, "--output", tmp_path / "again")
+    assert "unpacked" in run("masks", "unpack", packed, "--output", tmp_path / "again")
 
 
 def test_what_is_not_zero_is_not_dropped(out, tmp_path):
@@ -124,8 +124,11 @@ def forge(file, change):
         (lambda t, name: t.update({name: t[name][:-1].clone()}), "ends too early"),
         (lambda t, name: t.update({name: t[name].repeat(2)}), "holds another number of values"),
         (lambda t, name: t.update({"~nothing": t.pop(name)}), "'nothing' has no mask"),
-        (lambda t, name: t.update({"?other": t.pop(name)}), "is not what `maskopt pack` writes"),
-        (lambda t, name: t.clear(), "is not what `maskopt pack` writes"),
+        (
+            lambda t, name: t.update({"?other": t.pop(name)}),
+            "is not what `maskopt masks pack` writes",
+        ),
+        (lambda t, name: t.clear(), "is not what `maskopt masks pack` writes"),
         (None, "does not give the file of the manifest"),
     ],
 )
@@ -144,7 +147,7 @@ def test_folders_that_are_none(made, packed, tmp_path):
     again = tmp_path / "again"
     (packed / "config.json").unlink()
     for write, folder, to, message in (
-        (unpack_folder, made / "out", again, "no file that `maskopt pack` wrote"),
+        (unpack_folder, made / "out", again, "no file that `maskopt masks pack` wrote"),
         (pack, made / "dense", again, "no such file"),
         (pack, made / "out", packed, "is not empty"),
         (unpack_folder, packed, again, "is missing"),

@@ -61,7 +61,7 @@ def test_every_layer_has_its_zeros_and_everything_else_is_unchanged(structure, t
 
 
 def test_masks_are_those_of_the_solver_on_what_the_modules_are_given(tmp_path):
-    recipe = SparseSwapsModifier(sparsity=0.5, solver="swap", warm_start="wanda", **HEAD)
+    recipe = SparseSwapsModifier(sparsity=0.5, solver="swap", start="wanda", **HEAD)
     dense, sparse = pruned(recipe, tmp_path)
     weight, gram = dense.get_submodule(QUERIES).weight.detach(), gram_of(dense, QUERIES)
     problem = LayerProblem(weight, gram, Unstructured(sparsity=0.5), assume_psd=True)
@@ -71,8 +71,8 @@ def test_masks_are_those_of_the_solver_on_what_the_modules_are_given(tmp_path):
 
 def test_refitted_weights_are_nearer_than_kept_ones(tmp_path):
     errors = []
-    for weights in ("keep", "refit"):
-        recipe = SparseSwapsModifier(sparsity=0.5, solver="wanda", weights=weights, **HEAD)
+    for update in ("none", "least-squares"):
+        recipe = SparseSwapsModifier(sparsity=0.5, solver="wanda", update=update, **HEAD)
         after, before = (m.get_submodule(QUERIES).weight for m in pruned(recipe, tmp_path)[::-1])
         change = (after - before).double()
         errors.append(float((change @ gram_of(tiny("llama"), QUERIES).double() * change).sum()))
@@ -96,11 +96,11 @@ def test_a_recipe_in_yaml_knows_it(tmp_path):
         ({"solver": "swop"}, SolverError, "did you mean"),
         ({"sparsity": 1.5}, ValueError, "sparsity 1.5 is outside"),
         ({"sparsity": 0.3, "mask_structure": "2:4"}, OptionError, "not that of `mask_structure`"),
-        ({"weights": "reconstruct"}, OptionError, "`weights` must be keep or refit"),
+        ({"update": "blockwise"}, OptionError, "`update` must be none or least-squares"),
         ({"sparsity_profile": "owl", "owl_m": 5, "owl_lmbda": 0.1}, OptionError, "leave it out"),
         ({"solver_options": {"swops": 1}}, MaskoptError, "swops"),
-        ({"damping": -1.0, "weights": "refit"}, MaskoptError, "damping"),
-        ({"shrink": 2.0}, MaskoptError, "shrink"),
+        ({"damping": -1.0, "update": "least-squares"}, MaskoptError, "damping"),
+        ({"gram_shrinkage": 2.0}, MaskoptError, "gram_shrinkage"),
     ],
 )
 def test_what_cannot_be_is_refused_while_it_is_made(options, error, said):

@@ -1,4 +1,4 @@
-"""Budgets: layers, their rows, or both share out what is pruned, by the loss, errors or measurements."""
+"""Allocations: layers, their rows, or both share out what is pruned, by the loss, errors or measurements."""
 
 import dataclasses
 import itertools
@@ -24,23 +24,23 @@ from maskopt.model.again import options_again
 from maskopt.model.allocate import allocate
 from maskopt.model.block_curves import measured_curves
 from maskopt.model.blocks import Layer
-from maskopt.model.importance import GRADIENT_WINDOWS, VARIANT_WINDOWS, VARIANTS
 from maskopt.model.job import open_job
 from maskopt.model.options import PruneOptions, prune_options
 from maskopt.model.plan import plan_prune
 from maskopt.model.report import read_manifest
+from maskopt.model.sensitivity import GRADIENT_WINDOWS, VARIANT_WINDOWS, VARIANTS
 from maskopt.model.share_out import Curve, Moves, share_out
 from maskopt.model.verify import verify_output
 from maskopt.model.windows import held_out
 from maskopt.model.workspace import MANIFEST, MASKS
 
 EQUAL = {"sparsity": 0.5, "min_tokens": 1}
-FREE = {**EQUAL, "budget": "layer", "importance": "alike", "spread": 1}
-LAYER = {**FREE, "spread": 0.1}
-BOTH = {**LAYER, "budget": "both"}
-OPTIONS = {**EQUAL, "budget": "model", "solver": "wanda"}
-WHOLE = PruneOptions(Unstructured(sparsity=0.5), budget="model", min_tokens=1)
-MEASURED = dataclasses.replace(WHOLE, importance="measured", spread=0.25)
+FREE = {**EQUAL, "allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}
+LAYER = {**FREE, "max_deviation": 0.1}
+BOTH = {**LAYER, "allocation": "both"}
+OPTIONS = {**EQUAL, "allocation": "layers", "solver": "wanda"}
+WHOLE = PruneOptions(Unstructured(sparsity=0.5), allocation="layers", min_tokens=1)
+MEASURED = dataclasses.replace(WHOLE, sensitivity="kl", max_deviation=0.25)
 
 
 # What an error costs ------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def squares(family, data):
 
 
 def walked(family, data, **options):
-    model, how = tiny(family, layers=2), {"one_pass": True, **options}
+    model, how = tiny(family, layers=2), {"calibrate_on": "dense", **options}
     job = open_job(model, data, prune_options(WHOLE, how))
     with job, torch.no_grad():
         for block in job.blocks():
@@ -108,12 +108,12 @@ def test_squares_of_experts_count_what_their_tokens_say():
     )
 
 
-@pytest.mark.parametrize("importance", ["relative", "loss"])
-def test_rows_count_as_the_importance_says(importance):
+@pytest.mark.parametrize("sensitivity", ["relative", "fisher"])
+def test_rows_count_as_the_sensitivity_says(sensitivity):
     expected = squares("llama", tokens())
-    given = {**EQUAL, "budget": "layer", "importance": importance}
+    given = {**EQUAL, "allocation": "rows", "sensitivity": sensitivity}
     for name, problem in collect_problems(tiny("llama", layers=2), tokens(), **given):
-        size = expected[name] if importance == "loss" else 1 / problem.output_energy()
+        size = expected[name] if sensitivity == "fisher" else 1 / problem.output_energy()
         omega = (size / size.mean()).clamp(min=1e-3)
         torch.testing.assert_close(problem.omega, omega, rtol=1e-3, atol=1e-6)
 
@@ -167,7 +167,7 @@ def test_counts_are_the_cheapest_of_all():
         counts = share_out(layers, made, how)
         mine, near = [counts[x.name] for x in layers], []
         for x in layers:
-            half, reach = how.pattern.pruned_per_group(x.n), int(how.spread * x.n)
+            half, reach = how.pattern.pruned_per_group(x.n), int(how.max_deviation * x.n)
             near.append(range(half - reach, half + reach + 1))
 
         def weights(numbers):
@@ -183,12 +183,12 @@ def test_counts_are_the_cheapest_of_all():
         )
         assert cost(mine) <= slack * best
 
-    check(*curves([1.0, 3.0, 0.2]), 1 + 1e-6, spread=0.1)
+    check(*curves([1.0, 3.0, 0.2]), 1 + 1e-6, max_deviation=0.1)
     # layers that may prune nothing
     layers, made = [plain_layer(f"l{i}", 128) for i in range(3)], []
     for layer, cost in zip(layers, (1.0, 2.0, 8.0), strict=True):
         made.append(Curve((layer,), (0, 16, 32), (0.0, cost * 16**3, cost * 32**3)))
-    check(layers, made, 1.05, spread=0.125, pattern=Unstructured(sparsity=0.125))
+    check(layers, made, 1.05, max_deviation=0.125, sparsity=0.125)
     # a layer that counts more prunes less, one without a curve as the model
     same, more = ([cost, 1.0, 1.0, 1.0] for cost in (1.0, 30.0))
     (layers, made), (_, more), (_, scaled) = map(curves, (same, more, [7.0 * x for x in same]))
@@ -224,7 +224,7 @@ def test_the_block_that_matters_less_prunes_more():
         assert len({counts[x.name] / x.n for x in block}) == 1
     part = [counts[block[0].name] / n for block in blocks]
     assert part[1] < part[0] < part[2] <= 0.75
-    # moves keep all of their layers within the spread
+    # moves keep all of their layers within `max_deviation`
     layers, half = blocks[0], {x.name: x.n // 2 for x in layers}
     move = Moves.of(list(layers), half, 0.3)
     for index, layer in enumerate(layers):
@@ -237,16 +237,16 @@ def test_the_block_that_matters_less_prunes_more():
 # Prunes -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("importance", ["alike", "relative", "loss"])
-def test_layers_differ_and_the_model_keeps_its_count(importance):
+@pytest.mark.parametrize("sensitivity", ["uniform", "relative", "fisher"])
+def test_layers_differ_and_the_model_keeps_its_count(sensitivity):
     dense = tiny("llama", layers=2)
     before = {name: x.clone() for name, x in dense.state_dict().items()}
-    options = dataclasses.replace(WHOLE, importance=importance)
+    options = dataclasses.replace(WHOLE, sensitivity=sensitivity)
     counts = allocate(open_job(dense, tokens(), options), options)
     assert all(torch.equal(before[name], x) for name, x in dense.state_dict().items())
     alone = dataclasses.replace(options, threads=1)
     assert counts == allocate(open_job(tiny("llama", layers=2), tokens(), alone), alone)
-    report = prune_model(dense, tokens(), importance=importance, **OPTIONS)
+    report = prune_model(dense, tokens(), sensitivity=sensitivity, **OPTIONS)
     assert len({layer.sparsity for layer in report.layers}) > 1
     assert report.sparsity == 0.5
     for layer in report.layers:
@@ -266,11 +266,11 @@ def test_what_can_be_refused_is_refused_before_layers_are_compared(small, tmp_pa
             patch.setattr(prune, "allocate", lambda *_: pytest.fail("began"))
             fails(ModelError, message, pruned, **more)
 
-    pruned(budget="row")
+    pruned(allocation="uniform")
     refused("exists and is not empty")
-    refused(r"the result of another run: options\.budget was", resume=True)
+    refused(r"the result of another run: options\.allocation was", resume=True)
     pruned(overwrite=True)
-    refused(r"the result of another run: options\.pattern", resume=True, sparsity=0.7)
+    refused(r"the result of another run: options\.sparsity", resume=True, sparsity=0.7)
 
 
 def test_counts_of_the_users_own(small, tmp_path):
@@ -282,8 +282,8 @@ def test_counts_of_the_users_own(small, tmp_path):
         prune_model(tiny("llama", layers=2), tokens(), counts=counts, **OPTIONS)
     counts[two.name] -= 5
     given, out = {name: np.int64(count) for name, count in counts.items()}, tmp_path / "out"
-    with pytest.raises(OptionError, match=r"further from 0.5 than `spread` 0.05"):
-        prune_model(small, tokens(), counts=given, spread=0.05, output=out, **OPTIONS)
+    with pytest.raises(OptionError, match=r"further from 0.5 than `max_deviation` 0.05"):
+        prune_model(small, tokens(), counts=given, max_deviation=0.05, output=out, **OPTIONS)
     assert not out.exists()
     report = prune_model(small, tokens(), counts=given, output=out, **OPTIONS)
     assert {x.name: x.pruned // x.rows for x in report.layers} == counts
@@ -292,20 +292,22 @@ def test_counts_of_the_users_own(small, tmp_path):
     gaps = certify_model(small, out, calibration=tokens(), rows_per_layer=1)
     assert {r.instance: r.pattern for r in gaps}[one.name] == f"keep {one.n - counts[one.name]}"
     assert all(0 <= record.gap <= 1 for record in gaps)
-    with pytest.raises(ModelError, match="shared out by a prune; give its `counts`"):
+    with pytest.raises(ModelError, match="is computed by a prune; give its `counts`"):
         collect_problems(tiny("llama", layers=2), tokens(), **OPTIONS)
 
 
 def test_plans_count_what_is_pruned_and_the_passes_before(dense, monkeypatch):
     monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)  # operations, not this machine
 
-    def plan(budget, importance="loss"):
-        return plan_prune(dense, **{**OPTIONS, "budget": budget, "importance": importance})
+    def plan(allocation, sensitivity="fisher"):
+        return plan_prune(
+            dense, **{**OPTIONS, "allocation": allocation, "sensitivity": sensitivity}
+        )
 
-    row, layer, both = plan("row"), plan("layer", "alike"), plan("both", "alike")
-    loss, measured, free = plan("model"), plan("model", "measured"), plan("model", "alike")
-    assert loss.pruned == measured.pruned == free.pruned == row.pruned
-    assert loss.memory.gradients > row.memory.gradients == 0
+    equal, layer, both = plan("uniform"), plan("rows", "uniform"), plan("both", "uniform")
+    loss, measured, free = plan("layers"), plan("layers", "kl"), plan("layers", "uniform")
+    assert loss.pruned == measured.pruned == free.pruned == equal.pruned
+    assert loss.memory.gradients > equal.memory.gradients == 0
     assert measured.forward_seconds > free.forward_seconds
     assert both.forward_seconds > layer.forward_seconds
     assert sum(both.pruned.values()) == sum(layer.pruned.values())
@@ -316,19 +318,19 @@ def test_plans_count_what_is_pruned_and_the_passes_before(dense, monkeypatch):
     assert sum(plan_prune(dense, **odd).pruned.values()) == sum(x.pruned for x in report.layers)
 
 
-def test_the_command_takes_budgets_and_a_file_of_counts(dense, data, tmp_path):
+def test_the_command_takes_an_allocation_and_a_file_of_counts(dense, data, tmp_path):
     out, again, counts = tmp_path / "out", tmp_path / "again", tmp_path / "counts.json"
     common = ["prune", dense, "--sparsity", 0.5, "--solver", "wanda", "--min-tokens", 8]
     common += ["--calibration", data]
 
     def recorded(out):
-        run("verify", out, "--against", dense)
+        run("verify", out, "--original", dense)
         return read_manifest(out / MANIFEST)["fingerprint"]["options"]
 
-    shown = run(*common, "--budget", "model", "--output", out)
+    shown = run(*common, "--allocation", "layers", "--output", out)
     assert re.search(r"mlp\.up_proj .* [0-9]+(–[0-9]+)?% ", shown)
     counts.write_text(json.dumps(recorded(out)["counts"]))
-    given = (*common, "--budget", "model", "--counts", counts)
+    given = (*common, "--allocation", "layers", "--allocation-file", counts)
     run(*given, "--output", again)
     assert contents(out) == contents(again)
     for words in ("[1]", "{", "{}"):
@@ -336,15 +338,15 @@ def test_the_command_takes_budgets_and_a_file_of_counts(dense, data, tmp_path):
         assert "must be JSON" in run(*given, "--output", out, fails=OptionError)
     counts.unlink()
     assert "cannot be read" in run(*given, "--output", out, fails=OptionError)
-    for budget, spread in (("both", 0.05), ("layer", 0.1)):
-        more = ["--spread", spread] if budget == "both" else []
-        run(*common, "--budget", budget, *more, "--output", tmp_path / budget)
-        options = recorded(tmp_path / budget)
-        assert (options["budget"], options["spread"]) == (budget, spread)
-        assert options["pattern"].get("per") == ("layer" if budget == "layer" else None)
+    for allocation, max_deviation in (("both", 0.05), ("rows", 0.1)):
+        more = ["--max-deviation", max_deviation] if allocation == "both" else []
+        run(*common, "--allocation", allocation, *more, "--output", tmp_path / allocation)
+        options = recorded(tmp_path / allocation)
+        assert (options["allocation"], options["max_deviation"]) == (allocation, max_deviation)
+        assert options["sparsity"].get("per") == ("layer" if allocation == "rows" else None)
 
 
-# Budgets of layers whose rows differ ------------------------------------------------------------
+# Layers whose rows differ ----------------------------------------------------------------------
 
 
 def row_counts(mask):
@@ -353,12 +355,12 @@ def row_counts(mask):
 
 @cache
 def pruned(**options):
-    return prune_model(tiny("llama", layers=2), tokens(10), one_pass=True, **options)
+    return prune_model(tiny("llama", layers=2), tokens(10), calibrate_on="dense", **options)
 
 
-@pytest.mark.parametrize("weights", ["keep", pytest.param("refit", marks=pytest.mark.slow)])
-def test_rows_differ_within_limits_and_the_layer_keeps_its_count(weights):
-    free, near, equal = (pruned(**given, weights=weights) for given in (FREE, LAYER, EQUAL))
+@pytest.mark.parametrize("update", ["none", pytest.param("least-squares", marks=pytest.mark.slow)])
+def test_rows_differ_within_limits_and_the_layer_keeps_its_count(update):
+    free, near, equal = (pruned(**given, update=update) for given in (FREE, LAYER, EQUAL))
     felt = []
     for one, two, three in zip(free.layers, near.layers, equal.layers, strict=True):
         counts = [row_counts(report.masks[one.name]) for report in (free, near)]
@@ -370,10 +372,10 @@ def test_rows_differ_within_limits_and_the_layer_keeps_its_count(weights):
         felt.append((min(counts[1]), max(counts[1])) == (least, most))
         assert {*one.statuses} == {*two.statuses} == {"swap-optimal"}
         assert (one.pattern, two.pattern) == ("0.5 per layer", "0.5 per layer ± 0.1")
-        assert one.error_alike == pytest.approx(three.error_start, rel=1e-9)
-        assert one.error_start != one.error_alike
-        assert three.error_alike is None
-        if weights == "keep":  # else it is the damped error that is lowered
+        assert one.error_uniform == pytest.approx(three.error_start, rel=1e-9)
+        assert one.error_start != one.error_uniform
+        assert three.error_uniform is None
+        if update == "none":  # else it is the damped error that is lowered
             assert one.error < three.error * (1 + 1e-6)
     assert any(felt)
     one, two, three = (sum(x.relative for x in r.layers) for r in (free, near, equal))
@@ -382,8 +384,8 @@ def test_rows_differ_within_limits_and_the_layer_keeps_its_count(weights):
     half = prune_model(tiny("llama", layers=1, dtype=torch.bfloat16), tokens(), **FREE)
     assert all(set(layer.statuses) == {"swap-optimal"} for layer in half.layers)
     # layers differ and then their rows
-    given = {**BOTH, "importance": "relative", "weights": weights}
-    both, model = pruned(**given), pruned(**{**given, "budget": "model"})
+    given = {**BOTH, "sensitivity": "relative", "update": update}
+    both, model = pruned(**given), pruned(**{**given, "allocation": "layers"})
     for layer, other in zip(both.layers, model.layers, strict=True):
         assert layer.pruned == other.pruned
         mean = layer.pruned // layer.rows
@@ -391,15 +393,15 @@ def test_rows_differ_within_limits_and_the_layer_keeps_its_count(weights):
         assert layer.pattern == f"keep {layer.n - mean} per layer ± 0.1"
         counts = row_counts(both.masks[layer.name])
         assert all(abs(count - mean) <= 0.1 * layer.n for count in counts)
-        assert layer.error_alike == pytest.approx(other.error_start, rel=1e-9)
+        assert layer.error_uniform == pytest.approx(other.error_start, rel=1e-9)
     assert len({layer.pattern for layer in both.layers}) > 2
 
 
-@pytest.mark.parametrize(("budget", "importance"), [("layer", "loss"), ("both", "relative")])
-def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(budget, importance, tmp_path):
+@pytest.mark.parametrize(("allocation", "sensitivity"), [("rows", "fisher"), ("both", "relative")])
+def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(allocation, sensitivity, tmp_path):
     """What a row counts is not in the folder: `verify` could not know whether the least were pruned."""
     folder, data = save(loud("mixtral", layers=2), tmp_path / "model"), tokens(8)
-    more = {"budget": budget, "importance": importance, "solver": "wanda"}
+    more = {"allocation": allocation, "sensitivity": sensitivity, "solver": "wanda"}
     runs = {"out": {**FREE, **more, "min_tokens": 60}, "all": {**LAYER, "min_tokens": 10**6}}
     for name, given in runs.items():
         report = prune_model(folder, data, output=tmp_path / name, **given)
@@ -409,7 +411,7 @@ def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(budget, importance, 
         assert set(report.fallbacks) <= set(verified.checked_layers)
 
 
-def test_problems_have_the_patterns_of_their_budgets():
+def test_problems_have_the_patterns_of_their_allocation():
     def found(**given):
         return dict(
             collect_problems(tiny("llama", layers=2), tokens(), layers="layers.0.*", **given)
@@ -418,14 +420,14 @@ def test_problems_have_the_patterns_of_their_budgets():
     def patterns(**given):
         return {problem.pattern for problem in found(**given).values()}
 
-    given = {"sparsity": 0.5, "budget": "layer"}
-    assert patterns(pattern=pool(0.5)) == patterns(**given, spread=1) == {pool(0.5)}
-    assert patterns(pattern=pool(0.5, 0.1)) == patterns(**given) == {pool(0.5, 0.1)}
+    given = {"sparsity": 0.5, "allocation": "rows"}
+    assert patterns(sparsity=pool(0.5)) == patterns(**given, max_deviation=1) == {pool(0.5)}
+    assert patterns(sparsity=pool(0.5, 0.1)) == patterns(**given) == {pool(0.5, 0.1)}
     layer = found(**LAYER)
     counts = {name: problem.n // 2 for name, problem in layer.items()}
     for name, problem in found(**BOTH, counts=counts).items():
         keep = problem.n - counts[name]
-        assert problem.pattern == Unstructured(keep=keep, per="layer", spread=0.1)
+        assert problem.pattern == Unstructured(keep=keep, per="layer", max_deviation=0.1)
         assert problem.pruned == layer[name].pruned
         assert problem.row_limits == layer[name].row_limits
 
@@ -442,7 +444,11 @@ def folders(small, tmp_path_factory):
 
     @cache
     def folder(name):
-        given = {"row": EQUAL, "layer": FREE, "both": BOTH, "model": {**EQUAL, "budget": "model"}}
+        given = {
+            "rows": FREE,
+            "layers": {**EQUAL, "allocation": "layers"},
+            "both": BOTH,
+        }
         prune_model(small, tokens(), output=home / name, solver="swap", **given[name])
         return home / name
 
@@ -475,74 +481,74 @@ def moved(manifest):
         layer["pattern"] = f"keep {layer['n'] - there[name]}"
 
 
-PATTERN, BUDGET = "has another pattern than the options", "otherwise than its budget says"
+PATTERN, ALLOCATION = "has another pattern than the options", "otherwise than its allocation says"
 FORGED = [
-    ("model", count(1), "prunes another number of weights in all than its pattern"),
-    ("model", count(10**6), "counts that leave nothing of a row"),
-    ("model", count(-(10**6)), "damaged or was changed"),
-    ("model", moved, "weights pruned; its mask has"),
-    ("model", lambda m: m["fingerprint"]["options"]["counts"].pop(UP), "counts of other layers"),
-    ("model", option(counts={}), BUDGET),
-    ("model", option(budget="row"), BUDGET),
-    ("layer", layer(pruned=1023), "counts other pruned weights than its pattern"),
-    ("layer", layer(pattern="0.5"), PATTERN),
-    ("layer", option(budget="row"), "has a budget that is not its pattern's"),
-    ("both", option(spread=0.2), PATTERN),
-    ("both", option(spread=2), "damaged or was changed"),
-    ("both", option(budget="model"), PATTERN),
-    ("both", option(counts={}), BUDGET),
+    ("layers", count(1), "prunes another number of weights in all than its pattern"),
+    ("layers", count(10**6), "counts that leave nothing of a row"),
+    ("layers", count(-(10**6)), "damaged or was changed"),
+    ("layers", moved, "weights pruned; its mask has"),
+    ("layers", lambda m: m["fingerprint"]["options"]["counts"].pop(UP), "counts of other layers"),
+    ("layers", option(counts={}), ALLOCATION),
+    ("layers", option(allocation="uniform"), ALLOCATION),
+    ("rows", layer(pruned=1023), "counts other pruned weights than its pattern"),
+    ("rows", layer(pattern="0.5"), PATTERN),
+    ("rows", option(allocation="uniform"), "has an allocation that is not its pattern's"),
+    ("both", option(max_deviation=0.2), PATTERN),
+    ("both", option(max_deviation=2), "damaged or was changed"),
+    ("both", option(allocation="layers"), PATTERN),
+    ("both", option(counts={}), ALLOCATION),
 ]
 
 
-@pytest.mark.parametrize(("budget", "change", "message"), FORGED)
-def test_manifests_that_say_otherwise_are_found(budget, change, message, folders, small, tmp_path):
-    check_forgery(folders(budget), tmp_path, change, message, small)
+@pytest.mark.parametrize(("allocation", "change", "message"), FORGED)
+def test_manifests_that_say_otherwise_are_found(
+    allocation, change, message, folders, small, tmp_path
+):
+    check_forgery(folders(allocation), tmp_path, change, message, small)
 
 
 @pytest.mark.parametrize(
-    ("budget", "more", "message"),
+    ("allocation", "more", "message"),
     [
-        ("model", 1, "row 0: .* as in no layer there"),
-        ("layer", None, "is said to have 768 weights pruned; its mask has"),
-        ("both", None, "row 0: 0 of .* beyond the spread of its layer"),
+        ("layers", 1, "row 0: .* as in no layer there"),
+        ("rows", None, "is said to have 768 weights pruned; its mask has"),
+        ("both", None, "row 0: 0 of .* beyond the deviation of its layer"),
     ],
 )
-def test_a_row_of_another_count_is_found(budget, more, message, folders, small, tmp_path):
+def test_a_row_of_another_count_is_found(allocation, more, message, folders, small, tmp_path):
     def keep(masks):
         row = masks[f"{UP}.weight"].kept[0]
         row[(~row).nonzero()[:more]] = True
 
-    change_masks(out := copied(folders(budget), tmp_path), keep)
+    change_masks(out := copied(folders(allocation), tmp_path), keep)
     fails(VerificationError, message, verify_output, out)
-    if budget != "model":
-        with pytest.raises(ModelError, match="its rows trade, and bounds are of rows that prune"):
-            certify_model(small, folders(budget), calibration=tokens(), rows_per_layer=1)
+    if allocation != "layers":
+        with pytest.raises(ModelError, match="its rows share a budget, and bounds need an equal"):
+            certify_model(small, folders(allocation), calibration=tokens(), rows_per_layer=1)
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_rows_that_count_differently_are_proven_together(family, tmp_path):
     model = tiny(family, layers=1)
-    dense, out, given = (
-        save(model, tmp_path / "model"),
-        tmp_path / "out",
-        {**FREE, "importance": "loss"},
-    )
+    dense, out = save(model, tmp_path / "model"), tmp_path / "out"
+    given = {**FREE, "sensitivity": "fisher"}
     report = prune_model(dense, tokens(), output=out, **given)
     equal = prune_model(model, tokens(), **FREE)
     assert [x.error for x in report.layers] != [x.error for x in equal.layers]
     verify_output(out, dense, calibration=tokens())
-    forge_manifest(out, option(importance="alike"))
+    forge_manifest(out, option(sensitivity="uniform"))
     fails(VerificationError, TOGETHER, verify_output, out, dense, calibration=tokens())
 
 
-@pytest.mark.parametrize("budget", ["both", pytest.param("layer", marks=pytest.mark.slow)])
-def test_limits_that_a_manifest_does_not_name_are_none(budget, small, tmp_path):
+@pytest.mark.parametrize("allocation", ["both", pytest.param("rows", marks=pytest.mark.slow)])
+def test_limits_that_a_manifest_does_not_name_are_none(allocation, small, tmp_path):
     out = tmp_path / "out"
-    prune_model(small, tokens(), output=out, **{**FREE, "budget": budget})
+    prune_model(small, tokens(), output=out, **{**FREE, "allocation": allocation})
     kept = [mask.kept for mask in read_masks(out / MASKS).values()]
     assert any(max(row_counts(mask)) > 0.7 * mask.shape[1] for mask in kept)
-    forge_manifest(out, option(spread=None))
+    forge_manifest(out, option(max_deviation=None))
     assert verify_output(out, small, calibration=tokens()).checked_layers
-    for change in (lambda _: None, lambda m: m["fingerprint"]["options"].pop("spread")):
+    for change in (lambda _: None, lambda m: m["fingerprint"]["options"].pop("max_deviation")):
         forge_manifest(out, change)
-        assert options_again(read_manifest(out / MANIFEST)["fingerprint"], out)["spread"] == 1
+        found = options_again(read_manifest(out / MANIFEST)["fingerprint"], out)
+        assert found["max_deviation"] == 1

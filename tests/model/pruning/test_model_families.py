@@ -55,7 +55,7 @@ def test_every_family_streamed_and_in_memory(family, tmp_path):
     assert all(torch.equal(pruned[k], written[k]) for k in pruned)
     assert report.sparsity == in_memory.sparsity
     assert [layer.error for layer in report.layers] == [layer.error for layer in in_memory.layers]
-    verified = verify_output(out, against=dense, calibration=tokens())
+    verified = verify_output(out, original=dense, calibration=tokens())
     assert verified.sparsity == pytest.approx(0.5, abs=0.02)
     assert len(verified.checked_layers) == len(report.layers)
     blocks = Blocks(model)
@@ -69,38 +69,38 @@ def test_every_family_streamed_and_in_memory(family, tmp_path):
 
 #: options by pairs: for every family, and for one
 EVERY = {
-    "layers and rows by the loss, refitted": {"budget": "both", "weights": "refit"},
-    "layers as measured": {"budget": "model", "importance": "measured", "one_pass": True},
+    "layers and rows by the loss, refitted": {"allocation": "both", "update": "least-squares"},
+    "layers as measured": {"allocation": "layers", "sensitivity": "kl", "calibrate_on": "dense"},
 }
 #: two thirds are not 0.6667, to whoever prunes and to whoever checks
 THIRDS = {"sparsity": 2 / 3}
 ONE = {
     ("llama", "trained"): {
-        "weights": "reconstruct", "holdout": 0.34, "reconstruct": {"epochs": 1},
+        "update": "blockwise", "holdout": 0.34, "training": {"epochs": 1},
     },
     ("llama", "layers and rows without limits, refitted"): {
-        "budget": "both", "spread": 1, "importance": "relative", "weights": "refit",
+        "allocation": "both", "max_deviation": 1, "sensitivity": "relative", "update": "least-squares",
         "holdout": 0.4, "damping": "auto",
     },
     ("llama", "layers by the loss, to the dense output"): {
-        "budget": "model", "target": "dense", "weights": "refit", "damping": 0.1,
+        "allocation": "layers", "target": "dense", "update": "least-squares", "damping": 0.1,
     },
     ("mixtral", "rows by the loss, to the dense output"): {
-        **THIRDS, "budget": "layer", "spread": 1 / 7, "importance": "loss", "target": "dense",
+        **THIRDS, "allocation": "rows", "max_deviation": 1 / 7, "sensitivity": "fisher", "target": "dense",
         "all_experts": True,
     },
     ("mixtral", "layers and rows in one pass"): {
-        "budget": "both", "importance": "alike", "one_pass": True, "activation_memory": 0,
+        "allocation": "both", "sensitivity": "uniform", "calibrate_on": "dense", "activation_memory": 0,
     },
     ("mixtral", "2:4, refitted, one after the other"): {
-        "sparsity": None, "pattern": NM(2, 4), "weights": "refit", "true_sequential": True,
+        "sparsity": NM(2, 4), "update": "least-squares", "true_sequential": True,
     },
     ("gpt2", "layers one after the other"): {
-        **THIRDS, "budget": "model", "importance": "relative", "true_sequential": True,
-        "shrink": 0.1,
+        **THIRDS, "allocation": "layers", "sensitivity": "relative", "true_sequential": True,
+        "gram_shrinkage": 0.1,
     },
     ("gpt2", "swapped, to the dense output"): {
-        **THIRDS, "solver": "swap", "warm_start": "wanda", "target": "dense",
+        **THIRDS, "solver": "swap", "start": "wanda", "target": "dense",
     },
 }  # fmt: skip
 #: Mamba is refused; blocks of the others go through it in removals of whole blocks
@@ -123,7 +123,7 @@ PAIRS = [
 def test_options_are_written_as_in_memory_and_verified(family, options, tmp_path):
     """The same logits (experts are called in another order there), and nothing that verify finds."""
     options, model = {**WANDA, "min_tokens": 8, **options}, tiny(family, layers=2)
-    weights, data = options.get("weights", "keep"), tokens(5)
+    updated, data = options.get("update") == "least-squares", tokens(5)
     folder, out = save(model, tmp_path / "model"), tmp_path / "out"
     report = prune_model(folder, data, output=out, **options)
     if "damping" in options:
@@ -131,8 +131,8 @@ def test_options_are_written_as_in_memory_and_verified(family, options, tmp_path
         assert found == {0.1} if options["damping"] == 0.1 else found <= {*DAMPING_GRID}
     verified = verify_output(out, folder, calibration=data)
     assert len(verified.checked_layers) == verified.layers
-    assert ("refitted weights" in verified.checked) == (weights == "refit")
-    assert ("kept weights" in {*verified.checked, *verified.claimed}) == (weights != "refit")
+    assert ("refitted weights" in verified.checked) == updated
+    assert ("kept weights" in {*verified.checked, *verified.claimed}) == (not updated)
     prune_model(model, data, **options)
     found, expected = (logits_of(m, data[:2]) for m in (reload(out), model))
     torch.testing.assert_close(expected, found, rtol=1e-5, atol=1e-6)

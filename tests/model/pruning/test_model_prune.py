@@ -24,7 +24,7 @@ def reload(folder):
 
 def test_one_pass_judges_on_the_dense_model(tmp_path):
     model, data = tiny("llama", layers=2), tokens()
-    one = prune_model(copy.deepcopy(model), data, one_pass=True, **WANDA)
+    one = prune_model(copy.deepcopy(model), data, calibrate_on="dense", **WANDA)
     problems = dict(maskopt.collect_problems(model, data, sparsity=0.5))
     for layer in one.layers:
         problem = problems[layer.name]
@@ -57,7 +57,7 @@ def test_n_of_m_and_chosen_layers(tmp_path):
     model = tiny("qwen3", layers=2)
     dense = save(model, tmp_path / "dense")
     report = prune_model(
-        dense, tokens(), pattern=NM(keep=2, of=4), solver="wanda", output=tmp_path / "out",
+        dense, tokens(), sparsity=NM(keep=2, of=4), solver="wanda", output=tmp_path / "out",
         include=["mlp", "q_proj"], exclude=["model.layers.1.*"],
     )  # fmt: skip
     mlp = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
@@ -67,7 +67,7 @@ def test_n_of_m_and_chosen_layers(tmp_path):
     blocks, original = reload(tmp_path / "out").model.layers, model.model.layers
     assert torch.equal(blocks[1].mlp.up_proj.weight, original[1].mlp.up_proj.weight)
     assert bool(((blocks[0].mlp.up_proj.weight == 0).view(-1, 4).sum(1) == 2).all())
-    verify_output(tmp_path / "out", against=dense)
+    verify_output(tmp_path / "out", original=dense)
 
 
 def test_text_and_a_tokenizer_of_the_folder_or_given(dense, tmp_path):
@@ -90,7 +90,7 @@ def test_half_precision_keeps_its_dtype_and_its_bits(dtype, tmp_path):
     prune_model(dense, tokens(), output=tmp_path / "a", **WANDA)
     prune_model(dense, tokens(), output=tmp_path / "b", dtype="bfloat16", **WANDA)
     for name in "ab":
-        verify_output(tmp_path / name, against=dense)
+        verify_output(tmp_path / name, original=dense)
         assert reload(tmp_path / name).dtype == dtype
 
 
@@ -109,39 +109,40 @@ def refusal(kind=e.MaskoptError, **options):
 
 
 NAME, EMBEDDING = "model.layers.0.mlp.up_proj", "model.embed_tokens.weight"
-MODEL, MEASURED, WIDTH = {"budget": "model"}, {"importance": "measured"}, {"wide": True}
-PATTERN = {"sparsity": None}
-WIDE, KEEP = ({**PATTERN, "pattern": x} for x in (NM(2, 4), Unstructured(keep=3)))
-POOL = {**PATTERN, "pattern": pool(0.5)}
-ROWS = {"budget": "layer", "importance": "alike", "spread": 1, "solver": "swap"}
-REFIT, DENSE = {"weights": "refit"}, {"target": "dense"}
+MODEL, MEASURED, WIDTH = {"allocation": "layers"}, {"sensitivity": "kl"}, {"wide": True}
+WIDE, KEEP, POOL = ({"sparsity": x} for x in (NM(2, 4), Unstructured(keep=3), pool(0.5)))
+ROWS = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1, "solver": "swap"}
+REFIT, DENSE = {"update": "least-squares"}, {"target": "dense"}
 ONES = torch.ones(1, 4)
 REFUSED = {
     e.MaskoptError: [
         ("did you mean 'wanda'", {"solver": "wnada"}),
-        ("unknown solver", {"warm_start": "nothing-like-it"}),
+        ("unknown solver", {"start": "nothing-like-it"}),
         ("outside", {"sparsity": 1.0}),
         ("outside", {"sparsity": -0.1}),
         ("prunes nothing: .* 48 inputs at most", {"sparsity": 0.02}),
         ("has no option", {"solver_options": {"time_limt": 3}}),
-        ("cannot be its own start", {"solver": "swap", "warm_start": "swap"}),
-        ("shrink", {"shrink": 2.0}),
+        ("cannot be its own start", {"solver": "swap", "start": "swap"}),
+        ("gram_shrinkage", {"gram_shrinkage": 2.0}),
         ("unknown device", {"device": "quantum"}),
         ("`calibration` text or tokens", {"data": None}),
         ("token id", {"data": (96 * ONES).long()}),
         ("whole numbers", {"data": 0.5 * ONES}),
-        ("'tabu' prunes as much .* take one that does: swap", {**ROWS, "solver": "tabu"}),
-        ("'sparsegpt' holds no `spread`.*: swap", {**ROWS, "spread": 0.1, "solver": "sparsegpt"}),
+        ("'tabu' needs an equal count .* take swap", {**ROWS, "solver": "tabu"}),
+        (
+            "'sparsegpt' holds no `max_deviation` .* take swap",
+            {**ROWS, "max_deviation": 0.1, "solver": "sparsegpt"},
+        ),
     ],
     e.SolverError: [
         ("update=true sets", {**WIDTH, "solver": "sparsegpt", "solver_options": {"update": True}}),
         (r"q_proj': exhaustive: a row of 32 .* 6\.01e\+8", {**WIDTH, "solver": "exhaustive"}),
-        ("exhaustive: .* that trades has", {**WIDTH, **ROWS, "warm_start": "exhaustive"}),
-        ("branch: a row of 520 inputs", {**WIDTH, "solver": "swap", "warm_start": "branch"}),
+        ("exhaustive: .* of a shared budget has", {**WIDTH, **ROWS, "start": "exhaustive"}),
+        ("branch: a row of 520 inputs", {**WIDTH, "solver": "swap", "start": "branch"}),
     ],
     e.PatternError: [
-        ("more than the 32", {**PATTERN, "pattern": Unstructured(keep=33)}),
-        ("q_proj.*do not divide", {**PATTERN, "pattern": NM(keep=2, of=5)}),
+        ("more than the 32", {"sparsity": Unstructured(keep=33)}),
+        ("q_proj.*do not divide", {"sparsity": NM(keep=2, of=5)}),
     ],
     e.ModelError: [
         ("did you mean 'q_proj'", {"include": ["q_porj"]}),
@@ -149,41 +150,50 @@ REFUSED = {
         ("leave no layer", {"include": ["q_proj"], "exclude": ["q_proj"]}),
         ("`dtype` is for model folders", {"dtype": "float32"}),
         ("`resume` needs a model folder", {"resume": True}),
-        ("exclude each other", {"one_pass": True, "true_sequential": True}),
+        ("exclude each other", {"calibrate_on": "dense", "true_sequential": True}),
         ("`damping` auto needs held-out windows", {**REFIT, "damping": "auto"}),
         ("no list of decoder blocks", {"model": torch.nn.Sequential(torch.nn.Linear(3, 3))}),
     ],
     e.DataError: [
         ("leave one of them out", {"calibration": "no such file"}),
-        ("`importance` loss leaves nothing of windows", {**MODEL, "data": tokens(4, 1)}),
+        ("`sensitivity` fisher leaves nothing of windows", {**MODEL, "data": tokens(4, 1)}),
     ],
     e.OptionError: [
-        ("`budget` model is of a sparsity; 2:4 has a count", {**MODEL, **WIDE}),
-        (r"plain sparsity, such as 0\.5, not of 0\.5 per layer", {**MODEL, **POOL}),
-        (r"plain sparsity, such as 0\.5, not of keep 3", {**MODEL, **KEEP}),
-        ("`importance` must be text alike or relative or loss", {**MODEL, "importance": "size"}),
-        ("`spread` must be", {**MODEL, "spread": 1.5}),
-        ("loss needs every window's loss", {**MODEL, "skip_bad_samples": True}),
-        ("`counts` are those of layers that", {"budget": "row", "counts": {"a": 1}}),
+        ("`allocation` layers needs a share .*, not 2:4", {**MODEL, **WIDE}),
+        (r"needs a share such as 0\.5, not 0\.5 per layer", {**MODEL, **POOL}),
+        (r"needs a share such as 0\.5, not keep 3", {**MODEL, **KEEP}),
+        ("`sensitivity` must be .* relative or fisher or kl", {**MODEL, "sensitivity": "size"}),
+        ("`max_deviation` must be", {**MODEL, "max_deviation": 1.5}),
+        ("fisher needs every window's loss", {**MODEL, "skip_bad_samples": True}),
+        ("`counts` need `allocation` layers", {"allocation": "uniform", "counts": {"a": 1}}),
         ("no layer that is pruned is called 'a'", {**MODEL, "counts": {"a": 1}}),
         ("must be a whole number of at least 0 and less", {**MODEL, "counts": {NAME: 1}}),
-        ("`budget` must be text row or layer or model or both, not 'all'", {"budget": "all"}),
-        ("2:4 has a count in every group", {**ROWS, **WIDE}),
-        ("`budget` both is of a plain .* 0.5, not of keep 3", {**ROWS, **KEEP, "budget": "both"}),
-        ("`spread` is of what trades", {"spread": 0.1}),
-        ("`importance` is of what trades", {"importance": "alike"}),
-        ("`spread` 0.1 is not that", {**POOL, **ROWS, "pattern": pool(0.5, 0.2), "spread": 0.1}),
-        ("every window's loss", {**ROWS, "importance": "loss", "skip_bad_samples": True}),
-        ("^`importance` measured .* says nothing of rows", {**MEASURED, "budget": "layer"}),
-        ("^`importance` measured .* says nothing of rows", {**MEASURED, "budget": "both"}),
+        (
+            "`allocation` must be text uniform or rows or layers or both, not 'all'",
+            {"allocation": "all"},
+        ),
+        ("`allocation` rows needs a share .*, not 2:4", {**ROWS, **WIDE}),
+        (
+            "`allocation` both needs a share .*, not keep 3",
+            {**ROWS, **KEEP, "allocation": "both"},
+        ),
+        ("`max_deviation` needs `allocation` rows", {"max_deviation": 0.1}),
+        ("`sensitivity` needs `allocation` rows", {"sensitivity": "uniform"}),
+        (
+            "`max_deviation` 0.1 is not that",
+            {**ROWS, "sparsity": pool(0.5, 0.2), "max_deviation": 0.1},
+        ),
+        ("every window's loss", {**ROWS, "sensitivity": "fisher", "skip_bad_samples": True}),
+        ("^`sensitivity` kl is .*, not of rows", {**MEASURED, "allocation": "rows"}),
+        ("^`sensitivity` kl is .*, not of rows", {**MEASURED, "allocation": "both"}),
         ("2, 32, 64 inputs have no step", {**MODEL, **MEASURED, "model": "mamba"}),
-        ("`weights` must be text keep or refit or reconstruct", {"weights": "both"}),
+        ("`update` must be text none or least-squares or blockwise", {"update": "both"}),
         ("`damping` must be at least 0, not -1.0", {**REFIT, "damping": -1.0}),
         ("`damping` must be a number of at least 0 or auto", {**REFIT, "damping": "some"}),
         ("`damping` is of refitted weights", {"damping": 0.1}),
-        ("`damping` is", {"weights": "reconstruct", "holdout": 0.2, "damping": 0.1}),
+        ("`damping` is", {"update": "blockwise", "holdout": 0.2, "damping": 0.1}),
         ("`target` must be text pruned or dense, not 'both'", {"target": "both"}),
-        ("`target` dense and `one_pass` exclude", {**DENSE, "one_pass": True}),
+        ("`target` dense and `calibrate_on` dense exclude", {**DENSE, "calibrate_on": "dense"}),
         ("`target` dense and `true_sequential` exclude", {**DENSE, "true_sequential": True}),
         ("`target` dense needs `all_experts` there", {**DENSE, "model": "mixtral"}),
     ],

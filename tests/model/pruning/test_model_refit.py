@@ -1,4 +1,4 @@
-"""`weights` refit: kept weights by least squares, in the model, its folder, and what checks both."""
+"""`update` least-squares: kept weights by least squares, in the model, its folder, and what checks both."""
 
 import json
 
@@ -16,7 +16,7 @@ from maskopt.model.solving import DAMPING_GRID
 from maskopt.model.verify import verify_output
 from maskopt.model.workspace import MANIFEST
 
-OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "weights": "refit"}
+OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "update": "least-squares"}
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -56,7 +56,7 @@ def test_weights_are_those_of_least_squares_on_the_layers_own_inputs(solver):
         assert layer.error_held == pytest.approx(lost(w - v, held), rel=1e-4)
         assert layer.error_kept == pytest.approx(lost(w * ~mask, x))
         assert layer.error < layer.error_kept
-        assert layer.chosen_for == ("kept" if solver == "tabu" else "refitted")
+        assert layer.objective == ("kept" if solver == "tabu" else "refitted")
 
 
 def test_dampings_of_held_out_windows_and_of_experts_that_saw_too_little(tmp_path):
@@ -80,15 +80,15 @@ def test_refitted_rows_are_proven_for_what_they_cost_refitted(result):
     """What the swaps gained is not what least squares did: their start's objective is of kept weights."""
     report = result[1]
     assert all(set(layer.statuses) == {"swap-optimal"} for layer in report.layers)
-    assert report.fingerprint["options"]["warm_start"] == "admm"
-    kept = prune_model(tiny("llama"), tokens(10), **{**OPTIONS, "weights": "keep"})
-    assert kept.fingerprint["options"]["warm_start"] == "relax"
+    assert report.fingerprint["options"]["start"] == "admm"
+    kept = prune_model(tiny("llama"), tokens(10), **{**OPTIONS, "update": "none"})
+    assert kept.fingerprint["options"]["start"] == "relax"
     ours, theirs = (sum(x.relative for x in r.layers) for r in (report, kept))
     assert ours < 0.9 * theirs
     options = {"solver_options": {"max_swaps": 0}, **OPTIONS}
     none = prune_model(tiny("llama"), tokens(10), solver="swap", **options)
     for found, gains in ((none, False), (report, True)):
-        gained = [layer.gained for layer in found.layers]
+        gained = [layer.improvement_quantiles for layer in found.layers]
         assert all(gained)
         assert any(gain[-1] > 0 for gain in gained) is gains
         assert all(0 <= gain[0] <= gain[-1] < 0.9 for gain in gained)
@@ -96,21 +96,21 @@ def test_refitted_rows_are_proven_for_what_they_cost_refitted(result):
 
 def test_the_command_says_what_mask_and_refit_did(dense, data, tmp_path):
     out = tmp_path / "out"
-    words = ["--sparsity", 0.5, "--weights", "refit", "--damping", 0.03, "--solver", "wanda"]
+    words = ["--sparsity", 0.5, "--update", "least-squares", "--damping", 0.03, "--solver", "wanda"]
     words += ["--min-tokens", 8]
     assert "before" in run("prune", dense, *words, "--calibration", data, "--output", out)
     assert {layer["damping"] for layer in read_manifest(out / MANIFEST)["layers"]} == {0.03}
-    shown = run("verify", out, "--against", dense)
+    shown = run("verify", out, "--original", dense)
     assert "every weight that is neither pruned nor refitted is that of" in shown
     assert "refitted weights" in shown[shown.index("(checked)") :]  # claimed
-    shown = run("verify", out, "--against", dense, "--calibration", data)
+    shown = run("verify", out, "--original", dense, "--calibration", data)
     assert "refitted weights (checked)" in shown
     assert "kept weights" not in shown
 
 
 def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(dense, tmp_path):
     more = {"layers": "layers.0.mlp.up_proj", "calibration": tokens(), "sparsity": 0.5}
-    more["weights"] = "refit"
+    more["update"] = "least-squares"
     ((_, problem),) = collect_problems(dense, damping=0.1, **more)
     assert problem.refit == Refit(0.1)
     with pytest.raises(ModelError, match="`damping` auto chooses by masks, and none are made here"):
@@ -126,12 +126,12 @@ def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(
         return [json.loads(line)["objective"] for line in out.read_text().splitlines()[before:]]
 
     all_three = ("--solvers", "wanda,admm,swap", "--rows", 2)
-    refitted = objectives(*all_three, "--weights", "refit", "--damping", "0.1")
+    refitted = objectives(*all_three, "--update", "least-squares", "--damping", "0.1")
     kept = objectives(*all_three)
     assert len(refitted) == len(kept) == 6
     assert refitted[0] != kept[0]  # the damping counts in the one
     assert refitted[2] <= min(refitted[:2]) * (1 + 1e-9)
-    owned = ("--weights", "refit", "--option", "sparsegpt.update=true", "--rows", 1)
+    owned = ("--update", "least-squares", "--option", "sparsegpt.update=true", "--rows", 1)
     assert len(objectives("--solvers", "sparsegpt,obs", *owned)) == 2
     shown = run("compare", up, "--solvers", "obs", *owned, "--columns", 12, fails=OptionError)
     assert "there is no solver 'sparsegpt' among obs" in shown
@@ -154,9 +154,9 @@ def layer(**values):
 
 def keeps(out):
     def change(manifest):
-        manifest["fingerprint"]["options"]["weights"] = "keep"
+        manifest["fingerprint"]["options"]["update"] = "none"
         for layer in manifest["layers"]:
-            layer.update(damping=None, error_kept=None, chosen_for="kept")
+            layer.update(damping=None, error_kept=None, objective="kept")
 
     forge_manifest(out, change)
 
@@ -175,7 +175,7 @@ FORGED = [
 
 
 def test_gaps_of_refitted_weights_are_not_claimed(result, dense_folder):
-    with pytest.raises(ModelError, match="and bounds are of weights as"):
+    with pytest.raises(ModelError, match="its weights were updated, and bounds are for unchanged"):
         certify_model(dense_folder, result[0], calibration=tokens(10), rows_per_layer=1)
 
 
@@ -196,7 +196,7 @@ def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
     report = prune_model(
         dense_folder, tokens(), output=own, **given, solver_options={"update": True}
     )
-    assert {x.chosen_for for x in report.layers} == {"updated"}
+    assert {x.objective for x in report.layers} == {"updated"}
     first = [r.layers[0] for r in (squares, report)]
     assert first[0].error < first[1].error < first[1].error_kept
     verified = verify_output(own, dense_folder, calibration=tokens())
@@ -204,7 +204,7 @@ def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
     assert "refitted weights" in verified.claimed
 
     def claims(out):
-        forge_manifest(out, lambda m: [x.update(chosen_for="refitted") for x in m["layers"]])
+        forge_manifest(out, lambda m: [x.update(objective="refitted") for x in m["layers"]])
 
     for forge, said in ((moved, "states an error of"), (claims, "are not those of least squares")):
         forge(out := copied(own, tmp_path / said))
@@ -214,6 +214,6 @@ def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
 def test_options_of_nothing_in_an_older_manifest_are_passed_over(
     pruned_folder, dense_folder, tmp_path
 ):
-    out, said = copied(pruned_folder, tmp_path), {"importance": "alike", "damping": 0.3}
+    out, said = copied(pruned_folder, tmp_path), {"sensitivity": "uniform", "damping": 0.3}
     forge_manifest(out, lambda m: m["fingerprint"]["options"].update(said))
     assert verify_output(out, dense_folder, calibration=tokens()).checked_layers

@@ -12,23 +12,28 @@ from maskopt.errors import ModelError
 from maskopt.model import prune
 from maskopt.model.verify import verify_output
 
-COMMON = {"sparsity": 0.5, "min_tokens": 1, "solver": "wanda", "warm_start": None}
-REFIT = {"weights": "refit", "solver": "swap"}
+COMMON = {"sparsity": 0.5, "min_tokens": 1, "solver": "wanda", "start": None}
+REFIT = {"update": "least-squares", "solver": "swap"}
 HELD = {"holdout": 0.4}
-MEASURED = {"budget": "model", "importance": "measured", "weighting": "gradient", "holdout": 0.25}
-FREE = {"budget": "layer", "importance": "alike", "spread": 1}
+MEASURED = {
+    "allocation": "layers",
+    "sensitivity": "kl",
+    "token_weights": "gradient",
+    "holdout": 0.25,
+}
+FREE = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}
 #: options, the stage of the second block that is the last to be done, and blocks
 RUNS = [
-    ({**FREE, "weights": "refit"}, "solve", 2),
-    ({"budget": "both", "importance": "loss"}, "solve", 2),
+    ({**FREE, "update": "least-squares"}, "solve", 2),
+    ({"allocation": "both", "sensitivity": "fisher"}, "solve", 2),
     (MEASURED, "solve", 3),
-    ({"weights": "refit", **HELD, "dtype": torch.bfloat16}, "calibrate", 3),
+    ({"update": "least-squares", **HELD, "dtype": torch.bfloat16}, "calibrate", 3),
 ]
 MORE = [
-    ({"budget": "model", "weights": "refit"}, "solve", 2),
-    ({"budget": "model", "target": "dense"}, "solve", 2),
+    ({"allocation": "layers", "update": "least-squares"}, "solve", 2),
+    ({"allocation": "layers", "target": "dense"}, "solve", 2),
     ({**FREE, "solver": "swap"}, "solve", 2),
-    ({"budget": "layer", "importance": "loss"}, "calibrate", 2),
+    ({"allocation": "rows", "sensitivity": "fisher"}, "calibrate", 2),
     ({**REFIT, **HELD}, "calibrate", 2),
     ({**REFIT, **HELD, "dtype": torch.bfloat16}, "solve", 2),
     ({"target": "dense", **HELD}, "solve", 2),
@@ -55,7 +60,7 @@ def test_resumed_runs_write_the_same_bytes(options, stage, layers, tmp_path, mon
 
 
 def test_a_changed_file_of_new_weights_is_not_gone_on_with(small, tmp_path):
-    more, out = {**COMMON, "weights": "refit"}, tmp_path / "out"
+    more, out = {**COMMON, "update": "least-squares"}, tmp_path / "out"
     interrupted(small, out, 1, "solve", **more)
     (file,) = out.rglob("00000.weights.safetensors")
     data = bytearray(file.read_bytes())

@@ -20,7 +20,7 @@ from maskopt.model.workspace import MANIFEST
 
 def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_folder, tmp_path):
     """By a layer's own objective, over all ways to remove one of its groups; and errors are as reported."""
-    shrink_model(dense_folder, tokens(6), output=tmp_path / "out", heads=0.5, weights="keep")
+    shrink_model(dense_folder, tokens(6), output=tmp_path / "out", heads=0.5, update="none")
     model, name = tiny("llama"), "model.layers.0.self_attn.o_proj"
     weight = model.get_submodule(name).weight.detach()
     n = weight.shape[1]
@@ -49,11 +49,11 @@ def test_errors_bounds_and_counts_of_channels(dense_folder, tmp_path):
     assert any(layer.name.endswith("down_proj") for layer in layers)
     layers = shrink("certified", channels=0.5, solver="wanda", certify=True)
     assert all(0 < layer.lower_bound <= layer.error_kept for layer in layers)
-    shrink("multiple", channels=0.3, multiple=8)
-    config = json.loads((tmp_path / "multiple" / "config.json").read_text())
+    shrink("rounded", channels=0.3, round_to=8)
+    config = json.loads((tmp_path / "rounded" / "config.json").read_text())
     assert config["intermediate_size"] == 40
     errors = [
-        shrink(solver, channels=0.5, solver=solver, weights="keep")[0].error
+        shrink(solver, channels=0.5, solver=solver, update="none")[0].error
         for solver in ("tabu", "swap", "wanda", "magnitude")
     ]
     assert all(one <= other * (1 + 1e-12) for one, other in itertools.pairwise(errors[:3]))
@@ -99,7 +99,7 @@ def test_zeros_of_a_pruned_model_are_not_filled(what, pruned_folder, tmp_path):
     with pytest.raises(OptionError, match="least squares would fill its zeros"):
         shrink_model(pruned_folder, tokens(6), output=small, **what)
     assert not small.exists()
-    shrink_model(pruned_folder, tokens(6), output=small, weights="keep", **what)
+    shrink_model(pruned_folder, tokens(6), output=small, update="none", **what)
     block = AutoModelForCausalLM.from_pretrained(small).model.layers[0]
     for layer in (block.mlp.down_proj, block.self_attn.o_proj):
         assert float((layer.weight == 0).float().mean()) > 0.3

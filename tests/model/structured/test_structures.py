@@ -79,11 +79,11 @@ KINDS = {
     "channels": (CHANNELS, "opt", "gemma gpt_neox falcon olmo2 stablelm"),
     "heads": (HEADS, "mixtral", "llama4"),
     "channels and heads, kept": (
-        {**CHANNELS, **HEADS, "weights": "keep"},
+        {**CHANNELS, **HEADS, "update": "none"},
         "llama", "phi3 gemma3 qwen2 qwen3 phi cohere glm",
     ),
     "channels, kept": (
-        {**CHANNELS, "weights": "keep"}, "", "opt gemma gpt_neox falcon olmo2 stablelm",
+        {**CHANNELS, "update": "none"}, "", "opt gemma gpt_neox falcon olmo2 stablelm",
     ),
     "blocks": (
         {"count": 1, "windows": 2},
@@ -204,7 +204,7 @@ CANNOT = [
     ("mixtral", {"channels": 0.25}, "of a form that is known"),
     ("llama", {"heads": 0.25}, "`heads` 0.5 takes one"),
     ("llama", {"channels": 0.01}, "take a larger `channels`"),
-    ("llama", {"channels": 0.25, "multiple": 64}, "smaller `multiple`"),
+    ("llama", {"channels": 0.25, "round_to": 64}, "smaller `round_to`"),
     ("one group", {"heads": 0.25}, "cannot describe .*not a multiple"),
     ("own code", {"channels": 0.5, "trust_remote_code": True}, "code is not copied"),
     ("own code", {"count": 1, **OWN}, "code is not copied"),
@@ -212,7 +212,7 @@ CANNOT = [
     ("BitNet", {"heads": 0.5}, "does not run"),
     ("llama", {"share": 0.25}, "has no experts"),
     ("llama4", {"share": 0.25}, "is not given a routing"),
-    ("deepseek_v3", {"share": 0.25}, "keeps 'gate.e_score_correction_bias' beside"),
+    ("deepseek_v3", {"share": 0.25}, "keeps 'gate.e_score_correction_bias' in addition"),
     ("mixtral", {"share": 0.2}, "a share of 0.2 of 4 experts is none"),
     ("mixtral", {"share": 0.75}, "leaves 1 of 4 experts, and a token goes to 2"),
     ("DeepSeek 2", {"share": 0.25}, "chooses among 2 groups of experts first"),
@@ -241,8 +241,8 @@ OPTIONS = [
     ({"heads": 0.5, "solver_options": {"seed": 1}}, OptionError, "`solver_options` is of"),
     ({"heads": 0.5, "certify": True}, OptionError, "heads are proven"),
     ({"channels": 0.2, "solver": "swop"}, MaskoptError, "did you mean"),
-    ({"channels": 0.2, "weights": "reconstruct"}, MaskoptError, "weights"),
-    ({"channels": 0.2, "weights": "keep", "damping": 0.1}, OptionError, "`damping` is of refitted"),
+    ({"channels": 0.2, "update": "blockwise"}, MaskoptError, "update"),
+    ({"channels": 0.2, "update": "none", "damping": 0.1}, OptionError, "`damping` is of refitted"),
     *(({"count": count}, OptionError, "must be 1 to 2") for count in (0, 3, 9)),
     *(
         ({"count": 1, "options": WalkOptions(**{name: x})}, OptionError, f"leave out `{name}`")
@@ -280,7 +280,7 @@ COMMANDS = {
     "channels and heads": (
         "llama", ["--channels", 0.25, "--heads", 0.5, "--certify"],
         ["36 of 48 channels", "1 of 2 key–value groups"], KEPT,
-        ["--channels", 0.2, "--multiple", 4],
+        ["--channels", 0.2, "--round-to", 4],
     ),
     "blocks": (
         "llama", ["--blocks", 2], ["of least cost by pairs", "optimal"], "removed 2 whole blocks",
@@ -299,37 +299,42 @@ def test_the_command_and_what_comes_after(kind, data, tmp_path):
     model, out = tiny(family, layers=4 if kind == "blocks" else 2), tmp_path / "out"
     dense, twice = save(model, tmp_path / "dense"), tmp_path / "twice"
     text = ["--calibration", data, "--output"]
-    shown = run("shrink", dense, *options, *text, out)
+    shown = run("prune-structured", dense, *options, *text, out)
     assert all(x in shown for x in said)
-    assert "holds" in run("verify", out, "--against", dense)
+    assert "holds" in run("verify", out, "--original", dense)
     readme = (out / "README.md").read_text()
     assert card in readme
-    assert "$ maskopt shrink MODEL --config" in readme
-    run("shrink", dense, "--config", out / MANIFEST, *text, tmp_path / "again")
+    assert "$ maskopt prune-structured MODEL --config" in readme
+    run("prune-structured", dense, "--config", out / MANIFEST, *text, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(out)
     run("report", out, "--output", tmp_path / "page.html")
     assert card.removeprefix("kept ") in (tmp_path / "page.html").read_text()
-    run("shrink", out, *second, *text, twice)
-    sparse = ["--pattern", "2:4"] if kind == "channels and heads" else ["--sparsity", 0.5]
+    run("prune-structured", out, *second, *text, twice)
+    sparse = ["--sparsity", "2:4"] if kind == "channels and heads" else ["--sparsity", 0.5]
     few = ["--solver", "wanda", "--min-tokens", 1]
     run("prune", twice, *sparse, *few, *text, tmp_path / "pruned")
     if kind == "channels and heads":
         assert "perplexity" in run("eval", dense, out, "--text", data)
-        for command in (["pack", out, "--output", tmp_path / "x"], ["verify", out, "--masks", out]):
-            said = run(*command, fails=MaskoptError)
-            assert "shrink" in said or "mask" in said
-        assert "holds" in run("verify", twice, "--against", out)
-        assert "another model" in run("verify", twice, "--against", dense, fails=VerificationError)
+        of_masks = (
+            ["masks", "pack", out, "--output", tmp_path / "x"],
+            ["verify", out, "--masks", out],
+        )
+        for command in of_masks:
+            said = run(*command, fails=MaskoptError).lower()
+            assert "maskopt-masks.bits" in said
+            assert "no such file" in said
+        assert "holds" in run("verify", twice, "--original", out)
+        assert "another model" in run("verify", twice, "--original", dense, fails=VerificationError)
         assert (twice / "README-original.md").read_text() == readme
-        run("verify", tmp_path / "pruned", "--against", twice)
+        run("verify", tmp_path / "pruned", "--original", twice)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--channels", 0.25, "--blocks", 1], "second `maskopt shrink`"),
-        (["--experts", 0.25, "--blocks", 1], "second `maskopt shrink`"),
-        (["--windows", 2, "--channels", 0.25], "give --blocks, too"),
+        (["--channels", 0.25, "--blocks", 1], "second `maskopt prune-structured`"),
+        (["--experts", 0.25, "--blocks", 1], "second `maskopt prune-structured`"),
+        (["--windows", 2, "--channels", 0.25], "--windows need --blocks"),
         (["--blocks", 1, "--solver", "tabu"], "says nothing of --blocks"),
         (["--blocks", 1, "--certify"], "says nothing of --blocks"),
         (["--blocks", 1, "--option", "seed=1"], "says nothing of --blocks"),
@@ -338,4 +343,4 @@ def test_the_command_and_what_comes_after(kind, data, tmp_path):
 )
 def test_options_of_the_command_that_cannot_be(options, said, dense_folder, data, tmp_path):
     text = ["--calibration", data, "--output", tmp_path / "out"]
-    assert said in run("shrink", dense_folder, *options, *text, fails=OptionError)
+    assert said in run("prune-structured", dense_folder, *options, *text, fails=OptionError)

@@ -202,7 +202,7 @@ def test_the_command_the_record_and_the_card(made, tmp_path):
     np.save(text, WINDOWS.numpy())
     how = ["--calibration", text, "--epochs", 3, "--learning-rate", 0.003, "--holdout", 0.25]
     said = run("distill", pruned, "--teacher", dense, *how, "--output", out)
-    assert "on windows kept aside" in said
+    assert "on held-out windows" in said
     assert "trained model" in said
     checked = run("verify", out, "--masks", pruned)
     assert "holds" in checked

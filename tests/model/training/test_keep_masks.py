@@ -256,8 +256,8 @@ def test_what_cannot_be_held_is_refused(pruned, dense_folder, tmp_path):
     keep_masks(tiny("llama"), {name: np.ones((32, 32), dtype=bool)})
     save(tiny("gpt2"), tmp_path / "gpt2")
     fails(VerificationError, "has no tensor", verify_masks, tmp_path / "gpt2", llama)
-    words = ("verify", llama, "--masks", llama, "--against", dense_folder)
-    assert "--against is for a folder" in run(*words, fails=OptionError)
+    words = ("verify", llama, "--masks", llama, "--original", dense_folder)
+    assert "--original does not apply to a model with --masks" in run(*words, fails=OptionError)
     # masks of a report are held too
     model = tiny("llama", layers=2)
     report = prune_model(model, tokens(6), **OPTIONS)
@@ -374,7 +374,7 @@ def folders(made, tmp_path_factory):
     """Of a pruned model: its folder, that packed, and it loaded and saved; nobody may change them."""
     home = tmp_path_factory.mktemp("loaders")
     pruned, packed, tuned = made("llama", model=tiny)[1], home / "packed", home / "tuned"
-    run("pack", pruned, "--output", packed)
+    run("masks", "pack", pruned, "--output", packed)
     loaded(pruned).save_pretrained(tuned)
     for masks in (pruned, packed):
         verify_masks(tuned, masks)

@@ -26,17 +26,17 @@ from maskopt.model.workspace import MANIFEST, MASKS
 
 HOW = {"epochs": 6, "learning_rate": 0.1}
 OPTIONS = {
-    "sparsity": 0.5, "solver": "wanda", "warm_start": None, "min_tokens": 1, "holdout": 0.25,
-    "weights": "reconstruct",
+    "sparsity": 0.5, "solver": "wanda", "start": None, "min_tokens": 1, "holdout": 0.25,
+    "update": "blockwise",
 }  # fmt: skip
-KEEP = {"weights": "keep", "reconstruct": {}}
+KEEP = {"update": "none", "training": {}}
 
 
 def trained(model, data=None, **more):
     """What `prune_model` reports of it with options of this file; options of training by `how`."""
     how = {**HOW, **more.pop("how", {})}
     data = tokens(12) if data is None else data
-    return prune_model(model, data, **{**OPTIONS, "reconstruct": how, **more})
+    return prune_model(model, data, **{**OPTIONS, "training": how, **more})
 
 
 def copied_state(model):
@@ -83,8 +83,10 @@ def test_parts_come_nearer_to_the_dense_model(family, granularity):
 @pytest.mark.parametrize(
     ("family", "begin"),
     [
-        ("llama", "refit"),
-        *(slow(*x) for x in (("llama", "keep"), ("gemma3", "keep"), ("gemma3", "refit"))),
+        ("llama", "least-squares"),
+        slow("llama", "none"),
+        slow("gemma3", "none"),
+        slow("gemma3", "least-squares"),
     ],
 )
 def test_epochs_are_judged_as_their_weights_are_stored(family, begin, tmp_path, monkeypatch):
@@ -103,7 +105,7 @@ def test_epochs_are_judged_as_their_weights_are_stored(family, begin, tmp_path, 
         return found
 
     monkeypatch.setattr(reconstruct, "train", again)
-    how = {"reconstruct": {"begin": begin, "learning_rate": 1e-4}}
+    how = {"training": {"begin": begin, "learning_rate": 1e-4}}
     report = trained(dense, output=tmp_path / "out", dtype="float32", **how)
     assert losses == [pytest.approx(part.held_after, rel=1e-12) for part in report.parts]
     assert all(part.held_after <= part.held_before for part in report.parts)
@@ -120,7 +122,7 @@ def test_what_training_did_not_better_keeps_its_weights(tmp_path):
     assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
     assert [layer.error for layer in kept.layers] == [layer.error for layer in report.layers]
     # one that gives what it should has not diverged: AdamW makes full steps of rounding
-    report = trained(model, solver="magnitude", reconstruct={"epochs": 2, "loss": "cosine"})
+    report = trained(model, solver="magnitude", training={"epochs": 2, "loss": "cosine"})
     assert all(part.held_before < 1e-6 for part in report.parts)
     assert len(report.parts) == 2
     assert not any(part.diverged for part in report.parts)
@@ -233,9 +235,7 @@ def test_hidden_states_that_parts_are_trained_by_are_counted(family, inputs, sta
 
     how = {"epochs": 1, "granularity": "part", "inputs": inputs}
     trained(tiny(family, layers=2), data, on_progress=look, how=how)
-    job = open_job(
-        tiny(family, layers=2), data, prune_options(None, {**OPTIONS, "reconstruct": how})
-    )
+    job = open_job(tiny(family, layers=2), data, prune_options(None, {**OPTIONS, "training": how}))
     assert job.trained_states == states
     assert most == states * data.numel() * 32 * 4
 
@@ -282,10 +282,10 @@ def test_the_error_of_a_channel_counts_by_its_own_size():
     "more",
     [
         {},
-        {"how": {"begin": "refit"}, "true_sequential": True, "solver": "magnitude"},
+        {"how": {"begin": "least-squares"}, "true_sequential": True, "solver": "magnitude"},
         slow({"how": {"train": "all"}}),
         {"how": {"granularity": "part", "loss": "relative"}, "target": "dense"},
-        slow({"how": {"begin": "refit"}}),
+        slow({"how": {"begin": "least-squares"}}),
         slow({"how": {"inputs": "dense"}}),
         slow({"how": {"granularity": "part", "loss": "cosine"}}),
     ],
@@ -294,7 +294,7 @@ def test_a_run_by_other_threads_is_resumed_and_verified(more, tmp_path):
     """Killed three times in its second block."""
     dense = save(tiny("llama", layers=2), tmp_path / "model", shard="30KB")
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = {**OPTIONS, **more, "reconstruct": {**HOW, "epochs": 3, **more.get("how", {})}}
+    options = {**OPTIONS, **more, "training": {**HOW, "epochs": 3, **more.get("how", {})}}
     options.pop("how", None)
     report = prune_model(dense, tokens(), output=whole, threads=1, **options)
     options["threads"] = 3
@@ -355,8 +355,8 @@ def test_norms_of_a_model_in_memory_are_trained_to_the_same_values(tmp_path):
 def test_bad_input_gets_one_line(monkeypatch):
     for more, message in (
         ({"holdout": 0.0}, "needs windows that judge it"),
-        ({"one_pass": True}, "`one_pass` exclude each other"),
-        ({"weights": "keep"}, "give `weights` reconstruct, too"),
+        ({"calibrate_on": "dense"}, "not with `calibrate_on` dense"),
+        ({"update": "none"}, "`training` needs `update` blockwise"),
         ({"how": {"epoch": 3}}, "epochs"),
         ({"how": {"epochs": 0}}, "epochs must be"),
         ({"how": {"loss": "l1"}}, "relative or square or cosine"),
@@ -376,9 +376,9 @@ def test_bad_input_gets_one_line(monkeypatch):
 def test_the_command_trains_and_says_what_became_of_it(dense, data, tmp_path):
     out = tmp_path / "out"
     words = ["--sparsity", 0.5, "--calibration", data, "--output", out, "--min-tokens", 1]
-    words += ["--holdout", 0.34, "--weights", "reconstruct", "--seq-len", 16, "--samples", 6]
-    said = run("prune", dense, *words, "--reconstruct", "epochs=2", "--reconstruct", "batch=1")
+    words += ["--holdout", 0.34, "--update", "blockwise", "--seq-len", 16, "--samples", 6]
+    said = run("prune", dense, *words, "--training", "epochs=2", "--training", "batch=1")
     assert "mean of 3 parts" in " ".join(said.split())
-    held = " ".join(run("verify", out, "--against", dense).split())
+    held = " ".join(run("verify", out, "--original", dense).split())
     assert "every weight that is neither pruned nor trained is that of" in held
-    assert read_manifest(out / MANIFEST)["fingerprint"]["options"]["reconstruct"]["batch"] == 1
+    assert read_manifest(out / MANIFEST)["fingerprint"]["options"]["training"]["batch"] == 1

@@ -18,8 +18,8 @@ from maskopt.model.report import read_manifest
 from maskopt.model.verify import semi_structured, verify_output
 from maskopt.model.workspace import MANIFEST
 
-SWAP = {**WANDA, "solver": "swap", "warm_start": "wanda"}
-TWO_FOUR = {"sparsity": None, "pattern": NM(keep=2, of=4)}
+SWAP = {**WANDA, "solver": "swap", "start": "wanda"}
+TWO_FOUR = {"sparsity": NM(keep=2, of=4)}
 slow = pytest.mark.slow
 
 
@@ -27,11 +27,11 @@ def test_masks_of_another_run_are_claims(dense_folder, pruned_folder, tmp_path):
     """Random masks under the errors of a real run: nobody can know without calibration."""
     for name in ("README.md", "LICENSE", ".gitattributes"):
         (copied(pruned_folder, tmp_path / name) / name).write_text("no loader takes it")
-        verified = verify_output(tmp_path / name / "out", against=dense_folder)
+        verified = verify_output(tmp_path / name / "out", original=dense_folder)
         assert verified.rows == 3 * (32 * 2 + 16 * 2 + 48 * 2 + 32)
     result = copied(pruned_folder, tmp_path)
     prune_by(result, dense_folder, shuffled)
-    verified = verify_output(result, against=dense_folder)
+    verified = verify_output(result, original=dense_folder)
     assert {"errors", "statuses", "bounds"} <= set(verified.claimed)
     assert not verified.checked_layers
 
@@ -78,7 +78,7 @@ def test_a_model_that_was_pruned_in_memory(dense, tmp_path):
     prune_model(model, tokenizer, output=out, **WANDA, **text)
     more = {"transformers_version": "5.0.0"}
     edit_json(original / "config.json", lambda c: c.update(torch_dtype=c.pop("dtype"), **more))
-    claimed = verify_output(out, against=original).claimed
+    claimed = verify_output(out, original=original).claimed
     assert "configuration and tokenizer" in claimed
     assert "kept weights" not in claimed
     auto_map = {"AutoModel": "x.Y"}
@@ -86,22 +86,22 @@ def test_a_model_that_was_pruned_in_memory(dense, tmp_path):
         changed = copied(out, tmp_path / key)
         edit_json(changed / "config.json", edit(key, to=value))
         forge_manifest(changed)
-        fails(VerificationError, r"config\.json", verify_output, changed, against=original)
+        fails(VerificationError, r"config\.json", verify_output, changed, original=original)
 
 
 def test_leaving_the_digest_out_hides_nothing(dense, tmp_path):
     """Without the model's digest a result counts as saved from memory: what may differ is claimed."""
     out = tmp_path / "out"
     prune_model(dense, tokens(), output=out, **WANDA)
-    sound = verify_output(out, against=dense)
+    sound = verify_output(out, original=dense)
     forge_manifest(out, lambda m: m["fingerprint"].pop("model"))
-    assert verify_output(out, against=dense) == sound
+    assert verify_output(out, original=dense) == sound
     edit_json(out / "tokenizer.json", lambda t: t["model"]["vocab"].update(x=1))
     forge_manifest(out)
-    assert "configuration and tokenizer" in verify_output(out, against=dense).claimed
+    assert "configuration and tokenizer" in verify_output(out, original=dense).claimed
     edit_json(out / "tokenizer_config.json", lambda t: t.update(auto_map={"AutoTokenizer": "x"}))
     forge_manifest(out)
-    fails(VerificationError, "asks to run code", verify_output, out, against=dense)
+    fails(VerificationError, "asks to run code", verify_output, out, original=dense)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX links")
@@ -111,16 +111,16 @@ def test_a_result_in_the_hubs_cache(dense_folder, pruned_folder, tmp_path):
     snapshot.mkdir(parents=True)
     for file in Path(shutil.copytree(pruned_folder, tmp_path / "blobs")).iterdir():
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
-    verify_output(snapshot, against=dense_folder)
+    verify_output(snapshot, original=dense_folder)
 
 
-@pytest.mark.parametrize("weights", ["refit", "reconstruct"])
-def test_bounds_of_masks_that_were_found_for_kept_weights(weights, dense_folder, tmp_path):
+@pytest.mark.parametrize("update", ["least-squares", "blockwise"])
+def test_bounds_of_masks_that_were_found_for_kept_weights(update, dense_folder, tmp_path):
     """New weights cost less than any mask could whose weights are kept."""
-    out, more = tmp_path / "out", {**WANDA, "solver": "sdp", "weights": weights}
+    out, more = tmp_path / "out", {**WANDA, "solver": "sdp", "update": update}
     more["include"] = ["layers.0.self_attn.v_proj"]
-    if weights == "reconstruct":
-        more |= {"holdout": 0.34, "reconstruct": {"epochs": 1, "begin": "refit"}}
+    if update == "blockwise":
+        more |= {"holdout": 0.34, "training": {"epochs": 1, "begin": "least-squares"}}
     report = prune_model(dense_folder, tokens(), output=out, **more)
     assert any(layer.lower_bound > layer.error for layer in report.layers)
     verify_output(out, dense_folder)
@@ -132,11 +132,11 @@ def test_bounds_of_masks_that_were_found_for_kept_weights(weights, dense_folder,
 def test_refitted_weights_have_no_bound(dense_folder, tmp_path):
     """It would be of the damped error, and the reported one is without the damping."""
     report = prune_model(
-        dense_folder, tokens(), output=tmp_path / "out", solver="branch", weights="refit",
+        dense_folder, tokens(), output=tmp_path / "out", solver="branch", update="least-squares",
         damping=1.0, include=["layers.0.self_attn.k_proj"], solver_options={"node_limit": 1},
         sparsity=0.5, min_tokens=1,
     )  # fmt: skip
-    assert {layer.chosen_for for layer in report.layers} == {"refitted"}
+    assert {layer.objective for layer in report.layers} == {"refitted"}
     assert {layer.lower_bound for layer in report.layers} == {0.0}
     verify_output(tmp_path / "out", dense_folder)
 
@@ -156,7 +156,7 @@ MAIN = [("llama", "block"), ("mixtral", "part"), ("gpt2", "part")]
 )
 def test_trained_folders_of_every_family_hold(family, granularity, tmp_path):
     dense, out = save(tiny(family, layers=2), tmp_path / "dense"), tmp_path / "out"
-    how = {"reconstruct": {**TRAIN, "granularity": granularity}, "weights": "reconstruct"}
+    how = {"training": {**TRAIN, "granularity": granularity}, "update": "blockwise"}
     prune_model(dense, tokens(6), output=out, **{**WANDA, "min_tokens": 8}, **how, holdout=0.34)
     assert any(part["epoch"] for part in read_manifest(out / MANIFEST)["parts"])
     verify_output(out, dense)
@@ -197,7 +197,7 @@ def test_what_a_run_states_holds(swapped, dense_folder):
     assert set(verified.claimed) == {"start errors", "options"}
     other, data = tokens(seed=1), tokens()
     refused(swapped, dense_folder, "is not what the model was calibrated on", other)
-    fails(VerificationError, "with the original", verify_output, swapped, calibration=data)
+    fails(VerificationError, "needs `original`", verify_output, swapped, calibration=data)
     fails(VerificationError, "give both", verify_output, swapped, dense_folder, layers=["mlp"])
     with pytest.raises(ModelError, match="no layer matches"):
         verify_output(swapped, dense_folder, calibration=data, layers=["mpl"])
@@ -206,7 +206,7 @@ def test_what_a_run_states_holds(swapped, dense_folder):
 @pytest.mark.parametrize(
     "options",
     [
-        {**TWO_FOUR, "one_pass": True, "shrink": 0.1},
+        {**TWO_FOUR, "calibrate_on": "dense", "gram_shrinkage": 0.1},
         {"true_sequential": True, "dtype": "bfloat16", "threads": 1},
         {"include": ["mlp"], "exclude": ["layers.1"]},
     ],
@@ -220,7 +220,7 @@ def test_training_that_began_from_the_weights_of_a_solver(tmp_path):
     dense = save(tiny("llama", layers=2), tmp_path / "dense")
     given = {
         **WANDA, "solver": "sparsegpt", "solver_options": {"update": True},
-        "weights": "reconstruct", "holdout": 0.3, "reconstruct": {"epochs": 1, "begin": "refit"},
+        "update": "blockwise", "holdout": 0.3, "training": {"epochs": 1, "begin": "least-squares"},
     }  # fmt: skip
     for name, more in (("blocks", {}), ("rounds", {"true_sequential": True})):
         prune_model(dense, tokens(), output=tmp_path / name, **given, **more)
@@ -304,9 +304,9 @@ FORGED = [
             ("fingerprint", "device", "cuda"),
             ("fingerprint", "device", "tpu"),
             ("fingerprint", "dtype", "float31"),
-            ("fingerprint", "options", "one_pass", True),
+            ("fingerprint", "options", "calibrate_on", "dense"),
             ("fingerprint", "options", "true_sequential", True),
-            ("fingerprint", "options", "shrink", 0.5),
+            ("fingerprint", "options", "gram_shrinkage", 0.5),
             ("fingerprint", "calibration", "length", "x"),
             ("fingerprint", "calibration", "sha256", "0" * 64),
             ("layers", 5, "error", 1e-3),
@@ -348,7 +348,7 @@ def test_samples_that_the_dense_model_left_out(tmp_path):
     huge = patched(tiny("gpt2", layers=2), "transformer.wte.weight", lambda p: p[token].fill_(3e38))
     dense = save(huge, tmp_path / "dense")
     options = {**SWAP, "skip_bad_samples": True, "holdout": 0.25}
-    more = {"weights": "reconstruct", "reconstruct": {"epochs": 1}}
+    more = {"update": "blockwise", "training": {"epochs": 1}}
     report = prune_model(dense, data, output=out, **options, **more)
     assert {bad["layer"] for bad in report.bad_samples} == {"transformer.h.0 (dense)"}
     verified = verify_output(out, dense, calibration=data)
@@ -361,10 +361,10 @@ def test_from_the_command_line(dense, tmp_path):
     text.write_text("Pack my box with five dozen liquor jugs. " * 40)
     other.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     run(
-        "prune", dense, "--sparsity", 0.5, "--warm-start", "wanda", "--calibration", text,
+        "prune", dense, "--sparsity", 0.5, "--start", "wanda", "--calibration", text,
         "--samples", 4, "--seq-len", 32, "--output", out, "--min-tokens", 8, "--seed", 3,
     )  # fmt: skip
-    verify = ["verify", out, "--against", dense]
+    verify = ["verify", out, "--original", dense]
     shown = run(*verify)
     assert "sparsity 0.5000, every kept weight is that of" in shown
     assert "(checked); errors, statuses, bounds, start errors, options: claimed" in shown
@@ -379,13 +379,13 @@ def test_from_the_command_line(dense, tmp_path):
     assert "--layers chooses what --calibration" in said
     said = run(*verify, "--calibration", other, fails=MaskoptError)
     assert "other.txt: is not what the model was calibrated on" in said
-    said = run("verify", out, "--require-checked", fails=OptionError)
-    assert said.startswith("--require-checked is for an instance and its solution")
+    said = run("verify", out, "--strict", fails=OptionError)
+    assert said == "--strict does not apply to a pruned model"
     for given in (
-        "--against x", "--calibration x", "--include x", "--semi-structured",
+        "--original x", "--calibration x", "--include x", "--semi-structured",
         "--no-semi-structured", "--threads 1", "--text-field x",
     ):  # fmt: skip
         flag, *value = given.split()
         said = run("verify", "a.npz", "solution.npz", flag, *value, fails=OptionError)
         flag = flag.replace("--no-", "--")
-        assert said == f"{flag} is for a pruned model; solution.npz is checked as a solution"
+        assert said == f"{flag} does not apply to a solution"

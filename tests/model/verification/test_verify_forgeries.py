@@ -53,7 +53,7 @@ def train_attention(dense, out):
         how = replace(task.how, learning_rate=0.0) if task.name == "mlp" else task.how
         return real(replace(task, how=how), *rest)
 
-    more = {"reconstruct": {**TRAIN, "granularity": "part"}, "weights": "reconstruct"}
+    more = {"training": {**TRAIN, "granularity": "part"}, "update": "blockwise"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reconstruct, "train", train)
         report = prune_model(dense, tokens(8), output=out, holdout=0.25, **WANDA, **more)
@@ -73,13 +73,13 @@ def folders(dense_folder, pruned_folder, dense, tmp_path_factory):
         elif name == "tokenizer":
             prune_model(original := dense, tokens(), output=out, **WANDA)
         elif name == "refitted":
-            how = {"weights": "refit", "include": ["v_proj"]}
+            how = {"update": "least-squares", "include": ["v_proj"]}
             prune_model(original, tokens(), output=out, **WANDA, **how)
         elif name == "trained":
             train_attention(original := save(loud("qwen3"), home / "qwen3"), out)
         elif name == "vision":
             original = save(tiny_vision(), home / "gemma3")
-            how = {"weights": "reconstruct", "reconstruct": {"epochs": 1, "train": "all"}}
+            how = {"update": "blockwise", "training": {"epochs": 1, "train": "all"}}
             prune_model(original, tokens(), output=out, **WANDA, **how, holdout=0.34)
         verify_output(out, original)
         return out, original
@@ -186,7 +186,7 @@ def pattern_of_nothing(result, dense):
 
 def pattern_of_all(pattern, name, **more):
     def change(manifest):
-        manifest["fingerprint"]["options"]["pattern"] = pattern
+        manifest["fingerprint"]["options"]["sparsity"] = pattern
         for tensor in manifest["tensors"].values():
             tensor["pattern"] = pattern
         every_layer(pattern=name, **more)(manifest)
@@ -323,7 +323,7 @@ UNSAID = {
     "pruned": layer(pruned=lambda x: x["pruned"] + 1), "pruned moved": moved("pruned"),
     "sparsity": lambda m: m.update(sparsity=31.5), "sparsity of a layer": layer(sparsity=0.9),
     "pattern of a layer": layer(pattern="2:4"),
-    "pattern of the options": edit("fingerprint", "options", "pattern", "sparsity", to=0.51),
+    "pattern of the options": edit("fingerprint", "options", "sparsity", "sparsity", to=0.51),
     "a layer left out": lambda m: m["layers"].pop(3),
     "a layer twice": lambda m: m["layers"].append(copy.deepcopy(m["layers"][3])),
     "a layer renamed": layer(name="model.layers.0.self_attn.x_proj"), "names exchanged": swap_names,
@@ -401,10 +401,10 @@ TRAINED = {
     "a loss that rose": (part(0, held_after=lambda x: 2 * x["held_before"]), LOSSES),
     "a loss that fell by itself": (part(1, fitted_after=lambda x: x["fitted_after"] / 2), LOSSES),
     "nothing that became better": (all_stay, "differs from the original"),
-    "no way of training": (options(reconstruct={}), "how its weights were trained"),
-    "options of no kind": (options(reconstruct=None), "damaged or was changed"),
+    "no way of training": (options(training={}), "how its weights were trained"),
+    "options of no kind": (options(training=None), "damaged or was changed"),
     "a dtype of no kind": (edit("fingerprint", "dtype", to=[]), "damaged or was changed"),
-    "weights that were kept": (options(weights="keep"), "its options train none"),
+    "weights that were kept": (options(update="none"), "its options train none"),
 }  # fmt: skip
 #: the MLP stayed, and norms outside attention are in no part
 UNTRAINED = [
@@ -462,29 +462,29 @@ def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, tmp_pa
     fails(VerificationError, "damaged or was changed", verify_output, result)
     fails(VerificationError, "no manifest", verify_output, dense_folder)
     with pytest.raises(VerificationError, match="only one of the two"):
-        verify_output(pruned_folder, against=save(tiny("qwen2"), tmp_path / "other"))
+        verify_output(pruned_folder, original=save(tiny("qwen2"), tmp_path / "other"))
 
 
 @pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 100), marks=pytest.mark.slow)])
 def test_any_edit_of_the_manifest_is_refused_or_changes_nothing(
     seeds, pruned_folder, dense_folder, tmp_path
 ):
-    def verified(against):
+    def verified(original):
         try:
-            return verify_output(result, against=against)
+            return verify_output(result, original=original)
         except VerificationError as error:
             return str(error)
 
     result, passed = copied(pruned_folder, tmp_path), 0
     sound = json.loads((result / MANIFEST).read_text())
-    expected = {against: verified(against) for against in (None, dense_folder)}
+    expected = {original: verified(original) for original in (None, dense_folder)}
     assert not any(isinstance(found, str) for found in expected.values())
     for seed in seeds:
         edited = signed(forged(sound, random.Random(seed)))
         (result / MANIFEST).write_text(json.dumps(edited))
-        for against in expected:
-            found = verified(against)
+        for original in expected:
+            found = verified(original)
             refused = isinstance(found, str)
-            assert "\n" not in found if refused else found == expected[against], seed
+            assert "\n" not in found if refused else found == expected[original], seed
             passed += not refused
     assert passed  # seconds and versions may be anything

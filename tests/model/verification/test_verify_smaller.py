@@ -51,7 +51,7 @@ def fewer_experts(share):
 #: name → (family, size of a shard, how it was made smaller)
 MADE = {
     "narrow": ("llama", "30KB", shrunk(channels=0.25)),
-    "mistral": ("mistral", "5GB", shrunk(**CHANNELS, heads=0.5, weights="keep")),
+    "mistral": ("mistral", "5GB", shrunk(**CHANNELS, heads=0.5, update="none")),
     "shallow": ("gemma3", "5GB", without_first),
     "by pattern": ("gemma3", "5GB", by_pattern),
     "blocks": ("llama", "5GB", without_first),
@@ -159,7 +159,7 @@ TYPES = (
     "layer_types is not the original's",
 )
 EXCHANGED = ("exchanged", exchange, "is not where the kept blocks")
-SIZE, REFITTED = "is no size", "or not, otherwise than refitting"
+SIZE, REFITTED = "is no size", "or not, unlike a least-squares update"
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
 EXPERTS = "model.layers.1.mlp.experts"
 #: smaller model → name, how to forge, what is said

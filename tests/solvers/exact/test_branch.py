@@ -171,16 +171,16 @@ def test_sets_are_those_whose_exchange_leaves_q_unchanged(problem):
     assert mask.tolist() == [True, True, False, True, False]
 
 
-@pytest.mark.parametrize("select", [5, 9, 14])
-def test_graphs_of_twins_take_few_nodes_and_are_checked(select):
+@pytest.mark.parametrize("cardinality", [5, 9, 14])
+def test_graphs_of_twins_take_few_nodes_and_are_checked(cardinality):
     """27 vertices in four parts; which masks cost least follows from the counts of the parts alone."""
     sizes = (10, 8, 6, 3)
-    problem = RowProblem.from_quadratic(parts(sizes), select=select)
+    problem = RowProblem.from_quadratic(parts(sizes), cardinality=cardinality)
     solution = solve(problem, "branch", proof=True)
     assert solution.status == (Status.OPTIMAL,)
     assert verify(problem, solution, require="checked").checked
     counts = itertools.product(*(range(size + 1) for size in sizes))
-    best = min(select**2 - sum(k * k for k in c) for c in counts if sum(c) == select)
+    best = min(cardinality**2 - sum(k * k for k in c) for c in counts if sum(c) == cardinality)
     assert problem.value(float(solution.objective[0])) == pytest.approx(best)
     assert int(solution.trace.nodes[0]) < 30
 
@@ -199,11 +199,11 @@ def test_copies_of_inputs_on_both_patterns():
 
 def test_a_tree_of_twins_does_not_serve_a_row_whose_inputs_are_none():
     graph = parts((5, 4, 3))
-    problem = RowProblem.from_quadratic(graph, select=6)
+    problem = RowProblem.from_quadratic(graph, cardinality=6)
     solution = solve(problem, "branch", proof=True)
     other = graph.copy()
     other[4, 11] = other[11, 4] = 0  # the last of the first part has one neighbour less
-    changed = RowProblem.from_quadratic(other, select=6)
+    changed = RowProblem.from_quadratic(other, cardinality=6)
     best = float(solve(changed, "branch").objective[0])
     assert best < float(solution.objective[0])
     try:

@@ -205,7 +205,7 @@ def test_the_first_swap_of_dsnot_is_the_one_of_the_paper_and_the_mean_error_shri
     gram = torch.outer(mean, mean) + torch.eye(5, dtype=torch.float64) * 0.5
     problem = LayerProblem(weight, gram, Unstructured(keep=3), mean=mean)
     start = torch.tensor([[False, False, True, True, True]])
-    solution = solve(problem, "dsnot", warm_start=start, cycles=1)
+    solution = solve(problem, "dsnot", start=start, cycles=1)
     assert solution.mask[0].tolist() == [True, False, True, False, True]
     assert solution.trace.swaps.tolist() == [1]
     problem = biased_problem(64, 8, 3, SIXTY)

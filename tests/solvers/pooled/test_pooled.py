@@ -68,11 +68,11 @@ def test_the_count_is_that_of_the_layer():
         (pool(0.5, 0.1), (4, 6)), (pool(0.5, 0.0), (5, 5)), (pool(0.45, 0.0), (4, 5)),
         (pool(0.45, 0.29), (2, 7)),  # 1.6 and 7.4
         (pool(0.9, 0.3), (6, 10)), (pool(0.1, 0.3), (0, 4)), (pool(0.5), (0, 10)),
-        (Unstructured(keep=3, per="layer", spread=0.2), (5, 9)), (Unstructured(keep=3), (7, 7)),
+        (Unstructured(keep=3, per="layer", max_deviation=0.2), (5, 9)), (Unstructured(keep=3), (7, 7)),
         (NM(1, 5), (8, 8)),
     ],
 )  # fmt: skip
-def test_a_row_is_no_further_from_the_layer_than_the_spread(pattern, limits):
+def test_a_row_is_no_further_from_the_layer_than_max_deviation(pattern, limits):
     assert pattern.row_limits(2, 10) == limits
 
 
@@ -97,20 +97,20 @@ def test_the_highest_within_limits_have_the_least_sum_pruned(rows, n, seed, ties
 
 @BOTH
 def test_limits_are_felt_and_optima_within_them_proven(refit):
-    spread, free = (layer(refit=refit, sparsity=0.4, spread=s, rows=8) for s in (0.1, None))
-    found, other = solve(spread, "swap"), solve(free, "swap")
+    near, free = (layer(refit=refit, sparsity=0.4, max_deviation=d, rows=8) for d in (0.1, None))
+    found, other = solve(near, "swap"), solve(free, "swap")
     counts, wide = (sorted((~x.mask).sum(1).tolist()) for x in (found, other))
-    assert spread.row_limits == (8, 11)  # of 24, 9.5 ± 2.4
+    assert near.row_limits == (8, 11)  # of 24, 9.5 ± 2.4
     assert (counts[0], counts[-1]) == (8, 11)
     assert wide[0] < 8 < 11 < wide[-1]
-    assert total(free, other) < total(spread, found)
-    verify(spread, found)
+    assert total(free, other) < total(near, found)
+    verify(near, found)
     with pytest.raises(WarmStartError, match=r"row \d prunes \d+ of 24; .* allows 8 to 11"):
-        spread.check_mask(other.mask)
+        near.check_mask(other.mask)
     assert improving_swap(free, found.mask) is not None
     with pytest.raises(SolverError, match="'sparsegpt' holds no limits on what a row prunes"):
-        solve(spread, "sparsegpt")
-    verify(spread, solve(spread, "swap", start="sparsegpt"))
+        solve(near, "sparsegpt")
+    verify(near, solve(near, "swap", start="sparsegpt"))
 
 
 @BOTH
@@ -119,20 +119,20 @@ def test_a_start_within_limits_is_no_worse_than_equal_counts(start, refit):
     """Where rows count for very different amounts, limits bind on most of them."""
     omega = torch.linspace(0, 6, 16, dtype=torch.float64).exp()
     sums = []
-    for spread in (0.0, 0.05, 0.1, 0.2, None):
-        problem = layer(rows=16, n=32, refit=refit, omega=omega, spread=spread)
+    for most in (0.0, 0.05, 0.1, 0.2, None):
+        problem = layer(rows=16, n=32, refit=refit, omega=omega, max_deviation=most)
         sums.append(total(problem, solve(problem, "swap", start=start)))
     equal = problem.under(Unstructured(sparsity=0.5))
     assert sums[0] <= 1.02 * float(omega @ solve(equal, "swap", start=start).objective)
     assert sums == sorted(sums, reverse=True)
 
 
-SPREADS = (-0.1, 1, float("nan"), "0.1")
 NO_PATTERNS = [
-    ({"spread": 0.1}, "give per='layer', too"),
-    *(({"per": "layer", "spread": spread}, r"spread .* is outside") for spread in SPREADS),
+    ({"max_deviation": 0.1}, "needs per='layer'"),
+    *(({"per": "layer", "max_deviation": bad}, r"max_deviation .* is outside")
+      for bad in (-0.1, 1, float("nan"), "0.1")),
     ({"per": "block"}, "per must be"),
-]
+]  # fmt: skip
 NO_SHARES = [
     ([1.0, 0.0], "omega must be more than 0"),
     ([1.0, 1.0, 1.0], r"omega must be \[2\]"),
@@ -182,7 +182,7 @@ def test_scores_rank_the_layer_and_what_prunes_rows_equally_says_so(omega):
             score = score * problem.shares.sqrt()[:, None]
             assert float(score[found.mask].min()) > float(score[~found.mask].max())
     for name in EQUAL:
-        with pytest.raises(SolverError, match="prunes as much of every row"):
+        with pytest.raises(SolverError, match="needs an equal count in every row"):
             solve(problem, name)
 
 
@@ -317,6 +317,6 @@ def test_what_is_said_of_all_rows_counts_each_as_it_is_minimised(tmp_path):
     more = ["--solver", "exhaustive"]
     assert f"{least:.6g}" in run("solve", path, *more, "--output", tmp_path / "s.npz")
     said = " ".join(run("compare", path, "--solvers", "swap").split())
-    assert "each row is solved alone and trades with no other" in said
+    assert "each row is solved alone, at the sparsity of its layer: no budget is shared" in said
     table = " ".join(run("bound", path, "--method", "box", *more).split())
-    assert "the bound of rows that trade is of their sum" in table
+    assert "rows of a shared budget: the bound is of their sum" in table

@@ -172,8 +172,8 @@ def test_bounds_of_kept_weights_are_no_bounds_of_refitted_ones():
     assert "perspective" in available_bounds()
     box, own = lower_bound(kept, "box").certificate, bound_of(problem).certificate
     for call, error, message in (
-        (lambda: lower_bound(problem, "sdp"), SolverError, r"'sdp' is of weights .* 'perspective'"),
-        (lambda: bound_of(kept), SolverError, "'perspective' is of refitted weights"),
+        (lambda: lower_bound(problem, "sdp"), SolverError, "'sdp' is for unchanged .*perspective'"),
+        (lambda: bound_of(kept), SolverError, "'perspective' is for updated weights"),
         (lambda: bound_of(problem, splits=-1), OptionError, "splits"),
         (lambda: box.check(problem), VerificationError, "proves nothing of refitted weights"),
         (lambda: own.check(kept), VerificationError, "proves nothing of kept ones"),

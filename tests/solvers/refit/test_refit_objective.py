@@ -350,9 +350,9 @@ def test_what_knows_kept_weights_alone_refuses_but_makes_a_start():
     for call, kind, message in (
         (lambda: certificate.check(problem), VerificationError, "proves nothing of refitted"),
         (lambda: problem.row(0).q(), ProblemError, "no quadratic form of the mask"),
-        *((lambda x=x: lower_bound(problem, x), SolverError, f"'{x}' is of weights")
+        *((lambda x=x: lower_bound(problem, x), SolverError, f"'{x}' is for unchanged weights")
           for x in BOUNDS),
-        *((lambda x=x: solve(problem, x), SolverError, f"'{x}' chooses for weights")
+        *((lambda x=x: solve(problem, x), SolverError, f"'{x}' chooses for unchanged weights")
           for x in KEEPING),
         *((lambda x=x: solve(problem, "swap", kernel=x), SolverError, f"kernel '{x}' is for")
           for x in ("literal", "torch", "numba", "triton")),

@@ -510,33 +510,33 @@ def test_it_removes_what_costs_least_one_by_one(pattern, linear):
 
 
 # --- whole models
-OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "weights": "refit", "damping": 0.1}
+OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "update": "least-squares", "damping": 0.1}
 
 
 @pytest.mark.slow
 def test_models_are_refitted_and_checked_so(tmp_path, dense_folder):
     out, plain, given = tmp_path / "out", tmp_path / "plain", tokens()
-    report = prune_model(dense_folder, given, output=out, damping_power=0.5, **OPTIONS)
+    report = prune_model(dense_folder, given, output=out, damping_exponent=0.5, **OPTIONS)
     other = prune_model(dense_folder, given, output=plain, **OPTIONS)
     assert [x.error for x in report.layers] != [x.error for x in other.layers]
-    assert read_manifest(out / MANIFEST)["fingerprint"]["options"]["damping_power"] == 0.5
+    assert read_manifest(out / MANIFEST)["fingerprint"]["options"]["damping_exponent"] == 0.5
     assert verify_output(out, dense_folder, calibration=given).checked_layers
     # a manifest of before there was a choice means none
     forged = copied(plain, tmp_path / "older")
-    forge_manifest(forged, lambda m: m["fingerprint"]["options"].pop("damping_power"))
+    forge_manifest(forged, lambda m: m["fingerprint"]["options"].pop("damping_exponent"))
     assert verify_output(forged, dense_folder, calibration=given).checked_layers
     # and one that says another is found out
     forged = copied(out, tmp_path / "forged")
-    forge_manifest(forged, lambda m: m["fingerprint"]["options"].update(damping_power=0.0))
+    forge_manifest(forged, lambda m: m["fingerprint"]["options"].update(damping_exponent=0.0))
     with pytest.raises(VerificationError):
         verify_output(forged, dense_folder, calibration=given)
     # what no run has is no manifest, text or not
-    forge_manifest(forged, lambda m: m["fingerprint"]["options"].update(damping_power=1.5))
+    forge_manifest(forged, lambda m: m["fingerprint"]["options"].update(damping_exponent=1.5))
     with pytest.raises(VerificationError, match="damaged or was changed"):
         verify_output(forged)
     for how, message in (
-        ({"damping_power": 2.0}, r"`damping_power` must be a number \[0, 1\], not 2.0"),
-        ({"weights": "keep", "damping": 0.01, "damping_power": 0.5}, "is of refitted weights"),
+        ({"damping_exponent": 2.0}, r"`damping_exponent` must be a number \[0, 1\], not 2.0"),
+        ({"update": "none", "damping": 0.01, "damping_exponent": 0.5}, "is of refitted weights"),
     ):
         with pytest.raises(MaskoptError, match=message):
             prune_model(tiny("llama"), given, **{**OPTIONS, **how})

@@ -116,7 +116,7 @@ def test_hardening_rounds_better_and_swap_ends_better_than_from_wanda(pattern):
     assert set(hard.status) == {Status.FEASIBLE}
     done = solve(problem, "relax")
     verify(problem, done)
-    assert summed(done) < summed(solve(problem, "swap", warm_start="wanda"))
+    assert summed(done) < summed(solve(problem, "swap", start="wanda"))
     assert bool((done.lower_bound > 0).all())
 
 
@@ -146,7 +146,7 @@ def test_hardening_at_once_ends_as_low_as_after_the_relaxation():
     assert at_once.certificate is None
     assert bool(at_once.trace.relaxed_objective.isnan().all())
     assert bool(at_once.trace.relaxed_gap.isnan().all())
-    assert summed(at_once) < summed(solve(problem, "swap", warm_start="wanda"))
+    assert summed(at_once) < summed(solve(problem, "swap", start="wanda"))
     assert summed(at_once) < 1.01 * summed(first)
     trace = first.trace
     gap = 1 - first.lower_bound / trace.relaxed_objective

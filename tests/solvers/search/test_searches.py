@@ -37,7 +37,7 @@ REFITS_SLOW = pytest.mark.parametrize(
 @settings(max_examples=settings.default.max_examples // 2)
 @given(problems(max_n=7, max_rows=2))
 def test_no_exchange_of_two_for_two_is_left_when_all_inputs_are_candidates(problem):
-    solution = solve(problem, "kswap", warm_start="random", candidates=16)
+    solution = solve(problem, "kswap", start="random", candidates=16)
     group, inputs = problem.group_size, range(problem.n)
     for i, mask in enumerate(solution.mask):
         q, value = problem.row(i).q(), float(solution.objective[i])
@@ -69,12 +69,12 @@ def test_exchanges_of_two_find_better_masks_than_single_ones():
 @pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR])
 def test_tabu_beats_one_swap_on_larger_rows(pattern):
     problem = drawn(16, 256, "low-rank", pattern, dtype=SINGLE)
-    swap = solve(problem, "swap", warm_start="wanda")
-    tabu = solve(problem, "tabu", warm_start=swap.mask, moves=500)
+    swap = solve(problem, "swap", start="wanda")
+    tabu = solve(problem, "tabu", start=swap.mask, moves=500)
     verify(problem, tabu)
     assert bool((tabu.objective <= swap.objective * (1 + 1e-9)).all())
     assert float(tabu.objective.sum()) < 0.99 * float(swap.objective.sum())
-    longer = solve(problem, "tabu", warm_start=swap.mask, moves=1500)
+    longer = solve(problem, "tabu", start=swap.mask, moves=1500)
     assert float(longer.objective.sum()) <= 1.001 * float(tabu.objective.sum())
     trace = longer.trace
     assert trace.history.shape == (16, 6)
@@ -90,7 +90,7 @@ def test_tabu_beats_one_swap_on_larger_rows(pattern):
 def test_tabu_keeps_count_of_its_objective():
     """Beyond the moves after which everything is computed anew, restarts included."""
     problem = drawn(5, 48, "outliers", dtype=SINGLE)
-    start = solve(problem, "swap", warm_start="wanda").mask
+    start = solve(problem, "swap", start="wanda").mask
     found = search(problem, start, Tabu(moves=SCRATCH + 300, tenure=4, patience=50), Limits())
     assert found.moves.tolist() == [SCRATCH + 300] * 5
     value = problem.objective(found.mask)

@@ -79,7 +79,7 @@ def test_every_row_of_any_layer_is_proven(layer, kernel):
     wide = problem.n > 400
     for start in ("wanda", "random", "worst")[: 1 if wide else 3]:
         limit = 300 if wide else None
-        solution = solve(problem, "swap", warm_start=start, kernel=kernel, time_limit=limit)
+        solution = solve(problem, "swap", start=start, kernel=kernel, time_limit=limit)
         verify(problem, solution)
         assert set(solution.status) == {Status.SWAP_OPTIMAL}
 
@@ -88,7 +88,7 @@ def test_every_row_of_any_layer_is_proven(layer, kernel):
 @pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=str)
 def test_stopped_by_max_swaps_goes_on_from_there(kernel, pattern):
     problem = drawn(4, 32, pattern=pattern)
-    options = {"warm_start": "worst", "kernel": kernel}
+    options = {"start": "worst", "kernel": kernel}
     assert int(solve(problem, "swap", **options).trace.swaps.min()) > 2
     nothing = solve(problem, "swap", max_swaps=0, **options)
     assert torch.equal(nothing.mask, solve(problem, "worst").mask)
@@ -97,7 +97,7 @@ def test_stopped_by_max_swaps_goes_on_from_there(kernel, pattern):
     assert int(two.trace.swaps.max()) == 2
     verify(problem, two)
     assert bool((two.objective <= nothing.objective).all())
-    rest = solve(problem, "swap", warm_start=two.mask, kernel=kernel)
+    rest = solve(problem, "swap", start=two.mask, kernel=kernel)
     assert set(rest.status) == {Status.SWAP_OPTIMAL}
     verify(problem, rest)
 

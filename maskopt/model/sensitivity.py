@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: as it is; as a part of the output's energy; by the squared gradient of the loss by each output; and of
 #: blocks, by what the model's output loses
-IMPORTANCES = EQUAL, SHARE, LOSS, MEASURED = ("alike", "relative", "loss", "measured")
+SENSITIVITIES = UNIFORM, RELATIVE, FISHER, KL = ("uniform", "relative", "fisher", "kl")
 #: windows that gradients of the loss are taken on: sums over so many are known well, from far fewer than
 #: masks take
 GRADIENT_WINDOWS = 16
@@ -29,31 +29,31 @@ VARIANTS, VARIANT_WINDOWS = 3, 4
 _LEAST = 1e-3
 
 
-def row_importance(
-    problem: LayerProblem, importance: str, gradients: Gradients | None, *, of_layer: bool
+def row_sensitivity(
+    problem: LayerProblem, sensitivity: str, gradients: Gradients | None, *, of_layer: bool
 ) -> Float[Tensor, " rows"]:
     """What each row's error counts, float64, in units that all layers have in common.
 
     Args:
-        gradients: of the loss, for `loss`; a layer that it does not depend on counts nothing.
+        gradients: of the loss, for `fisher`; a layer that it does not depend on counts nothing.
         of_layer: `relative` is to the layer's energy; else to each row's own.
     """
     energy = problem.output_energy()
     alike = torch.ones_like(energy)
-    if importance == SHARE:
+    if sensitivity == RELATIVE:
         whole = energy.sum().expand_as(energy) if of_layer else energy
         return alike / whole.clamp(min=_LEAST * float(whole.mean()) or 1.0)
-    if importance == LOSS:
+    if sensitivity == FISHER:
         assert gradients is not None
         squares = gradients.squares.get(problem.name)
         return 0 * alike if squares is None else squares.to(energy) / 2
     return alike
 
 
-def counting(problem: LayerProblem, importance: str, gradients: Gradients | None) -> LayerProblem:
+def counting(problem: LayerProblem, sensitivity: str, gradients: Gradients | None) -> LayerProblem:
     """The same problem, and where its rows trade, what each counts: 1 in the mean."""
     if not problem.pooled:
         return problem
-    omega = row_importance(problem, importance, gradients, of_layer=False)
+    omega = row_sensitivity(problem, sensitivity, gradients, of_layer=False)
     mean = float(omega.mean())
     return problem.counting((omega / mean).clamp(min=_LEAST) if mean > 0 else None)

@@ -15,26 +15,31 @@ from torch import Tensor
 
 #: all tokens count once; the first of a window does not; each by one over the mean square of its hidden
 #: state; each by the norm of the loss's gradient by its hidden state
-WEIGHTINGS = ALIKE, REST, RELATIVE, GRADIENT = ("alike", "rest", "relative", "gradient")
+TOKEN_WEIGHTS = UNIFORM, SKIP_FIRST, RELATIVE, GRADIENT = (
+    "uniform",
+    "skip-first",
+    "relative",
+    "gradient",
+)
 
 
-def token_weights(
+def weights_of_tokens(
     state: Float[Tensor, "1 length width"],
-    weighting: str,
+    token_weights: str,
     gradients: Float[Tensor, " length"] | None = None,
 ) -> Float[Tensor, " length"]:
     """Weights of a window's tokens, with a mean of 1.
 
     Args:
         state: the window's hidden state as it enters the block.
-        weighting: `rest`, `relative` or `gradient`.
+        token_weights: `skip-first`, `relative` or `gradient`.
         gradients: for `gradient`, norms of the loss's gradient by each token's hidden state as it leaves the
             block in the dense model; see `maskopt.model.gradients`.
     """
-    if weighting == REST:
+    if token_weights == SKIP_FIRST:
         weights = torch.ones(state.shape[1])
         weights[0] = 0.0
-    elif weighting == RELATIVE:
+    elif token_weights == RELATIVE:
         size = state[0].float().square().mean(1)
         weights = 1.0 / size.clamp(min=1e-12 * float(size.max()) or 1.0)
     else:

@@ -1,4 +1,4 @@
-"""`maskopt extract`: one row as an instance that other programs read."""
+"""`maskopt export`: one row as an instance that other programs read."""
 
 from __future__ import annotations
 
@@ -21,17 +21,15 @@ FORMATS = ("npz", "cip", "lp", "mps", "qplib", "dat", "mc", "rudy", "mdp", "txt"
 
 
 @takes_source
-def extract(
+def export(
     source: Annotated[Path, typer.Argument(help="A model folder, or an instance.")],
     destination: Annotated[Path, typer.Argument(help="The file to write.")],
     options: dict[str, Any],
     row: Annotated[int, typer.Option(min=0, help="Which row of the layer.")] = 0,
-    layer: Annotated[
-        str | None, typer.Option(help="Of a model: another word for --include.")
-    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer of a model, as --include.")] = None,
     columns: Annotated[
         str | None,
-        typer.Option(help="How many inputs to sample, or their indices separated by commas."),
+        typer.Option(help="Number of inputs to sample, or their indices separated by commas."),
     ] = None,
     calibration: Calibration = None,
     form: Annotated[
@@ -43,8 +41,8 @@ def extract(
     formulation: Annotated[
         str, typer.Option(help="factored, linear (mps holds no squares) or epigraph.")
     ] = "factored",
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampled inputs.")] = 0,
-    select: Select = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampled inputs.")] = 0,
+    cardinality: Select = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Write one row, or a toy instance out of it, for this program or for any other IP solver."""
@@ -53,7 +51,9 @@ def extract(
         raise OptionError(f"unknown format {form!r}; one of {', '.join(FORMATS)}")
     check_writable(destination, overwrite=overwrite, instance=source)
     options["include"] += name_patterns(layer)
-    found = load_layers([source], options, calibration=calibration, seed=seed, select=select)
+    found = load_layers(
+        [source], options, calibration=calibration, seed=seed, cardinality=cardinality
+    )
     if len(found.problems) != 1:
         names = ", ".join(problem.name for problem in found.problems[:8])
         raise OptionError(f"--include must name one layer; {len(found.problems)} match: {names}")

@@ -1,66 +1,30 @@
-"""`maskopt plan`: what a prune will take, before anything heavy happens."""
+"""`maskopt prune --dry-run`: what a prune would take, before anything heavy happens."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
 from maskopt.cli.console import output
-from maskopt.cli.parameters import (
-    ALL,
-    CALIBRATION,
-    OUTPUT,
-    TEXT_SOURCES,
-    Model,
-    Overwrite,
-    Resume,
-    StoredGrams,
-    takes,
-    tokens_file,
-)
+from maskopt.cli.parameters import tokens_file
 
 if TYPE_CHECKING:
     from maskopt.model.plan import Plan
 
 
-@takes(ALL, config=True)
-def plan(
-    model: Model,
-    options: dict[str, Any],
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{TEXT_SOURCES} Only the size of a .npy file of tokens matters here.",
-            rich_help_panel=CALIBRATION,
-            metavar="…",
-        ),
-    ] = None,
-    grams: StoredGrams = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            help="Folder for the pruned model; left as it is.",
-            rich_help_panel=OUTPUT,
-            metavar="…",
-        ),
-    ] = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
+def dry_run(
+    model: str, calibration: str | None, grams: Any, out: Any, options: dict[str, Any]
 ) -> None:
-    """What `maskopt prune` with the same options will take: layers, shapes, pruned counts, memory, time.
+    """Print layers, shapes, pruned counts, memory, disk and time.
 
-    No weights are read but for a measurement of a few seconds. What the prune would refuse is refused.
+    No weights are read except for a measurement of a few seconds.
+
+    Raises:
+        MaskoptError: what the prune would refuse.
     """
     from maskopt.model.plan import START, plan_prune
-    from maskopt.model.workspace import check_output
 
-    if out is not None:
-        inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
-        check_output(out, overwrite=overwrite, resume=resume, **inputs)
     tokens = tokens_file(calibration) if grams is None else calibration
     result = plan_prune(model, tokens, grams=grams, output=out, **options)
     output.print(layer_table(result))

@@ -1,4 +1,4 @@
-"""`maskopt shrink`: a model folder in, a smaller model folder out."""
+"""`maskopt prune-structured`: a model folder in, a smaller model folder out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.table import Table
 from maskopt.cli.console import output
 from maskopt.cli.parameters import (
     CALIBRATION,
-    OUTPUT,
     WHAT,
     Model,
     Overwrite,
     Resume,
     Text,
+    output_to,
     takes,
 )
 from maskopt.cli.prune import told_of_resume
@@ -35,20 +35,16 @@ _WALK = tuple(f.name for f in dataclasses.fields(WalkOptions))
 
 
 @takes(_NAMES, of=ShrinkOptions, config=True)
-def shrink(
+def prune_structured(
     model: Model,
     calibration: Text,
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--output", help="Folder for the smaller model.", rich_help_panel=OUTPUT, metavar="…"
-        ),
-    ],
+    out: Annotated[Path, output_to("Folder for the smaller model.")],
     options: dict[str, Any],
     blocks: Annotated[
         int,
         typer.Option(
-            help="Decoder blocks to remove whole, chosen by the model's output without each and each pair.",
+            help="Number of decoder blocks to remove, scored by the change of the model output without "
+            "each block and each pair.",
             rich_help_panel=WHAT,
             min=0,
             metavar="N",
@@ -57,7 +53,7 @@ def shrink(
     windows: Annotated[
         int | None,
         typer.Option(
-            help="Of --blocks: calibration windows that they are judged on. [default: 4]",
+            help="Number of calibration windows that score --blocks. [default: 4]",
             rich_help_panel=CALIBRATION,
             min=1,
             metavar="N",
@@ -66,7 +62,7 @@ def shrink(
     experts: Annotated[
         float,
         typer.Option(
-            help="Share of every mixture's experts to remove.",
+            help="Share of experts to remove in each mixture-of-experts layer.",
             rich_help_panel=WHAT,
             min=0,
             max=1,
@@ -76,17 +72,17 @@ def shrink(
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
-    """Remove whole MLP channels, attention heads, experts or blocks: a smaller dense model, faster in every
-    engine.
+    """Remove whole MLP channels, attention heads, experts or blocks.
 
-    The choice of heads is proven optimal for each layer's output. The model is read block by block and stays
-    as it is; `maskopt verify OUT --against MODEL` checks the result, and `maskopt prune` takes it.
+    The result is a smaller dense model, faster in every engine; `maskopt prune` accepts it as input. The
+    set of heads removed from a layer is proven to have the least error of its output. MODEL is not changed;
+    `maskopt verify OUT --original MODEL` checks the result.
     """
     from maskopt.model.shrink import shrink_model
     from maskopt.model.workspace import check_output
 
     if windows is not None and not blocks:
-        raise OptionError("`windows` are those that `blocks` are judged on; give `blocks`, too")
+        raise OptionError("`windows` need `blocks`")
     if blocks or experts:
         _check_alone(
             "blocks" if blocks else "experts", resume, options, both=bool(blocks and experts)
@@ -119,7 +115,7 @@ def _check_alone(what: str, resume: bool, options: dict[str, Any], *, both: bool
         raise OptionError(f"`{what}` are measured in one go; leave out `resume`")
     if both or options["channels"] or options["heads"]:
         raise OptionError(
-            f"`{what}` go by themselves; cut other structures of what is left by a second `maskopt shrink`"
+            f"`{what}` are removed by themselves; cut other structures by a second `maskopt prune-structured`"
         )
     alone = (f for f in dataclasses.fields(ShrinkOptions) if f.name not in _WALK)
     for field in alone:
