@@ -10,7 +10,7 @@ import importlib
 import re
 from typing import Any
 
-from maskopt.fields import Option, options_of
+from maskopt.core.fields import Option, options_of
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

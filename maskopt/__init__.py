@@ -3,41 +3,41 @@
 import importlib
 from typing import Any
 
-from maskopt.bounds import Bound, available_bounds, lower_bound
-from maskopt.certificate import Certificate
-from maskopt.checks import Exchange, improving_swap
+from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.proof import Proof
+from maskopt.certificates.refit_certificate import RefitCertificate
+from maskopt.checks.pooled_checks import Trade
+from maskopt.checks.swap_checks import Exchange, improving_swap
+from maskopt.checks.verification import Verification, verify
+from maskopt.core.least_squares import Refit
+from maskopt.core.limits import Limits, Progress
+from maskopt.core.linear_term import Linear
+from maskopt.core.pattern import NM, Unstructured
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.refitted import Refitted, refit
+from maskopt.core.structure import structure_problem
 from maskopt.errors import MaskoptError
-from maskopt.formats import load_problem, save_problem
-from maskopt.least_squares import Refit
-from maskopt.limits import Limits, Progress
-from maskopt.linear import Linear
-from maskopt.pattern import NM, Unstructured
-from maskopt.pooled_checks import Trade
-from maskopt.problem import LayerProblem, RowProblem
-from maskopt.proof import Proof
-from maskopt.refit_certificate import RefitCertificate
-from maskopt.refitted import Refitted, refit
-from maskopt.solution import Solution, Status
-from maskopt.solver import available_solvers, make_solver, solve
-from maskopt.structure import structure_problem
-from maskopt.verification import Verification, verify
+from maskopt.instances.formats import load_problem, save_problem
+from maskopt.protocol.bounds import Bound, available_bounds, lower_bound
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import available_solvers, make_solver, solve
 
 __version__ = "0.2.0"
 
 #: imported on first use, since they bring transformers along
 _MODEL_SIDE = {
-    "collect_grams": "maskopt.model.gram_store",
-    "collect_problems": "maskopt.model.problems",
-    "distill_model": "maskopt.model.distill",
-    "keep_masks": "maskopt.model.keep",
-    "load_packed": "maskopt.model.pack",
-    "perplexity": "maskopt.model.perplexity",
-    "PruneOptions": "maskopt.model.options",
-    "open_job": "maskopt.model.job",
-    "prune_model": "maskopt.model.prune",
-    "remove_blocks": "maskopt.model.remove_blocks",
-    "remove_experts": "maskopt.model.remove_experts",
-    "shrink_model": "maskopt.model.shrink",
+    "collect_grams": "maskopt.models.pruning.gram_store",
+    "collect_problems": "maskopt.models.pruning.problems",
+    "distill_model": "maskopt.models.distillation.distill",
+    "keep_masks": "maskopt.models.training.held_masks",
+    "load_packed": "maskopt.models.checkpoints.pack",
+    "perplexity": "maskopt.models.evaluation.perplexity",
+    "PruneOptions": "maskopt.models.options.prune",
+    "open_job": "maskopt.models.blockwise.job",
+    "prune_model": "maskopt.models.pruning.prune",
+    "remove_blocks": "maskopt.models.structured.blocks",
+    "remove_experts": "maskopt.models.structured.experts",
+    "shrink_model": "maskopt.models.structured.channels",
 }
 
 

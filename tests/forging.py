@@ -17,11 +17,11 @@ from outputs import read_masks
 from safetensors.torch import load_file, save_file
 
 from maskopt.errors import VerificationError
-from maskopt.model.maskfile import MaskFile, TensorMask, write_masks
-from maskopt.model.report import manifest_digest
-from maskopt.model.safefile import open_safe
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MANIFEST, MASKS
+from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
+from maskopt.models.checkpoints.report import manifest_digest
+from maskopt.models.checkpoints.safefile import open_safe
+from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.verification.verify import verify_output
 
 #: what a field could be given
 VALUES: tuple[Any, ...] = (

@@ -5,8 +5,8 @@ from strategies import HALF, random_gram, random_weight
 from torch import Tensor
 
 from maskopt import LayerProblem, solve, verify
-from maskopt.pattern import Pattern
-from maskopt.solution import Status
+from maskopt.core.pattern import Pattern
+from maskopt.protocol.solution import Status
 
 
 def floor(problem: LayerProblem) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from maskopt.model.maskfile import MaskFile, TensorMask
-from maskopt.model.workspace import HIDDEN, MANIFEST
+from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask
+from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from tiny_models import tokens
 from torch import Tensor
 
 from maskopt import prune_model
-from maskopt.model.progress import BlockProgress
+from maskopt.models.blockwise.progress import BlockProgress
 
 OPTIONS: dict[str, Any] = {
     "sparsity": 0.5, "solver": "elimination", "start": "wanda", "min_tokens": 1,

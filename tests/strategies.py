@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maskopt import NM, LayerProblem, Linear, Refit, RowProblem, Unstructured
-from maskopt.pattern import Pattern
+from maskopt.core.pattern import Pattern
 
 HALF = Unstructured(sparsity=0.5)
 KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")

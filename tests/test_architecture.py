@@ -9,8 +9,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import maskopt
-from maskopt.model.demo_model import MODELS
-from maskopt.solver import ENTRY_POINT_GROUP, Solver
+from maskopt.demo.model import MODELS
+from maskopt.protocol.solver import ENTRY_POINT_GROUP, Solver
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -104,7 +104,7 @@ def test_the_page_of_architecture_names_every_module():
     page = (ROOT / "docs" / "architecture.md").read_text()
     named = [path for room, *_ in rows_of(page, "The rooms") for path in expanded(room)]
     there = set()
-    for home in ("maskopt", "solvers"):
+    for home in ("maskopt", "maskopt/models", "solvers"):
         for path in (ROOT / home).iterdir():
             folder = (path / "__init__.py").exists() and not path.is_symlink()
             if folder or (path.suffix == ".py" and path.name != "__init__.py"):

@@ -15,10 +15,10 @@ from maskopt.cli.instances import load_layers, takes_source
 from maskopt.cli.parameters import FIELDS, Calibration, Out, Overwrite, Select
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
-from maskopt.record_file import check_format
+from maskopt.experiments.record_file import check_format
 
 if TYPE_CHECKING:
-    from maskopt.certify import GapRecord
+    from maskopt.models.evaluation.bound import GapRecord
 
 #: for sdp on one layer of a pruned model: wide layers converge in minutes, and bounds are valid at any time
 SDP_SECONDS = 60.0
@@ -83,7 +83,7 @@ def bound(
     With --original, SOURCE is a pruned folder, and its masks are bounded on full rows: give the
     --samples and --seq-len of the prune. Otherwise --solver computes the masks.
     """
-    from maskopt.certify import bound_layers, certify_model
+    from maskopt.models.evaluation.bound import bound_layers, certify_model
 
     if out is not None:
         check_format(out, overwrite=overwrite)
@@ -176,7 +176,7 @@ def _rows_table(records: Sequence[GapRecord]) -> Table:
 
 
 def _kinds_table(records: Sequence[GapRecord]) -> Table:
-    from maskopt.certify import by_kind
+    from maskopt.models.evaluation.bound import by_kind
 
     table = Table(caption="gap: from objective to bound; no mask is better by more")
     table.add_column("layer kind")

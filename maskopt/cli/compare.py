@@ -20,10 +20,10 @@ from maskopt.cli.parameters import (
     read_solver_options,
 )
 from maskopt.cli.view import view
-from maskopt.compare import Record, sample_rows
-from maskopt.compare import compare as compare_rows
 from maskopt.errors import OptionError
-from maskopt.record_file import check_format
+from maskopt.experiments.compare import Record, sample_rows
+from maskopt.experiments.compare import compare as compare_rows
+from maskopt.experiments.record_file import check_format
 
 
 @takes_source

@@ -142,8 +142,8 @@ def _of_toml(path: Path) -> dict[str, Any]:
 
 def _of_manifest(path: Path) -> dict[str, Any]:
     """What decided a result, as options that decide it again. Of the text a manifest has only the name."""
-    from maskopt.model.again import options_again
-    from maskopt.model.report import read_manifest
+    from maskopt.models.checkpoints.report import read_manifest
+    from maskopt.models.pruning.rerun import options_again
 
     manifest = read_manifest(path, smaller=True)
     try:

@@ -25,7 +25,7 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Compare solvers with proven optima on small rows, then prune all of a small real model."""
-    from maskopt.demo import run_demo
+    from maskopt.demo.run import run_demo
 
     with view() as shown:
         result = run_demo(

@@ -12,7 +12,7 @@ from maskopt.cli.console import output
 from maskopt.cli.parameters import Overwrite, Resume, Text, output_to, takes
 from maskopt.cli.prune import told_of_resume
 from maskopt.cli.view import view
-from maskopt.model.distill_options import NOT_HERE, DistillOptions
+from maskopt.models.options.distill import NOT_HERE, DistillOptions
 
 
 @takes(
@@ -36,7 +36,7 @@ def distill(
     The pruned model is in memory as a whole, the dense one a block at a time. Windows kept aside judge every
     epoch. `maskopt verify OUT --masks PRUNED` checks that every zero was kept.
     """
-    from maskopt.model.distill import distill_model
+    from maskopt.models.distillation.distill import distill_model
 
     with told_of_resume(out, "what was saved last is", "nothing was saved"), view() as shown:
         found = distill_model(

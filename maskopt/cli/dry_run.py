@@ -10,7 +10,7 @@ from maskopt.cli.console import output
 from maskopt.cli.parameters import tokens_file
 
 if TYPE_CHECKING:
-    from maskopt.model.plan import Plan
+    from maskopt.models.pruning.plan import Plan
 
 
 def dry_run(
@@ -23,7 +23,7 @@ def dry_run(
     Raises:
         MaskoptError: what the prune would refuse.
     """
-    from maskopt.model.plan import START, plan_prune
+    from maskopt.models.pruning.plan import START, plan_prune
 
     tokens = tokens_file(calibration) if grams is None else calibration
     result = plan_prune(model, tokens, grams=grams, output=out, **options)

@@ -13,11 +13,11 @@ from rich.table import Table
 from maskopt.cli.console import output
 from maskopt.cli.parameters import TEXT_SOURCES, Overwrite, takes
 from maskopt.cli.view import view
-from maskopt.files import atomic_write, check_writable
-from maskopt.model.walk_options import EVALUATION, WalkOptions
+from maskopt.core.files import atomic_write, check_writable
+from maskopt.models.options.walk import EVALUATION, WalkOptions
 
 if TYPE_CHECKING:
-    from maskopt.model.evaluate import Evaluation
+    from maskopt.models.evaluation.evaluate import Evaluation
 
 
 @takes(EVALUATION)
@@ -56,7 +56,7 @@ def evaluate(
 def _perplexities(
     models: list[str], text: str, options: WalkOptions, windows: int | None
 ) -> list[Evaluation]:
-    from maskopt.model.evaluate import evaluate as library
+    from maskopt.models.evaluation.evaluate import evaluate as library
 
     with view() as shown:
         return library(

@@ -11,11 +11,11 @@ import typer
 from maskopt.cli.console import output
 from maskopt.cli.instances import load_layers, takes_source
 from maskopt.cli.parameters import Calibration, Select, option_list
+from maskopt.core.files import check_writable
 from maskopt.errors import OptionError, SolverError
-from maskopt.files import check_writable
-from maskopt.formats import save_problem
-from maskopt.model.walk_options import name_patterns
-from maskopt.solver import WritesInstances, make_solver
+from maskopt.instances.formats import save_problem
+from maskopt.models.options.walk import name_patterns
+from maskopt.protocol.solver import WritesInstances, make_solver
 
 FORMATS = ("npz", "cip", "lp", "mps", "qplib", "dat", "mc", "rudy", "mdp", "txt")
 

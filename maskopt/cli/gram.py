@@ -17,7 +17,7 @@ from maskopt.cli.parameters import (
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.ranks import ranks
 from maskopt.cli.view import view
-from maskopt.model.walk_options import WalkOptions
+from maskopt.models.options.walk import WalkOptions
 
 
 @takes(
@@ -37,7 +37,7 @@ def gram(
     A prune from them gives the same bytes as one with --calibrate-on dense; it needs neither the text nor a
     pass through the model.
     """
-    from maskopt.model.gram_store import collect_grams
+    from maskopt.models.pruning.gram_store import collect_grams
 
     with view() as shown:
         collect_grams(

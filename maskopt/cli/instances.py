@@ -8,12 +8,12 @@ from typing import Any
 
 from maskopt.cli.parameters import FIELDS, WALK, takes
 from maskopt.cli.view import view
-from maskopt.compare import load_instances
+from maskopt.core.least_squares import Refit
+from maskopt.core.pattern import Pattern
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
-from maskopt.least_squares import Refit
-from maskopt.model.options import BLOCKWISE, LEAST_SQUARES, UPDATES, check_undamped
-from maskopt.pattern import Pattern
-from maskopt.problem import LayerProblem
+from maskopt.experiments.compare import load_instances
+from maskopt.models.options.prune import BLOCKWISE, LEAST_SQUARES, UPDATES, check_undamped
 
 #: the options of a command whose source may be a model, and how few samples do there
 _SAMPLES, _SEQ_LEN = 32, 512
@@ -80,7 +80,7 @@ def load_layers(
         raise OptionError(f"{models[0]} is a model: name text for its Gram matrices, --calibration")
     if pattern is None:
         raise OptionError(f"{models[0]} is a model: say what to prune, --sparsity 0.6 or 2:4")
-    from maskopt.model.problems import layer_problems
+    from maskopt.models.pruning.problems import layer_problems
 
     with view() as shown:
         found = list(

@@ -19,7 +19,7 @@ def apply(
     overwrite: Overwrite = False,
 ) -> None:
     """Copy a model with the masked weights set to zero."""
-    from maskopt.model.output import apply_masks
+    from maskopt.models.pruning.output import apply_masks
 
     apply_masks(model, masks, out, overwrite=overwrite)
     output.print(f"masked model: {out}", soft_wrap=True)
@@ -31,7 +31,7 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write the nonzero pattern of the linear layers as packed masks."""
-    from maskopt.model.output import extract_masks as library
+    from maskopt.models.pruning.output import extract_masks as library
 
     sparsities = library(model, out, overwrite=overwrite)
     mean = sum(sparsities.values()) / len(sparsities)
@@ -46,7 +46,7 @@ def pack(
     overwrite: Overwrite = False,
 ) -> None:
     """Store a pruned folder without its zeros: kept values and one bit per weight."""
-    from maskopt.model.pack import pack as library
+    from maskopt.models.checkpoints.pack import pack as library
 
     with view() as shown:
         library(folder, out, overwrite=overwrite, tick=Bytes(shown, folder))
@@ -63,7 +63,7 @@ def unpack(
     overwrite: Overwrite = False,
 ) -> None:
     """Restore a packed folder bit for bit."""
-    from maskopt.model.pack import unpack_folder
+    from maskopt.models.checkpoints.pack import unpack_folder
 
     with view() as shown:
         unpack_folder(folder, out, overwrite=overwrite, tick=Bytes(shown, folder))

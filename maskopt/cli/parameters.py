@@ -21,10 +21,10 @@ from typing import Annotated, Any
 import typer
 
 from maskopt.cli.config import Config, PrintConfig, config_text, said
+from maskopt.core.pattern import parse_sparsity
 from maskopt.errors import OptionError
-from maskopt.model.options import PruneOptions
-from maskopt.model.walk_options import MACHINE, MASKS, TEXT, WalkOptions, name_patterns
-from maskopt.pattern import parse_sparsity
+from maskopt.models.options.prune import PruneOptions
+from maskopt.models.options.walk import MACHINE, MASKS, TEXT, WalkOptions, name_patterns
 
 TEXT_SOURCES = (
     "FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:c4, hf:wikitext2, hf:DATASET[:SPLIT]."
@@ -183,7 +183,7 @@ def takes(
                     typer.echo(config_text(values, ctx.command.params), nl=False)
                     return
                 if file is not None and given["out"] is not None:
-                    from maskopt.model.workspace import check_inputs
+                    from maskopt.models.checkpoints.workspace import check_inputs
 
                     check_inputs(given["out"], config_file=file)
                 if given.get("grams") is not None:

@@ -31,7 +31,7 @@ from maskopt.cli.view import View, clock, view
 from maskopt.errors import OptionError
 
 if TYPE_CHECKING:
-    from maskopt.model.report import PartReport, PruneReport
+    from maskopt.models.checkpoints.report import PartReport, PruneReport
 
 
 @takes(ALL, config=True)
@@ -59,8 +59,8 @@ def prune(
 
     The model is read block by block and not changed. `maskopt verify OUT --original MODEL` checks the result.
     """
-    from maskopt.model.prune import prune_model
-    from maskopt.model.workspace import check_output
+    from maskopt.models.checkpoints.workspace import check_output
+    from maskopt.models.pruning.prune import prune_model
 
     here = ranks()
     inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
@@ -96,7 +96,7 @@ def _told_beforehand(
 ) -> float | None:
     """Say how long the prune will take and how much memory, where that is worth the seconds of finding out;
     the time, in seconds."""
-    from maskopt.model.plan import is_small, plan_prune
+    from maskopt.models.pruning.plan import is_small, plan_prune
 
     missing = calibration is not None and not (
         calibration.startswith("hf:") or Path(calibration).exists()
@@ -118,8 +118,8 @@ def told_of_resume(
     out: Path, kept: str = "finished blocks are", none: str = "no block was finished"
 ) -> Iterator[None]:
     """Of an interrupted run, what is `kept` or that there is `none`, and the command that goes on."""
-    from maskopt.model.ranks import LostRankError
-    from maskopt.model.workspace import unfinished
+    from maskopt.models.blockwise.distributed import LostRankError
+    from maskopt.models.checkpoints.workspace import unfinished
 
     try:
         yield
@@ -136,7 +136,7 @@ def told_of_resume(
 
 def show_report(report: PruneReport) -> None:
     """One line per kind of layer; errors relative to the energy of the layers' outputs."""
-    from maskopt.model.beginning import Beginning
+    from maskopt.models.checkpoints.bos import Beginning
 
     held = any(layer.relative_held is not None for layer in report.layers)
     table = Table(caption="errors are parts of the energy of the layers' outputs")

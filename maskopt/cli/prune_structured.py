@@ -24,11 +24,11 @@ from maskopt.cli.prune import told_of_resume
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
-from maskopt.model.shrink_options import NOT_HERE, ShrinkOptions
-from maskopt.model.walk_options import WalkOptions
+from maskopt.models.options.structured import NOT_HERE, ShrinkOptions
+from maskopt.models.options.walk import WalkOptions
 
 if TYPE_CHECKING:
-    from maskopt.model.report import LayerReport, PruneReport
+    from maskopt.models.checkpoints.report import LayerReport, PruneReport
 
 _NAMES = tuple(f.name for f in dataclasses.fields(ShrinkOptions) if f.name not in NOT_HERE)
 _WALK = tuple(f.name for f in dataclasses.fields(WalkOptions))
@@ -78,8 +78,8 @@ def prune_structured(
     set of heads removed from a layer is proven to have the least error of its output. MODEL is not changed;
     `maskopt verify OUT --original MODEL` checks the result.
     """
-    from maskopt.model.shrink import shrink_model
-    from maskopt.model.workspace import check_output
+    from maskopt.models.checkpoints.workspace import check_output
+    from maskopt.models.structured.channels import shrink_model
 
     if windows is not None and not blocks:
         raise OptionError("`windows` need `blocks`")
@@ -128,7 +128,7 @@ def _walk(options: dict[str, Any]) -> WalkOptions:
 
 
 def _remove_experts(model: str, share: float, given: dict[str, Any]) -> None:
-    from maskopt.model.remove_experts import remove_experts
+    from maskopt.models.structured.experts import remove_experts
 
     with view() as shown:
         report = remove_experts(model, share=share, on_progress=PruneView(shown), **given)
@@ -137,7 +137,7 @@ def _remove_experts(model: str, share: float, given: dict[str, Any]) -> None:
 
 
 def _remove_blocks(model: str, count: int, windows: int | None, given: dict[str, Any]) -> None:
-    from maskopt.model.remove_blocks import WINDOWS, remove_blocks
+    from maskopt.models.structured.blocks import WINDOWS, remove_blocks
 
     with view() as shown:
         report = remove_blocks(

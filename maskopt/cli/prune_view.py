@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from maskopt.cli.view import View
 
 if TYPE_CHECKING:
-    from maskopt.model.progress import BlockProgress
+    from maskopt.models.blockwise.progress import BlockProgress
 
 #: of a block's usual time, what is shown as done at most before it is
 _ALMOST = 0.98

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskopt.model.ranks import Ranks
+    from maskopt.models.blockwise.distributed import Ranks
 
 #: that torchrun sets for every process
 _RUN, _SIZE, _ON_THIS_MACHINE = "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
@@ -27,7 +27,7 @@ _ending = False
 
 def ranks() -> Ranks:
     """Those of this run."""
-    from maskopt.model.ranks import ALONE
+    from maskopt.models.blockwise.distributed import ALONE
 
     return _ranks or ALONE
 
@@ -44,7 +44,7 @@ def launched() -> Iterator[None]:
     if not several():
         yield
         return
-    from maskopt.model.ranks import joined
+    from maskopt.models.blockwise.distributed import joined
 
     signal.signal(signal.SIGTERM, _interrupt)  # torchrun ends the others so when one ended
     with joined() as _ranks, open(os.devnull, "w") as nowhere:

@@ -9,22 +9,22 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from maskopt.checks.verification import CHECKED, CLAIMS, EXACT, Require, verify
 from maskopt.cli.cells import NO_BOUND
 from maskopt.cli.console import INTERRUPTED, output
 from maskopt.cli.parameters import Overwrite, Select, output_to, read_solver_options
 from maskopt.cli.view import view
+from maskopt.core.files import check_writable
+from maskopt.core.limits import Limits, Progress, parse_bytes
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.units import Posed
 from maskopt.errors import OptionError
-from maskopt.files import check_writable
-from maskopt.formats import load_problem
-from maskopt.limits import Limits, Progress, parse_bytes
-from maskopt.problem import LayerProblem, RowProblem
-from maskopt.prove import BRANCH
-from maskopt.prove import prove as prove_rows
-from maskopt.solution import Solution, Status, is_bounded
-from maskopt.solver import limits_of, make_solver
-from maskopt.solver import solve as library
-from maskopt.units import Posed
-from maskopt.verification import CHECKED, CLAIMS, EXACT, Require, verify
+from maskopt.experiments.prove import BRANCH
+from maskopt.experiments.prove import prove as prove_rows
+from maskopt.instances.formats import load_problem
+from maskopt.protocol.solution import Solution, Status, is_bounded
+from maskopt.protocol.solver import limits_of, make_solver
+from maskopt.protocol.solver import solve as library
 
 
 def solve(

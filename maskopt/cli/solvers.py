@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from maskopt.bounds import available_bounds
 from maskopt.cli.console import output
-from maskopt.fields import options_of
-from maskopt.solver import REGISTRY, available_solvers
+from maskopt.core.fields import options_of
+from maskopt.protocol.bounds import available_bounds
+from maskopt.protocol.solver import REGISTRY, available_solvers
 
 _HEADINGS = ("solver", "patterns", "device", "start", "proves", "n up to", "also")
 #: columns that a table needs to have them all; and those that go first

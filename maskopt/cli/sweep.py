@@ -23,8 +23,8 @@ from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
 
 if TYPE_CHECKING:
-    from maskopt.model.evaluate import Evaluation
-    from maskopt.model.sweep import Swept
+    from maskopt.models.evaluation.evaluate import Evaluation
+    from maskopt.models.evaluation.sweep import Swept
 
 _OPTIONS = (
     "include",
@@ -85,7 +85,7 @@ def sweep(
 
     All prunes use the same Gram matrices; forward passes are run only to evaluate --text.
     """
-    from maskopt.model.sweep import sweep as library
+    from maskopt.models.evaluation.sweep import sweep as library
 
     with view() as shown:
         found, dense = library(

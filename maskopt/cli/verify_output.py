@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from maskopt.checks.verification import CHECKED, CLAIMS, EXACT
 from maskopt.cli.console import output
 from maskopt.cli.parameters import FIELDS, TEXT_SOURCES, Select, takes
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
-from maskopt.verification import CHECKED, CLAIMS, EXACT
 
 if TYPE_CHECKING:
-    from maskopt.model.verify import Verified
+    from maskopt.models.verification.verify import Verified
 
 
 @takes(("include", "text_field", "threads", "trust_remote_code"))
@@ -103,7 +103,7 @@ def verify(
         return
     if folder.suffix == ".npz":
         raise OptionError(f"{folder} is an instance: name its solution, too")
-    from maskopt.model.verify_smaller import is_smaller
+    from maskopt.models.verification.structured import is_smaller
 
     if is_smaller(folder):
         _refuse("a smaller model", given, "original")
@@ -115,8 +115,8 @@ def verify(
 
 def _verify_smaller(folder: Path, original: str | None) -> None:
     """What `maskopt prune-structured` wrote."""
-    from maskopt.model.checkpoint import resolve_model
-    from maskopt.model.verify_smaller import verify_smaller
+    from maskopt.models.checkpoints.checkpoint import resolve_model
+    from maskopt.models.verification.structured import verify_smaller
 
     home = None if original is None else resolve_model(original)
     with view() as shown:
@@ -138,9 +138,9 @@ def _verify_model(
     options: dict[str, Any],
 ) -> None:
     """What `maskopt prune` wrote, and what was found of it in words."""
-    from maskopt.model import verify as library
-    from maskopt.model.checkpoint import resolve_model
-    from maskopt.model.opening import choose_device
+    from maskopt.models.architecture.opening import choose_device
+    from maskopt.models.checkpoints.checkpoint import resolve_model
+    from maskopt.models.verification import verify as library
 
     trusted = options["trust_remote_code"]
     with view() as shown:
@@ -175,7 +175,7 @@ def _verify_model(
 
 def _verify_masks(folder: Path, pruned: Path, trusted: bool) -> None:
     """A model that was trained on after it was pruned."""
-    from maskopt.model.verify_masks import verify_masks
+    from maskopt.models.verification.masks import verify_masks
 
     with view() as shown:
         found = verify_masks(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from maskopt.core.files import atomic_write
 from maskopt.errors import OptionError
-from maskopt.files import atomic_write
 from maskopt.report.table import Table
 
 if TYPE_CHECKING:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskopt.core.files import check_writable, from_json
 from maskopt.errors import OptionError
-from maskopt.files import check_writable, from_json
-from maskopt.model.again import command_again
-from maskopt.model.blocks import short
-from maskopt.model.maskfile import MaskFile
-from maskopt.model.report import (
+from maskopt.models.architecture.blocks import short
+from maskopt.models.checkpoints.mask_file import MaskFile
+from maskopt.models.checkpoints.report import (
     LayerReport,
     PartReport,
     read_layers,
@@ -23,7 +22,8 @@ from maskopt.model.report import (
     result_digest,
     what_was_done,
 )
-from maskopt.model.workspace import MANIFEST, MASKS, plain_errors
+from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, plain_errors
+from maskopt.models.pruning.rerun import command_again
 from maskopt.report.figure import COLOURS, MARKERS, Figure, legend, plain
 from maskopt.report.mask_picture import MaskPicture
 from maskopt.report.page import Command, Heading, Section, write_page

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maskopt.bounds import BoundMethod
-from maskopt.certificate import Certificate
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
+from maskopt.certificates.certificate import Certificate
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.bounds import BoundMethod
+from maskopt.protocol.trace import BoundTrace
 from maskopt.solvers.convex.box import BoxPlan, BoxPoint, relax_box
-from maskopt.trace import BoundTrace
 
 _TOLERANCE_HELP = "stop when the gap to the relaxation, averaged over the rows, is at most this"
 #: the barrier's part κ falls by this from round to round, of so many rounds and Newton steps in each

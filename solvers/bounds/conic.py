@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from maskopt.bounds import BoundMethod
-from maskopt.certificate import Certificate
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.registry import missing_package
+from maskopt.certificates.certificate import Certificate
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.bounds import BoundMethod
+from maskopt.protocol.registry import missing_package
+from maskopt.protocol.trace import BoundTrace
 from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import scales_of
-from maskopt.trace import BoundTrace
 
 
 @dataclass(frozen=True)

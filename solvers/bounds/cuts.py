@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.certificate import Certificate, Cuts
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
+from maskopt.certificates.certificate import Certificate, Cuts
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
 from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Extra, Mixing
 from maskopt.solvers.convex.triangles import (

@@ -6,7 +6,7 @@ with the slope vⱼ²(1/zⱼ − 1): d goes step by step towards the best split 
 Where rows trade, the z of all of them share one count: after turns of all rows together, what an input
 that is kept costs the layer makes every row one by itself again, whose split is bettered at that price.
 
-What is proven is computed from d and v by `maskopt.refit_certificate`, wherever the steps end.
+What is proven is computed from d and v by `maskopt.certificates.refit_certificate`, wherever the steps end.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.bounds import BoundMethod
-from maskopt.fields import option
-from maskopt.limits import Limits, one_thread_each
-from maskopt.problem import LayerProblem
-from maskopt.refit_certificate import RefitCertificate
+from maskopt.certificates.refit_certificate import RefitCertificate
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.bounds import BoundMethod
+from maskopt.protocol.trace import BoundTrace
 from maskopt.solvers.bounds.box import diagonal_shift
 from maskopt.solvers.convex.perspective import OUT_SHARE, levels, shares
-from maskopt.trace import BoundTrace
 
 #: B keeps this part of the room that d leaves to indefiniteness, and d is no less than this of its mean
 _ROOM, _LEAST = 1e-4, 1e-6

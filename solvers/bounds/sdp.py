@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.bounds import BoundMethod
-from maskopt.certificate import Certificate
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
+from maskopt.certificates.certificate import Certificate
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.bounds import BoundMethod
+from maskopt.protocol.trace import BoundTrace
 from maskopt.solvers.bounds.cuts import tighten
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of
@@ -34,7 +35,6 @@ from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.parallel import one_blas_thread
-from maskopt.trace import BoundTrace
 
 #: sweeps of the stages; a row leaves when its bound has settled
 _STAGES = (300, 300, 600, 1200, 2400)

@@ -33,8 +33,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from maskopt.limits import Limits, one_thread_each
-from maskopt.problem import LayerProblem
+from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.problem import LayerProblem
 from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep, make_step
 from maskopt.solvers.convex.linear_bound import linear_bound
 

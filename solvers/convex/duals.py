@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg as la
 
-from maskopt.problem import LayerProblem
+from maskopt.core.problem import LayerProblem
 from maskopt.solvers.convex.interior_point import interior_point
 
 #: part of λ_min, and of the unit of a scaled row, that the correction is larger than what was computed

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.certificate import Certificate, evenly
-from maskopt.problem import LayerProblem
+from maskopt.certificates.certificate import Certificate, evenly
+from maskopt.core.problem import LayerProblem
 from maskopt.solvers.greedy.select import keep_highest
 
 #: entries of G that are float64 at a time

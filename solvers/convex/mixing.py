@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.problem import LayerProblem
+from maskopt.core.problem import LayerProblem
 from maskopt.solvers.convex.mixing_kernel import LANES, couplings, sweep
 from maskopt.solvers.parallel import RowThreads
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import maskopt
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits, torch_threads
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
-from maskopt.fields import option
-from maskopt.limits import Limits, torch_threads
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities
 from maskopt.solvers.exact.duals import qcr_duals
 from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.proof_tree import nothing_known

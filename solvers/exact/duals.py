@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from maskopt.bounds import lower_bound
-from maskopt.certificate import Certificate
-from maskopt.pattern import NM, Unstructured
-from maskopt.problem import LayerProblem
+from maskopt.certificates.certificate import Certificate
+from maskopt.core.pattern import NM, Unstructured
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.bounds import lower_bound
 from maskopt.solvers.exact.rows import RowTask
 
 #: part of the bound that a stage of the semidefinite relaxation must gain for another one to follow

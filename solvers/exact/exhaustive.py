@@ -15,13 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 import maskopt
+from maskopt.core.limits import Limits
+from maskopt.core.pattern import Pattern, Unstructured
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
-from maskopt.limits import Limits
-from maskopt.pattern import Pattern, Unstructured
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution, Status
-from maskopt.solver import Capabilities, Solver
-from maskopt.trace import TreeTrace, shared_out
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import Capabilities, Solver
+from maskopt.protocol.trace import TreeTrace, shared_out
 
 #: masks of a row up to which enumeration is accepted
 COMBINATION_LIMIT = 3_000_000

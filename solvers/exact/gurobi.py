@@ -13,12 +13,12 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.registry import missing_package
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities
+from maskopt.protocol.registry import missing_package
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities
 from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.refit_rows import (
     REFIT_CLOSED,

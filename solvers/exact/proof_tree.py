@@ -1,11 +1,11 @@
-"""The tree as a search grows it, and as the proof that `maskopt.proof_check` reads."""
+"""The tree as a search grows it, and as the proof that `maskopt.certificates.proof_check` reads."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from maskopt.certificate import NO_INPUT, OF_Z0
-from maskopt.proof import AGAIN, KINDS, LEAF, NO_FORM, RowProof
+from maskopt.certificates.certificate import NO_INPUT, OF_Z0
+from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, RowProof
 from maskopt.solvers.convex.triangles import ABSENT, Pool
 from maskopt.solvers.exact.relaxation import Relaxed
 

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.bounds import lower_bound
-from maskopt.certificate import missing
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.refit_certificate import RefitCertificate
-from maskopt.solution import Solution
+from maskopt.certificates.certificate import missing
+from maskopt.certificates.refit_certificate import RefitCertificate
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.bounds import lower_bound
+from maskopt.protocol.solution import Solution
 from maskopt.solvers.exact.refit_node import refitted
 from maskopt.solvers.exact.rows import (
     NOISE,

@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.certificate import Certificate
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.proof import Proof, RowProof
-from maskopt.proof_check import check_proof
-from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
-from maskopt.solver import Solver
+from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.proof import Proof, RowProof
+from maskopt.certificates.proof_check import check_proof
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.core.values import Values
+from maskopt.protocol.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
+from maskopt.protocol.solver import Solver
+from maskopt.protocol.trace import TreeTrace
 from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 from maskopt.solvers.parallel import one_blas_thread
-from maskopt.trace import TreeTrace
-from maskopt.values import Values
 
 #: the start's objective in the units of a backend's model: far above its absolute tolerances
 _MODEL_UNITS = 1000.0

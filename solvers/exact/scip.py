@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.certificate import Certificate
+from maskopt.certificates.certificate import Certificate
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits, torch_threads
+from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError
-from maskopt.fields import option
-from maskopt.limits import Limits, torch_threads
-from maskopt.problem import LayerProblem, RowProblem
-from maskopt.registry import missing_package
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities
+from maskopt.protocol.registry import missing_package
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities
 from maskopt.solvers.exact.duals import Duals, qcr_duals
 from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.probing import probe

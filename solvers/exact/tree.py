@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskopt.limits import one_thread_pool
+from maskopt.core.limits import one_thread_pool
 from maskopt.solvers.convex.triangles import Pool
 from maskopt.solvers.exact.duals import Duals, same_group
 from maskopt.solvers.exact.free_part import free_part

@@ -16,13 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import ProblemError
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities, Solver
-from maskopt.trace import CycleTrace
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities, Solver
+from maskopt.protocol.trace import CycleTrace
 
 
 @dataclass(frozen=True)

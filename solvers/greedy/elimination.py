@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities, Solver
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.solvers.greedy.scores import wanda_scores
 from maskopt.solvers.greedy.select import keep_highest
 

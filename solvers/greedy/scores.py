@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities, Solver
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.solvers.greedy.select import keep_highest
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from maskopt.problem import LayerProblem
+from maskopt.core.problem import LayerProblem
 
 #: up to so many of torch's threads, numpy's one is no slower: it partitions by vector instructions, in a
 #: fifth to a sixth of the time of one of torch's

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.pattern import Pattern
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.pattern import Pattern
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities, Solver
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities, Solver
 
 #: columns between two lazy updates of everything to the right
 BLOCK = 128

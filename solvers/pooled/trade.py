@@ -20,11 +20,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.solution import SWAP_TOLERANCE, Solution, Status, swap_threshold
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solution import SWAP_TOLERANCE, Solution, Status, swap_threshold
+from maskopt.protocol.trace import SwapTrace
 from maskopt.solvers.pooled.offers import Offers
-from maskopt.trace import SwapTrace
 
 #: part of the tolerance of SWAP_OPTIMAL that trades go below, so that rounding never decides a claim
 _PART = 0.5

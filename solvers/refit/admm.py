@@ -20,15 +20,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.fields import option
-from maskopt.limits import Limits, one_thread_each
-from maskopt.problem import LayerProblem
-from maskopt.products import fast_products
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.problem import LayerProblem
+from maskopt.core.products import fast_products
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities
+from maskopt.protocol.trace import SplittingTrace
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.refit.damped import Damped
-from maskopt.trace import SplittingTrace
 
 #: rows of a tile; a constant, since the last bits of a product may depend on it
 _TILE = 64

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from maskopt.fields import option
-from maskopt.least_squares import Refit
-from maskopt.problem import LayerProblem
-from maskopt.solver import Solver
+from maskopt.core.fields import option
+from maskopt.core.least_squares import Refit
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solver import Solver
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.fields import option
-from maskopt.limits import Limits, one_thread_each
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities
+from maskopt.protocol.trace import EliminationTrace
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.refit.block import one_sided
 from maskopt.solvers.refit.damped import Damped
-from maskopt.trace import EliminationTrace
 
 #: candidates on the small block for each that is eliminated there
 _CANDIDATES = 4

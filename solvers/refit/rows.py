@@ -7,9 +7,10 @@ import threading
 import torch
 from torch import Tensor
 
-from maskopt.limits import Limits, one_thread_each
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution, Status
+from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.trace import SwapTrace
 from maskopt.solvers.pooled.offers import Offers
 from maskopt.solvers.pooled.trade import trade
 from maskopt.solvers.refit.compiled_row import CompiledRow
@@ -17,7 +18,6 @@ from maskopt.solvers.refit.offers import offers
 from maskopt.solvers.refit.scratch import Scratch
 from maskopt.solvers.refit.search import Found, refine
 from maskopt.solvers.refit.state import Metric, Row
-from maskopt.trace import SwapTrace
 
 #: rows whose M are made together, at most, and bytes of these
 _TOGETHER, _TOGETHER_BYTES = 16, 2**25

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from maskopt.limits import Limits
-from maskopt.solution import REFIT_FLOOR, SWAP_TOLERANCE
+from maskopt.core.limits import Limits
+from maskopt.protocol.solution import REFIT_FLOOR, SWAP_TOLERANCE
 from maskopt.solvers.pooled.offers import Offers
 from maskopt.solvers.refit.block import exchanged
 from maskopt.solvers.refit.state import DRIFT, Pairs, Row

@@ -20,16 +20,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.certificate import Certificate
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities, Solver
+from maskopt.certificates.certificate import Certificate
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities, Solver
+from maskopt.protocol.trace import RelaxTrace, shared_out
 from maskopt.solvers.convex.linear_bound import linear_bound, provable, relative_gap
 from maskopt.solvers.greedy.scores import wanda_scores
 from maskopt.solvers.greedy.select import keep_highest
-from maskopt.trace import RelaxTrace, shared_out
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maskopt.certificate import Certificate
+from maskopt.certificates.certificate import Certificate
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution, Status
-from maskopt.solver import Capabilities, Solver
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import Capabilities, Solver
+from maskopt.protocol.trace import RelaxTrace, SwapTrace, shared_out
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 from maskopt.solvers.convex.linear_bound import provable, relative_gap
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.swap import Swap
-from maskopt.trace import RelaxTrace, SwapTrace, shared_out
 
 
 @dataclass(frozen=True)

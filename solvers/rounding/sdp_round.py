@@ -14,15 +14,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from maskopt.bounds import lower_bound
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution, Status
-from maskopt.solver import Capabilities, Solver
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.bounds import lower_bound
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import Capabilities, Solver
+from maskopt.protocol.trace import RelaxTrace, shared_out
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.rounding.relax import better, swapped
-from maskopt.trace import RelaxTrace, shared_out
 
 #: part of a time limit that the bound takes at most; the swaps have the rest
 _BOUND_SHARE = 0.8

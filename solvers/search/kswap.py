@@ -21,16 +21,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution, Status
-from maskopt.solver import Capabilities, Solver
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import Capabilities, Solver
+from maskopt.protocol.trace import SearchTrace, SwapTrace, shared_out
 from maskopt.solvers.parallel import RowThreads
 from maskopt.solvers.swap import Swap
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.literal import refresh
-from maskopt.trace import SearchTrace, SwapTrace, shared_out
 
 #: compound moves of a row between two 1-swap searches
 _MOVES_A_ROUND = 64

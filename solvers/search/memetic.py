@@ -24,15 +24,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.pattern import Pattern, Unstructured
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities, Solver
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.pattern import Pattern, Unstructured
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities, Solver
+from maskopt.protocol.trace import SearchTrace, SwapTrace, shared_out
 from maskopt.solvers.search.tabu import Scaled, Tabu, search
 from maskopt.solvers.swap import Swap
-from maskopt.trace import SearchTrace, SwapTrace, shared_out
 
 #: rows at a time: with their children enough for many threads
 _TILE = 16

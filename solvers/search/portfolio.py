@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.certificate import Certificate
+from maskopt.certificates.certificate import Certificate
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
-from maskopt.solver import Capabilities, Solver, check_fit, make_solver, solve
-from maskopt.trace import SearchTrace, shared_out
+from maskopt.protocol.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
+from maskopt.protocol.solver import Capabilities, Solver, check_fit, make_solver, solve
+from maskopt.protocol.trace import SearchTrace, shared_out
 
 _log = logging.getLogger(__name__)
 _RANK = (Status.FEASIBLE, Status.SWAP_OPTIMAL, Status.OPTIMAL)

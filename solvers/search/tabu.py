@@ -21,14 +21,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from maskopt.fields import option
-from maskopt.limits import Limits
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution
-from maskopt.solver import Capabilities, Solver
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import Capabilities, Solver
+from maskopt.protocol.trace import SearchTrace, SwapTrace, shared_out
 from maskopt.solvers.parallel import RowThreads
 from maskopt.solvers.swap import Swap
-from maskopt.trace import SearchTrace, SwapTrace, shared_out
 
 #: moves between two entries of the history, and of a row between two looks at the clock
 ROUND = 256

@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from maskopt.linear import Linear
-from maskopt.problem import LayerProblem
-from maskopt.solution import SWAP_TOLERANCE, swap_threshold
+from maskopt.core.linear_term import Linear
+from maskopt.core.problem import LayerProblem
+from maskopt.protocol.solution import SWAP_TOLERANCE, swap_threshold
 
 #: a swap is made when it gains more than this part of `swap_threshold`. Half of it leaves the proof
 #: a margin far above the float64 rounding of Δ, in which no independent check can disagree.

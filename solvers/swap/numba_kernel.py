@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.solution import SWAP_FLOOR, SWAP_TOLERANCE
+from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE
 from maskopt.solvers.parallel import RowThreads
 from maskopt.solvers.swap.batch import ACCEPT, Batch
 

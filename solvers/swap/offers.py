@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.problem import LayerProblem
+from maskopt.core.problem import LayerProblem
 from maskopt.solvers.pooled.offers import OFFERED, Offers
 
 #: rows whose offers are made at a time; bytes of G in float64 at a time

@@ -11,12 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from maskopt.core.fields import option
+from maskopt.core.limits import Limits, torch_threads
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
-from maskopt.fields import option
-from maskopt.limits import Limits, torch_threads
-from maskopt.problem import LayerProblem
-from maskopt.solution import Solution, Status
-from maskopt.solver import Capabilities, Solver
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import Capabilities, Solver
+from maskopt.protocol.trace import SwapTrace
 from maskopt.solvers.pooled.offers import Offers
 from maskopt.solvers.pooled.trade import trade
 from maskopt.solvers.refit.rows import swap_refitted
@@ -25,7 +26,6 @@ from maskopt.solvers.swap.engine import Kernel, Outcome, refine
 from maskopt.solvers.swap.literal import refine_literally
 from maskopt.solvers.swap.offers import offers
 from maskopt.solvers.swap.triton import unavailable as triton_unavailable
-from maskopt.trace import SwapTrace
 
 KERNELS = ("auto", "literal", "torch", "numba", "triton")
 #: what a solve may use beyond weight and G where the caller sets no limit

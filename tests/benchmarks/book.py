@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt import NM, Unstructured
-from maskopt.pattern import Pattern
+from maskopt.core.pattern import Pattern
 
 ROOT = Path(__file__).parents[2]
 PATTERNS: dict[str, Pattern] = {

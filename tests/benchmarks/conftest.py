@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maskopt.model.beginning import BOS
+from maskopt.models.checkpoints.bos import BOS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

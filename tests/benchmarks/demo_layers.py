@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from maskopt import LayerProblem
-from maskopt.model.demo_model import demo_model
-from maskopt.model.demo_text import demo_text
-from maskopt.model.problems import collect_problems
+from maskopt.demo.model import demo_model
+from maskopt.demo.text import demo_text
+from maskopt.models.pruning.problems import collect_problems
 
 #: layers of the comparison of masks
 LAYERS = ("0.q", "0.o", "2.gate", "2.down", "4.q", "4.o")

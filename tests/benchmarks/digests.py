@@ -25,7 +25,7 @@ from strategies import KINDS, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Solution, Unstructured, solve
 from maskopt.errors import MaskoptError
-from maskopt.model.prune import prune_model
+from maskopt.models.pruning.prune import prune_model
 
 SIZES = (4, 8, 12, 16, 12)
 #: solver → options that keep a run short

@@ -15,8 +15,8 @@ from typing import Any
 from machine import machine_now
 
 from maskopt import prune_model
-from maskopt.model.demo_model import MODELS, demo_model
-from maskopt.model.plan import plan_prune
+from maskopt.demo.model import MODELS, demo_model
+from maskopt.models.pruning.plan import plan_prune
 
 #: label → options of a prune
 CASES: dict[str, dict[str, Any]] = {

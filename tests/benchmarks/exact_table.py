@@ -33,13 +33,13 @@ from demo_layers import collect, name_of
 from machine import machine_now
 
 from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
-from maskopt.compare import draw_rows, load_instances, sample_rows
-from maskopt.model.beginning import BOS
-from maskopt.pattern import parse_sparsity
+from maskopt.core.pattern import parse_sparsity
+from maskopt.experiments.compare import draw_rows, load_instances, sample_rows
+from maskopt.models.checkpoints.bos import BOS
+from maskopt.protocol.trace import BoundTrace, TreeTrace
 from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.exact.incumbent import tabu_row
-from maskopt.trace import BoundTrace, TreeTrace
 
 
 def warm_up() -> None:

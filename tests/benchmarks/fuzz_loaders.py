@@ -16,7 +16,7 @@ from pathlib import Path
 from test_model_fuzz import examples, hostile, try_loaders
 from tiny_models import save, tiny, tokens
 
-from maskopt.model.prune import prune_model
+from maskopt.models.pruning.prune import prune_model
 
 
 def main() -> None:

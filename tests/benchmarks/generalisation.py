@@ -25,15 +25,15 @@ from judges import dense_errors, judging_layers
 from machine import machine
 from yardsticks import shared_out
 
-from maskopt.model.demo_model import MODELS, demo_model
-from maskopt.model.distill import distill_model
-from maskopt.model.evaluate import Evaluation, evaluate
-from maskopt.model.options import prune_options
-from maskopt.model.output import apply_masks
-from maskopt.model.prune import prune_model
-from maskopt.model.report import PruneReport
-from maskopt.model.walk_options import WalkOptions
-from maskopt.model.workspace import MASKS
+from maskopt.demo.model import MODELS, demo_model
+from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.workspace import MASKS
+from maskopt.models.distillation.distill import distill_model
+from maskopt.models.evaluation.evaluate import Evaluation, evaluate
+from maskopt.models.options.prune import prune_options
+from maskopt.models.options.walk import WalkOptions
+from maskopt.models.pruning.output import apply_masks
+from maskopt.models.pruning.prune import prune_model
 
 #: pruned models that are kept, to be evaluated together: the dense one is run once for all of them
 TOGETHER = 5

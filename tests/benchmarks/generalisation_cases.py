@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from book import PATTERNS
 
 from maskopt import NM, Unstructured
-from maskopt.model.token_weights import TOKEN_WEIGHTS
-from maskopt.pattern import Pattern
+from maskopt.core.pattern import Pattern
+from maskopt.models.calibration.token_weights import TOKEN_WEIGHTS
 
 #: label → solver, start
 METHODS = {

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from machine import machine
 
 from maskopt import RowProblem, Status, load_problem, solve, verify
-from maskopt.proof_check import check_proof
+from maskopt.certificates.proof_check import check_proof
 
 _NAME = re.compile(r"kcluster(\d+)_(\d+)_(\d+)_(\d+)")
 

@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskopt import PruneOptions, Unstructured
-from maskopt.model.blocks import Layer, matrix
-from maskopt.model.job import Job, open_job
-from maskopt.model.problems import layer_problem
-from maskopt.model.sensitivity import FISHER, row_sensitivity
-from maskopt.problem import LayerProblem
+from maskopt.core.problem import LayerProblem
+from maskopt.models.architecture.blocks import Layer, matrix
+from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.sensitivity import row_sensitivity
+from maskopt.models.options.prune import FISHER
+from maskopt.models.pruning.problems import layer_problem
 
 #: of calibration text, cut with another seed than those that masks are fitted to
 WINDOWS = 8

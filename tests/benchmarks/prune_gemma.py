@@ -31,9 +31,9 @@ from typing import Any
 from machine import machine_now
 
 from maskopt.cli.parameters import read_solver_options
-from maskopt.model import training
-from maskopt.model.beginning import BOS
-from maskopt.model.reconstruct import Targets
+from maskopt.models.checkpoints.bos import BOS
+from maskopt.models.training import trainer as training
+from maskopt.models.training.blockwise import Targets
 
 
 def timed(place: Any, names: Iterable[str]) -> list[float]:
@@ -67,10 +67,10 @@ def timed(place: Any, names: Iterable[str]) -> list[float]:
 def child(arguments: argparse.Namespace) -> None:
     import transformers
 
-    from maskopt.model.demo_model import demo_model
-    from maskopt.model.demo_text import demo_text
-    from maskopt.model.prune import prune_model
-    from maskopt.solver import available_solvers
+    from maskopt.demo.model import demo_model
+    from maskopt.demo.text import demo_text
+    from maskopt.models.pruning.prune import prune_model
+    from maskopt.protocol.solver import available_solvers
 
     starts_from = None
     if available_solvers()[arguments.child].capabilities.start == "needed":

@@ -27,8 +27,8 @@ from quality_layers import METHODS, interaction, masks, model, moves, sixteen, s
 from quality_page import write
 
 from maskopt import LayerProblem, solve
-from maskopt.model.beginning import BOS
-from maskopt.model.demo_model import cache_directory
+from maskopt.demo.model import cache_directory
+from maskopt.models.checkpoints.bos import BOS
 
 Study = Callable[[Book, argparse.Namespace], None]
 OF_LAYERS: dict[str, Study] = {

@@ -13,7 +13,7 @@ from book import Book
 from demo_layers import LAYERS, columns_of, loaded, sample
 
 from maskopt import LayerProblem, RowProblem, Unstructured, lower_bound, solve, verify
-from maskopt.trace import RelaxTrace
+from maskopt.protocol.trace import RelaxTrace
 
 #: moves of the search for the best mask that can be found
 LONG_SEARCH = 100_000

@@ -10,8 +10,8 @@ from book import PATTERNS, Book
 from demo_layers import LAYERS, SIXTEEN, collect, loaded, name_of, ratio, sample
 
 from maskopt import LayerProblem, Solution, solve
-from maskopt.model.demo_model import demo_model
-from maskopt.trace import RelaxTrace
+from maskopt.demo.model import demo_model
+from maskopt.protocol.trace import RelaxTrace
 
 STEPS = (1, 2, 5, 10, 25, 50, 100)
 #: label → solver, warm start, options

@@ -23,13 +23,13 @@ from machine import machine_now
 from torch import Tensor
 
 from maskopt import prune_model
-from maskopt.gram import TILE, Gram
-from maskopt.model import prune_layer
-from maskopt.model.blocks import Layer
-from maskopt.model.collect import Grams
-from maskopt.model.demo_model import MODELS, demo_model
-from maskopt.model.memory import distinct_inputs
-from maskopt.model.ranks import Ranks, joined
+from maskopt.core.gram import TILE, Gram
+from maskopt.demo.model import MODELS, demo_model
+from maskopt.models.architecture.blocks import Layer
+from maskopt.models.blockwise.collect import Grams
+from maskopt.models.blockwise.distributed import Ranks, joined
+from maskopt.models.blockwise.memory import distinct_inputs
+from maskopt.models.pruning import prune_layer
 
 T = TypeVar("T")
 
@@ -113,8 +113,8 @@ def tell(
     everybody: Sequence[tuple[dict[str, int], Work]],
     seconds: float,
 ) -> None:
-    from maskopt.model.job import open_job
-    from maskopt.model.walk_options import WalkOptions
+    from maskopt.models.blockwise.job import open_job
+    from maskopt.models.options.walk import WalkOptions
 
     include = tuple(f"layers.{block}" for block in range(args.blocks))
     layers = open_job(demo_model(args.model), None, WalkOptions(include=include)).layers

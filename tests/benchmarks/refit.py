@@ -22,10 +22,10 @@ from machine import machine, machine_now
 from refit_page import write
 
 from maskopt import LayerProblem, Limits, Refit, Unstructured, lower_bound, make_solver, solve
-from maskopt.model.demo_model import demo_model
-from maskopt.model.problems import collect_problems
-from maskopt.solution import Status
-from maskopt.trace import SwapTrace
+from maskopt.demo.model import demo_model
+from maskopt.models.pruning.problems import collect_problems
+from maskopt.protocol.solution import Status
+from maskopt.protocol.trace import SwapTrace
 
 LAYERS = ("2.q", "8.q", "14.q", "2.down", "8.down", "14.down")
 #: λ by kind, for every power of D: chosen on blocks 5 and 11, and with a power on all odd blocks; on no

@@ -109,8 +109,8 @@ def main() -> None:
     print(f"{shape[0]} windows of {shape[1]} random tokens", flush=True)
 
     def prune() -> str:
-        from maskopt.model.progress import BlockProgress
-        from maskopt.model.prune import prune_model
+        from maskopt.models.blockwise.progress import BlockProgress
+        from maskopt.models.pruning.prune import prune_model
 
         seen = -1
 
@@ -128,12 +128,12 @@ def main() -> None:
         return f"{len(report.layers)} layers by {arguments.solver}"
 
     def verify() -> str:
-        from maskopt.model.verify import verify_output
+        from maskopt.models.verification.verify import verify_output
 
         return f"{verify_output(out, original=model).rows} rows hold"
 
     def evaluate() -> str:
-        from maskopt.model.perplexity import perplexity
+        from maskopt.models.evaluation.perplexity import perplexity
 
         return f"perplexity {perplexity(out, tokens).value:.6g}"
 

@@ -28,17 +28,17 @@ from structures_page import DEFAULT, write
 from torch import Tensor
 
 from maskopt import Limits, RowProblem, Solution
-from maskopt.model import remove_blocks as removal
-from maskopt.model import shrink as shrinking
-from maskopt.model.block_effects import Effects, Left
-from maskopt.model.block_search import Measure
-from maskopt.model.demo_model import MODELS, demo_model
-from maskopt.model.evaluate import evaluate
-from maskopt.model.job import Job
-from maskopt.model.remove_blocks import remove_blocks
-from maskopt.model.report import PruneReport
-from maskopt.model.shrink import shrink_model
-from maskopt.model.walk_options import WalkOptions
+from maskopt.demo.model import MODELS, demo_model
+from maskopt.models.blockwise.job import Job
+from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.evaluation.evaluate import evaluate
+from maskopt.models.options.walk import WalkOptions
+from maskopt.models.structured import blocks as removal
+from maskopt.models.structured import channels as shrinking
+from maskopt.models.structured.block_effects import Effects, Left
+from maskopt.models.structured.block_search import Measure
+from maskopt.models.structured.blocks import remove_blocks
+from maskopt.models.structured.channels import shrink_model
 
 #: label → what of it is a solver of ours
 METHODS = {

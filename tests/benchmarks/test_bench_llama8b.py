@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from maskopt import LayerProblem, Status, Unstructured
-from maskopt.solver import solve
+from maskopt.protocol.solver import solve
 from maskopt.solvers.swap import engine
 from maskopt.solvers.swap import triton as triton_kernels
 from maskopt.solvers.swap.batch import Batch

@@ -25,11 +25,11 @@ from best_swap_loops import best_swaps, best_swaps_simd
 from machine import machine_now
 
 from maskopt import LayerProblem, Solution, Status, Unstructured, solve
+from maskopt.demo.model import demo_model
+from maskopt.demo.text import demo_text
 from maskopt.errors import ModelError
-from maskopt.model.demo_model import demo_model
-from maskopt.model.demo_text import demo_text
-from maskopt.model.problems import collect_problems
-from maskopt.trace import SwapTrace
+from maskopt.models.pruning.problems import collect_problems
+from maskopt.protocol.trace import SwapTrace
 
 ROWS = 128
 #: rows and swaps a row of the literal algorithm at n = 2048 (MASKOPT_LITERAL_ROWS: fewer rows)

@@ -12,11 +12,11 @@ from certificates import PATTERNS, certificate, exact, layer, triangles, unclamp
 from strategies import random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
-from maskopt.certificate import Certificate, Cuts, _check_row, _shared_slacks, missing
+from maskopt.certificates.certificate import Certificate, Cuts, _check_row, _shared_slacks, missing
+from maskopt.certificates.exact_check import _form, exact_bounds, rational, semidefinite
+from maskopt.core.files import write_arrays
+from maskopt.core.linear_term import Linear
 from maskopt.errors import OptionError, ProblemError, VerificationError
-from maskopt.exact_check import _form, exact_bounds, rational, semidefinite
-from maskopt.files import write_arrays
-from maskopt.linear import Linear
 
 U = 2.0**-53
 #: signs under which sums cancel
@@ -195,7 +195,9 @@ def test_rows_that_add_nothing_negative_share_a_factorisation(parts, monkeypatch
     given = Certificate.choose(torch.arange(6) < 2, box, negative)
     assert [slack is None for slack in _shared_slacks(given, problem)] == [True] * 2 + [False] * 4
     counted = []
-    monkeypatch.setattr("maskopt.certificate.missing", lambda a: counted.append(a) or missing(a))
+    monkeypatch.setattr(
+        "maskopt.certificates.certificate.missing", lambda a: counted.append(a) or missing(a)
+    )
     found = given.check(problem)
     assert len(counted) <= 4  # two rows of their own, the others, and perhaps a try with all
     for row in range(6):

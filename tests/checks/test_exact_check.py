@@ -13,12 +13,12 @@ from commands import run
 from strategies import random_gram, random_linear, random_weight
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
-from maskopt.certificate import Certificate, Cuts
+from maskopt.certificates.certificate import Certificate, Cuts
+from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational, semidefinite
+from maskopt.certificates.proof import Proof
+from maskopt.certificates.proof_check import check_proof
+from maskopt.core.least_squares import Refit
 from maskopt.errors import OptionError, VerificationError
-from maskopt.exact_check import exact_bounds, exact_cost, rational, semidefinite
-from maskopt.least_squares import Refit
-from maskopt.proof import Proof
-from maskopt.proof_check import check_proof
 
 SLOW = pytest.mark.slow
 
@@ -105,7 +105,7 @@ def test_rounding_of_many_cuts_proves_nothing(tmp_path):
 def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
     """250 of them: none proves more than the optimum, or than it does in exact arithmetic."""
     # else verify tries all masks of a toy
-    monkeypatch.setattr("maskopt.verification.ENUMERATION_LIMIT", 0)
+    monkeypatch.setattr("maskopt.checks.verification.ENUMERATION_LIMIT", 0)
     for seed in range(first, first + 50):
         generator = np.random.default_rng(seed)
         problem, honest, optimum, poor = toy(int(generator.choice([4, 6, 8])), 1 + seed % 4)

@@ -12,8 +12,8 @@ from pooled_layers import layer, pooled, slack, total
 from scipy.optimize import LinearConstraint, minimize
 
 from maskopt import Refit, Solution, Status, improving_swap, lower_bound, solve, verify
+from maskopt.certificates.refit_certificate import RefitCertificate
 from maskopt.errors import SolverError, VerificationError
-from maskopt.refit_certificate import RefitCertificate
 
 # --- the relaxation of a layer, and what it proves ---------------------------------------------------
 

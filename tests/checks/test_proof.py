@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from strategies import graph, problems, random_gram, random_linear, random_weight
 
 from maskopt import NM, LayerProblem, RowProblem, Solution, Status, Unstructured, solve, verify
-from maskopt.certificate import NO_INPUT, Cuts
+from maskopt.certificates.certificate import NO_INPUT, Cuts
+from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
+from maskopt.certificates.proof_check import TreeCheck, check_proof
+from maskopt.core.files import read_arrays, write_arrays
+from maskopt.core.least_squares import Refit
+from maskopt.core.limits import Limits
+from maskopt.core.linear_term import Linear
+from maskopt.core.values import values_of
 from maskopt.errors import OptionError, ProblemError, VerificationError
-from maskopt.files import read_arrays, write_arrays
-from maskopt.least_squares import Refit
-from maskopt.limits import Limits
-from maskopt.linear import Linear
-from maskopt.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
-from maskopt.proof_check import TreeCheck, check_proof
 from maskopt.solvers.bounds.cuts import cut_certificate
-from maskopt.values import values_of
 
 HALF, TWO_FOUR, FOUR = Unstructured(sparsity=0.5), NM(keep=2, of=4), Unstructured(keep=4)
 

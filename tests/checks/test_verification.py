@@ -10,12 +10,12 @@ from hypothesis import given
 from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
-from maskopt.checks import improving_swap
+from maskopt.checks.swap_checks import improving_swap
+from maskopt.core.least_squares import Refit
+from maskopt.core.problem import RowProblem
 from maskopt.errors import VerificationError
-from maskopt.least_squares import Refit
-from maskopt.problem import RowProblem
-from maskopt.solution import SWAP_FLOOR, SWAP_TOLERANCE
-from maskopt.solver import available_solvers, is_trusted
+from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE
+from maskopt.protocol.solver import available_solvers, is_trusted
 
 TWO, THREE, SIX = (Unstructured(keep=keep) for keep in (2, 3, 6))
 TWO_FOUR = NM(keep=2, of=4)

@@ -10,9 +10,9 @@ from forging import copied, edit, forge_manifest
 from outputs import contents
 
 from maskopt.errors import DataError, ModelError, OptionError
-from maskopt.model.again import command_again, options_again
-from maskopt.model.report import read_manifest
-from maskopt.model.workspace import MANIFEST
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.pruning.rerun import command_again, options_again
 
 ALL = shlex.split(
     "--sparsity 0.5 --solver wanda --include q_proj,k_proj --samples 7 --seq-len 9 --damping 0.5 "

@@ -17,9 +17,9 @@ from maskopt.cli.console import errors
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import JsonView, LiveView, PlainView, View, clock
 from maskopt.errors import OptionError
-from maskopt.model import plan
-from maskopt.model.progress import BlockProgress
-from maskopt.model.report import LayerReport
+from maskopt.models.blockwise.progress import BlockProgress
+from maskopt.models.checkpoints.report import LayerReport
+from maskopt.models.pruning import plan
 from maskopt.report.table import Table
 
 LONG = "block 152 of 152: solve model.language_model.layers.151.self_attn.q_proj"

@@ -19,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskopt.cli import console
 from maskopt.cli.console import insist_on_interrupts
+from maskopt.demo.model import MODELS, cache_directory, demo_model
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
-from maskopt.model import plan as planning
-from maskopt.model.demo_model import MODELS, cache_directory, demo_model
-from maskopt.model.journal import Journal
-from maskopt.model.plan import plan_prune
-from maskopt.model.workspace import HIDDEN, JOURNAL, MANIFEST
+from maskopt.models.checkpoints.journal import Journal
+from maskopt.models.checkpoints.workspace import HIDDEN, JOURNAL, MANIFEST
+from maskopt.models.pruning import plan as planning
+from maskopt.models.pruning.plan import plan_prune
 
 TEXT = "Pack my box with five dozen liquor jugs. "
 WANDA = ["--sparsity", 0.5, "--solver", "wanda"]

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskopt import products
+from maskopt.core import products
+from maskopt.core.gram import CHUNK, TILE, Gram
+from maskopt.core.products import fast_products
 from maskopt.errors import ProblemError
-from maskopt.gram import CHUNK, TILE, Gram
-from maskopt.model.threads import Threads
-from maskopt.products import fast_products
+from maskopt.models.blockwise.threads import Threads
 
 close, setting = torch.testing.assert_close, torch.get_float32_matmul_precision
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskopt.core.knapsack import choose_levels
 from maskopt.errors import SolverError
-from maskopt.knapsack import choose_levels
 
 
 def total_of(parts, levels):

@@ -7,12 +7,13 @@ import pytest
 import torch
 from strategies import HALF, random_gram, random_weight
 
-from maskopt import LayerProblem, Limits, Progress, Status, Unstructured, solve, solver, verify
+from maskopt import LayerProblem, Limits, Progress, Status, Unstructured, solve, verify
+from maskopt.core.limits import one_thread_pool, parse_bytes, torch_threads
 from maskopt.errors import OptionError
-from maskopt.limits import one_thread_pool, parse_bytes, torch_threads
-from maskopt.model.options import PruneOptions
-from maskopt.model.solving import solve_layer
-from maskopt.trace import Trace
+from maskopt.models.options.prune import PruneOptions
+from maskopt.models.pruning.solving import solve_layer
+from maskopt.protocol import solver
+from maskopt.protocol.trace import Trace
 
 SOLVERS = {name: info for name, info in solver.available_solvers().items() if info.available}
 ENGINES = ("gurobi", "highs", "scip")

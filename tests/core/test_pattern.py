@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskopt import NM, Unstructured
+from maskopt.core.pattern import parse_sparsity, pattern_from_dict, pattern_to_dict
 from maskopt.errors import PatternError
-from maskopt.pattern import parse_sparsity, pattern_from_dict, pattern_to_dict
 
 NAN, INF = float("nan"), float("inf")
 RANGE = r"outside \[0, 1\)"

@@ -15,14 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HALF, problems, random_gram, random_linear, random_weight
 
-from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, errors, files, solve, verify
-from maskopt.bounds import available_bounds, lower_bound
-from maskopt.certificate import Certificate
+from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, errors, solve, verify
+from maskopt.certificates.certificate import Certificate
+from maskopt.core import files
+from maskopt.core.linear_term import Linear
 from maskopt.errors import MaskoptError, PatternError, ProblemError, VerificationError
-from maskopt.formats import load_problem
-from maskopt.linear import Linear
-from maskopt.solution import Solution, Status
-from maskopt.solver import available_solvers
+from maskopt.instances.formats import load_problem
+from maskopt.protocol.bounds import available_bounds, lower_bound
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import available_solvers
 from maskopt.solvers import Relax
 
 EYE, ONES, ALL = torch.eye(4), torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool)
@@ -82,7 +83,7 @@ def test_a_problem_shows_its_name_and_is_the_same_under_another_pattern(monkeypa
     # its objective in blocks is that at once
     mask = solve(problem, "wanda").mask
     whole = problem.objective(mask)
-    monkeypatch.setattr("maskopt.problem._OBJECTIVE_BLOCK_BYTES", 8 * 40 * 7)
+    monkeypatch.setattr("maskopt.core.problem._OBJECTIVE_BLOCK_BYTES", 8 * 40 * 7)
     close(problem.objective(mask), whole, rtol=1e-12, atol=0)
 
 

@@ -11,9 +11,9 @@ import torch
 from strategies import random_gram, random_weight
 
 from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
+from maskopt.core.files import read_arrays, write_arrays
 from maskopt.errors import ProblemError, SolverError
-from maskopt.files import read_arrays, write_arrays
-from maskopt.solution import is_bounded, relative_gap
+from maskopt.protocol.solution import is_bounded, relative_gap
 from maskopt.solvers.bounds.conic import ConicBound
 
 

@@ -16,13 +16,13 @@ from commands import ROOT
 from strategies import random_gram, random_weight
 
 from maskopt import LayerProblem, Limits, Refit, Solution, Unstructured, available_solvers, solve
-from maskopt.bounds import REGISTRY as BOUNDS
-from maskopt.bounds import available_bounds
+from maskopt.core.fields import build, check_options, option, options_of
+from maskopt.core.limits import Progress
 from maskopt.errors import MaskoptError, OptionError, PatternError, SolverError, WarmStartError
-from maskopt.fields import build, check_options, option, options_of
-from maskopt.limits import Progress
-from maskopt.solver import REGISTRY as SOLVERS
-from maskopt.solver import Capabilities, Solver, make_solver, make_start
+from maskopt.protocol.bounds import REGISTRY as BOUNDS
+from maskopt.protocol.bounds import available_bounds
+from maskopt.protocol.solver import REGISTRY as SOLVERS
+from maskopt.protocol.solver import Capabilities, Solver, make_solver, make_start
 from maskopt.solvers import DSnoT, Relax, Ria, Swap, Tabu, Wanda
 
 PROBLEM = LayerProblem(random_weight(3, 24, 1), random_gram(24, "full", 2), Unstructured(keep=10))

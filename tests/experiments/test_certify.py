@@ -12,14 +12,15 @@ from commands import run
 from strategies import HALF, random_gram, random_weight
 from tiny_models import save, save_tokenizer, tiny, tokens
 
-from maskopt import NM, LayerProblem, Solution, Unstructured, certify, collect_problems, prune_model
-from maskopt.bounds import lower_bound
-from maskopt.certify import GapRecord, bound_layers, by_kind, certify_model
-from maskopt.compare import sample_rows
+from maskopt import NM, LayerProblem, Solution, Unstructured, collect_problems, prune_model
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError
-from maskopt.model.report import read_manifest, result_digest
-from maskopt.record_file import read_records
-from maskopt.solver import solve
+from maskopt.experiments.compare import sample_rows
+from maskopt.experiments.record_file import read_records
+from maskopt.models.checkpoints.report import read_manifest, result_digest
+from maskopt.models.evaluation import bound as certify
+from maskopt.models.evaluation.bound import GapRecord, bound_layers, by_kind, certify_model
+from maskopt.protocol.bounds import lower_bound
+from maskopt.protocol.solver import solve
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again " * 60
 

@@ -12,10 +12,10 @@ from resuming import stop_at
 from strategies import HALF, random_gram, random_weight
 
 from maskopt import LayerProblem, Limits, Refit, Solution, Unstructured, verify
-from maskopt.certify import bound_layers
-from maskopt.compare import compare, sample_rows
 from maskopt.errors import OptionError, UnknownSolverError, WarmStartError
-from maskopt.prove import prove
+from maskopt.experiments.compare import compare, sample_rows
+from maskopt.experiments.prove import prove
+from maskopt.models.evaluation.bound import bound_layers
 
 slow = pytest.mark.slow
 ROWS, KILLED_AFTER = 200, 40

@@ -17,14 +17,14 @@ from resuming import stop_at
 from strategies import HALF, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Limits, Refit, RowProblem, Solution, Status, Unstructured
-from maskopt import certify as certify_module
-from maskopt.compare import Record, compare, sample_rows
+from maskopt.core.files import check_writable
 from maskopt.errors import DataError, OptionError
-from maskopt.files import check_writable
-from maskopt.jobs import job_key
-from maskopt.prove import prove
-from maskopt.record_file import RecordFile, read_records, write_records
-from maskopt.solver import make_solver
+from maskopt.experiments.compare import Record, compare, sample_rows
+from maskopt.experiments.jobs import job_key
+from maskopt.experiments.prove import prove
+from maskopt.experiments.record_file import RecordFile, read_records, write_records
+from maskopt.models.evaluation import bound as certify_module
+from maskopt.protocol.solver import make_solver
 from maskopt.solvers.exact import branch
 from maskopt.solvers.exact.rows import RowAnswer
 
@@ -112,7 +112,7 @@ def test_a_record_that_another_run_appends_while_the_file_is_rewritten_is_kept(p
         threads[-1].join(0.3)  # long enough to append, were it not to wait
         write_records(*args)
 
-    monkeypatch.setattr("maskopt.record_file.write_records", slowly)
+    monkeypatch.setattr("maskopt.experiments.record_file.write_records", slowly)
     for rewrite in (lambda file: file.held(), lambda file: file.finish([own])):
         path.unlink(missing_ok=True)
         file = RecordFile(path, Record)

@@ -8,10 +8,10 @@ import pytest
 from tiny_models import save, save_tokenizer, tiny
 
 from maskopt import prune_model
-from maskopt.compare import Record
-from maskopt.demo import error_table, perplexity_table, run_demo, toy_table
+from maskopt.demo.run import error_table, perplexity_table, run_demo, toy_table
 from maskopt.errors import ModelError
-from maskopt.model.report import LayerReport, PruneReport
+from maskopt.experiments.compare import Record
+from maskopt.models.checkpoints.report import LayerReport, PruneReport
 
 
 def test_tables_name_a_row_once_and_sum_errors_per_kind():
@@ -45,9 +45,9 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
 def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     model = save(tiny("llama"), tmp_path / "model")
     save_tokenizer(model)
-    monkeypatch.setattr("maskopt.demo.demo_model", lambda name: model)
+    monkeypatch.setattr("maskopt.demo.run.demo_model", lambda name: model)
     names = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
-    monkeypatch.setattr("maskopt.demo.TOY_LAYERS", names)
+    monkeypatch.setattr("maskopt.demo.run.TOY_LAYERS", names)
     stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "columns": 8}
     result = run_demo(tmp_path / "out", **size, on_stage=lambda *stage: stages.append(stage[0]))
     toy, errors, values = result.tables

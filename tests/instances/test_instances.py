@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from strategies import KINDS, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Linear, Refit, RowProblem, Unstructured, lower_bound, verify
+from maskopt.core.structure import change, refit_inputs, structure_problem
+from maskopt.core.units import units_from_dict
 from maskopt.errors import OptionError, PatternError, ProblemError, VerificationError
-from maskopt.formats import load_problem, save_problem
-from maskopt.solution import Solution, Status
-from maskopt.solver import make_solver, solve
-from maskopt.structure import change, refit_inputs, structure_problem
-from maskopt.units import units_from_dict
+from maskopt.instances.formats import load_problem, save_problem
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import make_solver, solve
 
 
 def values_of(u, count):

@@ -9,8 +9,8 @@ from strategies import HALF, problems, refit_layer
 
 from maskopt import NM, LayerProblem, Progress, Refit, Unstructured, solve, verify
 from maskopt.errors import MaskoptError, OptionError, WarmStartError
-from maskopt.solution import Status
-from maskopt.solver import make_start
+from maskopt.protocol.solution import Status
+from maskopt.protocol.solver import make_start
 
 #: solver and options
 KERNELS = {f"swap-{k}": ("swap", {"kernel": k}) for k in ("literal", "torch", "numba")}

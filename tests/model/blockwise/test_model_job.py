@@ -16,10 +16,10 @@ import maskopt
 from maskopt import NM, MaskoptError, PruneOptions, Unstructured, open_job, prune_model
 from maskopt.cli import app
 from maskopt.errors import ModelError, OptionError, PatternError
-from maskopt.model.blocks import Blocks, choose, matrix
-from maskopt.model.options import prune_options
-from maskopt.model.plan import plan_prune
-from maskopt.model.walk_options import WalkOptions
+from maskopt.models.architecture.blocks import Blocks, choose, matrix
+from maskopt.models.options.prune import prune_options
+from maskopt.models.options.walk import WalkOptions
+from maskopt.models.pruning.plan import plan_prune
 
 WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 
@@ -159,7 +159,7 @@ def test_filters(monkeypatch):
     assert WalkOptions(include=[]).include == ()
     layers, asked = Blocks(tiny("llama")).all_layers(), []
     match = lambda name, pattern: (asked.append(pattern), fnmatchcase(name, pattern))[1]  # noqa: E731
-    monkeypatch.setattr("maskopt.model.blocks.fnmatchcase", match)
+    monkeypatch.setattr("maskopt.models.architecture.blocks.fnmatchcase", match)
     names = [layer.name for layer in layers]
     assert choose(layers, names[:-1], names[:3]) == layers[3:-1]
     assert asked == []

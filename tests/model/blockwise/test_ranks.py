@@ -28,10 +28,10 @@ from maskopt.cli import main
 from maskopt.cli import ranks as cli_ranks
 from maskopt.cli.prune import told_of_resume
 from maskopt.errors import ModelError
-from maskopt.model.gram_store import collect_grams
-from maskopt.model.ranks import ALONE, ROWS, LostRankError, Ranks, joined
-from maskopt.model.workspace import HIDDEN, JOURNAL
-from maskopt.solver import make_solver
+from maskopt.models.blockwise.distributed import ALONE, ROWS, LostRankError, Ranks, joined
+from maskopt.models.checkpoints.workspace import HIDDEN, JOURNAL
+from maskopt.models.pruning.gram_store import collect_grams
+from maskopt.protocol.solver import make_solver
 
 #: seconds after which a process that should have ended counts as one that hangs
 PATIENCE = 600

@@ -14,19 +14,19 @@ from tiny_models import edit_json, patched, save, save_with_own_code, tiny, toke
 
 from maskopt import collect_grams, prune_model
 from maskopt.cli.sweep import swept_table
+from maskopt.core.gram import Gram
+from maskopt.core.pattern import NM, Unstructured
 from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError, ProblemError
-from maskopt.gram import Gram
-from maskopt.model.checkpoint import file_digest
-from maskopt.model.evaluate import evaluate
-from maskopt.model.gram_store import INDEX, GramStore
-from maskopt.model.options import PruneOptions
-from maskopt.model.plan import plan_prune
-from maskopt.model.report import read_manifest
-from maskopt.model.safefile import open_safe
-from maskopt.model.sweep import sweep
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MANIFEST
-from maskopt.pattern import NM, Unstructured
+from maskopt.models.checkpoints.checkpoint import file_digest
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.safefile import open_safe
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.evaluation.evaluate import evaluate
+from maskopt.models.evaluation.sweep import sweep
+from maskopt.models.options.prune import PruneOptions
+from maskopt.models.pruning.gram_store import INDEX, GramStore
+from maskopt.models.pruning.plan import plan_prune
+from maskopt.models.verification.verify import verify_output
 
 HALF = [Unstructured(sparsity=0.5)]
 FIRST = "grams-00001.bits"
@@ -347,7 +347,7 @@ def test_a_sweep_judges_as_it_prunes_but_no_model_with_code_of_its_own(
         walks.append(walk)
         return evaluate(models, text, walk, **more)
 
-    monkeypatch.setattr("maskopt.model.sweep.evaluate", recorded)
+    monkeypatch.setattr("maskopt.models.evaluation.sweep.evaluate", recorded)
     how = {"sparsity": HALF, "solvers": ["wanda"], "min_tokens": 1, **here}
     found, _ = sweep(model, tmp_path / "grams", tmp_path / "out", text=tokens(3), **how)
     assert [one.evaluation is not None for one in found] == [True]

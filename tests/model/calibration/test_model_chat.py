@@ -13,14 +13,18 @@ from tiny_models import CHAT_BOS, CHAT_EOS, CHAT_TEMPLATE, chat_tokenizer, save,
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskopt import open_job, perplexity, prune_model
+from maskopt.core.pattern import Unstructured
 from maskopt.errors import DataError, MaskoptError, ModelError, VerificationError
-from maskopt.model.chat import chat_calibration_windows, chat_evaluation_windows, read_conversations
-from maskopt.model.options import PruneOptions
-from maskopt.model.report import read_manifest
-from maskopt.model.verify import verify_output
-from maskopt.model.walk_options import WalkOptions
-from maskopt.model.workspace import MANIFEST
-from maskopt.pattern import Unstructured
+from maskopt.models.calibration.chat import (
+    chat_calibration_windows,
+    chat_evaluation_windows,
+    read_conversations,
+)
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.options.prune import PruneOptions
+from maskopt.models.options.walk import WalkOptions
+from maskopt.models.verification.verify import verify_output
 
 TOKENIZER = chat_tokenizer()
 

@@ -15,17 +15,17 @@ from tiny_models import VOCABULARY, WordTokenizer, chat_tokenizer, save, save_to
 from tokenizers import processors
 
 from maskopt import open_job
+from maskopt.demo.text import demo_text
 from maskopt.errors import DataError, OptionError
-from maskopt.model.beginning import Beginning, beginning_of
-from maskopt.model.demo_text import demo_text
-from maskopt.model.text import read_documents
-from maskopt.model.tokens import (
+from maskopt.models.calibration.text import read_documents
+from maskopt.models.calibration.tokens import (
     calibration_windows,
     check_vocabulary,
     evaluation_windows,
     token_windows,
 )
-from maskopt.model.walk_options import WalkOptions
+from maskopt.models.checkpoints.bos import Beginning, beginning_of
+from maskopt.models.options.walk import WalkOptions
 
 TOKENIZER = WordTokenizer()
 

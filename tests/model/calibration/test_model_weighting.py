@@ -6,15 +6,13 @@ from tiny_models import inputs_of, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from maskopt import LayerProblem, Unstructured, collect_problems, prune_model
+from maskopt.core.gram import CHUNK, Gram, Moved
 from maskopt.errors import DataError, ModelError, OptionError
-from maskopt.gram import CHUNK, Gram, Moved
-from maskopt.model.blocks import matrix
-from maskopt.model.job import open_job
-from maskopt.model.options import prune_options
-from maskopt.model.plan import _forward_operations, plan_prune
-from maskopt.model.problems import layer_problem
-from maskopt.model.solving import SHRINK_GRID, SHRINK_TOLERANCE
-from maskopt.model.token_weights import (
+from maskopt.models.architecture.blocks import matrix
+from maskopt.models.blockwise.job import open_job
+from maskopt.models.blockwise.walk_block import Block
+from maskopt.models.blockwise.windows import held_out
+from maskopt.models.calibration.token_weights import (
     GRADIENT,
     RELATIVE,
     SKIP_FIRST,
@@ -22,9 +20,11 @@ from maskopt.model.token_weights import (
     UNIFORM,
     weights_of_tokens,
 )
-from maskopt.model.verify import verify_output
-from maskopt.model.walk_block import Block
-from maskopt.model.windows import held_out
+from maskopt.models.options.prune import prune_options
+from maskopt.models.pruning.plan import _forward_operations, plan_prune
+from maskopt.models.pruning.problems import layer_problem
+from maskopt.models.pruning.solving import SHRINK_GRID, SHRINK_TOLERANCE
+from maskopt.models.verification.verify import verify_output
 
 HALF = {"sparsity": 0.5, "min_tokens": 1}
 FIRST = ("layers.0.*",)  # of the first block, whose inputs no pruning has changed

@@ -13,13 +13,13 @@ from tiny_models import save_with_own_code, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from maskopt import NM, prune_model
-from maskopt.certify import certify_model
 from maskopt.errors import ModelError, VerificationError
-from maskopt.model import output as output_module
-from maskopt.model.card import hub_name, write_card
-from maskopt.model.pack import pack, unpack_folder
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MANIFEST
+from maskopt.models.checkpoints.pack import pack, unpack_folder
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.evaluation.bound import certify_model
+from maskopt.models.pruning import output as output_module
+from maskopt.models.pruning.card import hub_name, write_card
+from maskopt.models.verification.verify import verify_output
 
 TAKEN_OVER = """license: other
 license_name: mine

@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 
 from maskopt import LayerProblem, RowProblem, Unstructured
 from maskopt.errors import MaskoptError
-from maskopt.model.checkpoint import INDEX, open_checkpoint
-from maskopt.model.journal import Journal
-from maskopt.model.maskfile import MaskFile, TensorMask, write_masks
-from maskopt.model.report import manifest_digest, read_layers, read_manifest
-from maskopt.model.safefile import open_safe
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MANIFEST
+from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
+from maskopt.models.checkpoints.journal import Journal
+from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
+from maskopt.models.checkpoints.report import manifest_digest, read_layers, read_manifest
+from maskopt.models.checkpoints.safefile import open_safe
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.verification.verify import verify_output
 
 TELLING = (b"-1", b"null", b"[]", b"{}", b"1e999", b'"../../x"', b"99999999999999999999")
 

@@ -13,15 +13,21 @@ from outputs import contents, files
 from tiny_models import chat_tokenizer, save, tiny, tokens
 
 from maskopt import prune_model, shrink_model
-from maskopt.demo import run_demo
+from maskopt.demo.run import run_demo
 from maskopt.errors import MaskoptError, ModelError
-from maskopt.model.gram_store import collect_grams
-from maskopt.model.output import apply_masks
-from maskopt.model.pack import pack, unpack_folder
-from maskopt.model.remove_blocks import remove_blocks
-from maskopt.model.verify import verify_output
-from maskopt.model.verify_smaller import verify_smaller
-from maskopt.model.workspace import HIDDEN, MANIFEST, MASKS, check_inputs, earlier_files
+from maskopt.models.checkpoints.pack import pack, unpack_folder
+from maskopt.models.checkpoints.workspace import (
+    HIDDEN,
+    MANIFEST,
+    MASKS,
+    check_inputs,
+    earlier_files,
+)
+from maskopt.models.pruning.gram_store import collect_grams
+from maskopt.models.pruning.output import apply_masks
+from maskopt.models.structured.blocks import remove_blocks
+from maskopt.models.verification.structured import verify_smaller
+from maskopt.models.verification.verify import verify_output
 
 
 def prune(model, out, **options):

@@ -20,11 +20,11 @@ from tiny_models import edit_json, overflowing, patched, save, save_tokenizer, t
 
 from maskopt import prune_model
 from maskopt.errors import ModelError
-from maskopt.model.checkpoint import INDEX, open_checkpoint
-from maskopt.model.journal import Journal, read_journal
-from maskopt.model.unchanged import Unchanged
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import GONE, HIDDEN, MANIFEST, MASKS
+from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
+from maskopt.models.checkpoints.journal import Journal, read_journal
+from maskopt.models.checkpoints.unchanged import Unchanged
+from maskopt.models.checkpoints.workspace import GONE, HIDDEN, MANIFEST, MASKS
+from maskopt.models.verification.verify import verify_output
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 JOURNAL = f"{HIDDEN}/journal.jsonl"
@@ -249,7 +249,7 @@ def test_killed_while_it_clears_up(dense, whole, stopped, monkeypatch):
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("maskopt.model.workspace.shutil.rmtree", stop)
+        patch.setattr("maskopt.models.checkpoints.workspace.shutil.rmtree", stop)
         with pytest.raises(Stop):
             prune(dense, stopped, resume=True)
     began = []
@@ -268,7 +268,7 @@ def commit_until(move, monkeypatch, dense, out):
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("maskopt.model.workspace.os.replace", replace)
+        patch.setattr("maskopt.models.checkpoints.workspace.os.replace", replace)
         with pytest.raises(Stop):
             prune(dense, out, resume=True)
 
@@ -337,7 +337,7 @@ def test_a_lock_that_was_moved_away_is_none(newcomer, dense, tmp_path, monkeypat
             super().__init__(path, on_acquired=after_others, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("maskopt.model.workspace.FileLock", Late)
+        patch.setattr("maskopt.models.checkpoints.workspace.FileLock", Late)
         refused("another process is at work", dense, out, resume=False)
     assert (out / HIDDEN).exists() == newcomer
     prune(dense, out, overwrite=True)
@@ -396,7 +396,11 @@ NOTHING, FULL = (os, "name", os.name), Mock(side_effect=OSError(28, "No space le
 @pytest.mark.parametrize(
     ("patch", "options", "message"),
     [
-        (("maskopt.model.output.disk_needed", lambda *_: 2**60), {}, r"takes 1073741824\.00 GiB"),
+        (
+            ("maskopt.models.pruning.output.disk_needed", lambda *_: 2**60),
+            {},
+            r"takes 1073741824\.00 GiB",
+        ),
         ((Path, "mkdir", Mock(side_effect=OSError(13, "No"))), {}, "cannot be written: No"),
         (
             (os, "posix_fallocate", FULL),

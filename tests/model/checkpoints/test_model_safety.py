@@ -21,14 +21,14 @@ from tiny_models import chat_tokenizer, edit_json, save, save_with_own_code, tin
 import maskopt
 from maskopt import prune_model, shrink_model
 from maskopt.errors import DataError, MaskoptError, ModelError
-from maskopt.model.activations import Activations
-from maskopt.model.checkpoint import INDEX, plain_name
-from maskopt.model.opening import load_tokenizer, open_source
-from maskopt.model.output import apply_masks
-from maskopt.model.pack import pack
-from maskopt.model.remove_blocks import remove_blocks
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MASKS, check_output
+from maskopt.models.architecture.opening import load_tokenizer, open_source
+from maskopt.models.blockwise.activations import Activations
+from maskopt.models.checkpoints.checkpoint import INDEX, plain_name
+from maskopt.models.checkpoints.pack import pack
+from maskopt.models.checkpoints.workspace import MASKS, check_output
+from maskopt.models.pruning.output import apply_masks
+from maskopt.models.structured.blocks import remove_blocks
+from maskopt.models.verification.verify import verify_output
 
 OPTIONS = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 

@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import load_packed, prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.model import pack as packing
-from maskopt.model.maskfile import TensorMask, join_masks, write_masks
-from maskopt.model.output import apply_masks, extract_masks
-from maskopt.model.pack import pack, unpack_folder
-from maskopt.model.safefile import DTYPES, open_safe, write_safe
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MASKS
+from maskopt.models.checkpoints import pack as packing
+from maskopt.models.checkpoints.mask_file import TensorMask, join_masks, write_masks
+from maskopt.models.checkpoints.pack import pack, unpack_folder
+from maskopt.models.checkpoints.safefile import DTYPES, open_safe, write_safe
+from maskopt.models.checkpoints.workspace import MASKS
+from maskopt.models.pruning.output import apply_masks, extract_masks
+from maskopt.models.verification.verify import verify_output
 
 
 def pruned(family, home, *, dtype=torch.float32, sparsity=0.5):
@@ -254,7 +254,7 @@ def test_masks_are_applied_and_extracted(dense_folder, pruned_folder, tmp_path, 
         extract_masks(pruned_folder, path)
     extract_masks(pruned_folder, path, overwrite=True)
     refuse = Mock(side_effect=OSError(30, "Read-only file system"))
-    monkeypatch.setattr("maskopt.files.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("maskopt.core.files.tempfile.mkstemp", refuse)
     with pytest.raises(ModelError, match="cannot be written: Read-only file system"):
         extract_masks(pruned_folder, tmp_path / "masks.safetensors")
 

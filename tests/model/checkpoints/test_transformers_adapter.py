@@ -10,7 +10,7 @@ import pytest
 
 import maskopt
 from maskopt.errors import ModelError
-from maskopt.model.transformers_adapter import SUPPORTED, check_version
+from maskopt.models.architecture.transformers_adapter import SUPPORTED, check_version
 
 PACKAGE = Path(maskopt.__file__).parent
 ADAPTER = PACKAGE / "model" / "transformers_adapter.py"

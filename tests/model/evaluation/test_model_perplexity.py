@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 import maskopt
 from maskopt.cli import app
 from maskopt.errors import DataError, ModelError, OptionError
-from maskopt.model import evaluate as evaluation
-from maskopt.model import perplexity as module
-from maskopt.model import walk_block
-from maskopt.model.parts import first
-from maskopt.model.source import FolderSource
-from maskopt.model.walk_options import WalkOptions
+from maskopt.models.architecture.source import FolderSource
+from maskopt.models.blockwise import walk_block
+from maskopt.models.blockwise.parts import first
+from maskopt.models.evaluation import evaluate as evaluation
+from maskopt.models.evaluation import perplexity as module
+from maskopt.models.options.walk import WalkOptions
 
 
 def cross_entropy(model, data):
@@ -58,7 +58,7 @@ def test_one_block_in_memory_at_a_time_and_of_several_models_equal_heads_once(
         pass_on, real = walk_block.pass_on, getattr(owner, last)
         patch.setattr(walk_block, "pass_on", lambda *a: (look(), pass_on(*a)))
         patch.setattr(owner, last, lambda *a: (look(), real(*a))[1])
-        patch.setattr("maskopt.model.opening.FolderSource", Watched)
+        patch.setattr("maskopt.models.architecture.opening.FolderSource", Watched)
 
     with monkeypatch.context() as patch:
         watch(patch, module, "cross_entropy")
@@ -160,7 +160,7 @@ def test_figures_are_printed_before_they_are_written(dense_folder, tmp_path, mon
     asked = ["eval", dense_folder, "--text", text, "--json"]
     weights, again = next(dense_folder.glob("*.safetensors")), "--overwrite"
     with monkeypatch.context() as patch:
-        patch.setattr("maskopt.model.evaluate.evaluate", None)  # nothing is walked
+        patch.setattr("maskopt.models.evaluation.evaluate.evaluate", None)  # nothing is walked
         for message, *words in (
             ("is a folder; name a file", tmp_path / "folder"),
             ("no such folder", tmp_path / "none" / "a.json"),

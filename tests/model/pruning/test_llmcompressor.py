@@ -11,9 +11,9 @@ from llmcompressor import oneshot
 from llmcompressor.recipe import Recipe
 
 from maskopt import LayerProblem, Unstructured, solve
+from maskopt.core.gram import Gram
 from maskopt.errors import MaskoptError, OptionError, SolverError
-from maskopt.gram import Gram
-from maskopt.llmcompressor import SparseSwapsModifier
+from maskopt.models.pruning.llmcompressor import SparseSwapsModifier
 
 WINDOWS = tokens(6)
 HEAD = {"ignore": ["re:.*lm_head"]}

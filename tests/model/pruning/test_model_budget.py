@@ -16,23 +16,23 @@ from pooled_layers import pool
 from tiny_models import inputs_of, logs, loud, save, tiny, tokens
 
 from maskopt import LayerProblem, Unstructured, collect_problems, prune_model, solve
-from maskopt.certify import certify_model
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.model import plan as planning
-from maskopt.model import prune
-from maskopt.model.again import options_again
-from maskopt.model.allocate import allocate
-from maskopt.model.block_curves import measured_curves
-from maskopt.model.blocks import Layer
-from maskopt.model.job import open_job
-from maskopt.model.options import PruneOptions, prune_options
-from maskopt.model.plan import plan_prune
-from maskopt.model.report import read_manifest
-from maskopt.model.sensitivity import GRADIENT_WINDOWS, VARIANT_WINDOWS, VARIANTS
-from maskopt.model.share_out import Curve, Moves, share_out
-from maskopt.model.verify import verify_output
-from maskopt.model.windows import held_out
-from maskopt.model.workspace import MANIFEST, MASKS
+from maskopt.models.architecture.blocks import Layer
+from maskopt.models.blockwise.job import open_job
+from maskopt.models.blockwise.windows import held_out
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.evaluation.bound import certify_model
+from maskopt.models.options.prune import VARIANT_WINDOWS, VARIANTS, PruneOptions, prune_options
+from maskopt.models.options.walk import GRADIENT_WINDOWS
+from maskopt.models.pruning import plan as planning
+from maskopt.models.pruning import prune
+from maskopt.models.pruning.allocate import allocate
+from maskopt.models.pruning.block_curves import measured_curves
+from maskopt.models.pruning.plan import plan_prune
+from maskopt.models.pruning.rerun import options_again
+from maskopt.models.pruning.share_out import Curve, Moves, share_out
+from maskopt.models.verification.verify import verify_output
 
 EQUAL = {"sparsity": 0.5, "min_tokens": 1}
 FREE = {**EQUAL, "allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import maskopt
 from maskopt import NM, prune_model
 from maskopt.errors import ModelError
-from maskopt.model.blocks import Blocks, matrix
-from maskopt.model.solving import DAMPING_GRID
-from maskopt.model.verify import verify_output
+from maskopt.models.architecture.blocks import Blocks, matrix
+from maskopt.models.pruning.solving import DAMPING_GRID
+from maskopt.models.verification.verify import verify_output
 
 WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 

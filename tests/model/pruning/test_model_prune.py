@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import maskopt
 from maskopt import NM, Unstructured, prune_model
 from maskopt import errors as e
-from maskopt.model.verify import verify_output
+from maskopt.models.verification.verify import verify_output
 
 WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 

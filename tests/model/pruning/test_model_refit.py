@@ -9,12 +9,12 @@ from forging import change_tensors, copied, fails, forge_manifest, shard_of
 from tiny_models import inputs_of, save, tiny, tokens
 
 from maskopt import Refit, collect_problems, prune_model
-from maskopt.certify import certify_model
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.model.report import read_manifest
-from maskopt.model.solving import DAMPING_GRID
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MANIFEST
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.evaluation.bound import certify_model
+from maskopt.models.pruning.solving import DAMPING_GRID
+from maskopt.models.verification.verify import verify_output
 
 OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "update": "least-squares"}
 NAME = "model.layers.1.mlp.up_proj.weight"

@@ -9,8 +9,8 @@ from tiny_models import save, tiny, tokens
 
 from maskopt import prune_model
 from maskopt.errors import ModelError
-from maskopt.model import prune
-from maskopt.model.verify import verify_output
+from maskopt.models.pruning import prune
+from maskopt.models.verification.verify import verify_output
 
 COMMON = {"sparsity": 0.5, "min_tokens": 1, "solver": "wanda", "start": None}
 REFIT = {"update": "least-squares", "solver": "swap"}

@@ -12,18 +12,19 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import open_job, remove_blocks, remove_experts, shrink_model, verify
 from maskopt.errors import ModelError
-from maskopt.model import activations, block_search
-from maskopt.model import remove_blocks as removal
-from maskopt.model.activations import _make
-from maskopt.model.block_effects import Effects
-from maskopt.model.block_search import exchanges, search_sets
-from maskopt.model.checkpoint import open_checkpoint
-from maskopt.model.experts import costs, mixtures_of
-from maskopt.model.safefile import open_safe
-from maskopt.model.side_by_side import place
-from maskopt.model.verify_smaller import verify_smaller
-from maskopt.model.walk_options import WalkOptions
-from maskopt.model.workspace import HIDDEN
+from maskopt.models.blockwise import activations
+from maskopt.models.blockwise.activations import _make
+from maskopt.models.blockwise.variants import place
+from maskopt.models.checkpoints.checkpoint import open_checkpoint
+from maskopt.models.checkpoints.safefile import open_safe
+from maskopt.models.checkpoints.workspace import HIDDEN
+from maskopt.models.options.walk import WalkOptions
+from maskopt.models.structured import block_search
+from maskopt.models.structured import blocks as removal
+from maskopt.models.structured.block_effects import Effects
+from maskopt.models.structured.block_search import exchanges, search_sets
+from maskopt.models.structured.expert_costs import costs, mixtures_of
+from maskopt.models.verification.structured import verify_smaller
 
 
 def check_costs(costs, dense, data, **every):

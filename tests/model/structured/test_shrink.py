@@ -12,10 +12,10 @@ from tiny_models import inputs_of, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from maskopt import LayerProblem, Unstructured, shrink_model
+from maskopt.core.gram import Gram
 from maskopt.errors import ModelError, OptionError
-from maskopt.gram import Gram
-from maskopt.model.verify_smaller import verify_smaller
-from maskopt.model.workspace import MANIFEST
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.verification.structured import verify_smaller
 
 
 def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_folder, tmp_path):

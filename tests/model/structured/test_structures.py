@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import open_job, remove_blocks, remove_experts, shrink_model
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
-from maskopt.model import remove_blocks as removal
-from maskopt.model.verify_smaller import verify_smaller
-from maskopt.model.walk_options import WalkOptions
-from maskopt.model.workspace import MANIFEST
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.options.walk import WalkOptions
+from maskopt.models.structured import blocks as removal
+from maskopt.models.verification.structured import verify_smaller
 
 
 def make(dense, out, **what):

@@ -19,18 +19,19 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import Unstructured, distill_model
 from maskopt.errors import DataError, ModelError, OptionError
-from maskopt.model import output, training
-from maskopt.model.distill_options import DistillOptions
-from maskopt.model.distill_output import RECORD
-from maskopt.model.divergence import divergence
-from maskopt.model.job import open_job
-from maskopt.model.journal import Journal
-from maskopt.model.maskfile import MaskFile, TensorMask, write_masks
-from maskopt.model.memory import autograd_memory
-from maskopt.model.options import PruneOptions
-from maskopt.model.training_state import FolderKeeper
-from maskopt.model.verify_masks import verify_masks
-from maskopt.model.workspace import CARD, HIDDEN, JOURNAL, MASKS, earlier_files
+from maskopt.models.blockwise.job import open_job
+from maskopt.models.blockwise.memory import autograd_memory
+from maskopt.models.checkpoints.journal import Journal
+from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
+from maskopt.models.checkpoints.workspace import CARD, HIDDEN, JOURNAL, MASKS, earlier_files
+from maskopt.models.distillation.output import RECORD
+from maskopt.models.options.distill import DistillOptions
+from maskopt.models.options.prune import PruneOptions
+from maskopt.models.pruning import output
+from maskopt.models.training import trainer as training
+from maskopt.models.training.divergence import divergence
+from maskopt.models.training.training_state import FolderKeeper
+from maskopt.models.verification.masks import verify_masks
 
 HOW = {"epochs": 3, "learning_rate": 0.003, "holdout": 0.25}
 #: the last quarter judges

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from maskopt import keep_masks, prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.model.keep import parameter_masks
-from maskopt.model.keep_lora import unwrapped
-from maskopt.model.verify_masks import verify_masks
+from maskopt.models.training.held_masks import parameter_masks
+from maskopt.models.training.lora import unwrapped
+from maskopt.models.verification.masks import verify_masks
 
 STEPS = 50
 OPTIONS = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}

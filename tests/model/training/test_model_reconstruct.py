@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.model import reconstruct, training
-from maskopt.model.job import open_job
-from maskopt.model.options import prune_options
-from maskopt.model.parts import Recorded
-from maskopt.model.report import read_manifest
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MANIFEST, MASKS
+from maskopt.models.blockwise.job import open_job
+from maskopt.models.blockwise.parts import Recorded
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.options.prune import prune_options
+from maskopt.models.training import blockwise as reconstruct
+from maskopt.models.training import trainer as training
+from maskopt.models.verification.verify import verify_output
 
 HOW = {"epochs": 6, "learning_rate": 0.1}
 OPTIONS = {

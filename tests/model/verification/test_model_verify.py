@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from maskopt import NM, prune_model
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
-from maskopt.model.report import read_manifest
-from maskopt.model.verify import semi_structured, verify_output
-from maskopt.model.workspace import MANIFEST
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.verification.verify import semi_structured, verify_output
 
 SWAP = {**WANDA, "solver": "swap", "start": "wanda"}
 TWO_FOUR = {"sparsity": NM(keep=2, of=4)}

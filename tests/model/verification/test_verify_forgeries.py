@@ -34,12 +34,12 @@ from tiny_models import edit_json, loud, save, tiny, tiny_vision, tokens
 
 from maskopt import prune_model
 from maskopt.errors import VerificationError
-from maskopt.model import reconstruct
-from maskopt.model.checkpoint import INDEX
-from maskopt.model.maskfile import TensorMask
-from maskopt.model.safefile import open_safe
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MANIFEST, MASKS
+from maskopt.models.checkpoints.checkpoint import INDEX
+from maskopt.models.checkpoints.mask_file import TensorMask
+from maskopt.models.checkpoints.safefile import open_safe
+from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.training import blockwise as reconstruct
+from maskopt.models.verification.verify import verify_output
 
 WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 TRAIN = {"epochs": 2, "learning_rate": 0.003, "train": "all"}

@@ -20,9 +20,9 @@ from tiny_models import edit_json, save, tiny, tokens
 
 from maskopt import remove_blocks, remove_experts, shrink_model
 from maskopt.errors import ModelError, VerificationError
-from maskopt.model import remove_blocks as removal
-from maskopt.model.verify_smaller import verify_smaller
-from maskopt.model.workspace import MANIFEST
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.structured import blocks as removal
+from maskopt.models.verification.structured import verify_smaller
 
 CHANNELS = {"channels": 0.25, "solver": "wanda"}
 

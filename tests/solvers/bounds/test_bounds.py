@@ -14,10 +14,10 @@ from local_search import drawn
 from strategies import HALF, KINDS, problems, random_gram, random_weight
 
 from maskopt import NM, Certificate, LayerProblem, Unstructured, lower_bound, solve
-from maskopt.bounds import ENTRY_POINT_GROUP, available_bounds
-from maskopt.certificate import Cuts
+from maskopt.certificates.certificate import Cuts
+from maskopt.core.limits import torch_threads
 from maskopt.errors import OptionError, SolverError, UnknownSolverError, VerificationError
-from maskopt.limits import torch_threads
+from maskopt.protocol.bounds import ENTRY_POINT_GROUP, available_bounds
 from maskopt.solvers.bounds import sdp
 from maskopt.solvers.convex.duals import ScaledRow, certify_row
 from maskopt.solvers.convex.mixing import Extra, Mixing

@@ -15,8 +15,8 @@ from scipy.optimize import minimize
 from strategies import KINDS, graph, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Status, Unstructured, lower_bound, solve, verify
-from maskopt.certificate import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
-from maskopt.limits import Limits
+from maskopt.certificates.certificate import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
+from maskopt.core.limits import Limits
 from maskopt.solvers.bounds.cuts import cut_certificate
 from maskopt.solvers.convex.triangles import ABSENT, Incidence, Pool, dense, separate
 from maskopt.solvers.exact import relaxation, tree, trials

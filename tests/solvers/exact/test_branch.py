@@ -11,8 +11,8 @@ from local_search import floor
 from strategies import problems, random_gram, random_weight, refit_layer
 
 from maskopt import NM, LayerProblem, RowProblem, Status, Unstructured, solve, verify
+from maskopt.certificates.proof_check import check_proof
 from maskopt.errors import VerificationError
-from maskopt.proof_check import check_proof
 from maskopt.solvers.convex.triangles import Pool
 from maskopt.solvers.exact import refit_rows, refit_tree
 from maskopt.solvers.exact.duals import qcr_duals

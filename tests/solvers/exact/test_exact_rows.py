@@ -29,12 +29,12 @@ from worker_tasks import die_on_seven, lie
 
 import maskopt
 from maskopt import LayerProblem, Limits, Status, Unstructured, prune_model, solve, verify
-from maskopt.certify import bound_layers
 from maskopt.errors import OptionError, SolverError
-from maskopt.jobs import as_they_finish
-from maskopt.model.options import PruneOptions
-from maskopt.model.solving import solve_layer
-from maskopt.solver import available_solvers, make_solver
+from maskopt.experiments.jobs import as_they_finish
+from maskopt.models.evaluation.bound import bound_layers
+from maskopt.models.options.prune import PruneOptions
+from maskopt.models.pruning.solving import solve_layer
+from maskopt.protocol.solver import available_solvers, make_solver
 from maskopt.solvers.exact import exhaustive, incumbent, rows, tree, workers
 from maskopt.solvers.exact.rows import RowAnswer, RowTask, assemble, run_rows
 from maskopt.solvers.exact.workers import WorkerCrash, run_tasks

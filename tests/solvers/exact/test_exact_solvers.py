@@ -12,9 +12,9 @@ from local_search import floor
 from strategies import KINDS, problems, random_gram, random_linear, random_weight, refit_layer
 
 from maskopt import NM, LayerProblem, Limits, Refit, Status, Unstructured, solve, verify
-from maskopt.bounds import lower_bound
 from maskopt.errors import SolverError, SolverUnavailableError
-from maskopt.solver import available_solvers, make_solver
+from maskopt.protocol.bounds import lower_bound
+from maskopt.protocol.solver import available_solvers, make_solver
 from maskopt.solvers.exact import gurobi
 
 HALF, SIXTY, TWO_FOUR = Unstructured(sparsity=0.5), Unstructured(sparsity=0.6), NM(keep=2, of=4)

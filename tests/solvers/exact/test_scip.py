@@ -12,9 +12,9 @@ from hypothesis import given
 from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Limits, RowProblem, Status, Unstructured, solve, verify
-from maskopt.bounds import lower_bound
 from maskopt.errors import OptionError
-from maskopt.solver import WritesInstances, make_solver
+from maskopt.protocol.bounds import lower_bound
+from maskopt.protocol.solver import WritesInstances, make_solver
 from maskopt.solvers import Scip
 from maskopt.solvers.exact import scip, scip_model
 from maskopt.solvers.exact.duals import qcr_duals

@@ -14,12 +14,12 @@ from pooled_layers import layer, pool, pooled, slack, total
 from strategies import random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Limits, Refit, RowProblem, Unstructured, lower_bound
-from maskopt.checks import improving_swap
+from maskopt.checks.swap_checks import improving_swap
+from maskopt.checks.verification import verify
 from maskopt.errors import PatternError, ProblemError, SolverError, WarmStartError
-from maskopt.solution import Solution, Status
-from maskopt.solver import available_solvers, solve
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import available_solvers, solve
 from maskopt.solvers.greedy.select import keep_highest
-from maskopt.verification import verify
 
 EQUAL = sorted(
     name

@@ -14,10 +14,10 @@ from refit_layers import REFITS, changed, shuffled
 from strategies import HALF, problems, refit_layer
 
 from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, available_bounds, solve, verify
-from maskopt.bounds import lower_bound
+from maskopt.certificates.refit_certificate import RefitCertificate
 from maskopt.errors import OptionError, ProblemError, SolverError, VerificationError
-from maskopt.refit_certificate import RefitCertificate
-from maskopt.solution import Solution, Status
+from maskopt.protocol.bounds import lower_bound
+from maskopt.protocol.solution import Solution, Status
 
 PATTERNS = (HALF, NM(keep=2, of=4), NM(keep=1, of=4))
 

@@ -13,17 +13,17 @@ from refit_layers import PATTERNS, REFITS, changed, dense, layer, metric, random
 from strategies import HALF, KINDS, problems, random_weight
 
 from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, errors, refit, solve, verify
-from maskopt.bounds import available_bounds, lower_bound
-from maskopt.certificate import Certificate
-from maskopt.checks import improving_swap
-from maskopt.compare import compare
+from maskopt.certificates.certificate import Certificate
+from maskopt.checks.swap_checks import improving_swap
+from maskopt.core.files import read_arrays, write_arrays
+from maskopt.core.least_squares import LeastSquares
+from maskopt.core.limits import Limits
 from maskopt.errors import OptionError, ProblemError, SolverError, VerificationError
-from maskopt.files import read_arrays, write_arrays
-from maskopt.formats import load_problem
-from maskopt.least_squares import LeastSquares
-from maskopt.limits import Limits
-from maskopt.solution import Solution
-from maskopt.solver import available_solvers, make_start
+from maskopt.experiments.compare import compare
+from maskopt.instances.formats import load_problem
+from maskopt.protocol.bounds import available_bounds, lower_bound
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import available_solvers, make_start
 
 ROOT, ALL, F32, F64 = REFITS[3], Unstructured(keep=16), torch.float32, torch.float64
 CASES = [*itertools.product(KINDS, PATTERNS), ("full", Unstructured(keep=0)), ("full", ALL)]

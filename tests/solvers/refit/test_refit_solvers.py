@@ -15,15 +15,15 @@ from strategies import HALF, KINDS, problems, random_gram, random_linear, random
 from tiny_models import tiny, tokens
 
 from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, prune_model, solve, verify
-from maskopt.checks import improving_swap
+from maskopt.checks.swap_checks import improving_swap
+from maskopt.core.limits import Progress
+from maskopt.core.linear_term import Linear
 from maskopt.errors import MaskoptError, OptionError, VerificationError
-from maskopt.limits import Progress
-from maskopt.linear import Linear
-from maskopt.model.report import read_manifest
-from maskopt.model.verify import verify_output
-from maskopt.model.workspace import MANIFEST
-from maskopt.solution import Solution, Status
-from maskopt.solver import make_solver
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.verification.verify import verify_output
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import make_solver
 from maskopt.solvers.refit.search import CANDIDATES, OF_GROUPS
 
 ROOT = REFITS[3]

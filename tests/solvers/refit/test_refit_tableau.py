@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from strategies import HALF, KINDS, patterns, problems, random_gram, refit_layer
 
 from maskopt import NM, Limits, Refit, Unstructured, improving_swap, solve
-from maskopt.limits import torch_threads
-from maskopt.refit_checks import refitted_costs
+from maskopt.checks.refit_checks import refitted_costs
+from maskopt.core.limits import torch_threads
 from maskopt.solvers.refit import compiled_row, state
 from maskopt.solvers.refit.block import exchanged as searched
 from maskopt.solvers.refit.block import exchanges

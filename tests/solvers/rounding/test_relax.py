@@ -11,8 +11,8 @@ from local_search import drawn, floor
 from strategies import HALF, problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Unstructured, solve, verify
-from maskopt.limits import Limits
-from maskopt.solution import Status
+from maskopt.core.limits import Limits
+from maskopt.protocol.solution import Status
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 from maskopt.solvers.convex.box_step import CompiledStep, TorchStep
 from maskopt.solvers.convex.linear_bound import linear_bound

@@ -12,16 +12,16 @@ from pooled_layers import pooled, slack, total
 from strategies import HALF, problems, random_gram, random_weight, refit_layer
 
 from maskopt import NM, Certificate, LayerProblem, Limits, Refit, Unstructured, lower_bound, solve
+from maskopt.checks.verification import verify
+from maskopt.core.least_squares import LEAST_DAMPING
 from maskopt.errors import MaskoptError
-from maskopt.least_squares import LEAST_DAMPING
-from maskopt.solution import Solution, Status
+from maskopt.protocol.solution import Solution, Status
 from maskopt.solvers.search import memetic as module
 from maskopt.solvers.search import portfolio
 from maskopt.solvers.search.memetic import Memetic
 from maskopt.solvers.search.portfolio import merge
 from maskopt.solvers.search.tabu import SCRATCH, Tabu, search
 from maskopt.solvers.search.tabu_kernel import SMALL
-from maskopt.verification import verify
 
 SINGLE = torch.float32
 SIXTY, TWO_FOUR = Unstructured(sparsity=0.6), NM(keep=2, of=4)

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from strategies import HALF, KINDS, problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, verify
-from maskopt.solver import solve
+from maskopt.protocol.solver import solve
 from maskopt.solvers.swap import engine
 from maskopt.solvers.swap import triton as triton_kernels
 from maskopt.solvers.swap.batch import Batch

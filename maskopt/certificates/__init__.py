@@ -1,0 +1,1 @@
+"""Lower bounds and proofs of optimality as data, and their independent check."""

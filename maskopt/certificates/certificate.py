@@ -1,0 +1,516 @@
+"""Certified lower bounds: what a certificate is, and how it is checked.
+
+For any λ ∈ Rⁿ, μ ∈ R per group, ν ∈ Rⁿ per group and multipliers τ ≥ 0 of inequalities c_t(p) ≥ 0
+that hold for all p ∈ {0,1}ⁿ, put
+
+    g(p) = pᵀQp + Σ_i λ_i(p_i² − p_i) + Σ_g μ_g(1_gᵀp − s)² + Σ_g (ν_gᵀp)(1_gᵀp − s) − Σ_t τ_t c_t(p).
+
+On every legal p all added terms but the last vanish, and the last is ≤ 0: g(p) ≤ f(p). Where the
+matrix A of g's quadratic form is positive semidefinite, g is convex, and for *any* point p̂
+
+    f(p) ≥ g(p) ≥ g(p̂) + min_v ∇g(p̂)ᵀ(v − p̂),       v over {0 ≤ v ≤ 1, 1_gᵀv = s}
+
+(the Frank–Wolfe bound; the minimum is a sort). A linear part 2lᵀp + c of f is one of g as
+well. Where rows trade, the sum Σ ωᵣ gᵣ has one such bound, with v over all rows and one count; μ and ν,
+which speak of a row's own count, are 0 then. So (λ, μ, ν, τ, p̂) is a certificate that anybody can check
+in float64, and however badly it was computed, it costs tightness and never validity.
+
+The check shares no code with the methods that make certificates. A ⪰ 0 is settled by a Cholesky
+factorisation with an explicit margin: if it runs to completion in floating point, then
+λ_min(A) ≥ −c with c = γ/(1−γ)·tr A, γ = (n+2)u (Rump, *Verification of positive definiteness*,
+BIT 46, 2006). Whatever is missing to A ⪰ 0 is added to λ, which costs θ·Σ p̂(1 − p̂).
+
+The cuts are inequalities on z = 2p − 1 (with z_0 = 1 as index −1): an odd sum of signs has a square of at
+least 1, so that of three inputs a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0 (triangles), and likewise of five
+(pentagonal inequalities).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskopt.core.files import read_arrays, write_arrays
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.errors import ProblemError, VerificationError
+
+#: unit roundoff of float64
+_U = 2.0**-53
+#: what several rows may lack together beyond G, in parts of what rounding may hide
+_ROUNDED = 128.0
+#: squares of weights below it are no longer exact
+_LEAST_SQUARE = 1e-300
+#: in place of an input of a cut: z_0; none
+OF_Z0, NO_INPUT = -1, -2
+#: of the inputs and signs of cuts
+_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Triangle and pentagonal inequalities of one row: for an odd number k of inputs (at least three) and
+    signs b, Σ_{i<j} b_ib_jz_iz_j + (k − 1)/2 ≥ 0, since an odd sum of signs has a square of at least 1.
+
+    Attributes:
+        index: int64 [m, places], distinct inputs of a row; OF_Z0 (−1): z_0 = 1; NO_INPUT (−2) in places that
+            are not needed.
+        sign: int8 [m, places − 1], the signs ±1 of all but the first, whose sign is 1.
+        multiplier: float64 [m], τ ≥ 0.
+    """
+
+    index: Tensor
+    sign: Tensor
+    multiplier: Tensor
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What proves the lower bounds of a layer's rows.
+
+    Attributes:
+        diagonal: float64 [rows, n], λ.
+        penalty: float64 [rows, groups], μ.
+        point: float64 [rows, n], p̂; any point is valid.
+        product: float64 [rows, groups, n], ν, or None.
+        cuts: one `Cuts` a row, or None.
+    """
+
+    diagonal: Float[Tensor, "rows n"]
+    penalty: Float[Tensor, "rows groups"]
+    point: Float[Tensor, "rows n"]
+    product: Float[Tensor, "rows groups n"] | None = None
+    cuts: Sequence[Cuts | None] | None = None
+
+    def check(self, problem: LayerProblem | RowProblem) -> Float[Tensor, " rows"]:
+        """The lower bound of every row that this certificate proves, float64, at least 0. Of rows that trade
+        it is one bound of Σ ωᵣ fᵣ, as equal parts of it.
+
+        Raises:
+            VerificationError: shapes that do not fit, values that are not finite, τ < 0, or an
+                index or a sign that makes no triangle inequality; a problem of refitted weights, whose
+                objective is another.
+        """
+        layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+        if layer.refit is not None:
+            raise VerificationError(
+                "a certificate bounds f, and proves nothing of refitted weights"
+            )
+        self.check_shapes(layer)
+        slacks = _shared_slacks(self, layer)
+        gram = layer.gram.double()
+        if layer.pooled:
+            parts = [_at_point(self, layer, gram, row, slacks[row]) for row in range(layer.rows)]
+            offset, gradient = (torch.stack([part[i] for part in parts]) for i in (0, 1))
+            least = least_total(gradient * layer.shares[:, None], layer.pruned, layer.row_limits)
+            value = evenly(layer.shares @ offset + least, layer)
+        else:
+            rows = range(layer.rows)
+            value = torch.stack([_check_row(self, layer, gram, row, slacks[row]) for row in rows])
+        # sums beyond float64 prove nothing
+        return torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
+
+    def take(self, rows: Sequence[int]) -> Certificate:
+        """The certificate of some rows only."""
+        index = torch.as_tensor(list(rows), device=self.diagonal.device)
+        return Certificate(
+            self.diagonal[index],
+            self.penalty[index],
+            self.point[index],
+            None if self.product is None else self.product[index],
+            None if self.cuts is None else [self.cuts[i] for i in rows],
+        )
+
+    @classmethod
+    def box(cls, problem: LayerProblem, point: Float[Tensor, "rows n"]) -> Certificate:
+        """λ = μ = ν = 0 at a point: what the convex relaxation of Q itself proves."""
+        groups = problem.n // problem.group_size
+        none = torch.zeros(1, 1, dtype=torch.float64, device=point.device)
+        shape = (problem.rows, problem.n), (problem.rows, groups)
+        return cls(none.expand(shape[0]), none.expand(shape[1]), point.double())
+
+    @classmethod
+    def choose(cls, other: Tensor, first: Certificate, second: Certificate) -> Certificate:
+        """Row by row: the second where `other` (bool [rows]) holds, else the first."""
+        rows = [(second if o else first).take([i]) for i, o in enumerate(other.tolist())]
+        return cls.stack(rows)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz (atomically; no pickle inside)."""
+        write_arrays(path, "certificate", {}, certificate_arrays(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Certificate:
+        """Read what `save` wrote. What it proves is computed by `check`, not read.
+
+        Raises:
+            ProblemError: no such file, or not a certificate.
+        """
+        _, arrays = read_arrays(path, "certificate")
+        return certificate_from(arrays, str(path))
+
+    @classmethod
+    def stack(cls, parts: Iterable[Certificate]) -> Certificate:
+        """The certificates of consecutive rows as one."""
+        parts = list(parts)
+        if any(part.product is not None for part in parts):
+            parts = [part._with_product() for part in parts]
+        products = [part.product for part in parts if part.product is not None]
+        cuts: list[Cuts | None] = []
+        for part in parts:
+            cuts += part.cuts if part.cuts is not None else [None] * len(part.diagonal)
+        return cls(
+            torch.cat([part.diagonal for part in parts]),
+            torch.cat([part.penalty for part in parts]),
+            torch.cat([part.point for part in parts]),
+            torch.cat(products) if products else None,
+            cuts if any(c is not None for c in cuts) else None,
+        )
+
+    def of_linear(self, problem: LayerProblem) -> Certificate:
+        """The certificate of a problem with a linear part from one of its rows' forms `RowProblem.q`.
+
+        With S the number of pruned inputs, that form is pᵀQp + 2lᵀp + c plus
+        (2lᵀp/S + c/S²·1ᵀp)(1ᵀp − S) plus a multiple of 1ᵀp − S, which no bound notices: a part of ν.
+        """
+        if problem.linear is None or not problem.pruned:
+            return self
+        groups = problem.n // problem.group_size
+        pruned = problem.pruned_per_group * groups
+        pull = problem.weight.double() * problem.linear.correlation
+        extra = 2 * pull / pruned + problem.linear.constant[:, None] / pruned**2
+        full = self._with_product()
+        assert full.product is not None
+        product = full.product + extra[:, None, :].expand_as(full.product)
+        return Certificate(full.diagonal, full.penalty, full.point, product, full.cuts)
+
+    def _with_product(self) -> Certificate:
+        """The same with ν = 0 spelled out."""
+        if self.product is not None:
+            return self
+        rows, n = self.diagonal.shape
+        zeros = self.diagonal.new_zeros(rows, self.penalty.shape[1], n)
+        return Certificate(self.diagonal, self.penalty, self.point, zeros, self.cuts)
+
+    def check_shapes(self, layer: LayerProblem) -> None:
+        """Raise VerificationError where arrays do not fit the layer, or hold what no certificate does."""
+        rows, n, groups = layer.rows, layer.n, layer.n // layer.group_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "diagonal": (rows, n),
+            "penalty": (rows, groups),
+            "point": (rows, n),
+        }
+        if self.product is not None:
+            shapes["product"] = (rows, groups, n)
+        for what, shape in shapes.items():
+            tensor = getattr(self, what)
+            if tensor.shape != shape or tensor.dtype != torch.float64:
+                raise VerificationError(
+                    f"certificate: {what} must be float64 {list(shape)}, "
+                    f"not {tensor.dtype} {list(tensor.shape)}"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise VerificationError(f"certificate: {what} holds NaN or infinite values")
+        if layer.pooled and (bool(self.penalty.any()) or self.product is not None):
+            raise VerificationError(
+                "certificate: penalty and product need a count of each row, and these rows share a budget"
+            )
+        if self.cuts is None:
+            return
+        if len(self.cuts) != rows:
+            raise VerificationError(f"certificate: {len(self.cuts)} cut lists for {rows} rows")
+        for row, cuts in enumerate(self.cuts):
+            if cuts is not None:
+                check_cuts(cuts, n, row)
+
+
+def evenly(total: Tensor, layer: LayerProblem) -> Float[Tensor, " rows"]:
+    """A number as Σ ωᵣ xᵣ of equal parts ωᵣ xᵣ."""
+    return total / layer.rows / layer.shares
+
+
+def least_total(
+    values: Float[Tensor, "rows n"], count: int, limits: tuple[int, int]
+) -> Float[Tensor, ""]:
+    """The least sum of `count` of the values, of every row between so many and so many."""
+    least, most = limits
+    ordered = values.sort(1).values
+    free = ordered[:, least:most].flatten().sort().values
+    return ordered[:, :least].sum() + free[: count - least * len(values)].sum()
+
+
+def check_cuts(cuts: Cuts, n: int, row: int) -> None:
+    """Raise VerificationError where one is no inequality of all masks of a row of n inputs."""
+    index, sign, tau = cuts.index, cuts.sign, cuts.multiplier
+    m, places = tau.numel(), index.shape[-1] if index.ndim else 0
+    shapes = index.shape, sign.shape, tau.shape
+    if shapes != ((m, places), (m, places - 1), (m,)) or tau.dtype != torch.float64:
+        raise VerificationError(f"certificate: the cuts of row {row} have the wrong shape or type")
+    if m == 0:
+        return
+    # a fraction would be cut off here, and count in full in the cut
+    if index.dtype not in _WHOLE or sign.dtype not in _WHOLE:
+        raise VerificationError(
+            f"certificate: the cuts of row {row} have inputs or signs that are not whole numbers"
+        )
+    index = index.long()
+    used = index != NO_INPUT
+    if int(index.min()) < NO_INPUT or int(index.max()) >= n:
+        raise VerificationError(f"certificate: a cut of row {row} names an input outside the row")
+    # an even sum of signs may be 0
+    if not bool(((used.sum(1) % 2 == 1) & (used.sum(1) >= 3)).all()):
+        raise VerificationError(
+            f"certificate: a cut of row {row} has no odd number of inputs, or one"
+        )
+    names = torch.where(used, index, NO_INPUT - 1 - torch.arange(places, device=index.device))
+    names = names.sort(1).values
+    if bool((names[:, 1:] == names[:, :-1]).any()):
+        raise VerificationError(f"certificate: a cut of row {row} names an input twice")
+    if not bool(((sign == 1) | (sign == -1) | ~used[:, 1:]).all()):
+        raise VerificationError(f"certificate: a cut of row {row} has a sign that is not ±1")
+    if not bool((torch.isfinite(tau) & (tau >= 0)).all()):
+        raise VerificationError(f"certificate: a cut of row {row} has a negative multiplier")
+
+
+def _check_row(
+    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: float | None
+) -> Tensor:
+    """The bound of one row."""
+    offset, gradient = _at_point(certificate, layer, gram, row, shared)
+    least = gradient.view(-1, layer.group_size).sort(dim=1).values[:, : layer.pruned_per_group]
+    return offset + least.sum()
+
+
+def _at_point(
+    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: float | None
+) -> tuple[Tensor, Tensor]:
+    """g(p̂) − ∇g(p̂)ᵀp̂, less what rounding may add to the row's bound, and ∇g(p̂). `shared`: see
+    `_shared_slacks`."""
+    w = layer.weight[row].double()
+    n, group = layer.n, layer.group_size
+    point = certificate.point[row].to(w)
+    diagonal = certificate.diagonal[row].to(w)
+    penalty = certificate.penalty[row].to(w)
+    pruned = 0.0 if layer.pooled else float(layer.pruned_per_group)
+    product = None if certificate.product is None else certificate.product[row].to(w)
+    cuts = None if certificate.cuts is None else certificate.cuts[row]
+    gram_diagonal = gram.diagonal().clamp(min=0.0)
+    reach = w.abs() * gram_diagonal.sqrt()  # |Q_ij| ≤ reach_i·reach_j, up to G's own rounding
+
+    cut = cut_form(cuts, n, w)
+    # what is missing to A ⪰ 0, added to λ
+    if shared is not None:
+        slack = shared * w.square()
+    else:
+        a = w[:, None] * gram * w[None, :]
+        parts = _size(a)
+        a.diagonal().add_(diagonal)
+        blocks = a.view(n // group, group, n // group, group)
+        blocks.diagonal(dim1=0, dim2=2).add_(penalty)
+        parts += float(diagonal.norm()) + group * float(penalty.norm())
+        if product is not None:
+            half = product.T.repeat_interleave(group, dim=1) / 2
+            a += half + half.T
+            parts += 2 * float(half.norm())
+        if cut.matrix is not None:
+            a -= cut.matrix
+            parts += cut.size
+        slack = torch.full_like(w, missing(a) + 8 * _U * parts + cut.error)
+    lam = diagonal + slack
+
+    # g(p̂) and its gradient
+    qp = w * (gram @ (w * point))
+    excess = point.view(-1, group).sum(1) - pruned
+    spread = (penalty * excess).repeat_interleave(group)
+    value = point @ qp + lam @ (point.square() - point) + (penalty * excess.square()).sum()
+    gradient = 2 * qp + lam * (2 * point - 1) + 2 * spread
+    if product is not None:
+        inner = product @ point
+        value = value + inner @ excess
+        gradient = gradient + product.T @ excess + inner.repeat_interleave(group)
+    if cut.matrix is not None:
+        value = value - (point @ (cut.matrix @ point) + cut.linear @ point + cut.constant)
+        gradient = gradient - (2 * (cut.matrix @ point) + cut.linear)
+    if layer.linear is not None:
+        pull = w * layer.linear.correlation[row].to(w)
+        value = value + 2 * pull @ point + layer.linear.constant[row].to(w)
+        gradient = gradient + 2 * pull
+    # rounding of everything above and of the sum of all rows: no sum has more terms in a row
+    terms = 2 * n + 8 + (layer.rows * n if layer.pooled else 0)
+    far = point.abs().clamp(min=1.0)
+    size = 4 * (reach @ far) ** 2 + 4 * (lam.abs() @ far.square())
+    widest = group * far.max() + pruned
+    size = size + 4 * penalty.abs().sum() * widest**2
+    if product is not None:
+        size = size + 4 * (product.abs() @ far).sum() * widest
+    size = size + 16 * cut.size * n * far.max() ** 2
+    if layer.linear is not None:
+        size = size + 4 * (pull.abs() @ far) + 4 * layer.linear.constant[row].to(w)
+    # the form of the cuts enters g(p̂), its slope at p̂ and the least slope
+    off = 8 * cut.error * far.max() ** 2
+    return value - gradient @ point - terms * _U * size - off, gradient
+
+
+class CutForm(NamedTuple):
+    """Σ τ c_t(p) as pᵀKp + kᵀp + κ.
+
+    Attributes:
+        matrix: K, float64 [n, n]; None where there are no cuts.
+        size: a bound of the size of its terms.
+        error: what all entries of K, k and κ together may be off by: every one is a sum of floats, and there
+            may be many more cuts than inputs.
+    """
+
+    matrix: Tensor | None
+    linear: Tensor
+    constant: float
+    size: float
+    error: float
+
+
+def cut_form(cuts: Cuts | None, n: int, like: Tensor) -> CutForm:
+    """The quadratic form of the cuts of a row of n inputs, on the device of `like`."""
+    linear = torch.zeros(n, dtype=torch.float64, device=like.device)
+    if cuts is None or len(cuts.multiplier) == 0:
+        return CutForm(None, linear, 0.0, 0.0, 0.0)
+    tau = cuts.multiplier.to(like)
+    index = cuts.index.to(like.device).long()
+    signs = torch.cat([torch.ones_like(tau)[:, None], cuts.sign.to(like)], 1)
+    used = index != NO_INPUT
+    inputs = used.sum(1)
+    matrix = torch.zeros(n, n, dtype=torch.float64, device=like.device)
+    constant = (tau * (inputs // 2)).sum()
+    for left, right in itertools.combinations(range(index.shape[1]), 2):
+        here = used[:, left] & used[:, right]
+        weight = (tau * signs[:, left] * signs[:, right])[here]
+        i, j = index[here, left], index[here, right]
+        both = (i >= 0) & (j >= 0)
+        # z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1
+        for x, y in ((i, j), (j, i)):
+            matrix.index_put_((x[both], y[both]), 2 * weight[both], accumulate=True)
+            linear.index_add_(0, x[both], -2 * weight[both])
+        constant = constant + weight[both].sum()
+        # z_0z_j = 2p_j − 1
+        alone = ~both
+        linear.index_add_(0, torch.maximum(i, j)[alone], 2 * weight[alone])
+        constant = constant - weight[alone].sum()
+    # of every pair of inputs; 16 τ of a triangle
+    pairs = inputs * (inputs - 1) // 2
+    size = 16 / 3 * float((tau * pairs).sum())
+    # no sum has more terms than there are pairs and cuts twice over; all terms of all sums are below 2·size
+    terms = 2 * int(pairs.sum()) + len(tau)
+    return CutForm(matrix, linear, float(constant), size, 2 * terms * _U * 2 * size)
+
+
+def missing(a: Tensor) -> float:
+    """θ ≥ 0 with A + θI ⪰ 0 for certain."""
+    n, rump = len(a), _rump(a)
+    for factor in (2.0, 1e2, 1e4):
+        shift = factor * rump
+        shifted = a.clone()
+        shifted.diagonal().add_(shift)
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+            return shift + 2 * rump
+    # the residual of a computed symmetric eigenvalue is a small multiple of n·u·‖A‖
+    try:
+        least = float(torch.linalg.eigvalsh(a)[0])
+    except torch.linalg.LinAlgError:  # of entries near the end of float64's range
+        return torch.inf
+    return max(0.0, -least) + 16 * n * _U * _size(a) + 2 * rump
+
+
+def _rump(a: Float[Tensor, "n n"]) -> float:
+    """What rounding may hide from a Cholesky factorisation that succeeds."""
+    n, trace = len(a), float(a.diagonal().abs().sum())
+    gamma = (n + 2) * _U
+    return 2 * gamma / (1 - gamma) * trace + n * 1e-300
+
+
+def _size(a: Float[Tensor, "n n"]) -> float:
+    """‖A‖ in Frobenius' norm, also where squares of its entries leave float64's range."""
+    norm, largest = float(torch.linalg.matrix_norm(a)), float(a.abs().max())
+    if 1e-140 < norm < 1e300 or largest in (0.0, torch.inf):
+        return norm
+    return largest * float(torch.linalg.matrix_norm(a / largest))
+
+
+def _shared_slacks(certificate: Certificate, layer: LayerProblem) -> list[float | None]:
+    """For every row a slack with A ⪰ −slack·diag(w²) where one factorisation of G serves several: all rows;
+    else, those that add nothing negative to Q, such as rows that a search had no time for."""
+    plain = (certificate.penalty >= 0).all(1)
+    if certificate.product is not None:
+        plain &= (certificate.product == 0).all(2).all(1)
+    if certificate.cuts is not None:
+        plain &= torch.tensor([cuts is None for cuts in certificate.cuts], device=plain.device)
+    for rows in (plain, plain & (certificate.diagonal >= 0).all(1)):
+        if int(rows.sum()) < 2:
+            break
+        slack = _slack_of(certificate.diagonal[rows], layer, rows.to(layer.device))
+        if slack is not None:
+            return [slack if one else None for one in rows.tolist()]
+    return [None] * layer.rows
+
+
+def _slack_of(lam: Tensor, layer: LayerProblem, rows: Tensor) -> float | None:
+    """Where μ ≥ 0, ν = 0 and there are no cuts, A ⪰ diag(w)(G + diag(d))diag(w) with d_i the least
+    λ_i/w_i² over the rows: what is missing to that in units of w², if that is little, and nothing but
+    rounding and what G itself lacks. Where it is more, no row may lack it by itself."""
+    square = layer.weight[rows].double().square()
+    lam = lam.to(square)
+    if bool((lam[square < _LEAST_SQUARE] < 0).any()):
+        return None
+    # no ratio may exceed the truth
+    ratio = torch.where(square > 0, lam / square.clamp(min=_LEAST_SQUARE), torch.inf)
+    least = ratio.min(0).values.clamp(max=1e12 * float(layer.gram.diagonal().abs().max()) + 1.0)
+    # inputs whose weights are all zero do not matter; a large entry there would only blur the rest
+    least = torch.where((square > 0).any(0), least, 0.0)
+    g = layer.gram.double().clone()
+    g.diagonal().add_(least - 8 * _U * (least.abs() + g.diagonal().abs()))
+    lack, rounding = missing(g), _ROUNDED * _rump(g)
+    scale = float(layer.gram.diagonal().double().abs().mean())
+    if lack > 1e-4 * scale or (lack > rounding and lack > missing(layer.gram.double()) + rounding):
+        return None
+    return lack
+
+
+def certificate_arrays(certificate: Certificate) -> dict[str, np.ndarray]:
+    """The arrays of a certificate, for an .npz; the cuts of all rows in one list."""
+    c = certificate
+    tensors: dict[str, Tensor] = {
+        "diagonal": c.diagonal,
+        "penalty": c.penalty,
+        "point": c.point,
+    }
+    if c.product is not None:
+        tensors["product"] = c.product
+    rows = c.cuts or ()
+    given = [cuts for cuts in rows if cuts is not None]
+    if given:
+        counts = [0 if cuts is None else len(cuts.multiplier) for cuts in rows]
+        tensors["cut_count"] = torch.tensor(counts)
+        for name in ("index", "sign", "multiplier"):
+            tensors[f"cut_{name}"] = torch.cat([getattr(cuts, name) for cuts in given])
+    return {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
+
+
+def certificate_from(arrays: dict[str, np.ndarray], path: str) -> Certificate:
+    """Inverse of `certificate_arrays`."""
+    try:
+        found: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        cuts: list[Cuts | None] | None = None
+        if "cut_count" in found:
+            counts = found["cut_count"].tolist()
+            parts = [found[f"cut_{name}"].split(counts) for name in ("index", "sign", "multiplier")]
+            cuts = [Cuts(*row) for row in zip(*parts, strict=True)]
+        return Certificate(
+            found["diagonal"], found["penalty"], found["point"], found.get("product"), cuts
+        )
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ProblemError(f"{path}: not a sound certificate ({error})") from None

@@ -1,0 +1,302 @@
+"""Certificates and trees decided in exact rational arithmetic, for rows of up to MOST_INPUTS inputs.
+
+Every float64 is a dyadic rational, so the claims of a certificate and of a proof can be decided without any
+rounding. Both are bounds by a convex quadratic
+
+    g(p) = pᵀAp + aᵀp + α ≥ g(p̂) + ∇g(p̂)ᵀ(v − p̂),      A ⪰ 0,
+
+with v the vertex of least slope. A is written down from the definitions, by other formulas than in those
+modules: a cut with signs b is ((Σ bᵢzᵢ)² − Σ zᵢ²)/2 + (k − 1)/2, expanded as a whole. A ⪰ 0 is decided by
+Bareiss' fraction-free elimination (Math. Comp. 22, 1968). Where A lacks a little, θ is added to its diagonal
+and −θ to a, which changes g on no mask. θ comes from float64 eigenvalues, and is only a proposal.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.certificates.certificate import NO_INPUT, OF_Z0, Certificate, Cuts
+from maskopt.certificates.proof import RowProof
+from maskopt.certificates.proof_check import TreeCheck
+from maskopt.core.problem import LayerProblem
+from maskopt.errors import VerificationError
+
+#: entries of a matrix up to which n³/3 operations on growing integers end within minutes
+MOST_INPUTS = 200
+#: factors of a float64 proposal for θ
+_TRIES = (1, 2**10, 2**20)
+
+
+class Quadratic(NamedTuple):
+    """pᵀAp + aᵀp + α: Fractions in an object array [n, n], one [n], and one number."""
+
+    matrix: np.ndarray
+    linear: np.ndarray
+    constant: Any
+
+    def value(self, p: np.ndarray) -> Fraction:
+        return p @ (self.matrix @ p) + self.linear @ p + self.constant
+
+    def slope(self, p: np.ndarray) -> np.ndarray:
+        return 2 * (self.matrix @ p) + self.linear
+
+
+def rational(array: Tensor | np.ndarray) -> np.ndarray:
+    """The same numbers as Fractions, in an object array of the same shape."""
+    floats = np.asarray(array.double().cpu() if isinstance(array, Tensor) else array, dtype=float)
+    made = [Fraction(x) for x in floats.ravel().tolist()]
+    return np.array(made, dtype=object).reshape(floats.shape)
+
+
+def objective(layer: LayerProblem, row: int) -> Quadratic:
+    """f of one row: Qᵢⱼ = wᵢGᵢⱼwⱼ, 2wᵢgᵢ, c."""
+    w, gram = rational(layer.weight[row]), rational(layer.gram)
+    linear, constant = np.array([Fraction(0)] * layer.n), Fraction(0)
+    if layer.linear is not None:
+        linear = 2 * w * rational(layer.linear.correlation[row])
+        constant = Fraction(float(layer.linear.constant[row]))
+    return Quadratic(w[:, None] * gram * w, linear, constant)
+
+
+def _folded(f: Quadratic, s: int) -> Quadratic:
+    """f with its linear part and constant in the matrix, which changes it on no mask of s ones (see
+    `RowProblem.q`): trees are made for this form."""
+    if s == 0:
+        return f
+    half = f.linear / (2 * s)
+    matrix = f.matrix + half[:, None] + half[None, :] + f.constant / s**2
+    return Quadratic(matrix, 0 * f.linear, Fraction(0))
+
+
+def exact_cost(layer: LayerProblem, mask: Tensor, row: int) -> Fraction:
+    """f of one row's mask [n], True = kept."""
+    return max(objective(layer, row).value(_ones(~mask.cpu().numpy())), Fraction(0))
+
+
+def exact_bounds(layer: LayerProblem, certificate: Any = None, trees: Any = None) -> list[Fraction]:
+    """What certificate and trees prove of every row, at least 0; one number where rows share a budget.
+
+    Args:
+        certificate: a `Certificate`, or None.
+        trees: one `RowProof` or None a row, or None.
+
+    Raises:
+        VerificationError: updated weights, more than MOST_INPUTS inputs, arrays that do not fit.
+    """
+    if layer.refit is not None:
+        raise VerificationError("exact checks are for rows whose weights are kept unchanged")
+    if layer.n > MOST_INPUTS:
+        raise VerificationError(
+            f"exact checks are for rows of at most {MOST_INPUTS} inputs, not {layer.n}; leave exact out"
+        )
+    found = [Fraction(0)] * (1 if layer.pooled else layer.rows)
+    if certificate is not None:
+        assert isinstance(certificate, Certificate)
+        certificate.check_shapes(layer)
+        found = _of_certificate(certificate, layer)
+    for row, tree in enumerate(trees or ()):
+        if tree is not None:
+            found[row] = max(found[row], Fraction(ExactTreeCheck(layer, row, tree).bound()))
+    if layer.integral and not layer.pooled:
+        values = [layer.row(row).values() for row in range(layer.rows)]
+        found = [v.at_least(bound) for v, bound in zip(values, found, strict=True) if v]
+    return found
+
+
+def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fraction]:
+    offsets, slopes = [], []
+    for row in range(layer.rows):
+        point = rational(certificate.point[row])
+        form = _convex(_form(certificate, layer, row), np.arange(layer.n))
+        if form is None:  # proves nothing
+            offsets.append(Fraction(0))
+            slopes.append(rational(np.zeros(layer.n)))
+            continue
+        slope = form.slope(point)
+        offsets.append(form.value(point) - slope @ point)
+        slopes.append(slope)
+    if not layer.pooled:
+        return [
+            max(offset + _least(slope, layer.group_size, layer.pruned_per_group), Fraction(0))
+            for offset, slope in zip(offsets, slopes, strict=True)
+        ]
+    shares = rational(layer.shares)
+    (least, most), total = layer.row_limits, shares @ np.array(offsets, dtype=object)
+    free: list[Fraction] = []
+    for share, slope in zip(shares, slopes, strict=True):
+        ordered = sorted(share * slope)
+        total, free = total + sum(ordered[:least]), free + ordered[least:most]
+    total += sum(sorted(free)[: layer.pruned - least * layer.rows])
+    return [max(total, Fraction(0))]
+
+
+def _form(certificate: Certificate, layer: LayerProblem, row: int) -> Quadratic:
+    """g of `maskopt.certificates.certificate`, term by term."""
+    n, size = layer.n, layer.group_size
+    matrix, linear, constant = objective(layer, row)
+    lam = rational(certificate.diagonal[row])
+    matrix[np.diag_indices(n)] += lam
+    linear = linear - lam
+    for group, mu in enumerate(rational(certificate.penalty[row])):
+        of = slice(group * size, (group + 1) * size)
+        s = 0 if layer.pooled else layer.pruned_per_group  # with a shared budget, μ and ν are 0
+        if mu:
+            matrix[of, of] += mu
+            linear[of] -= 2 * s * mu
+            constant += s * s * mu
+        if certificate.product is not None:
+            half = rational(certificate.product[row, group]) / 2
+            matrix[:, of] += half[:, None]
+            matrix[of, :] += half[None, :]
+            linear = linear - 2 * s * half
+    cuts = None if certificate.cuts is None else certificate.cuts[row]
+    return _without(Quadratic(matrix, linear, constant), cuts)
+
+
+def _without(form: Quadratic, cuts: Cuts | None) -> Quadratic:
+    """g less Σ τ c(p): with S = Σ bᵢzᵢ = 2bᵀp + t, c = 2(bᵀp)² + 2t bᵀp − 2Σpᵢ² + 2Σpᵢ + (t² − 1)/2."""
+    if cuts is None or len(cuts.multiplier) == 0:
+        return form
+    matrix, linear, constant = form.matrix.copy(), form.linear.copy(), form.constant
+    parts = [cuts.index.long(), cuts.sign.long(), cuts.multiplier.view(torch.int64)[:, None]]
+    lines, counts = torch.cat(parts, 1).unique(dim=0, return_counts=True)
+    places = cuts.index.shape[1]
+    taus = lines[:, -1].contiguous().view(torch.float64).tolist()
+    for line, tau, count in zip(lines.tolist(), taus, counts.tolist(), strict=True):
+        signs = dict(zip(line[:places], (1, *line[places:-1]), strict=True))
+        signs.pop(NO_INPUT, None)
+        by, t = count * Fraction(tau), signs.pop(OF_Z0, 0) - sum(signs.values())
+        for i, b in signs.items():
+            linear[i] -= by * (2 * t * b + 2)
+            for j, other in signs.items():
+                if i != j:
+                    matrix[i, j] -= 2 * by * b * other
+        constant -= by * Fraction(t * t - 1, 2)
+    return Quadratic(matrix, linear, constant)
+
+
+def _convex(form: Quadratic, free: np.ndarray) -> Quadratic | None:
+    """The same on masks, with A ⪰ 0 in what is free; None where no proposal of θ does."""
+    theta = _theta(form.matrix[np.ix_(free, free)])
+    if theta is None:
+        return None
+    matrix, linear = form.matrix.copy(), form.linear.copy()
+    matrix[free, free] += theta
+    linear[free] -= theta
+    return Quadratic(matrix, linear, form.constant)
+
+
+def _theta(a: np.ndarray) -> Fraction | None:
+    """θ with A + θI ⪰ 0 for certain."""
+    try:
+        floats = a.astype(float)
+        least = float(np.linalg.eigvalsh(floats)[0]) if len(a) else 0.0
+    except (OverflowError, np.linalg.LinAlgError):
+        return None
+    size = float(np.linalg.norm(floats))
+    for factor in _TRIES:
+        theta = max(0.0, -least) + factor * 4 * len(a) * 2.0**-53 * size
+        if math.isfinite(theta) and semidefinite(a + Fraction(theta) * np.eye(len(a), dtype=int)):
+            return Fraction(theta)
+    return None
+
+
+def semidefinite(a: np.ndarray) -> bool:
+    """Whether a symmetric matrix of Fractions is positive semidefinite: no pivot of its elimination is
+    below 0, and the column of a pivot of 0 is 0."""
+    scale = math.lcm(*(x.denominator for x in a.ravel())) if a.size else 1
+    m = np.array([int(x * scale) for x in a.ravel()], dtype=object).reshape(a.shape)
+    previous = 1
+    while len(m):
+        pivot, column, rest = m[0, 0], m[1:, 0], m[1:, 1:]
+        if pivot < 0 or (pivot == 0 and column.any()):
+            return False
+        if pivot:
+            rest, previous = (rest * pivot - np.outer(column, column)) // previous, pivot
+        m = rest
+    return True
+
+
+def _least(slope: np.ndarray, group: int, count: Any) -> Fraction:
+    """The least sum with `count` entries of every group; inf marks what is not free."""
+    parts = slope.reshape(-1, group)
+    counts = np.broadcast_to(count, len(parts))
+    return sum(
+        (x for part, k in zip(parts, counts, strict=True) for x in sorted(part)[:k]), Fraction(0)
+    )
+
+
+def _ones(pruned: np.ndarray) -> np.ndarray:
+    return np.array([Fraction(int(x)) for x in pruned])
+
+
+class _ExactForm(NamedTuple):
+    """A form of a tree by its number; None: it is not convex, and proves nothing."""
+
+    number: int
+    convex: Quadratic | None
+
+
+class ExactTreeCheck(TreeCheck):
+    """The check of a row's tree in rational numbers: the walk through its steps is that of `TreeCheck`, all
+    bounds are computed here."""
+
+    def __init__(self, layer: LayerProblem, row: int, tree: RowProof) -> None:
+        super().__init__(layer, row, tree)
+        self.f = _folded(objective(layer, row), self.pruned * (self.n // self.group))
+        self.twins = [twins for twins in self.twins if self._same(twins)]
+
+    def _same(self, twins: np.ndarray) -> bool:
+        """Whether exchanging any two of these inputs leaves f as it is, without rounding."""
+        q, first = self.f.matrix, twins[0]
+        for other in twins[1:]:
+            order = np.arange(self.n)
+            order[[first, other]] = other, first
+            if (q[order, other] != q[:, first]).any() or self.f.linear[first] != self.f.linear[
+                other
+            ]:
+                return False
+        return True
+
+    def _made(self, number: int, free: np.ndarray, cuts: Cuts) -> Any:
+        """As `TreeCheck._made`."""
+        form = _without(self.f, cuts)
+        lam, mu = rational(self.tree.forms[number]), Fraction(self.tree.penalty)
+        matrix, linear = form.matrix.copy(), form.linear.copy()
+        matrix[free, free] += lam[free]
+        linear[free] -= lam[free]
+        for first in range(0, self.n, self.group):
+            of = slice(first, first + self.group)
+            matrix[of, of] += mu
+            linear[of] -= 2 * self.pruned * mu
+        constant = form.constant + mu * self.pruned**2 * (self.n // self.group)
+        return _ExactForm(number, _convex(Quadratic(matrix, linear, constant), free))
+
+    def _step(
+        self, form: Any, state: np.ndarray, free: np.ndarray, point: np.ndarray
+    ) -> tuple[Any, np.ndarray]:
+        """As `TreeCheck._step`: the bound, and by how much it rises where a free input changes sides."""
+        p = _ones(state == 1)
+        if len(free) == 0:
+            return self.f.value(p), np.zeros((2, 0))
+        if form is not None:
+            self._check_point(point, free)
+        if form is None or form.convex is None:
+            return Fraction(0), np.zeros((2, len(free)))
+        p[free] = rational(point)
+        slope = form.convex.slope(p)
+        ranked = np.full(self.n, math.inf, dtype=object)
+        ranked[free] = slope[free]
+        left = self.pruned - (state == 1).reshape(-1, self.group).sum(1)
+        value = form.convex.value(p) - slope[free] @ p[free] + _least(ranked, self.group, left)
+        order = [sorted(part) for part in ranked.reshape(-1, self.group)]
+        last = np.array([order[i // self.group][left[i // self.group] - 1] for i in free])
+        first = np.array([order[i // self.group][left[i // self.group]] for i in free])
+        rise = np.stack([slope[free] - last, first - slope[free]])
+        return value, np.maximum(rise, 0)

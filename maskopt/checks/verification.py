@@ -1,0 +1,449 @@
+"""Check everything that a solution claims, in float64, and say what each claim rests on.
+
+Nothing here is shared with any solver, nor with the way in which an objective was computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from operator import mul
+from typing import Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from maskopt.certificates.exact_check import exact_bounds, exact_cost
+from maskopt.certificates.proof_check import check_proof
+from maskopt.checks.pooled_checks import Trade, least_sum
+from maskopt.checks.refit_checks import refitted_cost, refitted_costs
+from maskopt.checks.swap_checks import PAIRS_AT_ONCE, improving_swap
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.errors import MaskoptError, VerificationError
+from maskopt.protocol.solution import (
+    OPTIMAL_TOLERANCE,
+    SWAP_TOLERANCE,
+    Solution,
+    Status,
+    optimal_slack,
+    size_of,
+)
+from maskopt.protocol.solver import is_trusted
+
+#: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds
+ENUMERATION_LIMIT = 20_000
+#: … and of refitted weights, where a mask costs s³ operations for s pruned, with so many of these at most
+REFIT_ENUMERATION_LIMIT = 10**10
+#: relative difference at which a stated objective is wrong, unless float64 can lose so much of its sum
+OBJECTIVE_TOLERANCE = 1e-9
+CLAIMS: Final = "claims"
+CHECKED: Final = "checked"
+EXACT: Final = "exact"
+Require = Literal["claims", "checked", "exact"]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was verified. That the claims hold is certain; what they rest on differs from row to row.
+
+    Attributes:
+        basis: per row `checked` (all that the row claims was computed again), or `trusted: SCIP 10.0`:
+            nothing proves its lower bound, and so its OPTIMAL, but that solver.
+    """
+
+    basis: tuple[str, ...]
+
+    @property
+    def checked(self) -> bool:
+        """Whether no solver had to be trusted."""
+        return all(basis == CHECKED for basis in self.basis)
+
+    def __str__(self) -> str:
+        counts = {basis: self.basis.count(basis) for basis in sorted(set(self.basis))}
+        return ", ".join(
+            f"{count} row{'' if count == 1 else 's'} {basis}" for basis, count in counts.items()
+        )
+
+
+def verify(
+    problem: LayerProblem | RowProblem,
+    solution: Solution,
+    *,
+    require: Require = CLAIMS,
+) -> Verification:
+    """Check everything that a solution claims, in float64.
+
+    The mask's pattern, the objective (of a solver's own weights, where it says so), bound ≤ objective, a
+    certificate or the tree of an exact search where there is one,
+    SWAP_OPTIMAL by a scan over all swaps (where rows trade, between rows, too), OPTIMAL by a closed
+    gap; and where there are at most ENUMERATION_LIMIT masks to see, OPTIMAL and the lower bound by
+    enumeration. A positive lower bound needs a certificate, a tree, or enumeration, or a registered exact
+    solver that is trusted with it (`Solution.trusted`).
+
+    Args:
+        require: `checked` refuses rows whose bound is a trusted solver's. `exact` also repeats the checks of
+            lower bounds and OPTIMAL in rational arithmetic (`exact_check`), for rows of up to 200
+            inputs whose weights are kept unchanged.
+
+    Raises:
+        VerificationError: with the reason and the row.
+    """
+    if require not in get_args(Require):
+        raise VerificationError(
+            f"require must be one of: {', '.join(get_args(Require))}; not {require!r}"
+        )
+    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    if not isinstance(solution, Solution):
+        raise VerificationError(
+            f"what is verified is a Solution, not a {type(solution).__name__}; of a mask alone make "
+            "Solution.of(problem, mask)"
+        )
+    mask = _legal_mask(layer, solution)
+    rounding = _rounding(layer, mask, solution)
+    _verify_objective(layer, mask, solution, rounding)
+    _verify_bound(layer, solution, rounding)
+    proven = _proven(layer, mask, solution)
+    size = size_of(layer, proven)
+    basis = []
+    if layer.pooled:
+        enumerated = _verify_pooled(layer, mask, solution, rounding)
+    else:
+        enumerated = _verify_rows(layer, mask, solution, rounding)
+    for index in range(layer.rows):
+        bound = float(solution.lower_bound[index])
+        slack = OBJECTIVE_TOLERANCE * float(size[index]) + float(rounding[index])
+        if (
+            layer.integral
+        ):  # the next value is reached, or it is not; a shared bound has been divided
+            slack = 4 * (layer.rows + 8) * 2.0**-53 * float(size[index]) if layer.pooled else 0.0
+        if bound <= float(proven[index]) + slack:
+            basis.append(CHECKED)
+        else:
+            solver = _trusted(solution, index, float(proven[index]))
+            if require != CLAIMS and not enumerated:
+                raise VerificationError(
+                    f"lower bound: row {index} is trusted ({solver}); only what can be checked is allowed"
+                )
+            basis.append(CHECKED if enumerated else f"trusted: {solver}")
+    if require == EXACT:
+        _verify_exactly(layer, mask, solution)
+    return Verification(tuple(basis))
+
+
+def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
+    """The most that float64 can lose of every row's objective, float64 [rows]."""
+    weight = solution.weight
+    if solution.own and weight is not None and weight.shape == mask.shape:
+        return layer.rounding(weight.to(layer.device, torch.float64))
+    return layer.rounding(layer.weights(mask))
+
+
+def _verify_rows(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
+    """Statuses and bounds, row by row; whether by enumeration, too."""
+    every = _every_mask(layer)
+    slack = optimal_slack(layer, mask, solution.objective)
+    for index, word in enumerate(solution.status):
+        _verify_status(layer, mask, solution, index, Status(word), float(slack[index]))
+        if every is not None:
+            _verify_by_enumeration(layer, solution, index, every, float(rounding[index]))
+    return every is not None
+
+
+def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
+    """Status and bound of a layer whose rows trade; whether by enumeration, too."""
+    status = Status(solution.status[0])
+    if len(set(solution.status)) > 1:
+        raise VerificationError(
+            "status: rows of a shared budget are proven together, yet some claim "
+            f"{' and some '.join(sorted(set(solution.status)))}"
+        )
+    if status is not Status.FEASIBLE:
+        swap = improving_swap(layer, mask, tolerance=SWAP_TOLERANCE)
+        if isinstance(swap, Trade):
+            raise VerificationError(
+                f"status: the rows claim {status}, yet keeping input {swap.pruned} of row {swap.other} "
+                f"instead of {swap.kept} of row {swap.row} changes the sum by {swap.delta:.6g}"
+            )
+    share = layer.shares
+    cost = float(share @ solution.objective.to(share))
+    bound = float(share @ solution.lower_bound.to(share))
+    slack = float(share @ optimal_slack(layer, mask, solution.objective).to(share))
+    if status is Status.OPTIMAL and cost - bound > slack:
+        raise VerificationError(
+            f"status: the rows claim {status} without proof: sum {cost:.9g}, lower bound {bound:.9g}"
+        )
+    if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
+        return False
+    optimum = least_sum(layer)
+    slack = 0.0 if layer.integral else OPTIMAL_TOLERANCE * optimum + float(share @ rounding)
+    if bound > optimum + slack:
+        raise VerificationError(
+            f"lower bound: the rows' sum to {bound:.12g}, but a mask of sum {optimum:.12g} exists"
+        )
+    if status is Status.OPTIMAL and cost > optimum + slack:
+        raise VerificationError(
+            f"status: the rows claim {status}, but a mask of sum {optimum:.12g} exists"
+        )
+    return True
+
+
+def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> None:
+    """Lower bounds and OPTIMAL without any rounding; of rows that share a budget those of their sum."""
+    trees = None if solution.proof is None else solution.proof.rows
+    proven = exact_bounds(layer, solution.certificate, trees)
+    costs = [exact_cost(layer, mask[row], row) for row in range(layer.rows)]
+    stated = [Fraction(bound) for bound in solution.lower_bound.tolist()]
+    if layer.pooled:
+        shares = [Fraction(share) for share in layer.shares.tolist()]
+        costs, stated = ([sum(map(mul, shares, x), Fraction(0))] for x in (costs, stated))
+    elif layer.pruned_per_group in (0, layer.group_size):
+        proven = costs
+    zero = None if layer.units is None else Fraction(layer.units.zero(layer.pruned // layer.rows))
+    for row, (cost, bound, least) in enumerate(zip(costs, stated, proven, strict=True)):
+        size = cost if zero is None else min(cost, abs(cost - zero))
+        bound_slack, slack = (
+            Fraction(OBJECTIVE_TOLERANCE) * least,
+            Fraction(OPTIMAL_TOLERANCE) * size,
+        )
+        if layer.integral:
+            bound_slack = slack = Fraction(0)
+        if bound > least + bound_slack:
+            raise VerificationError(
+                f"lower bound: row {row} states {float(bound):.12g}; in exact arithmetic its proof gives "
+                f"{float(least):.12g}"
+            )
+        if solution.status[row] == Status.OPTIMAL and cost - least > slack:
+            raise VerificationError(
+                f"status: row {row} claims optimal; in exact arithmetic its objective is {float(cost):.12g} "
+                f"and its proof gives {float(least):.12g}"
+            )
+
+
+def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
+    try:
+        mask = layer.check_mask(solution.mask)
+    except MaskoptError as error:
+        raise VerificationError(f"pattern: {error}") from None
+    for what in ("objective", "lower_bound"):
+        value = getattr(solution, what)
+        if value.shape != (layer.rows,) or value.dtype != torch.float64:
+            raise VerificationError(
+                f"{what} must be float64 [{layer.rows}], not {value.dtype} {list(value.shape)}"
+            )
+    if len(solution.status) != layer.rows:
+        raise VerificationError(f"{len(solution.status)} statuses for {layer.rows} rows")
+    for row, status in enumerate(solution.status):
+        if status not in tuple(Status):
+            raise VerificationError(
+                f"status: row {row} claims {status!r}; there are {list(map(str, Status))}"
+            )
+    if solution.trusted and len(solution.trusted) != layer.rows:
+        raise VerificationError(f"trusted: {len(solution.trusted)} names for {layer.rows} rows")
+    for name in set(solution.trusted) - {""}:
+        if not is_trusted(name):
+            raise VerificationError(
+                f"trusted: {name!r} is no registered exact solver with its version, such as 'SCIP 10.0'"
+            )
+    return mask
+
+
+def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
+    """What tree and certificate prove of every row, by checks of their own; 0 without either. Where there is
+    one legal mask, its objective."""
+    if not layer.pooled and layer.pruned_per_group in (0, layer.group_size):
+        return layer.objective(mask).cpu()
+    proven = torch.zeros(layer.rows, dtype=torch.float64)
+    if solution.proof is not None:
+        proven = check_proof(layer, solution.proof)
+    return proven.maximum(_certified(layer, solution))
+
+
+def _certified(layer: LayerProblem, solution: Solution) -> Tensor:
+    if solution.certificate is None:
+        return torch.zeros(layer.rows, dtype=torch.float64)
+    proven = layer.next_value(solution.certificate.check(layer)).cpu()
+    if layer.pooled:  # one bound of the layer's sum, whichever way it is shared out
+        share, stated = layer.shares.cpu(), solution.lower_bound.cpu()
+        claimed = share @ stated
+        proven = stated * (share @ proven / claimed) if claimed > 0 else proven
+    return proven
+
+
+def _trusted(solution: Solution, row: int, proven: float) -> str:
+    """The exact solver that is trusted with a bound which no certificate proves."""
+    if solution.trusted and solution.trusted[row]:
+        return solution.trusted[row]
+    bound = f"lower bound: row {row} states {float(solution.lower_bound[row]):.12g}"
+    if solution.certificate is not None or solution.proof is not None:
+        what = "certificate" if solution.proof is None else "proof"
+        raise VerificationError(f"{bound}, its {what} proves {proven:.12g}")
+    raise VerificationError(
+        f"{bound}, positive without a certificate, and no exact solver is trusted with it"
+    )
+
+
+def _first(bad: Tensor) -> int | None:
+    rows = bad.nonzero()
+    return int(rows[0]) if len(rows) else None
+
+
+def _verify_objective(
+    layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor
+) -> None:
+    if solution.own:
+        if layer.refit is None or set(solution.status) != {Status.FEASIBLE}:
+            raise VerificationError(
+                "weights: a solver's own are claimed, which only FEASIBLE rows of a problem with refit have"
+            )
+        true = _costs_of_weights(layer, mask, solution.weight)
+    else:
+        true = torch.stack([_objective(layer, mask, row) for row in range(layer.rows)])
+    slack = OBJECTIVE_TOLERANCE * size_of(layer, true) + rounding
+    if layer.integral:  # sums of whole numbers are exact
+        slack = torch.zeros_like(slack)
+
+    def compare(stated: Tensor, what: str) -> None:
+        row = _first(~((stated - true).abs() <= slack))
+        if row is not None:
+            raise VerificationError(
+                f"{what} {row} states {float(stated[row]):.12g}, the mask costs {float(true[row]):.12g}"
+            )
+
+    compare(solution.objective.to(true), "objective: row")
+    if layer.refit is not None and solution.weight is not None and not solution.own:
+        compare(_costs_of_weights(layer, mask, solution.weight), "weights: the cost of row")
+
+
+def _objective(layer: LayerProblem, mask: Tensor, row: int) -> Tensor:
+    """f of one row through the pruned columns only: another way than LayerProblem.objective. Or F."""
+    if layer.refit is not None:
+        return refitted_cost(layer, mask, row)
+    pruned = (~mask[row]).nonzero()[:, 0]
+    w = layer.weight[row, pruned].double()
+    step = max(1, PAIRS_AT_ONCE // max(1, len(pruned)))
+    total = torch.zeros((), dtype=torch.float64, device=layer.device)
+    for part, weight in zip(pruned.split(step), w.split(step), strict=True):
+        total += weight @ (layer.gram[part][:, pruned].double() @ w)
+    if layer.linear is not None:
+        total += 2 * w @ layer.linear.correlation[row, pruned] + layer.linear.constant[row]
+    return total.clamp(min=0.0)
+
+
+def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) -> Tensor:
+    """What refitted weights cost, row by row, once they are found to be what they should."""
+    if weight is None or weight.shape != mask.shape or weight.dtype != torch.float64:
+        raise VerificationError(f"weights: they must be float64 {list(mask.shape)}")
+    weight, gram = weight.to(layer.device), layer.gram.double()
+    row = _first(~torch.isfinite(weight).all(1) | (weight.ne(0) & ~mask).any(1))
+    if row is not None:
+        raise VerificationError(
+            f"weights: those of row {row} are not finite, or not 0 where it prunes"
+        )
+    costs = []
+    for row, lost in enumerate(layer.weight.double() - weight):
+        cost = lost @ (gram @ lost) + lost @ (layer.least_squares.ridge * lost)
+        if layer.linear is not None:
+            cost += 2 * lost @ layer.linear.correlation[row] + layer.linear.constant[row]
+        costs.append(cost.clamp(min=0.0))
+    return torch.stack(costs)
+
+
+def _verify_bound(layer: LayerProblem, solution: Solution, rounding: Tensor) -> None:
+    bound, objective = solution.lower_bound, solution.objective
+    row = _first(~torch.isfinite(bound) | (bound < 0))
+    if row is not None:
+        raise VerificationError(f"lower bound: row {row} states {float(bound[row])}; f ≥ 0 always")
+    row = _first(bound > objective + rounding.to(objective))
+    if row is not None:
+        raise VerificationError(
+            f"lower bound: row {row} states {float(bound[row]):.12g}, above the objective "
+            f"{float(objective[row]):.12g}"
+        )
+
+
+def _verify_status(
+    layer: LayerProblem,
+    mask: Tensor,
+    solution: Solution,
+    index: int,
+    status: Status,
+    slack: float,
+) -> None:
+    row = layer.row(index)
+    if status is Status.SWAP_OPTIMAL or status is Status.OPTIMAL:
+        # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
+        swap = improving_swap(row, mask[index], tolerance=SWAP_TOLERANCE)
+        if swap is not None:
+            raise VerificationError(
+                f"status: row {index} claims {status}, yet keeping input {swap.pruned} instead of "
+                f"{swap.kept} changes the objective by {swap.delta:.6g}"
+            )
+    if status is Status.OPTIMAL:
+        objective, bound = float(solution.objective[index]), float(solution.lower_bound[index])
+        if objective - bound > slack:
+            raise VerificationError(
+                f"status: row {index} claims {status} without proof: objective {objective:.9g}, "
+                f"lower bound {bound:.9g}"
+            )
+
+
+def _every_mask(layer: LayerProblem) -> Tensor | None:
+    """All sets of pruned entries, 1 = pruned, float64 [masks, n]; None: too many to enumerate."""
+    group, pruned = layer.group_size, layer.pruned_per_group
+    count = math.comb(group, pruned) ** (layer.n // group)
+    operations = count * (pruned * layer.n // group) ** 3
+    if count > ENUMERATION_LIMIT or (layer.refit and operations > REFIT_ENUMERATION_LIMIT):
+        return None
+    choices = [
+        [
+            tuple(first + i for i in chosen)
+            for chosen in itertools.combinations(range(group), pruned)
+        ]
+        for first in range(0, layer.n, group)
+    ]
+    sets = [sum(parts, ()) for parts in itertools.product(*choices)]
+    p = torch.zeros(count, layer.n, dtype=torch.float64)
+    if sets[0]:
+        p.scatter_(1, torch.tensor(sets), 1.0)
+    return p
+
+
+def _costs(layer: LayerProblem, row: int, p: Tensor) -> Tensor:
+    """The objective of every mask p [masks, n] of a row, float64 on the CPU."""
+    if layer.refit is not None:
+        return refitted_costs(layer, row, p)
+    dropped = p * layer.weight[row].double().cpu()
+    costs = ((dropped @ layer.gram.double().cpu()) * dropped).sum(1)
+    if layer.linear is not None:
+        slope, constant = layer.linear.correlation[row].cpu(), layer.linear.constant[row].cpu()
+        costs += 2 * dropped @ slope + constant
+    return costs.clamp(min=0.0)  # as objectives are, where G has a negative eigenvalue by rounding
+
+
+def _verify_by_enumeration(
+    layer: LayerProblem,
+    solution: Solution,
+    index: int,
+    p: Tensor,
+    rounding: float,
+) -> None:
+    """`rounding`: of the mask that is claimed; that of the best mask is added."""
+    costs = _costs(layer, index, p)
+    best = int(costs.argmin())
+    optimum, one = float(costs[best]), layer.take([index])
+    kept = (p[best : best + 1] == 0).to(one.device)
+    slack = float(optimal_slack(one, kept, costs[best : best + 1])) + rounding
+    if layer.integral:
+        slack = 0.0
+    if float(solution.lower_bound[index]) > optimum + slack:
+        raise VerificationError(
+            f"lower bound: row {index} states {float(solution.lower_bound[index]):.12g}, but a mask "
+            f"of objective {optimum:.12g} exists"
+        )
+    status = Status(solution.status[index])
+    if status is Status.OPTIMAL and float(solution.objective[index]) > optimum + slack:
+        raise VerificationError(
+            f"status: row {index} claims {status}, but a mask of objective {optimum:.12g} exists"
+        )

@@ -1,0 +1,235 @@
+"""Streaming accumulation of a Gram matrix: G = (1/T) Σ_t x_t x_tᵀ, token by token batch.
+
+Products are taken in float32 (float64 for float64 inputs) over at most `CHUNK` tokens and summed in
+float64, so the result does not drift with the number of tokens. Only the upper triangle is computed, in
+column tiles of a fixed size: the bits do not depend on how many threads worked on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskopt.core.linear_term import Linear
+from maskopt.errors import ProblemError
+
+#: tokens whose products are summed in float32 before they go to float64
+CHUNK = 512
+#: rows of G that one tile computes
+TILE = 512
+
+
+class Gram:
+    """The Gram matrix of a layer's inputs, accumulated over batches of tokens.
+
+    Args:
+        n: number of inputs.
+        device: where the batches are and the sum is kept.
+
+    `add` takes the tokens of one sequence, [tokens, n] of any floating dtype. `value()` is the mean over
+    tokens, [n, n], symmetric; the normalisation is tokens, not sequences.
+    """
+
+    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
+        if n < 1:
+            raise ProblemError(f"a Gram matrix needs at least one input, not {n}")
+        self.n = n
+        self.tokens = 0
+        self._sum: Float[Tensor, "n n"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self._total: Float[Tensor, " n"] = torch.zeros(n, dtype=torch.float64, device=device)
+        self._between: Float[Tensor, " n"] = torch.zeros_like(self._total)
+
+    def add(self, inputs: Float[Tensor, "tokens n"]) -> None:
+        """Add the tokens of one sequence.
+
+        Raises:
+            ProblemError: a shape other than [tokens, n], or NaN or infinite values.
+        """
+        self.check(inputs)
+        if not bool(torch.isfinite(inputs).all()):
+            raise ProblemError("inputs hold NaN or infinite values")
+        for task in self.tasks(inputs):
+            task()
+
+    def check(self, inputs: Tensor) -> None:
+        if inputs.ndim != 2 or inputs.shape[1] != self.n or not inputs.is_floating_point():
+            raise ProblemError(
+                f"inputs must be floating point [tokens, {self.n}], not {list(inputs.shape)} "
+                f"of {inputs.dtype}"
+            )
+
+    def tasks(
+        self,
+        inputs: Float[Tensor, "tokens n"],
+        weights: Float[Tensor, " tokens"] | None = None,
+        mine: Container[int] | None = None,
+    ) -> Iterator[Callable[[], None]]:
+        """The same as `add`, unchecked, as independent pieces that may run on several threads.
+
+        All pieces of one batch must be done before the pieces of the next one start.
+
+        Args:
+            weights: how often each token counts, with a mean of 1; None: once.
+            mine: the tiles (`tiles`) that are summed here; None: all of them.
+        """
+        self.tokens += inputs.shape[0]
+        for start in self.tiles():
+            if mine is None or start in mine:
+                yield lambda start=start: self._add_tile(inputs, weights, start)  # type: ignore[misc]
+
+    def tiles(self) -> range:
+        """The first row of every tile: rows of the upper triangle, and what belongs to them."""
+        return range(0, self.n, TILE)
+
+    def tile(self, start: int) -> list[Tensor]:
+        """What was summed of a tile: views."""
+        rows = slice(start, min(start + TILE, self.n))
+        return [self._sum[rows, start:], self._total[rows], self._between[rows]]
+
+    def _add_tile(self, inputs: Tensor, weights: Tensor | None, start: int) -> None:
+        stop = min(start + TILE, self.n)
+        target = self._sum[start:stop, start:]
+        total = torch.zeros_like(self._total[start:stop])
+        for first in range(0, len(inputs), CHUNK):
+            part = slice(first, first + CHUNK)
+            right = inputs[part, start:]
+            right = right if right.dtype == torch.float64 else right.float()
+            left = right[:, : stop - start]
+            if weights is not None:
+                left = left * weights[part, None].to(left)
+            target += left.T @ right
+            total += left.sum(0, dtype=torch.float64)
+        self._total[start:stop] += total
+        self._between[start:stop] += total.square() / max(len(inputs), 1)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was summed, float64 but for the number of tokens: what `restored` takes, to the bit. Of
+        the sum, the upper triangle, row after row."""
+        rows, columns = torch.triu_indices(self.n, self.n, device=self._sum.device)
+        return {
+            "sum": self._sum[rows, columns],
+            "total": self._total,
+            "between": self._between,
+            "tokens": torch.tensor([self.tokens]),
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Gram:
+        """What `state` told, on a device.
+
+        Raises:
+            ProblemError: it does not fit together, or is no sum of squares.
+        """
+        n = len(state["total"])
+        if len(state["sum"]) != n * (n + 1) // 2 or state["between"].shape != state["total"].shape:
+            raise ProblemError(f"the state of a Gram matrix of {n} inputs does not fit together")
+        gram = cls(n, device)
+        rows, columns = torch.triu_indices(n, n, device=gram._sum.device)
+        gram._sum[rows, columns] = state["sum"].to(gram._sum)
+        # nothing checks definiteness later: G is taken to be a sum of xxᵀ, and no rounding makes x² negative
+        if not bool(torch.isfinite(gram._sum).all() & (gram._sum.diagonal() >= 0).all()):
+            raise ProblemError(
+                "its diagonal is below 0, or values are not finite: no sum of squares is so"
+            )
+        gram._total.copy_(state["total"])
+        gram._between.copy_(state["between"])
+        gram.tokens = int(state["tokens"])
+        return gram
+
+    def mean(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
+        """The mean input over tokens; zeros where no token was seen."""
+        return (self._total / max(self.tokens, 1)).to(dtype)
+
+    def variance(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
+        """The variance of every input about its mean in a sequence, averaged over tokens."""
+        within = self._sum.diagonal() - self._between
+        return (within.clamp(min=0.0) / max(self.tokens, 1)).to(dtype)
+
+    def value(
+        self, *, shrinkage: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> Float[Tensor, "n n"]:
+        """Mean over tokens; all zeros where no token was seen.
+
+        Args:
+            shrinkage: α of G ← (1−α)·G + α·diag(G), in [0, 1]. Wanda's problem at 1.
+            dtype: of the result.
+        """
+        if not 0 <= shrinkage <= 1:
+            raise ProblemError(f"shrinkage must lie in [0, 1], not {shrinkage}")
+        result = torch.empty(self.n, self.n, dtype=dtype, device=self._sum.device)
+        scale = 1.0 / max(self.tokens, 1)
+        for start in range(0, self.n, TILE):
+            stop = min(start + TILE, self.n)
+            rows = self._sum[start:stop, start:] * scale
+            square = rows[:, : stop - start].triu()
+            rows[:, : stop - start] = square + square.triu(1).T
+            result[start:stop, start:] = rows
+            result[start:, start:stop] = rows.T
+        if shrinkage:
+            diagonal = result.diagonal().clone()
+            result.mul_(1.0 - shrinkage).diagonal().copy_(diagonal)
+        return result
+
+
+class Moved:
+    """How a layer's inputs differ from those that its targets are made of: moments of x and δ = x′ − x.
+
+    C = (1/T) Σ_t x_t δ_tᵀ and D = (1/T) Σ_t δ_t δ_tᵀ, accumulated as `Gram` accumulates G; with G they make
+    the linear part of the objective whose target is W·x′.
+
+    Args:
+        n: number of inputs.
+        device: where the batches are and the sums are kept.
+    """
+
+    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
+        self.n = n
+        self.tokens = 0
+        self._cross: Float[Tensor, "n n"] = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self._moved = Gram(n, device)
+
+    def tasks(
+        self,
+        inputs: Float[Tensor, "tokens n"],
+        others: Float[Tensor, "tokens n"],
+        weights: Float[Tensor, " tokens"] | None = None,
+        mine: Container[int] | None = None,
+    ) -> Iterator[Callable[[], None]]:
+        """Add x and x′ of the same tokens, as independent pieces (see `Gram.tasks`)."""
+        self.tokens += inputs.shape[0]
+        wide = torch.promote_types(inputs.dtype, torch.float32)
+        inputs, moved = inputs.to(wide), others.to(wide) - inputs.to(wide)
+        for start in self._moved.tiles():
+            if mine is None or start in mine:
+                yield lambda start=start: self._add_tile(inputs, moved, weights, start)  # type: ignore[misc]
+        yield from self._moved.tasks(moved, weights, mine)
+
+    def tile(self, start: int) -> list[Tensor]:
+        """What was summed of the same tile as one of G: views."""
+        return [self._cross[start : min(start + TILE, self.n)], *self._moved.tile(start)]
+
+    def _add_tile(self, inputs: Tensor, moved: Tensor, weights: Tensor | None, start: int) -> None:
+        rows = slice(start, min(start + TILE, self.n))
+        for first in range(0, len(inputs), CHUNK):
+            part = slice(first, first + CHUNK)
+            left = inputs[part, rows]
+            if weights is not None:
+                left = left * weights[part, None].to(left)
+            self._cross[rows] += left.T @ moved[part]
+
+    def linear(self, weight: Float[Tensor, "rows n"], *, shrinkage: float = 0.0) -> Linear:
+        """The linear part for a layer's weights.
+
+        Args:
+            shrinkage: α of `Gram.value`. C and D are shrunk alike: the moments of (x, δ) then stay those of
+                something, and f ≥ 0.
+        """
+        cross = self._cross / max(self.tokens, 1)
+        if shrinkage:
+            diagonal = cross.diagonal().clone()
+            cross.mul_(1.0 - shrinkage).diagonal().copy_(diagonal)
+        moved = self._moved.value(shrinkage=shrinkage, dtype=torch.float64)
+        return Linear.of_inputs(weight, cross, moved)

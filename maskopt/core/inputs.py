@@ -1,0 +1,192 @@
+"""What a problem is made of, checked once: tensors, finite, symmetric, semidefinite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.core.linear_term import Linear
+from maskopt.core.pattern import NM, Pattern, Unstructured
+from maskopt.core.values import MOST_WHOLE
+from maskopt.errors import MaskoptError, PatternError, ProblemError
+
+#: a G whose least eigenvalue is above −PSD_TOLERANCE·tr(G) counts as positive semidefinite: float32
+#: accumulation of xxᵀ leaves errors of this size (2⁻²³ ≈ 1.2e-7)
+PSD_TOLERANCE = 2.0**-23
+#: largest |G − Gᵀ| relative to max|G| that is taken for rounding
+_ASYMMETRY_TOLERANCE = 1e-3
+
+#: nested lists become float64
+ArrayLike = Tensor | np.ndarray | Sequence[Any]
+
+
+def as_tensor(array: ArrayLike, what: str) -> Tensor:
+    """Rows side by side in memory, whatever view is given: kernels read and write them in place."""
+    if isinstance(array, list | tuple):
+        try:
+            array = np.asarray(array, dtype=np.float64)
+        except (TypeError, ValueError):
+            raise ProblemError(f"{what}: lists must hold numbers, all of one length") from None
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind != "f":
+            raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
+        if array.dtype.itemsize > 8:  # long doubles, which torch does not have
+            array = array.astype(np.float64)
+        # torch reads native byte order and writable memory only
+        array = torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).copy())
+    if not isinstance(array, Tensor):
+        raise ProblemError(f"{what} must be a torch tensor or a NumPy array, not {type(array)}")
+    if not array.is_floating_point():
+        raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
+    tensor = array.detach().contiguous()
+    if tensor.dtype.itemsize < 2:  # float8, in which torch does not calculate
+        tensor = tensor.float()
+    if not bool(torch.isfinite(tensor).all()):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ProblemError(f"{what} holds {count} NaN or infinite values; mend the input first")
+    return tensor
+
+
+def as_mask(
+    mask: Any, weight: Tensor, what: str = "mask", error: type[MaskoptError] = ProblemError
+) -> Tensor:
+    """A mask for this weight [rows, n], on its device: a bool tensor or array; of one row also [n].
+
+    Raises:
+        error: another shape or type.
+    """
+    tensor = torch.as_tensor(mask)
+    if tensor.ndim == 1 and weight.shape[0] == 1:
+        tensor = tensor[None]
+    if tensor.shape != weight.shape:
+        raise error(f"{what} has shape {list(tensor.shape)}, the problem {list(weight.shape)}")
+    if tensor.dtype != torch.bool:
+        raise error(f"{what} must be bool (True = kept), not {tensor.dtype}")
+    return tensor.to(weight.device)
+
+
+def of_inputs(array: ArrayLike | None, n: int, what: str) -> Tensor | None:
+    """One number an input; None stays None."""
+    if array is None:
+        return None
+    tensor = as_tensor(array, what)
+    if tensor.shape != (n,):
+        raise ProblemError(f"{what} must be [{n}], not {list(tensor.shape)}")
+    return tensor
+
+
+def linear_part(linear: Linear, weight: Tensor, label: str) -> Linear:
+    """In float64, on the device of the weight."""
+    wanted = {"correlation": tuple(weight.shape), "constant": (weight.shape[0],)}
+    found = {}
+    for what, shape in wanted.items():
+        tensor = as_tensor(getattr(linear, what), f"{label}linear: {what}")
+        if tensor.shape != shape:
+            raise ProblemError(
+                f"{label}linear: {what} must be {list(shape)}, not {list(tensor.shape)}"
+            )
+        found[what] = tensor.to(weight.device, torch.float64)
+    if bool((found["constant"] < 0).any()):
+        raise ProblemError(f"{label}linear: the constant is a mean of squares, and not below 0")
+    return Linear(**found)
+
+
+def shares_of_rows(omega: ArrayLike, weight: Tensor, label: str) -> Tensor:
+    """ω in float64, on the device of the weight."""
+    shares = as_tensor(omega, f"{label}omega")
+    if shares.shape != (weight.shape[0],):
+        raise ProblemError(f"{label}omega must be [{weight.shape[0]}], not {list(shares.shape)}")
+    if not bool((shares > 0).all()):
+        raise ProblemError(f"{label}omega must be more than 0; leave out rows that do not count")
+    return shares.to(weight.device, torch.float64)
+
+
+def symmetric(gram: Tensor, label: str) -> Tensor:
+    if gram.dtype not in (torch.float32, torch.float64):
+        gram = gram.float()
+    if torch.equal(gram, gram.T):
+        return gram.contiguous()
+    scale = float(gram.abs().max())
+    skew = float((gram - gram.T).abs().max())
+    if skew > _ASYMMETRY_TOLERANCE * scale:
+        raise ProblemError(
+            f"{label}gram is not symmetric (entries differ from their mirror by up to {skew:.3g}, "
+            f"the largest is {scale:.3g}); a Gram matrix is XXᵀ"
+        )
+    return (gram + gram.T) / 2
+
+
+def check_semidefinite(gram: Tensor, label: str) -> None:
+    """Cholesky of G + tolerance·tr(G)·I; only a failure pays for eigenvalues."""
+    g = gram.double()
+    trace = float(g.trace())
+    shift = PSD_TOLERANCE * trace
+    if trace > 0:
+        shifted = g / trace  # keeps extreme scales within range
+        shifted.diagonal().add_(PSD_TOLERANCE)
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+            return
+    elif not g.any():
+        return
+    least = float(torch.linalg.eigvalsh(g)[0])
+    if least < -shift or trace <= 0:
+        raise ProblemError(
+            f"{label}gram is not positive semidefinite: its least eigenvalue is {least:.6g} "
+            f"(trace {trace:.6g}); a Gram matrix is XXᵀ, so check how it was accumulated"
+        )
+
+
+def check_pattern(pattern: Pattern, n: int, label: str) -> None:
+    """Raise PatternError, with the layer named, where the pattern does not fit n inputs."""
+    if not isinstance(pattern, Unstructured | NM):
+        raise PatternError(
+            f"{label}a pattern is Unstructured(sparsity=0.5) or NM(keep=2, of=4), not {pattern!r}"
+        )
+    try:
+        pattern.check(n)
+    except PatternError as error:
+        raise PatternError(f"{label}{error}") from None
+
+
+def check_costs(weight: Tensor, gram: Tensor, label: str) -> None:
+    """Raise ProblemError where the cost of a row is beyond float64, or G below what it is exact for."""
+    size = float(gram.diagonal().double().max())
+    if 0 < size < torch.finfo(torch.float64).tiny:
+        raise ProblemError(
+            f"{label}gram has a largest diagonal entry of {size:.3g}, where float64 has few digits; scale it"
+        )
+    most = weight.abs().max().double()
+    if not bool(torch.isfinite(most.square() * gram.diagonal().double().sum())):
+        raise ProblemError(
+            f"{label}a weight of {float(most):.3g} squared, times the inputs' squares, is beyond float64; "
+            "scale weight or gram down"
+        )
+
+
+def check_integral(
+    weight: Tensor, gram: Tensor, linear: Linear | None, label: str, *, refitted: bool
+) -> None:
+    """Raise ProblemError where f need not be a whole number of every mask, or is one beyond float64."""
+    if linear is not None:
+        raise ProblemError(f"{label}integral: an objective with a linear part is no sum of wholes")
+    if refitted:
+        raise ProblemError(f"{label}integral: what refitted weights cost is no sum of wholes")
+    parts = {
+        "weight": weight.double(),
+        "the diagonal of gram": gram.diagonal().double(),
+        "twice gram": 2 * gram.double(),
+    }
+    for what, array in parts.items():
+        broken = (array != array.round()).nonzero()
+        if len(broken):
+            value = float(array[tuple(broken[0].tolist())])
+            raise ProblemError(
+                f"{label}integral: {what} holds {value!r}, not a whole number; leave integral out"
+            )
+    most = float((weight.double().abs() @ gram.double().abs() * weight.double().abs()).sum(1).max())
+    if most >= MOST_WHOLE:
+        raise ProblemError(f"{label}integral: sums of {most:.3g} are not whole in float64")

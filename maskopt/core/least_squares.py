@@ -1,0 +1,344 @@
+"""Least squares for the weights that a mask keeps: what the others did is taken over as far as can be.
+
+For a row with the kept set S, of all v that are zero outside S the best is
+
+    v_S = A_SS⁻¹ b_S,     v = argmin (w−v)ᵀA(w−v) + 2gᵀ(w−v) + c,     A = G + λD,  b = Aw + g
+
+(g and c only where the problem has a linear part). The damping λD keeps v near w where the calibration inputs
+say little. What is reached is the second objective of a mask, F (see `maskopt.core.problem`).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.products import fast_products
+from maskopt.errors import OptionError, ProblemError
+
+#: least damping: below it float64 could not tell one kept set from another where G is singular
+LEAST_DAMPING = 1e-6
+#: bytes of gathered matrices that one thread works on: as many as stay near it, but more, up to so many, for
+#: so many rows, since A is read for all of them together
+_TILE_BYTES, _MOST_BYTES, _TILE_ROWS = 2**25, 2**26, 16
+#: size below which LAPACK factorises
+_LEAF = 32
+#: relative residual in float64 at which a row is done, and steps of refinement at most; a factor in float32
+#: by which a row does not come there was not good enough
+_DONE, _REFINEMENTS = 1e-10, 12
+#: the greatest number
+_ANY = sys.float_info.max
+
+
+@dataclass(frozen=True)
+class Refit:
+    """The objective F: the kept weights are set anew by least squares.
+
+    With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal. A power of 0 is ridge regression
+    on the inputs as they are, where a few large ones make μ, and damp the small ones however well tokens
+    know them; 1 is ridge regression on inputs brought to one size.
+
+    Attributes:
+        damping: λ; no input has less than LEAST_DAMPING·μ.
+        power: of an input's own part of the diagonal, 0 to 1.
+
+    Raises:
+        OptionError: a damping below 0, a power beyond 0 to 1.
+    """
+
+    damping: float = 0.01
+    power: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, most, says in (("damping", _ANY, "at least 0"), ("power", 1, "0 to 1")):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not number or not 0 <= float(value) <= most:
+                raise OptionError(f"`{name}` must be {says}, not {value!r}")
+            object.__setattr__(self, name, float(value))
+
+    def __repr__(self) -> str:
+        # what records are known by; of a power of 0 they say nothing
+        said = ", ".join(f"{name}={value!r}" for name, value in (refit_to_dict(self) or {}).items())
+        return f"Refit({said})"
+
+
+@dataclass(frozen=True, eq=False)
+class LeastSquares:
+    """The damped metric A of a layer's inputs, which all of its rows share.
+
+    Attributes:
+        gram: G, in its dtype.
+        ridge: λD, float64, in the units of G; 0 where G is 0.
+    """
+
+    gram: Float[Tensor, "n n"]
+    ridge: Float[Tensor, " n"]
+
+    @classmethod
+    def of(cls, gram: Float[Tensor, "n n"], refit: Refit) -> LeastSquares:
+        diagonal = gram.diagonal().double()
+        mean = diagonal.mean()
+        # by rounding an entry may be below 0; 0/0 where G is 0
+        parts = (diagonal / mean).nan_to_num().clamp(min=0.0) ** refit.power
+        ridge = refit.damping * mean * parts
+        return cls(gram, ridge.clamp(min=LEAST_DAMPING * mean))
+
+    @cached_property
+    def flat(self) -> bool:
+        """Is G 0, and every set as good as any?"""
+        return not bool(self.ridge.any())
+
+    @property
+    def _added(self) -> Float[Tensor, " n"]:
+        return torch.ones_like(self.ridge) if self.flat else self.ridge
+
+    @cached_property
+    def damped(self) -> Float[Tensor, "n n"]:
+        """A in float64; the identity where G is 0."""
+        exact = self.gram.double().clone()
+        exact.diagonal().add_(self._added)
+        return exact
+
+    @cached_property
+    def inverse(self) -> Float[Tensor, "n n"]:
+        """H = A⁻¹, float64."""
+        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped))
+
+    def check(self, label: str) -> None:
+        """Raise ProblemError where A is not safely definite, G + λD/2 not being it: G has a negative
+        eigenvalue by rounding."""
+        nearer = self.damped.clone()
+        nearer.diagonal().sub_(self._added / 2)
+        if int(torch.linalg.cholesky_ex(nearer).info):
+            raise ProblemError(
+                f"{label}gram is not safely positive definite with damping, of {float(self.ridge.min()):.3g} "
+                "and more on its diagonal, so kept weights "
+                "cannot be refitted; take a larger damping (0.01), or accumulate gram in float64"
+            )
+
+    def target(
+        self, weight: Float[Tensor, "rows n"], correlation: Float[Tensor, "rows n"] | None
+    ) -> Float[Tensor, "rows n"]:
+        """b = Aw + g, float64."""
+        target = weight.double() @ self.damped
+        return target if correlation is None else target + correlation
+
+    def residual(
+        self,
+        weight: Float[Tensor, "rows n"],
+        target: Float[Tensor, "rows n"],
+        mask: Bool[Tensor, "rows n"],
+    ) -> Float[Tensor, " rows"]:
+        """‖b − Av‖/‖b‖ of the kept inputs, float64."""
+        rest = target - weight @ self.damped
+        wanted, rest = (torch.where(mask, x, 0.0) for x in (target, rest))
+        return _relative(rest, wanted)
+
+    def solve(
+        self,
+        target: Float[Tensor, "rows n"],
+        mask: Bool[Tensor, "rows n"],
+        limits: Limits | None = None,
+    ) -> Float[Tensor, "rows n"]:
+        """v of every row, float64, zero where the mask prunes.
+
+        Cholesky of every row's own A_SS, k³/3 operations a row of k kept weights: in float32 with
+        refinement in float64 where G is float32 and that does, else in float64. Rows of like counts are
+        factorised together, as of one size: k is rounded up, whatever the other rows keep.
+        """
+        rows, n = mask.shape
+        sizes = ((mask.sum(1) + _LEAF - 1) // _LEAF * _LEAF).clamp(max=n)
+        most_kept = int(sizes.max())
+        limits = limits or Limits()
+        threads = (limits.threads or torch.get_num_threads()) if mask.device.type == "cpu" else 1
+        row_bytes = 2 * self.gram.element_size() * max(most_kept, 1) ** 2 + 64 * n
+        most = limits.bytes(threads * _MOST_BYTES) // threads // row_bytes
+        tile = max(1, min(max(_TILE_BYTES // row_bytes, _TILE_ROWS), most, rows))
+        alike = [(sizes == size).nonzero()[:, 0] for size in sizes.unique()]
+        parts = [part for rows in alike for part in rows.split(tile)]
+        _ = self.damped  # made once, not by every thread
+        own = threading.local()
+
+        def some(part: int) -> Tensor:
+            if not hasattr(own, "pages"):
+                own.pages = _Pages(tile, most_kept, n)
+            rows = parts[part]
+            kept = _Kept.of(mask[rows], int(sizes[rows[0]]))
+            return self._some(target[rows], kept, own.pages)
+
+        with fast_products():
+            found = torch.cat(one_thread_each(some, len(parts), threads))
+        return torch.empty_like(found).index_copy_(0, torch.cat(parts), found)
+
+    def settled(
+        self, weight: Float[Tensor, "rows n"], target: Float[Tensor, "rows n"], mask: Tensor
+    ) -> Float[Tensor, "rows n"]:
+        """Weights of a search as they are where they solve what `solve` does, and solved anew elsewhere."""
+        poor = (~(self.residual(weight, target, mask) <= _DONE)).nonzero()[:, 0]
+        if len(poor):
+            weight = weight.index_copy(0, poor, self.solve(target[poor], mask[poor]))
+        return weight
+
+    def _some(self, target: Tensor, kept: _Kept, pages: _Pages) -> Tensor:
+        """v of some rows."""
+        weight, residual = self._refined(target, kept, self.gram.dtype, pages)
+        poor = (~(residual <= _DONE)).nonzero()[:, 0]
+        if len(poor) and self.gram.dtype != torch.float64:
+            weight[poor], residual[poor] = self._refined(
+                target[poor], kept.take(poor), torch.float64, pages
+            )
+        return weight
+
+    def _refined(
+        self, target: Tensor, kept: _Kept, dtype: torch.dtype, pages: _Pages
+    ) -> tuple[Tensor, Tensor]:
+        """Factors in this dtype, refined in float64. ∞ where a factorisation breaks down."""
+        wanted = kept.of_rows(target)
+        factor = self._factor(kept, dtype, pages)
+        full = torch.zeros_like(target)
+        best, least = full.clone(), torch.full_like(target[:, 0], torch.inf)
+        rest = wanted
+        for _ in range(_REFINEMENTS):
+            step = _substituted(factor, rest.to(dtype)).double()
+            full = full.scatter_add(1, kept.index, step)
+            rest = wanted - kept.of_rows(full @ self.damped)
+            residual = _relative(rest, wanted).nan_to_num(nan=torch.inf)
+            better = residual < least
+            best = torch.where(better[:, None], full, best)
+            least = torch.where(better, residual, least)
+            if not bool((better & (residual > _DONE)).any()):
+                break
+        return best, least
+
+    def _factor(self, kept: _Kept, dtype: torch.dtype, pages: _Pages) -> Tensor:
+        """Cholesky factors [rows, k, k] of A_SS, and of the identity for inputs that are none of S; NaN
+        where it is not definite in this dtype."""
+        source = self.damped if dtype == torch.float64 else self.gram
+        matrix, lines = pages.of(kept.index, source)
+        for row, (inputs, count) in enumerate(zip(kept.index, kept.counts, strict=True)):
+            torch.index_select(source, 0, inputs, out=lines)
+            torch.index_select(lines, 1, inputs, out=matrix[row])
+            matrix[row, count:] = 0  # below the diagonal, which is all that is read
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        if source is self.gram:
+            diagonal.add_(self._added.to(matrix.dtype)[kept.index])
+        diagonal.masked_fill_(~kept.real, 1)
+        broken = ~_factorise(matrix)
+        return (
+            matrix.masked_fill_(broken[:, None, None], torch.nan) if bool(broken.any()) else matrix
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """The kept inputs of some rows, as many of each: where a row keeps fewer, pruned ones come last.
+
+    Attributes:
+        index: the inputs.
+        real: which of them are kept.
+        counts: how many are, of each row.
+    """
+
+    index: Tensor
+    real: Bool[Tensor, "rows k"]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, mask: Bool[Tensor, "rows n"], size: int) -> _Kept:
+        index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :size]
+        return cls(index, mask.gather(1, index), mask.sum(1).tolist())
+
+    def take(self, rows: Tensor) -> _Kept:
+        return _Kept(self.index[rows], self.real[rows], [self.counts[row] for row in rows.tolist()])
+
+    def of_rows(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows k"]:
+        """Their entries of x; 0 of what is pruned."""
+        return x.gather(1, self.index).masked_fill_(~self.real, 0)
+
+
+def _relative(rest: Float[Tensor, "rows k"], wanted: Float[Tensor, "rows k"]) -> Tensor:
+    """‖rest‖/‖wanted‖ of every row, whatever their size: by a power of two squares are within range."""
+    if not wanted.shape[1]:
+        return wanted.new_zeros(len(wanted))
+    power = torch.frexp(wanted.abs().amax(1)).exponent.clamp(-1000, 1000)
+    size = torch.exp2(-power.double())[:, None]
+    return (rest * size).norm(dim=1) / (wanted * size).norm(dim=1).clamp(min=1e-300)
+
+
+def _factorise(matrix: Float[Tensor, "rows k k"]) -> Bool[Tensor, " rows"]:
+    """The lower Cholesky factors in place, by halves, so that nearly all of them are products; what is above
+    the diagonal is left over. False: not definite, and without a factor."""
+    size = matrix.shape[1]
+    if size <= _LEAF:
+        factor, broken = torch.linalg.cholesky_ex(matrix)
+        matrix.copy_(factor)
+        return broken == 0
+    half = size // 2
+    one, two, below = matrix[:, :half, :half], matrix[:, half:, half:], matrix[:, half:, :half]
+    whole = _factorise(one)
+    _divide(below, one)
+    two.baddbmm_(below, below.mT, alpha=-1)
+    return whole & _factorise(two)
+
+
+def _divide(x: Float[Tensor, "rows m k"], factor: Float[Tensor, "rows k k"]) -> None:
+    """x L⁻ᵀ in place, likewise by halves."""
+    size = factor.shape[1]
+    if size <= _LEAF:
+        x.copy_(torch.linalg.solve_triangular(factor, x.mT, upper=False).mT)
+        return
+    half = size // 2
+    one, two = x[:, :, :half], x[:, :, half:]
+    _divide(one, factor[:, :half, :half])
+    two.baddbmm_(one, factor[:, half:, :half].mT, alpha=-1)
+    _divide(two, factor[:, half:, half:])
+
+
+def _substituted(factor: Float[Tensor, "rows k k"], right: Float[Tensor, "rows k"]) -> Tensor:
+    """x of LLᵀx = b."""
+    middle = torch.linalg.solve_triangular(factor, right[..., None], upper=False)
+    return torch.linalg.solve_triangular(factor.mT, middle, upper=True)[..., 0]
+
+
+class _Pages:
+    """Memory that one thread's rows are gathered in, tile after tile: fresh pages cost more than what is done
+    in them."""
+
+    def __init__(self, tile: int, kept: int, n: int) -> None:
+        self._sizes = tile * kept * kept, kept * n
+        self._made: dict[torch.dtype, list[Tensor]] = {}
+
+    def of(self, index: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        """For the kept inputs `index` of rows: [rows, k, k] and [k, n], in the dtype of the source."""
+        if source.dtype not in self._made:
+            self._made[source.dtype] = [source.new_empty(size) for size in self._sizes]
+        matrix, lines = self._made[source.dtype]
+        rows, kept = index.shape
+        n = source.shape[1]
+        return matrix[: rows * kept * kept].view(rows, kept, kept), lines[: kept * n].view(kept, n)
+
+
+def refit_from_dict(data: Any) -> Refit | None:
+    """Inverse of `refit_to_dict`; raises ProblemError for anything else."""
+    if data is None:
+        return None
+    if isinstance(data, dict) and {"damping"} <= set(data) <= {"damping", "power"}:
+        return Refit(**{"power": 0.0, **data})
+    raise ProblemError(f"{data!r} does not describe how kept weights are refitted")
+
+
+def refit_to_dict(refit: Refit | None) -> dict[str, Any] | None:
+    """The JSON form."""
+    if refit is None:
+        return None
+    return {"damping": refit.damping} | ({"power": refit.power} if refit.power else {})

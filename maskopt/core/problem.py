@@ -1,0 +1,699 @@
+"""The mask-selection problem: one linear layer, or one row of it.
+
+For a row with weights w [n] and the Gram matrix G [n, n] of the layer's inputs (the mean of xxᵀ
+over calibration tokens), a mask that prunes the set p ∈ {0,1}ⁿ changes the row's output by a mean
+squared
+
+    f(p) = (w⊙p)ᵀ G (w⊙p)                                          (SparseSwaps, arXiv 2512.10922)
+
+All rows of a layer share G, so a layer is a batch of independent rows. Masks are public as
+True = kept; p is their complement. With `linear` the output had missed its target before, and f is
+(w⊙p)ᵀG(w⊙p) + 2 gᵀ(w⊙p) + c (see `maskopt.core.linear_term`).
+
+With `refit` a mask is judged by what it costs after least squares for the weights that it keeps: with
+P the pruned set, A = G + λD (see `Refit`) and H = A⁻¹,
+
+    F(p) = min over v, zero on P, of (w−v)ᵀA(w−v) [+ 2 gᵀ(w−v) + c]  =  w_Pᵀ (H_PP)⁻¹ w_P
+
+the last without a linear part: the Optimal Brain Surgeon's price of a whole set (Hassibi and Stork, NeurIPS
+1992). F is at most f in the same metric A.
+
+Where the pattern gives its count to the layer (`Unstructured(…, per="layer")`), rows trade: what is
+minimised is Σᵣ ωᵣ fᵣ over the masks with that count in all, and a row has no count of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from maskopt.core.inputs import (
+    PSD_TOLERANCE,
+    ArrayLike,
+    as_mask,
+    as_tensor,
+    check_costs,
+    check_integral,
+    check_pattern,
+    check_semidefinite,
+    linear_part,
+    of_inputs,
+    shares_of_rows,
+    symmetric,
+)
+from maskopt.core.instance_file import read_instance, write_instance
+from maskopt.core.least_squares import LeastSquares, Refit
+from maskopt.core.limits import Limits
+from maskopt.core.linear_term import Linear
+from maskopt.core.pattern import Pattern, Unstructured
+from maskopt.core.units import Posed, Units, semidefinite
+from maskopt.core.values import MOST_WHOLE, Values, values_of
+from maskopt.errors import ProblemError, WarmStartError
+
+#: columns of G that are brought to float64 at a time when an objective is computed
+_OBJECTIVE_BLOCK_BYTES = 64 * 2**20
+#: relative error of updated weights that a solve in float64 may leave
+_SOLVED = 1e-8
+_POSED_REFIT = (
+    "somebody's quadratic objective has no weights that could be refitted; take `update` none"
+)
+
+
+class LayerProblem:
+    """Mask selection for every row of one linear layer.
+
+    Of a row w and a mask that prunes the set p of its inputs the objective is f = (w⊙p)ᵀ G (w⊙p), p as a
+    vector of zeros and ones: with G = XᵀX / tokens of inputs X [tokens, n] the mean squared change of the
+    row's output. With `refit` it is F: what is left of it when kept weights are set anew by least squares.
+
+    Args:
+        weight: [rows, n], any real floating dtype, torch or NumPy; kept as a torch tensor.
+        gram: [n, n], float32 or float64 (half precision is brought to float32), torch or NumPy.
+            Symmetrised and checked once: shape, finite, positive semidefinite up to rounding.
+        pattern: `Unstructured` or `NM`.
+        name: how messages and reports call the layer.
+        mean: [n], the mean of the inputs, for the few methods that need more than G (`dsnot`).
+        variance: [n], their variance within sequences, averaged, for the same; None: that over all tokens.
+        linear: moments of what the outputs miss their targets by before anything is pruned:
+            correlation [rows, n] and constant [rows], torch or NumPy, brought to float64.
+        refit: the objective is F, of refitted weights; None: f, of the weights as they are.
+        omega: [rows], what a row counts in the sum of a layer whose rows trade, more than 0; None: 1.
+        integral: f of every mask is a whole number, as in graphs, and what bounds it bounds the next value
+            that f can take, too (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, and there is no
+            linear part.
+        units: what f means to whoever posed the problem (`RowProblem.from_quadratic`); nothing depends on it.
+        assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
+            was accumulated as XᵀX and is semidefinite by construction.
+
+    Raises:
+        ProblemError: wrong shapes, NaN or infinite values, indefinite G, a linear part that makes f
+            negative, a damping that leaves G + λD indefinite.
+        PatternError: a pattern that does not fit n.
+
+    Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
+    """
+
+    def __init__(
+        self,
+        weight: ArrayLike,
+        gram: ArrayLike,
+        pattern: Pattern,
+        *,
+        name: str = "",
+        mean: ArrayLike | None = None,
+        variance: ArrayLike | None = None,
+        linear: Linear | None = None,
+        refit: Refit | None = None,
+        omega: ArrayLike | None = None,
+        integral: bool = False,
+        units: Units | None = None,
+        assume_psd: bool = False,
+    ) -> None:
+        self.name = name
+        label = f"layer {name!r}: " if name else ""
+        self.weight: Float[Tensor, "rows n"] = as_tensor(weight, f"{label}weight")
+        gram_tensor = as_tensor(gram, f"{label}gram")
+        if self.weight.ndim != 2 or 0 in self.weight.shape:
+            raise ProblemError(
+                f"{label}weight must be [rows, n] with both at least 1, "
+                f"not {list(self.weight.shape)}; one row alone is a RowProblem"
+            )
+        rows, n = self.weight.shape
+        if gram_tensor.shape != (n, n):
+            raise ProblemError(
+                f"{label}gram must be [{n}, {n}] to match a weight of [{rows}, {n}], "
+                f"not {list(gram_tensor.shape)}"
+            )
+        if gram_tensor.device != self.weight.device:
+            raise ProblemError(
+                f"{label}weight is on {self.weight.device} and gram on {gram_tensor.device}; "
+                "move both to one device"
+            )
+        check_pattern(pattern, n, label)
+        self.pattern = pattern
+        self.gram: Float[Tensor, "n n"] = symmetric(gram_tensor, label)
+        self.mean = of_inputs(mean, n, f"{label}mean")
+        self.variance = of_inputs(variance, n, f"{label}variance")
+        if self.variance is not None and bool((self.variance < 0).any()):
+            raise ProblemError(f"{label}variance is a mean of squares, and not below 0")
+        check_costs(self.weight, self.gram, label)
+        self.linear = None if linear is None else linear_part(linear, self.weight, label)
+        self.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
+        self.integral, self.units = integral, units
+        if refit is not None and units is not None:
+            raise ProblemError(_POSED_REFIT)
+        if integral:
+            check_integral(self.weight, self.gram, self.linear, label, refitted=refit is not None)
+        if not assume_psd:
+            check_semidefinite(self.gram, label)
+            if self.linear is not None:
+                ridge = PSD_TOLERANCE * float(self.gram.double().trace())
+                self.linear.check_moments(self.gram, ridge or 1.0, label)
+        self.refit = refit
+        self._squares: LeastSquares | None = None
+        if refit is not None:
+            self.least_squares.check(label)
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Number of inputs."""
+        return self.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def group_size(self) -> int:
+        return self.pattern.group_size(self.n)
+
+    @property
+    def pruned_per_group(self) -> int:
+        return self.pattern.pruned_per_group(self.n)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the rows trade: only the layer has a count."""
+        return self.pattern.pooled
+
+    @property
+    def pruned(self) -> int:
+        """Entries of the layer that are pruned."""
+        return self.pattern.pruned_in(self.rows, self.n)
+
+    @property
+    def row_limits(self) -> tuple[int, int]:
+        """The least and the most entries that a row prunes; 0 and n of rows that trade as they like."""
+        return self.pattern.row_limits(self.rows, self.n)
+
+    @property
+    def shares(self) -> Float[Tensor, " rows"]:
+        """ω, float64 [rows]: what every row's objective counts in the layer's sum."""
+        if self.omega is None:
+            return torch.ones(self.rows, dtype=torch.float64, device=self.device)
+        return self.omega
+
+    @property
+    def correlation(self) -> Float[Tensor, "rows n"] | None:
+        """g, float64; None without a linear part."""
+        return None if self.linear is None else self.linear.correlation
+
+    @property
+    def least_squares(self) -> LeastSquares:
+        """The metric A of a problem with `refit`, which its rows share.
+
+        Raises:
+            ProblemError: the weights are kept as they are.
+        """
+        if self.refit is None:
+            raise ProblemError("the problem keeps its weights; give it refit=Refit(damping)")
+        if self._squares is None:
+            self._squares = LeastSquares.of(self.gram, self.refit)
+        return self._squares
+
+    def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """f of every row, or F with `refit`, in float64 [rows], on the device of the problem.
+
+        Args:
+            mask: True = kept; a NumPy array will do.
+
+        Rounding can leave −1e-18 where the truth is 0; since f ≥ 0, the result is clamped at 0.
+        """
+        mask = as_mask(mask, self.weight)
+        if self.refit is None:
+            return self._error(torch.where(mask, 0.0, self.weight.double()))
+        return self.refitted(mask)[1]
+
+    def weights(
+        self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
+    ) -> Float[Tensor, "rows n"]:
+        """The weights that a mask leaves, float64, zero where it prunes: refitted with `refit`, else w⊙m.
+
+        Args:
+            limits: memory and threads.
+        """
+        mask = as_mask(mask, self.weight)
+        if self.refit is None:
+            return torch.where(mask, self.weight.double(), 0.0)
+        return self.refitted(mask, limits)[0]
+
+    def refitted(
+        self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
+    ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, " rows"]]:
+        """Weights by least squares (where rounding makes them worse than the mask's own, those), and F.
+
+        Raises:
+            ProblemError: the weights are kept as they are.
+        """
+        mask, squares = as_mask(mask, self.weight), self.least_squares
+        own = torch.where(mask, self.weight.double(), 0.0)
+        found = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
+        cost, own_cost = self.damped_error(found), self.damped_error(own)
+        better = cost <= own_cost
+        return torch.where(better[:, None], found, own), torch.where(better, cost, own_cost)
+
+    def damped_error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """(w−v)ᵀA(w−v) and the linear part, of float64 weights v: what F is the least of."""
+        lost = self.weight.double() - weight
+        squares = self.least_squares
+        value = ((lost @ squares.damped) * lost).sum(1)
+        if squares.flat:
+            value.zero_()  # G is 0, and A is not
+        if self.linear is not None:
+            value += self.linear.value(lost)
+        return value.clamp_(min=0.0)
+
+    def error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """The same of other weights: mean square of what every row's output then misses its target by,
+        float64 [rows]. Of the weights that a mask keeps it is the mask's objective."""
+        return self._error(self.weight.double() - weight.to(self.device).double())
+
+    def _error(self, dropped: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        return self._form(dropped).clamp_(min=0.0)
+
+    def _form(
+        self, dropped: Float[Tensor, "rows n"], *, size: bool = False
+    ) -> Float[Tensor, " rows"]:
+        """f of what is dropped; with `size` the sum of the absolute values of its terms."""
+        of = torch.abs if size else (lambda x: x)
+        value = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        step = max(1, _OBJECTIVE_BLOCK_BYTES // (8 * self.n))
+        for start in range(0, self.n, step):
+            block = slice(start, start + step)
+            value += ((dropped @ of(self.gram[:, block].double())) * dropped[:, block]).sum(1)
+        if self.linear is not None:
+            part = Linear(of(self.linear.correlation), self.linear.constant)
+            value += part.value(dropped)
+        return value
+
+    def output_energy(self) -> Float[Tensor, " rows"]:
+        """What a row costs of which nothing is kept: the mean square of its target, of which an objective is
+        a part. wᵀGw where the target is the dense row's output.
+
+        Float64, of products in G's dtype: it says how large an error is, and decides nothing.
+        """
+        weight = self.weight.to(self.gram.dtype)
+        energy = ((weight @ self.gram) * weight).sum(1, dtype=torch.float64)
+        if self.linear is not None:
+            energy += self.linear.value(self.weight.double())
+        return energy.clamp_(min=0.0)
+
+    def diagonal_mass(self) -> Float[Tensor, " rows"]:
+        """Σⱼ wⱼ²Gⱼⱼ (+ c) of every row in float64, with `refit` Σⱼ wⱼ²Aⱼⱼ: the scale against which rounding
+        is measured."""
+        diagonal = self.gram.diagonal().double()
+        if self.refit is not None:
+            diagonal = diagonal + self.least_squares.ridge
+        mass = self.weight.double().square() @ diagonal
+        return mass if self.linear is None else mass + self.linear.constant
+
+    def rounding(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """The most that float64 can lose of the error of weights v [rows, n], float64 [rows].
+
+        γ (Σᵢⱼ |xᵢAᵢⱼxⱼ| + 2|x|ᵀ|g| + c) with x = w − v and γ = 4(n + 8)·2⁻⁵³ covers sums and products in any
+        order (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1); n·2⁻¹⁰⁷⁴(1 + Σ|xᵢ|)
+        covers underflow. Only terms of the sum count: for v = w⊙m the pruned weights.
+        """
+        lost = (self.weight.double() - weight).abs()
+        found = 4 * (self.n + 8) * 2.0**-53 * self._size(lost)
+        if self.refit is not None:  # F is least there, so what the solve is off by counts squared
+            found += _SOLVED**2 * self._size(self.weight.double().abs())
+        # where the sizes leave float64, nothing is excused
+        return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074 * (1 + lost.sum(1))
+
+    def _size(self, lost: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """The absolute values of all terms of an error, summed."""
+        terms = self._form(lost, size=True)
+        return terms if self.refit is None else terms + lost.square() @ self.least_squares.ridge
+
+    def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """The least that f can be where it is no less than a bound: of an integral problem the next of its
+        values, of another one the bound, and of rows that trade, each of which has a part of one bound."""
+        if not self.integral or self.pooled:
+            return bound
+        values = [self.row(row).values() for row in range(self.rows)]
+        raised = [v.at_least(b) for v, b in zip(values, bound.tolist(), strict=True) if v]
+        return torch.tensor(raised, dtype=bound.dtype, device=bound.device)
+
+    def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:
+        """The mask as a bool tensor on the problem's device, or WarmStartError with the reason."""
+        # lines side by side: the last bits of a product may depend on how its factors lie in memory
+        tensor = as_mask(mask, self.weight, what, WarmStartError).contiguous()
+        bad = (~self.pattern.is_legal(tensor)).nonzero()
+        if len(bad) and self.pooled:
+            pruned = (~tensor).sum(1)
+            if int(pruned.sum()) != self.pruned:
+                raise WarmStartError(
+                    f"{what} prunes {int(pruned.sum())} of {tensor.numel()}; the pattern ({self.pattern}) "
+                    f"asks for exactly {self.pruned}"
+                )
+            row, (least, most) = int(bad[0]), self.row_limits
+            raise WarmStartError(
+                f"{what}: row {row} prunes {int(pruned[row])} of {self.n}; the pattern ({self.pattern}) "
+                f"allows {least} to {most}"
+            )
+        if len(bad):
+            row = int(bad[0])
+            groups = "" if self.group_size == self.n else f" in each group of {self.group_size}"
+            raise WarmStartError(
+                f"{what}: row {row} prunes {int((~tensor[row]).sum())} of {self.n}; the pattern "
+                f"({self.pattern}) asks for exactly {self.pruned_per_group}{groups}"
+            )
+        return tensor
+
+    def row(self, index: int) -> RowProblem:
+        """One row as a problem of its own; shares the memory of weight and gram. Where rows trade, it
+        prunes as much of itself as the layer of its own."""
+        if not -self.rows <= index < self.rows:
+            raise ProblemError(f"row {index} of a layer with {self.rows} rows")
+        # what was a row before is that row
+        same = self.rows == 1 and re.search(r"\[\d+\]$", self.name)
+        name = self.name if same else f"{self.name}[{index % self.rows}]"
+        rows = slice(index % self.rows, index % self.rows + 1)
+        return RowProblem._of(self._like(rows, name))
+
+    def at_count_of(self, mask: Bool[Tensor, "rows n"], index: int) -> RowProblem:
+        """One row of a layer whose rows trade, with the count that a mask [rows, n] gives it."""
+        kept = Unstructured(keep=int(mask[index].sum()))
+        return RowProblem._of(self.take([index]).under(kept))
+
+    def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
+        """The problem of some rows only; shares gram. They trade among themselves, where rows do.
+
+        Args:
+            rows: a list of indices, a slice, or a tensor, of indices or bool [rows].
+
+        Raises:
+            ProblemError: none of that; a list that is empty, or names what is no row.
+        """
+        vector = isinstance(rows, slice) or (isinstance(rows, Tensor) and self._are_rows(rows))
+        listed = isinstance(rows, list) and bool(rows) and all(map(self._is_row, rows))
+        if not vector and not listed:
+            raise ProblemError(
+                f"rows must be a list of indices within 0 … {self.rows - 1}, at least one; not {rows}"
+            )
+        return self._like(rows, self.name)
+
+    def _are_rows(self, index: Tensor) -> bool:
+        if index.ndim != 1 or index.is_floating_point() or index.is_complex():
+            return False
+        if index.dtype == torch.bool:
+            return len(index) == self.rows
+        return bool(((index >= -self.rows) & (index < self.rows)).all())
+
+    def _is_row(self, index: Any) -> bool:
+        whole = isinstance(index, Integral) and not isinstance(index, bool)
+        return whole and -self.rows <= index < self.rows
+
+    def under(self, pattern: Pattern) -> LayerProblem:
+        """The same rows under another pattern; shares all arrays.
+
+        Raises:
+            PatternError: it does not fit n.
+        """
+        check_pattern(pattern, self.n, f"layer {self.name!r}: " if self.name else "")
+        problem = self._like(slice(None), self.name)
+        problem.pattern = pattern
+        return problem
+
+    def refitting(self, refit: Refit | None) -> LayerProblem:
+        """The same rows under the other objective, None being f; shares all arrays.
+
+        Raises:
+            ProblemError: a damping that leaves G + λD indefinite.
+        """
+        if refit is not None and self.units is not None:
+            raise ProblemError(_POSED_REFIT)
+        if refit is not None and self.integral:
+            check_integral(self.weight, self.gram, self.linear, "", refitted=True)
+        problem = self._like(slice(None), self.name)
+        if refit != self.refit:
+            problem.refit, problem._squares = refit, None
+            if refit is not None:
+                problem.least_squares.check(f"layer {self.name!r}: " if self.name else "")
+        return problem
+
+    def counting(self, omega: ArrayLike | None) -> LayerProblem:
+        """The same rows, each counting ω in the sum where they trade, None being 1; shares all arrays.
+
+        Raises:
+            ProblemError: an ω that is not more than 0, or not one for each row.
+        """
+        problem = self._like(slice(None), self.name)
+        label = f"layer {self.name!r}: " if self.name else ""
+        problem.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
+        return problem
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
+        write_instance(path, "layer", self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
+        """Read what `save` wrote; all checks of the constructor run again."""
+        weight, gram, pattern, more = read_instance(path, "layer")
+        return cls(weight, gram, pattern, **more)
+
+    def _like(self, rows: Tensor | slice | list[int], name: str) -> LayerProblem:
+        """Some rows of the same layer: nothing is checked again."""
+        problem = LayerProblem.__new__(LayerProblem)
+        problem.weight, problem.name = self.weight[rows], name
+        problem.linear = None if self.linear is None else self.linear.take(rows)
+        problem.omega = None if self.omega is None else self.omega[rows]
+        problem.gram, problem.pattern = self.gram, self.pattern
+        problem.mean, problem.variance = self.mean, self.variance
+        problem.refit, problem.integral, problem.units = self.refit, self.integral, self.units
+        problem._squares = None if self.refit is None else self.least_squares
+        return problem
+
+    def __repr__(self) -> str:
+        name = f"{self.name!r}, " if self.name else ""
+        refit = "" if self.refit is None else f", {self.refit}"
+        return f"LayerProblem({name}rows={self.rows}, n={self.n}, pattern={self.pattern}{refit})"
+
+
+class RowProblem:
+    """Mask selection for one row: weight [n], gram [n, n].
+
+    Takes what `LayerProblem` takes (of `linear` the moments of one row), and raises what it raises. Every
+    solver accepts one and answers with a Solution of a single row.
+    """
+
+    def __init__(
+        self,
+        weight: ArrayLike,
+        gram: ArrayLike,
+        pattern: Pattern,
+        **more: Any,
+    ) -> None:
+        tensor = as_tensor(weight, "weight")
+        if tensor.ndim != 1:
+            raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
+        layer = LayerProblem(tensor[None], gram, pattern, **more)
+        self._layer: LayerProblem = RowProblem._of(layer).as_layer()
+
+    @classmethod
+    def from_quadratic(
+        cls,
+        quadratic: np.ndarray,
+        *,
+        cardinality: int,
+        maximise: bool = False,
+        constant: float = 0.0,
+        name: str = "",
+    ) -> RowProblem:
+        """A quadratic objective: min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones.
+
+        The ones are what the mask prunes. An indefinite U is shifted along its diagonal, which changes every
+        value alike; `value` takes the shift off again. A U of whole numbers makes an `integral` problem.
+
+        Args:
+            quadratic: U [n, n], brought to float64; its symmetric part counts.
+            cardinality: how many entries of p are 1.
+            maximise: rather than minimise.
+            constant: a part of every value.
+
+        Raises:
+            ProblemError: no square matrix of finite numbers, or another cardinality than 0 … n.
+        """
+        gram, units, whole = semidefinite(quadratic, maximise, constant)
+        n = len(gram)
+        if not isinstance(cardinality, Integral) or not 0 <= cardinality <= n:
+            raise ProblemError(f"cardinality must be a whole number, 0 … {n}, not {cardinality!r}")
+        pattern = Unstructured(keep=n - int(cardinality))
+        integral = whole and float(np.abs(gram).sum()) < MOST_WHOLE  # beyond, sums are not exact
+        more: dict[str, Any] = {"name": name, "units": units, "integral": integral}
+        return cls(np.ones(n), gram, pattern, **more)
+
+    def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
+        """U [n, n] and the constant of pᵀUp + constant as it was posed: to be maximised where `maximised`
+        says so. Of a problem that nobody posed so, Q and 0."""
+        q, units = self.q().cpu().numpy(), self._layer.units
+        if units is None:
+            # Q has the constant in its entries, unless nothing is chosen
+            lost = self.linear is not None and self._layer.pruned == 0
+            return q, float(self.linear.constant[0]) if lost and self.linear else 0.0
+        return units.sign * (q - units.shift * np.eye(self.n)), units.constant
+
+    @property
+    def maximised(self) -> bool:
+        """Was it posed as something to be maximised? Its `value` is, then, and bounds are from above."""
+        units = self._layer.units
+        return units is not None and units.sign < 0
+
+    def value(self, cost: float) -> float:
+        """An objective, or a bound, in the units of whoever posed the problem."""
+        units = self._layer.units
+        return cost if units is None else units.value(cost, self._layer.pruned)
+
+    def posed(self, objective: float, lower_bound: float) -> Posed:
+        """An objective, a lower bound of it and the gap between them in the units of whoever posed the
+        problem."""
+        return Posed.of(self.value(objective), self.value(lower_bound))
+
+    @classmethod
+    def _of(cls, layer: LayerProblem) -> RowProblem:
+        """A layer of one row that was checked already; alone, it has a count of its own."""
+        problem = cls.__new__(cls)
+        problem._layer = layer.under(layer.pattern.alike()) if layer.pooled else layer
+        return problem
+
+    @property
+    def weight(self) -> Float[Tensor, " n"]:
+        return self._layer.weight[0]
+
+    @property
+    def gram(self) -> Float[Tensor, "n n"]:
+        return self._layer.gram
+
+    @property
+    def pattern(self) -> Pattern:
+        return self._layer.pattern
+
+    @property
+    def name(self) -> str:
+        return self._layer.name
+
+    @property
+    def n(self) -> int:
+        return self._layer.n
+
+    def as_layer(self) -> LayerProblem:
+        """The same problem as a layer of one row."""
+        return self._layer
+
+    @property
+    def linear(self) -> Linear | None:
+        """Of a single row."""
+        return self._layer.linear
+
+    @property
+    def refit(self) -> Refit | None:
+        return self._layer.refit
+
+    @property
+    def integral(self) -> bool:
+        return self._layer.integral
+
+    def q(self) -> Float[Tensor, "n n"]:
+        """Q in float64 with f(p) = pᵀQp for every legal p; n² doubles.
+
+        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s for every legal p (s the
+        number of pruned inputs, at least 1),
+
+            Q + (l1ᵀ + 1lᵀ)/s + c/s²·11ᵀ = [I | 1/s]·[[Q, l], [lᵀ, c]]·[I | 1/s]ᵀ,  semidefinite too.
+
+        Where nothing is pruned c is left out: pᵀQp is 0 then, whatever Q is.
+
+        Raises:
+            ProblemError: a problem with `refit`; F is no quadratic form in p.
+        """
+        if self.refit is not None:
+            raise ProblemError("the objective of refitted weights is no quadratic form of the mask")
+        weight = self.weight.double()
+        q = weight[:, None] * self.gram.double() * weight[None, :]
+        pruned = self._layer.pruned_per_group * (self.n // self._layer.group_size)
+        if self.linear is None or pruned == 0:
+            return q
+        half = weight * self.linear.correlation[0] / pruned
+        return q + half[:, None] + half[None, :] + self.linear.constant / pruned**2
+
+    def values(self) -> Values | None:
+        """The values that f can take, of an integral problem; None of another one."""
+        if not self.integral:
+            return None
+        return values_of(
+            self.q(), self._layer.pruned_per_group * (self.n // self._layer.group_size)
+        )
+
+    def objective(self, mask: Bool[Tensor, " n"]) -> float:
+        """f, or F with `refit`, of one mask [n] (True = kept), float64."""
+        return float(self._layer.objective(mask.reshape(1, -1)))
+
+    def weights(self, mask: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """The weights that one mask [n] leaves, float64; see `LayerProblem.weights`."""
+        return self._layer.weights(mask.reshape(1, -1))[0]
+
+    def refitting(self, refit: Refit | None) -> RowProblem:
+        """The same row under the other objective; see `LayerProblem.refitting`."""
+        return RowProblem._of(self._layer.refitting(refit))
+
+    def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
+        """The row with only these inputs, in this order: a toy instance from a real row.
+
+        The pattern goes along (a sparsity stays the same sparsity, `keep=k` the same k, N:M the
+        same groups of consecutive *new* inputs) unless another is given.
+
+        Raises:
+            ProblemError: no such columns, or with `refit` a G that the damping leaves indefinite.
+        """
+        index = torch.as_tensor(columns, device=self.weight.device)
+        whole = (
+            not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
+        )
+        if index.ndim != 1 or len(index) == 0 or not whole:
+            raise ProblemError("columns must be a list of at least one input index")
+        if len(index.unique()) != len(index) or index.min() < 0 or index.max() >= self.n:
+            raise ProblemError(f"columns must be distinct and within 0 … {self.n - 1}")
+        index = index.long()
+        new = pattern or self.pattern
+        new.check(len(index))
+        layer = self._layer._like(slice(None), self.name)
+        layer.weight = layer.weight[:, index].contiguous()
+        layer.linear = None if self.linear is None else self.linear.restrict(index)
+        layer.gram, layer.pattern = self.gram[index][:, index].contiguous(), new
+        layer.mean, layer.variance = (
+            None if x is None else x[index] for x in (layer.mean, layer.variance)
+        )
+        layer._squares = None  # of the inputs that are left
+        if layer.refit is not None:
+            layer.least_squares.check(f"row {self.name!r}: " if self.name else "")
+        return RowProblem._of(layer)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
+        write_instance(path, "row", self._layer)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RowProblem:
+        """Read what `save` wrote; all checks of the constructor run again."""
+        weight, gram, pattern, more = read_instance(path, "row")
+        if weight.ndim != 2 or weight.shape[0] != 1:
+            raise ProblemError(f"{path}: a row's weight must be [1, n], not {list(weight.shape)}")
+        return cls(weight[0], gram, pattern, **more)
+
+    def __repr__(self) -> str:
+        name = f"{self.name!r}, " if self.name else ""
+        refit = "" if self.refit is None else f", {self.refit}"
+        return f"RowProblem({name}n={self.n}, pattern={self.pattern}{refit})"

@@ -1,0 +1,113 @@
+"""Whole inputs of a linear map, removed for all of its outputs at once: the same problem once more.
+
+With weight W and Gram matrix G of its inputs, removing the inputs P changes the outputs by
+
+    Σ_rows (w_r⊙p)ᵀG(w_r⊙p) = pᵀQp,     Q = G ∘ (WᵀW),
+
+positive semidefinite by Schur's product theorem. Inputs that can only go together (the columns that belong to
+an attention head) are one entry of p: rows and columns of Q are summed over them. So a layer has one row, as
+long as there are structures, and everything that solves, bounds and proves rows does so with structures.
+
+Of the many ways to write Q as diag(w)·G'·diag(w), the one is taken whose w are the norms of the structures'
+columns: then scores mean what they mean for a row. `magnitude` ranks by the columns' norms, `wanda` by Q's
+diagonal (Wanda-sp, in FLAP, arXiv 2312.11983), and G' has the inputs' own mean squares on its diagonal.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from maskopt.core.least_squares import LeastSquares, Refit
+from maskopt.core.pattern import Pattern
+from maskopt.core.problem import RowProblem
+from maskopt.errors import ProblemError
+
+
+def structure_problem(
+    weight: Float[Tensor, "rows n"],
+    gram: Float[Tensor, "n n"],
+    pattern: Pattern,
+    *,
+    groups: Int[Tensor, " n"] | None = None,
+    mean: Float[Tensor, " n"] | None = None,
+    name: str = "",
+) -> RowProblem:
+    """Which structures of a layer's inputs to remove, with the kept weights as they are.
+
+    Its objective is that of the layer, summed over its rows.
+
+    Args:
+        weight: of the layer.
+        gram: G of its inputs, in the mean over tokens.
+        pattern: of the structures, in the order of their numbers: how many stay, or N:M among neighbours.
+        groups: the structure that each input belongs to, numbered 0 … m−1 without a gap; None: every input is
+            one.
+        mean: of the inputs over tokens, for methods that look at it; only where every input is a structure.
+
+    Raises:
+        ProblemError: shapes that do not fit one another, numbers with a gap, or what `RowProblem` refuses.
+        PatternError: a pattern that does not fit the structures.
+    """
+    if weight.ndim != 2 or gram.shape != (weight.shape[1],) * 2:
+        raise ProblemError(
+            f"weight must be [rows, n] and gram [n, n], not {list(weight.shape)} and {list(gram.shape)}"
+        )
+    exact = weight.double()
+    quadratic, norms = gram.double() * (exact.T @ exact), exact.square().sum(0)
+    if groups is not None:
+        _check_groups(groups, weight.shape[1])
+        quadratic, norms = _summed(_summed(quadratic, groups).T, groups), _summed(norms, groups)
+    norms = norms.sqrt()
+    scale = torch.where(norms > 0, norms, 1.0)  # where there is no weight, Q is 0, too
+    correlation = quadratic / scale / scale[:, None]
+    correlation = (correlation + correlation.T) / 2
+    return RowProblem(norms, correlation, pattern, mean=mean if groups is None else None, name=name)
+
+
+def _summed(values: Tensor, groups: Tensor) -> Tensor:
+    """Over the entries of each group, along the first axis."""
+    total = torch.zeros(int(groups.max()) + 1, *values.shape[1:]).to(values)
+    return total.index_add_(0, groups, values)
+
+
+def refit_inputs(
+    weight: Float[Tensor, "rows n"],
+    gram: Float[Tensor, "n n"],
+    kept: Bool[Tensor, " n"],
+    refit: Refit,
+) -> Float[Tensor, "rows n"]:
+    """The weights of the kept inputs by least squares, float64, zero for the others: V_S = A_SS⁻¹A_S:Wᵀ with
+    A = G + λD. All rows share one factorisation. Rows that it does not better stay as they were.
+
+    Raises:
+        ProblemError: a G that is not definite with the damping.
+    """
+    squares = LeastSquares.of(gram, refit)
+    squares.check("")
+    a, exact = squares.damped, weight.double()
+    inside = kept.nonzero()[:, 0]
+    factor = torch.linalg.cholesky(a[inside][:, inside])
+    solved = torch.cholesky_solve(a[inside] @ exact.T, factor).T
+    new = torch.zeros_like(exact)
+    new[:, inside] = solved
+    own = torch.where(kept, exact, 0.0)
+    better = change(new, weight, gram) <= change(own, weight, gram)
+    return torch.where(better[:, None], new, own)
+
+
+def change(
+    new: Float[Tensor, "rows n"], weight: Float[Tensor, "rows n"], gram: Float[Tensor, "n n"]
+) -> Float[Tensor, " rows"]:
+    """Mean squared change of every output, float64."""
+    difference = new.double() - weight.double()
+    return ((difference @ gram.double()) * difference).sum(1).clamp(min=0)
+
+
+def _check_groups(groups: Tensor, n: int) -> None:
+    whole = not (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool)
+    if groups.shape != (n,) or not whole or int(groups.min()) < 0:
+        raise ProblemError(f"groups must be whole numbers of at least 0 for each of the {n} inputs")
+    if int(torch.bincount(groups).min()) == 0:
+        raise ProblemError("groups must be numbered without a gap")

@@ -1,0 +1,1 @@
+"""The whole job on a small real model: what `maskopt demo` runs."""

@@ -1,0 +1,256 @@
+"""The main job from end to end on a small real model: what `maskopt demo` runs.
+
+Nothing here is special: toy rows through `compare`, the whole model through `prune_model`, perplexity
+by `perplexity`, all as a user would call them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskopt.demo.model import DemoModel, demo_model, find_demo_model
+from maskopt.demo.text import demo_text
+from maskopt.experiments.compare import Record, compare, sample_rows
+from maskopt.models.architecture.blocks import short
+from maskopt.models.blockwise.progress import BlockProgress
+from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.workspace import check_output
+from maskopt.models.evaluation.perplexity import perplexity
+from maskopt.models.pruning.problems import layer_problems
+from maskopt.models.pruning.prune import prune_model
+from maskopt.report import Table, number, write_page
+from maskopt.report.page import Section
+from maskopt.report.prune_page import Pruned, report_parts
+
+#: layers whose rows are solved to proven optimality
+TOY_LAYERS = (
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.2.self_attn.o_proj",
+    "model.layers.4.mlp.down_proj",
+)
+TOY_SOLVERS = ("magnitude", "wanda", "ria", "swap", "scip")
+
+#: solver, start and folder of each prune
+_PRUNES = (("wanda", None, "wanda"), ("swap", "wanda", "model"))
+
+#: called with (what is going on, done, total)
+OnStage = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found, ready to print, and where it is written."""
+
+    tables: Sequence[Table]
+    report: Path
+    model: Path
+    seconds: float
+
+
+def run_demo(
+    output: Path,
+    *,
+    model: str = "gemma3",
+    sparsity: float = 0.5,
+    samples: int = 12,
+    seq_len: int = 512,
+    windows: int = 8,
+    columns: int = 48,
+    time_limit: float = 30.0,
+    seed: int = 0,
+    overwrite: bool = False,
+    on_stage: OnStage = lambda stage, done, total: None,
+) -> DemoResult:
+    """Compare solvers on toy rows, prune all blocks twice, measure, and write report and model.
+
+    Args:
+        output: gets `model/` (the 1-swap model, its masks and manifest) and `report.html`.
+        model: one of `maskopt.demo.model.MODELS`.
+        sparsity: of every row.
+        samples, seq_len: calibration windows and their length in tokens.
+        windows: evaluation windows of seq_len tokens.
+        columns: inputs that toy rows are restricted to.
+        time_limit: seconds that SCIP gets a toy row.
+
+    Raises:
+        ModelError: output holds something (unless `overwrite`, and the demo wrote it); the demo's packages
+            are missing.
+    """
+    began = time.perf_counter()
+    places = [place for _, _, place in _PRUNES]
+    report = output / "report.html"
+    ours = places if not (output / places[-1]).exists() else [*places, report.name]
+    check_output(output, overwrite=overwrite, resume=False, own=ours)
+    for place in places:
+        check_output(output / place, overwrite=overwrite, resume=False)
+    about = find_demo_model(model)
+    on_stage(f"converting {about.title} (once)", 0, 1)
+    folder = demo_model(model)
+    on_stage(f"converting {about.title} (once)", 1, 1)
+    calibration = {"calibration": demo_text().calibration, "seq_len": seq_len, "seed": seed}
+    toy = _toy_rows(folder, sparsity, min(samples, 8), columns, time_limit, calibration, on_stage)
+
+    values = {"dense": _perplexity("dense", folder, seq_len, windows, on_stage)}
+    prunes: dict[str, PruneReport] = {}
+    for solver, start, place in _PRUNES:
+        prunes[solver] = prune_model(
+            folder,
+            sparsity=sparsity,
+            solver=solver,
+            start=start,
+            samples=samples,
+            output=output / place,
+            overwrite=overwrite,
+            on_progress=_told(on_stage, f"pruning with {solver}"),
+            **calibration,  # type: ignore[arg-type]
+        )
+        values[solver] = _perplexity(solver, output / place, seq_len, windows, on_stage)
+
+    blocks = len({layer.block for layer in prunes["swap"].layers})
+    tables = [
+        toy,
+        error_table(prunes["swap"], sparsity, blocks),
+        perplexity_table(values, prunes, windows, seq_len),
+    ]
+    _write_report(report, about, output / "model", tables)
+    return DemoResult(tables, report, output / "model", time.perf_counter() - began)
+
+
+def _perplexity(name: str, model: Path, seq_len: int, windows: int, on_stage: OnStage) -> float:
+    """On the demo's evaluation text."""
+    return perplexity(
+        model,
+        text=demo_text().evaluation,
+        seq_len=seq_len,
+        windows=windows,
+        on_progress=lambda done, total: on_stage(f"perplexity: {name}", done, total),
+    ).value
+
+
+def _write_report(path: Path, about: DemoModel, model: Path, tables: Sequence[Table]) -> None:
+    """The page of `maskopt report`, with what only the demo measured."""
+    parts: list[str | Section] = [
+        "Calibrated on Python's help topics, and evaluated on others of them.",
+        *report_parts([Pruned.open(model, model.name)], tables=tables),
+        "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
+        f"not faster. {about.terms}",
+    ]
+    write_page(path, f"maskopt demo: {about.title}", parts)
+
+
+def _toy_rows(
+    folder: Path,
+    sparsity: float,
+    samples: int,
+    columns: int,
+    time_limit: float,
+    calibration: Mapping[str, Any],
+    on_stage: OnStage,
+) -> Table:
+    """Rows of real layers, restricted to few inputs, through solvers of which one proves the optimum."""
+    layers = list(
+        layer_problems(
+            folder,
+            include=TOY_LAYERS,
+            sparsity=sparsity,
+            samples=samples,
+            on_progress=_told(on_stage, "toy rows"),
+            **calibration,
+        )
+    )
+    seed = calibration["seed"]
+    rows = sample_rows((problem for _, problem in layers), 1, columns=columns, seed=seed)
+    labels = {
+        row.name: f"{layer.block} {short(layer.kind)}{row.name.removeprefix(layer.name)}"
+        for (layer, _), row in zip(layers, rows, strict=True)
+    }
+    records = compare(
+        rows,
+        TOY_SOLVERS,
+        time_limit=time_limit,
+        seed=seed,
+        on_progress=lambda done, total: on_stage("toy rows: solving", done, total),
+    )
+    return toy_table(records, labels, sparsity)
+
+
+def toy_table(records: Sequence[Record], labels: Mapping[str, str], sparsity: float) -> Table:
+    """Objective, bound and gap of every solver on every toy row; `labels` by instance."""
+    table = Table(
+        f"Toy rows: {records[0].n} inputs of real layers, {sparsity:.0%} pruned",
+        ("row", "solver", "objective", "bound", "above optimum", "status", "s"),
+        text_columns=2,
+        note="RIA's column sums see one row only here.",
+    )
+    last = ""
+    for record in records:
+        shown = labels[record.instance] if record.instance != last else ""
+        last = record.instance
+        table.add(
+            shown,
+            record.solver,
+            number(record.objective),
+            number(record.lower_bound) if record.bounded else "–",
+            "–" if record.excess != record.excess else f"{record.excess:.2%}",
+            record.error or record.status,
+            f"{record.seconds:.2f}",
+        )
+    return table
+
+
+def error_table(report: PruneReport, sparsity: float, blocks: int) -> Table:
+    """Local error of Wanda and of Wanda → 1-swap on the same inputs, summed per layer kind."""
+    table = Table(
+        f"Local error at {sparsity:.0%}, all {blocks} blocks",
+        ("layers", "Wanda", "→ 1-swap", "ratio", "rows", "proven 1-swap optimal"),
+        note="Mean squared change of the layers' outputs, summed over rows and blocks; both on the "
+        "inputs that the blocks pruned before leave.",
+    )
+    for kind, layers in report.by_kind().items():
+        before = sum(layer.error_start or 0.0 for layer in layers)
+        after = sum(layer.error for layer in layers)
+        rows = sum(layer.rows for layer in layers)
+        proven = sum(
+            count
+            for layer in layers
+            for name, count in layer.statuses.items()
+            if name != "feasible"
+        )
+        ratio = f"{after / before:.3f}" if before else "–"
+        table.add(
+            short(kind),
+            number(before),
+            number(after),
+            ratio,
+            f"{rows:,}",
+            f"{proven / rows:.0%}",
+        )
+    return table
+
+
+def perplexity_table(
+    values: dict[str, float], prunes: dict[str, PruneReport], windows: int, seq_len: int
+) -> Table:
+    """Perplexity of dense, Wanda and 1-swap, with what the pruning took."""
+    table = Table(
+        f"Perplexity, {windows} × {seq_len} tokens",
+        ("model", "perplexity", "pruned", "seconds"),
+    )
+    names = {"dense": "dense", "wanda": "Wanda", "swap": "Wanda → 1-swap"}
+    for key, value in values.items():
+        report = prunes.get(key)
+        sparsity = f"{report.sparsity:.1%}" if report else "–"
+        table.add(names[key], f"{value:.2f}", sparsity, f"{report.seconds:.0f}" if report else "–")
+    return table
+
+
+def _told(on_stage: OnStage, title: str) -> Callable[[BlockProgress], None]:
+    def told(progress: BlockProgress) -> None:
+        where = f"{title}: block {progress.block + 1}/{progress.blocks}, {progress.stage}"
+        on_stage(where, progress.done, progress.total)
+
+    return told

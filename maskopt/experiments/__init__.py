@@ -1,0 +1,1 @@
+"""Many rows through several solvers, with results that an interrupted run continues."""

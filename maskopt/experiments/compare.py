@@ -1,0 +1,282 @@
+"""The same rows through several solvers: objective, lower bound, gap, status, seconds.
+
+A job is one row through one solver. Jobs run under joblib, so `joblib.parallel_config` sends them to
+threads, processes, Dask or Ray unchanged. With an `output` file (JSON lines) every finished job is
+written at once, its solution into the folder `<output>.rows`. A later run verifies that solution and skips
+the job; a job whose solution is missing, or does not hold, runs again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+from joblib import delayed
+
+from maskopt.core.limits import KEYWORDS, Limits
+from maskopt.core.pattern import Pattern
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.units import excess_of
+from maskopt.errors import MaskoptError, OptionError
+from maskopt.experiments.jobs import as_they_finish, job_key
+from maskopt.experiments.kept import Kept
+from maskopt.experiments.record_file import RecordFile
+from maskopt.instances.formats import load_problem
+from maskopt.protocol.solution import Solution, Status, is_bounded
+from maskopt.protocol.solver import Solver, make_solver, solve
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one solver said about one row.
+
+    `objective` and `lower_bound` are costs, as the problem has them; `value` and `value_bound` are the same
+    in the units of whoever posed it (`RowProblem.posed`), of which `gap` and `excess` are parts. `gap` is by
+    the solver's own bound; `excess` is how much worse than the optimum where some solver of the comparison
+    proved it, else NaN;
+    `trusted` is the exact solver whose bound nothing proves here, empty where the bound can be checked;
+    `trace` is what else the solver has to tell (`maskopt.protocol.trace`), columns of their own in a file.
+    """
+
+    instance: str
+    n: int
+    pattern: str
+    solver: str
+    objective: float
+    lower_bound: float
+    value: float
+    value_bound: float
+    gap: float
+    excess: float
+    status: str
+    trusted: str
+    seconds: float
+    seed: int
+    key: str
+    error: str = ""
+    trace: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bounded(self) -> bool:
+        """Does the bound say anything?"""
+        return is_bounded(self.objective, self.lower_bound, self.status)
+
+
+def sample_rows(
+    layers: Iterable[LayerProblem],
+    rows: int,
+    *,
+    columns: int | None = None,
+    pattern: Pattern | None = None,
+    seed: int = 0,
+) -> list[RowProblem]:
+    """`rows` rows of every layer, each restricted to `columns` random inputs of its own.
+
+    The draw depends on the seed and on the layer's position alone. Restricted rows keep the layer's
+    pattern (of N:M only whole groups make sense: `columns` must be divisible by M).
+    """
+    check_rows(rows)
+    sampled = []
+    for position, layer in enumerate(layers):
+        for index, inputs in draw_rows(layer, rows, columns, seed=[seed, position]):
+            row = layer.row(index)
+            if inputs is not None or pattern is not None:
+                row = row.restrict(np.arange(layer.n) if inputs is None else inputs, pattern)
+            sampled.append(row)
+    return sampled
+
+
+def check_rows(rows: int | None) -> None:
+    """Raise OptionError for a number of rows to draw (None: all) that is below 1."""
+    if rows is not None and rows < 1:
+        raise OptionError(f"rows must be at least 1, not {rows}")
+
+
+def draw_rows(
+    layer: LayerProblem, rows: int | None, columns: int | None, *, seed: Sequence[int]
+) -> list[tuple[int, np.ndarray | None]]:
+    """Which rows of a layer, ascending, and which inputs of each.
+
+    Args:
+        rows: how many, as `check_rows` allows them; all where the layer has no more.
+        columns: how many inputs, drawn per row; None, or no fewer than the layer has: all.
+
+    Returns:
+        (row, inputs), the inputs [columns] ascending, None where they are all.
+    """
+    rng = np.random.default_rng(seed)
+    count = layer.rows if rows is None else min(rows, layer.rows)
+    chosen = np.sort(rng.choice(layer.rows, size=count, replace=False))
+    if columns is None or columns >= layer.n:
+        return [(int(row), None) for row in chosen]
+    return [(int(row), np.sort(rng.choice(layer.n, size=columns, replace=False))) for row in chosen]
+
+
+def compare(
+    rows: Sequence[RowProblem],
+    solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]],
+    *,
+    time_limit: float | None = None,
+    seed: int = 0,
+    jobs: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Record]:
+    """Every row through every solver.
+
+    Args:
+        rows: the instances, `sample_rows` makes them.
+        solvers: names or values such as `Swap()`, none of them twice, or name → options (`start`,
+            `time_limit`, `seed`, … among them, which go before those for all).
+        time_limit: seconds a row, its start included.
+        seed: of everything random.
+        jobs: joblib's n_jobs, as many rows at a time; None: what a `joblib.parallel_config` around the call
+            says, which may name a cluster's backend (Dask, Ray), else one.
+        output: `.jsonl` grows as jobs finish and makes the run resumable (jobs are known by their
+            data, solver and options; what else the file holds stays in it). The solutions lie in the
+            folder `<output>.rows`, and only a verified one spares its job. `.csv` and `.parquet` are
+            written at the end.
+        on_progress: called with (finished jobs, jobs).
+
+    Returns:
+        Records in the order rows × solvers. A job that failed has status `failed` and its error.
+
+    Raises:
+        OptionError, SolverError: solvers, options or an `output` that will not do, before anything
+            runs. DataError: an `output` that holds something else.
+    """
+    jobs_by_name = _jobs_by_name(solvers, Limits(seconds=time_limit, seed=seed))
+    if not jobs_by_name:
+        raise OptionError("name at least one solver")
+    file = RecordFile(output, Record) if output is not None else None
+    jobs_wanted = [
+        (job_key(row, name, job.solver, job.start, job.limits), row, name)
+        for row in rows
+        for name, job in jobs_by_name.items()
+    ]
+    wanted = {key: (row, name) for key, row, name in jobs_wanted}
+    kept = Kept(file.path if file is not None and file.grows else None)
+    finished: dict[str, Record] = {}
+    held = file.held() if file is not None else {}
+    for key in wanted.keys() & held.keys():
+        row, name = wanted[key]
+        solution = kept.read(key, row, _required(jobs_by_name[name].solver))
+        if solution is not None:
+            finished[key] = _record(row, name, jobs_by_name[name], key, solution)
+    missing = {key: job for key, job in wanted.items() if key not in finished}
+    calls = [
+        delayed(_solved)(row, name, jobs_by_name[name], key) for key, (row, name) in missing.items()
+    ]
+    for record, solution in as_they_finish(calls, jobs):
+        finished[record.key] = record
+        if solution is not None:
+            kept.write(record.key, solution)
+        if file is not None:
+            file.append(record)
+        if on_progress is not None:
+            on_progress(len(finished), len(wanted))
+    records = _with_excess([finished[key] for key, _, _ in jobs_wanted], len(jobs_by_name))
+    if file is not None:
+        file.finish(records)
+    return records
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A solver with its start and its limits."""
+
+    solver: Solver
+    start: Any
+    limits: Limits
+
+
+def _jobs_by_name(
+    solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]], limits: Limits
+) -> dict[str, _Job]:
+    """Every solver made, its options checked, before anything runs."""
+    if not isinstance(solvers, Mapping):
+        made = [make_solver(solver) for solver in solvers]
+        names = [solver.name for solver in made]
+        for name in names:
+            if names.count(name) > 1:
+                # records know their solver by its name alone
+                raise OptionError(
+                    f"solver {name!r} is given twice; run compare once for each of its settings"
+                )
+        return {solver.name: _Job(solver, None, limits) for solver in made}
+    jobs = {}
+    for name, options in solvers.items():
+        given = dict(options)
+        start = given.pop("start", None)
+        shared = {KEYWORDS[k]: v for k, v in given.items() if k in KEYWORDS}
+        own = {k: v for k, v in given.items() if k not in KEYWORDS}
+        jobs[name] = _Job(make_solver(name, **own), start, replace(limits, **shared))
+    return jobs
+
+
+def _solved(row: RowProblem, name: str, job: _Job, key: str) -> tuple[Record, Solution | None]:
+    try:
+        solution = solve(row, job.solver, start=job.start, limits=job.limits).uninterrupted()
+    except MaskoptError as error:
+        return _record(row, name, job, key, error), None
+    return _record(row, name, job, key, solution), solution
+
+
+def _required(solver: Solver) -> Literal["claims", "checked"]:
+    """What a solution of an earlier run must hold: only exact solvers have bounds that nothing proves."""
+    return "claims" if solver.capabilities.trusted else "checked"
+
+
+def _record(
+    row: RowProblem, name: str, job: _Job, key: str, answer: Solution | MaskoptError
+) -> Record:
+    """What a solution, or the error in place of one, says of a row."""
+    base: dict[str, Any] = {
+        "instance": row.name,
+        "n": row.n,
+        "pattern": str(row.pattern),
+        "solver": name,
+        "excess": math.nan,
+        "seed": job.limits.seed,
+        "key": key,
+    }
+    if isinstance(answer, MaskoptError):
+        nothing: dict[str, Any] = dict.fromkeys(
+            ("objective", "lower_bound", "value", "value_bound", "gap", "seconds"), math.nan
+        )
+        return Record(**base, **nothing, status="failed", trusted="", error=str(answer))
+    columns = {name: values[0] for name, values in answer.columns().items()}
+    posed = row.posed(columns["objective"], columns["lower_bound"])
+    columns |= {"value": posed.value, "value_bound": posed.bound, "gap": posed.gap}
+    known = {f.name for f in fields(Record)}
+    return Record(
+        **base,
+        **{name: value for name, value in columns.items() if name in known},
+        seconds=answer.seconds,
+        trace={name: value for name, value in columns.items() if name not in known},
+    )
+
+
+def _with_excess(found: list[Record], solvers: int) -> list[Record]:
+    records = []
+    for first in range(0, len(found), solvers):
+        group = found[first : first + solvers]
+        proven = [r for r in group if r.status == Status.OPTIMAL]
+        best = min(proven, key=lambda r: r.objective) if proven else None
+        for record in group:
+            known = best is not None and record.value == record.value
+            excess = excess_of(record.value, best.value) if known and best else math.nan
+            records.append(replace(record, excess=excess))
+    return records
+
+
+def load_instances(
+    paths: Iterable[str | os.PathLike[str]], cardinality: int | None = None
+) -> list[LayerProblem]:
+    """Files of `maskopt.instances.formats`, layers or rows, as layers."""
+    found = [load_problem(path, cardinality) for path in paths]
+    return [p.as_layer() if isinstance(p, RowProblem) else p for p in found]

@@ -1,0 +1,138 @@
+"""Rows as jobs of their own, under whatever backend of joblib is configured: threads, processes, Dask, Ray.
+
+A job is known by its data, its solver and its limits: what was finished once is not done again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import current_process
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, effective_n_jobs
+from joblib.parallel import get_active_backend
+from torch import Tensor
+
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.errors import OptionError, SolverError
+from maskopt.protocol.solver import Solver
+
+#: jobs at a time of a backend that gives no result before all are there
+BATCH = 64
+
+
+def workers(jobs: int | None) -> int:
+    """How many jobs run side by side.
+
+    Args:
+        jobs: joblib's n_jobs; None: what a `joblib.parallel_config` says, else one.
+
+    Raises:
+        OptionError: 0, which joblib has no meaning for.
+    """
+    if jobs == 0:
+        raise OptionError("`jobs` is at least 1, or −1 for one a core")
+    return int(effective_n_jobs(jobs))
+
+
+def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
+    """What `joblib.delayed` calls return, in whatever order they end.
+
+    Raises:
+        OptionError: as `workers`.
+        SolverError: a worker process was killed.
+    """
+    workers(jobs)
+    try:
+        yield from _as_they_finish(calls, jobs)
+    except BrokenProcessPool:
+        raise SolverError(
+            "a worker process was killed, in most cases for want of memory; run fewer of them at a time, "
+            "such as `jobs` 1"
+        ) from None
+
+
+def _as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
+    here = os.getpid()
+    calls = [(_job, (here, function, *given), named) for function, given, named in calls]
+    backend, _ = get_active_backend()
+    if backend.supports_return_generator:
+        yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+        return
+    for first in range(0, len(calls), BATCH):  # of Ray's results none come before all are there
+        yield from Parallel(n_jobs=jobs)(calls[first : first + BATCH])
+
+
+def _job(asker: int, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """A call, in a process that ends with the one that asked for it."""
+    if current_process().name.startswith("LokyProcess"):
+        _end_with(asker)
+    return function(*given, **named)
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """End this process of joblib's when its parent has ended: one that was killed stops nobody, and a search
+    without a limit would go on for days. Looks every second, once for all jobs of the process."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def job_key(row: RowProblem, name: str, solver: Solver, start: Any, limits: Limits) -> str:
+    """The same for the same job, and for no other.
+
+    Args:
+        name: of the solver, as it is to be told.
+        start: of the solver: by name, as a value, or a mask.
+    """
+    digest = digest_of(row.as_layer(), 0)
+    of_limits = [limits.seconds, limits.memory, limits.seed]
+    text = [str(row.pattern), row.name, name, repr(solver), of_limits, _start_text(start)]
+    digest.update(json.dumps(text).encode())
+    return digest.hexdigest()[:20]
+
+
+def digest_of(problem: LayerProblem, row: int) -> hashlib._Hash:
+    """Of everything that a row's problem is but its pattern and its name. What most problems lack is left
+    out where it is not there, so that files of earlier versions are taken up again."""
+    digest = hashlib.sha256()
+    tensors = [problem.weight[row].double(), problem.gram.double()]
+    if problem.linear is not None:
+        tensors += [problem.linear.correlation[row], problem.linear.constant[row]]
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy().tobytes())
+    if problem.refit is not None:
+        digest.update(repr(problem.refit).encode())
+    for name in ("mean", "variance", "integral", "units"):
+        value = getattr(problem, name)
+        if value is not None and value is not False:
+            said = (
+                value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+            )
+            digest.update(name.encode() + said)
+    return digest
+
+
+def _start_text(start: Any) -> str:
+    """A start in a job's key: by name or as a value what it reads as; a mask by all of its entries, of
+    which str() leaves most out where there are many."""
+    if isinstance(start, torch.Tensor) and start.dtype == torch.bool:
+        start = start.cpu().numpy()
+    if not isinstance(start, np.ndarray):
+        return str(start)
+    return f"{start.dtype} {start.shape} {hashlib.sha256(start.tobytes()).hexdigest()}"

@@ -1,0 +1,129 @@
+"""Optima with their proofs, each row a job of its own: on this machine, or on as many as joblib reaches.
+
+Every proven row is kept in a file until all rows are done. An interrupted proof verifies these files and goes
+on with the other rows, and a lost worker costs its own rows alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib import delayed
+
+from maskopt.certificates.certificate import Certificate
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.errors import OptionError
+from maskopt.experiments.jobs import as_they_finish, job_key, workers
+from maskopt.experiments.kept import Kept
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import Solver, make_solver, solve
+
+#: the solver that keeps its trees
+BRANCH = "branch"
+
+
+def prove(
+    problem: LayerProblem | RowProblem,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    start: Any = None,
+    limits: Limits | None = None,
+    jobs: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Solution:
+    """Prove the optimum of every row by branch and bound, with the tree that proves it.
+
+        with joblib.parallel_config(backend="dask", n_jobs=-1):
+            prove(LayerProblem.load("layer.npz"), "proof.npz")
+
+    Args:
+        output: file for masks and trees, .npz, as `maskopt verify` takes it; finished rows lie in the folder
+            of that name with `.rows` at its end until all are there.
+        start: as for `solve`: a solver, a mask [rows, n], or None.
+        limits: the seconds are of all rows, each of which has its share of them. Its listener hears of a row
+            alone.
+        jobs: as for `maskopt.experiments.compare.compare`.
+        on_progress: called with (rows that are done, rows).
+        options: of the solver `branch`.
+
+    Returns:
+        The solution of all rows; of one that was not closed in time, with the bound that its tree proves.
+
+    Raises:
+        MaskoptError: options or a start that will not do, before anything runs.
+    """
+    backend = make_solver(BRANCH, **{**options, "proof": True})
+    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    if layer.pooled or layer.refit is not None:
+        raise OptionError("proofs are of rows with an equal count and unchanged weights")
+    if isinstance(start, str | Solver):
+        make_solver(start)
+    elif start is not None:
+        start = layer.check_mask(start, "start")
+    limits, jobs = limits or Limits(), 1 if layer.rows == 1 else jobs
+    rows = [layer.row(index) for index in range(layer.rows)]
+    starts = [_start_of(start, index) for index in range(layer.rows)]
+    kept = Kept(None if output is None else Path(output))
+    # what is proven stays so, however long it may take and however many workers share the time
+    untimed = replace(limits, seconds=None)
+    keys = [job_key(r, BRANCH, backend, s, untimed) for r, s in zip(rows, starts, strict=True)]
+    limits = _of_a_row(limits, layer.rows, jobs)
+    found: dict[str, Solution] = {}
+    for key, row in zip(keys, rows, strict=True):
+        solution = kept.read(key, row, "checked")
+        if solution is not None and solution.status[0] is Status.OPTIMAL:
+            found[key] = solution
+    wanted = {k: (r, s) for k, r, s in zip(keys, rows, starts, strict=True) if k not in found}
+    calls = [
+        delayed(_proven)(key, row, backend, begin, limits) for key, (row, begin) in wanted.items()
+    ]
+    for key, solution in as_they_finish(calls, jobs):
+        found[key] = solution
+        if solution.status[0] is Status.OPTIMAL:
+            kept.write(key, solution)
+        if on_progress is not None:
+            on_progress(len(found), len(set(keys)))
+    certificate = _certificate(layer, [found[key] for key in keys])
+    joined = Solution.joined([found[key] for key in keys], certificate)
+    if output is not None:
+        joined.save(output)
+    kept.remove()
+    return joined
+
+
+def _of_a_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
+    """Its share of the time of all rows; and no listener, which cannot be sent to another process, but of a
+    single row."""
+    limits = limits.quiet() if rows > 1 else limits
+    if limits.seconds is None:
+        return limits
+    return replace(limits, seconds=limits.seconds * min(1.0, workers(jobs) / rows))
+
+
+def _certificate(layer: LayerProblem, rows: Sequence[Solution]) -> Certificate | None:
+    """Of all rows: of one that has none, that f ≥ 0."""
+    if all(row.certificate is None for row in rows):
+        return None
+    nothing = Certificate.box(layer, torch.zeros_like(layer.weight, dtype=torch.float64))
+    own = [row.certificate for row in rows]
+    return Certificate.stack(
+        one if isinstance(one, Certificate) else nothing.take([at]) for at, one in enumerate(own)
+    )
+
+
+def _start_of(start: Any, row: int) -> Any:
+    """Of a mask, its row; of all else, itself."""
+    return start if start is None or isinstance(start, str | Solver) else start[row : row + 1]
+
+
+def _proven(
+    key: str, row: RowProblem, backend: Solver, start: Any, limits: Limits
+) -> tuple[str, Solution]:
+    return key, solve(row, backend, start=start, limits=limits).uninterrupted()

@@ -1,0 +1,189 @@
+"""Records of finished jobs in a file.
+
+A `.jsonl` grows by a line as each job finishes: what was finished once is found again, and several runs may
+share the file. A `.csv` or `.parquet` is written once, at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from maskopt.core.fields import holds_its_kinds
+from maskopt.core.files import atomic_write, check_writable, from_json
+from maskopt.core.units import Posed
+from maskopt.errors import DataError, OptionError
+
+FORMATS = (".jsonl", ".csv", ".parquet")
+#: what tables of records begin with
+_BEGIN = {".csv": b"instance,", ".parquet": b"PAR1"}
+#: seconds between two looks at a lock that another run has for some milliseconds
+_POLL = 0.005
+
+
+class RecordFile:
+    """A file of records of one kind, a frozen dataclass with `key`, `value`, `value_bound` and `gap`.
+
+    Whatever another run writes into the same JSONL file meanwhile stays in it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: type[Any]) -> None:
+        """Errors are those of `check_format`, before anything is written."""
+        self.path = Path(path)
+        self.kind = kind
+        self.grows = self.path.suffix == ".jsonl"
+        check_format(self.path, overwrite=True)
+
+    def held(self) -> dict[str, Any]:
+        """What a file that is to grow holds, by key; of a table nothing.
+
+        The file then ends with a whole line: `append` would write onto one that was cut off.
+
+        Raises:
+            DataError: as of `read_records`.
+        """
+        if not self.grows or not self.path.exists():
+            return {}
+        with _alone(self.path):
+            found = read_records(self.path, self.kind)
+            write_records(self.path, list(found.values()))
+        return found
+
+    def append(self, record: Any) -> None:
+        """One line at the end of a file that grows, flushed to disk."""
+        if not self.grows:
+            return
+        with _alone(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_flat(record)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, records: Sequence[Any]) -> None:
+        """All records of a run, as they are at its end: a table, or what comes after the others' lines."""
+        if not self.grows:
+            write_records(self.path, records)
+            return
+        own = {record.key for record in records}
+        with _alone(self.path):
+            held = read_records(self.path, self.kind)
+            others = [record for key, record in held.items() if key not in own]
+            write_records(self.path, [*others, *records])
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other run reads or writes the records meanwhile: one that rewrites the file would lose what
+    another one appends between its reading and its writing."""
+    lock = path.with_name(f".{path.name}.lock")
+    with FileLock(lock, poll_interval=_POLL):
+        try:
+            yield
+        finally:
+            # elsewhere filelock removes it; who waits for a lock that is gone makes another one
+            if os.name == "posix":
+                lock.unlink(missing_ok=True)
+
+
+def check_format(path: Path, *, overwrite: bool) -> None:
+    """Raise OptionError where the ending is no table format, or its package is missing, or somebody else's
+    file would be replaced. (A JSONL file grows, and is read first.)"""
+    if path.suffix not in FORMATS:
+        raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
+    begin = _BEGIN.get(path.suffix, b"")
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            if file.read(len(begin)) != begin:
+                raise OptionError(
+                    f"{path}: is there, and no table of this command; name another file"
+                )
+    check_writable(path, overwrite=None if path.suffix == ".jsonl" else overwrite)
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise OptionError(
+                "Parquet needs the package pyarrow: pip install 'maskopt[parquet]', or name a .csv or .jsonl"
+            ) from None
+
+
+def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """Finished jobs of a JSONL file by key; a last line that was cut off is left out.
+
+    Raises:
+        DataError: another line that is no JSON, or no record of this kind.
+    """
+    if not path.exists():
+        return {}
+    names = {field.name for field in fields(kind)}
+    found, begin = {}, f'{{"{fields(kind)[0].name}": '
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: holds no text; remove the file") from None
+    for number, line in enumerate(lines):
+        try:
+            data = from_json(line)
+        except ValueError as error:
+            cut = number == len(lines) - 1 and isinstance(error, json.JSONDecodeError)
+            if cut and (line.startswith(begin) or begin.startswith(line)):
+                continue  # while it was written
+            raise DataError(
+                f"{path}: line {number + 1} is not JSON ({error}); remove the file"
+            ) from None
+        own = {k: v for k, v in data.items() if k in names} if isinstance(data, dict) else {}
+        extra = set(data) - names if isinstance(data, dict) else set()
+        sound = set(own) == names - {"trace"} and isinstance(own["key"], str)
+        if not sound or (extra and "trace" not in names):
+            raise DataError(
+                f"{path}: line {number + 1} is no record of this command; choose another file"
+            )
+        if extra:
+            own["trace"] = {name: data[name] for name in data if name in extra}
+        record = kind(**{k: math.nan if v is None else v for k, v in own.items()})
+        if not holds_its_kinds(record):
+            raise DataError(f"{path}: line {number + 1} has a value of another kind; remove it")
+        if math.isnan(record.gap):  # infinite ones were written so, too
+            record = replace(record, gap=Posed.of(record.value, record.value_bound).gap)
+        found[record.key] = record
+    return found
+
+
+def write_records(path: Path, records: Sequence[Any]) -> None:
+    """The table as a whole, in the format that the ending of the name says."""
+    rows = [_flat(record) for record in records]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_write(path) as file:
+        if path.suffix == ".jsonl":
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        elif path.suffix == ".csv":
+            import csv
+            import io
+
+            text = io.StringIO()
+            writer = csv.DictWriter(text, fieldnames=columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            file.write(text.getvalue().encode())
+        else:
+            import pyarrow
+            import pyarrow.parquet
+
+            whole = [{name: row.get(name) for name in columns} for row in rows]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), file)
+
+
+def _flat(record: Any) -> dict[str, Any]:
+    """A record as one flat line: what its trace holds are columns; NaN and infinity are null."""
+    data = asdict(record)
+    data |= data.pop("trace", {})
+    return {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()
+    }

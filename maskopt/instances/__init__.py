@@ -1,0 +1,1 @@
+"""Instances of other libraries, read and written."""

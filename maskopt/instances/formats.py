@@ -1,0 +1,225 @@
+"""Instances of other libraries, read and written: one set of a given size, by a quadratic objective.
+
+| ending | library | what is chosen |
+|---|---|---|
+| `.dat` | k-cluster | k vertices with the most edges between them |
+| `.mc`, `.rudy` | BiqMac, rudy | as many vertices as `cardinality` says, of greatest weight between them |
+| `.mdp`, `.txt` | MDPLIB | m elements of greatest distance |
+| `.qplib` | QPLIB | binary variables under one constraint on their sum |
+
+What is chosen is what the mask prunes. Objectives are reported as the library has them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from maskopt.core.files import atomic_write
+from maskopt.core.instance_file import instance_kind
+from maskopt.core.pattern import Unstructured
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.units import check_size
+from maskopt.errors import ProblemError
+from maskopt.instances.qplib import read_qplib, write_qplib
+
+#: weights of an edge list: their decimals are enough to get the same float64 back
+_DIGITS = ".17g"
+
+
+def load_problem(
+    path: str | os.PathLike[str], cardinality: int | None = None
+) -> LayerProblem | RowProblem:
+    """A layer or a row of an `.npz`, or a row out of another library's file, by its ending.
+
+    Args:
+        cardinality: how many are chosen, where the file does not say (`.mc`).
+
+    Raises:
+        ProblemError: no such file, not an instance, not a sound one, or one that is no choice of a set of
+            given size.
+    """
+    ending = Path(path).suffix.lower()
+    if ending not in _READERS:
+        if cardinality is not None:
+            raise ProblemError(
+                f"{path}: `cardinality` is for graphs that name no number (.mc, .rudy)"
+            )
+        if ending and ending != ".npz":
+            known = ", ".join((".npz", *_READERS))
+            raise ProblemError(f"{path}: no known format by its ending; one of {known}")
+        layer = instance_kind(path) == "layer"
+        return LayerProblem.load(path) if layer else RowProblem.load(path)
+    if cardinality is not None and ending not in (".mc", ".rudy"):
+        raise ProblemError(f"{path}: the file says how many are chosen; leave `cardinality` out")
+    try:
+        # with a byte order mark or without
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ProblemError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProblemError(f"{path}: not a text file ({error})") from None
+    try:
+        return _READERS[ending](text, Path(path).stem, cardinality)
+    except ProblemError as error:
+        raise ProblemError(f"{path}: {error}") from None
+
+
+def save_problem(
+    problem: RowProblem, path: str | os.PathLike[str], form: str | None = None
+) -> None:
+    """Write a row in the format of the file's ending, or of `form`, atomically; `.npz` as its `save` does.
+
+    Raises:
+        ProblemError: a format that cannot hold it, or none that is known.
+    """
+    ending = f".{form}" if form else Path(path).suffix.lower()
+    if ending == ".npz":
+        return problem.save(path)
+    if ending not in _WRITERS:
+        raise ProblemError(f"{path}: no known format; one of .npz, {', '.join(_WRITERS)}")
+    pattern = problem.pattern
+    if not isinstance(pattern, Unstructured) or problem.refit is not None:
+        raise ProblemError(f"{path}: {ending} holds one set of a given size, and unchanged weights")
+    text = _WRITERS[ending](problem)
+    with atomic_write(Path(path)) as file:
+        # a name out of a file name may be no text
+        file.write(text.encode(errors="replace"))
+    return None
+
+
+class _Line(NamedTuple):
+    """A line of a file that says something: its number there, and its words."""
+
+    number: int
+    words: list[str]
+
+    def numbers(self, kinds: str) -> list[float]:
+        """Whole numbers (i) and others (f); the rest of the line is left."""
+        given = zip(self.words, kinds, strict=False)
+        try:
+            found = [int(word) if kind == "i" else float(word) for word, kind in given]
+        except ValueError:
+            found = []
+        if len(found) < len(kinds):
+            raise self.error(f"expected {len(kinds)} numbers, not {self.text!r}")
+        return found
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)[:80]
+
+    def error(self, what: str) -> ProblemError:
+        return ProblemError(f"line {self.number}: {what}")
+
+
+def _lines(text: str) -> Iterator[_Line]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith(("#", "%", "c ")):
+            yield _Line(number, line.split())
+
+
+def _edges(lines: Iterator[_Line], n: int, first: int, count: int) -> np.ndarray:
+    """Symmetric [n, n] of the lines `i j weight`, numbered from `first`."""
+    check_size(n)
+    weight, seen, found = np.zeros((n, n)), np.zeros((n, n), dtype=bool), 0
+    for line in lines:
+        i, j = (int(x) - first for x in line.numbers("ii"))
+        w = line.numbers("iif")[2] if len(line.words) > 2 else 1.0
+        if not (0 <= i < n and 0 <= j < n) or i == j or seen[i, j]:
+            raise line.error(f"{line.text!r} is no new pair of two of {n}")
+        weight[i, j] = weight[j, i] = w
+        seen[i, j] = seen[j, i] = True
+        found += 1
+    if found != count:
+        raise ProblemError(f"{found} edges where the first line says {count}")
+    return weight
+
+
+def _first(lines: Iterator[_Line]) -> _Line:
+    return next(lines, _Line(1, []))
+
+
+def _heaviest(weight: np.ndarray, cardinality: int, name: str) -> RowProblem:
+    """Σ over chosen pairs of their weight, each once, is maximised."""
+    if not 0 <= cardinality <= len(weight):
+        raise ProblemError(f"{cardinality} of {len(weight)} cannot be chosen")
+    return RowProblem.from_quadratic(weight / 2, cardinality=cardinality, maximise=True, name=name)
+
+
+def _read_cluster(text: str, name: str, _: int | None) -> RowProblem:
+    lines = _lines(text)
+    n, k, count = _first(lines).numbers("iii")
+    # an edge is given by the entry ½ of a symmetric matrix: it counts 1
+    return _heaviest(2 * _edges(lines, int(n), 1, int(count)), int(k), name)
+
+
+def _read_rudy(text: str, name: str, cardinality: int | None) -> RowProblem:
+    if cardinality is None:
+        raise ProblemError("a graph does not say how many vertices are chosen; pass cardinality")
+    lines = _lines(text)
+    n, count = _first(lines).numbers("ii")
+    return _heaviest(_edges(lines, int(n), 1, int(count)), cardinality, name)
+
+
+def _read_diversity(text: str, name: str, _: int | None) -> RowProblem:
+    lines = _lines(text)
+    n, m = _first(lines).numbers("ii")
+    pairs = int(n) * (int(n) - 1) // 2
+    return _heaviest(_edges(lines, int(n), 0, pairs), int(m), name)
+
+
+def _pairs(problem: RowProblem) -> tuple[np.ndarray, int]:
+    """The weights of the pairs, where these are all that is maximised, and how many are chosen."""
+    quadratic, constant = problem.quadratic()
+    n, chosen = problem.n, problem.as_layer().pruned
+    if not problem.maximised:
+        raise ProblemError("the format maximises, and the problem is to be minimised; take .qplib")
+    diagonal = quadratic.diagonal()
+    rest = constant + chosen * float(diagonal[0])
+    if (diagonal != diagonal[0]).any() or abs(rest) > 1e-9 * np.abs(quadratic).sum():
+        raise ProblemError(f"the format has weights of pairs of {n} alone; take .qplib")
+    return 2 * (quadratic - np.diag(diagonal)), chosen
+
+
+def _write_cluster(problem: RowProblem) -> str:
+    weight, chosen = _pairs(problem)
+    i, j = np.nonzero(np.triu(weight))
+    lines = [f"{a + 1} {b + 1} {weight[a, b] / 2:{_DIGITS}}" for a, b in zip(i, j, strict=True)]
+    return "\n".join([f"{problem.n} {chosen} {len(lines)}", *lines, ""])
+
+
+def _write_rudy(problem: RowProblem) -> str:
+    weight, _ = _pairs(problem)
+    i, j = np.nonzero(np.triu(weight))
+    lines = [f"{a + 1} {b + 1} {weight[a, b]:{_DIGITS}}" for a, b in zip(i, j, strict=True)]
+    return "\n".join([f"{problem.n} {len(lines)}", *lines, ""])
+
+
+def _write_diversity(problem: RowProblem) -> str:
+    weight, chosen = _pairs(problem)
+    i, j = np.triu_indices(problem.n, 1)
+    lines = [f"{a} {b} {weight[a, b]:{_DIGITS}}" for a, b in zip(i, j, strict=True)]
+    return "\n".join([f"{problem.n} {chosen}", *lines, ""])
+
+
+_READERS: dict[str, Callable[[str, str, int | None], RowProblem]] = {
+    ".dat": _read_cluster,
+    ".mc": _read_rudy,
+    ".rudy": _read_rudy,
+    ".mdp": _read_diversity,
+    ".txt": _read_diversity,
+    ".qplib": lambda text, name, _: read_qplib(text, name),
+}
+_WRITERS: dict[str, Callable[[RowProblem], str]] = {
+    ".dat": _write_cluster,
+    ".mc": _write_rudy,
+    ".rudy": _write_rudy,
+    ".mdp": _write_diversity,
+    ".txt": _write_diversity,
+    ".qplib": write_qplib,
+}

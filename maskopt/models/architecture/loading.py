@@ -1,0 +1,139 @@
+"""Named parameters out of a checkpoint into a model that has no data yet, and out of memory again."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskopt.errors import ModelError
+from maskopt.models.architecture.transformers_adapter import Conversion, initialise, quietly, tie
+from maskopt.models.checkpoints.checkpoint import Checkpoint
+from maskopt.models.checkpoints.weight_edits import Edits
+
+
+class Loader:
+    """Loads named parameters out of a checkpoint."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.model, self.checkpoint, self.device = model, checkpoint, device
+        self.conversion = Conversion(model, checkpoint.where, str(checkpoint.folder))
+        self._loaded_buffers = False
+
+    def load(self, names: Iterable[str], edits: Edits | None = None) -> None:
+        """Bring parameters into memory, as the edits leave their tensors.
+
+        Raises:
+            ModelError: a parameter without a tensor, or of another shape.
+        """
+        wanted = list(names)
+        buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
+        self._loaded_buffers = True
+        state = {key: self._read(key, edits) for key in self.conversion.needed([*wanted, *buffers])}
+        with quietly(), torch.no_grad():
+            self.conversion.load(state, self.device)
+            missing = self._without_data(wanted)
+            if missing:
+                tie(self.model, missing)
+                missing = self._without_data(wanted)
+            if missing:
+                raise ModelError(
+                    f"{self.checkpoint.folder}: no tensor for parameter {min(missing)!r}"
+                )
+        for name in wanted:
+            parameter = self.model.get_parameter(name)
+            parameter.requires_grad_(False)
+            check_finite(name, parameter)
+
+    def _without_data(self, names: Iterable[str]) -> set[str]:
+        return {name for name in names if self.model.get_parameter(name).is_meta}
+
+    def _read(self, key: str, edits: Edits | None) -> Tensor:
+        tensor = self.checkpoint.read(key)
+        if edits is not None:
+            edits.apply(key, tensor)
+        return tensor
+
+
+def check_finite(name: str, parameter: Tensor) -> None:
+    """Slab by slab: a whole embedding's answer would take a quarter of its size again."""
+    if parameter.is_floating_point():
+        for slab in parameter.detach().split(4096):
+            if not bool(torch.isfinite(slab).all()):
+                raise ModelError(f"parameter {name!r} holds NaN or infinite weights")
+
+
+def share_equal(module: nn.Module, other: nn.Module) -> None:
+    """Let parameters whose data equal those of `other` by the same name be held once, as the other's."""
+    theirs = dict(other.named_parameters())
+    for name, own in module.named_parameters():
+        same = theirs.get(name)
+        if same is None or own.is_meta or same.is_meta:
+            continue
+        if (own.dtype, own.device) == (same.dtype, same.device) and torch.equal(own, same):
+            own.data = same.data
+    return_memory()
+
+
+def release(module: nn.Module) -> None:
+    """Leave the module's parameters without data; those that are shared stay so."""
+    _drop_data(module)
+    return_memory()
+
+
+def _drop_data(module: nn.Module) -> None:
+    places = [
+        (part, name, parameter)
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    bare = {id(p): torch.empty_like(p, device="meta") for _, _, p in places if not p.is_meta}
+    empty = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in bare.items()}
+    for part, name, parameter in places:
+        if id(parameter) in empty:
+            setattr(part, name, empty[id(parameter)])
+
+
+def return_memory() -> None:
+    """Ask the C library to give freed memory back to the system, where it can be asked (glibc)."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def real_buffers(model: Any, device: torch.device) -> None:
+    """Give every buffer memory and its initial value (position frequencies and the like)."""
+    from transformers import PreTrainedModel
+
+    owners = [(name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel)]
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                real = torch.empty_like(buffer, device=device)
+                module._buffers[name] = real.fill_(_unset(real.dtype))
+            if any(True for _ in module.named_buffers(recurse=False)):
+                inside = [o for o in owners if not o[0] or (path + ".").startswith(o[0] + ".")]
+                initialise(max(inside, key=lambda owner: len(owner[0]))[1], module)
+
+
+def check_buffers(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        unset = _unset(buffer.dtype)
+        same = torch.isnan(buffer) if isinstance(unset, float) else buffer == unset
+        if buffer.numel() and buffer.dtype != torch.bool and bool(same.all()):
+            raise ModelError(
+                f"buffer {name!r} is neither stored nor computed by transformers; "
+                "load the model in memory and give it to prune_model"
+            )
+
+
+def _unset(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point:
+        return math.nan
+    return False if dtype == torch.bool else torch.iinfo(dtype).min if dtype.is_signed else 255

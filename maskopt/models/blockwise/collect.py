@@ -1,0 +1,448 @@
+"""Gram matrices of the layers of one block, from the samples that pass through it.
+
+Where several processes work together, each runs samples of its own, tells the others what layers were given
+there, and sums tiles of its own; all of them end with the whole matrices.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from maskopt.core.gram import Gram, Moved
+from maskopt.errors import ModelError
+from maskopt.models.architecture.all_experts import experts_see_all
+from maskopt.models.architecture.blocks import Layer
+from maskopt.models.blockwise.activations import Activations, States
+from maskopt.models.blockwise.distributed import ALONE, Ranks
+from maskopt.models.blockwise.forward import Call
+from maskopt.models.blockwise.threads import Threads
+from maskopt.models.blockwise.watch import Seen, Watch, WatchedWeights
+
+#: after a block's name: seen in what it gives in the dense model
+IN_DENSE = " (dense)"
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A calibration sample that gave NaN or infinite values, and the first layer that saw them."""
+
+    sample: int
+    layer: str
+
+
+class Samples:
+    """The windows on their way through the model.
+
+    Attributes:
+        count: of all of them.
+        active: indices still in use, ascending.
+        bad: those that were left out.
+        held: those that are kept aside: their inputs are summed apart, and nothing is fitted to them.
+        dense: hidden states as the dense model has them, beside `states`, or None.
+
+    Args:
+        source: where the windows came from, in words.
+        skip_bad: may bad ones be left out? None: they may not, whatever the options.
+    """
+
+    def __init__(
+        self,
+        states: Activations,
+        count: int,
+        source: str,
+        *,
+        skip_bad: bool | None = None,
+        held: Set[int] = frozenset(),
+        dense: Activations | None = None,
+    ) -> None:
+        self.states, self.dense, self.source = states, dense, source
+        self.count = count
+        self.active = list(range(count))
+        self.bad: list[BadSample] = []
+        self.skip_bad, self.held = skip_bad, held
+
+    def leave_out(self, sample: int, layer: str) -> None:
+        """Raise ModelError for a bad sample, or go on without it."""
+        if not self.skip_bad:
+            skip = "" if self.skip_bad is None else ", or leave it out with `skip_bad_samples`"
+            raise ModelError(
+                f"layer {layer!r}, {self.source}: sample {sample} has NaN or infinite activations; "
+                f"try `dtype` float32{skip}"
+            )
+        self.bad.append(BadSample(sample, layer))
+        self.drop({sample})
+        if not set(self.active) - self.held:
+            raise ModelError(
+                f"layer {layer!r}: no calibration sample without NaN or infinity is left"
+            )
+
+    def drop(self, samples: Set[int]) -> None:
+        self.active = [sample for sample in self.active if sample not in samples]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What layers were given in one pass of one sample.
+
+    Attributes:
+        inputs: [tokens, n] each.
+        of: by layer, which of them: layers that were given the very same tensors have the same.
+        dense: the same inputs in the dense model, where that walks beside; else nothing.
+        counts: [tokens], how often each token counts; None: once.
+    """
+
+    inputs: list[Tensor]
+    of: dict[str, int]
+    dense: list[Tensor]
+    counts: Tensor | None = None
+
+    @classmethod
+    def seen(cls, watch: Watch, beside: Watch | None, counts: Tensor | None) -> Given:
+        """By a watch of the pruned model's pass, and one of the dense model's."""
+        firsts: dict[Any, str] = {}
+        sharing = watch.sharing()
+        for layer, key in sharing.items():
+            firsts.setdefault(key, layer)
+        place = {key: number for number, key in enumerate(firsts)}
+        return cls(
+            [_joined(watch.inputs[layer]) for layer in firsts.values()],
+            {layer: place[key] for layer, key in sharing.items()},
+            [] if beside is None else [_joined(beside.inputs[layer]) for layer in firsts.values()],
+            counts,
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        return [*self.inputs, *self.dense, *([] if self.counts is None else [self.counts])]
+
+    def likewise(self, device: torch.device | str) -> Given:
+        """As many tensors, as large, without their data."""
+
+        def empty(x: Tensor) -> Tensor:
+            return torch.empty(x.shape, dtype=x.dtype, device=device)
+
+        counts = None if self.counts is None else empty(self.counts)
+        return Given(list(map(empty, self.inputs)), self.of, list(map(empty, self.dense)), counts)
+
+
+class Grams:
+    """Gram matrices by layer name; layers that are given the same inputs share one.
+
+    `held` are those of the samples that are kept aside, None where there are none.
+    """
+
+    def __init__(
+        self, device: torch.device, held: Grams | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        self.device, self.held, self.ranks = device, held, ranks
+        self._load = [0] * ranks.size
+        self._tiles: dict[str, dict[int, int]] = {}
+        self.order: list[str] = []
+        self._leader: dict[str, str] = {}
+        self._grams: dict[str, Gram] = {}
+        self._moved: dict[str, Moved] = {}
+
+    @classmethod
+    def restored(
+        cls,
+        device: torch.device,
+        leaders: Mapping[str, str],
+        grams: Mapping[str, Gram],
+        held: Grams | None = None,
+    ) -> Grams:
+        """Those of an earlier walk.
+
+        Args:
+            leaders: by layer, in the order in which they were seen, the layer whose Gram matrix is its own.
+            grams: by those layers.
+        """
+        found = cls(device, held)
+        found.order, found._leader, found._grams = list(leaders), dict(leaders), dict(grams)
+        return found
+
+    @property
+    def leaders(self) -> Mapping[str, str]:
+        """By layer, in the order in which they were seen, the one whose Gram matrix is its own."""
+        return {layer: self._leader[layer] for layer in self.order}
+
+    def of(self, layer: str) -> Gram | None:
+        """None where the layer never saw a token."""
+        leader = self._leader.get(layer)
+        return None if leader is None else self._grams[leader]
+
+    def moved(self, layer: str) -> Moved | None:
+        """How the layer's inputs differ from those in the dense model, where that walks beside."""
+        return self._moved.get(self.leader(layer))
+
+    def leader(self, layer: str) -> str:
+        return self._leader.get(layer, layer)
+
+    def neighbours(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The layers, those that share their inputs next to each other."""
+        return sorted(layers, key=lambda layer: self.leader(layer.name))
+
+    def tasks(self, given: Given, sizes: dict[str, int]) -> list[Callable[[], None]]:
+        """Pieces of work that add one sample's inputs: those of the tiles that are summed here."""
+        by_inputs: dict[int, str] = {}
+        pieces: list[Callable[[], None]] = []
+        known = set(self._leader)
+        for layer, key in given.of.items():
+            first = by_inputs.setdefault(key, layer)
+            if layer not in known:
+                # a Gram that already holds earlier samples cannot be shared by a newcomer
+                leads = self._leader.get(first) == first and first not in known
+                self._leader[layer] = first if leads else layer
+                if self._leader[layer] == layer:
+                    self._grams[layer] = Gram(sizes[layer], self.device)
+                    self._tiles[layer] = self._share_out(self._grams[layer])
+                    if given.dense:
+                        self._moved[layer] = Moved(sizes[layer], self.device)
+                self.order.append(layer)
+            leader = self._leader[layer]
+            if leader == layer:
+                x, counts = given.inputs[key], given.counts
+                mine = {
+                    tile for tile, rank in self._tiles[layer].items() if rank == self.ranks.rank
+                }
+                pieces.extend(self._grams[layer].tasks(x, counts, mine))
+                if given.dense:
+                    pieces.extend(self._moved[layer].tasks(x, given.dense[key], counts, mine))
+            elif given.of.get(leader) != key:
+                raise ModelError(
+                    f"layers {leader!r} and {layer!r} shared their inputs in one sample "
+                    "and not in another"
+                )
+        return pieces
+
+    def _share_out(self, gram: Gram) -> dict[int, int]:
+        """Who sums which tile: the next largest is for whoever has least to do."""
+        chosen = {}
+        for tile in gram.tiles():  # the largest first: those of a triangle
+            chosen[tile] = rank = self._load.index(min(self._load))
+            self._load[rank] += gram.tile(tile)[0].numel()
+        return chosen
+
+    def complete(self) -> None:
+        """Take from the other processes the tiles that they have summed."""
+        for leader, tiles in self._tiles.items():
+            moved = self._moved.get(leader)
+            for tile, rank in tiles.items():
+                others = [] if moved is None else moved.tile(tile)
+                for part in (*self._grams[leader].tile(tile), *others):
+                    self.ranks.send(part, rank)
+        if self.held is not None:
+            self.held.complete()
+
+
+def _joined(inputs: Sequence[Tensor]) -> Tensor:
+    return inputs[0] if len(inputs) == 1 else torch.cat(list(inputs))
+
+
+@dataclass(frozen=True)
+class OpenBlock:
+    """A block whose weights are in memory, and what it takes to run samples through it.
+
+    Attributes:
+        module: the block.
+        name: of the block in the model.
+        calls: per sample, what the model calls it with.
+        ranks: the processes that have the samples among themselves.
+    """
+
+    model: nn.Module
+    module: nn.Module
+    name: str
+    device: torch.device
+    calls: Mapping[int, Call]
+    samples: Samples
+    threads: Threads
+    ranks: Ranks = ALONE
+
+    def run(self, sample: int, states: States) -> Tensor:
+        """The block's output for one sample, of which `states` holds the hidden state."""
+        return self.calls[sample](self.module, states.on(self.device, sample))
+
+
+class _Observed(NamedTuple):
+    """One sample's pass: what layers were given, what came out where that is wanted, who saw NaN."""
+
+    watch: Watch
+    output: Tensor | None
+    bad: str | None
+
+
+class _Told(NamedTuple):
+    """What all processes are told of a sample."""
+
+    given: Given
+    bad: str | None
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """Passes of single samples through a block, each under a watch of its own: `watch` in `local`."""
+
+    block: OpenBlock
+    weights: WatchedWeights
+    local: threading.local
+
+    def observe(
+        self, sample: int, states: Activations, advance: bool, until: str | None = None
+    ) -> _Observed:
+        """One pass; it ends where the layer `until` has its inputs."""
+        output = None
+        for copy in (False, True):
+            watch = self.local.watch = Watch(self.weights, copy=copy, until=until)
+            with suppress(Seen), watch:
+                output = self.block.run(sample, states)
+            if not watch.overwritten:
+                break
+        output = output if advance else None
+        return _Observed(watch, output, _first_bad(watch, output, self.block.name))
+
+
+def collect(
+    block: OpenBlock,
+    layers: Sequence[Layer],
+    *,
+    advance: bool = False,
+    moved: bool = False,
+    all_experts: bool = False,
+    weights: Callable[[int], Tensor] | None = None,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Grams:
+    """Send all samples through a block and sum the Gram matrix of every layer's inputs.
+
+    Args:
+        advance: store the block's outputs as the samples' new states; else passes end where the last
+            layer has its inputs.
+        moved: how inputs differ from those in the dense model is summed as well, and the block as it is now
+            takes the dense hidden states on.
+        all_experts: experts are observed on all tokens, not only on those routed to them; what
+            the block computes stays as it is.
+        weights: of a sample's tokens [length], while its state is what enters the block; None: all count
+            once. See `maskopt.models.calibration.token_weights`.
+
+    Raises:
+        ModelError: a sample with NaN or infinite activations (unless those may be left out).
+    """
+    sizes = {layer.name: layer.n for layer in layers}
+    samples = block.samples
+    ranks = block.ranks
+    held = Grams(block.device, ranks=ranks) if samples.held else None
+    grams = Grams(block.device, held, ranks)
+    local = threading.local()
+    passes = _Passes(block, WatchedWeights(block.model, layers), local)
+    until: str | None = None
+
+    def both(sample: int) -> tuple[_Observed, _Observed | None]:
+        dense = None
+        if moved and samples.dense is not None:
+            dense = passes.observe(sample, samples.dense, True)
+        return passes.observe(sample, samples.states, advance, until), dense
+
+    shown = experts_see_all(block.module, f"{block.name}.", layers, local)
+    with shown if all_experts else nullcontext():
+        for wave in ranks.waves(samples.active, block.threads.count):
+            mine = ranks.own(wave)
+            passed = block.threads.run([lambda s=s: both(s) for s in mine])  # type: ignore[misc]
+            observed = dict(zip(mine, passed, strict=True))
+            for sample, given, bad in _told(block, wave, observed, weights):
+                if bad is not None:
+                    samples.leave_out(sample, bad)
+                    continue
+                ours = held if held is not None and sample in samples.held else grams
+                block.threads.run(ours.tasks(given, sizes))
+                if sample not in observed:
+                    continue
+                seen, dense = observed[sample]
+                if samples.dense is not None and dense is not None:
+                    assert dense.output is not None
+                    samples.dense[sample] = dense.output
+                if seen.output is not None:
+                    samples.states[sample] = seen.output
+                elif until is None:
+                    until = _last_input(layers, seen.watch)
+            tick(len(wave))
+    grams.complete()
+    return grams
+
+
+def _told(
+    block: OpenBlock,
+    wave: Sequence[int],
+    observed: Mapping[int, tuple[_Observed, _Observed | None]],
+    weights: Callable[[int], Tensor] | None,
+) -> Iterator[tuple[int, Given, str | None]]:
+    """Of every sample of a wave what was seen where it ran, one after the other: what others saw is in memory
+    here while it is looked at.
+
+    Yields:
+        (sample, what layers were given, who saw NaN).
+    """
+    ranks, nothing = block.ranks, Given([], {}, [])
+    own: dict[int, _Told] = {}
+    for sample, (seen, dense) in observed.items():
+        bad = seen.bad or (None if dense is None else dense.bad)
+        given = nothing
+        if bad is None:
+            counts = None if weights is None else weights(sample)
+            given = Given.seen(seen.watch, None if dense is None else dense.watch, counts)
+        own[sample] = _Told(given, bad)
+    if ranks.size == 1:
+        yield from ((sample, *own[sample]) for sample in wave)
+        return
+    shapes = {s: told._replace(given=told.given.likewise("meta")) for s, told in own.items()}
+    everybody = ranks.gathered(shapes)
+    for sample in wave:
+        rank = ranks.owner(sample)
+        shape, bad = everybody[rank][sample]
+        given = own[sample].given if sample in own else shape.likewise(block.device)
+        for tensor in given.tensors:
+            ranks.send(tensor, rank)
+        yield sample, given, bad
+
+
+def pass_on(
+    block: OpenBlock, states: Activations, tick: Callable[[int], None] = lambda _: None
+) -> None:
+    """Replace every sample's state in `states` by the block's output."""
+    samples = block.samples
+    bad: list[int] = []
+    for wave in block.ranks.waves(samples.active, block.threads.count):
+        mine = block.ranks.own(wave)
+        outputs = block.threads.run([lambda s=s: block.run(s, states) for s in mine])  # type: ignore[misc]
+        for sample, output in zip(mine, outputs, strict=True):
+            if bool(torch.isfinite(output).all()):
+                states[sample] = output
+            else:
+                bad.append(sample)
+        tick(len(wave))
+    for sample in sorted(sample for theirs in block.ranks.gathered(bad) for sample in theirs):
+        samples.leave_out(sample, block.name)
+
+
+def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:
+    """The layer whose input is the last that a pass records: what comes after it need not be computed.
+
+    None where other samples might call the layers otherwise: experts, and layers in a list.
+    """
+    once = all(len(watch.inputs.get(layer.name, ())) == 1 for layer in layers)
+    fixed = all(layer.expert is None and "*" not in layer.kind for layer in layers)
+    return next(reversed(watch.inputs), None) if once and fixed else None
+
+
+def _first_bad(watch: Watch, output: Tensor | None, block: str) -> str | None:
+    for layer, tensors in watch.inputs.items():
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            return layer
+    good = output is None or bool(torch.isfinite(output).all())
+    return None if good else block

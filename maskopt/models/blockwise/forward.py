@@ -1,0 +1,236 @@
+"""Run a causal LM block by block: what every block is called with, and samples through one block.
+
+Samples run one at a time. On the CPU each runs on one thread of its own, several at once;
+all sums are taken in the order of the samples. So the bits of the result do not depend on the number
+of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from maskopt.errors import ModelError
+from maskopt.models.architecture.blocks import Blocks
+from maskopt.models.blockwise.activations import Activations
+from maskopt.models.blockwise.cuda_copies import lanes_to
+from maskopt.models.blockwise.threads import Threads
+
+#: values that a block returns at most: hidden state, attention weights, router logits
+MOST_OUTPUTS = 3
+
+
+class HiddenState:
+    """Stands in a captured call for the hidden state."""
+
+
+class _LastBlock(Exception):
+    """Stops a forward pass once every block has been called."""
+
+
+class Call:
+    """All arguments of one block's call, but for the hidden state."""
+
+    def __init__(self, leaves: list[Any], spec: Any) -> None:
+        self.leaves, self.spec = leaves, spec
+
+    def __call__(self, block: nn.Module, state: Tensor) -> Tensor:
+        """The block's output hidden state."""
+        leaves = [state if leaf is HiddenState else leaf for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        output = block(*args, **kwargs)
+        if isinstance(output, tuple | list):
+            output = output[0]
+        if not isinstance(output, Tensor) or output.shape != state.shape:
+            raise ModelError(f"{type(block).__name__} does not return its hidden state")
+        return output
+
+
+class Captured:
+    """What the blocks of a model are called with, for every sample.
+
+    Attributes:
+        states: the input of block 0, per sample.
+        calls: per block, by sample; samples called alike share one `Call`.
+        outputs: how many values the model unpacks from a block; 0 where it takes a bare tensor.
+    """
+
+    def __init__(self, states: Activations, calls: list[dict[int, Call]], outputs: int) -> None:
+        self.states, self.calls, self.outputs = states, calls, outputs
+
+
+def capture(
+    model: nn.Module,
+    blocks: Blocks,
+    tokens: Tensor,
+    threads: Threads,
+    device: torch.device,
+    samples: Sequence[int],
+    activation_folder: Callable[[int], Path | None] = lambda _: None,
+) -> Captured:
+    """Run embeddings and everything before the blocks; record how each block is called.
+
+    No block runs: each is replaced by a recorder that returns its input, so this works while the
+    blocks' weights are not in memory.
+
+    Args:
+        tokens: int64 [all samples, length].
+        samples: those of them that are to run here.
+        activation_folder: given the bytes of their hidden states, where to keep them (None: memory).
+    """
+    recorders = _Recorders(model, blocks, device)
+    with recorders.installed():
+        [first] = threads.run([lambda: recorders.probe(tokens[:1])])
+        state = first[0][0]
+        size = state.nbytes * len(samples)
+        folder = activation_folder(size)
+        states = Activations(samples, state.shape, state.dtype, folder, lanes_to(device))
+        calls: list[dict[int, Call]] = [{} for _ in blocks.modules]
+        for wave in threads.waves(samples):
+            passes = threads.run(
+                [lambda s=s: recorders.record(tokens[s : s + 1]) for s in wave]  # type: ignore[misc]
+            )
+            for sample, recorded in zip(wave, passes, strict=True):
+                states[sample] = recorded[0][0]
+                merge_calls(calls, recorded, sample)
+    return Captured(states, calls, recorders.outputs)
+
+
+@contextmanager
+def ending(
+    model: nn.Module, blocks: Blocks, outputs: int
+) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """What a model does after its blocks: a function of token ids [1, length] and the last block's
+    output [1, length, width] that returns the logits [1, length, vocabulary].
+
+    The model itself is called, with blocks that pass on what they are given, and a last one that
+    returns that output: so final norms, projections and caps are the model's own.
+    """
+    local = threading.local()
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        def passes_on(*args: Any, **kwargs: Any) -> Any:
+            given = args[0] if args else kwargs.get("hidden_states")
+            passed = local.state if index == len(blocks) - 1 else given
+            return _returned(passed, outputs)
+
+        return passes_on
+
+    def end(tokens: Tensor, state: Tensor) -> Tensor:
+        local.state = state
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    with _replaced(blocks, stand_in):
+        yield end
+
+
+@contextmanager
+def _replaced(blocks: Blocks, stand_in: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Each block with another forward function, by its index."""
+    try:
+        for index, block in enumerate(blocks.modules):
+            block.forward = stand_in(index)
+        yield
+    finally:
+        for block in blocks.modules:
+            block.__dict__.pop("forward", None)
+
+
+class _Recorders:
+    def __init__(self, model: nn.Module, blocks: Blocks, device: torch.device) -> None:
+        self.model, self.blocks, self.device = model, blocks, device
+        self.local = threading.local()
+        self.outputs = 0
+
+    def installed(self) -> AbstractContextManager[None]:
+        return _replaced(self.blocks, self._recorder)
+
+    def _recorder(self, index: int) -> Callable[..., Any]:
+        def records(*args: Any, **kwargs: Any) -> Any:
+            state: Any = args[0] if args else kwargs.get("hidden_states")
+            self.local.calls.append((state, args, kwargs))
+            if index == len(self.blocks) - 1:
+                raise _LastBlock
+            # a new tensor, so that no other argument is mistaken for the hidden state
+            passed = state.clone()
+            return _returned(passed, self.outputs)
+
+        return records
+
+    def probe(self, tokens: Tensor) -> list[tuple[Tensor, Any, Any]]:
+        """Find out what the model expects blocks to return: a tensor, or a tuple that begins with it."""
+        problems = []
+        for self.outputs in range(MOST_OUTPUTS + 1):
+            try:
+                calls = self.record(tokens)
+            except ModelError as error:
+                problems.append(str(error))
+            except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+                problems.append(f"{type(error).__name__}: {error}")
+            else:
+                return calls
+        raise ModelError(f"{type(self.model).__name__} cannot be run block by block: {problems[0]}")
+
+    def record(self, tokens: Tensor) -> list[tuple[Tensor, Any, Any]]:
+        self.local.calls = []
+        with suppress(_LastBlock):
+            self.model(input_ids=tokens.to(self.device), use_cache=False)
+        calls = self.local.calls
+        if len(calls) != len(self.blocks):
+            raise ModelError(
+                f"{len(calls)} of the {len(self.blocks)} blocks in {self.blocks.name} are called"
+            )
+        shape = getattr(calls[0][0], "shape", None)
+        for state, _, _ in calls:
+            if not isinstance(state, Tensor) or state.shape != shape:
+                raise ModelError("the blocks do not pass on one hidden state of one shape")
+        return calls
+
+
+def _returned(state: Any, outputs: int) -> Any:
+    """A block's return value; what comes beside the hidden state (attention weights) is left empty."""
+    return (state, *[None] * (outputs - 1)) if outputs else state
+
+
+def merge_calls(
+    calls: list[dict[int, Call]], recorded: list[tuple[Tensor, Any, Any]], sample: int
+) -> None:
+    """Add one sample's calls; leaves equal to those of the first sample are shared with it."""
+    compared: dict[tuple[int, int], bool] = {}
+    for block, (state, args, kwargs) in enumerate(recorded):
+        kwargs = {k: None if _is_cache(v) else v for k, v in kwargs.items()}
+        args = tuple(None if _is_cache(v) else v for v in args)
+        leaves, spec = tree_flatten((args, kwargs))
+        leaves = [HiddenState if leaf is state else leaf for leaf in leaves]
+        if calls[block]:
+            first = next(iter(calls[block].values()))
+            if len(first.leaves) == len(leaves) and all(
+                _equal(a, b, compared) for a, b in zip(first.leaves, leaves, strict=True)
+            ):
+                calls[block][sample] = first
+                continue
+        calls[block][sample] = Call(leaves, spec)
+
+
+def _equal(a: Any, b: Any, compared: dict[tuple[int, int], bool]) -> bool:
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        key = (id(a), id(b))
+        if key not in compared:
+            same = a.shape == b.shape and a.dtype == b.dtype
+            compared[key] = same and bool(torch.equal(a, b))
+        return compared[key]
+    return type(a) is type(b) and isinstance(a, bool | int | float | str) and a == b
+
+
+def _is_cache(value: Any) -> bool:
+    return any(kind.__name__ in ("Cache", "DynamicCache") for kind in type(value).__mro__)

@@ -1,0 +1,139 @@
+"""Variants of a model that go through its blocks side by side, so that each block is in memory once, and what
+they change in the distribution of the next token.
+
+A variant has no weights of its own: it differs by what happened to its hidden states in some block, and goes
+through all others as the model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import ModelError
+from maskopt.models.blockwise.activations import Activations, States
+from maskopt.models.blockwise.job import Job
+from maskopt.models.blockwise.memory import check_memory, hidden_size
+from maskopt.models.blockwise.progress import ticker
+from maskopt.models.blockwise.walk_block import Block
+
+#: every so many tokens of a window is judged: a large vocabulary costs more than the blocks
+EVERY = 8
+Key = TypeVar("Key")
+
+
+def place(job: Job, variants: int, folder: Path) -> Path | None:
+    """Where the hidden states of so many variants go: in a file of the folder, if they take more memory than
+    hidden states may; None: in memory.
+
+    Raises:
+        ModelError: `max_memory` allows not even what is left then.
+    """
+    most = job.activation_memory
+    if job.options.max_memory is not None:
+        load = replace(job.load, variants=variants * job.count)
+        most = check_memory(load, int(job.options.max_memory))
+    size = job.count * job.length * hidden_size(job.source.model) * 4 * variants
+    return folder if size > most else None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One variant's hidden states, among those of all."""
+
+    states: Activations
+    first: int
+
+    def __getitem__(self, window: int) -> Tensor:
+        return self.states[self.first + window]
+
+    def __setitem__(self, window: int, state: Tensor) -> None:
+        self.states[self.first + window] = state
+
+    def on(self, device: torch.device, window: int) -> Tensor:
+        return self[window].to(device)
+
+
+class Variants(dict[Key, Variant]):
+    """Variants by what tells them apart; their hidden states lie in memory, or all in one file.
+
+    Args:
+        most: how many there will be.
+        folder: for the file; None: in memory.
+    """
+
+    def __init__(self, job: Job, most: int, folder: Path | None) -> None:
+        super().__init__()
+        self.windows = range(job.count)
+        self._most, self._folder = most, folder
+        self._states: Activations | None = None
+
+    def begin(self, key: Key, states: States, like: Activations) -> Variant:
+        """Another one, which parts from what has these states."""
+        if self._states is None:
+            places = range(self._most * len(self.windows))
+            self._states = Activations(places, like.shape, like.dtype, self._folder)
+        variant = Variant(self._states, len(self) * len(self.windows))
+        for window in self.windows:
+            variant[window] = states[window]
+        self[key] = variant
+        return variant
+
+    def __enter__(self) -> Variants[Key]:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._states is not None:
+            self._states.close()
+
+
+def through(block: Block, states: States, windows: Sequence[int]) -> None:
+    """The windows of one variant through the block as it is now, in place.
+
+    Raises:
+        ModelError: NaN or infinite activations.
+    """
+    opened = block.opened
+    for wave in opened.threads.waves(windows):
+        found = opened.threads.run([lambda w=w: opened.run(w, states) for w in wave])  # type: ignore[misc]
+        for window, state in zip(wave, found, strict=True):
+            if not bool(torch.isfinite(state).all()):
+                raise ModelError(f"{opened.name}: NaN or infinite activations in window {window}")
+            states[window] = state
+
+
+def divergences(job: Job, held: Mapping[Key, States], every: int = EVERY) -> dict[Key, float]:
+    """KL(model ‖ variant), nats a token, over some tokens of every window.
+
+    Args:
+        job: of a whole walk that is over.
+        held: what left the last block, of every variant.
+        every: which tokens: each so manyth.
+    """
+    assert job.windows is not None
+    tokens, device = job.windows.tokens, job.source.device
+    some = torch.arange(every - 1, job.windows.length, every)
+    if not len(some):
+        some = torch.tensor([job.windows.length - 1])
+    tick = ticker(job.tell, job.last, job.last + 1, "output", len(held) * len(tokens))
+    total = dict.fromkeys(held, 0.0)
+    with job.after_blocks() as end:
+
+        def logs(states: Callable[[int], Tensor], window: int) -> Tensor:
+            ids, state = tokens[window : window + 1, some], states(window)[:, some]
+            logits = end(ids.to(device), state.to(device))[0].float()
+            return torch.log_softmax(logits, -1)
+
+        for window in range(len(tokens)):
+            log = logs(lambda w: job.last_state(w)[None], window)
+            likely = log.exp()
+            for key, states in held.items():
+                other = logs(states.__getitem__, window)
+                total[key] += float((likely * (log - other)).sum(1).double().sum())
+                tick(1)
+    return {key: of_all / (len(tokens) * len(some)) for key, of_all in total.items()}

@@ -1,0 +1,179 @@
+"""Observe what a layer multiplies, wherever the model's code writes the product.
+
+Inside a `Watch`, every product of activations with a watched weight is recorded: `nn.Linear`,
+`Conv1D`, an expert's slice of a 3-D parameter, in `linear`, `addmm`, `matmul` or `bmm`. The weight is
+recognised by its address, so no module has to be patched. A `WatchGradients` sums what comes back to the
+products' outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from maskopt.models.architecture.blocks import Layer, matrix
+
+#: position of (input, weight) among the arguments of each product
+_PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
+    F.linear: (0, 1),
+    torch.addmm: (1, 2),
+    Tensor.addmm: (1, 2),
+    torch.baddbmm: (1, 2),
+    Tensor.baddbmm: (1, 2),
+    torch.matmul: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.__matmul__: (0, 1),
+    torch.mm: (0, 1),
+    Tensor.mm: (0, 1),
+    torch.bmm: (0, 1),
+    Tensor.bmm: (0, 1),
+}
+#: those whose weight may stand on either side (in `linear` it is the second by definition)
+_EITHER_WAY = set(_PRODUCTS) - {F.linear}
+
+
+class WatchedWeights:
+    """Where the weights of some layers lie in memory."""
+
+    def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+        self._by_address: dict[int, Layer] = {}
+        self._experts: dict[str, list[Layer]] = {}
+        for layer in layers:
+            self._by_address[matrix(model, layer).data_ptr()] = layer
+            if layer.expert is not None:
+                self._experts.setdefault(layer.parameter, []).append(layer)
+
+    def find(self, weight: Tensor) -> list[tuple[int | None, Layer]]:
+        """The layer whose matrix the tensor is, or all experts of a whole 3-D parameter.
+
+        The first of each pair says which part of a 3-D input belongs to the layer; None: all.
+        """
+        layer = self._by_address.get(weight.data_ptr())
+        if layer is None:
+            return []
+        if layer.expert is not None and weight.ndim == 3:
+            return [(expert.expert, expert) for expert in self._experts[layer.parameter]]
+        return [(None, layer)]
+
+
+def _products(
+    func: Callable[..., Any], args: tuple[Any, ...]
+) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Of a call that multiplies: inputs [..., n] and what may be a weight, and whether it stands on the
+    left, W xᵀ, so that outputs are transposed."""
+    places = _PRODUCTS.get(func)
+    if places is None or len(args) <= places[1]:
+        return
+    one, two = args[places[0]], args[places[1]]
+    if not isinstance(one, Tensor) or not isinstance(two, Tensor):
+        return
+    yield one, two, False
+    if func in _EITHER_WAY and two.ndim > 1:
+        yield two.mT, one, True
+
+
+class Seen(Exception):
+    """All that a forward pass was run for is recorded."""
+
+
+class Watch(TorchFunctionMode):
+    """Records, per layer name, the inputs of one forward pass as [tokens, n] tensors.
+
+    Layers named in `muted` are not recorded; a hook may change the set on the way. The pass ends by
+    `Seen` once the input of the layer `until` is recorded, before it is multiplied.
+    """
+
+    def __init__(
+        self, weights: WatchedWeights, *, copy: bool = False, until: str | None = None
+    ) -> None:
+        super().__init__()
+        self.weights = weights
+        self.copy = copy
+        self.until = until
+        self.inputs: dict[str, list[Tensor]] = {}
+        self.muted: frozenset[str] = frozenset()
+        self._held: list[tuple[Tensor, int]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        for inputs, weight, _ in _products(func, args):
+            self._record(inputs, weight)
+        if self.until in self.inputs:
+            raise Seen
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def overwritten(self) -> bool:
+        """Did the model's code change a recorded input in place afterwards?"""
+        return any(tensor._version != version for tensor, version in self._held)
+
+    def _record(self, inputs: Tensor, weight: Tensor) -> None:
+        for expert, layer in self.weights.find(weight):
+            if layer.name in self.muted:
+                continue
+            part = inputs if expert is None else inputs[expert]
+            if part.shape[-1] != layer.n:
+                raise RuntimeError(
+                    f"layer {layer.name!r} has {layer.n} inputs, but was given {part.shape[-1]}"
+                )
+            if not part.numel():
+                continue  # an expert without tokens; empty tensors also seem to be all the same one
+            if self.copy:
+                part = part.clone()
+            else:
+                self._held.append((part, part._version))
+            self.inputs.setdefault(layer.name, []).append(part.reshape(-1, layer.n))
+
+    def sharing(self) -> dict[str, tuple[Any, ...]]:
+        """Per layer, a key that is equal for layers that were given the very same tensors."""
+        return {
+            name: tuple((x.data_ptr(), tuple(x.shape), x.stride()) for x in tensors)
+            for name, tensors in self.inputs.items()
+        }
+
+
+class WatchGradients(TorchFunctionMode):
+    """Of one forward pass, and the backward pass through it: per layer name, the squares of the gradient by
+    each output, summed over the tokens, float64 [rows]."""
+
+    def __init__(self, weights: WatchedWeights) -> None:
+        super().__init__()
+        self.weights = weights
+        self.squares: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for _, weight, transposed in _products(func, args):
+            layers = self.weights.find(weight)
+            if layers and output.requires_grad and output.numel():
+                output.register_hook(self._adder(layers, transposed))
+        return output
+
+    def _adder(
+        self, layers: Sequence[tuple[int | None, Layer]], transposed: bool
+    ) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            gradient = gradient.mT if transposed else gradient
+            for expert, layer in layers:
+                part = gradient if expert is None else gradient[expert]
+                squares = part.reshape(-1, layer.rows).double().square().sum(0)
+                known = self.squares.get(layer.name)
+                self.squares[layer.name] = squares if known is None else known + squares
+
+        return add

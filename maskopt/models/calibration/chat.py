@@ -1,0 +1,261 @@
+"""From conversations to windows of tokens, through the model's own chat template.
+
+A chat-tuned model sees text only as its template writes it: roles and turns marked by tokens of their own.
+A template is a program that comes with the model. transformers runs it in Jinja's sandbox, where it reaches
+nothing but the messages and the names of the special tokens, and writes text; what it raises is told in one
+line, with the conversation that it was given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskopt.errors import DataError
+from maskopt.models.calibration.text import json_records
+from maskopt.models.calibration.tokens import Windows, are_tokens, check_count
+from maskopt.models.checkpoints.bos import TEMPLATE, no_panic
+
+MESSAGES = "messages"
+#: what templates write; some pass others on without a word, and the model has never seen those
+ROLES = ("system", "developer", "user", "assistant", "tool")
+#: what `strftime_now` of a template says: windows must not depend on the day on which they are made.
+#: It is the day that the templates of Llama 3 fall back to
+DAY = {
+    "%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%-d": "26", "%e": "26",
+    "%A": "Friday", "%a": "Fri", "%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM",
+}  # fmt: skip
+#: of what a template says when it refuses
+_LONGEST_REASON = 200
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with a role and a text each, and where they stand, in words."""
+
+    messages: list[dict[str, Any]]
+    where: str
+
+
+def chat_calibration_windows(
+    source: str | Path | Sequence[Any],
+    tokenizer: Any,
+    *,
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+) -> Windows:
+    """`samples` windows of `seq_len` tokens of conversations in random order, the same for the same seed.
+
+    A window begins with the beginning of a conversation, as the template writes it, and is filled up with
+    the ones after it; the last one is cut where the window ends, and its rest is dropped, so that no
+    conversation is in two windows. Once all have been used they are used again, in another order, and
+    the windows' source says so.
+
+    Args:
+        source: a `.jsonl` file, or conversations; see `read_conversations`.
+        tokenizer: of the model, with its chat template.
+
+    Raises:
+        DataError: what `read_conversations` raises; no chat template, or one that refuses a
+            conversation; less than one window.
+    """
+    check_count("samples", samples)
+    check_count("seq_len", seq_len)
+    chats = _Chats(read_conversations(source), tokenizer)
+    words, generator = _name(source), random.Random(seed)
+    order = list(range(len(chats.conversations)))
+    generator.shuffle(order)
+    rows = chats.packed(order, seq_len, samples)
+    if len(rows) < samples:
+        words += ", conversations used again"
+    while len(rows) < samples:
+        generator.shuffle(order)
+        rows += chats.packed(order, seq_len, samples - len(rows))
+    return Windows(torch.tensor(rows, dtype=torch.int64), words, TEMPLATE)
+
+
+def chat_evaluation_windows(
+    source: str | Path | Sequence[Any],
+    tokenizer: Any,
+    *,
+    seq_len: int = 2048,
+    limit: int | None = None,
+) -> Windows:
+    """Windows as for calibration, but of the conversations in their own order, each used once; what
+    does not fill a window at the end is dropped. `limit` keeps the first so many windows.
+
+    Raises:
+        DataError: as for calibration.
+    """
+    check_count("seq_len", seq_len, least=2)
+    chats = _Chats(read_conversations(source), tokenizer)
+    rows = chats.packed(range(len(chats.conversations)), seq_len, limit)
+    return Windows(torch.tensor(rows, dtype=torch.int64), _name(source), TEMPLATE)
+
+
+def read_conversations(source: str | Path | Sequence[Any]) -> list[Conversation]:
+    """The conversations of a source, in its order.
+
+    Args:
+        source: a `.jsonl` file, each line `{"messages": [{"role": …, "content": …}, …]}` or the
+            list alone; or a sequence of such objects.
+
+    Raises:
+        DataError: no such file, one of another kind, not JSON, no conversation, or one that is not
+            as said; file and line are named.
+    """
+    if are_tokens(source):
+        raise DataError("these are tokens already, not messages; leave `chat` out")
+    if isinstance(source, str | Path):
+        if Path(source).suffix.lower() != ".jsonl":
+            raise DataError(
+                f"{source}: `chat` takes JSON lines of messages, FILE.jsonl; other text goes without it"
+            )
+        records: Iterable[tuple[str, Any]] = json_records(Path(source))
+    else:
+        records = ((f"given conversation {i}", r) for i, r in enumerate(source, start=1))
+    conversations = [Conversation(_messages(r, where), where) for where, r in records]
+    if not conversations:
+        raise DataError(f"{_name(source)}: there is no conversation in it")
+    return conversations
+
+
+def _messages(record: Any, where: str) -> list[dict[str, Any]]:
+    messages = record.get(MESSAGES) if isinstance(record, dict) else record
+    if not isinstance(messages, list):
+        raise DataError(f"{where}: no list under {MESSAGES!r}{_remedy(record)}")
+    if not messages:
+        raise DataError(f"{where}: a conversation without messages; leave it out")
+    for number, message in enumerate(messages, start=1):
+        _check_message(message, f"{where}, message {number}")
+    return messages
+
+
+def _remedy(record: Any) -> str:
+    """What to do with an object that holds its messages elsewhere."""
+    for name, value in record.items() if isinstance(record, dict) else ():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f"; call {name!r} so, with role and content in each message"
+    return "; give objects with messages of role and content"
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict):
+        raise DataError(f"{where}: not an object with role and content")
+    if "role" not in message and "from" in message:
+        raise DataError(
+            f"{where}: has from and value; call them role and content, and say user for human, "
+            "assistant for gpt"
+        )
+    role = message.get("role")
+    if role not in ROLES:
+        raise DataError(f"{where}: the role must be one of {', '.join(ROLES)}, not {role!r:.60}")
+    if not isinstance(message.get("content"), str):
+        raise DataError(f"{where}: no text under 'content'; join its parts, or leave it out")
+
+
+class _Chats:
+    """Conversations, each of which becomes tokens when it is first asked for."""
+
+    def __init__(self, conversations: Sequence[Conversation], tokenizer: Any) -> None:
+        self.conversations = conversations
+        self._tokenizer, self._template = tokenizer, _template(tokenizer)
+        self._known: dict[int, list[int]] = {}
+
+    def packed(self, order: Sequence[int], length: int, limit: int | None) -> list[list[int]]:
+        """The first windows of `length` tokens that the conversations fill in this order.
+
+        Raises:
+            DataError: all of them together do not fill one.
+        """
+        ids = (self._tokens(index) for index in order)
+        rows = list(itertools.islice(_packed(ids, length), limit))
+        if not rows:
+            total = sum(len(self._tokens(index)) for index in order)
+            raise DataError(
+                f"the conversations have {total} tokens, less than one window of {length}; give more "
+                "of them or a smaller `seq_len`"
+            )
+        return rows
+
+    def _tokens(self, index: int) -> list[int]:
+        if index not in self._known:
+            self._known[index] = self._applied(self.conversations[index])
+        return self._known[index]
+
+    def _applied(self, conversation: Conversation) -> list[int]:
+        """What begins a conversation is the template's affair: the tokenizer puts nothing before it."""
+        try:
+            with no_panic(getattr(self._tokenizer, "name_or_path", "")):
+                ids = self._tokenizer.apply_chat_template(
+                    conversation.messages,
+                    chat_template=self._template,
+                    add_generation_prompt=False,
+                    tokenize=True,
+                    return_dict=False,
+                    tokenizer_kwargs={"verbose": False},
+                )
+        except DataError:
+            raise
+        except Exception as error:  # a template is a program of the model's: it may raise anything
+            raise DataError(
+                f"{conversation.where}: the model's chat template refuses it ({_reason(error)})"
+            ) from error
+        return [int(token) for token in ids]
+
+
+def _template(tokenizer: Any) -> str:
+    """The tokenizer's template for conversations, on a fixed day.
+
+    Raises:
+        DataError: it has none, or several and none that is the default.
+    """
+    if tokenizer is None:
+        raise DataError("conversations need the model's tokenizer; give one, or token tensors")
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template: the model was not tuned for chats, or its files lack "
+            "chat_template.jinja; leave `chat` out, and give text"
+        )
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:  # templates by name, none of them called default
+        raise DataError(f"the tokenizer: {_reason(error)}") from error
+    return _DAY + template if "strftime_now" in template else template
+
+
+def _reason(error: Exception) -> str:
+    """In one printable line: words of a template are not to be trusted on a terminal."""
+    line = (str(error).splitlines() or [""])[0][:_LONGEST_REASON]
+    return f"{type(error).__name__}: {''.join(c for c in line if c.isprintable())}"
+
+
+def _day() -> str:
+    """A macro that takes the place of the function `strftime_now`. The newline goes with the block's end:
+    what follows begins a line, as it did."""
+    filters = "".join(f" | replace('{code}', '{words}')" for code, words in DAY.items())
+    return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n"
+
+
+_DAY = _day()
+
+
+def _packed(chats: Iterable[list[int]], length: int) -> Iterator[list[int]]:
+    """Windows of `length` tokens, one conversation after the other; each begins with one's beginning."""
+    window: list[int] = []
+    for ids in chats:
+        window += ids[: length - len(window)]
+        if len(window) == length:
+            yield window
+            window = []
+
+
+def _name(source: str | Path | Sequence[Any]) -> str:
+    return Path(source).name if isinstance(source, str | Path) else "given conversations"

@@ -1,0 +1,170 @@
+"""The journal of a run: one line per fact, each with its own digest, flushed before it counts.
+
+A last line without its end was cut off by a crash and is dropped. Any other damage is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from maskopt.errors import ModelError
+from maskopt.models.checkpoints.checkpoint import plain_name
+
+
+class Journal:
+    """Reads what is there, then appends.
+
+    Attributes:
+        header: what the run is: options, digests, versions; None in a new journal.
+        blocks: finished blocks by index.
+        shards: digests of finished output shards by name.
+        progress: where training that is not finished was last saved; None: nowhere.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: dict[str, Any] | None = None
+        self.blocks: dict[int, dict[str, Any]] = {}
+        self.shards: dict[str, str] = {}
+        self.progress: dict[str, Any] | None = None
+        if path.exists():
+            for number, record in enumerate(read_journal(path), start=1):
+                self._take(record, number)
+
+    def begin(self, header: dict[str, Any]) -> None:
+        """Write the header, or compare it with the one that is there.
+
+        Raises:
+            ModelError: the journal belongs to another run; the difference is named.
+        """
+        if self.header is None:
+            self._append({"kind": "header", "header": header})
+            self.header = header
+            return
+        lines = differences(self.header, header)
+        if lines:
+            raise ModelError(
+                f"{self.path.parent.parent}: the unfinished run is another one: "
+                f"{in_words(lines)}; `overwrite` drops it"
+            )
+
+    def add_block(self, index: int, record: dict[str, Any]) -> None:
+        self._append({"kind": "block", "index": index, **record})
+        self.blocks[index] = record
+
+    def add_shard(self, name: str, digest: str) -> None:
+        self._append({"kind": "shard", "name": name, "digest": digest})
+        self.shards[name] = digest
+
+    def set_progress(self, record: dict[str, Any]) -> None:
+        self._append({"kind": "progress", **record})
+        self.progress = record
+
+    def _take(self, record: dict[str, Any], number: int) -> None:
+        kind = record.get("kind")
+        if kind == "header" and number == 1 and isinstance(record.get("header"), dict):
+            self.header = record["header"]
+        elif kind == "block" and number > 1 and _is_block(record):
+            self.blocks[record["index"]] = record
+        elif kind == "shard" and number > 1 and plain_name(record.get("name")):
+            self.shards[record["name"]] = str(record.get("digest"))
+        elif kind == "progress" and number > 1 and _is_progress(record):
+            self.progress = record
+        else:
+            raise ModelError(f"{self.path}, line {number}: not a journal of maskopt")
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """A record with its digest, in place of a last line that a crash cut off."""
+        line = json.dumps({**record, "sha256": _digest(record)}, sort_keys=True) + "\n"
+        with open(self.path, "ab") as file:
+            complete = _complete_length(self.path)
+            if file.tell() != complete:
+                file.truncate(complete)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All complete records.
+
+    Raises:
+        ModelError: unreadable, or a line that does not match its digest.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    lines = data.split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+            digest = record.pop("sha256")
+            # other bytes may mean the same: 1E-05, a 17th digit
+            same = json.dumps({**record, "sha256": digest}, sort_keys=True).encode() == line
+            sound = same and digest == _digest(record)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            sound = False
+        if not sound:
+            raise ModelError(
+                f"{path}, line {number}: the journal is damaged; start over with `overwrite`"
+            )
+        records.append(record)
+    return records
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
+
+
+def in_words(lines: Sequence[str]) -> str:
+    """The first differences, and how many more there are."""
+    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return "; ".join(lines[:5]) + more
+
+
+def _is_block(record: dict[str, Any]) -> bool:
+    return (
+        type(record.get("index")) is int
+        and 0 <= record["index"] < 10**5
+        and isinstance(record.get("masks"), str)
+        and isinstance(record.get("weights", ""), str)
+        and isinstance(record.get("layers"), list)
+        and isinstance(record.get("parts", []), list)
+        and isinstance(record.get("bad"), list)
+        and all(isinstance(b, dict) and type(b.get("sample")) is int for b in record["bad"])
+    )
+
+
+def _is_progress(record: dict[str, Any]) -> bool:
+    before = record.get("before")
+    return (
+        plain_name(record.get("file"))
+        and isinstance(record.get("digest"), str)
+        and all(type(record.get(name)) is int and record[name] >= 0 for name in ("step", "epoch"))
+        and isinstance(before, list)
+        and len(before) == 2
+        and all(type(x) is float for x in (*before, record.get("held")))
+    )
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _complete_length(path: Path) -> int:
+    data = path.read_bytes()
+    return data.rfind(b"\n") + 1

@@ -1,0 +1,247 @@
+"""A pruned folder without its zeros: kept values beside the masks, and back again, bit for bit.
+
+Each shard becomes a safetensors file of its own: the shard's header as it was, tensors without a mask byte
+by byte (`=name`), and of tensors with one the kept values alone, in the order of the tensor (`~name`). Which
+places they are for is in the folder's mask file, one bit a weight: 1 − s + 1/16 of what bfloat16 weights take
+at sparsity s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from maskopt.core.files import atomic_write
+from maskopt.errors import ModelError
+from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint
+from maskopt.models.checkpoints.mask_file import MaskFile, unpack
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.safefile import CHUNK, SafeFile, TensorEntry, open_safe, write_safe
+from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, check_output, open_workspace
+from maskopt.models.checkpoints.write import check_masks, copy_file, is_side_file, side_files
+
+FORMAT = "maskopt-packed-1"
+#: in place of `.safetensors`: nothing takes it for weights
+SUFFIX = ".packed"
+#: lists the files of a packed folder: its manifest is that of the pruned one
+PACKED = "maskopt-pack.json"
+#: tokenizers that were saved from memory may have these, too
+_SAVED = (".bpe", ".codes", ".spm", ".vocab")
+_HEADER, _WHOLE, _KEPT = "header", "=", "~"
+#: elements at a time; a multiple of 8, so that masks are cut between bytes
+_STEP = CHUNK // 8
+
+
+def pack(
+    pruned: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """Write what `maskopt prune` wrote without the zeros.
+
+    Args:
+        pruned: the folder; it is left as it is.
+        tick: called with bytes done.
+
+    Raises:
+        ModelError: no such folder; files that are not those of the manifest, which `unpack_folder` would
+            refuse; weights in pruned places that are not zero.
+    """
+    checkpoint, target = open_checkpoint(pruned), Path(output)
+    check_output(target, overwrite=overwrite, resume=False, model=checkpoint.folder)
+    masks, manifest = _masks_and_manifest(checkpoint.folder)
+    check_masks(checkpoint, masks)
+    digests = read_manifest(manifest)["files"]
+    for name, digest in checkpoint.shard_digests.items():
+        if digests.get(name) != digest:
+            raise _changed(checkpoint.folder / name)
+    beside = _beside(checkpoint.folder, digests, checkpoint.shards)
+    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+        for name, shard in checkpoint.shards.items():
+            with atomic_write(work.staging / _packed_name(name)) as file:
+                _pack_shard(shard, masks, file, tick)
+        for name in beside:
+            copy_file(checkpoint.folder / name, work.staging / name)
+        work.write_record(PACKED)
+        work.commit()
+    return target
+
+
+def unpack_folder(
+    packed: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """The folder that was packed, every file as it was.
+
+    Raises:
+        ModelError: not what `pack` wrote, or changed since.
+    """
+    folder, target = Path(packed), Path(output)
+    check_output(target, overwrite=overwrite, resume=False, model=folder)
+    masks, manifest = _masks_and_manifest(folder)
+    digests = read_manifest(manifest)["files"]
+    packed_shards = {_packed_name(n): n for n in digests if n.endswith(".safetensors")}
+    missing = [name for name in packed_shards if not (folder / name).is_file()]
+    if len(missing) == len(packed_shards):
+        raise ModelError(f"{folder}: holds no file that `maskopt masks pack` wrote")
+    if missing:
+        raise ModelError(f"{folder / missing[0]}: is missing")
+    beside = _beside(folder, digests, packed_shards.values())
+    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+        for packed_name, name in packed_shards.items():
+            path = folder / packed_name
+            with atomic_write(work.staging / name) as file:
+                _unpack_shard(_open_packed(path), masks, file, tick)
+            open_safe(work.staging / name)
+            if digests.get(name) != file_digest(work.staging / name):
+                raise ModelError(f"{path}: does not give the file of the manifest: it was changed")
+        for name in beside:
+            copy_file(folder / name, work.staging / name)
+        work.commit()
+    return target
+
+
+def load_packed(packed: str | Path, **options: Any) -> Any:
+    """The model of a packed folder, as `AutoModelForCausalLM.from_pretrained` of the unpacked one gives it.
+
+    Args:
+        options: of `from_pretrained`, such as `dtype`.
+
+    Raises:
+        ModelError: as for `unpack_folder`.
+    """
+    import tempfile
+
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory(prefix="maskopt-packed-") as home:
+        folder = unpack_folder(packed, Path(home) / "model")
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _beside(folder: Path, digests: dict[str, str], shards: Collection[str]) -> list[str]:
+    """Names of all other files: those of the manifest, itself and the masks, and what a prune would have
+    copied had it been there.
+
+    Raises:
+        ModelError: one is missing, is not as the manifest says, or is of a kind that no prune writes.
+    """
+    for name in digests:
+        known = is_side_file(name) or name == MASKS or name.endswith((".safetensors", *_SAVED))
+        if name.startswith(".") or not known:
+            raise ModelError(
+                f"{folder / MANIFEST}: lists {name!r}, and packed folders hold no hidden files and no code"
+            )
+    listed = [name for name in {**digests, MASKS: ""} if name not in shards]
+    for name in listed:
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{path}: is missing")
+        if digests.get(name, "") not in ("", file_digest(path)):
+            raise _changed(path)
+    return sorted({*listed, MANIFEST, *side_files(folder, shards)})
+
+
+def _changed(path: Path) -> ModelError:
+    return ModelError(
+        f"{path}: was changed since the prune, and could not be packed and unpacked; take what "
+        "`maskopt prune` wrote"
+    )
+
+
+def _masks_and_manifest(folder: Path) -> tuple[MaskFile, Path]:
+    masks = MaskFile(folder / MASKS)
+    read_manifest(folder / MANIFEST)
+    return masks, folder / MANIFEST
+
+
+def _pack_shard(
+    shard: SafeFile, masks: MaskFile, file: IO[bytes], tick: Callable[[int], None]
+) -> None:
+    head = shard.header_bytes()
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {_HEADER: ("U8", (len(head),))}
+    for entry in shard.entries.values():
+        if entry.name in masks:
+            kept = sum(int(part.sum()) for part in _parts(masks, entry.name))
+            shapes[_KEPT + entry.name] = entry.dtype, (kept,)
+        else:
+            shapes[_WHOLE + entry.name] = "U8", (entry.size,)
+    write_safe(file, shapes, {"format": FORMAT})
+    file.write(head)
+    for entry in shard.entries.values():
+        for chunk in _packed_chunks(shard, entry, masks):
+            file.write(chunk.data)
+        tick(entry.size)
+
+
+def _packed_chunks(shard: SafeFile, entry: TensorEntry, masks: MaskFile) -> Iterator[np.ndarray]:
+    if entry.name not in masks:
+        yield from shard.chunks(entry, CHUNK)
+        return
+    size = entry.torch_dtype.itemsize
+    chunks = shard.chunks(entry, _STEP * size)
+    for chunk, kept in zip(chunks, _parts(masks, entry.name), strict=True):
+        words = chunk.view(f"u{size}")
+        if words[~kept].any():
+            raise ModelError(
+                f"{shard.path}: {entry.name!r} holds weights that its mask prunes; pack what `maskopt prune` "
+                "wrote"
+            )
+        yield words[kept].view(np.uint8)
+
+
+def _unpack_shard(
+    packed: SafeFile, masks: MaskFile, file: IO[bytes], tick: Callable[[int], None]
+) -> None:
+    for entry in packed.entries.values():
+        if entry.name.startswith(_KEPT):
+            for chunk in _whole_chunks(packed, entry, masks):
+                file.write(chunk.data)
+        else:
+            for chunk in packed.chunks(entry, CHUNK):
+                file.write(chunk.data)
+        tick(entry.size)
+
+
+def _whole_chunks(packed: SafeFile, entry: TensorEntry, masks: MaskFile) -> Iterator[np.ndarray]:
+    """A tensor with its zeros, out of its kept values."""
+    name, size = entry.name.removeprefix(_KEPT), entry.torch_dtype.itemsize
+    if name not in masks:
+        raise ModelError(f"{packed.path}: {name!r} has no mask")
+    done = 0
+    for kept in _parts(masks, name):
+        count = int(kept.sum())
+        words = np.zeros(len(kept), f"u{size}")
+        words[kept] = packed.part(entry, done * size, count * size).view(f"u{size}")
+        done += count
+        yield words.view(np.uint8)
+    if done * size != entry.size:
+        raise ModelError(f"{packed.path}: {name!r} holds another number of values than its mask")
+
+
+def _parts(masks: MaskFile, name: str) -> Iterator[np.ndarray]:
+    """A tensor's mask, _STEP elements at a time, True = kept."""
+    bits, count = masks.packed(name), int(np.prod(masks.shape(name)))
+    for start in range(0, count, _STEP):
+        yield unpack(bits, start, min(_STEP, count - start)).numpy()
+
+
+def _open_packed(path: Path) -> SafeFile:
+    found = open_safe(path)
+    names = list(found.entries)
+    right = found.metadata.get("format") == FORMAT and names and names[0] == _HEADER
+    if not right or not all(name[0] in (_WHOLE, _KEPT) for name in names[1:]):
+        raise ModelError(f"{path}: is not what `maskopt masks pack` writes")
+    return found
+
+
+def _packed_name(shard: str) -> str:
+    return shard.removesuffix(".safetensors") + SUFFIX

@@ -1,0 +1,336 @@
+"""What a prune did, layer by layer, and the manifest that records it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from maskopt.core.fields import holds_its_kinds
+from maskopt.core.files import atomic_write
+from maskopt.core.pattern import pattern_from_dict
+from maskopt.errors import ModelError
+from maskopt.models.checkpoints.bos import Beginning
+from maskopt.models.checkpoints.checkpoint import plain_name, read_json
+from maskopt.models.checkpoints.weight_edits import Edits
+
+Kind = TypeVar("Kind")
+#: of a prune, and of a model that was made smaller
+MANIFEST_FORMAT, SMALLER_FORMAT = "maskopt-manifest-1", "maskopt-smaller-1"
+_PARTS = {"fingerprint", "layers", "bad_samples", "tensors", "files"}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer.
+
+    Attributes:
+        block: index of its decoder block.
+        kind: the name inside the block, numbers as stars: `self_attn.q_proj`.
+        error_start: objective of the start summed over rows, with unchanged weights; None without a start.
+        error_uniform: with a shared budget, the same at an equal count in every row; else None.
+        error: of the result summed over rows: with `gram_shrinkage` 0 the mean squared change of the output,
+            else that of outputs whose inputs' G is shrunk as it was for the solver.
+        error_kept: error of the mask before its kept weights were updated; None without an update.
+        objective: which objective the statuses are of: of `kept` weights, or of `refitted` ones; `updated`
+            where the weights are the solver's own, not those of least squares.
+        damping: of the update; None without one.
+        lower_bound: proven bound summed over rows, 0 where none is known: of `error`; of `error_kept` where
+            weights were refitted after masks were chosen for kept ones.
+        statuses: number of rows by status.
+        tokens: calibration tokens that the layer saw.
+        fallback: too few tokens, so pruned by magnitude; its errors are then the pruned weights' squares.
+        energy: mean square of the rows' targets with the same G, summed over rows (wᵀGw, or with `target`
+            dense that of the dense model's output): what the error is a part of.
+        error_held, energy_held: the same on the held-out windows, whose G is never shrunk; None where
+            there are none.
+        gram_shrinkage: α that the masks were chosen with.
+        swaps, scans: of a 1-swap search, of all rows together; None where the solver makes none.
+        improvement_quantiles: of the rows, how far the solver's objective is below its start's, as a part
+            of that: least, a tenth, median, nine tenths, most; None without a start, or with a shared budget.
+    """
+
+    name: str
+    block: int
+    kind: str
+    rows: int
+    n: int
+    pattern: str
+    pruned: int
+    error_start: float | None
+    error: float
+    lower_bound: float
+    statuses: dict[str, int]
+    tokens: int
+    fallback: bool
+    seconds: float
+    energy: float = 0.0
+    error_held: float | None = None
+    energy_held: float | None = None
+    gram_shrinkage: float = 0.0
+    error_kept: float | None = None
+    objective: str = "kept"
+    damping: float | None = None
+    error_uniform: float | None = None
+    swaps: int | None = None
+    scans: int | None = None
+    improvement_quantiles: Sequence[float] | None = None
+
+    @property
+    def sparsity(self) -> float:
+        return self.pruned / (self.rows * self.n)
+
+    @property
+    def relative(self) -> float:
+        """Error as a part of the energy; 0 where there is none."""
+        return self.error / self.energy if self.energy > 0 else 0.0
+
+    @property
+    def relative_held(self) -> float | None:
+        """The same on the windows kept aside; None where there are none."""
+        if self.error_held is None or not self.energy_held:
+            return None
+        return self.error_held / self.energy_held
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What training made of a part of a block.
+
+    Attributes:
+        part: its name inside the block; empty: the block.
+        fitted_before, fitted_after: mean loss on the windows that it was trained on.
+        held_before, held_after: on those kept aside, which chose the epoch.
+        epoch: the best one; 0: the weights are those at the start.
+        diverged: it ended early, at NaN or at a loss far above that of the start.
+    """
+
+    block: int
+    part: str
+    fitted_before: float
+    fitted_after: float
+    held_before: float
+    held_after: float
+    epoch: int
+    diverged: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block that an earlier run has done."""
+
+    layers: list[LayerReport]
+    parts: list[PartReport]
+    bad: list[dict[str, Any]]
+    edits: Edits
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """The result of `prune_model`.
+
+    Attributes:
+        layers: in the order of the model.
+        bad_samples: calibration samples left out for NaN or infinite activations.
+        masks: bool [rows, n] by layer name, for a model in memory; empty for a folder, whose
+            masks are in its sidecar.
+        output: where the pruned model is, if it was written.
+        fingerprint: what decides the result: options, digests, versions.
+        seconds: wall time of this call.
+        parts: of blocks whose weights were trained.
+        memory: bytes at the peak, see `peaks`; empty where this call pruned nothing.
+    """
+
+    layers: Sequence[LayerReport]
+    fingerprint: Mapping[str, Any]
+    bad_samples: Sequence[dict[str, Any]] = ()
+    masks: Mapping[str, Any] = field(default_factory=dict)
+    output: Path | None = None
+    seconds: float = 0.0
+    parts: Sequence[PartReport] = ()
+    memory: Mapping[str, int | None] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of all weights in the pruned layers; 0 where whole blocks went."""
+        total = sum(layer.rows * layer.n for layer in self.layers)
+        return sum(layer.pruned for layer in self.layers) / total if total else 0.0
+
+    @property
+    def fallbacks(self) -> list[str]:
+        return [layer.name for layer in self.layers if layer.fallback]
+
+    def sentence(self) -> str:
+        """What was done, for people."""
+        return what_was_done(self.fingerprint, self.layers, self.sparsity)
+
+    def by_kind(self) -> dict[str, list[LayerReport]]:
+        kinds: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.kind, []).append(layer)
+        return kinds
+
+
+def what_was_done(
+    fingerprint: Mapping[str, Any], layers: Sequence[LayerReport], sparsity: float
+) -> str:
+    """In one or two sentences."""
+    options, text = fingerprint["options"], fingerprint["calibration"]
+    calibrated = (
+        f"Calibrated on {text['samples']} windows of {text['length']} tokens of {text['source']}, "
+        f"{Beginning.from_record(text['beginning'])}."
+    )
+    if "removed" in options:
+        gone = ", ".join(map(str, options["removed"]))
+        return (
+            f"removed {len(options['removed'])} whole blocks, those of index {gone}. {calibrated}"
+        )
+    blocks = len({layer.block for layer in layers})
+    after = {
+        "none": "kept weights are unchanged",
+        "least-squares": "kept weights were updated by least squares",
+        "blockwise": "kept weights were trained towards the dense model's outputs",
+    }[options["update"]]
+    smaller = "channels" in options or "experts" in options
+    what = _removed(layers) if smaller else _pruned(options, layers, sparsity)
+    return f"{what} of {blocks} blocks{_pattern(options)}; {after}. {calibrated}"
+
+
+def _removed(layers: Sequence[LayerReport]) -> str:
+    """`kept 3 of 4 heads and 1536 of 2048 channels`."""
+    told = dict.fromkeys(layer.pattern for layer in layers)
+    return "kept " + " and ".join(told)
+
+
+def _pruned(options: Mapping[str, Any], layers: Sequence[LayerReport], sparsity: float) -> str:
+    start = f" from {options['start']}" if options.get("start") else ""
+    total = sum(layer.rows * layer.n for layer in layers)
+    return f"{options['solver']}{start} pruned {sparsity:.1%} of {total:,} weights in {len(layers)} layers"
+
+
+def _pattern(options: Mapping[str, Any]) -> str:
+    if "sparsity" not in options:
+        return ""
+    trades = {
+        "uniform": "",
+        "rows": ", rows of a layer may differ",
+        "layers": ", layers may differ",
+        "both": ", layers and their rows may differ",
+    }
+    return f" (pattern {pattern_from_dict(options['sparsity'])}{trades[options['allocation']]})"
+
+
+def read_layers(records: Any, where: Path) -> list[LayerReport]:
+    """Layer reports as a journal or a manifest holds them.
+
+    Raises:
+        ModelError: not such records.
+    """
+    return _read(records, LayerReport, where, "layers")
+
+
+def read_parts(records: Any, where: Path) -> list[PartReport]:
+    """Part reports likewise."""
+    return _read(records, PartReport, where, "parts")
+
+
+def _read(records: Any, kind: type[Kind], where: Path, what: str) -> list[Kind]:
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    try:
+        found = [
+            kind(**{key: value for key, value in record.items() if key in names})
+            for record in records
+        ]
+    except (TypeError, AttributeError):
+        found = None
+    if found is None or not all(map(holds_its_kinds, found)):
+        raise ModelError(f"{where}: its {what} are not those of a prune")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result."""
+    import numpy
+    import torch
+    import transformers
+
+    from maskopt import __version__
+
+    return {
+        "maskopt": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_manifest(
+    path: Path,
+    report: PruneReport,
+    files: Mapping[str, str],
+    tensors: Mapping[str, Any],
+    **more: Any,
+) -> None:
+    """The manifest: what decided the result, layer reports, digests of all files, and of itself.
+
+    `tensors` gives per masked tensor its input axis and pattern; `seconds` and `memory` are the only values
+    that differ between two runs of the same fingerprint.
+    """
+    manifest = {
+        "format": SMALLER_FORMAT if "shrunk" in more else MANIFEST_FORMAT,
+        "fingerprint": dict(report.fingerprint),
+        "sparsity": report.sparsity,
+        "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in report.layers],
+        "parts": [asdict(part) for part in report.parts],
+        "bad_samples": list(report.bad_samples),
+        "fallbacks": report.fallbacks,
+        "tensors": dict(tensors),
+        "files": dict(sorted(files.items())),
+        "seconds": sum(layer.seconds for layer in report.layers),
+        "memory": dict(report.memory),
+        **more,
+    }
+    manifest["sha256"] = manifest_digest(manifest)
+    with atomic_write(path) as file:
+        file.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
+    """A manifest whose own digest holds.
+
+    Args:
+        smaller: it may be that of a model that was made smaller, too.
+
+    Raises:
+        ModelError: missing, not a manifest, or changed.
+    """
+    manifest = read_json(path, "the folder was not written by maskopt prune")
+    found = manifest.get("format")
+    if found == SMALLER_FORMAT and not smaller:
+        raise ModelError(
+            f"{path}: the folder was written by maskopt prune-structured, and is a dense model without masks"
+        )
+    if found not in (MANIFEST_FORMAT, SMALLER_FORMAT) or not manifest.keys() >= _PARTS:
+        raise ModelError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
+    files = manifest["files"]
+    if not isinstance(files, dict) or not all(map(plain_name, files)):
+        raise ModelError(f"{path}: not a manifest: `files` must have names without a path")
+    if manifest.get("sha256") != manifest_digest(manifest):
+        raise ModelError(f"{path}: does not match its own digest: it was changed")
+    return manifest
+
+
+def result_digest(manifest: Mapping[str, Any]) -> str:
+    """Of the files of a pruned model and of all that decided them: the same for every run that made them."""
+    return manifest_digest({name: manifest[name] for name in ("fingerprint", "files")})
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

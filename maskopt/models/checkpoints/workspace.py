@@ -1,0 +1,361 @@
+"""An output folder that appears whole: locked, filled in a hidden place, moved into view at the end.
+
+While work goes on, everything lies in `OUT/.maskopt/`: the lock, the journal, the masks of finished
+blocks, and under `out/` the files of the result. The last step renames those into OUT, the manifest
+last, and removes the hidden folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from maskopt.core.files import NO_SPACE, atomic_write, same_file
+from maskopt.errors import ModelError
+from maskopt.models.checkpoints.checkpoint import plain_name
+
+HIDDEN = ".maskopt"
+JOURNAL = "journal.jsonl"
+#: what the hidden folder is called while it is removed
+GONE = ".maskopt.gone"
+MANIFEST = "maskopt-manifest.json"
+#: lists of names in the hidden folder: what a commit moves, and what an earlier result left to be deleted
+_COMMITTED, _EARLIER = "committed", "earlier"
+#: of safetensors' format, not of its ending: servers load every *.safetensors beside a model of one file
+MASKS = "maskopt-masks.bits"
+#: the model card: users may edit it, so that manifests leave it out
+CARD = "README.md"
+
+
+class Workspace:
+    """A locked output folder.
+
+    Attributes:
+        output: the folder of the result.
+        hidden: for lock, journal and blocks.
+        staging: where the result's files are made.
+        keep: leave the hidden folder behind if the work ends by an error, so that it can resume.
+        moving: files of the result are on their way into the output folder.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.hidden = output / HIDDEN
+        self.staging = self.hidden / "out"
+        self.blocks = self.hidden / "blocks"
+        self.journal = self.hidden / JOURNAL
+        self.keep = self.moving = False
+
+    def remove_temporaries(self) -> None:
+        """Drop what an interrupted run left half-written."""
+        for folder in (self.hidden, self.staging, self.blocks):
+            for file in folder.glob(".*.tmp"):
+                file.unlink(missing_ok=True)
+            for file in folder.glob("activations.*"):
+                file.unlink(missing_ok=True)
+
+    def write_record(self, name: str) -> None:
+        """Write a record of what is staged, for results without a manifest: only what a record lists is
+        deleted by `overwrite`."""
+        files = sorted(file.name for file in self.staging.iterdir())
+        with atomic_write(self.staging / name) as file:
+            file.write((json.dumps({"files": files}, indent=1) + "\n").encode())
+
+    def commit(self) -> None:
+        """Move the staged files into the output folder, then drop what an earlier result left there, and
+        move the manifest last.
+
+        The list of files is on disk before the first of them moves, so an interrupted commit is
+        finished by the next run that resumes; nothing that is staged is dropped from then on.
+
+        Raises:
+            ModelError: a file of that name appeared in the output folder during the run.
+        """
+        earlier = set(_names(self.hidden / _EARLIER))
+        mark = self.hidden / _COMMITTED
+        names = _names(mark) or sorted(file.name for file in self.staging.iterdir())
+        if not all(map(plain_name, names)):
+            raise ModelError(f"{mark}: is damaged; start over with `overwrite`")
+        staged = {name for name in names if (self.staging / name).exists()}
+        if new := [n for n in staged - earlier if os.path.lexists(self.output / n)]:
+            raise _in_the_way(self.output, new)
+        _write_names(mark, names)
+        self.moving = True
+        for name in names:
+            if name != MANIFEST and name in staged:
+                os.replace(self.staging / name, self.output / name)
+        for name in earlier - set(names):
+            (self.output / name).unlink(missing_ok=True)
+        if (self.staging / MANIFEST).exists():
+            os.replace(self.staging / MANIFEST, self.output / MANIFEST)
+        sync_folder(self.output)
+
+    def remove(self) -> None:
+        """Drop the hidden folder: out of the way by one rename, so that a process killed meanwhile
+        leaves nothing that looks like an unfinished run."""
+        gone = self.output / GONE
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(self.hidden, gone)
+        shutil.rmtree(gone)
+
+
+@contextmanager
+def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[Workspace]:
+    """Lock an output folder for one process.
+
+    Raises:
+        ModelError: `check_output` refuses it, it cannot be written, another process is at work in it, or the
+            disk fills up.
+    """
+    work = Workspace(output)
+    work.keep = resume
+    check_output(output, overwrite=overwrite, resume=resume)
+    made: list[Path] = []
+    with plain_errors(output, work):
+        made = [p for p in (output, *output.parents) if not p.exists()]
+        _check_hidden(work)
+        work.hidden.mkdir(parents=True, exist_ok=True)
+        with _locked(work):
+            if work.journal.exists() and not (resume or overwrite):
+                raise ModelError(
+                    f"{output}: holds an unfinished run; go on with `resume`, "
+                    "or drop it with `overwrite`"
+                )
+            shutil.rmtree(output / GONE, ignore_errors=True)
+            # files that an interrupted commit has moved must stay known, whatever becomes of this run
+            work.keep |= any(_names(work.hidden / note) for note in (_COMMITTED, _EARLIER))
+            _write_names(work.hidden / _EARLIER, sorted(earlier_files(output)))
+            if not resume:
+                for inner in (work.staging, work.blocks):
+                    shutil.rmtree(inner, ignore_errors=True)
+                work.journal.unlink(missing_ok=True)
+                (work.hidden / _COMMITTED).unlink(missing_ok=True)
+            work.staging.mkdir(exist_ok=True)
+            work.blocks.mkdir(exist_ok=True)
+            work.remove_temporaries()
+            try:
+                yield work
+            except BaseException:
+                if not (work.keep or work.moving):
+                    shutil.rmtree(work.hidden, ignore_errors=True)
+                    for folder in made:
+                        with contextlib.suppress(OSError):
+                            folder.rmdir()
+                raise
+            work.remove()
+
+
+def earlier_files(output: Path) -> set[str]:
+    """Names of the files in the folder that an earlier result consists of: what its manifest or another
+    record lists, and what an interrupted run has noted."""
+    hidden = output / HIDDEN
+    moved = {n for n in _names(hidden / _COMMITTED) if not (hidden / "out" / n).exists()}
+    listed = moved.union(_names(hidden / _EARLIER))
+    for record in output.glob("maskopt-*.json"):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            listed |= {record.name, *json.loads(record.read_bytes())["files"]}
+    if MANIFEST in listed:
+        listed.add(CARD)
+    return {
+        entry.name
+        for entry in output.iterdir()
+        if entry.name in listed
+        and plain_name(entry.name)
+        and (entry.is_file() or entry.is_symlink())
+    }
+
+
+def _names(path: Path) -> list[str]:
+    """A list of names in the hidden folder; an empty one where there is no such file."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _write_names(path: Path, names: Collection[str]) -> None:
+    with atomic_write(path) as file:
+        file.write("\n".join(names).encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in the folder last, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def unfinished(output: Path) -> bool:
+    """Is there an interrupted run that could go on?"""
+    return (output / HIDDEN / JOURNAL).exists()
+
+
+def check_output(
+    output: Path,
+    *,
+    overwrite: bool,
+    resume: bool,
+    complete: str = MANIFEST,
+    own: Collection[str] = (),
+    **inputs: Any,
+) -> None:
+    """Refuse an output folder at a glance, before any work.
+
+    Args:
+        complete: the file that says that a run is finished.
+        own: further names that belong to the result.
+        inputs: of the run, see `check_inputs`.
+
+    Raises:
+        ModelError: it is no folder, is the current or the home folder, has to do with an input, holds what
+            no earlier run wrote, is not empty (unless `overwrite`, or `resume` with something to resume).
+    """
+    check_place(output)
+    check_inputs(output, **inputs)
+    if not output.exists():
+        if resume:
+            raise ModelError(f"{output}: nothing to resume there; start without `resume`")
+        return
+    if not output.is_dir():
+        raise ModelError(f"{output}: exists and is not a folder")
+    try:
+        names = {entry.name for entry in output.iterdir()}
+        ours = {*earlier_files(output), *own}
+    except OSError as error:
+        raise ModelError(f"{output}: cannot be read: {error.strerror}") from None
+    if resume and HIDDEN not in names:
+        if complete not in names:
+            raise ModelError(f"{output}: nothing to resume there; start without `resume`")
+        return  # nothing will be written
+    if others := names - {HIDDEN, GONE} - ours:
+        raise _in_the_way(output, others)
+    if names & ours and not (overwrite or resume):
+        raise ModelError(f"{output}: exists and is not empty; `overwrite` replaces it")
+
+
+def check_place(output: Path) -> None:
+    """Refuse folders that hold more than a result: an empty name, say of a shell variable that is not set,
+    means the current one."""
+    here = Path.cwd()
+    if any(same_file(output, p) for p in (here, *here.parents, Path(os.path.expanduser("~")))):
+        raise ModelError(
+            f"`output` {str(output)!r} is empty, or is the current folder, one above it or the home folder; "
+            "name a folder for the result alone"
+        )
+
+
+def _in_the_way(output: Path, names: Collection[str]) -> ModelError:
+    first = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
+    return ModelError(
+        f"{output}: exists and is not empty, and its manifest does not list {len(names)} of the files and "
+        f"folders there: {first}; choose another output folder, or move them away"
+    )
+
+
+def check_inputs(output: Path, **inputs: Any) -> None:
+    """Refuse an output folder that is an input of the run, lies in one, holds one, or has a file in common
+    with one.
+
+    Files are compared by device and inode, since links and bind mounts are other paths to the same files.
+
+    Args:
+        inputs: by what they are called. Only paths count: a name on the hub or tokens are nothing to lose.
+    """
+    there = _files(output)
+    for what, given in inputs.items():
+        if not isinstance(given, str | Path) or not os.path.exists(given):
+            continue
+        path, what = Path(given), what.replace("_", " ")
+        if any(same_file(output, p) for p in _above(path)) or any(
+            same_file(path, p) for p in _above(output)
+        ):
+            raise ModelError(
+                f"{output}: is the {what} itself, lies in it or holds it ({given}); choose another output "
+                "folder"
+            )
+        if shared := there.keys() & _files(path).keys():
+            raise ModelError(
+                f"{output}: its {there[min(shared)]} is a file of the {what} itself, by a link; choose "
+                "another output folder"
+            )
+
+
+def _above(path: Path) -> list[Path]:
+    """The path and all folders that it lies in, with links followed."""
+    real = Path(os.path.realpath(path))
+    return [real, *real.parents]
+
+
+def _files(path: Path) -> dict[tuple[int, int], str]:
+    """Names of a folder's files, or of the file itself, by device and inode."""
+    found = {}
+    with contextlib.suppress(OSError, ValueError):
+        for file in path.iterdir() if path.is_dir() else [path]:
+            if file.is_file():
+                stat = file.stat()
+                found[stat.st_dev, stat.st_ino] = file.name
+    return found
+
+
+def _check_hidden(work: Workspace) -> None:
+    """What is written into the hidden folder must not land elsewhere, and a folder in the place of a file
+    could not be replaced."""
+    folders = (work.hidden, work.staging, work.blocks, work.output / GONE)
+    inside = work.hidden.rglob("*") if work.hidden.is_dir() else ()
+    for path in (work.hidden, work.output / GONE, *inside):
+        if path.is_symlink() or (path.is_dir() and path not in folders):
+            what = "link" if path.is_symlink() else "folder"
+            raise ModelError(f"{path}: is a {what}, which maskopt never makes there; remove it")
+
+
+@contextmanager
+def plain_errors(output: Path, work: Workspace | None = None) -> Iterator[None]:
+    """Say in one line what the operating system refused."""
+    try:
+        yield
+    except OSError as error:
+        resumable = work is not None and work.keep
+        hint = "; free some and go on with `resume`" if resumable else ""
+        if error.errno in NO_SPACE:
+            raise ModelError(
+                f"{output}: no space left on the disk ({error.strerror}){hint}"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ModelError(f"{output}: cannot be written: {error.strerror}") from error
+        name = error.filename or output
+        raise ModelError(f"{name}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _locked(work: Workspace) -> Iterator[None]:
+    path = work.hidden / "lock"
+    busy = ModelError(f"{work.output}: another process is at work in it")
+
+    def check_in_place(handle: int) -> None:
+        # the process before may have moved the file away between our open and our lock
+        try:
+            in_place = os.path.samestat(os.fstat(handle), path.stat())
+        except FileNotFoundError:
+            in_place = False
+        if not in_place:
+            raise busy
+
+    # not thread_local: a generator may be closed by another thread than the one that began it
+    lock = FileLock(path, timeout=0, thread_local=False, on_acquired=check_in_place)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise busy from None
+    try:
+        yield
+    finally:
+        lock.release()

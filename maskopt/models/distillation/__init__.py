@@ -1,0 +1,1 @@
+"""A pruned model trained as a whole to predict what the dense model predicts."""

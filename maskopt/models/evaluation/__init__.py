@@ -1,0 +1,1 @@
+"""Perplexity, comparison of models, sweeps, certified gaps of a pruned model."""

@@ -1,0 +1,1 @@
+"""The options of every run over a model, each declared once."""

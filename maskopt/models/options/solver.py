@@ -1,0 +1,58 @@
+"""The solver of a run: its default start, and whether both exist and fit."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from maskopt.core.pattern import Pattern
+from maskopt.errors import OptionError, SolverError
+from maskopt.protocol.solver import limits_of, make_solver, trades_as_asked
+
+#: starts that serve whole layers better than the solvers' own, which also have to serve single rows
+DEFAULT_STARTS = {"swap": "relax"}
+REFIT_STARTS = {"swap": "admm", "memetic": "admm"}
+
+
+def default_start(solver: str, *, refit: bool = False) -> str | None:
+    """What `solver` starts from in a prune where nothing is named."""
+    starts = REFIT_STARTS if refit else DEFAULT_STARTS
+    return starts.get(solver) or make_solver(solver).capabilities.default_start
+
+
+def check_solver(
+    solver: str, options: Mapping[str, Any], start: str | None, pattern: Pattern | None = None
+) -> None:
+    """Raise where solver or start do not exist, cannot run here, have no such option, or prune as much of
+    every row where the pattern's rows are to trade."""
+    backend = make_solver(solver, **limits_of(None, options)[1])
+    if pattern is not None and not trades_as_asked(backend, pattern):
+        lacks, other = "needs an equal count in every row", ""
+        if backend.capabilities.pooled:
+            lacks, other = (
+                "holds no `max_deviation` of rows",
+                "; or set no limits, with `max_deviation` 1",
+            )
+        raise SolverError(
+            f"solver {solver!r} {lacks}; for a shared budget take swap, which may start from "
+            f"{solver!r}{other}"
+        )
+    if start is not None:
+        make_solver(start)
+    if start == solver:
+        raise OptionError(
+            f"solver {solver!r} cannot be its own start; leave `start` out, or name another solver"
+        )
+
+
+def check_size(
+    solver: str,
+    options: Mapping[str, Any],
+    start: str | None,
+    n: int,
+    pattern: Pattern,
+    *,
+    refit: bool = False,
+) -> None:
+    """Raise SolverError where solver or start cannot answer rows of so many inputs."""
+    make_solver(solver, **limits_of(None, options)[1]).check_size(n, pattern, refit=refit)
+    if start is not None:
+        make_solver(start).check_size(n, pattern, refit=True)

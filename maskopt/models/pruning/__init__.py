@@ -1,0 +1,1 @@
+"""Pruning of a whole model: allocation, layers, output, report."""

@@ -1,0 +1,208 @@
+"""The model card of a pruned folder: a README.md as the Hugging Face hub reads it.
+
+The card of the model that was pruned stays beside it, and what it says of licence, language and task holds
+for the pruned model as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from maskopt.core.files import atomic_write
+from maskopt.core.pattern import NM, pattern_from_dict
+from maskopt.models.checkpoints.checkpoint import names_hub_model, read_json
+from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.workspace import CARD
+from maskopt.models.pruning.rerun import command_again
+
+HUB = "https://huggingface.co"
+#: what the original's metadata says of the pruned model, too
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+#: bytes of a card that are read, and characters of a value that is taken over
+LONGEST_CARD, LONGEST_VALUE = 2**20, 200
+
+
+def write_card(
+    folder: Path, report: PruneReport, base: str | None, name: str, there: Sequence[str]
+) -> list[str]:
+    """Write README.md beside a pruned model; the original's, where it lies there, becomes README-original.md.
+
+    The bytes are decided by the report's fingerprint and layers, its seconds apart, so that a run which was
+    interrupted here and goes on ends with the same ones.
+
+    Args:
+        base: the name on the hub of the model that was pruned; None: it is not known.
+        name: of its folder, for the heading where there is no other.
+        there: names of the original's files in the folder, but for its weights.
+
+    Returns:
+        The names of the original's files now. README.md is not among them: it is for the user to edit.
+    """
+    original, kept = None, None
+    if CARD in there:
+        original, kept = _readable(folder / CARD), _free_name(there)
+        os.replace(folder / CARD, folder / kept)
+    inherited = _inherited(original)
+    above = base or inherited.pop("base_model", None)
+    smaller = "sparsity" not in report.fingerprint["options"]
+    data = ModelCardData(
+        **(inherited | ({"base_model": above} if above else {})),
+        library_name="transformers",
+        tags=["maskopt", "pruned", "structured" if smaller else "sparse"],
+    )
+    text = "\n\n".join(
+        [
+            f"# {base or name}, {_made(report)} by maskopt",
+            report.sentence(),
+            _use(smaller, bool(read_json(folder / "config.json").get("auto_map"))),
+            *([_figures(report, smaller)] if report.layers else []),
+            _origin(report, base, inherited, kept),
+        ]
+    )
+    with atomic_write(folder / CARD) as file:
+        file.write(f"---\n{data.to_yaml()}\n---\n\n{text}\n".encode())
+    return sorted({*there, *([kept] if kept else [])} - {CARD})
+
+
+def hub_name(path: str | Path) -> str | None:
+    """The name on the hub: of a snapshot in its cache, `…/models--OWNER--NAME/snapshots/…`, or OWNER/NAME
+    as it is; None where it is neither."""
+    for part in reversed(Path(path).parts):
+        if part.startswith("models--") and part.count("--") == 2:
+            return part.removeprefix("models--").replace("--", "/")
+    return str(path) if names_hub_model(str(path)) else None
+
+
+def _readable(path: Path) -> ModelCard | None:
+    """A card that was not written here, so that it may hold anything; None where it cannot be used."""
+    try:
+        if path.stat().st_size > LONGEST_CARD:
+            return None
+        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except Exception:  # of a broken card its text is kept as it is, and nothing is taken over
+        return None
+
+
+def _inherited(card: ModelCard | None) -> dict[str, Any]:
+    """Plain values of the original's metadata, `base_model` among them."""
+    if card is None:
+        return {}
+    found = {}
+    for key in (*INHERITED, "base_model"):
+        value = card.data.get(key)
+        every = value if isinstance(value, list) else [value]
+        if every and all(map(_is_plain, every)):
+            found[key] = value
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """One line of text that is not too long: no heading of its own."""
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_VALUE and value.isprintable()
+
+
+def _free_name(there: Sequence[str]) -> str:
+    """README-original.md; with a number where the original was pruned itself, and has one."""
+    name, number = "README-original.md", 1
+    while name in there:
+        number += 1
+        name = f"README-original-{number}.md"
+    return name
+
+
+def _made(report: PruneReport) -> str:
+    options = report.fingerprint["options"]
+    if "sparsity" not in options:
+        return "made smaller"
+    pattern = pattern_from_dict(options["sparsity"])
+    return f"pruned to {pattern if isinstance(pattern, NM) else f'{report.sparsity:.0%} zeros'}"
+
+
+def _use(smaller: bool, own_code: bool) -> str:
+    what = (
+        "An ordinary dense model of smaller sizes, as config.json says."
+        if smaller
+        else "Weights are plain safetensors in the original's data types; pruned ones are zeros."
+    )
+    zeros = (
+        ""
+        if smaller
+        else ", and `maskopt.keep_masks(model, FOLDER)` holds the zeros through fine-tuning"
+    )
+    beside = (
+        " It asks for code of the original (`auto_map` in config.json), which is not copied: put those files "
+        "beside it, and load it with `trust_remote_code=True`."
+        if own_code
+        else ""
+    )
+    return (
+        f"## Use\n\n{what}{beside} Every program that loads the original loads this model:\n\n"
+        "```python\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
+        "```\n\n"
+        "`maskopt verify FOLDER --original ORIGINAL` checks that nothing but the named weights differs"
+        f"{zeros}."
+    )
+
+
+def _figures(report: PruneReport, smaller: bool) -> str:
+    solved = [layer for layer in report.layers if not layer.fallback]
+    gone = "removed" if smaller else "pruned"
+    lines = ["| | |", "|---|---|", f"| {gone} weights of these layers | {report.sparsity:.2%} |"]
+    if solved:
+        mean = sum(layer.relative for layer in solved) / len(solved)
+        lines.append(f"| error of the layers' outputs, mean | {mean:.4g} |")
+    held = [layer.relative_held for layer in solved if layer.relative_held is not None]
+    if held:
+        lines.append(f"| the same on held-out windows | {sum(held) / len(held):.4g} |")
+    rows = sum(layer.rows for layer in solved)
+    proven = sum(n for x in solved for status, n in x.statuses.items() if status != "feasible")
+    if rows and not smaller:
+        lines.append(
+            f"| rows whose mask is proven optimal, or 1-swap optimal | {proven / rows:.0%} |"
+        )
+    return "\n\n".join(
+        [
+            "## Figures",
+            "\n".join(lines),
+            "Errors are parts of the energy of a layer's output, on the inputs that the pruned blocks before "
+            "leave. `maskopt-manifest.json` has them layer by layer. They are not the quality of the "
+            "model: `maskopt eval` measures perplexity.",
+        ]
+    )
+
+
+def _origin(
+    report: PruneReport,
+    base: str | None,
+    inherited: dict[str, Any],
+    kept: str | None,
+) -> str:
+    found = report.fingerprint
+    lines = []
+    if base is not None:
+        lines.append(f"- The original: [{base}]({HUB}/{base}).")
+    if "model" in found:
+        lines.append(f"- SHA-256 of its configuration and weights: `{found['model']}`.")
+    if kept is not None:
+        lines.append(f"- Its card: [{kept}]({kept}).")
+    licence = inherited.get("license_name") or inherited.get("license")
+    named = ", ".join([licence] if isinstance(licence, str) else licence or [])
+    named = f": {named}" if named else "; its card names none"
+    lines.append(f"- Licence: that of the original holds{named}.")
+    lines.append(f"- SHA-256 of the calibration tokens: `{found['calibration']['sha256']}`.")
+    used = ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items()))
+    lines.append(f"- Made with {used}.")
+    return (
+        "## Origin\n\n"
+        + "\n".join(lines)
+        + "\n\nThe same once more, from the same model and text:\n\n```console\n"
+        + "\n".join(f"$ {line}" for line in command_again(found, "FOLDER"))
+        + "\n```"
+    )

@@ -1,0 +1,169 @@
+"""Our masks by one line of a recipe of llm-compressor.
+
+    from llmcompressor import oneshot
+    from maskopt.models.pruning.llmcompressor import SparseSwapsModifier
+
+    oneshot(model="MODEL", dataset=…, recipe=SparseSwapsModifier(sparsity=0.5, ignore=["re:.*lm_head"]))
+
+Importing this module makes the modifier known to recipes in YAML, too. It needs `maskopt[llmcompressor]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from compressed_tensors.utils import (
+    align_module_device,
+    get_execution_device,
+    update_offload_parameter,
+)
+from llmcompressor.modifiers.factory import ModifierFactory
+from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
+from llmcompressor.utils.metric_logging import CompressionLogger
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor, nn
+
+from maskopt.core.gram import Gram
+from maskopt.core.pattern import NM, Pattern, Unstructured
+from maskopt.core.problem import LayerProblem
+from maskopt.errors import OptionError
+from maskopt.models.options.prune import LEAST_SQUARES, NONE, PruneOptions, prune_options
+from maskopt.models.options.solver import check_solver
+from maskopt.models.pruning.solving import solve_layer
+
+
+class SparseSwapsModifier(SparsityModifierBase):
+    """Prunes every target with a solver of maskopt: by default the 1-swap search of SparseSwaps (arXiv
+    2512.10922), whose masks are proven 1-swap optimal.
+
+    Beside llm-compressor's own `sparsity`, `mask_structure` (N:M: N of M go), `targets` and `ignore`, as
+    for its `SparseGPTModifier`:
+
+    Args:
+        solver: any that `maskopt solvers` lists.
+        start: a solver that makes the start; None: the default of `maskopt prune`.
+        update: `none`, or `least-squares`: kept weights are updated.
+        damping: λ of that, as a part of G's mean diagonal; None: the default of `maskopt prune`.
+        gram_shrinkage: α, how far the Gram matrix is shrunk to its diagonal, 0 to 1.
+        solver_options: of the solver.
+        seed: of solvers that draw.
+
+    All tokens count that a module is given, those of padding, too: calibrate without padding, and let every
+    sample begin with the tokenizer's BOS token.
+
+    Raises:
+        MaskoptError: while it is made, options that `maskopt prune` refuses; a sparsity that is not that of
+            `mask_structure`; a `sparsity_profile`, which is llm-compressor's alone.
+    """
+
+    solver: str = "swap"
+    start: str | None = None
+    update: str = "none"
+    damping: float | None = None
+    gram_shrinkage: float = 0.0
+    solver_options: dict[str, Any] = Field(default_factory=dict)
+    seed: int = 0
+
+    _grams: dict[nn.Linear, Gram] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def check_options(self) -> SparseSwapsModifier:
+        """Refuse what could not be done, before anything runs."""
+        if self.sparsity_profile is not None:
+            raise OptionError("`sparsity_profile` is not for SparseSwapsModifier; leave it out")
+        if self.update not in (NONE, LEAST_SQUARES):
+            raise OptionError(
+                f"`update` must be {NONE} or {LEAST_SQUARES} here, not {self.update!r}"
+            )
+        for sparsity in self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]:
+            options = self._options(sparsity)
+            check_solver(options.solver, options.solver_options, options.start_solver)
+        return self
+
+    def calibrate_module(
+        self, module: nn.Module, args: tuple[Tensor, ...], _output: Tensor
+    ) -> None:
+        """Add what a module is given, [batch, tokens, n] or [tokens, n], to its Gram matrix."""
+        inputs = args[0].detach()
+        if module not in self._grams:
+            if not isinstance(module, nn.Linear):
+                raise OptionError(
+                    f"{self._module_names[module]} is a {type(module).__name__}; SparseSwapsModifier prunes "
+                    "nn.Linear alone: put the others into `ignore`"
+                )
+            self._grams[module] = Gram(inputs.shape[-1], get_execution_device(module))
+        if not inputs.numel():  # an expert that no token was sent to
+            return
+        for sequence in inputs.reshape(-1, *inputs.shape[-2:]):
+            self._grams[module].add(sequence)
+
+    def compress_modules(self) -> None:
+        """Prune the modules that were calibrated."""
+        for module in list(self._grams):
+            options = self._options(self._module_sparsities[module])
+            with torch.no_grad(), align_module_device(module), CompressionLogger(module) as log:
+                weight, error = pruned(module.weight, self._grams.pop(module), options)
+                log.set_results(name="SparseSwaps", loss=error)
+            update_offload_parameter(module, "weight", weight)
+
+    def on_finalize(self, state: Any, **kwargs: Any) -> bool:
+        if not self.ended_:
+            self.on_end(state, None)
+        if self._grams:
+            names = ", ".join(self._module_names[module] for module in self._grams)
+            raise ValueError(f"calibrated and never pruned: {names}")
+        self._module_names.clear()
+        self._module_sparsities.clear()
+        return True
+
+    def _options(self, sparsity: Any) -> PruneOptions:
+        refit = {"damping": self.damping} if self.damping is not None else {}
+        return prune_options(
+            None,
+            {
+                "sparsity": self._pattern(sparsity),
+                "solver": self.solver,
+                "start": self.start,
+                "update": self.update,
+                "gram_shrinkage": self.gram_shrinkage,
+                "solver_options": self.solver_options,
+                "seed": self.seed,
+                **refit,
+            },
+        )
+
+    def _pattern(self, sparsity: Any) -> Pattern:
+        """Theirs says how many of a group go, ours how many stay."""
+        gone, of = self._split_mask_structure(self.mask_structure)
+        if not of:
+            return Unstructured(sparsity=sparsity)
+        if sparsity is not None and sparsity != gone / of:
+            raise OptionError(
+                f"`sparsity` {sparsity} is not that of `mask_structure` {gone}:{of}, {gone / of}; give that"
+            )
+        return NM(keep=of - gone, of=of)
+
+
+def pruned(weight: Tensor, gram: Gram, options: PruneOptions) -> tuple[Tensor, float]:
+    """The weight [rows, n] with its pruned entries at zero, in its own dtype, and the error summed over rows,
+    the mean squared change of the output on what it is left as. By magnitude where no token came."""
+    seen = gram.tokens > 0
+    problem = LayerProblem(
+        weight.detach().float(),
+        gram.value(shrinkage=float(options.gram_shrinkage))
+        if seen
+        else torch.eye(weight.shape[1]).to(weight.device),
+        options.pattern,
+        mean=gram.mean() if seen else None,
+        variance=gram.variance() if seen else None,
+        refit=options.refit,
+        assume_psd=True,
+    )
+    found = solve_layer(problem, options).solution
+    mask, own = found.mask, None if options.refit is None else found.weight
+    left = problem.weights(mask) if own is None else own
+    return torch.where(mask, left.to(weight.dtype), 0), float(problem.error(left).sum())
+
+
+ModifierFactory.register("SparseSwapsModifier", SparseSwapsModifier)

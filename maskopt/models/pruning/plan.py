@@ -1,0 +1,290 @@
+"""What a prune will take, before anything heavy happens: layers, memory, an estimate of time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskopt.core.limits import torch_threads
+from maskopt.core.problem import LayerProblem
+from maskopt.core.products import fast_products
+from maskopt.errors import MaskoptError, ModelError
+from maskopt.models.architecture.blocks import Layer, vocabulary_size
+from maskopt.models.architecture.source import Source
+from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.memory import (
+    Memory,
+    by_block,
+    check_memory,
+    distinct_inputs,
+    estimate_memory,
+    hidden_size,
+)
+from maskopt.models.blockwise.variants import EVERY
+from maskopt.models.checkpoints.checkpoint import Checkpoint, resolve_model
+from maskopt.models.checkpoints.workspace import check_inputs
+from maskopt.models.checkpoints.write import disk_needed
+from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, PruneOptions, prune_options
+from maskopt.models.options.training import BLOCK
+from maskopt.models.options.walk import GRADIENT_WINDOWS
+from maskopt.models.pruning.block_curves import check_moves
+from maskopt.models.pruning.gram_store import GramStore
+from maskopt.models.pruning.solving import solve_layer
+
+#: inputs of the small problem that the solver's speed is measured on, and its rows: more of them
+#: as long as they take next to no time
+PROBE_N, PROBE_ROWS = 512, (2, 64, 256, 512)
+#: seconds for each of these: a search for the optimum ends when it likes
+PROBE_LIMIT = 5.0
+#: part of a limit that a solver needs where it was cut off: some leave time for what follows their search
+CUT_OFF = 0.5
+#: inputs from which on products of n³ operations take most of the time of refitted weights
+CUBIC = 4096
+#: bytes of weights that are next to nothing
+SMALL = 64 * 2**20
+#: of a shard, to learn how fast weights are read and hashed
+PROBE_BYTES = 64 * 2**20
+#: what passes and Gram matrices reach of the speed of a large matrix product, what training reaches, and
+#: seconds until the libraries are there: from runs of Gemma 3 270M on a CPU (docs/benchmarks.md)
+SHARE, TRAINED_SHARE, START = 0.6, 0.8, 5.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers, memory, and seconds by stage (None: not estimated).
+
+    Attributes:
+        pruned: weights that will be pruned, by layer name.
+        disk: bytes of the result.
+        refusal: why the prune would not start for want of memory, or None.
+    """
+
+    layers: Sequence[Layer]
+    pruned: dict[str, int]
+    memory: Memory
+    forward_seconds: float
+    solve_seconds: float | None
+    file_seconds: float
+    disk: int
+    refusal: ModelError | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """All of it."""
+        if self.solve_seconds is None:
+            return None
+        return START + self.forward_seconds + self.solve_seconds + self.file_seconds
+
+
+def is_small(model: str | Path) -> bool:
+    """Would a prune take about as long as the measurements for a plan?"""
+    shards = resolve_model(model).glob("*.safetensors")
+    return sum(shard.stat().st_size for shard in shards) < SMALL
+
+
+def plan_prune(
+    model: nn.Module | str | Path,
+    tokens: Any = None,
+    options: PruneOptions | None = None,
+    *,
+    grams: str | Path | None = None,
+    output: str | Path | None = None,
+    **shorthand: Any,
+) -> Plan:
+    """What `prune_model` with the same options will take.
+
+    No weights are read: shapes and memory are those of the headers; times come from three
+    measurements of about a second each: a matrix product, the solver on a small layer, and reading a
+    piece of the weights.
+
+    Args:
+        tokens: int64 [samples, length], where it is not text that the prune will be given.
+        options: as for `prune_model`.
+        shorthand: likewise.
+        grams: what `collect_grams` wrote, in place of text: no passes are needed.
+        output: the folder that the prune will write; left as it is.
+
+    Raises:
+        MaskoptError: what the prune itself would refuse, but for want of memory.
+    """
+    store = None if grams is None else GramStore(grams)
+    options = (prune_options if store is None else store.options)(options, shorthand)
+    if store is not None and tokens is not None:
+        raise ModelError(
+            "pruning needs `calibration` text or tokens, or `grams`; name one of the two"
+        )
+    job = open_job(model, tokens, replace(options, max_memory=None))
+    job.source.blocks.check_unshared(job.layers)
+    if options.layers_trade and options.sensitivity == KL and not options.counts:
+        check_moves(job, options)
+    if output is not None and job.source.checkpoint is not None:
+        check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
+    refusal = None
+    if options.max_memory is not None:
+        try:
+            job.activation_memory = check_memory(job.load, int(options.max_memory))
+        except ModelError as error:
+            refusal = error
+    source, layers, checkpoint = job.source, job.layers, job.source.checkpoint
+    with torch_threads(job.threads):
+        return Plan(
+            layers=layers,
+            pruned={layer.name: _pruned(layer, options) for layer in layers},
+            memory=estimate_memory(job.load),
+            forward_seconds=0.0 if store is not None else _pass_seconds(job, options),
+            solve_seconds=_solve_seconds(source, layers, options),
+            file_seconds=0.0 if checkpoint is None else _file_seconds(checkpoint),
+            disk=0 if checkpoint is None else disk_needed(checkpoint, options.update != NONE),
+            refusal=refusal,
+        )
+
+
+def _pruned(layer: Layer, options: PruneOptions) -> int:
+    """How many of the layer's weights go."""
+    return options.pattern_of(layer).pruned_in(layer.rows, layer.n)
+
+
+def _pass_seconds(job: Job, options: PruneOptions) -> float:
+    """Of forward passes and Gram matrices, in the model's dtype, and of training, in float32 always."""
+    source = job.source
+    dtype = next(source.model.parameters()).dtype
+    seconds = _forward_operations(job, options) / (SHARE * _speed(source, dtype))
+    if options.reconstruction is not None:
+        trained = _trained_operations(job, options)
+        seconds += trained / (TRAINED_SHARE * _speed(source, torch.float32))
+    return seconds
+
+
+def _trained_operations(job: Job, options: PruneOptions) -> float:
+    """Of the reconstruction of all blocks: forward and back for what is trained on, forward for what judges;
+    and forward for targets, for losses before and after, and by parts for what each is given."""
+    how = options.reconstruction
+    assert how is not None
+    epoch = 3 * (1 - options.holdout) + options.holdout
+    passes = epoch * how.epochs + (3 if how.granularity == BLOCK else 4)
+    blocks = job.source.blocks.modules
+    trained = sum(_pass_operations(job, blocks[index]) for index in by_block(job.layers))
+    return passes * trained * job.count * job.length
+
+
+def _pass_operations(job: Job, block: nn.Module) -> float:
+    """Of a block's forward pass, for a token: two a weight, and attention's two products."""
+    weights = sum(p.numel() for p in block.parameters())
+    return 2.0 * weights + 4 * job.length * hidden_size(job.source.model)
+
+
+def _forward_operations(job: Job, options: PruneOptions) -> float:
+    """Of all forward passes and Gram matrices, n² a token for one; where the dense model goes along, its
+    passes, and 3n² for the moments of both."""
+    tokens, width = job.count * job.length, hidden_size(job.source.model)
+    chosen = by_block(job.layers)
+    squares = 4 if options.beside else 1
+    total = 0.0
+    for index, block in enumerate(list(job.source.blocks.modules)[: job.last + 1]):
+        mine = chosen.get(index, [])
+        distinct = distinct_inputs(mine)
+        passes = 2.0 if options.beside else 1.0
+        if mine and not options.one_pass:
+            passes += len(distinct) if options.true_sequential else 1
+            if mine[-1].expert is None:  # its product is not needed once its inputs are seen
+                total -= 2 * mine[-1].rows * mine[-1].n
+        variants = options.variant_windows(job.count, 1)
+        if variants:  # those of all blocks so far, and twice the dense model
+            passes += (variants * (index + 1) + 2 * min(VARIANT_WINDOWS, job.count)) / job.count
+        elif options.layers_trade and not options.counts:  # once more through the dense model
+            passes += min(GRADIENT_WINDOWS, job.count) / job.count
+        total += passes * _pass_operations(job, block) + squares * sum(n * n for n in distinct)
+    judged = options.variant_windows(job.count, len(job.source.blocks)) * job.length / EVERY
+    head = 2.0 * judged * vocabulary_size(job.source.model) * width
+    return total * tokens + head + _gradient_operations(job, options)
+
+
+def _gradient_operations(job: Job, options: PruneOptions) -> float:
+    """Of the loss's gradients, which go through all blocks and the head, whichever layers are chosen: a block
+    forward for what enters it, and again, with a backward pass; the head forward and back."""
+    model, width = job.source.model, hidden_size(job.source.model)
+    blocks = sum(_pass_operations(job, block) for block in job.source.blocks.modules)
+    windows = options.gradient_windows(job.count)
+    return windows * job.length * (4.0 * blocks + 4.0 * vocabulary_size(model) * width)
+
+
+def _speed(source: Source, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product here."""
+    a = torch.rand(1024, 1024, device=source.device).to(dtype)
+
+    def timed(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            product = a @ a
+        float(product[0, 0])  # waits for a device that runs on its own
+        return time.perf_counter() - began
+
+    with fast_products():
+        timed(2)
+        count = 2
+        while (seconds := timed(count)) < 0.3:
+            count *= 2
+    return count * 2 * 1024**3 / seconds
+
+
+def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:
+    """Time of a small random layer, scaled by rows·n², by more of the wide layers where weights are refitted,
+    and at most the options' time limit for each; None where it cannot be solved, or had to be cut off, and
+    the options set no limit."""
+    generator = torch.Generator().manual_seed(0)
+    n, device = PROBE_N, source.device
+    given = options.solver_options.get("time_limit")
+    longest = math.inf if given is None else float(given)
+    patience = min(longest, PROBE_LIMIT)
+    probing = replace(options, solver_options={**options.solver_options, "time_limit": patience})
+
+    def timed(rows: int) -> float:
+        weight = torch.randn(rows, n, generator=generator).to(device)
+        problem = LayerProblem(weight, gram, options.pattern, refit=options.refit, assume_psd=True)
+        return solve_layer(problem, probing).seconds
+
+    try:
+        options.pattern.check(n)
+        x = torch.randn(2 * n, n, generator=generator)
+        gram = (x.T @ x / (2 * n)).to(device)
+        timed(PROBE_ROWS[0])  # compiles what has to be compiled
+        measured = None
+        for rows in PROBE_ROWS:
+            seconds = timed(rows)
+            if seconds >= CUT_OFF * patience:
+                break
+            measured = seconds, rows
+            if seconds > 1.0:
+                break
+    except MaskoptError:
+        return None
+    if measured is None:
+        return longest * len(layers) if math.isfinite(longest) else None
+
+    def work(rows: int, n: int) -> float:
+        return rows * n**2 * (1.0 if options.refit is None else 1 + n / CUBIC)
+
+    seconds, rows = measured
+    unit = seconds / work(rows, n)
+    return sum(min(longest, unit * work(layer.rows, layer.n)) for layer in layers)
+
+
+def _file_seconds(checkpoint: Checkpoint) -> float:
+    """Time for the shards: read twice, written once, hashed on both ways, at the speed of reading
+    and hashing the start of one."""
+    shard = max(checkpoint.shards.values(), key=lambda shard: shard.path.stat().st_size)
+    began = time.perf_counter()
+    with shard.path.open("rb") as file:
+        data = file.read(PROBE_BYTES)
+    hashlib.sha256(data)
+    seconds = time.perf_counter() - began
+    total = sum(shard.path.stat().st_size for shard in checkpoint.shards.values())
+    return 3 * total * seconds / max(len(data), 1)

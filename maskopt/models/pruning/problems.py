@@ -1,0 +1,154 @@
+"""Layer problems out of a real model, without pruning it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskopt.core.gram import Gram, Moved
+from maskopt.core.least_squares import Refit
+from maskopt.core.pattern import Pattern
+from maskopt.core.problem import LayerProblem
+from maskopt.errors import ModelError
+from maskopt.models.architecture.blocks import Layer, matrix
+from maskopt.models.blockwise.collect import Grams
+from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.progress import OnBlockProgress
+from maskopt.models.blockwise.sensitivity import counting
+from maskopt.models.blockwise.windows import tokens_or_tokenizer
+from maskopt.models.options.prune import AUTO, PruneOptions, prune_options
+from maskopt.models.options.walk import name_patterns
+
+
+def collect_problems(
+    model: nn.Module | str | Path,
+    tokenizer_or_tokens: Any = None,
+    options: PruneOptions | None = None,
+    *,
+    layers: str | Sequence[str] = (),
+    calibration: str | Path | Sequence[Any] | None = None,
+    on_progress: OnBlockProgress | None = None,
+    **shorthand: Any,
+) -> Iterator[tuple[str, LayerProblem]]:
+    """The layer problems of a dense model, one block after the other: (name, problem).
+
+    Arguments are those of `prune_model`, but that 32 samples of 512 tokens are the default; `layers`
+    is another word for `include`. The last block that holds a chosen layer is the last that is run.
+    Layers that saw no token are left out.
+    """
+    if layers:
+        shorthand["include"] = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
+    found = layer_problems(
+        model,
+        tokenizer_or_tokens,
+        options,
+        calibration=calibration,
+        on_progress=on_progress,
+        **shorthand,
+    )
+    return ((layer.name, problem) for layer, problem in found)
+
+
+def layer_problems(
+    model: nn.Module | str | Path,
+    tokenizer_or_tokens: Any = None,
+    options: PruneOptions | None = None,
+    *,
+    calibration: str | Path | Sequence[Any] | None = None,
+    on_progress: OnBlockProgress | None = None,
+    unseen: bool = False,
+    **shorthand: Any,
+) -> Generator[tuple[Layer, LayerProblem], None, None]:
+    """As `collect_problems`, with the `Layer` in place of its name; and with `unseen` of layers that saw no
+    token as well, whose inputs are then uncorrelated and alike."""
+    if options is None:
+        shorthand = {"samples": 32, "seq_len": 512, **shorthand}
+    dense = {"calibrate_on": "dense", "true_sequential": False}
+    options = prune_options(options, {**shorthand, **dense})
+    if options.gram_shrinkage == AUTO:
+        raise ModelError(
+            "`gram_shrinkage` auto chooses by masks, and none are made here; give a number"
+        )
+    if options.damping == AUTO:
+        raise ModelError("`damping` auto chooses by masks, and none are made here; give a number")
+    if options.layers_trade and not options.counts:
+        raise ModelError(
+            f"`allocation` {options.allocation} is computed by a prune; give its `counts`, or another one"
+        )
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
+    if text is None:
+        raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
+    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
+    return _walked(job, options, unseen=unseen)
+
+
+def _walked(
+    job: Job, options: PruneOptions, *, unseen: bool
+) -> Generator[tuple[Layer, LayerProblem], None, None]:
+    gram_shrinkage = float(options.gram_shrinkage)
+    with job:
+        for block in job.blocks():
+            grams = block.grams()
+            for layer in block.layers:
+                gram = grams.of(layer.name)
+                if gram is not None or unseen:
+                    weight = matrix(job.source.model, layer).detach().float().clone()
+                    pattern, refit = options.pattern_of(layer), options.refit
+                    problem = layer_problem(
+                        layer, weight, gram, pattern, gram_shrinkage, refit=refit
+                    )
+                    yield layer, counting(problem, options.sensitivity, job.gradients)
+            block.advance()
+
+
+def held_problem(
+    layer: Layer, weight: Tensor, grams: Grams, pattern: Pattern
+) -> LayerProblem | None:
+    """The layer's problem on the windows that are kept aside; None where there are none, or where the layer
+    saw none of their tokens."""
+    aside = grams.held
+    gram = None if aside is None else aside.of(layer.name)
+    if aside is None or gram is None:
+        return None
+    return layer_problem(layer, weight, gram, pattern, moved=aside.moved(layer.name))
+
+
+def layer_problem(
+    layer: Layer,
+    weight: Tensor,
+    gram: Gram | None,
+    pattern: Pattern,
+    gram_shrinkage: float = 0.0,
+    moved: Moved | None = None,
+    refit: Refit | None = None,
+) -> LayerProblem:
+    """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs, shrunk by α.
+
+    Without one, inputs count as uncorrelated and alike: errors are then the pruned weights' squares.
+    `moved` makes what the layer gives on the dense model's inputs its target.
+
+    Raises:
+        ProblemError: a `refit` with a damping that leaves the Gram matrix indefinite.
+    """
+    if gram is None:
+        values, mean, variance = torch.eye(layer.n, device=weight.device), None, None
+    else:
+        values, mean, variance = gram.value(shrinkage=gram_shrinkage), gram.mean(), gram.variance()
+    linear = (
+        None if gram is None or moved is None else moved.linear(weight, shrinkage=gram_shrinkage)
+    )
+    return LayerProblem(
+        weight,
+        values,
+        pattern,
+        name=layer.name,
+        assume_psd=True,
+        mean=mean,
+        variance=variance,
+        linear=linear,
+        refit=refit,
+    )

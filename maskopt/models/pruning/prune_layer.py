@@ -1,0 +1,302 @@
+"""One layer of a prune: rows of it solved, on their own or by several processes, and what became of them.
+
+Where rows stand apart (`Capabilities.apart`) each rank solves tiles of its own of every layer; else each
+solves whole layers, the largest first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskopt.core.problem import LayerProblem
+from maskopt.models.architecture.blocks import Layer, matrix
+from maskopt.models.architecture.source import as_stored
+from maskopt.models.blockwise.collect import Grams
+from maskopt.models.blockwise.distributed import Ranks
+from maskopt.models.blockwise.job import Job
+from maskopt.models.blockwise.sensitivity import counting
+from maskopt.models.checkpoints.report import LayerReport
+from maskopt.models.options.prune import AUTO, PruneOptions
+from maskopt.models.pruning.problems import held_problem, layer_problem
+from maskopt.models.pruning.solving import (
+    Solved,
+    damping_by_held_error,
+    layer_limits,
+    solve_by_held_error,
+    solve_by_magnitude,
+    solve_layer,
+)
+from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import make_solver
+
+#: of a row's improvement, what is told: least, a tenth, median, nine tenths, most
+_QUANTILES = (0, 0.1, 0.5, 0.9, 1)
+
+
+@dataclass(frozen=True)
+class SolvedRows:
+    """Consecutive rows of a layer, in memory of the host.
+
+    Attributes:
+        mask: bool [rows, n], True = kept.
+        weight: [rows, n] in the stored dtype, where weights were set anew.
+        columns: float64 [rows] each, what is known of every row: `error` and the other sums of a
+            `LayerReport`; empty where it is not known.
+        statuses: a word a row.
+        facts: of the layer, what is the same for all of its rows.
+        seconds: that solving took.
+    """
+
+    mask: Tensor
+    weight: Tensor | None
+    columns: dict[str, Tensor]
+    statuses: tuple[str, ...]
+    facts: dict[str, Any]
+    seconds: float
+
+    @classmethod
+    def joined(cls, parts: Sequence[SolvedRows]) -> SolvedRows:
+        """All rows of a layer, of parts in their order."""
+        first = parts[0]
+        weights = [part.weight for part in parts if part.weight is not None]
+        return cls(
+            torch.cat([part.mask for part in parts]),
+            torch.cat(weights) if weights else None,
+            {name: torch.cat([part.columns[name] for part in parts]) for name in first.columns},
+            tuple(status for part in parts for status in part.statuses),
+            first.facts,
+            max(part.seconds for part in parts),
+        )
+
+
+def prune_layers(
+    job: Job, layers: Sequence[Layer], grams: Grams, options: PruneOptions
+) -> Iterator[tuple[Layer, LayerReport, Tensor, Tensor | None]]:
+    """Solve layers, and make of each in the model what its mask, and the least squares, say.
+
+    Yields:
+        (layer, report, mask, new weights, float64 [rows, n], where they were refitted).
+    """
+
+    def solved(layer: Layer, rows: slice) -> SolvedRows:
+        return solve_rows(job, layer, grams, options, rows)
+
+    for layer, rows in _by_all(job.ranks, layers, options, solved):
+        weight = matrix(job.source.model, layer)
+        new = None if rows.weight is None else rows.weight.double()
+        if new is None:
+            weight.masked_fill_(~rows.mask.to(weight.device), 0)
+        else:
+            weight.copy_(new.to(weight.dtype))
+        yield layer, _report(layer, rows), rows.mask, new
+
+
+def _by_all(
+    ranks: Ranks,
+    layers: Sequence[Layer],
+    options: PruneOptions,
+    solved: Callable[[Layer, slice], SolvedRows],
+) -> Iterator[tuple[Layer, SolvedRows]]:
+    """Every layer, its rows solved by whoever has them."""
+    if ranks.size == 1:
+        for layer in layers:
+            yield layer, solved(layer, slice(0, layer.rows))
+        return
+    dealt = _deal(ranks, layers, apart=_apart(options))
+    mine = {
+        layer.name: solved(layer, parts[ranks.rank])
+        for layer, parts in zip(layers, dealt, strict=True)
+        if parts[ranks.rank].stop > parts[ranks.rank].start
+    }
+    for layer in layers:
+        parts = [part for part in ranks.gathered(mine.pop(layer.name, None)) if part is not None]
+        yield layer, SolvedRows.joined(parts)
+
+
+def _deal(ranks: Ranks, layers: Sequence[Layer], *, apart: bool) -> list[list[slice]]:
+    """Of every layer, the rows that each rank solves: what does not go evenly is for those who have least to
+    do, of the layers whose rows cost most first."""
+    load = [0] * ranks.size
+    dealt: dict[str, list[slice]] = {}
+    for layer in sorted(layers, key=lambda layer: -(layer.n**2) * (1 if apart else layer.rows)):
+        order = sorted(range(ranks.size), key=load.__getitem__)
+        if apart:
+            parts = ranks.parts(layer.rows, order)
+        else:
+            parts = [slice(0, layer.rows if rank == order[0] else 0) for rank in range(ranks.size)]
+        for rank, part in enumerate(parts):
+            load[rank] += (part.stop - part.start) * layer.n**2
+        dealt[layer.name] = parts
+    return [dealt[layer.name] for layer in layers]
+
+
+def _apart(options: PruneOptions) -> bool:
+    """Does a part of a layer, from a multiple of 128 rows on, get what it gets in the whole layer?"""
+    makers = [name for name in (options.solver, options.start_solver) if name is not None]
+    by_all_rows = AUTO in (options.gram_shrinkage, options.damping) or options.rows_trade
+    timed = "time_limit" in options.solver_options
+    return not (by_all_rows or timed) and all(make_solver(m).capabilities.apart for m in makers)
+
+
+def solve_rows(
+    job: Job, layer: Layer, grams: Grams, options: PruneOptions, rows: slice
+) -> SolvedRows:
+    """Solve some rows of a layer, all of them where rows do not stand apart; the model stays as it is."""
+    gram = grams.of(layer.name)
+    tokens = 0 if gram is None else gram.tokens
+    fallback = tokens < options.min_tokens
+    dense = matrix(job.source.model, layer).detach().float()
+    used = None if fallback else gram
+    refit = None if fallback else options.refit
+    pattern = options.pattern_of(layer)
+
+    def at(alpha: float) -> LayerProblem:
+        moved = grams.moved(layer.name)
+        problem = layer_problem(layer, dense, used, pattern, alpha, moved, refit)
+        if not fallback:
+            problem = counting(problem, options.sensitivity, job.gradients)
+        return problem.take(rows)
+
+    judge = held_problem(layer, dense, grams, pattern)
+    judge = None if judge is None else judge.take(rows)
+    began, limits = time.perf_counter(), layer_limits(options)
+    if refit is not None and options.damping == AUTO and judge is not None:
+        refit = damping_by_held_error(at(_fixed(options.gram_shrinkage)), judge, options, limits)
+    if options.gram_shrinkage == AUTO and judge is not None and not fallback:
+        solved, gram_shrinkage = solve_by_held_error(at, judge, options, limits)
+        fitted = at(gram_shrinkage)
+    else:
+        gram_shrinkage = 0.0 if fallback else _fixed(options.gram_shrinkage)
+        fitted = at(gram_shrinkage)
+        solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options, limits)
+    new = None
+    if refit is not None:
+        found = solved.solution.weight
+        found = fitted.weights(solved.solution.mask) if found is None else found
+        new = as_stored(job.source, layer, found)
+    seconds = time.perf_counter() - began
+    facts: dict[str, Any] = {
+        "tokens": tokens,
+        "fallback": fallback,
+        "gram_shrinkage": gram_shrinkage,
+    }
+    facts |= {"pattern": str(fitted.pattern), "objective": _chosen_for(solved, new, options)}
+    facts["damping"] = None if fitted.refit is None else fitted.refit.damping
+    return SolvedRows(
+        solved.solution.mask.cpu(),
+        None if new is None else new.to("cpu", job.source.stored_dtype(layer)),
+        _columns(fitted, judge, solved, new, options),
+        tuple(map(str, solved.solution.status)),
+        facts,
+        seconds,
+    )
+
+
+def _fixed(gram_shrinkage: float | str) -> float:
+    """α where it is a number; else that of an unshrunk G."""
+    return 0.0 if gram_shrinkage == AUTO else float(gram_shrinkage)
+
+
+def _chosen_for(solved: Solved, new: Tensor | None, options: PruneOptions) -> str:
+    if new is None or not make_solver(options.solver).capabilities.refit:
+        return "kept"
+    return "updated" if solved.solution.own else "refitted"
+
+
+def _columns(
+    fitted: LayerProblem,
+    judge: LayerProblem | None,
+    solved: Solved,
+    new: Tensor | None,
+    options: PruneOptions,
+) -> dict[str, Tensor]:
+    """What is known of every row.
+
+    Args:
+        fitted: what was solved. judge: the same of the windows kept aside.
+    """
+    solution, start, kept = solved.solution, solved.start, fitted.refitting(None)
+    begun = None if start is None else start.objective
+    alike = None if solved.alike is None else kept.objective(solved.alike.mask)
+    if start is not None and (options.gram_shrinkage == AUTO or new is not None):
+        # it starts once for every α, on another G than that of the error; or is judged by refitted weights
+        begun = kept.objective(start.mask)
+    if new is None:
+        error, error_kept = solution.objective, None
+        held = None if judge is None else judge.objective(solution.mask)
+    else:
+        error, error_kept = fitted.error(new), kept.objective(solution.mask)
+        held = None if judge is None else judge.error(new)
+    bound = solution.lower_bound
+    if _chosen_for(solved, new, options) != "kept":
+        # it is of the error and what the damping adds to it, which nothing here tells
+        bound = torch.zeros_like(bound)
+    known = {
+        "error_start": begun,
+        "error_uniform": alike,
+        "error": error,
+        "lower_bound": bound,
+        "energy": fitted.output_energy(),
+        "error_held": held,
+        "energy_held": None if judge is None else judge.output_energy(),
+        "error_kept": error_kept,
+        "swaps": _told(solution, "swaps"),
+        "scans": _told(solution, "scans"),
+        "improvement_quantiles": None
+        if fitted.pooled
+        else _gained(solution, start, new is not None),
+    }
+    nothing = torch.empty(0, dtype=torch.float64)
+    return {name: nothing if rows is None else rows.double().cpu() for name, rows in known.items()}
+
+
+def _told(solution: Solution, what: str) -> Tensor | None:
+    """A column of its trace; None where that does not tell it."""
+    told = getattr(solution.trace, what, None)
+    return told if isinstance(told, Tensor) else None
+
+
+def _gained(solution: Solution, start: Solution | None, refitted: bool) -> Tensor | None:
+    """How far the solver's objective is below its start's, as a part of that; 0 of rows that cost nothing."""
+    if start is None:
+        return None
+    before, after = start.objective.double(), solution.objective.double()
+    if refitted:
+        # the start's is of weights as they were
+        history = _told(solution, "history")
+        if history is None:
+            return None
+        before, after = history[:, 0], history[:, -1]
+    return torch.where(before > 0, 1 - after / before.clamp(min=1e-300), 0.0)
+
+
+def _report(layer: Layer, solved: SolvedRows) -> LayerReport:
+    """What became of a layer."""
+    columns = {name: rows for name, rows in solved.columns.items() if len(rows)}
+    sums: dict[str, Any] = {name: float(rows.sum()) for name, rows in columns.items()}
+    sums |= {name: int(sums[name]) for name in ("swaps", "scans") if name in sums}
+    quantiles = None
+    if sums.pop("improvement_quantiles", None) is not None:
+        found = torch.quantile(
+            columns["improvement_quantiles"], torch.tensor(_QUANTILES).double()
+        ).tolist()
+        quantiles = [round(value, 9) + 0.0 for value in found]  # no -0.0
+    return LayerReport(
+        name=layer.name,
+        block=layer.block,
+        kind=layer.kind,
+        rows=layer.rows,
+        n=layer.n,
+        pruned=int((~solved.mask).sum()),
+        statuses={s: solved.statuses.count(s) for s in sorted(set(solved.statuses))},
+        seconds=solved.seconds,
+        improvement_quantiles=quantiles,
+        **{"error_start": None, **sums},
+        **solved.facts,
+    )

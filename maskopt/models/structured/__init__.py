@@ -1,0 +1,1 @@
+"""Whole channels, heads, experts and blocks removed."""

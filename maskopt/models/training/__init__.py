@@ -1,0 +1,1 @@
+"""Kept weights trained with their masks fixed."""

@@ -1,0 +1,1 @@
+"""A pruned folder checked against its manifest, its masks and the original."""

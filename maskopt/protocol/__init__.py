@@ -1,0 +1,1 @@
+"""What a solver takes and returns: limits, solutions, traces, and the registries of solvers and bounds."""

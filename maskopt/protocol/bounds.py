@@ -1,0 +1,179 @@
+"""Certified lower bounds of every row of a problem.
+
+A method makes a certificate (`certificates.certificate`), whose own check then says what it proves. Methods
+register a class under the entry-point group `maskopt.bounds`, as solvers do under theirs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from maskopt.certificates.refit_certificate import AnyCertificate
+from maskopt.core.fields import check_options
+from maskopt.core.limits import Limits, torch_threads
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.errors import SolverError
+from maskopt.protocol.registry import Registry
+from maskopt.protocol.solution import relative_gap
+from maskopt.protocol.solver import limits_of
+from maskopt.protocol.trace import BoundTrace
+
+ENTRY_POINT_GROUP = "maskopt.bounds"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A certified lower bound of every row.
+
+    Attributes:
+        value: float64 [rows]; no legal mask of the row costs less. Recomputed from the certificate
+            by the problem's own check, never taken from the method. Of rows that trade it is one bound of
+            Σ ωᵣ fᵣ, as equal parts of it.
+        certificate: what `verify` re-checks; hand it to `Solution.of(certificate=…)`.
+        method: its name.
+        seconds: wall-clock time of all rows together.
+        trace: how it was found.
+        omega: float64 [rows], what rows count where they trade; None: they do not.
+    """
+
+    value: Float[Tensor, " rows"]
+    certificate: AnyCertificate
+    method: str = ""
+    seconds: float = math.nan
+    trace: BoundTrace = field(default_factory=BoundTrace)
+    omega: Float[Tensor, " rows"] | None = None
+
+    def __repr__(self) -> str:
+        value = self.value if self.omega is None else self.omega.to(self.value) * self.value
+        total = float(value.sum())
+        return f"Bound({self.method}, rows={len(self.value)}, value={total:.6g} in all, {self.seconds:.3g} s)"
+
+    def gap(self, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """(objective − bound)/objective per row; 0 where the objective is 0. Of rows that trade that of the
+        layer, the same for all."""
+        if self.omega is not None:
+            sums = [(self.omega @ x.to(self.omega)).expand(len(x)) for x in (objective, self.value)]
+            return relative_gap(*sums)
+        return relative_gap(objective.to(self.value), self.value)
+
+
+@runtime_checkable
+class BoundMethod(Protocol):
+    """Makes certificates: a frozen dataclass whose fields are its options (`maskopt.core.fields.option`).
+
+    Attributes:
+        name: in the registry.
+        largest_n: rows of more inputs are refused; None: any.
+        pooled: it bounds layers whose rows trade, too.
+        refit: it bounds F of problems with `refit`, and nothing else.
+        note: one line for lists.
+    """
+
+    name: ClassVar[str]
+    largest_n: ClassVar[int | None] = None
+    pooled: ClassVar[bool] = False
+    refit: ClassVar[bool] = False
+    note: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_options(self, self.name)
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why the method cannot run here, or None."""
+        return None
+
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[AnyCertificate, BoundTrace]:
+        """A certificate for every row, and how it was found. The clock of `limits` is running."""
+        ...
+
+
+REGISTRY = Registry(ENTRY_POINT_GROUP, "bound", BoundMethod)
+
+
+@dataclass(frozen=True)
+class BoundInfo:
+    """One line of `available_bounds()`."""
+
+    name: str
+    largest_n: int | None
+    note: str
+    unavailable: str | None
+
+
+def lower_bound(
+    problem: LayerProblem | RowProblem,
+    method: BoundMethod | str = "sdp",
+    *,
+    limits: Limits | None = None,
+    **options: Any,
+) -> Bound:
+    """A lower bound on the objective of every legal mask of every row, with its certificate.
+
+    Args:
+        problem: a layer or a row (then rows = 1).
+        method: a value such as `Sdp(cuts=8)`, or a name: `box`, `shift`, `sdp`, `sdp-conic`, of refitted
+            weights `perspective`, or what
+            another distribution registers under the entry-point group `maskopt.bounds`.
+        limits: for all rows together; what is reached when the time is over is certified.
+        options: of the method, where it is named; and `time_limit`, `memory_limit`, `threads`, `seed`,
+            `on_progress` in place of `limits`.
+
+    Raises:
+        MaskoptError: an unknown or unavailable method, an option that it does not have, more inputs
+            than it takes.
+    """
+    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    limits, own = limits_of(limits, options)
+    maker = make_bound(method, **own)
+    if layer.refit is not None and not maker.refit:
+        raise SolverError(
+            f"bound {maker.name!r} is for unchanged weights; take method 'perspective' for updated ones"
+        )
+    if layer.refit is None and maker.refit:
+        raise SolverError(
+            f"bound {maker.name!r} is for updated weights, and the problem keeps its own; take method 'sdp', "
+            "or problem.refitting(Refit(damping))"
+        )
+    if layer.pooled and not maker.pooled:
+        raise SolverError(
+            f"bound {maker.name!r} needs an equal count in every row; take method 'box' or 'shift' for a "
+            "shared budget with unchanged weights"
+        )
+    if maker.largest_n is not None and layer.n > maker.largest_n:
+        raise SolverError(
+            f"bound {maker.name!r} takes at most {maker.largest_n} inputs, the row has {layer.n}; "
+            "use method 'sdp', or 'box' for a quick bound"
+        )
+    began = time.perf_counter()
+    with torch_threads(limits.threads):
+        certificate, trace = maker.certify(layer, limits.begin())
+        value = layer.next_value(certificate.check(layer))
+    seconds = time.perf_counter() - began
+    return Bound(
+        value, certificate, maker.name, seconds, trace, layer.shares if layer.pooled else None
+    )
+
+
+def make_bound(method: BoundMethod | str, **options: Any) -> BoundMethod:
+    """The method, ready to run: by name with options, or a value as it is.
+
+    Raises:
+        MaskoptError: an unknown or unavailable method, an option that it does not have.
+    """
+    maker: BoundMethod = REGISTRY.make(method, options)
+    return maker
+
+
+def available_bounds() -> dict[str, BoundInfo]:
+    """Every registered method by name, and why it is unavailable, if it is."""
+    return {
+        name: BoundInfo(name, getattr(kind, "largest_n", None), getattr(kind, "note", ""), reason)
+        for name, (kind, reason) in REGISTRY.reasons().items()
+    }

@@ -1,0 +1,353 @@
+"""What a solver answers: a mask, what it costs, and what is proven about it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from maskopt.certificates.proof import Proof
+from maskopt.certificates.refit_certificate import AnyCertificate, restored, stored
+from maskopt.core.files import read_arrays, write_arrays
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.errors import OptionError, ProblemError
+from maskopt.protocol.trace import Trace, trace_arrays, trace_from
+
+
+class Status(StrEnum):
+    """What is proven about one row's mask."""
+
+    OPTIMAL = "optimal"
+    """No legal mask is better by more than `optimal_slack`: OPTIMAL_TOLERANCE of the objective, or of the
+    value that it has in the units in which the problem was posed, and what float64 can lose of the sum. Of an
+    integral problem no legal mask is better at all."""
+    SWAP_OPTIMAL = "swap-optimal"
+    """No legal 1-swap lowers the objective by more than `swap_threshold`; and of rows that trade, no exchange
+    between two of them the layer's sum by more than that of both."""
+    FEASIBLE = "feasible"
+    """The mask is legal; nothing else is claimed."""
+
+
+#: SWAP_OPTIMAL holds up to this part of the row's objective
+SWAP_TOLERANCE = 1e-6
+#: … or up to this part of Σⱼ wⱼ²Gⱼⱼ, the float64 rounding of the terms of a swap
+SWAP_FLOOR = 1e-13
+#: … or of refitted weights so much, of systems that are solved
+REFIT_FLOOR = 1e-10
+#: OPTIMAL holds up to this part of the row's objective (feasibility tolerances of exact solvers)
+OPTIMAL_TOLERANCE = 1e-6
+#: the rounding of an objective counts where the objective is at most this part of Σⱼ wⱼ²Gⱼⱼ
+_NOISE = 1e-6
+
+
+def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """What tolerances are a part of: the objective; or where the problem was posed in other units, the size
+    of the value, if that is less. A penalty of a million in U makes f, which has the shift in it, so much
+    larger than what it is about."""
+    if layer.units is None:
+        return objective
+    zero = layer.units.zero(layer.pruned // layer.rows)
+    return objective.minimum((objective - zero).abs())
+
+
+def optimal_slack(
+    layer: LayerProblem, mask: Bool[Tensor, "rows n"], objective: Float[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
+    """How far the bound of an OPTIMAL row may be below its objective, float64 [rows]: a part of its size, and
+    (where that is next to nothing) what float64 can lose of the mask's sum, `LayerProblem.rounding`. 0 for an
+    integral problem, whose sums are exact."""
+    if layer.integral:
+        return torch.zeros_like(objective)
+    slack = OPTIMAL_TOLERANCE * size_of(layer, objective)
+    small = objective <= _NOISE * layer.diagonal_mass().to(objective)
+    if layer.units is None and bool(small.any()):
+        some = layer.take(small.to(layer.device))
+        slack[small] += some.rounding(some.weights(mask[small.to(mask.device)])).to(slack)
+    return slack
+
+
+def swap_threshold(
+    objective: Float[Tensor, " rows"],
+    diagonal_mass: Float[Tensor, " rows"],
+    tolerance: float = SWAP_TOLERANCE,
+    *,
+    refit: bool = False,
+) -> Float[Tensor, " rows"]:
+    """The least decrease that counts as an improving swap, float64 [rows].
+
+    Relative to the objective, with a floor where the objective is nothing but rounding: then a swap
+    cannot be told from noise. Both terms scale with w² and with G, so the definition has no units.
+    """
+    return tolerance * objective + (REFIT_FLOOR if refit else SWAP_FLOOR) * diagonal_mass
+
+
+def relative_gap(
+    objective: Float[Tensor, " rows"], lower_bound: Float[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
+    """(objective − lower_bound)/objective per row; 0 where the objective is 0."""
+    safe = torch.where(objective > 0, objective, 1.0)
+    return torch.where(objective > 0, (objective - lower_bound) / safe, 0.0)
+
+
+def is_bounded(objective: float, lower_bound: float, status: str = "") -> bool:
+    """Does a lower bound say anything? 0 holds for every objective: it says something where the objective is
+    0, too, or proven."""
+    return lower_bound > 0 or objective == 0 or status == Status.OPTIMAL
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One mask a row, with its objective and with what is known about it.
+
+    Attributes:
+        mask: bool [rows, n], True = kept.
+        objective: float64 [rows], f of the mask on the given G, F of a problem with `refit`; where the solver
+            sets weights of its own, not those of least squares, what these cost, no less than F.
+        lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known. Of rows
+            that trade it is one bound of Σ ωᵣ fᵣ, shared out over the rows: Σ ωᵣ lower_boundᵣ.
+        status: per row OPTIMAL, SWAP_OPTIMAL or FEASIBLE.
+        solver: name of the solver that answered.
+        seconds: wall-clock time of the solve, start included.
+        trace: what the solver has to tell, per row (`maskopt.protocol.trace`).
+        certificate: what proves the lower bounds to `verify`, where they can be re-checked.
+        proof: the trees of an exact search, which prove lower bounds to `verify`, too.
+        trusted: per row the exact solver whose bound nothing here proves, and its version, such as
+            `SCIP 10.0`; an empty text where the bound is proven. Empty altogether: all are.
+        weight: float64 [rows, n], the refitted weights where the solver has them at hand, which spares
+            `problem.weights(mask)`; or its own. Saved only where they are its own.
+        own: the weights are the solver's own.
+    """
+
+    mask: Bool[Tensor, "rows n"]
+    objective: Float[Tensor, " rows"]
+    lower_bound: Float[Tensor, " rows"]
+    status: tuple[Status, ...]
+    solver: str = ""
+    seconds: float = math.nan
+    trace: Trace = field(default_factory=Trace)
+    certificate: AnyCertificate | None = None
+    trusted: tuple[str, ...] = ()
+    weight: Float[Tensor, "rows n"] | None = None
+    own: bool = False
+    proof: Proof | None = None
+
+    @property
+    def gap(self) -> Float[Tensor, " rows"]:
+        """(objective − lower_bound) / objective per row, float64; 0 where the objective is 0. Of costs: of a
+        row that was posed in units of its own, `RowProblem.posed` has the gap of values."""
+        return relative_gap(self.objective, self.lower_bound)
+
+    @classmethod
+    def of(
+        cls,
+        problem: LayerProblem | RowProblem,
+        mask: Bool[Tensor, "rows n"],
+        *,
+        status: Status | Sequence[Status] = Status.FEASIBLE,
+        lower_bound: Float[Tensor, " rows"] | None = None,
+        trace: Trace | None = None,
+        certificate: AnyCertificate | None = None,
+        trusted: Sequence[str] = (),
+        weight: Float[Tensor, "rows n"] | None = None,
+        proof: Proof | None = None,
+    ) -> Solution:
+        """A Solution with the float64 objective computed from the mask; or from a solver's own `weight`, of a
+        problem with `refit`.
+
+        A lower bound above the objective by rounding alone is cut back to it.
+        """
+        layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+        mask = mask.reshape(layer.weight.shape)
+        own = weight is not None
+        if weight is not None:
+            objective = layer.damped_error(weight)
+        elif layer.refit is not None:
+            weight, objective = layer.refitted(mask)
+        else:
+            objective = layer.objective(mask)
+        if lower_bound is None:
+            lower_bound = torch.zeros_like(objective)
+        else:
+            bound = lower_bound.to(objective)
+            if layer.pooled:  # one bound, shared out so that every row has the layer's gap
+                cost = layer.shares @ objective
+                bound = (
+                    objective * (layer.shares @ bound / cost)
+                    if cost > 0
+                    else torch.zeros_like(bound)
+                )
+            rounding = OPTIMAL_TOLERANCE * objective + SWAP_FLOOR * layer.diagonal_mass()
+            bound = torch.where(bound <= objective + rounding, bound.minimum(objective), bound)
+            lower_bound = bound.clamp(min=0.0)
+        return cls(
+            mask=mask,
+            objective=objective,
+            lower_bound=lower_bound,
+            status=(status,) * layer.rows if isinstance(status, Status) else tuple(status),
+            trace=trace if trace is not None else Trace(),
+            certificate=certificate,
+            trusted=tuple(trusted),
+            weight=weight,
+            own=own,
+            proof=proof,
+        )
+
+    @classmethod
+    def joined(
+        cls, parts: Sequence[Solution], certificate: AnyCertificate | None = None
+    ) -> Solution:
+        """All rows of a layer, of one solver's solutions of its parts, in their order.
+
+        Args:
+            certificate: of all rows; those of the parts are left out.
+        """
+        first = parts[0]
+        trees = [
+            tree for p in parts for tree in (p.proof.rows if p.proof else [None] * len(p.status))
+        ]
+        weights = [p.weight for p in parts if p.weight is not None]
+        return cls(
+            mask=torch.cat([p.mask for p in parts]),
+            objective=torch.cat([p.objective for p in parts]),
+            lower_bound=torch.cat([p.lower_bound for p in parts]),
+            status=tuple(status for p in parts for status in p.status),
+            solver=first.solver,
+            seconds=sum(p.seconds for p in parts),
+            trace=first.trace.joined([p.trace for p in parts]),
+            certificate=certificate,
+            trusted=tuple(word for p in parts for word in p.trusted or [""] * len(p.status)),
+            weight=torch.cat(weights) if len(weights) == len(parts) else None,
+            own=first.own,
+            proof=Proof(trees) if any(tree is not None for tree in trees) else None,
+        )
+
+    def take(self, rows: Sequence[int]) -> Solution:
+        """Mask, objective, bound, status and certificate of some rows only."""
+        return Solution(
+            mask=self.mask[list(rows)],
+            objective=self.objective[list(rows)],
+            lower_bound=self.lower_bound[list(rows)],
+            status=tuple(self.status[row] for row in rows),
+            solver=self.solver,
+            seconds=self.seconds,
+            certificate=None if self.certificate is None else self.certificate.take(rows),
+        )
+
+    def uninterrupted(self) -> Solution:
+        """Itself, for those that go on from it.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C ended its search; the best by then is not its answer.
+        """
+        if self.trace.interrupted:
+            raise KeyboardInterrupt
+        return self
+
+    def columns(self) -> dict[str, list[Any]]:
+        """One list a column, one entry a row: objective, bound, gap, status, the trusted solver, and
+        all of the trace that is one value a row."""
+        rows = len(self.status)
+        return {
+            "objective": self.objective.tolist(),
+            "lower_bound": self.lower_bound.tolist(),
+            "gap": self.gap.tolist(),
+            "status": [str(status) for status in self.status],
+            "trusted": list(self.trusted) or [""] * rows,
+            **self.trace.columns(rows),
+        }
+
+    def to_frame(self) -> Any:
+        """`columns` as a pandas.DataFrame, one line a row.
+
+        Raises:
+            OptionError: the package pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise OptionError(
+                "to_frame needs the package pandas: pip install 'maskopt[frame]'; or take columns()"
+            ) from None
+        return pandas.DataFrame(self.columns())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz (atomically; no pickle inside): masks, statuses, trace, and the proof."""
+        words, tensors = trace_arrays(self.trace)
+        arrays = {
+            "mask": self.mask.cpu().numpy(),
+            "objective": self.objective.cpu().numpy(),
+            "lower_bound": self.lower_bound.cpu().numpy(),
+            **{f"trace.{name}": value for name, value in tensors.items()},
+        }
+        if self.certificate is not None:
+            parts = stored(self.certificate)
+            arrays |= {f"certificate.{name}": value for name, value in parts.items()}
+        if self.proof is not None:
+            arrays |= {f"proof.{name}": value for name, value in self.proof.arrays().items()}
+        if self.own and self.weight is not None:
+            arrays["weight"] = self.weight.cpu().numpy()
+        header = {
+            "status": [str(status) for status in self.status],
+            "solver": self.solver,
+            "seconds": None if math.isnan(self.seconds) else self.seconds,
+            "trusted": list(self.trusted),
+            "trace": words,
+        }
+        write_arrays(path, "solution", header, arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Solution:
+        """Read what `save` wrote. Nothing in it is believed before `verify` has checked it.
+
+        Raises:
+            ProblemError: no such file, or not a solution.
+        """
+        header, arrays = read_arrays(path, "solution")
+
+        def under(prefix: str) -> dict[str, Any]:
+            return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+        try:
+            certificate, proof = under("certificate."), under("proof.")
+            seconds = header["seconds"]
+            tensors = {k: torch.from_numpy(v) for k, v in under("trace.").items()}
+            trace = trace_from(header["trace"], tensors)
+            if {len(v) for v in trace.columns(len(arrays["mask"])).values()} - {
+                len(arrays["mask"])
+            }:
+                raise ValueError("its trace is one of other rows")
+            return cls(
+                mask=torch.from_numpy(arrays["mask"]),
+                objective=torch.from_numpy(arrays["objective"]),
+                lower_bound=torch.from_numpy(arrays["lower_bound"]),
+                status=tuple(Status(word) for word in header["status"]),
+                solver=str(header["solver"]),
+                seconds=math.nan if seconds is None else float(seconds),
+                trace=trace,
+                certificate=restored(certificate, str(path)) if certificate else None,
+                trusted=tuple(str(word) for word in header["trusted"]),
+                weight=torch.from_numpy(arrays["weight"]) if "weight" in arrays else None,
+                own="weight" in arrays,
+                proof=Proof.restore(proof, len(arrays["mask"]), str(path)) if proof else None,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ProblemError(f"{path}: not a sound solution ({error})") from None
+
+    def __repr__(self) -> str:
+        counts = {s: self.status.count(s) for s in Status if s in self.status}
+        parts = [
+            *([self.solver] if self.solver else []),
+            f"rows={len(self.status)}",
+            f"objective={float(self.objective.sum()):.6g}",
+            f"lower_bound={float(self.lower_bound.sum()):.6g}",
+            *(f"{count} {name}" for name, count in counts.items()),
+            *([] if math.isnan(self.seconds) else [f"{self.seconds:.3g} s"]),
+        ]
+        return f"Solution({', '.join(parts)})"

@@ -1,0 +1,369 @@
+"""The solver protocol, the registry of backends, and `solve`.
+
+A solver is a value: a frozen dataclass whose fields are its options.
+
+    solve(problem, Tabu(moves=1000), start=Relax(), limits=Limits(seconds=60))
+    solve(problem, "tabu", start="relax", moves=1000, time_limit=60)      # the same, by name
+
+Backends register a class under the entry-point group `maskopt.solvers`:
+
+    [project.entry-points."maskopt.solvers"]
+    swap = "maskopt.solvers.swap:Swap"
+
+so another distribution can add one without touching this repository, and nothing here imports one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from maskopt.core.fields import check_options
+from maskopt.core.limits import KEYWORDS, Limits, torch_threads
+from maskopt.core.pattern import NM, Pattern, Unstructured
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.errors import OptionError, SolverError, WarmStartError
+from maskopt.protocol.registry import Registry
+from maskopt.protocol.solution import Solution
+
+ENTRY_POINT_GROUP = "maskopt.solvers"
+#: of a trusted solver, as its package states it
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+-]{0,39}")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do, as `maskopt solvers` lists it.
+
+    Attributes:
+        start: `needed` (a mask to improve), `optional` (a mask that the answer is never worse than),
+            or `ignored`.
+        default_start: the solver that makes the start where a needed one is not given.
+        proves: the best status that it can give.
+        largest_n: rows of more inputs are refused; None: any.
+        refit: it answers problems with `refit` too: by their objective F, or by a score that looks at no
+            objective.
+        pooled: it answers layers whose rows trade.
+        limited: and such whose pattern has a `max_deviation`, so that rows have limits.
+        apart: unless rows trade, each row is answered as if it were alone, or with those of its tile of 128
+            (of a part of that), whatever other rows there are.
+        trusted: of an exact solver, the names that `Solution.trusted` gives with a version for bounds that
+            nothing else proves: `SCIP` of `SCIP 10.0`.
+        note: one line.
+    """
+
+    patterns: tuple[Literal["unstructured", "n:m"], ...] = ("unstructured", "n:m")
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    start: Literal["needed", "optional", "ignored"] = "ignored"
+    default_start: str | None = None
+    proves: Literal["optimality", "1-swap", "nothing"] = "nothing"
+    largest_n: int | None = None
+    refit: bool = False
+    pooled: bool = False
+    limited: bool = True
+    apart: bool = False
+    trusted: tuple[str, ...] = ()
+    note: str = ""
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """A backend: a frozen dataclass whose fields are its options (`maskopt.core.fields.option`).
+
+    A subclass that declares it gets the check of its options on construction.
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    def __post_init__(self) -> None:
+        check_options(self, self.name)
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Why the backend cannot run here (a package, a licence), or None."""
+        return None
+
+    def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
+        """The same solver where its mask is the start of another one, which proves and improves anyway:
+        itself, or with less to do; and the problem that is put to it then, whose objective counts for
+        nothing: of weights as they are, where it can no other or its mask is the same."""
+        return self, layer if self.capabilities.refit else layer.refitting(None)
+
+    def check_size(self, n: int, pattern: Pattern, *, refit: bool) -> None:
+        """Raise SolverError where rows of so many inputs are beyond it, or what is asked of their weights:
+        all that can be said before there are any numbers.
+
+        Args:
+            refit: of problems with refitted weights.
+        """
+        largest = self.capabilities.largest_n
+        if largest is not None and n > largest:
+            raise SolverError(
+                f"{self.name}: a row of {n} inputs is beyond it (at most {largest}); "
+                "use maskopt.lower_bound for a certified gap, or row.restrict(columns)"
+            )
+
+    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
+        """Answer for every row.
+
+        Args:
+            start: a legal bool mask [rows, n] on the problem's device, True = kept. Always there
+                where a start is `needed`, never where it is `ignored`.
+            limits: with the clock running.
+        """
+        ...
+
+
+@runtime_checkable
+class WritesInstances(Protocol):
+    """A backend that also writes a row as an instance for other programs."""
+
+    def write_instance(
+        self, row: RowProblem, path: str | os.PathLike[str], *, form: str, formulation: str
+    ) -> None:
+        """Write one row, atomically.
+
+        Args:
+            form: of the file, such as `lp`.
+            formulation: of the objective, in the backend's own words.
+
+        Raises:
+            OptionError: a form or a formulation that the backend does not know.
+        """
+        ...
+
+
+REGISTRY = Registry(ENTRY_POINT_GROUP, "solver", Solver)
+
+
+@dataclass(frozen=True)
+class SolverInfo:
+    """One line of `available_solvers()`; `kind` is the class, None where it cannot be loaded."""
+
+    name: str
+    kind: type[Any] | None
+    capabilities: Capabilities
+    unavailable: str | None
+
+    @property
+    def available(self) -> bool:
+        return self.unavailable is None
+
+
+def available_solvers() -> dict[str, SolverInfo]:
+    """Every registered backend by name, with what it can do and why it is unavailable, if it is."""
+    return {
+        name: SolverInfo(name, kind, kind.capabilities if kind else Capabilities(), reason)
+        for name, (kind, reason) in REGISTRY.reasons().items()
+    }
+
+
+def is_trusted(text: str) -> bool:
+    """Is it a name that a registered solver is trusted under, and a version, such as `SCIP 10.0`?"""
+    name, _, version = text.rpartition(" ")
+    if not _VERSION.fullmatch(version):
+        return False
+    for member in REGISTRY.names():
+        try:
+            kind = REGISTRY.find(member)
+        except SolverError:  # one that cannot be loaded here
+            continue
+        if name in kind.capabilities.trusted:
+            return True
+    return False
+
+
+def make_solver(solver: Solver | str, **options: Any) -> Solver:
+    """The solver, ready to run: by name with options, or a value as it is.
+
+    Raises:
+        UnknownSolverError: no such name (near names are given).
+        SolverUnavailableError: it cannot run here.
+        OptionError: an option that it does not have, or a value that the option cannot take.
+        SolverError: a class in place of a value.
+    """
+    if isinstance(solver, type):
+        raise SolverError(f"a solver is a value, not a class: write {solver.__name__}()")
+    backend: Solver = REGISTRY.make(solver, options)
+    return backend
+
+
+def limits_of(limits: Limits | None, options: Mapping[str, Any]) -> tuple[Limits, dict[str, Any]]:
+    """Limits out of `limits` or of keywords such as `time_limit`, and the options that are left.
+
+    Raises:
+        OptionError: both, or a bad value.
+    """
+    shared = {KEYWORDS[name]: value for name, value in options.items() if name in KEYWORDS}
+    own = {name: value for name, value in options.items() if name not in KEYWORDS}
+    if limits is not None and shared:
+        given = ", ".join(name for name in options if name in KEYWORDS)
+        raise OptionError(f"give either limits=… or {given}, not both")
+    return (Limits(**shared) if limits is None else limits), own
+
+
+def solve(
+    problem: LayerProblem | RowProblem,
+    solver: Solver | str = "swap",
+    *,
+    start: Solver | str | Tensor | Any | None = None,
+    limits: Limits | None = None,
+    **options: Any,
+) -> Solution:
+    """Solve every row of a problem.
+
+        from maskopt import LayerProblem
+        from maskopt import Unstructured
+        from maskopt import solve
+
+        problem = LayerProblem(weight, x.T @ x / len(x), Unstructured(sparsity=0.5))
+        swapped = solve(problem)  # 1-swap search from Wanda's mask, proven 1-swap optimal
+        best = solve(problem, "tabu", moves=500, start="relax", time_limit=60)
+        best.mask, best.objective, best.status  # bool [rows, n], float64 [rows], a word a row
+
+    Args:
+        problem: a layer, or one row (the Solution then has rows = 1).
+        solver: a value such as `Tabu(moves=500)`, or a name out of `available_solvers()`.
+        start: a solver (value or name), a bool mask [rows, n] with True = kept, or a Solution for its mask;
+            None: the backend's own default (`default_start` of its capabilities, where it needs one). A
+            solver that ignores a start gets none.
+        limits: for start, search and bound together.
+        options: of the solver, where it is named (unknown ones are refused with near names); and
+            `time_limit` (seconds), `memory_limit` (bytes), `threads`, `seed`, `on_progress` in place
+            of `limits`.
+
+    Returns:
+        A legal mask of every row, with its objective in float64, a lower bound where one is known, and what
+        the solver claims of it, which `verify` checks.
+
+    Raises:
+        MaskoptError: an unknown or unavailable solver, an option that it does not have, a start that
+            is no legal mask, a pattern, device or size that it does not do; a solver whose answer is none.
+    """
+    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    limits, own = limits_of(limits, options)
+    backend = make_solver(solver, **own)
+    check_fit(backend, layer)
+    limits = limits.begin()
+    began = time.perf_counter()
+    with torch_threads(limits.threads):
+        mask = _start_mask(backend, layer, start, limits)
+        solution = backend.run(layer, mask, limits)
+    _check_answer(backend, layer, solution)
+    return replace(solution, solver=backend.name, seconds=time.perf_counter() - began)
+
+
+def _check_answer(backend: Solver, layer: LayerProblem, solution: Any) -> None:
+    """Raise SolverError for what is no solution, or holds masks that are not legal. What it claims of them is
+    for `verify`."""
+    if not isinstance(solution, Solution):
+        raise SolverError(
+            f"solver {backend.name!r} returned {type(solution).__name__}; return Solution.of(problem, mask)"
+        )
+    try:
+        layer.check_mask(solution.mask, "its mask")
+    except WarmStartError as error:
+        raise SolverError(
+            f"solver {backend.name!r} answered with an illegal mask: {error}"
+        ) from None
+
+
+def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None = None) -> Solution:
+    """The start that `solver` makes for another one: of weights as they are, and of rows that prune alike,
+    where it can no other."""
+    backend, asked = make_solver(solver).as_start(layer)
+    limits = (limits or Limits()).quiet()
+    if trades_as_asked(backend, layer.pattern):
+        return solve(asked, backend, limits=limits).uninterrupted()
+    began = time.perf_counter()
+    parts = [solve(part, backend, limits=limits).uninterrupted() for part in _alike(asked)]
+    mask = torch.cat([part.mask for part in parts])
+    seconds = time.perf_counter() - began
+    return replace(Solution.of(asked, mask), solver=backend.name, seconds=seconds)
+
+
+def trades_as_asked(backend: Solver, pattern: Pattern) -> bool:
+    """Whether rows trade in its answers, and within limits, where the pattern says so."""
+    can = backend.capabilities
+    return not pattern.pooled or (can.pooled and (pattern.max_deviation is None or can.limited))
+
+
+def _alike(layer: LayerProblem) -> list[LayerProblem]:
+    """A layer whose rows trade as layers whose rows prune alike: one entry more where it does not divide."""
+    each, more = divmod(layer.pruned, layer.rows)
+    parts = ((slice(0, more), each + 1), (slice(more, None), each))
+    return [
+        layer.take(rows).under(Unstructured(keep=layer.n - count))
+        for rows, count in parts
+        if len(layer.weight[rows])
+    ]
+
+
+def _start_mask(backend: Solver, layer: LayerProblem, start: Any, limits: Limits) -> Tensor | None:
+    needs = backend.capabilities.start
+    if isinstance(start, Solution):
+        start = start.mask
+    if needs == "ignored":
+        _check_start(layer, start)
+        return None
+    if start is None:
+        if needs == "optional":
+            return None
+        start = backend.capabilities.default_start
+        if start is None:
+            raise WarmStartError(f"solver {backend.name!r} needs a start: pass start=…")
+    if not isinstance(start, str | Solver):
+        return _check_start(layer, start)
+    maker = make_solver(start)
+    if maker.name == backend.name:
+        raise WarmStartError(f"solver {backend.name!r} cannot be its own start")
+    return make_start(layer, maker, limits).mask
+
+
+def _check_start(layer: LayerProblem, start: Any) -> Tensor | None:
+    """The mask that was given, where it is one; raises for what could be no start of any solver."""
+    if start is None or isinstance(start, str | Solver):
+        if start is not None:
+            make_solver(start)
+        return None
+    try:
+        return layer.check_mask(start, "start")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WarmStartError(str(error)) from None
+
+
+def check_fit(backend: Solver, layer: LayerProblem) -> None:
+    """Raise SolverError where a backend cannot do this layer's pattern, device or number of inputs."""
+    can = backend.capabilities
+    kind = "n:m" if isinstance(layer.pattern, NM) else "unstructured"
+    if kind not in can.patterns:
+        raise SolverError(f"solver {backend.name!r} does not do {kind} patterns")
+    if layer.device.type not in can.devices:
+        raise SolverError(
+            f"solver {backend.name!r} runs on {', '.join(can.devices)}; the "
+            f"problem is on {layer.device.type}: move weight and gram there first"
+        )
+    if layer.refit is not None and not can.refit:
+        raise SolverError(
+            f"solver {backend.name!r} chooses for unchanged weights, not for updated ones; take "
+            "problem.refitting(None), or its mask as a start of solver 'swap'"
+        )
+    if layer.pooled and not can.pooled:
+        raise SolverError(
+            f"solver {backend.name!r} needs an equal count in every row; take "
+            "problem.under(problem.pattern.alike()), or use it as a start of solver 'swap'"
+        )
+    if layer.pattern.max_deviation is not None and not can.limited:
+        raise SolverError(
+            f"solver {backend.name!r} holds no limits on what a row prunes; leave out the pattern's "
+            "`max_deviation`, or take it as a start of solver 'swap'"
+        )
+    backend.check_size(layer.n, layer.pattern, refit=layer.refit is not None)
