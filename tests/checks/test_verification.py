@@ -298,8 +298,8 @@ def test_float32_is_widened_and_blocks_of_any_size_verify_the_same(monkeypatch):
     assert torch.equal(by_mask, by_solution)
     row, mask = problem.row(0), worst.mask[0]
     swap = improving_swap(row, mask)
-    for module, pairs in itertools.product(("verification", "checks"), (1, 7, 100)):
-        monkeypatch.setattr(f"maskopt.{module}.PAIRS_AT_ONCE", pairs)
+    for module, pairs in itertools.product(("verification", "swap_checks"), (1, 7, 100)):
+        monkeypatch.setattr(f"maskopt.checks.{module}.PAIRS_AT_ONCE", pairs)
         assert verify(problem, solution).checked
         found = improving_swap(row, mask)
         assert found[:2] == swap[:2]
