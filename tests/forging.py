@@ -21,7 +21,7 @@ from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_mas
 from maskopt.models.checkpoints.report import manifest_digest
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 #: what a field could be given
 VALUES: tuple[Any, ...] = (
@@ -66,7 +66,7 @@ def check_forgery(
     """A copy of the result with another manifest is refused with this message."""
     out = copied(result, to)
     forge_manifest(out, change)
-    fails(VerificationError, message, verify_output, out, original)
+    fails(VerificationError, message, verify_model, out, original)
 
 
 def list_file(result: Path, *names: str) -> None:

@@ -39,7 +39,7 @@ from maskopt.models.checkpoints.mask_file import TensorMask
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
 from maskopt.models.training import blockwise as reconstruct
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 TRAIN = {"epochs": 2, "learning_rate": 0.003, "train": "all"}
@@ -81,7 +81,7 @@ def folders(dense_folder, pruned_folder, dense, tmp_path_factory):
             original = save(tiny_vision(), home / "gemma3")
             how = {"update": "blockwise", "training": {"epochs": 1, "train": "all"}}
             prune_model(original, tokens(), output=out, **WANDA, **how, holdout=0.34)
-        verify_output(out, original)
+        verify_model(out, original)
         return out, original
 
     return folder
@@ -448,21 +448,21 @@ def test_a_forged_folder_is_refused(name, folders, tmp_path):
     forge(result, original)
     forge_manifest(result)
     if name in ALONE:
-        fails(VerificationError, said or None, verify_output, result)
+        fails(VerificationError, said or None, verify_model, result)
     elif of in ("pruned", "tokenizer") and "code" not in name:
-        verify_output(result)  # all of the folder agrees with itself
-    fails(VerificationError, None if name in ALONE else said, verify_output, result, original)
+        verify_model(result)  # all of the folder agrees with itself
+    fails(VerificationError, None if name in ALONE else said, verify_model, result, original)
 
 
 def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, tmp_path):
     result = copied(pruned_folder, tmp_path)
     change_weight(result, "kept", 1.25)
-    fails(VerificationError, "was changed", verify_output, result)
+    fails(VerificationError, "was changed", verify_model, result)
     edit_json(result / MANIFEST, lambda m: m.update(sparsity=0.9))
-    fails(VerificationError, "damaged or was changed", verify_output, result)
-    fails(VerificationError, "no manifest", verify_output, dense_folder)
+    fails(VerificationError, "damaged or was changed", verify_model, result)
+    fails(VerificationError, "no manifest", verify_model, dense_folder)
     with pytest.raises(VerificationError, match="only one of the two"):
-        verify_output(pruned_folder, original=save(tiny("qwen2"), tmp_path / "other"))
+        verify_model(pruned_folder, original=save(tiny("qwen2"), tmp_path / "other"))
 
 
 @pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 100), marks=pytest.mark.slow)])
@@ -471,7 +471,7 @@ def test_any_edit_of_the_manifest_is_refused_or_changes_nothing(
 ):
     def verified(original):
         try:
-            return verify_output(result, original=original)
+            return verify_model(result, original=original)
         except VerificationError as error:
             return str(error)
 

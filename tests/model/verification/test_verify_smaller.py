@@ -22,7 +22,7 @@ from maskopt import remove_blocks, remove_experts, shrink_model
 from maskopt.errors import ModelError, VerificationError
 from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.structured import blocks as removal
-from maskopt.models.verification.structured import verify_smaller
+from maskopt.models.verification.verify import verify_model
 
 CHANNELS = {"channels": 0.25, "solver": "wanda"}
 
@@ -70,7 +70,7 @@ def models(tmp_path_factory):
         family, shard, make = MADE[name]
         dense, out = save(tiny(family), home / name / "dense", shard=shard), home / name / "out"
         make(dense, out)
-        verify_smaller(out, dense)
+        verify_model(out, dense)
         return dense, out
 
     return pair
@@ -233,18 +233,18 @@ def test_a_forged_smaller_model_is_refused(of, forge, said, models, tmp_path):
     dense, out = models(of)[0], copied(models(of)[1], tmp_path)
     forge(out, dense)
     forge_manifest(out)
-    fails(VerificationError, said, verify_smaller, out, dense)
+    fails(VerificationError, said, verify_model, out, dense)
 
 
 def test_what_the_folder_alone_shows(models, tmp_path):
     out = copied(models("mistral")[1], tmp_path / "shape")
     settings(intermediate_size=20)(out, out)
     forge_manifest(out)
-    fails(VerificationError, r"in the shards, .* by config\.json", verify_smaller, out)
+    fails(VerificationError, r"in the shards, .* by config\.json", verify_model, out)
     out = copied(models("narrow")[1], tmp_path / "digest")
     edit_json(out / MANIFEST, edit("files", "config.json", to="0" * 64))
     edit_json(out / MANIFEST, lambda m: m.update(signed(m)))
-    fails(VerificationError, "was changed", verify_smaller, out, models("narrow")[0])
+    fails(VerificationError, "was changed", verify_model, out, models("narrow")[0])
 
 
 def test_a_link_out_of_the_original_is_no_file_of_it(tmp_path):
@@ -258,4 +258,4 @@ def test_a_link_out_of_the_original_is_no_file_of_it(tmp_path):
     (dense / "vocab.txt").unlink()
     shrink_model(dense, tokens(6), output=tmp_path / "out", **CHANNELS)
     (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
-    assert "other tensors" in verify_smaller(tmp_path / "out", dense).checked
+    assert "other tensors" in verify_model(tmp_path / "out", dense).checked
