@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from maskopt.errors import VerificationError
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
-from maskopt.models.checkpoints.report import manifest_digest
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
 from maskopt.models.verification.verify import verify_model
@@ -38,8 +37,7 @@ def forge_manifest(result: Path, change: Change = lambda _: None) -> None:
         if (result / name).is_file():
             digest = hashlib.sha256((result / name).read_bytes()).hexdigest()
             manifest["files"][name] = digest
-    manifest["sha256"] = manifest_digest(manifest)
-    (result / MANIFEST).write_text(json.dumps(manifest))
+    (result / MANIFEST).write_text(json.dumps(signed(manifest)))
 
 
 def fails(error: type[Exception], said: str | None, call: Any, *given: Any, **more: Any) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,9 +34,6 @@ CODE_KEYS = ("auto_map", "custom_pipelines")
 KERNEL_KEYS = "implementation"
 #: keys of config.json that make a loader take other weights, or convert these
 WEIGHT_KEYS = ("transformers_weights", "quantization_config")
-#: keys of a configuration that count blocks or experts; so many are built in seconds
-COUNTS = re.compile(r"(.*_)?(n|num)_(.*_)?(layers?|blocks|experts)|(en|de)coder_layers|depth")
-FEW = 1024
 #: keys of config.json that saving a model writes anew
 REWRITTEN = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -71,7 +67,7 @@ def read_weights(folder: Path) -> Weights:
     """Find tensors as transformers does: one file goes before an index, and all of a shard is loaded.
 
     Raises VerificationError for an index that leads out of the folder or names a tensor that is not there,
-    a tensor in two shards, or a configuration of far more blocks or experts.
+    and for a tensor in two shards.
     """
     if (folder / SINGLE).is_file():
         named, shards = None, [SINGLE]
@@ -96,12 +92,8 @@ def read_weights(folder: Path) -> Weights:
                 f"{folder / INDEX}: says that {name[:200]!r} is in {shard}; it is not"
             )
     if named is None:
-        weights = Weights(folder, where, (SINGLE,), frozenset())
-    else:
-        weights = Weights(folder, where, (*shards, INDEX), frozenset(where) - frozenset(named))
-    if os.path.lexists(folder / CONFIG):
-        check_counts(folder, weights)
-    return weights
+        return Weights(folder, where, (SINGLE,), frozenset())
+    return Weights(folder, where, (*shards, INDEX), frozenset(where) - frozenset(named))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -115,26 +107,6 @@ def _weight_map(folder: Path) -> dict[str, str]:
                 "not the name of a safetensors file in the folder"
             )
     return named
-
-
-def check_counts(folder: Path, weights: Weights) -> None:
-    """Raise VerificationError where the configuration has far more blocks or experts than there are tensors
-    for: such a model takes hours to build, even without its weights."""
-    for key, value in pairs(read_object(folder / CONFIG)):
-        if type(value) is not int or value <= FEW or not COUNTS.fullmatch(key):
-            continue
-        of_experts, places, stored = "expert" in key, set(), 0
-        for name, shape in weights.shapes():
-            numbers = [part for part in name.split(".") if part.isdecimal()]
-            places.update(numbers[1:] if of_experts else numbers[:1])
-            if of_experts and len(shape) == 3 and min(shape):
-                stored = max(stored, shape[0])
-        stored = max(stored, len(places))
-        if value > 2 * stored:  # some families count a block twice
-            raise VerificationError(
-                f"{folder / CONFIG}: `{key}` is {value}, and the stored tensors have {stored} "
-                f"{'experts' if of_experts else 'blocks'}"
-            )
 
 
 def check_entries(

@@ -4,6 +4,7 @@ of. No weight is read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,8 +16,12 @@ import torch
 from maskopt.errors import ModelError, VerificationError
 from maskopt.models.architecture.blocks import Blocks, choose
 from maskopt.models.architecture.transformers_adapter import Conversion, quietly
-from maskopt.models.verification.folder import CONFIG, Weights, first_line
+from maskopt.models.verification.folder import CONFIG, Weights, first_line, pairs, read_object
 from maskopt.models.verification.manifest import Manifest
+
+#: keys of a configuration that count blocks or experts; so many are built in seconds
+COUNTS = re.compile(r"(.*_)?(n|num)_(.*_)?(layers?|blocks|experts)|(en|de)coder_layers|depth")
+FEW = 1024
 
 
 class Loading:
@@ -25,6 +30,7 @@ class Loading:
 
     def __init__(self, weights: Weights, *, trust_remote_code: bool = False) -> None:
         self.weights, self.config = weights, weights.folder / CONFIG
+        _check_counts(weights)
         self.model: Any = _empty_model(weights.folder, trust_remote_code)
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         with _refusing():
@@ -97,6 +103,26 @@ def check_names(manifest: Manifest, loading: Loading) -> None:
             raise manifest.wrong(f"layer {name!r} has another shape than in the model")
         if (said[name]["block"], said[name]["kind"]) != (layer.block, layer.kind):
             raise manifest.wrong(f"layer {name!r} has another block or kind than its name")
+
+
+def _check_counts(weights: Weights) -> None:
+    """Raise VerificationError where the configuration has far more blocks or experts than there are tensors
+    for: such a model takes hours to build, even without its weights."""
+    for key, value in pairs(read_object(weights.folder / CONFIG)):
+        if type(value) is not int or value <= FEW or not COUNTS.fullmatch(key):
+            continue
+        of_experts, places, stored = "expert" in key, set(), 0
+        for name, shape in weights.shapes():
+            numbers = [part for part in name.split(".") if part.isdecimal()]
+            places.update(numbers[1:] if of_experts else numbers[:1])
+            if of_experts and len(shape) == 3 and min(shape):
+                stored = max(stored, shape[0])
+        stored = max(stored, len(places))
+        if value > 2 * stored:  # some families count a block twice
+            raise VerificationError(
+                f"{weights.folder / CONFIG}: `{key}` is {value}, and the stored tensors have {stored} "
+                f"{'experts' if of_experts else 'blocks'}"
+            )
 
 
 def _empty_model(folder: Path, trust_remote_code: bool) -> Any:

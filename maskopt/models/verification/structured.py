@@ -7,10 +7,8 @@ the original's except for the sizes that follow from this choice. How good the c
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +80,9 @@ Rename = Callable[[str], str | None]
 def is_smaller(folder: Path) -> bool:
     """Does a manifest say that `maskopt prune-structured` wrote the folder? Nothing else is read."""
     try:
-        found = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
+        return bool(read_object(folder / MANIFEST).get("format") == FORMAT)
+    except VerificationError:
+        return False  # what is wrong is found where it is read as a manifest
 
 
 def verify_smaller(folder: Path, original: Path | None, on_progress: OnTensor) -> dict[str, Any]:
@@ -164,7 +161,7 @@ def _check_settings(shrunk: Mapping[str, Any], ours: Loading, theirs: Loading) -
     (before["text_config"] if of_text else before).update(said)
     if before != read_object(ours.config):
         raise VerificationError(f"{ours.config}: differs from the original in more than the sizes")
-    removal = Removal.of(shrunk, theirs)
+    removal = Removal(shrunk, theirs)
     if odd := set(said) - set(removal.settings):
         raise VerificationError(
             f"{ours.config}: {min(odd)} is no size of what was removed, and must be the original's"
@@ -250,26 +247,21 @@ def _is_manifest(manifest: Any) -> bool:
         and len(set(blocks)) == len(blocks)
         and set(shrunk.get("experts", {}).values()) <= set(kept)
         and all(stays and stays == sorted(set(stays)) for stays in kept.values())
+        and all(steps for steps in shrunk["tensors"].values())
+        # the kept structures are within the parts of a cut
         and all(
-            steps and all(_is_within(x, kept) for x in steps)
+            not width or (length % width == 0 and kept[step["by"]][-1] < length // width)
             for steps in shrunk["tensors"].values()
+            for step in steps
+            for length, width in step["parts"]
         )
         and set(shrunk["set_anew"]) <= set(shrunk["tensors"])
-    )
-
-
-def _is_within(step: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> bool:
-    """Are the kept structures within the parts of a cut?"""
-    return all(
-        not width or (length % width == 0 and kept[step["by"]][-1] < length // width)
-        for length, width in step["parts"]
     )
 
 
 # What a removal leaves of the original: derived from it and from the choice of what stays ----------------
 
 
-@dataclass
 class Removal:
     """What is left.
 
@@ -280,22 +272,18 @@ class Removal:
         rename: None: tensors keep their names, except for experts that are stored one by one.
     """
 
-    settings: dict[str, Any] = field(default_factory=dict)
-    cuts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    updatable: set[str] = field(default_factory=set)
-    rename: Rename | None = None
-
-    @classmethod
-    def of(cls, shrunk: Mapping[str, Any], theirs: Loading) -> Removal:
-        removal = cls()
+    def __init__(self, shrunk: Mapping[str, Any], theirs: Loading) -> None:
+        self.settings: dict[str, Any] = {}
+        self.cuts: dict[str, list[dict[str, Any]]] = {}
+        self.updatable: set[str] = set()
+        self.rename: Rename | None = None
         if "blocks" in shrunk:
-            removal._blocks(shrunk, theirs)
+            self._blocks(shrunk, theirs)
         elif "experts" in shrunk:
-            removal._experts(shrunk, theirs)
+            self._experts(shrunk, theirs)
         else:
             for consumer in shrunk["kept"]:
-                removal._structures(consumer, shrunk, theirs)
-        return removal
+                self._structures(consumer, shrunk, theirs)
 
     def _structures(self, consumer: str, shrunk: Mapping[str, Any], theirs: Loading) -> None:
         """Channels or heads that a layer takes."""
@@ -405,7 +393,7 @@ def without_experts(shrunk: Mapping[str, Any]) -> Rename:
     def rename(name: str) -> str | None:
         for home, mixture in shrunk.get("experts", {}).items():
             number, _, rest = name.removeprefix(f"{home}.").partition(".")
-            if name.startswith(f"{home}.") and number.isdigit():
+            if name.startswith(f"{home}.") and number.isdecimal():
                 kept = shrunk["kept"][mixture]
                 return f"{home}.{kept.index(int(number))}.{rest}" if int(number) in kept else None
         return name

@@ -120,7 +120,10 @@ def _check_rows(manifest: Manifest, part: Slice, kept: Tensor) -> None:
 
 def _measure(manifest: Manifest, part: Slice, kept: Tensor, weight: Tensor) -> None:
     """What pruning by magnitude takes of the original's weights, and whether it takes the least."""
-    weight = weight.to(_working_dtype(manifest)).double()
+    said = manifest.record["fingerprint"]["dtype"]
+    if not isinstance(dtype := getattr(torch, said, None), torch.dtype):
+        raise manifest.wrong(f"says that its run worked in {said[:50]!r}, which is no dtype")
+    weight = weight.to(dtype).double()
     part.square = float(weight.masked_fill(kept, 0).square().sum())
     if manifest.unlimited:
         group = kept.numel()
@@ -131,14 +134,6 @@ def _measure(manifest: Manifest, part: Slice, kept: Tensor, weight: Tensor) -> N
     size, some = weight.abs().view(-1, group), kept.view(-1, group)
     largest = size.masked_fill(some, 0).amax(1)
     part.least_first = bool((largest <= size.masked_fill(~some, torch.inf).amin(1)).all())
-
-
-def _working_dtype(manifest: Manifest) -> torch.dtype:
-    said = manifest.record["fingerprint"]["dtype"]
-    dtype = getattr(torch, said, None)
-    if not isinstance(dtype, torch.dtype):
-        raise manifest.wrong(f"says that its run worked in {said[:50]!r}, which is no dtype")
-    return dtype
 
 
 class Masks:

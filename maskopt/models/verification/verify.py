@@ -28,7 +28,6 @@ from maskopt.models.verification.folder import (
     bytes_of,
     check_beside,
     check_configuration,
-    check_counts,
     check_entries,
     check_finite,
     first_line,
@@ -150,6 +149,19 @@ def verify_model(
         raise VerificationError("`layers` chooses what `calibration` computes again; give both")
     if is_smaller(folder):
         return Verified(**verify_smaller(folder, original, on_progress))
+    machine = {"text_field": text_field, "threads": threads, "trust_remote_code": trust_remote_code}
+    return _verify_pruned(folder, original, on_progress, calibration, layers, machine)
+
+
+def _verify_pruned(
+    folder: Path,
+    original: Path | None,
+    on_progress: OnTensor,
+    calibration: Any,
+    layers: Sequence[str],
+    machine: dict[str, Any],
+) -> Verified:
+    """Re-read a folder of `prune_model`; `machine` holds other options of a walk."""
     manifest = read_manifest(folder)
     weights = read_weights(folder)
     check_entries(weights, manifest.files)
@@ -164,9 +176,10 @@ def verify_model(
     check_configuration(folder, manifest.files, compared=same)
     check_layers(manifest)
     check_parts(manifest)
-    names_known = trust_remote_code or not read_object(folder / CONFIG).get("auto_map")
+    trust = machine["trust_remote_code"]
+    names_known = trust or not read_object(folder / CONFIG).get("auto_map")
     if names_known:
-        loading = Loading(dense or weights, trust_remote_code=trust_remote_code)
+        loading = Loading(dense or weights, trust_remote_code=trust)
         if dense is None:  # which has the same tensors and configuration
             check_loads(loading, None)
         check_names(manifest, loading)
@@ -178,9 +191,8 @@ def verify_model(
         tolerance = SUM_TOLERANCE if known else None
     if original is not None and calibration is not None:
         again, tolerance = recheck_layers(
-            manifest, folder, original, calibration, tuple(layers),
-            text_field=text_field, threads=threads, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+            manifest, folder, original, calibration, tuple(layers), **machine
+        )
         known.update(again)
     facts = _facts(manifest, same, len(known), original is not None, calibration is not None)
     facts["names"] = names_known
@@ -239,30 +251,28 @@ def _facts(
         recomputed: layers whose errors were computed again; `again`: from calibration text.
         compared: with the original.
     """
-    layers = manifest.layers
-    trained = manifest.options.update == BLOCKWISE
+    layers, trained = manifest.layers, manifest.options.update == BLOCKWISE
     refitted = not trained and any(layer["damping"] is not None for layer in layers)
     every = recomputed == len(layers)
     # of a solver's own weights only the errors are checked
     solved = all(layer["objective"] != "updated" for layer in layers)
-    facts = dict.fromkeys(("files", "counts", "pattern", "sparsity", "names"), True)
-    # where all refitted weights are solved for again, there are no kept ones
-    if not (refitted and every and solved):
-        facts["kept weights"] = compared and not refitted and not trained
-    if refitted:
-        facts["refitted weights"] = every and solved
-    if trained:
-        facts["trained weights"] = False
-    facts["configuration and tokenizer"] = compared and {*filter(is_copied, manifest.files)} <= same
-    facts["errors"] = every and (solved or not trained)
-    facts["statuses"] = every
-    if again and any("optimal" in layer["statuses"] for layer in layers):
-        facts["optima"] = False
-    if seen_in_dense(manifest):  # whether the dense model gave NaN is not seen again
-        facts["windows left out"] = False
-    if not again or any(layer["lower_bound"] for layer in layers):
-        facts["bounds"] = False
-    return facts | dict.fromkeys(("start errors", "options"), False)
+    facts = {
+        **dict.fromkeys(("files", "counts", "pattern", "sparsity", "names"), True),
+        "kept weights": compared and not refitted and not trained,
+        "refitted weights": every and solved if refitted else None,
+        "trained weights": False if trained else None,
+        "configuration and tokenizer": compared and {*filter(is_copied, manifest.files)} <= same,
+        "errors": every and (solved or not trained),
+        "statuses": every,
+        "optima": False if again and any("optimal" in x["statuses"] for x in layers) else None,
+        # whether the dense model gave NaN is not seen again
+        "windows left out": False if seen_in_dense(manifest) else None,
+        "bounds": False if not again or any(layer["lower_bound"] for layer in layers) else None,
+        **dict.fromkeys(("start errors", "options"), False),
+    }
+    if facts["refitted weights"]:
+        del facts["kept weights"]  # there are none that were not solved for
+    return {fact: holds for fact, holds in facts.items() if holds is not None}
 
 
 def _verify_fine_tuned(
@@ -327,7 +337,6 @@ def _check_model(weights: Weights, pruned: Path, before: Weights | None, trust: 
     apart from the values of its weights."""
     stored = weights if before is None else before
     theirs_in = Weights(pruned, stored.where, (), frozenset())
-    check_counts(pruned, theirs_in)
     for folder in (weights.folder, pruned):
         names = [file.name for file in folder.iterdir() if is_copied(file.name)]
         check_configuration(folder, names, names if trust else (), "`trust_remote_code` allows it")
