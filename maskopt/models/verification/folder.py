@@ -1,5 +1,5 @@
-"""The files of a folder: those that a loader would take and nothing else that it could take, and, except for
-the weights, those of the original."""
+"""The files of a folder: what a loader takes, nothing else that it could take, and whether all but the
+weights are the original's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CODE_KEYS = ("auto_map", "custom_pipelines")
 KERNEL_KEYS = "implementation"
 #: keys of config.json that make a loader take other weights, or convert these
 WEIGHT_KEYS = ("transformers_weights", "quantization_config")
-#: keys of config.json that saving a model writes anew
+#: keys of config.json that saving a model rewrites
 REWRITTEN = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
@@ -55,6 +55,9 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         return read_tensor(self.where[name], name)
+
+    def wrong(self, what: str) -> VerificationError:
+        return VerificationError(f"{self.folder}: {what}")
 
     def shapes(self) -> Iterator[tuple[str, list[int]]]:
         """Names and shapes of the tensors; no weight is read."""
@@ -123,7 +126,7 @@ def check_entries(
     check_beside(weights, lambda name: name in listed or name == MANIFEST)
     for name, digest in sorted(listed.items()):
         if not is_plain(name) or not os.path.lexists(folder / name):
-            raise VerificationError(f"{folder}: file {name[:200]!r} of the manifest is not there")
+            raise weights.wrong(f"file {name[:200]!r} of the manifest is not there")
         if not (name in weights.files or name == MASKS or is_copied(name) or _is_harmless(name)):
             raise _could_be_taken(folder / name)
         check_regular(folder / name)
@@ -139,8 +142,8 @@ def check_beside(weights: Weights, is_known: Callable[[str], bool]) -> None:
     or code."""
     folder = weights.folder
     if SINGLE in weights.files and os.path.lexists(folder / INDEX):
-        raise VerificationError(
-            f"{folder}: a loader could take either {SINGLE} or the shards of {INDEX}; "
+        raise weights.wrong(
+            f"a loader could take either {SINGLE} or the shards of {INDEX}; "
             "a result holds one of them"
         )
     for entry in sorted(folder.iterdir()):
@@ -187,19 +190,19 @@ def same_files(
     """Names of the files besides the weights that are those of the original.
 
     Of a model folder, pruning copies them all, byte by byte, and the manifest holds the folder's digest.
-    A model in memory was saved anew: its configuration must mean the same, the rest may differ.
+    A model in memory was saved again: its configuration must mean the same, the rest may differ.
 
     Args:
         record: the manifest.
-        tensors: of a smaller model, what its tensors and those that are gone are called in the original.
+        tensors: of a smaller model, the names in the original of its tensors and of the removed ones.
             Its weights have another index and its configuration other sizes, which are checked elsewhere.
     """
     folder, home = weights.folder, original.folder
     known = weights.where if tensors is None else tensors
     if odd := set(known) ^ set(original.where):
-        raise VerificationError(f"{folder}: tensor {min(odd)!r} is in only one of the two models")
+        raise weights.wrong(f"tensor {min(odd)!r} is in only one of the two models")
     if len(known) != len(set(known)):
-        raise VerificationError(f"{folder}: the manifest names a tensor of the original twice")
+        raise weights.wrong("the manifest names a tensor of the original twice")
     own = {CONFIG} if tensors is not None else set()
     there = [x for x in home.iterdir() if is_copied(x.name) and is_plain(x.name) and x.is_file()]
     theirs = {file.name for file in filter(_is_inside, there)} - own
@@ -241,7 +244,7 @@ def _is_inside(file: Path) -> bool:
 
 
 def _means_the_same(folder: Path, home: Path, name: str) -> bool:
-    """Is a JSON file the same except for what saving a model writes anew? config.json must be."""
+    """Is a JSON file the same except for what saving a model rewrites? config.json must be."""
     if name == CONFIG:
         ours, theirs = _configuration(folder), _configuration(home)
         unread = {*read_object(folder / CONFIG)} - {*ours, *REWRITTEN}  # others may read them
@@ -313,11 +316,11 @@ def read_tensor(path: Path, name: str) -> Tensor:
             raise VerificationError(f"{path}: {name!r}: {error}") from None
 
 
-def check_finite(folder: Path, name: str, found: Tensor) -> None:
+def check_finite(weights: Weights, name: str, found: Tensor) -> None:
     """Raise VerificationError for NaN or infinite weights."""
     small = found.dtype.itemsize < 4  # of some of these types, torch knows no infinity
     if not bool(torch.isfinite(found.float() if small else found).all()):
-        raise VerificationError(f"{folder}: {name!r} holds NaN or infinite weights")
+        raise weights.wrong(f"{name!r} holds NaN or infinite weights")
 
 
 def bytes_of(stored: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float
         count = sum(x["rows"] for x in layers)
         total = sum(x.pruned for x in parts)
         seen = sum(x.rows for x in parts if x.pruned)
-        # experts alone may have masks and belong to no layer: those that were left out
+        # only experts that were left out may have masks and belong to no layer
         own = sum(x.rows for x in parts if x.pruned or (layers and not x.expert))
         same = own <= count <= sum(x.rows for x in parts) and (count == seen or not exact)
         if not same or total != sum(x["pruned"] for x in layers):

@@ -35,9 +35,11 @@ class Loading:
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         with _refusing():
             self._conversion = Conversion(self.model, weights.where, str(weights.folder))
-
         #: the configuration of the language model, defaults filled in
         self.settings: Any = self.model.config.get_text_config()
+
+    def wrong(self, what: str) -> VerificationError:
+        return VerificationError(f"{self.config}: {what}")
 
     def setting(self, key: str) -> Any:
         """None where the configuration has no such key."""
@@ -74,15 +76,12 @@ def check_loads(ours: Loading, theirs: Loading | None) -> None:
     """The configuration describes the model that the tensors make: it takes all tensors that the original's
     model takes, in their shapes. Without an original, tensors that nothing takes are not looked at."""
     if odd := ours.missing - (frozenset() if theirs is None else theirs.missing):
-        raise VerificationError(
-            f"{ours.config}: describes a model with {min(odd)!r}, of which there is no tensor"
-        )
+        raise ours.wrong(f"describes a model with {min(odd)!r}, of which there is no tensor")
     if theirs is not None and (odd := ours.unused - theirs.unused):
-        raise VerificationError(
-            f"{ours.config}: describes a model that takes no tensor {min(odd)!r}; remove the tensor"
+        raise ours.wrong(
+            f"describes a model that takes no tensor {min(odd)!r}; remove the tensor"
             if min(odd) not in theirs.weights.where
-            else f"{ours.config}: describes a model that leaves out tensor {min(odd)!r}, which the original "
-            "takes"
+            else f"describes a model that leaves out tensor {min(odd)!r}, which the original takes"
         )
     ours.check_shapes()
 

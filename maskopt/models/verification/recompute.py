@@ -239,12 +239,12 @@ def _other_statuses(
             f"{problem.rows - len(improvable)} are: in row {row}, keeping input {swap.pruned} "
             f"instead of {swap.kept} changes the error by {swap.delta:.3g}"
         )
-    trade = improving_trade(problem, kept, tolerance) if problem.pooled else None
-    if trade is not None:
+    between = improving_trade(problem, kept, tolerance) if problem.pooled else None
+    if between is not None:
         yield (
             f" states that its rows are {Status.SWAP_OPTIMAL} together; keeping input "
-            f"{trade.pruned} of row {trade.other} instead of {trade.kept} of row {trade.row} changes the "
-            f"error by {trade.delta:.3g}"
+            f"{between.pruned} of row {between.other} instead of {between.kept} of row {between.row} "
+            f"changes the error by {between.delta:.3g}"
         )
 
 

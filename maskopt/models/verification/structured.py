@@ -57,21 +57,13 @@ _NUMBERED = (
 )
 _STEP = {"axis": is_count, "by": str, "parts": [lambda v: fits(v, [is_count]) and len(v) == 2]}
 SHAPE = {
-    "format": FORMAT,
-    "fingerprint": dict,
-    "files": {...: str},
+    "format": FORMAT, "fingerprint": dict, "files": {...: str},
     "shrunk": {
-        "settings": {...: (is_count, list)},
-        "kept": {...: [is_count]},
-        "tensors": {...: [_STEP]},
-        "set_anew": [str],
-        "names?": {...: str},
-        "gone?": [str],
-        "blocks?": [is_count],
+        "settings": {...: (is_count, list)}, "kept": {...: [is_count]}, "tensors": {...: [_STEP]},
+        "set_anew": [str], "names?": {...: str}, "gone?": [str], "blocks?": [is_count],
         "experts?": {...: str},
     },
-}
-
+}  # fmt: skip
 
 #: the new name of a tensor of the original; None: it is gone
 Rename = Callable[[str], str | None]
@@ -88,35 +80,35 @@ def is_smaller(folder: Path) -> bool:
 def verify_smaller(folder: Path, original: Path | None, on_progress: OnTensor) -> dict[str, Any]:
     """Re-read a folder that `maskopt prune-structured` wrote; the fields of `Verified`."""
     manifest = sound_record(folder / MANIFEST, _is_manifest)
-    files, shrunk = manifest["files"], manifest["shrunk"]
+    files, shrunk = manifest["files"], {"names": {}, "gone": [], **manifest["shrunk"]}
     weights = read_weights(folder)
     check_entries(weights, files, needed=(CONFIG,))
     if "blocks" not in shrunk:
-        _check_names(folder, shrunk, weights, without_experts(shrunk))
+        _check_names(shrunk, weights, without_experts(shrunk))
     dense, theirs, same = None, None, set[str]()
     if original is not None:
         dense = read_weights(original)
-        before = [shrunk.get("names", {}).get(name, name) for name in weights.where]
-        same = same_files(manifest, weights, dense, [*before, *shrunk.get("gone", ())])
+        before = [shrunk["names"].get(name, name) for name in weights.where]
+        same = same_files(manifest, weights, dense, [*before, *shrunk["gone"]])
     check_configuration(folder, files, compared=same)
     ours = Loading(weights)
     for key, size in shrunk["settings"].items():
         if ours.setting(key) != size:
-            raise VerificationError(f"{ours.config}: {key} is not the {size} of the manifest")
+            raise ours.wrong(f"{key} is not the {size} of the manifest")
     if dense is not None:
         theirs = Loading(dense)
         removal = _check_settings(shrunk, ours, theirs)
         if removal.rename is not None:
-            _check_names(folder, shrunk, weights, removal.rename)
+            _check_names(shrunk, weights, removal.rename)
     check_loads(ours, theirs)
     count = 0
     for done, name in enumerate(sorted(weights.where), 1):
         count += _check_tensor(name, weights, dense, shrunk)
         on_progress(done, len(weights.where))
     if odd := set(shrunk["tensors"]) - set(weights.where):
-        raise VerificationError(f"{folder}: tensor {min(odd)!r} of the manifest is not there")
+        raise weights.wrong(f"tensor {min(odd)!r} of the manifest is not there")
     if dense is not None:
-        _check_cuts(folder, shrunk, removal)
+        _check_cuts(weights, shrunk, removal)
     quality = ["effects of blocks"] if shrunk.get("blocks") else ["errors", "bounds and statuses"]
     compared = ("kept weights", "other tensors", "configuration")
     return {
@@ -135,21 +127,20 @@ def verify_smaller(folder: Path, original: Path | None, on_progress: OnTensor) -
     }
 
 
-def _check_names(folder: Path, shrunk: Mapping[str, Any], weights: Weights, rename: Rename) -> None:
+def _check_names(shrunk: Mapping[str, Any], weights: Weights, rename: Rename) -> None:
     """Tensors have their names in the original, except that kept blocks and experts are numbered in order."""
-    names, gone = shrunk.get("names", {}), shrunk.get("gone", ())
+    names, gone = shrunk["names"], shrunk["gone"]
     for name in gone:
         if rename(name) == name:
-            raise VerificationError(
-                f"{folder}: tensor {name!r} is gone, and is of no removed block or expert; it stays "
+            raise weights.wrong(
+                f"tensor {name!r} is gone, and is of no removed block or expert; it stays "
                 "where the kept ones put it"
             )
     for name in (*(names.get(name, name) for name in weights.where), *gone):
         new = rename(name)
         if (new is None) != (name in gone) or (new is not None and names.get(new, new) != name):
-            raise VerificationError(
-                f"{folder}: tensor {name!r} of the original is not where the kept blocks and experts "
-                "put it"
+            raise weights.wrong(
+                f"tensor {name!r} of the original is not where the kept blocks and experts put it"
             )
 
 
@@ -160,16 +151,14 @@ def _check_settings(shrunk: Mapping[str, Any], ours: Loading, theirs: Loading) -
     of_text = isinstance(nested, dict) and not any(key in before for key in said)
     (before["text_config"] if of_text else before).update(said)
     if before != read_object(ours.config):
-        raise VerificationError(f"{ours.config}: differs from the original in more than the sizes")
+        raise ours.wrong("differs from the original in more than the sizes")
     removal = Removal(shrunk, theirs)
     if odd := set(said) - set(removal.settings):
-        raise VerificationError(
-            f"{ours.config}: {min(odd)} is no size of what was removed, and must be the original's"
-        )
+        raise ours.wrong(f"{min(odd)} is no size of what was removed, and must be the original's")
     for key, size in removal.settings.items():
         if ours.setting(key) != size:
-            raise VerificationError(
-                f"{ours.config}: {key} is not the original's without what was removed, which is {size}"
+            raise ours.wrong(
+                f"{key} is not the original's without what was removed, which is {size}"
             )
     return removal
 
@@ -178,46 +167,44 @@ def _check_tensor(
     name: str, weights: Weights, dense: Weights | None, shrunk: Mapping[str, Any]
 ) -> int:
     """One tensor of the folder; how many numbers it holds."""
-    found, steps, where = weights.read(name), shrunk["tensors"].get(name, []), weights.folder
+    found, steps = weights.read(name), shrunk["tensors"].get(name, [])
     for step in steps:
         left = len(_inside(step, shrunk["kept"]))
         if step["axis"] >= found.ndim or found.shape[step["axis"]] != left:
-            raise VerificationError(
-                f"{where}: tensor {name!r} is {list(found.shape)}, and the manifest leaves {left} of "
+            raise weights.wrong(
+                f"tensor {name!r} is {list(found.shape)}, and the manifest leaves {left} of "
                 f"axis {step['axis']}"
             )
     if dense is not None:
-        theirs = dense.read(shrunk.get("names", {}).get(name, name))
+        theirs = dense.read(shrunk["names"].get(name, name))
         for step in steps:
             if theirs.shape[step["axis"]] != sum(length for length, _ in step["parts"]):
-                raise VerificationError(
-                    f"{where}: tensor {name!r} is cut otherwise than it is long in the original"
+                raise weights.wrong(
+                    f"tensor {name!r} is cut otherwise than it is long in the original"
                 )
             theirs = theirs.index_select(step["axis"], _inside(step, shrunk["kept"]))
         if found.dtype != theirs.dtype or found.shape != theirs.shape:
-            raise VerificationError(f"{where}: tensor {name!r} has another shape or type")
+            raise weights.wrong(f"tensor {name!r} has another shape or type")
         same = name in shrunk["set_anew"] or torch.equal(bytes_of(found), bytes_of(theirs))
         if not same:
-            raise VerificationError(
-                f"{where}: tensor {name!r} is not the original's, cut as the manifest says"
-            )
-    check_finite(where, name, found)
+            raise weights.wrong(f"tensor {name!r} is not the original's, cut as the manifest says")
+    check_finite(weights, name, found)
     return found.numel()
 
 
-def _check_cuts(folder: Path, shrunk: Mapping[str, Any], removal: Removal) -> None:
+def _check_cuts(weights: Weights, shrunk: Mapping[str, Any], removal: Removal) -> None:
     """Every tensor is cut as what was removed asks, and no other; weights are updated only in the layers that
     take the channels or heads, in all blocks or in none."""
     for name in sorted({*removal.cuts, *shrunk["tensors"]}):
         if removal.cuts.get(name) != shrunk["tensors"].get(name):
-            raise VerificationError(
-                f"{folder}: tensor {name!r} is not cut as what was removed asks; all that a block's "
+            raise weights.wrong(
+                f"tensor {name!r} is not cut as what was removed asks; all that a block's "
                 "channels, heads or experts run through loses the same of them"
             )
     said = set(shrunk["set_anew"])
     if odd := said - removal.updatable or (removal.updatable - said if said else set()):
-        raise VerificationError(
-            f"{folder}: tensor {min(odd)!r} is updated, or not, unlike a least-squares update of all "
+        raise weights.wrong(
+            f"tensor {min(odd)!r} is updated, or not, unlike a least-squares update of all "
             "layers that take channels or heads"
         )
 
@@ -290,7 +277,9 @@ class Removal:
         home, _, last = consumer.rpartition(".")
         shape = theirs.shapes.get(f"{consumer}.weight", ())
         if last not in (*_MLPS, *_ATTENTIONS) or len(shape) != 2:
-            raise _odd(theirs, consumer, "is not a layer that takes channels or heads")
+            raise theirs.wrong(
+                f"{consumer!r} of the manifest is not a layer that takes channels or heads"
+            )
         size, kept = shape[1], shrunk["kept"][consumer]
         weight = _stored(theirs, f"{consumer}.weight")
         if last in _MLPS:
@@ -304,14 +293,14 @@ class Removal:
             groups = int(theirs.setting("num_key_value_heads") or heads)
             width, each = int(theirs.setting("head_dim") or size // heads), heads // groups
             if heads * width != size or heads % groups:
-                raise _odd(
-                    theirs, consumer, f"has {size} inputs, which are no {heads} heads of {width}"
+                raise theirs.wrong(
+                    f"{consumer!r} of the manifest has {size} inputs, which are no {heads} heads of {width}"
                 )
             # whole groups go, each with all its heads; or as many heads of every group
             whole = shrunk["tensors"].get(weight) == [_step(1, [(size, each * width)], consumer)]
             if not whole and len({sum(k // each == g for k in kept) for g in range(groups)}) > 1:
-                raise _odd(
-                    theirs, consumer, "loses more heads of one key–value group than of another"
+                raise theirs.wrong(
+                    f"{consumer!r} of the manifest loses more heads of one key–value group than of another"
                 )
             own = (size, width * (each if whole else 1))
             key = (groups * width, width if whole else 0)
@@ -337,7 +326,9 @@ class Removal:
             own = [shape for name, shape in theirs.shapes.items() if name.startswith(begin)]
             counts = {shape[0] for shape in own if len(shape) == 3}
             if len(counts) != 1:
-                raise _odd(theirs, mixture, "holds no experts that tokens are routed to")
+                raise theirs.wrong(
+                    f"{mixture!r} of the manifest holds no experts that tokens are routed to"
+                )
             (count,) = counts
             parent = mixture.rpartition(".")[0]
             begins = (begin, *(f"{parent}.{router}." for router in _ROUTERS))
@@ -353,8 +344,8 @@ class Removal:
             words = [k for k in _COUNTS if k in shrunk["settings"] and theirs.setting(k) == count]
             self.settings |= dict.fromkeys(words, len(kept))
         if homes != shrunk["experts"]:
-            raise VerificationError(
-                f"{theirs.weights.folder}: the manifest says otherwise than the model where experts lie that "
+            raise theirs.weights.wrong(
+                "the manifest says otherwise than the model where experts lie that "
                 "are stored one by one"
             )
 
@@ -364,16 +355,14 @@ class Removal:
         words = [key for key in _DEPTHS if key in shrunk["settings"]]
         count = theirs.setting(words[0]) if len(words) == 1 else None
         if type(count) is not int:
-            raise VerificationError(
-                f"{theirs.config}: the manifest does not say how many blocks are left of it"
-            )
+            raise theirs.wrong("the manifest does not say how many blocks are left of it")
         self.settings[words[0]] = count - len(removed)
         for key, listed in theirs.settings.to_dict().items():
             if key in _NUMBERED and isinstance(listed, list):
                 self.settings[key] = _renumbered(listed, removed)
             elif isinstance(listed, list) and len(listed) == count and not key.endswith("token_id"):
                 self.settings[key] = [x for index, x in enumerate(listed) if index not in removed]
-        parts = min(shrunk.get("gone", ()), default="").split(".")
+        parts = min(shrunk["gone"], default="").split(".")
         home = ".".join(itertools.takewhile(lambda part: not part.isdecimal(), parts))
 
         def rename(name: str) -> str | None:
@@ -411,13 +400,11 @@ def _stored(theirs: Loading, parameter: str) -> str:
     """The tensor that a parameter is."""
     stored = theirs.stored(parameter)
     if stored is None:
-        raise _odd(theirs, parameter, "is not stored unchanged, and cannot be cut")
+        raise theirs.wrong(
+            f"{parameter!r} of the manifest is not stored unchanged, and cannot be cut"
+        )
     return stored
 
 
 def _step(axis: int, parts: Sequence[tuple[int, int]], by: str) -> dict[str, Any]:
     return {"axis": axis, "parts": [list(part) for part in parts], "by": by}
-
-
-def _odd(theirs: Loading, name: str, what: str) -> VerificationError:
-    return VerificationError(f"{theirs.config}: {name!r} of the manifest {what}")

@@ -54,9 +54,7 @@ def check_tensors(
         if name in masks.layout:
             kept, changeable = masks.kept(name, found), bool(updated)
             if bytes_of(found)[~kept.reshape(-1)].any():  # minus zero is a change, too
-                raise VerificationError(
-                    f"{weights.folder}: {name!r} holds weights that its mask prunes"
-                )
+                raise weights.wrong(f"{name!r} holds weights that its mask prunes")
             # a matrix of which nothing is pruned is that of an expert that was left out
             same = kept.clone()
             for part, mask, weight in _slices(name, kept, masks.layout[name][1], dense):
@@ -75,7 +73,7 @@ def check_tensors(
         if dense is not None:
             _check_same(name, found, dense, same, what)
         if changeable:
-            check_finite(weights.folder, name, found)
+            check_finite(weights, name, found)
         on_progress(done, len(weights.where))
     return slices
 
@@ -143,7 +141,7 @@ class Masks:
         self.path = path
         self.layout: dict[str, tuple[list[int], int]] = {}
         self._digests: dict[str, str] = {}
-        damaged = VerificationError(f"{path}: the header of the masks is damaged")
+        damaged = self._wrong("the header of the masks is damaged")
         with opened(path) as file:
             names, metadata = list(file.keys()), file.metadata() or {}
         try:
@@ -159,37 +157,35 @@ class Masks:
         if metadata.get("format") != MASK_FORMAT or len(layout) != len(names):
             raise damaged
 
+    def _wrong(self, what: str) -> VerificationError:
+        return VerificationError(f"{self.path}: {what}")
+
     def check_names(self, manifest: Manifest, weights: Weights) -> None:
         """The masks are those of the manifest's tensors, and the tensors are there."""
-        folder = weights.folder
         if set(self.layout) != set(manifest.tensors):
-            raise VerificationError(f"{folder}: masks and manifest name different tensors")
+            raise weights.wrong("masks and manifest name different tensors")
         for layer in manifest.layers:
             name = called_like(layer["name"], weights.where)
             if name is not None and name not in self.layout:
-                raise VerificationError(f"{folder}: layer {layer['name']!r} has no mask")
+                raise weights.wrong(f"layer {layer['name']!r} has no mask")
         if missing := set(self.layout) - set(weights.where):
-            raise VerificationError(
-                f"{folder}: tensor {min(missing)!r} has a mask and is not there"
-            )
+            raise weights.wrong(f"tensor {min(missing)!r} has a mask and is not there")
         for name, (_, axis) in self.layout.items():
             if manifest.tensors[name]["input_axis"] != axis:
-                raise VerificationError(
-                    f"{folder}: {name!r}: masks and manifest differ in the axis"
-                )
+                raise weights.wrong(f"{name!r}: masks and manifest differ in the axis")
 
     def kept(self, name: str, of: Tensor) -> Tensor:
         """The mask of a tensor, bool in its shape."""
         shape, axis = self.layout[name]
         if list(of.shape) != shape:
-            raise VerificationError(f"{self.path}: mask of {name!r} has another shape")
+            raise self._wrong(f"mask of {name!r} has another shape")
         packed = read_tensor(self.path, name)
         if packed.dtype != torch.uint8 or packed.shape != ((of.numel() + 7) // 8,):
-            raise VerificationError(f"{self.path}: mask of {name!r} has the wrong number of bits")
+            raise self._wrong(f"mask of {name!r} has the wrong number of bits")
         head = json.dumps([MASK_FORMAT, name, shape, axis]).encode()
         digest = hashlib.sha256(head + b"\n" + packed.numpy().tobytes()).hexdigest()
         if digest != self._digests[name]:
-            raise VerificationError(f"{self.path}: mask of {name!r} has another digest")
+            raise self._wrong(f"mask of {name!r} has another digest")
         places = torch.arange(8, dtype=torch.uint8)
         bits = ((packed[:, None] >> places) & 1).view(-1)[: of.numel()]
         return bits.bool().view(of.shape)

@@ -225,11 +225,11 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     folder = Path(output)
     manifest, weights = read_manifest(folder), read_weights(folder)
     if manifest.options.pattern != NM(2, 4):
-        raise VerificationError(f"{folder}: holds no 2:4 layer")
+        raise weights.wrong("holds no 2:4 layer")
     converted = []
     for name, info in manifest.tensors.items():
         if name not in weights.where:
-            raise VerificationError(f"{folder}: tensor {name!r} has a mask and is not there")
+            raise weights.wrong(f"tensor {name!r} has a mask and is not there")
         weight = weights.read(name).half().cuda()
         axis = info["input_axis"]
         weight = weight.movedim(axis, -1).reshape(-1, weight.shape[axis])
@@ -292,15 +292,15 @@ def _verify_fine_tuned(
     called = _names(masks.layout, weights.where)
     for name in sorted(masks.layout):
         if called(name) not in weights.where:
-            raise VerificationError(
-                f"{tuned}: has no tensor {name!r}, which {pruned} prunes; merge adapters before saving"
+            raise weights.wrong(
+                f"has no tensor {name!r}, which {pruned} prunes; merge adapters before saving"
             )
     _check_model(weights, pruned, before, trust)
     count = lost = total = zeros = 0
     first = ""
     for done, name in enumerate(sorted(masks.layout), 1):
         found = weights.read(called(name))
-        check_finite(tuned, called(name), found)
+        check_finite(weights, called(name), found)
         kept = masks.kept(name, found)
         gone = int((found[~kept] != 0).sum())
         first = first or (name if gone else "")
@@ -310,15 +310,15 @@ def _verify_fine_tuned(
         total += found.numel()
         on_progress(done, len(masks.layout))
     if lost:
-        raise VerificationError(
-            f"{tuned}: {lost} of {count} pruned weights are not zero, the first ones in {first!r}; sparsity "
+        raise weights.wrong(
+            f"{lost} of {count} pruned weights are not zero, the first ones in {first!r}; sparsity "
             f"is {zeros / total:.4f}, not {count / total:.4f}. Train under `maskopt.keep_masks`"
         )
     theirs = {called(name): name for name in (before.where if before else ())}
     others = changed = 0
     for name in sorted({*weights.where} - {*map(called, masks.layout)}):
         found = weights.read(name)
-        check_finite(tuned, name, found)
+        check_finite(weights, name, found)
         if before is not None and name in theirs:
             others += 1
             changed += not torch.equal(bytes_of(found), bytes_of(before.read(theirs[name])))
@@ -342,14 +342,12 @@ def _check_model(weights: Weights, pruned: Path, before: Weights | None, trust: 
         check_configuration(folder, names, names if trust else (), "`trust_remote_code` allows it")
     ours, theirs = (Loading(x, trust_remote_code=trust) for x in (weights, theirs_in))
     if odd := {*ours.shapes} ^ {*theirs.shapes}:
-        raise VerificationError(
-            f"{weights.folder}: parameter {min(odd)!r} is only in one of this model and that of {pruned}"
+        raise weights.wrong(
+            f"parameter {min(odd)!r} is only in one of this model and that of {pruned}"
         )
     check_loads(ours, None if before is None else theirs)
     if before is None and ours.unused:
-        raise VerificationError(
-            f"{weights.folder}: the model takes no tensor {min(ours.unused)!r}; remove the tensor"
-        )
+        raise weights.wrong(f"the model takes no tensor {min(ours.unused)!r}; remove the tensor")
 
 
 def _names(masked: Collection[str], there: Collection[str]) -> Callable[[str], str]:
