@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from maskopt.errors import VerificationError
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
-from maskopt.models.checkpoints.report import manifest_digest
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 #: what a field could be given
 VALUES: tuple[Any, ...] = (
@@ -38,8 +37,7 @@ def forge_manifest(result: Path, change: Change = lambda _: None) -> None:
         if (result / name).is_file():
             digest = hashlib.sha256((result / name).read_bytes()).hexdigest()
             manifest["files"][name] = digest
-    manifest["sha256"] = manifest_digest(manifest)
-    (result / MANIFEST).write_text(json.dumps(manifest))
+    (result / MANIFEST).write_text(json.dumps(signed(manifest)))
 
 
 def fails(error: type[Exception], said: str | None, call: Any, *given: Any, **more: Any) -> None:
@@ -66,7 +64,7 @@ def check_forgery(
     """A copy of the result with another manifest is refused with this message."""
     out = copied(result, to)
     forge_manifest(out, change)
-    fails(VerificationError, message, verify_output, out, original)
+    fails(VerificationError, message, verify_model, out, original)
 
 
 def list_file(result: Path, *names: str) -> None:

@@ -93,7 +93,7 @@ def verify(
     }
     if masks is not None:
         _refuse("a model with --masks", {**given, "solution": solution}, "trust_remote_code")
-        _verify_masks(folder, masks, options["trust_remote_code"])
+        _print_fine_tuned(folder, masks, _verify(folder, None, options, masks=masks))
         return
     if solution is not None:
         from maskopt.cli.solve import check
@@ -107,87 +107,76 @@ def verify(
 
     if is_smaller(folder):
         _refuse("a smaller model", given, "original")
-        _verify_smaller(folder, original)
-    else:
-        _refuse("a pruned model", given, "original", "calibration", "semi_structured", *options)
-        _verify_model(folder, original, calibration, semi_structured, options)
+        result = _verify(folder, original, options)
+        _print_smaller(folder, original, result)
+        return
+    _refuse("a pruned model", given, "original", "calibration", "semi_structured", *options)
+    result = _verify(folder, original, options, calibration=calibration)
+    _print_pruned(folder, original, result)
+    _convert(folder, result, semi_structured)
 
 
-def _verify_smaller(folder: Path, original: str | None) -> None:
-    """What `maskopt prune-structured` wrote."""
+def _verify(folder: Path, original: str | None, options: dict[str, Any], **more: Any) -> Verified:
     from maskopt.models.checkpoints.checkpoint import resolve_model
-    from maskopt.models.verification.structured import verify_smaller
+    from maskopt.models.verification.verify import verify_model
 
-    home = None if original is None else resolve_model(original)
+    trusted = options["trust_remote_code"]
+    home = None if original is None else resolve_model(original, trust_remote_code=trusted)
+    given = {"layers": options["include"], **options, **more}
+    given.pop("include")
     with view() as shown:
-        found = verify_smaller(folder, home, lambda done, total: shown.show("tensors", done, total))
+        return verify_model(
+            folder, home, lambda done, total: shown.show("tensors", done, total), **given
+        )
+
+
+def _print_smaller(folder: Path, original: str | None, result: Verified) -> None:
+    """What `maskopt prune-structured` wrote."""
     same = f", every other weight is that of {original}" if original is not None else ""
     output.print(
-        f"{folder}: holds. {found.tensors} tensors, of which {found.cut} are smaller and {found.set_anew} "
-        f"updated, {found.files} files, {found.weights:,} weights{same} "
-        f"(checked: {', '.join(found.checked)}); {', '.join(found.claimed)}: claimed",
+        f"{folder}: holds. {result.tensors} tensors, of which {result.cut} are smaller and "
+        f"{result.updated} updated, {result.files} files, {result.weights:,} weights{same} "
+        f"(checked: {', '.join(result.checked)}); {', '.join(result.claimed)}: claimed",
         soft_wrap=True,
     )
 
 
-def _verify_model(
-    folder: Path,
-    original: str | None,
-    calibration: str | None,
-    semi_structured: bool | None,
-    options: dict[str, Any],
-) -> None:
-    """What `maskopt prune` wrote, and what was found of it in words."""
-    from maskopt.models.architecture.opening import choose_device
-    from maskopt.models.checkpoints.checkpoint import resolve_model
-    from maskopt.models.verification import verify as library
-
-    trusted = options["trust_remote_code"]
-    with view() as shown:
-        result = library.verify_output(
-            folder,
-            None if original is None else resolve_model(original, trust_remote_code=trusted),
-            lambda done, total: shown.show("tensors", done, total),
-            calibration=calibration,
-            layers=options.pop("include"),
-            **options,
-        )
-    anew = "trained" if "trained weights" in result.claimed else "refitted"
+def _print_pruned(folder: Path, original: str | None, result: Verified) -> None:
+    """What `maskopt prune` wrote."""
+    updated = "trained" if "trained weights" in result.claimed else "refitted"
     kept = (
         "kept weight"
         if "kept weights" in result.checked
-        else f"weight that is neither pruned nor {anew}"
+        else f"weight that is neither pruned nor {updated}"
     )
     same = f", every {kept} is that of {original}" if original is not None else ""
     output.print(
         f"{folder}: holds. {result.layers} layers, {result.rows} rows, {result.files} files, "
-        f"sparsity {result.sparsity:.4f}{same} (checked); {_told_apart(result)}: claimed",
+        f"sparsity {result.sparsity:.4f}{same} (checked); {_claims(result)}: claimed",
         soft_wrap=True,
     )
+
+
+def _convert(folder: Path, result: Verified, semi_structured: bool | None) -> None:
+    """Conversion of 2:4 layers by PyTorch, where it is asked for or there is a CUDA device."""
+    from maskopt.models.architecture.opening import choose_device
+    from maskopt.models.verification import verify
+
     if semi_structured is None and result.two_four:
         semi_structured = choose_device("auto").type == "cuda"
         if not semi_structured:
             output.print("conversion by PyTorch (2:4): skipped, there is no CUDA device here")
     if semi_structured:
-        converted = library.semi_structured(folder)
+        converted = verify.semi_structured(folder)
         output.print(f"PyTorch accepts all {len(converted)} layers as semi-structured 2:4")
 
 
-def _verify_masks(folder: Path, pruned: Path, trusted: bool) -> None:
-    """A model that was trained on after it was pruned."""
-    from maskopt.models.verification.masks import verify_masks
-
-    with view() as shown:
-        found = verify_masks(
-            folder,
-            pruned,
-            lambda done, total: shown.show("tensors", done, total),
-            trust_remote_code=trusted,
-        )
-    others = f". Of {found.others} tensors without a mask, {found.changed} changed"
+def _print_fine_tuned(folder: Path, pruned: Path, result: Verified) -> None:
+    """A model that was trained further after a prune."""
+    others = f". Of {result.others} tensors without a mask, {result.changed} changed"
     output.print(
-        f"{folder}: holds. All {found.pruned} weights that {pruned} prunes are zero, in {found.tensors} "
-        f"tensors; sparsity {found.sparsity:.4f}{others if found.others else ''}",
+        f"{folder}: holds. All {result.pruned} weights that {pruned} prunes are zero, in {result.tensors} "
+        f"tensors; sparsity {result.sparsity:.4f}{others if result.others else ''}",
         soft_wrap=True,
     )
 
@@ -200,7 +189,7 @@ def _refuse(what: str, given: dict[str, Any], *takes: str) -> None:
             raise OptionError(f"`{name}` does not apply to {what}")
 
 
-def _told_apart(result: Verified) -> str:
+def _claims(result: Verified) -> str:
     """The layers whose errors were computed again, and what is claimed."""
     count, claimed = len(result.checked_layers), ", ".join(result.claimed)
     if not count:
@@ -209,5 +198,5 @@ def _told_apart(result: Verified) -> str:
         rest = f"errors and statuses of the other {result.layers - count}"
         claimed = ", ".join([rest, *(c for c in result.claimed if c not in ("errors", "statuses"))])
     limit = f"{result.tolerance:.0e}"
-    anew = ", refitted weights" if "refitted weights" in result.checked else ""
-    return f"errors (to {limit}) and statuses of {count} layers{anew} (checked); {claimed}"
+    updated = ", refitted weights" if "refitted weights" in result.checked else ""
+    return f"errors (to {limit}) and statuses of {count} layers{updated} (checked); {claimed}"

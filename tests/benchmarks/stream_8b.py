@@ -128,9 +128,9 @@ def main() -> None:
         return f"{len(report.layers)} layers by {arguments.solver}"
 
     def verify() -> str:
-        from maskopt.models.verification.verify import verify_output
+        from maskopt.models.verification.verify import verify_model
 
-        return f"{verify_output(out, original=model).rows} rows hold"
+        return f"{verify_model(out, original=model).rows} rows hold"
 
     def evaluate() -> str:
         from maskopt.models.evaluation.perplexity import perplexity

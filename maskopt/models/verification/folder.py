@@ -1,14 +1,11 @@
-"""What a loader would take out of a pruned folder: the weights, and nothing else that it could take.
-
-Shares no code with what reads and writes models.
-"""
+"""The files of a folder: what a loader takes, nothing else that it could take, and whether all but the
+weights are the original's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,31 +17,25 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maskopt.errors import VerificationError
-from maskopt.models.verification.shape import pairs, too_many
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MASKS = "maskopt-masks.bits"
 MANIFEST = "maskopt-manifest.json"
 CONFIG = "config.json"
-#: what a prune copies beside the weights: configuration, tokenizer, templates
+#: what a prune copies besides the weights: configuration, tokenizer, templates
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-#: what `maskopt` itself writes beside the weights
-OWN = (MASKS, MANIFEST, "maskopt-distill.json")
-#: what transformers' Trainer and tokenizers leave in a folder, and no loader takes for weights or code
-SAVED = re.compile(
-    r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|checkpoint-\d+|runs|"
-    r"additional_chat_templates"
-)
-#: what no loader reads; such files may also have come later
+#: what no loader reads; such files may be added to a result
 HARMLESS_NAMES = ("README", "LICENSE", "NOTICE", "USE_POLICY", ".gitattributes", ".gitignore")
 HARMLESS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf", ".html")
-#: keys of JSON files that make transformers run code that it does not hold itself
+#: keys of JSON files that make transformers run code from outside its package
 CODE_KEYS = ("auto_map", "custom_pipelines")
 #: part of keys whose value may name a kernel of the hub, `owner/name`
 KERNEL_KEYS = "implementation"
-#: keys of config.json that have other weights loaded, or these otherwise
+#: keys of config.json that make a loader take other weights, or convert these
 WEIGHT_KEYS = ("transformers_weights", "quantization_config")
+#: keys of config.json that saving a model rewrites
+REWRITTEN = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class Weights:
     Attributes:
         where: tensor name → its file.
         files: names of the shards and, where there are several, of the index.
-        unnamed: tensors that lie in a shard and that the index does not name.
+        unnamed: tensors of the shards that the index does not name.
     """
 
     folder: Path
@@ -62,51 +53,32 @@ class Weights:
     files: tuple[str, ...]
     unnamed: frozenset[str]
 
+    def read(self, name: str) -> Tensor:
+        return read_tensor(self.where[name], name)
+
+    def wrong(self, what: str) -> VerificationError:
+        return VerificationError(f"{self.folder}: {what}")
+
+    def shapes(self) -> Iterator[tuple[str, list[int]]]:
+        """Names and shapes of the tensors; no weight is read."""
+        for path in sorted(set(self.where.values())):
+            with opened(path) as file:
+                yield from ((name, file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
 
 def read_weights(folder: Path) -> Weights:
-    """Find tensors as transformers does: one file is taken before an index, and of a shard everything.
+    """Find tensors as transformers does: one file goes before an index, and all of a shard is loaded.
 
-    Raises:
-        VerificationError: no safetensors weights, an index that leads out of the folder or names a
-            tensor that is not there, a tensor in two shards; a configuration of far more blocks or experts.
+    Raises VerificationError for an index that leads out of the folder or names a tensor that is not there,
+    and for a tensor in two shards.
     """
-    weights = _found(folder)
-    if os.path.lexists(folder / CONFIG):
-        check_counts(folder, weights)
-    return weights
-
-
-def check_counts(folder: Path, weights: Weights) -> None:
-    """Raise VerificationError where a folder's configuration has far more blocks or experts than there are
-    tensors for: nobody can wait until such a model is built."""
-    if wrong := too_many(read_object(folder / CONFIG), lambda: shapes(weights)):
-        raise VerificationError(f"{folder / CONFIG}: {wrong}")
-
-
-def shapes(weights: Weights) -> Iterator[tuple[str, list[int]]]:
-    """Names and shapes of the tensors; no weight is read."""
-    for path in sorted(set(weights.where.values())):
-        with opened(path) as file:
-            yield from ((name, file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-
-
-def _found(folder: Path) -> Weights:
-    single = folder / SINGLE
-    if single.is_file():
-        with opened(single) as file:
-            return Weights(folder, dict.fromkeys(file.keys(), single), (SINGLE,), frozenset())
-    if not (folder / INDEX).is_file():
+    if (folder / SINGLE).is_file():
+        named, shards = None, [SINGLE]
+    elif (folder / INDEX).is_file():
+        named = _weight_map(folder)
+        shards = sorted(set(named.values()))
+    else:
         raise VerificationError(f"{folder}: holds no safetensors weights")
-    named = read_object(folder / INDEX).get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise VerificationError(f"{folder / INDEX}: holds no weight_map")
-    for tensor, shard in named.items():
-        if not isinstance(shard, str) or not is_plain(shard) or not shard.endswith(".safetensors"):
-            raise VerificationError(
-                f"{folder / INDEX}: {tensor[:200]!r} is said to be in {str(shard)[:200]!r}, which is "
-                "not the name of a safetensors file in the folder"
-            )
-    shards = sorted(set(named.values()))
     where: dict[str, Path] = {}
     for shard in shards:
         with opened(folder / shard) as file:
@@ -117,35 +89,44 @@ def _found(folder: Path) -> Weights:
                     f"{folder}: tensor {name!r} is in {where[name].name} and in {shard}"
                 )
             where[name] = folder / shard
-    for tensor, shard in named.items():
-        if where.get(tensor) != folder / shard:
+    for name, shard in (named or {}).items():
+        if where.get(name) != folder / shard:
             raise VerificationError(
-                f"{folder / INDEX}: says that {tensor[:200]!r} is in {shard}; it is not"
+                f"{folder / INDEX}: says that {name[:200]!r} is in {shard}; it is not"
             )
+    if named is None:
+        return Weights(folder, where, (SINGLE,), frozenset())
     return Weights(folder, where, (*shards, INDEX), frozenset(where) - frozenset(named))
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    named = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise VerificationError(f"{folder / INDEX}: holds no weight_map")
+    for name, shard in named.items():
+        if not isinstance(shard, str) or not is_plain(shard) or not shard.endswith(".safetensors"):
+            raise VerificationError(
+                f"{folder / INDEX}: {name[:200]!r} is said to be in {str(shard)[:200]!r}, which is "
+                "not the name of a safetensors file in the folder"
+            )
+    return named
+
+
 def check_entries(
-    folder: Path,
-    listed: Mapping[str, str],
-    weights: Weights,
-    *,
-    needed: Collection[str] = (MASKS, CONFIG),
+    weights: Weights, listed: Mapping[str, str], needed: Collection[str] = (MASKS, CONFIG)
 ) -> None:
     """Compare every file with the manifest's digest, and refuse everything else that a loader could
     take for weights, configuration or code.
 
     Args:
         listed: the manifest's files, name → SHA-256.
-        needed: files beside the weights that must be among them.
-
-    Raises:
-        VerificationError: a file that is missing, changed, unknown, or a link out of the folder.
+        needed: files besides the weights that must be listed.
     """
+    folder = weights.folder
     check_beside(weights, lambda name: name in listed or name == MANIFEST)
     for name, digest in sorted(listed.items()):
         if not is_plain(name) or not os.path.lexists(folder / name):
-            raise VerificationError(f"{folder}: file {name[:200]!r} of the manifest is not there")
+            raise weights.wrong(f"file {name[:200]!r} of the manifest is not there")
         if not (name in weights.files or name == MASKS or is_copied(name) or _is_harmless(name)):
             raise _could_be_taken(folder / name)
         check_regular(folder / name)
@@ -157,21 +138,16 @@ def check_entries(
 
 
 def check_beside(weights: Weights, is_known: Callable[[str], bool]) -> None:
-    """Refuse all in the folder of weights, but for the known files, that a loader could take for weights,
-    configuration or code.
-
-    Raises:
-        VerificationError: such a file, or a link out of the folder.
-    """
+    """Refuse links out of the folder, and unknown entries that a loader could take for weights, configuration
+    or code."""
     folder = weights.folder
     if SINGLE in weights.files and os.path.lexists(folder / INDEX):
-        raise VerificationError(
-            f"{folder}: a loader could take either {SINGLE} or the shards of {INDEX}; "
+        raise weights.wrong(
+            f"a loader could take either {SINGLE} or the shards of {INDEX}; "
             "a result holds one of them"
         )
     for entry in sorted(folder.iterdir()):
-        known = is_known(entry.name)
-        if not known and (entry.is_dir() or not _is_harmless(entry.name)):
+        if not is_known(entry.name) and (entry.is_dir() or not _is_harmless(entry.name)):
             raise _could_be_taken(entry)
         if not entry.is_dir():
             check_regular(entry)
@@ -183,11 +159,11 @@ def check_configuration(
     compared: Collection[str],
     remedy: str = "whether the original does, too, only a comparison with it (`original`) can show",
 ) -> None:
-    """Refuse configuration that has a loader take other weights, or run code.
+    """Refuse configuration that makes a loader take other weights, or run code.
 
     Args:
         names: of the files in the folder.
-        compared: files that are the original's, so that code which they ask for is the original's, too.
+        compared: files that are the original's: code that they ask for is the original's, too.
     """
     for name in sorted(names):
         if not name.endswith(".json") or name in (INDEX, MANIFEST):
@@ -205,9 +181,94 @@ def check_configuration(
     read_object(folder / CONFIG)
 
 
-def asks_for_code(folder: Path) -> bool:
-    """Does config.json name code of its own, without which transformers may not know the model?"""
-    return bool(read_object(folder / CONFIG).get("auto_map"))
+def same_files(
+    record: Mapping[str, Any],
+    weights: Weights,
+    original: Weights,
+    tensors: Collection[str] | None = None,
+) -> set[str]:
+    """Names of the files besides the weights that are those of the original.
+
+    Of a model folder, pruning copies them all, byte by byte, and the manifest holds the folder's digest.
+    A model in memory was saved again: its configuration must mean the same, the rest may differ.
+
+    Args:
+        record: the manifest.
+        tensors: of a smaller model, the names in the original of its tensors and of the removed ones.
+            Its weights have another index and its configuration other sizes, which are checked elsewhere.
+    """
+    folder, home = weights.folder, original.folder
+    known = weights.where if tensors is None else tensors
+    if odd := set(known) ^ set(original.where):
+        raise weights.wrong(f"tensor {min(odd)!r} is in only one of the two models")
+    if len(known) != len(set(known)):
+        raise weights.wrong("the manifest names a tensor of the original twice")
+    own = {CONFIG} if tensors is not None else set()
+    there = [x for x in home.iterdir() if is_copied(x.name) and is_plain(x.name) and x.is_file()]
+    theirs = {file.name for file in filter(_is_inside, there)} - own
+    ours = set(filter(is_copied, record["files"])) - own
+    same = {n for n in ours & theirs if sha256(folder / n) == sha256(home / n)}
+    model = record["fingerprint"].get("model")
+    if tensors is None:
+        if weights.unnamed != original.unnamed:
+            raise VerificationError(
+                f"{folder / INDEX}: the index does not name the same tensors as the original's"
+            )
+        if model is None:
+            return same | {n for n in ours & theirs - same if _means_the_same(folder, home, n)}
+    hashed = {n: sha256(home / n) for n in (CONFIG, *original.files) if n != INDEX}
+    if model != hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest():
+        raise VerificationError(
+            f"{folder / MANIFEST}: holds the digest of another model than {home}"
+        )
+    if tensors is None and (
+        weights.files != original.files
+        or (INDEX in weights.files and sha256(folder / INDEX) != sha256(home / INDEX))
+    ):
+        raise VerificationError(f"{folder / INDEX}: the index is not that of the original")
+    for name in sorted((ours | theirs) - same):
+        where = (
+            "differs from the original" if name in ours & theirs else "is in only one of the two"
+        )
+        raise VerificationError(f"{folder / name}: {where}; configuration and tokenizer are copied")
+    return same
+
+
+def _is_inside(file: Path) -> bool:
+    """Links out of an original are not followed, and what they lead to is not copied."""
+    try:
+        check_regular(file)
+    except VerificationError:
+        return False
+    return True
+
+
+def _means_the_same(folder: Path, home: Path, name: str) -> bool:
+    """Is a JSON file the same except for what saving a model rewrites? config.json must be."""
+    if name == CONFIG:
+        ours, theirs = _configuration(folder), _configuration(home)
+        unread = {*read_object(folder / CONFIG)} - {*ours, *REWRITTEN}  # others may read them
+        odd = sorted(unread | {k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)})
+        if odd:
+            raise VerificationError(f"{folder / CONFIG}: {odd[0]!r} differs from the original")
+        return True
+    if name != "generation_config.json":
+        return False
+    ours, theirs = read_object(folder / name), read_object(home / name)
+    return all(ours.get(k) == theirs.get(k) for k in {*ours, *theirs} - set(REWRITTEN))
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    """What transformers reads out of config.json, defaults filled in."""
+    from transformers import AutoConfig
+
+    try:
+        read: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    except Exception as error:  # configurations fail in as many ways as there are models
+        raise VerificationError(
+            f"{folder / CONFIG}: cannot be read: {first_line(error)}"
+        ) from error
+    return {key: value for key, value in read.items() if key not in REWRITTEN}
 
 
 def is_copied(name: str) -> bool:
@@ -217,14 +278,14 @@ def is_copied(name: str) -> bool:
 
 
 def is_plain(name: str) -> bool:
-    """Is it a file name without any path, which every system takes?"""
+    """Is it a file name without a path that every system takes?"""
     odd = set(name) & set('/\\:\0*?"<>|') or not name.isprintable()
     return 0 < len(name) < 256 and name not in (".", "..") and not odd
 
 
 def check_regular(file: Path) -> None:
     """Raise VerificationError for a pipe, a device, or a link out of the folder. Links into the blobs of
-    the hub's cache, beside the snapshot, stay inside."""
+    the hub's cache, next to the snapshot, stay inside."""
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if real.parent not in (home, blobs):
@@ -242,11 +303,12 @@ def opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        line = (str(error).splitlines() or [""])[0]
-        raise VerificationError(f"{path}: cannot be read as safetensors: {line}") from None
+        raise VerificationError(
+            f"{path}: cannot be read as safetensors: {first_line(error)}"
+        ) from None
 
 
-def tensor(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str) -> Tensor:
     with opened(path) as file:
         try:
             return file.get_tensor(name)
@@ -254,10 +316,29 @@ def tensor(path: Path, name: str) -> Tensor:
             raise VerificationError(f"{path}: {name!r}: {error}") from None
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are stored alike."""
-    pair = (x.contiguous().view(-1).view(torch.uint8) for x in (one, other))
-    return torch.equal(*pair)
+def check_finite(weights: Weights, name: str, found: Tensor) -> None:
+    """Raise VerificationError for NaN or infinite weights."""
+    small = found.dtype.itemsize < 4  # of some of these types, torch knows no infinity
+    if not bool(torch.isfinite(found.float() if small else found).all()):
+        raise weights.wrong(f"{name!r} holds NaN or infinite weights")
+
+
+def bytes_of(stored: Tensor) -> Tensor:
+    """The bits of a tensor, [elements, bytes of one]."""
+    flat = stored.contiguous().view(-1)
+    return flat.view(torch.uint8).view(flat.numel(), stored.dtype.itemsize)
+
+
+def pairs(value: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and values of all objects inside a JSON value."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
 
 
 def read_json(path: Path) -> Any:
@@ -280,6 +361,10 @@ def read_object(path: Path) -> dict[str, Any]:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _is_harmless(name: str) -> bool:

@@ -1,54 +1,59 @@
-"""What transformers makes of a folder: a model's parameters, and the tensors that they are made of. No weight
-is read.
-
-Shares no code with what writes models. Which tensors become which parameters
-is transformers' own rule, asked where its versions are known (`transformers_adapter`).
+"""What transformers makes of a folder: a model's parameters, its layers, and the tensors that they are made
+of. No weight is read.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from maskopt.errors import ModelError, VerificationError
+from maskopt.models.architecture.blocks import Blocks, choose
 from maskopt.models.architecture.transformers_adapter import Conversion, quietly
-from maskopt.models.verification.folder import CONFIG, Weights, shapes
-from maskopt.models.verification.manifest import empty_model
+from maskopt.models.verification.folder import CONFIG, Weights, first_line, pairs, read_object
+from maskopt.models.verification.manifest import Manifest
+
+#: keys of a configuration that count blocks or experts; so many are built in seconds
+COUNTS = re.compile(r"(.*_)?(n|num)_(.*_)?(layers?|blocks|experts)|(en|de)coder_layers|depth")
+FEW = 1024
 
 
 class Loading:
-    """The model that a folder's configuration describes, and what becomes of the folder's tensors in it.
-
-    Attributes:
-        model: without weights.
-        shapes: of the parameters, by name.
-
-    Raises:
-        VerificationError: the configuration describes no model, or two tensors are the same parameter.
-    """
+    """The model that a folder's configuration describes, without weights, and what becomes of the folder's
+    tensors in it."""
 
     def __init__(self, weights: Weights, *, trust_remote_code: bool = False) -> None:
-        self.weights = weights
-        self.model: Any = empty_model(weights.folder, trust_remote_code=trust_remote_code)
+        self.weights, self.config = weights, weights.folder / CONFIG
+        _check_counts(weights)
+        self.model: Any = _empty_model(weights.folder, trust_remote_code)
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         with _refusing():
             self._conversion = Conversion(self.model, weights.where, str(weights.folder))
+        #: the configuration of the language model, defaults filled in
+        self.settings: Any = self.model.config.get_text_config()
 
-    @property
-    def settings(self) -> Any:
-        """The configuration of the language model, defaults filled in."""
-        return self.model.config.get_text_config()
+    def wrong(self, what: str) -> VerificationError:
+        return VerificationError(f"{self.config}: {what}")
+
+    def setting(self, key: str) -> Any:
+        """None where the configuration has no such key."""
+        return getattr(self.settings, key, None)
 
     def parts(self, parameter: str) -> list[str]:
         """The tensors that a parameter is made of; none where nothing is stored for it."""
         return self._conversion.needed([parameter])
 
-    def is_stored_as_is(self, parameter: str) -> bool:
-        return len(self.parts(parameter)) == 1 and parameter not in self._conversion.converted
+    def stored(self, parameter: str) -> str | None:
+        """The tensor that is the parameter, unchanged; None where there is no such tensor."""
+        parts = self.parts(parameter)
+        same = len(parts) == 1 and parameter not in self._conversion.converted
+        return parts[0] if same else None
 
     @cached_property
     def missing(self) -> frozenset[str]:
@@ -62,33 +67,79 @@ class Loading:
 
     def check_shapes(self) -> None:
         """Raise VerificationError where a tensor has another shape than the configuration says."""
-        empty = {n: torch.empty(shape, device="meta") for n, shape in shapes(self.weights)}
+        empty = {n: torch.empty(shape, device="meta") for n, shape in self.weights.shapes()}
         with _refusing(), quietly():
             self._conversion.load(empty, torch.device("meta"))
 
 
 def check_loads(ours: Loading, theirs: Loading | None) -> None:
-    """The configuration describes the model that the tensors make: all of them are taken that the original's
-    model takes, in the shapes that they have.
-
-    Args:
-        theirs: of the original; without it, tensors that nothing takes are not looked at.
-
-    Raises:
-        VerificationError: not so.
-    """
-    where = ours.weights.folder / CONFIG
+    """The configuration describes the model that the tensors make: it takes all tensors that the original's
+    model takes, in their shapes. Without an original, tensors that nothing takes are not looked at."""
     if odd := ours.missing - (frozenset() if theirs is None else theirs.missing):
-        raise VerificationError(
-            f"{where}: describes a model with {min(odd)!r}, of which there is no tensor"
-        )
+        raise ours.wrong(f"describes a model with {min(odd)!r}, of which there is no tensor")
     if theirs is not None and (odd := ours.unused - theirs.unused):
-        raise VerificationError(
-            f"{where}: describes a model that takes no tensor {min(odd)!r}; remove the tensor"
+        raise ours.wrong(
+            f"describes a model that takes no tensor {min(odd)!r}; remove the tensor"
             if min(odd) not in theirs.weights.where
-            else f"{where}: describes a model that leaves out tensor {min(odd)!r}; the original's takes it"
+            else f"describes a model that leaves out tensor {min(odd)!r}, which the original takes"
         )
     ours.check_shapes()
+
+
+def check_names(manifest: Manifest, loading: Loading) -> None:
+    """Compare the manifest's layers with those of the model that `include` and `exclude` choose."""
+    options, said = manifest.options, {layer["name"]: layer for layer in manifest.layers}
+    with _refusing():
+        layers = choose(Blocks(loading.model).all_layers(), options.include, options.exclude)
+    found = {layer.name: layer for layer in layers}
+    if odd := said.keys() ^ found.keys():
+        where = "in the manifest" if min(odd) in said else "in the model"
+        raise manifest.wrong(f"layer {min(odd)[:200]!r} is only {where}")
+    if list(said) != list(found):
+        raise manifest.wrong("names the layers in another order than the model has them")
+    for name, layer in found.items():
+        if (said[name]["rows"], said[name]["n"]) != (layer.rows, layer.n):
+            raise manifest.wrong(f"layer {name!r} has another shape than in the model")
+        if (said[name]["block"], said[name]["kind"]) != (layer.block, layer.kind):
+            raise manifest.wrong(f"layer {name!r} has another block or kind than its name")
+
+
+def _check_counts(weights: Weights) -> None:
+    """Raise VerificationError where the configuration has far more blocks or experts than there are tensors
+    for: such a model takes hours to build, even without its weights."""
+    for key, value in pairs(read_object(weights.folder / CONFIG)):
+        if type(value) is not int or value <= FEW or not COUNTS.fullmatch(key):
+            continue
+        of_experts, places, stored = "expert" in key, set(), 0
+        for name, shape in weights.shapes():
+            numbers = [part for part in name.split(".") if part.isdecimal()]
+            places.update(numbers[1:] if of_experts else numbers[:1])
+            if of_experts and len(shape) == 3 and min(shape):
+                stored = max(stored, shape[0])
+        stored = max(stored, len(places))
+        if value > 2 * stored:  # some families count a block twice
+            raise VerificationError(
+                f"{weights.folder / CONFIG}: `{key}` is {value}, and the stored tensors have {stored} "
+                f"{'experts' if of_experts else 'blocks'}"
+            )
+
+
+def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            # a configuration may name another attention, a kernel that would be fetched and run
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
+            )
+    except Exception as error:  # configurations fail in as many ways as there are models
+        raise VerificationError(
+            f"{folder / CONFIG}: makes no model: {first_line(error)}"
+        ) from error
 
 
 @contextmanager

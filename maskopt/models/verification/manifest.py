@@ -1,6 +1,7 @@
-"""What a manifest says, and whether weights, masks and the model's structure say the same.
+"""What a manifest says: its schema, its options, and how much of every layer they prune.
 
-Shares no code with what writes manifests.
+Options and patterns have the schema that `PruneOptions` and `pattern_from_dict` declare. How much a pattern
+prunes is computed here.
 """
 
 from __future__ import annotations
@@ -8,424 +9,258 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from maskopt.core.pattern import NM, Pattern, Unstructured, pattern_from_dict
+from maskopt.errors import MaskoptError, VerificationError
+from maskopt.models.options.prune import BLOCKWISE, BOTH, LAYERS, ROWS, UNIFORM, PruneOptions
+from maskopt.models.verification.folder import MANIFEST, check_regular
 
-from maskopt.errors import VerificationError
-from maskopt.models.verification.folder import CONFIG, MANIFEST, check_regular
-from maskopt.models.verification.rule import Rule, row_limits
-from maskopt.models.verification.shape import has_shape, no_number
+FORMAT = "maskopt-manifest-1"
+STATUSES = ("optimal", "swap-optimal", "feasible")
+#: options of the solver, which nothing here depends on and which may be of a solver that is not installed
+OF_SOLVER = ("solver", "start", "solver_options")
 
-#: a bound may lie above its error by so much: both are sums, rounded on their own
-BOUND_ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A manifest whose digest and types are right; whether it is true is another matter."""
-
-    path: Path
-    record: Mapping[str, Any]
-    rule: Rule
-
-    @property
-    def layers(self) -> list[dict[str, Any]]:
-        return list(self.record["layers"])
-
-    @property
-    def tensors(self) -> dict[str, Any]:
-        return dict(self.record["tensors"])
-
-    @property
-    def files(self) -> dict[str, str]:
-        return dict(self.record["files"])
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.record["fingerprint"]["options"])
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """Of layers that trade, how many inputs each row of them prunes, by name; empty where none do."""
-        return dict(self.options.get("counts") or {})
-
-    @cached_property
-    def counts_at(self) -> dict[tuple[tuple[int, ...], int], set[int]]:
-        """Those counts by the numbers in the layers' names and their inputs, as `Slice` has them."""
-        found: dict[tuple[tuple[int, ...], int], set[int]] = {}
-        for layer in self.layers:
-            key = numbers(layer["name"]), layer["n"]
-            found.setdefault(key, set()).add(self.counts[layer["name"]])
-        return found
-
-    @property
-    def rows_trade(self) -> bool:
-        return self.rule.pooled or self.options.get("allocation") == "both"
-
-    @property
-    def max_deviation(self) -> float | None:
-        """Of rows that trade, how far the sparsity of one may be from its layer's; None: any."""
-        max_deviation = (
-            self.rule.max_deviation if self.rule.pooled else self.options.get("max_deviation")
-        )
-        return None if max_deviation == 1 else max_deviation
-
-    @cached_property
-    def limits_at(self) -> dict[tuple[tuple[int, ...], int], set[tuple[int, int]]]:
-        """Of rows that trade, the least and the most that one prunes, keyed as `counts_at`."""
-        found: dict[tuple[tuple[int, ...], int], set[tuple[int, int]]] = {}
-        for layer in self.layers:
-            limits = row_limits(self.pruned(layer), layer["rows"], layer["n"], self.max_deviation)
-            found.setdefault((numbers(layer["name"]), layer["n"]), set()).add(limits)
-        return found
-
-    def pattern(self, layer: Mapping[str, Any]) -> str:
-        """As its record names it."""
-        if not self.counts:
-            return str(self.rule)
-        kept = layer["n"] - self.counts[layer["name"]]
-        trades = {"per": "layer", "max_deviation": self.max_deviation} if self.rows_trade else {}
-        return str(Rule({**self.rule.record, **trades, "keep": kept}))
-
-    def pruned(self, layer: Mapping[str, Any]) -> int:
-        """Pruned entries of a layer."""
-        if self.counts:
-            return int(layer["rows"] * self.counts[layer["name"]])
-        return self.rule.pruned(layer["rows"], layer["n"])
-
-    @property
-    def model(self) -> str | None:
-        """The digest of the model folder; a model in memory has none."""
-        return self.record["fingerprint"].get("model")
-
-    def wrong(self, what: str) -> VerificationError:
-        return VerificationError(f"{self.path}: {what}")
+#: the numbers in a layer's name (block, expert), and its inputs
+Key = tuple[tuple[int, ...], int]
 
 
-@dataclass
-class Slice:
-    """A matrix of a masked tensor: all of it, or one expert's part.
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
 
-    Attributes:
-        numbers: those in its name, block and expert: layers whose parameter is stored in other pieces
-            have the same.
-        expert: it is one of several matrices of its tensor.
-        square: Σ of the pruned weights' squares in the original; None where it was not asked for.
-        least_first: every row prunes its smallest weights; None likewise.
+
+def is_amount(value: Any) -> bool:
+    return _is_number(value) and value >= 0
+
+
+def _is_size(value: Any) -> bool:
+    return is_count(value) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_pattern(value: Any) -> bool:
+    return bool(pattern_from_dict(value))
+
+
+MAYBE_AMOUNT, MAYBE_COUNT = (None, is_amount), (None, is_count)
+SHAPE = {
+    "format": FORMAT,
+    "fingerprint": {
+        "options": {"sparsity": _is_pattern, "counts?": {...: is_count}, "training?": dict},
+        "dtype": str, "model?": str,
+    },
+    "sparsity": is_amount, "seconds": is_amount, "memory": {...: MAYBE_COUNT},
+    "layers": [{
+        **dict.fromkeys(("name", "pattern", "kind"), str),
+        **dict.fromkeys(("rows", "n"), _is_size),
+        **dict.fromkeys(("pruned", "tokens", "block"), is_count),
+        **dict.fromkeys(("error", "lower_bound", "energy", "gram_shrinkage"), is_amount),
+        **dict.fromkeys(("seconds", "sparsity"), is_amount),
+        **dict.fromkeys(("error_start", "error_uniform", "error_held", "energy_held"), MAYBE_AMOUNT),
+        **dict.fromkeys(("error_kept", "damping"), MAYBE_AMOUNT),
+        **dict.fromkeys(("swaps", "scans"), MAYBE_COUNT),
+        "improvement_quantiles": (None, lambda v: fits(v, [_is_number]) and len(v) == 5),
+        "statuses": lambda v: fits(v, {...: _is_size}) and set(v) <= set(STATUSES),
+        "fallback": bool, "objective": ("kept", "refitted", "updated"),
+    }],
+    "parts": [{
+        **dict.fromkeys(("fitted_before", "fitted_after", "held_before", "held_after"), _is_number),
+        "block": is_count, "epoch": is_count, "part": str, "diverged": bool, "seconds": is_amount,
+    }],
+    "bad_samples": [{"sample": is_count, "layer": str}],
+    "fallbacks": [str],
+    "tensors": {...: {"input_axis": is_count, "pattern": _is_pattern}},
+    "files": {...: str},
+}  # fmt: skip
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value has a shape.
+
+    Args:
+        shape: a type, a predicate, a constant, a tuple of alternatives, a list with the shape of every
+            element, or an object by keys: `key?` may be missing, `...` stands for all other keys.
     """
-
-    tensor: str
-    numbers: tuple[int, ...]
-    rows: int
-    n: int
-    pruned: int
-    expert: bool
-    square: float | None = None
-    least_first: bool | None = None
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Raises VerificationError where it is missing, damaged, or its digest is another one."""
-    path = folder / MANIFEST
-    if not path.is_symlink() and not path.exists():
-        raise VerificationError(
-            f"{folder}: no manifest; the folder was not written by maskopt prune"
-        )
-    manifest = sound_record(path, has_shape)
-    return Manifest(path, manifest, Rule(manifest["fingerprint"]["options"]["sparsity"]))
+    if isinstance(shape, type):
+        return type(value) is shape
+    if callable(shape):
+        return bool(shape(value))
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
+    if not isinstance(shape, dict):
+        return type(value) is type(shape) and bool(value == shape)
+    if not isinstance(value, dict):
+        return False
+    named = {key.removesuffix("?"): key for key in shape if key is not ...}
+    return all(key in value for key in shape if key in named) and all(
+        fits(item, shape[named[key]] if key in named else shape[...])
+        for key, item in value.items()
+        if key in named or ... in shape
+    )
 
 
-def sound_record(path: Path, fits: Callable[[Any], bool]) -> dict[str, Any]:
-    """A manifest without its digest, which is right, and whose values are of the kinds that `fits` asks for.
-
-    Raises:
-        VerificationError: not so.
-    """
+def sound_record(path: Path, shape: Any) -> dict[str, Any]:
+    """A manifest without its digest; VerificationError for a wrong digest or another shape."""
     check_regular(path)
     try:
-        manifest = json.loads(path.read_bytes().decode("utf-8"), parse_constant=no_number)
-        claimed = manifest.pop("sha256")
-        text = json.dumps(manifest, sort_keys=True).encode()
-        sound = hashlib.sha256(text).hexdigest() == claimed and fits(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        record = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_number)
+        claimed = record.pop("sha256")
+        text = json.dumps(record, sort_keys=True).encode()
+        sound = hashlib.sha256(text).hexdigest() == claimed and fits(record, shape)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise VerificationError(f"{path}: the manifest is damaged or was changed")
-    return dict(manifest)
+        raise _damaged(path)
+    return dict(record)
 
 
-def check_layers(manifest: Manifest) -> None:
-    """Compare what the manifest says in several places, and the kinds of values that it can hold.
-
-    Raises:
-        VerificationError: with the first contradiction.
-    """
-    layers, options = manifest.layers, manifest.options
-    if not layers:
-        raise manifest.wrong("knows no layer: nothing is pruned")
-    names = [layer["name"] for layer in layers]
-    if len(set(names)) != len(names):
-        raise manifest.wrong(f"names a layer twice: {max(names, key=names.count)!r}")
-    _check_allocation(manifest)
-    for name, info in manifest.tensors.items():
-        if info["pattern"] != manifest.rule.record:
-            raise manifest.wrong(f"tensor {name!r} has another pattern than the options")
-    for layer in layers:
-        name = layer["name"]
-        if layer["pattern"] != manifest.pattern(layer):
-            raise manifest.wrong(f"layer {name!r} has another pattern than the options")
-        if layer["pruned"] != manifest.pruned(layer):
-            raise manifest.wrong(f"layer {name!r} counts other pruned weights than its pattern")
-        if layer["sparsity"] != layer["pruned"] / (layer["rows"] * layer["n"]):
-            raise manifest.wrong(f"layer {name!r} has another sparsity than its counts")
-        if layer["fallback"] != (layer["tokens"] < options["min_tokens"]):
-            raise manifest.wrong(f"layer {name!r}: fallback is not what its tokens say")
-        refitted = _refitted(options) and not layer["fallback"]
-        if any((layer[key] is not None) != refitted for key in ("damping", "error_kept")):
-            raise manifest.wrong(
-                f"layer {name!r} is refitted, or not, otherwise than the options say"
-            )
-        if layer["objective"] != "kept" and not refitted:
-            raise manifest.wrong(
-                f"layer {name!r} has statuses of refitted weights, and keeps its own"
-            )
-        if sum(layer["statuses"].values()) != layer["rows"]:
-            raise manifest.wrong(f"layer {name!r} has statuses of another number of rows")
-        bounded = "error_kept" if refitted and layer["objective"] == "kept" else "error"
-        if layer["lower_bound"] > layer[bounded] * (1 + BOUND_ROUNDING):
-            raise manifest.wrong(f"layer {name!r} has a lower bound above its error")
-    if manifest.record["fallbacks"] != [x["name"] for x in layers if x["fallback"]]:
-        raise manifest.wrong("lists other fallbacks than its layers")
+def _damaged(path: Path) -> VerificationError:
+    return VerificationError(f"{path}: the manifest is damaged or was changed")
 
 
-def _check_allocation(manifest: Manifest) -> None:
-    """Who trades: as the pattern says; and where layers do, that they prune as many in all as if alike.
-
-    Raises:
-        VerificationError: not so.
-    """
-    allocation, counts, rule = (
-        manifest.options.get("allocation", "uniform"),
-        manifest.counts,
-        manifest.rule,
-    )
-    if (allocation == "rows") != rule.pooled or allocation not in (
-        "uniform",
-        "rows",
-        "layers",
-        "both",
-    ):
-        raise manifest.wrong("has an allocation that is not its pattern's")
-    if (allocation in ("layers", "both")) != bool(counts):
-        raise manifest.wrong(
-            "has counts of its layers, or none, otherwise than its allocation says"
-        )
-    if not counts:
-        return
-    if set(counts) != {layer["name"] for layer in manifest.layers}:
-        raise manifest.wrong("has counts of other layers than it names")
-    if not all(counts[x["name"]] < x["n"] for x in manifest.layers):
-        raise manifest.wrong("has counts that leave nothing of a row")
-    alike = sum(rule.pruned(x["rows"], x["n"]) for x in manifest.layers)
-    if sum(map(manifest.pruned, manifest.layers)) != alike:
-        raise manifest.wrong("prunes another number of weights in all than its pattern")
-
-
-def _refitted(options: Mapping[str, Any]) -> bool:
-    """Whether kept weights were set anew by least squares, if only to be trained from there on."""
-    begin = options.get("training", {}).get("begin")
-    return options.get("update") == "least-squares" or begin == "least-squares"
-
-
-def check_counts(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float]:
-    """Compare the layers with the masks; the rows and the sparsity that the masks give.
-
-    A layer's parameter may be stored in other pieces (fused experts one by one, say). What is the same
-    in both is block, expert and number of inputs, so rows and pruned weights are compared over all
-    matrices that share those; a tensor called like its layer is compared with it alone. Experts that
-    were left out have masks that keep all.
-
-    Raises:
-        VerificationError: the manifest counts otherwise, or nothing is pruned.
-    """
-    by_tensor = {part.tensor: part for part in slices}
-    for layer in manifest.layers:
-        name = called_like(layer["name"], by_tensor)
-        part = None if name is None else by_tensor[name]
-        if part is not None and (part.rows, part.n) != (layer["rows"], layer["n"]):
-            raise manifest.wrong(
-                f"layer {layer['name']!r} is said to have {layer['rows']} rows of {layer['n']}; its "
-                f"mask has {part.rows} of {part.n}"
-            )
-        # of experts that were left out nothing is pruned
-        if part is not None and part.pruned not in (0, layer["pruned"]):
-            raise manifest.wrong(
-                f"layer {layer['name']!r} is said to have {layer['pruned']} weights pruned; its mask has "
-                f"{part.pruned}"
-            )
-    rows = elements = pruned = 0
-    said = _grouped(manifest.layers, lambda x: (numbers(x["name"]), x["n"]))
-    found = _grouped(slices, lambda x: (x.numbers, x.n))
-    for key in sorted({*said, *found}):
-        layers, parts = said.get(key, []), found.get(key, [])
-        count = sum(x["rows"] for x in layers)
-        if manifest.counts:
-            exact = not manifest.rows_trade and all(x["pruned"] for x in layers)
-            least = sum(x.rows for x in parts if x.pruned)
-        else:
-            least = sum(x.rows for x in parts if x.pruned or not manifest.rule.pruned(x.rows, x.n))
-            # of a layer whose rows trade, a piece may by chance have nothing that is pruned
-            exact = bool(not manifest.rows_trade and manifest.rule.pruned(1, key[1]))
-        most = sum(x.rows for x in parts)
-        # experts alone may have masks and belong to no layer: those that were left out
-        own = sum(x.rows for x in parts if x.pruned or (layers and not x.expert))
-        same = own <= count <= most and (count == least or not exact)
-        total = sum(x.pruned for x in parts)
-        if not same or total != sum(x["pruned"] for x in layers):
-            name = layers[0]["name"] if layers else parts[0].tensor
-            raise manifest.wrong(f"counts other rows or pruned weights than the masks at {name!r}")
-        rows, elements, pruned = rows + count, elements + count * key[1], pruned + total
-    if not pruned:
-        raise manifest.wrong("nothing is pruned: the weights are the dense model's")
-    if manifest.record["sparsity"] != pruned / elements:
-        raise manifest.wrong("has another sparsity than the masks")
-    return rows, pruned / elements
-
-
-def check_fallbacks(manifest: Manifest, slices: Sequence[Slice], tolerance: float) -> list[str]:
-    """Names of the layers pruned by magnitude whose errors were compared with the original's weights."""
-    checked: list[str] = []
-    found = _grouped(slices, lambda x: (x.numbers, x.n))
-    for key, layers in _grouped(manifest.layers, lambda x: (numbers(x["name"]), x["n"])).items():
-        parts = found[key]
-        if not all(x["fallback"] for x in layers) or any(x.square is None for x in parts):
-            continue
-        name, said = layers[0]["name"], sum(x["error"] for x in layers)
-        true = sum(x.square or 0.0 for x in parts)
-        if not math.isclose(said, true, rel_tol=tolerance):
-            raise manifest.wrong(
-                f"layer {name!r}, pruned by magnitude, states an error of {said:.9g}; the squares "
-                f"of its pruned weights add up to {true:.9g}"
-            )
-        if not all(x.least_first for x in parts):
-            raise manifest.wrong(f"layer {name!r} is not pruned by magnitude as it says")
-        checked += [x["name"] for x in layers]
-    return checked
-
-
-def check_names(manifest: Manifest, model: nn.Module) -> None:
-    """Compare the layers with those of the model that transformers builds from the configuration, as
-    the manifest's include and exclude choose them, in the order of the model.
-
-    Raises:
-        VerificationError: a layer that is not there, is left out, has another shape or another place.
-    """
-    options, (blocks, all_maps) = manifest.options, linear_maps(model)
-    include, exclude = options["include"], options["exclude"]
-    expected = {
-        name: shape
-        for name, shape in all_maps.items()
-        if (not include or _any_matches(name, include)) and not _any_matches(name, exclude)
-    }
-    said = [layer["name"] for layer in manifest.layers]
-    if odd := set(said) ^ set(expected):
-        where = "in the manifest" if min(odd) in said else "in the model"
-        raise manifest.wrong(f"layer {min(odd)[:200]!r} is only {where}")
-    if said != list(expected):
-        raise manifest.wrong("names the layers in another order than the model has them")
-    for layer in manifest.layers:
-        if {layer["rows"], layer["n"]} != set(expected[layer["name"]]):
-            raise manifest.wrong(f"layer {layer['name']!r} has another shape than in the model")
-        block, *rest = layer["name"].removeprefix(f"{blocks}.").split(".")
-        kind = ".".join("*" if part.isdecimal() else part for part in rest) or "*"
-        if (layer["block"], layer["kind"]) != (int(block), kind):
-            raise manifest.wrong(f"layer {layer['name']!r} has another block or kind than its name")
-
-
-def linear_maps(model: nn.Module) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The name of the list of decoder blocks, and the matrices in it that multiply activations, by name, in
-    the model's order.
-
-    The blocks are the outermost module list that holds the most of them. A matrix is the weight of a
-    linear module, or one part of a 3-D parameter of a module that holds several experts.
-    """
-    lists: dict[str, dict[str, tuple[int, int]]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(_below(path, name) for name in lists):
-            lists[path] = {}
-        home = next((maps for name, maps in lists.items() if _below(path, name)), None)
-        if home is None:
-            continue
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            first, second = module.weight.shape
-            home[path] = (int(first), int(second))
-            continue
-        own = dict(module.named_parameters(recurse=False))
-        counts = [p.shape[0] for p in own.values() if p.ndim == 3]
-        if isinstance(module, _ConvNd) or min(counts, default=1) == 1:
-            continue
-        for key, parameter in own.items():
-            if parameter.ndim == 3 and min(parameter.shape[1:]) > 1:
-                for expert in range(parameter.shape[0]):
-                    home[f"{path}.{expert}.{key}"] = parameter.shape[1], parameter.shape[2]
-    return max(lists.items(), key=lambda x: sum(a * b for a, b in x[1].values()), default=("", {}))
+def _no_number(constant: str) -> float:
+    """For `json.loads`: NaN and infinities are no numbers."""
+    raise ValueError(constant)
 
 
 def numbers(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split(".") if part.isdecimal())
 
 
-def empty_model(folder: Path, *, trust_remote_code: bool) -> nn.Module:
-    """The model without any weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def key_of(layer: Mapping[str, Any]) -> Key:
+    """A layer's place: the same for the matrices of tensors that its parameter is stored in."""
+    return numbers(layer["name"]), layer["n"]
 
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest whose digest and schema are right; whether it is true is another matter.
+
+    Attributes:
+        options: but those of the solver.
+    """
+
+    path: Path
+    record: Mapping[str, Any]
+    options: PruneOptions
+    layers: Sequence[Mapping[str, Any]]
+    tensors: Mapping[str, Any]
+    files: Mapping[str, str]
+
+    @property
+    def unlimited(self) -> bool:
+        """Whether the rows of a layer have only its budget, and no limits of their own."""
+        return self.options.rows_trade and self.options.max_deviation == 1
+
+    def pattern(self, layer: Mapping[str, Any]) -> Pattern:
+        """The layer's own where the options have counts."""
+        counts, options = self.options.counts, self.options
+        if not counts:
+            return options.pattern
+        keep = layer["n"] - counts[layer["name"]]
+        if not options.rows_trade:
+            return Unstructured(keep=keep)
+        within = None if self.unlimited else options.max_deviation
+        return Unstructured(keep=keep, per="layer", max_deviation=within)
+
+    def pruned(self, layer: Mapping[str, Any]) -> int:
+        """Pruned entries of a layer."""
+        return pruned_of(self.pattern(layer), layer["rows"], layer["n"])
+
+    @cached_property
+    def limits_at(self) -> dict[Key, set[tuple[int, int, int]]]:
+        """Of the layers of a place: inputs of a group, and the least and the most that a row prunes of it."""
+        found: dict[Key, set[tuple[int, int, int]]] = {}
+        for layer in self.layers:
+            limits = _limits(self.pattern(layer), layer["rows"], layer["n"])
+            found.setdefault(key_of(layer), set()).add(limits)
+        return found
+
+    def wrong(self, what: str) -> VerificationError:
+        return VerificationError(f"{self.path}: {what}")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises VerificationError where it is missing or damaged, or its options are not those of a prune."""
+    path = folder / MANIFEST
+    if not path.is_symlink() and not path.exists():
+        raise VerificationError(
+            f"{folder}: no manifest; the folder was not written by maskopt prune"
         )
-        with torch.device("meta"):
-            # a configuration may name another attention, a kernel that would be fetched and run
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
-            )
-    except Exception as error:  # configurations fail in as many ways as there are models
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise VerificationError(f"{folder / CONFIG}: makes no model: {line}") from error
-    return model
+    record = sound_record(path, SHAPE)
+    listed = record["layers"], record["tensors"], record["files"]
+    return Manifest(path, record, _options(path, record), *listed)
 
 
-def called_like(layer: str, tensors: Mapping[str, Any]) -> str | None:
-    """The tensor `LAYER.weight`, where the checkpoint may lack the first parts of the name."""
-    parts = layer.split(".")
-    for start in range(len(parts)):
-        if not any(part.isdecimal() for part in parts[start:]):
-            return None
-        if (name := ".".join([*parts[start:], "weight"])) in tensors:
-            return name
-    return None
+def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
+    """The options of a manifest. Raises VerificationError where `PruneOptions` makes other ones of them."""
+    said = record["fingerprint"]["options"]
+    given = {key: value for key, value in said.items() if key not in OF_SOLVER}
+    allocation, training = given.get("allocation", UNIFORM), given.get("training")
+    pattern = pattern_from_dict(given["sparsity"])
+    if (allocation in (LAYERS, BOTH)) != bool(given.get("counts")):
+        what = "has counts of its layers, or none, otherwise than its allocation says"
+    elif (allocation == ROWS) != pattern.pooled:
+        what = "has an allocation that is not its pattern's"
+    elif given.get("update") != BLOCKWISE and (training or record["parts"]):
+        what = "has trained parts, and its options train none"
+    elif given.get("update") == BLOCKWISE and not training:
+        what = "does not say how its weights were trained"
+    else:
+        if allocation != UNIFORM and given.get("max_deviation") is None:
+            given["max_deviation"] = 1.0  # limits that are not named are none
+        try:
+            options = PruneOptions(**{**given, "sparsity": pattern}, solver="magnitude")
+        except (MaskoptError, ValueError, TypeError, AttributeError, OverflowError):
+            raise _damaged(path) from None
+        made = options.record()
+        if any(key not in made or made[key] != value for key, value in given.items()):
+            raise _damaged(path)
+        return options
+    raise VerificationError(f"{path}: {what}")
 
 
-def _below(path: str, name: str) -> bool:
-    return path.startswith(name + ".")
+def groups(pattern: Pattern, n: int) -> tuple[int, int]:
+    """Size of a group of a row's inputs, and how many of it are pruned, where every row prunes as many."""
+    if isinstance(pattern, NM):
+        if n % pattern.of:
+            raise VerificationError(f"{n} inputs do not divide into groups of {pattern.of}")
+        return pattern.of, pattern.of - pattern.keep
+    return n, _part_of(pattern, n) if pattern.keep is None else n - pattern.keep
 
 
-def _any_matches(name: str, patterns: Iterable[str]) -> bool:
-    """Does a shell pattern match the name or a run of its dotted parts?"""
-    return any(
-        fnmatchcase(name, wide) for p in patterns for wide in (p, f"*.{p}", f"{p}.*", f"*.{p}.*")
-    )
+def pruned_of(pattern: Pattern, rows: int, n: int) -> int:
+    """Pruned entries of a layer."""
+    if isinstance(pattern, Unstructured) and pattern.pooled and pattern.keep is None:
+        return _part_of(pattern, rows * n)
+    group, pruned = groups(pattern, n)
+    return rows * (n // group) * pruned
 
 
-def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
+def _part_of(pattern: Unstructured, entries: int) -> int:
+    return math.floor(Fraction(repr(pattern.sparsity)) * entries)
+
+
+def _limits(pattern: Pattern, rows: int, n: int) -> tuple[int, int, int]:
+    """Inputs of a group, and the least and the most that a row prunes of it: of rows with a shared budget,
+    whole numbers no further from the mean than `max_deviation`, and those next to the mean in any case."""
+    if not pattern.pooled:
+        group, pruned = groups(pattern, n)
+        return group, pruned, pruned
+    if pattern.max_deviation is None:
+        return n, 0, n
+    mean = Fraction(pruned_of(pattern, rows, n), rows)
+    reach = Fraction(repr(float(pattern.max_deviation))) * n
+    least = min(math.ceil(mean - reach), math.floor(mean))
+    most = max(math.floor(mean + reach), math.ceil(mean))
+    return n, max(0, least), min(n, most)

@@ -1,17 +1,14 @@
 """Check what `maskopt prune-structured` wrote against its manifest and the original.
 
-Shares no code with what writes models. What it shows: every tensor is the
-original's, in its place, cut as the manifest's choice of what stays asks, and the configuration is the
-original's but for the sizes that follow from this choice. What it cannot show, and calls claimed, is how good
-the choice is.
+Every tensor is the original's, in its place, cut as the choice of what stays asks, and the configuration is
+the original's except for the sizes that follow from this choice. How good the choice is, is claimed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,155 +18,195 @@ from torch import Tensor
 from maskopt.errors import VerificationError
 from maskopt.models.verification.folder import (
     CONFIG,
-    INDEX,
     MANIFEST,
     Weights,
+    bytes_of,
     check_configuration,
     check_entries,
-    is_copied,
+    check_finite,
+    read_object,
     read_weights,
-    same_bits,
-    sha256,
-    tensor,
+    same_files,
 )
 from maskopt.models.verification.loading import Loading, check_loads
-from maskopt.models.verification.manifest import sound_record
-from maskopt.models.verification.original import copied_files
-from maskopt.models.verification.structured_config import check_settings
-from maskopt.models.verification.structured_cuts import check_cuts
-from maskopt.models.verification.structured_names import Blocks, Names, check_names
+from maskopt.models.verification.manifest import fits, is_count, sound_record
+from maskopt.models.verification.tensors import OnTensor
 
 FORMAT = "maskopt-smaller-1"
+#: what takes the channels of an MLP → what gives them
+_MLPS = {
+    "down_proj": ("gate_proj", "up_proj", "gate_up_proj"),
+    "fc2": ("fc1",),
+    "dense_4h_to_h": ("dense_h_to_4h",),
+}
+#: what takes the heads of an attention, and what gives them
+_ATTENTIONS = ("o_proj", "out_proj", "dense")
+_GIVERS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+#: what modules are called that route
+_ROUTERS = ("gate", "router")
+#: a tensor of one expert: the part of the name that those of all experts share
+_HOME = re.compile(r"(.*\bexperts)\.\d+\.")
+#: what configurations call the number of blocks, of experts, of channels
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_WIDTHS = ("ffn_dim", "ffn_hidden_size", "intermediate_size")
+#: settings that name blocks by their numbers
+_NUMBERED = (
+    *("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers"),
+    "moe_layers",
+)
+_STEP = {"axis": is_count, "by": str, "parts": [lambda v: fits(v, [is_count]) and len(v) == 2]}
+SHAPE = {
+    "format": FORMAT, "fingerprint": dict, "files": {...: str},
+    "shrunk": {
+        "settings": {...: (is_count, list)}, "kept": {...: [is_count]}, "tensors": {...: [_STEP]},
+        "set_anew": [str], "names?": {...: str}, "gone?": [str], "blocks?": [is_count],
+        "experts?": {...: str},
+    },
+}  # fmt: skip
 
-
-@dataclass(frozen=True)
-class VerifiedSmaller:
-    """What holds.
-
-    Attributes:
-        tensors, cut: how many there are, and how many of them are smaller than the original's.
-        set_anew: how many of those hold weights of their own.
-        files: whose digests were compared.
-        weights: numbers in the folder.
-        checked: what was computed from weights and original.
-        claimed: what the manifest says and nothing here shows.
-    """
-
-    tensors: int
-    cut: int
-    set_anew: int
-    files: int
-    weights: int
-    checked: tuple[str, ...]
-    claimed: tuple[str, ...]
+#: the new name of a tensor of the original; None: it is gone
+Rename = Callable[[str], str | None]
 
 
 def is_smaller(folder: Path) -> bool:
     """Does a manifest say that `maskopt prune-structured` wrote the folder? Nothing else is read."""
     try:
-        found = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
+        return bool(read_object(folder / MANIFEST).get("format") == FORMAT)
+    except VerificationError:
+        return False  # what is wrong is found where it is read as a manifest
 
 
-def verify_smaller(
-    output: str | Path,
-    original: str | Path | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> VerifiedSmaller:
-    """Re-read a folder that `shrink_model` wrote.
-
-    Args:
-        original: the original model folder: every weight is its bits, but those that were set anew.
-        on_progress: called with tensors done and their number.
-
-    Raises:
-        VerificationError: with the first thing that does not hold.
-    """
-    folder = Path(output)
-    manifest = sound_record(folder / MANIFEST, _has_shape)
+def verify_smaller(folder: Path, original: Path | None, on_progress: OnTensor) -> dict[str, Any]:
+    """Re-read a folder that `maskopt prune-structured` wrote; the fields of `Verified`."""
+    manifest = sound_record(folder / MANIFEST, _is_manifest)
+    files, shrunk = manifest["files"], {"names": {}, "gone": [], **manifest["shrunk"]}
     weights = read_weights(folder)
-    check_entries(folder, manifest["files"], weights, needed=(CONFIG,))
-    shrunk = manifest["shrunk"]
-    names = Names(shrunk.get("names", {}), shrunk.get("gone", []))
+    check_entries(weights, files, needed=(CONFIG,))
     if "blocks" not in shrunk:
-        check_names(shrunk, names, weights)
-    dense = None if original is None else read_weights(Path(original))
-    same: set[str] = set()
+        _check_names(shrunk, weights, without_experts(shrunk))
+    dense, theirs, same = None, None, set[str]()
+    if original is not None:
+        dense = read_weights(original)
+        before = [shrunk["names"].get(name, name) for name in weights.where]
+        same = same_files(manifest, weights, dense, [*before, *shrunk["gone"]])
+    check_configuration(folder, files, compared=same)
+    ours = Loading(weights)
+    for key, size in shrunk["settings"].items():
+        if ours.setting(key) != size:
+            raise ours.wrong(f"{key} is not the {size} of the manifest")
     if dense is not None:
-        same = _same_files(manifest, weights, dense, names)
-    check_configuration(folder, manifest["files"], compared=same)
-    ours, theirs = Loading(weights), None if dense is None else Loading(dense)
-    check_settings(shrunk, ours, theirs)
-    if theirs is not None and "blocks" in shrunk:
-        check_names(shrunk, names, weights, Blocks.of(shrunk, names, theirs))
+        theirs = Loading(dense)
+        removal = _check_settings(shrunk, ours, theirs)
+        if removal.rename is not None:
+            _check_names(shrunk, weights, removal.rename)
     check_loads(ours, theirs)
     count = 0
     for done, name in enumerate(sorted(weights.where), 1):
-        count += _check_tensor(name, weights, dense, shrunk, names)
+        count += _check_tensor(name, weights, dense, shrunk)
         on_progress(done, len(weights.where))
     if odd := set(shrunk["tensors"]) - set(weights.where):
-        raise VerificationError(f"{folder}: tensor {min(odd)!r} of the manifest is not there")
-    if theirs is not None:
-        check_cuts(folder, shrunk, theirs)
-    checked = ["files", "sizes"]
-    claimed = ["errors", "bounds and statuses", "calibration"]
-    if shrunk.get("blocks"):
-        claimed = ["effects of blocks", "calibration"]
-    if dense is None:
-        claimed = ["weights", *claimed]
-    else:
-        checked += ["kept weights", "other tensors", "configuration"]
-    if shrunk["set_anew"]:
-        claimed = ["updated weights", *claimed]
-    return VerifiedSmaller(
-        tensors=len(weights.where),
-        cut=len(shrunk["tensors"]),
-        set_anew=len(shrunk["set_anew"]),
-        files=len(manifest["files"]),
-        weights=count,
-        checked=tuple(checked),
-        claimed=tuple(claimed),
-    )
+        raise weights.wrong(f"tensor {min(odd)!r} of the manifest is not there")
+    if dense is not None:
+        _check_cuts(weights, shrunk, removal)
+    quality = ["effects of blocks"] if shrunk.get("blocks") else ["errors", "bounds and statuses"]
+    compared = ("kept weights", "other tensors", "configuration")
+    return {
+        "tensors": len(weights.where),
+        "cut": len(shrunk["tensors"]),
+        "updated": len(shrunk["set_anew"]),
+        "files": len(files),
+        "weights": count,
+        "checked": ("files", "sizes", *(compared if dense else ())),
+        "claimed": (
+            *(["updated weights"] if shrunk["set_anew"] else []),
+            *([] if dense else ["weights"]),
+            *quality,
+            "calibration",
+        ),
+    }
+
+
+def _check_names(shrunk: Mapping[str, Any], weights: Weights, rename: Rename) -> None:
+    """Tensors have their names in the original, except that kept blocks and experts are numbered in order."""
+    names, gone = shrunk["names"], shrunk["gone"]
+    for name in gone:
+        if rename(name) == name:
+            raise weights.wrong(
+                f"tensor {name!r} is gone, and is of no removed block or expert; it stays "
+                "where the kept ones put it"
+            )
+    for name in (*(names.get(name, name) for name in weights.where), *gone):
+        new = rename(name)
+        if (new is None) != (name in gone) or (new is not None and names.get(new, new) != name):
+            raise weights.wrong(
+                f"tensor {name!r} of the original is not where the kept blocks and experts put it"
+            )
+
+
+def _check_settings(shrunk: Mapping[str, Any], ours: Loading, theirs: Loading) -> Removal:
+    """The configuration is the original's except for the sizes that the removal leaves, which is returned."""
+    said, before = shrunk["settings"], read_object(theirs.config)
+    nested = before.get("text_config")
+    of_text = isinstance(nested, dict) and not any(key in before for key in said)
+    (before["text_config"] if of_text else before).update(said)
+    if before != read_object(ours.config):
+        raise ours.wrong("differs from the original in more than the sizes")
+    removal = Removal(shrunk, theirs)
+    if odd := set(said) - set(removal.settings):
+        raise ours.wrong(f"{min(odd)} is no size of what was removed, and must be the original's")
+    for key, size in removal.settings.items():
+        if ours.setting(key) != size:
+            raise ours.wrong(
+                f"{key} is not the original's without what was removed, which is {size}"
+            )
+    return removal
 
 
 def _check_tensor(
-    name: str,
-    weights: Weights,
-    dense: Weights | None,
-    shrunk: Mapping[str, Any],
-    names: Names,
+    name: str, weights: Weights, dense: Weights | None, shrunk: Mapping[str, Any]
 ) -> int:
     """One tensor of the folder; how many numbers it holds."""
-    ours = tensor(weights.where[name], name)
-    steps = shrunk["tensors"].get(name, [])
+    found, steps = weights.read(name), shrunk["tensors"].get(name, [])
     for step in steps:
         left = len(_inside(step, shrunk["kept"]))
-        if step["axis"] >= ours.ndim or ours.shape[step["axis"]] != left:
-            raise VerificationError(
-                f"{weights.folder}: tensor {name!r} is {list(ours.shape)}, and the manifest leaves {left} of "
+        if step["axis"] >= found.ndim or found.shape[step["axis"]] != left:
+            raise weights.wrong(
+                f"tensor {name!r} is {list(found.shape)}, and the manifest leaves {left} of "
                 f"axis {step['axis']}"
             )
     if dense is not None:
-        before = names.before(name)
-        theirs = tensor(dense.where[before], before)
+        theirs = dense.read(shrunk["names"].get(name, name))
         for step in steps:
             if theirs.shape[step["axis"]] != sum(length for length, _ in step["parts"]):
-                raise VerificationError(
-                    f"{weights.folder}: tensor {name!r} is cut otherwise than it is long in the original"
+                raise weights.wrong(
+                    f"tensor {name!r} is cut otherwise than it is long in the original"
                 )
             theirs = theirs.index_select(step["axis"], _inside(step, shrunk["kept"]))
-        anew = name in shrunk["set_anew"]
-        if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
-            raise VerificationError(f"{weights.folder}: tensor {name!r} has another shape or type")
-        if not anew and not same_bits(ours, theirs):
-            raise VerificationError(
-                f"{weights.folder}: tensor {name!r} is not the original's, cut as the manifest says"
+        if found.dtype != theirs.dtype or found.shape != theirs.shape:
+            raise weights.wrong(f"tensor {name!r} has another shape or type")
+        same = name in shrunk["set_anew"] or torch.equal(bytes_of(found), bytes_of(theirs))
+        if not same:
+            raise weights.wrong(f"tensor {name!r} is not the original's, cut as the manifest says")
+    check_finite(weights, name, found)
+    return found.numel()
+
+
+def _check_cuts(weights: Weights, shrunk: Mapping[str, Any], removal: Removal) -> None:
+    """Every tensor is cut as what was removed asks, and no other; weights are updated only in the layers that
+    take the channels or heads, in all blocks or in none."""
+    for name in sorted({*removal.cuts, *shrunk["tensors"]}):
+        if removal.cuts.get(name) != shrunk["tensors"].get(name):
+            raise weights.wrong(
+                f"tensor {name!r} is not cut as what was removed asks; all that a block's "
+                "channels, heads or experts run through loses the same of them"
             )
-    if ours.is_floating_point() and not bool(torch.isfinite(ours).all()):
-        raise VerificationError(f"{weights.folder}: tensor {name!r} holds NaN or infinite weights")
-    return ours.numel()
+    said = set(shrunk["set_anew"])
+    if odd := said - removal.updatable or (removal.updatable - said if said else set()):
+        raise weights.wrong(
+            f"tensor {min(odd)!r} is updated, or not, unlike a least-squares update of all "
+            "layers that take channels or heads"
+        )
 
 
 def _inside(step: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Tensor:
@@ -186,70 +223,188 @@ def _inside(step: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Tenso
     return torch.cat(found)
 
 
-def _same_files(
-    manifest: Mapping[str, Any], weights: Weights, dense: Weights, names: Names
-) -> set[str]:
-    """Names of the files beside the weights that are those of the original.
-
-    Raises:
-        VerificationError: another model, other tensors, a file that is another one.
-    """
-    folder, home = weights.folder, dense.folder
-    known = [names.before(name) for name in weights.where] + list(names.gone)
-    if odd := set(known) ^ set(dense.where):
-        raise VerificationError(f"{folder}: tensor {min(odd)!r} is in only one of the two models")
-    if len(known) != len(set(known)):
-        raise VerificationError(f"{folder}: the manifest names a tensor of the original twice")
-    shards = [name for name in dense.files if name != INDEX]
-    digests = {name: sha256(home / name) for name in (CONFIG, *shards)}
-    whole = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-    if whole != manifest["fingerprint"].get("model"):
-        raise VerificationError(
-            f"{folder}: the manifest holds the digest of another model than {home}"
-        )
-    theirs = copied_files(home)
-    ours = set(filter(is_copied, manifest["files"]))
-    for name in sorted((ours | theirs) - {CONFIG}):
-        if name not in ours & theirs or sha256(folder / name) != sha256(home / name):
-            raise VerificationError(
-                f"{folder / name}: is not the original's; tokenizer and the like are copied"
-            )
-    return (ours & theirs) - {CONFIG}
-
-
-def _has_shape(manifest: Any) -> bool:
-    """All keys, with values of the right kinds that fit one another."""
-    shrunk, files = manifest["shrunk"], manifest["files"]
-    kept, tensors = shrunk["kept"], shrunk["tensors"]
+def _is_manifest(manifest: Any) -> bool:
+    """Does it have the schema, and do kept structures, cuts and updates fit one another?"""
+    if not fits(manifest, SHAPE):
+        return False
+    shrunk = manifest["shrunk"]
+    kept, blocks = shrunk["kept"], shrunk.get("blocks", [])
     return (
-        manifest["format"] == FORMAT
-        and isinstance(manifest["fingerprint"], dict)
-        and isinstance(shrunk["settings"], dict)
-        and all(_count(v) or isinstance(v, list) for v in shrunk["settings"].values())
-        and not {"blocks", "experts"} <= set(shrunk)
-        and all(_count(index) for index in shrunk.get("blocks", []))
-        and len(set(shrunk.get("blocks", []))) == len(shrunk.get("blocks", []))
-        and all(isinstance(name, str) for name in shrunk.get("gone", []))
-        and all(isinstance(name, str) for name in shrunk.get("names", {}).values())
-        and all(mixture in kept for mixture in shrunk.get("experts", {}).values())
-        and all(isinstance(digest, str) for digest in files.values())
-        and all(_count(i) for numbers in kept.values() for i in numbers)
-        and all(numbers == sorted(set(numbers)) and numbers for numbers in kept.values())
-        and all(_is_step(step, kept) for steps in tensors.values() for step in steps)
-        and all(steps for steps in tensors.values())
-        and set(shrunk["set_anew"]) <= set(tensors)
+        not {"blocks", "experts"} <= set(shrunk)
+        and len(set(blocks)) == len(blocks)
+        and set(shrunk.get("experts", {}).values()) <= set(kept)
+        and all(stays and stays == sorted(set(stays)) for stays in kept.values())
+        and all(steps for steps in shrunk["tensors"].values())
+        # the kept structures are within the parts of a cut
+        and all(
+            not width or (length % width == 0 and kept[step["by"]][-1] < length // width)
+            for steps in shrunk["tensors"].values()
+            for step in steps
+            for length, width in step["parts"]
+        )
+        and set(shrunk["set_anew"]) <= set(shrunk["tensors"])
     )
 
 
-def _is_step(step: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> bool:
-    highest = kept[step["by"]][-1]
-    return _count(step["axis"]) and all(
-        _count(length)
-        and _count(width)
-        and (not width or (length % width == 0 and highest < length // width))
-        for length, width in step["parts"]
-    )
+# What a removal leaves of the original: derived from it and from the choice of what stays ----------------
 
 
-def _count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**48
+class Removal:
+    """What is left.
+
+    Attributes:
+        settings: sizes in the configuration.
+        cuts: of a tensor, the steps of its cut.
+        updatable: tensors whose kept weights may be updated.
+        rename: None: tensors keep their names, except for experts that are stored one by one.
+    """
+
+    def __init__(self, shrunk: Mapping[str, Any], theirs: Loading) -> None:
+        self.settings: dict[str, Any] = {}
+        self.cuts: dict[str, list[dict[str, Any]]] = {}
+        self.updatable: set[str] = set()
+        self.rename: Rename | None = None
+        if "blocks" in shrunk:
+            self._blocks(shrunk, theirs)
+        elif "experts" in shrunk:
+            self._experts(shrunk, theirs)
+        else:
+            for consumer in shrunk["kept"]:
+                self._structures(consumer, shrunk, theirs)
+
+    def _structures(self, consumer: str, shrunk: Mapping[str, Any], theirs: Loading) -> None:
+        """Channels or heads that a layer takes."""
+        home, _, last = consumer.rpartition(".")
+        shape = theirs.shapes.get(f"{consumer}.weight", ())
+        if last not in (*_MLPS, *_ATTENTIONS) or len(shape) != 2:
+            raise theirs.wrong(
+                f"{consumer!r} of the manifest is not a layer that takes channels or heads"
+            )
+        size, kept = shape[1], shrunk["kept"][consumer]
+        weight = _stored(theirs, f"{consumer}.weight")
+        if last in _MLPS:
+            own = (size, 1)
+            givers = {x: [own] * (2 if x == "gate_up_proj" else 1) for x in _MLPS[last]}
+            # where several words stand for the width, the first is what the family reads
+            words = [key for key in _WIDTHS if theirs.setting(key) == size]
+            self.settings |= dict.fromkeys(words[:1], len(kept))
+        else:
+            heads = int(theirs.setting("num_attention_heads") or 1)
+            groups = int(theirs.setting("num_key_value_heads") or heads)
+            width, each = int(theirs.setting("head_dim") or size // heads), heads // groups
+            if heads * width != size or heads % groups:
+                raise theirs.wrong(
+                    f"{consumer!r} of the manifest has {size} inputs, which are no {heads} heads of {width}"
+                )
+            # whole groups go, each with all its heads; or as many heads of every group
+            whole = shrunk["tensors"].get(weight) == [_step(1, [(size, each * width)], consumer)]
+            if not whole and len({sum(k // each == g for k in kept) for g in range(groups)}) > 1:
+                raise theirs.wrong(
+                    f"{consumer!r} of the manifest loses more heads of one key–value group than of another"
+                )
+            own = (size, width * (each if whole else 1))
+            key = (groups * width, width if whole else 0)
+            givers = {x: [key] * whole for x in _GIVERS}
+            givers |= {"q_proj": [own], "qkv_proj": [own, key, key]}
+            self.settings |= {
+                "num_attention_heads": len(kept) * each if whole else len(kept),
+                "head_dim": width,
+            }
+            if theirs.setting("num_key_value_heads") is not None:
+                self.settings["num_key_value_heads"] = len(kept) if whole else groups
+        self.updatable.add(weight)
+        self.cuts[weight] = [_step(1, [own], consumer)]
+        for giver, parts in givers.items():
+            for name in (f"{home}.{giver}.weight", f"{home}.{giver}.bias"):
+                if parts and name in theirs.shapes:
+                    self.cuts[_stored(theirs, name)] = [_step(0, parts, consumer)]
+
+    def _experts(self, shrunk: Mapping[str, Any], theirs: Loading) -> None:
+        homes: dict[str, str] = {}
+        for mixture, kept in shrunk["kept"].items():
+            begin = f"{mixture}."
+            own = [shape for name, shape in theirs.shapes.items() if name.startswith(begin)]
+            counts = {shape[0] for shape in own if len(shape) == 3}
+            if len(counts) != 1:
+                raise theirs.wrong(
+                    f"{mixture!r} of the manifest holds no experts that tokens are routed to"
+                )
+            (count,) = counts
+            parent = mixture.rpartition(".")[0]
+            begins = (begin, *(f"{parent}.{router}." for router in _ROUTERS))
+            for name, shape in theirs.shapes.items():
+                if not name.startswith(begins) or shape[:1] != (count,):
+                    continue
+                if stored := theirs.stored(name):
+                    self.cuts[stored] = [_step(0, [(count, 1)], mixture)]
+                    continue
+                for part in theirs.parts(name):
+                    found = _HOME.match(part)
+                    homes[found[1] if found else part] = mixture
+            words = [k for k in _COUNTS if k in shrunk["settings"] and theirs.setting(k) == count]
+            self.settings |= dict.fromkeys(words, len(kept))
+        if homes != shrunk["experts"]:
+            raise theirs.weights.wrong(
+                "the manifest says otherwise than the model where experts lie that "
+                "are stored one by one"
+            )
+
+    def _blocks(self, shrunk: Mapping[str, Any], theirs: Loading) -> None:
+        """The number of blocks, settings with an entry for each or with their numbers, and names."""
+        removed = shrunk["blocks"]
+        words = [key for key in _DEPTHS if key in shrunk["settings"]]
+        count = theirs.setting(words[0]) if len(words) == 1 else None
+        if type(count) is not int:
+            raise theirs.wrong("the manifest does not say how many blocks are left of it")
+        self.settings[words[0]] = count - len(removed)
+        for key, listed in theirs.settings.to_dict().items():
+            if key in _NUMBERED and isinstance(listed, list):
+                self.settings[key] = _renumbered(listed, removed)
+            elif isinstance(listed, list) and len(listed) == count and not key.endswith("token_id"):
+                self.settings[key] = [x for index, x in enumerate(listed) if index not in removed]
+        parts = min(shrunk["gone"], default="").split(".")
+        home = ".".join(itertools.takewhile(lambda part: not part.isdecimal(), parts))
+
+        def rename(name: str) -> str | None:
+            number, _, rest = name.removeprefix(f"{home}.").partition(".")
+            inside = name.startswith(f"{home}.") and number.isdecimal()
+            if not inside or name in theirs.unused or int(number) >= count:
+                return name
+            new = _renumbered([int(number)], removed)
+            return f"{home}.{new[0]}.{rest}" if new else None
+
+        self.rename = rename
+
+
+def without_experts(shrunk: Mapping[str, Any]) -> Rename:
+    """Experts that are stored one by one are numbered as the kept ones follow each other."""
+
+    def rename(name: str) -> str | None:
+        for home, mixture in shrunk.get("experts", {}).items():
+            number, _, rest = name.removeprefix(f"{home}.").partition(".")
+            if name.startswith(f"{home}.") and number.isdecimal():
+                kept = shrunk["kept"][mixture]
+                return f"{home}.{kept.index(int(number))}.{rest}" if int(number) in kept else None
+        return name
+
+    return rename
+
+
+def _renumbered(numbers: Sequence[int], removed: Collection[int]) -> list[int]:
+    """Blocks by their numbers, without the removed ones, which change those behind them."""
+    left = [number for number in numbers if number not in removed]
+    return [number - len([gone for gone in removed if gone < number]) for number in left]
+
+
+def _stored(theirs: Loading, parameter: str) -> str:
+    """The tensor that a parameter is."""
+    stored = theirs.stored(parameter)
+    if stored is None:
+        raise theirs.wrong(
+            f"{parameter!r} of the manifest is not stored unchanged, and cannot be cut"
+        )
+    return stored
+
+
+def _step(axis: int, parts: Sequence[tuple[int, int]], by: str) -> dict[str, Any]:
+    return {"axis": axis, "parts": [list(part) for part in parts], "by": by}

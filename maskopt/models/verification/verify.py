@@ -1,103 +1,133 @@
-"""Check a pruned model folder against its manifest, its masks and the original.
+"""Check a model folder that `maskopt` pruned against its manifest, its masks and the original.
 
-Shares no code with what writes those: files are read by the safetensors library, bits unpacked, digests
-computed and layers found here. The manifest's digest is not keyed, so anybody can write a manifest; what
-it says is therefore only compared with what weights and masks say. What they cannot say (errors, bounds,
-statuses) is called claimed, unless `recompute` computes it again from calibration text.
+Files are read by the safetensors library; bits are unpacked, digests computed and weights counted here. The
+manifest's digest is not keyed, so anybody can write a manifest; what it says is therefore only compared with
+what weights and masks say. What they cannot say (errors, bounds, statuses) is called claimed, unless it is
+computed again from calibration text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from maskopt.core.pattern import NM
 from maskopt.errors import VerificationError
+from maskopt.models.options.prune import BLOCKWISE
 from maskopt.models.verification.folder import (
+    CONFIG,
     INDEX,
+    MANIFEST,
     MASKS,
     Weights,
-    asks_for_code,
+    bytes_of,
+    check_beside,
     check_configuration,
     check_entries,
+    check_finite,
+    first_line,
     is_copied,
+    read_object,
     read_weights,
-    tensor,
+    same_files,
 )
-from maskopt.models.verification.loading import Loading, check_loads
-from maskopt.models.verification.manifest import (
-    Manifest,
-    Slice,
-    check_counts,
+from maskopt.models.verification.layers import (
+    SUM_TOLERANCE,
     check_fallbacks,
     check_layers,
-    check_names,
-    read_manifest,
+    check_masks,
+    check_parts,
+    seen_in_dense,
 )
-from maskopt.models.verification.original import same_files
-from maskopt.models.verification.parts import check_parts, seen_in_dense
-from maskopt.models.verification.tensors import Masks, check_tensors
+from maskopt.models.verification.loading import Loading, check_loads, check_names
+from maskopt.models.verification.manifest import Manifest, read_manifest
+from maskopt.models.verification.recompute import recheck_layers
+from maskopt.models.verification.structured import is_smaller, verify_smaller
+from maskopt.models.verification.tensors import Masks, OnTensor, check_tensors
 
-#: relative difference at which the stated error of a layer pruned by magnitude is wrong
-SUM_TOLERANCE = 1e-9
+#: what `maskopt`, transformers' Trainer and tokenizers leave in a folder and no loader takes
+SAVED = re.compile(
+    rf"{re.escape(MASKS)}|{re.escape(MANIFEST)}|maskopt-distill\.json|"
+    r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|checkpoint-\d+|runs|"
+    r"additional_chat_templates"
+)
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What holds. Every number is computed from weights and masks.
+    """What holds of a folder. Every number is computed from weights and masks; what the folder does not have
+    is 0 or empty.
 
     Attributes:
-        layers, tensors: pruned layers, and the masked tensors that hold them.
-        two_four: how many of the tensors are 2:4.
-        rows, sparsity: of the pruned layers.
+        tensors: with a mask; of a smaller model, all.
         files: whose digests were compared.
-        original: the original that was compared with, if one was.
+        layers, rows: pruned ones.
+        two_four: tensors whose masks are 2:4.
+        sparsity: pruned share: of the pruned layers; of a fine-tuned model, of the tensors with a mask.
         checked_layers: names of the layers whose errors and statuses were computed again.
         tolerance: relative difference up to which those errors had to agree; it depends on the precision
             that the manifest names. Statuses hold under the same change of the error.
         checked: what was computed from weights, masks and original.
         claimed: what the manifest says and nothing here shows.
+        weights, cut, updated: of a smaller model: numbers in the folder, tensors that are smaller than the
+            original's, and those of them that hold weights of their own.
+        pruned, zeros: of a fine-tuned model: weights that the masks prune, all of them zero, and weights
+            of tensors with a mask that are zero.
+        others, changed: tensors without a mask that the pruned model has, too (none where its weights are
+            not there), and those of them that do not have the same bits.
     """
 
-    layers: int
     tensors: int
-    two_four: int
-    rows: int
-    files: int
-    sparsity: float
-    original: Path | None
+    files: int = 0
+    layers: int = 0
+    rows: int = 0
+    two_four: int = 0
+    sparsity: float = 0.0
     checked_layers: tuple[str, ...] = ()
     tolerance: float | None = None
     checked: tuple[str, ...] = ()
     claimed: tuple[str, ...] = ()
+    weights: int = 0
+    cut: int = 0
+    updated: int = 0
+    pruned: int = 0
+    zeros: int = 0
+    others: int = 0
+    changed: int = 0
 
 
-def verify_output(
-    output: str | Path,
+def verify_model(
+    folder: str | Path,
     original: str | Path | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnTensor = lambda done, total: None,
     *,
+    masks: str | Path | None = None,
     calibration: Any = None,
     layers: Sequence[str] = (),
     text_field: str = "text",
     threads: int | None = None,
     trust_remote_code: bool = False,
 ) -> Verified:
-    """Re-read a folder that `prune_model` wrote.
+    """Re-read a folder that a prune wrote, or that was trained further after a prune.
 
-    Checks that it holds exactly what `from_pretrained` would load and nothing else that a loader could
-    take for weights or code; that every file has its digest; that every row (or group) of every mask
-    prunes exactly as many as the pattern says; that every pruned weight is zero; that names, counts,
-    pattern and sparsity in the manifest are those of the masks and of the model's structure.
+    A folder of `prune_model`: it holds exactly what `from_pretrained` would load and nothing else that a
+    loader could take for weights or code; every file has its digest; every row (or group) of every mask
+    prunes exactly as many as the pattern says; every pruned weight is zero; names, counts, pattern and
+    sparsity in the manifest are those of the masks and of the model's structure. A smaller model: every
+    tensor is the original's, cut as the choice of what stays asks.
 
     Args:
         original: the original model folder. It must have the manifest's digest, the same tensors, and bit
-            for bit the same kept weights (but those that were set anew), other tensors, configuration and
+            for bit the same kept weights (except updated ones), other tensors, configuration and
             tokenizer. Errors of layers pruned by magnitude are computed again.
         on_progress: called with tensors done and their number.
+        masks: the folder of the prune, of a model that was trained further: every weight that its masks
+            prune is zero, and a loader takes nothing but these weights. Needs no `original`.
         calibration: the text (or tokens) that the prune was given, as for `prune_model`; needs
             `original`. Errors and statuses of the chosen layers are computed again.
         layers: name patterns that choose them; all by default.
@@ -108,51 +138,75 @@ def verify_output(
     Raises:
         VerificationError: with the first thing that does not hold.
     """
-    folder = Path(output)
+    folder, original = Path(folder), None if original is None else Path(original)
+    if masks is not None:
+        return _verify_fine_tuned(folder, Path(masks), on_progress, trust=trust_remote_code)
     if calibration is not None and original is None:
         raise VerificationError(
             "`calibration` needs `original`, the dense model that errors are computed with"
         )
     if layers and calibration is None:
         raise VerificationError("`layers` chooses what `calibration` computes again; give both")
+    if is_smaller(folder):
+        return Verified(**verify_smaller(folder, original, on_progress))
+    machine = {"text_field": text_field, "threads": threads, "trust_remote_code": trust_remote_code}
+    return _verify_pruned(folder, original, on_progress, calibration, layers, machine)
+
+
+def _verify_pruned(
+    folder: Path,
+    original: Path | None,
+    on_progress: OnTensor,
+    calibration: Any,
+    layers: Sequence[str],
+    machine: dict[str, Any],
+) -> Verified:
+    """Re-read a folder of `prune_model`; `machine` holds other options of a walk."""
     manifest = read_manifest(folder)
     weights = read_weights(folder)
-    check_entries(folder, manifest.files, weights)
-    masks = Masks(folder / MASKS)
-    masks.check_names(manifest, weights)
-    dense = None if original is None else read_weights(Path(original))
-    same = _same_files(manifest, weights, dense)
+    check_entries(weights, manifest.files)
+    stored = Masks(folder / MASKS)
+    stored.check_names(manifest, weights)
+    dense = None if original is None else read_weights(original)
+    if dense is None and weights.unnamed:
+        raise VerificationError(
+            f"{folder / INDEX}: the index does not name {min(weights.unnamed)!r}, which lies in a shard"
+        )
+    same = set() if dense is None else same_files(manifest.record, weights, dense)
     check_configuration(folder, manifest.files, compared=same)
     check_layers(manifest)
     check_parts(manifest)
-    names_known = trust_remote_code or not asks_for_code(folder)
+    trust = machine["trust_remote_code"]
+    names_known = trust or not read_object(folder / CONFIG).get("auto_map")
     if names_known:
-        loading = Loading(dense or weights, trust_remote_code=trust_remote_code)
+        loading = Loading(dense or weights, trust_remote_code=trust)
         if dense is None:  # which has the same tensors and configuration
             check_loads(loading, None)
-        check_names(manifest, loading.model)
-    slices = check_tensors(manifest, weights, masks, dense, on_progress)
-    rows, sparsity = check_counts(manifest, slices)
-    recomputed, tolerance = _recompute(
-        manifest, slices, folder, original, calibration, layers=layers, text_field=text_field,
-        threads=threads, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    checked, claimed = _told_apart(
-        manifest, same, len(recomputed),
-        compared=original is not None, names=names_known, again=calibration is not None,
-    )  # fmt: skip
+        check_names(manifest, loading)
+    slices = check_tensors(manifest, weights, stored, dense, on_progress)
+    rows, sparsity = check_masks(manifest, slices)
+    known, tolerance = set[str](), None
+    if original is not None:
+        known = set(check_fallbacks(manifest, slices))
+        tolerance = SUM_TOLERANCE if known else None
+    if original is not None and calibration is not None:
+        again, tolerance = recheck_layers(
+            manifest, folder, original, calibration, tuple(layers), **machine
+        )
+        known.update(again)
+    facts = _facts(manifest, same, len(known), original is not None, calibration is not None)
+    facts["names"] = names_known
     return Verified(
         layers=len(manifest.layers),
-        tensors=len(masks.layout),
-        two_four=len(masks.layout) if manifest.rule.two_four else 0,
+        tensors=len(stored.layout),
+        two_four=len(stored.layout) if manifest.options.pattern == NM(2, 4) else 0,
         rows=rows,
         files=len(manifest.files),
         sparsity=sparsity,
-        original=None if original is None else Path(original),
-        checked_layers=tuple(recomputed),
+        checked_layers=tuple(x["name"] for x in manifest.layers if x["name"] in known),
         tolerance=tolerance,
-        checked=checked,
-        claimed=claimed,
+        checked=tuple(fact for fact, holds in facts.items() if holds),
+        claimed=tuple(fact for fact, holds in facts.items() if not holds),
     )
 
 
@@ -169,95 +223,139 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     if not torch.cuda.is_available():
         raise VerificationError("to_sparse_semi_structured needs a CUDA device; there is none here")
     folder = Path(output)
-    manifest, where = read_manifest(folder), read_weights(folder).where
-    if not manifest.rule.two_four:
-        raise VerificationError(f"{folder}: holds no 2:4 layer")
+    manifest, weights = read_manifest(folder), read_weights(folder)
+    if manifest.options.pattern != NM(2, 4):
+        raise weights.wrong("holds no 2:4 layer")
     converted = []
     for name, info in manifest.tensors.items():
-        if name not in where:
-            raise VerificationError(f"{folder}: tensor {name!r} has a mask and is not there")
-        weight = tensor(where[name], name).half().cuda()
+        if name not in weights.where:
+            raise weights.wrong(f"tensor {name!r} has a mask and is not there")
+        weight = weights.read(name).half().cuda()
         axis = info["input_axis"]
         weight = weight.movedim(axis, -1).reshape(-1, weight.shape[axis])
         try:
             converted.append((name, to_sparse_semi_structured(weight.contiguous())))
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            line = str(error).splitlines()[0]
-            raise VerificationError(f"{name!r} is not accepted as 2:4: {line}") from error
+            raise VerificationError(
+                f"{name!r} is not accepted as 2:4: {first_line(error)}"
+            ) from error
     return converted
 
 
-def _same_files(manifest: Manifest, weights: Weights, dense: Weights | None) -> set[str]:
-    """Names of the files beside the weights that are those of the original; none without one."""
-    if dense is not None:
-        return same_files(manifest, weights, dense)
-    if weights.unnamed:
-        raise VerificationError(
-            f"{weights.folder / INDEX}: the index does not name {min(weights.unnamed)!r}, "
-            "which lies in a shard"
-        )
-    return set()
+def _facts(
+    manifest: Manifest, same: set[str], recomputed: int, compared: bool, again: bool
+) -> dict[str, bool]:
+    """What there is to know of a result: True where it was checked, False where it is claimed.
 
-
-def _recompute(
-    manifest: Manifest,
-    slices: Sequence[Slice],
-    folder: Path,
-    original: str | Path | None,
-    calibration: Any,
-    **passes: Any,
-) -> tuple[list[str], float | None]:
-    """Names of the layers whose errors were computed again, and how far those may differ."""
-    if original is None:
-        return [], None
-    recomputed = check_fallbacks(manifest, slices, SUM_TOLERANCE)
-    if calibration is None:
-        return recomputed, SUM_TOLERANCE if recomputed else None
-    from maskopt.models.verification.recompute import recheck_layers
-
-    again, tolerance = recheck_layers(manifest, folder, Path(original), calibration, **passes)
-    known = {*recomputed, *again}
-    return [layer["name"] for layer in manifest.layers if layer["name"] in known], tolerance
-
-
-def _told_apart(
-    manifest: Manifest, same: set[str], recomputed: int, *, compared: bool, names: bool, again: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is checked, and what is claimed."""
-    layers = manifest.layers
+    Args:
+        recomputed: layers whose errors were computed again; `again`: from calibration text.
+        compared: with the original.
+    """
+    layers, trained = manifest.layers, manifest.options.update == BLOCKWISE
+    refitted = not trained and any(layer["damping"] is not None for layer in layers)
     every = recomputed == len(layers)
-    trained = manifest.options.get("update") == "blockwise"
-    refit = not trained and any(layer["damping"] is not None for layer in layers)
-    solved = all(
-        layer["objective"] != "updated" for layer in layers
-    )  # else only their errors are checked
-    again_solved = every and solved
-    bounds = not again or any(layer["lower_bound"] for layer in layers)
-    # whether the dense model gave NaN is not seen again
-    unseen = seen_in_dense(manifest)
-    optima = again and any("optimal" in layer["statuses"] for layer in layers)
+    # of a solver's own weights only the errors are checked
+    solved = all(layer["objective"] != "updated" for layer in layers)
     facts = {
-        "files": True,
-        "counts": True,
-        "pattern": True,
-        "sparsity": True,
-        "names": names,
-        # where those that were set anew are solved again, none is left that was kept
-        **(
-            {}
-            if refit and again_solved
-            else {"kept weights": compared and not refit and not trained}
-        ),
-        **({"refitted weights": again_solved} if refit else {}),
-        **({"trained weights": False} if trained else {}),
+        **dict.fromkeys(("files", "counts", "pattern", "sparsity", "names"), True),
+        "kept weights": compared and not refitted and not trained,
+        "refitted weights": every and solved if refitted else None,
+        "trained weights": False if trained else None,
         "configuration and tokenizer": compared and {*filter(is_copied, manifest.files)} <= same,
         "errors": every and (solved or not trained),
         "statuses": every,
-        **({"optima": False} if optima else {}),
-        **({"windows left out": False} if unseen else {}),
-        **({"bounds": False} if bounds else {}),
-        "start errors": False,
-        "options": False,
+        "optima": False if again and any("optimal" in x["statuses"] for x in layers) else None,
+        # whether the dense model gave NaN is not seen again
+        "windows left out": False if seen_in_dense(manifest) else None,
+        "bounds": False if not again or any(layer["lower_bound"] for layer in layers) else None,
+        **dict.fromkeys(("start errors", "options"), False),
     }
-    checked = tuple(fact for fact, known in facts.items() if known)
-    return checked, tuple(fact for fact, known in facts.items() if not known)
+    if facts["refitted weights"]:
+        del facts["kept weights"]  # there are none that were not solved for
+    return {fact: holds for fact, holds in facts.items() if holds is not None}
+
+
+def _verify_fine_tuned(
+    tuned: Path, pruned: Path, on_progress: OnTensor, *, trust: bool
+) -> Verified:
+    """Every weight of a folder that the masks of a pruned one prune is zero, and
+    a loader makes the same model of both, apart from the values of finite weights."""
+    weights, masks = read_weights(tuned), Masks(pruned / MASKS)
+    # a packed folder has no weights to compare
+    before = read_weights(pruned) if any(pruned.glob("*.safetensors")) else None
+
+    def is_known(name: str) -> bool:
+        code = trust and name.endswith(".py")
+        return name in weights.files or is_copied(name) or bool(SAVED.fullmatch(name)) or code
+
+    check_beside(weights, is_known)
+    called = _names(masks.layout, weights.where)
+    for name in sorted(masks.layout):
+        if called(name) not in weights.where:
+            raise weights.wrong(
+                f"has no tensor {name!r}, which {pruned} prunes; merge adapters before saving"
+            )
+    _check_model(weights, pruned, before, trust)
+    count = lost = total = zeros = 0
+    first = ""
+    for done, name in enumerate(sorted(masks.layout), 1):
+        found = weights.read(called(name))
+        check_finite(weights, called(name), found)
+        kept = masks.kept(name, found)
+        gone = int((found[~kept] != 0).sum())
+        first = first or (name if gone else "")
+        lost += gone
+        count += int((~kept).sum())
+        zeros += int((found == 0).sum())
+        total += found.numel()
+        on_progress(done, len(masks.layout))
+    if lost:
+        raise weights.wrong(
+            f"{lost} of {count} pruned weights are not zero, the first ones in {first!r}; sparsity "
+            f"is {zeros / total:.4f}, not {count / total:.4f}. Train under `maskopt.keep_masks`"
+        )
+    theirs = {called(name): name for name in (before.where if before else ())}
+    others = changed = 0
+    for name in sorted({*weights.where} - {*map(called, masks.layout)}):
+        found = weights.read(name)
+        check_finite(weights, name, found)
+        if before is not None and name in theirs:
+            others += 1
+            changed += not torch.equal(bytes_of(found), bytes_of(before.read(theirs[name])))
+    return Verified(
+        tensors=len(masks.layout),
+        pruned=count,
+        sparsity=count / total,
+        zeros=zeros,
+        others=others,
+        changed=changed,
+    )
+
+
+def _check_model(weights: Weights, pruned: Path, before: Weights | None, trust: bool) -> None:
+    """Raise VerificationError where a loader would make another model of a folder than of the pruned one,
+    apart from the values of its weights."""
+    stored = weights if before is None else before
+    theirs_in = Weights(pruned, stored.where, (), frozenset())
+    for folder in (weights.folder, pruned):
+        names = [file.name for file in folder.iterdir() if is_copied(file.name)]
+        check_configuration(folder, names, names if trust else (), "`trust_remote_code` allows it")
+    ours, theirs = (Loading(x, trust_remote_code=trust) for x in (weights, theirs_in))
+    if odd := {*ours.shapes} ^ {*theirs.shapes}:
+        raise weights.wrong(
+            f"parameter {min(odd)!r} is only in one of this model and that of {pruned}"
+        )
+    check_loads(ours, None if before is None else theirs)
+    if before is None and ours.unused:
+        raise weights.wrong(f"the model takes no tensor {min(ours.unused)!r}; remove the tensor")
+
+
+def _names(masked: Collection[str], there: Collection[str]) -> Callable[[str], str]:
+    """What tensors of the pruned model are called in the other one: `save_pretrained` puts the name of the
+    base model first, which the original's checkpoint may lack."""
+    first = min(masked, default="")
+    before = {name.removesuffix(first) for name in there if name.endswith(f".{first}")}
+    for prefix in sorted(before):
+        if first not in there and all(prefix + name in there for name in masked):
+            return lambda name: prefix + name if prefix + name in there else name
+    return lambda name: name

@@ -26,7 +26,7 @@ from maskopt.models.evaluation.sweep import sweep
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.pruning.gram_store import INDEX, GramStore
 from maskopt.models.pruning.plan import plan_prune
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 HALF = [Unstructured(sparsity=0.5)]
 FIRST = "grams-00001.bits"
@@ -106,7 +106,7 @@ def test_the_same_bytes_as_in_one_pass(family, update, holdout, tmp_path):
     collect_grams(dense, tokens(), output=tmp_path / "grams", holdout=holdout)
     prune(dense, grams=tmp_path / "grams", output=tmp_path / "stored", **how)
     assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
-    found = verify_output(tmp_path / "stored", dense, calibration=None if holdout else tokens())
+    found = verify_model(tmp_path / "stored", dense, calibration=None if holdout else tokens())
     assert len(found.checked_layers) == (0 if holdout else 14)
 
 
@@ -121,7 +121,7 @@ def test_precision_and_seed_are_those_of_the_store(dense, tmp_path):
         out = tmp_path / label
         prune(dense, grams=grams, output=out, **more, **first)
         assert contents(out) == contents(tmp_path / "walked")
-    verify_output(out, dense, calibration=text)
+    verify_model(out, dense, calibration=text)
 
 
 def test_held_out_windows_are_those_of_the_store(home, model, grams, tmp_path):

@@ -24,7 +24,7 @@ from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.options.walk import WalkOptions
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 TOKENIZER = chat_tokenizer()
 
@@ -230,7 +230,7 @@ def test_templates_with_names_in_results(tmp_path, caplog):
         prune_model(model, tokenizer, calibration=text, output=out, **options)
         with (out / "README.md").open("a") as card:
             card.write("more\n")
-        verify_output(out)
+        verify_model(out)
         found.append(AutoTokenizer.from_pretrained(out).chat_template)
     assert found == [CHAT_TEMPLATE, several.chat_template]
     assert "additional_chat_templates: chat templates with names" in caplog.text
@@ -296,7 +296,7 @@ def test_prune_and_verify_from_the_command_line(paths, tmp_path):
     # their tokens may be given, too
     np.save(tmp_path / "windows.npy", windows.tokens.numpy())
     for source in (windows.tokens, tmp_path / "windows.npy"):
-        assert len(verify_output(out, dense, calibration=source).checked_layers) == 7
+        assert len(verify_model(out, dense, calibration=source).checked_layers) == 7
     # the result has the template, and is evaluated through it
     shown = run("eval", dense, out, "--text", chats, "--chat", "--seq-len", 48)
     assert "tokens from chats.jsonl, chats through the model's template" in shown

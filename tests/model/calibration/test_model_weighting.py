@@ -24,7 +24,7 @@ from maskopt.models.options.prune import prune_options
 from maskopt.models.pruning.plan import _forward_operations, plan_prune
 from maskopt.models.pruning.problems import layer_problem
 from maskopt.models.pruning.solving import SHRINK_GRID, SHRINK_TOLERANCE
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 HALF = {"sparsity": 0.5, "min_tokens": 1}
 FIRST = ("layers.0.*",)  # of the first block, whose inputs no pruning has changed
@@ -104,7 +104,7 @@ def test_a_weighted_run_is_verified(more, dense_folder, tmp_path):
     report = prune_model(dense_folder, tokens(), output=tmp_path / "out", **options)
     equal = prune_model(tiny("llama"), tokens(), **{**options, "token_weights": "uniform"})
     assert [layer.error for layer in report.layers] != [layer.error for layer in equal.layers]
-    found = verify_output(tmp_path / "out", dense_folder, calibration=tokens())
+    found = verify_model(tmp_path / "out", dense_folder, calibration=tokens())
     assert len(found.checked_layers) == 7
 
 

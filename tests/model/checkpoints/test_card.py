@@ -19,7 +19,7 @@ from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.evaluation.bound import certify_model
 from maskopt.models.pruning import output as output_module
 from maskopt.models.pruning.card import hub_name, write_card
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 TAKEN_OVER = """license: other
 license_name: mine
@@ -87,12 +87,12 @@ def test_it_inherits_what_holds_for_the_pruned_model_too_and_keeps_the_original(
         assert str(folder) not in card.content
     assert (out / "README-original.md").read_text() == CARD
     assert "README-original.md" in manifest["files"]
-    verify_output(out, snapshot)
+    verify_model(out, snapshot)
     (out / "README.md").write_text("Edited by hand.")
-    verify_output(out, snapshot)
+    verify_model(out, snapshot)
     (out / "README-original.md").write_text("Not the original's.")
     with pytest.raises(VerificationError, match=r"README-original.md: was changed"):
-        verify_output(out, snapshot)
+        verify_model(out, snapshot)
 
 
 def test_the_figures_are_those_of_the_report(snapshot, tmp_path):
@@ -117,7 +117,7 @@ def test_packing_and_pruning_again_keep_every_card(out, tmp_path):
     prune(out, twice, sparsity=0.75)
     assert (twice / "README-original.md").read_text() == CARD
     assert (twice / "README-original-2.md").read_text() == (out / "README.md").read_text()
-    verify_output(twice, out)
+    verify_model(twice, out)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_card_that_cannot_be_read_does_not_stop_a_prune_but_a_link_does(
     (model / "README.md").write_bytes(b"\xff\xfe\x00")
     prune(model, out)
     assert ModelCard.load(out / "README.md").data.to_dict() == OURS
-    verify_output(out, model)
+    verify_model(out, model)
 
 
 def test_an_interruption_between_the_cards_and_the_end_leaves_the_same_bytes(
@@ -187,7 +187,7 @@ def test_a_model_in_memory_has_a_card_as_well_and_names_on_the_hub(tmp_path):
     model.config._name_or_path = "owner/name"
     prune(model, tmp_path / "out")
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "owner/name"
-    verify_output(tmp_path / "out")
+    verify_model(tmp_path / "out")
     for path, name in (
         ("/x/models--google--gemma-3-270m/snapshots/abc", "google/gemma-3-270m"),
         ("google/gemma-3-270m", "google/gemma-3-270m"),

@@ -25,7 +25,7 @@ from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_mas
 from maskopt.models.checkpoints.report import manifest_digest, read_layers, read_manifest
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import MANIFEST
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 TELLING = (b"-1", b"null", b"[]", b"{}", b"1e999", b'"../../x"', b"99999999999999999999")
 
@@ -85,7 +85,7 @@ def try_loaders(kind: str, data: bytes, folder: Path) -> str | None:
     try:
         if kind == "forged result":
             (folder / "result" / MANIFEST).write_bytes(data)
-            verify_output(folder / "result")
+            verify_model(folder / "result")
         elif kind == "index":
             (folder / INDEX).write_bytes(data)
             (folder / "config.json").write_text("{}")

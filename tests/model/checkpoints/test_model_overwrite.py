@@ -26,8 +26,7 @@ from maskopt.models.checkpoints.workspace import (
 from maskopt.models.pruning.gram_store import collect_grams
 from maskopt.models.pruning.output import apply_masks
 from maskopt.models.structured.blocks import remove_blocks
-from maskopt.models.verification.structured import verify_smaller
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 
 def prune(model, out, **options):
@@ -72,7 +71,7 @@ def test_a_prune_over_that_of_another_model(first, model, second, given, tmp_pat
     assert contents(out) == contents(given[first])
     prune(given[model], out, overwrite=True)
     assert contents(out) == contents(given[second])
-    verify_output(out, given[model])
+    verify_model(out, given[model])
 
 
 def test_what_no_run_has_written_is_never_deleted(given, out, tmp_path):
@@ -231,7 +230,7 @@ def test_other_kinds_of_results_over_a_prune(given, tmp_path):
     for out, old in ((a, "talked"), (b, "talked"), (grams, "grams")):
         shutil.copytree(given[old], out)
     shrink_model(dense, tokens(), output=a, overwrite=True, channels=0.5, solver="wanda")
-    verify_smaller(a, dense)
+    verify_model(a, dense)
     for _ in range(2):  # over a prune, and over the same
         apply_masks(chatty, masks, b, overwrite=True)
         assert files(b) == files(given["applied"])
@@ -239,7 +238,7 @@ def test_other_kinds_of_results_over_a_prune(given, tmp_path):
         prune(chatty, b, resume=True)
     prune(dense, grams, overwrite=True)
     assert contents(grams) == contents(given["pruned"])
-    verify_output(grams, dense)
+    verify_model(grams, dense)
     # and a pack over another
     packed, again, other = (tmp_path / name for name in ("packed", "again", "other"))
     pack(given["talked"], other)

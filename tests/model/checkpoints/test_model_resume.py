@@ -24,7 +24,7 @@ from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
 from maskopt.models.checkpoints.journal import Journal, read_journal
 from maskopt.models.checkpoints.unchanged import Unchanged
 from maskopt.models.checkpoints.workspace import GONE, HIDDEN, MANIFEST, MASKS
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 JOURNAL = f"{HIDDEN}/journal.jsonl"
@@ -294,7 +294,7 @@ def test_an_interrupted_commit_can_be_replaced(dense, stopped, tmp_path, monkeyp
         interrupted(dense, stopped, 0, stage, overwrite=True)
     other = save(tiny("llama"), tmp_path / "other")
     prune(other, stopped, overwrite=True)
-    verify_output(stopped, original=other)
+    verify_model(stopped, original=other)
 
 
 def attempts(dense, out):
@@ -315,7 +315,7 @@ def test_a_second_process_is_refused(dense, tmp_path):
 
     prune(dense, out, on_progress=meanwhile)
     assert said
-    verify_output(out, original=dense)
+    verify_model(out, original=dense)
 
 
 @posix
@@ -488,7 +488,7 @@ def test_a_change_is_noticed_by_the_run(name, model, dense, whole, tmp_path):
     prune(model, out, resume=True)
     assert contents(out) == whole
     if name == "weights done":
-        verify_output(out, original=dense)
+        verify_model(out, original=dense)
 
 
 def test_before_the_first_block_is_done_nothing_is_left(model, dense, tmp_path):
@@ -507,7 +507,7 @@ def test_a_file_that_is_only_touched_or_not_copied_may_change(model, dense, whol
 
     changing(model, tmp_path / "out", touch)
     assert contents(tmp_path / "out") == whole
-    verify_output(tmp_path / "out", original=model)
+    verify_model(tmp_path / "out", original=model)
     # between opening and beginning nothing may
     checkpoint = open_checkpoint(model)
     Unchanged(checkpoint).check()
@@ -524,4 +524,4 @@ def test_indices_of_other_weights_are_not_copied(tmp_path):
         (model / name).write_text('{"metadata": {}, "weight_map": {}}')
     prune(model, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.index.json"))
-    verify_output(tmp_path / "out", original=model)
+    verify_model(tmp_path / "out", original=model)

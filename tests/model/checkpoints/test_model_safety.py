@@ -28,7 +28,7 @@ from maskopt.models.checkpoints.pack import pack
 from maskopt.models.checkpoints.workspace import MASKS, check_output
 from maskopt.models.pruning.output import apply_masks
 from maskopt.models.structured.blocks import remove_blocks
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 OPTIONS = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 
@@ -189,7 +189,7 @@ def test_links_of_the_hubs_cache(dense, tmp_path):
     (snapshot / "notes.pdf").symlink_to(tmp_path / "secret.txt")  # of no kind that is copied
     out = tmp_path / "out"
     prune_model(snapshot, tokens(), output=out, **OPTIONS)
-    verify_output(out, original=snapshot)
+    verify_model(out, original=snapshot)
     assert not any(file.is_symlink() for file in out.iterdir())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (dense / name).read_bytes()
@@ -325,7 +325,7 @@ def test_remote_code(tmp_path, monkeypatch):
     assert not marker.exists()
     prune_model(dense, tokens(), output=tmp_path / "out", trust_remote_code=True, **OPTIONS)
     assert marker.exists()
-    verify_output(tmp_path / "out", original=dense)
+    verify_model(tmp_path / "out", original=dense)
 
 
 def test_of_a_model_on_the_hub_code_is_fetched_only_when_asked_for(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from maskopt.models.checkpoints.pack import pack, unpack_folder
 from maskopt.models.checkpoints.safefile import DTYPES, open_safe, write_safe
 from maskopt.models.checkpoints.workspace import MASKS
 from maskopt.models.pruning.output import apply_masks, extract_masks
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 
 def pruned(family, home, *, dtype=torch.float32, sparsity=0.5):
@@ -79,7 +79,7 @@ def test_there_and_back_every_byte_is_the_same(family, dtype, tmp_path, monkeypa
     assert all(torch.equal(tensor, found[name]) for name, tensor in whole.items())
     unpack_folder(packed, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(out)
-    verify_output(tmp_path / "again", tmp_path / "dense")
+    verify_model(tmp_path / "again", tmp_path / "dense")
 
 
 def test_it_takes_what_is_kept_and_a_bit_a_weight(tmp_path):
@@ -273,7 +273,7 @@ def test_masks_that_do_not_belong_to_the_model_are_refused(dense_folder, pruned_
             apply_masks(model, masks, tmp_path / "applied")
     assert not (tmp_path / "applied").exists()
     with pytest.raises(VerificationError, match="was changed"):
-        verify_output(result)
+        verify_model(result)
     write_masks(small, {"x": SMALL})
     with pytest.raises(ModelError, match="another part"):
         join_masks(tmp_path / "b.safetensors", [small, small])

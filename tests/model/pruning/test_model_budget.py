@@ -32,7 +32,7 @@ from maskopt.models.pruning.block_curves import measured_curves
 from maskopt.models.pruning.plan import plan_prune
 from maskopt.models.pruning.rerun import options_again
 from maskopt.models.pruning.share_out import Curve, Moves, share_out
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 EQUAL = {"sparsity": 0.5, "min_tokens": 1}
 FREE = {**EQUAL, "allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}
@@ -407,7 +407,7 @@ def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(allocation, sensitiv
         report = prune_model(folder, data, output=tmp_path / name, **given)
         few = len(report.fallbacks)
         assert few == len(report.layers) if name == "all" else 0 < few < len(report.layers)
-        verified = verify_output(tmp_path / name, folder, calibration=data)
+        verified = verify_model(tmp_path / name, folder, calibration=data)
         assert set(report.fallbacks) <= set(verified.checked_layers)
 
 
@@ -521,7 +521,7 @@ def test_a_row_of_another_count_is_found(allocation, more, message, folders, sma
         row[(~row).nonzero()[:more]] = True
 
     change_masks(out := copied(folders(allocation), tmp_path), keep)
-    fails(VerificationError, message, verify_output, out)
+    fails(VerificationError, message, verify_model, out)
     if allocation != "layers":
         with pytest.raises(ModelError, match="its rows share a budget, and bounds need an equal"):
             certify_model(small, folders(allocation), calibration=tokens(), rows_per_layer=1)
@@ -535,9 +535,9 @@ def test_rows_that_count_differently_are_proven_together(family, tmp_path):
     report = prune_model(dense, tokens(), output=out, **given)
     equal = prune_model(model, tokens(), **FREE)
     assert [x.error for x in report.layers] != [x.error for x in equal.layers]
-    verify_output(out, dense, calibration=tokens())
+    verify_model(out, dense, calibration=tokens())
     forge_manifest(out, option(sensitivity="uniform"))
-    fails(VerificationError, TOGETHER, verify_output, out, dense, calibration=tokens())
+    fails(VerificationError, TOGETHER, verify_model, out, dense, calibration=tokens())
 
 
 @pytest.mark.parametrize("allocation", ["both", pytest.param("rows", marks=pytest.mark.slow)])
@@ -547,7 +547,7 @@ def test_limits_that_a_manifest_does_not_name_are_none(allocation, small, tmp_pa
     kept = [mask.kept for mask in read_masks(out / MASKS).values()]
     assert any(max(row_counts(mask)) > 0.7 * mask.shape[1] for mask in kept)
     forge_manifest(out, option(max_deviation=None))
-    assert verify_output(out, small, calibration=tokens()).checked_layers
+    assert verify_model(out, small, calibration=tokens()).checked_layers
     for change in (lambda _: None, lambda m: m["fingerprint"]["options"].pop("max_deviation")):
         forge_manifest(out, change)
         found = options_again(read_manifest(out / MANIFEST)["fingerprint"], out)

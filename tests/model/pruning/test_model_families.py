@@ -16,7 +16,7 @@ from maskopt import NM, prune_model
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks, matrix
 from maskopt.models.pruning.solving import DAMPING_GRID
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 
@@ -55,7 +55,7 @@ def test_every_family_streamed_and_in_memory(family, tmp_path):
     assert all(torch.equal(pruned[k], written[k]) for k in pruned)
     assert report.sparsity == in_memory.sparsity
     assert [layer.error for layer in report.layers] == [layer.error for layer in in_memory.layers]
-    verified = verify_output(out, original=dense, calibration=tokens())
+    verified = verify_model(out, original=dense, calibration=tokens())
     assert verified.sparsity == pytest.approx(0.5, abs=0.02)
     assert len(verified.checked_layers) == len(report.layers)
     blocks = Blocks(model)
@@ -129,7 +129,7 @@ def test_options_are_written_as_in_memory_and_verified(family, options, tmp_path
     if "damping" in options:
         found = {layer.damping for layer in report.layers}
         assert found == {0.1} if options["damping"] == 0.1 else found <= {*DAMPING_GRID}
-    verified = verify_output(out, folder, calibration=data)
+    verified = verify_model(out, folder, calibration=data)
     assert len(verified.checked_layers) == verified.layers
     assert ("refitted weights" in verified.checked) == updated
     assert ("kept weights" in {*verified.checked, *verified.claimed}) == (not updated)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import maskopt
 from maskopt import NM, Unstructured, prune_model
 from maskopt import errors as e
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 
@@ -37,7 +37,7 @@ def test_one_pass_judges_on_the_dense_model(tmp_path):
     after, written = (m.state_dict() for m in (model, reload(tmp_path / "out")))
     assert written.keys() == after.keys()
     assert all(torch.equal(written[k], v) for k, v in after.items())
-    verify_output(tmp_path / "out")
+    verify_model(tmp_path / "out")
 
 
 def test_swap_improves_on_its_start_in_every_layer():
@@ -67,7 +67,7 @@ def test_n_of_m_and_chosen_layers(tmp_path):
     blocks, original = reload(tmp_path / "out").model.layers, model.model.layers
     assert torch.equal(blocks[1].mlp.up_proj.weight, original[1].mlp.up_proj.weight)
     assert bool(((blocks[0].mlp.up_proj.weight == 0).view(-1, 4).sum(1) == 2).all())
-    verify_output(tmp_path / "out", original=dense)
+    verify_model(tmp_path / "out", original=dense)
 
 
 def test_text_and_a_tokenizer_of_the_folder_or_given(dense, tmp_path):
@@ -90,7 +90,7 @@ def test_half_precision_keeps_its_dtype_and_its_bits(dtype, tmp_path):
     prune_model(dense, tokens(), output=tmp_path / "a", **WANDA)
     prune_model(dense, tokens(), output=tmp_path / "b", dtype="bfloat16", **WANDA)
     for name in "ab":
-        verify_output(tmp_path / name, original=dense)
+        verify_model(tmp_path / name, original=dense)
         assert reload(tmp_path / name).dtype == dtype
 
 

@@ -14,7 +14,7 @@ from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.evaluation.bound import certify_model
 from maskopt.models.pruning.solving import DAMPING_GRID
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "update": "least-squares"}
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -70,7 +70,7 @@ def test_dampings_of_held_out_windows_and_of_experts_that_saw_too_little(tmp_pat
     more = {**OPTIONS, "min_tokens": 45, "solver": "wanda"}
     folder, out = save(tiny("mixtral", layers=2), tmp_path / "model"), tmp_path / "out"
     report = prune_model(folder, tokens(), output=out, **more)
-    verify_output(out, folder, calibration=tokens())
+    verify_model(out, folder, calibration=tokens())
     few = [x for x in report.layers if x.fallback]
     assert 0 < len(few) < len(report.layers)
     assert all(x.damping is None and x.error_kept is None for x in few)
@@ -184,8 +184,8 @@ def test_what_is_not_so_is_found(forge, message, result, dense_folder, tmp_path)
     out = copied(result[0], tmp_path)
     forge(out)
     if forge is moved:  # only the calibration text shows it
-        verify_output(out, dense_folder)
-    fails(VerificationError, message, verify_output, out, dense_folder, calibration=tokens(10))
+        verify_model(out, dense_folder)
+    fails(VerificationError, message, verify_model, out, dense_folder, calibration=tokens(10))
 
 
 def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
@@ -199,7 +199,7 @@ def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
     assert {x.objective for x in report.layers} == {"updated"}
     first = [r.layers[0] for r in (squares, report)]
     assert first[0].error < first[1].error < first[1].error_kept
-    verified = verify_output(own, dense_folder, calibration=tokens())
+    verified = verify_model(own, dense_folder, calibration=tokens())
     assert "errors" in verified.checked
     assert "refitted weights" in verified.claimed
 
@@ -208,12 +208,11 @@ def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
 
     for forge, said in ((moved, "states an error of"), (claims, "are not those of least squares")):
         forge(out := copied(own, tmp_path / said))
-        fails(VerificationError, said, verify_output, out, dense_folder, calibration=tokens())
+        fails(VerificationError, said, verify_model, out, dense_folder, calibration=tokens())
 
 
-def test_options_of_nothing_in_an_older_manifest_are_passed_over(
-    pruned_folder, dense_folder, tmp_path
-):
-    out, said = copied(pruned_folder, tmp_path), {"sensitivity": "uniform", "damping": 0.3}
-    forge_manifest(out, lambda m: m["fingerprint"]["options"].update(said))
-    assert verify_output(out, dense_folder, calibration=tokens()).checked_layers
+def test_options_that_no_run_has_are_refused(pruned_folder, tmp_path):
+    for index, said in enumerate(({"sensitivity": "uniform"}, {"damping": 0.3})):
+        out = copied(pruned_folder, tmp_path / str(index))
+        forge_manifest(out, lambda m, said=said: m["fingerprint"]["options"].update(said))
+        fails(VerificationError, "damaged or was changed", verify_model, out)

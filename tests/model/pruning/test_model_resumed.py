@@ -10,7 +10,7 @@ from tiny_models import save, tiny, tokens
 from maskopt import prune_model
 from maskopt.errors import ModelError
 from maskopt.models.pruning import prune
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 COMMON = {"sparsity": 0.5, "min_tokens": 1, "solver": "wanda", "start": None}
 REFIT = {"update": "least-squares", "solver": "swap"}
@@ -56,7 +56,7 @@ def test_resumed_runs_write_the_same_bytes(options, stage, layers, tmp_path, mon
     for _ in range(2):  # unfinished, and finished
         prune_model(dense, tokens(), output=out, resume=True, **more)
         assert contents(out) == contents(whole)
-    assert len(verify_output(out, dense, calibration=tokens()).checked_layers) == 7 * layers
+    assert len(verify_model(out, dense, calibration=tokens()).checked_layers) == 7 * layers
 
 
 def test_a_changed_file_of_new_weights_is_not_gone_on_with(small, tmp_path):

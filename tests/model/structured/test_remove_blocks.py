@@ -24,7 +24,7 @@ from maskopt.models.structured import blocks as removal
 from maskopt.models.structured.block_effects import Effects
 from maskopt.models.structured.block_search import exchanges, search_sets
 from maskopt.models.structured.expert_costs import costs, mixtures_of
-from maskopt.models.verification.structured import verify_smaller
+from maskopt.models.verification.verify import verify_model
 
 
 def check_costs(costs, dense, data, **every):
@@ -67,7 +67,7 @@ def test_sets_of_three_are_searched_and_measured_on_all_tokens(judged, tmp_path,
     check_costs(report.measured, dense, tokens(2), every=1)
     assert report.measured[frozenset(report.removed)] == min(report.measured.values())
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 3
-    assert verify_smaller(out, dense).tensors > 0
+    assert verify_model(out, dense).tensors > 0
 
 
 def summing(costs):
@@ -171,10 +171,10 @@ def test_one_file_with_an_index(tmp_path):
     index = {"metadata": {"total_size": 1}, "weight_map": where}
     (dense / "model.safetensors.index.json").write_text(json.dumps(index))
     remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=2)
-    verify_smaller(tmp_path / "out", dense)
+    verify_model(tmp_path / "out", dense)
     narrow = tmp_path / "narrow"
     shrink_model(dense, tokens(4), output=narrow, channels=0.5, solver="wanda")
-    verify_smaller(narrow, dense)
+    verify_model(narrow, dense)
     size = json.loads((narrow / "model.safetensors.index.json").read_text())
     stored = open_safe(narrow / name).entries.values()
     assert size["metadata"]["total_size"] == sum(entry.size for entry in stored)
@@ -184,7 +184,7 @@ def test_a_vision_tower_keeps_its_blocks(tmp_path):
     """Their names are those of the decoder's, behind another beginning."""
     dense, out = save(tiny_vision(), tmp_path / "dense"), tmp_path / "out"
     remove_blocks(dense, tokens(2), count=1, output=out, windows=2)
-    verify_smaller(out, dense)
+    verify_model(out, dense)
     names = [sorted(n for n in open_checkpoint(x).where if "vision" in n) for x in (dense, out)]
     assert names[0] == names[1]
 
@@ -206,7 +206,7 @@ def test_blocks_that_a_configuration_needs_stay(count, tmp_path):
     if count <= 2:
         others = [s for s in report.effects.kl if len(s) == count and 0 not in s]
         assert frozenset(report.removed) == min(others, key=lambda s: report.effects.kl[s])
-    verify_smaller(out, dense)
+    verify_model(out, dense)
 
 
 # Experts ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from maskopt import LayerProblem, Unstructured, shrink_model
 from maskopt.core.gram import Gram
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.checkpoints.workspace import MANIFEST
-from maskopt.models.verification.structured import verify_smaller
+from maskopt.models.verification.verify import verify_model
 
 
 def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_folder, tmp_path):
@@ -90,7 +90,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     shrink_model(dense, tokens(6), output=out, channels=0.25)
     found = load_file(out / "model.safetensors")
     assert {t.dtype for t in found.values()} == {torch.bfloat16}
-    verify_smaller(out, dense)
+    verify_model(out, dense)
 
 
 @pytest.mark.parametrize("what", [{"channels": 0.25}, {"heads": 0.5}])

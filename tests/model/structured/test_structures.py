@@ -16,7 +16,7 @@ from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationEr
 from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.structured import blocks as removal
-from maskopt.models.verification.structured import verify_smaller
+from maskopt.models.verification.verify import verify_model
 
 
 def make(dense, out, **what):
@@ -111,9 +111,9 @@ def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
     config = smaller.config.get_text_config()
     sizes = [sum(p.numel() for p in m.parameters()) for m in (smaller, model)]
     assert sizes[0] < sizes[1]
-    found = verify_smaller(out, dense)
+    found = verify_model(out, dense)
     assert "kept weights" in found.checked
-    assert verify_smaller(out).claimed[found.set_anew > 0] == "weights"
+    assert verify_model(out).claimed[found.updated > 0] == "weights"
     if kind == "blocks":
         if family == "bamba" or not hasattr(getattr(model, "model", None), "layers"):
             return  # Bamba without its one attention is not called as the others are
@@ -133,7 +133,7 @@ def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
     else:
         set_zeros(model, smaller, record)
         assert len(record["kept"]) == (4 if "and" in kind else 2)
-        assert found.set_anew == (0 if "kept" in kind else len(record["kept"]))
+        assert found.updated == (0 if "kept" in kind else len(record["kept"]))
         if "heads" in kind:
             assert 2 * config.num_attention_heads == model.config.num_attention_heads
     torch.testing.assert_close(logits(smaller), logits(model), **close)
@@ -161,7 +161,7 @@ def test_buffers_that_are_stored_go_along_with_their_blocks(tmp_path, monkeypatc
     make(dense, out, count=1, windows=1)
     model, smaller = pair(dense, out)
     torch.testing.assert_close(logs(smaller, tokens(2)), logs(pass_on(model, {1}), tokens(2)))
-    verify_smaller(out, dense)
+    verify_model(out, dense)
 
 
 # Refusals -------------------------------------------------------------------------------------

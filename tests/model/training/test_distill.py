@@ -31,7 +31,7 @@ from maskopt.models.pruning import output
 from maskopt.models.training import trainer as training
 from maskopt.models.training.divergence import divergence
 from maskopt.models.training.training_state import FolderKeeper
-from maskopt.models.verification.masks import verify_masks
+from maskopt.models.verification.verify import verify_model
 
 HOW = {"epochs": 3, "learning_rate": 0.003, "holdout": 0.25}
 #: the last quarter judges
@@ -71,7 +71,7 @@ def test_it_comes_nearer_to_the_dense_model(family, more, made, tmp_path):
     for folder, losses in ((pruned, found.before), (out, found.after)):
         for windows, loss in ((WINDOWS[24:], losses.held), (WINDOWS[:8], losses.fitted)):
             assert mean_divergence(dense, folder, windows) == pytest.approx(loss, rel=1e-3)
-    held = verify_masks(out, pruned)
+    held = verify_model(out, masks=pruned)
     assert held.changed == 0 < held.others
     assert (out / MASKS).read_bytes() == (pruned / MASKS).read_bytes()
     # every masked tensor is another and no other one is; zeros keep their bits, tensors their dtype

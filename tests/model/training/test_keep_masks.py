@@ -21,7 +21,7 @@ from maskopt import keep_masks, prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.training.held_masks import parameter_masks
 from maskopt.models.training.lora import unwrapped
-from maskopt.models.verification.masks import verify_masks
+from maskopt.models.verification.verify import verify_model
 
 STEPS = 50
 OPTIONS = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
@@ -89,7 +89,7 @@ def test_no_zero_is_lost(family, optimizer, pruned, tmp_path):
         assert held.bytes == sum(p.numel() for n, p in before.items() if n in held._held)
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
     model.save_pretrained(tmp_path / "tuned")
-    found = verify_masks(tmp_path / "tuned", folder)
+    found = verify_model(tmp_path / "tuned", masks=folder)
     assert found.sparsity == pytest.approx(0.5, abs=0.02)
     assert found.zeros >= found.pruned > 0
 
@@ -229,7 +229,7 @@ def test_through_the_trainer_of_transformers(pruned, tmp_path):
         trainer = Trainer(model, arguments, train_dataset=data, callbacks=[held.callback()])
         trainer.train()
     assert trainer.state.global_step == STEPS
-    verify_masks(tmp_path / "trainer" / f"checkpoint-{STEPS}", folder)
+    verify_model(tmp_path / "trainer" / f"checkpoint-{STEPS}", masks=folder)
 
 
 @torch.no_grad()
@@ -255,7 +255,7 @@ def test_what_cannot_be_held_is_refused(pruned, dense_folder, tmp_path):
         fails(ModelError, message, keep_masks, model, masks)
     keep_masks(tiny("llama"), {name: np.ones((32, 32), dtype=bool)})
     save(tiny("gpt2"), tmp_path / "gpt2")
-    fails(VerificationError, "has no tensor", verify_masks, tmp_path / "gpt2", llama)
+    fails(VerificationError, "has no tensor", verify_model, tmp_path / "gpt2", masks=llama)
     words = ("verify", llama, "--masks", llama, "--original", dense_folder)
     assert "--original does not apply to a model with --masks" in run(*words, fails=OptionError)
     # masks of a report are held too
@@ -279,11 +279,11 @@ def test_checkpoints_without_the_name_of_the_base_model(family, prefix, tmp_path
     with keep_masks(model, out):
         train(model, sgd(model), 2)
     model.save_pretrained(tmp_path / "tuned")
-    found = verify_masks(tmp_path / "tuned", out)
+    found = verify_model(tmp_path / "tuned", masks=out)
     assert found.pruned > 0
     assert 0 < found.changed <= found.others
     loaded(dense).save_pretrained(tmp_path / "regrown")
-    fails(VerificationError, "are not zero", verify_masks, tmp_path / "regrown", out)
+    fails(VerificationError, "are not zero", verify_model, tmp_path / "regrown", masks=out)
 
 
 def test_the_recipe_for_tools_of_pytorch(pruned, tmp_path, monkeypatch):
@@ -377,7 +377,7 @@ def folders(made, tmp_path_factory):
     run("masks", "pack", pruned, "--output", packed)
     loaded(pruned).save_pretrained(tuned)
     for masks in (pruned, packed):
-        verify_masks(tuned, masks)
+        verify_model(tuned, masks=masks)
     return {"plain": pruned, "packed": packed, "tuned": tuned}
 
 
@@ -386,23 +386,23 @@ def folders(made, tmp_path_factory):
 def test_what_a_loader_makes_otherwise_is_refused(how, masks, folders, tmp_path):
     change, message = MADE_OTHERWISE[how]
     change(tuned := copied(folders["tuned"], tmp_path))
-    fails(VerificationError, message, verify_masks, tuned, folders[masks])
+    fails(VerificationError, message, verify_model, tuned, masks=folders[masks])
 
 
 def test_a_packed_folder_and_files_of_training(folders, tmp_path):
     """No model of a packed one is built without end; what training leaves may lie there."""
-    held = verify_masks(folders["plain"], folders["packed"])
+    held = verify_model(folders["plain"], masks=folders["packed"])
     assert held.pruned > 0
     assert held.others == 0
     configured(num_hidden_layers=10**5)(packed := copied(folders["packed"], tmp_path / "packed"))
     with pytest.raises(VerificationError, match="`num_hidden_layers` is 100000"):
-        verify_masks(folders["plain"], packed)
+        verify_model(folders["plain"], masks=packed)
     tuned = copied(folders["tuned"], tmp_path)
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "trainer_state.json"):
         (tuned / name).write_text("{}")
     for name in ("checkpoint-5", "additional_chat_templates"):
         (tuned / name).mkdir()
-    verify_masks(tuned, folders["plain"])
+    verify_model(tuned, masks=folders["plain"])
 
 
 def test_a_model_with_code_of_its_own_needs_trust(tmp_path, monkeypatch):

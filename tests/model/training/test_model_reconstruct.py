@@ -23,7 +23,7 @@ from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
 from maskopt.models.options.prune import prune_options
 from maskopt.models.training import blockwise as reconstruct
 from maskopt.models.training import trainer as training
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 HOW = {"epochs": 6, "learning_rate": 0.1}
 OPTIONS = {
@@ -305,7 +305,7 @@ def test_a_run_by_other_threads_is_resumed_and_verified(more, tmp_path):
     assert contents(out) == contents(whole)
     parts = [[replace(part, seconds=0.0) for part in one.parts] for one in (report, again)]
     assert parts[0] == parts[1]
-    found = verify_output(whole, dense, calibration=tokens())
+    found = verify_model(whole, dense, calibration=tokens())
     assert len(found.checked_layers) == 14
     assert "trained weights" in found.claimed
     assert "kept weights" not in found.checked
@@ -327,7 +327,7 @@ def test_norms_and_biases_are_trained_where_asked_for(family, granularity, tmp_p
     how = {"learning_rate": 0.03, "granularity": granularity, "train": "all"}
     report = trained(dense, output=out, how=how)
     assert max(part.held_after / part.held_before for part in report.parts) < 1
-    verify_output(out, dense, calibration=tokens(12))  # of every zero, its bits
+    verify_model(out, dense, calibration=tokens(12))  # of every zero, its bits
     AutoModelForCausalLM.from_pretrained(out)
     before, after = read_weights(dense), read_weights(out)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -350,7 +350,7 @@ def test_norms_of_a_model_in_memory_are_trained_to_the_same_values(tmp_path):
     # and one outside the blocks is never trained
     change_tensors(out / "model.safetensors", lambda found: found["model.norm.weight"].add_(1))
     forge_manifest(out)
-    fails(VerificationError, "it is not pruned and differs", verify_output, out, dense)
+    fails(VerificationError, "it is not pruned and differs", verify_model, out, dense)
 
 
 def test_bad_input_gets_one_line(monkeypatch):

@@ -16,7 +16,7 @@ from maskopt import NM, prune_model
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST
-from maskopt.models.verification.verify import semi_structured, verify_output
+from maskopt.models.verification.verify import semi_structured, verify_model
 
 SWAP = {**WANDA, "solver": "swap", "start": "wanda"}
 TWO_FOUR = {"sparsity": NM(keep=2, of=4)}
@@ -27,11 +27,11 @@ def test_masks_of_another_run_are_claims(dense_folder, pruned_folder, tmp_path):
     """Random masks under the errors of a real run: nobody can know without calibration."""
     for name in ("README.md", "LICENSE", ".gitattributes"):
         (copied(pruned_folder, tmp_path / name) / name).write_text("no loader takes it")
-        verified = verify_output(tmp_path / name / "out", original=dense_folder)
+        verified = verify_model(tmp_path / name / "out", original=dense_folder)
         assert verified.rows == 3 * (32 * 2 + 16 * 2 + 48 * 2 + 32)
     result = copied(pruned_folder, tmp_path)
     prune_by(result, dense_folder, shuffled)
-    verified = verify_output(result, original=dense_folder)
+    verified = verify_model(result, original=dense_folder)
     assert {"errors", "statuses", "bounds"} <= set(verified.claimed)
     assert not verified.checked_layers
 
@@ -63,7 +63,7 @@ def test_what_lies_beside_a_model_never_fails_its_prune(tmp_path, caplog):
     for name in (*odd, *more, "LICENSE", "NOTICE.md"):
         (dense / name).write_text("{}")
     prune_model(dense, tokens(), output=tmp_path / "out", sparsity=0.5, solver="wanda")
-    verify_output(tmp_path / "out", dense)
+    verify_model(tmp_path / "out", dense)
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"LICENSE", "NOTICE.md"} < names
     assert not names & {*odd, *more}
@@ -78,7 +78,7 @@ def test_a_model_that_was_pruned_in_memory(dense, tmp_path):
     prune_model(model, tokenizer, output=out, **WANDA, **text)
     more = {"transformers_version": "5.0.0"}
     edit_json(original / "config.json", lambda c: c.update(torch_dtype=c.pop("dtype"), **more))
-    claimed = verify_output(out, original=original).claimed
+    claimed = verify_model(out, original=original).claimed
     assert "configuration and tokenizer" in claimed
     assert "kept weights" not in claimed
     auto_map = {"AutoModel": "x.Y"}
@@ -86,22 +86,22 @@ def test_a_model_that_was_pruned_in_memory(dense, tmp_path):
         changed = copied(out, tmp_path / key)
         edit_json(changed / "config.json", edit(key, to=value))
         forge_manifest(changed)
-        fails(VerificationError, r"config\.json", verify_output, changed, original=original)
+        fails(VerificationError, r"config\.json", verify_model, changed, original=original)
 
 
 def test_leaving_the_digest_out_hides_nothing(dense, tmp_path):
     """Without the model's digest a result counts as saved from memory: what may differ is claimed."""
     out = tmp_path / "out"
     prune_model(dense, tokens(), output=out, **WANDA)
-    sound = verify_output(out, original=dense)
+    sound = verify_model(out, original=dense)
     forge_manifest(out, lambda m: m["fingerprint"].pop("model"))
-    assert verify_output(out, original=dense) == sound
+    assert verify_model(out, original=dense) == sound
     edit_json(out / "tokenizer.json", lambda t: t["model"]["vocab"].update(x=1))
     forge_manifest(out)
-    assert "configuration and tokenizer" in verify_output(out, original=dense).claimed
+    assert "configuration and tokenizer" in verify_model(out, original=dense).claimed
     edit_json(out / "tokenizer_config.json", lambda t: t.update(auto_map={"AutoTokenizer": "x"}))
     forge_manifest(out)
-    fails(VerificationError, "asks to run code", verify_output, out, original=dense)
+    fails(VerificationError, "asks to run code", verify_model, out, original=dense)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX links")
@@ -111,7 +111,7 @@ def test_a_result_in_the_hubs_cache(dense_folder, pruned_folder, tmp_path):
     snapshot.mkdir(parents=True)
     for file in Path(shutil.copytree(pruned_folder, tmp_path / "blobs")).iterdir():
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", file.name))
-    verify_output(snapshot, original=dense_folder)
+    verify_model(snapshot, original=dense_folder)
 
 
 @pytest.mark.parametrize("update", ["least-squares", "blockwise"])
@@ -123,10 +123,10 @@ def test_bounds_of_masks_that_were_found_for_kept_weights(update, dense_folder, 
         more |= {"holdout": 0.34, "training": {"epochs": 1, "begin": "least-squares"}}
     report = prune_model(dense_folder, tokens(), output=out, **more)
     assert any(layer.lower_bound > layer.error for layer in report.layers)
-    verify_output(out, dense_folder)
+    verify_model(out, dense_folder)
     bound = 1.1 * report.layers[0].error_kept
     forge_manifest(out, edit("layers", 0, "lower_bound", to=bound))
-    fails(VerificationError, "lower bound above its error", verify_output, out, dense_folder)
+    fails(VerificationError, "lower bound above its error", verify_model, out, dense_folder)
 
 
 def test_refitted_weights_have_no_bound(dense_folder, tmp_path):
@@ -138,7 +138,7 @@ def test_refitted_weights_have_no_bound(dense_folder, tmp_path):
     )  # fmt: skip
     assert {layer.objective for layer in report.layers} == {"refitted"}
     assert {layer.lower_bound for layer in report.layers} == {0.0}
-    verify_output(tmp_path / "out", dense_folder)
+    verify_model(tmp_path / "out", dense_folder)
 
 
 #: by whole blocks where these have another name or form than Llama's
@@ -159,7 +159,7 @@ def test_trained_folders_of_every_family_hold(family, granularity, tmp_path):
     how = {"training": {**TRAIN, "granularity": granularity}, "update": "blockwise"}
     prune_model(dense, tokens(6), output=out, **{**WANDA, "min_tokens": 8}, **how, holdout=0.34)
     assert any(part["epoch"] for part in read_manifest(out / MANIFEST)["parts"])
-    verify_output(out, dense)
+    verify_model(out, dense)
 
 
 # Errors and statuses computed again from the text of the prune ---------------------------------
@@ -167,13 +167,13 @@ def test_trained_folders_of_every_family_hold(family, granularity, tmp_path):
 
 def refused(out, dense, said="", data=None, **options):
     with pytest.raises(VerificationError, match=said or None) as caught:
-        verify_output(out, dense, calibration=tokens() if data is None else data, **options)
+        verify_model(out, dense, calibration=tokens() if data is None else data, **options)
     return str(caught.value)
 
 
 def check(out, dense, data=None, **options):
     data = tokens() if data is None else data
-    verified = verify_output(out, dense, calibration=data, **options)
+    verified = verify_model(out, dense, calibration=data, **options)
     assert len(verified.checked_layers) == verified.layers
     return verified
 
@@ -197,10 +197,10 @@ def test_what_a_run_states_holds(swapped, dense_folder):
     assert set(verified.claimed) == {"start errors", "options"}
     other, data = tokens(seed=1), tokens()
     refused(swapped, dense_folder, "is not what the model was calibrated on", other)
-    fails(VerificationError, "needs `original`", verify_output, swapped, calibration=data)
-    fails(VerificationError, "give both", verify_output, swapped, dense_folder, layers=["mlp"])
+    fails(VerificationError, "needs `original`", verify_model, swapped, calibration=data)
+    fails(VerificationError, "give both", verify_model, swapped, dense_folder, layers=["mlp"])
     with pytest.raises(ModelError, match="no layer matches"):
-        verify_output(swapped, dense_folder, calibration=data, layers=["mpl"])
+        verify_model(swapped, dense_folder, calibration=data, layers=["mpl"])
 
 
 @pytest.mark.parametrize(
@@ -253,16 +253,16 @@ def test_experts_that_are_excluded_or_pruned_by_magnitude(tmp_path):
     prune_model(dense, tokens(), output=out, **WANDA, exclude=["experts.0"])
     check(out, dense)
     forge_manifest(out, edit("fingerprint", "options", "exclude", to=[]))
-    fails(VerificationError, r"experts\.0", verify_output, out, dense)
+    fails(VerificationError, r"experts\.0", verify_model, out, dense)
     prune_model(dense, tokens(), output=out, overwrite=True, **{**WANDA, "min_tokens": 48})
     layers = read_manifest(out / MANIFEST)["layers"]
     fallbacks = [x["name"] for x in layers if x["fallback"]]
     assert 0 < len(fallbacks) < len(layers)
-    assert sorted(verify_output(out, dense).checked_layers) == sorted(fallbacks)
-    assert verify_output(out).checked_layers == ()
+    assert sorted(verify_model(out, dense).checked_layers) == sorted(fallbacks)
+    assert verify_model(out).checked_layers == ()
     first = next(i for i, x in enumerate(layers) if x["fallback"])
     forge_manifest(out, edit("layers", first, "error", to=lambda x: 0.99 * x))
-    fails(VerificationError, "pruned by magnitude, states an error of", verify_output, out, dense)
+    fails(VerificationError, "pruned by magnitude, states an error of", verify_model, out, dense)
 
 
 def test_a_status_that_does_not_hold(dense_folder, pruned_folder, tmp_path):
@@ -274,7 +274,7 @@ def test_a_status_that_does_not_hold(dense_folder, pruned_folder, tmp_path):
         layer["statuses"] = {"swap-optimal": layer["rows"]}
 
     forge_manifest(out, promote)
-    verify_output(out, dense_folder, calibration=tokens(), layers=["layers.0", "down_proj"])
+    verify_model(out, dense_folder, calibration=tokens(), layers=["layers.0", "down_proj"])
     said = refused(out, dense_folder, "keeping input", layers=["up_proj"])
     assert "model.layers.1.mlp.up_proj" in said
     assert "\n" not in said
@@ -324,7 +324,7 @@ def test_a_forged_run_is_refused(forge, said, result, dense_folder):
     if "GPU" in said and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     forge(result, dense_folder)
-    assert "errors" in verify_output(result, dense_folder).claimed
+    assert "errors" in verify_model(result, dense_folder).claimed
     refused(result, dense_folder, said)
 
 
@@ -351,7 +351,7 @@ def test_samples_that_the_dense_model_left_out(tmp_path):
     more = {"update": "blockwise", "training": {"epochs": 1}}
     report = prune_model(dense, data, output=out, **options, **more)
     assert {bad["layer"] for bad in report.bad_samples} == {"transformer.h.0 (dense)"}
-    verified = verify_output(out, dense, calibration=data)
+    verified = verify_model(out, dense, calibration=data)
     assert "errors" in verified.checked
     assert "windows left out" in verified.claimed
 

@@ -1,4 +1,4 @@
-"""Forgeries of pruned folders that `maskopt verify` refuses, with right digests all."""
+"""Forgeries of pruned and smaller folders that `maskopt verify` refuses, with right digests all."""
 
 import copy
 import functools
@@ -32,17 +32,52 @@ from forging import (
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, loud, save, tiny, tiny_vision, tokens
 
-from maskopt import prune_model
-from maskopt.errors import VerificationError
+from maskopt import prune_model, remove_blocks, remove_experts, shrink_model
+from maskopt.errors import ModelError, VerificationError
 from maskopt.models.checkpoints.checkpoint import INDEX
 from maskopt.models.checkpoints.mask_file import TensorMask
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.structured import blocks as removal
 from maskopt.models.training import blockwise as reconstruct
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 
 WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 TRAIN = {"epochs": 2, "learning_rate": 0.003, "train": "all"}
+CHANNELS = {"channels": 0.25, "solver": "wanda"}
+
+
+def without_first(dense, out):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(removal, "choose", lambda *_: {frozenset({0}): 0.0})
+        remove_blocks(dense, tokens(2), count=1, output=out, windows=1)
+
+
+def by_pattern(dense, out):
+    """The original leaves the list of its layers' types to transformers."""
+    edit_json(dense / "config.json", lambda c: c.update(sliding_window_pattern=2))
+    edit_json(dense / "config.json", lambda c: c.pop("layer_types"))
+    without_first(dense, out)
+
+
+def shrunk(**options):
+    return lambda dense, out: shrink_model(dense, tokens(6), output=out, **options)
+
+
+def fewer_experts(share):
+    return lambda dense, out: remove_experts(dense, tokens(6), share=share, output=out)
+
+
+#: name → (family, size of a shard, how it was made smaller)
+MADE = {
+    "narrow": ("llama", "30KB", shrunk(channels=0.25)),
+    "mistral": ("mistral", "5GB", shrunk(**CHANNELS, heads=0.5, update="none")),
+    "shallow": ("gemma3", "5GB", without_first),
+    "by pattern": ("gemma3", "5GB", by_pattern),
+    "blocks": ("llama", "5GB", without_first),
+    "experts": ("mixtral", "30KB", fewer_experts(0.5)),
+    "gpt_oss": ("gpt_oss", "5GB", fewer_experts(0.25)),
+}
 
 
 def train_attention(dense, out):
@@ -81,7 +116,10 @@ def folders(dense_folder, pruned_folder, dense, tmp_path_factory):
             original = save(tiny_vision(), home / "gemma3")
             how = {"update": "blockwise", "training": {"epochs": 1, "train": "all"}}
             prune_model(original, tokens(), output=out, **WANDA, **how, holdout=0.34)
-        verify_output(out, original)
+        elif name in MADE:
+            family, shard, make = MADE[name]
+            make(original := save(tiny(family), home / f"{name} of", shard=shard), out)
+        verify_model(out, original)
         return out, original
 
     return folder
@@ -441,6 +479,159 @@ AGAINST = {
 }  # fmt: skip
 
 
+# Smaller models ---------------------------------------------------------------------------------
+
+
+def record_of(out):
+    return json.loads((out / MANIFEST).read_text())["shrunk"]
+
+
+def shrunk_says(*path, to):
+    return says(edit("shrunk", *path, to=to))
+
+
+def lacks(*path):
+    *path, last = path
+    return says(edit("shrunk", *path, to=lambda x: x.pop(last) and x))
+
+
+def settings(**changes):
+    def forge(out, _):
+        edit_json(out / "config.json", lambda c: c.update(changes))
+        forge_manifest(out, lambda m: m["shrunk"]["settings"].update(changes))
+
+    return forge
+
+
+DOWN = "model.layers.{}.mlp.down_proj"
+UP, GATE = (f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate"))
+K, V = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
+NORM, ROUTER = "model.norm.weight", "model.layers.0.mlp.router.weight"
+
+
+def exchange(out, _):
+    """Two tensors of one shape, and what the manifest says that they were called."""
+
+    names = record_of(out).get("names", {})
+    names |= {K: names.get(V, V), V: names.get(K, K)}
+    change_tensors(out / "model.safetensors", lambda t: t.update({K: t[V], V: t[K]}))
+    forge_manifest(out, lambda m: m["shrunk"].update(names=names))
+
+
+def cut_by(tensor, by):
+    def forge(out, dense):
+        cut = load_file(dense / "model.safetensors")[tensor][record_of(out)["kept"][by]]
+        change_tensors(out / "model.safetensors", lambda t: t.update({tensor: cut}))
+        forge_manifest(out, edit("shrunk", "tensors", tensor, 0, "by", to=by))
+
+    return forge
+
+
+def refitted(tensor):
+    def forge(out, _):
+        redraw(out, tensor)
+        forge_manifest(out, edit("shrunk", "set_anew", to=[tensor]))
+
+    return forge
+
+
+def one_more(tensor):
+    add = lambda tensors: tensors[tensor].view(-1)[0].add_(1)  # noqa: E731
+    return lambda out, _: change_tensors(shard_of(out, tensor), add)
+
+
+def other_channels(out, _):
+    kept = record_of(out)["kept"][DOWN.format(1)]
+    gone = next(i for i in range(48) if i not in kept)
+    forge_manifest(out, edit("shrunk", "kept", DOWN.format(1), to=sorted({*kept[1:], gone})))
+
+
+def first_experts(out, _):
+    kept = record_of(out)["kept"]
+    assert kept[min(kept)] != [0, 1]
+    forge_manifest(out, edit("shrunk", "kept", min(kept), to=[0, 1]))
+
+
+def expert_gone(manifest):
+    names = manifest["shrunk"]["names"]
+    manifest["shrunk"]["gone"].append(names.pop(max(names)))
+
+
+NOTHING = [{"axis": 0, "by": DOWN.format(0), "parts": [[48, 1]]}]
+SLIDING, FULL = "sliding_attention", "full_attention"
+TYPES = (
+    "types of blocks",
+    settings(layer_types=[SLIDING, FULL]),
+    "layer_types is not the original's",
+)
+EXCHANGED = ("exchanged", exchange, "is not where the kept blocks")
+SIZE, REFITTED = "is no size", "or not, unlike a least-squares update"
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+EXPERTS = "model.layers.1.mlp.experts"
+#: smaller model → name, how to forge, what is said when the original is given
+SMALLER = {
+    "narrow": [
+        ("a channel that is not there", shrunk_says("kept", DOWN.format(0), 0, to=40), "damaged"),
+        ("a channel less", lacks("kept", DOWN.format(0), -1), "leaves"),
+        ("other channels", other_channels, "is not the original's, cut as"),
+        ("no cut", lacks("tensors", UP), "shape"),
+        ("another size", shrunk_says("settings", "intermediate_size", to=37), "is not the 37"),
+        ("no size", lacks("settings", "intermediate_size"), "in more than the sizes"),
+        ("nothing kept", says(lambda m: m["shrunk"].pop("kept")), "damaged"),
+        ("another model", says(edit("fingerprint", "model", to="0")), "another model"),
+        ("parts", shrunk_says("tensors", UP, 0, "parts", 0, to=[36, 1]), "than it is long|damaged"),
+        ("a norm refitted", says(lambda m: m["shrunk"]["set_anew"].append(NORM)), "damaged"),
+        ("a cut of nothing", shrunk_says("tensors", "no", to=NOTHING), "not there"),
+        ("one more in a layer", one_more(UP), "is not the original's"),
+        ("one more in a norm", one_more(NORM), "is not the original's"),
+    ],
+    "mistral": [
+        ("window", settings(sliding_window=1), "sliding_window is no size of what was removed"),
+        ("list", settings(mlp_only_layers=[0]), f"mlp_only_layers {SIZE}"),
+        ("blocks", settings(num_hidden_layers=2), f"num_hidden_layers {SIZE}"),
+        ("epsilon", settings(rms_norm_eps=100), "rms_norm_eps"),
+        ("channels", settings(intermediate_size=20), "intermediate_size is not the original's .* 36"),
+        ("as many columns of other heads", settings(**HEADS), "is not the original's"),
+        EXCHANGED,
+        ("of another block", cut_by(UP, DOWN.format(1)), "up_proj.* is not cut as what was removed asks"),
+        *(
+            (x, shrunk_says("kept", f"model.layers.0.{x}", to=[0]), "takes channels or heads")
+            for x in ("self_attn.dense", "self_attn.q_proj", "mlp.up_proj")
+        ),
+        # refitting sets those of all blocks, and of what takes the channels alone
+        ("refitted what gives channels", refitted(GATE), REFITTED),
+        ("refitted in one block", refitted(DOWN.format(0) + ".weight"), REFITTED),
+    ],
+    "shallow": [
+        ("window", settings(sliding_window=1), f"sliding_window {SIZE}"),
+        TYPES,
+        (
+            "fewer blocks", settings(num_hidden_layers=1, layer_types=[FULL]),
+            "num_hidden_layers is not the original's",
+        ),
+        EXCHANGED,
+    ],
+    "by pattern": [TYPES],
+    "blocks": [
+        ("another block", shrunk_says("blocks", 0, to=2), "is of no removed block|not the original's"),
+        ("a tensor not gone", lacks("gone", -1), "in only one of the two"),
+        ("no names", shrunk_says("names", to={}), "in only one of the two|twice"),
+        ("another count", shrunk_says("settings", "num_hidden_layers", to=1), "is not the 1"),
+        ("no settings", shrunk_says("settings", to={}), "in more than the sizes"),
+    ],
+    "experts": [
+        ("an expert gone", says(expert_gone), "only one of|where the kept"),
+        ("the first experts", first_experts, "where the kept|cut as"),
+        ("no experts", says(lambda m: m["shrunk"].pop("experts")), "no removed block or expert"),
+        ("another number", shrunk_says("settings", "num_local_experts", to=3), "is not the 3"),
+    ],
+    "gpt_oss": [
+        ("of another block", cut_by(ROUTER, EXPERTS), "router.* is not cut as what was removed"),
+    ],
+}  # fmt: skip
+AGAINST |= {f"{of}: {name}": (of, *case) for of, rows in SMALLER.items() for name, *case in rows}
+
+
 @pytest.mark.parametrize("name", [*ALONE, *AGAINST])
 def test_a_forged_folder_is_refused(name, folders, tmp_path):
     of, forge, said = (ALONE | AGAINST)[name]
@@ -448,21 +639,21 @@ def test_a_forged_folder_is_refused(name, folders, tmp_path):
     forge(result, original)
     forge_manifest(result)
     if name in ALONE:
-        fails(VerificationError, said or None, verify_output, result)
+        fails(VerificationError, said or None, verify_model, result)
     elif of in ("pruned", "tokenizer") and "code" not in name:
-        verify_output(result)  # all of the folder agrees with itself
-    fails(VerificationError, None if name in ALONE else said, verify_output, result, original)
+        verify_model(result)  # all of the folder agrees with itself
+    fails(VerificationError, None if name in ALONE else said, verify_model, result, original)
 
 
 def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, tmp_path):
     result = copied(pruned_folder, tmp_path)
     change_weight(result, "kept", 1.25)
-    fails(VerificationError, "was changed", verify_output, result)
+    fails(VerificationError, "was changed", verify_model, result)
     edit_json(result / MANIFEST, lambda m: m.update(sparsity=0.9))
-    fails(VerificationError, "damaged or was changed", verify_output, result)
-    fails(VerificationError, "no manifest", verify_output, dense_folder)
+    fails(VerificationError, "damaged or was changed", verify_model, result)
+    fails(VerificationError, "no manifest", verify_model, dense_folder)
     with pytest.raises(VerificationError, match="only one of the two"):
-        verify_output(pruned_folder, original=save(tiny("qwen2"), tmp_path / "other"))
+        verify_model(pruned_folder, original=save(tiny("qwen2"), tmp_path / "other"))
 
 
 @pytest.mark.parametrize("seeds", [range(25), pytest.param(range(25, 100), marks=pytest.mark.slow)])
@@ -471,7 +662,7 @@ def test_any_edit_of_the_manifest_is_refused_or_changes_nothing(
 ):
     def verified(original):
         try:
-            return verify_output(result, original=original)
+            return verify_model(result, original=original)
         except VerificationError as error:
             return str(error)
 
@@ -488,3 +679,28 @@ def test_any_edit_of_the_manifest_is_refused_or_changes_nothing(
             assert "\n" not in found if refused else found == expected[original], seed
             passed += not refused
     assert passed  # seconds and versions may be anything
+
+
+def test_what_a_smaller_folder_alone_shows(folders, tmp_path):
+    out = copied(folders("mistral")[0], tmp_path / "shape")
+    settings(intermediate_size=20)(out, out)
+    forge_manifest(out)
+    fails(VerificationError, r"in the shards, .* by config\.json", verify_model, out)
+    out = copied(folders("narrow")[0], tmp_path / "digest")
+    edit_json(out / MANIFEST, edit("files", "config.json", to="0" * 64))
+    edit_json(out / MANIFEST, lambda m: m.update(signed(m)))
+    fails(VerificationError, "was changed", verify_model, out, folders("narrow")[1])
+
+
+def test_a_link_out_of_the_original_is_no_file_of_it(tmp_path):
+    """No run copies it, and none begins with it there."""
+    dense = save(tiny("llama"), tmp_path / "dense")
+    (tmp_path / "vocab.txt").write_text("elsewhere")
+    (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
+    with pytest.raises(ModelError, match=r"vocab\.txt: is a link out of the model folder"):
+        shrink_model(dense, tokens(6), output=tmp_path / "out", **CHANNELS)
+    assert not (tmp_path / "out").exists()
+    (dense / "vocab.txt").unlink()
+    shrink_model(dense, tokens(6), output=tmp_path / "out", **CHANNELS)
+    (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
+    assert "other tensors" in verify_model(tmp_path / "out", dense).checked

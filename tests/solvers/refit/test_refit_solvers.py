@@ -21,7 +21,7 @@ from maskopt.core.linear_term import Linear
 from maskopt.errors import MaskoptError, OptionError, VerificationError
 from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST
-from maskopt.models.verification.verify import verify_output
+from maskopt.models.verification.verify import verify_model
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver
 from maskopt.solvers.refit.search import CANDIDATES, OF_GROUPS
@@ -520,20 +520,20 @@ def test_models_are_refitted_and_checked_so(tmp_path, dense_folder):
     other = prune_model(dense_folder, given, output=plain, **OPTIONS)
     assert [x.error for x in report.layers] != [x.error for x in other.layers]
     assert read_manifest(out / MANIFEST)["fingerprint"]["options"]["damping_exponent"] == 0.5
-    assert verify_output(out, dense_folder, calibration=given).checked_layers
+    assert verify_model(out, dense_folder, calibration=given).checked_layers
     # a manifest of before there was a choice means none
     forged = copied(plain, tmp_path / "older")
     forge_manifest(forged, lambda m: m["fingerprint"]["options"].pop("damping_exponent"))
-    assert verify_output(forged, dense_folder, calibration=given).checked_layers
+    assert verify_model(forged, dense_folder, calibration=given).checked_layers
     # and one that says another is found out
     forged = copied(out, tmp_path / "forged")
     forge_manifest(forged, lambda m: m["fingerprint"]["options"].update(damping_exponent=0.0))
     with pytest.raises(VerificationError):
-        verify_output(forged, dense_folder, calibration=given)
+        verify_model(forged, dense_folder, calibration=given)
     # what no run has is no manifest, text or not
     forge_manifest(forged, lambda m: m["fingerprint"]["options"].update(damping_exponent=1.5))
     with pytest.raises(VerificationError, match="damaged or was changed"):
-        verify_output(forged)
+        verify_model(forged)
     for how, message in (
         ({"damping_exponent": 2.0}, r"`damping_exponent` must be a number \[0, 1\], not 2.0"),
         ({"update": "none", "damping": 0.01, "damping_exponent": 0.5}, "is of refitted weights"),

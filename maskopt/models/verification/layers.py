@@ -1,0 +1,259 @@
+"""The layers and trained parts of a manifest: whether they agree with each other, the options and the masks.
+
+That training gave the stated losses is nothing that a folder shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from maskopt.models.options.prune import LEAST_SQUARES, NONE
+from maskopt.models.verification.manifest import Key, Manifest, key_of, numbers, pruned_of
+
+#: a bound may lie above its error by so much: both are sums, rounded on their own
+BOUND_ROUNDING = 1e-6
+#: relative difference at which the stated error of a layer pruned by magnitude is wrong
+SUM_TOLERANCE = 1e-9
+#: after a block's name, of a sample that it gave NaN of in the dense model
+_IN_DENSE = " (dense)"
+
+
+@dataclass
+class Slice:
+    """A matrix of a masked tensor: all of it, or one expert's part.
+
+    Attributes:
+        key: its place, which is that of its layer.
+        expert: it is one of several matrices of its tensor.
+        square: Σ of the pruned weights' squares in the original; None where it was not asked for.
+        least_first: every row prunes its smallest weights; None likewise.
+    """
+
+    tensor: str
+    key: Key
+    rows: int
+    n: int
+    pruned: int
+    expert: bool
+    square: float | None = None
+    least_first: bool | None = None
+
+
+def check_layers(manifest: Manifest) -> None:
+    """Raise VerificationError where two places of the manifest contradict each other."""
+    layers, options = manifest.layers, manifest.options
+    if not layers:
+        raise manifest.wrong("knows no layer: nothing is pruned")
+    names = [layer["name"] for layer in layers]
+    if len(set(names)) != len(names):
+        raise manifest.wrong(f"names a layer twice: {max(names, key=names.count)!r}")
+    _check_budget(manifest)
+    for name, info in manifest.tensors.items():
+        if info["pattern"] != manifest.record["fingerprint"]["options"]["sparsity"]:
+            raise manifest.wrong(f"tensor {name!r} has another pattern than the options")
+    for layer in layers:
+        refitted = options.refit is not None and not layer["fallback"]
+        bounded = "error_kept" if refitted and layer["objective"] == "kept" else "error"
+        wrong = {
+            "has another pattern than the options": layer["pattern"] != str(manifest.pattern(layer)),
+            "counts other pruned weights than its pattern": layer["pruned"] != manifest.pruned(layer),
+            "has another sparsity than its counts":
+                layer["sparsity"] != layer["pruned"] / (layer["rows"] * layer["n"]),
+            "has another fallback than its tokens say":
+                layer["fallback"] != (layer["tokens"] < options.min_tokens),
+            "is refitted, or not, otherwise than the options say":
+                any((layer[key] is not None) != refitted for key in ("damping", "error_kept")),
+            "has statuses of refitted weights, and keeps its own":
+                layer["objective"] != "kept" and not refitted,
+            "has statuses of another number of rows": sum(layer["statuses"].values()) != layer["rows"],
+            "has a lower bound above its error":
+                layer["lower_bound"] > (layer[bounded] or 0.0) * (1 + BOUND_ROUNDING),
+        }  # fmt: skip
+        for what, holds in wrong.items():
+            if holds:
+                raise manifest.wrong(f"layer {layer['name']!r} {what}")
+    if manifest.record["fallbacks"] != [x["name"] for x in layers if x["fallback"]]:
+        raise manifest.wrong("lists other fallbacks than its layers")
+
+
+def _check_budget(manifest: Manifest) -> None:
+    """Layers with counts of their own prune as many weights in all as at the same sparsity in each."""
+    counts, layers = manifest.options.counts, manifest.layers
+    if not counts:
+        return
+    if set(counts) != {layer["name"] for layer in layers}:
+        raise manifest.wrong("has counts of other layers than it names")
+    if not all(counts[x["name"]] < x["n"] for x in layers):
+        raise manifest.wrong("has counts that leave nothing of a row")
+    uniform = sum(pruned_of(manifest.options.pattern, x["rows"], x["n"]) for x in layers)
+    if sum(map(manifest.pruned, layers)) != uniform:
+        raise manifest.wrong("prunes another number of weights in all than its pattern")
+
+
+def check_parts(manifest: Manifest) -> None:
+    """Every layer that was trained is in one part, every part holds one, and its epoch is one that can be."""
+    parts, how = manifest.record["parts"], manifest.options.reconstruction
+    if how is None:
+        return
+    for part in parts:
+        of = f"part {part['part']!r} of block {part['block']}"
+        if (part["part"] == "") != (how.granularity == "block"):
+            raise manifest.wrong(f"{of}: the options train others")
+        if part["epoch"] > how.epochs:
+            raise manifest.wrong(f"{of}: was trained longer than the options say")
+        same = all(part[f"{text}_before"] == part[f"{text}_after"] for text in ("fitted", "held"))
+        if not (part["held_after"] < part["held_before"] if part["epoch"] else same):
+            raise manifest.wrong(f"{of}: its epoch is not what its losses say")
+    homes = [_home(layer, parts) for layer in manifest.layers if not layer["fallback"]]
+    if any(len(home) != 1 for home in homes):
+        raise manifest.wrong("has a trained layer that is in no part, or in two")
+    if {home[0] for home in homes} != set(range(len(parts))):
+        raise manifest.wrong("has a trained part that holds no layer")
+
+
+def updated_layers(manifest: Manifest) -> set[Key]:
+    """Layers whose kept weights may differ from the original's: refitted, or of a part that became better."""
+    options, parts = manifest.options, manifest.record["parts"]
+    if options.update == NONE:
+        return set()
+    layers = [layer for layer in manifest.layers if not layer["fallback"]]
+    every = LEAST_SQUARES in (options.update, options.training.get("begin"))
+    return {key_of(x) for x in layers if every or any(parts[i]["epoch"] for i in _home(x, parts))}
+
+
+def updated_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str, ...]:
+    """What names of norms and biases that may have been trained begin with.
+
+    Args:
+        tensors: with masks. Their names are those of the blocks up to the first number. (Another part
+            of the model may number blocks of its own.)
+    """
+    if manifest.options.training.get("train") != "all":
+        return ()
+    number_of = {layer["block"]: _split(layer["name"])[1] for layer in manifest.layers}
+    found = set()
+    for name in tensors:
+        before, number, after = _split(name)
+        parts = [p for p in manifest.record["parts"] if number_of[p["block"]] == number]
+        inside = [part for part in parts if _holds(part["part"], after)]
+        for part in inside or parts:
+            # what is stored under another name than the model's could be of any part
+            end = f"{part['part']}." if inside and part["part"] else ""
+            if part["epoch"]:
+                found.add(f"{before}{number}.{end}")
+    return tuple(found)
+
+
+def seen_in_dense(manifest: Manifest) -> bool:
+    """Whether samples were left out for what the dense model gave, which runs along during training."""
+    return any(x["layer"].endswith(_IN_DENSE) for x in manifest.record["bad_samples"])
+
+
+def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float]:
+    """Compare the layers with the masks; the rows and the sparsity that the masks give.
+
+    A layer's parameter may be stored in other pieces (fused experts one by one, say). What is the same
+    in both is block, expert and number of inputs, so rows and pruned weights are compared over all
+    matrices that share those; a tensor called like its layer is compared with it alone. Experts that
+    were left out have masks that keep all.
+    """
+    by_tensor = {part.tensor: part for part in slices}
+    for layer in manifest.layers:
+        part = by_tensor.get(called_like(layer["name"], by_tensor) or "")
+        if part is not None and (part.rows, part.n) != (layer["rows"], layer["n"]):
+            raise manifest.wrong(
+                f"layer {layer['name']!r} is said to have {layer['rows']} rows of {layer['n']}; its "
+                f"mask has {part.rows} of {part.n}"
+            )
+        # of experts that were left out nothing is pruned
+        if part is not None and part.pruned not in (0, layer["pruned"]):
+            raise manifest.wrong(
+                f"layer {layer['name']!r} is said to have {layer['pruned']} weights pruned; its mask has "
+                f"{part.pruned}"
+            )
+    rows = elements = pruned = 0
+    said, found = _grouped(manifest.layers, key_of), _grouped(slices, lambda x: x.key)
+    for key in sorted({*said, *found}):
+        layers, parts = said.get(key, []), found.get(key, [])
+        # a piece in which nothing is pruned is all of an expert that was left out, unless its rows may prune
+        # nothing
+        exact = all(least for _, least, _ in manifest.limits_at.get(key, ()))
+        count = sum(x["rows"] for x in layers)
+        total = sum(x.pruned for x in parts)
+        seen = sum(x.rows for x in parts if x.pruned)
+        # only experts that were left out may have masks and belong to no layer
+        own = sum(x.rows for x in parts if x.pruned or (layers and not x.expert))
+        same = own <= count <= sum(x.rows for x in parts) and (count == seen or not exact)
+        if not same or total != sum(x["pruned"] for x in layers):
+            name = layers[0]["name"] if layers else parts[0].tensor
+            raise manifest.wrong(f"counts other rows or pruned weights than the masks at {name!r}")
+        rows, elements, pruned = rows + count, elements + count * key[1], pruned + total
+    if not pruned:
+        raise manifest.wrong("nothing is pruned: the weights are the dense model's")
+    if manifest.record["sparsity"] != pruned / elements:
+        raise manifest.wrong("has another sparsity than the masks")
+    return rows, pruned / elements
+
+
+def check_fallbacks(manifest: Manifest, slices: Sequence[Slice]) -> list[str]:
+    """Names of the layers pruned by magnitude whose errors were compared with the original's weights."""
+    checked: list[str] = []
+    found = _grouped(slices, lambda x: x.key)
+    for key, layers in _grouped(manifest.layers, key_of).items():
+        parts = found[key]
+        if not all(x["fallback"] for x in layers) or any(x.square is None for x in parts):
+            continue
+        name, said = layers[0]["name"], sum(x["error"] for x in layers)
+        true = sum(x.square or 0.0 for x in parts)
+        if not math.isclose(said, true, rel_tol=SUM_TOLERANCE):
+            raise manifest.wrong(
+                f"layer {name!r}, pruned by magnitude, states an error of {said:.9g}; the squares "
+                f"of its pruned weights add up to {true:.9g}"
+            )
+        if not all(x.least_first for x in parts):
+            raise manifest.wrong(f"layer {name!r} is not pruned by magnitude as it says")
+        checked += [x["name"] for x in layers]
+    return checked
+
+
+def called_like(layer: str, tensors: Mapping[str, Any]) -> str | None:
+    """The tensor `LAYER.weight`, where the checkpoint may lack the first parts of the name."""
+    parts = layer.split(".")
+    names = (
+        ".".join([*parts[i:], "weight"]) for i in range(len(parts)) if numbers(".".join(parts[i:]))
+    )
+    return next((name for name in names if name in tensors), None)
+
+
+def _home(layer: Mapping[str, Any], parts: list[dict[str, Any]]) -> list[int]:
+    """Which parts hold a layer."""
+    inside = _split(layer["name"])[2]
+    return [
+        index
+        for index, part in enumerate(parts)
+        if part["block"] == layer["block"] and _holds(part["part"], inside)
+    ]
+
+
+def _holds(part: str, inside: str) -> bool:
+    """Is what has this name inside its block in a part of that name?"""
+    return not part or f"{inside}.".startswith(f"{part}.")
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """Before, at, and after the first number of a name; all of it is before where there is none."""
+    words = name.split(".")
+    for place, word in enumerate(words):
+        if word.isdecimal():
+            return ".".join([*words[:place], ""]), word, ".".join(words[place + 1 :])
+    return name, "", ""
+
+
+def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
