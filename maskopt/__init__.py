@@ -6,8 +6,7 @@ from typing import Any
 from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.proof import Proof
 from maskopt.certificates.refit_certificate import RefitCertificate
-from maskopt.checks.pooled_checks import Trade
-from maskopt.checks.swap_checks import Exchange, improving_swap
+from maskopt.checks.swap_check import SwapMove, improving_swap
 from maskopt.checks.verification import Verification, verify
 from maskopt.core.least_squares import Refit
 from maskopt.core.limits import Limits, Progress
@@ -51,7 +50,6 @@ __all__ = [
     "NM",
     "Bound",
     "Certificate",
-    "Exchange",
     "LayerProblem",
     "Limits",
     "Linear",
@@ -65,7 +63,7 @@ __all__ = [
     "RowProblem",
     "Solution",
     "Status",
-    "Trade",
+    "SwapMove",
     "Unstructured",
     "Verification",
     "__version__",

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import mul
-from typing import Final, Literal, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from maskopt.certificates.exact_check import exact_bounds, exact_cost
 from maskopt.certificates.proof_check import check_proof
-from maskopt.checks.pooled_checks import Trade, least_sum
-from maskopt.checks.refit_checks import refitted_cost, refitted_costs
-from maskopt.checks.swap_checks import PAIRS_AT_ONCE, improving_swap
+from maskopt.checks.costs import costs_of
+from maskopt.checks.swap_check import improving_swap
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.protocol.solution import (
@@ -75,12 +75,11 @@ def verify(
 ) -> Verification:
     """Check everything that a solution claims, in float64.
 
-    The mask's pattern, the objective (of a solver's own weights, where it says so), bound ≤ objective, a
-    certificate or the tree of an exact search where there is one,
-    SWAP_OPTIMAL by a scan over all swaps (where rows trade, between rows, too), OPTIMAL by a closed
-    gap; and where there are at most ENUMERATION_LIMIT masks to see, OPTIMAL and the lower bound by
-    enumeration. A positive lower bound needs a certificate, a tree, or enumeration, or a registered exact
-    solver that is trusted with it (`Solution.trusted`).
+    Checked are the mask's pattern, the objective (of a solver's own weights, where it says so), bound ≤
+    objective, a certificate or the tree of an exact search, SWAP_OPTIMAL by a scan over all swaps (of a
+    shared budget, between rows, too), OPTIMAL by a closed gap; and where there are at most ENUMERATION_LIMIT
+    masks, OPTIMAL and the lower bound by enumeration. A positive lower bound needs a certificate, a tree, or
+    enumeration, or a registered exact solver that is trusted with it (`Solution.trusted`).
 
     Args:
         require: `checked` refuses rows whose bound is a trusted solver's. `exact` also repeats the checks of
@@ -94,7 +93,7 @@ def verify(
         raise VerificationError(
             f"require must be one of: {', '.join(get_args(Require))}; not {require!r}"
         )
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    layer = problem.as_layer()
     if not isinstance(solution, Solution):
         raise VerificationError(
             f"what is verified is a Solution, not a {type(solution).__name__}; of a mask alone make "
@@ -105,28 +104,22 @@ def verify(
     _verify_objective(layer, mask, solution, rounding)
     _verify_bound(layer, solution, rounding)
     proven = _proven(layer, mask, solution)
+    enumerated = _verify_claims(layer, mask, solution, rounding)
     size = size_of(layer, proven)
+    slack = OBJECTIVE_TOLERANCE * size + rounding.cpu()
+    if layer.integral:  # the next value is reached, or it is not; a shared bound has been divided
+        slack = 4 * (layer.rows + 8) * 2.0**-53 * size if layer.pooled else torch.zeros_like(size)
     basis = []
-    if layer.pooled:
-        enumerated = _verify_pooled(layer, mask, solution, rounding)
-    else:
-        enumerated = _verify_rows(layer, mask, solution, rounding)
-    for index in range(layer.rows):
-        bound = float(solution.lower_bound[index])
-        slack = OBJECTIVE_TOLERANCE * float(size[index]) + float(rounding[index])
-        if (
-            layer.integral
-        ):  # the next value is reached, or it is not; a shared bound has been divided
-            slack = 4 * (layer.rows + 8) * 2.0**-53 * float(size[index]) if layer.pooled else 0.0
-        if bound <= float(proven[index]) + slack:
+    for row, bound in enumerate(solution.lower_bound.tolist()):
+        if bound <= float(proven[row]) + float(slack[row]):
             basis.append(CHECKED)
-        else:
-            solver = _trusted(solution, index, float(proven[index]))
-            if require != CLAIMS and not enumerated:
-                raise VerificationError(
-                    f"lower bound: row {index} is trusted ({solver}); only what can be checked is allowed"
-                )
-            basis.append(CHECKED if enumerated else f"trusted: {solver}")
+            continue
+        solver = _trusted(solution, row, float(proven[row]))
+        if require != CLAIMS and not enumerated:
+            raise VerificationError(
+                f"lower bound: row {row} is trusted ({solver}); only what can be checked is allowed"
+            )
+        basis.append(CHECKED if enumerated else f"trusted: {solver}")
     if require == EXACT:
         _verify_exactly(layer, mask, solution)
     return Verification(tuple(basis))
@@ -140,20 +133,84 @@ def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
     return layer.rounding(layer.weights(mask))
 
 
-def _verify_rows(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
-    """Statuses and bounds, row by row; whether by enumeration, too."""
-    every = _every_mask(layer)
+class _Claim(NamedTuple):
+    """What is claimed of one row, or of all rows of a shared budget together.
+
+    Attributes:
+        who: the subject of messages; `what`: the objective in messages.
+        move: an improving swap of the mask, in words; None: there is none, or nothing is claimed of swaps.
+        slack: of a closed gap.
+        optimum: by enumeration, and its slack; None: too many masks.
+    """
+
+    who: str
+    what: str
+    status: Status
+    objective: float
+    bound: float
+    move: str | None
+    slack: float
+    optimum: tuple[float, float] | None
+
+
+def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
+    """Statuses and bounds; returns whether by enumeration, too."""
+    claims = _shared_claim if layer.pooled else _claims_of_rows
+    enumerated = False
+    for claim in claims(layer, mask, solution, rounding):
+        claimed = f"status: {claim.who} claim{'' if layer.pooled else 's'} {claim.status}"
+        optimal = claim.status is Status.OPTIMAL
+        if claim.move is not None:
+            raise VerificationError(f"{claimed}, yet {claim.move}")
+        if optimal and claim.objective - claim.bound > claim.slack:
+            raise VerificationError(
+                f"{claimed} without proof: {claim.what} {claim.objective:.9g}, "
+                f"lower bound {claim.bound:.9g}"
+            )
+        if claim.optimum is None:
+            continue
+        enumerated, (optimum, slack) = True, claim.optimum
+        if claim.bound > optimum + slack:
+            raise VerificationError(
+                f"lower bound: {claim.who} state{'' if layer.pooled else 's'} {claim.bound:.12g}, but a mask "
+                f"of {claim.what} {optimum:.12g} exists"
+            )
+        if optimal and claim.objective > optimum + slack:
+            raise VerificationError(f"{claimed}, but a mask of {claim.what} {optimum:.12g} exists")
+    return enumerated
+
+
+def _claims_of_rows(
+    layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor
+) -> Iterator[_Claim]:
+    every, costs = _every_mask(layer), costs_of(layer)
     slack = optimal_slack(layer, mask, solution.objective)
-    for index, word in enumerate(solution.status):
-        _verify_status(layer, mask, solution, index, Status(word), float(slack[index]))
+    for row, word in enumerate(solution.status):
+        status, move, optimum = Status(word), None, None
+        if status is not Status.FEASIBLE:
+            # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
+            swap = improving_swap(layer.row(row), mask[row], tolerance=SWAP_TOLERANCE)
+            move = swap and (
+                f"keeping input {swap.pruned} instead of {swap.kept} changes the objective by "
+                f"{swap.delta:.6g}"
+            )
         if every is not None:
-            _verify_by_enumeration(layer, solution, index, every, float(rounding[index]))
-    return every is not None
+            values = costs.costs(row, every)
+            best = int(values.argmin())
+            kept, least = (every[best : best + 1] == 0).to(layer.device), values[best : best + 1]
+            # of the mask that is claimed, and of the best one
+            room = float(optimal_slack(layer.take([row]), kept, least)) + float(rounding[row])
+            optimum = float(least), 0.0 if layer.integral else room
+        objective, bound = float(solution.objective[row]), float(solution.lower_bound[row])
+        yield _Claim(
+            f"row {row}", "objective", status, objective, bound, move, float(slack[row]), optimum
+        )
 
 
-def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
-    """Status and bound of a layer whose rows trade; whether by enumeration, too."""
-    status = Status(solution.status[0])
+def _shared_claim(
+    layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor
+) -> Iterator[_Claim]:
+    status, move, optimum = Status(solution.status[0]), None, None
     if len(set(solution.status)) > 1:
         raise VerificationError(
             "status: rows of a shared budget are proven together, yet some claim "
@@ -161,32 +218,41 @@ def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
         )
     if status is not Status.FEASIBLE:
         swap = improving_swap(layer, mask, tolerance=SWAP_TOLERANCE)
-        if isinstance(swap, Trade):
-            raise VerificationError(
-                f"status: the rows claim {status}, yet keeping input {swap.pruned} of row {swap.other} "
-                f"instead of {swap.kept} of row {swap.row} changes the sum by {swap.delta:.6g}"
-            )
-    share = layer.shares
-    cost = float(share @ solution.objective.to(share))
-    bound = float(share @ solution.lower_bound.to(share))
-    slack = float(share @ optimal_slack(layer, mask, solution.objective).to(share))
-    if status is Status.OPTIMAL and cost - bound > slack:
-        raise VerificationError(
-            f"status: the rows claim {status} without proof: sum {cost:.9g}, lower bound {bound:.9g}"
+        move = swap and (
+            f"keeping input {swap.pruned} of row {swap.other} instead of {swap.kept} of row {swap.row} "
+            f"changes the sum by {swap.delta:.6g}"
         )
-    if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
-        return False
-    optimum = least_sum(layer)
-    slack = 0.0 if layer.integral else OPTIMAL_TOLERANCE * optimum + float(share @ rounding)
-    if bound > optimum + slack:
-        raise VerificationError(
-            f"lower bound: the rows' sum to {bound:.12g}, but a mask of sum {optimum:.12g} exists"
-        )
-    if status is Status.OPTIMAL and cost > optimum + slack:
-        raise VerificationError(
-            f"status: the rows claim {status}, but a mask of sum {optimum:.12g} exists"
-        )
-    return True
+    share, slack = layer.shares, optimal_slack(layer, mask, solution.objective)
+    objective, bound, room = (
+        float(share @ x.to(share)) for x in (solution.objective, solution.lower_bound, slack)
+    )
+    if layer.rows * 2**layer.n <= ENUMERATION_LIMIT:
+        least = _least_sum(layer)
+        off = OPTIMAL_TOLERANCE * least + float(share @ rounding)
+        optimum = least, 0.0 if layer.integral else off
+    yield _Claim("the rows", "sum", status, objective, bound, move, room, optimum)
+
+
+def _least_sum(layer: LayerProblem) -> float:
+    """min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, and then counts
+    put together row by row."""
+    best, (least, most) = torch.zeros(1, dtype=torch.float64), layer.row_limits
+    masks, costs = _bits(layer.n), costs_of(layer)
+    by_count = [masks[masks.sum(1) == count] for count in range(layer.n + 1)]
+    for row in range(layer.rows):
+        own = torch.stack([costs.costs(row, p).min() for p in by_count]) * float(layer.shares[row])
+        own[:least], own[most + 1 :] = torch.inf, torch.inf
+        longer = torch.full((len(best) + layer.n,), torch.inf, dtype=torch.float64)
+        for count, value in enumerate(own):
+            end = count + len(best)
+            longer[count:end] = torch.minimum(longer[count:end], best + value)
+        best = longer
+    return float(best[layer.pruned])
+
+
+def _bits(n: int) -> Tensor:
+    """All 2ⁿ sets of n entries, float64 [2ⁿ, n]."""
+    return ((torch.arange(2**n)[:, None] >> torch.arange(n)) & 1).double()
 
 
 def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> None:
@@ -299,7 +365,8 @@ def _verify_objective(
             )
         true = _costs_of_weights(layer, mask, solution.weight)
     else:
-        true = torch.stack([_objective(layer, mask, row) for row in range(layer.rows)])
+        costs = costs_of(layer)
+        true = torch.stack([costs.cost(mask, row) for row in range(layer.rows)])
     slack = OBJECTIVE_TOLERANCE * size_of(layer, true) + rounding
     if layer.integral:  # sums of whole numbers are exact
         slack = torch.zeros_like(slack)
@@ -316,21 +383,6 @@ def _verify_objective(
         compare(_costs_of_weights(layer, mask, solution.weight), "weights: the cost of row")
 
 
-def _objective(layer: LayerProblem, mask: Tensor, row: int) -> Tensor:
-    """f of one row through the pruned columns only: another way than LayerProblem.objective. Or F."""
-    if layer.refit is not None:
-        return refitted_cost(layer, mask, row)
-    pruned = (~mask[row]).nonzero()[:, 0]
-    w = layer.weight[row, pruned].double()
-    step = max(1, PAIRS_AT_ONCE // max(1, len(pruned)))
-    total = torch.zeros((), dtype=torch.float64, device=layer.device)
-    for part, weight in zip(pruned.split(step), w.split(step), strict=True):
-        total += weight @ (layer.gram[part][:, pruned].double() @ w)
-    if layer.linear is not None:
-        total += 2 * w @ layer.linear.correlation[row, pruned] + layer.linear.constant[row]
-    return total.clamp(min=0.0)
-
-
 def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) -> Tensor:
     """What refitted weights cost, row by row, once they are found to be what they should."""
     if weight is None or weight.shape != mask.shape or weight.dtype != torch.float64:
@@ -344,8 +396,7 @@ def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) 
     costs = []
     for row, lost in enumerate(layer.weight.double() - weight):
         cost = lost @ (gram @ lost) + lost @ (layer.least_squares.ridge * lost)
-        if layer.linear is not None:
-            cost += 2 * lost @ layer.linear.correlation[row] + layer.linear.constant[row]
+        cost += 2 * lost @ layer.correlation[row] + layer.constant[row]
         costs.append(cost.clamp(min=0.0))
     return torch.stack(costs)
 
@@ -361,32 +412,6 @@ def _verify_bound(layer: LayerProblem, solution: Solution, rounding: Tensor) -> 
             f"lower bound: row {row} states {float(bound[row]):.12g}, above the objective "
             f"{float(objective[row]):.12g}"
         )
-
-
-def _verify_status(
-    layer: LayerProblem,
-    mask: Tensor,
-    solution: Solution,
-    index: int,
-    status: Status,
-    slack: float,
-) -> None:
-    row = layer.row(index)
-    if status is Status.SWAP_OPTIMAL or status is Status.OPTIMAL:
-        # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
-        swap = improving_swap(row, mask[index], tolerance=SWAP_TOLERANCE)
-        if swap is not None:
-            raise VerificationError(
-                f"status: row {index} claims {status}, yet keeping input {swap.pruned} instead of "
-                f"{swap.kept} changes the objective by {swap.delta:.6g}"
-            )
-    if status is Status.OPTIMAL:
-        objective, bound = float(solution.objective[index]), float(solution.lower_bound[index])
-        if objective - bound > slack:
-            raise VerificationError(
-                f"status: row {index} claims {status} without proof: objective {objective:.9g}, "
-                f"lower bound {bound:.9g}"
-            )
 
 
 def _every_mask(layer: LayerProblem) -> Tensor | None:
@@ -408,42 +433,3 @@ def _every_mask(layer: LayerProblem) -> Tensor | None:
     if sets[0]:
         p.scatter_(1, torch.tensor(sets), 1.0)
     return p
-
-
-def _costs(layer: LayerProblem, row: int, p: Tensor) -> Tensor:
-    """The objective of every mask p [masks, n] of a row, float64 on the CPU."""
-    if layer.refit is not None:
-        return refitted_costs(layer, row, p)
-    dropped = p * layer.weight[row].double().cpu()
-    costs = ((dropped @ layer.gram.double().cpu()) * dropped).sum(1)
-    if layer.linear is not None:
-        slope, constant = layer.linear.correlation[row].cpu(), layer.linear.constant[row].cpu()
-        costs += 2 * dropped @ slope + constant
-    return costs.clamp(min=0.0)  # as objectives are, where G has a negative eigenvalue by rounding
-
-
-def _verify_by_enumeration(
-    layer: LayerProblem,
-    solution: Solution,
-    index: int,
-    p: Tensor,
-    rounding: float,
-) -> None:
-    """`rounding`: of the mask that is claimed; that of the best mask is added."""
-    costs = _costs(layer, index, p)
-    best = int(costs.argmin())
-    optimum, one = float(costs[best]), layer.take([index])
-    kept = (p[best : best + 1] == 0).to(one.device)
-    slack = float(optimal_slack(one, kept, costs[best : best + 1])) + rounding
-    if layer.integral:
-        slack = 0.0
-    if float(solution.lower_bound[index]) > optimum + slack:
-        raise VerificationError(
-            f"lower bound: row {index} states {float(solution.lower_bound[index]):.12g}, but a mask "
-            f"of objective {optimum:.12g} exists"
-        )
-    status = Status(solution.status[index])
-    if status is Status.OPTIMAL and float(solution.objective[index]) > optimum + slack:
-        raise VerificationError(
-            f"status: row {index} claims {status}, but a mask of objective {optimum:.12g} exists"
-        )

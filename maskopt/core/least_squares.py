@@ -110,9 +110,14 @@ class LeastSquares:
         return exact
 
     @cached_property
+    def factor(self) -> Float[Tensor, "n n"]:
+        """The lower Cholesky factor of A, float64."""
+        return torch.linalg.cholesky(self.damped)
+
+    @cached_property
     def inverse(self) -> Float[Tensor, "n n"]:
         """H = A⁻¹, float64."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped))
+        return torch.cholesky_inverse(self.factor)
 
     def check(self, label: str) -> None:
         """Raise ProblemError where A is not safely definite, G + λD/2 not being it: G has a negative
@@ -127,11 +132,10 @@ class LeastSquares:
             )
 
     def target(
-        self, weight: Float[Tensor, "rows n"], correlation: Float[Tensor, "rows n"] | None
+        self, weight: Float[Tensor, "rows n"], correlation: Float[Tensor, "rows n"]
     ) -> Float[Tensor, "rows n"]:
         """b = Aw + g, float64."""
-        target = weight.double() @ self.damped
-        return target if correlation is None else target + correlation
+        return weight.double() @ self.damped + correlation
 
     def residual(
         self,

@@ -161,6 +161,10 @@ class LayerProblem:
         if refit is not None:
             self.least_squares.check(label)
 
+    def as_layer(self) -> LayerProblem:
+        """Itself; of a `RowProblem` the layer of that one row."""
+        return self
+
     @property
     def rows(self) -> int:
         return self.weight.shape[0]
@@ -205,9 +209,20 @@ class LayerProblem:
         return self.omega
 
     @property
-    def correlation(self) -> Float[Tensor, "rows n"] | None:
-        """g, float64; None without a linear part."""
-        return None if self.linear is None else self.linear.correlation
+    def correlation(self) -> Float[Tensor, "rows n"]:
+        """g of the linear term, float64; 0 without one."""
+        if self.linear is None:
+            return torch.zeros((), dtype=torch.float64, device=self.device).expand(
+                self.rows, self.n
+            )
+        return self.linear.correlation
+
+    @property
+    def constant(self) -> Float[Tensor, " rows"]:
+        """c of the linear term, float64; 0 without one."""
+        if self.linear is None:
+            return torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        return self.linear.constant
 
     @property
     def least_squares(self) -> LeastSquares:

@@ -163,7 +163,7 @@ def pace(problem: LayerProblem) -> dict[str, Any]:
     mask = solve(problem, "wanda").mask
     traded = solve(problem.under(POOLED["50% per layer"]), "wanda").mask
     squares = problem.least_squares
-    target = squares.target(problem.weight, None)
+    target = squares.target(problem.weight, problem.correlation)
     damped = squares.damped
 
     def plain() -> None:

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskopt.checks.pooled_checks import improving_trade
-from maskopt.checks.refit_checks import refitted_cost
-from maskopt.checks.swap_checks import improving_swap
+from maskopt.checks.costs import costs_of
+from maskopt.checks.swap_check import improving_swap, improving_swap_between_rows
 from maskopt.core.least_squares import Refit
 from maskopt.core.pattern import Pattern, pattern_from_dict
 from maskopt.core.problem import LayerProblem
@@ -356,12 +355,12 @@ def _check_statuses(
             f"{problem.rows - len(improvable)} are: in row {row}, keeping input {swap.pruned} "
             f"instead of {swap.kept} changes the error by {swap.delta:.3g}"
         )
-    trade = improving_trade(problem, kept, tolerance) if problem.pooled else None
-    if trade is not None:
+    between = improving_swap_between_rows(problem, kept, tolerance) if problem.pooled else None
+    if between is not None:
         raise manifest.wrong(
             f"layer {name!r} states that its rows are {Status.SWAP_OPTIMAL} together; keeping input "
-            f"{trade.pruned} of row {trade.other} instead of {trade.kept} of row {trade.row} changes the "
-            f"error by {trade.delta:.3g}"
+            f"{between.pruned} of row {between.other} instead of {between.kept} of row {between.row} changes "
+            f"the error by {between.delta:.3g}"
         )
 
 
@@ -376,7 +375,7 @@ def _check_least_squares(manifest: Manifest, name: str, found: Found, tolerance:
     cost, diagonal = some.damped_error(new), some.least_squares.damped.diagonal()
     rounding = 10 * torch.finfo(result.dtype).eps ** 2 * (new.square() @ diagonal)
     for index, row in enumerate(rows):
-        best = float(refitted_cost(some, mask, index))
+        best = float(costs_of(some).cost(mask, index))
         if not float(cost[index]) <= best * (1 + tolerance) + float(rounding[index]):
             raise manifest.wrong(
                 f"layer {name!r}, row {row}: its weights are not those of least squares: they cost "

@@ -14,7 +14,7 @@ from strategies import HALF, KINDS, problems, random_weight
 
 from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, errors, refit, solve, verify
 from maskopt.certificates.certificate import Certificate
-from maskopt.checks.swap_checks import improving_swap
+from maskopt.checks.swap_check import improving_swap
 from maskopt.core.files import read_arrays, write_arrays
 from maskopt.core.least_squares import LeastSquares
 from maskopt.core.limits import Limits
@@ -147,7 +147,7 @@ def test_a_row_that_float32_cannot_solve_does_not_spoil_the_others(monkeypatch):
     weight, pattern = torch.randn(6, 160, generator=generator), Unstructured(keep=102)
     problem = LayerProblem(weight, x.T @ x / 400, pattern, refit=Refit(0.0))
     squares, again = problem.least_squares, []
-    target = squares.target(problem.weight, None)
+    target = squares.target(problem.weight, problem.correlation)
     refined = LeastSquares._refined
 
     def counted(self, target, kept, dtype, pages):
@@ -172,7 +172,7 @@ def test_rows_of_every_count_in_one_layer(dtype):
     mask = score.argsort(1).argsort(1) < torch.arange(n + 1)[:, None]
     assert mask.sum(1).tolist() == list(range(n + 1))
     squares = problem.least_squares
-    target = squares.target(problem.weight, None)
+    target = squares.target(problem.weight, problem.correlation)
     found = squares.solve(target, mask)
     close(found, dense(refit_layers.wide(problem), mask)[1], rtol=1e-6, atol=1e-8)
     assert float(squares.residual(found, target, mask).max()) < 1e-10
