@@ -5,7 +5,6 @@ from typing import Any
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.proof import Proof
-from maskopt.certificates.refit_certificate import RefitCertificate
 from maskopt.checks.swap_check import SwapMove, improving_swap
 from maskopt.checks.verification import Verification, verify
 from maskopt.core.least_squares import Refit
@@ -58,7 +57,6 @@ __all__ = [
     "Proof",
     "PruneOptions",
     "Refit",
-    "RefitCertificate",
     "Refitted",
     "RowProblem",
     "Solution",

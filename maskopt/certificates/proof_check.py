@@ -54,7 +54,7 @@ def check_proof(problem: LayerProblem | RowProblem, proof: Proof) -> Float[Tenso
         VerificationError: a tree that does not cover all masks, or is no tree; numbers that are not finite;
             a problem that trees say nothing of (refitted weights, rows that trade).
     """
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    layer = problem.as_layer()
     if layer.refit is not None or layer.pooled:
         raise VerificationError(
             "proof: a tree bounds rows with a count of their own and unchanged weights, not a shared budget "

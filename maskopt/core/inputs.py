@@ -167,14 +167,15 @@ def check_costs(weight: Tensor, gram: Tensor, label: str) -> None:
         )
 
 
-def check_integral(
-    weight: Tensor, gram: Tensor, linear: Linear | None, label: str, *, refitted: bool
-) -> None:
+def is_whole(index: Tensor) -> bool:
+    """Whether a tensor holds whole numbers, by its type."""
+    return not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+
+
+def check_integral(weight: Tensor, gram: Tensor, linear: Linear | None, label: str) -> None:
     """Raise ProblemError where f need not be a whole number of every mask, or is one beyond float64."""
     if linear is not None:
         raise ProblemError(f"{label}integral: an objective with a linear part is no sum of wholes")
-    if refitted:
-        raise ProblemError(f"{label}integral: what refitted weights cost is no sum of wholes")
     parts = {
         "weight": weight.double(),
         "the diagonal of gram": gram.diagonal().double(),

@@ -15,7 +15,6 @@ import threading
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -65,11 +64,6 @@ class Refit:
             if not number or not 0 <= float(value) <= most:
                 raise OptionError(f"`{name}` must be {says}, not {value!r}")
             object.__setattr__(self, name, float(value))
-
-    def __repr__(self) -> str:
-        # what records are known by; of a power of 0 they say nothing
-        said = ", ".join(f"{name}={value!r}" for name, value in (refit_to_dict(self) or {}).items())
-        return f"Refit({said})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,19 +324,3 @@ class _Pages:
         rows, kept = index.shape
         n = source.shape[1]
         return matrix[: rows * kept * kept].view(rows, kept, kept), lines[: kept * n].view(kept, n)
-
-
-def refit_from_dict(data: Any) -> Refit | None:
-    """Inverse of `refit_to_dict`; raises ProblemError for anything else."""
-    if data is None:
-        return None
-    if isinstance(data, dict) and {"damping"} <= set(data) <= {"damping", "power"}:
-        return Refit(**{"power": 0.0, **data})
-    raise ProblemError(f"{data!r} does not describe how kept weights are refitted")
-
-
-def refit_to_dict(refit: Refit | None) -> dict[str, Any] | None:
-    """The JSON form."""
-    if refit is None:
-        return None
-    return {"damping": refit.damping} | ({"power": refit.power} if refit.power else {})

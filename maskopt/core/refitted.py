@@ -52,7 +52,7 @@ def refit(
         OptionError: a damping below 0, a power beyond 0 to 1. ProblemError: a G that is not definite with it.
         WarmStartError: a mask that is not legal.
     """
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    layer = problem.as_layer()
     mask = layer.check_mask(mask)
     how = layer.refit or Refit()
     damping = how.damping if damping is None else damping

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from maskopt.core.inputs import is_whole
 from maskopt.core.least_squares import LeastSquares, Refit
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import RowProblem
@@ -106,8 +107,7 @@ def change(
 
 
 def _check_groups(groups: Tensor, n: int) -> None:
-    whole = not (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool)
-    if groups.shape != (n,) or not whole or int(groups.min()) < 0:
+    if groups.shape != (n,) or not is_whole(groups) or int(groups.min()) < 0:
         raise ProblemError(f"groups must be whole numbers of at least 0 for each of the {n} inputs")
     if int(torch.bincount(groups).min()) == 0:
         raise ProblemError("groups must be numbered without a gap")

@@ -7,7 +7,7 @@ shift making G semidefinite: since 1ᵀp = s, it changes f by shift·s on every 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +27,22 @@ class Units:
 
     Attributes:
         sign: 1 where the value is minimised, −1 where it is maximised.
+
+    Raises:
+        ProblemError: another sign, or numbers that are not finite.
     """
 
     sign: int
     shift: float
     constant: float
+
+    def __post_init__(self) -> None:
+        try:
+            sound = self.sign in (-1, 1) and math.isfinite(self.shift + self.constant)
+        except (TypeError, OverflowError):
+            sound = False
+        if not sound:
+            raise ProblemError(f"{self} describes no units")
 
     def value(self, cost: float, pruned: int) -> float:
         """Of an objective f, or of a bound of it: what is a lower bound of f is an upper one of a value that
@@ -129,25 +140,3 @@ def _real(given: Any, what: str) -> np.ndarray:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ProblemError(f"{what} must hold real numbers within float64")
-
-
-def units_to_dict(units: Units | None) -> dict[str, Any] | None:
-    """For a header."""
-    return None if units is None else asdict(units)
-
-
-def units_from_dict(data: Any) -> Units | None:
-    """Inverse of `units_to_dict`.
-
-    Raises:
-        ProblemError: not what that writes.
-    """
-    if data is None:
-        return None
-    try:
-        units = Units(int(data["sign"]), float(data["shift"]), float(data["constant"]))
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise ProblemError(f"units: {data!r} are none") from None
-    if units.sign not in (-1, 1) or not np.isfinite([units.shift, units.constant]).all():
-        raise ProblemError(f"units: {data!r} are none")
-    return units

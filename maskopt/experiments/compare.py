@@ -23,8 +23,7 @@ from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.core.units import excess_of
 from maskopt.errors import MaskoptError, OptionError
 from maskopt.experiments.jobs import as_they_finish, job_key
-from maskopt.experiments.kept import Kept
-from maskopt.experiments.record_file import RecordFile
+from maskopt.experiments.store import Store
 from maskopt.instances.formats import load_problem
 from maskopt.protocol.solution import Solution, Status, is_bounded
 from maskopt.protocol.solver import Solver, make_solver, solve
@@ -152,36 +151,30 @@ def compare(
     jobs_by_name = _jobs_by_name(solvers, Limits(seconds=time_limit, seed=seed))
     if not jobs_by_name:
         raise OptionError("name at least one solver")
-    file = RecordFile(output, Record) if output is not None else None
-    jobs_wanted = [
-        (job_key(row, name, job.solver, job.start, job.limits), row, name)
-        for row in rows
+    store = Store(output, Record)
+    wanted = {
+        (position, name): (job_key(row, name, job.solver, job.start, job.limits), row)
+        for position, row in enumerate(rows)
         for name, job in jobs_by_name.items()
-    ]
-    wanted = {key: (row, name) for key, row, name in jobs_wanted}
-    kept = Kept(file.path if file is not None and file.grows else None)
+    }
     finished: dict[str, Record] = {}
-    held = file.held() if file is not None else {}
-    for key in wanted.keys() & held.keys():
-        row, name = wanted[key]
-        solution = kept.read(key, row, _required(jobs_by_name[name].solver))
-        if solution is not None:
-            finished[key] = _record(row, name, jobs_by_name[name], key, solution)
-    missing = {key: job for key, job in wanted.items() if key not in finished}
-    calls = [
-        delayed(_solved)(row, name, jobs_by_name[name], key) for key, (row, name) in missing.items()
-    ]
-    for record, solution in as_they_finish(calls, jobs):
+    missing: dict[str, Any] = {}
+    held = store.records()
+    for (_, name), (key, row) in wanted.items():
+        job = jobs_by_name[name]
+        found = store.solution(key, row, _required(job.solver)) if key in held else None
+        if found is not None:
+            finished[key] = _record(row, name, job, key, found)
+        else:
+            missing[key] = delayed(_solved)(row, name, job, key)
+    count = len(finished) + len(missing)
+    for record, solution in as_they_finish(list(missing.values()), jobs):
         finished[record.key] = record
-        if solution is not None:
-            kept.write(record.key, solution)
-        if file is not None:
-            file.append(record)
+        store.add(record.key, solution, record)
         if on_progress is not None:
-            on_progress(len(finished), len(wanted))
-    records = _with_excess([finished[key] for key, _, _ in jobs_wanted], len(jobs_by_name))
-    if file is not None:
-        file.finish(records)
+            on_progress(len(finished), count)
+    records = _with_excess([finished[key] for key, _ in wanted.values()], len(jobs_by_name))
+    store.finish(records)
     return records
 
 
@@ -278,5 +271,4 @@ def load_instances(
     paths: Iterable[str | os.PathLike[str]], cardinality: int | None = None
 ) -> list[LayerProblem]:
     """Files of `maskopt.instances.formats`, layers or rows, as layers."""
-    found = [load_problem(path, cardinality) for path in paths]
-    return [p.as_layer() if isinstance(p, RowProblem) else p for p in found]
+    return [load_problem(path, cardinality).as_layer() for path in paths]

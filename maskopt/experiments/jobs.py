@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from joblib import Parallel, effective_n_jobs
 from joblib.parallel import get_active_backend
-from torch import Tensor
 
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
@@ -108,23 +107,20 @@ def job_key(row: RowProblem, name: str, solver: Solver, start: Any, limits: Limi
 
 
 def digest_of(problem: LayerProblem, row: int) -> hashlib._Hash:
-    """Of everything that a row's problem is but its pattern and its name. What most problems lack is left
-    out where it is not there, so that files of earlier versions are taken up again."""
+    """Of everything that a row's problem is but its pattern and its name."""
     digest = hashlib.sha256()
-    tensors = [problem.weight[row].double(), problem.gram.double()]
-    if problem.linear is not None:
-        tensors += [problem.linear.correlation[row], problem.linear.constant[row]]
-    for tensor in tensors:
-        digest.update(tensor.cpu().numpy().tobytes())
-    if problem.refit is not None:
-        digest.update(repr(problem.refit).encode())
-    for name in ("mean", "variance", "integral", "units"):
-        value = getattr(problem, name)
-        if value is not None and value is not False:
-            said = (
-                value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
-            )
-            digest.update(name.encode() + said)
+    tensors = {
+        "weight": problem.weight[row].double(),
+        "gram": problem.gram.double(),
+        "correlation": problem.correlation[row],
+        "constant": problem.constant[row],
+        "mean": problem.mean,
+        "variance": problem.variance,
+    }
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    digest.update(repr([problem.refit, problem.integral, problem.units]).encode())
     return digest
 
 

@@ -20,9 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from maskopt.core.files import atomic_write
-from maskopt.core.instance_file import instance_kind
 from maskopt.core.pattern import Unstructured
-from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.problem import LayerProblem, RowProblem, load_npz
 from maskopt.core.units import check_size
 from maskopt.errors import ProblemError
 from maskopt.instances.qplib import read_qplib, write_qplib
@@ -52,8 +51,7 @@ def load_problem(
         if ending and ending != ".npz":
             known = ", ".join((".npz", *_READERS))
             raise ProblemError(f"{path}: no known format by its ending; one of {known}")
-        layer = instance_kind(path) == "layer"
-        return LayerProblem.load(path) if layer else RowProblem.load(path)
+        return load_npz(path)
     if cardinality is not None and ending not in (".mc", ".rudy"):
         raise ProblemError(f"{path}: the file says how many are chosen; leave `cardinality` out")
     try:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.certificates.refit_certificate import AnyCertificate
+from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import check_options
 from maskopt.core.limits import Limits, torch_threads
 from maskopt.core.problem import LayerProblem, RowProblem
@@ -22,7 +22,7 @@ from maskopt.errors import SolverError
 from maskopt.protocol.registry import Registry
 from maskopt.protocol.solution import relative_gap
 from maskopt.protocol.solver import limits_of
-from maskopt.protocol.trace import BoundTrace
+from maskopt.protocol.trace import Trace
 
 ENTRY_POINT_GROUP = "maskopt.bounds"
 
@@ -43,10 +43,10 @@ class Bound:
     """
 
     value: Float[Tensor, " rows"]
-    certificate: AnyCertificate
+    certificate: Certificate
     method: str = ""
     seconds: float = math.nan
-    trace: BoundTrace = field(default_factory=BoundTrace)
+    trace: Trace = field(default_factory=Trace)
     omega: Float[Tensor, " rows"] | None = None
 
     def __repr__(self) -> str:
@@ -89,7 +89,7 @@ class BoundMethod(Protocol):
         """Why the method cannot run here, or None."""
         return None
 
-    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[AnyCertificate, BoundTrace]:
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         """A certificate for every row, and how it was found. The clock of `limits` is running."""
         ...
 
@@ -129,7 +129,7 @@ def lower_bound(
         MaskoptError: an unknown or unavailable method, an option that it does not have, more inputs
             than it takes.
     """
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    layer = problem.as_layer()
     limits, own = limits_of(limits, options)
     maker = make_bound(method, **own)
     if layer.refit is not None and not maker.refit:

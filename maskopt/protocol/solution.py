@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.certificates.proof import Proof
-from maskopt.certificates.refit_certificate import AnyCertificate, restored, stored
-from maskopt.core.files import read_arrays, write_arrays
+from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.proof import Proof, RowProof
+from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arrays
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, ProblemError
-from maskopt.protocol.trace import Trace, trace_arrays, trace_from
+from maskopt.protocol.trace import Trace
 
 
 class Status(StrEnum):
@@ -132,7 +132,7 @@ class Solution:
     solver: str = ""
     seconds: float = math.nan
     trace: Trace = field(default_factory=Trace)
-    certificate: AnyCertificate | None = None
+    certificate: Certificate | None = None
     trusted: tuple[str, ...] = ()
     weight: Float[Tensor, "rows n"] | None = None
     own: bool = False
@@ -153,7 +153,7 @@ class Solution:
         status: Status | Sequence[Status] = Status.FEASIBLE,
         lower_bound: Float[Tensor, " rows"] | None = None,
         trace: Trace | None = None,
-        certificate: AnyCertificate | None = None,
+        certificate: Certificate | None = None,
         trusted: Sequence[str] = (),
         weight: Float[Tensor, "rows n"] | None = None,
         proof: Proof | None = None,
@@ -163,7 +163,7 @@ class Solution:
 
         A lower bound above the objective by rounding alone is cut back to it.
         """
-        layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+        layer = problem.as_layer()
         mask = mask.reshape(layer.weight.shape)
         own = weight is not None
         if weight is not None:
@@ -200,9 +200,7 @@ class Solution:
         )
 
     @classmethod
-    def joined(
-        cls, parts: Sequence[Solution], certificate: AnyCertificate | None = None
-    ) -> Solution:
+    def joined(cls, parts: Sequence[Solution], certificate: Certificate | None = None) -> Solution:
         """All rows of a layer, of one solver's solutions of its parts, in their order.
 
         Args:
@@ -279,28 +277,9 @@ class Solution:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside): masks, statuses, trace, and the proof."""
-        words, tensors = trace_arrays(self.trace)
-        arrays = {
-            "mask": self.mask.cpu().numpy(),
-            "objective": self.objective.cpu().numpy(),
-            "lower_bound": self.lower_bound.cpu().numpy(),
-            **{f"trace.{name}": value for name, value in tensors.items()},
-        }
-        if self.certificate is not None:
-            parts = stored(self.certificate)
-            arrays |= {f"certificate.{name}": value for name, value in parts.items()}
-        if self.proof is not None:
-            arrays |= {f"proof.{name}": value for name, value in self.proof.arrays().items()}
-        if self.own and self.weight is not None:
-            arrays["weight"] = self.weight.cpu().numpy()
-        header = {
-            "status": [str(status) for status in self.status],
-            "solver": self.solver,
-            "seconds": None if math.isnan(self.seconds) else self.seconds,
-            "trusted": list(self.trusted),
-            "trace": words,
-        }
-        write_arrays(path, "solution", header, arrays)
+        words, arrays = pack(replace(self, weight=self.weight if self.own else None))
+        seconds = None if math.isnan(self.seconds) else self.seconds
+        write_arrays(path, "solution", {**words, "seconds": seconds}, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Solution:
@@ -309,33 +288,28 @@ class Solution:
         Raises:
             ProblemError: no such file, or not a solution.
         """
-        header, arrays = read_arrays(path, "solution")
-
-        def under(prefix: str) -> dict[str, Any]:
-            return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
+        words, arrays = read_arrays(path, "solution")
         try:
-            certificate, proof = under("certificate."), under("proof.")
-            seconds = header["seconds"]
-            tensors = {k: torch.from_numpy(v) for k, v in under("trace.").items()}
-            trace = trace_from(header["trace"], tensors)
-            if {len(v) for v in trace.columns(len(arrays["mask"])).values()} - {
-                len(arrays["mask"])
-            }:
+            seconds, rows = words["seconds"], len(arrays["mask"])
+            trace = unpack(Trace, words, arrays, "trace")
+            if any(len(values) != rows for values in trace.columns(rows).values()):
                 raise ValueError("its trace is one of other rows")
-            return cls(
-                mask=torch.from_numpy(arrays["mask"]),
-                objective=torch.from_numpy(arrays["objective"]),
-                lower_bound=torch.from_numpy(arrays["lower_bound"]),
-                status=tuple(Status(word) for word in header["status"]),
-                solver=str(header["solver"]),
+            certified = "certificate.diagonal" in arrays
+            trees = unpack_rows(RowProof, words, arrays, "proof.rows", rows)
+            return unpack(
+                cls,
+                words,
+                arrays,
+                status=tuple(Status(word) for word in words["status"]),
+                solver=str(words["solver"]),
                 seconds=math.nan if seconds is None else float(seconds),
                 trace=trace,
-                certificate=restored(certificate, str(path)) if certificate else None,
-                trusted=tuple(str(word) for word in header["trusted"]),
-                weight=torch.from_numpy(arrays["weight"]) if "weight" in arrays else None,
+                certificate=Certificate.unpacked(words, arrays, "certificate")
+                if certified
+                else None,
+                trusted=tuple(str(word) for word in words["trusted"]),
                 own="weight" in arrays,
-                proof=Proof.restore(proof, len(arrays["mask"]), str(path)) if proof else None,
+                proof=None if trees is None else Proof(trees),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ProblemError(f"{path}: not a sound solution ({error})") from None

@@ -248,7 +248,7 @@ def solve(
         MaskoptError: an unknown or unavailable solver, an option that it does not have, a start that
             is no legal mask, a pattern, device or size that it does not do; a solver whose answer is none.
     """
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    layer = problem.as_layer()
     limits, own = limits_of(limits, options)
     backend = make_solver(solver, **own)
     check_fit(backend, layer)

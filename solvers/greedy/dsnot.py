@@ -65,7 +65,7 @@ class DSnoT(Solver):
                 "with the Gram matrix"
             )
         mask, swaps = self._correct(problem, problem.mean.double(), start, limits)
-        return Solution.of(problem, mask, trace=CycleTrace(swaps))
+        return Solution.of(problem, mask, trace=CycleTrace(swaps=swaps))
 
     def _correct(
         self, problem: LayerProblem, mean: Tensor, start: Tensor, limits: Limits

@@ -75,7 +75,7 @@ class Admm(Damped):
         with fast_products():
             found = [some(0)] if problem.pooled else parallel(some, len(parts))
         mask, steps = (torch.cat([part[which] for part in found]) for which in (0, 1))
-        return Solution.of(problem, mask, trace=SplittingTrace(steps.cpu()))
+        return Solution.of(problem, mask, trace=SplittingTrace(iterations=steps.cpu()))
 
     def _masks(
         self,

@@ -69,7 +69,7 @@ class Obs(Damped):
 
         found = one_thread_each(eliminated, problem.rows, threads)
         mask, rounds = torch.stack([row[0] for row in found]), [row[1] for row in found]
-        return Solution.of(problem, mask, trace=EliminationTrace(torch.tensor(rounds)))
+        return Solution.of(problem, mask, trace=EliminationTrace(rounds=torch.tensor(rounds)))
 
 
 def _eliminated(
