@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import mul
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.protocol.solution import (
     OPTIMAL_TOLERANCE,
-    SWAP_TOLERANCE,
     Solution,
     Status,
     optimal_slack,
@@ -133,111 +132,87 @@ def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
     return layer.rounding(layer.weights(mask))
 
 
-class _Claim(NamedTuple):
-    """What is claimed of one row, or of all rows of a shared budget together.
-
-    Attributes:
-        who: the subject of messages; `what`: the objective in messages.
-        move: an improving swap of the mask, in words; None: there is none, or nothing is claimed of swaps.
-        slack: of a closed gap.
-        optimum: by enumeration, and its slack; None: too many masks.
-    """
-
-    who: str
-    what: str
-    status: Status
-    objective: float
-    bound: float
-    move: str | None
-    slack: float
-    optimum: tuple[float, float] | None
-
-
 def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
-    """Statuses and bounds; returns whether by enumeration, too."""
-    claims = _shared_claim if layer.pooled else _claims_of_rows
-    enumerated = False
-    for claim in claims(layer, mask, solution, rounding):
-        claimed = f"status: {claim.who} claim{'' if layer.pooled else 's'} {claim.status}"
-        optimal = claim.status is Status.OPTIMAL
-        if claim.move is not None:
-            raise VerificationError(f"{claimed}, yet {claim.move}")
-        if optimal and claim.objective - claim.bound > claim.slack:
-            raise VerificationError(
-                f"{claimed} without proof: {claim.what} {claim.objective:.9g}, "
-                f"lower bound {claim.bound:.9g}"
-            )
-        if claim.optimum is None:
-            continue
-        enumerated, (optimum, slack) = True, claim.optimum
-        if claim.bound > optimum + slack:
-            raise VerificationError(
-                f"lower bound: {claim.who} state{'' if layer.pooled else 's'} {claim.bound:.12g}, but a mask "
-                f"of {claim.what} {optimum:.12g} exists"
-            )
-        if optimal and claim.objective > optimum + slack:
-            raise VerificationError(f"{claimed}, but a mask of {claim.what} {optimum:.12g} exists")
-    return enumerated
-
-
-def _claims_of_rows(
-    layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor
-) -> Iterator[_Claim]:
-    every, costs = _every_mask(layer), costs_of(layer)
-    slack = optimal_slack(layer, mask, solution.objective)
-    for row, word in enumerate(solution.status):
-        status, move, optimum = Status(word), None, None
-        if status is not Status.FEASIBLE:
-            # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
-            swap = improving_swap(layer.row(row), mask[row], tolerance=SWAP_TOLERANCE)
-            move = swap and (
-                f"keeping input {swap.pruned} instead of {swap.kept} changes the objective by "
-                f"{swap.delta:.6g}"
-            )
-        if every is not None:
-            values = costs.costs(row, every)
-            best = int(values.argmin())
-            kept, least = (every[best : best + 1] == 0).to(layer.device), values[best : best + 1]
-            # of the mask that is claimed, and of the best one
-            room = float(optimal_slack(layer.take([row]), kept, least)) + float(rounding[row])
-            optimum = float(least), 0.0 if layer.integral else room
-        objective, bound = float(solution.objective[row]), float(solution.lower_bound[row])
-        yield _Claim(
-            f"row {row}", "objective", status, objective, bound, move, float(slack[row]), optimum
-        )
-
-
-def _shared_claim(
-    layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor
-) -> Iterator[_Claim]:
-    status, move, optimum = Status(solution.status[0]), None, None
-    if len(set(solution.status)) > 1:
+    """Statuses and bounds, of each row or of all rows of a shared budget together; returns whether by
+    enumeration, too."""
+    if layer.pooled and len(set(solution.status)) > 1:
         raise VerificationError(
             "status: rows of a shared budget are proven together, yet some claim "
             f"{' and some '.join(sorted(set(solution.status)))}"
         )
-    if status is not Status.FEASIBLE:
-        swap = improving_swap(layer, mask, tolerance=SWAP_TOLERANCE)
-        move = swap and (
-            f"keeping input {swap.pruned} of row {swap.other} instead of {swap.kept} of row {swap.row} "
-            f"changes the sum by {swap.delta:.6g}"
+    slack = optimal_slack(layer, mask, solution.objective)
+    optimum_of, enumerated = _enumeration(layer, rounding), False
+    for rows in [list(range(layer.rows))] if layer.pooled else [[i] for i in range(layer.rows)]:
+        first, status = rows[0], Status(solution.status[rows[0]])
+        share = layer.shares.cpu() if layer.pooled else torch.ones(1, dtype=torch.float64)
+        objective, bound, room = (
+            float(share @ x[rows].cpu()) for x in (solution.objective, solution.lower_bound, slack)
         )
-    share, slack = layer.shares, optimal_slack(layer, mask, solution.objective)
-    objective, bound, room = (
-        float(share @ x.to(share)) for x in (solution.objective, solution.lower_bound, slack)
-    )
-    if layer.rows * 2**layer.n <= ENUMERATION_LIMIT:
+        who, s, what = (
+            ("the rows", "", "sum") if layer.pooled else (f"row {first}", "s", "objective")
+        )
+        claim = f"status: {who} claim{s} {status}"
+        if status is not Status.FEASIBLE:
+            # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
+            swap = improving_swap(layer if layer.pooled else layer.row(first), mask[rows])
+            if swap is not None:
+                of, other = (f" of row {r}" * layer.pooled for r in (swap.other, swap.row))
+                raise VerificationError(
+                    f"{claim}, yet keeping input {swap.pruned}{of} instead of {swap.kept}{other} changes the "
+                    f"{what} by {swap.delta:.6g}"
+                )
+        if status is Status.OPTIMAL and objective - bound > room:
+            raise VerificationError(
+                f"{claim} without proof: {what} {objective:.9g}, lower bound {bound:.9g}"
+            )
+        if optimum_of is None:
+            continue
+        enumerated, (optimum, off) = True, optimum_of(first)
+        off = 0.0 if layer.integral else off
+        exists = f"but a mask of {what} {optimum:.12g} exists"
+        if bound > optimum + off:
+            raise VerificationError(f"lower bound: {who} state{s} {bound:.12g}, {exists}")
+        if status is Status.OPTIMAL and objective > optimum + off:
+            raise VerificationError(f"{claim}, {exists}")
+    return enumerated
+
+
+def _enumeration(
+    layer: LayerProblem, rounding: Tensor
+) -> Callable[[int], tuple[float, float]] | None:
+    """The least objective of a row, or the least sum of a shared budget, and what it may be off by; None:
+    there are too many masks.
+
+    Args:
+        rounding: of the masks that are claimed.
+    """
+    if layer.pooled:
+        if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
+            return None
         least = _least_sum(layer)
-        off = OPTIMAL_TOLERANCE * least + float(share @ rounding)
-        optimum = least, 0.0 if layer.integral else off
-    yield _Claim("the rows", "sum", status, objective, bound, move, room, optimum)
+        off = OPTIMAL_TOLERANCE * least + float(layer.shares @ rounding)
+        return lambda _: (least, off)
+    every, costs = _every_mask(layer), costs_of(layer)
+    if every is None:
+        return None
+
+    def optimum(row: int) -> tuple[float, float]:
+        values = costs.costs(row, every)
+        best = int(values.argmin())
+        kept, value = (every[best : best + 1] == 0).to(layer.device), values[best : best + 1]
+        # of the mask that is claimed, and of the best one
+        off = float(optimal_slack(layer.take([row]), kept, value)) + float(rounding[row])
+        return float(value), off
+
+    return optimum
 
 
 def _least_sum(layer: LayerProblem) -> float:
     """min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, and then counts
     put together row by row."""
     best, (least, most) = torch.zeros(1, dtype=torch.float64), layer.row_limits
-    masks, costs = _bits(layer.n), costs_of(layer)
+    costs = costs_of(layer)
+    masks = ((torch.arange(2**layer.n)[:, None] >> torch.arange(layer.n)) & 1).double()
     by_count = [masks[masks.sum(1) == count] for count in range(layer.n + 1)]
     for row in range(layer.rows):
         own = torch.stack([costs.costs(row, p).min() for p in by_count]) * float(layer.shares[row])
@@ -248,11 +223,6 @@ def _least_sum(layer: LayerProblem) -> float:
             longer[count:end] = torch.minimum(longer[count:end], best + value)
         best = longer
     return float(best[layer.pruned])
-
-
-def _bits(n: int) -> Tensor:
-    """All 2ⁿ sets of n entries, float64 [2ⁿ, n]."""
-    return ((torch.arange(2**n)[:, None] >> torch.arange(n)) & 1).double()
 
 
 def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> None:
@@ -323,18 +293,14 @@ def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
     proven = torch.zeros(layer.rows, dtype=torch.float64)
     if solution.proof is not None:
         proven = check_proof(layer, solution.proof)
-    return proven.maximum(_certified(layer, solution))
-
-
-def _certified(layer: LayerProblem, solution: Solution) -> Tensor:
     if solution.certificate is None:
-        return torch.zeros(layer.rows, dtype=torch.float64)
-    proven = layer.next_value(solution.certificate.check(layer)).cpu()
+        return proven
+    certified = layer.next_value(solution.certificate.check(layer)).cpu()
     if layer.pooled:  # one bound of the layer's sum, whichever way it is shared out
         share, stated = layer.shares.cpu(), solution.lower_bound.cpu()
         claimed = share @ stated
-        proven = stated * (share @ proven / claimed) if claimed > 0 else proven
-    return proven
+        certified = stated * (share @ certified / claimed) if claimed > 0 else certified
+    return proven.maximum(certified)
 
 
 def _trusted(solution: Solution, row: int, proven: float) -> str:

@@ -48,7 +48,7 @@ from maskopt.core.inputs import (
     check_semidefinite,
     is_whole,
     linear_part,
-    of_inputs,
+    of_shape,
     shares_of_rows,
     symmetric,
 )
@@ -137,13 +137,13 @@ class LayerProblem:
         check_pattern(pattern, n, label)
         self.pattern = pattern
         self.gram: Float[Tensor, "n n"] = symmetric(gram_tensor, label)
-        self.mean = of_inputs(mean, n, f"{label}mean")
-        self.variance = of_inputs(variance, n, f"{label}variance")
+        self.mean = of_shape(mean, (n,), f"{label}mean")
+        self.variance = of_shape(variance, (n,), f"{label}variance")
         if self.variance is not None and bool((self.variance < 0).any()):
             raise ProblemError(f"{label}variance is a mean of squares, and not below 0")
         check_costs(self.weight, self.gram, label)
         self.linear = None if linear is None else linear_part(linear, self.weight, label)
-        self.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
+        self.omega = shares_of_rows(omega, self.weight, label)
         self.integral, self.units = integral, units
         if integral:
             check_integral(self.weight, self.gram, self.linear, label)
@@ -458,8 +458,7 @@ class LayerProblem:
         Raises:
             ProblemError: an ω that is not more than 0, or not one for each row.
         """
-        shares = None if omega is None else shares_of_rows(omega, self.weight, self._label)
-        return self._with(omega=shares)
+        return self._with(omega=shares_of_rows(omega, self.weight, self._label))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""

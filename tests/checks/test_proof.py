@@ -420,7 +420,7 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
             LayerProblem(*arguments, HALF, integral=True, **more)
     with pytest.raises(ProblemError, match=r"integral: weight holds 0\.5"):
         RowProblem(torch.full((8,), 0.5), gram, HALF, integral=True)
-    with pytest.raises(ProblemError, match="refitted"):
+    with pytest.raises(ProblemError, match="updated weights"):
         problem.refitting(Refit())
     problem.save(tmp_path / "graph.npz")
     assert LayerProblem.load(tmp_path / "graph.npz").integral

@@ -147,7 +147,7 @@ def test_a_claim_goes_to_disk_and_back_and_none_beyond_its_certificate_is_accept
     parts = dict(np.load(tmp_path / "solution.npz"))
     del parts["certificate.point"]  # half a certificate is none
     np.savez(tmp_path / "half.npz", **parts)
-    with pytest.raises(ProblemError, match="not a sound certificate"):
+    with pytest.raises(ProblemError, match="not a sound solution"):
         Solution.load(tmp_path / "half.npz")
     for certificate, message in (
         (replace(good, diagonal=-good.diagonal), "split of the diagonal is negative"),
