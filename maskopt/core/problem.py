@@ -225,11 +225,7 @@ class LayerProblem:
 
     @property
     def least_squares(self) -> LeastSquares:
-        """The metric A of a problem with `refit`, which its rows share.
-
-        Raises:
-            ProblemError: the weights are kept as they are.
-        """
+        """The metric A, which the rows share; ProblemError without `refit`."""
         if self.refit is None:
             raise ProblemError("the problem keeps its weights; give it refit=Refit(damping)")
         if self._squares is None:
@@ -244,12 +240,10 @@ class LayerProblem:
         return self.least_squares.ridge
 
     def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """f of every row, or F with `refit`, in float64 [rows], on the device of the problem.
+        """f of every row, or F with `refit`, float64 [rows], at least 0.
 
         Args:
             mask: True = kept; a NumPy array will do.
-
-        Rounding can leave −1e-18 where the truth is 0; since f ≥ 0, the result is clamped at 0.
         """
         mask = as_mask(mask, self.weight)
         if self.refit is None:
@@ -259,11 +253,7 @@ class LayerProblem:
     def weights(
         self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
     ) -> Float[Tensor, "rows n"]:
-        """The weights that a mask leaves, float64, zero where it prunes: refitted with `refit`, else w⊙m.
-
-        Args:
-            limits: memory and threads.
-        """
+        """The weights that a mask leaves, float64, zero where it prunes: updated with `refit`, else w⊙m."""
         mask = as_mask(mask, self.weight)
         if self.refit is None:
             return torch.where(mask, self.weight.double(), 0.0)
@@ -272,11 +262,8 @@ class LayerProblem:
     def refitted(
         self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
     ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, " rows"]]:
-        """Weights by least squares (where rounding makes them worse than the mask's own, those), and F.
-
-        Raises:
-            ProblemError: the weights are kept as they are.
-        """
+        """Weights by least squares (w⊙m where rounding makes them worse than that), and F; ProblemError
+        without `refit`."""
         mask, squares = as_mask(mask, self.weight), self.least_squares
         own = torch.where(mask, self.weight.double(), 0.0)
         found = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
@@ -285,7 +272,7 @@ class LayerProblem:
         return torch.where(better[:, None], found, own), torch.where(better, cost, own_cost)
 
     def damped_error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """(w−v)ᵀA(w−v) and the linear part, of float64 weights v: what F is the least of."""
+        """(w−v)ᵀA(w−v) and the linear part, of float64 weights v; F is the least of it."""
         lost = self.weight.double() - weight
         squares = self.least_squares
         value = ((lost @ squares.damped) * lost).sum(1)
@@ -294,14 +281,13 @@ class LayerProblem:
         return self._with_linear(value, lost).clamp_(min=0.0)
 
     def error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """The same of other weights: mean square of what every row's output then misses its target by,
-        float64 [rows]. Of the weights that a mask keeps it is the mask's objective."""
+        """f of other weights, float64 [rows]: mean square of every output's distance to its target."""
         return self._form(self.weight.double() - weight.to(self.device).double()).clamp_(min=0.0)
 
     def _form(
         self, dropped: Float[Tensor, "rows n"], *, size: bool = False
     ) -> Float[Tensor, " rows"]:
-        """f of what is dropped; with `size` the sum of the absolute values of its terms."""
+        """f of w⊙p; with `size` the sum of the absolute values of its terms."""
         of = torch.abs if size else (lambda x: x)
         value = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         step = max(1, _OBJECTIVE_BLOCK_BYTES // (8 * self.n))
@@ -313,11 +299,7 @@ class LayerProblem:
         return value + (2 * (of(self.correlation) * dropped).sum(1) + self.constant)
 
     def output_energy(self) -> Float[Tensor, " rows"]:
-        """What a row costs of which nothing is kept: the mean square of its target, of which an objective is
-        a part. wᵀGw where the target is the dense row's output.
-
-        Float64, of products in G's dtype: it says how large an error is, and decides nothing.
-        """
+        """Mean square of every row's target, float64 [rows] from products in G's dtype; for reports."""
         weight = self.weight.to(self.gram.dtype)
         energy = ((weight @ self.gram) * weight).sum(1, dtype=torch.float64)
         return self._with_linear(energy, self.weight.double()).clamp_(min=0.0)
@@ -328,8 +310,7 @@ class LayerProblem:
         return value if self.linear is None else value + self.linear.value(dropped)
 
     def diagonal_mass(self) -> Float[Tensor, " rows"]:
-        """Σⱼ wⱼ²Gⱼⱼ (+ c) of every row in float64, with `refit` Σⱼ wⱼ²Aⱼⱼ: the scale against which rounding
-        is measured."""
+        """Σⱼ wⱼ²Aⱼⱼ + c of every row, float64: the scale of rounding."""
         return self.weight.double().square() @ (self.gram.diagonal() + self.ridge) + self.constant
 
     def rounding(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
@@ -347,7 +328,7 @@ class LayerProblem:
         return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074 * (1 + lost.sum(1))
 
     def _size(self, lost: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """The absolute values of all terms of an error, summed."""
+        """The sum of the absolute values of all terms of an error."""
         return self._form(lost, size=True) + lost.square() @ self.ridge
 
     def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -398,10 +379,7 @@ class LayerProblem:
         return RowProblem._of(self.take([index]).under(kept))
 
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
-        """The problem of some rows only; shares gram.
-
-        Args:
-            rows: a list of indices, a slice, or a tensor, of indices or bool [rows].
+        """The problem of some rows: a list of indices, a slice, or a tensor, of indices or bool [rows].
 
         Raises:
             ProblemError: none of that; a list that is empty, or names what is no row.
@@ -421,22 +399,14 @@ class LayerProblem:
         return self._like(rows, self.name)
 
     def under(self, pattern: Pattern) -> LayerProblem:
-        """The same rows under another pattern; shares all arrays.
-
-        Raises:
-            PatternError: it does not fit n.
-        """
+        """The same rows under another pattern; PatternError where it does not fit n."""
         check_pattern(pattern, self.n, self._label)
         return self._with(pattern=pattern)
 
     def refitting(self, refit: Refit | None) -> LayerProblem:
-        """The same rows under the other objective, None being f; shares all arrays.
-
-        Raises:
-            ProblemError: a damping that leaves G + λD indefinite.
-        """
+        """The same rows under F, or f (None); ProblemError for a damping that leaves G + λD indefinite."""
         if refit == self.refit:
-            return self._with()
+            return self
         problem = self._with(refit=refit, _squares=None)
         problem._check_refit()
         return problem
@@ -453,11 +423,7 @@ class LayerProblem:
         self.least_squares.check(self._label)
 
     def counting(self, omega: ArrayLike | None) -> LayerProblem:
-        """The same rows with other weights ω in the sum of a shared budget, None being 1; shares all arrays.
-
-        Raises:
-            ProblemError: an ω that is not more than 0, or not one for each row.
-        """
+        """The same rows with other ω, None being 1; ProblemError unless one positive number for each row."""
         return self._with(omega=shares_of_rows(omega, self.weight, self._label))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -482,11 +448,7 @@ class LayerProblem:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
-        """Read what `save` wrote; all checks of the constructor run again.
-
-        Raises:
-            ProblemError: no such file, or one that lacks a part.
-        """
+        """Read what `save` wrote, with all checks of the constructor; ProblemError for another file."""
         return _loaded(path, "layer").as_layer()
 
     def _like(self, rows: Tensor | slice | list[int], name: str) -> LayerProblem:
@@ -507,11 +469,7 @@ class LayerProblem:
 
 
 class RowProblem:
-    """Mask selection for one row: weight [n], gram [n, n].
-
-    Takes what `LayerProblem` takes (of `linear` the moments of one row), and raises what it raises. Every
-    solver accepts one and answers with a Solution of a single row.
-    """
+    """Mask selection for one row: weight [n], gram [n, n]; arguments and errors as of `LayerProblem`."""
 
     def __init__(
         self,
@@ -538,14 +496,11 @@ class RowProblem:
     ) -> RowProblem:
         """A quadratic objective: min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones.
 
-        The ones are what the mask prunes. An indefinite U is shifted along its diagonal, which changes every
-        value alike; `value` takes the shift off again. A U of whole numbers makes an `integral` problem.
+        The ones are pruned. An indefinite U is shifted along its diagonal, which `value` takes off again. A
+        U of whole numbers makes an `integral` problem.
 
         Args:
             quadratic: U [n, n], brought to float64; its symmetric part counts.
-            cardinality: how many entries of p are 1.
-            maximise: rather than minimise.
-            constant: a part of every value.
 
         Raises:
             ProblemError: no square matrix of finite numbers, or another cardinality than 0 … n.
@@ -605,17 +560,13 @@ class RowProblem:
         return self._layer
 
     def q(self) -> Float[Tensor, "n n"]:
-        """Q in float64 with f(p) = pᵀQp for every legal p; n² doubles.
+        """Q [n, n], float64, with f(p) = pᵀQp for every legal p; ProblemError with `refit`.
 
-        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s for every legal p (s the
-        number of pruned inputs, at least 1),
+        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s for every legal p,
 
             Q + (l1ᵀ + 1lᵀ)/s + c/s²·11ᵀ = [I | 1/s]·[[Q, l], [lᵀ, c]]·[I | 1/s]ᵀ,  semidefinite too.
 
-        Where nothing is pruned c is left out: pᵀQp is 0 then, whatever Q is.
-
-        Raises:
-            ProblemError: a problem with `refit`; F is no quadratic form in p.
+        Where nothing is pruned c is left out.
         """
         if self.refit is not None:
             raise ProblemError("the objective of refitted weights is no quadratic form of the mask")
@@ -628,7 +579,7 @@ class RowProblem:
         return q + half[:, None] + half[None, :] + self.linear.constant / pruned**2
 
     def values(self) -> Values | None:
-        """The values that f can take, of an integral problem; None of another one."""
+        """The values that f of an integral problem can take; None of another one."""
         return values_of(self.q(), self._layer.pruned) if self.integral else None
 
     def objective(self, mask: Bool[Tensor, " n"]) -> float:
@@ -644,10 +595,7 @@ class RowProblem:
         return RowProblem._of(self._layer.refitting(refit))
 
     def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
-        """The row with only these inputs, in this order: a toy instance from a real row.
-
-        The pattern goes along (a sparsity stays the same sparsity, `keep=k` the same k, N:M the
-        same groups of consecutive *new* inputs) unless another is given.
+        """The row with only these inputs, in this order, under its own pattern or another one.
 
         Raises:
             ProblemError: no such columns, or with `refit` a G that the damping leaves indefinite.

@@ -19,9 +19,9 @@ class Refitted:
 
     Attributes:
         weight: float64 [rows, n], zero where the mask prunes.
-        error: float64 [rows], mean square of what the outputs miss their targets by.
-        residual: float64 [rows], ‖b − Av‖/‖b‖ of the normal equations Av = b for these weights; far from 0
-            where a row kept the mask's own, since least squares could not better them within rounding.
+        error: float64 [rows], mean square of the outputs' distance to their targets.
+        residual: float64 [rows], ‖b − Av‖/‖b‖ of the normal equations Av = b; far from 0 where a row kept its
+            weights, since least squares could not improve them.
     """
 
     weight: Float[Tensor, "rows n"]
@@ -37,15 +37,11 @@ def refit(
     power: float | None = None,
     limits: Limits | None = None,
 ) -> Refitted:
-    """The best weights on what a mask keeps; every row's error is at most that of its own kept weights.
-
-    The damping is least for the mask's own choice v_S = w_S: so the refitted row's error, without it, is
-    never above f.
+    """The best weights on what a mask keeps; no row's error is above f.
 
     Args:
         mask: legal, True = kept.
-        damping: as in `Refit`; None: the problem's own, 0.01 where it has none.
-        power: likewise; 0 where it has none.
+        damping, power: as in `Refit`; None: the problem's own, or the defaults of `Refit`.
         limits: memory and threads.
 
     Raises:

@@ -45,8 +45,7 @@ class Units:
             raise ProblemError(f"{self} describes no units")
 
     def value(self, cost: float, pruned: int) -> float:
-        """Of an objective f, or of a bound of it: what is a lower bound of f is an upper one of a value that
-        is maximised."""
+        """Of an objective f, or of a bound of it."""
         return self.sign * (cost - self.shift * pruned) + self.constant
 
     def zero(self, pruned: int) -> float:
@@ -55,11 +54,11 @@ class Units:
 
 
 class Posed(NamedTuple):
-    """An objective and a bound of it in the units of whoever posed the problem.
+    """An objective and a bound of it in the problem's own units.
 
     Attributes:
         value: of the mask.
-        bound: no legal mask has a better value; a greatest one where the value is maximised.
+        bound: no legal mask has a better value.
         gap: their distance as part of the value; 0 where they are equal.
     """
 

@@ -48,9 +48,8 @@ _NOISE = 1e-6
 
 
 def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """What tolerances are a part of: the objective; or where the problem was posed in other units, the size
-    of the value, if that is less. A penalty of a million in U makes f, which has the shift in it, so much
-    larger than what it is about."""
+    """What tolerances are relative to: the objective, or the size of the value in the problem's own units if
+    that is less, since a large penalty in U makes f, which includes the shift, much larger."""
     if layer.units is None:
         return objective
     zero = layer.units.zero(layer.pruned // layer.rows)
@@ -60,9 +59,8 @@ def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Ten
 def optimal_slack(
     layer: LayerProblem, mask: Bool[Tensor, "rows n"], objective: Float[Tensor, " rows"]
 ) -> Float[Tensor, " rows"]:
-    """How far the bound of an OPTIMAL row may be below its objective, float64 [rows]: a part of its size, and
-    (where that is next to nothing) what float64 can lose of the mask's sum, `LayerProblem.rounding`. 0 for an
-    integral problem, whose sums are exact."""
+    """How far the bound of an OPTIMAL row may be below its objective, float64 [rows]: a part of its size,
+    and of tiny objectives `LayerProblem.rounding`; 0 for an integral problem, whose sums are exact."""
     if layer.integral:
         return torch.zeros_like(objective)
     slack = OPTIMAL_TOLERANCE * size_of(layer, objective)
@@ -91,14 +89,13 @@ def swap_threshold(
 def relative_gap(
     objective: Float[Tensor, " rows"], lower_bound: Float[Tensor, " rows"]
 ) -> Float[Tensor, " rows"]:
-    """(objective − lower_bound)/objective per row; 0 where the objective is 0."""
-    safe = torch.where(objective > 0, objective, 1.0)
-    return torch.where(objective > 0, (objective - lower_bound) / safe, 0.0)
+    """(objective − lower_bound)/objective per row; 0 where the objective is 0, NaN where it is not finite."""
+    gap = (objective - lower_bound) / objective.where(objective != 0, 1.0)
+    return gap.masked_fill(objective <= 0, 0.0)
 
 
 def is_bounded(objective: float, lower_bound: float, status: str = "") -> bool:
-    """Does a lower bound say anything? 0 holds for every objective: it says something where the objective is
-    0, too, or proven."""
+    """Whether a lower bound says anything: it is above 0, or the objective is 0 or proven."""
     return lower_bound > 0 or objective == 0 or status == Status.OPTIMAL
 
 
@@ -108,21 +105,19 @@ class Solution:
 
     Attributes:
         mask: bool [rows, n], True = kept.
-        objective: float64 [rows], f of the mask on the given G, F of a problem with `refit`; where the solver
-            sets weights of its own, not those of least squares, what these cost, no less than F.
-        lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known. Of rows
-            that trade it is one bound of Σ ωᵣ fᵣ, shared out over the rows: Σ ωᵣ lower_boundᵣ.
+        objective: float64 [rows], f of the mask, F of a problem with `refit`, or the cost of `own` weights.
+        lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known. With a
+            shared budget Σ ωᵣ lower_boundᵣ is one bound of the sum.
         status: per row OPTIMAL, SWAP_OPTIMAL or FEASIBLE.
         solver: name of the solver that answered.
         seconds: wall-clock time of the solve, start included.
-        trace: what the solver has to tell, per row (`maskopt.protocol.trace`).
-        certificate: what proves the lower bounds to `verify`, where they can be re-checked.
+        trace: how the answer was found (`maskopt.protocol.trace`).
+        certificate: proves lower bounds to `verify`.
         proof: the trees of an exact search, which prove lower bounds to `verify`, too.
-        trusted: per row the exact solver whose bound nothing here proves, and its version, such as
+        trusted: per row the exact solver whose bound nothing here proves, with its version, such as
             `SCIP 10.0`; an empty text where the bound is proven. Empty altogether: all are.
-        weight: float64 [rows, n], the refitted weights where the solver has them at hand, which spares
-            `problem.weights(mask)`; or its own. Saved only where they are its own.
-        own: the weights are the solver's own.
+        weight: float64 [rows, n], updated weights where the solver has them; saved only with `own`.
+        own: the weights are the solver's own, not those of least squares.
     """
 
     mask: Bool[Tensor, "rows n"]
@@ -140,8 +135,8 @@ class Solution:
 
     @property
     def gap(self) -> Float[Tensor, " rows"]:
-        """(objective − lower_bound) / objective per row, float64; 0 where the objective is 0. Of costs: of a
-        row that was posed in units of its own, `RowProblem.posed` has the gap of values."""
+        """(objective − lower_bound) / objective per row, float64; 0 where the objective is 0. For the gap
+        in the problem's own units see `RowProblem.posed`."""
         return relative_gap(self.objective, self.lower_bound)
 
     @classmethod
@@ -239,18 +234,14 @@ class Solution:
         )
 
     def uninterrupted(self) -> Solution:
-        """Itself, for those that go on from it.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C ended its search; the best by then is not its answer.
-        """
+        """Itself; KeyboardInterrupt where Ctrl-C ended its search."""
         if self.trace.interrupted:
             raise KeyboardInterrupt
         return self
 
     def columns(self) -> dict[str, list[Any]]:
-        """One list a column, one entry a row: objective, bound, gap, status, the trusted solver, and
-        all of the trace that is one value a row."""
+        """Columns with one entry a row: objective, bound, gap, status, trusted solver, and those of the
+        trace."""
         rows = len(self.status)
         return {
             "objective": self.objective.tolist(),
@@ -262,11 +253,7 @@ class Solution:
         }
 
     def to_frame(self) -> Any:
-        """`columns` as a pandas.DataFrame, one line a row.
-
-        Raises:
-            OptionError: the package pandas is not installed.
-        """
+        """`columns` as a pandas.DataFrame; OptionError where pandas is not installed."""
         try:
             import pandas
         except ImportError:
