@@ -71,8 +71,8 @@ _WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class Cuts:
-    """Triangle and pentagonal inequalities of one row: for an odd number k of inputs (at least three) and
-    signs b, Σ_{i<j} b_ib_jz_iz_j + (k − 1)/2 ≥ 0, since an odd sum of signs has a square of at least 1.
+    """Triangle and pentagonal inequalities of one row: for an odd number k ≥ 3 of inputs and signs b,
+    Σ_{i<j} b_ib_jz_iz_j + (k − 1)/2 ≥ 0.
 
     Attributes:
         index: int64 [m, places], distinct inputs of a row; OF_Z0 (−1): z_0 = 1; NO_INPUT (−2) in places that
@@ -162,11 +162,7 @@ class Certificate:
     def unpacked(
         cls, words: Mapping[str, Any], arrays: Mapping[str, np.ndarray], name: str = ""
     ) -> Certificate:
-        """The certificate that `maskopt.core.files.pack` made `words` and `arrays` of.
-
-        Raises:
-            KeyError, TypeError, ValueError: a part is missing, or an array is of a type that torch lacks.
-        """
+        """Inverse of `maskopt.core.files.pack`; errors as of `unpack`, KeyError without a diagonal."""
         begin = f"{name}." if name else ""
         rows = len(arrays[f"{begin}diagonal"])
         cuts = unpack_rows(Cuts, words, arrays, f"{begin}cuts", rows)
@@ -191,11 +187,9 @@ class Certificate:
         )
 
     def of_linear(self, problem: LayerProblem) -> Certificate:
-        """The certificate of a problem with a linear part from one of its rows' forms `RowProblem.q`.
-
-        With S the number of pruned inputs, that form is pᵀQp + 2lᵀp + c plus
-        (2lᵀp/S + c/S²·1ᵀp)(1ᵀp − S) plus a multiple of 1ᵀp − S, which no bound notices: a part of ν.
-        """
+        """The certificate of a problem with a linear part from one of its rows' forms `RowProblem.q`, which
+        differ from f by (2lᵀp/S + c/S²·1ᵀp)(1ᵀp − S), a part of ν with S pruned inputs, and a multiple of
+        1ᵀp − S, which changes no bound."""
         if problem.linear is None or not problem.pruned:
             return self
         groups = problem.n // problem.group_size
@@ -392,14 +386,8 @@ def _at_point(
 
 
 class CutForm(NamedTuple):
-    """Σ τ c_t(p) as pᵀKp + kᵀp + κ.
-
-    Attributes:
-        matrix: K, float64 [n, n]; None where there are no cuts.
-        size: a bound of the size of its terms.
-        error: what all entries of K, k and κ together may be off by: every one is a sum of floats, and there
-            may be many more cuts than inputs.
-    """
+    """Σ τ c_t(p) as pᵀKp + kᵀp + κ, with K None where there are no cuts; a bound of the size of its terms,
+    and what all entries of K, k and κ together may be off by rounding."""
 
     matrix: Tensor | None
     linear: Tensor
@@ -475,8 +463,8 @@ def _size(a: Float[Tensor, "n n"]) -> float:
 
 
 def _shared_slacks(certificate: Certificate, layer: LayerProblem) -> list[float | None]:
-    """For every row a slack with A ⪰ −slack·diag(w²) where one factorisation of G serves several: all rows;
-    else, those that add nothing negative to Q, such as rows that a search had no time for."""
+    """For every row a slack with A ⪰ −slack·diag(w²) where one factorisation of G serves several rows: all
+    that have μ ≥ 0, ν = 0 and no cuts, or else those of them with λ ≥ 0."""
     plain = (certificate.penalty >= 0).all(1)
     if certificate.product is not None:
         plain &= (certificate.product == 0).all(2).all(1)
@@ -492,9 +480,9 @@ def _shared_slacks(certificate: Certificate, layer: LayerProblem) -> list[float 
 
 
 def _slack_of(lam: Tensor, layer: LayerProblem, rows: Tensor) -> float | None:
-    """Where μ ≥ 0, ν = 0 and there are no cuts, A ⪰ diag(w)(G + diag(d))diag(w) with d_i the least
-    λ_i/w_i² over the rows: what is missing to that in units of w², if that is little, and nothing but
-    rounding and what G itself lacks. Where it is more, no row may lack it by itself."""
+    """A ⪰ diag(w)(G + diag(d))diag(w) with d_i the least λ_i/w_i² over the rows: what that lacks, in units
+    of w², if it is little more than rounding and what G itself lacks; else None, since no single row may
+    lack it."""
     square = layer.weight[rows].double().square()
     lam = lam.to(square)
     if bool((lam[square < _LEAST_SQUARE] < 0).any()):

@@ -52,7 +52,7 @@ def check_proof(problem: LayerProblem | RowProblem, proof: Proof) -> Float[Tenso
 
     Raises:
         VerificationError: a tree that does not cover all masks, or is no tree; numbers that are not finite;
-            a problem that trees say nothing of (refitted weights, rows that trade).
+            a problem of updated weights or with a shared budget.
     """
     layer = problem.as_layer()
     if layer.refit is not None or layer.pooled:
@@ -301,9 +301,8 @@ def _size_of_terms(layer: LayerProblem, row: int) -> float:
     """Σ |Qᵢⱼ|, of the terms that Qᵢⱼ is summed from where there is a linear part."""
     weight = layer.weight[row].double().abs()
     size = float(weight @ (layer.gram.double().abs() @ weight))
-    pruned = layer.pruned_per_group * (layer.n // layer.group_size)
-    if layer.linear is not None and pruned:
-        pull = float(weight @ layer.linear.correlation[row].abs())
-        constant = float(layer.linear.constant[row].abs())
+    if pruned := layer.pruned // layer.rows:
+        pull = float(weight @ layer.correlation[row].abs())
+        constant = float(layer.constant[row].abs())
         size += 2 * layer.n * pull / pruned + layer.n**2 * constant / pruned**2
     return size

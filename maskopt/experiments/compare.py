@@ -1,9 +1,8 @@
 """The same rows through several solvers: objective, lower bound, gap, status, seconds.
 
-A job is one row through one solver. Jobs run under joblib, so `joblib.parallel_config` sends them to
-threads, processes, Dask or Ray unchanged. With an `output` file (JSON lines) every finished job is
-written at once, its solution into the folder `<output>.rows`. A later run verifies that solution and skips
-the job; a job whose solution is missing, or does not hold, runs again.
+A job is one row through one solver. Jobs run under joblib, so `joblib.parallel_config` sends them to threads,
+processes, Dask or Ray. With an `output` of JSON lines every finished job is written at once, its solution
+into the folder `<output>.rows`; a later run verifies that solution and skips the job.
 """
 
 from __future__ import annotations
@@ -31,14 +30,13 @@ from maskopt.protocol.solver import Solver, make_solver, solve
 
 @dataclass(frozen=True)
 class Record:
-    """What one solver said about one row.
+    """The answer of one solver for one row.
 
-    `objective` and `lower_bound` are costs, as the problem has them; `value` and `value_bound` are the same
-    in the units of whoever posed it (`RowProblem.posed`), of which `gap` and `excess` are parts. `gap` is by
-    the solver's own bound; `excess` is how much worse than the optimum where some solver of the comparison
-    proved it, else NaN;
-    `trusted` is the exact solver whose bound nothing proves here, empty where the bound can be checked;
-    `trace` is what else the solver has to tell (`maskopt.protocol.trace`), columns of their own in a file.
+    `value` and `value_bound` are `objective` and `lower_bound` in the problem's own units
+    (`RowProblem.posed`),
+    `gap` and `excess` parts of the value: `gap` by the solver's own bound, `excess` over the optimum where a
+    solver of the comparison proved it, else NaN. `trusted` is the exact solver whose bound nothing proves,
+    `trace` the rest (`maskopt.protocol.trace`), with columns of its own in a file.
     """
 
     instance: str
@@ -98,15 +96,8 @@ def check_rows(rows: int | None) -> None:
 def draw_rows(
     layer: LayerProblem, rows: int | None, columns: int | None, *, seed: Sequence[int]
 ) -> list[tuple[int, np.ndarray | None]]:
-    """Which rows of a layer, ascending, and which inputs of each.
-
-    Args:
-        rows: how many, as `check_rows` allows them; all where the layer has no more.
-        columns: how many inputs, drawn per row; None, or no fewer than the layer has: all.
-
-    Returns:
-        (row, inputs), the inputs [columns] ascending, None where they are all.
-    """
+    """Random rows of a layer (None: all) with `columns` random inputs each: (row, inputs), both ascending,
+    inputs None where they are all."""
     rng = np.random.default_rng(seed)
     count = layer.rows if rows is None else min(rows, layer.rows)
     chosen = np.sort(rng.choice(layer.rows, size=count, replace=False))
@@ -128,17 +119,14 @@ def compare(
     """Every row through every solver.
 
     Args:
-        rows: the instances, `sample_rows` makes them.
+        rows: the instances, for example of `sample_rows`.
         solvers: names or values such as `Swap()`, none of them twice, or name → options (`start`,
-            `time_limit`, `seed`, … among them, which go before those for all).
+            `time_limit`, `seed`, … among them, which override those for all).
         time_limit: seconds a row, its start included.
         seed: of everything random.
-        jobs: joblib's n_jobs, as many rows at a time; None: what a `joblib.parallel_config` around the call
-            says, which may name a cluster's backend (Dask, Ray), else one.
-        output: `.jsonl` grows as jobs finish and makes the run resumable (jobs are known by their
-            data, solver and options; what else the file holds stays in it). The solutions lie in the
-            folder `<output>.rows`, and only a verified one spares its job. `.csv` and `.parquet` are
-            written at the end.
+        jobs: joblib's n_jobs, as many rows at a time; None: that of a `joblib.parallel_config` around the
+            call, which may name a cluster's backend (Dask, Ray), else one.
+        output: a `.jsonl` makes the run resumable; `.csv` and `.parquet` are written at the end.
         on_progress: called with (finished jobs, jobs).
 
     Returns:

@@ -31,26 +31,14 @@ BATCH = 64
 
 
 def workers(jobs: int | None) -> int:
-    """How many jobs run side by side.
-
-    Args:
-        jobs: joblib's n_jobs; None: what a `joblib.parallel_config` says, else one.
-
-    Raises:
-        OptionError: 0, which joblib has no meaning for.
-    """
+    """How many jobs run at a time, of joblib's n_jobs (None: of its `parallel_config`); OptionError for 0."""
     if jobs == 0:
         raise OptionError("`jobs` is at least 1, or −1 for one a core")
     return int(effective_n_jobs(jobs))
 
 
 def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
-    """What `joblib.delayed` calls return, in whatever order they end.
-
-    Raises:
-        OptionError: as `workers`.
-        SolverError: a worker process was killed.
-    """
+    """What `joblib.delayed` calls return, as they end; SolverError where a worker process was killed."""
     workers(jobs)
     try:
         yield from _as_they_finish(calls, jobs)
@@ -81,8 +69,8 @@ def _job(asker: int, function: Callable[..., Any], *given: Any, **named: Any) ->
 
 @functools.cache
 def _end_with(parent: int) -> None:
-    """End this process of joblib's when its parent has ended: one that was killed stops nobody, and a search
-    without a limit would go on for days. Looks every second, once for all jobs of the process."""
+    """End this process of joblib's when its parent has ended: a parent that was killed stops no worker, and a
+    search without a limit would go on for days."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -93,12 +81,7 @@ def _end_with(parent: int) -> None:
 
 
 def job_key(row: RowProblem, name: str, solver: Solver, start: Any, limits: Limits) -> str:
-    """The same for the same job, and for no other.
-
-    Args:
-        name: of the solver, as it is to be told.
-        start: of the solver: by name, as a value, or a mask.
-    """
+    """Of a job: its row, the solver under its name, its start (a name, a value or a mask) and its limits."""
     digest = digest_of(row.as_layer(), 0)
     of_limits = [limits.seconds, limits.memory, limits.seed]
     text = [str(row.pattern), row.name, name, repr(solver), of_limits, _start_text(start)]
@@ -125,8 +108,7 @@ def digest_of(problem: LayerProblem, row: int) -> hashlib._Hash:
 
 
 def _start_text(start: Any) -> str:
-    """A start in a job's key: by name or as a value what it reads as; a mask by all of its entries, of
-    which str() leaves most out where there are many."""
+    """A start in a job's key; a mask by all of its entries, most of which str() leaves out."""
     if isinstance(start, torch.Tensor) and start.dtype == torch.bool:
         start = start.cpu().numpy()
     if not isinstance(start, np.ndarray):

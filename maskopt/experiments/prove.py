@@ -1,7 +1,7 @@
 """Optima with their proofs, each row a job of its own: on this machine, or on as many as joblib reaches.
 
-Every proven row is kept in a file until all rows are done. An interrupted proof verifies these files and goes
-on with the other rows, and a lost worker costs its own rows alone.
+Every proven row is kept in a file until all rows are done; an interrupted proof verifies these files and
+continues.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ def prove(
             prove(LayerProblem.load("layer.npz"), "proof.npz")
 
     Args:
-        output: file for masks and trees, .npz, as `maskopt verify` takes it; finished rows lie in the folder
-            of that name with `.rows` at its end until all are there.
+        output: .npz for masks and trees, as `maskopt verify` takes it; until all rows are done, finished ones
+            are in the folder `<output>.rows`.
         start: as for `solve`: a solver, a mask [rows, n], or None.
-        limits: the seconds are of all rows, each of which has its share of them. Its listener hears of a row
-            alone.
+        limits: the seconds are shared by all rows; the listener is that of a single row.
         jobs: as for `maskopt.experiments.compare.compare`.
-        on_progress: called with (rows that are done, rows).
+        on_progress: called with (finished rows, rows).
         options: of the solver `branch`.
 
     Returns:
@@ -106,14 +105,12 @@ def _of_a_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
 
 
 def _certificate(layer: LayerProblem, rows: Sequence[Solution]) -> Certificate | None:
-    """Of all rows: of one that has none, that f ≥ 0."""
-    if all(row.certificate is None for row in rows):
-        return None
+    """Of all rows; that f ≥ 0 of a row that has none."""
     nothing = Certificate.box(layer, torch.zeros_like(layer.weight, dtype=torch.float64))
     own = [row.certificate for row in rows]
-    return Certificate.stack(
-        one if isinstance(one, Certificate) else nothing.take([at]) for at, one in enumerate(own)
-    )
+    if all(one is None for one in own):
+        return None
+    return Certificate.stack(one or nothing.take([at]) for at, one in enumerate(own))
 
 
 def _start_of(start: Any, row: int) -> Any:
