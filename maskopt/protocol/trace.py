@@ -141,13 +141,3 @@ def _of_one_width(parts: Sequence[Tensor]) -> list[Tensor]:
 def shared_out(seconds: float, rows: int) -> Float[Tensor, " rows"]:
     """The time of a batch as each row's share, float64 [rows]."""
     return torch.full((rows,), seconds / max(rows, 1), dtype=torch.float64)
-
-
-SwapTrace = Trace
-SearchTrace = Trace
-RelaxTrace = Trace
-TreeTrace = Trace
-CycleTrace = Trace
-SplittingTrace = Trace
-EliminationTrace = Trace
-BoundTrace = Trace
