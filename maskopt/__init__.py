@@ -11,8 +11,7 @@ from maskopt.core.least_squares import Refit
 from maskopt.core.limits import Limits, Progress
 from maskopt.core.linear_term import Linear
 from maskopt.core.pattern import NM, Unstructured
-from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.core.refitted import Refitted, refit
+from maskopt.core.problem import LayerProblem, Refitted, RowProblem, refit
 from maskopt.core.structure import structure_problem
 from maskopt.errors import MaskoptError
 from maskopt.instances.formats import load_problem, save_problem

@@ -48,8 +48,7 @@ class Verification:
     """What was verified. That the claims hold is certain; what they rest on differs from row to row.
 
     Attributes:
-        basis: per row `checked` (all that the row claims was computed again), or `trusted: SCIP 10.0`:
-            nothing proves its lower bound, and so its OPTIMAL, but that solver.
+        basis: per row `checked`, or `trusted: SCIP 10.0` where the lower bound rests on that solver.
     """
 
     basis: tuple[str, ...]

@@ -43,11 +43,11 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 
 
 def check_writable(path: Path, *, overwrite: bool | None, **inputs: Any) -> None:
-    """Raise OptionError where a file must not or cannot be written, before there is something to write.
+    """Raise OptionError where a file must not or cannot be written.
 
     Args:
         overwrite: an existing file may be replaced, unless it belongs to a model. None: the file grows.
-        inputs: what the command reads, by what it is called. Only paths count.
+        inputs: other arguments of the command by name, of which paths must not be `path`.
     """
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -184,13 +184,10 @@ def write_arrays(
 def read_arrays(
     path: str | os.PathLike[str], *kinds: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and arrays of what `write_arrays` wrote.
-
-    Nothing takes more memory than its file has bytes: an array is read once its name, its type and its shape
-    are known to be right.
+    """Header and arrays of what `write_arrays` wrote; never takes more memory than the file has bytes.
 
     Raises:
-        ProblemError: no such file, not ours, or another kind of thing.
+        ProblemError: no such file, another format or kind, unknown names, compressed or overlapping arrays.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -243,12 +240,8 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> np.nda
 
 
 def from_json(text: str) -> Any:
-    """The value of JSON text.
-
-    Raises:
-        ValueError: it is none, or nests too deep; or one of its strings holds half of a surrogate pair, which
-            cannot be written to any file.
-    """
+    """The value of JSON text; ValueError for other text, for too deep nesting, or for half of a surrogate
+    pair, which cannot be written to any file."""
     try:
         value = json.loads(text)
         if "\\u" in text:

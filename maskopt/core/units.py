@@ -100,8 +100,10 @@ def semidefinite(quadratic: Any, maximise: bool, constant: float) -> tuple[np.nd
     if not np.isfinite(u).all() or not np.isfinite(constant):
         raise ProblemError("a quadratic objective must be finite")
     sign = -1 if maximise else 1
-    gram = sign * (u + u.T) / 2
-    if not np.isfinite(2 * np.abs(gram).sum()):
+    with np.errstate(over="ignore", invalid="ignore"):
+        gram = sign * (u + u.T) / 2
+        most = 2 * np.abs(gram).sum()
+    if not np.isfinite(most):
         raise ProblemError("a quadratic objective must have sums within float64; scale it down")
     twice = 2 * gram
     whole = bool((twice == twice.round()).all() and (twice.diagonal() % 2 == 0).all())

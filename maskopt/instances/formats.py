@@ -39,8 +39,7 @@ def load_problem(
         cardinality: how many are chosen, where the file does not say (`.mc`).
 
     Raises:
-        ProblemError: no such file, not an instance, not a sound one, or one that is no choice of a set of
-            given size.
+        ProblemError: no such file, or no instance that chooses a set of given size.
     """
     ending = Path(path).suffix.lower()
     if ending not in _READERS:
