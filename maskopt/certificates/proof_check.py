@@ -71,28 +71,25 @@ def check_proof(problem: LayerProblem | RowProblem, proof: Proof) -> Float[Tenso
 
 
 class _Form(NamedTuple):
-    """A form as it holds at a node and below."""
+    """A form at a node and below: q's matrix [n, n], linear part and constant; λ [n] with what is missing to
+    A ⪰ 0, 0 where it is fixed; the sizes of all terms of q and λ, summed; and the error of the form's own
+    sums."""
 
     number: int
     matrix: np.ndarray
-    """Of q's quadratic form, [n, n]."""
     linear: np.ndarray
     constant: float
     lam: np.ndarray
-    """λ and what is missing to A ⪰ 0, [n]; 0 where it is fixed."""
     size: float
-    """Σ of the sizes of all terms of q and λ."""
     off: float
-    """What a bound may be off by the sums that the form itself is made of."""
 
 
 class _Node(NamedTuple):
+    """Its state, int8 [n]: 1 pruned, 0 kept, −1 free; its proven bound; the form of the step above."""
+
     state: np.ndarray
-    """1 pruned, 0 kept, −1 free, int8 [n]."""
     value: float
-    """What is proven of it."""
     form: _Form | None
-    """Of the step above."""
 
 
 class TreeCheck:

@@ -31,13 +31,8 @@ AT_ONCE = 2**22
 
 
 class Prices(NamedTuple):
-    """What changes of single inputs cost, float64.
-
-    Attributes:
-        prune: [rows, n], of pruning a kept input; ∞ for the others.
-        keep: [rows, n], what keeping a pruned input again saves; −∞ for the others.
-        objective: [rows], of the mask.
-    """
+    """Float64: the cost of pruning a kept input (∞ for the others) and what keeping a pruned one again
+    saves (−∞ for the others), [rows, n]; and the objective of the mask, [rows]."""
 
     prune: Tensor
     keep: Tensor
@@ -45,14 +40,9 @@ class Prices(NamedTuple):
 
 
 class Swaps(NamedTuple):
-    """The swaps of one row, float64, for weights times a power of two.
-
-    Attributes:
-        delta: of kept inputs and pruned ones the change [kept, pruned] of the objective.
-        objective: of the mask.
-        mass: the scale of rounding, as `LayerProblem.diagonal_mass`.
-        scale: the power of two, which keeps squares of extreme weights within range.
-    """
+    """The swaps of one row, float64, for weights times `scale`, a power of two that keeps squares of extreme
+    weights within range: the changes [kept, pruned] of the objective, the mask's objective, and `mass`, the
+    scale of rounding, as `LayerProblem.diagonal_mass`."""
 
     delta: Callable[[Tensor, Tensor], Tensor]
     objective: Tensor

@@ -40,24 +40,20 @@ def workers(jobs: int | None) -> int:
 def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
     """What `joblib.delayed` calls return, as they end; SolverError where a worker process was killed."""
     workers(jobs)
+    here = os.getpid()
+    calls = [(_job, (here, function, *given), named) for function, given, named in calls]
+    backend, _ = get_active_backend()
     try:
-        yield from _as_they_finish(calls, jobs)
+        if backend.supports_return_generator:
+            yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+            return
+        for first in range(0, len(calls), BATCH):  # Ray returns none before all are finished
+            yield from Parallel(n_jobs=jobs)(calls[first : first + BATCH])
     except BrokenProcessPool:
         raise SolverError(
             "a worker process was killed, in most cases for want of memory; run fewer of them at a time, "
             "such as `jobs` 1"
         ) from None
-
-
-def _as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
-    here = os.getpid()
-    calls = [(_job, (here, function, *given), named) for function, given, named in calls]
-    backend, _ = get_active_backend()
-    if backend.supports_return_generator:
-        yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
-        return
-    for first in range(0, len(calls), BATCH):  # of Ray's results none come before all are there
-        yield from Parallel(n_jobs=jobs)(calls[first : first + BATCH])
 
 
 def _job(asker: int, function: Callable[..., Any], *given: Any, **named: Any) -> Any:

@@ -125,8 +125,7 @@ class Store:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """No other run reads or writes the records meanwhile: one that rewrites the file would lose what
-    another one appends between its reading and its writing."""
+    """No other run reads or writes the records meanwhile."""
     lock = path.with_name(f".{path.name}.lock")
     with FileLock(lock, poll_interval=_POLL):
         try:
@@ -138,8 +137,8 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def check_format(path: Path, *, overwrite: bool) -> None:
-    """Raise OptionError where the ending is no table format, or its package is missing, or somebody else's
-    file would be replaced. (A JSONL file grows, and is read first.)"""
+    """Raise OptionError where the ending is no table format, its package is missing, or another file would be
+    replaced. (A JSONL file grows.)"""
     if path.suffix not in FORMATS:
         raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
     begin = _BEGIN.get(path.suffix, b"")
@@ -160,11 +159,8 @@ def check_format(path: Path, *, overwrite: bool) -> None:
 
 
 def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
-    """Finished jobs of a JSONL file by key; a last line that was cut off is left out.
-
-    Raises:
-        DataError: another line that is no JSON, or no record of this kind.
-    """
+    """Records of a JSONL file by key, without a last line that was cut off; DataError for another line that
+    is no JSON, or no record of this kind."""
     if not path.exists():
         return {}
     names = {field.name for field in fields(kind)}

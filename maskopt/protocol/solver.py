@@ -132,7 +132,7 @@ REGISTRY = Registry(ENTRY_POINT_GROUP, "solver", Solver)
 
 @dataclass(frozen=True)
 class SolverInfo:
-    """One line of `available_solvers()`; `kind` is the class, None where it cannot be loaded."""
+    """An entry of `available_solvers()`; `kind` is the class, None where it cannot be loaded."""
 
     name: str
     kind: type[Any] | None
@@ -168,14 +168,8 @@ def is_trusted(text: str) -> bool:
 
 
 def make_solver(solver: Solver | str, **options: Any) -> Solver:
-    """The solver, ready to run: by name with options, or a value as it is.
-
-    Raises:
-        UnknownSolverError: no such name (near names are given).
-        SolverUnavailableError: it cannot run here.
-        OptionError: an option that it does not have, or a value that the option cannot take.
-        SolverError: a class in place of a value.
-    """
+    """The solver, ready to run: by name with options, or a value unchanged; errors as of `Registry.make`, and
+    SolverError for a class in place of a value."""
     if isinstance(solver, type):
         raise SolverError(f"a solver is a value, not a class: write {solver.__name__}()")
     backend: Solver = REGISTRY.make(solver, options)
