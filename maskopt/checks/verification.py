@@ -349,21 +349,19 @@ def _verify_objective(
 
 
 def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) -> Tensor:
-    """What refitted weights cost, row by row, once they are found to be what they should."""
+    """What updated weights cost, after a check of their type, shape and zeros."""
     if weight is None or weight.shape != mask.shape or weight.dtype != torch.float64:
         raise VerificationError(f"weights: they must be float64 {list(mask.shape)}")
-    weight, gram = weight.to(layer.device), layer.gram.double()
+    weight = weight.to(layer.device)
     row = _first(~torch.isfinite(weight).all(1) | (weight.ne(0) & ~mask).any(1))
     if row is not None:
         raise VerificationError(
             f"weights: those of row {row} are not finite, or not 0 where it prunes"
         )
-    costs = []
-    for row, lost in enumerate(layer.weight.double() - weight):
-        cost = lost @ (gram @ lost) + lost @ (layer.least_squares.ridge * lost)
-        cost += 2 * lost @ layer.correlation[row] + layer.constant[row]
-        costs.append(cost.clamp(min=0.0))
-    return torch.stack(costs)
+    lost = layer.weight.double() - weight
+    costs = ((lost @ layer.gram.double()) * lost).sum(1) + lost.square() @ layer.ridge
+    costs += 2 * (lost * layer.correlation).sum(1) + layer.constant
+    return costs.clamp(min=0.0)
 
 
 def _verify_bound(layer: LayerProblem, solution: Solution, rounding: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from maskopt.errors import OptionError, ProblemError
 
-FORMAT = "maskopt-1"
+FORMAT = "maskopt-2"
 Kind = TypeVar("Kind")
 _PROBLEM = re.compile("weight|gram|mean|variance|omega|correlation|constant")
 #: the arrays of each kind of file
@@ -161,10 +161,10 @@ def unpack_rows(
     rows: int,
 ) -> list[Kind | None] | None:
     """A sequence of dataclasses, one or None a row; None where no row has one."""
-    first, every = fields(kind)[0].name, range(rows)  # type: ignore[arg-type]
+    first = fields(kind)[0].name  # type: ignore[arg-type]
     found = [
         unpack(kind, words, arrays, f"{name}.{row}") if f"{name}.{row}.{first}" in arrays else None
-        for row in every
+        for row in range(rows)
     ]
     return found if any(entry is not None for entry in found) else None
 

@@ -180,22 +180,19 @@ def _jobs_by_name(
 ) -> dict[str, _Job]:
     """Every solver made, its options checked, before anything runs."""
     if not isinstance(solvers, Mapping):
-        made = [make_solver(solver) for solver in solvers]
-        names = [solver.name for solver in made]
-        for name in names:
-            if names.count(name) > 1:
-                # records know their solver by its name alone
+        found: dict[str, _Job] = {}
+        for solver in map(make_solver, solvers):
+            if solver.name in found:  # records know their solver by its name alone
                 raise OptionError(
-                    f"solver {name!r} is given twice; run compare once for each of its settings"
+                    f"solver {solver.name!r} is given twice; run compare once for each of its settings"
                 )
-        return {solver.name: _Job(solver, None, limits) for solver in made}
+            found[solver.name] = _Job(solver, None, limits)
+        return found
     jobs = {}
     for name, options in solvers.items():
-        given = dict(options)
-        start = given.pop("start", None)
-        shared = {KEYWORDS[k]: v for k, v in given.items() if k in KEYWORDS}
-        own = {k: v for k, v in given.items() if k not in KEYWORDS}
-        jobs[name] = _Job(make_solver(name, **own), start, replace(limits, **shared))
+        own = {k: v for k, v in options.items() if k not in KEYWORDS and k != "start"}
+        shared = {KEYWORDS[k]: v for k, v in options.items() if k in KEYWORDS}
+        jobs[name] = _Job(make_solver(name, **own), options.get("start"), replace(limits, **shared))
     return jobs
 
 
