@@ -414,7 +414,7 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
         ((weight, quarter), {}, r"integral: twice gram holds 0\.5"),
         ((1e9 * weight, gram), {}, "not whole in float64"),
         ((weight, gram), {"linear": linear}, "linear part"),
-        ((weight, gram), {"refit": Refit()}, "refitted"),
+        ((weight, gram), {"refit": Refit()}, "updated weights"),
     ):
         with pytest.raises(ProblemError, match=message):
             LayerProblem(*arguments, HALF, integral=True, **more)
