@@ -33,7 +33,7 @@ from maskopt.protocol.solver import is_trusted
 
 #: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds
 ENUMERATION_LIMIT = 20_000
-#: … and of refitted weights, where a mask costs s³ operations for s pruned, with so many of these at most
+#: … and of updated weights, where a mask costs s³ operations for s pruned, with at most so many operations
 REFIT_ENUMERATION_LIMIT = 10**10
 #: relative difference at which a stated objective is wrong, unless float64 can lose so much of its sum
 OBJECTIVE_TOLERANCE = 1e-9

@@ -25,12 +25,10 @@ class Status(StrEnum):
     """What is proven about one row's mask."""
 
     OPTIMAL = "optimal"
-    """No legal mask is better by more than `optimal_slack`: OPTIMAL_TOLERANCE of the objective, or of the
-    value that it has in the units in which the problem was posed, and what float64 can lose of the sum. Of an
-    integral problem no legal mask is better at all."""
+    """No legal mask is better by more than `optimal_slack`; of an integral problem none is better at all."""
     SWAP_OPTIMAL = "swap-optimal"
-    """No legal 1-swap lowers the objective by more than `swap_threshold`; and of rows that trade, no exchange
-    between two of them the layer's sum by more than that of both."""
+    """No legal 1-swap lowers the objective by more than `swap_threshold`; with a shared budget no swap
+    between two rows lowers the layer's sum by more than that of both."""
     FEASIBLE = "feasible"
     """The mask is legal; nothing else is claimed."""
 
@@ -39,7 +37,7 @@ class Status(StrEnum):
 SWAP_TOLERANCE = 1e-6
 #: … or up to this part of Σⱼ wⱼ²Gⱼⱼ, the float64 rounding of the terms of a swap
 SWAP_FLOOR = 1e-13
-#: … or of refitted weights so much, of systems that are solved
+#: … or of updated weights up to this part, the rounding of systems that are solved
 REFIT_FLOOR = 1e-10
 #: OPTIMAL holds up to this part of the row's objective (feasibility tolerances of exact solvers)
 OPTIMAL_TOLERANCE = 1e-6
@@ -80,8 +78,8 @@ def swap_threshold(
 ) -> Float[Tensor, " rows"]:
     """The least decrease that counts as an improving swap, float64 [rows].
 
-    Relative to the objective, with a floor where the objective is nothing but rounding: then a swap
-    cannot be told from noise. Both terms scale with w² and with G, so the definition has no units.
+    Relative to the objective, with a floor where the objective is nothing but rounding. Both terms scale
+    with w² and with G, so the definition has no units.
     """
     return tolerance * objective + (REFIT_FLOOR if refit else SWAP_FLOOR) * diagonal_mass
 
