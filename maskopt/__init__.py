@@ -5,16 +5,13 @@ from typing import Any
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.proof import Proof
-from maskopt.certificates.refit_certificate import RefitCertificate
-from maskopt.checks.pooled_checks import Trade
-from maskopt.checks.swap_checks import Exchange, improving_swap
+from maskopt.checks.swap_check import SwapMove, improving_swap
 from maskopt.checks.verification import Verification, verify
 from maskopt.core.least_squares import Refit
 from maskopt.core.limits import Limits, Progress
 from maskopt.core.linear_term import Linear
 from maskopt.core.pattern import NM, Unstructured
-from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.core.refitted import Refitted, refit
+from maskopt.core.problem import LayerProblem, Refitted, RowProblem, refit
 from maskopt.core.structure import structure_problem
 from maskopt.errors import MaskoptError
 from maskopt.instances.formats import load_problem, save_problem
@@ -51,7 +48,6 @@ __all__ = [
     "NM",
     "Bound",
     "Certificate",
-    "Exchange",
     "LayerProblem",
     "Limits",
     "Linear",
@@ -60,12 +56,11 @@ __all__ = [
     "Proof",
     "PruneOptions",
     "Refit",
-    "RefitCertificate",
     "Refitted",
     "RowProblem",
     "Solution",
     "Status",
-    "Trade",
+    "SwapMove",
     "Unstructured",
     "Verification",
     "__version__",

@@ -11,8 +11,8 @@ matrix A of g's quadratic form is positive semidefinite, g is convex, and for *a
     f(p) ≥ g(p) ≥ g(p̂) + min_v ∇g(p̂)ᵀ(v − p̂),       v over {0 ≤ v ≤ 1, 1_gᵀv = s}
 
 (the Frank–Wolfe bound; the minimum is a sort). A linear part 2lᵀp + c of f is one of g as
-well. Where rows trade, the sum Σ ωᵣ gᵣ has one such bound, with v over all rows and one count; μ and ν,
-which speak of a row's own count, are 0 then. So (λ, μ, ν, τ, p̂) is a certificate that anybody can check
+well. With a shared budget the sum Σ ωᵣ gᵣ has one such bound, with v over all rows and one count; μ and ν,
+which need a count of each row, are 0 then. So (λ, μ, ν, τ, p̂) is a certificate that anybody can check
 in float64, and however badly it was computed, it costs tightness and never validity.
 
 The check shares no code with the methods that make certificates. A ⪰ 0 is settled by a Cholesky
@@ -23,14 +23,29 @@ BIT 46, 2006). Whatever is missing to A ⪰ 0 is added to λ, which costs θ·Σ
 The cuts are inequalities on z = 2p − 1 (with z_0 = 1 as index −1): an odd sum of signs has a square of at
 least 1, so that of three inputs a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0 (triangles), and likewise of five
 (pentagonal inequalities).
+
+Of updated weights, with A = G + λD, b = Aw + g and C = wᵀAw + 2gᵀw + c, F(p) is the least of vᵀAv − 2bᵀv +
+C over v that is zero where p prunes. Take d ≥ 0 with B = A − diag(d) ⪰ 0. On every legal set S of kept
+inputs, for any α,
+
+    dⱼvⱼ² ≥ 2αⱼvⱼ − αⱼ²/dⱼ  for j in S,     dⱼvⱼ² = 0  elsewhere,
+
+so that F ≥ C + minᵥ {vᵀBv − 2(b−α)ᵀv} − Σ_S αⱼ²/dⱼ: the dual of the perspective relaxation (Günlük and
+Linderoth, *Perspective reformulations of mixed integer nonlinear programs*, Math. Program. 2010). With
+α = b − Bv̂ for *any* v̂ the minimum is at v̂, and
+
+    F(p) ≥ C − v̂ᵀBv̂ − the greatest sum of (b − Bv̂)ⱼ²/dⱼ over as many j as are kept.
+
+With a shared budget the sum Σ ωᵣFᵣ has one such bound, with the greatest of all rows' ωᵣ(b − Bv̂)ⱼ²/dⱼ over
+as many as the layer keeps. So (d, v̂) is a certificate of F. What is missing to B ⪰ 0 is taken off d.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +53,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.core.files import read_arrays, write_arrays
+from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arrays
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import ProblemError, VerificationError
 
@@ -56,8 +71,8 @@ _WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class Cuts:
-    """Triangle and pentagonal inequalities of one row: for an odd number k of inputs (at least three) and
-    signs b, Σ_{i<j} b_ib_jz_iz_j + (k − 1)/2 ≥ 0, since an odd sum of signs has a square of at least 1.
+    """Triangle and pentagonal inequalities of one row: for an odd number k ≥ 3 of inputs and signs b,
+    Σ_{i<j} b_ib_jz_iz_j + (k − 1)/2 ≥ 0.
 
     Attributes:
         index: int64 [m, places], distinct inputs of a row; OF_Z0 (−1): z_0 = 1; NO_INPUT (−2) in places that
@@ -73,12 +88,12 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What proves the lower bounds of a layer's rows.
+    """What proves the lower bounds of a layer's rows, of f or of F.
 
     Attributes:
-        diagonal: float64 [rows, n], λ.
-        penalty: float64 [rows, groups], μ.
-        point: float64 [rows, n], p̂; any point is valid.
+        diagonal: float64 [rows, n], λ; of F d ≥ 0.
+        penalty: float64 [rows, groups], μ; [rows, 0] in a certificate of F.
+        point: float64 [rows, n], p̂, of F v̂; any point is valid.
         product: float64 [rows, groups, n], ν, or None.
         cuts: one `Cuts` a row, or None.
     """
@@ -90,30 +105,16 @@ class Certificate:
     cuts: Sequence[Cuts | None] | None = None
 
     def check(self, problem: LayerProblem | RowProblem) -> Float[Tensor, " rows"]:
-        """The lower bound of every row that this certificate proves, float64, at least 0. Of rows that trade
-        it is one bound of Σ ωᵣ fᵣ, as equal parts of it.
+        """The lower bound of every row that this certificate proves, float64, at least 0. With a shared
+        budget it is one bound of the sum over rows, divided into equal parts.
 
         Raises:
-            VerificationError: shapes that do not fit, values that are not finite, τ < 0, or an
-                index or a sign that makes no triangle inequality; a problem of refitted weights, whose
-                objective is another.
+            VerificationError: a certificate of the other objective, shapes that do not fit, values that are
+                not finite, τ < 0 or d < 0, or an index or a sign that makes no inequality of all masks.
         """
-        layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
-        if layer.refit is not None:
-            raise VerificationError(
-                "a certificate bounds f, and proves nothing of refitted weights"
-            )
+        layer = problem.as_layer()
         self.check_shapes(layer)
-        slacks = _shared_slacks(self, layer)
-        gram = layer.gram.double()
-        if layer.pooled:
-            parts = [_at_point(self, layer, gram, row, slacks[row]) for row in range(layer.rows)]
-            offset, gradient = (torch.stack([part[i] for part in parts]) for i in (0, 1))
-            least = least_total(gradient * layer.shares[:, None], layer.pruned, layer.row_limits)
-            value = evenly(layer.shares @ offset + least, layer)
-        else:
-            rows = range(layer.rows)
-            value = torch.stack([_check_row(self, layer, gram, row, slacks[row]) for row in rows])
+        value = _bounds(self, layer) if layer.refit is None else _bounds_of_update(self, layer)
         # sums beyond float64 prove nothing
         return torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
 
@@ -131,10 +132,9 @@ class Certificate:
     @classmethod
     def box(cls, problem: LayerProblem, point: Float[Tensor, "rows n"]) -> Certificate:
         """λ = μ = ν = 0 at a point: what the convex relaxation of Q itself proves."""
-        groups = problem.n // problem.group_size
-        none = torch.zeros(1, 1, dtype=torch.float64, device=point.device)
-        shape = (problem.rows, problem.n), (problem.rows, groups)
-        return cls(none.expand(shape[0]), none.expand(shape[1]), point.double())
+        zero = torch.zeros((), dtype=torch.float64, device=point.device)
+        penalty = zero.expand(problem.rows, problem.n // problem.group_size)
+        return cls(zero.expand(problem.rows, problem.n), penalty, point.double())
 
     @classmethod
     def choose(cls, other: Tensor, first: Certificate, second: Certificate) -> Certificate:
@@ -144,7 +144,7 @@ class Certificate:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside)."""
-        write_arrays(path, "certificate", {}, certificate_arrays(self))
+        write_arrays(path, "certificate", *pack(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Certificate:
@@ -153,8 +153,20 @@ class Certificate:
         Raises:
             ProblemError: no such file, or not a certificate.
         """
-        _, arrays = read_arrays(path, "certificate")
-        return certificate_from(arrays, str(path))
+        try:
+            return cls.unpacked(*read_arrays(path, "certificate"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProblemError(f"{path}: not a sound certificate ({error})") from None
+
+    @classmethod
+    def unpacked(
+        cls, words: Mapping[str, Any], arrays: Mapping[str, np.ndarray], name: str = ""
+    ) -> Certificate:
+        """Inverse of `maskopt.core.files.pack`; errors as of `unpack`, KeyError without a diagonal."""
+        begin = f"{name}." if name else ""
+        rows = len(arrays[f"{begin}diagonal"])
+        cuts = unpack_rows(Cuts, words, arrays, f"{begin}cuts", rows)
+        return unpack(cls, words, arrays, name, cuts=cuts)
 
     @classmethod
     def stack(cls, parts: Iterable[Certificate]) -> Certificate:
@@ -175,36 +187,38 @@ class Certificate:
         )
 
     def of_linear(self, problem: LayerProblem) -> Certificate:
-        """The certificate of a problem with a linear part from one of its rows' forms `RowProblem.q`.
-
-        With S the number of pruned inputs, that form is pᵀQp + 2lᵀp + c plus
-        (2lᵀp/S + c/S²·1ᵀp)(1ᵀp − S) plus a multiple of 1ᵀp − S, which no bound notices: a part of ν.
-        """
+        """The certificate of a problem with a linear part from one of its rows' forms `RowProblem.q`, which
+        differ from f by (2lᵀp/S + c/S²·1ᵀp)(1ᵀp − S), a part of ν with S pruned inputs, and a multiple of
+        1ᵀp − S, which changes no bound."""
         if problem.linear is None or not problem.pruned:
             return self
         groups = problem.n // problem.group_size
         pruned = problem.pruned_per_group * groups
         pull = problem.weight.double() * problem.linear.correlation
         extra = 2 * pull / pruned + problem.linear.constant[:, None] / pruned**2
-        full = self._with_product()
-        assert full.product is not None
-        product = full.product + extra[:, None, :].expand_as(full.product)
-        return Certificate(full.diagonal, full.penalty, full.point, product, full.cuts)
+        product = self._with_product().product
+        assert product is not None
+        return replace(self, product=product + extra[:, None, :].expand_as(product))
 
     def _with_product(self) -> Certificate:
         """The same with ν = 0 spelled out."""
         if self.product is not None:
             return self
-        rows, n = self.diagonal.shape
-        zeros = self.diagonal.new_zeros(rows, self.penalty.shape[1], n)
-        return Certificate(self.diagonal, self.penalty, self.point, zeros, self.cuts)
+        zeros = self.diagonal.new_zeros(*self.penalty.shape, self.diagonal.shape[1])
+        return replace(self, product=zeros)
 
     def check_shapes(self, layer: LayerProblem) -> None:
         """Raise VerificationError where arrays do not fit the layer, or hold what no certificate does."""
         rows, n, groups = layer.rows, layer.n, layer.n // layer.group_size
+        of_update = self.penalty.shape[1:] == (0,) and self.product is None and self.cuts is None
+        if of_update != (layer.refit is not None):
+            of, other = ("updated", "unchanged") if of_update else ("unchanged", "updated")
+            raise VerificationError(
+                f"certificate: it is of {of} weights, and proves nothing of {other} ones"
+            )
         shapes: dict[str, tuple[int, ...]] = {
             "diagonal": (rows, n),
-            "penalty": (rows, groups),
+            "penalty": (rows, 0 if of_update else groups),
             "point": (rows, n),
         }
         if self.product is not None:
@@ -218,6 +232,8 @@ class Certificate:
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise VerificationError(f"certificate: {what} holds NaN or infinite values")
+        if of_update and bool((self.diagonal < 0).any()):
+            raise VerificationError("certificate: the split of the diagonal is negative")
         if layer.pooled and (bool(self.penalty.any()) or self.product is not None):
             raise VerificationError(
                 "certificate: penalty and product need a count of each row, and these rows share a budget"
@@ -279,6 +295,19 @@ def check_cuts(cuts: Cuts, n: int, row: int) -> None:
         raise VerificationError(f"certificate: a cut of row {row} has a negative multiplier")
 
 
+def _bounds(certificate: Certificate, layer: LayerProblem) -> Float[Tensor, " rows"]:
+    """Of f."""
+    slacks = _shared_slacks(certificate, layer)
+    gram = layer.gram.double()
+    if not layer.pooled:
+        rows = range(layer.rows)
+        return torch.stack([_check_row(certificate, layer, gram, r, slacks[r]) for r in rows])
+    parts = [_at_point(certificate, layer, gram, row, slacks[row]) for row in range(layer.rows)]
+    offset, gradient = (torch.stack([part[i] for part in parts]) for i in (0, 1))
+    least = least_total(gradient * layer.shares[:, None], layer.pruned, layer.row_limits)
+    return evenly(layer.shares @ offset + least, layer)
+
+
 def _check_row(
     certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: float | None
 ) -> Tensor:
@@ -338,10 +367,9 @@ def _at_point(
     if cut.matrix is not None:
         value = value - (point @ (cut.matrix @ point) + cut.linear @ point + cut.constant)
         gradient = gradient - (2 * (cut.matrix @ point) + cut.linear)
-    if layer.linear is not None:
-        pull = w * layer.linear.correlation[row].to(w)
-        value = value + 2 * pull @ point + layer.linear.constant[row].to(w)
-        gradient = gradient + 2 * pull
+    pull, constant = w * layer.correlation[row], layer.constant[row]
+    value = value + 2 * pull @ point + constant
+    gradient = gradient + 2 * pull
     # rounding of everything above and of the sum of all rows: no sum has more terms in a row
     terms = 2 * n + 8 + (layer.rows * n if layer.pooled else 0)
     far = point.abs().clamp(min=1.0)
@@ -351,22 +379,15 @@ def _at_point(
     if product is not None:
         size = size + 4 * (product.abs() @ far).sum() * widest
     size = size + 16 * cut.size * n * far.max() ** 2
-    if layer.linear is not None:
-        size = size + 4 * (pull.abs() @ far) + 4 * layer.linear.constant[row].to(w)
+    size = size + 4 * (pull.abs() @ far) + 4 * constant
     # the form of the cuts enters g(p̂), its slope at p̂ and the least slope
     off = 8 * cut.error * far.max() ** 2
     return value - gradient @ point - terms * _U * size - off, gradient
 
 
 class CutForm(NamedTuple):
-    """Σ τ c_t(p) as pᵀKp + kᵀp + κ.
-
-    Attributes:
-        matrix: K, float64 [n, n]; None where there are no cuts.
-        size: a bound of the size of its terms.
-        error: what all entries of K, k and κ together may be off by: every one is a sum of floats, and there
-            may be many more cuts than inputs.
-    """
+    """Σ τ c_t(p) as pᵀKp + kᵀp + κ, with K None where there are no cuts; a bound of the size of its terms,
+    and what all entries of K, k and κ together may be off by rounding."""
 
     matrix: Tensor | None
     linear: Tensor
@@ -442,8 +463,8 @@ def _size(a: Float[Tensor, "n n"]) -> float:
 
 
 def _shared_slacks(certificate: Certificate, layer: LayerProblem) -> list[float | None]:
-    """For every row a slack with A ⪰ −slack·diag(w²) where one factorisation of G serves several: all rows;
-    else, those that add nothing negative to Q, such as rows that a search had no time for."""
+    """For every row a slack with A ⪰ −slack·diag(w²) where one factorisation of G serves several rows: all
+    that have μ ≥ 0, ν = 0 and no cuts, or else those of them with λ ≥ 0."""
     plain = (certificate.penalty >= 0).all(1)
     if certificate.product is not None:
         plain &= (certificate.product == 0).all(2).all(1)
@@ -459,9 +480,9 @@ def _shared_slacks(certificate: Certificate, layer: LayerProblem) -> list[float 
 
 
 def _slack_of(lam: Tensor, layer: LayerProblem, rows: Tensor) -> float | None:
-    """Where μ ≥ 0, ν = 0 and there are no cuts, A ⪰ diag(w)(G + diag(d))diag(w) with d_i the least
-    λ_i/w_i² over the rows: what is missing to that in units of w², if that is little, and nothing but
-    rounding and what G itself lacks. Where it is more, no row may lack it by itself."""
+    """A ⪰ diag(w)(G + diag(d))diag(w) with d_i the least λ_i/w_i² over the rows: what that lacks, in units
+    of w², if it is little more than rounding and what G itself lacks; else None, since no single row may
+    lack it."""
     square = layer.weight[rows].double().square()
     lam = lam.to(square)
     if bool((lam[square < _LEAST_SQUARE] < 0).any()):
@@ -480,37 +501,46 @@ def _slack_of(lam: Tensor, layer: LayerProblem, rows: Tensor) -> float | None:
     return lack
 
 
-def certificate_arrays(certificate: Certificate) -> dict[str, np.ndarray]:
-    """The arrays of a certificate, for an .npz; the cuts of all rows in one list."""
-    c = certificate
-    tensors: dict[str, Tensor] = {
-        "diagonal": c.diagonal,
-        "penalty": c.penalty,
-        "point": c.point,
-    }
-    if c.product is not None:
-        tensors["product"] = c.product
-    rows = c.cuts or ()
-    given = [cuts for cuts in rows if cuts is not None]
-    if given:
-        counts = [0 if cuts is None else len(cuts.multiplier) for cuts in rows]
-        tensors["cut_count"] = torch.tensor(counts)
-        for name in ("index", "sign", "multiplier"):
-            tensors[f"cut_{name}"] = torch.cat([getattr(cuts, name) for cuts in given])
-    return {name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()}
+def _bounds_of_update(certificate: Certificate, layer: LayerProblem) -> Float[Tensor, " rows"]:
+    """Of F."""
+    if layer.least_squares.flat:  # a G of 0: A is the identity that stands in for it
+        return torch.zeros(layer.rows, dtype=torch.float64, device=layer.device)
+    parts = [_update_at_point(certificate, layer, row) for row in range(layer.rows)]
+    offset, price = (torch.stack([part[i] for part in parts]) for i in (0, 1))
+    if not layer.pooled:
+        kept = layer.group_size - layer.pruned_per_group
+        grouped = price.view(layer.rows, -1, layer.group_size)
+        dearest = grouped.topk(kept, dim=2).values.sum((1, 2))
+        return offset - dearest * (1 + (layer.n + 8) * _U)
+    every, kept = layer.shares[:, None] * price, price.numel() - layer.pruned
+    least, most = layer.row_limits
+    terms = (layer.rows + 4) * _U * (layer.shares @ offset.abs())
+    dearest = -least_total(-every, kept, (layer.n - most, layer.n - least))
+    dearest = dearest * (1 + (price.numel() + 8) * _U)
+    return evenly(layer.shares @ offset - terms - dearest, layer)
 
 
-def certificate_from(arrays: dict[str, np.ndarray], path: str) -> Certificate:
-    """Inverse of `certificate_arrays`."""
-    try:
-        found: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        cuts: list[Cuts | None] | None = None
-        if "cut_count" in found:
-            counts = found["cut_count"].tolist()
-            parts = [found[f"cut_{name}"].split(counts) for name in ("index", "sign", "multiplier")]
-            cuts = [Cuts(*row) for row in zip(*parts, strict=True)]
-        return Certificate(
-            found["diagonal"], found["penalty"], found["point"], found.get("product"), cuts
-        )
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ProblemError(f"{path}: not a sound certificate ({error})") from None
+def _update_at_point(
+    certificate: Certificate, layer: LayerProblem, row: int
+) -> tuple[Tensor, Tensor]:
+    """C − v̂ᵀBv̂, less what rounding may add, and (b − Bv̂)ⱼ²/dⱼ, plus what rounding may take off it."""
+    w = layer.weight[row].double()
+    a, n = layer.least_squares.damped, layer.n
+    v = certificate.point[row].to(w)
+    d = certificate.diagonal[row].to(w)
+    b = a - torch.diag(d)
+    lack = missing(b) + 4 * _U * float(a.diagonal().max())
+    d = d - lack
+    g, constant = layer.correlation[row], layer.constant[row]
+    wanted = a @ w + g
+    image = b @ v + lack * v
+    offset = w @ (a @ w) + 2 * g @ w + constant - v @ image
+    # |A_ij| ≤ √(A_ii A_jj), and |B_ij| no more than twice that
+    size = a.diagonal().sqrt()
+    reach, far = size @ w.abs(), size @ v.abs()
+    off = (n + 6) * _U * (size * (reach + 4 * far) + g.abs() + lack * v.abs())
+    terms = reach**2 + 2 * g.abs() @ w.abs() + constant + 4 * far**2 + lack * v @ v
+    alpha = (wanted - image).abs() + off
+    # an input of no d can be paid for only where nothing is asked of it
+    price = torch.where(d > 0, (alpha / d.clamp(min=1e-300).sqrt()).square(), torch.inf)
+    return offset - (2 * n + 8) * _U * terms, price * (1 + 8 * _U)

@@ -57,11 +57,8 @@ def rational(array: Tensor | np.ndarray) -> np.ndarray:
 def objective(layer: LayerProblem, row: int) -> Quadratic:
     """f of one row: Qᵢⱼ = wᵢGᵢⱼwⱼ, 2wᵢgᵢ, c."""
     w, gram = rational(layer.weight[row]), rational(layer.gram)
-    linear, constant = np.array([Fraction(0)] * layer.n), Fraction(0)
-    if layer.linear is not None:
-        linear = 2 * w * rational(layer.linear.correlation[row])
-        constant = Fraction(float(layer.linear.constant[row]))
-    return Quadratic(w[:, None] * gram * w, linear, constant)
+    linear = 2 * w * rational(layer.correlation[row])
+    return Quadratic(w[:, None] * gram * w, linear, Fraction(float(layer.constant[row])))
 
 
 def _folded(f: Quadratic, s: int) -> Quadratic:
@@ -79,16 +76,11 @@ def exact_cost(layer: LayerProblem, mask: Tensor, row: int) -> Fraction:
     return max(objective(layer, row).value(_ones(~mask.cpu().numpy())), Fraction(0))
 
 
-def exact_bounds(layer: LayerProblem, certificate: Any = None, trees: Any = None) -> list[Fraction]:
-    """What certificate and trees prove of every row, at least 0; one number where rows share a budget.
-
-    Args:
-        certificate: a `Certificate`, or None.
-        trees: one `RowProof` or None a row, or None.
-
-    Raises:
-        VerificationError: updated weights, more than MOST_INPUTS inputs, arrays that do not fit.
-    """
+def exact_bounds(
+    layer: LayerProblem, certificate: Certificate | None = None, trees: Any = None
+) -> list[Fraction]:
+    """What a `Certificate` and a `RowProof` (or None) for each row prove, at least 0; one number for a shared
+    budget. VerificationError for updated weights, more than MOST_INPUTS inputs, or arrays that do not fit."""
     if layer.refit is not None:
         raise VerificationError("exact checks are for rows whose weights are kept unchanged")
     if layer.n > MOST_INPUTS:
@@ -97,7 +89,6 @@ def exact_bounds(layer: LayerProblem, certificate: Any = None, trees: Any = None
         )
     found = [Fraction(0)] * (1 if layer.pooled else layer.rows)
     if certificate is not None:
-        assert isinstance(certificate, Certificate)
         certificate.check_shapes(layer)
         found = _of_certificate(certificate, layer)
     for row, tree in enumerate(trees or ()):

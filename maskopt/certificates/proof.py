@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maskopt.errors import ProblemError
-
 #: in place of an input that is branched on: nothing follows; another step at the same node follows
 LEAF, AGAIN = -1, -2
 #: in place of a form: no bound but f ≥ 0
@@ -82,31 +80,3 @@ class Proof:
     def nbytes(self) -> int:
         """In memory and in a file."""
         return sum(tree.nbytes for tree in self.rows if tree is not None)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """For an .npz; `restore` is the inverse."""
-        found: dict[str, np.ndarray] = {}
-        for row, tree in enumerate(self.rows):
-            if tree is not None:
-                found |= {f"{row}.{name}": getattr(tree, name) for name in KINDS}
-                found[f"{row}.penalty"] = np.array(tree.penalty)
-        return found
-
-    @classmethod
-    def restore(cls, arrays: dict[str, np.ndarray], rows: int, path: str) -> Proof:
-        """Out of `arrays`, of so many rows.
-
-        Raises:
-            ProblemError: a part is missing.
-        """
-        try:
-            trees: list[RowProof | None] = []
-            for row in range(rows):
-                if f"{row}.form" not in arrays:
-                    trees.append(None)
-                    continue
-                parts = {name: arrays[f"{row}.{name}"] for name in KINDS}
-                trees.append(RowProof(penalty=float(arrays[f"{row}.penalty"]), **parts))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ProblemError(f"{path}: not a sound proof ({error})") from None
-        return cls(trees)

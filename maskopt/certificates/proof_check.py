@@ -52,9 +52,9 @@ def check_proof(problem: LayerProblem | RowProblem, proof: Proof) -> Float[Tenso
 
     Raises:
         VerificationError: a tree that does not cover all masks, or is no tree; numbers that are not finite;
-            a problem that trees say nothing of (refitted weights, rows that trade).
+            a problem of updated weights or with a shared budget.
     """
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    layer = problem.as_layer()
     if layer.refit is not None or layer.pooled:
         raise VerificationError(
             "proof: a tree bounds rows with a count of their own and unchanged weights, not a shared budget "
@@ -71,28 +71,25 @@ def check_proof(problem: LayerProblem | RowProblem, proof: Proof) -> Float[Tenso
 
 
 class _Form(NamedTuple):
-    """A form as it holds at a node and below."""
+    """A form at a node and below: q's matrix [n, n], linear part and constant; λ [n] with what is missing to
+    A ⪰ 0, 0 where it is fixed; the sizes of all terms of q and λ, summed; and the error of the form's own
+    sums."""
 
     number: int
     matrix: np.ndarray
-    """Of q's quadratic form, [n, n]."""
     linear: np.ndarray
     constant: float
     lam: np.ndarray
-    """λ and what is missing to A ⪰ 0, [n]; 0 where it is fixed."""
     size: float
-    """Σ of the sizes of all terms of q and λ."""
     off: float
-    """What a bound may be off by the sums that the form itself is made of."""
 
 
 class _Node(NamedTuple):
+    """Its state, int8 [n]: 1 pruned, 0 kept, −1 free; its proven bound; the form of the step above."""
+
     state: np.ndarray
-    """1 pruned, 0 kept, −1 free, int8 [n]."""
     value: float
-    """What is proven of it."""
     form: _Form | None
-    """Of the step above."""
 
 
 class TreeCheck:
@@ -301,9 +298,8 @@ def _size_of_terms(layer: LayerProblem, row: int) -> float:
     """Σ |Qᵢⱼ|, of the terms that Qᵢⱼ is summed from where there is a linear part."""
     weight = layer.weight[row].double().abs()
     size = float(weight @ (layer.gram.double().abs() @ weight))
-    pruned = layer.pruned_per_group * (layer.n // layer.group_size)
-    if layer.linear is not None and pruned:
-        pull = float(weight @ layer.linear.correlation[row].abs())
-        constant = float(layer.linear.constant[row].abs())
+    if pruned := layer.pruned // layer.rows:
+        pull = float(weight @ layer.correlation[row].abs())
+        constant = float(layer.constant[row].abs())
         size += 2 * layer.n * pull / pruned + layer.n**2 * constant / pruned**2
     return size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from operator import mul
@@ -17,14 +18,12 @@ from torch import Tensor
 
 from maskopt.certificates.exact_check import exact_bounds, exact_cost
 from maskopt.certificates.proof_check import check_proof
-from maskopt.checks.pooled_checks import Trade, least_sum
-from maskopt.checks.refit_checks import refitted_cost, refitted_costs
-from maskopt.checks.swap_checks import PAIRS_AT_ONCE, improving_swap
+from maskopt.checks.costs import costs_of
+from maskopt.checks.swap_check import improving_swap
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.protocol.solution import (
     OPTIMAL_TOLERANCE,
-    SWAP_TOLERANCE,
     Solution,
     Status,
     optimal_slack,
@@ -34,7 +33,7 @@ from maskopt.protocol.solver import is_trusted
 
 #: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds
 ENUMERATION_LIMIT = 20_000
-#: … and of refitted weights, where a mask costs s³ operations for s pruned, with so many of these at most
+#: … and of updated weights, where a mask costs s³ operations for s pruned, with at most so many operations
 REFIT_ENUMERATION_LIMIT = 10**10
 #: relative difference at which a stated objective is wrong, unless float64 can lose so much of its sum
 OBJECTIVE_TOLERANCE = 1e-9
@@ -49,8 +48,7 @@ class Verification:
     """What was verified. That the claims hold is certain; what they rest on differs from row to row.
 
     Attributes:
-        basis: per row `checked` (all that the row claims was computed again), or `trusted: SCIP 10.0`:
-            nothing proves its lower bound, and so its OPTIMAL, but that solver.
+        basis: per row `checked`, or `trusted: SCIP 10.0` where the lower bound rests on that solver.
     """
 
     basis: tuple[str, ...]
@@ -75,12 +73,11 @@ def verify(
 ) -> Verification:
     """Check everything that a solution claims, in float64.
 
-    The mask's pattern, the objective (of a solver's own weights, where it says so), bound ≤ objective, a
-    certificate or the tree of an exact search where there is one,
-    SWAP_OPTIMAL by a scan over all swaps (where rows trade, between rows, too), OPTIMAL by a closed
-    gap; and where there are at most ENUMERATION_LIMIT masks to see, OPTIMAL and the lower bound by
-    enumeration. A positive lower bound needs a certificate, a tree, or enumeration, or a registered exact
-    solver that is trusted with it (`Solution.trusted`).
+    Checked are the mask's pattern, the objective (of a solver's own weights, where it says so), bound ≤
+    objective, a certificate or the tree of an exact search, SWAP_OPTIMAL by a scan over all swaps (of a
+    shared budget, between rows, too), OPTIMAL by a closed gap; and where there are at most ENUMERATION_LIMIT
+    masks, OPTIMAL and the lower bound by enumeration. A positive lower bound needs a certificate, a tree, or
+    enumeration, or a registered exact solver that is trusted with it (`Solution.trusted`).
 
     Args:
         require: `checked` refuses rows whose bound is a trusted solver's. `exact` also repeats the checks of
@@ -94,7 +91,7 @@ def verify(
         raise VerificationError(
             f"require must be one of: {', '.join(get_args(Require))}; not {require!r}"
         )
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    layer = problem.as_layer()
     if not isinstance(solution, Solution):
         raise VerificationError(
             f"what is verified is a Solution, not a {type(solution).__name__}; of a mask alone make "
@@ -105,28 +102,22 @@ def verify(
     _verify_objective(layer, mask, solution, rounding)
     _verify_bound(layer, solution, rounding)
     proven = _proven(layer, mask, solution)
+    enumerated = _verify_claims(layer, mask, solution, rounding)
     size = size_of(layer, proven)
+    slack = OBJECTIVE_TOLERANCE * size + rounding.cpu()
+    if layer.integral:  # the next value is reached, or it is not; a shared bound has been divided
+        slack = 4 * (layer.rows + 8) * 2.0**-53 * size if layer.pooled else torch.zeros_like(size)
     basis = []
-    if layer.pooled:
-        enumerated = _verify_pooled(layer, mask, solution, rounding)
-    else:
-        enumerated = _verify_rows(layer, mask, solution, rounding)
-    for index in range(layer.rows):
-        bound = float(solution.lower_bound[index])
-        slack = OBJECTIVE_TOLERANCE * float(size[index]) + float(rounding[index])
-        if (
-            layer.integral
-        ):  # the next value is reached, or it is not; a shared bound has been divided
-            slack = 4 * (layer.rows + 8) * 2.0**-53 * float(size[index]) if layer.pooled else 0.0
-        if bound <= float(proven[index]) + slack:
+    for row, bound in enumerate(solution.lower_bound.tolist()):
+        if bound <= float(proven[row]) + float(slack[row]):
             basis.append(CHECKED)
-        else:
-            solver = _trusted(solution, index, float(proven[index]))
-            if require != CLAIMS and not enumerated:
-                raise VerificationError(
-                    f"lower bound: row {index} is trusted ({solver}); only what can be checked is allowed"
-                )
-            basis.append(CHECKED if enumerated else f"trusted: {solver}")
+            continue
+        solver = _trusted(solution, row, float(proven[row]))
+        if require != CLAIMS and not enumerated:
+            raise VerificationError(
+                f"lower bound: row {row} is trusted ({solver}); only what can be checked is allowed"
+            )
+        basis.append(CHECKED if enumerated else f"trusted: {solver}")
     if require == EXACT:
         _verify_exactly(layer, mask, solution)
     return Verification(tuple(basis))
@@ -140,53 +131,97 @@ def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
     return layer.rounding(layer.weights(mask))
 
 
-def _verify_rows(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
-    """Statuses and bounds, row by row; whether by enumeration, too."""
-    every = _every_mask(layer)
-    slack = optimal_slack(layer, mask, solution.objective)
-    for index, word in enumerate(solution.status):
-        _verify_status(layer, mask, solution, index, Status(word), float(slack[index]))
-        if every is not None:
-            _verify_by_enumeration(layer, solution, index, every, float(rounding[index]))
-    return every is not None
-
-
-def _verify_pooled(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
-    """Status and bound of a layer whose rows trade; whether by enumeration, too."""
-    status = Status(solution.status[0])
-    if len(set(solution.status)) > 1:
+def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
+    """Statuses and bounds, of each row or of all rows of a shared budget together; returns whether by
+    enumeration, too."""
+    if layer.pooled and len(set(solution.status)) > 1:
         raise VerificationError(
             "status: rows of a shared budget are proven together, yet some claim "
             f"{' and some '.join(sorted(set(solution.status)))}"
         )
-    if status is not Status.FEASIBLE:
-        swap = improving_swap(layer, mask, tolerance=SWAP_TOLERANCE)
-        if isinstance(swap, Trade):
+    slack = optimal_slack(layer, mask, solution.objective)
+    optimum_of, enumerated = _enumeration(layer, rounding), False
+    for rows in [list(range(layer.rows))] if layer.pooled else [[i] for i in range(layer.rows)]:
+        first, status = rows[0], Status(solution.status[rows[0]])
+        share = layer.shares.cpu() if layer.pooled else torch.ones(1, dtype=torch.float64)
+        objective, bound, room = (
+            float(share @ x[rows].cpu()) for x in (solution.objective, solution.lower_bound, slack)
+        )
+        who, s, what = (
+            ("the rows", "", "sum") if layer.pooled else (f"row {first}", "s", "objective")
+        )
+        claim = f"status: {who} claim{s} {status}"
+        if status is not Status.FEASIBLE:
+            # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
+            swap = improving_swap(layer if layer.pooled else layer.row(first), mask[rows])
+            if swap is not None:
+                of, other = (f" of row {r}" * layer.pooled for r in (swap.other, swap.row))
+                raise VerificationError(
+                    f"{claim}, yet keeping input {swap.pruned}{of} instead of {swap.kept}{other} changes the "
+                    f"{what} by {swap.delta:.6g}"
+                )
+        if status is Status.OPTIMAL and objective - bound > room:
             raise VerificationError(
-                f"status: the rows claim {status}, yet keeping input {swap.pruned} of row {swap.other} "
-                f"instead of {swap.kept} of row {swap.row} changes the sum by {swap.delta:.6g}"
+                f"{claim} without proof: {what} {objective:.9g}, lower bound {bound:.9g}"
             )
-    share = layer.shares
-    cost = float(share @ solution.objective.to(share))
-    bound = float(share @ solution.lower_bound.to(share))
-    slack = float(share @ optimal_slack(layer, mask, solution.objective).to(share))
-    if status is Status.OPTIMAL and cost - bound > slack:
-        raise VerificationError(
-            f"status: the rows claim {status} without proof: sum {cost:.9g}, lower bound {bound:.9g}"
-        )
-    if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
-        return False
-    optimum = least_sum(layer)
-    slack = 0.0 if layer.integral else OPTIMAL_TOLERANCE * optimum + float(share @ rounding)
-    if bound > optimum + slack:
-        raise VerificationError(
-            f"lower bound: the rows' sum to {bound:.12g}, but a mask of sum {optimum:.12g} exists"
-        )
-    if status is Status.OPTIMAL and cost > optimum + slack:
-        raise VerificationError(
-            f"status: the rows claim {status}, but a mask of sum {optimum:.12g} exists"
-        )
-    return True
+        if optimum_of is None:
+            continue
+        enumerated, (optimum, off) = True, optimum_of(first)
+        off = 0.0 if layer.integral else off
+        exists = f"but a mask of {what} {optimum:.12g} exists"
+        if bound > optimum + off:
+            raise VerificationError(f"lower bound: {who} state{s} {bound:.12g}, {exists}")
+        if status is Status.OPTIMAL and objective > optimum + off:
+            raise VerificationError(f"{claim}, {exists}")
+    return enumerated
+
+
+def _enumeration(
+    layer: LayerProblem, rounding: Tensor
+) -> Callable[[int], tuple[float, float]] | None:
+    """The least objective of a row, or the least sum of a shared budget, and what it may be off by; None:
+    there are too many masks.
+
+    Args:
+        rounding: of the masks that are claimed.
+    """
+    if layer.pooled:
+        if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
+            return None
+        least = _least_sum(layer)
+        off = OPTIMAL_TOLERANCE * least + float(layer.shares @ rounding)
+        return lambda _: (least, off)
+    every, costs = _every_mask(layer), costs_of(layer)
+    if every is None:
+        return None
+
+    def optimum(row: int) -> tuple[float, float]:
+        values = costs.costs(row, every)
+        best = int(values.argmin())
+        kept, value = (every[best : best + 1] == 0).to(layer.device), values[best : best + 1]
+        # of the mask that is claimed, and of the best one
+        off = float(optimal_slack(layer.take([row]), kept, value)) + float(rounding[row])
+        return float(value), off
+
+    return optimum
+
+
+def _least_sum(layer: LayerProblem) -> float:
+    """min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, and then counts
+    put together row by row."""
+    best, (least, most) = torch.zeros(1, dtype=torch.float64), layer.row_limits
+    costs = costs_of(layer)
+    masks = ((torch.arange(2**layer.n)[:, None] >> torch.arange(layer.n)) & 1).double()
+    by_count = [masks[masks.sum(1) == count] for count in range(layer.n + 1)]
+    for row in range(layer.rows):
+        own = torch.stack([costs.costs(row, p).min() for p in by_count]) * float(layer.shares[row])
+        own[:least], own[most + 1 :] = torch.inf, torch.inf
+        longer = torch.full((len(best) + layer.n,), torch.inf, dtype=torch.float64)
+        for count, value in enumerate(own):
+            end = count + len(best)
+            longer[count:end] = torch.minimum(longer[count:end], best + value)
+        best = longer
+    return float(best[layer.pruned])
 
 
 def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> None:
@@ -257,18 +292,14 @@ def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
     proven = torch.zeros(layer.rows, dtype=torch.float64)
     if solution.proof is not None:
         proven = check_proof(layer, solution.proof)
-    return proven.maximum(_certified(layer, solution))
-
-
-def _certified(layer: LayerProblem, solution: Solution) -> Tensor:
     if solution.certificate is None:
-        return torch.zeros(layer.rows, dtype=torch.float64)
-    proven = layer.next_value(solution.certificate.check(layer)).cpu()
+        return proven
+    certified = layer.next_value(solution.certificate.check(layer)).cpu()
     if layer.pooled:  # one bound of the layer's sum, whichever way it is shared out
         share, stated = layer.shares.cpu(), solution.lower_bound.cpu()
         claimed = share @ stated
-        proven = stated * (share @ proven / claimed) if claimed > 0 else proven
-    return proven
+        certified = stated * (share @ certified / claimed) if claimed > 0 else certified
+    return proven.maximum(certified)
 
 
 def _trusted(solution: Solution, row: int, proven: float) -> str:
@@ -299,7 +330,8 @@ def _verify_objective(
             )
         true = _costs_of_weights(layer, mask, solution.weight)
     else:
-        true = torch.stack([_objective(layer, mask, row) for row in range(layer.rows)])
+        costs = costs_of(layer)
+        true = torch.stack([costs.cost(mask, row) for row in range(layer.rows)])
     slack = OBJECTIVE_TOLERANCE * size_of(layer, true) + rounding
     if layer.integral:  # sums of whole numbers are exact
         slack = torch.zeros_like(slack)
@@ -316,38 +348,20 @@ def _verify_objective(
         compare(_costs_of_weights(layer, mask, solution.weight), "weights: the cost of row")
 
 
-def _objective(layer: LayerProblem, mask: Tensor, row: int) -> Tensor:
-    """f of one row through the pruned columns only: another way than LayerProblem.objective. Or F."""
-    if layer.refit is not None:
-        return refitted_cost(layer, mask, row)
-    pruned = (~mask[row]).nonzero()[:, 0]
-    w = layer.weight[row, pruned].double()
-    step = max(1, PAIRS_AT_ONCE // max(1, len(pruned)))
-    total = torch.zeros((), dtype=torch.float64, device=layer.device)
-    for part, weight in zip(pruned.split(step), w.split(step), strict=True):
-        total += weight @ (layer.gram[part][:, pruned].double() @ w)
-    if layer.linear is not None:
-        total += 2 * w @ layer.linear.correlation[row, pruned] + layer.linear.constant[row]
-    return total.clamp(min=0.0)
-
-
 def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) -> Tensor:
-    """What refitted weights cost, row by row, once they are found to be what they should."""
+    """What updated weights cost, after a check of their type, shape and zeros."""
     if weight is None or weight.shape != mask.shape or weight.dtype != torch.float64:
         raise VerificationError(f"weights: they must be float64 {list(mask.shape)}")
-    weight, gram = weight.to(layer.device), layer.gram.double()
+    weight = weight.to(layer.device)
     row = _first(~torch.isfinite(weight).all(1) | (weight.ne(0) & ~mask).any(1))
     if row is not None:
         raise VerificationError(
             f"weights: those of row {row} are not finite, or not 0 where it prunes"
         )
-    costs = []
-    for row, lost in enumerate(layer.weight.double() - weight):
-        cost = lost @ (gram @ lost) + lost @ (layer.least_squares.ridge * lost)
-        if layer.linear is not None:
-            cost += 2 * lost @ layer.linear.correlation[row] + layer.linear.constant[row]
-        costs.append(cost.clamp(min=0.0))
-    return torch.stack(costs)
+    lost = layer.weight.double() - weight
+    costs = ((lost @ layer.gram.double()) * lost).sum(1) + lost.square() @ layer.ridge
+    costs += 2 * (lost * layer.correlation).sum(1) + layer.constant
+    return costs.clamp(min=0.0)
 
 
 def _verify_bound(layer: LayerProblem, solution: Solution, rounding: Tensor) -> None:
@@ -361,32 +375,6 @@ def _verify_bound(layer: LayerProblem, solution: Solution, rounding: Tensor) -> 
             f"lower bound: row {row} states {float(bound[row]):.12g}, above the objective "
             f"{float(objective[row]):.12g}"
         )
-
-
-def _verify_status(
-    layer: LayerProblem,
-    mask: Tensor,
-    solution: Solution,
-    index: int,
-    status: Status,
-    slack: float,
-) -> None:
-    row = layer.row(index)
-    if status is Status.SWAP_OPTIMAL or status is Status.OPTIMAL:
-        # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
-        swap = improving_swap(row, mask[index], tolerance=SWAP_TOLERANCE)
-        if swap is not None:
-            raise VerificationError(
-                f"status: row {index} claims {status}, yet keeping input {swap.pruned} instead of "
-                f"{swap.kept} changes the objective by {swap.delta:.6g}"
-            )
-    if status is Status.OPTIMAL:
-        objective, bound = float(solution.objective[index]), float(solution.lower_bound[index])
-        if objective - bound > slack:
-            raise VerificationError(
-                f"status: row {index} claims {status} without proof: objective {objective:.9g}, "
-                f"lower bound {bound:.9g}"
-            )
 
 
 def _every_mask(layer: LayerProblem) -> Tensor | None:
@@ -408,42 +396,3 @@ def _every_mask(layer: LayerProblem) -> Tensor | None:
     if sets[0]:
         p.scatter_(1, torch.tensor(sets), 1.0)
     return p
-
-
-def _costs(layer: LayerProblem, row: int, p: Tensor) -> Tensor:
-    """The objective of every mask p [masks, n] of a row, float64 on the CPU."""
-    if layer.refit is not None:
-        return refitted_costs(layer, row, p)
-    dropped = p * layer.weight[row].double().cpu()
-    costs = ((dropped @ layer.gram.double().cpu()) * dropped).sum(1)
-    if layer.linear is not None:
-        slope, constant = layer.linear.correlation[row].cpu(), layer.linear.constant[row].cpu()
-        costs += 2 * dropped @ slope + constant
-    return costs.clamp(min=0.0)  # as objectives are, where G has a negative eigenvalue by rounding
-
-
-def _verify_by_enumeration(
-    layer: LayerProblem,
-    solution: Solution,
-    index: int,
-    p: Tensor,
-    rounding: float,
-) -> None:
-    """`rounding`: of the mask that is claimed; that of the best mask is added."""
-    costs = _costs(layer, index, p)
-    best = int(costs.argmin())
-    optimum, one = float(costs[best]), layer.take([index])
-    kept = (p[best : best + 1] == 0).to(one.device)
-    slack = float(optimal_slack(one, kept, costs[best : best + 1])) + rounding
-    if layer.integral:
-        slack = 0.0
-    if float(solution.lower_bound[index]) > optimum + slack:
-        raise VerificationError(
-            f"lower bound: row {index} states {float(solution.lower_bound[index]):.12g}, but a mask "
-            f"of objective {optimum:.12g} exists"
-        )
-    status = Status(solution.status[index])
-    if status is Status.OPTIMAL and float(solution.objective[index]) > optimum + slack:
-        raise VerificationError(
-            f"status: row {index} claims {status}, but a mask of objective {optimum:.12g} exists"
-        )

@@ -15,7 +15,7 @@ from maskopt.cli.instances import load_layers, takes_source
 from maskopt.cli.parameters import FIELDS, Calibration, Out, Overwrite, Select
 from maskopt.cli.view import view
 from maskopt.errors import OptionError
-from maskopt.experiments.record_file import check_format
+from maskopt.experiments.store import check_format
 
 if TYPE_CHECKING:
     from maskopt.models.evaluation.bound import GapRecord

@@ -23,7 +23,7 @@ from maskopt.cli.view import view
 from maskopt.errors import OptionError
 from maskopt.experiments.compare import Record, sample_rows
 from maskopt.experiments.compare import compare as compare_rows
-from maskopt.experiments.record_file import check_format
+from maskopt.experiments.store import check_format
 
 
 @takes_source

@@ -11,24 +11,28 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.lib import format as npy
+from torch import Tensor
 
 from maskopt.errors import OptionError, ProblemError
 
-FORMAT = "maskopt-1"
+FORMAT = "maskopt-2"
+Kind = TypeVar("Kind")
 _PROBLEM = re.compile("weight|gram|mean|variance|omega|correlation|constant")
 #: the arrays of each kind of file
 _ARRAYS = {
     "layer": _PROBLEM,
     "row": _PROBLEM,
     "solution": re.compile(
-        r"mask|objective|lower_bound|weight|trace\.\w+|certificate\.\w+|proof\.\d+\.\w+"
+        r"(mask|objective|lower_bound|weight|trace\.\w+|certificate\.\w+(\.\d+\.\w+)?|proof\.rows\.\d+\.\w+)"
     ),
-    "certificate": re.compile(r"diagonal|penalty|point|product|split|cut_\w+"),
+    "certificate": re.compile(r"diagonal|penalty|point|product|cuts\.\d+\.\w+"),
 }
 #: truth values, whole and real numbers
 _NUMBERS = "biuf"
@@ -39,11 +43,11 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
 
 
 def check_writable(path: Path, *, overwrite: bool | None, **inputs: Any) -> None:
-    """Raise OptionError where a file must not or cannot be written, before there is something to write.
+    """Raise OptionError where a file must not or cannot be written.
 
     Args:
         overwrite: an existing file may be replaced, unless it belongs to a model. None: the file grows.
-        inputs: what the command reads, by what it is called. Only paths count.
+        inputs: other arguments of the command by name, of which paths must not be `path`.
     """
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -96,6 +100,75 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def pack(value: Any, name: str = "") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A value as words for a header and arrays for `write_arrays`, by dotted names: of a dataclass its
+    fields, of a sequence of dataclasses its entries. None is left out; bfloat16, which NumPy lacks, is
+    widened."""
+    if isinstance(value, Tensor):
+        value = value.float() if value.dtype == torch.bfloat16 else value
+        return {}, {name: value.detach().cpu().contiguous().numpy()}
+    if isinstance(value, np.ndarray):
+        return {}, {name: value}
+    if is_dataclass(value):
+        parts = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif isinstance(value, list | tuple) and any(map(is_dataclass, value)):
+        parts = {str(index): entry for index, entry in enumerate(value)}
+    else:
+        return ({} if value is None else {name: value}), {}
+    words: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for part, entry in parts.items():
+        more = pack(entry, f"{name}.{part}" if name else part)
+        words, arrays = words | more[0], arrays | more[1]
+    return words, arrays
+
+
+def unpack(
+    kind: type[Kind],
+    words: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    name: str = "",
+    **others: Any,
+) -> Kind:
+    """A dataclass out of what `pack` made of it: words, lists of them as tuples, and arrays as tensors, or
+    unchanged where the field is an `np.ndarray`.
+
+    Args:
+        others: fields that hold dataclasses themselves.
+
+    Raises:
+        TypeError, ValueError: a field is missing, or an array is of no type that torch has.
+    """
+    found = dict(others)
+    for field in fields(kind):  # type: ignore[arg-type]
+        key = f"{name}.{field.name}" if name else field.name
+        if field.name in others:
+            continue
+        if key in arrays:
+            plain = field.type == "np.ndarray"
+            found[field.name] = arrays[key] if plain else torch.from_numpy(arrays[key])
+        elif key in words:
+            word = words[key]
+            found[field.name] = tuple(word) if isinstance(word, list) else word
+    return kind(**found)
+
+
+def unpack_rows(
+    kind: type[Kind],
+    words: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    name: str,
+    rows: int,
+) -> list[Kind | None] | None:
+    """A sequence of dataclasses, one or None a row; None where no row has one."""
+    first = fields(kind)[0].name  # type: ignore[arg-type]
+    found = [
+        unpack(kind, words, arrays, f"{name}.{row}") if f"{name}.{row}.{first}" in arrays else None
+        for row in range(rows)
+    ]
+    return found if any(entry is not None for entry in found) else None
+
+
 def write_arrays(
     path: str | os.PathLike[str],
     kind: str,
@@ -111,13 +184,10 @@ def write_arrays(
 def read_arrays(
     path: str | os.PathLike[str], *kinds: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and arrays of what `write_arrays` wrote.
-
-    Nothing takes more memory than its file has bytes: an array is read once its name, its type and its shape
-    are known to be right.
+    """Header and arrays of what `write_arrays` wrote; never takes more memory than the file has bytes.
 
     Raises:
-        ProblemError: no such file, not ours, or another kind of thing.
+        ProblemError: no such file, another format or kind, unknown names, compressed or overlapping arrays.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -170,12 +240,8 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> np.nda
 
 
 def from_json(text: str) -> Any:
-    """The value of JSON text.
-
-    Raises:
-        ValueError: it is none, or nests too deep; or one of its strings holds half of a surrogate pair, which
-            cannot be written to any file.
-    """
+    """The value of JSON text; ValueError for other text, for too deep nesting, or for half of a surrogate
+    pair, which cannot be written to any file."""
     try:
         value = json.loads(text)
         if "\\u" in text:

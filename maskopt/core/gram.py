@@ -43,11 +43,7 @@ class Gram:
         self._between: Float[Tensor, " n"] = torch.zeros_like(self._total)
 
     def add(self, inputs: Float[Tensor, "tokens n"]) -> None:
-        """Add the tokens of one sequence.
-
-        Raises:
-            ProblemError: a shape other than [tokens, n], or NaN or infinite values.
-        """
+        """Add the tokens of one sequence; ProblemError for another shape, or NaN or infinite values."""
         self.check(inputs)
         if not bool(torch.isfinite(inputs).all()):
             raise ProblemError("inputs hold NaN or infinite values")
@@ -67,12 +63,11 @@ class Gram:
         weights: Float[Tensor, " tokens"] | None = None,
         mine: Container[int] | None = None,
     ) -> Iterator[Callable[[], None]]:
-        """The same as `add`, unchecked, as independent pieces that may run on several threads.
-
-        All pieces of one batch must be done before the pieces of the next one start.
+        """`add` without checks, as independent tasks for several threads, all done before those of the next
+        batch.
 
         Args:
-            weights: how often each token counts, with a mean of 1; None: once.
+            weights: of each token, with a mean of 1; None: 1.
             mine: the tiles (`tiles`) that are summed here; None: all of them.
         """
         self.tokens += inputs.shape[0]
@@ -106,8 +101,7 @@ class Gram:
         self._between[start:stop] += total.square() / max(len(inputs), 1)
 
     def state(self) -> dict[str, Tensor]:
-        """All that was summed, float64 but for the number of tokens: what `restored` takes, to the bit. Of
-        the sum, the upper triangle, row after row."""
+        """All sums, for `restored`, to the bit; of the products the upper triangle, row after row."""
         rows, columns = torch.triu_indices(self.n, self.n, device=self._sum.device)
         return {
             "sum": self._sum[rows, columns],
@@ -118,11 +112,7 @@ class Gram:
 
     @classmethod
     def restored(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Gram:
-        """What `state` told, on a device.
-
-        Raises:
-            ProblemError: it does not fit together, or is no sum of squares.
-        """
+        """Inverse of `state`; ProblemError where its parts do not fit, or are no sums of squares."""
         n = len(state["total"])
         if len(state["sum"]) != n * (n + 1) // 2 or state["between"].shape != state["total"].shape:
             raise ProblemError(f"the state of a Gram matrix of {n} inputs does not fit together")
@@ -175,14 +165,10 @@ class Gram:
 
 
 class Moved:
-    """How a layer's inputs differ from those that its targets are made of: moments of x and δ = x′ − x.
+    """Moments of a layer's inputs x and of δ = x′ − x, x′ the inputs of its target W·x′.
 
-    C = (1/T) Σ_t x_t δ_tᵀ and D = (1/T) Σ_t δ_t δ_tᵀ, accumulated as `Gram` accumulates G; with G they make
-    the linear part of the objective whose target is W·x′.
-
-    Args:
-        n: number of inputs.
-        device: where the batches are and the sums are kept.
+    C = (1/T) Σ_t x_t δ_tᵀ and D = (1/T) Σ_t δ_t δ_tᵀ, accumulated as in `Gram`, give the linear part of the
+    objective.
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
@@ -221,12 +207,8 @@ class Moved:
             self._cross[rows] += left.T @ moved[part]
 
     def linear(self, weight: Float[Tensor, "rows n"], *, shrinkage: float = 0.0) -> Linear:
-        """The linear part for a layer's weights.
-
-        Args:
-            shrinkage: α of `Gram.value`. C and D are shrunk alike: the moments of (x, δ) then stay those of
-                something, and f ≥ 0.
-        """
+        """The linear part for a layer's weights, with the shrinkage of `Gram.value` for C and D, too, so that
+        f ≥ 0."""
         cross = self._cross / max(self.tokens, 1)
         if shrinkage:
             diagonal = cross.diagonal().clone()

@@ -69,37 +69,35 @@ def as_mask(
     return tensor.to(weight.device)
 
 
-def of_inputs(array: ArrayLike | None, n: int, what: str) -> Tensor | None:
-    """One number an input; None stays None."""
+def of_shape(array: ArrayLike | None, shape: tuple[int, ...], what: str) -> Tensor | None:
+    """An array of this shape; None stays None."""
     if array is None:
         return None
     tensor = as_tensor(array, what)
-    if tensor.shape != (n,):
-        raise ProblemError(f"{what} must be [{n}], not {list(tensor.shape)}")
+    if tensor.shape != shape:
+        raise ProblemError(f"{what} must be {list(shape)}, not {list(tensor.shape)}")
     return tensor
 
 
 def linear_part(linear: Linear, weight: Tensor, label: str) -> Linear:
     """In float64, on the device of the weight."""
-    wanted = {"correlation": tuple(weight.shape), "constant": (weight.shape[0],)}
-    found = {}
-    for what, shape in wanted.items():
-        tensor = as_tensor(getattr(linear, what), f"{label}linear: {what}")
-        if tensor.shape != shape:
-            raise ProblemError(
-                f"{label}linear: {what} must be {list(shape)}, not {list(tensor.shape)}"
-            )
-        found[what] = tensor.to(weight.device, torch.float64)
-    if bool((found["constant"] < 0).any()):
-        raise ProblemError(f"{label}linear: the constant is a mean of squares, and not below 0")
-    return Linear(**found)
+    label = f"{label}linear: "
+    correlation = of_shape(linear.correlation, tuple(weight.shape), f"{label}correlation")
+    constant = of_shape(linear.constant, (len(weight),), f"{label}constant")
+    if correlation is None or constant is None:
+        raise ProblemError(f"{label}it needs a correlation and a constant")
+    if bool((constant < 0).any()):
+        raise ProblemError(f"{label}the constant is a mean of squares, and not below 0")
+    return Linear(
+        correlation.to(weight.device, torch.float64), constant.to(weight.device, torch.float64)
+    )
 
 
-def shares_of_rows(omega: ArrayLike, weight: Tensor, label: str) -> Tensor:
-    """ω in float64, on the device of the weight."""
-    shares = as_tensor(omega, f"{label}omega")
-    if shares.shape != (weight.shape[0],):
-        raise ProblemError(f"{label}omega must be [{weight.shape[0]}], not {list(shares.shape)}")
+def shares_of_rows(omega: ArrayLike | None, weight: Tensor, label: str) -> Tensor | None:
+    """ω in float64, on the device of the weight; None stays None."""
+    shares = of_shape(omega, (len(weight),), f"{label}omega")
+    if shares is None:
+        return None
     if not bool((shares > 0).all()):
         raise ProblemError(f"{label}omega must be more than 0; leave out rows that do not count")
     return shares.to(weight.device, torch.float64)
@@ -167,14 +165,15 @@ def check_costs(weight: Tensor, gram: Tensor, label: str) -> None:
         )
 
 
-def check_integral(
-    weight: Tensor, gram: Tensor, linear: Linear | None, label: str, *, refitted: bool
-) -> None:
+def is_whole(index: Tensor) -> bool:
+    """Whether a tensor holds whole numbers, by its type."""
+    return not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+
+
+def check_integral(weight: Tensor, gram: Tensor, linear: Linear | None, label: str) -> None:
     """Raise ProblemError where f need not be a whole number of every mask, or is one beyond float64."""
     if linear is not None:
         raise ProblemError(f"{label}integral: an objective with a linear part is no sum of wholes")
-    if refitted:
-        raise ProblemError(f"{label}integral: what refitted weights cost is no sum of wholes")
     parts = {
         "weight": weight.double(),
         "the diagonal of gram": gram.diagonal().double(),

@@ -1,9 +1,10 @@
 """One level for each item, at the least cost with a given total: the multiple-choice knapsack.
 
-It shares a model's budget out over its layers: an item is a layer, a level how much of it is pruned. A price
-on the total gives the Lagrangian bound, and with it what every level costs above the best at that price.
-Choices that cost no more above the bound than some slack are few; a dynamic program over the total goes
-through them, and the slack grows until it finds one, which is then the cheapest of all.
+It divides a model's budget among its layers: an item is a layer, a level how much of it is pruned. A price
+on the total gives the Lagrangian bound, and what every level costs above the best at that price. A dynamic
+program over
+the total goes through the choices within some slack of the bound, which grows until one is found: the
+cheapest.
 """
 
 from __future__ import annotations
@@ -42,14 +43,8 @@ def choose_levels(
     costs: Sequence[Float[np.ndarray, " levels"]],
     total: int,
 ) -> Choice:
-    """The cheapest choice of one level for each item whose sizes add up to the total, to the last one.
-
-    Args:
-        sizes, costs: of every item's levels; whole numbers, and finite ones.
-
-    Raises:
-        SolverError: no choice has that total.
-    """
+    """The cheapest choice of one level for each item whose sizes add up to exactly the total; SolverError
+    where there is none. `sizes` are whole numbers, `costs` finite."""
     impossible = SolverError(f"no choice of levels adds up to {total}")
     # from each item's first level on, in the largest unit that all differences have in common
     steps = [np.asarray(size, dtype=np.int64) - size[0] for size in sizes]

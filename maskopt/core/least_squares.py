@@ -1,11 +1,10 @@
-"""Least squares for the weights that a mask keeps: what the others did is taken over as far as can be.
+"""Least squares for the weights that a mask keeps, which give the objective F (see `maskopt.core.problem`).
 
 For a row with the kept set S, of all v that are zero outside S the best is
 
-    v_S = A_SS⁻¹ b_S,     v = argmin (w−v)ᵀA(w−v) + 2gᵀ(w−v) + c,     A = G + λD,  b = Aw + g
+    v_S = A_SS⁻¹ b_S,     v = argmin (w−v)ᵀA(w−v) + 2gᵀ(w−v) + c,     A = G + λD,  b = Aw + g.
 
-(g and c only where the problem has a linear part). The damping λD keeps v near w where the calibration inputs
-say little. What is reached is the second objective of a mask, F (see `maskopt.core.problem`).
+The damping λD keeps v near w where the calibration inputs say little.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import threading
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,18 +39,17 @@ _ANY = sys.float_info.max
 
 @dataclass(frozen=True)
 class Refit:
-    """The objective F: the kept weights are set anew by least squares.
+    """The objective F: the kept weights are updated by least squares.
 
-    With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal. A power of 0 is ridge regression
-    on the inputs as they are, where a few large ones make μ, and damp the small ones however well tokens
-    know them; 1 is ridge regression on inputs brought to one size.
+    With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal: ridge regression on the inputs
+    with a power of 0, on inputs scaled to one size with 1.
 
     Attributes:
-        damping: λ; no input has less than LEAST_DAMPING·μ.
-        power: of an input's own part of the diagonal, 0 to 1.
+        damping: λ, at least 0; no input has less than LEAST_DAMPING·μ.
+        power: 0 to 1.
 
     Raises:
-        OptionError: a damping below 0, a power beyond 0 to 1.
+        OptionError: a value out of range.
     """
 
     damping: float = 0.01
@@ -65,11 +62,6 @@ class Refit:
             if not number or not 0 <= float(value) <= most:
                 raise OptionError(f"`{name}` must be {says}, not {value!r}")
             object.__setattr__(self, name, float(value))
-
-    def __repr__(self) -> str:
-        # what records are known by; of a power of 0 they say nothing
-        said = ", ".join(f"{name}={value!r}" for name, value in (refit_to_dict(self) or {}).items())
-        return f"Refit({said})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,13 +102,17 @@ class LeastSquares:
         return exact
 
     @cached_property
+    def factor(self) -> Float[Tensor, "n n"]:
+        """The lower Cholesky factor of A, float64."""
+        return torch.linalg.cholesky(self.damped)
+
+    @cached_property
     def inverse(self) -> Float[Tensor, "n n"]:
         """H = A⁻¹, float64."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self.damped))
+        return torch.cholesky_inverse(self.factor)
 
     def check(self, label: str) -> None:
-        """Raise ProblemError where A is not safely definite, G + λD/2 not being it: G has a negative
-        eigenvalue by rounding."""
+        """Raise ProblemError where G + λD/2 is not definite: G has a negative eigenvalue by rounding."""
         nearer = self.damped.clone()
         nearer.diagonal().sub_(self._added / 2)
         if int(torch.linalg.cholesky_ex(nearer).info):
@@ -127,11 +123,10 @@ class LeastSquares:
             )
 
     def target(
-        self, weight: Float[Tensor, "rows n"], correlation: Float[Tensor, "rows n"] | None
+        self, weight: Float[Tensor, "rows n"], correlation: Float[Tensor, "rows n"]
     ) -> Float[Tensor, "rows n"]:
         """b = Aw + g, float64."""
-        target = weight.double() @ self.damped
-        return target if correlation is None else target + correlation
+        return weight.double() @ self.damped + correlation
 
     def residual(
         self,
@@ -152,9 +147,8 @@ class LeastSquares:
     ) -> Float[Tensor, "rows n"]:
         """v of every row, float64, zero where the mask prunes.
 
-        Cholesky of every row's own A_SS, k³/3 operations a row of k kept weights: in float32 with
-        refinement in float64 where G is float32 and that does, else in float64. Rows of like counts are
-        factorised together, as of one size: k is rounded up, whatever the other rows keep.
+        Cholesky of every row's own A_SS, k³/3 operations for k kept weights: in float32 with refinement in
+        float64 where G is float32 and that converges, else in float64.
         """
         rows, n = mask.shape
         sizes = ((mask.sum(1) + _LEAF - 1) // _LEAF * _LEAF).clamp(max=n)
@@ -183,7 +177,7 @@ class LeastSquares:
     def settled(
         self, weight: Float[Tensor, "rows n"], target: Float[Tensor, "rows n"], mask: Tensor
     ) -> Float[Tensor, "rows n"]:
-        """Weights of a search as they are where they solve what `solve` does, and solved anew elsewhere."""
+        """The same weights where their residual is small enough, solved again elsewhere."""
         poor = (~(self.residual(weight, target, mask) <= _DONE)).nonzero()[:, 0]
         if len(poor):
             weight = weight.index_copy(0, poor, self.solve(target[poor], mask[poor]))
@@ -241,12 +235,10 @@ class LeastSquares:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """The kept inputs of some rows, as many of each: where a row keeps fewer, pruned ones come last.
+    """The kept inputs of some rows, padded to one size with pruned ones.
 
     Attributes:
-        index: the inputs.
-        real: which of them are kept.
-        counts: how many are, of each row.
+        index: the inputs; real: which of them are kept; counts: how many are, of each row.
     """
 
     index: Tensor
@@ -276,8 +268,8 @@ def _relative(rest: Float[Tensor, "rows k"], wanted: Float[Tensor, "rows k"]) ->
 
 
 def _factorise(matrix: Float[Tensor, "rows k k"]) -> Bool[Tensor, " rows"]:
-    """The lower Cholesky factors in place, by halves, so that nearly all of them are products; what is above
-    the diagonal is left over. False: not definite, and without a factor."""
+    """The lower Cholesky factors in place, by halves, so that nearly all work is products; False where a
+    matrix is not definite."""
     size = matrix.shape[1]
     if size <= _LEAF:
         factor, broken = torch.linalg.cholesky_ex(matrix)
@@ -311,34 +303,17 @@ def _substituted(factor: Float[Tensor, "rows k k"], right: Float[Tensor, "rows k
 
 
 class _Pages:
-    """Memory that one thread's rows are gathered in, tile after tile: fresh pages cost more than what is done
-    in them."""
+    """Memory that one thread gathers its rows in, tile after tile: fresh pages cost more than the work."""
 
     def __init__(self, tile: int, kept: int, n: int) -> None:
         self._sizes = tile * kept * kept, kept * n
         self._made: dict[torch.dtype, list[Tensor]] = {}
 
     def of(self, index: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """For the kept inputs `index` of rows: [rows, k, k] and [k, n], in the dtype of the source."""
+        """[rows, k, k] and [k, n] in the dtype of the source, for `index` [rows, k]."""
         if source.dtype not in self._made:
             self._made[source.dtype] = [source.new_empty(size) for size in self._sizes]
         matrix, lines = self._made[source.dtype]
         rows, kept = index.shape
         n = source.shape[1]
         return matrix[: rows * kept * kept].view(rows, kept, kept), lines[: kept * n].view(kept, n)
-
-
-def refit_from_dict(data: Any) -> Refit | None:
-    """Inverse of `refit_to_dict`; raises ProblemError for anything else."""
-    if data is None:
-        return None
-    if isinstance(data, dict) and {"damping"} <= set(data) <= {"damping", "power"}:
-        return Refit(**{"power": 0.0, **data})
-    raise ProblemError(f"{data!r} does not describe how kept weights are refitted")
-
-
-def refit_to_dict(refit: Refit | None) -> dict[str, Any] | None:
-    """The JSON form."""
-    if refit is None:
-        return None
-    return {"damping": refit.damping} | ({"power": refit.power} if refit.power else {})

@@ -1,5 +1,4 @@
-"""What a solve may use, and whom it tells how far it is: one object for a start, the solver that it starts,
-and a bound."""
+"""Limits of a solve, and its listener: one object for start, search and bound."""
 
 from __future__ import annotations
 
@@ -37,10 +36,8 @@ KEYWORDS = {
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` rows are finished; inside that, `step_done` of `step_total` of a named step.
-
-    A step with `step_total` 0 is not counted.
-    """
+    """`done` of `total` rows are finished, and `step_done` of `step_total` (0: not counted) of a named
+    step."""
 
     done: int
     total: int
@@ -57,14 +54,12 @@ class Limits:
     """Limits of one solve, start, search and bound together.
 
     Attributes:
-        seconds: of wall-clock time; None: none. When it is over, a solver finishes the step of its
-            algorithm that it is in and answers with the best that it has.
-        memory: bytes beyond weight and G, or `"2GiB"`; None: what the solver takes by default. Aimed
-            at by the number of rows handled at a time.
+        seconds: of wall-clock time, after which a solver ends its step and returns its best; None: no limit.
+        memory: bytes beyond weight and G, or `"2GiB"`, by the number of rows at a time; None: a default.
         threads: on the CPU; None: as many as torch uses. Results do not depend on it.
         seed: of everything random.
         on_progress: called with a `Progress`.
-        deadline: on the clock of `time.monotonic()`; set by `begin`, not by the caller.
+        deadline: on the clock of `time.monotonic()`; set by `begin`.
 
     Raises:
         OptionError: a value outside its range.
@@ -134,7 +129,7 @@ class Limits:
             self.on_progress(Progress(done, total, step, step_done, step_total))
 
     def counter(self, total: int) -> Callable[[], None]:
-        """What threads call, each time that one of `total` is done: tells the listener how many are."""
+        """A function for threads to call when one of `total` is done, which reports how many are."""
         done, lock = itertools.count(1), threading.Lock()
 
         def count() -> None:
@@ -158,11 +153,8 @@ def check_threads(threads: int) -> None:
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[int]:
-    """So many threads inside torch (None: as they are), and as before afterwards.
-
-    Compiled loops that share a threading runtime with torch can change torch's number; nothing that
-    is run in here leaves a trace of that.
-    """
+    """The number of torch's threads (None: unchanged), reset afterwards, also where a compiled loop that
+    shares torch's threading runtime changed it."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -180,15 +172,13 @@ def one_thread_pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _one_thread_inside() -> None:
-    # At the first thing that it does in a thread torch gives the thread the number that was set last by any
-    # thread, whatever was set in this one: that has to be over with before the number is set.
+    # on its first use in a thread torch sets the number that any thread set last: let that happen before
     torch.get_num_threads()
     torch.set_num_threads(1)
 
 
 def one_thread_each(work: Callable[[int], Part], count: int, threads: int) -> list[Part]:
-    """work(0 … count − 1), each with one thread inside torch. (`torch_threads` looks at the number of this
-    thread, which stays what it was.)"""
+    """work(0 … count − 1), each with one thread inside torch."""
     before = torch.get_num_threads()
     try:
         with one_thread_pool(threads) as pool:
@@ -198,11 +188,7 @@ def one_thread_each(work: Callable[[int], Part], count: int, threads: int) -> li
 
 
 def parse_bytes(text: str) -> int:
-    """`8GiB`, `500MB`, `1.5g`, or a number of bytes.
-
-    Raises:
-        OptionError: anything else.
-    """
+    """`8GiB`, `500MB`, `1.5g`, or a number of bytes; OptionError for anything else."""
     cleaned = text.strip().lower().removesuffix("b")
     number = cleaned.rstrip("kmgti")
     try:

@@ -44,12 +44,7 @@ class Linear:
         cross: Float[Tensor, "n n"],
         moved: Float[Tensor, "n n"],
     ) -> Linear:
-        """The target W·x′ of other inputs x′: r = w·(x′ − x).
-
-        Args:
-            cross: E[x(x′ − x)ᵀ].
-            moved: E[(x′ − x)(x′ − x)ᵀ].
-        """
+        """For the target W·x′ of other inputs x′, from E[x(x′ − x)ᵀ] and E[(x′ − x)(x′ − x)ᵀ]."""
         w = weight.double()
         constant = ((w @ moved.double()) * w).sum(1).clamp(min=0.0)
         return cls(w @ cross.double().T, constant)
@@ -68,11 +63,7 @@ class Linear:
         return 2 * (self.correlation * dropped).sum(1) + self.constant
 
     def check_moments(self, gram: Float[Tensor, "n n"], ridge: float, label: str) -> None:
-        """Raise ProblemError unless [[G + ridge·I, g], [gᵀ, c]] is semidefinite, up to rounding.
-
-        Args:
-            ridge: what makes G safely definite; of its units.
-        """
+        """Raise ProblemError unless [[G + ridge·I, g], [gᵀ, c]] is semidefinite, up to rounding."""
         shifted = gram.double().clone()
         shifted.diagonal().add_(ridge)
         factor, broken = torch.linalg.cholesky_ex(shifted)

@@ -2,7 +2,7 @@
 
 Both patterns are one idea: a row of n inputs is cut into n/g groups of g consecutive inputs, and
 exactly k entries of every group are pruned. Unstructured sparsity is the case of a single group. With
-`per="layer"` the count is that of the whole layer, and its rows trade.
+`per="layer"` the count is that of the whole layer: a shared budget.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ class Unstructured:
     `per="layer"` ⌊sparsity·rows·n⌋ of the layer pruned, or rows·`keep` kept, in whichever rows; with a
     `max_deviation` no row's sparsity is further than that from the layer's.
 
-    Products are taken on decimal numbers as written, so that `Unstructured(sparsity=0.29)`
-    prunes 29 of 100 (in binary floating point 0.29·100 is 28.999…). A `Decimal` and a `Fraction` are exact:
-    `Unstructured(Fraction(1, 3))` prunes 4 of 12, where the float 1/3, written 0.3333333333333333, prunes 3.
+    Sparsities are decimal numbers: 0.29 prunes 29 of 100, where the binary 0.29·100 is 28.999…;
+    `Fraction(1, 3)` prunes 4 of 12, where the float 0.3333333333333333 prunes 3.
     """
 
     sparsity: float | None = None
@@ -54,10 +53,10 @@ class Unstructured:
                     f"sparsity {self.sparsity} is outside [0, 1); 0.6 prunes 60% of every row"
                 )
             object.__setattr__(self, "sparsity", _as_float(self.sparsity))
-        elif isinstance(self.keep, bool) or not isinstance(self.keep, Integral) or self.keep < 0:
+        elif not _is_count(self.keep) or int(self.keep or 0) < 0:
             raise PatternError(f"keep must be a whole number of at least 0, not {self.keep!r}")
         else:
-            object.__setattr__(self, "keep", int(self.keep))
+            object.__setattr__(self, "keep", int(self.keep or 0))
         if self.per not in ("row", "layer"):
             raise PatternError(f"per must be 'row' or 'layer', not {self.per!r}")
         if self.max_deviation is not None:
@@ -71,11 +70,11 @@ class Unstructured:
 
     @property
     def pooled(self) -> bool:
-        """Whether only the layer has a count, and its rows trade."""
+        """Whether only the layer has a count: its rows share a budget."""
         return self.per == "layer"
 
     def alike(self) -> Unstructured:
-        """The same part of every row, where the rows would trade."""
+        """The same sparsity with an equal count in every row."""
         return replace(self, per="row", max_deviation=None)
 
     def check(self, n: int) -> None:
@@ -89,7 +88,7 @@ class Unstructured:
         return n
 
     def pruned_per_group(self, n: int) -> int:
-        """Raises PatternError where the rows trade, and so have no count of their own."""
+        """Raises PatternError for a shared budget, whose rows have no count of their own."""
         self.check(n)
         if self.pooled:
             raise PatternError(f"at {self} a row has no count of its own; the layer has")
@@ -102,9 +101,7 @@ class Unstructured:
         return self._part_of(rows * n) if self.keep is None else rows * (n - self.keep)
 
     def row_limits(self, rows: int, n: int) -> tuple[int, int]:
-        """The least and the most that a row prunes; of rows that trade, rows that all prune alike, as far as
-        the count divides, are always within.
-        """
+        """The least and the most that a row prunes; equal counts are always within."""
         if not self.pooled:
             pruned = self.pruned_per_group(n)
             return pruned, pruned
@@ -121,7 +118,7 @@ class Unstructured:
         return math.floor(as_written(self.sparsity or 0.0) * entries)
 
     def is_legal(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
-        """Per row; where the rows trade, none is if the layer has another count."""
+        """Per row; with a shared budget none is where the layer has another count."""
         if not self.pooled:
             return _is_legal(self, mask)
         pruned = (~mask).sum(1)
@@ -141,12 +138,12 @@ class NM:
 
     keep: int
     of: int
-    #: rows never trade
+    #: no shared budgets
     pooled: ClassVar[bool] = False
     max_deviation: ClassVar[None] = None
 
     def alike(self) -> NM:
-        """Itself: rows never trade."""
+        """Itself."""
         return self
 
     def row_limits(self, rows: int, n: int) -> tuple[int, int]:
@@ -156,7 +153,7 @@ class NM:
 
     def __post_init__(self) -> None:
         for value in (self.keep, self.of):
-            if isinstance(value, bool) or not isinstance(value, Integral):
+            if not _is_count(value):
                 raise PatternError(f"N:M takes whole numbers, not {value!r}")
         object.__setattr__(self, "keep", int(self.keep))
         object.__setattr__(self, "of", int(self.of))
@@ -232,14 +229,13 @@ def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
     """The JSON form of a pattern, read back by `pattern_from_dict`."""
     if isinstance(pattern, NM):
         return {"kind": "nm", "keep": pattern.keep, "of": pattern.of}
-    record = {"kind": "unstructured", "sparsity": pattern.sparsity, "keep": pattern.keep}
+    record: dict[str, Any] = {"kind": "unstructured"}
+    record |= {"sparsity": pattern.sparsity, "keep": pattern.keep}
     if pattern.pooled:
-        record |= {"per": pattern.per}
-    return (
-        record
-        if pattern.max_deviation is None
-        else record | {"max_deviation": pattern.max_deviation}
-    )
+        record["per"] = pattern.per
+    if pattern.max_deviation is not None:
+        record["max_deviation"] = pattern.max_deviation
+    return record
 
 
 def pattern_from_dict(data: Any) -> Pattern:
@@ -256,18 +252,18 @@ def pattern_from_dict(data: Any) -> Pattern:
     raise PatternError(f"{data!r} does not describe a pattern")
 
 
+def _is_count(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
 def _is_share(number: Any) -> bool:
     finite = number.is_finite() if isinstance(number, Decimal) else isinstance(number, Real)
     return bool(finite and 0 <= number < 1)
 
 
 def _as_float(number: Any) -> float:
-    """The decimal number as written: 0.6 of numpy's float32 0.6. Of a fraction that is none, such as 1/3, the
-    next float above: that prunes as much of every layer as the fraction does.
-
-    Raises:
-        PatternError: no float does.
-    """
+    """The decimal number as written: 0.6 of numpy's float32 0.6. Of a fraction such as 1/3 the next float
+    above, which prunes as much of every layer; PatternError where no float does."""
     if not isinstance(number, Decimal | Rational):
         return float(str(number) if isinstance(number, np.floating) else number)
     exact = Fraction(number)
@@ -278,7 +274,7 @@ def _as_float(number: Any) -> float:
 
 
 def _shortly(number: float) -> str:
-    """In four digits if that is the number, else in as many as it takes."""
+    """In four digits if that is exact, else in all."""
     return f"{number:.4g}" if float(f"{number:.4g}") == number else repr(number)
 
 

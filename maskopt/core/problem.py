@@ -18,22 +18,25 @@ P the pruned set, A = G + λD (see `Refit`) and H = A⁻¹,
 the last without a linear part: the Optimal Brain Surgeon's price of a whole set (Hassibi and Stork, NeurIPS
 1992). F is at most f in the same metric A.
 
-Where the pattern gives its count to the layer (`Unstructured(…, per="layer")`), rows trade: what is
-minimised is Σᵣ ωᵣ fᵣ over the masks with that count in all, and a row has no count of its own.
+With a shared budget (`Unstructured(…, per="layer")`) Σᵣ ωᵣ fᵣ is minimised over the masks with that count in
+all, and a row has no count of its own.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import re
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from maskopt.core.files import pack, read_arrays, write_arrays
 from maskopt.core.inputs import (
     PSD_TOLERANCE,
     ArrayLike,
@@ -43,16 +46,16 @@ from maskopt.core.inputs import (
     check_integral,
     check_pattern,
     check_semidefinite,
+    is_whole,
     linear_part,
-    of_inputs,
+    of_shape,
     shares_of_rows,
     symmetric,
 )
-from maskopt.core.instance_file import read_instance, write_instance
 from maskopt.core.least_squares import LeastSquares, Refit
 from maskopt.core.limits import Limits
 from maskopt.core.linear_term import Linear
-from maskopt.core.pattern import Pattern, Unstructured
+from maskopt.core.pattern import Pattern, Unstructured, pattern_from_dict, pattern_to_dict
 from maskopt.core.units import Posed, Units, semidefinite
 from maskopt.core.values import MOST_WHOLE, Values, values_of
 from maskopt.errors import ProblemError, WarmStartError
@@ -61,17 +64,12 @@ from maskopt.errors import ProblemError, WarmStartError
 _OBJECTIVE_BLOCK_BYTES = 64 * 2**20
 #: relative error of updated weights that a solve in float64 may leave
 _SOLVED = 1e-8
-_POSED_REFIT = (
-    "somebody's quadratic objective has no weights that could be refitted; take `update` none"
-)
 
 
 class LayerProblem:
     """Mask selection for every row of one linear layer.
 
-    Of a row w and a mask that prunes the set p of its inputs the objective is f = (w⊙p)ᵀ G (w⊙p), p as a
-    vector of zeros and ones: with G = XᵀX / tokens of inputs X [tokens, n] the mean squared change of the
-    row's output. With `refit` it is F: what is left of it when kept weights are set anew by least squares.
+    The objective of a row is f, or F with `refit`; see the module.
 
     Args:
         weight: [rows, n], any real floating dtype, torch or NumPy; kept as a torch tensor.
@@ -83,12 +81,12 @@ class LayerProblem:
         variance: [n], their variance within sequences, averaged, for the same; None: that over all tokens.
         linear: moments of what the outputs miss their targets by before anything is pruned:
             correlation [rows, n] and constant [rows], torch or NumPy, brought to float64.
-        refit: the objective is F, of refitted weights; None: f, of the weights as they are.
-        omega: [rows], what a row counts in the sum of a layer whose rows trade, more than 0; None: 1.
-        integral: f of every mask is a whole number, as in graphs, and what bounds it bounds the next value
-            that f can take, too (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, and there is no
-            linear part.
-        units: what f means to whoever posed the problem (`RowProblem.from_quadratic`); nothing depends on it.
+        refit: the objective is F, of updated weights; None: f, of unchanged ones.
+        omega: [rows], the weight of a row in the sum of a shared budget, more than 0; None: 1.
+        integral: f of every mask is a whole number, as in graphs, so that a bound of f holds up to the next
+            value that f can take (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, without a linear
+            part.
+        units: the units of a quadratic objective (`RowProblem.from_quadratic`).
         assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
             was accumulated as XᵀX and is semidefinite by construction.
 
@@ -117,7 +115,7 @@ class LayerProblem:
         assume_psd: bool = False,
     ) -> None:
         self.name = name
-        label = f"layer {name!r}: " if name else ""
+        label = self._label
         self.weight: Float[Tensor, "rows n"] = as_tensor(weight, f"{label}weight")
         gram_tensor = as_tensor(gram, f"{label}gram")
         if self.weight.ndim != 2 or 0 in self.weight.shape:
@@ -139,18 +137,16 @@ class LayerProblem:
         check_pattern(pattern, n, label)
         self.pattern = pattern
         self.gram: Float[Tensor, "n n"] = symmetric(gram_tensor, label)
-        self.mean = of_inputs(mean, n, f"{label}mean")
-        self.variance = of_inputs(variance, n, f"{label}variance")
+        self.mean = of_shape(mean, (n,), f"{label}mean")
+        self.variance = of_shape(variance, (n,), f"{label}variance")
         if self.variance is not None and bool((self.variance < 0).any()):
             raise ProblemError(f"{label}variance is a mean of squares, and not below 0")
         check_costs(self.weight, self.gram, label)
         self.linear = None if linear is None else linear_part(linear, self.weight, label)
-        self.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
+        self.omega = shares_of_rows(omega, self.weight, label)
         self.integral, self.units = integral, units
-        if refit is not None and units is not None:
-            raise ProblemError(_POSED_REFIT)
         if integral:
-            check_integral(self.weight, self.gram, self.linear, label, refitted=refit is not None)
+            check_integral(self.weight, self.gram, self.linear, label)
         if not assume_psd:
             check_semidefinite(self.gram, label)
             if self.linear is not None:
@@ -158,8 +154,15 @@ class LayerProblem:
                 self.linear.check_moments(self.gram, ridge or 1.0, label)
         self.refit = refit
         self._squares: LeastSquares | None = None
-        if refit is not None:
-            self.least_squares.check(label)
+        self._check_refit()
+
+    @property
+    def _label(self) -> str:
+        return f"layer {self.name!r}: " if self.name else ""
+
+    def as_layer(self) -> LayerProblem:
+        """Itself; of a `RowProblem` the layer of that one row."""
+        return self
 
     @property
     def rows(self) -> int:
@@ -184,7 +187,7 @@ class LayerProblem:
 
     @property
     def pooled(self) -> bool:
-        """Whether the rows trade: only the layer has a count."""
+        """Whether the rows share a budget: only the layer has a count."""
         return self.pattern.pooled
 
     @property
@@ -194,55 +197,63 @@ class LayerProblem:
 
     @property
     def row_limits(self) -> tuple[int, int]:
-        """The least and the most entries that a row prunes; 0 and n of rows that trade as they like."""
+        """The least and the most entries that a row may prune."""
         return self.pattern.row_limits(self.rows, self.n)
 
     @property
     def shares(self) -> Float[Tensor, " rows"]:
-        """ω, float64 [rows]: what every row's objective counts in the layer's sum."""
+        """ω, float64 [rows]: the weight of every row's objective in the layer's sum."""
         if self.omega is None:
             return torch.ones(self.rows, dtype=torch.float64, device=self.device)
         return self.omega
 
     @property
-    def correlation(self) -> Float[Tensor, "rows n"] | None:
-        """g, float64; None without a linear part."""
-        return None if self.linear is None else self.linear.correlation
+    def correlation(self) -> Float[Tensor, "rows n"]:
+        """g of the linear term, float64; 0 without one."""
+        if self.linear is None:
+            return torch.zeros((), dtype=torch.float64, device=self.device).expand(
+                self.rows, self.n
+            )
+        return self.linear.correlation
+
+    @property
+    def constant(self) -> Float[Tensor, " rows"]:
+        """c of the linear term, float64; 0 without one."""
+        if self.linear is None:
+            return torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        return self.linear.constant
 
     @property
     def least_squares(self) -> LeastSquares:
-        """The metric A of a problem with `refit`, which its rows share.
-
-        Raises:
-            ProblemError: the weights are kept as they are.
-        """
+        """The metric A, which the rows share; ProblemError without `refit`."""
         if self.refit is None:
             raise ProblemError("the problem keeps its weights; give it refit=Refit(damping)")
         if self._squares is None:
             self._squares = LeastSquares.of(self.gram, self.refit)
         return self._squares
 
+    @property
+    def ridge(self) -> Float[Tensor, " n"]:
+        """λD of A = G + λD, float64; 0 of unchanged weights."""
+        if self.refit is None:
+            return torch.zeros(self.n, dtype=torch.float64, device=self.device)
+        return self.least_squares.ridge
+
     def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """f of every row, or F with `refit`, in float64 [rows], on the device of the problem.
+        """f of every row, or F with `refit`, float64 [rows], at least 0.
 
         Args:
             mask: True = kept; a NumPy array will do.
-
-        Rounding can leave −1e-18 where the truth is 0; since f ≥ 0, the result is clamped at 0.
         """
         mask = as_mask(mask, self.weight)
         if self.refit is None:
-            return self._error(torch.where(mask, 0.0, self.weight.double()))
+            return self._form(torch.where(mask, 0.0, self.weight.double())).clamp_(min=0.0)
         return self.refitted(mask)[1]
 
     def weights(
         self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
     ) -> Float[Tensor, "rows n"]:
-        """The weights that a mask leaves, float64, zero where it prunes: refitted with `refit`, else w⊙m.
-
-        Args:
-            limits: memory and threads.
-        """
+        """The weights that a mask leaves, float64, zero where it prunes: updated with `refit`, else w⊙m."""
         mask = as_mask(mask, self.weight)
         if self.refit is None:
             return torch.where(mask, self.weight.double(), 0.0)
@@ -251,11 +262,8 @@ class LayerProblem:
     def refitted(
         self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
     ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, " rows"]]:
-        """Weights by least squares (where rounding makes them worse than the mask's own, those), and F.
-
-        Raises:
-            ProblemError: the weights are kept as they are.
-        """
+        """Weights by least squares (w⊙m where rounding makes them worse than that), and F; ProblemError
+        without `refit`."""
         mask, squares = as_mask(mask, self.weight), self.least_squares
         own = torch.where(mask, self.weight.double(), 0.0)
         found = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
@@ -264,59 +272,46 @@ class LayerProblem:
         return torch.where(better[:, None], found, own), torch.where(better, cost, own_cost)
 
     def damped_error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """(w−v)ᵀA(w−v) and the linear part, of float64 weights v: what F is the least of."""
+        """(w−v)ᵀA(w−v) and the linear part, of float64 weights v; F is the least of it."""
         lost = self.weight.double() - weight
         squares = self.least_squares
         value = ((lost @ squares.damped) * lost).sum(1)
         if squares.flat:
             value.zero_()  # G is 0, and A is not
-        if self.linear is not None:
-            value += self.linear.value(lost)
-        return value.clamp_(min=0.0)
+        return self._with_linear(value, lost).clamp_(min=0.0)
 
     def error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """The same of other weights: mean square of what every row's output then misses its target by,
-        float64 [rows]. Of the weights that a mask keeps it is the mask's objective."""
-        return self._error(self.weight.double() - weight.to(self.device).double())
-
-    def _error(self, dropped: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        return self._form(dropped).clamp_(min=0.0)
+        """f of other weights, float64 [rows]: mean square of every output's distance to its target."""
+        return self._form(self.weight.double() - weight.to(self.device).double()).clamp_(min=0.0)
 
     def _form(
         self, dropped: Float[Tensor, "rows n"], *, size: bool = False
     ) -> Float[Tensor, " rows"]:
-        """f of what is dropped; with `size` the sum of the absolute values of its terms."""
+        """f of w⊙p; with `size` the sum of the absolute values of its terms."""
         of = torch.abs if size else (lambda x: x)
         value = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         step = max(1, _OBJECTIVE_BLOCK_BYTES // (8 * self.n))
         for start in range(0, self.n, step):
             block = slice(start, start + step)
             value += ((dropped @ of(self.gram[:, block].double())) * dropped[:, block]).sum(1)
-        if self.linear is not None:
-            part = Linear(of(self.linear.correlation), self.linear.constant)
-            value += part.value(dropped)
-        return value
+        if self.linear is None:
+            return value
+        return value + (2 * (of(self.correlation) * dropped).sum(1) + self.constant)
 
     def output_energy(self) -> Float[Tensor, " rows"]:
-        """What a row costs of which nothing is kept: the mean square of its target, of which an objective is
-        a part. wᵀGw where the target is the dense row's output.
-
-        Float64, of products in G's dtype: it says how large an error is, and decides nothing.
-        """
+        """Mean square of every row's target, float64 [rows] from products in G's dtype; for reports."""
         weight = self.weight.to(self.gram.dtype)
         energy = ((weight @ self.gram) * weight).sum(1, dtype=torch.float64)
-        if self.linear is not None:
-            energy += self.linear.value(self.weight.double())
-        return energy.clamp_(min=0.0)
+        return self._with_linear(energy, self.weight.double()).clamp_(min=0.0)
+
+    def _with_linear(
+        self, value: Float[Tensor, " rows"], dropped: Float[Tensor, "rows n"]
+    ) -> Float[Tensor, " rows"]:
+        return value if self.linear is None else value + self.linear.value(dropped)
 
     def diagonal_mass(self) -> Float[Tensor, " rows"]:
-        """Σⱼ wⱼ²Gⱼⱼ (+ c) of every row in float64, with `refit` Σⱼ wⱼ²Aⱼⱼ: the scale against which rounding
-        is measured."""
-        diagonal = self.gram.diagonal().double()
-        if self.refit is not None:
-            diagonal = diagonal + self.least_squares.ridge
-        mass = self.weight.double().square() @ diagonal
-        return mass if self.linear is None else mass + self.linear.constant
+        """Σⱼ wⱼ²Aⱼⱼ + c of every row, float64: the scale of rounding."""
+        return self.weight.double().square() @ (self.gram.diagonal() + self.ridge) + self.constant
 
     def rounding(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         """The most that float64 can lose of the error of weights v [rows, n], float64 [rows].
@@ -333,13 +328,12 @@ class LayerProblem:
         return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074 * (1 + lost.sum(1))
 
     def _size(self, lost: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """The absolute values of all terms of an error, summed."""
-        terms = self._form(lost, size=True)
-        return terms if self.refit is None else terms + lost.square() @ self.least_squares.ridge
+        """The sum of the absolute values of all terms of an error."""
+        return self._form(lost, size=True) + lost.square() @ self.ridge
 
     def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """The least that f can be where it is no less than a bound: of an integral problem the next of its
-        values, of another one the bound, and of rows that trade, each of which has a part of one bound."""
+        """The least value of f that is at least a bound: the next whole value of an integral problem (without
+        a shared budget), else the bound."""
         if not self.integral or self.pooled:
             return bound
         values = [self.row(row).values() for row in range(self.rows)]
@@ -351,30 +345,26 @@ class LayerProblem:
         # lines side by side: the last bits of a product may depend on how its factors lie in memory
         tensor = as_mask(mask, self.weight, what, WarmStartError).contiguous()
         bad = (~self.pattern.is_legal(tensor)).nonzero()
-        if len(bad) and self.pooled:
-            pruned = (~tensor).sum(1)
-            if int(pruned.sum()) != self.pruned:
-                raise WarmStartError(
-                    f"{what} prunes {int(pruned.sum())} of {tensor.numel()}; the pattern ({self.pattern}) "
-                    f"asks for exactly {self.pruned}"
-                )
-            row, (least, most) = int(bad[0]), self.row_limits
+        if not len(bad):
+            return tensor
+        pruned, row = (~tensor).sum(1), int(bad[0])
+        if self.pooled and int(pruned.sum()) != self.pruned:
             raise WarmStartError(
-                f"{what}: row {row} prunes {int(pruned[row])} of {self.n}; the pattern ({self.pattern}) "
-                f"allows {least} to {most}"
+                f"{what} prunes {int(pruned.sum())} of {tensor.numel()}; the pattern ({self.pattern}) "
+                f"asks for exactly {self.pruned}"
             )
-        if len(bad):
-            row = int(bad[0])
+        if self.pooled:
+            allowed = "allows {} to {}".format(*self.row_limits)
+        else:
             groups = "" if self.group_size == self.n else f" in each group of {self.group_size}"
-            raise WarmStartError(
-                f"{what}: row {row} prunes {int((~tensor[row]).sum())} of {self.n}; the pattern "
-                f"({self.pattern}) asks for exactly {self.pruned_per_group}{groups}"
-            )
-        return tensor
+            allowed = f"asks for exactly {self.pruned_per_group}{groups}"
+        raise WarmStartError(
+            f"{what}: row {row} prunes {int(pruned[row])} of {self.n}; the pattern ({self.pattern}) {allowed}"
+        )
 
     def row(self, index: int) -> RowProblem:
-        """One row as a problem of its own; shares the memory of weight and gram. Where rows trade, it
-        prunes as much of itself as the layer of its own."""
+        """One row as a problem of its own; shares the memory of weight and gram. Of a shared budget it prunes
+        the layer's share."""
         if not -self.rows <= index < self.rows:
             raise ProblemError(f"row {index} of a layer with {self.rows} rows")
         # what was a row before is that row
@@ -384,97 +374,92 @@ class LayerProblem:
         return RowProblem._of(self._like(rows, name))
 
     def at_count_of(self, mask: Bool[Tensor, "rows n"], index: int) -> RowProblem:
-        """One row of a layer whose rows trade, with the count that a mask [rows, n] gives it."""
+        """One row of a shared budget, with the count that a mask [rows, n] gives it."""
         kept = Unstructured(keep=int(mask[index].sum()))
         return RowProblem._of(self.take([index]).under(kept))
 
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
-        """The problem of some rows only; shares gram. They trade among themselves, where rows do.
-
-        Args:
-            rows: a list of indices, a slice, or a tensor, of indices or bool [rows].
+        """The problem of some rows: a list of indices, a slice, or a tensor, of indices or bool [rows].
 
         Raises:
             ProblemError: none of that; a list that is empty, or names what is no row.
         """
-        vector = isinstance(rows, slice) or (isinstance(rows, Tensor) and self._are_rows(rows))
-        listed = isinstance(rows, list) and bool(rows) and all(map(self._is_row, rows))
-        if not vector and not listed:
+        sound = isinstance(rows, slice)
+        if isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype == torch.bool:
+            sound = len(rows) == self.rows
+        elif isinstance(rows, Tensor) and rows.ndim == 1 and is_whole(rows):
+            sound = bool(((rows >= -self.rows) & (rows < self.rows)).all())
+        elif isinstance(rows, list):
+            whole = (isinstance(i, Integral) and not isinstance(i, bool) for i in rows)
+            sound = bool(rows) and all(whole) and all(-self.rows <= i < self.rows for i in rows)
+        if not sound:
             raise ProblemError(
                 f"rows must be a list of indices within 0 … {self.rows - 1}, at least one; not {rows}"
             )
         return self._like(rows, self.name)
 
-    def _are_rows(self, index: Tensor) -> bool:
-        if index.ndim != 1 or index.is_floating_point() or index.is_complex():
-            return False
-        if index.dtype == torch.bool:
-            return len(index) == self.rows
-        return bool(((index >= -self.rows) & (index < self.rows)).all())
-
-    def _is_row(self, index: Any) -> bool:
-        whole = isinstance(index, Integral) and not isinstance(index, bool)
-        return whole and -self.rows <= index < self.rows
-
     def under(self, pattern: Pattern) -> LayerProblem:
-        """The same rows under another pattern; shares all arrays.
-
-        Raises:
-            PatternError: it does not fit n.
-        """
-        check_pattern(pattern, self.n, f"layer {self.name!r}: " if self.name else "")
-        problem = self._like(slice(None), self.name)
-        problem.pattern = pattern
-        return problem
+        """The same rows under another pattern; PatternError where it does not fit n."""
+        check_pattern(pattern, self.n, self._label)
+        return self._with(pattern=pattern)
 
     def refitting(self, refit: Refit | None) -> LayerProblem:
-        """The same rows under the other objective, None being f; shares all arrays.
-
-        Raises:
-            ProblemError: a damping that leaves G + λD indefinite.
-        """
-        if refit is not None and self.units is not None:
-            raise ProblemError(_POSED_REFIT)
-        if refit is not None and self.integral:
-            check_integral(self.weight, self.gram, self.linear, "", refitted=True)
-        problem = self._like(slice(None), self.name)
-        if refit != self.refit:
-            problem.refit, problem._squares = refit, None
-            if refit is not None:
-                problem.least_squares.check(f"layer {self.name!r}: " if self.name else "")
+        """The same rows under F, or f (None); ProblemError for a damping that leaves G + λD indefinite."""
+        if refit == self.refit:
+            return self
+        problem = self._with(refit=refit, _squares=None)
+        problem._check_refit()
         return problem
+
+    def _check_refit(self) -> None:
+        if self.refit is None:
+            return
+        if self.units is not None:
+            raise ProblemError("a quadratic objective has no weights to update; take `update` none")
+        if self.integral:
+            raise ProblemError(
+                f"{self._label}integral: what updated weights cost is no sum of wholes"
+            )
+        self.least_squares.check(self._label)
 
     def counting(self, omega: ArrayLike | None) -> LayerProblem:
-        """The same rows, each counting ω in the sum where they trade, None being 1; shares all arrays.
-
-        Raises:
-            ProblemError: an ω that is not more than 0, or not one for each row.
-        """
-        problem = self._like(slice(None), self.name)
-        label = f"layer {self.name!r}: " if self.name else ""
-        problem.omega = None if omega is None else shares_of_rows(omega, self.weight, label)
-        return problem
+        """The same rows with other ω, None being 1; ProblemError unless one positive number for each row."""
+        return self._with(omega=shares_of_rows(omega, self.weight, self._label))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
-        write_instance(path, "layer", self)
+        self._save(path, "layer")
+
+    def _save(self, path: str | os.PathLike[str], kind: Literal["layer", "row"]) -> None:
+        header = {
+            "name": self.name,
+            "pattern": pattern_to_dict(self.pattern),
+            "refit": self.refit and asdict(self.refit),
+            "integral": self.integral,
+            "units": self.units and asdict(self.units),
+        }
+        values = {
+            name: getattr(self, name) for name in ("weight", "gram", "mean", "variance", "omega")
+        }
+        if self.linear is not None:
+            values |= {"correlation": self.correlation, "constant": self.constant}
+        arrays = [pack(value, name)[1] for name, value in values.items()]
+        write_arrays(path, kind, header, {k: v for part in arrays for k, v in part.items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
-        """Read what `save` wrote; all checks of the constructor run again."""
-        weight, gram, pattern, more = read_instance(path, "layer")
-        return cls(weight, gram, pattern, **more)
+        """Read what `save` wrote, with all checks of the constructor; ProblemError for another file."""
+        return _loaded(path, "layer").as_layer()
 
     def _like(self, rows: Tensor | slice | list[int], name: str) -> LayerProblem:
         """Some rows of the same layer: nothing is checked again."""
-        problem = LayerProblem.__new__(LayerProblem)
-        problem.weight, problem.name = self.weight[rows], name
-        problem.linear = None if self.linear is None else self.linear.take(rows)
-        problem.omega = None if self.omega is None else self.omega[rows]
-        problem.gram, problem.pattern = self.gram, self.pattern
-        problem.mean, problem.variance = self.mean, self.variance
-        problem.refit, problem.integral, problem.units = self.refit, self.integral, self.units
-        problem._squares = None if self.refit is None else self.least_squares
+        linear = None if self.linear is None else self.linear.take(rows)
+        omega = None if self.omega is None else self.omega[rows]
+        return self._with(weight=self.weight[rows], name=name, linear=linear, omega=omega)
+
+    def _with(self, **changes: Any) -> LayerProblem:
+        problem = copy.copy(self)
+        vars(problem).update(changes)
         return problem
 
     def __repr__(self) -> str:
@@ -484,11 +469,7 @@ class LayerProblem:
 
 
 class RowProblem:
-    """Mask selection for one row: weight [n], gram [n, n].
-
-    Takes what `LayerProblem` takes (of `linear` the moments of one row), and raises what it raises. Every
-    solver accepts one and answers with a Solution of a single row.
-    """
+    """Mask selection for one row: weight [n], gram [n, n]; arguments and errors as of `LayerProblem`."""
 
     def __init__(
         self,
@@ -515,14 +496,11 @@ class RowProblem:
     ) -> RowProblem:
         """A quadratic objective: min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones.
 
-        The ones are what the mask prunes. An indefinite U is shifted along its diagonal, which changes every
-        value alike; `value` takes the shift off again. A U of whole numbers makes an `integral` problem.
+        The ones are pruned. An indefinite U is shifted along its diagonal, which `value` takes off again. A
+        U of whole numbers makes an `integral` problem.
 
         Args:
             quadratic: U [n, n], brought to float64; its symmetric part counts.
-            cardinality: how many entries of p are 1.
-            maximise: rather than minimise.
-            constant: a part of every value.
 
         Raises:
             ProblemError: no square matrix of finite numbers, or another cardinality than 0 … n.
@@ -537,29 +515,27 @@ class RowProblem:
         return cls(np.ones(n), gram, pattern, **more)
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
-        """U [n, n] and the constant of pᵀUp + constant as it was posed: to be maximised where `maximised`
-        says so. Of a problem that nobody posed so, Q and 0."""
+        """U [n, n] and the constant of pᵀUp + constant in the problem's own units, to be maximised where
+        `maximised`; Q and 0 without units."""
         q, units = self.q().cpu().numpy(), self._layer.units
         if units is None:
             # Q has the constant in its entries, unless nothing is chosen
-            lost = self.linear is not None and self._layer.pruned == 0
-            return q, float(self.linear.constant[0]) if lost and self.linear else 0.0
+            return q, 0.0 if self._layer.pruned else float(self._layer.constant[0])
         return units.sign * (q - units.shift * np.eye(self.n)), units.constant
 
     @property
     def maximised(self) -> bool:
-        """Was it posed as something to be maximised? Its `value` is, then, and bounds are from above."""
+        """Whether `value` is to be maximised; bounds of it are from above, then."""
         units = self._layer.units
         return units is not None and units.sign < 0
 
     def value(self, cost: float) -> float:
-        """An objective, or a bound, in the units of whoever posed the problem."""
+        """An objective, or a bound of it, in the problem's own units."""
         units = self._layer.units
         return cost if units is None else units.value(cost, self._layer.pruned)
 
     def posed(self, objective: float, lower_bound: float) -> Posed:
-        """An objective, a lower bound of it and the gap between them in the units of whoever posed the
-        problem."""
+        """An objective, a lower bound of it and the gap between them in the problem's own units."""
         return Posed.of(self.value(objective), self.value(lower_bound))
 
     @classmethod
@@ -569,73 +545,42 @@ class RowProblem:
         problem._layer = layer.under(layer.pattern.alike()) if layer.pooled else layer
         return problem
 
+    def __getattr__(self, name: str) -> Any:
+        """`gram`, `pattern`, `name`, `n`, `linear`, `refit` and `integral` of its layer."""
+        if name in ("gram", "pattern", "name", "n", "linear", "refit", "integral"):
+            return getattr(self._layer, name)
+        raise AttributeError(f"RowProblem has no attribute {name!r}")
+
     @property
     def weight(self) -> Float[Tensor, " n"]:
         return self._layer.weight[0]
-
-    @property
-    def gram(self) -> Float[Tensor, "n n"]:
-        return self._layer.gram
-
-    @property
-    def pattern(self) -> Pattern:
-        return self._layer.pattern
-
-    @property
-    def name(self) -> str:
-        return self._layer.name
-
-    @property
-    def n(self) -> int:
-        return self._layer.n
 
     def as_layer(self) -> LayerProblem:
         """The same problem as a layer of one row."""
         return self._layer
 
-    @property
-    def linear(self) -> Linear | None:
-        """Of a single row."""
-        return self._layer.linear
-
-    @property
-    def refit(self) -> Refit | None:
-        return self._layer.refit
-
-    @property
-    def integral(self) -> bool:
-        return self._layer.integral
-
     def q(self) -> Float[Tensor, "n n"]:
-        """Q in float64 with f(p) = pᵀQp for every legal p; n² doubles.
+        """Q [n, n], float64, with f(p) = pᵀQp for every legal p; ProblemError with `refit`.
 
-        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s for every legal p (s the
-        number of pruned inputs, at least 1),
+        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s for every legal p,
 
             Q + (l1ᵀ + 1lᵀ)/s + c/s²·11ᵀ = [I | 1/s]·[[Q, l], [lᵀ, c]]·[I | 1/s]ᵀ,  semidefinite too.
 
-        Where nothing is pruned c is left out: pᵀQp is 0 then, whatever Q is.
-
-        Raises:
-            ProblemError: a problem with `refit`; F is no quadratic form in p.
+        Where nothing is pruned c is left out.
         """
         if self.refit is not None:
             raise ProblemError("the objective of refitted weights is no quadratic form of the mask")
         weight = self.weight.double()
         q = weight[:, None] * self.gram.double() * weight[None, :]
-        pruned = self._layer.pruned_per_group * (self.n // self._layer.group_size)
+        pruned = self._layer.pruned
         if self.linear is None or pruned == 0:
             return q
         half = weight * self.linear.correlation[0] / pruned
         return q + half[:, None] + half[None, :] + self.linear.constant / pruned**2
 
     def values(self) -> Values | None:
-        """The values that f can take, of an integral problem; None of another one."""
-        if not self.integral:
-            return None
-        return values_of(
-            self.q(), self._layer.pruned_per_group * (self.n // self._layer.group_size)
-        )
+        """The values that f of an integral problem can take; None of another one."""
+        return values_of(self.q(), self._layer.pruned) if self.integral else None
 
     def objective(self, mask: Bool[Tensor, " n"]) -> float:
         """f, or F with `refit`, of one mask [n] (True = kept), float64."""
@@ -650,50 +595,133 @@ class RowProblem:
         return RowProblem._of(self._layer.refitting(refit))
 
     def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
-        """The row with only these inputs, in this order: a toy instance from a real row.
-
-        The pattern goes along (a sparsity stays the same sparsity, `keep=k` the same k, N:M the
-        same groups of consecutive *new* inputs) unless another is given.
+        """The row with only these inputs, in this order, under its own pattern or another one.
 
         Raises:
             ProblemError: no such columns, or with `refit` a G that the damping leaves indefinite.
         """
         index = torch.as_tensor(columns, device=self.weight.device)
-        whole = (
-            not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
-        )
-        if index.ndim != 1 or len(index) == 0 or not whole:
+        if index.ndim != 1 or len(index) == 0 or not is_whole(index):
             raise ProblemError("columns must be a list of at least one input index")
         if len(index.unique()) != len(index) or index.min() < 0 or index.max() >= self.n:
             raise ProblemError(f"columns must be distinct and within 0 … {self.n - 1}")
         index = index.long()
         new = pattern or self.pattern
         new.check(len(index))
-        layer = self._layer._like(slice(None), self.name)
-        layer.weight = layer.weight[:, index].contiguous()
-        layer.linear = None if self.linear is None else self.linear.restrict(index)
-        layer.gram, layer.pattern = self.gram[index][:, index].contiguous(), new
-        layer.mean, layer.variance = (
-            None if x is None else x[index] for x in (layer.mean, layer.variance)
+        old = self._layer
+        layer = old._with(
+            weight=old.weight[:, index].contiguous(),
+            linear=None if old.linear is None else old.linear.restrict(index),
+            gram=old.gram[index][:, index].contiguous(),
+            pattern=new,
+            mean=None if old.mean is None else old.mean[index],
+            variance=None if old.variance is None else old.variance[index],
+            _squares=None,
         )
-        layer._squares = None  # of the inputs that are left
-        if layer.refit is not None:
-            layer.least_squares.check(f"row {self.name!r}: " if self.name else "")
+        layer._check_refit()
         return RowProblem._of(layer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
-        write_instance(path, "row", self._layer)
+        self._layer._save(path, "row")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RowProblem:
-        """Read what `save` wrote; all checks of the constructor run again."""
-        weight, gram, pattern, more = read_instance(path, "row")
-        if weight.ndim != 2 or weight.shape[0] != 1:
-            raise ProblemError(f"{path}: a row's weight must be [1, n], not {list(weight.shape)}")
-        return cls(weight[0], gram, pattern, **more)
+        """As `LayerProblem.load`, of a row."""
+        found = _loaded(path, "row")
+        assert isinstance(found, RowProblem)
+        return found
 
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
         refit = "" if self.refit is None else f", {self.refit}"
         return f"RowProblem({name}n={self.n}, pattern={self.pattern}{refit})"
+
+
+def load_npz(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:
+    """What `LayerProblem.save` or `RowProblem.save` wrote; errors as of `LayerProblem.load`."""
+    return _loaded(path, "layer", "row")
+
+
+def _loaded(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProblem:
+    header, arrays = read_arrays(path, *kinds)
+    if not {"weight", "gram"} <= set(arrays):
+        raise ProblemError(f"{path}: not a maskopt instance (it lacks weight or gram)")
+    correlation, constant = (arrays.get(name) for name in ("correlation", "constant"))
+    if (correlation is None) != (constant is None):
+        raise ProblemError(f"{path}: half a linear part (correlation or constant is missing)")
+    pattern = pattern_from_dict(header.get("pattern"))
+    more: dict[str, Any] = {
+        "name": str(header.get("name", "")),
+        "mean": arrays.get("mean"),
+        "variance": arrays.get("variance"),
+        "linear": None if correlation is None else Linear(correlation, constant),  # type: ignore[arg-type]
+        "refit": _described(Refit, header.get("refit"), "how kept weights are refitted"),
+        "integral": header.get("integral", False) is True,
+        "units": _described(Units, header.get("units"), "units"),
+    }
+    weight, gram = arrays["weight"], arrays["gram"]
+    if header["kind"] == "layer":
+        return LayerProblem(weight, gram, pattern, omega=arrays.get("omega"), **more)
+    if weight.ndim != 2 or weight.shape[0] != 1:
+        raise ProblemError(f"{path}: a row's weight must be [1, n], not {list(weight.shape)}")
+    return RowProblem(weight[0], gram, pattern, **more)
+
+
+def _described(kind: type[Any], data: Any, what: str) -> Any:
+    """The dataclass that a dict of its fields describes; None of None."""
+    if data is None:
+        return None
+    if not isinstance(data, dict) or set(data) != {field.name for field in fields(kind)}:
+        raise ProblemError(f"{data!r} does not describe {what}")
+    return kind(**data)
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """A layer's weights after the least squares.
+
+    Attributes:
+        weight: float64 [rows, n], zero where the mask prunes.
+        error: float64 [rows], mean square of the outputs' distance to their targets.
+        residual: float64 [rows], ‖b − Av‖/‖b‖ of the normal equations Av = b; far from 0 where a row kept its
+            weights, since least squares could not improve them.
+    """
+
+    weight: Float[Tensor, "rows n"]
+    error: Float[Tensor, " rows"]
+    residual: Float[Tensor, " rows"]
+
+
+def refit(
+    problem: LayerProblem | RowProblem,
+    mask: Bool[Tensor, "rows n"],
+    *,
+    damping: float | None = None,
+    power: float | None = None,
+    limits: Limits | None = None,
+) -> Refitted:
+    """The best weights on what a mask keeps; no row's error is above f.
+
+    Args:
+        mask: legal, True = kept.
+        damping, power: as in `Refit`; None: the problem's own, or the defaults of `Refit`.
+        limits: memory and threads.
+
+    Raises:
+        OptionError: a damping below 0, a power beyond 0 to 1. ProblemError: a G that is not definite with it.
+        WarmStartError: a mask that is not legal.
+    """
+    layer = problem.as_layer()
+    mask = layer.check_mask(mask)
+    how = layer.refit or Refit()
+    damping = how.damping if damping is None else damping
+    layer = layer.refitting(Refit(damping, how.power if power is None else power))
+    weight, own = layer.weights(mask, limits), torch.where(mask, layer.weight.double(), 0.0)
+    error, own_error = layer.error(weight), layer.error(own)
+    # rounding: of rows that least squares cannot better, the weights stay
+    worse = ~(error <= own_error)
+    weight = torch.where(worse[:, None], own, weight)
+    squares = layer.least_squares
+    target = squares.target(layer.weight, layer.correlation)
+    return Refitted(weight, error.where(~worse, own_error), squares.residual(weight, target, mask))

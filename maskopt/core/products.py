@@ -1,9 +1,8 @@
 """float32 products on the CPU by the faster of torch's two libraries, where it is as precise.
 
 torch multiplies float32 matrices with MKL, which on an AMD EPYC with AVX-512 is less than half as fast as
-oneDNN, at the same error. To oneDNN torch goes only where it is allowed to round to bfloat16
-(`torch.set_float32_matmul_precision("medium")`), which oneDNN makes use of where it gains by it. So a product
-says first whether it does here.
+oneDNN, at the same error. torch uses oneDNN only where it may round to bfloat16
+(`torch.set_float32_matmul_precision("medium")`); a product shows first whether oneDNN rounds here.
 """
 
 from __future__ import annotations
@@ -26,11 +25,10 @@ _before = ""
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """In here float32 products on the CPU take the faster library, if they are as precise by it.
+    """Within it float32 products on the CPU take the faster library, if that is as precise.
 
-    The setting is the process's: what other threads multiply meanwhile is as precise, too. It is as before
-    once all are out. All stays as it is where there is an accelerator, whose products would be rounded by it,
-    and where the setting was made by torch's newer means, with which this one must not be mixed.
+    The setting is the process's, and is reset once all users are out. Nothing changes where there is an
+    accelerator, whose products would be rounded, or where the setting was made by torch's newer means.
     """
     if not (_precise() and _enter()):
         yield
@@ -42,7 +40,7 @@ def fast_products() -> Iterator[None]:
 
 
 def _enter() -> bool:
-    """False, and nothing done: torch refuses to tell the setting, since it was made by newer means."""
+    """False, and nothing done, where the setting was made by newer means."""
     global _users, _before
     with _lock:
         if _users == 0:

@@ -4,13 +4,13 @@ With weight W and Gram matrix G of its inputs, removing the inputs P changes the
 
     Σ_rows (w_r⊙p)ᵀG(w_r⊙p) = pᵀQp,     Q = G ∘ (WᵀW),
 
-positive semidefinite by Schur's product theorem. Inputs that can only go together (the columns that belong to
-an attention head) are one entry of p: rows and columns of Q are summed over them. So a layer has one row, as
-long as there are structures, and everything that solves, bounds and proves rows does so with structures.
+positive semidefinite by Schur's product theorem. Inputs that can only go together (the columns of an
+attention head) are one entry of p: rows and columns of Q are summed over them. So a layer is one row of
+structures.
 
-Of the many ways to write Q as diag(w)·G'·diag(w), the one is taken whose w are the norms of the structures'
-columns: then scores mean what they mean for a row. `magnitude` ranks by the columns' norms, `wanda` by Q's
-diagonal (Wanda-sp, in FLAP, arXiv 2312.11983), and G' has the inputs' own mean squares on its diagonal.
+Q is written as diag(w)·G'·diag(w) with w the norms of the structures' columns, so that scores mean the same
+as for
+a row: `magnitude` ranks by norms, `wanda` by Q's diagonal (Wanda-sp, in FLAP, arXiv 2312.11983).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from maskopt.core.inputs import is_whole
 from maskopt.core.least_squares import LeastSquares, Refit
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import RowProblem
@@ -34,17 +35,13 @@ def structure_problem(
     mean: Float[Tensor, " n"] | None = None,
     name: str = "",
 ) -> RowProblem:
-    """Which structures of a layer's inputs to remove, with the kept weights as they are.
-
-    Its objective is that of the layer, summed over its rows.
+    """Which structures of a layer's inputs to remove, with unchanged kept weights; f is summed over rows.
 
     Args:
-        weight: of the layer.
-        gram: G of its inputs, in the mean over tokens.
+        gram: G of the layer's inputs, the mean over tokens.
         pattern: of the structures, in the order of their numbers: how many stay, or N:M among neighbours.
-        groups: the structure that each input belongs to, numbered 0 … m−1 without a gap; None: every input is
-            one.
-        mean: of the inputs over tokens, for methods that look at it; only where every input is a structure.
+        groups: the structure of each input, numbered 0 … m−1 without a gap; None: every input is one.
+        mean: of the inputs over tokens; only used where every input is a structure.
 
     Raises:
         ProblemError: shapes that do not fit one another, numbers with a gap, or what `RowProblem` refuses.
@@ -79,11 +76,7 @@ def refit_inputs(
     refit: Refit,
 ) -> Float[Tensor, "rows n"]:
     """The weights of the kept inputs by least squares, float64, zero for the others: V_S = A_SS⁻¹A_S:Wᵀ with
-    A = G + λD. All rows share one factorisation. Rows that it does not better stay as they were.
-
-    Raises:
-        ProblemError: a G that is not definite with the damping.
-    """
+    A = G + λD; unchanged in rows that it does not improve. ProblemError for an indefinite A."""
     squares = LeastSquares.of(gram, refit)
     squares.check("")
     a, exact = squares.damped, weight.double()
@@ -106,8 +99,7 @@ def change(
 
 
 def _check_groups(groups: Tensor, n: int) -> None:
-    whole = not (groups.is_floating_point() or groups.is_complex() or groups.dtype == torch.bool)
-    if groups.shape != (n,) or not whole or int(groups.min()) < 0:
+    if groups.shape != (n,) or not is_whole(groups) or int(groups.min()) < 0:
         raise ProblemError(f"groups must be whole numbers of at least 0 for each of the {n} inputs")
     if int(torch.bincount(groups).min()) == 0:
         raise ProblemError("groups must be numbered without a gap")

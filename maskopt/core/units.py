@@ -7,7 +7,7 @@ shift making G semidefinite: since 1ᵀp = s, it changes f by shift·s on every 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,15 +27,25 @@ class Units:
 
     Attributes:
         sign: 1 where the value is minimised, −1 where it is maximised.
+
+    Raises:
+        ProblemError: another sign, or numbers that are not finite.
     """
 
     sign: int
     shift: float
     constant: float
 
+    def __post_init__(self) -> None:
+        try:
+            sound = self.sign in (-1, 1) and math.isfinite(self.shift + self.constant)
+        except (TypeError, OverflowError):
+            sound = False
+        if not sound:
+            raise ProblemError(f"{self} describes no units")
+
     def value(self, cost: float, pruned: int) -> float:
-        """Of an objective f, or of a bound of it: what is a lower bound of f is an upper one of a value that
-        is maximised."""
+        """Of an objective f, or of a bound of it."""
         return self.sign * (cost - self.shift * pruned) + self.constant
 
     def zero(self, pruned: int) -> float:
@@ -44,11 +54,11 @@ class Units:
 
 
 class Posed(NamedTuple):
-    """An objective and a bound of it in the units of whoever posed the problem.
+    """An objective and a bound of it in the problem's own units.
 
     Attributes:
         value: of the mask.
-        bound: no legal mask has a better value; a greatest one where the value is maximised.
+        bound: no legal mask has a better value.
         gap: their distance as part of the value; 0 where they are equal.
     """
 
@@ -90,8 +100,10 @@ def semidefinite(quadratic: Any, maximise: bool, constant: float) -> tuple[np.nd
     if not np.isfinite(u).all() or not np.isfinite(constant):
         raise ProblemError("a quadratic objective must be finite")
     sign = -1 if maximise else 1
-    gram = sign * (u + u.T) / 2
-    if not np.isfinite(2 * np.abs(gram).sum()):
+    with np.errstate(over="ignore", invalid="ignore"):
+        gram = sign * (u + u.T) / 2
+        most = 2 * np.abs(gram).sum()
+    if not np.isfinite(most):
         raise ProblemError("a quadratic objective must have sums within float64; scale it down")
     twice = 2 * gram
     whole = bool((twice == twice.round()).all() and (twice.diagonal() % 2 == 0).all())
@@ -129,25 +141,3 @@ def _real(given: Any, what: str) -> np.ndarray:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ProblemError(f"{what} must hold real numbers within float64")
-
-
-def units_to_dict(units: Units | None) -> dict[str, Any] | None:
-    """For a header."""
-    return None if units is None else asdict(units)
-
-
-def units_from_dict(data: Any) -> Units | None:
-    """Inverse of `units_to_dict`.
-
-    Raises:
-        ProblemError: not what that writes.
-    """
-    if data is None:
-        return None
-    try:
-        units = Units(int(data["sign"]), float(data["shift"]), float(data["constant"]))
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise ProblemError(f"units: {data!r} are none") from None
-    if units.sign not in (-1, 1) or not np.isfinite([units.shift, units.constant]).all():
-        raise ProblemError(f"units: {data!r} are none")
-    return units

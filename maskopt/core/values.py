@@ -31,8 +31,8 @@ class Values:
     step: int
 
     def at_least(self, bound: _Real) -> _Real:
-        """The least value that is not below a bound, exact for a Fraction; the bound itself where there is no
-        such value, or where it is beyond whole numbers."""
+        """The least value that is not below a bound, exact for a Fraction; the bound itself without such a
+        value."""
         if not abs(bound) < MOST_WHOLE or (not self.step and bound > self.offset):
             return bound
         # each operation is monotone: rounding never moves the bound past a value

@@ -1,9 +1,8 @@
 """The same rows through several solvers: objective, lower bound, gap, status, seconds.
 
-A job is one row through one solver. Jobs run under joblib, so `joblib.parallel_config` sends them to
-threads, processes, Dask or Ray unchanged. With an `output` file (JSON lines) every finished job is
-written at once, its solution into the folder `<output>.rows`. A later run verifies that solution and skips
-the job; a job whose solution is missing, or does not hold, runs again.
+A job is one row through one solver. Jobs run under joblib, so `joblib.parallel_config` sends them to threads,
+processes, Dask or Ray. With an `output` of JSON lines every finished job is written at once, its solution
+into the folder `<output>.rows`; a later run verifies that solution and skips the job.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.core.units import excess_of
 from maskopt.errors import MaskoptError, OptionError
 from maskopt.experiments.jobs import as_they_finish, job_key
-from maskopt.experiments.kept import Kept
-from maskopt.experiments.record_file import RecordFile
+from maskopt.experiments.store import Store
 from maskopt.instances.formats import load_problem
 from maskopt.protocol.solution import Solution, Status, is_bounded
 from maskopt.protocol.solver import Solver, make_solver, solve
@@ -32,14 +30,13 @@ from maskopt.protocol.solver import Solver, make_solver, solve
 
 @dataclass(frozen=True)
 class Record:
-    """What one solver said about one row.
+    """The answer of one solver for one row.
 
-    `objective` and `lower_bound` are costs, as the problem has them; `value` and `value_bound` are the same
-    in the units of whoever posed it (`RowProblem.posed`), of which `gap` and `excess` are parts. `gap` is by
-    the solver's own bound; `excess` is how much worse than the optimum where some solver of the comparison
-    proved it, else NaN;
-    `trusted` is the exact solver whose bound nothing proves here, empty where the bound can be checked;
-    `trace` is what else the solver has to tell (`maskopt.protocol.trace`), columns of their own in a file.
+    `value` and `value_bound` are `objective` and `lower_bound` in the problem's own units
+    (`RowProblem.posed`),
+    `gap` and `excess` parts of the value: `gap` by the solver's own bound, `excess` over the optimum where a
+    solver of the comparison proved it, else NaN. `trusted` is the exact solver whose bound nothing proves,
+    `trace` the rest (`maskopt.protocol.trace`), with columns of its own in a file.
     """
 
     instance: str
@@ -99,15 +96,8 @@ def check_rows(rows: int | None) -> None:
 def draw_rows(
     layer: LayerProblem, rows: int | None, columns: int | None, *, seed: Sequence[int]
 ) -> list[tuple[int, np.ndarray | None]]:
-    """Which rows of a layer, ascending, and which inputs of each.
-
-    Args:
-        rows: how many, as `check_rows` allows them; all where the layer has no more.
-        columns: how many inputs, drawn per row; None, or no fewer than the layer has: all.
-
-    Returns:
-        (row, inputs), the inputs [columns] ascending, None where they are all.
-    """
+    """Random rows of a layer (None: all) with `columns` random inputs each: (row, inputs), both ascending,
+    inputs None where they are all."""
     rng = np.random.default_rng(seed)
     count = layer.rows if rows is None else min(rows, layer.rows)
     chosen = np.sort(rng.choice(layer.rows, size=count, replace=False))
@@ -129,17 +119,14 @@ def compare(
     """Every row through every solver.
 
     Args:
-        rows: the instances, `sample_rows` makes them.
+        rows: the instances, for example of `sample_rows`.
         solvers: names or values such as `Swap()`, none of them twice, or name → options (`start`,
-            `time_limit`, `seed`, … among them, which go before those for all).
+            `time_limit`, `seed`, … among them, which override those for all).
         time_limit: seconds a row, its start included.
         seed: of everything random.
-        jobs: joblib's n_jobs, as many rows at a time; None: what a `joblib.parallel_config` around the call
-            says, which may name a cluster's backend (Dask, Ray), else one.
-        output: `.jsonl` grows as jobs finish and makes the run resumable (jobs are known by their
-            data, solver and options; what else the file holds stays in it). The solutions lie in the
-            folder `<output>.rows`, and only a verified one spares its job. `.csv` and `.parquet` are
-            written at the end.
+        jobs: joblib's n_jobs, as many rows at a time; None: that of a `joblib.parallel_config` around the
+            call, which may name a cluster's backend (Dask, Ray), else one.
+        output: a `.jsonl` makes the run resumable; `.csv` and `.parquet` are written at the end.
         on_progress: called with (finished jobs, jobs).
 
     Returns:
@@ -152,36 +139,30 @@ def compare(
     jobs_by_name = _jobs_by_name(solvers, Limits(seconds=time_limit, seed=seed))
     if not jobs_by_name:
         raise OptionError("name at least one solver")
-    file = RecordFile(output, Record) if output is not None else None
-    jobs_wanted = [
-        (job_key(row, name, job.solver, job.start, job.limits), row, name)
-        for row in rows
+    store = Store(output, Record)
+    wanted = {
+        (position, name): (job_key(row, name, job.solver, job.start, job.limits), row)
+        for position, row in enumerate(rows)
         for name, job in jobs_by_name.items()
-    ]
-    wanted = {key: (row, name) for key, row, name in jobs_wanted}
-    kept = Kept(file.path if file is not None and file.grows else None)
+    }
     finished: dict[str, Record] = {}
-    held = file.held() if file is not None else {}
-    for key in wanted.keys() & held.keys():
-        row, name = wanted[key]
-        solution = kept.read(key, row, _required(jobs_by_name[name].solver))
-        if solution is not None:
-            finished[key] = _record(row, name, jobs_by_name[name], key, solution)
-    missing = {key: job for key, job in wanted.items() if key not in finished}
-    calls = [
-        delayed(_solved)(row, name, jobs_by_name[name], key) for key, (row, name) in missing.items()
-    ]
-    for record, solution in as_they_finish(calls, jobs):
+    missing: dict[str, Any] = {}
+    held = store.records()
+    for (_, name), (key, row) in wanted.items():
+        job = jobs_by_name[name]
+        found = store.solution(key, row, _required(job.solver)) if key in held else None
+        if found is not None:
+            finished[key] = _record(row, name, job, key, found)
+        else:
+            missing[key] = delayed(_solved)(row, name, job, key)
+    count = len(finished) + len(missing)
+    for record, solution in as_they_finish(list(missing.values()), jobs):
         finished[record.key] = record
-        if solution is not None:
-            kept.write(record.key, solution)
-        if file is not None:
-            file.append(record)
+        store.add(record.key, solution, record)
         if on_progress is not None:
-            on_progress(len(finished), len(wanted))
-    records = _with_excess([finished[key] for key, _, _ in jobs_wanted], len(jobs_by_name))
-    if file is not None:
-        file.finish(records)
+            on_progress(len(finished), count)
+    records = _with_excess([finished[key] for key, _ in wanted.values()], len(jobs_by_name))
+    store.finish(records)
     return records
 
 
@@ -199,22 +180,19 @@ def _jobs_by_name(
 ) -> dict[str, _Job]:
     """Every solver made, its options checked, before anything runs."""
     if not isinstance(solvers, Mapping):
-        made = [make_solver(solver) for solver in solvers]
-        names = [solver.name for solver in made]
-        for name in names:
-            if names.count(name) > 1:
-                # records know their solver by its name alone
+        found: dict[str, _Job] = {}
+        for solver in map(make_solver, solvers):
+            if solver.name in found:  # records know their solver by its name alone
                 raise OptionError(
-                    f"solver {name!r} is given twice; run compare once for each of its settings"
+                    f"solver {solver.name!r} is given twice; run compare once for each of its settings"
                 )
-        return {solver.name: _Job(solver, None, limits) for solver in made}
+            found[solver.name] = _Job(solver, None, limits)
+        return found
     jobs = {}
     for name, options in solvers.items():
-        given = dict(options)
-        start = given.pop("start", None)
-        shared = {KEYWORDS[k]: v for k, v in given.items() if k in KEYWORDS}
-        own = {k: v for k, v in given.items() if k not in KEYWORDS}
-        jobs[name] = _Job(make_solver(name, **own), start, replace(limits, **shared))
+        own = {k: v for k, v in options.items() if k not in KEYWORDS and k != "start"}
+        shared = {KEYWORDS[k]: v for k, v in options.items() if k in KEYWORDS}
+        jobs[name] = _Job(make_solver(name, **own), options.get("start"), replace(limits, **shared))
     return jobs
 
 
@@ -278,5 +256,4 @@ def load_instances(
     paths: Iterable[str | os.PathLike[str]], cardinality: int | None = None
 ) -> list[LayerProblem]:
     """Files of `maskopt.instances.formats`, layers or rows, as layers."""
-    found = [load_problem(path, cardinality) for path in paths]
-    return [p.as_layer() if isinstance(p, RowProblem) else p for p in found]
+    return [load_problem(path, cardinality).as_layer() for path in paths]

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from joblib import Parallel, effective_n_jobs
 from joblib.parallel import get_active_backend
-from torch import Tensor
 
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
@@ -32,45 +31,29 @@ BATCH = 64
 
 
 def workers(jobs: int | None) -> int:
-    """How many jobs run side by side.
-
-    Args:
-        jobs: joblib's n_jobs; None: what a `joblib.parallel_config` says, else one.
-
-    Raises:
-        OptionError: 0, which joblib has no meaning for.
-    """
+    """How many jobs run at a time, of joblib's n_jobs (None: of its `parallel_config`); OptionError for 0."""
     if jobs == 0:
         raise OptionError("`jobs` is at least 1, or −1 for one a core")
     return int(effective_n_jobs(jobs))
 
 
 def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
-    """What `joblib.delayed` calls return, in whatever order they end.
-
-    Raises:
-        OptionError: as `workers`.
-        SolverError: a worker process was killed.
-    """
+    """What `joblib.delayed` calls return, as they end; SolverError where a worker process was killed."""
     workers(jobs)
+    here = os.getpid()
+    calls = [(_job, (here, function, *given), named) for function, given, named in calls]
+    backend, _ = get_active_backend()
     try:
-        yield from _as_they_finish(calls, jobs)
+        if backend.supports_return_generator:
+            yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+            return
+        for first in range(0, len(calls), BATCH):  # Ray returns none before all are finished
+            yield from Parallel(n_jobs=jobs)(calls[first : first + BATCH])
     except BrokenProcessPool:
         raise SolverError(
             "a worker process was killed, in most cases for want of memory; run fewer of them at a time, "
             "such as `jobs` 1"
         ) from None
-
-
-def _as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
-    here = os.getpid()
-    calls = [(_job, (here, function, *given), named) for function, given, named in calls]
-    backend, _ = get_active_backend()
-    if backend.supports_return_generator:
-        yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
-        return
-    for first in range(0, len(calls), BATCH):  # of Ray's results none come before all are there
-        yield from Parallel(n_jobs=jobs)(calls[first : first + BATCH])
 
 
 def _job(asker: int, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
@@ -82,8 +65,8 @@ def _job(asker: int, function: Callable[..., Any], *given: Any, **named: Any) ->
 
 @functools.cache
 def _end_with(parent: int) -> None:
-    """End this process of joblib's when its parent has ended: one that was killed stops nobody, and a search
-    without a limit would go on for days. Looks every second, once for all jobs of the process."""
+    """End this process of joblib's when its parent has ended: a parent that was killed stops no worker, and a
+    search without a limit would go on for days."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -94,12 +77,7 @@ def _end_with(parent: int) -> None:
 
 
 def job_key(row: RowProblem, name: str, solver: Solver, start: Any, limits: Limits) -> str:
-    """The same for the same job, and for no other.
-
-    Args:
-        name: of the solver, as it is to be told.
-        start: of the solver: by name, as a value, or a mask.
-    """
+    """Of a job: its row, the solver under its name, its start (a name, a value or a mask) and its limits."""
     digest = digest_of(row.as_layer(), 0)
     of_limits = [limits.seconds, limits.memory, limits.seed]
     text = [str(row.pattern), row.name, name, repr(solver), of_limits, _start_text(start)]
@@ -108,29 +86,25 @@ def job_key(row: RowProblem, name: str, solver: Solver, start: Any, limits: Limi
 
 
 def digest_of(problem: LayerProblem, row: int) -> hashlib._Hash:
-    """Of everything that a row's problem is but its pattern and its name. What most problems lack is left
-    out where it is not there, so that files of earlier versions are taken up again."""
+    """Of everything that a row's problem is but its pattern and its name."""
     digest = hashlib.sha256()
-    tensors = [problem.weight[row].double(), problem.gram.double()]
-    if problem.linear is not None:
-        tensors += [problem.linear.correlation[row], problem.linear.constant[row]]
-    for tensor in tensors:
-        digest.update(tensor.cpu().numpy().tobytes())
-    if problem.refit is not None:
-        digest.update(repr(problem.refit).encode())
-    for name in ("mean", "variance", "integral", "units"):
-        value = getattr(problem, name)
-        if value is not None and value is not False:
-            said = (
-                value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
-            )
-            digest.update(name.encode() + said)
+    tensors = {
+        "weight": problem.weight[row].double(),
+        "gram": problem.gram.double(),
+        "correlation": problem.correlation[row],
+        "constant": problem.constant[row],
+        "mean": problem.mean,
+        "variance": problem.variance,
+    }
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    digest.update(repr([problem.refit, problem.integral, problem.units]).encode())
     return digest
 
 
 def _start_text(start: Any) -> str:
-    """A start in a job's key: by name or as a value what it reads as; a mask by all of its entries, of
-    which str() leaves most out where there are many."""
+    """A start in a job's key; a mask by all of its entries, most of which str() leaves out."""
     if isinstance(start, torch.Tensor) and start.dtype == torch.bool:
         start = start.cpu().numpy()
     if not isinstance(start, np.ndarray):

@@ -1,7 +1,7 @@
 """Optima with their proofs, each row a job of its own: on this machine, or on as many as joblib reaches.
 
-Every proven row is kept in a file until all rows are done. An interrupted proof verifies these files and goes
-on with the other rows, and a lost worker costs its own rows alone.
+Every proven row is kept in a file until all rows are done; an interrupted proof verifies these files and
+continues.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError
 from maskopt.experiments.jobs import as_they_finish, job_key, workers
-from maskopt.experiments.kept import Kept
+from maskopt.experiments.store import Store
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import Solver, make_solver, solve
 
@@ -44,13 +43,12 @@ def prove(
             prove(LayerProblem.load("layer.npz"), "proof.npz")
 
     Args:
-        output: file for masks and trees, .npz, as `maskopt verify` takes it; finished rows lie in the folder
-            of that name with `.rows` at its end until all are there.
+        output: .npz for masks and trees, as `maskopt verify` takes it; until all rows are done, finished ones
+            are in the folder `<output>.rows`.
         start: as for `solve`: a solver, a mask [rows, n], or None.
-        limits: the seconds are of all rows, each of which has its share of them. Its listener hears of a row
-            alone.
+        limits: the seconds are shared by all rows; the listener is that of a single row.
         jobs: as for `maskopt.experiments.compare.compare`.
-        on_progress: called with (rows that are done, rows).
+        on_progress: called with (finished rows, rows).
         options: of the solver `branch`.
 
     Returns:
@@ -60,7 +58,7 @@ def prove(
         MaskoptError: options or a start that will not do, before anything runs.
     """
     backend = make_solver(BRANCH, **{**options, "proof": True})
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    layer = problem.as_layer()
     if layer.pooled or layer.refit is not None:
         raise OptionError("proofs are of rows with an equal count and unchanged weights")
     if isinstance(start, str | Solver):
@@ -70,31 +68,30 @@ def prove(
     limits, jobs = limits or Limits(), 1 if layer.rows == 1 else jobs
     rows = [layer.row(index) for index in range(layer.rows)]
     starts = [_start_of(start, index) for index in range(layer.rows)]
-    kept = Kept(None if output is None else Path(output))
+    store = Store(output, None)
     # what is proven stays so, however long it may take and however many workers share the time
     untimed = replace(limits, seconds=None)
     keys = [job_key(r, BRANCH, backend, s, untimed) for r, s in zip(rows, starts, strict=True)]
     limits = _of_a_row(limits, layer.rows, jobs)
     found: dict[str, Solution] = {}
-    for key, row in zip(keys, rows, strict=True):
-        solution = kept.read(key, row, "checked")
+    missing: dict[str, Any] = {}
+    for key, row, begin in zip(keys, rows, starts, strict=True):
+        solution = store.solution(key, row)
         if solution is not None and solution.status[0] is Status.OPTIMAL:
             found[key] = solution
-    wanted = {k: (r, s) for k, r, s in zip(keys, rows, starts, strict=True) if k not in found}
-    calls = [
-        delayed(_proven)(key, row, backend, begin, limits) for key, (row, begin) in wanted.items()
-    ]
-    for key, solution in as_they_finish(calls, jobs):
+        else:
+            missing[key] = delayed(_proven)(key, row, backend, begin, limits)
+    for key, solution in as_they_finish(list(missing.values()), jobs):
         found[key] = solution
         if solution.status[0] is Status.OPTIMAL:
-            kept.write(key, solution)
+            store.add(key, solution)
         if on_progress is not None:
             on_progress(len(found), len(set(keys)))
     certificate = _certificate(layer, [found[key] for key in keys])
     joined = Solution.joined([found[key] for key in keys], certificate)
     if output is not None:
         joined.save(output)
-    kept.remove()
+    store.remove_solutions()
     return joined
 
 
@@ -108,14 +105,12 @@ def _of_a_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
 
 
 def _certificate(layer: LayerProblem, rows: Sequence[Solution]) -> Certificate | None:
-    """Of all rows: of one that has none, that f ≥ 0."""
-    if all(row.certificate is None for row in rows):
-        return None
+    """Of all rows; that f ≥ 0 of a row that has none."""
     nothing = Certificate.box(layer, torch.zeros_like(layer.weight, dtype=torch.float64))
     own = [row.certificate for row in rows]
-    return Certificate.stack(
-        one if isinstance(one, Certificate) else nothing.take([at]) for at, one in enumerate(own)
-    )
+    if all(one is None for one in own):
+        return None
+    return Certificate.stack(one or nothing.take([at]) for at, one in enumerate(own))
 
 
 def _start_of(start: Any, row: int) -> Any:

@@ -20,9 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from maskopt.core.files import atomic_write
-from maskopt.core.instance_file import instance_kind
 from maskopt.core.pattern import Unstructured
-from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.problem import LayerProblem, RowProblem, load_npz
 from maskopt.core.units import check_size
 from maskopt.errors import ProblemError
 from maskopt.instances.qplib import read_qplib, write_qplib
@@ -40,8 +39,7 @@ def load_problem(
         cardinality: how many are chosen, where the file does not say (`.mc`).
 
     Raises:
-        ProblemError: no such file, not an instance, not a sound one, or one that is no choice of a set of
-            given size.
+        ProblemError: no such file, or no instance that chooses a set of given size.
     """
     ending = Path(path).suffix.lower()
     if ending not in _READERS:
@@ -52,8 +50,7 @@ def load_problem(
         if ending and ending != ".npz":
             known = ", ".join((".npz", *_READERS))
             raise ProblemError(f"{path}: no known format by its ending; one of {known}")
-        layer = instance_kind(path) == "layer"
-        return LayerProblem.load(path) if layer else RowProblem.load(path)
+        return load_npz(path)
     if cardinality is not None and ending not in (".mc", ".rudy"):
         raise ProblemError(f"{path}: the file says how many are chosen; leave `cardinality` out")
     try:

@@ -6,8 +6,6 @@ coefficient of x_i x_j, one on it twice that of x_i².
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from maskopt.core.problem import RowProblem
@@ -104,13 +102,8 @@ class _Words:
     """The words of a file, comments left out."""
 
     def __init__(self, text: str) -> None:
-        self._words = self._split(text)
-
-    @staticmethod
-    def _split(text: str) -> Iterator[str]:
-        for line in text.splitlines():
-            if not line.lstrip().startswith(("!", "%")):
-                yield from line.partition("#")[0].split()
+        lines = (x for x in text.splitlines() if not x.lstrip().startswith(("!", "%")))
+        self._words = (word for line in lines for word in line.partition("#")[0].split())
 
     def next(self) -> str:
         word = next(self._words, None)

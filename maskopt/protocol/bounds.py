@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.certificates.refit_certificate import AnyCertificate
+from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import check_options
 from maskopt.core.limits import Limits, torch_threads
 from maskopt.core.problem import LayerProblem, RowProblem
@@ -22,7 +22,7 @@ from maskopt.errors import SolverError
 from maskopt.protocol.registry import Registry
 from maskopt.protocol.solution import relative_gap
 from maskopt.protocol.solver import limits_of
-from maskopt.protocol.trace import BoundTrace
+from maskopt.protocol.trace import Trace
 
 ENTRY_POINT_GROUP = "maskopt.bounds"
 
@@ -32,21 +32,20 @@ class Bound:
     """A certified lower bound of every row.
 
     Attributes:
-        value: float64 [rows]; no legal mask of the row costs less. Recomputed from the certificate
-            by the problem's own check, never taken from the method. Of rows that trade it is one bound of
-            Σ ωᵣ fᵣ, as equal parts of it.
-        certificate: what `verify` re-checks; hand it to `Solution.of(certificate=…)`.
+        value: float64 [rows], no legal mask of the row costs less; computed by the check of the
+            certificate. With a shared budget it is one bound of Σ ωᵣ fᵣ, in equal parts.
+        certificate: for `Solution.of(certificate=…)`, and checked by `verify`.
         method: its name.
         seconds: wall-clock time of all rows together.
         trace: how it was found.
-        omega: float64 [rows], what rows count where they trade; None: they do not.
+        omega: float64 [rows], ω of a shared budget; None without one.
     """
 
     value: Float[Tensor, " rows"]
-    certificate: AnyCertificate
+    certificate: Certificate
     method: str = ""
     seconds: float = math.nan
-    trace: BoundTrace = field(default_factory=BoundTrace)
+    trace: Trace = field(default_factory=Trace)
     omega: Float[Tensor, " rows"] | None = None
 
     def __repr__(self) -> str:
@@ -55,8 +54,7 @@ class Bound:
         return f"Bound({self.method}, rows={len(self.value)}, value={total:.6g} in all, {self.seconds:.3g} s)"
 
     def gap(self, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """(objective − bound)/objective per row; 0 where the objective is 0. Of rows that trade that of the
-        layer, the same for all."""
+        """`relative_gap` per row; with a shared budget that of the layer, for all rows."""
         if self.omega is not None:
             sums = [(self.omega @ x.to(self.omega)).expand(len(x)) for x in (objective, self.value)]
             return relative_gap(*sums)
@@ -70,8 +68,8 @@ class BoundMethod(Protocol):
     Attributes:
         name: in the registry.
         largest_n: rows of more inputs are refused; None: any.
-        pooled: it bounds layers whose rows trade, too.
-        refit: it bounds F of problems with `refit`, and nothing else.
+        pooled: it bounds shared budgets, too.
+        refit: it bounds F, and nothing else.
         note: one line for lists.
     """
 
@@ -89,7 +87,7 @@ class BoundMethod(Protocol):
         """Why the method cannot run here, or None."""
         return None
 
-    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[AnyCertificate, BoundTrace]:
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         """A certificate for every row, and how it was found. The clock of `limits` is running."""
         ...
 
@@ -118,18 +116,16 @@ def lower_bound(
 
     Args:
         problem: a layer or a row (then rows = 1).
-        method: a value such as `Sdp(cuts=8)`, or a name: `box`, `shift`, `sdp`, `sdp-conic`, of refitted
-            weights `perspective`, or what
-            another distribution registers under the entry-point group `maskopt.bounds`.
+        method: a value such as `SdpBound(cuts=8)`, or a name: `box`, `shift`, `sdp`, `sdp-conic`, of updated
+            weights `perspective`, or another one of the entry-point group `maskopt.bounds`.
         limits: for all rows together; what is reached when the time is over is certified.
-        options: of the method, where it is named; and `time_limit`, `memory_limit`, `threads`, `seed`,
-            `on_progress` in place of `limits`.
+        options: of the method, where it is named, and keywords in place of `limits`, as for `solve`.
 
     Raises:
         MaskoptError: an unknown or unavailable method, an option that it does not have, more inputs
             than it takes.
     """
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    layer = problem.as_layer()
     limits, own = limits_of(limits, options)
     maker = make_bound(method, **own)
     if layer.refit is not None and not maker.refit:
@@ -162,17 +158,13 @@ def lower_bound(
 
 
 def make_bound(method: BoundMethod | str, **options: Any) -> BoundMethod:
-    """The method, ready to run: by name with options, or a value as it is.
-
-    Raises:
-        MaskoptError: an unknown or unavailable method, an option that it does not have.
-    """
+    """The method, ready to run: by name with options, or a value unchanged; errors as of `lower_bound`."""
     maker: BoundMethod = REGISTRY.make(method, options)
     return maker
 
 
 def available_bounds() -> dict[str, BoundInfo]:
-    """Every registered method by name, and why it is unavailable, if it is."""
+    """Every registered method by name."""
     return {
         name: BoundInfo(name, getattr(kind, "largest_n", None), getattr(kind, "note", ""), reason)
         for name, (kind, reason) in REGISTRY.reasons().items()

@@ -20,13 +20,7 @@ from maskopt.errors import (
 
 
 class Registry:
-    """The classes of one entry-point group.
-
-    Args:
-        group: of the entry points.
-        what: how messages call a member: `solver`, `bound`.
-        protocol: what an instance of a member must satisfy.
-    """
+    """The classes of one entry-point group, whose instances satisfy a protocol; messages call them `what`."""
 
     def __init__(self, group: str, what: str, protocol: type) -> None:
         self.group, self.what, self.protocol = group, what, protocol
@@ -36,12 +30,8 @@ class Registry:
         return sorted(_points(self.group))
 
     def find(self, name: str) -> type[Any]:
-        """The class of that name.
-
-        Raises:
-            UnknownSolverError: no such name (near names are given).
-            SolverUnavailableError: it cannot be imported, or is none of this kind.
-        """
+        """The class of that name; UnknownSolverError, or SolverUnavailableError where it cannot be imported
+        or is of another kind."""
         points = _points(self.group)
         if name not in points:
             raise UnknownSolverError(f"unknown {self.what} {name!r}{near(name, points)}")
@@ -51,12 +41,8 @@ class Registry:
         return self._loaded[point]
 
     def make(self, member: Any, options: Mapping[str, Any]) -> Any:
-        """A member ready to run: by name with options, or a value as it is.
-
-        Raises:
-            UnknownSolverError, SolverUnavailableError: no such name, or it cannot run here.
-            OptionError: an option that it does not have, or a value that the option cannot take.
-        """
+        """A member ready to run, by name with options, or a value unchanged; errors as of `find`,
+        OptionError for an option that it does not have or a value that the option cannot take."""
         if isinstance(member, str):
             kind = self._available(self.find(member))
             # a callback is nothing that anybody mistypes
@@ -111,7 +97,7 @@ class Registry:
 
 
 def missing_package(package: str, install: str) -> str | None:
-    """For `unavailable`: that a backend's package is not installed, and what installs it; None: it is."""
+    """For `unavailable`: that a package is not installed, and what installs it; None: it is."""
     if importlib.util.find_spec(package) is None:
         return f"the package {package} is not installed; pip install {install}"
     return None

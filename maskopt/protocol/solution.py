@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -13,24 +13,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.certificates.proof import Proof
-from maskopt.certificates.refit_certificate import AnyCertificate, restored, stored
-from maskopt.core.files import read_arrays, write_arrays
+from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.proof import Proof, RowProof
+from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arrays
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, ProblemError
-from maskopt.protocol.trace import Trace, trace_arrays, trace_from
+from maskopt.protocol.trace import Trace
 
 
 class Status(StrEnum):
     """What is proven about one row's mask."""
 
     OPTIMAL = "optimal"
-    """No legal mask is better by more than `optimal_slack`: OPTIMAL_TOLERANCE of the objective, or of the
-    value that it has in the units in which the problem was posed, and what float64 can lose of the sum. Of an
-    integral problem no legal mask is better at all."""
+    """No legal mask is better by more than `optimal_slack`; of an integral problem none is better at all."""
     SWAP_OPTIMAL = "swap-optimal"
-    """No legal 1-swap lowers the objective by more than `swap_threshold`; and of rows that trade, no exchange
-    between two of them the layer's sum by more than that of both."""
+    """No legal 1-swap lowers the objective by more than `swap_threshold`; with a shared budget no swap
+    between two rows lowers the layer's sum by more than that of both."""
     FEASIBLE = "feasible"
     """The mask is legal; nothing else is claimed."""
 
@@ -39,7 +37,7 @@ class Status(StrEnum):
 SWAP_TOLERANCE = 1e-6
 #: … or up to this part of Σⱼ wⱼ²Gⱼⱼ, the float64 rounding of the terms of a swap
 SWAP_FLOOR = 1e-13
-#: … or of refitted weights so much, of systems that are solved
+#: … or of updated weights up to this part, the rounding of systems that are solved
 REFIT_FLOOR = 1e-10
 #: OPTIMAL holds up to this part of the row's objective (feasibility tolerances of exact solvers)
 OPTIMAL_TOLERANCE = 1e-6
@@ -48,9 +46,8 @@ _NOISE = 1e-6
 
 
 def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """What tolerances are a part of: the objective; or where the problem was posed in other units, the size
-    of the value, if that is less. A penalty of a million in U makes f, which has the shift in it, so much
-    larger than what it is about."""
+    """What tolerances are relative to: the objective, or the size of the value in the problem's own units if
+    that is less, since a large penalty in U makes f, which includes the shift, much larger."""
     if layer.units is None:
         return objective
     zero = layer.units.zero(layer.pruned // layer.rows)
@@ -60,9 +57,8 @@ def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Ten
 def optimal_slack(
     layer: LayerProblem, mask: Bool[Tensor, "rows n"], objective: Float[Tensor, " rows"]
 ) -> Float[Tensor, " rows"]:
-    """How far the bound of an OPTIMAL row may be below its objective, float64 [rows]: a part of its size, and
-    (where that is next to nothing) what float64 can lose of the mask's sum, `LayerProblem.rounding`. 0 for an
-    integral problem, whose sums are exact."""
+    """How far the bound of an OPTIMAL row may be below its objective, float64 [rows]: a part of its size,
+    and of tiny objectives `LayerProblem.rounding`; 0 for an integral problem, whose sums are exact."""
     if layer.integral:
         return torch.zeros_like(objective)
     slack = OPTIMAL_TOLERANCE * size_of(layer, objective)
@@ -82,8 +78,8 @@ def swap_threshold(
 ) -> Float[Tensor, " rows"]:
     """The least decrease that counts as an improving swap, float64 [rows].
 
-    Relative to the objective, with a floor where the objective is nothing but rounding: then a swap
-    cannot be told from noise. Both terms scale with w² and with G, so the definition has no units.
+    Relative to the objective, with a floor where the objective is nothing but rounding. Both terms scale
+    with w² and with G, so the definition has no units.
     """
     return tolerance * objective + (REFIT_FLOOR if refit else SWAP_FLOOR) * diagonal_mass
 
@@ -91,14 +87,13 @@ def swap_threshold(
 def relative_gap(
     objective: Float[Tensor, " rows"], lower_bound: Float[Tensor, " rows"]
 ) -> Float[Tensor, " rows"]:
-    """(objective − lower_bound)/objective per row; 0 where the objective is 0."""
-    safe = torch.where(objective > 0, objective, 1.0)
-    return torch.where(objective > 0, (objective - lower_bound) / safe, 0.0)
+    """(objective − lower_bound)/objective per row; 0 where the objective is 0, NaN where it is not finite."""
+    gap = (objective - lower_bound) / objective.where(objective != 0, 1.0)
+    return gap.masked_fill(objective <= 0, 0.0)
 
 
 def is_bounded(objective: float, lower_bound: float, status: str = "") -> bool:
-    """Does a lower bound say anything? 0 holds for every objective: it says something where the objective is
-    0, too, or proven."""
+    """Whether a lower bound says anything: it is above 0, or the objective is 0 or proven."""
     return lower_bound > 0 or objective == 0 or status == Status.OPTIMAL
 
 
@@ -108,21 +103,19 @@ class Solution:
 
     Attributes:
         mask: bool [rows, n], True = kept.
-        objective: float64 [rows], f of the mask on the given G, F of a problem with `refit`; where the solver
-            sets weights of its own, not those of least squares, what these cost, no less than F.
-        lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known. Of rows
-            that trade it is one bound of Σ ωᵣ fᵣ, shared out over the rows: Σ ωᵣ lower_boundᵣ.
+        objective: float64 [rows], f of the mask, F of a problem with `refit`, or the cost of `own` weights.
+        lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known. With a
+            shared budget Σ ωᵣ lower_boundᵣ is one bound of the sum.
         status: per row OPTIMAL, SWAP_OPTIMAL or FEASIBLE.
         solver: name of the solver that answered.
         seconds: wall-clock time of the solve, start included.
-        trace: what the solver has to tell, per row (`maskopt.protocol.trace`).
-        certificate: what proves the lower bounds to `verify`, where they can be re-checked.
+        trace: how the answer was found (`maskopt.protocol.trace`).
+        certificate: proves lower bounds to `verify`.
         proof: the trees of an exact search, which prove lower bounds to `verify`, too.
-        trusted: per row the exact solver whose bound nothing here proves, and its version, such as
+        trusted: per row the exact solver whose bound nothing here proves, with its version, such as
             `SCIP 10.0`; an empty text where the bound is proven. Empty altogether: all are.
-        weight: float64 [rows, n], the refitted weights where the solver has them at hand, which spares
-            `problem.weights(mask)`; or its own. Saved only where they are its own.
-        own: the weights are the solver's own.
+        weight: float64 [rows, n], updated weights where the solver has them; saved only with `own`.
+        own: the weights are the solver's own, not those of least squares.
     """
 
     mask: Bool[Tensor, "rows n"]
@@ -132,7 +125,7 @@ class Solution:
     solver: str = ""
     seconds: float = math.nan
     trace: Trace = field(default_factory=Trace)
-    certificate: AnyCertificate | None = None
+    certificate: Certificate | None = None
     trusted: tuple[str, ...] = ()
     weight: Float[Tensor, "rows n"] | None = None
     own: bool = False
@@ -140,8 +133,8 @@ class Solution:
 
     @property
     def gap(self) -> Float[Tensor, " rows"]:
-        """(objective − lower_bound) / objective per row, float64; 0 where the objective is 0. Of costs: of a
-        row that was posed in units of its own, `RowProblem.posed` has the gap of values."""
+        """(objective − lower_bound) / objective per row, float64; 0 where the objective is 0. For the gap
+        in the problem's own units see `RowProblem.posed`."""
         return relative_gap(self.objective, self.lower_bound)
 
     @classmethod
@@ -153,7 +146,7 @@ class Solution:
         status: Status | Sequence[Status] = Status.FEASIBLE,
         lower_bound: Float[Tensor, " rows"] | None = None,
         trace: Trace | None = None,
-        certificate: AnyCertificate | None = None,
+        certificate: Certificate | None = None,
         trusted: Sequence[str] = (),
         weight: Float[Tensor, "rows n"] | None = None,
         proof: Proof | None = None,
@@ -163,7 +156,7 @@ class Solution:
 
         A lower bound above the objective by rounding alone is cut back to it.
         """
-        layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+        layer = problem.as_layer()
         mask = mask.reshape(layer.weight.shape)
         own = weight is not None
         if weight is not None:
@@ -200,9 +193,7 @@ class Solution:
         )
 
     @classmethod
-    def joined(
-        cls, parts: Sequence[Solution], certificate: AnyCertificate | None = None
-    ) -> Solution:
+    def joined(cls, parts: Sequence[Solution], certificate: Certificate | None = None) -> Solution:
         """All rows of a layer, of one solver's solutions of its parts, in their order.
 
         Args:
@@ -241,18 +232,14 @@ class Solution:
         )
 
     def uninterrupted(self) -> Solution:
-        """Itself, for those that go on from it.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C ended its search; the best by then is not its answer.
-        """
+        """Itself; KeyboardInterrupt where Ctrl-C ended its search."""
         if self.trace.interrupted:
             raise KeyboardInterrupt
         return self
 
     def columns(self) -> dict[str, list[Any]]:
-        """One list a column, one entry a row: objective, bound, gap, status, the trusted solver, and
-        all of the trace that is one value a row."""
+        """Columns with one entry a row: objective, bound, gap, status, trusted solver, and those of the
+        trace."""
         rows = len(self.status)
         return {
             "objective": self.objective.tolist(),
@@ -264,11 +251,7 @@ class Solution:
         }
 
     def to_frame(self) -> Any:
-        """`columns` as a pandas.DataFrame, one line a row.
-
-        Raises:
-            OptionError: the package pandas is not installed.
-        """
+        """`columns` as a pandas.DataFrame; OptionError where pandas is not installed."""
         try:
             import pandas
         except ImportError:
@@ -279,28 +262,9 @@ class Solution:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside): masks, statuses, trace, and the proof."""
-        words, tensors = trace_arrays(self.trace)
-        arrays = {
-            "mask": self.mask.cpu().numpy(),
-            "objective": self.objective.cpu().numpy(),
-            "lower_bound": self.lower_bound.cpu().numpy(),
-            **{f"trace.{name}": value for name, value in tensors.items()},
-        }
-        if self.certificate is not None:
-            parts = stored(self.certificate)
-            arrays |= {f"certificate.{name}": value for name, value in parts.items()}
-        if self.proof is not None:
-            arrays |= {f"proof.{name}": value for name, value in self.proof.arrays().items()}
-        if self.own and self.weight is not None:
-            arrays["weight"] = self.weight.cpu().numpy()
-        header = {
-            "status": [str(status) for status in self.status],
-            "solver": self.solver,
-            "seconds": None if math.isnan(self.seconds) else self.seconds,
-            "trusted": list(self.trusted),
-            "trace": words,
-        }
-        write_arrays(path, "solution", header, arrays)
+        words, arrays = pack(replace(self, weight=self.weight if self.own else None))
+        seconds = None if math.isnan(self.seconds) else self.seconds
+        write_arrays(path, "solution", {**words, "seconds": seconds}, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Solution:
@@ -309,33 +273,28 @@ class Solution:
         Raises:
             ProblemError: no such file, or not a solution.
         """
-        header, arrays = read_arrays(path, "solution")
-
-        def under(prefix: str) -> dict[str, Any]:
-            return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
+        words, arrays = read_arrays(path, "solution")
         try:
-            certificate, proof = under("certificate."), under("proof.")
-            seconds = header["seconds"]
-            tensors = {k: torch.from_numpy(v) for k, v in under("trace.").items()}
-            trace = trace_from(header["trace"], tensors)
-            if {len(v) for v in trace.columns(len(arrays["mask"])).values()} - {
-                len(arrays["mask"])
-            }:
+            seconds, rows = words["seconds"], len(arrays["mask"])
+            trace = unpack(Trace, words, arrays, "trace")
+            if any(len(values) != rows for values in trace.columns(rows).values()):
                 raise ValueError("its trace is one of other rows")
-            return cls(
-                mask=torch.from_numpy(arrays["mask"]),
-                objective=torch.from_numpy(arrays["objective"]),
-                lower_bound=torch.from_numpy(arrays["lower_bound"]),
-                status=tuple(Status(word) for word in header["status"]),
-                solver=str(header["solver"]),
+            certified = "certificate.diagonal" in arrays
+            trees = unpack_rows(RowProof, words, arrays, "proof.rows", rows)
+            return unpack(
+                cls,
+                words,
+                arrays,
+                status=tuple(Status(word) for word in words["status"]),
+                solver=str(words["solver"]),
                 seconds=math.nan if seconds is None else float(seconds),
                 trace=trace,
-                certificate=restored(certificate, str(path)) if certificate else None,
-                trusted=tuple(str(word) for word in header["trusted"]),
-                weight=torch.from_numpy(arrays["weight"]) if "weight" in arrays else None,
+                certificate=Certificate.unpacked(words, arrays, "certificate")
+                if certified
+                else None,
+                trusted=tuple(str(word) for word in words["trusted"]),
                 own="weight" in arrays,
-                proof=Proof.restore(proof, len(arrays["mask"]), str(path)) if proof else None,
+                proof=None if trees is None else Proof(trees),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ProblemError(f"{path}: not a sound solution ({error})") from None

@@ -43,19 +43,15 @@ class Capabilities:
     """What a backend can do, as `maskopt solvers` lists it.
 
     Attributes:
-        start: `needed` (a mask to improve), `optional` (a mask that the answer is never worse than),
-            or `ignored`.
-        default_start: the solver that makes the start where a needed one is not given.
+        start: `needed` (a mask to improve), `optional` (the answer is never worse than it), or `ignored`.
+        default_start: the solver that makes a needed start.
         proves: the best status that it can give.
         largest_n: rows of more inputs are refused; None: any.
-        refit: it answers problems with `refit` too: by their objective F, or by a score that looks at no
-            objective.
-        pooled: it answers layers whose rows trade.
-        limited: and such whose pattern has a `max_deviation`, so that rows have limits.
-        apart: unless rows trade, each row is answered as if it were alone, or with those of its tile of 128
-            (of a part of that), whatever other rows there are.
-        trusted: of an exact solver, the names that `Solution.trusted` gives with a version for bounds that
-            nothing else proves: `SCIP` of `SCIP 10.0`.
+        refit: it answers problems of updated weights, too: by F, or by a score that ignores the objective.
+        pooled: it answers layers with a shared budget.
+        limited: it holds the `max_deviation` of a shared budget.
+        apart: without a shared budget, the answer of a row depends at most on rows of the same tile of 128.
+        trusted: of an exact solver, the names in `Solution.trusted` for bounds that nothing else proves.
         note: one line.
     """
 
@@ -92,17 +88,15 @@ class Solver(Protocol):
         return None
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
-        """The same solver where its mask is the start of another one, which proves and improves anyway:
-        itself, or with less to do; and the problem that is put to it then, whose objective counts for
-        nothing: of weights as they are, where it can no other or its mask is the same."""
+        """The solver and the problem that make a start for another solver: with less to do, since the other
+        one improves and proves, and of unchanged weights where the mask is the same or F is not supported."""
         return self, layer if self.capabilities.refit else layer.refitting(None)
 
     def check_size(self, n: int, pattern: Pattern, *, refit: bool) -> None:
-        """Raise SolverError where rows of so many inputs are beyond it, or what is asked of their weights:
-        all that can be said before there are any numbers.
+        """Raise SolverError where rows of n inputs are too large, before there are any numbers.
 
         Args:
-            refit: of problems with refitted weights.
+            refit: for problems of updated weights.
         """
         largest = self.capabilities.largest_n
         if largest is not None and n > largest:
@@ -129,15 +123,7 @@ class WritesInstances(Protocol):
     def write_instance(
         self, row: RowProblem, path: str | os.PathLike[str], *, form: str, formulation: str
     ) -> None:
-        """Write one row, atomically.
-
-        Args:
-            form: of the file, such as `lp`.
-            formulation: of the objective, in the backend's own words.
-
-        Raises:
-            OptionError: a form or a formulation that the backend does not know.
-        """
+        """Write one row, atomically; OptionError for a form (such as `lp`) or formulation that it lacks."""
         ...
 
 
@@ -146,7 +132,7 @@ REGISTRY = Registry(ENTRY_POINT_GROUP, "solver", Solver)
 
 @dataclass(frozen=True)
 class SolverInfo:
-    """One line of `available_solvers()`; `kind` is the class, None where it cannot be loaded."""
+    """An entry of `available_solvers()`; `kind` is the class, None where it cannot be loaded."""
 
     name: str
     kind: type[Any] | None
@@ -159,7 +145,7 @@ class SolverInfo:
 
 
 def available_solvers() -> dict[str, SolverInfo]:
-    """Every registered backend by name, with what it can do and why it is unavailable, if it is."""
+    """Every registered backend by name."""
     return {
         name: SolverInfo(name, kind, kind.capabilities if kind else Capabilities(), reason)
         for name, (kind, reason) in REGISTRY.reasons().items()
@@ -182,14 +168,8 @@ def is_trusted(text: str) -> bool:
 
 
 def make_solver(solver: Solver | str, **options: Any) -> Solver:
-    """The solver, ready to run: by name with options, or a value as it is.
-
-    Raises:
-        UnknownSolverError: no such name (near names are given).
-        SolverUnavailableError: it cannot run here.
-        OptionError: an option that it does not have, or a value that the option cannot take.
-        SolverError: a class in place of a value.
-    """
+    """The solver, ready to run: by name with options, or a value unchanged; errors as of `Registry.make`, and
+    SolverError for a class in place of a value."""
     if isinstance(solver, type):
         raise SolverError(f"a solver is a value, not a class: write {solver.__name__}()")
     backend: Solver = REGISTRY.make(solver, options)
@@ -197,11 +177,8 @@ def make_solver(solver: Solver | str, **options: Any) -> Solver:
 
 
 def limits_of(limits: Limits | None, options: Mapping[str, Any]) -> tuple[Limits, dict[str, Any]]:
-    """Limits out of `limits` or of keywords such as `time_limit`, and the options that are left.
-
-    Raises:
-        OptionError: both, or a bad value.
-    """
+    """Limits out of `limits` or of keywords such as `time_limit`, and the other options; OptionError for
+    both, or for a bad value."""
     shared = {KEYWORDS[name]: value for name, value in options.items() if name in KEYWORDS}
     own = {name: value for name, value in options.items() if name not in KEYWORDS}
     if limits is not None and shared:
@@ -220,9 +197,7 @@ def solve(
 ) -> Solution:
     """Solve every row of a problem.
 
-        from maskopt import LayerProblem
-        from maskopt import Unstructured
-        from maskopt import solve
+        from maskopt import LayerProblem, Unstructured, solve
 
         problem = LayerProblem(weight, x.T @ x / len(x), Unstructured(sparsity=0.5))
         swapped = solve(problem)  # 1-swap search from Wanda's mask, proven 1-swap optimal
@@ -233,22 +208,19 @@ def solve(
         problem: a layer, or one row (the Solution then has rows = 1).
         solver: a value such as `Tabu(moves=500)`, or a name out of `available_solvers()`.
         start: a solver (value or name), a bool mask [rows, n] with True = kept, or a Solution for its mask;
-            None: the backend's own default (`default_start` of its capabilities, where it needs one). A
-            solver that ignores a start gets none.
+            None: the solver's own default. A solver that ignores a start gets none.
         limits: for start, search and bound together.
-        options: of the solver, where it is named (unknown ones are refused with near names); and
-            `time_limit` (seconds), `memory_limit` (bytes), `threads`, `seed`, `on_progress` in place
-            of `limits`.
+        options: of the solver, where it is named; and `time_limit` (seconds), `memory_limit` (bytes),
+            `threads`, `seed`, `on_progress` in place of `limits`.
 
     Returns:
-        A legal mask of every row, with its objective in float64, a lower bound where one is known, and what
-        the solver claims of it, which `verify` checks.
+        A legal mask of every row, its float64 objective, a lower bound where one is known, and a status.
 
     Raises:
-        MaskoptError: an unknown or unavailable solver, an option that it does not have, a start that
-            is no legal mask, a pattern, device or size that it does not do; a solver whose answer is none.
+        MaskoptError: an unknown or unavailable solver, an unknown option, an illegal start, a pattern,
+            device or size that the solver does not support; an answer that is no legal Solution.
     """
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
+    layer = problem.as_layer()
     limits, own = limits_of(limits, options)
     backend = make_solver(solver, **own)
     check_fit(backend, layer)
@@ -262,8 +234,7 @@ def solve(
 
 
 def _check_answer(backend: Solver, layer: LayerProblem, solution: Any) -> None:
-    """Raise SolverError for what is no solution, or holds masks that are not legal. What it claims of them is
-    for `verify`."""
+    """Raise SolverError for an answer that is no Solution, or whose mask is not legal."""
     if not isinstance(solution, Solution):
         raise SolverError(
             f"solver {backend.name!r} returned {type(solution).__name__}; return Solution.of(problem, mask)"
@@ -277,67 +248,52 @@ def _check_answer(backend: Solver, layer: LayerProblem, solution: Any) -> None:
 
 
 def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None = None) -> Solution:
-    """The start that `solver` makes for another one: of weights as they are, and of rows that prune alike,
-    where it can no other."""
+    """The start that `solver` makes for another one: for unchanged weights and equal counts where it supports
+    no others."""
     backend, asked = make_solver(solver).as_start(layer)
     limits = (limits or Limits()).quiet()
     if trades_as_asked(backend, layer.pattern):
         return solve(asked, backend, limits=limits).uninterrupted()
     began = time.perf_counter()
-    parts = [solve(part, backend, limits=limits).uninterrupted() for part in _alike(asked)]
-    mask = torch.cat([part.mask for part in parts])
+    each, more = divmod(asked.pruned, asked.rows)  # one entry more in the first rows
+    counts = [(each + 1, slice(0, more)), (each, slice(more, asked.rows))]
+    parts = [
+        asked.take(rows).under(Unstructured(keep=asked.n - count))
+        for count, rows in counts
+        if rows.start < rows.stop
+    ]
+    mask = torch.cat([solve(p, backend, limits=limits).uninterrupted().mask for p in parts])
     seconds = time.perf_counter() - began
     return replace(Solution.of(asked, mask), solver=backend.name, seconds=seconds)
 
 
 def trades_as_asked(backend: Solver, pattern: Pattern) -> bool:
-    """Whether rows trade in its answers, and within limits, where the pattern says so."""
+    """Whether the solver holds the pattern's shared budget, and its limits, where it has them."""
     can = backend.capabilities
     return not pattern.pooled or (can.pooled and (pattern.max_deviation is None or can.limited))
 
 
-def _alike(layer: LayerProblem) -> list[LayerProblem]:
-    """A layer whose rows trade as layers whose rows prune alike: one entry more where it does not divide."""
-    each, more = divmod(layer.pruned, layer.rows)
-    parts = ((slice(0, more), each + 1), (slice(more, None), each))
-    return [
-        layer.take(rows).under(Unstructured(keep=layer.n - count))
-        for rows, count in parts
-        if len(layer.weight[rows])
-    ]
-
-
 def _start_mask(backend: Solver, layer: LayerProblem, start: Any, limits: Limits) -> Tensor | None:
     needs = backend.capabilities.start
-    if isinstance(start, Solution):
-        start = start.mask
-    if needs == "ignored":
-        _check_start(layer, start)
-        return None
-    if start is None:
-        if needs == "optional":
-            return None
+    start = start.mask if isinstance(start, Solution) else start
+    if start is None and needs == "needed":
         start = backend.capabilities.default_start
         if start is None:
             raise WarmStartError(f"solver {backend.name!r} needs a start: pass start=…")
-    if not isinstance(start, str | Solver):
-        return _check_start(layer, start)
-    maker = make_solver(start)
-    if maker.name == backend.name:
-        raise WarmStartError(f"solver {backend.name!r} cannot be its own start")
-    return make_start(layer, maker, limits).mask
-
-
-def _check_start(layer: LayerProblem, start: Any) -> Tensor | None:
-    """The mask that was given, where it is one; raises for what could be no start of any solver."""
-    if start is None or isinstance(start, str | Solver):
-        if start is not None:
-            make_solver(start)
+    if start is None:
         return None
+    if isinstance(start, str | Solver):
+        maker = make_solver(start)
+        if needs == "ignored":
+            return None
+        if maker.name == backend.name:
+            raise WarmStartError(f"solver {backend.name!r} cannot be its own start")
+        return make_start(layer, maker, limits).mask
     try:
-        return layer.check_mask(start, "start")
+        mask = layer.check_mask(start, "start")
     except (TypeError, ValueError, RuntimeError) as error:
         raise WarmStartError(str(error)) from None
+    return None if needs == "ignored" else mask
 
 
 def check_fit(backend: Solver, layer: LayerProblem) -> None:

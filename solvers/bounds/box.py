@@ -13,7 +13,7 @@ from maskopt.core.fields import option
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
-from maskopt.protocol.trace import BoundTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.convex.box import BoxPlan, BoxPoint, relax_box
 
 _TOLERANCE_HELP = "stop when the gap to the relaxation, averaged over the rows, is at most this"
@@ -40,11 +40,11 @@ class BoxBound(BoundMethod):
     steps: int = option(200, "steps at most; more tighten towards the relaxation", least=1)
     tolerance: float = option(0.001, _TOLERANCE_HELP, unit="part of the bound", least=0)
 
-    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         """See `BoundMethod.certify`."""
         box = relax_box(problem, BoxPlan(self.tolerance, self.steps), limits)
         point = box.point.double()
-        return Certificate.box(problem, point), BoundTrace(
+        return Certificate.box(problem, point), Trace(
             iterations=box.iterations, relaxed=point.cpu()
         )
 
@@ -67,12 +67,12 @@ class ShiftBound(BoundMethod):
     steps: int = option(200, "steps of each relaxation at most", least=1)
     tolerance: float = option(0.001, _TOLERANCE_HELP, unit="part of the bound", least=0)
 
-    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         """See `BoundMethod.certify`."""
         plan = BoxPlan(self.tolerance, self.steps)
         plain = relax_box(problem, plan, limits)
         if limits.expired:
-            trace = BoundTrace(
+            trace = Trace(
                 iterations=plain.iterations,
                 shifted=("no",) * problem.rows,
                 relaxed=plain.point.double().cpu(),
@@ -91,7 +91,7 @@ class ShiftBound(BoundMethod):
     @staticmethod
     def _either(
         problem: LayerProblem, plain: BoxPoint, shifted: BoxPoint, d: Tensor
-    ) -> tuple[Certificate, BoundTrace]:
+    ) -> tuple[Certificate, Trace]:
         """Row by row the form that proves more."""
         first = shifted.bound > plain.bound
         square = problem.weight.double().square()
@@ -99,7 +99,7 @@ class ShiftBound(BoundMethod):
         point = torch.where(first[:, None], shifted.point, plain.point).double()
         groups = problem.n // problem.group_size
         penalty = torch.zeros(problem.rows, groups, dtype=torch.float64, device=problem.device)
-        trace = BoundTrace(
+        trace = Trace(
             iterations=plain.iterations + shifted.iterations,
             shifted=tuple("yes" if used else "no" for used in first.tolist()),
             relaxed=point.cpu(),

@@ -18,7 +18,7 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.registry import missing_package
-from maskopt.protocol.trace import BoundTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import scales_of
 
@@ -41,7 +41,7 @@ class ConicBound(BoundMethod):
     def unavailable(cls) -> str | None:
         return missing_package("scs", "'maskopt[conic]'")
 
-    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         """See `BoundMethod.certify`."""
         penalty = penalty_of(problem.group_size) if self.penalty is None else self.penalty
         groups, gram = problem.n // problem.group_size, problem.gram.double().cpu().numpy()
@@ -60,7 +60,7 @@ class ConicBound(BoundMethod):
             printed.append(value / scale)
         like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
         parts = [torch.as_tensor(np.stack(x), **like) for x in (lam, mu, point)]
-        trace = BoundTrace(printed=torch.tensor(printed, dtype=torch.float64))
+        trace = Trace(printed=torch.tensor(printed, dtype=torch.float64))
         return Certificate(parts[0], parts[1], parts[2]), trace
 
 

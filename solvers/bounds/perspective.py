@@ -6,7 +6,7 @@ with the slope vⱼ²(1/zⱼ − 1): d goes step by step towards the best split 
 Where rows trade, the z of all of them share one count: after turns of all rows together, what an input
 that is kept costs the layer makes every row one by itself again, whose split is bettered at that price.
 
-What is proven is computed from d and v by `maskopt.certificates.refit_certificate`, wherever the steps end.
+What is proven is computed from d and v by `maskopt.certificates.certificate`, wherever the steps end.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.certificates.refit_certificate import RefitCertificate
+from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import option
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
-from maskopt.protocol.trace import BoundTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.box import diagonal_shift
 from maskopt.solvers.convex.perspective import OUT_SHARE, levels, shares
 
@@ -56,7 +56,7 @@ class PerspectiveBound(BoundMethod):
     turns: int = option(60, "of v and z at most, with the first split", least=1)
     splits: int = option(20, "rounds that better the split; 0: the least eigenvalue", least=0)
 
-    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[RefitCertificate, BoundTrace]:
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         """See `BoundMethod.certify`."""
         squares = problem.least_squares
         size = squares.damped.diagonal().sqrt()
@@ -76,7 +76,7 @@ class PerspectiveBound(BoundMethod):
             better = partial(self._better, rows, choices, limits, tick)
             rounds += torch.tensor(one_thread_each(better, problem.rows, threads))
         d, v = torch.stack([row.d for row in rows]), torch.stack([row.v for row in rows])
-        return RefitCertificate(d * size.square(), v / size), BoundTrace(iterations=rounds)
+        return Certificate(d * size.square(), d[:, :0], v / size), Trace(iterations=rounds)
 
     def _better(
         self,

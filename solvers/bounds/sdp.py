@@ -27,7 +27,7 @@ from maskopt.core.fields import option
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
-from maskopt.protocol.trace import BoundTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.cuts import tighten
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of
@@ -84,7 +84,7 @@ class SdpBound(BoundMethod):
         least=0,
     )
 
-    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, BoundTrace]:
+    def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         """See `BoundMethod.certify`."""
         plain = limits.share(_PLAIN_SHARE) if self.cuts else limits
         rank = self.rank or default_rank(problem.n)
@@ -98,7 +98,7 @@ class SdpBound(BoundMethod):
             part = problem.take(slice(first, first + tile))
             parts.append(_Tile(part, rank, plain).run(stages, self.tolerance))
         certificate = Certificate.stack([part.certificate for part in parts])
-        trace = BoundTrace(
+        trace = Trace(
             iterations=torch.cat([part.sweeps for part in parts]),
             correction=torch.cat([part.correction for part in parts]),
             relaxed=torch.cat([part.relaxed for part in parts]),

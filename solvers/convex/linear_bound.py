@@ -92,15 +92,6 @@ def provable(
     return bound.minimum(certificate.check(problem)).clamp(min=0.0)
 
 
-def relative_gap(
-    value: Float[Tensor, " rows"], bound: Float[Tensor, " rows"]
-) -> Float[Tensor, " rows"]:
-    """1 − bound/value; 0 where the value is 0, NaN where it is not finite."""
-    positive = value > 0
-    gap = torch.where(positive, 1 - bound / value.where(positive, 1.0), 0.0)
-    return torch.where(value.isfinite(), gap, torch.nan)
-
-
 def _lack(problem: LayerProblem) -> float:
     """θ with G + θI ⪰ 0, with room for the rounding of whoever checks that."""
     gram = problem.gram.double()

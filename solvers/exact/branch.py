@@ -29,7 +29,7 @@ _NOTHING = 1e-13
 
 @dataclass(frozen=True)
 class Branch(RowSolver):
-    """Exact for up to about 256 inputs; beyond, a gap within the time limit. Tells a `TreeTrace`.
+    """Exact for up to about 256 inputs; beyond, a gap within the time limit. Reports a `Trace`.
 
     Of refitted weights by the perspective relaxation (`solvers/exact/refit_tree.py`), up to about 64.
     """

@@ -21,7 +21,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import TreeTrace, shared_out
+from maskopt.protocol.trace import Trace, shared_out
 
 #: masks of a row up to which enumeration is accepted
 COMBINATION_LIMIT = 3_000_000
@@ -36,7 +36,7 @@ class Exhaustive(Solver):
     """Exact in float64; refuses rows of more than COMBINATION_LIMIT masks. Ties: the first mask.
 
     Where the time is over before the last mask, the best so far, FEASIBLE; where rows trade, some legal mask.
-    Tells a `TreeTrace`.
+    Reports a `Trace`.
     """
 
     name: ClassVar[str] = "exhaustive"
@@ -97,7 +97,7 @@ def _solution(
         status=[Status.OPTIMAL if row else Status.FEASIBLE for row in done],
         lower_bound=torch.where(complete, cost, 0.0),
         trusted=[word if row and c > 0 else "" for row, c in zip(done, cost.tolist(), strict=True)],
-        trace=TreeTrace(
+        trace=Trace(
             ended=tuple("optimal" if row else "timelimit" for row in done),
             nodes=seen,
             root_bound=torch.full_like(cost, torch.nan),

@@ -40,7 +40,7 @@ _SEEDS = 2_000_000_000
 @dataclass(frozen=True)
 class Gurobi(RowSolver):
     """min pᵀQp with p binary, Q convex as it is; of refitted weights the perspective formulation. OPTIMAL
-    only where Gurobi says so. Tells a `TreeTrace`.
+    only where Gurobi says so. Reports a `Trace`.
     """
 
     name: ClassVar[str] = "gurobi"

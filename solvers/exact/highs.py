@@ -33,7 +33,7 @@ _CLOSED = 1e-9
 
 @dataclass(frozen=True)
 class Highs(RowSolver):
-    """The linearised program; OPTIMAL only where HiGHS says so. Tells a `TreeTrace`."""
+    """The linearised program; OPTIMAL only where HiGHS says so. Reports a `Trace`."""
 
     name: ClassVar[str] = "highs"
     capabilities: ClassVar[Capabilities] = Capabilities(

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from maskopt.certificates.certificate import missing
-from maskopt.certificates.refit_certificate import RefitCertificate
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import lower_bound
@@ -106,8 +105,7 @@ def solve_refitted(
     if problem.linear is not None:
         constant += (problem.weight.double() * problem.linear.correlation).sum(1)
         constant += problem.linear.constant
-    assert isinstance(bound.certificate, RefitCertificate)
-    split = (bound.certificate.split / squares.damped.diagonal()).numpy()
+    split = (bound.certificate.diagonal / squares.damped.diagonal()).numpy()
     tasks = [
         kind(
             q=a,

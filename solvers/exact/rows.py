@@ -27,7 +27,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.core.values import Values
 from maskopt.protocol.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
 from maskopt.protocol.solver import Solver
-from maskopt.protocol.trace import TreeTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 from maskopt.solvers.parallel import one_blas_thread
 
@@ -126,7 +126,7 @@ class RowAnswer:
         pid: of the process that ran it.
         proof: the tree that it searched, closed or not; its bound then counts for what the check finds.
 
-    The others are those of `TreeTrace`.
+    The others are those of `Trace`.
     """
 
     pruned: np.ndarray
@@ -366,8 +366,8 @@ def _proofs(problem: LayerProblem, answers: list[RowAnswer]) -> tuple[Proof | No
     return proof, check_proof(problem, proof)
 
 
-def _trace(answers: list[RowAnswer]) -> TreeTrace:
-    return TreeTrace(
+def _trace(answers: list[RowAnswer]) -> Trace:
+    return Trace(
         ended=tuple(a.ended for a in answers),
         nodes=torch.tensor([a.nodes for a in answers]),
         root_bound=torch.tensor([a.root_bound for a in answers], dtype=torch.float64),

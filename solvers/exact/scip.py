@@ -45,7 +45,7 @@ class Scip(RowSolver):
 
     A row is OPTIMAL only where SCIP says `optimal` and its bound closes the gap. Any limit gives
     SCIP's incumbent and SCIP's bound; `memory` is bytes a row. Ctrl-C ends the search: rows being
-    solved return their incumbents, the rest their starts. Tells a `TreeTrace`.
+    solved return their incumbents, the rest their starts. Reports a `Trace`.
     """
 
     name: ClassVar[str] = "scip"

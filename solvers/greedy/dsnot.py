@@ -22,7 +22,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import ProblemError
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import CycleTrace
+from maskopt.protocol.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DSnoT(Solver):
     """Needs the inputs' mean (`LayerProblem(…, mean=…, variance=…)`), since G alone does not tell it; without
     a variance takes that over all tokens, as of one sequence.
 
-    Tells a `CycleTrace`.
+    Reports a `Trace`.
     """
 
     name: ClassVar[str] = "dsnot"
@@ -65,7 +65,7 @@ class DSnoT(Solver):
                 "with the Gram matrix"
             )
         mask, swaps = self._correct(problem, problem.mean.double(), start, limits)
-        return Solution.of(problem, mask, trace=CycleTrace(swaps))
+        return Solution.of(problem, mask, trace=Trace(swaps=swaps))
 
     def _correct(
         self, problem: LayerProblem, mean: Tensor, start: Tensor, limits: Limits

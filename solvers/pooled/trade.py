@@ -23,7 +23,7 @@ from torch import Tensor
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import SWAP_TOLERANCE, Solution, Status, swap_threshold
-from maskopt.protocol.trace import SwapTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.pooled.offers import Offers
 
 #: part of the tolerance of SWAP_OPTIMAL that trades go below, so that rounding never decides a claim
@@ -63,7 +63,7 @@ def trade(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) 
     rows = torch.arange(problem.rows, device=problem.device)
     found, offers = search(rows, start, limits)
     state = _State(found.mask, found.objective, _proven(found), offers, found.weight)
-    told = _told(found)
+    told = found.trace
     history = [told.history[:, 0].to(state.objective), state.objective.clone()]
     given = torch.zeros_like(told.swaps)
     done = False
@@ -78,7 +78,7 @@ def trade(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) 
         rows = changed.any(1).nonzero()[:, 0]
         found, offers = search(rows, state.mask[rows], limits.quiet())
         state.put(rows, found, offers)
-        _add(told, rows, _told(found))
+        _add(told, rows, found.trace)
         if not problem.shares @ state.objective < total:  # rounding promised too much
             state = before
             state.proven[:] = False
@@ -192,12 +192,7 @@ def _single(share: Tensor, slack: Tensor, offers: Offers) -> Pairs | None:
     return Pairs(offers, giver, taker)
 
 
-def _told(found: Solution) -> SwapTrace:
-    assert isinstance(found.trace, SwapTrace)
-    return found.trace
-
-
-def _add(told: SwapTrace, rows: Tensor, more: SwapTrace) -> None:
+def _add(told: Trace, rows: Tensor, more: Trace) -> None:
     """What a search of some rows tells, on top of what they told before."""
     for name in ("swaps", "scans", "rounds", "pairs"):
         getattr(told, name)[rows.cpu()] += getattr(more, name)

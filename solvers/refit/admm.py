@@ -26,7 +26,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.core.products import fast_products
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
-from maskopt.protocol.trace import SplittingTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.refit.damped import Damped
 
@@ -45,7 +45,7 @@ class Admm(Damped):
     """A mask for refitted weights; float32 iterations, a row (or the layer, where rows trade) stops when its
     support stands still.
 
-    Tells a `SplittingTrace`.
+    Reports a `Trace`.
     """
 
     name: ClassVar[str] = "admm"
@@ -75,7 +75,7 @@ class Admm(Damped):
         with fast_products():
             found = [some(0)] if problem.pooled else parallel(some, len(parts))
         mask, steps = (torch.cat([part[which] for part in found]) for which in (0, 1))
-        return Solution.of(problem, mask, trace=SplittingTrace(steps.cpu()))
+        return Solution.of(problem, mask, trace=Trace(iterations=steps.cpu()))
 
     def _masks(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution, Status
-from maskopt.protocol.trace import SwapTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.pooled.offers import Offers
 from maskopt.solvers.pooled.trade import trade
 from maskopt.solvers.refit.compiled_row import CompiledRow
@@ -109,7 +109,7 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
     history = [
         row.objectives + row.objectives[-1:] * (length - len(row.objectives)) for row in rows
     ]
-    trace = SwapTrace(
+    trace = Trace(
         kernel="least squares",
         swaps=torch.tensor([row.swaps for row in rows]),
         scans=torch.tensor([row.scans for row in rows]),

@@ -20,7 +20,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import RelaxTrace, shared_out
+from maskopt.protocol.trace import Trace, shared_out
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.rounding.relax import better, swapped
 
@@ -32,7 +32,7 @@ _BOUND_SHARE = 0.8
 class SdpRound(Solver):
     """Relax, round, swap to 1-swap optimality: seconds a row at n of a thousand.
 
-    A start is a mask that the answer is never worse than. Tells a `RelaxTrace`.
+    A start is a mask that the answer is never worse than. Reports a `Trace`.
     """
 
     name: ClassVar[str] = "sdp"
@@ -69,7 +69,7 @@ class SdpRound(Solver):
             problem, mask, status=status, lower_bound=bound.value, certificate=bound.certificate
         )
         nothing = torch.full((problem.rows,), torch.nan, dtype=torch.float64)
-        trace = RelaxTrace(
+        trace = Trace(
             iterations=bound.trace.iterations,
             relaxed_objective=nothing,
             relaxed_gap=nothing,

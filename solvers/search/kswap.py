@@ -26,7 +26,7 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import SearchTrace, SwapTrace, shared_out
+from maskopt.protocol.trace import Trace, shared_out
 from maskopt.solvers.parallel import RowThreads
 from maskopt.solvers.swap import Swap
 from maskopt.solvers.swap.batch import Batch
@@ -45,7 +45,7 @@ class KSwap(Solver):
     """2-swap local search among candidates, ending at proven 1-swap optima.
 
     Never ends above its start. A row that is SWAP_OPTIMAL here, and was not stopped by the time limit,
-    is also free of improving compounds of two of its candidate steps. Tells a `SearchTrace`.
+    is also free of improving compounds of two of its candidate steps. Reports a `Trace`.
     """
 
     name: ClassVar[str] = "kswap"
@@ -105,7 +105,6 @@ class _State:
         began = time.monotonic()
         if len(rows):
             found = Swap().run(self.problem.take(rows), self.mask[rows], limits.quiet())
-            assert isinstance(found.trace, SwapTrace)
             self.mask[rows], self.objective[rows] = found.mask, found.objective
             self.proven[rows] = torch.tensor([s is Status.SWAP_OPTIMAL for s in found.status])
             self.swaps[rows] += found.trace.swaps
@@ -128,7 +127,7 @@ class _State:
 
     def solution(self) -> Solution:
         rows = self.problem.rows
-        trace = SearchTrace(
+        trace = Trace(
             moves=self.moves,
             swaps=self.swaps,
             rounds=self.rounds,

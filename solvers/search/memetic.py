@@ -30,7 +30,7 @@ from maskopt.core.pattern import Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import SearchTrace, SwapTrace, shared_out
+from maskopt.protocol.trace import Trace, shared_out
 from maskopt.solvers.search.tabu import Scaled, Tabu, search
 from maskopt.solvers.swap import Swap
 
@@ -57,7 +57,7 @@ class Memetic(Solver):
 
     Never ends above its start. Of weights as they are children go through tabu search, on the CPU: a problem
     on another device is copied there and the mask back. Of a problem with `refit` they go through 1-swap
-    search on F, where the problem is. Tells a `SearchTrace` whose history has the best of the first pool and
+    search on F, where the problem is. Reports a `Trace` whose history has the best of the first pool and
     of every generation.
     """
 
@@ -102,7 +102,6 @@ class Memetic(Solver):
         mask = torch.where(better[:, None], found, start)
         search_seconds = time.monotonic() - began
         refined = Swap().run(problem, mask, limits)
-        assert isinstance(refined.trace, SwapTrace)
         seconds = shared_out(time.monotonic() - began - search_seconds, problem.rows)
         traces = [pool.trace() for pool in pools]
         trace = replace(
@@ -184,7 +183,6 @@ class _Refitted:
     def __call__(self, problem: LayerProblem, start: Tensor, count: int, limits: Limits) -> _Found:
         """See `_Kept`."""
         found = self._swap.run(problem, start, limits)
-        assert isinstance(found.trace, SwapTrace)
         return _Found(found.mask.cpu(), found.objective.cpu(), found.trace.swaps)
 
 
@@ -254,10 +252,10 @@ class _Pool:
         best = (count * ~chosen + torch.arange(count)).argsort(dim=1)[:, :size].sort(1).values
         self.masks, self._values = masks.gather(1, _wide(best, masks)), values.gather(1, best)
 
-    def trace(self) -> SearchTrace:
+    def trace(self) -> Trace:
         rows, generations = len(self.masks), max(0, len(self._history) - 2)
         late = "yes" if len(self._history) < self._plan.generations + 2 else "no"
-        return SearchTrace(
+        return Trace(
             moves=self._moves,
             rounds=torch.full((rows,), generations),
             start_objective=self._start_objective,

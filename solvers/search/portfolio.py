@@ -18,7 +18,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
 from maskopt.protocol.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
 from maskopt.protocol.solver import Capabilities, Solver, check_fit, make_solver, solve
-from maskopt.protocol.trace import SearchTrace, shared_out
+from maskopt.protocol.trace import Trace, shared_out
 
 _log = logging.getLogger(__name__)
 _RANK = (Status.FEASIBLE, Status.SWAP_OPTIMAL, Status.OPTIMAL)
@@ -30,7 +30,7 @@ class Portfolio(Solver):
 
     Not side by side: every member uses all cores by itself, and a later one gains from a better start.
     Never ends above its start, nor above any member. The time is shared out evenly among the members
-    still to come. Tells a `SearchTrace`, with one column of the history a member.
+    still to come. Reports a `Trace`, with one column of the history a member.
     """
 
     name: ClassVar[str] = "portfolio"
@@ -80,7 +80,7 @@ class Portfolio(Solver):
                 stopped = "interrupted"
                 break
         limits.report(problem.rows, problem.rows)
-        trace = SearchTrace(
+        trace = Trace(
             rounds=torch.full((problem.rows,), len(history)),
             start_objective=start_objective,
             search_seconds=shared_out(time.monotonic() - began, problem.rows),

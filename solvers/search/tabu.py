@@ -26,7 +26,7 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import SearchTrace, SwapTrace, shared_out
+from maskopt.protocol.trace import Trace, shared_out
 from maskopt.solvers.parallel import RowThreads
 from maskopt.solvers.swap import Swap
 
@@ -58,7 +58,7 @@ class Tabu(Solver):
 
     Never ends above its start. Runs on the CPU; a problem on another device is copied there and the
     mask back. The seed is that of tenures and restarts, and the same for every row, so that a row's
-    result does not depend on the batch it is in. Tells a `SearchTrace`.
+    result does not depend on the batch it is in. Reports a `Trace`.
     """
 
     name: ClassVar[str] = "tabu"
@@ -95,8 +95,7 @@ class Tabu(Solver):
         mask = torch.where(better[:, None], found.mask, start)
         search_seconds = time.monotonic() - began
         refined = Swap().run(problem, mask, limits)
-        assert isinstance(refined.trace, SwapTrace)
-        trace = SearchTrace(
+        trace = Trace(
             moves=found.moves,
             swaps=refined.trace.swaps,
             rounds=found.rounds,

@@ -17,7 +17,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import SwapTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.pooled.offers import Offers
 from maskopt.solvers.pooled.trade import trade
 from maskopt.solvers.refit.rows import swap_refitted
@@ -44,7 +44,7 @@ class Swap(Solver):
 
     Every row is swapped until no 1-swap improves, which is then proven (SWAP_OPTIMAL). A row that is
     stopped early, by `max_swaps` or the time limit, is FEASIBLE; another call with its mask as the
-    start goes on from there. Tells a `SwapTrace`. Of a problem with `refit` the swaps are of F, by the
+    start goes on from there. Reports a `Trace`. Of a problem with `refit` the swaps are of F, by the
     tableau of every row's least squares (`maskopt.solvers.refit`). Where rows trade, they do so until no
     exchange between two of them improves, either (`maskopt.solvers.pooled`).
     """
@@ -160,7 +160,7 @@ def _solution(kernel: str, parts: list[tuple[Batch, Outcome]]) -> Solution:
         torch.stack(o.objectives + [o.objectives[-1]] * (length - len(o.objectives)), 1)
         for _, o in parts
     ]
-    trace = SwapTrace(
+    trace = Trace(
         kernel=kernel,
         swaps=gather([batch.swaps for batch, _ in parts]),
         scans=gather([outcome.scans for _, outcome in parts]),

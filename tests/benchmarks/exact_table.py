@@ -36,7 +36,7 @@ from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
 from maskopt.core.pattern import parse_sparsity
 from maskopt.experiments.compare import draw_rows, load_instances, sample_rows
 from maskopt.models.checkpoints.bos import BOS
-from maskopt.protocol.trace import BoundTrace, TreeTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.exact.incumbent import tabu_row
@@ -105,7 +105,6 @@ def exact(
         solution = solve(row, name, start=start, time_limit=seconds, gap_limit=gap_limit, **options)
         cpu.append(time.process_time() - began)
         trace = solution.trace
-        assert isinstance(trace, TreeTrace)
         spent.append(solution.seconds)
         gaps.append(float(solution.gap[0]))
         nodes.append(int(trace.nodes[0]))
@@ -175,7 +174,7 @@ def bounds(layers: list[LayerProblem], args: argparse.Namespace) -> None:
     )
 
 
-def traced(method: str, trace: BoundTrace, row: int) -> list[str]:
+def traced(method: str, trace: Trace, row: int) -> list[str]:
     """What the bound says of its own work."""
     if method == "sdp":
         assert trace.iterations is not None

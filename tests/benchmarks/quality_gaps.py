@@ -13,7 +13,6 @@ from book import Book
 from demo_layers import LAYERS, columns_of, loaded, sample
 
 from maskopt import LayerProblem, RowProblem, Unstructured, lower_bound, solve, verify
-from maskopt.protocol.trace import RelaxTrace
 
 #: moves of the search for the best mask that can be found
 LONG_SEARCH = 100_000
@@ -96,7 +95,6 @@ def certified(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]
     """The best mask of long searches from three starts, and the bound below it."""
     plain = solve(problem, "sdp", time_limit=args.bound_seconds)
     verify(problem, plain)
-    assert isinstance(plain.trace, RelaxTrace)
     starts = begun(problem, plain.mask)
     ends = long_searches(problem, starts)
     best = torch.stack(list(ends.values())).min(0).values

@@ -25,7 +25,6 @@ from maskopt import LayerProblem, Limits, Refit, Unstructured, lower_bound, make
 from maskopt.demo.model import demo_model
 from maskopt.models.pruning.problems import collect_problems
 from maskopt.protocol.solution import Status
-from maskopt.protocol.trace import SwapTrace
 
 LAYERS = ("2.q", "8.q", "14.q", "2.down", "8.down", "14.down")
 #: λ by kind, for every power of D: chosen on blocks 5 and 11, and with a power on all odd blocks; on no
@@ -137,7 +136,7 @@ def measured(
     seconds = time.perf_counter() - began
     weights = solution.weight if solution.weight is not None else refitted.weights(solution.mask)
     energy, aside = problem.output_energy().sum(), judge.output_energy().sum()
-    trace = solution.trace if isinstance(solution.trace, SwapTrace) else None
+    trace = solution.trace if solution.trace.scans is not None else None
     kept = solution.mask.sum(1).cpu()
     pairs = (kept * (problem.n - kept)).clamp(min=1)  # B's entries
     return {
@@ -163,7 +162,7 @@ def pace(problem: LayerProblem) -> dict[str, Any]:
     mask = solve(problem, "wanda").mask
     traded = solve(problem.under(POOLED["50% per layer"]), "wanda").mask
     squares = problem.least_squares
-    target = squares.target(problem.weight, None)
+    target = squares.target(problem.weight, problem.correlation)
     damped = squares.damped
 
     def plain() -> None:

@@ -121,10 +121,10 @@ def test_a_tree_is_the_same_every_time_and_survives_a_file(tmp_path):
         assert np.array_equal(one, two)
     assert verify(problem, loaded, require="checked").checked
     header, arrays = read_arrays(path, "solution")
-    del arrays["proof.0.points"]
+    del arrays["proof.rows.0.points"]
     header = {k: v for k, v in header.items() if k not in ("format", "kind")}
     write_arrays(path, "solution", header, arrays)
-    with pytest.raises(ProblemError, match="not a sound proof"):
+    with pytest.raises(ProblemError, match="not a sound solution"):
         Solution.load(path)
 
 
@@ -414,13 +414,13 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
         ((weight, quarter), {}, r"integral: twice gram holds 0\.5"),
         ((1e9 * weight, gram), {}, "not whole in float64"),
         ((weight, gram), {"linear": linear}, "linear part"),
-        ((weight, gram), {"refit": Refit()}, "refitted"),
+        ((weight, gram), {"refit": Refit()}, "updated weights"),
     ):
         with pytest.raises(ProblemError, match=message):
             LayerProblem(*arguments, HALF, integral=True, **more)
     with pytest.raises(ProblemError, match=r"integral: weight holds 0\.5"):
         RowProblem(torch.full((8,), 0.5), gram, HALF, integral=True)
-    with pytest.raises(ProblemError, match="refitted"):
+    with pytest.raises(ProblemError, match="updated weights"):
         problem.refitting(Refit())
     problem.save(tmp_path / "graph.npz")
     assert LayerProblem.load(tmp_path / "graph.npz").integral

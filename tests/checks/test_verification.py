@@ -10,7 +10,7 @@ from hypothesis import given
 from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
-from maskopt.checks.swap_checks import improving_swap
+from maskopt.checks.swap_check import improving_swap
 from maskopt.core.least_squares import Refit
 from maskopt.core.problem import RowProblem
 from maskopt.errors import VerificationError
@@ -298,8 +298,8 @@ def test_float32_is_widened_and_blocks_of_any_size_verify_the_same(monkeypatch):
     assert torch.equal(by_mask, by_solution)
     row, mask = problem.row(0), worst.mask[0]
     swap = improving_swap(row, mask)
-    for module, pairs in itertools.product(("verification", "swap_checks"), (1, 7, 100)):
-        monkeypatch.setattr(f"maskopt.checks.{module}.PAIRS_AT_ONCE", pairs)
+    for module, numbers in itertools.product(("costs", "swap_check"), (1, 7, 100)):
+        monkeypatch.setattr(f"maskopt.checks.{module}.AT_ONCE", numbers)
         assert verify(problem, solution).checked
         found = improving_swap(row, mask)
         assert found[:2] == swap[:2]
@@ -458,9 +458,9 @@ def test_the_best_swap_of_all_groups_is_named_and_the_first_of_equals():
     squares = [2.0, 1.0, 1.0, 3.0, 5.0, 1.0, 1.0, 6.0, 3.0, 1.0, 1.0, 4.0]
     mask = kept(12, 2, 3, 6, 7, 10, 11)
     problem = diagonal(*squares, pattern=TWO_FOUR)
-    assert improving_swap(problem, mask) == pytest.approx((6, 4, -4.0))
+    assert improving_swap(problem, mask) == pytest.approx((6, 4, -4.0, 0, 0))
     equal = diagonal(*[2.0, 2.0, 1.0, 1.0] * 3, pattern=TWO_FOUR)
-    assert improving_swap(equal, mask) == pytest.approx((2, 0, -1.0))
+    assert improving_swap(equal, mask) == pytest.approx((2, 0, -1.0, 0, 0))
     # of one row
     problem = LayerProblem(random_weight(2, 8, 1), random_gram(8, "full", 2), TWO_FOUR)
     with pytest.raises(VerificationError, match=r"takes one row; use problem\.row\(i\)"):

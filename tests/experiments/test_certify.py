@@ -15,7 +15,7 @@ from tiny_models import save, save_tokenizer, tiny, tokens
 from maskopt import NM, LayerProblem, Solution, Unstructured, collect_problems, prune_model
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError
 from maskopt.experiments.compare import sample_rows
-from maskopt.experiments.record_file import read_records
+from maskopt.experiments.store import read_records
 from maskopt.models.checkpoints.report import read_manifest, result_digest
 from maskopt.models.evaluation import bound as certify
 from maskopt.models.evaluation.bound import GapRecord, bound_layers, by_kind, certify_model

@@ -18,7 +18,7 @@ from strategies import KINDS, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Linear, Refit, RowProblem, Unstructured, lower_bound, verify
 from maskopt.core.structure import change, refit_inputs, structure_problem
-from maskopt.core.units import units_from_dict
+from maskopt.core.units import Units
 from maskopt.errors import OptionError, PatternError, ProblemError, VerificationError
 from maskopt.instances.formats import load_problem, save_problem
 from maskopt.protocol.solution import Solution, Status
@@ -315,11 +315,7 @@ NO_MATRICES = (
     EYE * 1j, torch.eye(3) * 1j, EYE * 1e308, [[1, 2], [3]], "x", [["a"]], [[10**400]], [[None]],
     [], np.ones((2, 3)), [[float("nan")]],
 )  # fmt: skip
-NO_UNITS = (
-    3,
-    {"sign": 1},
-    *({"sign": s, "shift": x, "constant": 0} for s, x in ((2, 0), (1, np.nan))),
-)
+NO_UNITS = ((2, 0, 0), (1, np.nan, 0), (1, 0, "a"), (-1, 10**400, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +332,7 @@ NO_UNITS = (
           for bad in ("1", 1.5, None, 4)),
         # what penalties round off
         (lambda _: penalised(1e11), "scale penalties down to what they need"),
-        *((lambda _, units=units: units_from_dict(units), "units") for units in NO_UNITS),
+        *((lambda _, units=units: Units(*units), "units") for units in NO_UNITS),
     ],
 )  # fmt: skip
 def test_bad_calls_are_named(tmp_path, call, message):
@@ -409,7 +405,7 @@ def test_a_bound_of_whole_numbers_is_one_of_them_and_nothing_can_be_refitted(tmp
     assert value == round(value) >= 3
     solution = solve(problem, "swap")
     verify(problem, replace(solution, lower_bound=bound.value, certificate=bound.certificate))
-    message = "no weights that could be refitted"
+    message = "has no weights to update"
     with pytest.raises(ProblemError, match=message):
         problem.refitting(Refit())
     assert problem.refitting(None).value(0.0) == problem.value(0.0)

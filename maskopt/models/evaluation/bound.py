@@ -27,8 +27,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import DataError, ModelError
 from maskopt.experiments.compare import check_rows, draw_rows
 from maskopt.experiments.jobs import BATCH, as_they_finish, digest_of, workers
-from maskopt.experiments.kept import Kept
-from maskopt.experiments.record_file import RecordFile
+from maskopt.experiments.store import Store
 from maskopt.models.architecture.blocks import Layer, choose
 from maskopt.models.checkpoints.checkpoint import open_checkpoint, resolve_model
 from maskopt.models.checkpoints.report import read_layers, read_manifest, result_digest
@@ -232,7 +231,7 @@ class _Rows:
         return [every] if self.problem.pooled else [[row] for row in every]
 
     def resumed(
-        self, kept: Kept, keys: Sequence[str], held: Container[str]
+        self, store: Store, keys: Sequence[str], held: Container[str]
     ) -> Iterator[tuple[_Rows, list[str], Solution]]:
         """What an earlier run bounded: rows with their keys, out of `held`, and a solution that holds."""
         for part in self.parts():
@@ -240,7 +239,7 @@ class _Rows:
             if not all(key in held for key in own):
                 continue
             rows = self if self.problem.pooled else self.take(part)
-            solution = kept.read(own[0], rows.problem, "checked")
+            solution = store.solution(own[0], rows.problem)
             if solution is not None and torch.equal(solution.mask, rows.mask.cpu()):
                 yield rows, own, solution
 
@@ -287,18 +286,17 @@ def _certify(
     model: str = "",
 ) -> list[GapRecord]:
     make_bound(method, **limits_of(None, options)[1])
-    file = RecordFile(output, GapRecord) if output is not None else None
-    held: dict[str, GapRecord] = file.held() if file is not None else {}
+    store = Store(output, GapRecord)
+    held: dict[str, GapRecord] = store.records()
     if any(record.model != model for record in held.values()):
         raise DataError(f"{output}: holds gaps of another model; name another file")
-    kept = Kept(file.path if file is not None and file.grows else None)
     finished: dict[str, GapRecord] = {}
     order: list[str] = []
     apart = workers(jobs) > 1
     for together in _batches(parts, BATCH if apart else 1):
         keyed = [(rows, rows.keys(method, options)) for rows in together]
         for rows, keys in keyed:
-            for some, own, solution in rows.resumed(kept, keys, held):
+            for some, own, solution in rows.resumed(store, keys, held):
                 for record in _records(some, own, solution, method, seed):
                     finished[record.key] = replace(record, model=model)
         calls = [
@@ -310,16 +308,13 @@ def _certify(
             on_rows(len(order), together[0].problem.name)
         for bounded in as_they_finish(calls, jobs):
             for records, solution in bounded:
-                kept.write(records[0].key, solution)
-                for record in records:
-                    finished[record.key] = of_model = replace(record, model=model)
-                    if file is not None:
-                        file.append(of_model)
+                of_model = [replace(record, model=model) for record in records]
+                finished |= {record.key: record for record in of_model}
+                store.add(records[0].key, solution, *of_model)
         order += [key for _, keys in keyed for key in keys]
         on_rows(len(order), together[-1].problem.name)
     records = [finished[key] for key in order]
-    if file is not None:
-        file.finish(records)
+    store.finish(records)
     return records
 
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskopt.checks.pooled_checks import improving_trade
-from maskopt.checks.refit_checks import refitted_cost
-from maskopt.checks.swap_checks import improving_swap
+from maskopt.checks.costs import costs_of
+from maskopt.checks.swap_check import improving_swap, improving_swap_between_rows
 from maskopt.core.least_squares import Refit
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import VerificationError
@@ -209,7 +208,7 @@ def _other_weights(found: Found, tolerance: float) -> Iterator[str]:
     cost, diagonal = some.damped_error(new), some.least_squares.damped.diagonal()
     rounding = 10 * torch.finfo(result.dtype).eps ** 2 * (new.square() @ diagonal)
     for index, row in enumerate(rows):
-        best = float(refitted_cost(some, mask, index))
+        best = float(costs_of(some).cost(mask, index))
         if not float(cost[index]) <= best * (1 + tolerance) + float(rounding[index]):
             yield (
                 f", row {row}: its weights are not those of least squares: they cost "
@@ -239,7 +238,7 @@ def _other_statuses(
             f"{problem.rows - len(improvable)} are: in row {row}, keeping input {swap.pruned} "
             f"instead of {swap.kept} changes the error by {swap.delta:.3g}"
         )
-    between = improving_trade(problem, kept, tolerance) if problem.pooled else None
+    between = improving_swap_between_rows(problem, kept, tolerance) if problem.pooled else None
     if between is not None:
         yield (
             f" states that its rows are {Status.SWAP_OPTIMAL} together; keeping input "

@@ -16,6 +16,7 @@ from strategies import KINDS, graph, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Status, Unstructured, lower_bound, solve, verify
 from maskopt.certificates.certificate import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
+from maskopt.core.files import pack
 from maskopt.core.limits import Limits
 from maskopt.solvers.bounds.cuts import cut_certificate
 from maskopt.solvers.convex.triangles import ABSENT, Incidence, Pool, dense, separate
@@ -355,7 +356,7 @@ def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(mon
     best, other = (proven(problem, threads=threads)[0] for threads in (1, 5))
     assert int(best.trace.nodes) > 4  # some of them are open together
     assert torch.equal(other.trace.nodes, best.trace.nodes)
-    one, five = (solution.proof.arrays() for solution in (best, other))
+    one, five = (pack(solution.proof)[1] for solution in (best, other))
     assert one.keys() == five.keys()
     assert all(np.array_equal(one[name], five[name]) for name in one)
     branch, calls = tree.Tree._branch, []

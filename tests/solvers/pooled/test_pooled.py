@@ -14,7 +14,7 @@ from pooled_layers import layer, pool, pooled, slack, total
 from strategies import random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Limits, Refit, RowProblem, Unstructured, lower_bound
-from maskopt.checks.swap_checks import improving_swap
+from maskopt.checks.swap_check import improving_swap
 from maskopt.checks.verification import verify
 from maskopt.errors import PatternError, ProblemError, SolverError, WarmStartError
 from maskopt.protocol.solution import Solution, Status

@@ -14,7 +14,7 @@ from refit_layers import REFITS, changed, shuffled
 from strategies import HALF, problems, refit_layer
 
 from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, available_bounds, solve, verify
-from maskopt.certificates.refit_certificate import RefitCertificate
+from maskopt.certificates.certificate import Certificate
 from maskopt.errors import OptionError, ProblemError, SolverError, VerificationError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
@@ -33,7 +33,7 @@ def anything(problem, seed):
     d = d * torch.rand(shape, generator=generator, dtype=torch.float64)
     d *= 10.0 ** -torch.randint(0, 4, (problem.rows, 1), generator=generator)
     v = torch.randn(shape, generator=generator, dtype=torch.float64) / 10
-    return RefitCertificate(d, problem.weight + v)
+    return Certificate(d, d[:, :0], problem.weight + v)
 
 
 @given(
@@ -84,7 +84,7 @@ def test_the_value_is_the_formulas(pattern):
     room = float(torch.linalg.eigvalsh(a)[0])
     d = torch.full((2, 8), 0.5 * room, dtype=torch.float64)
     v = solve(problem, "exhaustive").mask * problem.weight
-    proven = RefitCertificate(d, v).check(problem)
+    proven = Certificate(d, d[:, :0], v).check(problem)
     kept = problem.group_size - problem.pruned_per_group
     for row in range(2):
         w, b = problem.weight[row], a - torch.diag(d[row])
@@ -141,21 +141,21 @@ def test_a_claim_goes_to_disk_and_back_and_none_beyond_its_certificate_is_accept
     more = {"lower_bound": bound.value, "certificate": good, "status": Status.SWAP_OPTIMAL}
     Solution.of(problem, found.mask, **more).save(tmp_path / "solution.npz")
     loaded = Solution.load(tmp_path / "solution.npz")
-    assert isinstance(loaded.certificate, RefitCertificate)
+    assert isinstance(loaded.certificate, Certificate)
     assert torch.equal(loaded.certificate.check(problem), bound.value)
     assert verify(problem, loaded, require="checked").checked
     parts = dict(np.load(tmp_path / "solution.npz"))
     del parts["certificate.point"]  # half a certificate is none
     np.savez(tmp_path / "half.npz", **parts)
-    with pytest.raises(ProblemError, match="not a sound certificate"):
+    with pytest.raises(ProblemError, match="not a sound solution"):
         Solution.load(tmp_path / "half.npz")
     for certificate, message in (
-        (replace(good, split=-good.split), "split of the diagonal is negative"),
-        (replace(good, split=good.split * torch.nan), "split holds NaN or infinite"),
-        (replace(good, split=good.split[:, :5]), r"split must be float64 \[2, 24\]"),
+        (replace(good, diagonal=-good.diagonal), "split of the diagonal is negative"),
+        (replace(good, diagonal=good.diagonal * torch.nan), "diagonal holds NaN or infinite"),
+        (replace(good, diagonal=good.diagonal[:, :5]), r"diagonal must be float64 \[2, 24\]"),
         (replace(good, point=good.point.float()), r"point must be float64 \[2, 24\]"),
-        (replace(good, split=torch.zeros_like(good.split)), "its certificate proves 0"),
-        (replace(good, split=1e6 * good.split), "its certificate proves 0"),
+        (replace(good, diagonal=torch.zeros_like(good.diagonal)), "its certificate proves 0"),
+        (replace(good, diagonal=1e6 * good.diagonal), "its certificate proves 0"),
         (replace(good, point=2 * good.point), "its certificate proves"),
     ):
         with pytest.raises(VerificationError, match=message):
@@ -175,8 +175,8 @@ def test_bounds_of_kept_weights_are_no_bounds_of_refitted_ones():
         (lambda: lower_bound(problem, "sdp"), SolverError, "'sdp' is for unchanged .*perspective'"),
         (lambda: bound_of(kept), SolverError, "'perspective' is for updated weights"),
         (lambda: bound_of(problem, splits=-1), OptionError, "splits"),
-        (lambda: box.check(problem), VerificationError, "proves nothing of refitted weights"),
-        (lambda: own.check(kept), VerificationError, "proves nothing of kept ones"),
+        (lambda: box.check(problem), VerificationError, "proves nothing of updated ones"),
+        (lambda: own.check(kept), VerificationError, "proves nothing of unchanged ones"),
     ):
         with pytest.raises(error, match=message):
             call()

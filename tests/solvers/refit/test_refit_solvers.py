@@ -15,7 +15,7 @@ from strategies import HALF, KINDS, problems, random_gram, random_linear, random
 from tiny_models import tiny, tokens
 
 from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, prune_model, solve, verify
-from maskopt.checks.swap_checks import improving_swap
+from maskopt.checks.swap_check import improving_swap
 from maskopt.core.limits import Progress
 from maskopt.core.linear_term import Linear
 from maskopt.errors import MaskoptError, OptionError, VerificationError

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import HALF, KINDS, patterns, problems, random_gram, refit_layer
 
 from maskopt import NM, Limits, Refit, Unstructured, improving_swap, solve
-from maskopt.checks.refit_checks import refitted_costs
+from maskopt.checks.costs import costs_of
 from maskopt.core.limits import torch_threads
 from maskopt.solvers.refit import compiled_row, state
 from maskopt.solvers.refit.block import exchanged as searched
@@ -77,7 +77,7 @@ def exchanged(problem, mask):
     u, q = kept.repeat_interleave(len(pruned)), pruned.repeat(len(kept))
     at = torch.arange(len(u))
     p[at, u], p[at, q] = 1.0, 0.0
-    costs = refitted_costs(problem, 0, p)
+    costs = costs_of(problem).costs(0, p)
     delta = (costs[:-1] - costs[-1]).view(len(kept), len(pruned))
     group = problem.group_size
     apart = kept[:, None] // group != pruned[None, :] // group

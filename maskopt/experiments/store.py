@@ -1,26 +1,29 @@
-"""Records of finished jobs in a file.
-
-A `.jsonl` grows by a line as each job finishes: what was finished once is found again, and several runs may
-share the file. A `.csv` or `.parquet` is written once, at the end.
-"""
+"""Records and solutions of finished jobs on disk: an interrupted run reads them back."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 
+from maskopt.checks.verification import verify
 from maskopt.core.fields import holds_its_kinds
 from maskopt.core.files import atomic_write, check_writable, from_json
+from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.core.units import Posed
-from maskopt.errors import DataError, OptionError
+from maskopt.errors import DataError, MaskoptError, OptionError, printable
+from maskopt.protocol.solution import Solution
+
+_log = logging.getLogger("maskopt.experiments.store")
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 #: what tables of records begin with
@@ -29,45 +32,83 @@ _BEGIN = {".csv": b"instance,", ".parquet": b"PAR1"}
 _POLL = 0.005
 
 
-class RecordFile:
-    """A file of records of one kind, a frozen dataclass with `key`, `value`, `value_bound` and `gap`.
+class Store:
+    """What finished jobs leave behind: records in the file `output`, solutions in the folder `<output>.rows`.
 
-    Whatever another run writes into the same JSONL file meanwhile stays in it.
+    A `.jsonl` grows by a line as each job finishes, and several runs may share it; its jobs are resumed from
+    their solutions. A `.csv` or `.parquet` is written once, at the end. Anybody can write into the folder,
+    so a solution that `verify` refuses is dropped, and its job runs again. Without an output nothing is
+    kept.
     """
 
-    def __init__(self, path: str | os.PathLike[str], kind: type[Any]) -> None:
-        """Errors are those of `check_format`, before anything is written."""
-        self.path = Path(path)
-        self.kind = kind
-        self.grows = self.path.suffix == ".jsonl"
-        check_format(self.path, overwrite=True)
+    def __init__(self, output: str | os.PathLike[str] | None, kind: type[Any] | None) -> None:
+        """Errors are those of `check_format`, before anything is written.
 
-    def held(self) -> dict[str, Any]:
-        """What a file that is to grow holds, by key; of a table nothing.
+        Args:
+            kind: of the records, a frozen dataclass with `key`, `value`, `value_bound` and `gap`; None: the
+                output is written by somebody else, at the end.
+        """
+        self.path = None if output is None else Path(output)
+        self.kind, self.grows = kind, self.path is not None and self.path.suffix == ".jsonl"
+        self.folder: Path | None = None
+        if self.path is None:
+            return
+        if kind is None:
+            check_writable(self.path, overwrite=True)
+        else:
+            check_format(self.path, overwrite=True)
+        if self.grows or kind is None:
+            self.folder = self.path.with_name(self.path.name + ".rows")
 
-        The file then ends with a whole line: `append` would write onto one that was cut off.
+    def records(self) -> dict[str, Any]:
+        """The records of a file that is to grow, by key; of a table none.
+
+        The file then ends with a whole line: `add` would write onto one that was cut off.
 
         Raises:
             DataError: as of `read_records`.
         """
-        if not self.grows or not self.path.exists():
+        if self.path is None or self.kind is None or not self.grows or not self.path.exists():
             return {}
         with _alone(self.path):
             found = read_records(self.path, self.kind)
             write_records(self.path, list(found.values()))
         return found
 
-    def append(self, record: Any) -> None:
-        """One line at the end of a file that grows, flushed to disk."""
-        if not self.grows:
+    def solution(
+        self,
+        key: str,
+        problem: LayerProblem | RowProblem,
+        require: Literal["claims", "checked"] = "checked",
+    ) -> Solution | None:
+        """The solution of a job, verified against its problem; None where there is none that holds."""
+        path = self.folder and self.folder / f"{key}.npz"
+        if path is None or not path.exists():
+            return None
+        try:
+            solution = Solution.load(path)
+            verify(problem, solution, require=require)
+        except MaskoptError as error:
+            _log.warning("%s", printable(f"{path}: dropped and solved again: {error}"))
+            return None
+        return solution
+
+    def add(self, key: str, solution: Solution | None, *records: Any) -> None:
+        """Keep a finished job: its solution, and a line for each record, flushed to disk."""
+        if self.folder is not None and solution is not None:
+            self.folder.mkdir(exist_ok=True)
+            solution.save(self.folder / f"{key}.npz")
+        if self.path is None or not self.grows or not records:
             return
         with _alone(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_flat(record)) + "\n")
+            file.write("".join(json.dumps(_flat(record)) + "\n" for record in records))
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self, records: Sequence[Any]) -> None:
-        """All records of a run, as they are at its end: a table, or what comes after the others' lines."""
+        """Write all records of a run: a table, or what follows the lines of other runs."""
+        if self.path is None or self.kind is None:
+            return
         if not self.grows:
             write_records(self.path, records)
             return
@@ -77,11 +118,14 @@ class RecordFile:
             others = [record for key, record in held.items() if key not in own]
             write_records(self.path, [*others, *records])
 
+    def remove_solutions(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """No other run reads or writes the records meanwhile: one that rewrites the file would lose what
-    another one appends between its reading and its writing."""
+    """No other run reads or writes the records meanwhile."""
     lock = path.with_name(f".{path.name}.lock")
     with FileLock(lock, poll_interval=_POLL):
         try:
@@ -93,8 +137,8 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def check_format(path: Path, *, overwrite: bool) -> None:
-    """Raise OptionError where the ending is no table format, or its package is missing, or somebody else's
-    file would be replaced. (A JSONL file grows, and is read first.)"""
+    """Raise OptionError where the ending is no table format, its package is missing, or another file would be
+    replaced. (A JSONL file grows.)"""
     if path.suffix not in FORMATS:
         raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
     begin = _BEGIN.get(path.suffix, b"")
@@ -115,11 +159,8 @@ def check_format(path: Path, *, overwrite: bool) -> None:
 
 
 def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
-    """Finished jobs of a JSONL file by key; a last line that was cut off is left out.
-
-    Raises:
-        DataError: another line that is no JSON, or no record of this kind.
-    """
+    """Records of a JSONL file by key, without a last line that was cut off; DataError for another line that
+    is no JSON, or no record of this kind."""
     if not path.exists():
         return {}
     names = {field.name for field in fields(kind)}
@@ -138,15 +179,17 @@ def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
             raise DataError(
                 f"{path}: line {number + 1} is not JSON ({error}); remove the file"
             ) from None
-        own = {k: v for k, v in data.items() if k in names} if isinstance(data, dict) else {}
-        extra = set(data) - names if isinstance(data, dict) else set()
+        if not isinstance(data, dict):
+            data = {}
+        own = {k: v for k, v in data.items() if k in names}
+        extra = {k: v for k, v in data.items() if k not in names}
         sound = set(own) == names - {"trace"} and isinstance(own["key"], str)
         if not sound or (extra and "trace" not in names):
             raise DataError(
                 f"{path}: line {number + 1} is no record of this command; choose another file"
             )
         if extra:
-            own["trace"] = {name: data[name] for name in data if name in extra}
+            own["trace"] = extra
         record = kind(**{k: math.nan if v is None else v for k, v in own.items()})
         if not holds_its_kinds(record):
             raise DataError(f"{path}: line {number + 1} has a value of another kind; remove it")
