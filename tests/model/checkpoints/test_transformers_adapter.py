@@ -13,7 +13,7 @@ from maskopt.errors import ModelError
 from maskopt.models.architecture.transformers_adapter import SUPPORTED, check_version
 
 PACKAGE = Path(maskopt.__file__).parent
-ADAPTER = PACKAGE / "model" / "transformers_adapter.py"
+ADAPTER = PACKAGE / "models" / "architecture" / "transformers_adapter.py"
 #: documented, so every file may import from them
 PUBLIC = {"transformers", "transformers.utils", "transformers.pytorch_utils"}
 PRIVATE = {"_init_weights", "_weight_conversions", "_experts_implementation", "hf_quantizer"}

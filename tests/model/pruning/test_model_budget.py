@@ -27,11 +27,9 @@ from maskopt.models.options.prune import VARIANT_WINDOWS, VARIANTS, PruneOptions
 from maskopt.models.options.walk import GRADIENT_WINDOWS
 from maskopt.models.pruning import plan as planning
 from maskopt.models.pruning import prune
-from maskopt.models.pruning.allocate import allocate
-from maskopt.models.pruning.block_curves import measured_curves
+from maskopt.models.pruning.allocate import Curve, Moves, allocate, measured_curves, share_out
 from maskopt.models.pruning.plan import plan_prune
 from maskopt.models.pruning.rerun import options_again
-from maskopt.models.pruning.share_out import Curve, Moves, share_out
 from maskopt.models.verification.verify import verify_output
 
 EQUAL = {"sparsity": 0.5, "min_tokens": 1}
