@@ -85,7 +85,7 @@ class MaskFile:
         return tuple(self.layout[name]["shape"])
 
     def packed(self, name: str) -> np.ndarray:
-        """The bits of one tensor's mask as they are stored, their digest checked."""
+        """The stored bits of one tensor's mask, their digest checked."""
         item = self.layout[name]
         packed = self.file.read(name).numpy()
         if item["sha256"] != _digest(name, item["shape"], item["input_axis"], packed):
@@ -214,7 +214,7 @@ class Edits:
 
 
 def _edit(elements: Tensor, new: Tensor | None, kept: Tensor | None) -> None:
-    """Update elements [count] in place where `new` is a number, and set those that are not kept to zero."""
+    """Update elements [count] in place where `new` is a number, and set pruned ones to zero."""
     words = elements.view(WORDS[elements.dtype.itemsize])  # not all dtypes can be filled
     if new is not None:
         words.copy_(torch.where(new.float().isnan(), words, new.view(words.dtype)))

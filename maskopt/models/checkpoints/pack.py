@@ -1,4 +1,4 @@
-"""A pruned folder without its zeros: kept values beside the masks, and back again, bit for bit.
+"""A pruned folder without its zeros: kept values and masks, and back again, bit for bit.
 
 Each shard becomes a safetensors file of its own: the shard's header as it was, tensors without a mask byte
 by byte (`=name`), and of tensors with one the kept values alone, in the order of the tensor (`~name`). Which
@@ -62,11 +62,11 @@ def pack(
     for name, digest in checkpoint.shard_digests.items():
         if digests.get(name) != digest:
             raise _changed(checkpoint.folder / name)
-    beside = _beside(checkpoint.folder, digests, checkpoint.shards)
+    others = _others(checkpoint.folder, digests, checkpoint.shards)
     with open_workspace(target, overwrite=overwrite) as work:
         for name, shard in checkpoint.shards.items():
             write_file(work.staging / _packed_name(name), _packed(shard, masks, tick))
-        for name in beside:
+        for name in others:
             copy_file(checkpoint.folder / name, work.staging / name)
         work.write_record(PACKED)
         work.commit()
@@ -94,7 +94,7 @@ def unpack_folder(
         raise ModelError(f"{folder}: holds no file that `maskopt masks pack` wrote")
     if missing:
         raise ModelError(f"{folder / missing[0]}: is missing")
-    beside = _beside(folder, digests, packed_shards.values())
+    others = _others(folder, digests, packed_shards.values())
     with open_workspace(target, overwrite=overwrite) as work:
         for packed_name, name in packed_shards.items():
             path = folder / packed_name
@@ -102,7 +102,7 @@ def unpack_folder(
             open_safe(work.staging / name)
             if digest != digests.get(name):
                 raise ModelError(f"{path}: does not give the file of the manifest: it was changed")
-        for name in beside:
+        for name in others:
             copy_file(folder / name, work.staging / name)
         work.commit()
     return target
@@ -123,7 +123,7 @@ def load_packed(packed: str | Path, **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
-def _beside(folder: Path, digests: dict[str, str], shards: Collection[str]) -> list[str]:
+def _others(folder: Path, digests: dict[str, str], shards: Collection[str]) -> list[str]:
     """Names of all other files: those of the manifest, itself and the masks, and side files. Raises
     ModelError: one is missing, differs from the manifest, or is of a kind that no prune writes."""
     for name in digests:

@@ -205,13 +205,13 @@ def _pruned(options: Mapping[str, Any], layers: Sequence[LayerReport], sparsity:
 def _pattern(options: Mapping[str, Any]) -> str:
     if "sparsity" not in options:
         return ""
-    trades = {
+    where = {
         "uniform": "",
         "rows": ", rows of a layer may differ",
         "layers": ", layers may differ",
         "both": ", layers and their rows may differ",
     }
-    return f" (pattern {pattern_from_dict(options['sparsity'])}{trades[options['allocation']]})"
+    return f" (pattern {pattern_from_dict(options['sparsity'])}{where[options['allocation']]})"
 
 
 def read_layers(records: Any, where: Path) -> list[LayerReport]:

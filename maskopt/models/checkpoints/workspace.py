@@ -30,7 +30,7 @@ GONE = ".maskopt.gone"
 MANIFEST = "maskopt-manifest.json"
 #: lists of names in the hidden folder: what a commit moves, and what an earlier result left to be deleted
 _COMMITTED, _EARLIER = "committed", "earlier"
-#: of safetensors' format, not of its ending: servers load every *.safetensors beside a model of one file
+#: a safetensors file of another ending: servers load every *.safetensors of a folder
 MASKS = "maskopt-masks.bits"
 #: the model card: users may edit it, so that manifests leave it out
 CARD = "README.md"
@@ -246,7 +246,7 @@ def check_inputs(output: Path, **inputs: Any) -> None:
     and inode: links and bind mounts are other paths to the same files.
 
     Args:
-        inputs: by what they are called; only those that are paths count.
+        inputs: by what they are called; only paths count.
     """
     there = _files(output)
     for what, given in inputs.items():

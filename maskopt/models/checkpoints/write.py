@@ -45,7 +45,7 @@ SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 LEGAL_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf", ".html")
 #: ours, hidden ones, and adapters, which loaders put upon the weights
 NOT_COPIED = ("maskopt-", ".", "adapter_")
-#: where tokenizers keep chat templates beside that by default; results are folders without folders
+#: where tokenizers keep further chat templates; results are folders without folders
 _TEMPLATES = "additional_chat_templates"
 
 _log = logging.getLogger("maskopt.models")

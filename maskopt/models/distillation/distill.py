@@ -246,8 +246,8 @@ def _train(
 ) -> tuple[Trained, list[Layer]]:
     """Train the student in memory; also the layers that may have changed."""
     source = folder_source(student.source)
-    aside = held_out(student.count, options.holdout)
-    fitted = [window for window in range(student.count) if window not in aside]
+    held = held_out(student.count, options.holdout)
+    fitted = [window for window in range(student.count) if window not in held]
     with (
         student.in_memory(recompute=options.recompute) as states,
         divergences(student, dense, states) as loss,
@@ -266,9 +266,9 @@ def _train(
             stored,
             loss,
             fitted,
-            sorted(aside),
+            sorted(held),
             # passes of all windows would take nearly as long as an epoch
-            told=fitted[: len(aside)],
+            told=fitted[: len(held)],
             how=options,
         )
         done, total = 0, options.epochs * len(fitted)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,8 +126,7 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
                 tick(1)
             if problems:
                 chosen = [layer for layer, _ in problems]
-                alike = {x.name: options.pattern.pruned_per_group(x.n) for x in chosen}
-                move = moves[block.index] = Moves.of(chosen, alike, options.layer_deviation)
+                move = moves[block.index] = Moves.of(chosen, options)
                 for level in _measured(move):
                     counts = [move.counts(index)[level] for index in range(len(chosen))]
                     key = block.index, move.counts(0)[level]
@@ -146,10 +145,7 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
 
 def check_moves(job: Job, options: PruneOptions) -> None:
     """Raise OptionError where no block's layers can prune more or less together."""
-    alike = {layer.name: options.pattern.pruned_per_group(layer.n) for layer in job.layers}
-    moves = [
-        Moves.of(layers, alike, options.layer_deviation) for layers in by_block(job.layers).values()
-    ]
+    moves = [Moves.of(layers, options) for layers in by_block(job.layers).values()]
     if all(len(move.moves) == 1 for move in moves):
         widths = sorted({layer.n for layer in job.layers})
         raise OptionError(
@@ -209,11 +205,14 @@ class Moves:
     moves: range
 
     @classmethod
-    def of(cls, layers: Sequence[Layer], alike: Mapping[str, int], max_deviation: float) -> Moves:
+    def of(cls, layers: Sequence[Layer], options: PruneOptions) -> Moves:
         """All moves that keep every layer within the deviation, and some inputs."""
-        middle = tuple(alike[layer.name] for layer in layers)
+        middle = tuple(options.pattern.pruned_per_group(layer.n) for layer in layers)
         step = _steps([layer.n for layer in layers])
-        sides = [ends(layer.n, m, max_deviation) for layer, m in zip(layers, middle, strict=True)]
+        sides = [
+            ends(layer.n, m, options.layer_deviation)
+            for layer, m in zip(layers, middle, strict=True)
+        ]
         below = min((m - low) // s for m, s, (low, _) in zip(middle, step, sides, strict=True))
         above = min((high - m) // s for m, s, (_, high) in zip(middle, step, sides, strict=True))
         return cls(tuple(layers), middle, step, range(-below, above + 1))
@@ -267,16 +266,16 @@ def share_out(
     layers: Sequence[Layer], curves: Sequence[Curve], options: PruneOptions
 ) -> dict[str, int]:
     """The cheapest counts of the layers; layers without a curve have the model's sparsity."""
-    alike = {layer.name: options.pattern.pruned_per_group(layer.n) for layer in layers}
+    uniform = {layer.name: options.pattern.pruned_per_group(layer.n) for layer in layers}
     if not curves:
-        return alike
-    moves = [Moves.of(curve.layers, alike, options.layer_deviation) for curve in curves]
+        return uniform
+    moves = [Moves.of(curve.layers, options) for curve in curves]
     choice = choose_levels(
         [move.sizes() for move in moves],
         [curve.at(move.counts(0)) for curve, move in zip(curves, moves, strict=True)],
-        sum(layer.rows * alike[layer.name] for curve in curves for layer in curve.layers),
+        sum(layer.rows * uniform[layer.name] for curve in curves for layer in curve.layers),
     )
-    found = dict(alike)
+    found = dict(uniform)
     for move, level in zip(moves, choice.levels, strict=True):
         found |= {layer.name: move.counts(i)[level] for i, layer in enumerate(move.layers)}
     return found

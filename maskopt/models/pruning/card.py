@@ -129,14 +129,14 @@ def _use(smaller: bool, own_code: bool) -> str:
         if smaller
         else ", and `maskopt.keep_masks(model, FOLDER)` holds the zeros through fine-tuning"
     )
-    beside = (
+    code = (
         " It asks for code of the original (`auto_map` in config.json), which is not copied: put those files "
         "beside it, and load it with `trust_remote_code=True`."
         if own_code
         else ""
     )
     return (
-        f"## Use\n\n{what}{beside} Every program that loads the original loads this model:\n\n"
+        f"## Use\n\n{what}{code} Every program that loads the original loads this model:\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'

@@ -238,7 +238,7 @@ class FolderResults(Results):
         self._run.finish(report, files, tensors=_tensors(masks, pattern))
 
     def stored_blocks(self) -> dict[int, FinishedBlock]:
-        """All finished blocks as they are stored, with what was done to their tensors."""
+        """All finished blocks in the journal, with the edits of their tensors."""
         found = {}
         for index, record in self._run.journal.blocks.items():
             if index <= self.job.last:

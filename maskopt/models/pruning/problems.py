@@ -101,11 +101,11 @@ def held_problem(
     layer: Layer, weight: Tensor, grams: Grams, pattern: Pattern
 ) -> LayerProblem | None:
     """The layer's problem on the held-out windows; None where it saw no token of them."""
-    aside = grams.held
-    gram = None if aside is None else aside.of(layer.name)
-    if aside is None or gram is None:
+    held = grams.held
+    gram = None if held is None else held.of(layer.name)
+    if held is None or gram is None:
         return None
-    return layer_problem(layer, weight, gram, pattern, moved=aside.moved(layer.name))
+    return layer_problem(layer, weight, gram, pattern, moved=held.moved(layer.name))
 
 
 def layer_problem(

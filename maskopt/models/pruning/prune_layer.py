@@ -218,7 +218,7 @@ def _columns(
     """The columns of `SolvedRows`: `fitted` was solved, `judge` is the same layer on held-out windows."""
     solution, start, kept = solved.solution, solved.start, fitted.refitting(None)
     begun = None if start is None else start.objective
-    alike = None if solved.alike is None else kept.objective(solved.alike.mask)
+    uniform = None if solved.uniform is None else kept.objective(solved.uniform.mask)
     if start is not None and (options.gram_shrinkage == AUTO or new is not None):
         # the start had another G than the error, or an objective of updated weights
         begun = kept.objective(start.mask)
@@ -234,7 +234,7 @@ def _columns(
         bound = torch.zeros_like(bound)
     known = {
         "error_start": begun,
-        "error_uniform": alike,
+        "error_uniform": uniform,
         "error": error,
         "lower_bound": bound,
         "energy": fitted.output_energy(),

@@ -121,7 +121,7 @@ class Run:
 
     def recorded_counts(self, options: Mapping[str, Any]) -> dict[str, int] | None:
         """The counts of layers in the run that is to be resumed, finished or not; None where there is none.
-        Raises ModelError: journal or manifest are damaged, or of a run with other `options`, counts aside."""
+        Raises ModelError: journal or manifest are damaged, or of a run with other `options` than counts."""
         journal, manifest = self.output / HIDDEN / JOURNAL, self.output / MANIFEST
         what, header = "the result", None
         if self.resume and journal.exists():
@@ -187,10 +187,10 @@ class Run:
             more: of the manifest, see `write_manifest`.
         """
         (model,) = self._read.values()
-        beside = copy_side_files(model.checkpoint, self.work.staging)
+        copied = copy_side_files(model.checkpoint, self.work.staging)
         rewrite(self.work.staging)
         folder = model.checkpoint.folder
-        names = write_card(self.work.staging, report, hub_name(folder), folder.name, beside)
+        names = write_card(self.work.staging, report, hub_name(folder), folder.name, copied)
         self.check_models()
         self.commit(report, {**files, **self.digests(names)}, **more)
 

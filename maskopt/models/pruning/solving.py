@@ -26,11 +26,11 @@ SHRINK_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Solved:
-    """A layer's solution and its start; under a shared budget, `alike`: the start at equal counts a row."""
+    """A layer's solution and its start; under a shared budget, `uniform`: the start at equal counts a row."""
 
     solution: Solution
     start: Solution | None = None
-    alike: Solution | None = None
+    uniform: Solution | None = None
 
     @property
     def seconds(self) -> float:
@@ -51,12 +51,12 @@ def solve_layer(
     limits = layer_limits(options) if limits is None else limits
     if not make_solver(options.solver).capabilities.refit:
         problem = problem.refitting(None)
-    start = alike = None
+    start = uniform = None
     if options.start_solver is not None:
         start = make_start(problem, options.start_solver, limits)
         if problem.pooled:
             same = problem.under(problem.pattern.alike())
-            alike = make_start(same, options.start_solver, limits)
+            uniform = make_start(same, options.start_solver, limits)
     solution = solve(
         problem,
         options.solver,
@@ -64,7 +64,7 @@ def solve_layer(
         limits=limits,
         **limits_of(None, options.solver_options)[1],
     )
-    return Solved(solution.uninterrupted(), start, alike)
+    return Solved(solution.uninterrupted(), start, uniform)
 
 
 def solve_by_held_error(

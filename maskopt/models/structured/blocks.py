@@ -68,7 +68,7 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 EXCHANGES = 128
 
 Left = frozenset[int]
-#: the KL of sets, nats a token; may leave out those that look worse, or cannot be
+#: the KL of sets, nats a token; some of them may be left out
 Measure = Callable[[Sequence[Left]], Mapping[Left, float]]
 
 

@@ -182,7 +182,7 @@ def _check_same_output(
     prepare: Callable[[Block], None],
 ) -> None:
     """Send a window that is not `bad` through the original and through what was written; ModelError where the
-    results differ. Blocks of the original are those that a run left (`finished`), or changed by `prepare`."""
+    results differ. Blocks of the original are `finished` by a run, or changed by `prepare`."""
     assert job.windows is not None
     window = next((w for w in range(len(job.windows)) if w not in bad), None)
     if window is None:

@@ -224,7 +224,7 @@ def test_the_block_that_matters_less_prunes_more():
     assert part[1] < part[0] < part[2] <= 0.75
     # moves keep all of their layers within `max_deviation`
     layers, half = blocks[0], {x.name: x.n // 2 for x in layers}
-    move = Moves.of(list(layers), half, 0.3)
+    move = Moves.of(layers, dataclasses.replace(WHOLE, max_deviation=0.3))
     for index, layer in enumerate(layers):
         counts = move.counts(index)
         assert half[layer.name] in counts

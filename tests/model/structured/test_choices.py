@@ -262,8 +262,9 @@ def test_the_choice_is_the_best_by_enumeration(family, tmp_path):
     assert report.layers[0].error_kept == pytest.approx(by_cost[best], rel=1e-6)
 
 
-def test_samples_that_are_left_out_are_reported(tmp_path):
-    """Of one token alone the first experts' products are beyond float32."""
+@pytest.mark.parametrize("sample", [0, 2])
+def test_samples_that_are_left_out_are_reported(sample, tmp_path):
+    """The products of the first experts are beyond float32 for one token."""
     model = tiny("mixtral")
     with torch.no_grad():
         embedding, block = model.get_input_embeddings().weight, model.model.layers[0]
@@ -273,13 +274,27 @@ def test_samples_that_are_left_out_are_reported(tmp_path):
         block.mlp.experts.gate_up_proj[:, :, 0] = 1e38
     dense, data = save(model, tmp_path / "dense"), tokens(4)
     data[data == 5] = 6
-    data[2, 3] = 5
+    data[sample, 3] = 5
     skip = WalkOptions(skip_bad_samples=True)
     report = remove_experts(dense, data, share=0.25, output=tmp_path / "out", options=skip)
-    assert [sample["sample"] for sample in report.bad_samples] == [2]
+    assert [sample["sample"] for sample in report.bad_samples] == [sample]
     assert report.fingerprint["options"]["skip_bad_samples"]
-    with pytest.raises(ModelError, match="sample 2 has NaN"):
+    with pytest.raises(ModelError, match=f"sample {sample} has NaN"):
         remove_experts(dense, data, share=0.25, output=tmp_path / "again")
+
+
+def test_a_model_that_changes_meanwhile_is_refused(tmp_path):
+    dense, out = save(tiny("mixtral", layers=2), tmp_path / "dense"), tmp_path / "out"
+
+    def change(event):
+        (dense / "generation_config.json").write_text("{}")
+
+    removals = ((remove_blocks, {"count": 1, "windows": 1}), (remove_experts, {"share": 0.25}))
+    for remove, what in removals:
+        (dense / "generation_config.json").write_text("{ }")
+        said = "generation_config.*changed while the run was under way"
+        fails(ModelError, said, remove, dense, tokens(2), output=out, on_progress=change, **what)
+        assert not out.exists()
 
 
 # Channels and heads ------------------------------------------------------------------------------
