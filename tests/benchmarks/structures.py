@@ -35,9 +35,7 @@ from maskopt.models.evaluation.evaluate import evaluate
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.structured import blocks as removal
 from maskopt.models.structured import channels as shrinking
-from maskopt.models.structured.block_effects import Effects, Left
-from maskopt.models.structured.block_search import Measure
-from maskopt.models.structured.blocks import remove_blocks
+from maskopt.models.structured.blocks import Effects, Left, Measure, remove_blocks
 from maskopt.models.structured.channels import shrink_model
 
 #: label → what of it is a solver of ours

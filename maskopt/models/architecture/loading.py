@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskopt.errors import ModelError
 from maskopt.models.architecture.transformers_adapter import Conversion, initialise, quietly, tie
 from maskopt.models.checkpoints.checkpoint import Checkpoint
-from maskopt.models.checkpoints.weight_edits import Edits
+from maskopt.models.checkpoints.mask_file import Edits
 
 
 class Loader:

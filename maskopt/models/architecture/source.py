@@ -27,8 +27,7 @@ from maskopt.models.architecture.loading import (
 from maskopt.models.architecture.stored_masks import stored_masks, stored_values
 from maskopt.models.architecture.transformers_adapter import set_eager_experts
 from maskopt.models.checkpoints.checkpoint import Checkpoint
-from maskopt.models.checkpoints.mask_file import TensorMask
-from maskopt.models.checkpoints.weight_edits import Edits
+from maskopt.models.checkpoints.mask_file import Edits, TensorMask
 
 
 class Source(Protocol):

@@ -4,7 +4,7 @@ A structure is read off by what consumes it: the columns of `down_proj` are chan
 `o_proj` are heads. What produces it goes along: rows of `gate_proj` and `up_proj`, of `q_proj`, and of
 `k_proj` and `v_proj` where whole key–value groups go. The names are those of transformers; whether a family
 computes what its names say is what the tests of families show, and whether its configuration can say the new
-sizes is asked of the model that it then describes (`maskopt.models.structured.reduced`).
+sizes is asked of the model that it then describes (`maskopt.models.structured.change`).
 """
 
 from __future__ import annotations

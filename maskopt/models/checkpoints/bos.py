@@ -26,8 +26,7 @@ class Beginning:
 
     Attributes:
         bos: `auto`: what the tokenizer puts before a text. `always`: its BOS token, even where it puts
-            none. `never`: nothing; windows are cut out of one long tokenised text, which is the
-            field's convention for tables of LLaMA-1 and 2. `given`: tokens were given as they are.
+            none. `never`: nothing, the convention for tables of LLaMA-1 and 2. `given`: tokens were given.
             `template`: a conversation, as the model's chat template begins it.
         ids: the token ids; empty where there are none, or where they are given or the template's.
     """
@@ -37,8 +36,7 @@ class Beginning:
 
     @property
     def first_target(self) -> int:
-        """The first position of a window that is predicted from the ones before it: what a window
-        begins with is never a target, nor is a first token with nothing before it."""
+        """The first position of a window that is predicted: neither its beginning nor its first token."""
         return max(1, len(self.ids))
 
     def record(self) -> dict[str, Any]:
@@ -47,7 +45,6 @@ class Beginning:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Beginning:
-        """What `record` gave."""
         return cls(record["bos"], tuple(record["ids"]))
 
     def __str__(self) -> str:
@@ -64,12 +61,8 @@ TEMPLATE = Beginning("template")
 
 
 def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
-    """What windows of this tokenizer begin with.
-
-    Raises:
-        DataError: an unknown word; `always` where there is no BOS token; a BOS token that is not in
-            the tokenizer's vocabulary.
-    """
+    """What windows of this tokenizer begin with. Raises DataError: an unknown word; `always` without a BOS
+    token; one outside the vocabulary."""
     check_bos(bos)
     if bos == "never":
         return Beginning(bos)
@@ -98,22 +91,22 @@ def check_bos(bos: str) -> None:
 
 def plain_tokens(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text alone, without anything that the tokenizer puts around it."""
-    with no_panic(getattr(tokenizer, "name_or_path", "")):
-        found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [int(t) for t in found]
+    return _tokens(tokenizer, text, add_special_tokens=False)
 
 
 def whole_tokens(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, with what the tokenizer puts around it."""
+    return _tokens(tokenizer, text)
+
+
+def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
     with no_panic(getattr(tokenizer, "name_or_path", "")):
-        found = tokenizer(text, verbose=False)["input_ids"]
-    return [int(t) for t in found]
+        return [int(t) for t in tokenizer(text, verbose=False, **options)["input_ids"]]
 
 
 @contextmanager
 def no_panic(folder: str | Path) -> Iterator[None]:
-    """Raise DataError where a tokenizer of a folder panics. Its library is written in Rust, and a panic is a
-    BaseException, which no `except Exception` catches."""
+    """Raise DataError where a tokenizer panics: its library is in Rust, and a panic is a BaseException."""
     try:
         yield
     except BaseException as error:

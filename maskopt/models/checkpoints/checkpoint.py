@@ -15,7 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.safefile import SafeFile, TensorEntry, open_file, open_safe
+from maskopt.models.checkpoints.safefile import (
+    SafeFile,
+    TensorEntry,
+    open_file,
+    open_safe,
+    write_file,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,14 +34,7 @@ _FEW = 1024
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a model folder by name.
-
-    Attributes:
-        folder: of the model.
-        config: the parsed config.json.
-        shards: file name → its checked header.
-        where: tensor name → file name of its shard.
-    """
+    """The weights of a model folder: `shards` by file name, and `where`: tensor name → its file."""
 
     folder: Path
     config: dict[str, Any]
@@ -66,14 +65,9 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
-    """Check a model folder's configuration, index and shard headers.
-
-    Raises:
-        ModelError: no such folder, no or broken config.json, quantised or pickled weights, a config
-            that asks for remote code, an index that names a path outside the folder or a tensor
-            that is not there, a link that leads out of the folder, a shard that is truncated or no
-            safetensors file.
-    """
+    """Check a model folder's configuration, index and shard headers. Raises ModelError: no such folder, a
+    broken or missing config.json or one that asks for remote code, quantised or pickled weights, an index
+    that names a path outside the folder or a missing tensor, a link out of the folder, a truncated shard."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
@@ -103,11 +97,7 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
 
 
 def _check_config(folder: Path, config: Any, trust_remote_code: bool) -> None:
-    """Refuse entries, of the parts of a configuration, too, that run code or have other weights loaded.
-
-    Raises:
-        ModelError: names the entry.
-    """
+    """Raise ModelError for an entry, at any depth, that runs code or has other weights loaded."""
     for key, value in pairs(config):
         if not value:
             continue
@@ -134,12 +124,8 @@ def _check_config(folder: Path, config: Any, trust_remote_code: bool) -> None:
 
 
 def _check_counts(folder: Path, config: Any, entries: Iterable[TensorEntry]) -> None:
-    """Refuse a configuration of far more blocks or experts than are stored: to build such a model takes
-    hours, even without its weights. Some families count a block twice.
-
-    Raises:
-        ModelError: names the entry of config.json.
-    """
+    """Raise ModelError for far more blocks or experts than are stored: to build such a model takes hours,
+    even without its weights. Some families count a block twice."""
     blocks, experts, each = set(), set(), 0
     for entry in entries:
         numbers = [part for part in entry.name.split(".") if part.isdecimal()]
@@ -172,11 +158,8 @@ def pairs(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """A local folder as it is, else a model of the Hugging Face hub, fetched or out of its cache.
-
-    Only configuration, tokenizer, safetensors files, card and licence are fetched, and the code that comes
-    with the model where that may run.
-    """
+    """A local folder unchanged, else a model of the hub, fetched or from its cache: without code, unless that
+    may run, and without weights of other formats."""
     name = str(model)
     if not names_hub_model(name):
         return Path(model)
@@ -206,11 +189,7 @@ def names_hub_model(name: str) -> bool:
 
 
 def read_json(path: Path, why: str = "") -> dict[str, Any]:
-    """A JSON object out of a file.
-
-    Raises:
-        ModelError: missing, unreadable, too large, not UTF-8, not JSON, not an object.
-    """
+    """A JSON object from a file; ModelError where it is missing, unreadable, too large or something else."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file" + (f"; {why}" if why else ""))
     with open_file(path) as file:
@@ -226,16 +205,18 @@ def read_json(path: Path, why: str = "") -> dict[str, Any]:
     return value
 
 
+def write_json(path: Path, value: Any) -> str:
+    """A record of ours: a JSON object that appears whole or not at all; its SHA-256."""
+    return write_file(path, [(json.dumps(value, indent=1, sort_keys=True) + "\n").encode()])
+
+
 def file_digest(path: Path) -> str:
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def damage(folder: Path, digests: Mapping[str, str]) -> str | None:
-    """Which of the files is not as its SHA-256 says, in words; None: all are.
-
-    What takes no reading comes first: that all are there, and as long as their headers say.
-    """
+    """Which file does not match its SHA-256, in words; None: all do. Existence and headers come first."""
     for name in sorted(digests):
         if not (folder / name).is_file():
             return f"{name} is {'a folder' if (folder / name).is_dir() else 'gone'}"
@@ -250,9 +231,8 @@ def damage(folder: Path, digests: Mapping[str, str]) -> str | None:
 
 
 def check_link(file: Path) -> None:
-    """Raise ModelError for a link that leads out of the model folder, since what it holds would end up in
-    the output, or to no file. Links may also lead into the hub's blob store
-    (`models--…/snapshots/…` and `models--…/blobs`)."""
+    """Raise ModelError for a link to no file, or out of the model folder: its content would end up in the
+    output. Links may lead into the hub's blob store (`models--…/snapshots/…` and `models--…/blobs`)."""
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
     in_cache = home.parent.name == "snapshots" and home.parent.parent / "blobs" in real.parents
     if not (home in real.parents or in_cache):
@@ -266,7 +246,7 @@ def check_link(file: Path) -> None:
 
 
 def plain_name(name: Any) -> bool:
-    """Is it a file name without any path: nothing that could lead out of a folder?"""
+    """Is it a file name without a path, which cannot lead out of a folder?"""
     return (
         isinstance(name, str)
         and 0 < len(name) < 256
@@ -292,7 +272,8 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
                 )
         return sorted(set(weight_map.values())), weight_map
     others = sorted(file.name for file in folder.glob("*.safetensors"))
-    pickles = _first(folder.glob(pattern) for pattern in ("*.bin", "*.pt", "*.pth"))
+    found = (file for end in ("bin", "pt", "pth") for file in sorted(folder.glob(f"*.{end}")))
+    pickles = next((file.name for file in found), "")
     if pickles:
         raise ModelError(
             f"{folder}: holds pickled weights only ({pickles}), which can run code when loaded and "
@@ -300,7 +281,3 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
         )
     hint = f" (it holds {', '.join(others[:3])})" if others else ""
     raise ModelError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
-
-
-def _first(globs: Iterable[Iterable[Path]]) -> str:
-    return next((file.name for found in globs for file in sorted(found)), "")

@@ -17,13 +17,13 @@ from maskopt.models.checkpoints.checkpoint import plain_name
 
 
 class Journal:
-    """Reads what is there, then appends.
+    """The records that are there, and new ones.
 
     Attributes:
-        header: what the run is: options, digests, versions; None in a new journal.
+        header: the run's fingerprint; None in a new journal.
         blocks: finished blocks by index.
         shards: digests of finished output shards by name.
-        progress: where training that is not finished was last saved; None: nowhere.
+        progress: where unfinished training was last saved; None: nowhere.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,11 +37,8 @@ class Journal:
                 self._take(record, number)
 
     def begin(self, header: dict[str, Any]) -> None:
-        """Write the header, or compare it with the one that is there.
-
-        Raises:
-            ModelError: the journal belongs to another run; the difference is named.
-        """
+        """Write the header, or compare it with the one that is there. Raises ModelError: the journal belongs
+        to another run; the difference is named."""
         if self.header is None:
             self._append({"kind": "header", "header": header})
             self.header = header
@@ -91,11 +88,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All complete records.
-
-    Raises:
-        ModelError: unreadable, or a line that does not match its digest.
-    """
+    """All complete records; ModelError where it is unreadable, or a line does not match its digest."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -1,4 +1,6 @@
-"""Masks on disk: packed bits in a safetensors file, one entry per weight tensor of the checkpoint.
+"""Masks on disk, and what they and updated weights make of a checkpoint's tensors.
+
+Masks are packed bits in a safetensors file, one entry per weight tensor of the checkpoint.
 
 Bit i of an entry (least significant first) is element i of the tensor in its stored layout; 1 = kept.
 The header's metadata holds, per tensor, its shape, the axis that counts inputs, and a SHA-256 of all of
@@ -10,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,18 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from maskopt.core.files import atomic_write
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.safefile import CHUNK, SafeFile, open_safe, write_safe
+from maskopt.models.checkpoints.safefile import (
+    SafeFile,
+    TensorEntry,
+    open_safe,
+    safe_header,
+    write_file,
+)
 
 FORMAT = "maskopt-masks-1"
+#: whole numbers as wide as an element, by its bytes: zero is zero in all of them
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,8 @@ class TensorMask:
 
 
 class MaskFile:
-    """A checked mask file, read tensor by tensor.
-
-    Raises:
-        ModelError: not a mask file, or its header contradicts itself.
-    """
+    """A checked mask file, read tensor by tensor. Raises ModelError: not a mask file, or its header
+    contradicts itself."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +85,7 @@ class MaskFile:
         return tuple(self.layout[name]["shape"])
 
     def packed(self, name: str) -> np.ndarray:
-        """The bits of one tensor's mask as they are stored, their digest checked."""
+        """The stored bits of one tensor's mask, their digest checked."""
         item = self.layout[name]
         packed = self.file.read(name).numpy()
         if item["sha256"] != _digest(name, item["shape"], item["input_axis"], packed):
@@ -97,7 +104,7 @@ class MaskFile:
 class MaskFiles:
     """Several mask files read as one."""
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path] = ()) -> None:
         self._files = {name: file for file in map(MaskFile, paths) for name in file.names}
 
     def __contains__(self, name: object) -> bool:
@@ -113,8 +120,8 @@ def unpack(packed: np.ndarray, start: int, count: int) -> Bool[Tensor, " count"]
     return torch.from_numpy(np.unpackbits(part, count=count, bitorder="little").view(bool))
 
 
-def write_masks(path: Path, masks: Mapping[str, TensorMask]) -> None:
-    """Write a mask file; it appears whole or not at all."""
+def write_masks(path: Path, masks: Mapping[str, TensorMask]) -> str:
+    """Write a mask file; it appears whole or not at all. Its SHA-256."""
     packed = {name: _pack(mask.kept) for name, mask in masks.items()}
     layout = {
         name: {
@@ -124,31 +131,26 @@ def write_masks(path: Path, masks: Mapping[str, TensorMask]) -> None:
         }
         for name, mask in masks.items()
     }
-    with atomic_write(path) as file:
-        write_safe(file, {n: ("U8", b.shape) for n, b in packed.items()}, _metadata(layout))
-        for bits in packed.values():
-            file.write(bits.tobytes())
+    return _write(path, layout, packed.values())
 
 
-def join_masks(path: Path, parts: Iterable[Path]) -> None:
-    """One mask file out of several, tensor by tensor, without holding them in memory."""
+def join_masks(path: Path, parts: Iterable[Path]) -> str:
+    """One mask file out of several, tensor by tensor, without holding them in memory; its SHA-256."""
     files = [MaskFile(part) for part in parts]
     layout: dict[str, dict[str, Any]] = {}
     for part in files:
         if both := set(layout) & set(part.layout):
             raise ModelError(f"{part.path}: mask {min(both)!r} is in another part as well")
         layout.update(part.layout)
-    tensors = {name: ("U8", part.file.entries[name].shape) for part in files for name in part.names}
-    with atomic_write(path) as file:
-        write_safe(file, tensors, _metadata(layout))
-        for part in files:
-            for name in part.names:
-                for chunk in part.file.chunks(part.file.entries[name], CHUNK):
-                    file.write(chunk.data)
+    return _write(
+        path, layout, (part.file.read(name).numpy() for part in files for name in part.names)
+    )
 
 
-def _metadata(layout: dict[str, dict[str, Any]]) -> dict[str, str]:
-    return {"format": FORMAT, "tensors": json.dumps(layout, separators=(",", ":"))}
+def _write(path: Path, layout: Mapping[str, Any], bits: Iterable[np.ndarray]) -> str:
+    shapes = {name: ("U8", ((math.prod(item["shape"]) + 7) // 8,)) for name, item in layout.items()}
+    about = {"format": FORMAT, "tensors": json.dumps(layout, separators=(",", ":"))}
+    return write_file(path, chain([safe_header(shapes, about)], bits))
 
 
 def _pack(kept: Tensor) -> np.ndarray:
@@ -171,3 +173,50 @@ def _sound(item: Any) -> bool:
         and len(item["shape"]) - 2 <= item["input_axis"] < len(item["shape"])
         and isinstance(item["sha256"], str)
     )
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Masks, and by tensor the file with its updated weights, in the checkpoint's dtype and shape; NaN stands
+    for an unchanged weight (experts that were left out, layers pruned by magnitude)."""
+
+    masks: MaskFile | MaskFiles = field(default_factory=MaskFiles)
+    values: Mapping[str, SafeFile] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, masks: MaskFile | MaskFiles, values: Iterable[Path]) -> Edits:
+        """Raises ModelError for a file of new weights that is none."""
+        files = [open_safe(path) for path in values]
+        return cls(masks, {name: file for file in files for name in file.entries})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.masks
+
+    def apply(self, name: str, tensor: Tensor) -> None:
+        """To a tensor of the checkpoint, in its stored layout; in place."""
+        new = self.values[name].read(name).view(-1) if name in self.values else None
+        kept = unpack(self.masks.packed(name), 0, tensor.numel()) if name in self.masks else None
+        _edit(tensor.view(-1), new, kept)
+
+    def chunks(self, entry: TensorEntry, source: SafeFile, step: int) -> Iterator[np.ndarray]:
+        """The new bytes of a tensor of `source`, `step` at a time."""
+        packed = self.masks.packed(entry.name) if entry.name in self.masks else None
+        there = self.values.get(entry.name)
+        new = None if there is None else there.chunks(there.entries[entry.name], step)
+        dtype, position = entry.torch_dtype, 0
+        for chunk in source.chunks(entry, step):
+            elements = torch.from_numpy(chunk).view(dtype)
+            values = None if new is None else torch.from_numpy(next(new)).view(dtype)
+            kept = None if packed is None else unpack(packed, position, len(elements))
+            _edit(elements, values, kept)
+            position += len(elements)
+            yield chunk
+
+
+def _edit(elements: Tensor, new: Tensor | None, kept: Tensor | None) -> None:
+    """Update elements [count] in place where `new` is a number, and set pruned ones to zero."""
+    words = elements.view(WORDS[elements.dtype.itemsize])  # not all dtypes can be filled
+    if new is not None:
+        words.copy_(torch.where(new.float().isnan(), words, new.view(words.dtype)))
+    if kept is not None:
+        words.masked_fill_(kept.logical_not_(), 0)

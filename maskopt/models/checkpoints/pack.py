@@ -1,4 +1,4 @@
-"""A pruned folder without its zeros: kept values beside the masks, and back again, bit for bit.
+"""A pruned folder without its zeros: kept values and masks, and back again, bit for bit.
 
 Each shard becomes a safetensors file of its own: the shard's header as it was, tensors without a mask byte
 by byte (`=name`), and of tensors with one the kept values alone, in the order of the tensor (`~name`). Which
@@ -10,16 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from maskopt.core.files import atomic_write
 from maskopt.errors import ModelError
 from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint
 from maskopt.models.checkpoints.mask_file import MaskFile, unpack
 from maskopt.models.checkpoints.report import read_manifest
-from maskopt.models.checkpoints.safefile import CHUNK, SafeFile, TensorEntry, open_safe, write_safe
+from maskopt.models.checkpoints.safefile import (
+    CHUNK,
+    SafeFile,
+    TensorEntry,
+    open_safe,
+    safe_header,
+    write_file,
+)
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, check_output, open_workspace
 from maskopt.models.checkpoints.write import check_masks, copy_file, is_side_file, side_files
 
@@ -42,30 +48,25 @@ def pack(
     overwrite: bool = False,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Path:
-    """Write what `maskopt prune` wrote without the zeros.
-
-    Args:
-        pruned: the folder; it is left as it is.
-        tick: called with bytes done.
+    """Write what `maskopt prune` wrote without the zeros; `tick` is called with bytes done.
 
     Raises:
-        ModelError: no such folder; files that are not those of the manifest, which `unpack_folder` would
-            refuse; weights in pruned places that are not zero.
+        ModelError: no such folder; files that differ from the manifest; weights in pruned places that are
+            not zero.
     """
     checkpoint, target = open_checkpoint(pruned), Path(output)
-    check_output(target, overwrite=overwrite, resume=False, model=checkpoint.folder)
-    masks, manifest = _masks_and_manifest(checkpoint.folder)
+    check_output(target, overwrite=overwrite, model=checkpoint.folder)
+    masks = MaskFile(checkpoint.folder / MASKS)
+    digests = read_manifest(checkpoint.folder / MANIFEST)["files"]
     check_masks(checkpoint, masks)
-    digests = read_manifest(manifest)["files"]
     for name, digest in checkpoint.shard_digests.items():
         if digests.get(name) != digest:
             raise _changed(checkpoint.folder / name)
-    beside = _beside(checkpoint.folder, digests, checkpoint.shards)
-    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+    others = _others(checkpoint.folder, digests, checkpoint.shards)
+    with open_workspace(target, overwrite=overwrite) as work:
         for name, shard in checkpoint.shards.items():
-            with atomic_write(work.staging / _packed_name(name)) as file:
-                _pack_shard(shard, masks, file, tick)
-        for name in beside:
+            write_file(work.staging / _packed_name(name), _packed(shard, masks, tick))
+        for name in others:
             copy_file(checkpoint.folder / name, work.staging / name)
         work.write_record(PACKED)
         work.commit()
@@ -79,41 +80,36 @@ def unpack_folder(
     overwrite: bool = False,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Path:
-    """The folder that was packed, every file as it was.
+    """Restore the folder that was packed, bit for bit.
 
     Raises:
         ModelError: not what `pack` wrote, or changed since.
     """
     folder, target = Path(packed), Path(output)
-    check_output(target, overwrite=overwrite, resume=False, model=folder)
-    masks, manifest = _masks_and_manifest(folder)
-    digests = read_manifest(manifest)["files"]
+    check_output(target, overwrite=overwrite, model=folder)
+    masks, digests = MaskFile(folder / MASKS), read_manifest(folder / MANIFEST)["files"]
     packed_shards = {_packed_name(n): n for n in digests if n.endswith(".safetensors")}
     missing = [name for name in packed_shards if not (folder / name).is_file()]
     if len(missing) == len(packed_shards):
         raise ModelError(f"{folder}: holds no file that `maskopt masks pack` wrote")
     if missing:
         raise ModelError(f"{folder / missing[0]}: is missing")
-    beside = _beside(folder, digests, packed_shards.values())
-    with open_workspace(target, overwrite=overwrite, resume=False) as work:
+    others = _others(folder, digests, packed_shards.values())
+    with open_workspace(target, overwrite=overwrite) as work:
         for packed_name, name in packed_shards.items():
             path = folder / packed_name
-            with atomic_write(work.staging / name) as file:
-                _unpack_shard(_open_packed(path), masks, file, tick)
+            digest = write_file(work.staging / name, _unpacked(_open_packed(path), masks, tick))
             open_safe(work.staging / name)
-            if digests.get(name) != file_digest(work.staging / name):
+            if digest != digests.get(name):
                 raise ModelError(f"{path}: does not give the file of the manifest: it was changed")
-        for name in beside:
+        for name in others:
             copy_file(folder / name, work.staging / name)
         work.commit()
     return target
 
 
 def load_packed(packed: str | Path, **options: Any) -> Any:
-    """The model of a packed folder, as `AutoModelForCausalLM.from_pretrained` of the unpacked one gives it.
-
-    Args:
-        options: of `from_pretrained`, such as `dtype`.
+    """The model of a packed folder; `options` are those of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
         ModelError: as for `unpack_folder`.
@@ -127,13 +123,9 @@ def load_packed(packed: str | Path, **options: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
-def _beside(folder: Path, digests: dict[str, str], shards: Collection[str]) -> list[str]:
-    """Names of all other files: those of the manifest, itself and the masks, and what a prune would have
-    copied had it been there.
-
-    Raises:
-        ModelError: one is missing, is not as the manifest says, or is of a kind that no prune writes.
-    """
+def _others(folder: Path, digests: dict[str, str], shards: Collection[str]) -> list[str]:
+    """Names of all other files: those of the manifest, itself and the masks, and side files. Raises
+    ModelError: one is missing, differs from the manifest, or is of a kind that no prune writes."""
     for name in digests:
         known = is_side_file(name) or name == MASKS or name.endswith((".safetensors", *_SAVED))
         if name.startswith(".") or not known:
@@ -157,15 +149,8 @@ def _changed(path: Path) -> ModelError:
     )
 
 
-def _masks_and_manifest(folder: Path) -> tuple[MaskFile, Path]:
-    masks = MaskFile(folder / MASKS)
-    read_manifest(folder / MANIFEST)
-    return masks, folder / MANIFEST
-
-
-def _pack_shard(
-    shard: SafeFile, masks: MaskFile, file: IO[bytes], tick: Callable[[int], None]
-) -> None:
+def _packed(shard: SafeFile, masks: MaskFile, tick: Callable[[int], None]) -> Iterator[Any]:
+    """The bytes of a packed shard."""
     head = shard.header_bytes()
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {_HEADER: ("U8", (len(head),))}
     for entry in shard.entries.values():
@@ -174,11 +159,10 @@ def _pack_shard(
             shapes[_KEPT + entry.name] = entry.dtype, (kept,)
         else:
             shapes[_WHOLE + entry.name] = "U8", (entry.size,)
-    write_safe(file, shapes, {"format": FORMAT})
-    file.write(head)
+    yield safe_header(shapes, {"format": FORMAT})
+    yield head
     for entry in shard.entries.values():
-        for chunk in _packed_chunks(shard, entry, masks):
-            file.write(chunk.data)
+        yield from _packed_chunks(shard, entry, masks)
         tick(entry.size)
 
 
@@ -198,16 +182,13 @@ def _packed_chunks(shard: SafeFile, entry: TensorEntry, masks: MaskFile) -> Iter
         yield words[kept].view(np.uint8)
 
 
-def _unpack_shard(
-    packed: SafeFile, masks: MaskFile, file: IO[bytes], tick: Callable[[int], None]
-) -> None:
+def _unpacked(
+    packed: SafeFile, masks: MaskFile, tick: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    """The bytes of a shard out of a packed one."""
     for entry in packed.entries.values():
-        if entry.name.startswith(_KEPT):
-            for chunk in _whole_chunks(packed, entry, masks):
-                file.write(chunk.data)
-        else:
-            for chunk in packed.chunks(entry, CHUNK):
-                file.write(chunk.data)
+        kept = entry.name.startswith(_KEPT)
+        yield from _whole_chunks(packed, entry, masks) if kept else packed.chunks(entry, CHUNK)
         tick(entry.size)
 
 

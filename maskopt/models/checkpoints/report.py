@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maskopt.core.fields import holds_its_kinds
-from maskopt.core.files import atomic_write
 from maskopt.core.pattern import pattern_from_dict
 from maskopt.errors import ModelError
 from maskopt.models.checkpoints.bos import Beginning
-from maskopt.models.checkpoints.checkpoint import plain_name, read_json
-from maskopt.models.checkpoints.weight_edits import Edits
+from maskopt.models.checkpoints.checkpoint import plain_name, read_json, write_json
+from maskopt.models.checkpoints.mask_file import Edits
 
 Kind = TypeVar("Kind")
 #: of a prune, and of a model that was made smaller
@@ -26,32 +25,28 @@ _PARTS = {"fingerprint", "layers", "bad_samples", "tensors", "files"}
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One pruned layer.
+    """One pruned layer. Errors and energies are sums over rows.
 
     Attributes:
         block: index of its decoder block.
         kind: the name inside the block, numbers as stars: `self_attn.q_proj`.
-        error_start: objective of the start summed over rows, with unchanged weights; None without a start.
+        error_start: of the start, with unchanged weights; None without a start.
         error_uniform: with a shared budget, the same at an equal count in every row; else None.
-        error: of the result summed over rows: with `gram_shrinkage` 0 the mean squared change of the output,
-            else that of outputs whose inputs' G is shrunk as it was for the solver.
-        error_kept: error of the mask before its kept weights were updated; None without an update.
-        objective: which objective the statuses are of: of `kept` weights, or of `refitted` ones; `updated`
-            where the weights are the solver's own, not those of least squares.
+        error: of the result: the mean squared change of the output, with G shrunk by `gram_shrinkage`.
+        error_kept: of the mask before kept weights were updated; None without an update.
+        objective: what the statuses are of: `kept` or `refitted` weights, or `updated` by the solver itself.
         damping: of the update; None without one.
-        lower_bound: proven bound summed over rows, 0 where none is known: of `error`; of `error_kept` where
-            weights were refitted after masks were chosen for kept ones.
+        lower_bound: proven bound of `error`, or of `error_kept` where weights were updated after masks were
+            chosen for kept ones; 0 where none is known.
         statuses: number of rows by status.
         tokens: calibration tokens that the layer saw.
-        fallback: too few tokens, so pruned by magnitude; its errors are then the pruned weights' squares.
-        energy: mean square of the rows' targets with the same G, summed over rows (wᵀGw, or with `target`
-            dense that of the dense model's output): what the error is a part of.
-        error_held, energy_held: the same on the held-out windows, whose G is never shrunk; None where
-            there are none.
+        fallback: too few tokens, so pruned by magnitude; errors are then sums of squared pruned weights.
+        energy: mean square of the rows' targets with the same G: wᵀGw, or the dense model's output.
+        error_held, energy_held: on the held-out windows, G not shrunk; None where there are none.
         gram_shrinkage: α that the masks were chosen with.
-        swaps, scans: of a 1-swap search, of all rows together; None where the solver makes none.
-        improvement_quantiles: of the rows, how far the solver's objective is below its start's, as a part
-            of that: least, a tenth, median, nine tenths, most; None without a start, or with a shared budget.
+        swaps, scans: of a 1-swap search; None where the solver makes none.
+        improvement_quantiles: of the rows' 1 − objective / start: least, a tenth, median, nine tenths, most;
+            None without a start, or with a shared budget.
     """
 
     name: str
@@ -86,12 +81,12 @@ class LayerReport:
 
     @property
     def relative(self) -> float:
-        """Error as a part of the energy; 0 where there is none."""
+        """Error / energy; 0 where there is none."""
         return self.error / self.energy if self.energy > 0 else 0.0
 
     @property
     def relative_held(self) -> float | None:
-        """The same on the windows kept aside; None where there are none."""
+        """The same on the held-out windows; None where there are none."""
         if self.error_held is None or not self.energy_held:
             return None
         return self.error_held / self.energy_held
@@ -99,12 +94,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class PartReport:
-    """What training made of a part of a block.
+    """One trained part of a block. Losses are means over windows.
 
     Attributes:
         part: its name inside the block; empty: the block.
-        fitted_before, fitted_after: mean loss on the windows that it was trained on.
-        held_before, held_after: on those kept aside, which chose the epoch.
+        held_before, held_after: on the held-out windows, which choose the epoch.
         epoch: the best one; 0: the weights are those at the start.
         diverged: it ended early, at NaN or at a loss far above that of the start.
     """
@@ -122,12 +116,12 @@ class PartReport:
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A block that an earlier run has done."""
+    """What a run found of a block; `edits` is what an earlier run has done to its tensors."""
 
     layers: list[LayerReport]
     parts: list[PartReport]
     bad: list[dict[str, Any]]
-    edits: Edits
+    edits: Edits = field(default_factory=Edits)
 
 
 @dataclass(frozen=True)
@@ -137,12 +131,10 @@ class PruneReport:
     Attributes:
         layers: in the order of the model.
         bad_samples: calibration samples left out for NaN or infinite activations.
-        masks: bool [rows, n] by layer name, for a model in memory; empty for a folder, whose
-            masks are in its sidecar.
+        masks: bool [rows, n] by layer name, of a model in memory; a folder has them in a file.
         output: where the pruned model is, if it was written.
         fingerprint: what decides the result: options, digests, versions.
         seconds: wall time of this call.
-        parts: of blocks whose weights were trained.
         memory: bytes at the peak, see `peaks`; empty where this call pruned nothing.
     """
 
@@ -197,14 +189,11 @@ def what_was_done(
         "blockwise": "kept weights were trained towards the dense model's outputs",
     }[options["update"]]
     smaller = "channels" in options or "experts" in options
-    what = _removed(layers) if smaller else _pruned(options, layers, sparsity)
+    if smaller:  # `kept 3 of 4 heads and 1536 of 2048 channels`
+        what = "kept " + " and ".join(dict.fromkeys(layer.pattern for layer in layers))
+    else:
+        what = _pruned(options, layers, sparsity)
     return f"{what} of {blocks} blocks{_pattern(options)}; {after}. {calibrated}"
-
-
-def _removed(layers: Sequence[LayerReport]) -> str:
-    """`kept 3 of 4 heads and 1536 of 2048 channels`."""
-    told = dict.fromkeys(layer.pattern for layer in layers)
-    return "kept " + " and ".join(told)
 
 
 def _pruned(options: Mapping[str, Any], layers: Sequence[LayerReport], sparsity: float) -> str:
@@ -216,21 +205,17 @@ def _pruned(options: Mapping[str, Any], layers: Sequence[LayerReport], sparsity:
 def _pattern(options: Mapping[str, Any]) -> str:
     if "sparsity" not in options:
         return ""
-    trades = {
+    where = {
         "uniform": "",
         "rows": ", rows of a layer may differ",
         "layers": ", layers may differ",
         "both": ", layers and their rows may differ",
     }
-    return f" (pattern {pattern_from_dict(options['sparsity'])}{trades[options['allocation']]})"
+    return f" (pattern {pattern_from_dict(options['sparsity'])}{where[options['allocation']]})"
 
 
 def read_layers(records: Any, where: Path) -> list[LayerReport]:
-    """Layer reports as a journal or a manifest holds them.
-
-    Raises:
-        ModelError: not such records.
-    """
+    """Layer reports of a journal or a manifest; ModelError where the records are something else."""
     return _read(records, LayerReport, where, "layers")
 
 
@@ -274,41 +259,41 @@ def write_manifest(
     path: Path,
     report: PruneReport,
     files: Mapping[str, str],
-    tensors: Mapping[str, Any],
-    **more: Any,
+    *,
+    tensors: Mapping[str, Any] | None = None,
+    shrunk: Mapping[str, Any] | None = None,
 ) -> None:
     """The manifest: what decided the result, layer reports, digests of all files, and of itself.
 
-    `tensors` gives per masked tensor its input axis and pattern; `seconds` and `memory` are the only values
-    that differ between two runs of the same fingerprint.
+    `seconds` and `memory` are the only values that differ between two runs of the same fingerprint.
+
+    Args:
+        tensors: input axis and pattern of every masked tensor.
+        shrunk: what became of a model that was made smaller.
     """
     manifest = {
-        "format": SMALLER_FORMAT if "shrunk" in more else MANIFEST_FORMAT,
+        "format": MANIFEST_FORMAT if shrunk is None else SMALLER_FORMAT,
         "fingerprint": dict(report.fingerprint),
         "sparsity": report.sparsity,
         "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in report.layers],
         "parts": [asdict(part) for part in report.parts],
         "bad_samples": list(report.bad_samples),
         "fallbacks": report.fallbacks,
-        "tensors": dict(tensors),
+        "tensors": dict(tensors or {}),
         "files": dict(sorted(files.items())),
         "seconds": sum(layer.seconds for layer in report.layers),
         "memory": dict(report.memory),
-        **more,
+        **({} if shrunk is None else {"shrunk": dict(shrunk)}),
     }
     manifest["sha256"] = manifest_digest(manifest)
-    with atomic_write(path) as file:
-        file.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    write_json(path, manifest)
 
 
 def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
-    """A manifest whose own digest holds.
-
-    Args:
-        smaller: it may be that of a model that was made smaller, too.
+    """A manifest; `smaller`: also of a model that was made smaller.
 
     Raises:
-        ModelError: missing, not a manifest, or changed.
+        ModelError: missing, not a manifest, or changed by its own digest.
     """
     manifest = read_json(path, "the folder was not written by maskopt prune")
     found = manifest.get("format")
@@ -327,7 +312,7 @@ def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
 
 
 def result_digest(manifest: Mapping[str, Any]) -> str:
-    """Of the files of a pruned model and of all that decided them: the same for every run that made them."""
+    """Of fingerprint and files: the same for every run that made them."""
     return manifest_digest({name: manifest[name] for name in ("fingerprint", "files")})
 
 

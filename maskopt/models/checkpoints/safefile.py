@@ -7,12 +7,14 @@ nothing is unpickled, nothing is mapped, and the resident memory is that of the 
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import os
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskopt.core.files import atomic_write
 from maskopt.errors import ModelError
 
 MAX_HEADER = 100 * 2**20
@@ -41,6 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,8 @@ class SafeFile:
 
 
 def open_safe(path: Path) -> SafeFile:
-    """Check a file's header against its size.
-
-    Raises:
-        ModelError: missing, unreadable, truncated, or not a safetensors file.
-    """
+    """Check a file's header against its size. Raises ModelError: missing, unreadable, truncated, or not a
+    safetensors file."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
@@ -143,10 +144,20 @@ def open_safe(path: Path) -> SafeFile:
     return SafeFile(path, {entry.name: entry for entry in entries}, metadata, data_start, size)
 
 
-def write_safe(
-    file: IO[bytes], tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> None:
-    """Write the header for tensors given as name → (dtype, shape); their bytes follow in order."""
+def write_file(path: Path, chunks: Iterable[Any]) -> str:
+    """Write a file that appears whole or not at all, out of bytes or flat arrays of them; its SHA-256."""
+    digest = hashlib.sha256()
+    with atomic_write(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def safe_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The header for tensors given as name → (dtype, shape); their bytes follow in order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, (dtype, shape) in tensors.items():
@@ -159,15 +170,26 @@ def write_safe(
         position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write a safetensors file; its SHA-256."""
+    shapes = {name: (NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+    data = (bytes_of(value) for value in tensors.values())
+    return write_file(path, itertools.chain([safe_header(shapes, metadata)], data))
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """A tensor's bytes as safetensors stores them."""
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """A regular file for reading: a pipe or a device in its place could be read for ever.
-
-    Raises:
-        ModelError: missing, unreadable, or no regular file.
-    """
+    """A regular file for reading: a pipe or a device in its place could be read for ever. Raises ModelError:
+    missing, unreadable, or no regular file."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ModelError(f"{path}: not a regular file")

@@ -1,8 +1,7 @@
-"""An output folder that appears whole: locked, filled in a hidden place, moved into view at the end.
+"""An output folder that appears whole.
 
-While work goes on, everything lies in `OUT/.maskopt/`: the lock, the journal, the masks of finished
-blocks, and under `out/` the files of the result. The last step renames those into OUT, the manifest
-last, and removes the hidden folder.
+While a run is under way, `OUT/.maskopt/` holds the lock, the journal, the masks of finished blocks and, under
+`out/`, the files of the result. The last step renames those into OUT, the manifest last.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from maskopt.core.files import NO_SPACE, atomic_write, same_file
+from maskopt.core.files import NO_SPACE, same_file
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.checkpoint import plain_name
+from maskopt.models.checkpoints.checkpoint import plain_name, write_json
+from maskopt.models.checkpoints.safefile import write_file
 
 HIDDEN = ".maskopt"
 JOURNAL = "journal.jsonl"
@@ -30,22 +30,15 @@ GONE = ".maskopt.gone"
 MANIFEST = "maskopt-manifest.json"
 #: lists of names in the hidden folder: what a commit moves, and what an earlier result left to be deleted
 _COMMITTED, _EARLIER = "committed", "earlier"
-#: of safetensors' format, not of its ending: servers load every *.safetensors beside a model of one file
+#: a safetensors file of another ending: servers load every *.safetensors of a folder
 MASKS = "maskopt-masks.bits"
 #: the model card: users may edit it, so that manifests leave it out
 CARD = "README.md"
 
 
 class Workspace:
-    """A locked output folder.
-
-    Attributes:
-        output: the folder of the result.
-        hidden: for lock, journal and blocks.
-        staging: where the result's files are made.
-        keep: leave the hidden folder behind if the work ends by an error, so that it can resume.
-        moving: files of the result are on their way into the output folder.
-    """
+    """An output folder. `keep` leaves the hidden folder after an error, so that the run can resume; `moving`:
+    files are on their way from `staging` into `output`."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -56,26 +49,21 @@ class Workspace:
         self.keep = self.moving = False
 
     def remove_temporaries(self) -> None:
-        """Drop what an interrupted run left half-written."""
+        """Remove half-written files of an interrupted run."""
         for folder in (self.hidden, self.staging, self.blocks):
-            for file in folder.glob(".*.tmp"):
-                file.unlink(missing_ok=True)
-            for file in folder.glob("activations.*"):
+            for file in (*folder.glob(".*.tmp"), *folder.glob("activations.*")):
                 file.unlink(missing_ok=True)
 
     def write_record(self, name: str) -> None:
-        """Write a record of what is staged, for results without a manifest: only what a record lists is
-        deleted by `overwrite`."""
-        files = sorted(file.name for file in self.staging.iterdir())
-        with atomic_write(self.staging / name) as file:
-            file.write((json.dumps({"files": files}, indent=1) + "\n").encode())
+        """List the staged files, for results without a manifest: `overwrite` deletes only what is listed."""
+        write_json(self.staging / name, {"files": sorted(f.name for f in self.staging.iterdir())})
 
     def commit(self) -> None:
-        """Move the staged files into the output folder, then drop what an earlier result left there, and
-        move the manifest last.
+        """Move the staged files into the output folder, remove those of an earlier result, and move the
+        manifest last.
 
-        The list of files is on disk before the first of them moves, so an interrupted commit is
-        finished by the next run that resumes; nothing that is staged is dropped from then on.
+        The list of files is on disk before the first of them moves, so that the next run that resumes
+        finishes an interrupted commit.
 
         Raises:
             ModelError: a file of that name appeared in the output folder during the run.
@@ -100,8 +88,8 @@ class Workspace:
         sync_folder(self.output)
 
     def remove(self) -> None:
-        """Drop the hidden folder: out of the way by one rename, so that a process killed meanwhile
-        leaves nothing that looks like an unfinished run."""
+        """Remove the hidden folder, by a rename first, so that a process that is killed meanwhile leaves
+        nothing that looks like an unfinished run."""
         gone = self.output / GONE
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(self.hidden, gone)
@@ -109,13 +97,9 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[Workspace]:
-    """Lock an output folder for one process.
-
-    Raises:
-        ModelError: `check_output` refuses it, it cannot be written, another process is at work in it, or the
-            disk fills up.
-    """
+def open_workspace(output: Path, *, overwrite: bool, resume: bool = False) -> Iterator[Workspace]:
+    """Lock an output folder for one process. Raises ModelError: `check_output` refuses it, it cannot be
+    written, another process is at work in it, or the disk fills up."""
     work = Workspace(output)
     work.keep = resume
     check_output(output, overwrite=overwrite, resume=resume)
@@ -155,8 +139,7 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool) -> Iterator[W
 
 
 def earlier_files(output: Path) -> set[str]:
-    """Names of the files in the folder that an earlier result consists of: what its manifest or another
-    record lists, and what an interrupted run has noted."""
+    """Names of the files there that a manifest or another record lists, or an interrupted run has noted."""
     hidden = output / HIDDEN
     moved = {n for n in _names(hidden / _COMMITTED) if not (hidden / "out" / n).exists()}
     listed = moved.union(_names(hidden / _EARLIER))
@@ -175,13 +158,11 @@ def earlier_files(output: Path) -> set[str]:
 
 
 def _names(path: Path) -> list[str]:
-    """A list of names in the hidden folder; an empty one where there is no such file."""
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def _write_names(path: Path, names: Collection[str]) -> None:
-    with atomic_write(path) as file:
-        file.write("\n".join(names).encode())
+    write_file(path, ["\n".join(names).encode()])
 
 
 def sync_folder(folder: Path) -> None:
@@ -203,21 +184,21 @@ def check_output(
     output: Path,
     *,
     overwrite: bool,
-    resume: bool,
+    resume: bool = False,
     complete: str = MANIFEST,
     own: Collection[str] = (),
     **inputs: Any,
 ) -> None:
-    """Refuse an output folder at a glance, before any work.
+    """Check an output folder before any work.
 
     Args:
-        complete: the file that says that a run is finished.
+        complete: the file that a finished run leaves.
         own: further names that belong to the result.
         inputs: of the run, see `check_inputs`.
 
     Raises:
-        ModelError: it is no folder, is the current or the home folder, has to do with an input, holds what
-            no earlier run wrote, is not empty (unless `overwrite`, or `resume` with something to resume).
+        ModelError: it is no folder, is the current or the home folder, overlaps with an input, holds files
+            that no run wrote, is not empty (unless `overwrite`, or `resume` with something to resume).
     """
     check_place(output)
     check_inputs(output, **inputs)
@@ -243,8 +224,7 @@ def check_output(
 
 
 def check_place(output: Path) -> None:
-    """Refuse folders that hold more than a result: an empty name, say of a shell variable that is not set,
-    means the current one."""
+    """Refuse the current and the home folder; an empty name, say of a shell variable, means the former."""
     here = Path.cwd()
     if any(same_file(output, p) for p in (here, *here.parents, Path(os.path.expanduser("~")))):
         raise ModelError(
@@ -262,13 +242,11 @@ def _in_the_way(output: Path, names: Collection[str]) -> ModelError:
 
 
 def check_inputs(output: Path, **inputs: Any) -> None:
-    """Refuse an output folder that is an input of the run, lies in one, holds one, or has a file in common
-    with one.
-
-    Files are compared by device and inode, since links and bind mounts are other paths to the same files.
+    """Refuse an output folder that is an input, lies in one, holds one, or shares a file with one, by device
+    and inode: links and bind mounts are other paths to the same files.
 
     Args:
-        inputs: by what they are called. Only paths count: a name on the hub or tokens are nothing to lose.
+        inputs: by what they are called; only paths count.
     """
     there = _files(output)
     for what, given in inputs.items():
@@ -290,7 +268,6 @@ def check_inputs(output: Path, **inputs: Any) -> None:
 
 
 def _above(path: Path) -> list[Path]:
-    """The path and all folders that it lies in, with links followed."""
     real = Path(os.path.realpath(path))
     return [real, *real.parents]
 
@@ -307,8 +284,7 @@ def _files(path: Path) -> dict[tuple[int, int], str]:
 
 
 def _check_hidden(work: Workspace) -> None:
-    """What is written into the hidden folder must not land elsewhere, and a folder in the place of a file
-    could not be replaced."""
+    """Refuse links, which lead elsewhere, and folders in the place of files, which cannot be replaced."""
     folders = (work.hidden, work.staging, work.blocks, work.output / GONE)
     inside = work.hidden.rglob("*") if work.hidden.is_dir() else ()
     for path in (work.hidden, work.output / GONE, *inside):
@@ -319,7 +295,7 @@ def _check_hidden(work: Workspace) -> None:
 
 @contextmanager
 def plain_errors(output: Path, work: Workspace | None = None) -> Iterator[None]:
-    """Say in one line what the operating system refused."""
+    """Raise ModelError, one line, for an error of the operating system."""
     try:
         yield
     except OSError as error:

@@ -1,25 +1,43 @@
-"""Apply masks to a checkpoint: every shard copied byte by byte, pruned entries set to zero.
+"""The shards and other files of a result from those of a checkpoint, and a check that these do not change
+meanwhile.
 
-Headers, dtypes and shard layout are those of the original by construction, and so is every kept weight that
-was not refitted.
+Where nothing is renamed or cut, headers, dtypes and shard layout are the original's, and so is every weight
+that is neither pruned nor updated.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
+import os
 import shutil
-from collections.abc import Container
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from maskopt.core.files import atomic_write
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, check_link, plain_name
-from maskopt.models.checkpoints.mask_file import MaskFile
-from maskopt.models.checkpoints.safefile import CHUNK, open_file
-from maskopt.models.checkpoints.weight_edits import Edits
+from maskopt.models.checkpoints.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    check_link,
+    file_digest,
+    plain_name,
+    read_json,
+)
+from maskopt.models.checkpoints.mask_file import Edits, MaskFile
+from maskopt.models.checkpoints.safefile import (
+    CHUNK,
+    TensorEntry,
+    bytes_of,
+    open_file,
+    open_safe,
+    safe_header,
+    write_file,
+)
 
 #: what is copied along with the weights; code is not
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
@@ -27,7 +45,7 @@ SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 LEGAL_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf", ".html")
 #: ours, hidden ones, and adapters, which loaders put upon the weights
 NOT_COPIED = ("maskopt-", ".", "adapter_")
-#: where tokenizers keep chat templates beside that by default; results are folders without folders
+#: where tokenizers keep further chat templates; results are folders without folders
 _TEMPLATES = "additional_chat_templates"
 
 _log = logging.getLogger("maskopt.models")
@@ -46,26 +64,53 @@ def check_masks(checkpoint: Checkpoint, masks: MaskFile) -> None:
             )
 
 
-def write_shard(checkpoint: Checkpoint, shard: str, edits: Edits, target: Path) -> str:
-    """One shard with its edits; the digest of what was written."""
+def write_shard(
+    checkpoint: Checkpoint,
+    shard: str,
+    target: Path,
+    edits: Edits,
+    *,
+    names: Mapping[str, str | None] | None = None,
+    left: Mapping[str, Mapping[int, Tensor]] | None = None,
+) -> str:
+    """Write one shard with its edits; the SHA-256 of what was written.
+
+    Args:
+        names: new names of tensors, None for one that is dropped; without it all names stay.
+        left: the indices that stay of a tensor along an axis; without `names` and `left` the header is
+            the original's, byte by byte.
+    """
     source = checkpoint.shards[shard]
-    digest = hashlib.sha256()
-    with atomic_write(target) as file:
+    named = {e.name: e.name if names is None else names[e.name] for e in source.entries.values()}
+    entries = [entry for entry in source.entries.values() if named[entry.name] is not None]
+    cuts = left or {}
 
-        def put(data: Any) -> None:
-            file.write(data)
-            digest.update(data)
+    def shape(entry: TensorEntry) -> tuple[int, ...]:
+        axes = cuts.get(entry.name, {})
+        return tuple(len(axes[a]) if a in axes else size for a, size in enumerate(entry.shape))
 
-        put(source.header_bytes())
-        for entry in source.entries.values():
-            for chunk in edits.chunks(entry, source, CHUNK):
-                put(chunk)
-    return digest.hexdigest()
+    def data() -> Iterator[Any]:
+        if names is None and left is None:
+            yield source.header_bytes()
+        else:
+            shapes = {str(named[e.name]): (e.dtype, shape(e)) for e in entries}
+            yield safe_header(shapes, source.metadata)
+        for entry in entries:
+            if entry.name not in cuts:
+                yield from edits.chunks(entry, source, CHUNK)
+                continue
+            tensor = source.read(entry.name)
+            edits.apply(entry.name, tensor)
+            for axis, indices in cuts[entry.name].items():
+                tensor = tensor.index_select(axis, indices)
+            yield bytes_of(tensor)
+
+    return write_file(target, data())
 
 
 def side_files(folder: Path, shards: Container[str]) -> list[str]:
-    """Names of the files that are copied beside the weights, which are `shards`: configuration, tokenizer
-    and licence. Raises ModelError for a link whose content cannot be copied."""
+    """Names of the files that are copied in addition to the `shards`: configuration, tokenizer, licence.
+    Raises ModelError for a link whose content cannot be copied."""
     names = []
     for file in sorted(folder.iterdir()):
         if file.name.startswith(NOT_COPIED) or not is_side_file(file.name):
@@ -107,8 +152,55 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def disk_needed(checkpoint: Checkpoint, refit: bool = False) -> int:
-    """Bytes that the pruned copy takes, masks (and until it is whole the new weights) included."""
+    """Bytes that the pruned copy takes, with masks and, until it is complete, updated weights."""
     elements = sum(
         math.prod(entry.shape) for s in checkpoint.shards.values() for entry in s.entries.values()
     )
     return checkpoint.bytes * (2 if refit else 1) + elements // 4 + 64 * 2**20
+
+
+class Unchanged:
+    """The state of a model folder when a run begins; ModelError where it changed since it was opened.
+
+    Sizes and times of all files are compared before anything that was read is written; only a file of which
+    they differ is read again. (A file that is changed and restored between two checks goes unnoticed.)
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.folder = checkpoint, checkpoint.folder
+        self._side = side_files(checkpoint.folder, checkpoint.shards)
+        names = [*self._side, *checkpoint.shards]
+        self._stamps = {name: _stamp(self.folder / name) for name in names}
+        self._digests = {name: file_digest(self.folder / name) for name in self._side}
+        self._digests |= checkpoint.shard_digests  # taken after the stamps: later changes show
+        if read_json(self.folder / "config.json") != checkpoint.config:
+            raise self._changed("config.json")
+        for name, shard in checkpoint.shards.items():
+            if open_safe(self.folder / name).entries != shard.entries:
+                raise self._changed(name)
+
+    def check(self) -> None:
+        """Raise ModelError where a file is another one than at the beginning, is gone, or is new."""
+        if odd := set(self._side) ^ set(side_files(self.checkpoint.folder, self.checkpoint.shards)):
+            raise self._changed(min(odd))
+        for name, before in self._stamps.items():
+            now = _stamp(self.folder / name)
+            if now == before:
+                continue
+            if now is None or file_digest(self.folder / name) != self._digests[name]:
+                raise self._changed(name)
+            self._stamps[name] = now
+
+    def _changed(self, name: str) -> ModelError:
+        return ModelError(
+            f"{self.folder / name}: changed while the run was under way, so its result would be of no one "
+            "model; put the file back and go on with `resume`, or start over"
+        )
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

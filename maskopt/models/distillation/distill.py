@@ -1,17 +1,14 @@
 """A pruned model trained as a whole, its masks fixed, to predict what the dense model predicts.
 
-    walk    the dense model, block by block: the states that leave its last block
-    train   all kept weights together, by KL(dense ‖ pruned) of the next token (`training.trainer`)
-    write   the pruned folder with the new weights
-
-This is knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) at temperature 1.
+This is knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) at temperature 1: one walk through
+the dense model, then all kept weights trained together by KL(dense ‖ pruned) of the next token.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,40 +24,48 @@ from maskopt.models.architecture.stored_masks import merged
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.blockwise.windows import held_out, tokens_or_tokenizer
-from maskopt.models.checkpoints.journal import Journal
-from maskopt.models.checkpoints.mask_file import MaskFile
-from maskopt.models.checkpoints.unchanged import Unchanged
-from maskopt.models.checkpoints.workspace import (
-    MASKS,
-    Workspace,
-    check_inputs,
-    check_output,
-    open_workspace,
+from maskopt.models.checkpoints.checkpoint import Checkpoint, file_digest, write_json
+from maskopt.models.checkpoints.mask_file import Edits, MaskFile
+from maskopt.models.checkpoints.safefile import write_file, write_tensors
+from maskopt.models.checkpoints.workspace import CARD, MASKS, Workspace
+from maskopt.models.checkpoints.write import (
+    check_masks,
+    copy_file,
+    copy_side_files,
+    disk_needed,
+    write_shard,
 )
-from maskopt.models.checkpoints.write import check_masks, disk_needed
-from maskopt.models.distillation.output import RECORD, finished_result, write_distilled
 from maskopt.models.evaluation.perplexity import check_targets, walk_whole
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.walk import WalkOptions, options_by_name
-from maskopt.models.pruning.fingerprint import fingerprint_of
-from maskopt.models.pruning.output import check_disk
-from maskopt.models.structured.reduced import folder_source
+from maskopt.models.pruning.run import Run, fingerprint_of
+from maskopt.models.structured.change import folder_source
 from maskopt.models.training.divergence import divergences
 from maskopt.models.training.trainer import Task, Trained, train
-from maskopt.models.training.training_state import BYTES, FolderKeeper, Keeper
+from maskopt.models.training.training_state import BYTES, FolderKeeper, Keeper, Losses
 
-#: called with what goes on, how much of it is done, and of how much
+FORMAT = "maskopt-distill-1"
+#: fingerprint, losses and digests of a result
+RECORD = "maskopt-distill.json"
+_NOTE = """
+
+## Trained after pruning
+
+The weights that the masks keep were trained together afterwards, towards the predictions of the dense
+model (`maskopt distill`; `maskopt-distill.json` has the figures). What is said above of errors, and the
+commands that make the same bytes, are of the model before that. `maskopt verify FOLDER --masks PRUNED`
+holds the zeros of both against each other.
+"""
+
+#: called with the name of a stage, how much of it is done, and of how much
 OnDistill = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Distilled(Trained):
-    """What became of a model. Losses are KL(dense ‖ pruned) of the next token, nats, mean over targets; of as
-    many of the fitted windows as were kept aside, and of those.
-
-    Attributes:
-        seconds: in all, the walk of the dense model and the writing included; 0 where all was done already.
-    """
+    """The result of `distill_model`. Losses are KL(dense ‖ pruned) of the next token, nats, means over
+    targets: of the held-out windows, and of as many fitted ones. `seconds` is 0 where all was done
+    already."""
 
     seconds: float
     output: Path
@@ -82,28 +87,25 @@ def distill_model(
     """Train a pruned folder's kept weights until the model predicts what the dense one predicts.
 
     The pruned model, its gradients and the optimiser's moments are in memory as a whole, in float32: 33 bytes
-    a weight of the layers with masks on one thread, 4 more on each other one, and beside them what autograd
-    keeps of a window on every thread. The dense model goes through block by block.
+    a weight of the layers with masks on one thread, 4 more on each other one, and the window that autograd
+    keeps on every thread. The dense model is read block by block.
 
     Args:
-        pruned: the folder that `maskopt prune` wrote; it is left as it is.
+        pruned: the folder that `maskopt prune` wrote; it is not changed.
         teacher: the dense model's folder, or its name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
+        tokenizer_or_tokens, calibration: as for `prune_model`.
         options: how to train.
-        output: folder of the result, a copy of `pruned` with other weights in the places that its masks keep,
-            and `maskopt-distill.json`, which says how they came about.
-        resume: go on with an interrupted run of the same options, from what it saved last (`save_every`).
-        on_progress: called with what goes on, how much of it is done, and of how much.
+        output: folder of the result: a copy of `pruned` with updated kept weights, and the record
+            `maskopt-distill.json`.
+        resume: go on with an interrupted run of the same options, from its last save (`save_every`).
+        on_progress: called with the name of a stage, how much of it is done, and of how much.
         shorthand: single options by name, with or without `options`: `epochs=2, samples=64`.
 
     Raises:
-        MaskoptError: no masks in the folder, or not a teacher of this model; text or options that cannot be
-            used; more than `max_memory` allows.
+        MaskoptError: no masks in the folder, or another teacher; text or options that cannot be used; more
+            than `max_memory` allows.
     """
-    began, target = time.perf_counter(), Path(output)
-    if resume and overwrite:
-        raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
+    began = time.perf_counter()
     options = options_by_name(DistillOptions, options, shorthand)
     tell = on_progress or (lambda what, done, total: None)
     for given in (pruned, teacher):
@@ -111,11 +113,11 @@ def distill_model(
             raise ModelError(
                 f"distillation is of folders, not of a {type(given).__name__} in memory; save it first"
             )
+    inputs: dict[str, Any] = {"model": pruned, "teacher": teacher, "calibration": calibration}
+    run = Run(output, overwrite=overwrite, resume=resume, complete=RECORD, **inputs)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise DataError("distillation needs `calibration` text or tokens; name a source of text")
-    inputs: dict[str, Any] = {"model": pruned, "teacher": teacher, "calibration": calibration}
-    check_output(target, overwrite=overwrite, resume=resume, complete=RECORD, **inputs)
     student = open_job(pruned, text, replace(options, max_memory=None), tokenizer=tokenizer)
     if options.max_memory is not None:
         load = replace(student.load, together=True, recompute=options.recompute)
@@ -123,37 +125,73 @@ def distill_model(
     source, masks = _with_masks(student)
     dense = _teacher(teacher, student, options)
     taught_by = folder_source(dense.source).checkpoint
-    check_inputs(target, model=source.checkpoint.folder, teacher=taught_by.folder)
-    models = [Unchanged(checkpoint) for checkpoint in (source.checkpoint, taught_by)]
+    run.reads(model=source.checkpoint, teacher=taught_by)
     fingerprint = {**fingerprint_of(student, options.record()), "teacher": taught_by.digest}
-    if resume and (finished := finished_result(target, fingerprint)) is not None:
-        return Distilled(**vars(finished), seconds=0.0, output=target)
-    with open_workspace(target, overwrite=overwrite, resume=resume) as work:
-        _check_disk(source, masks, options, work)
-        journal = Journal(work.journal)
-        journal.begin(fingerprint)
-        keeper = FolderKeeper(work, journal, 60 * options.save_every, source.device)
+    if (record := run.finished(fingerprint)) is not None:
+        return Distilled(**vars(_trained(run, record)), seconds=0.0, output=run.output)
+    needed = disk_needed(source.checkpoint, True)
+    if options.save_every:  # what `resume` goes on from, twice
+        needed += 2 * BYTES * sum(math.prod(masks.shape(name)) for name in masks.names)
+    remedy = "; `save_every` 0 takes less, and cannot be resumed"
+    with run.opened(needed, fingerprint, remedy) as work:
+        keeper = FolderKeeper(work, run.journal, 60 * options.save_every, source.device)
         # the dense model's threads begin first, so that they end last
         with dense, student:
             walk_whole(dense, lambda done, total: tell("dense model", done, total))
             dense.rest()
             trained, layers = _train(student, dense, options, keeper, tell)
-        for model in models:
-            model.check()
+        run.check_models()
         new = {layer.name: (layer, matrix(source.model, layer).cpu()) for layer in layers}
-        write_distilled(source, masks, new, trained, fingerprint, work)
-    return Distilled(**vars(trained), seconds=time.perf_counter() - began, output=target)
+        _write(source, masks, new, trained, fingerprint, work)
+    return Distilled(**vars(trained), seconds=time.perf_counter() - began, output=run.output)
 
 
-def _check_disk(
-    source: FolderSource, masks: MaskFile, options: DistillOptions, work: Workspace
+def _trained(run: Run, record: Mapping[str, Any]) -> Trained:
+    """What a complete run recorded."""
+    try:
+        before, after = (Losses(**record[name]) for name in ("before", "after"))
+        return Trained(before, after, record["epoch"], record["diverged"])
+    except (KeyError, TypeError):
+        raise ModelError(
+            f"{run.output / RECORD}: is damaged; start over with `overwrite`"
+        ) from None
+
+
+def _write(
+    source: FolderSource,
+    masks: MaskFile,
+    new: Mapping[str, tuple[Layer, Tensor]],
+    trained: Trained,
+    fingerprint: Mapping[str, Any],
+    work: Workspace,
 ) -> None:
-    """Raise ModelError where there is no room for the result, and twice for what `resume` goes on from."""
-    needed = disk_needed(source.checkpoint, True)
-    if options.save_every:
-        needed += 2 * BYTES * sum(math.prod(masks.shape(name)) for name in masks.names)
-    there = sum(file.stat().st_size for file in work.hidden.rglob("*") if file.is_file())
-    check_disk(work.output, needed - there, "; `save_every` 0 takes less, and cannot be resumed")
+    """Write the pruned folder with new weights [rows, n] of the layers with masks, and move it into view."""
+    staging, checkpoint = work.staging, source.checkpoint
+    values = work.blocks / "distilled.values"
+    write_tensors(values, source.stored_values(new))
+    edits = Edits.of(masks, [values])
+    files = {
+        shard: write_shard(checkpoint, shard, staging / shard, edits) for shard in checkpoint.shards
+    }
+    copy_side_files(checkpoint, staging)
+    copy_file(masks.path, staging / MASKS)
+    card = staging / CARD
+    before = card.read_text(encoding="utf-8") if card.exists() else f"# {work.output.name}"
+    # a folder that was trained in this way before holds the note already
+    after = before if _NOTE.strip() in before else before.rstrip() + _NOTE
+    write_file(card, [after.encode()])
+    files |= {f.name: file_digest(f) for f in staging.iterdir() if f.name not in files}
+    record = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "before": trained.before._asdict(),
+        "after": trained.after._asdict(),
+        "epoch": trained.epoch,
+        "diverged": trained.diverged,
+        "files": files,
+    }
+    write_json(staging / RECORD, record)
+    work.commit()
 
 
 def _with_masks(student: Job) -> tuple[FolderSource, MaskFile]:
@@ -174,38 +212,29 @@ def _with_masks(student: Job) -> tuple[FolderSource, MaskFile]:
 
 
 def _teacher(teacher: str | Path, student: Job, options: DistillOptions) -> Job:
-    """The dense model with the same windows, ready for its walk.
-
-    Raises:
-        ModelError: the student was not made of it.
-    """
+    """The dense model with the same windows; ModelError where the student was not made of it."""
+    same = ("device", "dtype", "threads", "trust_remote_code")
     walk = WalkOptions(
-        device=options.device,
-        dtype=options.dtype,
-        threads=options.threads,
-        activation_memory=student.activation_memory,
-        trust_remote_code=options.trust_remote_code,
+        activation_memory=student.activation_memory, **{n: getattr(options, n) for n in same}
     )
     dense = open_job(teacher, student.windows, walk, whole=True)
-    source, own = folder_source(dense.source), folder_source(student.source)
-    _check_alike(source, own)
+    _check_same_model(folder_source(dense.source), folder_source(student.source).checkpoint)
     return dense
 
 
-def _check_alike(source: FolderSource, own: FolderSource) -> None:
+def _check_same_model(source: FolderSource, pruned: Checkpoint) -> None:
     """Raise ModelError unless both have the same tensors, and the same values of those outside the blocks."""
-    dense, pruned = source.checkpoint, own.checkpoint
+    dense = source.checkpoint
     why = f"{pruned.folder} was not made of {dense.folder}"
     for name in sorted({*dense.where} | {*pruned.where}):
         shapes = [c.entry(name).shape if name in c.where else None for c in (dense, pruned)]
         if shapes[0] != shapes[1]:
             raise ModelError(f"{why}: tensor {name!r} is in one of them only, or of other shapes")
-    blocks = source.blocks
     inside = {
         tensor
-        for index, block in enumerate(blocks.modules)
+        for index, block in enumerate(source.blocks.modules)
         for name, _ in block.named_parameters()
-        for tensor in source.stored_parts(blocks.prefix(index) + name)
+        for tensor in source.stored_parts(source.blocks.prefix(index) + name)
     }
     for name in sorted({*dense.where} - inside):
         if not torch.equal(dense.read(name), pruned.read(name)):
@@ -215,10 +244,10 @@ def _check_alike(source: FolderSource, own: FolderSource) -> None:
 def _train(
     student: Job, dense: Job, options: DistillOptions, keeper: Keeper, tell: OnDistill
 ) -> tuple[Trained, list[Layer]]:
-    """Train the student in memory; the layers that may have changed."""
+    """Train the student in memory; also the layers that may have changed."""
     source = folder_source(student.source)
-    aside = held_out(student.count, options.holdout)
-    fitted = [window for window in range(student.count) if window not in aside]
+    held = held_out(student.count, options.holdout)
+    fitted = [window for window in range(student.count) if window not in held]
     with (
         student.in_memory(recompute=options.recompute) as states,
         divergences(student, dense, states) as loss,
@@ -237,9 +266,9 @@ def _train(
             stored,
             loss,
             fitted,
-            sorted(aside),
+            sorted(held),
             # passes of all windows would take nearly as long as an epoch
-            told=fitted[: len(aside)],
+            told=fitted[: len(held)],
             how=options,
         )
         done, total = 0, options.epochs * len(fitted)
@@ -254,12 +283,8 @@ def _train(
 
 
 def _kept(source: FolderSource, options: DistillOptions) -> dict[str, tuple[Layer, Tensor]]:
-    """Layers of which something is pruned, and their masks, [rows, n], by name: what an exclusion left as it
-    was stays so.
-
-    Raises:
-        ModelError: weights in pruned places that are not zero.
-    """
+    """Layers that are pruned, and their masks [rows, n], by name; ModelError for pruned weights that are not
+    zero."""
     checkpoint, kept = source.checkpoint, {}
     path, trust = checkpoint.folder / MASKS, options.trust_remote_code
     for layer, mask in layer_masks(checkpoint, path, trust_remote_code=trust):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,22 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.workspace import MANIFEST, check_output, check_place, unfinished
+from maskopt.models.checkpoints.workspace import MANIFEST, check_place, unfinished
 from maskopt.models.evaluation.evaluate import Evaluation, evaluate
 from maskopt.models.evaluation.perplexity import check_targets
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.gram_store import GramStore
 from maskopt.models.pruning.prune import prune_model
+from maskopt.models.pruning.run import Run
 
-#: of a prune's options, those that its judging takes over
+#: options of the prunes that their evaluation takes over
 _OF_JUDGING = ("device", "threads", "activation_memory", "trust_remote_code")
 
 
 @dataclass(frozen=True)
 class Swept:
-    """One prune of a sweep.
-
-    Attributes:
-        label: name of its folder: `0.5-swap-none`.
-        evaluation: of its model, where there was text to judge it on.
-    """
+    """One prune of a sweep. `label` names its folder: `0.5-swap-none`; `evaluation` needs text."""
 
     label: str
     output: Path
@@ -55,76 +51,56 @@ def sweep(
     on_progress: Callable[[str], OnBlockProgress | None] = lambda label: None,
     **shorthand: Any,
 ) -> tuple[list[Swept], Evaluation | None]:
-    """Prune a model in every combination of sparsities, solvers and treatments of the kept weights.
-
-    What an earlier sweep finished is kept, what it left unfinished goes on, unless it is to be replaced.
+    """Prune a model in every combination of sparsities, solvers and updates of the kept weights. Finished
+    prunes of an earlier sweep are kept, and unfinished ones go on.
 
     Args:
         model: a folder, or a name on the hub.
         grams: what `collect_grams` wrote of it.
-        output: a folder with one for each prune.
-        text: what all of them, and the dense model, are judged on, as for `evaluate`; None: nothing.
-        windows: as many of it; None: all.
-        walk: how; None: windows of 512 tokens, on the same machine as the prunes.
-        overwrite: prune anew what an earlier sweep left there.
-        on_progress: given a prune's label, what to tell of its progress.
+        output: a folder with one folder for each prune.
+        text: evaluates all of them and the dense model, as for `evaluate`; None: no evaluation.
+        windows: of the text; None: all.
+        walk: of the evaluation; None: windows of 512 tokens, with the device options of the prunes.
+        overwrite: replace the prunes of an earlier sweep.
+        on_progress: given a prune's label, what to call with its progress.
         shorthand: other options of every prune.
 
     Returns:
         The prunes in their order, and the dense model's evaluation; None without text.
 
     Raises:
-        MaskoptError: as for `prune_model`, of any combination before the first of them begins.
+        MaskoptError: as for `prune_model`, for any combination before the first prune begins.
     """
     store = GramStore(grams)
     cases = dict(_cases(store, sparsity, solvers, update, shorthand))
     if not cases:
         raise OptionError("nothing is swept; give at least one `sparsity`")
     _check(model, store, list(cases.values()))
-    walk = walk or _judging(next(iter(cases.values())))
+    if walk is None:
+        prunes = next(iter(cases.values()))
+        walk = WalkOptions(seq_len=512, **{name: getattr(prunes, name) for name in _OF_JUDGING})
     if text is not None:
         _check_judging(open_job(model, text, walk, whole=True, limit=windows))
     check_place(Path(output))
-    targets = [Path(output) / label for label in cases]
-    resumed = {target: not overwrite and _begun(target) for target in targets}
-    for target, resume in resumed.items():
-        inputs: dict[str, Any] = {"model": model, "grams": grams, "text": text}
-        check_output(target, overwrite=overwrite, resume=resume, **inputs)
+    runs: dict[str, dict[str, Any]] = {}
+    for label in cases:
+        target = Path(output) / label
+        begun = unfinished(target) or (target / MANIFEST).exists()
+        runs[label] = {"output": target, "overwrite": overwrite, "resume": begun and not overwrite}
+        Run(**runs[label], model=model, grams=grams, text=text)  # refuses before the first prune
     found = []
-    for (label, options), target in zip(cases.items(), targets, strict=True):
-        report = prune_model(
-            model,
-            None,
-            options,
-            grams=grams,
-            output=target,
-            overwrite=overwrite,
-            resume=resumed[target],
-            on_progress=on_progress(label),
-        )
-        found.append(Swept(label, target, report))
+    for label, options in cases.items():
+        how = {"grams": grams, "on_progress": on_progress(label), **runs[label]}
+        report = prune_model(model, None, options, **how)
+        found.append(Swept(label, runs[label]["output"], report))
     if text is None:
         return found, None
     dense, *others = evaluate([model, *(one.output for one in found)], text, walk, windows=windows)
-    judged = [
-        Swept(one.label, one.output, one.report, other)
-        for one, other in zip(found, others, strict=True)
-    ]
-    return judged, dense
-
-
-def _begun(target: Path) -> bool:
-    """Is there a finished result, or one that could go on?"""
-    return unfinished(target) or (target / MANIFEST).exists()
-
-
-def _judging(options: PruneOptions) -> WalkOptions:
-    """How models are judged beside such prunes: on what they run on, in the precision that `evaluate` has."""
-    return WalkOptions(seq_len=512, **{name: getattr(options, name) for name in _OF_JUDGING})
+    return [replace(a, evaluation=b) for a, b in zip(found, others, strict=True)], dense
 
 
 def _check_judging(job: Job) -> None:
-    """Refuse text, or a model of which pruned folders cannot be opened as they are written."""
+    """Refuse text that cannot be used, and a model whose pruned folders need its code to be opened."""
     checkpoint = job.source.checkpoint
     assert checkpoint is not None
     if checkpoint.config.get("auto_map"):
@@ -137,7 +113,7 @@ def _check_judging(job: Job) -> None:
 
 
 def _check(model: str | Path, store: GramStore, options: Sequence[PruneOptions]) -> None:
-    """Refuse what `prune_model` would of any of them."""
+    """Refuse what `prune_model` would refuse for any of them."""
     job = open_job(model, None, options[0])
     job.source.blocks.check_unshared(job.layers)
     store.check_model(job)

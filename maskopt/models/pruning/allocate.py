@@ -1,45 +1,54 @@
-"""How much of each layer is pruned where the layers of a model trade.
+"""How much of each layer is pruned where the layers of a model share a budget.
 
 The error of every layer is measured at a few sparsities around that of the model, on the dense model's inputs
-and with Wanda's masks, whose curves cost next to nothing and have the shape of better ones; it counts by
-`sensitivity`. Where that is `measured`, the layers of a block prune more or less together, and what counts is
-what the model's output loses where that block alone is pruned so (`block_curves`). From there on it is
-`share_out`.
+and with Wanda's masks, and weighted by `sensitivity`. With `kl`, the layers of a block move together, and the
+cost is that of the model's output where that block alone is pruned; such variants of all blocks go through
+the model together, 3·N²/2 passes through single blocks for N blocks. The cheapest choice with the model's
+count is a multiple-choice knapsack.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from maskopt.core.knapsack import choose_levels
 from maskopt.core.least_squares import Refit
 from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import LayerProblem
+from maskopt.errors import OptionError
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.blockwise.job import Job
+from maskopt.models.blockwise.memory import by_block
 from maskopt.models.blockwise.sensitivity import row_sensitivity
+from maskopt.models.blockwise.variants import Variants, divergences, place, through
 from maskopt.models.blockwise.walk_block import Block
-from maskopt.models.options.prune import KL, NONE, PruneOptions
-from maskopt.models.pruning.block_curves import measured_curves
+from maskopt.models.calibration.token_weights import GRADIENT, UNIFORM
+from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, VARIANTS, PruneOptions
 from maskopt.models.pruning.problems import layer_problem
-from maskopt.models.pruning.share_out import Curve, ends, share_out
 from maskopt.protocol.solver import solve
 
 #: sparsities at which a layer's error is measured
 _MEASURED = 5
+#: steps that a row's inputs are divided into, about
+_STEPS = 128
 
 
 def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
-    """Of layers that trade: how many inputs each row of a layer prunes (in the mean, where rows trade then),
-    by the layer's name.
-
-    The model stays as it is. Layers that see fewer tokens than `min_tokens` prune as much as the model.
+    """How many inputs each row of a layer prunes, on average over its rows, by the layer's name. Layers that
+    see fewer tokens than `min_tokens` have the model's sparsity. The model is not changed.
 
     Args:
-        job: the model with the prune's layers and windows; it is walked through by another one.
+        job: the model with the prune's layers and windows; another job walks through it.
     """
     dense = replace(
         options,
@@ -87,3 +96,186 @@ def _curve(layer: Layer, problem: LayerProblem, counts: Tensor, options: PruneOp
         part = problem.under(Unstructured(keep=layer.n - count))
         costs.append(float(counts @ solve(part, "wanda").objective))
     return Curve((layer,), tuple(pruned), tuple(costs))
+
+
+def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
+    """The curves of all blocks; the model is not changed.
+
+    Args:
+        job: the model with the prune's layers and windows; another job walks through it.
+        options: with `calibrate_on` pruned, so that samples stay while Gram matrices are made.
+    """
+    # the gradients that count tokens are those of all windows, of another walk
+    token_weights = UNIFORM if options.token_weights == GRADIENT else options.token_weights
+    walk = job.whole_again(
+        replace(options, token_weights=token_weights), job.few()[:VARIANT_WINDOWS]
+    )
+    windows = range(walk.count)
+    check_moves(job, options)
+    most = VARIANTS * len(job.source.blocks)
+    folder = place(walk, most, Path(tempfile.gettempdir()))
+    moves: dict[int, Moves] = {}
+    held = Variants[tuple[int, int]](walk, most, folder)
+    with walk, torch.no_grad(), held:
+        for block in walk.blocks():
+            entered = block.opened.samples.states
+            problems = _problems(walk, block, options)
+            tick = block.ticker("allocation", len(held) + VARIANTS)
+            for states in held.values():
+                through(block, states, windows)
+                tick(1)
+            if problems:
+                chosen = [layer for layer, _ in problems]
+                move = moves[block.index] = Moves.of(chosen, options)
+                for level in _measured(move):
+                    counts = [move.counts(index)[level] for index in range(len(chosen))]
+                    key = block.index, move.counts(0)[level]
+                    with _pruned(walk, problems, counts):
+                        through(block, held.begin(key, entered, entered), windows)
+                    tick(1)
+            block.advance()
+        costs = divergences(walk, held)
+    found = []
+    for index, move in moves.items():
+        pruned = tuple(count for block_index, count in held if block_index == index)
+        kl = tuple(max(0.0, costs[index, count]) for count in pruned)
+        found.append(Curve(move.layers, pruned, kl))
+    return found
+
+
+def check_moves(job: Job, options: PruneOptions) -> None:
+    """Raise OptionError where no block's layers can prune more or less together."""
+    moves = [Moves.of(layers, options) for layers in by_block(job.layers).values()]
+    if all(len(move.moves) == 1 for move in moves):
+        widths = sorted({layer.n for layer in job.layers})
+        raise OptionError(
+            f"`sensitivity` kl: layers of {', '.join(map(str, widths))} inputs have no step in common "
+            "that is within `max_deviation`; take a larger one, or `sensitivity` fisher"
+        )
+
+
+def _problems(job: Job, block: Block, options: PruneOptions) -> list[tuple[Layer, LayerProblem]]:
+    """Of the chosen layers that see enough tokens."""
+    grams = block.grams()
+    found = []
+    for layer in block.layers:
+        gram = grams.of(layer.name)
+        if gram is not None and gram.tokens >= options.min_tokens:
+            weight = matrix(job.source.model, layer).detach().float().clone()
+            found.append((layer, layer_problem(layer, weight, gram, options.pattern)))
+    return found
+
+
+def _measured(move: Moves) -> list[int]:
+    """Places among the moves: the first, that of 0, and the last."""
+    return sorted({0, move.moves.index(0), len(move.moves) - 1})
+
+
+@contextmanager
+def _pruned(
+    job: Job, problems: Sequence[tuple[Layer, LayerProblem]], counts: Sequence[int]
+) -> Iterator[None]:
+    """The block with so many inputs of each row of its layers pruned by Wanda, and afterwards as it was."""
+    before: list[tuple[Tensor, Tensor]] = []
+    for (layer, problem), count in zip(problems, counts, strict=True):
+        weight = matrix(job.source.model, layer)
+        before.append((weight, weight.clone()))
+        mask = solve(problem.under(Unstructured(keep=layer.n - count)), "wanda").mask
+        weight.masked_fill_(~mask.to(weight.device), 0)
+    try:
+        yield
+    finally:
+        for weight, old in before:
+            weight.copy_(old)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Layers that prune more or less together, in even steps from a uniform sparsity, so that their counts
+    have large common units.
+
+    Attributes:
+        middle, step: of each layer, inputs of a row.
+        moves: how many steps, ascending; 0 is among them.
+    """
+
+    layers: tuple[Layer, ...]
+    middle: tuple[int, ...]
+    step: tuple[int, ...]
+    moves: range
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], options: PruneOptions) -> Moves:
+        """All moves that keep every layer within the deviation, and some inputs."""
+        middle = tuple(options.pattern.pruned_per_group(layer.n) for layer in layers)
+        step = _steps([layer.n for layer in layers])
+        sides = [
+            ends(layer.n, m, options.layer_deviation)
+            for layer, m in zip(layers, middle, strict=True)
+        ]
+        below = min((m - low) // s for m, s, (low, _) in zip(middle, step, sides, strict=True))
+        above = min((high - m) // s for m, s, (_, high) in zip(middle, step, sides, strict=True))
+        return cls(tuple(layers), middle, step, range(-below, above + 1))
+
+    def counts(self, index: int) -> list[int]:
+        """What each row of one of the layers prunes, by move."""
+        return [self.middle[index] + move * self.step[index] for move in self.moves]
+
+    def sizes(self) -> Int[np.ndarray, " moves"]:
+        """What all of them prune, by move."""
+        return np.sum([x.rows * np.array(self.counts(i)) for i, x in enumerate(self.layers)], 0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The cost of pruning more or less of layers that move together: `pruned` inputs of each row of the first
+    layer, ascending; `costs` of all rows."""
+
+    layers: tuple[Layer, ...]
+    pruned: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    def at(self, pruned: Sequence[int]) -> Float[np.ndarray, " levels"]:
+        """The costs, linear between measured ones on a logarithmic scale; from a cost of 0 on by the cube of
+        the count, as the sum of squares of the smallest of many numbers grows."""
+        costs = np.maximum(self.costs, 1e-12 * max(self.costs) or 1e-300)
+        found = np.exp(np.interp(pruned, self.pruned, np.log(costs)))
+        if self.costs[0] == 0 and len(self.costs) > 1:
+            none, first = self.pruned[:2]
+            part = (np.asarray(pruned) - none) / (first - none)
+            found = np.where(part < 1, self.costs[1] * part.clip(0, 1) ** 3, found)
+        return found
+
+
+def _steps(inputs: Sequence[int]) -> tuple[int, ...]:
+    """The step of each layer; layers that move together keep equal sparsities."""
+    if len(inputs) == 1:
+        return (max(1, round(inputs[0] / _STEPS)),)
+    common = math.gcd(*inputs)
+    parts = max(parts for parts in range(1, _STEPS + 1) if common % parts == 0)
+    return tuple(n // parts for n in inputs)
+
+
+def ends(n: int, middle: int, max_deviation: float) -> tuple[int, int]:
+    """The least and the largest count of a row; at least one input stays."""
+    reach = math.floor(max_deviation * n)
+    return max(0, middle - reach), min(n - 1, middle + reach)
+
+
+def share_out(
+    layers: Sequence[Layer], curves: Sequence[Curve], options: PruneOptions
+) -> dict[str, int]:
+    """The cheapest counts of the layers; layers without a curve have the model's sparsity."""
+    uniform = {layer.name: options.pattern.pruned_per_group(layer.n) for layer in layers}
+    if not curves:
+        return uniform
+    moves = [Moves.of(curve.layers, options) for curve in curves]
+    choice = choose_levels(
+        [move.sizes() for move in moves],
+        [curve.at(move.counts(0)) for curve, move in zip(curves, moves, strict=True)],
+        sum(layer.rows * uniform[layer.name] for curve in curves for layer in curve.layers),
+    )
+    found = dict(uniform)
+    for move, level in zip(moves, choice.levels, strict=True):
+        found |= {layer.name: move.counts(i)[level] for i, layer in enumerate(move.layers)}
+    return found

@@ -1,8 +1,5 @@
-"""The model card of a pruned folder: a README.md as the Hugging Face hub reads it.
-
-The card of the model that was pruned stays beside it, and what it says of licence, language and task holds
-for the pruned model as well.
-"""
+"""The model card of a pruned folder: a README.md with the metadata of the Hugging Face hub. The original's
+card is kept under another name, and its licence, language and task are taken over."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from maskopt.models.checkpoints.workspace import CARD
 from maskopt.models.pruning.rerun import command_again
 
 HUB = "https://huggingface.co"
-#: what the original's metadata says of the pruned model, too
+#: metadata of the original that is taken over
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 #: bytes of a card that are read, and characters of a value that is taken over
 LONGEST_CARD, LONGEST_VALUE = 2**20, 200
@@ -30,18 +27,16 @@ LONGEST_CARD, LONGEST_VALUE = 2**20, 200
 def write_card(
     folder: Path, report: PruneReport, base: str | None, name: str, there: Sequence[str]
 ) -> list[str]:
-    """Write README.md beside a pruned model; the original's, where it lies there, becomes README-original.md.
-
-    The bytes are decided by the report's fingerprint and layers, its seconds apart, so that a run which was
-    interrupted here and goes on ends with the same ones.
+    """Write README.md of a pruned model; the original's becomes README-original.md. The report's fingerprint
+    and layers decide the bytes, so that a resumed run writes the same.
 
     Args:
-        base: the name on the hub of the model that was pruned; None: it is not known.
+        base: the original's name on the hub; None: not known.
         name: of its folder, for the heading where there is no other.
-        there: names of the original's files in the folder, but for its weights.
+        there: names of the original's files in the folder, without its weights.
 
     Returns:
-        The names of the original's files now. README.md is not among them: it is for the user to edit.
+        The names of these files now, without README.md, which users may edit.
     """
     original, kept = None, None
     if CARD in there:
@@ -70,8 +65,8 @@ def write_card(
 
 
 def hub_name(path: str | Path) -> str | None:
-    """The name on the hub: of a snapshot in its cache, `…/models--OWNER--NAME/snapshots/…`, or OWNER/NAME
-    as it is; None where it is neither."""
+    """The name on the hub of a snapshot in its cache, `…/models--OWNER--NAME/snapshots/…`, or of OWNER/NAME;
+    None for other paths."""
     for part in reversed(Path(path).parts):
         if part.startswith("models--") and part.count("--") == 2:
             return part.removeprefix("models--").replace("--", "/")
@@ -79,12 +74,12 @@ def hub_name(path: str | Path) -> str | None:
 
 
 def _readable(path: Path) -> ModelCard | None:
-    """A card that was not written here, so that it may hold anything; None where it cannot be used."""
+    """A card of unknown origin; None where it cannot be used."""
     try:
         if path.stat().st_size > LONGEST_CARD:
             return None
         return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    except Exception:  # of a broken card its text is kept as it is, and nothing is taken over
+    except Exception:  # a broken card is kept, and nothing is taken over
         return None
 
 
@@ -102,12 +97,12 @@ def _inherited(card: ModelCard | None) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """One line of text that is not too long: no heading of its own."""
+    """One short line of text."""
     return isinstance(value, str) and 0 < len(value) <= LONGEST_VALUE and value.isprintable()
 
 
 def _free_name(there: Sequence[str]) -> str:
-    """README-original.md; with a number where the original was pruned itself, and has one."""
+    """README-original.md, with a number where the original has one already."""
     name, number = "README-original.md", 1
     while name in there:
         number += 1
@@ -134,14 +129,14 @@ def _use(smaller: bool, own_code: bool) -> str:
         if smaller
         else ", and `maskopt.keep_masks(model, FOLDER)` holds the zeros through fine-tuning"
     )
-    beside = (
+    code = (
         " It asks for code of the original (`auto_map` in config.json), which is not copied: put those files "
         "beside it, and load it with `trust_remote_code=True`."
         if own_code
         else ""
     )
     return (
-        f"## Use\n\n{what}{beside} Every program that loads the original loads this model:\n\n"
+        f"## Use\n\n{what}{code} Every program that loads the original loads this model:\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'

@@ -1,8 +1,8 @@
-"""Gram matrices of a dense model on disk: collected once, solved elsewhere and as often as wanted.
+"""Gram matrices of a dense model on disk: collected once, solved repeatedly.
 
-A folder with a safetensors file for every block, in it the sums of every distinct Gram matrix (float64, upper
-triangles), and `maskopt-grams.json`: what they are of (model, text, options, versions), the files' digests.
-A prune from them gives the bytes of a prune with `calibrate_on` dense from the text.
+A folder with a safetensors file for every block, with the sums of every distinct Gram matrix (float64, upper
+triangles), and `maskopt-grams.json`: their fingerprint and the files' digests. A prune from them gives the
+bytes of a prune with `calibrate_on` dense from the text.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskopt.core.files import atomic_write
 from maskopt.core.gram import Gram
 from maskopt.errors import ModelError, OptionError, ProblemError
 from maskopt.models.architecture.blocks import Layer
@@ -26,27 +25,20 @@ from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import by_block
 from maskopt.models.blockwise.progress import OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
-from maskopt.models.checkpoints.checkpoint import file_digest, read_json
+from maskopt.models.checkpoints.checkpoint import file_digest, read_json, write_json
 from maskopt.models.checkpoints.report import FinishedBlock
-from maskopt.models.checkpoints.safefile import DTYPES, open_safe, write_safe
-from maskopt.models.checkpoints.workspace import (
-    Workspace,
-    check_inputs,
-    check_output,
-    open_workspace,
-)
+from maskopt.models.checkpoints.safefile import open_safe, write_tensors
+from maskopt.models.checkpoints.workspace import Workspace, check_inputs
 from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options
 from maskopt.models.options.walk import WalkOptions, options_by_name
-from maskopt.models.pruning.fingerprint import fingerprint_of
-from maskopt.models.pruning.output import check_disk
+from maskopt.models.pruning.run import Run, fingerprint_of
 
 FORMAT = "maskopt-grams-1"
 INDEX = "maskopt-grams.json"
-#: options that decide Gram matrices, and are those of the store whatever is asked for later
+#: options that decide Gram matrices; a prune takes them from the store
 OF_STORE = ("token_weights", "all_experts", "skip_bad_samples", "holdout", "seed")
 #: options that say how text is read
 _OF_TEXT = ("bos", "chat", "text_field")
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _HELD = "held"
 _BAD = {"sample", "layer", "block"}
 
@@ -67,10 +59,8 @@ def collect_grams(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
+        tokenizer_or_tokens, calibration, ranks: as for `prune_model`.
         options: of the walk; `include` and `exclude` choose layers.
-        ranks: as for `prune_model`.
         shorthand: single options by name, with or without `options`.
 
     Returns:
@@ -80,26 +70,23 @@ def collect_grams(
         MaskoptError: as for `prune_model`.
     """
     options = options_by_name(WalkOptions, options, {**shorthand, "calibrate_on": "dense"})
-    target = Path(output)
     inputs = {"model": model, "calibration": calibration}
-    ranks.agreed(lambda: check_output(target, overwrite=overwrite, resume=False, **inputs))
+    run = Run(output, overwrite=overwrite, ranks=ranks, **inputs)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     if job.source.checkpoint is None:
         raise ModelError("Gram matrices are stored of model folders; save the model first")
-    check_inputs(target, model=job.source.checkpoint.folder)
+    check_inputs(run.output, model=job.source.checkpoint.folder)
     files: dict[str, str] = {}
     bad: list[dict[str, Any]] = []
-    written = open_workspace(target, overwrite=overwrite, resume=False)
-    with written if ranks.leads else nullcontext(Workspace(target)) as work:
-        ranks.agreed(lambda: check_disk(target, sum(4 * layer.n**2 for layer in job.layers)))
+    with run.opened(sum(4 * layer.n**2 for layer in job.layers)) as work:
         with job, torch.no_grad():
             for block in job.blocks(folder=work.hidden):
                 if block.layers:
                     path, grams = work.staging / _file_of(block.index), block.grams()
-                    files[path.name] = ranks.agreed(lambda p=path, g=grams: _write(p, g))  # type: ignore[misc]
+                    files[path.name] = ranks.agreed(partial(_write, path, grams))
                 block.advance()
                 bad += [{**dataclasses.asdict(one), "block": block.index} for one in block.bad]
         index = {
@@ -110,26 +97,16 @@ def collect_grams(
             "files": files,
         }
         ranks.agreed(lambda: _finish(work, index))
-    return target
+    return run.output
 
 
 class GramStore:
-    """A folder that `collect_grams` wrote.
-
-    Attributes:
-        fingerprint: what the Gram matrices are of.
-
-    Raises:
-        ModelError: it is none, or its index is damaged.
-    """
+    """A folder that `collect_grams` wrote, and its fingerprint; ModelError where it is none or damaged."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         index = read_json(self.folder / INDEX, "the folder was not written by maskopt gram")
-        kinds = {"fingerprint": dict, "files": dict, "bad_samples": list, "layers": list}
-        sound = all(isinstance(index.get(key), kind) for key, kind in kinds.items())
-        sound = sound and _is_whole(index)
-        if not sound or index.get("format") != FORMAT:
+        if index.get("format") != FORMAT or not _is_whole(index):
             raise ModelError(f"{self.folder / INDEX}: not an index of format {FORMAT}")
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         self._files: dict[str, str] = index["files"]
@@ -138,24 +115,20 @@ class GramStore:
 
     @property
     def own(self) -> dict[str, Any]:
-        """Options that were settled when these were made."""
+        """The options that decided the store."""
         own = {name: self.fingerprint["options"][name] for name in OF_STORE}
         text = self.fingerprint["calibration"]
-        # weights are solved in the precision of the passes, and a manifest tells of both at once
+        # weights are solved in the precision of the passes, and a manifest records one for both
         own["dtype"] = self.fingerprint["dtype"]
         return own | {"samples": text["samples"], "seq_len": text["length"]}
 
     def options(
         self, options: PruneOptions | None, shorthand: Mapping[str, Any] | None = None
     ) -> PruneOptions:
-        """Options of a prune from these Gram matrices.
-
-        Args:
-            options: as for `prune_model`.
-            shorthand: likewise; what is not said of the windows is as it was.
+        """Options of a prune from these Gram matrices, given as for `prune_model`.
 
         Raises:
-            OptionError: what needs a walk through the model, or is asked for in another way than it is here.
+            OptionError: an option that needs a walk through the model, or that differs from the store's.
         """
         shorthand = dict(shorthand or {})
         if BLOCKWISE in (shorthand.get("update"), getattr(options, "update", None)):
@@ -174,7 +147,7 @@ class GramStore:
         made = {**own, "calibrate_on": "dense"}
         for name in (*made, *_OF_TEXT):
             asked, here = getattr(options, name), made.get(name, usual[name])
-            # options that were made beforehand hold all of them, and ask for none that is at its default
+            # of a `PruneOptions`, an option at its default was not asked for
             said = name in shorthand and asked != AUTO
             if asked != here and (said or asked != usual[name]):
                 raise OptionError(
@@ -184,7 +157,7 @@ class GramStore:
         return dataclasses.replace(options, calibrate_on="dense", **own)
 
     def check_model(self, job: Job) -> None:
-        """Raise ModelError where they are of another model, or not of all of these layers."""
+        """Raise ModelError for another model, or a layer without a Gram matrix."""
         assert job.source.checkpoint is not None
         if job.source.checkpoint.digest != self.fingerprint.get("model"):
             raise ModelError(f"{self.folder}: holds Gram matrices of another model")
@@ -194,25 +167,20 @@ class GramStore:
                 raise ModelError(f"{self.folder}: holds no Gram matrix of layer {layer.name!r}")
 
     def grams(self, block: int, device: torch.device) -> Grams:
-        """Those of a block.
-
-        Raises:
-            ModelError: the file was changed.
-        """
+        """The Gram matrices of a block; ModelError where the file was changed."""
         path = self.folder / _file_of(block)
         if file_digest(path) != self._files.get(path.name):
             raise ModelError(f"{path}: does not match the digest of the index: it was changed")
         file = open_safe(path)
         try:
             every = json.loads(file.metadata["leaders"])
-            states: dict[str, dict[str, dict[str, torch.Tensor]]] = {_HELD: {}, "": {}}
+            states: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
             for key in file.entries:
                 kind, leader, part = key.split("/")
-                states[kind].setdefault(leader, {})[part] = file.read(key)
+                states.setdefault((kind, leader), {})[part] = file.read(key)
             restored: dict[str, dict[str, Gram]] = {_HELD: {}, "": {}}
-            for kind, found in states.items():
-                for leader, state in found.items():
-                    restored[kind][leader] = _restored(state, device, f"{path}: layer {leader!r}")
+            for (kind, leader), state in states.items():
+                restored[kind][leader] = _restored(state, device, f"{path}: layer {leader!r}")
             held = None
             if _HELD in every:
                 held = Grams.restored(device, every[_HELD], restored[_HELD])
@@ -233,7 +201,10 @@ def _restored(state: Mapping[str, torch.Tensor], device: torch.device, what: str
 
 
 def _is_whole(index: dict[str, Any]) -> bool:
-    """Does it have what is read of it?"""
+    """Whether all that is read of it is there."""
+    kinds = {"fingerprint": dict, "files": dict, "bad_samples": list, "layers": list}
+    if not all(isinstance(index.get(key), kind) for key, kind in kinds.items()):
+        return False
     text, options = (index["fingerprint"].get(name) for name in ("calibration", "options"))
     return (
         isinstance(text, dict)
@@ -247,7 +218,7 @@ def _is_whole(index: dict[str, Any]) -> bool:
 
 
 class StoredBlock:
-    """One block of a model whose Gram matrices are known: what a prune wants of a `Block`, without a walk."""
+    """One block of a model whose Gram matrices are stored: a `Block` without a walk."""
 
     def __init__(self, job: Job, index: int, layers: Sequence[Layer], store: GramStore) -> None:
         self.job, self.index, self.layers, self._store = job, index, layers, store
@@ -282,27 +253,21 @@ def _file_of(block: int) -> str:
 
 
 def _finish(work: Workspace, index: dict[str, Any]) -> None:
-    with atomic_write(work.staging / INDEX) as file:
-        file.write((json.dumps(index, indent=1, sort_keys=True) + "\n").encode())
+    write_json(work.staging / INDEX, index)
     work.commit()
 
 
 def _write(path: Path, grams: Grams) -> str:
-    """The digest of what is written. Not called *.safetensors: servers load every such file of a folder."""
+    """Its SHA-256. The name does not end in .safetensors: servers load every such file of a folder."""
     kinds = {"": grams} | ({} if grams.held is None else {_HELD: grams.held})
     states = {
-        f"{kind}/{leader}/{part}": value.cpu().contiguous()
+        f"{kind}/{leader}/{part}": value
         for kind, some in kinds.items()
         for leader in dict.fromkeys(some.leaders.values())
         for part, value in _gram(some, leader).state().items()
     }
     leaders = {kind: dict(some.leaders) for kind, some in kinds.items()}
-    with atomic_write(path) as file:
-        shapes = {key: (_NAMES[value.dtype], tuple(value.shape)) for key, value in states.items()}
-        write_safe(file, shapes, {"leaders": json.dumps(leaders)})
-        for value in states.values():
-            file.write(value.view(torch.uint8).numpy().data)
-    return file_digest(path)
+    return write_tensors(path, states, {"leaders": json.dumps(leaders)})
 
 
 def _gram(grams: Grams, layer: str) -> Gram:

@@ -37,24 +37,23 @@ class SparseSwapsModifier(SparsityModifierBase):
     """Prunes every target with a solver of maskopt: by default the 1-swap search of SparseSwaps (arXiv
     2512.10922), whose masks are proven 1-swap optimal.
 
-    Beside llm-compressor's own `sparsity`, `mask_structure` (N:M: N of M go), `targets` and `ignore`, as
-    for its `SparseGPTModifier`:
+    Takes llm-compressor's `sparsity`, `mask_structure` (N:M: N of M are pruned), `targets` and `ignore`, as
+    its `SparseGPTModifier` does, and:
 
     Args:
         solver: any that `maskopt solvers` lists.
         start: a solver that makes the start; None: the default of `maskopt prune`.
-        update: `none`, or `least-squares`: kept weights are updated.
-        damping: λ of that, as a part of G's mean diagonal; None: the default of `maskopt prune`.
+        update: of kept weights, `none` or `least-squares`.
+        damping: its λ, relative to G's mean diagonal; None: the default of `maskopt prune`.
         gram_shrinkage: α, how far the Gram matrix is shrunk to its diagonal, 0 to 1.
         solver_options: of the solver.
         seed: of solvers that draw.
 
-    All tokens count that a module is given, those of padding, too: calibrate without padding, and let every
-    sample begin with the tokenizer's BOS token.
+    Padding tokens count: calibrate without padding, every sample beginning with the tokenizer's BOS token.
 
     Raises:
-        MaskoptError: while it is made, options that `maskopt prune` refuses; a sparsity that is not that of
-            `mask_structure`; a `sparsity_profile`, which is llm-compressor's alone.
+        MaskoptError: on construction, options that `maskopt prune` refuses; a sparsity other than that of
+            `mask_structure`; a `sparsity_profile`.
     """
 
     solver: str = "swap"
@@ -69,7 +68,7 @@ class SparseSwapsModifier(SparsityModifierBase):
 
     @model_validator(mode="after")
     def check_options(self) -> SparseSwapsModifier:
-        """Refuse what could not be done, before anything runs."""
+        """Refuse options that cannot be used."""
         if self.sparsity_profile is not None:
             raise OptionError("`sparsity_profile` is not for SparseSwapsModifier; leave it out")
         if self.update not in (NONE, LEAST_SQUARES):
@@ -84,7 +83,7 @@ class SparseSwapsModifier(SparsityModifierBase):
     def calibrate_module(
         self, module: nn.Module, args: tuple[Tensor, ...], _output: Tensor
     ) -> None:
-        """Add what a module is given, [batch, tokens, n] or [tokens, n], to its Gram matrix."""
+        """Add a module's input, [batch, tokens, n] or [tokens, n], to its Gram matrix."""
         inputs = args[0].detach()
         if module not in self._grams:
             if not isinstance(module, nn.Linear):
@@ -99,7 +98,7 @@ class SparseSwapsModifier(SparsityModifierBase):
             self._grams[module].add(sequence)
 
     def compress_modules(self) -> None:
-        """Prune the modules that were calibrated."""
+        """Prune the calibrated modules."""
         for module in list(self._grams):
             options = self._options(self._module_sparsities[module])
             with torch.no_grad(), align_module_device(module), CompressionLogger(module) as log:
@@ -134,7 +133,7 @@ class SparseSwapsModifier(SparsityModifierBase):
         )
 
     def _pattern(self, sparsity: Any) -> Pattern:
-        """Theirs says how many of a group go, ours how many stay."""
+        """Their N:M counts pruned weights, ours kept ones."""
         gone, of = self._split_mask_structure(self.mask_structure)
         if not of:
             return Unstructured(sparsity=sparsity)
@@ -146,8 +145,8 @@ class SparseSwapsModifier(SparsityModifierBase):
 
 
 def pruned(weight: Tensor, gram: Gram, options: PruneOptions) -> tuple[Tensor, float]:
-    """The weight [rows, n] with its pruned entries at zero, in its own dtype, and the error summed over rows,
-    the mean squared change of the output on what it is left as. By magnitude where no token came."""
+    """The pruned weight [rows, n] in its own dtype, and its error summed over rows; by magnitude without
+    tokens."""
     seen = gram.tokens > 0
     problem = LayerProblem(
         weight.detach().float(),

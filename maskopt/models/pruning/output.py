@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from maskopt.core.files import check_writable
 from maskopt.core.pattern import Pattern, pattern_to_dict
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
-from maskopt.models.architecture.source import FolderSource, MemorySource, Source
-from maskopt.models.blockwise.distributed import ALONE, Ranks
-from maskopt.models.checkpoints.checkpoint import damage, file_digest, open_checkpoint
-from maskopt.models.checkpoints.journal import Journal, differences, in_words
+from maskopt.models.architecture.source import FolderSource, MemorySource
+from maskopt.models.blockwise.collect import Grams
+from maskopt.models.blockwise.job import Job
+from maskopt.models.blockwise.walk_block import Block
+from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint
 from maskopt.models.checkpoints.mask_file import (
+    Edits,
     MaskFile,
     MaskFiles,
     TensorMask,
@@ -34,25 +35,10 @@ from maskopt.models.checkpoints.report import (
     PartReport,
     PruneReport,
     read_layers,
-    read_manifest,
     read_parts,
-    write_manifest,
 )
-from maskopt.models.checkpoints.unchanged import Unchanged
-from maskopt.models.checkpoints.weight_edits import Edits, write_values
-from maskopt.models.checkpoints.workspace import (
-    CARD,
-    GONE,
-    HIDDEN,
-    JOURNAL,
-    MANIFEST,
-    MASKS,
-    Workspace,
-    check_inputs,
-    check_output,
-    open_workspace,
-    plain_errors,
-)
+from maskopt.models.checkpoints.safefile import write_tensors
+from maskopt.models.checkpoints.workspace import CARD, MASKS, plain_errors
 from maskopt.models.checkpoints.write import (
     check_masks,
     copy_side_files,
@@ -62,342 +48,296 @@ from maskopt.models.checkpoints.write import (
 )
 from maskopt.models.options.prune import NONE
 from maskopt.models.pruning.card import hub_name, write_card
+from maskopt.models.pruning.gram_store import StoredBlock
+from maskopt.models.pruning.run import Run, peaks
 
 #: lists the files of a folder that `apply_masks` wrote
 APPLIED = "maskopt-apply.json"
 
+#: of tensors, by axis, the indices that stay
+Indices = Mapping[str, Mapping[int, Tensor]]
+#: tensors of layers, [rows, n], by their names
+LayerTensors = dict[str, tuple[Layer, Tensor]]
+#: report, mask [rows, n], and float64 [rows, n] of weights that were updated
+LayerResult = tuple[Layer, LayerReport, Tensor, Tensor | None]
 
-class FolderRun:
+
+@dataclass
+class BlockResult:
+    """What was found of a block.
+
+    Attributes:
+        masks: bool, True = kept.
+        weights: float64, of layers whose weights were updated, zero where pruned.
+        vectors: norms and biases that were trained, by the tensor's name, in the stored dtype.
+    """
+
+    reports: dict[str, LayerReport] = field(default_factory=dict)
+    masks: LayerTensors = field(default_factory=dict)
+    weights: LayerTensors = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    parts: list[PartReport] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        block: Block | StoredBlock,
+        solve: Callable[[Sequence[Layer], Grams], Iterator[LayerResult]],
+    ) -> BlockResult:
+        """Solve the layers of a block, round by round."""
+        found = cls()
+        for layers, grams in block.rounds():
+            tick = block.ticker("solve", len(layers))
+            for layer, report, mask, new in solve(layers, grams):
+                found.reports[layer.name], found.masks[layer.name] = report, (layer, mask)
+                if new is not None:
+                    found.weights[layer.name] = layer, new
+                tick(1, report)
+            del grams  # the next pass needs their memory
+        return found
+
+
+class Results:
+    """The results of a run by block.
+
+    Args:
+        run: the output folder; None: there is none.
+
+    Attributes:
+        blocks: of finished blocks.
+        masks: bool [rows, n] by layer, of a model in memory.
+    """
+
+    def __init__(self, job: Job, run: Run | None) -> None:
+        self.job, self.run = job, run
+        self.blocks: dict[int, FinishedBlock] = {}
+        self.masks: dict[str, Tensor] = {}
+
+    def keep(self, block: Block | StoredBlock, found: BlockResult) -> None:
+        """Send the samples through the block as it is now, and record what was found of it."""
+        block.advance()
+        names = [layer.name for layer in block.layers]
+        bad = [asdict(sample) for sample in block.bad]
+        done = FinishedBlock([found.reports[name] for name in names], found.parts, bad)
+        self.blocks[block.index] = done
+        found.masks = {name: found.masks[name] for name in names}
+        self.job.ranks.agreed(lambda: self._add(block.index, done, found))
+
+    def _add(self, index: int, done: FinishedBlock, found: BlockResult) -> None:
+        raise NotImplementedError
+
+    def report(self, fingerprint: Mapping[str, Any]) -> PruneReport:
+        """The report of all blocks, in the order of the model."""
+        done = [self.blocks[index] for index in sorted(self.blocks)]
+        return PruneReport(
+            [layer for block in done for layer in block.layers],
+            fingerprint,
+            [sample for block in done for sample in block.bad],
+            self.masks,
+            None if self.run is None else self.run.output,
+            parts=[part for block in done for part in block.parts],
+            memory=peaks(self.job.source.device),
+        )
+
+
+class FolderResults(Results):
     """Masks go to disk block by block, with a journal; a shard is written once all its masks are.
 
-    Of several processes rank 0 writes, into a folder that all of them read.
+    Args:
+        cuts: where structures are removed: by tensor, the block whose masks decide.
+        left: what stays of the tensors of finished blocks, see `write_shard`.
     """
 
     def __init__(
         self,
+        job: Job,
+        run: Run,
         source: FolderSource,
-        layers: Sequence[Layer],
-        output: Path,
-        *,
-        overwrite: bool,
-        resume: bool,
-        ranks: Ranks = ALONE,
+        cuts: Mapping[str, int] | None = None,
+        left: Callable[[MaskFiles], Indices] | None = None,
     ) -> None:
-        self.source, self.output, self.ranks = source, output, ranks
-        self._block_of = {t: layer.block for layer in layers for t in source.tensors_of(layer)}
-        for block in {layer.block for layer in layers}:
+        super().__init__(job, run)
+        self._run, self._source, self._left = run, source, left
+        self._block_of = {t: layer.block for layer in job.layers for t in source.tensors_of(layer)}
+        for block in {layer.block for layer in job.layers}:
             self._block_of |= {name: block for name, _ in source.vectors(block).values()}
-        self.overwrite, self.resume = overwrite, resume
-        self.masks: dict[str, Tensor] = {}
-        self.work: Workspace
-        self.journal: Journal
-        check_inputs(output, model=source.checkpoint.folder)
-        ranks.agreed(lambda: check_output(output, overwrite=overwrite, resume=resume))
-        self.model = Unchanged(source.checkpoint)
+        self._block_of |= cuts or {}
+        run.reads(model=source.checkpoint)
 
     @contextmanager
-    def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
-        if self.ranks.leads:
-            with self._opened(fingerprint):
-                self.ranks.agreed(lambda: None)
-                yield
-            return
-        self.ranks.agreed(lambda: None)  # from here on there is a journal
-        self.work = Workspace(self.output)
-        self.journal = Journal(self.work.journal)
-        yield
+    def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[Path]:
+        """Begin the run or go on with it; yields the folder for hidden states. Raises ModelError: files of
+        finished blocks were changed."""
+        updated = fingerprint["options"]["update"] != NONE
+        needed = disk_needed(self._source.checkpoint, updated)
+        with self._run.opened(needed, fingerprint) as work:
+            self._run.ranks.agreed(self._check_blocks)
+            self.blocks = self.stored_blocks()
+            yield work.hidden
 
-    @contextmanager
-    def _opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
-        with open_workspace(self.output, overwrite=self.overwrite, resume=self.resume) as work:
-            self.work = work
-            there = sum(file.stat().st_size for file in work.hidden.rglob("*") if file.is_file())
-            anew = fingerprint["options"]["update"] != NONE
-            check_disk(work.output, disk_needed(self.source.checkpoint, anew) - there)
-            self.journal = Journal(work.journal)
-            self.journal.begin(dict(fingerprint))
-            for index, record in self.journal.blocks.items():
-                for kind in ("masks", "weights"):
-                    path = self._path(index, kind)
-                    if kind in record and (not path.exists() or file_digest(path) != record[kind]):
-                        raise ModelError(
-                            f"{path}: does not match the journal: it was changed; start over with "
-                            "`overwrite`"
-                        )
-            for name, digest in list(self.journal.shards.items()):
-                if not self._holds(name, digest):
-                    del self.journal.shards[name]  # it is written again, from the masks
-            yield
+    def _check_blocks(self) -> None:
+        journal = self._run.journal
+        for index, record in journal.blocks.items():
+            for kind in ("masks", "weights"):
+                path = self._path(index, kind)
+                if kind in record and (not path.exists() or file_digest(path) != record[kind]):
+                    raise ModelError(
+                        f"{path}: does not match the journal: it was changed; start over with `overwrite`"
+                    )
+        for name, digest in list(journal.shards.items()):
+            if not self._holds(name, digest):
+                del journal.shards[name]  # it is written again, from the masks
 
     def _holds(self, shard: str, digest: str) -> bool:
-        """Is a finished shard still there as it was written? A commit may have moved it already."""
-        for folder in (self.work.staging, self.output):
-            if shard in self.source.checkpoint.shards and (folder / shard).is_file():
+        """Whether a finished shard is still there unchanged. A commit may have moved it already."""
+        for folder in (self._run.work.staging, self._run.output):
+            if shard in self._source.checkpoint.shards and (folder / shard).is_file():
                 return file_digest(folder / shard) == digest
         return False
 
-    def activation_folder(self) -> Path:
-        return self.work.hidden
+    def _add(self, index: int, done: FinishedBlock, found: BlockResult) -> None:
+        """Write what was found of a block, and the shards that are complete with it."""
+        self._run.check_models()
+        masks = self._source.stored(index, found.masks)
+        digests = {"masks": write_masks(self._path(index, "masks"), masks)}
+        if found.weights or found.vectors:
+            values = {**self._source.stored_values(found.weights), **found.vectors}
+            digests["weights"] = write_tensors(self._path(index, "weights"), values)
+        self._run.work.keep = True  # from the moment that the journal may hold the block
+        reports = {
+            "layers": [asdict(layer) for layer in done.layers],
+            "parts": [asdict(part) for part in done.parts],
+        }
+        self._run.journal.add_block(index, {**digests, **reports, "bad": list(done.bad)})
+        self.write_shards()
 
-    def done(self, index: int) -> FinishedBlock | None:
-        record = self.journal.blocks.get(index)
-        if record is None:
-            return None
-        layers = read_layers(record["layers"], self.work.journal)
-        parts = read_parts(record.get("parts", []), self.work.journal)
-        edits = Edits.of(MaskFile(self._path(index, "masks")), self._values([index]))
-        return FinishedBlock(layers, parts, record["bad"], edits)
-
-    def add(
-        self,
-        index: int,
-        layers: Sequence[LayerReport],
-        parts: Sequence[PartReport],
-        bad: Sequence[dict[str, Any]],
-        masks: Mapping[str, tuple[Layer, Tensor]],
-        weights: Mapping[str, tuple[Layer, Tensor]],
-        vectors: Mapping[str, Tensor],
-    ) -> None:
-        """Keep what was found of a block.
-
-        Args:
-            masks: bool [rows, n] by name, True = kept.
-            weights: float64 [rows, n] of those that were refitted or trained, zero where pruned.
-            vectors: norms and biases that were trained, by the tensor's name, as it is stored.
-        """
-        self.model.check()
-        path = self._path(index, "masks")
-        write_masks(path, self.source.stored(index, masks))
-        digests = {"masks": file_digest(path)}
-        if weights or vectors:
-            path = self._path(index, "weights")
-            write_values(path, {**self.source.stored_values(weights), **vectors})
-            digests["weights"] = file_digest(path)
-        self.work.keep = True  # from the moment that the journal may hold the block
-        self.journal.add_block(
-            index,
-            {
-                **digests,
-                "layers": [dataclasses.asdict(layer) for layer in layers],
-                "parts": [dataclasses.asdict(part) for part in parts],
-                "bad": list(bad),
-            },
-        )
-        self._write_finished_shards()
+    def write_shards(self) -> Mapping[str, str]:
+        """Write the shards that only tensors of finished blocks lie in, once; SHA-256 of all written ones."""
+        journal, checkpoint = self._run.journal, self._source.checkpoint
+        masks = self.stored_masks()
+        edits = Edits.of(masks, self._values(journal.blocks))
+        left = None if self._left is None else self._left(masks)
+        for name, shard in checkpoint.shards.items():
+            blocks = {self._block_of[t] for t in shard.entries if t in self._block_of}
+            if name not in journal.shards and blocks <= journal.blocks.keys():
+                path = self._run.work.staging / name
+                digest = write_shard(checkpoint, name, path, edits, left=left)
+                self._run.check_models()
+                journal.add_shard(name, digest)
+        return journal.shards
 
     def finish(self, report: PruneReport, pattern: Pattern) -> None:
-        work, checkpoint = self.work, self.source.checkpoint
-        parts = [self._path(index, "masks") for index in sorted(self.journal.blocks)]
-        join_masks(work.staging / MASKS, parts)
-        masks = MaskFile(work.staging / MASKS)
-        check_masks(checkpoint, masks)
-        files = {MASKS: file_digest(work.staging / MASKS)}
-        self._write_finished_shards()
-        files.update(self.journal.shards)
-        beside = copy_side_files(checkpoint, work.staging)
-        home = checkpoint.folder
-        for name in write_card(work.staging, report, hub_name(home), home.name, beside):
-            files[name] = file_digest(work.staging / name)
-        self.model.check()
-        write_manifest(work.staging / MANIFEST, report, files, _tensors(masks, pattern))
-        work.commit()
+        """Write the rest of the pruned folder and move it into view."""
+        path = self._run.work.staging / MASKS
+        digest = join_masks(
+            path, [self._path(i, "masks") for i in sorted(self._run.journal.blocks)]
+        )
+        masks = MaskFile(path)
+        check_masks(self._source.checkpoint, masks)
+        files = {MASKS: digest, **self.write_shards()}
+        self._run.finish(report, files, tensors=_tensors(masks, pattern))
 
-    def _write_finished_shards(self) -> None:
-        """Write the shards that only tensors of finished blocks lie in, once."""
-        masks = MaskFiles(self._path(index, "masks") for index in self.journal.blocks)
-        edits = Edits.of(masks, self._values(self.journal.blocks))
-        for name, shard in self.source.checkpoint.shards.items():
-            blocks = {self._block_of[t] for t in shard.entries if t in self._block_of}
-            waiting = not blocks <= self.journal.blocks.keys()
-            if name not in self.journal.shards and not waiting:
-                digest = self._write_shard(name, edits)
-                self.model.check()
-                self.journal.add_shard(name, digest)
+    def stored_blocks(self) -> dict[int, FinishedBlock]:
+        """All finished blocks in the journal, with the edits of their tensors."""
+        found = {}
+        for index, record in self._run.journal.blocks.items():
+            if index <= self.job.last:
+                layers = read_layers(record["layers"], self._run.journal.path)
+                parts = read_parts(record.get("parts", []), self._run.journal.path)
+                edits = Edits.of(MaskFile(self._path(index, "masks")), self._values([index]))
+                found[index] = FinishedBlock(layers, parts, record["bad"], edits)
+        return found
 
-    def _write_shard(self, name: str, edits: Edits) -> str:
-        """One shard of the result; its digest."""
-        return write_shard(self.source.checkpoint, name, edits, self.work.staging / name)
+    def stored_masks(self) -> MaskFiles:
+        """The masks of all finished blocks."""
+        return MaskFiles(self._path(index, "masks") for index in self._run.journal.blocks)
 
     def _values(self, blocks: Iterable[int]) -> list[Path]:
-        """Files of new weights of those blocks that have any."""
-        return [self._path(i, "weights") for i in blocks if "weights" in self.journal.blocks[i]]
+        """The files of new weights, of blocks that have any."""
+        records = self._run.journal.blocks
+        return [self._path(index, "weights") for index in blocks if "weights" in records[index]]
 
     def _path(self, index: int, kind: str) -> Path:
         """Of a block's `masks` or `weights`."""
-        return self.work.blocks / f"{index:05d}{'.weights' * (kind == 'weights')}.safetensors"
+        name = f"{index:05d}{'.weights' * (kind == 'weights')}.safetensors"
+        return self._run.work.blocks / name
 
 
-class MemoryRun:
+class MemoryResults(Results):
     """Masks are kept in memory; where a folder is asked for, the model is saved at the end."""
 
-    def __init__(
-        self, source: MemorySource, output: Path | None, tokenizer: Any, overwrite: bool
-    ) -> None:
-        self.source, self.output, self.tokenizer = source, output, tokenizer
-        self.overwrite = overwrite
-        self.masks: dict[str, Tensor] = {}
-        self.work: Workspace | None = None
+    def __init__(self, job: Job, run: Run | None, source: MemorySource, tokenizer: Any) -> None:
+        super().__init__(job, run)
+        self._source, self._tokenizer = source, tokenizer
         self._stored: dict[str, TensorMask] = {}
-        if output is not None:
-            check_output(output, overwrite=overwrite, resume=False)
 
     @contextmanager
-    def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
-        if self.output is None:
-            yield
+    def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[Path]:
+        if self.run is None:
+            yield Path(tempfile.gettempdir())
             return
-        with open_workspace(self.output, overwrite=self.overwrite, resume=False) as work:
-            self.work = work
-            yield
+        with self.run.opened(0) as work:
+            yield work.hidden
 
-    def activation_folder(self) -> Path | None:
-        return self.work.hidden if self.work is not None else Path(tempfile.gettempdir())
-
-    def done(self, index: int) -> None:
-        return None
-
-    def add(
-        self,
-        index: int,
-        layers: Sequence[LayerReport],
-        parts: Sequence[PartReport],
-        bad: Sequence[dict[str, Any]],
-        masks: Mapping[str, tuple[Layer, Tensor]],
-        weights: Mapping[str, tuple[Layer, Tensor]],
-        vectors: Mapping[str, Tensor],
-    ) -> None:
-        self.masks.update({name: mask for name, (_, mask) in masks.items()})
-        if self.work is not None:
-            self._stored.update(self.source.stored(index, masks))
+    def _add(self, index: int, done: FinishedBlock, found: BlockResult) -> None:
+        self.masks.update({name: mask for name, (_, mask) in found.masks.items()})
+        if self.run is not None:
+            self._stored.update(self._source.stored(index, found.masks))
 
     def finish(self, report: PruneReport, pattern: Pattern) -> None:
-        if self.work is None:
+        if self.run is None:
             return
-        staging = self.work.staging
         from maskopt.models.architecture.transformers_adapter import quietly
 
+        staging, tokenizer = self.run.work.staging, self._tokenizer
         with quietly():
-            self.source.model.save_pretrained(staging)  # type: ignore[operator]
-            if self.tokenizer is not None and hasattr(self.tokenizer, "save_pretrained"):
+            self._source.model.save_pretrained(staging)  # type: ignore[operator]
+            if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
                 # templates with names of their own would take a folder of their own
-                several = isinstance(getattr(self.tokenizer, "chat_template", None), dict)
-                self.tokenizer.save_pretrained(staging, save_jinja_files=not several)
+                several = isinstance(getattr(tokenizer, "chat_template", None), dict)
+                tokenizer.save_pretrained(staging, save_jinja_files=not several)
         write_masks(staging / MASKS, self._stored)
         masks = MaskFile(staging / MASKS)
         # of a model that runs already: nothing of its code is run here
         check_masks(open_checkpoint(staging, trust_remote_code=True), masks)
-        named = getattr(getattr(self.source.model, "config", None), "_name_or_path", "")
+        named = getattr(getattr(self._source.model, "config", None), "_name_or_path", "")
         write_card(staging, report, hub_name(named), Path(named).name or "A model", [])
-        listed = (file for file in sorted(staging.iterdir()) if file.name != CARD)
-        files = {file.name: file_digest(file) for file in listed}
-        write_manifest(staging / MANIFEST, report, files, _tensors(masks, pattern))
-        self.work.commit()
+        listed = [file.name for file in staging.iterdir() if file.name != CARD]
+        self.run.commit(report, self.run.digests(listed), tensors=_tensors(masks, pattern))
 
 
-#: takes the masks and the new weights of each block and, at the end, makes the result
-Run = FolderRun | MemoryRun
-
-
-def start_run(
-    source: Source,
-    layers: Sequence[Layer],
-    output: Path | None,
-    *,
-    tokenizer: Any,
-    overwrite: bool,
-    resume: bool,
-    ranks: Ranks,
-) -> Run:
-    """Where the masks of a prune go.
-
-    Raises:
-        ModelError: such a model cannot be written there, or not be resumed.
-    """
+def results_of(job: Job, run: Run | None, tokenizer: Any) -> FolderResults | MemoryResults:
+    """Where the masks of a prune go. Raises ModelError: such a model cannot be written there, or not be
+    resumed."""
+    source = job.source
     if isinstance(source, FolderSource):
-        if output is None:
+        if run is None:
             raise ModelError("pruning a model folder needs an output folder: name `output`")
-        return FolderRun(source, layers, output, overwrite=overwrite, resume=resume, ranks=ranks)
+        return FolderResults(job, run, source)
     assert isinstance(source, MemorySource)
-    if resume:
-        raise ModelError("`resume` needs a model folder; a model in memory is pruned in one go")
-    if ranks.size > 1:
+    if job.ranks.size > 1:
         raise ModelError("several processes prune a model folder; save the model first")
-    return MemoryRun(source, output, tokenizer, overwrite)
-
-
-def finished_report(output: Path, fingerprint: Mapping[str, Any]) -> PruneReport | None:
-    """The report of a run that is complete; None where there is something left to do.
-
-    Raises:
-        ModelError: it is complete, but another run than this one.
-    """
-    if (output / HIDDEN).exists() or not (output / MANIFEST).exists():
-        return None
-    manifest = read_manifest(output / MANIFEST, smaller=True)
-    lines = differences(manifest["fingerprint"], dict(fingerprint))
-    if lines:
-        raise ModelError(
-            f"{output}: holds the result of another run: {in_words(lines)}; `overwrite` replaces it"
-        )
-    if what := damage(output, manifest["files"]):
-        raise ModelError(
-            f"{output}: holds the result of this run, but {what}; `overwrite` writes it again"
-        )
-    shutil.rmtree(output / GONE, ignore_errors=True)
-    layers = read_layers(manifest["layers"], output / MANIFEST)
-    parts = read_parts(manifest.get("parts", []), output / MANIFEST)
-    return PruneReport(layers, fingerprint, manifest["bad_samples"], {}, output, 0.0, parts)
-
-
-def recorded_counts(output: Path, options: Mapping[str, Any]) -> dict[str, int] | None:
-    """What each layer prunes in the run that a folder holds, finished or not; None where it holds no run.
-
-    Args:
-        options: of the run that is to go on, as they are recorded, without counts.
-
-    Raises:
-        ModelError: journal or manifest are damaged, or of a run with other options.
-    """
-    fingerprint = None
-    if (output / HIDDEN / JOURNAL).exists():
-        fingerprint = Journal(output / HIDDEN / JOURNAL).header
-    elif (output / MANIFEST).exists():
-        fingerprint = read_manifest(output / MANIFEST)["fingerprint"]
-    if fingerprint is None:
-        return None
-    recorded = fingerprint["options"]
-    apart = {"counts": None}
-    lines = differences({**recorded, **apart}, {**options, **apart}, "options")
-    if lines:
-        what = "the unfinished part" if (output / HIDDEN / JOURNAL).exists() else "the result"
-        raise ModelError(
-            f"{output}: holds {what} of another run: {in_words(lines)}; `overwrite` replaces it"
-        )
-    return dict(recorded.get("counts", {}))
+    return MemoryResults(job, run, source, tokenizer)
 
 
 def apply_masks(
     model: str | Path, masks: str | Path, output: str | Path, *, overwrite: bool = False
 ) -> Path:
-    """`maskopt masks apply`: a copy of a model folder with the masked entries set to zero.
-
-    Raises:
-        ModelError: the masks do not belong to the model, or were changed.
-    """
-    checkpoint, target = open_checkpoint(model), Path(output)
-    check_output(target, overwrite=overwrite, resume=False, model=model, mask_file=masks)
+    """`maskopt masks apply`: a copy of a model folder with the masked entries set to zero. Raises ModelError:
+    the masks do not belong to the model, or were changed."""
+    checkpoint = open_checkpoint(model)
+    run = Run(output, overwrite=overwrite, model=model, mask_file=masks)
     file = MaskFile(Path(masks))
     check_masks(checkpoint, file)
     side_files(checkpoint.folder, checkpoint.shards)  # refuses links before anything is written
-    with open_workspace(target, overwrite=overwrite, resume=False) as work:
-        check_disk(target, disk_needed(checkpoint))
+    with run.opened(disk_needed(checkpoint)) as work:
         join_masks(work.staging / MASKS, [Path(masks)])
         for shard in checkpoint.shards:
-            write_shard(checkpoint, shard, Edits(file), work.staging / shard)
+            write_shard(checkpoint, shard, work.staging / shard, Edits(file))
         copy_side_files(checkpoint, work.staging)
         work.write_record(APPLIED)
         work.commit()
-    return target
+    return run.output
 
 
 def extract_masks(
@@ -430,16 +370,6 @@ def extract_masks(
             write_masks(files[-1], masks)
         join_masks(path, files)
     return sparsities
-
-
-def check_disk(output: Path, needed: int, remedy: str = "") -> None:
-    """Refuse what the disk cannot hold, with the numbers."""
-    free = shutil.disk_usage(output).free
-    if free < needed:
-        raise ModelError(
-            f"{output}: the result takes {needed / 2**30:.2f} GiB, "
-            f"{free / 2**30:.2f} GiB are free on the disk{remedy}"
-        )
 
 
 def _tensors(masks: MaskFile, pattern: Pattern) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a prune will take, before anything heavy happens: layers, memory, an estimate of time."""
+"""An estimate of a prune's memory, disk and time."""
 
 from __future__ import annotations
 
@@ -35,35 +35,31 @@ from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, PruneOptions, prune_options
 from maskopt.models.options.training import BLOCK
 from maskopt.models.options.walk import GRADIENT_WINDOWS
-from maskopt.models.pruning.block_curves import check_moves
+from maskopt.models.pruning.allocate import check_moves
 from maskopt.models.pruning.gram_store import GramStore
 from maskopt.models.pruning.solving import solve_layer
 
-#: inputs of the small problem that the solver's speed is measured on, and its rows: more of them
-#: as long as they take next to no time
+#: inputs of the small problem that the solver's speed is measured on, and its rows, more while they are fast
 PROBE_N, PROBE_ROWS = 512, (2, 64, 256, 512)
-#: seconds for each of these: a search for the optimum ends when it likes
+#: seconds for each of these
 PROBE_LIMIT = 5.0
-#: part of a limit that a solver needs where it was cut off: some leave time for what follows their search
+#: part of its limit from which on a solver counts as cut off
 CUT_OFF = 0.5
-#: inputs from which on products of n³ operations take most of the time of refitted weights
+#: inputs from which on products of n³ operations take most of the time of updated weights
 CUBIC = 4096
-#: bytes of weights that are next to nothing
-SMALL = 64 * 2**20
-#: of a shard, to learn how fast weights are read and hashed
-PROBE_BYTES = 64 * 2**20
-#: what passes and Gram matrices reach of the speed of a large matrix product, what training reaches, and
-#: seconds until the libraries are there: from runs of Gemma 3 270M on a CPU (docs/benchmarks.md)
+#: bytes of a small model's weights, and of a shard that are read and hashed for their speed
+SMALL = PROBE_BYTES = 64 * 2**20
+#: parts of the speed of a large matrix product that passes with Gram matrices, and training, reach, and
+#: seconds to load the libraries: from runs of Gemma 3 270M on a CPU (docs/benchmarks.md)
 SHARE, TRAINED_SHARE, START = 0.6, 0.8, 5.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers, memory, and seconds by stage (None: not estimated).
+    """The layers, memory, bytes on disk, and seconds by stage (None: not estimated).
 
     Attributes:
         pruned: weights that will be pruned, by layer name.
-        disk: bytes of the result.
         refusal: why the prune would not start for want of memory, or None.
     """
 
@@ -78,14 +74,13 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """All of it."""
         if self.solve_seconds is None:
             return None
         return START + self.forward_seconds + self.solve_seconds + self.file_seconds
 
 
 def is_small(model: str | Path) -> bool:
-    """Would a prune take about as long as the measurements for a plan?"""
+    """Whether a prune takes about as long as the measurements for a plan."""
     shards = resolve_model(model).glob("*.safetensors")
     return sum(shard.stat().st_size for shard in shards) < SMALL
 
@@ -99,18 +94,16 @@ def plan_prune(
     output: str | Path | None = None,
     **shorthand: Any,
 ) -> Plan:
-    """What `prune_model` with the same options will take.
+    """Memory, disk and time of `prune_model` with the same options.
 
-    No weights are read: shapes and memory are those of the headers; times come from three
-    measurements of about a second each: a matrix product, the solver on a small layer, and reading a
-    piece of the weights.
+    Times come from three measurements of about a second each: a matrix product, the solver on a small layer,
+    and reading a piece of the weights. Nothing is written.
 
     Args:
-        tokens: int64 [samples, length], where it is not text that the prune will be given.
-        options: as for `prune_model`.
-        shorthand: likewise.
+        tokens: int64 [samples, length], where the prune is given tokens.
+        options, shorthand: as for `prune_model`.
         grams: what `collect_grams` wrote, in place of text: no passes are needed.
-        output: the folder that the prune will write; left as it is.
+        output: the folder that the prune will write.
 
     Raises:
         MaskoptError: what the prune itself would refuse, but for want of memory.
@@ -137,7 +130,7 @@ def plan_prune(
     with torch_threads(job.threads):
         return Plan(
             layers=layers,
-            pruned={layer.name: _pruned(layer, options) for layer in layers},
+            pruned={x.name: options.pattern_of(x).pruned_in(x.rows, x.n) for x in layers},
             memory=estimate_memory(job.load),
             forward_seconds=0.0 if store is not None else _pass_seconds(job, options),
             solve_seconds=_solve_seconds(source, layers, options),
@@ -147,13 +140,8 @@ def plan_prune(
         )
 
 
-def _pruned(layer: Layer, options: PruneOptions) -> int:
-    """How many of the layer's weights go."""
-    return options.pattern_of(layer).pruned_in(layer.rows, layer.n)
-
-
 def _pass_seconds(job: Job, options: PruneOptions) -> float:
-    """Of forward passes and Gram matrices, in the model's dtype, and of training, in float32 always."""
+    """Seconds of forward passes and Gram matrices, in the model's dtype, and of training, in float32."""
     source = job.source
     dtype = next(source.model.parameters()).dtype
     seconds = _forward_operations(job, options) / (SHARE * _speed(source, dtype))
@@ -164,8 +152,8 @@ def _pass_seconds(job: Job, options: PruneOptions) -> float:
 
 
 def _trained_operations(job: Job, options: PruneOptions) -> float:
-    """Of the reconstruction of all blocks: forward and back for what is trained on, forward for what judges;
-    and forward for targets, for losses before and after, and by parts for what each is given."""
+    """Operations of training all blocks: forward and back for fitted windows, forward for held-out ones; and
+    forward for targets, for losses before and after, and by parts for their inputs."""
     how = options.reconstruction
     assert how is not None
     epoch = 3 * (1 - options.holdout) + options.holdout
@@ -176,14 +164,14 @@ def _trained_operations(job: Job, options: PruneOptions) -> float:
 
 
 def _pass_operations(job: Job, block: nn.Module) -> float:
-    """Of a block's forward pass, for a token: two a weight, and attention's two products."""
+    """Operations of a block's forward pass a token: two a weight, and attention's two products."""
     weights = sum(p.numel() for p in block.parameters())
     return 2.0 * weights + 4 * job.length * hidden_size(job.source.model)
 
 
 def _forward_operations(job: Job, options: PruneOptions) -> float:
-    """Of all forward passes and Gram matrices, n² a token for one; where the dense model goes along, its
-    passes, and 3n² for the moments of both."""
+    """Operations of all forward passes and Gram matrices, n² a token each; where the dense model goes along,
+    its passes, and 3n² for the moments of both."""
     tokens, width = job.count * job.length, hidden_size(job.source.model)
     chosen = by_block(job.layers)
     squares = 4 if options.beside else 1
@@ -208,8 +196,8 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
 
 
 def _gradient_operations(job: Job, options: PruneOptions) -> float:
-    """Of the loss's gradients, which go through all blocks and the head, whichever layers are chosen: a block
-    forward for what enters it, and again, with a backward pass; the head forward and back."""
+    """Operations of the loss's gradients through all blocks and the head: a block forward for its input, and
+    again, with a backward pass; the head forward and back."""
     model, width = job.source.model, hidden_size(job.source.model)
     blocks = sum(_pass_operations(job, block) for block in job.source.blocks.modules)
     windows = options.gradient_windows(job.count)
@@ -217,7 +205,7 @@ def _gradient_operations(job: Job, options: PruneOptions) -> float:
 
 
 def _speed(source: Source, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product here."""
+    """Operations a second of a large matrix product."""
     a = torch.rand(1024, 1024, device=source.device).to(dtype)
 
     def timed(count: int) -> float:
@@ -236,9 +224,8 @@ def _speed(source: Source, dtype: torch.dtype) -> float:
 
 
 def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:
-    """Time of a small random layer, scaled by rows·n², by more of the wide layers where weights are refitted,
-    and at most the options' time limit for each; None where it cannot be solved, or had to be cut off, and
-    the options set no limit."""
+    """Time of a small random layer, scaled by rows·n², by more for wide layers where weights are updated, and
+    at most the options' time limit for each; None where it cannot be solved, or was cut off without one."""
     generator = torch.Generator().manual_seed(0)
     n, device = PROBE_N, source.device
     given = options.solver_options.get("time_limit")
@@ -278,8 +265,7 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
 
 
 def _file_seconds(checkpoint: Checkpoint) -> float:
-    """Time for the shards: read twice, written once, hashed on both ways, at the speed of reading
-    and hashing the start of one."""
+    """Time for the shards: read twice, written once, hashed both times."""
     shard = max(checkpoint.shards.values(), key=lambda shard: shard.path.stat().st_size)
     began = time.perf_counter()
     with shard.path.open("rb") as file:

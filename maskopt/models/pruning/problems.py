@@ -34,22 +34,15 @@ def collect_problems(
     on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> Iterator[tuple[str, LayerProblem]]:
-    """The layer problems of a dense model, one block after the other: (name, problem).
+    """The layer problems of a dense model, block by block: (name, problem).
 
-    Arguments are those of `prune_model`, but that 32 samples of 512 tokens are the default; `layers`
-    is another word for `include`. The last block that holds a chosen layer is the last that is run.
-    Layers that saw no token are left out.
+    Arguments are those of `prune_model`, with 32 samples of 512 tokens by default; `layers` adds to
+    `include`. Layers that saw no token are left out.
     """
     if layers:
         shorthand["include"] = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
-    found = layer_problems(
-        model,
-        tokenizer_or_tokens,
-        options,
-        calibration=calibration,
-        on_progress=on_progress,
-        **shorthand,
-    )
+    shorthand |= {"calibration": calibration, "on_progress": on_progress}
+    found = layer_problems(model, tokenizer_or_tokens, options, **shorthand)
     return ((layer.name, problem) for layer, problem in found)
 
 
@@ -63,18 +56,17 @@ def layer_problems(
     unseen: bool = False,
     **shorthand: Any,
 ) -> Generator[tuple[Layer, LayerProblem], None, None]:
-    """As `collect_problems`, with the `Layer` in place of its name; and with `unseen` of layers that saw no
-    token as well, whose inputs are then uncorrelated and alike."""
+    """As `collect_problems`, with the `Layer` in place of its name; with `unseen`, layers that saw no token
+    are included, with G the identity."""
     if options is None:
         shorthand = {"samples": 32, "seq_len": 512, **shorthand}
     dense = {"calibrate_on": "dense", "true_sequential": False}
     options = prune_options(options, {**shorthand, **dense})
-    if options.gram_shrinkage == AUTO:
-        raise ModelError(
-            "`gram_shrinkage` auto chooses by masks, and none are made here; give a number"
-        )
-    if options.damping == AUTO:
-        raise ModelError("`damping` auto chooses by masks, and none are made here; give a number")
+    for name in ("gram_shrinkage", "damping"):
+        if getattr(options, name) == AUTO:
+            raise ModelError(
+                f"`{name}` auto chooses by masks, and none are made here; give a number"
+            )
     if options.layers_trade and not options.counts:
         raise ModelError(
             f"`allocation` {options.allocation} is computed by a prune; give its `counts`, or another one"
@@ -108,13 +100,12 @@ def _walked(
 def held_problem(
     layer: Layer, weight: Tensor, grams: Grams, pattern: Pattern
 ) -> LayerProblem | None:
-    """The layer's problem on the windows that are kept aside; None where there are none, or where the layer
-    saw none of their tokens."""
-    aside = grams.held
-    gram = None if aside is None else aside.of(layer.name)
-    if aside is None or gram is None:
+    """The layer's problem on the held-out windows; None where it saw no token of them."""
+    held = grams.held
+    gram = None if held is None else held.of(layer.name)
+    if held is None or gram is None:
         return None
-    return layer_problem(layer, weight, gram, pattern, moved=aside.moved(layer.name))
+    return layer_problem(layer, weight, gram, pattern, moved=held.moved(layer.name))
 
 
 def layer_problem(
@@ -126,10 +117,8 @@ def layer_problem(
     moved: Moved | None = None,
     refit: Refit | None = None,
 ) -> LayerProblem:
-    """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs, shrunk by α.
-
-    Without one, inputs count as uncorrelated and alike: errors are then the pruned weights' squares.
-    `moved` makes what the layer gives on the dense model's inputs its target.
+    """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs, shrunk by α; without
+    one G is the identity. With `moved` the target is the layer's output on the dense model's inputs.
 
     Raises:
         ProblemError: a `refit` with a damping that leaves the Gram matrix indefinite.

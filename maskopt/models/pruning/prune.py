@@ -1,9 +1,8 @@
 """Prune a causal language model block by block.
 
-The main loop is `_prune_blocks`: for every decoder block, the Gram matrices of its layers' inputs; hand
-each layer to a solver; set what the mask prunes to zero, and the rest anew where weights are refitted or
-trained; send the samples through the pruned block and go on with its outputs. It is the same for a model in
-memory and for a folder of which one block at a time is in memory, and it never knows which solver runs.
+The main loop is `_prune_blocks`: for every decoder block, compute the Gram matrices of its layers' inputs;
+solve each layer; set pruned weights to zero and update the others where asked to; send the samples through
+the pruned block. It is the same for a model in memory and for a folder, and independent of the solver.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +27,14 @@ from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.walk_block import Block
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.journal import differences, in_words
-from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.models.checkpoints.workspace import check_inputs
+from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.options.prune import BLOCKWISE, KL, PruneOptions, prune_options
 from maskopt.models.pruning.allocate import allocate
-from maskopt.models.pruning.fingerprint import fingerprint_of
 from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blocks
-from maskopt.models.pruning.output import Run, finished_report, recorded_counts, start_run
-from maskopt.models.pruning.peak import peaks
+from maskopt.models.pruning.output import BlockResult, FolderResults, MemoryResults, results_of
 from maskopt.models.pruning.prune_layer import prune_layers
-from maskopt.models.training.blockwise import PartReport, Targets
+from maskopt.models.pruning.run import Run, fingerprint_of
+from maskopt.models.training.blockwise import Targets
 
 
 def prune_model(
@@ -61,82 +57,66 @@ def prune_model(
     `prune_model(model, tokens, sparsity=0.5, samples=64)` are the same.
 
     Args:
-        model: a model in memory, which is changed in place; or a model folder (or a name on the
-            hub), which is read block by block and left as it is: `output` is then needed.
+        model: a model in memory, changed in place; or a model folder (or a name on the hub), read block
+            by block and not changed: `output` is then needed.
         tokenizer_or_tokens: a tokenizer (text comes from `calibration`), or calibration tokens
             int64 [samples, length]; None takes the tokenizer of the model folder.
         options: how to prune; `help(maskopt.PruneOptions)` lists all options.
-        calibration: see `maskopt.models.calibration.text.read_documents`; a list of strings is taken as
-            documents, a `.npy` file as tokens. With the option `chat`, conversations: see
-            `maskopt.models.calibration.chat.read_conversations`.
+        calibration: see `maskopt.models.calibration.text.read_documents`; a list of strings are documents, a
+            `.npy` file tokens. With `chat`: `maskopt.models.calibration.chat.read_conversations`.
         grams: what `collect_grams` wrote of the model, in place of text; as with `calibrate_on` dense.
         output: folder for the pruned model, its masks and its manifest.
-        overwrite: replace what is in the output folder.
+        overwrite: replace the result in the output folder.
         resume: go on with the unfinished run in it.
         on_progress: called with `BlockProgress`.
-        ranks: the processes that prune together, each calling this function alike; see
+        ranks: the processes that prune together, each with the same call; see
             `maskopt.models.blockwise.distributed.joined`.
         shorthand: single options by name, with or without `options`, as in `sparsity="2:4"`.
 
     Raises:
-        MaskoptError: with one line that names the thing and the remedy. A model in memory keeps
-            the blocks that were pruned before an error; an output folder is not half-written.
+        MaskoptError: one line that names the cause and the remedy. A model in memory keeps the blocks that
+            were pruned before an error; an output folder is not half-written.
     """
     began = time.perf_counter()
     store = None if grams is None else GramStore(grams)
     options = (prune_options if store is None else store.options)(options, shorthand)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    if resume and overwrite:
-        raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
     if (text is None) == (grams is None):
         raise ModelError(
             "pruning needs `calibration` text or tokens, or `grams`; name a source of text, or one of the two"
         )
-    if store is not None and isinstance(model, nn.Module):
-        raise ModelError("`grams` are of model folders; name the folder that they were made of")
+    if isinstance(model, nn.Module) and (store is not None or resume):
+        raise ModelError(
+            "`resume` needs a model folder; a model in memory is pruned in one go"
+            if resume
+            else "`grams` are of model folders; name the folder that they were made of"
+        )
     _check_ranks(ranks, options)
-    target = None if output is None else Path(output)
-    if target is not None:
-        check_inputs(target, model=model, calibration=calibration, grams=grams)
+    run = None
+    if output is not None:
+        inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
+        run = Run(output, overwrite=overwrite, resume=resume, ranks=ranks, **inputs)
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     job.source.blocks.check_unshared(job.layers)
     if store is not None:
         store.check_model(job)
-    run = start_run(
-        job.source,
-        job.layers,
-        target,
-        tokenizer=tokenizer,
-        overwrite=overwrite,
-        resume=resume,
-        ranks=ranks,
-    )
+    results = results_of(job, run, tokenizer)
     if options.layers_trade and not options.counts:
-        options = _with_counts(job, options, target if resume else None)
-        job = job.again(options)
+        counts = None if run is None else run.recorded_counts(options.record())
+        counts = allocate(job, options) if counts is None else counts
+        options = dataclasses.replace(options, counts=counts)
+        job = results.job = job.again(options)
     known = None if store is None else store.fingerprint["calibration"]
     fingerprint = fingerprint_of(job, options.record(), known)
-    _check_alike(ranks, fingerprint)
-    if resume and target is not None:
-        finished = ranks.agreed(lambda: finished_report(target, fingerprint))
-        if finished is not None:
-            return finished
-    with run.opened(fingerprint), torch.no_grad():
+    _check_uniform(ranks, fingerprint)
+    if run is not None and (finished := run.finished_report(fingerprint)) is not None:
+        return finished
+    with results.opened(fingerprint) as folder, torch.no_grad():
         with job, nullcontext() if store is None else torch_threads(job.threads):
-            layers, parts, bad = _prune_blocks(job, options, run, store)
-        seconds = time.perf_counter() - began
-        memory = peaks(job.source.device)
-        report = PruneReport(layers, fingerprint, bad, run.masks, target, seconds, parts, memory)
-        ranks.agreed(lambda: run.finish(report, options.pattern))
+            _prune_blocks(job, options, results, store, folder)
+        report = results.report(fingerprint)
+        ranks.agreed(lambda: results.finish(report, options.pattern))
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
-
-
-def _with_counts(job: Job, options: PruneOptions, resumed: Path | None) -> PruneOptions:
-    """The options with what each layer prunes: as the run has it that is to be resumed, or chosen here."""
-    counts = None if resumed is None else recorded_counts(resumed, options.record())
-    if counts is None:
-        counts = allocate(job, options)
-    return dataclasses.replace(options, counts=counts)
 
 
 def _check_ranks(ranks: Ranks, options: PruneOptions) -> None:
@@ -149,8 +129,8 @@ def _check_ranks(ranks: Ranks, options: PruneOptions) -> None:
         )
 
 
-def _check_alike(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
-    """Raise where processes are not about to do the same."""
+def _check_uniform(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
+    """Raise ModelError unless all processes are about to do the same."""
     first, *others = ranks.gathered(fingerprint)
     for rank, theirs in enumerate(others, start=1):
         lines = differences(first, theirs)
@@ -159,64 +139,38 @@ def _check_alike(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
 
 
 def _prune_blocks(
-    job: Job, options: PruneOptions, run: Run, store: GramStore | None
-) -> tuple[list[LayerReport], list[PartReport], list[dict[str, Any]]]:
-    """The main loop; see the module's docstring. Layers and trained parts in the order of the model, and
-    the samples that were left out."""
-    finished = {i: done for i in range(job.last + 1) if (done := run.done(i)) is not None}
-    reports = {index: done.layers for index, done in finished.items()}
-    parts = {index: done.parts for index, done in finished.items()}
-    bad = {index: done.bad for index, done in finished.items()}
+    job: Job,
+    options: PruneOptions,
+    results: FolderResults | MemoryResults,
+    store: GramStore | None,
+    folder: Path,
+) -> None:
+    """The main loop; see the module's docstring."""
+    finished = dict(results.blocks)
     blocks: Iterator[Block | StoredBlock] = (
-        job.blocks(finished, run.activation_folder())
-        if store is None
-        else stored_blocks(job, store, finished)
+        job.blocks(finished, folder) if store is None else stored_blocks(job, store, finished)
     )
     for block in blocks:
-        targets = _targets(block, options, run)
-        results: dict[str, LayerReport] = {}
-        masks: dict[str, tuple[Layer, Tensor]] = {}
-        weights: dict[str, tuple[Layer, Tensor]] = {}
-        vectors: dict[str, Tensor] = {}
-        for layers, grams in block.rounds():
-            tick = block.ticker("solve", len(layers))
-            for layer, report, mask, new in prune_layers(
-                job, grams.neighbours(layers), grams, options
-            ):
-                results[layer.name], masks[layer.name] = report, (layer, mask)
-                if new is not None:
-                    weights[layer.name] = layer, new
-                tick(1, report)
-            del grams  # the next pass needs their memory
-        parts[block.index] = []
+        targets = _targets(block, options, folder)
+        found = BlockResult.of(
+            block,
+            lambda layers, grams: prune_layers(job, grams.neighbours(layers), grams, options),
+        )
         if targets is not None:
-            some = {name: mask for name, mask in masks.items() if not results[name].fallback}
-            parts[block.index] = list(targets.train(some, block.ticker))
+            some = {n: mask for n, mask in found.masks.items() if not found.reports[n].fallback}
+            found.parts = list(targets.train(some, block.ticker))
             targets.close()
             # of a part that training did not better, what it had stays as it was stored
             trained = {name: some[name] for name in some if name in targets.trained_layers}
-            weights |= _stored_weights(job, trained)
-            vectors = _stored_vectors(job, block.index, targets.trained_vectors)
-        block.advance()
-        reports[block.index] = [results[layer.name] for layer in block.layers]
-        bad[block.index] = [dataclasses.asdict(sample) for sample in block.bad]
-        ordered = {layer.name: masks[layer.name] for layer in block.layers}
-        of_block = (reports[block.index], parts[block.index], bad[block.index], ordered)
-        job.ranks.agreed(partial(run.add, block.index, *of_block, weights, vectors))
-    order = sorted(reports)
-    return (
-        [r for i in order for r in reports[i]],
-        [p for i in order for p in parts[i]],
-        [b for i in order for b in bad[i]],
-    )
+            found.weights |= _stored_weights(job, trained)
+            found.vectors = _stored_vectors(job, block.index, targets.trained_vectors)
+        results.keep(block, found)
 
 
-def _targets(block: Block | StoredBlock, options: PruneOptions, run: Run) -> Targets | None:
-    """What the block's parts give in the dense model, where its weights are to be trained."""
+def _targets(block: Block | StoredBlock, options: PruneOptions, folder: Path) -> Targets | None:
+    """The outputs of the block's parts in the dense model, where its weights are to be trained."""
     if options.reconstruction is None or isinstance(block, StoredBlock):
         return None
-    states = block.opened.samples.states
-    folder = run.activation_folder() if states.in_file else None
     targets = Targets(
         block.opened,
         block.index,
@@ -225,9 +179,9 @@ def _targets(block: Block | StoredBlock, options: PruneOptions, run: Run) -> Tar
         block.job.source.stored_dtype,
         options.reconstruction,
         options.seed,
-        folder,
+        folder if block.opened.samples.states.in_file else None,
     )
-    # where the Gram matrices speak of the dense inputs, too, it is with those that they advance
+    # where Gram matrices are of the dense inputs as well, the samples advance with them
     advance = not options.moved
     targets.record(block.ticker("targets", len(block.opened.samples.active)), advance=advance)
     block.dense_advanced = advance
@@ -237,7 +191,7 @@ def _targets(block: Block | StoredBlock, options: PruneOptions, run: Run) -> Tar
 def _stored_weights(
     job: Job, masks: Mapping[str, tuple[Layer, Tensor]]
 ) -> dict[str, tuple[Layer, Tensor]]:
-    """What trained layers are in the model, as they can be stored; and so they are from here on."""
+    """The weights of trained layers, rounded to the stored dtype, in the model too."""
     found = {}
     for name, (layer, _) in masks.items():
         weight = matrix(job.source.model, layer)
@@ -248,7 +202,7 @@ def _stored_weights(
 
 
 def _stored_vectors(job: Job, index: int, names: Set[str]) -> dict[str, Tensor]:
-    """Trained norms and biases of a block likewise, by the names and in the dtypes of the stored tensors."""
+    """Trained norms and biases of a block likewise, by stored tensor."""
     found = {}
     for name, (tensor, dtype) in job.source.vectors(index).items():
         if name in names:

@@ -1,7 +1,7 @@
-"""One layer of a prune: rows of it solved, on their own or by several processes, and what became of them.
+"""The layers of a block solved, by one process or several.
 
-Where rows stand apart (`Capabilities.apart`) each rank solves tiles of its own of every layer; else each
-solves whole layers, the largest first.
+Where rows are independent (`Capabilities.apart`) each rank solves tiles of every layer; else each solves
+whole layers, the largest first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from maskopt.models.pruning.solving import (
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import make_solver
 
-#: of a row's improvement, what is told: least, a tenth, median, nine tenths, most
+#: of the rows' improvements
 _QUANTILES = (0, 0.1, 0.5, 0.9, 1)
 
 
@@ -45,12 +45,10 @@ class SolvedRows:
 
     Attributes:
         mask: bool [rows, n], True = kept.
-        weight: [rows, n] in the stored dtype, where weights were set anew.
-        columns: float64 [rows] each, what is known of every row: `error` and the other sums of a
-            `LayerReport`; empty where it is not known.
+        weight: [rows, n] in the stored dtype, where weights were updated.
+        columns: float64 [rows] each: `error` and the other sums of a `LayerReport`; empty where not known.
         statuses: a word a row.
-        facts: of the layer, what is the same for all of its rows.
-        seconds: that solving took.
+        facts: of the layer, the same for all of its rows.
     """
 
     mask: Tensor
@@ -62,7 +60,7 @@ class SolvedRows:
 
     @classmethod
     def joined(cls, parts: Sequence[SolvedRows]) -> SolvedRows:
-        """All rows of a layer, of parts in their order."""
+        """All rows of a layer, from parts in their order."""
         first = parts[0]
         weights = [part.weight for part in parts if part.weight is not None]
         return cls(
@@ -78,10 +76,10 @@ class SolvedRows:
 def prune_layers(
     job: Job, layers: Sequence[Layer], grams: Grams, options: PruneOptions
 ) -> Iterator[tuple[Layer, LayerReport, Tensor, Tensor | None]]:
-    """Solve layers, and make of each in the model what its mask, and the least squares, say.
+    """Solve layers, and change their weights in the model accordingly.
 
     Yields:
-        (layer, report, mask, new weights, float64 [rows, n], where they were refitted).
+        (layer, report, mask, new weights float64 [rows, n] where they were updated).
     """
 
     def solved(layer: Layer, rows: slice) -> SolvedRows:
@@ -103,7 +101,7 @@ def _by_all(
     options: PruneOptions,
     solved: Callable[[Layer, slice], SolvedRows],
 ) -> Iterator[tuple[Layer, SolvedRows]]:
-    """Every layer, its rows solved by whoever has them."""
+    """Every layer, its rows solved by the ranks that they are dealt to."""
     if ranks.size == 1:
         for layer in layers:
             yield layer, solved(layer, slice(0, layer.rows))
@@ -120,8 +118,8 @@ def _by_all(
 
 
 def _deal(ranks: Ranks, layers: Sequence[Layer], *, apart: bool) -> list[list[slice]]:
-    """Of every layer, the rows that each rank solves: what does not go evenly is for those who have least to
-    do, of the layers whose rows cost most first."""
+    """Of every layer, the rows that each rank solves: remainders of the costliest layers first, to the ranks
+    that have least to do."""
     load = [0] * ranks.size
     dealt: dict[str, list[slice]] = {}
     for layer in sorted(layers, key=lambda layer: -(layer.n**2) * (1 if apart else layer.rows)):
@@ -137,7 +135,7 @@ def _deal(ranks: Ranks, layers: Sequence[Layer], *, apart: bool) -> list[list[sl
 
 
 def _apart(options: PruneOptions) -> bool:
-    """Does a part of a layer, from a multiple of 128 rows on, get what it gets in the whole layer?"""
+    """Whether a part of a layer, from a multiple of 128 rows on, gets the result of the whole layer."""
     makers = [name for name in (options.solver, options.start_solver) if name is not None]
     by_all_rows = AUTO in (options.gram_shrinkage, options.damping) or options.rows_trade
     timed = "time_limit" in options.solver_options
@@ -147,7 +145,7 @@ def _apart(options: PruneOptions) -> bool:
 def solve_rows(
     job: Job, layer: Layer, grams: Grams, options: PruneOptions, rows: slice
 ) -> SolvedRows:
-    """Solve some rows of a layer, all of them where rows do not stand apart; the model stays as it is."""
+    """Solve some rows of a layer, all of them where rows are not independent; the model is not changed."""
     gram = grams.of(layer.name)
     tokens = 0 if gram is None else gram.tokens
     fallback = tokens < options.min_tokens
@@ -185,9 +183,10 @@ def solve_rows(
         "tokens": tokens,
         "fallback": fallback,
         "gram_shrinkage": gram_shrinkage,
+        "pattern": str(fitted.pattern),
+        "objective": _chosen_for(solved, new, options),
+        "damping": None if fitted.refit is None else fitted.refit.damping,
     }
-    facts |= {"pattern": str(fitted.pattern), "objective": _chosen_for(solved, new, options)}
-    facts["damping"] = None if fitted.refit is None else fitted.refit.damping
     return SolvedRows(
         solved.solution.mask.cpu(),
         None if new is None else new.to("cpu", job.source.stored_dtype(layer)),
@@ -199,7 +198,7 @@ def solve_rows(
 
 
 def _fixed(gram_shrinkage: float | str) -> float:
-    """α where it is a number; else that of an unshrunk G."""
+    """α where it is a number, else 0."""
     return 0.0 if gram_shrinkage == AUTO else float(gram_shrinkage)
 
 
@@ -216,16 +215,12 @@ def _columns(
     new: Tensor | None,
     options: PruneOptions,
 ) -> dict[str, Tensor]:
-    """What is known of every row.
-
-    Args:
-        fitted: what was solved. judge: the same of the windows kept aside.
-    """
+    """The columns of `SolvedRows`: `fitted` was solved, `judge` is the same layer on held-out windows."""
     solution, start, kept = solved.solution, solved.start, fitted.refitting(None)
     begun = None if start is None else start.objective
-    alike = None if solved.alike is None else kept.objective(solved.alike.mask)
+    uniform = None if solved.uniform is None else kept.objective(solved.uniform.mask)
     if start is not None and (options.gram_shrinkage == AUTO or new is not None):
-        # it starts once for every α, on another G than that of the error; or is judged by refitted weights
+        # the start had another G than the error, or an objective of updated weights
         begun = kept.objective(start.mask)
     if new is None:
         error, error_kept = solution.objective, None
@@ -235,19 +230,19 @@ def _columns(
         held = None if judge is None else judge.error(new)
     bound = solution.lower_bound
     if _chosen_for(solved, new, options) != "kept":
-        # it is of the error and what the damping adds to it, which nothing here tells
+        # the bound includes the penalty of the damping, which is not part of the error
         bound = torch.zeros_like(bound)
     known = {
         "error_start": begun,
-        "error_uniform": alike,
+        "error_uniform": uniform,
         "error": error,
         "lower_bound": bound,
         "energy": fitted.output_energy(),
         "error_held": held,
         "energy_held": None if judge is None else judge.output_energy(),
         "error_kept": error_kept,
-        "swaps": _told(solution, "swaps"),
-        "scans": _told(solution, "scans"),
+        "swaps": _traced(solution, "swaps"),
+        "scans": _traced(solution, "scans"),
         "improvement_quantiles": None
         if fitted.pooled
         else _gained(solution, start, new is not None),
@@ -256,20 +251,19 @@ def _columns(
     return {name: nothing if rows is None else rows.double().cpu() for name, rows in known.items()}
 
 
-def _told(solution: Solution, what: str) -> Tensor | None:
-    """A column of its trace; None where that does not tell it."""
-    told = getattr(solution.trace, what, None)
-    return told if isinstance(told, Tensor) else None
+def _traced(solution: Solution, what: str) -> Tensor | None:
+    """A column of its trace; None where there is none."""
+    found = getattr(solution.trace, what, None)
+    return found if isinstance(found, Tensor) else None
 
 
 def _gained(solution: Solution, start: Solution | None, refitted: bool) -> Tensor | None:
-    """How far the solver's objective is below its start's, as a part of that; 0 of rows that cost nothing."""
+    """1 − objective / start by row; 0 of rows whose start is 0."""
     if start is None:
         return None
     before, after = start.objective.double(), solution.objective.double()
-    if refitted:
-        # the start's is of weights as they were
-        history = _told(solution, "history")
+    if refitted:  # the start's objective is of unchanged weights
+        history = _traced(solution, "history")
         if history is None:
             return None
         before, after = history[:, 0], history[:, -1]
@@ -277,7 +271,6 @@ def _gained(solution: Solution, start: Solution | None, refitted: bool) -> Tenso
 
 
 def _report(layer: Layer, solved: SolvedRows) -> LayerReport:
-    """What became of a layer."""
     columns = {name: rows for name, rows in solved.columns.items() if len(rows)}
     sums: dict[str, Any] = {name: float(rows.sum()) for name, rows in columns.items()}
     sums |= {name: int(sums[name]) for name in ("swaps", "scans") if name in sums}

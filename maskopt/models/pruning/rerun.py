@@ -1,4 +1,4 @@
-"""What decides the same result again, out of a manifest's fingerprint: as options, and as a command line."""
+"""Rebuild the options and the command line of a run from its manifest's fingerprint."""
 
 from __future__ import annotations
 
@@ -28,12 +28,8 @@ _RECORDED = {"removed", "experts"} | {
 
 
 def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
-    """Options as the command line has them; without the text, of which there is only the name, unless it is
-    one of the hub's.
-
-    Raises:
-        OptionError: a pattern that the command line cannot say, or an option that no fingerprint records.
-    """
+    """Options as the command line names them, without a text that is not on the hub. Raises OptionError: a
+    sparsity that the command line cannot express, or an option that is not recorded."""
     options, text = dict(fingerprint["options"]), fingerprint["calibration"]
     if odd := set(options) - _RECORDED:
         raise OptionError(
@@ -68,15 +64,9 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
 
 
 def command_again(fingerprint: Mapping[str, Any], folder: str | Path) -> list[str]:
-    """Commands that make the same bytes from the same model and text; a manifest has no paths.
-
-    Args:
-        folder: where the manifest is.
-
-    Returns:
-        One that takes the options from the manifest, and one that spells out those that are not the default;
-        without the latter where the command line cannot say them, or would hold the counts of all layers.
-    """
+    """Commands that make the same bytes from the same model and text: one that takes the options from the
+    manifest in `folder`, and, where the command line can express them, one with all that are not the
+    default."""
     command = "prune" if "sparsity" in fingerprint["options"] else "prune-structured"
     begin, end = f"maskopt {command} MODEL", "--calibration TEXT --output AGAIN"
     lines = [f"{begin} --config {shlex.quote(str(Path(folder) / MANIFEST))} {end}"]

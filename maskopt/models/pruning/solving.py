@@ -26,16 +26,11 @@ SHRINK_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Solved:
-    """A layer's solution, and the start that it was made from, where there was one.
-
-    Attributes:
-        alike: of rows that trade, the same start with as much pruned of every row, to tell what the budget
-            gained.
-    """
+    """A layer's solution and its start; under a shared budget, `uniform`: the start at equal counts a row."""
 
     solution: Solution
     start: Solution | None = None
-    alike: Solution | None = None
+    uniform: Solution | None = None
 
     @property
     def seconds(self) -> float:
@@ -44,24 +39,24 @@ class Solved:
 
 
 def layer_limits(options: PruneOptions) -> Limits:
-    """Those that the options set for all that is solved of a layer, with the clock running."""
+    """The limits of all solves of a layer, with the clock running."""
     return limits_of(None, {"seed": options.seed, **options.solver_options})[0].begin()
 
 
 def solve_layer(
     problem: LayerProblem, options: PruneOptions, limits: Limits | None = None
 ) -> Solved:
-    """The solver of the options on one layer, from the start of the options, both within the same limits.
-    What does not choose for refitted weights chooses for those that the layer has."""
+    """Run the options' start and solver on one layer, both within the same limits. A solver that does not
+    choose for updated weights chooses for unchanged ones."""
     limits = layer_limits(options) if limits is None else limits
     if not make_solver(options.solver).capabilities.refit:
         problem = problem.refitting(None)
-    start = alike = None
+    start = uniform = None
     if options.start_solver is not None:
         start = make_start(problem, options.start_solver, limits)
         if problem.pooled:
             same = problem.under(problem.pattern.alike())
-            alike = make_start(same, options.start_solver, limits)
+            uniform = make_start(same, options.start_solver, limits)
     solution = solve(
         problem,
         options.solver,
@@ -69,7 +64,7 @@ def solve_layer(
         limits=limits,
         **limits_of(None, options.solver_options)[1],
     )
-    return Solved(solution.uninterrupted(), start, alike)
+    return Solved(solution.uninterrupted(), start, uniform)
 
 
 def solve_by_held_error(
@@ -81,13 +76,12 @@ def solve_by_held_error(
     """The greatest α of SHRINK_GRID whose error on held-out windows is within SHRINK_TOLERANCE of the
     least, and its solution.
 
-    The least error itself is a bad judge: on Gemma masks of a lower held-out error than those of any
-    fixed α made a worse model. Each α begins anew, because masks that follow one another along the
-    grid stay near those of the first.
+    The least error is a bad judge: on Gemma, masks of a lower held-out error than those of any fixed α made a
+    worse model. Each α starts afresh, since masks carried along the grid stay near the first ones.
 
     Args:
         at: the layer's problem with G shrunk by α.
-        judge: the same layer with the Gram matrix of the windows that were kept aside.
+        judge: the same layer with the Gram matrix of the held-out windows.
         limits: of all α together; each has its share of the time.
     """
     least, best = math.inf, None
@@ -105,8 +99,8 @@ def solve_by_held_error(
 def damping_by_held_error(
     problem: LayerProblem, judge: LayerProblem, options: PruneOptions, limits: Limits
 ) -> Refit:
-    """The best of DAMPING_GRID by the error on held-out windows, with the mask of the start (or of the
-    solver, where it needs none) refitted by each. The mask has half of the layer's time."""
+    """The best of DAMPING_GRID by the error on held-out windows, for the mask of the start, or of a solver
+    without one, which has half of the layer's time."""
     maker = options.start_solver or options.solver
     mask = make_start(problem, maker, limits.share(0.5)).mask
 
@@ -117,5 +111,5 @@ def damping_by_held_error(
 
 
 def solve_by_magnitude(problem: LayerProblem) -> Solved:
-    """What a layer gets whose inputs are not known."""
+    """The solution of a layer whose inputs are not known."""
     return Solved(solve(problem, "magnitude"))

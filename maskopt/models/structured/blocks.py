@@ -1,4 +1,14 @@
-"""Make a model smaller by whole decoder blocks: those whose absence its output shows least."""
+"""Make a model smaller by whole decoder blocks: the set whose absence changes its output least.
+
+Every single block and every pair of them is left out of the dense model, and the change of the next token's
+distribution is measured: KL(dense ‖ without), nats a token. All of these models go through the blocks
+together, so that each block's weights are in memory once; a block is left out by taking over the states that
+came to it. For N blocks that is N³/6 passes through single blocks.
+
+The cost of leaving out a set P is then modelled as pᵀUp: U's diagonal holds the single costs, and each other
+entry half of what a pair costs beyond its two. That is exact for one block and for two; larger sets are
+searched by exchanges, and measured as a whole.
+"""
 
 from __future__ import annotations
 
@@ -11,62 +21,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
-from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.job import Job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.blockwise.variants import place
+from maskopt.models.blockwise.variants import Variant, Variants, divergences, place, through
 from maskopt.models.blockwise.walk_block import Block
-from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.workspace import (
-    Workspace,
-    check_inputs,
-    check_output,
-    open_workspace,
-)
+from maskopt.models.checkpoints.workspace import Workspace
 from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
-from maskopt.models.pruning.fingerprint import fingerprint_of
-from maskopt.models.pruning.output import check_disk
-from maskopt.models.pruning.peak import peaks
-from maskopt.models.structured.block_effects import Effects, Left, measure_effects, measure_sets
-from maskopt.models.structured.block_search import Measure, search_sets
-from maskopt.models.structured.reduced import CONFIG, check_shapes
-from maskopt.models.structured.rewritten import Change, rewritable, write_changed
+from maskopt.models.pruning.run import Run, fingerprint_of, peaks
+from maskopt.models.structured.change import (
+    CONFIG,
+    Change,
+    check_defaults,
+    check_shapes,
+    finish_smaller,
+    open_original,
+)
 from maskopt.protocol.solution import Solution
+from maskopt.protocol.solver import solve
 
-#: windows that blocks are judged on, unless said otherwise
+#: windows that score blocks, by default
 WINDOWS = 4
-#: of the sets that a round of the search leaves out, those that are judged on all tokens
+#: sets of a round of the search that are measured on all tokens
 JUDGED = 16
-#: of the walk's options, those that mean nothing where whole models are held against each other
+#: options of the walk that do not apply to outputs of whole models
 _NOT_HERE = (
     "include", "exclude", "token_weights", "all_experts", "holdout", "calibrate_on", "true_sequential",
     "skip_bad_samples", "samples", "seed",
 )  # fmt: skip
-#: lists of blocks by their index, where other lists have an entry a block
+#: lists of block indices in configurations; other lists have an entry a block
 _INDICES = (
     "moe_layers", "mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers",
 )  # fmt: skip
 #: what configurations call the number of blocks
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+#: exchanges measured in a round of the search, those of least cost by pairs
+EXCHANGES = 128
+
+Left = frozenset[int]
+#: the KL of sets, nats a token; some of them may be left out
+Measure = Callable[[Sequence[Left]], Mapping[Left, float]]
 
 
 @dataclass(frozen=True)
 class BlocksReport:
-    """Which blocks went, and what others would have cost.
+    """Which blocks were removed, and what others would have cost.
 
     Attributes:
         removed: their indices.
         effects: of every block and pair.
-        solution: of least cost by these; its status says whether that is proven. For one block or two it is
-            what was removed; beyond, where the search began.
-        measured: nats a token by set, of the yardsticks and of what else was left out as a whole; the least
-            was removed.
+        solution: of least cost by these. One or two blocks: what was removed; more: where the search began.
+        measured: nats a token of every set that was left out as a whole; the least was removed.
         seconds: wall time.
     """
 
@@ -93,52 +107,33 @@ def remove_blocks(
     """Write a copy of a model folder without `count` of its blocks: an ordinary folder that `from_pretrained`
     loads.
 
-    The set of least cost by all single blocks and pairs (`block_effects`), solved exactly; of
-    more than two blocks, searched from there by exchanges that are measured as a whole
-    (`block_search`).
+    They are the set of least cost by all single blocks and pairs, solved exactly; more than
+    two are searched from there by exchanges, each measured as a whole.
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`; the first windows of the text are taken.
-        count: how many blocks go.
-        windows: of calibration, `options.seq_len` tokens each (2048 unless said otherwise).
+        tokenizer_or_tokens, calibration: as for `prune_model`; the first windows of the text are taken.
+        count: how many blocks to remove.
+        windows: of calibration, `options.seq_len` tokens each (2048 by default).
 
     Raises:
-        MaskoptError: a count that leaves no block, a family whose configuration cannot say what is left, or
-            what `prune_model` refuses.
+        MaskoptError: a count that leaves no block, a family whose configuration cannot describe what is
+            left, or what `prune_model` refuses.
     """
     began = time.perf_counter()
     options = options or WalkOptions()
-    for name in _NOT_HERE:
-        if getattr(options, name) != getattr(WalkOptions, name):
-            raise OptionError(
-                f"`blocks` are chosen by the model's output on all tokens; leave out `{name}`"
-            )
-    target = Path(output)
-    check_output(target, overwrite=overwrite, resume=False, model=model, calibration=calibration)
-    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    if text is None:
-        raise ModelError(
-            "removing blocks needs `calibration` text or tokens; name a source of text"
-        )
-    job = open_job(
-        model,
-        text,
-        options,
-        tokenizer=tokenizer,
-        whole=True,
-        limit=windows,
-        on_progress=on_progress,
+    check_defaults(options, _NOT_HERE, "`blocks` are chosen by the model's output on all tokens")
+    run = Run(output, overwrite=overwrite, model=model, calibration=calibration)
+    how = {"whole": True, "limit": windows, "on_progress": on_progress}
+    job, source = open_original(
+        model, tokenizer_or_tokens, calibration, options, "removing blocks", **how
     )
-    source = rewritable(job)
-    check_inputs(target, model=source.checkpoint.folder)
     if not 0 < count < len(source.blocks):
         raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
     _check_family(source, list(range(len(source.blocks) - count, len(source.blocks))))
     sayable = _sayable(source)
-    with open_workspace(target, overwrite=overwrite, resume=False) as work:
-        check_disk(work.output, disk_needed(source.checkpoint))
+    run.reads(model=source.checkpoint)
+    with run.opened(disk_needed(source.checkpoint)) as work:
         with job, torch.no_grad():
             pairs = len(source.blocks) * (len(source.blocks) + 1) // 2
             effects = measure_effects(job, place(job, pairs, work.hidden))
@@ -148,28 +143,44 @@ def remove_blocks(
         removed = sorted(least)
         change = Change(
             _check_family(source, removed),
-            _new_names(source, removed),
-            _leaving_out(removed),
             "blocks of this family depend on their numbers, and cannot be removed",
+            _new_names(source, removed),
         )
         record = {"removed": removed, "update": NONE, "seed": options.seed}
-        seconds, memory = time.perf_counter() - began, peaks(source.device)
-        report = PruneReport([], fingerprint_of(job, record), (), {}, target, seconds, (), memory)
-        found = _effects(removed, effects, solution, measured)
-        write_changed(job, work, change, report, blocks=removed, effects=found)
+        fingerprint, memory = fingerprint_of(job, record), peaks(source.device)
+        report = PruneReport([], fingerprint, output=run.output, memory=memory)
+
+        def leave_out(block: Block) -> None:
+            if block.index in removed:
+                block.advanced = block.dense_advanced = True
+
+        found = {
+            "kl": {_name(left): kl for left, kl in effects.kl.items()},
+            "similarity": effects.similarity,
+            "cost": effects.cost(removed),
+            "status": str(solution.status[0]),
+            "measured": {_name(left): kl for left, kl in measured.items()},
+            "last": effects.cost(effects.last(count)),
+            "most_alike": effects.cost(effects.most_alike(count)),
+        }
+        finish_smaller(job, run, change, report, prepare=leave_out, blocks=removed, effects=found)
     seconds = time.perf_counter() - began
-    return BlocksReport(removed, effects, solution, measured, target, seconds)
+    return BlocksReport(removed, effects, solution, measured, run.output, seconds)
+
+
+def _name(left: Left) -> str:
+    return ",".join(map(str, sorted(left)))
 
 
 def choose(
     effects: Effects, best: Sequence[int], measure: Measure, sayable: Callable[[Left], bool]
 ) -> dict[Left, float]:
-    """KL of sets without which the model was looked at; that of the least is removed.
+    """KL of the measured sets of blocks, of which the least is removed.
 
     Args:
-        best: of least cost by pairs.
+        best: the set of least cost by pairs.
         measure: of sets of more than two.
-        sayable: whether a configuration can say what is left; that of the last blocks does.
+        sayable: whether a configuration can describe what is left; without the last blocks it can.
     """
     count = len(best)
     first = list(filter(sayable, dict.fromkeys(map(Left, (best, *effects.yardsticks(count))))))
@@ -195,8 +206,8 @@ def _as_a_whole(job: Job, options: WalkOptions, work: Workspace) -> Measure:
 
 
 def _sayable(source: FolderSource) -> Callable[[Left], bool]:
-    """Whether the family's configuration can say what is left without some blocks. Where every single block
-    can go, any set of them is taken to; what is written is checked in any case."""
+    """Whether the family's configuration can describe what is left without some blocks. Where every single
+    block can go, any set is taken to; what is written is checked in any case."""
 
     @cache
     def can_go(left: Left) -> bool:
@@ -211,11 +222,7 @@ def _sayable(source: FolderSource) -> Callable[[Left], bool]:
 
 
 def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
-    """The settings of the model without these blocks.
-
-    Raises:
-        ModelError: the family's configuration does not say what is left.
-    """
+    """The settings without these blocks; ModelError where a configuration cannot describe what is left."""
     blocks = len(source.blocks)
     stored = read_json(source.checkpoint.folder / CONFIG)
     nested = stored.get("text_config", {}) if isinstance(stored.get("text_config"), dict) else {}
@@ -228,27 +235,18 @@ def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
             settings[key] = [index - sum(gone < index for gone in removed) for index in left]
         elif isinstance(value, list) and len(value) == blocks and not key.endswith("token_id"):
             settings[key] = [item for index, item in enumerate(value) if index not in removed]
-    renamed = {name: new for name, new in _renamed(source, removed) if new is not None}
     shapes = {
-        renamed[name]: tuple(p.shape)
+        new: tuple(p.shape)
         for name, p in source.model.named_parameters()
-        if name in renamed
+        if (new := _without(name, source.blocks.name, removed)) is not None
     }
     check_shapes(source, settings, shapes)
     return settings
 
 
-def _renamed(source: FolderSource, removed: list[int]) -> list[tuple[str, str | None]]:
-    """The model's parameters and what they are called without the blocks; None: they are gone."""
-    return [
-        (name, _without(name, source.blocks.name, removed))
-        for name, _ in source.model.named_parameters()
-    ]
-
-
 def _new_names(source: FolderSource, removed: list[int]) -> dict[str, str | None]:
-    """The same of the tensors that the checkpoint stores, whose names may begin otherwise: only those that
-    the blocks are made of, since a vision tower has blocks of that name, too."""
+    """The new names of stored tensors, whose prefixes may differ: only those of the decoder's blocks, since a
+    vision tower may have blocks of that name, too."""
     last = source.blocks.name.rpartition(".")[2]
     of_blocks = source.stored_inside(source.blocks.name)
     return {
@@ -268,27 +266,144 @@ def _without(name: str, blocks: str, removed: list[int]) -> str | None:
     return f"{name[: found.start(1)]}{new}{name[found.end(1) :]}"
 
 
-def _leaving_out(removed: list[int]) -> Callable[[Block], None]:
-    """Leaves these blocks of the original without sending windows through them."""
+@dataclass(frozen=True)
+class Effects:
+    """The measured effects of leaving out blocks.
 
-    def prepare(block: Block) -> None:
-        if block.index in removed:
-            block.advanced = block.dense_advanced = True
+    Attributes:
+        kl: nats a token, by set, of all sets of one or two blocks.
+        similarity: of each block, the mean cosine of input and output (ShortGPT, arXiv 2403.03853).
+    """
 
-    return prepare
+    kl: dict[Left, float]
+    similarity: list[float]
+
+    def quadratic(self) -> Float[Tensor, "blocks blocks"]:
+        """U, float64."""
+        blocks = len(self.similarity)
+        u = torch.zeros(blocks, blocks, dtype=torch.float64)
+        for left, kl in self.kl.items():
+            if len(left) == 1:
+                (i,) = left
+                u[i, i] = kl
+            else:
+                i, j = sorted(left)
+                u[i, j] = u[j, i] = (kl - self.kl[Left({i})] - self.kl[Left({j})]) / 2
+        return u
+
+    def cost(self, left: Sequence[int]) -> float:
+        """pᵀUp of a set."""
+        some = torch.tensor(sorted(left))
+        return float(self.quadratic()[some][:, some].sum())
+
+    def problem(self, count: int) -> RowProblem:
+        """Which `count` blocks to leave out, as a problem for any solver."""
+        return RowProblem.from_quadratic(self.quadratic().numpy(), cardinality=count, name="blocks")
+
+    def best(self, count: int) -> tuple[list[int], Solution]:
+        """The set of least cost, and its solution."""
+        solution = solve(self.problem(count), "branch", time_limit=600.0).uninterrupted()
+        return (~solution.mask[0]).nonzero()[:, 0].tolist(), solution
+
+    def yardsticks(self, count: int) -> tuple[list[int], list[int]]:
+        """The sets that other methods remove."""
+        return self.most_alike(count), self.last(count)
+
+    def last(self, count: int) -> list[int]:
+        """The last blocks."""
+        blocks = len(self.similarity)
+        return list(range(blocks - count, blocks))
+
+    def most_alike(self, count: int) -> list[int]:
+        """The blocks that change their input least, by the cosine."""
+        order = sorted(range(len(self.similarity)), key=lambda i: -self.similarity[i])
+        return sorted(order[:count])
 
 
-def _effects(
-    removed: list[int], effects: Effects, solution: Solution, measured: dict[Left, float]
-) -> dict[str, Any]:
-    """What was measured and found, as JSON values."""
-    count = len(removed)
-    return {
-        "kl": {",".join(map(str, sorted(left))): kl for left, kl in effects.kl.items()},
-        "similarity": effects.similarity,
-        "cost": effects.cost(removed),
-        "status": str(solution.status[0]),
-        "measured": {",".join(map(str, sorted(left))): kl for left, kl in measured.items()},
-        "last": effects.cost(effects.last(count)),
-        "most_alike": effects.cost(effects.most_alike(count)),
-    }
+def measure_effects(job: Job, folder: Path | None = None) -> Effects:
+    """Walk through a dense model with all variants that leave out one or two of its blocks.
+
+    Args:
+        job: of a whole walk, entered.
+        folder: for a file of hidden states; None: in memory.
+
+    Raises:
+        ModelError: NaN or infinite activations.
+    """
+    windows, blocks = range(job.count), len(job.source.blocks)
+    similarity: list[float] = []
+    with Variants[Left](job, blocks * (blocks + 1) // 2, folder) as held:
+        for block in job.blocks(folder=folder):
+            entered = block.opened.samples.states
+            through_it = list(held.items())
+            held.begin(Left({block.index}), entered, entered)
+            for left, states in through_it:
+                if len(left) < 2:
+                    held.begin(left | {block.index}, states, entered)
+            before = [entered[w] for w in windows]
+            tick = block.ticker("without others", len(through_it) + 1)
+            for _, states in through_it:
+                through(block, states, windows)
+                tick(1)
+            block.advance()
+            tick(1)
+            similarity.append(_alike(before, [entered[w] for w in windows]))
+        return Effects(divergences(job, held), similarity)
+
+
+def measure_sets(
+    job: Job, sets: Sequence[Left], folder: Path | None = None, *, judged: int
+) -> dict[Left, float]:
+    """KL(dense ‖ without) of whole sets, nats a token, as `measure_effects`; only `judged` of them, the best
+    by some tokens of every window, are measured on all tokens and returned."""
+    windows = range(job.count)
+    with Variants[Left](job, len(sets), folder) as held:
+        for block in job.blocks(folder=folder):
+            entered = block.opened.samples.states
+            for left in sets:
+                if min(left) == block.index:
+                    held.begin(left, entered, entered)
+            through_it = [states for left, states in held.items() if block.index not in left]
+            tick = block.ticker("without others", len(through_it) + 1)
+            for states in through_it:
+                through(block, states, windows)
+                tick(1)
+            block.advance()
+            tick(1)
+        best: Mapping[Left, Variant] = held
+        if judged < len(held):
+            some = divergences(job, held)
+            best = {left: held[left] for left in sorted(held, key=lambda s: some[s])[:judged]}
+        return divergences(job, best, every=1)
+
+
+def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Mean cosine over the tokens."""
+    cosines = [
+        torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean()
+        for a, b in zip(before, after, strict=True)
+    ]
+    return float(torch.stack(cosines).mean())
+
+
+def search_sets(measure: Measure, effects: Effects, first: Sequence[Left]) -> dict[Left, float]:
+    """What was measured on the way to the set of least KL; `measure` gives all of `first`."""
+    known = dict(measure(first))
+    tried = set(first)
+    while True:
+        least = min(known, key=lambda left: known[left])
+        near = [left for left in exchanges(effects, least) if left not in tried][:EXCHANGES]
+        if not near:
+            return known
+        tried |= set(near)
+        found = measure(near)
+        known |= found
+        if found and min(found.values()) >= known[least]:
+            return known
+
+
+def exchanges(effects: Effects, left: Left) -> list[Left]:
+    """The sets that differ by one block, those of least cost by pairs first."""
+    blocks = range(len(effects.similarity))
+    near = [left - {out} | {other} for out in left for other in blocks if other not in left]
+    return sorted(near, key=lambda one: (effects.cost(sorted(one)), sorted(one)))

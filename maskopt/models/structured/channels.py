@@ -1,24 +1,26 @@
 """Make a model smaller: whole channels and attention heads are removed, block by block.
 
     for every block:
-        grams   of what the consumers (down_proj, o_proj) are given by the model as it is by then
+        grams   of the inputs of the consumers (down_proj, o_proj), from the pruned blocks before
         choose  the structures whose removal changes the consumer's output least (`maskopt.core.structure`)
-        refit   the consumer's kept weights, so that they take over from the removed ones
+        update  the consumer's kept weights by least squares
         advance the windows through the block, the removed columns being zero
 
-A column of zeros is what no column is: so the walk, its journal and its resumption are those of a prune, and
-only what is written at the end is smaller.
+The walk, its journal and its resumption are those of a prune, with columns of zeros; only what is written is
+smaller.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.core.limits import Limits
@@ -27,32 +29,47 @@ from maskopt.core.structure import change, refit_inputs, structure_problem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import FolderSource, as_stored
-from maskopt.models.architecture.structures import CHANNELS, Structures, channels_of, heads_of
+from maskopt.models.architecture.structures import (
+    CHANNELS,
+    Cut,
+    Structures,
+    attention_of,
+    channels_of,
+    heads_of,
+)
 from maskopt.models.blockwise.collect import Grams
-from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.job import Job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.walk_block import Block
-from maskopt.models.blockwise.windows import tokens_or_tokenizer
+from maskopt.models.checkpoints.mask_file import MaskFiles, unpack
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.models.checkpoints.workspace import MASKS, check_inputs
+from maskopt.models.checkpoints.workspace import MASKS
 from maskopt.models.options.solver import check_size, default_start
 from maskopt.models.options.structured import ShrinkOptions
 from maskopt.models.options.walk import options_by_name
-from maskopt.models.pruning.fingerprint import fingerprint_of
-from maskopt.models.pruning.output import finished_report
-from maskopt.models.pruning.peak import peaks
-from maskopt.models.structured.output import ShrinkRun
-from maskopt.models.structured.reduced import check_family, new_settings, stored_cuts
-from maskopt.models.structured.rewritten import rewritable
+from maskopt.models.pruning.output import BlockResult, FolderResults, LayerResult
+from maskopt.models.pruning.run import Run, fingerprint_of
+from maskopt.models.structured.change import (
+    Change,
+    cannot_say,
+    check_shapes,
+    finish_smaller,
+    indices_left,
+    open_original,
+)
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import solve
 
+#: what configurations call the channels of an MLP
+_WIDTHS = ("ffn_dim", "ffn_hidden_size", "intermediate_size")
 #: heads and groups are few: their choice is proven
 _EXACT = "branch"
 #: of the bound of a choice that is not
 _BOUND = "sdp"
 _BOUND_SECONDS = 60.0
+#: what it means if the written model computes something else
+_WHY = "what was removed does more in this family than pass through the layer that takes it"
 
 
 def shrink_model(
@@ -69,34 +86,30 @@ def shrink_model(
 ) -> PruneReport:
     """Write a smaller copy of a model folder, without some of its MLP channels and attention heads.
 
-    What is written is an ordinary folder that `from_pretrained` loads: fewer rows and columns, another
-    config.json. All blocks are cut alike, since configurations name one width.
+    It is an ordinary folder that `from_pretrained` loads: fewer rows and columns, another config.json. All
+    blocks are cut to the same sizes, since configurations name one width.
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
+        tokenizer_or_tokens, calibration: as for `prune_model`.
         options: what to remove, and how.
         shorthand: single options by name, with or without `options`: `channels=0.25, heads=0.25`.
         resume: go on with an interrupted run of the same options.
 
     Returns:
         A report with a `LayerReport` for every consumer (`down_proj`, `o_proj`). Its bound and statuses are
-        of the choice with the weights as they are (`error_kept`); `error` is that of the written weights.
+        of the choice with unchanged weights (`error_kept`); `error` is that of the written weights.
 
     Raises:
         MaskoptError: a family whose blocks or configuration are not known, or what `prune_model` refuses.
     """
     began = time.perf_counter()
-    if resume and overwrite:
-        raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
     options = options_by_name(ShrinkOptions, options, shorthand)
-    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    if text is None:
-        raise ModelError("shrinking needs `calibration` text or tokens; name a source of text")
-    check_inputs(Path(output), model=model, calibration=calibration)
-    whole = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
-    source = rewritable(whole)
+    inputs = {"model": model, "calibration": calibration}
+    run = Run(output, overwrite=overwrite, resume=resume, **inputs)
+    whole, source = open_original(
+        model, tokenizer_or_tokens, calibration, options, "shrinking", on_progress=on_progress
+    )
     if options.how is not None and (source.checkpoint.folder / MASKS).exists():
         raise OptionError(
             f"{source.checkpoint.folder}: was pruned, and least squares would fill its zeros; shrink the "
@@ -109,34 +122,29 @@ def shrink_model(
             check_size(options.solver, options.solver_options, start, one.count, one.pattern)
     settings = new_settings(source, every)
     check_family(source, settings, every)
-    by_layer = {one.consumer.name: one for one in every}
-    job = Job(
-        source, [one.consumer for one in every], whole.windows, options, on_progress=whole.tell
-    )
+    layers = [one.consumer for one in every]
+    job = Job(source, layers, whole.windows, options, on_progress=whole.tell)
     source.blocks.check_unshared(job.layers)
-    run = ShrinkRun(
-        source,
-        every,
-        stored_cuts(source, every),
-        settings,
-        Path(output),
-        overwrite=overwrite,
-        resume=resume,
-    )
+    cuts = StructureCuts(source, every)
+    results = FolderResults(job, run, source, cuts.blocks, cuts.left)
     fingerprint = fingerprint_of(job, options.record())
-    if resume and (finished := finished_report(Path(output), fingerprint)) is not None:
+    if (finished := run.finished_report(fingerprint)) is not None:
         return finished
-    with run.opened(fingerprint), torch.no_grad():
+    with results.opened(fingerprint) as folder, torch.no_grad():
         with job:
-            layers, bad = _shrink_blocks(job, options, by_layer, run)
-        seconds, memory = time.perf_counter() - began, peaks(source.device)
-        report = PruneReport(layers, fingerprint, bad, {}, Path(output), seconds, (), memory)
-        run.finish_smaller(job, report)
+            for block in job.blocks(dict(results.blocks), folder):
+                results.keep(block, BlockResult.of(block, partial(_shrink, block, cuts, options)))
+        report, shards = results.report(fingerprint), results.write_shards()
+        done = {i: dataclasses.replace(one, bad=[]) for i, one in results.stored_blocks().items()}
+        updated = list(cuts.consumers) if any(one.edits.values for one in done.values()) else []
+        kept = cuts.kept(results.stored_masks())
+        change = Change(settings, _WHY, cuts=cuts.stored, kept=kept, updated=updated)
+        finish_smaller(job, run, change, report, shards=shards, finished=done)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
 def find_structures(source: FolderSource, options: ShrinkOptions) -> list[Structures]:
-    """Of all blocks, in the order of the model."""
+    """The structures of all blocks, in the order of the model."""
     found: list[Structures] = []
     for index in range(len(source.blocks)):
         if options.heads:
@@ -146,98 +154,67 @@ def find_structures(source: FolderSource, options: ShrinkOptions) -> list[Struct
     return found
 
 
-def _shrink_blocks(
-    job: Job, options: ShrinkOptions, by_layer: Mapping[str, Structures], run: ShrinkRun
-) -> tuple[list[LayerReport], list[dict[str, Any]]]:
-    """The main loop; see the module's docstring."""
-    finished = {i: done for i in range(job.last + 1) if (done := run.done(i)) is not None}
-    reports = {index: done.layers for index, done in finished.items()}
-    bad = {index: done.bad for index, done in finished.items()}
-    for block in job.blocks(finished, run.activation_folder()):
-        results: dict[str, LayerReport] = {}
-        masks: dict[str, tuple[Layer, Tensor]] = {}
-        weights: dict[str, tuple[Layer, Tensor]] = {}
-        for layers, grams in block.rounds():
-            tick = block.ticker("solve", len(layers))
-            for layer in layers:
-                report, mask, new = _shrink_layer(block, by_layer[layer.name], grams, options)
-                results[layer.name] = report
-                masks[layer.name] = layer, mask
-                if new is not None:
-                    weights[layer.name] = layer, new
-                tick(1, report)
-            del grams  # the next pass needs their memory
-        block.advance()
-        reports[block.index] = [results[layer.name] for layer in block.layers]
-        bad[block.index] = [dataclasses.asdict(sample) for sample in block.bad]
-        run.add(block.index, reports[block.index], (), bad[block.index], masks, weights, {})
-    order = sorted(reports)
-    return [r for i in order for r in reports[i]], [b for i in order for b in bad[i]]
-
-
-def _shrink_layer(
-    block: Block, structures: Structures, grams: Grams, options: ShrinkOptions
-) -> tuple[LayerReport, Tensor, Tensor | None]:
-    """Choose the structures of one consumer, and make of it in the model what is left.
-
-    Returns:
-        (report, mask [rows, n], new weights float64 [rows, n] where they were refitted).
-    """
-    layer, source = structures.consumer, block.job.source
-    gathered = grams.of(layer.name)
-    if gathered is None:
-        raise ModelError(f"layer {layer.name!r} saw no token")
-    weight, gram = matrix(source.model, layer), gathered.value()
-    dense = weight.detach().float().clone()
-    began = time.perf_counter()
-    of_input = structures.groups.to(dense.device)
-    problem = structure_problem(
-        dense,
-        gram,
-        structures.pattern,
-        groups=None if structures.count == layer.n else of_input,
-        mean=gathered.mean(),
-        name=layer.name,
-    )
-    solution, bound = _chosen(problem, structures, options)
-    kept = solution.mask[0][of_input]
-    new = None
-    if options.how is not None:
-        new = as_stored(source, layer, refit_inputs(dense, gram, kept, options.how))
-    seconds = time.perf_counter() - began
-    mask = kept.expand(layer.rows, layer.n)
-    left = torch.where(kept, dense, 0.0) if new is None else new
-    error_kept = float(solution.objective)
-    error_held, energy_held = _held_out(layer, grams, dense, left)
-    report = LayerReport(
-        name=layer.name,
-        block=layer.block,
-        kind=layer.kind,
-        rows=layer.rows,
-        n=layer.n,
-        pattern=f"{structures.kept} of {structures.count} {structures.unit}s",
-        pruned=int((~mask).sum()),
-        error_start=None,
-        error=error_kept if new is None else float(change(left, dense, gram).sum()),
-        lower_bound=bound,
-        statuses={str(solution.status[0]): layer.rows},
-        tokens=gathered.tokens,
-        fallback=False,
-        seconds=seconds,
-        energy=float(change(0 * dense, dense, gram).sum()),
-        error_kept=None if new is None else error_kept,
-        damping=None if options.how is None else options.how.damping,
-        error_held=error_held,
-        energy_held=energy_held,
-    )
-    weight.copy_(left)
-    return report, mask.cpu(), None if new is None else new.cpu()
+def _shrink(
+    block: Block, cuts: StructureCuts, options: ShrinkOptions, layers: Sequence[Layer], grams: Grams
+) -> Iterator[LayerResult]:
+    """Choose the structures of consumers, and change their weights in the model accordingly."""
+    source = block.job.source
+    for layer in layers:
+        structures, gathered = cuts.by_consumer[layer.name], grams.of(layer.name)
+        if gathered is None:
+            raise ModelError(f"layer {layer.name!r} saw no token")
+        weight, gram = matrix(source.model, layer), gathered.value()
+        dense = weight.detach().float().clone()
+        began = time.perf_counter()
+        of_input = structures.groups.to(dense.device)
+        problem = structure_problem(
+            dense,
+            gram,
+            structures.pattern,
+            groups=None if structures.count == layer.n else of_input,
+            mean=gathered.mean(),
+            name=layer.name,
+        )
+        solution, bound = _chosen(problem, structures, options)
+        kept = solution.mask[0][of_input]
+        new = None
+        if options.how is not None:
+            new = as_stored(source, layer, refit_inputs(dense, gram, kept, options.how))
+        seconds = time.perf_counter() - began
+        left = torch.where(kept, dense, 0.0) if new is None else new
+        error_kept = float(solution.objective)
+        held_out = None if grams.held is None else grams.held.of(layer.name)
+        held = None if held_out is None else held_out.value()
+        report = LayerReport(
+            name=layer.name,
+            block=layer.block,
+            kind=layer.kind,
+            rows=layer.rows,
+            n=layer.n,
+            pattern=f"{structures.kept} of {structures.count} {structures.unit}s",
+            pruned=layer.rows * int((~kept).sum()),
+            error_start=None,
+            error=error_kept if new is None else float(change(left, dense, gram).sum()),
+            lower_bound=bound,
+            statuses={str(solution.status[0]): layer.rows},
+            tokens=gathered.tokens,
+            fallback=False,
+            seconds=seconds,
+            energy=float(change(0 * dense, dense, gram).sum()),
+            error_kept=None if new is None else error_kept,
+            damping=None if options.how is None else options.how.damping,
+            error_held=None if held is None else float(change(left, dense, held).sum()),
+            energy_held=None if held is None else float(change(0 * dense, dense, held).sum()),
+        )
+        weight.copy_(left)
+        mask = kept.expand(layer.rows, layer.n).cpu()
+        yield layer, report, mask, None if new is None else new.cpu()
 
 
 def _chosen(
     problem: RowProblem, structures: Structures, options: ShrinkOptions
 ) -> tuple[Solution, float]:
-    """The solution of the options' solver, of heads a proven one; and the best bound that is known."""
+    """The solution of the options' solver, for heads a proven one; and the best known bound."""
     limits = Limits(seed=options.seed, threads=options.threads)
     if structures.kind != CHANNELS:
         solution = solve(problem, _EXACT, limits=limits)
@@ -253,12 +230,90 @@ def _chosen(
     return solution, bound
 
 
-def _held_out(
-    layer: Layer, grams: Grams, dense: Tensor, new: Tensor
-) -> tuple[float | None, float | None]:
-    """Error and energy on the windows kept aside; None where there are none."""
-    aside = None if grams.held is None else grams.held.of(layer.name)
-    if aside is None:
-        return None, None
-    gram = aside.value()
-    return float(change(new, dense, gram).sum()), float(change(0 * dense, dense, gram).sum())
+class StructureCuts:
+    """The cuts of the checkpoint's tensors, and what stays of the consumers by their stored masks.
+
+    Attributes:
+        stored: by tensor, its cuts.
+        blocks: by tensor, the block whose masks decide.
+
+    Raises:
+        ModelError: a parameter that is not stored unchanged.
+    """
+
+    def __init__(self, source: FolderSource, every: Sequence[Structures]) -> None:
+        self.by_consumer = {one.consumer.name: one for one in every}
+        self.consumers = {source.tensors_of(one.consumer)[0]: one for one in every}
+        self.stored: dict[str, list[tuple[str, Cut]]] = {}
+        self.blocks: dict[str, int] = {}
+        for one in every:
+            for name, cut in one.cuts.items():
+                tensor = source.stored_as_is(name)
+                if tensor is None:
+                    raise ModelError(
+                        f"parameter {name!r} is stored in another form than the model's; it cannot be cut"
+                    )
+                self.stored.setdefault(tensor, []).append((one.consumer.name, cut))
+                self.blocks.setdefault(tensor, one.consumer.block)
+
+    def kept(self, masks: MaskFiles) -> dict[str, Bool[Tensor, " m"]]:
+        """The structures that stay, by consumer, of the blocks that are done. All rows of a consumer's mask
+        are the same, so the first one is read."""
+        found = {}
+        for tensor, one in self.consumers.items():
+            if tensor in masks:
+                columns = unpack(masks.packed(tensor), 0, one.consumer.n)
+                stays = torch.zeros(one.count, dtype=torch.bool)
+                stays[one.groups[columns]] = True
+                found[one.consumer.name] = stays
+        return found
+
+    def left(self, masks: MaskFiles) -> dict[str, dict[int, Tensor]]:
+        """Of every tensor, by axis, the indices that stay; of the blocks that are done."""
+        return indices_left(self.stored, self.kept(masks))
+
+
+def new_settings(source: FolderSource, every: Sequence[Structures]) -> dict[str, int]:
+    """What of the configuration changes, by key.
+
+    Raises:
+        ModelError: blocks of different sizes; a family whose configuration cannot say the new ones.
+    """
+    text: Any = source.model.config.get_text_config()
+    found: dict[str, set[int]] = {}
+    for one in every:
+        if one.kind == CHANNELS:
+            keys = [key for key in _WIDTHS if getattr(text, key, None) == one.count]
+            if not keys:
+                raise cannot_say(source, f"{one.count} channels")
+            new = {keys[0]: one.kept}
+        else:
+            numbers = attention_of(source.model, one.consumer)
+            heads, groups = one.kept, numbers.groups
+            if one.count == numbers.groups:
+                heads, groups = one.kept * (numbers.heads // numbers.groups), one.kept
+            new = {"num_attention_heads": heads, "num_key_value_heads": groups}
+            new["head_dim"] = numbers.width
+        for key, value in new.items():
+            found.setdefault(key, set()).add(value)
+    for key, values in found.items():
+        if len(values) > 1:
+            raise cannot_say(source, f"{key} of {', '.join(map(str, sorted(values)))}")
+    settings = {key: values.pop() for key, values in found.items()}
+    if getattr(text, "num_key_value_heads", None) is None:
+        settings.pop("num_key_value_heads", None)
+    return settings
+
+
+def check_family(
+    source: FolderSource, settings: Mapping[str, int], every: Sequence[Structures]
+) -> None:
+    """Compare the model that the new configuration describes with what the cuts leave; as `check_shapes`."""
+    wanted = {name: tuple(p.shape) for name, p in source.model.named_parameters()}
+    for one in every:
+        some = torch.arange(one.count) < one.kept  # the shapes depend on their number alone
+        for name, cut in one.cuts.items():
+            shape = list(wanted[name])
+            shape[cut.axis] = len(cut.inside(some))
+            wanted[name] = tuple(shape)
+    check_shapes(source, settings, wanted)

@@ -1,10 +1,9 @@
-"""Make a mixture-of-experts model smaller by whole experts, as many of every block.
+"""Make a mixture-of-experts model smaller by whole experts, the same number in every block.
 
-for every block with a mixture:
-    costs    what the experts add to its output, on what the smaller blocks before it leave
-    choose   those whose removal costs least, proven where the search ends in time
-    cut      them from the block, and their rows from its router
-    change   of the mixture's output, tokens being routed anew; then on to the next block
+A token's output is Σ gₑ·Eₑ(x) over the experts e that it is routed to. Without the experts P it misses
+Σ_{e∈P} gₑ·Eₑ(x), whose mean square is pᵀQp with Q_ef = mean over tokens of gₑ·g_f·⟨Eₑ(x), E_f(x)⟩: a mixture
+is one row with as many entries as it has experts, solved block by block. The router of the smaller model
+gives such a token to its next best experts; that change is measured afterwards.
 """
 
 from __future__ import annotations
@@ -12,49 +11,59 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
+from maskopt.models.architecture.all_experts import takes_routing
+from maskopt.models.architecture.blocks import Blocks, is_experts
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import Cut
-from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.job import Job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.walk_block import Block
-from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.models.checkpoints.workspace import check_inputs, check_output, open_workspace
 from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
-from maskopt.models.pruning.fingerprint import fingerprint_of
-from maskopt.models.pruning.output import check_disk
-from maskopt.models.pruning.peak import peaks
-from maskopt.models.structured.expert_costs import Mixture, change_of, costs, cut, mixtures_of
-from maskopt.models.structured.reduced import CONFIG, StoredCut, check_shapes
-from maskopt.models.structured.rewritten import Change, rewritable, write_changed
-from maskopt.protocol.solution import Solution
+from maskopt.models.pruning.run import Run, fingerprint_of, peaks
+from maskopt.models.structured.change import (
+    CONFIG,
+    Change,
+    check_defaults,
+    check_shapes,
+    finish_smaller,
+    open_original,
+)
 from maskopt.protocol.solver import solve
 
 #: what configurations call the number of experts
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-#: a tensor of one expert: what those of all of them are called alike, its number, and the rest
+#: the name of a stored tensor of one expert
 _EXPERT = re.compile(r"(?P<home>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.*)")
-#: seconds in which a choice is proven, or not
+#: seconds to prove a choice
 _SECONDS = 60.0
-#: of the walk's options, those that mean nothing where all tokens and all windows are looked at in order
+#: options of the walk that do not apply where all tokens of all windows count
 _NOT_HERE = (
     "include", "exclude", "token_weights", "all_experts", "holdout", "calibrate_on", "true_sequential",
 )  # fmt: skip
+T = TypeVar("T")
+
+#: names of modules that route
+_ROUTERS = ("gate", "router")
+#: what configurations call the number of experts that a token goes to
+_EACH = ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts")
 
 
 def remove_experts(
@@ -73,54 +82,48 @@ def remove_experts(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        share: of the experts that goes, rounded down to a whole number of them.
-        calibration: as for `prune_model`.
+        tokenizer_or_tokens, calibration: as for `prune_model`.
+        share: of the experts to remove, rounded down to a whole number of them.
 
     Returns:
         A report with a `LayerReport` for every mixture. `error` is the change of its output in the smaller
-        model, `error_kept` what it would be if no token were routed anew, of which statuses and bounds are.
+        model; `error_kept`, of which statuses and bounds are, the change without new routing of tokens.
 
     Raises:
-        MaskoptError: a model without mixtures, or with some that cannot be cut; a share that takes none, or
-            leaves fewer than a token goes to; what `prune_model` refuses.
+        MaskoptError: no mixtures, or some that cannot be cut; a share that takes none, or leaves fewer than
+            a token goes to; what `prune_model` refuses.
     """
     began = time.perf_counter()
     if not 0 < share < 1:
         raise OptionError(f"`experts` is the share that goes, between 0 and 1, not {share}")
     options = options or WalkOptions()
-    for name in _NOT_HERE:
-        if getattr(options, name) != getattr(WalkOptions, name):
-            raise OptionError(
-                f"`experts` are chosen block by block, by all windows; leave out `{name}`"
-            )
-    target = Path(output)
-    check_output(target, overwrite=overwrite, resume=False, model=model, calibration=calibration)
-    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    if text is None:
-        raise ModelError("removing experts needs `calibration` text or tokens; name some")
-    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
-    source = rewritable(job)
-    check_inputs(target, model=source.checkpoint.folder)
+    check_defaults(options, _NOT_HERE, "`experts` are chosen block by block, by all windows")
+    run = Run(output, overwrite=overwrite, model=model, calibration=calibration)
+    doing, how = "removing experts", {"on_progress": on_progress}
+    job, source = open_original(model, tokenizer_or_tokens, calibration, options, doing, **how)
     mixtures = [m for index in range(len(source.blocks)) for m in mixtures_of(source.blocks, index)]
     left = _left(mixtures, share)
     settings = _check_family(source, mixtures, left)
-    with open_workspace(target, overwrite=overwrite, resume=False) as work:
-        check_disk(work.output, disk_needed(source.checkpoint))
+    run.reads(model=source.checkpoint)
+    record = {"experts": share, "update": NONE, "seed": options.seed}
+    record["skip_bad_samples"] = options.skip_bad_samples
+    with run.opened(disk_needed(source.checkpoint)) as work:
         kept, layers, bad = _choose(job, mixtures, left, work.hidden)
         change, homes = _change(source, mixtures, kept, settings)
-        record = {"experts": share, "update": NONE, "seed": options.seed}
-        record["skip_bad_samples"] = options.skip_bad_samples
-        seconds, memory = time.perf_counter() - began, peaks(source.device)
-        report = PruneReport(
-            layers, fingerprint_of(job, record), bad, {}, target, seconds, (), memory
-        )
-        write_changed(job, work, change, report, experts=homes)
+        fingerprint, memory = fingerprint_of(job, record), peaks(source.device)
+        report = PruneReport(layers, fingerprint, bad, output=run.output, memory=memory)
+
+        def cut_block(block: Block) -> None:
+            for mixture in mixtures:
+                if mixture.block == block.index:
+                    cut(block.job.source.model, mixture, kept[mixture.name])
+
+        finish_smaller(job, run, change, report, prepare=cut_block, experts=homes)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
 def _left(mixtures: Sequence[Mixture], share: float) -> int:
-    """How many experts stay."""
+    """The number of experts that stay."""
     if not mixtures:
         raise ModelError("the model has no experts that tokens are routed to; leave out `experts`")
     counts = {(m.count, m.each) for m in mixtures}
@@ -143,11 +146,7 @@ def _left(mixtures: Sequence[Mixture], share: float) -> int:
 
 
 def _check_family(source: FolderSource, mixtures: Sequence[Mixture], left: int) -> dict[str, int]:
-    """What of the configuration changes.
-
-    Raises:
-        ModelError: it does not say the smaller model's shapes.
-    """
+    """What of the configuration changes; ModelError where it cannot describe the smaller model."""
     text: Any = source.model.config.get_text_config()
     keys = [key for key in _COUNTS if getattr(text, key, None) == mixtures[0].count]
     settings = dict.fromkeys(keys, left)
@@ -160,19 +159,10 @@ def _check_family(source: FolderSource, mixtures: Sequence[Mixture], left: int) 
     return settings
 
 
-def _as_stored(config: Mapping[str, Any], settings: Mapping[str, int]) -> dict[str, int]:
-    """The settings by the keys of the stored configuration, which may have several words for one thing; all
-    of them where it has none."""
-    nested = config.get("text_config")
-    known = {*config, *(nested if isinstance(nested, dict) else ())}
-    return {key: value for key, value in settings.items() if key in known} or dict(settings)
-
-
 def _choose(
     job: Job, mixtures: Sequence[Mixture], left: int, folder: Path
 ) -> tuple[dict[str, Bool[Tensor, " experts"]], list[LayerReport], list[dict[str, Any]]]:
-    """The main loop; see the module's docstring. The experts that stay, by mixture, what became of each, and
-    the samples that were left out."""
+    """The main loop: experts that stay and report, by mixture, and the samples that were left out."""
     kept: dict[str, Tensor] = {}
     layers: list[LayerReport] = []
     bad: list[dict[str, Any]] = []
@@ -187,47 +177,35 @@ def _choose(
                     quadratic.numpy(), cardinality=len(quadratic) - left, name=mixture.name
                 )
                 solution = solve(problem, "branch", time_limit=_SECONDS).uninterrupted()
+                posed = problem.posed(float(solution.objective), float(solution.lower_bound))
                 kept[mixture.name] = solution.mask[0]
                 model = job.source.model
                 dense = copy.deepcopy(model.get_submodule(mixture.parent))
-                cut(model, mixture, kept[mixture.name].nonzero()[:, 0])
-                found = change_of(block, mixture, dense)
-                seconds = time.perf_counter() - began
-                layers.append(_report(mixture, problem, solution, found, tokens, seconds))
-                tick(1, layers[-1])
+                cut(model, mixture, kept[mixture.name])
+                error, energy = change_of(block, mixture, dense)
+                report = LayerReport(
+                    name=mixture.name,
+                    block=mixture.block,
+                    kind=mixture.kind,
+                    rows=1,
+                    n=mixture.count,
+                    pattern=f"{left} of {mixture.count} experts",
+                    pruned=mixture.count - left,
+                    error_start=None,
+                    error=error,
+                    lower_bound=max(posed.bound, 0.0),
+                    statuses={str(solution.status[0]): 1},
+                    tokens=tokens,
+                    fallback=False,
+                    seconds=time.perf_counter() - began,
+                    energy=energy,
+                    error_kept=max(posed.value, 0.0),
+                )
+                layers.append(report)
+                tick(1, report)
             block.advance()
             bad += [dataclasses.asdict(sample) for sample in block.bad]
     return kept, layers, bad
-
-
-def _report(
-    mixture: Mixture,
-    problem: RowProblem,
-    solution: Solution,
-    found: tuple[float, float],
-    tokens: int,
-    seconds: float,
-) -> LayerReport:
-    kept = int(solution.mask.sum())
-    posed = problem.posed(float(solution.objective), float(solution.lower_bound))
-    return LayerReport(
-        name=mixture.name,
-        block=mixture.block,
-        kind=mixture.kind,
-        rows=1,
-        n=mixture.count,
-        pattern=f"{kept} of {mixture.count} experts",
-        pruned=mixture.count - kept,
-        error_start=None,
-        error=found[0],
-        lower_bound=max(posed.bound, 0.0),
-        statuses={str(solution.status[0]): 1},
-        tokens=tokens,
-        fallback=False,
-        seconds=seconds,
-        energy=found[1],
-        error_kept=max(posed.value, 0.0),
-    )
 
 
 def _change(
@@ -236,21 +214,17 @@ def _change(
     kept: Mapping[str, Bool[Tensor, " experts"]],
     settings: Mapping[str, int],
 ) -> tuple[Change, dict[str, str]]:
-    """What becomes of the stored model; and of experts that are stored one by one, what their tensors' names
-    begin with, and their mixture.
-
-    Raises:
-        ModelError: experts that are stored in another way.
-    """
+    """What becomes of the stored model; and of experts that are stored one by one the mixture, by what their
+    tensors' names begin with. Raises ModelError for experts that are stored in another way."""
     names: dict[str, str | None] = {name: name for name in source.checkpoint.where}
-    cuts: dict[str, StoredCut] = {}
+    cuts: dict[str, list[tuple[str, Cut]]] = {}
     homes: dict[str, str] = {}
     for mixture in mixtures:
         numbers = {old: new for new, old in enumerate(kept[mixture.name].nonzero()[:, 0].tolist())}
         for parameter in mixture.parameters:
             tensor = source.stored_as_is(parameter)
             if tensor is not None:
-                cuts[tensor] = StoredCut(((mixture.name, Cut(0, [(mixture.count, 1)])),))
+                cuts[tensor] = [(mixture.name, Cut(0, [(mixture.count, 1)]))]
                 continue
             for name in source.stored_parts(parameter):
                 found = _EXPERT.match(name)
@@ -263,11 +237,180 @@ def _change(
                 new = numbers.get(int(found["number"]))
                 names[name] = None if new is None else f"{found['home']}.{new}.{found['rest']}"
 
-    def cut_block(block: Block) -> None:
-        for mixture in mixtures:
-            if mixture.block == block.index:
-                cut(block.job.source.model, mixture, kept[mixture.name].nonzero()[:, 0])
+    config = read_json(source.checkpoint.folder / CONFIG)
+    nested = config.get("text_config")
+    known = {*config, *(nested if isinstance(nested, dict) else ())}
+    stored = {key: value for key, value in settings.items() if key in known} or settings
+    return Change(stored, "its experts are routed to otherwise", names, cuts, kept), homes
 
-    stored = _as_stored(read_json(source.checkpoint.folder / CONFIG), settings)
-    why = "its experts are routed to otherwise"
-    return Change(stored, names, cut_block, why, cuts, kept), homes
+
+@dataclass(frozen=True)
+class Mixture:
+    """Experts of a block that tokens are routed to.
+
+    Attributes:
+        name: of the module that holds them, in the model; `kind`: inside the block.
+        count: how many there are.
+        each: to how many of them a token goes.
+        parameters: names in the model of those whose first axis counts experts, the router's among them.
+    """
+
+    name: str
+    kind: str
+    block: int
+    count: int
+    each: int
+    parameters: tuple[str, ...]
+
+    @property
+    def parent(self) -> str:
+        """The module that routes, and adds up."""
+        return self.name.rpartition(".")[0]
+
+
+def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
+    """The mixtures of a block; ModelError for experts that cannot be removed from module or router."""
+    block, found = blocks.modules[index], []
+    for name, module in block.named_modules():
+        if not is_experts(module):
+            continue
+        full = blocks.prefix(index) + name
+        if not takes_routing(module):
+            raise ModelError(
+                f"{full}: {type(module).__name__} is not given a routing, and its experts cannot be removed; "
+                "leave out `experts`"
+            )
+        each, parent = _each(blocks.model, full), block.get_submodule(name.rpartition(".")[0])
+        count = next(p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3)
+        parameters = [f"{full}.{n}" for n, p in module.named_parameters() if p.shape[0] == count]
+        routers = [
+            f"{full.rpartition('.')[0]}.{n}"
+            for n, p in parent.named_parameters()
+            if n.partition(".")[0] in _ROUTERS and p.shape[0] == count
+        ]
+        kept = [
+            n
+            for n, b in parent.named_buffers()
+            if n.partition(".")[0] in _ROUTERS and b.ndim and b.shape[0] == count
+        ]
+        if not routers or kept:
+            what = (
+                f"keeps {kept[0]!r} in addition to its weights" if kept else "is of no known form"
+            )
+            raise ModelError(f"{full}: its router {what}; leave out `experts`")
+        found.append(Mixture(full, name, index, count, each, (*parameters, *routers)))
+    return found
+
+
+def _each(model: nn.Module, name: str) -> int:
+    """To how many experts a token goes; ModelError where it chooses groups of experts first, which removals
+    would change, or where the configuration does not say."""
+    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    groups = getattr(text, "n_group", None) or 1
+    if groups > 1 and (getattr(text, "topk_group", None) or groups) < groups:
+        raise ModelError(
+            f"{name}: its router chooses among {groups} groups of experts first; leave out `experts`"
+        )
+    for key in _EACH:
+        if isinstance(value := getattr(text, key, None), int):
+            return value
+    raise ModelError(
+        f"{name}: the configuration does not say how many experts a token goes to; leave out `experts`"
+    )
+
+
+def cut(model: nn.Module, mixture: Mixture, kept: Bool[Tensor, " experts"]) -> None:
+    """Leave only these experts in the model."""
+    for name in mixture.parameters:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data[kept.to(parameter.device)]
+
+
+def costs(block: Block, mixture: Mixture) -> tuple[Float[Tensor, "experts experts"], int]:
+    """Q of a mixture in float64, from all windows, and how many tokens it is the mean over."""
+    module = block.job.source.model.get_submodule(mixture.name)
+
+    def visit(args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> tuple[Tensor, int]:
+        hidden, index, weights = (*args, *kwargs.values())
+        index = index.reshape(-1, index.shape[-1])
+        weights = weights.reshape(index.shape)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        parts = torch.stack(
+            [module(flat, index[:, [j]], weights[:, [j]]) for j in range(index.shape[1])], 1
+        ).double()
+        products = parts @ parts.transpose(1, 2)
+        place = index[:, :, None] * mixture.count + index[:, None, :]
+        q = torch.zeros(mixture.count**2, dtype=torch.float64, device=flat.device)
+        q.index_add_(0, place.reshape(-1), products.reshape(-1))
+        return q.view(mixture.count, mixture.count).cpu(), len(flat)
+
+    found = seen_by(block, module, mixture.name, visit)
+    tokens = sum(count for _, count in found)
+    total = torch.stack([q for q, _ in found]).sum(0) / max(tokens, 1)
+    return (total + total.T) / 2, tokens
+
+
+def change_of(block: Block, mixture: Mixture, dense: nn.Module) -> tuple[float, float]:
+    """Change of the mixture's outputs from those of `dense` on the same inputs, and the energy of these: mean
+    squares over tokens, summed over the outputs."""
+    module = block.job.source.model.get_submodule(mixture.parent)
+
+    def visit(
+        args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> tuple[Tensor, Tensor, int]:
+        before, after = _hidden(dense(*args, **kwargs)).double(), _hidden(output).double()
+        error, energy = (after - before).square().sum(), before.square().sum()
+        return error, energy, before.numel() // before.shape[-1]
+
+    found = seen_by(block, module, mixture.parent, visit)
+    tokens = max(sum(count for *_, count in found), 1)
+    return tuple(float(sum(one[i] for one in found)) / tokens for i in (0, 1))  # type: ignore[return-value]
+
+
+def seen_by(
+    block: Block,
+    module: nn.Module,
+    name: str,
+    visit: Callable[[tuple[Any, ...], dict[str, Any], Any], T],
+) -> list[T]:
+    """What `visit` returns for arguments and output of a module's call, window by window, without an advance.
+
+    Raises:
+        ModelError: a module that is not called once a window; NaN or infinite activations.
+    """
+    opened, local = block.opened, threading.local()
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not getattr(local, "busy", True):
+            local.busy = True  # a visit may call the module
+            local.found.append(
+                (visit(args, kwargs, output), bool(_hidden(output).isfinite().all()))
+            )
+            local.busy = False
+
+    def one(sample: int) -> list[tuple[T, bool]]:
+        local.found, local.busy = [], False
+        opened.run(sample, opened.samples.states)
+        local.busy = True
+        found: list[tuple[T, bool]] = local.found
+        return found
+
+    handle, seen = module.register_forward_hook(hook, with_kwargs=True), []
+    try:
+        for wave in block.job.pool.waves(list(opened.samples.active)):
+            passes = block.job.pool.run([lambda s=s: one(s) for s in wave])  # type: ignore[misc]
+            for sample, calls in zip(wave, passes, strict=True):
+                if len(calls) != 1:
+                    raise ModelError(f"{name}: is called {len(calls)} times a window, not once")
+                if calls[0][1]:
+                    seen.append(calls[0][0])
+                else:
+                    opened.samples.leave_out(sample, name)
+    finally:
+        handle.remove()
+    return seen
+
+
+def _hidden(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return found

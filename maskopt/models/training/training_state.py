@@ -17,8 +17,7 @@ from torch import Tensor
 from maskopt.errors import ModelError
 from maskopt.models.checkpoints.checkpoint import file_digest
 from maskopt.models.checkpoints.journal import Journal
-from maskopt.models.checkpoints.safefile import open_safe
-from maskopt.models.checkpoints.weight_edits import write_values
+from maskopt.models.checkpoints.safefile import open_safe, write_tensors
 from maskopt.models.checkpoints.workspace import Workspace
 
 #: of a trained weight on disk: itself, two moments, and the best epoch's
@@ -106,8 +105,8 @@ class FolderKeeper:
         every = {
             f"{kind}/{name}": tensor for kind in KINDS for name, tensor in at.tensors[kind].items()
         }
-        write_values(path, every)
-        record: dict[str, Any] = {"file": path.name, "digest": file_digest(path), "step": at.step}
+        digest = write_tensors(path, every)
+        record: dict[str, Any] = {"file": path.name, "digest": digest, "step": at.step}
         record |= {"before": list(at.before), "held": at.held, "epoch": at.epoch}
         self._work.keep = True  # from the moment that the journal may hold it
         self._journal.set_progress(record)

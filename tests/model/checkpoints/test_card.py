@@ -17,7 +17,7 @@ from maskopt.errors import ModelError, VerificationError
 from maskopt.models.checkpoints.pack import pack, unpack_folder
 from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.evaluation.bound import certify_model
-from maskopt.models.pruning import output as output_module
+from maskopt.models.pruning import run as running
 from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.verification.verify import verify_model
 
@@ -173,7 +173,7 @@ def test_an_interruption_between_the_cards_and_the_end_leaves_the_same_bytes(
 ):
     again = tmp_path / "again"
     with monkeypatch.context() as patched:
-        patched.setattr(output_module, "write_manifest", Mock(side_effect=KeyboardInterrupt))
+        patched.setattr(running, "write_manifest", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prune(snapshot, again)
     staging = next(path.parent for path in again.rglob("README-original.md"))

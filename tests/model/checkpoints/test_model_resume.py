@@ -22,8 +22,8 @@ from maskopt import prune_model
 from maskopt.errors import ModelError
 from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
 from maskopt.models.checkpoints.journal import Journal, read_journal
-from maskopt.models.checkpoints.unchanged import Unchanged
 from maskopt.models.checkpoints.workspace import GONE, HIDDEN, MANIFEST, MASKS
+from maskopt.models.checkpoints.write import Unchanged
 from maskopt.models.verification.verify import verify_model
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")

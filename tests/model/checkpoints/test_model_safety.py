@@ -252,7 +252,7 @@ def test_library_errors_name_options_and_commands_their_flags(tmp_path):
         assert str(caught.value) == f"{tmp_path}: {message}"
     with pytest.raises(ModelError, match="`dtype` is for model folders"):
         open_source(tiny("llama"), dtype="float32")
-    for file in (Path(maskopt.__file__).parent / "model").glob("*.py"):
+    for file in (Path(maskopt.__file__).parent / "models").rglob("*.py"):
         assert not re.search(r"--(overwrite|resume|dtype)", file.read_text()), file
 
 

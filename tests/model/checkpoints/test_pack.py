@@ -23,7 +23,7 @@ from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints import pack as packing
 from maskopt.models.checkpoints.mask_file import TensorMask, join_masks, write_masks
 from maskopt.models.checkpoints.pack import pack, unpack_folder
-from maskopt.models.checkpoints.safefile import DTYPES, open_safe, write_safe
+from maskopt.models.checkpoints.safefile import open_safe, write_tensors
 from maskopt.models.checkpoints.workspace import MASKS
 from maskopt.models.pruning.output import apply_masks, extract_masks
 from maskopt.models.verification.verify import verify_model
@@ -106,16 +106,10 @@ def test_what_is_not_zero_is_not_dropped(out, tmp_path):
 
 
 def forge(file, change):
-    """Tensors in the order in which they are."""
     there = open_safe(file)
     tensors = {name: there.read(name) for name in there.entries}
     change(tensors)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    with file.open("wb") as target:
-        shapes = {name: (names[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
-        write_safe(target, shapes, {"format": "maskopt-packed-1"})
-        for tensor in tensors.values():
-            target.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    write_tensors(file, tensors, {"format": "maskopt-packed-1"})
 
 
 @pytest.mark.parametrize(

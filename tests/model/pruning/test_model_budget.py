@@ -27,11 +27,9 @@ from maskopt.models.options.prune import VARIANT_WINDOWS, VARIANTS, PruneOptions
 from maskopt.models.options.walk import GRADIENT_WINDOWS
 from maskopt.models.pruning import plan as planning
 from maskopt.models.pruning import prune
-from maskopt.models.pruning.allocate import allocate
-from maskopt.models.pruning.block_curves import measured_curves
+from maskopt.models.pruning.allocate import Curve, Moves, allocate, measured_curves, share_out
 from maskopt.models.pruning.plan import plan_prune
 from maskopt.models.pruning.rerun import options_again
-from maskopt.models.pruning.share_out import Curve, Moves, share_out
 from maskopt.models.verification.verify import verify_model
 
 EQUAL = {"sparsity": 0.5, "min_tokens": 1}
@@ -226,7 +224,7 @@ def test_the_block_that_matters_less_prunes_more():
     assert part[1] < part[0] < part[2] <= 0.75
     # moves keep all of their layers within `max_deviation`
     layers, half = blocks[0], {x.name: x.n // 2 for x in layers}
-    move = Moves.of(list(layers), half, 0.3)
+    move = Moves.of(layers, dataclasses.replace(WHOLE, max_deviation=0.3))
     for index, layer in enumerate(layers):
         counts = move.counts(index)
         assert half[layer.name] in counts

@@ -24,10 +24,10 @@ from maskopt.models.blockwise.memory import autograd_memory
 from maskopt.models.checkpoints.journal import Journal
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
 from maskopt.models.checkpoints.workspace import CARD, HIDDEN, JOURNAL, MASKS, earlier_files
-from maskopt.models.distillation.output import RECORD
+from maskopt.models.distillation.distill import RECORD
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import PruneOptions
-from maskopt.models.pruning import output
+from maskopt.models.pruning import run as running
 from maskopt.models.training import trainer as training
 from maskopt.models.training.divergence import divergence
 from maskopt.models.training.training_state import FolderKeeper
@@ -375,7 +375,7 @@ def test_what_is_not_saved_is_not_kept(given, tmp_path, monkeypatch):
         assert not out.exists()
         fails(ModelError, "nothing to resume", distil, output=out, resume=True)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    monkeypatch.setattr(running.shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     fails(ModelError, r"free on the disk; `save_every` 0 takes less", distil, output=out)
     assert not out.exists()
 

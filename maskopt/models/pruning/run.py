@@ -1,0 +1,261 @@
+"""One run that writes a folder: its output folder from the first check to the end, and its fingerprint.
+
+Every command that writes a model folder goes through `Run`: it checks the output folder, locks it, goes on
+with an unfinished run or replaces an earlier result, and moves the finished files into view together.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskopt.errors import ModelError
+from maskopt.models.blockwise.distributed import ALONE, Ranks
+from maskopt.models.blockwise.job import Job
+from maskopt.models.checkpoints.checkpoint import Checkpoint, damage, file_digest, read_json
+from maskopt.models.checkpoints.journal import Journal, differences, in_words
+from maskopt.models.checkpoints.report import (
+    PruneReport,
+    read_layers,
+    read_manifest,
+    read_parts,
+    versions,
+    write_manifest,
+)
+from maskopt.models.checkpoints.workspace import (
+    CARD,
+    GONE,
+    HIDDEN,
+    JOURNAL,
+    MANIFEST,
+    Workspace,
+    check_inputs,
+    check_output,
+    open_workspace,
+)
+from maskopt.models.checkpoints.write import Unchanged, copy_side_files
+from maskopt.models.pruning.card import hub_name, write_card
+
+_STATUS = Path("/proc/self/status")
+
+
+class Run:
+    """The output folder of a run. Of several processes rank 0 writes, into a folder that all of them read.
+
+    Args:
+        complete: the file that a finished run leaves.
+        inputs: what the run reads, see `check_inputs`.
+
+    Raises:
+        ModelError: `resume` with `overwrite`, or `check_output` refuses the folder.
+    """
+
+    work: Workspace
+    journal: Journal
+
+    def __init__(
+        self,
+        output: str | Path,
+        *,
+        overwrite: bool,
+        resume: bool = False,
+        complete: str = MANIFEST,
+        ranks: Ranks = ALONE,
+        **inputs: Any,
+    ) -> None:
+        if resume and overwrite:
+            raise ModelError("`resume` goes on with what `overwrite` drops; choose one")
+        self.output, self.overwrite, self.resume = Path(output), overwrite, resume
+        self.complete, self.ranks = complete, ranks
+        self._read: dict[str, Unchanged] = {}
+        how: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "complete": complete}
+        ranks.agreed(lambda: check_output(self.output, **how, **inputs))
+
+    def reads(self, **models: Checkpoint) -> None:
+        """Record the state of the model folders that the run reads, by what messages call them; ModelError
+        where one is the output folder, or changed since it was opened."""
+        check_inputs(self.output, **{name: x.folder for name, x in models.items()})
+        self._read = {name: Unchanged(checkpoint) for name, checkpoint in models.items()}
+
+    def check_models(self) -> None:
+        """Raise ModelError where a model folder has changed since `reads`."""
+        for model in self._read.values():
+            model.check()
+
+    def finished(self, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The record of a complete run that is to be resumed; None where there is something left to do.
+        Raises ModelError: it is complete, but another run than this one, or its files are damaged."""
+        return self.ranks.agreed(lambda: self._finished(fingerprint)) if self.resume else None
+
+    def _finished(self, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
+        path = self.output / self.complete
+        if (self.output / HIDDEN).exists() or not path.exists():
+            return None
+        record = read_manifest(path, smaller=True) if self.complete == MANIFEST else read_json(path)
+        if lines := differences(record.get("fingerprint"), dict(fingerprint)):
+            raise self._another("the result", lines)
+        files = record.get("files")
+        if not isinstance(files, dict):
+            raise ModelError(f"{path}: is damaged; start over with `overwrite`")
+        if what := damage(self.output, {n: d for n, d in files.items() if n != CARD}):
+            raise ModelError(
+                f"{self.output}: holds the result of this run, but {what}; `overwrite` writes it again"
+            )
+        shutil.rmtree(self.output / GONE, ignore_errors=True)
+        return record
+
+    def finished_report(self, fingerprint: Mapping[str, Any]) -> PruneReport | None:
+        """The report of a complete prune, as `finished`."""
+        manifest = self.finished(fingerprint)
+        if manifest is None:
+            return None
+        layers = read_layers(manifest["layers"], self.output / MANIFEST)
+        parts = read_parts(manifest.get("parts", []), self.output / MANIFEST)
+        bad = manifest["bad_samples"]
+        return PruneReport(layers, fingerprint, bad, {}, self.output, 0.0, parts)
+
+    def recorded_counts(self, options: Mapping[str, Any]) -> dict[str, int] | None:
+        """The counts of layers in the run that is to be resumed, finished or not; None where there is none.
+        Raises ModelError: journal or manifest are damaged, or of a run with other `options` than counts."""
+        journal, manifest = self.output / HIDDEN / JOURNAL, self.output / MANIFEST
+        what, header = "the result", None
+        if self.resume and journal.exists():
+            what, header = "the unfinished part", Journal(journal).header
+        elif self.resume and manifest.exists():
+            header = read_manifest(manifest)["fingerprint"]
+        if header is None:
+            return None
+        recorded, apart = header["options"], {"counts": None}
+        if lines := differences({**recorded, **apart}, {**options, **apart}, "options"):
+            raise self._another(what, lines)
+        return dict(recorded.get("counts", {}))
+
+    def _another(self, what: str, lines: list[str]) -> ModelError:
+        return ModelError(
+            f"{self.output}: holds {what} of another run: {in_words(lines)}; `overwrite` replaces it"
+        )
+
+    @contextmanager
+    def opened(
+        self, needed: int, fingerprint: Mapping[str, Any] | None = None, remedy: str = ""
+    ) -> Iterator[Workspace]:
+        """Lock the folder while the run writes it.
+
+        Args:
+            needed: bytes of the result, those of an unfinished run included.
+            fingerprint: of a run that can be resumed: begins its journal, or is compared with it.
+            remedy: what helps where the disk is too small.
+
+        Raises:
+            ModelError: `open_workspace` refuses the folder; too little room; another unfinished run.
+        """
+
+        def begin() -> None:
+            self.work = stack.enter_context(
+                open_workspace(self.output, overwrite=self.overwrite, resume=self.resume)
+            )
+            hidden = self.work.hidden.rglob("*")
+            there = sum(file.stat().st_size for file in hidden if file.is_file())
+            _check_disk(self.output, needed - there, remedy)
+            if fingerprint is not None:
+                Journal(self.work.journal).begin(dict(fingerprint))
+
+        with ExitStack() as stack:
+            self.work = Workspace(self.output)
+            self.ranks.agreed(begin)
+            if fingerprint is not None:
+                self.journal = Journal(self.work.journal)
+            yield self.work
+
+    def finish(
+        self,
+        report: PruneReport,
+        files: Mapping[str, str],
+        rewrite: Callable[[Path], None] = lambda _: None,
+        **more: Any,
+    ) -> None:
+        """Copy side files, write card and manifest, and move the result into view.
+
+        Args:
+            files: SHA-256 of the files that are written, by name.
+            rewrite: called with the folder of the result once side files are copied.
+            more: of the manifest, see `write_manifest`.
+        """
+        (model,) = self._read.values()
+        copied = copy_side_files(model.checkpoint, self.work.staging)
+        rewrite(self.work.staging)
+        folder = model.checkpoint.folder
+        names = write_card(self.work.staging, report, hub_name(folder), folder.name, copied)
+        self.check_models()
+        self.commit(report, {**files, **self.digests(names)}, **more)
+
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """SHA-256 of staged files."""
+        return {name: file_digest(self.work.staging / name) for name in names}
+
+    def commit(self, report: PruneReport, files: Mapping[str, str], **more: Any) -> None:
+        write_manifest(self.work.staging / MANIFEST, report, files, **more)
+        self.work.commit()
+
+
+def _check_disk(output: Path, needed: int, remedy: str) -> None:
+    """Raise ModelError with the numbers where the disk is too small."""
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise ModelError(
+            f"{output}: the result takes {needed / 2**30:.2f} GiB, "
+            f"{free / 2**30:.2f} GiB are free on the disk{remedy}"
+        )
+
+
+def fingerprint_of(
+    job: Job, options: Mapping[str, Any], calibration: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What decides the result of a walk: versions, options, text, precision, device and the model's digest.
+
+    Args:
+        calibration: what an earlier walk recorded of the text, where the job has none.
+    """
+    source = job.source
+    fingerprint = {
+        "versions": versions(),
+        "options": dict(options),
+        "calibration": _calibration(job) if calibration is None else dict(calibration),
+        "dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
+        "device": source.device.type,
+    }
+    if source.checkpoint is not None:
+        fingerprint["model"] = source.checkpoint.digest
+    return fingerprint
+
+
+def _calibration(job: Job) -> dict[str, Any]:
+    windows = job.windows
+    assert windows is not None
+    return {
+        "source": windows.source,
+        "samples": len(windows),
+        "length": windows.length,
+        "beginning": windows.beginning.record(),
+        "sha256": windows.digest,
+    }
+
+
+def peaks(device: torch.device) -> Mapping[str, int | None]:
+    """Most bytes so far of the `process` (resident; None where the system has no /proc) and, on CUDA, of
+    tensors on the `device` (None elsewhere)."""
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"process": _resident(), "device": on_device}
+
+
+def _resident() -> int | None:
+    # not getrusage: Linux counts there what the process was forked from
+    if not _STATUS.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else None

@@ -1,0 +1,269 @@
+"""A model folder with structures removed. Every kind of structured pruning ends in a `Change`; the written
+model must compute what the original computes when it is changed in memory in the same way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from maskopt.errors import ModelError, OptionError
+from maskopt.models.architecture.source import FolderSource, Source
+from maskopt.models.architecture.structures import Cut
+from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.walk_block import Block
+from maskopt.models.blockwise.windows import tokens_or_tokenizer
+from maskopt.models.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, read_json
+from maskopt.models.checkpoints.mask_file import Edits
+from maskopt.models.checkpoints.report import FinishedBlock, PruneReport
+from maskopt.models.checkpoints.safefile import open_safe, write_file
+from maskopt.models.checkpoints.write import write_shard
+from maskopt.models.options.walk import WalkOptions
+from maskopt.models.pruning.run import Run
+
+CONFIG = "config.json"
+#: relative difference of the last hidden states
+_SAME = 1e-2
+
+#: by the name of a stored tensor, how it is cut along one or two axes, and by whose structures
+TensorCuts = Mapping[str, Sequence[tuple[str, Cut]]]
+#: bool, True = stays: the structures of a consumer or mixture, by its name
+Kept = Mapping[str, Bool[Tensor, " structures"]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a stored model.
+
+    Attributes:
+        settings: new values in its configuration, by key.
+        why: what it means if the written model computes something else than the changed original.
+        names: new names of all tensors, None for one that is removed; empty: all keep their names.
+        updated: tensors with new weights.
+    """
+
+    settings: Mapping[str, Any]
+    why: str
+    names: Mapping[str, str | None] = field(default_factory=dict)
+    cuts: TensorCuts = field(default_factory=dict)
+    kept: Kept = field(default_factory=dict)
+    updated: Sequence[str] = ()
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values, for the manifest."""
+        names = {
+            "names": {new: old for old, new in self.names.items() if new not in (None, old)},
+            "gone": sorted(old for old, new in self.names.items() if new is None),
+        }
+        return {
+            **(names if self.names else {}),
+            "settings": dict(self.settings),
+            "kept": {name: stays.nonzero()[:, 0].tolist() for name, stays in self.kept.items()},
+            "tensors": {
+                name: [
+                    {"axis": cut.axis, "parts": [list(part) for part in cut.parts], "by": by}
+                    for by, cut in cuts
+                ]
+                for name, cuts in self.cuts.items()
+            },
+            "set_anew": sorted(self.updated),
+        }
+
+
+def indices_left(cuts: TensorCuts, kept: Kept) -> dict[str, dict[int, Tensor]]:
+    """By tensor and axis, the indices that stay, of tensors whose structures are all decided."""
+    return {
+        name: {cut.axis: cut.inside(kept[by]) for by, cut in found}
+        for name, found in cuts.items()
+        if all(by in kept for by, _ in found)
+    }
+
+
+def folder_source(source: Source) -> FolderSource:
+    """The source of a model folder; ModelError for a model in memory."""
+    if not isinstance(source, FolderSource):
+        raise ModelError("only model folders can be made smaller; save the model first")
+    return source
+
+
+def open_original(
+    model: str | Path,
+    tokenizer_or_tokens: Any,
+    calibration: Any,
+    options: WalkOptions,
+    doing: str,
+    **how: Any,
+) -> tuple[Job, FolderSource]:
+    """A walk through a model folder whose smaller copy can be opened and compared with it.
+
+    Args:
+        doing: what needs the text, in messages.
+        how: as for `open_job`.
+
+    Raises:
+        ModelError: no text; a model in memory; one that needs code of its own, which results do not hold.
+    """
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
+    if text is None:
+        raise ModelError(f"{doing} needs `calibration` text or tokens; name a source of text")
+    job = open_job(model, text, options, tokenizer=tokenizer, **how)
+    source = folder_source(job.source)
+    if source.checkpoint.config.get("auto_map"):
+        raise ModelError(
+            f"{source.checkpoint.folder}: config.json asks to run code that comes with the model (auto_map), "
+            "and code is not copied: the smaller model could not be checked. Without auto_map transformers' "
+            "own code runs"
+        )
+    return job, source
+
+
+def check_defaults(options: WalkOptions, names: Iterable[str], why: str) -> None:
+    """Raise OptionError for an option that is not at its default."""
+    for name in names:
+        if getattr(options, name) != getattr(WalkOptions, name):
+            raise OptionError(f"{why}; leave out `{name}`")
+
+
+def finish_smaller(
+    job: Job,
+    run: Run,
+    change: Change,
+    report: PruneReport,
+    *,
+    shards: Mapping[str, str] | None = None,
+    finished: Mapping[int, FinishedBlock] | None = None,
+    prepare: Callable[[Block], None] = lambda _: None,
+    **more: Any,
+) -> None:
+    """Write the smaller model, compare it with the original, and move it into view.
+
+    Args:
+        shards: SHA-256 of the shards where they are written already.
+        finished, prepare: see `_check_same_output`.
+        more: added to the change in the manifest.
+
+    Raises:
+        ModelError: what was written does not compute what the changed original computes.
+    """
+    checkpoint, staging = folder_source(job.source).checkpoint, run.work.staging
+    if shards is None:
+        left = indices_left(change.cuts, change.kept)
+        shards = {
+            name: write_shard(
+                checkpoint, name, staging / name, Edits(), names=change.names, left=left
+            )
+            for name, file in checkpoint.shards.items()
+            if any(change.names[tensor] is not None for tensor in file.entries)
+        }
+
+    def rewrite(folder: Path) -> None:
+        stored = read_json(checkpoint.folder / CONFIG)
+        _write_json(folder / CONFIG, changed(stored, change.settings))
+        if SINGLE not in checkpoint.shards:
+            _write_json(folder / INDEX, _index(checkpoint, change, shards, folder))
+        bad = {sample["sample"] for sample in report.bad_samples}
+        _check_same_output(job, folder, change.why, bad, finished, prepare)
+
+    run.finish(report, shards, rewrite, shrunk={**change.record(), **more})
+
+
+def _check_same_output(
+    job: Job,
+    written: Path,
+    why: str,
+    bad: set[int],
+    finished: Mapping[int, FinishedBlock] | None,
+    prepare: Callable[[Block], None],
+) -> None:
+    """Send a window that is not `bad` through the original and through what was written; ModelError where the
+    results differ. Blocks of the original are `finished` by a run, or changed by `prepare`."""
+    assert job.windows is not None
+    window = next((w for w in range(len(job.windows)) if w not in bad), None)
+    if window is None:
+        return
+    original, tokens = folder_source(job.source).checkpoint.folder, job.windows.tokens
+    # in float32, so that a sum in another order is no difference
+    walk = WalkOptions(device=job.options.device, dtype="float32", threads=job.options.threads)
+    states = []
+    for folder, change, done in ((original, prepare, finished), (written, lambda _: None, None)):
+        with (
+            open_job(folder, tokens[window : window + 1], walk, whole=True) as one,
+            torch.no_grad(),
+        ):
+            try:
+                for block in one.blocks(done):
+                    change(block)
+                    block.advance()
+            except RuntimeError as error:  # torch's, of shapes that do not fit
+                if folder != written:
+                    raise
+                raise ModelError(f"the smaller model does not run ({error}): {why}") from error
+            states.append(one.last_state(0).double())
+    apart = float((states[1] - states[0]).norm() / states[0].norm())
+    if not apart <= _SAME:
+        raise ModelError(f"the smaller model's output is off by {apart:.1e}: {why}")
+
+
+def check_shapes(
+    source: FolderSource, settings: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Build the model that the new configuration describes, without weights; ModelError where its shapes are
+    not the wanted ones."""
+    from transformers import AutoModelForCausalLM
+
+    before = source.model.config
+    record = changed(before.to_dict(), settings)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(type(before).from_dict(record))
+    except Exception as error:  # configurations fail in as many ways as there are models
+        raise cannot_say(source, str(error).splitlines()[-1].strip()) from error
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
+            raise cannot_say(
+                source,
+                f"parameter {name!r} is {list(shapes.get(name, ()))} in the model that it describes and "
+                f"would be {list(wanted.get(name, ()))}",
+            )
+
+
+def cannot_say(source: FolderSource, what: str) -> ModelError:
+    family = getattr(source.model.config, "model_type", type(source.model).__name__)
+    return ModelError(
+        f"the configuration of {family} models cannot describe the smaller model: {what}; ask for "
+        "another share or number, or for other structures"
+    )
+
+
+def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with other settings of its text model."""
+    nested = config.get("text_config")
+    if isinstance(nested, dict) and not any(key in config for key in settings):
+        return {**config, "text_config": {**nested, **settings}}
+    return {**config, **settings}
+
+
+def _index(
+    checkpoint: Checkpoint, change: Change, shards: Iterable[str], folder: Path
+) -> dict[str, Any]:
+    """The index of the written shards."""
+    files = {name: open_safe(folder / name).entries for name in shards}
+    total = sum(entry.size for entries in files.values() for entry in entries.values())
+    if change.names:
+        where = {tensor: name for name, entries in files.items() for tensor in entries}
+        return {"metadata": {"total_size": total}, "weight_map": where}
+    index = read_json(checkpoint.folder / INDEX)
+    index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+    index["metadata"].pop("total_parameters", None)
+    return index
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_file(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
