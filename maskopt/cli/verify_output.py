@@ -138,7 +138,7 @@ def _verify_model(
     options: dict[str, Any],
 ) -> None:
     """What `maskopt prune` wrote, and what was found of it in words."""
-    from maskopt.models.architecture.opening import choose_device
+    from maskopt.models.architecture.source import choose_device
     from maskopt.models.checkpoints.checkpoint import resolve_model
     from maskopt.models.verification import verify as library
 

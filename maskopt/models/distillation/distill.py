@@ -21,9 +21,9 @@ from torch import Tensor
 
 from maskopt.errors import DataError, ModelError
 from maskopt.models.architecture.blocks import Layer, matrix
-from maskopt.models.architecture.mask_model import layer_masks
-from maskopt.models.architecture.source import FolderSource
-from maskopt.models.architecture.stored_masks import merged
+from maskopt.models.architecture.loading import merged
+from maskopt.models.architecture.source import FolderSource, layer_masks
+from maskopt.models.blockwise.divergence import divergence_loss
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.blockwise.windows import held_out, tokens_or_tokenizer
@@ -39,15 +39,13 @@ from maskopt.models.checkpoints.workspace import (
 )
 from maskopt.models.checkpoints.write import check_masks, disk_needed
 from maskopt.models.distillation.output import RECORD, finished_result, write_distilled
-from maskopt.models.evaluation.perplexity import check_targets, walk_whole
+from maskopt.models.evaluation.evaluate import check_targets, walk_whole
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.walk import WalkOptions, options_by_name
 from maskopt.models.pruning.fingerprint import fingerprint_of
 from maskopt.models.pruning.output import check_disk
 from maskopt.models.structured.reduced import folder_source
-from maskopt.models.training.divergence import divergences
-from maskopt.models.training.trainer import Task, Trained, train
-from maskopt.models.training.training_state import BYTES, FolderKeeper, Keeper
+from maskopt.models.training.trainer import BYTES, FolderKeeper, Task, Trained, train
 
 #: called with what goes on, how much of it is done, and of how much
 OnDistill = Callable[[str, int, int], None]
@@ -136,7 +134,7 @@ def distill_model(
         # the dense model's threads begin first, so that they end last
         with dense, student:
             walk_whole(dense, lambda done, total: tell("dense model", done, total))
-            dense.rest()
+            dense.source.drop()
             trained, layers = _train(student, dense, options, keeper, tell)
         for model in models:
             model.check()
@@ -213,7 +211,7 @@ def _check_alike(source: FolderSource, own: FolderSource) -> None:
 
 
 def _train(
-    student: Job, dense: Job, options: DistillOptions, keeper: Keeper, tell: OnDistill
+    student: Job, dense: Job, options: DistillOptions, keeper: FolderKeeper, tell: OnDistill
 ) -> tuple[Trained, list[Layer]]:
     """Train the student in memory; the layers that may have changed."""
     source = folder_source(student.source)
@@ -221,7 +219,7 @@ def _train(
     fitted = [window for window in range(student.count) if window not in aside]
     with (
         student.in_memory(recompute=options.recompute) as states,
-        divergences(student, dense, states) as loss,
+        divergence_loss(student, dense, states) as loss,
     ):
         kept = _kept(source, options)
         free = {

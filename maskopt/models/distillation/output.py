@@ -19,8 +19,7 @@ from maskopt.models.checkpoints.mask_file import MaskFile
 from maskopt.models.checkpoints.weight_edits import Edits, write_values
 from maskopt.models.checkpoints.workspace import CARD, HIDDEN, MASKS, Workspace
 from maskopt.models.checkpoints.write import copy_file, copy_side_files, write_shard
-from maskopt.models.training.trainer import Trained
-from maskopt.models.training.training_state import Losses
+from maskopt.models.training.trainer import Losses, Trained
 
 FORMAT = "maskopt-distill-1"
 #: what was done, and how well it went

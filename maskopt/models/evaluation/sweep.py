@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import MANIFEST, check_output, check_place, unfinished
-from maskopt.models.evaluation.evaluate import Evaluation, evaluate
-from maskopt.models.evaluation.perplexity import check_targets
+from maskopt.models.evaluation.evaluate import Evaluation, check_targets, evaluate
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.gram_store import GramStore
 from maskopt.models.pruning.prune import prune_model
 
-#: of a prune's options, those that its judging takes over
+#: options of a prune that hold for its evaluation, too
 _OF_JUDGING = ("device", "threads", "activation_memory", "trust_remote_code")
 
 
@@ -55,19 +54,19 @@ def sweep(
     on_progress: Callable[[str], OnBlockProgress | None] = lambda label: None,
     **shorthand: Any,
 ) -> tuple[list[Swept], Evaluation | None]:
-    """Prune a model in every combination of sparsities, solvers and treatments of the kept weights.
+    """Prune a model in every combination of sparsities, solvers and updates of the kept weights.
 
-    What an earlier sweep finished is kept, what it left unfinished goes on, unless it is to be replaced.
+    Finished prunes of an earlier sweep are kept and unfinished ones go on, unless `overwrite` is given.
 
     Args:
         model: a folder, or a name on the hub.
-        grams: what `collect_grams` wrote of it.
+        grams: the store that `collect_grams` wrote of it.
         output: a folder with one for each prune.
-        text: what all of them, and the dense model, are judged on, as for `evaluate`; None: nothing.
-        windows: as many of it; None: all.
-        walk: how; None: windows of 512 tokens, on the same machine as the prunes.
-        overwrite: prune anew what an earlier sweep left there.
-        on_progress: given a prune's label, what to tell of its progress.
+        text: for the evaluation of all prunes and the dense model, as for `evaluate`; None: none.
+        windows: number of evaluation windows; None: all.
+        walk: options of the evaluation; None: windows of 512 tokens, on the same device as the prunes.
+        overwrite: prune anew.
+        on_progress: takes a prune's label, and returns a callback for its progress.
         shorthand: other options of every prune.
 
     Returns:
@@ -81,12 +80,17 @@ def sweep(
     if not cases:
         raise OptionError("nothing is swept; give at least one `sparsity`")
     _check(model, store, list(cases.values()))
-    walk = walk or _judging(next(iter(cases.values())))
+    if walk is None:
+        first = next(iter(cases.values()))
+        walk = WalkOptions(seq_len=512, **{name: getattr(first, name) for name in _OF_JUDGING})
     if text is not None:
         _check_judging(open_job(model, text, walk, whole=True, limit=windows))
     check_place(Path(output))
     targets = [Path(output) / label for label in cases]
-    resumed = {target: not overwrite and _begun(target) for target in targets}
+    resumed = {
+        target: not overwrite and (unfinished(target) or (target / MANIFEST).exists())
+        for target in targets
+    }
     for target, resume in resumed.items():
         inputs: dict[str, Any] = {"model": model, "grams": grams, "text": text}
         check_output(target, overwrite=overwrite, resume=resume, **inputs)
@@ -106,25 +110,11 @@ def sweep(
     if text is None:
         return found, None
     dense, *others = evaluate([model, *(one.output for one in found)], text, walk, windows=windows)
-    judged = [
-        Swept(one.label, one.output, one.report, other)
-        for one, other in zip(found, others, strict=True)
-    ]
-    return judged, dense
-
-
-def _begun(target: Path) -> bool:
-    """Is there a finished result, or one that could go on?"""
-    return unfinished(target) or (target / MANIFEST).exists()
-
-
-def _judging(options: PruneOptions) -> WalkOptions:
-    """How models are judged beside such prunes: on what they run on, in the precision that `evaluate` has."""
-    return WalkOptions(seq_len=512, **{name: getattr(options, name) for name in _OF_JUDGING})
+    return [replace(one, evaluation=x) for one, x in zip(found, others, strict=True)], dense
 
 
 def _check_judging(job: Job) -> None:
-    """Refuse text, or a model of which pruned folders cannot be opened as they are written."""
+    """Refuse a text without targets, or a model whose pruned folders cannot be opened."""
     checkpoint = job.source.checkpoint
     assert checkpoint is not None
     if checkpoint.config.get("auto_map"):
@@ -137,7 +127,7 @@ def _check_judging(job: Job) -> None:
 
 
 def _check(model: str | Path, store: GramStore, options: Sequence[PruneOptions]) -> None:
-    """Refuse what `prune_model` would of any of them."""
+    """Refuse what `prune_model` would refuse in any of them."""
     job = open_job(model, None, options[0])
     job.source.blocks.check_unshared(job.layers)
     store.check_model(job)

@@ -19,9 +19,8 @@ from maskopt.core.least_squares import Refit
 from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.models.architecture.blocks import Layer, matrix
-from maskopt.models.blockwise.job import Job
-from maskopt.models.blockwise.sensitivity import row_sensitivity
-from maskopt.models.blockwise.walk_block import Block
+from maskopt.models.blockwise.gradients import row_sensitivity
+from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.options.prune import KL, NONE, PruneOptions
 from maskopt.models.pruning.block_curves import measured_curves
 from maskopt.models.pruning.problems import layer_problem

@@ -17,7 +17,7 @@ from maskopt.core.files import check_writable
 from maskopt.core.pattern import Pattern, pattern_to_dict
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
-from maskopt.models.architecture.source import FolderSource, MemorySource, Source
+from maskopt.models.architecture.source import FolderSource, Source
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.checkpoints.checkpoint import damage, file_digest, open_checkpoint
 from maskopt.models.checkpoints.journal import Journal, differences, in_words
@@ -231,7 +231,7 @@ class MemoryRun:
     """Masks are kept in memory; where a folder is asked for, the model is saved at the end."""
 
     def __init__(
-        self, source: MemorySource, output: Path | None, tokenizer: Any, overwrite: bool
+        self, source: Source, output: Path | None, tokenizer: Any, overwrite: bool
     ) -> None:
         self.source, self.output, self.tokenizer = source, output, tokenizer
         self.overwrite = overwrite
@@ -317,7 +317,6 @@ def start_run(
         if output is None:
             raise ModelError("pruning a model folder needs an output folder: name `output`")
         return FolderRun(source, layers, output, overwrite=overwrite, resume=resume, ranks=ranks)
-    assert isinstance(source, MemorySource)
     if resume:
         raise ModelError("`resume` needs a model folder; a model in memory is pruned in one go")
     if ranks.size > 1:

@@ -29,9 +29,8 @@ from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import FolderSource, as_stored
 from maskopt.models.architecture.structures import CHANNELS, Structures, channels_of, heads_of
 from maskopt.models.blockwise.collect import Grams
-from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.blockwise.walk_block import Block
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.models.checkpoints.workspace import MASKS, check_inputs

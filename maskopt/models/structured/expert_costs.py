@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from maskopt.errors import ModelError
 from maskopt.models.architecture.all_experts import takes_routing
 from maskopt.models.architecture.blocks import Blocks, is_experts
-from maskopt.models.blockwise.walk_block import Block
+from maskopt.models.blockwise.job import Block
 
 T = TypeVar("T")
 

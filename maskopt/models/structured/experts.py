@@ -26,9 +26,8 @@ from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import Cut
-from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.blockwise.walk_block import Block
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import LayerReport, PruneReport

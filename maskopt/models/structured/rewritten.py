@@ -13,8 +13,7 @@ from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.source import FolderSource
-from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.walk_block import Block
+from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.checkpoints.checkpoint import file_digest
 from maskopt.models.checkpoints.report import FinishedBlock, PruneReport, write_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST, Workspace

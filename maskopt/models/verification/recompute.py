@@ -25,11 +25,10 @@ from maskopt.core.pattern import Pattern, pattern_from_dict
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.models.architecture.blocks import choose, matrix
-from maskopt.models.architecture.mask_model import masks_as_model
-from maskopt.models.architecture.source import FolderSource
+from maskopt.models.architecture.source import FolderSource, masks_as_model
 from maskopt.models.blockwise.collect import IN_DENSE
+from maskopt.models.blockwise.gradients import counting
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.sensitivity import counting
 from maskopt.models.blockwise.threads import Threads
 from maskopt.models.calibration.token_weights import TOKEN_WEIGHTS
 from maskopt.models.calibration.tokens import are_tokens
