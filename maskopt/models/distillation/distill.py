@@ -237,7 +237,7 @@ def _train(
             fitted,
             sorted(aside),
             # passes of all windows would take nearly as long as an epoch
-            told=fitted[: len(aside)],
+            reported=fitted[: len(aside)],
             how=options,
         )
         done, total = 0, options.epochs * len(fitted)

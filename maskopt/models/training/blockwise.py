@@ -123,7 +123,7 @@ class Targets:
                     self._loss(index, gives, fitted),
                     fitted,
                     held,
-                    told=fitted,
+                    reported=fitted,
                     how=self.how,
                 )
                 generator = torch.Generator().manual_seed((self._seed + number) % 2**63)

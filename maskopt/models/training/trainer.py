@@ -100,7 +100,7 @@ class Task:
         stored: by parameter name, the dtype in which it will be written.
         loss: of a fitted or held-out window; differentiable by the free parameters where gradients are
             enabled, and called from several threads.
-        told: fitted windows whose loss is reported before and after.
+        reported: fitted windows whose loss is reported before and after.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Task:
     loss: Callable[[int], Float[Tensor, ""]]
     fitted: Sequence[int]
     held: Sequence[int]
-    told: Sequence[int]
+    reported: Sequence[int]
     how: Reconstruction | DistillOptions
 
 
@@ -203,7 +203,7 @@ def _epochs(
             at.held, at.epoch, best = held, number, now
     for weight, value in zip(weights, best, strict=True):
         weight.data = value
-    after = Losses(_mean(task, task.told, pool), at.held) if at.epoch else at.before
+    after = Losses(_mean(task, task.reported, pool), at.held) if at.epoch else at.before
     return Trained(at.before, after, at.epoch, diverged)
 
 
@@ -231,7 +231,7 @@ def _losses_at_start(
     task: Task, weights: Sequence[nn.Parameter], kept: Sequence[Tensor], pool: Threads
 ) -> Losses:
     with _in_place(weights, kept):
-        losses = Losses(_mean(task, task.told, pool), _mean(task, task.held, pool))
+        losses = Losses(_mean(task, task.reported, pool), _mean(task, task.held, pool))
     if not math.isfinite(losses.held):
         raise ModelError(
             f"{task.name} gives NaN or infinite values where it is to be trained; {task.remedy}"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from maskopt import open_job, remove_blocks, remove_experts, shrink_model, verify
 from maskopt.errors import ModelError
 from maskopt.models.blockwise import activations
-from maskopt.models.blockwise.activations import _make
+from maskopt.models.blockwise.activations import _reserved
 from maskopt.models.blockwise.variants import place
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.checkpoints.safefile import open_safe
@@ -133,7 +133,9 @@ def test_states_may_lie_in_one_file(dense_folder, tmp_path, monkeypatch):
     """A file for each of hundreds of variants would be more than a process may open."""
     made = []
     monkeypatch.setattr(
-        activations, "_make", lambda folder, size: made.append(folder) or _make(folder, size)
+        activations,
+        "_reserved",
+        lambda folder, size: made.append(folder) or _reserved(folder, size),
     )
     effects = []
     for memory, threads in ((0, 2), (2**30, 1)):
