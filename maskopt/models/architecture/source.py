@@ -136,10 +136,6 @@ class FolderSource(Source):
         real_buffers(self.model, device)
         self._outside = [name for name, _ in self.blocks.outside()]
 
-    def tensors_of(self, layer: Layer) -> list[str]:
-        """The checkpoint tensors that the layer's parameter is made of."""
-        return self._loader.conversion.sources(layer.parameter)
-
     def load_outside(self) -> None:
         return_memory()  # a large vocabulary's text and tokenizer take half a gigabyte
         self._loader.load(self._outside)
@@ -192,7 +188,7 @@ class FolderSource(Source):
         return stored_masks(self.model, masks, self._loader)
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
-        return self.checkpoint.entry(self.tensors_of(layer)[0]).torch_dtype
+        return self.checkpoint.entry(self.stored_parts(layer.parameter)[0]).torch_dtype
 
     def stored_values(self, values: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, Tensor]:
         """New weights of layers [rows, n], float64, as tensors of the checkpoint; NaN elsewhere."""
@@ -411,7 +407,9 @@ def layer_masks(
     source = masks_as_model(checkpoint, path, trust_remote_code=trust_remote_code)
     masked = set(MaskFile(path).names)
     for index in range(len(source.blocks)):
-        mine = [x for x in source.blocks.layers(index) if masked & {*source.tensors_of(x)}]
+        mine = [
+            x for x in source.blocks.layers(index) if masked & {*source.stored_parts(x.parameter)}
+        ]
         if mine:
             with source.open(index):
                 for layer in mine:

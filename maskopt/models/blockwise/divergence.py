@@ -17,13 +17,18 @@ from maskopt.models.blockwise.memory import POSITIONS
 CACHED = 4
 
 
+def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Float[Tensor, ""]:
+    """KL(p ‖ q) of distributions [positions, vocabulary], summed over the positions, nats."""
+    return (log_p - log_q).mul_(p).sum()
+
+
 @torch.no_grad()
 def divergence(
     wanted: Float[Tensor, "positions vocabulary"],
     found: Float[Tensor, "positions vocabulary"],
     slope: Float[Tensor, "positions vocabulary"] | None = None,
 ) -> Float[Tensor, ""]:
-    """KL(p ‖ q) summed over positions, p and q the softmax of these logits, nats, in their dtype.
+    """`kl` of p and q, the softmax of these logits.
 
     Args:
         slope: receives the derivative by the logits of q, which is q − p.
@@ -34,7 +39,7 @@ def divergence(
         part = slice(start, start + step)
         log_p, log_q = wanted[part].log_softmax(1), found[part].log_softmax(1)
         p = log_p.exp()
-        total += log_p.sub_(log_q).mul_(p).sum()
+        total += kl(p, log_p, log_q)
         if slope is not None:
             torch.sub(log_q.exp_(), p, out=slope[part])
     return total

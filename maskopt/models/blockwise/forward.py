@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +37,12 @@ class _LastBlock(Exception):
     """Stops a forward pass once every block has been called."""
 
 
+@dataclass(frozen=True, eq=False)
 class Call:
     """All arguments of one block's call, but for the hidden state."""
 
-    def __init__(self, leaves: list[Any], spec: Any) -> None:
-        self.leaves, self.spec = leaves, spec
+    leaves: list[Any]
+    spec: Any
 
     def __call__(self, block: nn.Module, state: Tensor) -> Tensor:
         """The block's output hidden state."""

@@ -137,7 +137,20 @@ def _messages(record: Any, where: str) -> list[dict[str, Any]]:
     if not messages:
         raise DataError(f"{where}: a conversation without messages; leave it out")
     for number, message in enumerate(messages, start=1):
-        _check_message(message, f"{where}, message {number}")
+        place = f"{where}, message {number}"
+        if not isinstance(message, dict):
+            raise DataError(f"{place}: not an object with role and content")
+        role = message.get("role")
+        if "role" not in message and "from" in message:
+            raise DataError(
+                f"{place}: has from and value; call them role and content, and say user for human, "
+                "assistant for gpt"
+            )
+        if role not in ROLES:
+            known = ", ".join(ROLES)
+            raise DataError(f"{place}: the role must be one of {known}, not {role!r:.60}")
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"{place}: no text under 'content'; join its parts, or leave it out")
     return messages
 
 
@@ -147,21 +160,6 @@ def _remedy(record: Any) -> str:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return f"; call {name!r} so, with role and content in each message"
     return "; give objects with messages of role and content"
-
-
-def _check_message(message: Any, where: str) -> None:
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: not an object with role and content")
-    if "role" not in message and "from" in message:
-        raise DataError(
-            f"{where}: has from and value; call them role and content, and say user for human, "
-            "assistant for gpt"
-        )
-    role = message.get("role")
-    if role not in ROLES:
-        raise DataError(f"{where}: the role must be one of {', '.join(ROLES)}, not {role!r:.60}")
-    if not isinstance(message.get("content"), str):
-        raise DataError(f"{where}: no text under 'content'; join its parts, or leave it out")
 
 
 class _Chats:

@@ -84,7 +84,9 @@ class FolderRun:
         ranks: Ranks = ALONE,
     ) -> None:
         self.source, self.output, self.ranks = source, output, ranks
-        self._block_of = {t: layer.block for layer in layers for t in source.tensors_of(layer)}
+        self._block_of = {
+            t: layer.block for layer in layers for t in source.stored_parts(layer.parameter)
+        }
         for block in {layer.block for layer in layers}:
             self._block_of |= {name: block for name, _ in source.vectors(block).values()}
         self.overwrite, self.resume = overwrite, resume

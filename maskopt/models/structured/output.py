@@ -99,7 +99,7 @@ class ShrinkRun(FolderRun):
         are alike, so the first one tells."""
         found = {}
         for name, one in self._every.items():
-            tensor = self.source.tensors_of(one.consumer)[0]
+            tensor = self.source.stored_parts(one.consumer.parameter)[0]
             if tensor in masks:
                 columns = unpack(masks.packed(tensor), 0, one.consumer.n)
                 stays = torch.zeros(one.count, dtype=torch.bool)
@@ -124,7 +124,7 @@ class ShrinkRun(FolderRun):
             },
             "tensors": tensors,
             "set_anew": sorted(
-                self.source.tensors_of(one.consumer)[0]
+                self.source.stored_parts(one.consumer.parameter)[0]
                 for one in self._every.values()
                 if self._values(self.journal.blocks)
             ),
