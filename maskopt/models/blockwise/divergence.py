@@ -57,7 +57,6 @@ def divergence_loss(
         states: of a window, the output of the student's last block, [1, length, width].
     """
     windows, device = student.windows, student.source.device
-    assert windows is not None
     first, last = windows.beginning.first_target - 1, windows.length - 1
 
     def of(window: int) -> Tensor:

@@ -114,7 +114,6 @@ class Job:
 
     Attributes:
         layers: the chosen ones, in the order of the model.
-        windows: None where the job was opened without text.
         held: indices of the held-out windows.
         last: the block that the walk ends with.
         threads: number of threads on the CPU.
@@ -136,7 +135,7 @@ class Job:
     ) -> None:
         self.source, self.layers, self.options = source, layers, options
         self.ranks = ranks
-        self.windows, self.whole = windows, whole
+        self._windows, self.whole = windows, whole
         self.count = options.samples if windows is None else len(windows)
         self.held = frozenset() if whole else held_out(self.count, options.holdout)
         self.length = (
@@ -154,6 +153,13 @@ class Job:
         self._until_exit: ExitStack | None = None
         self._walk: Generator[Block, None, None] | None = None
 
+    @property
+    def windows(self) -> Windows:
+        """Raises ModelError where the job was opened without text."""
+        if self._windows is None:
+            raise ModelError("there is no text to walk through the blocks; name some")
+        return self._windows
+
     def few(self) -> list[int]:
         """The first fitted windows, enough to measure which layers and rows matter."""
         return [window for window in range(self.count) if window not in self.held][
@@ -164,11 +170,10 @@ class Job:
         """Another walk through the same model, with the same windows."""
         options.check_layers(self.layers)
         how: dict[str, Any] = {"whole": self.whole, "on_progress": self.tell, "ranks": self.ranks}
-        return Job(self.source, self.layers, self.windows, options, **how)
+        return Job(self.source, self.layers, self._windows, options, **how)
 
     def whole_again(self, options: WalkOptions, windows: Sequence[int]) -> Job:
         """A walk through all blocks of the same model, with some of the windows."""
-        assert self.windows is not None
         some = self.windows.take(windows)
         return Job(self.source, self.layers, some, options, whole=True, on_progress=self.tell)
 
@@ -298,18 +303,17 @@ class Job:
 
     def _start(self, stack: ExitStack, folder: Path) -> Captured:
         """Everything before the first block."""
-        if self.windows is None:
-            raise ModelError("there is no text to walk through the blocks; name some")
+        tokens = self.windows.tokens
         self.pool = stack.enter_context(Threads(self.source.device, self.threads))
         self.source.load_outside()
         with torch.no_grad():
             captured = capture(
                 self.source.model,
                 self.source.blocks,
-                self.windows.tokens,
+                tokens,
                 self.pool,
                 self.source.device,
-                self.ranks.own(range(len(self.windows))),
+                self.ranks.own(range(self.count)),
                 lambda size: folder if self._spills(size) else None,
             )
         stack.enter_context(captured.states)
@@ -317,7 +321,6 @@ class Job:
 
     def _samples(self, states: Activations, stack: ExitStack, folder: Path) -> Samples:
         """The windows before the first block."""
-        assert self.windows is not None
         skip = None if self.whole else self.options.skip_bad_samples
         dense = None
         if self.options.beside:
@@ -333,7 +336,6 @@ class Job:
 
     def _dense_gradients(self, captured: Captured, folder: Path) -> Gradients:
         """Of the dense model's loss, as options ask for them."""
-        assert self.windows is not None
         blocks = len(self.source.blocks)
         # where tokens are weighted by them, those of held-out windows are, too
         weighted = self.options.token_weights == GRADIENT

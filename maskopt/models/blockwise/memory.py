@@ -101,13 +101,10 @@ def estimate_memory(load: Load) -> Memory:
     """The parts of the peak."""
     if load.together:
         return _together(load)
-    source, length = load.source, load.length
+    source, copies, threads = load.source, load.copies, load.threads
     width = next(source.model.parameters()).dtype.itemsize
-    named = dict(source.model.named_parameters())
-    outside = sum(p.numel() for name, p in source.blocks.outside() if name in named) * width
     hidden = hidden_size(source.model)
-    state = length * hidden * width
-    copies = load.copies
+    state = load.length * hidden * width
     activations = max(copies * load.samples, load.variants) * state
     grams = inputs = solving = 0
     for mine in by_block(load.layers).values():
@@ -115,26 +112,24 @@ def estimate_memory(load: Load) -> Memory:
         # in float64: G, and with the dense model's inputs two more moments
         moments = (2 if load.held else 1) * (3 if load.beside else 1)
         grams = max(grams, sum(8 * moments * n * n for n in distinct))
-        inputs = max(inputs, copies * load.threads * length * width * (sum(distinct) + 6 * hidden))
+        tokens = copies * threads * load.length
+        inputs = max(inputs, tokens * width * (sum(distinct) + 6 * hidden))
         # G in float32 (and that of the held-out windows) and two more matrices of its size (in the start's
         # relaxation float64 up to n = 4096), the weights in float32 a few times
         square = (16 if load.held else 12) + (16 if load.beside else 0)
-        squares = [square * y.n * y.n + 8 * min(y.n, 4096) ** 2 for y in mine]
-        rows = [24 * y.rows * y.n for y in mine]
         # damped G, its inverse and its eigenvectors, mostly float64; a thread's systems: one for a row
         # without pruned weights, or several smaller ones
-        systems = [
-            (40 + 24 * load.threads) * y.n**2 + SYSTEMS * load.threads if load.refit else 0
-            for y in mine
-        ]
-        solving = max(solving, max(map(sum, zip(squares, rows, systems, strict=True))))
+        systems, fixed = (40 + 24 * threads, SYSTEMS * threads) if load.refit else (0, 0)
+        for y in mine:
+            matrices = (square + systems) * y.n**2 + 8 * min(y.n, 4096) ** 2 + fixed
+            solving = max(solving, matrices + 24 * y.rows * y.n)
         if load.trained:
             # in float32: weights, the best of them, two moments, gradients, those of every thread
-            weights = 4 * (5 + load.threads) * sum(y.rows * y.n for y in mine)
+            weights = 4 * (5 + threads) * sum(y.rows * y.n for y in mine)
             solving = max(solving, weights + 2 * inputs)
     return Memory(
         BASE,
-        outside,
+        _outside(source) * width,
         source.block_memory(),
         grams,
         inputs,
@@ -146,9 +141,8 @@ def estimate_memory(load: Load) -> Memory:
 
 def _together(load: Load) -> Memory:
     """The parts of the peak of a model that is trained as a whole."""
-    named = dict(load.source.model.named_parameters())
-    outside = sum(p.numel() for name, p in load.source.blocks.outside() if name in named)
-    weights = sum(p.numel() for p in named.values()) - outside
+    outside = _outside(load.source)
+    weights = sum(p.numel() for p in load.source.model.parameters()) - outside
     # in float32: weights, the best, the judged ones, two moments, gradients, those of every thread
     trained = (4 * (6 + load.threads) + 1) * sum(y.rows * y.n for y in load.layers)
     logits = 4 * LOGITS_OF_TWO * POSITIONS * vocabulary_size(load.source.model)
@@ -161,6 +155,12 @@ def _together(load: Load) -> Memory:
         solving=trained + load.threads * (autograd_memory(load) + logits),
         activations=0 if states > load.activation_memory else 2 * states,
     )
+
+
+def _outside(source: Source) -> int:
+    """Number of weights outside the blocks, shared ones once."""
+    named = dict(source.model.named_parameters())
+    return sum(p.numel() for name, p in source.blocks.outside() if name in named)
 
 
 def autograd_memory(load: Load) -> int:

@@ -111,7 +111,6 @@ def divergences(job: Job, held: Mapping[Key, States], every: int = EVERY) -> dic
         job: after its whole walk.
         held: the output of the last block, of every variant.
     """
-    assert job.windows is not None
     tokens, device = job.windows.tokens, job.source.device
     some = torch.arange(every - 1, job.windows.length, every)
     if not len(some):

@@ -135,7 +135,6 @@ def perplexity(
     try:
         job = open_job(model, given, walk, tokenizer=tokenizer, whole=True, limit=windows)
         cut = job.windows
-        assert cut is not None
         check_targets(cut)
         with job:
             walk_whole(job, tell)
@@ -185,7 +184,6 @@ def evaluate(
 
         sums = _sums(jobs, judged)
         windows_of = jobs[0].windows
-        assert windows_of is not None
         found = []
         for number, (name, job) in enumerate(zip(names, jobs, strict=True)):
             losses = sums[:, number, 0]
@@ -197,11 +195,9 @@ def evaluate(
 
 def _check_same_windows(models: Sequence[str | Path], jobs: Sequence[Job]) -> None:
     first = jobs[0].windows
-    assert first is not None
     check_targets(first)
     sizes: list[Any] = [text_config(job.source.model) for job in jobs]
     for model, job, size in zip(models[1:], jobs[1:], sizes[1:], strict=True):
-        assert job.windows is not None
         for what in ("vocab_size", "hidden_size"):
             one, two = (getattr(config, what, None) for config in (sizes[0], size))
             if one != two:
@@ -219,7 +215,7 @@ def _sums(jobs: Sequence[Job], tell: Callable[[int], None]) -> Float[Tensor, "wi
     """For every window and model, summed over the targets: cross-entropy, KL(first ‖ this), agreements.
     Windows run several at once; `tell` is called with the number of windows done."""
     first = jobs[0]
-    tokens = first.windows.tokens if first.windows is not None else torch.empty(0)
+    tokens = first.windows.tokens
     with ExitStack() as heads:
         ends = [heads.enter_context(x.after_blocks(None if x is first else first)) for x in jobs]
 
@@ -255,7 +251,6 @@ def _judged(
     Raises:
         ModelError: a cross-entropy that is not finite.
     """
-    assert job.windows is not None
     first, last = job.windows.beginning.first_target, logits.shape[0] - 1
     targets = job.windows.tokens[window][1:, None].to(logits.device)
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
@@ -281,7 +276,6 @@ def _change(
 ) -> Change:
     """A model compared with the first one, whose cross-entropies are `losses`."""
     windows = job.windows
-    assert windows is not None
     targets = _targets(windows)
     hidden = torch.cat([_hidden_change(first, job, w, targets) for w in range(len(windows))])
     difference = (sums[:, 0] - losses) / targets

@@ -122,7 +122,6 @@ def _check_judging(job: Job) -> None:
             f"{checkpoint.folder}: config.json asks to run code that comes with the model (auto_map), which "
             "is not copied to the pruned folders; leave out `text`, copy it there and judge by `maskopt eval`"
         )
-    assert job.windows is not None
     check_targets(job.windows)
 
 
